@@ -138,11 +138,6 @@ class InFlight:
                 self.unsent |= {request.id: request for request in requests}
         return self.recorded.popleft() if self.recorded else None
 
-    def take_replies(self) -> list[Reply]:
-        """Return the new replies, and forget them."""
-        replies, self.replies = self.replies, []
-        return replies
-
     def fail(self, error: BaseException) -> None:
         """Send nothing more, and give requests in flight FINISH_SECONDS; only the first error counts."""
         if self.error:
@@ -151,107 +146,6 @@ class InFlight:
         self.ends_at = asyncio.get_running_loop().time() + FINISH_SECONDS
         for task in self.running - self.sent:
             task.cancel()
-
-
-class RequestSender:
-    """Sends requests in the dialect of each server, and interprets the answers."""
-
-    def __init__(self, model: str, endpoints: Endpoints, images: RequestImages) -> None:
-        self._model, self._endpoints, self._images = model, endpoints, images
-        self._started, self._tokens = time.monotonic(), 0
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Reply tokens per second so far; None before the first reply."""
-        return self._tokens / (time.monotonic() - self._started) if self._tokens else None
-
-    async def post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
-        """Send a request once, and return the reply.
-
-        A refusal becomes a reply. Raises ServerBusyError, ServerFaultError, and EngineError for an answer
-        that every request would get.
-        """
-        try:
-            images = await self._images.parts(request.shown, request.images, request.pages)
-        except OSError:  # full disk
-            raise
-        except Exception as error:  # noqa: BLE001  # whatever a decoder raises concerns this request alone
-            return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
-        try:
-            return await self._send(endpoint, request, images, in_flight)
-        except (RefusedError, BadAnswerError) as error:
-            await self._count_refusal(endpoint, str(error), in_flight)
-            if isinstance(error, BadAnswerError):
-                raise ServerFaultError(str(error)) from None
-            return request.reply(str(error), REFUSED_BY_SERVER)
-
-    async def _send(self, endpoint: Endpoint, request: Request, images: bytes, in_flight: InFlight) -> Reply:
-        """Send a request once, with the JSON of its image parts, and return the reply.
-
-        Raises RefusedError, BadAnswerError and the errors of `post`.
-        """
-        started = time.monotonic()
-        body = protocol.body(request, images, self._model, endpoint.dialect)
-        max_bytes = protocol.MAX_ENVELOPE_BYTES + protocol.MAX_TOKEN_BYTES * request.sampling.max_tokens
-        in_flight.sent.add(asyncio.current_task())
-        in_flight.unsent.pop(request.id, None)
-        try:
-            async with endpoint.post_chat(body) as answer:
-                text = await protocol.read_body(answer, max_bytes)
-        except protocol.CONNECTION_ERRORS as error:
-            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                log.warning("no more files can be opened for connections: %s", error)
-                raise ServerBusyError(None) from None
-            raise ServerFaultError(one_line(error, 1000)) from None
-        finally:
-            in_flight.sent.discard(asyncio.current_task())
-        tolerated = self._tolerated_statuses(endpoint)
-        raise_for_access(answer, endpoint, text, tolerated)
-        endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
-        message = endpoint.error_message(text) if answer.status >= 400 else ""
-        # A gateway may fail for a moment in front of a healthy server.
-        is_gateway_alone = answer.status in protocol.GATEWAY_STATUSES and await endpoint.is_healthy()
-        if answer.status in protocol.BUSY_STATUSES or is_gateway_alone:
-            endpoint.start_busy(answer.status, message)
-            raise ServerBusyError(protocol.parse_retry_after(answer.headers.get("Retry-After", "")))
-        endpoint.busy_since = None
-        if answer.status >= 500:
-            raise ServerFaultError(f"{answer.status}: {message}")
-        if answer.status >= 400:
-            raise RefusedError(message)
-        reply = protocol.read_reply(request, text, endpoint.keys)
-        endpoint.answered, endpoint.failures = endpoint.answered + 1, 0
-        endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
-        self._tokens += reply.reply_tokens
-        max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
-        return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - started)
-
-    def _tolerated_statuses(self, endpoint: Endpoint) -> Collection[int]:
-        """Return the statuses that may concern the image of one request, since other requests were answered.
-
-        With other servers, a 404 excludes this one, and its requests go there.
-        """
-        if endpoint.denied >= MAX_DENIED:
-            return ()
-        return (403,) if len(self._endpoints) > 1 else (403, 404)
-
-    async def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
-        """Count a refusal. Raises EngineError if the server has refused many requests and answered none.
-
-        Refusals are faster than answers, so requests that the server still works on are awaited first.
-        """
-        endpoint.refused += 1
-        if len(self._endpoints) == 1 and in_flight.source.answered():
-            return
-        endpoint.refused_in_flight += 1
-        try:
-            while endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered:
-                if endpoint.refused_in_flight >= endpoint.outstanding or in_flight.error:
-                    hint = "fix that, then run the same command; if images are too large: generate.max_pixels"
-                    raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
-                await asyncio.sleep(REFUSAL_POLL_SECONDS)
-        finally:
-            endpoint.refused_in_flight -= 1
 
 
 class Client:
@@ -285,7 +179,7 @@ class Client:
         self._max_pixels = max_pixels
         self._progress: Progress = progress or NullProgress()
         self._served_name = launches[0].name if launches else model
-        self._num_retries = 0
+        self._num_retries = self._reply_tokens = 0
         self._suspects = asyncio.Lock()
 
     def __enter__(self) -> "Client":
@@ -319,11 +213,11 @@ class Client:
 
     def metrics(self) -> dict[str, str]:
         """See types.Engine."""
-        speed = self._sender.tokens_per_second
+        speed = self._reply_tokens / (time.monotonic() - self._started)
         queries, hits = (sum(endpoint.prefix_cache[part] for endpoint in self._endpoints) for part in (0, 1))
         up = sum(endpoint.is_up.is_set() for endpoint in self._endpoints)
         return {
-            "tokens/s": "-" if speed is None else f"{speed:,.0f}",
+            "tokens/s": f"{speed:,.0f}" if self._reply_tokens else "-",
             "prefix cache": f"{hits / queries:.0%}" if queries else "-",
             "in flight": f"{self._outstanding()} of {self._concurrency.limit}",
             **({"servers": f"{up} of {len(self._endpoints)}"} if len(self._endpoints) > 1 else {}),
@@ -356,7 +250,7 @@ class Client:
         media = self._servers[0].media if self._servers else None
         max_sample_pixels = self._max_sample_pixels(min(contexts)) if contexts else None
         self._images = RequestImages(media, self._max_pixels, max_sample_pixels, pool)
-        self._sender = RequestSender(self._served_name, self._endpoints, self._images)
+        self._started = time.monotonic()
         connections = max(1, raise_file_limit() - RESERVED_FILES)
         if settings.concurrency and settings.concurrency > connections:
             problem = f"{settings.concurrency} requests at once need more open files than `ulimit -n` allows"
@@ -396,7 +290,8 @@ class Client:
                 break
         if in_flight.error and not in_flight.replies:  # earlier replies are yielded first, and journaled
             raise in_flight.error
-        return in_flight.take_replies()
+        replies, in_flight.replies = in_flight.replies, []
+        return replies
 
     def _fill(self, in_flight: InFlight) -> None:
         """Send requests up to the limit. Replies that are not yet yielded count: a crash loses them too."""
@@ -471,7 +366,7 @@ class Client:
                 await self._learn(endpoint)
             if not endpoint.is_up.is_set():
                 return None
-            return await self._sender.post(endpoint, request, in_flight)
+            return await self._post(endpoint, request, in_flight)
         except EngineError as refusal:
             self._retire(endpoint, refusal)
             return None
@@ -510,6 +405,94 @@ class Client:
         self._concurrency.slow_down()
         self._set_cache_size()
         return min(pause_s, max(soonest_s, POLL_SECONDS))
+
+    async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
+        """Send a request once, and return the reply.
+
+        A refusal becomes a reply. Raises ServerBusyError, ServerFaultError, and EngineError for an answer
+        that every request would get.
+        """
+        try:
+            images = await self._images.parts(request.shown, request.images, request.pages)
+        except OSError:  # full disk
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a decoder raises concerns this request alone
+            return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
+        try:
+            return await self._send(endpoint, request, images, in_flight)
+        except (RefusedError, BadAnswerError) as error:
+            await self._count_refusal(endpoint, str(error), in_flight)
+            if isinstance(error, BadAnswerError):
+                raise ServerFaultError(str(error)) from None
+            return request.reply(str(error), REFUSED_BY_SERVER)
+
+    async def _send(self, endpoint: Endpoint, request: Request, images: bytes, in_flight: InFlight) -> Reply:
+        """Send a request once, with the JSON of its image parts, and return the reply.
+
+        Raises RefusedError, BadAnswerError and the errors of `_post`.
+        """
+        started = time.monotonic()
+        body = protocol.body(request, images, self._served_name, endpoint.dialect)
+        max_bytes = protocol.MAX_ENVELOPE_BYTES + protocol.MAX_TOKEN_BYTES * request.sampling.max_tokens
+        in_flight.sent.add(asyncio.current_task())
+        in_flight.unsent.pop(request.id, None)
+        try:
+            async with endpoint.post_chat(body) as answer:
+                text = await protocol.read_body(answer, max_bytes)
+        except protocol.CONNECTION_ERRORS as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                log.warning("no more files can be opened for connections: %s", error)
+                raise ServerBusyError(None) from None
+            raise ServerFaultError(one_line(error, 1000)) from None
+        finally:
+            in_flight.sent.discard(asyncio.current_task())
+        tolerated = self._tolerated_statuses(endpoint)
+        raise_for_access(answer, endpoint, text, tolerated)
+        endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
+        message = endpoint.error_message(text) if answer.status >= 400 else ""
+        # A gateway may fail for a moment in front of a healthy server.
+        is_gateway_alone = answer.status in protocol.GATEWAY_STATUSES and await endpoint.is_healthy()
+        if answer.status in protocol.BUSY_STATUSES or is_gateway_alone:
+            endpoint.start_busy(answer.status, message)
+            raise ServerBusyError(protocol.parse_retry_after(answer.headers.get("Retry-After", "")))
+        endpoint.busy_since = None
+        if answer.status >= 500:
+            raise ServerFaultError(f"{answer.status}: {message}")
+        if answer.status >= 400:
+            raise RefusedError(message)
+        reply = protocol.read_reply(request, text, endpoint.keys)
+        endpoint.answered, endpoint.failures = endpoint.answered + 1, 0
+        endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
+        self._reply_tokens += reply.reply_tokens
+        max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
+        return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - started)
+
+    def _tolerated_statuses(self, endpoint: Endpoint) -> Collection[int]:
+        """Return the statuses that may concern the image of one request, since other requests were answered.
+
+        With other servers, a 404 excludes this one, and its requests go there.
+        """
+        if endpoint.denied >= MAX_DENIED:
+            return ()
+        return (403,) if len(self._endpoints) > 1 else (403, 404)
+
+    async def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
+        """Count a refusal. Raises EngineError if the server has refused many requests and answered none.
+
+        Refusals are faster than answers, so requests that the server still works on are awaited first.
+        """
+        endpoint.refused += 1
+        if len(self._endpoints) == 1 and in_flight.source.answered():
+            return
+        endpoint.refused_in_flight += 1
+        try:
+            while endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered:
+                if endpoint.refused_in_flight >= endpoint.outstanding or in_flight.error:
+                    hint = "fix that, then run the same command; if images are too large: generate.max_pixels"
+                    raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
+                await asyncio.sleep(REFUSAL_POLL_SECONDS)
+        finally:
+            endpoint.refused_in_flight -= 1
 
     async def _learn(self, endpoint: Endpoint) -> None:
         """Find out which fields a server supports, once for all requests that wait for it."""

@@ -15,7 +15,7 @@ from pipeline.config.sections import AT_SERVER, BoxUnit, GenerateConfig, ServerC
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import ConfigError, EngineError
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.inference.vllm import has_gpu, model_settings, plan_servers, run_servers, vllm_python
+from pipeline.inference.vllm import has_gpu, plan_servers, run_servers, vllm_python
 from pipeline.install import install_command
 from pipeline.progress import Progress
 from pipeline.sources import find_source, holds_decks
@@ -24,7 +24,6 @@ from pipeline.types import Engine
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
 MAX_PORT = 65_535
-MAX_SIDE_PX = 10_000  # a larger `longest_edge` is an area
 NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
     "use --model with the folder or Hub id of a vision-language model, or --base-url with a running server; "
@@ -177,29 +176,6 @@ def pick_engine(config: Config) -> tuple[str, str]:
     return "embedded", f"no --base-url, and {'vLLM is not installed' if has_gpu() else 'no GPU'}"
 
 
-def max_pixels(path: str, revision: str | None = None) -> int | None:
-    """Return the maximum pixels of an image by the model's processor; None for no limit.
-
-    `size.longest_edge` is the longest side; for processors such as Qwen2-VL's, it is an area.
-    """
-    names = ["preprocessor_config.json", "processor_config.json"]
-    if not Path(path).is_dir():
-        from huggingface_hub import snapshot_download
-
-        with translate_hub_errors(path, "model", EngineError, "check the network, then run the same command"):
-            path = snapshot_download(path, revision=revision, allow_patterns=names)
-    file = next((file for name in names if (file := Path(path) / name).exists()), None)
-    if file is None:
-        return None
-    settings = model_settings(file)
-    settings = settings.get("image_processor", settings)
-    size = settings.get("size")
-    side = size.get("longest_edge") if isinstance(size, dict) else None
-    is_area = str(settings.get("image_processor_type")).startswith("Qwen2VL") or (side or 0) > MAX_SIDE_PX
-    limit = settings.get("max_pixels") or (side if is_area or not side else side * side)
-    return int(limit) if limit else None
-
-
 def _no_engine() -> Engine:
     raise EngineError("a run without a model has a request to send", hint="please report this bug")
 
@@ -253,11 +229,9 @@ def _start_vllm(
     from pipeline.inference.client import Client
 
     server = config.server.model_copy(update={"enforced_schema": True})
-    pixels = config.generate.max_pixels or max_pixels(path, revision.partition("+")[0])
+    limits = config.generate.max_tokens, config.generate.max_pixels
     launches = plan_servers(path, revision, server, log, decks=holds_decks(config))
-    return Client(
-        model, revision, server, config.generate.max_tokens, pixels, launches=launches, progress=progress
-    )
+    return Client(model, revision, server, *limits, launches=launches, progress=progress)
 
 
 def serve_model(

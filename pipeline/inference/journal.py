@@ -143,14 +143,6 @@ class Journal:
             rows = _read_replies(source, where, (first_id, end_id))
             self.copy([], (_require_intact(path, row) for row in rows))
 
-    def digest(self) -> str:
-        """Return a digest of all replies, by their checksums."""
-        replies = hashlib.sha256()
-        query = "SELECT request_id, attempt, checksum FROM replies ORDER BY request_id, attempt"
-        for row in self._db.execute(query):
-            replies.update(repr(row).encode())
-        return replies.hexdigest()
-
     def likely_tokens(self, task: str = "") -> tuple[int, int]:
         """Return the prompt and reply tokens of all replies, or of a task's, by budget.likely_tokens."""
         is_uncounted = f"prompt_tokens = 0 AND finish_reason NOT IN {UNANSWERED}"

@@ -107,7 +107,9 @@ class RequestPlan:
         self, task: Task, temperature: float = 0.0, max_tokens: int | None = None, **values: Any
     ) -> tuple[dict[str, Any], str]:
         """Return `shared_fields` of a task with these values of its template."""
-        generate = with_max_tokens(self.generate, max_tokens) if max_tokens else self.generate
+        generate = (
+            self.generate.model_copy(update={"max_tokens": max_tokens}) if max_tokens else self.generate
+        )
         return shared_fields(
             task, temperature, self.prompt_dirs, generate, self.seed, self.revision, **values
         )
@@ -164,12 +166,6 @@ def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request
         replace(one, images=one.pages_of(images[one.sample_id])) if one.shows_image else one
         for one in requests
     ]
-
-
-@lru_cache(64)
-def with_max_tokens(generate: GenerateConfig, max_tokens: int) -> GenerateConfig:
-    """Return the settings with another limit of tokens."""
-    return generate.model_copy(update={"max_tokens": max_tokens})
 
 
 def _values_of(sample_id: str, plan: RequestPlan, task: Task) -> dict[str, Any]:

@@ -185,20 +185,12 @@ def _context_length(model: str) -> int:
     file = Path(model) / "config.json"
     if not file.exists():
         return MAX_DECK_TOKENS
-    settings = model_settings(file)
-    settings = settings.get("text_config") or settings
-    return int(settings.get("max_position_embeddings") or MIN_TOKENS)
-
-
-def model_settings(file: Path) -> dict[str, Any]:
-    """Return the settings in a JSON file of a model. Raises EngineError if the file is unreadable."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError) as error:
+        settings = settings.get("text_config") or settings
+        return int(settings.get("max_position_embeddings") or MIN_TOKENS)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise EngineError(f"cannot read {file}: {one_line(error)}", hint="copy the model again") from None
-    return settings
 
 
 def _read_number(flags: tuple[str, ...], name: str, default: int) -> int:

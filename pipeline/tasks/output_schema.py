@@ -70,16 +70,12 @@ def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
         if folder not in sys.path:
             sys.path.insert(0, folder)
         model = getattr(importlib.import_module(module), name)
-        schema, read_schema = model.model_json_schema(mode="serialization"), model.model_json_schema()
+        return model.model_json_schema(mode="serialization"), model
     except Exception as error:  # noqa: BLE001  # runs the user's code
         problem = f"cannot load the output {output[:80]}: {type(error).__name__}: {one_line(error)}"
         raise ConfigError(
             problem, hint="name a pydantic model as module:Model, or write a JSON schema"
         ) from None
-    if _field_names(schema) != _field_names(read_schema):
-        problem = f"{output} has different names for reading and writing a field"
-        raise ConfigError(problem, hint="give each field one alias, or none")
-    return schema, model
 
 
 def code_digest(output: str) -> str | None:
@@ -89,15 +85,6 @@ def code_digest(output: str) -> str | None:
     load_output(output)
     file = getattr(sys.modules[output.partition(":")[0]], "__file__", None)
     return file_digest(Path(file)) if file else None
-
-
-def _field_names(node: Any) -> set[str]:
-    if isinstance(node, list):
-        return set().union(*map(_field_names, node))
-    if not isinstance(node, dict):
-        return set()
-    properties = node.get("properties")
-    return {*(properties if isinstance(properties, dict) else ())}.union(*map(_field_names, node.values()))
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Budget: a run sends no more than its limits, over all runs of a folder, and stops by itself when replies are not usable."""
+"""Budget: limits hold over all runs of a folder, and a run stops if too many replies are unusable."""
 
 import dataclasses
 from pathlib import Path
@@ -37,23 +37,23 @@ def reply(prompt_tokens: int = 100, reply_tokens: int = 10) -> Reply:
     return Reply("id", 0, "text", "stop", prompt_tokens, reply_tokens)
 
 
-def test_exactly_as_many_requests_are_sent_as_the_budget_has(tmp_path: Path) -> None:
+def test_run_sends_exactly_max_requests(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         with pytest.raises(BudgetError, match="17 of 17 requests"):
             ask(tmp_path / "j", chat, max_requests=17)
         assert len(chat.bodies) == 17
         with pytest.raises(BudgetError):
-            ask(tmp_path / "j", chat, max_requests=17)  # the same command again spends nothing
+            ask(tmp_path / "j", chat, max_requests=17)
         assert len(chat.bodies) == 17
         ask(tmp_path / "j", chat, max_requests=len(SAMPLES) * 3)
-        assert len(chat.bodies) == len(SAMPLES) * 3  # and nothing was asked twice
+        assert len(chat.bodies) == len(SAMPLES) * 3
 
 
-def test_the_cost_of_earlier_runs_counts() -> None:
+def test_cost_of_earlier_runs_counts() -> None:
     server = ServerConfig(price_in=1.0, price_out=2.0, max_cost=1.0)
     assert [Budget(server, 10, 700_000, spent).room(0) for spent in (0.99, 0.9)] == [0, 1]
     budget = Budget(server, 10, 700_000, 0.8)
-    assert budget.room(0) == 2  # of 0.2, by what a request has cost
+    assert budget.room(0) == 2  # 0.2 left, 0.08 each
     budget.add(REQUEST, reply(prompt_tokens=20_000, reply_tokens=0))
     assert budget.room(3) in (5, 6)  # 0.18 left, 0.02 each
     budget.add(REQUEST, reply(prompt_tokens=180_000, reply_tokens=0))
@@ -61,7 +61,7 @@ def test_the_cost_of_earlier_runs_counts() -> None:
     assert "1.00 of 1.00 to pay" in str(budget.error())
 
 
-def test_a_judge_is_paid_at_its_own_prices() -> None:
+def test_judge_has_its_own_prices() -> None:
     server = ServerConfig(
         price_in=1.0, price_out=2.0, judge_price_in=10.0, judge_price_out=20.0, max_cost=1.0
     )
@@ -78,20 +78,18 @@ def test_a_judge_is_paid_at_its_own_prices() -> None:
     ("prices", "expected"),
     [
         ({}, None),
-        ({"price_in": 1.0}, 3.0),  # as for the writer
+        ({"price_in": 1.0}, 3.0),  # the judge costs as much as the writer
         ({"price_in": 1.0, "judge_price_in": 4.0}, 9.0),
-        ({"judge_price_in": 4.0}, 8.0),  # of a writer that costs nothing
+        ({"judge_price_in": 4.0}, 8.0),  # the writer costs nothing
         ({"price_out": 1.0, "judge_price_out": 2.0}, 6.0),
     ],
 )
-def test_prices_of_a_judge_that_nobody_names_are_those_of_the_writer(
-    prices: dict[str, Any], expected: float | None
-) -> None:
-    """Of 3 million tokens that are read and 5 million that are written, of which 2 million and 1 million by the judge."""
+def test_judge_prices_default_to_those_of_the_writer(prices: dict[str, Any], expected: float | None) -> None:
+    """3 million prompt tokens and 5 million reply tokens; 2 and 1 million of these are the judge's."""
     assert ServerConfig(**prices).price(3e6, 5e6, 2e6, 1e6) == expected
 
 
-def test_a_later_run_knows_what_the_judge_was_paid(tmp_path: Path) -> None:
+def test_later_run_counts_the_cost_of_the_judge(tmp_path: Path) -> None:
     server = ServerConfig(price_in=1.0, judge_price_in=10.0, max_cost=1.0)
     with Journal(tmp_path / "j") as journal:
         for task in ("caption", "rate", "rate"):
@@ -105,8 +103,7 @@ def test_a_later_run_knows_what_the_judge_was_paid(tmp_path: Path) -> None:
             queue.require_room()
 
 
-def test_a_journal_knows_what_replies_without_counts_have_likely_cost(tmp_path: Path) -> None:
-    """As much as they counted when they came: a budget is not larger after a restart."""
+def test_journal_estimates_uncounted_tokens_like_the_run(tmp_path: Path) -> None:
     replies = [reply(prompt_tokens=0, reply_tokens=0), reply(prompt_tokens=7, reply_tokens=3)]
     replies.append(dataclasses.replace(replies[0], finish_reason="server_error", text="overloaded " * 99))
     requests = list(build_requests("a" * 64, request_plan(resolve(source="scenes"))))
@@ -123,12 +120,12 @@ def test_a_journal_knows_what_replies_without_counts_have_likely_cost(tmp_path: 
     assert stats.metrics(ServerConfig(price_in=1.0))["tokens"].startswith("about 1,507 read")
 
 
-def test_a_cost_without_prices_is_a_mistake() -> None:
+def test_max_cost_without_prices_is_an_error() -> None:
     with pytest.raises(ConfigError, match="max_cost needs a price"):
         resolve(source="scenes", server={"max_cost": 5})
 
 
-def test_the_breaker_stops_a_run_when_too_many_of_its_last_replies_are_unusable() -> None:
+def test_breaker_stops_a_run_if_too_many_of_the_last_replies_are_unusable() -> None:
     breaker, never = CircuitBreaker(0.9), CircuitBreaker(1.0)
     for number in range(WINDOW_REPLIES):
         breaker.add(reply(), None if number < 10 else "not_json")
@@ -136,11 +133,11 @@ def test_the_breaker_stops_a_run_when_too_many_of_its_last_replies_are_unusable(
     breaker.check()  # 90 of 100 are allowed
     never.check()
     breaker.add(reply(), "not_json")
-    with pytest.raises(EngineError, match=r"91 of the last 100 replies cannot be used \(91 not json\).*text"):
+    with pytest.raises(EngineError, match=r"91 of the last 100 replies are unusable \(91 not json\).*text"):
         breaker.check()
 
 
-def test_a_resumed_run_stops_again_while_replies_stay_unusable(tmp_path: Path) -> None:
+def test_resumed_run_stops_again_if_replies_are_still_unusable(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(text="Sure! Here is a caption."))) as chat:
         config = resolve(source="scenes", base_url=[chat.url], model="model", tasks=["caption"])
         samples = [
@@ -160,17 +157,17 @@ def test_a_resumed_run_stops_again_while_replies_stay_unusable(tmp_path: Path) -
                     pass
 
         for _ in range(2):
-            with pytest.raises(EngineError, match=r"100 of the last 100 replies cannot be used.*Sure!"):
+            with pytest.raises(EngineError, match=r"100 of the last 100 replies are unusable.*Sure!"):
                 run()
         chat.script = lambda times, body: None
         run()
 
 
-def test_a_small_budget_sends_few_requests_before_it_knows_what_one_takes(tmp_path: Path) -> None:
+def test_small_budget_sends_one_request_before_the_first_reply(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         with pytest.raises(BudgetError, match=r"of 60 tokens"):
             ask(tmp_path / "tokens", chat, max_total_tokens=60)
-        assert len(chat.bodies) == 1  # of 52 tokens: another one has no room
+        assert len(chat.bodies) == 1  # it takes 52 tokens
         chat.bodies.clear()
         with pytest.raises(BudgetError, match=r"0\.000052 of 0\.000100 to pay"):
             ask(tmp_path / "cost", chat, max_cost=0.0001, price_in=1.0, price_out=1.0)

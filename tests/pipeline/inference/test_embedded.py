@@ -1,4 +1,4 @@
-"""Transformers engine with the real tiny teacher: schema, accuracy, and independence of the batch."""
+"""Embedded engine with the real tiny teacher: schema, accuracy, and independence of the batch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ from tests.scene_data import (
     score_decks,
 )
 
-SEED = 8001  # no training set holds these scenes
+SEED = 8001  # not in a training set
 SCENES = 40
 
 
@@ -39,7 +39,7 @@ def requests(count: int, seed: int = SEED) -> list[Request]:
 
 
 class Once:
-    """A types.RequestSource whose requests are taken once; no reply leads to a retry."""
+    """A types.RequestSource without retries."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self.left = list(requests)
@@ -70,8 +70,8 @@ def scores(
     return score_annotations(rows, scenes_by_id(scene_samples(count, SEED)))
 
 
-def test_the_teacher_tells_the_truth_about_unseen_scenes(engine: Engine) -> None:
-    """Catch a broken teacher, or a broken path to it; benchmarks/teacher.py measures the full figures."""
+def test_teacher_is_accurate_on_unseen_scenes(engine: Engine) -> None:
+    """Catch a broken teacher; benchmarks/teacher.py measures more scenes."""
     captions, answers = scores(engine, requests(SCENES), SCENES)
     assert {style: min(c.precision, c.recall) > 0.93 for style, c in captions.items()} == {
         "brief": True,
@@ -85,8 +85,7 @@ def test_the_teacher_tells_the_truth_about_unseen_scenes(engine: Engine) -> None
     assert all(1 - a.accuracy < (1 - a.majority) / 2 for a in answers.values())
 
 
-def test_the_teacher_of_decks_finds_the_pages_and_tells_the_truth_about_them() -> None:
-    """Ask about 12 decks of four pages; benchmarks/teacher.py measures 500."""
+def test_deck_teacher_is_accurate_and_finds_the_evidence_pages() -> None:
     config = resolve(source="scenes-deck", tasks=["deck_qa"], engine="embedded")
     choice = choose_engine(config)
     assert choice.revision == weights_revision(TINY_DECK_WEIGHTS)
@@ -100,7 +99,7 @@ def test_the_teacher_of_decks_finds_the_pages_and_tells_the_truth_about_them() -
     assert sum(s.evidence_right for s in scores.values()) > 0.8 * len(rows)
 
 
-def test_every_reply_fits_the_schema_even_when_the_model_is_confused(engine: Engine) -> None:
+def test_replies_at_high_temperature_follow_the_schema(engine: Engine) -> None:
     hot = [replace(r, sampling=Sampling(temperature=2.0, max_tokens=400)) for r in requests(8)]
     reply_of = replies(engine, hot)
     for request in hot:
@@ -112,7 +111,7 @@ def test_every_reply_fits_the_schema_even_when_the_model_is_confused(engine: Eng
     assert any(reply.finish_reason == "stop" for reply in reply_of.values())
 
 
-def test_a_reply_does_not_depend_on_its_company(engine: Engine) -> None:
+def test_reply_does_not_depend_on_its_batch(engine: Engine) -> None:
     batch = requests(6)
     together = replies(engine, batch)
     alone: dict[str, Reply] = {}
@@ -121,7 +120,7 @@ def test_a_reply_does_not_depend_on_its_company(engine: Engine) -> None:
     assert alone == together
 
 
-def test_another_id_or_attempt_samples_other_tokens(engine: Engine) -> None:
+def test_other_id_or_attempt_samples_other_tokens(engine: Engine) -> None:
     qa = [
         replace(r, sampling=Sampling(temperature=1.0, max_tokens=256)) for r in requests(6) if r.task == "qa"
     ]
@@ -133,7 +132,7 @@ def test_another_id_or_attempt_samples_other_tokens(engine: Engine) -> None:
     assert first != second and first != third
 
 
-def test_a_reply_that_runs_out_of_tokens_says_so(engine: Engine) -> None:
+def test_reply_at_the_token_limit_is_cut_short(engine: Engine) -> None:
     short = [replace(r, sampling=Sampling(temperature=0, max_tokens=5)) for r in requests(1)]
     reply_of = replies(engine, short)
     assert {reply.finish_reason for reply in reply_of.values()} == {"length"}

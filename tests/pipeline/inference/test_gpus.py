@@ -1,4 +1,4 @@
-"""GPUs: which ones a process may use, and how servers share them."""
+"""GPUs: which GPUs a process may use, and how servers share them."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ LISTING = (
         (None, "0", ()),  # no driver
     ],
 )
-def test_entries_of_cuda_visible_devices_are_passed_on_and_else_gpus_are_counted(
+def test_visible_gpus_are_those_of_cuda_visible_devices_or_all(
     listing: str | None,
     visible: str | None,
     gpus: tuple[str, ...],
@@ -54,18 +54,18 @@ def test_entries_of_cuda_visible_devices_are_passed_on_and_else_gpus_are_counted
         (("--tensor_parallel_size", "2"), [("0", "1"), ("2", "3")]),
         (("-tp=2", "--pipeline-parallel-size=2"), [("0", "1", "2", "3")]),
         (("--tensor-parallel-size", "3"), [("0", "1", "2")]),
-        (("--tensor-parallel-size", "8"), [("0", "1", "2", "3")]),  # vLLM says what is wrong
+        (("--tensor-parallel-size", "8"), [("0", "1", "2", "3")]),  # vLLM reports the error
         (("--data-parallel-size", "2"), [("0", "1", "2", "3")]),
     ],
 )
-def test_each_server_gets_the_gpus_that_the_flags_give_to_one(
+def test_parallel_flags_decide_how_many_gpus_a_server_gets(
     flags: tuple[str, ...], groups: list[tuple[str, ...]]
 ) -> None:
     assert group_gpus(("0", "1", "2", "3"), flags) == groups
     assert group_gpus((), flags) == [()]
 
 
-def test_a_machine_with_two_gpus_runs_two_servers_that_share_its_cores(
+def test_two_gpus_run_two_servers_that_share_the_cores(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("5", "7"))
@@ -81,12 +81,12 @@ def test_a_machine_with_two_gpus_runs_two_servers_that_share_its_cores(
     assert first.api_key == second.api_key
 
 
-@pytest.mark.parametrize(("said", "dtype"), [("8.0\n9.0\n", "bfloat16"), ("8.6\n7.0\n", "half")])
-def test_a_gpu_without_bfloat16_is_served_in_half_precision(
-    said: str, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("capabilities", "dtype"), [("8.0\n9.0\n", "bfloat16"), ("8.6\n7.0\n", "half")])
+def test_gpu_without_bfloat16_uses_half_precision(
+    capabilities: str, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    tool.write_text(f"#!/bin/sh\nprintf '{capabilities}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("0",))

@@ -1,4 +1,4 @@
-"""Journal: replies survive a crash, and none is stored twice."""
+"""Journal: replies survive a crash, damage is detected, and repair keeps the intact replies."""
 
 import hashlib
 import random
@@ -34,7 +34,7 @@ def reply_to(number: int) -> Reply:
     )
 
 
-def test_a_reply_is_there_when_the_journal_is_opened_again(tmp_path: Path) -> None:
+def test_reply_is_stored_once_and_read_after_reopening(tmp_path: Path) -> None:
     scaled, second = replace(reply_to(0), max_pixels=5_600_000), replace(reply_to(0), attempt=1)
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.record_sent(REQUESTS)
@@ -45,19 +45,17 @@ def test_a_reply_is_there_when_the_journal_is_opened_again(tmp_path: Path) -> No
         assert journal.last(REQUESTS[1].id) is None
         assert journal.totals() == {"asked": 4, "replies": 1, "prompt_tokens": 5, "reply_tokens": 2}
         journal.keep([(REQUESTS[0], replace(reply_to(0), text="other"), None)])
-        assert journal.last(REQUESTS[0].id) == (scaled, "not_json")  # a reply of a model is not overwritten
+        assert journal.last(REQUESTS[0].id) == (scaled, "not_json")
         journal.keep([(REQUESTS[0], second, None)])
         assert journal.last(REQUESTS[0].id) == (second, None)
         assert journal.totals()["replies"] == 2
 
 
 @pytest.mark.parametrize("file_format", [FORMAT - 1, FORMAT + 1])
-def test_a_journal_of_another_format_is_neither_opened_nor_checked_nor_imported(
-    file_format: int, tmp_path: Path
-) -> None:
+def test_journal_of_another_format_is_refused(file_format: int, tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "other.sqlite")) as db:
         db.executescript(f"CREATE TABLE replies (request_id TEXT); PRAGMA user_version = {file_format};")
-    uses: tuple[Callable[[Path], object], ...] = (Journal, check_journal)  # a repair follows a check
+    uses: tuple[Callable[[Path], object], ...] = (Journal, check_journal)
     for use in uses:
         with pytest.raises(StoreError, match="another version of synth"):
             use(tmp_path / "other.sqlite")
@@ -76,7 +74,7 @@ def test_image_bytes_are_not_stored(tmp_path: Path) -> None:
     assert all(b"bytes of an image" not in path.read_bytes() for path in tmp_path.iterdir())
 
 
-def test_replies_of_another_journal_are_taken_over_and_ours_stay(tmp_path: Path) -> None:
+def test_import_copies_replies_and_keeps_existing_ones(tmp_path: Path) -> None:
     own_reply, other_reply = (replace(reply_to(0), text=text) for text in ("ours", "theirs"))
     with Journal(tmp_path / "theirs.sqlite") as journal:
         journal.record_sent(REQUESTS)
@@ -88,17 +86,17 @@ def test_replies_of_another_journal_are_taken_over_and_ours_stay(tmp_path: Path)
                 (REQUESTS[1], replace(reply_to(1), finish_reason="server_error"), "x"),
             ]
         )
-        journal.import_replies(tmp_path / "theirs.sqlite", "b", "c")  # about other samples
+        journal.import_replies(tmp_path / "theirs.sqlite", "b", "c")
         assert journal.last(REQUESTS[1].id, answered=True) is None
         for _ in range(2):
             journal.import_replies(tmp_path / "theirs.sqlite", "a", "b")
         assert journal.last(REQUESTS[0].id) == (own_reply, None)
         assert journal.last(REQUESTS[1].id) == (reply_to(1), "flaw")
-        assert journal.totals()["asked"] == 0  # requests sent from the other journal do not count
+        assert journal.totals()["asked"] == 0
 
 
 @pytest.mark.parametrize("reason", UNANSWERED)
-def test_a_request_that_two_samples_share_is_asked_again_about_the_other_one(
+def test_error_of_a_shared_request_is_replaced_by_the_reply_for_another_sample(
     tmp_path: Path, reason: str
 ) -> None:
     first = build_claims("A red cube.", "a" * 64, request_plan(CONFIG))
@@ -107,11 +105,11 @@ def test_a_request_that_two_samples_share_is_asked_again_about_the_other_one(
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.keep([(first, first.reply("overloaded", reason), reason)])
         journal.keep([(second, second.reply("{}", "stop"), None)])
-        assert journal.last(first.id) == (second.reply("{}", "stop"), None)  # it replaces the error
+        assert journal.last(first.id) == (second.reply("{}", "stop"), None)
     assert check_journal(tmp_path / "j.sqlite").is_intact
 
 
-def test_replies_about_a_text_go_with_their_sample_and_blind_ones_with_all(tmp_path: Path) -> None:
+def test_import_copies_text_replies_by_sample_and_all_blind_ones(tmp_path: Path) -> None:
     blind = build_check(Check("blind", "Is it red?", "yes", ()), "c" * 64, request_plan(CONFIG))
     claims = build_claims("A red cube.", "c" * 64, request_plan(CONFIG))
     with Journal(tmp_path / "theirs.sqlite") as journal:
@@ -124,7 +122,7 @@ def test_replies_about_a_text_go_with_their_sample_and_blind_ones_with_all(tmp_p
 
 
 def filled(path: Path, count: int = 300) -> list[Request]:
-    """Write a journal of so many replies, and close it."""
+    """Write a journal of `count` replies."""
     requests = [
         replace(REQUESTS[0], id=hashlib.sha256(str(number).encode()).hexdigest()) for number in range(count)
     ]
@@ -136,7 +134,7 @@ def filled(path: Path, count: int = 300) -> list[Request]:
     return requests
 
 
-def test_a_reply_with_a_rotten_bit_is_an_error_and_never_another_reply(tmp_path: Path) -> None:
+def test_reply_with_a_flipped_bit_is_an_error_with_repair_command(tmp_path: Path) -> None:
     requests = filled(tmp_path / "journal" / "j.sqlite")
     path = tmp_path / "journal" / "j.sqlite"
     data = bytearray(path.read_bytes())
@@ -145,23 +143,23 @@ def test_a_reply_with_a_rotten_bit_is_an_error_and_never_another_reply(tmp_path:
     path.write_bytes(data)
     with Journal(path) as journal:
         assert journal.last(requests[8].id)
-        with pytest.raises(StoreError, match="has another checksum") as caught:
+        with pytest.raises(StoreError, match=r"the checksum of the reply to \w+ is wrong") as caught:
             journal.last(requests[7].id)
     assert f"synth check {tmp_path} --repair" in caught.value.hint
     assert check_journal(path) == JournalState(300, (requests[7].id,))
     assert repair_journal(path) == (299, 1, 1)
     assert check_journal(path).is_intact
     with Journal(path) as journal:
-        assert journal.last(requests[7].id) is None  # it is asked again
+        assert journal.last(requests[7].id) is None
         assert journal.totals()["asked"] == 300
 
 
-def test_a_journal_of_which_nothing_can_be_read_stays_as_it_is(tmp_path: Path) -> None:
+def test_repair_without_intact_replies_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
     filled(path, 3)
     path.write_bytes(path.read_bytes()[:100] + bytes(40_000))
     before = path.read_bytes()
-    with pytest.raises(StoreError, match="no reply in"):
+    with pytest.raises(StoreError, match="no reply in it is readable"):
         repair_journal(path)
     assert path.read_bytes() == before
 
@@ -191,10 +189,10 @@ def test_repair_of_a_file_with_a_lost_page_keeps_the_other_replies(seed: int, tm
     assert len(replies) == kept >= 550  # a leaf has about ten replies
 
 
-def test_repair_applies_the_log_of_the_damaged_file_and_leaves_no_log_for_the_new_one(tmp_path: Path) -> None:
+def test_repair_applies_the_write_ahead_log_and_removes_it(tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
     requests = filled(path, 50)
-    with Journal(path) as journal:  # its replies are in the log until the journal is closed
+    with Journal(path) as journal:  # the reply is in the log until the journal is closed
         late = replace(REQUESTS[0], id="e" * 64)
         journal.keep([(late, late.reply("late", "stop"), None)])
         for suffix in ("", "-wal"):
@@ -209,9 +207,7 @@ def test_repair_applies_the_log_of_the_damaged_file_and_leaves_no_log_for_the_ne
         assert journal.last(late.id) is not None
 
 
-def test_a_repair_that_fails_leaves_the_journal_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_repair_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "j.sqlite"
     filled(path, 3)
     before = path.read_bytes()
@@ -225,7 +221,7 @@ def test_a_repair_that_fails_leaves_the_journal_as_it_was(
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["j.sqlite"]
 
 
-def test_a_journal_that_another_program_holds_is_not_called_damaged(tmp_path: Path) -> None:
+def test_locked_journal_error_names_the_lock(tmp_path: Path) -> None:
     filled(tmp_path / "j.sqlite", 2)
     with (
         closing(sqlite3.connect(tmp_path / "j.sqlite")) as other,

@@ -1,4 +1,4 @@
-"""Request queue: missing requests are sent in the same batches every time, and replies are stored as they come."""
+"""Request queue: requests without a reply are sent in the same batches every time, and replies are stored."""
 
 import signal
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def batch(ids: list[str]) -> SampleBatch:
 
 
 class Scripted:
-    """An engine that answers in groups of three, records them, fails on `bad` samples, and can die after some groups."""
+    """An engine that answers in groups of three; it fails on `bad` samples, and dies after some groups."""
 
     model, revision = "scripted", "1"
 
@@ -71,7 +71,7 @@ class Scripted:
 
 
 def run(path: Path, engine: Scripted, config: Config | None = None) -> tuple[RequestStats, list[str]]:
-    """Run the queue over two chunks of three images; return its statistics and the ids of all annotations."""
+    """Run the queue over two chunks of three images; return statistics and annotation ids."""
     counts, settings = RequestStats(), config or resolve(source="scenes")
     with Journal(path) as journal:
         for _ in ask_about(
@@ -89,7 +89,7 @@ def run(path: Path, engine: Scripted, config: Config | None = None) -> tuple[Req
     return counts, [row for table in tables for row in table["annotation_id"].to_pylist()]
 
 
-def test_everything_is_asked_once_and_nothing_the_second_time(tmp_path: Path) -> None:
+def test_second_run_sends_nothing(tmp_path: Path) -> None:
     captions, _ = run(tmp_path / "j", Scripted(), resolve(source="scenes", tasks=["caption"]))
     counts, rows = run(tmp_path / "j", Scripted())
     assert (captions.asked, counts.total, counts.asked, counts.done, len(rows)) == (12, 18, 6, 18, 18)
@@ -114,7 +114,7 @@ def test_everything_is_asked_once_and_nothing_the_second_time(tmp_path: Path) ->
         )
 
 
-def test_images_are_read_only_where_a_request_is_to_be_sent(tmp_path: Path) -> None:
+def test_images_are_read_only_for_requests_to_send(tmp_path: Path) -> None:
     read: list[str] = []
 
     def noted(ids: list[str]) -> SampleBatch:
@@ -146,7 +146,7 @@ def test_images_are_read_only_where_a_request_is_to_be_sent(tmp_path: Path) -> N
     assert sees.images == {name: (name.encode(),) for name in IDS[2:4]}
 
 
-def test_after_a_crash_the_rest_is_asked_in_the_company_it_would_have_had(tmp_path: Path) -> None:
+def test_interrupted_run_resumes_with_the_same_batches(tmp_path: Path) -> None:
     bad = (IDS[1], IDS[5])
     whole = Scripted(bad=bad)
     run(tmp_path / "whole", whole)
@@ -159,21 +159,20 @@ def test_after_a_crash_the_rest_is_asked_in_the_company_it_would_have_had(tmp_pa
         assert first.batches + second.batches == whole.batches
         with Journal(path) as journal:
             totals = journal.totals()
-        assert 1 <= totals["asked"] - totals["replies"] <= 3  # the one group that was in flight
+        assert 1 <= totals["asked"] - totals["replies"] <= 3  # the group in flight
 
 
 @pytest.mark.usefixtures("heard_sigint")
 @pytest.mark.parametrize("where", ["find_flaw", "_checksum"])
-def test_an_interrupt_while_replies_are_stored_loses_none_of_them(
+def test_interrupt_during_storing_loses_no_reply(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are paid for. Judging them comes first, and writing them to the journal after it."""
     module = queue if where == "find_flaw" else journal_module
     work, calls = getattr(module, where), list[int]()
 
     def interrupted(*given: Any) -> Any:
         calls.append(1)
-        if len(calls) in (5, 6):  # in the second group of three, by somebody without patience
+        if len(calls) in (5, 6):  # twice in the second group of three
             signal.raise_signal(signal.SIGINT)
         return work(*given)
 
@@ -187,7 +186,7 @@ def test_an_interrupt_while_replies_are_stored_loses_none_of_them(
         assert journal.totals()["replies"] == 6
 
 
-def test_a_group_holds_one_prompt_and_no_more_than_asked() -> None:
+def test_batch_has_one_prompt_and_at_most_the_given_size() -> None:
     config = resolve(source="scenes")
     requests = requests_to_send(batch(IDS), config, "r")
     batches = list(batch_requests(requests, 4))

@@ -1,4 +1,4 @@
-"""Requests: an id covers everything that the reply depends on, and nothing else."""
+"""Requests: an id depends on everything that changes the reply, and on nothing else."""
 
 from typing import Any
 
@@ -35,11 +35,11 @@ def test_default_tasks_are_two_captions_and_one_set_of_questions() -> None:
         {"generate": {"caption_temperature": 0.1, "qa_temperature": 0.1}},
     ],
 )
-def test_what_changes_the_reply_changes_every_id(changed: dict[str, Any]) -> None:
+def test_id_changes_with_everything_that_changes_the_reply(changed: dict[str, Any]) -> None:
     assert not set(ids(**changed)) & set(ids())
 
 
-def test_further_captions_to_choose_from_are_asked_beside_the_first_which_stays_the_same() -> None:
+def test_further_captions_have_own_ids_and_the_first_keeps_its_id() -> None:
     config = resolve(source="scenes", generate={"samples": 3})
     plan = request_plan(config)
     requests = list(build_requests(SAMPLE, plan))
@@ -48,7 +48,7 @@ def test_further_captions_to_choose_from_are_asked_beside_the_first_which_stays_
     ]  # fmt: skip
     assert len({r.id for r in requests}) == plan.count(plan.pairs) == 7
     assert [requests[n].id for n in (0, 3, 6)] == ids() == ids(generate={"batch_size": 3}, limit=7)
-    assert {*ids(generate={"samples": 2})} < {*ids(generate={"samples": 3})}  # one more costs one more
+    assert {*ids(generate={"samples": 2})} < {*ids(generate={"samples": 3})}
     assert ids(generate={"samples": 3}, seed=1)[1] != requests[1].id
     hot = ids(generate={"samples": 2, "caption_temperature": 1.2})
     assert (
@@ -58,7 +58,7 @@ def test_further_captions_to_choose_from_are_asked_beside_the_first_which_stays_
     )
 
 
-def test_a_seed_changes_what_is_sampled_and_not_what_is_greedy() -> None:
+def test_seed_changes_ids_of_sampled_requests_only() -> None:
     brief, detailed, qa = ids(seed=1)
     assert [brief, detailed] == ids()[:2]
     assert qa != ids()[2]

@@ -44,7 +44,7 @@ def config(*checks: str, **more: Any) -> Config:
     return resolve(source="scenes-deck", verify={"checks": list(checks)}, **more)
 
 
-def test_each_check_shows_what_it_is_about() -> None:
+def test_each_check_shows_its_pages() -> None:
     assert (
         checks_of(ROW, config().verify)
         == checks_of(ROW | {"evidence_pages": [1, 2, 3]}, config("evidence").verify)
@@ -66,18 +66,18 @@ def test_each_check_shows_what_it_is_about() -> None:
     assert all(request.sampling.temperature == 0 and "2" not in request.text for request in requests)
 
 
-def test_a_caption_is_asked_for_its_claims() -> None:
+def test_claims_of_a_caption_come_from_rules_or_from_the_model() -> None:
     settings = config("claims").verify
     claims = [(check.question, check.expected) for check in checks_of(CAPTION, settings)]
     assert claims == [("How many dogs are there?", "2"), ("What color is the background?", "gray")]
-    of_model = checks_of(CAPTION, settings, [Claim("Is it a dog?", "yes"), Claim("Is it a cat?", "no")])
-    assert [(check.question, check.expected) for check in of_model] == [
+    model_checks = checks_of(CAPTION, settings, [Claim("Is it a dog?", "yes"), Claim("Is it a cat?", "no")])
+    assert [(check.question, check.expected) for check in model_checks] == [
         ("Is it a dog?", "yes"),
         ("Is it a cat?", "no"),
     ]
 
 
-def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: Path) -> None:
+def test_claims_request_shows_no_image_and_is_shared_by_equal_captions(tmp_path: Path) -> None:
     settings = resolve(source="folder:x", verify={"checks": ["claims"]})
     request, other = (
         build_claims("Two dogs.", sample_id, request_plan(settings)) for sample_id in ("a", "b")
@@ -100,11 +100,11 @@ def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: 
             ] == expected
 
 
-def test_coverage_asks_about_the_caption_in_place_of_the_image() -> None:
+def test_coverage_shows_the_caption_instead_of_the_image() -> None:
     settings = config("covers")
     (check,) = coverage_checks("Two dogs.", settings.verify, [("How many dogs?", "2")])
     request, other = (build_check(check, sample_id, request_plan(settings)) for sample_id in "st")
-    assert (request.images, request.id) == ((), other.id)  # equal captions are asked about once
+    assert (request.images, request.id) == ((), other.id)
     assert request.text.endswith("Caption: Two dogs.\nQuestion: How many dogs?")
     assert (
         request.id != build_check(Check("blind", "How many dogs?", "2", ()), "s", request_plan(settings)).id
@@ -113,7 +113,7 @@ def test_coverage_asks_about_the_caption_in_place_of_the_image() -> None:
     assert coverage_checks(None, settings.verify, [("How many dogs?", "2")]) == []
 
 
-def test_a_repair_shows_the_answers_and_no_image(tmp_path: Path) -> None:
+def test_repair_shows_the_answers_and_no_image(tmp_path: Path) -> None:
     request = build_repair("A red kite.", [("Is it red?", "no")], "s", request_plan(config("claims")))
     assert request.images == () and "Question: Is it red? Answer: no\n" in request.text
     for number, (reply, repaired) in enumerate(
@@ -124,7 +124,7 @@ def test_a_repair_shows_the_answers_and_no_image(tmp_path: Path) -> None:
             assert read_repair(request, journal) == repaired
 
 
-def test_a_rating_shows_the_image_and_the_text_and_is_all_or_nothing(tmp_path: Path) -> None:
+def test_rating_shows_image_and_text_and_needs_all_scores(tmp_path: Path) -> None:
     settings, texts = config(), {"clean_text": None, "clean_question": "How many?", "clean_answer": "2"}
     pair, caption = (
         build_rating({**ROW, **texts, **more}, request_plan(settings))
@@ -133,25 +133,23 @@ def test_a_rating_shows_the_image_and_the_text_and_is_all_or_nothing(tmp_path: P
     assert with_images([pair], SampleBatch.of([("s", PAGES)]))[0].images == PAGES
     assert pair.text.endswith("Question: How many? Answer: 2")
     assert caption.text.endswith("Caption: Two dogs.") and caption.id != pair.id
-    marks = dict.fromkeys(RUBRIC, "4")
-    numbers = {"flaw": "", **dict.fromkeys(RUBRIC, 4)}  # as a server writes them that enforces no schema
-    replies = ({"flaw": "nothing"} | marks, numbers, marks, {"flaw": "nothing"} | marks | {"form": "6"})
-    for number, (reply, mark) in enumerate(zip(replies, (4, 4, None, None), strict=True)):
+    scores = dict.fromkeys(RUBRIC, "4")
+    numbers = {"flaw": "", **dict.fromkeys(RUBRIC, 4)}  # from a server without schemas
+    replies = ({"flaw": "nothing"} | scores, numbers, scores, {"flaw": "nothing"} | scores | {"form": "6"})
+    for number, (reply, score) in enumerate(zip(replies, (4, 4, None, None), strict=True)):
         with Journal(tmp_path / f"{number}.sqlite") as journal:
             journal.keep([(pair, pair.reply(json.dumps(reply), "stop"), None)])
             assert read_rating({**ROW, **texts}, request_plan(settings), journal) == dict.fromkeys(
-                RUBRIC, mark
+                RUBRIC, score
             )
 
 
-def test_the_name_of_a_request_needs_no_images_and_knows_what_is_asked() -> None:
+def test_request_id_of_a_check_depends_on_question_pages_and_model() -> None:
     settings = config("round_trip")
     check = Check("round_trip", "How many?", "2")
     request_id = build_check(check, "s", request_plan(settings)).id
     assert request_id == build_check(check, "s", request_plan(settings)).id
-    assert (
-        request_id == build_check(Check("claims", "How many?", "3"), "s", request_plan(settings)).id
-    )  # the same question
+    assert request_id == build_check(Check("claims", "How many?", "3"), "s", request_plan(settings)).id
     changed = [
         build_check(Check("round_trip", "How much?", "2"), "s", request_plan(settings)),
         build_check(check, "t", request_plan(settings)),
@@ -162,7 +160,7 @@ def test_the_name_of_a_request_needs_no_images_and_knows_what_is_asked() -> None
     assert request_id not in {request.id for request in changed}
 
 
-def test_a_blind_question_is_asked_once_for_all_images() -> None:
+def test_blind_question_is_asked_once_for_all_images() -> None:
     check = Check("blind", "How many?", "2", ())
     batches = [SampleBatch.of([("s", (b"1",)), ("t", (b"2",))]), SampleBatch.of([("u", (b"3",))])]
     built = [
@@ -172,7 +170,7 @@ def test_a_blind_question_is_asked_once_for_all_images() -> None:
     assert [[request.images for request in requests] for requests in built] == [[()], []]
 
 
-def test_answers_come_back_with_their_checks_and_what_cannot_be_read_is_null(tmp_path: Path) -> None:
+def test_read_checks_returns_answers_and_null_for_unreadable_replies(tmp_path: Path) -> None:
     settings = config("round_trip", "blind")
     checks = checks_of(ROW, settings.verify)
     texts = ['{"answer":"2"}', "{]"]

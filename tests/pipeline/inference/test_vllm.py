@@ -1,4 +1,4 @@
-"""vLLM server: its command line on other machines, its restarts, and the errors when it cannot run."""
+"""vLLM server: its command line, restarts, and errors."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from pipeline.inference.engines import OUTPUT_NEUTRAL_FLAGS, TINY_WEIGHTS
 from pipeline.inference.vllm import VllmCommand, plan_vllm_command, run_servers
 from pipeline.progress import NullProgress
 
-FLAGS_OF_NEWEST = Path(__file__).parents[2] / "vllm-0.33.0-flags.txt"  # from the sources in its wheel
+FLAGS_OF_NEWEST = Path(__file__).parents[2] / "vllm-0.33.0-flags.txt"
 
 
 def plan(
@@ -37,7 +37,7 @@ def value_of(command: VllmCommand, flag: str) -> str:
     return command.arguments[index + 1]
 
 
-def test_flags_follow_the_model_and_the_machine(tmp_path: Path) -> None:
+def test_flags_depend_on_model_and_machine(tmp_path: Path) -> None:
     hub, folder, gpu = plan(tmp_path, model="me/model"), plan(tmp_path), plan(tmp_path, gpu=True)
     assert (value_of(hub, "--revision"), value_of(hub, "--served-model-name")) == ("c0ffee", "model@c0ffee")
     assert "HF_HUB_OFFLINE" not in hub.environment and folder.environment["HF_HUB_OFFLINE"] == "1"
@@ -60,13 +60,13 @@ def test_flags_follow_the_model_and_the_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [("--max-num-seqs", "7"), ("--max-num-seqs=7",)])
-def test_a_users_flags_come_last_and_count(tmp_path: Path, flags: tuple[str, ...]) -> None:
+def test_user_flags_override_the_default(tmp_path: Path, flags: tuple[str, ...]) -> None:
     command = plan(tmp_path, *flags)
     assert command.max_num_seqs == 7
     assert command.arguments[-len(flags) :] == flags
 
 
-def test_the_key_is_random_and_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_is_random_and_not_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SYNTH_API_KEY", raising=False)
     first, second = plan(tmp_path), plan(tmp_path)
     assert first.api_key != second.api_key
@@ -75,7 +75,7 @@ def test_the_key_is_random_and_on_no_command_line(tmp_path: Path, monkeypatch: p
 
 
 def stub(tmp_path: Path, code: str, **settings: Any) -> VllmCommand:
-    """Return a command that runs `code` in place of vLLM, to test how a server is supervised."""
+    """Return a command that runs `code` instead of vLLM."""
     script = tmp_path / "stub.py"
     script.write_text(code)
     return replace(
@@ -95,20 +95,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200); self.end_headers()
         if self.path == "/die": sys.stdout.flush(); import os; os._exit(7)
     def log_message(self, *args): pass
-http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
 @pytest.mark.parametrize(
     ("printed", "what", "hint"),
     [
-        ("ValueError: no such model", "exit code 3: ValueError: no such model", "all it said"),
-        ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "it needs more memory"),
+        ("ValueError: no such model", "exit code 3: ValueError: no such model", "see the log"),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "use less memory"),
         ("ModuleNotFoundError: No module named 'vllm'", "No module named 'vllm'", "SYNTH_VLLM_PYTHON"),
         ("error: unrecognized arguments: --warp", "exit code 3", "a flag after -- is not one of vLLM's"),
     ],
 )
-def test_a_server_that_exits_at_once_is_reported_with_its_last_error(
+def test_server_that_exits_at_start_is_reported_with_its_last_error(
     tmp_path: Path, printed: str, what: str, hint: str
 ) -> None:
     (tmp_path / "log").write_text("TimeoutError: of an earlier run\n")
@@ -118,7 +119,7 @@ def test_a_server_that_exits_at_once_is_reported_with_its_last_error(
     assert hint in caught.value.hint and str(tmp_path / "log") in caught.value.hint
 
 
-def test_one_server_that_cannot_start_stops_the_others(tmp_path: Path) -> None:
+def test_failed_start_of_one_server_stops_the_others(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     waits = stub(tmp_path, "import time; time.sleep(60)", startup_timeout_s=1)
@@ -132,25 +133,23 @@ def test_one_server_that_cannot_start_stops_the_others(tmp_path: Path) -> None:
         assert subprocess.run(["pgrep", "-f", str(tmp_path / "stub.py")], capture_output=True).returncode == 1
 
 
-def test_a_server_that_dies_is_started_again_a_bounded_number_of_times(tmp_path: Path) -> None:
+def test_dead_server_is_restarted_max_restarts_times(tmp_path: Path) -> None:
     async def die_often() -> tuple[int, str]:
         async with run_servers([stub(tmp_path, SERVES, max_restarts=2)], NullProgress()) as (running,):
             address = running.root
             while not running.gave_up.is_set():
                 await status_of(f"{running.root}/die")
                 await asyncio.sleep(0.05)
-            assert running.root == address  # the address stays the same after a restart
-            assert (
-                running._process is None
-            )  # its number may be given to another process, which nobody is to kill
+            assert running.root == address
+            assert running._process is None  # the system may reuse its number
             return running.restarted, str(running.failure)
 
     restarted, failure = asyncio.run(asyncio.wait_for(die_often(), 60))
     assert restarted == 2
-    assert "died 3 times, the last with exit code 7" in failure
+    assert "died 3 times, the last time with exit code 7" in failure
 
 
-def test_servers_that_run_together_have_ports_of_their_own_and_one_folder(tmp_path: Path) -> None:
+def test_servers_have_own_ports_and_share_a_folder(tmp_path: Path) -> None:
     async def serve() -> Path:
         async with run_servers([stub(tmp_path, SERVES)] * 2, NullProgress()) as (first, second):
             assert first.root != second.root
@@ -166,19 +165,19 @@ def test_servers_that_run_together_have_ports_of_their_own_and_one_folder(tmp_pa
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_the_flags_are_known_to_the_newest_vllm(tmp_path: Path, gpu: bool) -> None:  # noqa: FBT001
-    """Those of 0.33.0; tests/whole/test_vllm.py asks the parser of the installed vLLM itself."""
+def test_newest_vllm_supports_the_flags(tmp_path: Path, gpu: bool) -> None:  # noqa: FBT001
+    """Flags of 0.33.0; tests/whole/test_vllm.py uses the parser of the installed vLLM."""
     known = set(FLAGS_OF_NEWEST.read_text(encoding="utf-8").split())
     assert {word for word in plan(tmp_path, gpu=gpu).command(1, tmp_path) if word.startswith("--")} <= known
-    assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # of older ones
+    assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # removed from vLLM
 
 
-def test_images_left_by_a_killed_run_are_removed_and_those_of_a_live_one_are_not(
+def test_media_folder_of_a_killed_run_is_removed_and_that_of_a_live_run_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm, "_SHARED_MEMORY", tmp_path)
     (tmp_path / "synth-media-x" / ".lock").parent.mkdir()
-    (tmp_path / "synth-media-x" / ".lock").symlink_to("/etc/passwd")  # as another user may have made it
+    (tmp_path / "synth-media-x" / ".lock").symlink_to("/etc/passwd")  # by another user
     code = f"""
 from pathlib import Path
 from pipeline.inference import vllm
@@ -206,8 +205,8 @@ THIEF = SERVES.replace(
 )
 
 
-def test_a_program_that_has_taken_the_port_gets_neither_key_nor_images(tmp_path: Path) -> None:
-    """The thief listens before vLLM does: it answers the first look, which holds no key, and is found out."""
+def test_program_that_took_the_port_gets_neither_key_nor_images(tmp_path: Path) -> None:
+    """The program listens before vLLM does, and answers the health check, which has no key."""
     port = vllm.free_ports(1)[0]
     command = replace(stub(tmp_path, "import time; time.sleep(60)"), port=port)
     thief = [sys.executable, "-c", THIEF, "--port", str(port)]
@@ -229,7 +228,7 @@ def test_a_program_that_has_taken_the_port_gets_neither_key_nor_images(tmp_path:
     assert "Authorization" not in text
 
 
-def test_the_log_of_a_server_is_for_its_user_alone_and_is_not_written_through_a_link(tmp_path: Path) -> None:
+def test_server_log_is_private_and_does_not_follow_links(tmp_path: Path) -> None:
     with vllm.open_log(tmp_path / "vllm.log") as log:
         log.write(b"x")
     assert (tmp_path / "vllm.log").stat().st_mode & 0o777 == 0o600
@@ -239,8 +238,8 @@ def test_the_log_of_a_server_is_for_its_user_alone_and_is_not_written_through_a_
         vllm.open_log(tmp_path / "link.log")
 
 
-def test_the_engine_of_a_server_is_killed_however_we_end() -> None:
-    """Kill the server before the engine, which is its child, as Ray does to the children of a worker."""
+def test_reaper_kills_the_engine_after_sigkill() -> None:
+    """Ray kills the server, the child of a worker; the engine is a child of the server."""
     code = (
         "import os, subprocess; from pipeline.inference.vllm import _start_reaper;"
         "server = subprocess.Popen(['sh', '-c', 'sleep 100 & echo $!; wait'], stdout=subprocess.PIPE,"

@@ -1,4 +1,4 @@
-"""Other vision-language models in this process: each family replies by the schema, and sees all of its prompt."""
+"""Other vision-language models in this process: replies follow the schema, and prompts are complete."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return EmbeddedEngine(request.param, str(folder), "r", 64)
 
 
-def test_replies_follow_the_schema_and_do_not_depend_on_their_company(engine: EmbeddedEngine) -> None:
+def test_replies_follow_the_schema_and_do_not_depend_on_the_batch(engine: EmbeddedEngine) -> None:
     asked = requests()
     together = engine._answer(asked)
     for request, reply in zip(asked, together, strict=True):
@@ -52,7 +52,7 @@ def test_replies_follow_the_schema_and_do_not_depend_on_their_company(engine: Em
         assert engine._answer([request])[0].text == reply.text
 
 
-def test_the_whole_prompt_is_in_the_chat_once_and_its_first_token_too(engine: EmbeddedEngine) -> None:
+def test_chat_has_the_whole_prompt_and_the_bos_token_once(engine: EmbeddedEngine) -> None:
     (request,) = requests(1)
     chat = engine._chat(request)
     assert chat.count(request.system) == chat.count(request.text) == 1
@@ -76,7 +76,7 @@ def test_the_whole_prompt_is_in_the_chat_once_and_its_first_token_too(engine: Em
     assert bos is None or seen[0].count(bos) <= 1
 
 
-def test_a_failed_reply_can_be_shown_and_pages_are_several_images(engine: EmbeddedEngine) -> None:
+def test_chat_shows_a_failed_reply_and_several_pages(engine: EmbeddedEngine) -> None:
     first, second, _ = requests()
     shown = replace(first, failed=('{"caption":""}', "That reply cannot be used."))
     assert "That reply cannot be used." in engine._chat(shown)
@@ -88,10 +88,10 @@ def test_a_failed_reply_can_be_shown_and_pages_are_several_images(engine: Embedd
     assert engine._answer([two])[0].prompt_tokens > engine._answer([first])[0].prompt_tokens
 
 
-def test_a_model_without_a_chat_template_or_with_one_that_hides_the_task_is_refused(tmp_path: Path) -> None:
+def test_model_without_usable_chat_template_is_refused(tmp_path: Path) -> None:
     folder = save("LLaVA", tmp_path)
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    for template, told in (
+    for template, problem in (
         ("{{ 'hello' }}", "leaves out the system text or the task"),
         (None, "no chat template"),
     ):
@@ -100,5 +100,5 @@ def test_a_model_without_a_chat_template_or_with_one_that_hides_the_task_is_refu
         for file in folder.glob("chat_template*"):
             file.unlink()
         processor.save_pretrained(folder)
-        with pytest.raises(EngineError, match=told):
+        with pytest.raises(EngineError, match=problem):
             EmbeddedEngine("x", str(folder), "r", 64)._answer(requests(1))

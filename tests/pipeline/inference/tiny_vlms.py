@@ -1,7 +1,6 @@
-"""Vision-language models of other families than the teachers': tiny, random, with true processors and chat templates.
+"""Tiny random vision-language models of several families, with real processors and shortened chat templates.
 
-Templates are shortened forms of those that the families have on the Hub, with what matters in them: where a
-system text may stand, in which form, and whether the text begins with a token of its own.
+The templates differ in the position and form of the system text, and in the BOS token.
 """
 
 from collections.abc import Callable
@@ -14,35 +13,41 @@ from tokenizers.processors import TemplateProcessing
 
 from pipeline.inference.engines import TINY_WEIGHTS
 
-END = 2  # of a reply: <|im_end|> of the teacher's tokenizer
+END = 2  # <|im_end|> of the teacher's tokenizer
 IMAGE_PX = 32
 TEXT = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "head_dim": 16, "max_position_embeddings": 4096, "pad_token_id": 0, "eos_token_id": END, "bos_token_id": None,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096, "pad_token_id": 0,
+    "eos_token_id": END, "bos_token_id": None,
 }  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-# Gemma 3 begins with a token that its tokenizer would add as well, and puts the system text before the first
-# message.
+# Gemma 3: its tokenizer also adds the BOS token, and the system text precedes the first message.
 WITH_BOS = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'][0]['text'] + '\n\n' %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set first = messages[0]['content'][0]['text'] + '\n\n' %}"
     "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
     "{% for message in rest %}<start_of_turn>{{ message['role'] }}\n{{ first if loop.first else '' }}"
-    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for part in message['content'] %}"
-    "{{ '<start_of_image>' if part['type'] == 'image' else part['text'] | trim }}{% endfor %}{% endif %}<end_of_turn>\n"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{{ '<start_of_image>' if part['type'] == 'image' else part['text'] | trim }}{% endfor %}{% endif %}"
+    "<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-# Pixtral takes a system text that is not a list of parts; a list it cannot add to a text.
+# Pixtral: the system text must be a string, not a list of parts.
 TEXT_ALONE = (
-    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
-    "{% else %}{% set rest = messages %}{% endif %}{% for message in rest %}{% if message['role'] == 'user' %}[INST]"
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}"
+    "{% for message in rest %}{% if message['role'] == 'user' %}[INST]"
     "{% if loop.first and system is defined %}{{ system + '\n\n' }}{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
     "{{ part['text'] if part['type'] == 'text' else '[IMG]' }}{% endfor %}{% endif %}[/INST]"
     "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-# LLaVA-1.5's kind: a system text is refused.
+# LLaVA-1.5: a system text is refused.
 NO_SYSTEM = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system text') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('no system text') }}{% endif %}"
     "{{ message['role'] | upper }}: {% for part in message['content'] %}"
     "{{ part['text'] if part['type'] == 'text' else '<image>\n' }}{% endfor %} {% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -51,7 +56,7 @@ Built = tuple[Any, Any]  # a processor and a model
 
 
 def _tokenizer(*tokens: str, **named: str) -> Any:
-    """Return the teacher's tokenizer with more tokens, some of which have a name as an attribute."""
+    """Return the teacher's tokenizer with more tokens; `named` ones are also attributes."""
     tokenizer = tf.AutoTokenizer.from_pretrained(TINY_WEIGHTS)
     tokenizer.add_special_tokens({"extra_special_tokens": [*tokens, *named.values()]})
     for name, token in named.items():
@@ -114,7 +119,6 @@ def pixtral() -> Built:
 
 
 def llava() -> Built:
-    """Return a model whose chat template refuses a system text."""
     tokenizer = _tokenizer("<image>")
     processor = tf.LlavaProcessor(
         image_processor=tf.CLIPImageProcessor(size={"shortest_edge": IMAGE_PX}, crop_size=_size()),
@@ -149,7 +153,7 @@ FAMILIES: dict[str, Callable[[], Built]] = {
 
 
 def save(family: str, folder: Path) -> Path:
-    """Write a model of a family with its processor, as on the Hub."""
+    """Write a model of a family with its processor to a folder."""
     torch.manual_seed(0)
     processor, model = FAMILIES[family]()
     model.generation_config.eos_token_id = [END]

@@ -1,4 +1,4 @@
-"""Boxes: from the coordinates of a model to pixels of the image, and whether they lie inside of it."""
+"""Boxes: conversion from a model's coordinates to pixels, and boxes outside of the image."""
 
 import random
 
@@ -9,14 +9,16 @@ from pipeline.images.decode import scaled_size
 from pipeline.tasks.boxes import EMPTY, MAX_PIXELS, MIN_PIXELS, OUTSIDE, Frame, place_box, seen_size
 
 
-def test_an_image_has_the_size_that_the_processor_of_the_model_gives_it() -> None:
+def test_seen_size_equals_that_of_the_models_processor() -> None:
     rng = random.Random(0)
     for _ in range(2000):
         width = rng.randint(40, 6000)
         height = rng.randint(max(40, width // 100), min(6000, width * 100))
         limit = rng.choice((None, 50_000, 1_000_000))
-        sent_width, sent_height = scaled_size(width, height, limit)  # what the client sends
-        down, across = smart_resize(sent_height, sent_width, factor=28, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+        sent_width, sent_height = scaled_size(width, height, limit)
+        down, across = smart_resize(
+            sent_height, sent_width, factor=28, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS
+        )
         assert seen_size(Frame(width, height, limit)) == (across, down)
 
 
@@ -35,7 +37,9 @@ def test_an_image_has_the_size_that_the_processor_of_the_model_gives_it() -> Non
         (Frame(560, 280), "pixels", [-3, 0, 565, 280], [0, 0, 560, 280]),  # cut at the edges
     ],
 )
-def test_a_box_is_put_into_pixels_of_the_image(frame: Frame, coordinates: str, box: list[int], placed: list[int]) -> None:
+def test_box_is_converted_to_pixels_of_the_image(
+    frame: Frame, coordinates: str, box: list[int], placed: list[int]
+) -> None:
     row = {"bbox_2d": box, "label": "cat"}
     assert place_box(row, "bbox_2d", frame, coordinates) is None
     assert row == {"bbox_2d": placed, "label": "cat"}
@@ -51,5 +55,5 @@ def test_a_box_is_put_into_pixels_of_the_image(frame: Frame, coordinates: str, b
         ([10**17, 0, 10**18, 5], OUTSIDE),
     ],
 )
-def test_a_box_outside_of_the_image_or_without_area_is_none(box: list[int], reason: str) -> None:
+def test_box_outside_the_image_or_without_area_has_a_reason(box: list[int], reason: str) -> None:
     assert place_box({"box": box}, "box", Frame(560, 280), "pixels") == reason

@@ -1,4 +1,4 @@
-"""Arithmetic: calculations are evaluated, and anything else has no value."""
+"""Arithmetic in answers about decks: expressions are evaluated without executing code."""
 
 import pytest
 
@@ -17,15 +17,15 @@ from pipeline.tasks.deck_qa import equals_rounded, evaluate
         ("10 / 4", 2.5),
     ],
 )
-def test_a_calculation_is_worked_out(expression: str, value: float) -> None:
+def test_expression_is_evaluated(expression: str, value: float) -> None:
     assert evaluate(expression) == pytest.approx(value)
 
 
-NO_CALCULATIONS = "|1 +|1 / 0|9 ** 9 ** 9|__import__('os')|abs(3)|True + 1|[1]|a - b|1 if 1 else 2|1j"
+INVALID_EXPRESSIONS = "|1 +|1 / 0|9 ** 9 ** 9|__import__('os')|abs(3)|True + 1|[1]|a - b|1 if 1 else 2|1j"
 
 
-@pytest.mark.parametrize("expression", [*NO_CALCULATIONS.split("|"), "(" * 300])
-def test_anything_else_has_no_value(expression: str) -> None:
+@pytest.mark.parametrize("expression", [*INVALID_EXPRESSIONS.split("|"), "(" * 300])
+def test_invalid_expression_has_no_value(expression: str) -> None:
     assert evaluate(expression) is None
 
 
@@ -43,5 +43,7 @@ def test_anything_else_has_no_value(expression: str) -> None:
         ("x", "1", False),
     ],
 )
-def test_an_answer_agrees_up_to_its_own_precision(expression: str, answer: str, expected: bool) -> None:  # noqa: FBT001
+def test_answer_equals_the_value_rounded_to_its_decimal_places(  # noqa: FBT001
+    expression: str, answer: str, expected: bool
+) -> None:
     assert equals_rounded(expression, answer) == expected

@@ -1,4 +1,4 @@
-"""Texts of people become annotations like those of a model, with the most frequent answer and a fitting type."""
+"""Human texts become annotations like those of a model, with the most frequent answer and a fitting type."""
 
 from typing import Any
 
@@ -10,12 +10,11 @@ from pipeline.tasks.human import human_annotations
 
 
 def asked(question: str, *answers: str, kind: str | None = None, **more: Any) -> dict[str, Any]:
-    return {
-        "question": question, "answers": list(answers), "answer_type": kind, "evidence_pages": None, "expression": None, **more
-    }  # fmt: skip
+    empty = {"evidence_pages": None, "expression": None}
+    return {"question": question, "answers": list(answers), "answer_type": kind, **empty, **more}
 
 
-def test_captions_and_questions_become_annotations_of_the_usual_tasks() -> None:
+def test_human_texts_become_annotations_of_caption_and_qa() -> None:
     rows = human_annotations(
         "s", ["A dog\n runs. ", " ", "A dog runs."], [asked("is it a dog", "yes", "no", "yes", kind="yes/no")]
     )
@@ -24,7 +23,11 @@ def test_captions_and_questions_become_annotations_of_the_usual_tasks() -> None:
         ("caption", "human", 1, "A dog runs."),
         ("qa", "", 0, None),
     ]
-    assert (rows[2]["question"], rows[2]["answer"], rows[2]["answer_type"]) == ("is it a dog?", "yes", "yes/no")
+    assert (rows[2]["question"], rows[2]["answer"], rows[2]["answer_type"]) == (
+        "is it a dog?",
+        "yes",
+        "yes/no",
+    )
     assert {row["prompt_id"] for row in rows} == {"human"}
     assert len({row["annotation_id"] for row in rows}) == len(rows)
     assert set().union(*rows) <= {*ANNOTATION.names}
@@ -41,33 +44,37 @@ def test_captions_and_questions_become_annotations_of_the_usual_tasks() -> None:
         (asked("What is it?", "a", "b", kind="unknown"), "a", "other"),
     ],
 )
-def test_the_type_of_a_question_fits_its_answer(pair: dict[str, Any], answer: str, kind: str) -> None:
+def test_answer_type_fits_the_answer(pair: dict[str, Any], answer: str, kind: str) -> None:
     (row,) = human_annotations("s", [], [pair])
     assert (row["answer"], row["answer_type"]) == (answer, kind)
     assert find_broken_rule(TASKS["qa"], row) is None
 
 
-def test_a_question_without_an_answer_is_left_out() -> None:
+def test_question_without_answer_is_left_out() -> None:
     assert not human_annotations("s", [], [asked("Is it?"), asked("Is it?", " ")])
 
 
 @pytest.mark.parametrize(
-    ("expression", "answer", "kind"), [("1 + 2", "3", "arithmetic"), (None, "3", "number"), ("", "Ohm", "span")]
+    ("expression", "answer", "kind"),
+    [("1 + 2", "3", "arithmetic"), (None, "3", "number"), ("", "Ohm", "span")],
 )
-def test_questions_about_a_deck_are_of_its_own_task(expression: str | None, answer: str, kind: str) -> None:
-    (row,) = human_annotations("s", [], [asked("What?", answer, evidence_pages=[2], expression=expression)], 3)
+def test_questions_about_a_deck_belong_to_deck_qa(expression: str | None, answer: str, kind: str) -> None:
+    (row,) = human_annotations(
+        "s", [], [asked("What?", answer, evidence_pages=[2], expression=expression)], 3
+    )
     assert (row["task"], row["answer_type"], row["expression"]) == ("deck_qa", kind, expression or "")
     assert find_broken_rule(TASKS["deck_qa"], row, 2) is None
 
 
-def test_all_pages_are_the_evidence_of_a_question_that_names_none() -> None:
+def test_question_without_evidence_has_all_pages() -> None:
     (row,) = human_annotations("s", [], [asked("What?", "Ohm")], 3)
     assert row["evidence_pages"] == [1, 2, 3] and find_broken_rule(TASKS["deck_qa"], row, 3) is None
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("is it", "is it?"), ('what is "it"', 'what is "it"?'), ("Name it.", "Name it."), ("Was?", "Was?")]
+    ("text", "expected"),
+    [("is it", "is it?"), ('what is "it"', 'what is "it"?'), ("Name it.", "Name it."), ("Was?", "Was?")],
 )
-def test_a_mark_that_people_leave_out_is_added(text: str, expected: str) -> None:
+def test_missing_question_mark_is_added(text: str, expected: str) -> None:
     (row,) = human_annotations("s", [], [asked(text, "a")])
     assert row["question"] == expected

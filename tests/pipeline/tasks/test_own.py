@@ -1,4 +1,4 @@
-"""Own tasks: what is built from their settings, how replies are read, and which settings do not fit together."""
+"""Custom tasks: replies become columns, and contradicting settings are errors."""
 
 import json
 from typing import Any
@@ -50,7 +50,12 @@ def read(own: OwnTask, value: Any) -> list[tuple[dict[str, Any], str | None]]:
         ),
         (
             task("boxes"),
-            {"boxes": [{"bbox_2d": [0, 0, 56, 28], "label": "cat"}, {"bbox_2d": [5, 5, 9, 9], "label": "dog"}]},
+            {
+                "boxes": [
+                    {"bbox_2d": [0, 0, 56, 28], "label": "cat"},
+                    {"bbox_2d": [5, 5, 9, 9], "label": "dog"},
+                ]
+            },
             [
                 {"record": '{"bbox_2d": [0, 0, 56, 28], "label": "cat"}'},
                 {"record": '{"bbox_2d": [5, 5, 9, 9], "label": "dog"}'},
@@ -59,23 +64,36 @@ def read(own: OwnTask, value: Any) -> list[tuple[dict[str, Any], str | None]]:
         (task("record", output=fields({"n": {"type": "integer"}})), {"n": 3}, [{"record": '{"n": 3}'}]),
         (task("record", output=fields({"n": {"type": "integer"}})), {}, [{"record": '{"n": null}'}]),
         (
-            task("labels", output={"type": "object", "required": ["is"], "properties": {"is": {"enum": ["day", "night"]}}}),
+            task(
+                "labels",
+                output={
+                    "type": "object",
+                    "required": ["is"],
+                    "properties": {"is": {"enum": ["day", "night"]}},
+                },
+            ),
             {"is": "day"},
             [{"record": '"day"'}],
         ),
         (
-            task("caption", field="alt", output=fields({"why": {"type": "string"}, "alt": {"type": "string"}})),
+            task(
+                "caption", field="alt", output=fields({"why": {"type": "string"}, "alt": {"type": "string"}})
+            ),
             {"why": "It is a shop.", "alt": "A lamp."},
             [{"text": "A lamp."}],
         ),
         (
-            task("text", rows="lines", output=fields({"lines": {"type": "array", "items": {"type": "string"}}})),
+            task(
+                "text", rows="lines", output=fields({"lines": {"type": "array", "items": {"type": "string"}}})
+            ),
             {"lines": ["one", "two"]},
             [{"record": '"one"'}, {"record": '"two"'}],
         ),
     ],
 )
-def test_a_reply_becomes_the_columns_of_its_kind(own: OwnTask, reply: Any, columns: list[dict[str, Any]]) -> None:
+def test_reply_becomes_the_columns_of_its_kind(
+    own: OwnTask, reply: Any, columns: list[dict[str, Any]]
+) -> None:
     rows = read(own, reply)
     assert [(fields, error) for fields, error in rows] == [(values, None) for values in columns]
     assert all(find_broken_rule(own, fields) is None for fields, _ in rows)
@@ -100,15 +118,19 @@ def test_a_reply_becomes_the_columns_of_its_kind(own: OwnTask, reply: Any, colum
         (task("text"), {"text": "la la la la la la la la"}, ["repeats_itself"]),
         (task("text"), {"text": "\ud800"}, ["off_schema"]),
         (task("text"), {"text": "x" * 30_000}, ["text_string_too_long"]),
-        (task("question"), {"qa": [{"question": "Who?", "answer": "me", "extra": 1}]}, ["extra_not_asked_for"]),
+        (
+            task("question"),
+            {"qa": [{"question": "Who?", "answer": "me", "extra": 1}]},
+            ["extra_not_asked_for"],
+        ),
     ],
 )
-def test_what_a_reply_lacks_is_named_row_by_row(own: OwnTask, reply: Any, reasons: list[str | None]) -> None:
+def test_each_invalid_row_has_its_own_reason(own: OwnTask, reply: Any, reasons: list[str | None]) -> None:
     assert [error for _, error in read(own, reply)] == reasons
 
 
 @pytest.mark.parametrize(
-    ("own", "reply", "usual"),
+    ("own", "reply", "standard"),
     [
         (
             task("boxes"),
@@ -122,46 +144,57 @@ def test_what_a_reply_lacks_is_named_row_by_row(own: OwnTask, reply: Any, reason
             {"boxes": [{"bbox_2d": [1.4, 2, 30.0, 39.6], "label": "dog"}]},
             {"boxes": [{"bbox_2d": [1, 2, 30, 40], "label": "dog"}]},
         ),
-        (task("question"), [{"question": "Who?", "answer": "me"}], {"qa": [{"question": "Who?", "answer": "me"}]}),
+        (
+            task("question"),
+            [{"question": "Who?", "answer": "me"}],
+            {"qa": [{"question": "Who?", "answer": "me"}]},
+        ),
     ],
 )
-def test_a_reply_is_read_as_models_write_it_where_no_schema_is_enforced(own: OwnTask, reply: Any, usual: Any) -> None:
-    assert read(own, reply) == read(own, usual)
+def test_reply_in_the_form_of_a_server_without_schemas_is_read(
+    own: OwnTask, reply: Any, standard: Any
+) -> None:
+    assert read(own, reply) == read(own, standard)
     assert all(error is None for _, error in read(own, reply))
 
 
 @pytest.mark.parametrize("box", ["0.1, 0.2, 0.5, 1.0", "1, 2, 30.5, Infinity", "1, 2, NaN, 40"])
-def test_what_is_no_box_of_pixels_stays_a_flaw_of_its_reply(box: str) -> None:
+def test_box_in_fractions_or_without_finite_numbers_is_a_flaw(box: str) -> None:
     own = task("boxes")
     reply = Reply("r", 0, f'[{{"bbox_2d": [{box}], "label": "dog"}}]', "stop", 1, 1)
     ((_, error),) = read_fields(own, reply, None)
     assert error in ("bbox_2d_int_from_float", "bbox_2d_int_type", "bbox_2d_finite_number")
 
 
-def test_a_question_without_a_mark_breaks_a_rule() -> None:
+def test_question_without_question_mark_breaks_a_rule() -> None:
     ((fields, error),) = read(task("question"), {"qa": [{"question": "Who", "answer": "me"}]})
     assert error is None and find_broken_rule(task("question"), fields) == "question_without_mark"
 
 
-def test_what_the_decoder_enforces_has_allowed_values_and_no_lengths() -> None:
-    settings = {"name": "own", "kind": "text", "prompt": "Look.", "output": fields({"t": {"type": "string", "maxLength": 5}})}
+def test_wire_schema_has_no_lengths_and_keeps_field_names() -> None:
+    settings = {
+        "name": "own",
+        "kind": "text",
+        "prompt": "Look.",
+        "output": fields({"t": {"type": "string", "maxLength": 5}}),
+    }
     own = build_task(TaskConfig.model_validate(settings))
     assert "maxLength" not in json.dumps(wire_schema(own)) and "maxLength" in json.dumps(own.whole)
     pattern = {
         "type": "object",
         "required": ["pattern"],
         "properties": {"pattern": {"type": "string"}},
-    }  # a field of that name stays
+    }  # a field, not a keyword
     assert "pattern" in wire_schema(task("text", output=pattern))["properties"]
 
 
-def test_the_prompt_ends_with_the_form_and_the_name_of_the_task() -> None:
+def test_prompt_ends_with_reply_example_and_task_name() -> None:
     own = task("labels", labels=["{{ a }}", "b"])
     assert render(own).text == 'Look.\nReply as {"labels": ["{{ a }}" or "b", ...]}.\nTask: own'
     assert render(own).id.startswith("own@")
 
 
-def test_tasks_are_found_by_name_beside_the_built_in_ones() -> None:
+def test_custom_task_is_found_by_name() -> None:
     own = TaskConfig(name="tags", kind="labels", prompt="Look.")
     tasks = Tasks(own=[own])
     assert tasks["tags"] is build_task(own) and tasks["qa"].name == "qa"
@@ -174,27 +207,33 @@ def test_tasks_are_found_by_name_beside_the_built_in_ones() -> None:
     ("settings", "flaw"),
     [
         ({"kind": "record"}, "a record needs an output"),
-        ({"kind": "text", "labels": ["a"]}, "labels goes with the kinds labels and boxes"),
+        ({"kind": "text", "labels": ["a"]}, "labels is only for the kinds labels and boxes"),
         ({"kind": "labels", "labels": ["a"], "output": PAIR}, "write an enum"),
-        ({"kind": "caption", "output": PAIR}, "say which field is the caption"),
+        ({"kind": "caption", "output": PAIR}, "output has several fields: name that of the caption"),
         ({"kind": "caption", "output": PAIR, "field": "text"}, "has no field text; it has question, answer"),
         ({"kind": "question", "output": PAIR, "rows": "qa"}, "has no list named qa"),
-        ({"kind": "boxes", "output": PAIR}, "boxes are rows with one list of four whole numbers"),
+        ({"kind": "boxes", "output": PAIR}, "boxes need rows with one list of four integers"),
         ({"kind": "record", "output": {"type": "array", "items": PAIR}}, "output must be an object"),
         (
             {"kind": "caption", "field": "caption", "output": fields({"caption": {"type": "integer"}})},
-            "a caption is a text, and not a number",
+            "a caption must be a string, not of type integer",
         ),
-        ({"kind": "labels", "field": "n", "output": fields({"n": {"type": "integer"}})}, "labels are texts"),
-        ({"kind": "boxes", "show_image": False}, "boxes are drawn on an image"),
-        ({"kind": "labels", "min_words": 3}, "min_words and max_words are of captions"),
+        (
+            {"kind": "labels", "field": "n", "output": fields({"n": {"type": "integer"}})},
+            "labels must be a string",
+        ),
+        ({"kind": "boxes", "show_image": False}, "boxes need an image"),
+        ({"kind": "labels", "min_words": 3}, "min_words and max_words are only for captions"),
         ({"kind": "text", "name": "image"}, "has a column image already"),
         (
-            {"kind": "text", "output": {"type": "object", "properties": {"text": {"type": "string", "pattern": "(["}}}},
+            {
+                "kind": "text",
+                "output": {"type": "object", "properties": {"text": {"type": "string", "pattern": "(["}}},
+            },
             "regex parse error",
         ),
     ],
 )
-def test_settings_that_do_not_fit_together_are_one_error(settings: dict[str, Any], flaw: str) -> None:
+def test_contradicting_settings_are_one_error(settings: dict[str, Any], flaw: str) -> None:
     with pytest.raises(ConfigError, match="the task .* cannot be used: .*" + flaw):
         task(**settings)

@@ -1,4 +1,4 @@
-"""Prompts: one shared system text, one task line at the end, and an id that changes with the wording."""
+"""Prompts: a shared system text, the task line at the end, and an id that changes with the wording."""
 
 from pathlib import Path
 from typing import Any
@@ -22,42 +22,46 @@ LAST = ["Task: caption, brief", "Task: caption, detailed", "Task: qa", "Question
 
 
 @pytest.mark.parametrize(("case", "last"), list(zip(CASES, LAST, strict=True)))
-def test_a_prompt_ends_with_its_task_line(case: tuple[str, dict[str, Any]], last: str) -> None:
+def test_prompt_ends_with_its_task_line(case: tuple[str, dict[str, Any]], last: str) -> None:
     task, values = case
     assert render(TASKS[task], **values).text.splitlines()[-1] == last
 
 
-def test_all_tasks_share_the_system_text_so_that_a_server_can_reuse_it() -> None:
+def test_all_tasks_share_the_system_text() -> None:
     assert {render(TASKS[task], **values).system for task, values in CASES} == {template("system/v1").strip()}
 
 
-def test_the_image_stands_between_the_system_text_and_the_task() -> None:
+def test_image_is_between_system_text_and_task() -> None:
     system, user = render(TASKS["qa"]).messages()
     assert system["role"] == "system"
     assert [part["type"] for part in user["content"]] == ["image", "text"]
 
 
-def test_a_style_that_the_prompt_does_not_know_is_named() -> None:
+def test_unknown_style_error_lists_built_in_styles() -> None:
     with pytest.raises(ConfigError, match="style 'sonnet'") as caught:
         render(TASKS["caption"], style="sonnet")
     assert "plain, detailed, brief, alt" in caught.value.hint
 
 
 @pytest.mark.parametrize(("folders", "styles"), [((), STYLES), ((SCENE_PROMPTS,), KNOWN_STYLES)])
-def test_every_style_has_its_own_wording(folders: tuple[Path, ...], styles: tuple[str, ...]) -> None:
+def test_each_style_has_its_own_wording(folders: tuple[Path, ...], styles: tuple[str, ...]) -> None:
     texts = [render(TASKS["caption"], folders, style=style).text.splitlines() for style in styles]
     assert len({lines[0] for lines in texts}) == len(texts)
     assert [lines[-1] for lines in texts] == [f"Task: caption, {style}" for style in styles]
 
 
 def prompt_id(task: str, *folders: Path) -> str:
-    """Return the name of a task's prompt with a digest of its template and the system text."""
     return render(TASKS[task], folders, **dict(CASES).get(task, {})).id
 
 
-def test_wordings_that_the_tiny_models_learned_do_not_change() -> None:
+def test_scene_prompts_are_those_of_the_tiny_models_training() -> None:
     ids = [prompt_id(task, SCENE_PROMPTS) for task in ("caption", "qa", "deck_qa", "answer")]
-    assert ids == ["caption/v1@cfbdc0c86f31", "qa/v1@f512a8e48587", "deck_qa/v1@a4b79fa25464", "answer/v1@9a35f27fbcd1"]
+    assert ids == [
+        "caption/v1@cfbdc0c86f31",
+        "qa/v1@f512a8e48587",
+        "deck_qa/v1@a4b79fa25464",
+        "answer/v1@9a35f27fbcd1",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -69,12 +73,16 @@ def test_wordings_that_the_tiny_models_learned_do_not_change() -> None:
         ({"source": "folder:scenes"}, False),
     ],
 )
-def test_drawn_sources_and_the_tiny_model_have_scene_prompts(settings: dict[str, Any], *, has_scene_prompts: bool) -> None:
+def test_drawn_sources_and_the_tiny_model_use_scene_prompts(
+    settings: dict[str, Any], *, has_scene_prompts: bool
+) -> None:
     folders = resolve(**settings).prompt_dirs
-    assert [prompt_id(task, *folders) == prompt_id(task) for task in ("caption", "qa")] == [not has_scene_prompts] * 2
+    assert [prompt_id(task, *folders) == prompt_id(task) for task in ("caption", "qa")] == [
+        not has_scene_prompts
+    ] * 2
 
 
-def test_wordings_and_question_types_are_drawn_by_the_image() -> None:
+def test_draw_selects_wordings_and_question_types() -> None:
     captions = [render(TASKS["caption"], style="plain", draw=draw).text for draw in range(DRAWS)]
     questions = [render(TASKS["qa"], draw=draw).text for draw in range(DRAWS)]
     assert (len(set(captions)), len(set(questions))) == (3, 8)
@@ -82,7 +90,7 @@ def test_wordings_and_question_types_are_drawn_by_the_image() -> None:
     assert sum("here the answer is no" in text for text in questions) == DRAWS // 2
 
 
-def test_a_length_and_a_language_stand_in_the_prompts() -> None:
+def test_prompts_state_length_and_language() -> None:
     for draw in range(DRAWS):
         text = render(TASKS["caption"], style="detailed", draw=draw, words=33, language="German").text
         assert "33 words" in text and "Write in German." in text
@@ -90,7 +98,7 @@ def test_a_length_and_a_language_stand_in_the_prompts() -> None:
     assert "Write in" not in render(TASKS["caption"], style="plain").text
 
 
-def test_a_users_own_templates_win_and_change_the_id(tmp_path: Path) -> None:
+def test_user_templates_replace_built_in_ones_and_change_the_id(tmp_path: Path) -> None:
     (tmp_path / "caption").mkdir()
     (tmp_path / "caption" / "v1.j2").write_text("Write a sonnet.\nTask: caption, {{ style }}\n")
     own = render(TASKS["caption"], (tmp_path,), style="sonnet")
@@ -100,7 +108,7 @@ def test_a_users_own_templates_win_and_change_the_id(tmp_path: Path) -> None:
     assert render(TASKS["qa"], (tmp_path,)) == render(TASKS["qa"])
 
 
-def test_a_style_of_the_settings_has_a_prompt_and_an_id_of_its_own() -> None:
+def test_custom_style_has_its_own_prompt_and_id() -> None:
     own = (("haiku", "Write a haiku{{ ' in ' ~ language if language }}. "),)
     prompt = render(TASKS["caption"], own_styles=own, style="haiku", language="German")
     assert prompt.text == 'Write a haiku in German. Reply as {"caption": "..."}.\nTask: caption, haiku'
@@ -122,9 +130,12 @@ def test_a_style_of_the_settings_has_a_prompt_and_an_id_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.popen('id').read() }}"],
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    ],
 )
-def test_a_template_of_a_stranger_runs_no_code(template: str, tmp_path: Path) -> None:
+def test_untrusted_template_runs_no_code(template: str, tmp_path: Path) -> None:
     (tmp_path / "caption").mkdir()
     (tmp_path / "caption" / "v1.j2").write_text(template)
     with pytest.raises(ConfigError, match="cannot be rendered"):

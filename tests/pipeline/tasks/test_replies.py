@@ -1,4 +1,4 @@
-"""Parsing: a reply becomes annotation rows, and an unreadable reply becomes one row with its error."""
+"""Replies: a reply becomes annotation rows, and an unreadable reply one row with its error."""
 
 import json
 from dataclasses import replace
@@ -19,12 +19,17 @@ def reply(text: str) -> Reply:
     return Reply(request_id="r", attempt=0, text=text, finish_reason="stop", prompt_tokens=1, reply_tokens=1)
 
 
-def test_a_caption_is_one_row() -> None:
+def test_caption_is_one_row() -> None:
     (row,) = parse_reply(BRIEF, reply('{"caption":"A \\"red\\" ring."}'))
-    assert (row["text"], row["task"], row["style"], row["reply_error"]) == ('A "red" ring.', "caption", "brief", None)
+    assert (row["text"], row["task"], row["style"], row["reply_error"]) == (
+        'A "red" ring.',
+        "caption",
+        "brief",
+        None,
+    )
 
 
-def test_a_caption_on_two_lines_is_one_on_one_line() -> None:
+def test_caption_of_several_lines_becomes_one_line() -> None:
     (row,) = parse_reply(BRIEF, reply('{"caption":" A red ring.\\n\\nIt is big. "}'))
     assert row["text"] == "A red ring. It is big."
     (row,) = parse_reply(BRIEF, reply('{"caption":"A red ring.\\nQuestion 1: What is red?"}'))
@@ -32,19 +37,21 @@ def test_a_caption_on_two_lines_is_one_on_one_line() -> None:
 
 
 @pytest.mark.parametrize("answer", ["Yes.", "YES", " yes!"])
-def test_an_answer_of_yes_is_the_word_alone(answer: str) -> None:
-    (row,) = parse_reply(QA, reply(json.dumps({"qa": [{"answer_type": "yes/no", "question": "Is it? ", "answer": answer}]})))
+def test_yes_answer_is_normalized(answer: str) -> None:
+    (row,) = parse_reply(
+        QA, reply(json.dumps({"qa": [{"answer_type": "yes/no", "question": "Is it? ", "answer": answer}]}))
+    )
     assert (row["question"], row["answer"]) == ("Is it?", "yes")
 
 
-def test_each_question_is_a_row_with_its_place() -> None:
+def test_each_question_is_a_row_with_its_position() -> None:
     pair = '{"answer_type":"number","question":"How many?","answer":"%d"}'
     rows = parse_reply(QA, reply(f'{{"qa":[{pair % 1},{pair % 2}]}}'))
     assert [(row["position"], row["answer"]) for row in rows] == [(0, "1"), (1, "2")]
     assert len({row["annotation_id"] for row in rows}) == 2
 
 
-def test_one_bad_question_does_not_cost_its_siblings() -> None:
+def test_invalid_question_does_not_reject_the_others() -> None:
     pair = '{"answer_type":"number","question":"How many?","answer":"1"}'
     rows = parse_reply(QA, reply(f'{{"qa":[{pair},{{"question":[3]}},{pair}]}}'))
     assert [row["reply_error"] for row in rows] == [None, "off_schema", None]
@@ -67,11 +74,13 @@ def test_one_bad_question_does_not_cost_its_siblings() -> None:
         (QA, "null", "off_schema"),
     ],
 )
-def test_a_reply_that_cannot_be_read_is_one_row_with_a_reason(request_: Request, text: str, error: str) -> None:
-    assert [(row["reply_error"], row["reply_text"]) for row in parse_reply(request_, reply(text))] == [(error, text)]
+def test_unreadable_reply_is_one_row_with_its_reason(request_: Request, text: str, error: str) -> None:
+    assert [(row["reply_error"], row["reply_text"]) for row in parse_reply(request_, reply(text))] == [
+        (error, text)
+    ]
 
 
-def test_a_reply_that_was_cut_is_not_read_even_if_it_could_be() -> None:
+def test_cut_reply_is_not_read() -> None:
     cut = replace(reply('{"caption":"A red ring."}'), finish_reason="length")
     assert [(row["reply_error"], row["text"]) for row in parse_reply(BRIEF, cut)] == [("cut_short", None)]
 
@@ -90,12 +99,12 @@ def test_a_reply_that_was_cut_is_not_read_even_if_it_could_be() -> None:
         ("Yes yes yes.", None),
     ],
 )
-def test_a_refusal_or_a_loop_is_an_error(text: str, error: str | None) -> None:
+def test_refusal_or_loop_is_an_error(text: str, error: str | None) -> None:
     (row,) = parse_reply(BRIEF, reply(f'{{"caption":"{text}"}}'))
     assert row["reply_error"] == error
 
 
-def test_a_reply_is_flawed_only_when_nothing_in_it_is_sound() -> None:
+def test_reply_with_one_valid_question_has_no_flaw() -> None:
     good = '{"answer_type":"number","question":"How many?","answer":"1"}'
     bad = '{"answer_type":"yes/no","question":"Is it?","answer":"perhaps"}'
     assert find_flaw(QA, reply(f'{{"qa":[{bad},{good}]}}')) is None
@@ -104,8 +113,10 @@ def test_a_reply_is_flawed_only_when_nothing_in_it_is_sound() -> None:
 
 
 @pytest.mark.parametrize(("value", "answer"), [("true", "yes"), ("false", "no"), ("3", "3"), ("2.5", "2.5")])
-def test_an_answer_of_a_server_that_enforces_no_schema_may_be_a_truth_value_or_a_number(value: str, answer: str) -> None:
-    (row,) = parse_reply(QA, reply(f'{{"qa":[{{"answer_type":"what","question":"Is it red?","answer":{value}}}]}}'))
+def test_answer_as_json_number_or_boolean_is_read(value: str, answer: str) -> None:
+    (row,) = parse_reply(
+        QA, reply(f'{{"qa":[{{"answer_type":"what","question":"Is it red?","answer":{value}}}]}}')
+    )
     assert (row["answer"], row["reply_error"] or "") == (answer, "")
 
 
@@ -122,6 +133,6 @@ def test_an_answer_of_a_server_that_enforces_no_schema_may_be_a_truth_value_or_a
         ('["caption"]', None),
     ],
 )
-def test_words_around_an_object_are_not_part_of_it(text: str, caption: str | None) -> None:
+def test_first_object_is_found_in_surrounding_text(text: str, caption: str | None) -> None:
     ((fields, error),) = read_fields(TASKS["caption"], BRIEF.reply(text, "stop"))
     assert (fields.get("text"), error is None) == (caption, caption is not None)

@@ -1,4 +1,4 @@
-"""Schemas: the wire schema holds only what a decoder enforces; the full model checks the rest, with a code per error."""
+"""Task schemas: the wire schema has only enforced keywords; the row model checks the rest."""
 
 import json
 from typing import Any
@@ -10,10 +10,10 @@ from pydantic import ValidationError
 from pipeline.tasks import TASKS, find_broken_rule, tasks_making, wire_schema
 from pipeline.tasks.qa import QAPair
 
-# The keywords that guidance enforces (vLLM 0.32 with llguidance 1.7); it refuses or ignores others.
+# Keywords that guidance enforces (vLLM 0.32 with llguidance 1.7).
 ENFORCED = {
-    "$defs", "$ref", "additionalProperties", "anyOf", "const", "enum", "items", "maxItems", "maximum", "minItems", "minimum",
-    "properties", "required", "type",
+    "$defs", "$ref", "additionalProperties", "anyOf", "const", "enum", "items", "maxItems", "maximum",
+    "minItems", "minimum", "properties", "required", "type",
 }  # fmt: skip
 
 
@@ -23,24 +23,32 @@ def keywords(node: Any) -> set[str]:
         return {key for item in node for key in keywords(item)}
     if not isinstance(node, dict):
         return set()
-    below = [value for key, inner in node.items() for value in (inner.values() if key in ("properties", "$defs") else [inner])]
+    below = [
+        value
+        for key, inner in node.items()
+        for value in (inner.values() if key in ("properties", "$defs") else [inner])
+    ]
     return set(node) | keywords(below)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_wire_schema_is_one_that_guidance_takes_whole(task: str) -> None:
+def test_guidance_supports_the_whole_wire_schema(task: str) -> None:
     schema = wire_schema(TASKS[task])
     assert LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema))) == ""
     assert keywords(schema) <= ENFORCED
     assert schema["additionalProperties"] is False
 
 
-def test_properties_keep_their_order_since_the_model_writes_in_it() -> None:
-    assert list(wire_schema(TASKS["qa"])["$defs"]["QAPair"]["properties"]) == ["answer_type", "question", "answer"]
+def test_wire_schema_keeps_the_order_of_properties() -> None:
+    assert list(wire_schema(TASKS["qa"])["$defs"]["QAPair"]["properties"]) == [
+        "answer_type",
+        "question",
+        "answer",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("values", "fault"),
+    ("values", "error_type"),
     [
         ({"question": "How many"}, "question_without_mark"),
         ({"answer": "How many?"}, "answer_repeats_question"),
@@ -51,12 +59,12 @@ def test_properties_keep_their_order_since_the_model_writes_in_it() -> None:
         ({"extra": "x"}, "extra_forbidden"),
     ],
 )
-def test_a_fault_has_a_word(values: dict[str, str], fault: str) -> None:
+def test_invalid_pair_has_one_error_type(values: dict[str, str], error_type: str) -> None:
     good = {"answer_type": "number", "question": "How many?", "answer": "2"}
     QAPair.model_validate(good)
     with pytest.raises(ValidationError) as caught:
         QAPair.model_validate(good | values)
-    assert [error["type"] for error in caught.value.errors()] == [fault]
+    assert [error["type"] for error in caught.value.errors()] == [error_type]
 
 
 DECK_PAIR: dict[str, Any] = {
@@ -66,7 +74,12 @@ DECK_PAIR: dict[str, Any] = {
     "expression": "",
     "answer": "a singer",
 }
-SUM = DECK_PAIR | {"answer_type": "arithmetic", "evidence_pages": [1, 3], "expression": "3 - 1", "answer": "2"}
+SUM = DECK_PAIR | {
+    "answer_type": "arithmetic",
+    "evidence_pages": [1, 3],
+    "expression": "3 - 1",
+    "answer": "2",
+}
 
 
 @pytest.mark.parametrize(
@@ -85,9 +98,9 @@ SUM = DECK_PAIR | {"answer_type": "arithmetic", "evidence_pages": [1, 3], "expre
         (SUM | {"question": "How many"}, "question_without_mark"),
     ],
 )
-def test_a_question_about_a_deck_has_its_rules(fields: dict[str, Any], reason: str | None) -> None:
+def test_invalid_question_about_a_deck_has_its_reason(fields: dict[str, Any], reason: str | None) -> None:
     assert find_broken_rule(TASKS["deck_qa"], fields, pages=4) == reason
 
 
-def test_tasks_are_known_by_what_they_make() -> None:
+def test_tasks_making_captions_or_questions() -> None:
     assert tasks_making("captions") == {"caption"} and tasks_making("questions") == {"qa", "deck_qa"}
