@@ -1,10 +1,39 @@
-"""Plans of what is asked, from settings."""
+"""Plans of what is asked, from settings, and runs of them without steps."""
+
+from collections.abc import Callable, Iterable
+
+import pyarrow as pa
 
 from pipeline.config import Config
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.requests import RequestPlan
 from pipeline.tasks import Tasks
+from pipeline.types import Engine, SampleBatch, SampleInfo
 
 
 def request_plan(config: Config, revision: str = "r") -> RequestPlan:
     """Return what a run with these settings asks a model of this revision."""
     return RequestPlan.of(config, Tasks(config.tasks, config.own_tasks), revision)
+
+
+def ask(
+    config: Config,
+    chunks: Iterable[SampleBatch],
+    engine: Callable[[], Engine],
+    journal: Journal,
+    stats: RequestStats | None = None,
+    revision: str = "r",
+) -> RequestStats:
+    """Send all requests about samples; return the statistics."""
+    stats = RequestStats() if stats is None else stats
+    for _ in ask_about(iter(chunks), request_plan(config, revision), config.server, engine, journal, stats):
+        pass
+    return stats
+
+
+def stored_annotations(config: Config, ids: Iterable[str], journal: Journal, revision: str = "r") -> pa.Table:
+    """Return the annotations of samples from a journal."""
+    samples = [SampleInfo(sample_id, 1) for sample_id in ids]
+    (table,) = read_annotations([samples], request_plan(config, revision), journal)
+    return table

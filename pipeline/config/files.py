@@ -45,11 +45,12 @@ if TYPE_CHECKING:
 MAX_SHOWN_CHARACTERS = 80
 SECRET_KEYS = frozenset(("key_env", "headers"))  # their values are not shown: by mistake they may be keys of servers
 WANTED = {  # by the kind of pydantic's errors; the other kinds have its messages
-    "bool_for_number": "a number",
+    "bool_for_number": "a number, such as 10",
     "dict": "keys and values",
     "float": "a number",
     "greater_than_equal": "{ge} or more",
     "int": "a whole number",
+    "int_from_float": "a whole number",
     "literal_error": "one of {expected}",
     "model": "keys and values, indented below it",
     "string": "a text",
@@ -284,7 +285,8 @@ def _flaw(error: "ErrorDetails") -> str:
     if wanted is None:
         message = error["msg"].removeprefix("Value error, ")
         return message if is_secret else f"{message} ({shown})"
-    quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes" if isinstance(value, bool) else ""
+    is_text_meant = isinstance(value, bool) and kind != "bool_for_number"
+    quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes" if is_text_meant else ""
     return f"{shown} is not {wanted if kind == 'string_pattern_mismatch' else wanted.format(**context)}{quotes}"
 
 

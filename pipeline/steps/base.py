@@ -361,7 +361,10 @@ def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
 
 
 def _checked(step: RowStep, given: pa.Table, judged: pa.Table) -> pa.Table:
-    require_columns(judged, "annotation_id", "reason")
+    if "reason" not in judged.column_names:
+        problem = f"the judge function of the step {step.name} returned a table without the column `reason`"
+        raise TableError(problem, hint="return with_reason(table, reasons): None keeps a row, a word rejects it")
+    require_columns(judged, "annotation_id")
     if not judged["annotation_id"].equals(given["annotation_id"]):
         raise TableError(
             f"step {step.name} was given {given.num_rows} rows and returned {judged.num_rows}, or others",

@@ -134,7 +134,19 @@ def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> No
     """Write tables one after another to a Parquet file, atomically; one table is in memory at a time."""
     with atomic_write(path) as temporary, open_writer(temporary, schema) as writer:
         for table in tables:
-            writer.write_table(table.select(schema.names).cast(schema))
+            writer.write_table(_cast(table, schema))
+
+
+def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Cast a table to a schema. Raises TableError that names a column with a value of another type."""
+    columns = []
+    for field in schema:
+        try:
+            columns.append(table[field.name].cast(field.type))
+        except pa.ArrowInvalid as error:
+            problem = f"the column {field.name} has a value that is not of type {field.type}: {error}"
+            raise TableError(problem, hint=f"write values of type {field.type}, or null") from None
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def open_writer(target: Path | pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:

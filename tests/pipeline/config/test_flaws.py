@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
     [
         (
             "source: scenes\nlimit: yes\n",
-            "bad value for limit: True is not a number; YAML reads yes, no, on and off as true and false: put a text in quotes",
+            "bad value for limit: True is not a number, such as 10",
             "docs/settings.md explains limit",
         ),
         ("source: scenes\ngenerate: {max_tokens: on}\n", "generate.max_tokens: True is not a number", ""),

@@ -11,26 +11,23 @@ from pipeline.config.sections import ServerConfig
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference.budget import WINDOW_REPLIES, Budget, BudgetError, CircuitBreaker
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestQueue, RequestStats, ask_about
+from pipeline.inference.queue import RequestQueue, RequestStats
 from pipeline.inference.requests import build_requests
 from pipeline.types import Reply, SampleBatch
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.clients import client_of
-from tests.plans import request_plan
+from tests.plans import ask, request_plan
 from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(20)
 REQUEST = next(iter(build_requests("a" * 64, request_plan(resolve(source="scenes")))))
 
 
-def ask(path: Path, chat: ChatServer, **server: Any) -> RequestStats:
+def run(path: Path, chat: ChatServer, **server: Any) -> RequestStats:
     config = resolve(source="scenes", base_url=[chat.url], model="model", server=server)
-    stats = RequestStats()
     chunks = [batch_of(SAMPLES[n : n + 5]) for n in range(0, len(SAMPLES), 5)]
     with Journal(path) as journal, client_of(config) as engine:
-        for _ in ask_about(iter(chunks), request_plan(config), config.server, lambda: engine, journal, stats):
-            pass
-    return stats
+        return ask(config, chunks, lambda: engine, journal)
 
 
 def reply(prompt_tokens: int = 100, reply_tokens: int = 10) -> Reply:
@@ -40,12 +37,12 @@ def reply(prompt_tokens: int = 100, reply_tokens: int = 10) -> Reply:
 def test_run_sends_exactly_max_requests(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         with pytest.raises(BudgetError, match="17 of 17 requests"):
-            ask(tmp_path / "j", chat, max_requests=17)
+            run(tmp_path / "j", chat, max_requests=17)
         assert len(chat.bodies) == 17
         with pytest.raises(BudgetError):
-            ask(tmp_path / "j", chat, max_requests=17)
+            run(tmp_path / "j", chat, max_requests=17)
         assert len(chat.bodies) == 17
-        ask(tmp_path / "j", chat, max_requests=len(SAMPLES) * 3)
+        run(tmp_path / "j", chat, max_requests=len(SAMPLES) * 3)
         assert len(chat.bodies) == len(SAMPLES) * 3
 
 
@@ -144,31 +141,23 @@ def test_resumed_run_stops_again_if_replies_are_still_unusable(tmp_path: Path) -
             (f"{n:064x}", SAMPLES[n % 20].images) for n in range(WINDOW_REPLIES * 11 // 20)
         ]  # two captions each
 
-        def run() -> None:
+        def run_again() -> None:
             with Journal(tmp_path / "j") as journal, client_of(config) as engine:
-                for _ in ask_about(
-                    iter([SampleBatch.of(samples)]),
-                    request_plan(config),
-                    config.server,
-                    lambda: engine,
-                    journal,
-                    RequestStats(),
-                ):
-                    pass
+                ask(config, [SampleBatch.of(samples)], lambda: engine, journal)
 
         for _ in range(2):
             with pytest.raises(EngineError, match=r"100 of the last 100 replies are unusable.*Sure!"):
-                run()
+                run_again()
         chat.script = lambda times, body: None
-        run()
+        run_again()
 
 
 def test_small_budget_sends_one_request_before_the_first_reply(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         with pytest.raises(BudgetError, match=r"of 60 tokens"):
-            ask(tmp_path / "tokens", chat, max_total_tokens=60)
+            run(tmp_path / "tokens", chat, max_total_tokens=60)
         assert len(chat.bodies) == 1  # it takes 52 tokens
         chat.bodies.clear()
         with pytest.raises(BudgetError, match=r"0\.000052 of 0\.000100 to pay"):
-            ask(tmp_path / "cost", chat, max_cost=0.0001, price_in=1.0, price_out=1.0)
+            run(tmp_path / "cost", chat, max_cost=0.0001, price_in=1.0, price_out=1.0)
         assert len(chat.bodies) == 1

@@ -20,13 +20,13 @@ from pipeline.errors import EngineError
 from pipeline.inference import client, endpoints, protocol
 from pipeline.inference.client import START_REQUESTS, Client
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.queue import RequestStats, ask_about
 from pipeline.progress import Progress
-from pipeline.types import Sample, SampleInfo
+from pipeline.types import Sample
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
 from tests.clients import client_of
 from tests.notes import Notes
-from tests.plans import request_plan
+from tests.plans import ask, request_plan, stored_annotations
 from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(12)
@@ -51,13 +51,8 @@ def run(
     with Journal(path) as journal, ExitStack() as stack:
         chunks = (batch_of(samples[n : n + 4]) for n in range(0, len(samples), 4))
         opened = client_of(config, progress=progress)
-        for _ in ask_about(
-            chunks, request_plan(config), config.server, lambda: stack.enter_context(opened), journal, counts
-        ):
-            pass
-        (table,) = read_annotations(
-            [[SampleInfo(sample.id, 1) for sample in samples]], request_plan(config), journal
-        )
+        ask(config, chunks, lambda: stack.enter_context(opened), journal, counts)
+        table = stored_annotations(config, [sample.id for sample in samples], journal)
         stored = journal.totals()["replies"]
     assert counts.done == counts.total == len(samples) * 3
     assert stored >= counts.total
@@ -367,10 +362,7 @@ def test_crash_loses_at_most_the_requests_in_flight(tmp_path: Path) -> None:
     with running_chat(chat):
         config = resolve(source="scenes", model="model", base_url=[chat.url], server={"concurrency": 8})
         with Watched(tmp_path / "j") as journal, client_of(config) as client:
-            for _ in ask_about(
-                chunks, request_plan(config), config.server, lambda: client, journal, RequestStats()
-            ):
-                pass
+            ask(config, chunks, lambda: client, journal)
     assert len(chat.bodies) == 90
     assert max(lost) <= 8
 
@@ -384,10 +376,7 @@ def test_started_server_that_cannot_be_restarted_ends_the_run_with_its_error(tmp
             client._servers = [SimpleNamespace(failure=EngineError("vLLM died 4 times"))]  # type: ignore[list-item]
             after_first_requests(chat, stack.pop_all().close)
             with pytest.raises(EngineError, match="vLLM died 4 times"):
-                for _ in ask_about(
-                    chunks, request_plan(config), config.server, lambda: client, journal, RequestStats()
-                ):
-                    pass
+                ask(config, chunks, lambda: client, journal)
 
 
 @pytest.mark.parametrize(("waiting", "grows"), [(0, True), (200, False)])
@@ -409,15 +398,7 @@ def test_replies_state_their_seconds_and_tokens(tmp_path: Path) -> None:
     ):
         config = resolve(source="scenes", model="model", base_url=[chat.url], tasks=["caption"])
         with client_of(config) as asked:
-            for _ in ask_about(
-                iter([batch_of(SAMPLES[:2])]),
-                request_plan(config),
-                config.server,
-                lambda: asked,
-                journal,
-                stats,
-            ):
-                pass
+            ask(config, [batch_of(SAMPLES[:2])], lambda: asked, journal, stats)
     assert (
         stats.seconds
         and len(stats.seconds) == 4
@@ -461,10 +442,7 @@ def test_ctrl_c_stores_the_replies_that_have_arrived(tmp_path: Path, monkeypatch
         monkeypatch.setattr(Client, "_done", interrupt)
         chunks = iter([batch_of(SAMPLES)])
         with pytest.raises(KeyboardInterrupt):
-            for _ in ask_about(
-                chunks, request_plan(config), config.server, lambda: asking, journal, RequestStats()
-            ):
-                pass
+            ask(config, chunks, lambda: asking, journal)
         assert journal.totals()["replies"] >= 3
 
 

@@ -16,13 +16,11 @@ from pipeline.inference import client, probing, protocol
 from pipeline.inference.endpoints import named_endpoints
 from pipeline.inference.engines import choose_judge
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.types import SampleInfo
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind, refuse
 from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.clients import client_of, endpoints_of, model_of
 from tests.notes import Notes
-from tests.plans import request_plan
+from tests.plans import ask, stored_annotations
 from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(4)
@@ -36,7 +34,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
 
 
-def ask(
+def run(
     path: Path, chat: ChatServer, max_tokens: int = 400, **server: Any
 ) -> tuple[list[str | None], list[str], str]:
     """Ask about the samples; return the errors of all annotations, the messages, and the model revision."""
@@ -50,20 +48,15 @@ def ask(
     with Journal(path) as journal, ExitStack() as stack:
         chunks = iter([batch_of(SAMPLES)])
         engine = lambda: stack.enter_context(client_of(config, name, revision, notes))  # noqa: E731
-        for _ in ask_about(
-            chunks, request_plan(config, revision), config.server, engine, journal, RequestStats()
-        ):
-            pass
-        (table,) = read_annotations(
-            [[SampleInfo(sample.id, 1) for sample in SAMPLES]], request_plan(config, revision), journal
-        )
+        ask(config, chunks, engine, journal, revision=revision)
+        table = stored_annotations(config, [sample.id for sample in SAMPLES], journal, revision)
     return table["reply_error"].to_pylist(), notes.texts, revision
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_server_gets_exactly_its_supported_fields(kind: ServerKind, tmp_path: Path) -> None:
     with running_chat(ChatServer(kind=kind)) as chat:
-        errors, texts, revision = ask(tmp_path / "j", chat)
+        errors, texts, revision = run(tmp_path / "j", chat)
     assert errors == [None] * 3 * len(SAMPLES) and "unenforced" not in revision
     left_out = LEFT_OUT.get(kind.name, set())
     for body in chat.bodies:
@@ -91,9 +84,9 @@ def test_server_without_schemas_needs_no_enforced_schema(kind: ServerKind, tmp_p
 
     with running_chat(ChatServer(script, kind=kind)) as chat:
         with pytest.raises(EngineError, match="does not enforce JSON schemas") as refused:
-            ask(tmp_path / "strict", chat)
+            run(tmp_path / "strict", chat)
         assert "--no-enforced-schema" in refused.value.hint and not chat.bodies
-        errors, texts, revision = ask(tmp_path / "loose", chat, enforced_schema=False)
+        errors, texts, revision = run(tmp_path / "loose", chat, enforced_schema=False)
     assert errors == [None] * 3 * len(SAMPLES)  # each first reply was invalid, and retried
     assert flawed["count"] == 3 * len(SAMPLES)
     assert revision.endswith("+unenforced")
@@ -146,7 +139,7 @@ def test_refused_first_request_ends_the_run_with_its_reason(
     kind: ServerKind, settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with running_chat(ChatServer(kind=kind)) as chat, pytest.raises(EngineError, match=message) as caught:
-        ask(tmp_path / "j", chat, **settings)
+        run(tmp_path / "j", chat, **settings)
     assert "schema" not in str(caught.value) and not chat.bodies
 
 
@@ -161,7 +154,7 @@ def test_first_answer_without_reply_is_an_error_without_the_key(
     chat = ChatServer()
     chat.probe_answer = answer
     with running_chat(chat), pytest.raises(EngineError, match=r"with an error: .*\[key\] has no credit"):
-        ask(tmp_path / "j", chat)
+        run(tmp_path / "j", chat)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +164,7 @@ def test_first_answer_without_reply_is_an_error_without_the_key(
 )
 def test_thinking_model_is_accepted_if_max_tokens_suffices(kind: ServerKind, tmp_path: Path) -> None:
     with running_chat(ChatServer(kind=kind)) as chat:
-        errors, texts, _ = ask(tmp_path / "j", chat, max_tokens=4000)
+        errors, texts, _ = run(tmp_path / "j", chat, max_tokens=4000)
     assert set(errors) == {None} and not any("schema" in text for text in texts)
 
 
@@ -181,10 +174,10 @@ def test_refusal_field_is_stored_as_a_reply(tmp_path: Path) -> None:
     with running_chat(
         ChatServer(lambda times, body: Act(raw=refusal) if task_of(body) == "Task: qa" else None)
     ) as chat:
-        errors, _, _ = ask(tmp_path / "j", chat)
+        errors, _, _ = run(tmp_path / "j", chat)
         assert Counter(errors) == {None: 2 * len(SAMPLES), "content_filter": len(SAMPLES)}
         asked = len(chat.bodies)
-        ask(tmp_path / "j", chat)
+        run(tmp_path / "j", chat)
     assert len(chat.bodies) == asked == 5 * len(SAMPLES)  # each refusal has two retries
 
 
@@ -275,16 +268,16 @@ def test_key_and_headers_come_from_the_environment_and_go_only_to_their_server(
     monkeypatch.delenv("SYNTH_API_KEY", raising=False)
     with running_chat(ChatServer()) as chat:
         monkeypatch.setenv("OPENAI_API_KEY", "of-openai")
-        ask(tmp_path / "a", chat)
+        run(tmp_path / "a", chat)
         assert chat.authorizations == {None}  # not a server of OpenAI
         monkeypatch.setenv("MY_KEY", "mine")
-        ask(tmp_path / "b", chat, key_env="MY_KEY", headers={"X-Title": "synth", "api-key": "$MY_KEY"})
+        run(tmp_path / "b", chat, key_env="MY_KEY", headers={"X-Title": "synth", "api-key": "$MY_KEY"})
         assert chat.authorizations == {None, "Bearer mine"}
         assert {(headers.get("X-Title"), headers.get("api-key")) for headers in chat.headers[-5:]} == {
             ("synth", "mine")
         }
         with pytest.raises(EngineError, match=r"is \$NO_SUCH, and this environment variable is not set"):
-            ask(tmp_path / "c", chat, headers={"api-key": "$NO_SUCH"})
+            run(tmp_path / "c", chat, headers={"api-key": "$NO_SUCH"})
     config = resolve(source="scenes", base_url=["https://api.openai.com/v1", "https://evil-openai.com/v1"])
     assert [endpoint.headers.get("Authorization") for endpoint in endpoints_of(config)] == [
         "Bearer of-openai",
@@ -309,10 +302,7 @@ def test_two_servers_have_their_own_keys_headers_rates_and_weights(
         config = resolve(source="scenes", base_url=[first.url, second.url], model="model", server=server)
         chunks = iter([batch_of(scene_samples(30))])
         with client_of(config) as engine, Journal(tmp_path / "j") as journal:
-            for _ in ask_about(
-                chunks, request_plan(config), config.server, lambda: engine, journal, RequestStats()
-            ):
-                pass
+            ask(config, chunks, lambda: engine, journal)
     assert (first.authorizations, second.authorizations) == ({"Bearer of-all"}, {"Bearer of-second"})
     assert {(headers.get("X-All"), headers.get("X-Title")) for headers in first.headers} == {("yes", None)}
     assert {(headers.get("X-All"), headers.get("X-Title")) for headers in second.headers} == {("yes", "mine")}

@@ -13,9 +13,9 @@ from pipeline.inference import journal as journal_module
 from pipeline.inference import queue
 from pipeline.inference.embedded import batch_requests
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.types import Engine, Reply, RequestSource, SampleBatch, SampleInfo
-from tests.plans import request_plan
+from pipeline.inference.queue import RequestStats
+from pipeline.types import Engine, Reply, RequestSource, SampleBatch
+from tests.plans import ask, stored_annotations
 from tests.scene_data import requests_to_send
 
 IDS = [f"{n:064x}" for n in range(6)]
@@ -70,23 +70,15 @@ class Scripted:
                 ]
 
 
-def run(path: Path, engine: Scripted, config: Config | None = None) -> tuple[RequestStats, list[str]]:
+CONFIG = resolve(source="scenes")
+
+
+def run(path: Path, engine: Scripted, config: Config = CONFIG) -> tuple[RequestStats, list[str]]:
     """Run the queue over two chunks of three images; return statistics and annotation ids."""
-    counts, settings = RequestStats(), config or resolve(source="scenes")
     with Journal(path) as journal:
-        for _ in ask_about(
-            map(batch, (IDS[:3], IDS[3:])),
-            request_plan(settings, "1"),
-            settings.server,
-            lambda: engine,
-            journal,
-            counts,
-        ):
-            pass
-        tables = list(
-            read_annotations([[SampleInfo(name, 1) for name in IDS]], request_plan(settings, "1"), journal)
-        )
-    return counts, [row for table in tables for row in table["annotation_id"].to_pylist()]
+        counts = ask(config, map(batch, (IDS[:3], IDS[3:])), lambda: engine, journal, revision="1")
+        annotations = stored_annotations(config, IDS, journal, "1")
+    return counts, annotations["annotation_id"].to_pylist()
 
 
 def test_second_run_sends_nothing(tmp_path: Path) -> None:
@@ -102,16 +94,7 @@ def test_second_run_sends_nothing(tmp_path: Path) -> None:
         raise AssertionError("an engine was made")
 
     with Journal(tmp_path / "j") as journal:
-        list(
-            ask_about(
-                iter([batch(IDS)]),
-                request_plan(resolve(source="scenes"), "1"),
-                resolve(source="scenes").server,
-                refuse,
-                journal,
-                RequestStats(),
-            )
-        )
+        ask(CONFIG, [batch(IDS)], refuse, journal, revision="1")
 
 
 def test_images_are_read_only_for_requests_to_send(tmp_path: Path) -> None:
@@ -124,24 +107,15 @@ def test_images_are_read_only_for_requests_to_send(tmp_path: Path) -> None:
 
         return SampleBatch(ids, images)
 
-    def ask(engine: Scripted, *batches: SampleBatch) -> None:
+    def send(engine: Scripted, *batches: SampleBatch) -> None:
         read.clear()
         with Journal(tmp_path / "j") as journal:
-            list(
-                ask_about(
-                    iter(batches),
-                    request_plan(resolve(source="scenes"), "1"),
-                    resolve(source="scenes").server,
-                    lambda: engine,
-                    journal,
-                    RequestStats(),
-                )
-            )
+            ask(CONFIG, batches, lambda: engine, journal, revision="1")
 
-    ask(Scripted(), noted(IDS[:2]))
+    send(Scripted(), noted(IDS[:2]))
     assert read == IDS[:2]
     sees = Scripted()
-    ask(sees, noted(IDS[:2]), noted(IDS[2:4]), noted(IDS[:1]))
+    send(sees, noted(IDS[:2]), noted(IDS[2:4]), noted(IDS[:1]))
     assert read == IDS[2:4]
     assert sees.images == {name: (name.encode(),) for name in IDS[2:4]}
 

@@ -43,7 +43,7 @@ def test_invalid_expression_has_no_value(expression: str) -> None:
         ("x", "1", False),
     ],
 )
-def test_answer_equals_the_value_rounded_to_its_decimal_places(  # noqa: FBT001
-    expression: str, answer: str, expected: bool
+def test_answer_equals_the_value_rounded_to_its_decimal_places(
+    expression: str, answer: str, expected: object
 ) -> None:
     assert equals_rounded(expression, answer) == expected
