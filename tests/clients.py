@@ -1,10 +1,18 @@
 """Clients of the servers that a configuration names, as pipeline.inference.engines makes them."""
 
+from typing import Any
+
 from pipeline.config import Config
+from pipeline.config.files import resolve
 from pipeline.inference.client import Client
 from pipeline.inference.endpoints import Endpoint, named_endpoints
 from pipeline.inference.probing import find_model
 from pipeline.progress import Progress
+
+
+def config_of(*urls: str, model: str | None = "model", **settings: Any) -> Config:
+    """Return settings that ask these servers about scenes."""
+    return resolve(source="scenes", base_url=list(urls), model=model, **settings)
 
 
 def client_of(config: Config, model: str = "model", revision: str = "r", progress: Progress | None = None) -> Client:

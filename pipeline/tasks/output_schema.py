@@ -143,7 +143,7 @@ def _close(schema: Any, position: _Position) -> Schema:
         return _close_object(closed, position)
     if kind == "array":
         if "items" not in closed or closed.get("minItems", 0) > MAX_ITEMS:
-            raise UnusableSchemaError(f"{path} is a list without `items`, or of more than {MAX_ITEMS}")
+            raise UnusableSchemaError(f"{path} is a list without items, or of more than {MAX_ITEMS}")
         return closed | {"items": _close(closed["items"], position.within("[]"))}
     if "enum" in closed and len({*closed["enum"]}) < len(closed["enum"]):
         raise UnusableSchemaError(f"{path} allows one value twice")
@@ -159,7 +159,7 @@ def _is_number(value: Any) -> bool:
 def _close_object(schema: Schema, position: _Position) -> Schema:
     path, properties, required = position.path, schema.get("properties"), schema.get("required", [])
     if not isinstance(properties, dict) or not properties or schema.get("additionalProperties"):
-        raise UnusableSchemaError(f"{path} must name its fields (`properties`), and allow no other fields")
+        raise UnusableSchemaError(f"{path} must name its fields (properties), and allow no other fields")
     if not isinstance(required, list):
         raise UnusableSchemaError(f"{path} has a `required` that is not a list of fields")
     if odd := [name for name in properties if name == "_type" or not _NAME.fullmatch(str(name))]:

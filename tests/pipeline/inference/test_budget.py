@@ -15,7 +15,7 @@ from pipeline.inference.queue import RequestQueue, RequestStats
 from pipeline.inference.requests import build_requests
 from pipeline.types import Reply, SampleBatch
 from tests.chat.server import Act, ChatServer, running_chat
-from tests.clients import client_of
+from tests.clients import client_of, config_of
 from tests.plans import ask, request_plan
 from tests.scene_data import batch_of, scene_samples
 
@@ -24,7 +24,7 @@ REQUEST = next(iter(build_requests("a" * 64, request_plan(resolve(source="scenes
 
 
 def run(path: Path, chat: ChatServer, **server: Any) -> RequestStats:
-    config = resolve(source="scenes", base_url=[chat.url], model="model", server=server)
+    config = config_of(chat.url, server=server)
     chunks = [batch_of(SAMPLES[n : n + 5]) for n in range(0, len(SAMPLES), 5)]
     with Journal(path) as journal, client_of(config) as engine:
         return ask(config, chunks, lambda: engine, journal)
@@ -136,7 +136,7 @@ def test_breaker_stops_a_run_if_too_many_of_the_last_replies_are_unusable() -> N
 
 def test_resumed_run_stops_again_if_replies_are_still_unusable(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(text="Sure! Here is a caption."))) as chat:
-        config = resolve(source="scenes", base_url=[chat.url], model="model", tasks=["caption"])
+        config = config_of(chat.url, tasks=["caption"])
         samples = [
             (f"{n:064x}", SAMPLES[n % 20].images) for n in range(WINDOW_REPLIES * 11 // 20)
         ]  # two captions each

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.files import resolve
 from pipeline.errors import EngineError
 from pipeline.inference import client, endpoints, protocol
 from pipeline.inference.client import START_REQUESTS, Client
@@ -24,7 +23,7 @@ from pipeline.inference.queue import RequestStats, ask_about
 from pipeline.progress import Progress
 from pipeline.types import Sample
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
-from tests.clients import client_of
+from tests.clients import client_of, config_of
 from tests.notes import Notes
 from tests.plans import ask, request_plan, stored_annotations
 from tests.scene_data import batch_of, scene_samples
@@ -46,7 +45,7 @@ def run(
     path: Path, *urls: str, samples: list[Sample] = SAMPLES, progress: Progress | None = None, **settings: Any
 ) -> tuple[RequestStats, Counter[str | None]]:
     """Send the requests about samples; return statistics, and the number of annotations by error."""
-    config = resolve(source="scenes", base_url=list(urls), model="model", **settings)
+    config = config_of(*urls, **settings)
     counts = RequestStats()
     with Journal(path) as journal, ExitStack() as stack:
         chunks = (batch_of(samples[n : n + 4]) for n in range(0, len(samples), 4))
@@ -360,7 +359,7 @@ def test_crash_loses_at_most_the_requests_in_flight(tmp_path: Path) -> None:
 
     chunks = iter([batch_of(scene_samples(30))])
     with running_chat(chat):
-        config = resolve(source="scenes", model="model", base_url=[chat.url], server={"concurrency": 8})
+        config = config_of(chat.url, server={"concurrency": 8})
         with Watched(tmp_path / "j") as journal, client_of(config) as client:
             ask(config, chunks, lambda: client, journal)
     assert len(chat.bodies) == 90
@@ -368,7 +367,7 @@ def test_crash_loses_at_most_the_requests_in_flight(tmp_path: Path) -> None:
 
 
 def test_started_server_that_cannot_be_restarted_ends_the_run_with_its_error(tmp_path: Path) -> None:
-    config = resolve(source="scenes", model="model", server={"concurrency": 2})
+    config = config_of(server={"concurrency": 2})
     chunks = iter([batch_of(scene_samples(30))])
     with ExitStack() as stack, Journal(tmp_path / "j") as journal:
         chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.02))))
@@ -396,7 +395,7 @@ def test_replies_state_their_seconds_and_tokens(tmp_path: Path) -> None:
         running_chat(ChatServer(lambda times, body: Act(seconds=0.1))) as chat,
         Journal(tmp_path / "j") as journal,
     ):
-        config = resolve(source="scenes", model="model", base_url=[chat.url], tasks=["caption"])
+        config = config_of(chat.url, tasks=["caption"])
         with client_of(config) as asked:
             ask(config, [batch_of(SAMPLES[:2])], lambda: asked, journal, stats)
     assert (
@@ -425,7 +424,7 @@ def test_ctrl_c_stores_the_replies_that_have_arrived(tmp_path: Path, monkeypatch
         answered.append(1)
         return Act() if len(answered) <= 3 else Act(seconds=1)
 
-    config = resolve(source="scenes", model="model", server={"concurrency": 64})
+    config = config_of(server={"concurrency": 64})
     with running_chat(ChatServer(script)) as chat, Journal(tmp_path / "j") as journal, ExitStack() as stack:
         asking = stack.enter_context(client_of(config.model_copy(update={"base_url": (chat.url,)})))
         arrived: list[int] = []
@@ -447,7 +446,7 @@ def test_ctrl_c_stores_the_replies_that_have_arrived(tmp_path: Path, monkeypatch
 
 
 def test_interrupted_run_does_not_count_unsent_requests(tmp_path: Path) -> None:
-    config = resolve(source="scenes", model="model", server={"concurrency": 2, "max_requests": 1000})
+    config = config_of(server={"concurrency": 2, "max_requests": 1000})
     stats = RequestStats()
     with running_chat(ChatServer()) as chat, Journal(tmp_path / "j") as journal:
         with client_of(config.model_copy(update={"base_url": (chat.url,)})) as asking:

@@ -18,7 +18,7 @@ from pipeline.inference.engines import choose_judge
 from pipeline.inference.journal import Journal
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind, refuse
 from tests.chat.server import Act, ChatServer, running_chat, task_of
-from tests.clients import client_of, endpoints_of, model_of
+from tests.clients import client_of, config_of, endpoints_of, model_of
 from tests.notes import Notes
 from tests.plans import ask, stored_annotations
 from tests.scene_data import batch_of, scene_samples
@@ -43,7 +43,7 @@ def run(
         "server": {"concurrency": 4, **server},
         "generate": {"max_tokens": max_tokens},
     }
-    config = resolve(source="scenes", base_url=[chat.url], model="model", **settings)
+    config = config_of(chat.url, **settings)
     name, revision = model_of(config)
     with Journal(path) as journal, ExitStack() as stack:
         chunks = iter([batch_of(SAMPLES)])
@@ -98,12 +98,10 @@ def test_server_without_schemas_needs_no_enforced_schema(kind: ServerKind, tmp_p
 def test_server_without_model_list_needs_a_model_name(tmp_path: Path) -> None:
     with running_chat(ChatServer(kind=PROXY)) as chat:
         with pytest.raises(EngineError, match="does not list its models") as unnamed:
-            model_of(resolve(source="scenes", base_url=[chat.url]))
+            model_of(config_of(chat.url, model=None))
         assert "--model" in unnamed.value.hint
         with pytest.raises(EngineError, match="does not exist"):
-            other = resolve(
-                source="scenes", base_url=[chat.url], model="other", server={"enforced_schema": False}
-            )
+            other = config_of(chat.url, model="other", server={"enforced_schema": False})
             with client_of(other, "other"):
                 pass
 
@@ -201,7 +199,7 @@ def test_model_is_found_by_full_or_short_name(
 ) -> None:
     with running_chat(ChatServer(model=served)) as chat:
         chat.other_models = others
-        config = resolve(source="scenes", base_url=[chat.url], model=wanted)
+        config = config_of(chat.url, model=wanted)
         if " " not in found:
             assert model_of(config)[0] == found
             return
@@ -215,7 +213,7 @@ def test_revision_is_part_of_the_name_or_a_digest_of_name_and_root() -> None:
     def revision(model: str, root: str = "") -> str:
         with running_chat(ChatServer(model=model)) as chat:
             chat.model_root = root
-            return model_of(resolve(source="scenes", base_url=[chat.url]))[1]
+            return model_of(config_of(chat.url, model=None))[1]
 
     digest, commit = "c0ffee" * 2 + "1234", "c0ffee1234" * 4
     assert [revision(f"tiny@{one}") for one in (digest, commit, f"{digest}+0a1b2c3d")] == [
@@ -234,9 +232,7 @@ def test_revision_is_part_of_the_name_or_a_digest_of_name_and_root() -> None:
 def test_login_in_an_address_is_sent_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-another-server")
     with running_chat(ChatServer(model="llama")) as chat:
-        config = resolve(
-            source="scenes", base_url=[chat.url.replace("://", "://me:s%40cret-word@")], model="qwen"
-        )
+        config = config_of(chat.url.replace("://", "://me:s%40cret-word@"), model="qwen")
         with pytest.raises(EngineError, match="does not serve qwen") as caught:
             model_of(config)
         assert "cret" not in str(caught.value)
@@ -250,10 +246,10 @@ def test_server_gets_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch)
     with running_chat(ChatServer()) as chat:
         chat.key = "sesame-7"
         with pytest.raises(EngineError, match="requires an API key, and none is set") as caught:
-            model_of(resolve(source="scenes", base_url=[chat.url]))
+            model_of(config_of(chat.url, model=None))
         assert "SYNTH_API_KEY" in caught.value.hint
         monkeypatch.setenv("SYNTH_API_KEY", "sesame-7")
-        assert model_of(resolve(source="scenes", base_url=[chat.url]))[0] == "model"
+        assert model_of(config_of(chat.url, model=None))[0] == "model"
 
 
 def test_unreachable_server_error_has_a_hint() -> None:
@@ -299,7 +295,7 @@ def test_two_servers_have_their_own_keys_headers_rates_and_weights(
             "concurrency": 16,
             "endpoints": {f"{second.url}/": own, first.url: paced},
         }
-        config = resolve(source="scenes", base_url=[first.url, second.url], model="model", server=server)
+        config = config_of(first.url, second.url, server=server)
         chunks = iter([batch_of(scene_samples(30))])
         with client_of(config) as engine, Journal(tmp_path / "j") as journal:
             ask(config, chunks, lambda: engine, journal)
@@ -309,7 +305,7 @@ def test_two_servers_have_their_own_keys_headers_rates_and_weights(
     assert 1 <= len(first.bodies) <= 8  # one a second
     assert len(first.bodies) + len(second.bodies) == 90
     with pytest.raises(ConfigError, match="describes http://elsewhere/v1, and base_url names"):
-        resolve(source="scenes", base_url=[first.url], server={"endpoints": {"http://elsewhere/v1": {}}})
+        config_of(first.url, model=None, server={"endpoints": {"http://elsewhere/v1": {}}})
 
 
 @pytest.mark.parametrize(
@@ -327,9 +323,7 @@ def test_server_gets_its_own_key_in_each_spelling_of_its_address(
     monkeypatch.setenv("EXAMPLE_KEY", "of-example")
     own = {"key_env": "EXAMPLE_KEY", "headers": {"api-key": "example"}}
     server = {"headers": {"Api-Key": "all"}, "endpoints": {"https://models.example.com/v1": own}}
-    config = resolve(
-        source="scenes", base_url=["http://localhost:8000/v1", address], model="m", server=server
-    )
+    config = config_of("http://localhost:8000/v1", address, model="m", server=server)
     local, example = endpoints_of(config)
     assert (local.headers["Authorization"], example.headers["Authorization"]) == (
         "Bearer of-local",
@@ -359,9 +353,7 @@ def test_judge_at_the_writers_host_gets_neither_the_writers_key_nor_headers(
 
     def headers_for(address: str) -> dict[str, str]:
         verify = {"judge": f"big@{address}", "judge_may_be_writer": True}
-        config = resolve(
-            source="scenes", base_url=[writer], model="m", server={"endpoints": {writer: own}}, verify=verify
-        )
+        config = config_of(writer, model="m", server={"endpoints": {writer: own}}, verify=verify)
         choose_judge(config, "r")
         return dict(asked[-1].headers)
 

@@ -3,12 +3,7 @@
 import pytest
 
 from pipeline.inference import protocol
-from pipeline.inference.protocol import (
-    MAX_CRASHES,
-    MAX_FAULTS,
-    RetryState,
-    parse_retry_after,
-)
+from pipeline.inference.protocol import MAX_CRASHES, MAX_FAULTS, RetryState, parse_retry_after
 
 
 @pytest.mark.parametrize(
@@ -35,9 +30,7 @@ def test_request_is_abandoned_after_max_faults_or_crashes() -> None:
     assert state.is_suspect and state.after_crash()
 
 
-def test_long_stated_waits_extend_the_patience_a_few_times(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_long_stated_waits_extend_the_patience_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(protocol, "monotonic", lambda: now[0])
     state = RetryState(patience_s=10)

@@ -145,11 +145,7 @@ def _llava(
     return tf.LlavaForConditionalGeneration(config)
 
 
-FAMILIES: dict[str, Callable[[], Built]] = {
-    "Gemma 3": gemma3,
-    "Pixtral": pixtral,
-    "LLaVA": llava,
-}
+FAMILIES: dict[str, Callable[[], Built]] = {"Gemma 3": gemma3, "Pixtral": pixtral, "LLaVA": llava}
 
 
 def save(family: str, folder: Path) -> Path:

@@ -20,9 +20,15 @@ from pipeline.tasks.output_schema import (
     validator_of,
 )
 
+TEXT = {"type": "string"}
+
 
 def fields(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties}
+
+
+def field(schema: dict[str, Any]) -> dict[str, Any]:
+    return fields({"a": schema})
 
 
 WHOLE = {
@@ -42,14 +48,8 @@ WHOLE = {
 GOOD = {"view": "front", "count": 2, "sure": None, "size": None, "note": None, "parts": [{"class": "wing"}]}
 
 
-WIDE = {
-    "type": "object",
-    "properties": {"a": {"$ref": "#/$defs/D0"}},
-    "$defs": {
-        **{f"D{n}": fields({c: {"$ref": f"#/$defs/D{n + 1}"} for c in "abcdefgh"}) for n in range(8)},
-        "D8": {"type": "string"},
-    },
-}
+DEFS = {f"D{n}": fields({c: {"$ref": f"#/$defs/D{n + 1}"} for c in "abcdefgh"}) for n in range(8)}
+WIDE = field({"$ref": "#/$defs/D0"}) | {"$defs": DEFS | {"D8": TEXT}}
 
 
 def test_closed_schema_has_all_fields_and_no_references() -> None:
@@ -101,14 +101,8 @@ def test_shape_shows_an_example_and_empty_value_has_its_form() -> None:
         '{"view": "front" or "side", "count": 1, "sure": true or false or null, "size": 0.5 or null, '
         '"note": "..." or null, "parts": [{"class": "..."}, ...]}'
     )
-    assert empty_value(close_schema(WHOLE)) == {
-        "view": "",
-        "count": 0,
-        "sure": False,
-        "size": 0.0,
-        "note": "",
-        "parts": [],
-    }
+    empty = {"view": "", "count": 0, "sure": False, "size": 0.0, "note": "", "parts": []}
+    assert empty_value(close_schema(WHOLE)) == empty
 
 
 @pytest.mark.parametrize(
@@ -116,30 +110,20 @@ def test_shape_shows_an_example_and_empty_value_has_its_form() -> None:
     [
         ("text", "output is not a schema"),
         ({"type": "object"}, "must name its fields"),
-        (
-            {
-                "type": "object",
-                "properties": {"a": {"type": "string"}},
-                "additionalProperties": {"type": "string"},
-            },
-            "must name its fields",
-        ),
-        (fields({"a": {}}), r"output\.a has no type"),
-        (fields({"a": {"type": "array"}}), r"output\.a is a list without items"),
-        (
-            fields({"a": {"type": "array", "items": {"type": "string"}, "minItems": 10**9}}),
-            "or of more than 1000",
-        ),
+        (field(TEXT) | {"additionalProperties": TEXT}, "must name its fields"),
+        (field({}), r"output\.a has no type"),
+        (field({"type": "array"}), r"output\.a is a list without items"),
+        (field({"type": "array", "items": TEXT, "minItems": 10**9}), "or of more than 1000"),
         (WIDE, "nested more than 12 deep, or the schema has more than 1000 parts"),
-        (fields({"a": {"type": "string", "format": "date"}}), r"output\.a has format"),
-        (fields({"a": {"type": ["string", "integer"]}}), "several types"),
-        (fields({"a": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}), "several forms"),
-        (fields({"a": {"enum": ["x", 1]}}), "must allow only texts"),
-        (fields({"a": {"enum": []}}), "must allow only texts"),
-        (fields({"a": {"enum": ["x", "x"]}}), "one value twice"),
-        (fields({"a": {"$ref": "#/$defs/B"}}), "which does not exist"),
-        (fields({"_type": {"type": "string"}}), "_type"),
-        ({"$ref": "#/$defs/A", "$defs": {"A": fields({"a": {"$ref": "#/$defs/A"}})}}, "refers to itself"),
+        (field(TEXT | {"format": "date"}), r"output\.a has format"),
+        (field({"type": ["string", "integer"]}), "several types"),
+        (field({"anyOf": [TEXT, {"type": "integer"}]}), "several forms"),
+        (field({"enum": ["x", 1]}), "must allow only texts"),
+        (field({"enum": []}), "must allow only texts"),
+        (field({"enum": ["x", "x"]}), "one value twice"),
+        (field({"$ref": "#/$defs/B"}), "which does not exist"),
+        (fields({"_type": TEXT}), "_type"),
+        ({"$ref": "#/$defs/A", "$defs": {"A": field({"$ref": "#/$defs/A"})}}, "refers to itself"),
     ],
 )
 def test_unsupported_schema_error_names_the_part(schema: Any, flaw: str) -> None:

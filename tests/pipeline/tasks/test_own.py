@@ -15,22 +15,27 @@ from pipeline.tasks.replies import read_fields
 from pipeline.types import Reply
 
 FRAME = Frame(560, 280)
-PAIR = {
-    "type": "object",
-    "required": ["question", "answer"],
-    "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
-}
+TEXT, INTEGER = {"type": "string"}, {"type": "integer"}
 
 
-def fields(properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties}
+def fields(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": [*required], "properties": properties}
 
 
-NO_PAIRS = fields({"qa": {"type": "array", "items": PAIR}})
+def listed(items: Any) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+PAIR = fields(("question", "answer"), question=TEXT, answer=TEXT)
+WHO = {"question": "Who?", "answer": "me"}
 
 
 def task(kind: str, **settings: Any) -> OwnTask:
     return build_task(TaskConfig.model_validate({"name": "own", "kind": kind, "prompt": "Look."} | settings))
+
+
+def box(*corners: Any, label: str = "x") -> dict[str, Any]:
+    return {"bbox_2d": [*corners], "label": label}
 
 
 def read(own: OwnTask, value: Any) -> list[tuple[dict[str, Any], str | None]]:
@@ -43,59 +48,33 @@ def read(own: OwnTask, value: Any) -> list[tuple[dict[str, Any], str | None]]:
         (task("caption"), {"caption": " A\ncat. "}, [{"text": "A cat."}]),
         (task("text"), {"text": "EXIT\n12"}, [{"record": '"EXIT\\n12"'}]),
         (task("labels", labels=["a", "b"]), {"labels": ["b", "a", "b"]}, [{"record": '["b", "a"]'}]),
-        (
-            task("question"),
-            {"qa": [{"question": "Who?", "answer": "me"}]},
-            [{"question": "Who?", "answer": "me", "answer_type": None}],
-        ),
+        (task("question"), {"qa": [WHO]}, [WHO | {"answer_type": None}]),
         (
             task("boxes"),
-            {
-                "boxes": [
-                    {"bbox_2d": [0, 0, 56, 28], "label": "cat"},
-                    {"bbox_2d": [5, 5, 9, 9], "label": "dog"},
-                ]
-            },
+            {"boxes": [box(0, 0, 56, 28), box(5, 5, 9, 9)]},
             [
-                {"record": '{"bbox_2d": [0, 0, 56, 28], "label": "cat"}'},
-                {"record": '{"bbox_2d": [5, 5, 9, 9], "label": "dog"}'},
+                {"record": f'{{"bbox_2d": {corners}, "label": "x"}}'}
+                for corners in ([0, 0, 56, 28], [5, 5, 9, 9])
             ],
         ),
-        (task("record", output=fields({"n": {"type": "integer"}})), {"n": 3}, [{"record": '{"n": 3}'}]),
-        (task("record", output=fields({"n": {"type": "integer"}})), {}, [{"record": '{"n": null}'}]),
+        (task("record", output=fields(n=INTEGER)), {"n": 3}, [{"record": '{"n": 3}'}]),
+        (task("record", output=fields(n=INTEGER)), {}, [{"record": '{"n": null}'}]),
+        (task("labels", output=fields(("at",), at={"enum": ["day"]})), {"at": "day"}, [{"record": '"day"'}]),
         (
-            task(
-                "labels",
-                output={
-                    "type": "object",
-                    "required": ["is"],
-                    "properties": {"is": {"enum": ["day", "night"]}},
-                },
-            ),
-            {"is": "day"},
-            [{"record": '"day"'}],
-        ),
-        (
-            task(
-                "caption", field="alt", output=fields({"why": {"type": "string"}, "alt": {"type": "string"}})
-            ),
+            task("caption", field="alt", output=fields(why=TEXT, alt=TEXT)),
             {"why": "It is a shop.", "alt": "A lamp."},
             [{"text": "A lamp."}],
         ),
         (
-            task(
-                "text", rows="lines", output=fields({"lines": {"type": "array", "items": {"type": "string"}}})
-            ),
+            task("text", rows="lines", output=fields(lines=listed(TEXT))),
             {"lines": ["one", "two"]},
             [{"record": '"one"'}, {"record": '"two"'}],
         ),
     ],
 )
-def test_reply_becomes_the_columns_of_its_kind(
-    own: OwnTask, reply: Any, columns: list[dict[str, Any]]
-) -> None:
+def test_reply_becomes_the_columns_of_its_kind(own: OwnTask, reply: Any, columns: list[Any]) -> None:
     rows = read(own, reply)
-    assert [(fields, error) for fields, error in rows] == [(values, None) for values in columns]
+    assert rows == [(values, None) for values in columns]
     assert all(find_broken_rule(own, fields) is None for fields, _ in rows)
 
 
@@ -104,13 +83,9 @@ def test_reply_becomes_the_columns_of_its_kind(
     [
         (task("labels", labels=["a"]), {"labels": ["a", "c"]}, ["labels_not_allowed"]),
         (task("labels", labels=["a"]), {"tags": ["a"]}, ["labels_missing"]),
-        (task("boxes"), {"boxes": [{"bbox_2d": [0, 0, 56], "label": "x"}]}, ["bbox_2d_too_short"]),
-        (
-            task("boxes"),
-            {"boxes": [{"bbox_2d": [0, 0, 5000, 9], "label": "x"}, {"bbox_2d": [0, 0, 9, 9], "label": "x"}]},
-            ["box_outside_image", None],
-        ),
-        (task("question", output=NO_PAIRS, rows="qa"), {"qa": []}, [NOTHING_FOUND]),
+        (task("boxes"), {"boxes": [box(0, 0, 56)]}, ["bbox_2d_too_short"]),
+        (task("boxes"), {"boxes": [box(0, 0, 5000, 9), box(0, 0, 9, 9)]}, ["box_outside_image", None]),
+        (task("question", output=fields(qa=listed(PAIR)), rows="qa"), {"qa": []}, [NOTHING_FOUND]),
         (task("boxes"), {"boxes": [{"bbox_2d": None, "label": "x"}]}, ["bbox_2d_list_type"]),
         (task("boxes"), {"boxes": "none"}, ["off_schema"]),
         (task("boxes"), [1], ["off_schema"]),
@@ -118,11 +93,7 @@ def test_reply_becomes_the_columns_of_its_kind(
         (task("text"), {"text": "la la la la la la la la"}, ["repeats_itself"]),
         (task("text"), {"text": "\ud800"}, ["off_schema"]),
         (task("text"), {"text": "x" * 30_000}, ["text_string_too_long"]),
-        (
-            task("question"),
-            {"qa": [{"question": "Who?", "answer": "me", "extra": 1}]},
-            ["extra_not_asked_for"],
-        ),
+        (task("question"), {"qa": [WHO | {"extra": 1}]}, ["extra_not_asked_for"]),
     ],
 )
 def test_each_invalid_row_has_its_own_reason(own: OwnTask, reply: Any, reasons: list[str | None]) -> None:
@@ -132,23 +103,11 @@ def test_each_invalid_row_has_its_own_reason(own: OwnTask, reply: Any, reasons: 
 @pytest.mark.parametrize(
     ("own", "reply", "standard"),
     [
-        (
-            task("boxes"),
-            [{"bbox_2d": [1, 2, 30, 40], "label": "dog"}],
-            {"boxes": [{"bbox_2d": [1, 2, 30, 40], "label": "dog"}]},
-        ),
+        (task("boxes"), [box(1, 2, 30, 40)], {"boxes": [box(1, 2, 30, 40)]}),
         (task("labels"), ["lamp"], {"labels": ["lamp"]}),
         (task("labels", labels=["lamp", "TV"]), {"labels": ["Lamp ", "tv"]}, {"labels": ["lamp", "TV"]}),
-        (
-            task("boxes"),
-            {"boxes": [{"bbox_2d": [1.4, 2, 30.0, 39.6], "label": "dog"}]},
-            {"boxes": [{"bbox_2d": [1, 2, 30, 40], "label": "dog"}]},
-        ),
-        (
-            task("question"),
-            [{"question": "Who?", "answer": "me"}],
-            {"qa": [{"question": "Who?", "answer": "me"}]},
-        ),
+        (task("boxes"), {"boxes": [box(1.4, 2, 30.0, 39.6)]}, {"boxes": [box(1, 2, 30, 40)]}),
+        (task("question"), [WHO], {"qa": [WHO]}),
     ],
 )
 def test_reply_in_the_form_of_a_server_without_schemas_is_read(
@@ -158,34 +117,23 @@ def test_reply_in_the_form_of_a_server_without_schemas_is_read(
     assert all(error is None for _, error in read(own, reply))
 
 
-@pytest.mark.parametrize("box", ["0.1, 0.2, 0.5, 1.0", "1, 2, 30.5, Infinity", "1, 2, NaN, 40"])
-def test_box_in_fractions_or_without_finite_numbers_is_a_flaw(box: str) -> None:
-    own = task("boxes")
-    reply = Reply("r", 0, f'[{{"bbox_2d": [{box}], "label": "dog"}}]', "stop", 1, 1)
-    ((_, error),) = read_fields(own, reply, None)
+@pytest.mark.parametrize("corners", ["0.1, 0.2, 0.5, 1.0", "1, 2, 30.5, Infinity", "1, 2, NaN, 40"])
+def test_box_in_fractions_or_without_finite_numbers_is_a_flaw(corners: str) -> None:
+    reply = Reply("r", 0, f'[{{"bbox_2d": [{corners}], "label": "dog"}}]', "stop", 1, 1)
+    ((_, error),) = read_fields(task("boxes"), reply, None)
     assert error in ("bbox_2d_int_from_float", "bbox_2d_int_type", "bbox_2d_finite_number")
 
 
 def test_question_without_question_mark_breaks_a_rule() -> None:
-    ((fields, error),) = read(task("question"), {"qa": [{"question": "Who", "answer": "me"}]})
+    ((fields, error),) = read(task("question"), {"qa": [WHO | {"question": "Who"}]})
     assert error is None and find_broken_rule(task("question"), fields) == "question_without_mark"
 
 
 def test_wire_schema_has_no_lengths_and_keeps_field_names() -> None:
-    settings = {
-        "name": "own",
-        "kind": "text",
-        "prompt": "Look.",
-        "output": fields({"t": {"type": "string", "maxLength": 5}}),
-    }
-    own = build_task(TaskConfig.model_validate(settings))
+    own = task("text", output=fields(t=TEXT | {"maxLength": 5}))
     assert "maxLength" not in json.dumps(wire_schema(own)) and "maxLength" in json.dumps(own.whole)
-    pattern = {
-        "type": "object",
-        "required": ["pattern"],
-        "properties": {"pattern": {"type": "string"}},
-    }  # a field, not a keyword
-    assert "pattern" in wire_schema(task("text", output=pattern))["properties"]
+    named_like_a_keyword = task("text", output=fields(("pattern",), pattern=TEXT))
+    assert "pattern" in wire_schema(named_like_a_keyword)["properties"]
 
 
 def test_prompt_ends_with_reply_example_and_task_name() -> None:
@@ -213,25 +161,16 @@ def test_custom_task_is_found_by_name() -> None:
         ({"kind": "caption", "output": PAIR, "field": "text"}, "has no field text; it has question, answer"),
         ({"kind": "question", "output": PAIR, "rows": "qa"}, "has no list named qa"),
         ({"kind": "boxes", "output": PAIR}, "boxes need rows with one list of four integers"),
-        ({"kind": "record", "output": {"type": "array", "items": PAIR}}, "output must be an object"),
+        ({"kind": "record", "output": listed(PAIR)}, "output must be an object"),
         (
-            {"kind": "caption", "field": "caption", "output": fields({"caption": {"type": "integer"}})},
+            {"kind": "caption", "output": fields(caption=INTEGER)},
             "a caption must be a string, not of type integer",
         ),
-        (
-            {"kind": "labels", "field": "n", "output": fields({"n": {"type": "integer"}})},
-            "labels must be a string",
-        ),
+        ({"kind": "labels", "field": "n", "output": fields(n=INTEGER)}, "labels must be a string"),
         ({"kind": "boxes", "show_image": False}, "boxes need an image"),
         ({"kind": "labels", "min_words": 3}, "min_words and max_words are only for captions"),
         ({"kind": "text", "name": "image"}, "has a column image already"),
-        (
-            {
-                "kind": "text",
-                "output": {"type": "object", "properties": {"text": {"type": "string", "pattern": "(["}}},
-            },
-            "regex parse error",
-        ),
+        ({"kind": "text", "output": fields(text=TEXT | {"pattern": "(["})}, "regex parse error"),
     ],
 )
 def test_contradicting_settings_are_one_error(settings: dict[str, Any], flaw: str) -> None:
