@@ -60,7 +60,7 @@ class Budget:
         self._run_cost += cost
 
     def room(self, unanswered: int) -> int | None:
-        """Return how many requests may be sent besides the `unanswered` ones; None without a limit.
+        """Return how many requests may be sent besides the `unanswered` ones, or None without a limit.
 
         A request costs the mean of this run, before its first reply that of earlier runs, or an assumed cost.
         """
@@ -104,7 +104,7 @@ class Budget:
 class CircuitBreaker:
     """Stops a run if more than `max_failure_frac` of the last WINDOW_REPLIES first replies are unusable.
 
-    Retries do not count, since only difficult requests have them; the first reply in a resumed run does.
+    Retries do not count, since only difficult requests have them. The first reply in a resumed run does.
     """
 
     max_failure_frac: float

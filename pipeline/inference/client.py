@@ -66,7 +66,7 @@ class Concurrency:
 
     A server should have a few waiting requests, so that it is never idle, and not many, since a crash repeats
     them. A busy answer lowers even the user's limit for a while. `server_requests` is the batch size of
-    servers that synth has started; `connections` is the limit of this process.
+    servers that synth has started. `connections` is the limit of this process.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class InFlight:
     ends_at: float | None = None  # after an error, the time until which requests in flight are awaited
 
     def next_request(self) -> Request | None:
-        """Return the next request, recorded as sent (SENT_BATCH together); None if there is none now."""
+        """Return the next request, recorded as sent (SENT_BATCH together), or None if there is none now."""
         if not self.recorded:
             if not self.taken:
                 self.taken.extend(self.source.take())
@@ -139,7 +139,7 @@ class InFlight:
         return self.recorded.popleft() if self.recorded else None
 
     def fail(self, error: BaseException) -> None:
-        """Send nothing more, and give requests in flight FINISH_SECONDS; only the first error counts."""
+        """Send nothing more, and give requests in flight FINISH_SECONDS. Only the first error counts."""
         if self.error:
             return
         self.error = error
@@ -197,7 +197,7 @@ class Client:
         self._runner.close()
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
-        """Yield replies in groups, in any order; see types.Engine."""
+        """Yield replies in groups, in any order (see types.Engine)."""
         in_flight = InFlight(work)
         try:
             while replies := self._runner.run(self._next_group(in_flight)):
@@ -273,7 +273,7 @@ class Client:
     # --- requests in flight
 
     async def _next_group(self, in_flight: InFlight) -> list[Reply]:
-        """Keep requests in flight until a group of replies is complete; return it, or [] when all is done."""
+        """Keep requests in flight until a group of replies is complete. Return it, or [] when all is done."""
         loop = asyncio.get_running_loop()
         try:
             self._fill(in_flight)
@@ -331,7 +331,7 @@ class Client:
     # --- one request
 
     async def _answer(self, request: Request, in_flight: InFlight) -> Reply:
-        """Send a request until a server answers; after too many failures, return a reply with the error."""
+        """Send a request until a server answers. After too many failures, return a reply with the error."""
         failures = RetryState(self._settings.request_timeout_s)
         while True:
             if in_flight.error:
@@ -356,9 +356,9 @@ class Client:
     async def _try(
         self, endpoint: Endpoint, request: Request, in_flight: InFlight, failures: RetryState
     ) -> Reply | float | None:
-        """Send a request to a server; return the reply, or the seconds to wait before a retry.
+        """Send a request to a server. Return the reply, or the seconds to wait before a retry.
 
-        None: retry immediately with another server; not counted as a failure of the request.
+        None: retry immediately with another server, which is not a failure of the request.
         """
         try:
             await endpoint.pace.wait()
@@ -529,7 +529,7 @@ class Client:
             log.warning("%s does not answer; %d requests were in flight", endpoint.url, endpoint.outstanding)
 
     def _retire(self, endpoint: Endpoint, refusal: EngineError) -> None:
-        """Exclude a server that answers no request; raise its refusal if no server is left."""
+        """Exclude a server that answers no request. Raise its refusal if no server is left."""
         if self._endpoints.retire(endpoint):
             endpoint.fault = str(refusal)
             if all(one.is_retired for one in self._endpoints):

@@ -53,7 +53,7 @@ class EmbeddedEngine:
         pass
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
-        """Answer requests batch by batch; see types.Engine. Batches depend on the requests alone."""
+        """Answer requests batch by batch (see types.Engine). Batches depend on the requests alone."""
         while requests := work.take():
             # A batch of decks has at most as many images as a batch of single images.
             has_decks = any(len(request.images) > 1 for request in requests)
@@ -221,7 +221,7 @@ class GrammarChooser(LogitsProcessor):
         self._done = [False] * len(requests)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  # the signature of transformers
-        """Take ids [B, T] and scores [B, V]; return scores [B, V] that allow one token per row."""
+        """Take ids [B, T] and scores [B, V], and return scores [B, V] that allow one token per row."""
         for row, matcher in enumerate(self._matchers):
             llguidance.numpy.fill_next_token_bitmask(matcher, self._mask, row)
         bits_BV = np.unpackbits(self._mask.view(np.uint8), axis=1, count=scores.shape[1], bitorder="little")

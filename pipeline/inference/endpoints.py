@@ -68,7 +68,7 @@ class Pace:
             await asyncio.sleep(seconds)
 
     def delay_s(self) -> float:
-        """Return the seconds until a request may be sent; negative if that time has passed."""
+        """Return the seconds until a request may be sent. They are negative if that time has passed."""
         return max(self._requests_due_s, self._tokens_due_s) - self.clock()
 
     def take(self) -> float:
@@ -166,7 +166,7 @@ class Endpoint:
         return max(0.0, self.pace.delay_s(), self.rests_until - time.monotonic())
 
     def delay_s(self) -> float:
-        """Return the same; infinity while one request tests whether failures are over."""
+        """Return `rest_s`, or infinity while one request tests whether failures are over."""
         return math.inf if self.failures and self.outstanding else self.rest_s()
 
     @asynccontextmanager
@@ -197,7 +197,7 @@ class Endpoint:
         )
 
     async def is_healthy(self) -> bool:
-        """Return whether /health, or else /models, answers 2xx; without these pages, any answer will do."""
+        """Return whether /health, or else /models, answers 2xx. Without these pages, any answer will do."""
         for page in (f"{self.root}/health", f"{self.url}/models"):
             status = await status_of(page, self.headers, socket_path=self.socket_path, proxy=self.proxy)
             if status is None or status >= 500 or status < 300:
@@ -208,7 +208,7 @@ class Endpoint:
 async def status_of(
     url: str, headers: dict[str, str] | None = None, socket_path: Path | None = None, proxy: str | None = None
 ) -> int | None:
-    """Return the HTTP status of a GET request on a new connection; None if nothing answers."""
+    """Return the HTTP status of a GET request on a new connection, or None if nothing answers."""
     try:
         timeout = aiohttp.ClientTimeout(total=HEALTH_SECONDS)
         connector = aiohttp.UnixConnector(str(socket_path)) if socket_path else None
@@ -222,7 +222,7 @@ async def status_of(
 
 
 class Endpoints(list[Endpoint]):
-    """The servers of a run, all up at first; `failure` returns the error of one that cannot be restarted."""
+    """The servers of a run, all up at first. `failure` returns the error of one that cannot be restarted."""
 
     def __init__(
         self,
@@ -266,7 +266,7 @@ class Endpoints(list[Endpoint]):
         return any(endpoint.is_up.is_set() and endpoint.delay_s() == 0 for endpoint in self)
 
     def mark_down(self, endpoint: Endpoint) -> bool:
-        """Mark a server as down until it answers again; return False if it was down."""
+        """Mark a server as down until it answers again. Return False if it was down already."""
         if not endpoint.is_up.is_set():
             return False
         endpoint.is_up.clear()
@@ -275,7 +275,7 @@ class Endpoints(list[Endpoint]):
         return True
 
     def retire(self, endpoint: Endpoint) -> bool:
-        """Exclude a server for the rest of the run; return False if it was excluded."""
+        """Exclude a server for the rest of the run. Return False if it was excluded already."""
         was_retired, endpoint.is_retired = endpoint.is_retired, True
         endpoint.is_up.clear()
         endpoint.busy_since = None
@@ -290,7 +290,7 @@ class Endpoints(list[Endpoint]):
         waiter.add_done_callback(self._waiters.discard)
 
     async def read_metrics(self) -> None:
-        """Read the load from vLLM's Prometheus page; a server that does not answer keeps its last metrics."""
+        """Read the load from vLLM's Prometheus page. A server that does not answer keeps its last metrics."""
         for endpoint in self:
             if endpoint.is_up.is_set() and endpoint.has_metrics:
                 try:
@@ -328,7 +328,7 @@ class Endpoints(list[Endpoint]):
 
 
 def _proxy_of(url: str) -> str | None:
-    """Return the proxy that the environment names for an address; None for this machine and private networks.
+    """Return the proxy of the environment for an address, or None for this machine and private networks.
 
     aiohttp's `trust_env` also sends passwords of ~/.netrc, and fails for requests with a key.
     """
@@ -440,6 +440,6 @@ def _from_environment(header: str, value: str) -> str:
 
 
 def request_headers(key: str) -> dict[str, str]:
-    """Return the headers of a request; `key` may be empty."""
+    """Return the headers of a request. `key` may be empty."""
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     return headers | ({"Authorization": f"Bearer {key}"} if key else {})

@@ -56,7 +56,7 @@ FAMILIES = (  # source: model cards
 
 
 def find_family(model: str) -> ModelFamily | None:
-    """Return the family of a model by its name; None for other models."""
+    """Return the family of a model by its name, or None for other models."""
     name = model.casefold().rstrip("/").rpartition("/")[2]
     return next((family for family in FAMILIES if re.search(family.pattern, name)), None)
 
@@ -114,7 +114,7 @@ def choose_judge(
     """Choose the judge of `verify.judge`, MODEL@URL.
 
     Raises ConfigError if no server is named, or the judge is the writer (by revision, or by the name
-    `writer`) and must not be; EngineError if the server does not answer, or does not serve the model.
+    `writer`) and must not be. Raises EngineError if the server does not answer, or does not serve the model.
     """
     from pipeline.inference.client import Client
     from pipeline.inference.endpoints import JUDGE_KEY
@@ -242,7 +242,7 @@ def serve_model(
     progress: Progress,
     ready: Callable[[dict[str, str]], None],
 ) -> None:
-    """Run a server on each GPU, or one on the CPU, until interrupted; `ready` receives addresses and key.
+    """Run a server on each GPU, or one on the CPU, until interrupted. `ready` receives addresses and key.
 
     The servers listen on `port` and the following ports. Raises EngineError if vLLM is not installed, cannot
     be started, or dies more than `max_restarts` times.
@@ -274,6 +274,6 @@ def serve_model(
 
 @contextmanager
 def open_engine(choose: Callable[[], EngineChoice]) -> Iterator[Callable[[], Engine]]:
-    """Yield a function that makes the engine at its first call; the engine is closed at the end."""
+    """Yield a function that makes the engine at its first call. The engine is closed at the end."""
     with ExitStack() as stack:
         yield cache(lambda: stack.enter_context(choose().make()))

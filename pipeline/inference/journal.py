@@ -49,7 +49,7 @@ _ID_PREFIXES = [f"{number:03x}" for number in range(1 << 12)]
 
 
 class Journal:
-    """Replies on disk, as a context manager; each call that writes is one transaction.
+    """Replies on disk, as a context manager. Each call that writes is one transaction.
 
     Raises StoreError if another version of synth wrote the file.
     """
@@ -76,7 +76,7 @@ class Journal:
         self._db.close()
 
     def last(self, request_id: str, *, answered: bool = False) -> tuple[Reply, str | None] | None:
-        """Return the newest reply to a request and its flaw; with `answered`, the newest of a model.
+        """Return the newest reply to a request and its flaw. With `answered`, only replies of a model count.
 
         Raises StoreError if the checksum of the reply is wrong.
         """
@@ -102,9 +102,9 @@ class Journal:
             self._db.executemany("DELETE FROM asked WHERE request_id = ? AND times <= 0", ids)
 
     def keep(self, answered: Iterable[tuple[Request, Reply, str | None]]) -> None:
-        """Store replies with their flaws; they are on the disk when this returns.
+        """Store replies with their flaws. They are on the disk when this returns.
 
-        An existing reply of a model stays; an error (types.UNANSWERED) is replaced.
+        An existing reply of a model stays. An error (types.UNANSWERED) is replaced.
         """
         rows = []
         for request, reply, flaw in answered:
@@ -129,7 +129,7 @@ class Journal:
             self._db.executemany(_INSERT, replies)
 
     def import_replies(self, path: Path, first_id: str, end_id: str) -> None:
-        """Copy replies about samples with first_id <= id < end_id from another journal; existing ones stay.
+        """Copy replies about samples with first_id <= id < end_id from another journal. Existing ones stay.
 
         All blind questions are copied too, since samples share them. The other journal must have no writer:
         it is opened read-only, possibly from another node. Raises StoreError if it is damaged or has another
@@ -213,7 +213,7 @@ def check_journal(path: Path) -> JournalState:
 
 
 def repair_journal(path: Path) -> tuple[int, int, int]:
-    """Replace a damaged journal by a copy of its intact replies; the old file stays as `.damaged-1` etc.
+    """Replace a damaged journal by a copy of its intact replies. The old file stays as `.damaged-1` etc.
 
     Return the numbers of intact replies, of damaged replies, and of requests without a reply. Raises
     StoreError, and changes nothing, if no reply is intact.
@@ -260,7 +260,7 @@ def _is_plausible(row: Sequence[Any]) -> bool:
 
 
 def _decode(data: bytes) -> str:
-    """Decode text that may be damaged; its checksum shows the damage."""
+    """Decode text that may be damaged, which its checksum shows."""
     return data.decode("utf-8", "surrogateescape")
 
 

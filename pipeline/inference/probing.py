@@ -41,7 +41,7 @@ class ServedModel(NamedTuple):
 def find_model(
     urls: Sequence[str], wanted: str | None, server: ServerConfig, key_name: str | None = None
 ) -> tuple[str, str]:
-    """Return the name and revision of the served model; `wanted` is its name, or None for the only model.
+    """Return the name and revision of the served model. `wanted` is its name, or None for the only model.
 
     `synth serve` appends the revision to the name. For other servers it is a digest of name and root, since a
     suffix such as @q4_k_m may be that of several models. Raises EngineError if no server answers, or the
@@ -81,7 +81,7 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
 
 
 async def list_models(endpoint: Endpoint) -> dict[str, ServedModel] | None:
-    """Return the models of a server by name; None if it has no list.
+    """Return the models of a server by name, or None if it has no list.
 
     Raises ServerFaultError if it fails to answer, and the errors of `raise_for_access`.
     """
@@ -133,7 +133,7 @@ async def prepare_servers(
     retire: Callable[[Endpoint, EngineError], None],
     warn: Callable[[str], None],
 ) -> None:
-    """Call `prepare` for all servers; one that is down or slow is prepared at its first request.
+    """Call `prepare` for all servers. One that is down or slow is prepared at its first request.
 
     Calls `retire` for a server that refuses all requests. Raises EngineError if no server is up.
     """

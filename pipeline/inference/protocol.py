@@ -90,7 +90,7 @@ class RefusedError(Exception):
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """Return the body of a response; of an error response, only its first MAX_ERROR_BYTES.
+    """Return the body of a response, or the first MAX_ERROR_BYTES of an error.
 
     Raises BodyError if the body is compressed or has more than `max_bytes`.
     """
@@ -130,7 +130,7 @@ class Dialect:
     format: str = FORMATS[0]
 
     def after_refusal(self, message: str) -> "Dialect | None":
-        """Return the dialect without the fields that a refusal names; None if it names none."""
+        """Return the dialect without the fields that a refusal names, or None if it names none."""
         names = {
             name
             for name in OPTIONAL_FIELDS
@@ -143,12 +143,12 @@ class Dialect:
         return None
 
     def looser(self) -> "Dialect | None":
-        """Return the dialect with the next, less strict response format; None after the last."""
+        """Return the dialect with the next, less strict response format, or None after the last."""
         position = FORMATS.index(self.format) + 1
         return replace(self, format=FORMATS[position]) if position < len(FORMATS) else None
 
     def describe(self) -> str:
-        """Return the fields that are left out or renamed; empty if all fields are sent."""
+        """Return the fields that are left out or renamed, or an empty text if all fields are sent."""
         is_renamed = self.limit_name != LIMIT_FIELDS[0]
         renamed = [f"{LIMIT_FIELDS[0]} ({self.limit_name} is sent instead)"] if is_renamed else []
         return ", ".join([*sorted(self.left_out), *renamed])
@@ -161,7 +161,7 @@ PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
 
 
 def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -> bytes:
-    """Return the body of a chat request; `images` is the JSON of its image parts.
+    """Return the body of a chat request. `images` is the JSON of its image parts.
 
     If the server does not enforce the schema, the text has it. No seed is sent: it crashes vLLM's CPU engine.
     """
@@ -241,7 +241,7 @@ class Answer(NamedTuple):
 
 
 def parse_answer(body: bytes) -> Answer | None:
-    """Parse the body of a 200 answer; None if it does not follow the protocol."""
+    """Return the parts of a 200 answer, or None if it does not follow the protocol."""
     try:
         value = parse_json(body)
         choice = value["choices"][0]
@@ -279,7 +279,7 @@ def _text_of(message: dict[str, Any]) -> str:
 
 
 def _token_count(usage: Any, name: str) -> int:
-    """Return a token count; 0 if it is missing or implausible."""
+    """Return a token count, or 0 if it is missing or implausible."""
     count = usage.get(name) if isinstance(usage, dict) else None
     return count if type(count) is int and 0 <= count <= MAX_COUNTED_TOKENS else 0
 
@@ -338,7 +338,7 @@ class RequestImages:
     async def parts(
         self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None = None
     ) -> bytes:
-        """Return the JSON of the message parts of images; `shown` is their key (Request.shown).
+        """Return the JSON of the message parts of images. `shown` is their key (Request.shown).
 
         vLLM caches prepared images by their uuid, here the sha256 of the sent bytes.
         """
@@ -353,7 +353,7 @@ class RequestImages:
         return await asyncio.shield(future)
 
     def max_pixels(self, num_images: int) -> int | None:
-        """Return the pixels to which each image of a request is scaled down; None for no limit."""
+        """Return the pixels to which each image of a request is scaled down, or None for no limit."""
         limits = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // max(1, num_images)]
         return min((limit for limit in limits if limit), default=None)
 
@@ -395,7 +395,7 @@ def _joined(images: list[bytes], pages: tuple[int, ...] | None) -> bytes:
 
 
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
-    """Return the format of an image that can be sent unchanged; None if it must be re-encoded.
+    """Return the format of an image that can be sent unchanged, or None if it must be re-encoded.
 
     Reads only the header. Animated images are re-encoded, since their second frame may be damaged.
     """
@@ -443,7 +443,7 @@ class RetryState:
         return self.crashes >= MAX_CRASHES
 
     def after_busy(self, stated_s: float | None) -> float | None:
-        """Return the seconds to wait after a busy answer, which may state them; None to give up."""
+        """Return the seconds to wait after a busy answer, which may state them, or None to give up."""
         now = monotonic()
         self._busy_until = self._busy_until or now + self.patience_s
         if now > self._busy_until:
@@ -458,7 +458,7 @@ class RetryState:
         return wait_s
 
     def after_fault(self) -> float | None:
-        """Return the seconds to wait after an error of a healthy server; None to give up."""
+        """Return the seconds to wait after an error of a healthy server, or None to give up."""
         self.faults += 1
         if self.faults == MAX_FAULTS:
             return None
@@ -466,13 +466,13 @@ class RetryState:
         return 0.0 if self.faults == 1 else backoff_s(self.faults - 2) * random.uniform(0.5, 1.5)
 
     def after_crash(self) -> bool:
-        """Count a server crash with the request in flight; return whether to give up."""
+        """Count a server crash with the request in flight. Return whether to give up."""
         self.crashes += 1
         return self.crashes > MAX_CRASHES
 
 
 def parse_retry_after(header: str) -> float | None:
-    """Return the seconds of a Retry-After header, which holds seconds or a date; None if it holds neither."""
+    """Return the seconds of a Retry-After header (seconds or a date), or None if it is invalid."""
     if _SECONDS.fullmatch(header):
         return float(header)
     try:

@@ -1,4 +1,4 @@
-"""Send the requests that have no reply in the journal, and store each reply; then read all replies back."""
+"""Send the requests that have no reply in the journal, and store each reply. Then read all replies back."""
 
 import json
 import signal
@@ -59,7 +59,7 @@ class RequestStats:
     seconds: dict[str, float] | None = None  # of the last reply by request id; recorded if it is a dict
 
     def begin_pass(self) -> None:
-        """Forget the requests of the last pass, over fewer images; costs stay counted."""
+        """Forget the requests of the last pass, over fewer images. Costs stay counted."""
         self.total = self.done = 0
 
     def add_known(self, requests: int) -> None:
@@ -81,7 +81,7 @@ class RequestStats:
 
     @property
     def unanswered(self) -> int:
-        """Requests of this run that got only errors; a later run sends them again."""
+        """Requests of this run that got only errors. A later run sends them again."""
         return sum(self.flaws[reason] for reason in UNANSWERED)
 
     @property
@@ -90,7 +90,7 @@ class RequestStats:
         return "about " if self.uncounted else ""
 
     def cost(self, server: ServerConfig) -> float | None:
-        """Return the cost of this run's tokens; None without prices."""
+        """Return the cost of this run's tokens, or None without prices."""
         judge = self.judge_prompt_tokens, self.judge_reply_tokens
         return server.price(self.prompt_tokens, self.reply_tokens, *judge)
 
@@ -105,7 +105,7 @@ class RequestStats:
 
 
 class RequestQueue:
-    """Requests that still need a reply, chunk by chunk; the types.RequestSource of an engine."""
+    """Requests that still need a reply, chunk by chunk (a types.RequestSource)."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class RequestQueue:
         self._answered = False
 
     def has_work(self) -> bool:
-        """Return whether a request must be sent; reads chunks until one has such a request."""
+        """Return whether a request must be sent. Reads chunks until one has such a request."""
         while not self._new and not self._retries and (chunk := next(self._chunks, None)) is not None:
             requests, samples = chunk
             distinct = {request.id: request for request in requests}  # two styles may have the same prompt
@@ -147,7 +147,7 @@ class RequestQueue:
         return bool(self._new or self._retries)
 
     def take(self) -> list[Request]:
-        """Return the first attempts of a chunk, or else its retries; as many as the budget allows.
+        """Return the first attempts of a chunk, or else its retries, as many as the budget allows.
 
         All have the same attempt number, so that an interrupted run has the same batches as any other.
         """
@@ -256,7 +256,7 @@ def ask_about(
     texts: TextsById = NO_TEXTS,
     round_number: int = 0,
 ) -> Iterator[Engine]:
-    """Send the requests of a round until the journal has all replies; yield after each group of replies.
+    """Send the requests of a round until the journal has all replies. Yield after each group of replies.
 
     The engine is made only if a request must be sent. A later round uses results of earlier ones.
     """
@@ -285,7 +285,7 @@ def ask_all(
     journal: Journal,
     counts: RequestStats,
 ) -> Iterator[Engine]:
-    """Send requests until each has a usable reply, or `max_attempts` unusable ones; see `ask_about`.
+    """Send requests until each has a usable reply, or `max_attempts` unusable ones (see `ask_about`).
 
     Raises BudgetError if the budget is used up, and EngineError if too many replies are unusable.
     """

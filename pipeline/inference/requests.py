@@ -78,7 +78,7 @@ class RequestPlan:
         return tuple(rounds)
 
     def describe(self, *checks: Task) -> list[Any]:
-        """Return everything that the replies depend on, except the image; with the prompts of `checks`."""
+        """Return everything that the replies depend on, except the image. `checks` adds their prompts."""
         prompts = prompt_texts([*self.tasks.asked, *checks], self.prompt_dirs, self.generate.style_prompts)
         values = [self.context, self.language, self.seed, self.is_filling, self.revision]
         return [self.tasks.describe(FILTER_KEYS), self.generate.model_dump(mode="json"), prompts, values]
@@ -128,7 +128,7 @@ def build_requests(
     results: Mapping[str, str] = NO_RESULTS,
     pairs: Sequence[Pair] | None = None,
 ) -> Iterator[Request]:
-    """Yield the requests about one sample, without images (`with_images`); only those of `pairs` if given.
+    """Yield the requests about one sample, without images (`with_images`). `pairs` selects some.
 
     Prompts may use `context` and `results` of other tasks (JSON by name). A task is left out if it needs a
     missing result, or its prompt cannot be rendered with one.
@@ -158,7 +158,7 @@ def build_requests(
 
 
 def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request]:
-    """Return requests with the images that they show; reads no image if they show none."""
+    """Return requests with the images that they show. Reads no image if they show none."""
     if not any(request.shows_image for request in requests):
         return list(requests)
     images = dict(zip(batch.ids, batch.read_images(), strict=True))
@@ -169,7 +169,7 @@ def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request
 
 
 def _values_of(sample_id: str, plan: RequestPlan, task: Task) -> dict[str, Any]:
-    """Return the template values of a sample; `draw` spreads wordings and question types over samples."""
+    """Return the template values of a sample. `draw` spreads wordings and question types over samples."""
     code = task.language or plan.language
     language = language_name(None if code == ANY_LANGUAGE else code)
     return {
@@ -235,7 +235,7 @@ def check_needs(plan: RequestPlan) -> None:
 
 
 def _empty_results(plan: RequestPlan, task: Task, *, nulls: bool) -> Results:
-    """Return empty results, to try a template before any request; with `nulls`, optional values are null."""
+    """Return empty results, to try a template before any request. With `nulls`, optional values are null."""
     own = {task.name: task.empty_result(nulls=nulls) for task in plan.tasks.own}
     lists = {name for name in TASKS if TASKS[name].rows_field}
     return [(need, json.dumps(own.get(need, [] if need in lists else ""))) for need in task.needs]

@@ -46,7 +46,7 @@ def checks_of(
 ) -> list[Check]:
     """Return the checks of an annotation (tables.ANNOTATION with tables.FILTERED) about its image, in order.
 
-    `claims` are those of a caption, by the model; None: find them by rules for drawn scenes.
+    `claims` are those of a caption, by the model. Without them, rules for drawn scenes find them.
     """
     if row["clean_text"] is not None:
         if "claims" not in config.checks:
@@ -82,7 +82,7 @@ def build_claims(caption: str, sample_id: str, plan: RequestPlan) -> Request:
 
 
 def _text_request(fields: dict[str, Any], shared_digest: str, sample_id: str, style: str) -> Request:
-    """Return a request about a text alone; samples with the same text share its id."""
+    """Return a request about a text alone. Samples with the same text share its id."""
     request_id = digest({"image": None, "pages": (), "about": shared_digest})
     return Request(id=request_id, sample_id=sample_id, style=style, pages=(), **fields)
 
@@ -108,13 +108,13 @@ def build_repair(
 
 
 def read_repair(request: Request, journal: Journal) -> str | None:
-    """Return the repaired caption; None if the reply is unusable."""
+    """Return the repaired caption, or None if the reply is unusable."""
     fields, error = read_fields(REPAIR, last_reply(request, journal))[0]
     return None if error or find_broken_rule(REPAIR, fields) else str(fields["caption"])
 
 
 def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
-    """Return the request for a judge's rating of an annotation; the plan is the judge's."""
+    """Return the request for a judge's rating of an annotation. The plan is the judge's."""
     values: dict[str, Any] = {
         name: row[column] if row[column] is not None else "" for name, column in _RATED.items()
     }
@@ -124,7 +124,7 @@ def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
 
 
 def read_rating(row: dict[str, Any], plan: RequestPlan, journal: Journal) -> dict[str, int | None]:
-    """Return the scores of an annotation by part of the rubric; all None if the reply is unusable."""
+    """Return the scores of an annotation by part of the rubric, which are None if the reply is unusable."""
     fields, error = read_fields(RATE, last_reply(build_rating(row, plan), journal))[0]
     is_usable = not error and not find_broken_rule(RATE, fields)
     return {name: int(fields[name]) if is_usable else None for name in RUBRIC}
@@ -144,7 +144,7 @@ def build_check(check: Check, sample_id: str, plan: RequestPlan) -> Request:
 def build_all(
     batches: Iterable[SampleBatch], checks_of_sample: Mapping[str, Sequence[Check]], plan: RequestPlan
 ) -> Iterator[tuple[list[Request], SampleBatch]]:
-    """Yield the requests of all checks of each batch of samples; each distinct request once."""
+    """Yield the requests of all checks of each batch of samples, each distinct request once."""
     built: set[str] = set()
     for samples in batches:
         checks = [(check, name) for name in samples.ids for check in checks_of_sample.get(name, ())]
@@ -157,7 +157,7 @@ def build_all(
 def read_checks(
     sample_id: str, checks: Iterable[Check], plan: RequestPlan, journal: Journal
 ) -> list[dict[str, str | None]]:
-    """Return the checks of a sample with their answers (tables.CHECK); None for an unusable reply."""
+    """Return the checks of a sample with their answers (tables.CHECK). Unusable replies have None."""
     rows = []
     for check in checks:
         request = build_check(check, sample_id, plan)
@@ -170,7 +170,7 @@ def read_checks(
 
 
 def share_confirmed(checks: Iterable[Mapping[str, Any]], kind: str) -> float | None:
-    """Return the share of confirmed checks (tables.CHECK) of a kind; None if no reply is usable.
+    """Return the share of confirmed checks (tables.CHECK) of a kind, or None if no reply is usable.
 
     For claims, a question that expects no forms one check with the preceding question.
     """

@@ -121,10 +121,10 @@ def plan_vllm_command(
     memory_gib: float,
     dtype: str = "bfloat16",
 ) -> VllmCommand:
-    """Choose flags for a model (folder or Hub id); the user's flags come last and override them.
+    """Choose flags for a model (folder or Hub id). The user's flags come last and override them.
 
     A request shows one image, or up to MAX_PAGES pages with `decks`. `gpus` are entries of
-    CUDA_VISIBLE_DEVICES; empty for a CPU server. `cores` and `memory_gib` are the server's share of the
+    CUDA_VISIBLE_DEVICES, none of them for a CPU server. `cores` and `memory_gib` are its share of the
     machine.
     """
     name = f"{Path(model).name}@{revision}"
@@ -181,7 +181,7 @@ def plan_vllm_command(
 
 
 def _context_length(model: str) -> int:
-    """Return the context of a model folder in tokens; MAX_DECK_TOKENS for a Hub id."""
+    """Return the context of a model folder in tokens, or MAX_DECK_TOKENS for a Hub id."""
     file = Path(model) / "config.json"
     if not file.exists():
         return MAX_DECK_TOKENS
@@ -194,13 +194,13 @@ def _context_length(model: str) -> int:
 
 
 def _read_number(flags: tuple[str, ...], name: str, default: int) -> int:
-    """Return the last value of a flag; the default for values such as `auto` or `8k`."""
+    """Return the last value of a flag, or the default for values such as `auto` or `8k`."""
     values = [value for flag, value in pairwise(_words(flags)) if flag == name]
     return int(values[-1]) if values and values[-1].isdigit() else default
 
 
 def vllm_python() -> str | None:
-    """Return the interpreter that has vLLM: that of SYNTH_VLLM_PYTHON, or this one; None if neither does."""
+    """Return the interpreter that has vLLM: that of SYNTH_VLLM_PYTHON, this one, or None."""
     return os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else None)
 
 
@@ -211,7 +211,7 @@ def has_gpu() -> bool:
 
 @cache
 def visible_gpus() -> tuple[str, ...]:
-    """Return the GPUs that this process may use, as entries of CUDA_VISIBLE_DEVICES; () without a driver.
+    """Return the GPUs that this process may use, as entries of CUDA_VISIBLE_DEVICES, or () without a driver.
 
     Does not import torch, which takes seconds.
     """
@@ -229,7 +229,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 @cache
 def has_bfloat16() -> bool:
-    """Return whether all GPUs compute in bfloat16, which vLLM refuses on older ones; True if unknown."""
+    """Return whether all GPUs compute in bfloat16, which vLLM refuses on older ones. If unknown, they do."""
     try:
         capabilities = _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader").split()
         return all(float(capability) >= BFLOAT16_CAPABILITY for capability in capabilities)
@@ -243,7 +243,7 @@ def _nvidia_smi(*arguments: str) -> str:
 
 
 def _words(flags: Sequence[str]) -> list[str]:
-    """Split `--name=value` into two words; vLLM treats underscores in names as hyphens."""
+    """Split `--name=value` into two words, with hyphens for underscores in the name, as vLLM does."""
     words = []
     for flag in flags:
         name, equals, value = flag.partition("=")
@@ -252,7 +252,7 @@ def _words(flags: Sequence[str]) -> list[str]:
 
 
 def group_gpus(gpus: Sequence[str], flags: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the GPUs of each server: one, or as many as the user's flags say; () for a CPU server."""
+    """Return the GPUs of each server: one, or as many as the user's flags say, or () for a CPU server."""
     sizes = {_PARALLEL[word]: value for word, value in pairwise(_words(flags)) if word in _PARALLEL}
     if not gpus or "data" in sizes or not all(value.isdigit() and int(value) for value in sizes.values()):
         return [tuple(gpus)]
@@ -268,7 +268,7 @@ class Server:
     """A running vLLM server: an async context manager, ready when entered."""
 
     def __init__(self, launch: VllmCommand, progress: Progress, media: Path, address: int | Path) -> None:
-        """Prepare a server; `media` is a folder for images in flight, `address` a port or Unix socket."""
+        """Prepare a server. `media` is a folder for images in flight, `address` a port or Unix socket."""
         self.launch = launch
         self.restarted = 0
         self.failure: EngineError | None = None  # why it cannot be kept alive
@@ -304,7 +304,7 @@ class Server:
         await self._stop()
 
     async def _watch(self) -> None:
-        """Restart the server when it dies, up to `max_restarts` times; then set `failure` and `gave_up`."""
+        """Restart the server when it dies, up to `max_restarts` times. Then set `failure` and `gave_up`."""
         while self.failure is None:
             assert self._process
             code = await self._process.wait()
@@ -410,7 +410,7 @@ def open_log(path: Path) -> io.FileIO:
 
 
 def is_listener(port: int, group: int) -> bool:
-    """Return whether only processes of a group listen on a port, by Linux's /proc; True without /proc."""
+    """Return whether only processes of a group listen on a port, by Linux's /proc, or True without /proc."""
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
     if not tables[0].exists():
         return True
@@ -460,7 +460,7 @@ def free_ports(count: int) -> list[int]:
 async def run_servers(
     launches: Sequence[VllmCommand], progress: Progress, *, on_sockets: bool = False
 ) -> AsyncIterator[list[Server]]:
-    """Start servers in parallel, and stop them at the end; they share a folder for images and sockets.
+    """Start servers in parallel, and stop them at the end. They share a folder for images and sockets.
 
     Raises EngineError if one of them cannot be started.
     """
@@ -524,7 +524,7 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _start_reaper(group: int) -> int:
-    """Start a process that kills a process group when this process ends; a line in the pipe stops it.
+    """Start a process that kills a process group when this process ends. A line in the pipe stops it.
 
     It is orphaned on purpose: Ray kills only the children of a worker, and vLLM's engine would survive.
     """

@@ -19,7 +19,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (*SELECTABLE, *CHECKING)}
 
 
 class Tasks:
-    """The tasks of a run by name: built-in and custom ones (`own`); `asked` are asked about every image.
+    """The tasks of a run by name: built-in and custom ones (`own`). `asked` are asked about every image.
 
     Raises ConfigError for an unknown name, and for contradicting settings of a custom task.
     """
@@ -39,7 +39,7 @@ class Tasks:
         return self._by_name[name]
 
     def describe(self, exclude: Iterable[str] = ()) -> list[Any]:
-        """Return the names of asked tasks; of custom ones also settings but `exclude`, schemas and code."""
+        """Return the names of asked tasks, and settings (not `exclude`), schemas and code of custom ones."""
         settings = [task.settings.model_dump(mode="json", exclude={*exclude}) for task in self.own]
         outputs = [
             [wire_schema(task), task.settings.output and code_digest(task.settings.output)]
@@ -59,12 +59,12 @@ def tasks_making(kind: Literal["captions", "questions"]) -> frozenset[str]:
 
 
 def asks_about_decks(names: Iterable[str]) -> bool:
-    """Return whether any of these tasks asks about decks; custom tasks do not."""
+    """Return whether any of these tasks asks about decks. Custom tasks do not."""
     return any(TASKS[name].asks_about_decks for name in names if name in TASKS)
 
 
 def find_broken_rule(task: Task, row: dict[str, Any], pages: int = 1) -> str | None:
-    """Return the first rule that an annotation breaks, as a rejection reason; None if it is valid."""
+    """Return the first rule that an annotation breaks, as a rejection reason, or None if it is valid."""
     try:
         task.row.model_validate(task.fields_of(row), context={"pages": pages})
     except ValidationError as error:

@@ -1,6 +1,6 @@
 """The definition of a task, and the base of all output models.
 
-A task has two models. The output model describes a whole reply; the constrained decoder enforces its wire
+A task has two models. The output model describes a whole reply. The constrained decoder enforces its wire
 schema: types, order and enums. The row model is one annotation of a reply, with all other rules, such as
 lengths.
 """
@@ -82,7 +82,7 @@ class Task:
         return {name: columns.get(name) for name in self.row.model_fields}
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply, which may be the bare list; None if it has no rows."""
+        """Return the rows of a parsed reply, which may be the bare list, or None if it has no rows."""
         rows: Any = [reply]
         if self.rows_field:
             rows = reply.get(self.rows_field) if isinstance(reply, dict) else reply
@@ -93,7 +93,7 @@ class Task:
         return {}, "off_schema"
 
     def read_row(self, item: Any, frame: Frame | None = None) -> tuple[dict[str, Any], str | None]:  # noqa: ARG002
-        """Return the columns of one row of a reply, and its error; `frame` is that of the image."""
+        """Return the columns of one row of a reply, and its error. `frame` is that of the image."""
         item = _with_texts(item)
         if not _is_readable(item):
             return {}, "off_schema"
@@ -163,7 +163,7 @@ def dump(output: Output) -> str:
 
 
 def strip_schema(node: Any, *, is_properties: bool = False) -> Any:
-    """Return a JSON schema without the keywords that decoders ignore; rows are checked by the full schema."""
+    """Return a JSON schema without the keywords that decoders ignore. Rows are checked by the full schema."""
     if isinstance(node, dict):
         return {
             key: strip_schema(value, is_properties=key in ("properties", "$defs") and not is_properties)

@@ -1,8 +1,8 @@
 """Convert boxes of a model to pixels of the upright image, and check them.
 
 Qwen2.5-VL writes pixels of its input: the image after a resize to multiples of 28 px within bounds of its
-area (Technical Report, 2025, section 2.1; `smart_resize` of its processor). Other models write thousandths of
-the sides.
+area (Technical Report, 2025, section 2.1, and `smart_resize` of its processor). Other models write
+thousandths of the sides.
 """
 
 from math import ceil, floor, sqrt
@@ -40,7 +40,7 @@ def seen_size(frame: Frame) -> tuple[int, int]:
 
 
 def place_box(row: dict[str, Any], name: str, frame: Frame, coordinates: str) -> str | None:
-    """Convert a field (left, top, right, bottom) to pixels of the upright image; return an error or None."""
+    """Convert a field (left, top, right, bottom) to pixels of the upright image. Return an error or None."""
     across, down = (THOUSAND, THOUSAND) if coordinates == "thousandths" else seen_size(frame)
     sides = (frame.width_px / across, frame.height_px / down) * 2
     limits = (frame.width_px, frame.height_px) * 2

@@ -1,6 +1,6 @@
-"""Tasks of the step verify, which checks annotations by further requests; users do not select them.
+"""Tasks of the step verify, which checks annotations by further requests. Users do not select them.
 
-`answer` and `rate` show the image; `claims`, `covers` and `repair` only a text.
+`answer` and `rate` show the image, `claims`, `covers` and `repair` only a text.
 """
 
 from typing import Annotated, Literal

@@ -59,7 +59,7 @@ class DeckQASet(Output):
 
 
 def evaluate(expression: str) -> float | None:
-    """Return the value of an expression of numbers, + - * / and parentheses; None if it is another one."""
+    """Return the value of an expression of numbers, + - * / and parentheses, or None if it is another one."""
     if len(expression) > MAX_EXPRESSION_CHARACTERS:
         return None
     plain = _THOUSANDS_COMMA.sub("", expression).replace("%", "").replace("$", "").strip()

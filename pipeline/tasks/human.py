@@ -24,8 +24,8 @@ def human_annotations(
 ) -> tuple[dict[str, Any], ...]:
     """Return the annotations (tables.ANNOTATION) of human captions and questions.
 
-    `questions` are tables.QUESTION_OF_PEOPLE; those without an answer are left out. `deck_pages` is the
-    number of pages of a deck; a question that names no evidence has all pages as evidence.
+    `questions` are tables.QUESTION_OF_PEOPLE. Those without an answer are left out. `deck_pages` is the
+    number of pages of a deck. A question that names no evidence has all pages as evidence.
     """
     task = "qa" if deck_pages is None else "deck_qa"
     pages = list(range(1, (deck_pages or 0) + 1))

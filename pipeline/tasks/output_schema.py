@@ -57,7 +57,7 @@ _CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=F
 
 
 class UnusableSchemaError(ValueError):
-    """Raised for a schema that cannot be used; names the part and the reason."""
+    """Raised for a schema that cannot be used, with the part and the reason."""
 
 
 def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
@@ -79,7 +79,7 @@ def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
 
 
 def code_digest(output: str) -> str | None:
-    """Return the digest of the file of a `module:Model`, whose code checks replies; None for a schema."""
+    """Return the digest of the file of a `module:Model`, whose code checks replies, or None for a schema."""
     if output.lstrip().startswith("{"):
         return None
     load_output(output)
@@ -180,7 +180,7 @@ def _close_object(schema: Schema, position: _Position) -> Schema:
 
 
 def _without_null(schema: Schema, path: str) -> tuple[Schema, bool]:
-    """Return the only choice but null, and whether null is allowed; the same object without any choice."""
+    """Return the only choice but null, and whether null is allowed, or the same object without any choice."""
     values = schema.get("enum")
     if isinstance(values, list) and None in values:
         return _without_null(schema | {"enum": [value for value in values if value is not None]}, path)[
@@ -256,7 +256,7 @@ def validator_of(schema: Schema) -> TypeAdapter[Any]:
 
 
 def _annotation(schema: Schema, name: str) -> Any:
-    """Return the Python type of a closed schema; `name` is that of a pydantic model for an object."""
+    """Return the Python type of a closed schema. `name` is that of a pydantic model for an object."""
     if "anyOf" in schema:
         return _annotation(without_null(schema), name) | None
     kind = schema["type"]
@@ -313,7 +313,7 @@ def shape_of(schema: Schema) -> str:
 
 
 def empty_value(schema: Schema, *, nulls: bool = False) -> Any:
-    """Return an empty value of a closed schema, to try a template; with `nulls`, optional values are null."""
+    """Return an empty value of a closed schema, to try a template. With `nulls`, optional values are null."""
     if nulls and "anyOf" in schema:
         return None
     inner = without_null(schema)

@@ -91,7 +91,7 @@ class OwnTask(Task):
         return self.settings.temperature
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply; [] if the model found nothing, None if there is no list of rows.
+        """Return the rows of a parsed reply, [] if the model found nothing, or None without a list of rows.
 
         A server that enforces no schema may return the bare list, as Qwen2.5-VL does for boxes.
         """
@@ -148,7 +148,7 @@ class OwnTask(Task):
 
     @property
     def column(self) -> OwnColumn | None:
-        """The column of a version that holds the values; None for captions and questions."""
+        """The column of a version that holds the values, or None for captions and questions."""
         if self.settings.kind in JOINING:
             return None
         kind = output_schema.arrow_type(self.value)
@@ -156,7 +156,7 @@ class OwnTask(Task):
         return OwnColumn(self.name, pa.list_(kind) if is_list else kind, self.settings.kind, is_list)
 
     def empty_result(self, *, nulls: bool = False) -> Any:
-        """Return an empty result, to try prompts that need it; with `nulls`, optional values are null."""
+        """Return an empty result, to try prompts that need it. With `nulls`, optional values are null."""
         return [] if self.rows_field else output_schema.empty_value(self.value, nulls=nulls)
 
     def allowed_texts(self) -> list[str]:

@@ -110,12 +110,12 @@ def render(
     results: Results = (),
     **values: Any,
 ) -> Prompt:
-    """Render the prompt of a task; `values` are variables of its template, such as `style`.
+    """Render the prompt of a task. `values` are variables of its template, such as `style`.
 
     Every template may use `draw` (0 to DRAWS - 1), `words` (wanted length or None), `language` (name, "" for
     English), `row` (columns of the source: `row.title`) and `results` of other tasks (`results.detailed`). If
     a built-in task's template does not use `row`, its columns precede the text as notes. Templates in
-    `folders` replace those of the package; `own_styles` are custom caption styles. Raises ConfigError if the
+    `folders` replace those of the package. `own_styles` are custom caption styles. Raises ConfigError if the
     template is invalid, or does not support a value.
     """
     name, source = _source_of(task, folders, own_styles, values.get("style"))

@@ -19,7 +19,7 @@ _UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
 def parse_reply(
     request: Request, reply: Reply, tasks: Tasks = BUILT_IN, frame: Frame | None = None
 ) -> list[dict[str, Any]]:
-    """Return the annotations of one reply as rows of tables.ANNOTATION; at least one.
+    """Return the annotations of one reply as rows of tables.ANNOTATION, at least one.
 
     Boxes are converted to pixels of the image of `frame`.
     """
@@ -68,7 +68,7 @@ def read_fields(
 
 
 def read_result(request: Request, reply: Reply, tasks: Tasks = BUILT_IN) -> Any:
-    """Return the result of a reply for other tasks: text, value or list of rows; None if it is unusable."""
+    """Return the result of a reply for other tasks (text, value or rows), or None if it is unusable."""
     task = tasks[request.task]
     rows = read_fields(task, reply)
     values = [_value(row) for row, error in rows if not error and not find_broken_rule(task, row)]
@@ -84,7 +84,7 @@ def _value(row: dict[str, Any]) -> Any:
 
 
 def object_within(text: str) -> dict[str, Any] | None:
-    """Return the first JSON object in a text, after the model's thoughts; None if there is none."""
+    """Return the first JSON object in a text, after the model's thoughts, or None if there is none."""
     text = text.rpartition("</think>")[2]
     position = -1
     for _ in range(MAX_BRACES):

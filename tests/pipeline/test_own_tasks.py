@@ -63,7 +63,7 @@ def test_a_task_is_asked_in_the_round_after_those_that_it_needs() -> None:
         ("{name: t, kind: text, prompt: '{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}'}", "maximum recursion depth"),
         ("{name: alt_x, kind: caption, prompt: a}", "alt_x is the name of a built-in task or of a caption style"),
         ("{name: t, kind: text, prompt: '{{ nothing }}'}", "cannot be rendered: 'nothing' is undefined"),
-        ("{name: t, kind: text, prompt: '{% if %}'}", "the prompt t cannot be read"),
+        ("{name: t, kind: text, prompt: '{% if %}'}", "the prompt t is not a valid template"),
         ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
         ("{name: t, kind: text, prompt: a, show_image: false}", "the task t has no input"),
         ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "cannot load the output no_module:X"),
