@@ -366,7 +366,7 @@ class Server:
             self._progress.message(f"vLLM starts: {seconds:.0f} s; log: {self.launch.log}", transient=True)
             await asyncio.sleep(0.5)
         if self.socket is None and not is_listener(self._port, self._process.pid):
-            problem = f"another program listens on vLLM's port {self._port}; nothing was sent to it"
+            problem = f"another program listens on port {self._port}, which vLLM should use. Nothing was sent to it"
             raise EngineError(problem, hint="run the same command again: it takes another port")
         self._progress.message(f"vLLM is ready after {loop.time() - started:.0f} s")
 
