@@ -42,10 +42,16 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(
-    path: Path, *urls: str, samples: list[Sample] = SAMPLES, progress: Progress | None = None, **settings: Any
+    path: Path,
+    *urls: str,
+    samples: list[Sample] = SAMPLES,
+    progress: Progress | None = None,
+    concurrency: int | None = None,
+    server: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> tuple[RequestStats, Counter[str | None]]:
     """Send the requests about samples; return statistics, and the number of annotations by error."""
-    config = config_of(*urls, **settings)
+    config = config_of(*urls, server={"concurrency": concurrency, **(server or {})}, **settings)
     counts = RequestStats()
     with Journal(path) as journal, ExitStack() as stack:
         chunks = (batch_of(samples[n : n + 4]) for n in range(0, len(samples), 4))
@@ -57,6 +63,10 @@ def run(
     assert stored >= counts.total
     assert len(table["request_id"].unique()) == counts.total
     return counts, Counter(table["reply_error"].to_pylist())
+
+
+def slow_server(seconds: float) -> ChatServer:
+    return ChatServer(lambda times, body: Act(seconds=seconds))
 
 
 def always(act: Act, times: int = 1000) -> Script:
@@ -179,7 +189,7 @@ def test_only_request_that_crashes_its_server_is_abandoned(tmp_path: Path) -> No
 
     chat.script = script
     with running_chat(chat):
-        _, errors = run(tmp_path / "j", chat.url, server={"concurrency": 8})
+        _, errors = run(tmp_path / "j", chat.url, concurrency=8)
     assert errors == {None: ASKED - 1, "server_error": 1}
 
 
@@ -194,7 +204,7 @@ def test_fast_refusals_before_first_slow_answer_do_not_end_the_run(tmp_path: Pat
     large = {sample.id for sample in SAMPLES[:8]}
     script: Script = lambda times, body: Act(status=413) if uuid_of(body) in large else Act(seconds=0.4)  # noqa: E731
     with running_chat(ChatServer(script)) as chat:
-        _, errors = run(tmp_path / "j", chat.url, server={"concurrency": 40})
+        _, errors = run(tmp_path / "j", chat.url, concurrency=40)
     assert errors == {None: ASKED - 3 * len(large), "refused_by_server": 3 * len(large)}
 
 
@@ -203,30 +213,30 @@ def test_retry_after_of_hours_ends_the_run_unless_another_server_answers(tmp_pat
     with running_chat(ChatServer()) as chat:
         chat.script = lambda times, body: waits if len(chat.bodies) > 5 else None
         with pytest.raises(EngineError, match="asks to wait for 2 h 2 min") as caught:
-            run(tmp_path / "j", chat.url, server={"concurrency": 1})
+            run(tmp_path / "j", chat.url, concurrency=1)
     assert "the same command" in caught.value.hint
     with running_chat(ChatServer(lambda times, body: waits)) as chat, running_chat(ChatServer()) as other:
         chat.script = lambda times, body: waits if len(chat.bodies) > 5 else None
-        _, errors = run(tmp_path / "k", chat.url, other.url, server={"concurrency": 2})
+        _, errors = run(tmp_path / "k", chat.url, other.url, concurrency=2)
     assert errors == {None: ASKED}
 
 
 def test_gateway_errors_of_a_healthy_server_count_as_busy(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         chat.script = lambda times, body: Act(status=502) if 5 < len(chat.bodies) < 80 else None
-        counts, errors = run(tmp_path / "j", chat.url, server={"concurrency": 4})
+        counts, errors = run(tmp_path / "j", chat.url, concurrency=4)
     assert errors == {None: ASKED} and counts.attempts == {1: ASKED}
 
 
 def test_403_rejects_one_image_and_ends_the_run_if_it_persists(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         chat.script = lambda times, body: Act(status=403) if uuid_of(body) == SAMPLES[0].id else None
-        _, errors = run(tmp_path / "j", chat.url, server={"concurrency": 1})
+        _, errors = run(tmp_path / "j", chat.url, concurrency=1)
         assert errors == {None: ASKED - 3, "refused_by_server": 3}
         chat.bodies.clear()
         chat.script = lambda times, body: Act(status=403) if len(chat.bodies) > 5 else None
         with pytest.raises(EngineError, match="scripted 403"):
-            run(tmp_path / "k", chat.url, samples=scene_samples(20), server={"concurrency": 1})
+            run(tmp_path / "k", chat.url, samples=scene_samples(20), concurrency=1)
         assert len(chat.bodies) <= 6 + client.MAX_DENIED
 
 
@@ -235,7 +245,7 @@ def test_replies_in_flight_are_stored_when_an_error_ends_the_run(tmp_path: Path)
     with running_chat(ChatServer()) as chat:
         chat.script = lambda times, body: Act(status=401) if len(chat.bodies) == 20 else Act(seconds=0.3)
         with pytest.raises(EngineError, match="scripted 401"):
-            run(path, chat.url, samples=scene_samples(20), server={"concurrency": 16})
+            run(path, chat.url, samples=scene_samples(20), concurrency=16)
         asked = len(chat.bodies)
     with Journal(path) as journal:
         assert journal.totals()["replies"] == asked - 1
@@ -252,12 +262,7 @@ def test_key_that_a_server_repeats_is_removed_from_messages_and_journal(
     chat = ChatServer(lambda times, body: Act(status=status, raw=echo) if len(chat.bodies) > 5 else None)
     with running_chat(chat), caplog.at_level(logging.DEBUG):
         try:
-            run(
-                tmp_path / "j",
-                chat.url,
-                progress=progress,
-                server={"concurrency": 2, "max_failure_frac": 1.0},
-            )
+            run(tmp_path / "j", chat.url, progress=progress, concurrency=2, server={"max_failure_frac": 1.0})
         except EngineError as error:
             problem = str(error)
     kept = b"".join(path.read_bytes() for path in tmp_path.glob("j*"))
@@ -268,9 +273,9 @@ def test_key_that_a_server_repeats_is_removed_from_messages_and_journal(
 
 
 def test_faster_server_gets_more_requests_and_each_image_goes_to_one_server(tmp_path: Path) -> None:
-    slow = ChatServer(lambda times, body: Act(seconds=0.3))
+    slow = slow_server(0.3)
     with running_chat(slow), running_chat(ChatServer()) as fast:
-        run(tmp_path / "j", slow.url, fast.url, server={"concurrency": 6})
+        run(tmp_path / "j", slow.url, fast.url, concurrency=6)
     assert len(slow.bodies) + len(fast.bodies) == ASKED
     assert 0 < len(slow.bodies) < len(fast.bodies)
     assert not {uuid_of(body) for body in slow.bodies} & {uuid_of(body) for body in fast.bodies}
@@ -279,11 +284,9 @@ def test_faster_server_gets_more_requests_and_each_image_goes_to_one_server(tmp_
 @pytest.mark.parametrize("fails", [Act(status=500), Act(status=429, headers={"Retry-After": "4"})])
 def test_server_that_fails_immediately_gets_few_requests(tmp_path: Path, fails: Act) -> None:
     """It always has the fewest requests in flight."""
-    good = ChatServer(lambda times, body: Act(seconds=0.05))
+    good = slow_server(0.05)
     with running_chat(good), running_chat(ChatServer(lambda times, body: fails)) as bad:
-        _, errors = run(
-            tmp_path / "j", good.url, bad.url, samples=scene_samples(40), server={"concurrency": 8}
-        )
+        _, errors = run(tmp_path / "j", good.url, bad.url, samples=scene_samples(40), concurrency=8)
     assert errors == {None: 120}
     assert len(good.bodies) == 120 and 0 < len(bad.bodies) < 40
 
@@ -304,19 +307,17 @@ def after_first_requests(chat: ChatServer, act: Callable[[], object]) -> None:
 
 
 def test_requests_of_a_dead_server_go_to_the_other(tmp_path: Path) -> None:
-    with running_chat(ChatServer(lambda times, body: Act(seconds=0.05))) as stays, ExitStack() as stack:
-        dies = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.05))))
+    with running_chat(slow_server(0.05)) as stays, ExitStack() as stack:
+        dies = stack.enter_context(running_chat(slow_server(0.05)))
         after_first_requests(dies, stack.close)
-        _, errors = run(
-            tmp_path / "j", stays.url, dies.url, samples=scene_samples(60), server={"concurrency": 8}
-        )
+        _, errors = run(tmp_path / "j", stays.url, dies.url, samples=scene_samples(60), concurrency=8)
     assert errors == {None: 180}
     assert dies.bodies
     assert len(stays.bodies) < 180
 
 
 def test_client_waits_for_a_restarted_server(tmp_path: Path) -> None:
-    first = ChatServer(lambda times, body: Act(seconds=0.05))
+    first = slow_server(0.05)
     with ExitStack() as stack:
         stack.enter_context(running_chat(first))
         port = int(first.url.split(":")[2].split("/")[0])
@@ -329,7 +330,7 @@ def test_client_waits_for_a_restarted_server(tmp_path: Path) -> None:
             stack.enter_context(running_chat(restarted, port))
 
         after_first_requests(first, die_and_come_back)
-        _, errors = run(tmp_path / "j", first.url, samples=scene_samples(40), server={"concurrency": 4})
+        _, errors = run(tmp_path / "j", first.url, samples=scene_samples(40), concurrency=4)
     assert errors == {None: 120}
     assert restarted.bodies
 
@@ -337,12 +338,10 @@ def test_client_waits_for_a_restarted_server(tmp_path: Path) -> None:
 def test_replies_are_stored_when_no_server_comes_back(tmp_path: Path) -> None:
     samples = scene_samples(60)
     with ExitStack() as stack:
-        chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.02))))
+        chat = stack.enter_context(running_chat(slow_server(0.02)))
         after_first_requests(chat, stack.close)
         with pytest.raises(EngineError, match="no server answers"):
-            run(
-                tmp_path / "j", chat.url, samples=samples, server={"concurrency": 4, "startup_timeout_s": 0.5}
-            )
+            run(tmp_path / "j", chat.url, samples=samples, concurrency=4, server={"startup_timeout_s": 0.5})
     with Journal(tmp_path / "j") as journal:
         stored = journal.totals()["replies"]
     assert len(chat.bodies) - 2 * 4 <= stored < 180
@@ -370,7 +369,7 @@ def test_started_server_that_cannot_be_restarted_ends_the_run_with_its_error(tmp
     config = config_of(server={"concurrency": 2})
     chunks = iter([batch_of(scene_samples(30))])
     with ExitStack() as stack, Journal(tmp_path / "j") as journal:
-        chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.02))))
+        chat = stack.enter_context(running_chat(slow_server(0.02)))
         with client_of(config.model_copy(update={"base_url": (chat.url,)})) as client:
             client._servers = [SimpleNamespace(failure=EngineError("vLLM died 4 times"))]  # type: ignore[list-item]
             after_first_requests(chat, stack.pop_all().close)
@@ -380,10 +379,9 @@ def test_started_server_that_cannot_be_restarted_ends_the_run_with_its_error(tmp
 
 @pytest.mark.parametrize(("waiting", "grows"), [(0, True), (200, False)])
 def test_limit_of_requests_follows_the_queue_of_the_server(tmp_path: Path, waiting: int, grows: bool) -> None:  # noqa: FBT001
-    chat = ChatServer(lambda times, body: Act(seconds=0.2))
-    chat.metrics = (
-        f'vllm:num_requests_running{{engine="0"}} 20.0\nvllm:num_requests_waiting{{engine="0"}} {waiting}.0\n'
-    )
+    chat = slow_server(0.2)
+    loads = {"running": 20, "waiting": waiting}
+    chat.metrics = "".join(f'vllm:num_requests_{kind}{{engine="0"}} {n}.0\n' for kind, n in loads.items())
     with running_chat(chat):
         run(tmp_path / "j", chat.url, samples=scene_samples(80))
     assert (chat.max_in_flight > START_REQUESTS) == grows
@@ -391,19 +389,12 @@ def test_limit_of_requests_follows_the_queue_of_the_server(tmp_path: Path, waiti
 
 def test_replies_state_their_seconds_and_tokens(tmp_path: Path) -> None:
     stats = RequestStats(seconds={})
-    with (
-        running_chat(ChatServer(lambda times, body: Act(seconds=0.1))) as chat,
-        Journal(tmp_path / "j") as journal,
-    ):
+    with running_chat(slow_server(0.1)) as chat, Journal(tmp_path / "j") as journal:
         config = config_of(chat.url, tasks=["caption"])
         with client_of(config) as asked:
             ask(config, [batch_of(SAMPLES[:2])], lambda: asked, journal, stats)
-    assert (
-        stats.seconds
-        and len(stats.seconds) == 4
-        and min(stats.seconds.values()) >= 0.1
-        and stats.asking_s > 0.1
-    )
+    assert stats.seconds and len(stats.seconds) == 4
+    assert min(stats.seconds.values()) >= 0.1 and stats.asking_s > 0.1
     assert (stats.prompt_tokens, stats.reply_tokens) == (160, 48)
 
 
@@ -449,35 +440,26 @@ def test_interrupted_run_does_not_count_unsent_requests(tmp_path: Path) -> None:
     config = config_of(server={"concurrency": 2, "max_requests": 1000})
     stats = RequestStats()
     with running_chat(ChatServer()) as chat, Journal(tmp_path / "j") as journal:
+        chunks = iter([batch_of(scene_samples(20))])
         with client_of(config.model_copy(update={"base_url": (chat.url,)})) as asking:
-            groups = ask_about(
-                iter([batch_of(scene_samples(20))]),
-                request_plan(config),
-                config.server,
-                lambda: asking,
-                journal,
-                stats,
-            )
+            groups = ask_about(chunks, request_plan(config), config.server, lambda: asking, journal, stats)
             next(groups)
             assert isinstance(groups, Generator)
             groups.close()
         assert 0 < len(chat.bodies) < 20 < client.SENT_BATCH
-        asked = journal.totals()["asked"]
-        assert (
-            len(chat.bodies) - 1 <= asked == stats.asked <= len(chat.bodies) + 2
-        )  # one probe, and up to two in flight
+        num_sent = len(chat.bodies)
+        # One body is the probe, and two requests may be in flight.
+        assert num_sent - 1 <= journal.totals()["asked"] == stats.asked <= num_sent + 2
 
 
 @pytest.mark.parametrize(
     "act", [Act(status=401), Act(status=402), Act(status=307, headers={"Location": "http://elsewhere/"})]
 )
 def test_server_that_refuses_access_is_excluded_if_another_answers(tmp_path: Path, act: Act) -> None:
-    stays = ChatServer(lambda times, body: Act(seconds=0.02))
+    stays = slow_server(0.02)
     with running_chat(stays) as first, running_chat(ChatServer()) as leaves:
         leaves.script = lambda times, body: act if len(leaves.bodies) > 3 else Act(seconds=0.02)
-        _, errors = run(
-            tmp_path / "j", first.url, leaves.url, samples=scene_samples(40), server={"concurrency": 4}
-        )
+        _, errors = run(tmp_path / "j", first.url, leaves.url, samples=scene_samples(40), concurrency=4)
     assert errors == {None: 120}
     assert 3 < len(leaves.bodies) < 12
 
@@ -486,27 +468,24 @@ def test_server_that_refuses_access_is_excluded_if_another_answers(tmp_path: Pat
 def test_used_up_credit_ends_the_run_and_the_next_run_resumes(
     tmp_path: Path, status: int, code: str | None
 ) -> None:
-    spent = Act(
-        status=status, raw=json.dumps({"error": {"message": "Look at your billing.", "code": code}}).encode()
-    )
+    error = {"message": "Look at your billing.", "code": code}
+    spent = Act(status=status, raw=json.dumps({"error": error}).encode())
     with running_chat(ChatServer()) as chat:
         chat.script = lambda times, body: spent if len(chat.bodies) > 5 else None
         with pytest.raises(EngineError, match="has no credit left for this key: Look at your billing"):
-            run(tmp_path / "j", chat.url, server={"concurrency": 1})
+            run(tmp_path / "j", chat.url, concurrency=1)
         chat.script = lambda times, body: None
         counts, errors = run(tmp_path / "j", chat.url)
     assert errors == {None: ASKED} and counts.asked == ASKED - 5
 
 
 def test_late_server_with_another_model_is_excluded(tmp_path: Path) -> None:
-    first, late = ChatServer(lambda times, body: Act(seconds=0.05)), ChatServer(model="another")
+    first, late = slow_server(0.05), ChatServer(model="another")
     with running_chat(late):
         port = int(late.url.split(":")[2].split("/")[0])
     with running_chat(first), ExitStack() as stack:
         after_first_requests(first, lambda: [stack.enter_context(running_chat(late, port))])
-        _, errors = run(
-            tmp_path / "j", first.url, late.url, samples=scene_samples(60), server={"concurrency": 4}
-        )
+        _, errors = run(tmp_path / "j", first.url, late.url, samples=scene_samples(60), concurrency=4)
     assert errors == {None: 180} and late.headers and not late.bodies
 
 
