@@ -44,7 +44,7 @@ class ModelFamily(NamedTuple):
     """Models of one architecture, which write boxes in the same coordinates."""
 
     name: str
-    pattern: str  # of lower-case model names, without an organization
+    pattern: str  # matches lower-case model names, without an organization
     boxes: BoxUnit
 
 

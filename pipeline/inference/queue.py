@@ -50,13 +50,15 @@ class RequestStats:
         default_factory=Counter
     )  # requests by the attempt that was usable or the last
     flaws: Counter[str] = field(default_factory=Counter)  # unusable replies of this run by flaw
-    prompt_tokens: int = 0  # of this run
+    prompt_tokens: int = 0  # in this run
     reply_tokens: int = 0
     judge_prompt_tokens: int = 0  # the judge's part, which may have its own prices
     judge_reply_tokens: int = 0
     uncounted: int = 0  # replies with estimated tokens
     asking_s: float = 0.0
-    seconds: dict[str, float] | None = None  # of the last reply by request id; recorded if it is a dict
+    seconds: dict[str, float] | None = (
+        None  # duration of the last reply by request id, recorded if it is a dict
+    )
 
     def begin_pass(self) -> None:
         """Forget the requests of the last pass, over fewer images. Costs stay counted."""

@@ -39,7 +39,7 @@ class RequestPlan:
     language: str | None
     seed: int
     is_filling: bool  # ask only for texts that the source lacks
-    revision: str  # of the model
+    revision: str  # digest or commit of the model
 
     @classmethod
     def of(cls, config: Config, tasks: Tasks, revision: str) -> "RequestPlan":

@@ -60,7 +60,7 @@ class VllmCommand:
     """Command line, environment and limits of a server."""
 
     python: str
-    name: str  # of the model at the server: base name and revision
+    name: str  # served model name: base name and revision
     arguments: tuple[str, ...]
     environment: dict[str, str]
     log: Path
@@ -366,7 +366,9 @@ class Server:
             self._progress.message(f"vLLM starts: {seconds:.0f} s; log: {self.launch.log}", transient=True)
             await asyncio.sleep(0.5)
         if self.socket is None and not is_listener(self._port, self._process.pid):
-            problem = f"another program listens on port {self._port}, which vLLM should use. Nothing was sent to it"
+            problem = (
+                f"another program listens on port {self._port}, which vLLM should use. Nothing was sent to it"
+            )
             raise EngineError(problem, hint="run the same command again: it takes another port")
         self._progress.message(f"vLLM is ready after {loop.time() - started:.0f} s")
 

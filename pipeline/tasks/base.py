@@ -24,7 +24,7 @@ _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
 Line = Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=_LINE)]
 MAX_QA_PAIRS = 8
 QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # with those of Chinese, Japanese and Arabic
-MAX_PAGES = 20  # of a deck, as in SlideVQA
+MAX_PAGES = 20  # per deck, as in SlideVQA
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold half of a surrogate pair, and a table cannot
 MAX_REPEATS = 4  # "a cat and a cat and a cat and a cat and"
 # The row model checks lengths and patterns: a grammar that counts characters is slow, and cuts sentences off.

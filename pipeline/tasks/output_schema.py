@@ -95,7 +95,7 @@ class _Position:
     path: str = "output"
     depth: int = 0
     references: tuple[str, ...] = ()  # resolved on the way to this part
-    num_nodes: list[int] = field(default_factory=lambda: [0])  # of the whole schema, shared
+    num_nodes: list[int] = field(default_factory=lambda: [0])  # counter of the whole schema, shared
 
     def within(self, name: str) -> "_Position":
         return _Position(self.defs, f"{self.path}{name}", self.depth + 1, self.references, self.num_nodes)

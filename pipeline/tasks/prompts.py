@@ -24,8 +24,8 @@ from pipeline.tasks.output_schema import shape_of
 from pipeline.text.normalize import tidy
 from pipeline.types import Context
 
-Folders = tuple[Path, ...]  # of templates; the first one that has a template wins
-Results = Sequence[tuple[str, str]]  # of other tasks: names with JSON
+Folders = tuple[Path, ...]  # folders of templates; the first one with a template wins
+Results = Sequence[tuple[str, str]]  # names of other tasks with their results as JSON
 StyleTexts = Sequence[tuple[str, str]]  # prompts of custom caption styles, by name
 SYSTEM = "system/v1"
 STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr")
@@ -67,7 +67,7 @@ _DEFAULTS: dict[str, Any] = {
     "row": Values({}),
     "results": Values({}),
 }
-RENDER_ERRORS = (  # of expressions in templates
+RENDER_ERRORS = (  # raised by expressions in templates
     TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError, RecursionError,
     MemoryError,
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Verification requests: the question, the pages shown, and the request id of each check."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipeline.inference.verification import (
 )
 from pipeline.scenes.claims import Claim
 from pipeline.tables import RUBRIC
-from pipeline.types import Reply, SampleBatch
+from pipeline.types import Request, SampleBatch
 from tests.plans import request_plan
 
 PAGES = (b"one", b"two", b"three")
@@ -40,27 +41,33 @@ ROW = {
 CAPTION = {"sample_id": "s", "task": "caption", "clean_text": "Two dogs on a gray background.", "pages": 1}
 
 
+SAMPLE = SampleBatch.of([("s", PAGES)])
+
+
 def config(*checks: str, **more: Any) -> Config:
     return resolve(source="scenes-deck", verify={"checks": list(checks)}, **more)
 
 
+def read_with_reply(path: Path, request: Request, reply: Any, read: Callable[[Journal], Any]) -> Any:
+    """Read the result of a request from a journal that has this reply, a text or a JSON value."""
+    text = reply if isinstance(reply, str) else json.dumps(reply)
+    path.unlink(missing_ok=True)
+    with Journal(path) as journal:
+        journal.keep([(request, request.reply(text, "stop"), None)])
+        return read(journal)
+
+
 def test_each_check_shows_its_pages() -> None:
-    assert (
-        checks_of(ROW, config().verify)
-        == checks_of(ROW | {"evidence_pages": [1, 2, 3]}, config("evidence").verify)
-        == []
-    )
+    all_pages = ROW | {"evidence_pages": [1, 2, 3]}
+    assert checks_of(ROW, config().verify) == checks_of(all_pages, config("evidence").verify) == []
     settings = config("round_trip", "blind", "evidence", "claims")
-    checks = checks_of(ROW, settings.verify)
+    plan = request_plan(settings)
     requests = with_images(
-        [build_check(check, "s", request_plan(settings)) for check in checks], SampleBatch.of([("s", PAGES)])
+        [build_check(check, "s", plan) for check in checks_of(ROW, settings.verify)], SAMPLE
     )
     assert [(request.style, request.images) for request in requests] == [
-        ("round_trip", PAGES),
-        ("blind", ()),
-        ("sufficient", (b"two",)),
-        ("necessary", (b"one", b"three")),
-    ]
+        ("round_trip", PAGES), ("blind", ()), ("sufficient", (b"two",)), ("necessary", (b"one", b"three")),
+    ]  # fmt: skip
     assert len({request.id for request in requests}) == len({request.shown for request in requests}) == 4
     assert all(request.text.endswith(f"Question: {ROW['clean_question']}") for request in requests)
     assert all(request.sampling.temperature == 0 and "2" not in request.text for request in requests)
@@ -68,126 +75,96 @@ def test_each_check_shows_its_pages() -> None:
 
 def test_claims_of_a_caption_come_from_rules_or_from_the_model() -> None:
     settings = config("claims").verify
-    claims = [(check.question, check.expected) for check in checks_of(CAPTION, settings)]
-    assert claims == [("How many dogs are there?", "2"), ("What color is the background?", "gray")]
-    model_checks = checks_of(CAPTION, settings, [Claim("Is it a dog?", "yes"), Claim("Is it a cat?", "no")])
-    assert [(check.question, check.expected) for check in model_checks] == [
-        ("Is it a dog?", "yes"),
-        ("Is it a cat?", "no"),
-    ]
+    claims = [Claim(check.question, check.expected) for check in checks_of(CAPTION, settings)]
+    assert claims == [Claim("How many dogs are there?", "2"), Claim("What color is the background?", "gray")]
+    model_claims = [Claim("Is it a dog?", "yes"), Claim("Is it a cat?", "no")]
+    checks = checks_of(CAPTION, settings, model_claims)
+    assert [Claim(check.question, check.expected) for check in checks] == model_claims
 
 
 def test_claims_request_shows_no_image_and_is_shared_by_equal_captions(tmp_path: Path) -> None:
-    settings = resolve(source="folder:x", verify={"checks": ["claims"]})
-    request, other = (
-        build_claims("Two dogs.", sample_id, request_plan(settings)) for sample_id in ("a", "b")
-    )
+    plan = request_plan(resolve(source="folder:x", verify={"checks": ["claims"]}))
+    request, other = (build_claims("Two dogs.", sample_id, plan) for sample_id in ("a", "b"))
     assert (request.id, request.images, request.pages) == (other.id, (), ())
-    assert request.id != build_claims("Two cats.", "a", request_plan(settings)).id
+    assert request.id != build_claims("Two cats.", "a", plan).id
     assert "Caption: Two dogs.\n" in request.text
     good = {"claim": "dogs", "question": "Are there dogs?", "opposite": "Are there cats?"}
-    replies: tuple[Any, ...] = (
-        {"claims": [good, good | {"opposite": "Are there dogs?"}, {"claim": "x"}]},
-        {"claims": []},
-        "no JSON",
-    )
-    for number, (reply, expected) in enumerate(zip(replies, (["yes", "no"], [], []), strict=True)):
-        with Journal(tmp_path / f"{number}.sqlite") as journal:
-            text = reply if isinstance(reply, str) else json.dumps(reply)
-            journal.keep([(request, request.reply(text, "stop"), None)])
-            assert [
-                claim.expected for claim in read_claims("Two dogs.", request_plan(settings), journal)
-            ] == expected
+    mixed = {"claims": [good, good | {"opposite": "Are there dogs?"}, {"claim": "x"}]}
+    for reply, expected in ((mixed, ["yes", "no"]), ({"claims": []}, []), ("no JSON", [])):
+        read = lambda journal: read_claims("Two dogs.", plan, journal)  # noqa: E731
+        claims = read_with_reply(tmp_path / "j", request, reply, read)
+        assert [claim.expected for claim in claims] == expected
 
 
 def test_coverage_shows_the_caption_instead_of_the_image() -> None:
-    settings = config("covers")
-    (check,) = coverage_checks("Two dogs.", settings.verify, [("How many dogs?", "2")])
-    request, other = (build_check(check, sample_id, request_plan(settings)) for sample_id in "st")
+    settings, pairs = config("covers"), [("How many dogs?", "2")]
+    plan = request_plan(settings)
+    (check,) = coverage_checks("Two dogs.", settings.verify, pairs)
+    request, other = (build_check(check, sample_id, plan) for sample_id in "st")
     assert (request.images, request.id) == ((), other.id)
     assert request.text.endswith("Caption: Two dogs.\nQuestion: How many dogs?")
-    assert (
-        request.id != build_check(Check("blind", "How many dogs?", "2", ()), "s", request_plan(settings)).id
-    )
-    assert coverage_checks("Two dogs.", config("claims").verify, [("How many dogs?", "2")]) == []
-    assert coverage_checks(None, settings.verify, [("How many dogs?", "2")]) == []
+    assert request.id != build_check(Check("blind", "How many dogs?", "2", ()), "s", plan).id
+    assert coverage_checks("Two dogs.", config("claims").verify, pairs) == []
+    assert coverage_checks(None, settings.verify, pairs) == []
 
 
 def test_repair_shows_the_answers_and_no_image(tmp_path: Path) -> None:
     request = build_repair("A red kite.", [("Is it red?", "no")], "s", request_plan(config("claims")))
     assert request.images == () and "Question: Is it red? Answer: no\n" in request.text
-    for number, (reply, repaired) in enumerate(
-        (('{"caption":"A\\nkite."}', "A kite."), ('{"caption":""}', None), ("{]", None))
-    ):
-        with Journal(tmp_path / f"{number}.sqlite") as journal:
-            journal.keep([(request, request.reply(reply, "stop"), None)])
-            assert read_repair(request, journal) == repaired
+    for reply, repaired in (({"caption": "A\nkite."}, "A kite."), ({"caption": ""}, None), ("{]", None)):
+        read = lambda journal: read_repair(request, journal)  # noqa: E731
+        assert read_with_reply(tmp_path / "j", request, reply, read) == repaired
 
 
 def test_rating_shows_image_and_text_and_needs_all_scores(tmp_path: Path) -> None:
-    settings, texts = config(), {"clean_text": None, "clean_question": "How many?", "clean_answer": "2"}
-    pair, caption = (
-        build_rating({**ROW, **texts, **more}, request_plan(settings))
-        for more in ({}, {"clean_text": "Two dogs."})
-    )
-    assert with_images([pair], SampleBatch.of([("s", PAGES)]))[0].images == PAGES
+    plan = request_plan(config())
+    row = ROW | {"clean_text": None, "clean_question": "How many?", "clean_answer": "2"}
+    pair, caption = (build_rating(row | more, plan) for more in ({}, {"clean_text": "Two dogs."}))
+    assert with_images([pair], SAMPLE)[0].images == PAGES
     assert pair.text.endswith("Question: How many? Answer: 2")
     assert caption.text.endswith("Caption: Two dogs.") and caption.id != pair.id
-    scores = dict.fromkeys(RUBRIC, "4")
+    scores, flaw = dict.fromkeys(RUBRIC, "4"), {"flaw": "nothing"}
     numbers = {"flaw": "", **dict.fromkeys(RUBRIC, 4)}  # from a server without schemas
-    replies = ({"flaw": "nothing"} | scores, numbers, scores, {"flaw": "nothing"} | scores | {"form": "6"})
-    for number, (reply, score) in enumerate(zip(replies, (4, 4, None, None), strict=True)):
-        with Journal(tmp_path / f"{number}.sqlite") as journal:
-            journal.keep([(pair, pair.reply(json.dumps(reply), "stop"), None)])
-            assert read_rating({**ROW, **texts}, request_plan(settings), journal) == dict.fromkeys(
-                RUBRIC, score
-            )
+    for reply, score in (
+        (flaw | scores, 4),
+        (numbers, 4),
+        (scores, None),
+        (flaw | scores | {"form": "6"}, None),
+    ):
+        read = lambda journal: read_rating(row, plan, journal)  # noqa: E731
+        assert read_with_reply(tmp_path / "j", pair, reply, read) == dict.fromkeys(RUBRIC, score)
 
 
 def test_request_id_of_a_check_depends_on_question_pages_and_model() -> None:
-    settings = config("round_trip")
+    plan = request_plan(config("round_trip"))
     check = Check("round_trip", "How many?", "2")
-    request_id = build_check(check, "s", request_plan(settings)).id
-    assert request_id == build_check(check, "s", request_plan(settings)).id
-    assert request_id == build_check(Check("claims", "How many?", "3"), "s", request_plan(settings)).id
+    request_id = build_check(check, "s", plan).id
+    assert request_id == build_check(check, "s", plan).id
+    assert request_id == build_check(Check("claims", "How many?", "3"), "s", plan).id
     changed = [
-        build_check(Check("round_trip", "How much?", "2"), "s", request_plan(settings)),
-        build_check(check, "t", request_plan(settings)),
-        build_check(check, "s", request_plan(settings, "other")),
-        build_check(Check("sufficient", "How many?", "2", (1,)), "s", request_plan(settings)),
+        build_check(Check("round_trip", "How much?", "2"), "s", plan),
+        build_check(check, "t", plan),
+        build_check(check, "s", request_plan(config("round_trip"), "other")),
+        build_check(Check("sufficient", "How many?", "2", (1,)), "s", plan),
         build_check(check, "s", request_plan(config("round_trip", generate={"max_tokens": 9}))),
     ]
     assert request_id not in {request.id for request in changed}
 
 
 def test_blind_question_is_asked_once_for_all_images() -> None:
-    check = Check("blind", "How many?", "2", ())
+    checks = {name: [Check("blind", "How many?", "2", ())] for name in "stu"}
     batches = [SampleBatch.of([("s", (b"1",)), ("t", (b"2",))]), SampleBatch.of([("u", (b"3",))])]
-    built = [
-        with_images(*chunk)
-        for chunk in build_all(batches, {name: [check] for name in "stu"}, request_plan(config()))
-    ]
+    built = [with_images(*chunk) for chunk in build_all(batches, checks, request_plan(config()))]
     assert [[request.images for request in requests] for requests in built] == [[()], []]
 
 
 def test_read_checks_returns_answers_and_null_for_unreadable_replies(tmp_path: Path) -> None:
     settings = config("round_trip", "blind")
-    checks = checks_of(ROW, settings.verify)
-    texts = ['{"answer":"2"}', "{]"]
+    plan, checks = request_plan(settings), checks_of(ROW, settings.verify)
     with Journal(tmp_path / "j.sqlite") as journal:
-        for check, text in zip(checks, texts, strict=True):
-            request = build_check(check, "s", request_plan(settings))
-            reply = Reply(
-                request_id=request.id,
-                attempt=0,
-                text=text,
-                finish_reason="stop",
-                prompt_tokens=1,
-                reply_tokens=1,
-            )
-            journal.keep([(request, reply, None)])
-        results = read_checks("s", checks, request_plan(settings), journal)
-    assert [(result["kind"], result["expected"], result["answer"]) for result in results] == [
-        ("round_trip", "2", "2"),
-        ("blind", "2", None),
-    ]
+        for check, text in zip(checks, ('{"answer":"2"}', "{]"), strict=True):
+            request = build_check(check, "s", plan)
+            journal.keep([(request, request.reply(text, "stop"), None)])
+        results = read_checks("s", checks, plan, journal)
+    answers = [(result["kind"], result["expected"], result["answer"]) for result in results]
+    assert answers == [("round_trip", "2", "2"), ("blind", "2", None)]
