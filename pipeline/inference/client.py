@@ -57,7 +57,6 @@ PATCH_PX = 28  # Qwen2.5-VL: one token per square of this side
 FINISH_SECONDS = 60.0  # after a fatal error, wait so long for requests in flight, which are paid for
 MAX_REFUSALS_BEFORE_REPLY = 16
 MAX_DENIED = 16  # 403 or 404 answers in a row: then they concern all requests
-REFUSAL_POLL_SECONDS = 0.1
 log = logging.getLogger(__name__)
 
 
@@ -421,7 +420,7 @@ class Client:
         try:
             return await self._send(endpoint, request, images, in_flight)
         except (RefusedError, BadAnswerError) as error:
-            await self._count_refusal(endpoint, str(error), in_flight)
+            self._count_refusal(endpoint, str(error), in_flight)
             if isinstance(error, BadAnswerError):
                 raise ServerFaultError(str(error)) from None
             return request.reply(str(error), REFUSED_BY_SERVER)
@@ -476,23 +475,13 @@ class Client:
             return ()
         return (403,) if len(self._endpoints) > 1 else (403, 404)
 
-    async def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
-        """Count a refusal. Raises EngineError if the server has refused many requests and answered none.
-
-        Refusals are faster than answers, so requests that the server still works on are awaited first.
-        """
+    def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
+        """Count a refusal. Raises EngineError if the server has refused many requests and answered none."""
         endpoint.refused += 1
-        if len(self._endpoints) == 1 and in_flight.source.answered():
-            return
-        endpoint.refused_in_flight += 1
-        try:
-            while endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered:
-                if endpoint.refused_in_flight >= endpoint.outstanding or in_flight.error:
-                    hint = "fix that, then run the same command; if images are too large: generate.max_pixels"
-                    raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
-                await asyncio.sleep(REFUSAL_POLL_SECONDS)
-        finally:
-            endpoint.refused_in_flight -= 1
+        has_answered = endpoint.answered or (len(self._endpoints) == 1 and in_flight.source.answered())
+        if endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not has_answered:
+            hint = "fix that, then run the same command; if images are too large: generate.max_pixels"
+            raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
 
     async def _learn(self, endpoint: Endpoint) -> None:
         """Find out which fields a server supports, once for all requests that wait for it."""

@@ -113,7 +113,6 @@ class Endpoint:
     outstanding: int = 0  # requests in flight
     answered: int = 0
     refused: int = 0
-    refused_in_flight: int = 0  # refused requests that wait for a first answer
     denied: int = 0  # 403 or 404 answers in a row
     running: float = 0
     waiting: float = 0

@@ -200,14 +200,6 @@ def test_server_that_refuses_all_requests_ends_the_run(tmp_path: Path) -> None:
         assert len(chat.bodies) < 2 * client.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
 
 
-def test_fast_refusals_before_first_slow_answer_do_not_end_the_run(tmp_path: Path) -> None:
-    large = {sample.id for sample in SAMPLES[:8]}
-    script: Script = lambda times, body: Act(status=413) if uuid_of(body) in large else Act(seconds=0.4)  # noqa: E731
-    with running_chat(ChatServer(script)) as chat:
-        _, errors = run(tmp_path / "j", chat.url, concurrency=40)
-    assert errors == {None: ASKED - 3 * len(large), "refused_by_server": 3 * len(large)}
-
-
 def test_retry_after_of_hours_ends_the_run_unless_another_server_answers(tmp_path: Path) -> None:
     waits = Act(status=429, headers={"Retry-After": "7300"})
     with running_chat(ChatServer()) as chat:
