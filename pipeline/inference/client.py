@@ -119,7 +119,6 @@ class InFlight:
     unsent: dict[str, Request] = field(default_factory=dict)  # recorded, but not yet sent
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
     sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # running tasks that await a server
-    resting: int = 0  # running tasks that wait before a retry, and take no slot
     replies: list[Reply] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     error: BaseException | None = None  # ends the run
@@ -294,11 +293,8 @@ class Client:
 
     def _fill(self, in_flight: InFlight) -> None:
         """Send requests up to the limit. Replies that are not yet yielded count: a crash loses them too."""
-        while (
-            len(in_flight.running) + len(in_flight.replies) - in_flight.resting < self._concurrency.limit
-            and len(in_flight.running) < 2 * self._concurrency.limit
-            and not in_flight.error
-        ):
+        limit = self._concurrency.limit
+        while len(in_flight.running) + len(in_flight.replies) < limit and not in_flight.error:
             request = in_flight.next_request()
             if request is None:
                 return
@@ -349,8 +345,7 @@ class Client:
             self._num_retries += 1
             if in_flight.error:
                 raise in_flight.error
-            if answer:
-                await self._rest(answer, in_flight)
+            await asyncio.sleep(answer)
 
     async def _try(
         self, endpoint: Endpoint, request: Request, in_flight: InFlight, failures: RetryState
@@ -493,14 +488,6 @@ class Client:
                     endpoint, self._served_name, self._settings, self._max_tokens, self._progress
                 )
                 endpoint.is_learned = True
-
-    async def _rest(self, seconds: float, in_flight: InFlight) -> None:
-        in_flight.resting += 1
-        self._fill(in_flight)
-        try:
-            await asyncio.sleep(seconds)
-        finally:
-            in_flight.resting -= 1
 
     # --- servers
 
