@@ -242,7 +242,7 @@ def test_a_judge_without_a_server_or_that_is_the_writer_is_refused_before_anythi
     tmp_path: Path, model: Model, server: ChatServer
 ) -> None:
     for name, complaint in (
-        (f"model@{server.url}", "is the model that writes"),
+        (f"model@{server.url}", "is also the writer"),
         ("judge-7b", "has no server"),
         (f"other@{server.url}", "does not serve other"),
         ("judge-7b@ftp://x", "is not a model and the address of its server"),
