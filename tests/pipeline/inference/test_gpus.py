@@ -7,7 +7,7 @@ import pytest
 from pipeline.config.sections import ServerConfig
 from pipeline.inference import vllm
 from pipeline.inference.engines import TINY_WEIGHTS
-from pipeline.inference.vllm import group_gpus, has_bfloat16, plan_servers, visible_gpus
+from pipeline.inference.vllm import VllmCommand, group_gpus, has_bfloat16, plan_servers, visible_gpus
 
 LISTING = (
     "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaa)\n"
@@ -65,23 +65,29 @@ def test_parallel_flags_decide_how_many_gpus_a_server_gets(
     assert group_gpus((), flags) == [()]
 
 
-def test_two_gpus_run_two_servers_that_share_the_cores(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def value_of(command: VllmCommand, flag: str) -> str:
+    return command.arguments[command.arguments.index(flag) + 1]
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("5", "7"))
     monkeypatch.setattr(vllm, "vllm_python", lambda: "python")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    has_bfloat16.cache_clear()
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_two_gpus_run_two_servers_that_share_the_cores(tmp_path: Path) -> None:
     first, second = plan_servers(str(TINY_WEIGHTS), "r", ServerConfig(), tmp_path / "vllm.log")
     assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in (first, second)] == ["5", "7"]
     assert [one.log.name for one in (first, second)] == ["vllm.log", "vllm-2.log"]
-    assert [one.arguments[one.arguments.index("--api-server-count") + 1] for one in (first, second)] == [
-        "2",
-        "2",
-    ]
+    assert [value_of(one, "--api-server-count") for one in (first, second)] == ["2", "2"]
     assert first.api_key == second.api_key
 
 
-@pytest.mark.parametrize(("capabilities", "dtype"), [("8.0\n9.0\n", "bfloat16"), ("8.6\n7.0\n", "half")])
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize(("capabilities", "dtype"), [("8.0\\n9.0\\n", "bfloat16"), ("8.6\\n7.0\\n", "half")])
 def test_gpu_without_bfloat16_uses_half_precision(
     capabilities: str, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -89,9 +95,6 @@ def test_gpu_without_bfloat16_uses_half_precision(
     tool.write_text(f"#!/bin/sh\nprintf '{capabilities}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(vllm, "visible_gpus", lambda: ("0",))
-    monkeypatch.setattr(vllm, "vllm_python", lambda: "python")
-    has_bfloat16.cache_clear()
-    (command,) = plan_servers(str(TINY_WEIGHTS), "r", ServerConfig(), tmp_path / "vllm.log")
-    assert command.arguments[command.arguments.index("--dtype") + 1] == dtype
+    command, _ = plan_servers(str(TINY_WEIGHTS), "r", ServerConfig(), tmp_path / "vllm.log")
+    assert value_of(command, "--dtype") == dtype
     has_bfloat16.cache_clear()

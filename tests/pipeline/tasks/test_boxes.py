@@ -27,12 +27,8 @@ def test_seen_size_equals_that_of_the_models_processor() -> None:
     [
         (Frame(560, 280), "pixels", [56, 28, 112, 56], [56, 28, 112, 56]),
         (Frame(570, 290), "pixels", [56, 28, 560, 280], [57, 29, 570, 290]),  # seen at 560 x 280
-        (
-            Frame(2000, 1000, 500_000),
-            "pixels",
-            [98, 98, 196, 196],
-            [194, 194, 389, 389],
-        ),  # sent at 1000 x 500, seen at 1008 x 504
+        # Sent at 1000 x 500, seen at 1008 x 504.
+        (Frame(2000, 1000, 500_000), "pixels", [98, 98, 196, 196], [194, 194, 389, 389]),
         (Frame(2000, 1000), "thousandths", [100, 100, 500, 500], [200, 100, 1000, 500]),
         (Frame(560, 280), "pixels", [-3, 0, 565, 280], [0, 0, 560, 280]),  # cut at the edges
     ],
