@@ -44,9 +44,8 @@ _METRICS = (
     "prefix_cache_queries_total",
     "prefix_cache_hits_total",
 )
-_METRIC_LINE = re.compile(
-    rf"^vllm:({'|'.join(_METRICS)})(?:\{{.*\}})? ([0-9.]{{1,20}}(?:e\+?\d\d)?)$", re.MULTILINE
-)
+_NUMBER = r"\d{1,18}(?:\.\d{1,18})?(?:e\+?\d\d)?"
+_METRIC_LINE = re.compile(rf"^vllm:({'|'.join(_METRICS)})(?:\{{.*\}})? ({_NUMBER})$", re.MULTILINE)
 log = logging.getLogger(__name__)
 
 
@@ -367,8 +366,7 @@ def _take_metrics(endpoint: Endpoint, page: str) -> None:
     """Sum the metrics over all engines of the server."""
     sums = dict.fromkeys(_METRICS, 0.0)
     for name, value in _METRIC_LINE.findall(page):
-        if value.count(".") <= 1:
-            sums[name] += float(value)
+        sums[name] += float(value)
     endpoint.running, endpoint.waiting, queries, hits = sums.values()
     endpoint.prefix_cache = (queries, hits)
 
