@@ -244,9 +244,12 @@ class Client:
         await prepare_servers(self._endpoints, self._learn, self._retire, self._progress.warn)
         contexts = [launch.max_model_len for launch in self._launches]
         contexts += [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
+        max_sample_pixels = None
+        if contexts:  # all images of one request must fit the context
+            image_tokens = min(contexts) - PROMPT_TOKENS - 2 * self._max_tokens
+            max_sample_pixels = max(image_tokens, min(contexts) // 4) * PATCH_PX**2
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
         media = self._servers[0].media if self._servers else None
-        max_sample_pixels = self._max_sample_pixels(min(contexts)) if contexts else None
         self._images = RequestImages(media, self._max_pixels, max_sample_pixels, pool)
         self._started = time.monotonic()
         connections = max(1, raise_file_limit() - RESERVED_FILES)
@@ -258,11 +261,6 @@ class Client:
         self._set_cache_size()
         poller = asyncio.create_task(self._poll())
         stack.push_async_callback(cancel_tasks, {poller})
-
-    def _max_sample_pixels(self, context_tokens: int) -> int:
-        """Return the pixels of all images of one request that the model's context holds."""
-        tokens = context_tokens - PROMPT_TOKENS - 2 * self._max_tokens
-        return max(tokens, context_tokens // 4) * PATCH_PX**2
 
     def _set_cache_size(self) -> None:
         """Cache the encoded images of all requests that may be in flight."""

@@ -363,7 +363,8 @@ class RequestImages:
         max_pixels = self.max_pixels(len(images))
         encoded = [await self._encode(image, max_pixels, shown) for image in images]
         self._encoded_count += 1
-        return _joined(encoded, pages)
+        parts = user_content(encoded, "", pages)[:-1]
+        return b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
 
     async def _encode(self, image: bytes, max_pixels: int | None, shown: str) -> bytes:
         kind = sendable_format(image, max_pixels)
@@ -387,11 +388,6 @@ class RequestImages:
         del self._encoded[shown]
         for file in self._files.pop(shown, []):
             file.unlink(missing_ok=True)
-
-
-def _joined(images: list[bytes], pages: tuple[int, ...] | None) -> bytes:
-    parts = user_content(images, "", pages)[:-1]
-    return b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
 
 
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:

@@ -398,9 +398,9 @@ class Server:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - MAX_TAIL_BYTES))
             tail = log.read().decode(errors="replace")
-        return EngineError(
-            f"{problem}{_last_error(tail)}", hint=f"{_advice(tail)}see the log {self.launch.log}"
-        )
+        errors = [line for line in tail.splitlines() if "Error" in line and "Traceback" not in line]
+        last_error = f": {' '.join(errors[-1].split())[-300:]}" if errors else ""
+        return EngineError(f"{problem}{last_error}", hint=f"{_advice(tail)}see the log {self.launch.log}")
 
 
 def open_log(path: Path) -> io.FileIO:
@@ -427,11 +427,6 @@ def is_listener(port: int, group: int) -> bool:
                 links = [str(handle.readlink()) for handle in (process / "fd").iterdir()]
                 own |= {link.removeprefix("socket:[").removesuffix("]") for link in links}
     return bool(listening) and listening <= own
-
-
-def _last_error(log: str) -> str:
-    errors = [line for line in log.splitlines() if "Error" in line and "Traceback" not in line]
-    return f": {' '.join(errors[-1].split())[-300:]}" if errors else ""
 
 
 def _advice(log: str) -> str:
