@@ -490,7 +490,7 @@ class Client:
     # --- servers
 
     def _failure(self) -> EngineError | None:
-        """Return the error of a started server if none of them can be kept alive."""
+        """Return the error of the last server that synth has started, if all of them have failed."""
         failures = [server.failure for server in self._servers]
         return failures[-1] if failures and all(failures) else None
 

@@ -142,7 +142,7 @@ class Endpoint:
         self.busy_reason = f"{status} ({message[:MAX_SHOWN_CHARACTERS]})"
 
     def busy_warning(self) -> str | None:
-        """Return a warning if all answers were busy since the last one, or for BUSY_WARNING_SECONDS."""
+        """Return a warning every BUSY_WARNING_SECONDS while all answers are busy, or else None."""
         now = time.monotonic()
         if self.busy_since is None or now - max(self.busy_since, self.busy_warned) < BUSY_WARNING_SECONDS:
             return None

@@ -259,7 +259,7 @@ def parse_answer(body: bytes) -> Answer | None:
 def read_reply(request: Request, body: bytes, keys: Sequence[str] = ()) -> Reply:
     """Return the reply in the body of an answer. Raises BadAnswerError if the body holds no reply.
 
-    A text longer than the requested tokens can be is cut, with the finish reason "length".
+    A text that is too long for the requested tokens is cut, with the finish reason "length".
     """
     answer = parse_answer(body)
     if answer is None:

@@ -157,7 +157,7 @@ def build_all(
 def read_checks(
     sample_id: str, checks: Iterable[Check], plan: RequestPlan, journal: Journal
 ) -> list[dict[str, str | None]]:
-    """Return the checks of a sample with their answers (tables.CHECK). Unusable replies have None."""
+    """Return the checks of a sample with their answers (tables.CHECK). An unusable one is None."""
     rows = []
     for check in checks:
         request = build_check(check, sample_id, plan)

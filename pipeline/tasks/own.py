@@ -91,7 +91,7 @@ class OwnTask(Task):
         return self.settings.temperature
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply, [] if the model found nothing, or None without a list of rows.
+        """Return the rows of a parsed reply, or None if it has no list of rows.
 
         A server that enforces no schema may return the bare list, as Qwen2.5-VL does for boxes.
         """
@@ -268,7 +268,6 @@ def _build(settings: TaskConfig) -> OwnTask:
 
 
 def _required_fields(kind: str, field: str | None) -> tuple[str, ...]:
-    """Return the fields that cannot be null."""
     if kind == "question":
         return ("question", "answer")
     return BOX_FIELDS if kind == "boxes" else (field,) if field else ()
