@@ -3,8 +3,8 @@
 
 One vLLM serves the tiny teacher. A bare aiohttp client and `synth` (journal and validation on) send it the
 same kinds of requests, about new scenes each time, in interleaved pairs. The result is synth's requests per
-second over the bare client's. Then a model of random weights with images of 448 px (256 tokens) shows how many
-image tokens the second task reuses.
+second over the bare client's. Then a model of random weights with images of 448 px (256 tokens) shows how
+many image tokens the second task reuses.
 """
 
 import argparse

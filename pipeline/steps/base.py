@@ -420,7 +420,8 @@ def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
 def _checked(step: RowStep, rows: pa.Table, judged: pa.Table) -> pa.Table:
     if "reason" not in judged.column_names:
         problem = f"the judge function of the step {step.name} returned a table without the column `reason`"
-        raise TableError(problem, hint="return with_reason(table, reasons): None keeps a row, a word rejects it")
+        hint = "return with_reason(table, reasons): None keeps a row, a word rejects it"
+        raise TableError(problem, hint=hint)
     require_columns(judged, "annotation_id")
     if not judged["annotation_id"].equals(rows["annotation_id"]):
         change = f"was given {rows.num_rows} rows and returned {judged.num_rows}, or others"

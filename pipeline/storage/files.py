@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import StoreError, SynthError
+from pipeline.errors import StoreError, SynthError, TableError
 from pipeline.storage.object_store import (
     arrow_location,
     is_remote,

@@ -63,7 +63,7 @@ def text_task(prompt: str) -> str:
         (text_task("lost.j2"), "lost.j2"),
         (text_task("{{ row.title }}"), "uses row.title, and no such column is mapped"),
         (text_task("{{ results.ocr }}"), "uses results.ocr, which its task does not need"),
-        ("{name: t, kind: text, prompt: a, needs: [ocr]}", "the task t needs ocr, which this run does not ask"),
+        ("{name: t, kind: text, prompt: a, needs: [ocr]}", "t needs ocr, which this run does not ask"),
         ("{name: t, kind: text, prompt: a, needs: [t]}", "tasks need each other in a circle: t"),
         (text_task("{{ row }}"), "cannot be rendered: name one of its values"),
         (text_task("{{ [1, 2] | random }}"), "the prompt t cannot be rendered: No filter named 'random'"),
