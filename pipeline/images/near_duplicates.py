@@ -211,7 +211,7 @@ def image_distances(rows: Hashes, columns: Hashes, *, mirrored: bool) -> Bits:
 
 
 def row_distances(rows: Hashes, others: Hashes, *, mirrored: bool) -> Bits:
-    """Return the distance in bits of each row and the row of `others` at its index (see `image_distances`)."""
+    """Return the distance in bits of each row and its row of `others` (see `image_distances`)."""
     different = rows ^ others
     if mirrored:
         return _nearer(_count_bits(different & MIRRORED_BITS), _count_bits(different & ~MIRRORED_BITS))
