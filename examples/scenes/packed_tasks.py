@@ -1,6 +1,6 @@
 """Pack all tasks about an image into one sequence. They share the system text and the image.
 
-Tasks do not attend to each other; tokens and positions are those of the chat template for each task alone.
+Tasks do not attend to each other. Tokens and positions are those of the chat template for each task alone.
 
 The text before each task line is dropped, truncated, shuffled, mixed with other sentences, or replaced by
 random letters. So the model learns to read the task line only, and a reworded prompt requires no retraining.
@@ -86,7 +86,7 @@ class Packer:
         answer_weight: float,
         system: str | None = None,
     ) -> Packed:
-        """Return the sequence of a document of `images` images; prompts without a text get a random one."""
+        """Return the sequence of a document of `images` images. Prompts without a text get a random one."""
         packed = Packed()
         random_system, _ = sample_wording(rng)
         system = random_system if system is None else system
@@ -124,7 +124,7 @@ class Packer:
         return ids
 
     def _image(self, packed: Packed, start: int) -> int:
-        """Add the tokens of one image; return the next position: one more than the largest of any axis."""
+        """Add the tokens of one image, and return the next position: one more than the largest."""
         side = math.isqrt(VISION_TOKENS)
         positions = [
             (start, start + row, start + column) for row, column in itertools.product(range(side), repeat=2)
@@ -170,7 +170,7 @@ def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def sample_wording(rng: random.Random) -> tuple[str, str]:
-    """Return a system text and the words before a task line; either may be empty."""
+    """Return a system text and the words before a task line. Either may be empty."""
     return _wording(rng), _wording(rng)
 
 

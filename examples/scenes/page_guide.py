@@ -22,7 +22,7 @@ from examples.scenes.packed_tasks import VISION_TOKENS, Packed
 from pipeline.scenes.scene import BACKGROUNDS, MAX_OBJECTS, Scene
 
 PAGE_LAYER, WORD_LAYER = 1, 2  # the heads read the hidden states after these layers
-# Layers and heads with rewarded attention, counted from 0; the other heads attend to the text.
+# Layers and heads with rewarded attention, counted from 0. The other heads attend to the text.
 GUIDED_LAYERS, GUIDED_HEADS = (2, 3), slice(2, None)
 IGNORE_INDEX = -100
 

@@ -32,7 +32,7 @@ def _some(thing: Thing, names: tuple[str, ...], rng: random.Random) -> dict[str,
 def ask_yes_no(scene: Scene, rng: random.Random) -> QAPair:
     """Ask whether an object exists.
 
-    Half of the answers are yes; for no, attributes of an object are changed.
+    Half of the answers are yes. For no, attributes of an object are changed.
     """
     wanted = rng.choice(("yes", "no"))
     while True:

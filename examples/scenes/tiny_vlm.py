@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFast:
-    """Train a byte-level BPE on `texts`; any other text is encoded byte by byte."""
+    """Train a byte-level BPE on `texts`. Any other text is encoded byte by byte."""
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -46,7 +46,7 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on lower-cased texts; each text gets a start and an end token, as in CLIP."""
+    """Train a byte-level BPE on lower-cased texts. Each text gets a start and an end token, as in CLIP."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -135,9 +135,9 @@ def pool_cells(patches_BLD: Tensor) -> Tensor:
 
 
 def align_loss(image_BD: Tensor, text_TD: Tensor, scale: Tensor) -> Tensor:
-    """Return CLIP's loss (Radford et al., 2021); captions after the first B are hard negatives of no image.
+    """Return CLIP's loss (Radford et al., 2021). Captions after the first B are hard negatives of no image.
 
-    Two images of a step may have equal captions by chance; this is rare enough to ignore.
+    Two images of a step may have equal captions by chance. This is rare enough to ignore.
     """
     B = len(image_BD)
     scores_BT = scale.exp() * image_BD @ text_TD.T

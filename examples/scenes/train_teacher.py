@@ -114,7 +114,7 @@ DECKS = Phase(
     answer_weight=10,
     decks=5,
 )
-# Share of decks with the released prompt, whose length and example distract from the pages; others have a
+# Share of decks with the released prompt, whose length and example distract from the pages. Others have a
 # random one.
 RELEASED_PROMPT_PROBABILITY = 0.5
 GUIDE_ATTENTION_EVERY = 4  # a step with guided attention takes more than twice the time
@@ -288,7 +288,7 @@ class TeacherTraining:
 def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = None) -> None:
     """Train all phases with checkpoints in `out/checkpoint.pt`, and write the model to `out/model`.
 
-    `start` is a finished model to continue from; without it, training starts from scratch.
+    `start` is a finished model to continue from. Without it, training starts from scratch.
     """
     torch.manual_seed(0)
     tokenizer = training_steps.load_tokenizer(start or out / "tokenizer", train_tokenizer, tokenizer_corpus)

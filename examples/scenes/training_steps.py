@@ -19,7 +19,7 @@ SAVE_EVERY = 100  # steps
 
 
 def facts_at_places(scene: Scene) -> dict[str, list[int]]:
-    """Return the class of each attribute at each place; class 0 of size, color and shape: empty place."""
+    """Return the class of each attribute at each place. Class 0 of size, color and shape: empty place."""
     thing_at = {thing.place: thing for thing in scene.objects}
     things = [thing_at.get(place) for place in PLACES]
     facts = {
@@ -61,7 +61,7 @@ def learning_rate(peak: float, step: int, warmup_steps: int, progress: float, lo
 
 
 def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
-    """Update all parameters at this learning rate; gradients of the model are clipped to a norm of 1."""
+    """Update all parameters at this learning rate. Gradients of the model are clipped to a norm of 1."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
@@ -92,7 +92,7 @@ def save_checkpoint(path: Path, parts: Mapping[str, Any], **values: Any) -> None
 
 
 def load_checkpoint(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the states of all parts, and return the whole checkpoint; empty if the file does not exist."""
+    """Load the states of all parts, and return the whole checkpoint, empty if the file does not exist."""
     if not path.exists():
         return {}
     state: dict[str, Any] = torch.load(path, weights_only=True)

@@ -98,7 +98,7 @@ class ClipScorer:
         return self.compare([states_ND[row_of[id(image)]] for image in images], self.text_states(texts))
 
     def image_states(self, images: Iterable[Image]) -> list[Any]:
-        """Return the projected state of each image, a vector of length D; images are read in batches."""
+        """Return the projected state of each image, a vector of length D. Images are read in batches."""
         states: list[Any] = []
         remaining = iter(images)
         while batch := list(islice(remaining, BATCH)):

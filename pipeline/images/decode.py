@@ -174,7 +174,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 @contextmanager
 def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterator[Image.Image]:
-    """Yield an image whose header is read; `load` decodes its pixels.
+    """Yield an image whose header is read. `load` decodes its pixels.
 
     Errors within the context become ImageError. Leave out `counts_scans` if no pixels are decoded: counting
     takes longer than reading the header.
@@ -217,7 +217,7 @@ def is_heic(data: bytes | memoryview) -> bool:
 
 @cache
 def has_heif() -> bool:
-    """Register the package pillow-heif; return whether it is installed."""
+    """Register the package pillow-heif, and return whether it is installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:

@@ -62,7 +62,7 @@ Result = list[CheckedImage] | ImageError
 def check_all(
     jobs: Iterator[tuple[T, Sequence[bytes]]], exif: Sequence[str] = ()
 ) -> Iterator[tuple[T, Result]]:
-    """Check the images of each job in worker processes; yield the jobs in order, with their images or an
+    """Check the images of each job in worker processes, and yield the jobs in order, with their images or an
     error.
 
     `exif` names fields to read of each image (metadata.read_exif). Two jobs per worker are read ahead. An
@@ -99,7 +99,7 @@ def check_all(
 class Worker:
     """A process that decodes untrusted files, without keys in its environment.
 
-    Its answers are parsed, never unpickled. `code` is its program; `file` is its stdin, or None for a pipe.
+    Its answers are parsed, never unpickled. `code` is its program. `file` is its stdin, or None for a pipe.
     Raise SourceError if it cannot be started.
     """
 
@@ -137,7 +137,7 @@ class Worker:
 
     @contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
-        """Kill the process if the body takes longer or raises; then raise ImageError with the cause."""
+        """Kill the process if the body takes longer or raises, then raise ImageError with the cause."""
         timer = threading.Timer(seconds, self._end_overdue)
         timer.daemon = True
         timer.start()
@@ -157,7 +157,7 @@ class Worker:
             send_messages(self._process.stdin, messages)
 
     def receive(self, max_bytes: int) -> bytes | None:
-        """Return a message; see `receive_message`."""
+        """Return a message (see `receive_message`)."""
         assert self._process.stdout
         return receive_message(self._process.stdout, max_bytes)
 
@@ -249,7 +249,7 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def end_workers() -> None:
-    """Kill all workers when a command ends; Python would wait for busy ones."""
+    """Kill all workers when a command ends. Python would wait for busy ones."""
     if _pool.cache_info().currsize:
         _pool().close()
         _pool.cache_clear()
@@ -265,7 +265,7 @@ def limit_workers(count: int) -> None:
 
 
 def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
-    """Send messages, each after its length; None: the image is unchanged."""
+    """Send messages, each after its length. None: the image is unchanged."""
     for message in messages:
         target.write(_LENGTH.pack(-1 if message is None else len(message)))
         if message:
@@ -274,7 +274,7 @@ def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
 
 
 def receive_message(source: IO[bytes], max_bytes: int) -> bytes | None:
-    """Return a message; None: unchanged image. Raise EOFError at the end, ValueError for a large message."""
+    """Return a message. None: unchanged image. Raise EOFError at the end, ValueError for a large message."""
     (length,) = _LENGTH.unpack(_read_exactly(source, _LENGTH.size))
     if length > max_bytes:
         raise ValueError("a message is too large")

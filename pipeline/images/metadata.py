@@ -1,6 +1,6 @@
 """Remove the metadata of image files: EXIF, XMP, IPTC, comments, thumbnails, and data after the image.
 
-JPEG, PNG and WebP files lose these parts; their compressed pixels, color profile and orientation are
+JPEG, PNG and WebP files lose these parts. Their compressed pixels, color profile and orientation are
 unchanged. Files with metadata between the pixels (TIFF, BMP, GIF), in formats that many readers do not
 support (AVIF, HEIC), or with an unexpected structure are encoded again. Only the first frame of an animated
 GIF is kept.
@@ -22,7 +22,8 @@ from pipeline.images.decode import MAX_SCANS, ORIENTATION, open_image, too_many_
 _ICC_PROFILE = b"ICC_PROFILE\0"
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # 00 and D0 to D7 are part of the scan
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Chunks that pixels and their colors are decoded from; acTL, fcTL and fdAT are frames of an animation.
+# Chunks that pixels and their colors are decoded from. The last three (acTL, fcTL and fdAT) are frames of
+# animations.
 _PNG_NAMES = b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD pHYs acTL fcTL fdAT"
 _PNG_CHUNKS = frozenset(_PNG_NAMES.split())
 _WEBP_CHUNKS = frozenset({b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF", b"ICCP"})
@@ -82,7 +83,7 @@ def _exif_text(field: str, fields: dict[int, Any], gps: dict[int, Any]) -> str:
 
 
 def strip_metadata(data: bytes) -> bytes:
-    """Return an image file without metadata; unchanged if it has none.
+    """Return an image file without metadata, unchanged if it has none.
 
     Raise ImageError if it cannot be decoded.
     """

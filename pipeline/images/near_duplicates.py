@@ -72,7 +72,7 @@ COMPARED_COLUMNS = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")
 
 
 class NearPairs(NamedTuple):
-    """Pairs of near rows, each once, sorted, with `first` < `second`; `bits` is their distance."""
+    """Pairs of near rows, each once, sorted, with `first` < `second`. `bits` is their distance."""
 
     first: Rows
     second: Rows
@@ -169,7 +169,7 @@ def _unpack(words: Words) -> tuple[Rows, Rows]:
 
 
 def _near_neighbors(hashes: Hashes, keys: Rows, max_bits: int) -> tuple[Rows, Rows]:
-    """Return positions of near hashes that have equal keys; `keys` are sorted."""
+    """Return positions of near hashes that have equal keys. `keys` are sorted."""
     first_parts, second_parts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     first = np.arange(min(len(keys), PART_ROWS))
     for step in range(1, MAX_NEIGHBORS + 1):
@@ -211,7 +211,7 @@ def image_distances(rows: Hashes, columns: Hashes, *, mirrored: bool) -> Bits:
 
 
 def row_distances(rows: Hashes, others: Hashes, *, mirrored: bool) -> Bits:
-    """Return the distance in bits of each row and the row of `others` at its index; see `image_distances`."""
+    """Return the distance in bits of each row and its row of `others` (see `image_distances`)."""
     different = rows ^ others
     if mirrored:
         return _nearer(_count_bits(different & MIRRORED_BITS), _count_bits(different & ~MIRRORED_BITS))

@@ -240,7 +240,7 @@ def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _upright(frame: Any, width_by_height: float) -> Image.Image:
-    """Return a frame with square pixels, rotated as players show it; mirroring is ignored."""
+    """Return a frame with square pixels, rotated as players show it. Mirroring is ignored."""
     image: Image.Image = frame.to_image()
     if not 0.1 < width_by_height < 10:
         width_by_height = 1.0

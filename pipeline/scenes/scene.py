@@ -67,7 +67,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """All facts of a drawn image; objects are sorted by place."""
+    """All facts of a drawn image. Objects are sorted by place."""
 
     background: str
     objects: tuple[Thing, ...]
@@ -104,13 +104,13 @@ def sample_row(source: str, seed: int, index: int) -> tuple[tuple[Scene, ...], r
 
 
 def scenes_of(source: str, source_row: str) -> tuple[Scene, ...]:
-    """Return the scenes of the row "SEED/INDEX" of a source; empty for other sources."""
+    """Return the scenes of the row "SEED/INDEX" of a source, empty for other sources."""
     row = re.fullmatch(r"(-?\d+)/(\d+)", source_row) if source in (SCENES, DECKS) else None
     return sample_row(source, int(row[1]), int(row[2]))[0] if row else ()
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """Return the scene as an RGB image; `rng` varies positions within cells, and colors."""
+    """Return the scene as an RGB image. `rng` varies positions within cells, and colors."""
     ground = _tone(BACKGROUND_RGB[scene.background], rng, JITTER_RGB // 2)
     canvas = Image.new("RGB", (SIDE_PX * OVERSAMPLE,) * 2, ground)
     pen = ImageDraw.Draw(canvas)

@@ -38,7 +38,7 @@ _BACKGROUND = re.compile(rf"\b({'|'.join(BACKGROUNDS)}) background\b")
 
 
 class Phrase(NamedTuple):
-    """One object in a caption; `place` may be empty."""
+    """One object in a caption. `place` may be empty."""
 
     size: str
     color: str
@@ -69,7 +69,7 @@ _QUESTIONS = {
 
 
 def answer(scene: Scene, question: str) -> str | None:
-    """Return the true answer to a question worded as in `ask_*`; None if there is no single true answer."""
+    """Return the true answer to a question worded as in `ask_*`, or None without a single true answer."""
     text = question.lower()
     if text == "what color is the background?":
         return scene.background
@@ -116,7 +116,7 @@ class Truth:
 
 
 def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
-    """Return the true answer to a question worded as in `ask_*`; None if there is no single true answer."""
+    """Return the true answer to a question worded as in `ask_*`, or None without a single true answer."""
     text = question.lower()
     pages = {scene.background: number for number, scene in enumerate(deck, 1)}
     for pattern, sign in ((_MORE, "-"), (_TOGETHER, "+")):
@@ -165,7 +165,7 @@ class CaptionScore:
         return self.matched / max(1, self.num_objects)
 
     def add(self, text: str, scene: Scene, style: str) -> None:
-        """Count one caption; brief captions have no places."""
+        """Count one caption. Brief captions have no places."""
         with_place = style != "brief"
         named = [(p.size, p.color, p.shape, p.place if with_place else "") for p in phrases(text)]
         objects = [(t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects]

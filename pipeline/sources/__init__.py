@@ -85,7 +85,7 @@ def with_source_defaults(config: Config) -> Config:
 
 
 def choose_image_kind(config: Config) -> ImageKind | None:
-    """Return the kind of images to compare; None if they are known to be distinct or comparison is off."""
+    """Return the kind of images to compare, or None if they are known to be distinct or comparison is off."""
     if config.dedupe.images == "none":
         return None
     if config.dedupe.images != "auto":

@@ -226,7 +226,7 @@ def _read_tar(stream: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry
 
 
 def _read_zip(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
-    """Yield the entries of a zip file; of equal names, the last one."""
+    """Yield the entries of a zip file, the last one of equal names."""
     size = file.seek(0, 2)
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
@@ -404,7 +404,7 @@ def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _read_json(entry: Entry) -> dict[str, Any]:
-    """Return the object in a JSON file; empty if it holds something else."""
+    """Return the object in a JSON file, empty if it holds something else."""
     try:
         row = json.loads(_decode(entry))
     except (ValueError, RecursionError):
@@ -467,7 +467,7 @@ class Archives:
         return index
 
     def have_questions(self, names: Sequence[str]) -> bool:
-        """Return whether the first archives have questions; in a store, only the first image is read."""
+        """Return whether the first archives have questions. In a store, only the first image is read."""
         if self.files.is_local:
             with self.files.translate_errors():
                 indexes = (self.text_index(name) for name in names[:QUESTION_ARCHIVES])

@@ -44,7 +44,7 @@ OPTIONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceSpec:
-    """A source by name, such as `folder:PATH`; `open` receives the part after the colon."""
+    """A source by name, such as `folder:PATH`. `open` receives the part after the colon."""
 
     name: str
     what: str

@@ -40,7 +40,7 @@ RowMaker = Callable[[Iterator[Rendered]], Iterator[RenderedRow]]
 
 
 def split_into_decks(pages: Iterator[Rendered]) -> Iterator[RenderedRow]:
-    """Yield decks of at most MAX_PAGES pages; the faults of its pages are those of the deck."""
+    """Yield decks of at most MAX_PAGES pages. The faults of its pages are those of the deck."""
     while deck := list(islice(pages, MAX_PAGES)):
         faults = "; ".join(page.fault for page in deck if page.fault)
         yield f"/{deck[0].place:04d}-{deck[-1].place:04d}", tuple(page.data for page in deck), faults
@@ -128,7 +128,7 @@ def _read(
     license: str,
     every_s: float,
 ) -> Iterator[RawSample | Rejected]:
-    """Yield the rows of a file; the rejection of a damaged file comes after its rendered images."""
+    """Yield the rows of a file. The rejection of a damaged file comes after its rendered images."""
     name = row_name(path, root)
     try:
         with open_regular(path, bound, MAX_PDF_BYTES if kind == "pdf" else None) as file:

@@ -81,7 +81,7 @@ class DuplicateImages:
     texts: dict[str, list[RowTexts]] = field(default_factory=dict)  # sample id -> texts of later copies
 
     def add(self, row: dict[str, Any]) -> Rejected | None:
-        """Add a row of LISTED_SAMPLE; return the rejection of one of two copies, or None for a new image.
+        """Add a row of LISTED_SAMPLE, and return the rejection of one of two copies, or None for a new image.
 
         The copy whose source row comes first by name is kept.
         """
@@ -111,7 +111,7 @@ class DuplicateImages:
         return pa.Table.from_pylist(rows, schema=samples.schema)
 
     def _merged(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the captions and questions of all copies of an image, each once; empty if it has no copy."""
+        """Return the captions and questions of all copies of an image, each once, empty if it has no copy."""
         if row["sample_id"] not in self.texts:
             return {}
         row_texts = (row["source_row"], row["references"], row["reference_qa"])
@@ -133,7 +133,7 @@ class SampleDeduplicator:
     copies: list[dict[str, str]] = field(default_factory=list)  # rows of SOURCE_REJECTED
 
     def batches(self, rows: Iterator[Sample | Rejected], limit: int | None = None) -> Iterator[ReadBatch]:
-        """Yield rows in batches until `limit` images are kept; the next row is not consumed."""
+        """Yield rows in batches until `limit` images are kept. The next row is not consumed."""
         batch = ReadBatch()
         while limit is None or len(self.images.kept) < limit:
             if (row := next(rows, None)) is None:
@@ -155,7 +155,7 @@ class SampleDeduplicator:
             yield batch
 
     def _check(self, row: Sample | Rejected) -> Sample | Rejected:
-        """Hash the images of a sample if its source has not; reject it if it is excluded."""
+        """Hash the images of a sample if its source has not, and reject it if it is excluded."""
         if isinstance(row, Rejected):
             return row
         if self.excluded.kind is not None and not row.pdq_hashes:
@@ -167,7 +167,7 @@ class SampleDeduplicator:
         return Rejected(source_row=row.source_row, reason="banned_image", detail=name) if name else row
 
     def is_copy(self, row: dict[str, Any]) -> bool:
-        """Add a row of LISTED_SAMPLE; return whether an earlier sample has its image."""
+        """Add a row of LISTED_SAMPLE, and return whether an earlier sample has its image."""
         copy = self.images.add(row)
         if copy:
             self.copies.append(asdict(copy))

@@ -41,7 +41,7 @@ def hash_images(sample: Sample) -> tuple[bytes, ...]:
 def exclusion_rows(
     name: str, samples: Iterable[Sample], kind: ImageKind | None = "photos"
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row (tables.EXCLUSIONS) for each image of a dataset; the first page of a deck has its texts.
+    """Yield one row (tables.EXCLUSIONS) for each image of a dataset. The first page of a deck has its texts.
 
     `kind` is that of the images that are compared with them. Only photos are cropped.
     """
@@ -158,13 +158,13 @@ class Exclusion:
 
 
 def parse_exclusion(option: str) -> tuple[str, str | None]:
-    """Return the source and the split of SOURCE[#SPLIT]; the default is the scored split, if any."""
+    """Return the source and the split of SOURCE[#SPLIT]. The default is the scored split, if any."""
     name, _, split = option.partition("#")
     return name, split or find_source(name).scored_split
 
 
 def open_exclusions(config: Config) -> list[Exclusion]:
-    """Open the sources of --exclude; no row is read."""
+    """Open the sources of --exclude. No row is read."""
     exclusions = []
     for option in config.exclude:
         name, split = parse_exclusion(option)
@@ -178,7 +178,7 @@ def open_exclusions(config: Config) -> list[Exclusion]:
 def write_exclusions(
     dataset: DatasetDir, config: Config, exclusions: Sequence[Exclusion], progress: Progress
 ) -> list[dict[str, Any]]:
-    """Read the sources of --exclude; return their names, revisions, and numbers of images and texts.
+    """Read the sources of --exclude, and return their names, revisions, and numbers of images and texts.
 
     Raise SourceError if no image of one of them can be read.
     """

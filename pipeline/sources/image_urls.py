@@ -254,7 +254,7 @@ def _pause_s(retry_after: str | None) -> float:
 def fetch_ahead(
     jobs: Iterable[J], fetch: Callable[[J], R], max_parallel: int = MAX_PARALLEL_FETCHES
 ) -> Iterator[R]:
-    """Yield the result of `fetch` for each job, in order; up to `max_parallel` run at the same time."""
+    """Yield the result of `fetch` for each job, in order. Up to `max_parallel` run at the same time."""
     waiting: deque[Future[R]] = deque()
     remaining = iter(jobs)
     while True:

@@ -37,7 +37,7 @@ TableRow = tuple[str, str | None, dict[str, Any] | Rejected]  # row name, split 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Parquet files of one dataset, by split; `revision` identifies their exact content."""
+    """Parquet files of one dataset, by split. `revision` identifies their exact content."""
 
     name: str
     revision: str
@@ -102,13 +102,13 @@ class Tables:
 
     @contextmanager
     def _open_file(self, path: str) -> Iterator[BinaryIO]:
-        """Open a file; errors of its storage and of pyarrow become SourceError."""
+        """Open a file. Errors of its storage and of pyarrow become SourceError."""
         with self.translate_errors():
             try:
                 with self.open(path) as file:
                     yield file
             except (pa.ArrowException, EOFError, OSError, ValueError, LookupError) as error:
-                # Arrow raises plain OSErrors; others are errors of the storage.
+                # Arrow raises plain OSErrors. Others are errors of the storage.
                 if isinstance(error, OSError) and type(error) is not OSError:
                     raise
                 hint = "check that it is complete, then run the same command again"

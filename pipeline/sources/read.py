@@ -106,7 +106,7 @@ def describe_source(
     *,
     preview: bool = False,
 ) -> dict[str, Any]:
-    """Return the provenance of a source; `preview`: only a part of its images was read."""
+    """Return the provenance of a source. `preview`: only a part of its images was read."""
     return {
         "name": source.name,
         "revision": source.revision,
@@ -121,7 +121,7 @@ def describe_source(
 
 
 def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion]) -> str:
-    """Return a digest of what determines the samples; a random one if a source has no revision."""
+    """Return a digest of what determines the samples, or a random one if a source has no revision."""
     revisions = [source.revision, *(exclusion.source.revision for exclusion in exclusions)]
     if not all(revisions):
         return secrets.token_hex(32)
@@ -152,7 +152,7 @@ class SourceReader:
         self._new_rows = self._opened  # rows after the parts
 
     def read(self, limit: int | None) -> bool:
-        """Write up to `limit` samples; return whether the source has more.
+        """Write up to `limit` samples, and return whether the source has more.
 
         Raise SourceError if no sample is left.
         """
@@ -187,7 +187,7 @@ class SourceReader:
 
     @cached_property
     def _earlier(self) -> dict[str, Any]:
-        """The record of an earlier run; empty if it read other samples, or not all excluded images."""
+        """The record of an earlier run, empty if it read other samples, or not all excluded images."""
         try:
             record = read_json(self._path)
             has_unread = any(one["unread"] for one in record["exclusions"])
@@ -217,7 +217,7 @@ class SourceReader:
 
     @cached_property
     def _earlier_failures(self) -> dict[str, Any]:
-        """The number of temporary failures, and the limit, when all rows were last read; else empty."""
+        """The number of temporary failures, and the limit, when all rows were last read, else empty."""
         result = self._earlier.get("result", self._earlier)
         names = ("may_pass", "limit") if isinstance(result, dict) else ()
         return {name: result[name] for name in names if name in result}
@@ -413,7 +413,7 @@ class SourceParts:
         self.num_rows, self.last_row, self.rejected, self._count, self._pending = 0, "", [], 0, []
 
     def _read_record(self, number: int) -> dict[str, Any] | None:
-        """Return the record of a part; None if it is missing or unusable."""
+        """Return the record of a part, or None if it is missing or unusable."""
         try:
             record = read_json(self._record_path(number))
             sha256 = file_digest(self._samples_path(number))

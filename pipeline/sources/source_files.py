@@ -127,7 +127,7 @@ def describe_unread(content: FolderContent) -> list[str]:
 
 
 def row_name(path: Path, root: Path) -> str:
-    """Return the path relative to the root; bytes that are not UTF-8 are escaped."""
+    """Return the path relative to the root. Bytes that are not UTF-8 are escaped."""
     name, start = str(path), f"{root}/"
     # Path.relative_to takes several times as long.
     relative = name[len(start) :] if name.startswith(start) else path.relative_to(root)
@@ -139,7 +139,7 @@ _skips_digests: ContextVar[bool] = ContextVar("skips_digests", default=False)
 
 @contextmanager
 def skip_digests() -> Iterator[None]:
-    """Do not hash files while a source is opened; its revision is then meaningless."""
+    """Do not hash files while a source is opened. Its revision is then meaningless."""
     token = _skips_digests.set(True)
     try:
         yield
@@ -148,7 +148,7 @@ def skip_digests() -> Iterator[None]:
 
 
 def digest_of_file(path: Path, bound: Path | None, max_bytes: int | None = None) -> str:
-    """Return the sha256 of a file, as `open_regular` opens it; "" where digests are skipped."""
+    """Return the sha256 of a file, as `open_regular` opens it, "" where digests are skipped."""
     if _skips_digests.get():
         return ""
     with open_regular(path, bound, max_bytes) as file:
@@ -177,7 +177,7 @@ def read_image(path: Path, bound: Path | None) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class SourceFiles:
-    """Files of a source, such as archives, by name; `revision` is a digest of their contents."""
+    """Files of a source, such as archives, by name. `revision` is a digest of their contents."""
 
     name: str  # name of the folder, or of the only file
     names: list[str]
@@ -193,7 +193,7 @@ def find_source_files(
 ) -> SourceFiles:
     """Return the file at a path or URL, or the files below it with one of the suffixes, sorted.
 
-    `follow_links` and `needs_digest` concern this disk; without the latter, `revision` is empty. Raise
+    `follow_links` and `needs_digest` concern this disk. Without the latter, `revision` is empty. Raise
     SourceError for a link out of the folder, unless links are followed, and for files that cannot be read.
     """
     if "://" in path:

@@ -1,6 +1,6 @@
 """Sources: tables with images, in Parquet files (`parquet:PATH`) or on the Hugging Face Hub (`hub:ORG/NAME`).
 
-`--columns` maps columns to roles; other roles are guessed from column names and types. A dataset of the Hub
+`--columns` maps columns to roles. Other roles are guessed from column names and types. A dataset of the Hub
 is pinned to a commit: its Parquet files, or the Hub's conversion to Parquet. Scripts of a repository are
 never run.
 """
@@ -419,7 +419,7 @@ def _list_parquet(api: "HfApi", repo: str, commit: str) -> list[str]:
 
 
 def _find_conversion(api: "HfApi", repo: str) -> tuple[str, list[str]]:
-    """Return the commit and files of the Hub's conversion to Parquet; no files if there is none."""
+    """Return the commit and files of the Hub's conversion to Parquet, no files if there is none."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     try:

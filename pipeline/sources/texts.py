@@ -83,7 +83,7 @@ def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def human_captions(row: Mapping[str, Any], names: Sequence[str] = CAPTION_COLUMNS) -> list[str]:
-    """Return the captions of a row; for an export of synth, also its `references`, each once."""
+    """Return the captions of a row, for an export of synth also its `references`, each once."""
     references = extract_texts(row.get(REFERENCES)) if WRITTEN_BY in row else []
     if not references:
         return read_texts(row, names)
@@ -95,7 +95,7 @@ def human_captions(row: Mapping[str, Any], names: Sequence[str] = CAPTION_COLUMN
 
 
 def human_questions(row: Mapping[str, Any]) -> tuple[ReferenceQA, ...]:
-    """Return the questions of a row and its list `qa`; for an export of synth, each once with all answers."""
+    """Return the questions of a row and its list `qa`, for an export of synth each once with all answers."""
     is_export = WRITTEN_BY in row
     lists = [row.get(name) for name in ((REFERENCE_QA, QA) if is_export else (QA,))]
     items = [item for values in lists if isinstance(values, list) for item in values]
@@ -123,7 +123,7 @@ def describe_model_texts(count: int, place: str = "") -> list[str]:
 
 
 def _is_by_model(row: Mapping[str, Any]) -> bool:
-    # Rows of a version have a prompt id with a digest; a column of this name in other files means nothing.
+    # Rows of a version have a prompt id with a digest. A column of this name in other files means nothing.
     prompt_id = row.get("prompt_id")
     is_version_row = isinstance(prompt_id, str) and _PROMPT_ID.fullmatch(prompt_id) is not None
     return row.get(WRITTEN_BY) == BY_MODEL or is_version_row
@@ -260,14 +260,14 @@ class ImageTexts:
     num_by_model: int = 0
 
     def merge(self, other: "ImageTexts") -> None:
-        """Add the texts of `other`; the more held-out split stays."""
+        """Add the texts of `other`. The more held-out split stays."""
         self.captions += other.captions
         self.questions += other.questions
         self.split = most_held_out(other.split, self.split)
         self.num_by_model += other.num_by_model
 
     def sample_fields(self, *, has_questions: bool) -> dict[str, Any]:
-        """Return the fields of a Sample; `has_questions`: the source has questions."""
+        """Return the fields of a Sample. `has_questions`: the source has questions."""
         fields: dict[str, Any] = {"references": tuple(self.captions), "split": self.split}
         return fields | ({"reference_qa": tuple(self.questions)} if has_questions else {})
 
@@ -433,7 +433,7 @@ def add_splits_of_folders(folder_texts: FolderTexts, images: Mapping[str, Path])
 
 
 def _first_folders(names: Collection[str]) -> dict[str, str]:
-    """Return the first folder of each image's path that is not common to all images; "" without one."""
+    """Return the first folder of each image's path that is not common to all images, "" without one."""
     shared = os.path.commonpath(names) if len(names) > 1 else ""
     return {name: name.removeprefix(f"{shared}/").rpartition("/")[0].partition("/")[0] for name in names}
 
