@@ -210,7 +210,7 @@ def _write_parts(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iter
     """Write all parts, and yield the name of each one when it is written and compared."""
     decoder = captioner.decoder
     tensors: tuple[str, ...]
-    steps: tuple[Callable[..., tuple[Tensor, ...]], ...]
+    steps: tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]
     if isinstance(decoder, ScratchDecoder):
         tensors, steps = BLOCK_TENSORS, (_first_step, _next_step)
     else:
@@ -218,7 +218,7 @@ def _write_parts(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iter
         decoder.model.set_attn_implementation("eager")
         tensors, steps = LAYER_TENSORS, (_language_step, _language_step)
     encoder = EncoderPart(captioner).eval()
-    first, following = (DecoderPart(step, decoder).eval() for step in (steps[0], steps[1]))
+    first, following = DecoderPart(steps[0], decoder).eval(), DecoderPart(steps[1], decoder).eval()
     # Example sizes must differ and be greater than 1: the exporter takes other sizes for constants.
     pixels_BCHW = captioner.encoder.pixels([_gradient_image(quarter_turns) for quarter_turns in range(2)])
     batch, tokens, states, past_tokens = map(Dim, ("batch_size", "tokens", "states", "past_tokens"))
