@@ -209,16 +209,17 @@ def _language_step(decoder: PretrainedDecoder, ids_BT: Tensor, states: Any) -> t
 def _write_parts(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iterator[str]:
     """Write all parts, and yield the name of each one when it is written and compared."""
     decoder = captioner.decoder
-    tensors: tuple[str, ...]
-    steps: tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]
+    tensors: tuple[str, ...] = BLOCK_TENSORS
     if isinstance(decoder, ScratchDecoder):
-        tensors, steps = BLOCK_TENSORS, (_first_step, _next_step)
+        first, following = DecoderPart(_first_step, decoder), DecoderPart(_next_step, decoder)
     else:
         # Every runtime has the matrix products of eager attention.
         decoder.model.set_attn_implementation("eager")
-        tensors, steps = LAYER_TENSORS, (_language_step, _language_step)
-    encoder = EncoderPart(captioner).eval()
-    first, following = DecoderPart(steps[0], decoder).eval(), DecoderPart(steps[1], decoder).eval()
+        tensors = LAYER_TENSORS
+        first = following = DecoderPart(_language_step, decoder)
+    encoder = EncoderPart(captioner)
+    for part in (encoder, first, following):
+        part.eval()
     # Example sizes must differ and be greater than 1: the exporter takes other sizes for constants.
     pixels_BCHW = captioner.encoder.pixels([_gradient_image(quarter_turns) for quarter_turns in range(2)])
     batch, tokens, states, past_tokens = map(Dim, ("batch_size", "tokens", "states", "past_tokens"))
