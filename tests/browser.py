@@ -1,4 +1,4 @@
-"""Chromium fixtures for tests that open pages from disk."""
+"""Chromium fixtures for tests of pages."""
 
 import os
 import shutil
@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
-# Chromium has no sandbox as root; the other flags keep it from making network requests.
+# Chromium has no sandbox as root. The other flags prevent network requests.
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update")
 WIDE, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 800}
 
 Open = Callable[..., Page]
 
 
-@pytest.fixture(scope="module")  # an open browser keeps an event loop running, and later modules need their own
+# an open browser keeps an event loop running, and later modules need their own
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         try:
@@ -33,7 +34,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def opened(browser: Browser) -> Iterator[Open]:
-    """Open a page from disk; fail if it logs an error or a warning, or requests anything but a local file."""
+    """Open a page from disk. Fail if it logs an error or a warning, or requests anything but a local file."""
     contexts, problems = [], []
 
     def open_page(path: Path, **options: Any) -> Page:
@@ -58,7 +59,10 @@ def opened(browser: Browser) -> Iterator[Open]:
 
 
 def wait_until(page: Page, condition: str, seconds: float = 300.0) -> None:
-    """Wait until a condition in JavaScript holds; `wait_for_function` asks in the page, whose policy forbids a second time."""
+    """Wait until a condition in JavaScript holds.
+
+    Playwright's `wait_for_function` evaluates strings in the page, which the page's policy forbids.
+    """
     ends_at = time.monotonic() + seconds
     while not page.evaluate(condition):
         assert time.monotonic() < ends_at, condition

@@ -1,4 +1,4 @@
-"""Clients of the servers that a configuration names, as pipeline.inference.engines makes them."""
+"""Clients of the servers in a configuration, made as in pipeline.inference.engines."""
 
 from pipeline.config import Config
 from pipeline.inference.client import Client

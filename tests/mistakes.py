@@ -1,7 +1,7 @@
-"""The mistakes of a new user: each with its command, its error and its hint.
+"""Mistakes of new users: command, error and hint of each.
 
-tests/whole/test_mistakes.py checks the messages.
-`python -m tests.mistakes FOLDER SERVER` makes all mistakes in one process, and prints their outcomes as JSON.
+tests/whole/test_mistakes.py checks the messages. `python -m tests.mistakes FOLDER SERVER` makes all mistakes in one
+process, and prints the outcomes as JSON.
 """
 
 import json
@@ -17,12 +17,12 @@ from PIL import Image
 
 from tests.commands import run_synth
 
-NOBODY = "http://127.0.0.1:9/v1"  # nothing listens there
+NOBODY = "http://127.0.0.1:9/v1"  # no server listens there
 
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """A wrong command in a folder with some photos; `{server}` in it is a server that wants a key."""
+    """A wrong command in a folder with photos. `{server}` in it is a server that requires a key."""
 
     name: str
     command: str
@@ -50,7 +50,7 @@ def add_urls(folder: Path) -> None:
 
 
 def add(*files: str) -> Callable[[Path], None]:
-    """Return a function that writes files, each given as `NAME TEXT`."""
+    """Return a function that writes files from `NAME TEXT`."""
 
     def write(folder: Path) -> None:
         for name, text in (file.split(" ", 1) for file in files):
@@ -118,13 +118,13 @@ MISTAKES = (
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Return an environment without a key, in which no Hub answers."""
+    """Return an environment without keys, with an unreachable Hub."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SYNTH_", "HF_"))}
     return kept | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home / "hf")}
 
 
 def make_all(folder: Path, server: str) -> dict[str, tuple[int, str, list[str]]]:
-    """Return the exit code, the messages and the versions that each mistake leaves, by its name."""
+    """Return exit code, messages and leftover versions by name of mistake."""
     outcomes = {}
     for number, mistake in enumerate(MISTAKES):
         home = folder / str(number)

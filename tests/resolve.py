@@ -1,6 +1,6 @@
-"""Resolve the dependencies of all extras beside vLLM, oldest and newest, for each Python: metadata only, nothing is installed.
+"""Resolve all extras together with vLLM, oldest and newest, for each Python. Only metadata is read.
 
-`make resolve` prints the table of docs/install.md; tests/whole/test_install.py fails where nothing resolves.
+`make resolve` prints the table of docs/install.md. tests/whole/test_install.py fails if a combination does not resolve.
 """
 
 import re
@@ -14,14 +14,15 @@ ROOT = Path(__file__).parents[1]
 UV = Path(sys.executable).with_name("uv")
 PYTHONS = ("3.11", "3.12", "3.13")
 RESOLUTIONS = ("highest", "lowest-direct")
-EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve,onnx,export,lance")  # core, without vLLM, and everything
+# core, all without vLLM, all
+EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve,onnx,export,lance")
 SHOWN = ("vllm", "torch", "transformers", "numpy", "pillow", "pyarrow", "huggingface-hub", "ray")
-PLATFORM = "x86_64-manylinux_2_31"  # of the wheels of llguidance
+PLATFORM = "x86_64-manylinux_2_31"  # platform of the wheels of llguidance
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The versions that one set of extras resolves to; none, with the reason, if there is no solution."""
+    """The versions that a set of extras resolves to, or an error."""
 
     extras: str
     python: str
@@ -41,7 +42,7 @@ def resolve(extras: str, python: str, resolution: str) -> Resolved:
 
 
 def main() -> None:
-    """Print a table in Markdown; exit with 1 if a combination does not resolve."""
+    """Print a Markdown table. Exit with 1 if a combination does not resolve."""
     print("| extras | resolution | Python |", " | ".join(SHOWN), "|")
     print("|---|---|---|" + "---|" * len(SHOWN))
     failed = []

@@ -1,4 +1,4 @@
-"""Small datasets of scenes with captions that are true by construction, as from a perfect teacher."""
+"""Small datasets of scenes with true captions."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -66,7 +66,7 @@ def listed(samples: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def write_samples(dataset: DatasetDir, samples: list[Sample]) -> None:
-    """Write samples as the read step does: their images to the store, and a list of them."""
+    """Write samples as the read step does: images to the store, and a list of samples."""
     table = sample_table(samples)
     ImageStore(dataset.path).add([table.select(SAMPLE_IMAGES.names)])
     rows = [pa.Table.from_batches([listed(batch)]) for batch in table.to_batches()]
@@ -74,7 +74,7 @@ def write_samples(dataset: DatasetDir, samples: list[Sample]) -> None:
 
 
 def pulled(version: Version, folder: Path, **options: Any) -> Version:
-    """Write a version to a folder as it lies in the cache after `push` and `pull`; the files hold the images."""
+    """Write a version to a folder as `pull` caches it, with images in its files."""
     folder.mkdir(parents=True)
     with build_package(version, "me/x", **options) as package:
         for name, content in package.files.items():
@@ -83,13 +83,13 @@ def pulled(version: Version, folder: Path, **options: Any) -> Version:
 
 
 def published(version: Version, **options: Any) -> dict[str, Any]:
-    """Return the manifest with which a version is pushed."""
+    """Return the manifest of a version after its push."""
     with build_package(version, "me/x", **options) as package:
         return package.manifest
 
 
 def true_captions(samples: list[Sample]) -> pa.Table:
-    """Return annotations with the columns that the split step writes."""
+    """Return annotations with the columns of the split step."""
     return pa.Table.from_pylist(
         [
             {
@@ -107,7 +107,7 @@ def true_captions(samples: list[Sample]) -> pa.Table:
 
 
 def scored_captions(samples: list[Sample], coverage: float = 0.5) -> pa.Table:
-    """Return `true_captions` with scores: a coverage, and a rating of every second one."""
+    """Return `true_captions` with a coverage, and a rating of every second caption."""
     captions = true_captions(samples)
     marks = [n % 5 + 1 if n % 2 else None for n in range(captions.num_rows)]
     captions = captions.append_column("agreement", pa.array([1.0] * captions.num_rows))
@@ -129,7 +129,7 @@ def make_version(
     *,
     decks: bool = False,
 ) -> tuple[Version, bool]:
-    """Write the samples as the next version of a dataset folder; scores are columns of the annotations."""
+    """Write samples as the next version of a dataset. Scores are columns of the annotations."""
     annotations = true_captions(samples) if annotations is None else annotations
     order = {sample.id: position for position, sample in enumerate(samples)}
     positions = pa.array([order[name] for name in annotations["sample_id"].to_pylist()], pa.int64())
@@ -150,7 +150,7 @@ def publish_rows(
     decks: bool = False,
     rows: Rows | None = None,
 ) -> tuple[Version, bool]:
-    """Store the images of samples (tables.SAMPLE), and write the next version of a dataset folder."""
+    """Store the images of samples (tables.SAMPLE), and write the next version of a dataset."""
     rows = Rows() if rows is None else rows
     store, batches = ImageStore(folder), list(batches)
     store.add(pa.Table.from_batches([batch]).select(SAMPLE_IMAGES.names) for batch in batches)
@@ -166,7 +166,7 @@ def publish_tables(
     provenance: dict[str, Any] = PROVENANCE,
     extras: Extras = NO_EXTRAS,
 ) -> tuple[Version, bool]:
-    """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`. Images in them are stored."""
+    """Write tables as the next version of a dataset, and store their images. Iterating `tables` fills `rows`."""
     store = ImageStore(folder)
     with scratch_folder(folder / "versions") as draft:
         writer = RowWriter(draft / "rows", extras)
@@ -199,7 +199,7 @@ def scenes_by_id(samples: Iterable[Sample], source: str = SCENES) -> dict[str, t
 def score_annotations(
     annotations: Iterable[dict[str, Any]], scenes: dict[str, tuple[Scene, ...]]
 ) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
-    """Score rows of tables.ANNOTATION: captions by style and answers by type; `scenes` are by sample id."""
+    """Score rows of tables.ANNOTATION: captions by style and answers by type."""
     captions: dict[str, CaptionScore] = {}
     answers: dict[str, AnswerScore] = {}
     for row in annotations:
@@ -212,7 +212,7 @@ def score_annotations(
 
 
 def score_decks(annotations: Iterable[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]) -> dict[str, DeckScore]:
-    """Score rows of tables.ANNOTATION of the task `deck_qa` by type; `decks` are by sample id."""
+    """Score rows of tables.ANNOTATION of the task `deck_qa` by type."""
     scores: dict[str, DeckScore] = {}
     for row in annotations:
         scores.setdefault(row["answer_type"] or "", DeckScore()).add(row, decks[row["sample_id"]])

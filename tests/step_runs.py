@@ -1,4 +1,4 @@
-"""Run one step on a table that is cut into shards; rows come back in their original order."""
+"""Run one step on a sharded table, with rows in their original order."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +27,9 @@ def plan_of(folder: Path, config: Config | None = None) -> Plan:
 def run_step(
     step: RowStep, table: pa.Table, shards: int = 1, given: tuple[str, str] = (BEFORE, "kept"), **settings: Any
 ) -> pa.Table:
-    """Run a step on a table that is cut into shards; return all rows with their reason, in the order of the table.
+    """Run a step on a table in shards. Return all rows with `reason`, in the order of the table.
 
-    `given` is the (step, file) to which the table is written.
+    `given` is the (step, file) that the table is written to.
     """
     with TemporaryDirectory() as folder:
         directories = [DatasetDir(Path(folder) / f"shard-{n}") for n in range(shards)]
@@ -41,7 +41,7 @@ def run_step(
 
 
 def with_results(table: pa.Table) -> pa.Table:
-    """Append what the answers to `checks` come to (tables.VERIFIED)."""
+    """Append the results of `checks` (tables.VERIFIED)."""
     rows = table.select(["clean_question", "checks"]).to_pylist()
     results = [verify.results_of(row["checks"], is_caption=row["clean_question"] is None) for row in rows]
     columns = pa.Table.from_pylist(results, schema=VERIFIED)
@@ -51,7 +51,7 @@ def with_results(table: pa.Table) -> pa.Table:
 
 
 def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
-    """Judge rows by their `checks` and `alignment` under these settings of verify."""
+    """Run the verify step on rows with `checks` and `alignment`."""
     settings = {"checks": ["round_trip"], **settings}
     return run_step(verify.STEP, with_results(table), shards, ("verify", "prepared"), verify=settings)
 
@@ -90,7 +90,7 @@ class ShardList(Executor):
             work(shard, None)
 
     def wait(self) -> None:
-        """Nothing waits."""
+        pass
 
     def read(self, limit: int | None) -> bool:
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""A chat server on loopback that follows a script. It records every request, so that tests can count them."""
+"""A scripted chat server on loopback. It records every request."""
 
 import asyncio
 import hashlib
@@ -27,23 +27,24 @@ REPLIES = {
 
 @dataclass(frozen=True)
 class Act:
-    """The server's response to one request: a text, or one of the failures of real servers."""
+    """The response to one request: a text, or a failure that real servers have."""
 
     text: str | None = None
     finish_reason: str = "stop"
     status: int = 200
     seconds: float = 0.0
-    raw: bytes | None = None  # the whole body, unchanged
+    raw: bytes | None = None  # the whole body
     cut: bool = False  # close the connection in the middle of the body
     close: bool = False  # close the connection after the body without announcing it
     headers: dict[str, str] = field(default_factory=dict)
 
 
-Script = Callable[[int, dict[str, Any]], Act | None]  # (how often this request came before, its body); None: a valid reply
+# (earlier requests like this one, body) -> response; None: a valid reply
+Script = Callable[[int, dict[str, Any]], Act | None]
 
 
 class ChatServer:
-    """The state of a running server. `script` may be changed while it runs."""
+    """The state of a running server. Tests may change `script` while it runs."""
 
     def __init__(
         self, script: Script | None = None, model: str = "model", *, schemas: bool = True, kind: ServerKind = VLLM
@@ -56,32 +57,37 @@ class ChatServer:
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
         self.probes: list[dict[str, Any]] = []
-        self.refused: list[dict[str, Any]] = []  # for what the kind of server does not take
+        # requests with fields that this kind of server rejects
+        self.refused: list[dict[str, Any]] = []
         self.times: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
         self.metrics = ""
-        self.probe_seconds = 0.0  # until it answers the first request
-        self.probe_answer: bytes | None = None  # to that, in place of a reply
-        self.dead = False  # /health answers 503, as when the engine has died; scripts may read it
+        self.probe_seconds = 0.0
+        # body of the response to a probe; None: a valid reply
+        self.probe_answer: bytes | None = None
+        # /health answers 503, as after a crash of the engine
+        self.dead = False
         self.has_health = True
         self.model_root = ""
-        self.other_models: list[str] = []  # that it lists, too
-        self.headers: list[dict[str, str]] = []  # of all requests
-        self.in_flight_counts: list[int] = []  # requests in flight at the arrival of each
-        self.owner = "somebody"  # as its list of models says
-        self.keeps_images = False  # by their uuid, as vLLM does
-        self.images: dict[str, Any] = {}  # that it keeps; tests may take some away
-        self.named = 0  # images that it had, and that were named alone
-        self.missed: list[str] = []  # images that it had not, and that were named alone
-        self.on_miss: Act | None = None  # instead of vLLM's refusal
+        self.other_models: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        # requests in flight at the arrival of each request
+        self.in_flight_counts: list[int] = []
+        self.owner = "somebody"
+        self.keeps_images = False  # images are cached by their uuid, as in vLLM
+        self.images: dict[str, Any] = {}
+        self.named = 0  # references to cached images
+        # uuids that were referenced without a cached image
+        self.missed: list[str] = []
+        self.on_miss: Act | None = None  # replaces vLLM's error for a missing image
 
     @property
     def authorizations(self) -> set[str | None]:
-        """The keys that came."""
+        """Return the Authorization headers of all requests."""
         return {headers.get("Authorization") for headers in self.headers}
 
     def max_in_flight_since(self, request: int) -> int:
-        """Return the largest number of requests in flight, from request `request` on."""
+        """Return the maximum number of requests in flight after the first `request` requests."""
         return max(self.in_flight_counts[request:])
 
     def app(self) -> web.Application:
@@ -143,7 +149,7 @@ class ChatServer:
             self.in_flight -= 1
 
     def _missing_image(self, body: dict[str, Any]) -> str | None:
-        """Keep the images of a request, and give it those that it names; return the first that is not there."""
+        """Cache the images of a request. Return the first uuid that is referenced but not cached."""
         for message in body["messages"]:
             for part in message["content"] if isinstance(message["content"], list) else ():
                 if part["type"] == "image_url" and part["image_url"] is None:
@@ -194,10 +200,10 @@ def task_of(body: dict[str, Any]) -> str:
 
 
 def uuid_of(body: dict[str, Any]) -> str:
-    """Return the sha256 of the first image of a request, which is its uuid; empty if there is no image."""
+    """Return the sha256 of the first image of a request, or "" without an image."""
     first = next(message for message in body["messages"] if message["role"] == "user")
     image: dict[str, Any] | None = next((part for part in first["content"] if part["type"] == "image_url"), None)
-    if image is None:  # as in a blind question
+    if image is None:
         return ""
     return str(image.get("uuid") or hashlib.sha256(b64decode(image["image_url"]["url"].partition(",")[2])).hexdigest())
 
@@ -209,7 +215,7 @@ def _name(body: dict[str, Any]) -> str:
 
 @contextmanager
 def running_chat(chat: ChatServer, port: int = 0) -> Iterator[ChatServer]:
-    """Serve in a thread; `url` ends in /v1, or in the path of its kind. Requests that still hang at the end are cut off."""
+    """Serve in a thread. `url` ends in /v1, or in the path of the server's kind."""
     loop = asyncio.new_event_loop()
     started = threading.Event()
     runner = web.AppRunner(chat.app(), shutdown_timeout=0.1)

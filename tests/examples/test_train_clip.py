@@ -1,4 +1,4 @@
-"""Tiny CLIP: a true caption scores higher than one with a single wrong word, on scenes outside the training data."""
+"""Tiny CLIP: a true caption scores higher than one with a single wrong word, on unseen scenes."""
 
 import random
 from pathlib import Path
@@ -36,11 +36,11 @@ def clip() -> tuple[CLIPModel, CLIPProcessor]:
     return CLIPModel.from_pretrained(FOLDER, dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(FOLDER)
 
 
-def test_it_is_small() -> None:
+def test_model_files_are_small() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 10_000_000
 
 
-def test_a_true_caption_fits_better_than_one_with_one_word_changed(clip: tuple[CLIPModel, CLIPProcessor]) -> None:
+def test_true_caption_scores_higher_than_caption_with_one_wrong_word(clip: tuple[CLIPModel, CLIPProcessor]) -> None:
     model, processor = clip
     right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     pixels, texts, names = [], [], []
@@ -61,7 +61,7 @@ def test_a_true_caption_fits_better_than_one_with_one_word_changed(clip: tuple[C
     assert sum(shares.values()) / len(shares) >= 0.95, shares
 
 
-def test_a_step_of_each_phase_can_be_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_training_phase_has_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_clip, "BATCH", 4)
     scenes, pixels, captions = step_data(0)
     assert len(captions) == 4 * (1 + train_clip.HARD_NEGATIVES)

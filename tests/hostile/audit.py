@@ -1,4 +1,4 @@
-"""Watch what Python does while untrusted input is read: nothing may be run, fetched, or opened elsewhere."""
+"""Audit Python while it reads untrusted input: it may not run code, connect, or open other files."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ _OPENED = ("/proc/", "/sys/", "/dev/null", "/dev/urandom", "/etc/localtime", "/e
 
 
 class Watch:
-    """Collects what happens against the rules, while `allowed` folders may be read."""
+    """Records violations outside of the `allowed` folders."""
 
     def __init__(self) -> None:
         self.allowed: tuple[str, ...] | None = None  # None: not watching
@@ -45,7 +45,7 @@ class Watch:
         path, mode, flags = arguments
         if not isinstance(path, str | bytes | os.PathLike):
             return
-        allowed, self.allowed = self.allowed, None  # what follows opens nothing itself
+        allowed, self.allowed = self.allowed, None  # realpath below opens no file
         real = os.path.realpath(os.fsdecode(path))
         writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         is_own = real.startswith(allowed or ())
@@ -55,7 +55,7 @@ class Watch:
 
     @contextmanager
     def reading(self, *folders: Path) -> Iterator[None]:
-        """Allow these folders to be read and written, and nothing else; violations are collected."""
+        """Allow reading and writing of these folders only, and record violations."""
         self.allowed = tuple(os.path.realpath(folder) for folder in folders)
         try:
             yield
@@ -64,7 +64,7 @@ class Watch:
 
 
 def attempt(act: Callable[[], Any]) -> tuple[str, Any]:
-    """Return how an act ended, and its value."""
+    """Call a function, and return its outcome as a text with its value."""
     try:
         return "done", act()
     except SynthError as error:

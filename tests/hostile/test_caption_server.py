@@ -1,4 +1,4 @@
-"""The captioner's server over raw sockets: every hostile request is refused with its status, and the next one is answered."""
+"""Caption server over raw sockets: hostile requests get an error status, and the next request is answered."""
 
 import json
 import socket
@@ -20,7 +20,7 @@ CHAT, MODELS = "POST /v1/chat/completions", "GET /v1/models"
 JSON = {"Content-Type": "application/json"}
 BOMB = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xff\xff\x00\xff\xff\xff\x00\x08\x02\x00\x00\x00"
 IMAGES = {"empty": b"", "bomb": BOMB, "cut off": png(1)[:60]}
-REQUESTS = {  # by name: the request line, headers, body, and the status
+REQUESTS = {  # name: (request line, headers, body, status)
     "another host": (MODELS, {"Host": "evil.example"}, b"", 403),
     "name that contains localhost": (MODELS, {"Host": "localhost.evil.example"}, b"", 403),
     "no host": (MODELS, {"Host": ""}, b"", 403),
@@ -35,7 +35,7 @@ REQUESTS = {  # by name: the request line, headers, body, and the status
     "negative length": (CHAT, JSON | {"Content-Length": "-1"}, b"", 400),
     "no HTTP": ("SSH-2.0-OpenSSH_9.6\r\n", {}, b"", 400),
     **{f"image: {name}": (CHAT, JSON, json.dumps(chat(image)).encode(), 400) for name, image in IMAGES.items()},
-    # test_protocol.py has all bad bodies: here are those that a server may fail by.
+    # test_protocol.py has all bad bodies. These are the ones that could crash a server.
     **{f"body: {name}": (CHAT, JSON, BAD[name], 400) for name in ("deep", "not UTF-8", "half of a surrogate", "an address")},
 }
 
@@ -48,7 +48,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int
 
 
 def send(address: tuple[str, int], line: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, bytes]:
-    """Return the status and the body of the answer to a request; 0 if the connection ends without one."""
+    """Return status and body of a response. The status is 0 if the connection ends without a response."""
     given = {"Host": "localhost", "Content-Length": str(len(body)), "Connection": "close"} | headers
     head = f"{line} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in given.items()) + "\r\n"
     with socket.create_connection(address, timeout=60) as client:
@@ -63,12 +63,12 @@ def send(address: tuple[str, int], line: str, headers: dict[str, str], body: byt
 
 
 def _send_all(client: socket.socket, data: bytes) -> None:
-    with suppress(OSError):  # the server has closed
+    with suppress(OSError):  # the server has closed the connection
         client.sendall(data)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_hostile_request_is_refused_and_the_next_one_is_answered(name: str, address: tuple[str, int]) -> None:
+def test_hostile_request_is_refused_and_next_one_answered(name: str, address: tuple[str, int]) -> None:
     line, headers, body, expected = REQUESTS[name]
     status, answer = send(address, line, headers, body)
     assert status == expected
@@ -77,13 +77,13 @@ def test_hostile_request_is_refused_and_the_next_one_is_answered(name: str, addr
     assert send(address, MODELS, {})[0] == 200
 
 
-def test_request_of_its_own_page_is_admitted(address: tuple[str, int]) -> None:
+def test_request_from_own_page_is_accepted(address: tuple[str, int]) -> None:
     own = f"localhost:{address[1]}"
     assert send(address, MODELS, {"Host": own, "Origin": f"http://{own}"})[0] == 200
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
-def test_body_over_the_limit_is_refused(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, *, declared: bool) -> None:
+def test_body_over_limit_is_refused(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, *, declared: bool) -> None:
     monkeypatch.setattr(serving, "MAX_BODY_BYTES", 100_000)
     body = b"[" * 200_000
     if declared:
@@ -96,7 +96,7 @@ def test_body_over_the_limit_is_refused(address: tuple[str, int], monkeypatch: p
             assert client.recv(100).startswith(b"HTTP/1.1 413")
 
 
-def test_body_that_comes_too_slowly_is_refused(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_body_is_refused(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.2)
     status, answer = send(address, CHAT, JSON | {"Content-Length": "200"}, b'{"model": ')
     assert status == 408 and b"did not come" in answer

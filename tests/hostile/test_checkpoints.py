@@ -1,4 +1,4 @@
-"""Checkpoints: whatever a stranger put into one, loading it runs nothing, fetches nothing, and takes no more than its size."""
+"""Checkpoints: loading an untrusted one runs no code, fetches nothing, and needs memory of its own size only."""
 
 import json
 import os
@@ -134,7 +134,7 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Load a good checkpoint and all damaged ones in one watched process."""
+    """Load a good checkpoint and all damaged ones in one audited process."""
     folder = tmp_path_factory.mktemp("checkpoints")
     good = folder / "good"
     good.mkdir()
@@ -160,13 +160,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return loaded
 
 
-def test_a_good_checkpoint_loads_and_nothing_else_is_touched(outcomes: dict[str, Any]) -> None:
+def test_good_checkpoint_loads_without_violation(outcomes: dict[str, Any]) -> None:
     assert outcomes["good"]["outcome"] == "a text of True"
     assert outcomes["good"]["violations"] == []
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_hostile_checkpoint_is_one_error_or_harmless(name: str, outcomes: dict[str, Any]) -> None:
+def test_hostile_checkpoint_gives_one_error_or_is_harmless(name: str, outcomes: dict[str, Any]) -> None:
     assert outcomes[name]["violations"] == []
     assert not outcomes[name]["outcome"].startswith("TRACEBACK"), outcomes[name]
     assert outcomes[name]["seconds"] < 30

@@ -1,4 +1,4 @@
-"""HTTP: whatever a model server sends, the run ends in bounded memory, with a reply to every request or one error."""
+"""HTTP: with any response of a model server, a run ends in bounded memory with all replies or one error."""
 
 import contextlib
 import gzip
@@ -33,13 +33,14 @@ MODELS = json.dumps({"data": [{"id": "model", "max_model_len": 4096}]}).encode()
 CAPTION = '{"caption":"A small red ring on a white background."}'
 
 Send = Callable[[bytes], None]
-Script = Callable[[str, bytes, Send], None]  # (path, body of the request, send)
-Body = bytes | tuple[bytes, bytes] | Callable[[], bytes]  # the whole; or the head, and a part that is repeated without end
+Script = Callable[[str, bytes, Send], None]  # (path, request body, send) -> None
+# the response, or its head and a part that is repeated without end
+Body = bytes | tuple[bytes, bytes] | Callable[[], bytes]
 
 
 @dataclass
 class RawServer:
-    """A server whose `script` writes any bytes to the socket; each connection has one request."""
+    """A server whose `script` writes any bytes to the socket. Each connection has one request."""
 
     script: Script
     url: str = ""
@@ -66,7 +67,7 @@ class RawServer:
 
 @contextmanager
 def running_raw(script: Script) -> Iterator[RawServer]:
-    """Run a server with a script; its address ends in /v1."""
+    """Run a scripted server. Its address ends in /v1."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = RawServer(script, f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
         threading.Thread(target=server.serve, args=(listener,), daemon=True).start()
@@ -75,12 +76,12 @@ def running_raw(script: Script) -> Iterator[RawServer]:
 
 
 def response(body: bytes, status: str = "200 OK", headers: str = "Content-Type: application/json\r\n") -> bytes:
-    """Return a proper response that closes its connection."""
+    """Return a valid response that closes the connection."""
     return f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
 
 
 def chat_answer(text: str, **more: object) -> bytes:
-    """Return a good answer of the chat protocol."""
+    """Return a valid chat response."""
     choice = {"message": {"content": text}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 5, "completion_tokens": 7}
     return response(json.dumps({"choices": [choice], "usage": usage, **more}).encode())
@@ -91,7 +92,7 @@ def is_probe(body: bytes) -> bool:
 
 
 def well_behaved(path: str, body: bytes, send: Send) -> None:
-    """Answer as a good server does, the probe included."""
+    """Answer correctly, also the probe."""
     if path.endswith("/models"):
         send(response(MODELS))
     elif path.endswith("/chat/completions"):
@@ -101,13 +102,13 @@ def well_behaved(path: str, body: bytes, send: Send) -> None:
 
 
 def answering_images(answer: Callable[[Send], object]) -> Script:
-    """Return a script that answers requests with an image in another way than a good server."""
+    """Return a script with another answer to requests that contain an image."""
     return lambda path, body, send: answer(send) if b"base64" in body else well_behaved(path, body, send)  # type: ignore[return-value]
 
 
 @cache
 def bomb(wbits: int = 31) -> bytes:
-    """Return 256 MB of zeros, compressed to about a thousandth: as gzip, or as zlib with `wbits` of 15."""
+    """Return 256 MB of zeros, compressed to about a thousandth: gzip, or zlib if `wbits` is 15."""
     out = zlib.compressobj(9, wbits=wbits)
     return b"".join([*(out.compress(bytes(1 << 20)) for _ in range(256)), out.flush()])
 
@@ -119,7 +120,7 @@ def encoded(name: str, body: bytes, status: str = "200 OK") -> bytes:
 OK, CLOSE = b"HTTP/1.1 200 OK\r\n", b"Connection: close\r\n\r\n"
 CHUNKED, GZIP = OK + b"Transfer-Encoding: chunked\r\n", OK + b"Content-Encoding: gzip\r\n"
 ZEROS = bytes(1 << 16)
-BODIES: dict[str, Body] = {  # responses that are no answer
+BODIES: dict[str, Body] = {
     "endless body without a length": (OK + CLOSE, ZEROS),
     "endless body with a length": (OK + b"Content-Length: 99999999999\r\n" + CLOSE, ZEROS),
     "endless chunks": (CHUNKED + CLOSE, b"10000\r\n" + ZEROS + b"\r\n"),
@@ -170,7 +171,7 @@ def send_body(name: str, send: Send) -> None:
     if isinstance(body, tuple):
         send(body[0])
         while True:
-            send(body[1])  # until the client closes
+            send(body[1])  # until the client closes the connection
     send(body() if callable(body) else body)
 
 
@@ -184,7 +185,7 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(folder: Path, script: Script, **server: Any) -> list[str | None]:
-    """Ask a server for a caption of two images; return the errors of their replies. Memory and journal stay small."""
+    """Request captions of two images, with limits on memory and journal. Return the errors of the replies."""
     with running_raw(script) as running, bounded_memory(MEMORY_BYTES):
         config = resolve(
             source="scenes", base_url=[running.url], tasks=["caption"], generate={"caption_styles": ["brief"]},
@@ -203,7 +204,7 @@ def ask(folder: Path, script: Script, **server: Any) -> list[str | None]:
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_response_that_is_no_answer_costs_its_own_request_alone(name: str, tmp_path: Path) -> None:
+def test_invalid_response_fails_only_its_own_request(name: str, tmp_path: Path) -> None:
     first: list[bytes] = []
 
     def script(path: str, body: bytes, send: Send) -> None:
@@ -218,7 +219,7 @@ def test_response_that_is_no_answer_costs_its_own_request_alone(name: str, tmp_p
 
 
 @pytest.mark.parametrize("name", part_of(list(BODIES), 6))
-def test_bad_answer_about_a_server_is_one_error_or_ignored(name: str, tmp_path: Path) -> None:
+def test_invalid_response_to_server_query_gives_one_error_or_is_ignored(name: str, tmp_path: Path) -> None:
     def script_for(is_bad: Callable[[str, bytes], bool]) -> Script:
         return lambda path, body, send: send_body(name, send) if is_bad(path, body) else well_behaved(path, body, send)
 
@@ -232,7 +233,7 @@ def test_bad_answer_about_a_server_is_one_error_or_ignored(name: str, tmp_path: 
 
 @pytest.mark.parametrize("status", ["302 Found", "307 Temporary"])
 @pytest.mark.parametrize("where", ["/v1/models", "/v1/chat/completions", "the second request"])
-def test_no_redirect_is_followed_and_no_image_goes_elsewhere(status: str, where: str, tmp_path: Path) -> None:
+def test_redirect_is_not_followed(status: str, where: str, tmp_path: Path) -> None:
     with running_raw(well_behaved) as stranger:
         elsewhere = response(b"", status, f"Location: {stranger.url}/chat/completions\r\n")
 
@@ -251,7 +252,7 @@ def test_no_redirect_is_followed_and_no_image_goes_elsewhere(status: str, where:
 
 
 @pytest.mark.parametrize("seconds", ["9" * 30, "-1", "nan", "²", "Wed, 21 Oct 2099 07:28:00 GMT", ""])
-def test_odd_retry_after_is_no_long_sleep(seconds: str, tmp_path: Path) -> None:
+def test_invalid_retry_after_causes_no_long_sleep(seconds: str, tmp_path: Path) -> None:
     header = f"Retry-After: {seconds}\r\n".encode("latin-1")
     answers = [b"HTTP/1.1 429 Busy\r\n" + header + b"Content-Length: 0\r\n" + CLOSE]
     script = answering_images(lambda send: send(answers.pop() if answers else chat_answer(CAPTION)))
@@ -259,7 +260,7 @@ def test_odd_retry_after_is_no_long_sleep(seconds: str, tmp_path: Path) -> None:
     assert answers == []
 
 
-def test_drip_of_bytes_ends_at_the_time_for_one_reply(tmp_path: Path) -> None:
+def test_slow_response_ends_at_request_timeout(tmp_path: Path) -> None:
     def drip(send: Send) -> None:
         send(OK + CLOSE)
         while True:
@@ -271,6 +272,6 @@ def test_drip_of_bytes_ends_at_the_time_for_one_reply(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["x" * 700_000, f'{{"caption":"{"a" * 100_000}"}}', "\ud800" * 1000, "\0" * 1000, "\x1b]52;c;AAAA\x07"]
 )
-def test_text_longer_than_its_tokens_is_cut_before_it_is_kept(text: str, tmp_path: Path) -> None:
+def test_text_longer_than_its_tokens_is_cut(text: str, tmp_path: Path) -> None:
     errors = ask(tmp_path, answering_images(lambda send: send(chat_answer(text))))
     assert all(error in ("cut_short", "not_json", "server_error") for error in errors)

@@ -30,7 +30,7 @@ print(stats.done, dict(stats.flaws))
 """
 
 
-def test_more_requests_at_once_than_open_files_are_no_dead_server(tmp_path: Path) -> None:
+def test_concurrency_above_open_file_limit_is_reduced(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         done = subprocess.run([sys.executable, "-c", RUN, chat.url, str(tmp_path)], capture_output=True, text=True, timeout=600)
     assert "72 are sent" in done.stderr

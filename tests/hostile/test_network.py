@@ -1,7 +1,7 @@
-"""Network: in a namespace where every internal address answers, no URL of untrusted input reaches one.
+"""Network: no untrusted URL reaches an internal address.
 
-The test runs this file as `unshare --net python -m tests.hostile.test_network`: a server there listens on every internal
-address, and lists the connections that arrive.
+The test runs this file as `unshare --net python -m tests.hostile.test_network`. There, a server listens on
+all internal addresses and records connections.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ ADDRESSES = {"rebinds.example": [PUBLIC], "two.example": [PUBLIC, "10.0.0.1"], "
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NOT RUN: network namespaces are of Linux")
-def test_no_url_reaches_an_internal_address() -> None:
+def test_no_url_reaches_internal_address() -> None:
     unshare = shutil.which("unshare")
     assert unshare, "util-linux is on every Linux"
     for options in (("--net",), ("--net", "--map-root-user")):
@@ -52,11 +52,12 @@ def test_no_url_reaches_an_internal_address() -> None:
     assert result["came"] == []
     assert set(result["reasons"].values()) <= {"url_refused", "url_unreachable"}, result["reasons"]
     assert len(result["reasons"]) == len(URLS)
-    assert result["asked"].count("rebinds.example") == 1  # resolved once: a second answer cannot be another address
+    # resolved once: a second answer cannot be another address
+    assert result["asked"].count("rebinds.example") == 1
 
 
 def bring_up() -> None:
-    """Bring up loopback with an address of each kind: a new namespace has no other interface."""
+    """Bring up loopback with an internal address of each kind."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         fcntl.ioctl(handle, SET_FLAGS, struct.pack("16sh", b"lo", UP))
         for number, address in enumerate(INTERNAL[1:]):
@@ -66,7 +67,7 @@ def bring_up() -> None:
 
 
 def listen(came: list[str]) -> None:
-    """Accept connections to port 80 of all addresses in threads, and list the addresses."""
+    """Accept connections to port 80 of all addresses in threads, and record the addresses."""
 
     def serve(listener: socket.socket) -> None:
         while True:
@@ -79,14 +80,14 @@ def listen(came: list[str]) -> None:
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
     for address in ("10.0.0.1", "::1"):
         with socket.create_connection((address, 80), timeout=5):
-            pass  # the server would be reached
+            pass  # the server is reachable
     while len(came) < 2:
         threading.Event().wait(0.01)
     came.clear()
 
 
 def main() -> None:
-    """Fetch all URLs, and print the reasons, the connections that arrived, and the names that were resolved."""
+    """Fetch all URLs, and print the reasons, the connections, and the resolved names."""
     bring_up()
     came: list[str] = []
     listen(came)
@@ -94,7 +95,7 @@ def main() -> None:
     resolve = socket.getaddrinfo
 
     def getaddrinfo(host: Any, port: Any, *arguments: Any, **options: Any) -> Any:
-        """Resolve names of tests to internal addresses: only in the second answer, or as one of two."""
+        """Resolve test names to internal addresses: in the second answer only, or as one of two."""
         if not isinstance(host, str) or not host.endswith(".example"):
             return resolve(host, port, *arguments, **options)
         addresses = ["10.0.0.1"] if host == "rebinds.example" and host in asked else ADDRESSES.get(host, [PUBLIC])

@@ -1,4 +1,4 @@
-"""Pages: every string of a version is a vector, in its report, in a real browser."""
+"""Pages: an attack in any string of a version stays text in its report, in a real browser."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,12 @@ from tests.browser import Open
 from tests.hostile.vectors import ALL
 from tests.scene_data import PROVENANCE, make_version, scene_samples, true_captions
 
-TEXTS = [vector.encode("utf-8", "replace").decode() or "-" for vector in ALL]  # what a table can hold
+# tables hold no lone surrogates
+TEXTS = [vector.encode("utf-8", "replace").decode() or "-" for vector in ALL]
 
 
 def require_untouched(page: Page) -> None:
-    """Fail if anything of a vector has become an element, an attribute or a change of the page."""
+    """Fail if an attack has become an element, an attribute or a change of the page."""
     assert (
         page.evaluate("[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames()).filter(n => /^on/.test(n))")
         == []
@@ -29,7 +30,7 @@ def require_untouched(page: Page) -> None:
     assert page.evaluate("[...document.querySelectorAll('a')].every(a => a.protocol !== 'javascript:')")
 
 
-def test_no_string_of_a_version_is_more_than_text_in_its_report(opened: Open, tmp_path: Path) -> None:
+def test_strings_of_version_stay_text_in_report(opened: Open, tmp_path: Path) -> None:
     drawn = scene_samples(len(TEXTS))
     samples = [
         replace(

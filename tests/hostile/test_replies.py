@@ -1,4 +1,4 @@
-"""Replies: whatever an answer holds, it becomes one stored reply or is asked again, and what is stored can be read as a row."""
+"""Replies: any answer becomes one stored reply or is asked again, and stored replies can be read as rows."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ bodies = st.one_of(answers.map(lambda value: json.dumps(value).encode(errors="su
     database=None,
 )
 @given(body=bodies)
-def test_any_answer_is_one_reply_in_a_real_journal_or_is_asked_again(body: bytes, tmp_path: Path) -> None:
+def test_any_answer_is_stored_once_or_asked_again(body: bytes, tmp_path: Path) -> None:
     message = error_message(body)
     assert 0 < len(message) <= 500
     assert "\n" not in message

@@ -1,4 +1,4 @@
-"""Text: vectors in every string that reaches a card or a terminal change nothing but the text."""
+"""Text: attacks in strings of a card or a terminal stay text."""
 
 import copy
 import html.parser
@@ -50,7 +50,8 @@ MODEL = {
     },
     "digest": "d" * 64,
 }  # fmt: skip
-FIXED = {"tasks", "columns", "features", "files", "rows", "licenses"}  # a version with other values is not read
+# versions with other values are rejected
+FIXED = {"tasks", "columns", "features", "files", "rows", "licenses"}
 ALLOWED_TAGS = {
     "h1", "h2", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "strong", "em", "a", "hr", "br",
 }  # fmt: skip
@@ -75,7 +76,7 @@ def put(value: Any, path: tuple[Any, ...], text: str) -> Any:
 
 
 class Tags(html.parser.HTMLParser):
-    """Collects the tags, attributes and addresses of a card, shown by a renderer that lets HTML through: the worst case."""
+    """Collects tags, attributes and addresses of a card that is rendered with HTML enabled, the worst case."""
 
     def __init__(self, card: str) -> None:
         super().__init__()
@@ -108,15 +109,15 @@ PLACES = [(kind, path) for kind, (values, _) in CARDS.items() for path in string
 
 
 @pytest.mark.parametrize(("kind", "path"), PLACES, ids=lambda part: part if isinstance(part, str) else ".".join(map(str, part)))
-def test_no_string_breaks_out_of_its_place_in_a_card(kind: str, path: tuple[Any, ...]) -> None:
+def test_string_of_manifest_stays_text_in_card(kind: str, path: tuple[Any, ...]) -> None:
     values, render = CARDS[kind]
     plain = render(values)
-    # all vectors in the long run, else others at each place
+    # all attacks in the long run, else a part at each place
     for vector in ALL if LONG else random.Random(str(path)).sample(ALL, 6):
         require_harmless(render(put(values, path, vector)), plain)
 
 
-def test_no_text_and_no_key_breaks_out_of_its_place_in_the_card() -> None:
+def test_text_and_key_stay_text_in_card() -> None:
     plain = render_card(FULL, [sample("x")])
     for vector in ALL:
         texts = sample(vector)
@@ -134,7 +135,7 @@ def test_no_text_and_no_key_breaks_out_of_its_place_in_the_card() -> None:
 EVIL = "\x1b]52;c;AAAA\x07\x9b31m\u202e"
 
 
-def test_no_command_sends_a_terminal_what_it_would_obey(tmp_path: Path) -> None:
+def test_commands_escape_control_characters_for_terminal(tmp_path: Path) -> None:
     def require_printable(*arguments: str) -> None:
         done = run_synth(*arguments, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         for text in (done.stdout, done.stderr):

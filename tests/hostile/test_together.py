@@ -1,4 +1,4 @@
-"""Two of every command in one folder, at once: each ends well or reports the other one, and nothing is lost."""
+"""Concurrency: two commands in one folder both succeed, or one reports the other. Nothing is lost."""
 
 import json
 import subprocess
@@ -17,7 +17,8 @@ from tests.commands import SYNTH, run_synth
 from tests.hostile import part_of
 
 IMAGES = ("--source", "folder:photos", "--tasks", "caption", "--out", "data", "--language", "any", "--base-url")
-COMMANDS = {  # the first four end in the address of a server
+# the address of a server is appended to the first four
+COMMANDS = {
     "generate": ("generate", *IMAGES),
     "generate again": ("generate", "--title", "Other", *IMAGES),
     "preview": ("preview", *IMAGES),
@@ -41,7 +42,7 @@ def chat() -> Iterator[ChatServer]:
 
 @pytest.fixture(scope="module")
 def folder(chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished dataset, and reviews for it."""
+    """Return a folder with a finished dataset and reviews for it."""
     home = tmp_path_factory.mktemp("together")
     (home / "photos").mkdir()
     for number in range(12):
@@ -55,7 +56,7 @@ def folder(chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("first", "second"), part_of(PAIRS, 2))
-def test_two_commands_at_once_end_well_or_report_the_other(first: str, second: str, folder: Path, chat: ChatServer) -> None:
+def test_two_concurrent_commands_succeed_or_report_the_other(first: str, second: str, folder: Path, chat: ChatServer) -> None:
     before = [version.manifest["digest"] for version in DatasetDir(folder / "data").versions()]
     commands = [(*COMMANDS[name], *([chat.url] if "--base-url" in COMMANDS[name] else [])) for name in (first, second)]
     running = [

@@ -1,4 +1,4 @@
-"""Trainings that are killed or interrupted lose at most the steps since the last save, and end as one that ran through."""
+"""Training: a killed run loses at most the steps since the last save, and ends like an undisturbed one."""
 
 import shutil
 import signal
@@ -24,7 +24,7 @@ CONFIG: dict[str, Any] = {
     "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "steps": 15, "evaluate_every": SAVE_EVERY,
     "evaluate_images": 4, "max_caption_tokens": 12, "batch_size": 8, "average_decay": 0.9,
 }  # fmt: skip
-# A process that sends itself a signal when it is told of a step and a step, or has written half of a file.
+# Trains in a process that sends itself a signal at a given step, or after half a file is written.
 TRAINING = """
 import json, os, sys
 from pathlib import Path
@@ -67,7 +67,7 @@ MOMENTS = [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, TrainConfig, Path]:
-    """Return a version, settings, and the folder of a training that ran through."""
+    """Return a version, settings, and the folder of an undisturbed training."""
     root = tmp_path_factory.mktemp("world")
     version, _ = make_version(root / "data", scene_samples(40))
     config = TrainConfig(encoder=save_clip(root / "clip"), **CONFIG)
@@ -76,7 +76,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, TrainConfi
 
 
 @pytest.mark.parametrize(("moment", "number"), part_of(MOMENTS, 2))
-def test_a_training_that_ends_at_any_moment_goes_on(
+def test_killed_training_resumes_to_same_files(
     world: tuple[Version, TrainConfig, Path], tmp_path: Path, moment: str, number: int
 ) -> None:
     version, config, whole = world
@@ -85,7 +85,7 @@ def test_a_training_that_ends_at_any_moment_goes_on(
         shutil.rmtree(version.dataset_dir / FEATURES)
     command = [sys.executable, "-c", TRAINING, str(version.path), str(out), config.model_dump_json(), moment, str(int(number))]
     died = subprocess.run([*command, "anew"], capture_output=True, text=True, timeout=300)
-    # A signal that can be caught ends the step, and becomes a KeyboardInterrupt, for which Python dies of SIGINT.
+    # SIGTERM and SIGINT end the step with KeyboardInterrupt, after which Python dies of SIGINT.
     assert died.returncode == (-signal.SIGKILL if number == signal.SIGKILL else -signal.SIGINT), died.stderr
     reached = max((line["step"] for line in read_log(out / "log.jsonl")), default=0)
     is_saved = (out / "resume.pt").exists()
@@ -99,6 +99,6 @@ def test_a_training_that_ends_at_any_moment_goes_on(
     lost = reached - (first[0] - 1)
     assert 0 <= lost <= (SAVE_EVERY if number == signal.SIGKILL else 0), (reached, first)
     steps = [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line and "step" in line]
-    assert steps == list(range(1, 16))  # each once
+    assert steps == list(range(1, 16))
     for name in ("model.safetensors", "metrics.json", "config.json", "tokenizer.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name

@@ -1,4 +1,4 @@
-"""Versions: whatever a version of untrusted origin holds, every command that reads it ends with a result or one error."""
+"""Versions: every command that reads an untrusted version ends with a result or one error."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def manifest(change: Callable[[dict[str, Any]], object]) -> Damage:
 
 
 def rows(change: Callable[[pa.Table], pa.Table]) -> Damage:
-    """Return a damage that changes the training rows, with a manifest that says so: the hashes are right."""
+    """Return a damage that changes the training rows, and their hashes in the manifest."""
 
     def damage(folder: Path) -> None:
         shard = folder / "train-00000.parquet"
@@ -55,7 +55,7 @@ def column(name: str, values: Callable[[pa.Table], Any]) -> Damage:
 
 
 def link_and_name(name: str, target: str) -> Damage:
-    """Return a damage that puts a link in the place of the digests of images, which the manifest names."""
+    """Return a damage that adds a link as the file of image digests."""
 
     def damage(folder: Path) -> None:
         (folder / name).symlink_to(target)
@@ -80,7 +80,7 @@ def texts(text: str) -> Damage:
 
 
 def own(value: Any, kind: pa.DataType, *, name: str = "own", is_list: bool = False, feature: Any = None) -> Damage:
-    """Return a damage that adds a column of a custom task, which the manifest describes."""
+    """Return a damage that adds the column of a custom task, with its description in the manifest."""
 
     def damage(folder: Path) -> None:
         added = pa.field(name, kind)
@@ -145,7 +145,8 @@ DAMAGES: dict[str, Damage] = {
     "images that are null": image(None),
     "images that are empty": image(b""),
     "images that are none": image(b"GIF89a not really"),
-    "images of 400 megapixels": lambda folder: image(huge_png())(folder),  # made when it is needed: it takes seconds
+    # created late, because it takes seconds
+    "images of 400 megapixels": lambda folder: image(huge_png())(folder),
     "own values that are infinite boxes": own([{"bbox_2d": [float("inf")] * 4, "label": "x"}], BOXES, is_list=True),
     "own values that are half a box": own([{"bbox_2d": [1.0], "label": None}, None], BOXES, is_list=True),
     "own values that are vectors": own([vector.encode("utf-8", "replace").decode() for vector in ALL], pa.list_(pa.string())),
@@ -163,7 +164,7 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Open a good version and all damaged ones in one watched process."""
+    """Read a good version and all damaged ones in one audited process."""
     made, _ = make_version(tmp_path_factory.mktemp("made"), scene_samples(12))
     version = pulled(made, tmp_path_factory.mktemp("home") / "pulled")
     folder, out = tmp_path_factory.mktemp("versions"), tmp_path_factory.mktemp("out")
@@ -181,7 +182,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["good", *DAMAGES])
-def test_hostile_version_is_a_result_or_one_error_for_each_command(name: str, outcomes: dict[str, Any]) -> None:
+def test_hostile_version_gives_result_or_one_error(name: str, outcomes: dict[str, Any]) -> None:
     results = outcomes[name]["results"]
     assert outcomes[name]["violations"] == []
     assert not [result for result in results.values() if result.startswith("TRACEBACK")]

@@ -1,4 +1,4 @@
-"""Tiny repositories with the real layouts of the named datasets: columns, types, file names, branches."""
+"""Tiny repositories with the columns, types, file names and branches of the built-in benchmark datasets."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def flickr_rows(count: int) -> list[dict[str, Any]]:
 
 
 def seed_flickr30k(storage: Storage, count: int = 20, repo: str = "nlphuji/flickr30k") -> None:
-    """Seed a script on main, and its conversion on a branch: all rows under `test`, the true split in a column."""
+    """Seed a script on main and its conversion on a branch: all rows under `test`, the true split in a column."""
     storage.seed("dataset", repo, {"flickr30k.py": SCRIPT, "README.md": b"---\nlanguage: en\n---\n"})
     half = count // 2
     rows = flickr_rows(count)
@@ -64,7 +64,7 @@ def seed_flickr30k(storage: Storage, count: int = 20, repo: str = "nlphuji/flick
 
 
 def seed_flickr30k_without_split(storage: Storage, count: int = 10, repo: str = "lmms-lab/flickr30k") -> None:
-    """Seed a copy with all rows under `test` and no split column."""
+    """Seed a copy with all rows under `test` and without a split column."""
     schema = FLICKR.remove(FLICKR.get_field_index("split"))
     rows = [{k: v for k, v in row.items() if k != "split"} for row in flickr_rows(count)]
     storage.seed("dataset", repo, {"data/test-00000-of-00001.parquet": parquet(rows, schema)})
@@ -99,7 +99,7 @@ def vqa_rows(images: int, questions: int, *, answered: bool = True) -> list[dict
 
 
 def seed_vqav2(storage: Storage, images: int = 6, questions: int = 3, repo: str = "lmms-lab/VQAv2") -> None:
-    """Seed validation and test, but no train split. The test split has no answers."""
+    """Seed validation and test, without answers in test."""
     files = {
         "data/validation-00000-of-00001.parquet": parquet(vqa_rows(images, questions), VQA),
         "data/test-00000-of-00001.parquet": parquet(vqa_rows(2, questions, answered=False), VQA),
@@ -131,7 +131,7 @@ def slide_rows(decks: int, pages: int = 20) -> list[dict[str, Any]]:
 
 
 def seed_slidevqa(storage: Storage, decks: int = 2, repo: str = "NTT-hil-insight/SlideVQA") -> None:
-    """Seed a gated repository: decks of twenty pages and, in `val`, one deck of seven whose other pages are null."""
+    """Seed a gated repository: decks of twenty pages and, in `val`, one deck of seven pages."""
     files = {
         "data/train-00000-of-00001.parquet": parquet(slide_rows(decks), SLIDES),
         "data/val-00000-of-00001.parquet": parquet(slide_rows(1, pages=7), SLIDES),

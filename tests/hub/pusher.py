@@ -1,6 +1,6 @@
-"""Push with the real client, each time in a process that can be killed, with one import of the client.
+"""Push with the real client in processes that can be killed.
 
-The client reads the address of the Hub at import: so one process imports it, and forks for each push.
+The client reads the address of the Hub at import, so one process imports it and forks for each push.
 """
 
 import json
@@ -54,7 +54,7 @@ for line in sys.stdin:
 
 @dataclass
 class Pusher:
-    """A client of one Hub. `pid` is the process id of the running push."""
+    """A client of one Hub. `pid` is the process of the running push."""
 
     hub: RunningHub
     home: Path
@@ -80,12 +80,12 @@ class Pusher:
         self.log.close()
 
     def push(self, version: Version | Path, repo: str = "me/scenes", **options: Any) -> dict[str, Any]:
-        """Push and return the result: commit and tag, an error with its hint, or {} if the process was killed."""
+        """Push and return commit and tag, an error with its hint, or {} if the process was killed."""
         self.start(version, repo, **options)
         return self.finish()
 
     def start(self, version: Version | Path, repo: str = "me/scenes", **options: Any) -> None:
-        """Start a push; `finish` returns its result."""
+        """Start a push. `finish` returns its result."""
         assert self.process.stdin
         assert self.process.stdout
         path = version.path if isinstance(version, Version) else version
@@ -106,5 +106,4 @@ class Pusher:
         return self.answers
 
     def kill(self) -> None:
-        """Kill the running push."""
         os.kill(self.pid, 9)

@@ -1,4 +1,4 @@
-"""The test Hub refuses the same requests as the real Hub; the tests use plain HTTP."""
+"""Test Hub: it refuses the same requests as the real Hub."""
 
 import base64
 import hashlib
@@ -38,7 +38,7 @@ def small(path: str) -> tuple[str, dict[str, Any]]:
     return "file", {"path": path, "content": base64.b64encode(b"x").decode(), "encoding": "base64"}
 
 
-def test_only_the_token_of_a_writer_writes_and_a_private_repository_needs_a_token(ask: Ask) -> None:
+def test_only_writer_token_writes_and_private_repository_needs_token(ask: Ask) -> None:
     assert [commit(ask, small("a"), token=token).status_code for token in (READ_TOKEN, "unknown", TOKEN)] == [403, 401, 200]
     other = {"name": "x", "organization": "you", "type": "dataset"}
     assert ask("POST", "/api/repos/create", json=other).status_code == 403
@@ -46,7 +46,7 @@ def test_only_the_token_of_a_writer_writes_and_a_private_repository_needs_a_toke
     assert [ask("GET", REPO, token).status_code for token in (TOKEN, READ_TOKEN, None)] == [200, 200, 401]
 
 
-def test_commit_on_an_older_head_is_refused_and_changes_nothing(ask: Ask) -> None:
+def test_commit_on_older_head_is_refused(ask: Ask) -> None:
     head = ask("GET", REPO).json()["sha"]
     commit_oid = commit(ask, small("a"), parentCommit=head).json()["commitOid"]
     assert commit(ask, small("b"), parentCommit=head).status_code == 412
@@ -63,11 +63,11 @@ def test_commit_on_an_older_head_is_refused_and_changes_nothing(ask: Ask) -> Non
         *((small(path), 400) for path in ("../a", "a/../b", "/a", "a//b", ".git/config", "")),
     ],
 )
-def test_one_bad_operation_spoils_the_whole_commit(ask: Ask, operation: tuple[str, dict[str, Any]], status: int) -> None:
+def test_invalid_operation_rejects_whole_commit(ask: Ask, operation: tuple[str, dict[str, Any]], status: int) -> None:
     assert commit(ask, small("good"), operation).status_code == status
     assert ask("HEAD", "/datasets/me/x/resolve/main/good").status_code == 404
 
 
-def test_bytes_with_another_digest_than_announced_are_refused(ask: Ask) -> None:
+def test_upload_with_wrong_digest_is_refused(ask: Ask) -> None:
     path = f"/lfs/{hashlib.sha256(b'right').hexdigest()}"
     assert [ask("PUT", path, content=content).status_code for content in (b"wrong", b"right")] == [400, 200]

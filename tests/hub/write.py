@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse, Response
 from tests.hub.app import API, FILES, USER, Handler, Hub, HubError
 from tests.hub.storage import File, Repo
 
-LFS_BYTES = 1_000_000  # files of at least this size, and all Parquet files and weights, are large
+# larger files, Parquet files and weights are stored as large files
+LFS_BYTES = 1_000_000
 LARGE_ENDINGS = (".parquet", ".safetensors", ".bin", ".zip")
 
 
@@ -34,7 +35,7 @@ async def create(hub: Hub, request: Request) -> Response:
 
 
 async def settings(hub: Hub, request: Request, kind: str, repo: str) -> Response:
-    """Set whether a repository is gated or private."""
+    """Make a repository gated, private or public."""
     repository, body = hub.writable(request, kind, repo), await request.json()
     repository.gated = bool(body.get("gated", repository.gated))
     repository.private = body.get("visibility", "private" if repository.private else "public") == "private"
@@ -53,7 +54,7 @@ async def validate_yaml(hub: Hub, request: Request) -> Response:
 
 
 async def preupload(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Return the upload mode of each file, and its current id if it exists."""
+    """Return the upload mode of each file, and its id if it exists."""
     files = hub.commit_at(hub.writable(request, kind, repo), revision).files
     answers = []
     for file in (await request.json())["files"]:
@@ -77,7 +78,7 @@ async def lfs_batch(hub: Hub, request: Request, repo: str, kind: str = "models")
 
 
 async def lfs_put(hub: Hub, request: Request, sha256: str) -> Response:
-    """Receive a large file. Raises HubError if its bytes do not match the sha256."""
+    """Receive a large file. Raises HubError if the sha256 does not match."""
     draft, digest = hub.storage.path(f".{sha256}.tmp"), hashlib.sha256()
     with draft.open("wb") as file:
         async for part in request.stream():
@@ -92,7 +93,7 @@ async def lfs_put(hub: Hub, request: Request, sha256: str) -> Response:
 
 
 async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Apply all operations as one commit. Raises HubError if the parent is stale or an operation is invalid."""
+    """Apply operations as one commit. Raises HubError for an outdated parent or an invalid operation."""
     repository = hub.writable(request, kind, repo)
     operations = [json.loads(line) for line in (await request.body()).splitlines()]
     if revision not in repository.branches:

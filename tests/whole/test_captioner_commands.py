@@ -1,5 +1,4 @@
-"""The commands about captioners, called as Typer calls them: settings, presets and what goes on;
-and how the server of one ends."""
+"""Commands for captioners, called as functions: settings, presets, resuming. The server's end is tested in a process."""
 
 import fcntl
 import json
@@ -46,7 +45,7 @@ def settings(folder: Path) -> dict[str, Any]:
     return values
 
 
-def test_flags_become_settings_and_drawn_scenes_keep_their_preset(
+def test_flags_become_settings_and_scenes_use_their_preset(
     version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(data=str(version.path), encoder=models["encoder"], epochs=1, batch_size=16, lr=0.002, seed=3, out=tmp_path / "c")
@@ -74,7 +73,7 @@ def test_flags_become_settings_and_drawn_scenes_keep_their_preset(
 
 
 @pytest.mark.parametrize("named", ["models", "nothing"])
-def test_a_training_goes_on_with_the_settings_that_it_began_with(
+def test_resumed_training_keeps_its_settings(
     version: Version,
     models: dict[str, str],
     tmp_path: Path,
@@ -82,7 +81,6 @@ def test_a_training_goes_on_with_the_settings_that_it_began_with(
     capsys: pytest.CaptureFixture[str],
     named: str,
 ) -> None:
-    """Also those of a language model, which the second command does not name."""
 
     def save_and_die(folder: Path, state: dict[str, Any]) -> None:
         save_resume(folder, state)
@@ -107,7 +105,7 @@ def test_a_training_goes_on_with_the_settings_that_it_began_with(
 
 
 @pytest.mark.parametrize("separator", ["\n", "\0"], ids=["lines", "find -print0"])
-def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
+def test_names_on_stdin_are_captioned_and_missing_files_reported(
     separator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     captioner, image = str(save_captioner(tmp_path / "c")), tmp_path / "photo.png"
@@ -129,7 +127,7 @@ def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
         caption(captioner, [str(image)], question=" ")
 
 
-def test_a_program_gets_the_file_of_captions_and_what_could_not_be_read(
+def test_caption_json_lists_output_file_and_unreadable_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo(3).save(tmp_path / "photo.png")
@@ -139,7 +137,7 @@ def test_a_program_gets_the_file_of_captions_and_what_could_not_be_read(
     assert json.loads(capsys.readouterr().out) == {"path": str(out), "written": 1, "unread": [images[1]]}
 
 
-def test_an_evaluation_that_cannot_write_or_fails_leaves_the_captions_of_the_last_one(
+def test_failed_evaluation_keeps_earlier_captions(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
@@ -155,7 +153,7 @@ def test_an_evaluation_that_cannot_write_or_fails_leaves_the_captions_of_the_las
         evaluate(captioner, str(version.path), captions=tmp_path / "c.jsonl" / "d.jsonl")
 
 
-def test_an_evaluation_searches_as_the_one_after_the_training_did(
+def test_evaluation_uses_beams_of_training(
     version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings_file = tmp_path / "c.json"
@@ -170,7 +168,7 @@ def test_an_evaluation_searches_as_the_one_after_the_training_did(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM] if LONG else [signal.SIGTERM])
-def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path: Path) -> None:
+def test_signal_ends_server_while_request_body_arrives(number: int, tmp_path: Path) -> None:
     folder = save_captioner(tmp_path / "c")
     command = [str(SYNTH), "serve-captioner", str(folder), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint) as server:
@@ -179,7 +177,8 @@ def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path
         with socket.create_connection(("127.0.0.1", port)) as client:
             head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             client.sendall(f"{head}Content-Length: 200\r\n\r\n{{".encode())
-            with socket.create_connection(("127.0.0.1", port)) as other:  # answered: the first request has arrived as well
+            # this answer shows that the first request has arrived
+            with socket.create_connection(("127.0.0.1", port)) as other:
                 other.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 assert b"200 OK" in other.recv(1000)
             server.send_signal(number)
@@ -190,7 +189,7 @@ def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path
         assert "Traceback" not in server.stderr.read()
 
 
-def test_collecting_garbage_removes_stored_hidden_states_but_those_that_a_training_adds_to(
+def test_gc_removes_stored_states_except_locked_ones(
     version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "small.yaml"

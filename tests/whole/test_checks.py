@@ -1,4 +1,4 @@
-"""Checks by models: claims, asked about in both directions; repair; what captions tell; ratings by a judge."""
+"""Checks by models: claims in both directions, repair, coverage, and ratings by a judge."""
 
 import hashlib
 import json
@@ -22,7 +22,8 @@ PLACES = ("by the river", "on the bridge", "in the garden", "near the wall")
 DETAILS = (COLORS, THINGS, PLACES)
 COUNT = 24
 CAPTIONS = ("--source", "folder:photos", "--tasks", "caption", "--styles", "plain", "--out", "d")
-UNREPAIRABLE = 1  # the writer does not see what is wrong with this one
+# number of a caption whose error the repairing model does not see
+UNREPAIRABLE = 1
 
 
 def truth_of(number: int) -> tuple[str, str, str]:
@@ -30,7 +31,7 @@ def truth_of(number: int) -> tuple[str, str, str]:
 
 
 def caption_of(number: int) -> tuple[str, str, str]:
-    """Return the details in the caption: of every second image one is wrong."""
+    """Return the details in a caption. One of them is wrong in every second caption."""
     details = [*truth_of(number)]
     if number % 2:
         part = number // 2 % 3
@@ -40,12 +41,12 @@ def caption_of(number: int) -> tuple[str, str, str]:
 
 
 def details_in(caption: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the details that a caption names, each with all details of its kind."""
+    """Return the details in a caption, each with all options of its kind."""
     return [(detail, options) for options in DETAILS for detail in options if detail in caption]
 
 
 class Model:
-    """A model that sees what is true, and splits captions by words."""
+    """A model that sees the truth, and splits captions by words."""
 
     def __init__(self, ids: dict[str, int]) -> None:
         self.ids, self.asked = ids, Counter[str]()
@@ -56,7 +57,7 @@ class Model:
         prompt = body["messages"][-1]["content"][-1]["text"]
         self.asked[task] += 1
         if task in ("claims", "covers", "repair"):
-            assert not uuid_of(body)  # no image is sent
+            assert not uuid_of(body)
             caption = next(line.removeprefix("Caption: ") for line in prompt.splitlines() if line.startswith("Caption: "))
             return Act(json.dumps(getattr(self, task)(caption, prompt)))
         number = self.ids[uuid_of(body).split(".")[0]]
@@ -88,15 +89,15 @@ class Model:
     def repair(self, caption: str, prompt: str) -> dict[str, str]:
         answers = [line for line in prompt.splitlines() if line.startswith("Question: ")]
         wrong = next(detail for detail, _ in details_in(caption) if f"Question: Is it {detail}? Answer: No." in answers)
-        assert len(answers) == 1, answers  # the answers that agree with the caption are not shown
+        assert len(answers) == 1, answers  # confirmed claims are not shown
         if caption_of(UNREPAIRABLE)[0] in caption and caption_of(UNREPAIRABLE)[2] in caption:
             return {"caption": f"{caption[:-1]}!"}
         return {"caption": caption.replace(f" {wrong}", " thing" if wrong in THINGS else "")}
 
 
 def rate(_: int, body: dict[str, Any]) -> Act:
-    """Judge as a model would that dislikes red things and short answers."""
-    assert uuid_of(body)  # it sees the image
+    """A judge that dislikes red objects."""
+    assert uuid_of(body)  # the judge gets the image
     text = task_of(body)
     mark = "2" if "red" in text else "5"
     return Act(json.dumps({"flaw": "nothing", "relevance": "5", "grounding": mark, "correctness": mark, "form": "4"}))
@@ -133,12 +134,12 @@ def generate(folder: Path, server: ChatServer, *arguments: str, **environment: s
 
 
 def captions_of(folder: Path, model: Model, out: str = "d") -> dict[int, dict[str, Any]]:
-    """Return the captions of a version by the number of their image, as `datasets` reads them."""
+    """Return the captions of a version by image number, read by `datasets`."""
     rows = load_rows(folder / out)
     return {model.ids[row["sample_id"]]: caption for row in rows for caption in row["captions"]}
 
 
-def test_captions_with_a_wrong_detail_are_rejected_and_no_other(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_only_captions_with_wrong_detail_are_rejected(tmp_path: Path, model: Model, server: ChatServer) -> None:
     steps = generate(tmp_path, server, *CAPTIONS, "--verify", "claims")["steps"]
     assert steps["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
     kept = pq.read_table(tmp_path / "d/steps/verify/kept.parquet").to_pylist()
@@ -152,7 +153,7 @@ def test_captions_with_a_wrong_detail_are_rejected_and_no_other(tmp_path: Path, 
     assert {caption["precision"] for caption in captions_of(tmp_path, model).values()} == {1.0}
 
 
-def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_repair_removes_false_claim_from_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
     steps = generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--repair")["steps"]
     lost = steps["verify"]["rejected"]["claims_not_confirmed"]
     captions = captions_of(tmp_path, model)
@@ -178,7 +179,7 @@ def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model,
     assert "- `precision`: share of the caption" in card
 
 
-def test_what_a_person_wrote_is_checked_and_never_repaired(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_human_caption_is_checked_but_not_repaired(tmp_path: Path, model: Model, server: ChatServer) -> None:
     names = sorted(path.name for path in (tmp_path / "photos").glob("*.png"))
     lines = [f"{name},A {' '.join(caption_of(number))} can be seen." for number, name in enumerate(names)]
     (tmp_path / "photos/metadata.csv").write_text("\n".join(["file_name,text", *lines]))
@@ -189,11 +190,11 @@ def test_what_a_person_wrote_is_checked_and_never_repaired(tmp_path: Path, model
     assert {caption["prompt_id"] for caption in captions_of(tmp_path, model).values()} == {"human"}
 
 
-def test_coverage_is_what_a_caption_tells_of_its_image(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_coverage_is_share_of_answers_in_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
     both = ("--source", "folder:photos", "--styles", "plain", "--out", "d", "--verify", "covers")
     generate(tmp_path, server, *both)
     captions = captions_of(tmp_path, model)
-    # A caption with a wrong detail answers one of three questions otherwise.
+    # A caption with a wrong detail contradicts one of three answers.
     assert {n: round(caption["coverage"], 3) for n, caption in captions.items()} == {
         n: 0.667 if n % 2 else 1.0 for n in captions
     }
@@ -202,21 +203,22 @@ def test_coverage_is_what_a_caption_tells_of_its_image(tmp_path: Path, model: Mo
     steps = generate(tmp_path, server, "--config", "synth.yaml", *both)["steps"]
     assert steps["verify"]["rejected"] == {"low_coverage": COUNT // 2}
     model.asked.clear()
-    model.refutes_colors = True  # an answer that was refuted says nothing of a caption
+    model.refutes_colors = True  # refuted answers do not count for coverage
     generate(tmp_path, server, *both[:-1], "covers,round_trip", "--out", "e")
     right = [one["coverage"] for n, one in captions_of(tmp_path, model, out="e").items() if n % 2 == 0]
     assert len(right) == COUNT // 2 and set(right) == {1.0}
-    assert model.asked["covers"] <= 2 * COUNT  # of three questions, two are left
+    assert model.asked["covers"] <= 2 * COUNT  # two of three questions remain
 
 
-def test_another_model_rates_each_text_and_its_server_gets_its_own_key(
+def test_judge_rates_texts_with_its_own_key(
     tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer
 ) -> None:
     server.key, judge.key = "of-the-writer", "of-the-judge"
     rated = (*CAPTIONS, "--judge", f"judge-7b@{judge.url}")
     refused = run(tmp_path, server, *rated, SYNTH_API_KEY="of-the-writer")
     assert refused.returncode == 1 and "SYNTH_JUDGE_API_KEY" in refused.stderr, refused.stderr
-    assert not model.asked and judge.authorizations == {None}  # the writer's key was not sent there, and nothing was paid
+    # the writer's key was not sent to the judge, and no request was paid
+    assert not model.asked and judge.authorizations == {None}
     keys = {"SYNTH_API_KEY": "of-nobody", "MY_KEY": "of-the-writer", "SYNTH_JUDGE_API_KEY": "of-the-judge"}
     (tmp_path / "key.yaml").write_text("server: {key_env: MY_KEY, headers: {X-Own: $MY_KEY}}\n")
     generate(tmp_path, server, "--config", "key.yaml", *rated, **keys)
@@ -238,7 +240,7 @@ def test_another_model_rates_each_text_and_its_server_gets_its_own_key(
     assert steps["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == asked
 
 
-def test_a_judge_without_a_server_or_that_is_the_writer_is_refused_before_anything_is_asked(
+def test_invalid_judge_is_refused_before_any_request(
     tmp_path: Path, model: Model, server: ChatServer
 ) -> None:
     for name, complaint in (
@@ -255,7 +257,7 @@ def test_a_judge_without_a_server_or_that_is_the_writer_is_refused_before_anythi
     generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--judge", f"model@{server.url}")
 
 
-def test_captions_are_compared_with_those_of_the_source(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_captions_are_compared_with_source_captions(tmp_path: Path, model: Model, server: ChatServer) -> None:
     for number in range(COUNT):
         color, thing, _ = truth_of(number)
         (tmp_path / "photos" / f"{number:02}.txt").write_text(f"The {thing} is {color}." if number % 3 else "Nobody is home.")

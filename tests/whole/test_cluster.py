@@ -1,4 +1,4 @@
-"""`synth generate --executor ray` on a real Ray cluster on this machine, with workers and drivers that are killed."""
+"""`synth generate --executor ray` on a real Ray cluster, with killed workers and drivers."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ THINGS = ("ring", "star", "cross", "disk", "arrow")
 
 
 def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Act]:
-    """Return a script that derives each reply from the image's uuid: many texts repeat, and some replies are not valid JSON."""
+    """Return a script that derives replies from the image's uuid. Texts repeat, and some replies are invalid JSON."""
 
     def script(times: int, body: dict[str, Any]) -> Act:
         draws = hashlib.sha256(uuid_of(body).encode()).digest()
@@ -63,7 +63,7 @@ def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Ac
 
 @pytest.fixture
 def synth(tmp_path: Path) -> Run:
-    """Run `synth ARGUMENTS` in a process: Ray leaves threads, and takes the folder and the environment of the process."""
+    """Run `synth ARGUMENTS` in a process: Ray leaves threads, and uses the process's folder and environment."""
     return partial(run_process, cwd=tmp_path)
 
 
@@ -75,17 +75,18 @@ def chat() -> Iterator[ChatServer]:
 
 @dataclass(frozen=True)
 class Made:
-    """A version of photos, made in `one` process, and in `many` shards by a cluster whose worker and driver were killed."""
+    """Versions of the same photos: `one` from one process, `many` from a cluster with killed worker and driver."""
 
     folder: Path
     chat: ChatServer
     undisturbed: Counter[str]  # requests for `one`
-    review: "subprocess.CompletedProcess[str]"  # of `many` before it was finished
+    # outcome of a review of `many` before its run was complete
+    review: "subprocess.CompletedProcess[str]"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    """Make the versions from photos with copies and damage among them."""
+    """Make the versions from photos that include copies and damaged images."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "photos").mkdir()
     for first, split in ((0, "train"), (20, "test"), (40, "validation")):
@@ -112,14 +113,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
 
 
 def kill_worker_and_driver(folder: Path, chat: ChatServer) -> None:
-    """Start to make `many`; kill one of the two workers, and later the driver, while requests are in flight."""
+    """Start to make `many`. Kill one of two workers, then the driver, while requests are in flight."""
     chat.script = scripted_replies(1.0)
     driver = start_on_cluster(folder, *flags_of(chat), "--out", "many", "--shards", "3")
     wait_until(lambda: sum(chat.times.values()) > 40, "40 requests")
     wait_until(lambda: len(descendants(driver.pid, "ray::MapWorker")) == 2, "two workers")
     os.kill(descendants(driver.pid, "ray::MapWorker")[0], signal.SIGKILL)
     last = sum(chat.times.values()) + 40
-    quick, held = scripted_replies(1.0), scripted_replies(20.0)  # after the last one, requests stay in flight
+    quick, held = scripted_replies(1.0), scripted_replies(20.0)  # later requests stay in flight
     chat.script = lambda times, body: (quick if sum(chat.times.values()) <= last else held)(times, body)
     wait_until(lambda: sum(chat.times.values()) > last, "40 more requests")
     alive = descendants(driver.pid, "ray::MapWorker")
@@ -131,7 +132,7 @@ def kill_worker_and_driver(folder: Path, chat: ChatServer) -> None:
 
 
 def flags_of(chat: ChatServer) -> tuple[str, ...]:
-    """Return the command that makes `one` and `many`, without its folder and its executor."""
+    """Return the command for `one` and `many`, without folder and executor."""
     columns = ("--columns", "image=photo,context=caption")
     source = ("--source", "parquet:photos", *columns, "--exclude", "parquet:photos#validation")
     tasks = ("--tasks", "caption,qa", "--task", "boxes.yaml", "--task", "count.yaml", "--verify", "round_trip,blind")
@@ -146,7 +147,7 @@ def rows_of(version: Version) -> dict[str, Any]:
     return {row["sample_id"]: row for _, batch in version.batches(version.manifest["columns"]) for row in batch.to_pylist()}
 
 
-def test_cluster_makes_reports_and_reviews_the_version_that_one_machine_makes(made: Made) -> None:
+def test_cluster_makes_same_version_report_and_review_as_one_machine(made: Made) -> None:
     folder, chat = made.folder, made.chat
     local, distributed = latest_version(folder / "one"), latest_version(folder / "many")
     assert distributed.manifest["digest"] == local.manifest["digest"]
@@ -195,7 +196,7 @@ def start_on_cluster(folder: Path, *command: str) -> "subprocess.Popen[bytes]":
 
 
 def count_journaled(home: Path) -> tuple[int, int]:
-    """Return the numbers of requests sent and of different replies, over all shards; two may ask the same text."""
+    """Return the numbers of sent requests and of distinct replies, over all shards."""
     sent, replies = 0, set[tuple[str, int]]()
     for path in home.glob("shards/*/journal/local.sqlite"):
         with sqlite3.connect(path) as db:
@@ -204,19 +205,20 @@ def count_journaled(home: Path) -> tuple[int, int]:
     return sent, len(replies)
 
 
-def test_whatever_is_killed_the_same_command_goes_on(made: Made) -> None:
+def test_killed_cluster_run_resumes_with_same_command(made: Made) -> None:
     assert "many has no finished run to review" in read_failure(made.review)[0]
     times, undisturbed = made.chat.times, made.undisturbed
-    assert times.keys() == undisturbed.keys()  # nothing is lost
+    assert times.keys() == undisturbed.keys()
     repeated = sum((times - undisturbed).values())
-    assert 0 < repeated <= 3 * 64  # at most the requests in flight, of one worker and then of two
+    # at most the requests in flight, of one worker and then of two
+    assert 0 < repeated <= 3 * 64
     sent, replies = count_journaled(made.folder / "many")
     assert replies == sum(undisturbed.values())
     assert repeated <= sent - replies <= 3 * 64  # some recorded requests were not sent
 
 
 @pytest.mark.skipif(not LONG, reason="two clusters of two nodes take three minutes: make test-long")
-def test_nodes_that_share_no_files_keep_all_in_an_object_store(
+def test_nodes_without_shared_files_use_object_store(
     synth: Run, chat: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shard_of(key: str) -> int:  # a key begins with the sample id
@@ -258,7 +260,7 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         assert len(list(shards.glob("*/journal/*.sqlite"))) == 3
         assert not (parse_dataset_path(home) / "exchange").exists()
 
-        # Commands read it from there like any other dataset.
+        # Commands read a dataset in an object store like any other.
         assert synth("report", home).stdout.strip() == f"{dataset_folder(home)}/report.html"
         fetched, local = latest_version(tmp_path / dataset_folder(home)), latest_version(tmp_path / "one")
         assert fetched.manifest["digest"] == local.manifest["digest"] and rows_of(fetched) == rows_of(local)
@@ -274,7 +276,7 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
     assert synth(*flags, "--out", home).returncode == 2  # the local executor writes to a disk only
 
 
-def test_cluster_that_does_not_answer_is_an_error_before_a_request(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
+def test_unreachable_cluster_is_an_error_before_any_request(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "4", "--base-url", chat.url, "--executor", "ray")
     error, hint = read_failure(synth(*command, "--out", "d", "--ray-address", "127.0.0.1:9"))
     assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint

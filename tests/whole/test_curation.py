@@ -1,4 +1,4 @@
-"""Curation from end to end: verification, exclusions, and other thresholds without new requests."""
+"""Curation: verification, exclusions, and other thresholds without new requests."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def read_kept(folder: Path, step: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_annotations_are_checked_and_other_thresholds_are_applied_without_a_question(verified: Path) -> None:
+def test_annotations_are_verified_and_new_thresholds_need_no_request(verified: Path) -> None:
     rows = read_kept(verified, "verify")
     assert rows
     for row in rows:
@@ -47,7 +47,7 @@ def test_annotations_are_checked_and_other_thresholds_are_applied_without_a_ques
     done = run(*common, "--config", str(config), cwd=verified.parent)
     assert "asked the model 0 times" in done.stderr
     assert "too_long" in done.stderr
-    assert len(read_kept(verified, "verify")) < len(rows)  # long captions are gone
+    assert len(read_kept(verified, "verify")) < len(rows)  # long captions are rejected
     funnel = json.loads((verified / "versions" / "v1.0.1" / "manifest.json").read_text())["funnel"]
     for step in funnel:
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
@@ -55,7 +55,7 @@ def test_annotations_are_checked_and_other_thresholds_are_applied_without_a_ques
     assert back.returncode == 0 and len(read_kept(verified, "verify")) == len(rows)
 
 
-def test_copies_are_merged_crops_share_a_split_and_excluded_images_are_rejected(tmp_path: Path) -> None:
+def test_copies_are_merged_and_crops_share_split_and_excluded_images_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "test").mkdir()
     images = [photo(seed) for seed in range(8)]

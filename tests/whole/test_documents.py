@@ -1,4 +1,4 @@
-"""Videos and documents to a version by commands: frames of one video share a split, and decks have all of their pages."""
+"""Videos and documents: frames of one video share a split, and decks contain all pages."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from tests.media import write_pdf, write_video
 
 
 def caption(times: int, body: dict[str, Any]) -> Act | None:
-    """Return a caption that no other image has; the usual reply to questions."""
+    """Return a caption that is unique to the image, or the default reply to questions."""
     if body["response_format"]["json_schema"]["name"] != "caption":
         return None
     words = " ".join(f"word{digit}" for digit in uuid_of(body)[:6])
@@ -34,7 +34,7 @@ def generated(folder: Path, chat: ChatServer, *options: str) -> dict[str, Any]:
     return result
 
 
-def test_frames_of_one_video_share_a_split_and_are_counted_before(tmp_path: Path) -> None:
+def test_frames_of_one_video_share_a_split(tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
     for number in range(12):
         write_video(tmp_path / "clips" / f"{number}.mp4", 4, (64, 48), rate=2, shift=100 * number)

@@ -35,14 +35,14 @@ def experiment(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.skipif(not LONG, reason="three grids take most of a minute: make test-long; test_runs.py skips finished cells")
-def test_a_grid_that_was_killed_ends_with_the_same_table(folder: Path) -> None:
-    """Takes about twenty seconds: two cells are trained twice, each in a new process."""
+def test_killed_grid_resumes_to_same_table(folder: Path) -> None:
     whole = experiment(folder, "which.yaml", "--jobs", "1", "--out", "whole")
     assert whole.returncode == 0, whole.stderr
     command = [str(SYNTH), "experiment", "which.yaml", "--jobs", "1", "--out", "cut"]
     running = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 200
-    while not list(folder.glob("cut/cells/model*/resume.pt")):  # the second cell has saved a state: half of the grid is done
+    # half of the grid is done: the second cell has saved a state
+    while not list(folder.glob("cut/cells/model*/resume.pt")):
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.02)
     os.killpg(running.pid, signal.SIGKILL)
@@ -56,7 +56,7 @@ def test_a_grid_that_was_killed_ends_with_the_same_table(folder: Path) -> None:
     assert resumed.stdout.strip() == "cut/experiment.html"
 
 
-def test_a_program_gets_the_result_as_json(folder: Path) -> None:
+def test_result_is_printed_as_json(folder: Path) -> None:
     done = experiment(folder, "which.yaml", "--jobs", "2", "--out", "whole", "--json")
     result = json.loads(done.stdout)
     assert [arm["data"] for arm in result["arms"]] == ["facts", "model"]
@@ -64,7 +64,7 @@ def test_a_program_gets_the_result_as_json(folder: Path) -> None:
     assert result["differences"][0]["verdict"] in ("better", "worse", "cannot tell at this size")
 
 
-def test_a_failed_cell_is_reported_and_the_others_are_in_the_result(folder: Path) -> None:
+def test_failed_cell_is_reported_and_result_has_the_others(folder: Path) -> None:
     spec = yaml.safe_load((folder / "which.yaml").read_text())
     spec["also"] = [{"data": ["facts"], "encoder": ["./nowhere"]}]
     (folder / "more.yaml").write_text(yaml.safe_dump(spec))
@@ -80,7 +80,7 @@ def test_a_failed_cell_is_reported_and_the_others_are_in_the_result(folder: Path
     assert "| facts, tiny-clip, scratch |" in done.stderr
 
 
-def test_a_style_that_no_data_has_is_one_error(folder: Path) -> None:
+def test_style_without_captions_is_one_error(folder: Path) -> None:
     (folder / "bad.yaml").write_text("data: {a: {data: scenes}}\nsettings: {steps: 4, styles: [poem]}")
     done = experiment(folder, "bad.yaml")
     assert done.returncode == 1 and "no caption of the styles poem" in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Extend a copy of the package as a contributor would: a step and a source, each in two files."""
+"""Extension: a contributor adds a step and a source in two files each."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def reply(_: int, body: dict[str, Any]) -> Act:
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """Return a folder with links to all files of the package, which an extension may replace."""
+    """Return a folder with links to all files of the package, which `extend` replaces."""
     for top in ("pipeline", "prompts", "data_cards"):
         for path in (ROOT / top).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
@@ -118,7 +118,7 @@ def extend(package: Path, files: dict[str, Any]) -> None:
         path.write_text(text.lstrip("\n"), encoding="utf-8")
 
 
-def test_step_and_a_source_take_two_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
+def test_step_and_source_need_two_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
     extend(package, STEP | SOURCE)
     command = [sys.executable, "-m", "pipeline.cli", "generate", "--source", "stripes", "--limit", "20", "--out", "data"]
     command += ["--tasks", "caption", "--base-url", chat.url]

@@ -1,4 +1,4 @@
-"""`synth generate` with real parts: the tiny teacher, a real journal, and `kill -9`."""
+"""`synth generate` with the tiny teacher, a real journal, and `kill -9`."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     return folder / "d", json.loads(done.stdout)
 
 
-def test_run_counts_every_row_and_again_asks_nothing_and_writes_nothing(whole: tuple[Path, dict[str, str]]) -> None:
+def test_repeated_run_asks_nothing_and_writes_nothing(whole: tuple[Path, dict[str, str]]) -> None:
     folder, printed = whole
     version = DatasetDir(folder).version()
     funnel = {step["step"]: step for step in version.manifest["funnel"]}
@@ -65,7 +65,7 @@ def test_run_counts_every_row_and_again_asks_nothing_and_writes_nothing(whole: t
     assert state(folder) == before
 
 
-def test_damaged_version_is_a_warning_where_a_run_finds_nothing_new(whole: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+def test_damaged_version_is_a_warning_if_nothing_is_new(whole: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     folder = shutil.copytree(whole[0], tmp_path / "copy")
     version = DatasetDir(folder).version("v1.0.0")
     short, lost = [version.path / name for name in [*version.manifest["files"]][:2]]
@@ -79,7 +79,7 @@ def test_damaged_version_is_a_warning_where_a_run_finds_nothing_new(whole: tuple
     assert f"warning: {text}" in done.stderr and "asked the model 0 times" in done.stderr
 
 
-def test_more_scenes_are_a_minor_version_and_only_they_are_asked(whole: tuple[Path, dict[str, str]]) -> None:
+def test_more_scenes_make_minor_version_and_only_new_scenes_are_asked(whole: tuple[Path, dict[str, str]]) -> None:
     folder, _ = whole
     before = DatasetDir(folder).version("v1.0.0")
     done = run_synth("generate", "--source", "scenes", "--limit", str(SCENES + 8), "--out", folder, cwd=folder)
@@ -90,7 +90,7 @@ def test_more_scenes_are_a_minor_version_and_only_they_are_asked(whole: tuple[Pa
     assert held_out <= held_out_later
 
 
-def test_killed_run_resumes_to_the_version_of_an_undisturbed_one(tmp_path: Path) -> None:
+def test_killed_run_resumes_to_same_version(tmp_path: Path) -> None:
     command = [str(SYNTH), *GENERATE, "--model", "model", "--base-url"]
     with running_chat(ChatServer()) as chat:
         undisturbed = json.loads(run_synth(*command[1:], chat.url, "--out", "whole", cwd=tmp_path).stdout)
@@ -118,7 +118,7 @@ def test_killed_run_resumes_to_the_version_of_an_undisturbed_one(tmp_path: Path)
     [(signal.SIGINT, restore_sigint, 130), (signal.SIGTERM, ignore_sigint, 143)],
     ids=["Ctrl-C", "SIGTERM in the background of a shell"],
 )
-def test_a_signal_ends_a_run_which_says_how_to_go_on(
+def test_signal_ends_run_with_hint_to_resume(
     tmp_path: Path, number: signal.Signals, prepare: Callable[[], None], code: int
 ) -> None:
     command = [str(SYNTH), *GENERATE]
@@ -132,7 +132,7 @@ def test_a_signal_ends_a_run_which_says_how_to_go_on(
     assert "Traceback" not in progress
 
 
-def test_a_training_that_is_ended_by_sigterm_says_so_by_its_exit_code(tmp_path: Path) -> None:
+def test_sigterm_ends_training_with_exit_code_143(tmp_path: Path) -> None:
     make_version(tmp_path / "d", scene_samples(40))
     options = ["--data", "d", "--encoder", "tiny-vit", "--steps", "500", "--batch-size", "4", "--out", "captioner"]
     process = subprocess.Popen(
@@ -147,7 +147,7 @@ def test_a_training_that_is_ended_by_sigterm_says_so_by_its_exit_code(tmp_path: 
     assert "run the same command to go on (train: with --resume" in progress.replace("\n", " ")
 
 
-def test_a_folder_of_a_users_own_goes_through_the_same_door(synth: Run, tmp_path: Path) -> None:
+def test_folder_source_gives_version_without_local_paths(synth: Run, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number, color in enumerate(["red", "green", "blue"]):

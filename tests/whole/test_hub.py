@@ -1,4 +1,4 @@
-"""A dataset to the Hub and back, by commands: generate, push, versions, diff, train, evaluate."""
+"""Hub: generate, push, versions, diff, train and evaluate as commands."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def reader(hub: RunningHub, tmp_path: Path) -> User:
     return User(hub, tmp_path / "reader")
 
 
-def test_versions_are_listed_with_their_pushes_and_compared_with_those_on_the_hub(maker: User, hub: RunningHub) -> None:
+def test_versions_are_listed_with_pushes_and_compared_with_hub(maker: User, hub: RunningHub) -> None:
     first, second = maker.json("versions", "list")
     assert (first["version"], first["parent"], second["version"], second["parent"]) == ("v1.0.0", None, "v1.1.0", "v1.0.0")
     assert sum(second["rows"].values()) == SCENES
@@ -77,7 +77,7 @@ def test_versions_are_listed_with_their_pushes_and_compared_with_those_on_the_hu
     assert "  config.limit: 46 -> 56" in changes
 
 
-def test_exports_go_along_in_the_same_commit_and_a_tag_does_not_get_them_later(hub: RunningHub, reader: User) -> None:
+def test_exports_are_pushed_in_same_commit_but_not_added_to_a_tag(hub: RunningHub, reader: User) -> None:
     reader.synth("generate", "--source", "scenes", "--limit", "20", "--out", "d")
     pushed = reader.json("push", "d", "--repo", "me/also", "--also", "webdataset,cauldron")
     repo = hub.hub.storage.repos["dataset", "me/also"]
@@ -115,16 +115,16 @@ def test_exports_go_along_in_the_same_commit_and_a_tag_does_not_get_them_later(h
     assert repo.tags["v1.0.0"] == pushed["commit"]
 
 
-def test_training_takes_a_version_from_the_hub_and_needs_it_once(reader: User, hub: RunningHub, maker: User) -> None:
+def test_training_downloads_version_from_hub_once(reader: User, hub: RunningHub, maker: User) -> None:
     trained = reader.json("train", "--data", "me/scenes@v1.0.0", "--steps", "2")
     assert trained["path"].startswith("data/me-scenes/checkpoints/v1.0.0")
     sent_bytes = hub.hub.sent_bytes
     scores = reader.json("evaluate", trained["path"], "--data", "me/scenes@v1.0.0")
     assert scores["images"] > 0
-    assert hub.hub.sent_bytes == sent_bytes  # all of it was in the cache
+    assert hub.hub.sent_bytes == sent_bytes  # read from the cache
 
 
-def test_pixels_that_were_not_pushed_are_joined_from_a_dataset_or_a_source(reader: User, maker: User) -> None:
+def test_images_that_were_not_pushed_are_joined_from_dataset_or_source(reader: User, maker: User) -> None:
     maker.synth("push", "--repo", "me/texts", "--no-images")
     refused = reader.synth("train", "--data", "me/texts", "--steps", "2", fails=True).stderr
     assert "me/texts holds no pixels" in refused
@@ -133,13 +133,13 @@ def test_pixels_that_were_not_pushed_are_joined_from_a_dataset_or_a_source(reade
     assert "nowhere" in refused
     of_dataset = ("--data", "me/texts", "--images", str(maker.folder / "data" / "scenes"))
     trained = reader.json("train", *of_dataset, "--steps", "2")
-    # The second time the dataset is already here.
+    # The dataset is now in the cache.
     assert reader.json("evaluate", trained["path"], *of_dataset)["images"] > 0
     other = User(maker.hub, reader.folder / "other")
     other.synth("train", "--data", "me/texts", "--images", "scenes", "--steps", "2")
 
 
-def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub: RunningHub) -> None:
+def test_pushed_captioner_has_card_with_its_data(maker: User, hub: RunningHub) -> None:
     checkpoint = maker.json("train", "--steps", "2")["path"]
     pushed = maker.json("push", checkpoint, "--repo", "me/captioner")
     repo = hub.hub.storage.repos["model", "me/captioner"]
@@ -163,7 +163,8 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
         "rouge": round(saved["rouge_l"], 4),
         "cider": round(saved["cider_d"], 4),
     }
-    assert header["metrics"] == [*scores] and "base_model" not in header  # a shipped encoder is not a model of the Hub
+    # a shipped encoder is not a model of the Hub
+    assert header["metrics"] == [*scores] and "base_model" not in header
     (maker.folder / "scene.png").write_bytes(draw_sample(seed=5, index=0).images[0])
     printed = []
     for snippet in (part.split("```")[0].replace("photo.jpg", "scene.png") for part in card.split("```python")[1:]):
@@ -182,7 +183,7 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
     assert len(repo.commits) == 2
 
 
-def test_what_cannot_be_pushed_or_overwritten_is_refused_and_a_dry_run_sends_nothing(maker: User, hub: RunningHub) -> None:
+def test_invalid_push_is_refused_and_dry_run_sends_nothing(maker: User, hub: RunningHub) -> None:
     checkpoint = maker.json("train", "--steps", "2")["path"]
     request_count = len(hub.hub.log)
     plan = maker.json("push", "--repo", "me/elsewhere", "--dry-run")
@@ -204,7 +205,7 @@ def test_what_cannot_be_pushed_or_overwritten_is_refused_and_a_dry_run_sends_not
     assert "holds a captioner of other settings" in refused
 
 
-def test_version_is_made_again_of_its_manifest_and_journal_and_its_report_is_anonymous(maker: User, tmp_path: Path) -> None:
+def test_version_is_made_again_from_manifest_and_journal(maker: User, tmp_path: Path) -> None:
     data = maker.folder / "data" / "scenes"
     manifest = DatasetDir(data).version("v1.0.0").path / "manifest.json"
     shutil.copytree(data / "journal", tmp_path / "again" / "journal")

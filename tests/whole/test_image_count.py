@@ -1,4 +1,4 @@
-"""A number of rows: the source is read on until so many images are kept, nothing is paid twice, and what is too much is cut."""
+"""`--images N`: the source is read until N images are kept, and no request is paid twice."""
 
 import json
 from pathlib import Path
@@ -24,13 +24,13 @@ REFUSED = '{"caption":"I cannot see the image."}'
 
 
 def caption_of(body: dict[str, Any]) -> str:
-    """Return a caption that no other image has."""
+    """Return a caption that is unique to the image."""
     words = " ".join(f"word{digit}" for digit in uuid_of(body)[:6])
     return f'{{"caption":"A small ring beside {words} on a white background."}}'
 
 
 def refuse_some(share: float) -> ChatServer:
-    """Return a server that declines to caption a share of the images, whatever the attempt."""
+    """Return a server that declines to caption a share of the images at any attempt."""
 
     def script(times: int, body: dict[str, Any]) -> Act:
         return Act(REFUSED if int(uuid_of(body)[:4], 16) < share * 0x10000 else caption_of(body))
@@ -57,7 +57,7 @@ def ids_of(version: Version) -> set[str]:
     return {sample_id for _, batch in version.batches(["sample_id"]) for sample_id in batch["sample_id"].to_pylist()}
 
 
-def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: Path) -> None:
+def test_source_is_read_until_enough_images_are_kept(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.3)) as chat:
         result, notes = run(tmp_path, chat, images=50)
         version = result.version
@@ -79,7 +79,7 @@ def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: 
         assert (fewer.version.num_rows, len(chat.bodies)) == (12, asked)
 
 
-def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_killed_run_with_image_count_resumes(tmp_path: Path) -> None:
     class Stop(NullProgress):
         def message(self, text: str, *, transient: bool = False) -> None:
             if "reading on" in text:
@@ -102,7 +102,7 @@ def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         (1.0, {"images": 20}, None, None),
     ],
 )
-def test_run_ends_where_there_is_no_more_or_nearly_nothing_is_kept(
+def test_run_ends_at_limit_or_if_almost_nothing_is_kept(
     share: float, more: dict[str, Any], rows: range | None, told: str | None, tmp_path: Path
 ) -> None:
     with running_chat(refuse_some(share)) as chat:
@@ -116,18 +116,19 @@ def test_run_ends_where_there_is_no_more_or_nearly_nothing_is_kept(
     assert len(chat.bodies) == more["images"]
 
 
-def test_next_limit_follows_the_share_that_was_kept_and_ends_with_the_source() -> None:
+def test_next_limit_follows_share_of_kept_images() -> None:
     notes = Notes()
     config = resolve(source="scenes", images=10)
     assert next_limit(config, 10, 7, notes, has_more=False) is None
     assert notes.texts == ["warning: 7 of 10 images are kept: scenes has no more images"]
-    assert next_limit(config, 10, 5, notes, has_more=True) == 10 + 11  # half were kept: as many again, and a tenth more
+    # half were kept: as many again, and ten percent more
+    assert next_limit(config, 10, 5, notes, has_more=True) == 10 + 11
     assert next_limit(resolve(source="scenes", images=10, limit=12), 10, 5, notes, has_more=True) == 12
     assert next_limit(config, 10, 0, notes, has_more=True) is None
     assert next_limit(config, 10, 10, notes, has_more=True) is None
 
 
-def test_a_mark_of_a_person_makes_no_run_read_on_and_on(tmp_path: Path) -> None:
+def test_bad_review_does_not_continue_reading(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.0)) as chat:
         first, _ = run(tmp_path, chat, images=20)
         sample_id, caption = next(
@@ -149,16 +150,17 @@ def test_a_mark_of_a_person_makes_no_run_read_on_and_on(tmp_path: Path) -> None:
     assert not any("images are kept" in text for text in texts)
 
 
-def test_a_forecast_is_of_the_images_that_it_takes(tmp_path: Path) -> None:
+def test_dry_run_predicts_images_to_read(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.5)) as chat:
         predicted = predict_run(settings(chat, images=500), tmp_path)
         many = predict_run(settings(chat, images=3000), tmp_path)
     assert predicted["kept_images"] == pytest.approx(500, abs=2)
     assert 700 < predicted["images"] < 1600
-    assert many["kept_images"] == pytest.approx(3000, abs=2) and many["images"] > 3600  # drawn scenes have no end
+    # drawn scenes are unlimited
+    assert many["kept_images"] == pytest.approx(3000, abs=2) and many["images"] > 3600
 
 
-def test_what_cannot_be_is_one_error(tmp_path: Path) -> None:
+def test_impossible_image_count_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="images: 20 images cannot be kept of the 10 that limit allows"):
         resolve(source="scenes", images=20, limit=10)
     config = resolve(source="scenes", images=5)

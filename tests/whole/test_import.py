@@ -1,4 +1,4 @@
-"""Captions that people wrote: to a version and a captioner without a model, or beside those of a model that fills the rest."""
+"""Human captions: a version and a captioner without a model, or with a model that fills gaps."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def caption_of(number: int) -> str:
 
 
 class Model:
-    """A model that captions and asks; it says of one image what a person says of it, too."""
+    """A model that captions and asks. One of its captions equals a human one."""
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
@@ -60,7 +60,7 @@ def server(model: Model) -> Iterator[ChatServer]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of pictures; a file in COCO's form has two captions of each with an even number, another one a question."""
+    """Return a folder of images: those with even numbers have two captions (COCO format) and a question."""
     (tmp_path / "photos").mkdir()
     images, annotations, asked = [], [], []
     for number in range(COUNT):
@@ -94,7 +94,7 @@ def rows_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     return {row["source_row"]: row for part in loaded.values() for row in part.remove_columns(["image"])}
 
 
-def test_captions_and_questions_of_people_become_a_version_and_a_captioner_without_a_model(photos: Path) -> None:
+def test_human_captions_and_questions_become_version_and_captioner_without_model(photos: Path) -> None:
     result = made(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     assert result["requests"] == {"asked": 0, "total": 0, "flaws": {}}
     assert result["steps"]["validate"]["input"] == 3 * COUNT // 2
@@ -127,7 +127,7 @@ def test_captions_and_questions_of_people_become_a_version_and_a_captioner_witho
     assert "me/captioner, private, as the license of the images is not known, or not to the Hub (--public)" in said
 
 
-def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path, server: ChatServer, model: Model) -> None:
+def test_model_is_asked_only_about_images_without_captions(photos: Path, server: ChatServer, model: Model) -> None:
     options = ("--base-url", server.url, "--styles", "detailed", "--captions", "vqa.jsonl")
     imported = made(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     result = made(photos, "generate", *options, "--only-missing")
@@ -140,18 +140,18 @@ def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path
         by_people = {one["prompt_id"] for one in (*row["captions"], *row["qa"])} == {"human"}
         assert by_people == (int(name[:2]) % 2 == 0)
     before = rows_of(photos, imported)
-    assert {name: rows[name] for name in before} == before  # what people wrote is as it was
+    assert {name: rows[name] for name in before} == before
     card = (photos / result["path"] / "README.md").read_text()
     assert f"**{COUNT} captions and {COUNT // 2} questions were written by people**" in card
     assert "All others are machine-generated" in card
     made(photos, "generate", *options, "--only-missing")
-    assert model.asked.total() == COUNT  # nothing is asked twice
+    assert model.asked.total() == COUNT
     both = made(photos, "generate", *options, "--keep-human")
-    assert model.asked.total() == 2 * COUNT  # the replies that are there are used
+    assert model.asked.total() == 2 * COUNT  # existing replies are reused
     assert {len({one["prompt_id"] for one in row["captions"]}) for row in rows_of(photos, both).values()} == {1, 2}
 
 
-def test_only_captions_or_questions_that_people_left_out_are_asked(photos: Path, server: ChatServer, model: Model) -> None:
+def test_only_missing_captions_or_questions_are_asked(photos: Path, server: ChatServer, model: Model) -> None:
     options = ("--base-url", server.url, "--styles", "detailed", "--only-missing")
     described = ("generate", "--source", "folder:photos", "--captions", "coco.json", "--tasks", "caption", *options)
     predicted = json.loads(synth(photos, *described, "--dry-run", "--json", "--out", "d").stdout)
@@ -166,7 +166,7 @@ def test_only_captions_or_questions_that_people_left_out_are_asked(photos: Path,
     assert not [text for text in result["warnings"] if "none of the captions" in text]
 
 
-def test_a_caption_that_a_person_wrote_stays_where_the_model_writes_the_same(photos: Path, server: ChatServer) -> None:
+def test_human_caption_is_kept_over_equal_model_caption(photos: Path, server: ChatServer) -> None:
     (photos / "one.jsonl").write_text(json.dumps({"file_name": "03.png", "caption": caption_of(0)}))
     options = ("--base-url", server.url, "--styles", "plain", "--tasks", "caption", "--keep-human")
     result = made(photos, "generate", *options, captions="one.jsonl")
@@ -175,7 +175,7 @@ def test_a_caption_that_a_person_wrote_stays_where_the_model_writes_the_same(pho
     assert (kept["text"], kept["prompt_id"]) == (caption_of(0), "human")
 
 
-def test_captions_that_are_missing_or_contradict_the_settings_are_one_clear_error(photos: Path) -> None:
+def test_missing_captions_and_contradicting_settings_are_one_error(photos: Path) -> None:
     folder = ("--source", "folder:photos", "--out", "d")
     done = synth(photos, "generate", "--no-model", *folder, code=1)
     assert "folder:photos has no caption and no question that people wrote" in done.stderr
@@ -194,7 +194,7 @@ def test_captions_that_are_missing_or_contradict_the_settings_are_one_clear_erro
         assert problem in synth(photos, "generate", option, "--config", "s.yaml", *folder, code=1).stderr
 
 
-def test_questions_of_a_table_keep_their_answers_and_decks_their_questions(photos: Path) -> None:
+def test_table_questions_keep_answers_and_deck_questions_their_deck(photos: Path) -> None:
     images = [{"bytes": path.read_bytes(), "path": None} for path in sorted((photos / "photos").iterdir())[:3]]
     asked = [["is it red", "how many are there"], ["is it a bowl"], ["where is it"]]
     answers = [["yes", "two"], ["yes", "no"], ["here"]]
@@ -212,7 +212,7 @@ def test_questions_of_a_table_keep_their_answers_and_decks_their_questions(photo
     assert done["steps"]["validate"] == {"input": 3, "kept": 3, "rejected": {}}
 
 
-def test_a_table_with_a_row_for_each_question_keeps_them_all(photos: Path) -> None:
+def test_rows_of_one_image_keep_all_questions(photos: Path) -> None:
     images = [{"bytes": path.read_bytes(), "path": None} for path in sorted((photos / "photos").iterdir())[:2]]
     asked = [
         (0, "Is it a red bowl?", "no"),

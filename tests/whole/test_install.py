@@ -1,4 +1,4 @@
-"""Installation: dependencies resolve beside vLLM, oldest and newest, and the ways to install in deploy/ do what they say."""
+"""Installation: dependencies resolve together with vLLM, and the scripts in deploy/ work."""
 
 import os
 import subprocess
@@ -24,22 +24,22 @@ def resolved() -> list[Resolved]:
         return list(pool.map(lambda values: resolve(*values), combinations))
 
 
-def test_all_extras_resolve_beside_vllm_for_every_python_and_the_core_needs_neither_torch_nor_vllm(
+def test_all_extras_resolve_with_vllm_and_core_needs_no_torch(
     resolved: list[Resolved],
 ) -> None:
     assert [result for result in resolved if result.error] == []
     everything = [result.versions for result in resolved if "gpu" in result.extras]
     assert len(everything) == 2 * len(TRIED)
     for versions in everything:
-        assert tuple(map(int, versions["vllm"].split(".")[:2])) >= (0, 32)  # a resolver may walk back to the first release
+        # a resolver may fall back to the first release
+        assert tuple(map(int, versions["vllm"].split(".")[:2])) >= (0, 32)
         assert {"torch", "transformers", "llguidance", "ray", "pillow-heif", "s3fs"} <= versions.keys()
     for core in (result.versions for result in resolved if not result.extras):
         assert not {"torch", "vllm", "transformers", "ray"} & core.keys()
 
 
 @pytest.mark.skipif(not LONG, reason="a new environment takes a minute: make test-long")
-def test_the_script_of_the_image_installs_and_looks_at_the_machine(tmp_path: Path, source_tree: Path) -> None:
-    """Without the extras that need torch."""
+def test_image_script_installs_and_runs_doctor(tmp_path: Path, source_tree: Path) -> None:
     subprocess.run([str(UV), "venv", "--quiet", "--seed", "--python", sys.executable, str(tmp_path / "env")], check=True)
     python = tmp_path / "env" / "bin" / "python"
     command = ["sh", str(ROOT / "deploy" / "install.sh"), str(source_tree), "heic"]
@@ -53,22 +53,21 @@ def test_the_script_of_the_image_installs_and_looks_at_the_machine(tmp_path: Pat
     assert "folder:PATH" in sources.stdout
 
 
-def test_the_image_runs_that_script() -> None:
+def test_image_runs_install_script() -> None:
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith("RUN")] == ["RUN sh /opt/synth/deploy/install.sh /opt/synth"]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory, source_tree: Path) -> Path:
-    """Return the wheel of the project, in a folder of its own."""
+    """Return the wheel of the project."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(folder), str(source_tree)], check=True)
     return next(folder.glob("synth_captioner-*.whl"))
 
 
-def test_a_wheel_generates_from_another_folder(tmp_path: Path, wheel: Path) -> None:
-    """The wheel contains all that the command needs."""
+def test_wheel_contains_all_files_for_generate(tmp_path: Path, wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     code = (
@@ -81,7 +80,7 @@ def test_a_wheel_generates_from_another_folder(tmp_path: Path, wheel: Path) -> N
     assert (tmp_path / "data" / "scenes" / "versions" / "v1.0.0" / "README.md").exists()
 
 
-def test_the_job_script_names_dependencies_that_resolve(wheel: Path) -> None:
+def test_job_script_dependencies_resolve(wheel: Path) -> None:
     command = [str(UV), "pip", "compile", "--quiet", "--python-version", "3.12", "--find-links", str(wheel.parent)]
     command += ["--python-platform", "x86_64-manylinux_2_31", str(ROOT / "deploy" / "hf_job.py")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -90,7 +89,7 @@ def test_the_job_script_names_dependencies_that_resolve(wheel: Path) -> None:
     assert "vllm==" in done.stdout
 
 
-def test_a_task_of_a_slurm_array_makes_the_dataset_of_its_line(tmp_path: Path) -> None:
+def test_slurm_task_makes_dataset_of_its_line(tmp_path: Path) -> None:
     lines = ("--source scenes --limit 5", '--source scenes --limit 12 --tasks caption --title "My scenes"')
     (tmp_path / "sources.txt").write_text("\n".join(lines))
     script = ["bash", str(ROOT / "deploy" / "slurm_array.sh"), "sources.txt", "datasets"]

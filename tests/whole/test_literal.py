@@ -1,4 +1,4 @@
-"""The three commands of the README without other flags; the Hub serves tiny models and data under the real names."""
+"""The three commands of the README without other flags. The Hub serves tiny models and data under the real names."""
 
 import json
 import subprocess
@@ -32,8 +32,7 @@ def hub(tmp_path: Path) -> Iterator[RunningHub]:
         yield running
 
 
-def test_generate_push_train_and_the_pretrained_decoder(hub: RunningHub, tmp_path: Path) -> None:
-    """One test, because each command uses the output of the one before."""
+def test_commands_of_readme_run_in_order(hub: RunningHub, tmp_path: Path) -> None:
     (tmp_path / "user").mkdir()
     env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
 
@@ -44,7 +43,8 @@ def test_generate_push_train_and_the_pretrained_decoder(hub: RunningHub, tmp_pat
 
     synth("generate", "--source", "flickr30k")
     assert "may not be passed on" in synth("push", "--repo", "me/x").stderr
-    trained = synth("train", "--epochs", "2")  # 400 steps of so few photos would take minutes
+    # 400 steps of these few photos would take minutes
+    trained = synth("train", "--epochs", "2")
     assert "encoder clip, decoder scratch" in trained.stderr
     assert "preset photos-few: " in trained.stderr
     folder = tmp_path / "user" / trained.stdout.strip()

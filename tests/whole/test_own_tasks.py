@@ -1,4 +1,4 @@
-"""Own tasks: from a file of YAML to a pushed dataset with the right columns; what is asked again, and what is refused."""
+"""Custom tasks: from YAML to a pushed dataset with typed columns."""
 
 import hashlib
 import json
@@ -45,12 +45,12 @@ TITLE = re.compile(r'sold as "(?:Lamp|Chair) (\d+)"')
 
 
 class Model:
-    """A model that replies to all example tasks; what it says depends on the image or on the prompt alone."""
+    """A model that replies to all example tasks, depending on the image or on the prompt alone."""
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
         self.prompts: dict[str, list[str]] = {}
-        self.replies: dict[str, Any] = {}  # by task, instead of the usual ones
+        self.replies: dict[str, Any] = {}  # by task, in place of the methods below
 
     def __call__(self, times: int, body: dict[str, Any]) -> Act:
         task = body["response_format"]["json_schema"]["name"]
@@ -93,7 +93,7 @@ class Model:
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
-    """A folder of pictures with titles."""
+    """Return a folder of images with titles."""
     save_photos(tmp_path, COUNT)
     write_titles(tmp_path, [f"Lamp {n}" for n in range(COUNT)])
     return tmp_path
@@ -131,7 +131,7 @@ def tasks(*names: str) -> list[str]:
     return [part for name in names for part in ("--task", str(EXAMPLES / f"{name}.yaml"))]
 
 
-def test_all_examples_become_columns_of_the_right_types_and_are_pushed(shop: Path, server: ChatServer, model: Model) -> None:
+def test_example_tasks_become_typed_columns_and_are_pushed(shop: Path, server: ChatServer, model: Model) -> None:
     names = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
     assert names == ["alt_text", "boxes", "finding", "kurz", "ocr", "tags"]
     generate(shop, server, "--columns", "context=title", "--tasks", "caption", "--styles", "detailed", *tasks(*names))
@@ -155,14 +155,14 @@ def test_all_examples_become_columns_of_the_right_types_and_are_pushed(shop: Pat
         assert styles["detailed"].split()[-1] == styles["kurz"].split()[-1] == f"{row['sample_id'][:6]}."
         assert styles["alt-text"].endswith(f"model {row['context']['title'].split()[-1]}.")
         assert row["tags"] in (["indoors", "text"], []) and row["ocr"] == f"EXIT {row['sample_id'][:4]} / call [phone]"
-        (box,) = row["boxes"]  # the other one is not in the image
+        (box,) = row["boxes"]  # the other one is outside of the image
         assert box["label"] == "dog" and 0 < box["bbox_2d"][0] < box["bbox_2d"][2] <= row["width_px"]
         assert row["finding"]["findings"] == [{"name": "opacity", "side": None}] and row["finding"]["impression"] is None
     card = (shop / "d/versions/v1.0.0/README.md").read_text()
     assert "tags: indoors, text" in card and "| `boxes` | 24 | dog: 24 |" in card, card
 
 
-def test_only_added_tasks_changed_titles_and_what_follows_from_them_are_asked(
+def test_only_added_tasks_and_changed_rows_are_asked(
     shop: Path, server: ChatServer, model: Model
 ) -> None:
     model.replies["words"] = lambda prompt, image: {"text": f"about {prompt.splitlines()[0]}"}
@@ -175,7 +175,8 @@ def test_only_added_tasks_changed_titles_and_what_follows_from_them_are_asked(
     both = (*words, "--task", "shout.yaml")
     assert generate(shop, server, *both)["version"] == "v2.0.0" and model.asked == {"words": COUNT, "shout": COUNT}
     assert {row["shout"] for row in load_rows(shop / "d", "v2.0.0")} == {f"ABOUT LAMP {n}" for n in range(COUNT)}
-    again = generate(shop, server, "--config", "d/versions/v2.0.0/manifest.json")  # which needs no file of a task
+    # which needs no file of a task
+    again = generate(shop, server, "--config", "d/versions/v2.0.0/manifest.json")
     assert model.asked == {"words": COUNT, "shout": COUNT} and not again["is_new"]
     write_titles(shop, [f"{'Chair' if n < 10 else 'Lamp'} {n}" for n in range(COUNT)])
     generate(shop, server, *both)
@@ -183,7 +184,7 @@ def test_only_added_tasks_changed_titles_and_what_follows_from_them_are_asked(
     assert {row["shout"] for row in load_rows(shop / "d", "v2.0.1")} >= {"ABOUT CHAIR 3", "ABOUT LAMP 20"}
 
 
-def test_task_whose_needed_result_is_unusable_or_unrenderable_is_not_asked_for_that_image(
+def test_task_with_unusable_needed_result_is_not_asked(
     shop: Path, server: ChatServer, model: Model
 ) -> None:
     model.replies["ocr"] = lambda prompt, image: {
@@ -206,13 +207,14 @@ def test_task_whose_needed_result_is_unusable_or_unrenderable_is_not_asked_for_t
     (shop / "more.yaml").write_text(more % "{{ results.size.unit | upper ~ results.size.unit.lower() }}")
     options = ("--source", "folder:photos", "--base-url", server.url, "--task", "size.yaml", "--task", "more.yaml")
     done = synth(shop, "generate", *options)
-    assert done.returncode == 1 and "None" in done.stderr and len(server.bodies) == asked  # it was tried with null
+    # the template was tried with null
+    assert done.returncode == 1 and "None" in done.stderr and len(server.bodies) == asked
     (shop / "more.yaml").write_text(more % "{{ 0 if results.size.n == 0 else 10 % (results.size.n - 1) }}")
     generate(shop, server, "--task", "size.yaml", "--task", "more.yaml", "--out", "e")
     assert {(row["size"]["n"], row["more"]) for row in load_rows(shop / "e")} == {(0, "more"), (1, None)}
 
 
-def test_that_nothing_is_there_is_a_result_and_that_nothing_could_be_read_is_none(
+def test_empty_result_is_kept_and_unreadable_result_is_null(
     shop: Path, server: ChatServer, model: Model
 ) -> None:
     replies = [{"boxes": []}, {"boxes": [{"bbox_2d": [0, 0, 9000, 9], "label": "dog"}]}, {"boxes": "none"}]
@@ -220,12 +222,12 @@ def test_that_nothing_is_there_is_a_result_and_that_nothing_could_be_read_is_non
     generate(shop, server, *tasks("boxes", "finding"))
     cells = {int(row["sample_id"][:8], 16) % 3: row["boxes"] for row in load_rows(shop / "d")}
     assert cells == {0: [], 1: None, 2: None}
-    generate(shop, server, *tasks("boxes"), "--out", "alone")  # an image without a dog is an example, too
+    generate(shop, server, *tasks("boxes"), "--out", "alone")  # an empty list of boxes is a valid example
     version = json.loads((shop / "alone/versions/v1.0.0/manifest.json").read_text())
     assert sum(version["rows"].values()) == sum(int(row["sample_id"][:8], 16) % 3 == 0 for row in load_rows(shop / "d")) > 0
 
 
-def test_values_are_shown_in_the_report_and_reviewed(shop: Path, server: ChatServer) -> None:
+def test_values_are_shown_in_report_and_reviewed(shop: Path, server: ChatServer) -> None:
     generate(shop, server, *tasks("boxes", "finding"))
     assert synth(shop, "report", "d").returncode == 0
     page = (shop / "d/report.html").read_text()
@@ -248,7 +250,7 @@ def test_values_are_shown_in_the_report_and_reviewed(shop: Path, server: ChatSer
     assert refused.returncode == 1 and "not edited" in refused.stderr
 
 
-def test_a_model_of_pydantic_checks_what_a_schema_cannot_say(shop: Path, server: ChatServer, model: Model) -> None:
+def test_pydantic_model_checks_beyond_schema(shop: Path, server: ChatServer, model: Model) -> None:
     (shop / "shapes.py").write_text(SHAPES)
     model.replies["span"] = lambda prompt, image: {"low": int(image[0], 16), "high": 7}
     (shop / "span.yaml").write_text("{name: span, kind: record, output: 'shapes:Range', prompt: Guess.}")
@@ -265,7 +267,7 @@ def test_a_model_of_pydantic_checks_what_a_schema_cannot_say(shop: Path, server:
     assert done.returncode == 1 and "names Python code as the output of a task" in done.stderr
 
 
-def test_the_journey_of_the_page_on_own_tasks_runs_as_it_is_written(shop: Path, server: ChatServer, model: Model) -> None:
+def test_documented_example_runs_as_written(shop: Path, server: ChatServer, model: Model) -> None:
     page = (ROOT / "docs/own-tasks.md").read_text()
     journey = page[: page.index("## Kinds")]
     blocks = re.findall(r"```(console|yaml)\n(.*?)```", journey, re.DOTALL)

@@ -1,4 +1,4 @@
-"""Before a run: preview shows what a model says, and a dry run predicts what the run costs and keeps."""
+"""Before a run: `preview` shows replies, and `--dry-run` predicts costs and losses."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from tests.whole.conftest import save_photos
 
 @pytest.fixture
 def server() -> Iterator[ChatServer]:
-    """Return a server whose every fourth caption is too short, and whose first reply is no JSON."""
+    """Return a server whose every fourth caption is too short, and whose first reply is invalid JSON."""
     numbers = count()
 
     def script(times: int, body: dict[str, Any]) -> Act | None:
@@ -48,7 +48,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_a_preview_shows_texts_prompts_and_what_would_be_rejected(photos: Path, server: ChatServer) -> None:
+def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatServer) -> None:
     command = ("preview", "--source", "folder:photos", "--base-url", server.url, "--tasks", "caption", "-n", "7")
     described = json.loads(run(photos, *command, "--json").stdout)
     assert [image["name"] for image in described["images"]] == [f"{number:02}.jpg" for number in range(7)]
@@ -58,16 +58,16 @@ def test_a_preview_shows_texts_prompts_and_what_would_be_rejected(photos: Path, 
     assert all(reply["seconds"] > 0 for image in described["images"] for reply in image["replies"])
     asked = len(server.bodies)
     done = run(photos, *command)
-    assert len(server.bodies) == asked  # the replies were kept
+    assert len(server.bodies) == asked  # the replies are reused
     assert "would be rejected: too short" in done.stderr
     assert "kept from before" in done.stderr
     assert done.stdout.strip() == "data/folder-photos/preview.html"
     made = json.loads(run(photos, "generate", *command[1:-2], "--json").stdout)
     assert made["requests"]["total"] == 24
-    assert made["requests"]["asked"] == 10  # of the five other images
+    assert made["requests"]["asked"] == 10  # requests for the five other images
 
 
-def test_the_page_of_a_preview_is_accessible_and_escapes_what_a_model_says(
+def test_preview_page_is_accessible_and_escapes_replies(
     photos: Path,
     server: ChatServer,
     opened: Open,  # noqa: F811
@@ -77,13 +77,13 @@ def test_the_page_of_a_preview_is_accessible_and_escapes_what_a_model_says(
         page = opened(photos / "data/folder-photos/preview.html", **options)
         assert page.locator("section.item").count() == 3
         assert page.locator("section.item img").first.evaluate("image => image.naturalWidth") > 100
-        assert page.locator("p b").count() == 1  # the model's name, and nothing that a model wrote
+        assert page.locator("p b").count() == 1  # the model's name, not text of a model
         assert page.get_by_text("A <b>view</b> of place number").count() > 0
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         assert violations(page) == []
 
 
-def test_a_dry_run_counts_verify_retries_losses_and_money(photos: Path, server: ChatServer) -> None:
+def test_dry_run_counts_verification_retries_losses_and_money(photos: Path, server: ChatServer) -> None:
     data = ("--source", "folder:photos", "--base-url", server.url, "--tasks", "caption")
     command = ("generate", *data, "--verify", "claims", "--price-in", "2", "--price-out", "4")
     done = run(photos, *command, "--dry-run", "--json")
@@ -111,7 +111,7 @@ def test_a_dry_run_counts_verify_retries_losses_and_money(photos: Path, server: 
     assert again["kept_images"] == kept["write"]["kept"]
 
 
-def test_image_that_looks_like_another_is_rejected_before_it_is_paid(photos: Path, server: ChatServer) -> None:
+def test_near_duplicate_image_is_rejected_before_any_request(photos: Path, server: ChatServer) -> None:
     Image.open(photos / "photos/03.jpg").resize((200, 150)).save(photos / "photos/03-small.jpg")
     (photos / "none.yaml").write_text("dedupe: {images: none}")
     command = ("generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")

@@ -1,4 +1,4 @@
-"""Photos with private metadata, from a folder to the Hub and back: nothing of it is in any byte that was sent."""
+"""Privacy: no metadata of photos is in any byte that is sent, from a folder to the Hub and back."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ from tests.hub.storage import File
 from tests.pipeline.images.test_metadata import gif, jpeg, leaked, png, tiff, webp
 from tests.pipeline.images.test_similarity import photo
 
-PHOTOS = {  # no two look alike
+PHOTOS = {  # no near-duplicates
     "upright.jpg": jpeg(),
     "turned.jpg": jpeg(6, image=photo(4)),
     "screen.png": png(3, image=photo(5)),
@@ -79,7 +79,7 @@ def read(hub: RunningHub, file: File) -> bytes:
     return hub.hub.storage.path(file.sha256).read_bytes()
 
 
-def test_the_model_gets_pixels_alone(home: Path, server: ChatServer) -> None:
+def test_model_receives_pixels_only(home: Path, server: ChatServer) -> None:
     urls = [
         part["image_url"]["url"]
         for body in server.bodies
@@ -92,7 +92,7 @@ def test_the_model_gets_pixels_alone(home: Path, server: ChatServer) -> None:
     assert [leaked(base64.b64decode(url.partition(",")[2])) for url in urls] == [[]] * len(urls)
 
 
-def test_what_is_pushed_and_loaded_has_no_metadata_and_stands_upright(home: Path, hub: RunningHub) -> None:
+def test_pushed_images_are_upright_and_without_metadata(home: Path, hub: RunningHub) -> None:
     message = run(hub, home, "push", "--repo", "me/photos").stderr
     assert "repository: me/photos, private, as the license of the images is not known, or not to the Hub (--license)" in message
     assert "dataset: data/folder-photos\n" in message
@@ -113,7 +113,7 @@ def test_what_is_pushed_and_loaded_has_no_metadata_and_stands_upright(home: Path
         assert tags == 0
 
 
-def test_public_is_said_aloud_and_a_private_repository_stays_private(home: Path, hub: RunningHub) -> None:
+def test_private_repository_stays_private(home: Path, hub: RunningHub) -> None:
     assert "me/open, public" in run(hub, home, "push", "--repo", "me/open", "--public").stderr
     assert not hub.hub.storage.repos["dataset", "me/open"].private
     assert "me/texts, private" in run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
@@ -122,7 +122,7 @@ def test_public_is_said_aloud_and_a_private_repository_stays_private(home: Path,
     assert "the existing repository is private, and stays private" in again
 
 
-def test_license_title_and_language_that_a_user_states_reach_the_card_and_decide_who_sees_it(
+def test_license_title_and_language_reach_card_and_visibility(
     home: Path, hub: RunningHub, server: ChatServer
 ) -> None:
     stated = ("--license", "cc-by-4.0", "--title", "My lakes", "--language", "de")
@@ -142,7 +142,7 @@ def test_license_title_and_language_that_a_user_states_reach_the_card_and_decide
     asked = len(server.bodies)
     data = ("--source", "folder:photos", "--base-url", server.url, "--license", "cc-by-4.0", "--title", "Lakes")
     made = json.loads(run(hub, home, "generate", *data, "--json").stdout)
-    assert len(server.bodies) == asked  # nothing is asked twice
+    assert len(server.bodies) == asked
     version = json.loads((home / made["path"] / "manifest.json").read_text())
     assert (version["licenses"], version["title"]) == (["cc-by-4.0"], "Lakes")
     assert "# Lakes" in (home / made["path"] / "README.md").read_text()

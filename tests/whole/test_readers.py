@@ -1,4 +1,4 @@
-"""Readers of others take what was pushed as it is: `datasets` by config, and TRL's trainer without a line of conversion."""
+"""Other readers: `datasets` by config name, and TRL's trainer without conversion."""
 
 import os
 import pickle
@@ -50,7 +50,7 @@ print(loss, any("visual" in name for name in moved), any("layers" in name for na
 
 
 def train_by_trl(kind: str, *data: str, cwd: Path, env: dict[str, str]) -> None:
-    """Train the tiny teacher by TRL's trainer of this kind; assert that it saw the images and learned the texts."""
+    """Train the tiny teacher with a trainer of TRL. Assert that vision and language weights change."""
     assert (TRL / "trl").is_dir(), "TRL is set up by: make .stamps/trl"
     env = env | {"PYTHONPATH": f"{TRL}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-c", TRAIN, kind, str(TINY_WEIGHTS), *data]
@@ -60,7 +60,7 @@ def train_by_trl(kind: str, *data: str, cwd: Path, env: dict[str, str]) -> None:
     assert 0 < float(loss) < 100 and moved == ["True", "True"]
 
 
-def test_a_pushed_version_is_read_by_config_and_trained_on_by_trl(photos: Path) -> None:
+def test_pushed_version_is_read_by_config_and_trained_by_trl(photos: Path) -> None:
     made(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     with running_hub(photos / "hub") as hub:
         env = hub.env(photos / "home")

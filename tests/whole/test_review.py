@@ -14,7 +14,7 @@ from tests.whole.conftest import Run, read_failure
 
 @pytest.fixture
 def write_reviews(synth: Run, tmp_path: Path) -> Callable[..., Path]:
-    """Generate a dataset of six scenes; return a function that writes reviews from (kind of text, verdict, fields)."""
+    """Generate six scenes. Return a function that writes reviews from (kind of text, verdict, fields)."""
     done = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
     assert done.returncode == 0, done.stderr
     rows = pq.read_table(DatasetDir(tmp_path / "d").step_file("split")).to_pylist()
@@ -48,7 +48,7 @@ def test_invalid_reviews_are_reported_and_change_nothing(
     assert [version.name for version in DatasetDir(tmp_path / "d").versions()] == ["v1.0.0"]
 
 
-def test_marks_that_leave_nothing_are_refused_and_forgotten(synth: Run, tmp_path: Path) -> None:
+def test_reviews_that_leave_no_row_are_refused_and_not_stored(synth: Run, tmp_path: Path) -> None:
     assert synth("generate", "--source", "scenes", "--limit", "4", "--out", "d").returncode == 0
     folder = DatasetDir(tmp_path / "d")
     names = [text_name(row) for row in pq.read_table(folder.step_file("split")).to_pylist()]
@@ -65,7 +65,7 @@ def test_marks_that_leave_nothing_are_refused_and_forgotten(synth: Run, tmp_path
     assert "review: 2 reviews apply" in bad(names[1:2])
 
 
-def test_review_waits_while_its_text_is_not_there_or_another_text_has_its_words(
+def test_review_stays_pending_while_its_text_is_missing(
     write_reviews: Callable[..., Path], synth: Run, tmp_path: Path
 ) -> None:
     path = write_reviews(("brief", "bad", {"reason": "unclear"}), ("number", "bad", {"reason": "trivial", "note": "too easy"}))

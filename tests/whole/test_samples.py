@@ -1,4 +1,4 @@
-"""Several captions to choose from: each is paid once, the best is kept, and pairs of them teach a model what is better."""
+"""`--samples` and `--pairs`: candidates are paid once, the best is kept, and the worst becomes its pair."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.hostile import LONG
 from tests.whole.test_readers import train_by_trl
 
 IMAGES, SAMPLES = 20, 3
-SETTINGS = "generate: {sample_temperature: 2.0}\n"  # the tiny teacher is sure of itself
+SETTINGS = "generate: {sample_temperature: 2.0}\n"  # the tiny teacher has confident outputs
 
 
 def generate(folder: Path, *options: str) -> dict[str, Any]:
@@ -45,13 +45,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chosen(folder: Path) -> tuple[Version, dict[str, Any]]:
-    """Return the version with pairs, and what a run said that asked for one caption first, then for several."""
+    """Return the version with pairs, and the result of its run after one with a single caption."""
     generate(folder)
     result = generate(folder, "--samples", str(SAMPLES), "--pairs")
     return read_version(folder / "d/versions/v2.0.0"), result
 
 
-def test_further_captions_alone_are_paid_and_a_pair_is_the_kept_caption_and_a_worse_one(
+def test_only_further_candidates_are_paid_and_pair_is_kept_and_worse_caption(
     chosen: tuple[Version, dict[str, Any]], folder: Path
 ) -> None:
     version, result = chosen
@@ -71,7 +71,7 @@ def test_further_captions_alone_are_paid_and_a_pair_is_the_kept_caption_and_a_wo
     assert run_synth("report", "d", cwd=folder).returncode == 0
 
 
-def test_a_text_that_was_reviewed_as_bad_does_not_come_back_as_the_worse_one(
+def test_text_reviewed_as_bad_is_not_used_as_worse_caption(
     chosen: tuple[Version, dict[str, Any]], folder: Path
 ) -> None:
     version, _ = chosen
@@ -89,7 +89,7 @@ def test_a_text_that_was_reviewed_as_bad_does_not_come_back_as_the_worse_one(
     reviews.unlink()
 
 
-def test_another_measure_asks_nothing_and_one_caption_is_as_before(
+def test_other_measure_needs_no_request(
     chosen: tuple[Version, dict[str, Any]], folder: Path
 ) -> None:
     checked = ("--samples", str(SAMPLES), "--verify", "claims")
@@ -105,14 +105,14 @@ def test_another_measure_asks_nothing_and_one_caption_is_as_before(
 
 
 @pytest.mark.skipif(not LONG, reason="half a minute: make test-long; test_export.py reads pairs, test_readers.py runs TRL")
-def test_trl_learns_from_the_pairs_as_they_are_exported(chosen: tuple[Version, dict[str, Any]], folder: Path) -> None:
+def test_trl_trains_on_exported_pairs(chosen: tuple[Version, dict[str, Any]], folder: Path) -> None:
     exported = run_synth("export", "--data", "d@v2.0.0", "--format", "dpo", "--out", "pairs", cwd=folder)
     assert exported.returncode == 0, exported.stderr
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     train_by_trl("DPO", "pairs", cwd=folder, env=env)
 
 
-def test_forecast_counts_no_choice_as_a_loss(folder: Path) -> None:
+def test_dry_run_does_not_count_selection_as_loss(folder: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--dry-run", "--json", "--out", "dry")
     predicted = json.loads(run_synth(*command, cwd=folder).stdout)
     assert not any(name.startswith("select") for name in predicted["lost_by"])

@@ -1,4 +1,4 @@
-"""Servers of other makers: a whole run on strict ones, and on one that enforces no schema."""
+"""Servers of other vendors: a strict one, and one without enforced schemas."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.Comp
     return run_synth(*command, cwd=folder, env=os.environ | {"SYNTH_API_KEY": chat.key or ""})
 
 
-def test_a_strict_server_answers_all_and_is_asked_nothing_twice(photos: Path) -> None:
+def test_strict_server_answers_all_and_repeated_run_asks_nothing(photos: Path) -> None:
     chat = ChatServer(kind=next(kind for kind in KINDS if kind.name == "openai that thinks"))
     chat.key = "secret"
     with running_chat(chat):
@@ -37,7 +37,7 @@ def test_a_strict_server_answers_all_and_is_asked_nothing_twice(photos: Path) ->
     assert "was not required to enforce" not in (photos / "d/versions/v1.0.0/README.md").read_text()
 
 
-def test_a_server_without_enforced_schemas_is_named_in_the_card(photos: Path) -> None:
+def test_card_names_server_without_enforced_schemas(photos: Path) -> None:
     with running_chat(ChatServer(kind=DEEPSEEK)) as chat:
         refused = generate(photos, chat)
         assert refused.returncode == 1 and "--no-enforced-schema" in refused.stderr, refused.stderr
@@ -45,7 +45,7 @@ def test_a_server_without_enforced_schemas_is_named_in_the_card(photos: Path) ->
         done = generate(photos, chat, "--no-enforced-schema")
         assert done.returncode == 0 and "does not enforce JSON schemas" in done.stderr, done.stderr
         settings = photos / "settings.yaml"
-        settings.write_text("server: {enforced_schema: false}\n")  # the same, in the file
+        settings.write_text("server: {enforced_schema: false}\n")  # the same setting in the file
         asked = len(chat.bodies)
         assert generate(photos, chat, "--config", "settings.yaml").returncode == 0 and len(chat.bodies) == asked
     card = (photos / "d/versions/v1.0.0/README.md").read_text()
@@ -54,7 +54,7 @@ def test_a_server_without_enforced_schemas_is_named_in_the_card(photos: Path) ->
     assert manifest["model"]["revision"].endswith("+unenforced")
 
 
-def test_a_password_in_the_address_reaches_the_server_and_no_file_or_message(photos: Path) -> None:
+def test_password_in_address_reaches_server_but_no_file_or_message(photos: Path) -> None:
     with running_chat(ChatServer()) as chat:
         address = chat.url.replace("://", "://bob:s3cret,'word@")
         arguments = ("generate", "--source", "folder:photos", "--out", "d", "--tasks", "caption", "--base-url")

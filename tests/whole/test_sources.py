@@ -1,4 +1,4 @@
-"""The named sources, from the Hub to a version and back, by commands; captions of photos are those of the tiny teacher."""
+"""Named sources, from the Hub to a version and back. Captions of photos are by the tiny teacher."""
 
 import json
 import subprocess
@@ -61,7 +61,7 @@ def assert_counts_add_up(version: Version, upstream: int) -> None:
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
 
 
-def test_flickr30k_with_no_other_flag_is_described_by_the_large_model_of_that_name(hub: RunningHub, tmp_path: Path) -> None:
+def test_flickr30k_without_flags_uses_large_model(hub: RunningHub, tmp_path: Path) -> None:
     done = synth(hub, tmp_path, "generate", "--source", "flickr30k")
     assert done.returncode == 0, done.stderr
     version = DatasetDir(tmp_path / "data" / "flickr30k").version()
@@ -89,7 +89,7 @@ def test_flickr30k_with_no_other_flag_is_described_by_the_large_model_of_that_na
     assert "nothing to do" in repeated.stderr
 
 
-def test_vqav2_keeps_the_questions_of_people_beside_those_of_the_model(hub: RunningHub, tmp_path: Path) -> None:
+def test_vqav2_keeps_human_questions_next_to_model_questions(hub: RunningHub, tmp_path: Path) -> None:
     version = generate_version(hub, tmp_path, "--source", "vqav2", "--split", "validation", *TRY)
     assert_counts_add_up(version, 5)
     assert version.manifest["rows"] == {"train": 0, "validation": 5, "test": 0}
@@ -99,7 +99,7 @@ def test_vqav2_keeps_the_questions_of_people_beside_those_of_the_model(hub: Runn
         assert row["license"] == "flickr-terms"
 
 
-def test_slidevqa_is_decks_with_all_their_pages_in_one_request(hub: RunningHub, tmp_path: Path) -> None:
+def test_slidevqa_deck_is_one_request_with_all_pages(hub: RunningHub, tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         version = generate_version(hub, tmp_path, "--source", "slidevqa", "--split", "train", "--base-url", chat.url, "--json")
     assert_counts_add_up(version, 1)
@@ -114,18 +114,19 @@ def test_slidevqa_is_decks_with_all_their_pages_in_one_request(hub: RunningHub, 
     assert [part["text"] for part in parts[:-1:2]] == [f"Page {number}:" for number in range(1, 21)]
 
 
-def test_any_data_set_streams_and_its_license_travels(hub: RunningHub, tmp_path: Path) -> None:
+def test_hub_dataset_streams_and_keeps_its_license(hub: RunningHub, tmp_path: Path) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, 6, repo="me/photos")
     version = generate_version(hub, tmp_path, "--source", "hub:me/photos", "--limit", "4", *TRY)
     assert sum(version.manifest["rows"].values()) == 4
-    assert version.manifest["licenses"] == ["undeclared"]  # so its pixels are not pushed
+    assert version.manifest["licenses"] == ["undeclared"]  # so its images are not pushed
     assert version.manifest["source"]["name"] == "hub:me/photos"
     assert version.manifest["rows"]["test"] == 4  # the split of the upstream files
 
 
-def test_an_image_that_stands_in_two_splits_is_held_out(hub: RunningHub, tmp_path: Path) -> None:
+def test_image_in_two_splits_is_held_out(hub: RunningHub, tmp_path: Path) -> None:
     rows_ = datasets.flickr_rows(4)
-    rows_[3] = rows_[3] | {"image": rows_[0]["image"], "split": "test"}  # a copy of the first image, which is in `train`
+    # a copy of the first image, which is in `train`
+    rows_[3] = rows_[3] | {"image": rows_[0]["image"], "split": "test"}
     (tmp_path / "rows.parquet").write_bytes(datasets.parquet(rows_, datasets.FLICKR))
     version = generate_version(hub, tmp_path, "--source", "parquet:rows.parquet", *TRY)
     assert_counts_add_up(version, 4)
@@ -134,7 +135,7 @@ def test_an_image_that_stands_in_two_splits_is_held_out(hub: RunningHub, tmp_pat
     assert "rows.parquet" not in json.dumps(version.manifest["config"])
 
 
-def test_no_path_and_no_other_name_reaches_what_is_published(hub: RunningHub, tmp_path: Path) -> None:
+def test_published_files_name_no_local_path_or_server(hub: RunningHub, tmp_path: Path) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, 6, repo="me/copy")
     (tmp_path / "secret-list.json").write_text(datasets.karpathy_list(6))
     arguments = ("--source", "flickr30k:me/copy", "--split-list", str(tmp_path / "secret-list.json"), "--out", "d", "--json")
@@ -144,13 +145,13 @@ def test_no_path_and_no_other_name_reaches_what_is_published(hub: RunningHub, tm
     assert not any(word in text for word in ("alice", "/srv", "secret-list", str(tmp_path), chat.url))
     assert version.manifest["source"]["name"] == "flickr30k:me/copy"
     assert version.manifest["model"]["name"] == "qwen"
-    # The server has ended: a run that needs no reply goes on without it.
+    # The server has stopped: a run without new requests does not need it.
     resplit = generate_version(hub, tmp_path, *arguments, "--base-url", chat.url)
     assert resplit.manifest["model"] == version.manifest["model"]
     assert resplit.manifest["digest"] == version.manifest["digest"]
 
 
-def test_drawn_decks_have_questions_with_known_answers_and_a_page_of_each_background(hub: RunningHub, tmp_path: Path) -> None:
+def test_drawn_decks_have_true_answers_and_one_page_per_background(hub: RunningHub, tmp_path: Path) -> None:
     version = generate_version(hub, tmp_path, "--source", "scenes-deck", "--limit", "12", "--json")
     assert_counts_add_up(version, 12)
     assert version.manifest["model"]["name"] == "tiny"
@@ -162,8 +163,7 @@ def test_drawn_decks_have_questions_with_known_answers_and_a_page_of_each_backgr
     assert version.manifest["measured"]["true_answers"]["number"]["accuracy"] > 0.8
 
 
-def test_archives_and_lists_become_versions_that_name_no_place_of_this_machine(hub: RunningHub, tmp_path: Path) -> None:
-    """An address with a key, the folder and its user are not in the version."""
+def test_versions_from_archive_and_list_name_no_local_place(hub: RunningHub, tmp_path: Path) -> None:
     home = tmp_path / "of-ada"
     home.mkdir()
     images = {f"{number}.jpg": datasets.photo(number) for number in range(6)}

@@ -1,4 +1,4 @@
-"""A Space: the page that `synth push --space` publishes runs in Gradio, with the captioner that was pushed, and without us."""
+"""Space: the page of `synth push --space` runs in Gradio with the pushed captioner, without this package."""
 
 import json
 import re
@@ -56,12 +56,12 @@ def files_of(hub: RunningHub, kind: str, repo: str) -> dict[str, bytes]:
 def space(hub: RunningHub, home: Path) -> dict[str, bytes]:
     """Return the files of the Space."""
     done = synth(hub, home, "push", "captioner", "--repo", "me/captioner", "--space", "me/page", "--json")
-    assert json.loads(done.stdout)["repo"] == "me/captioner"  # one object, whatever was pushed
+    assert json.loads(done.stdout)["repo"] == "me/captioner"  # one object for both pushes
     assert "the page: " in done.stderr
     return files_of(hub, "space", "me/page")
 
 
-def test_a_space_names_the_commit_of_the_captioner_and_what_it_needs(
+def test_space_names_captioner_commit_and_requirements(
     space: dict[str, bytes], hub: RunningHub, home: Path
 ) -> None:
     captioner = hub.hub.storage.repos["model", "me/captioner"]
@@ -70,7 +70,8 @@ def test_a_space_names_the_commit_of_the_captioner_and_what_it_needs(
     assert (about["styles"], about["answers"]) == (["brief", "detailed"], True)
     header = yaml.safe_load(space["README.md"].decode().split("---")[1])
     assert (header["sdk"], header["app_file"], header["models"]) == ("gradio", "app.py", ["me/captioner"])
-    assert (GRADIO / f"gradio-{header['sdk_version']}.dist-info").is_dir()  # that the test below runs
+    # the version that the test below runs
+    assert (GRADIO / f"gradio-{header['sdk_version']}.dist-info").is_dir()
     assert b"transformers" in space["requirements.txt"]
     assert set(captioner.tags) == set(hub.hub.storage.repos["space", "me/page"].tags)
     again = synth(hub, home, "push", "captioner", "--repo", "me/captioner", "--space", "me/page")
@@ -78,7 +79,7 @@ def test_a_space_names_the_commit_of_the_captioner_and_what_it_needs(
 
 
 @pytest.mark.parametrize("arguments", [("--space", "me/page"), ("captioner", "--space", "not a name")])
-def test_a_space_without_a_captioner_or_a_name_is_refused(hub: RunningHub, home: Path, arguments: tuple[str, ...]) -> None:
+def test_space_without_captioner_or_name_is_refused(hub: RunningHub, home: Path, arguments: tuple[str, ...]) -> None:
     done = run_synth("push", *arguments, "--repo", "me/captioner", cwd=home, env=hub.env(home / "home"))
     assert done.returncode in (1, 2)
     assert "captioner" in done.stderr or "not a repository name" in done.stderr
@@ -118,7 +119,7 @@ def published(files: dict[str, bytes], folder: Path, environment: dict[str, str]
 
 
 @pytest.mark.parametrize("where", ["space", "demo"])
-def test_visitor_drops_a_photo_reads_its_caption_and_asks(
+def test_visitor_uploads_photo_and_gets_caption_and_answer(
     request: pytest.FixtureRequest, hub: RunningHub, home: Path, tmp_path: Path, browser: Browser, where: str
 ) -> None:
     environment = hub.env(tmp_path / "home") | {"GRADIO_ANALYTICS_ENABLED": "False"}
@@ -130,10 +131,11 @@ def test_visitor_drops_a_photo_reads_its_caption_and_asks(
         opened = running(command, home, environment | {"PYTHONPATH": str(GRADIO)})
     with opened as address:
         if where == "demo":
-            with pytest.raises(HTTPError, match="400"):  # of a page whose name points to this machine
+            with pytest.raises(HTTPError, match="400"):  # a page whose name resolves to this machine
                 urlopen(Request(address, headers={"Host": "evil.example"}), timeout=60)
         page = browser.new_page()
-        page.route(lambda url: not url.startswith((address, "blob:", "data:")), lambda route: route.abort())  # fonts, scripts
+        # fonts, scripts
+        page.route(lambda url: not url.startswith((address, "blob:", "data:")), lambda route: route.abort())
         page.goto(address)
         page.locator("input[type=file]").first.set_input_files(home / "scene.png")
         written = page.locator("#written textarea")

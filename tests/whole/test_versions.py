@@ -1,4 +1,4 @@
-"""Versions as a user meets them: listed, tagged, removed; previews, and the dataset that is meant if none is named."""
+"""Versions: list, tag and remove, previews, and the default dataset."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ COUNT = 6
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of photos with a caption beside each."""
+    """Return a folder of photos with captions in text files."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number, place in enumerate(("a quay", "a meadow", "the stairs", "an old mill", "the market", "a tram stop")):
@@ -22,7 +22,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_preview_is_not_taken_for_the_dataset(synth: Run, photos: Path, tmp_path: Path) -> None:
+def test_preview_is_not_the_default_version(synth: Run, photos: Path, tmp_path: Path) -> None:
     read = ("generate", "--no-model", "--source", f"folder:{photos}", "--out", str(tmp_path / "elsewhere"))
     assert synth(*read, "--limit", "2").returncode == 0
     only = synth("export", "--format", "csv")
@@ -80,7 +80,7 @@ def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> Non
     assert len([*(data / "images").iterdir()]) == 2  # each image once
 
 
-def test_what_cannot_be_taken_back_asks_which_of_several_datasets_is_meant(synth: Run, photos: Path, tmp_path: Path) -> None:
+def test_destructive_command_asks_which_dataset_is_meant(synth: Run, photos: Path, tmp_path: Path) -> None:
     for out in ("one", "two"):
         assert synth("generate", "--no-model", "--source", f"folder:{photos}", "--out", str(tmp_path / out)).returncode == 0
     reviews = ("review", "apply", "reviews.jsonl")
@@ -93,7 +93,7 @@ def test_what_cannot_be_taken_back_asks_which_of_several_datasets_is_meant(synth
     assert f"dataset: {tmp_path / 'two'}" in synth("versions", "list").stderr
 
 
-def test_preview_is_the_dataset_where_a_run_without_a_limit_finds_nothing_more(synth: Run, photos: Path) -> None:
+def test_run_without_limit_that_finds_nothing_more_completes_preview(synth: Run, photos: Path) -> None:
     (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     (photos / "again.jpg").write_bytes((photos / "0.jpg").read_bytes())
     source = ("generate", "--no-model", "--source", f"folder:{photos}")
@@ -106,7 +106,7 @@ def test_preview_is_the_dataset_where_a_run_without_a_limit_finds_nothing_more(s
 
 
 @pytest.mark.parametrize("command", [("gc",), ("rm", "v1.0.0"), ("tag", "paper"), ("list",)])
-def test_no_command_makes_a_dataset_that_is_not_there(synth: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_versions_command_creates_no_missing_dataset(synth: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
     where = ("typo",) if command == ("list",) else ("--data", "typo")
     done = synth("versions", *command, *where)
     assert (done.returncode, "no dataset at typo" in done.stderr) == (1, True)

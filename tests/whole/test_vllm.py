@@ -1,4 +1,4 @@
-"""A real vLLM server on the tiny teacher's files: started, used, killed and stopped by `synth` as a user would run it."""
+"""A real vLLM server with the tiny teacher: started, used, killed and stopped by `synth`."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SCENES = 48
 
 
 def missing_vllm_reason() -> str | None:
-    """Return why vLLM is not installed, from the log of its installation, or None if it is."""
+    """Return the reason why vLLM is not installed, or None if it is."""
     if PYTHON.exists():
         return None
     log = ROOT / ".stamps" / "vllm.log"
@@ -51,7 +51,7 @@ def environment(temporary: Path | None = None) -> dict[str, str]:
 
 
 def media_of(server: int) -> Path:
-    """Return the folder from which a running server may read images."""
+    """Return the folder that a running server may read images from."""
     arguments = Path(f"/proc/{server}/cmdline").read_bytes().decode().split("\0")
     return Path(arguments[arguments.index("--allowed-local-media-path") + 1])
 
@@ -88,7 +88,7 @@ def replies(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Run `synth serve` as in a second terminal. A start takes half a minute; no cheaper test replaces it."""
+    """Run `synth serve` as in a second terminal. A start takes half a minute."""
     folder, temporary = tmp_path_factory.mktemp("serve"), tmp_path_factory.mktemp("temporary")
     command = [str(SYNTH), "serve", "--model", "tiny", "--", "--max-num-seqs", "16"]
     with (folder / "talk").open("w") as progress:
@@ -121,7 +121,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
+def test_running_server_replies_like_embedded_engine(
     served: str, embedded: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "d"
@@ -135,11 +135,11 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     assert all(remote[name] > local[name] - 0.1 for name in local), (local, remote)
     texts = {(row["sample_id"], row["style"]): row["text"] for row in annotations(embedded) if row["task"] == "caption"}
     equal = [texts[row["sample_id"], row["style"]] == row["text"] for row in annotations(folder) if row["task"] == "caption"]
-    # vLLM computes in bfloat16: a near tie may resolve differently, but not often.
+    # vLLM computes in bfloat16: near ties may resolve differently, but rarely.
     assert sum(equal) >= 0.85 * len(equal)
 
 
-def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_path: Path) -> None:
+def test_server_enforces_schema_of_custom_task(served: str, tmp_path: Path) -> None:
     properties = {
         "size": {"enum": ["small", "large"]},
         "parts": {"type": "array", "minItems": 1, "maxItems": 2, "items": {"enum": ["ring", "star"]}},
@@ -158,7 +158,7 @@ def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_pat
     assert all(thing["size"] in ("small", "large") and thing["count"] in (None, *range(10)) for thing in things), things
 
 
-def test_server_wants_its_key_and_images_stay_within_its_folder(served: str) -> None:
+def test_server_requires_key_and_reads_no_other_files(served: str) -> None:
     model = f"teacher@{weights_revision(TINY_WEIGHTS)}"
 
     def ask(url: str, headers: dict[str, str]) -> int:
@@ -176,8 +176,8 @@ def test_server_wants_its_key_and_images_stay_within_its_folder(served: str) -> 
     assert ask("file:///etc/hostname", {"Authorization": f"Bearer {KEY}"}) == 400
 
 
-def test_a_run_ends_with_its_server_and_survives_its_death(tmp_path: Path) -> None:
-    """The long form kills the server and needs a second start; test_vllm_server.py restarts a server that starts quickly."""
+def test_run_stops_its_server_and_survives_its_death(tmp_path: Path) -> None:
+    """The long form kills the server and needs a second start."""
     folder, scenes, temporary = tmp_path / "d", 160 if LONG else 8, tmp_path / "temporary"
     temporary.mkdir()
     command = [str(SYNTH), *generate(folder, "--engine", "vllm", scenes=scenes)]
@@ -201,7 +201,7 @@ def test_a_run_ends_with_its_server_and_survives_its_death(tmp_path: Path) -> No
     assert not media.exists() and not [path for path in temporary.rglob("*") if path.is_socket()]
 
 
-def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
+def test_server_ends_with_killed_run(tmp_path: Path) -> None:
     command = [str(SYNTH), *generate(tmp_path / "d", "--engine", "vllm")]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     wait_until(lambda: descendants(process.pid, "vllm"), "a server process")
@@ -212,7 +212,7 @@ def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not any(map(is_alive, family)), "the server is gone")
 
 
-def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -> None:
+def test_unknown_vllm_flag_is_one_error_with_hint(tmp_path: Path) -> None:
     command = generate(tmp_path / "d", "--engine", "vllm", "--", "--warp-speed", "9")
     done = run_process(*command, cwd=tmp_path, env=environment())
     assert done.returncode == 1
