@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
+import typer
+from typer.main import get_command
 
 from pipeline.images import isolation
 
@@ -27,7 +29,7 @@ from pipeline.images import isolation
 REPLIES = "SYNTH_TEST_REPLIES"
 SYNTH = Path(sys.executable).with_name("synth")
 # Caches that are valid for all commands: processes, texts and code.
-KEPT_CACHES = ("_pool", "_compiled", "code_digest", "dictionary_words", "names")
+KEPT_CACHES = ("_pool", "_compiled", "_environment", "_template", "code_digest", "dictionary_words", "names")
 Done = subprocess.CompletedProcess[str]
 
 
@@ -51,11 +53,18 @@ def run_synth(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None =
                 patch.setattr(sys, name, stream)
             # the next command uses the same decoder processes
             patch.setattr(isolation, "end_workers", lambda: None)
+            patch.setattr(typer.main, "get_command", _command_of)
             _remember_replies(patch)
             with _environment(os.environ if env is None else env):
                 code = _run_main(cwd)
         out.seek(0), errors.seek(0)
         return subprocess.CompletedProcess(command, code, out.read(), errors.read())
+
+
+@functools.cache
+def _command_of(app: typer.Typer) -> Any:
+    """Return the command line of an app, which takes 40 ms to build."""
+    return get_command(app)
 
 
 def _run_main(folder: Path) -> int:

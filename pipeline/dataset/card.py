@@ -3,12 +3,13 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from importlib.resources import files
 from math import isfinite
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import Environment, StrictUndefined, Template, TemplateError
 
 from pipeline.config import NO_MODEL
 from pipeline.errors import StoreError
@@ -105,8 +106,9 @@ def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, A
     return {"metrics": types, "model-index": eval_results_to_model_index(repo.rpartition("/")[2], results)}
 
 
-def _render(template: str, header: dict[str, Any], **values: Any) -> str:
-    """Return a card: a YAML header, and a template of `data_cards/`, in which every value is escaped."""
+@cache
+def _template(name: str) -> Template:
+    """Return a compiled template of `data_cards/`, in which every value is escaped."""
     jinja = Environment(
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -115,8 +117,13 @@ def _render(template: str, header: dict[str, Any], **values: Any) -> str:
         finalize=markdown,
     )
     jinja.filters |= {"code": markdown_code, "block": markdown_block, "as_json": _as_json, "in_short": in_short}
+    return jinja.from_string((files("data_cards") / name).read_text(encoding="utf-8"))
+
+
+def _render(template: str, header: dict[str, Any], **values: Any) -> str:
+    """Return a card: a YAML header, and a rendered template of `data_cards/`."""
     try:
-        body = jinja.from_string((files("data_cards") / template).read_text(encoding="utf-8")).render(values)
+        body = _template(template).render(values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:
         raise _no_card(error) from None
     card = f"---\n{yaml.safe_dump(_on_one_line(header), sort_keys=False, allow_unicode=True)}---\n\n{body.strip()}\n"

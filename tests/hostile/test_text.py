@@ -6,7 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
-from functools import reduce
+from functools import cache, reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,11 @@ def put(value: Any, path: tuple[Any, ...], text: str) -> Any:
     return changed
 
 
+@cache
+def header_keys(card: str) -> set[str]:
+    return set(yaml.safe_load(card.split("---\n")[1]))
+
+
 class Tags(html.parser.HTMLParser):
     """Collects tags, attributes and addresses of a card that is rendered with HTML enabled, the worst case."""
 
@@ -91,12 +96,17 @@ class Tags(html.parser.HTMLParser):
         self.addresses |= {value or "" for name, value in attrs if name in ("href", "src")}
 
 
+@cache
+def addresses_in(card: str) -> set[str]:
+    return Tags(card).addresses
+
+
 def require_harmless(card: str, plain: str) -> None:
-    assert yaml.safe_load(card.split("---\n")[1]).keys() == yaml.safe_load(plain.split("---\n")[1]).keys()
+    assert header_keys(card) == header_keys(plain)
     tags = Tags(card)
     assert tags.tags <= ALLOWED_TAGS
     assert tags.attributes <= {"href", "class", "style"}
-    assert tags.addresses <= Tags(plain).addresses
+    assert tags.addresses <= addresses_in(plain)
     assert not any(ord(mark) < 32 and mark != "\n" for mark in card.split("---\n", 2)[2])
     card.encode()
 
@@ -113,7 +123,7 @@ def test_string_of_manifest_stays_text_in_card(kind: str, path: tuple[Any, ...])
     values, render = CARDS[kind]
     plain = render(values)
     # all attacks in the long run, else a part at each place
-    for vector in ALL if LONG else random.Random(str(path)).sample(ALL, 6):
+    for vector in ALL if LONG else random.Random(str(path)).sample(ALL, 4):
         require_harmless(render(put(values, path, vector)), plain)
 
 

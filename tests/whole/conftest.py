@@ -1,9 +1,12 @@
 """Run `synth` commands in an empty folder."""
 
+import io
+import json
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +47,26 @@ def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+@cache
+def _photo_bytes(number: int, suffix: str) -> bytes:
+    file = io.BytesIO()
+    photo(number).save(file, {"jpg": "JPEG"}.get(suffix, suffix))
+    return file.getvalue()
+
+
 def save_photos(folder: Path, count: int, suffix: str = "png") -> Path:
     """Save distinct photos as 00, 01, ... in `folder/photos`, and return `folder`."""
     (folder / "photos").mkdir()
     for number in range(count):
-        photo(number).save(folder / "photos" / f"{number:02}.{suffix}")
+        (folder / "photos" / f"{number:02}.{suffix}").write_bytes(_photo_bytes(number, suffix))
     return folder
+
+
+def write_training_settings(folder: Path) -> None:
+    """Write `small.yaml`: a training that takes about a second."""
+    decoder = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
+    settings = decoder | {"steps": 2, "batch_size": 8, "evaluate_images": 4, "max_caption_tokens": 12}
+    (folder / "small.yaml").write_text(json.dumps(settings))
 
 
 def load_rows(dataset: Path, version: str = "v1.0.0") -> Any:

@@ -11,7 +11,7 @@ import pytest
 from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 
-SCENES = 16
+SCENES = 8
 CHECKS = "round_trip,claims,blind,alignment"
 
 

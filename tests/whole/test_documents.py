@@ -36,15 +36,15 @@ def generated(folder: Path, chat: ChatServer, *options: str) -> dict[str, Any]:
 
 def test_frames_of_one_video_share_a_split(tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
-    for number in range(12):
-        write_video(tmp_path / "clips" / f"{number}.mp4", 4, (64, 48), rate=2, shift=100 * number)
+    for number in range(5):
+        write_video(tmp_path / "clips" / f"{number}.mp4", 3, (64, 48), rate=2, shift=100 * number)
     videos = ("--source", "video:clips", "--every", "1", "--tasks", "caption", "--styles", "plain")
     with running_chat(ChatServer(caption)) as chat:
         predicted = generated(tmp_path, chat, *videos, "--dry-run")
         result = generated(tmp_path, chat, *videos)
         again = generated(tmp_path, chat, *videos)
         excluded = generated(tmp_path, chat, *videos, "--exclude", "video:clips/0.mp4", "--out", "e")
-    assert predicted["images"] == 48 and excluded["steps"]["read"]["rejected"]["banned_image"] == 4
+    assert predicted["images"] == 15 and excluded["steps"]["read"]["rejected"]["banned_image"] == 3
     assert (again["requests"]["asked"], again["is_new"]) == (0, False)
     export_version(read_version(tmp_path / result["path"]), "parquet", tmp_path / "flat")
     loaded = load_dataset(str(tmp_path / "flat"), cache_dir=str(tmp_path / "cache"))
@@ -52,7 +52,7 @@ def test_frames_of_one_video_share_a_split(tmp_path: Path) -> None:
     for split, rows in loaded.items():
         for name in rows["source_row"]:
             splits.setdefault(name.partition("/")[0], set()).add(split)
-    assert sum(len(rows) for rows in loaded.values()) == 48 and len(splits) == 12
+    assert sum(len(rows) for rows in loaded.values()) == 15 and len(splits) == 5
     assert all(len(of_video) == 1 for of_video in splits.values()) and len(set.union(*splits.values())) > 1
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.commands import run_synth
 from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import SYNTH
+from trainer.experiment import runs
 
 SETTINGS = {"steps": 20, "evaluate_every": 5, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}
 
@@ -28,6 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = {"data": data, "encoder": ["tiny-clip"], "seeds": [0], "settings": SETTINGS}
     (folder / "which.yaml").write_text(yaml.safe_dump(spec))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def forked_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes of cells, which then need no imports."""
+    monkeypatch.setattr(runs, "CONTEXT", get_context("fork"))
 
 
 def experiment(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,7 @@ from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import SYNTH, Run, ignore_sigint, restore_sigint
 
-SCENES = 72
+SCENES = 40
 GENERATE = ("generate", "--source", "scenes", "--limit", str(SCENES), "--json")
 KILLS = 10 if LONG else 1
 

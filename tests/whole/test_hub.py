@@ -16,8 +16,10 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.sources.scenes import draw_sample
 from tests.commands import run_synth
 from tests.hub.server import RunningHub, running_hub
+from tests.whole.conftest import write_training_settings
 
-SCENES = 56
+SCENES = 40
+TRAIN = ("train", "--config", "small.yaml")
 
 
 class User:
@@ -26,6 +28,7 @@ class User:
     def __init__(self, hub: RunningHub, folder: Path) -> None:
         self.hub, self.folder = hub, folder
         folder.mkdir(exist_ok=True)
+        write_training_settings(folder)
 
     def synth(self, *arguments: str, fails: bool = False, code: int | None = None) -> subprocess.CompletedProcess[str]:
         done = run_synth(*arguments, cwd=self.folder, env=self.hub.env(self.folder / "home"))
@@ -74,7 +77,7 @@ def test_versions_are_listed_with_pushes_and_compared_with_hub(maker: User, hub:
     assert (grown["counts"]["added"], grown["counts"]["removed"]) == (10, 0)
     changes = maker.synth("diff", "me/scenes@v1.0.0", "v1.1.0").stdout.splitlines()
     assert changes[0].startswith("v1.0.0 -> v1.1.0: ") and " 10 added, 0 removed, " in changes[0]
-    assert "  config.limit: 46 -> 56" in changes
+    assert f"  config.limit: {SCENES - 10} -> {SCENES}" in changes
 
 
 def test_exports_are_pushed_in_same_commit_but_not_added_to_a_tag(hub: RunningHub, reader: User) -> None:
@@ -116,7 +119,7 @@ def test_exports_are_pushed_in_same_commit_but_not_added_to_a_tag(hub: RunningHu
 
 
 def test_training_downloads_version_from_hub_once(reader: User, hub: RunningHub, maker: User) -> None:
-    trained = reader.json("train", "--data", "me/scenes@v1.0.0", "--steps", "2")
+    trained = reader.json(*TRAIN, "--data", "me/scenes@v1.0.0")
     assert trained["path"].startswith("data/me-scenes/checkpoints/v1.0.0")
     sent_bytes = hub.hub.sent_bytes
     scores = reader.json("evaluate", trained["path"], "--data", "me/scenes@v1.0.0")
@@ -126,21 +129,21 @@ def test_training_downloads_version_from_hub_once(reader: User, hub: RunningHub,
 
 def test_images_that_were_not_pushed_are_joined_from_dataset_or_source(reader: User, maker: User) -> None:
     maker.synth("push", "--repo", "me/texts", "--no-images")
-    refused = reader.synth("train", "--data", "me/texts", "--steps", "2", fails=True).stderr
+    refused = reader.synth(*TRAIN, "--data", "me/texts", fails=True).stderr
     assert "me/texts holds no pixels" in refused
     assert "--images" in refused
-    refused = reader.synth("train", "--data", "me/texts", "--images", "folder:nowhere", "--steps", "2", fails=True).stderr
+    refused = reader.synth(*TRAIN, "--data", "me/texts", "--images", "folder:nowhere", fails=True).stderr
     assert "nowhere" in refused
     of_dataset = ("--data", "me/texts", "--images", str(maker.folder / "data" / "scenes"))
-    trained = reader.json("train", *of_dataset, "--steps", "2")
+    trained = reader.json(*TRAIN, *of_dataset)
     # The dataset is now in the cache.
     assert reader.json("evaluate", trained["path"], *of_dataset)["images"] > 0
     other = User(maker.hub, reader.folder / "other")
-    other.synth("train", "--data", "me/texts", "--images", "scenes", "--steps", "2")
+    other.synth(*TRAIN, "--data", "me/texts", "--images", "scenes")
 
 
 def test_pushed_captioner_has_card_with_its_data(maker: User, hub: RunningHub) -> None:
-    checkpoint = maker.json("train", "--steps", "2")["path"]
+    checkpoint = maker.json(*TRAIN)["path"]
     pushed = maker.json("push", checkpoint, "--repo", "me/captioner")
     repo = hub.hub.storage.repos["model", "me/captioner"]
     assert pushed["tag"].startswith("v1.1.0-")
@@ -166,15 +169,15 @@ def test_pushed_captioner_has_card_with_its_data(maker: User, hub: RunningHub) -
     # a shipped encoder is not a model of the Hub
     assert header["metrics"] == [*scores] and "base_model" not in header
     (maker.folder / "scene.png").write_bytes(draw_sample(seed=5, index=0).images[0])
-    printed = []
-    for snippet in (part.split("```")[0].replace("photo.jpg", "scene.png") for part in card.split("```python")[1:]):
-        *lines, last = snippet.strip().splitlines()
-        code = "\n".join([*lines, f"print({last.partition('  #')[0]})"])
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=maker.folder, capture_output=True, text=True, env=hub.env(maker.folder / "home")
-        )
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout.strip().splitlines()[-1])
+    code = []
+    for part in card.split("```python")[1:]:
+        *lines, last = part.split("```")[0].replace("photo.jpg", "scene.png").strip().splitlines()
+        code += [*lines, f"print({last.partition('  #')[0]})"]
+    env = hub.env(maker.folder / "home")
+    command = [sys.executable, "-c", "\n".join(code)]
+    done = subprocess.run(command, cwd=maker.folder, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.strip().splitlines()[-2:]
     caption = maker.synth("caption", "me/captioner", "scene.png", "--json").stdout
     assert maker.json("evaluate", "me/captioner")["images"] > 0
     assert json.loads(caption)["caption"] in printed[0] and json.loads(caption)["caption"] in printed[1]
@@ -184,7 +187,7 @@ def test_pushed_captioner_has_card_with_its_data(maker: User, hub: RunningHub) -
 
 
 def test_invalid_push_is_refused_and_dry_run_sends_nothing(maker: User, hub: RunningHub) -> None:
-    checkpoint = maker.json("train", "--steps", "2")["path"]
+    checkpoint = maker.json(*TRAIN)["path"]
     request_count = len(hub.hub.log)
     plan = maker.json("push", "--repo", "me/elsewhere", "--dry-run")
     version = DatasetDir(maker.folder / "data" / "scenes").version()
@@ -201,7 +204,7 @@ def test_invalid_push_is_refused_and_dry_run_sends_nothing(maker: User, hub: Run
     (maker.folder / "half" / "train.json").write_text("{}")
     unfinished = maker.synth("push", "half", "--repo", "me/x", fails=True).stderr
     assert "is not a finished training: it lacks config.json" in unfinished
-    refused = maker.synth("train", "--steps", "2", "--text-source", "mixed", fails=True).stderr
+    refused = maker.synth(*TRAIN, "--text-source", "mixed", fails=True).stderr
     assert "holds a captioner of other settings" in refused
 
 

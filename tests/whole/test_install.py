@@ -10,9 +10,11 @@ from zipfile import ZipFile
 
 import pytest
 
-from pipeline.install import DISTRIBUTION
+from pipeline.install import DISTRIBUTION, PACKAGES
+from tests.chat.server import ChatServer, running_chat
 from tests.hostile import LONG
 from tests.resolve import EXTRAS, PYTHONS, RESOLUTIONS, ROOT, UV, Resolved, resolve
+from tests.whole.conftest import save_photos
 
 TRIED = PYTHONS if LONG else PYTHONS[-1:]  # `make resolve` tries all
 
@@ -68,16 +70,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory, source_tree: Path) -> Path:
 
 
 def test_wheel_contains_all_files_for_generate(tmp_path: Path, wheel: Path) -> None:
+    listing = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True)
     with ZipFile(wheel) as archive:
+        assert {*listing.stdout.splitlines()} <= {*archive.namelist()}
         archive.extractall(tmp_path / "installed")
+    save_photos(tmp_path, 4)
     code = (
-        "import pipeline, sys; sys.argv = ['synth', 'generate', '--source', 'scenes', '--limit', '4'];"
+        "import pipeline, sys; sys.argv = ['synth', 'generate', '--source', 'folder:photos', '--base-url', sys.argv[1]];"
         "assert 'installed' in pipeline.__file__; from pipeline.cli import main; main()"
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    with running_chat(ChatServer()) as chat:
+        command = [sys.executable, "-c", code, chat.url]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "data" / "scenes" / "versions" / "v1.0.0" / "README.md").exists()
+    assert (tmp_path / "data" / "folder-photos" / "versions" / "v1.0.0" / "README.md").exists()
 
 
 def test_job_script_dependencies_resolve(wheel: Path) -> None:
@@ -90,8 +97,10 @@ def test_job_script_dependencies_resolve(wheel: Path) -> None:
 
 
 def test_slurm_task_makes_dataset_of_its_line(tmp_path: Path) -> None:
-    lines = ("--source scenes --limit 5", '--source scenes --limit 12 --tasks caption --title "My scenes"')
-    (tmp_path / "sources.txt").write_text("\n".join(lines))
+    for photo in (save_photos(tmp_path, 4) / "photos").iterdir():
+        photo.with_suffix(".txt").write_text(f"A drawing with the name {photo.stem}.")
+    line = "--source folder:photos --no-model"
+    (tmp_path / "sources.txt").write_text(f'{line}\n{line} --title "My scenes"')
     script = ["bash", str(ROOT / "deploy" / "slurm_array.sh"), "sources.txt", "datasets"]
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(script, cwd=tmp_path, env=env | {"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True)

@@ -20,7 +20,7 @@ from trainer.config import DECODERS, ENCODERS
 def hub(tmp_path: Path) -> Iterator[RunningHub]:
     with running_hub(tmp_path / "hub") as running:
         storage = running.hub.storage
-        datasets.seed_flickr30k(storage, 24)
+        datasets.seed_flickr30k(storage, 10)
         save_clip(tmp_path / "clip")
         save_language_model(tmp_path / "qwen3", "qwen3")
         for name, folder in (

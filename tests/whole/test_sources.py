@@ -152,8 +152,8 @@ def test_published_files_name_no_local_path_or_server(hub: RunningHub, tmp_path:
 
 
 def test_drawn_decks_have_true_answers_and_one_page_per_background(hub: RunningHub, tmp_path: Path) -> None:
-    version = generate_version(hub, tmp_path, "--source", "scenes-deck", "--limit", "12", "--json")
-    assert_counts_add_up(version, 12)
+    version = generate_version(hub, tmp_path, "--source", "scenes-deck", "--limit", "6", "--json")
+    assert_counts_add_up(version, 6)
     assert version.manifest["model"]["name"] == "tiny"
     for row in rows(version):
         assert len(row["pages"]) == len({page.background for page in scenes_of(row["source"], row["source_row"])}) == 4
