@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Error, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
 
 # Chromium has no sandbox as root. The other flags prevent network requests.
-FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+FLAGS += ("--disable-component-update",)
 WIDE, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 800}
 
 Open = Callable[..., Page]
@@ -37,18 +38,21 @@ def opened(browser: Browser) -> Iterator[Open]:
     """Open a page from disk. Fail if it logs an error or a warning, or requests anything but a local file."""
     contexts, problems = [], []
 
+    def hear_console(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            problems.append(message.text)
+
+    def hear_request(request: Request) -> None:
+        if not request.url.startswith(("file:", "data:", "blob:")):
+            problems.append(request.url[:200])
+
     def open_page(path: Path, **options: Any) -> Page:
         context = browser.new_context(viewport=options.pop("viewport", WIDE), **options)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("console", hear_console)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                problems.append(request.url[:200]) if not request.url.startswith(("file:", "data:", "blob:")) else None
-            ),
-        )
+        page.on("request", hear_request)
         page.goto(path.as_uri())
         return page
 
@@ -73,4 +77,5 @@ def violations(page: Page) -> list[str]:
     """Return the accessibility violations that axe-core finds on a page."""
     page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8"))
     results = page.evaluate("axe.run()")
-    return [f"{violation['id']}: {violation['nodes'][0]['html'][:200]}" for violation in results["violations"]]
+    found = results["violations"]
+    return [f"{violation['id']}: {violation['nodes'][0]['html'][:200]}" for violation in found]

@@ -7,7 +7,9 @@ from pipeline.inference.probing import find_model
 from pipeline.progress import Progress
 
 
-def client_of(config: Config, model: str = "model", revision: str = "r", progress: Progress | None = None) -> Client:
+def client_of(
+    config: Config, model: str = "model", revision: str = "r", progress: Progress | None = None
+) -> Client:
     generate = config.generate
     limits = generate.max_tokens, generate.max_pixels
     return Client(model, revision, config.server, *limits, urls=config.base_url, progress=progress)

@@ -33,16 +33,17 @@ KEPT_CACHES = ("_pool", "_compiled", "_environment", "_template", "code_digest",
 Done = subprocess.CompletedProcess[str]
 
 
-def run_process(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 600) -> Done:
+def run_process(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Done:
     """Run `synth ARGUMENTS` in a new process."""
     command = [str(SYNTH), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
 def run_synth(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Done:
     """Run `synth ARGUMENTS` in this process, with its own folder, environment and streams."""
     command = [str(SYNTH), *map(str, arguments)]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors, Path(os.devnull).open() as nothing:
+    temporary = tempfile.TemporaryFile
+    with temporary("w+") as out, temporary("w+") as errors, Path(os.devnull).open() as nothing:
         with pytest.MonkeyPatch.context() as patch, _streams(nothing, out, errors):
             patch.chdir(cwd)
             patch.setattr(sys, "path", [*sys.path])

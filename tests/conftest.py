@@ -13,7 +13,12 @@ from tests.commands import REPLIES
 
 __all__ = ["browser", "opened"]
 
-LONGEST = ("tests/whole/test_vllm.py", "tests/whole/test_cluster.py", "tests/trainer/publish/", "tests/whole/")
+LONGEST = (
+    "tests/whole/test_vllm.py",
+    "tests/whole/test_cluster.py",
+    "tests/trainer/publish/",
+    "tests/whole/",
+)
 
 
 @pytest.fixture
@@ -51,4 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist, start with the longest files, so that no worker ends with one of them."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
-        items.sort(key=lambda item: next((n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST)))
+        items.sort(
+            key=lambda item: next(
+                (n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST)
+            )
+        )

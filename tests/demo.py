@@ -46,11 +46,14 @@ def main() -> None:
     HERE.mkdir(exist_ok=True)
     synth, seconds = str(Path(sys.executable).with_name("synth")), dict[str, float]()
     with running_hub(HERE / "hub") as hub:
-        step = partial(run_step, env=hub.env((HERE / "cache").absolute()) | {"HF_HUB_OFFLINE": "0"}, seconds=seconds)
-        generated = json.loads(step("generate", synth, "generate", "--source", "scenes", "--limit", str(SCENES), "--json"))
+        env = hub.env((HERE / "cache").absolute()) | {"HF_HUB_OFFLINE": "0"}
+        step = partial(run_step, env=env, seconds=seconds)
+        source = ("--source", "scenes", "--limit", str(SCENES))
+        generated = json.loads(step("generate", synth, "generate", *source, "--json"))
         step("push", synth, "push", "--repo", REPO)
         step("load back", sys.executable, "-c", LOAD.replace("TAG", generated["version"]))
-        checkpoint = step("train and score", synth, "train", "--encoder", ENCODER, "--steps", str(TRAIN_STEPS))
+        training = ("--encoder", ENCODER, "--steps", str(TRAIN_STEPS))
+        checkpoint = step("train and score", synth, "train", *training)
         image = "example.png"
         # a scene of another seed is in no split
         (HERE / image).write_bytes(draw_sample(seed=123, index=0).images[0])

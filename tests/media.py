@@ -25,11 +25,11 @@ def write_pdf(path: Path, pages: int, size_px: tuple[int, int] = (640, 360), fir
 
 def text_pdf(text: str = "Hello", *, more: str = "", media_box: str = "0 0 300 200") -> bytes:
     """Return a PDF of one page with a font that is not embedded. `more` is added to its catalog."""
-    content = f"BT /F1 48 Tf 20 80 Td ({text}) Tj ET"
+    content, font = f"BT /F1 48 Tf 20 80 Td ({text}) Tj ET", "/Resources << /Font << /F1 5 0 R >> >>"
     objects = [
         f"<< /Type /Catalog /Pages 2 0 R {more} >>",
         "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        f"<< /Type /Page /Parent 2 0 R /MediaBox [{media_box}] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        f"<< /Type /Page /Parent 2 0 R /MediaBox [{media_box}] /Contents 4 0 R {font} >>",
         f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
         "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
@@ -46,7 +46,9 @@ def text_pdf(text: str = "Hello", *, more: str = "", media_box: str = "0 0 300 2
     return out.getvalue()
 
 
-def write_video(path: Path, seconds: int, size_px: tuple[int, int] = (320, 240), rate: int = 10, shift: int = 0) -> None:
+def write_video(
+    path: Path, seconds: int, size_px: tuple[int, int] = (320, 240), rate: int = 10, shift: int = 0
+) -> None:
     """Write a video with another picture in each second."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)

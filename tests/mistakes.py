@@ -41,12 +41,14 @@ def add_photos(folder: Path) -> None:
 
 
 def add_table(folder: Path) -> None:
-    rows = [{"photo": {"bytes": path.read_bytes(), "path": None}} for path in sorted((folder / "photos").iterdir())]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    paths = sorted((folder / "photos").iterdir())
+    cells = [{"bytes": path.read_bytes(), "path": None} for path in paths]
+    pq.write_table(pa.table({"photo": cells}), folder / "rows.parquet")
 
 
 def add_urls(folder: Path) -> None:
-    pq.write_table(pa.table({"image": ["https://example.org/a.jpg", "https://example.org/b.jpg"]}), folder / "urls.parquet")
+    urls = [f"https://example.org/{name}.jpg" for name in "ab"]
+    pq.write_table(pa.table({"image": urls}), folder / "urls.parquet")
 
 
 def add(*files: str) -> Callable[[Path], None]:
@@ -132,7 +134,8 @@ def make_all(folder: Path, server: str) -> dict[str, tuple[int, str, list[str]]]
         add_photos(home)
         mistake.prepare(home)
         done = run_synth(*mistake.command.format(server=server).split(), cwd=home, env=environment(home))
-        outcomes[mistake.name] = (done.returncode, done.stderr, [str(path) for path in home.glob("**/versions/v*")])
+        versions = [str(path) for path in home.glob("**/versions/v*")]
+        outcomes[mistake.name] = (done.returncode, done.stderr, versions)
     return outcomes
 
 

@@ -1,6 +1,6 @@
 """Resolve all extras together with vLLM, oldest and newest, for each Python. Only metadata is read.
 
-`make resolve` prints the table of docs/install.md. tests/whole/test_install.py fails if a combination does not resolve.
+`make resolve` prints the table of docs/install.md. tests/whole/test_install.py requires all combinations to resolve.
 """
 
 import re
@@ -34,7 +34,16 @@ class Resolved:
 def resolve(extras: str, python: str, resolution: str) -> Resolved:
     """Resolve this project with some extras, as uv does."""
     requirement = f"synth-captioner{f'[{extras}]' if extras else ''} @ {ROOT.as_uri()}"
-    command = [str(UV), "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python]
+    command = [
+        str(UV),
+        "pip",
+        "compile",
+        "--quiet",
+        "--no-header",
+        "--no-annotate",
+        "--python-version",
+        python,
+    ]
     command += ["--python-platform", PLATFORM, "--resolution", resolution, "-"]
     done = subprocess.run(command, input=requirement, capture_output=True, text=True, cwd=ROOT.parent)
     versions = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", done.stdout, re.MULTILINE))
@@ -48,11 +57,14 @@ def main() -> None:
     failed = []
     for extras, resolution, python in product(EXTRAS, RESOLUTIONS, PYTHONS):
         result = resolve(extras, python, resolution)
-        cells = [result.versions.get(name, "-") for name in SHOWN] if not result.error else ["**none**"] * len(SHOWN)
-        print(f"| {result.extras or 'core'} | {result.resolution} | {result.python} |", " | ".join(cells), "|", flush=True)
+        missing = "**none**" if result.error else "-"
+        cells = [result.extras or "core", result.resolution, result.python]
+        cells += [result.versions.get(name, missing) for name in SHOWN]
+        print("|", " | ".join(cells), "|", flush=True)
         failed += [result] if result.error else []
     for result in failed:
-        print(f"\n{result.extras or 'core'}, {result.resolution}, Python {result.python}:\n{result.error}", file=sys.stderr)
+        name = f"{result.extras or 'core'}, {result.resolution}, Python {result.python}"
+        print(f"\n{name}:\n{result.error}", file=sys.stderr)
     raise SystemExit(bool(failed))
 
 

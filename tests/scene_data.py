@@ -48,9 +48,8 @@ def batch_of(samples: Iterable[Sample]) -> SampleBatch:
 
 def requests_to_send(batch: SampleBatch, config: Config, revision: str) -> list[Request]:
     """Return all requests about some samples, with their images."""
-    return with_images(
-        [request for name in batch.ids for request in build_requests(name, request_plan(config, revision))], batch
-    )
+    plan = request_plan(config, revision)
+    return with_images([request for name in batch.ids for request in build_requests(name, plan)], batch)
 
 
 def sample_table(samples: list[Sample]) -> pa.Table:
@@ -96,7 +95,9 @@ def true_captions(samples: list[Sample]) -> pa.Table:
                 "sample_id": sample.id,
                 "task": "caption",
                 "style": style,
-                "text": caption((scenes_of(SCENES, sample.source_row) or [sample_scene(Random(sample.id))])[0], style),
+                "text": caption(
+                    (scenes_of(SCENES, sample.source_row) or [sample_scene(Random(sample.id))])[0], style
+                ),
                 "prompt_id": "caption/v1@test",
                 "split": split_of(sample.id, SplitConfig(), 0),
             }
@@ -166,19 +167,21 @@ def publish_tables(
     provenance: dict[str, Any] = PROVENANCE,
     extras: Extras = NO_EXTRAS,
 ) -> tuple[Version, bool]:
-    """Write tables as the next version of a dataset, and store their images. Iterating `tables` fills `rows`."""
+    """Write tables as the next version, and store their images. Iterating `tables` fills `rows`."""
     store = ImageStore(folder)
     with scratch_folder(folder / "versions") as draft:
         writer = RowWriter(draft / "rows", extras)
         writer.path.mkdir()
         for table in tables:
-            writer.add(table if pa.types.is_boolean(table.schema.field("image").type) else _store(store, table))
+            is_stored = pa.types.is_boolean(table.schema.field("image").type)
+            writer.add(table if is_stored else _store(store, table))
         files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
         digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
         licenses = sorted(rows.licenses)
         content = Content(writer.columns, extras, digests, writer.counts(), files, licenses, rows.examples)
         rejections = [REJECTIONS.empty_table()]
-        return publish_version(DatasetDir(folder), draft, content, provenance | {"funnel": list(funnel)}, rejections)
+        provenance = provenance | {"funnel": list(funnel)}
+        return publish_version(DatasetDir(folder), draft, content, provenance, rejections)
 
 
 def _store(store: ImageStore, rows: pa.Table) -> pa.Table:
@@ -207,11 +210,14 @@ def score_annotations(
         if row["text"] is not None:
             captions.setdefault(row["style"], CaptionScore()).add(row["text"] or "", scene, row["style"])
         else:
-            answers.setdefault(row["answer_type"] or "", AnswerScore()).add(row["question"] or "", row["answer"] or "", scene)
+            score = answers.setdefault(row["answer_type"] or "", AnswerScore())
+            score.add(row["question"] or "", row["answer"] or "", scene)
     return captions, answers
 
 
-def score_decks(annotations: Iterable[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]) -> dict[str, DeckScore]:
+def score_decks(
+    annotations: Iterable[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]
+) -> dict[str, DeckScore]:
     """Score rows of tables.ANNOTATION of the task `deck_qa` by type."""
     scores: dict[str, DeckScore] = {}
     for row in annotations:

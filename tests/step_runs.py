@@ -25,7 +25,11 @@ def plan_of(folder: Path, config: Config | None = None) -> Plan:
 
 
 def run_step(
-    step: RowStep, table: pa.Table, shards: int = 1, given: tuple[str, str] = (BEFORE, "kept"), **settings: Any
+    step: RowStep,
+    table: pa.Table,
+    shards: int = 1,
+    given: tuple[str, str] = (BEFORE, "kept"),
+    **settings: Any,
 ) -> pa.Table:
     """Run a step on a table in shards. Return all rows with `reason`, in the order of the table.
 
@@ -46,7 +50,8 @@ def with_results(table: pa.Table) -> pa.Table:
     results = [verify.results_of(row["checks"], is_caption=row["clean_question"] is None) for row in rows]
     columns = pa.Table.from_pylist(results, schema=VERIFIED)
     for field in VERIFIED:
-        table = table.append_column(field, table[field.name] if field.name in table.column_names else columns[field.name])
+        source = table if field.name in table.column_names else columns
+        table = table.append_column(field, source[field.name])
     return table
 
 
@@ -56,7 +61,9 @@ def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
     return run_step(verify.STEP, with_results(table), shards, ("verify", "prepared"), verify=settings)
 
 
-def run_on(step: RowStep, shards: Sequence[DatasetDir], plan: Plan, given: tuple[str, str] = (BEFORE, "kept")) -> None:
+def run_on(
+    step: RowStep, shards: Sequence[DatasetDir], plan: Plan, given: tuple[str, str] = (BEFORE, "kept")
+) -> None:
     if step.compare:
         compare_shards(step, shards, given, plan, NullProgress())
     for shard in shards:

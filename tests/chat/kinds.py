@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMA_IN_WORDS = "Your whole reply is one JSON object"
-PLAIN = frozenset(("model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "response_format"))
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+PLAIN = frozenset(("model", "messages", "temperature", "top_p", "response_format", *TOKEN_LIMITS))
 Refusal = tuple[int, Any]
 
 
@@ -34,7 +35,10 @@ class ServerKind:
         """Return the error for a request body, or None if it is accepted."""
         if self.fields is not None:
             parts = [
-                part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]
+                part
+                for message in body["messages"]
+                if isinstance(message["content"], list)
+                for part in message["content"]
             ]
             unknown = [*(body.keys() - self.fields), *("uuid" for part in parts if "uuid" in part)]
             if unknown:
@@ -60,12 +64,16 @@ def refuse(message: str, status: int = 400) -> Refusal:
 
 def _openai_that_thinks(body: dict[str, Any]) -> Refusal | None:
     if "max_tokens" in body:
-        text = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        text = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
         return refuse(text)
     if body.get("temperature", 1) != 1:
-        text = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+        text = "Unsupported value: 'temperature' does not support 0. Only the default (1) value is supported."
         return refuse(text)
-    return refuse("Unsupported parameter: 'top_p' is not supported with this model.") if "top_p" in body else None
+    return (
+        refuse("Unsupported parameter: 'top_p' is not supported with this model.")
+        if "top_p" in body
+        else None
+    )
 
 
 VLLM = ServerKind(name="vllm that keeps no images", model_fields={"max_model_len": 4096})
@@ -80,7 +88,10 @@ KINDS = (
 )
 # Servers that enforce no schema.
 DEEPSEEK = ServerKind(
-    name="deepseek", model_fields={}, formats=("json_object", "text"), wrap=lambda text: f"```json\n{text}\n```"
+    name="deepseek",
+    model_fields={},
+    formats=("json_object", "text"),
+    wrap=lambda text: f"```json\n{text}\n```",
 )
 PROXY = ServerKind(
     name="a proxy that lists nothing",

@@ -47,7 +47,12 @@ class ChatServer:
     """The state of a running server. Tests may change `script` while it runs."""
 
     def __init__(
-        self, script: Script | None = None, model: str = "model", *, schemas: bool = True, kind: ServerKind = VLLM
+        self,
+        script: Script | None = None,
+        model: str = "model",
+        *,
+        schemas: bool = True,
+        kind: ServerKind = VLLM,
     ) -> None:
         self.kind = kind
         self.script: Script = script or (lambda times, body: None)
@@ -106,7 +111,8 @@ class ChatServer:
         owner = "vllm" if self.keeps_images else self.owner
         own = {"id": f"{self.kind.model_prefix}{self.model}", "owned_by": owner, **self.kind.model_fields}
         others = [own | {"id": name} for name in self.other_models]
-        return web.json_response({"data": [own | ({"root": self.model_root} if self.kind is VLLM else {}), *others]})
+        root = {"root": self.model_root} if self.kind is VLLM else {}
+        return web.json_response({"data": [own | root, *others]})
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=404 if not self.has_health else 503 if self.dead else 200)
@@ -120,14 +126,16 @@ class ChatServer:
             return web.json_response({"error": "Unauthorized"}, status=401)
         body = await request.json()
         if body["model"] != f"{self.kind.model_prefix}{self.model}":
-            return web.json_response({"error": {"message": f"The model `{body['model']}` does not exist."}}, status=404)
+            error = {"message": f"The model `{body['model']}` does not exist."}
+            return web.json_response({"error": error}, status=404)
         if refusal := self.kind.refusal_of(body):
             self.refused.append(body)
             return web.json_response(refusal[1], status=refusal[0])
         if self.keeps_images and (missing := self._missing_image(body)):
             self.missed.append(missing)
-            problem = {"error": {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}}
-            return await self._act(request, self.on_miss or Act(status=400, raw=json.dumps(problem).encode()), "")
+            error = {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}
+            refusal = Act(status=400, raw=json.dumps({"error": error}).encode())
+            return await self._act(request, self.on_miss or refusal, "")
         schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
         if schema["name"] == "probe":
             self.probes.append(body)
@@ -144,7 +152,8 @@ class ChatServer:
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         self.in_flight_counts.append(self.in_flight)
         try:
-            return await self._act(request, self.script(times, body) or Act(), REPLIES.get(schema["name"], ""))
+            act = self.script(times, body) or Act()
+            return await self._act(request, act, REPLIES.get(schema["name"], ""))
         finally:
             self.in_flight -= 1
 
@@ -176,7 +185,8 @@ class ChatServer:
         if act.status != 200:
             body = json.dumps({"error": {"message": f"scripted {act.status}"}}).encode()
         body = body if act.raw is None else act.raw
-        response = web.StreamResponse(status=act.status, headers={"Content-Type": "application/json", **act.headers})
+        headers = {"Content-Type": "application/json", **act.headers}
+        response = web.StreamResponse(status=act.status, headers=headers)
         response.content_length = len(body)
         await response.prepare(request)
         await response.write(body[: len(body) // 2] if act.cut else body)
@@ -202,10 +212,11 @@ def task_of(body: dict[str, Any]) -> str:
 def uuid_of(body: dict[str, Any]) -> str:
     """Return the sha256 of the first image of a request, or "" without an image."""
     first = next(message for message in body["messages"] if message["role"] == "user")
-    image: dict[str, Any] | None = next((part for part in first["content"] if part["type"] == "image_url"), None)
-    if image is None:
-        return ""
-    return str(image.get("uuid") or hashlib.sha256(b64decode(image["image_url"]["url"].partition(",")[2])).hexdigest())
+    image: Any = next((part for part in first["content"] if part["type"] == "image_url"), None)
+    if image is None or "uuid" in image:
+        return str(image["uuid"]) if image else ""
+    data = b64decode(image["image_url"]["url"].partition(",")[2])
+    return hashlib.sha256(data).hexdigest()
 
 
 def _name(body: dict[str, Any]) -> str:

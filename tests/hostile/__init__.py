@@ -62,8 +62,8 @@ def pipe(name: str) -> Damage:
 
 def memory_bytes(name: str = "VmHWM") -> int:
     """Return memory of this process in bytes: VmHWM (the peak) or VmRSS."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+    fields = Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()
+    return int(fields[0]) * 1024
 
 
 @contextmanager

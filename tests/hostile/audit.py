@@ -14,11 +14,21 @@ _RUNS = {
     "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.system", "pty.spawn",
     "subprocess.Popen", "ctypes.dlopen", "webbrowser.open",
 }  # fmt: skip
-_FETCHES = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request", "ftplib.connect"}
+_FETCHES = {
+    "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request",
+    "ftplib.connect",
+}  # fmt: skip
 _UNPICKLES = {"pickle.find_class"}
 _TRUSTED = tuple(
     os.path.realpath(path)
-    for path in {*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), "/usr", "/lib"}
+    for path in {
+        *sysconfig.get_paths().values(),
+        sys.prefix,
+        sys.base_prefix,
+        str(Path(__file__).parents[2]),
+        "/usr",
+        "/lib",
+    }
 )
 _OPENED = ("/proc/", "/sys/", "/dev/null", "/dev/urandom", "/etc/localtime", "/etc/mime.types", "/dev/shm/")
 
@@ -38,7 +48,9 @@ class Watch:
             self.violations.append(f"{event} {arguments[:2]!r}"[:200])
         elif event == "open":
             self._opened(arguments)
-        elif event in _UNPICKLES and not str(arguments[0]).startswith(("torch", "collections", "numpy", "builtins", "_codecs")):
+        elif event in _UNPICKLES and not str(arguments[0]).startswith(
+            ("torch", "collections", "numpy", "builtins", "_codecs")
+        ):
             self.violations.append(f"{event} {arguments!r}"[:200])
 
     def _opened(self, arguments: tuple[Any, ...]) -> None:
@@ -47,9 +59,15 @@ class Watch:
             return
         allowed, self.allowed = self.allowed, None  # realpath below opens no file
         real = os.path.realpath(os.fsdecode(path))
-        writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & (
+            os.O_WRONLY | os.O_RDWR | os.O_CREAT
+        )
         is_own = real.startswith(allowed or ())
-        if not is_own and (writes or not real.startswith((*_TRUSTED, *_OPENED))) and not real.endswith(".pyc"):
+        if (
+            not is_own
+            and (writes or not real.startswith((*_TRUSTED, *_OPENED)))
+            and not real.endswith(".pyc")
+        ):
             self.violations.append(f"open {real} {mode} {flags}")
         self.allowed = allowed
 

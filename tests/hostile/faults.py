@@ -50,9 +50,12 @@ class _Faults:
         if self.count == self.number:
             if self.mode == "crash":
                 os._exit(KILLED)
-            raise OSError(errno.ENOSPC if self.mode == "full" else errno.EIO, "No space left on device", str(path))
+            code = errno.ENOSPC if self.mode == "full" else errno.EIO
+            raise OSError(code, "No space left on device", str(path))
 
-    def wrap(self, owner: Any, name: str, position: int = 0, is_write: Callable[..., bool] = lambda *a, **k: True) -> None:
+    def wrap(
+        self, owner: Any, name: str, position: int = 0, is_write: Callable[..., bool] = lambda *a, **k: True
+    ) -> None:
         """Count the calls of a function with the path at an argument position."""
         real = getattr(owner, name)
 
@@ -70,7 +73,9 @@ class _Faults:
         self.wrap(os, "link", position=1)
         self.wrap(os, "open", is_write=lambda path, flags, *more, **options: bool(flags & _WRITES))
         for owner in (builtins, io):
-            self.wrap(owner, "open", is_write=lambda path, mode="r", *more, **options: bool(set(mode) & set("wax+")))
+            self.wrap(
+                owner, "open", is_write=lambda path, mode="r", *more, **options: bool(set(mode) & set("wax+"))
+            )
         for name in ("__init__", "write_table", "close"):
             self.wrap(pq.ParquetWriter, name, position=9)
         for name in ("keep", "record_sent"):
@@ -78,7 +83,11 @@ class _Faults:
 
 
 def run(
-    folder: Path, *arguments: str, number: int = 0, mode: str = "crash", environment: dict[str, str] | None = None
+    folder: Path,
+    *arguments: str,
+    number: int = 0,
+    mode: str = "crash",
+    environment: dict[str, str] | None = None,
 ) -> Outcome:
     """Run a command in a folder. Write `number` crashes, or fails because the disk is `full` or `broken`."""
     log, counted = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.count")
@@ -90,7 +99,9 @@ def run(
     return Outcome(code, log.read_text(errors="replace"), int(counted.read_text()))
 
 
-def _run_here(folder: Path, number: int, mode: str, arguments: Sequence[str], environment: dict[str, str]) -> NoReturn:
+def _run_here(
+    folder: Path, number: int, mode: str, arguments: Sequence[str], environment: dict[str, str]
+) -> NoReturn:
     """Run a command in this process, then exit."""
     log, counted = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.count")
     code = 70

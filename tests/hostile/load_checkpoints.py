@@ -36,7 +36,11 @@ def main() -> None:
         if characters is not None:
             outcome = f"a text of {characters < 10_000}"
         seconds = time.process_time() - started
-        print(f"{checkpoint.name}: {outcome[:120]} {watch.violations[:1]} {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(
+            f"{checkpoint.name}: {outcome[:120]} {watch.violations[:1]} {seconds:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
         outcomes[checkpoint.name] = {"outcome": outcome, "violations": watch.violations, "seconds": seconds}
     print(json.dumps({"outcomes": outcomes, "peak": memory_bytes()}))
 

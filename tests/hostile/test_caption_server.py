@@ -34,9 +34,15 @@ REQUESTS = {  # name: (request line, headers, body, status)
     "headers without end": (MODELS, {"X": "x" * 1_000_000}, b"", 400),
     "negative length": (CHAT, JSON | {"Content-Length": "-1"}, b"", 400),
     "no HTTP": ("SSH-2.0-OpenSSH_9.6\r\n", {}, b"", 400),
-    **{f"image: {name}": (CHAT, JSON, json.dumps(chat(image)).encode(), 400) for name, image in IMAGES.items()},
+    **{
+        f"image: {name}": (CHAT, JSON, json.dumps(chat(image)).encode(), 400)
+        for name, image in IMAGES.items()
+    },
     # test_protocol.py has all bad bodies. These are the ones that could crash a server.
-    **{f"body: {name}": (CHAT, JSON, BAD[name], 400) for name in ("deep", "not UTF-8", "half of a surrogate", "an address")},
+    **{
+        f"body: {name}": (CHAT, JSON, BAD[name], 400)
+        for name in ("deep", "not UTF-8", "half of a surrogate", "an address")
+    },
 }
 
 
@@ -47,7 +53,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int
         yield "127.0.0.1", int(url.rpartition(":")[2])
 
 
-def send(address: tuple[str, int], line: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, bytes]:
+def send(
+    address: tuple[str, int], line: str, headers: dict[str, str], body: bytes = b""
+) -> tuple[int, bytes]:
     """Return status and body of a response. The status is 0 if the connection ends without a response."""
     given = {"Host": "localhost", "Content-Length": str(len(body)), "Connection": "close"} | headers
     head = f"{line} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in given.items()) + "\r\n"
@@ -59,7 +67,8 @@ def send(address: tuple[str, int], line: str, headers: dict[str, str], body: byt
             while part := client.recv(65536):
                 answer += part
         sending.join()
-    return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1") else 0, bytes(answer).partition(b"\r\n\r\n")[2]
+    status = int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1") else 0
+    return status, bytes(answer).partition(b"\r\n\r\n")[2]
 
 
 def _send_all(client: socket.socket, data: bytes) -> None:
@@ -83,7 +92,9 @@ def test_request_from_own_page_is_accepted(address: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
-def test_body_over_limit_is_refused(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, *, declared: bool) -> None:
+def test_body_over_limit_is_refused(
+    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, *, declared: bool
+) -> None:
     monkeypatch.setattr(serving, "MAX_BODY_BYTES", 100_000)
     body = b"[" * 200_000
     if declared:
@@ -92,7 +103,7 @@ def test_body_over_limit_is_refused(address: tuple[str, int], monkeypatch: pytes
         chunked = JSON | {"Transfer-Encoding": "chunked"}
         head = "".join(f"{key}: {value}\r\n" for key, value in (chunked | {"Host": "localhost"}).items())
         with socket.create_connection(address, timeout=60) as client:
-            _send_all(client, f"{CHAT} HTTP/1.1\r\n{head}\r\n".encode() + f"{len(body):x}\r\n".encode() + body)
+            _send_all(client, f"{CHAT} HTTP/1.1\r\n{head}\r\n{len(body):x}\r\n".encode() + body)
             assert client.recv(100).startswith(b"HTTP/1.1 413")
 
 

@@ -27,6 +27,7 @@ GC = ("versions", "gc", "--data", "data")
 TAG = ("versions", "tag", "paper", "v1.0.0", "--data", "data", "--move")
 # (folder before, command) -> writes and final state of an undisturbed run
 UNDISTURBED: dict[tuple[Path | None, tuple[str, ...]], tuple[int, Any]] = {}
+Command = tuple[str, ...]
 Environment = Callable[[Path], dict[str, str]]  # folder of a command -> its environment
 
 
@@ -50,7 +51,8 @@ def made(generate: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("made")
     outcome = run(folder, *generate)
     assert outcome.code == 0, outcome.output
-    sample_id, content = text_name(pq.read_table(folder / "data" / "steps" / "split" / "kept.parquet").to_pylist()[0])
+    rows = pq.read_table(folder / "data" / "steps" / "split" / "kept.parquet").to_pylist()
+    sample_id, content = text_name(rows[0])
     review = {"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "not_true"}
     (folder / "reviews.jsonl").write_text(json.dumps(review) + "\n")
     return folder
@@ -58,7 +60,8 @@ def made(generate: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) ->
 
 def left_over(folder: Path) -> list[Path]:
     """Return the scratch files in a folder."""
-    return [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".next")) or REMOVING in path.name]
+    names = ("*.tmp", "*.next", f"*{REMOVING}*")
+    return [path for name in names for path in folder.rglob(name)]
 
 
 def sound_digests(folder: Path) -> list[str]:
@@ -66,7 +69,8 @@ def sound_digests(folder: Path) -> list[str]:
     checked = run(folder, "check", "data")
     assert checked.code == 0, checked.output
     assert left_over(folder) == []
-    return [json.loads(path.read_text())["digest"] for path in sorted(folder.glob("data/versions/v*/manifest.json"))]
+    manifests = sorted(folder.glob("data/versions/v*/manifest.json"))
+    return [json.loads(path.read_text())["digest"] for path in manifests]
 
 
 def sweep(
@@ -81,7 +85,7 @@ def sweep(
     after_fault: Callable[[Path], object] = lambda folder: None,
     again: Callable[[Path], tuple[str, ...]] | None = None,
 ) -> Any:
-    """Run a command with a fault in each sampled write, then again without. Return the final state, always the same."""
+    """Run a command with a fault in each sampled write, then again. Return the final state, always the same."""
 
     def fresh(name: str) -> Path:
         folder = tmp_path / name
@@ -113,7 +117,7 @@ def sweep(
 
 
 @pytest.mark.parametrize("mode", ["crash", "full", "broken"])
-def test_generate_after_fault_ends_like_undisturbed_run(mode: str, generate: tuple[str, ...], tmp_path: Path) -> None:
+def test_generate_after_fault_ends_like_undisturbed_run(mode: str, generate: Command, tmp_path: Path) -> None:
     assert len(sweep(None, tmp_path, generate, mode, sound_digests)) == 1
 
 
@@ -124,7 +128,7 @@ def test_generate_after_fault_ends_like_undisturbed_run(mode: str, generate: tup
     ids=["generate again", "report", "review"],
 )
 def test_command_after_fault_ends_like_undisturbed_run(
-    arguments: tuple[str, ...] | None, num_versions: int, mode: str, generate: tuple[str, ...], made: Path, tmp_path: Path
+    arguments: Command | None, num_versions: int, mode: str, generate: Command, made: Path, tmp_path: Path
 ) -> None:
     assert len(sweep(made, tmp_path, arguments or generate, mode, sound_digests)) == num_versions
 
@@ -139,7 +143,8 @@ def test_pull_after_fault_ends_like_undisturbed_run(mode: str, made: Path, tmp_p
         def environment(folder: Path) -> dict[str, str]:
             return hub.env(folder / "home")
 
-        sweep(None, tmp_path, ("check", "me/photos@v1.0.0"), mode, lambda folder: None, environment=environment)
+        check = ("check", "me/photos@v1.0.0")
+        sweep(None, tmp_path, check, mode, lambda folder: None, environment=environment)
 
 
 @pytest.fixture(scope="module")

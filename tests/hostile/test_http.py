@@ -32,6 +32,7 @@ SAMPLES = scene_samples(2)
 MEMORY_BYTES = 100_000_000
 JOURNAL_BYTES = 2_000_000
 MODELS = json.dumps({"data": [{"id": "model", "max_model_len": 4096}]}).encode()
+CLOSE = b"Connection: close\r\n\r\n"
 CAPTION = '{"caption":"A small red ring on a white background."}'
 
 Send = Callable[[bytes], None]
@@ -77,9 +78,10 @@ def running_raw(script: Script) -> Iterator[RawServer]:
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def response(body: bytes, status: str = "200 OK", headers: str = "Content-Type: application/json\r\n") -> bytes:
+def response(body: bytes, status: str = "200 OK", header: str = "Content-Type: application/json") -> bytes:
     """Return a valid response that closes the connection."""
-    return f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
+    head = f"HTTP/1.1 {status}\r\n{header}\r\nContent-Length: {len(body)}\r\n".encode()
+    return head + CLOSE + body
 
 
 def chat_answer(text: str, **more: object) -> bytes:
@@ -116,10 +118,10 @@ def bomb(wbits: int = 31) -> bytes:
 
 
 def encoded(name: str, body: bytes, status: str = "200 OK") -> bytes:
-    return response(body, status, f"Content-Encoding: {name}\r\n")
+    return response(body, status, f"Content-Encoding: {name}")
 
 
-OK, CLOSE = b"HTTP/1.1 200 OK\r\n", b"Connection: close\r\n\r\n"
+OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED, GZIP = OK + b"Transfer-Encoding: chunked\r\n", OK + b"Content-Encoding: gzip\r\n"
 ZEROS = bytes(1 << 16)
 BODIES: dict[str, Body] = {
@@ -191,17 +193,18 @@ def ask(folder: Path, script: Script, **server: Any) -> list[str | None]:
     """Request captions of two images, with limits on memory and journal. Return the errors of the replies."""
     with running_raw(script) as running, bounded_memory(MEMORY_BYTES):
         config = resolve(
-            source="scenes", base_url=[running.url], tasks=["caption"], generate={"caption_styles": ["brief"]},
+            source="scenes", base_url=[running.url], tasks=["caption"],
+            generate={"caption_styles": ["brief"]},
             server={"request_timeout_s": 1, "startup_timeout_s": 2, **server},
         )  # fmt: skip
-        path = folder / "journal" / "local.sqlite"
+        plan, path = request_plan(config), folder / "journal" / "local.sqlite"
         with Journal(path) as journal:
             with client_of(config) as engine:
-                for _ in ask_about(
-                    iter([batch_of(SAMPLES)]), request_plan(config), config.server, lambda: engine, journal, RequestStats()
-                ):
+                batches = iter([batch_of(SAMPLES)])
+                for _ in ask_about(batches, plan, config.server, lambda: engine, journal, RequestStats()):
                     pass
-            (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in SAMPLES]], request_plan(config), journal)
+            images = [SampleInfo(sample.id, 1) for sample in SAMPLES]
+            (table,) = read_annotations([images], plan, journal)
         assert sum(file.stat().st_size for file in path.parent.iterdir()) < JOURNAL_BYTES
         return list(table["reply_error"].to_pylist())
 
@@ -224,7 +227,10 @@ def test_invalid_response_fails_only_its_own_request(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", part_of(list(BODIES), 6))
 def test_invalid_response_to_server_query_gives_one_error_or_is_ignored(name: str, tmp_path: Path) -> None:
     def script_for(is_bad: Callable[[str, bytes], bool]) -> Script:
-        return lambda path, body, send: send_body(name, send) if is_bad(path, body) else well_behaved(path, body, send)
+        def script(path: str, body: bytes, send: Send) -> None:
+            send_body(name, send) if is_bad(path, body) else well_behaved(path, body, send)
+
+        return script
 
     listing = script_for(lambda path, body: path.endswith("/models"))
     with running_raw(listing) as server, bounded_memory(MEMORY_BYTES), pytest.raises(EngineError):
@@ -238,7 +244,7 @@ def test_invalid_response_to_server_query_gives_one_error_or_is_ignored(name: st
 @pytest.mark.parametrize("where", ["/v1/models", "/v1/chat/completions", "the second request"])
 def test_redirect_is_not_followed(status: str, where: str, tmp_path: Path) -> None:
     with running_raw(well_behaved) as stranger:
-        elsewhere = response(b"", status, f"Location: {stranger.url}/chat/completions\r\n")
+        elsewhere = response(b"", status, f"Location: {stranger.url}/chat/completions")
 
         def script(path: str, body: bytes, send: Send) -> None:
             if path == where or (where == "the second request" and b"base64" in body):
@@ -274,7 +280,8 @@ def test_slow_response_ends_at_request_timeout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x" * 700_000, f'{{"caption":"{"a" * 100_000}"}}', "\ud800" * 1000, "\0" * 1000, "\x1b]52;c;AAAA\x07"]
+    "text",
+    ["x" * 700_000, f'{{"caption":"{"a" * 100_000}"}}', "\ud800" * 1000, "\0" * 1000, "\x1b]52;c;AAAA\x07"],
 )
 def test_text_longer_than_its_tokens_is_cut(text: str, tmp_path: Path) -> None:
     errors = ask(tmp_path, answering_images(lambda send: send(chat_answer(text))))

@@ -19,10 +19,14 @@ TEXTS = [vector.encode("utf-8", "replace").decode() or "-" for vector in ALL]
 def require_untouched(page: Page) -> None:
     """Fail if an attack has become an element, an attribute or a change of the page."""
     assert (
-        page.evaluate("[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames()).filter(n => /^on/.test(n))")
+        page.evaluate(
+            "[...document.querySelectorAll('*')].some(e => e.getAttributeNames().some(n => /^on/.test(n)))"
+        )
         == []
     )
-    assert page.locator("iframe, object, embed, base, svg animate, math, meta[http-equiv=refresh]").count() == 0
+    assert (
+        page.locator("iframe, object, embed, base, svg animate, math, meta[http-equiv=refresh]").count() == 0
+    )
     addresses = page.evaluate(
         "[...document.querySelectorAll('[href], [src]')].map(e => e.getAttribute('href') || e.getAttribute('src'))"
     )

@@ -43,14 +43,19 @@ def repeated(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
 
 
 def write(path: Path, columns: dict[str, Any]) -> Path:
-    pq.write_table(pa.table(columns), path, compression="zstd", dictionary_pagesize_limit=1 << 30, store_schema=False)
+    pq.write_table(
+        pa.table(columns), path, compression="zstd", dictionary_pagesize_limit=1 << 30, store_schema=False
+    )
     return path
 
 
 @pytest.mark.parametrize(
-    ("size_bytes", "outcome"), [(99_000_000, "sample"), (101_000_000, "file_too_large"), (300_000_000, "row_too_large")]
+    ("size_bytes", "outcome"),
+    [(99_000_000, "sample"), (101_000_000, "file_too_large"), (300_000_000, "row_too_large")],
 )
-def test_image_shared_by_all_rows_is_decoded_row_by_row(size_bytes: int, outcome: str, tmp_path: Path) -> None:
+def test_image_shared_by_all_rows_is_decoded_row_by_row(
+    size_bytes: int, outcome: str, tmp_path: Path
+) -> None:
     cells = repeated(png() + bytes(size_bytes), pa.binary(), 6)
     images = pa.StructArray.from_arrays([cells, pa.nulls(6, pa.string())], ["bytes", "path"])
     path = write(tmp_path / "bomb.parquet", {"image": images})
@@ -69,7 +74,8 @@ def test_caption_shared_by_all_rows_is_read_in_bounded_memory(tmp_path: Path) ->
 
 def test_text_that_is_not_utf8_rejects_its_row_and_column_name_the_file(tmp_path: Path) -> None:
     texts = pa.array([b"A red wall.", b"\xff\xfe", b"A red door."], pa.binary()).view(pa.string())
-    path = write(tmp_path / "odd.parquet", {"image": [png("red"), png("blue"), png("green")], "caption": texts})
+    images = [png(color) for color in ("red", "blue", "green")]
+    path = write(tmp_path / "odd.parquet", {"image": images, "caption": texts})
     assert read(path) == ["sample", "unreadable_row", "sample"]
     path.write_bytes(path.read_bytes().replace(b"caption", b"capt\xf9on"))
     with pytest.raises(SynthError, match="cannot read"):
@@ -84,12 +90,17 @@ SCHEMAS: dict[str, Any] = {
     "bytes that are a list of lists": {"image": [[[b"x"]], [[b"y"]]]},
     "struct without bytes": {"image": [{"path": "/etc/passwd"}, {"path": "/etc/shadow"}]},
     "bytes that are text": {"image": [{"bytes": "x", "path": None}, {"bytes": "y", "path": None}]},
-    "paths in place of bytes": {"image": [{"bytes": None, "path": "/etc/passwd"}, {"bytes": None, "path": "/dev/zero"}]},
+    "paths in place of bytes": {
+        "image": [{"bytes": None, "path": "/etc/passwd"}, {"bytes": None, "path": "/dev/zero"}]
+    },
     "URLs in place of bytes": {"image": [{"bytes": None, "path": "http://169.254.169.254/"}] * 2},
     "only nulls": {"image": pa.nulls(2, pa.binary())},
     "empty bytes": {"image": [b"", b""]},
     "captions that are bytes": {"image": TWO, "caption": [b"a", b"b"]},
-    "captions that are a map": {"image": TWO, "caption": pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int32()))},
+    "captions that are a map": {
+        "image": TWO,
+        "caption": pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int32())),
+    },
     "captions that are decimals": {"image": TWO, "caption": pa.array([1, 2], pa.decimal128(38))},
     "split that is a number": {"image": TWO, "split": [1, 2]},
     "split of nonsense": {"image": TWO, "split": ["\x1b]52;", ""]},
@@ -139,7 +150,8 @@ print(json.dumps(outcomes))
 def test_damaged_file_gives_rows_or_one_error_in_bounded_memory(tmp_path: Path) -> None:
     codecs = ("zstd", "snappy", "none", "gzip")
     images = [{"bytes": datasets.photo(n), "path": f"{n}.jpg"} for n in range(8)]
-    table = pa.table({"image": images, "caption": [f"A caption of image {n}." for n in range(8)], "split": ["train"] * 8})
+    captions = [f"A caption of image {n}." for n in range(8)]
+    table = pa.table({"image": images, "caption": captions, "split": ["train"] * 8})
     for codec in codecs:
         pq.write_table(table, tmp_path / f"{codec}.good", compression=codec)
     seeds = part_of(range(2000), 200)
@@ -147,7 +159,7 @@ def test_damaged_file_gives_rows_or_one_error_in_bounded_memory(tmp_path: Path) 
         good = tmp_path / f"{codecs[seed % 4]}.good"
         (tmp_path / f"{seed}.parquet").write_bytes(damaged(good.read_bytes(), random.Random(seed)))
     done = subprocess.run(
-        [sys.executable, "-c", READ, str(LIMIT_BYTES), str(tmp_path)], capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", READ, str(LIMIT_BYTES), tmp_path], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout)

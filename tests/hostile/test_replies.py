@@ -21,11 +21,16 @@ from tests.plans import request_plan
 CONFIG = resolve(source="scenes", tasks=["caption", "qa"], generate={"caption_styles": ["brief"]})
 
 numbers = st.one_of(
-    st.integers(), st.integers(10**20, 10**40), st.floats(), st.sampled_from([-1, 2**31, 2**63, 2**64, 1e308, -0.0])
+    st.integers(),
+    st.integers(10**20, 10**40),
+    st.floats(),
+    st.sampled_from([-1, 2**31, 2**63, 2**64, 1e308, -0.0]),
 )
 any_text = st.one_of(
     st.text(),
-    st.sampled_from(["\ud800", "\0", "\x1b]52;c;AA\x07", "I'm sorry, I cannot", "a a a a a", "stop", "length"]),
+    st.sampled_from(
+        ["\ud800", "\0", "\x1b]52;c;AA\x07", "I'm sorry, I cannot", "a a a a a", "stop", "length"]
+    ),
     st.just(70_000).map("x".__mul__),
 )
 anything = st.recursive(
@@ -42,11 +47,18 @@ questions = st.fixed_dictionaries({}, optional={"qa": st.one_of(anything, st.lis
 contents = st.one_of(anything, st.one_of(captions, questions).map(lambda value: json.dumps(value)))
 messages = st.one_of(anything, st.fixed_dictionaries({"content": contents}))
 choices = st.fixed_dictionaries({"message": messages, "finish_reason": anything})
-usages = st.one_of(anything, st.fixed_dictionaries({"prompt_tokens": anything, "completion_tokens": anything}))
-answers = st.one_of(
-    anything, st.fixed_dictionaries({"choices": st.one_of(anything, st.lists(choices, max_size=2))}, optional={"usage": usages})
+usages = st.one_of(
+    anything, st.fixed_dictionaries({"prompt_tokens": anything, "completion_tokens": anything})
 )
-bodies = st.one_of(answers.map(lambda value: json.dumps(value).encode(errors="surrogatepass")), st.binary(max_size=200))
+answers = st.one_of(
+    anything,
+    st.fixed_dictionaries(
+        {"choices": st.one_of(anything, st.lists(choices, max_size=2))}, optional={"usage": usages}
+    ),
+)
+bodies = st.one_of(
+    answers.map(lambda value: json.dumps(value).encode(errors="surrogatepass")), st.binary(max_size=200)
+)
 
 
 @settings(
@@ -74,7 +86,11 @@ def test_any_answer_is_stored_once_or_asked_again(body: bytes, tmp_path: Path) -
             journal.keep([(request, reply, flaw)])
             stored = journal.last(request.id)
             assert stored is not None
-            assert (stored[0].text, stored[0].finish_reason, stored[1]) == (reply.text, reply.finish_reason, flaw)
+            assert (stored[0].text, stored[0].finish_reason, stored[1]) == (
+                reply.text,
+                reply.finish_reason,
+                flaw,
+            )
             assert parse_reply(request, stored[0]) == parse_reply(request, reply)
         (table,) = read_annotations([[SampleInfo(sample_id, 1)]], request_plan(CONFIG), journal)
     assert table.schema == ANNOTATION

@@ -38,8 +38,14 @@ BAD: dict[str, bytes] = {
     "edit of everything": lines(GOOD | {"verdict": "edited", "text": "x", "question": "y", "answer": "z"}),
     "edit that is a list": lines(GOOD | {"verdict": "edited", "text": ["x"]}),
     "edit that is a number": lines(GOOD | {"verdict": "edited", "text": 10**400}),
-    "pages that are texts": lines(GOOD | {"verdict": "edited", "question": "x", "answer": "y", "evidence_pages": ["x"]}),
-    "half a surrogate pair": b'{"sample_id": "' + b"a" * 64 + b'", "content": "' + b"b" * 16 + b'", "verdict": "\\ud800"}\n',
+    "pages that are texts": lines(
+        GOOD | {"verdict": "edited", "question": "x", "answer": "y", "evidence_pages": ["x"]}
+    ),
+    "half a surrogate pair": b'{"sample_id": "'
+    + b"a" * 64
+    + b'", "content": "'
+    + b"b" * 16
+    + b'", "verdict": "\\ud800"}\n',
     "second line": lines(GOOD) + b"evil\n",
     "truncated last line": lines(GOOD) + b'{"sample_id": "',
 }
@@ -48,7 +54,10 @@ BAD: dict[str, bytes] = {
 @pytest.mark.parametrize("name", BAD)
 def test_invalid_review_gives_error_with_its_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "reviews.jsonl").write_bytes(BAD[name])
-    with bounded_memory(300_000_000), pytest.raises(ConfigError, match=r"line \d+ is not a review|cannot read"):
+    with (
+        bounded_memory(300_000_000),
+        pytest.raises(ConfigError, match=r"line \d+ is not a review|cannot read"),
+    ):
         read_reviews(tmp_path / "reviews.jsonl")
 
 
@@ -57,7 +66,9 @@ def too_large(path: Path) -> None:
     os.truncate(path, MAX_REVIEWS_BYTES + 1)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), too_large])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), too_large]
+)
 def test_path_without_regular_file_gives_one_error(make: Callable[[Path], object], tmp_path: Path) -> None:
     make(tmp_path / "reviews.jsonl")
     with pytest.raises(ConfigError, match="cannot read"):

@@ -118,7 +118,9 @@ CARDS: dict[str, tuple[dict[str, Any], Callable[[Any], str]]] = {
 PLACES = [(kind, path) for kind, (values, _) in CARDS.items() for path in strings(values)]
 
 
-@pytest.mark.parametrize(("kind", "path"), PLACES, ids=lambda part: part if isinstance(part, str) else ".".join(map(str, part)))
+@pytest.mark.parametrize(
+    ("kind", "path"), PLACES, ids=lambda part: part if isinstance(part, str) else ".".join(map(str, part))
+)
 def test_string_of_manifest_stays_text_in_card(kind: str, path: tuple[Any, ...]) -> None:
     values, render = CARDS[kind]
     plain = render(values)
@@ -138,7 +140,11 @@ def test_text_and_key_stay_text_in_card() -> None:
             "measured": {"captions": {vector: {"count": 9, "mean_words": 7.5}}},
         }  # fmt: skip
         require_harmless(render_card(keys, [texts]), plain)
-        values = MANIFEST | {"title": vector, "source": {"name": vector, "revision": vector}, "licenses": [vector]}
+        values = MANIFEST | {
+            "title": vector,
+            "source": {"name": vector, "revision": vector},
+            "licenses": [vector],
+        }
         assert yaml.safe_load(yaml.safe_dump(metadata(values), allow_unicode=True)) == metadata(values)
 
 
@@ -149,7 +155,9 @@ def test_commands_escape_control_characters_for_terminal(tmp_path: Path) -> None
     def require_printable(*arguments: str) -> None:
         done = run_synth(*arguments, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         for text in (done.stdout, done.stderr):
-            assert not [mark for mark in text if (ord(mark) < 32 and mark not in "\n\t") or 0x7F <= ord(mark) <= 0x9F], text
+            assert not [
+                mark for mark in text if (ord(mark) < 32 and mark not in "\n\t") or 0x7F <= ord(mark) <= 0x9F
+            ], text
             assert "Traceback" not in text, text
             assert not set(text) & {"\u202e", "\u2066"}
 
@@ -162,12 +170,23 @@ def test_commands_escape_control_characters_for_terminal(tmp_path: Path) -> None
     (photos / f"broken{EVIL}.png").write_bytes(b"x")
     caption = json.dumps({"caption": f"A grey wall of noise {EVIL} in a small room."})
     with running_chat(ChatServer(lambda times, body: Act(text=caption), model=f"model{EVIL}")) as chat:
-        source = ("--source", f"folder:{photos.name}", "--tasks", "caption", "--out", data, "--base-url", chat.url)
+        source = (
+            "--source",
+            f"folder:{photos.name}",
+            "--tasks",
+            "caption",
+            "--out",
+            data,
+            "--base-url",
+            chat.url,
+        )
         require_printable("generate", *source, "--language", "any")
         require_printable("preview", *source)
         require_printable("generate", *source, "--dry-run")
         require_printable("generate", *source, "--model", "another")
-        chat.script = lambda times, body: Act(status=400, raw=b'{"error":{"message":"no: \\u001b]52;c;AAAA\\u0007"}}')
+        chat.script = lambda times, body: Act(
+            status=400, raw=b'{"error":{"message":"no: \\u001b]52;c;AAAA\\u0007"}}'
+        )
         require_printable("generate", *source, "--seed", "7", "--title", "x")
     for arguments in (
         ("versions", "list", data), ("check", data), ("report", data), ("diff", data, "v1.0.0", "v1.0.0"),

@@ -16,7 +16,17 @@ from tests.chat.server import Act, ChatServer, running_chat
 from tests.commands import SYNTH, run_synth
 from tests.hostile import part_of
 
-IMAGES = ("--source", "folder:photos", "--tasks", "caption", "--out", "data", "--language", "any", "--base-url")
+IMAGES = (
+    "--source",
+    "folder:photos",
+    "--tasks",
+    "caption",
+    "--out",
+    "data",
+    "--language",
+    "any",
+    "--base-url",
+)
 # the address of a server is appended to the first four
 COMMANDS = {
     "generate": ("generate", *IMAGES),
@@ -35,7 +45,8 @@ PAIRS = list(combinations_with_replacement(COMMANDS, 2))
 
 @pytest.fixture(scope="module")
 def chat() -> Iterator[ChatServer]:
-    reply = Act(text=json.dumps({"caption": "A grey wall of noise stands in a small and quiet room."}), seconds=0.05)
+    caption = "A grey wall of noise stands in a small and quiet room."
+    reply = Act(text=json.dumps({"caption": caption}), seconds=0.05)
     with running_chat(ChatServer(lambda times, body: reply)) as server:
         yield server
 
@@ -46,21 +57,28 @@ def folder(chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("together")
     (home / "photos").mkdir()
     for number in range(12):
-        Image.effect_noise((80 + number, 64), 40 + 10 * number).convert("RGB").save(home / "photos" / f"{number}.png")
+        image = Image.effect_noise((80 + number, 64), 40 + 10 * number).convert("RGB")
+        image.save(home / "photos" / f"{number}.png")
     done = run_synth(*COMMANDS["generate"], chat.url, cwd=home)
     assert done.returncode == 0, done.stderr
-    sample_id, content = text_name(pq.read_table(home / "data" / "steps" / "split" / "kept.parquet").to_pylist()[0])
+    rows = pq.read_table(home / "data" / "steps" / "split" / "kept.parquet").to_pylist()
+    sample_id, content = text_name(rows[0])
     review = {"sample_id": sample_id, "content": content, "verdict": "good"}
     (home / "reviews.jsonl").write_text(json.dumps(review) + "\n")
     return home
 
 
 @pytest.mark.parametrize(("first", "second"), part_of(PAIRS, 2))
-def test_two_concurrent_commands_succeed_or_report_the_other(first: str, second: str, folder: Path, chat: ChatServer) -> None:
+def test_concurrent_commands_succeed_or_report_the_other(
+    first: str, second: str, folder: Path, chat: ChatServer
+) -> None:
     before = [version.manifest["digest"] for version in DatasetDir(folder / "data").versions()]
-    commands = [(*COMMANDS[name], *([chat.url] if "--base-url" in COMMANDS[name] else [])) for name in (first, second)]
+    commands = [COMMANDS[name] for name in (first, second)]
+    commands = [(*command, chat.url) if "--base-url" in command else command for command in commands]
     running = [
-        subprocess.Popen([SYNTH, *command], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [SYNTH, *command], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         for command in commands
     ]
     for process in running:

@@ -83,7 +83,16 @@ def test_killed_training_resumes_to_same_files(
     out = tmp_path / "out"
     if moment.startswith("features"):
         shutil.rmtree(version.dataset_dir / FEATURES)
-    command = [sys.executable, "-c", TRAINING, str(version.path), str(out), config.model_dump_json(), moment, str(int(number))]
+    command = [
+        sys.executable,
+        "-c",
+        TRAINING,
+        version.path,
+        out,
+        config.model_dump_json(),
+        moment,
+        str(int(number)),
+    ]
     died = subprocess.run([*command, "anew"], capture_output=True, text=True, timeout=300)
     # SIGTERM and SIGINT end the step with KeyboardInterrupt, after which Python dies of SIGINT.
     assert died.returncode == (-signal.SIGKILL if number == signal.SIGKILL else -signal.SIGINT), died.stderr
@@ -92,7 +101,9 @@ def test_killed_training_resumes_to_same_files(
     first: list[int] = []
 
     class Record(NullProgress):
-        def __call__(self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+        def __call__(
+            self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None
+        ) -> None:
             first.extend([done] if step == "train" and not first else [])
 
     train_captioner(version, config, out, resume=is_saved, progress=Record())

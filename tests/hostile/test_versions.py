@@ -48,8 +48,9 @@ def column(name: str, values: Callable[[pa.Table], Any]) -> Damage:
     def change(table: pa.Table) -> pa.Table:
         index = table.schema.get_field_index(name)
         made = values(table)
-        array = made if isinstance(made, pa.Array | pa.ChunkedArray) else pa.array(made, table.schema.field(index).type)
-        return table.set_column(index, name, array)
+        if isinstance(made, list):
+            made = pa.array(made, table.schema.field(index).type)
+        return table.set_column(index, name, made)
 
     return rows(change)
 
@@ -76,10 +77,12 @@ def huge_png() -> bytes:
 
 def texts(text: str) -> Damage:
     caption = {"text": text, "style": text}
-    return column("captions", lambda table: [[old | caption for old in row] for row in table["captions"].to_pylist()])
+    return column("captions", lambda t: [[old | caption for old in row] for row in t["captions"].to_pylist()])
 
 
-def own(value: Any, kind: pa.DataType, *, name: str = "own", is_list: bool = False, feature: Any = None) -> Damage:
+def own(
+    value: Any, kind: pa.DataType, *, name: str = "own", is_list: bool = False, feature: Any = None
+) -> Damage:
     """Return a damage that adds the column of a custom task, with its description in the manifest."""
 
     def damage(folder: Path) -> None:
@@ -99,6 +102,7 @@ def own(value: Any, kind: pa.DataType, *, name: str = "own", is_list: bool = Fal
     return damage
 
 
+VECTORS = [vector.encode("utf-8", "replace").decode() for vector in ALL]
 BOXES = pa.list_(pa.struct({"bbox_2d": pa.list_(pa.float64()), "label": pa.string()}))
 DEEP: Any = []
 for _ in range(500):
@@ -110,7 +114,13 @@ DAMAGES: dict[str, Damage] = {
     **{
         f"{key} that is {kind}": manifest(lambda m, key=key, value=value: m.update({key: value}))  # type: ignore[misc]
         for key in BROKEN_KEYS
-        for kind, value in (("null", None), ("a number", 7), ("a text", "x"), ("a list", [[1]]), ("a map", {"x": {"y": 1}}))
+        for kind, value in (
+            ("null", None),
+            ("a number", 7),
+            ("a text", "x"),
+            ("a list", [[1]]),
+            ("a map", {"x": {"y": 1}}),
+        )
     },
     "rejections that are null": manifest(lambda m: m.update(rejections=None)),
     "measures that are numbers": manifest(lambda m: m.update(measured={"captions": {"brief": 5}})),
@@ -147,9 +157,11 @@ DAMAGES: dict[str, Damage] = {
     "images that are none": image(b"GIF89a not really"),
     # created late, because it takes seconds
     "images of 400 megapixels": lambda folder: image(huge_png())(folder),
-    "own values that are infinite boxes": own([{"bbox_2d": [float("inf")] * 4, "label": "x"}], BOXES, is_list=True),
+    "own values that are infinite boxes": own(
+        [{"bbox_2d": [float("inf")] * 4, "label": "x"}], BOXES, is_list=True
+    ),
     "own values that are half a box": own([{"bbox_2d": [1.0], "label": None}, None], BOXES, is_list=True),
-    "own values that are vectors": own([vector.encode("utf-8", "replace").decode() for vector in ALL], pa.list_(pa.string())),
+    "own values that are vectors": own(VECTORS, pa.list_(pa.string())),
     "own values that are no list": own(5, pa.int64(), is_list=True),
     "own values of another type": own(5, pa.int64(), feature={"dtype": "string", "_type": "Value"}),
     "own values that are images": own(None, pa.string(), feature={"_type": "Image"}),
@@ -157,7 +169,7 @@ DAMAGES: dict[str, Damage] = {
     "own column that is a path": own("x", pa.string(), name="../x"),
     "captions that are null": column("captions", lambda t: [None] * t.num_rows),
     "captions of a megabyte": texts("word " * 200_000),
-    "captions that are vectors": texts(" ".join(vector.encode("utf-8", "replace").decode() for vector in ALL)),
+    "captions that are vectors": texts(" ".join(VECTORS)),
     "questions that are texts": column("qa", lambda t: pa.array(["x"] * t.num_rows)),
 }
 

@@ -73,7 +73,7 @@ class Hub:
         self.sent_bytes = 0
         self.received_bytes = 0
         routes = [*READING, *write.ROUTES, *xet.ROUTES]
-        self.routes: list[tuple[str, re.Pattern[str], Handler]] = [(m, re.compile(p), handler) for m, p, handler in routes]
+        self.routes = [(method, re.compile(path), handler) for method, path, handler in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or apply the first matching fault."""
@@ -118,7 +118,6 @@ class Hub:
                 values = {k: unquote(v) for k, v in match.groupdict().items() if v is not None}
                 return await handler(self, request, **values)
         raise HubError(404, "NotFound", f"no such route: {request.method} {path}")
-
 
     def token(self, request: Request) -> str | None:
         """Return the token of a request. Raises HubError if it is unknown."""
@@ -192,11 +191,15 @@ async def refs(hub: Hub, request: Request, kind: str, repo: str) -> Response:
     branches = {name: oid for name, oid in repository.branches.items() if name not in converts}
     return JSONResponse(
         {
-            "branches": [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in branches.items()],
-            "converts": [{"name": n.rpartition("/")[2], "ref": n, "targetCommit": oid} for n, oid in converts.items()],
-            "tags": [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": oid} for n, oid in repository.tags.items()],
+            "branches": [_ref(name, f"refs/heads/{name}", oid) for name, oid in branches.items()],
+            "converts": [_ref(name.rpartition("/")[2], name, oid) for name, oid in converts.items()],
+            "tags": [_ref(name, f"refs/tags/{name}", oid) for name, oid in repository.tags.items()],
         }
     )
+
+
+def _ref(name: str, ref: str, oid: str) -> dict[str, str]:
+    return {"name": name, "ref": ref, "targetCommit": oid}
 
 
 async def tree(hub: Hub, request: Request, kind: str, repo: str, revision: str, path: str = "") -> Response:
@@ -220,13 +223,15 @@ async def paths_info(hub: Hub, request: Request, kind: str, repo: str, revision:
     return JSONResponse([files[path].entry(path) for path in paths if path in files])
 
 
-async def file(hub: Hub, request: Request, repo: str, revision: str, path: str, kind: str = "models") -> Response:
+async def file(
+    hub: Hub, request: Request, repo: str, revision: str, path: str, kind: str = "models"
+) -> Response:
     """Return a file, or the requested range of it."""
     repository = hub.repo(request, kind, repo)
     if repository.gated and hub.token(request) is None:
-        raise HubError(401, "GatedRepo", f"Access to dataset {repo} is restricted. You must have access to it.")
+        raise HubError(401, "GatedRepo", f"Access to dataset {repo} is restricted.")
     if repository.gated and repo not in hub.granted:
-        raise HubError(403, "GatedRepo", f"Access to dataset {repo} is restricted and you are not in the authorized list.")
+        raise HubError(403, "GatedRepo", f"You are not in the authorized list of dataset {repo}.")
     commit = hub.commit_at(repository, revision)
     if path not in commit.files:
         missing = HubError(404, "EntryNotFound", f"{path} not found").answer()

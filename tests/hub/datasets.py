@@ -55,11 +55,12 @@ def flickr_rows(count: int) -> list[dict[str, Any]]:
 
 
 def seed_flickr30k(storage: Storage, count: int = 20, repo: str = "nlphuji/flickr30k") -> None:
-    """Seed a script on main and its conversion on a branch: all rows under `test`, the true split in a column."""
+    """Seed a script on main, and its conversion on a branch: all rows under `test`, the split in a column."""
     storage.seed("dataset", repo, {"flickr30k.py": SCRIPT, "README.md": b"---\nlanguage: en\n---\n"})
     half = count // 2
     rows = flickr_rows(count)
-    files = {f"TEST/test/000{n}.parquet": parquet(part, FLICKR) for n, part in enumerate((rows[:half], rows[half:]))}
+    parts = enumerate((rows[:half], rows[half:]))
+    files = {f"TEST/test/000{n}.parquet": parquet(part, FLICKR) for n, part in parts}
     storage.seed("dataset", repo, files, "refs/convert/parquet")
 
 
@@ -71,7 +72,8 @@ def seed_flickr30k_without_split(storage: Storage, count: int = 10, repo: str = 
 
 
 def karpathy_list(count: int) -> str:
-    return json.dumps({"images": [{"filename": row["filename"], "split": row["split"]} for row in flickr_rows(count)]})
+    rows = flickr_rows(count)
+    return json.dumps({"images": [{name: row[name] for name in ("filename", "split")} for row in rows]})
 
 
 ANSWER = pa.struct({"answer": pa.string(), "answer_confidence": pa.string(), "answer_id": pa.int64()})
@@ -84,7 +86,8 @@ VQA = pa.schema(
 
 
 def vqa_rows(images: int, questions: int, *, answered: bool = True) -> list[dict[str, Any]]:
-    answers = [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(["Two", "2", "the 2."])]
+    texts = enumerate(["Two", "2", "the 2."])
+    answers = [{"answer": text, "answer_confidence": "yes", "answer_id": n} for n, text in texts]
     rows = [
         {
             "question_type": "how many", "multiple_choice_answer": "2", "answers": answers if answered else None,

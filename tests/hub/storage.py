@@ -78,18 +78,24 @@ class Storage:
         git_oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # git's blob id
         return File(sha256, git_oid, len(data), lfs=False)
 
-    def seed(self, kind: str, repo: str, files: dict[str, bytes], branch: str = "main", *, gated: bool = False) -> Repo:
+    def seed(
+        self, kind: str, repo: str, files: dict[str, bytes], branch: str = "main", *, gated: bool = False
+    ) -> Repo:
         """Commit files on a branch as a push does: Parquet and safetensors through LFS."""
         repository = self.repos.setdefault((kind, repo), Repo(kind, repo, private=False))
         repository.gated = repository.gated or gated
-        kept = {path: replace(self.put(data), lfs=path.endswith((".parquet", ".safetensors"))) for path, data in files.items()}
-        repository.commit(branch, "seed", kept)
+        stored = {path: self.put(data) for path, data in files.items()}
+        is_lfs = {path: path.endswith((".parquet", ".safetensors")) for path in files}
+        repository.commit(
+            branch, "seed", {path: replace(file, lfs=is_lfs[path]) for path, file in stored.items()}
+        )
         return repository
 
     def large(self, sha256: str) -> File | None:
         """Return a large file, or None if it was not uploaded."""
         if not self.path(sha256).exists():
             return None
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {self.path(sha256).stat().st_size}\n"
+        size = self.path(sha256).stat().st_size
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
         git_oid = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer.encode()).hexdigest()
-        return File(sha256, git_oid, self.path(sha256).stat().st_size, lfs=True)
+        return File(sha256, git_oid, size, lfs=True)

@@ -23,13 +23,16 @@ async def create(hub: Hub, request: Request) -> Response:
     owner = body.get("organization") or USER
     hub.require_writer(request, owner)
     repo, kind = f"{owner}/{body['name']}", body.get("type", "model")
-    url = {"url": f"{request.base_url}{'' if kind == 'model' else f'{kind}s/'}{repo}", "name": repo, "id": repo}
+    url = {
+        "url": f"{request.base_url}{'' if kind == 'model' else f'{kind}s/'}{repo}",
+        "name": repo,
+        "id": repo,
+    }
     if (kind, repo) in hub.storage.repos:
         return JSONResponse({"error": "You already created this repo", **url}, 409)
     repository = Repo(kind, repo, private=body.get("visibility") == "private")
-    repository.commit(
-        "main", "initial commit", {".gitattributes": hub.storage.put(b"*.parquet filter=lfs diff=lfs merge=lfs -text\n")}
-    )
+    attributes = hub.storage.put(b"*.parquet filter=lfs diff=lfs merge=lfs -text\n")
+    repository.commit("main", "initial commit", {".gitattributes": attributes})
     hub.storage.repos[kind, repo] = repository
     return JSONResponse(url)
 
@@ -97,7 +100,7 @@ async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str
     repository = hub.writable(request, kind, repo)
     operations = [json.loads(line) for line in (await request.body()).splitlines()]
     if revision not in repository.branches:
-        raise HubError(404, "RevisionNotFound", f"no branch {revision}: a tag or a commit cannot be written to")
+        raise HubError(404, "RevisionNotFound", f"{revision} is not a branch")
     head = hub.commit_at(repository, revision)
     files: dict[str, File] = dict(head.files)
     title, message = "commit", ""
@@ -106,7 +109,7 @@ async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str
         if key == "header":
             title, message = value["summary"], value.get("description") or ""
             if value.get("parentCommit") not in (None, head.oid):
-                raise HubError(412, "StaleParent", "A commit has happened since. Please refresh and try again.")
+                raise HubError(412, "StaleParent", "A commit has happened since.")
         elif key == "file":
             files[_safe(value["path"])] = _small(hub, value)
         elif key == "lfsFile":
@@ -120,7 +123,8 @@ async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str
         else:
             raise HubError(400, "BadOperation", f"unknown operation: {key}")
     new_commit = repository.commit(revision, title, files, message)
-    return JSONResponse({"commitOid": new_commit.oid, "commitUrl": f"{request.base_url}{kind}/{repo}/commit/{new_commit.oid}"})
+    url = f"{request.base_url}{kind}/{repo}/commit/{new_commit.oid}"
+    return JSONResponse({"commitOid": new_commit.oid, "commitUrl": url})
 
 
 def _small(hub: Hub, value: dict[str, str]) -> File:
@@ -143,7 +147,13 @@ async def tag(hub: Hub, request: Request, kind: str, repo: str, revision: str) -
 
 def _safe(path: str) -> str:
     parts = path.split("/")
-    if not path or path.startswith("/") or "\\" in path or "\0" in path or {"", ".", "..", ".git"} & set(parts):
+    if (
+        not path
+        or path.startswith("/")
+        or "\\" in path
+        or "\0" in path
+        or {"", ".", "..", ".git"} & set(parts)
+    ):
         raise HubError(400, "BadPath", f"not a path within a repository: {path!r}")
     return path
 

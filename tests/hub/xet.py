@@ -89,7 +89,9 @@ def recipes(shard: bytes) -> Iterator[tuple[str, list[Segment]]]:
     position = RECORD  # after the header of the shard
     while shard[position : position + 32] != b"\xff" * 32:  # end marker
         flags, count = struct.unpack_from("<II", shard, position + 32)
-        entries = [shard[position + RECORD * (index + 1) : position + RECORD * (index + 2)] for index in range(count)]
+        entries = [
+            shard[position + RECORD * (index + 1) : position + RECORD * (index + 2)] for index in range(count)
+        ]
         position += RECORD * (count + 1)
         if flags & HAS_VERIFICATION:
             position += RECORD * count
@@ -97,7 +99,10 @@ def recipes(shard: bytes) -> Iterator[tuple[str, list[Segment]]]:
             raise HubError(400, "NoChecksum", "a file came without its sha256")
         sha256 = _hexadecimal(shard[position : position + 32])
         position += RECORD
-        yield sha256, [Segment(_hexadecimal(entry[:32]), *struct.unpack_from("<II", entry, 40)) for entry in entries]
+        yield (
+            sha256,
+            [Segment(_hexadecimal(entry[:32]), *struct.unpack_from("<II", entry, 40)) for entry in entries],
+        )
 
 
 def _hexadecimal(raw: bytes) -> str:

@@ -87,8 +87,9 @@ def ignore_sigint() -> None:
 
 def descendants(pid: int, word: str = "") -> list[int]:
     """Return the child processes of a process, at any depth, whose command contains `word`."""
-    lines = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
-    parents = {int(child): (int(parent), command) for child, parent, command in (line.split(None, 2) for line in lines)}
+    done = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True)
+    lines = [line.split(None, 2) for line in done.stdout.splitlines()[1:]]
+    parents = {int(child): (int(parent), command) for child, parent, command in lines}
 
     def is_below(child: int) -> bool:
         return child in parents and (parents[child][0] == pid or is_below(parents[child][0]))

@@ -1,4 +1,4 @@
-"""Commands for captioners, called as functions: settings, presets, resuming. The server's end is tested in a process."""
+"""Commands for captioners, called as functions, and the end of the server in a process."""
 
 import fcntl
 import json
@@ -26,7 +26,13 @@ from tests.trainer.tiny_models import save_clip, save_language_model
 from tests.whole.conftest import SYNTH, restore_sigint
 from trainer.runtime.training_state import save_resume
 
-SMALL = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "evaluate_images": 4, "max_caption_tokens": 12}
+SMALL = {
+    "decoder_width": 64,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "evaluate_images": 4,
+    "max_caption_tokens": 12,
+}
 
 
 @pytest.fixture
@@ -48,7 +54,8 @@ def settings(folder: Path) -> dict[str, Any]:
 def test_flags_become_settings_and_scenes_use_their_preset(
     version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(data=str(version.path), encoder=models["encoder"], epochs=1, batch_size=16, lr=0.002, seed=3, out=tmp_path / "c")
+    flags: Any = {"encoder": models["encoder"], "epochs": 1, "batch_size": 16, "lr": 0.002, "seed": 3}
+    train(data=str(version.path), **flags, out=tmp_path / "c")
     trained = settings(tmp_path / "c")
     images = version.manifest["rows"]["train"]
     assert trained["steps"] == -(-images // 16)
@@ -58,14 +65,12 @@ def test_flags_become_settings_and_scenes_use_their_preset(
         "decoder_lr": 0.002,
         "seed": 3,
         "precision": "fp32",
-        "batch_size": 16,
     }
-    assert {name: trained[name] for name in expected} == expected
+    assert {name: trained[name] for name in [*expected, "batch_size"]} == expected | {"batch_size": 16}
     printed = capsys.readouterr().err
     assert "preset scenes: " in printed and f"at most {trained['steps']} steps of 16 images (1." in printed
     before = (tmp_path / "c/model.safetensors").stat().st_mtime_ns
-    again = {"data": str(version.path), "encoder": models["encoder"], "epochs": 1, "batch_size": 16, "lr": 0.002, "seed": 3}
-    train(**again, out=tmp_path / "c", as_json=True)  # type: ignore[arg-type]
+    train(data=str(version.path), **flags, out=tmp_path / "c", as_json=True)
     shown = capsys.readouterr()
     assert "holds this captioner, trained before" in shown.err
     assert json.loads(shown.out)["scores"] == json.loads((tmp_path / "c/metrics.json").read_text())["scores"]
@@ -87,7 +92,8 @@ def test_resumed_training_keeps_its_settings(
         raise KeyboardInterrupt
 
     config, encoder, decoder = tmp_path / "c.yaml", models["encoder"], models["decoder"]
-    config.write_text(json.dumps(SMALL | {"steps": 3, "evaluate_every": 1, "preset": "photos-lm", "lora_rank": 2}))
+    changes = {"steps": 3, "evaluate_every": 1, "preset": "photos-lm", "lora_rank": 2}
+    config.write_text(json.dumps(SMALL | changes))
     monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         train(data=str(version.path), config=config, encoder=encoder, decoder=decoder)
@@ -119,7 +125,8 @@ def test_names_on_stdin_are_captioned_and_missing_files_reported(
     assert "has not ended" not in printed.err
     (tmp_path / "c" / "resume.pt").write_bytes(b"state")
     caption(captioner, [str(image)], as_json=True)
-    assert "has not ended; `synth train --resume` goes on with it" in capsys.readouterr().err.replace("\n", " ")
+    printed_errors = capsys.readouterr().err.replace("\n", " ")
+    assert "has not ended; `synth train --resume` goes on with it" in printed_errors
     monkeypatch.setattr("sys.stdin", StringIO(f"{tmp_path}/gone.png\n"))
     with pytest.raises(BadParameter, match="no image was named"):
         caption(captioner, ["-"])
@@ -158,7 +165,7 @@ def test_evaluation_uses_beams_of_training(
 ) -> None:
     settings_file = tmp_path / "c.json"
     settings_file.write_text(json.dumps(SMALL | {"num_beams": 2}))
-    train(data=str(version.path), encoder=models["encoder"], steps=1, config=settings_file, out=tmp_path / "c")
+    train(str(version.path), encoder=models["encoder"], steps=1, config=settings_file, out=tmp_path / "c")
     capsys.readouterr()
     for asked, beams in ((None, 2), (1, 1)):
         evaluate(str(tmp_path / "c"), str(version.path), num_beams=asked, as_json=True)
@@ -175,7 +182,9 @@ def test_signal_ends_server_while_request_body_arrives(number: int, tmp_path: Pa
         assert server.stderr
         port = int(next(line for line in server.stderr if line.startswith("http")).strip().rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as client:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            head = (
+                "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            )
             client.sendall(f"{head}Content-Length: 200\r\n\r\n{{".encode())
             # this answer shows that the first request has arrived
             with socket.create_connection(("127.0.0.1", port)) as other:

@@ -37,14 +37,15 @@ THINGS = ("ring", "star", "cross", "disk", "arrow")
 
 
 def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Act]:
-    """Return a script that derives replies from the image's uuid. Texts repeat, and some replies are invalid JSON."""
+    """Return a script with replies by the image's uuid: texts repeat, and some replies are invalid JSON."""
 
     def script(times: int, body: dict[str, Any]) -> Act:
         draws = hashlib.sha256(uuid_of(body).encode()).digest()
         thing, color = THINGS[draws[0] % 5], ("red", "blue")[draws[1] % 2]
         task = body["response_format"]["json_schema"]["name"]
         if task == "answer":
-            text = json.dumps({"answer": "yes" if "Is there" in json.dumps(body["messages"]) else str(draws[4] % 3)})
+            is_boolean = "Is there" in json.dumps(body["messages"])
+            text = json.dumps({"answer": "yes" if is_boolean else str(draws[4] % 3)})
         elif task == "boxes":
             boxes = [[0, 0, 28 + draws[5] % 28, 40], [5, 5, 9000, 9]][: draws[6] % 3]
             text = json.dumps({"boxes": [{"bbox_2d": box, "label": thing} for box in boxes]})
@@ -53,9 +54,13 @@ def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Ac
         elif task == "caption":
             text = json.dumps({"caption": f"A small {color} {thing} lies in the middle of a white sheet."})
         else:
-            pairs = [("yes/no", f"Is there a {thing} here?", "yes"), ("number", "How many things are seen?", str(draws[2] % 3))]
-            keys = ("answer_type", "question", "answer")
-            text = json.dumps({"qa": [dict(zip(keys, pair, strict=True)) for pair in pairs]})
+            boolean = {"answer_type": "yes/no", "question": f"Is there a {thing} here?", "answer": "yes"}
+            number = {
+                "answer_type": "number",
+                "question": "How many things are seen?",
+                "answer": str(draws[2] % 3),
+            }
+            text = json.dumps({"qa": [boolean, number]})
         return Act(text="no JSON" if draws[3] < 16 else text, seconds=seconds)
 
     return script
@@ -63,7 +68,7 @@ def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Ac
 
 @pytest.fixture
 def synth(tmp_path: Path) -> Run:
-    """Run `synth ARGUMENTS` in a process: Ray leaves threads, and uses the process's folder and environment."""
+    """Run `synth ARGUMENTS` in a new process, because Ray leaves threads."""
     return partial(run_process, cwd=tmp_path)
 
 
@@ -75,7 +80,7 @@ def chat() -> Iterator[ChatServer]:
 
 @dataclass(frozen=True)
 class Made:
-    """Versions of the same photos: `one` from one process, `many` from a cluster with killed worker and driver."""
+    """Versions of the same photos: `one` from one process, `many` from a cluster with kills."""
 
     folder: Path
     chat: ChatServer
@@ -95,7 +100,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
             image = {"bytes": b"broken", "path": None} if n % 11 == 10 else datasets.cell(n)
             rows.append({"photo": image, "caption": f"Thing {n} of {split}."})
         (folder / "photos" / f"{split}.parquet").write_bytes(datasets.parquet(rows, PHOTOS, rows_a_group=5))
-    (folder / "boxes.yaml").write_text("{name: boxes, kind: boxes, prompt: 'Where are the things of {{ row.caption }}'}")
+    boxes = "{name: boxes, kind: boxes, prompt: 'Where are the things of {{ row.caption }}'}"
+    (folder / "boxes.yaml").write_text(boxes)
     output = "{type: object, required: [many], properties: {many: {type: integer}, sure: {type: boolean}}}"
     asks = f"needs: [boxes], show_image: false, output: {output}, prompt: '{{{{ results.boxes }}}}'"
     (folder / "count.yaml").write_text(f"{{name: count, kind: record, {asks}}}")
@@ -105,7 +111,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         undisturbed = Counter(chat.times)
         chat.times.clear()
         kill_worker_and_driver(folder, chat)
-        (folder / "m.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, verdict="good")]))
+        good = Review(sample_id="0" * 64, content="0" * 16, verdict="good")
+        (folder / "m.jsonl").write_text(format_reviews([good]))
         review = run_synth("review", "apply", "m.jsonl", "--data", "many", cwd=folder)
         done = run_process(*flags_of(chat), "--out", "many", "--executor", "ray", cwd=folder)
         assert done.returncode == 0, done.stderr
@@ -135,8 +142,16 @@ def flags_of(chat: ChatServer) -> tuple[str, ...]:
     """Return the command for `one` and `many`, without folder and executor."""
     columns = ("--columns", "image=photo,context=caption")
     source = ("--source", "parquet:photos", *columns, "--exclude", "parquet:photos#validation")
-    tasks = ("--tasks", "caption,qa", "--task", "boxes.yaml", "--task", "count.yaml", "--verify", "round_trip,blind")
-    return ("generate", *source, *tasks, "--base-url", chat.url)
+    tasks = ("--tasks", "caption,qa", "--task", "boxes.yaml", "--task", "count.yaml")
+    return ("generate", *source, *tasks, "--verify", "round_trip,blind", "--base-url", chat.url)
+
+
+def write_review(folder: Path) -> None:
+    """Write a review of the first text of `one` to `reviews.jsonl`."""
+    rows = pq.read_table(folder / "one" / "steps" / "split" / "kept.parquet").to_pylist()
+    sample_id, content = text_name(rows[0])
+    review = Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")
+    (folder / "reviews.jsonl").write_text(format_reviews([review]))
 
 
 def latest_version(folder: Path) -> Version:
@@ -144,7 +159,8 @@ def latest_version(folder: Path) -> Version:
 
 
 def rows_of(version: Version) -> dict[str, Any]:
-    return {row["sample_id"]: row for _, batch in version.batches(version.manifest["columns"]) for row in batch.to_pylist()}
+    batches = version.batches(version.manifest["columns"])
+    return {row["sample_id"]: row for _, batch in batches for row in batch.to_pylist()}
 
 
 def test_cluster_makes_same_version_report_and_review_as_one_machine(made: Made) -> None:
@@ -154,23 +170,22 @@ def test_cluster_makes_same_version_report_and_review_as_one_machine(made: Made)
     assert rows_of(distributed) == rows_of(local)
     assert {len(row["boxes"]) for row in rows_of(local).values()} == {0, 1}
     assert {row["count"]["many"] for row in rows_of(local).values() if row["count"]} >= {1, 2}
-    shared = local.manifest.keys() - {"files", "rejections"}
-    assert {name: distributed.manifest[name] for name in shared} == {name: local.manifest[name] for name in shared}
-    rejections = [pq.read_table(version.path / "rejections.parquet").to_pylist() for version in (local, distributed)]
-    assert sorted(map(str, rejections[0])) == sorted(map(str, rejections[1]))
+    for name in local.manifest.keys() - {"files", "rejections"}:
+        assert distributed.manifest[name] == local.manifest[name], name
+    tables = [pq.read_table(version.path / "rejections.parquet") for version in (local, distributed)]
+    rejections = [sorted(map(str, table.to_pylist())) for table in tables]
+    assert rejections[0] == rejections[1]
     reasons = {reason for step in distributed.manifest["funnel"] for reason in step["rejected"]}
     assert {"banned_image", "duplicate_image", "unreadable_image"} <= reasons, reasons
     for step in distributed.manifest["funnel"]:
         assert step["input"] == step["kept"] + sum(step["rejected"].values())
     parts, before, flags = [], len(chat.bodies), flags_of(chat)
-    rows = pq.read_table(folder / "one" / "steps" / "split" / "kept.parquet").to_pylist()
-    sample_id, content = text_name(rows[0])
-    reviews = format_reviews([Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")])
-    (folder / "reviews.jsonl").write_text(reviews)
+    write_review(folder)
     for out in ("one", "many"):
         assert run_synth("report", out, cwd=folder).returncode == 0
         page = (folder / out / "report.html").read_text()
-        parts.append(sorted(re.findall(r'<span class="bad">\d+</span> \w+|Texts that say the same: \d+|"step":"\w+"', page)))
+        figures = r'<span class="bad">\d+</span> \w+|Texts that say the same: \d+|"step":"\w+"'
+        parts.append(sorted(re.findall(figures, page)))
         assert "lies in no folder here" not in page
         done = run_synth("review", "apply", "reviews.jsonl", "--data", out, cwd=folder)
         assert "review: 1 reviews apply" in done.stderr, done.stderr
@@ -229,13 +244,15 @@ def test_nodes_without_shared_files_use_object_store(
     assert synth(*flags, "--out", "one").returncode == 0
     undisturbed = Counter(chat.times)
     chat.times.clear()
-    chat.script = lambda times, body: scripted_replies(45.0 if shard_of(uuid_of(body)) == 2 else 0.5)(times, body)
+    slow, quick = scripted_replies(45.0), scripted_replies(0.5)
+    chat.script = lambda times, body: (slow if shard_of(uuid_of(body)) == 2 else quick)(times, body)
     with running_s3("sets") as keys:
         for name, value in keys.items():
             monkeypatch.setenv(name, value)
         driver = start_on_cluster(tmp_path, *flags, "--out", home, "--shards", "3")
         shards = parse_dataset_path(home) / "shards"
-        wait_until(lambda: len(list(shards.glob("*/filled.json"))) == 2 and 2 in map(shard_of, chat.times), "two shards")
+        wait_until(lambda: len([*shards.glob("*/filled.json")]) == 2, "two shards")
+        wait_until(lambda: 2 in map(shard_of, chat.times), "the third shard")
         workers = descendants(driver.pid, "ray::MapWorker")
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
@@ -254,8 +271,8 @@ def test_nodes_without_shared_files_use_object_store(
         assert chat.times.keys() == undisturbed.keys()
         repeated = (chat.times - undisturbed).keys()
         assert not set(map(shard_of, repeated)) & filled
-        remaining = {path.name for path in scratch_root(parse_dataset_path(home)).rglob("*") if path.is_file()}
-        assert remaining == {".lock"}  # on the node
+        files = [path for path in scratch_root(parse_dataset_path(home)).rglob("*") if path.is_file()]
+        assert {path.name for path in files} == {".lock"}  # on the node
         assert "nothing new: v1.0.0" in synth(*flags, "--out", home, "--executor", "ray").stderr
         assert len(list(shards.glob("*/journal/*.sqlite"))) == 3
         assert not (parse_dataset_path(home) / "exchange").exists()
@@ -264,9 +281,7 @@ def test_nodes_without_shared_files_use_object_store(
         assert synth("report", home).stdout.strip() == f"{dataset_folder(home)}/report.html"
         fetched, local = latest_version(tmp_path / dataset_folder(home)), latest_version(tmp_path / "one")
         assert fetched.manifest["digest"] == local.manifest["digest"] and rows_of(fetched) == rows_of(local)
-        sample_id, content = text_name(pq.read_table(tmp_path / "one" / "steps" / "split" / "kept.parquet").to_pylist()[0])
-        reviews = format_reviews([Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")])
-        (tmp_path / "reviews.jsonl").write_text(reviews)
+        write_review(tmp_path)
         for out in ("one", home):
             done = synth("review", "apply", "reviews.jsonl", "--data", out, "--json")
             assert done.returncode == 0, done.stderr
@@ -276,7 +291,7 @@ def test_nodes_without_shared_files_use_object_store(
     assert synth(*flags, "--out", home).returncode == 2  # the local executor writes to a disk only
 
 
-def test_unreachable_cluster_is_an_error_before_any_request(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
+def test_unreachable_cluster_is_an_error(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "4", "--base-url", chat.url, "--executor", "ray")
     error, hint = read_failure(synth(*command, "--out", "d", "--ray-address", "127.0.0.1:9"))
     assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint

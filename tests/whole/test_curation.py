@@ -12,7 +12,8 @@ from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 
 SCENES = 8
-CHECKS = "round_trip,claims,blind,alignment"
+GENERATE = ("generate", "--source", "scenes", "--limit", "8", "--out", "d")
+GENERATE += ("--verify", "round_trip,claims,blind,alignment")
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -22,7 +23,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verified")
-    done = run("generate", "--source", "scenes", "--limit", str(SCENES), "--out", "d", "--verify", CHECKS, cwd=folder)
+    done = run(*GENERATE, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "verify asks at most" in done.stderr
     return folder / "d"
@@ -42,16 +43,17 @@ def test_annotations_are_verified_and_new_thresholds_need_no_request(verified: P
         assert row["agreement"] == 1.0
         assert (row["alignment"] is not None) == (row["task"] == "caption")
     config = verified.parent / "loose.yaml"
-    config.write_text("verify: {min_claims_supported: 0.1, lowest_alignment_frac: 0.0}\nfilter: {max_caption_words: 12}\n")
-    common = ("generate", "--source", "scenes", "--limit", str(SCENES), "--out", "d", "--verify", CHECKS)
-    done = run(*common, "--config", str(config), cwd=verified.parent)
+    config.write_text(
+        "verify: {min_claims_supported: 0.1, lowest_alignment_frac: 0.0}\nfilter: {max_caption_words: 12}\n"
+    )
+    done = run(*GENERATE, "--config", str(config), cwd=verified.parent)
     assert "asked the model 0 times" in done.stderr
     assert "too_long" in done.stderr
     assert len(read_kept(verified, "verify")) < len(rows)  # long captions are rejected
     funnel = json.loads((verified / "versions" / "v1.0.1" / "manifest.json").read_text())["funnel"]
     for step in funnel:
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
-    back = run(*common, cwd=verified.parent)
+    back = run(*GENERATE, cwd=verified.parent)
     assert back.returncode == 0 and len(read_kept(verified, "verify")) == len(rows)
 
 
@@ -65,8 +67,8 @@ def test_copies_are_merged_and_crops_share_split_and_excluded_images_are_rejecte
     stored_again(images[0]).resize((200, 150)).save(tmp_path / "photos" / "0-copy.jpg")
     cropped(images[1]).save(tmp_path / "photos" / "1-crop.png")
     stored_again(images[7]).save(tmp_path / "test" / "7.jpg")
-    tiny = ("--engine", "embedded", "--model", "tiny")
-    done = run("generate", "--source", "folder:photos", "--exclude", "folder:test", "--out", "d", *tiny, cwd=tmp_path)
+    source = ("--source", "folder:photos", "--exclude", "folder:test", "--out", "d")
+    done = run("generate", *source, "--engine", "embedded", "--model", "tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     samples = {row["source_row"]: row["sample_id"] for row in read_kept(tmp_path / "d", "read")}
     rejected = pq.read_table(tmp_path / "d" / "steps" / "read" / "rejected.parquet").to_pylist()

@@ -12,6 +12,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError
 from pipeline.plan import refuse_other_source
+from tests.commands import Done
 from tests.hub.datasets import photo
 from tests.whole.conftest import SYNTH, Run, read_failure
 
@@ -32,9 +33,8 @@ def test_other_spelling_of_folder_is_same_source(
     config = resolve(source=now.format(here=tmp_path))
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "run.json").write_text(json.dumps(config.recorded() | {"source": before}))
-    with (
-        nullcontext() if is_same else pytest.raises(ConfigError, match=f"name it as before: --source {before}|holds data from")
-    ):
+    refusal = f"name it as before: --source {before}|holds data from"
+    with nullcontext() if is_same else pytest.raises(ConfigError, match=refusal):
         refuse_other_source(DatasetDir(tmp_path / "d"), config)
 
 
@@ -69,16 +69,18 @@ def test_unwritable_output_is_one_error(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def run_on_mount(tmp_path: Path, options: str, prepare: str, arguments: str) -> subprocess.CompletedProcess[str]:
+def run_on_mount(tmp_path: Path, options: str, prepare: str, arguments: str) -> Done:
     """Run synth in a new mount namespace, with a small file system on `disk`."""
     (tmp_path / "disk").mkdir()
-    script = f"mount -t tmpfs -o {options} tmpfs disk && {prepare} && {SYNTH} {arguments}; code=$?; ls -A disk/*; exit $code"
+    mount = f"mount -t tmpfs -o {options} tmpfs disk && {prepare}"
+    script = f"{mount} && {SYNTH} {arguments}; code=$?; ls -A disk/*; exit $code"
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
 
 
 def test_full_disk_is_an_error_without_partial_files(tmp_path: Path) -> None:
-    done = run_on_mount(tmp_path, "size=200k", "true", "generate --source scenes --limit 300 --tasks caption --out disk/d")
+    generate = "generate --source scenes --limit 300 --tasks caption --out disk/d"
+    done = run_on_mount(tmp_path, "size=200k", "true", generate)
     error, hint = read_failure(done)
     assert "the disk is full" in error
     assert "free some space" in hint
@@ -87,7 +89,10 @@ def test_full_disk_is_an_error_without_partial_files(tmp_path: Path) -> None:
 
 def test_read_only_folder_is_an_error(tmp_path: Path) -> None:
     done = run_on_mount(
-        tmp_path, "size=1m", "mkdir disk/d && mount -o remount,ro disk", "generate --source scenes --out disk/d"
+        tmp_path,
+        "size=1m",
+        "mkdir disk/d && mount -o remount,ro disk",
+        "generate --source scenes --out disk/d",
     )
     error, hint = read_failure(done)
     assert "read-only" in error

@@ -82,8 +82,9 @@ SPEC = SourceSpec(
 
 
 def reply(_: int, body: dict[str, Any]) -> Act:
-    words = "TWO STRIPES AND NO MORE" if "plain" in str(body["messages"]) else f"A field of gray, number {len(str(body)) % 97}."
-    return Act(json.dumps({"caption": words}))
+    is_plain = "plain" in str(body["messages"])
+    text = "TWO STRIPES AND NO MORE" if is_plain else f"A field of gray, number {len(str(body)) % 97}."
+    return Act(json.dumps({"caption": text}))
 
 
 @pytest.fixture
@@ -120,10 +121,10 @@ def extend(package: Path, files: dict[str, Any]) -> None:
 
 def test_step_and_source_need_two_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
     extend(package, STEP | SOURCE)
-    command = [sys.executable, "-m", "pipeline.cli", "generate", "--source", "stripes", "--limit", "20", "--out", "data"]
-    command += ["--tasks", "caption", "--base-url", chat.url]
+    command = [sys.executable, "-m", "pipeline.cli", "generate", "--source", "stripes", "--limit", "20"]
+    command += ["--out", "data", "--tasks", "caption", "--base-url", chat.url]
     env = os.environ | {"PYTHONPATH": str(package)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     version = tmp_path / "data" / "versions" / "v1.0.0"
     funnel = {step["step"]: step for step in json.loads((version / "manifest.json").read_text())["funnel"]}

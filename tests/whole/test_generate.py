@@ -21,9 +21,10 @@ from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import SYNTH, Run, ignore_sigint, restore_sigint
 
-SCENES = 40
+SCENES = 56
 GENERATE = ("generate", "--source", "scenes", "--limit", str(SCENES), "--json")
 KILLS = 10 if LONG else 1
+Whole = tuple[Path, dict[str, str]]
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
@@ -33,7 +34,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """Return the folder and the printed result of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     done = run_synth(*GENERATE, "--out", "d", cwd=folder)
@@ -41,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     return folder / "d", json.loads(done.stdout)
 
 
-def test_repeated_run_asks_nothing_and_writes_nothing(whole: tuple[Path, dict[str, str]]) -> None:
+def test_repeated_run_asks_nothing_and_writes_nothing(whole: Whole) -> None:
     folder, printed = whole
     version = DatasetDir(folder).version()
     funnel = {step["step"]: step for step in version.manifest["funnel"]}
@@ -65,7 +66,7 @@ def test_repeated_run_asks_nothing_and_writes_nothing(whole: tuple[Path, dict[st
     assert state(folder) == before
 
 
-def test_damaged_version_is_a_warning_if_nothing_is_new(whole: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+def test_damaged_version_is_a_warning_if_nothing_is_new(whole: Whole, tmp_path: Path) -> None:
     folder = shutil.copytree(whole[0], tmp_path / "copy")
     version = DatasetDir(folder).version("v1.0.0")
     short, lost = [version.path / name for name in [*version.manifest["files"]][:2]]
@@ -74,20 +75,24 @@ def test_damaged_version_is_a_warning_if_nothing_is_new(whole: tuple[Path, dict[
     lost.unlink()
     done = run_synth(*GENERATE, "--out", folder, cwd=tmp_path)
     names = ", ".join(str(path.relative_to(version.path)) for path in (short, lost))
-    text = f"v1.0.0 is damaged: {names} is gone or of another size; `synth check {folder}` says what can be rebuilt"
+    text = (
+        f"v1.0.0 is damaged: {names} is gone or of another size;"
+        f" `synth check {folder}` says what can be rebuilt"
+    )
     assert text in json.loads(done.stdout)["warnings"]
     assert f"warning: {text}" in done.stderr and "asked the model 0 times" in done.stderr
 
 
-def test_more_scenes_make_minor_version_and_only_new_scenes_are_asked(whole: tuple[Path, dict[str, str]]) -> None:
+def test_more_scenes_make_minor_version_and_only_new_scenes_are_asked(whole: Whole) -> None:
     folder, _ = whole
     before = DatasetDir(folder).version("v1.0.0")
-    done = run_synth("generate", "--source", "scenes", "--limit", str(SCENES + 8), "--out", folder, cwd=folder)
+    source = ("--source", "scenes", "--limit", str(SCENES + 8))
+    done = run_synth("generate", *source, "--out", folder, cwd=folder)
     assert f"asked the model {8 * 3} times for {(SCENES + 8) * 3} replies" in done.stderr, done.stderr
     after = DatasetDir(folder).version()
     assert (after.name, after.manifest["parent"]) == ("v1.1.0", "v1.0.0")
-    held_out, held_out_later = ({*version.read("test", ["sample_id"])["sample_id"].to_pylist()} for version in (before, after))
-    assert held_out <= held_out_later
+    held_out = [{*version.read("test")["sample_id"].to_pylist()} for version in (before, after)]
+    assert held_out[0] <= held_out[1]
 
 
 def test_killed_run_resumes_to_same_version(tmp_path: Path) -> None:
@@ -99,7 +104,9 @@ def test_killed_run_resumes_to_same_version(tmp_path: Path) -> None:
         for _ in range(KILLS):
             last = len(chat.bodies) + requests // (KILLS + 1)
             with (tmp_path / "log").open("ab") as log:
-                process = subprocess.Popen([*command, chat.url, "--out", "d"], cwd=tmp_path, stdout=log, stderr=log)
+                process = subprocess.Popen(
+                    [*command, chat.url, "--out", "d"], cwd=tmp_path, stdout=log, stderr=log
+                )
             while len(chat.bodies) < last and process.poll() is None:
                 time.sleep(0.01)
             process.kill()
@@ -134,9 +141,10 @@ def test_signal_ends_run_with_hint_to_resume(
 
 def test_sigterm_ends_training_with_exit_code_143(tmp_path: Path) -> None:
     make_version(tmp_path / "d", scene_samples(40))
-    options = ["--data", "d", "--encoder", "tiny-vit", "--steps", "500", "--batch-size", "4", "--out", "captioner"]
+    command = [str(SYNTH), "train", "--data", "d", "--encoder", "tiny-vit", "--out", "captioner"]
+    command += ["--steps", "500", "--batch-size", "4"]
     process = subprocess.Popen(
-        [str(SYNTH), "train", *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint
     )
     log = tmp_path / "captioner" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
@@ -154,7 +162,8 @@ def test_folder_source_gives_version_without_local_paths(synth: Run, tmp_path: P
         Image.new("RGB", (120 + number, 90), color).save(pictures / f"{color}.jpg")
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     (pictures / "copy.jpg").write_bytes((pictures / "red.jpg").read_bytes())
-    done = synth("generate", "--source", "folder:pictures", "--engine", "embedded", "--model", "tiny", "--json")
+    engine = ("--engine", "embedded", "--model", "tiny")
+    done = synth("generate", "--source", "folder:pictures", *engine, "--json")
     assert done.returncode == 0, done.stderr
     assert "1 unreadable_image" in done.stderr
     assert "1 duplicate_image" in done.stderr

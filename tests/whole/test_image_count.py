@@ -39,9 +39,12 @@ def refuse_some(share: float) -> ChatServer:
 
 
 def settings(chat: ChatServer, **more: Any) -> Config:
-    values: dict[str, Any] = {"source": "scenes", "tasks": ["caption"], "base_url": [chat.url], "model": "model"}
-    values["generate"] = {"caption_styles": ["brief"], "max_attempts": 1}
-    return resolve(**values | {"filter": {"language": None}, "server": {"max_failure_frac": 1}} | more)
+    values: dict[str, Any] = {
+        "source": "scenes", "tasks": ["caption"], "base_url": [chat.url], "model": "model",
+        "generate": {"caption_styles": ["brief"], "max_attempts": 1}, "filter": {"language": None},
+        "server": {"max_failure_frac": 1},
+    }  # fmt: skip
+    return resolve(**values | more)
 
 
 def run(folder: Path, chat: ChatServer, **more: Any) -> tuple[RunResult, list[str]]:
@@ -54,7 +57,8 @@ def step(version: Version, name: str) -> dict[str, Any]:
 
 
 def ids_of(version: Version) -> set[str]:
-    return {sample_id for _, batch in version.batches(["sample_id"]) for sample_id in batch["sample_id"].to_pylist()}
+    batches = [batch for _, batch in version.batches(["sample_id"])]
+    return {sample_id for batch in batches for sample_id in batch["sample_id"].to_pylist()}
 
 
 def test_source_is_read_until_enough_images_are_kept(tmp_path: Path) -> None:
@@ -65,7 +69,8 @@ def test_source_is_read_until_enough_images_are_kept(tmp_path: Path) -> None:
         read = step(version, "read")["kept"]
         assert 60 < read < 100 and len(chat.bodies) == result.stats.asked == result.stats.total == read
         assert max(chat.times.values()) == 1
-        assert any("of 50 images are kept of 50 that were read: reading on, to image" in text for text in notes)
+        reading = "of 50 images are kept of 50 that were read: reading on, to image"
+        assert any(reading in text for text in notes)
         trimmed = step(version, "trim")
         assert trimmed["input"] - trimmed["kept"] == trimmed["rejected"].get("beyond_images", 0) < 20
         assert not version.is_preview and version.manifest["config"]["images"] == 50
@@ -138,9 +143,8 @@ def test_bad_review_does_not_continue_reading(tmp_path: Path) -> None:
         )
         _, content = text_name({"sample_id": sample_id, "task": "caption", "text": caption})
         reviews = tmp_path / "reviews.jsonl"
-        reviews.write_text(
-            json.dumps({"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "not_true"}) + "\n"
-        )
+        review = {"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "not_true"}
+        reviews.write_text(f"{json.dumps(review)}\n")
         notes = Notes()
         reviewed = apply_reviews(DatasetDir(tmp_path), [reviews], notes)
         assert reviewed.version.num_rows == 19
@@ -164,5 +168,7 @@ def test_impossible_image_count_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="images: 20 images cannot be kept of the 10 that limit allows"):
         resolve(source="scenes", images=20, limit=10)
     config = resolve(source="scenes", images=5)
-    with pytest.raises(ConfigError, match="--images reads on until enough images are kept, which a cluster cannot"):
+    with pytest.raises(
+        ConfigError, match="--images reads on until enough images are kept, which a cluster cannot"
+    ):
         generate_dataset(config, tmp_path, cluster=ClusterOptions())

@@ -12,8 +12,9 @@ import pytest
 
 from pipeline.install import DISTRIBUTION, PACKAGES
 from tests.chat.server import ChatServer, running_chat
+from tests.commands import Done
 from tests.hostile import LONG
-from tests.resolve import EXTRAS, PYTHONS, RESOLUTIONS, ROOT, UV, Resolved, resolve
+from tests.resolve import EXTRAS, PLATFORM, PYTHONS, RESOLUTIONS, ROOT, UV, Resolved, resolve
 from tests.whole.conftest import save_photos
 
 TRIED = PYTHONS if LONG else PYTHONS[-1:]  # `make resolve` tries all
@@ -42,22 +43,30 @@ def test_all_extras_resolve_with_vllm_and_core_needs_no_torch(
 
 @pytest.mark.skipif(not LONG, reason="a new environment takes a minute: make test-long")
 def test_image_script_installs_and_runs_doctor(tmp_path: Path, source_tree: Path) -> None:
-    subprocess.run([str(UV), "venv", "--quiet", "--seed", "--python", sys.executable, str(tmp_path / "env")], check=True)
+    environment = [UV, "venv", "--quiet", "--seed", "--python", sys.executable, tmp_path / "env"]
+    subprocess.run(environment, check=True)
     python = tmp_path / "env" / "bin" / "python"
     command = ["sh", str(ROOT / "deploy" / "install.sh"), str(source_tree), "heic"]
-    done = subprocess.run(command, env=os.environ | {"PYTHON": str(python)}, cwd=tmp_path, capture_output=True, text=True)
+    env = os.environ | {"PYTHON": str(python)}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"ok   synth        {DISTRIBUTION} 0.1.0 on Python 3" in done.stdout
     assert "no   embedded     missing: torch" in done.stdout
     sources = subprocess.run(
-        [python.with_name("synth"), "doctor", "--sources"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [python.with_name("synth"), "doctor", "--sources"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "folder:PATH" in sources.stdout
 
 
 def test_image_runs_install_script() -> None:
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line.startswith("RUN")] == ["RUN sh /opt/synth/deploy/install.sh /opt/synth"]
+    assert [line for line in lines if line.startswith("RUN")] == [
+        "RUN sh /opt/synth/deploy/install.sh /opt/synth"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +79,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory, source_tree: Path) -> Path:
 
 
 def test_wheel_contains_all_files_for_generate(tmp_path: Path, wheel: Path) -> None:
-    listing = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        ["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     with ZipFile(wheel) as archive:
         assert {*listing.stdout.splitlines()} <= {*archive.namelist()}
         archive.extractall(tmp_path / "installed")
@@ -88,8 +99,8 @@ def test_wheel_contains_all_files_for_generate(tmp_path: Path, wheel: Path) -> N
 
 
 def test_job_script_dependencies_resolve(wheel: Path) -> None:
-    command = [str(UV), "pip", "compile", "--quiet", "--python-version", "3.12", "--find-links", str(wheel.parent)]
-    command += ["--python-platform", "x86_64-manylinux_2_31", str(ROOT / "deploy" / "hf_job.py")]
+    command = [UV, "pip", "compile", "--quiet", "--python-version", "3.12", "--find-links", wheel.parent]
+    command += ["--python-platform", PLATFORM, ROOT / "deploy" / "hf_job.py"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{DISTRIBUTION}==0.1.0" in done.stdout
@@ -101,10 +112,15 @@ def test_slurm_task_makes_dataset_of_its_line(tmp_path: Path) -> None:
         photo.with_suffix(".txt").write_text(f"A drawing with the name {photo.stem}.")
     line = "--source folder:photos --no-model"
     (tmp_path / "sources.txt").write_text(f'{line}\n{line} --title "My scenes"')
-    script = ["bash", str(ROOT / "deploy" / "slurm_array.sh"), "sources.txt", "datasets"]
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(script, cwd=tmp_path, env=env | {"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def run_task(number: int) -> Done:
+        env = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(number)}
+        script = ["bash", ROOT / "deploy" / "slurm_array.sh", "sources.txt", "datasets"]
+        return subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    done = run_task(2)
     assert done.returncode == 0, done.stderr
     assert "# My scenes" in (tmp_path / "datasets/task-0002/versions/v1.0.0/README.md").read_text()
-    missing = subprocess.run(script, cwd=tmp_path, env=env | {"SLURM_ARRAY_TASK_ID": "3"}, capture_output=True, text=True)
+    missing = run_task(3)
     assert (missing.returncode, missing.stderr) == (2, "sources.txt has no line 3\n")

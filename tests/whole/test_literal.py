@@ -1,4 +1,4 @@
-"""The three commands of the README without other flags. The Hub serves tiny models and data under the real names."""
+"""The three commands of the README. The Hub serves tiny models and data under the real names."""
 
 import json
 import subprocess
@@ -54,7 +54,8 @@ def test_commands_of_readme_run_in_order(hub: RunningHub, tmp_path: Path) -> Non
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["against"] == "references of the source"
 
-    two_steps = synth("train", "--decoder", "qwen3", "--align-steps", "2", "--steps", "2", "--batch-size", "8")
+    steps = ("--align-steps", "2", "--steps", "2", "--batch-size", "8")
+    two_steps = synth("train", "--decoder", "qwen3", *steps)
     assert "preset photos-lm: " in two_steps.stderr
     folder = tmp_path / "user" / two_steps.stdout.strip()
     stages = [json.loads(line).get("stage") for line in (folder / "log.jsonl").read_text().splitlines()]

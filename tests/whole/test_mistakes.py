@@ -64,7 +64,9 @@ def test_missing_language_option_is_a_warning(tmp_path: Path) -> None:
     numbers = count()
 
     def script(times: int, body: dict[str, Any]) -> Act:
-        german = "Zwei kleine Hunde laufen gemeinsam im hellen Sand am Strand entlang und spielen mit einem Ball."
+        german = (
+            "Zwei kleine Hunde laufen gemeinsam im hellen Sand am Strand entlang und spielen mit einem Ball."
+        )
         english = "A small dog runs along the beach."
         return Act(json.dumps({"caption": german if next(numbers) % 6 else english}))
 
@@ -72,7 +74,8 @@ def test_missing_language_option_is_a_warning(tmp_path: Path) -> None:
     with running_chat(ChatServer(script)) as chat:
         command = f"{PHOTOS} --tasks caption --base-url {chat.url} --json"
         done = run(tmp_path, command)
-        assert "warning: filter rejected 5 of 6 annotations, 5 for other language: say which language" in done.stderr
+        warning = "filter rejected 5 of 6 annotations, 5 for other language: say which language"
+        assert f"warning: {warning}" in done.stderr
         assert "--language" in done.stderr
         made = json.loads(run(tmp_path, f"{command} --language de").stdout)
     assert made["steps"]["filter"] == {"input": 6, "kept": 5, "rejected": {"other_language": 1}}
@@ -81,10 +84,12 @@ def test_missing_language_option_is_a_warning(tmp_path: Path) -> None:
 
 def test_missing_package_error_shows_install_command(tmp_path: Path) -> None:
     (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    error = "ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+    (tmp_path / "path" / "torch.py").write_text(f"raise {error}")
     add_photos(tmp_path)
     command = f"{PHOTOS} --engine embedded --model tiny".split()
-    done = run_process(*command, cwd=tmp_path, env=environment(tmp_path) | {"PYTHONPATH": str(tmp_path / "path")})
+    env = environment(tmp_path) | {"PYTHONPATH": str(tmp_path / "path")}
+    done = run_process(*command, cwd=tmp_path, env=env)
     assert done.returncode == 1
     assert "needs the package torch" in done.stderr
     assert "pip install" in done.stderr and "[embedded]" in done.stderr

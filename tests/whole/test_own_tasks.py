@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pickle
 import re
 import shlex
@@ -17,13 +16,13 @@ import pytest
 from datasets import List, Value
 
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
-from tests.commands import run_synth
+from tests.commands import Done, run_synth
 from tests.hub.server import running_hub
 from tests.whole.conftest import ROOT, load_rows, save_photos
 
 COUNT = 24
 EXAMPLES = ROOT / "prompts/examples"
-DETAILED = "A lamp stands on a wooden desk beside a stack of books, and a window behind it shows a garden in the rain"
+DETAILED = "A lamp stands on a wooden desk beside a stack of books, and a window shows a garden in the rain"
 LOAD = """
 import datasets, pickle, sys
 loaded = datasets.load_dataset("me/shop")
@@ -66,7 +65,8 @@ class Model:
     def kurz(self, prompt: str, image: str) -> Any:
         number = re.search(r"number (\w+)", prompt)
         assert not image and number
-        return {"caption": f"Eine Lampe steht auf einem Tisch neben vielen alten Büchern, Nummer {number[1]}."}
+        text = f"Eine Lampe steht auf einem Tisch neben vielen alten Büchern, Nummer {number[1]}."
+        return {"caption": text}
 
     def alt_text(self, prompt: str, image: str) -> Any:
         return {"caption": f"A brass lamp with a green shade, model {TITLE.findall(prompt)[0]}."}
@@ -75,13 +75,15 @@ class Model:
         return {"labels": ["indoors", "text", "indoors"] if int(image[0], 16) % 2 else []}
 
     def boxes(self, prompt: str, image: str) -> Any:
-        return {"boxes": [{"bbox_2d": [28, 28, 84, 56], "label": "dog"}, {"bbox_2d": [0, 0, 9000, 20], "label": "car"}]}
+        boxes = (("dog", [28, 28, 84, 56]), ("car", [0, 0, 9000, 20]))
+        return {"boxes": [{"bbox_2d": box, "label": label} for label, box in boxes]}
 
     def ocr(self, prompt: str, image: str) -> Any:
         return {"text": f"EXIT {image[:4]} / call +49 30 1234567"}
 
     def finding(self, prompt: str, image: str) -> Any:
-        return {"view": "frontal", "quality": "good", "findings": [{"name": "opacity", "side": None}], "impression": None}
+        findings = [{"name": "opacity", "side": None}]
+        return {"view": "frontal", "quality": "good", "findings": findings, "impression": None}
 
     def offer(self, prompt: str, image: str) -> Any:
         return {"color": "green", "material": "brass", "rooms": ["office"]}
@@ -115,8 +117,8 @@ def server(model: Model) -> Iterator[ChatServer]:
         yield chat
 
 
-def synth(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return run_synth(*arguments, cwd=folder, env=os.environ | (env or {}))
+def synth(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> Done:
+    return run_synth(*arguments, cwd=folder, env=env)
 
 
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> dict[str, Any]:
@@ -127,23 +129,30 @@ def generate(folder: Path, chat: ChatServer, *arguments: str) -> dict[str, Any]:
     return result | {"stderr": done.stderr}
 
 
+def load_from_hub(folder: Path, env: dict[str, str]) -> Any:
+    """Return the features and rows of `me/shop` as `datasets` loads them in a new process."""
+    command = [sys.executable, "-c", LOAD]
+    loaded = subprocess.run(command, capture_output=True, env=env, timeout=600, cwd=folder)
+    assert loaded.returncode == 0, loaded.stderr
+    return pickle.loads(loaded.stdout)
+
+
 def tasks(*names: str) -> list[str]:
     return [part for name in names for part in ("--task", str(EXAMPLES / f"{name}.yaml"))]
 
 
-def test_example_tasks_become_typed_columns_and_are_pushed(shop: Path, server: ChatServer, model: Model) -> None:
+def test_example_tasks_become_typed_columns(shop: Path, server: ChatServer, model: Model) -> None:
     names = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
     assert names == ["alt_text", "boxes", "finding", "kurz", "ocr", "tags"]
-    generate(shop, server, "--columns", "context=title", "--tasks", "caption", "--styles", "detailed", *tasks(*names))
+    captions = ("--tasks", "caption", "--styles", "detailed")
+    generate(shop, server, "--columns", "context=title", *captions, *tasks(*names))
     assert model.asked == {"caption": COUNT} | dict.fromkeys(names, COUNT)
     assert synth(shop, "check", "d").returncode == 0
     with running_hub(shop / "hub") as hub:
         env = hub.env(shop / "home")
         pushed = synth(shop, "push", "d", "--repo", "me/shop", env=env)
         assert pushed.returncode == 0, pushed.stderr
-        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=600, cwd=shop)
-        assert loaded.returncode == 0, loaded.stderr
-        features, splits = pickle.loads(loaded.stdout)
+        features, splits = load_from_hub(shop, env)
     assert features["tags"] == List(Value("string")) and features["ocr"] == Value("string")
     assert features["boxes"] == List({"bbox_2d": List(Value("int64")), "label": Value("string")})
     assert features["finding"]["findings"] == List({"name": Value("string"), "side": Value("string")})
@@ -154,17 +163,17 @@ def test_example_tasks_become_typed_columns_and_are_pushed(shop: Path, server: C
         assert styles.keys() == {"detailed", "alt-text", "kurz"}
         assert styles["detailed"].split()[-1] == styles["kurz"].split()[-1] == f"{row['sample_id'][:6]}."
         assert styles["alt-text"].endswith(f"model {row['context']['title'].split()[-1]}.")
-        assert row["tags"] in (["indoors", "text"], []) and row["ocr"] == f"EXIT {row['sample_id'][:4]} / call [phone]"
+        assert row["tags"] in (["indoors", "text"], [])
+        assert row["ocr"] == f"EXIT {row['sample_id'][:4]} / call [phone]"
         (box,) = row["boxes"]  # the other one is outside of the image
         assert box["label"] == "dog" and 0 < box["bbox_2d"][0] < box["bbox_2d"][2] <= row["width_px"]
-        assert row["finding"]["findings"] == [{"name": "opacity", "side": None}] and row["finding"]["impression"] is None
+        assert row["finding"]["findings"] == [{"name": "opacity", "side": None}]
+        assert row["finding"]["impression"] is None
     card = (shop / "d/versions/v1.0.0/README.md").read_text()
     assert "tags: indoors, text" in card and "| `boxes` | 24 | dog: 24 |" in card, card
 
 
-def test_only_added_tasks_and_changed_rows_are_asked(
-    shop: Path, server: ChatServer, model: Model
-) -> None:
+def test_only_added_tasks_and_changed_rows_are_asked(shop: Path, server: ChatServer, model: Model) -> None:
     model.replies["words"] = lambda prompt, image: {"text": f"about {prompt.splitlines()[0]}"}
     model.replies["shout"] = lambda prompt, image: {"text": prompt.splitlines()[0].upper()}
     shout = "{name: shout, kind: text, show_image: false, needs: [words], prompt: '{{ results.words }}'}"
@@ -173,8 +182,10 @@ def test_only_added_tasks_and_changed_rows_are_asked(
     words = ("--columns", "context=title", "--task", "words.yaml")
     assert generate(shop, server, *words)["version"] == "v1.0.0" and model.asked == {"words": COUNT}
     both = (*words, "--task", "shout.yaml")
-    assert generate(shop, server, *both)["version"] == "v2.0.0" and model.asked == {"words": COUNT, "shout": COUNT}
-    assert {row["shout"] for row in load_rows(shop / "d", "v2.0.0")} == {f"ABOUT LAMP {n}" for n in range(COUNT)}
+    assert generate(shop, server, *both)["version"] == "v2.0.0"
+    assert model.asked == {"words": COUNT, "shout": COUNT}
+    shouts = {row["shout"] for row in load_rows(shop / "d", "v2.0.0")}
+    assert shouts == {f"ABOUT LAMP {n}" for n in range(COUNT)}
     # which needs no file of a task
     again = generate(shop, server, "--config", "d/versions/v2.0.0/manifest.json")
     assert model.asked == {"words": COUNT, "shout": COUNT} and not again["is_new"]
@@ -184,19 +195,16 @@ def test_only_added_tasks_and_changed_rows_are_asked(
     assert {row["shout"] for row in load_rows(shop / "d", "v2.0.1")} >= {"ABOUT CHAIR 3", "ABOUT LAMP 20"}
 
 
-def test_task_with_unusable_needed_result_is_not_asked(
-    shop: Path, server: ChatServer, model: Model
-) -> None:
-    model.replies["ocr"] = lambda prompt, image: {
-        "text": "fine" if int(image[0], 16) % 2 else "I'm sorry, I can't help with that."
-    }
+def test_task_with_unusable_needed_result_is_not_asked(shop: Path, server: ChatServer, model: Model) -> None:
+    refusal = "I'm sorry, I can't help with that."
+    model.replies["ocr"] = lambda prompt, image: {"text": "fine" if int(image[0], 16) % 2 else refusal}
     model.replies["more"] = {"text": "more"}
-    (shop / "more.yaml").write_text(
-        "{name: more, kind: text, show_image: false, needs: [ocr], prompt: 'Go on: {{ results.ocr }}'}"
-    )
+    more = "{name: more, kind: text, show_image: false, needs: [ocr], prompt: 'Go on: {{ results.ocr }}'}"
+    (shop / "more.yaml").write_text(more)
     result = generate(shop, server, *tasks("ocr"), "--task", "more.yaml")
     rows = load_rows(shop / "d")
-    assert 0 < len(rows) == model.asked["more"] < COUNT and {(row["ocr"], row["more"]) for row in rows} == {("fine", "more")}
+    assert 0 < len(rows) == model.asked["more"] < COUNT
+    assert {(row["ocr"], row["more"]) for row in rows} == {("fine", "more")}
     lost = COUNT - len(rows)
     assert f"rejected: {lost} refusal, {lost} result_missing" in result["stderr"]
     output = "{type: object, required: [n], properties: {n: {type: integer}, unit: {type: string}}}"
@@ -205,12 +213,13 @@ def test_task_with_unusable_needed_result_is_not_asked(
     model.replies["size"] = lambda prompt, image: {"n": int(image[0], 16) % 2, "unit": None}
     asked = len(server.bodies)
     (shop / "more.yaml").write_text(more % "{{ results.size.unit | upper ~ results.size.unit.lower() }}")
-    options = ("--source", "folder:photos", "--base-url", server.url, "--task", "size.yaml", "--task", "more.yaml")
-    done = synth(shop, "generate", *options)
+    both = ("--task", "size.yaml", "--task", "more.yaml")
+    done = synth(shop, "generate", "--source", "folder:photos", "--base-url", server.url, *both)
     # the template was tried with null
-    assert done.returncode == 1 and "None" in done.stderr and len(server.bodies) == asked
+    assert done.returncode == 1 and "None" in done.stderr
+    assert len(server.bodies) == asked
     (shop / "more.yaml").write_text(more % "{{ 0 if results.size.n == 0 else 10 % (results.size.n - 1) }}")
-    generate(shop, server, "--task", "size.yaml", "--task", "more.yaml", "--out", "e")
+    generate(shop, server, *both, "--out", "e")
     assert {(row["size"]["n"], row["more"]) for row in load_rows(shop / "e")} == {(0, "more"), (1, None)}
 
 
@@ -224,7 +233,8 @@ def test_empty_result_is_kept_and_unreadable_result_is_null(
     assert cells == {0: [], 1: None, 2: None}
     generate(shop, server, *tasks("boxes"), "--out", "alone")  # an empty list of boxes is a valid example
     version = json.loads((shop / "alone/versions/v1.0.0/manifest.json").read_text())
-    assert sum(version["rows"].values()) == sum(int(row["sample_id"][:8], 16) % 3 == 0 for row in load_rows(shop / "d")) > 0
+    empty = [row for row in load_rows(shop / "d") if int(row["sample_id"][:8], 16) % 3 == 0]
+    assert sum(version["rows"].values()) == len(empty) > 0
 
 
 def test_values_are_shown_in_report_and_reviewed(shop: Path, server: ChatServer) -> None:
@@ -258,12 +268,13 @@ def test_pydantic_model_checks_beyond_schema(shop: Path, server: ChatServer, mod
     rows = load_rows(shop / "d")
     assert 0 < len(rows) < COUNT and all(row["span"]["low"] <= row["span"]["high"] == 7 for row in rows)
     manifest = json.loads((shop / "d/versions/v1.0.0/manifest.json").read_text())
-    assert manifest["config"]["own_tasks"][0]["output"]["required"] == ["low", "high"] and "shapes" not in json.dumps(
-        manifest["config"]
-    )
-    manifest["config"]["own_tasks"][0]["output"] = "os:system"
+    (task,) = manifest["config"]["own_tasks"]
+    assert task["output"]["required"] == ["low", "high"]
+    assert "shapes" not in json.dumps(manifest["config"])
+    task["output"] = "os:system"
     (shop / "manifest.json").write_text(json.dumps(manifest))
-    done = synth(shop, "generate", "--config", "manifest.json", "--source", "folder:photos", "--base-url", server.url)
+    options = ("--config", "manifest.json", "--source", "folder:photos")
+    done = synth(shop, "generate", *options, "--base-url", server.url)
     assert done.returncode == 1 and "names Python code as the output of a task" in done.stderr
 
 
@@ -285,8 +296,7 @@ def test_documented_example_runs_as_written(shop: Path, server: ChatServer, mode
                 assert command[0] == "synth"
                 done = synth(shop, *command[1:], env=env)
                 assert done.returncode == 0, f"{line}: {done.stderr}"
-        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=600, cwd=shop)
-        _, splits = pickle.loads(loaded.stdout)
+        _, splits = load_from_hub(shop, env)
         assert model.asked == {"tags": COUNT, "offer": COUNT, "headline": COUNT}
         assert sum(len(rows) for rows in splits.values()) == COUNT
         assert {*splits["train"][0]} >= {"tags", "offer", "headline"}

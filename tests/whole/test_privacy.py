@@ -94,7 +94,10 @@ def test_model_receives_pixels_only(home: Path, server: ChatServer) -> None:
 
 def test_pushed_images_are_upright_and_without_metadata(home: Path, hub: RunningHub) -> None:
     message = run(hub, home, "push", "--repo", "me/photos").stderr
-    assert "repository: me/photos, private, as the license of the images is not known, or not to the Hub (--license)" in message
+    assert (
+        "repository: me/photos, private, as the license of the images is not known, or not to the Hub (--license)"
+        in message
+    )
     assert "dataset: data/folder-photos\n" in message
     assert "license of the images: unknown" in message
     repo = hub.hub.storage.repos["dataset", "me/photos"]
@@ -102,7 +105,8 @@ def test_pushed_images_are_upright_and_without_metadata(home: Path, hub: Running
     sent = [read(hub, file) for file in repo.commits[repo.tags["v1.0.0"]].files.values()]
     assert [leaked(data) for data in sent] == [[]] * len(sent)
     env = hub.env(home / "reader")
-    loaded = subprocess.run([sys.executable, "-c", LOAD, "me/photos"], env=env, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", LOAD, "me/photos"]
+    loaded = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     rows = {row[0]: row[1:] for row in json.loads(loaded.stdout)}
     assert set(rows) == {image_id(data) for data in PHOTOS.values()}
     for data in PHOTOS.values():
@@ -116,7 +120,8 @@ def test_pushed_images_are_upright_and_without_metadata(home: Path, hub: Running
 def test_private_repository_stays_private(home: Path, hub: RunningHub) -> None:
     assert "me/open, public" in run(hub, home, "push", "--repo", "me/open", "--public").stderr
     assert not hub.hub.storage.repos["dataset", "me/open"].private
-    assert "me/texts, private" in run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
+    texts = run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
+    assert "me/texts, private" in texts
     run(hub, home, "push", "--repo", "me/closed", "--private")
     again = run(hub, home, "push", "--repo", "me/closed", "--public").stderr
     assert "the existing repository is private, and stays private" in again
@@ -132,16 +137,20 @@ def test_license_title_and_language_reach_card_and_visibility(
     assert not repo.private
     files = repo.commits[repo.tags["v1.0.0"]].files
     card, manifest = (read(hub, files[name]).decode() for name in ("README.md", "manifest.json"))
-    assert "license: cc-by-4.0" in card and "- de" in card and "# My lakes" in card and "pretty_name: My lakes" in card
-    assert {"license": "cc-by-4.0", "title": "My lakes", "language": "de"}.items() <= json.loads(manifest).items()
-    odd = (("--license", "mine\nall mine"), ("--language", "German"), ("--license-link", "javascript:alert(1)"))
-    for option, value in odd:
-        done = run_synth("push", "--repo", "me/odd", option, value, cwd=home, env=hub.env(home / "home"))
-        assert (done.returncode, option in done.stderr) == (2, True), done.stderr
+    for line in ("license: cc-by-4.0", "- de", "# My lakes", "pretty_name: My lakes"):
+        assert line in card
+    expected = {"license": "cc-by-4.0", "title": "My lakes", "language": "de"}
+    assert expected.items() <= json.loads(manifest).items()
+    link = "javascript:alert(1)"
+    for option, value in (("license", "mine\nall mine"), ("language", "German"), ("license-link", link)):
+        push = ("push", "--repo", "me/odd", f"--{option}", value)
+        done = run_synth(*push, cwd=home, env=hub.env(home / "home"))
+        assert (done.returncode, f"--{option}" in done.stderr) == (2, True), done.stderr
     assert ("dataset", "me/odd") not in hub.hub.storage.repos
     asked = len(server.bodies)
-    data = ("--source", "folder:photos", "--base-url", server.url, "--license", "cc-by-4.0", "--title", "Lakes")
-    made = json.loads(run(hub, home, "generate", *data, "--json").stdout)
+    data = ("--source", "folder:photos", "--base-url", server.url)
+    stated = ("--license", "cc-by-4.0", "--title", "Lakes")
+    made = json.loads(run(hub, home, "generate", *data, *stated, "--json").stdout)
     assert len(server.bodies) == asked
     version = json.loads((home / made["path"] / "manifest.json").read_text())
     assert (version["licenses"], version["title"]) == (["cc-by-4.0"], "Lakes")

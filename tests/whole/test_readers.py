@@ -66,18 +66,19 @@ def test_pushed_version_is_read_by_config_and_trained_by_trl(photos: Path) -> No
         env = hub.env(photos / "home")
         pushed = run_synth("push", "d", "--repo", "me/photos", cwd=photos, env=env)
         assert pushed.returncode == 0, pushed.stderr
-        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=600, cwd=photos)
+        command = [sys.executable, "-c", LOAD]
+        loaded = subprocess.run(command, capture_output=True, env=env, timeout=600, cwd=photos)
         assert loaded.returncode == 0, loaded.stderr
         plain, talks, shown = pickle.loads(loaded.stdout)
         train_by_trl("SFT", "me/photos", "messages", cwd=photos, env=env)
-    assert sum(len(rows) for _, rows in plain.values()) == sum(len(rows) for _, rows in talks.values()) == COUNT // 2
+    for splits in (plain, talks):
+        assert sum(len(rows) for _, rows in splits.values()) == COUNT // 2
     assert len(shown) == len(talks["train"][1]) and all(min(size) > 0 for size in shown)
     for split, (columns, rows) in plain.items():
         assert columns[-1] == "text" and "messages" not in columns
         assert talks[split][0] == ["image", "messages"]
         for row, talk in zip(rows, talks[split][1], strict=True):
-            answers = [
-                part["text"] for message in talk["messages"] if message["role"] == "assistant" for part in message["content"]
-            ]
-            assert answers == [*(one["text"] for one in row["captions"]), *(one["answer"] for one in row["qa"])]
+            replies = [message["content"] for message in talk["messages"] if message["role"] == "assistant"]
+            texts = [caption["text"] for caption in row["captions"]] + [pair["answer"] for pair in row["qa"]]
+            assert [part["text"] for content in replies for part in content] == texts
             assert row["text"] == row["captions"][0]["text"]

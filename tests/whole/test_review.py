@@ -22,8 +22,10 @@ def write_reviews(synth: Run, tmp_path: Path) -> Callable[..., Path]:
     def write(*specs: tuple[str, str, dict[str, Any]]) -> Path:
         reviews = []
         for kind, verdict, fields in specs:
-            sample_id, content = text_name(next(row for row in rows if kind in (row["style"], row["answer_type"])))
-            reviews.append(Review.model_validate({"sample_id": sample_id, "content": content, "verdict": verdict} | fields))
+            row = next(row for row in rows if kind in (row["style"], row["answer_type"]))
+            sample_id, content = text_name(row)
+            review = {"sample_id": sample_id, "content": content, "verdict": verdict}
+            reviews.append(Review.model_validate(review | fields))
         path = tmp_path / "reviews.jsonl"
         path.write_text(format_reviews(reviews))
         return path
@@ -35,15 +37,19 @@ def test_invalid_reviews_are_reported_and_change_nothing(
     write_reviews: Callable[..., Path], synth: Run, tmp_path: Path
 ) -> None:
     edit = {"question": "How many are there?", "answer": "How many are there?"}
-    error, _ = read_failure(synth("review", "apply", str(write_reviews(("number", "edited", edit))), "--data", "d"))
-    assert "the edited text 'How many are there? How many are there?' cannot be used: answer_repeats_question" in error
-    assert "reviews.jsonl" in error
-    (tmp_path / "other.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, verdict="good")]))
-    assert (
-        "none of the 1 reviews matches a text of d" in read_failure(synth("review", "apply", "other.jsonl", "--data", "d"))[0]
-    )
+    other = Review(sample_id="0" * 64, content="0" * 16, verdict="good")
+    (tmp_path / "other.jsonl").write_text(format_reviews([other]))
     (tmp_path / "empty.jsonl").write_text("\n")
-    assert "no review in empty.jsonl" in read_failure(synth("review", "apply", "empty.jsonl", "--data", "d"))[0]
+    unusable = (
+        "the edited text 'How many are there? How many are there?' cannot be used: answer_repeats_question"
+    )
+    for name, complaint in (
+        (write_reviews(("number", "edited", edit)).name, unusable),
+        ("other.jsonl", "none of the 1 reviews matches a text of d"),
+        ("empty.jsonl", "no review in empty.jsonl"),
+    ):
+        error, _ = read_failure(synth("review", "apply", name, "--data", "d"))
+        assert complaint in error and (name in error or name == "other.jsonl")
     assert not DatasetDir(tmp_path / "d").reviews.exists()
     assert [version.name for version in DatasetDir(tmp_path / "d").versions()] == ["v1.0.0"]
 
@@ -54,7 +60,8 @@ def test_reviews_that_leave_no_row_are_refused_and_not_stored(synth: Run, tmp_pa
     names = [text_name(row) for row in pq.read_table(folder.step_file("split")).to_pylist()]
 
     def bad(texts: list[tuple[str, str]]) -> str:
-        reviews = [Review(sample_id=sample_id, content=content, verdict="bad", reason="other") for sample_id, content in texts]
+        bad_texts = [{"sample_id": sample_id, "content": content} for sample_id, content in texts]
+        reviews = [Review(**text, verdict="bad", reason="other") for text in bad_texts]
         (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
         return synth("review", "apply", "m.jsonl", "--data", "d").stderr
 
@@ -68,11 +75,14 @@ def test_reviews_that_leave_no_row_are_refused_and_not_stored(synth: Run, tmp_pa
 def test_review_stays_pending_while_its_text_is_missing(
     write_reviews: Callable[..., Path], synth: Run, tmp_path: Path
 ) -> None:
-    path = write_reviews(("brief", "bad", {"reason": "unclear"}), ("number", "bad", {"reason": "trivial", "note": "too easy"}))
+    trivial = {"reason": "trivial", "note": "too easy"}
+    path = write_reviews(("brief", "bad", {"reason": "unclear"}), ("number", "bad", trivial))
     first = synth("review", "apply", str(path), "--data", "d").stderr
     assert "1 reviewed_unclear" in first and "1 reviewed_trivial" in first
     again = ("generate", "--source", "scenes", "--limit", "6", "--out", "d")
-    assert "review: 1 reviews apply; 1 match no text of this run" in synth(*again, "--tasks", "caption").stderr
+    assert (
+        "review: 1 reviews apply; 1 match no text of this run" in synth(*again, "--tasks", "caption").stderr
+    )
     assert "review: 2 reviews apply\n" in synth(*again).stderr
     folder = DatasetDir(tmp_path / "d")
     assert "too easy" in folder.reviews.read_text()
@@ -82,6 +92,7 @@ def test_review_stays_pending_while_its_text_is_missing(
         row for row in rows
         if row["sample_id"] == review.sample_id and row["task"] == "caption" and text_name(row) != review.name
     )  # fmt: skip
-    edited = review.model_copy(update={"verdict": "edited", "reason": None, "note": "", "text": other["clean_text"]})
+    update = {"verdict": "edited", "reason": None, "note": "", "text": other["clean_text"]}
+    edited = review.model_copy(update=update)
     folder.reviews.write_text(format_reviews([edited]))
     assert "review: 0 reviews apply; 1 match no text of this run" in synth(*again).stderr

@@ -19,10 +19,8 @@ SETTINGS = "generate: {sample_temperature: 2.0}\n"  # the tiny teacher has confi
 
 
 def generate(folder: Path, *options: str) -> dict[str, Any]:
-    done = run_synth(
-        "generate", "--source", "scenes", "--limit", str(IMAGES), "--config", "s.yaml", "--out", "d", "--json", *options,
-        cwd=folder,
-    )  # fmt: skip
+    command = ("generate", "--source", "scenes", "--limit", str(IMAGES), "--config", "s.yaml", "--out", "d")
+    done = run_synth(*command, "--json", *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -33,7 +31,8 @@ def counts(version: Version, name: str) -> dict[str, Any]:
 
 
 def captions(version: Version) -> list[dict[str, Any]]:
-    return [one for _, batch in version.batches(["captions"]) for row in batch.to_pylist() for one in row["captions"]]
+    rows = [row for _, batch in version.batches(["captions"]) for row in batch.to_pylist()]
+    return [caption for row in rows for caption in row["captions"]]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,9 @@ def test_text_reviewed_as_bad_is_not_used_as_worse_caption(
 ) -> None:
     version, _ = chosen
     rows = [row for _, batch in version.batches(["sample_id", "captions"]) for row in batch.to_pylist()]
-    sample_id, pair = next((row["sample_id"], one) for row in rows for one in row["captions"] if one["rejected"])
+    sample_id, pair = next(
+        (row["sample_id"], one) for row in rows for one in row["captions"] if one["rejected"]
+    )
     _, content = text_name({"sample_id": sample_id, "task": "caption", "text": pair["rejected"]})
     review = {"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "private"}
     reviews = DatasetDir(folder / "d").reviews
@@ -89,9 +90,7 @@ def test_text_reviewed_as_bad_is_not_used_as_worse_caption(
     reviews.unlink()
 
 
-def test_other_measure_needs_no_request(
-    chosen: tuple[Version, dict[str, Any]], folder: Path
-) -> None:
+def test_other_measure_needs_no_request(chosen: tuple[Version, dict[str, Any]], folder: Path) -> None:
     checked = ("--samples", str(SAMPLES), "--verify", "claims")
     generate(folder, *checked)
     longest = generate(folder, *checked, "--select", "longest")
@@ -104,7 +103,7 @@ def test_other_measure_needs_no_request(
     assert refused.returncode == 1 and "--samples 4 --pairs" in refused.stderr
 
 
-@pytest.mark.skipif(not LONG, reason="half a minute: make test-long; test_export.py reads pairs, test_readers.py runs TRL")
+@pytest.mark.skipif(not LONG, reason="half a minute: make test-long; test_readers.py runs TRL")
 def test_trl_trains_on_exported_pairs(chosen: tuple[Version, dict[str, Any]], folder: Path) -> None:
     exported = run_synth("export", "--data", "d@v2.0.0", "--format", "dpo", "--out", "pairs", cwd=folder)
     assert exported.returncode == 0, exported.stderr
@@ -113,7 +112,7 @@ def test_trl_trains_on_exported_pairs(chosen: tuple[Version, dict[str, Any]], fo
 
 
 def test_dry_run_does_not_count_selection_as_loss(folder: Path) -> None:
-    command = ("generate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--dry-run", "--json", "--out", "dry")
-    predicted = json.loads(run_synth(*command, cwd=folder).stdout)
+    command = ("generate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--out", "dry")
+    predicted = json.loads(run_synth(*command, "--dry-run", "--json", cwd=folder).stdout)
     assert not any(name.startswith("select") for name in predicted["lost_by"])
     assert predicted["lost_share"][0] < 0.3

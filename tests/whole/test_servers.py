@@ -47,7 +47,8 @@ def test_card_names_server_without_enforced_schemas(photos: Path) -> None:
         settings = photos / "settings.yaml"
         settings.write_text("server: {enforced_schema: false}\n")  # the same setting in the file
         asked = len(chat.bodies)
-        assert generate(photos, chat, "--config", "settings.yaml").returncode == 0 and len(chat.bodies) == asked
+        assert generate(photos, chat, "--config", "settings.yaml").returncode == 0
+        assert len(chat.bodies) == asked
     card = (photos / "d/versions/v1.0.0/README.md").read_text()
     assert "The server was not required to enforce the JSON schema of the task" in card
     manifest = json.loads((photos / "d/versions/v1.0.0/manifest.json").read_text())
@@ -57,7 +58,16 @@ def test_card_names_server_without_enforced_schemas(photos: Path) -> None:
 def test_password_in_address_reaches_server_but_no_file_or_message(photos: Path) -> None:
     with running_chat(ChatServer()) as chat:
         address = chat.url.replace("://", "://bob:s3cret,'word@")
-        arguments = ("generate", "--source", "folder:photos", "--out", "d", "--tasks", "caption", "--base-url")
+        arguments = (
+            "generate",
+            "--source",
+            "folder:photos",
+            "--out",
+            "d",
+            "--tasks",
+            "caption",
+            "--base-url",
+        )
         made = run_synth(*arguments, address, "--json", cwd=photos)
         assert made.returncode == 0, made.stderr
         assert all(sent and sent.startswith("Basic ") for sent in chat.authorizations)
@@ -69,7 +79,8 @@ def test_password_in_address_reaches_server_but_no_file_or_message(photos: Path)
     unread = run_synth(*arguments, address.replace("http", "ftp"), cwd=photos)
     assert (judged.returncode, refused.returncode, unread.returncode) == (1, 1, 1)
     shown = [text for done in (made, judged, again, refused, unread) for text in (done.stdout, done.stderr)]
-    assert "no server answers at http://127.0.0.1" in refused.stderr and "ftp://***@127.0.0.1" in unread.stderr
+    assert "no server answers at http://127.0.0.1" in refused.stderr
+    assert "ftp://***@127.0.0.1" in unread.stderr
     assert not [text for text in shown if "s3cret" in text]
     files = [path for path in (photos / "d").rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if b"s3cret" in path.read_bytes()]
