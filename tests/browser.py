@@ -12,8 +12,8 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
 
 # Chromium has no sandbox as root. The other flags prevent network requests.
-FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
-FLAGS += ("--disable-component-update",)
+DISABLED = ("gpu", "background-networking", "component-update")
+FLAGS = ("--no-sandbox", "--no-first-run", *(f"--disable-{part}" for part in DISABLED))
 WIDE, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 800}
 
 Open = Callable[..., Page]

@@ -1,7 +1,7 @@
 """Mistakes of new users: command, error and hint of each.
 
-tests/whole/test_mistakes.py checks the messages. `python -m tests.mistakes FOLDER SERVER` makes all mistakes in one
-process, and prints the outcomes as JSON.
+tests/whole/test_mistakes.py checks the messages. `python -m tests.mistakes FOLDER SERVER` makes all
+mistakes in one process, and prints the outcomes as JSON.
 """
 
 import json
@@ -70,52 +70,99 @@ MISTAKES = (
         "two sources", "generate --source folder:photos --source scenes",
         "one source, and 2 are given: folder:photos, scenes", "--out",
     ),
-    Mistake("folder without folder:", "generate --source photos", "unknown source: photos", "did you mean folder:photos?"),
-    Mistake("source misspelled", "generate --source flickr30", "unknown source: flickr30", "did you mean flickr30k?"),
-    Mistake("folder not there", "generate --source folder:nope", "not a folder: nope", "--source folder:PATH"),
-    Mistake("folder without images", "generate --source folder:empty", "no image in empty", ".heic", add("empty/a.txt x")),
-    Mistake("wrong column", "generate --source parquet:rows.parquet --columns image=pic", "no column pic", "photo", add_table),
     Mistake(
-        "list of no images", "generate --source list:prices.csv", "no column of prices.csv names an image", "file_name",
+        "folder without folder:", "generate --source photos", "unknown source: photos",
+        "did you mean folder:photos?",
+    ),
+    Mistake(
+        "source misspelled", "generate --source flickr30", "unknown source: flickr30",
+        "did you mean flickr30k?",
+    ),
+    Mistake(
+        "folder not there", "generate --source folder:nope", "not a folder: nope", "--source folder:PATH",
+    ),
+    Mistake(
+        "folder without images", "generate --source folder:empty", "no image in empty", ".heic",
+        add("empty/a.txt x"),
+    ),
+    Mistake(
+        "wrong column", "generate --source parquet:rows.parquet --columns image=pic", "no column pic",
+        "photo", add_table,
+    ),
+    Mistake(
+        "list of no images", "generate --source list:prices.csv", "no column of prices.csv names an image",
+        "file_name",
         add("prices.csv id,price\n1,2\n"),
     ),
     Mistake(
         "images by URL", f"generate --source parquet:urls.parquet --columns image=image {EMBEDDED}",
         "2 image not embedded", "--allow-urls", add_urls,
     ),
-    Mistake("no network", f"{PHOTOS} --engine embedded --model Qwen/Nope", "127.0.0.1:9 does not answer", "--base-url"),
-    Mistake("server not started", f"{PHOTOS} --base-url {NOBODY}", f"no server answers at {NOBODY}", "synth serve"),
-    Mistake("no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://", "base_url"),
+    Mistake(
+        "no network", f"{PHOTOS} --engine embedded --model Qwen/Nope", "127.0.0.1:9 does not answer",
+        "--base-url",
+    ),
+    Mistake(
+        "server not started", f"{PHOTOS} --base-url {NOBODY}", f"no server answers at {NOBODY}",
+        "synth serve",
+    ),
+    Mistake(
+        "no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://",
+        "base_url",
+    ),
     Mistake("no key", f"{PHOTOS} --base-url {{server}}", "wants a key, and none is set", "SYNTH_API_KEY="),
     Mistake(
-        "prompt folder not there", f"{PHOTOS} --config p.yaml", "no folder of prompts at nope", "generate.prompt_dir",
+        "prompt folder not there", f"{PHOTOS} --config p.yaml", "no folder of prompts at nope",
+        "generate.prompt_dir",
         add("p.yaml generate: {prompt_dir: nope}"),
     ),
     Mistake(
-        "prompt misnamed", f"{PHOTOS} --config p.yaml", "prompts/caption.j2 is no prompt that is used", "caption/v1.j2",
+        "prompt misnamed", f"{PHOTOS} --config p.yaml", "prompts/caption.j2 is no prompt that is used",
+        "caption/v1.j2",
         add("p.yaml generate: {prompt_dir: prompts}", "prompts/caption.j2 Describe it."),
     ),
     Mistake(
-        "setting misspelled", f"{PHOTOS} --config c.yaml", "unknown config key: generate.max_token", "generate.max_tokens",
+        "setting misspelled", f"{PHOTOS} --config c.yaml", "unknown config key: generate.max_token",
+        "generate.max_tokens",
         add("c.yaml generate: {max_token: 9}"),
     ),
-    Mistake("wrong type", f"{PHOTOS} --config c.yaml", "'x' is not a whole number", "--print-config", add("c.yaml limit: x")),
-    Mistake("no such file of settings", f"{PHOTOS} --config none.yaml", "cannot read config file none.yaml", "YAML"),
-    Mistake("preview into a store", "preview --source scenes --out memory://d", "memory://d is not a path on this machine", "s3://"),
-    Mistake("task misspelled", f"{PHOTOS} --tasks captions", "unknown task: captions", "did you mean caption?"),
+    Mistake(
+        "wrong type", f"{PHOTOS} --config c.yaml", "'x' is not a whole number", "--print-config",
+        add("c.yaml limit: x"),
+    ),
+    Mistake(
+        "no such file of settings", f"{PHOTOS} --config none.yaml", "cannot read config file none.yaml",
+        "YAML",
+    ),
+    Mistake(
+        "preview into a store", "preview --source scenes --out memory://d",
+        "memory://d is not a path on this machine", "s3://",
+    ),
+    Mistake(
+        "task misspelled", f"{PHOTOS} --tasks captions", "unknown task: captions", "did you mean caption?",
+    ),
     Mistake("option misspelled", f"{PHOTOS} --limt 3", "No such option: --limt", "--limit", code=2),
     Mistake("no such dataset", "push nope --repo me/x", "no dataset at nope", "synth generate"),
     Mistake("no such captioner", "caption nope photos/0.png", "no captioner in nope", "synth train"),
     Mistake("no splits", "generate --source scenes --split train", "source scenes has no splits"),
     Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
-    Mistake("style without a prompt", "generate --source scenes --styles sonnet", "cannot be rendered with style 'sonnet'"),
-    Mistake("no such list", f"{PHOTOS} --config c.yaml", "nowhere.txt", "", add("c.yaml balance: {entries: nowhere.txt}")),
+    Mistake(
+        "style without a prompt", "generate --source scenes --styles sonnet",
+        "cannot be rendered with style 'sonnet'",
+    ),
+    Mistake(
+        "no such list", f"{PHOTOS} --config c.yaml", "nowhere.txt", "",
+        add("c.yaml balance: {entries: nowhere.txt}"),
+    ),
     Mistake("no vLLM", "generate --source scenes --engine vllm --dry-run", "vLLM is not installed here"),
     Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher knows drawn scenes and nothing else"),
     Mistake("nothing to push", "push --repo me/x", "no dataset under data/"),
     Mistake("nothing to review", "review apply a.jsonl", "no dataset under data/"),
     Mistake("source without --source", "generate scenes", "flags for vLLM come after --", code=2),
-    Mistake("no such experiment", "experiment nope.yaml", "cannot read config file nope.yaml", "docs/experiment.yaml"),
+    Mistake(
+        "no such experiment", "experiment nope.yaml", "cannot read config file nope.yaml",
+        "docs/experiment.yaml",
+    ),
 )  # fmt: skip
 
 

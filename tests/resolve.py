@@ -1,6 +1,6 @@
 """Resolve all extras together with vLLM, oldest and newest, for each Python. Only metadata is read.
 
-`make resolve` prints the table of docs/install.md. tests/whole/test_install.py requires all combinations to resolve.
+`make resolve` prints the table of docs/install.md. tests/whole/test_install.py requires that all resolve.
 """
 
 import re

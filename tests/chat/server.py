@@ -133,9 +133,9 @@ class ChatServer:
             return web.json_response(refusal[1], status=refusal[0])
         if self.keeps_images and (missing := self._missing_image(body)):
             self.missed.append(missing)
-            error = {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}
-            refusal = Act(status=400, raw=json.dumps({"error": error}).encode())
-            return await self._act(request, self.on_miss or refusal, "")
+            problem = {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}
+            miss = Act(status=400, raw=json.dumps({"error": problem}).encode())
+            return await self._act(request, self.on_miss or miss, "")
         schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
         if schema["name"] == "probe":
             self.probes.append(body)

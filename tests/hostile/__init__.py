@@ -1,4 +1,4 @@
-"""Attacks: with untrusted input, nothing runs, leaks, hangs or is lost. Each class of input has a table of cases.
+"""Attacks: with untrusted input, nothing runs, leaks, hangs or is lost. Each kind of input has a table.
 
 `make test` runs a fixed sample of the long sweeps, `make test-long` (SYNTH_LONG=1) all cases.
 """

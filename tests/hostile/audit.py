@@ -11,8 +11,8 @@ from typing import Any
 from pipeline.errors import SynthError
 
 _RUNS = {
-    "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.system", "pty.spawn",
-    "subprocess.Popen", "ctypes.dlopen", "webbrowser.open",
+    "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.system",
+    "pty.spawn", "subprocess.Popen", "ctypes.dlopen", "webbrowser.open",
 }  # fmt: skip
 _FETCHES = {
     "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request",

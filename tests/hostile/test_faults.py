@@ -85,7 +85,7 @@ def sweep(
     after_fault: Callable[[Path], object] = lambda folder: None,
     again: Callable[[Path], tuple[str, ...]] | None = None,
 ) -> Any:
-    """Run a command with a fault in each sampled write, then again. Return the final state, always the same."""
+    """Run a command with a fault in each sampled write, then again. Return the final state."""
 
     def fresh(name: str) -> Path:
         folder = tmp_path / name

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ BODIES: dict[str, Body] = {
     "endless headers": (OK, b"X-Header: value\r\n" * 4096),
     "endless header": (OK + b"X: ", b"x" * 65536),
     "endless status line": (b"HTTP/1.1 200 ", b"O" * 65536),
-    "endless 100 Continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 2048),
+    "endless 100 Continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 64),
     "gzip bomb": lambda: encoded("gzip", bomb()),
     "gzip bomb in an error": lambda: encoded("gzip", bomb(), "500 Oh"),
     "deflate bomb": lambda: encoded("deflate", bomb(15)),
@@ -174,9 +173,9 @@ def send_body(name: str, send: Send) -> None:
     body = BODIES[name]
     if isinstance(body, tuple):
         send(body[0])
-        for number in count():  # until the client closes the connection
+        while True:  # until the client closes the connection
             send(body[1])
-            time.sleep(0.01 if number > 500 else 0)
+            time.sleep(0.005 if len(body[1]) < 5000 else 0)
     send(body() if callable(body) else body)
 
 

@@ -19,7 +19,8 @@ from tests.clients import client_of
 from tests.plans import request_plan
 from tests.scene_data import scene_samples
 url, folder = sys.argv[1:]
-config = resolve(source="scenes", base_url=[url], model="model", server={"concurrency": 1000}, tasks=["caption"])
+server = {"concurrency": 1000}
+config = resolve(source="scenes", base_url=[url], model="model", server=server, tasks=["caption"])
 images = scene_samples(1)[0].images
 chunk = SampleBatch.of((f"{n:064x}", images) for n in range(200))
 stats = RequestStats()

@@ -18,19 +18,14 @@ TEXTS = [vector.encode("utf-8", "replace").decode() or "-" for vector in ALL]
 
 def require_untouched(page: Page) -> None:
     """Fail if an attack has become an element, an attribute or a change of the page."""
-    assert (
-        page.evaluate(
-            "[...document.querySelectorAll('*')].some(e => e.getAttributeNames().some(n => /^on/.test(n)))"
-        )
-        == []
-    )
-    assert (
-        page.locator("iframe, object, embed, base, svg animate, math, meta[http-equiv=refresh]").count() == 0
-    )
-    addresses = page.evaluate(
-        "[...document.querySelectorAll('[href], [src]')].map(e => e.getAttribute('href') || e.getAttribute('src'))"
-    )
-    assert not [address for address in addresses if "evil" in address or address.startswith("javascript:")]
+    names = "[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())"
+    assert not [name for name in page.evaluate(names) if name.startswith("on")]
+    elements = "iframe, object, embed, base, svg animate, math, meta[http-equiv=refresh]"
+    assert page.locator(elements).count() == 0
+    for attribute in ("href", "src"):
+        values = f"[...document.querySelectorAll('[{attribute}]')].map(e => e.getAttribute('{attribute}'))"
+        for address in page.evaluate(values):
+            assert "evil" not in address and not address.startswith("javascript:")
     assert page.evaluate("[...document.querySelectorAll('a')].every(a => a.protocol !== 'javascript:')")
 
 

@@ -35,17 +35,21 @@ FULL = MANIFEST | {
         "words_shared_with_references": {"brief": 0.7},
     },
     "leakage": {
-        "compared_as": "photos", "near_bits": 70, "groups_of_images": 7, "near_held_out_annotations": 3, "banned_images": 2,
-        "repeated_texts": 4, "never": [{"name": "flickr30k#test", "revision": "abc", "images": 10, "texts": 50, "unread": 1}],
+        "compared_as": "photos", "near_bits": 70, "groups_of_images": 7, "near_held_out_annotations": 3,
+        "banned_images": 2,
+        "repeated_texts": 4,
+        "never": [{"name": "flickr30k#test", "revision": "abc", "images": 10, "texts": 50, "unread": 1}],
     },
 }  # fmt: skip
 MODEL = {
     "config": {
-        "prompts": [["synthetic", "brief"]], "data": {"source": {"name": "scenes"}, "version": "v1.0.0", "digest": "d" * 64},
+        "prompts": [["synthetic", "brief"]],
+        "data": {"source": {"name": "scenes"}, "version": "v1.0.0", "digest": "d" * 64},
     },
     "train": {"encoder": "vit", "decoder": "scratch"},
     "metrics": {
-        "parameters": 7, "images": 3, "split": "test", "style": "brief", "against": "references", "scores": {"cider_d": 1.0},
+        "parameters": 7, "images": 3, "split": "test", "style": "brief", "against": "references",
+        "scores": {"cider_d": 1.0},
         "shuffled_scores": {"cider_d": 0.5}, "shown": [{"caption": "a", "references": ["b"]}],
     },
     "digest": "d" * 64,
@@ -53,7 +57,8 @@ MODEL = {
 # versions with other values are rejected
 FIXED = {"tasks", "columns", "features", "files", "rows", "licenses"}
 ALLOWED_TAGS = {
-    "h1", "h2", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "strong", "em", "a", "hr", "br",
+    "h1", "h2", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "strong", "em",
+    "a", "hr", "br",
 }  # fmt: skip
 
 
@@ -81,7 +86,7 @@ def header_keys(card: str) -> set[str]:
 
 
 class Tags(html.parser.HTMLParser):
-    """Collects tags, attributes and addresses of a card that is rendered with HTML enabled, the worst case."""
+    """Collects tags, attributes and addresses of a card that is rendered with HTML enabled."""
 
     def __init__(self, card: str) -> None:
         super().__init__()
@@ -170,28 +175,21 @@ def test_commands_escape_control_characters_for_terminal(tmp_path: Path) -> None
     (photos / f"broken{EVIL}.png").write_bytes(b"x")
     caption = json.dumps({"caption": f"A grey wall of noise {EVIL} in a small room."})
     with running_chat(ChatServer(lambda times, body: Act(text=caption), model=f"model{EVIL}")) as chat:
-        source = (
-            "--source",
-            f"folder:{photos.name}",
-            "--tasks",
-            "caption",
-            "--out",
-            data,
-            "--base-url",
-            chat.url,
-        )
+        server = ("--tasks", "caption", "--out", data, "--base-url", chat.url)
+        source = ("--source", f"folder:{photos.name}", *server)
         require_printable("generate", *source, "--language", "any")
         require_printable("preview", *source)
         require_printable("generate", *source, "--dry-run")
         require_printable("generate", *source, "--model", "another")
-        chat.script = lambda times, body: Act(
-            status=400, raw=b'{"error":{"message":"no: \\u001b]52;c;AAAA\\u0007"}}'
-        )
+        refusal = Act(status=400, raw=b'{"error":{"message":"no: \\u001b]52;c;AAAA\\u0007"}}')
+        chat.script = lambda times, body: refusal
         require_printable("generate", *source, "--seed", "7", "--title", "x")
     for arguments in (
         ("versions", "list", data), ("check", data), ("report", data), ("diff", data, "v1.0.0", "v1.0.0"),
         ("push", data, "--repo", "me/x", "--dry-run"), ("push", data, "--repo", EVIL),
-        ("review", "apply", f"reviews{EVIL}", "--data", data), ("generate", "--source", EVIL), ("generate", "--config", EVIL),
-        ("train", "--data", f"data{EVIL}x"), ("caption", data, EVIL), ("evaluate", data), (EVIL,), ("generate", f"--{EVIL}"),
+        ("review", "apply", f"reviews{EVIL}", "--data", data), ("generate", "--source", EVIL),
+        ("generate", "--config", EVIL),
+        ("train", "--data", f"data{EVIL}x"), ("caption", data, EVIL), ("evaluate", data), (EVIL,),
+        ("generate", f"--{EVIL}"),
     ):  # fmt: skip
         require_printable(*arguments)

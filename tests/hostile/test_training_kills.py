@@ -58,10 +58,11 @@ CaptionerModel.save_pretrained = dying("model", CaptionerModel.save_pretrained)
 config = TrainConfig.model_validate(json.loads(config))
 train_captioner(read_version(Path(version)), config, Path(out), resume=resume == "resume", progress=Dying())
 """
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 MOMENTS = [
-    ("train 7", signal.SIGKILL), ("resume 2", signal.SIGKILL), ("train 12", signal.SIGTERM), ("features 32", signal.SIGKILL),
-    ("train 1", signal.SIGKILL), ("train 5", signal.SIGKILL), ("train 15", signal.SIGKILL), ("resume 1", signal.SIGKILL),
-    ("model 2", signal.SIGKILL), ("train 3", signal.SIGINT), ("train 14", signal.SIGINT), ("train 10", signal.SIGTERM),
+    ("train 7", KILL), ("resume 2", KILL), ("train 12", TERM), ("features 32", KILL), ("train 1", KILL),
+    ("train 5", KILL), ("train 15", KILL), ("resume 1", KILL), ("model 2", KILL), ("train 3", INT),
+    ("train 14", INT), ("train 10", TERM),
 ]  # fmt: skip
 
 
@@ -83,19 +84,11 @@ def test_killed_training_resumes_to_same_files(
     out = tmp_path / "out"
     if moment.startswith("features"):
         shutil.rmtree(version.dataset_dir / FEATURES)
-    command = [
-        sys.executable,
-        "-c",
-        TRAINING,
-        version.path,
-        out,
-        config.model_dump_json(),
-        moment,
-        str(int(number)),
-    ]
+    arguments = (str(version.path), str(out), config.model_dump_json(), moment, str(int(number)))
+    command = [sys.executable, "-c", TRAINING, *arguments]
     died = subprocess.run([*command, "anew"], capture_output=True, text=True, timeout=300)
     # SIGTERM and SIGINT end the step with KeyboardInterrupt, after which Python dies of SIGINT.
-    assert died.returncode == (-signal.SIGKILL if number == signal.SIGKILL else -signal.SIGINT), died.stderr
+    assert died.returncode == (-KILL if number == KILL else -INT), died.stderr
     reached = max((line["step"] for line in read_log(out / "log.jsonl")), default=0)
     is_saved = (out / "resume.pt").exists()
     first: list[int] = []
@@ -108,7 +101,7 @@ def test_killed_training_resumes_to_same_files(
 
     train_captioner(version, config, out, resume=is_saved, progress=Record())
     lost = reached - (first[0] - 1)
-    assert 0 <= lost <= (SAVE_EVERY if number == signal.SIGKILL else 0), (reached, first)
+    assert 0 <= lost <= (SAVE_EVERY if number == KILL else 0), (reached, first)
     steps = [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line and "step" in line]
     assert steps == list(range(1, 16))
     for name in ("model.safetensors", "metrics.json", "config.json", "tokenizer.json"):

@@ -108,19 +108,17 @@ DEEP: Any = []
 for _ in range(500):
     DEEP = [DEEP]
 BROKEN_KEYS = (
-    "columns", "features", "rows", "files", "funnel", "config", "source", "licenses", "measured", "table_version",
+    "columns", "features", "rows", "files", "funnel", "config", "source", "licenses", "measured",
+    "table_version",
 )  # fmt: skip
+BROKEN_VALUES: dict[str, Any] = {
+    "null": None, "a number": 7, "a text": "x", "a list": [[1]], "a map": {"x": {"y": 1}},
+}  # fmt: skip
 DAMAGES: dict[str, Damage] = {
     **{
         f"{key} that is {kind}": manifest(lambda m, key=key, value=value: m.update({key: value}))  # type: ignore[misc]
         for key in BROKEN_KEYS
-        for kind, value in (
-            ("null", None),
-            ("a number", 7),
-            ("a text", "x"),
-            ("a list", [[1]]),
-            ("a map", {"x": {"y": 1}}),
-        )
+        for kind, value in BROKEN_VALUES.items()
     },
     "rejections that are null": manifest(lambda m: m.update(rejections=None)),
     "measures that are numbers": manifest(lambda m: m.update(measured={"captions": {"brief": 5}})),
@@ -184,10 +182,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, damage in DAMAGES.items():
         shutil.copytree(version.path, folder / name)
         damage(folder / name)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.hostile.read_versions", str(folder), str(out)],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-    )  # fmt: skip
+    command = [sys.executable, "-m", "tests.hostile.read_versions", str(folder), str(out)]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded: dict[str, Any] = json.loads(done.stdout)
     return loaded

@@ -1,7 +1,7 @@
 """The Hub's protocol as used by huggingface_hub, hf_xet and datasets, over tests.hub.storage.
 
-This file has access, faults and reading; `write.py` and `xet.py` have the rest. Routes match the raw URL, because
-clients send `refs%2Fconvert%2Fparquet` as one segment.
+This file has access, faults and reading. Routes match the raw URL, because clients send
+`refs%2Fconvert%2Fparquet` as one segment.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ KINDS = {"datasets": "dataset", "models": "model", "spaces": "space"}
 class Fault:
     """A fault in one request whose method and path match, after `skip` matching requests.
 
-    With `status`, the server answers this status only. Without, it drops the connection before handling the request
-    or, with `after`, after handling it, and calls `call`. With `before`, the request succeeds after `before` has run.
+    With `status`, the server answers this status only. Without, it drops the connection before handling the
+    request or, with `after`, after it, and calls `call`. With `before`, it succeeds after `before` has run.
     """
 
     method: str
@@ -165,8 +165,10 @@ async def info(hub: Hub, request: Request, kind: str, repo: str, revision: str =
     repository = hub.repo(request, kind, repo)
     commit = hub.commit_at(repository, revision)
     fields = {
-        "id": repo, "sha": commit.oid, "private": repository.private, "gated": "auto" if repository.gated else False,
-        "tags": [], "downloads": 0, "cardData": _card(hub, commit), "lastModified": "2026-01-01T00:00:00.000Z",
+        "id": repo, "sha": commit.oid, "private": repository.private,
+        "gated": "auto" if repository.gated else False,
+        "tags": [], "downloads": 0, "cardData": _card(hub, commit),
+        "lastModified": "2026-01-01T00:00:00.000Z",
     }  # fmt: skip
     with_sizes = request.query_params.get("blobs", "").lower() == "true"
     siblings = [

@@ -80,7 +80,8 @@ ANSWER = pa.struct({"answer": pa.string(), "answer_confidence": pa.string(), "an
 VQA = pa.schema(
     {
         "question_type": pa.string(), "multiple_choice_answer": pa.string(), "answers": pa.list_(ANSWER),
-        "image_id": pa.int64(), "answer_type": pa.string(), "question_id": pa.int64(), "question": pa.string(), "image": IMAGE,
+        "image_id": pa.int64(), "answer_type": pa.string(), "question_id": pa.int64(),
+        "question": pa.string(), "image": IMAGE,
     }
 )  # fmt: skip
 
@@ -90,7 +91,8 @@ def vqa_rows(images: int, questions: int, *, answered: bool = True) -> list[dict
     answers = [{"answer": text, "answer_confidence": "yes", "answer_id": n} for n, text in texts]
     rows = [
         {
-            "question_type": "how many", "multiple_choice_answer": "2", "answers": answers if answered else None,
+            "question_type": "how many", "multiple_choice_answer": "2",
+            "answers": answers if answered else None,
             "image_id": image, "answer_type": "number", "question_id": image * 1000 + question,
             "question": f"How many things of kind {question} are there?", "image": cell(1000 + image),
         }
@@ -112,7 +114,8 @@ def seed_vqav2(storage: Storage, images: int = 6, questions: int = 3, repo: str 
 
 SLIDES = pa.schema(
     {
-        "deck_name": pa.string(), "deck_url": pa.string(), **{f"page_{n}": IMAGE for n in range(1, 21)}, "qa_id": pa.int64(),
+        "deck_name": pa.string(), "deck_url": pa.string(), **{f"page_{n}": IMAGE for n in range(1, 21)},
+        "qa_id": pa.int64(),
         "question": pa.string(), "answer": pa.string(), "arithmetic_expression": pa.string(),
         "evidence_pages": pa.list_(pa.int64()), "reasoning_type": pa.string(), "answer_type": pa.string(),
     }
@@ -124,8 +127,10 @@ def slide_rows(decks: int, pages: int = 20) -> list[dict[str, Any]]:
         {
             "deck_name": f"deck-{deck}", "deck_url": "https://slides.invalid/deck",
             **{f"page_{n}": cell(10_000 + deck * 100 + n) if n <= pages else None for n in range(1, 21)},
-            "qa_id": deck * 10 + question, "question": f"How much more is number {question} than the other?", "answer": "12%",
-            "arithmetic_expression": "30% - 18%" if question else "None", "evidence_pages": [3, 1] if question else [2],
+            "qa_id": deck * 10 + question, "question": f"How much more is number {question} than the other?",
+            "answer": "12%",
+            "arithmetic_expression": "30% - 18%" if question else "None",
+            "evidence_pages": [3, 1] if question else [2],
             "reasoning_type": "Numerical", "answer_type": "Non-Span" if question else "Single-Span",
         }
         for deck in range(decks)

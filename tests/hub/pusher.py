@@ -3,6 +3,7 @@
 Processes that have imported the client are kept for later tests, and fork for each push.
 """
 
+import atexit
 import json
 import os
 import subprocess
@@ -17,8 +18,9 @@ from tests.hub.server import RunningHub
 
 PARENT = """
 import importlib, json, os, sys, time, traceback
-from importlib.resources import files
 from pathlib import Path
+# imported before the forks, because pyarrow and the client import them late
+import _strptime, hf_xet, pandas, pyarrow.dataset, pyarrow.pandas_compat, stringprep, tarfile
 import huggingface_hub.constants
 from huggingface_hub.utils import logging
 from pipeline.errors import SynthError
@@ -63,6 +65,12 @@ for line in sys.stdin:
     print(json.dumps({"status": status}), flush=True)
 """
 _idle: list["subprocess.Popen[str]"] = []
+
+
+@atexit.register
+def _end_idle() -> None:
+    for process in _idle:
+        process.communicate()
 
 
 @dataclass
@@ -125,6 +133,6 @@ class Pusher:
 
 
 def _start_parent(env: dict[str, str]) -> "subprocess.Popen[str]":
-    """Start a process that imports the client. It ends with this process, which closes its stdin."""
+    """Start a process that imports the client, and ends with its stdin."""
     command = [sys.executable, "-c", PARENT]
     return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -1,7 +1,7 @@
 """The Xet part of the Hub's protocol: blocks of chunks, and recipes that list the chunks of each file.
 
-Source: `hf_xet` (crates `mdb_shard` for recipes, `cas_object` for blocks). Hashes are four little-endian 64-bit
-numbers, so their hexadecimal form reverses each eight bytes.
+Source: `hf_xet` (crates `mdb_shard` for recipes, `cas_object` for blocks). Hashes are four little-endian
+64-bit numbers, so their hexadecimal form reverses each eight bytes.
 """
 
 import hashlib

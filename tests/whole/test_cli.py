@@ -24,8 +24,9 @@ from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import SYNTH, Run, read_failure
 
 COMMANDS = (  # in the order of a user's work
-    "init", "doctor", "preview", "generate", "serve", "report", "review apply", "versions list", "versions tag", "versions rm",
-    "versions gc", "diff", "check", "push", "export", "train", "evaluate", "caption", "serve-captioner", "experiment",
+    "init", "doctor", "preview", "generate", "serve", "report", "review apply", "versions list",
+    "versions tag", "versions rm", "versions gc", "diff", "check", "push", "export", "train", "evaluate",
+    "caption", "serve-captioner", "experiment",
 )  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def test_dry_run_predicts_cost_and_keeps_paid_replies(synth: Run, tmp_path: Path
 
 
 def test_help_loads_no_heavy_package() -> None:
-    command = [sys.executable, "-X", "importtime", SYNTH, "--help"]
+    command = [sys.executable, "-X", "importtime", str(SYNTH), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded = set(re.findall(r"^import time:.*\| +(\w+)", done.stderr, re.MULTILINE))
     assert "typer" in loaded

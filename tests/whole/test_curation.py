@@ -11,9 +11,8 @@ import pytest
 from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 
-SCENES = 8
-GENERATE = ("generate", "--source", "scenes", "--limit", "8", "--out", "d")
-GENERATE += ("--verify", "round_trip,claims,blind,alignment")
+CHECKS = "round_trip,claims,blind,alignment"
+GENERATE = ("generate", "--source", "scenes", "--limit", "8", "--out", "d", "--verify", CHECKS)
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

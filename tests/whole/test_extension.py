@@ -64,9 +64,8 @@ def draw_stripes(number: int) -> Sample:
     file = io.BytesIO()
     image.save(file, "PNG")
     data = file.getvalue()
-    return Sample(
-        id=image_id(data), source_row=str(number), images=(data,), width_px=64, height_px=64, license="cc0-1.0"
-    )
+    size = {"width_px": 64, "height_px": 64}
+    return Sample(id=image_id(data), source_row=str(number), images=(data,), license="cc0-1.0", **size)
 
 
 SPEC = SourceSpec(

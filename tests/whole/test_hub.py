@@ -95,8 +95,8 @@ def test_exports_are_pushed_in_same_commit_but_not_added_to_a_tag(hub: RunningHu
     assert "formats of other tools: `webdataset/`, `cauldron/`." in card
     env = hub.env(reader.folder / "home")
     code = (
-        "from datasets import load_dataset\n"
-        "print(len(load_dataset('me/also', split='train')), len(load_dataset('me/also', 'cauldron', split='train')))"
+        "from datasets import load_dataset as load\n"
+        "print(len(load('me/also', split='train')), len(load('me/also', 'cauldron', split='train')))"
     )
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=600

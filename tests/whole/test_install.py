@@ -43,7 +43,7 @@ def test_all_extras_resolve_with_vllm_and_core_needs_no_torch(
 
 @pytest.mark.skipif(not LONG, reason="a new environment takes a minute: make test-long")
 def test_image_script_installs_and_runs_doctor(tmp_path: Path, source_tree: Path) -> None:
-    environment = [UV, "venv", "--quiet", "--seed", "--python", sys.executable, tmp_path / "env"]
+    environment = [UV, "venv", "--quiet", "--seed", "--python", sys.executable, str(tmp_path / "env")]
     subprocess.run(environment, check=True)
     python = tmp_path / "env" / "bin" / "python"
     command = ["sh", str(ROOT / "deploy" / "install.sh"), str(source_tree), "heic"]
@@ -86,21 +86,19 @@ def test_wheel_contains_all_files_for_generate(tmp_path: Path, wheel: Path) -> N
         assert {*listing.stdout.splitlines()} <= {*archive.namelist()}
         archive.extractall(tmp_path / "installed")
     save_photos(tmp_path, 4)
-    code = (
-        "import pipeline, sys; sys.argv = ['synth', 'generate', '--source', 'folder:photos', '--base-url', sys.argv[1]];"
-        "assert 'installed' in pipeline.__file__; from pipeline.cli import main; main()"
-    )
+    code = "import pipeline; assert 'installed' in pipeline.__file__; from pipeline.cli import main; main()"
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     with running_chat(ChatServer()) as chat:
-        command = [sys.executable, "-c", code, chat.url]
+        generate = ["generate", "--source", "folder:photos", "--base-url", chat.url]
+        command = [sys.executable, "-c", code, *generate]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data" / "folder-photos" / "versions" / "v1.0.0" / "README.md").exists()
 
 
 def test_job_script_dependencies_resolve(wheel: Path) -> None:
-    command = [UV, "pip", "compile", "--quiet", "--python-version", "3.12", "--find-links", wheel.parent]
-    command += ["--python-platform", PLATFORM, ROOT / "deploy" / "hf_job.py"]
+    command = [UV, "pip", "compile", "--quiet", "--python-version", "3.12", "--find-links", str(wheel.parent)]
+    command += ["--python-platform", PLATFORM, str(ROOT / "deploy" / "hf_job.py")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{DISTRIBUTION}==0.1.0" in done.stdout
@@ -116,7 +114,7 @@ def test_slurm_task_makes_dataset_of_its_line(tmp_path: Path) -> None:
 
     def run_task(number: int) -> Done:
         env = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(number)}
-        script = ["bash", ROOT / "deploy" / "slurm_array.sh", "sources.txt", "datasets"]
+        script = ["bash", str(ROOT / "deploy" / "slurm_array.sh"), "sources.txt", "datasets"]
         return subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
 
     done = run_task(2)

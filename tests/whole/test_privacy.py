@@ -31,9 +31,10 @@ LOAD = """
 import json, sys
 from datasets import load_dataset
 rows = [row for split in load_dataset(sys.argv[1], revision="v1.0.0").values() for row in split]
+images = {row["sample_id"]: row["image"] for row in rows}
 print(json.dumps([
-    [row["sample_id"], row["image"].size, len(row["image"].getexif()), row["image"].convert("RGB").tobytes().hex()[:300]]
-    for row in rows
+    [name, image.size, len(image.getexif()), image.convert("RGB").tobytes().hex()[:300]]
+    for name, image in images.items()
 ]))
 """
 
@@ -94,10 +95,8 @@ def test_model_receives_pixels_only(home: Path, server: ChatServer) -> None:
 
 def test_pushed_images_are_upright_and_without_metadata(home: Path, hub: RunningHub) -> None:
     message = run(hub, home, "push", "--repo", "me/photos").stderr
-    assert (
-        "repository: me/photos, private, as the license of the images is not known, or not to the Hub (--license)"
-        in message
-    )
+    reason = "as the license of the images is not known, or not to the Hub (--license)"
+    assert f"repository: me/photos, private, {reason}" in message
     assert "dataset: data/folder-photos\n" in message
     assert "license of the images: unknown" in message
     repo = hub.hub.storage.repos["dataset", "me/photos"]
@@ -149,8 +148,8 @@ def test_license_title_and_language_reach_card_and_visibility(
     assert ("dataset", "me/odd") not in hub.hub.storage.repos
     asked = len(server.bodies)
     data = ("--source", "folder:photos", "--base-url", server.url)
-    stated = ("--license", "cc-by-4.0", "--title", "Lakes")
-    made = json.loads(run(hub, home, "generate", *data, *stated, "--json").stdout)
+    known = ("--license", "cc-by-4.0", "--title", "Lakes")
+    made = json.loads(run(hub, home, "generate", *data, *known, "--json").stdout)
     assert len(server.bodies) == asked
     version = json.loads((home / made["path"] / "manifest.json").read_text())
     assert (version["licenses"], version["title"]) == (["cc-by-4.0"], "Lakes")

@@ -60,8 +60,7 @@ def test_reviews_that_leave_no_row_are_refused_and_not_stored(synth: Run, tmp_pa
     names = [text_name(row) for row in pq.read_table(folder.step_file("split")).to_pylist()]
 
     def bad(texts: list[tuple[str, str]]) -> str:
-        bad_texts = [{"sample_id": sample_id, "content": content} for sample_id, content in texts]
-        reviews = [Review(**text, verdict="bad", reason="other") for text in bad_texts]
+        reviews = [Review(sample_id=id_, content=text, verdict="bad", reason="other") for id_, text in texts]
         (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
         return synth("review", "apply", "m.jsonl", "--data", "d").stderr
 

@@ -100,8 +100,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [str(SYNTH), "serve", "--model", "tiny", "--", "--max-num-seqs", "16"]
     with (folder / "talk").open("w") as progress:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress, text=True,
-            preexec_fn=restore_sigint,
+            command, cwd=folder, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress,
+            text=True, preexec_fn=restore_sigint,
         )  # fmt: skip
     try:
         assert process.stdout
