@@ -13,12 +13,11 @@ from tests.commands import REPLIES
 
 __all__ = ["browser", "opened"]
 
-LONGEST = (
-    "tests/whole/test_vllm.py",
-    "tests/whole/test_cluster.py",
-    "tests/trainer/publish/",
-    "tests/whole/",
-)
+# The longest files first, so that no worker ends with one of them. The files of other folders are short.
+ORDER = (
+    "whole/test_vllm", "whole/test_cluster", "whole/test_browser", "whole/test_install", "trainer/publish",
+    "whole", "trainer", "hostile", "pipeline/hub", "pipeline/sources", "pipeline/inference",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -54,10 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, start with the longest files, so that no worker ends with one of them."""
+    """Sort the tests by ORDER under pytest-xdist."""
+
+    def place(item: pytest.Item) -> int:
+        starts = (n for n, start in enumerate(ORDER) if item.nodeid.startswith(f"tests/{start}"))
+        return next(starts, len(ORDER))
+
     if os.environ.get("PYTEST_XDIST_WORKER"):
-        items.sort(
-            key=lambda item: next(
-                (n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST)
-            )
-        )
+        items.sort(key=place)

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-UV = Path(sys.executable).with_name("uv")
+UV = str(Path(sys.executable).with_name("uv"))
 PYTHONS = ("3.11", "3.12", "3.13")
 RESOLUTIONS = ("highest", "lowest-direct")
 # core, all without vLLM, all
@@ -34,17 +34,9 @@ class Resolved:
 def resolve(extras: str, python: str, resolution: str) -> Resolved:
     """Resolve this project with some extras, as uv does."""
     requirement = f"synth-captioner{f'[{extras}]' if extras else ''} @ {ROOT.as_uri()}"
-    command = [
-        str(UV),
-        "pip",
-        "compile",
-        "--quiet",
-        "--no-header",
-        "--no-annotate",
-        "--python-version",
-        python,
-    ]
-    command += ["--python-platform", PLATFORM, "--resolution", resolution, "-"]
+    options = ["--quiet", "--no-header", "--no-annotate", "--python-version", python]
+    options += ["--python-platform", PLATFORM, "--resolution", resolution]
+    command = [UV, "pip", "compile", *options, "-"]
     done = subprocess.run(command, input=requirement, capture_output=True, text=True, cwd=ROOT.parent)
     versions = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", done.stdout, re.MULTILINE))
     return Resolved(extras, python, resolution, versions, done.stderr.strip() if done.returncode else "")

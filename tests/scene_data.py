@@ -89,22 +89,13 @@ def published(version: Version, **options: Any) -> dict[str, Any]:
 
 def true_captions(samples: list[Sample]) -> pa.Table:
     """Return annotations with the columns of the split step."""
-    return pa.Table.from_pylist(
-        [
-            {
-                "sample_id": sample.id,
-                "task": "caption",
-                "style": style,
-                "text": caption(
-                    (scenes_of(SCENES, sample.source_row) or [sample_scene(Random(sample.id))])[0], style
-                ),
-                "prompt_id": "caption/v1@test",
-                "split": split_of(sample.id, SplitConfig(), 0),
-            }
-            for sample in samples
-            for style in STYLES
-        ]
-    )
+    rows = []
+    for sample in samples:
+        (scene, *_) = scenes_of(SCENES, sample.source_row) or [sample_scene(Random(sample.id))]
+        fields = {"sample_id": sample.id, "task": "caption", "prompt_id": "caption/v1@test"}
+        fields["split"] = split_of(sample.id, SplitConfig(), 0)
+        rows += [fields | {"style": style, "text": caption(scene, style)} for style in STYLES]
+    return pa.Table.from_pylist(rows)
 
 
 def scored_captions(samples: list[Sample], coverage: float = 0.5) -> pa.Table:

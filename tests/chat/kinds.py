@@ -34,12 +34,8 @@ class ServerKind:
     def refusal_of(self, body: dict[str, Any]) -> Refusal | None:
         """Return the error for a request body, or None if it is accepted."""
         if self.fields is not None:
-            parts = [
-                part
-                for message in body["messages"]
-                if isinstance(message["content"], list)
-                for part in message["content"]
-            ]
+            contents = [message["content"] for message in body["messages"]]
+            parts = [part for content in contents if isinstance(content, list) for part in content]
             unknown = [*(body.keys() - self.fields), *("uuid" for part in parts if "uuid" in part)]
             if unknown:
                 return refuse(f"Unrecognized request argument supplied: {unknown[0]}")

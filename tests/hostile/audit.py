@@ -19,17 +19,8 @@ _FETCHES = {
     "ftplib.connect",
 }  # fmt: skip
 _UNPICKLES = {"pickle.find_class"}
-_TRUSTED = tuple(
-    os.path.realpath(path)
-    for path in {
-        *sysconfig.get_paths().values(),
-        sys.prefix,
-        sys.base_prefix,
-        str(Path(__file__).parents[2]),
-        "/usr",
-        "/lib",
-    }
-)
+_PYTHON = (*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix)
+_TRUSTED = tuple(map(os.path.realpath, (*_PYTHON, str(Path(__file__).parents[2]), "/usr", "/lib")))
 _OPENED = ("/proc/", "/sys/", "/dev/null", "/dev/urandom", "/etc/localtime", "/etc/mime.types", "/dev/shm/")
 
 

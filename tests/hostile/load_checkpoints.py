@@ -36,11 +36,8 @@ def main() -> None:
         if characters is not None:
             outcome = f"a text of {characters < 10_000}"
         seconds = time.process_time() - started
-        print(
-            f"{checkpoint.name}: {outcome[:120]} {watch.violations[:1]} {seconds:.1f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{checkpoint.name}: {outcome[:120]} {watch.violations[:1]} {seconds:.1f} s"
+        print(line, file=sys.stderr, flush=True)
         outcomes[checkpoint.name] = {"outcome": outcome, "violations": watch.violations, "seconds": seconds}
     print(json.dumps({"outcomes": outcomes, "peak": memory_bytes()}))
 

@@ -22,14 +22,9 @@ from pipeline.sources.image_urls import fetch_image
 
 SET_ADDRESS, SET_FLAGS, UP = 0x8916, 0x8914, 0x1
 INTERNAL = (
-    "127.0.0.1",
-    "169.254.169.254",
-    "10.0.0.1",
-    "192.168.0.1",
-    "172.16.0.1",
-    "168.63.129.16",
+    "127.0.0.1", "169.254.169.254", "10.0.0.1", "192.168.0.1", "172.16.0.1", "168.63.129.16",
     "100.100.100.200",
-)
+)  # fmt: skip
 URLS = (
     *(f"http://{address}/latest/meta-data" for address in INTERNAL),
     "http://localhost/", "http://LOCALHOST./", "http://0/", "http://0.0.0.0/", "http://127.1/", "http://127.000.000.001/",
@@ -41,11 +36,8 @@ URLS = (
     "http://rebinds.example/", "http://two.example/", "http://redirects.example/", "http://internal.example/",
 )  # fmt: skip
 PUBLIC = "93.184.216.34"
-ADDRESSES = {
-    "rebinds.example": [PUBLIC],
-    "two.example": [PUBLIC, "10.0.0.1"],
-    "internal.example": ["10.0.0.1"],
-}
+ADDRESSES = {"rebinds.example": [PUBLIC], "two.example": [PUBLIC, "10.0.0.1"]}
+ADDRESSES["internal.example"] = ["10.0.0.1"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NOT RUN: network namespaces are of Linux")

@@ -145,11 +145,8 @@ def test_text_and_key_stay_text_in_card() -> None:
             "measured": {"captions": {vector: {"count": 9, "mean_words": 7.5}}},
         }  # fmt: skip
         require_harmless(render_card(keys, [texts]), plain)
-        values = MANIFEST | {
-            "title": vector,
-            "source": {"name": vector, "revision": vector},
-            "licenses": [vector],
-        }
+        names = {"name": vector, "revision": vector}
+        values = MANIFEST | {"title": vector, "source": names, "licenses": [vector]}
         assert yaml.safe_load(yaml.safe_dump(metadata(values), allow_unicode=True)) == metadata(values)
 
 

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from itertools import combinations_with_replacement
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,17 +17,8 @@ from tests.chat.server import Act, ChatServer, running_chat
 from tests.commands import SYNTH, run_synth
 from tests.hostile import part_of
 
-IMAGES = (
-    "--source",
-    "folder:photos",
-    "--tasks",
-    "caption",
-    "--out",
-    "data",
-    "--language",
-    "any",
-    "--base-url",
-)
+OUTPUT = ("--out", "data", "--language", "any")
+IMAGES = ("--source", "folder:photos", "--tasks", "caption", *OUTPUT, "--base-url")
 # the address of a server is appended to the first four
 COMMANDS = {
     "generate": ("generate", *IMAGES),
@@ -75,12 +67,8 @@ def test_concurrent_commands_succeed_or_report_the_other(
     before = [version.manifest["digest"] for version in DatasetDir(folder / "data").versions()]
     commands = [COMMANDS[name] for name in (first, second)]
     commands = [(*command, chat.url) if "--base-url" in command else command for command in commands]
-    running = [
-        subprocess.Popen(
-            [SYNTH, *command], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        for command in commands
-    ]
+    pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    running = [subprocess.Popen([SYNTH, *command], cwd=folder, text=True, **pipes) for command in commands]
     for process in running:
         _, errors = process.communicate(timeout=600)
         assert "Traceback" not in errors, errors

@@ -23,11 +23,8 @@ async def create(hub: Hub, request: Request) -> Response:
     owner = body.get("organization") or USER
     hub.require_writer(request, owner)
     repo, kind = f"{owner}/{body['name']}", body.get("type", "model")
-    url = {
-        "url": f"{request.base_url}{'' if kind == 'model' else f'{kind}s/'}{repo}",
-        "name": repo,
-        "id": repo,
-    }
+    address = f"{request.base_url}{'' if kind == 'model' else f'{kind}s/'}{repo}"
+    url = {"url": address, "name": repo, "id": repo}
     if (kind, repo) in hub.storage.repos:
         return JSONResponse({"error": "You already created this repo", **url}, 409)
     repository = Repo(kind, repo, private=body.get("visibility") == "private")

@@ -19,6 +19,7 @@ from tests.pipeline.images.test_similarity import photo
 __all__ = ["SYNTH"]
 
 ROOT = Path(__file__).parents[2]
+SMALL_DECODER = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -64,8 +65,7 @@ def save_photos(folder: Path, count: int, suffix: str = "png") -> Path:
 
 def write_training_settings(folder: Path) -> None:
     """Write `small.yaml`: a training that takes about a second."""
-    decoder = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
-    settings = decoder | {"steps": 2, "batch_size": 8, "evaluate_images": 4, "max_caption_tokens": 12}
+    settings = SMALL_DECODER | {"steps": 2, "batch_size": 8, "evaluate_images": 4, "max_caption_tokens": 12}
     (folder / "small.yaml").write_text(json.dumps(settings))
 
 

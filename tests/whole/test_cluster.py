@@ -54,12 +54,9 @@ def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Ac
         elif task == "caption":
             text = json.dumps({"caption": f"A small {color} {thing} lies in the middle of a white sheet."})
         else:
+            question, answer = "How many things are seen?", str(draws[2] % 3)
             boolean = {"answer_type": "yes/no", "question": f"Is there a {thing} here?", "answer": "yes"}
-            number = {
-                "answer_type": "number",
-                "question": "How many things are seen?",
-                "answer": str(draws[2] % 3),
-            }
+            number = {"answer_type": "number", "question": question, "answer": answer}
             text = json.dumps({"qa": [boolean, number]})
         return Act(text="no JSON" if draws[3] < 16 else text, seconds=seconds)
 
@@ -200,7 +197,7 @@ def test_cluster_makes_same_version_report_and_review_as_one_machine(made: Made)
     assert "nothing new: v1.0.1" in run_synth(*flags, "--out", "many", cwd=folder).stderr
     assert len(chat.bodies) == before
     assert not (folder / "many" / "exchange").exists()
-    refused = run_process(*flags, "--out", "many", "--executor", "ray", "--shards", "5", cwd=folder)
+    refused = run_synth(*flags, "--out", "many", "--executor", "ray", "--shards", "5", cwd=folder)
     assert "has 3 shards, not 5" in read_failure(refused)[0]
 
 
@@ -291,9 +288,10 @@ def test_nodes_without_shared_files_use_object_store(
     assert synth(*flags, "--out", home).returncode == 2  # the local executor writes to a disk only
 
 
-def test_unreachable_cluster_is_an_error(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
+def test_unreachable_cluster_is_an_error(chat: ChatServer, tmp_path: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "4", "--base-url", chat.url, "--executor", "ray")
-    error, hint = read_failure(synth(*command, "--out", "d", "--ray-address", "127.0.0.1:9"))
+    address = ("--ray-address", "127.0.0.1:9")
+    error, hint = read_failure(run_synth(*command, "--out", "d", *address, cwd=tmp_path))
     assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint
     assert not chat.bodies
     for flags in (("--executor", "local", "--shards", "3"), ("--dry-run",)):

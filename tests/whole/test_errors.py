@@ -88,12 +88,8 @@ def test_full_disk_is_an_error_without_partial_files(tmp_path: Path) -> None:
 
 
 def test_read_only_folder_is_an_error(tmp_path: Path) -> None:
-    done = run_on_mount(
-        tmp_path,
-        "size=1m",
-        "mkdir disk/d && mount -o remount,ro disk",
-        "generate --source scenes --out disk/d",
-    )
+    prepare = "mkdir disk/d && mount -o remount,ro disk"
+    done = run_on_mount(tmp_path, "size=1m", prepare, "generate --source scenes --out disk/d")
     error, hint = read_failure(done)
     assert "read-only" in error
     assert "--out" in hint

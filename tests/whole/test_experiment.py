@@ -16,11 +16,10 @@ from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from tests.commands import run_synth
 from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
-from tests.whole.conftest import SYNTH, read_failure
+from tests.whole.conftest import SMALL_DECODER, SYNTH, read_failure
 from trainer.experiment import runs
 
-DECODER = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
-SETTINGS = DECODER | {"steps": 20, "evaluate_every": 5, "batch_size": 8}
+SETTINGS = SMALL_DECODER | {"steps": 20, "evaluate_every": 5, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")

@@ -136,11 +136,9 @@ def test_next_limit_follows_share_of_kept_images() -> None:
 def test_bad_review_does_not_continue_reading(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.0)) as chat:
         first, _ = run(tmp_path, chat, images=20)
-        sample_id, caption = next(
-            (row["sample_id"], row["captions"][0]["text"])
-            for _, batch in first.version.batches(["sample_id", "captions"])
-            for row in batch.to_pylist()
-        )
+        batch = next(batch for _, batch in first.version.batches(["sample_id", "captions"]))
+        row = batch.to_pylist()[0]
+        sample_id, caption = row["sample_id"], row["captions"][0]["text"]
         _, content = text_name({"sample_id": sample_id, "task": "caption", "text": caption})
         reviews = tmp_path / "reviews.jsonl"
         review = {"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "not_true"}

@@ -52,13 +52,8 @@ def test_image_script_installs_and_runs_doctor(tmp_path: Path, source_tree: Path
     assert done.returncode == 0, done.stderr
     assert f"ok   synth        {DISTRIBUTION} 0.1.0 on Python 3" in done.stdout
     assert "no   embedded     missing: torch" in done.stdout
-    sources = subprocess.run(
-        [python.with_name("synth"), "doctor", "--sources"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [str(python.with_name("synth")), "doctor", "--sources"]
+    sources = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "folder:PATH" in sources.stdout
 
 

@@ -58,16 +58,8 @@ def test_card_names_server_without_enforced_schemas(photos: Path) -> None:
 def test_password_in_address_reaches_server_but_no_file_or_message(photos: Path) -> None:
     with running_chat(ChatServer()) as chat:
         address = chat.url.replace("://", "://bob:s3cret,'word@")
-        arguments = (
-            "generate",
-            "--source",
-            "folder:photos",
-            "--out",
-            "d",
-            "--tasks",
-            "caption",
-            "--base-url",
-        )
+        source = ("--source", "folder:photos", "--tasks", "caption", "--out", "d")
+        arguments = ("generate", *source, "--base-url")
         made = run_synth(*arguments, address, "--json", cwd=photos)
         assert made.returncode == 0, made.stderr
         assert all(sent and sent.startswith("Basic ") for sent in chat.authorizations)
