@@ -38,11 +38,11 @@ def opened(browser: Browser) -> Iterator[Open]:
     """Open a page from disk. Fail if it logs an error or a warning, or requests anything but a local file."""
     contexts, problems = [], []
 
-    def hear_console(message: ConsoleMessage) -> None:
+    def record_message(message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
             problems.append(message.text)
 
-    def hear_request(request: Request) -> None:
+    def record_request(request: Request) -> None:
         if not request.url.startswith(("file:", "data:", "blob:")):
             problems.append(request.url[:200])
 
@@ -50,9 +50,9 @@ def opened(browser: Browser) -> Iterator[Open]:
         context = browser.new_context(viewport=options.pop("viewport", WIDE), **options)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", hear_console)
+        page.on("console", record_message)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", hear_request)
+        page.on("request", record_request)
         page.goto(path.as_uri())
         return page
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.commands import run_synth
 
-NOBODY = "http://127.0.0.1:9/v1"  # no server listens there
+UNUSED_ADDRESS = "http://127.0.0.1:9/v1"  # no server listens there
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,8 @@ MISTAKES = (
         "--base-url",
     ),
     Mistake(
-        "server not started", f"{PHOTOS} --base-url {NOBODY}", f"no server answers at {NOBODY}",
-        "synth serve",
+        "server not started", f"{PHOTOS} --base-url {UNUSED_ADDRESS}",
+        f"no server answers at {UNUSED_ADDRESS}", "synth serve",
     ),
     Mistake(
         "no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://",

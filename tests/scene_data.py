@@ -101,10 +101,10 @@ def true_captions(samples: list[Sample]) -> pa.Table:
 def scored_captions(samples: list[Sample], coverage: float = 0.5) -> pa.Table:
     """Return `true_captions` with a coverage, and a rating of every second caption."""
     captions = true_captions(samples)
-    marks = [n % 5 + 1 if n % 2 else None for n in range(captions.num_rows)]
+    ratings = [n % 5 + 1 if n % 2 else None for n in range(captions.num_rows)]
     captions = captions.append_column("agreement", pa.array([1.0] * captions.num_rows))
     captions = captions.append_column("coverage", pa.array([coverage] * captions.num_rows))
-    return captions.append_column("form", pa.array(marks, pa.int32()))
+    return captions.append_column("form", pa.array(ratings, pa.int32()))
 
 
 SCORED = ("precision", "coverage", "form")

@@ -75,10 +75,12 @@ def rows_after(step: RowStep, shards: Sequence[DatasetDir], ids: Sequence[str]) 
     rejected = [read_table(shard.step_file(step.name, "rejected")) for shard in shards]
     kept = [table.append_column("reason", pa.nulls(table.num_rows, pa.string())) for table in kept]
     rows = pa.concat_tables([*kept, *rejected])
-    found = rows["annotation_id"].to_pylist()
-    assert sorted(found) == sorted(ids)
+    row_ids = rows["annotation_id"].to_pylist()
+    assert sorted(row_ids) == sorted(ids)
     first = {annotation_id: index for index, annotation_id in reversed([*enumerate(ids)])}
-    return rows.take(pa.array(sorted(range(len(found)), key=lambda index: first[found[index]]), pa.int64()))
+    return rows.take(
+        pa.array(sorted(range(len(row_ids)), key=lambda index: first[row_ids[index]]), pa.int64())
+    )
 
 
 class ShardList(Executor):

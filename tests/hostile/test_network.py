@@ -53,7 +53,7 @@ def test_no_url_reaches_internal_address() -> None:
         pytest.skip(f"NOT RUN: a network namespace cannot be made here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["came"] == []
+    assert result["connections"] == []
     assert set(result["reasons"].values()) <= {"url_refused", "url_unreachable"}, result["reasons"]
     assert len(result["reasons"]) == len(URLS)
     # resolved once: a second answer cannot be another address
@@ -70,13 +70,13 @@ def bring_up() -> None:
             fcntl.ioctl(handle, SET_ADDRESS, request)
 
 
-def listen(came: list[str]) -> None:
+def listen(connections: list[str]) -> None:
     """Accept connections to port 80 of all addresses in threads, and record the addresses."""
 
     def serve(listener: socket.socket) -> None:
         while True:
             connection, _ = listener.accept()
-            came.append(str(connection.getsockname()[0]))
+            connections.append(str(connection.getsockname()[0]))
             connection.close()
 
     for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
@@ -85,16 +85,16 @@ def listen(came: list[str]) -> None:
     for address in ("10.0.0.1", "::1"):
         with socket.create_connection((address, 80), timeout=5):
             pass  # the server is reachable
-    while len(came) < 2:
+    while len(connections) < 2:
         threading.Event().wait(0.01)
-    came.clear()
+    connections.clear()
 
 
 def main() -> None:
     """Fetch all URLs, and print the reasons, the connections, and the resolved names."""
     bring_up()
-    came: list[str] = []
-    listen(came)
+    connections: list[str] = []
+    listen(connections)
     asked: list[str] = []
     resolve = socket.getaddrinfo
 
@@ -118,7 +118,7 @@ def main() -> None:
             reasons[url] = error.reason
         except Exception as error:  # noqa: BLE001  # an error that would end a run
             reasons[url] = f"TRACEBACK {error!r}"
-    print(json.dumps({"reasons": reasons, "came": came, "asked": asked}))
+    print(json.dumps({"reasons": reasons, "connections": connections, "asked": asked}))
 
 
 if __name__ == "__main__":

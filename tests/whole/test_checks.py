@@ -50,13 +50,13 @@ class Model:
     """A model that sees the truth, and splits captions by words."""
 
     def __init__(self, ids: dict[str, int]) -> None:
-        self.ids, self.asked = ids, Counter[str]()
+        self.ids, self.requests = ids, Counter[str]()
         self.refutes_colors = False
 
     def __call__(self, times: int, body: dict[str, Any]) -> Act:
         task = body["response_format"]["json_schema"]["name"]
         prompt = body["messages"][-1]["content"][-1]["text"]
-        self.asked[task] += 1
+        self.requests[task] += 1
         if task in ("claims", "covers", "repair"):
             assert not uuid_of(body)
             line = next(line for line in prompt.splitlines() if line.startswith("Caption: "))
@@ -106,9 +106,9 @@ def rate(_: int, body: dict[str, Any]) -> Act:
     """A judge that dislikes red objects."""
     assert uuid_of(body)  # the judge gets the image
     text = task_of(body)
-    mark = "2" if "red" in text else "5"
-    marks = {"relevance": "5", "grounding": mark, "correctness": mark, "form": "4"}
-    return Act(json.dumps({"flaw": "nothing", **marks}))
+    rating = "2" if "red" in text else "5"
+    ratings = {"relevance": "5", "grounding": rating, "correctness": rating, "form": "4"}
+    return Act(json.dumps({"flaw": "nothing", **ratings}))
 
 
 @pytest.fixture
@@ -158,10 +158,10 @@ def test_only_captions_with_wrong_detail_are_rejected(
     assert sorted(model.ids[row["sample_id"]] for row in kept) == list(range(0, COUNT, 2))
     expected = [check["expected"] for row in kept for check in row["checks"]]
     assert expected.count("yes") == expected.count("no") == 3 * len(kept)
-    assert model.asked["claims"] == len({caption_of(number) for number in range(COUNT)})
-    asked = len(server.bodies)
+    assert model.requests["claims"] == len({caption_of(number) for number in range(COUNT)})
+    num_requests = len(server.bodies)
     again = generate(tmp_path, server, *CAPTIONS, "--verify", "claims")
-    assert (len(server.bodies), again["is_new"]) == (asked, False)
+    assert (len(server.bodies), again["is_new"]) == (num_requests, False)
     assert {caption["precision"] for caption in captions_of(tmp_path, model).values()} == {1.0}
 
 
@@ -180,9 +180,9 @@ def test_repair_removes_false_claim_from_caption(tmp_path: Path, model: Model, s
     before = {model.ids[row["sample_id"]]: row["unrepaired_text"] for row in kept}
     assert {number for number, text in before.items() if text} == wrong
     assert all(row["word_count"] == len(row["clean_text"].split()) for row in kept)  # measured again
-    asked = len(server.bodies)
+    num_requests = len(server.bodies)
     assert not generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--repair")["is_new"]
-    assert len(server.bodies) == asked
+    assert len(server.bodies) == num_requests
     manifest = json.loads((tmp_path / "d/versions/v1.0.0/manifest.json").read_text())
     assert any(name.startswith("repair/v1@") for name in manifest["prompts"])
     assert "repair" in manifest["schemas"]
@@ -199,7 +199,7 @@ def test_human_caption_is_checked_but_not_repaired(tmp_path: Path, model: Model,
     (tmp_path / "photos/metadata.csv").write_text("\n".join(["file_name,text", *lines]))
     options = ("--source", "folder:photos", "--out", "d", "--tasks", "none", "--verify", "claims", "--repair")
     steps = generate(tmp_path, server, *options)["steps"]
-    assert model.asked["repair"] == 0 and model.asked["claims"] > 0
+    assert model.requests["repair"] == 0 and model.requests["claims"] > 0
     assert steps["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
     assert {caption["prompt_id"] for caption in captions_of(tmp_path, model).values()} == {"human"}
 
@@ -216,12 +216,14 @@ def test_coverage_is_share_of_answers_in_caption(tmp_path: Path, model: Model, s
     (tmp_path / "synth.yaml").write_text("verify: {min_coverage: 0.9}\n")
     steps = generate(tmp_path, server, "--config", "synth.yaml", *both)["steps"]
     assert steps["verify"]["rejected"] == {"low_coverage": COUNT // 2}
-    model.asked.clear()
+    model.requests.clear()
     model.refutes_colors = True  # refuted answers do not count for coverage
     generate(tmp_path, server, *both[:-1], "covers,round_trip", "--out", "e")
-    right = [one["coverage"] for n, one in captions_of(tmp_path, model, out="e").items() if n % 2 == 0]
+    right = [
+        caption["coverage"] for n, caption in captions_of(tmp_path, model, out="e").items() if n % 2 == 0
+    ]
     assert len(right) == COUNT // 2 and set(right) == {1.0}
-    assert model.asked["covers"] <= 2 * COUNT  # two of three questions remain
+    assert model.requests["covers"] <= 2 * COUNT  # two of three questions remain
 
 
 def test_judge_rates_texts_with_its_own_key(
@@ -232,7 +234,7 @@ def test_judge_rates_texts_with_its_own_key(
     refused = run(tmp_path, server, *rated, SYNTH_API_KEY="of-the-writer")
     assert refused.returncode == 1 and "SYNTH_JUDGE_API_KEY" in refused.stderr, refused.stderr
     # the writer's key was not sent to the judge, and no request was paid
-    assert not model.asked and judge.authorizations == {None}
+    assert not model.requests and judge.authorizations == {None}
     keys = {"SYNTH_API_KEY": "of-nobody", "MY_KEY": "of-the-writer", "SYNTH_JUDGE_API_KEY": "of-the-judge"}
     (tmp_path / "key.yaml").write_text("server: {key_env: MY_KEY, headers: {X-Own: $MY_KEY}}\n")
     generate(tmp_path, server, "--config", "key.yaml", *rated, **keys)
@@ -246,13 +248,13 @@ def test_judge_rates_texts_with_its_own_key(
     assert {(caption["relevance"], caption["form"]) for caption in captions.values()} == {(5, 4)}
     text = (tmp_path / "d/versions/v1.0.0/manifest.json").read_text()
     assert json.loads(text)["config"]["verify"]["judge"] == "judge-7b" and judge.url not in text
-    asked = len(judge.bodies)
+    num_requests = len(judge.bodies)
     assert not generate(tmp_path, server, "--config", "key.yaml", *rated, **keys)["is_new"]
-    assert len(judge.bodies) == asked
+    assert len(judge.bodies) == num_requests
     (tmp_path / "synth.yaml").write_text("verify: {min_rating: 3}\nserver: {key_env: MY_KEY}\n")
     steps = generate(tmp_path, server, "--config", "synth.yaml", *rated, **keys)["steps"]
     red = sum(caption_of(number)[0] == "red" for number in range(COUNT))
-    assert steps["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == asked
+    assert steps["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == num_requests
 
 
 def test_invalid_judge_is_refused_before_any_request(
@@ -266,7 +268,7 @@ def test_invalid_judge_is_refused_before_any_request(
     ):
         done = run(tmp_path, server, *CAPTIONS, "--judge", name)
         assert complaint in read_failure(done)[0], done.stderr
-    assert not model.asked
+    assert not model.requests
     (tmp_path / "synth.yaml").write_text("verify: {judge_may_be_writer: true}\n")
     server.script = lambda times, body: (rate if "flaw" in json.dumps(body) else model)(times, body)
     generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--judge", f"model@{server.url}")

@@ -76,7 +76,7 @@ def chat() -> Iterator[ChatServer]:
 
 
 @dataclass(frozen=True)
-class Made:
+class KilledRun:
     """Versions of the same photos: `one` from one process, `many` from a cluster with kills."""
 
     folder: Path
@@ -87,7 +87,7 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledRun]:
     """Make the versions from photos that include copies and damaged images."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "photos").mkdir()
@@ -113,7 +113,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         review = run_synth("review", "apply", "m.jsonl", "--data", "many", cwd=folder)
         done = run_process(*flags_of(chat), "--out", "many", "--executor", "ray", cwd=folder)
         assert done.returncode == 0, done.stderr
-        yield Made(folder, chat, undisturbed, review)
+        yield KilledRun(folder, chat, undisturbed, review)
 
 
 def kill_worker_and_driver(folder: Path, chat: ChatServer) -> None:
@@ -160,8 +160,8 @@ def rows_of(version: Version) -> dict[str, Any]:
     return {row["sample_id"]: row for _, batch in batches for row in batch.to_pylist()}
 
 
-def test_cluster_makes_same_version_report_and_review_as_one_machine(made: Made) -> None:
-    folder, chat = made.folder, made.chat
+def test_cluster_makes_same_version_report_and_review_as_one_machine(killed_run: KilledRun) -> None:
+    folder, chat = killed_run.folder, killed_run.chat
     local, distributed = latest_version(folder / "one"), latest_version(folder / "many")
     assert distributed.manifest["digest"] == local.manifest["digest"]
     assert rows_of(distributed) == rows_of(local)
@@ -217,14 +217,14 @@ def count_journaled(home: Path) -> tuple[int, int]:
     return sent, len(replies)
 
 
-def test_killed_cluster_run_resumes_with_same_command(made: Made) -> None:
-    assert "many has no finished run to review" in read_failure(made.review)[0]
-    times, undisturbed = made.chat.times, made.undisturbed
+def test_killed_cluster_run_resumes_with_same_command(killed_run: KilledRun) -> None:
+    assert "many has no finished run to review" in read_failure(killed_run.review)[0]
+    times, undisturbed = killed_run.chat.times, killed_run.undisturbed
     assert times.keys() == undisturbed.keys()
     repeated = sum((times - undisturbed).values())
     # at most the requests in flight, of one worker and then of two
     assert 0 < repeated <= 3 * 64
-    sent, replies = count_journaled(made.folder / "many")
+    sent, replies = count_journaled(killed_run.folder / "many")
     assert replies == sum(undisturbed.values())
     assert repeated <= sent - replies <= 3 * 64  # some recorded requests were not sent
 

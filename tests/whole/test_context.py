@@ -97,7 +97,7 @@ def test_template_uses_named_columns(shop: Path, server: ChatServer) -> None:
     assert 'title: "Lamp 7"\nReply' in "".join(map(text_of, server.bodies))
     assert "Notes" not in text_of(server.bodies[0])
     assert "context" not in load_rows(shop / "d").features
-    asked = len(server.bodies)
+    num_requests = len(server.bodies)
     unmapped = "uses row.title, and no such column is mapped"
     for options, complaint in (
         (("--config", "synth.yaml", "--columns", "context=price"), unmapped),
@@ -106,7 +106,7 @@ def test_template_uses_named_columns(shop: Path, server: ChatServer) -> None:
         (("--columns", "image=title"), "a folder has no column to be the image"),
     ):
         refused = generate(shop, server, *options)
-        assert (refused.returncode, len(server.bodies)) == (1, asked)
+        assert (refused.returncode, len(server.bodies)) == (1, num_requests)
         assert complaint in refused.stderr
 
 
@@ -149,7 +149,7 @@ def test_values_with_any_name_and_text_stay_notes(shop: Path, server: ChatServer
     command += ["--columns", "context=items,copy,der Preis", "--base-url", server.url, "--out", "e"]
     done = run_synth(*command, cwd=shop)
     assert done.returncode == 0, done.stderr
-    shown = {f"title: {json.dumps(one, ensure_ascii=False)}" for one in title}
+    shown = {f"title: {json.dumps(text, ensure_ascii=False)}" for text in title}
     assert {text_of(body).splitlines()[0] for body in server.bodies} == shown
     assert all("(gut, 3 \u20ac)" in text_of(body) for body in server.bodies)
     server.bodies.clear()

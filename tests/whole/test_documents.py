@@ -23,7 +23,7 @@ def caption(times: int, body: dict[str, Any]) -> Act | None:
     return Act(json.dumps({"caption": f"A pattern of {words}."}))
 
 
-def generated(folder: Path, chat: ChatServer, *options: str) -> dict[str, Any]:
+def generate(folder: Path, chat: ChatServer, *options: str) -> dict[str, Any]:
     settings = "filter: {language: null}\ndedupe: {images: none}\nsplit: {test_frac: 0.4}\n"
     (folder / "s.yaml").write_text(settings)
     server = ("--base-url", chat.url, "--model", "model", "--config", "s.yaml", "--json")
@@ -39,10 +39,10 @@ def test_frames_of_one_video_share_a_split(tmp_path: Path) -> None:
         write_video(tmp_path / "clips" / f"{number}.mp4", 3, (64, 48), rate=2, shift=100 * number)
     videos = ("--source", "video:clips", "--every", "1", "--tasks", "caption", "--styles", "plain")
     with running_chat(ChatServer(caption)) as chat:
-        predicted = generated(tmp_path, chat, *videos, "--dry-run")
-        result = generated(tmp_path, chat, *videos)
-        again = generated(tmp_path, chat, *videos)
-        excluded = generated(tmp_path, chat, *videos, "--exclude", "video:clips/0.mp4", "--out", "e")
+        predicted = generate(tmp_path, chat, *videos, "--dry-run")
+        result = generate(tmp_path, chat, *videos)
+        again = generate(tmp_path, chat, *videos)
+        excluded = generate(tmp_path, chat, *videos, "--exclude", "video:clips/0.mp4", "--out", "e")
     assert predicted["images"] == 15 and excluded["steps"]["read"]["rejected"]["banned_image"] == 3
     assert (again["requests"]["asked"], again["is_new"]) == (0, False)
     export_version(read_version(tmp_path / result["path"]), "parquet", tmp_path / "flat")
@@ -61,7 +61,7 @@ def test_documents_are_decks_with_all_pages(tmp_path: Path) -> None:
     write_pdf(tmp_path / "talks" / "short.pdf", 3, first=30)
     (tmp_path / "talks" / "bad.pdf").write_bytes(b"%PDF-")
     with running_chat(ChatServer(caption)) as chat:
-        result = generated(tmp_path, chat, "--source", "pdf:talks")
+        result = generate(tmp_path, chat, "--source", "pdf:talks")
         sent = [[part["type"] for part in body["messages"][-1]["content"]] for body in chat.bodies]
         assert sorted(kinds.count("image_url") for kinds in sent) == [3, 3, 20]
     assert result["steps"]["read"] == {"input": 4, "kept": 3, "rejected": {"unreadable_file": 1}}

@@ -79,9 +79,9 @@ def test_source_is_read_until_enough_images_are_kept(tmp_path: Path) -> None:
         more, _ = run(tmp_path, chat, images=60)
         assert more.version.num_rows == 60 and max(chat.times.values()) == 1
         assert len(ids_of(version)) == 50 and ids_of(version) < ids_of(more.version)
-        asked = len(chat.bodies)
+        num_requests = len(chat.bodies)
         fewer = generate_dataset(settings(chat, images=12), tmp_path)
-        assert (fewer.version.num_rows, len(chat.bodies)) == (12, asked)
+        assert (fewer.version.num_rows, len(chat.bodies)) == (12, num_requests)
 
 
 def test_killed_run_with_image_count_resumes(tmp_path: Path) -> None:
@@ -93,14 +93,14 @@ def test_killed_run_with_image_count_resumes(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.3)) as chat:
         with pytest.raises(KeyboardInterrupt):
             generate_dataset(settings(chat, images=50), tmp_path, progress=Stop())
-        asked = len(chat.bodies)
+        num_requests = len(chat.bodies)
         result, _ = run(tmp_path, chat, images=50)
-        assert result.version.num_rows == 50 and asked == 50
-        assert len(chat.bodies) == asked + result.stats.asked and max(chat.times.values()) == 1
+        assert result.version.num_rows == 50 and num_requests == 50
+        assert len(chat.bodies) == num_requests + result.stats.asked and max(chat.times.values()) == 1
 
 
 @pytest.mark.parametrize(
-    ("share", "more", "rows", "told"),
+    ("share", "more", "rows", "message"),
     [
         (0.4, {"images": 20, "limit": 20}, range(6, 19), "--limit allows no more"),
         (0.99, {"images": 300}, range(1, 15), "too few to read on"),
@@ -108,15 +108,15 @@ def test_killed_run_with_image_count_resumes(tmp_path: Path) -> None:
     ],
 )
 def test_run_ends_at_limit_or_if_almost_nothing_is_kept(
-    share: float, more: dict[str, Any], rows: range | None, told: str | None, tmp_path: Path
+    share: float, more: dict[str, Any], rows: range | None, message: str | None, tmp_path: Path
 ) -> None:
     with running_chat(refuse_some(share)) as chat:
-        if rows is None or told is None:
+        if rows is None or message is None:
             with pytest.raises(TableError, match="no row is left"):
                 run(tmp_path, chat, **more)
         else:
             result, notes = run(tmp_path, chat, **more)
-            assert [told in note for note in notes if "images are kept" in note] == [True]
+            assert [message in note for note in notes if "images are kept" in note] == [True]
             assert result.version.num_rows in rows
     assert len(chat.bodies) == more["images"]
 

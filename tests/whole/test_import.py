@@ -31,18 +31,18 @@ class Model:
     """A model that captions and asks. One of its captions equals a human one."""
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
         self.images: dict[str, set[str]] = {"caption": set(), "qa": set()}
 
     def __call__(self, times: int, body: dict[str, Any]) -> Act:
         task = body["response_format"]["json_schema"]["name"]
-        self.asked[task] += 1
+        self.requests[task] += 1
         self.images[task].add(uuid_of(body))
-        word = WORDS[self.asked[task] % COUNT]
+        word = WORDS[self.requests[task] % COUNT]
         if task == "qa":
             pair = {"answer_type": "other", "question": f"Where is the {word} bowl?", "answer": word}
             return Act(json.dumps({"qa": [pair]}))
-        is_equal = self.asked[task] <= 2 * COUNT and "plain" in str(body)
+        is_equal = self.requests[task] <= 2 * COUNT and "plain" in str(body)
         other = f"The {word} bowl is near the window, {uuid_of(body)[:5]}."
         return Act(json.dumps({"caption": caption_of(0) if is_equal else other}))
 
@@ -82,7 +82,7 @@ def synth(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedP
     return done
 
 
-def made(folder: Path, command: str, *arguments: str, captions: str = "coco.json") -> dict[str, Any]:
+def generate_json(folder: Path, command: str, *arguments: str, captions: str = "coco.json") -> dict[str, Any]:
     options = ("--source", "folder:photos", "--captions", captions, "--out", "d", "--json")
     result: dict[str, Any] = json.loads(synth(folder, command, *options, *arguments).stdout)
     return result
@@ -100,7 +100,7 @@ def rows_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_human_captions_and_questions_become_version_and_captioner_without_model(photos: Path) -> None:
-    result = made(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
+    result = generate_json(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     assert result["requests"] == {"asked": 0, "total": 0, "flaws": {}}
     assert result["steps"]["validate"]["input"] == 3 * COUNT // 2
     assert result["steps"]["write"]["rejected"] == {"no_annotation_left": COUNT // 2}
@@ -120,7 +120,7 @@ def test_human_captions_and_questions_become_version_and_captioner_without_model
     card = (photos / result["path"] / "README.md").read_text()
     assert "were written by people" in card and "machine-generated" not in card
     assert "- visual-question-answering" in card and "- image-to-text" in card
-    again = made(photos, "generate", "--tasks", "none", "--captions", "vqa.jsonl")
+    again = generate_json(photos, "generate", "--tasks", "none", "--captions", "vqa.jsonl")
     assert (again["is_new"], again["digest"]) == (False, result["digest"])
     manifest_path = f"{result['path']}/manifest.json"
     config = ("--config", manifest_path, "--out", "e", "--source", "folder:photos", "--json")
@@ -140,26 +140,26 @@ def test_human_captions_and_questions_become_version_and_captioner_without_model
 
 def test_only_images_without_captions_are_asked(photos: Path, server: ChatServer, model: Model) -> None:
     options = ("--base-url", server.url, "--styles", "detailed", "--captions", "vqa.jsonl")
-    imported = made(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
-    result = made(photos, "generate", *options, "--only-missing")
+    imported = generate_json(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
+    result = generate_json(photos, "generate", *options, "--only-missing")
     rows = rows_of(photos, result)
     without = {row["sample_id"] for name, row in rows.items() if int(name[:2]) % 2}
     assert len(without) == COUNT // 2
     assert model.images == {"caption": without, "qa": without}
-    assert model.asked == {"caption": COUNT // 2, "qa": COUNT // 2}
+    assert model.requests == {"caption": COUNT // 2, "qa": COUNT // 2}
     assert result["steps"]["ask"]["kept"] == COUNT
     for name, row in rows.items():
-        by_people = {one["prompt_id"] for one in (*row["captions"], *row["qa"])} == {"human"}
-        assert by_people == (int(name[:2]) % 2 == 0)
+        is_human = {text["prompt_id"] for text in (*row["captions"], *row["qa"])} == {"human"}
+        assert is_human == (int(name[:2]) % 2 == 0)
     before = rows_of(photos, imported)
     assert {name: rows[name] for name in before} == before
     card = (photos / result["path"] / "README.md").read_text()
     assert f"**{COUNT} captions and {COUNT // 2} questions were written by people**" in card
     assert "All others are machine-generated" in card
-    made(photos, "generate", *options, "--only-missing")
-    assert model.asked.total() == COUNT
-    both = made(photos, "generate", *options, "--keep-human")
-    assert model.asked.total() == 2 * COUNT  # existing replies are reused
+    generate_json(photos, "generate", *options, "--only-missing")
+    assert model.requests.total() == COUNT
+    both = generate_json(photos, "generate", *options, "--keep-human")
+    assert model.requests.total() == 2 * COUNT  # existing replies are reused
     prompts = [
         {caption["prompt_id"] for caption in row["captions"]} for row in rows_of(photos, both).values()
     ]
@@ -168,24 +168,28 @@ def test_only_images_without_captions_are_asked(photos: Path, server: ChatServer
 
 def test_only_missing_captions_or_questions_are_asked(photos: Path, server: ChatServer, model: Model) -> None:
     options = ("--base-url", server.url, "--styles", "detailed", "--only-missing")
-    predicted = made(photos, "generate", "--tasks", "caption", *options, "--dry-run")
+    predicted = generate_json(photos, "generate", "--tasks", "caption", *options, "--dry-run")
     expected = {"images": COUNT, "requests": COUNT // 2, "remaining_images": COUNT // 2}
     assert expected.items() <= predicted.items()
-    model.asked.clear()
-    made(photos, "generate", *options, "--out", "questions", captions="vqa.jsonl")
-    assert model.asked == {"caption": COUNT, "qa": COUNT // 2}
+    model.requests.clear()
+    generate_json(photos, "generate", *options, "--out", "questions", captions="vqa.jsonl")
+    assert model.requests == {"caption": COUNT, "qa": COUNT // 2}
     captions = {f"{number:02}.png": [caption_of(number), "Bowl."] for number in range(COUNT)}
     lines = [{"file_name": name, "captions": texts} for name, texts in captions.items()]
     (photos / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    result = made(photos, "generate", *options, "--tasks", "caption", "--out", "all", captions="all.jsonl")
-    assert model.asked["caption"] == COUNT and result["steps"]["filter"]["rejected"] == {"too_short": COUNT}
+    result = generate_json(
+        photos, "generate", *options, "--tasks", "caption", "--out", "all", captions="all.jsonl"
+    )
+    assert model.requests["caption"] == COUNT and result["steps"]["filter"]["rejected"] == {
+        "too_short": COUNT
+    }
     assert not [text for text in result["warnings"] if "none of the captions" in text]
 
 
 def test_human_caption_is_kept_over_equal_model_caption(photos: Path, server: ChatServer) -> None:
     (photos / "one.jsonl").write_text(json.dumps({"file_name": "03.png", "caption": caption_of(0)}))
     options = ("--base-url", server.url, "--styles", "plain", "--tasks", "caption", "--keep-human")
-    result = made(photos, "generate", *options, captions="one.jsonl")
+    result = generate_json(photos, "generate", *options, captions="one.jsonl")
     assert result["steps"]["dedupe"]["rejected"]["duplicate"] == 1
     (kept,) = rows_of(photos, result)["03.png"]["captions"]
     assert (kept["text"], kept["prompt_id"]) == (caption_of(0), "human")

@@ -47,14 +47,14 @@ class Model:
     """A model that replies to all example tasks, depending on the image or on the prompt alone."""
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
         self.prompts: dict[str, list[str]] = {}
         self.replies: dict[str, Any] = {}  # by task, in place of the methods below
 
     def __call__(self, times: int, body: dict[str, Any]) -> Act:
         task = body["response_format"]["json_schema"]["name"]
         prompt = body["messages"][1]["content"][-1]["text"]
-        self.asked[task] += 1
+        self.requests[task] += 1
         self.prompts.setdefault(task, []).append(prompt)
         reply = self.replies.get(task) or getattr(self, task)
         return Act(json.dumps(reply(prompt, uuid_of(body)) if callable(reply) else reply))
@@ -146,7 +146,7 @@ def test_example_tasks_become_typed_columns(shop: Path, server: ChatServer, mode
     assert names == ["alt_text", "boxes", "finding", "kurz", "ocr", "tags"]
     captions = ("--tasks", "caption", "--styles", "detailed")
     generate(shop, server, "--columns", "context=title", *captions, *tasks(*names))
-    assert model.asked == {"caption": COUNT} | dict.fromkeys(names, COUNT)
+    assert model.requests == {"caption": COUNT} | dict.fromkeys(names, COUNT)
     assert synth(shop, "check", "d").returncode == 0
     with running_hub(shop / "hub") as hub:
         env = hub.env(shop / "home")
@@ -180,18 +180,18 @@ def test_only_added_tasks_and_changed_rows_are_asked(shop: Path, server: ChatSer
     (shop / "words.yaml").write_text("{name: words, kind: text, prompt: '{{ row.title }}'}")
     (shop / "shout.yaml").write_text(shout)
     words = ("--columns", "context=title", "--task", "words.yaml")
-    assert generate(shop, server, *words)["version"] == "v1.0.0" and model.asked == {"words": COUNT}
+    assert generate(shop, server, *words)["version"] == "v1.0.0" and model.requests == {"words": COUNT}
     both = (*words, "--task", "shout.yaml")
     assert generate(shop, server, *both)["version"] == "v2.0.0"
-    assert model.asked == {"words": COUNT, "shout": COUNT}
+    assert model.requests == {"words": COUNT, "shout": COUNT}
     shouts = {row["shout"] for row in load_rows(shop / "d", "v2.0.0")}
     assert shouts == {f"ABOUT LAMP {n}" for n in range(COUNT)}
     # which needs no file of a task
     again = generate(shop, server, "--config", "d/versions/v2.0.0/manifest.json")
-    assert model.asked == {"words": COUNT, "shout": COUNT} and not again["is_new"]
+    assert model.requests == {"words": COUNT, "shout": COUNT} and not again["is_new"]
     write_titles(shop, [f"{'Chair' if n < 10 else 'Lamp'} {n}" for n in range(COUNT)])
     generate(shop, server, *both)
-    assert model.asked == {"words": COUNT + 10, "shout": COUNT + 10}
+    assert model.requests == {"words": COUNT + 10, "shout": COUNT + 10}
     assert {row["shout"] for row in load_rows(shop / "d", "v2.0.1")} >= {"ABOUT CHAIR 3", "ABOUT LAMP 20"}
 
 
@@ -203,7 +203,7 @@ def test_task_with_unusable_needed_result_is_not_asked(shop: Path, server: ChatS
     (shop / "more.yaml").write_text(more)
     result = generate(shop, server, *tasks("ocr"), "--task", "more.yaml")
     rows = load_rows(shop / "d")
-    assert 0 < len(rows) == model.asked["more"] < COUNT
+    assert 0 < len(rows) == model.requests["more"] < COUNT
     assert {(row["ocr"], row["more"]) for row in rows} == {("fine", "more")}
     lost = COUNT - len(rows)
     assert f"rejected: {lost} refusal, {lost} result_missing" in result["stderr"]
@@ -211,13 +211,13 @@ def test_task_with_unusable_needed_result_is_not_asked(shop: Path, server: ChatS
     (shop / "size.yaml").write_text(f"{{name: size, kind: record, prompt: Guess., output: {output}}}")
     more = "{name: more, kind: text, show_image: false, needs: [size], prompt: '%s'}"
     model.replies["size"] = lambda prompt, image: {"n": int(image[0], 16) % 2, "unit": None}
-    asked = len(server.bodies)
+    num_requests = len(server.bodies)
     (shop / "more.yaml").write_text(more % "{{ results.size.unit | upper ~ results.size.unit.lower() }}")
     both = ("--task", "size.yaml", "--task", "more.yaml")
     done = synth(shop, "generate", "--source", "folder:photos", "--base-url", server.url, *both)
     # the template was tried with null
     assert done.returncode == 1 and "None" in done.stderr
-    assert len(server.bodies) == asked
+    assert len(server.bodies) == num_requests
     (shop / "more.yaml").write_text(more % "{{ 0 if results.size.n == 0 else 10 % (results.size.n - 1) }}")
     generate(shop, server, *both, "--out", "e")
     assert {(row["size"]["n"], row["more"]) for row in load_rows(shop / "e")} == {(0, "more"), (1, None)}
@@ -297,6 +297,6 @@ def test_documented_example_runs_as_written(shop: Path, server: ChatServer, mode
                 done = synth(shop, *command[1:], env=env)
                 assert done.returncode == 0, f"{line}: {done.stderr}"
         _, splits = load_from_hub(shop, env)
-        assert model.asked == {"tags": COUNT, "offer": COUNT, "headline": COUNT}
+        assert model.requests == {"tags": COUNT, "offer": COUNT, "headline": COUNT}
         assert sum(len(rows) for rows in splits.values()) == COUNT
         assert {*splits["train"][0]} >= {"tags", "offer", "headline"}

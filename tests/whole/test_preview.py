@@ -58,9 +58,9 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     texts = [text for image in described["images"] for reply in image["replies"] for text in reply["texts"]]
     assert {text["rejected"] for text in texts} == {None, "too_short", "junk"}
     assert all(reply["seconds"] > 0 for image in described["images"] for reply in image["replies"])
-    asked = len(server.bodies)
+    num_requests = len(server.bodies)
     done = run(photos, *command)
-    assert len(server.bodies) == asked  # the replies are reused
+    assert len(server.bodies) == num_requests  # the replies are reused
     assert "would be rejected: too short" in done.stderr
     assert "kept from before" in done.stderr
     assert done.stdout.strip() == "data/folder-photos/preview.html"
@@ -102,9 +102,9 @@ def test_dry_run_counts_verification_retries_losses_and_money(photos: Path, serv
     assert "6 too short" in done.stderr or "6 filter: too short" in done.stderr
     assert predicted["texts"]
     assert not (photos / "data/folder-photos/.dry-run").exists()
-    asked = len(server.bodies)
+    num_requests = len(server.bodies)
     made = json.loads(run(photos, *command, "--json").stdout)
-    assert len(server.bodies) == asked
+    assert len(server.bodies) == num_requests
     assert made["requests"]["asked"] == 0
     kept = made["steps"]
     assert predicted["annotations"] == kept["validate"]["input"]

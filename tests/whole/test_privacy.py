@@ -141,11 +141,11 @@ def test_license_title_and_language_reach_card_and_visibility(
         done = run_synth(*push, cwd=home, env=hub.env(home / "home"))
         assert (done.returncode, f"--{option}" in done.stderr) == (2, True), done.stderr
     assert ("dataset", "me/odd") not in hub.hub.storage.repos
-    asked = len(server.bodies)
+    num_requests = len(server.bodies)
     data = ("--source", "folder:photos", "--base-url", server.url)
     known = ("--license", "cc-by-4.0", "--title", "Lakes")
     made = json.loads(run(hub, home, "generate", *data, *known, "--json").stdout)
-    assert len(server.bodies) == asked
+    assert len(server.bodies) == num_requests
     version = json.loads((home / made["path"] / "manifest.json").read_text())
     assert (version["licenses"], version["title"]) == (["cc-by-4.0"], "Lakes")
     assert "# Lakes" in (home / made["path"] / "README.md").read_text()

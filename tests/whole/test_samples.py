@@ -27,7 +27,7 @@ def generate(folder: Path, *options: str) -> dict[str, Any]:
 
 
 def counts(version: Version, name: str) -> dict[str, Any]:
-    return next((one for one in version.manifest["funnel"] if one["step"] == name), {})
+    return next((step for step in version.manifest["funnel"] if step["step"] == name), {})
 
 
 def captions(version: Version) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def test_only_further_candidates_are_paid_and_pair_is_kept_and_worse_caption(
     assert rejected.keys() == {"not_the_best"} and rejected["not_the_best"] > IMAGES
     assert len(captions(version)) == IMAGES * 2
     assert not any("select" in warning for warning in result.get("warnings", []))
-    pairs = [(one["text"], one["rejected"]) for one in captions(version) if one["rejected"]]
+    pairs = [(row["text"], row["rejected"]) for row in captions(version) if row["rejected"]]
     assert 0 < len(pairs) < IMAGES * 2
     assert all(better != worse for better, worse in pairs)
     card = (version.path / "README.md").read_text()
@@ -76,7 +76,7 @@ def test_text_reviewed_as_bad_is_not_used_as_worse_caption(
     version, _ = chosen
     rows = [row for _, batch in version.batches(["sample_id", "captions"]) for row in batch.to_pylist()]
     sample_id, pair = next(
-        (row["sample_id"], one) for row in rows for one in row["captions"] if one["rejected"]
+        (row["sample_id"], pair) for row in rows for pair in row["captions"] if pair["rejected"]
     )
     _, content = text_name({"sample_id": sample_id, "task": "caption", "text": pair["rejected"]})
     review = {"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "private"}
@@ -84,7 +84,7 @@ def test_text_reviewed_as_bad_is_not_used_as_worse_caption(
     reviews.parent.mkdir(exist_ok=True)
     reviews.write_text(json.dumps(review) + "\n")
     again = read_version(folder / generate(folder, "--samples", str(SAMPLES), "--pairs")["path"])
-    left = {one["text"]: one["rejected"] for one in captions(again)}
+    left = {row["text"]: row["rejected"] for row in captions(again)}
     assert left[pair["text"]] is None
     assert sum(text is not None for text in left.values()) > 0
     reviews.unlink()

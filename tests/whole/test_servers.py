@@ -31,8 +31,11 @@ def test_strict_server_answers_all_and_repeated_run_asks_nothing(photos: Path) -
         assert done.returncode == 0, done.stderr
         steps = json.loads(done.stdout)["steps"]
         assert steps["ask"]["kept"] == 60 and "temperature" in done.stderr
-        asked = len(chat.bodies)
-        assert generate(photos, chat, "--model", "model").returncode == 0 and len(chat.bodies) == asked == 60
+        num_requests = len(chat.bodies)
+        assert (
+            generate(photos, chat, "--model", "model").returncode == 0
+            and len(chat.bodies) == num_requests == 60
+        )
     assert chat.authorizations == {"Bearer secret"}
     assert "was not required to enforce" not in (photos / "d/versions/v1.0.0/README.md").read_text()
 
@@ -46,9 +49,9 @@ def test_card_names_server_without_enforced_schemas(photos: Path) -> None:
         assert done.returncode == 0 and "does not enforce JSON schemas" in done.stderr, done.stderr
         settings = photos / "settings.yaml"
         settings.write_text("server: {enforced_schema: false}\n")  # the same setting in the file
-        asked = len(chat.bodies)
+        num_requests = len(chat.bodies)
         assert generate(photos, chat, "--config", "settings.yaml").returncode == 0
-        assert len(chat.bodies) == asked
+        assert len(chat.bodies) == num_requests
     card = (photos / "d/versions/v1.0.0/README.md").read_text()
     assert "The server was not required to enforce the JSON schema of the task" in card
     manifest = json.loads((photos / "d/versions/v1.0.0/manifest.json").read_text())
@@ -63,10 +66,10 @@ def test_password_in_address_reaches_server_but_no_file_or_message(photos: Path)
         made = run_synth(*arguments, address, "--json", cwd=photos)
         assert made.returncode == 0, made.stderr
         assert all(sent and sent.startswith("Basic ") for sent in chat.authorizations)
-        asked = len(chat.bodies)
+        num_requests = len(chat.bodies)
         judged = run_synth(*arguments, address, "--judge", f"other@{address}/wrong", cwd=photos)
         again = run_synth(*arguments, address, cwd=photos)
-        assert (again.returncode, len(chat.bodies)) == (0, asked), again.stderr
+        assert (again.returncode, len(chat.bodies)) == (0, num_requests), again.stderr
     refused = run_synth(*arguments, address, "--words", "12", cwd=photos)
     unread = run_synth(*arguments, address.replace("http", "ftp"), cwd=photos)
     assert (judged.returncode, refused.returncode, unread.returncode) == (1, 1, 1)

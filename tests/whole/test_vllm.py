@@ -98,7 +98,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Run `synth serve` as in a second terminal. A start takes half a minute."""
     folder, temporary = tmp_path_factory.mktemp("serve"), tmp_path_factory.mktemp("temporary")
     command = [str(SYNTH), "serve", "--model", "tiny", "--", "--max-num-seqs", "16"]
-    with (folder / "talk").open("w") as progress:
+    with (folder / "progress.txt").open("w") as progress:
         process = subprocess.Popen(
             command, cwd=folder, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress,
             text=True, preexec_fn=restore_sigint,
@@ -106,7 +106,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         assert process.stdout
         url = process.stdout.readline().strip()
-        assert url.startswith("http://127.0.0.1:"), (folder / "talk").read_text()
+        assert url.startswith("http://127.0.0.1:"), (folder / "progress.txt").read_text()
         yield url
     finally:
         family = descendants(process.pid)
@@ -188,18 +188,18 @@ def test_run_stops_its_server_and_survives_its_death(tmp_path: Path) -> None:
     folder, scenes, temporary = tmp_path / "d", 160 if LONG else 8, tmp_path / "temporary"
     temporary.mkdir()
     command = [str(SYNTH), *generate(folder, "--engine", "vllm", scenes=scenes)]
-    with (tmp_path / "talk").open("w") as progress:
+    with (tmp_path / "progress.txt").open("w") as progress:
         process = subprocess.Popen(
             command, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress, text=True
         )
         wait_until(lambda: replies(folder) > (30 if LONG else 0) or process.poll() is not None, "replies")
-        assert process.poll() is None, (tmp_path / "talk").read_text()
+        assert process.poll() is None, (tmp_path / "progress.txt").read_text()
         (server,) = descendants(process.pid, SERVER)
         family, media = descendants(process.pid), media_of(server)
         if LONG:
             os.kill(server, signal.SIGKILL)
         stdout, _ = process.communicate(timeout=600)
-    log = (tmp_path / "talk").read_text()
+    log = (tmp_path / "progress.txt").read_text()
     assert process.returncode == 0, log
     assert ("vLLM died" in log) == LONG
     assert KEY not in log + stdout + (folder / "vllm.log").read_text()
