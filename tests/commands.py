@@ -62,6 +62,17 @@ def run_synth(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None =
         return subprocess.CompletedProcess(command, code, out.read(), errors.read())
 
 
+def require_success(done: Done) -> Done:
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def read_result(done: Done) -> dict[str, Any]:
+    """Return the JSON object that a successful command printed."""
+    result: dict[str, Any] = json.loads(require_success(done).stdout)
+    return result
+
+
 @functools.cache
 def _command_of(app: typer.Typer) -> Any:
     """Return the command line of an app, which takes 40 ms to build."""

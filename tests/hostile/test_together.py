@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
 from tests.chat.server import Act, ChatServer, running_chat
-from tests.commands import SYNTH, run_synth
+from tests.commands import SYNTH, require_success, run_synth
 from tests.hostile import part_of
 
 OUTPUT = ("--out", "data", "--language", "any")
@@ -51,8 +51,7 @@ def folder(chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(12):
         image = Image.effect_noise((80 + number, 64), 40 + 10 * number).convert("RGB")
         image.save(home / "photos" / f"{number}.png")
-    done = run_synth(*COMMANDS["generate"], chat.url, cwd=home)
-    assert done.returncode == 0, done.stderr
+    require_success(run_synth(*COMMANDS["generate"], chat.url, cwd=home))
     rows = pq.read_table(home / "data" / "steps" / "split" / "kept.parquet").to_pylist()
     sample_id, content = text_name(rows[0])
     review = {"sample_id": sample_id, "content": content, "verdict": "good"}

@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from datasets import load_dataset
 
 from tests.commands import SYNTH, run_synth
+from tests.hub.server import RunningHub, running_hub
 from tests.pipeline.images.test_similarity import photo
 
 __all__ = ["SYNTH"]
@@ -32,6 +33,12 @@ def synth(tmp_path: Path) -> Run:
         return run_synth(*arguments, cwd=tmp_path, env=env)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
+    with running_hub(tmp_path_factory.mktemp("hub")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

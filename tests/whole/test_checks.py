@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.chat.server import Act, ChatServer, running_chat, task_of, uuid_of
-from tests.commands import run_synth
+from tests.commands import read_result, run_synth
 from tests.whole.conftest import load_rows, read_failure, save_photos
 
 COLORS = ("red", "blue", "green", "black")
@@ -137,10 +137,7 @@ def run(
 
 
 def generate(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> dict[str, Any]:
-    done = run(folder, server, *arguments, **environment)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return read_result(run(folder, server, *arguments, **environment))
 
 
 def captions_of(folder: Path, model: Model, out: str = "d") -> dict[int, dict[str, Any]]:

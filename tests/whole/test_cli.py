@@ -20,6 +20,7 @@ from pipeline.config.sections import Check
 from pipeline.formats.formats import FORMATS, PARQUET
 from pipeline.tasks import TASKS
 from pipeline.tasks.checks import CHECKING
+from tests.commands import read_result
 from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import SYNTH, Run, read_failure
 
@@ -85,9 +86,7 @@ def test_doctor_reports_environment_and_chosen_engine(synth: Run) -> None:
 
 def test_dry_run_predicts_cost_and_keeps_paid_replies(synth: Run, tmp_path: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "40", "--tasks", "caption", "--out", "d")
-    done = synth(*command, "--dry-run", "--json")
-    assert done.returncode == 0, done.stderr
-    estimate = json.loads(done.stdout)
+    estimate = read_result(synth(*command, "--dry-run", "--json"))
     assert (estimate["sampled_images"], estimate["asked"], estimate["requests"]) == (32, 64, 80)
     assert 0 < estimate["hours"] < 1
     assert estimate["reply_tokens"] > 40 * 2 * 10

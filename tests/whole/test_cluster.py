@@ -26,7 +26,7 @@ from pipeline.dataset.version import Version, dataset_folder
 from pipeline.executors.ray.shards import scratch_root
 from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
-from tests.commands import run_process, run_synth
+from tests.commands import require_success, run_process, run_synth
 from tests.hostile import LONG
 from tests.hub import datasets
 from tests.s3 import running_s3
@@ -103,16 +103,14 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledRun]:
     asks = f"needs: [boxes], show_image: false, output: {output}, prompt: '{{{{ results.boxes }}}}'"
     (folder / "count.yaml").write_text(f"{{name: count, kind: record, {asks}}}")
     with running_chat(ChatServer(scripted_replies())) as chat:
-        done = run_synth(*flags_of(chat), "--out", "one", cwd=folder)
-        assert done.returncode == 0, done.stderr
+        require_success(run_synth(*flags_of(chat), "--out", "one", cwd=folder))
         undisturbed = Counter(chat.times)
         chat.times.clear()
         kill_worker_and_driver(folder, chat)
         good = Review(sample_id="0" * 64, content="0" * 16, verdict="good")
         (folder / "m.jsonl").write_text(format_reviews([good]))
         review = run_synth("review", "apply", "m.jsonl", "--data", "many", cwd=folder)
-        done = run_process(*flags_of(chat), "--out", "many", "--executor", "ray", cwd=folder)
-        assert done.returncode == 0, done.stderr
+        require_success(run_process(*flags_of(chat), "--out", "many", "--executor", "ray", cwd=folder))
         yield KilledRun(folder, chat, undisturbed, review)
 
 
@@ -259,8 +257,7 @@ def test_nodes_without_shared_files_use_object_store(
         shutil.rmtree(scratch_root(parse_dataset_path(home)))  # as if the node were lost
         stray = parse_dataset_path(home) / "versions" / "v1.0.0" / "train-00009.parquet"
         stray.write_bytes(b"by a command that was killed before there was a manifest")
-        done = synth(*flags, "--out", home, "--executor", "ray")
-        assert done.returncode == 0, done.stderr
+        done = require_success(synth(*flags, "--out", home, "--executor", "ray"))
         assert f"{home} is in use, or was a moment ago" in done.stderr
         assert not stray.exists()
         assert filled == {0, 1}
@@ -280,8 +277,7 @@ def test_nodes_without_shared_files_use_object_store(
         assert fetched.manifest["digest"] == local.manifest["digest"] and rows_of(fetched) == rows_of(local)
         write_review(tmp_path)
         for out in ("one", home):
-            done = synth("review", "apply", "reviews.jsonl", "--data", out, "--json")
-            assert done.returncode == 0, done.stderr
+            done = require_success(synth("review", "apply", "reviews.jsonl", "--data", out, "--json"))
         assert json.loads(done.stdout)["digest"] == latest_version(tmp_path / "one").manifest["digest"]
         error, _ = read_failure(synth(*flags, "--out", "s3://none/mine", "--executor", "ray"))
         assert "s3://none/mine: The specified bucket does not exist" in error

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.chat.server import Act, ChatServer, running_chat
-from tests.commands import run_synth
+from tests.commands import require_success, run_synth
 from tests.whole.conftest import load_rows, save_photos
 
 COUNT = 16
@@ -62,8 +62,7 @@ def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.Comp
 def test_columns_are_notes_in_prompt_and_only_changed_rows_are_asked_again(
     shop: Path, server: ChatServer
 ) -> None:
-    done = generate(shop, server, "--columns", "context=title,price")
-    assert done.returncode == 0, done.stderr
+    done = require_success(generate(shop, server, "--columns", "context=title,price"))
     noted = [text_of(body) for body in server.bodies]
     assert len(noted) == COUNT
     assert all(text.startswith("Notes that came with this picture") for text in noted)
@@ -80,8 +79,7 @@ def test_columns_are_notes_in_prompt_and_only_changed_rows_are_asked_again(
     assert len(server.bodies) == COUNT
     rooms = ["hall" if n < 10 else "" for n in range(COUNT)]  # empty values are omitted
     write_metadata(shop, title=TITLES, price=PRICES, room=rooms)
-    done = generate(shop, server, "--columns", "context=title,price,room")
-    assert done.returncode == 0, done.stderr
+    done = require_success(generate(shop, server, "--columns", "context=title,price,room"))
     assert len(server.bodies) - COUNT == 10
     assert json.loads(done.stdout)["version"] == "v2.0.0"  # a new field is a new column
 
@@ -92,8 +90,7 @@ def test_template_uses_named_columns(shop: Path, server: ChatServer) -> None:
     (shop / "prompts/caption/v1.j2").write_text(template)
     (shop / "synth.yaml").write_text("generate: {prompt_dir: prompts}\n")
     columns = ("--columns", "context=title,price")
-    done = generate(shop, server, "--config", "synth.yaml", *columns, "--drop-context")
-    assert done.returncode == 0, done.stderr
+    require_success(generate(shop, server, "--config", "synth.yaml", *columns, "--drop-context"))
     assert 'title: "Lamp 7"\nReply' in "".join(map(text_of, server.bodies))
     assert "Notes" not in text_of(server.bodies[0])
     assert "context" not in load_rows(shop / "d").features
@@ -117,8 +114,7 @@ def test_style_in_settings_has_its_own_prompt(shop: Path, server: ChatServer) ->
     arguments = ("--config", "synth.yaml", "--columns", "context=title")
     command = ["generate", "--source", "folder:photos", "--tasks", "caption", "--out", "d"]
     command += ["--base-url", server.url]
-    done = run_synth(*command, *arguments, cwd=shop)
-    assert done.returncode == 0, done.stderr
+    done = require_success(run_synth(*command, *arguments, cwd=shop))
     ending = 'Reply as {"caption": "..."}.\nTask: caption, product'
     asked = [body for body in server.bodies if text_of(body).endswith(ending)]
     # photographs also get the styles plain and detailed
@@ -147,8 +143,7 @@ def test_values_with_any_name_and_text_stay_notes(shop: Path, server: ChatServer
     (shop / "synth.yaml").write_text(json.dumps({"generate": settings}))
     command = ["generate", "--source", "folder:photos", "--tasks", "caption", "--config", "synth.yaml"]
     command += ["--columns", "context=items,copy,der Preis", "--base-url", server.url, "--out", "e"]
-    done = run_synth(*command, cwd=shop)
-    assert done.returncode == 0, done.stderr
+    require_success(run_synth(*command, cwd=shop))
     shown = {f"title: {json.dumps(text, ensure_ascii=False)}" for text in title}
     assert {text_of(body).splitlines()[0] for body in server.bodies} == shown
     assert all("(gut, 3 \u20ac)" in text_of(body) for body in server.bodies)
@@ -166,14 +161,12 @@ def test_table_columns_and_folder_names_are_context(shop: Path, server: ChatServ
     table = pa.table({"image": pixels, "title": TITLES, "tags": [["a", "b"]] * COUNT, "stock": range(COUNT)})
     pq.write_table(table, shop / "rows.parquet")
     columns = ("--columns", "context=title,tags,stock,image=image")
-    done = generate(shop, server, "--source", "parquet:rows.parquet", *columns)
-    assert done.returncode == 0, done.stderr
+    require_success(generate(shop, server, "--source", "parquet:rows.parquet", *columns))
     number = {hashlib.sha256(data).hexdigest(): n for n, data in enumerate(pixels)}
     found = {(number[row["sample_id"]], *row["context"].values()) for row in load_rows(shop / "d")}
     assert found == {(n, f"Lamp {n}", "a, b", f"{n}") for n in range(COUNT)}
     (shop / "photos/metadata.csv").unlink()
     (shop / "photos/hall").mkdir()
     (shop / "photos/00.png").rename(shop / "photos/hall/00.png")
-    done = generate(shop, server, "--columns", "context=folder", "--out", "e")
-    assert done.returncode == 0, done.stderr
+    require_success(generate(shop, server, "--columns", "context=folder", "--out", "e"))
     assert sum('- folder: "hall"' in text_of(body) for body in server.bodies) == 1

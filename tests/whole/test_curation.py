@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.commands import run_synth
+from tests.commands import require_success, run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 
 CHECKS = "round_trip,claims,blind,alignment"
@@ -22,8 +22,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verified")
-    done = run(*GENERATE, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = require_success(run(*GENERATE, cwd=folder))
     assert "verify asks at most" in done.stderr
     return folder / "d"
 
@@ -67,8 +66,7 @@ def test_copies_are_merged_and_crops_share_split_and_excluded_images_are_rejecte
     cropped(images[1]).save(tmp_path / "photos" / "1-crop.png")
     stored_again(images[7]).save(tmp_path / "test" / "7.jpg")
     source = ("--source", "folder:photos", "--exclude", "folder:test", "--out", "d")
-    done = run("generate", *source, "--engine", "embedded", "--model", "tiny", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    require_success(run("generate", *source, "--engine", "embedded", "--model", "tiny", cwd=tmp_path))
     samples = {row["source_row"]: row["sample_id"] for row in read_kept(tmp_path / "d", "read")}
     rejected = pq.read_table(tmp_path / "d" / "steps" / "read" / "rejected.parquet").to_pylist()
     assert [(row["source_row"], row["reason"], row["detail"]) for row in rejected] == [

@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline.dataset.version import read_version
 from pipeline.formats.export import export_version
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
-from tests.commands import run_synth
+from tests.commands import read_result, run_synth
 from tests.media import write_pdf, write_video
 
 
@@ -27,10 +27,7 @@ def generate(folder: Path, chat: ChatServer, *options: str) -> dict[str, Any]:
     settings = "filter: {language: null}\ndedupe: {images: none}\nsplit: {test_frac: 0.4}\n"
     (folder / "s.yaml").write_text(settings)
     server = ("--base-url", chat.url, "--model", "model", "--config", "s.yaml", "--json")
-    done = run_synth("generate", *options, *server, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return read_result(run_synth("generate", *options, *server, cwd=folder))
 
 
 def test_frames_of_one_video_share_a_split(tmp_path: Path) -> None:

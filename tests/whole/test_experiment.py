@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
-from tests.commands import run_synth
+from tests.commands import require_success, run_synth
 from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import SMALL_DECODER, SYNTH, read_failure
@@ -44,8 +44,7 @@ def experiment(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.skipif(not LONG, reason="three grids take a minute: make test-long")
 def test_killed_grid_resumes_to_same_table(folder: Path) -> None:
-    whole = experiment(folder, "which.yaml", "--jobs", "1", "--out", "whole")
-    assert whole.returncode == 0, whole.stderr
+    require_success(experiment(folder, "which.yaml", "--jobs", "1", "--out", "whole"))
     command = [str(SYNTH), "experiment", "which.yaml", "--jobs", "1", "--out", "cut"]
     running = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 200
@@ -56,8 +55,7 @@ def test_killed_grid_resumes_to_same_table(folder: Path) -> None:
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert not (folder / "cut" / "experiment.json").exists()
-    resumed = experiment(folder, "which.yaml", "--jobs", "1", "--out", "cut")
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = require_success(experiment(folder, "which.yaml", "--jobs", "1", "--out", "cut"))
     assert "2 cells, of which 1 are done" in resumed.stderr
     for name in ("experiment.json", "experiment.md", "experiment.html"):
         assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()

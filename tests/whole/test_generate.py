@@ -16,7 +16,7 @@ from pipeline.inference.journal import Journal
 from pipeline.run import STEPS
 from pipeline.storage.files import read_json
 from tests.chat.server import Act, ChatServer, running_chat
-from tests.commands import run_synth
+from tests.commands import require_success, run_synth
 from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import SYNTH, Run, ignore_sigint, restore_sigint
@@ -37,8 +37,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """Return the folder and the printed result of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
-    done = run_synth(*GENERATE, "--out", "d", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = require_success(run_synth(*GENERATE, "--out", "d", cwd=folder))
     return folder / "d", json.loads(done.stdout)
 
 
@@ -163,8 +162,7 @@ def test_folder_source_gives_version_without_local_paths(synth: Run, tmp_path: P
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     (pictures / "copy.jpg").write_bytes((pictures / "red.jpg").read_bytes())
     engine = ("--engine", "embedded", "--model", "tiny")
-    done = synth("generate", "--source", "folder:pictures", *engine, "--json")
-    assert done.returncode == 0, done.stderr
+    done = require_success(synth("generate", "--source", "folder:pictures", *engine, "--json"))
     assert "1 unreadable_image" in done.stderr
     assert "1 duplicate_image" in done.stderr
     result = json.loads(done.stdout)

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from huggingface_hub import ModelCard
 from pipeline.dataset.directory import DatasetDir
 from pipeline.sources.scenes import draw_sample
 from tests.commands import Done, run_synth
-from tests.hub.server import RunningHub, running_hub
+from tests.hub.server import RunningHub
 from tests.whole.conftest import write_training_settings
 
 SCENES = 50
@@ -38,12 +37,6 @@ class User:
 
     def json(self, *arguments: str) -> Any:
         return json.loads(self.synth(*arguments, "--json").stdout)
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    with running_hub(tmp_path_factory.mktemp("hub")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.install import DISTRIBUTION, PACKAGES
 from tests.chat.server import ChatServer, running_chat
-from tests.commands import Done
+from tests.commands import Done, require_success
 from tests.hostile import LONG
 from tests.resolve import EXTRAS, PLATFORM, PYTHONS, RESOLUTIONS, ROOT, UV, Resolved, resolve
 from tests.whole.conftest import save_photos
@@ -112,8 +112,7 @@ def test_slurm_task_makes_dataset_of_its_line(tmp_path: Path) -> None:
         script = ["bash", str(ROOT / "deploy" / "slurm_array.sh"), "sources.txt", "datasets"]
         return subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
 
-    done = run_task(2)
-    assert done.returncode == 0, done.stderr
+    require_success(run_task(2))
     assert "# My scenes" in (tmp_path / "datasets/task-0002/versions/v1.0.0/README.md").read_text()
     missing = run_task(3)
     assert (missing.returncode, missing.stderr) == (2, "sources.txt has no line 3\n")

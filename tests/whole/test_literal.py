@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config import LARGE
 from pipeline.inference.engines import TINY_WEIGHTS
-from tests.commands import run_synth
+from tests.commands import require_success, run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.trainer.tiny_models import save_clip, save_language_model
@@ -37,9 +37,7 @@ def test_commands_of_readme_run_in_order(hub: RunningHub, tmp_path: Path) -> Non
     env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
 
     def synth(*arguments: str) -> subprocess.CompletedProcess[str]:
-        done = run_synth(*arguments, cwd=tmp_path / "user", env=env)
-        assert done.returncode == 0, done.stderr
-        return done
+        return require_success(run_synth(*arguments, cwd=tmp_path / "user", env=env))
 
     synth("generate", "--source", "flickr30k")
     assert "may not be passed on" in synth("push", "--repo", "me/x").stderr

@@ -16,7 +16,7 @@ import pytest
 from datasets import List, Value
 
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
-from tests.commands import Done, run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.hub.server import running_hub
 from tests.whole.conftest import ROOT, load_rows, save_photos
 
@@ -123,8 +123,7 @@ def synth(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> D
 
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> dict[str, Any]:
     options = ("--source", "folder:photos", "--base-url", chat.url, "--out", "d", "--json")
-    done = synth(folder, "generate", *options, *arguments)
-    assert done.returncode == 0, done.stderr
+    done = require_success(synth(folder, "generate", *options, *arguments))
     result: dict[str, Any] = json.loads(done.stdout)
     return result | {"stderr": done.stderr}
 
@@ -150,8 +149,7 @@ def test_example_tasks_become_typed_columns(shop: Path, server: ChatServer, mode
     assert synth(shop, "check", "d").returncode == 0
     with running_hub(shop / "hub") as hub:
         env = hub.env(shop / "home")
-        pushed = synth(shop, "push", "d", "--repo", "me/shop", env=env)
-        assert pushed.returncode == 0, pushed.stderr
+        require_success(synth(shop, "push", "d", "--repo", "me/shop", env=env))
         features, splits = load_from_hub(shop, env)
     assert features["tags"] == List(Value("string")) and features["ocr"] == Value("string")
     assert features["boxes"] == List({"bbox_2d": List(Value("int64")), "label": Value("string")})
@@ -248,8 +246,7 @@ def test_values_are_shown_in_report_and_reviewed(shop: Path, server: ChatServer)
     text = next(text for text in boxed["texts"] if text["kind"] == "boxes")
     review = {"sample_id": boxed["id"], "content": text["content"], "verdict": "bad", "reason": "not_true"}
     (shop / "reviews.jsonl").write_text(json.dumps(review) + "\n")
-    done = synth(shop, "review", "apply", "reviews.jsonl", "--data", "d")
-    assert done.returncode == 0, done.stderr
+    require_success(synth(shop, "review", "apply", "reviews.jsonl", "--data", "d"))
     rows = {row["sample_id"]: row for row in load_rows(shop / "d", "v1.0.1")}
     assert not rows[boxed["id"]]["boxes"]
     assert sum(len(row["boxes"] or []) for row in rows.values()) == COUNT - 1

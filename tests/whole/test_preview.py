@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401  # fixtures
 from tests.chat.server import Act, ChatServer, running_chat, task_of
-from tests.commands import run_synth
+from tests.commands import require_success, run_synth
 from tests.whole.conftest import save_photos
 
 
@@ -44,9 +44,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    done = run_synth(*arguments, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done
+    return require_success(run_synth(*arguments, cwd=folder))
 
 
 def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatServer) -> None:

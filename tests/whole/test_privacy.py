@@ -13,8 +13,8 @@ import pytest
 
 from pipeline.images.decode import image_id, prepare_image
 from tests.chat.server import Act, ChatServer, running_chat
-from tests.commands import run_synth
-from tests.hub.server import RunningHub, running_hub
+from tests.commands import require_success, run_synth
+from tests.hub.server import RunningHub
 from tests.hub.storage import File
 from tests.pipeline.images.test_metadata import gif, jpeg, leaked, png, tiff, webp
 from tests.pipeline.images.test_similarity import photo
@@ -37,12 +37,6 @@ print(json.dumps([
     for name, image in images.items()
 ]))
 """
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    with running_hub(tmp_path_factory.mktemp("hub")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +65,7 @@ def home(hub: RunningHub, server: ChatServer, tmp_path_factory: pytest.TempPathF
 
 def run(hub: RunningHub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = hub.env(folder / "home")
-    done = run_synth(*arguments, cwd=folder, env=env)
-    assert done.returncode == 0, done.stderr
-    return done
+    return require_success(run_synth(*arguments, cwd=folder, env=env))
 
 
 def read(hub: RunningHub, file: File) -> bytes:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pipeline.inference.engines import TINY_WEIGHTS
-from tests.commands import run_synth
+from tests.commands import require_success, run_synth
 from tests.hub.server import running_hub
 from tests.whole.test_import import COUNT, generate_json, photos
 
@@ -21,7 +21,8 @@ plain, messages = datasets.load_dataset(repo), datasets.load_dataset(repo, "mess
 streamed = list(datasets.load_dataset(repo, "messages", streaming=True)["train"])
 shown = [row["image"].size for row in streamed]
 def content(splits):
-    return {name: (part.column_names, part.remove_columns(["image"]).to_list()) for name, part in splits.items()}
+    texts = {name: part.remove_columns(["image"]).to_list() for name, part in splits.items()}
+    return {name: (part.column_names, texts[name]) for name, part in splits.items()}
 pickle.dump((content(plain), content(messages), shown), sys.stdout.buffer)
 """
 TRAIN = """
@@ -62,8 +63,7 @@ def test_pushed_version_is_read_by_config_and_trained_by_trl(photos: Path) -> No
     generate_json(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     with running_hub(photos / "hub") as hub:
         env = hub.env(photos / "home")
-        pushed = run_synth("push", "d", "--repo", "me/photos", cwd=photos, env=env)
-        assert pushed.returncode == 0, pushed.stderr
+        require_success(run_synth("push", "d", "--repo", "me/photos", cwd=photos, env=env))
         command = [sys.executable, "-c", LOAD]
         loaded = subprocess.run(command, capture_output=True, env=env, timeout=600, cwd=photos)
         assert loaded.returncode == 0, loaded.stderr

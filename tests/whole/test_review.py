@@ -9,14 +9,14 @@ import pytest
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, read_reviews, text_name
+from tests.commands import require_success
 from tests.whole.conftest import Run, read_failure
 
 
 @pytest.fixture
 def write_reviews(synth: Run, tmp_path: Path) -> Callable[..., Path]:
     """Generate six scenes. Return a function that writes reviews from (kind of text, verdict, fields)."""
-    done = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
-    assert done.returncode == 0, done.stderr
+    require_success(synth("generate", "--source", "scenes", "--limit", "6", "--out", "d"))
     rows = pq.read_table(DatasetDir(tmp_path / "d").step_file("split")).to_pylist()
 
     def write(*specs: tuple[str, str, dict[str, Any]]) -> Path:

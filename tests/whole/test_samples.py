@@ -10,7 +10,7 @@ import pytest
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version, read_version
-from tests.commands import run_synth
+from tests.commands import read_result, run_synth
 from tests.hostile import LONG
 from tests.whole.test_readers import train_by_trl
 
@@ -20,10 +20,7 @@ SETTINGS = "generate: {sample_temperature: 2.0}\n"  # the tiny teacher has confi
 
 def generate(folder: Path, *options: str) -> dict[str, Any]:
     command = ("generate", "--source", "scenes", "--limit", str(IMAGES), "--config", "s.yaml", "--out", "d")
-    done = run_synth(*command, "--json", *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return read_result(run_synth(*command, "--json", *options, cwd=folder))
 
 
 def counts(version: Version, name: str) -> dict[str, Any]:

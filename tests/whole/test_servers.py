@@ -9,7 +9,7 @@ import pytest
 
 from tests.chat.kinds import DEEPSEEK, KINDS
 from tests.chat.server import ChatServer, running_chat
-from tests.commands import run_synth
+from tests.commands import require_success, run_synth
 from tests.whole.conftest import save_photos
 
 
@@ -27,8 +27,7 @@ def test_strict_server_answers_all_and_repeated_run_asks_nothing(photos: Path) -
     chat = ChatServer(kind=next(kind for kind in KINDS if kind.name == "openai that thinks"))
     chat.key = "secret"
     with running_chat(chat):
-        done = generate(photos, chat, "--model", "model", "--json")
-        assert done.returncode == 0, done.stderr
+        done = require_success(generate(photos, chat, "--model", "model", "--json"))
         steps = json.loads(done.stdout)["steps"]
         assert steps["ask"]["kept"] == 60 and "temperature" in done.stderr
         num_requests = len(chat.bodies)
@@ -63,8 +62,7 @@ def test_password_in_address_reaches_server_but_no_file_or_message(photos: Path)
         address = chat.url.replace("://", "://bob:s3cret,'word@")
         source = ("--source", "folder:photos", "--tasks", "caption", "--out", "d")
         arguments = ("generate", *source, "--base-url")
-        made = run_synth(*arguments, address, "--json", cwd=photos)
-        assert made.returncode == 0, made.stderr
+        made = require_success(run_synth(*arguments, address, "--json", cwd=photos))
         assert all(sent and sent.startswith("Basic ") for sent in chat.authorizations)
         num_requests = len(chat.bodies)
         judged = run_synth(*arguments, address, "--judge", f"other@{address}/wrong", cwd=photos)

@@ -16,7 +16,7 @@ from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.scenes.scene import scenes_of
 from tests.chat.server import ChatServer, running_chat
-from tests.commands import run_synth
+from tests.commands import require_success, run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 
@@ -42,8 +42,7 @@ def synth(hub: RunningHub, folder: Path, *arguments: str) -> subprocess.Complete
 
 
 def generate_version(hub: RunningHub, folder: Path, *arguments: str) -> Version:
-    done = synth(hub, folder, "generate", *arguments)
-    assert done.returncode == 0, done.stderr
+    done = require_success(synth(hub, folder, "generate", *arguments))
     return DatasetDir(folder / Path(json.loads(done.stdout)["path"]).parents[1]).version()
 
 
@@ -64,8 +63,7 @@ def assert_counts_add_up(version: Version, upstream: int) -> None:
 
 
 def test_flickr30k_without_flags_uses_large_model(hub: RunningHub, tmp_path: Path) -> None:
-    done = synth(hub, tmp_path, "generate", "--source", "flickr30k")
-    assert done.returncode == 0, done.stderr
+    require_success(synth(hub, tmp_path, "generate", "--source", "flickr30k"))
     version = DatasetDir(tmp_path / "data" / "flickr30k").version()
     assert_counts_add_up(version, 20)
     assert version.manifest["model"]["name"] == LARGE
@@ -73,8 +71,7 @@ def test_flickr30k_without_flags_uses_large_model(hub: RunningHub, tmp_path: Pat
     sizes = {split: version.read(split).num_rows for split in filled_splits(version)}
     assert sizes == {"train": 12, "validation": 4, "test": 4}
     assert all(len(row["references"]) == 5 for row in rows(version))
-    pushed = synth(hub, tmp_path, "push", "--repo", "me/flickr", "--json")
-    assert pushed.returncode == 0, pushed.stderr
+    pushed = require_success(synth(hub, tmp_path, "push", "--repo", "me/flickr", "--json"))
     assert "may not be passed on" in pushed.stderr
     commit = hub.hub.storage.repos["dataset", "me/flickr"].resolve("main")
     assert commit is not None
@@ -185,8 +182,7 @@ def test_versions_from_archive_and_list_name_no_local_place(hub: RunningHub, tmp
     for kind, file in (("archive", "photos.zip"), ("list", "list.csv")):
         source = ("--source", f"{kind}:{home / file}", "--license", "cc0-1.0", "--out", kind)
         command = ("generate", "--no-model", *source, "--json")
-        done = synth(hub, tmp_path, *command)
-        assert done.returncode == 0, done.stderr
+        done = require_success(synth(hub, tmp_path, *command))
         version = DatasetDir(tmp_path / kind).version()
         assert sorted(text for row in rows(version) for text in row["references"]) == sorted(texts)
         assert {row["license"] for row in rows(version)} == {"cc0-1.0"}

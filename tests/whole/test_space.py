@@ -16,16 +16,10 @@ from playwright.sync_api import Browser, expect
 
 from pipeline.sources.scenes import draw_sample
 from tests.commands import run_synth
-from tests.hub.server import RunningHub, running_hub
+from tests.hub.server import RunningHub
 from tests.whole.conftest import ROOT, SYNTH
 
 GRADIO = ROOT / ".venv-gradio"
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    with running_hub(tmp_path_factory.mktemp("hub")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
 from pipeline.inference.engines import TINY_WEIGHTS
-from tests.commands import run_process, run_synth
+from tests.commands import require_success, run_process, run_synth
 from tests.hostile import LONG
 from tests.scene_data import scene_samples, scenes_by_id, score_annotations
 from tests.whole.conftest import SYNTH, descendants, is_alive, restore_sigint, wait_until
@@ -123,8 +123,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embedded") / "d"
-    done = run_synth(*generate(folder, "--engine", "embedded"), cwd=folder.parent)
-    assert done.returncode == 0, done.stderr
+    require_success(run_synth(*generate(folder, "--engine", "embedded"), cwd=folder.parent))
     return folder
 
 
