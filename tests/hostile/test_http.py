@@ -111,9 +111,9 @@ def answering_images(answer: Callable[[Send], object]) -> Script:
 
 @cache
 def bomb(wbits: int = 31) -> bytes:
-    """Return 256 MB of zeros, compressed to about a thousandth: gzip, or zlib if `wbits` is 15."""
+    """Return 128 MB of zeros, compressed to about a thousandth: gzip, or zlib if `wbits` is 15."""
     out = zlib.compressobj(9, wbits=wbits)
-    return b"".join([*(out.compress(bytes(1 << 20)) for _ in range(256)), out.flush()])
+    return b"".join([*(out.compress(bytes(1 << 20)) for _ in range(128)), out.flush()])
 
 
 def encoded(name: str, body: bytes, status: str = "200 OK") -> bytes:

@@ -35,7 +35,7 @@ def version(tmp_path: Path) -> Version:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("models")
     return {"encoder": save_clip(root / "clip"), "decoder": save_language_model(root / "lm", "qwen3")}
 
@@ -46,7 +46,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def test_flags_become_settings_and_scenes_use_their_preset(
-    version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    version: Version, models: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags: Any = {"encoder": models["encoder"], "epochs": 1, "batch_size": 16, "lr": 0.002, "seed": 3}
     train(data=str(version.path), **flags, out=tmp_path / "c")
@@ -65,37 +65,42 @@ def test_flags_become_settings_and_scenes_use_their_preset(
     assert (tmp_path / "c/model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("named", ["models", "nothing"])
-def test_resumed_training_keeps_its_settings(
-    version: Version,
-    models: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    named: str,
-) -> None:
+@pytest.fixture
+def interrupted(
+    version: Version, models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Return the folder of an interrupted training with a pretrained decoder."""
 
     def save_and_die(folder: Path, state: dict[str, Any]) -> None:
         save_resume(folder, state)
         raise KeyboardInterrupt
 
-    config, encoder, decoder = tmp_path / "c.yaml", models["encoder"], models["decoder"]
+    config = tmp_path / "c.yaml"
     changes = {"steps": 3, "evaluate_every": 1, "preset": "photos-lm", "lora_rank": 2}
     config.write_text(json.dumps(SMALL | changes))
     monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        train(data=str(version.path), config=config, encoder=encoder, decoder=decoder)
+        train(data=str(version.path), config=config, **models)
     monkeypatch.undo()
-    (trained,) = [state.parent for state in version.dataset_dir.rglob("resume.pt")]
-    began = settings(trained)
+    (folder,) = [state.parent for state in version.dataset_dir.rglob("resume.pt")]
+    return folder
+
+
+@pytest.mark.parametrize("names_models", [True, False])
+def test_resumed_training_keeps_its_settings(
+    version: Version,
+    models: Any,
+    interrupted: Path,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    names_models: bool,
+) -> None:
+    before = settings(interrupted)
     capsys.readouterr()
-    if named == "models":
-        train(data=str(version.path), encoder=encoder, decoder=decoder, resume=True)
-    else:
-        train(data=str(version.path), resume=True)
-    assert settings(trained) == began
+    train(data=str(version.path), resume=True, **models if names_models else {})
+    assert settings(interrupted) == before
     assert f"decoder {models['decoder']}" in capsys.readouterr().err
-    assert (trained / "metrics.json").exists()
+    assert (interrupted / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("separator", ["\n", "\0"], ids=["lines", "find -print0"])
@@ -149,7 +154,7 @@ def test_failed_evaluation_keeps_earlier_captions(
 
 
 def test_evaluation_uses_beams_of_training(
-    version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    version: Version, models: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings_file = tmp_path / "c.json"
     settings_file.write_text(json.dumps(SMALL | {"num_beams": 2}))
@@ -187,7 +192,7 @@ def test_signal_ends_server_while_request_body_arrives(number: int, tmp_path: Pa
 
 
 def test_gc_removes_stored_states_except_locked_ones(
-    version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    version: Version, models: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(json.dumps(SMALL | {"steps": 1}))

@@ -28,7 +28,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
     folder = tmp_path_factory.mktemp("hub")
     with running_hub(folder / "hub") as running:
         storage = running.hub.storage
-        datasets.seed_flickr30k(storage, 20)
+        datasets.seed_flickr30k(storage, 10)
         datasets.seed_vqav2(storage, images=5)
         datasets.seed_slidevqa(storage, decks=1)
         running.hub.granted.add("NTT-hil-insight/SlideVQA")
@@ -65,11 +65,11 @@ def assert_counts_add_up(version: Version, upstream: int) -> None:
 def test_flickr30k_without_flags_uses_large_model(hub: RunningHub, tmp_path: Path) -> None:
     require_success(synth(hub, tmp_path, "generate", "--source", "flickr30k"))
     version = DatasetDir(tmp_path / "data" / "flickr30k").version()
-    assert_counts_add_up(version, 20)
+    assert_counts_add_up(version, 10)
     assert version.manifest["model"]["name"] == LARGE
     assert version.manifest["model"]["revision"] == hub.hub.storage.repos["model", LARGE].branches["main"]
     sizes = {split: version.read(split).num_rows for split in filled_splits(version)}
-    assert sizes == {"train": 12, "validation": 4, "test": 4}
+    assert sizes == {"train": 6, "validation": 2, "test": 2}
     assert all(len(row["references"]) == 5 for row in rows(version))
     pushed = require_success(synth(hub, tmp_path, "push", "--repo", "me/flickr", "--json"))
     assert "may not be passed on" in pushed.stderr
