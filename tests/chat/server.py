@@ -67,18 +67,13 @@ class ChatServer:
         self.times: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
         self.metrics = ""
-        self.probe_seconds = 0.0
         # body of the response to a probe; None: a valid reply
         self.probe_answer: bytes | None = None
         # /health answers 503, as after a crash of the engine
         self.dead = False
-        self.has_health = True
         self.model_root = ""
         self.other_models: list[str] = []
         self.headers: list[dict[str, str]] = []
-        # requests in flight at the arrival of each request
-        self.in_flight_counts: list[int] = []
-        self.owner = "somebody"
         self.keeps_images = False  # images are cached by their uuid, as in vLLM
         self.images: dict[str, Any] = {}
         self.named = 0  # references to cached images
@@ -90,10 +85,6 @@ class ChatServer:
     def authorizations(self) -> set[str | None]:
         """Return the Authorization headers of all requests."""
         return {headers.get("Authorization") for headers in self.headers}
-
-    def max_in_flight_since(self, request: int) -> int:
-        """Return the maximum number of requests in flight after the first `request` requests."""
-        return max(self.in_flight_counts[request:])
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**26)
@@ -108,14 +99,14 @@ class ChatServer:
         self.headers.append({**request.headers})
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        owner = "vllm" if self.keeps_images else self.owner
+        owner = "vllm" if self.keeps_images else "somebody"
         own = {"id": f"{self.kind.model_prefix}{self.model}", "owned_by": owner, **self.kind.model_fields}
         others = [own | {"id": name} for name in self.other_models]
         root = {"root": self.model_root} if self.kind is VLLM else {}
         return web.json_response({"data": [own | root, *others]})
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response(status=404 if not self.has_health else 503 if self.dead else 200)
+        return web.Response(status=503 if self.dead else 200)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(text=self.metrics)
@@ -139,7 +130,6 @@ class ChatServer:
         schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
         if schema["name"] == "probe":
             self.probes.append(body)
-            await asyncio.sleep(self.probe_seconds)
             if self.probe_answer is not None:
                 return web.Response(body=self.probe_answer, content_type="application/json")
             proof = schema["schema"]["properties"]["word"]["enum"][0] if "schema" in schema else "hello"
@@ -150,7 +140,6 @@ class ChatServer:
         self.times[name] += 1
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
-        self.in_flight_counts.append(self.in_flight)
         try:
             act = self.script(times, body) or Act()
             return await self._act(request, act, REPLIES.get(schema["name"], ""))
