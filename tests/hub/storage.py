@@ -85,10 +85,9 @@ class Storage:
         repository = self.repos.setdefault((kind, repo), Repo(kind, repo, private=False))
         repository.gated = repository.gated or gated
         stored = {path: self.put(data) for path, data in files.items()}
-        is_lfs = {path: path.endswith((".parquet", ".safetensors")) for path in files}
-        repository.commit(
-            branch, "seed", {path: replace(file, lfs=is_lfs[path]) for path, file in stored.items()}
-        )
+        large = {path for path in files if path.endswith((".parquet", ".safetensors"))}
+        stored |= {path: replace(stored[path], lfs=True) for path in large}
+        repository.commit(branch, "seed", stored)
         return repository
 
     def large(self, sha256: str) -> File | None:

@@ -133,9 +133,9 @@ def test_human_captions_and_questions_become_version_and_captioner_without_model
     assert "texts of people" in trained.stderr
     metrics = json.loads((photos / "captioner/metrics.json").read_text())
     assert metrics["data"]["texts"] == "human" and metrics["against"] == "references of the source"
-    said = synth(photos, "push", "captioner", "--repo", "me/captioner", "--dry-run").stderr
+    printed = synth(photos, "push", "captioner", "--repo", "me/captioner", "--dry-run").stderr
     reason = "as the license of the images is not known, or not to the Hub (--public)"
-    assert f"me/captioner, private, {reason}" in said
+    assert f"me/captioner, private, {reason}" in printed
 
 
 def test_only_images_without_captions_are_asked(photos: Path, server: ChatServer, model: Model) -> None:
@@ -160,9 +160,8 @@ def test_only_images_without_captions_are_asked(photos: Path, server: ChatServer
     assert model.requests.total() == COUNT
     both = generate_json(photos, "generate", *options, "--keep-human")
     assert model.requests.total() == 2 * COUNT  # existing replies are reused
-    prompts = [
-        {caption["prompt_id"] for caption in row["captions"]} for row in rows_of(photos, both).values()
-    ]
+    rows = rows_of(photos, both)
+    prompts = [{caption["prompt_id"] for caption in row["captions"]} for row in rows.values()]
     assert {*map(len, prompts)} == {1, 2}
 
 
@@ -177,12 +176,10 @@ def test_only_missing_captions_or_questions_are_asked(photos: Path, server: Chat
     captions = {f"{number:02}.png": [caption_of(number), "Bowl."] for number in range(COUNT)}
     lines = [{"file_name": name, "captions": texts} for name, texts in captions.items()]
     (photos / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    result = generate_json(
-        photos, "generate", *options, "--tasks", "caption", "--out", "all", captions="all.jsonl"
-    )
-    assert model.requests["caption"] == COUNT and result["steps"]["filter"]["rejected"] == {
-        "too_short": COUNT
-    }
+    options = (*options, "--tasks", "caption", "--out", "all")
+    result = generate_json(photos, "generate", *options, captions="all.jsonl")
+    assert model.requests["caption"] == COUNT
+    assert result["steps"]["filter"]["rejected"] == {"too_short": COUNT}
     assert not [text for text in result["warnings"] if "none of the captions" in text]
 
 
@@ -205,19 +202,12 @@ def test_missing_captions_and_contradicting_settings_are_one_error(photos: Path)
     assert "source scenes has its own captions, but --captions was given" in done.stderr
     done = synth(photos, "generate", *folder, "--captions", "gone.json", "--tasks", "none", code=1)
     assert "cannot read gone.json" in done.stderr and "Traceback" not in done.stderr
+    verify, style = "verify: {checks: [claims]}", "generate: {style_prompts: {human: Say it.}}\n"
     for option, text, problem in (
-        (
-            "--no-model",
-            "captions: [coco.json]\nverify: {checks: [claims]}",
-            "--no-model asks no model, and the",
-        ),
+        ("--no-model", f"captions: [coco.json]\n{verify}", "--no-model asks no model, and the"),
         ("--json", "tasks: none\nhuman_texts: fill\n", "human_texts: fill asks for what is missing"),
         ("--json", "tasks: [none, caption]\n", "tasks: none stands alone"),
-        (
-            "--json",
-            "generate: {style_prompts: {human: Say it.}}\n",
-            "human is the style of captions that people wrote",
-        ),
+        ("--json", style, "human is the style of captions that people wrote"),
     ):
         (photos / "s.yaml").write_text(text)
         assert problem in synth(photos, "generate", option, "--config", "s.yaml", *folder, code=1).stderr
@@ -245,15 +235,15 @@ def test_table_questions_keep_answers_and_deck_questions_their_deck(photos: Path
 def test_rows_of_one_image_keep_all_questions(photos: Path) -> None:
     images = cells(photos, 2)
     questions = ["Is it a red bowl?", "Is it a cup?", "Is it a green bowl?", "Is it a red bowl?"]
-    columns_ = {"image": [images[n] for n in (0, 1, 0, 0)], "q": questions, "a": ["no", "yes", "yes", "no"]}
-    pq.write_table(pa.table(columns_ | {"caption": ["A bowl stands on a table."] * 4}), photos / "t.parquet")
+    table = {"image": [images[n] for n in (0, 1, 0, 0)], "q": questions, "a": ["no", "yes", "yes", "no"]}
+    pq.write_table(pa.table(table | {"caption": ["A bowl stands on a table."] * 4}), photos / "t.parquet")
     columns = ("--columns", "question=q,answer=a")
     for executor in ((), ("--executor", "ray", "--shards", "2")) if LONG else ((),):
         command = ("generate", "--no-model", "--source", "parquet:t.parquet", *columns, "--json", *executor)
         done = json.loads(synth(photos, *command, "--out", f"t{len(executor)}").stdout)
-        found = [*rows_of(photos, done).values()]
-        assert sorted(len(row["qa"]) for row in found) == [1, 2]
-        assert [row["references"] for row in found] == [["A bowl stands on a table."]] * 2
+        rows = [*rows_of(photos, done).values()]
+        assert sorted(len(row["qa"]) for row in rows) == [1, 2]
+        assert [row["references"] for row in rows] == [["A bowl stands on a table."]] * 2
         assert done["steps"]["read"]["rejected"] == {"duplicate_image": 2}
     manifests = [json.loads(path.read_text()) for path in photos.glob("t*/versions/v1.0.0/manifest.json")]
     assert len({manifest["digest"] for manifest in manifests}) == 1
