@@ -98,10 +98,9 @@ def import_cycles(graph: dict[str, set[str]]) -> list[set[str]]:
                 visited.add(target)
                 waiting += graph.get(target, ())
         reached[module] = visited
-    groups = [
-        frozenset(peer for peer in reached[m] if m in reached.get(peer, ())) for m in graph if m in reached[m]
-    ]
-    return [set(group) for group in set(groups) if len(group) > 1]
+    mutual = {module: reached[module] for module in graph if module in reached[module]}
+    groups = {frozenset(peer for peer in peers if m in reached.get(peer, ())) for m, peers in mutual.items()}
+    return [set(group) for group in groups if len(group) > 1]
 
 
 def test_imports_run_from_top_to_bottom() -> None:
@@ -166,8 +165,7 @@ def test_heavy_packages_are_not_imported_early() -> None:
 def test_tests_with_a_long_form_are_in_the_long_run() -> None:
     (named,) = re.findall(r"^LONG := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     paths = [ROOT / name for name in named.replace("\\\n", " ").split()]
-    files = [
-        path for path in (ROOT / "tests").rglob("*.py") if re.search(r"\bimport .*\bLONG\b", path.read_text())
-    ]
+    paths_in_tests = [*(ROOT / "tests").rglob("*.py")]
+    files = [path for path in paths_in_tests if re.search(r"\bimport .*\bLONG\b", path.read_text())]
     assert len(files) >= 10 and all(path.exists() for path in paths)
     assert not [path for path in files if not any(path.is_relative_to(name) for name in paths)]

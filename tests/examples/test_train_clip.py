@@ -33,18 +33,15 @@ ATTRIBUTES = (*VALUES, "background")
 
 @pytest.fixture(scope="module")
 def clip() -> tuple[CLIPModel, CLIPProcessor]:
-    return CLIPModel.from_pretrained(FOLDER, dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(
-        FOLDER
-    )
+    model = CLIPModel.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    return model, CLIPProcessor.from_pretrained(FOLDER)
 
 
 def test_model_files_are_small() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 10_000_000
 
 
-def test_true_caption_scores_higher_than_caption_with_one_wrong_word(
-    clip: tuple[CLIPModel, CLIPProcessor],
-) -> None:
+def test_true_caption_scores_higher_than_one_with_a_wrong_word(clip: tuple[CLIPModel, CLIPProcessor]) -> None:
     model, processor = clip
     right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     pixels, texts, names = [], [], []
@@ -73,9 +70,8 @@ def test_each_training_phase_has_gradients(monkeypatch: pytest.MonkeyPatch) -> N
     tokenizer = train_tokenizer(captions)
     processor, model = build_processor(tokenizer), build_model(tokenizer)
     images = processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
-    VisionHeads(WIDTH, PLAIN)(pool_cells(model.vision_model(images).last_hidden_state[:, 1:]), scenes)[
-        0
-    ].backward()
+    cells = pool_cells(model.vision_model(images).last_hidden_state[:, 1:])
+    VisionHeads(WIDTH, PLAIN)(cells, scenes)[0].backward()
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
     align_loss(*embed(model, images, tokens), model.logit_scale).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -50,9 +50,8 @@ class Watch:
             return
         allowed, self.allowed = self.allowed, None  # realpath below opens no file
         real = os.path.realpath(os.fsdecode(path))
-        writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & (
-            os.O_WRONLY | os.O_RDWR | os.O_CREAT
-        )
+        opens_to_write = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        writes = (isinstance(mode, str) and set(mode) & set("wax+")) or opens_to_write
         is_own = real.startswith(allowed or ())
         if (
             not is_own

@@ -36,6 +36,10 @@ class Outcome:
     writes: int
 
 
+def opens_to_write(path: Any, mode: str = "r", *more: Any, **options: Any) -> bool:
+    return bool(set(mode) & set("wax+"))
+
+
 class _Faults:
     """Counts writes within a folder, and lets one of them fail or crash."""
 
@@ -73,9 +77,7 @@ class _Faults:
         self.wrap(os, "link", position=1)
         self.wrap(os, "open", is_write=lambda path, flags, *more, **options: bool(flags & _WRITES))
         for owner in (builtins, io):
-            self.wrap(
-                owner, "open", is_write=lambda path, mode="r", *more, **options: bool(set(mode) & set("wax+"))
-            )
+            self.wrap(owner, "open", is_write=opens_to_write)
         for name in ("__init__", "write_table", "close"):
             self.wrap(pq.ParquetWriter, name, position=9)
         for name in ("keep", "record_sent"):

@@ -28,9 +28,8 @@ def consumers(version: Version, good: Version, out: Path) -> dict[str, Callable[
             package.bytes()
 
     def train() -> None:
-        for example in examples_in(
-            version, "train", "mixed", questions=True, styles=(), source_in_prompt=True
-        ):
+        options: Any = {"questions": True, "styles": (), "source_in_prompt": True}
+        for example in examples_in(version, "train", "mixed", **options):
             example.open()
 
     return {

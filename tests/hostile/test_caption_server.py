@@ -16,6 +16,7 @@ from trainer import Captioner
 from trainer.serving import server as serving
 from trainer.serving.server import CaptionServer
 
+Address = tuple[str, int]
 CHAT, MODELS = "POST /v1/chat/completions", "GET /v1/models"
 JSON = {"Content-Type": "application/json"}
 BOMB = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xff\xff\x00\xff\xff\xff\x00\x08\x02\x00\x00\x00"
@@ -47,15 +48,13 @@ REQUESTS = {  # name: (request line, headers, body, status)
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     folder: Path = save_captioner(tmp_path_factory.mktemp("models") / "c")
     with running(CaptionServer(Captioner.from_pretrained(folder, device="cpu"), NAME)) as url:
         yield "127.0.0.1", int(url.rpartition(":")[2])
 
 
-def send(
-    address: tuple[str, int], line: str, headers: dict[str, str], body: bytes = b""
-) -> tuple[int, bytes]:
+def send(address: Address, line: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, bytes]:
     """Return status and body of a response. The status is 0 if the connection ends without a response."""
     given = {"Host": "localhost", "Content-Length": str(len(body)), "Connection": "close"} | headers
     head = f"{line} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in given.items()) + "\r\n"
@@ -77,7 +76,7 @@ def _send_all(client: socket.socket, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_hostile_request_is_refused_and_next_one_answered(name: str, address: tuple[str, int]) -> None:
+def test_hostile_request_is_refused_and_next_one_answered(name: str, address: Address) -> None:
     line, headers, body, expected = REQUESTS[name]
     status, answer = send(address, line, headers, body)
     assert status == expected
@@ -86,15 +85,13 @@ def test_hostile_request_is_refused_and_next_one_answered(name: str, address: tu
     assert send(address, MODELS, {})[0] == 200
 
 
-def test_request_from_own_page_is_accepted(address: tuple[str, int]) -> None:
+def test_request_from_own_page_is_accepted(address: Address) -> None:
     own = f"localhost:{address[1]}"
     assert send(address, MODELS, {"Host": own, "Origin": f"http://{own}"})[0] == 200
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
-def test_body_over_limit_is_refused(
-    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, *, declared: bool
-) -> None:
+def test_large_body_is_refused(address: Address, monkeypatch: pytest.MonkeyPatch, *, declared: bool) -> None:
     monkeypatch.setattr(serving, "MAX_BODY_BYTES", 100_000)
     body = b"[" * 200_000
     if declared:
@@ -107,7 +104,7 @@ def test_body_over_limit_is_refused(
             assert client.recv(100).startswith(b"HTTP/1.1 413")
 
 
-def test_slow_body_is_refused(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_body_is_refused(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.2)
     status, answer = send(address, CHAT, JSON | {"Content-Length": "200"}, b'{"model": ')
     assert status == 408 and b"did not come" in answer

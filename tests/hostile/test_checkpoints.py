@@ -51,9 +51,8 @@ def pickled(folder: Path) -> None:
 
 def remote_code(folder: Path) -> None:
     (folder / "evil.py").write_text("import os; os.system('touch /tmp/synth-was-here')\n")
-    config(
-        lambda c: c["encoder"]["model"].update(auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"})
-    )(folder)
+    evil = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
+    config(lambda c: c["encoder"]["model"].update(auto_map=evil))(folder)
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:

@@ -102,9 +102,8 @@ def main() -> None:
         """Resolve test names to internal addresses: in the second answer only, or as one of two."""
         if not isinstance(host, str) or not host.endswith(".example"):
             return resolve(host, port, *arguments, **options)
-        addresses = (
-            ["10.0.0.1"] if host == "rebinds.example" and host in asked else ADDRESSES.get(host, [PUBLIC])
-        )
+        is_rebound = host == "rebinds.example" and host in asked
+        addresses = ["10.0.0.1"] if is_rebound else ADDRESSES.get(host, [PUBLIC])
         asked.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 

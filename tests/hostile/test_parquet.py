@@ -43,9 +43,8 @@ def repeated(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
 
 
 def write(path: Path, columns: dict[str, Any]) -> Path:
-    pq.write_table(
-        pa.table(columns), path, compression="zstd", dictionary_pagesize_limit=1 << 30, store_schema=False
-    )
+    options: Any = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
+    pq.write_table(pa.table(columns), path, **options)
     return path
 
 
@@ -53,9 +52,7 @@ def write(path: Path, columns: dict[str, Any]) -> Path:
     ("size_bytes", "outcome"),
     [(99_000_000, "sample"), (101_000_000, "file_too_large"), (300_000_000, "row_too_large")],
 )
-def test_image_shared_by_all_rows_is_decoded_row_by_row(
-    size_bytes: int, outcome: str, tmp_path: Path
-) -> None:
+def test_image_shared_by_all_rows_is_decoded_by_row(size_bytes: int, outcome: str, tmp_path: Path) -> None:
     cells = repeated(png() + bytes(size_bytes), pa.binary(), 6)
     images = pa.StructArray.from_arrays([cells, pa.nulls(6, pa.string())], ["bytes", "path"])
     path = write(tmp_path / "bomb.parquet", {"image": images})

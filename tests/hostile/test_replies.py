@@ -38,16 +38,14 @@ questions = st.fixed_dictionaries({}, optional={"qa": st.one_of(anything, st.lis
 contents = st.one_of(anything, st.one_of(captions, questions).map(lambda value: json.dumps(value)))
 messages = st.one_of(anything, st.fixed_dictionaries({"content": contents}))
 choices = st.fixed_dictionaries({"message": messages, "finish_reason": anything})
-usages = st.one_of(
-    anything, st.fixed_dictionaries({"prompt_tokens": anything, "completion_tokens": anything})
-)
+counts = st.fixed_dictionaries({"prompt_tokens": anything, "completion_tokens": anything})
+usages = st.one_of(anything, counts)
 lists = st.fixed_dictionaries(
     {"choices": st.one_of(anything, st.lists(choices, max_size=2))}, optional={"usage": usages}
 )
 answers = st.one_of(anything, lists)
-bodies = st.one_of(
-    answers.map(lambda value: json.dumps(value).encode(errors="surrogatepass")), st.binary(max_size=200)
-)
+texts = answers.map(lambda value: json.dumps(value).encode(errors="surrogatepass"))
+bodies = st.one_of(texts, st.binary(max_size=200))
 
 
 @settings(

@@ -54,10 +54,8 @@ BAD: dict[str, bytes] = {
 @pytest.mark.parametrize("name", BAD)
 def test_invalid_review_gives_error_with_its_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "reviews.jsonl").write_bytes(BAD[name])
-    with (
-        bounded_memory(300_000_000),
-        pytest.raises(ConfigError, match=r"line \d+ is not a review|cannot read"),
-    ):
+    refusal = r"line \d+ is not a review|cannot read"
+    with bounded_memory(300_000_000), pytest.raises(ConfigError, match=refusal):
         read_reviews(tmp_path / "reviews.jsonl")
 
 

@@ -59,12 +59,12 @@ def folder(chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize(("first", "second"), part_of(PAIRS, 2))
-def test_concurrent_commands_succeed_or_report_the_other(
-    first: str, second: str, folder: Path, chat: ChatServer
+@pytest.mark.parametrize("pair", part_of(PAIRS, 2))
+def test_concurrent_commands_succeed_or_report_each_other(
+    pair: tuple[str, str], folder: Path, chat: ChatServer
 ) -> None:
     before = [version.manifest["digest"] for version in DatasetDir(folder / "data").versions()]
-    commands = [COMMANDS[name] for name in (first, second)]
+    commands = [COMMANDS[name] for name in pair]
     commands = [(*command, chat.url) if "--base-url" in command else command for command in commands]
     pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     running = [subprocess.Popen([SYNTH, *command], cwd=folder, text=True, **pipes) for command in commands]

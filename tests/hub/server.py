@@ -40,9 +40,8 @@ class RunningHub:
 def running_hub(root: Path) -> Iterator[RunningHub]:
     """Serve on a free port of loopback while the block runs."""
     hub = Hub(Storage(root))
-    server = uvicorn.Server(
-        uvicorn.Config(hub, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
-    )
+    config = uvicorn.Config(hub, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

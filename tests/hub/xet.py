@@ -89,9 +89,8 @@ def recipes(shard: bytes) -> Iterator[tuple[str, list[Segment]]]:
     position = RECORD  # after the header of the shard
     while shard[position : position + 32] != b"\xff" * 32:  # end marker
         flags, count = struct.unpack_from("<II", shard, position + 32)
-        entries = [
-            shard[position + RECORD * (index + 1) : position + RECORD * (index + 2)] for index in range(count)
-        ]
+        starts = [position + RECORD * (index + 1) for index in range(count)]
+        entries = [shard[start : start + RECORD] for start in starts]
         position += RECORD * (count + 1)
         if flags & HAS_VERIFICATION:
             position += RECORD * count

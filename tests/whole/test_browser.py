@@ -43,9 +43,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
     write_step(folder, "dedupe", "kept", kept, OF_DEDUPE)
     write_step(folder, "dedupe", "rejected", lost, OF_DEDUPE)
     for which in ("kept", "rejected"):
-        write_step(
-            folder, "balance", which, kept if which == "kept" else [], OF_DEDUPE | {"question_type": None}
-        )
+        rows = kept if which == "kept" else []
+        write_step(folder, "balance", which, rows, OF_DEDUPE | {"question_type": None})
     return version
 
 

@@ -127,9 +127,7 @@ def test_names_on_stdin_are_captioned_and_missing_files_reported(
         caption(captioner, [str(image)], question=" ")
 
 
-def test_caption_json_lists_output_file_and_unreadable_images(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_caption_json_lists_unreadable_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo(3).save(tmp_path / "photo.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
     images, out = [str(tmp_path / "photo.png"), str(tmp_path / "bad.png")], tmp_path / "said.jsonl"
@@ -175,9 +173,8 @@ def test_signal_ends_server_while_request_body_arrives(number: int, tmp_path: Pa
         assert server.stderr
         port = int(next(line for line in server.stderr if line.startswith("http")).strip().rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as client:
-            head = (
-                "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            )
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            head += "Content-Type: application/json\r\n"
             client.sendall(f"{head}Content-Length: 200\r\n\r\n{{".encode())
             # this answer shows that the first request has arrived
             with socket.create_connection(("127.0.0.1", port)) as other:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.chat.server import Act, ChatServer, running_chat, task_of, uuid_of
-from tests.commands import read_result, run_synth
+from tests.commands import Done, read_result, run_synth
 from tests.whole.conftest import load_rows, read_failure, save_photos
 
 COLORS = ("red", "blue", "green", "black")
@@ -73,9 +72,8 @@ class Model:
             return Act(json.dumps({"answer": "Yes." if is_true else "No."}))
         if task == "qa":
             pairs = zip(QUESTIONS, truth_of(number), strict=True)
-            return Act(
-                json.dumps({"qa": [{"answer_type": "other", "question": q, "answer": a} for q, a in pairs]})
-            )
+            rows = [{"answer_type": "other", "question": q, "answer": a} for q, a in pairs]
+            return Act(json.dumps({"qa": rows}))
         color, thing, place = caption_of(number)
         return Act(json.dumps({"caption": f"A {color} {thing} stands {place} all day long."}))
 
@@ -93,9 +91,8 @@ class Model:
 
     def repair(self, caption: str, prompt: str) -> dict[str, str]:
         answers = [line for line in prompt.splitlines() if line.startswith("Question: ")]
-        wrong = next(
-            detail for detail, _ in details_in(caption) if f"Question: Is it {detail}? Answer: No." in answers
-        )
+        details = [detail for detail, _ in details_in(caption)]
+        wrong = next(name for name in details if f"Question: Is it {name}? Answer: No." in answers)
         assert len(answers) == 1, answers  # confirmed claims are not shown
         if caption_of(UNREPAIRABLE)[0] in caption and caption_of(UNREPAIRABLE)[2] in caption:
             return {"caption": f"{caption[:-1]}!"}
@@ -129,9 +126,7 @@ def judge() -> Iterator[ChatServer]:
         yield chat
 
 
-def run(
-    folder: Path, server: ChatServer, *arguments: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> Done:
     command = ("generate", *arguments, "--base-url", server.url, "--json")
     return run_synth(*command, cwd=folder, env={**os.environ, **environment})
 
@@ -146,9 +141,7 @@ def captions_of(folder: Path, model: Model, out: str = "d") -> dict[int, dict[st
     return {model.ids[row["sample_id"]]: caption for row in rows for caption in row["captions"]}
 
 
-def test_only_captions_with_wrong_detail_are_rejected(
-    tmp_path: Path, model: Model, server: ChatServer
-) -> None:
+def test_captions_with_wrong_detail_are_rejected(tmp_path: Path, model: Model, server: ChatServer) -> None:
     steps = generate(tmp_path, server, *CAPTIONS, "--verify", "claims")["steps"]
     assert steps["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
     kept = pq.read_table(tmp_path / "d/steps/verify/kept.parquet").to_pylist()
@@ -216,16 +209,13 @@ def test_coverage_is_share_of_answers_in_caption(tmp_path: Path, model: Model, s
     model.requests.clear()
     model.refutes_colors = True  # refuted answers do not count for coverage
     generate(tmp_path, server, *both[:-1], "covers,round_trip", "--out", "e")
-    right = [
-        caption["coverage"] for n, caption in captions_of(tmp_path, model, out="e").items() if n % 2 == 0
-    ]
+    captions = captions_of(tmp_path, model, out="e")
+    right = [caption["coverage"] for n, caption in captions.items() if n % 2 == 0]
     assert len(right) == COUNT // 2 and set(right) == {1.0}
     assert model.requests["covers"] <= 2 * COUNT  # two of three questions remain
 
 
-def test_judge_rates_texts_with_its_own_key(
-    tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer
-) -> None:
+def test_judge_uses_its_own_key(tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer) -> None:
     server.key, judge.key = "of-the-writer", "of-the-judge"
     rated = (*CAPTIONS, "--judge", f"judge-7b@{judge.url}")
     refused = run(tmp_path, server, *rated, SYNTH_API_KEY="of-the-writer")
@@ -254,9 +244,7 @@ def test_judge_rates_texts_with_its_own_key(
     assert steps["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == num_requests
 
 
-def test_invalid_judge_is_refused_before_any_request(
-    tmp_path: Path, model: Model, server: ChatServer
-) -> None:
+def test_invalid_judge_is_refused_without_request(tmp_path: Path, model: Model, server: ChatServer) -> None:
     for name, complaint in (
         (f"model@{server.url}", "is the model that writes"),
         ("judge-7b", "has no server"),

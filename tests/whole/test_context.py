@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.chat.server import Act, ChatServer, running_chat
-from tests.commands import require_success, run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.whole.conftest import load_rows, save_photos
 
 COUNT = 16
@@ -53,15 +52,13 @@ def text_of(body: dict[str, Any]) -> str:
     return text
 
 
-def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+def generate(folder: Path, chat: ChatServer, *arguments: str) -> Done:
     command = ("generate", "--tasks", "caption", "--styles", "plain", "--base-url", chat.url, "--out", "d")
     source = [] if "--source" in arguments else ["--source", "folder:photos"]
     return run_synth(*command, "--json", *source, *arguments, cwd=folder)
 
 
-def test_columns_are_notes_in_prompt_and_only_changed_rows_are_asked_again(
-    shop: Path, server: ChatServer
-) -> None:
+def test_columns_are_notes_and_only_changed_rows_are_asked_again(shop: Path, server: ChatServer) -> None:
     done = require_success(generate(shop, server, "--columns", "context=title,price"))
     noted = [text_of(body) for body in server.bodies]
     assert len(noted) == COUNT

@@ -1,21 +1,20 @@
 """Curation: verification, exclusions, and other thresholds without new requests."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.commands import require_success, run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 
 CHECKS = "round_trip,claims,blind,alignment"
 GENERATE = ("generate", "--source", "scenes", "--limit", "8", "--out", "d", "--verify", CHECKS)
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path) -> Done:
     return run_synth(*arguments, cwd=cwd)
 
 
@@ -41,9 +40,8 @@ def test_annotations_are_verified_and_new_thresholds_need_no_request(verified: P
         assert row["agreement"] == 1.0
         assert (row["alignment"] is not None) == (row["task"] == "caption")
     config = verified.parent / "loose.yaml"
-    config.write_text(
-        "verify: {min_claims_supported: 0.1, lowest_alignment_frac: 0.0}\nfilter: {max_caption_words: 12}\n"
-    )
+    thresholds = "{min_claims_supported: 0.1, lowest_alignment_frac: 0.0}"
+    config.write_text(f"verify: {thresholds}\nfilter: {{max_caption_words: 12}}\n")
     done = run(*GENERATE, "--config", str(config), cwd=verified.parent)
     assert "asked the model 0 times" in done.stderr
     assert "too_long" in done.stderr

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
-from tests.commands import require_success, run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import SMALL_DECODER, SYNTH, read_failure
@@ -38,7 +38,7 @@ def forked_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "CONTEXT", get_context("fork"))
 
 
-def experiment(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def experiment(folder: Path, *arguments: str) -> Done:
     return run_synth("experiment", *arguments, cwd=folder)
 
 

@@ -74,10 +74,8 @@ def test_damaged_version_is_a_warning_if_nothing_is_new(whole: Whole, tmp_path: 
     lost.unlink()
     done = run_synth(*GENERATE, "--out", folder, cwd=tmp_path)
     names = ", ".join(str(path.relative_to(version.path)) for path in (short, lost))
-    text = (
-        f"v1.0.0 is damaged: {names} is gone or of another size;"
-        f" `synth check {folder}` says what can be rebuilt"
-    )
+    text = f"v1.0.0 is damaged: {names} is gone or of another size; "
+    text += f"`synth check {folder}` says what can be rebuilt"
     assert text in json.loads(done.stdout)["warnings"]
     assert f"warning: {text}" in done.stderr and "asked the model 0 times" in done.stderr
 

@@ -91,9 +91,8 @@ def test_exports_are_pushed_in_same_commit_but_not_added_to_a_tag(hub: RunningHu
         "from datasets import load_dataset as load\n"
         "print(len(load('me/also', split='train')), len(load('me/also', 'cauldron', split='train')))"
     )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=600
-    )
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert loaded.returncode == 0, loaded.stderr
     count = manifest["rows"]["train"]
     assert loaded.stdout.split() == [str(count)] * 2

@@ -166,7 +166,6 @@ def test_impossible_image_count_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="images: 20 images cannot be kept of the 10 that limit allows"):
         resolve(source="scenes", images=20, limit=10)
     config = resolve(source="scenes", images=5)
-    with pytest.raises(
-        ConfigError, match="--images reads on until enough images are kept, which a cluster cannot"
-    ):
+    refusal = "--images reads on until enough images are kept, which a cluster cannot"
+    with pytest.raises(ConfigError, match=refusal):
         generate_dataset(config, tmp_path, cluster=ClusterOptions())

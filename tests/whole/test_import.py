@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from datasets import load_dataset
 
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
-from tests.commands import run_process, run_synth
+from tests.commands import Done, run_process, run_synth
 from tests.hostile import LONG
 from tests.whole.conftest import save_photos
 
@@ -75,7 +74,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def synth(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def synth(folder: Path, *arguments: str, code: int = 0) -> Done:
     run = run_process if "ray" in arguments else run_synth
     done = run(*arguments, cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == code, done.stderr

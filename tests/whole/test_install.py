@@ -59,9 +59,8 @@ def test_image_script_installs_and_runs_doctor(tmp_path: Path, source_tree: Path
 
 def test_image_runs_install_script() -> None:
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line.startswith("RUN")] == [
-        "RUN sh /opt/synth/deploy/install.sh /opt/synth"
-    ]
+    command = "RUN sh /opt/synth/deploy/install.sh /opt/synth"
+    assert [line for line in lines if line.startswith("RUN")] == [command]
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +73,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory, source_tree: Path) -> Path:
 
 
 def test_wheel_contains_all_files_for_generate(tmp_path: Path, wheel: Path) -> None:
-    listing = subprocess.run(
-        ["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command = ["git", "ls-files", *PACKAGES]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     with ZipFile(wheel) as archive:
         assert {*listing.stdout.splitlines()} <= {*archive.namelist()}
         archive.extractall(tmp_path / "installed")

@@ -1,7 +1,6 @@
 """The three commands of the README. The Hub serves tiny models and data under the real names."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 
 from pipeline.config import LARGE
 from pipeline.inference.engines import TINY_WEIGHTS
-from tests.commands import require_success, run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.trainer.tiny_models import save_clip, save_language_model
@@ -36,7 +35,7 @@ def test_commands_of_readme_run_in_order(hub: RunningHub, tmp_path: Path) -> Non
     (tmp_path / "user").mkdir()
     env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
 
-    def synth(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def synth(*arguments: str) -> Done:
         return require_success(run_synth(*arguments, cwd=tmp_path / "user", env=env))
 
     synth("generate", "--source", "flickr30k")

@@ -64,9 +64,7 @@ def test_missing_language_option_is_a_warning(tmp_path: Path) -> None:
     numbers = count()
 
     def script(times: int, body: dict[str, Any]) -> Act:
-        german = (
-            "Zwei kleine Hunde laufen gemeinsam im hellen Sand am Strand entlang und spielen mit einem Ball."
-        )
+        german = "Zwei kleine Hunde laufen gemeinsam im hellen Sand am Strand entlang und spielen Ball."
         english = "A small dog runs along the beach."
         return Act(json.dumps({"caption": german if next(numbers) % 6 else english}))
 

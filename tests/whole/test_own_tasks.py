@@ -221,9 +221,7 @@ def test_task_with_unusable_needed_result_is_not_asked(shop: Path, server: ChatS
     assert {(row["size"]["n"], row["more"]) for row in load_rows(shop / "e")} == {(0, "more"), (1, None)}
 
 
-def test_empty_result_is_kept_and_unreadable_result_is_null(
-    shop: Path, server: ChatServer, model: Model
-) -> None:
+def test_empty_result_is_kept_and_unreadable_is_null(shop: Path, server: ChatServer, model: Model) -> None:
     replies = [{"boxes": []}, {"boxes": [{"bbox_2d": [0, 0, 9000, 9], "label": "dog"}]}, {"boxes": "none"}]
     model.replies["boxes"] = lambda prompt, image: replies[int(image[:8], 16) % 3]
     generate(shop, server, *tasks("boxes", "finding"))

@@ -1,7 +1,6 @@
 """Before a run: `preview` shows replies, and `--dry-run` predicts costs and losses."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 
 from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401  # fixtures
 from tests.chat.server import Act, ChatServer, running_chat, task_of
-from tests.commands import require_success, run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.whole.conftest import save_photos
 
 
@@ -43,7 +42,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: str) -> Done:
     return require_success(run_synth(*arguments, cwd=folder))
 
 
@@ -118,18 +117,14 @@ def test_near_duplicate_image_is_rejected_before_any_request(photos: Path, serve
     (photos / "none.yaml").write_text("dedupe: {images: none}")
     command = ("generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
     done = run(photos, *command)
-    assert (
-        f"folder:photos to data/folder-photos: asks qa of model ({server.url}); prompts: qa built in"
-        in done.stderr
-    )
+    asks = f"asks qa of model ({server.url}); prompts: qa built in"
+    assert f"folder:photos to data/folder-photos: {asks}" in done.stderr
     assert "next: synth report data/folder-photos" in done.stderr
     result = json.loads(done.stdout)
     rejected = {"near_duplicate_image": 1, "unreadable_image": 1}
     assert result["steps"]["read"] == {"input": 14, "kept": 12, "rejected": rejected}
-    assert (
-        "read: 1 near duplicate image (03-small.jpg): for slides or charts, dedupe.images: graphics"
-        in done.stderr
-    )
+    hint = "for slides or charts, dedupe.images: graphics"
+    assert f"read: 1 near duplicate image (03-small.jpg): {hint}" in done.stderr
     assert result["requests"]["total"] == 12
     assert "Images that look alike" in (photos / run(photos, "report").stdout.strip()).read_text()
     similar = {"near_duplicates.parquet", "image_groups.parquet"}

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.images.decode import image_id, prepare_image
 from tests.chat.server import Act, ChatServer, running_chat
-from tests.commands import require_success, run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.hub.server import RunningHub
 from tests.hub.storage import File
 from tests.pipeline.images.test_metadata import gif, jpeg, leaked, png, tiff, webp
@@ -63,7 +63,7 @@ def home(hub: RunningHub, server: ChatServer, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def run(hub: RunningHub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(hub: RunningHub, folder: Path, *arguments: str) -> Done:
     env = hub.env(folder / "home")
     return require_success(run_synth(*arguments, cwd=folder, env=env))
 
@@ -113,9 +113,7 @@ def test_private_repository_stays_private(home: Path, hub: RunningHub) -> None:
     assert "the existing repository is private, and stays private" in again
 
 
-def test_license_title_and_language_reach_card_and_visibility(
-    home: Path, hub: RunningHub, server: ChatServer
-) -> None:
+def test_stated_license_title_and_language_are_used(home: Path, hub: RunningHub, server: ChatServer) -> None:
     stated = ("--license", "cc-by-4.0", "--title", "My lakes", "--language", "de")
     message = run(hub, home, "push", "--repo", "me/lakes", *stated).stderr
     assert "repository: me/lakes, public" in message

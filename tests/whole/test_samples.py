@@ -15,6 +15,7 @@ from tests.hostile import LONG
 from tests.whole.test_readers import train_by_trl
 
 IMAGES, SAMPLES = 20, 3
+Chosen = tuple[Version, dict[str, Any]]
 SETTINGS = "generate: {sample_temperature: 2.0}\n"  # the tiny teacher has confident outputs
 
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chosen(folder: Path) -> tuple[Version, dict[str, Any]]:
+def chosen(folder: Path) -> Chosen:
     """Return the version with pairs, and the result of its run after one with a single caption."""
     generate(folder)
     result = generate(folder, "--samples", str(SAMPLES), "--pairs")
@@ -48,7 +49,7 @@ def chosen(folder: Path) -> tuple[Version, dict[str, Any]]:
 
 
 def test_only_further_candidates_are_paid_and_pair_is_kept_and_worse_caption(
-    chosen: tuple[Version, dict[str, Any]], folder: Path
+    chosen: Chosen, folder: Path
 ) -> None:
     version, result = chosen
     assert result["requests"]["asked"] == IMAGES * 2 * (SAMPLES - 1)
@@ -67,14 +68,11 @@ def test_only_further_candidates_are_paid_and_pair_is_kept_and_worse_caption(
     assert run_synth("report", "d", cwd=folder).returncode == 0
 
 
-def test_text_reviewed_as_bad_is_not_used_as_worse_caption(
-    chosen: tuple[Version, dict[str, Any]], folder: Path
-) -> None:
+def test_text_reviewed_as_bad_is_not_used_as_worse_caption(chosen: Chosen, folder: Path) -> None:
     version, _ = chosen
     rows = [row for _, batch in version.batches(["sample_id", "captions"]) for row in batch.to_pylist()]
-    sample_id, pair = next(
-        (row["sample_id"], pair) for row in rows for pair in row["captions"] if pair["rejected"]
-    )
+    pairs = [(row["sample_id"], pair) for row in rows for pair in row["captions"]]
+    sample_id, pair = next((name, pair) for name, pair in pairs if pair["rejected"])
     _, content = text_name({"sample_id": sample_id, "task": "caption", "text": pair["rejected"]})
     review = {"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "private"}
     reviews = DatasetDir(folder / "d").reviews
@@ -87,7 +85,7 @@ def test_text_reviewed_as_bad_is_not_used_as_worse_caption(
     reviews.unlink()
 
 
-def test_other_measure_needs_no_request(chosen: tuple[Version, dict[str, Any]], folder: Path) -> None:
+def test_other_measure_needs_no_request(chosen: Chosen, folder: Path) -> None:
     checked = ("--samples", str(SAMPLES), "--verify", "claims")
     generate(folder, *checked)
     longest = generate(folder, *checked, "--select", "longest")
@@ -101,7 +99,7 @@ def test_other_measure_needs_no_request(chosen: tuple[Version, dict[str, Any]], 
 
 
 @pytest.mark.skipif(not LONG, reason="half a minute: make test-long; test_readers.py runs TRL")
-def test_trl_trains_on_exported_pairs(chosen: tuple[Version, dict[str, Any]], folder: Path) -> None:
+def test_trl_trains_on_exported_pairs(chosen: Chosen, folder: Path) -> None:
     exported = run_synth("export", "--data", "d@v2.0.0", "--format", "dpo", "--out", "pairs", cwd=folder)
     assert exported.returncode == 0, exported.stderr
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}

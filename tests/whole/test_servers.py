@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.chat.kinds import DEEPSEEK, KINDS
 from tests.chat.server import ChatServer, running_chat
-from tests.commands import require_success, run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.whole.conftest import save_photos
 
 
@@ -18,7 +17,7 @@ def photos(tmp_path: Path) -> Path:
     return save_photos(tmp_path, 20)
 
 
-def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+def generate(folder: Path, chat: ChatServer, *arguments: str) -> Done:
     command = ("generate", "--source", "folder:photos", "--base-url", chat.url, "--out", "d", *arguments)
     return run_synth(*command, cwd=folder, env=os.environ | {"SYNTH_API_KEY": chat.key or ""})
 
@@ -31,10 +30,8 @@ def test_strict_server_answers_all_and_repeated_run_asks_nothing(photos: Path) -
         steps = json.loads(done.stdout)["steps"]
         assert steps["ask"]["kept"] == 60 and "temperature" in done.stderr
         num_requests = len(chat.bodies)
-        assert (
-            generate(photos, chat, "--model", "model").returncode == 0
-            and len(chat.bodies) == num_requests == 60
-        )
+        assert generate(photos, chat, "--model", "model").returncode == 0
+        assert len(chat.bodies) == num_requests == 60
     assert chat.authorizations == {"Bearer secret"}
     assert "was not required to enforce" not in (photos / "d/versions/v1.0.0/README.md").read_text()
 

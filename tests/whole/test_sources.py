@@ -1,7 +1,6 @@
 """Named sources, from the Hub to a version and back. Captions of photos are by the tiny teacher."""
 
 import json
-import subprocess
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.scenes.scene import scenes_of
 from tests.chat.server import ChatServer, running_chat
-from tests.commands import require_success, run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 
@@ -36,7 +35,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
         yield running
 
 
-def synth(hub: RunningHub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def synth(hub: RunningHub, folder: Path, *arguments: str) -> Done:
     env = hub.env(folder / "home") | {"HF_HUB_OFFLINE": "0"}
     return run_synth(*arguments, cwd=folder, env=env)
 

@@ -15,7 +15,7 @@ import yaml
 from playwright.sync_api import Browser, expect
 
 from pipeline.sources.scenes import draw_sample
-from tests.commands import run_synth
+from tests.commands import Done, run_synth
 from tests.hub.server import RunningHub
 from tests.whole.conftest import ROOT, SYNTH
 
@@ -32,7 +32,7 @@ def home(hub: RunningHub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def synth(hub: RunningHub, folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def synth(hub: RunningHub, folder: Path, *arguments: str, code: int = 0) -> Done:
     done = run_synth(*arguments, cwd=folder, env=hub.env(folder / "home"))
     assert done.returncode == code, done.stderr
     return done
@@ -54,9 +54,7 @@ def space(hub: RunningHub, home: Path) -> dict[str, bytes]:
     return files_of(hub, "space", "me/page")
 
 
-def test_space_names_captioner_commit_and_requirements(
-    space: dict[str, bytes], hub: RunningHub, home: Path
-) -> None:
+def test_space_names_commit_and_requirements(space: dict[str, bytes], hub: RunningHub, home: Path) -> None:
     captioner = hub.hub.storage.repos["model", "me/captioner"]
     about = json.loads(space["space.json"])
     assert (about["model"], about["revision"]) == ("me/captioner", captioner.branches["main"])

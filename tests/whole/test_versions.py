@@ -106,20 +106,15 @@ def test_run_without_limit_that_finds_nothing_more_completes_preview(synth: Run,
     (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     (photos / "again.jpg").write_bytes((photos / "0.jpg").read_bytes())
     source = ("generate", "--no-model", "--source", f"folder:{photos}")
-    for options, is_preview in (
-        (("--limit", f"{COUNT}"), True),
-        ((), False),
-        (("--limit", f"{COUNT}"), False),
-    ):
+    limited = ("--limit", f"{COUNT}")
+    for options, is_preview in ((limited, True), ((), False), (limited, False)):
         done = synth(*source, *options)
         assert done.returncode == 0 and is_preview != ("nothing new" in done.stderr), done.stderr
-        assert [row["preview"] for row in json.loads(synth("versions", "list", "--json").stdout)] == [
-            is_preview
-        ]
+        listed = json.loads(synth("versions", "list", "--json").stdout)
+        assert [row["preview"] for row in listed] == [is_preview]
     assert synth(*source, "--limit", "50", "--out", "all").returncode == 0
-    assert [row["preview"] for row in json.loads(synth("versions", "list", "all", "--json").stdout)] == [
-        False
-    ]
+    listed = json.loads(synth("versions", "list", "all", "--json").stdout)
+    assert [row["preview"] for row in listed] == [False]
 
 
 @pytest.mark.parametrize(

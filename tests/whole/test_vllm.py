@@ -73,9 +73,8 @@ def captions_of(folder: Path) -> dict[tuple[str, str], str]:
 
 def accuracy(folder: Path) -> dict[str, float]:
     captions, answers = score_annotations(annotations(folder), scenes_by_id(scene_samples(SCENES)))
-    return {style: c.precision for style, c in captions.items()} | {
-        kind: a.accuracy for kind, a in answers.items()
-    }
+    precision = {style: score.precision for style, score in captions.items()}
+    return precision | {kind: score.accuracy for kind, score in answers.items()}
 
 
 def funnel_of(folder: Path) -> dict[str, dict[str, Any]]:
