@@ -175,8 +175,8 @@ def test_only_missing_captions_or_questions_are_asked(photos: Path, server: Chat
     captions = {f"{number:02}.png": [caption_of(number), "Bowl."] for number in range(COUNT)}
     lines = [{"file_name": name, "captions": texts} for name, texts in captions.items()]
     (photos / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options = (*options, "--tasks", "caption", "--out", "all")
-    result = generate_json(photos, "generate", *options, captions="all.jsonl")
+    to_all = ("--tasks", "caption", "--out", "all")
+    result = generate_json(photos, "generate", *options, *to_all, captions="all.jsonl")
     assert model.requests["caption"] == COUNT
     assert result["steps"]["filter"]["rejected"] == {"too_short": COUNT}
     assert not [text for text in result["warnings"] if "none of the captions" in text]
