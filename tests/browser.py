@@ -1,4 +1,4 @@
-"""Chromium fixtures for tests that open pages from disk."""
+"""Chromium fixtures for tests of pages."""
 
 import os
 import shutil
@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Error, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
 
-# Chromium has no sandbox as root; the other flags keep it from making network requests.
-FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update")
+# Chromium has no sandbox as root. The other flags prevent network requests.
+DISABLED = ("gpu", "background-networking", "component-update")
+FLAGS = ("--no-sandbox", "--no-first-run", *(f"--disable-{part}" for part in DISABLED))
 WIDE, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 800}
 
 Open = Callable[..., Page]
 
 
-@pytest.fixture(scope="module")  # an open browser keeps an event loop running, and later modules need their own
+# an open browser keeps an event loop running, and later modules need their own
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         try:
@@ -33,21 +35,24 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def opened(browser: Browser) -> Iterator[Open]:
-    """Open a page from disk; fail if it logs an error or a warning, or requests anything but a local file."""
+    """Open a page from disk. Fail if it logs an error or a warning, or requests anything but a local file."""
     contexts, problems = [], []
+
+    def record_message(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            problems.append(message.text)
+
+    def record_request(request: Request) -> None:
+        if not request.url.startswith(("file:", "data:", "blob:")):
+            problems.append(request.url[:200])
 
     def open_page(path: Path, **options: Any) -> Page:
         context = browser.new_context(viewport=options.pop("viewport", WIDE), **options)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("console", record_message)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                problems.append(request.url[:200]) if not request.url.startswith(("file:", "data:", "blob:")) else None
-            ),
-        )
+        page.on("request", record_request)
         page.goto(path.as_uri())
         return page
 
@@ -58,7 +63,10 @@ def opened(browser: Browser) -> Iterator[Open]:
 
 
 def wait_until(page: Page, condition: str, seconds: float = 300.0) -> None:
-    """Wait until a condition in JavaScript holds; `wait_for_function` asks in the page, whose policy forbids a second time."""
+    """Wait until a condition in JavaScript holds.
+
+    Playwright's `wait_for_function` evaluates strings in the page, which the page's policy forbids.
+    """
     ends_at = time.monotonic() + seconds
     while not page.evaluate(condition):
         assert time.monotonic() < ends_at, condition
@@ -69,4 +77,5 @@ def violations(page: Page) -> list[str]:
     """Return the accessibility violations that axe-core finds on a page."""
     page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8"))
     results = page.evaluate("axe.run()")
-    return [f"{violation['id']}: {violation['nodes'][0]['html'][:200]}" for violation in results["violations"]]
+    found = results["violations"]
+    return [f"{violation['id']}: {violation['nodes'][0]['html'][:200]}" for violation in found]

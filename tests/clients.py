@@ -1,4 +1,4 @@
-"""Clients of the servers that a configuration names, as pipeline.inference.engines makes them."""
+"""Clients of the servers in a configuration, made as in pipeline.inference.engines."""
 
 from typing import Any
 
@@ -15,7 +15,9 @@ def config_of(*urls: str, model: str | None = "model", **settings: Any) -> Confi
     return resolve(source="scenes", base_url=list(urls), model=model, **settings)
 
 
-def client_of(config: Config, model: str = "model", revision: str = "r", progress: Progress | None = None) -> Client:
+def client_of(
+    config: Config, model: str = "model", revision: str = "r", progress: Progress | None = None
+) -> Client:
     generate = config.generate
     limits = generate.max_tokens, generate.max_pixels
     return Client(model, revision, config.server, *limits, urls=config.base_url, progress=progress)

@@ -1,7 +1,6 @@
-"""Run `synth` commands: in the process of the tests, which imports torch once, or in a process as a user does.
+"""Run `synth` commands: in this process, which has imported torch, or in a new one as a user does.
 
-Most commands ask the embedded model about the first drawn scenes. The first command that asks gets its reply; later commands of
-`run_synth`, in any process of one run of the tests, get the same reply without loading the model.
+`run_synth` caches replies of the embedded model on disk, for all workers of a test run.
 """
 
 import asyncio
@@ -21,34 +20,41 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
+import typer
+from typer.main import get_command
 
 from pipeline.images import isolation
 
-REPLIES = "SYNTH_TEST_REPLIES"  # the environment variable that names the folder of replies
+# environment variable with the folder of cached replies
+REPLIES = "SYNTH_TEST_REPLIES"
 SYNTH = Path(sys.executable).with_name("synth")
-# Caches of processes, texts and code, which are equal in each command.
-KEPT_CACHES = ("_pool", "_compiled", "code_digest", "dictionary_words", "names")
+# Caches that are valid for all commands: processes, texts and code.
+KEPT_CACHES = ("_pool", "_compiled", "_environment", "_template", "code_digest", "dictionary_words", "names")
 Done = subprocess.CompletedProcess[str]
 
 
-def run_process(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 600) -> Done:
-    """Run `synth ARGUMENTS` in a process of its own: its imports, signals and hash seed are those of a user."""
+def run_process(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Done:
+    """Run `synth ARGUMENTS` in a new process."""
     command = [str(SYNTH), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
 def run_synth(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Done:
-    """Run `synth ARGUMENTS` in this process with its own folder, environment and streams. Replies are remembered."""
+    """Run `synth ARGUMENTS` in this process, with its own folder, environment and streams."""
     command = [str(SYNTH), *map(str, arguments)]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors, Path(os.devnull).open() as nothing:
+    temporary = tempfile.TemporaryFile
+    with temporary("w+") as out, temporary("w+") as errors, Path(os.devnull).open() as nothing:
         with pytest.MonkeyPatch.context() as patch, _streams(nothing, out, errors):
             patch.chdir(cwd)
             patch.setattr(sys, "path", [*sys.path])
             patch.setattr(sys, "argv", command)
-            patch.setattr(sys.modules["__main__"], "__package__", None)  # click derives the name of the program from it
+            # click derives the program name from __package__
+            patch.setattr(sys.modules["__main__"], "__package__", None)
             for name, stream in (("stdin", nothing), ("stdout", out), ("stderr", errors)):
                 patch.setattr(sys, name, stream)
-            patch.setattr(isolation, "end_workers", lambda: None)  # the next command decodes in the same processes
+            # the next command uses the same decoder processes
+            patch.setattr(isolation, "end_workers", lambda: None)
+            patch.setattr(typer.main, "get_command", _command_of)
             _remember_replies(patch)
             with _environment(os.environ if env is None else env):
                 code = _run_main(cwd)
@@ -56,17 +62,35 @@ def run_synth(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None =
         return subprocess.CompletedProcess(command, code, out.read(), errors.read())
 
 
+def require_success(done: Done) -> Done:
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def read_result(done: Done) -> dict[str, Any]:
+    """Return the JSON object that a successful command printed."""
+    result: dict[str, Any] = json.loads(require_success(done).stdout)
+    return result
+
+
+@functools.cache
+def _command_of(app: typer.Typer) -> Any:
+    """Return the command line of an app, which takes 40 ms to build."""
+    return get_command(app)
+
+
 def _run_main(folder: Path) -> int:
-    """Run the command line, and return its exit code; undo what a process leaves to its end."""
+    """Run the command line in this process and return its exit code. Undo changes of global state."""
     from pipeline.cli import main
 
     for name, module in [*sys.modules.items()]:
-        if name.startswith(("pipeline.", "trainer.")):  # a cache may hold the environment or a file of an earlier command
+        # a cache may hold the environment or a file of an earlier command
+        if name.startswith(("pipeline.", "trainer.")):
             for value in vars(module).values():
                 if isinstance(value, functools._lru_cache_wrapper) and value.__name__ not in KEPT_CACHES:
                     value.cache_clear()
     thresholds, modules = gc.get_threshold(), {*sys.modules}
-    loop = asyncio._get_running_loop()  # that of an open browser
+    loop = asyncio._get_running_loop()  # the loop of an open browser
     asyncio._set_running_loop(None)
     try:
         main()
@@ -79,7 +103,7 @@ def _run_main(folder: Path) -> int:
         asyncio._set_running_loop(loop)
         gc.unfreeze()
         gc.set_threshold(*thresholds)
-        for name in {*sys.modules} - modules:  # the user's own
+        for name in {*sys.modules} - modules:  # modules of the user's project
             if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
                 del sys.modules[name]
     return 0
@@ -87,7 +111,7 @@ def _run_main(folder: Path) -> int:
 
 @contextmanager
 def _streams(*files: TextIO) -> Iterator[None]:
-    """Replace the standard streams of this process and of those that it starts."""
+    """Replace the standard streams of this process and of its children."""
     kept = [os.dup(number) for number in range(len(files))]
     try:
         for number, file in enumerate(files):
@@ -110,7 +134,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def set_environment(variables: dict[str, str]) -> None:
-    """Replace the environment. The client of the Hub reads it at import, so its constants are read again."""
+    """Replace the environment, and reload the constants that huggingface_hub reads from it at import."""
     if variables != dict(os.environ):
         os.environ.clear()
         os.environ.update(variables)
@@ -118,7 +142,7 @@ def set_environment(variables: dict[str, str]) -> None:
 
 
 def _remember_replies(patch: pytest.MonkeyPatch) -> None:
-    """Let the embedded engines of this process store their replies, and use stored ones."""
+    """Let embedded engines store their replies on disk, and reuse stored ones."""
     from pipeline.inference import engines
 
     folder, load = Path(os.environ[REPLIES]), engines._embedded

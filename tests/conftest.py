@@ -13,12 +13,16 @@ from tests.commands import REPLIES
 
 __all__ = ["browser", "opened"]
 
-LONGEST = ("tests/whole/test_vllm.py", "tests/whole/test_cluster.py", "tests/trainer/publish/", "tests/whole/")
+# The longest files first, so that no worker ends with one of them. The files of other folders are short.
+ORDER = (
+    "whole/test_vllm", "whole/test_cluster", "whole/test_browser", "whole/test_install", "trainer/publish",
+    "whole", "trainer", "hostile", "pipeline/hub", "pipeline/sources", "pipeline/inference",
+)  # fmt: skip
 
 
 @pytest.fixture
 def heard_sigint() -> Iterator[None]:
-    """Hear SIGINT as a command does: a shell that runs the tests in the background makes them ignore it."""
+    """Deliver SIGINT as in a terminal: a shell ignores it in background jobs."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -26,29 +30,34 @@ def heard_sigint() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def working_directory() -> Iterator[None]:
-    """Fail a test that leaves the working directory changed, and change back: later tests start commands from there."""
+    """Fail a test that leaves another working directory, and restore it."""
     here = Path.cwd()
     yield
     try:
         now: Path | None = Path.cwd()
-    except FileNotFoundError:  # a folder that the test removed
+    except FileNotFoundError:  # the test removed the folder
         now = None
     os.chdir(here)
     assert now == here
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the environment of the tests and of the processes that they start: set before torch is imported."""
+    """Set the environment of the tests and of their child processes, before torch is imported."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share the cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads do not spin
     os.fsync = lambda fd: None  # tests kill processes, not the machine
     if not os.environ.get("PYTEST_XDIST_WORKER"):
         folder = tempfile.TemporaryDirectory(prefix="synth-tests-")
         config.add_cleanup(folder.cleanup)
-        os.environ[REPLIES] = folder.name  # the replies that all processes of this run share
+        os.environ[REPLIES] = folder.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, start with the longest files, so that no worker ends with one of them."""
+    """Sort the tests by ORDER under pytest-xdist."""
+
+    def place(item: pytest.Item) -> int:
+        starts = (n for n, start in enumerate(ORDER) if item.nodeid.startswith(f"tests/{start}"))
+        return next(starts, len(ORDER))
+
     if os.environ.get("PYTEST_XDIST_WORKER"):
-        items.sort(key=lambda item: next((n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST)))
+        items.sort(key=place)

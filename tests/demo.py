@@ -1,6 +1,6 @@
 """Run the whole workflow as a user would type it, without a network: `make demo`.
 
-Each step is a separate process. The Hub is the test server of tests/hub, on loopback; the clients are the real ones.
+Each step is a separate process. The Hub is the test server of tests/hub on loopback, with the real clients.
 """
 
 import json
@@ -30,7 +30,7 @@ print(row["image"].size, row["captions"][0]["text"], row["qa"][0]["question"], r
 
 
 def run_step(name: str, *command: str, env: dict[str, str], seconds: dict[str, float]) -> str:
-    """Run a command, show it, and return the last line of its stdout."""
+    """Run a command, print it, and return the last line of its stdout."""
     print(f"\n$ {shlex.join(argument if len(argument) < 60 else '...' for argument in command)}", flush=True)
     started = time.monotonic()
     done = subprocess.run(command, cwd=HERE, env=env, stdout=subprocess.PIPE, text=True)
@@ -46,13 +46,17 @@ def main() -> None:
     HERE.mkdir(exist_ok=True)
     synth, seconds = str(Path(sys.executable).with_name("synth")), dict[str, float]()
     with running_hub(HERE / "hub") as hub:
-        step = partial(run_step, env=hub.env((HERE / "cache").absolute()) | {"HF_HUB_OFFLINE": "0"}, seconds=seconds)
-        generated = json.loads(step("generate", synth, "generate", "--source", "scenes", "--limit", str(SCENES), "--json"))
+        env = hub.env((HERE / "cache").absolute()) | {"HF_HUB_OFFLINE": "0"}
+        step = partial(run_step, env=env, seconds=seconds)
+        source = ("--source", "scenes", "--limit", str(SCENES))
+        generated = json.loads(step("generate", synth, "generate", *source, "--json"))
         step("push", synth, "push", "--repo", REPO)
         step("load back", sys.executable, "-c", LOAD.replace("TAG", generated["version"]))
-        checkpoint = step("train and score", synth, "train", "--encoder", ENCODER, "--steps", str(TRAIN_STEPS))
+        training = ("--encoder", ENCODER, "--steps", str(TRAIN_STEPS))
+        checkpoint = step("train and score", synth, "train", *training)
         image = "example.png"
-        (HERE / image).write_bytes(draw_sample(seed=123, index=0).images[0])  # a scene of another seed is in no split
+        # a scene of another seed is in no split
+        (HERE / image).write_bytes(draw_sample(seed=123, index=0).images[0])
         step("caption it", synth, "caption", checkpoint, image)
         report = step("report", synth, "report")
     metrics = json.loads((HERE / checkpoint / "metrics.json").read_text(encoding="utf-8"))

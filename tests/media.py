@@ -1,4 +1,4 @@
-"""Documents and videos that tests read, made by other programs than those that read them."""
+"""Documents and videos for tests, written with other libraries than pipeline.images reads them with."""
 
 import io
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ COLORS = ("red", "green", "blue", "orange", "purple", "black", "gray", "brown")
 
 
 def write_pdf(path: Path, pages: int, size_px: tuple[int, int] = (640, 360), first: int = 0) -> None:
-    """Write a document whose pages show a number, each another bar and another color."""
+    """Write a PDF whose pages show a number, with different bars and colors."""
     images = []
     for number in range(first, first + pages):
         image = Image.new("RGB", size_px, "white")
@@ -24,12 +24,12 @@ def write_pdf(path: Path, pages: int, size_px: tuple[int, int] = (640, 360), fir
 
 
 def text_pdf(text: str = "Hello", *, more: str = "", media_box: str = "0 0 300 200") -> bytes:
-    """Return a document of one page in a font that is not embedded; `more` is a part of its catalog."""
-    content = f"BT /F1 48 Tf 20 80 Td ({text}) Tj ET"
+    """Return a PDF of one page with a font that is not embedded. `more` is added to its catalog."""
+    content, font = f"BT /F1 48 Tf 20 80 Td ({text}) Tj ET", "/Resources << /Font << /F1 5 0 R >> >>"
     objects = [
         f"<< /Type /Catalog /Pages 2 0 R {more} >>",
         "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        f"<< /Type /Page /Parent 2 0 R /MediaBox [{media_box}] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        f"<< /Type /Page /Parent 2 0 R /MediaBox [{media_box}] /Contents 4 0 R {font} >>",
         f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
         "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
@@ -46,8 +46,10 @@ def text_pdf(text: str = "Hello", *, more: str = "", media_box: str = "0 0 300 2
     return out.getvalue()
 
 
-def write_video(path: Path, seconds: int, size_px: tuple[int, int] = (320, 240), rate: int = 10, shift: int = 0) -> None:
-    """Write a video that shows another picture in each second."""
+def write_video(
+    path: Path, seconds: int, size_px: tuple[int, int] = (320, 240), rate: int = 10, shift: int = 0
+) -> None:
+    """Write a video with another picture in each second."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height = size_px

@@ -1,7 +1,7 @@
-"""The mistakes of a new user: each with its command, its error and its hint.
+"""Mistakes of new users: command, error and hint of each.
 
-tests/whole/test_mistakes.py checks the messages.
-`python -m tests.mistakes FOLDER SERVER` makes all mistakes in one process, and prints their outcomes as JSON.
+tests/whole/test_mistakes.py checks the messages. `python -m tests.mistakes FOLDER SERVER` makes all
+mistakes in one process, and prints the outcomes as JSON.
 """
 
 import json
@@ -17,12 +17,12 @@ from PIL import Image
 
 from tests.commands import run_synth
 
-NOBODY = "http://127.0.0.1:9/v1"  # nothing listens there
+UNUSED_ADDRESS = "http://127.0.0.1:9/v1"  # no server listens there
 
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """A wrong command in a folder with some photos; `{server}` in it is a server that wants a key."""
+    """A wrong command in a folder with photos. `{server}` in it is a server that requires a key."""
 
     name: str
     command: str
@@ -41,16 +41,18 @@ def add_photos(folder: Path) -> None:
 
 
 def add_table(folder: Path) -> None:
-    rows = [{"photo": {"bytes": path.read_bytes(), "path": None}} for path in sorted((folder / "photos").iterdir())]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    paths = sorted((folder / "photos").iterdir())
+    cells = [{"bytes": path.read_bytes(), "path": None} for path in paths]
+    pq.write_table(pa.table({"photo": cells}), folder / "rows.parquet")
 
 
 def add_urls(folder: Path) -> None:
-    pq.write_table(pa.table({"image": ["https://example.org/a.jpg", "https://example.org/b.jpg"]}), folder / "urls.parquet")
+    urls = [f"https://example.org/{name}.jpg" for name in "ab"]
+    pq.write_table(pa.table({"image": urls}), folder / "urls.parquet")
 
 
 def add(*files: str) -> Callable[[Path], None]:
-    """Return a function that writes files, each given as `NAME TEXT`."""
+    """Return a function that writes files from `NAME TEXT`."""
 
     def write(folder: Path) -> None:
         for name, text in (file.split(" ", 1) for file in files):
@@ -68,66 +70,112 @@ MISTAKES = (
         "two sources", "generate --source folder:photos --source scenes",
         "one source, and 2 are given: folder:photos, scenes", "--out",
     ),
-    Mistake("folder without folder:", "generate --source photos", "unknown source: photos", "did you mean folder:photos?"),
-    Mistake("source misspelled", "generate --source flickr30", "unknown source: flickr30", "did you mean flickr30k?"),
-    Mistake("folder not there", "generate --source folder:nope", "not a folder: nope", "--source folder:PATH"),
-    Mistake("folder without images", "generate --source folder:empty", "no image in empty", ".heic", add("empty/a.txt x")),
-    Mistake("wrong column", "generate --source parquet:rows.parquet --columns image=pic", "no column pic", "photo", add_table),
     Mistake(
-        "list of no images", "generate --source list:prices.csv", "no column of prices.csv names an image", "file_name",
+        "folder without folder:", "generate --source photos", "unknown source: photos",
+        "did you mean folder:photos?",
+    ),
+    Mistake(
+        "source misspelled", "generate --source flickr30", "unknown source: flickr30",
+        "did you mean flickr30k?",
+    ),
+    Mistake(
+        "folder not there", "generate --source folder:nope", "not a folder: nope", "--source folder:PATH",
+    ),
+    Mistake(
+        "folder without images", "generate --source folder:empty", "no image in empty", ".heic",
+        add("empty/a.txt x"),
+    ),
+    Mistake(
+        "wrong column", "generate --source parquet:rows.parquet --columns image=pic", "no column pic",
+        "photo", add_table,
+    ),
+    Mistake(
+        "list of no images", "generate --source list:prices.csv", "no column of prices.csv names an image",
+        "file_name",
         add("prices.csv id,price\n1,2\n"),
     ),
     Mistake(
         "images by URL", f"generate --source parquet:urls.parquet --columns image=image {EMBEDDED}",
         "2 image not embedded", "--allow-urls", add_urls,
     ),
-    Mistake("no network", f"{PHOTOS} --engine embedded --model Qwen/Nope", "127.0.0.1:9 does not answer", "--base-url"),
-    Mistake("server not started", f"{PHOTOS} --base-url {NOBODY}", f"no server answers at {NOBODY}", "synth serve"),
-    Mistake("no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://", "base_url"),
-    Mistake("no key", f"{PHOTOS} --base-url {{server}}", "requires an API key, and none is set", "SYNTH_API_KEY="),
     Mistake(
-        "prompt folder not there", f"{PHOTOS} --config p.yaml", "no folder of prompts at nope", "generate.prompt_dir",
+        "no network", f"{PHOTOS} --engine embedded --model Qwen/Nope", "127.0.0.1:9 does not answer",
+        "--base-url",
+    ),
+    Mistake(
+        "server not started", f"{PHOTOS} --base-url {UNUSED_ADDRESS}",
+        f"no server answers at {UNUSED_ADDRESS}", "synth serve",
+    ),
+    Mistake(
+        "no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://",
+        "base_url",
+    ),
+    Mistake("no key", f"{PHOTOS} --base-url {{server}}", "requires an API key, and", "SYNTH_API_KEY="),
+    Mistake(
+        "prompt folder not there", f"{PHOTOS} --config p.yaml", "no folder of prompts at nope",
+        "generate.prompt_dir",
         add("p.yaml generate: {prompt_dir: nope}"),
     ),
     Mistake(
-        "prompt misnamed", f"{PHOTOS} --config p.yaml", "prompts/caption.j2 is not the name of a prompt", "caption/v1.j2",
+        "prompt misnamed", f"{PHOTOS} --config p.yaml", "prompts/caption.j2 is not the name of a prompt",
+        "caption/v1.j2",
         add("p.yaml generate: {prompt_dir: prompts}", "prompts/caption.j2 Describe it."),
     ),
     Mistake(
-        "setting misspelled", f"{PHOTOS} --config c.yaml", "unknown config key: generate.max_token", "generate.max_tokens",
+        "setting misspelled", f"{PHOTOS} --config c.yaml", "unknown config key: generate.max_token",
+        "generate.max_tokens",
         add("c.yaml generate: {max_token: 9}"),
     ),
-    Mistake("wrong type", f"{PHOTOS} --config c.yaml", "'x' is not a whole number", "--print-config", add("c.yaml limit: x")),
-    Mistake("no such file of settings", f"{PHOTOS} --config none.yaml", "cannot read config file none.yaml", "YAML"),
-    Mistake("preview into a store", "preview --source scenes --out memory://d", "memory://d is not a path on this machine", "s3://"),
-    Mistake("task misspelled", f"{PHOTOS} --tasks captions", "unknown task: captions", "did you mean caption?"),
+    Mistake(
+        "wrong type", f"{PHOTOS} --config c.yaml", "'x' is not a whole number", "--print-config",
+        add("c.yaml limit: x"),
+    ),
+    Mistake(
+        "no such file of settings", f"{PHOTOS} --config none.yaml", "cannot read config file none.yaml",
+        "YAML",
+    ),
+    Mistake(
+        "preview into a store", "preview --source scenes --out memory://d",
+        "memory://d is not a path on this machine", "s3://",
+    ),
+    Mistake(
+        "task misspelled", f"{PHOTOS} --tasks captions", "unknown task: captions", "did you mean caption?",
+    ),
     Mistake("option misspelled", f"{PHOTOS} --limt 3", "No such option: --limt", "--limit", code=2),
     Mistake("no such dataset", "push nope --repo me/x", "no dataset at nope", "synth generate"),
     Mistake("no such captioner", "caption nope photos/0.png", "no captioner in nope", "synth train"),
     Mistake("no splits", "generate --source scenes --split train", "source scenes has no splits"),
     Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
-    Mistake("style without a prompt", "generate --source scenes --styles sonnet", "cannot be rendered with style 'sonnet'"),
-    Mistake("no such list", f"{PHOTOS} --config c.yaml", "nowhere.txt", "", add("c.yaml balance: {entries: nowhere.txt}")),
+    Mistake(
+        "style without a prompt", "generate --source scenes --styles sonnet",
+        "cannot be rendered with style 'sonnet'",
+    ),
+    Mistake(
+        "no such list", f"{PHOTOS} --config c.yaml", "nowhere.txt", "",
+        add("c.yaml balance: {entries: nowhere.txt}"),
+    ),
     Mistake("no vLLM", "generate --source scenes --engine vllm --dry-run", "vLLM is not installed here"),
     Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher knows drawn scenes and nothing else"),
     Mistake("nothing to push", "push --repo me/x", "no dataset under data/"),
     Mistake("nothing to review", "review apply a.jsonl", "no dataset under data/"),
-    Mistake(
-        "source without --source", "generate scenes", "unexpected argument: scenes (--source scenes?)",
+    Mistake("source without --source", "generate scenes", "unexpected argument: scenes (--source scenes?)",
         "vLLM come after --", code=2,
     ),
-    Mistake("no such experiment", "experiment nope.yaml", "cannot read config file nope.yaml", "docs/experiment.yaml"),
+    Mistake(
+        "no such experiment", "experiment nope.yaml", "cannot read config file nope.yaml",
+        "docs/experiment.yaml",
+    ),
 )  # fmt: skip
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Return an environment without a key, in which no Hub answers."""
+    """Return an environment without keys, with an unreachable Hub."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SYNTH_", "HF_"))}
     return kept | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home / "hf")}
 
 
 def make_all(folder: Path, server: str) -> dict[str, tuple[int, str, list[str]]]:
-    """Return the exit code, the messages and the versions that each mistake leaves, by its name."""
+    """Return exit code, messages and leftover versions by name of mistake."""
     outcomes = {}
     for number, mistake in enumerate(MISTAKES):
         home = folder / str(number)
@@ -135,7 +183,8 @@ def make_all(folder: Path, server: str) -> dict[str, tuple[int, str, list[str]]]
         add_photos(home)
         mistake.prepare(home)
         done = run_synth(*mistake.command.format(server=server).split(), cwd=home, env=environment(home))
-        outcomes[mistake.name] = (done.returncode, done.stderr, [str(path) for path in home.glob("**/versions/v*")])
+        versions = [str(path) for path in home.glob("**/versions/v*")]
+        outcomes[mistake.name] = (done.returncode, done.stderr, versions)
     return outcomes
 
 

@@ -1,10 +1,8 @@
-"""A progress display that keeps what a user would read."""
-
 from pipeline.progress import NullProgress
 
 
 class Notes(NullProgress):
-    """Keeps messages and warnings, in order."""
+    """Records messages and warnings, in order."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []

@@ -13,7 +13,7 @@ from pipeline.types import Engine, SampleBatch, SampleInfo
 
 
 def request_plan(config: Config, revision: str = "r") -> RequestPlan:
-    """Return what a run with these settings asks a model of this revision."""
+    """Return the requests of a run with these settings."""
     return RequestPlan.of(config, Tasks(config.tasks, config.own_tasks), revision)
 
 

@@ -1,6 +1,6 @@
-"""Resolve the dependencies of all extras beside vLLM, oldest and newest, for each Python: metadata only, nothing is installed.
+"""Resolve all extras together with vLLM, oldest and newest, for each Python. Only metadata is read.
 
-`make resolve` prints the table of docs/install.md; tests/whole/test_install.py fails where nothing resolves.
+`make resolve` prints the table of docs/install.md. tests/whole/test_install.py requires that all resolve.
 """
 
 import re
@@ -11,17 +11,18 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-UV = Path(sys.executable).with_name("uv")
+UV = str(Path(sys.executable).with_name("uv"))
 PYTHONS = ("3.11", "3.12", "3.13")
 RESOLUTIONS = ("highest", "lowest-direct")
-EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve,onnx,export,lance")  # core, without vLLM, and everything
+# core, all without vLLM, all
+EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve,onnx,export,lance")
 SHOWN = ("vllm", "torch", "transformers", "numpy", "pillow", "pyarrow", "huggingface-hub", "ray")
-PLATFORM = "x86_64-manylinux_2_31"  # of the wheels of llguidance
+PLATFORM = "x86_64-manylinux_2_31"  # platform of the wheels of llguidance
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The versions that one set of extras resolves to; none, with the reason, if there is no solution."""
+    """The versions that a set of extras resolves to, or an error."""
 
     extras: str
     python: str
@@ -33,25 +34,29 @@ class Resolved:
 def resolve(extras: str, python: str, resolution: str) -> Resolved:
     """Resolve this project with some extras, as uv does."""
     requirement = f"synth-captioner{f'[{extras}]' if extras else ''} @ {ROOT.as_uri()}"
-    command = [str(UV), "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python]
-    command += ["--python-platform", PLATFORM, "--resolution", resolution, "-"]
+    options = ["--quiet", "--no-header", "--no-annotate", "--python-version", python]
+    options += ["--python-platform", PLATFORM, "--resolution", resolution]
+    command = [UV, "pip", "compile", *options, "-"]
     done = subprocess.run(command, input=requirement, capture_output=True, text=True, cwd=ROOT.parent)
     versions = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", done.stdout, re.MULTILINE))
     return Resolved(extras, python, resolution, versions, done.stderr.strip() if done.returncode else "")
 
 
 def main() -> None:
-    """Print a table in Markdown; exit with 1 if a combination does not resolve."""
+    """Print a Markdown table. Exit with 1 if a combination does not resolve."""
     print("| extras | resolution | Python |", " | ".join(SHOWN), "|")
     print("|---|---|---|" + "---|" * len(SHOWN))
     failed = []
     for extras, resolution, python in product(EXTRAS, RESOLUTIONS, PYTHONS):
         result = resolve(extras, python, resolution)
-        cells = [result.versions.get(name, "-") for name in SHOWN] if not result.error else ["**none**"] * len(SHOWN)
-        print(f"| {result.extras or 'core'} | {result.resolution} | {result.python} |", " | ".join(cells), "|", flush=True)
+        missing = "**none**" if result.error else "-"
+        cells = [result.extras or "core", result.resolution, result.python]
+        cells += [result.versions.get(name, missing) for name in SHOWN]
+        print("|", " | ".join(cells), "|", flush=True)
         failed += [result] if result.error else []
     for result in failed:
-        print(f"\n{result.extras or 'core'}, {result.resolution}, Python {result.python}:\n{result.error}", file=sys.stderr)
+        name = f"{result.extras or 'core'}, {result.resolution}, Python {result.python}"
+        print(f"\n{name}:\n{result.error}", file=sys.stderr)
     raise SystemExit(bool(failed))
 
 

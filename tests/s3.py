@@ -1,5 +1,3 @@
-"""An S3 server on loopback, for tests."""
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,10 +8,11 @@ from s3fs import S3FileSystem
 
 @contextmanager
 def running_s3(*buckets: str) -> Iterator[dict[str, str]]:
-    """Run an S3 server with empty buckets; yield the environment variables that its clients need."""
+    """Run an S3 server with empty buckets. Yield the environment variables for its clients."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    S3FileSystem.clear_instance_cache()  # cached instances would use the server of an earlier test
+    # cached instances would use the server of an earlier test
+    S3FileSystem.clear_instance_cache()
     try:
         host, port = server.get_host_and_port()
         endpoint = f"http://{host}:{port}"

@@ -1,4 +1,4 @@
-"""Small datasets of scenes with captions that are true by construction, as from a perfect teacher."""
+"""Small datasets of scenes with true captions."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -48,9 +48,8 @@ def batch_of(samples: Iterable[Sample]) -> SampleBatch:
 
 def requests_to_send(batch: SampleBatch, config: Config, revision: str) -> list[Request]:
     """Return all requests about some samples, with their images."""
-    return with_images(
-        [request for name in batch.ids for request in build_requests(name, request_plan(config, revision))], batch
-    )
+    plan = request_plan(config, revision)
+    return with_images([request for name in batch.ids for request in build_requests(name, plan)], batch)
 
 
 def sample_table(samples: list[Sample]) -> pa.Table:
@@ -66,7 +65,7 @@ def listed(samples: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def write_samples(dataset: DatasetDir, samples: list[Sample]) -> None:
-    """Write samples as the read step does: their images to the store, and a list of them."""
+    """Write samples as the read step does: images to the store, and a list of samples."""
     table = sample_table(samples)
     ImageStore(dataset.path).add([table.select(SAMPLE_IMAGES.names)])
     rows = [pa.Table.from_batches([listed(batch)]) for batch in table.to_batches()]
@@ -74,7 +73,7 @@ def write_samples(dataset: DatasetDir, samples: list[Sample]) -> None:
 
 
 def pulled(version: Version, folder: Path, **options: Any) -> Version:
-    """Write a version to a folder as it lies in the cache after `push` and `pull`; the files hold the images."""
+    """Write a version to a folder as `pull` caches it, with images in its files."""
     folder.mkdir(parents=True)
     with build_package(version, "me/x", **options) as package:
         for name, content in package.files.items():
@@ -83,36 +82,29 @@ def pulled(version: Version, folder: Path, **options: Any) -> Version:
 
 
 def published(version: Version, **options: Any) -> dict[str, Any]:
-    """Return the manifest with which a version is pushed."""
+    """Return the manifest of a version after its push."""
     with build_package(version, "me/x", **options) as package:
         return package.manifest
 
 
 def true_captions(samples: list[Sample]) -> pa.Table:
-    """Return annotations with the columns that the split step writes."""
-    return pa.Table.from_pylist(
-        [
-            {
-                "sample_id": sample.id,
-                "task": "caption",
-                "style": style,
-                "text": caption((scenes_of(SCENES, sample.source_row) or [sample_scene(Random(sample.id))])[0], style),
-                "prompt_id": "caption/v1@test",
-                "split": split_of(sample.id, SplitConfig(), 0),
-            }
-            for sample in samples
-            for style in STYLES
-        ]
-    )
+    """Return annotations with the columns of the split step."""
+    rows = []
+    for sample in samples:
+        (scene, *_) = scenes_of(SCENES, sample.source_row) or [sample_scene(Random(sample.id))]
+        fields = {"sample_id": sample.id, "task": "caption", "prompt_id": "caption/v1@test"}
+        fields["split"] = split_of(sample.id, SplitConfig(), 0)
+        rows += [fields | {"style": style, "text": caption(scene, style)} for style in STYLES]
+    return pa.Table.from_pylist(rows)
 
 
 def scored_captions(samples: list[Sample], coverage: float = 0.5) -> pa.Table:
-    """Return `true_captions` with scores: a coverage, and a rating of every second one."""
+    """Return `true_captions` with a coverage, and a rating of every second caption."""
     captions = true_captions(samples)
-    marks = [n % 5 + 1 if n % 2 else None for n in range(captions.num_rows)]
+    ratings = [n % 5 + 1 if n % 2 else None for n in range(captions.num_rows)]
     captions = captions.append_column("agreement", pa.array([1.0] * captions.num_rows))
     captions = captions.append_column("coverage", pa.array([coverage] * captions.num_rows))
-    return captions.append_column("form", pa.array(marks, pa.int32()))
+    return captions.append_column("form", pa.array(ratings, pa.int32()))
 
 
 SCORED = ("precision", "coverage", "form")
@@ -129,7 +121,7 @@ def make_version(
     *,
     decks: bool = False,
 ) -> tuple[Version, bool]:
-    """Write the samples as the next version of a dataset folder; scores are columns of the annotations."""
+    """Write samples as the next version of a dataset. Scores are columns of the annotations."""
     annotations = true_captions(samples) if annotations is None else annotations
     order = {sample.id: position for position, sample in enumerate(samples)}
     positions = pa.array([order[name] for name in annotations["sample_id"].to_pylist()], pa.int64())
@@ -150,7 +142,7 @@ def publish_rows(
     decks: bool = False,
     rows: Rows | None = None,
 ) -> tuple[Version, bool]:
-    """Store the images of samples (tables.SAMPLE), and write the next version of a dataset folder."""
+    """Store the images of samples (tables.SAMPLE), and write the next version of a dataset."""
     rows = Rows() if rows is None else rows
     store, batches = ImageStore(folder), list(batches)
     store.add(pa.Table.from_batches([batch]).select(SAMPLE_IMAGES.names) for batch in batches)
@@ -166,19 +158,21 @@ def publish_tables(
     provenance: dict[str, Any] = PROVENANCE,
     extras: Extras = NO_EXTRAS,
 ) -> tuple[Version, bool]:
-    """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`. Images in them are stored."""
+    """Write tables as the next version, and store their images. Iterating `tables` fills `rows`."""
     store = ImageStore(folder)
     with scratch_folder(folder / "versions") as draft:
         writer = RowWriter(draft / "rows", extras)
         writer.path.mkdir()
         for table in tables:
-            writer.add(table if pa.types.is_boolean(table.schema.field("image").type) else _store(store, table))
+            is_stored = pa.types.is_boolean(table.schema.field("image").type)
+            writer.add(table if is_stored else _store(store, table))
         files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
         digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
         licenses = sorted(rows.licenses)
         content = Content(writer.columns, extras, digests, writer.counts(), files, licenses, rows.examples)
         rejections = [REJECTIONS.empty_table()]
-        return publish_version(DatasetDir(folder), draft, content, provenance | {"funnel": list(funnel)}, rejections)
+        provenance = provenance | {"funnel": list(funnel)}
+        return publish_version(DatasetDir(folder), draft, content, provenance, rejections)
 
 
 def _store(store: ImageStore, rows: pa.Table) -> pa.Table:
@@ -199,7 +193,7 @@ def scenes_by_id(samples: Iterable[Sample], source: str = SCENES) -> dict[str, t
 def score_annotations(
     annotations: Iterable[dict[str, Any]], scenes: dict[str, tuple[Scene, ...]]
 ) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
-    """Score rows of tables.ANNOTATION: captions by style and answers by type; `scenes` are by sample id."""
+    """Score rows of tables.ANNOTATION: captions by style and answers by type."""
     captions: dict[str, CaptionScore] = {}
     answers: dict[str, AnswerScore] = {}
     for row in annotations:
@@ -207,12 +201,15 @@ def score_annotations(
         if row["text"] is not None:
             captions.setdefault(row["style"], CaptionScore()).add(row["text"] or "", scene, row["style"])
         else:
-            answers.setdefault(row["answer_type"] or "", AnswerScore()).add(row["question"] or "", row["answer"] or "", scene)
+            score = answers.setdefault(row["answer_type"] or "", AnswerScore())
+            score.add(row["question"] or "", row["answer"] or "", scene)
     return captions, answers
 
 
-def score_decks(annotations: Iterable[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]) -> dict[str, DeckScore]:
-    """Score rows of tables.ANNOTATION of the task `deck_qa` by type; `decks` are by sample id."""
+def score_decks(
+    annotations: Iterable[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]
+) -> dict[str, DeckScore]:
+    """Score rows of tables.ANNOTATION of the task `deck_qa` by type."""
     scores: dict[str, DeckScore] = {}
     for row in annotations:
         scores.setdefault(row["answer_type"] or "", DeckScore()).add(row, decks[row["sample_id"]])

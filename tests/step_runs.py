@@ -1,4 +1,4 @@
-"""Run one step on a table that is cut into shards; rows come back in their original order."""
+"""Run one step on a sharded table, with rows in their original order."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,9 +35,16 @@ def plan_of(folder: Path, config: Config | None = None) -> Plan:
 
 
 def run_step(
-    step: RowStep, table: pa.Table, shards: int = 1, given: StepFile = ROWS, **settings: Any
+    step: RowStep,
+    table: pa.Table,
+    shards: int = 1,
+    given: StepFile = ROWS,
+    **settings: Any,
 ) -> pa.Table:
-    """Run a step on the file `given` of some shards; return all rows with their reason, in order."""
+    """Run a step on a table in shards. Return all rows with `reason`, in the order of the table.
+
+    `given` is the step file that the table is written to.
+    """
     with TemporaryDirectory() as folder:
         directories = [DatasetDir(Path(folder) / f"shard-{n}") for n in range(shards)]
         size = -(-table.num_rows // shards)
@@ -48,14 +55,14 @@ def run_step(
 
 
 def with_results(table: pa.Table) -> pa.Table:
-    """Append the results (tables.VERIFIED) of the answered `checks`."""
+    """Append the results of `checks` (tables.VERIFIED)."""
     rows = table.select(["clean_question", "checks"]).to_pylist()
     results = [verify.results_of(row["checks"], is_caption=row["clean_question"] is None) for row in rows]
     return append_columns(table, pa.Table.from_pylist(results, schema=VERIFIED))
 
 
 def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
-    """Judge rows by their `checks` and `alignment` under these settings of verify."""
+    """Run the verify step on rows with `checks` and `alignment`."""
     settings = {"checks": ["round_trip"], **settings}
     return run_step(verify.STEP, with_results(table), shards, StepFile("verify", "prepared"), verify=settings)
 
@@ -72,10 +79,12 @@ def rows_after(step: RowStep, shards: Sequence[DatasetDir], ids: Sequence[str]) 
     rejected = [read_table(shard.step_file(step.name, "rejected")) for shard in shards]
     kept = [table.append_column("reason", pa.nulls(table.num_rows, pa.string())) for table in kept]
     rows = pa.concat_tables([*kept, *rejected])
-    found = rows["annotation_id"].to_pylist()
-    assert sorted(found) == sorted(ids)
+    row_ids = rows["annotation_id"].to_pylist()
+    assert sorted(row_ids) == sorted(ids)
     first = {annotation_id: index for index, annotation_id in reversed([*enumerate(ids)])}
-    return rows.take(pa.array(sorted(range(len(found)), key=lambda index: first[found[index]]), pa.int64()))
+    return rows.take(
+        pa.array(sorted(range(len(row_ids)), key=lambda index: first[row_ids[index]]), pa.int64())
+    )
 
 
 class ShardList(Executor):
@@ -94,7 +103,7 @@ class ShardList(Executor):
             work(shard, None)
 
     def wait(self) -> None:
-        """Nothing waits."""
+        pass
 
     def read(self, limit: int | None) -> bool:
         raise NotImplementedError

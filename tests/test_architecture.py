@@ -1,4 +1,4 @@
-"""Architecture: imports run one way, and no step imports another."""
+"""Architecture: imports run from top to bottom, and steps do not import each other."""
 
 import ast
 import re
@@ -8,22 +8,14 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
-# From top to bottom: a part may import itself and the parts in lines below it, and nothing else of the project.
+# From top to bottom: a part may import itself and the parts in lower lines.
 LAYERS = (
     ("pipeline.__main__",),
     ("pipeline.cli",),
     (
-        "pipeline.check",
-        "pipeline.dry_run",
-        "pipeline.doctor",
-        "pipeline.api",
-        "pipeline.preview",
-        "pipeline.project",
-        "pipeline.reviewing",
-        "trainer",
+        "pipeline.check", "pipeline.dry_run", "pipeline.doctor", "pipeline.api", "pipeline.preview",
+        "pipeline.project", "pipeline.reviewing", "trainer",
     ),
     ("pipeline.run",),
     ("pipeline.executors",),
@@ -40,38 +32,29 @@ LAYERS = (
     ("pipeline.progress", "pipeline.logs"),
     ("pipeline.text", "pipeline.types", "pipeline.install", "pipeline.hub_errors"),
     ("pipeline.errors",),
-)
+    )  # fmt: skip
 TRAINER_IMPORTS = (
-    "dataset",
-    "digests",
-    "errors",
-    "hub.package",
-    "hub.pull",
-    "hub_errors",
-    "images",
-    "install",
-    "logs",
-    "progress",
-    "report.html",
-    "sources.join",
-    "storage",
-    "tables",
-    "text",
-    "types",
-    "config",
-)
+    "config", "dataset", "digests", "errors", "hub.package", "hub.pull", "hub_errors", "images", "install",
+    "logs", "progress", "report.html", "sources.join", "storage", "tables", "text", "types",
+)  # fmt: skip
 
 
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {module_of(path): path for package in ("pipeline", "trainer") for path in (ROOT / package).rglob("*.py")}
+PATHS = [path for package in ("pipeline", "trainer") for path in (ROOT / package).rglob("*.py")]
+MODULES = {module_of(path): path for path in PATHS}
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(path: Path, *, top_only: bool = False) -> set[str]:
-    """Return the modules that a file imports; with `top_only`, only those of its top-level imports."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    """Return the modules that a file imports, anywhere or at its top level only."""
+    tree = parse(path)
     modules: set[str] = set()
     for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -96,7 +79,7 @@ def layer_of(module: str) -> tuple[int, str]:
 
 
 def forbidden_imports(graph: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
-    """Yield imports that run upwards, or between two parts of the same layer."""
+    """Yield imports that run upwards, or between two parts of one layer."""
     for module, targets in graph.items():
         for target in sorted(targets - {module, "pipeline", "trainer"}):
             (own_layer, own_part), (layer, part) = layer_of(module), layer_of(target)
@@ -115,70 +98,75 @@ def import_cycles(graph: dict[str, set[str]]) -> list[set[str]]:
                 visited.add(target)
                 waiting += graph.get(target, ())
         reached[module] = visited
-    groups = [frozenset(peer for peer in reached[m] if m in reached.get(peer, ())) for m in graph if m in reached[m]]
-    return [set(group) for group in set(groups) if len(group) > 1]
+    mutual = {module: reached[module] for module in graph if module in reached[module]}
+    groups = {frozenset(peer for peer in peers if m in reached.get(peer, ())) for m, peers in mutual.items()}
+    return [set(group) for group in groups if len(group) > 1]
 
 
 def test_imports_run_from_top_to_bottom() -> None:
-    parts = {module: targets for module, targets in import_graph().items() if module not in ("pipeline", "trainer")}
+    graph = import_graph()
+    parts = {module: graph[module] for module in graph.keys() - {"pipeline", "trainer"}}
     assert list(forbidden_imports(parts)) == []
 
 
-def test_the_page_shows_the_layers_that_are_checked() -> None:
-    rows = re.findall(r"^\| \d+ \| (`.*`) \|$", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+def test_documented_layers_are_the_checked_ones() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| (`.*`) \|$", page, re.MULTILINE)
     shown = [tuple(re.findall("`([^`]+)`", row)) for row in rows]
     assert shown == [tuple(part.removeprefix("pipeline.") for part in layer) for layer in LAYERS]
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     assert import_cycles(import_graph()) == []
 
 
-def test_no_step_imports_another_step() -> None:
+def test_step_imports_no_other_step() -> None:
     """The module `base` is not a step."""
     for module, targets in import_graph().items():
         if module.startswith("pipeline.steps."):
             step = module.partition("_")[0]
-            others = {target for target in targets if target.startswith("pipeline.steps.") and target.partition("_")[0] != step}
+            steps = {target for target in targets if target.startswith("pipeline.steps.")}
+            others = {target for target in steps if target.partition("_")[0] != step}
             assert others <= {"pipeline.steps.base"}, module
 
 
-def test_the_trainer_imports_only_what_data_is_read_with() -> None:
+def test_trainer_imports_only_listed_parts_of_pipeline() -> None:
     allowed = [f"pipeline.{name}" for name in TRAINER_IMPORTS]
     for module, targets in import_graph().items():
         if is_within(module, "trainer"):
-            foreign = [t for t in targets if is_within(t, "pipeline") and not any(is_within(t, part) for part in allowed)]
-            assert not foreign, module
+            imported = {target for target in targets if is_within(target, "pipeline")}
+            assert not {t for t in imported if not any(is_within(t, part) for part in allowed)}, module
 
 
-def test_engines_and_clients_take_settings_and_no_config() -> None:
+def test_engines_and_clients_do_not_import_config() -> None:
     for name in ("budget", "client", "embedded", "endpoints", "probing", "protocol", "vllm"):
         assert "pipeline.config" not in import_graph()[f"pipeline.inference.{name}"], name
 
 
-def test_only_commands_import_the_trainer_and_when_they_run() -> None:
+def test_only_running_commands_import_the_trainer() -> None:
     for module, path in MODULES.items():
         if is_within(module, "pipeline"):
             names = imports(path, top_only=is_within(module, "pipeline.cli"))
             assert not [name for name in names if is_within(name, "trainer")], module
 
 
-def test_an_upward_import_and_a_circle_are_found() -> None:
+def test_upward_import_and_cycle_are_detected() -> None:
     graph = {"pipeline.steps.filter": {"pipeline.run"}, "pipeline.run": {"pipeline.steps.filter"}}
     assert list(forbidden_imports(graph)) == [("pipeline.steps.filter", "pipeline.run")]
     assert import_cycles(graph) == [{"pipeline.steps.filter", "pipeline.run"}]
 
 
-@pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.run", "pipeline.hub.push", "pipeline.report.build"])
-def test_no_heavy_package_is_loaded_before_it_is_needed(module: str) -> None:
-    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'vllm') if m in sys.modules])"
+def test_heavy_packages_are_not_imported_early() -> None:
+    modules = "pipeline.cli, pipeline.hub.push, pipeline.report.build, pipeline.run"
+    code = f"import sys, {modules}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert not {"torch", "transformers", "datasets", "vllm"} & {*done.stdout.split()}
 
 
-def test_every_test_that_has_a_long_form_is_in_the_long_run() -> None:
+def test_tests_with_a_long_form_are_in_the_long_run() -> None:
     (named,) = re.findall(r"^LONG := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     paths = [ROOT / name for name in named.replace("\\\n", " ").split()]
-    files = [path for path in (ROOT / "tests").rglob("*.py") if re.search(r"\bimport .*\bLONG\b", path.read_text())]
+    paths_in_tests = [*(ROOT / "tests").rglob("*.py")]
+    files = [path for path in paths_in_tests if re.search(r"\bimport .*\bLONG\b", path.read_text())]
     assert len(files) >= 10 and all(path.exists() for path in paths)
     assert not [path for path in files if not any(path.is_relative_to(name) for name in paths)]

@@ -1,4 +1,4 @@
-"""Documentation: files, pages and headings that it names exist."""
+"""Documentation: files, pages and headings in links exist."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_page_names_only_files_and_headings_that_exist(page: Path) -> None:
+def test_page_links_only_to_existing_files_and_headings(page: Path) -> None:
     text = FENCED.sub("", page.read_text(encoding="utf-8"))
     missing = [path for path in PATH.findall(text) if not list(ROOT.glob(path.replace("NAME", "*")))]
     for name, anchor in LINK.findall(text):

@@ -3,12 +3,13 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.resources import files
 from math import isfinite
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import Environment, StrictUndefined, Template, TemplateError
 
 from pipeline.config import NO_MODEL
 from pipeline.errors import StoreError
@@ -97,8 +98,9 @@ def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, A
     return {"metrics": types, "model-index": eval_results_to_model_index(repo.rpartition("/")[2], results)}
 
 
-def _render(template: str, header: dict[str, Any], **values: Any) -> str:
-    """Return a card: a YAML header and a template of `data_cards/`, with all values escaped for Markdown."""
+@cache
+def _template(name: str) -> Template:
+    """Return a compiled template of `data_cards/`, with all values escaped for Markdown."""
     jinja = Environment(
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -112,8 +114,13 @@ def _render(template: str, header: dict[str, Any], **values: Any) -> str:
         "as_json": _as_json,
         "in_short": in_short,
     }
+    return jinja.from_string((files("data_cards") / name).read_text(encoding="utf-8"))
+
+
+def _render(template: str, header: dict[str, Any], **values: Any) -> str:
+    """Return a card: a YAML header, and a rendered template of `data_cards/`."""
     try:
-        body = jinja.from_string((files("data_cards") / template).read_text(encoding="utf-8")).render(values)
+        body = _template(template).render(values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:
         raise _manifest_error(error) from None
     header_yaml = yaml.safe_dump(_without_line_breaks(header), sort_keys=False, allow_unicode=True)

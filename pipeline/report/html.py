@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -28,22 +29,27 @@ CURVE_POINTS = 600
 Points = list[tuple[float, float]]
 
 
-def render_page(package: str, template: str, **values: Any) -> str:
-    """Render a template of a package, which may include SHARED_TEMPLATES."""
+@cache
+def _environment(package: str) -> Environment:
+    """Return the templates of a package and SHARED_TEMPLATES, compiled once."""
 
     def read(name: str) -> str:
         folder = files("pipeline.report" if name in SHARED_TEMPLATES else package)
         return (folder / name).read_text(encoding="utf-8")
 
-    environment = Environment(
+    return Environment(
         loader=FunctionLoader(read),
         undefined=StrictUndefined,
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render_page(package: str, template: str, **values: Any) -> str:
+    """Render a template of a package, which may include the templates in SHARED."""
     try:
-        return environment.get_template(template).render(**values)
+        return _environment(package).get_template(template).render(**values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:  # the manifest is untrusted
         raise StoreError(
             f"no page can be made from the manifest: {error}", hint="do not use this version"

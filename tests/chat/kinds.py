@@ -1,6 +1,6 @@
-"""Kinds of servers with the chat protocol: the fields that each supports, and the words of its refusals.
+"""Kinds of chat servers: the fields that each supports, and its error messages.
 
-Written after the servers' documents, and after refusals that their users have reported in public.
+Sources: the servers' documentation, and errors that their users have reported in public.
 """
 
 import json
@@ -9,31 +9,33 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMA_IN_WORDS = "Your whole reply is one JSON object"
-PLAIN = frozenset(("model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "response_format"))
-Refusal = tuple[int, Any]  # status and body
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+PLAIN = frozenset(("model", "messages", "temperature", "top_p", "response_format", *TOKEN_LIMITS))
+Refusal = tuple[int, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerKind:
-    """The protocol of a kind of server."""
+    """The protocol of one kind of server."""
 
     name: str
     path: str = "/v1"
-    fields: frozenset[str] | None = None  # of a body, and no `uuid` in a part; None: unknown fields are ignored
+    # supported fields of a request body, which has no `uuid`; None: unknown fields are ignored
+    fields: frozenset[str] | None = None
     formats: tuple[str, ...] = ("json_schema", "json_object", "text")
     lists_models: bool = True
     model_prefix: str = ""
     model_fields: dict[str, Any]
     extra: Callable[[dict[str, Any]], Refusal | None] = lambda body: None
-    in_parts: bool = False  # whether the text of a reply is a list, in which a thought comes first
-    wrap: Callable[[str], str] = lambda text: text  # adds text around the JSON of a reply
+    # whether a reply is a list of parts that begins with a thought
+    in_parts: bool = False
+    wrap: Callable[[str], str] = lambda text: text  # adds text around a JSON reply
 
     def refusal_of(self, body: dict[str, Any]) -> Refusal | None:
-        """Return the refusal of a body; None if it is accepted."""
+        """Return the error for a request body, or None if it is accepted."""
         if self.fields is not None:
-            parts = [
-                part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]
-            ]
+            contents = [message["content"] for message in body["messages"]]
+            parts = [part for content in contents if isinstance(content, list) for part in content]
             unknown = [*(body.keys() - self.fields), *("uuid" for part in parts if "uuid" in part)]
             if unknown:
                 return refuse(f"Unrecognized request argument supplied: {unknown[0]}")
@@ -45,7 +47,7 @@ class ServerKind:
         return self.extra(body)
 
     def task_in_words(self, body: dict[str, Any]) -> str:
-        """Return the task of a body without a schema, by the schema in its text."""
+        """Return the task of a request without `response_format`, from the schema in its text."""
         text = json.dumps(body["messages"])
         if SCHEMA_IN_WORDS not in text:
             return "probe"
@@ -58,12 +60,16 @@ def refuse(message: str, status: int = 400) -> Refusal:
 
 def _openai_that_thinks(body: dict[str, Any]) -> Refusal | None:
     if "max_tokens" in body:
-        text = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        text = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
         return refuse(text)
     if body.get("temperature", 1) != 1:
-        text = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+        text = "Unsupported value: 'temperature' does not support 0. Only the default (1) value is supported."
         return refuse(text)
-    return refuse("Unsupported parameter: 'top_p' is not supported with this model.") if "top_p" in body else None
+    return (
+        refuse("Unsupported parameter: 'top_p' is not supported with this model.")
+        if "top_p" in body
+        else None
+    )
 
 
 VLLM = ServerKind(name="vllm that keeps no images", model_fields={"max_model_len": 4096})
@@ -76,9 +82,12 @@ KINDS = (
     THINKS,
     ServerKind(name="gemini", path="/v1beta/openai", model_fields={}, model_prefix="models/", fields=PLAIN),
 )
-# They enforce no schema.
+# Servers that enforce no schema.
 DEEPSEEK = ServerKind(
-    name="deepseek", model_fields={}, formats=("json_object", "text"), wrap=lambda text: f"```json\n{text}\n```"
+    name="deepseek",
+    model_fields={},
+    formats=("json_object", "text"),
+    wrap=lambda text: f"```json\n{text}\n```",
 )
 PROXY = ServerKind(
     name="a proxy that lists nothing",

@@ -1,4 +1,4 @@
-"""A chat server on loopback that follows a script. It records every request, so that tests can count them."""
+"""A scripted chat server on loopback. It records every request."""
 
 import asyncio
 import hashlib
@@ -27,26 +27,32 @@ REPLIES = {
 
 @dataclass(frozen=True)
 class Act:
-    """The server's response to one request: a text, or one of the failures of real servers."""
+    """The response to one request: a text, or a failure that real servers have."""
 
     text: str | None = None
     finish_reason: str = "stop"
     status: int = 200
     seconds: float = 0.0
-    raw: bytes | None = None  # the whole body, unchanged
+    raw: bytes | None = None  # the whole body
     cut: bool = False  # close the connection in the middle of the body
     close: bool = False  # close the connection after the body without announcing it
     headers: dict[str, str] = field(default_factory=dict)
 
 
-Script = Callable[[int, dict[str, Any]], Act | None]  # (how often this request came before, its body); None: a valid reply
+# (earlier requests like this one, body) -> response; None: a valid reply
+Script = Callable[[int, dict[str, Any]], Act | None]
 
 
 class ChatServer:
-    """The state of a running server. `script` may be changed while it runs."""
+    """The state of a running server. Tests may change `script` while it runs."""
 
     def __init__(
-        self, script: Script | None = None, model: str = "model", *, schemas: bool = True, kind: ServerKind = VLLM
+        self,
+        script: Script | None = None,
+        model: str = "model",
+        *,
+        schemas: bool = True,
+        kind: ServerKind = VLLM,
     ) -> None:
         self.kind = kind
         self.script: Script = script or (lambda times, body: None)
@@ -56,33 +62,29 @@ class ChatServer:
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
         self.probes: list[dict[str, Any]] = []
-        self.refused: list[dict[str, Any]] = []  # for what the kind of server does not take
+        # requests with fields that this kind of server rejects
+        self.refused: list[dict[str, Any]] = []
         self.times: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
         self.metrics = ""
-        self.probe_seconds = 0.0  # until it answers the first request
-        self.probe_answer: bytes | None = None  # to that, in place of a reply
-        self.dead = False  # /health answers 503, as when the engine has died; scripts may read it
-        self.has_health = True
+        # body of the response to a probe; None: a valid reply
+        self.probe_answer: bytes | None = None
+        # /health answers 503, as after a crash of the engine
+        self.dead = False
         self.model_root = ""
-        self.other_models: list[str] = []  # that it lists, too
-        self.headers: list[dict[str, str]] = []  # of all requests
-        self.in_flight_counts: list[int] = []  # requests in flight at the arrival of each
-        self.owner = "somebody"  # as its list of models says
-        self.keeps_images = False  # by their uuid, as vLLM does
-        self.images: dict[str, Any] = {}  # that it keeps; tests may take some away
-        self.named = 0  # images that it had, and that were named alone
-        self.missed: list[str] = []  # images that it had not, and that were named alone
-        self.on_miss: Act | None = None  # instead of vLLM's refusal
+        self.other_models: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self.keeps_images = False  # images are cached by their uuid, as in vLLM
+        self.images: dict[str, Any] = {}
+        self.named = 0  # references to cached images
+        # uuids that were referenced without a cached image
+        self.missed: list[str] = []
+        self.on_miss: Act | None = None  # replaces vLLM's error for a missing image
 
     @property
     def authorizations(self) -> set[str | None]:
-        """The keys that came."""
+        """Return the Authorization headers of all requests."""
         return {headers.get("Authorization") for headers in self.headers}
-
-    def max_in_flight_since(self, request: int) -> int:
-        """Return the largest number of requests in flight, from request `request` on."""
-        return max(self.in_flight_counts[request:])
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**26)
@@ -97,13 +99,14 @@ class ChatServer:
         self.headers.append({**request.headers})
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        owner = "vllm" if self.keeps_images else self.owner
+        owner = "vllm" if self.keeps_images else "somebody"
         own = {"id": f"{self.kind.model_prefix}{self.model}", "owned_by": owner, **self.kind.model_fields}
         others = [own | {"id": name} for name in self.other_models]
-        return web.json_response({"data": [own | ({"root": self.model_root} if self.kind is VLLM else {}), *others]})
+        root = {"root": self.model_root} if self.kind is VLLM else {}
+        return web.json_response({"data": [own | root, *others]})
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response(status=404 if not self.has_health else 503 if self.dead else 200)
+        return web.Response(status=503 if self.dead else 200)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(text=self.metrics)
@@ -114,18 +117,19 @@ class ChatServer:
             return web.json_response({"error": "Unauthorized"}, status=401)
         body = await request.json()
         if body["model"] != f"{self.kind.model_prefix}{self.model}":
-            return web.json_response({"error": {"message": f"The model `{body['model']}` does not exist."}}, status=404)
+            error = {"message": f"The model `{body['model']}` does not exist."}
+            return web.json_response({"error": error}, status=404)
         if refusal := self.kind.refusal_of(body):
             self.refused.append(body)
             return web.json_response(refusal[1], status=refusal[0])
         if self.keeps_images and (missing := self._missing_image(body)):
             self.missed.append(missing)
-            problem = {"error": {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}}
-            return await self._act(request, self.on_miss or Act(status=400, raw=json.dumps(problem).encode()), "")
+            problem = {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}
+            miss = Act(status=400, raw=json.dumps({"error": problem}).encode())
+            return await self._act(request, self.on_miss or miss, "")
         schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
         if schema["name"] == "probe":
             self.probes.append(body)
-            await asyncio.sleep(self.probe_seconds)
             if self.probe_answer is not None:
                 return web.Response(body=self.probe_answer, content_type="application/json")
             proof = schema["schema"]["properties"]["word"]["enum"][0] if "schema" in schema else "hello"
@@ -136,14 +140,14 @@ class ChatServer:
         self.times[name] += 1
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
-        self.in_flight_counts.append(self.in_flight)
         try:
-            return await self._act(request, self.script(times, body) or Act(), REPLIES.get(schema["name"], ""))
+            act = self.script(times, body) or Act()
+            return await self._act(request, act, REPLIES.get(schema["name"], ""))
         finally:
             self.in_flight -= 1
 
     def _missing_image(self, body: dict[str, Any]) -> str | None:
-        """Keep the images of a request, and give it those that it names; return the first that is not there."""
+        """Cache the images of a request. Return the first uuid that is referenced but not cached."""
         for message in body["messages"]:
             for part in message["content"] if isinstance(message["content"], list) else ():
                 if part["type"] == "image_url" and part["image_url"] is None:
@@ -170,7 +174,8 @@ class ChatServer:
         if act.status != 200:
             body = json.dumps({"error": {"message": f"scripted {act.status}"}}).encode()
         body = body if act.raw is None else act.raw
-        response = web.StreamResponse(status=act.status, headers={"Content-Type": "application/json", **act.headers})
+        headers = {"Content-Type": "application/json", **act.headers}
+        response = web.StreamResponse(status=act.status, headers=headers)
         response.content_length = len(body)
         await response.prepare(request)
         await response.write(body[: len(body) // 2] if act.cut else body)
@@ -194,12 +199,13 @@ def task_of(body: dict[str, Any]) -> str:
 
 
 def uuid_of(body: dict[str, Any]) -> str:
-    """Return the sha256 of the first image of a request, which is its uuid; empty if there is no image."""
+    """Return the sha256 of the first image of a request, or "" without an image."""
     first = next(message for message in body["messages"] if message["role"] == "user")
-    image: dict[str, Any] | None = next((part for part in first["content"] if part["type"] == "image_url"), None)
-    if image is None:  # as in a blind question
-        return ""
-    return str(image.get("uuid") or hashlib.sha256(b64decode(image["image_url"]["url"].partition(",")[2])).hexdigest())
+    image: Any = next((part for part in first["content"] if part["type"] == "image_url"), None)
+    if image is None or "uuid" in image:
+        return str(image["uuid"]) if image else ""
+    data = b64decode(image["image_url"]["url"].partition(",")[2])
+    return hashlib.sha256(data).hexdigest()
 
 
 def _name(body: dict[str, Any]) -> str:
@@ -209,7 +215,7 @@ def _name(body: dict[str, Any]) -> str:
 
 @contextmanager
 def running_chat(chat: ChatServer, port: int = 0) -> Iterator[ChatServer]:
-    """Serve in a thread; `url` ends in /v1, or in the path of its kind. Requests that still hang at the end are cut off."""
+    """Serve in a thread. `url` ends in /v1, or in the path of the server's kind."""
     loop = asyncio.new_event_loop()
     started = threading.Event()
     runner = web.AppRunner(chat.app(), shutdown_timeout=0.1)

@@ -1,4 +1,4 @@
-"""Tiny CLIP: a true caption scores higher than one with a single wrong word, on scenes outside the training data."""
+"""Tiny CLIP: a true caption scores higher than one with a single wrong word, on unseen scenes."""
 
 import random
 from pathlib import Path
@@ -33,14 +33,15 @@ ATTRIBUTES = (*VALUES, "background")
 
 @pytest.fixture(scope="module")
 def clip() -> tuple[CLIPModel, CLIPProcessor]:
-    return CLIPModel.from_pretrained(FOLDER, dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(FOLDER)
+    model = CLIPModel.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    return model, CLIPProcessor.from_pretrained(FOLDER)
 
 
-def test_it_is_small() -> None:
+def test_model_files_are_small() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 10_000_000
 
 
-def test_a_true_caption_fits_better_than_one_with_one_word_changed(clip: tuple[CLIPModel, CLIPProcessor]) -> None:
+def test_true_caption_scores_higher_than_one_with_a_wrong_word(clip: tuple[CLIPModel, CLIPProcessor]) -> None:
     model, processor = clip
     right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     pixels, texts, names = [], [], []
@@ -61,7 +62,7 @@ def test_a_true_caption_fits_better_than_one_with_one_word_changed(clip: tuple[C
     assert sum(shares.values()) / len(shares) >= 0.95, shares
 
 
-def test_a_step_of_each_phase_can_be_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_training_phase_has_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_clip, "BATCH", 4)
     scenes, pixels, captions = step_data(0)
     assert len(captions) == 4 * (1 + train_clip.HARD_NEGATIVES)
@@ -69,7 +70,8 @@ def test_a_step_of_each_phase_can_be_learned_from(monkeypatch: pytest.MonkeyPatc
     tokenizer = train_tokenizer(captions)
     processor, model = build_processor(tokenizer), build_model(tokenizer)
     images = processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
-    VisionHeads(WIDTH, PLAIN)(pool_cells(model.vision_model(images).last_hidden_state[:, 1:]), scenes)[0].backward()
+    cells = pool_cells(model.vision_model(images).last_hidden_state[:, 1:])
+    VisionHeads(WIDTH, PLAIN)(cells, scenes)[0].backward()
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
     align_loss(*embed(model, images, tokens), model.logit_scale).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

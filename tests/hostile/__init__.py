@@ -1,6 +1,6 @@
-"""Attacks: with any untrusted input, nothing runs, leaks, hangs or is lost. Each class of input has a table of cases.
+"""Attacks: with untrusted input, nothing runs, leaks, hangs or is lost. Each kind of input has a table.
 
-`make test` runs a part of the long sweeps, the same part each time; `make test-long` (SYNTH_LONG=1) runs all of them.
+`make test` runs a fixed sample of the long sweeps, `make test-long` (SYNTH_LONG=1) all cases.
 """
 
 import os
@@ -13,16 +13,16 @@ from typing import TypeVar
 
 LONG = bool(os.environ.get("SYNTH_LONG"))
 T = TypeVar("T")
-Damage = Callable[[Path], object]  # of a folder
+Damage = Callable[[Path], object]  # changes a folder
 
 
 def part_of(cases: Sequence[T], count: int) -> Sequence[T]:
-    """Return all cases in a long run, else `count` of them, always the same."""
+    """Return all cases in a long run, else a fixed sample of `count` cases."""
     return cases if LONG or len(cases) <= count else random.Random(7).sample(cases, count)
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """Return bytes with one damage at the head, at the end or between: a bit, a hole, a cut, or a piece of another place."""
+    """Return bytes with one damage: a flipped bit, a hole, a cut, or a moved piece."""
     out, kind = bytearray(data), draw.randrange(4)
     if len(out) < 16:
         return bytes(out[:-1])
@@ -41,7 +41,7 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 
 
 def link(name: str, target: str) -> Damage:
-    """Return a damage that puts a link in place of a file."""
+    """Return a damage that replaces a file by a link."""
 
     def damage(folder: Path) -> None:
         (folder / name).unlink()
@@ -51,7 +51,7 @@ def link(name: str, target: str) -> Damage:
 
 
 def pipe(name: str) -> Damage:
-    """Return a damage that puts a named pipe in place of a file."""
+    """Return a damage that replaces a file by a named pipe."""
 
     def damage(folder: Path) -> None:
         (folder / name).unlink()
@@ -61,15 +61,15 @@ def pipe(name: str) -> Damage:
 
 
 def memory_bytes(name: str = "VmHWM") -> int:
-    """Return a figure of this process's memory as Linux counts it: VmHWM, the peak, or VmRSS."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+    """Return memory of this process in bytes: VmHWM (the peak) or VmRSS."""
+    fields = Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()
+    return int(fields[0]) * 1024
 
 
 @contextmanager
 def bounded_memory(max_bytes: int) -> Iterator[None]:
-    """Fail if the resident memory of this process grows by more than `max_bytes` meanwhile, even for a moment."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    """Fail if the peak resident memory of this process grows by more than `max_bytes`."""
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = memory_bytes("VmRSS")
     yield
     grown = memory_bytes() - before
@@ -77,10 +77,10 @@ def bounded_memory(max_bytes: int) -> Iterator[None]:
 
 
 def limit_memory(max_bytes: int) -> None:
-    """Limit the address space of this process, which is one of a test."""
+    """Limit the address space of this process."""
     resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
 
 
 def limit_more_memory(max_bytes: int) -> None:
-    """Limit what this process may add to its address space."""
+    """Limit the growth of this process's address space."""
     limit_memory(int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + max_bytes)

@@ -1,4 +1,4 @@
-"""Watch what Python does while untrusted input is read: nothing may be run, fetched, or opened elsewhere."""
+"""Audit Python while it reads untrusted input: it may not run code, connect, or open other files."""
 
 import os
 import sys
@@ -11,20 +11,21 @@ from typing import Any
 from pipeline.errors import SynthError
 
 _RUNS = {
-    "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.system", "pty.spawn",
-    "subprocess.Popen", "ctypes.dlopen", "webbrowser.open",
+    "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.system",
+    "pty.spawn", "subprocess.Popen", "ctypes.dlopen", "webbrowser.open",
 }  # fmt: skip
-_FETCHES = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request", "ftplib.connect"}
+_FETCHES = {
+    "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request",
+    "ftplib.connect",
+}  # fmt: skip
 _UNPICKLES = {"pickle.find_class"}
-_TRUSTED = tuple(
-    os.path.realpath(path)
-    for path in {*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), "/usr", "/lib"}
-)
+_PYTHON = (*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix)
+_TRUSTED = tuple(map(os.path.realpath, (*_PYTHON, str(Path(__file__).parents[2]), "/usr", "/lib")))
 _OPENED = ("/proc/", "/sys/", "/dev/null", "/dev/urandom", "/etc/localtime", "/etc/mime.types", "/dev/shm/")
 
 
 class Watch:
-    """Collects what happens against the rules, while `allowed` folders may be read."""
+    """Records violations outside of the `allowed` folders."""
 
     def __init__(self) -> None:
         self.allowed: tuple[str, ...] | None = None  # None: not watching
@@ -38,24 +39,31 @@ class Watch:
             self.violations.append(f"{event} {arguments[:2]!r}"[:200])
         elif event == "open":
             self._opened(arguments)
-        elif event in _UNPICKLES and not str(arguments[0]).startswith(("torch", "collections", "numpy", "builtins", "_codecs")):
+        elif event in _UNPICKLES and not str(arguments[0]).startswith(
+            ("torch", "collections", "numpy", "builtins", "_codecs")
+        ):
             self.violations.append(f"{event} {arguments!r}"[:200])
 
     def _opened(self, arguments: tuple[Any, ...]) -> None:
         path, mode, flags = arguments
         if not isinstance(path, str | bytes | os.PathLike):
             return
-        allowed, self.allowed = self.allowed, None  # what follows opens nothing itself
+        allowed, self.allowed = self.allowed, None  # realpath below opens no file
         real = os.path.realpath(os.fsdecode(path))
-        writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        opens_to_write = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        writes = (isinstance(mode, str) and set(mode) & set("wax+")) or opens_to_write
         is_own = real.startswith(allowed or ())
-        if not is_own and (writes or not real.startswith((*_TRUSTED, *_OPENED))) and not real.endswith(".pyc"):
+        if (
+            not is_own
+            and (writes or not real.startswith((*_TRUSTED, *_OPENED)))
+            and not real.endswith(".pyc")
+        ):
             self.violations.append(f"open {real} {mode} {flags}")
         self.allowed = allowed
 
     @contextmanager
     def reading(self, *folders: Path) -> Iterator[None]:
-        """Allow these folders to be read and written, and nothing else; violations are collected."""
+        """Allow reading and writing of these folders only, and record violations."""
         self.allowed = tuple(os.path.realpath(folder) for folder in folders)
         try:
             yield
@@ -64,7 +72,7 @@ class Watch:
 
 
 def attempt(act: Callable[[], Any]) -> tuple[str, Any]:
-    """Return how an act ended, and its value."""
+    """Call a function, and return its outcome as a text with its value."""
     try:
         return "done", act()
     except SynthError as error:

@@ -1,8 +1,7 @@
-"""Run a command of `synth` in a forked process in which the N-th write fails, or ends the process as a kill does.
+"""Run a command of `synth` in a forked process in which the N-th write fails or kills the process.
 
-A write is anything that changes the disk: opening a file to write, a flush, a rename, a link, a removal, a new folder, a part
-of a Parquet file, a transaction of the journal. The parent has imported everything, so that a run takes no longer than its
-work.
+Writes are: opening a file to write, fsync, rename, link, removal, mkdir, a part of a Parquet file, and a
+transaction of the journal. The fork saves the time of imports.
 """
 
 import builtins
@@ -30,15 +29,19 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended, and how many writes it made."""
+    """The result of a run, and its number of writes."""
 
     code: int
     output: str
     writes: int
 
 
+def opens_to_write(path: Any, mode: str = "r", *more: Any, **options: Any) -> bool:
+    return bool(set(mode) & set("wax+"))
+
+
 class _Faults:
-    """Counts writes within a folder, and makes one of them fail or crash."""
+    """Counts writes within a folder, and lets one of them fail or crash."""
 
     def __init__(self, folder: Path, number: int, mode: str) -> None:
         self.folder, self.number, self.mode, self.count = os.path.realpath(folder), number, mode, 0
@@ -51,10 +54,13 @@ class _Faults:
         if self.count == self.number:
             if self.mode == "crash":
                 os._exit(KILLED)
-            raise OSError(errno.ENOSPC if self.mode == "full" else errno.EIO, "No space left on device", str(path))
+            code = errno.ENOSPC if self.mode == "full" else errno.EIO
+            raise OSError(code, "No space left on device", str(path))
 
-    def wrap(self, owner: Any, name: str, position: int = 0, is_write: Callable[..., bool] = lambda *a, **k: True) -> None:
-        """Count the calls of a function, whose path is its argument at a position."""
+    def wrap(
+        self, owner: Any, name: str, position: int = 0, is_write: Callable[..., bool] = lambda *a, **k: True
+    ) -> None:
+        """Count the calls of a function with the path at an argument position."""
         real = getattr(owner, name)
 
         def counted(*arguments: Any, **options: Any) -> Any:
@@ -65,13 +71,13 @@ class _Faults:
         setattr(owner, name, counted)
 
     def install(self) -> None:
-        """Count everything that writes."""
+        """Wrap all functions that write."""
         for name in ("replace", "rename", "unlink", "remove", "mkdir", "rmdir", "fsync", "truncate"):
             self.wrap(os, name)
         self.wrap(os, "link", position=1)
         self.wrap(os, "open", is_write=lambda path, flags, *more, **options: bool(flags & _WRITES))
         for owner in (builtins, io):
-            self.wrap(owner, "open", is_write=lambda path, mode="r", *more, **options: bool(set(mode) & set("wax+")))
+            self.wrap(owner, "open", is_write=opens_to_write)
         for name in ("__init__", "write_table", "close"):
             self.wrap(pq.ParquetWriter, name, position=9)
         for name in ("keep", "record_sent"):
@@ -79,9 +85,13 @@ class _Faults:
 
 
 def run(
-    folder: Path, *arguments: str, number: int = 0, mode: str = "crash", environment: dict[str, str] | None = None
+    folder: Path,
+    *arguments: str,
+    number: int = 0,
+    mode: str = "crash",
+    environment: dict[str, str] | None = None,
 ) -> Outcome:
-    """Run a command in a folder; with `number`, that write crashes, or fails because the disk is `full` or `broken`."""
+    """Run a command in a folder. Write `number` crashes, or fails because the disk is `full` or `broken`."""
     log, counted = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.count")
     counted.write_text("0")
     child = os.fork()
@@ -91,8 +101,10 @@ def run(
     return Outcome(code, log.read_text(errors="replace"), int(counted.read_text()))
 
 
-def _run_here(folder: Path, number: int, mode: str, arguments: Sequence[str], environment: dict[str, str]) -> NoReturn:
-    """Run a command in this process, and end it."""
+def _run_here(
+    folder: Path, number: int, mode: str, arguments: Sequence[str], environment: dict[str, str]
+) -> NoReturn:
+    """Run a command in this process, then exit."""
     log, counted = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.count")
     code = 70
     try:

@@ -1,4 +1,4 @@
-"""Load each checkpoint below a folder, watched and with little memory; print what came of each as JSON."""
+"""Load each checkpoint of a folder, audited and with little memory. Print the outcomes as JSON."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from trainer.runtime.checkpoint_folder import require_checkpoint
 
 
 def load(checkpoint: Path, photo: Path) -> int:
-    """Return how many characters a checkpoint writes about a photo."""
+    """Return the number of characters that a checkpoint writes about a photo."""
     require_checkpoint(checkpoint)
     return len(Captioner.from_pretrained(checkpoint).caption([photo])[0])
 
@@ -24,7 +24,7 @@ def load(checkpoint: Path, photo: Path) -> int:
 def main() -> None:
     folder, photo = Path(sys.argv[1]), Path(sys.argv[2])
     Image.new("RGB", (32, 32), "red").save(photo)
-    Captioner.from_pretrained(folder / "good").caption([photo])  # imports what is imported late
+    Captioner.from_pretrained(folder / "good").caption([photo])  # do late imports before the audit
     read_regular(photo, max_bytes=10_000)
     limit_more_memory(1_500_000_000)
     watch = Watch()
@@ -36,7 +36,8 @@ def main() -> None:
         if characters is not None:
             outcome = f"a text of {characters < 10_000}"
         seconds = time.process_time() - started
-        print(f"{checkpoint.name}: {outcome[:120]} {watch.violations[:1]} {seconds:.1f} s", file=sys.stderr, flush=True)
+        line = f"{checkpoint.name}: {outcome[:120]} {watch.violations[:1]} {seconds:.1f} s"
+        print(line, file=sys.stderr, flush=True)
         outcomes[checkpoint.name] = {"outcome": outcome, "violations": watch.violations, "seconds": seconds}
     print(json.dumps({"outcomes": outcomes, "peak": memory_bytes()}))
 

@@ -1,4 +1,4 @@
-"""Open each version below a folder in every way that a command does, watched; print what came of each as JSON."""
+"""Read each version of a folder as all commands do, audited. Print the outcomes as JSON."""
 
 import json
 import sys
@@ -21,14 +21,15 @@ from trainer.data import examples_in
 
 
 def consumers(version: Version, good: Version, out: Path) -> dict[str, Callable[[], Any]]:
-    """Return everything that is done with a version, by name."""
+    """Return all operations on a version, by name."""
 
     def pack() -> None:
         with build_package(version, "me/x", acknowledged=version.manifest["licenses"]) as package:
             package.bytes()
 
     def train() -> None:
-        for example in examples_in(version, "train", "mixed", questions=True, styles=(), source_in_prompt=True):
+        options: Any = {"questions": True, "styles": (), "source_in_prompt": True}
+        for example in examples_in(version, "train", "mixed", **options):
             example.open()
 
     return {
@@ -46,13 +47,13 @@ def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     good = open_dataset(folder / "good")
     for act in consumers(good, good, out).values():
-        act()  # imports what is imported late
+        act()  # do late imports before the audit
     limit_more_memory(2_500_000_000)
     watch = Watch()
     outcomes: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         results, watch.violations, started = {}, [], time.process_time()
-        with watch.reading(folder, out, Path("/tmp")):  # where shards are rewritten
+        with watch.reading(folder, out, Path("/tmp")):  # shards are rewritten in /tmp
             results["open"], version = attempt(partial(open_dataset, path))
             for name, act in consumers(version, good, out).items() if version else ():
                 results[name], _ = attempt(act)

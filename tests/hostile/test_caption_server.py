@@ -1,4 +1,4 @@
-"""The captioner's server over raw sockets: every hostile request is refused with its status, and the next one is answered."""
+"""Caption server over raw sockets: hostile requests get an error status, and the next request is answered."""
 
 import json
 import socket
@@ -16,11 +16,12 @@ from trainer import Captioner
 from trainer.serving import server as serving
 from trainer.serving.server import CaptionServer
 
+Address = tuple[str, int]
 CHAT, MODELS = "POST /v1/chat/completions", "GET /v1/models"
 JSON = {"Content-Type": "application/json"}
 BOMB = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xff\xff\x00\xff\xff\xff\x00\x08\x02\x00\x00\x00"
 IMAGES = {"empty": b"", "bomb": BOMB, "cut off": png(1)[:60]}
-REQUESTS = {  # by name: the request line, headers, body, and the status
+REQUESTS = {  # name: (request line, headers, body, status)
     "another host": (MODELS, {"Host": "evil.example"}, b"", 403),
     "name that contains localhost": (MODELS, {"Host": "localhost.evil.example"}, b"", 403),
     "no host": (MODELS, {"Host": ""}, b"", 403),
@@ -34,21 +35,27 @@ REQUESTS = {  # by name: the request line, headers, body, and the status
     "headers without end": (MODELS, {"X": "x" * 1_000_000}, b"", 400),
     "negative length": (CHAT, JSON | {"Content-Length": "-1"}, b"", 400),
     "no HTTP": ("SSH-2.0-OpenSSH_9.6\r\n", {}, b"", 400),
-    **{f"image: {name}": (CHAT, JSON, json.dumps(chat(image)).encode(), 400) for name, image in IMAGES.items()},
-    # test_protocol.py has all bad bodies: here are those that a server may fail by.
-    **{f"body: {name}": (CHAT, JSON, BAD[name], 400) for name in ("deep", "not UTF-8", "half of a surrogate", "an address")},
+    **{
+        f"image: {name}": (CHAT, JSON, json.dumps(chat(image)).encode(), 400)
+        for name, image in IMAGES.items()
+    },
+    # test_protocol.py has all bad bodies. These are the ones that could crash a server.
+    **{
+        f"body: {name}": (CHAT, JSON, BAD[name], 400)
+        for name in ("deep", "not UTF-8", "half of a surrogate", "an address")
+    },
 }
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     folder: Path = save_captioner(tmp_path_factory.mktemp("models") / "c")
     with running(CaptionServer(Captioner.from_pretrained(folder, device="cpu"), NAME)) as url:
         yield "127.0.0.1", int(url.rpartition(":")[2])
 
 
-def send(address: tuple[str, int], line: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, bytes]:
-    """Return the status and the body of the answer to a request; 0 if the connection ends without one."""
+def send(address: Address, line: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, bytes]:
+    """Return status and body of a response. The status is 0 if the connection ends without a response."""
     given = {"Host": "localhost", "Content-Length": str(len(body)), "Connection": "close"} | headers
     head = f"{line} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in given.items()) + "\r\n"
     with socket.create_connection(address, timeout=60) as client:
@@ -59,16 +66,17 @@ def send(address: tuple[str, int], line: str, headers: dict[str, str], body: byt
             while part := client.recv(65536):
                 answer += part
         sending.join()
-    return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1") else 0, bytes(answer).partition(b"\r\n\r\n")[2]
+    status = int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1") else 0
+    return status, bytes(answer).partition(b"\r\n\r\n")[2]
 
 
 def _send_all(client: socket.socket, data: bytes) -> None:
-    with suppress(OSError):  # the server has closed
+    with suppress(OSError):  # the server has closed the connection
         client.sendall(data)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_hostile_request_is_refused_and_the_next_one_is_answered(name: str, address: tuple[str, int]) -> None:
+def test_hostile_request_is_refused_and_next_one_answered(name: str, address: Address) -> None:
     line, headers, body, expected = REQUESTS[name]
     status, answer = send(address, line, headers, body)
     assert status == expected
@@ -77,13 +85,13 @@ def test_hostile_request_is_refused_and_the_next_one_is_answered(name: str, addr
     assert send(address, MODELS, {})[0] == 200
 
 
-def test_request_of_its_own_page_is_admitted(address: tuple[str, int]) -> None:
+def test_request_from_own_page_is_accepted(address: Address) -> None:
     own = f"localhost:{address[1]}"
     assert send(address, MODELS, {"Host": own, "Origin": f"http://{own}"})[0] == 200
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
-def test_body_over_the_limit_is_refused(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, *, declared: bool) -> None:
+def test_large_body_is_refused(address: Address, monkeypatch: pytest.MonkeyPatch, *, declared: bool) -> None:
     monkeypatch.setattr(serving, "MAX_BODY_BYTES", 100_000)
     body = b"[" * 200_000
     if declared:
@@ -92,11 +100,11 @@ def test_body_over_the_limit_is_refused(address: tuple[str, int], monkeypatch: p
         chunked = JSON | {"Transfer-Encoding": "chunked"}
         head = "".join(f"{key}: {value}\r\n" for key, value in (chunked | {"Host": "localhost"}).items())
         with socket.create_connection(address, timeout=60) as client:
-            _send_all(client, f"{CHAT} HTTP/1.1\r\n{head}\r\n".encode() + f"{len(body):x}\r\n".encode() + body)
+            _send_all(client, f"{CHAT} HTTP/1.1\r\n{head}\r\n{len(body):x}\r\n".encode() + body)
             assert client.recv(100).startswith(b"HTTP/1.1 413")
 
 
-def test_body_that_comes_too_slowly_is_refused(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_body_is_refused(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.2)
     status, answer = send(address, CHAT, JSON | {"Content-Length": "200"}, b'{"model": ')
     assert status == 408 and b"did not come" in answer

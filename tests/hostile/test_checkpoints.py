@@ -1,4 +1,4 @@
-"""Checkpoints: whatever a stranger put into one, loading it runs nothing, fetches nothing, and takes no more than its size."""
+"""Checkpoints: loading an untrusted one runs no code, fetches nothing, and needs little memory."""
 
 import json
 import os
@@ -51,7 +51,8 @@ def pickled(folder: Path) -> None:
 
 def remote_code(folder: Path) -> None:
     (folder / "evil.py").write_text("import os; os.system('touch /tmp/synth-was-here')\n")
-    config(lambda c: c["encoder"]["model"].update(auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}))(folder)
+    evil = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
+    config(lambda c: c["encoder"]["model"].update(auto_map=evil))(folder)
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
@@ -73,7 +74,8 @@ def lying_header(folder: Path) -> None:
 
 
 PROCESSOR = {"task": "text-generation", "model": "me/evil", "trust_remote_code": True}
-TOKENIZER = '{"version":"1.0","model":{"type":"WordLevel","vocab":{"a":4000000000,"<unk>":0},"unk_token":"<unk>"}}'
+WORDS = {"type": "WordLevel", "vocab": {"a": 4_000_000_000, "<unk>": 0}, "unk_token": "<unk>"}
+TOKENIZER = json.dumps({"version": "1.0", "model": WORDS})
 DAMAGES: dict[str, Damage] = {
     "processor that is a pipeline": config(
         lambda c: c["encoder"].update(processor={"image_processor_type": "pipeline", **PROCESSOR})
@@ -81,12 +83,18 @@ DAMAGES: dict[str, Damage] = {
     "processor with another preprocess": config(
         lambda c: c["encoder"]["processor"].update(preprocess="x", __call__="y", resize=1)
     ),
-    "processor of giant images": config(lambda c: c["encoder"]["processor"].update(size={"height": 10**9, "width": 10**9})),
+    "processor of giant images": config(
+        lambda c: c["encoder"]["processor"].update(size={"height": 10**9, "width": 10**9})
+    ),
     "remote code": remote_code,
-    "a kernel of the Hub": config(lambda c: c["encoder"]["model"].update(attn_implementation="me/evil-kernel")),
+    "a kernel of the Hub": config(
+        lambda c: c["encoder"]["model"].update(attn_implementation="me/evil-kernel")
+    ),
     "a kernel for the decoder": config(
         lambda c: c.update(
-            decoder={"language_model": {"model_type": "qwen3", "attn_implementation": "me/evil", "vocab_size": 99}}
+            decoder={
+                "language_model": {"model_type": "qwen3", "attn_implementation": "me/evil", "vocab_size": 99}
+            }
         )
     ),
     "a backbone of the Hub": config(
@@ -96,9 +104,13 @@ DAMAGES: dict[str, Damage] = {
     ),
     "a model that fetches another": config(lambda c: c["encoder"].update(model={"model_type": "edgetam"})),
     "twenty thousand steps": config(
-        lambda c: c["encoder"].update(model={"model_type": "regnet", "depths": [1] * 20_000, "hidden_sizes": [1] * 20_000})
+        lambda c: c["encoder"].update(
+            model={"model_type": "regnet", "depths": [1] * 20_000, "hidden_sizes": [1] * 20_000}
+        )
     ),
-    "a setting in place of a method": config(lambda c: c["encoder"]["model"].update(to_dict=1, get_text_config="x")),
+    "a setting in place of a method": config(
+        lambda c: c["encoder"]["model"].update(to_dict=1, get_text_config="x")
+    ),
     "a model type that is a path": config(lambda c: c["encoder"]["model"].update(model_type="../../evil")),
     "a billion layers": config(lambda c: c["encoder"]["model"].update(num_hidden_layers=10**9)),
     "layers without weights": config(lambda c: c["encoder"]["model"].update(num_hidden_layers=900)),
@@ -134,7 +146,7 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Load a good checkpoint and all damaged ones in one watched process."""
+    """Load a good checkpoint and all damaged ones in one audited process."""
     folder = tmp_path_factory.mktemp("checkpoints")
     good = folder / "good"
     good.mkdir()
@@ -142,8 +154,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tokenizer = train_tokenizer(texts, 300)
     decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), width=32, depth=1, heads=2)
     encoder = load_encoder(save_vit(tmp_path_factory.mktemp("vit")))
-    fields: dict[str, Any] = {"prompts": [("synthetic", "brief")], "eos_id": tokenizer.eos_id, "max_caption_tokens": 8}
-    Checkpoint(build_captioner(encoder, decoder, **fields), tokenizer).save(good)
+    prompts = [("synthetic", "brief")]
+    model = build_captioner(encoder, decoder, prompts=prompts, eos_id=tokenizer.eos_id, max_caption_tokens=8)
+    Checkpoint(model, tokenizer).save(good)
     for name, damage in DAMAGES.items():
         shutil.copytree(good, folder / name)
         damage(folder / name)
@@ -160,13 +173,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return loaded
 
 
-def test_a_good_checkpoint_loads_and_nothing_else_is_touched(outcomes: dict[str, Any]) -> None:
+def test_good_checkpoint_loads_without_violation(outcomes: dict[str, Any]) -> None:
     assert outcomes["good"]["outcome"] == "a text of True"
     assert outcomes["good"]["violations"] == []
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_hostile_checkpoint_is_one_error_or_harmless(name: str, outcomes: dict[str, Any]) -> None:
+def test_hostile_checkpoint_gives_one_error_or_is_harmless(name: str, outcomes: dict[str, Any]) -> None:
     assert outcomes[name]["violations"] == []
     assert not outcomes[name]["outcome"].startswith("TRACEBACK"), outcomes[name]
     assert outcomes[name]["seconds"] < 30

@@ -19,7 +19,8 @@ from tests.clients import client_of
 from tests.plans import request_plan
 from tests.scene_data import scene_samples
 url, folder = sys.argv[1:]
-config = resolve(source="scenes", base_url=[url], model="model", server={"concurrency": 1000}, tasks=["caption"])
+server = {"concurrency": 1000}
+config = resolve(source="scenes", base_url=[url], model="model", server=server, tasks=["caption"])
 images = scene_samples(1)[0].images
 chunk = SampleBatch.of((f"{n:064x}", images) for n in range(200))
 stats = RequestStats()
@@ -30,9 +31,10 @@ print(stats.done, dict(stats.flaws))
 """
 
 
-def test_more_requests_at_once_than_open_files_are_no_dead_server(tmp_path: Path) -> None:
+def test_concurrency_above_open_file_limit_is_reduced(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
-        done = subprocess.run([sys.executable, "-c", RUN, chat.url, str(tmp_path)], capture_output=True, text=True, timeout=600)
+        command = [sys.executable, "-c", RUN, chat.url, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert "72 are sent" in done.stderr
     assert "does not answer" not in done.stderr
     assert chat.max_in_flight <= 72

@@ -1,7 +1,7 @@
-"""Network: in a namespace where every internal address answers, no URL of untrusted input reaches one.
+"""Network: no untrusted URL reaches an internal address.
 
-The test runs this file as `unshare --net python -m tests.hostile.test_network`: a server there listens on every internal
-address, and lists the connections that arrive.
+The test runs this file as `unshare --net python -m tests.hostile.test_network`. There, a server listens on
+all internal addresses and records connections.
 """
 
 import fcntl
@@ -21,7 +21,10 @@ from pipeline.sources import image_urls
 from pipeline.sources.image_urls import fetch_image
 
 SET_ADDRESS, SET_FLAGS, UP = 0x8916, 0x8914, 0x1
-INTERNAL = ("127.0.0.1", "169.254.169.254", "10.0.0.1", "192.168.0.1", "172.16.0.1", "168.63.129.16", "100.100.100.200")
+INTERNAL = (
+    "127.0.0.1", "169.254.169.254", "10.0.0.1", "192.168.0.1", "172.16.0.1", "168.63.129.16",
+    "100.100.100.200",
+)  # fmt: skip
 URLS = (
     *(f"http://{address}/latest/meta-data" for address in INTERNAL),
     "http://localhost/", "http://LOCALHOST./", "http://0/", "http://0.0.0.0/", "http://127.1/", "http://127.000.000.001/",
@@ -33,11 +36,12 @@ URLS = (
     "http://rebinds.example/", "http://two.example/", "http://redirects.example/", "http://internal.example/",
 )  # fmt: skip
 PUBLIC = "93.184.216.34"
-ADDRESSES = {"rebinds.example": [PUBLIC], "two.example": [PUBLIC, "10.0.0.1"], "internal.example": ["10.0.0.1"]}
+ADDRESSES = {"rebinds.example": [PUBLIC], "two.example": [PUBLIC, "10.0.0.1"]}
+ADDRESSES["internal.example"] = ["10.0.0.1"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NOT RUN: network namespaces are of Linux")
-def test_no_url_reaches_an_internal_address() -> None:
+def test_no_url_reaches_internal_address() -> None:
     unshare = shutil.which("unshare")
     assert unshare, "util-linux is on every Linux"
     for options in (("--net",), ("--net", "--map-root-user")):
@@ -49,14 +53,15 @@ def test_no_url_reaches_an_internal_address() -> None:
         pytest.skip(f"NOT RUN: a network namespace cannot be made here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["came"] == []
+    assert result["connections"] == []
     assert set(result["reasons"].values()) <= {"url_refused", "url_unreachable"}, result["reasons"]
     assert len(result["reasons"]) == len(URLS)
-    assert result["asked"].count("rebinds.example") == 1  # resolved once: a second answer cannot be another address
+    # resolved once: a second answer cannot be another address
+    assert result["asked"].count("rebinds.example") == 1
 
 
 def bring_up() -> None:
-    """Bring up loopback with an address of each kind: a new namespace has no other interface."""
+    """Bring up loopback with an internal address of each kind."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         fcntl.ioctl(handle, SET_FLAGS, struct.pack("16sh", b"lo", UP))
         for number, address in enumerate(INTERNAL[1:]):
@@ -65,13 +70,13 @@ def bring_up() -> None:
             fcntl.ioctl(handle, SET_ADDRESS, request)
 
 
-def listen(came: list[str]) -> None:
-    """Accept connections to port 80 of all addresses in threads, and list the addresses."""
+def listen(connections: list[str]) -> None:
+    """Accept connections to port 80 of all addresses in threads, and record the addresses."""
 
     def serve(listener: socket.socket) -> None:
         while True:
             connection, _ = listener.accept()
-            came.append(str(connection.getsockname()[0]))
+            connections.append(str(connection.getsockname()[0]))
             connection.close()
 
     for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
@@ -79,25 +84,26 @@ def listen(came: list[str]) -> None:
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
     for address in ("10.0.0.1", "::1"):
         with socket.create_connection((address, 80), timeout=5):
-            pass  # the server would be reached
-    while len(came) < 2:
+            pass  # the server is reachable
+    while len(connections) < 2:
         threading.Event().wait(0.01)
-    came.clear()
+    connections.clear()
 
 
 def main() -> None:
-    """Fetch all URLs, and print the reasons, the connections that arrived, and the names that were resolved."""
+    """Fetch all URLs, and print the reasons, the connections, and the resolved names."""
     bring_up()
-    came: list[str] = []
-    listen(came)
+    connections: list[str] = []
+    listen(connections)
     asked: list[str] = []
     resolve = socket.getaddrinfo
 
     def getaddrinfo(host: Any, port: Any, *arguments: Any, **options: Any) -> Any:
-        """Resolve names of tests to internal addresses: only in the second answer, or as one of two."""
+        """Resolve test names to internal addresses: in the second answer only, or as one of two."""
         if not isinstance(host, str) or not host.endswith(".example"):
             return resolve(host, port, *arguments, **options)
-        addresses = ["10.0.0.1"] if host == "rebinds.example" and host in asked else ADDRESSES.get(host, [PUBLIC])
+        is_rebound = host == "rebinds.example" and host in asked
+        addresses = ["10.0.0.1"] if is_rebound else ADDRESSES.get(host, [PUBLIC])
         asked.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 
@@ -111,7 +117,7 @@ def main() -> None:
             reasons[url] = error.reason
         except Exception as error:  # noqa: BLE001  # an error that would end a run
             reasons[url] = f"TRACEBACK {error!r}"
-    print(json.dumps({"reasons": reasons, "came": came, "asked": asked}))
+    print(json.dumps({"reasons": reasons, "connections": connections, "asked": asked}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Parquet: bombs, damage and odd schemas end as rejected rows or one error, in bounded memory."""
+"""Parquet: bombs, damage and odd schemas give rejected rows or one error, in bounded memory."""
 
 import io
 import json
@@ -21,7 +21,8 @@ from pipeline.types import Sample
 from tests.hostile import bounded_memory, damaged, part_of
 from tests.hub import datasets
 
-LIMIT_BYTES = 2_500_000_000  # of the address space of a process that reads one file; the packages alone reserve 1.5 GB
+# address space of a process that reads one file; the packages alone reserve 1.5 GB
+LIMIT_BYTES = 2_500_000_000
 
 
 def png(color: str = "red", side_px: int = 16) -> bytes:
@@ -31,25 +32,27 @@ def png(color: str = "red", side_px: int = 16) -> bytes:
 
 
 def read(path: Path) -> list[str]:
-    """Return what each row of a file becomes: a sample, or the reason of its rejection."""
+    """Return "sample" or the reason of rejection for each row of a file."""
     rows = open_source(resolve(source=f"parquet:{path}")).rows
     return ["sample" if isinstance(row, Sample) else row.reason for row in rows]
 
 
 def repeated(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
-    """Return a column that stores one value, and names it in every row."""
+    """Return a column that stores one value for all rows."""
     return pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([value], kind))
 
 
 def write(path: Path, columns: dict[str, Any]) -> Path:
-    pq.write_table(pa.table(columns), path, compression="zstd", dictionary_pagesize_limit=1 << 30, store_schema=False)
+    options: Any = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
+    pq.write_table(pa.table(columns), path, **options)
     return path
 
 
 @pytest.mark.parametrize(
-    ("size_bytes", "outcome"), [(99_000_000, "sample"), (101_000_000, "file_too_large"), (300_000_000, "row_too_large")]
+    ("size_bytes", "outcome"),
+    [(99_000_000, "sample"), (101_000_000, "file_too_large"), (300_000_000, "row_too_large")],
 )
-def test_one_image_that_every_row_names_is_decoded_one_row_at_a_time(size_bytes: int, outcome: str, tmp_path: Path) -> None:
+def test_image_shared_by_all_rows_is_decoded_by_row(size_bytes: int, outcome: str, tmp_path: Path) -> None:
     cells = repeated(png() + bytes(size_bytes), pa.binary(), 6)
     images = pa.StructArray.from_arrays([cells, pa.nulls(6, pa.string())], ["bytes", "path"])
     path = write(tmp_path / "bomb.parquet", {"image": images})
@@ -58,7 +61,7 @@ def test_one_image_that_every_row_names_is_decoded_one_row_at_a_time(size_bytes:
         assert read(path) == [outcome] * 6
 
 
-def test_one_caption_that_every_row_names_is_rejected_without_filling_the_memory(tmp_path: Path) -> None:
+def test_caption_shared_by_all_rows_is_read_in_bounded_memory(tmp_path: Path) -> None:
     columns = {"image": [png()] * 200, "caption": repeated("long " * 10_000_000, pa.string(), 200)}
     path = write(tmp_path / "bomb.parquet", columns)
     with bounded_memory(700_000_000):
@@ -66,9 +69,10 @@ def test_one_caption_that_every_row_names_is_rejected_without_filling_the_memory
         assert all(isinstance(row, Sample) for row in islice(rows, 10))
 
 
-def test_text_that_is_not_utf8_costs_its_own_row_and_a_column_name_the_file(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_rejects_its_row_and_column_name_the_file(tmp_path: Path) -> None:
     texts = pa.array([b"A red wall.", b"\xff\xfe", b"A red door."], pa.binary()).view(pa.string())
-    path = write(tmp_path / "odd.parquet", {"image": [png("red"), png("blue"), png("green")], "caption": texts})
+    images = [png(color) for color in ("red", "blue", "green")]
+    path = write(tmp_path / "odd.parquet", {"image": images, "caption": texts})
     assert read(path) == ["sample", "unreadable_row", "sample"]
     path.write_bytes(path.read_bytes().replace(b"caption", b"capt\xf9on"))
     with pytest.raises(SynthError, match="cannot read"):
@@ -83,12 +87,17 @@ SCHEMAS: dict[str, Any] = {
     "bytes that are a list of lists": {"image": [[[b"x"]], [[b"y"]]]},
     "struct without bytes": {"image": [{"path": "/etc/passwd"}, {"path": "/etc/shadow"}]},
     "bytes that are text": {"image": [{"bytes": "x", "path": None}, {"bytes": "y", "path": None}]},
-    "paths in place of bytes": {"image": [{"bytes": None, "path": "/etc/passwd"}, {"bytes": None, "path": "/dev/zero"}]},
+    "paths in place of bytes": {
+        "image": [{"bytes": None, "path": "/etc/passwd"}, {"bytes": None, "path": "/dev/zero"}]
+    },
     "URLs in place of bytes": {"image": [{"bytes": None, "path": "http://169.254.169.254/"}] * 2},
     "only nulls": {"image": pa.nulls(2, pa.binary())},
     "empty bytes": {"image": [b"", b""]},
     "captions that are bytes": {"image": TWO, "caption": [b"a", b"b"]},
-    "captions that are a map": {"image": TWO, "caption": pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int32()))},
+    "captions that are a map": {
+        "image": TWO,
+        "caption": pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int32())),
+    },
     "captions that are decimals": {"image": TWO, "caption": pa.array([1, 2], pa.decimal128(38))},
     "split that is a number": {"image": TWO, "split": [1, 2]},
     "split of nonsense": {"image": TWO, "split": ["\x1b]52;", ""]},
@@ -102,7 +111,7 @@ SCHEMAS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_odd_schema_is_rows_or_one_error(name: str, tmp_path: Path) -> None:
+def test_odd_schema_gives_rows_or_one_error(name: str, tmp_path: Path) -> None:
     table = SCHEMAS[name] if isinstance(SCHEMAS[name], pa.Table) else pa.table(SCHEMAS[name])
     pq.write_table(table, tmp_path / "odd.parquet")
     try:
@@ -135,10 +144,11 @@ print(json.dumps(outcomes))
 """
 
 
-def test_damaged_files_are_rows_or_one_error_each_in_bounded_memory(tmp_path: Path) -> None:
+def test_damaged_file_gives_rows_or_one_error_in_bounded_memory(tmp_path: Path) -> None:
     codecs = ("zstd", "snappy", "none", "gzip")
     images = [{"bytes": datasets.photo(n), "path": f"{n}.jpg"} for n in range(8)]
-    table = pa.table({"image": images, "caption": [f"A caption of image {n}." for n in range(8)], "split": ["train"] * 8})
+    captions = [f"A caption of image {n}." for n in range(8)]
+    table = pa.table({"image": images, "caption": captions, "split": ["train"] * 8})
     for codec in codecs:
         pq.write_table(table, tmp_path / f"{codec}.good", compression=codec)
     seeds = part_of(range(2000), 200)
@@ -146,7 +156,7 @@ def test_damaged_files_are_rows_or_one_error_each_in_bounded_memory(tmp_path: Pa
         good = tmp_path / f"{codecs[seed % 4]}.good"
         (tmp_path / f"{seed}.parquet").write_bytes(damaged(good.read_bytes(), random.Random(seed)))
     done = subprocess.run(
-        [sys.executable, "-c", READ, str(LIMIT_BYTES), str(tmp_path)], capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", READ, str(LIMIT_BYTES), tmp_path], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout)

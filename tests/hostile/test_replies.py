@@ -1,4 +1,4 @@
-"""Replies: whatever an answer holds, it becomes one stored reply or is asked again, and what is stored can be read as a row."""
+"""Replies: any answer becomes one stored reply or is asked again, and stored replies can be read as rows."""
 
 import hashlib
 import json
@@ -20,14 +20,10 @@ from tests.plans import request_plan
 
 CONFIG = resolve(source="scenes", tasks=["caption", "qa"], generate={"caption_styles": ["brief"]})
 
-numbers = st.one_of(
-    st.integers(), st.integers(10**20, 10**40), st.floats(), st.sampled_from([-1, 2**31, 2**63, 2**64, 1e308, -0.0])
-)
-any_text = st.one_of(
-    st.text(),
-    st.sampled_from(["\ud800", "\0", "\x1b]52;c;AA\x07", "I'm sorry, I cannot", "a a a a a", "stop", "length"]),
-    st.just(70_000).map("x".__mul__),
-)
+extremes = st.sampled_from([-1, 2**31, 2**63, 2**64, 1e308, -0.0])
+numbers = st.one_of(st.integers(), st.integers(10**20, 10**40), st.floats(), extremes)
+odd_texts = ["\ud800", "\0", "\x1b]52;c;AA\x07", "I'm sorry, I cannot", "a a a a a", "stop", "length"]
+any_text = st.one_of(st.text(), st.sampled_from(odd_texts), st.just(70_000).map("x".__mul__))
 anything = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, any_text),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(any_text, inner, max_size=4)),
@@ -42,11 +38,14 @@ questions = st.fixed_dictionaries({}, optional={"qa": st.one_of(anything, st.lis
 contents = st.one_of(anything, st.one_of(captions, questions).map(lambda value: json.dumps(value)))
 messages = st.one_of(anything, st.fixed_dictionaries({"content": contents}))
 choices = st.fixed_dictionaries({"message": messages, "finish_reason": anything})
-usages = st.one_of(anything, st.fixed_dictionaries({"prompt_tokens": anything, "completion_tokens": anything}))
-answers = st.one_of(
-    anything, st.fixed_dictionaries({"choices": st.one_of(anything, st.lists(choices, max_size=2))}, optional={"usage": usages})
+counts = st.fixed_dictionaries({"prompt_tokens": anything, "completion_tokens": anything})
+usages = st.one_of(anything, counts)
+lists = st.fixed_dictionaries(
+    {"choices": st.one_of(anything, st.lists(choices, max_size=2))}, optional={"usage": usages}
 )
-bodies = st.one_of(answers.map(lambda value: json.dumps(value).encode(errors="surrogatepass")), st.binary(max_size=200))
+answers = st.one_of(anything, lists)
+texts = answers.map(lambda value: json.dumps(value).encode(errors="surrogatepass"))
+bodies = st.one_of(texts, st.binary(max_size=200))
 
 
 @settings(
@@ -57,7 +56,7 @@ bodies = st.one_of(answers.map(lambda value: json.dumps(value).encode(errors="su
     database=None,
 )
 @given(body=bodies)
-def test_any_answer_is_one_reply_in_a_real_journal_or_is_asked_again(body: bytes, tmp_path: Path) -> None:
+def test_any_answer_is_stored_once_or_asked_again(body: bytes, tmp_path: Path) -> None:
     message = error_message(body)
     assert 0 < len(message) <= 500
     assert "\n" not in message
@@ -73,7 +72,8 @@ def test_any_answer_is_one_reply_in_a_real_journal_or_is_asked_again(body: bytes
             journal.keep([(request, reply, flaw)])
             stored = journal.last(request.id)
             assert stored is not None
-            assert (stored[0].text, stored[0].finish_reason, stored[1]) == (reply.text, reply.finish_reason, flaw)
+            expected = (reply.text, reply.finish_reason, flaw)
+            assert (stored[0].text, stored[0].finish_reason, stored[1]) == expected
             assert parse_reply(request, stored[0]) == parse_reply(request, reply)
         (table,) = read_annotations([[SampleInfo(sample_id, 1)]], request_plan(CONFIG), journal)
     assert table.schema == ANNOTATION

@@ -1,4 +1,4 @@
-"""Reviews: a file of reviews with any content is read or is one error."""
+"""Reviews: any file of reviews is read or gives one error."""
 
 import json
 import os
@@ -38,17 +38,24 @@ BAD: dict[str, bytes] = {
     "edit of everything": lines(GOOD | {"verdict": "edited", "text": "x", "question": "y", "answer": "z"}),
     "edit that is a list": lines(GOOD | {"verdict": "edited", "text": ["x"]}),
     "edit that is a number": lines(GOOD | {"verdict": "edited", "text": 10**400}),
-    "pages that are texts": lines(GOOD | {"verdict": "edited", "question": "x", "answer": "y", "evidence_pages": ["x"]}),
-    "half a surrogate pair": b'{"sample_id": "' + b"a" * 64 + b'", "content": "' + b"b" * 16 + b'", "verdict": "\\ud800"}\n',
+    "pages that are texts": lines(
+        GOOD | {"verdict": "edited", "question": "x", "answer": "y", "evidence_pages": ["x"]}
+    ),
+    "half a surrogate pair": b'{"sample_id": "'
+    + b"a" * 64
+    + b'", "content": "'
+    + b"b" * 16
+    + b'", "verdict": "\\ud800"}\n',
     "second line": lines(GOOD) + b"evil\n",
     "truncated last line": lines(GOOD) + b'{"sample_id": "',
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_file_that_holds_no_reviews_is_one_error_with_its_line(name: str, tmp_path: Path) -> None:
+def test_invalid_review_gives_error_with_its_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "reviews.jsonl").write_bytes(BAD[name])
-    with bounded_memory(300_000_000), pytest.raises(ConfigError, match=r"line \d+ is not a review|cannot read"):
+    refusal = r"line \d+ is not a review|cannot read"
+    with bounded_memory(300_000_000), pytest.raises(ConfigError, match=refusal):
         read_reviews(tmp_path / "reviews.jsonl")
 
 
@@ -57,14 +64,16 @@ def too_large(path: Path) -> None:
     os.truncate(path, MAX_REVIEWS_BYTES + 1)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), too_large])
-def test_path_that_is_no_file_of_a_sensible_size_is_one_error(make: Callable[[Path], object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), too_large]
+)
+def test_path_without_regular_file_gives_one_error(make: Callable[[Path], object], tmp_path: Path) -> None:
     make(tmp_path / "reviews.jsonl")
     with pytest.raises(ConfigError, match="cannot read"):
         read_reviews(tmp_path / "reviews.jsonl")
 
 
-def test_hostile_notes_and_edits_are_read_unchanged_but_for_personal_data(tmp_path: Path) -> None:
+def test_hostile_notes_and_edits_are_read_without_personal_data(tmp_path: Path) -> None:
     texts = [vector for vector in ALL if vector.isprintable()]
     reviews = [GOOD | {"verdict": "edited", "text": text, "note": text} for text in texts]
     (tmp_path / "reviews.jsonl").write_bytes(lines(*reviews))

@@ -1,21 +1,24 @@
-"""Trainings that are killed or interrupted lose at most the steps since the last save, and end as one that ran through."""
+"""Training: a killed run loses at most the steps since the last save, and ends like an undisturbed one."""
 
+import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import trainer.features
 from pipeline.dataset.version import FEATURES, Version
 from pipeline.progress import NullProgress
 from tests.hostile import part_of
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
 from trainer.config import TrainConfig
+from trainer.model.caption_model import CaptionerModel
 from trainer.runtime.training_state import read_log
 from trainer.training import train_captioner
 
@@ -24,50 +27,69 @@ CONFIG: dict[str, Any] = {
     "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "steps": 15, "evaluate_every": SAVE_EVERY,
     "evaluate_images": 4, "max_caption_tokens": 12, "batch_size": 8, "average_decay": 0.9,
 }  # fmt: skip
-# A process that sends itself a signal when it is told of a step and a step, or has written half of a file.
-TRAINING = """
-import json, os, sys
-from pathlib import Path
-import torch
-import trainer.features
-from trainer.model.caption_model import CaptionerModel
-from pipeline.dataset.version import read_version
-from pipeline.progress import NullProgress
-from trainer.config import TrainConfig
-from trainer.training import train_captioner
-version, out, config, moment, number, resume = sys.argv[1:]
-kind, _, at = moment.partition(" ")
-class Dying(NullProgress):
-    def __call__(self, step, done, total, metrics=None):
-        if (step, str(done)) == (kind, at):
-            os.kill(os.getpid(), int(number))
-trainer.features.BATCH_IMAGES = 16
-saves = {"resume": 0, "model": 0}
-def dying(name, save):
-    def half(first, target, **more):
-        result = save(first, target, **more)
-        saves[name] += 1
-        if (name, str(saves[name])) == (kind, at):
-            path = Path(target) / "model.safetensors" if name == "model" else Path(target)
-            os.truncate(path, path.stat().st_size // 2)
-            os.kill(os.getpid(), int(number))
-        return result
-    return half
-torch.save = dying("resume", torch.save)
-CaptionerModel.save_pretrained = dying("model", CaptionerModel.save_pretrained)
-config = TrainConfig.model_validate(json.loads(config))
-train_captioner(read_version(Path(version)), config, Path(out), resume=resume == "resume", progress=Dying())
-"""
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+INTERRUPTED = 130  # exit code
 MOMENTS = [
-    ("train 7", signal.SIGKILL), ("resume 2", signal.SIGKILL), ("train 12", signal.SIGTERM), ("features 32", signal.SIGKILL),
-    ("train 1", signal.SIGKILL), ("train 5", signal.SIGKILL), ("train 15", signal.SIGKILL), ("resume 1", signal.SIGKILL),
-    ("model 2", signal.SIGKILL), ("train 3", signal.SIGINT), ("train 14", signal.SIGINT), ("train 10", signal.SIGTERM),
+    ("train 7", KILL), ("resume 2", KILL), ("train 12", TERM), ("features 32", KILL), ("train 1", KILL),
+    ("train 5", KILL), ("train 15", KILL), ("resume 1", KILL), ("model 2", KILL), ("train 3", INT),
+    ("train 14", INT), ("train 10", TERM),
 ]  # fmt: skip
+
+
+class Progress(NullProgress):
+    """Calls a function with the name and the number of each step."""
+
+    def __init__(self, at_step: Callable[[str, int], object]) -> None:
+        self._at_step = at_step
+
+    def __call__(
+        self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None
+    ) -> None:
+        self._at_step(step, done)
+
+
+def train_until(moment: str, number: int, version: Version, config: TrainConfig, out: Path) -> int:
+    """Train in a forked process that sends itself a signal, and return its exit code.
+
+    A moment is the name and the number of a step, or of a save, of which half is written.
+    """
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    saves: Counter[str] = Counter()
+
+    def die_at(step: str, done: int) -> None:
+        if f"{step} {done}" == moment:
+            os.kill(os.getpid(), number)
+
+    def die_in(name: str, save: Callable[..., Any], file: str) -> Callable[..., Any]:
+        def save_half(first: Any, target: Any, **more: Any) -> Any:
+            result = save(first, target, **more)
+            saves[name] += 1
+            if f"{name} {saves[name]}" == moment:
+                path = Path(target) / file
+                os.truncate(path, path.stat().st_size // 2)
+                die_at(name, saves[name])
+            return result
+
+        return save_half
+
+    trainer.features.BATCH_IMAGES = 16
+    for name, owner, attribute, file in (
+        ("resume", torch, "save", ""),
+        ("model", CaptionerModel, "save_pretrained", "model.safetensors"),
+    ):
+        setattr(owner, attribute, die_in(name, getattr(owner, attribute), file))
+    try:
+        train_captioner(version, config, out, progress=Progress(die_at))
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)
+    finally:
+        os._exit(1)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, TrainConfig, Path]:
-    """Return a version, settings, and the folder of a training that ran through."""
+    """Return a version, settings, and the folder of an undisturbed training."""
     root = tmp_path_factory.mktemp("world")
     version, _ = make_version(root / "data", scene_samples(40))
     config = TrainConfig(encoder=save_clip(root / "clip"), **CONFIG)
@@ -76,29 +98,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, TrainConfi
 
 
 @pytest.mark.parametrize(("moment", "number"), part_of(MOMENTS, 2))
-def test_a_training_that_ends_at_any_moment_goes_on(
+def test_killed_training_resumes_to_same_files(
     world: tuple[Version, TrainConfig, Path], tmp_path: Path, moment: str, number: int
 ) -> None:
     version, config, whole = world
     out = tmp_path / "out"
     if moment.startswith("features"):
         shutil.rmtree(version.dataset_dir / FEATURES)
-    command = [sys.executable, "-c", TRAINING, str(version.path), str(out), config.model_dump_json(), moment, str(int(number))]
-    died = subprocess.run([*command, "anew"], capture_output=True, text=True, timeout=300)
-    # A signal that can be caught ends the step, and becomes a KeyboardInterrupt, for which Python dies of SIGINT.
-    assert died.returncode == (-signal.SIGKILL if number == signal.SIGKILL else -signal.SIGINT), died.stderr
+    # SIGTERM and SIGINT end the step with KeyboardInterrupt.
+    code = train_until(moment, number, version, config, out)
+    assert code == (-KILL if number == KILL else INTERRUPTED)
     reached = max((line["step"] for line in read_log(out / "log.jsonl")), default=0)
     is_saved = (out / "resume.pt").exists()
-    first: list[int] = []
-
-    class Record(NullProgress):
-        def __call__(self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-            first.extend([done] if step == "train" and not first else [])
-
-    train_captioner(version, config, out, resume=is_saved, progress=Record())
-    lost = reached - (first[0] - 1)
-    assert 0 <= lost <= (SAVE_EVERY if number == signal.SIGKILL else 0), (reached, first)
-    steps = [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line and "step" in line]
-    assert steps == list(range(1, 16))  # each once
+    steps: list[int] = []
+    progress = Progress(lambda step, done: steps.append(done) if step == "train" else None)
+    train_captioner(version, config, out, resume=is_saved, progress=progress)
+    lost = reached - (steps[0] - 1)
+    assert 0 <= lost <= (SAVE_EVERY if number == KILL else 0), (reached, steps[0])
+    logged = [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line and "step" in line]
+    assert logged == list(range(1, 16))
     for name in ("model.safetensors", "metrics.json", "config.json", "tokenizer.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name

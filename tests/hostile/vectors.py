@@ -1,4 +1,7 @@
-"""Texts that broke out of pages, cards and terminals elsewhere: after lists of DOMPurify, OWASP and of terminal emulators."""
+"""Texts that broke out of pages, cards and terminals elsewhere.
+
+Sources: lists of DOMPurify, OWASP and terminal emulators.
+"""
 
 HTML = (
     "<script>alert(1)</script>",

@@ -1,1 +1,1 @@
-"""A small server that speaks the Hugging Face Hub's protocol on loopback, for tests and for `make demo`."""
+"""A small server for the Hugging Face Hub's protocol on loopback, for tests and for `make demo`."""

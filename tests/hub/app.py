@@ -1,7 +1,7 @@
-"""The part of the Hub's protocol that huggingface_hub, hf_xet and datasets use, over tests.hub.storage.
+"""The Hub's protocol as used by huggingface_hub, hf_xet and datasets, over tests.hub.storage.
 
-This file holds access, faults and reading; `write.py` and `xet.py` hold the rest. Paths are matched on the raw URL,
-because clients send `refs%2Fconvert%2Fparquet` as one segment.
+This file has access, faults and reading. Routes match the raw URL, because clients send
+`refs%2Fconvert%2Fparquet` as one segment.
 """
 
 import asyncio
@@ -18,18 +18,17 @@ from starlette.types import Receive, Scope, Send
 from tests.hub.storage import Commit, Repo, Storage
 
 USER = "me"
-NAMESPACES = {USER, "ORG"}  # where the user may have repositories
-TOKEN, READ_TOKEN = "hf_loopback", "hf_loopback_read"  # both of the one user, and not secret
+NAMESPACES = {USER, "ORG"}  # where the user may create repositories
+TOKEN, READ_TOKEN = "hf_loopback", "hf_loopback_read"  # tokens of the one user, not secret
 KINDS = {"datasets": "dataset", "models": "model", "spaces": "space"}
 
 
 @dataclass
 class Fault:
-    """A fault for one request whose method and path match, after `skip` such requests have passed.
+    """A fault in one request whose method and path match, after `skip` matching requests.
 
-    With `status`, the server answers this status and does nothing else. Without, it drops the connection: before handling
-    the request or, with `after`, after handling it. `call` runs when the connection is dropped. With `before`, the request
-    succeeds, but only after `before` has run.
+    With `status`, the server answers this status only. Without, it drops the connection before handling the
+    request or, with `after`, after it, and calls `call`. With `before`, it succeeds after `before` has run.
     """
 
     method: str
@@ -49,7 +48,7 @@ class HubError(Exception):
         self.status, self.code, self.message = status, code, message
 
     def answer(self) -> Response:
-        """Return the response as the clients expect it."""
+        """Return the error in the form that clients expect."""
         headers = {"X-Error-Code": self.code, "X-Error-Message": self.message}
         return JSONResponse({"error": self.message}, self.status, headers)
 
@@ -61,7 +60,7 @@ FILES = rf"/(?:(?P<kind>datasets|spaces)/)?{ID}"
 
 
 class Hub:
-    """The ASGI app. `log` lists (method, path) of every request; `received_bytes` counts what uploads sent."""
+    """The ASGI app. `log` lists (method, path) of all requests, `received_bytes` counts uploaded bytes."""
 
     def __init__(self, storage: Storage) -> None:
         from tests.hub import write, xet
@@ -69,14 +68,15 @@ class Hub:
         self.storage = storage
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str]] = []
-        self.granted: set[str] = set()  # gated repositories whose terms the user has accepted
+        # gated repositories whose terms the user has accepted
+        self.granted: set[str] = set()
         self.sent_bytes = 0
         self.received_bytes = 0
         routes = [*READING, *write.ROUTES, *xet.ROUTES]
-        self.routes: list[tuple[str, re.Pattern[str], Handler]] = [(m, re.compile(p), handler) for m, p, handler in routes]
+        self.routes = [(method, re.compile(path), handler) for method, path, handler in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or apply the first fault that matches it."""
+        """Answer one request, or apply the first matching fault."""
         if scope["type"] != "http":
             return
         request = Request(scope, receive)
@@ -119,17 +119,15 @@ class Hub:
                 return await handler(self, request, **values)
         raise HubError(404, "NotFound", f"no such route: {request.method} {path}")
 
-    # --- access ---
-
     def token(self, request: Request) -> str | None:
-        """Return the token that was sent. Raises HubError for an unknown one."""
+        """Return the token of a request. Raises HubError if it is unknown."""
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         if token not in (TOKEN, READ_TOKEN, ""):
             raise HubError(401, "Unauthorized", "Invalid user token.")
         return token or None
 
     def repo(self, request: Request, kind: str, repo: str) -> Repo:
-        """Return a repository. Raises HubError if it does not exist or is private and no token was sent."""
+        """Return a repository. Raises HubError if it is missing, or is private and there is no token."""
         repository, token = self.storage.repos.get((KINDS[kind], repo)), self.token(request)
         if repository is None or (repository.private and token is None):
             raise HubError(404 if token else 401, "RepoNotFound", "Repository not found")
@@ -149,7 +147,7 @@ class Hub:
             raise HubError(403, "Forbidden", "You don't have the rights to do this with this token")
 
     def commit_at(self, repo: Repo, revision: str) -> Commit:
-        """Return the commit of a revision. Raises HubError if there is none."""
+        """Return the commit of a revision. Raises HubError if it is missing."""
         commit = repo.resolve(revision)
         if commit is None:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -167,8 +165,10 @@ async def info(hub: Hub, request: Request, kind: str, repo: str, revision: str =
     repository = hub.repo(request, kind, repo)
     commit = hub.commit_at(repository, revision)
     fields = {
-        "id": repo, "sha": commit.oid, "private": repository.private, "gated": "auto" if repository.gated else False,
-        "tags": [], "downloads": 0, "cardData": _card(hub, commit), "lastModified": "2026-01-01T00:00:00.000Z",
+        "id": repo, "sha": commit.oid, "private": repository.private,
+        "gated": "auto" if repository.gated else False,
+        "tags": [], "downloads": 0, "cardData": _card(hub, commit),
+        "lastModified": "2026-01-01T00:00:00.000Z",
     }  # fmt: skip
     with_sizes = request.query_params.get("blobs", "").lower() == "true"
     siblings = [
@@ -187,21 +187,25 @@ def _card(hub: Hub, commit: Commit) -> dict[str, object]:
 
 
 async def refs(hub: Hub, request: Request, kind: str, repo: str) -> Response:
-    """List branches and tags; conversion branches are listed separately."""
+    """List branches, tags, and conversion branches."""
     repository = hub.repo(request, kind, repo)
     converts = {name: oid for name, oid in repository.branches.items() if name.startswith("refs/convert/")}
     branches = {name: oid for name, oid in repository.branches.items() if name not in converts}
     return JSONResponse(
         {
-            "branches": [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in branches.items()],
-            "converts": [{"name": n.rpartition("/")[2], "ref": n, "targetCommit": oid} for n, oid in converts.items()],
-            "tags": [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": oid} for n, oid in repository.tags.items()],
+            "branches": [_ref(name, f"refs/heads/{name}", oid) for name, oid in branches.items()],
+            "converts": [_ref(name.rpartition("/")[2], name, oid) for name, oid in converts.items()],
+            "tags": [_ref(name, f"refs/tags/{name}", oid) for name, oid in repository.tags.items()],
         }
     )
 
 
+def _ref(name: str, ref: str, oid: str) -> dict[str, str]:
+    return {"name": name, "ref": ref, "targetCommit": oid}
+
+
 async def tree(hub: Hub, request: Request, kind: str, repo: str, revision: str, path: str = "") -> Response:
-    """List files and folders, of the whole repository or below one folder."""
+    """List the files and folders of a repository or of a folder in it."""
     files = hub.commit_at(hub.repo(request, kind, repo), revision).files
     under = f"{path}/" if path else ""
     inside = {name: file for name, file in files.items() if name.startswith(under)}
@@ -215,19 +219,21 @@ async def tree(hub: Hub, request: Request, kind: str, repo: str, revision: str, 
 
 
 async def paths_info(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Describe the named files; missing files are left out."""
+    """Describe the named files that exist."""
     files = hub.commit_at(hub.repo(request, kind, repo), revision).files
     paths = parse_qs((await request.body()).decode())["paths"]
     return JSONResponse([files[path].entry(path) for path in paths if path in files])
 
 
-async def file(hub: Hub, request: Request, repo: str, revision: str, path: str, kind: str = "models") -> Response:
-    """Return the bytes of a file, or of the requested range."""
+async def file(
+    hub: Hub, request: Request, repo: str, revision: str, path: str, kind: str = "models"
+) -> Response:
+    """Return a file, or the requested range of it."""
     repository = hub.repo(request, kind, repo)
     if repository.gated and hub.token(request) is None:
-        raise HubError(401, "GatedRepo", f"Access to dataset {repo} is restricted. You must have access to it.")
+        raise HubError(401, "GatedRepo", f"Access to dataset {repo} is restricted.")
     if repository.gated and repo not in hub.granted:
-        raise HubError(403, "GatedRepo", f"Access to dataset {repo} is restricted and you are not in the authorized list.")
+        raise HubError(403, "GatedRepo", f"You are not in the authorized list of dataset {repo}.")
     commit = hub.commit_at(repository, revision)
     if path not in commit.files:
         missing = HubError(404, "EntryNotFound", f"{path} not found").answer()
@@ -243,7 +249,7 @@ async def file(hub: Hub, request: Request, repo: str, revision: str, path: str, 
 
 
 def _range_bytes(header: str | None, size: int) -> int:
-    """Return how many bytes a request for `bytes=first-last` gets."""
+    """Return the size of the response to `Range: bytes=first-last`."""
     if header is None:
         return size
     first, last = header.removeprefix("bytes=").split("-")

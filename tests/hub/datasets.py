@@ -1,4 +1,4 @@
-"""Tiny repositories with the real layouts of the named datasets: columns, types, file names, branches."""
+"""Tiny repositories with the columns, types, file names and branches of the built-in benchmark datasets."""
 
 import io
 import json
@@ -55,39 +55,44 @@ def flickr_rows(count: int) -> list[dict[str, Any]]:
 
 
 def seed_flickr30k(storage: Storage, count: int = 20, repo: str = "nlphuji/flickr30k") -> None:
-    """Seed a script on main, and its conversion on a branch: all rows under `test`, the true split in a column."""
+    """Seed a script on main, and its conversion on a branch: all rows under `test`, the split in a column."""
     storage.seed("dataset", repo, {"flickr30k.py": SCRIPT, "README.md": b"---\nlanguage: en\n---\n"})
     half = count // 2
     rows = flickr_rows(count)
-    files = {f"TEST/test/000{n}.parquet": parquet(part, FLICKR) for n, part in enumerate((rows[:half], rows[half:]))}
+    parts = enumerate((rows[:half], rows[half:]))
+    files = {f"TEST/test/000{n}.parquet": parquet(part, FLICKR) for n, part in parts}
     storage.seed("dataset", repo, files, "refs/convert/parquet")
 
 
 def seed_flickr30k_without_split(storage: Storage, count: int = 10, repo: str = "lmms-lab/flickr30k") -> None:
-    """Seed a copy with all rows under `test` and no split column."""
+    """Seed a copy with all rows under `test` and without a split column."""
     schema = FLICKR.remove(FLICKR.get_field_index("split"))
     rows = [{k: v for k, v in row.items() if k != "split"} for row in flickr_rows(count)]
     storage.seed("dataset", repo, {"data/test-00000-of-00001.parquet": parquet(rows, schema)})
 
 
 def karpathy_list(count: int) -> str:
-    return json.dumps({"images": [{"filename": row["filename"], "split": row["split"]} for row in flickr_rows(count)]})
+    rows = flickr_rows(count)
+    return json.dumps({"images": [{name: row[name] for name in ("filename", "split")} for row in rows]})
 
 
 ANSWER = pa.struct({"answer": pa.string(), "answer_confidence": pa.string(), "answer_id": pa.int64()})
 VQA = pa.schema(
     {
         "question_type": pa.string(), "multiple_choice_answer": pa.string(), "answers": pa.list_(ANSWER),
-        "image_id": pa.int64(), "answer_type": pa.string(), "question_id": pa.int64(), "question": pa.string(), "image": IMAGE,
+        "image_id": pa.int64(), "answer_type": pa.string(), "question_id": pa.int64(),
+        "question": pa.string(), "image": IMAGE,
     }
 )  # fmt: skip
 
 
 def vqa_rows(images: int, questions: int, *, answered: bool = True) -> list[dict[str, Any]]:
-    answers = [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(["Two", "2", "the 2."])]
+    texts = enumerate(["Two", "2", "the 2."])
+    answers = [{"answer": text, "answer_confidence": "yes", "answer_id": n} for n, text in texts]
     rows = [
         {
-            "question_type": "how many", "multiple_choice_answer": "2", "answers": answers if answered else None,
+            "question_type": "how many", "multiple_choice_answer": "2",
+            "answers": answers if answered else None,
             "image_id": image, "answer_type": "number", "question_id": image * 1000 + question,
             "question": f"How many things of kind {question} are there?", "image": cell(1000 + image),
         }
@@ -99,7 +104,7 @@ def vqa_rows(images: int, questions: int, *, answered: bool = True) -> list[dict
 
 
 def seed_vqav2(storage: Storage, images: int = 6, questions: int = 3, repo: str = "lmms-lab/VQAv2") -> None:
-    """Seed validation and test, but no train split. The test split has no answers."""
+    """Seed validation and test, without answers in test."""
     files = {
         "data/validation-00000-of-00001.parquet": parquet(vqa_rows(images, questions), VQA),
         "data/test-00000-of-00001.parquet": parquet(vqa_rows(2, questions, answered=False), VQA),
@@ -109,7 +114,8 @@ def seed_vqav2(storage: Storage, images: int = 6, questions: int = 3, repo: str 
 
 SLIDES = pa.schema(
     {
-        "deck_name": pa.string(), "deck_url": pa.string(), **{f"page_{n}": IMAGE for n in range(1, 21)}, "qa_id": pa.int64(),
+        "deck_name": pa.string(), "deck_url": pa.string(), **{f"page_{n}": IMAGE for n in range(1, 21)},
+        "qa_id": pa.int64(),
         "question": pa.string(), "answer": pa.string(), "arithmetic_expression": pa.string(),
         "evidence_pages": pa.list_(pa.int64()), "reasoning_type": pa.string(), "answer_type": pa.string(),
     }
@@ -121,8 +127,10 @@ def slide_rows(decks: int, pages: int = 20) -> list[dict[str, Any]]:
         {
             "deck_name": f"deck-{deck}", "deck_url": "https://slides.invalid/deck",
             **{f"page_{n}": cell(10_000 + deck * 100 + n) if n <= pages else None for n in range(1, 21)},
-            "qa_id": deck * 10 + question, "question": f"How much more is number {question} than the other?", "answer": "12%",
-            "arithmetic_expression": "30% - 18%" if question else "None", "evidence_pages": [3, 1] if question else [2],
+            "qa_id": deck * 10 + question, "question": f"How much more is number {question} than the other?",
+            "answer": "12%",
+            "arithmetic_expression": "30% - 18%" if question else "None",
+            "evidence_pages": [3, 1] if question else [2],
             "reasoning_type": "Numerical", "answer_type": "Non-Span" if question else "Single-Span",
         }
         for deck in range(decks)
@@ -131,7 +139,7 @@ def slide_rows(decks: int, pages: int = 20) -> list[dict[str, Any]]:
 
 
 def seed_slidevqa(storage: Storage, decks: int = 2, repo: str = "NTT-hil-insight/SlideVQA") -> None:
-    """Seed a gated repository: decks of twenty pages and, in `val`, one deck of seven whose other pages are null."""
+    """Seed a gated repository: decks of twenty pages and, in `val`, one deck of seven pages."""
     files = {
         "data/train-00000-of-00001.parquet": parquet(slide_rows(decks), SLIDES),
         "data/val-00000-of-00001.parquet": parquet(slide_rows(1, pages=7), SLIDES),

@@ -1,15 +1,15 @@
-"""Push with the real client, each time in a process that can be killed, with one import of the client.
+"""Push with the real client in processes that can be killed.
 
-The client reads the address of the Hub at import: so one process imports it, and forks for each push.
+Processes that have imported the client are kept for later tests, and fork for each push.
 """
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pipeline.dataset.version import Version
@@ -17,18 +17,17 @@ from tests.hub.app import TOKEN
 from tests.hub.server import RunningHub
 
 PARENT = """
-import json, os, sys, traceback
+import importlib, json, os, sys, time, traceback
 from pathlib import Path
-import data_cards, hf_xet, pandas, pyarrow.dataset  # or each child imports them
+# imported before the forks, because pyarrow and the client import them late
+import _strptime, hf_xet, pandas, pyarrow.dataset, pyarrow.pandas_compat, stringprep, tarfile
+import huggingface_hub.constants
+from huggingface_hub.utils import logging
 from pipeline.errors import SynthError
+from pipeline.dataset.card import _template
 from pipeline.dataset.version import read_version
 from pipeline.hub.package import build_package
 from pipeline.hub.push import push_package
-
-if os.environ.get("HASTY"):
-    import time
-    wait = time.sleep
-    time.sleep = lambda seconds: wait(min(seconds, 0.02))
 
 def push(version, repo, images=None, acknowledged=(), private=False, stated=None):
     options = {"images": images, "acknowledged": acknowledged, "stated": stated}
@@ -37,11 +36,24 @@ def push(version, repo, images=None, acknowledged=(), private=False, stated=None
     fields = ("commit", "tag", "is_new", "url", "repo", "warning")
     return {name: getattr(pushed, name) for name in fields}
 
+def prepare(env, log, hasty):
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.environ.clear()
+    os.environ.update(env)
+    importlib.reload(huggingface_hub.constants)
+    if "HF_DEBUG" in env:
+        logging.set_verbosity_debug()
+    if hasty:
+        wait = time.sleep
+        time.sleep = lambda seconds: wait(min(seconds, 0.02))
+
+_template("dataset.md.j2")
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
         try:
-            options = json.loads(line)
+            process, options = json.loads(line)
+            prepare(**process)
             os.environ["HF_TOKEN"] = options.pop("token", None) or os.environ["HF_TOKEN"]
             print(json.dumps(push(**options)), flush=True)
         except SynthError as error:
@@ -53,11 +65,18 @@ for line in sys.stdin:
     _, status = os.waitpid(child, 0)
     print(json.dumps({"status": status}), flush=True)
 """
+_idle: list["subprocess.Popen[str]"] = []
+
+
+@atexit.register
+def _end_idle() -> None:
+    for process in _idle:
+        process.communicate()
 
 
 @dataclass
 class Pusher:
-    """A client of one Hub. `pid` is the process id of the running push."""
+    """A client of one Hub. `pid` is the process of the running push."""
 
     hub: RunningHub
     home: Path
@@ -68,46 +87,53 @@ class Pusher:
     pid: int = 0
 
     def __enter__(self) -> "Pusher":
-        env = self.hub.env(self.home, xet=self.xet) | {"HF_TOKEN": self.token} | ({"HF_DEBUG": "1"} if self.debug else {})
-        env |= {"HASTY": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"} if self.hasty else {}
-        self.log = (self.home.parent / f"{self.home.name}.stderr").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PARENT], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
+        env = self.hub.env(self.home, xet=self.xet) | {"HF_TOKEN": self.token}
+        env |= {"HF_DEBUG": "1"} if self.debug else {}
+        env |= {"HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"} if self.hasty else {}
+        log = self.home.with_name(f"{self.home.name}.stderr")
+        self._settings = {"env": env, "log": str(log.absolute()), "hasty": self.hasty}
+        self._process = _idle.pop() if _idle else _start_parent(env)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-        self.log.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            _idle.append(self._process)
+        else:
+            self._process.kill()
 
     def push(self, version: Version | Path, repo: str = "me/scenes", **options: Any) -> dict[str, Any]:
-        """Push and return the result: commit and tag, an error with its hint, or {} if the process was killed."""
+        """Push and return commit and tag, an error with its hint, or {} if the process was killed."""
         self.start(version, repo, **options)
         return self.finish()
 
     def start(self, version: Version | Path, repo: str = "me/scenes", **options: Any) -> None:
-        """Start a push; `finish` returns its result."""
-        assert self.process.stdin
-        assert self.process.stdout
+        """Start a push. `finish` returns its result."""
+        assert self._process.stdin
         path = version.path if isinstance(version, Version) else version
-        self.process.stdin.write(json.dumps({"version": str(path), "repo": repo, **options}) + "\n")
-        self.process.stdin.flush()
+        request = [self._settings, {"version": str(path), "repo": repo, **options}]
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
         self.answers: dict[str, Any] = {}
-        while "pid" not in self.answers:
-            self.answers |= json.loads(self.process.stdout.readline())
+        self._read_until("pid")
         self.pid = self.answers.pop("pid")
 
     def finish(self) -> dict[str, Any]:
         """Wait for the started push and return its result."""
-        assert self.process.stdout
-        while "status" not in self.answers:
-            self.answers |= json.loads(self.process.stdout.readline())
+        self._read_until("status")
         del self.answers["status"]
         assert "crash" not in self.answers, self.answers["crash"]
         return self.answers
 
     def kill(self) -> None:
-        """Kill the running push."""
         os.kill(self.pid, 9)
+
+    def _read_until(self, key: str) -> None:
+        assert self._process.stdout
+        while key not in self.answers:
+            self.answers |= json.loads(self._process.stdout.readline())
+
+
+def _start_parent(env: dict[str, str]) -> "subprocess.Popen[str]":
+    """Start a process that imports the client, and ends with its stdin."""
+    command = [sys.executable, "-c", PARENT]
+    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

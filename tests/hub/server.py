@@ -22,10 +22,7 @@ class RunningHub:
     endpoint: str
 
     def env(self, home: Path, *, xet: bool = False) -> dict[str, str]:
-        """Return an environment in which the client libraries talk to this server, with caches under `home`.
-
-        They read it at import, so it takes effect only in a new process.
-        """
+        """Return an environment for new processes whose clients use this server, with caches in `home`."""
         return {
             **os.environ,
             "HF_ENDPOINT": self.endpoint,
@@ -34,16 +31,17 @@ class RunningHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_XET": "0" if xet else "1",  # large files go by LFS
+            "HF_HUB_DISABLE_XET": "0" if xet else "1",  # without Xet, large files are uploaded by LFS
             "NO_PROXY": "127.0.0.1",
         }
 
 
 @contextmanager
 def running_hub(root: Path) -> Iterator[RunningHub]:
-    """Serve on a free loopback port while the block runs."""
+    """Serve on a free port of loopback while the block runs."""
     hub = Hub(Storage(root))
-    server = uvicorn.Server(uvicorn.Config(hub, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+    config = uvicorn.Config(hub, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

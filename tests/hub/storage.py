@@ -1,4 +1,4 @@
-"""The Hub's storage: repositories as chains of commits over content-addressed files. State is in memory, bytes are on disk."""
+"""The Hub's storage: commits in memory, content-addressed files on disk."""
 
 import hashlib
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class File:
-    """One file of a commit. A large file is identified by its sha256, a small one by its git blob id."""
+    """A file of a commit. Large files are identified by sha256, small ones by git blob id."""
 
     sha256: str
     git_oid: str
@@ -15,7 +15,7 @@ class File:
     lfs: bool
 
     def entry(self, path: str) -> dict[str, object]:
-        """Return the entry of the file in tree and paths-info responses."""
+        """Return the entry of a file in tree and paths-info responses."""
         fields: dict[str, object] = {"type": "file", "path": path, "oid": self.git_oid, "size": self.size}
         if self.lfs:
             fields["lfs"] = {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": 130}
@@ -35,7 +35,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """One repository with its branches and tags."""
+    """A repository with its branches and tags."""
 
     kind: str
     id: str
@@ -49,19 +49,19 @@ class Repo:
         """Add a commit on a branch."""
         parent = self.branches.get(branch)
         content = repr((self.kind, self.id, parent, title, len(self.commits), sorted(files.items())))
-        commit = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, files, message)  # as git does
+        commit = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, files, message)
         self.commits[commit.oid] = commit
         self.branches[branch] = commit.oid
         return commit
 
     def resolve(self, revision: str) -> Commit | None:
-        """Return the commit that a branch, a tag or a full commit id names."""
+        """Return the commit of a branch, a tag or a full commit id."""
         oid = self.branches.get(revision) or self.tags.get(revision) or revision
         return self.commits.get(oid)
 
 
 class Storage:
-    """All repositories, and the bytes of their files by sha256."""
+    """All repositories, and their files by sha256."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -69,28 +69,32 @@ class Storage:
         root.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
-        """Return the path for the bytes with this digest."""
         return self.root / sha256
 
     def put(self, data: bytes) -> File:
         """Store a small file."""
         sha256 = hashlib.sha256(data).hexdigest()
         self.path(sha256).write_bytes(data)
-        git_oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # as git does
+        git_oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # git's blob id
         return File(sha256, git_oid, len(data), lfs=False)
 
-    def seed(self, kind: str, repo: str, files: dict[str, bytes], branch: str = "main", *, gated: bool = False) -> Repo:
-        """Commit files on a branch, as a push would; Parquet and safetensors go through LFS, as on the Hub."""
+    def seed(
+        self, kind: str, repo: str, files: dict[str, bytes], branch: str = "main", *, gated: bool = False
+    ) -> Repo:
+        """Commit files on a branch as a push does: Parquet and safetensors through LFS."""
         repository = self.repos.setdefault((kind, repo), Repo(kind, repo, private=False))
         repository.gated = repository.gated or gated
-        kept = {path: replace(self.put(data), lfs=path.endswith((".parquet", ".safetensors"))) for path, data in files.items()}
-        repository.commit(branch, "seed", kept)
+        stored = {path: self.put(data) for path, data in files.items()}
+        large = {path for path in files if path.endswith((".parquet", ".safetensors"))}
+        stored |= {path: replace(stored[path], lfs=True) for path in large}
+        repository.commit(branch, "seed", stored)
         return repository
 
     def large(self, sha256: str) -> File | None:
         """Return a large file, or None if it was not uploaded."""
         if not self.path(sha256).exists():
             return None
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {self.path(sha256).stat().st_size}\n"
-        git_oid = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer.encode()).hexdigest()  # as git does
-        return File(sha256, git_oid, self.path(sha256).stat().st_size, lfs=True)
+        size = self.path(sha256).stat().st_size
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
+        git_oid = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer.encode()).hexdigest()
+        return File(sha256, git_oid, size, lfs=True)

@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse, Response
 from tests.hub.app import API, FILES, USER, Handler, Hub, HubError
 from tests.hub.storage import File, Repo
 
-LFS_BYTES = 1_000_000  # files of at least this size, and all Parquet files and weights, are large
+# larger files, Parquet files and weights are stored as large files
+LFS_BYTES = 1_000_000
 LARGE_ENDINGS = (".parquet", ".safetensors", ".bin", ".zip")
 
 
@@ -22,19 +23,19 @@ async def create(hub: Hub, request: Request) -> Response:
     owner = body.get("organization") or USER
     hub.require_writer(request, owner)
     repo, kind = f"{owner}/{body['name']}", body.get("type", "model")
-    url = {"url": f"{request.base_url}{'' if kind == 'model' else f'{kind}s/'}{repo}", "name": repo, "id": repo}
+    address = f"{request.base_url}{'' if kind == 'model' else f'{kind}s/'}{repo}"
+    url = {"url": address, "name": repo, "id": repo}
     if (kind, repo) in hub.storage.repos:
         return JSONResponse({"error": "You already created this repo", **url}, 409)
     repository = Repo(kind, repo, private=body.get("visibility") == "private")
-    repository.commit(
-        "main", "initial commit", {".gitattributes": hub.storage.put(b"*.parquet filter=lfs diff=lfs merge=lfs -text\n")}
-    )
+    attributes = hub.storage.put(b"*.parquet filter=lfs diff=lfs merge=lfs -text\n")
+    repository.commit("main", "initial commit", {".gitattributes": attributes})
     hub.storage.repos[kind, repo] = repository
     return JSONResponse(url)
 
 
 async def settings(hub: Hub, request: Request, kind: str, repo: str) -> Response:
-    """Set whether a repository is gated or private."""
+    """Make a repository gated, private or public."""
     repository, body = hub.writable(request, kind, repo), await request.json()
     repository.gated = bool(body.get("gated", repository.gated))
     repository.private = body.get("visibility", "private" if repository.private else "public") == "private"
@@ -53,7 +54,7 @@ async def validate_yaml(hub: Hub, request: Request) -> Response:
 
 
 async def preupload(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Return the upload mode of each file, and its current id if it exists."""
+    """Return the upload mode of each file, and its id if it exists."""
     files = hub.commit_at(hub.writable(request, kind, repo), revision).files
     answers = []
     for file in (await request.json())["files"]:
@@ -77,7 +78,7 @@ async def lfs_batch(hub: Hub, request: Request, repo: str, kind: str = "models")
 
 
 async def lfs_put(hub: Hub, request: Request, sha256: str) -> Response:
-    """Receive a large file. Raises HubError if its bytes do not match the sha256."""
+    """Receive a large file. Raises HubError if the sha256 does not match."""
     draft, digest = hub.storage.path(f".{sha256}.tmp"), hashlib.sha256()
     with draft.open("wb") as file:
         async for part in request.stream():
@@ -92,11 +93,11 @@ async def lfs_put(hub: Hub, request: Request, sha256: str) -> Response:
 
 
 async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Apply all operations as one commit. Raises HubError if the parent is stale or an operation is invalid."""
+    """Apply operations as one commit. Raises HubError for an outdated parent or an invalid operation."""
     repository = hub.writable(request, kind, repo)
     operations = [json.loads(line) for line in (await request.body()).splitlines()]
     if revision not in repository.branches:
-        raise HubError(404, "RevisionNotFound", f"no branch {revision}: a tag or a commit cannot be written to")
+        raise HubError(404, "RevisionNotFound", f"{revision} is not a branch")
     head = hub.commit_at(repository, revision)
     files: dict[str, File] = dict(head.files)
     title, message = "commit", ""
@@ -105,7 +106,7 @@ async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str
         if key == "header":
             title, message = value["summary"], value.get("description") or ""
             if value.get("parentCommit") not in (None, head.oid):
-                raise HubError(412, "StaleParent", "A commit has happened since. Please refresh and try again.")
+                raise HubError(412, "StaleParent", "A commit has happened since.")
         elif key == "file":
             files[_safe(value["path"])] = _small(hub, value)
         elif key == "lfsFile":
@@ -119,7 +120,8 @@ async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str
         else:
             raise HubError(400, "BadOperation", f"unknown operation: {key}")
     new_commit = repository.commit(revision, title, files, message)
-    return JSONResponse({"commitOid": new_commit.oid, "commitUrl": f"{request.base_url}{kind}/{repo}/commit/{new_commit.oid}"})
+    url = f"{request.base_url}{kind}/{repo}/commit/{new_commit.oid}"
+    return JSONResponse({"commitOid": new_commit.oid, "commitUrl": url})
 
 
 def _small(hub: Hub, value: dict[str, str]) -> File:
@@ -142,7 +144,13 @@ async def tag(hub: Hub, request: Request, kind: str, repo: str, revision: str) -
 
 def _safe(path: str) -> str:
     parts = path.split("/")
-    if not path or path.startswith("/") or "\\" in path or "\0" in path or {"", ".", "..", ".git"} & set(parts):
+    if (
+        not path
+        or path.startswith("/")
+        or "\\" in path
+        or "\0" in path
+        or {"", ".", "..", ".git"} & set(parts)
+    ):
         raise HubError(400, "BadPath", f"not a path within a repository: {path!r}")
     return path
 

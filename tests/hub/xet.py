@@ -1,7 +1,7 @@
-"""The Xet part of the Hub's protocol: chunks arrive in blocks, and recipes list the chunks of each file.
+"""The Xet part of the Hub's protocol: blocks of chunks, and recipes that list the chunks of each file.
 
-Sources: the records of `hf_xet` (crate `mdb_shard` for recipes, `cas_object` for blocks). A hash is written as four 64-bit
-little-endian numbers, so its hexadecimal form reverses each eight bytes.
+Source: `hf_xet` (crates `mdb_shard` for recipes, `cas_object` for blocks). Hashes are four little-endian
+64-bit numbers, so their hexadecimal form reverses each eight bytes.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from starlette.responses import JSONResponse, Response
 from tests.hub.app import API, Handler, Hub, HubError
 from tests.hub.storage import Storage
 
-RECORD = 48  # bytes of every record of a recipe
+RECORD = 48  # bytes of each record of a recipe
 HAS_VERIFICATION, HAS_SHA256 = 1 << 31, 1 << 30
-STORED, LZ4, GROUPED_LZ4 = 0, 1, 2  # how a chunk is compressed
+STORED, LZ4, GROUPED_LZ4 = 0, 1, 2  # compression of a chunk
 
 
 class Segment(NamedTuple):
-    """The consecutive chunks `first` to `after` - 1 of one block."""
+    """Chunks `first` to `after` - 1 of one block."""
 
     block: str
     first: int
@@ -43,7 +43,7 @@ def read_segment(storage: Storage, segment: Segment) -> Iterator[bytes]:
 
 
 def assemble(storage: Storage, sha256: str, segments: list[Segment]) -> None:
-    """Store a file from its chunks, by its sha256 like a file from LFS. Raises HubError if its bytes do not match it."""
+    """Store a file from its chunks. Raises HubError if the sha256 does not match."""
     draft, digest = storage.path(f".{sha256}.tmp"), hashlib.sha256()
     with draft.open("wb") as file:
         for segment in segments:
@@ -57,9 +57,10 @@ def assemble(storage: Storage, sha256: str, segments: list[Segment]) -> None:
 
 
 def _chunks(block: bytes) -> Iterator[Callable[[], bytes]]:
-    """Yield the chunks of a block; calling a chunk unpacks it."""
+    """Yield functions that unpack the chunks of a block."""
     start = 0
-    while start + 8 <= len(block) and block[start] == 0:  # version 0 begins a chunk header, not a footer
+    # version 0 begins a chunk header, other bytes a footer
+    while start + 8 <= len(block) and block[start] == 0:
         packed_size = int.from_bytes(block[start + 1 : start + 4], "little")
         scheme, size = block[start + 4], int.from_bytes(block[start + 5 : start + 8], "little")
         yield partial(_unpack, block[start + 8 : start + 8 + packed_size], scheme, size)
@@ -74,7 +75,8 @@ def _unpack(data: bytes, scheme: int, size: int) -> bytes:
     if scheme == LZ4:
         return plain
     assert scheme == GROUPED_LZ4, f"unknown compression {scheme}"
-    whole, offset = bytearray(size), 0  # grouped: bytes 0, 4, 8, ... come first, then 1, 5, 9, ...
+    # grouped: bytes 0, 4, 8, ... come first, then 1, 5, 9, ...
+    whole, offset = bytearray(size), 0
     for group in range(4):
         count = (size - group + 3) // 4
         whole[group::4] = plain[offset : offset + count]
@@ -83,11 +85,12 @@ def _unpack(data: bytes, scheme: int, size: int) -> bytes:
 
 
 def recipes(shard: bytes) -> Iterator[tuple[str, list[Segment]]]:
-    """Yield (sha256, segments) of each file that a recipe describes."""
-    position = RECORD  # the header of the shard
-    while shard[position : position + 32] != b"\xff" * 32:  # the end marker after the last file
+    """Yield (sha256, segments) of each file in a recipe."""
+    position = RECORD  # after the header of the shard
+    while shard[position : position + 32] != b"\xff" * 32:  # end marker
         flags, count = struct.unpack_from("<II", shard, position + 32)
-        entries = [shard[position + RECORD * (index + 1) : position + RECORD * (index + 2)] for index in range(count)]
+        starts = [position + RECORD * (index + 1) for index in range(count)]
+        entries = [shard[start : start + RECORD] for start in starts]
         position += RECORD * (count + 1)
         if flags & HAS_VERIFICATION:
             position += RECORD * count
@@ -95,7 +98,10 @@ def recipes(shard: bytes) -> Iterator[tuple[str, list[Segment]]]:
             raise HubError(400, "NoChecksum", "a file came without its sha256")
         sha256 = _hexadecimal(shard[position : position + 32])
         position += RECORD
-        yield sha256, [Segment(_hexadecimal(entry[:32]), *struct.unpack_from("<II", entry, 40)) for entry in entries]
+        yield (
+            sha256,
+            [Segment(_hexadecimal(entry[:32]), *struct.unpack_from("<II", entry, 40)) for entry in entries],
+        )
 
 
 def _hexadecimal(raw: bytes) -> str:
@@ -103,7 +109,7 @@ def _hexadecimal(raw: bytes) -> str:
 
 
 async def token(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Return the URL and the token for uploading blocks."""
+    """Return the URL and the token for uploads of blocks."""
     hub.writable(request, kind, repo)
     until = int(time.time()) + 3600
     url = str(request.base_url).rstrip("/")
@@ -120,7 +126,7 @@ async def block(hub: Hub, request: Request, hash_: str) -> Response:
 
 
 async def shard(hub: Hub, request: Request) -> Response:
-    """Receive recipes, and assemble every file that they describe."""
+    """Receive recipes, and assemble their files."""
     data = await request.body()
     hub.received_bytes += len(data)
     for sha256, segments in recipes(data):

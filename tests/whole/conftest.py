@@ -1,9 +1,12 @@
 """Run `synth` commands in an empty folder."""
 
+import io
+import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,20 @@ import pytest
 from datasets import load_dataset
 
 from tests.commands import SYNTH, run_synth
+from tests.hub.server import RunningHub, running_hub
 from tests.pipeline.images.test_similarity import photo
 
 __all__ = ["SYNTH"]
 
 ROOT = Path(__file__).parents[2]
+SMALL_DECODER = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def synth(tmp_path: Path) -> Run:
-    """Run `synth ARGUMENTS` in an empty folder and return what it printed."""
+    """Return a function that runs `synth ARGUMENTS` in an empty folder."""
 
     def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return run_synth(*arguments, cwd=tmp_path, env=env)
@@ -30,9 +35,15 @@ def synth(tmp_path: Path) -> Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
+    with running_hub(tmp_path_factory.mktemp("hub")) as running:
+        yield running
+
+
 @pytest.fixture(scope="session")
 def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the tracked and new files of the project: a build leaves files beside them."""
+    """Return a copy of the project's files, because a build adds files next to them."""
     copy = tmp_path_factory.mktemp("source")
     listing = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -44,34 +55,48 @@ def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+@cache
+def _photo_bytes(number: int, suffix: str) -> bytes:
+    file = io.BytesIO()
+    photo(number).save(file, {"jpg": "JPEG"}.get(suffix, suffix))
+    return file.getvalue()
+
+
 def save_photos(folder: Path, count: int, suffix: str = "png") -> Path:
-    """Save photos that do not look alike as 00, 01, ... in `folder/photos`; return `folder`."""
+    """Save distinct photos as 00, 01, ... in `folder/photos`, and return `folder`."""
     (folder / "photos").mkdir()
     for number in range(count):
-        photo(number).save(folder / "photos" / f"{number:02}.{suffix}")
+        (folder / "photos" / f"{number:02}.{suffix}").write_bytes(_photo_bytes(number, suffix))
     return folder
 
 
+def write_training_settings(folder: Path) -> None:
+    """Write `small.yaml`: a training that takes about a second."""
+    settings = SMALL_DECODER | {"steps": 2, "batch_size": 8, "evaluate_images": 4, "max_caption_tokens": 12}
+    (folder / "small.yaml").write_text(json.dumps(settings))
+
+
 def load_rows(dataset: Path, version: str = "v1.0.0") -> Any:
-    """Return the rows of all splits of a version, as `datasets` reads them."""
+    """Return the rows of all splits of a version, read by `datasets`."""
     files = [str(path) for path in sorted((dataset / "versions" / version).glob("*-*.parquet"))]
     return load_dataset("parquet", data_files=files, split="train", cache_dir=str(dataset.parent / "cache"))
 
 
 def restore_sigint() -> None:
-    """Restore SIGINT in a child process: a shell that runs the tests in the background makes them ignore it."""
+    """Restore SIGINT in a child process: a shell ignores it in background jobs."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ignore_sigint() -> None:
-    """Ignore SIGINT in a child process, as a shell has it in the background."""
+    """Ignore SIGINT in a child process, like a background job of a shell."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def descendants(pid: int, word: str = "") -> list[int]:
-    """Return the processes that a process has started, and those that they have, if their command contains `word`."""
-    lines = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
-    parents = {int(child): (int(parent), command) for child, parent, command in (line.split(None, 2) for line in lines)}
+    """Return the child processes of a process, at any depth, whose command contains `word`."""
+    done = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True)
+    lines = [line.split(None, 2) for line in done.stdout.splitlines()[1:]]
+    parents = {int(child): (int(parent), command) for child, parent, command in lines}
 
     def is_below(child: int) -> bool:
         return child in parents and (parents[child][0] == pid or is_below(parents[child][0]))
@@ -80,13 +105,13 @@ def descendants(pid: int, word: str = "") -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process runs, and is not one that has ended and that its parent has not asked about."""
+    """Return whether a process runs and is not a zombie."""
     status = Path(f"/proc/{pid}/status")
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 600) -> None:
-    """Wait until a condition holds; fail with the name of what did not happen."""
+    """Wait until a condition holds. Fail with `what` after a timeout."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -94,7 +119,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 600) ->
 
 
 def read_failure(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
-    """Return the error and the hint of a failed command; assert exit code 1 and no traceback."""
+    """Return error and hint of a failed command with exit code 1 and without traceback."""
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     error, hint = done.stderr.strip().splitlines()[-2:]

@@ -1,4 +1,4 @@
-"""The report in a real browser, opened from disk: what a user sees, types, clicks and exports."""
+"""Report in a real browser, opened from disk: search, reviews and their export."""
 
 import json
 import re
@@ -21,12 +21,12 @@ from tests.pipeline.report.test_figures import DEDUPE_ROW, caption, write_step
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.whole.conftest import Run
 
-expect.set_options(timeout=120_000)  # ms; ends a hung test only
+expect.set_options(timeout=120_000)  # ms, only ends a test that hangs
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    """Return a version with the step files of a run that rejected a near-duplicate image and a duplicate text."""
+    """Return a version whose run rejected a near-duplicate image and a duplicate text."""
     folder = tmp_path_factory.mktemp("dataset")
     rejected: dict[str, int] = {"duplicate": 1, "near_duplicate_image": 1}
     funnel: list[dict[str, Any]] = [
@@ -37,17 +37,19 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
     a, b = (sample.id for sample in scene_samples(2))
     kept = [caption(1, a, "A red ring."), caption(2, b, "A blue ring.", image_group=a)]
     lost = [caption(3, a, "a red ring", "A red ring.", duplicate_of="1", reason="duplicate")]
-    lost += [caption(4, b, "A dot.", image_group=a, image_reason="near_duplicate_image", reason="near_duplicate_image")]
+    near = "near_duplicate_image"
+    lost += [caption(4, b, "A dot.", image_group=a, image_reason=near, reason=near)]
     write_step(folder, "dedupe", "kept", kept, DEDUPE_ROW)
     write_step(folder, "dedupe", "rejected", lost, DEDUPE_ROW)
     for which in ("kept", "rejected"):
-        write_step(folder, "balance", which, kept if which == "kept" else [], DEDUPE_ROW | {"question_type": None})
+        rows = kept if which == "kept" else []
+        write_step(folder, "balance", which, rows, DEDUPE_ROW | {"question_type": None})
     return version
 
 
 @pytest.fixture
 def page(opened: Open, dataset: Version) -> Page:
-    """The report of 120 scenes, in one file."""
+    """Open the report of 120 scenes, in one file."""
     return opened(write_report(dataset, dataset.dataset_dir))
 
 
@@ -59,7 +61,7 @@ def result_count(page: Page, section: str = "images") -> str:
     return page.locator(f"#{section} output").inner_text()
 
 
-def test_search_and_filters_find_what_they_say(page: Page, dataset: Version) -> None:
+def test_search_and_filters_show_matching_images(page: Page, dataset: Version) -> None:
     assert result_count(page) == "1 to 48 of 120 found, 120 in this report"
     tests = dataset.manifest["rows"]["test"]
     page.get_by_label("Split").select_option("test")
@@ -69,14 +71,15 @@ def test_search_and_filters_find_what_they_say(page: Page, dataset: Version) -> 
     page.get_by_label("Search texts").fill("PURPLE RING")
     articles = page.locator("#images article")
     captions = [row for split in SPLITS for row in dataset.read(split, ["captions"])["captions"].to_pylist()]
-    assert articles.count() == sum(any("purple ring" in caption["text"] for caption in row) for row in captions)
+    texts = [" ".join(caption["text"] for caption in row) for row in captions]
+    assert articles.count() == sum("purple ring" in text for text in texts)
     assert all("purple ring" in text.lower() for text in articles.all_inner_texts())
     for absent in ('no such "text" \\', source[-40:-20], "webp"):  # image data is not searched
         page.get_by_label("Search texts").fill(absent)
         assert result_count(page) == "0 found, 120 in this report"
 
 
-def test_the_worst_texts_come_first_with_their_scores(opened: Open, tmp_path: Path) -> None:
+def test_lowest_scores_come_first(opened: Open, tmp_path: Path) -> None:
     samples = scene_samples(60)
     captions = true_captions(samples)
     samples = [replace(sample, source_row=f"{'ab'[n % 2]}/{n}.png") for n, sample in enumerate(samples)]
@@ -91,7 +94,7 @@ def test_the_worst_texts_come_first_with_their_scores(opened: Open, tmp_path: Pa
         for text in page.locator("#images article").all_inner_texts()
     ]
     assert scores == sorted(scores) and scores[0] == 0
-    page.get_by_label("Kind of text").select_option("detailed")  # the order is that of the texts that are looked for
+    page.get_by_label("Kind of text").select_option("detailed")  # the order follows the selected kind of text
     first = page.locator("#images article").first.locator("li", has_text="detailed").inner_text()
     assert "coverage 0\n" in f"{first}\n"
     page.get_by_label("Folder").select_option("b")
@@ -104,7 +107,7 @@ def test_the_worst_texts_come_first_with_their_scores(opened: Open, tmp_path: Pa
     expect(page.get_by_text("are answered right from the caption alone")).to_be_visible()
 
 
-def test_pictures_and_pages_follow_clicks_and_keys_but_not_while_somebody_types(page: Page) -> None:
+def test_images_and_pages_follow_clicks_and_keys_except_while_typing(page: Page) -> None:
     small, large = page.locator("#images article img").first, page.locator("#large img")
     first = page.locator("#images article code").first.inner_text()
     small.click()
@@ -138,7 +141,7 @@ def test_pictures_and_pages_follow_clicks_and_keys_but_not_while_somebody_types(
     expect(page.get_by_role("dialog")).to_be_hidden()
 
 
-def test_texts_are_reviewed_with_keys_alone_and_reviews_outlive_the_page(page: Page) -> None:
+def test_texts_are_reviewed_by_keyboard_and_reviews_survive_reload(page: Page) -> None:
     for key in "jgjbk":
         page.keyboard.press(key)
     expect(text_of(page, 0)).to_be_focused()
@@ -153,7 +156,7 @@ def test_texts_are_reviewed_with_keys_alone_and_reviews_outlive_the_page(page: P
     expect(page.locator("#reviewed")).to_have_text("1 good, 0 bad, 0 edited")
 
 
-def test_an_edit_can_be_cancelled_or_undone_and_is_not_replaced_without_asking(page: Page) -> None:
+def test_edit_can_be_cancelled_or_undone_and_is_replaced_only_after_confirmation(page: Page) -> None:
     shown, field = text_of(page).locator("p"), page.get_by_label("text", exact=True)
     before = shown.inner_text()
     page.keyboard.press("j")
@@ -186,17 +189,19 @@ def test_an_edit_can_be_cancelled_or_undone_and_is_not_replaced_without_asking(p
     expect(page.locator("#reviewed")).to_have_text("1 good, 0 bad, 0 edited")
 
 
-def test_an_edit_begins_with_what_the_text_really_says(opened: Open, tmp_path: Path) -> None:
+def test_edit_begins_with_unescaped_text(opened: Open, tmp_path: Path) -> None:
     samples = scene_samples(2)
     table = true_captions(samples)
     raw = ["A ring\nbelow a dot.", "A \u202ereal\u202c ring."] * len(samples)
-    version, _ = make_version(tmp_path, samples, table.set_column(table.column_names.index("text"), "text", pa.array(raw)))
+    table = table.set_column(table.column_names.index("text"), "text", pa.array(raw))
+    version, _ = make_version(tmp_path, samples, table)
     page = opened(write_report(version, tmp_path), accept_downloads=True)
     assert text_of(page).locator("p").inner_text() == "A ring[U+000A]below a dot."
     text_of(page).get_by_role("button", name="Edit").click()
     assert page.get_by_label("text", exact=True).input_value() == "A ring\nbelow a dot."
     page.get_by_role("button", name="Save").click()
-    expect(page.locator("#reviewed")).to_have_text("nothing reviewed yet")  # nothing was changed
+    # nothing was changed
+    expect(page.locator("#reviewed")).to_have_text("nothing reviewed yet")
     text_of(page, 1).get_by_role("button", name="Edit").click()
     field = page.get_by_label("text", exact=True)
     field.fill(field.input_value().replace("ring", "dot"))
@@ -208,17 +213,18 @@ def test_an_edit_begins_with_what_the_text_really_says(opened: Open, tmp_path: P
     assert review.text == "A \u202ereal\u202c dot."
 
 
-def test_two_tabs_that_review_the_same_report_lose_nothing(page: Page) -> None:
+def test_two_tabs_keep_all_reviews(page: Page) -> None:
     second_tab = page.context.new_page()
     second_tab.goto(page.url)
     items = "[...document.querySelectorAll('#images .texts > li')]"
     press = f"([first, end]) => {items}.slice(first, end).forEach(i => i.review('good'))"
-    for first in range(0, 40, 4):  # no tab waits for what the other has written
+    for first in range(0, 40, 4):  # no tab waits for the other
         page.evaluate(press, [first, first + 2])
         second_tab.evaluate(press, [first + 2, first + 4])
     text_of(page, 40).get_by_role("button", name="Bad").click()
     expect(second_tab.locator("#reviewed")).to_have_text("40 good, 1 bad, 0 edited")
-    expect(text_of(second_tab, 40).get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
+    bad_button = text_of(second_tab, 40).get_by_role("button", name="Bad")
+    expect(bad_button).to_have_attribute("aria-pressed", "true")
     text_of(second_tab, 41).get_by_role("button", name="Good").click()
     second_tab.get_by_label("Note").fill("no ring")
     text_of(page, 42).get_by_role("button", name="Good").click()
@@ -230,8 +236,9 @@ def test_two_tabs_that_review_the_same_report_lose_nothing(page: Page) -> None:
 LOOKS = [(viewport, scheme) for viewport in (WIDE, PHONE) for scheme in ("light", "dark")]
 
 
-@pytest.mark.parametrize(("viewport", "scheme"), LOOKS if LONG else LOOKS[1:3])  # a wide dark one, and a light one of a phone
-def test_nothing_is_in_the_way_of_anybody(opened: Open, dataset: Version, viewport: dict[str, int], scheme: str) -> None:
+# wide and dark, narrow and light
+@pytest.mark.parametrize(("viewport", "scheme"), LOOKS if LONG else LOOKS[1:3])
+def test_report_is_accessible(opened: Open, dataset: Version, viewport: dict[str, int], scheme: str) -> None:
     page = opened(write_report(dataset, dataset.dataset_dir), viewport=viewport, color_scheme=scheme)
     text_of(page).get_by_role("button", name="Bad").click()
     text_of(page, 1).get_by_role("button", name="Edit").click()
@@ -241,7 +248,7 @@ def test_nothing_is_in_the_way_of_anybody(opened: Open, dataset: Version, viewpo
     assert wide <= viewport["width"]
 
 
-def test_exported_reviews_make_the_next_version(opened: Open, synth: Run, tmp_path: Path) -> None:
+def test_exported_reviews_make_next_version(opened: Open, synth: Run, tmp_path: Path) -> None:
     assert synth("generate", "--source", "scenes", "--limit", "24").returncode == 0
     assert synth("report").returncode == 0
     page = opened(tmp_path / "data" / "scenes" / "report.html", accept_downloads=True)
@@ -279,11 +286,17 @@ def test_exported_reviews_make_the_next_version(opened: Open, synth: Run, tmp_pa
 
 
 def read_texts(version: Version) -> list[str]:
-    """Return all texts of a version; a question that was edited in review ends with ` review`."""
+    """Return all texts of a version. ` review` is appended to edited questions."""
     texts = []
     for split in SPLITS:
         for row in version.read(split, ["captions", "qa"]).to_pylist() if version.shards(split) else []:
             texts += [caption["text"] for caption in row["captions"]]
-            pairs = [f"{row['captions'][-1]['text'][:20]} {pair['question']} {pair['answer']}" for pair in row["qa"]]
-            texts += [text + " review" * (pair["prompt_id"] == "review") for text, pair in zip(pairs, row["qa"], strict=True)]
+            pairs = [
+                f"{row['captions'][-1]['text'][:20]} {pair['question']} {pair['answer']}"
+                for pair in row["qa"]
+            ]
+            texts += [
+                text + " review" * (pair["prompt_id"] == "review")
+                for text, pair in zip(pairs, row["qa"], strict=True)
+            ]
     return texts

@@ -1,9 +1,8 @@
-"""Checks by models: claims, asked about in both directions; repair; what captions tell; ratings by a judge."""
+"""Checks by models: claims in both directions, repair, coverage, and ratings by a judge."""
 
 import hashlib
 import json
 import os
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.chat.server import Act, ChatServer, running_chat, task_of, uuid_of
-from tests.commands import run_synth
-from tests.whole.conftest import load_rows, save_photos
+from tests.commands import Done, read_result, run_synth
+from tests.whole.conftest import load_rows, read_failure, save_photos
 
 COLORS = ("red", "blue", "green", "black")
 THINGS = ("kite", "boat", "horse", "clock")
 PLACES = ("by the river", "on the bridge", "in the garden", "near the wall")
 DETAILS = (COLORS, THINGS, PLACES)
+QUESTIONS = ("What color is it?", "What stands there?", "Where does it stand?")
 COUNT = 24
 CAPTIONS = ("--source", "folder:photos", "--tasks", "caption", "--styles", "plain", "--out", "d")
-UNREPAIRABLE = 1  # the writer does not see what is wrong with this one
+# number of a caption whose error the repairing model does not see
+UNREPAIRABLE = 1
 
 
 def truth_of(number: int) -> tuple[str, str, str]:
@@ -30,7 +31,7 @@ def truth_of(number: int) -> tuple[str, str, str]:
 
 
 def caption_of(number: int) -> tuple[str, str, str]:
-    """Return the details in the caption: of every second image one is wrong."""
+    """Return the details in a caption. One of them is wrong in every second caption."""
     details = [*truth_of(number)]
     if number % 2:
         part = number // 2 % 3
@@ -40,24 +41,25 @@ def caption_of(number: int) -> tuple[str, str, str]:
 
 
 def details_in(caption: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the details that a caption names, each with all details of its kind."""
+    """Return the details in a caption, each with all options of its kind."""
     return [(detail, options) for options in DETAILS for detail in options if detail in caption]
 
 
 class Model:
-    """A model that sees what is true, and splits captions by words."""
+    """A model that sees the truth, and splits captions by words."""
 
     def __init__(self, ids: dict[str, int]) -> None:
-        self.ids, self.asked = ids, Counter[str]()
+        self.ids, self.requests = ids, Counter[str]()
         self.refutes_colors = False
 
     def __call__(self, times: int, body: dict[str, Any]) -> Act:
         task = body["response_format"]["json_schema"]["name"]
         prompt = body["messages"][-1]["content"][-1]["text"]
-        self.asked[task] += 1
+        self.requests[task] += 1
         if task in ("claims", "covers", "repair"):
-            assert not uuid_of(body)  # no image is sent
-            caption = next(line.removeprefix("Caption: ") for line in prompt.splitlines() if line.startswith("Caption: "))
+            assert not uuid_of(body)
+            line = next(line for line in prompt.splitlines() if line.startswith("Caption: "))
+            caption = line.removeprefix("Caption: ")
             return Act(json.dumps(getattr(self, task)(caption, prompt)))
         number = self.ids[uuid_of(body).split(".")[0]]
         if task == "answer":
@@ -69,8 +71,9 @@ class Model:
             is_true = any(f" {part}?" in asked for part in truth_of(number))
             return Act(json.dumps({"answer": "Yes." if is_true else "No."}))
         if task == "qa":
-            questions = zip(("What color is it?", "What stands there?", "Where does it stand?"), truth_of(number), strict=True)
-            return Act(json.dumps({"qa": [{"answer_type": "other", "question": q, "answer": a} for q, a in questions]}))
+            pairs = zip(QUESTIONS, truth_of(number), strict=True)
+            rows = [{"answer_type": "other", "question": q, "answer": a} for q, a in pairs]
+            return Act(json.dumps({"qa": rows}))
         color, thing, place = caption_of(number)
         return Act(json.dumps({"caption": f"A {color} {thing} stands {place} all day long."}))
 
@@ -82,24 +85,27 @@ class Model:
         return {"claims": [probe(detail, options) for detail, options in details_in(caption)]}
 
     def covers(self, caption: str, prompt: str) -> dict[str, str]:
-        kind = next(n for n, word in enumerate(("color", "What stands", "Where")) if f"{word}" in prompt.splitlines()[-1])
-        return {"answer": next((detail for detail, options in details_in(caption) if options is DETAILS[kind]), "unknown")}
+        asked = next(n for n, question in enumerate(QUESTIONS) if question in prompt.splitlines()[-1])
+        answers = [detail for detail, options in details_in(caption) if options is DETAILS[asked]]
+        return {"answer": answers[0] if answers else "unknown"}
 
     def repair(self, caption: str, prompt: str) -> dict[str, str]:
         answers = [line for line in prompt.splitlines() if line.startswith("Question: ")]
-        wrong = next(detail for detail, _ in details_in(caption) if f"Question: Is it {detail}? Answer: No." in answers)
-        assert len(answers) == 1, answers  # the answers that agree with the caption are not shown
+        details = [detail for detail, _ in details_in(caption)]
+        wrong = next(name for name in details if f"Question: Is it {name}? Answer: No." in answers)
+        assert len(answers) == 1, answers  # confirmed claims are not shown
         if caption_of(UNREPAIRABLE)[0] in caption and caption_of(UNREPAIRABLE)[2] in caption:
             return {"caption": f"{caption[:-1]}!"}
         return {"caption": caption.replace(f" {wrong}", " thing" if wrong in THINGS else "")}
 
 
 def rate(_: int, body: dict[str, Any]) -> Act:
-    """Judge as a model would that dislikes red things and short answers."""
-    assert uuid_of(body)  # it sees the image
+    """A judge that dislikes red objects."""
+    assert uuid_of(body)  # the judge gets the image
     text = task_of(body)
-    mark = "2" if "red" in text else "5"
-    return Act(json.dumps({"flaw": "nothing", "relevance": "5", "grounding": mark, "correctness": mark, "form": "4"}))
+    rating = "2" if "red" in text else "5"
+    ratings = {"relevance": "5", "grounding": rating, "correctness": rating, "form": "4"}
+    return Act(json.dumps({"flaw": "nothing", **ratings}))
 
 
 @pytest.fixture
@@ -120,39 +126,36 @@ def judge() -> Iterator[ChatServer]:
         yield chat
 
 
-def run(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> Done:
     command = ("generate", *arguments, "--base-url", server.url, "--json")
     return run_synth(*command, cwd=folder, env={**os.environ, **environment})
 
 
 def generate(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> dict[str, Any]:
-    done = run(folder, server, *arguments, **environment)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return read_result(run(folder, server, *arguments, **environment))
 
 
 def captions_of(folder: Path, model: Model, out: str = "d") -> dict[int, dict[str, Any]]:
-    """Return the captions of a version by the number of their image, as `datasets` reads them."""
+    """Return the captions of a version by image number, read by `datasets`."""
     rows = load_rows(folder / out)
     return {model.ids[row["sample_id"]]: caption for row in rows for caption in row["captions"]}
 
 
-def test_captions_with_a_wrong_detail_are_rejected_and_no_other(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_captions_with_wrong_detail_are_rejected(tmp_path: Path, model: Model, server: ChatServer) -> None:
     steps = generate(tmp_path, server, *CAPTIONS, "--verify", "claims")["steps"]
     assert steps["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
     kept = pq.read_table(tmp_path / "d/steps/verify/kept.parquet").to_pylist()
     assert sorted(model.ids[row["sample_id"]] for row in kept) == list(range(0, COUNT, 2))
     expected = [check["expected"] for row in kept for check in row["checks"]]
     assert expected.count("yes") == expected.count("no") == 3 * len(kept)
-    assert model.asked["claims"] == len({caption_of(number) for number in range(COUNT)})
-    asked = len(server.bodies)
+    assert model.requests["claims"] == len({caption_of(number) for number in range(COUNT)})
+    num_requests = len(server.bodies)
     again = generate(tmp_path, server, *CAPTIONS, "--verify", "claims")
-    assert (len(server.bodies), again["is_new"]) == (asked, False)
+    assert (len(server.bodies), again["is_new"]) == (num_requests, False)
     assert {caption["precision"] for caption in captions_of(tmp_path, model).values()} == {1.0}
 
 
-def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_repair_removes_false_claim_from_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
     steps = generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--repair")["steps"]
     lost = steps["verify"]["rejected"]["claims_not_confirmed"]
     captions = captions_of(tmp_path, model)
@@ -167,33 +170,35 @@ def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model,
     before = {model.ids[row["sample_id"]]: row["unrepaired_text"] for row in kept}
     assert {number for number, text in before.items() if text} == wrong
     assert all(row["word_count"] == len(row["clean_text"].split()) for row in kept)  # measured again
-    asked = len(server.bodies)
+    num_requests = len(server.bodies)
     assert not generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--repair")["is_new"]
-    assert len(server.bodies) == asked
+    assert len(server.bodies) == num_requests
     manifest = json.loads((tmp_path / "d/versions/v1.0.0/manifest.json").read_text())
-    assert any(name.startswith("repair/v1@") for name in manifest["prompts"]) and "repair" in manifest["schemas"]
+    assert any(name.startswith("repair/v1@") for name in manifest["prompts"])
+    assert "repair" in manifest["schemas"]
     assert manifest["measured"]["repaired_captions"] == len(wrong)
     card = (tmp_path / "d/versions/v1.0.0/README.md").read_text()
-    assert f"{len(wrong)} captions had a false claim" in card and f"| precision | 1.0 | {len(captions)} |" in card
+    assert f"{len(wrong)} captions had a false claim" in card
+    assert f"| precision | 1.0 | {len(captions)} |" in card
     assert "- `precision`: share of the caption" in card
 
 
-def test_what_a_person_wrote_is_checked_and_never_repaired(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_human_caption_is_checked_but_not_repaired(tmp_path: Path, model: Model, server: ChatServer) -> None:
     names = sorted(path.name for path in (tmp_path / "photos").glob("*.png"))
     lines = [f"{name},A {' '.join(caption_of(number))} can be seen." for number, name in enumerate(names)]
     (tmp_path / "photos/metadata.csv").write_text("\n".join(["file_name,text", *lines]))
     options = ("--source", "folder:photos", "--out", "d", "--tasks", "none", "--verify", "claims", "--repair")
     steps = generate(tmp_path, server, *options)["steps"]
-    assert model.asked["repair"] == 0 and model.asked["claims"] > 0
+    assert model.requests["repair"] == 0 and model.requests["claims"] > 0
     assert steps["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
     assert {caption["prompt_id"] for caption in captions_of(tmp_path, model).values()} == {"human"}
 
 
-def test_coverage_is_what_a_caption_tells_of_its_image(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_coverage_is_share_of_answers_in_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
     both = ("--source", "folder:photos", "--styles", "plain", "--out", "d", "--verify", "covers")
     generate(tmp_path, server, *both)
     captions = captions_of(tmp_path, model)
-    # A caption with a wrong detail answers one of three questions otherwise.
+    # A caption with a wrong detail contradicts one of three answers.
     assert {n: round(caption["coverage"], 3) for n, caption in captions.items()} == {
         n: 0.667 if n % 2 else 1.0 for n in captions
     }
@@ -201,22 +206,22 @@ def test_coverage_is_what_a_caption_tells_of_its_image(tmp_path: Path, model: Mo
     (tmp_path / "synth.yaml").write_text("verify: {min_coverage: 0.9}\n")
     steps = generate(tmp_path, server, "--config", "synth.yaml", *both)["steps"]
     assert steps["verify"]["rejected"] == {"low_coverage": COUNT // 2}
-    model.asked.clear()
-    model.refutes_colors = True  # an answer that was refuted says nothing of a caption
+    model.requests.clear()
+    model.refutes_colors = True  # refuted answers do not count for coverage
     generate(tmp_path, server, *both[:-1], "covers,round_trip", "--out", "e")
-    right = [one["coverage"] for n, one in captions_of(tmp_path, model, out="e").items() if n % 2 == 0]
+    captions = captions_of(tmp_path, model, out="e")
+    right = [caption["coverage"] for n, caption in captions.items() if n % 2 == 0]
     assert len(right) == COUNT // 2 and set(right) == {1.0}
-    assert model.asked["covers"] <= 2 * COUNT  # of three questions, two are left
+    assert model.requests["covers"] <= 2 * COUNT  # two of three questions remain
 
 
-def test_another_model_rates_each_text_and_its_server_gets_its_own_key(
-    tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer
-) -> None:
+def test_judge_uses_its_own_key(tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer) -> None:
     server.key, judge.key = "of-the-writer", "of-the-judge"
     rated = (*CAPTIONS, "--judge", f"judge-7b@{judge.url}")
     refused = run(tmp_path, server, *rated, SYNTH_API_KEY="of-the-writer")
     assert refused.returncode == 1 and "SYNTH_JUDGE_API_KEY" in refused.stderr, refused.stderr
-    assert not model.asked and judge.authorizations == {None}  # the writer's key was not sent there, and nothing was paid
+    # the writer's key was not sent to the judge, and no request was paid
+    assert not model.requests and judge.authorizations == {None}
     keys = {"SYNTH_API_KEY": "of-nobody", "MY_KEY": "of-the-writer", "SYNTH_JUDGE_API_KEY": "of-the-judge"}
     (tmp_path / "key.yaml").write_text("server: {key_env: MY_KEY, headers: {X-Own: $MY_KEY}}\n")
     generate(tmp_path, server, "--config", "key.yaml", *rated, **keys)
@@ -230,17 +235,16 @@ def test_another_model_rates_each_text_and_its_server_gets_its_own_key(
     assert {(caption["relevance"], caption["form"]) for caption in captions.values()} == {(5, 4)}
     text = (tmp_path / "d/versions/v1.0.0/manifest.json").read_text()
     assert json.loads(text)["config"]["verify"]["judge"] == "judge-7b" and judge.url not in text
-    asked = len(judge.bodies)
-    assert not generate(tmp_path, server, "--config", "key.yaml", *rated, **keys)["is_new"] and len(judge.bodies) == asked
+    num_requests = len(judge.bodies)
+    assert not generate(tmp_path, server, "--config", "key.yaml", *rated, **keys)["is_new"]
+    assert len(judge.bodies) == num_requests
     (tmp_path / "synth.yaml").write_text("verify: {min_rating: 3}\nserver: {key_env: MY_KEY}\n")
     steps = generate(tmp_path, server, "--config", "synth.yaml", *rated, **keys)["steps"]
     red = sum(caption_of(number)[0] == "red" for number in range(COUNT))
-    assert steps["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == asked
+    assert steps["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == num_requests
 
 
-def test_a_judge_without_a_server_or_that_is_the_writer_is_refused_before_anything_is_asked(
-    tmp_path: Path, model: Model, server: ChatServer
-) -> None:
+def test_invalid_judge_is_refused_without_request(tmp_path: Path, model: Model, server: ChatServer) -> None:
     for name, complaint in (
         (f"model@{server.url}", "is also the writer"),
         ("judge-7b", "has no server"),
@@ -248,17 +252,18 @@ def test_a_judge_without_a_server_or_that_is_the_writer_is_refused_before_anythi
         ("judge-7b@ftp://x", "is not a model and the address of its server"),
     ):
         done = run(tmp_path, server, *CAPTIONS, "--judge", name)
-        assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert not model.asked
+        assert complaint in read_failure(done)[0], done.stderr
+    assert not model.requests
     (tmp_path / "synth.yaml").write_text("verify: {judge_may_be_writer: true}\n")
-    server.script = lambda times, body: rate(times, body) if "flaw" in json.dumps(body) else model(times, body)
+    server.script = lambda times, body: (rate if "flaw" in json.dumps(body) else model)(times, body)
     generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--judge", f"model@{server.url}")
 
 
-def test_captions_are_compared_with_those_of_the_source(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_captions_are_compared_with_source_captions(tmp_path: Path, model: Model, server: ChatServer) -> None:
     for number in range(COUNT):
         color, thing, _ = truth_of(number)
-        (tmp_path / "photos" / f"{number:02}.txt").write_text(f"The {thing} is {color}." if number % 3 else "Nobody is home.")
+        text = f"The {thing} is {color}." if number % 3 else "Nobody is home."
+        (tmp_path / "photos" / f"{number:02}.txt").write_text(text)
     (tmp_path / "synth.yaml").write_text("verify: {min_shared_words: 0.01}\n")
     generate(tmp_path, server, *CAPTIONS, "--verify", "references")
     shares = {number: caption["shared_words"] for number, caption in captions_of(tmp_path, model).items()}

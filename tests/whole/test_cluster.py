@@ -1,4 +1,4 @@
-"""`synth generate --executor ray` on a real Ray cluster on this machine, with workers and drivers that are killed."""
+"""`synth generate --executor ray` on a real Ray cluster, with killed workers and drivers."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from pipeline.dataset.version import Version, dataset_folder
 from pipeline.executors.ray.shards import scratch_root
 from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
-from tests.commands import run_process, run_synth
+from tests.commands import require_success, run_process, run_synth
 from tests.hostile import LONG
 from tests.hub import datasets
 from tests.s3 import running_s3
@@ -37,14 +37,15 @@ THINGS = ("ring", "star", "cross", "disk", "arrow")
 
 
 def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Act]:
-    """Return a script that derives each reply from the image's uuid: many texts repeat, and some replies are not valid JSON."""
+    """Return a script with replies by the image's uuid: texts repeat, and some replies are invalid JSON."""
 
     def script(times: int, body: dict[str, Any]) -> Act:
         draws = hashlib.sha256(uuid_of(body).encode()).digest()
         thing, color = THINGS[draws[0] % 5], ("red", "blue")[draws[1] % 2]
         task = body["response_format"]["json_schema"]["name"]
         if task == "answer":
-            text = json.dumps({"answer": "yes" if "Is there" in json.dumps(body["messages"]) else str(draws[4] % 3)})
+            is_boolean = "Is there" in json.dumps(body["messages"])
+            text = json.dumps({"answer": "yes" if is_boolean else str(draws[4] % 3)})
         elif task == "boxes":
             boxes = [[0, 0, 28 + draws[5] % 28, 40], [5, 5, 9000, 9]][: draws[6] % 3]
             text = json.dumps({"boxes": [{"bbox_2d": box, "label": thing} for box in boxes]})
@@ -53,9 +54,10 @@ def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Ac
         elif task == "caption":
             text = json.dumps({"caption": f"A small {color} {thing} lies in the middle of a white sheet."})
         else:
-            pairs = [("yes/no", f"Is there a {thing} here?", "yes"), ("number", "How many things are seen?", str(draws[2] % 3))]
-            keys = ("answer_type", "question", "answer")
-            text = json.dumps({"qa": [dict(zip(keys, pair, strict=True)) for pair in pairs]})
+            question, answer = "How many things are seen?", str(draws[2] % 3)
+            boolean = {"answer_type": "yes/no", "question": f"Is there a {thing} here?", "answer": "yes"}
+            number = {"answer_type": "number", "question": question, "answer": answer}
+            text = json.dumps({"qa": [boolean, number]})
         return Act(text="no JSON" if draws[3] < 16 else text, seconds=seconds)
 
     return script
@@ -63,7 +65,7 @@ def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Ac
 
 @pytest.fixture
 def synth(tmp_path: Path) -> Run:
-    """Run `synth ARGUMENTS` in a process: Ray leaves threads, and takes the folder and the environment of the process."""
+    """Run `synth ARGUMENTS` in a new process, because Ray leaves threads."""
     return partial(run_process, cwd=tmp_path)
 
 
@@ -74,18 +76,19 @@ def chat() -> Iterator[ChatServer]:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A version of photos, made in `one` process, and in `many` shards by a cluster whose worker and driver were killed."""
+class KilledRun:
+    """Versions of the same photos: `one` from one process, `many` from a cluster with kills."""
 
     folder: Path
     chat: ChatServer
     undisturbed: Counter[str]  # requests for `one`
-    review: "subprocess.CompletedProcess[str]"  # of `many` before it was finished
+    # outcome of a review of `many` before its run was complete
+    review: "subprocess.CompletedProcess[str]"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    """Make the versions from photos with copies and damage among them."""
+def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledRun]:
+    """Make the versions from photos that include copies and damaged images."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "photos").mkdir()
     for first, split in ((0, "train"), (20, "test"), (40, "validation")):
@@ -94,32 +97,32 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
             image = {"bytes": b"broken", "path": None} if n % 11 == 10 else datasets.cell(n)
             rows.append({"photo": image, "caption": f"Thing {n} of {split}."})
         (folder / "photos" / f"{split}.parquet").write_bytes(datasets.parquet(rows, PHOTOS, rows_a_group=5))
-    (folder / "boxes.yaml").write_text("{name: boxes, kind: boxes, prompt: 'Where are the things of {{ row.caption }}'}")
+    boxes = "{name: boxes, kind: boxes, prompt: 'Where are the things of {{ row.caption }}'}"
+    (folder / "boxes.yaml").write_text(boxes)
     output = "{type: object, required: [many], properties: {many: {type: integer}, sure: {type: boolean}}}"
     asks = f"needs: [boxes], show_image: false, output: {output}, prompt: '{{{{ results.boxes }}}}'"
     (folder / "count.yaml").write_text(f"{{name: count, kind: record, {asks}}}")
     with running_chat(ChatServer(scripted_replies())) as chat:
-        done = run_synth(*flags_of(chat), "--out", "one", cwd=folder)
-        assert done.returncode == 0, done.stderr
+        require_success(run_synth(*flags_of(chat), "--out", "one", cwd=folder))
         undisturbed = Counter(chat.times)
         chat.times.clear()
         kill_worker_and_driver(folder, chat)
-        (folder / "m.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, verdict="good")]))
+        good = Review(sample_id="0" * 64, content="0" * 16, verdict="good")
+        (folder / "m.jsonl").write_text(format_reviews([good]))
         review = run_synth("review", "apply", "m.jsonl", "--data", "many", cwd=folder)
-        done = run_process(*flags_of(chat), "--out", "many", "--executor", "ray", cwd=folder)
-        assert done.returncode == 0, done.stderr
-        yield Made(folder, chat, undisturbed, review)
+        require_success(run_process(*flags_of(chat), "--out", "many", "--executor", "ray", cwd=folder))
+        yield KilledRun(folder, chat, undisturbed, review)
 
 
 def kill_worker_and_driver(folder: Path, chat: ChatServer) -> None:
-    """Start to make `many`; kill one of the two workers, and later the driver, while requests are in flight."""
+    """Start to make `many`. Kill one of two workers, then the driver, while requests are in flight."""
     chat.script = scripted_replies(1.0)
     driver = start_on_cluster(folder, *flags_of(chat), "--out", "many", "--shards", "3")
     wait_until(lambda: sum(chat.times.values()) > 40, "40 requests")
     wait_until(lambda: len(descendants(driver.pid, "ray::MapWorker")) == 2, "two workers")
     os.kill(descendants(driver.pid, "ray::MapWorker")[0], signal.SIGKILL)
     last = sum(chat.times.values()) + 40
-    quick, held = scripted_replies(1.0), scripted_replies(20.0)  # after the last one, requests stay in flight
+    quick, held = scripted_replies(1.0), scripted_replies(20.0)  # later requests stay in flight
     chat.script = lambda times, body: (quick if sum(chat.times.values()) <= last else held)(times, body)
     wait_until(lambda: sum(chat.times.values()) > last, "40 more requests")
     alive = descendants(driver.pid, "ray::MapWorker")
@@ -131,11 +134,19 @@ def kill_worker_and_driver(folder: Path, chat: ChatServer) -> None:
 
 
 def flags_of(chat: ChatServer) -> tuple[str, ...]:
-    """Return the command that makes `one` and `many`, without its folder and its executor."""
+    """Return the command for `one` and `many`, without folder and executor."""
     columns = ("--columns", "image=photo,context=caption")
     source = ("--source", "parquet:photos", *columns, "--exclude", "parquet:photos#validation")
-    tasks = ("--tasks", "caption,qa", "--task", "boxes.yaml", "--task", "count.yaml", "--verify", "round_trip,blind")
-    return ("generate", *source, *tasks, "--base-url", chat.url)
+    tasks = ("--tasks", "caption,qa", "--task", "boxes.yaml", "--task", "count.yaml")
+    return ("generate", *source, *tasks, "--verify", "round_trip,blind", "--base-url", chat.url)
+
+
+def write_review(folder: Path) -> None:
+    """Write a review of the first text of `one` to `reviews.jsonl`."""
+    rows = pq.read_table(folder / "one" / "steps" / "split" / "kept.parquet").to_pylist()
+    sample_id, content = text_name(rows[0])
+    review = Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")
+    (folder / "reviews.jsonl").write_text(format_reviews([review]))
 
 
 def latest_version(folder: Path) -> Version:
@@ -143,33 +154,33 @@ def latest_version(folder: Path) -> Version:
 
 
 def rows_of(version: Version) -> dict[str, Any]:
-    return {row["sample_id"]: row for _, batch in version.batches(version.manifest["columns"]) for row in batch.to_pylist()}
+    batches = version.batches(version.manifest["columns"])
+    return {row["sample_id"]: row for _, batch in batches for row in batch.to_pylist()}
 
 
-def test_cluster_makes_reports_and_reviews_the_version_that_one_machine_makes(made: Made) -> None:
-    folder, chat = made.folder, made.chat
+def test_cluster_makes_same_version_report_and_review_as_one_machine(killed_run: KilledRun) -> None:
+    folder, chat = killed_run.folder, killed_run.chat
     local, distributed = latest_version(folder / "one"), latest_version(folder / "many")
     assert distributed.manifest["digest"] == local.manifest["digest"]
     assert rows_of(distributed) == rows_of(local)
     assert {len(row["boxes"]) for row in rows_of(local).values()} == {0, 1}
     assert {row["count"]["many"] for row in rows_of(local).values() if row["count"]} >= {1, 2}
-    shared = local.manifest.keys() - {"files", "rejections"}
-    assert {name: distributed.manifest[name] for name in shared} == {name: local.manifest[name] for name in shared}
-    rejections = [pq.read_table(version.path / "rejections.parquet").to_pylist() for version in (local, distributed)]
-    assert sorted(map(str, rejections[0])) == sorted(map(str, rejections[1]))
+    for name in local.manifest.keys() - {"files", "rejections"}:
+        assert distributed.manifest[name] == local.manifest[name], name
+    tables = [pq.read_table(version.path / "rejections.parquet") for version in (local, distributed)]
+    rejections = [sorted(map(str, table.to_pylist())) for table in tables]
+    assert rejections[0] == rejections[1]
     reasons = {reason for step in distributed.manifest["funnel"] for reason in step["rejected"]}
     assert {"banned_image", "duplicate_image", "unreadable_image"} <= reasons, reasons
     for step in distributed.manifest["funnel"]:
         assert step["input"] == step["kept"] + sum(step["rejected"].values())
     parts, before, flags = [], len(chat.bodies), flags_of(chat)
-    rows = pq.read_table(folder / "one" / "steps" / "split" / "kept.parquet").to_pylist()
-    sample_id, content = text_name(rows[0])
-    reviews = format_reviews([Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")])
-    (folder / "reviews.jsonl").write_text(reviews)
+    write_review(folder)
     for out in ("one", "many"):
         assert run_synth("report", out, cwd=folder).returncode == 0
         page = (folder / out / "report.html").read_text()
-        parts.append(sorted(re.findall(r'<span class="bad">\d+</span> \w+|Duplicate texts of one image: \d+|"step":"\w+"', page)))
+        figures = r'<span class="bad">\d+</span> \w+|Duplicate texts of one image: \d+|"step":"\w+"'
+        parts.append(sorted(re.findall(figures, page)))
         assert "belong to another run" not in page
         done = run_synth("review", "apply", "reviews.jsonl", "--data", out, cwd=folder)
         assert "review: 1 reviews apply" in done.stderr, done.stderr
@@ -184,7 +195,7 @@ def test_cluster_makes_reports_and_reviews_the_version_that_one_machine_makes(ma
     assert "nothing new: v1.0.1" in run_synth(*flags, "--out", "many", cwd=folder).stderr
     assert len(chat.bodies) == before
     assert not (folder / "many" / "exchange").exists()
-    refused = run_process(*flags, "--out", "many", "--executor", "ray", "--shards", "5", cwd=folder)
+    refused = run_synth(*flags, "--out", "many", "--executor", "ray", "--shards", "5", cwd=folder)
     assert "has 3 shards, not 5" in read_failure(refused)[0]
 
 
@@ -195,7 +206,7 @@ def start_on_cluster(folder: Path, *command: str) -> "subprocess.Popen[bytes]":
 
 
 def count_journaled(home: Path) -> tuple[int, int]:
-    """Return the numbers of requests sent and of different replies, over all shards; two may ask the same text."""
+    """Return the numbers of sent requests and of distinct replies, over all shards."""
     sent, replies = 0, set[tuple[str, int]]()
     for path in home.glob("shards/*/journal/local.sqlite"):
         with sqlite3.connect(path) as db:
@@ -204,19 +215,20 @@ def count_journaled(home: Path) -> tuple[int, int]:
     return sent, len(replies)
 
 
-def test_whatever_is_killed_the_same_command_goes_on(made: Made) -> None:
-    assert "many has no finished run to review" in read_failure(made.review)[0]
-    times, undisturbed = made.chat.times, made.undisturbed
-    assert times.keys() == undisturbed.keys()  # nothing is lost
+def test_killed_cluster_run_resumes_with_same_command(killed_run: KilledRun) -> None:
+    assert "many has no finished run to review" in read_failure(killed_run.review)[0]
+    times, undisturbed = killed_run.chat.times, killed_run.undisturbed
+    assert times.keys() == undisturbed.keys()
     repeated = sum((times - undisturbed).values())
-    assert 0 < repeated <= 3 * 64  # at most the requests in flight, of one worker and then of two
-    sent, replies = count_journaled(made.folder / "many")
+    # at most the requests in flight, of one worker and then of two
+    assert 0 < repeated <= 3 * 64
+    sent, replies = count_journaled(killed_run.folder / "many")
     assert replies == sum(undisturbed.values())
     assert repeated <= sent - replies <= 3 * 64  # some recorded requests were not sent
 
 
 @pytest.mark.skipif(not LONG, reason="two clusters of two nodes take three minutes: make test-long")
-def test_nodes_that_share_no_files_keep_all_in_an_object_store(
+def test_nodes_without_shared_files_use_object_store(
     synth: Run, chat: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shard_of(key: str) -> int:  # a key begins with the sample id
@@ -227,13 +239,15 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
     assert synth(*flags, "--out", "one").returncode == 0
     undisturbed = Counter(chat.times)
     chat.times.clear()
-    chat.script = lambda times, body: scripted_replies(45.0 if shard_of(uuid_of(body)) == 2 else 0.5)(times, body)
+    slow, quick = scripted_replies(45.0), scripted_replies(0.5)
+    chat.script = lambda times, body: (slow if shard_of(uuid_of(body)) == 2 else quick)(times, body)
     with running_s3("sets") as keys:
         for name, value in keys.items():
             monkeypatch.setenv(name, value)
         driver = start_on_cluster(tmp_path, *flags, "--out", home, "--shards", "3")
         shards = parse_dataset_path(home) / "shards"
-        wait_until(lambda: len(list(shards.glob("*/filled.json"))) == 2 and 2 in map(shard_of, chat.times), "two shards")
+        wait_until(lambda: len([*shards.glob("*/filled.json")]) == 2, "two shards")
+        wait_until(lambda: 2 in map(shard_of, chat.times), "the third shard")
         workers = descendants(driver.pid, "ray::MapWorker")
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
@@ -243,8 +257,7 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         shutil.rmtree(scratch_root(parse_dataset_path(home)))  # as if the node were lost
         stray = parse_dataset_path(home) / "versions" / "v1.0.0" / "train-00009.parquet"
         stray.write_bytes(b"by a command that was killed before there was a manifest")
-        done = synth(*flags, "--out", home, "--executor", "ray")
-        assert done.returncode == 0, done.stderr
+        done = require_success(synth(*flags, "--out", home, "--executor", "ray"))
         assert f"{home} is in use, or was a moment ago" in done.stderr
         assert not stray.exists()
         assert filled == {0, 1}
@@ -252,31 +265,29 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         assert chat.times.keys() == undisturbed.keys()
         repeated = (chat.times - undisturbed).keys()
         assert not set(map(shard_of, repeated)) & filled
-        remaining = {path.name for path in scratch_root(parse_dataset_path(home)).rglob("*") if path.is_file()}
-        assert remaining == {".lock"}  # on the node
+        files = [path for path in scratch_root(parse_dataset_path(home)).rglob("*") if path.is_file()]
+        assert {path.name for path in files} == {".lock"}  # on the node
         assert "nothing new: v1.0.0" in synth(*flags, "--out", home, "--executor", "ray").stderr
         assert len(list(shards.glob("*/journal/*.sqlite"))) == 3
         assert not (parse_dataset_path(home) / "exchange").exists()
 
-        # Commands read it from there like any other dataset.
+        # Commands read a dataset in an object store like any other.
         assert synth("report", home).stdout.strip() == f"{dataset_folder(home)}/report.html"
         fetched, local = latest_version(tmp_path / dataset_folder(home)), latest_version(tmp_path / "one")
         assert fetched.manifest["digest"] == local.manifest["digest"] and rows_of(fetched) == rows_of(local)
-        sample_id, content = text_name(pq.read_table(tmp_path / "one" / "steps" / "split" / "kept.parquet").to_pylist()[0])
-        reviews = format_reviews([Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")])
-        (tmp_path / "reviews.jsonl").write_text(reviews)
+        write_review(tmp_path)
         for out in ("one", home):
-            done = synth("review", "apply", "reviews.jsonl", "--data", out, "--json")
-            assert done.returncode == 0, done.stderr
+            done = require_success(synth("review", "apply", "reviews.jsonl", "--data", out, "--json"))
         assert json.loads(done.stdout)["digest"] == latest_version(tmp_path / "one").manifest["digest"]
         error, _ = read_failure(synth(*flags, "--out", "s3://none/mine", "--executor", "ray"))
         assert "s3://none/mine: The specified bucket does not exist" in error
     assert synth(*flags, "--out", home).returncode == 2  # the local executor writes to a disk only
 
 
-def test_cluster_that_does_not_answer_is_an_error_before_a_request(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
+def test_unreachable_cluster_is_an_error(chat: ChatServer, tmp_path: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "4", "--base-url", chat.url, "--executor", "ray")
-    error, hint = read_failure(synth(*command, "--out", "d", "--ray-address", "127.0.0.1:9"))
+    address = ("--ray-address", "127.0.0.1:9")
+    error, hint = read_failure(run_synth(*command, "--out", "d", *address, cwd=tmp_path))
     assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint
     assert not chat.bodies
     for flags in (("--executor", "local", "--shards", "3"), ("--dry-run",)):

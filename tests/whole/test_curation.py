@@ -1,29 +1,27 @@
-"""Curation from end to end: verification, exclusions, and other thresholds without new requests."""
+"""Curation: verification, exclusions, and other thresholds without new requests."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.commands import run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 
-SCENES = 16
 CHECKS = "round_trip,claims,blind,alignment"
+GENERATE = ("generate", "--source", "scenes", "--limit", "8", "--out", "d", "--verify", CHECKS)
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path) -> Done:
     return run_synth(*arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
 def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verified")
-    done = run("generate", "--source", "scenes", "--limit", str(SCENES), "--out", "d", "--verify", CHECKS, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = require_success(run(*GENERATE, cwd=folder))
     assert "verify asks at most" in done.stderr
     return folder / "d"
 
@@ -33,7 +31,7 @@ def read_kept(folder: Path, step: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_annotations_are_checked_and_other_thresholds_are_applied_without_a_question(verified: Path) -> None:
+def test_annotations_are_verified_and_new_thresholds_need_no_request(verified: Path) -> None:
     rows = read_kept(verified, "verify")
     assert rows
     for row in rows:
@@ -42,20 +40,20 @@ def test_annotations_are_checked_and_other_thresholds_are_applied_without_a_ques
         assert row["agreement"] == 1.0
         assert (row["alignment"] is not None) == (row["task"] == "caption")
     config = verified.parent / "loose.yaml"
-    config.write_text("verify: {min_claims_supported: 0.1, lowest_alignment_frac: 0.0}\nfilter: {max_caption_words: 12}\n")
-    common = ("generate", "--source", "scenes", "--limit", str(SCENES), "--out", "d", "--verify", CHECKS)
-    done = run(*common, "--config", str(config), cwd=verified.parent)
+    thresholds = "{min_claims_supported: 0.1, lowest_alignment_frac: 0.0}"
+    config.write_text(f"verify: {thresholds}\nfilter: {{max_caption_words: 12}}\n")
+    done = run(*GENERATE, "--config", str(config), cwd=verified.parent)
     assert "sent 0 requests" in done.stderr
     assert "too_long" in done.stderr
-    assert len(read_kept(verified, "verify")) < len(rows)  # long captions are gone
+    assert len(read_kept(verified, "verify")) < len(rows)  # long captions are rejected
     funnel = json.loads((verified / "versions" / "v1.0.1" / "manifest.json").read_text())["funnel"]
     for step in funnel:
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
-    back = run(*common, cwd=verified.parent)
+    back = run(*GENERATE, cwd=verified.parent)
     assert back.returncode == 0 and len(read_kept(verified, "verify")) == len(rows)
 
 
-def test_copies_are_merged_crops_share_a_split_and_excluded_images_are_rejected(tmp_path: Path) -> None:
+def test_copies_are_merged_and_crops_share_split_and_excluded_images_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "test").mkdir()
     images = [photo(seed) for seed in range(8)]
@@ -65,9 +63,8 @@ def test_copies_are_merged_crops_share_a_split_and_excluded_images_are_rejected(
     stored_again(images[0]).resize((200, 150)).save(tmp_path / "photos" / "0-copy.jpg")
     cropped(images[1]).save(tmp_path / "photos" / "1-crop.png")
     stored_again(images[7]).save(tmp_path / "test" / "7.jpg")
-    tiny = ("--engine", "embedded", "--model", "tiny")
-    done = run("generate", "--source", "folder:photos", "--exclude", "folder:test", "--out", "d", *tiny, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    source = ("--source", "folder:photos", "--exclude", "folder:test", "--out", "d")
+    require_success(run("generate", *source, "--engine", "embedded", "--model", "tiny", cwd=tmp_path))
     samples = {row["source_row"]: row["sample_id"] for row in read_kept(tmp_path / "d", "read")}
     rejected = pq.read_table(tmp_path / "d" / "steps" / "read" / "rejected.parquet").to_pylist()
     assert [(row["source_row"], row["reason"], row["detail"]) for row in rejected] == [

@@ -1,4 +1,4 @@
-"""A user's mistake gives one line with the problem and one with a hint, and leaves nothing half-written."""
+"""Mistakes: one line with the problem and one with a hint, and no partial files."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError
 from pipeline.plan import refuse_other_source
+from tests.commands import Done
 from tests.hub.datasets import photo
 from tests.whole.conftest import SYNTH, Run, read_failure
 
@@ -25,20 +26,19 @@ from tests.whole.conftest import SYNTH, Run, read_failure
         ("parquet:s3://a/b", "parquet:s3://a/./b", False),
     ],
 )
-def test_a_folder_that_is_spelled_in_another_way_is_the_same_source(
+def test_other_spelling_of_folder_is_same_source(
     before: str, now: str, *, is_same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = resolve(source=now.format(here=tmp_path))
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "run.json").write_text(json.dumps(config.recorded() | {"source": before}))
-    with (
-        nullcontext() if is_same else pytest.raises(ConfigError, match=f"name it as before: --source {before}|holds data from")
-    ):
+    refusal = f"name it as before: --source {before}|holds data from"
+    with nullcontext() if is_same else pytest.raises(ConfigError, match=refusal):
         refuse_other_source(DatasetDir(tmp_path / "d"), config)
 
 
-def test_folders_whose_names_are_no_utf_8_are_refused_before_anything_is_asked(synth: Run, tmp_path: Path) -> None:
+def test_folder_name_that_is_not_utf8_is_refused_before_any_request(synth: Run, tmp_path: Path) -> None:
     odd = os.fsdecode(b"caf\xe9")
     (tmp_path / odd).mkdir()
     (tmp_path / odd / "a.png").write_bytes(photo(1))
@@ -51,7 +51,7 @@ def test_folders_whose_names_are_no_utf_8_are_refused_before_anything_is_asked(s
     assert r"the name of the folder caf\xe9 is not UTF-8" in error
 
 
-def test_dataset_may_have_a_name_that_looks_like_an_address(synth: Run, tmp_path: Path) -> None:
+def test_dataset_name_may_look_like_an_address(synth: Run, tmp_path: Path) -> None:
     name = "file:1/x"
     options = ("--source", "scenes", "--limit", "3", "--engine", "embedded", "--model", "tiny", "--out", name)
     assert synth("generate", *options).returncode == 0
@@ -61,7 +61,7 @@ def test_dataset_may_have_a_name_that_looks_like_an_address(synth: Run, tmp_path
     assert len(DatasetDir(tmp_path / name).versions()) == 1
 
 
-def test_an_output_that_takes_nothing_is_one_error(tmp_path: Path) -> None:
+def test_unwritable_output_is_one_error(tmp_path: Path) -> None:
     command = f"{SYNTH} doctor --sources > /dev/full"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
@@ -69,32 +69,33 @@ def test_an_output_that_takes_nothing_is_one_error(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def run_on_mount(tmp_path: Path, options: str, prepare: str, arguments: str) -> subprocess.CompletedProcess[str]:
+def run_on_mount(tmp_path: Path, options: str, prepare: str, arguments: str) -> Done:
     """Run synth in a new mount namespace, with a small file system on `disk`."""
     (tmp_path / "disk").mkdir()
-    script = f"mount -t tmpfs -o {options} tmpfs disk && {prepare} && {SYNTH} {arguments}; code=$?; ls -A disk/*; exit $code"
+    mount = f"mount -t tmpfs -o {options} tmpfs disk && {prepare}"
+    script = f"{mount} && {SYNTH} {arguments}; code=$?; ls -A disk/*; exit $code"
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    done = run_on_mount(tmp_path, "size=200k", "true", "generate --source scenes --limit 300 --tasks caption --out disk/d")
+def test_full_disk_is_an_error_without_partial_files(tmp_path: Path) -> None:
+    generate = "generate --source scenes --limit 300 --tasks caption --out disk/d"
+    done = run_on_mount(tmp_path, "size=200k", "true", generate)
     error, hint = read_failure(done)
     assert "the disk is full" in error
     assert "free some space" in hint
     assert ".tmp" not in done.stdout
 
 
-def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
-    done = run_on_mount(
-        tmp_path, "size=1m", "mkdir disk/d && mount -o remount,ro disk", "generate --source scenes --out disk/d"
-    )
+def test_read_only_folder_is_an_error(tmp_path: Path) -> None:
+    prepare = "mkdir disk/d && mount -o remount,ro disk"
+    done = run_on_mount(tmp_path, "size=1m", prepare, "generate --source scenes --out disk/d")
     error, hint = read_failure(done)
     assert "read-only" in error
     assert "--out" in hint
 
 
-def test_folder_without_a_model_and_a_file_in_the_place_of_a_folder_are_errors(synth: Run, tmp_path: Path) -> None:
+def test_missing_model_and_file_in_place_of_folder_are_errors(synth: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     error, _ = read_failure(synth("generate", "--source", "scenes", "--model", "empty"))
     assert "cannot load empty" in error

@@ -6,18 +6,20 @@ import shutil
 import signal
 import subprocess
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
-from tests.commands import run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
-from tests.whole.conftest import SYNTH
+from tests.whole.conftest import SMALL_DECODER, SYNTH, read_failure
+from trainer.experiment import runs
 
-SETTINGS = {"steps": 20, "evaluate_every": 5, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}
+SETTINGS = SMALL_DECODER | {"steps": 20, "evaluate_every": 5, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -30,33 +32,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def experiment(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(autouse=True)
+def forked_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes of cells, which then need no imports."""
+    monkeypatch.setattr(runs, "CONTEXT", get_context("fork"))
+
+
+def experiment(folder: Path, *arguments: str) -> Done:
     return run_synth("experiment", *arguments, cwd=folder)
 
 
-@pytest.mark.skipif(not LONG, reason="three grids take most of a minute: make test-long; test_runs.py skips finished cells")
-def test_a_grid_that_was_killed_ends_with_the_same_table(folder: Path) -> None:
-    """Takes about twenty seconds: two cells are trained twice, each in a new process."""
-    whole = experiment(folder, "which.yaml", "--jobs", "1", "--out", "whole")
-    assert whole.returncode == 0, whole.stderr
+@pytest.mark.skipif(not LONG, reason="three grids take a minute: make test-long")
+def test_killed_grid_resumes_to_same_table(folder: Path) -> None:
+    require_success(experiment(folder, "which.yaml", "--jobs", "1", "--out", "whole"))
     command = [str(SYNTH), "experiment", "which.yaml", "--jobs", "1", "--out", "cut"]
     running = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 200
-    while not list(folder.glob("cut/cells/model*/resume.pt")):  # the second cell has saved a state: half of the grid is done
+    # half of the grid is done: the second cell has saved a state
+    while not list(folder.glob("cut/cells/model*/resume.pt")):
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.02)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert not (folder / "cut" / "experiment.json").exists()
-    resumed = experiment(folder, "which.yaml", "--jobs", "1", "--out", "cut")
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = require_success(experiment(folder, "which.yaml", "--jobs", "1", "--out", "cut"))
     assert "1 done before" in resumed.stderr
     for name in ("experiment.json", "experiment.md", "experiment.html"):
         assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     assert resumed.stdout.strip() == "cut/experiment.html"
 
 
-def test_a_program_gets_the_result_as_json(folder: Path) -> None:
+def test_result_is_printed_as_json(folder: Path) -> None:
     done = experiment(folder, "which.yaml", "--jobs", "2", "--out", "whole", "--json")
     result = json.loads(done.stdout)
     assert [arm["data"] for arm in result["arms"]] == ["facts", "model"]
@@ -64,7 +70,7 @@ def test_a_program_gets_the_result_as_json(folder: Path) -> None:
     assert result["differences"][0]["verdict"] in ("better", "worse", "cannot tell at this size")
 
 
-def test_a_failed_cell_is_reported_and_the_others_are_in_the_result(folder: Path) -> None:
+def test_failed_cell_is_reported_and_result_has_the_others(folder: Path) -> None:
     spec = yaml.safe_load((folder / "which.yaml").read_text())
     spec["also"] = [{"data": ["facts"], "encoder": ["./nowhere"]}]
     (folder / "more.yaml").write_text(yaml.safe_dump(spec))
@@ -75,12 +81,13 @@ def test_a_failed_cell_is_reported_and_the_others_are_in_the_result(folder: Path
     spec["also"] = [{"data": ["facts"], "encoder": ["./damaged"]}]
     (folder / "more.yaml").write_text(yaml.safe_dump(spec))
     done = experiment(folder, "more.yaml", "--jobs", "1", "--out", "whole")
-    assert done.returncode == 1 and "failed: facts-damaged-" in done.stderr and "1 of 3 cells failed" in done.stderr
+    assert done.returncode == 1
+    assert "failed: facts-damaged-" in done.stderr and "1 of 3 cells failed" in done.stderr
     assert done.stdout.strip() == "whole/experiment.html"
     assert "| facts, tiny-clip, scratch |" in done.stderr
 
 
-def test_a_style_that_no_data_has_is_one_error(folder: Path) -> None:
+def test_style_without_captions_is_one_error(folder: Path) -> None:
     (folder / "bad.yaml").write_text("data: {a: {data: scenes}}\nsettings: {steps: 4, styles: [poem]}")
     done = experiment(folder, "bad.yaml")
-    assert done.returncode == 1 and "no captions of the styles poem" in done.stderr and "Traceback" not in done.stderr
+    assert "no captions of the styles poem" in read_failure(done)[0]

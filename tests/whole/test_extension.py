@@ -1,4 +1,4 @@
-"""Extend a copy of the package as a contributor would: a step and a source, each in two files."""
+"""Extension: a contributor adds a step and a source in two files each."""
 
 import json
 import os
@@ -64,9 +64,8 @@ def draw_stripes(number: int) -> Sample:
     file = io.BytesIO()
     image.save(file, "PNG")
     data = file.getvalue()
-    return Sample(
-        id=image_id(data), source_row=str(number), images=(data,), width_px=64, height_px=64, license="cc0-1.0"
-    )
+    size = {"width_px": 64, "height_px": 64}
+    return Sample(id=image_id(data), source_row=str(number), images=(data,), license="cc0-1.0", **size)
 
 
 SPEC = SourceSpec(
@@ -82,13 +81,14 @@ SPEC = SourceSpec(
 
 
 def reply(_: int, body: dict[str, Any]) -> Act:
-    words = "TWO STRIPES AND NO MORE" if "plain" in str(body["messages"]) else f"A field of gray, number {len(str(body)) % 97}."
-    return Act(json.dumps({"caption": words}))
+    is_plain = "plain" in str(body["messages"])
+    text = "TWO STRIPES AND NO MORE" if is_plain else f"A field of gray, number {len(str(body)) % 97}."
+    return Act(json.dumps({"caption": text}))
 
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """Return a folder with links to all files of the package, which an extension may replace."""
+    """Return a folder with links to all files of the package, which `extend` replaces."""
     for top in ("pipeline", "prompts", "data_cards"):
         for path in (ROOT / top).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
@@ -118,12 +118,12 @@ def extend(package: Path, files: dict[str, Any]) -> None:
         path.write_text(text.lstrip("\n"), encoding="utf-8")
 
 
-def test_step_and_a_source_take_two_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
+def test_step_and_source_need_two_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
     extend(package, STEP | SOURCE)
-    command = [sys.executable, "-m", "pipeline", "generate", "--source", "stripes", "--limit", "20", "--out", "data"]
-    command += ["--tasks", "caption", "--base-url", chat.url]
+    command = [sys.executable, "-m", "pipeline", "generate", "--source", "stripes", "--limit", "20"]
+    command += ["--out", "data", "--tasks", "caption", "--base-url", chat.url]
     env = os.environ | {"PYTHONPATH": str(package)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     version = tmp_path / "data" / "versions" / "v1.0.0"
     funnel = {step["step"]: step for step in json.loads((version / "manifest.json").read_text())["funnel"]}

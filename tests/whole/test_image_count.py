@@ -1,4 +1,4 @@
-"""A number of rows: the source is read on until so many images are kept, nothing is paid twice, and what is too much is cut."""
+"""`--images N`: the source is read until N images are kept, and no request is paid twice."""
 
 import json
 from pathlib import Path
@@ -24,13 +24,13 @@ REFUSED = '{"caption":"I cannot see the image."}'
 
 
 def caption_of(body: dict[str, Any]) -> str:
-    """Return a caption that no other image has."""
+    """Return a caption that is unique to the image."""
     words = " ".join(f"word{digit}" for digit in uuid_of(body)[:6])
     return f'{{"caption":"A small ring beside {words} on a white background."}}'
 
 
 def refuse_some(share: float) -> ChatServer:
-    """Return a server that declines to caption a share of the images, whatever the attempt."""
+    """Return a server that declines to caption a share of the images at any attempt."""
 
     def script(times: int, body: dict[str, Any]) -> Act:
         return Act(REFUSED if int(uuid_of(body)[:4], 16) < share * 0x10000 else caption_of(body))
@@ -39,9 +39,12 @@ def refuse_some(share: float) -> ChatServer:
 
 
 def settings(chat: ChatServer, **more: Any) -> Config:
-    values: dict[str, Any] = {"source": "scenes", "tasks": ["caption"], "base_url": [chat.url], "model": "model"}
-    values["generate"] = {"caption_styles": ["brief"], "max_attempts": 1}
-    return resolve(**values | {"filter": {"language": None}, "server": {"max_failure_frac": 1}} | more)
+    values: dict[str, Any] = {
+        "source": "scenes", "tasks": ["caption"], "base_url": [chat.url], "model": "model",
+        "generate": {"caption_styles": ["brief"], "max_attempts": 1}, "filter": {"language": None},
+        "server": {"max_failure_frac": 1},
+    }  # fmt: skip
+    return resolve(**values | more)
 
 
 def run(folder: Path, chat: ChatServer, **more: Any) -> tuple[RunResult, list[str]]:
@@ -54,10 +57,11 @@ def step(version: Version, name: str) -> dict[str, Any]:
 
 
 def ids_of(version: Version) -> set[str]:
-    return {sample_id for _, batch in version.batches(["sample_id"]) for sample_id in batch["sample_id"].to_pylist()}
+    batches = [batch for _, batch in version.batches(["sample_id"])]
+    return {sample_id for batch in batches for sample_id in batch["sample_id"].to_pylist()}
 
 
-def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: Path) -> None:
+def test_source_is_read_until_enough_images_are_kept(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.3)) as chat:
         result, notes = run(tmp_path, chat, images=50)
         version = result.version
@@ -65,7 +69,8 @@ def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: 
         read = step(version, "read")["kept"]
         assert 60 < read < 100 and len(chat.bodies) == result.stats.asked == result.stats.total == read
         assert max(chat.times.values()) == 1
-        assert any("of 50 images are kept of 50 that were read: reading on, to image" in text for text in notes)
+        reading = "of 50 images are kept of 50 that were read: reading on, to image"
+        assert any(reading in text for text in notes)
         trimmed = step(version, "trim")
         assert trimmed["input"] - trimmed["kept"] == trimmed["rejected"].get("beyond_images", 0) < 20
         assert not version.is_preview and version.manifest["config"]["images"] == 50
@@ -74,12 +79,12 @@ def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: 
         more, _ = run(tmp_path, chat, images=60)
         assert more.version.num_rows == 60 and max(chat.times.values()) == 1
         assert len(ids_of(version)) == 50 and ids_of(version) < ids_of(more.version)
-        asked = len(chat.bodies)
+        num_requests = len(chat.bodies)
         fewer = generate_dataset(settings(chat, images=12), tmp_path)
-        assert (fewer.version.num_rows, len(chat.bodies)) == (12, asked)
+        assert (fewer.version.num_rows, len(chat.bodies)) == (12, num_requests)
 
 
-def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_killed_run_with_image_count_resumes(tmp_path: Path) -> None:
     class Stop(NullProgress):
         def message(self, text: str, *, transient: bool = False) -> None:
             if "reading on" in text:
@@ -88,58 +93,56 @@ def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.3)) as chat:
         with pytest.raises(KeyboardInterrupt):
             generate_dataset(settings(chat, images=50), tmp_path, progress=Stop())
-        asked = len(chat.bodies)
+        num_requests = len(chat.bodies)
         result, _ = run(tmp_path, chat, images=50)
-        assert result.version.num_rows == 50 and asked == 50
-        assert len(chat.bodies) == asked + result.stats.asked and max(chat.times.values()) == 1
+        assert result.version.num_rows == 50 and num_requests == 50
+        assert len(chat.bodies) == num_requests + result.stats.asked and max(chat.times.values()) == 1
 
 
 @pytest.mark.parametrize(
-    ("share", "more", "rows", "told"),
+    ("share", "more", "rows", "message"),
     [
         (0.4, {"images": 20, "limit": 20}, range(6, 19), "--limit allows no more"),
         (0.99, {"images": 300}, range(1, 15), "too few to read on"),
         (1.0, {"images": 20}, None, None),
     ],
 )
-def test_run_ends_where_there_is_no_more_or_nearly_nothing_is_kept(
-    share: float, more: dict[str, Any], rows: range | None, told: str | None, tmp_path: Path
+def test_run_ends_at_limit_or_if_almost_nothing_is_kept(
+    share: float, more: dict[str, Any], rows: range | None, message: str | None, tmp_path: Path
 ) -> None:
     with running_chat(refuse_some(share)) as chat:
-        if rows is None or told is None:
+        if rows is None or message is None:
             with pytest.raises(TableError, match="no row is left"):
                 run(tmp_path, chat, **more)
         else:
             result, notes = run(tmp_path, chat, **more)
-            assert [told in note for note in notes if "images are kept" in note] == [True]
+            assert [message in note for note in notes if "images are kept" in note] == [True]
             assert result.version.num_rows in rows
     assert len(chat.bodies) == more["images"]
 
 
-def test_next_limit_follows_the_share_that_was_kept_and_ends_with_the_source() -> None:
+def test_next_limit_follows_share_of_kept_images() -> None:
     notes = Notes()
     config = resolve(source="scenes", images=10)
     assert next_limit(config, 10, 7, notes, has_more=False) is None
     assert notes.texts == ["warning: 7 of 10 images are kept: scenes has no more images"]
-    assert next_limit(config, 10, 5, notes, has_more=True) == 10 + 11  # half were kept: as many again, and a tenth more
+    # half were kept: as many again, and ten percent more
+    assert next_limit(config, 10, 5, notes, has_more=True) == 10 + 11
     assert next_limit(resolve(source="scenes", images=10, limit=12), 10, 5, notes, has_more=True) == 12
     assert next_limit(config, 10, 0, notes, has_more=True) is None
     assert next_limit(config, 10, 10, notes, has_more=True) is None
 
 
-def test_a_mark_of_a_person_makes_no_run_read_on_and_on(tmp_path: Path) -> None:
+def test_bad_review_does_not_continue_reading(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.0)) as chat:
         first, _ = run(tmp_path, chat, images=20)
-        sample_id, caption = next(
-            (row["sample_id"], row["captions"][0]["text"])
-            for _, batch in first.version.batches(["sample_id", "captions"])
-            for row in batch.to_pylist()
-        )
+        batch = next(batch for _, batch in first.version.batches(["sample_id", "captions"]))
+        row = batch.to_pylist()[0]
+        sample_id, caption = row["sample_id"], row["captions"][0]["text"]
         _, content = text_name({"sample_id": sample_id, "task": "caption", "text": caption})
         reviews = tmp_path / "reviews.jsonl"
-        reviews.write_text(
-            json.dumps({"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "not_true"}) + "\n"
-        )
+        review = {"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "not_true"}
+        reviews.write_text(f"{json.dumps(review)}\n")
         notes = Notes()
         reviewed = apply_reviews(DatasetDir(tmp_path), [reviews], notes)
         assert reviewed.version.num_rows == 19
@@ -149,18 +152,20 @@ def test_a_mark_of_a_person_makes_no_run_read_on_and_on(tmp_path: Path) -> None:
     assert not any("images are kept" in text for text in texts)
 
 
-def test_a_forecast_is_of_the_images_that_it_takes(tmp_path: Path) -> None:
+def test_dry_run_predicts_images_to_read(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.5)) as chat:
         predicted = predict_run(settings(chat, images=500), tmp_path)
         many = predict_run(settings(chat, images=3000), tmp_path)
     assert predicted["kept_images"] == pytest.approx(500, abs=2)
     assert 700 < predicted["images"] < 1600
-    assert many["kept_images"] == pytest.approx(3000, abs=2) and many["images"] > 3600  # drawn scenes have no end
+    # drawn scenes are unlimited
+    assert many["kept_images"] == pytest.approx(3000, abs=2) and many["images"] > 3600
 
 
-def test_what_cannot_be_is_one_error(tmp_path: Path) -> None:
+def test_impossible_image_count_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="images: 20 images cannot be kept of the 10 that limit allows"):
         resolve(source="scenes", images=20, limit=10)
     config = resolve(source="scenes", images=5)
-    with pytest.raises(ConfigError, match="--images reads on until enough images are kept, which a cluster cannot"):
+    refusal = "--images reads on until enough images are kept, which a cluster cannot"
+    with pytest.raises(ConfigError, match=refusal):
         generate_dataset(config, tmp_path, cluster=ClusterOptions())

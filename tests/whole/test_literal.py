@@ -1,7 +1,6 @@
-"""The three commands of the README without other flags; the Hub serves tiny models and data under the real names."""
+"""The three commands of the README. The Hub serves tiny models and data under the real names."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 
 from pipeline.config import LARGE
 from pipeline.inference.engines import TINY_WEIGHTS
-from tests.commands import run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.trainer.tiny_models import save_clip, save_language_model
@@ -20,7 +19,7 @@ from trainer.config import DECODERS, ENCODERS
 def hub(tmp_path: Path) -> Iterator[RunningHub]:
     with running_hub(tmp_path / "hub") as running:
         storage = running.hub.storage
-        datasets.seed_flickr30k(storage, 24)
+        datasets.seed_flickr30k(storage, 10)
         save_clip(tmp_path / "clip")
         save_language_model(tmp_path / "qwen3", "qwen3")
         for name, folder in (
@@ -32,19 +31,17 @@ def hub(tmp_path: Path) -> Iterator[RunningHub]:
         yield running
 
 
-def test_generate_push_train_and_the_pretrained_decoder(hub: RunningHub, tmp_path: Path) -> None:
-    """One test, because each command uses the output of the one before."""
+def test_commands_of_readme_run_in_order(hub: RunningHub, tmp_path: Path) -> None:
     (tmp_path / "user").mkdir()
     env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
 
-    def synth(*arguments: str) -> subprocess.CompletedProcess[str]:
-        done = run_synth(*arguments, cwd=tmp_path / "user", env=env)
-        assert done.returncode == 0, done.stderr
-        return done
+    def synth(*arguments: str) -> Done:
+        return require_success(run_synth(*arguments, cwd=tmp_path / "user", env=env))
 
     synth("generate", "--source", "flickr30k")
     assert "may not be passed on" in synth("push", "--repo", "me/x").stderr
-    trained = synth("train", "--epochs", "2")  # 400 steps of so few photos would take minutes
+    # 400 steps of these few photos would take minutes
+    trained = synth("train", "--epochs", "2")
     assert "encoder clip, decoder scratch" in trained.stderr
     assert "preset photos-few: " in trained.stderr
     folder = tmp_path / "user" / trained.stdout.strip()
@@ -54,7 +51,8 @@ def test_generate_push_train_and_the_pretrained_decoder(hub: RunningHub, tmp_pat
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["against"] == "references of the source"
 
-    two_steps = synth("train", "--decoder", "qwen3", "--align-steps", "2", "--steps", "2", "--batch-size", "8")
+    steps = ("--align-steps", "2", "--steps", "2", "--batch-size", "8")
+    two_steps = synth("train", "--decoder", "qwen3", *steps)
     assert "preset photos-lm: " in two_steps.stderr
     folder = tmp_path / "user" / two_steps.stdout.strip()
     stages = [json.loads(line).get("stage") for line in (folder / "log.jsonl").read_text().splitlines()]

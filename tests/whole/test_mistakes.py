@@ -1,4 +1,4 @@
-"""The mistakes of a new user: one clear error each, with what to do next, before anything heavy is loaded."""
+"""Mistakes of new users: each gives one error with a hint, before torch is loaded."""
 
 import json
 import os
@@ -21,7 +21,7 @@ NO_TORCH = "raise ImportError('torch was loaded before the mistake was found')"
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Make all mistakes in one process, in which torch cannot be imported."""
+    """Make all mistakes in one process that cannot import torch."""
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "path").mkdir()
     (folder / "path" / "torch.py").write_text(NO_TORCH)
@@ -36,7 +36,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
-def test_mistake_is_one_error_with_a_hint(mistake: Mistake, outcomes: dict[str, Any]) -> None:
+def test_mistake_gives_one_error_with_hint(mistake: Mistake, outcomes: dict[str, Any]) -> None:
     code, errors, versions = outcomes[mistake.name]
     assert (code, versions) == (mistake.code, []), errors
     assert "Traceback" not in errors
@@ -52,7 +52,7 @@ def run(folder: Path, command: str, **more: str) -> subprocess.CompletedProcess[
     return run_synth(*command.split(), cwd=folder, env=environment(folder) | more)
 
 
-def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
+def test_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
     add_photos(tmp_path)
     with DatasetDir(tmp_path / "out").lock():
         done = run(tmp_path, f"{PHOTOS} --engine embedded --model tiny --out out")
@@ -60,11 +60,11 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
     assert "wait for it, or choose another --out" in done.stderr
 
 
-def test_a_forgotten_language_is_a_warning_that_names_the_option(tmp_path: Path) -> None:
+def test_missing_language_option_is_a_warning(tmp_path: Path) -> None:
     numbers = count()
 
     def script(times: int, body: dict[str, Any]) -> Act:
-        german = "Zwei kleine Hunde laufen gemeinsam im hellen Sand am Strand entlang und spielen mit einem Ball."
+        german = "Zwei kleine Hunde laufen gemeinsam im hellen Sand am Strand entlang und spielen Ball."
         english = "A small dog runs along the beach."
         return Act(json.dumps({"caption": german if next(numbers) % 6 else english}))
 
@@ -72,19 +72,22 @@ def test_a_forgotten_language_is_a_warning_that_names_the_option(tmp_path: Path)
     with running_chat(ChatServer(script)) as chat:
         command = f"{PHOTOS} --tasks caption --base-url {chat.url} --json"
         done = run(tmp_path, command)
-        assert "warning: filter rejected 5 of 6 annotations, 5 for other language: say which language" in done.stderr
+        warning = "filter rejected 5 of 6 annotations, 5 for other language: say which language"
+        assert f"warning: {warning}" in done.stderr
         assert "--language" in done.stderr
         made = json.loads(run(tmp_path, f"{command} --language de").stdout)
     assert made["steps"]["filter"] == {"input": 6, "kept": 5, "rejected": {"other_language": 1}}
     assert "- de" in (tmp_path / made["path"] / "README.md").read_text()
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
+def test_missing_package_error_shows_install_command(tmp_path: Path) -> None:
     (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    error = "ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+    (tmp_path / "path" / "torch.py").write_text(f"raise {error}")
     add_photos(tmp_path)
     command = f"{PHOTOS} --engine embedded --model tiny".split()
-    done = run_process(*command, cwd=tmp_path, env=environment(tmp_path) | {"PYTHONPATH": str(tmp_path / "path")})
+    env = environment(tmp_path) | {"PYTHONPATH": str(tmp_path / "path")}
+    done = run_process(*command, cwd=tmp_path, env=env)
     assert done.returncode == 1
     assert "needs the package torch" in done.stderr
     assert "pip install" in done.stderr and "[embedded]" in done.stderr

@@ -1,7 +1,6 @@
-"""Before a run: preview shows what a model says, and a dry run predicts what the run costs and keeps."""
+"""Before a run: `preview` shows replies, and `--dry-run` predicts costs and losses."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -12,13 +11,13 @@ from PIL import Image
 
 from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401  # fixtures
 from tests.chat.server import Act, ChatServer, running_chat, task_of
-from tests.commands import run_synth
+from tests.commands import Done, require_success, run_synth
 from tests.whole.conftest import save_photos
 
 
 @pytest.fixture
 def server() -> Iterator[ChatServer]:
-    """Return a server whose every fourth caption is too short, and whose first reply is no JSON."""
+    """Return a server whose every fourth caption is too short, and whose first reply is invalid JSON."""
     numbers = count()
 
     def script(times: int, body: dict[str, Any]) -> Act | None:
@@ -27,9 +26,10 @@ def server() -> Iterator[ChatServer]:
             return Act("not JSON")
         if name == "caption":
             view = "<b>view</b>" if number % 4 == 1 else "view"
-            text = "A dog." if number % 4 == 0 else f"A {view} of place number {number} with trees near a lake."
-            return Act(json.dumps({"caption": text}))
-        return Act(json.dumps({"answer": "no" if "star" in task_of(body) else "yes"})) if name == "answer" else None
+            text = f"A {view} of place number {number} with trees near a lake."
+            return Act(json.dumps({"caption": text if number % 4 else "A dog."}))
+        answer = {"answer": "no" if "star" in task_of(body) else "yes"}
+        return Act(json.dumps(answer)) if name == "answer" else None
 
     with running_chat(ChatServer(script)) as chat:
         yield chat
@@ -42,32 +42,31 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    done = run_synth(*arguments, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done
+def run(folder: Path, *arguments: str) -> Done:
+    return require_success(run_synth(*arguments, cwd=folder))
 
 
-def test_a_preview_shows_texts_prompts_and_what_would_be_rejected(photos: Path, server: ChatServer) -> None:
-    command = ("preview", "--source", "folder:photos", "--base-url", server.url, "--tasks", "caption", "-n", "7")
+def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatServer) -> None:
+    source = ("--source", "folder:photos", "--base-url", server.url, "--tasks", "caption")
+    command = ("preview", *source, "-n", "7")
     described = json.loads(run(photos, *command, "--json").stdout)
     assert [image["name"] for image in described["images"]] == [f"{number:02}.jpg" for number in range(7)]
     assert described["skipped"] == ["05b.jpg: unreadable image (not an image of a known format)"]
     texts = [text for image in described["images"] for reply in image["replies"] for text in reply["texts"]]
     assert {text["rejected"] for text in texts} == {None, "too_short", "junk"}
     assert all(reply["seconds"] > 0 for image in described["images"] for reply in image["replies"])
-    asked = len(server.bodies)
+    num_requests = len(server.bodies)
     done = run(photos, *command)
-    assert len(server.bodies) == asked  # the replies were kept
+    assert len(server.bodies) == num_requests  # the replies are reused
     assert "would be rejected: too short" in done.stderr
     assert "stored reply" in done.stderr
     assert done.stdout.strip() == "data/folder-photos/preview.html"
-    made = json.loads(run(photos, "generate", *command[1:-2], "--json").stdout)
+    made = json.loads(run(photos, "generate", *source, "--json").stdout)
     assert made["requests"]["total"] == 24
-    assert made["requests"]["asked"] == 10  # of the five other images
+    assert made["requests"]["asked"] == 10  # requests for the five other images
 
 
-def test_the_page_of_a_preview_is_accessible_and_escapes_what_a_model_says(
+def test_preview_page_is_accessible_and_escapes_replies(
     photos: Path,
     server: ChatServer,
     opened: Open,  # noqa: F811
@@ -77,13 +76,13 @@ def test_the_page_of_a_preview_is_accessible_and_escapes_what_a_model_says(
         page = opened(photos / "data/folder-photos/preview.html", **options)
         assert page.locator("section.item").count() == 3
         assert page.locator("section.item img").first.evaluate("image => image.naturalWidth") > 100
-        assert page.locator("p b").count() == 1  # the model's name, and nothing that a model wrote
+        assert page.locator("p b").count() == 1  # the model's name, not text of a model
         assert page.get_by_text("A <b>view</b> of place number").count() > 0
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         assert violations(page) == []
 
 
-def test_a_dry_run_counts_verify_retries_losses_and_money(photos: Path, server: ChatServer) -> None:
+def test_dry_run_counts_verification_retries_losses_and_money(photos: Path, server: ChatServer) -> None:
     data = ("--source", "folder:photos", "--base-url", server.url, "--tasks", "caption")
     command = ("generate", *data, "--verify", "claims", "--price-in", "2", "--price-out", "4")
     done = run(photos, *command, "--dry-run", "--json")
@@ -94,34 +93,38 @@ def test_a_dry_run_counts_verify_retries_losses_and_money(photos: Path, server: 
     assert predicted["verify_requests"] > 0
     assert predicted["asked"] == 25 + predicted["verify_requests"]
     assert predicted["prompt_tokens"] == 40 * predicted["asked"]
-    assert predicted["cost"] == pytest.approx((2 * predicted["prompt_tokens"] + 4 * predicted["reply_tokens"]) / 1e6)
+    cost = 2 * predicted["prompt_tokens"] + 4 * predicted["reply_tokens"]
+    assert predicted["cost"] == pytest.approx(cost / 1e6)
     assert predicted["lost_by"]["filter: too_short"] == 6
     assert "6 too short" in done.stderr or "6 filter: too short" in done.stderr
     assert predicted["texts"]
     assert not (photos / "data/folder-photos/.dry-run").exists()
-    asked = len(server.bodies)
+    num_requests = len(server.bodies)
     made = json.loads(run(photos, *command, "--json").stdout)
-    assert len(server.bodies) == asked
+    assert len(server.bodies) == num_requests
     assert made["requests"]["asked"] == 0
     kept = made["steps"]
-    assert (predicted["annotations"], predicted["kept_annotations"]) == (kept["validate"]["input"], kept["review"]["kept"])
+    assert predicted["annotations"] == kept["validate"]["input"]
+    assert predicted["kept_annotations"] == kept["review"]["kept"]
     assert predicted["kept_images"] == kept["write"]["kept"]
     again = json.loads(run(photos, *command, "--dry-run", "--json").stdout)
     assert (again["asked"], again["remaining_images"], again["cost"]) == (0, 0, 0)
     assert again["kept_images"] == kept["write"]["kept"]
 
 
-def test_image_that_looks_like_another_is_rejected_before_it_is_paid(photos: Path, server: ChatServer) -> None:
+def test_near_duplicate_image_is_rejected_before_any_request(photos: Path, server: ChatServer) -> None:
     Image.open(photos / "photos/03.jpg").resize((200, 150)).save(photos / "photos/03-small.jpg")
     (photos / "none.yaml").write_text("dedupe: {images: none}")
     command = ("generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
     done = run(photos, *command)
-    assert f"folder:photos to data/folder-photos: asks qa of model ({server.url}); prompts: qa built in" in done.stderr
+    asks = f"asks qa of model ({server.url}); prompts: qa built in"
+    assert f"folder:photos to data/folder-photos: {asks}" in done.stderr
     assert "next: synth report data/folder-photos" in done.stderr
     result = json.loads(done.stdout)
     rejected = {"near_duplicate_image": 1, "unreadable_image": 1}
     assert result["steps"]["read"] == {"input": 14, "kept": 12, "rejected": rejected}
-    assert "read: 1 near duplicate image (03-small.jpg): for slides or charts, set dedupe.images: graphics" in done.stderr
+    hint = "for slides or charts, set dedupe.images: graphics"
+    assert f"read: 1 near duplicate image (03-small.jpg): {hint}" in done.stderr
     assert result["requests"]["total"] == 12
     assert "Similar images" in (photos / run(photos, "report").stdout.strip()).read_text()
     similar = {"near_duplicates.parquet", "image_groups.parquet"}

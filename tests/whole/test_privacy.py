@@ -1,4 +1,4 @@
-"""Photos with private metadata, from a folder to the Hub and back: nothing of it is in any byte that was sent."""
+"""Privacy: no metadata of photos is in any byte that is sent, from a folder to the Hub and back."""
 
 import base64
 import json
@@ -13,13 +13,13 @@ import pytest
 
 from pipeline.images.decode import image_id, prepare_image
 from tests.chat.server import Act, ChatServer, running_chat
-from tests.commands import run_synth
-from tests.hub.server import RunningHub, running_hub
+from tests.commands import Done, require_success, run_synth
+from tests.hub.server import RunningHub
 from tests.hub.storage import File
 from tests.pipeline.images.test_metadata import gif, jpeg, leaked, png, tiff, webp
 from tests.pipeline.images.test_similarity import photo
 
-PHOTOS = {  # no two look alike
+PHOTOS = {  # no near-duplicates
     "upright.jpg": jpeg(),
     "turned.jpg": jpeg(6, image=photo(4)),
     "screen.png": png(3, image=photo(5)),
@@ -31,17 +31,12 @@ LOAD = """
 import json, sys
 from datasets import load_dataset
 rows = [row for split in load_dataset(sys.argv[1], revision="v1.0.0").values() for row in split]
+images = {row["sample_id"]: row["image"] for row in rows}
 print(json.dumps([
-    [row["sample_id"], row["image"].size, len(row["image"].getexif()), row["image"].convert("RGB").tobytes().hex()[:300]]
-    for row in rows
+    [name, image.size, len(image.getexif()), image.convert("RGB").tobytes().hex()[:300]]
+    for name, image in images.items()
 ]))
 """
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    with running_hub(tmp_path_factory.mktemp("hub")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -68,33 +63,27 @@ def home(hub: RunningHub, server: ChatServer, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def run(hub: RunningHub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(hub: RunningHub, folder: Path, *arguments: str) -> Done:
     env = hub.env(folder / "home")
-    done = run_synth(*arguments, cwd=folder, env=env)
-    assert done.returncode == 0, done.stderr
-    return done
+    return require_success(run_synth(*arguments, cwd=folder, env=env))
 
 
 def read(hub: RunningHub, file: File) -> bytes:
     return hub.hub.storage.path(file.sha256).read_bytes()
 
 
-def test_the_model_gets_pixels_alone(home: Path, server: ChatServer) -> None:
-    urls = [
-        part["image_url"]["url"]
-        for body in server.bodies
-        for message in body["messages"]
-        if isinstance(message["content"], list)
-        for part in message["content"]
-        if part["type"] == "image_url"
-    ]
+def test_model_receives_pixels_only(home: Path, server: ChatServer) -> None:
+    contents = [message["content"] for body in server.bodies for message in body["messages"]]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     assert len(urls) >= len(PHOTOS)
     assert [leaked(base64.b64decode(url.partition(",")[2])) for url in urls] == [[]] * len(urls)
 
 
-def test_what_is_pushed_and_loaded_has_no_metadata_and_stands_upright(home: Path, hub: RunningHub) -> None:
+def test_pushed_images_are_upright_and_without_metadata(home: Path, hub: RunningHub) -> None:
     message = run(hub, home, "push", "--repo", "me/photos").stderr
-    assert "repository: me/photos, private: the license of the images is unknown, or the Hub does not list it (--license)" in message
+    reason = "the license of the images is unknown, or the Hub does not list it (--license)"
+    assert f"repository: me/photos, private: {reason}" in message
     assert "dataset: data/folder-photos\n" in message
     assert "license of the images: unknown" in message
     repo = hub.hub.storage.repos["dataset", "me/photos"]
@@ -102,7 +91,8 @@ def test_what_is_pushed_and_loaded_has_no_metadata_and_stands_upright(home: Path
     sent = [read(hub, file) for file in repo.commits[repo.tags["v1.0.0"]].files.values()]
     assert [leaked(data) for data in sent] == [[]] * len(sent)
     env = hub.env(home / "reader")
-    loaded = subprocess.run([sys.executable, "-c", LOAD, "me/photos"], env=env, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", LOAD, "me/photos"]
+    loaded = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     rows = {row[0]: row[1:] for row in json.loads(loaded.stdout)}
     assert set(rows) == {image_id(data) for data in PHOTOS.values()}
     for data in PHOTOS.values():
@@ -113,18 +103,17 @@ def test_what_is_pushed_and_loaded_has_no_metadata_and_stands_upright(home: Path
         assert tags == 0
 
 
-def test_public_is_said_aloud_and_a_private_repository_stays_private(home: Path, hub: RunningHub) -> None:
+def test_private_repository_stays_private(home: Path, hub: RunningHub) -> None:
     assert "me/open, public" in run(hub, home, "push", "--repo", "me/open", "--public").stderr
     assert not hub.hub.storage.repos["dataset", "me/open"].private
-    assert "me/texts, private" in run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
+    texts = run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
+    assert "me/texts, private" in texts
     run(hub, home, "push", "--repo", "me/closed", "--private")
     again = run(hub, home, "push", "--repo", "me/closed", "--public").stderr
     assert "the existing repository is private, and stays private" in again
 
 
-def test_license_title_and_language_that_a_user_states_reach_the_card_and_decide_who_sees_it(
-    home: Path, hub: RunningHub, server: ChatServer
-) -> None:
+def test_stated_license_title_and_language_are_used(home: Path, hub: RunningHub, server: ChatServer) -> None:
     stated = ("--license", "cc-by-4.0", "--title", "My lakes", "--language", "de")
     message = run(hub, home, "push", "--repo", "me/lakes", *stated).stderr
     assert "repository: me/lakes, public" in message
@@ -132,17 +121,21 @@ def test_license_title_and_language_that_a_user_states_reach_the_card_and_decide
     assert not repo.private
     files = repo.commits[repo.tags["v1.0.0"]].files
     card, manifest = (read(hub, files[name]).decode() for name in ("README.md", "manifest.json"))
-    assert "license: cc-by-4.0" in card and "- de" in card and "# My lakes" in card and "pretty_name: My lakes" in card
-    assert {"license": "cc-by-4.0", "title": "My lakes", "language": "de"}.items() <= json.loads(manifest).items()
-    odd = (("--license", "mine\nall mine"), ("--language", "German"), ("--license-link", "javascript:alert(1)"))
-    for option, value in odd:
-        done = run_synth("push", "--repo", "me/odd", option, value, cwd=home, env=hub.env(home / "home"))
-        assert (done.returncode, option in done.stderr) == (2, True), done.stderr
+    for line in ("license: cc-by-4.0", "- de", "# My lakes", "pretty_name: My lakes"):
+        assert line in card
+    expected = {"license": "cc-by-4.0", "title": "My lakes", "language": "de"}
+    assert expected.items() <= json.loads(manifest).items()
+    link = "javascript:alert(1)"
+    for option, value in (("license", "mine\nall mine"), ("language", "German"), ("license-link", link)):
+        push = ("push", "--repo", "me/odd", f"--{option}", value)
+        done = run_synth(*push, cwd=home, env=hub.env(home / "home"))
+        assert (done.returncode, f"--{option}" in done.stderr) == (2, True), done.stderr
     assert ("dataset", "me/odd") not in hub.hub.storage.repos
-    asked = len(server.bodies)
-    data = ("--source", "folder:photos", "--base-url", server.url, "--license", "cc-by-4.0", "--title", "Lakes")
-    made = json.loads(run(hub, home, "generate", *data, "--json").stdout)
-    assert len(server.bodies) == asked  # nothing is asked twice
+    num_requests = len(server.bodies)
+    data = ("--source", "folder:photos", "--base-url", server.url)
+    known = ("--license", "cc-by-4.0", "--title", "Lakes")
+    made = json.loads(run(hub, home, "generate", *data, *known, "--json").stdout)
+    assert len(server.bodies) == num_requests
     version = json.loads((home / made["path"] / "manifest.json").read_text())
     assert (version["licenses"], version["title"]) == (["cc-by-4.0"], "Lakes")
     assert "# Lakes" in (home / made["path"] / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Readers of others take what was pushed as it is: `datasets` by config, and TRL's trainer without a line of conversion."""
+"""Other readers: `datasets` by config name, and TRL's trainer without conversion."""
 
 import os
 import pickle
@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from pipeline.inference.engines import TINY_WEIGHTS
-from tests.commands import run_synth
+from tests.commands import require_success, run_synth
 from tests.hub.server import running_hub
-from tests.whole.test_import import COUNT, made, photos
+from tests.whole.test_import import COUNT, generate_json, photos
 
 __all__ = ["photos"]
 ROOT = Path(__file__).parents[2]
@@ -17,14 +17,13 @@ TRL = ROOT / ".venv-trl"
 LOAD = """
 import datasets, pickle, sys
 repo = "me/photos"
-plain, talks = datasets.load_dataset(repo), datasets.load_dataset(repo, "messages")
+plain, messages = datasets.load_dataset(repo), datasets.load_dataset(repo, "messages")
 streamed = list(datasets.load_dataset(repo, "messages", streaming=True)["train"])
 shown = [row["image"].size for row in streamed]
-pickle.dump((
-    {split: (part.column_names, part.remove_columns(["image"]).to_list()) for split, part in plain.items()},
-    {split: (part.column_names, part.remove_columns(["image"]).to_list()) for split, part in talks.items()},
-    shown,
-), sys.stdout.buffer)
+def content(splits):
+    texts = {name: part.remove_columns(["image"]).to_list() for name, part in splits.items()}
+    return {name: (part.column_names, texts[name]) for name, part in splits.items()}
+pickle.dump((content(plain), content(messages), shown), sys.stdout.buffer)
 """
 TRAIN = """
 import sys
@@ -50,7 +49,7 @@ print(loss, any("visual" in name for name in moved), any("layers" in name for na
 
 
 def train_by_trl(kind: str, *data: str, cwd: Path, env: dict[str, str]) -> None:
-    """Train the tiny teacher by TRL's trainer of this kind; assert that it saw the images and learned the texts."""
+    """Train the tiny teacher with a trainer of TRL. Assert that vision and language weights change."""
     assert (TRL / "trl").is_dir(), "TRL is set up by: make .stamps/trl"
     env = env | {"PYTHONPATH": f"{TRL}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-c", TRAIN, kind, str(TINY_WEIGHTS), *data]
@@ -60,24 +59,24 @@ def train_by_trl(kind: str, *data: str, cwd: Path, env: dict[str, str]) -> None:
     assert 0 < float(loss) < 100 and moved == ["True", "True"]
 
 
-def test_a_pushed_version_is_read_by_config_and_trained_on_by_trl(photos: Path) -> None:
-    made(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
+def test_pushed_version_is_read_by_config_and_trained_by_trl(photos: Path) -> None:
+    generate_json(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     with running_hub(photos / "hub") as hub:
         env = hub.env(photos / "home")
-        pushed = run_synth("push", "d", "--repo", "me/photos", cwd=photos, env=env)
-        assert pushed.returncode == 0, pushed.stderr
-        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=600, cwd=photos)
+        require_success(run_synth("push", "d", "--repo", "me/photos", cwd=photos, env=env))
+        command = [sys.executable, "-c", LOAD]
+        loaded = subprocess.run(command, capture_output=True, env=env, timeout=600, cwd=photos)
         assert loaded.returncode == 0, loaded.stderr
-        plain, talks, shown = pickle.loads(loaded.stdout)
+        plain, messages, shown = pickle.loads(loaded.stdout)
         train_by_trl("SFT", "me/photos", "messages", cwd=photos, env=env)
-    assert sum(len(rows) for _, rows in plain.values()) == sum(len(rows) for _, rows in talks.values()) == COUNT // 2
-    assert len(shown) == len(talks["train"][1]) and all(min(size) > 0 for size in shown)
+    for splits in (plain, messages):
+        assert sum(len(rows) for _, rows in splits.values()) == COUNT // 2
+    assert len(shown) == len(messages["train"][1]) and all(min(size) > 0 for size in shown)
     for split, (columns, rows) in plain.items():
         assert columns[-1] == "text" and "messages" not in columns
-        assert talks[split][0] == ["image", "messages"]
-        for row, talk in zip(rows, talks[split][1], strict=True):
-            answers = [
-                part["text"] for message in talk["messages"] if message["role"] == "assistant" for part in message["content"]
-            ]
-            assert answers == [*(one["text"] for one in row["captions"]), *(one["answer"] for one in row["qa"])]
+        assert messages[split][0] == ["image", "messages"]
+        for row, conversation in zip(rows, messages[split][1], strict=True):
+            turns = [turn["content"] for turn in conversation["messages"] if turn["role"] == "assistant"]
+            texts = [caption["text"] for caption in row["captions"]] + [pair["answer"] for pair in row["qa"]]
+            assert [part["text"] for content in turns for part in content] == texts
             assert row["text"] == row["captions"][0]["text"]

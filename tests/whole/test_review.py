@@ -9,21 +9,23 @@ import pytest
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, read_reviews, text_name
+from tests.commands import require_success
 from tests.whole.conftest import Run, read_failure
 
 
 @pytest.fixture
 def write_reviews(synth: Run, tmp_path: Path) -> Callable[..., Path]:
-    """Generate a dataset of six scenes; return a function that writes reviews from (kind of text, verdict, fields)."""
-    done = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
-    assert done.returncode == 0, done.stderr
+    """Generate six scenes. Return a function that writes reviews from (kind of text, verdict, fields)."""
+    require_success(synth("generate", "--source", "scenes", "--limit", "6", "--out", "d"))
     rows = pq.read_table(DatasetDir(tmp_path / "d").step_file("split")).to_pylist()
 
     def write(*specs: tuple[str, str, dict[str, Any]]) -> Path:
         reviews = []
         for kind, verdict, fields in specs:
-            sample_id, content = text_name(next(row for row in rows if kind in (row["style"], row["answer_type"])))
-            reviews.append(Review.model_validate({"sample_id": sample_id, "content": content, "verdict": verdict} | fields))
+            row = next(row for row in rows if kind in (row["style"], row["answer_type"]))
+            sample_id, content = text_name(row)
+            review = {"sample_id": sample_id, "content": content, "verdict": verdict}
+            reviews.append(Review.model_validate(review | fields))
         path = tmp_path / "reviews.jsonl"
         path.write_text(format_reviews(reviews))
         return path
@@ -35,26 +37,29 @@ def test_invalid_reviews_are_reported_and_change_nothing(
     write_reviews: Callable[..., Path], synth: Run, tmp_path: Path
 ) -> None:
     edit = {"question": "How many are there?", "answer": "How many are there?"}
-    error, _ = read_failure(synth("review", "apply", str(write_reviews(("number", "edited", edit))), "--data", "d"))
-    assert "the edited text 'How many are there? How many are there?' cannot be used: answer_repeats_question" in error
-    assert "reviews.jsonl" in error
-    (tmp_path / "other.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, verdict="good")]))
-    assert (
-        "none of the 1 reviews matches a text of d" in read_failure(synth("review", "apply", "other.jsonl", "--data", "d"))[0]
-    )
+    other = Review(sample_id="0" * 64, content="0" * 16, verdict="good")
+    (tmp_path / "other.jsonl").write_text(format_reviews([other]))
     (tmp_path / "empty.jsonl").write_text("\n")
-    assert "no review in empty.jsonl" in read_failure(synth("review", "apply", "empty.jsonl", "--data", "d"))[0]
+    write_reviews(("number", "edited", edit))
+    text = "the edited text 'How many are there? How many are there?'"
+    for name, *complaints in (
+        ("reviews.jsonl", "reviews.jsonl", f"{text} cannot be used: answer_repeats_question"),
+        ("other.jsonl", "none of the 1 reviews matches a text of d"),
+        ("empty.jsonl", "no review in empty.jsonl"),
+    ):
+        error, _ = read_failure(synth("review", "apply", name, "--data", "d"))
+        assert all(complaint in error for complaint in complaints)
     assert not DatasetDir(tmp_path / "d").reviews.exists()
     assert [version.name for version in DatasetDir(tmp_path / "d").versions()] == ["v1.0.0"]
 
 
-def test_marks_that_leave_nothing_are_refused_and_forgotten(synth: Run, tmp_path: Path) -> None:
+def test_reviews_that_leave_no_row_are_refused_and_not_stored(synth: Run, tmp_path: Path) -> None:
     assert synth("generate", "--source", "scenes", "--limit", "4", "--out", "d").returncode == 0
     folder = DatasetDir(tmp_path / "d")
     names = [text_name(row) for row in pq.read_table(folder.step_file("split")).to_pylist()]
 
     def bad(texts: list[tuple[str, str]]) -> str:
-        reviews = [Review(sample_id=sample_id, content=content, verdict="bad", reason="other") for sample_id, content in texts]
+        reviews = [Review(sample_id=id_, content=text, verdict="bad", reason="other") for id_, text in texts]
         (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
         return synth("review", "apply", "m.jsonl", "--data", "d").stderr
 
@@ -65,14 +70,16 @@ def test_marks_that_leave_nothing_are_refused_and_forgotten(synth: Run, tmp_path
     assert "review: 2 reviews apply" in bad(names[1:2])
 
 
-def test_review_waits_while_its_text_is_not_there_or_another_text_has_its_words(
+def test_review_stays_pending_while_its_text_is_missing(
     write_reviews: Callable[..., Path], synth: Run, tmp_path: Path
 ) -> None:
-    path = write_reviews(("brief", "bad", {"reason": "unclear"}), ("number", "bad", {"reason": "trivial", "note": "too easy"}))
+    trivial = {"reason": "trivial", "note": "too easy"}
+    path = write_reviews(("brief", "bad", {"reason": "unclear"}), ("number", "bad", trivial))
     first = synth("review", "apply", str(path), "--data", "d").stderr
     assert "1 reviewed_unclear" in first and "1 reviewed_trivial" in first
     again = ("generate", "--source", "scenes", "--limit", "6", "--out", "d")
-    assert "review: 1 reviews apply; 1 match no text of this run" in synth(*again, "--tasks", "caption").stderr
+    captions_only = synth(*again, "--tasks", "caption")
+    assert "review: 1 reviews apply; 1 match no text of this run" in captions_only.stderr
     assert "review: 2 reviews apply\n" in synth(*again).stderr
     folder = DatasetDir(tmp_path / "d")
     assert "too easy" in folder.reviews.read_text()
@@ -82,6 +89,7 @@ def test_review_waits_while_its_text_is_not_there_or_another_text_has_its_words(
         row for row in rows
         if row["sample_id"] == review.sample_id and row["task"] == "caption" and text_name(row) != review.name
     )  # fmt: skip
-    edited = review.model_copy(update={"verdict": "edited", "reason": None, "note": "", "text": other["clean_text"]})
+    update = {"verdict": "edited", "reason": None, "note": "", "text": other["clean_text"]}
+    edited = review.model_copy(update=update)
     folder.reviews.write_text(format_reviews([edited]))
     assert "review: 0 reviews apply; 1 match no text of this run" in synth(*again).stderr

@@ -1,4 +1,4 @@
-"""A Space: the page that `synth push --space` publishes runs in Gradio, with the captioner that was pushed, and without us."""
+"""Space: the page of `synth push --space` runs in Gradio with the pushed captioner, without this package."""
 
 import json
 import re
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -16,17 +15,11 @@ import yaml
 from playwright.sync_api import Browser, expect
 
 from pipeline.sources.scenes import draw_sample
-from tests.commands import run_synth
-from tests.hub.server import RunningHub, running_hub
+from tests.commands import Done, run_synth
+from tests.hub.server import RunningHub
 from tests.whole.conftest import ROOT, SYNTH
 
 GRADIO = ROOT / ".venv-gradio"
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    with running_hub(tmp_path_factory.mktemp("hub")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +32,7 @@ def home(hub: RunningHub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def synth(hub: RunningHub, folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def synth(hub: RunningHub, folder: Path, *arguments: str, code: int = 0) -> Done:
     done = run_synth(*arguments, cwd=folder, env=hub.env(folder / "home"))
     assert done.returncode == code, done.stderr
     return done
@@ -56,21 +49,20 @@ def files_of(hub: RunningHub, kind: str, repo: str) -> dict[str, bytes]:
 def space(hub: RunningHub, home: Path) -> dict[str, bytes]:
     """Return the files of the Space."""
     done = synth(hub, home, "push", "captioner", "--repo", "me/captioner", "--space", "me/page", "--json")
-    assert json.loads(done.stdout)["repo"] == "me/captioner"  # one object, whatever was pushed
+    assert json.loads(done.stdout)["repo"] == "me/captioner"  # one object for both pushes
     assert "the page: " in done.stderr
     return files_of(hub, "space", "me/page")
 
 
-def test_a_space_names_the_commit_of_the_captioner_and_what_it_needs(
-    space: dict[str, bytes], hub: RunningHub, home: Path
-) -> None:
+def test_space_names_commit_and_requirements(space: dict[str, bytes], hub: RunningHub, home: Path) -> None:
     captioner = hub.hub.storage.repos["model", "me/captioner"]
     about = json.loads(space["space.json"])
     assert (about["model"], about["revision"]) == ("me/captioner", captioner.branches["main"])
     assert (about["styles"], about["answers"]) == (["brief", "detailed"], True)
     header = yaml.safe_load(space["README.md"].decode().split("---")[1])
     assert (header["sdk"], header["app_file"], header["models"]) == ("gradio", "app.py", ["me/captioner"])
-    assert (GRADIO / f"gradio-{header['sdk_version']}.dist-info").is_dir()  # that the test below runs
+    # the version that the test below runs
+    assert (GRADIO / f"gradio-{header['sdk_version']}.dist-info").is_dir()
     assert b"transformers" in space["requirements.txt"]
     assert set(captioner.tags) == set(hub.hub.storage.repos["space", "me/page"].tags)
     again = synth(hub, home, "push", "captioner", "--repo", "me/captioner", "--space", "me/page")
@@ -78,7 +70,9 @@ def test_a_space_names_the_commit_of_the_captioner_and_what_it_needs(
 
 
 @pytest.mark.parametrize("arguments", [("--space", "me/page"), ("captioner", "--space", "not a name")])
-def test_a_space_without_a_captioner_or_a_name_is_refused(hub: RunningHub, home: Path, arguments: tuple[str, ...]) -> None:
+def test_space_without_captioner_or_name_is_refused(
+    hub: RunningHub, home: Path, arguments: tuple[str, ...]
+) -> None:
     done = run_synth("push", *arguments, "--repo", "me/captioner", cwd=home, env=hub.env(home / "home"))
     assert done.returncode in (1, 2)
     assert "captioner" in done.stderr or "not a repository name" in done.stderr
@@ -118,11 +112,12 @@ def published(files: dict[str, bytes], folder: Path, environment: dict[str, str]
 
 
 @pytest.mark.parametrize("where", ["space", "demo"])
-def test_visitor_drops_a_photo_reads_its_caption_and_asks(
+def test_visitor_uploads_photo_and_gets_caption_and_answer(
     request: pytest.FixtureRequest, hub: RunningHub, home: Path, tmp_path: Path, browser: Browser, where: str
 ) -> None:
     environment = hub.env(tmp_path / "home") | {"GRADIO_ANALYTICS_ENABLED": "False"}
-    expected: dict[str, Any] = json.loads(synth(hub, home, "caption", "captioner", "scene.png", "--json").stdout)
+    captioned = synth(hub, home, "caption", "captioner", "scene.png", "--json")
+    expected: str = json.loads(captioned.stdout)["caption"]
     if where == "space":
         opened = published(request.getfixturevalue("space"), tmp_path, environment)
     else:
@@ -130,21 +125,24 @@ def test_visitor_drops_a_photo_reads_its_caption_and_asks(
         opened = running(command, home, environment | {"PYTHONPATH": str(GRADIO)})
     with opened as address:
         if where == "demo":
-            with pytest.raises(HTTPError, match="400"):  # of a page whose name points to this machine
+            with pytest.raises(HTTPError, match="400"):  # a page whose name resolves to this machine
                 urlopen(Request(address, headers={"Host": "evil.example"}), timeout=60)
         page = browser.new_page()
-        page.route(lambda url: not url.startswith((address, "blob:", "data:")), lambda route: route.abort())  # fonts, scripts
+        # fonts, scripts
+        page.route(lambda url: not url.startswith((address, "blob:", "data:")), lambda route: route.abort())
         page.goto(address)
         page.locator("input[type=file]").first.set_input_files(home / "scene.png")
         written = page.locator("#written textarea")
-        expect(written).to_have_value(expected["caption"], timeout=60_000)
+        expect(written).to_have_value(expected, timeout=60_000)
         page.get_by_label("Question").fill("How many?")
         page.get_by_role("button", name="Write").click()
-        expect(written).not_to_have_value(expected["caption"], timeout=60_000)
+        expect(written).not_to_have_value(expected, timeout=60_000)
         page.close()
 
 
 @pytest.mark.parametrize(("host", "hint"), [("127.0.0.1", "pip install gradio"), ("0.0.0.0", "--space")])
-def test_page_without_gradio_or_for_other_machines_is_one_error(hub: RunningHub, home: Path, host: str, hint: str) -> None:
+def test_page_without_gradio_or_for_other_machines_is_one_error(
+    hub: RunningHub, home: Path, host: str, hint: str
+) -> None:
     done = synth(hub, home, "serve-captioner", "captioner", "--demo", "--host", host, code=1)
     assert hint in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Versions as a user meets them: listed, tagged, removed; previews, and the dataset that is meant if none is named."""
+"""Versions: list, tag and remove, previews, and the default dataset."""
 
 import json
 from pathlib import Path
@@ -8,21 +8,23 @@ import pytest
 from tests.pipeline.images.test_similarity import photo
 from tests.whole.conftest import Run
 
-COUNT = 6
+PLACES = ("a quay", "a meadow", "the stairs", "an old mill", "the market", "a tram stop")
+COUNT = len(PLACES)
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of photos with a caption beside each."""
+    """Return a folder of photos with captions in text files."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number, place in enumerate(("a quay", "a meadow", "the stairs", "an old mill", "the market", "a tram stop")):
+    for number, place in enumerate(PLACES):
         photo(number).save(folder / f"{number}.jpg")
-        (folder / f"{number}.txt").write_text(f"Two dogs and a {'grey' if number % 2 else 'red'} kite wait near {place}.")
+        color = "grey" if number % 2 else "red"
+        (folder / f"{number}.txt").write_text(f"Two dogs and a {color} kite wait near {place}.")
     return folder
 
 
-def test_a_preview_is_not_taken_for_the_dataset(synth: Run, photos: Path, tmp_path: Path) -> None:
+def test_preview_is_not_the_default_version(synth: Run, photos: Path, tmp_path: Path) -> None:
     read = ("generate", "--no-model", "--source", f"folder:{photos}", "--out", str(tmp_path / "elsewhere"))
     assert synth(*read, "--limit", "2").returncode == 0
     only = synth("export", "--format", "csv")
@@ -31,7 +33,9 @@ def test_a_preview_is_not_taken_for_the_dataset(synth: Run, photos: Path, tmp_pa
     assert synth(*read).returncode == 0
     assert synth(*read, "--limit", "3").returncode == 0
     listed = json.loads(synth("versions", "list", "--json").stdout)
-    assert [(row["version"], row["preview"]) for row in listed] == [("v1.0.0", True), ("v1.1.0", False), ("v1.1.1", True)]
+    assert {row["version"]: row["preview"] for row in listed} == {
+        "v1.0.0": True, "v1.1.0": False, "v1.1.1": True,
+    }  # fmt: skip
     exported = synth("export", "--format", "csv", "--json")
     assert "uses v1.1.0; v1.1.1 is newer, but a preview" in exported.stderr
     assert json.loads(exported.stdout)["images"] == COUNT
@@ -80,34 +84,43 @@ def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> Non
     assert len([*(data / "images").iterdir()]) == 2  # each image once
 
 
-def test_what_cannot_be_taken_back_asks_which_of_several_datasets_is_meant(synth: Run, photos: Path, tmp_path: Path) -> None:
+def test_destructive_command_asks_which_dataset_is_meant(synth: Run, photos: Path, tmp_path: Path) -> None:
     for out in ("one", "two"):
-        assert synth("generate", "--no-model", "--source", f"folder:{photos}", "--out", str(tmp_path / out)).returncode == 0
-    reviews = ("review", "apply", "reviews.jsonl")
-    for command in (("versions", "rm", "v1.0.0"), ("versions", "gc"), ("push", "--repo", "ORG/NAME"), reviews):
-        (tmp_path / "reviews.jsonl").write_text("")
-        result = synth(*command)
+        source = ("--no-model", "--source", f"folder:{photos}")
+        assert synth("generate", *source, "--out", str(tmp_path / out)).returncode == 0
+    (tmp_path / "reviews.jsonl").write_text("")
+    for command in (
+        "versions rm v1.0.0",
+        "versions gc",
+        "push --repo ORG/NAME",
+        "review apply reviews.jsonl",
+    ):
+        result = synth(*command.split())
         assert result.returncode == 1
         assert "there are 2 datasets that were made here" in result.stderr
         assert str(tmp_path / "two") in result.stderr
     assert f"dataset: {tmp_path / 'two'}" in synth("versions", "list").stderr
 
 
-def test_preview_is_the_dataset_where_a_run_without_a_limit_finds_nothing_more(synth: Run, photos: Path) -> None:
+def test_run_without_limit_that_finds_nothing_more_completes_preview(synth: Run, photos: Path) -> None:
     (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     (photos / "again.jpg").write_bytes((photos / "0.jpg").read_bytes())
     source = ("generate", "--no-model", "--source", f"folder:{photos}")
-    for options, is_preview in ((("--limit", f"{COUNT}"), True), ((), False), (("--limit", f"{COUNT}"), False)):
+    limited = ("--limit", f"{COUNT}")
+    for options, is_preview in ((limited, True), ((), False), (limited, False)):
         done = synth(*source, *options)
         assert done.returncode == 0 and is_preview != ("nothing new" in done.stderr), done.stderr
-        assert [row["preview"] for row in json.loads(synth("versions", "list", "--json").stdout)] == [is_preview]
+        listed = json.loads(synth("versions", "list", "--json").stdout)
+        assert [row["preview"] for row in listed] == [is_preview]
     assert synth(*source, "--limit", "50", "--out", "all").returncode == 0
-    assert [row["preview"] for row in json.loads(synth("versions", "list", "all", "--json").stdout)] == [False]
+    listed = json.loads(synth("versions", "list", "all", "--json").stdout)
+    assert [row["preview"] for row in listed] == [False]
 
 
-@pytest.mark.parametrize("command", [("gc",), ("rm", "v1.0.0"), ("tag", "paper"), ("list",)])
-def test_no_command_makes_a_dataset_that_is_not_there(synth: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
-    where = ("typo",) if command == ("list",) else ("--data", "typo")
-    done = synth("versions", *command, *where)
+@pytest.mark.parametrize(
+    "command", ["gc --data typo", "rm v1.0.0 --data typo", "tag paper --data typo", "list typo"]
+)
+def test_versions_command_creates_no_missing_dataset(synth: Run, tmp_path: Path, command: str) -> None:
+    done = synth("versions", *command.split())
     assert (done.returncode, "no dataset at typo" in done.stderr) == (1, True)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A real vLLM server on the tiny teacher's files: started, used, killed and stopped by `synth` as a user would run it."""
+"""A real vLLM server with the tiny teacher: started, used, killed and stopped by `synth`."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
 from pipeline.inference.engines import TINY_WEIGHTS
-from tests.commands import run_process, run_synth
+from tests.commands import require_success, run_process, run_synth
 from tests.hostile import LONG
 from tests.scene_data import scene_samples, scenes_by_id, score_annotations
 from tests.whole.conftest import SYNTH, descendants, is_alive, restore_sigint, wait_until
@@ -29,7 +29,7 @@ SCENES = 48
 
 
 def missing_vllm_reason() -> str | None:
-    """Return why vLLM is not installed, from the log of its installation, or None if it is."""
+    """Return the reason why vLLM is not installed, or None if it is."""
     if PYTHON.exists():
         return None
     log = ROOT / ".stamps" / "vllm.log"
@@ -51,7 +51,7 @@ def environment(temporary: Path | None = None) -> dict[str, str]:
 
 
 def media_of(server: int) -> Path:
-    """Return the folder from which a running server may read images."""
+    """Return the folder that a running server may read images from."""
     arguments = Path(f"/proc/{server}/cmdline").read_bytes().decode().split("\0")
     return Path(arguments[arguments.index("--allowed-local-media-path") + 1])
 
@@ -66,9 +66,15 @@ def annotations(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def captions_of(folder: Path) -> dict[tuple[str, str], str]:
+    rows = [row for row in annotations(folder) if row["task"] == "caption"]
+    return {(row["sample_id"], row["style"]): row["text"] for row in rows}
+
+
 def accuracy(folder: Path) -> dict[str, float]:
     captions, answers = score_annotations(annotations(folder), scenes_by_id(scene_samples(SCENES)))
-    return {style: c.precision for style, c in captions.items()} | {kind: a.accuracy for kind, a in answers.items()}
+    precision = {style: score.precision for style, score in captions.items()}
+    return precision | {kind: score.accuracy for kind, score in answers.items()}
 
 
 def funnel_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -88,18 +94,18 @@ def replies(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Run `synth serve` as in a second terminal. A start takes half a minute; no cheaper test replaces it."""
+    """Run `synth serve` as in a second terminal. A start takes half a minute."""
     folder, temporary = tmp_path_factory.mktemp("serve"), tmp_path_factory.mktemp("temporary")
     command = [str(SYNTH), "serve", "--model", "tiny", "--", "--max-num-seqs", "16"]
-    with (folder / "talk").open("w") as progress:
+    with (folder / "progress.txt").open("w") as progress:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress, text=True,
-            preexec_fn=restore_sigint,
+            command, cwd=folder, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress,
+            text=True, preexec_fn=restore_sigint,
         )  # fmt: skip
     try:
         assert process.stdout
         url = process.stdout.readline().strip()
-        assert url.startswith("http://127.0.0.1:"), (folder / "talk").read_text()
+        assert url.startswith("http://127.0.0.1:"), (folder / "progress.txt").read_text()
         yield url
     finally:
         family = descendants(process.pid)
@@ -116,14 +122,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embedded") / "d"
-    done = run_synth(*generate(folder, "--engine", "embedded"), cwd=folder.parent)
-    assert done.returncode == 0, done.stderr
+    require_success(run_synth(*generate(folder, "--engine", "embedded"), cwd=folder.parent))
     return folder
 
 
-def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
-    served: str, embedded: Path, tmp_path: Path
-) -> None:
+def test_running_server_replies_like_embedded_engine(served: str, embedded: Path, tmp_path: Path) -> None:
     folder = tmp_path / "d"
     done = run_synth(*generate(folder, "--base-url", served), cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
@@ -133,13 +136,12 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     assert funnel["validate"]["rejected"] == {}
     local, remote = accuracy(embedded), accuracy(folder)
     assert all(remote[name] > local[name] - 0.1 for name in local), (local, remote)
-    texts = {(row["sample_id"], row["style"]): row["text"] for row in annotations(embedded) if row["task"] == "caption"}
-    equal = [texts[row["sample_id"], row["style"]] == row["text"] for row in annotations(folder) if row["task"] == "caption"]
-    # vLLM computes in bfloat16: a near tie may resolve differently, but not often.
-    assert sum(equal) >= 0.85 * len(equal)
+    expected, texts = captions_of(embedded), captions_of(folder)
+    # vLLM computes in bfloat16: near ties may resolve differently, but rarely.
+    assert sum(texts[key] == text for key, text in expected.items()) >= 0.85 * len(texts)
 
 
-def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_path: Path) -> None:
+def test_server_enforces_schema_of_custom_task(served: str, tmp_path: Path) -> None:
     properties = {
         "size": {"enum": ["small", "large"]},
         "parts": {"type": "array", "minItems": 1, "maxItems": 2, "items": {"enum": ["ring", "star"]}},
@@ -147,25 +149,28 @@ def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_pat
     }
     output = {"type": "object", "required": ["size", "parts"], "properties": properties}
     task = tmp_path / "things.yaml"
-    task.write_text(json.dumps({"name": "things", "kind": "record", "prompt": "What is there?", "output": output}))
+    settings = {"name": "things", "kind": "record", "prompt": "What is there?", "output": output}
+    task.write_text(json.dumps(settings))
     options = ("--task", str(task), "--base-url", served)
     done = run_synth(*generate(tmp_path / "d", *options, scenes=8), cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     version = DatasetDir(tmp_path / "d").version()
     things = [row["things"] for _, batch in version.batches(["things"]) for row in batch.to_pylist()]
     assert len(things) == 8 and funnel_of(tmp_path / "d")["validate"]["rejected"] == {}
-    assert all(1 <= len(thing["parts"]) <= 2 and {*thing["parts"]} <= {"ring", "star"} for thing in things), things
-    assert all(thing["size"] in ("small", "large") and thing["count"] in (None, *range(10)) for thing in things), things
+    for thing in things:
+        assert 1 <= len(thing["parts"]) <= 2 and {*thing["parts"]} <= {"ring", "star"}
+        assert thing["size"] in ("small", "large") and thing["count"] in (None, *range(10))
 
 
-def test_server_wants_its_key_and_images_stay_within_its_folder(served: str) -> None:
+def test_server_requires_key_and_reads_no_other_files(served: str) -> None:
     model = f"teacher@{weights_revision(TINY_WEIGHTS)}"
 
     def ask(url: str, headers: dict[str, str]) -> int:
         image = {"type": "image_url", "image_url": {"url": url}}
         message = {"role": "user", "content": [image, {"type": "text", "text": "Task: caption, brief"}]}
         body = json.dumps({"model": model, "messages": [message], "max_tokens": 8}).encode()
-        request = urllib.request.Request(f"{served}/chat/completions", body, {"Content-Type": "application/json", **headers})
+        headers = {"Content-Type": "application/json", **headers}
+        request = urllib.request.Request(f"{served}/chat/completions", body, headers)
         try:
             with urllib.request.urlopen(request, timeout=600) as answer:
                 return int(answer.status)
@@ -176,21 +181,23 @@ def test_server_wants_its_key_and_images_stay_within_its_folder(served: str) -> 
     assert ask("file:///etc/hostname", {"Authorization": f"Bearer {KEY}"}) == 400
 
 
-def test_a_run_ends_with_its_server_and_survives_its_death(tmp_path: Path) -> None:
-    """The long form kills the server and needs a second start; test_vllm_server.py restarts a server that starts quickly."""
+def test_run_stops_its_server_and_survives_its_death(tmp_path: Path) -> None:
+    """The long form kills the server and needs a second start."""
     folder, scenes, temporary = tmp_path / "d", 160 if LONG else 8, tmp_path / "temporary"
     temporary.mkdir()
     command = [str(SYNTH), *generate(folder, "--engine", "vllm", scenes=scenes)]
-    with (tmp_path / "talk").open("w") as progress:
-        process = subprocess.Popen(command, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress, text=True)
+    with (tmp_path / "progress.txt").open("w") as progress:
+        process = subprocess.Popen(
+            command, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress, text=True
+        )
         wait_until(lambda: replies(folder) > (30 if LONG else 0) or process.poll() is not None, "replies")
-        assert process.poll() is None, (tmp_path / "talk").read_text()
+        assert process.poll() is None, (tmp_path / "progress.txt").read_text()
         (server,) = descendants(process.pid, SERVER)
         family, media = descendants(process.pid), media_of(server)
         if LONG:
             os.kill(server, signal.SIGKILL)
         stdout, _ = process.communicate(timeout=600)
-    log = (tmp_path / "talk").read_text()
+    log = (tmp_path / "progress.txt").read_text()
     assert process.returncode == 0, log
     assert ("vLLM died" in log) == LONG
     assert KEY not in log + stdout + (folder / "vllm.log").read_text()
@@ -201,7 +208,7 @@ def test_a_run_ends_with_its_server_and_survives_its_death(tmp_path: Path) -> No
     assert not media.exists() and not [path for path in temporary.rglob("*") if path.is_socket()]
 
 
-def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
+def test_server_ends_with_killed_run(tmp_path: Path) -> None:
     command = [str(SYNTH), *generate(tmp_path / "d", "--engine", "vllm")]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     wait_until(lambda: descendants(process.pid, "vllm"), "a server process")
@@ -212,7 +219,7 @@ def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not any(map(is_alive, family)), "the server is gone")
 
 
-def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -> None:
+def test_unknown_vllm_flag_is_one_error_with_hint(tmp_path: Path) -> None:
     command = generate(tmp_path / "d", "--engine", "vllm", "--", "--warp-speed", "9")
     done = run_process(*command, cwd=tmp_path, env=environment())
     assert done.returncode == 1
