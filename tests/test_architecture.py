@@ -163,7 +163,7 @@ def test_heavy_packages_are_not_imported_early() -> None:
     assert not {"torch", "transformers", "datasets", "vllm"} & {*done.stdout.split()}
 
 
-def test_tests_with_a_long_form_are_in_the_long_run() -> None:
+def test_files_with_long_variants_are_in_make_test_long() -> None:
     (named,) = re.findall(r"^LONG := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     paths = [ROOT / name for name in named.replace("\\\n", " ").split()]
     paths_in_tests = [*(ROOT / "tests").rglob("*.py")]

@@ -282,6 +282,6 @@ def test_slow_response_ends_at_request_timeout(tmp_path: Path) -> None:
     "text",
     ["x" * 700_000, f'{{"caption":"{"a" * 100_000}"}}', "\ud800" * 1000, "\0" * 1000, "\x1b]52;c;AAAA\x07"],
 )
-def test_text_longer_than_its_tokens_is_cut(text: str, tmp_path: Path) -> None:
+def test_reply_longer_than_its_token_limit_is_cut(text: str, tmp_path: Path) -> None:
     errors = ask(tmp_path, answering_images(lambda send: send(chat_answer(text))))
     assert all(error in ("cut_short", "not_json", "server_error") for error in errors)

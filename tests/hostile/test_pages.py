@@ -29,7 +29,7 @@ def require_untouched(page: Page) -> None:
     assert page.evaluate("[...document.querySelectorAll('a')].every(a => a.protocol !== 'javascript:')")
 
 
-def test_strings_of_version_stay_text_in_report(opened: Open, tmp_path: Path) -> None:
+def test_strings_from_a_version_are_escaped_in_the_report(opened: Open, tmp_path: Path) -> None:
     drawn = scene_samples(len(TEXTS))
     samples = [
         replace(

@@ -127,7 +127,7 @@ PLACES = [(kind, path) for kind, (values, _) in CARDS.items() for path in string
 @pytest.mark.parametrize(
     ("kind", "path"), PLACES, ids=lambda part: part if isinstance(part, str) else ".".join(map(str, part))
 )
-def test_string_of_manifest_stays_text_in_card(kind: str, path: tuple[Any, ...]) -> None:
+def test_strings_from_a_manifest_are_escaped_in_the_card(kind: str, path: tuple[Any, ...]) -> None:
     values, render = CARDS[kind]
     plain = render(values)
     # all attacks in the long run, else a part at each place
@@ -135,7 +135,7 @@ def test_string_of_manifest_stays_text_in_card(kind: str, path: tuple[Any, ...])
         require_harmless(render(put(values, path, vector)), plain)
 
 
-def test_text_and_key_stay_text_in_card() -> None:
+def test_texts_and_keys_are_escaped_in_the_card() -> None:
     plain = render_card(FULL, [sample("x")])
     for vector in ALL:
         texts = sample(vector)

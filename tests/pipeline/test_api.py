@@ -54,7 +54,7 @@ def test_pages_are_lists_of_images(tmp_path: Path) -> None:
     assert rows.features["pages"] == List(Image()) and len(rows[0]["pages"]) == 3
 
 
-def test_missing_images_are_an_error_with_a_hint(tmp_path: Path) -> None:
+def test_missing_images_raise_with_a_hint(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", SAMPLES)
     texts = pulled(version, tmp_path / "home" / "texts", images=False)
     assert "image" not in pipeline.load(texts.path)["train"].column_names

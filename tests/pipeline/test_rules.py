@@ -162,7 +162,7 @@ def test_texts_of_drawn_scenes_pass_all_rules() -> None:
     assert set(reasons(*rows)) == {None}
 
 
-def test_no_row_is_added_lost_or_reordered() -> None:
+def test_filter_adds_loses_or_reorders_no_row() -> None:
     rows = table(GOOD, "kite " * 300, ("Why?", "no"), GOOD)
     marked = filter_annotations(rows, FilterConfig())
     assert marked["annotation_id"].to_pylist() == rows["annotation_id"].to_pylist()

@@ -155,7 +155,7 @@ def test_existing_text_files_are_refused_or_extended_or_replaced(model: Path, ph
     assert (photos / "0.txt").read_text() == by_image[str(photos / "0.png")][0] + "\n"
 
 
-def test_two_images_with_the_same_text_file_are_an_error(model: Path, photos: Path) -> None:
+def test_two_images_with_the_same_text_file_are_refused(model: Path, photos: Path) -> None:
     photo(0).save(photos / "0.webp")
     with pytest.raises(ConfigError, match=r"two images would have the text file .*0\.txt"):
         run(model, [str(photos)], Path("txt"))

@@ -56,7 +56,7 @@ def test_finished_run_lists_its_different_settings(tmp_path: Path) -> None:
     assert other_settings(tmp_path, config)
 
 
-def test_rates_of_a_checkpoint_are_derived_again_for_another_model(tmp_path: Path) -> None:
+def test_learning_rates_are_recomputed_when_the_model_changes(tmp_path: Path) -> None:
     file = tmp_path / "train.json"
 
     def rates(trained: TrainConfig, **flags: Any) -> tuple[float | None, float | None, float | None]:
@@ -73,7 +73,7 @@ def test_rates_of_a_checkpoint_are_derived_again_for_another_model(tmp_path: Pat
     assert rates(frozen, encoder="tiny-vit", encoder_lr=0.5) == (0.5, 1e-3, 5e-4)
 
 
-def test_evaluation_interval_of_a_checkpoint_is_derived_again_for_other_steps(tmp_path: Path) -> None:
+def test_evaluation_interval_is_recomputed_when_steps_change(tmp_path: Path) -> None:
     file = tmp_path / "train.json"
     file.write_text(TrainConfig(steps=260).with_defaults(500).model_dump_json())
     assert resolve(file).with_defaults(500).evaluate_every == 65

@@ -136,7 +136,7 @@ def test_word_budget_keeps_one_caption_per_image() -> None:
     assert len(limit_captions([repeated], 4)[0].texts) == 1
 
 
-def test_missing_texts_and_decks_are_errors() -> None:
+def test_dataset_without_texts_or_with_decks_is_refused() -> None:
     with pytest.raises(TrainError, match="no human captions"):
         read_examples(table({"references": []}), IMAGES, "human")
     with pytest.raises(TrainError, match="are decks"):

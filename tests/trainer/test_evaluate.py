@@ -120,7 +120,7 @@ def test_clip_score_is_the_clipped_cosine_times_2_5(clip: str) -> None:
     assert min(scores) >= 0
 
 
-def test_own_encoder_is_recognized_by_name_id_and_folder(clip: str) -> None:
+def test_captioners_encoder_is_recognized_by_name_id_and_folder(clip: str) -> None:
     assert is_own_encoder("clip", {"name": "clip"})
     assert is_own_encoder("openai/clip-vit-base-patch32", {"name": "openai/clip-vit-base-patch32"})
     assert is_own_encoder(clip, {"name": Path(clip).name})

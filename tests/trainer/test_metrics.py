@@ -72,5 +72,5 @@ def test_tokens_are_lower_case_words_without_punctuation() -> None:
         ("A man\u2019s, man\u2018s or man\u02bcs dog", ["a", "man's", "man's", "or", "man's", "dog"]),
     ],
 )
-def test_tokens_of_scripts_with_marks_or_without_spaces(text: str, tokens: list[str]) -> None:
+def test_scripts_with_marks_or_without_spaces_are_tokenized(text: str, tokens: list[str]) -> None:
     assert tokenize(text) == tokens

@@ -76,14 +76,14 @@ def test_epochs_are_converted_to_steps() -> None:
     assert resolve(preset="photos-lm", decoder="qwen3", align_steps=0).with_defaults(200).align_steps == 0
 
 
-def test_different_presets_in_file_and_flag_are_an_error(tmp_path: Path) -> None:
+def test_different_presets_in_file_and_flag_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("preset: photos\n")
     assert resolve(tmp_path / "c.yaml", preset="photos").decoder_width == 512
     with pytest.raises(ConfigError, match="has the preset photos, and the command photos-few"):
         resolve(tmp_path / "c.yaml", preset="photos-few")
 
 
-def test_adapters_of_a_scratch_decoder_are_an_error() -> None:
+def test_adapters_for_a_scratch_decoder_are_refused() -> None:
     with pytest.raises(ConfigError, match="lora_rank needs a pretrained language model"):
         resolve(lora_rank=8)
 

@@ -52,7 +52,7 @@ def test_align_stage_changes_only_the_connector(version: Version, tmp_path: Path
     assert losses(tmp_path / "out")[2] < losses(tmp_path / "out")[0]
 
 
-def test_rates_of_0_for_all_parts_are_an_error(version: Version, tmp_path: Path, clip: str) -> None:
+def test_learning_rate_of_0_for_all_parts_is_refused(version: Version, tmp_path: Path, clip: str) -> None:
     with pytest.raises(TrainError, match="all learning rates are 0"):
         train_captioner(version, replace(encoder=clip, decoder_lr=0.0, connector_lr=0.0), tmp_path)
 
@@ -75,7 +75,9 @@ def test_validation_leaves_out_unlearned_styles(version: Version, tmp_path: Path
     assert math.isfinite(evaluated["validation_loss"]) and evaluated["validation_loss"] > 0
 
 
-def test_evaluation_falls_back_to_the_texts_of_the_version(version: Version, tmp_path: Path) -> None:
+def test_evaluation_uses_version_texts_if_the_configured_kind_is_absent(
+    version: Version, tmp_path: Path
+) -> None:
     train_captioner(version, replace(steps=1), tmp_path / "c")
     config = json.loads((tmp_path / "c/config.json").read_text())
     config["data"]["texts"] = "human"
@@ -179,7 +181,9 @@ def test_evaluation_has_the_image_order_of_the_test(version: Version, tmp_path: 
     assert [row["sample_id"] for row in evaluated] == tested == sorted(tested)
 
 
-def test_texts_longer_than_the_positions_are_an_error(version: Version, tmp_path: Path, clip: str) -> None:
+def test_texts_longer_than_the_position_embeddings_are_refused(
+    version: Version, tmp_path: Path, clip: str
+) -> None:
     save_language_model(tmp_path / "lm", "llama")
     settings = json.loads((tmp_path / "lm/config.json").read_text())
     (tmp_path / "lm/config.json").write_text(json.dumps(settings | {"max_position_embeddings": 70}))

@@ -140,7 +140,7 @@ def tasks(*names: str) -> list[str]:
     return [part for name in names for part in ("--task", str(EXAMPLES / f"{name}.yaml"))]
 
 
-def test_example_tasks_become_typed_columns(shop: Path, server: ChatServer, model: Model) -> None:
+def test_example_custom_tasks_become_typed_columns(shop: Path, server: ChatServer, model: Model) -> None:
     names = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
     assert names == ["alt_text", "boxes", "finding", "kurz", "ocr", "tags"]
     captions = ("--tasks", "caption", "--styles", "detailed")

@@ -82,7 +82,7 @@ def test_preview_page_is_accessible_and_escapes_replies(
         assert violations(page) == []
 
 
-def test_dry_run_counts_verification_retries_losses_and_money(photos: Path, server: ChatServer) -> None:
+def test_dry_run_counts_verification_retries_rejections_and_cost(photos: Path, server: ChatServer) -> None:
     data = ("--source", "folder:photos", "--base-url", server.url, "--tasks", "caption")
     command = ("generate", *data, "--verify", "claims", "--price-in", "2", "--price-out", "4")
     done = run(photos, *command, "--dry-run", "--json")

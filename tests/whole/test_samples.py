@@ -48,7 +48,7 @@ def chosen(folder: Path) -> Chosen:
     return read_version(folder / "d/versions/v2.0.0"), result
 
 
-def test_only_further_candidates_are_paid_and_pair_is_kept_and_worse_caption(
+def test_only_additional_captions_are_requested_and_the_worst_is_stored_as_pair(
     chosen: Chosen, folder: Path
 ) -> None:
     version, result = chosen
@@ -85,7 +85,7 @@ def test_text_reviewed_as_bad_is_not_used_as_worse_caption(chosen: Chosen, folde
     reviews.unlink()
 
 
-def test_other_measure_needs_no_request(chosen: Chosen, folder: Path) -> None:
+def test_other_selection_rule_sends_no_request(chosen: Chosen, folder: Path) -> None:
     checked = ("--samples", str(SAMPLES), "--verify", "claims")
     generate(folder, *checked)
     longest = generate(folder, *checked, "--select", "longest")
@@ -106,7 +106,7 @@ def test_trl_trains_on_exported_pairs(chosen: Chosen, folder: Path) -> None:
     train_by_trl("DPO", "pairs", cwd=folder, env=env)
 
 
-def test_dry_run_does_not_count_selection_as_loss(folder: Path) -> None:
+def test_dry_run_does_not_count_selection_as_rejection(folder: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--out", "dry")
     predicted = json.loads(run_synth(*command, "--dry-run", "--json", cwd=folder).stdout)
     assert not any(name.startswith("select") for name in predicted["lost_by"])

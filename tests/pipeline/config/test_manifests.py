@@ -33,7 +33,7 @@ def manifest_with(tmp_path: Path, **settings: Any) -> Path:
         ({"generate": 3}, "bad value for generate"),
     ],
 )
-def test_manifest_with_servers_or_files_of_its_maker_is_refused(
+def test_manifest_that_names_servers_or_files_of_its_author_is_refused(
     settings: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=problem):

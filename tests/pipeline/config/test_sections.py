@@ -83,6 +83,6 @@ def test_contradicting_settings_are_refused(settings: dict[str, Any], problem: s
         resolve(source="scenes", **settings)
 
 
-def test_settings_that_need_each_other_are_accepted_together() -> None:
+def test_settings_that_require_each_other_are_accepted_together() -> None:
     assert resolve(source="scenes", verify={"repair": True, "checks": ["claims"]}).verify.repair
     assert resolve(source="scenes", generate={"samples": 3}, select={"pairs": True}).select.pairs

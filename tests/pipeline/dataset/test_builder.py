@@ -62,7 +62,7 @@ def test_scores_of_edited_text_are_null(tmp_path: Path) -> None:
     assert scores == {True: None, False: 0.5}
 
 
-def test_annotations_in_any_batches_but_sample_order_give_same_version(tmp_path: Path) -> None:
+def test_batch_size_does_not_change_version_and_wrong_sample_order_is_refused(tmp_path: Path) -> None:
     samples = scene_samples(9)
     annotations, batches = true_captions(samples), sample_table(samples).to_batches(max_chunksize=4)
     whole, _ = make_version(tmp_path / "whole", samples)

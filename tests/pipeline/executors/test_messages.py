@@ -70,7 +70,7 @@ def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:
     assert not list(describe_empty_splits(whole, resolve(source="scenes")))
 
 
-def test_repeated_images_are_not_losses() -> None:
+def test_repeated_images_cause_no_rejection_warning() -> None:
     """Tables with a row for each caption repeat the image; the captions are kept."""
     repeated = StepSummary("source", "images", 134, 20, {"duplicate_image": 114})
     assert not list(describe_losses(STEPS, [repeated]))

@@ -166,7 +166,9 @@ SOURCES_OF_EXPORTS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("kind", SOURCES_OF_EXPORTS)
-def test_source_reads_only_human_texts_of_an_export(kind: str, version: Version, tmp_path: Path) -> None:
+def test_source_reads_only_human_written_texts_from_an_export(
+    kind: str, version: Version, tmp_path: Path
+) -> None:
     writer = FORMATS[kind](tmp_path, None)
     items = {}
     for number, item in enumerate(read_items(version, ["train"])):

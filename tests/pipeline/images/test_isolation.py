@@ -79,7 +79,7 @@ def test_results_keep_the_order_of_images() -> None:
     assert [(side, side) for side in sides] == [(key, r[0].info.width_px) for key, r in check_all(jobs)]  # type: ignore[index]
 
 
-def test_source_error_comes_after_earlier_images() -> None:
+def test_source_error_is_raised_after_the_images_before_it() -> None:
     def jobs() -> Iterator[tuple[int, tuple[bytes, ...]]]:
         yield 0, (png(),)
         raise RuntimeError("the source is gone")

@@ -102,6 +102,6 @@ def test_search_is_deterministic() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_search_among_few_hashes(count: int) -> None:
+def test_search_finds_pairs_among_few_hashes(count: int) -> None:
     hashes = np.repeat(random_hashes(1), count, axis=0)
     assert as_list(find_near_pairs(hashes, 70, 64, mirrored=True)) == ([(0, 1, 0)] if count == 2 else [])

@@ -48,7 +48,7 @@ def test_auto_chooses_a_named_server_or_a_gpu_or_this_process(
         ({"generate": {"caption_styles": ["plain"]}}, "does not know the caption style plain"),
     ],
 )
-def test_settings_without_a_fitting_engine_are_an_error(
+def test_settings_that_fit_no_engine_are_refused(
     settings: dict[str, Any], problem: str, no_gpu: None
 ) -> None:
     with pytest.raises(EngineError, match=problem):

@@ -65,7 +65,7 @@ def test_file_that_synth_did_not_write_is_not_replaced(tmp_path: Path) -> None:
     assert page.read_text() == "<h1>my report</h1>"
 
 
-def test_folder_without_a_training_is_an_error(tmp_path: Path) -> None:
+def test_folder_without_a_finished_training_run_is_refused(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(4))
     with pytest.raises(ConfigError, match="nosuch has no finished training"):
         write_report(version, tmp_path, tmp_path / "nosuch")

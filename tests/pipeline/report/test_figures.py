@@ -29,7 +29,7 @@ def write_step(
     pq.write_table(pa.Table.from_pylist([blank | row for row in rows], schema=schema), path)
 
 
-def test_funnel_step_that_loses_rows_does_not_add_up() -> None:
+def test_funnel_shows_step_whose_counts_do_not_add_up() -> None:
     def step(**numbers: Any) -> dict[str, Any]:
         return {"step": "x", "unit": "annotations", "rejected": {}} | numbers
 

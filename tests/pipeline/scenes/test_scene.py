@@ -55,6 +55,6 @@ def test_large_object_is_larger_and_has_its_color(color: str, shape: str) -> Non
     assert 0 < 2 * areas[0] < areas[1]
 
 
-def test_two_objects_in_one_place_are_an_error() -> None:
+def test_two_objects_in_one_place_are_refused() -> None:
     with pytest.raises(ValueError, match="sorted by place"):
         Scene("white", (Thing("small", "red", "ring", "center"), Thing("large", "red", "ring", "center")))

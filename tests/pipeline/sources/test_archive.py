@@ -285,7 +285,9 @@ def test_damaged_zip_entry_is_rejected_alone(tmp_path: Path) -> None:
     assert [getattr(row, "reason", None) for row in rows(tmp_path / "p.zip")] == ["unreadable_entry", None]
 
 
-def test_large_entry_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_archive_entry_is_rejected_without_reading_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(archive, "MAX_IMAGE_BYTES", 5000)
     for name, data in (("p.tar", tar_of({"x.jpg": bytes(6000)})), ("p.zip", zip_of({"x.jpg": bytes(6000)}))):
         (tmp_path / name).write_bytes(data)

@@ -80,7 +80,7 @@ def test_source_resumes_at_any_row(tmp_path: Path, start: int) -> None:
         ({"source": "vqav2"}, False),  # a photo has several rows
     ],
 )
-def test_divisible_sources(settings: dict[str, Any], *, expected: bool) -> None:
+def test_listed_sources_can_be_sliced(settings: dict[str, Any], *, expected: bool) -> None:
     assert is_divisible(resolve(**settings)) == expected
 
 

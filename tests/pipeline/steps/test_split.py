@@ -80,7 +80,7 @@ def test_stated_split_applies_to_the_whole_group() -> None:
         (set(), {"train", "validation", "test"}),
     ],
 )
-def test_held_out_split_of_source_gets_no_other_images(stated: set[str], drawn: set[str]) -> None:
+def test_held_out_split_stated_by_source_gets_no_other_images(stated: set[str], drawn: set[str]) -> None:
     given = pa.array([*sorted(stated), *[None] * 300], pa.string())
     rows = table(IDS[: len(given)]).set_column(3, "source_split", given)
     assigned = splits(rows, shards=3)
@@ -101,7 +101,7 @@ def test_held_out_split_of_source_gets_no_other_images(stated: set[str], drawn: 
         ("table.parquet:17", "", ""),
     ],
 )
-def test_name_key_by_folder_and_by_prefix(name: str, folder: str, prefix: str) -> None:
+def test_group_key_is_the_folder_or_the_name_prefix(name: str, folder: str, prefix: str) -> None:
     assert (name_key(name, "folder"), name_key(name, "prefix")) == (folder, prefix)
 
 

@@ -9,7 +9,7 @@ from pipeline.images.decode import scaled_size
 from pipeline.tasks.boxes import EMPTY, MAX_PIXELS, MIN_PIXELS, OUTSIDE, Frame, place_box, seen_size
 
 
-def test_seen_size_equals_that_of_the_models_processor() -> None:
+def test_predicted_image_size_equals_size_from_the_processor() -> None:
     rng = random.Random(0)
     for _ in range(2000):
         width = rng.randint(40, 6000)

@@ -63,7 +63,7 @@ def test_closed_schema_has_all_fields_and_no_references() -> None:
     assert close_schema(closed) == closed
 
 
-def test_column_of_a_schema_stores_its_values() -> None:
+def test_arrow_type_of_a_schema_stores_matching_values() -> None:
     kind = arrow_type(close_schema(WHOLE))
     part = pa.list_(pa.struct({"class": STRING}))
     wanted = {"view": STRING, "count": INT64, "sure": BOOL, "size": FLOAT64, "note": STRING, "parts": part}

@@ -102,5 +102,5 @@ def test_invalid_question_about_a_deck_has_its_reason(fields: dict[str, Any], re
     assert find_broken_rule(TASKS["deck_qa"], fields, pages=4) == reason
 
 
-def test_tasks_making_captions_or_questions() -> None:
+def test_tasks_that_make_captions_or_questions_are_listed() -> None:
     assert tasks_making("captions") == {"caption"} and tasks_making("questions") == {"qa", "deck_qa"}

@@ -179,7 +179,7 @@ def test_few_positions_limit_the_tokens_of_a_text(build: Build) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reading_a_text_ignores_padding(build: Build, kind: str) -> None:
+def test_decoder_reading_ignores_padding(build: Build, kind: str) -> None:
     captioner = build(kind)
     together = captioner.decoder.read(texts(ROWS, PROMPTS, IMAGES))
     apart = torch.cat([captioner.decoder.read(texts([row], [2], [0])) for row in ROWS])

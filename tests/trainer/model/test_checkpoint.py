@@ -39,7 +39,7 @@ def test_files_have_the_same_mode_and_a_full_disk_is_an_error(
         train_captioner(version, replace(steps=1, evaluate_every=1), tmp_path / "b")
 
 
-def test_description_reads_every_file(version: Version, clip: str, tmp_path: Path) -> None:
+def test_checkpoint_description_includes_every_file(version: Version, clip: str, tmp_path: Path) -> None:
     out = tmp_path / "c"
     train_captioner(version, replace(encoder=clip, steps=2), out)
     assert re.fullmatch("a captioner with .* weights, 2 steps logged, scored", describe_checkpoint(out))
@@ -59,7 +59,7 @@ def test_description_reads_every_file(version: Version, clip: str, tmp_path: Pat
         describe_checkpoint(out)
 
 
-def test_description_of_a_training_without_captioner(tmp_path: Path) -> None:
+def test_unfinished_training_run_has_a_description(tmp_path: Path) -> None:
     assert describe_checkpoint(tmp_path) == "a training without files"
     save_resume(tmp_path, {"run": "r", "step": 1200})
     assert describe_checkpoint(tmp_path) == "an unfinished training at step 1,200, without a captioner"

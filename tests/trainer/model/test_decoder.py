@@ -30,7 +30,7 @@ def test_rows_about_one_image_have_the_states_of_separate_rows(decoder: ScratchD
     torch.testing.assert_close(decoder(ids, memory), apart, rtol=1e-5, atol=1e-5)
 
 
-def test_kept_rows_continue_like_separate_rows(decoder: ScratchDecoder) -> None:
+def test_rows_kept_in_the_cache_continue_like_separate_rows(decoder: ScratchDecoder) -> None:
     ids, memory, cache = torch.randint(WORDS, (3, 6)), torch.randn(3, 5, WIDTH), Cache()
     decoder(ids[:, :5], memory, cache)
     cache.keep(torch.tensor([2, 0]))

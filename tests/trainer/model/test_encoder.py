@@ -55,7 +55,7 @@ def test_config_has_no_local_path(clip: str) -> None:
     assert config.made_from["name"] == Path(clip).name
 
 
-def test_empty_folder_and_missing_layer_are_errors(tmp_path: Path, clip: str) -> None:
+def test_empty_folder_and_missing_layer_are_refused(tmp_path: Path, clip: str) -> None:
     with pytest.raises(TrainError, match="cannot load encoder"):
         load_encoder(str(tmp_path))
     with pytest.raises(TrainError, match="has no layer 9") as refused:

@@ -115,7 +115,7 @@ def test_model_without_input_embeddings_is_an_error(monkeypatch: pytest.MonkeyPa
         _ = decoder.probed
 
 
-def test_too_few_positions_are_an_error() -> None:
+def test_model_with_too_few_positions_is_refused() -> None:
     decoder = PretrainedDecoder(
         {"model_type": "gpt2", "vocab_size": 128, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 12}
     )

@@ -13,7 +13,7 @@ FAMILIES = ("llama", "gpt2", "lfm2", "gpt_oss")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_adapters_learn_and_start_without_effect(family: str) -> None:
+def test_only_adapters_are_trained_and_they_start_as_identity(family: str) -> None:
     plain, decoder = decoder_of(family).eval(), decoder_of(family).eval()
     decoder.add_adapters(4, 0.0)
     texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)

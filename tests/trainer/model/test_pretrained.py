@@ -101,7 +101,7 @@ def test_code_in_a_model_is_never_run(
 @pytest.mark.parametrize(
     ("save", "load"), [(save_vit, load_encoder), (lambda f: save_language_model(f, "qwen3"), load_decoder)]
 )
-def test_damaged_or_mismatching_files_are_an_error(tmp_path: Path, save: Any, load: Any) -> None:
+def test_damaged_or_mismatching_files_are_refused(tmp_path: Path, save: Any, load: Any) -> None:
     weights = tmp_path / "model.safetensors"
     folder = save(tmp_path)
     whole = weights.read_bytes()
@@ -116,7 +116,7 @@ def test_damaged_or_mismatching_files_are_an_error(tmp_path: Path, save: Any, lo
         load(folder)
 
 
-def test_quantized_weights_are_an_error(tmp_path: Path) -> None:
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path, "llama")
     change(folder, "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(TrainError, match="its weights are quantized and cannot be trained"):

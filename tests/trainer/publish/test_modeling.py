@@ -277,7 +277,7 @@ def test_published_captioner_uses_the_beam_width_of_its_evaluation(
     assert settings.get("num_beams", 1) == beams
 
 
-def test_text_of_published_captioner_ends_at_the_last_position_of_its_language_model(
+def test_published_captioner_stops_at_the_last_position_of_its_language_model(
     photos: list[Path], tmp_path: Path
 ) -> None:
     _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))

@@ -133,7 +133,7 @@ def test_exported_captioner_without_torch_generates_the_tokens_of_pytorch(
     require_same(outputs, checkpoint, photos, distinct=IMAGES // 4)
 
 
-def test_turned_or_transparent_photo_changes_the_text(outputs: dict[str, Any]) -> None:
+def test_rotated_or_transparent_photo_changes_the_caption(outputs: dict[str, Any]) -> None:
     assert outputs["tokens"][IMAGES] != outputs["tokens"][0]
     assert outputs["tokens"][IMAGES + 1] != outputs["tokens"][1]
 
@@ -146,7 +146,7 @@ def test_quantized_captioner_generates_similar_tokens(outputs: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("size", [(277, 277), (107, 300), (500, 110), (640, 480)])
-def test_proportional_size_equals_that_of_transformers(size: tuple[int, int]) -> None:
+def test_shortest_edge_resize_matches_transformers(size: tuple[int, int]) -> None:
     """With one pixel less, the crop would contain a black line."""
     steps = {"do_center_crop": False, "do_rescale": False, "do_normalize": False}
     processor = CLIPImageProcessor(size={"shortest_edge": 224}, **steps)
@@ -173,9 +173,7 @@ def save_prefix_captioner(root: Path, decoder: PretrainedDecoder, tokenizer: Cap
     return root / "c"
 
 
-def test_text_of_exported_language_model_ends_at_its_last_position(
-    photos: list[Path], tmp_path: Path
-) -> None:
+def test_exported_language_model_stops_at_its_last_position(photos: list[Path], tmp_path: Path) -> None:
     _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
     prompts = [TargetText("synthetic", "", style="detailed"), TargetText("synthetic", "", question=QUESTION)]
     longest, num_states = max(len(tokenizer.prompt(prompt)) for prompt in prompts), 5

@@ -45,7 +45,7 @@ def test_default_is_one_worker_per_gpu_or_per_cpu_but_one(
         (32, 4, 5, "5 workers with a server each do not fit on 4 GPUs"),
     ],
 )
-def test_too_many_workers_are_an_error(
+def test_too_many_workers_are_refused(
     monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, wanted: int | None, what: str
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})

@@ -34,7 +34,7 @@ def test_shards_have_similar_sizes_and_the_order_of_their_ids(tmp_path: Path, sh
         assert start <= sample_id < stop
 
 
-def test_worker_without_the_folder_of_the_command_is_an_error(tmp_path: Path) -> None:
+def test_worker_that_cannot_see_the_dataset_folder_raises(tmp_path: Path) -> None:
     run = ShardedRun(plan_of(tmp_path), tmp_path / "elsewhere", 1, 1, "embedded", "s", "files", "inputs")
     with pytest.raises(ClusterError, match=r"a worker cannot see .*elsewhere"):
         run.enter()
