@@ -39,7 +39,7 @@ def test_files_have_the_same_mode_and_a_full_disk_is_an_error(
         train_captioner(version, replace(steps=1, evaluate_every=1), tmp_path / "b")
 
 
-def test_checkpoint_description_includes_every_file(version: Version, clip: str, tmp_path: Path) -> None:
+def test_checkpoint_description_states_scores_and_damage(version: Version, clip: str, tmp_path: Path) -> None:
     out = tmp_path / "c"
     train_captioner(version, replace(encoder=clip, steps=2), out)
     assert re.fullmatch("a captioner with .* weights, 2 steps logged, scored", describe_checkpoint(out))
