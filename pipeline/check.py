@@ -22,7 +22,7 @@ STEP_FILES = ("steps/*/*.parquet", "steps/read/*/*.parquet", "shards/*/steps/*/*
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The state of one file, journal or version: its content, or the damage with a hint."""
+    """The state of a file, journal or version: a summary of its content, or its damage with a hint."""
 
     path: str
     state: str
@@ -103,7 +103,7 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
 
 
 def _check_file(path: Path, describe: Callable[[Path], str], hint: str) -> Checked:
-    """Return what `describe` reads from a file, or its damage. Raises FileNotFoundError if the file is gone."""
+    """Return what `describe` reads from a file, or its damage. Raises FileNotFoundError if it is gone."""
     try:
         return Checked(str(path), describe(path))
     except FileNotFoundError:

@@ -62,7 +62,7 @@ def _grams_of(task: OwnTask, prompt_grams: Grams) -> Grams:
 
 @lru_cache(64)
 def _config_of(own: OwnTask, config: FilterConfig) -> FilterConfig:
-    """Return the filter settings for a custom task. By default, only captions and questions have length bounds."""
+    """Return the filter settings for a custom task. By default, only captions and questions are bounded."""
     task = own.settings
     kind = "question" if task.kind == "question" else "caption"
     bounds = {f"min_{kind}_words": task.min_words, f"max_{kind}_words": task.max_words}
@@ -143,7 +143,7 @@ def _redact_within(value: Any) -> tuple[Any, int]:
 
 @lru_cache(4)
 def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
-    """Return the n-grams of built-in prompts. A user's prompts are left out, since they may quote captions."""
+    """Return the n-grams of the built-in prompts. A user's prompts may quote captions as examples."""
     built_in = [TASKS[name] for name in tasks if name in TASKS]
     return artifacts.prompt_grams([*prompt_texts(built_in).values(), NOTES])
 

@@ -193,7 +193,7 @@ Subjects = Sequence[CheckedAnnotation]
 
 @dataclass
 class AnnotationChecker:
-    """Checks annotations of a shard. `stack` closes the judge."""
+    """Runs all checks on the annotations of a shard. Closing `stack` closes the judge."""
 
     shard: DatasetDir
     settings: VerifySettings
@@ -296,7 +296,7 @@ class AnnotationChecker:
         self._ask("verify", requests, counts.total(), read)
 
     def _repair(self, subjects: Subjects) -> None:
-        """Let the model rewrite captions with false claims. Keep a new caption only if all its claims are true."""
+        """Let the model rewrite captions with false claims. Keep a rewrite only if all its claims are true."""
         requests = []
         for subject in subjects:
             contradicted = [
@@ -325,7 +325,7 @@ class AnnotationChecker:
         self.services.progress.message(f"verify repaired {count} captions with false claims")
 
     def _filter(self, subjects: Subjects, texts: Sequence[str]) -> list[Row | None]:
-        """Return the columns of the step filter for each new caption, or None if the step filter rejects it."""
+        """Return the columns of the step filter for each new caption, or None if that step rejects it."""
         tasks, nulls = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
         columns = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
         table = pa.table(columns | dict.fromkeys(("question", "answer", "record"), nulls))
@@ -352,7 +352,7 @@ class AnnotationChecker:
                 self.services.progress("align", done, len(by_sample))
 
     def _compare_with_references(self, captions: Subjects) -> None:
-        """Set `shared_words`: the share of a caption's content words that occur in human captions of its sample."""
+        """Set `shared_words`: the share of a caption's content words that its human captions contain."""
         by_sample = _by_sample(captions)
         for batch in read_samples(self.shard, ["sample_id", "references"]):
             for row in batch.to_pylist():
