@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @cache
 def installed_version() -> str:
-    """Return the version of this package, or "unknown" if it runs from a source folder without being installed."""
+    """Return the version of this package, or "unknown" if it runs from a folder without being installed."""
     try:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
@@ -29,7 +29,7 @@ def install_command(extra: str = "") -> str:
 
 
 def extra_of(package: str) -> str:
-    """Return the command that installs a missing package, through the extra that requires it if there is one."""
+    """Return the command that installs a missing package, with the extra that requires it if there is one."""
     try:
         extras = metadata(DISTRIBUTION).get_all("Provides-Extra") or []
         requirements = [line for line in requires(DISTRIBUTION) or [] if _is_for(line, package)]

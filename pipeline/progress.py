@@ -65,7 +65,7 @@ class LineProgress:
     def __call__(
         self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /
     ) -> None:
-        """See Progress. Prints at most one line per LINE_INTERVAL_S, except for the first and last of a step."""
+        """See Progress. Lines of one step are at least LINE_INTERVAL_S apart, except for the last."""
         now = time.monotonic()
         if step != self.step:
             self.step, self.started, self.first = step, now, done

@@ -144,7 +144,7 @@ def _next_limit(work: Work) -> int | None:
 
 
 def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has_more: bool) -> int | None:
-    """Return how many images to read in total, or None to stop. `kept` of the first `limit` images were kept."""
+    """Return how many images to read in total, or None to stop. `kept` of the first `limit` were kept."""
     assert config.images is not None
     if kept >= config.images:
         return None

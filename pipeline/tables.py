@@ -299,7 +299,7 @@ def require_columns(table: pa.Table, *names: str) -> None:
 
 
 def is_caption(table: pa.Table) -> pa.ChunkedArray:
-    """Return a mask of the annotations that are captions, after the step filter. Others are questions or records."""
+    """Return a mask of the captions after the step filter. Other annotations are questions or records."""
     return pc.is_valid(table["clean_text"])
 
 
@@ -340,7 +340,7 @@ def with_features(schema: pa.Schema) -> pa.Schema:
 
 
 def arrow_type_of(feature: Any) -> pa.DataType:
-    """Return the Arrow type that a feature describes. Raises ValueError for a type that no custom task has."""
+    """Return the Arrow type that a feature describes. Raises ValueError for a type no custom task has."""
     if "_type" not in feature:
         return pa.struct([pa.field(name, arrow_type_of(inner)) for name, inner in feature.items()])
     if feature["_type"] == "List":

@@ -257,7 +257,7 @@ class RequestSource(Protocol):
 
 
 class Engine(Protocol):
-    """Answers requests with a model in this process or on servers. It is ready once its context is entered."""
+    """Answers requests with a model in this process or on servers. It must be entered before use."""
 
     model: str
     revision: str

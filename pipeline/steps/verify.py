@@ -296,7 +296,7 @@ class AnnotationChecker:
         self._ask("verify", requests, counts.total(), read)
 
     def _repair(self, subjects: Subjects) -> None:
-        """Let the model rewrite captions with false claims. Keep a rewrite only if all its claims are true."""
+        """Let the model rewrite captions with false claims. Keep rewrites whose claims are all confirmed."""
         requests = []
         for subject in subjects:
             contradicted = [
