@@ -31,10 +31,7 @@ IMAGE_PART = {"type": "image", "text": None}
 
 
 def preferred_caption(captions: Sequence[tuple[str, str]]) -> str | None:
-    """Return the text of the first caption in the most preferred style, or else of the first caption.
-
-    `captions` has pairs of style and text.
-    """
+    """Return the caption in the most preferred style, or else the first. Captions are (style, text)."""
     first_by_style = dict(reversed(captions))
     preferred = next((first_by_style[style] for style in PREFERRED_STYLES if style in first_by_style), None)
     return preferred or (captions[0][1] if captions else None)

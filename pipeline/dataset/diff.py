@@ -19,7 +19,7 @@ Settings = dict[str, tuple[Any, Any]]  # changed settings by name, with old and 
 
 @dataclass(slots=True)
 class Change:
-    """A row that differs. `what` is added, removed or changed. `fields` has the old and new values by name."""
+    """A row that differs. `what` is added, removed or changed. `fields` has old and new values by name."""
 
     sample_id: str
     source_row: str
@@ -56,7 +56,7 @@ class Diff:
         return dict(self._changes_by_field.most_common())
 
     def lines(self, rows: int) -> Iterator[str]:
-        """Yield the lines of a report: row counts, changed fields and settings, and at most `rows` changes."""
+        """Yield the lines of a report: row counts, changed fields and settings, and up to `rows` changes."""
         counts = ", ".join(f"{count} {what}" for what, count in self.counts().items())
         yield f"{self.before} -> {self.after}: {counts}"
         if fields := self.fields():

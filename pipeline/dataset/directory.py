@@ -127,7 +127,7 @@ class DatasetDir:
         write_json(self.path / "pushed.json", {"pushed": [*earlier, push]})
 
     def taken_numbers(self) -> list[tuple[int, ...]]:
-        """Return the numbers of tagged and pushed versions. They are not reused, even if a version is removed."""
+        """Return the numbers of tagged and pushed versions, which stay taken when the versions are removed."""
         names = {*read_tags(self.path).values(), *(push["version"] for push in self.pushed())}
         return sorted(parse_version(name) for name in names if VERSION_NAME.fullmatch(name))
 
@@ -265,7 +265,7 @@ def last_made() -> Path:
 
 
 def only_made() -> Path:
-    """Return the only dataset folder. Raises StoreError if there are several, since file times may be wrong."""
+    """Return the only dataset folder. Raises StoreError if there are several: file times may mislead."""
     folders = sorted({path.parents[2] for path in _made_manifests()})
     if len(folders) > 1:
         problem = f"there are {len(folders)} datasets that were made here, in {DATA}/ or with --out"

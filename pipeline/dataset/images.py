@@ -71,7 +71,7 @@ class ImageStore:
         return sorted(stored, key=lambda name: (str(stored[name].path), stored[name].number, name))
 
     def read(self, sample_ids: Sequence[str]) -> pa.ListArray:
-        """Return the images of each sample (list of binary). Raises StoreError if any are missing or damaged."""
+        """Return each sample's images (list of binary). Raises StoreError if any is missing or damaged."""
         if missing := self.find_missing(sample_ids):
             raise missing_error(missing, self.folder)
         wanted, tables = pa.array(sample_ids, pa.string()), list[pa.Table]()
@@ -86,7 +86,7 @@ class ImageStore:
         return images if ids.equals(wanted) else images.take(pc.index_in(wanted, ids))
 
     def digests(self) -> pa.Table:
-        """Return the digest of each sample's images (tables.IMAGE_DIGESTS), as recorded when they were written."""
+        """Return the recorded digest of each sample's images (tables.IMAGE_DIGESTS)."""
         tables = [IMAGE_DIGESTS.empty_table()]
         for path in self.paths():
             try:
@@ -112,7 +112,7 @@ class ImageStore:
             self._group_of |= _groups_by_id(self._write_file(pending))
 
     def add_from(self, other: "ImageStore", sample_ids: Iterable[str]) -> None:
-        """Copy the images of samples from another store. Raises StoreError if that store lacks some of them."""
+        """Copy the images of samples from another store. Raises StoreError if any are missing there."""
         wanted = dict.fromkeys(self.find_missing(sample_ids))
         if missing := other.find_missing(wanted):
             raise missing_error(missing, other.folder)

@@ -111,7 +111,7 @@ def require_intact_files(version: Version) -> None:
 
 
 def make_repaired_version(version: Version, damage: list[str]) -> Version:
-    """Publish the same rows locally as the next patch version, which states the `damage` to the Hub's copy.
+    """Make the next patch version with the same rows. Its manifest records `damage`, found on the Hub.
 
     Raises StoreError if the local version is damaged too, or is not the newest one in its folder.
     """
