@@ -50,9 +50,7 @@ class DatasetStatistics:
     rows_without_text: int = 0  # rows that have only values of custom tasks
     human_captions: int = 0
     human_questions: int = 0
-    images_by_task: Counter[str] = field(
-        default_factory=Counter
-    )  # number of images with a value, by custom task
+    images_by_task: Counter[str] = field(default_factory=Counter)  # by custom task
     labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by custom task
     # By style. The key "references" compares references with each other.
     shared_words: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))

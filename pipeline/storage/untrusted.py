@@ -65,7 +65,7 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
 
 
 def _require_below(root: Path, path: Path, handle: int) -> None:
-    """Raise UnsafeFileError unless an open file is below `root`. A folder may have been replaced by a link."""
+    """Raise UnsafeFileError unless an open file is below `root`. A folder may have become a link since."""
     try:
         name = os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115  # called for each image
     except OSError:
