@@ -132,7 +132,7 @@ def _manifest_error(error: Exception) -> StoreError:
 
 
 def _without_line_breaks(value: Any) -> Any:
-    """Remove line breaks from all strings. Some readers of cards find the header's end without parsing YAML."""
+    """Remove line breaks from all strings, for readers that find the header's end without parsing YAML."""
     if isinstance(value, dict):
         return {_without_line_breaks(key): _without_line_breaks(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -40,10 +40,7 @@ log = logging.getLogger(__name__)
 ELSEWHERE = "elsewhere.json"  # a file in DATA that lists dataset folders made with --out
 MAX_REMEMBERED = 20
 OUTPUTS = ("kept", "rejected")  # the tables that every step writes
-IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = (
-    "image_groups",
-    "near_duplicates",
-)  # tables that the step read writes
+IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # tables of the read step
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 LISTED_ROWS = 1024  # number of samples, without images, per batch
 TAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
@@ -127,7 +124,7 @@ class DatasetDir:
         write_json(self.path / "pushed.json", {"pushed": [*earlier, push]})
 
     def taken_numbers(self) -> list[tuple[int, ...]]:
-        """Return the numbers of tagged and pushed versions, which stay taken when the versions are removed."""
+        """Return the numbers of tagged and pushed versions, which stay taken after a removal."""
         names = {*read_tags(self.path).values(), *(push["version"] for push in self.pushed())}
         return sorted(parse_version(name) for name in names if VERSION_NAME.fullmatch(name))
 
