@@ -19,7 +19,7 @@ from pipeline.sources import find_source
 
 # Free GPU memory that the default model needs. Its bfloat16 weights take 7.5 GiB.
 LARGE_GIB = 8
-# Required memory divided by the size of the weights. The rest is for requests.
+# Ratio of the required memory to the size of the weights. Requests need the rest.
 MEMORY_PER_WEIGHTS = 1.2
 # Disk space for the default model, a dataset of some ten thousand photos, and one version of it.
 DISK_GIB = 20

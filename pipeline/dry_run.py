@@ -40,9 +40,8 @@ FOLDER = ".dry-run"
 def predict_run(config: Config, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Return the likely hours, requests, tokens, money, bytes and kept rows of a run.
 
-    Hours, tokens and money are for the remaining images. Only requests that are sent can be timed, so the
-    sample uses images with replies in the journal only if there are too few others. Raises SynthError as
-    `generate_dataset` does.
+    Hours, tokens and money are for the remaining images. Replies in the journal cannot be timed, so images
+    with such replies come last in the sample. Raises SynthError as `generate_dataset` does.
     """
     progress = progress or NullProgress()
     plan = Plan.open(config, out, progress, is_trial=True)
@@ -92,7 +91,7 @@ class StepsOnly(NullProgress):
 class SampledRows:
     """Some rows of a source, and how many of the images are in each state.
 
-    `new` images have unanswered requests. `answered` images have replies to all requests in the journal.
+    `new` images have unanswered requests. `answered` images have all replies in the journal.
     `complete` images need no request, because they have human texts.
     """
 

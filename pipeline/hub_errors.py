@@ -20,10 +20,9 @@ def translate_hub_errors(
     *,
     or_folder: bool = False,
 ) -> Iterator[None]:
-    """Turn huggingface_hub errors about a repository into `error_type`.
+    """Turn huggingface_hub errors about ORG/NAME or ORG/NAME@REVISION into `error_type`.
 
-    `name` is ORG/NAME or ORG/NAME@REVISION. `offline` is the hint if the Hub does not answer. `or_folder`
-    states that the name could also have been a local folder.
+    `offline` is the hint if the Hub does not answer. With `or_folder`, `name` could also be a local folder.
     """
     try:
         yield

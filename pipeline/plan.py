@@ -140,11 +140,9 @@ class Plan:
 
 
 def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> EngineChoice:
-    """Choose the engine. If its server does not answer, fall back to the model of the last run in this
-    folder.
+    """Choose the engine. If its server does not answer, use the model of the last run in this folder.
 
-    A run that changes only thresholds or splits needs no reply. Otherwise the error is raised when the first
-    request has to be sent.
+    A run with only new thresholds or splits needs no reply. Otherwise the first request raises the error.
     """
     try:
         return choose_engine(config, dataset.server_log, progress)

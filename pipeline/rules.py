@@ -83,7 +83,7 @@ _ANOTHER_QUESTION = re.compile(
 )
 _CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.*\(?\b[B-Db-d2-4][).]\s")
 _ARTICLES = frozenset(("a", "an", "the", "some"))
-# "many" repeats the question "How many sheep?", but does not answer it.
+# The question "How many sheep?" contains the answer "many", but does not give it away.
 _AFTER_HOW = frozenset(("many", "much", "far", "old", "long", "big", "tall", "often"))
 
 Words = list[str]
@@ -212,8 +212,7 @@ def is_one_question(question: str) -> bool:
 def gives_answer_away(question: str, answer: str) -> bool:
     """Return True if a question contains its answer, ignoring articles and plural endings.
 
-    Alternatives ("red or blue?"), numbers and single letters are allowed, since a question may have to name
-    them.
+    Alternatives ("red or blue?"), numbers and letters are allowed, since a question may have to name them.
     """
     asked = words_of(question)
     answer_words = [word for word in words_of(answer) if word not in _ARTICLES]

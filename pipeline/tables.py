@@ -240,7 +240,7 @@ REJECTIONS = pa.schema(fields(STRING, "step", "reason", "source_row", "sample_id
 
 # Columns of ROW that are stored as `sample_id` only. The pixels are in the image store.
 PIXELS = ("image", "pages")
-# Columns that a source fills either for all rows or for none. A version leaves out columns never filled.
+# Columns that a source fills either for all rows or for none. A version omits columns that are never filled.
 OPTIONAL = (*PIXELS, "context", "reference_qa")
 REQUIRED = frozenset(ROW.names).difference(OPTIONAL)
 

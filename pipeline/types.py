@@ -173,8 +173,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One question to a model about one sample. `id` is a digest of everything that the first reply depends
-    on.
+    """One question to a model about one sample. `id` is a digest of all that its reply depends on.
 
     An unusable reply is retried with other sampling settings under the same id. `attempt` starts at 0.
     `schema` is the JSON schema of the reply. `images` are attached only when the request is sent. `pages` has

@@ -82,7 +82,7 @@ class DatasetDir:
         return self.path / "steps" / name / f"{which}.parquet"
 
     def step_files(self, name: str, which: str = "kept") -> list[Path]:
-        """Return the file `step_file`, or the files of all shards after a run on a cluster."""
+        """Return the path from `step_file`, or after a run on a cluster the paths in all shards."""
         file = self.step_file(name, which)
         if file.exists():
             return [file]

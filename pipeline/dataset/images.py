@@ -128,7 +128,7 @@ class ImageStore:
         """
         kept, written = set[tuple[Path, str]](), set[Path]()
         for path, ids in [(path, _read_ids(path)) for path in self.paths()]:
-            # A killed process may have already written this file, and it was written again in this loop.
+            # This loop has just rewritten a file that a killed process had already written.
             if path in written:
                 continue
             num_bytes = path.stat().st_size
@@ -204,8 +204,7 @@ def hash_images(path: Path) -> dict[str, str]:
 def as_pixels(images: pa.ListArray, columns: Sequence[str]) -> dict[str, pa.Array]:
     """Return images from the store as those of the columns `image` and `pages` that are in `columns`.
 
-    With both columns, single images are in `image`, and decks are in `pages`. Otherwise the only column holds
-    all images.
+    With both columns, `image` has single images and `pages` has decks. A column on its own has all images.
     """
     offsets = images.offsets.to_numpy() - images.offsets[0].as_py()
     pages = images.flatten()

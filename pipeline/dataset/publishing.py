@@ -129,9 +129,9 @@ def publish_version(
     rejections: Iterable[pa.Table],
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Version, bool]:
-    """Publish rows as the next version. If the newest version has the same rows, return it with False.
+    """Publish rows as the next version. Return it, and whether it is new.
 
-    `draft` is a scratch folder next to the versions. `provenance` has the manifest fields about the run.
+    If the newest version has the same rows, it is returned. `draft` is a scratch folder next to the versions. `provenance` has the manifest fields about the run.
     `check` raises StoreError if another command has taken over the folder. Raises TableError if no row is
     left, and StoreError if images are missing.
     """
@@ -185,10 +185,9 @@ def next_version(
     schema: pa.Schema,
     taken: Sequence[tuple[int, ...]] = (),
 ) -> str:
-    """Return the next version name. All numbers in `taken` are lower.
+    """Return the next version name, with a higher number than all in `taken`.
 
-    The major number increases if columns or scores change, the minor number if rows are added, else the patch
-    number.
+    The major number increases if columns or scores change, the minor if rows are added, else the patch.
     """
     if parent is None and not taken:
         return FIRST

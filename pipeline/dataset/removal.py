@@ -28,8 +28,7 @@ class Leftover:
 def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]:
     """Remove versions atomically, and return their folders. The caller holds the lock of the dataset folder.
 
-    Raises StoreError before any removal if a version is missing or tagged. Raises it later if files cannot be
-    removed.
+    Raises StoreError if a version is missing or tagged (before any removal), or if files cannot be removed.
     """
     folders = list(dict.fromkeys(_find_version(dataset, name) for name in names))
     tags = read_tags(dataset.path)
@@ -52,8 +51,7 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]
 def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
     """Remove images needed by neither a version nor the last read samples. Return the changed files.
 
-    The caller holds the lock. Raises StoreError before any removal if a version or a list of samples is
-    damaged.
+    The caller holds the lock. Raises StoreError before any removal if a version or sample list is damaged.
     """
     needed = set[str]()
     for version in dataset.versions():

@@ -45,7 +45,7 @@ class DatasetStatistics:
 
     caption_words: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by style
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by answer type
-    scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (tables.SCORES)
+    scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (SCORE_NAMES)
     repaired_captions: int = 0
     rows_without_text: int = 0  # rows that have only values of custom tasks
     human_captions: int = 0

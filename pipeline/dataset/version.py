@@ -80,8 +80,8 @@ class Version:
         if is_remote(self.path):
             return dataset_dir_of(self.path)
         path = Path(os.path.normpath(self.path.absolute()))
-        # A link in a `versions` folder belongs to that dataset. Any other link belongs to the dataset it
-        # leads to.
+        # A link in a `versions` folder belongs to that dataset, and any other link to the dataset it leads
+        # to.
         home = dataset_dir_of(path if path.parent.name == "versions" else self.path.resolve())
         return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
 

@@ -107,9 +107,8 @@ def _pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
     """Create the table `pairs` (PAIRS): the same question about two images with different answers.
 
     Images with the same question are ordered by the content words of their captions, and each is compared
-    with the next NEIGHBOURS images. Pairs with the most similar words (Jaccard index) are chosen first.
-    Near-duplicate images are never paired, and a question is in at most one pair. The table holds both
-    directions of a pair.
+    with the next NEIGHBOURS images. The most similar pairs (Jaccard index) are chosen first. Near-duplicates
+    are never paired. A question is in at most one pair. The table holds both directions of a pair.
     """
     db.execute(
         """

@@ -1,11 +1,9 @@
 """The base of all steps of a run: how a step keeps or rejects rows, and how it compares rows across shards.
 
 A step runs in a `Work`, which holds the plan of the run and an executor that applies functions to shards. A
-shard is a dataset folder with some of the samples and all annotations of these samples. A run in one process
-has one shard.
+shard is a dataset folder with part of the samples and their annotations. A single process has one shard.
 
-The steps from validate to review are `RowStep`s, whose rows are annotations. A RowStep has up to three
-functions:
+The steps from validate to review are `RowStep`s. Their rows are annotations. They have up to three functions:
 
 prepare   does work with side effects on one shard, such as asking the model, and adds columns
 compare   queries a few narrow columns of all shards in DuckDB, and returns `row` and new columns

@@ -76,8 +76,7 @@ def read_texts(rows: AllRows, values: Collection[str], column: str, *more: str) 
 def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Review]) -> set[str]:
     """Return the ids of question pairs that reviews break.
 
-    A pair is intact if both questions are kept and equal, and their answers differ. `rows` must hold both
-    questions of each pair.
+    An intact pair is two kept, equal questions with different answers. `rows` must hold both of each pair.
     """
     kept: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in rows:

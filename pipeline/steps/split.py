@@ -63,8 +63,7 @@ def split_of(group: str, config: SplitConfig, seed: int) -> str:
 def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     """Return the stated split of each row, its split group, and the splits that the source already has.
 
-    If the source states no split for an image, but for others in its group, the image gets theirs: test if
-    one of them is in test, else validation, else train.
+    An image without a stated split gets the most held-out split (SPLIT_RANK) stated in its group, if any.
     """
     db, rows, (config, _) = comparison.db, comparison.rows, comparison.settings
     is_stated = any(part["source_split"].null_count < part.num_rows for part in rows.batches("source_split"))

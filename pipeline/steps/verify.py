@@ -1,9 +1,8 @@
 """Step: verify. Check annotations with further questions to the model, and reject those that fail.
 
 The first checks ask the model about the image. Captions with false claims are repaired and checked again.
-Then captions are compared with the questions about the image, with the image itself (CLIP), and with the
-human captions from the source. Last, a judge rates all texts. A check that is off or whose reply cannot be
-read rejects nothing.
+Then captions are compared with the questions about the image, the image itself (CLIP), and its human
+captions. Last, a judge rates all texts. A check that is off or has no readable reply rejects nothing.
 """
 
 from collections import Counter, defaultdict
@@ -162,8 +161,7 @@ class VerifySettings:
 class CheckedAnnotation:
     """An annotation with its checks (tables.CHECK), and its scores by column name.
 
-    `row` has the columns COLUMNS. If the caption was repaired, `rewritten` has the new values of the columns
-    in tables.FILTERED and of `prompt_id`.
+    `row` has COLUMNS. If the caption was repaired, `rewritten` has the new tables.FILTERED and `prompt_id`.
     """
 
     row: Row

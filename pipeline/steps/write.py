@@ -38,8 +38,7 @@ SELECT count(*) FROM (
 class WrittenRows:
     """The rows of one shard, as Parquet files in the folder `path`.
 
-    `counts` has the number of rows by split. `files` maps file names to their manifest entries.
-    `rows.digests` is empty.
+    `counts` has row counts by split. `files` maps file names to manifest entries. `rows.digests` is empty.
     """
 
     path: Path
@@ -52,8 +51,7 @@ class WrittenRows:
 def write_rows(
     shard: DatasetDir, path: Path, steps: Sequence[str], source: dict[str, Any], extras: Extras = NO_EXTRAS
 ) -> WrittenRows:
-    """Write the rows of a shard to files in an empty folder, and their digests and the rejections to step
-    files.
+    """Write the rows of a shard to an empty folder. Write row digests and rejections to step files.
 
     `steps` are the names of all earlier steps that reject rows. `source` is the provenance of the images.
     """
@@ -139,9 +137,10 @@ def publish_shards(
     source: dict[str, Any],
     provenance: dict[str, Any],
 ) -> tuple[Version, bool]:
-    """Publish the rows of all shards as one version. Return it with True, or the newest with False if equal.
+    """Publish the rows of all shards as one version. Return it, and whether it is new.
 
-    The files in `written` are below `draft`, a scratch folder next to the versions. `provenance` describes
+    If the newest version has the same rows, it is returned. The files in `written` are below `draft`, a
+    scratch folder next to the versions. `provenance` describes
     the run in the manifest. Raises TableError if the shards have different columns. Raises StoreError if
     another command has created a version with that name or has taken over the dataset folder.
     """

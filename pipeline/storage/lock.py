@@ -26,9 +26,9 @@ HEARTBEATS_PER_TIMEOUT = 4
 def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthError]) -> BinaryIO:
     """Lock a file, and return it. The lock is held until the file is closed. The holder may delete the file.
 
-    If another process holds the lock, `on_busy` is called. It raises an exception, or returns to wait for the
-    lock. Raises `error_type` if the path is a link, which could lead to any file. Raises OSError if the file
-    cannot be opened.
+    If another process holds the lock, `on_busy` may raise an exception, or return to wait for the lock.
+    Raises `error_type` if the path is a link, which could lead to any file, and OSError if it cannot be
+    opened.
     """
     while True:
         try:
@@ -73,10 +73,10 @@ def lease(
 ) -> Iterator[Callable[[], None]]:
     """Hold an exclusive lease: an object in a store that the holder keeps rewriting as a heartbeat.
 
-    A lease without a heartbeat for `timeout_s`, by the local clock, is taken over. `say` receives a message
-    before. The yielded function raises StoreError if this lease was taken over. Raises StoreError if another
-    live process holds the lease. In stores without conditional writes, two processes that start at the same
-    time may both get it.
+    A lease without a heartbeat for `timeout_s` by the local clock is taken over. `say` announces the wait.
+    The yielded function raises StoreError if this lease was taken over. Without conditional writes in the
+    store, two processes that start together may both get it. Raises StoreError if a live process holds the
+    lease.
     """
     holder_id = uuid4().hex
     _acquire(path, holder_id, timeout_s, say)

@@ -52,8 +52,7 @@ def _digest(name: str, line: str) -> str:
 def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
     """Return the images whose text files should be written.
 
-    Raises ConfigError if a text file exists and must not be changed, or if two images would share a text
-    file.
+    Raises ConfigError if a text file exists and must not be changed, or if two images would share one.
     """
     targets: dict[Path, Path] = {}
     for image in images:
