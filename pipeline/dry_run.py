@@ -91,7 +91,7 @@ class StepsOnly(NullProgress):
 class SampledRows:
     """Some rows of a source, and how many of the images are in each state.
 
-    `new` images have unanswered requests. `answered` images have all replies in the journal.
+    `new` images have unanswered requests. For `answered` images, the journal has all replies.
     `complete` images need no request, because they have human texts.
     """
 

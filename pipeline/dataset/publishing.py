@@ -131,9 +131,9 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish rows as the next version. Return it, and whether it is new.
 
-    If the newest version has the same rows, it is returned. `draft` is a scratch folder next to the versions. `provenance` has the manifest fields about the run.
-    `check` raises StoreError if another command has taken over the folder. Raises TableError if no row is
-    left, and StoreError if images are missing.
+    If the newest version has the same rows, it is returned. `draft` is a scratch folder next to the versions,
+    and `provenance` has the manifest fields about the run. `check` raises StoreError if another command has
+    taken over the folder. Raises TableError if no row is left, and StoreError if images are missing.
     """
     if not content.digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and human reviews in review/"

@@ -140,9 +140,9 @@ def publish_shards(
     """Publish the rows of all shards as one version. Return it, and whether it is new.
 
     If the newest version has the same rows, it is returned. The files in `written` are below `draft`, a
-    scratch folder next to the versions. `provenance` describes
-    the run in the manifest. Raises TableError if the shards have different columns. Raises StoreError if
-    another command has created a version with that name or has taken over the dataset folder.
+    scratch folder next to the versions. `provenance` describes the run in the manifest. Raises TableError if
+    the shards have different columns, and StoreError if another command has written the version or taken over
+    the folder.
     """
     plan, shards = work.plan, work.executor.shards
     counts = {split: sum(part.counts[split] for part in written) for split in SPLITS}
