@@ -19,7 +19,7 @@ from pipeline.sources import find_source
 
 # Free GPU memory that the default model needs. Its bfloat16 weights take 7.5 GiB.
 LARGE_GIB = 8
-# Ratio of the required memory to the size of the weights. Requests need the rest.
+# Memory that a model needs, relative to the size of its weights. Requests need the excess.
 MEMORY_PER_WEIGHTS = 1.2
 # Disk space for the default model, a dataset of some ten thousand photos, and one version of it.
 DISK_GIB = 20
@@ -42,7 +42,7 @@ class Finding:
 
 
 def examine(model: str | None = None) -> list[Finding]:
-    """Run all checks. Failures should be fixed in this order. With `model`, also check whether it fits."""
+    """Run all checks, in the order in which to fix failures. With `model`, also check whether it fits."""
     return [
         *([_model(model)] if model else []),
         Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}"),

@@ -27,7 +27,7 @@ from pipeline.text.pii import redact
 # Cache size for judged questions and records, which repeat often.
 CACHED_TEXTS = 1 << 15
 MAX_RECORD_WORDS = 2000
-# Matches text in lower case.
+# Expects text in lower case.
 _HEDGE = re.compile(
     r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to"
     r"|(?:it is|it's) (?:unclear|difficult|hard to))\b"
@@ -62,7 +62,7 @@ def _grams_of(task: OwnTask, prompt_grams: Grams) -> Grams:
 
 @lru_cache(64)
 def _config_of(own: OwnTask, config: FilterConfig) -> FilterConfig:
-    """Return the filter settings for a custom task. By default, only captions and questions are bounded."""
+    """Return the filter settings for a custom task. Only captions and questions have default limits."""
     task = own.settings
     kind = "question" if task.kind == "question" else "caption"
     bounds = {f"min_{kind}_words": task.min_words, f"max_{kind}_words": task.max_words}
@@ -143,7 +143,7 @@ def _redact_within(value: Any) -> tuple[Any, int]:
 
 @lru_cache(4)
 def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
-    """Return the n-grams of the built-in prompts. A user's prompts may quote captions as examples."""
+    """Return the n-grams of the built-in prompts only, since a user's prompts may quote captions."""
     built_in = [TASKS[name] for name in tasks if name in TASKS]
     return artifacts.prompt_grams([*prompt_texts(built_in).values(), NOTES])
 

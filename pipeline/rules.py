@@ -1,4 +1,4 @@
-"""The rules of the step filter, such as: a caption describes its image, and a question has one answer.
+"""The rules of the step filter, for example that a caption is in the configured language.
 
 A rule is a function that returns True to reject an annotation. RULES holds all rules in order. The reason of
 a rejected row is the first rule that matches, so the counts by reason add up to the number of rejected rows.
@@ -26,7 +26,7 @@ MAX_EQUAL_PARTS = 5
 
 # "The text above the door" refers to text in the image, not in the prompt.
 _IN_IMAGE = r"(?!\s+(?:the|an?|his|her|its|their|this|that|it)\b)"
-# Matches references to other texts, other turns of a conversation, or a layout, in lower case.
+# Matches references to other texts, conversation turns or layouts. Expects text in lower case.
 _ELSEWHERE = re.compile(
     rf"\b(?:(?:image|picture|photo|text|passage|example)s? (?:above|below|provided)\b{_IN_IMAGE}"
     r"|(?:above|below|following|previous|preceding) (?:image|picture|photo|text|passage|caption)s?"

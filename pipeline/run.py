@@ -61,7 +61,7 @@ def run(
     """Run every step whose inputs have changed, and return the version.
 
     Steps before `first` are skipped. With --images N, more of the source is read until N images are kept. The
-    caller holds the lock of the dataset folder. Raises SynthError. Finished work stays on disk.
+    caller holds the lock of the dataset folder. Raises SynthError on failure. Finished work stays on disk.
     """
     steps = steps_of(plan)
     names = [step.name for step in steps]
@@ -97,9 +97,10 @@ def generate_dataset(
     progress: Progress | None = None,
     cluster: ClusterOptions | None = None,
 ) -> RunResult:
-    """Turn images into a version of a dataset. To resume a stopped run, repeat the call. Raises SynthError.
+    """Turn images into a version of a dataset. To resume a stopped run, repeat the call.
 
     `out` is the dataset folder, by default `data/SOURCE`. With `cluster`, it may be in an object store.
+    Raises SynthError on failure.
     """
     progress = progress or NullProgress()
     if out is not None and is_remote(out) and cluster is None:

@@ -177,7 +177,7 @@ REVIEWED = "review"
 # `prompt_id` of a human text from the source, and the style of human captions.
 HUMAN = "human"
 OF_PEOPLE = (HUMAN, REVIEWED)
-# The field of exports that states who wrote a text, and its values.
+# The export field that states who wrote a text, and its possible values.
 WRITTEN_BY, BY_MODEL, BY_PEOPLE = "written_by", "model", "people"
 EVIDENCE = pa.field("evidence_pages", PAGES)
 REVIEW = pa.struct(
@@ -329,7 +329,7 @@ def append_columns(table: pa.Table, columns: pa.Table) -> pa.Table:
 
 
 def features(schema: pa.Schema) -> dict[str, Any]:
-    """Describe a schema as `datasets` does in Parquet metadata. With it, images are decoded on loading."""
+    """Describe a schema as `datasets` does in Parquet metadata, so that it decodes images on loading."""
     return {field.name: _feature(field.type) for field in schema}
 
 

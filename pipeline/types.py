@@ -86,9 +86,10 @@ class SampleBatch:
 
 
 class SampleInfo(NamedTuple):
-    """What the annotations of a sample depend on. The size is the size of the first page, upright.
+    """What the annotations of a sample depend on.
 
-    `human` has annotations made from human texts, if human texts are kept (tasks/human.py).
+    `width_px` and `height_px` are the size of the first page after rotation. `human` has annotations made
+    from human texts, if human texts are kept (tasks/human.py).
     """
 
     sample_id: str
@@ -100,7 +101,7 @@ class SampleInfo(NamedTuple):
 
 
 class SourceTexts(NamedTuple):
-    """The context of a sample, and which human texts it has. The requests about it depend on them."""
+    """The context of a sample, and which human texts it has. Requests about the sample depend on both."""
 
     context: Context = ()
     has_captions: bool = False
@@ -201,7 +202,7 @@ class Request:
         return self.pages != ()
 
     def pages_of(self, images: tuple[bytes, ...]) -> tuple[bytes, ...]:
-        """Return the images, among all images of the sample, that the model sees."""
+        """Select those of a sample's `images` that the model sees."""
         return images if self.pages is None else tuple(images[page - 1] for page in self.pages)
 
     @property
@@ -243,7 +244,7 @@ class RequestSource(Protocol):
     """The requests to answer, as an engine sees them."""
 
     def take(self) -> list[Request]:
-        """Return the next requests. The list may be empty for now, and grow when replies arrive."""
+        """Return the next requests. An empty list is not final, since replies may lead to more requests."""
 
     def sending(self, requests: Sequence[Request]) -> None:
         """Record that these requests are about to be sent."""
@@ -256,7 +257,7 @@ class RequestSource(Protocol):
 
 
 class Engine(Protocol):
-    """Answers requests with a model in this process or on servers. It must be entered before use."""
+    """Answers requests with a model in this process or on servers. Its context must be entered first."""
 
     model: str
     revision: str

@@ -78,7 +78,7 @@ class DatasetDir:
         return self.path / "vllm.log"
 
     def step_file(self, name: str, which: str = "kept") -> Path:
-        """The file with the rows that a step kept, or another file of the step."""
+        """Return the path of a step's file, by default the file with the rows that the step kept."""
         return self.path / "steps" / name / f"{which}.parquet"
 
     def step_files(self, name: str, which: str = "kept") -> list[Path]:
@@ -262,7 +262,7 @@ def last_made() -> Path:
 
 
 def only_made() -> Path:
-    """Return the only dataset folder. Raises StoreError if there are several: file times may mislead."""
+    """Return the only dataset folder. Raises StoreError if there are several, instead of guessing."""
     folders = sorted({path.parents[2] for path in _made_manifests()})
     if len(folders) > 1:
         problem = f"there are {len(folders)} datasets that were made here, in {DATA}/ or with --out"

@@ -1,4 +1,4 @@
-"""The image store of a dataset folder: files `images/*.parquet` with each image once, by sample id.
+"""The image store of a dataset folder: files `images/*.parquet`, which hold each image once.
 
 The step read adds images. All other steps, and versions, refer to them by sample id. A file is written
 atomically, never changed, and named after the ids in it. On a cluster, each shard folder has its own store.
@@ -121,7 +121,7 @@ class ImageStore:
         self.add(pa.table([batch, other.read(batch)], schema=SAMPLE_IMAGES) for batch in batches)
 
     def keep_only(self, wanted: Collection[str], *, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
-        """Remove all images but those of the samples `wanted`, and yield changed files with the bytes freed.
+        """Remove all images except those of the samples `wanted`, and yield changed files with the bytes freed.
 
         Duplicates in one folder, which killed processes may leave, are removed too. With `dry_run`, nothing
         is changed. Raises StoreError before any removal if a file is damaged.
@@ -192,7 +192,7 @@ def images_digest(pages: Sequence[bytes]) -> str:
 
 
 def hash_images(path: Path) -> dict[str, str]:
-    """Compute the digest of each sample's images in a file. Raises an exception in UNREADABLE if damaged."""
+    """Compute the digest of each sample's images in a file. Raises one of UNREADABLE if it is damaged."""
     file = open_parquet(path)
     digests: dict[str, str] = {}
     for number in range(file.num_row_groups):
@@ -202,7 +202,7 @@ def hash_images(path: Path) -> dict[str, str]:
 
 
 def as_pixels(images: pa.ListArray, columns: Sequence[str]) -> dict[str, pa.Array]:
-    """Return images from the store as those of the columns `image` and `pages` that are in `columns`.
+    """Return images from the store as the columns `image` and `pages`, if they are in `columns`.
 
     With both columns, `image` has single images and `pages` has decks. A column on its own has all images.
     """

@@ -70,7 +70,7 @@ def hash_store(store: ImageStore) -> dict[str, str]:
 
 
 def damaged_images(version: Version, stored: Mapping[str, str]) -> list[str]:
-    """Return the samples of a version whose image digest in `stored` is wrong or missing."""
+    """Return the ids of samples in a version whose image digest in `stored` is wrong or missing."""
     if not version.manifest.get("images"):
         return []
     table = read_table(version.path / IMAGES_FILE, IMAGE_DIGESTS.names)
@@ -126,7 +126,7 @@ def make_repaired_version(version: Version, damage: list[str]) -> Version:
         name = f"v{major}.{minor}.{patch + 1}"
         repairs = {"version": version.name, "damaged": damage}
         manifest = version.manifest | {"version": name, "parent": version.name, "repairs": repairs}
-        # The version's folder may be a link to another dataset, and the images are in the store of that one.
+        # The version's folder may be a link to another dataset, whose store then has the images.
         if version.manifest.get("images"):
             ids = read_table(version.path / IMAGES_FILE, ["sample_id"])["sample_id"].to_pylist()
             ImageStore(dataset.path).add_from(version.store, ids)

@@ -19,7 +19,7 @@ _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 
 
 class _Part(BaseModel):
-    """The base class of all parts. Parts may have additional keys."""
+    """The base class for all parts of a manifest. Parts may have additional keys."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

@@ -32,7 +32,7 @@ def find_joined(version: Version) -> Version | None:
 def join_images(version: Version, images: Iterable[Images]) -> Version:
     """Store the images of a version, and return the version with its images.
 
-    Raises StoreError if any image is missing. Those found stay stored for the next call.
+    Raises StoreError if any image is missing. Images that were found stay stored.
     """
     joined, ids = _with_pixel_columns(version), _sample_ids(version)
     wanted, store = {*ids}, joined.store

@@ -143,7 +143,7 @@ def publish_version(
     digests = zip(*content.digests.to_pydict().values(), strict=True)
     content_digest = version_digest(digests, content.columns, content.extras.scores)
     if parent is not None and parent.manifest["digest"] == content_digest:
-        # The source may have only copies of earlier images after the limit. The preview is then complete.
+        # If the source has only copies of earlier images after the limit, the preview was complete.
         if parent.is_preview and not provenance["source"].get("preview"):
             parent = Version(parent.path, parent.manifest | {"source": provenance["source"]})
             write_json(parent.path / MANIFEST, parent.manifest)

@@ -47,7 +47,7 @@ def described(value: Any) -> Any:
 
 
 def is_done(shard: DatasetDir, step: str, key: str, which: str = DONE) -> bool:
-    """Return whether a step has a record with this key, and its files are unchanged since."""
+    """Return whether a step has a record with this key, and its files still match the record."""
     record = read_record(shard, step, which)
     if record.get("key") != key:
         return False

@@ -17,7 +17,7 @@ from pipeline.tables import with_features
 GROUP_ROWS = 64  # mean number of rows in a row group with images
 TEXT_GROUP_ROWS = 4_096  # mean number of rows in a row group without images
 SHARD_GROUPS = 8  # mean number of row groups in a shard after it reaches MIN_SHARD_BYTES
-LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # (group bytes, mean rows until it then ends)
+LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # (minimum bytes, mean rows until the group ends)
 GROUP_BYTES = 16_000_000  # a larger group ends at the next call of `add`
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 150_000_000, 300_000_000
 # Parquet column names of the pixels in a version and in an image store.

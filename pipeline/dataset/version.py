@@ -43,8 +43,8 @@ DAMAGE_HINT = "move it away, and run `synth generate` again, which reuses all re
 STORED, JOINED, LEFT_OUT = "stored", "joined", "left out"
 IMAGE_BATCH_ROWS = 64
 DATA = Path("data")
-# Subfolders of a dataset folder that can be made again, for hidden states and for the shards of a running
-# push. A process that uses such a folder holds its lock file, LOCK.
+# Subfolders of a dataset folder for hidden states, and for the shards of a running push. Both can be made
+# again. A process that uses such a subfolder holds its lock file, LOCK.
 FEATURES, PUSHED, LOCK = "features", ".push", "lock"
 MAX_NAME_CHARACTERS = 240  # file systems allow 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
@@ -80,8 +80,7 @@ class Version:
         if is_remote(self.path):
             return dataset_dir_of(self.path)
         path = Path(os.path.normpath(self.path.absolute()))
-        # A link in a `versions` folder belongs to that dataset, and any other link to the dataset it leads
-        # to.
+        # A link in `versions` belongs to that dataset. Other links belong to the dataset that they lead to.
         home = dataset_dir_of(path if path.parent.name == "versions" else self.path.resolve())
         return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
 
@@ -113,7 +112,7 @@ class Version:
         return schema_of(self.manifest)
 
     def summary(self) -> dict[str, Any]:
-        """Return the fields for a list of versions. `date` is when the manifest was last written."""
+        """Return the entry for a list of versions. `date` is when the manifest was last written."""
         written = datetime.fromtimestamp((self.path / MANIFEST).stat().st_mtime, UTC)
         fields = {name: self.manifest[name] for name in ("version", "parent", "digest", "rows")}
         num_bytes = sum(entry["bytes"] for entry in self.manifest["files"].values())

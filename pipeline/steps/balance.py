@@ -43,7 +43,7 @@ from pipeline.text.wordnet import names
 # Questions of rare types are balanced together under this type.
 RARE = "(rare)"
 MAX_ENTRIES_BYTES = 256_000_000
-# How many images are searched for a partner. VQAv2 showed its annotators as many.
+# Number of images that are searched for a partner. VQAv2's annotators saw the same number.
 NEIGHBOURS = 24
 IDS = ("annotation_id", "sample_id")
 QUESTIONS = pa.schema([ROW, *fields(STRING, *IDS, "image", "key", "prefix", "answer")])
@@ -263,7 +263,7 @@ def count_of_tail(counts: Sequence[int], share: float) -> int:
 
 
 def keep_probability(counts: Sequence[int], threshold: int) -> float:
-    """Return the probability that any entry keeps its caption. Each does with min(1, threshold / count)."""
+    """Return the probability of keeping a caption. Each entry keeps it with min(1, threshold / count)."""
     rejected = 1.0
     for count in counts:
         rejected *= 1 - min(1.0, threshold / count)

@@ -94,7 +94,7 @@ class Executor(Protocol):
         """Read the source until `limit` images are kept, and return whether the source has more images."""
 
     def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:
-        """Apply a function to every shard, at the latest during `wait`. With `asks`, it needs the model."""
+        """Apply a function to every shard before `wait` returns. `asks`: the function needs the model."""
 
     def wait(self) -> None:
         """Wait until all functions passed to `each` have finished."""
@@ -242,7 +242,7 @@ class RowStep(Step):
         compare_shards(self, executor.shards, rows, plan, work.progress)
         executor.each(partial(judge_shard, self, rows, plan, key))
         executor.wait()
-        # Not earlier, because the shard of a lost worker is judged again.
+        # These files are removed last, because the shard of a lost worker is judged again.
         for shard in executor.shards:
             shard.step_file(self.name, "compared").unlink(missing_ok=True)
 
@@ -365,7 +365,7 @@ def _write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> t
 
 @contextmanager
 def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> Iterator[None]:
-    """Add the requests sent within the context, and its duration, to the cost record of the dataset."""
+    """Add the requests and the time spent within the context to the cost record of the dataset."""
     asked, start = stats.asked, time.monotonic()
     try:
         yield
@@ -390,7 +390,7 @@ class _InOrder:
         self._pending: pa.Table = schema.empty_table()
 
     def take_until(self, end: int) -> pa.Table:
-        """Return the rows not yet taken whose `row` is below `end`."""
+        """Return the rows with `row` below `end` that were not returned before."""
         parts = []
         while True:
             count = int(np.searchsorted(self._pending["row"].to_numpy(), end))

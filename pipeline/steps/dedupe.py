@@ -62,8 +62,8 @@ WITH hashed AS (
 )
 SELECT * EXCLUDE (other_group), other_group AS image_group FROM judged
 """
-# Human texts come first, regardless of scores. Two styles that share a reply yield annotations with the same
-# id.
+# Human texts come first, regardless of scores. `row` decides between styles that share a reply, since their
+# annotations have the same id.
 SCORE_ORDER = "agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count ASC NULLS LAST"
 BEST = f"is_human DESC, {SCORE_ORDER}, annotation_id, row"
 
@@ -126,7 +126,7 @@ def _texts(rows: AllRows) -> Iterator[pa.Table]:
 
 
 def judge_duplicates(table: pa.Table, _: DedupeSettings) -> pa.Table:
-    """Fill `image_group` and `cluster` of rows without findings with the row's own ids."""
+    """Set `image_group` and `cluster` to the row's own ids where `compare` found nothing."""
     for name, own in (("image_group", "sample_id"), ("cluster", "annotation_id")):
         table = table.set_column(table.column_names.index(name), name, pc.coalesce(table[name], table[own]))
     return table
@@ -135,7 +135,7 @@ def judge_duplicates(table: pa.Table, _: DedupeSettings) -> pa.Table:
 STEP = RowStep(
     "dedupe",
     settings=lambda plan: DedupeSettings(plan.config.dedupe.max_images_per_caption, plan.image_kind),
-    # On a cluster this file does not exist. It depends on the samples alone.
+    # Missing on a cluster, where the key covers the samples from which the groups are computed.
     reads=lambda plan: [plan.dataset.step_file("read", IMAGE_GROUPS_FILE)],
     judge=judge_duplicates,
     compare=find_duplicates,

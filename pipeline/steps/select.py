@@ -1,4 +1,4 @@
-"""Step: select. Of several captions that the model wrote for one image in one style, keep the best.
+"""Step: select. Keep the best of several captions that the model wrote for one image in one style.
 
 `select.by` defines the score of a caption:
 

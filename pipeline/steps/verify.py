@@ -161,7 +161,7 @@ class VerifySettings:
 class CheckedAnnotation:
     """An annotation with its checks (tables.CHECK), and its scores by column name.
 
-    `row` has COLUMNS. If the caption was repaired, `rewritten` has the new tables.FILTERED and `prompt_id`.
+    `row` has COLUMNS. `rewritten` has tables.FILTERED and `prompt_id` of a repaired caption, or is None.
     """
 
     row: Row
@@ -182,7 +182,7 @@ class CheckedAnnotation:
 
     @property
     def confirmed_claims(self) -> float | None:
-        """The share of its claims that the model confirmed, or None if no claim was checked."""
+        """The share of claims that the model confirmed, or None if no claim was checked."""
         return verification.share_confirmed(self.checks, "claims")
 
 
@@ -275,7 +275,7 @@ class AnnotationChecker:
         self._answer(subjects, [verification.coverage_checks(s.caption, verify, q) for s, q in pairs])
 
     def _answer(self, subjects: Subjects, checks: Sequence[list[verification.Check]]) -> None:
-        """Ask the checks of each subject, and append the checks with their answers to the subject."""
+        """Ask the model the checks of each subject, and add the answered checks to the subject."""
         counts = Counter(check.kind for checks_of_one in checks for check in checks_of_one)
         if not counts:
             return

@@ -202,7 +202,8 @@ def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
 
 
 def _number_files(written: Sequence[WrittenRows]) -> list[tuple[Path, str, dict[str, Any]]]:
-    """Return each file with its name in the version and its manifest entry. Names are numbered by split."""
+    """Return each file with its name in the version and its manifest entry. Files are numbered within each
+    split."""
     files = []
     numbers: Counter[str] = Counter()
     for part in written:
