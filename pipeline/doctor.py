@@ -1,4 +1,4 @@
-"""`synth doctor`: check what this machine can run and what is missing. Nothing is changed."""
+"""`synth doctor`: report which models this machine can run, and missing parts. Nothing is changed."""
 
 import os
 import platform

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 
 class SynthError(Exception):
-    """The base class of all errors shown to users. It says what happened, and `hint` says what to do."""
+    """The base class of all errors shown to users. The message states the problem, `hint` a way to fix it."""
 
     def __init__(self, what: str, *, hint: str = "") -> None:
         super().__init__(what)

@@ -1,4 +1,4 @@
-"""Translate errors from the Hub client into errors that say what happened and what to do."""
+"""Translate errors from the Hub client into errors with a clear message and a hint."""
 
 import re
 from collections.abc import Iterator

@@ -17,7 +17,7 @@ from pipeline.errors import TableError
 # Version of the row format. It is part of a version's digest. Increase it on any change that readers notice.
 TABLE_VERSION = 2
 
-# Source columns in which human texts are expected.
+# Source columns that may hold human texts.
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
 REFERENCES, QA = "references", "qa"
 # Columns that hold captions in a file that the user names as a caption file.
@@ -235,7 +235,7 @@ ROW = pa.schema(
         *fields(pa.list_(QA_PAIR), "qa"),
     ]
 )
-# The rejections by all steps, with which a diff can explain missing rows. Holds no text from the model.
+# The rejections by all steps, so that a diff can explain missing rows. Holds no text from the model.
 REJECTIONS = pa.schema(fields(STRING, "step", "reason", "source_row", "sample_id", "task", "content_digest"))
 
 # Columns of ROW that are stored as `sample_id` only. The pixels are in the image store.

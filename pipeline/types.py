@@ -86,7 +86,7 @@ class SampleBatch:
 
 
 class SampleInfo(NamedTuple):
-    """What the annotations of a sample depend on.
+    """The properties of a sample that its annotations depend on.
 
     `width_px` and `height_px` are the size of the first page after rotation. `human` has annotations made
     from human texts, if human texts are kept (tasks/human.py).

@@ -144,7 +144,7 @@ def _join(
 
 
 def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn) -> pa.Array:
-    """Return the value or list of a custom task for each sample, or null if there is no usable reply."""
+    """Return the value or list of a custom task for each sample, or null without a usable reply."""
     is_value = pc.equal(final_column(annotations, "task", pa.string()), column.name)
     records = final_column(annotations.filter(is_value), "record", pa.string()).to_pylist()
     values: list[Any] = [None] * count
@@ -152,7 +152,7 @@ def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn
         if not column.is_list:
             values[index] = json.loads(record)
         else:
-            # NOTHING stands for a reply without objects. The list is then empty instead of null.
+            # NOTHING marks a reply without objects. The list is then empty instead of null.
             values[index] = (values[index] or []) + ([] if record == NOTHING else [json.loads(record)])
     return pa.array(values, column.type)
 
@@ -204,7 +204,7 @@ def _final_values(annotations: pa.Table, item: pa.Field) -> pa.Array:
 
 
 def row_digest(row: dict[str, Any]) -> str:
-    """Return the digest of a row and its split. `sample_id` stands for the pixels."""
+    """Return the digest of a row and its split. `sample_id` represents the pixels."""
     return digest({name: value for name, value in row.items() if name not in PIXELS})
 
 

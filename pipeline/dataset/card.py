@@ -1,4 +1,4 @@
-"""Render dataset and model cards: README.md with a YAML header, in which model text is escaped."""
+"""Render dataset and model cards: README.md with a YAML header and escaped model text."""
 
 import json
 import re
@@ -28,7 +28,7 @@ MESSAGES = "messages"  # name of a column, and of the config that reads it
 MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"
 _GENERATED, _FOUND = "machine-generated", "found"
 _CREATORS = {MODEL: [_GENERATED], PEOPLE: [_FOUND], PEOPLE_AND_MODEL: [_FOUND, _GENERATED]}
-PLACEHOLDER = "ORG/NAME"  # stands for the repository in the card of a version that was not pushed
+PLACEHOLDER = "ORG/NAME"  # repository name in the card of a version that was not pushed
 _SIZE_BOUNDS = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B")
 
 
@@ -100,7 +100,7 @@ def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, A
 
 @cache
 def _template(name: str) -> Template:
-    """Return a compiled template from `data_cards/`, in which all values are escaped for Markdown."""
+    """Return a compiled template from `data_cards/`, with all values escaped for Markdown."""
     jinja = Environment(
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -208,7 +208,7 @@ def _configs(manifest: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
     if MESSAGES not in manifest.get("reader_columns", []):
         return {"default": {}}
     default = {"default": {"columns": [name for name in manifest["features"] if name != MESSAGES]}}
-    # Trainers reject conversations without turns, so there is no config for them.
+    # Trainers reject conversations without turns, so the config is left out.
     if manifest["measured"].get("rows_without_text"):
         return default
     return default | {MESSAGES: {"columns": ["image", MESSAGES]}}
@@ -230,7 +230,7 @@ def _writers(manifest: dict[str, Any]) -> str:
 
 
 def _text_kinds(manifest: dict[str, Any]) -> str:
-    """Return "captions and questions", or the names of custom task columns if there are no such texts."""
+    """Return "captions and questions", or the custom task columns of a dataset without such texts."""
     measured, own = manifest["measured"], manifest.get("own_columns", {})
     kinds = ("captions", "answers", "human_captions", "human_questions")
     has_texts = any(measured.get(kind) for kind in kinds)

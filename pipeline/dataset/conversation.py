@@ -65,7 +65,7 @@ def messages(asked: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def reader_columns(columns: Sequence[str]) -> list[str]:
-    """Return the reader columns that are not in `columns`, or none if the rows have no `image`."""
+    """Return the reader columns that are not in `columns`, or [] for rows without `image`."""
     return [name for name in READER_COLUMNS.names if name not in columns] if "image" in columns else []
 
 

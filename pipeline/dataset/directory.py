@@ -91,7 +91,7 @@ class DatasetDir:
 
     @property
     def reviews(self) -> Path:
-        """The file in which `synth review apply` stores human reviews."""
+        """The file where `synth review apply` stores human reviews."""
         return self.path / "review" / "reviews.jsonl"
 
     @property

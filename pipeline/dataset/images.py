@@ -121,7 +121,7 @@ class ImageStore:
         self.add(pa.table([batch, other.read(batch)], schema=SAMPLE_IMAGES) for batch in batches)
 
     def keep_only(self, wanted: Collection[str], *, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
-        """Remove all images except those of the samples `wanted`, and yield changed files with the bytes freed.
+        """Remove the images of samples that are not `wanted`. Yield changed files with the bytes freed.
 
         Duplicates in one folder, which killed processes may leave, are removed too. With `dry_run`, nothing
         is changed. Raises StoreError before any removal if a file is damaged.

@@ -45,7 +45,7 @@ def _file_entries(version: Version) -> dict[str, dict[str, Any]]:
 
 
 def content_digest(version: Version) -> str:
-    """Compute the digest of the rows in the files. Sample ids stand for the pixels."""
+    """Compute the digest of the rows in the files. Sample ids represent the pixels."""
     manifest = version.manifest
     stored = {*manifest["columns"]}
     extras = extras_of(manifest)

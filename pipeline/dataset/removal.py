@@ -11,7 +11,7 @@ from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, open_table, remove
 from pipeline.storage.lock import lock_file
 
-# Folders in which all writers hold the lock of the dataset folder.
+# Folders where all writers hold the lock of the dataset folder.
 LOCKED_FOLDERS = ("steps/*", "steps/read/*", "versions/v*", "shards/*/steps/*", "images", "shards/*/images")
 TEMPORARY_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
 REMOVING = ".removing-"  # prefix of the folder name while a version is removed

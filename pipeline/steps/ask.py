@@ -56,7 +56,7 @@ class AskSettings:
         return list(build_requests(sample.id, self.requests, sample.context, results, pairs))
 
     def sample_info(self, row: Mapping[str, Any], pages: int) -> SampleInfo:
-        """Return what the annotations of a sample (a row of tables.SAMPLE) depend on."""
+        """Return the properties of a sample (a row of tables.SAMPLE) that its annotations depend on."""
         human: tuple[dict[str, Any], ...] = ()
         if self.keeps_human_texts:
             deck = pages if self.has_decks else None
@@ -132,7 +132,7 @@ def _count_wanted(plan: RequestPlan, samples: int, texts: TextsById) -> int:
 def _count_asked(shard: DatasetDir, plan: RequestPlan) -> int:
     """Return how many requests the annotations of a shard answer.
 
-    Annotations of the same request are adjacent. A row without a request id stands for all requests of its
+    Annotations of the same request are adjacent. A row without a request id counts as all requests of its
     task about the sample.
     """
     count, last = 0, None

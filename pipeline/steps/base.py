@@ -9,7 +9,7 @@ prepare   does work with side effects on one shard, such as asking the model, an
 compare   queries a few narrow columns of all shards in DuckDB, and returns `row` and new columns
 judge     receives one batch of rows as an Arrow table, and adds columns and `reason` (null keeps a row)
 
-Each function receives only the settings of its own step. They are part of the step's key (records.py).
+Each function receives only the settings of its step. They are part of the step's key (records.py).
 """
 
 import time

@@ -63,7 +63,7 @@ def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
 
 
 def read_texts(rows: AllRows, values: Collection[str], column: str, *more: str) -> list[dict[str, Any]]:
-    """Return, as dictionaries, the rows in which `column` has one of the values."""
+    """Return, as dictionaries, the rows where `column` has one of the values."""
     if not values:
         return []
     value_set = pa.array(sorted(values), STRING)

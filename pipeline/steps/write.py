@@ -192,7 +192,7 @@ def _summarize(rows: int, without_annotation: int) -> StepSummary:
 
 
 def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
-    """Return the number of reviewed annotations by verdict, or {} if none was reviewed."""
+    """Return the number of reviewed annotations by verdict, or {} without reviews."""
     counts: Counter[str] = Counter()
     for shard in shards:
         for name in OUTPUTS:

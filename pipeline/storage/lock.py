@@ -143,7 +143,7 @@ def _is_holder(path: Path, holder_id: str) -> bool:
 
 
 def _read_lease(path: Path) -> list[Any]:
-    """Return [holder id, number of heartbeats], or [] if there is no lease."""
+    """Return [holder id, number of heartbeats], or [] without a lease."""
     try:
         # `cat_file` is one request. Opening the object would first ask for its ETag, which a heartbeat may
         # change.
