@@ -1,4 +1,4 @@
-"""`synth doctor`: report which models this machine can run, and missing parts. Nothing is changed."""
+"""`synth doctor`: report what this machine can run, and which parts are missing. Nothing is changed."""
 
 import os
 import platform

@@ -88,7 +88,7 @@ class SampleBatch:
 class SampleInfo(NamedTuple):
     """The properties of a sample that its annotations depend on.
 
-    `width_px` and `height_px` are the size of the first page after rotation. `human` has annotations made
+    `width_px` and `height_px` are the size of the upright first page. `human` has annotations made
     from human texts, if human texts are kept (tasks/human.py).
     """
 

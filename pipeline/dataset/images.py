@@ -36,8 +36,6 @@ UNREADABLE = (OSError, ValueError, pa.ArrowException, SynthError)
 
 
 class _Group(NamedTuple):
-    """A row group in a file of the store."""
-
     path: Path
     number: int
 

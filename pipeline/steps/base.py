@@ -94,7 +94,7 @@ class Executor(Protocol):
         """Read the source until `limit` images are kept, and return whether the source has more images."""
 
     def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:
-        """Apply a function to every shard before `wait` returns. `asks`: the function needs the model."""
+        """Apply a function to every shard before `wait` returns. `asks` states that it needs the model."""
 
     def wait(self) -> None:
         """Wait until all functions passed to `each` have finished."""
