@@ -1,6 +1,6 @@
 """Turn images into a checked, versioned and published vision-language dataset.
 
-Functions are imported when they are first used:
+Submodules are imported when a function is first used:
 
     result = pipeline.generate("folder:photos", tasks=["caption"])
     dataset = pipeline.load("data/folder-photos@v1.0.0")  # a datasets.DatasetDict with images

@@ -37,16 +37,16 @@ def generate(
     progress: Progress | None = None,
     **settings: Any,
 ) -> RunResult:
-    """Turn the images of a source into a version of a dataset, like `synth generate`.
+    """Turn images into a version of a dataset, like `synth generate`.
 
-    The same call resumes a run that was stopped: answered requests are not sent again.
+    To resume a run that was stopped, repeat the call. Requests that were answered are not sent again.
 
     Args:
         source: where the images come from, such as "folder:photos" or "hub:ORG/NAME".
         out: the dataset folder, by default `data/SOURCE`.
-        config: settings, or a settings file (synth.yaml).
-        progress: receives progress, messages and warnings.
-        settings: settings by key, which override those of `config`. A section is a dictionary, as in
+        config: settings, or the path of a settings file (synth.yaml).
+        progress: receives progress updates, messages and warnings.
+        settings: settings by name, which override those in `config`. A section is a dictionary, as in
             `generate={"max_attempts": 2}`. docs/settings.md lists all settings.
 
     Returns:
@@ -65,9 +65,9 @@ def generate(
 
 
 def load(name: str | Path) -> "DatasetDict":
-    """Return a version with its splits, columns and images.
+    """Return a version as a DatasetDict with its splits, columns and decoded images.
 
-    Images have the feature Image, and pages List(Image). `datasets` caches the rows in HF_HOME.
+    Image columns have the feature Image, and `pages` has List(Image). `datasets` caches the rows in HF_HOME.
 
     Args:
         name: DIR, DIR@VERSION or DIR@TAG, on disk or in an object store, or ORG/NAME@VERSION on the Hub.
@@ -106,11 +106,11 @@ def push(
     """Push a version to the Hugging Face Hub in one commit with a fixed tag, like `synth push`.
 
     Args:
-        version: a version, such as `result.version`, or DIR, DIR@VERSION.
-        repo: the repository, ORG/NAME, which is created if it does not exist.
-        private: whether a new repository is private, by default if the license of the images is unknown.
-        images: whether to push images, by default if their license allows it.
-        license: the license of the images, by its name on the Hub, if the source states none.
+        version: a version, such as `result.version`, or its name: DIR or DIR@VERSION.
+        repo: the repository, ORG/NAME. It is created if it does not exist.
+        private: whether a new repository is private. By default it is if the image license is unknown.
+        images: whether to push the images. By default they are pushed if their license allows it.
+        license: the Hub identifier of the image license, if the source states none.
 
     Raises:
         SynthError: the version is damaged, the Hub refuses it, or the tag exists there with other rows.
@@ -138,7 +138,7 @@ def export(
     """Write a version to a new folder in the format of another tool, like `synth export`.
 
     Args:
-        version: a version, such as `result.version`, or DIR, DIR@VERSION, ORG/NAME@VERSION.
+        version: a version, such as `result.version`, or its name: DIR, DIR@VERSION or ORG/NAME@VERSION.
         format: "parquet" for self-contained files, or a format that `synth export --help` lists.
         style: the caption style to write, if the format has one caption per image.
 
@@ -163,7 +163,7 @@ def _load_split(version: Version, split: str) -> Any:
     from datasets import Dataset, Features
 
     features = {name: version.manifest["features"][name] for name in version.manifest["columns"]}
-    # `datasets` caches the rows by these arguments.
+    # `datasets` derives its cache key from these arguments.
     arguments = {
         "path": str(version.path),
         "manifest": version.manifest,

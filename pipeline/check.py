@@ -1,4 +1,4 @@
-"""`synth check`: verify everything in a dataset folder, and report damage with the way to repair it."""
+"""`synth check`: verify all files in a dataset folder, and report damage with a hint on how to repair it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -22,7 +22,7 @@ STEP_FILES = ("steps/*/*.parquet", "steps/read/*/*.parquet", "shards/*/steps/*/*
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The state of one file, journal or version: its content, or the damage with a hint."""
+    """The state of a file, journal or version: a summary of its content, or its damage with a hint."""
 
     path: str
     state: str
@@ -31,17 +31,17 @@ class Checked:
 
 
 def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Checked]:
-    """Yield the state of each journal, step file and version of a dataset folder.
+    """Yield the state of each journal, step file, image file and version in a dataset folder.
 
-    With `repair`, a damaged journal is replaced by a journal of its intact replies. Nothing else is changed.
-    Raises StoreError if another process writes to the folder.
+    With `repair`, a damaged journal is replaced by one with its intact replies. Nothing else is changed.
+    Raises StoreError if another process is writing to the folder, or if the folder is in an object store.
     """
     if is_remote(dataset.path):
         raise StoreError(f"{dataset.path} is in an object store", hint="copy it to a disk and check it there")
     for path in [dataset.journal, *sorted(dataset.path.glob("shards/*/journal/local.sqlite"))]:
         if path.exists():
             yield _check_journal(dataset, path, repair=repair)
-    # A run may remove a file meanwhile, to write it again.
+    # A run may remove a file in the meantime in order to rewrite it.
     for path in sorted((path for pattern in STEP_FILES for path in dataset.path.glob(pattern)), key=str):
         with suppress(FileNotFoundError):
             yield _check_file(path, _count_rows, READ_AGAIN if path.parent.parent.name == "read" else AGAIN)
@@ -62,7 +62,7 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
 def check_version_folder(
     path: Path, dataset: DatasetDir | None = None, stored: Mapping[str, str] | None = None
 ) -> Checked:
-    """Return the state of a version's folder. See check_version."""
+    """Return the state of the version in a folder. See check_version."""
     try:
         return check_version(read_version(path), dataset, stored)
     except SynthError as error:
@@ -72,9 +72,9 @@ def check_version_folder(
 def check_version(
     version: Version, dataset: DatasetDir | None = None, stored: Mapping[str, str] | None = None
 ) -> Checked:
-    """Return the state of a version: its files, the digest of its rows, and its images.
+    """Return the state of a version, after checking its files, its row digest and its images.
 
-    `stored` maps sample ids to the digests of all images of the store. By default they are computed.
+    `stored` maps sample ids to image digests for all images in the store. By default, the images are hashed.
     """
     if not (damage := find_damage(version, stored)):
         summary = f"{version.num_rows:,} rows in {len(version.manifest['files'])} files match the digest"
@@ -103,7 +103,7 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
 
 
 def _check_file(path: Path, describe: Callable[[Path], str], hint: str) -> Checked:
-    """Return the state of a file that `describe` reads. Raises FileNotFoundError if it is gone."""
+    """Return what `describe` reads from a file, or its damage. Raises FileNotFoundError if it is gone."""
     try:
         return Checked(str(path), describe(path))
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def _check_file(path: Path, describe: Callable[[Path], str], hint: str) -> Check
 
 
 def _count_images(path: Path, stored: dict[str, str]) -> str:
-    """Return the number of images, and add their digests to `stored`."""
+    """Return the number of images in a file, and add their digests to `stored`."""
     digests = hash_images(path)
     stored.update(digests | stored)
     return f"{len(digests):,} images"

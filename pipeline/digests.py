@@ -1,4 +1,4 @@
-"""Digests that identify content. They never depend on a clock, a host, or the order of a set."""
+"""Digests that identify content. They do not depend on the time, the host, or the iteration order of sets."""
 
 import hashlib
 import json
@@ -13,17 +13,17 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",
 
 
 def digest(value: Any) -> str:
-    """Return the sha256 of the canonical encoding of a JSON value."""
+    """Return the SHA-256 digest of the canonical encoding of a JSON value, in hexadecimal."""
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def canonical(value: Any) -> bytes:
-    """Return the canonical encoding of a JSON value: sorted keys, no white space."""
+    """Return the canonical JSON encoding of a value: sorted keys, no white space."""
     return _CANONICAL.encode(value).encode()
 
 
 def annotation_digest(annotation: dict[str, Any]) -> str:
-    """Return the digest of the final text of an annotation: a caption, a question and answer, or a record."""
+    """Return the digest of an annotation's final text: a caption, a question with its answer, or a record."""
     values = [final_value(annotation, name) for name in ("text", "question", "answer")]
     if (record := final_value(annotation, "record")) is not None:
         values += [annotation["task"], json.dumps(json.loads(record), sort_keys=True)]
@@ -31,13 +31,13 @@ def annotation_digest(annotation: dict[str, Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file's bytes."""
+    """Return the SHA-256 digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def state_of(status: os.stat_result) -> bytes:
-    """Return a value that changes when a file changes: its inode, size and times."""
+    """Return bytes that change when a file changes, computed from its inode, size and timestamps."""
     times_ns = status.st_mtime_ns, status.st_ctime_ns
     return struct.pack(">QQqqq", status.st_dev, status.st_ino, status.st_size, *times_ns)
 
@@ -49,16 +49,16 @@ def hash_to_unit(*parts: object) -> float:
 
 
 def weights_revision(folder: Path) -> str:
-    """Return a digest of all files of a model folder except its card."""
+    """Return a digest of all files in a model folder except the model card."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("README"))
     return digest([[path.name, file_digest(path)] for path in files])[:16]
 
 
 def public_name(model: str) -> str:
-    """Return the publishable name of a model, without a path or a revision."""
+    """Return the name of a model without a revision or a local folder, so that it can be published."""
     return without_folders(model.rpartition("@")[0] or model)
 
 
 def without_folders(name: str) -> str:
-    """Return the last part of a local path, also of another machine. Return other names unchanged."""
+    """Return the last part of a local path, even one from another machine. Leave other names unchanged."""
     return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name

@@ -1,4 +1,4 @@
-"""`synth doctor`: check what this machine can run, and what is missing. Nothing is changed."""
+"""`synth doctor`: report what this machine can run, and which parts are missing. Nothing is changed."""
 
 import os
 import platform
@@ -17,11 +17,11 @@ from pipeline.inference.vllm import VLLM_PYTHON, has_gpu, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
 
-# GPU memory for the default model: 7.5 GiB of bfloat16 weights.
+# Free GPU memory that the default model needs. Its bfloat16 weights take 7.5 GiB.
 LARGE_GIB = 8
-# Times the weights: a model also needs memory for its requests.
+# Memory that a model needs, relative to the size of its weights. Requests need the excess.
 MEMORY_PER_WEIGHTS = 1.2
-# The default model, a dataset of some ten thousand photos, and its version.
+# Disk space for the default model, a dataset of some ten thousand photos, and one version of it.
 DISK_GIB = 20
 EXTRAS = {
     "embedded": ("torch", "transformers", "llguidance", "torchvision"),
@@ -99,7 +99,7 @@ def _nvidia_smi() -> str:
 
 
 def judge_gpus(listed: str) -> Finding:
-    """Return a finding about the lines of nvidia-smi: `name, total MiB, free MiB`."""
+    """Return a finding about the output lines of nvidia-smi: `name, total MiB, free MiB`."""
     cards = _parse_cards(listed)
     if not cards:
         return Finding("gpu", False, "nvidia-smi lists none", "check the driver")
@@ -111,14 +111,14 @@ def judge_gpus(listed: str) -> Finding:
 
 
 def _parse_cards(listed: str) -> list[tuple[str, int, int]]:
-    """Return name, total MiB and free MiB of each GPU."""
+    """Return the name, total MiB and free MiB of each GPU."""
     lines = [[part.strip() for part in line.split(",")] for line in listed.splitlines()]
     valid = [line for line in lines if len(line) == 3 and line[1].isdigit() and line[2].isdigit()]
     return [(name, int(total), int(free)) for name, total, free in valid]
 
 
 def _model(name: str) -> Finding:
-    """Check whether a model fits into the GPU with the most free memory, else into main memory."""
+    """Check whether a model fits on the GPU with the most free memory, or in main memory without a GPU."""
     try:
         weights_gib = weights_bytes(str(TINY_WEIGHTS) if name == TINY else name) / 2**30
         free_gib, place = _free_memory_gib()
@@ -135,7 +135,7 @@ def _model(name: str) -> Finding:
 
 
 def weights_bytes(name: str) -> int:
-    """Return the size of the weights of a folder or a Hub model. Raises ConfigError if it is missing."""
+    """Return the byte size of the weights in a folder or Hub model. Raises ConfigError if it is missing."""
     folder = Path(name)
     if folder.is_dir():
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
@@ -145,7 +145,7 @@ def weights_bytes(name: str) -> int:
         with translate_hub_errors(name, "model", ConfigError, "check the network", or_folder=True):
             files = HfApi().model_info(name, files_metadata=True).siblings or []
         sizes = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
-    # A repository may hold the same weights in both formats.
+    # A repository may hold the same weights in both formats, so count only one.
     by_suffix = [
         sum(size for file, size in sizes.items() if file.endswith(end)) for end in (".safetensors", ".bin")
     ]
@@ -162,7 +162,7 @@ def _free_memory_gib() -> tuple[float, str]:
 
 
 def _engine(source: str) -> Finding:
-    """Return the engine that `--engine auto` would use, without a request to the Hub."""
+    """Report which engine `--engine auto` would use. No request is sent to the Hub."""
     name, reason = pick_engine(Config(source=source))
     model = find_source(source).model
     is_fast = name == "vllm" or model != LARGE

@@ -1,6 +1,6 @@
 """`synth generate --dry-run`: run all steps on a few images, and predict the cost of the whole run.
 
-The trial has its own folder. Its replies stay in the journal for the real run.
+The trial has its own folder. Its replies are kept in the journal of the dataset, for the real run.
 """
 
 import json
@@ -28,20 +28,20 @@ from pipeline.text.reasons import in_short
 from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32
-# Stop after as many images that need no request.
+# Stop after this many images that need no request.
 MAX_COMPLETE_IMAGES = 512
 SHOWN_TEXTS = 5
-# Of English text.
+# For English text.
 BYTES_PER_TOKEN = 4
-# Within the dataset folder.
+# Name of the trial's folder in the dataset folder.
 FOLDER = ".dry-run"
 
 
 def predict_run(config: Config, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Return the likely hours, requests, tokens, money, bytes and kept rows of a run.
 
-    Hours, tokens and money are those of the remaining images. Only sent requests can be timed, so images with
-    replies in the journal come last in the sample. Raises SynthError as `generate_dataset` does.
+    Hours, tokens and money are for the remaining images. Replies in the journal cannot be timed, so images
+    with such replies come last in the sample. Raises SynthError as `generate_dataset` does.
     """
     progress = progress or NullProgress()
     plan = Plan.open(config, out, progress, is_trial=True)
@@ -55,7 +55,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
         with Journal(folder.journal) as journal:
             sample = _sample_rows(source, AskSettings.of(plan), config.limit, journal)
         trial.journal.parent.symlink_to(folder.journal.parent.absolute(), target_is_directory=True)
-        # Excluded images are not searched: their source may be large, and the real run reads it once.
+        # Exclusions are skipped, because their source may be large. Only the real run reads it.
         trial_config = config.model_copy(update={"exclude": (), "limit": None, "images": None})
         rows = replace(source, read=lambda start: iter(sample.rows[start:]), count=lambda: None)
         trial_plan = replace(Plan.resolve(trial_config, trial), source=rows).with_engine(engine)
@@ -71,7 +71,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
 
 
 class StepsOnly(NullProgress):
-    """Passes on progress and warnings, but not messages: those of a trial name its own folder."""
+    """Forwards progress and warnings, but not messages, because they would mention the trial's folder."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -89,10 +89,10 @@ class StepsOnly(NullProgress):
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """Some rows of a source, with the number of images by state.
+    """Some rows of a source, and how many of the images are in each state.
 
-    `new` images have unanswered requests. `answered` images were found on the way to them. `complete` images
-    have human texts for everything that would be asked.
+    `new` images have unanswered requests. For `answered` images, the journal has all replies.
+    `complete` images need no request, because they have human texts.
     """
 
     rows: list[Sample | Rejected]
@@ -103,7 +103,7 @@ class SampledRows:
 
 @contextmanager
 def _empty_folder(folder: Path) -> Iterator[None]:
-    """Create an empty folder, and remove it on exit. A linked journal stays."""
+    """Create an empty folder, and remove it on exit. A link to a journal is removed, but not the journal."""
     remove(folder)
     folder.mkdir(parents=True)
     try:
@@ -113,7 +113,7 @@ def _empty_folder(folder: Path) -> Iterator[None]:
 
 
 def _sample_rows(source: Source, settings: AskSettings, limit: int | None, journal: Journal) -> SampledRows:
-    """Return the first rows of a source with SAMPLED_IMAGES new images, filled up with answered images."""
+    """Return the first rows with SAMPLED_IMAGES new images. If there are fewer, add answered images."""
     rows: list[Sample | Rejected] = []
     answered_rows: list[Sample | Rejected] = []
     ids: set[str] = set()
@@ -156,11 +156,11 @@ def _predict(
     stats: RequestStats,
     choices: Collection[str],
 ) -> dict[str, Any]:
-    """Scale the counts of a trial to the whole run. Rejections of the steps `choices` are not losses."""
+    """Scale the counts of a trial to the whole run. Rejections by the steps in `choices` are not losses."""
     by_step = {summary.step: summary for summary in funnel}
     read, annotations, kept = by_step["read"], by_step["validate"].input, by_step["review"].kept
     kept_images = by_step["write"].kept if "write" in by_step else 0
-    # A limit counts kept images. The source also counts others.
+    # --limit counts only images that the read step keeps, but `total` counts all rows.
     scales = [total / read.input] if total is not None and read.input else []
     scales += [config.limit / read.kept] if config.limit and read.kept else []
     scales += [config.images / kept_images] if config.images and kept_images else []
@@ -183,7 +183,7 @@ def _predict(
         "requests": round(first_attempts * scale),
         "verify_requests": round((stats.total - first_attempts) * scale),
         "retries": round((stats.asked - sum(stats.attempts.values())) * remaining_scale),
-        # Requests only: the other steps take microseconds a row.
+        # Time for requests only. The other steps take microseconds per row.
         "hours": round(stats.asking_s * remaining_scale / 3600, 6),
         "prompt_tokens": round(stats.prompt_tokens * remaining_scale),
         "reply_tokens": round(stats.reply_tokens * remaining_scale),

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 
 class SynthError(Exception):
-    """Base of all errors shown to users: what happened, and a hint about what to do."""
+    """The base class of all errors shown to users. The message states the problem, `hint` a way to fix it."""
 
     def __init__(self, what: str, *, hint: str = "") -> None:
         super().__init__(what)
@@ -13,15 +13,15 @@ class SynthError(Exception):
 
 
 class ConfigError(SynthError):
-    """Raised when settings are invalid. Nothing has been written."""
+    """Raised when settings are invalid. Nothing has been written yet."""
 
 
 class SourceError(SynthError):
-    """Raised when a source of images cannot be read."""
+    """Raised when the image source cannot be read."""
 
 
 class ImageError(SynthError):
-    """Raised when one image is unusable; `reason` is the reason of its rejected row."""
+    """Raised when one image is unusable. `reason` becomes the reason of the rejected row."""
 
     def __init__(self, reason: str, what: str) -> None:
         super().__init__(what)
@@ -32,7 +32,7 @@ class ImageError(SynthError):
 
 
 class EngineError(SynthError):
-    """Raised when a model cannot be loaded or asked."""
+    """Raised when a model cannot be loaded or does not answer."""
 
 
 class StoreError(SynthError):
@@ -40,15 +40,15 @@ class StoreError(SynthError):
 
 
 class TableError(SynthError):
-    """Raised when a table lacks the columns or rows of its version."""
+    """Raised when a table lacks columns or rows that it should have."""
 
 
 class ClusterError(SynthError):
-    """Raised when a cluster is missing or full."""
+    """Raised when a cluster cannot be found or has no free resources."""
 
 
 class PushError(SynthError):
-    """Raised when the Hub refuses a request, or cannot be reached."""
+    """Raised when the Hub refuses a request or cannot be reached."""
 
 
 class TrainError(SynthError):
@@ -56,11 +56,11 @@ class TrainError(SynthError):
 
 
 def one_line(error: BaseException, max_characters: int = 200) -> str:
-    """Return the text of an error on one line, truncated, or the name of its type if it has no text."""
+    """Return the message of an error on one line, truncated, or its type name if the message is empty."""
     return " ".join(str(error).split())[:max_characters] or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint with names that are spelled like `name`, or "" if there are none."""
+    """Return a hint with known names that are spelled like `name`, or "" if there are none."""
     close = get_close_matches(name, list(known), n=3)
     return f"did you mean {' or '.join(close)}?" if close else ""

@@ -1,7 +1,7 @@
 """Score texts, and reject those that break a rule (rules.py).
 
-Openings such as "The image shows" are removed and personal data is redacted, in columns (`clean_*`) next to
-the model's texts.
+Openings such as "The image shows" are removed, and personal data is redacted. The cleaned texts are written
+to new columns (`clean_*`).
 """
 
 import json
@@ -24,10 +24,10 @@ from pipeline.text.language import count_words
 from pipeline.text.normalize import strip_opening, words_of
 from pipeline.text.pii import redact
 
-# Questions with their answers, and records, whose results are cached: they often repeat.
+# Cache size for judged questions and records, which repeat often.
 CACHED_TEXTS = 1 << 15
 MAX_RECORD_WORDS = 2000
-# In lower case.
+# Expects text in lower case.
 _HEDGE = re.compile(
     r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to"
     r"|(?:it is|it's) (?:unclear|difficult|hard to))\b"
@@ -38,9 +38,9 @@ Judgement = tuple[Scores, str | None]
 def filter_annotations(
     table: pa.Table, config: FilterConfig, prompt_grams: Grams = frozenset(), tasks: Tasks = BUILT_IN
 ) -> pa.Table:
-    """Append the scores of each row (tables.FILTERED), and `reason`: the first rule that rejects it.
+    """Append the scores of each row (tables.FILTERED), and `reason`, the first rule that rejects the row.
 
-    Custom `tasks` may have their own bounds and language.
+    Custom tasks may have their own bounds and language.
     """
     require_columns(table, "text", "question", "answer")
     default = _judge(config, prompt_grams)
@@ -55,14 +55,14 @@ def filter_annotations(
 
 @lru_cache(64)
 def _grams_of(task: OwnTask, prompt_grams: Grams) -> Grams:
-    """Return the runs of words of the prompt of a custom task, without those of its allowed values."""
+    """Return `prompt_grams` and the n-grams of a custom task's prompt, except those of its allowed values."""
     own_grams = artifacts.prompt_grams([task.settings.prompt]) - artifacts.prompt_grams(task.allowed_texts())
     return prompt_grams | own_grams
 
 
 @lru_cache(64)
 def _config_of(own: OwnTask, config: FilterConfig) -> FilterConfig:
-    """Return the bounds of a custom task. Without settings, only captions and questions have bounds."""
+    """Return the filter settings for a custom task. Only captions and questions have default limits."""
     task = own.settings
     kind = "question" if task.kind == "question" else "caption"
     bounds = {f"min_{kind}_words": task.min_words, f"max_{kind}_words": task.max_words}
@@ -78,7 +78,7 @@ def _config_of(own: OwnTask, config: FilterConfig) -> FilterConfig:
 
 @lru_cache(32)
 def _judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., Judgement]:
-    """Return a function of (text, question, answer, record). Only results for captions are not cached."""
+    """Return a cached function that judges (text, question, answer, record). Captions are not cached."""
 
     def judge(text: str | None, question: str | None, answer: str | None, record: str | None) -> Judgement:
         if record is not None:
@@ -109,7 +109,7 @@ def _judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., Judgement
 
 
 def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams) -> Judgement:
-    """Return the scores of a record (JSON) with its texts redacted, and the reason if it is rejected."""
+    """Redact a record (JSON). Return its scores, and the reason if it is rejected."""
     clean, redactions = _redact_within(json.loads(record))
     parts = list(texts_in(clean))
     joined = " ".join(parts)
@@ -130,7 +130,7 @@ def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams) -> Jud
 
 
 def _redact_within(value: Any) -> tuple[Any, int]:
-    """Return a JSON value with personal data redacted in its texts, and the number of redactions."""
+    """Return a JSON value with personal data in its strings redacted, and the number of redactions."""
     if isinstance(value, str):
         return redact(value)
     if not isinstance(value, dict | list):
@@ -143,7 +143,7 @@ def _redact_within(value: Any) -> tuple[Any, int]:
 
 @lru_cache(4)
 def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
-    """Return the runs of words of the built-in prompts. A user's prompts may quote captions as examples."""
+    """Return the n-grams of the built-in prompts only, since a user's prompts may quote captions."""
     built_in = [TASKS[name] for name in tasks if name in TASKS]
     return artifacts.prompt_grams([*prompt_texts(built_in).values(), NOTES])
 

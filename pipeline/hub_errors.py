@@ -1,4 +1,4 @@
-"""Errors of the Hub's client, translated: what happened to a repository, and what to do."""
+"""Translate errors from the Hub client into errors with a clear message and a hint."""
 
 import re
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ def translate_hub_errors(
     *,
     or_folder: bool = False,
 ) -> Iterator[None]:
-    """Turn errors of huggingface_hub about a repository, ORG/NAME or ORG/NAME@REVISION, into one of ours.
+    """Turn huggingface_hub errors about ORG/NAME or ORG/NAME@REVISION into `error_type`.
 
-    `offline` is the hint if the Hub does not answer. With `or_folder`, the name could also be a local folder.
+    `offline` is the hint if the Hub does not answer. With `or_folder`, `name` could also be a local folder.
     """
     try:
         yield
@@ -36,7 +36,7 @@ def translate_hub_errors(
 
 
 def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
-    """Return the problem and a hint, which is empty if the Hub does not answer, or None for other errors."""
+    """Return the problem and a hint, or None for other errors. The hint is "" if the Hub does not answer."""
     import httpx2
     from huggingface_hub import errors
     from huggingface_hub.constants import ENDPOINT

@@ -1,4 +1,4 @@
-"""The installed package: its name, its version and its extras."""
+"""Metadata of the installed package: its name, version and extras."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
-# The name `synth` on PyPI is another project.
+# `synth` on PyPI is a different project.
 DISTRIBUTION = "synth-captioner"
 # The top-level packages of this distribution.
 PACKAGES = ("pipeline", "trainer", "prompts", "data_cards")
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @cache
 def installed_version() -> str:
-    """Return the version of this package, or `unknown` if it runs from a folder without being installed."""
+    """Return the version of this package, or "unknown" if it runs from a folder without being installed."""
     try:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
@@ -23,7 +23,7 @@ def installed_version() -> str:
 
 
 def install_command(extra: str = "") -> str:
-    """Return the command that installs this package with an extra, from its source folder if it has one."""
+    """Return the command that installs this package with an extra, from the source folder if there is one."""
     package = ROOT if (ROOT / "pyproject.toml").exists() else DISTRIBUTION
     return f"pip install '{package}{f'[{extra}]' if extra else ''}'"
 
@@ -42,7 +42,7 @@ def extra_of(package: str) -> str:
 
 
 def needed_packages() -> dict[str, str]:
-    """Return the versions of the required packages, or {} if this package is not installed."""
+    """Return the installed versions of the required packages, or {} if this package is not installed."""
     try:
         requirements = [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
         names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements]
@@ -52,5 +52,5 @@ def needed_packages() -> dict[str, str]:
 
 
 def _is_for(requirement: str, package: str) -> bool:
-    """Return whether a requirement names a package, by its import name or its distribution name."""
+    """Return whether a requirement is for a package, given by its import name or distribution name."""
     return requirement.lower().replace("-", "_").startswith(package.lower().replace("-", "_"))

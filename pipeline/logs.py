@@ -1,6 +1,6 @@
-"""The log: background events that do not stop a run, with their reasons, in a file of the dataset folder.
+"""The log file in a dataset folder: background events that do not stop a run, with their causes.
 
-Progress is shown during a run. The log is read afterwards. `synth -v` also shows it on the terminal.
+Progress is shown during a run, and the log is read afterwards. `synth -v` also shows it on the terminal.
 """
 
 import logging
@@ -19,23 +19,23 @@ _ROOTS = (logging.getLogger("pipeline"), logging.getLogger("trainer"))
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        """Return printable text: a message may quote a server."""
+        """Escape control characters, since a message may quote a server."""
         return printable(super().format(record))
 
 
 class _LogFile(logging.FileHandler):
     def _open(self) -> TextIOWrapper:
-        # The folder may be untrusted, and hold a link to any file.
+        # The folder may be untrusted and hold a symbolic link to any file.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.fdopen(os.open(self.baseFilename, flags, 0o666), "a", encoding="utf-8")
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Drop a record if the disk is full: other code reports that."""
+        """Drop a record if it cannot be written, as on a full disk. Other code reports that error."""
         if not isinstance(sys.exception(), OSError):
             super().handleError(record)
 
     def close(self) -> None:
-        """Close the file. See handleError."""
+        """Close the file, ignoring errors as in handleError."""
         with suppress(OSError):
             super().close()
 
@@ -44,7 +44,7 @@ _FORMAT = _Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)
 
 
 def show_log() -> None:
-    """Write log records to stderr from now on, at level DEBUG."""
+    """Write all log records to stderr from now on, down to level DEBUG."""
     _add(logging.StreamHandler(sys.stderr), logging.DEBUG)
 
 
@@ -65,7 +65,7 @@ def log_to(folder: Path) -> Iterator[None]:
 
 
 def keep_log_in(folder: Path) -> None:
-    """Append log records to a file in a folder for the rest of this process."""
+    """Append log records to a file in a folder until this process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(folder / FILE, encoding="utf-8", delay=True)
     if handler.baseFilename not in [getattr(other, "baseFilename", "") for other in _ROOTS[0].handlers]:

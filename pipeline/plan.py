@@ -1,8 +1,8 @@
-"""The plan of a run: all names in the settings, resolved once.
+"""The plan of a run: the settings with all names resolved.
 
-`Config` is what the user wrote. `Plan` is what the run does: the source, the tasks with their prompts, the
+`Config` is what the user wrote. `Plan` is what the run uses: the source, the tasks with their prompts, the
 model and its revision, and how images are compared. `Plan.open` makes every check that can fail before
-anything is written. `run`, `preview` and `--dry-run` share it, and no later code looks up a name.
+anything is written. A run, `preview` and `--dry-run` share it. No later code resolves a name.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -27,14 +27,14 @@ from pipeline.storage.files import translate_disk_errors
 from pipeline.tasks import Tasks
 from pipeline.types import Engine, Source
 
-# The limit of a source without an end, such as drawn scenes.
+# The image limit of an endless source, such as drawn scenes.
 ENDLESS = 1 << 31
 MODEL_SETTINGS = ("model", "base_url", "engine")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run needs to know. Workers unpickle it without the open source and the engine.
+    """Everything that a run needs to know. Pickling leaves out the open source and the engines.
 
     `config` includes the defaults of the source. `image_kind` is None if all images are known to be distinct.
     With `has_decks`, samples are documents of several pages. `model` is the publishable name of the model.
@@ -62,7 +62,7 @@ class Plan:
         revision: str = "",
         judge_revision: str = "",
     ) -> "Plan":
-        """Resolve all names in the settings, without access to the source or a server."""
+        """Resolve all names in the settings without access to the source or a server."""
         config = with_source_defaults(config)
         tasks = Tasks(config.tasks, config.own_tasks)
         return cls(
@@ -79,9 +79,9 @@ class Plan:
 
     @classmethod
     def open(cls, config: Config, out: Path | None, progress: Progress, *, is_trial: bool = False) -> "Plan":
-        """Resolve the settings, open the source and choose the model. Raises SynthError if one of them fails.
+        """Resolve the settings, open the source and choose the model. Raises SynthError if any of this fails.
 
-        `out` is the dataset folder, by default `data/SOURCE`. A trial does not hash the files of the source.
+        `out` is the dataset folder, by default `data/SOURCE`. A trial does not hash the source files.
         """
         dataset = DatasetDir(out or dataset_folder(config.source))
         require_nameable(dataset.path)
@@ -89,7 +89,7 @@ class Plan:
         check_prompts(plan.requests, has_checks=plan.config.verify.is_asked)
         with translate_disk_errors(dataset.path):
             refuse_other_source(dataset, plan.config)
-            # A damaged version is reported now, not at the end of the run.
+            # Report a damaged version now, not at the end of the run.
             dataset.versions()
         digests: AbstractContextManager[None] = skip_digests() if is_trial else nullcontext()
         with digests:
@@ -123,7 +123,7 @@ class Plan:
 
     @property
     def clip_model(self) -> str:
-        """The CLIP model that compares captions with images."""
+        """The name of the CLIP model that compares captions with images."""
         name = self.config.verify.clip_model
         return self.spec.clip_model if name == "auto" else name
 
@@ -133,16 +133,16 @@ class Plan:
         return "alignment" in self.config.verify.checks and not self.has_decks
 
     def choose_judge(self, progress: Progress | None = None) -> EngineChoice:
-        """Return the judge. Raises ConfigError or EngineError if it is missing or is the writing model."""
+        """Return the judge. Raises ConfigError or EngineError if it is missing or is the captioning model."""
         if self.judge is not None:
             return self.judge
         return choose_judge(self.config, self.requests.revision, progress, self.model or None)
 
 
 def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> EngineChoice:
-    """Choose the engine. If its server does not answer, return the model of the last run in this folder.
+    """Choose the engine. If its server does not answer, use the model of the last run in this folder.
 
-    Other thresholds or splits need no reply. The error is raised once a request has to be sent.
+    A run with only new thresholds or splits needs no reply. Otherwise the first request raises the error.
     """
     try:
         return choose_engine(config, dataset.server_log, progress)
@@ -162,14 +162,14 @@ def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> E
 
 
 def reading_settings(plan: Plan) -> Config:
-    """Return the settings that open the source: with `--images N` it may be read to its end."""
+    """Return the settings for opening the source. With `--images N`, the source may be read to its end."""
     if plan.config.images is None:
         return plan.config
     return plan.config.model_copy(update={"limit": ENDLESS if plan.spec.is_endless else None})
 
 
 def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
-    """Raise ConfigError if a dataset folder holds data from another source."""
+    """Raise ConfigError if a dataset folder holds data from a different source."""
     if not dataset.run_file.exists():
         return
     try:
@@ -185,6 +185,6 @@ def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
 
 
 def _source_place(source: str) -> tuple[str, str | Path]:
-    """Return the kind and place of a source. A local path is resolved."""
+    """Return the kind and place of a source, such as ("folder", path). Local paths are resolved."""
     kind, _, place = source.partition(":")
     return kind, place if not place or "://" in place else Path(place).expanduser().resolve()

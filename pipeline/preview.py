@@ -1,4 +1,4 @@
-"""`synth preview`: ask about a few images, and show them with their texts. The run reuses the replies."""
+"""`synth preview`: ask about a few images, and show the images with the replies. A run reuses the replies."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -27,13 +27,13 @@ from pipeline.text.reasons import in_short
 from pipeline.types import Rejected, Request, Sample, SampleBatch
 
 THUMBNAIL_BYTES = 40_000
-# A text, with the reason if a run would reject it.
+# A text, and the reason if a run would reject it.
 JudgedText = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class PreviewReply:
-    """The texts of a reply. `seconds` is None if the reply was in the journal."""
+    """The texts in one reply. `seconds` is None if the reply was already in the journal."""
 
     task: str
     style: str
@@ -45,7 +45,7 @@ class PreviewReply:
 
 @dataclass(frozen=True, slots=True)
 class PreviewImage:
-    """One image with its replies."""
+    """One image with the replies about it."""
 
     name: str
     image: bytes
@@ -56,7 +56,7 @@ class PreviewImage:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The replies about a few images. `prompts` maps task and style to the system text and the prompt."""
+    """The replies about a few images. `prompts` maps "task style" to the system text and the prompt."""
 
     source: str
     model: str
@@ -68,7 +68,7 @@ class Preview:
     skipped: list[str]
 
     def describe(self) -> dict[str, Any]:
-        """Return the preview as JSON values, without pictures."""
+        """Return the preview as JSON values, without images."""
         images = []
         for image in self.images:
             replies = [asdict(reply) for reply in image.replies]
@@ -125,7 +125,7 @@ def preview_run(
 
 
 def _first_samples(plan: Plan, number: int) -> tuple[list[Sample], list[str]]:
-    """Return the first usable images of a source, and the unusable rows among them with their reasons."""
+    """Return the first usable images of a source, and messages about unusable rows before them."""
     assert plan.source is not None
     samples: dict[str, Sample] = {}
     skipped: list[str] = []
@@ -163,7 +163,7 @@ def _read_replies(
 
 
 def _judge_texts(table: pa.Table, plan: Plan) -> dict[str, list[JudgedText]]:
-    """Return the texts of each request, with the reason if validate or filter rejects them."""
+    """Return the texts by request id, each with the reason if the step validate or filter would reject it."""
     validated = validate_annotations(table, plan.tasks)
     grams = own_prompt_grams(tuple(task.name for task in plan.tasks.asked))
     filtered = filter_annotations(validated.drop_columns(["reason"]), plan.config.filter, grams, plan.tasks)
@@ -178,7 +178,7 @@ def _judge_texts(table: pa.Table, plan: Plan) -> dict[str, list[JudgedText]]:
 
 
 def write_preview(preview: Preview, path: Path | None = None) -> Path:
-    """Write a preview as one HTML page, by default into its dataset folder, and return the path."""
+    """Write a preview as an HTML page, by default in its dataset folder, and return the path."""
     path = path or preview.folder / "preview.html"
     pictures = [data_uri(thumbnail(image.image, THUMBNAIL_BYTES)) for image in preview.images]
     page = render_page("pipeline.report", "preview.html.j2", preview=preview, pictures=pictures)

@@ -1,4 +1,4 @@
-"""Show the progress of a command: a live bar on a terminal, a plain line at intervals elsewhere."""
+"""Progress displays for commands: a live bar on a terminal, and plain lines elsewhere."""
 
 import sys
 import time
@@ -9,12 +9,12 @@ from typing import Protocol
 from pipeline.text.escape import printable
 
 LINE_INTERVAL_S = 10.0
-# Styles of rich.
+# Names of rich styles.
 WARNING, LOSS = "yellow", "red"
 
 
 class Progress(Protocol):
-    """Receives progress updates."""
+    """Receives the progress, messages and warnings of a command."""
 
     def __call__(
         self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /
@@ -22,7 +22,7 @@ class Progress(Protocol):
         """Report how much of a step is done, with metrics by name."""
 
     def message(self, text: str, *, transient: bool = False) -> None:
-        """Show a message. A `transient` message is repeated soon."""
+        """Show a message. A `transient` message will soon be repeated, so a display may skip it."""
 
     def warn(self, text: str) -> None:
         """Show a warning."""
@@ -54,7 +54,7 @@ def show_progress() -> Iterator["LineProgress"]:
 
 
 class LineProgress:
-    """A Progress that prints plain lines to stderr. `warnings` are those shown so far."""
+    """A Progress that prints plain lines to stderr. `warnings` has all warnings so far."""
 
     def __init__(self) -> None:
         self.step = ""
@@ -65,7 +65,7 @@ class LineProgress:
     def __call__(
         self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /
     ) -> None:
-        """See Progress. Prints at most one line per LINE_INTERVAL_S."""
+        """See Progress. Lines of one step are at least LINE_INTERVAL_S apart, except for the last."""
         now = time.monotonic()
         if step != self.step:
             self.step, self.started, self.first = step, now, done
@@ -87,12 +87,12 @@ class LineProgress:
         self.line(f"warning: {text}", WARNING)
 
     def line(self, text: str, style: str = "") -> None:
-        """Print a line. Terminals show it in a style of rich."""
+        """Print a line. On a terminal, it is shown in a rich style."""
         del style
         print(printable(text), file=sys.stderr, flush=True)
 
     def describe(self, done: int, total: int | None, metrics: Mapping[str, str] | None) -> str:
-        """Return the rate since the step began, the remaining time, and the metrics."""
+        """Return the rate since the step began, the estimated remaining time, and the metrics."""
         rate = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
         remaining_s = (total - done) / rate if total and rate > 0 and done < total else 0
         parts = [f"{rate:.1f}/s" if rate else "", f"{duration(remaining_s)} left" if remaining_s else ""]
@@ -104,7 +104,7 @@ class LineProgress:
 
 
 class LiveProgress(LineProgress):
-    """A Progress that draws a bar on a terminal, and prints one line about each finished step."""
+    """A Progress that draws a bar on a terminal, and prints one line for each finished step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class LiveProgress(LineProgress):
 
 
 def duration(seconds: float) -> str:
-    """Return a duration such as `3 h 20 min`."""
+    """Format a duration, as in `3 h 20 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""`synth init`: write a commented settings file, the built-in prompts and examples of custom tasks."""
+"""`synth init`: write a commented settings file, the built-in prompts, and example custom tasks."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -9,12 +9,12 @@ from pipeline.tasks import TASKS
 from pipeline.tasks.prompts import SYSTEM, template
 
 SETTINGS, PROMPTS, TASK_FILES = "synth.yaml", "prompts", "tasks"
-# Placeholders in the settings file.
+# Placeholders in the template of the settings file.
 PROMPT_DIR, TASK_DIR = "PROMPT_DIR", "TASK_DIR"
 
 
 def write_project(folder: Path) -> list[Path]:
-    """Write `synth.yaml`, `prompts/` and `tasks/` to a folder. Raise ConfigError if one of them exists."""
+    """Write `synth.yaml`, `prompts/` and `tasks/` to a folder. Raises ConfigError if one of them exists."""
     settings, prompts, tasks = paths = [folder / name for name in (SETTINGS, PROMPTS, TASK_FILES)]
     for path in paths:
         if path.exists():

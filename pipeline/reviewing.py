@@ -1,4 +1,4 @@
-"""Apply human reviews to a dataset: make the next version without a source or a model."""
+"""Apply human reviews to a dataset: make a new version without reading the source or asking a model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,17 +20,17 @@ from pipeline.steps.base import AllRows
 from pipeline.steps.review import read_texts
 from pipeline.storage.files import read_json, translate_disk_errors, write_text
 
-# The step before the reviews.
+# The step before the step review.
 SPLIT = split.STEP.name
 REVIEW_FIRST = "review texts in a report, then export the reviews"
 RUN_FIRST = "run `synth generate` in it first"
 
 
 def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress | None = None) -> RunResult:
-    """Add files of reviews to a dataset folder, and make the version that follows from them.
+    """Add review files to a dataset folder, and make a new version with these reviews.
 
-    Raises ConfigError, and changes nothing, if a file holds no reviews, an edit is unusable, or no review
-    matches a text of this dataset. See `generate_dataset` for other errors.
+    Raises ConfigError and changes nothing if a file holds no reviews, an edit is unusable, or no review
+    matches a text in this dataset. Raises the errors of `generate_dataset` too.
     """
     progress = progress or NullProgress()
     with translate_disk_errors(dataset.path):
@@ -76,7 +76,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
 
 
 def require_records(shards: Sequence[DatasetDir], plan: Plan) -> None:
-    """Raise ConfigError unless one run has finished all steps before the reviews, in all shards."""
+    """Raise ConfigError unless the same run has finished all steps before the step review in all shards."""
     *before, _, _ = steps_of(plan)
     is_finished = all(read_record(shard, step.name).get("files") for shard in shards for step in before)
     if not is_finished or len({read_record(shard, SPLIT)["key"] for shard in shards}) > 1:

@@ -1,7 +1,7 @@
-"""The rules of the step filter, such as: a caption describes its image, a question has one answer.
+"""The rules of the step filter, for example that a caption is in the configured language.
 
-Each rule is a function of an annotation that returns True to reject it. RULES holds all rules in order. The
-first match is the reason, so the counts by reason add up to the rejected rows.
+A rule is a function that returns True to reject an annotation. RULES holds all rules in order. The reason of
+a rejected row is the first rule that matches, so the counts by reason add up to the number of rejected rows.
 """
 
 import re
@@ -14,19 +14,19 @@ from pipeline.text import artifacts, language
 from pipeline.text.normalize import text_key, words_of
 from pipeline.text.refusals import is_refusal as says_refusal
 
-# A caption in another language may need fewer words than in English ("Musta kissa nukkuu sohvalla").
+# Other languages may need fewer words for a caption than English ("Musta kissa nukkuu sohvalla").
 MIN_ENGLISH_WORDS, MIN_OTHER_WORDS = 5, 3
-# The score of the detector that separates two close languages.
+# Minimum detector score for telling close languages apart.
 MIN_CLOSE_SCORE = 0.9
 MIN_WORDS_FOR_REPETITION = 12
-# Shorter sentences may be repeated.
+# Shorter sentences may occur more than once.
 MIN_WORDS_OF_SENTENCE = 4
-# Of a list such as "a cat on the left, a cat on the right, ...".
+# Maximum number of equal parts in a list such as "a cat on the left, a cat on the right, ...".
 MAX_EQUAL_PARTS = 5
 
-# "The text above the door" is in the image.
+# "The text above the door" refers to text in the image, not in the prompt.
 _IN_IMAGE = r"(?!\s+(?:the|an?|his|her|its|their|this|that|it)\b)"
-# References to other texts, other turns of a conversation, or another layout, in lower case.
+# Matches references to other texts, conversation turns or layouts. Expects text in lower case.
 _ELSEWHERE = re.compile(
     rf"\b(?:(?:image|picture|photo|text|passage|example)s? (?:above|below|provided)\b{_IN_IMAGE}"
     r"|(?:above|below|following|previous|preceding) (?:image|picture|photo|text|passage|caption)s?"
@@ -41,7 +41,7 @@ _ELSEWHERE = re.compile(
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 _SENTENCE_END = re.compile(r"[.!?]+\s+")
 
-# A question with one of these words may have an answer in any script.
+# The answer to a question with one of these words may be in any script.
 _READING = (
     "say says said read reads written write writes text word words letter letters character characters sign"
 )
@@ -63,7 +63,7 @@ _TELL = (
     r"|discern(?:ed)?|assess)"
 )
 _NAMES = r"(?:clock|text|sign|name|label|number|brand|date|logo|image|people|person)"
-# Beginnings of answers without content.
+# Matches the beginning of answers that say nothing.
 _SAYS_NOTHING = (
     r"(?:unknown|unclear|uncertain|unsure|undetermined|undeterminable|indetermina(?:te|ble)|unidentifi(?:ed|able))\b",
     r"(?:unspecified|unreadable|illegible|unanswerable|inconclusive|idk|n/?a|insufficient|nobody knows)\b",
@@ -83,7 +83,7 @@ _ANOTHER_QUESTION = re.compile(
 )
 _CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.*\(?\b[B-Db-d2-4][).]\s")
 _ARTICLES = frozenset(("a", "an", "the", "some"))
-# "How many sheep?" - "many"
+# The question "How many sheep?" contains the answer "many", but does not give it away.
 _AFTER_HOW = frozenset(("many", "much", "far", "old", "long", "big", "tall", "often"))
 
 Words = list[str]
@@ -91,10 +91,10 @@ Grams = frozenset[tuple[str, ...]]
 
 
 class Scores(NamedTuple):
-    """Scores of one annotation: the columns of tables.FILTERED, in their order.
+    """Scores of one annotation, in the order of the columns in tables.FILTERED.
 
-    `word_count` is that of the caption, the question, or all texts of a record. `non_latin_frac` is the share
-    of letters of other scripts than Latin, outside of quotes.
+    `word_count` counts the words in the caption, the question, or all texts of a record. `non_latin_frac` is
+    the share of letters outside of quotes that are not Latin.
     """
 
     clean_text: str | None
@@ -113,10 +113,10 @@ class Scores(NamedTuple):
 
 
 class RuleInput(NamedTuple):
-    """An annotation as the rules see it.
+    """The input of a rule: an annotation with its scores, and the settings of the filter.
 
-    `words` are those of the caption or the question. `texts` are all texts with their words. `prompt_grams`
-    are runs of words from prompts.
+    `words` has the words of the caption or question. `texts` has every text with its words. `prompt_grams`
+    has word n-grams from the prompts.
     """
 
     scores: Scores
@@ -127,22 +127,22 @@ class RuleInput(NamedTuple):
 
     @property
     def main(self) -> str:
-        """The caption, or the question."""
+        """The caption or the question, or "" if there is neither."""
         return self.scores.clean_text or self.scores.clean_question or ""
 
     @property
     def answer(self) -> str | None:
-        """The answer of a question."""
+        """The answer to the question, or None."""
         return self.scores.clean_answer
 
     @property
     def is_caption(self) -> bool:
-        """Whether it is a caption."""
+        """Whether the annotation is a caption."""
         return self.scores.clean_text is not None
 
     @property
     def is_question(self) -> bool:
-        """Whether it is a question."""
+        """Whether the annotation is a question."""
         return self.scores.clean_question is not None
 
 
@@ -152,7 +152,7 @@ def is_refusal(row: RuleInput) -> bool:
 
 
 def is_too_short(row: RuleInput) -> bool:
-    """Return True if a caption or a question has too few words."""
+    """Return True if a caption or question has too few words."""
     min_words = row.config.min_question_words if row.is_question else row.config.min_caption_words
     if min_words is None:
         min_words = MIN_ENGLISH_WORDS if row.config.language in ("en", None) else MIN_OTHER_WORDS
@@ -160,7 +160,7 @@ def is_too_short(row: RuleInput) -> bool:
 
 
 def is_too_long(row: RuleInput) -> bool:
-    """Return True if a caption, question or answer has too many words, usually a repetition loop."""
+    """Return True if a caption, question or answer has too many words. Usually the model repeats itself."""
     max_words = row.config.max_question_words if row.is_question else row.config.max_caption_words
     return row.scores.word_count > max_words or row.scores.answer_word_count > row.config.max_answer_words
 
@@ -189,7 +189,7 @@ def is_other_language(row: RuleInput) -> bool:
     if scores.language in (None, config.language):
         return False
     min_score = config.min_language_score
-    # The detector is unsure of short texts.
+    # The detector is unreliable for short texts.
     if config.language == "en" and 3 * scores.language_score >= min_score and language.is_foreign(row.main):
         return True
     is_close = any(config.language in close and scores.language in close for close in language.CLOSE)
@@ -199,20 +199,20 @@ def is_other_language(row: RuleInput) -> bool:
 def says_nothing(answer: str) -> bool:
     """Return True if an answer has no word, or begins like "not visible" or "There is no clock".
 
-    "No" and "nothing" are answers.
+    "No" and "nothing" are valid answers.
     """
     return bool(_NO_WORDS.fullmatch(answer) or _NO_ANSWER.match(answer))
 
 
 def is_one_question(question: str) -> bool:
-    """Return True if a text is one question without choices by letter."""
+    """Return True if a text is a single question without lettered or numbered choices."""
     return not (_ANOTHER_QUESTION.search(question) or _CHOICES.search(question))
 
 
 def gives_answer_away(question: str, answer: str) -> bool:
-    """Return True if a question contains its answer, ignoring articles and plural forms.
+    """Return True if a question contains its answer, ignoring articles and plural endings.
 
-    Alternatives ("red or blue?"), digits and letters are allowed: a question has to name them.
+    Alternatives ("red or blue?"), numbers and letters are allowed, since a question may have to name them.
     """
     asked = words_of(question)
     answer_words = [word for word in words_of(answer) if word not in _ARTICLES]
@@ -229,7 +229,7 @@ def gives_answer_away(question: str, answer: str) -> bool:
 
 
 def _stem(word: str) -> str:
-    """Return a word without a plural ending or the ending of a material: pizzas, boxes, wooden."""
+    """Return a word without the ending of a plural or a material, as in pizzas, boxes and wooden."""
     word = word.removesuffix("'s")
     for ending in ("ies", "es", "s", "en"):
         if word.endswith(ending) and len(word) - len(ending) >= 3 and not word.endswith("ss"):
@@ -237,7 +237,7 @@ def _stem(word: str) -> str:
     return word.removesuffix("e") if len(word) > 4 else word
 
 
-# Replacements of personal data.
+# Placeholders that replace personal data.
 PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
 RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
@@ -257,14 +257,14 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "answer_in_question": lambda row: not row.is_caption and gives_answer_away(row.main, row.answer or ""),
     "speaks_of_elsewhere": lambda row: any(_ELSEWHERE.search(text.lower()) for text, _ in row.texts),
 }
-# The rules for records of custom tasks, which may be a word, a code, or the text of a sign.
+# The rules for records of custom tasks, whose texts may be a word, a code, or the text on a sign.
 RECORD_RULES = {
     name: RULES[name] for name in ("refusal", "prompt_echo", "too_short", "too_long", "other_language")
 }
 
 
 def _repeats_parts(text: str) -> bool:
-    """Return True if a sentence is repeated, or too many parts of a list name the same object."""
+    """Return True if a sentence is repeated, or if too many parts of a list name the same object."""
     sentences = _SENTENCE_END.split(text)
     if len(sentences) > 1:
         keys = [key for key in map(text_key, sentences) if key.count(" ") >= MIN_WORDS_OF_SENTENCE - 1]

@@ -1,4 +1,4 @@
-"""A run: the steps in order, from the images of a source to a version of a dataset."""
+"""Run all steps in order, from the images of a source to a version of a dataset."""
 
 import math
 from collections.abc import Sequence
@@ -38,15 +38,15 @@ STEPS: tuple[Step, ...] = (
     review.STEP,
     write.STEP,
 )
-# A run with --images stops if it keeps a smaller share of the images read: every image costs requests.
+# A run with --images stops if it keeps a smaller share of the images, because every image costs requests.
 MIN_YIELD = 0.05
-# The next round reads a tenth more images than should be enough, so that fewer rounds are needed.
+# Factor for the number of further images to read, so that fewer rounds are needed.
 SURPLUS = 1.1
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """The result of a run. `is_new` is False if the newest version already held these rows."""
+    """The result of a run. `is_new` is False if the newest version already had the same rows."""
 
     plan: Plan
     version: Version
@@ -60,8 +60,8 @@ def run(
 ) -> RunResult:
     """Run every step whose inputs have changed, and return the version.
 
-    Steps before `first` are not run. With --images N, the source is read until N images are kept.
-    The caller holds the lock of the dataset folder. Raises SynthError. Finished work stays on disk.
+    Steps before `first` are skipped. With --images N, more of the source is read until N images are kept. The
+    caller holds the lock of the dataset folder. Raises SynthError on failure. Finished work stays on disk.
     """
     steps = steps_of(plan)
     names = [step.name for step in steps]
@@ -97,9 +97,10 @@ def generate_dataset(
     progress: Progress | None = None,
     cluster: ClusterOptions | None = None,
 ) -> RunResult:
-    """Turn images into a version of a dataset. Raises SynthError. The same call resumes the run.
+    """Turn images into a version of a dataset. To resume a stopped run, repeat the call.
 
-    `out` is the dataset folder, by default `data/SOURCE`. With `cluster` it may be in an object store.
+    `out` is the dataset folder, by default `data/SOURCE`. With `cluster`, it may be in an object store.
+    Raises SynthError on failure.
     """
     progress = progress or NullProgress()
     if out is not None and is_remote(out) and cluster is None:
@@ -109,7 +110,7 @@ def generate_dataset(
         hint = "set how many images to read: --limit N"
         raise ConfigError("--images reads on until enough images are kept, which a cluster cannot", hint=hint)
     if config.balance.entries:
-        # An unreadable file is reported before a model is asked.
+        # Report an unreadable file before any request is sent.
         balance.read_entries(config.balance.entries)
     plan = Plan.open(config, out, progress)
     progress.message(describe_start(plan))
@@ -128,7 +129,7 @@ def generate_dataset(
 def run_here(
     plan: Plan, stats: RequestStats, progress: Progress, *, first: str = read.STEP.name
 ) -> RunResult:
-    """Run in this process. See `run`."""
+    """Run all steps in this process. See `run`."""
     forget_other_steps(plan.dataset, [step.name for step in steps_of(plan)])
     write_json(plan.dataset.run_file, plan.config.recorded())
     with LocalExecutor(plan, stats, progress) as executor:
@@ -144,7 +145,7 @@ def _next_limit(work: Work) -> int | None:
 
 
 def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has_more: bool) -> int | None:
-    """Return how many images to read next, or None to stop. `kept` of the first `limit` images were kept."""
+    """Return how many images to read in total, or None to stop. `kept` of the first `limit` were kept."""
     assert config.images is not None
     if kept >= config.images:
         return None
@@ -165,7 +166,7 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
 
 
 def _count_images(shards: Sequence[DatasetDir]) -> int:
-    """Return how many images the step `trim` kept. The reviews after it may reject some of them."""
+    """Return how many images are left after the step trim. The step review may still reject some of them."""
     ids: set[str] = set()
     for shard in shards:
         for table in read_batches(shard.step_file(trim.STEP.name), ["sample_id"]):
@@ -174,7 +175,7 @@ def _count_images(shards: Sequence[DatasetDir]) -> int:
 
 
 def require_sums(summaries: Sequence[StepSummary]) -> None:
-    """Raise TableError unless each step kept or rejected every row of the step before it."""
+    """Raise TableError unless each step kept or rejected every row that the previous step kept."""
     for previous, summary in pairwise(summaries[2:]):
         if summary.input != previous.kept:
             problem = f"step {summary.step} was given {summary.input} rows, of {previous.kept}"
@@ -182,7 +183,7 @@ def require_sums(summaries: Sequence[StepSummary]) -> None:
 
 
 class NoRowsError(TableError):
-    """Raised if the steps have rejected every row. `summaries` are those of the steps."""
+    """Raised when the steps have rejected every row. `summaries` has one entry per step."""
 
     def __init__(self, message: str, hint: str, summaries: list[StepSummary]) -> None:
         super().__init__(message, hint=hint)
@@ -190,7 +191,7 @@ class NoRowsError(TableError):
 
 
 def require_rows(plan: Plan, summaries: list[StepSummary]) -> None:
-    """Raise NoRowsError, with a hint about what to change, if no row is left to make a version of."""
+    """Raise NoRowsError if no row is left for a version, with a hint about what to change."""
     config = plan.config
     validated = next(summary for summary in summaries if summary.step == validate.STEP.name)
     if not validated.input and config.keeps_human_texts:

@@ -1,7 +1,7 @@
-"""The Arrow tables that steps read and write. A step adds columns, and never changes or removes one.
+"""The Arrow tables that steps read and write.
 
-Columns are grouped by the step that fills them. A later step writes a new column instead of editing an
-earlier one.
+Columns are grouped by the step that adds them. A later step adds a new column instead of changing or removing
+an earlier one.
 """
 
 import json
@@ -14,30 +14,30 @@ import pyarrow.compute as pc
 
 from pipeline.errors import TableError
 
-# The format of the rows of a version, and part of its digest. Increase it on any change that readers notice.
+# Version of the row format. It is part of a version's digest. Increase it on any change that readers notice.
 TABLE_VERSION = 2
 
-# Columns in which the tables of a source hold human texts.
+# Source columns that may hold human texts.
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
 REFERENCES, QA = "references", "qa"
-# Columns with captions in a file that the user declares to be one of captions.
+# Columns that hold captions in a file that the user names as a caption file.
 CAPTIONS = (*CAPTION_COLUMNS, "comment", REFERENCES, "title")
-# Questions with all answers, in a version and in its exports.
+# The human questions about an image with all their answers, in a version and its exports.
 REFERENCE_QA = "reference_qa"
 QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
 
 SPLITS = ("train", "validation", "test")
-# The higher the rank, the more an image is held out.
+# The higher the rank, the more strictly an image is held out from training.
 SPLIT_RANK = {None: 0, "train": 1, "validation": 2, "test": 3}
 
 STRING, BOOL = pa.string(), pa.bool_()
 INT32, INT64, FLOAT32, FLOAT64 = pa.int32(), pa.int64(), pa.float32(), pa.float64()
-# Page numbers, counted from 1.
+# Page numbers start at 1.
 PAGES = pa.list_(INT32)
 
 
 def fields(kind: pa.DataType, *names: str, nullable: bool = True) -> list[pa.Field]:
-    """Return fields of one type."""
+    """Return fields with the given names, all of one type."""
     return [pa.field(name, kind, nullable) for name in names]
 
 
@@ -51,9 +51,9 @@ QUESTION_OF_PEOPLE = pa.struct(
     ]
 )
 
-# `sample_id` is the sha256 of the image bytes, or of the hashes of a deck's pages. `images` are encoded as in
-# the source. Several images are the pages of a deck. `pdq_hashes` is empty if the images are known to be
-# distinct. `context` holds the columns of the source that prompts may use.
+# `sample_id` is the SHA-256 of the image bytes, or of the hashes of a deck's pages. `images` are encoded as
+# in the source. A deck has one image per page. `pdq_hashes` is empty if all images are known to be distinct.
+# `context` holds values of source columns that prompts may use.
 SAMPLE = pa.schema(
     [
         *fields(STRING, "sample_id", "source_row", nullable=False),
@@ -66,7 +66,7 @@ SAMPLE = pa.schema(
         *fields(pa.list_(QUESTION_OF_PEOPLE), "reference_qa"),
     ]
 )
-# The read step lists samples without their images, which are in the store (dataset/images.py).
+# The read step writes samples without images, which are in the image store (dataset/images.py).
 NUM_PAGES = "num_pages"
 LISTED_SAMPLE = pa.schema(
     [*(field for field in SAMPLE if field.name != "images"), pa.field(NUM_PAGES, INT32, nullable=False)]
@@ -77,9 +77,9 @@ STORED_IMAGES = pa.schema([*IMAGE_DIGESTS, SAMPLE.field("images")])
 
 SOURCE_REJECTED = pa.schema(fields(STRING, "source_row", "reason", "detail", nullable=False))
 
-# ask: `annotation_id` is the sha256 of the request and the position within its reply. `style` is empty for
-# questions. `prompt_id` is "caption/v1@<digest of the template>". `record` is the value of a custom task as
-# JSON. `pages` is the number of pages of the sample. `reply_error` and `reply_text` are set if the reply
+# ask: `annotation_id` is the SHA-256 of the request and the position in its reply. `style` is empty for
+# questions. `prompt_id` is "caption/v1@<digest of the template>". `record` is the JSON value for a custom
+# task. `pages` is the number of pages in the sample. `reply_error` and `reply_text` are set only if the reply
 # could not be parsed.
 ANNOTATION = pa.schema(
     [
@@ -94,7 +94,7 @@ ANNOTATION = pa.schema(
     ]
 )
 
-# filter: the cleaned texts and their scores. `word_count` is that of the caption or the question.
+# filter: the cleaned texts and their scores. See rules.Scores.
 FILTERED = pa.schema(
     [
         *fields(STRING, "clean_text", "clean_question", "clean_answer", "clean_record"),
@@ -107,12 +107,13 @@ FILTERED = pa.schema(
 )
 
 # verify: the results of the checks (inference/verification.py).
-# agreement: 1 if the model repeated the answer, else 0, and the share of confirmed claims of a caption
-# answered_blind: whether the model gave the answer without the image
-# sufficient, necessary: whether the evidence pages alone led to the answer, and the other pages alone did not
-# coverage: the share of the image's questions that a caption answers
-# shared_words: the share of a caption's content words that a caption of the source has
-# RUBRIC: the scores of a judge, from 1 to 5
+# agreement: for a question, 1 if the model repeated the answer, else 0. For a caption, share of its claims
+#     that the model confirmed
+# answered_blind: whether the model gave the same answer without the image
+# sufficient, necessary: whether the answer was found from the evidence pages alone, and not from the others
+# coverage: share of the questions about the image that the caption answers
+# shared_words: share of the caption's content words that occur in any human caption of the image
+# RUBRIC: scores from a judge, from 1 to 5
 RUBRIC = ("relevance", "grounding", "correctness", "form")
 CHECK = pa.struct(fields(STRING, "kind", "question", "expected", "answer"))
 VERIFIED = pa.schema(
@@ -124,8 +125,8 @@ VERIFIED = pa.schema(
     ]
 )
 
-# Images and texts that must not be learned from (sources/exclusions.py). `name` is SOURCE#SPLIT.
-# `crop_hashes` are those of the middle of the image, which is what many models see.
+# Images and texts that must not be used for training (sources/exclusions.py). `name` is SOURCE#SPLIT.
+# `crop_hashes` has hashes of the center crop, which is what many models see.
 EXCLUSIONS = pa.schema(
     [
         *fields(STRING, "name", "image_id", nullable=False),
@@ -135,24 +136,24 @@ EXCLUSIONS = pa.schema(
     ]
 )
 
-# The near-duplicates of a sample (images/near_duplicates.py). `image_group` is the first id of all samples
-# that look alike. `image_reason` is null if the sample is kept. `near_duplicate_of` is the sample that is
-# kept instead.
+# The near-duplicates of a sample (images/near_duplicates.py). `image_group` is the first id among all samples
+# that look alike. `image_reason` is null if the sample is kept. Otherwise, `near_duplicate_of` is the sample
+# that is kept instead.
 IMAGE_GROUPS = pa.schema(
     [
         *fields(STRING, "sample_id", "image_group", nullable=False),
         *fields(STRING, "image_reason", "near_duplicate_of"),
     ]
 )
-# A sample that is rejected before any request about it.
+# A sample that is rejected as a near-duplicate before any request about it is sent.
 NEAR_DUPLICATE = pa.schema([*LISTED_SAMPLE, *list(IMAGE_GROUPS)[1:]])
 
-# select: the score of the best of several captions, by `select.by`, and the text of the worst one. The text
-# is null if the worst has the same score or the same words.
+# select: the score by `select.by` of the best of several captions, and the text of the worst one. The text
+# is null if the worst caption has the same score or the same words as the best.
 SELECTED = pa.schema([*fields(FLOAT64, "selection_score"), *fields(STRING, "rejected_text")])
 
-# dedupe: `cluster` is the first id of all texts of this task with the same words. `duplicate_of` is the text
-# that is kept instead.
+# dedupe: `cluster` is the first id among all texts of this task with the same words. `duplicate_of` is the
+# text that is kept instead.
 DEDUPED = pa.schema(
     [
         *(field.with_nullable(True) for field in list(IMAGE_GROUPS)[1:]),
@@ -160,8 +161,8 @@ DEDUPED = pa.schema(
     ]
 )
 
-# balance: `question_type` is the first two words of a question. `pair_id` joins two equal questions about two
-# images with different answers. `entries` are positions in the list to balance over.
+# balance: `question_type` is the first two words of a question. `pair_id` is common to two equal questions
+# about two images with different answers. `entries` are positions in the list of caption entries.
 BALANCED = pa.schema(
     [
         *fields(STRING, "question_type", "pair_id"),
@@ -170,13 +171,13 @@ BALANCED = pa.schema(
     ]
 )
 
-# review: a human review of an annotation (dataset/reviews.py), and the final fields.
-# The prompt_id of a text that was edited in a review.
+# review: the human review of an annotation (dataset/reviews.py), and the final fields.
+# `prompt_id` of a text that was edited in a review.
 REVIEWED = "review"
-# The prompt_id of a human text of the source, and the style of such captions.
+# `prompt_id` of a human text from the source, and the style of human captions.
 HUMAN = "human"
 OF_PEOPLE = (HUMAN, REVIEWED)
-# States in exports who wrote a text.
+# The export field that states who wrote a text, and its possible values.
 WRITTEN_BY, BY_MODEL, BY_PEOPLE = "written_by", "model", "people"
 EVIDENCE = pa.field("evidence_pages", PAGES)
 REVIEW = pa.struct(
@@ -203,9 +204,9 @@ QA_PAIR = pa.struct(
         *fields(STRING, "expression", "prompt_id", "pair_id"),
     ]
 )
-# The worst of several captions of an image, next to the best.
+# The worst of several captions for an image, stored with the best one.
 REJECTED = pa.field("rejected", STRING)
-# Optional fields of the annotations in `captions` and `qa`: measured scores, and rejected texts.
+# Optional fields of annotations in `captions` and `qa`: scores and rejected texts.
 ADDED = {
     "captions": pa.schema(
         [*fields(FLOAT64, "precision", "coverage", "shared_words"), *fields(INT32, *RUBRIC), REJECTED]
@@ -214,12 +215,12 @@ ADDED = {
 }
 ADDED_FIELDS = tuple(dict.fromkeys(name for schema in ADDED.values() for name in schema.names))
 SCORE_NAMES = tuple(name for name in ADDED_FIELDS if name != REJECTED.name)
-# The columns of annotations whose fields have another name.
+# Added fields that have another name in the annotation tables.
 ADDED_FROM = {"precision": "agreement", REJECTED.name: "rejected_text"}
-# An image as `datasets` stores it.
+# An image in the encoding of `datasets`.
 IMAGE = pa.struct({"bytes": pa.binary(), "path": STRING})
 
-# `context` is null here. `row_schema` replaces it by a struct with one text for each mapped column.
+# `context` is a placeholder here. `row_schema` replaces it with a struct of one string per mapped column.
 ROW = pa.schema(
     [
         *fields(STRING, "sample_id"),
@@ -234,12 +235,12 @@ ROW = pa.schema(
         *fields(pa.list_(QA_PAIR), "qa"),
     ]
 )
-# The rejections of all steps, so that a diff of versions can state why a row is missing. Holds no model text.
+# The rejections by all steps, so that a diff can explain missing rows. Holds no text from the model.
 REJECTIONS = pa.schema(fields(STRING, "step", "reason", "source_row", "sample_id", "task", "content_digest"))
 
-# Columns of ROW for which `sample_id` is stored instead.
+# Columns of ROW that are stored as `sample_id` only. The pixels are in the image store.
 PIXELS = ("image", "pages")
-# A source fills each of these always or never. A version leaves out those that are never filled.
+# Columns that a source fills either for all rows or for none. A version omits columns that are never filled.
 OPTIONAL = (*PIXELS, "context", "reference_qa")
 REQUIRED = frozenset(ROW.names).difference(OPTIONAL)
 
@@ -254,13 +255,13 @@ class OwnColumn:
     is_list: bool
 
     def describe(self) -> dict[str, Any]:
-        """Return the entry of a manifest, without the type."""
+        """Return the manifest entry of the column, without its type."""
         return {"kind": self.kind, "is_list": self.is_list}
 
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """Optional parts of the rows of a version: ADDED fields, context fields, columns of custom tasks."""
+    """The optional parts of a version's rows: ADDED fields, context fields, and columns of custom tasks."""
 
     scores: tuple[str, ...] = ()
     context: tuple[str, ...] = ()
@@ -276,7 +277,7 @@ NO_EXTRAS = Extras()
 
 
 def row_schema(columns: Iterable[str], extras: Extras = NO_EXTRAS) -> pa.Schema:
-    """Return the schema of the rows of a version with these columns."""
+    """Return the schema of rows with the given columns."""
     known = {name: _with_scores(ROW.field(name), extras.scores) for name in ROW.names}
     known |= {column.name: pa.field(column.name, column.type) for column in extras.own}
     if extras.context:
@@ -290,7 +291,7 @@ def _with_scores(field: pa.Field, scores: Collection[str]) -> pa.Field:
 
 
 def require_columns(table: pa.Table, *names: str) -> None:
-    """Raise TableError with the names of missing columns."""
+    """Raise TableError with the names of missing columns, if any."""
     missing = [name for name in names if name not in table.column_names]
     if missing:
         hint = f"the table has {', '.join(table.column_names)}; was an earlier step skipped?"
@@ -298,17 +299,17 @@ def require_columns(table: pa.Table, *names: str) -> None:
 
 
 def is_caption(table: pa.Table) -> pa.ChunkedArray:
-    """Return which annotations are captions, after the step filter. The others are questions or records."""
+    """Return a mask of the captions after the step filter. Other annotations are questions or records."""
     return pc.is_valid(table["clean_text"])
 
 
 def final_value(row: dict[str, Any], name: str) -> Any:
-    """Return the final value of a field of an annotation: that of review, else of filter, else of ask."""
+    """Return the final value of an annotation field: from the step review, else filter, else ask."""
     return row.get(f"final_{name}", row.get(f"clean_{name}", row.get(name)))
 
 
 def final_column(table: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-    """Return the final values of a field of annotations, or null if no step wrote the field."""
+    """Return the final values of an annotation field, or nulls if no step wrote the field."""
     for column in (f"final_{name}", f"clean_{name}", name):
         if column in table.column_names:
             return table[column].cast(kind)
@@ -316,30 +317,30 @@ def final_column(table: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArr
 
 
 def with_reason(table: pa.Table, reasons: Iterable[str | None]) -> pa.Table:
-    """Append the column `reason`: null keeps a row, a word rejects it."""
+    """Append the column `reason`. A row is kept if its reason is null, and rejected otherwise."""
     return table.append_column("reason", pa.array(list(reasons), STRING))
 
 
 def append_columns(table: pa.Table, columns: pa.Table) -> pa.Table:
-    """Append all columns of another table with as many rows."""
+    """Append all columns of another table, which has the same number of rows."""
     for field in columns.schema:
         table = table.append_column(field, columns[field.name])
     return table
 
 
 def features(schema: pa.Schema) -> dict[str, Any]:
-    """Describe a schema as `datasets` does in Parquet metadata, so that images decode on loading."""
+    """Describe a schema as `datasets` does in Parquet metadata, so that it decodes images on loading."""
     return {field.name: _feature(field.type) for field in schema}
 
 
 def with_features(schema: pa.Schema) -> pa.Schema:
-    """Attach `features` to a schema under the key that `datasets` reads."""
+    """Attach `features` to a schema under the metadata key that `datasets` reads."""
     metadata = {"info": {"features": features(schema)}}
     return schema.with_metadata({b"huggingface": json.dumps(metadata).encode()})
 
 
 def arrow_type_of(feature: Any) -> pa.DataType:
-    """Return the type that `features` describes. Raise ValueError for a type that no custom task has."""
+    """Return the Arrow type that a feature describes. Raises ValueError for a type no custom task has."""
     if "_type" not in feature:
         return pa.struct([pa.field(name, arrow_type_of(inner)) for name, inner in feature.items()])
     if feature["_type"] == "List":

@@ -4,16 +4,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-# Names of mapped columns of the source, with their values in one row.
+# Names of mapped source columns, with their values in one row.
 Context = tuple[tuple[str, str], ...]
 
-# Licenses of images. `push` redistributes pixels only if their licenses allow it. Pixels of an unknown
-# license are pushed to a private repository, unless the user declares them public.
+# Image licenses. `push` redistributes pixels only if their license allows it. Pixels with an unknown license
+# are pushed to a private repository, unless the user chooses a public one.
 UNKNOWN = "unknown"
-# Flickr permits research and education, SlideVQA internal evaluation. A Hub repository may require access
-# requests (gated), or declare no license.
+# Flickr's terms permit research and education, and SlideVQA's license permits internal evaluation. A Hub
+# repository may require access requests (gated), or declare no license.
 FLICKR_TERMS, NTT_EVALUATION, GATED, UNDECLARED = "flickr-terms", "ntt-evaluation", "gated", "undeclared"
-# Names on the Hub of licenses that permit redistribution.
+# Hub identifiers of licenses that permit redistribution.
 KNOWN_LICENSES = (
     "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
     "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0",
@@ -23,13 +23,13 @@ NON_REDISTRIBUTABLE = (FLICKR_TERMS, NTT_EVALUATION, GATED, UNDECLARED)
 
 
 def non_redistributable(licenses: list[str]) -> list[str]:
-    """Return the licenses under which pixels may not be redistributed."""
+    """Return the licenses that forbid the redistribution of pixels."""
     return [name for name in licenses if name.partition(",")[0] in NON_REDISTRIBUTABLE]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceQA:
-    """A human question about a sample, with all its human answers. Pages are counted from 1."""
+    """A human question about a sample, with all human answers to it. Page numbers start at 1."""
 
     question: str
     answers: tuple[str, ...]
@@ -40,11 +40,11 @@ class ReferenceQA:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One image to annotate, or the pages of one deck, as the source encodes them.
+    """One image to annotate, or the pages of one deck, encoded as in the source.
 
-    `id` is the sha256 of the image, or of the hashes of a deck's pages (images.decode.deck_id). The size is
-    that of the first page. `pdq_hashes` is empty if all images are known to be distinct. `references` are
-    human captions. `reference_qa` is None if the source has no questions.
+    `id` is the SHA-256 of the image, or of the hashes of a deck's pages (images.decode.deck_id). `width_px`
+    and `height_px` are the size of the first page. `pdq_hashes` is empty if all images are known to be
+    distinct. `references` are human captions. `reference_qa` is None if the source has no questions.
     """
 
     id: str
@@ -66,29 +66,30 @@ class Sample:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Sample":
-        """Return the sample of a row of tables.SAMPLE."""
+        """Return the sample in a row of tables.SAMPLE."""
         values = dict(row)
         return cls(id=values.pop("sample_id"), **values)
 
 
 @dataclass(frozen=True, slots=True)
 class SampleBatch:
-    """Some samples. Their images are read on demand: a resumed run needs few of them."""
+    """Some samples. Their images are read only on demand, since a resumed run needs few of them."""
 
     ids: Sequence[str]
     read_images: Callable[[], Sequence[tuple[bytes, ...]]]
 
     @classmethod
     def of(cls, samples: Iterable[tuple[str, tuple[bytes, ...]]]) -> "SampleBatch":
-        """Return a batch from sample ids with images in memory."""
+        """Return a batch of samples whose images are in memory."""
         ids, images = zip(*samples, strict=True)
         return cls(ids, lambda: images)
 
 
 class SampleInfo(NamedTuple):
-    """The facts about a sample that its annotations need. The size is that of the first page, upright.
+    """The properties of a sample that its annotations depend on.
 
-    `human` are the annotations of human texts, if they are kept (tasks/human.py).
+    `width_px` and `height_px` are the size of the upright first page. `human` has annotations made
+    from human texts, if human texts are kept (tasks/human.py).
     """
 
     sample_id: str
@@ -100,7 +101,7 @@ class SampleInfo(NamedTuple):
 
 
 class SourceTexts(NamedTuple):
-    """The context of a sample, and whether it has human texts. Its requests depend on them."""
+    """The context of a sample, and which human texts it has. Requests about the sample depend on both."""
 
     context: Context = ()
     has_captions: bool = False
@@ -109,7 +110,7 @@ class SourceTexts(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """A row of a source that cannot be used, with the reason."""
+    """A source row that cannot be used, with the reason."""
 
     source_row: str
     reason: str
@@ -118,7 +119,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawSample:
-    """The undecoded images of a row of a source. `fields` are further fields of its Sample."""
+    """A source row with its undecoded images. `fields` has the remaining fields of its Sample."""
 
     source_row: str
     images: tuple[bytes, ...]
@@ -130,11 +131,11 @@ class RawSample:
 class Source:
     """A named set of images.
 
-    `revision` changes when the rows change. It is empty if that cannot be detected. `read(n)` yields the rows
-    after the first n, always in the same order. `count` returns the number of rows, or None if only reading
-    them would tell. `messages` are shown before the run. With `decks`, samples are documents of several
-    pages. `is_partial` states that the source holds only the first part of the named dataset. `license`
-    covers all images, if the source states one.
+    `revision` changes when the rows change, and is "" if changes cannot be detected. `read(n)` yields the
+    rows after the first n, always in the same order. `count` returns the number of rows, or None if it is
+    unknown before all rows are read. `messages` are shown before the run. With `decks`, samples are documents
+    of several pages. `is_partial` states that the source has only the first part of the named dataset.
+    `license` applies to all images, and is "" if the source states none.
     """
 
     name: str
@@ -148,13 +149,13 @@ class Source:
 
     @property
     def rows(self) -> Iterator[Sample | Rejected]:
-        """All rows, from the first."""
+        """All rows, starting with the first."""
         return self.read(0)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceSlice:
-    """Part `number`, counted from 0, of the `of` disjoint parts of a source."""
+    """One of `of` disjoint slices of a source. `number` starts at 0."""
 
     number: int
     of: int
@@ -165,7 +166,7 @@ ALL = SourceSlice(0, 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a model chooses its tokens. Temperature 0 is greedy."""
+    """How the model samples tokens. Temperature 0 means greedy decoding."""
 
     temperature: float
     max_tokens: int
@@ -173,12 +174,12 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One question to a model about one sample. `id` is a digest of all that the first reply depends on.
+    """One question to a model about one sample. `id` is a digest of all that its reply depends on.
 
-    An unusable reply is retried with other sampling under the same id. `attempt` counts from 0. `schema` is
-    the JSON schema of the reply. `images` are attached only when the request is sent. `pages` are the
-    numbers, from 1, of the images that the model sees, or None for all. `failed` is an earlier reply with
-    feedback, which the model sees.
+    An unusable reply is retried with other sampling settings under the same id. `attempt` starts at 0.
+    `schema` is the JSON schema of the reply. `images` are attached only when the request is sent. `pages` has
+    the numbers of the pages that the model sees, starting at 1, or is None for all pages. `failed` is an
+    earlier reply with feedback on it, which the model also sees.
     """
 
     id: str
@@ -201,25 +202,25 @@ class Request:
         return self.pages != ()
 
     def pages_of(self, images: tuple[bytes, ...]) -> tuple[bytes, ...]:
-        """Return those of a sample's images that the model sees."""
+        """Select those of a sample's `images` that the model sees."""
         return images if self.pages is None else tuple(images[page - 1] for page in self.pages)
 
     @property
     def shown(self) -> str:
-        """A key of the images that the model sees."""
+        """A key that identifies the images that the model sees."""
         return self.sample_id if self.pages is None else f"{self.sample_id}.{'-'.join(map(str, self.pages))}"
 
     def reply(self, text: str, finish_reason: str, prompt_tokens: int = 0, reply_tokens: int = 0) -> "Reply":
-        """Return a reply to this attempt."""
+        """Return a reply to this attempt of the request."""
         return Reply(self.id, self.attempt, text, finish_reason, prompt_tokens, reply_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The reply of a model. Any `finish_reason` except "stop" means that the text is incomplete.
+    """The reply of a model. If `finish_reason` is not "stop", the text is incomplete.
 
-    `max_pixels` is the size to which images were scaled down, or None for the size in the settings.
-    `seconds` is the time from sending the request to the reply, which is not journaled.
+    `max_pixels` is the size to which images were scaled down, or None for the size in the settings. `seconds`
+    is the time from sending the request to receiving the reply. It is not written to the journal.
     """
 
     request_id: str
@@ -232,8 +233,8 @@ class Reply:
     seconds: float = field(default=0.0, compare=False)
 
 
-# Finish reasons of requests that no model answered. The text is the message of the server. A later run
-# retries.
+# Finish reasons of requests that the model did not answer. The reply text is the server's message. A later
+# run sends the request again.
 REFUSED_BY_SERVER = "refused_by_server"
 SERVER_ERROR = "server_error"
 UNANSWERED = (REFUSED_BY_SERVER, SERVER_ERROR)
@@ -243,20 +244,20 @@ class RequestSource(Protocol):
     """The requests to answer, as an engine sees them."""
 
     def take(self) -> list[Request]:
-        """Return the next requests, which may be none now. Replies may lead to more."""
+        """Return the next requests. An empty list is not final, since replies may lead to more requests."""
 
     def sending(self, requests: Sequence[Request]) -> None:
         """Record that these requests are about to be sent."""
 
     def withdraw(self, requests: Sequence[Request]) -> None:
-        """Undo `sending` for requests without a reply: the run ends before they are sent."""
+        """Undo `sending` for requests that have no reply, because the run ends before they are sent."""
 
     def answered(self) -> bool:
-        """Return whether any request has a reply, from this run or an earlier one."""
+        """Return whether any request has been answered, in this run or an earlier one."""
 
 
 class Engine(Protocol):
-    """Answers requests with a model in this process or on servers. A context manager, ready when entered."""
+    """Answers requests with a model in this process or on servers. Its context must be entered first."""
 
     model: str
     revision: str
@@ -266,7 +267,7 @@ class Engine(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
-        """Yield replies in groups until no request is left and each has its reply."""
+        """Yield groups of replies until every request has its reply and no request is left."""
 
     def metrics(self) -> dict[str, str]:
         """Return metrics for the progress display, by name."""

@@ -1,1 +1,1 @@
-"""Datasets on disk: folders, versions, manifests, cards."""
+"""Datasets on disk: folders, versions, manifests and cards."""

@@ -1,6 +1,4 @@
-"""Build the rows of a version, samples with their annotations, and a digest that does not depend on their
-order.
-"""
+"""Build the rows of a version from samples and annotations, and a digest that ignores the row order."""
 
 import hashlib
 import json
@@ -37,22 +35,22 @@ DIGESTS = pa.schema({"sample_id": pa.string(), "digest": pa.string()})
 
 
 def with_split(schema: pa.Schema) -> pa.Schema:
-    """Return a schema of rows with the column `split`, which decides the file of a row."""
+    """Append the column `split`, which decides the file that a row is written to."""
     return schema.append(pa.field("split", pa.string()))
 
 
 @dataclass(slots=True)
 class Rows:
-    """Results of a pass over the rows of a version."""
+    """The results of one pass over the rows of a version."""
 
     digests: list[pa.Table] = field(default_factory=list)  # DIGESTS
-    rejected: list[str] = field(default_factory=list)  # ids of samples without annotations
+    rejected: list[str] = field(default_factory=list)  # ids of samples without any annotation
     licenses: set[str] = field(default_factory=set)
     statistics: DatasetStatistics = field(default_factory=DatasetStatistics)
-    examples: list[dict[str, Any]] = field(default_factory=list)  # the first rows, for the card
+    examples: list[dict[str, Any]] = field(default_factory=list)  # the first rows, shown on the card
 
     def add(self, rows: pa.Table) -> None:
-        """Add rows of `build_rows`."""
+        """Add rows that `build_rows` yields."""
         texts = rows.drop_columns(list(PIXELS)).to_pylist()
         digests = [row_digest(row) for row in texts]
         self.digests.append(pa.table([rows["sample_id"], pa.array(digests, pa.string())], schema=DIGESTS))
@@ -70,10 +68,10 @@ def build_rows(
     *,
     decks: bool = False,
 ) -> Iterator[pa.Table]:
-    """Join samples (tables.LISTED_SAMPLE) with their annotations; yield rows (tables.ROW) with `split`.
+    """Join samples (tables.LISTED_SAMPLE) with their annotations, and yield rows (tables.ROW) with `split`.
 
-    Columns of PIXELS hold True or null instead of images. With `decks`, even samples of one page are decks.
-    Raise TableError if annotations are not in the order of the samples.
+    Columns in PIXELS hold True or null instead of images. With `decks`, even one-page samples are decks.
+    Raises TableError if the annotations are in a different order than the samples.
     """
     reader = _AnnotationReader(iter(annotations))
     schema = with_split(row_schema(extras.columns, extras))
@@ -96,7 +94,7 @@ class _AnnotationReader:
         self.next_table: pa.Table | None = next(tables, None)
 
     def take(self, sample_ids: pa.Array) -> pa.Table:
-        """Return the next annotations, up to the first one of a sample not in `sample_ids`."""
+        """Return the next annotations, up to the first one whose sample is not in `sample_ids`."""
         tables: list[pa.Table] = []
         while self.next_table is not None:
             is_other = pc.invert(pc.is_in(self.next_table["sample_id"], sample_ids))
@@ -113,7 +111,7 @@ class _AnnotationReader:
 def _join(
     samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Schema, extras: Extras, *, decks: bool
 ) -> pa.Table:
-    """Return a row for each sample; `split` is null for samples without annotations."""
+    """Return one row per sample. `split` is null for samples without annotations."""
     count = samples.num_rows
     owner = pc.index_in(annotations["sample_id"], samples["sample_id"].combine_chunks()).to_numpy()
     is_deck = np.full(count, decks) | (samples[NUM_PAGES].to_numpy() > 1)
@@ -122,7 +120,7 @@ def _join(
     is_question = pc.is_valid(question).to_numpy(zero_copy_only=False)
     first_annotation = np.full(count, -1)
     first_annotation[owner[::-1]] = np.arange(len(owner))[::-1]
-    # Without columns to publish, the context is a null text, and not a struct.
+    # If no context is published, the column is a null string instead of a struct.
     kind = schema.field("context").type
     context = pa.nulls(count, kind)
     if pa.types.is_struct(kind):
@@ -146,7 +144,7 @@ def _join(
 
 
 def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn) -> pa.Array:
-    """Return for each sample the value or list of a custom task; null without a usable reply."""
+    """Return the value or list of a custom task for each sample, or null without a usable reply."""
     is_value = pc.equal(final_column(annotations, "task", pa.string()), column.name)
     records = final_column(annotations.filter(is_value), "record", pa.string()).to_pylist()
     values: list[Any] = [None] * count
@@ -154,13 +152,13 @@ def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn
         if not column.is_list:
             values[index] = json.loads(record)
         else:
-            # NOTHING marks a reply without objects: the list is empty, and not null.
+            # NOTHING marks a reply without objects. The list is then empty instead of null.
             values[index] = (values[index] or []) + ([] if record == NOTHING else [json.loads(record)])
     return pa.array(values, column.type)
 
 
 def _redact_texts(texts: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """Redact lists of human texts. The step filter has redacted all other texts."""
+    """Redact personal data in lists of human texts. The step filter has already redacted all other texts."""
     if not _may_hold_personal_data(pc.list_flatten(texts)):
         return texts
     redacted = [row and [redact(text)[0] for text in row] for row in texts.to_pylist()]
@@ -188,7 +186,7 @@ def _redact_pair(pair: dict[str, Any]) -> dict[str, Any]:
 
 
 def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.ListType) -> pa.ListArray:
-    """Return for each of `count` samples the list of its annotations in `mask`."""
+    """Return one list per sample, with its annotations that `mask` selects."""
     selected = annotations.filter(pa.array(mask))
     fields = [_final_values(selected, item) for item in kind.value_type]
     offsets = np.r_[0, np.cumsum(np.bincount(owner[mask], minlength=count))]
@@ -197,7 +195,7 @@ def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.Li
 
 
 def _final_values(annotations: pa.Table, item: pa.Field) -> pa.Array:
-    """Return the final values of a field. Edited texts have no scores: these rate the original text."""
+    """Return the final values of a field. Edited texts get no scores, since scores rate the original text."""
     if item.name not in ADDED_FIELDS:
         return final_column(annotations, item.name, item.type).combine_chunks()
     scores = final_column(annotations, ADDED_FROM.get(item.name, item.name), item.type)
@@ -206,12 +204,12 @@ def _final_values(annotations: pa.Table, item: pa.Field) -> pa.Array:
 
 
 def row_digest(row: dict[str, Any]) -> str:
-    """Return the digest of a row and its split. Its pixels are covered by `sample_id`."""
+    """Return the digest of a row and its split. `sample_id` represents the pixels."""
     return digest({name: value for name, value in row.items() if name not in PIXELS})
 
 
 def version_digest(rows: Iterable[tuple[str, str]], columns: list[str], scores: Sequence[str] = ()) -> str:
-    """Return the digest of a version. `rows` are (sample_id, digest), sorted."""
+    """Return the digest of a version. `rows` has pairs of sample id and row digest, sorted by id."""
     parts = [TABLE_VERSION, columns, [*scores]]
     content = hashlib.sha256(canonical(parts)[:-1] + b",[")
     for n, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Render cards of datasets and models: README.md with a YAML header, and escaped model text."""
+"""Render dataset and model cards: README.md with a YAML header and escaped model text."""
 
 import json
 import re
@@ -20,20 +20,20 @@ from pipeline.text.reasons import SCORES_IN_WORDS, in_short
 from pipeline.types import KNOWN_LICENSES, UNKNOWN
 
 CARD_SAMPLES = 5
-# Scores of a captioner: the type of the metric on the Hub, and its name.
+# Scores of a captioner, with the metric's id on the Hub and its name.
 METRICS = {"bleu_4": ("bleu", "BLEU-4"), "rouge_l": ("rouge", "ROUGE-L"), "cider_d": ("cider", "CIDEr-D")}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-MESSAGES = "messages"  # a column, and the config that reads it
-# Writers of the texts, with their terms in the Hub's cards.
+MESSAGES = "messages"  # name of a column, and of the config that reads it
+# Who wrote the texts, and the terms for it in dataset cards on the Hub.
 MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"
 _GENERATED, _FOUND = "machine-generated", "found"
 _CREATORS = {MODEL: [_GENERATED], PEOPLE: [_FOUND], PEOPLE_AND_MODEL: [_FOUND, _GENERATED]}
-PLACEHOLDER = "ORG/NAME"  # the repository in the card of a version that was not pushed
+PLACEHOLDER = "ORG/NAME"  # repository name in the card of a version that was not pushed
 _SIZE_BOUNDS = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B")
 
 
 def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: str = PLACEHOLDER) -> str:
-    """Return README.md for a manifest and some of its rows. Raise StoreError for an invalid manifest."""
+    """Return README.md for a manifest and some of its rows. Raises StoreError if the manifest is invalid."""
     try:
         header, licenses = metadata(manifest), card_licenses(manifest)
     except (TypeError, AttributeError, LookupError) as error:
@@ -55,9 +55,9 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
 def render_model_card(
     about: dict[str, Any], repo: str, dataset: str | None, base_models: Sequence[str] = ()
 ) -> str:
-    """Return README.md for a checkpoint; `about` has its config, train, metrics and digest.
+    """Return README.md for a checkpoint. `about` has its config, train, metrics and digest.
 
-    `dataset` is the repository of its data, if known. `base_models` may include local names.
+    `dataset` is the repository of the training data, if known. `base_models` may include local names.
     """
     data = about["config"]["data"]
     link = None
@@ -100,7 +100,7 @@ def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, A
 
 @cache
 def _template(name: str) -> Template:
-    """Return a compiled template of `data_cards/`, with all values escaped for Markdown."""
+    """Return a compiled template from `data_cards/`, with all values escaped for Markdown."""
     jinja = Environment(
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -118,7 +118,7 @@ def _template(name: str) -> Template:
 
 
 def _render(template: str, header: dict[str, Any], **values: Any) -> str:
-    """Return a card: a YAML header, and a rendered template of `data_cards/`."""
+    """Return a card: a YAML header and a rendered template from `data_cards/`."""
     try:
         body = _template(template).render(values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:
@@ -132,7 +132,7 @@ def _manifest_error(error: Exception) -> StoreError:
 
 
 def _without_line_breaks(value: Any) -> Any:
-    """Remove line breaks from all texts: some readers of cards do not parse YAML to find its end."""
+    """Remove line breaks from all strings, for readers that find the header's end without parsing YAML."""
     if isinstance(value, dict):
         return {_without_line_breaks(key): _without_line_breaks(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -145,7 +145,7 @@ def _as_json(value: Any) -> Markdown:
 
 
 def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the YAML header of a dataset card, with the keys of the Hub's specification."""
+    """Return the YAML header of a dataset card, with keys from the Hub's specification."""
     total = sum(manifest["rows"].values())
     splits = [split for split, count in manifest["rows"].items() if count]
     configs, writers, language = _configs(manifest), _writers(manifest), language_of(manifest)
@@ -154,7 +154,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     creators = [*_CREATORS[writers], *(["expert-generated"] if has_edits else [])]
     has_configs = len(configs) > 1
     info = [_config_info(manifest, splits, name if has_configs else None, configs[name]) for name in configs]
-    # A source that is a repository of the Hub ends with ORG/NAME or ORG/NAME:CONFIG.
+    # The name of a Hub source ends with ORG/NAME or ORG/NAME:CONFIG.
     upstream = re.search(r"([^:/\s]+/[^:/\s]+)(:[^:/\s]+)?$", manifest["source"]["name"])
     return {
         "pretty_name": manifest.get("title") or f"synth {manifest['source']['name']} {manifest['version']}",
@@ -204,11 +204,11 @@ def _config_info(
 
 
 def _configs(manifest: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
-    """Return the configs of a dataset by name. Each reads some or all columns of the same files."""
+    """Return the configs of a dataset by name. All read the same files, but may read different columns."""
     if MESSAGES not in manifest.get("reader_columns", []):
         return {"default": {}}
     default = {"default": {"columns": [name for name in manifest["features"] if name != MESSAGES]}}
-    # Trainers reject conversations without turns.
+    # Trainers reject conversations without turns, so the config is left out.
     if manifest["measured"].get("rows_without_text"):
         return default
     return default | {MESSAGES: {"columns": ["image", MESSAGES]}}
@@ -230,7 +230,7 @@ def _writers(manifest: dict[str, Any]) -> str:
 
 
 def _text_kinds(manifest: dict[str, Any]) -> str:
-    """Return "captions and questions", or the columns of custom tasks if there are no other texts."""
+    """Return "captions and questions", or the custom task columns of a dataset without such texts."""
     measured, own = manifest["measured"], manifest.get("own_columns", {})
     kinds = ("captions", "answers", "human_captions", "human_questions")
     has_texts = any(measured.get(kind) for kind in kinds)
@@ -250,27 +250,27 @@ def _categories(manifest: dict[str, Any]) -> list[str]:
 
 
 def card_licenses(manifest: dict[str, Any]) -> list[str]:
-    """Return the licenses of the images; a license that the user has stated replaces unknown ones."""
+    """Return the licenses of the images, with unknown licenses replaced by the one that the user stated."""
     stated = (manifest.get("license") or UNKNOWN).lower()
     return sorted({stated if name.lower() in (UNKNOWN, stated) else name for name in manifest["licenses"]})
 
 
 def has_unknown_license(manifest: dict[str, Any]) -> bool:
-    """Return whether the license of an image is unknown, or stated with a name unknown to the Hub."""
+    """Return whether any image license is unknown, or stated under a name that the Hub does not know."""
     stated = (manifest.get("license") or UNKNOWN).lower()
     doubtful = {UNKNOWN} if stated in KNOWN_LICENSES else {UNKNOWN, stated}
     return not doubtful.isdisjoint(card_licenses(manifest))
 
 
 def language_of(manifest: dict[str, Any]) -> str | None:
-    """Return the ISO 639 code of the language of the texts, if known."""
+    """Return the ISO 639 code for the language of the texts, or None if unknown."""
     settings = manifest["config"].get("filter", {"language": "en"})
     language: str | None = manifest.get("language") or settings["language"]
     return language
 
 
 def _license_fields(licenses: list[str], link: str | None) -> dict[str, str]:
-    """Return the single license if the Hub supports it, else `other` with the names of all."""
+    """Return the license if there is only one and the Hub knows it, else `other` with all names."""
     if len(licenses) == 1 and re.fullmatch(r"[a-z0-9.-]+", licenses[0]) and licenses[0] in KNOWN_LICENSES:
         return {"license": licenses[0]}
     name = "-and-".join(re.sub(r"[^a-z0-9.]+", "-", license_name.lower()) for license_name in licenses)
@@ -278,7 +278,7 @@ def _license_fields(licenses: list[str], link: str | None) -> dict[str, str]:
 
 
 def _feature(kind: Any) -> dict[str, Any]:
-    """Convert an entry of tables.features to the YAML form of cards."""
+    """Convert an entry of tables.features to its YAML form in cards."""
     if "_type" not in kind:
         return {"struct": [{"name": name, **_feature(inner)} for name, inner in kind.items()]}
     if kind["_type"] == "List":

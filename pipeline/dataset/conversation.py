@@ -1,8 +1,8 @@
-"""Columns for other trainers: one caption as `text`, and all texts of an image as `messages`.
+"""Columns for other trainers: one caption as `text`, and all texts about an image as `messages`.
 
-They are computed from `captions` and `qa` of the same row, so the digest of a version leaves them out.
-`messages` is the conversation format that chat templates of transformers and TRL read. Its first turn shows
-the image.
+They are computed from `captions` and `qa` in the same row, so they are not part of a version's digest.
+`messages` has the conversation format that chat templates in transformers and TRL read. The first message
+contains the image.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from pipeline.tables import HUMAN, STRING
 
-PREFERRED_STYLES = (HUMAN, "plain", "brief", "detailed")  # for `text`
-# The question that captions of a style answer in a conversation.
+PREFERRED_STYLES = (HUMAN, "plain", "brief", "detailed")  # for `text`, in order of preference
+# The question that precedes a caption of each style in a conversation.
 QUESTIONS = {
     HUMAN: "What does this image show?",
     "plain": "Describe this image in one sentence.",
@@ -23,7 +23,7 @@ QUESTIONS = {
     "tags": "List tags for this image.",
     "ocr": "What text can be read in this image?",
 }
-REPHRASE = "Say it in other words."  # asks for another caption of the same style
+REPHRASE = "Say it in other words."  # precedes another caption of the same style
 PART = pa.struct([pa.field("type", STRING), pa.field("text", STRING)])
 MESSAGE = pa.struct([pa.field("role", STRING), pa.field("content", pa.list_(PART))])
 READER_COLUMNS = pa.schema([pa.field("text", STRING), pa.field("messages", pa.list_(MESSAGE))])
@@ -31,7 +31,7 @@ IMAGE_PART = {"type": "image", "text": None}
 
 
 def preferred_caption(captions: Sequence[tuple[str, str]]) -> str | None:
-    """Return the first caption (style, text) of the first of PREFERRED_STYLES, else the first caption."""
+    """Return the caption in the most preferred style, or else the first. Captions are (style, text)."""
     first_by_style = dict(reversed(captions))
     preferred = next((first_by_style[style] for style in PREFERRED_STYLES if style in first_by_style), None)
     return preferred or (captions[0][1] if captions else None)
@@ -40,7 +40,7 @@ def preferred_caption(captions: Sequence[tuple[str, str]]) -> str | None:
 def turns(
     captions: Iterable[tuple[str, str]], questions: Iterable[tuple[str, str]]
 ) -> Iterator[tuple[str, str]]:
-    """Yield (question, answer) for captions (style, text) in the order of QUESTIONS, then `questions`."""
+    """Yield (question, answer) turns: captions (style, text) in the order of QUESTIONS, then `questions`."""
     last = None
     for style, text in sorted(captions, key=lambda caption: _rank(caption[0])):
         question = QUESTIONS.get(style, f"Write a caption of this image in the style {style}.")
@@ -55,7 +55,7 @@ def _rank(style: str) -> tuple[int, str]:
 
 
 def messages(asked: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Return turns as messages of a user and an assistant."""
+    """Return turns as messages between a user and an assistant."""
     conversation: list[dict[str, Any]] = []
     for question, answer in asked:
         image = [] if conversation else [IMAGE_PART]
@@ -65,12 +65,12 @@ def messages(asked: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def reader_columns(columns: Sequence[str]) -> list[str]:
-    """Return the reader columns that rows with `columns` lack. Only rows with `image` have them."""
+    """Return the reader columns that are not in `columns`, or [] for rows without `image`."""
     return [name for name in READER_COLUMNS.names if name not in columns] if "image" in columns else []
 
 
 def with_reader_columns(rows: pa.Table, names: Sequence[str]) -> pa.Table:
-    """Append the reader columns `names` to rows of a version."""
+    """Append the reader columns `names` to rows of a version, computed from their captions and questions."""
     values: dict[str, list[Any]] = {"text": [], "messages": []}
     for row in rows.select(["captions", "qa"]).to_pylist():
         captions = [(caption["style"], caption["text"]) for caption in row["captions"]]

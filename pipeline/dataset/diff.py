@@ -1,4 +1,4 @@
-"""Compare two versions: rows added, removed or changed, field by field, and settings that differ."""
+"""Compare two versions: added, removed and changed rows with their fields, and changed settings."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -11,15 +11,15 @@ from pipeline.tables import PIXELS
 from pipeline.text.escape import on_one_line
 
 LISTS = ("captions", "qa")
-BATCH_ROWS = 10_000  # differing rows in memory
+BATCH_ROWS = 10_000  # number of differing rows in memory at once
 MAX_SHOWN_CHARACTERS = 160
 Row = dict[str, Any]
-Settings = dict[str, tuple[Any, Any]]  # values before and after of the settings that differ, by name
+Settings = dict[str, tuple[Any, Any]]  # changed settings by name, with old and new value
 
 
 @dataclass(slots=True)
 class Change:
-    """A row that differs: `what` is added, removed or changed, `fields` has old and new values."""
+    """A row that differs. `what` is added, removed or changed. `fields` has old and new values by name."""
 
     sample_id: str
     source_row: str
@@ -29,7 +29,7 @@ class Change:
 
 @dataclass(slots=True)
 class Diff:
-    """The differences from version `before` to version `after`: counts of all rows, and the first changes."""
+    """The differences between two versions. All rows are counted, and the first changes are kept in full."""
 
     before: str
     after: str
@@ -40,23 +40,23 @@ class Diff:
     _changes_by_field: Counter[str] = field(default_factory=Counter)
 
     def add(self, change: Change, *, keep: bool) -> None:
-        """Count a change, and keep it if `keep` is set."""
+        """Count a change. With `keep`, also store it in `changes`."""
         self._changes_by_kind[change.what] += 1
         self._changes_by_field.update(change.fields.keys())
         if keep:
             self.changes.append(change)
 
     def counts(self) -> dict[str, int]:
-        """Return the numbers of rows that are the same, added, removed and changed."""
+        """Return how many rows are the same, added, removed and changed."""
         kinds = ("added", "removed", "changed")
         return {"same": self.same, **{kind: self._changes_by_kind[kind] for kind in kinds}}
 
     def fields(self) -> dict[str, int]:
-        """Return the number of changed rows by field."""
+        """Return the number of changed rows for each field."""
         return dict(self._changes_by_field.most_common())
 
     def lines(self, rows: int) -> Iterator[str]:
-        """Yield a report: counts, fields, settings, and at most `rows` changes."""
+        """Yield the lines of a report: row counts, changed fields and settings, and up to `rows` changes."""
         counts = ", ".join(f"{count} {what}" for what, count in self.counts().items())
         yield f"{self.before} -> {self.after}: {counts}"
         if fields := self.fields():
@@ -77,7 +77,7 @@ class Diff:
 
 
 def _short(value: Any) -> str:
-    """Return a value, which may be model text, as a short line without control characters."""
+    """Return a value as a short line without control characters. It may be text from a model."""
     if isinstance(value, dict):
         value = ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, ""))
     text = on_one_line(str(value))
@@ -85,12 +85,12 @@ def _short(value: Any) -> str:
 
 
 def diff_versions(before: Version, after: Version, max_changes: int | None = None) -> Diff:
-    """Compare two versions, and keep the first `max_changes` changes. Raise StoreError if one is damaged."""
+    """Compare two versions, and keep the first `max_changes` changes. Raises StoreError if one is damaged."""
     own_columns = {*before.manifest.get("own_columns", ()), *after.manifest.get("own_columns", ())}
     names = dict.fromkeys([*before.manifest["columns"], *after.manifest["columns"]])
     in_both = {*before.manifest["columns"]} & {*after.manifest["columns"]}
     columns = [name for name in names if name in in_both | own_columns and name not in PIXELS]
-    # Scores that only one version has are a difference of settings, and not of every row.
+    # A score that only one version has is listed as a changed setting, not as a change of every row.
     scores = {*before.manifest.get("scores", ())} ^ {*after.manifest.get("scores", ())}
     read = partial(_read_rows, columns=columns, scores=scores)
 
@@ -110,7 +110,7 @@ def diff_versions(before: Version, after: Version, max_changes: int | None = Non
             if change := _compare(old.get(sample_id), new.get(sample_id)):
                 diff.add(change, keep=max_changes is None or len(diff.changes) < max_changes)
             else:
-                # Only the order of fields differs.
+                # The hashes differ only because the order of fields differs.
                 diff.same += 1
     return diff
 
@@ -135,7 +135,7 @@ def _read_rows(
 
 
 def _compare(old: Row | None, new: Row | None) -> Change | None:
-    """Return the change of a row, or None if only the order of its fields differs."""
+    """Return the change from one row to the other, or None if only the order of fields differs."""
     row = new or old or {}
     change = Change(row["sample_id"], row.get("source_row") or "", "changed")
     if old is None or new is None:

@@ -1,6 +1,6 @@
-"""The dataset folder: its paths, its lock, and access to its versions and samples.
+"""The dataset folder: its paths and its lock, and access to its versions and samples.
 
-The folder of a run on a cluster may be in an object store (storage/object_store.py).
+The dataset folder of a run on a cluster may be in an object store (storage/object_store.py).
 """
 
 import logging
@@ -37,30 +37,30 @@ from pipeline.tables import LISTED_SAMPLE, NUM_PAGES
 from pipeline.types import SampleBatch
 
 log = logging.getLogger(__name__)
-ELSEWHERE = "elsewhere.json"  # file in DATA that lists dataset folders made with --out
+ELSEWHERE = "elsewhere.json"  # a file in DATA that lists dataset folders made with --out
 MAX_REMEMBERED = 20
-OUTPUTS = ("kept", "rejected")  # the tables that each step writes
+OUTPUTS = ("kept", "rejected")  # the tables that every step writes
 IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # tables of the read step
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
-LISTED_ROWS = 1024  # samples without images per batch
+LISTED_ROWS = 1024  # number of samples, without images, per batch
 TAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
-# Exceptions that reading a damaged JSON file may raise.
+# Exceptions that may be raised when a damaged JSON file is read.
 _DAMAGED_JSON = (ValueError, LookupError, TypeError, RecursionError, UnsafeFileError)
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetDir:
-    """A dataset folder."""
+    """A dataset folder, on disk or in an object store."""
 
     path: Path
 
     @property
     def run_file(self) -> Path:
-        """The settings of the last run."""
+        """The file with the settings of the last run."""
         return self.path / RUN_FILE
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the last run, which may be invalid because passwords are left out."""
+        """Return the settings of the last run. They may be invalid, because passwords are left out."""
         values = read_json(self.run_file)
         try:
             return Config.model_validate(values).model_dump(mode="json")
@@ -69,20 +69,20 @@ class DatasetDir:
 
     @property
     def journal(self) -> Path:
-        """The journal of the replies to requests of this machine."""
+        """The journal of replies to the requests that this machine sent."""
         return self.path / "journal" / "local.sqlite"
 
     @property
     def server_log(self) -> Path:
-        """The output of a vLLM server that `synth` started."""
+        """The output of the vLLM server that `synth` started."""
         return self.path / "vllm.log"
 
     def step_file(self, name: str, which: str = "kept") -> Path:
-        """The rows that a step kept or rejected."""
+        """Return the path of a step's file, by default the file with the rows that the step kept."""
         return self.path / "steps" / name / f"{which}.parquet"
 
     def step_files(self, name: str, which: str = "kept") -> list[Path]:
-        """Return the file of `step_file`, or after a run on a cluster those of all shards."""
+        """Return the path from `step_file`, or after a run on a cluster the paths in all shards."""
         file = self.step_file(name, which)
         if file.exists():
             return [file]
@@ -91,23 +91,23 @@ class DatasetDir:
 
     @property
     def reviews(self) -> Path:
-        """The human reviews that `synth review apply` has stored."""
+        """The file where `synth review apply` stores human reviews."""
         return self.path / "review" / "reviews.jsonl"
 
     @property
     def cost(self) -> Path:
-        """The cost of all requests so far."""
+        """The file with the cost of all requests so far."""
         return self.path / "steps" / "ask" / "cost.json"
 
     def read_cost(self) -> dict[str, float]:
-        """Return the cost of all requests so far; empty if it is unknown."""
+        """Return the cost of all requests so far, or {} if it is unknown."""
         try:
             return dict(read_json(self.cost))
         except (OSError, *_DAMAGED_JSON):
             return {}
 
     def pushed(self) -> list[dict[str, str]]:
-        """Return version, repo and commit of each push. Raise StoreError if the file is damaged."""
+        """Return the version, repo and commit of each push. Raises StoreError if the file is damaged."""
         file = self.path / "pushed.json"
         if not file.exists():
             return []
@@ -118,18 +118,18 @@ class DatasetDir:
             raise StoreError(f"{file} is damaged", hint="move it away: it lists pushes") from None
 
     def record_push(self, version: str, repo: str, commit: str) -> None:
-        """Record a push once."""
+        """Record a push, unless it is already recorded."""
         push = {"version": version, "repo": repo, "commit": commit}
         earlier = [other for other in self.pushed() if other != push]
         write_json(self.path / "pushed.json", {"pushed": [*earlier, push]})
 
     def taken_numbers(self) -> list[tuple[int, ...]]:
-        """Return the numbers of tagged and pushed versions, which stay taken when these are removed."""
+        """Return the numbers of tagged and pushed versions, which stay taken after a removal."""
         names = {*read_tags(self.path).values(), *(push["version"] for push in self.pushed())}
         return sorted(parse_version(name) for name in names if VERSION_NAME.fullmatch(name))
 
     def versions(self) -> list[Version]:
-        """Return all finished versions, oldest first. Raise StoreError if one is damaged."""
+        """Return all finished versions, oldest first. Raises StoreError if one is damaged."""
         versions: list[Version] = []
         for manifest in (self.path / "versions").glob(f"v*/{MANIFEST}"):
             try:
@@ -143,9 +143,9 @@ class DatasetDir:
         return sorted(versions)
 
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:
-        """Return the version of a name or tag, or the newest. Raise StoreError if there is none.
+        """Return the version with a name or tag, by default the newest. Raises StoreError if there is none.
 
-        Without `previews`, return a preview only if all versions are previews.
+        Without `previews`, a preview is returned only if all matching versions are previews.
         """
         versions = self.versions()
         matches = [version for version in versions if name in (None, version.name)]
@@ -162,10 +162,10 @@ class DatasetDir:
     def lock(
         self, *, wait: bool = False, say: Callable[[str], None] = lambda text: None
     ) -> Iterator[Callable[[], None]]:
-        """Hold the lock of this folder. Raise StoreError if another process holds it and `wait` is not set.
+        """Hold the lock of this folder. Raises StoreError if another process holds it, unless `wait` is set.
 
         In an object store, the lock is a lease (storage/lock.py). The yielded function raises StoreError if
-        another process has taken it over.
+        another process has taken the lease over. On disk, it does nothing.
         """
         if is_remote(self.path):
             with lease(self.path / LOCK_FILE, say=say) as check:
@@ -183,7 +183,7 @@ class DatasetDir:
 
 
 def read_tags(dataset: Path) -> dict[str, str]:
-    """Return the version of each tag of a dataset folder. Raise StoreError if the file is damaged."""
+    """Return the version name for each tag in a dataset folder. Raises StoreError if the file is damaged."""
     file = dataset / "versions" / "tags.json"
     if not file.exists():
         return {}
@@ -195,24 +195,24 @@ def read_tags(dataset: Path) -> dict[str, str]:
 
 
 def write_tags(dataset: Path, tags: dict[str, str]) -> None:
-    """Write the tags of a dataset folder, sorted."""
+    """Write the tags of a dataset folder, sorted by name."""
     write_json(dataset / "versions" / "tags.json", {"tags": dict(sorted(tags.items()))})
 
 
 def is_tag(name: str) -> bool:
-    """Return whether a name is valid for a tag."""
+    """Return whether a name can be used as a tag."""
     return bool(TAG_NAME.fullmatch(name)) and not VERSION_NAME.fullmatch(name)
 
 
 def require_tag_name(tag: str) -> None:
-    """Raise ConfigError if a name is not valid for a tag."""
+    """Raise ConfigError if a name cannot be used as a tag."""
     if not is_tag(tag):
         hint = "use at most 64 letters, digits, dots, hyphens and underscores, a letter first; not v1.0.0"
         raise ConfigError(f"{tag!r} cannot be a tag", hint=hint)
 
 
 def require_nameable(path: Path) -> None:
-    """Raise ConfigError for a path that is not UTF-8, which Parquet cannot open."""
+    """Raise ConfigError if a path is not valid UTF-8, because Parquet cannot open such a path."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -221,9 +221,9 @@ def require_nameable(path: Path) -> None:
 
 
 def open_dataset(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
-    """Open a version folder, or a version of a dataset folder (default: the last one made).
+    """Open a version folder, or a version in a dataset folder. By default, open the version made last.
 
-    `path` may be FOLDER@VERSION or FOLDER@TAG. Raise StoreError if dataset or version do not exist.
+    `path` may be FOLDER@VERSION or FOLDER@TAG. Raises StoreError if the dataset or version does not exist.
     """
     path, version = (path or last_made(), version) if version else split_version(path or last_made())
     require_nameable(path)
@@ -238,7 +238,7 @@ def open_dataset(path: Path | None, version: str | None = None, *, previews: boo
 
 
 def split_version(path: Path) -> tuple[Path, str | None]:
-    """Split FOLDER@VERSION or FOLDER@TAG. Return the path and None for any other path."""
+    """Split FOLDER@VERSION or FOLDER@TAG. For any other path, return the path and None."""
     folder, _, name = path.name.rpartition("@")
     if not folder or not name or path.exists():
         return path, None
@@ -246,14 +246,14 @@ def split_version(path: Path) -> tuple[Path, str | None]:
 
 
 def find_dataset(path: Path) -> Path:
-    """Return the dataset folder of a path to a dataset or version, also as FOLDER@VERSION."""
+    """Return the dataset folder for the path of a dataset or version. The path may be FOLDER@VERSION."""
     folder, _ = split_version(path)
     is_version = not is_remote(folder) and (folder / MANIFEST).exists()
     return dataset_dir_of(folder.absolute()) if is_version else folder
 
 
 def last_made() -> Path:
-    """Return the dataset folder with the newest version. Raise StoreError if there is none."""
+    """Return the dataset folder with the newest version. Raises StoreError if there is none."""
     manifests = _made_manifests()
     if not manifests:
         hint = "make one with `synth generate --source scenes`, or name its folder"
@@ -262,7 +262,7 @@ def last_made() -> Path:
 
 
 def only_made() -> Path:
-    """Return the only dataset folder; raise StoreError if there are several. File times may be wrong."""
+    """Return the only dataset folder. Raises StoreError if there are several, instead of guessing."""
     folders = sorted({path.parents[2] for path in _made_manifests()})
     if len(folders) > 1:
         problem = f"there are {len(folders)} datasets that were made here, in {DATA}/ or with --out"
@@ -271,7 +271,7 @@ def only_made() -> Path:
 
 
 def remember_dataset(out: Path | None) -> None:
-    """Record the local folder of a run with --out in `data/`, where later commands find it."""
+    """Record the local folder of a run with --out in `data/`, so that later commands find it."""
     if out is None or is_remote(out):
         return
     try:
@@ -293,21 +293,21 @@ def _remembered() -> list[Path]:
 def _made_manifests() -> list[Path]:
     manifests: list[Path] = []
     for folder in [*DATA.glob("*"), *_remembered()]:
-        # A damaged file may list invalid names.
+        # A damaged file may list invalid paths.
         with suppress(OSError):
             manifests += folder.glob(f"versions/v*/{MANIFEST}")
     return sorted(manifests)
 
 
 def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the samples that the read step kept (tables.LISTED_SAMPLE), or some of their columns."""
+    """Yield the samples that the step read kept (tables.LISTED_SAMPLE), or only some of their columns."""
     names = LISTED_SAMPLE.names if columns is None else columns
     for batch in open_table(shard.step_file("read")).iter_batches(LISTED_ROWS, columns=names):
         yield batch.select(names)
 
 
 def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
-    """Yield all samples in batches that can read their images."""
+    """Yield all samples in batches, which read their images on demand."""
     store = ImageStore(shard.path)
 
     def read_images(ids: list[str]) -> list[tuple[bytes, ...]]:
@@ -319,7 +319,7 @@ def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
 
 
 def page_counts(shard: DatasetDir) -> Iterator[int]:
-    """Yield the number of images of each sample."""
+    """Yield the number of pages of each sample."""
     for batch in read_samples(shard, [NUM_PAGES]):
         yield from batch[NUM_PAGES].to_pylist()
 
@@ -330,7 +330,7 @@ def read_exclusions(dataset: DatasetDir) -> pa.Table:
 
 
 def require_file(path: Path) -> Path:
-    """Return the path of an existing file. Raise ConfigError if it is missing."""
+    """Return the path if the file exists. Raises ConfigError otherwise."""
     if not path.exists():
         raise ConfigError(f"{path} is missing", hint="run `synth generate` again to make the file")
     return path

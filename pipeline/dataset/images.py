@@ -1,8 +1,8 @@
-"""The image store of a dataset folder: `images/*.parquet`, each image once, by sample id.
+"""The image store of a dataset folder: files `images/*.parquet`, which hold each image once.
 
-The read step adds images; all other steps, and versions, hold ids. A file is written atomically, never
-changed, and named after the ids in it. On a cluster, the folder of each shard has its own store. Only `synth
-versions gc` removes images (dataset/removal.py).
+The step read adds images. All other steps, and versions, refer to them by sample id. A file is written
+atomically, never changed, and named after the ids in it. On a cluster, each shard folder has its own store.
+Only `synth versions gc` removes images (dataset/removal.py).
 """
 
 import hashlib
@@ -27,23 +27,21 @@ from pipeline.tables import IMAGE, IMAGE_DIGESTS, PIXELS, SAMPLE_IMAGES, STORED_
 FOLDER = "images"
 FILE_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
 FILE_BYTES = 256_000_000  # held in memory until the file is written
-# Small row groups let readers of one split skip most images of other splits.
+# With small row groups, reading one split skips most images of other splits.
 GROUP_BYTES, GROUP_ROWS = 4_000_000, 64
 MAX_CACHED_GROUPS, MAX_OPEN_FILES = 4, 16
-BATCH_SAMPLES = 64  # samples whose images are read together
+BATCH_SAMPLES = 64  # number of samples whose images are read at once
 READ_AGAIN = "run `synth generate` again, which reads the images from the source"
 UNREADABLE = (OSError, ValueError, pa.ArrowException, SynthError)
 
 
 class _Group(NamedTuple):
-    """A row group of a file."""
-
     path: Path
     number: int
 
 
 class ImageStore:
-    """The images of a dataset folder or shard. Writers must hold the lock of the folder."""
+    """The images of a dataset folder or shard. Writing requires the lock of the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,25 +53,23 @@ class ImageStore:
         self._read_group = lru_cache(MAX_CACHED_GROUPS)(read_group)
 
     def paths(self) -> list[Path]:
-        """Return the files of this store and of the stores of all shards. Links and pipes are ignored."""
+        """Return the files in this store and in the stores of all shards, except links and pipes."""
         patterns = (f"{FOLDER}/*.parquet", f"shards/*/{FOLDER}/*.parquet")
         paths = (path for pattern in patterns for path in self.folder.glob(pattern))
         named = (path for path in paths if FILE_NAME.fullmatch(path.name))
         return sorted((path for path in named if is_remote(path) or S_ISREG(path.lstat().st_mode)), key=str)
 
     def find_missing(self, sample_ids: Iterable[str]) -> list[str]:
-        """Return the samples without readable images in the store, in the given order."""
+        """Return the given samples whose images are missing or unreadable, in the given order."""
         return [sample_id for sample_id in sample_ids if sample_id not in self._group_of]
 
     def in_order(self, sample_ids: Iterable[str]) -> list[str]:
-        """Return the samples with images in the store, in the order of the files."""
+        """Return the given samples whose images are in the store, in the order of the files."""
         stored = {name: self._group_of[name] for name in sample_ids if name in self._group_of}
         return sorted(stored, key=lambda name: (str(stored[name].path), stored[name].number, name))
 
     def read(self, sample_ids: Sequence[str]) -> pa.ListArray:
-        """Return the images of each sample (list of binary). Raise StoreError if one is missing or
-        damaged.
-        """
+        """Return each sample's images (list of binary). Raises StoreError if any is missing or damaged."""
         if missing := self.find_missing(sample_ids):
             raise missing_error(missing, self.folder)
         wanted, tables = pa.array(sample_ids, pa.string()), list[pa.Table]()
@@ -88,7 +84,7 @@ class ImageStore:
         return images if ids.equals(wanted) else images.take(pc.index_in(wanted, ids))
 
     def digests(self) -> pa.Table:
-        """Return the digest of the images of each sample (tables.IMAGE_DIGESTS), recorded at writing."""
+        """Return the recorded digest of each sample's images (tables.IMAGE_DIGESTS)."""
         tables = [IMAGE_DIGESTS.empty_table()]
         for path in self.paths():
             try:
@@ -98,7 +94,7 @@ class ImageStore:
         return pa.concat_tables(tables)
 
     def add(self, samples: Iterable[pa.Table]) -> None:
-        """Write the images (tables.SAMPLE_IMAGES) that the store lacks, in files of FILE_BYTES."""
+        """Write images (tables.SAMPLE_IMAGES) that the store lacks, in files of about FILE_BYTES."""
         pending, num_bytes = list[pa.Table](), 0
         pending_ids = set[str]()
         for table in samples:
@@ -114,7 +110,7 @@ class ImageStore:
             self._group_of |= _groups_by_id(self._write_file(pending))
 
     def add_from(self, other: "ImageStore", sample_ids: Iterable[str]) -> None:
-        """Copy the images of some samples from another store. Raise StoreError if it lacks them."""
+        """Copy the images of samples from another store. Raises StoreError if any are missing there."""
         wanted = dict.fromkeys(self.find_missing(sample_ids))
         if missing := other.find_missing(wanted):
             raise missing_error(missing, other.folder)
@@ -123,14 +119,14 @@ class ImageStore:
         self.add(pa.table([batch, other.read(batch)], schema=SAMPLE_IMAGES) for batch in batches)
 
     def keep_only(self, wanted: Collection[str], *, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
-        """Remove all other images, and second copies within a folder; yield changed files and bytes freed.
+        """Remove the images of samples that are not `wanted`. Yield changed files with the bytes freed.
 
-        Killed processes leave second copies at most. Raise StoreError, before any removal, for a damaged
-        file.
+        Duplicates in one folder, which killed processes may leave, are removed too. With `dry_run`, nothing
+        is changed. Raises StoreError before any removal if a file is damaged.
         """
         kept, written = set[tuple[Path, str]](), set[Path]()
         for path, ids in [(path, _read_ids(path)) for path in self.paths()]:
-            # A killed process may have written this file, which was written again below.
+            # This loop has just rewritten a file that a killed process had already written.
             if path in written:
                 continue
             num_bytes = path.stat().st_size
@@ -152,13 +148,13 @@ class ImageStore:
     @cached_property
     def _group_of(self) -> dict[str, _Group]:
         groups: dict[str, _Group] = {}
-        # If two files have an image, the first one is read.
+        # Reversed, so that an image in two files is read from the first file.
         for path in reversed(self.paths()):
             groups |= _groups_by_id(path)
         return groups
 
     def _without_known(self, table: pa.Table, pending_ids: set[str]) -> pa.Table:
-        """Return the rows of new samples, and add their ids to `pending_ids`."""
+        """Return the rows of samples that are new, and add all ids to `pending_ids`."""
         is_new: list[bool] = []
         for sample_id in table["sample_id"].to_pylist():
             is_new.append(sample_id not in self._group_of and sample_id not in pending_ids)
@@ -176,7 +172,7 @@ class ImageStore:
 
 
 def missing_error(sample_ids: Sequence[str], folder: Path) -> StoreError:
-    """Return the error for samples whose images are not in the store of a dataset folder."""
+    """Return the error to raise when the store of a dataset folder lacks the images of some samples."""
     problem = (
         f"the images of {len(sample_ids)} samples are not in {folder / FOLDER}: {sample_ids[0][:12]}, ..."
     )
@@ -184,17 +180,17 @@ def missing_error(sample_ids: Sequence[str], folder: Path) -> StoreError:
 
 
 def damage_error(path: Path, error: Exception) -> StoreError:
-    """Return the error for a file of the store that cannot be read."""
+    """Return the error to raise when a file of the store cannot be read."""
     return StoreError(f"{path} is damaged: {error}", hint=f"move it away, and {READ_AGAIN}")
 
 
 def images_digest(pages: Sequence[bytes]) -> str:
-    """Return the sha256 of an image, or for a deck the digest of the digests of its pages."""
+    """Return the SHA-256 of an image. For a deck, return the digest of the SHA-256 of each page."""
     return deck_id([image_id(page) for page in pages])
 
 
 def hash_images(path: Path) -> dict[str, str]:
-    """Compute the digest of the images of each sample in a file. Raise one of UNREADABLE."""
+    """Compute the digest of each sample's images in a file. Raises one of UNREADABLE if it is damaged."""
     file = open_parquet(path)
     digests: dict[str, str] = {}
     for number in range(file.num_row_groups):
@@ -204,9 +200,9 @@ def hash_images(path: Path) -> dict[str, str]:
 
 
 def as_pixels(images: pa.ListArray, columns: Sequence[str]) -> dict[str, pa.Array]:
-    """Return images of the store as the columns `image` and `pages`, as far as `columns` has them.
+    """Return images from the store as the columns `image` and `pages`, if they are in `columns`.
 
-    With both columns, `image` holds single images and `pages` decks, else the column holds all images.
+    With both columns, `image` has single images and `pages` has decks. A column on its own has all images.
     """
     offsets = images.offsets.to_numpy() - images.offsets[0].as_py()
     pages = images.flatten()
@@ -221,10 +217,10 @@ def as_pixels(images: pa.ListArray, columns: Sequence[str]) -> dict[str, pa.Arra
 
 
 def _groups_by_id(path: Path) -> dict[str, _Group]:
-    """Return the row group of each sample in a file; {} if the file cannot be read."""
+    """Return the row group of each sample in a file, or {} if the file cannot be read."""
     try:
         file = open_parquet(path)
-        # One call for the whole file is faster than one for each row group.
+        # Reading the column once for the whole file is faster than once per row group.
         ids = file.read(["sample_id"])["sample_id"].to_pylist()
     except UNREADABLE:
         return {}
@@ -247,7 +243,7 @@ def _with_digests(samples: pa.Table) -> pa.Table:
 
 
 def _split_into_groups(samples: pa.Table) -> Iterator[pa.Table]:
-    """Yield row groups of at most GROUP_ROWS rows, and at most GROUP_BYTES or one sample."""
+    """Yield slices of at most GROUP_ROWS rows and at most GROUP_BYTES. A larger sample comes alone."""
     images = samples["images"].combine_chunks()
     bytes_before_page = np.r_[0, np.cumsum(pc.binary_length(images.flatten()).to_numpy())]
     bytes_before_row = bytes_before_page[images.offsets.to_numpy() - images.offsets[0].as_py()]

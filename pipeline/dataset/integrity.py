@@ -1,4 +1,4 @@
-"""Verify the files, rows and images of a version against its manifest, and make a repaired copy."""
+"""Check the files, rows and images of a version against its manifest, and make a repaired copy."""
 
 import shutil
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ from pipeline.tables import IMAGE_DIGESTS, PIXELS
 
 
 def damaged_files(version: Version) -> list[str]:
-    """Return the files of a version that are missing, or differ from the digests in its manifest."""
+    """Return the names of files that are missing, or whose digest differs from the manifest."""
     files = ((name, version.path / name, entry["sha256"]) for name, entry in _file_entries(version).items())
     return [name for name, path, sha256 in files if not path.is_file() or file_digest(path) != sha256]
 
 
 def missing_files(version: Version) -> list[str]:
-    """Return the files of a version that are missing or of another size. Contents are not read."""
+    """Return the names of files that are missing, or whose size differs. File contents are not read."""
     files = ((name, version.path / name, entry["bytes"]) for name, entry in _file_entries(version).items())
     return [name for name, path, size in files if not path.is_file() or path.stat().st_size != size]
 
@@ -45,7 +45,7 @@ def _file_entries(version: Version) -> dict[str, dict[str, Any]]:
 
 
 def content_digest(version: Version) -> str:
-    """Return the digest of the rows in the files. Sample ids represent the pixels."""
+    """Compute the digest of the rows in the files. Sample ids represent the pixels."""
     manifest = version.manifest
     stored = {*manifest["columns"]}
     extras = extras_of(manifest)
@@ -61,7 +61,7 @@ def content_digest(version: Version) -> str:
 
 
 def hash_store(store: ImageStore) -> dict[str, str]:
-    """Compute the digests of the images of all samples in a store. Skip damaged files."""
+    """Compute the digest of each sample's images in a store. Damaged files are skipped."""
     digests: dict[str, str] = {}
     for path in store.paths():
         with suppress(*UNREADABLE):
@@ -70,7 +70,7 @@ def hash_store(store: ImageStore) -> dict[str, str]:
 
 
 def damaged_images(version: Version, stored: Mapping[str, str]) -> list[str]:
-    """Return the samples of a version whose digest in its store (`stored`) is wrong or missing."""
+    """Return the ids of samples in a version whose image digest in `stored` is wrong or missing."""
     if not version.manifest.get("images"):
         return []
     table = read_table(version.path / IMAGES_FILE, IMAGE_DIGESTS.names)
@@ -80,7 +80,7 @@ def damaged_images(version: Version, stored: Mapping[str, str]) -> list[str]:
 
 
 def find_damage(version: Version, stored: Mapping[str, str] | None = None) -> list[str]:
-    """Return descriptions of the damage of a version. `stored` are the digests of `hash_store`."""
+    """Return messages about the damage in a version, if any. `stored` is the result of `hash_store`."""
     if files := damaged_files(version):
         return [f"{name} is not what the manifest says" for name in files]
     try:
@@ -111,9 +111,9 @@ def require_intact_files(version: Version) -> None:
 
 
 def make_repaired_version(version: Version, damage: list[str]) -> Version:
-    """Publish the same rows as the next patch version, which records the `damage` on the Hub.
+    """Make the next patch version with the same rows. Its manifest records `damage`, found on the Hub.
 
-    Raise StoreError if the local version is damaged, too, or is not the newest one of its folder.
+    Raises StoreError if the local version is damaged too, or is not the newest one in its folder.
     """
     require_intact_files(version)
     dataset = DatasetDir(version.dataset_dir)
@@ -126,7 +126,7 @@ def make_repaired_version(version: Version, damage: list[str]) -> Version:
         name = f"v{major}.{minor}.{patch + 1}"
         repairs = {"version": version.name, "damaged": damage}
         manifest = version.manifest | {"version": name, "parent": version.name, "repairs": repairs}
-        # The folder of the version may be a link to another dataset, whose store has the images.
+        # The version's folder may be a link to another dataset, whose store then has the images.
         if version.manifest.get("images"):
             ids = read_table(version.path / IMAGES_FILE, ["sample_id"])["sample_id"].to_pylist()
             ImageStore(dataset.path).add_from(version.store, ids)

@@ -1,4 +1,4 @@
-"""Describe the run that made a version, for its manifest."""
+"""Describe the run that made a version, for the manifest of the version."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from pipeline.tasks.prompts import prompt_texts
 
 @dataclass(frozen=True, slots=True)
 class StepSummary:
-    """The row counts of a step: `input` is the sum of `kept` and `rejected`."""
+    """The row counts of a step. `input` is the sum of `kept` and `rejected`."""
 
     step: str
     unit: str
@@ -27,7 +27,7 @@ class StepSummary:
 
 
 def asked_tasks(config: Config, tasks: Tasks) -> tuple[Task, ...]:
-    """Return the tasks that a run asks the model, including those of its checks."""
+    """Return the tasks that a run asks the model, including the tasks for its checks."""
     checks = set(config.verify.checks)
     asked = {
         ANSWER: checks & {"round_trip", "claims", "blind", "evidence"},
@@ -40,9 +40,9 @@ def asked_tasks(config: Config, tasks: Tasks) -> tuple[Task, ...]:
 
 
 def row_extras(config: Config, tasks: Tasks) -> Extras:
-    """Return the scores, context columns and columns of custom tasks in the rows of a run."""
+    """Return the scores, context columns and custom task columns that the rows of a run have."""
     checks = config.verify.checks
-    # The claims of drawn scenes are found by rules and give no precision.
+    # For drawn scenes, claims are found by rules, which yields no precision.
     is_measured = {
         "precision": config.splits_claims,
         "coverage": "covers" in checks,
@@ -57,7 +57,7 @@ def row_extras(config: Config, tasks: Tasks) -> Extras:
 def describe_provenance(
     config: Config, tasks: Tasks, source: dict[str, Any], model: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the fields of a manifest about the run."""
+    """Return the manifest fields that describe the run."""
     asked = asked_tasks(config, tasks)
     settings = publishable_settings(config, tasks, source["name"], model["name"])
     return {
@@ -67,8 +67,7 @@ def describe_provenance(
         "model": model,
         "prompts": prompt_texts(asked, config.prompt_dirs, config.generate.style_prompts) if asked else {},
         "schemas": {task.name: wire_schema(task) for task in asked},
-        # Digests of the files of captions, recorded when they were read: a later run may not have these
-        # files.
+        # The digests of caption files are from the read step, since a later run may not have the files.
         "config": settings | {"captions": source.get("captions", [])},
         **describe_data(config.license, config.title, config.filter.language),
     }
@@ -77,7 +76,7 @@ def describe_provenance(
 def describe_data(
     license_name: str | None, title: str | None, language: str | None, license_link: str | None = None
 ) -> dict[str, str]:
-    """Return the fields of a manifest that a user has stated about the data, for the card."""
+    """Return the manifest fields that the user stated about the data, for the card."""
     stated = {"license": license_name, "title": title, "language": language, "license_link": license_link}
     return {name: value for name, value in stated.items() if value is not None}
 
@@ -85,7 +84,10 @@ def describe_data(
 def describe_decontamination(
     source: dict[str, Any], funnel: list[StepSummary], groups: int, contaminated: int
 ) -> dict[str, Any]:
-    """Return the fields of a manifest about near-duplicates (`groups` of images) and repeated texts."""
+    """Return the manifest fields about near-duplicate images and about texts from excluded datasets.
+
+    `groups` is the number of groups of near-duplicate images, `contaminated` the number of such texts.
+    """
     rejected = {summary.step: summary.rejected for summary in funnel}
     return {
         "compared_as": source["compared_as"],
@@ -99,7 +101,7 @@ def describe_decontamination(
 
 
 def publishable_settings(config: Config, tasks: Tasks, source: str, model: str) -> dict[str, Any]:
-    """Return the settings without addresses, and with digests or names in place of local paths."""
+    """Return the settings without server addresses, and with names or digests instead of local paths."""
     settings = config.model_dump(mode="json", exclude={"base_url", "server", "own_tasks"})
     settings |= {"source": source, "model": None if model == NO_MODEL else model}
     if tasks.own:

@@ -1,4 +1,4 @@
-"""The schema of a manifest. Versions may be untrusted: every key that is read is checked here, once."""
+"""The schema of a manifest. Versions may be untrusted, so every key that is read is checked here."""
 
 import re
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.tables import ADDED_FIELDS, PIXELS, ROW, SPLITS, arrow_type_of
 
-MAX_DEPTH = 40  # nested values
+MAX_DEPTH = 40  # maximum nesting of values
 Name = Annotated[str, StringConstraints(max_length=1000)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 VersionName = Annotated[str, StringConstraints(pattern=r"^v\d{1,9}\.\d{1,9}\.\d{1,9}$")]
@@ -19,7 +19,7 @@ _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 
 
 class _Part(BaseModel):
-    """Base of all parts, which may have additional keys."""
+    """The base class for all parts of a manifest. Parts may have additional keys."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -33,7 +33,7 @@ class FileEntry(_Part):
 
 
 class Origin(_Part):
-    """A source or a model."""
+    """The source or the model."""
 
     name: Name
     revision: Name
@@ -59,13 +59,13 @@ class OwnColumnEntry(BaseModel):
 
 
 class Settings(_Part):
-    """The settings of the run that cards and checks read."""
+    """The settings that cards and checks read."""
 
     tasks: list[Name]
 
 
 class Manifest(_Part):
-    """All keys of a manifest that are read."""
+    """All keys that are read from a manifest."""
 
     version: VersionName
     digest: Digest
@@ -101,7 +101,7 @@ class Manifest(_Part):
     @model_validator(mode="after")
     def _check_names(self) -> "Manifest":
         row_columns = {*ROW.names, *self.own_columns}
-        # Files with other names must be neither read nor published.
+        # A file with another name must not be read or published.
         invalid_by_kind = {
             "files that are not shards": [name for name in self.files if not _SHARD.fullmatch(name)],
             "an invalid feature": [name for name, kind in self.features.items() if not _is_feature(kind)],
@@ -136,7 +136,7 @@ class Manifest(_Part):
 
 
 def _is_feature(kind: Any) -> bool:
-    """Return whether a value is a result of `tables.features`."""
+    """Return whether a value has the form that `tables.features` returns."""
     if not isinstance(kind, dict):
         return False
     if "_type" not in kind:
@@ -147,7 +147,7 @@ def _is_feature(kind: Any) -> bool:
 
 
 def check_manifest(values: Any) -> None:
-    """Raise ValueError, with the key, if a value is not a manifest that this release can read."""
+    """Raise ValueError with the invalid key if a value is not a manifest that this release can read."""
     _require_shallow(values, MAX_DEPTH)
     try:
         Manifest.model_validate(values)

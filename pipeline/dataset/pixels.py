@@ -15,24 +15,24 @@ from pipeline.storage.untrusted import read_regular
 from pipeline.tables import PIXELS, SAMPLE_IMAGES, features, row_schema
 
 BATCH_ROWS = 64
-Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or the pages of a deck
+Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or all pages of a deck
 
 
 def lacks_pixels(version: Version) -> bool:
-    """Return whether a version holds ids and texts only."""
+    """Return whether a version has ids and texts but no images."""
     return not set(PIXELS) & set(version.manifest["columns"])
 
 
 def find_joined(version: Version) -> Version | None:
-    """Return the version with the images that `join_images` stored, if none is missing."""
+    """Return the version with the images that `join_images` stored, or None if any image is missing."""
     joined = _with_pixel_columns(version)
     return None if joined.store.find_missing(_sample_ids(version)) else joined
 
 
 def join_images(version: Version, images: Iterable[Images]) -> Version:
-    """Store the images of a version, and return the version with them.
+    """Store the images of a version, and return the version with its images.
 
-    Raise StoreError if images are missing. The others stay stored for another call.
+    Raises StoreError if any image is missing. Images that were found stay stored.
     """
     joined, ids = _with_pixel_columns(version), _sample_ids(version)
     wanted, store = {*ids}, joined.store
@@ -45,7 +45,7 @@ def join_images(version: Version, images: Iterable[Images]) -> Version:
 
 
 def images_of_files(folder: Path) -> Iterator[Images]:
-    """Yield every file of a folder, with the sha256 of its bytes as its id."""
+    """Yield every file in a folder, with the SHA-256 of its bytes as the sample id."""
     files = (path for path in folder.rglob("*") if path.is_file())
     for path in sorted(path for path in files if path.stat().st_size <= MAX_IMAGE_BYTES):
         data = read_regular(path, max_bytes=MAX_IMAGE_BYTES)
@@ -53,7 +53,7 @@ def images_of_files(folder: Path) -> Iterator[Images]:
 
 
 def images_of_dataset(folder: Path) -> Iterator[Images]:
-    """Yield the images of a local version. Raise StoreError if it holds no pixels."""
+    """Yield the images of a local version. Raises StoreError if it has no images."""
     version = open_dataset(folder)
     if lacks_pixels(version):
         raise StoreError(f"{folder} holds no pixels either", hint="name a folder of image files")
@@ -77,7 +77,7 @@ def _sample_ids(version: Version) -> list[str]:
 
 
 def _batches(images: Iterator[Images]) -> Iterator[pa.Table]:
-    """Yield images (tables.SAMPLE_IMAGES) without their metadata."""
+    """Yield batches of images (tables.SAMPLE_IMAGES) whose metadata, such as Exif, is stripped."""
     while batch := list(islice(images, BATCH_ROWS)):
         rows = [{"sample_id": name, "images": [*map(strip_metadata, pages)]} for name, pages in batch]
         yield pa.Table.from_pylist(rows, schema=SAMPLE_IMAGES)

@@ -1,4 +1,4 @@
-"""Write the files of a version and publish it under its name, as a whole or not at all."""
+"""Write the files of a version, and publish them atomically under the name of the version."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -50,12 +50,12 @@ from pipeline.tables import (
 )
 
 FIRST = "v1.0.0"
-PIXEL_BATCH_ROWS = 16  # rows with images in memory
+PIXEL_BATCH_ROWS = 16  # number of rows with images in memory at once
 
 
 @dataclass(slots=True)
 class RowWriter:
-    """Writes rows without images to Parquet files in a folder, with separate files for each split."""
+    """Writes rows without images to Parquet files in a folder, one series of files per split."""
 
     path: Path
     extras: Extras = NO_EXTRAS
@@ -63,7 +63,7 @@ class RowWriter:
     _writers: dict[str, SplitWriter] = field(default_factory=dict)
 
     def add(self, table: pa.Table) -> None:
-        """Write rows. Raise TableError if they have optional columns that the first rows lack."""
+        """Write rows. Raises TableError if they fill an optional column that the first rows left empty."""
         if not table.num_rows:
             return
         empty = {name for name in OPTIONAL if table[name].null_count == table.num_rows}
@@ -80,18 +80,18 @@ class RowWriter:
                 self._writers[split].add(rows)
 
     def counts(self) -> dict[str, int]:
-        """Return the number of rows of each split."""
+        """Return the number of rows in each split."""
         return {split: self._writers[split].rows if split in self._writers else 0 for split in SPLITS}
 
     def close(self) -> dict[str, Any]:
-        """Finish all files, and return the manifest's entry of each by name."""
+        """Finish all files, and return their manifest entries by file name."""
         for writer in self._writers.values():
             writer.close()
         return {path.name: describe_file(path) for path in sorted(self.path.iterdir())}
 
 
 def write_self_contained(version: Version, folder: Path, splits: Iterable[str] = SPLITS) -> dict[str, Any]:
-    """Write the rows of a version with images and reader columns; return the manifest of these files."""
+    """Write the rows of a version with images and reader columns. Return a manifest for the new files."""
     columns, extras = version.manifest["columns"], extras_of(version.manifest)
     readers = reader_columns(columns)
     schema = pa.schema([*row_schema(columns, extras), *map(READER_COLUMNS.field, readers)])
@@ -110,13 +110,13 @@ def write_self_contained(version: Version, folder: Path, splits: Iterable[str] =
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The rows of a version in files that are not published yet."""
+    """The content of a version whose files are not published yet."""
 
     columns: list[str]
     extras: Extras
-    digests: pa.Table  # DIGESTS, ordered by id
+    digests: pa.Table  # DIGESTS, sorted by id
     rows: dict[str, int]  # by split
-    files: list[tuple[Path, str, dict[str, Any]]]  # path, name and manifest entry of each Parquet file
+    files: list[tuple[Path, str, dict[str, Any]]]  # path, file name in the version, and manifest entry
     licenses: list[str]
     examples: list[dict[str, Any]]
 
@@ -129,11 +129,11 @@ def publish_version(
     rejections: Iterable[pa.Table],
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Version, bool]:
-    """Publish rows under the next name; or return the newest version, and False, if it has the same rows.
+    """Publish rows as the next version. Return it, and whether it is new.
 
-    `draft` is a scratch folder next to the versions, `provenance` the manifest's fields about the run.
-    `check` raises if another command has taken over the folder. Raise TableError if no row is left;
-    StoreError if images are missing.
+    If the newest version has the same rows, it is returned. `draft` is a scratch folder next to the versions,
+    and `provenance` has the manifest fields about the run. `check` raises StoreError if another command has
+    taken over the folder. Raises TableError if no row is left, and StoreError if images are missing.
     """
     if not content.digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and human reviews in review/"
@@ -143,7 +143,7 @@ def publish_version(
     digests = zip(*content.digests.to_pydict().values(), strict=True)
     content_digest = version_digest(digests, content.columns, content.extras.scores)
     if parent is not None and parent.manifest["digest"] == content_digest:
-        # A preview is complete if the source has only copies of its images after the limit.
+        # If the source has only copies of earlier images after the limit, the preview was complete.
         if parent.is_preview and not provenance["source"].get("preview"):
             parent = Version(parent.path, parent.manifest | {"source": provenance["source"]})
             write_json(parent.path / MANIFEST, parent.manifest)
@@ -185,9 +185,9 @@ def next_version(
     schema: pa.Schema,
     taken: Sequence[tuple[int, ...]] = (),
 ) -> str:
-    """Return the next name: major if columns or scores change, minor if rows are added, else patch.
+    """Return the next version name, with a higher number than all in `taken`.
 
-    The name also follows the numbers of `taken` names.
+    The major number increases if columns or scores change, the minor if rows are added, else the patch.
     """
     if parent is None and not taken:
         return FIRST
@@ -201,7 +201,7 @@ def next_version(
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return the manifest's entry of a Parquet file: sha256, bytes, rows."""
+    """Return the manifest entry of a Parquet file: SHA-256, number of bytes, and number of rows."""
     return file_entry(path) | {"rows": open_parquet(path).metadata.num_rows}
 
 
@@ -214,15 +214,15 @@ def _image_digests(dataset: DatasetDir, sample_ids: pa.ChunkedArray) -> pa.Table
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
-    """Move a draft, and Parquet `files` elsewhere (path, name), to its final folder atomically.
+    """Move a draft to its final folder atomically, with Parquet `files` from elsewhere (path, new name).
 
-    In an object store, the manifest is moved last: a folder without one is not a version. Raise StoreError if
-    the version exists.
+    In an object store, the manifest is moved last, since a folder without a manifest is not a version. Raises
+    StoreError if the version already exists there.
     """
     if is_remote(final):
         if (final / MANIFEST).exists():
             raise StoreError(f"{final} exists already", hint="run the same command")
-        # A killed command may have moved files there.
+        # A killed command may have left files there.
         remove(final)
         move([(path, final / name) for path, name in files])
         move([(draft / name, final / name) for name in (REJECTIONS_FILE, IMAGES_FILE, CARD_FILE)])

@@ -1,8 +1,8 @@
-"""Records of finished steps: next to its files, a step stores a key, a digest of all its inputs.
+"""Records of finished steps. A step stores a record with a key next to its files.
 
-The key covers the code of the package, the name and the settings of the step, and the digests of its input
-files. A step with the same key and unchanged files is skipped. The key does not contain the keys of earlier
-steps: if an earlier step runs again and writes the same rows, later steps are still skipped.
+The key is a digest of the package's code, the step's name and settings, and the digests of its input files. A
+step is skipped if its key and its files are unchanged. The key does not contain the keys of earlier steps: if
+an earlier step runs again and writes the same rows, later steps are still skipped.
 """
 
 import json
@@ -23,18 +23,18 @@ from pipeline.storage.files import open_table, read_json, read_table, write_json
 from pipeline.storage.object_store import is_remote
 
 DONE, PREPARED = "done", "prepared"  # names of records
-INTERNAL_FILES = ("prepared", "compared")  # tables that only the step itself reads
-CODE = {"pipeline": (".py", ".gz"), "prompts": (".j2", ".yaml")}  # suffixes of code files by folder
+INTERNAL_FILES = ("prepared", "compared")  # tables that are read only by the step that writes them
+CODE = {"pipeline": (".py", ".gz"), "prompts": (".j2", ".yaml")}  # suffixes of code files, by folder
 
 
 def step_key(name: str, settings: Any, files: Sequence[Path], inputs: Sequence[str]) -> str:
-    """Return the key of a step with these settings, `files`, and digests of its `inputs`."""
+    """Return the key of a step from its settings, the content of `files`, and the digests `inputs`."""
     digests = [file_digest(path) if path.is_file() else None for path in files]
     return digest([code_digest(), name, described(settings), digests, list(inputs)])
 
 
 def described(value: Any) -> Any:
-    """Return settings as JSON values. An object may describe itself by a method `describe`."""
+    """Return settings as JSON values. An object with a method `describe` describes itself."""
     if hasattr(value, "describe"):
         return json.loads(json.dumps(value.describe(), default=str))
     if isinstance(value, BaseModel):
@@ -47,7 +47,7 @@ def described(value: Any) -> Any:
 
 
 def is_done(shard: DatasetDir, step: str, key: str, which: str = DONE) -> bool:
-    """Return whether a step has written its files for this key, and these have not changed."""
+    """Return whether a step has a record with this key, and its files still match the record."""
     record = read_record(shard, step, which)
     if record.get("key") != key:
         return False
@@ -64,7 +64,7 @@ def write_record(shard: DatasetDir, step: str, key: str, which: str = DONE, **fa
 
 
 def read_record(shard: DatasetDir, step: str, which: str = DONE) -> dict[str, Any]:
-    """Return the record of a step, or an empty one if it is missing or damaged."""
+    """Return the record of a step, or {} if it is missing or damaged."""
     try:
         values = read_json(_record_path(shard, step, which))
     except (OSError, ValueError, RecursionError, SynthError):
@@ -73,14 +73,14 @@ def read_record(shard: DatasetDir, step: str, which: str = DONE) -> dict[str, An
 
 
 def count_rows(shard: DatasetDir, step: str) -> tuple[int, dict[str, int]]:
-    """Return the number of rows that a step kept, and the numbers of rejected rows by reason."""
+    """Return the number of rows that a step kept, and the number of rejected rows by reason."""
     kept = open_table(require_file(shard.step_file(step))).metadata.num_rows
     reasons = read_table(require_file(shard.step_file(step, "rejected")), columns=["reason"])["reason"]
     return kept, dict(Counter(reasons.to_pylist()).most_common())
 
 
 def output_digest(shard: DatasetDir, step: str, name: str = "kept") -> str:
-    """Return the recorded digest of a file of a step."""
+    """Return the digest of a step's file, as recorded when it was written."""
     record = read_record(shard, step, PREPARED if name == "prepared" else DONE)
     return str(record["files"][name]["sha256"])
 
@@ -103,7 +103,7 @@ def _record_path(shard: DatasetDir, step: str, which: str) -> Path:
 
 @cache
 def code_digest() -> str:
-    """Return a digest of the code and word lists of this package, and of the versions of its dependencies."""
+    """Return a digest of the code and word lists of this package, and of the versions it depends on."""
     files = [
         path for folder in CODE for path in sorted((ROOT / folder).rglob("*")) if path.suffix in CODE[folder]
     ]

@@ -1,4 +1,4 @@
-"""Remove versions, unused images, and files that killed commands have left."""
+"""Remove versions, unused images, and files left behind by killed commands."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, open_table, remove
 from pipeline.storage.lock import lock_file
 
-# Folders whose files are written under the lock of the dataset folder.
+# Folders where all writers hold the lock of the dataset folder.
 LOCKED_FOLDERS = ("steps/*", "steps/read/*", "versions/v*", "shards/*/steps/*", "images", "shards/*/images")
 TEMPORARY_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
-REMOVING = ".removing-"  # prefix of the folder of a version that is being removed
+REMOVING = ".removing-"  # prefix of the folder name while a version is removed
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """An unused file or folder, and the bytes that its removal frees."""
+    """An unused file or folder, and the number of bytes that its removal frees."""
 
     path: Path
     num_bytes: int
 
 
 def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]:
-    """Remove versions atomically, and return their folders. The caller holds the lock of the dataset.
+    """Remove versions atomically, and return their folders. The caller holds the lock of the dataset folder.
 
-    Raise StoreError, before any removal, if a version is missing or tagged, or if files stay behind.
+    Raises StoreError if a version is missing or tagged (before any removal), or if files cannot be removed.
     """
     folders = list(dict.fromkeys(_find_version(dataset, name) for name in names))
     tags = read_tags(dataset.path)
@@ -41,7 +41,7 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]
     for folder in folders:
         removed.append(_measure(folder))
         aside = folder.with_name(f"{REMOVING}{folder.name}")
-        _remove(aside)  # may be left by a killed removal
+        _remove(aside)  # may have been left by a killed removal
         folder.rename(aside)
         flush_folder(folder.parent)
         _remove(aside)
@@ -49,9 +49,9 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]
 
 
 def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove images that neither a version nor the samples read last need; return the changed files.
+    """Remove images needed by neither a version nor the last read samples. Return the changed files.
 
-    The caller holds the lock. Raise StoreError, before any removal, if a version or list is damaged.
+    The caller holds the lock. Raises StoreError before any removal if a version or sample list is damaged.
     """
     needed = set[str]()
     for version in dataset.versions():
@@ -65,14 +65,14 @@ def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftove
 
 
 def _find_version(dataset: DatasetDir, name: str) -> Path:
-    """Return the folder of a version, which may be damaged. Raise StoreError if there is none."""
+    """Return the folder of a version, which may be damaged. Raises StoreError if it does not exist."""
     folder = dataset.path / "versions" / name
     exists = VERSION_NAME.fullmatch(name) and (folder / MANIFEST).exists()
     return folder if exists else dataset.version(name).path
 
 
 def find_leftovers(dataset: DatasetDir) -> Iterator[Leftover]:
-    """Yield files of killed commands. The caller holds the lock, so no run is using them."""
+    """Yield files left by killed commands. The caller holds the lock, so no running command uses them."""
     for folder in sorted((dataset.path / "versions").glob("*"), key=str):
         if folder.name.startswith(REMOVING) or folder.name == SCRATCH:
             yield _measure(folder)
@@ -84,15 +84,15 @@ def find_leftovers(dataset: DatasetDir) -> Iterator[Leftover]:
 
 
 def remove_leftovers(leftovers: Sequence[Leftover]) -> None:
-    """Remove the results of `find_leftovers`. Raise StoreError if one cannot be removed."""
+    """Remove the files that `find_leftovers` yields. Raises StoreError if one cannot be removed."""
     for leftover in leftovers:
         _remove(leftover.path)
 
 
 def remove_remade(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove hidden states, which a training computes again, and shards of killed pushes.
+    """Remove cached hidden states, which training can compute again, and shards left by killed pushes.
 
-    Folders that another process writes to are skipped. A training that reads a removed file continues.
+    Folders in use by another process are skipped. A training run that already reads a removed file continues.
     """
     removed = []
     for folder in (path for pattern in TEMPORARY_FOLDERS for path in sorted(dataset.path.glob(pattern))):
@@ -109,7 +109,7 @@ def remove_remade(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftove
 
 
 def _is_linked(dataset: DatasetDir, folder: Path) -> bool:
-    """Return whether a folder, or a folder between it and the dataset folder, is a link."""
+    """Return whether a folder, or any folder between it and the dataset folder, is a symbolic link."""
     parents = (path for path in (folder, *folder.parents) if path.is_relative_to(dataset.path))
     return any(path.is_symlink() for path in parents if path != dataset.path)
 

@@ -1,6 +1,6 @@
-"""Human reviews of texts, as JSON lines that a report exports and the step review applies.
+"""Human reviews of texts, stored as JSON lines. A report exports them, and the step review applies them.
 
-A review names a text by the digest of its content, so it applies to the same text in every later run.
+A review identifies its text by a digest of the content, so it applies to the same text in every later run.
 """
 
 import json
@@ -20,16 +20,16 @@ from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 from pipeline.text.pii import redact
 
 Reason = Literal["not_true", "unclear", "trivial", "private", "other"]
-REASONS: tuple[Reason, ...] = get_args(Reason)  # reasons of the verdict "bad"
+REASONS: tuple[Reason, ...] = get_args(Reason)  # reasons for the verdict "bad"
 EDITABLE = ("text", "question", "answer", "evidence_pages", "expression")
 MAX_REVIEWS_BYTES = 64_000_000  # about 400,000 reviews
-CONTENT_HEX = 16  # hexadecimal digits of a digest: enough for the texts of one sample
+CONTENT_HEX = 16  # hexadecimal digits of a digest, enough to distinguish the texts about one sample
 TextName = tuple[str, str]  # (sample_id, first CONTENT_HEX digits of the text's digest)
 Annotations = dict[TextName, dict[str, Any]]
 
 
 class Review(BaseModel):
-    """A review of the text with the name (sample_id, content). An edit holds the whole new text."""
+    """A review of the text that (sample_id, content) identifies. An edit holds the complete new text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -66,7 +66,7 @@ class Review(BaseModel):
 
     @property
     def words(self) -> list[tuple[str, Any]]:
-        """The edited fields, with their new values."""
+        """The edited fields with their new values."""
         values = {name: getattr(self, name) for name in EDITABLE}
         if self.evidence_pages is not None:
             values["evidence_pages"] = list(self.evidence_pages)
@@ -74,18 +74,18 @@ class Review(BaseModel):
 
     @property
     def resulting_name(self) -> TextName:
-        """The name of the text after the review is applied."""
+        """The name of the text after this review has been applied."""
         return self.name if self.verdict != "edited" else text_name(self.model_dump())
 
 
 def read_reviews(path: Path) -> list[Review]:
-    """Read a file of reviews. Raise ConfigError, with the line number, if a line is not a review."""
+    """Read a review file. Raises ConfigError with the line number if a line is not a review."""
     try:
         text = read_file(path, MAX_REVIEWS_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="export reviews from `synth report`") from None
     reviews = []
-    # Not `splitlines`: texts may contain other line separators.
+    # `splitlines` would also split at other line separators, which texts may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             reviews += [Review.model_validate_json(line)] if line.strip() else []
@@ -99,7 +99,7 @@ def read_reviews(path: Path) -> list[Review]:
 
 
 def format_reviews(reviews: Iterable[Review]) -> str:
-    """Return reviews as JSON lines, sorted by name."""
+    """Return reviews as JSON lines, sorted by the name of the text."""
     ordered = sorted(reviews, key=lambda review: review.name)
     return "".join(f"{json.dumps(review.model_dump(exclude_defaults=True))}\n" for review in ordered)
 
@@ -107,19 +107,19 @@ def format_reviews(reviews: Iterable[Review]) -> str:
 def merge_reviews(
     before: Iterable[Review], new: Iterable[Review], rows: Annotations
 ) -> dict[TextName, Review]:
-    """Return all reviews by the name of their text. A later review of a text replaces an earlier one.
+    """Return all reviews by text name. A later review of a text replaces an earlier one.
 
-    Reviews of edited texts are stored under the names of the original texts, so no review depends on another.
-    `rows` are the annotations before the step review, by name.
+    A review of an edited text is stored under the name of the original text, so no review depends on another
+    one. `rows` has the annotations before the step review, by name.
     """
     merged = {review.name: review for review in before}
     edits = [review for review in merged.values() if review.verdict == "edited"]
-    # If an edit gives the text of another annotation, a review refers to the other one.
+    # If an edit results in the text of another annotation, later reviews refer to the other annotation.
     is_unique = [edit.resulting_name == edit.name or edit.resulting_name not in rows for edit in edits]
     original_names = {e.resulting_name: e.name for e, unique in zip(edits, is_unique, strict=True) if unique}
     for review in new:
         if review.verdict == "good" and review.name in original_names:
-            continue  # approves the edit, which stays
+            continue  # approves the edit, which is kept
         name = original_names.get(review.name, review.name)
         renamed = review.model_copy(update={"sample_id": name[0], "content": name[1]})
         is_edit = name in rows and review.verdict == "edited"
@@ -132,7 +132,7 @@ def merge_reviews(
 def check_edits(
     reviews: dict[TextName, Review], rows: Annotations, tasks: Tasks = BUILT_IN
 ) -> dict[TextName, str]:
-    """Return the flaws of edits of existing texts: a broken rule of the task, or a repeated text."""
+    """Return the problems of edited texts by name: a broken rule of the task, or a repeated text."""
     edits = {name: review for name, review in reviews.items() if review.verdict == "edited" and name in rows}
     flaws = {name: flaw for name, review in edits.items() if (flaw := check_edit(review, rows[name], tasks))}
     kept = (name for name in rows if name not in reviews or reviews[name].verdict != "bad")
@@ -142,7 +142,7 @@ def check_edits(
 
 
 def check_edit(review: Review, row: dict[str, Any], tasks: Tasks = BUILT_IN) -> str | None:
-    """Return the flaw of an annotation (tables.ANNOTATION) after an edit, or None."""
+    """Return the problem of an annotation (tables.ANNOTATION) after an edit, or None."""
     if final_value(row, "record") is not None:
         return "values of a custom task can be reviewed as good or bad, but not edited"
     is_caption = final_value(row, "text") is not None
@@ -153,5 +153,5 @@ def check_edit(review: Review, row: dict[str, Any], tasks: Tasks = BUILT_IN) -> 
 
 
 def text_name(row: dict[str, Any]) -> TextName:
-    """Return the name of an annotation in reviews, from its final text."""
+    """Return the name of an annotation, which depends on its sample and final text."""
     return row["sample_id"], annotation_digest(row)[:CONTENT_HEX]

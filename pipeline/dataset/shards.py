@@ -1,9 +1,9 @@
-"""Write the Parquet files of a version, with boundaries that depend on the rows themselves.
+"""Write the Parquet files of a version, with row group and shard boundaries that depend on the rows.
 
-A row group or shard ends before a row whose `sample_id`, a sha256, is a multiple of a number. A row that is
-added or removed then moves only the next boundary: all other shards keep their bytes and are not uploaded
-again. Large groups use smaller numbers. Pixels are not compressed, so that the content-defined chunks of Xet
-find each image again.
+A row group or shard ends before a row whose `sample_id` (a SHA-256) is a multiple of some number. An added or
+removed row therefore moves only the next boundary. All other shards keep their bytes and are not uploaded
+again. For large groups, the number is smaller. Pixels are not compressed, so that Xet, which deduplicates
+content-defined chunks, recognizes each image.
 """
 
 from pathlib import Path
@@ -14,18 +14,18 @@ import pyarrow.parquet as pq
 from pipeline.storage.files import open_writer
 from pipeline.tables import with_features
 
-GROUP_ROWS = 64  # mean rows of a row group with images
-TEXT_GROUP_ROWS = 4_096  # mean rows of a row group without images
-SHARD_GROUPS = 8  # mean number of groups after MIN_SHARD_BYTES
-LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # from this many bytes on, the mean rows until a group ends
-GROUP_BYTES = 16_000_000  # from here on, a group ends at the next table, wherever that begins
+GROUP_ROWS = 64  # mean number of rows in a row group with images
+TEXT_GROUP_ROWS = 4_096  # mean number of rows in a row group without images
+SHARD_GROUPS = 8  # mean number of row groups in a shard after it reaches MIN_SHARD_BYTES
+LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # (minimum bytes, mean rows until the group ends)
+GROUP_BYTES = 16_000_000  # a larger group ends at the next call of `add`
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 150_000_000, 300_000_000
-# Parquet names of the image columns of a version and of a store.
+# Parquet column names of the pixels in a version and in an image store.
 IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 
 
 class SplitWriter:
-    """Writes the rows of a split to `folder/SPLIT-00000.parquet` and so on, with one row group in memory."""
+    """Writes the rows of a split to `folder/SPLIT-00000.parquet` and so on. Keeps one row group in memory."""
 
     def __init__(self, folder: Path, split: str, schema: pa.Schema, group_rows: int | None = None) -> None:
         self.folder, self.split, self.schema = folder, split, with_features(schema)
@@ -37,13 +37,13 @@ class SplitWriter:
         self._shard_bytes = 0
 
     def add(self, table: pa.Table) -> None:
-        """Add rows, and write each row group that they complete."""
+        """Add rows, and write each row group that is complete."""
         table = table.select(self.schema.names).cast(self.schema)
         self.rows += table.num_rows
         if self._group_bytes() >= GROUP_BYTES:
             self._flush(may_end_shard=False)
         start = 0
-        # Most groups stay small, and their bytes need not be counted at each row.
+        # Most groups stay small, so their size need not be computed for each row.
         is_large = self._group_bytes() + table.nbytes >= LARGE_GROUPS[0][0]
         for index, sample_id in enumerate(table["sample_id"].to_pylist()):
             draw = int(sample_id[-12:], 16)
@@ -60,7 +60,7 @@ class SplitWriter:
         self._group.append(table.slice(start))
 
     def close(self) -> None:
-        """Write the rows in memory, and finish the last shard."""
+        """Write the rows still in memory, and finish the last shard."""
         self._flush(may_end_shard=False)
         self._end_shard()
 
@@ -88,7 +88,7 @@ class SplitWriter:
 
 
 def pixel_chunk(file: pq.ParquetFile, number: int, leaf: str) -> tuple[int, int] | None:
-    """Return the offset and size in bytes of a column in a row group; None if it is missing or compressed."""
+    """Return the offset and byte size of a column in a row group, or None if it is missing or compressed."""
     group = file.metadata.row_group(number)
     columns = (group.column(n) for n in range(group.num_columns))
     column = next((column for column in columns if column.path_in_schema == leaf), None)

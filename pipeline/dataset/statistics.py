@@ -1,8 +1,8 @@
-"""Statistics of the rows of a version, for its manifest and card.
+"""Statistics of the rows of a version, for the manifest and the card.
 
-For drawn scenes, whose content is known, they state how much of the text is true. If the source has captions,
-they state the share of a caption's words that a reference has, and the same share of one reference against
-the others.
+For drawn scenes, whose content is known, they state how much of the text is true. If the source has human
+captions, they state the share of a caption's words that occur in these references. For comparison, they state
+the same share for one reference against the others.
 """
 
 import re
@@ -23,7 +23,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(slots=True)
 class Mean:
-    """Running mean."""
+    """A running mean."""
 
     count: int = 0
     total: float = 0
@@ -35,31 +35,31 @@ class Mean:
 
     @property
     def value(self) -> float:
-        """The mean so far, rounded to four places."""
+        """The mean so far, rounded to four decimal places."""
         return round(self.total / max(1, self.count), 4)
 
 
 @dataclass(slots=True)
 class DatasetStatistics:
-    """Counts over rows without pixels."""
+    """Counts and means over rows without pixels."""
 
     caption_words: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by style
-    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by type
-    scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (tables.SCORES)
+    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by answer type
+    scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (SCORE_NAMES)
     repaired_captions: int = 0
-    rows_without_text: int = 0  # rows with nothing but values of custom tasks
+    rows_without_text: int = 0  # rows that have only values of custom tasks
     human_captions: int = 0
     human_questions: int = 0
-    images_by_task: Counter[str] = field(default_factory=Counter)  # images with a value of a custom task
+    images_by_task: Counter[str] = field(default_factory=Counter)  # by custom task
     labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by custom task
-    # By style, and "references" for the references themselves.
+    # By style. The key "references" compares references with each other.
     shared_words: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     true_captions: dict[str, CaptionScore] = field(default_factory=lambda: defaultdict(CaptionScore))
     true_answers: dict[str, AnswerScore] = field(default_factory=lambda: defaultdict(AnswerScore))
     true_deck_answers: dict[str, DeckScore] = field(default_factory=lambda: defaultdict(DeckScore))
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Count rows of a version."""
+        """Add rows of a version."""
         for row in rows:
             self.rows_without_text += not row["captions"] and not row["qa"]
             for caption in row["captions"]:
@@ -88,7 +88,7 @@ class DatasetStatistics:
     def _compare_with_references(self, row: dict[str, Any]) -> None:
         references = [_word_counts(text) for text in row["references"]]
         for caption in row["captions"]:
-            # Human captions are the references themselves.
+            # Human captions are themselves the references.
             if references and not _is_human(caption):
                 share = _share_of_words(_word_counts(caption["text"]), references)
                 self.shared_words[caption["style"]].add(share)
@@ -142,7 +142,7 @@ class DatasetStatistics:
 
 
 def merge(left: Any, right: Any) -> Any:
-    """Return the sum of two statistics, field by field."""
+    """Return the sum of two statistics, computed field by field."""
     if is_dataclass(left):
         kind: Any = type(left)
         return kind(*(merge(getattr(left, item.name), getattr(right, item.name)) for item in fields(left)))
@@ -167,7 +167,7 @@ def _word_counts(text: str) -> Counter[str]:
 
 
 def _share_of_words(words: Counter[str], references: list[Counter[str]]) -> float:
-    """Return the share of words that a reference has as often (unigram precision of BLEU)."""
+    """Return the share of words that occur in the references (clipped unigram precision, as in BLEU)."""
     max_counts: Counter[str] = Counter()
     for reference in references:
         max_counts |= reference
@@ -175,7 +175,7 @@ def _share_of_words(words: Counter[str], references: list[Counter[str]]) -> floa
 
 
 def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a share (Wilson, 1927), which is valid for small counts."""
+    """Return the 95 % Wilson score interval of a proportion, which is valid even for small counts."""
     if trials == 0:
         return 0.0, 1.0
     share, spread = hits / trials, 1.96**2 / trials

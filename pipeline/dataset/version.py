@@ -1,4 +1,4 @@
-"""One immutable version of a dataset: Parquet shards, a manifest and a card in one folder."""
+"""One immutable version of a dataset: a folder with Parquet shards, a manifest and a card."""
 
 import os
 import re
@@ -33,70 +33,70 @@ from pipeline.tables import (
 )
 
 REJECTIONS_FILE = "rejections.parquet"
-IMAGES_FILE = "images.parquet"  # digests of the images of all rows (tables.IMAGE_DIGESTS)
+IMAGES_FILE = "images.parquet"  # image digests of all rows (tables.IMAGE_DIGESTS)
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 DAMAGE_HINT = "move it away, and run `synth generate` again, which reuses all replies"
-# Values of `pixels` in the manifest of a version whose files hold no images. The images are in the store of
-# the dataset folder, in a store that was filled from the user's files (its folder is JOINED), or were not
-# published.
+# Values of `pixels` in the manifest of a version whose files hold no images. STORED: the images are in the
+# store of the dataset folder. JOINED: they are in a store that was filled from the user's files, in a folder
+# of that name. LEFT_OUT: they were not published.
 STORED, JOINED, LEFT_OUT = "stored", "joined", "left out"
 IMAGE_BATCH_ROWS = 64
 DATA = Path("data")
-# Folders of a dataset folder that can be made again, for hidden states and for shards of a running push. A
-# process that uses such a folder holds the lock file LOCK in it.
+# Subfolders of a dataset folder for hidden states, and for the shards of a running push. Both can be made
+# again. A process that uses such a subfolder holds its lock file, LOCK.
 FEATURES, PUSHED, LOCK = "features", ".push", "lock"
 MAX_NAME_CHARACTERS = 240  # file systems allow 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
-SplitBatch = tuple[str, pa.RecordBatch]  # a split, and some of its rows
+SplitBatch = tuple[str, pa.RecordBatch]  # a split and some of its rows
 ReadShard = Callable[[pq.ParquetFile, list[str]], Iterable[pa.RecordBatch]]
 
 
 @total_ordering
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One immutable version of a dataset."""
+    """One immutable version of a dataset, with its folder `path` and its manifest."""
 
     path: Path
     manifest: dict[str, Any]
-    repo: str | None = None  # the Hub repository of a version in the Hub's cache
+    repo: str | None = None  # the Hub repository, if the version is in the Hub cache
 
     @property
     def name(self) -> str:
-        """The name, such as v1.0.0."""
+        """The name of the version, such as v1.0.0."""
         return str(self.manifest["version"])
 
     @property
     def number(self) -> tuple[int, ...]:
-        """The numbers (major, minor, patch)."""
+        """The version number as (major, minor, patch)."""
         return parse_version(self.name)
 
     @property
     def dataset_dir(self) -> Path:
-        """The folder for outputs made from this version: its dataset folder, or its own parent folder."""
+        """The folder for outputs from this version: its dataset folder, or else the parent of its folder."""
         if self.repo:
             return dataset_folder(self.repo)
         if is_remote(self.path):
             return dataset_dir_of(self.path)
         path = Path(os.path.normpath(self.path.absolute()))
-        # A link in a `versions` folder belongs to that dataset, any other link to the dataset of its target.
+        # A link in `versions` belongs to that dataset. Other links belong to the dataset that they lead to.
         home = dataset_dir_of(path if path.parent.name == "versions" else self.path.resolve())
         return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
 
     @property
     def is_preview(self) -> bool:
-        """Whether its run stopped at a limit before the end of the source."""
+        """Whether the run stopped at a limit before the end of the source."""
         return bool(self.manifest["source"].get("preview"))
 
     @property
     def holds_pixels(self) -> bool:
-        """Whether its files, and not a store, hold the images."""
+        """Whether the images are in the version's own files, not in a store."""
         return self.manifest.get("pixels") not in (STORED, JOINED)
 
     @property
     def store(self) -> ImageStore:
-        """The store of its images. The version's folder may be a link."""
+        """The image store of the version. If the version's folder is a link, the link is followed."""
         if self.manifest.get("pixels") == JOINED:
             return ImageStore(self.dataset_dir / JOINED)
         return ImageStore(dataset_dir_of(self.path if is_remote(self.path) else self.path.resolve()))
@@ -112,7 +112,7 @@ class Version:
         return schema_of(self.manifest)
 
     def summary(self) -> dict[str, Any]:
-        """Return the fields for a list of versions; `date` is that of the manifest file."""
+        """Return the entry for a list of versions. `date` is when the manifest was last written."""
         written = datetime.fromtimestamp((self.path / MANIFEST).stat().st_mtime, UTC)
         fields = {name: self.manifest[name] for name in ("version", "parent", "digest", "rows")}
         num_bytes = sum(entry["bytes"] for entry in self.manifest["files"].values())
@@ -128,9 +128,7 @@ class Version:
     def batches(
         self, columns: list[str], batch_rows: int = 1024, splits: Iterable[str] = SPLITS
     ) -> Iterator[SplitBatch]:
-        """Yield all rows in batches, with images. Raise StoreError if rows or images are damaged or
-        missing.
-        """
+        """Yield all rows in batches, with images. Raises StoreError if any are missing or damaged."""
         yield from self._read_shards(
             columns, splits, lambda file, names: file.iter_batches(batch_rows, columns=names)
         )
@@ -138,7 +136,7 @@ class Version:
     def find(
         self, columns: list[str], sample_ids: Collection[str], splits: Iterable[str] = SPLITS
     ) -> Iterator[SplitBatch]:
-        """Yield the rows of some samples; see `batches`."""
+        """Yield the rows of the given samples, as `batches` does."""
 
         def read_rows(file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
             for table in find_rows(file, names, sample_ids):
@@ -160,7 +158,7 @@ class Version:
                     raise self.damage_error(error) from None
 
     def read(self, split: str, columns: list[str] | None = None) -> pa.Table:
-        """Read the rows of a split. Raise StoreError if the split is empty, or as `batches` does."""
+        """Read all rows of a split. Raises StoreError if the split is empty, missing or damaged."""
         batches = [batch for _, batch in self.batches(columns or self.manifest["columns"], splits=[split])]
         if not batches:
             share = "lower split.test_frac" if split == "train" else f"raise split.{split}_frac"
@@ -169,7 +167,7 @@ class Version:
         return pa.Table.from_batches(batches)
 
     def open_shard(self, path: Path) -> pq.ParquetFile:
-        """Open a Parquet file. Raise ValueError if its columns are not those of the manifest."""
+        """Open a Parquet file. Raises ValueError if its columns differ from the manifest."""
         file = open_parquet(path)
         names = [name for name in self.manifest["columns"] if self.holds_pixels or name not in PIXELS]
         readers = [READER_COLUMNS.field(name) for name in self.manifest.get("reader_columns", ())]
@@ -181,12 +179,12 @@ class Version:
         return file
 
     def damage_error(self, error: Exception) -> StoreError:
-        """Return the error to raise if a file of this version cannot be read."""
+        """Return the error to raise when a file of this version cannot be read."""
         return StoreError(f"{self.path} is damaged: {error}", hint=DAMAGE_HINT)
 
 
 class _ImageJoin:
-    """Adds images from the store to the rows of files without images."""
+    """Adds images from the store to rows whose files have no images."""
 
     def __init__(self, version: Version, columns: Sequence[str]) -> None:
         self.columns = columns
@@ -208,7 +206,7 @@ class _ImageJoin:
 
 
 def dataset_folder(source: str) -> Path:
-    """Return the default dataset folder of a source: its name as a folder name below `data/`."""
+    """Return the default dataset folder for a source: a folder below `data/` named after the source."""
     name = slugify(source) or "dataset"
     if len(name) > MAX_NAME_CHARACTERS:
         name = f"{name[:MAX_NAME_CHARACTERS]}-{digest(name)[:8]}"
@@ -216,7 +214,7 @@ def dataset_folder(source: str) -> Path:
 
 
 def slugify(text: str) -> str:
-    """Return a text as a folder name of letters, digits, dots and dashes."""
+    """Turn a text into a folder name of letters, digits, dots and dashes."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
 
 
@@ -226,7 +224,7 @@ def schema_of(manifest: dict[str, Any]) -> pa.Schema:
 
 
 def extras_of(manifest: dict[str, Any]) -> Extras:
-    """Return the scores, context columns and columns of custom tasks that a manifest describes."""
+    """Return the scores, context columns and custom task columns that a manifest describes."""
     entries = manifest.get("own_columns", {})
     types = {name: arrow_type_of(manifest["features"][name]) for name in entries}
     own = tuple(OwnColumn(name, types[name], **entry) for name, entry in entries.items())
@@ -234,7 +232,7 @@ def extras_of(manifest: dict[str, Any]) -> Extras:
 
 
 def require_values(rows: pa.Table | pa.RecordBatch) -> None:
-    """Raise ValueError if a required column is null, or an image has no bytes."""
+    """Raise ValueError if a required column has a null, or an image has no bytes."""
     for name in rows.schema.names:
         if name in REQUIRED and rows[name].null_count:
             raise ValueError(f"a row has no {name}")
@@ -245,28 +243,28 @@ def require_values(rows: pa.Table | pa.RecordBatch) -> None:
 
 
 def dataset_dir_of(version: Path) -> Path:
-    """Return the dataset folder of a version's folder, or the parent of a version elsewhere."""
+    """Return the dataset folder of a version folder, or its parent if it is not in a folder `versions`."""
     return version.parent.parent if version.parent.name == "versions" else version.parent
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """Return the entry of a file in a manifest: its sha256 and size."""
+    """Return the manifest entry of a file: its SHA-256 and its size."""
     return {"sha256": file_digest(path), "bytes": path.stat().st_size}
 
 
 def parse_version(name: str) -> tuple[int, ...]:
-    """Return the numbers of a name such as v1.2.3. Raise ConfigError for another name."""
+    """Return the number in a version name such as v1.2.3. Raises ConfigError for any other name."""
     if not (match := VERSION_NAME.fullmatch(name)):
         raise ConfigError(f"{name} is not a version", hint="use a name like v1.0.0")
     return tuple(int(part) for part in match.groups())
 
 
 class NewerVersionError(StoreError):
-    """Raised for a version that a later release has made."""
+    """Raised when a version was made by a newer release."""
 
 
 def read_version(folder: Path) -> Version:
-    """Open a version folder. Raise StoreError for another folder, or for pipes and links to the outside."""
+    """Open a version folder. Raises StoreError if it is not one, or has pipes or links that lead outside."""
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["table_version"] > TABLE_VERSION:
@@ -296,7 +294,7 @@ def read_version(folder: Path) -> Version:
 
 
 def first_rows(version: Version, count: int) -> list[dict[str, Any]]:
-    """Return the first rows without their pixels."""
+    """Return the first `count` rows without their pixels."""
     columns = [column for column in version.manifest["columns"] if column not in PIXELS]
     rows: list[dict[str, Any]] = []
     for _, batch in version.batches(columns, count):

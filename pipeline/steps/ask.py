@@ -1,4 +1,4 @@
-"""Step: ask. Ask a model about every sample of a shard, and write its replies as annotations."""
+"""Step: ask. Send the model requests about each sample of a shard, and write its replies as annotations."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ REQUEST_COLUMNS = ("sample_id", "task", "style", "request_id", "prompt_id")
 
 @dataclass(frozen=True, slots=True)
 class AskSettings:
-    """The settings of the step ask. The server does not affect replies, and is not part of the key."""
+    """The settings of the step ask. `server` does not affect the replies, so it is not part of the key."""
 
     requests: RequestPlan
     keeps_human_texts: bool
@@ -43,20 +43,20 @@ class AskSettings:
         return [self.requests.describe(), self.keeps_human_texts, self.has_decks]
 
     def source_texts(self, row: Mapping[str, Any]) -> SourceTexts:
-        """Return the context of a sample (a row of tables.SAMPLE), and whether it has human texts."""
+        """Return the context of a sample (a row of tables.SAMPLE), and which human texts it has."""
         context = tuple(row["context"] or ())
         if not self.keeps_human_texts:
             return SourceTexts(context)
         return SourceTexts(context, *has_texts(row["references"], row["reference_qa"] or ()))
 
     def requests_about(self, sample: Sample, journal: Journal) -> list[Request]:
-        """Return the requests about a sample that its results in the journal allow."""
+        """Return the requests about a sample that can be built from the replies in the journal so far."""
         pairs = self.requests.wanted(self.source_texts(sample.to_row()))
         results = read_results(sample.id, self.requests, journal, sample.context)
         return list(build_requests(sample.id, self.requests, sample.context, results, pairs))
 
     def sample_info(self, row: Mapping[str, Any], pages: int) -> SampleInfo:
-        """Return the facts about a sample (a row of tables.SAMPLE) that its annotations need."""
+        """Return the properties of a sample (a row of tables.SAMPLE) that its annotations depend on."""
         human: tuple[dict[str, Any], ...] = ()
         if self.keeps_human_texts:
             deck = pages if self.has_decks else None
@@ -65,7 +65,7 @@ class AskSettings:
 
 
 class AskStep(Step):
-    """Asks about all samples, shard by shard."""
+    """Asks the model about all samples, one shard at a time."""
 
     def run(self, work: Work, before: str) -> None:
         """See Step."""
@@ -73,7 +73,7 @@ class AskStep(Step):
 
 
 def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) -> None:
-    """Ask about the samples of a shard and write the annotations, unless that is done."""
+    """Send the requests about the samples of a shard and write the annotations, unless already done."""
     settings = AskSettings.of(plan)
 
     def ask() -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _send_requests(shard: DatasetDir, settings: AskSettings, services: Services)
 
         def start_engine() -> Engine:
             engine = services.engine()
-            # The speed is measured from here.
+            # The request rate is measured from here.
             progress("ask", int(stats.done / per_sample), samples)
             return engine
 
@@ -130,9 +130,10 @@ def _count_wanted(plan: RequestPlan, samples: int, texts: TextsById) -> int:
 
 
 def _count_asked(shard: DatasetDir, plan: RequestPlan) -> int:
-    """Return how many requests the annotations of a shard answer. Those of one request are adjacent.
+    """Return how many requests the annotations of a shard answer.
 
-    A row without a request id counts as all requests of its task about a sample.
+    Annotations of the same request are adjacent. A row without a request id counts as all requests of its
+    task about the sample.
     """
     count, last = 0, None
     for table in read_batches(shard.step_file(NAME), REQUEST_COLUMNS):

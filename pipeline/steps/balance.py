@@ -1,15 +1,15 @@
 """Step: balance. Down-sample over-represented answers and captions.
 
-Questions: no answer may exceed its share among questions of one type ("how many", "is there"), so that
-guessing does not pay, as in VQAv2 (Goyal et al., 2017). Pairs are kept first: equal questions with different
-answers about two similar images.
+Questions: at most a given share of the questions of one type ("how many", "is there") may have the same
+answer, so that a model cannot score by guessing, as in VQAv2 (Goyal et al., 2017). Questions that form a pair
+are kept first. A pair is the same question about two similar images with different answers.
 
-Captions, if the settings ask for it: MetaCLIP's algorithm (Xu et al., 2023). Count how many captions mention
-each entry of a list, and keep a caption by the rarest entry that it mentions. The list comes from a file. By
-default it holds the words of all captions except function words, and WordNet's names of several words. Base
-forms alone would miss "A waterskier performs tricks".
+Captions are balanced only if the settings ask for it, with MetaCLIP's algorithm (Xu et al., 2023): count how
+many captions mention each entry of a list, then keep each caption with a probability that depends on the
+rarest entries it mentions. The list comes from a file. By default it holds all words of the captions except
+function words, and multi-word names from WordNet. Base forms alone would miss "A waterskier performs tricks".
 
-The result depends on ids and the seed, not on the order of the rows.
+The result depends on ids and the seed, but not on the row order.
 """
 
 from bisect import bisect_left
@@ -40,10 +40,10 @@ from pipeline.text.normalize import map_distinct, text_key, words_of
 from pipeline.text.vqa_answers import normalize_answer
 from pipeline.text.wordnet import names
 
-# Questions whose own type is too rare are balanced together.
+# Questions of rare types are balanced together under this type.
 RARE = "(rare)"
 MAX_ENTRIES_BYTES = 256_000_000
-# Images that are searched for a partner, as many as VQAv2's annotators were shown.
+# Number of images that are searched for a partner. VQAv2's annotators saw the same number.
 NEIGHBOURS = 24
 IDS = ("annotation_id", "sample_id")
 QUESTIONS = pa.schema([ROW, *fields(STRING, *IDS, "image", "key", "prefix", "answer")])
@@ -58,7 +58,7 @@ _SPACED = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`'\"()[]{}-/"})
 
 
 def balance(comparison: Comparison) -> duckdb.DuckDBPyRelation:
-    """Return findings about all questions, and about captions if the settings ask for it."""
+    """Return findings about all questions, and about captions if the settings ask for balanced captions."""
     db, (config, seed) = comparison.db, comparison.settings
     _balance_questions(db, comparison.rows, config, seed)
     if config.tail_frac is None:
@@ -81,7 +81,7 @@ def _balance_questions(
     counts = db.sql(f"SELECT question_type, answer, count(*) AS count {typed} GROUP BY ALL")
     load(db, "limits", [_limit_answers(counts.to_arrow_table(), config)], LIMITS)
     chance = hash_to_unit_sql("'balance'", f"'{seed}'", "annotation_id")
-    # A pair is named by the digest of its two sorted ids (digests.digest).
+    # `pair_id` is the digest of the two sorted annotation ids (digests.digest).
     db.execute(
         f"""
         CREATE TABLE placed AS
@@ -104,11 +104,11 @@ def _balance_questions(
 
 
 def _pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
-    """Create the table `pairs` (PAIRS, in both directions): equal questions with different answers.
+    """Create the table `pairs` (PAIRS): the same question about two images with different answers.
 
-    An image is compared with the next NEIGHBOURS images that have the same question, ordered by the content
-    words of their captions. Pairs are chosen greedily by the Jaccard index of these words. Near-duplicate
-    images are not paired, and no question is in two pairs.
+    Images with the same question are ordered by the content words of their captions, and each is compared
+    with the next NEIGHBOURS images. The most similar pairs (Jaccard index) are chosen first. Near-duplicates
+    are never paired. A question is in at most one pair. The table holds both directions of a pair.
     """
     db.execute(
         """
@@ -153,7 +153,7 @@ def _match_greedily(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
 
 
 def _sample_words(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
-    """Yield the content words of the captions of each sample, which are adjacent."""
+    """Yield the content words in the captions of each sample. Captions of one sample must be adjacent."""
     for table in whole_groups(read(db.sql("FROM caption_texts ORDER BY row")), "sample_id", 1):
         samples = groupby(table.to_pylist(), itemgetter("sample_id"))
         words = [
@@ -192,10 +192,10 @@ def _limit_answers(counts: pa.Table, config: BalanceConfig) -> pa.Table:
 
 
 def max_answer_count(kind: str, answers: dict[str, int], config: BalanceConfig) -> int:
-    """Return how many questions may keep the same answer, so that no answer exceeds its share.
+    """Return how many questions of one type may have the same answer, so that no answer exceeds the limit.
 
-    Types with too few answers for the share are not limited: a single answer always has all of its questions.
-    Nor are rare types, which have too few questions to judge.
+    If a type has so few distinct answers that some answer must exceed the limit, all questions are kept. All
+    questions are also kept if too few questions of rare types exist to judge their answers.
     """
     max_share, counts = config.max_share(answers.keys()), answers.values()
     if len(answers) * max_share < 1 or (kind == RARE and sum(counts) < config.min_questions_per_type):
@@ -236,7 +236,7 @@ def _captions(rows: AllRows, entries: tuple[str, ...]) -> Iterator[pa.Table]:
 
 
 def vocabulary(rows: AllRows) -> tuple[str, ...]:
-    """Return the words of all captions except function words, and WordNet's names of several words."""
+    """Return all words in captions except function words, and all multi-word names from WordNet."""
     words: set[str] = set()
     for table in rows.batches("clean_text"):
         for text in table["clean_text"].drop_null().to_pylist():
@@ -246,16 +246,16 @@ def vocabulary(rows: AllRows) -> tuple[str, ...]:
 
 
 def match_entries(texts: Iterable[str], entries: tuple[str, ...]) -> list[list[int]]:
-    """Return the sorted positions of the entries that each text contains as whole words.
+    """Return the sorted positions in `entries` that each text contains as whole words.
 
-    Case is ignored and punctuation is separated. MetaCLIP is case-sensitive and separates fewer marks.
+    Case is ignored, and punctuation separates words. MetaCLIP is case-sensitive and separates fewer marks.
     """
     automaton = _automaton(entries)
     return [sorted({entry for _, entry in automaton.iter(spaced(text))}) for text in texts]
 
 
 def count_of_tail(counts: Sequence[int], share: float) -> int:
-    """Return the count t such that entries with fewer mentions make up this share of all mentions."""
+    """Return the count t such that entries with fewer mentions make up the given share of all mentions."""
     if not counts:
         return 1
     ordered = np.sort(np.asarray(counts))
@@ -263,7 +263,7 @@ def count_of_tail(counts: Sequence[int], share: float) -> int:
 
 
 def keep_probability(counts: Sequence[int], threshold: int) -> float:
-    """Return the probability that an entry keeps its caption, each by min(1, t / count)."""
+    """Return the probability of keeping a caption. Each entry keeps it with min(1, threshold / count)."""
     rejected = 1.0
     for count in counts:
         rejected *= 1 - min(1.0, threshold / count)
@@ -271,7 +271,7 @@ def keep_probability(counts: Sequence[int], threshold: int) -> float:
 
 
 def read_entries(path: Path) -> tuple[str, ...]:
-    """Return the entries for balancing captions: the lines of a file. Raises ConfigError if it has none."""
+    """Return the lines of a file of caption entries. Raises ConfigError if it is unreadable or empty."""
     hint = "balance.entries is a text file, one entry per line"
     try:
         lines = read_regular(path, max_bytes=MAX_ENTRIES_BYTES).decode("utf-8").splitlines()
@@ -284,7 +284,7 @@ def read_entries(path: Path) -> tuple[str, ...]:
 
 
 def spaced(text: str) -> str:
-    """Return a text in lower case with one space around each word and each mark."""
+    """Return a text in lower case, with one space around each word and each punctuation mark."""
     return f" {' '.join(text.lower().translate(_SPACED).split())} "
 
 

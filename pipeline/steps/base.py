@@ -1,15 +1,15 @@
-"""The steps of a run: how a step keeps or rejects rows, and how the rows of all shards are compared.
+"""The base of all steps of a run: how a step keeps or rejects rows, and how it compares rows across shards.
 
-A step runs in a `Work`: the plan of the run, and an executor that applies functions to shards. A shard is a
-dataset folder that holds some of the samples with all their annotations. A run in one process has one shard.
+A step runs in a `Work`, which holds the plan of the run and an executor that applies functions to shards. A
+shard is a dataset folder with part of the samples and their annotations. A single process has one shard.
 
-From validate to review, a step is a `RowStep`, and a row is one annotation. It has up to three functions:
+The steps from validate to review are `RowStep`s. Their rows are annotations. They have up to three functions:
 
-prepare   has effects, such as asking the model about the rows of one shard, and adds columns
-compare   queries the rows of all shards in DuckDB, a few narrow columns, and returns `row` and new columns
-judge     receives one batch of rows as an Arrow table, and adds columns and `reason`: null keeps a row
+prepare   does work with side effects on one shard, such as asking the model, and adds columns
+compare   queries a few narrow columns of all shards in DuckDB, and returns `row` and new columns
+judge     receives one batch of rows as an Arrow table, and adds columns and `reason` (null keeps a row)
 
-Each function receives the settings of its step and no others. They are part of the step's key (records.py).
+Each function receives only the settings of its step. They are part of the step's key (records.py).
 """
 
 import time
@@ -59,12 +59,12 @@ from pipeline.types import Engine
 BATCH_ROWS = 16_384
 NO_COLUMNS = pa.schema([])
 BUG_HINT = "please report this bug"
-# The position of an annotation among those of all shards.
+# The position of an annotation in the concatenated annotations of all shards.
 ROW = pa.field("row", pa.int64())
 
 
 class StepFile(NamedTuple):
-    """A Parquet file of a step: `kept`, `rejected`, `prepared` or `compared`."""
+    """A Parquet file that a step writes: `kept`, `rejected`, `prepared` or `compared`."""
 
     step: str
     name: str = "kept"
@@ -72,7 +72,7 @@ class StepFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The model, counters and display that `prepare` may use. `dataset` is the folder of the run."""
+    """The model, request counters and progress display for `prepare`. `dataset` is the folder of the run."""
 
     dataset: DatasetDir
     engine: Callable[[], Engine]
@@ -91,16 +91,16 @@ class Executor(Protocol):
         """The dataset folders of all shards, in the order of their rows."""
 
     def read(self, limit: int | None) -> bool:
-        """Read the source until `limit` images are kept, and return whether it has more."""
+        """Read the source until `limit` images are kept, and return whether the source has more images."""
 
     def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:
         """Apply a function to every shard before `wait` returns. `asks` states that it needs the model."""
 
     def wait(self) -> None:
-        """Wait until all functions have run."""
+        """Wait until all functions passed to `each` have finished."""
 
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
-        """Wait, and apply a function to every shard and an empty folder. Its files end up below `draft`."""
+        """Wait, then call a function with each shard and an empty folder, which ends up below `draft`."""
 
     def check(self) -> None:
         """Raise StoreError if another command has taken over the dataset folder."""
@@ -108,9 +108,9 @@ class Executor(Protocol):
 
 @dataclass(slots=True)
 class Work:
-    """The state of a run, which its steps read and change.
+    """The state of a run, which the steps read and update.
 
-    `limit` is the number of images to read, or None. `summaries` are those of finished steps.
+    `limit` is the maximum number of images to read, or None. `summaries` has one entry per finished step.
     """
 
     plan: Plan
@@ -127,8 +127,8 @@ class Work:
 class Step:
     """A step of a run.
 
-    `advice` maps reasons to what to change if they reject too many rows. Rows that a step with `is_choice`
-    rejects are not reported as a loss: it chooses among good rows.
+    `advice` maps a reason to what the user can change if it rejects too many rows. Rows that a step with
+    `is_choice` rejects are not reported as lost, because the step chooses among good rows.
     """
 
     name: str
@@ -138,11 +138,11 @@ class Step:
     is_choice: bool = False
 
     def run(self, work: Work, before: str) -> None:
-        """Run the step on the rows of the step `before`, unless that is done."""
+        """Run the step on the output of the step `before`, unless its result is up to date."""
         raise NotImplementedError
 
     def summarize(self, work: Work) -> StepSummary:
-        """Return how many rows the step kept, and how many it rejected by reason, over all shards."""
+        """Return how many rows the step kept, and how many it rejected for each reason, over all shards."""
         work.executor.wait()
         records = [read_record(shard, self.name) for shard in work.executor.shards]
         rejected = sum((Counter(record["rejected"]) for record in records), Counter[str]())
@@ -151,24 +151,24 @@ class Step:
 
 
 def summarize_step(name: str, unit: str, kept: int, rejected: dict[str, int]) -> StepSummary:
-    """Return the summary of a step from its counts."""
+    """Return the summary of a step from the number of kept rows and of rejected rows by reason."""
     return StepSummary(name, unit, kept + sum(rejected.values()), kept, rejected)
 
 
 class AllRows:
-    """The annotations of all shards, one file per shard, numbered from 0 across the files."""
+    """The annotations of all shards, one file per shard. Row numbers start at 0 and continue across files."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
 
     @cached_property
     def bounds(self) -> list[int]:
-        """The number of the first row of each file, and the total number of rows."""
+        """The number of the first row of each file, followed by the total number of rows."""
         counts = [open_table(path).metadata.num_rows for path in self.files]
         return [0, *np.cumsum(counts).tolist()]
 
     def batches(self, *columns: str) -> Iterator[pa.Table]:
-        """Yield `row` and the given columns, batch by batch, in order."""
+        """Yield `row` and the given columns in row order, one batch at a time."""
         for path, first in zip(self.files, self.bounds, strict=False):
             for table in read_batches(path, columns):
                 rows = pa.array(np.arange(first, first + table.num_rows))
@@ -181,14 +181,14 @@ class AllRows:
 
 
 def whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iterator[pa.Table]:
-    """Regroup tables so that adjacent equal values of a column are in one table.
+    """Regroup tables so that adjacent rows with the same value in a column are in one table.
 
     All tables except the last have at least `min_rows` rows.
     """
     gathered: pa.Table | None = None
     for table in tables:
         gathered = table if gathered is None else pa.concat_tables([gathered, table])
-        # More rows of the last group may follow.
+        # Rows of the last group may follow in the next table.
         end = pc.index(gathered[column], gathered[column][-1]).as_py() if gathered.num_rows else 0
         if end and end >= min_rows:
             yield gathered.slice(0, end)
@@ -199,7 +199,7 @@ def whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iter
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The input of `compare`. `settings` are those of the step, `dataset` is the folder of the run."""
+    """The input of `compare`. `settings` are the step's settings, and `dataset` is the folder of the run."""
 
     db: duckdb.DuckDBPyConnection
     rows: AllRows
@@ -213,8 +213,8 @@ class Comparison:
 class RowStep(Step):
     """A step that keeps or rejects annotations.
 
-    `reads` returns further files that the step reads. `adds` are the columns that `compare` adds to `row`.
-    Without `judge`, `reason` comes from `compare`.
+    `reads` returns the paths of further files that the step reads. `adds` has the columns that `compare`
+    returns in addition to `row`. Without `judge`, `compare` returns `reason`.
     """
 
     settings: Callable[[Plan], Any] = lambda plan: None
@@ -226,7 +226,7 @@ class RowStep(Step):
     judge: Callable[[pa.Table, Any], pa.Table] | None = None
 
     def run(self, work: Work, before: str) -> None:
-        """See Step. Only a step with `compare` waits for all shards."""
+        """See Step. Only steps with `compare` wait for all shards."""
         plan, executor = work.plan, work.executor
         rows = StepFile(before)
         if self.prepare and self.is_prepared(plan):
@@ -242,12 +242,12 @@ class RowStep(Step):
         compare_shards(self, executor.shards, rows, plan, work.progress)
         executor.each(partial(judge_shard, self, rows, plan, key))
         executor.wait()
-        # Not earlier: the shard of a lost worker is judged again.
+        # These files are removed last, because the shard of a lost worker is judged again.
         for shard in executor.shards:
             shard.step_file(self.name, "compared").unlink(missing_ok=True)
 
     def key(self, plan: Plan, shards: Sequence[DatasetDir], rows: StepFile) -> str:
-        """Return the key of the step for the file `rows` of some shards."""
+        """Return the key of the step from its settings and the files `rows` of the given shards."""
         inputs = [output_digest(shard, *file) for shard in shards for file in (StepFile("read"), rows)]
         return step_key(self.name, self.settings(plan), self.reads(plan), inputs)
 
@@ -260,9 +260,9 @@ def ask_once(
     ask: Callable[[], dict[str, Any]],
     record: str = DONE,
 ) -> None:
-    """Call a function that sends requests, unless its record has this key. Record what it returns.
+    """Call a function that sends requests, unless its record already has this key. Record what it returns.
 
-    If a request stays unanswered, the record gets an empty key, so that the same command asks again.
+    If a request stays unanswered, the key of the record is left empty, so that the next run asks again.
     """
     stats = services.stats
     if is_done(shard, name, key, record):
@@ -296,7 +296,7 @@ def _judge_shard_once(step: RowStep, rows: StepFile, plan: Plan, shard: DatasetD
 def compare_shards(
     step: RowStep, shards: Sequence[DatasetDir], rows: StepFile, plan: Plan, progress: Progress
 ) -> None:
-    """Compare the rows of all shards, and write to each shard the findings about its rows.
+    """Compare the rows of all shards, and write the findings about the rows of each shard to that shard.
 
     Raises TableError if the comparison returns a row that does not exist.
     """
@@ -321,7 +321,7 @@ def judge_shard(
 ) -> None:
     """Judge the rows of one shard. Write the kept rows, the rejected rows and the record of the step.
 
-    Raises TableError if the step loses, adds or reorders rows, or a comparison names a row twice.
+    Raises TableError if the step drops, adds or reorders rows, or if a comparison returns a row twice.
     """
     settings = step.settings(plan)
     compared = shard.step_file(step.name, "compared")
@@ -340,7 +340,7 @@ def judge_shard(
 
 
 def _write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> tuple[int, dict[str, int]]:
-    """Write kept and rejected rows, one table at a time. Return the number kept, and rejected by reason."""
+    """Write kept and rejected rows. Return the number of kept rows, and of rejected rows by reason."""
     num_kept, reasons = 0, Counter[str]()
     with (
         atomic_write(shard.step_file(name)) as kept_path,
@@ -365,7 +365,7 @@ def _write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> t
 
 @contextmanager
 def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> Iterator[None]:
-    """Add the requests sent in this context, and its seconds, to the recorded cost of the dataset."""
+    """Add the requests and the time spent within the context to the cost record of the dataset."""
     asked, start = stats.asked, time.monotonic()
     try:
         yield
@@ -373,7 +373,7 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
         before = {"asked": 0, "timed": 0, "seconds": 0.0} | dataset.read_cost()
         totals = journal.totals()
         newly_asked = stats.asked - asked
-        # A dry run leaves requests in the journal, and a killed run leaves no time.
+        # A dry run may have added requests to the journal, and a killed run did not record its cost.
         if newly_asked or totals["asked"] != before["asked"]:
             seconds = time.monotonic() - start if newly_asked else 0.0
             times = {"timed": before["timed"] + newly_asked, "seconds": round(before["seconds"] + seconds, 1)}
@@ -383,14 +383,14 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
 
 
 class _InOrder:
-    """Tables ordered by `row`, consumed piece by piece."""
+    """Reads tables that are ordered by `row`, in consecutive pieces."""
 
     def __init__(self, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
         self._tables = tables
         self._pending: pa.Table = schema.empty_table()
 
     def take_until(self, end: int) -> pa.Table:
-        """Return the remaining rows below `end`."""
+        """Return the rows with `row` below `end` that were not returned before."""
         parts = []
         while True:
             count = int(np.searchsorted(self._pending["row"].to_numpy(), end))
@@ -406,7 +406,7 @@ class _InOrder:
 
 
 def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
-    """Add the columns of `findings` to their rows, null elsewhere. `first` is the number of the first row."""
+    """Append the columns of `findings`, with null in other rows. `first` is the number of the first row."""
     index = np.full(table.num_rows, -1)
     index[findings["row"].to_numpy() - first] = np.arange(findings.num_rows)
     if np.count_nonzero(index >= 0) != findings.num_rows:

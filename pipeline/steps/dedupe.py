@@ -1,9 +1,9 @@
-"""Step: dedupe. Keep the best of equal annotations of one image, and each caption for a few images only.
+"""Step: dedupe. Remove repeated annotations of an image, and captions that occur with too many images.
 
-Annotations are equal if they have the same content words in order (text/content_keys.py). A similarity score
-would not do: captions that differ in one decisive word are nearly the same string. Equal questions about
-different images are not duplicates, since their answers differ. The choice depends on scores and ids, not on
-the order of the rows.
+Two annotations are equal if they have the same content words in the same order (text/content_keys.py). A
+similarity score would not do, since captions that differ in one decisive word are nearly the same string.
+Equal questions about different images are kept, because their answers differ. The choice between equal
+annotations depends on scores and ids, but not on the row order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,13 +21,13 @@ from pipeline.storage.files import read_batches
 from pipeline.tables import BOOL, DEDUPED, FLOAT64, HUMAN, IMAGE_GROUPS, STRING, fields, is_caption
 from pipeline.text.content_keys import content_keys
 
-# The better of two annotations has the better of these scores.
+# Scores that decide which of two equal annotations is kept, in order of precedence.
 SCORES = ("agreement", "alignment", "hedge_count")
 IDS = ("annotation_id", "sample_id", "task", "content_key")
 TEXTS = pa.schema(
     [ROW, *fields(STRING, *IDS), *fields(BOOL, "is_caption", "is_human"), *fields(FLOAT64, *SCORES)]
 )
-# Equal annotations have the same hash, `words`.
+# Equal annotations have the same hash in the column `words`.
 QUERY = """
 WITH hashed AS (
     SELECT texts.* EXCLUDE (content_key),
@@ -62,8 +62,8 @@ WITH hashed AS (
 )
 SELECT * EXCLUDE (other_group), other_group AS image_group FROM judged
 """
-# Human texts come first, whatever their scores. Annotations of two styles that share a reply have the same
-# id.
+# Human texts come first, regardless of scores. `row` decides between styles that share a reply, since their
+# annotations have the same id.
 SCORE_ORDER = "agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count ASC NULLS LAST"
 BEST = f"is_human DESC, {SCORE_ORDER}, annotation_id, row"
 
@@ -77,7 +77,7 @@ class DedupeSettings:
 
 
 def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
-    """Return the rows that share their words or their image with other rows."""
+    """Return findings about rows that have the same words or the same image as other rows."""
     db, settings = comparison.db, comparison.settings
     load(db, "image_groups", [group_images(comparison.shards, settings.image_kind)], IMAGE_GROUPS)
     load(db, "texts", _texts(comparison.rows), TEXTS)
@@ -85,9 +85,9 @@ def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
 
 
 def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Table:
-    """Return the samples with near-duplicates (tables.IMAGE_GROUPS).
+    """Return the samples that have near-duplicates (tables.IMAGE_GROUPS).
 
-    The step read has found them, except on a cluster, where they are searched here.
+    The step read has already found them, except on a cluster, where this function compares the samples.
     """
     if kind is None:
         return IMAGE_GROUPS.empty_table()
@@ -118,7 +118,7 @@ def _texts(rows: AllRows) -> Iterator[pa.Table]:
         texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
         missing = pa.nulls(table.num_rows, FLOAT64)
         known = dict.fromkeys(SCORES, missing) | {name: table[name] for name in table.column_names}
-        # A record is compared literally: the order of its numbers matters.
+        # Records are compared literally, because the order of their numbers matters.
         known["content_key"] = pc.coalesce(table["clean_record"], content_keys(texts))
         known["is_caption"] = is_caption(table)
         known["is_human"] = pc.equal(table["prompt_id"], HUMAN)
@@ -126,7 +126,7 @@ def _texts(rows: AllRows) -> Iterator[pa.Table]:
 
 
 def judge_duplicates(table: pa.Table, _: DedupeSettings) -> pa.Table:
-    """Set the group and the cluster of rows without findings to their own ids."""
+    """Set `image_group` and `cluster` to the row's own ids where `compare` found nothing."""
     for name, own in (("image_group", "sample_id"), ("cluster", "annotation_id")):
         table = table.set_column(table.column_names.index(name), name, pc.coalesce(table[name], table[own]))
     return table
@@ -135,7 +135,7 @@ def judge_duplicates(table: pa.Table, _: DedupeSettings) -> pa.Table:
 STEP = RowStep(
     "dedupe",
     settings=lambda plan: DedupeSettings(plan.config.dedupe.max_images_per_caption, plan.image_kind),
-    # On a cluster, this file does not exist: the groups depend on the samples alone.
+    # Missing on a cluster, where the groups are computed from the samples, which the key covers.
     reads=lambda plan: [plan.dataset.step_file("read", IMAGE_GROUPS_FILE)],
     judge=judge_duplicates,
     compare=find_duplicates,

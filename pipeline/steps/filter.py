@@ -1,4 +1,4 @@
-"""Step: filter. Reject texts that break a rule (pipeline/rules.py), and mark texts of excluded data."""
+"""Step: filter. Reject texts that break a rule (pipeline/rules.py), and mark texts from excluded datasets."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class FilterSettings:
 def find_contaminated(
     _: DatasetDir, path: Path, __: FilterSettings, services: Services
 ) -> Iterator[pa.Table]:
-    """Append `contaminated_by`, the name of the excluded dataset that holds the text. No row is rejected."""
+    """Append `contaminated_by`, the name of the excluded dataset with the same text. No row is rejected."""
     index = TextIndex.of(read_exclusions(services.dataset))
     for table in read_batches(path):
         texts = pc.coalesce(table["text"], table["question"]).to_pylist()
@@ -37,7 +37,7 @@ def find_contaminated(
 
 
 def judge_texts(table: pa.Table, settings: FilterSettings) -> pa.Table:
-    """Filter rows. See `filter_annotations`."""
+    """Append scores and `reason`. See `filter_annotations`."""
     if "contaminated_by" not in table.column_names:
         table = table.append_column("contaminated_by", pa.nulls(table.num_rows, STRING))
     names = tuple(task.name for task in settings.tasks.asked)

@@ -1,6 +1,6 @@
-"""Step: review. Reject annotations that a human reviewed as bad, and apply edits.
+"""Step: review. Apply human reviews: reject annotations reviewed as bad, and apply edits.
 
-It is the last step before a version, so that a review changes only its own annotation.
+It is the last step before a version is written, so that a review affects no other annotation.
 """
 
 from collections import defaultdict
@@ -18,19 +18,19 @@ from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, STRING, append_column
 from pipeline.text.normalize import text_key
 from pipeline.text.vqa_answers import normalize_answer
 
-# Fields whose final text is that of the step filter.
+# Fields whose final text is the cleaned text of the step filter, unless a review edits it.
 CLEANED = ("text", "question", "answer", "record")
 TEXT_COLUMNS = (
     *("sample_id", "task", "pages", "answer_type", "evidence_pages", "expression", "prompt_id", "pair_id"),
     *(f"clean_{name}" for name in CLEANED),
 )
-# A column of the step select.
+# A column that the step select adds.
 REJECTED_TEXT = "rejected_text"
 FINDINGS = pa.schema([ROW, ("review", REVIEW), ("is_pair_broken", BOOL), ("is_rejected_bad", BOOL)])
 
 
 def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
-    """Return the rows whose text, pair or rejected text was reviewed, with the findings about them."""
+    """Return findings about rows whose text, question pair or `rejected_text` is affected by a review."""
     path, rows = comparison.dataset.reviews, comparison.rows
     reviews = {review.name: review for review in read_reviews(path)} if path.exists() else {}
     if not reviews:
@@ -54,7 +54,7 @@ def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     bad = {name for name, review in reviews.items() if review.verdict == "bad"}
     if REJECTED_TEXT in rows.columns():
         for row in read_texts(rows, {sample_id for sample_id, _ in bad}, "sample_id", REJECTED_TEXT):
-            # A text that was reviewed in an earlier version may be the worse of two captions now.
+            # A text reviewed as bad in an earlier version may now be the rejected text of another caption.
             if row[REJECTED_TEXT] is not None and text_name(row | {"clean_text": row[REJECTED_TEXT]}) in bad:
                 findings[row["row"]]["is_rejected_bad"] = True
     table = pa.Table.from_pylist([{"row": n, **values} for n, values in findings.items()], schema=FINDINGS)
@@ -63,7 +63,7 @@ def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
 
 
 def read_texts(rows: AllRows, values: Collection[str], column: str, *more: str) -> list[dict[str, Any]]:
-    """Return the texts whose column has one of these values."""
+    """Return, as dictionaries, the rows where `column` has one of the values."""
     if not values:
         return []
     value_set = pa.array(sorted(values), STRING)
@@ -74,9 +74,9 @@ def read_texts(rows: AllRows, values: Collection[str], column: str, *more: str) 
 
 
 def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Review]) -> set[str]:
-    """Return the pairs that reviews break: a pair is two kept, equal questions with different answers.
+    """Return the ids of question pairs that reviews break.
 
-    `rows` must hold both questions of each pair.
+    An intact pair is two kept, equal questions with different answers. `rows` must hold both of each pair.
     """
     kept: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in rows:
@@ -96,7 +96,7 @@ def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Revi
 
 
 def review_annotations(table: pa.Table, _: Any = None) -> pa.Table:
-    """Append the final text of each row (tables.FINAL), and the `reason` of rows reviewed as bad."""
+    """Append the final fields of each row (tables.FINAL), and the `reason` of rows reviewed as bad."""
     clean = {name: f"clean_{name}" for name in CLEANED}
     final = {f"final_{name}": table[clean.get(name, name)] for name in (*EDITABLE, "record")}
     final["final_prompt_id"] = table["prompt_id"]

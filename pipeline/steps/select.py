@@ -1,14 +1,14 @@
-"""Step: select. Keep the best of several captions of one image in one style.
+"""Step: select. Keep the best of several captions that the model wrote for one image in one style.
 
 `select.by` defines the score of a caption:
 
-consistency   the share of its content words that the other captions also have, on average
-clip          the cosine of caption and image, as in the check `alignment`
-judge         the mean of another model's scores
-longest       its number of words, if the check `claims` confirmed all of its claims
+consistency   mean F1 of its content words with those of each other caption
+clip          cosine similarity of caption and image, as in the check `alignment`
+judge         mean of the scores from another model
+longest       number of words, if the check `claims` confirmed all its claims
 
-Content words are compared as sets, by the F1 of two captions: invented details differ between captions. The
-mean over the others is the choice by minimum Bayes risk of Kumar and Byrne (2004), with this F1 as the gain.
+F1 compares the content words as sets. It works because invented details differ from caption to caption.
+Choosing the highest mean F1 is minimum Bayes risk decoding (Kumar and Byrne, 2004) with F1 as the gain.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from pipeline.text.content_keys import content_keys
 NAMES = fields(STRING, "sample_id", "task", "style", "clean_text", "words")
 CANDIDATES = pa.schema([ROW, *NAMES, *fields(FLOAT64, "alignment", "rating", "length")])
 _MEASURES = {"clip": "alignment", "judge": "rating", "longest": "length", "consistency": "agreed"}
-# `agreed` is rounded, since a sum of the same numbers in another order may differ in its last digit.
+# `agreed` is rounded, because the last digit of a sum of floats depends on the order of the summands.
 QUERY = """
 WITH worded AS (
     SELECT *, list_sort(list_distinct(string_split(words, ' '))) AS bag FROM candidates
@@ -57,7 +57,7 @@ FROM ranked
 
 @dataclass(frozen=True, slots=True)
 class SelectSettings:
-    """The settings of the step select. `sampled` are the tasks with several captions per image and style."""
+    """The settings of the step select. `sampled` has the tasks with several captions per image and style."""
 
     by: str
     sampled: tuple[str, ...]
@@ -70,7 +70,7 @@ class SelectSettings:
 
 
 def find_best(comparison: Comparison) -> duckdb.DuckDBPyRelation:
-    """Return all captions with alternatives, their scores, and the `reason` of those to reject."""
+    """Return the score of each caption that has alternatives, and a `reason` for all but the best."""
     settings: SelectSettings = comparison.settings
     load(comparison.db, "candidates", _candidates(comparison.rows, settings.sampled), CANDIDATES)
     return comparison.db.sql(QUERY.format(measure=_MEASURES[settings.by]))
@@ -103,7 +103,7 @@ def _candidates(rows: AllRows, sampled: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _mean(scores: pa.Table) -> pa.Array:
-    """Return the mean of all columns by row, or null if there is no column, or a value is null."""
+    """Return the mean of each row, or null if the row has a null or the table has no columns."""
     if not scores.num_columns:
         return pa.nulls(scores.num_rows, FLOAT64)
     total = scores[0].cast(FLOAT64)

@@ -1,9 +1,9 @@
-"""Step: split. Assign each sample to train, validation or test, as its source states or by a hash of its id.
+"""Step: split. Assign each sample to train, validation or test, as the source states or by a hash of its id.
 
-The hash does not depend on other images, so an image stays in its split when images are added or removed. A
-split that the source holds out (test or validation) gets no further images. Near-duplicate images share the
-hash of the first of them, and so their split. With `split.group_by`, images of one folder, or frames of one
-video, also share their split.
+The hash does not depend on other images, so an image stays in its split when other images are added or
+removed. If the source itself has a test or validation split, the hash adds no images to that split.
+Near-duplicate images use the hash of the first of them, so they are in the same split. With `split.group_by`,
+the images in one folder, or the frames of one video, are also in the same split.
 """
 
 import re
@@ -26,14 +26,14 @@ from pipeline.text.normalize import map_distinct
 
 STATED = pa.schema([ROW, *fields(STRING, "image_group", "source_split")])
 NAMED_GROUPS = pa.schema(fields(STRING, "image_group", "split_group"))
-# The key is the common part of the names of related rows of the source.
+# `key` is the common part of the names of related source rows (name_key).
 NAMES = pa.schema(fields(STRING, "sample_id", "key"))
 MEMBERS = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
 RANKS = pa.schema([*fields(STRING, "source_split"), *fields(INT64, "rank")])
 ADDS = pa.schema([*fields(STRING, "stated_split", "split_group"), *fields(pa.list_(STRING), "held_out")])
 _NUMBER_WITHIN = re.compile(r"(.*[^\W\d_].*?)\d+(\D*)$")
 _LAST_NUMBER = re.compile(r"[\W_]*\d+\W*$")
-# With the seed of the run.
+# The settings, and the seed of the run.
 SplitSettings = tuple[SplitConfig, int]
 QUERY = """
 WITH grouped AS (
@@ -53,7 +53,7 @@ WHERE held_out IS NOT NULL OR groups.source_split IS NOT NULL
 
 
 def split_of(group: str, config: SplitConfig, seed: int) -> str:
-    """Return the split of an image, or of a group of images, by a hash."""
+    """Return the split of an image, or of a group of images, by a hash of its id."""
     point = hash_to_unit("split", seed, group)
     if point < config.test_frac:
         return "test"
@@ -61,9 +61,9 @@ def split_of(group: str, config: SplitConfig, seed: int) -> str:
 
 
 def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
-    """Return the stated split of each row, its group, and the splits that the source holds out.
+    """Return the stated split of each row, its split group, and the splits that the source already has.
 
-    If the source states a split only for other images of the group, it is the most held-out of them.
+    An image without a stated split gets the most held-out split (SPLIT_RANK) stated in its group, if any.
     """
     db, rows, (config, _) = comparison.db, comparison.rows, comparison.settings
     is_stated = any(part["source_split"].null_count < part.num_rows for part in rows.batches("source_split"))
@@ -77,7 +77,7 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None
 
 
 def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> pa.Table:
-    """Return the split group of each image group, by the names of its samples in the source."""
+    """Return the split group of each image group, by the source names of its samples."""
     db = comparison.db
     rows = (
         table
@@ -101,10 +101,10 @@ def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> p
 
 
 def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
-    """Return the common part of the names of related rows of a source, or "" for an unrelated file.
+    """Return the part of a row name that related rows of the source share, or "" if the row is on its own.
 
-    By folder: the folder of the file. By prefix: the name without its last number, as in `clip1_0042.jpg`.
-    The prefix of a name that is only a number is its folder.
+    By folder, it is the folder of the file. By prefix, it is the name without its last number, as in
+    `clip1_0042.jpg`. For a name that is only a number, it is the folder too.
     """
     path = PurePosixPath(source_row)
     folder = "" if path.parent == PurePosixPath() else str(path.parent)
@@ -114,17 +114,17 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
     prefix = _LAST_NUMBER.sub("", name)
     if prefix not in ("", name):
         return f"{folder}/{prefix}"
-    # As in clip1_0042_left.jpg, but not in 42_left.jpg.
+    # A number inside the name, as in clip1_0042_left.jpg. 42_left.jpg has no prefix.
     if prefix == name and (within := _NUMBER_WITHIN.match(name)):
         return f"{folder}/{within[1]}*{within[2]}"
     return f"{folder}/" if folder and not prefix else ""
 
 
 def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the split group of each image group, from pairs of image group and name key.
+    """Return the split group of each image group. `pairs` are pairs of an image group and a name key.
 
-    Image groups with a common key are in one split group, which is named by its first key in alphabetical
-    order.
+    Image groups that share a key, directly or through others, form one split group. Its name is the first of
+    its keys in alphabetical order.
     """
     parent: dict[str, str] = {}
 
@@ -142,13 +142,13 @@ def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def split_annotations(table: pa.Table, settings: SplitSettings) -> pa.Table:
-    """Append `split`: the stated split, else one by a hash of the group. No row is rejected.
+    """Append `split`: the stated split, or else a split by the hash of the group. No row is rejected.
 
-    Images that the hash assigns to a split that the source holds out are for training.
+    If the hash chooses a split that the source already has, the image is assigned to train.
     """
     require_columns(table, "image_group", *ADDS.names)
     groups = pc.coalesce(table["split_group"], table["image_group"])
-    # The same in each row.
+    # All rows have the same list.
     held_out = frozenset(pc.list_flatten(table["held_out"]).unique().to_pylist())
 
     def draw(group: str) -> str:

@@ -1,4 +1,4 @@
-"""Step: trim. Keep the annotations of the first `images` images, and reject those of further images."""
+"""Step: trim. Keep the annotations of the first `images` images, and reject all others."""
 
 import duckdb
 import pyarrow as pa
@@ -15,7 +15,7 @@ WHERE sample_id NOT IN (SELECT sample_id FROM images GROUP BY sample_id ORDER BY
 
 
 def find_surplus(comparison: Comparison) -> duckdb.DuckDBPyRelation:
-    """Return the rows of surplus images."""
+    """Return the rows of images beyond the limit."""
     load(comparison.db, "images", comparison.rows.batches("sample_id"), IMAGES)
     return comparison.db.sql(QUERY.format(limit=comparison.settings))
 

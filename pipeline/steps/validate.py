@@ -1,4 +1,4 @@
-"""Step: validate. Check each annotation against the output model of its task."""
+"""Step: validate. Check each annotation against the output schema of its task."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ FIELDS = ("task", *TEXTS, "pages", "reply_error")
 
 
 def validate_annotations(table: pa.Table, tasks: Tasks = BUILT_IN) -> pa.Table:
-    """Append `reason`: why the reply could not be parsed, or the first rule of its task that it breaks."""
+    """Append `reason`: why the reply could not be parsed, or the first rule of the task that it breaks."""
     require_columns(table, *FIELDS)
     return with_reason(table, [_reason(row, tasks) for row in table.select(FIELDS).to_pylist()])
 

@@ -1,8 +1,8 @@
-"""Step: verify. Ask the model again whether an annotation is true of its image, and reject it by the answers.
+"""Step: verify. Check annotations with further questions to the model, and reject those that fail.
 
-First come the checks against the images. Captions with false claims are repaired, and checked again. Then
-captions are compared with the questions, the images (CLIP) and the captions of the source, and a judge
-rates all texts. A check that is off, or whose reply cannot be read, rejects nothing.
+The first checks ask the model about the image. Captions with false claims are repaired and checked again.
+Then captions are compared with the questions about the image, the image itself (CLIP), and its human
+captions. Last, a judge rates all texts. A check that is off or has no readable reply rejects nothing.
 """
 
 from collections import Counter, defaultdict
@@ -59,13 +59,13 @@ if TYPE_CHECKING:
 
     from pipeline.images.clip import ClipScorer
 
-# Limit of the images that are decoded at once.
+# Maximum number of pixels that are decoded at once.
 MAX_DECODED_PIXELS = 64_000_000
-# Requests without images that are built at once.
+# Number of requests without images that are built at once.
 CHUNK_REQUESTS = 256
 CLEAN = ("clean_text", "clean_question", "clean_answer", "clean_record")
 COLUMNS = ("sample_id", "task", "prompt_id", *CLEAN, "evidence_pages", "pages")
-# Annotations whose checks are in memory, at some kilobytes each.
+# Number of annotations in memory at once. Each takes some kilobytes with its checks.
 BATCH_ANNOTATIONS = 50_000
 ALIGNMENT = fields(FLOAT64, "alignment")
 CHECKED = pa.schema(
@@ -73,7 +73,7 @@ CHECKED = pa.schema(
 )
 KEYS = fields(STRING, "style", "question", "answer", "answer_type")
 JUDGED = pa.schema([ROW, *fields(BOOL, "is_caption"), *KEYS, *VERIFIED, *ALIGNMENT])
-# Yes and no are right by chance half of the time: they are exempt from `blind`, and balanced later.
+# "yes" and "no" are right by chance half of the time, so `blind` ignores them. The step balance handles them.
 QUERY = """
 WITH answers_to_question AS (
     SELECT question, answer, count(*) AS times, sum(count(*)) OVER (PARTITION BY question) AS asked
@@ -117,7 +117,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class VerifySettings:
-    """The settings of the step verify. `server` does not affect replies, and is not part of the key.
+    """The settings of the step verify. `server` does not affect the replies, so it is not part of the key.
 
     `bounds` apply to repaired captions. With `splits_claims`, the model splits captions into claims.
     `clip_model` is None if captions are not compared with images.
@@ -148,7 +148,7 @@ class VerifySettings:
         )
 
     def describe(self) -> list[Any]:
-        """Return everything that the results of checks depend on, except the rows and the images."""
+        """Return everything that the results of the checks depend on, except the rows and the images."""
         if not self.verify.is_asked:
             return []
         clip = Path(self.clip_model or "")
@@ -159,9 +159,9 @@ class VerifySettings:
 
 @dataclass(slots=True)
 class CheckedAnnotation:
-    """An annotation with its checks (tables.CHECK) and scores by column.
+    """An annotation with its checks (tables.CHECK), and its scores by column name.
 
-    `row` has COLUMNS. `rewritten` has tables.FILTERED and `prompt_id`, if the caption was repaired.
+    `row` has COLUMNS. `rewritten` has tables.FILTERED and `prompt_id` of a repaired caption, or is None.
     """
 
     row: Row
@@ -171,7 +171,7 @@ class CheckedAnnotation:
 
     @property
     def sample_id(self) -> str:
-        """The id of the sample."""
+        """The id of the annotated sample."""
         return str(self.row["sample_id"])
 
     @property
@@ -191,7 +191,7 @@ Subjects = Sequence[CheckedAnnotation]
 
 @dataclass
 class AnnotationChecker:
-    """Checks annotations of a shard. `stack` closes the judge."""
+    """Runs all checks on the annotations of a shard. Closing `stack` closes the judge."""
 
     shard: DatasetDir
     settings: VerifySettings
@@ -200,7 +200,7 @@ class AnnotationChecker:
 
     @property
     def plan(self) -> RequestPlan:
-        """The requests of the run."""
+        """The plan of the requests."""
         return self.settings.requests
 
     @cached_property
@@ -216,9 +216,9 @@ class AnnotationChecker:
         return ClipScorer(self.settings.clip_model)
 
     def ask_all_checks(self, rows: Sequence[Row]) -> list[CheckedAnnotation]:
-        """Return annotations with their checks and scores, in order. Records of custom tasks have none.
+        """Return annotations with their checks and scores, in the order of `rows`.
 
-        `rows` must hold every annotation of each sample.
+        `rows` must hold every annotation of each sample. Records of custom tasks are not checked.
         """
         config, annotations = self.settings.verify, [CheckedAnnotation(row) for row in rows]
         subjects = [subject for subject in annotations if subject.row["clean_record"] is None]
@@ -250,7 +250,7 @@ class AnnotationChecker:
         self._answer(subjects, checks)
 
     def _split_claims(self, captions: dict[str, str]) -> dict[str | None, list[Claim]]:
-        """Return the claims of each caption. `captions` maps each text to one of its samples."""
+        """Return the claims in each caption. `captions` maps each text to the id of one of its samples."""
         build = partial(verification.build_claims, plan=self.plan)
         requests = (build(text, sample_id) for text, sample_id in captions.items())
 
@@ -263,7 +263,7 @@ class AnnotationChecker:
         return claims
 
     def _check_coverage(self, subjects: Subjects) -> None:
-        # The distinct questions of each sample.
+        # The distinct questions about each sample.
         questions: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
         for subject in subjects:
             if subject.caption is None and not self._is_contradicted(subject):
@@ -275,7 +275,7 @@ class AnnotationChecker:
         self._answer(subjects, [verification.coverage_checks(s.caption, verify, q) for s, q in pairs])
 
     def _answer(self, subjects: Subjects, checks: Sequence[list[verification.Check]]) -> None:
-        """Ask the checks of each subject, and add them with their answers."""
+        """Ask the model the checks of each subject, and add the answered checks to the subject."""
         counts = Counter(check.kind for checks_of_one in checks for check in checks_of_one)
         if not counts:
             return
@@ -294,7 +294,7 @@ class AnnotationChecker:
         self._ask("verify", requests, counts.total(), read)
 
     def _repair(self, subjects: Subjects) -> None:
-        """Let the model rewrite captions with false claims. Keep new captions whose claims are all true."""
+        """Let the model rewrite captions with false claims. Keep rewrites whose claims are all confirmed."""
         requests = []
         for subject in subjects:
             contradicted = [
@@ -323,7 +323,7 @@ class AnnotationChecker:
         self.services.progress.message(f"verify repaired {count} captions with false claims")
 
     def _filter(self, subjects: Subjects, texts: Sequence[str]) -> list[Row | None]:
-        """Return the columns of the step filter for new captions, or None for a caption that it rejects."""
+        """Return the columns of the step filter for each new caption, or None if that step rejects it."""
         tasks, nulls = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
         columns = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
         table = pa.table(columns | dict.fromkeys(("question", "answer", "record"), nulls))
@@ -332,7 +332,7 @@ class AnnotationChecker:
         return [None if row["reason"] else {name: row[name] for name in FILTERED.names} for row in rows]
 
     def _align(self, captions: Subjects) -> None:
-        """Score captions by the cosine of CLIP with their images."""
+        """Set `alignment` of each caption to its CLIP cosine similarity with the first page of its sample."""
         by_sample = _by_sample(captions)
         done = 0
         for batch in sample_batches(self.shard):
@@ -350,7 +350,7 @@ class AnnotationChecker:
                 self.services.progress("align", done, len(by_sample))
 
     def _compare_with_references(self, captions: Subjects) -> None:
-        """Score captions by the share of their content words in the human captions of their sample."""
+        """Set `shared_words`: the share of a caption's content words that its human captions contain."""
         by_sample = _by_sample(captions)
         for batch in read_samples(self.shard, ["sample_id", "references"]):
             for row in batch.to_pylist():
@@ -361,7 +361,7 @@ class AnnotationChecker:
                     caption.scores["shared_words"] = shared
 
     def _rate(self, subjects: Subjects) -> None:
-        """Let a judge rate annotations by its rubric."""
+        """Let the judge rate annotations by the criteria in tables.RUBRIC."""
         judge, engine = self._judge
         plan = replace(self.plan, revision=judge.revision)
         by_sample = _by_sample(subjects)
@@ -393,7 +393,7 @@ class AnnotationChecker:
         read: Callable[[Journal], T],
         engine: Callable[[], Engine] | None = None,
     ) -> T:
-        """Send the requests without a reply in the journal, and return what `read` reads from it."""
+        """Send the requests that have no reply in the journal yet, and return the result of `read`."""
         stats, progress = self.services.stats, self.services.progress
         start = engine or self.services.engine
         with Journal(self.shard.journal) as journal, record_cost(self.shard, journal, stats):
@@ -401,7 +401,7 @@ class AnnotationChecker:
             for ready in ask_all(requests, self.plan, self.settings.server, start, journal, stats):
                 progress(name, stats.done - before, total, ready.metrics())
             if done := stats.done - before:
-                # Plain lines appear at intervals, and might skip the end.
+                # Lines are printed at intervals, so the last update may not have been shown.
                 progress(name, done, done)
             return read(journal)
 
@@ -414,13 +414,13 @@ def _by_sample(subjects: Subjects) -> dict[str, list[CheckedAnnotation]]:
 
 
 def _chunks(requests: Iterator[Request]) -> Iterator[Chunk]:
-    """Yield requests without images in chunks."""
+    """Yield chunks of requests that need no images."""
     for chunk in iter(lambda: list(islice(requests, CHUNK_REQUESTS)), []):
         yield chunk, NO_SAMPLES
 
 
 def _limit_pixels(images: "Iterator[tuple[str, Image]]") -> "Iterator[list[tuple[str, Image]]]":
-    """Yield named images in lists of at most MAX_DECODED_PIXELS, or one larger image alone."""
+    """Yield lists of named images with at most MAX_DECODED_PIXELS in total. A larger image comes alone."""
     held: list[tuple[str, Image]] = []
     pixels = 0
     for name, image in images:
@@ -440,7 +440,7 @@ def _facts(text: str) -> set[str]:
 def ask_checks(
     shard: DatasetDir, path: Path, settings: VerifySettings, services: Services
 ) -> Iterator[pa.Table]:
-    """Yield the annotations of a shard with the results of their checks (CHECKED)."""
+    """Yield the annotations of a shard with the results of their checks (CHECKED) as further columns."""
     with ExitStack() as stack:
         checker = AnnotationChecker(shard, settings, services, stack)
         for table in whole_groups(read_batches(path), "sample_id", BATCH_ANNOTATIONS):
@@ -448,7 +448,7 @@ def ask_checks(
 
 
 def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Table:
-    """Append the columns of CHECKED. A repaired caption replaces the original."""
+    """Append the columns in CHECKED, and replace each repaired caption."""
     results = [
         {
             "checks": subject.checks,
@@ -462,14 +462,14 @@ def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Ta
         rows = table.to_pylist()
         for row, subject in zip(rows, subjects, strict=True):
             if subject.rewritten:
-                # The new text was not compared with excluded data.
+                # The new text has not been compared with the excluded datasets.
                 row |= subject.rewritten | {"contaminated_by": None}
         table = pa.Table.from_pylist(rows, schema=table.schema)
     return append_columns(table, pa.Table.from_pylist(results, schema=CHECKED))
 
 
 def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
-    """Return the rows that fail their checks, with the `reason`. Some limits depend on all rows."""
+    """Return `row` and `reason` of the annotations that fail a check. Some limits depend on all rows."""
     config: VerifyConfig = comparison.settings.verify
     if not config.is_asked:
         return None
@@ -479,7 +479,7 @@ def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
 
 
 def judge_verified(table: pa.Table, settings: VerifySettings) -> pa.Table:
-    """Append empty columns of CHECKED if nothing was asked. `reason` comes from the comparison."""
+    """Append the columns in CHECKED, all empty, if no check was asked. `reason` comes from `compare`."""
     if settings.verify.is_asked:
         return table
     return append_columns(table, pa.Table.from_pylist([{"checks": []}] * table.num_rows, schema=CHECKED))
@@ -506,7 +506,7 @@ def _judged(rows: AllRows) -> Iterator[pa.Table]:
 
 
 def results_of(checks: Sequence[dict[str, str | None]], *, is_caption: bool) -> dict[str, Any]:
-    """Return the results (tables.VERIFIED) of answered checks."""
+    """Return the results (tables.VERIFIED) of the checks of one annotation."""
     same_without = _is_confirmed(checks, "necessary")
     return {
         "agreement": verification.share_confirmed(checks, "claims" if is_caption else "round_trip"),

@@ -1,4 +1,4 @@
-"""Step: write. Write the rows of every shard, and publish them as one immutable version."""
+"""Step: write. Write the rows of all shards as one immutable version."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,7 +38,7 @@ SELECT count(*) FROM (
 class WrittenRows:
     """The rows of one shard, as Parquet files in the folder `path`.
 
-    `counts` are by split. `files` maps file names to their entries in a manifest. `rows` has no digests.
+    `counts` has row counts by split. `files` maps file names to manifest entries. `rows.digests` is empty.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class WrittenRows:
 def write_rows(
     shard: DatasetDir, path: Path, steps: Sequence[str], source: dict[str, Any], extras: Extras = NO_EXTRAS
 ) -> WrittenRows:
-    """Write the rows of a shard to files in an empty folder, and digests and rejections to step files.
+    """Write the rows of a shard to an empty folder. Write row digests and rejections to step files.
 
     `steps` are the names of all earlier steps that reject rows. `source` is the provenance of the images.
     """
@@ -75,10 +75,10 @@ def _read_rejections(shard: DatasetDir, steps: Iterable[str]) -> Iterator[pa.Tab
 
 
 def list_rejections(step: str, table: pa.Table) -> pa.Table:
-    """Return the rejections (tables.REJECTIONS) of rows that a step rejected.
+    """Return the rejections (tables.REJECTIONS) for the rows that a step rejected.
 
-    A row is named by `source_row`, by `sample_id`, or by `sample_id` and the digest of the annotation's final
-    text. The text itself may be the reason of the rejection, and is left out.
+    A row is identified by `source_row`, by `sample_id`, or by `sample_id` and the digest of its final text.
+    The text itself is left out, since it may be the reason for the rejection.
     """
     rows = table.to_pylist()
     for row in rows:
@@ -88,7 +88,7 @@ def list_rejections(step: str, table: pa.Table) -> pa.Table:
 
 
 class WriteStep(Step):
-    """Writes all kept rows as one version, unless the newest version already holds them."""
+    """Writes all kept rows as a new version, unless the newest version already holds exactly these rows."""
 
     def run(self, work: Work, before: str) -> None:
         """See Step."""
@@ -119,7 +119,7 @@ class WriteStep(Step):
             written = executor.map_with_scratch(write, draft)
             work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
         for folder in folders:
-            # The version holds these tables.
+            # The version holds the contents of these files.
             for name in ("digests", "rejections"):
                 folder.step_file(NAME, name).unlink(missing_ok=True)
             write_record(folder, NAME, key, version=work.version.name)
@@ -137,11 +137,12 @@ def publish_shards(
     source: dict[str, Any],
     provenance: dict[str, Any],
 ) -> tuple[Version, bool]:
-    """Publish the rows of all shards as one version, or return the newest version and False if it is equal.
+    """Publish the rows of all shards as one version. Return it, and whether it is new.
 
-    The files of `written` are below `draft`, a scratch folder next to the versions. `provenance` describes
-    the run in the manifest. Raises TableError if shards have different columns, and StoreError if a version
-    of that name exists by now or another command has taken over the dataset folder.
+    If the newest version has the same rows, it is returned. The files in `written` are below `draft`, a
+    scratch folder next to the versions. `provenance` describes the run in the manifest. Raises TableError if
+    the shards have different columns, and StoreError if another command has written the version or taken over
+    the folder.
     """
     plan, shards = work.plan, work.executor.shards
     counts = {split: sum(part.counts[split] for part in written) for split in SPLITS}
@@ -191,7 +192,7 @@ def _summarize(rows: int, without_annotation: int) -> StepSummary:
 
 
 def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
-    """Return how many annotations were reviewed, by verdict, or {} without reviews."""
+    """Return the number of reviewed annotations by verdict, or {} without reviews."""
     counts: Counter[str] = Counter()
     for shard in shards:
         for name in OUTPUTS:
@@ -201,7 +202,8 @@ def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
 
 
 def _number_files(written: Sequence[WrittenRows]) -> list[tuple[Path, str, dict[str, Any]]]:
-    """Return each file with its name in the version and its entry. The files of a split are numbered."""
+    """Return each file with its name in the version and its manifest entry. Files are numbered within each
+    split."""
     files = []
     numbers: Counter[str] = Counter()
     for part in written:

@@ -1,4 +1,4 @@
-"""DuckDB queries that compare rows with each other and spill to the disk if they exceed the memory limit."""
+"""DuckDB queries that compare rows with each other. Data above the memory limit is spilled to disk."""
 
 import os
 import signal
@@ -25,12 +25,12 @@ _cursors: list[duckdb.DuckDBPyConnection] = []
 
 @contextmanager
 def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Yield an empty database in `folder`, whose lock the caller holds, or in the temporary folder.
+    """Yield an empty database, stored in `folder` if possible, otherwise in the system's temporary folder.
 
-    Raise StoreError if the disk or the memory is full.
+    The caller holds the lock of `folder`. Raises StoreError if the disk or the memory is full.
     """
-    # DuckDB reads the text before a colon of a relative path as an extension, and the text after a `?` as
-    # options.
+    # In a path, DuckDB takes the text before a colon (if the path is relative) for an extension, and the text
+    # after a `?` for options.
     parent = None if is_remote(folder) or "?" in str(folder.absolute()) else folder.absolute()
     threads = len(os.sched_getaffinity(0))
     config: dict[str, Any] = {"memory_limit": f"{MEMORY_BYTES // 2**20}MiB", "threads": str(threads)}
@@ -39,14 +39,14 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     with TemporaryDirectory(prefix=PREFIX, dir=parent) as home:
         try:
             with duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
-                # Queries that need an order state it.
+                # Queries that need an order have an ORDER BY.
                 db.execute("SET preserve_insertion_order = false")
                 with _interrupt_queries_on_signals(db):
                     yield _without_progress_bar(db)
         except duckdb.InterruptException:
             raise KeyboardInterrupt from None
         except RuntimeError as error:
-            # DuckDB raises this if it receives a signal.
+            # DuckDB raises a plain RuntimeError if a signal arrives.
             if type(error) is RuntimeError and str(error) == "Query interrupted":
                 raise KeyboardInterrupt from None
             raise
@@ -57,9 +57,7 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
 @contextmanager
 def _interrupt_queries_on_signals(db: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """Interrupt running queries on SIGINT and SIGTERM. DuckDB alone would first finish the tasks of its
-    threads.
-    """
+    """Interrupt running queries on SIGINT and SIGTERM. DuckDB itself would first finish all running tasks."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -69,7 +67,7 @@ def _interrupt_queries_on_signals(db: duckdb.DuckDBPyConnection) -> Iterator[Non
         if callable(handler):
             handler(number, frame)
 
-    # Signals that are ignored, or end the process, keep doing so.
+    # Signals that are ignored or that end the process keep this behavior.
     replaced = [number for number, handler in handlers.items() if callable(handler)]
     # Only the main thread may set handlers.
     if threading.current_thread() is not threading.main_thread():
@@ -103,9 +101,9 @@ def load(
     schema: pa.Schema,
     query: str = "SELECT * FROM incoming",
 ) -> None:
-    """Create the table `name` from a query over Arrow tables (`incoming`), one in memory at a time.
+    """Create the table `name` from a query over Arrow tables (`incoming`), with one in memory at a time.
 
-    `batches` may query the database only through another cursor. Its exceptions are raised unchanged.
+    `batches` may query the database only through another cursor. Exceptions in it are raised unchanged.
     """
     raised: list[BaseException] = []
 
@@ -129,13 +127,13 @@ def load(
 
 
 def read(relation: duckdb.DuckDBPyRelation) -> Iterator[pa.Table]:
-    """Yield the rows of a query in batches."""
+    """Yield the result of a query in batches."""
     for batch in relation.to_arrow_reader(BATCH_ROWS):
         yield pa.Table.from_batches([batch])
 
 
 def hash_to_unit_sql(*parts: str) -> str:
-    """Return the SQL of `digests.hash_to_unit`. Parts are SQL for texts that need no escapes in JSON."""
+    """Return SQL for `digests.hash_to_unit`. `parts` are SQL strings whose values need no escapes in JSON."""
     joined = """ || '","' || """.join(parts)
     first_bytes = f"substr(sha256('[\"' || {joined} || '\"]'), 1, 16)"
     return f"(('0x' || {first_bytes})::UBIGINT::DOUBLE / 18446744073709551616.0)"

@@ -1,7 +1,7 @@
-"""Write files atomically, on a disk or in an object store, and report disk errors as StoreError.
+"""Write files atomically, on disk or in an object store, and report disk errors as StoreError.
 
-A file is written under a temporary name, flushed and renamed. A file with the same content is not replaced,
-so a second run of the same command writes nothing.
+A file is written under a temporary name, flushed and renamed. If the old file has the same content, it is not
+replaced, so that repeating a command writes nothing.
 """
 
 import errno
@@ -65,11 +65,11 @@ _DISK_ERRORS = {
     errno.EXDEV: ("it is on two file systems", "copy the dataset folder, and use the copy"),
     errno.ELOOP: ("a link leads to itself", "remove the link"),
 }
-# Object stores never raise these: a temporary folder did.
+# Object stores never raise these errors. The cause is a full or read-only temporary folder.
 _DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _ERRNO_OF_SQLITE_CODE = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
-    # On a full disk, SQLite cannot extend its shared-memory file.
+    # On a full disk, SQLite fails to extend its shared-memory file.
     sqlite3.SQLITE_IOERR: errno.ENOSPC,
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
@@ -85,7 +85,7 @@ _REMAKE = "run `synth generate` again to make the file"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary local path, which replaces `path` on success and is removed on failure."""
+    """Yield a temporary local path. It replaces `path` on success and is removed on failure."""
     if is_remote(path):
         with TemporaryDirectory() as folder:
             temporary = Path(folder) / path.name
@@ -94,11 +94,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    # It may be left by a killed run, or a link to a file elsewhere.
+    # It may have been left by a killed run, or be a link to another file.
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
-        # The cache of `filecmp` compares sizes and times, which may be equal for two writes in a row.
+        # `filecmp` caches results by size and time, which may be equal for two successive writes.
         filecmp.clear_cache()
         if path.exists() and not path.is_symlink() and filecmp.cmp(path, temporary, shallow=False):
             return
@@ -121,22 +121,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """Return a value as indented JSON with a final line break."""
+    """Return a value as indented JSON that ends with a line break."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raise UnsafeFileError unless `path` is a regular file of at most MAX_JSON_BYTES."""
+    """Read a JSON object. Raises UnsafeFileError if `path` is too large or not a regular file."""
     return cast(dict[str, Any], json.loads(read_file(path, MAX_JSON_BYTES)))
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """Return the content of a file or an object. Raise UnsafeFileError for a large or irregular file."""
+    """Return the content of a file or object. Raises UnsafeFileError if it is too large or not regular."""
     return path.read_bytes() if is_remote(path) else read_regular(path, max_bytes=max_bytes)
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file, or some of its columns. Only the byte ranges of these columns are read."""
+    """Read a Parquet file. With `columns`, only the byte ranges of these columns are read."""
     return pq.read_table(**arrow_location(path), columns=columns, page_checksum_verification=True)
 
 
@@ -146,7 +146,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def open_table(path: Path, *columns: str) -> pq.ParquetFile:
-    """Open a Parquet file that a step wrote. Raise StoreError if it is damaged or lacks one of `columns`."""
+    """Open a Parquet file that a step wrote. Raises StoreError if it is damaged or lacks one of `columns`."""
     try:
         file = open_parquet(path)
     except pa.ArrowInvalid as error:
@@ -157,14 +157,14 @@ def open_table(path: Path, *columns: str) -> pq.ParquetFile:
 
 
 def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Write tables to one Parquet file atomically, with one table in memory at a time."""
+    """Write tables to one Parquet file atomically. Only one table is in memory at a time."""
     with atomic_write(path) as temporary, open_writer(temporary, schema) as writer:
         for table in tables:
             writer.write_table(_cast(table, schema))
 
 
 def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Cast a table to a schema. Raises TableError that names a column with a value of another type."""
+    """Cast a table to a schema. Raises TableError with the name of the first column that does not fit."""
     columns = []
     for field in schema:
         try:
@@ -176,7 +176,7 @@ def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def open_writer(target: Path | pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
-    """Return a Parquet writer. Columns of pixels are neither compressed nor indexed, all others are."""
+    """Return a Parquet writer. Pixel columns are written without compression, dictionary and statistics."""
     leaves = _leaf_columns(schema)
     pixels = (*PIXELS, "images")  # columns of versions, and the column of the store and of exports
     texts = [path for path in leaves if path.split(".")[0] not in pixels]
@@ -191,7 +191,7 @@ def open_writer(target: Path | pa.NativeFile, schema: pa.Schema) -> pq.ParquetWr
 
 
 def _leaf_columns(schema: pa.Schema) -> list[str]:
-    """Return the names of all Parquet columns, such as `captions.list.element.text`."""
+    """Return the paths of all Parquet leaf columns, such as `captions.list.element.text`."""
     buffer = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), buffer)
     columns = pq.ParquetFile(pa.BufferReader(buffer.getvalue())).schema
@@ -199,7 +199,7 @@ def _leaf_columns(schema: pa.Schema) -> list[str]:
 
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Yield the rows of a step's file in batches. An empty file gives one empty table."""
+    """Yield the rows of a step file in batches. For an empty file, yield one empty table."""
     file = open_table(path, *(columns or ()))
     names = file.schema_arrow.names if columns is None else [*columns]
     is_empty = True
@@ -213,7 +213,7 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
 def find_rows(
     file: pq.ParquetFile, columns: Sequence[str], sample_ids: Collection[str]
 ) -> Iterator[pa.Table]:
-    """Yield the rows of some samples. Only row groups that contain such rows are read."""
+    """Yield the rows of the given samples. Only row groups that contain such rows are read."""
     is_wanted = pc.is_in(file.read(["sample_id"])["sample_id"], pa.array(sample_ids, pa.string()))
     start = 0
     for group in range(file.num_row_groups):
@@ -226,7 +226,7 @@ def find_rows(
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder in `parent`. Files that are not moved out of it are removed."""
+    """Yield an empty temporary folder in `parent`. It is removed on exit with all files left in it."""
     temporary = parent / SCRATCH
     remove(temporary)
     temporary.mkdir(parents=True, exist_ok=True)
@@ -251,7 +251,7 @@ def remove(folder: Path) -> None:
 
 
 def move(files: list[tuple[Path, Path]]) -> None:
-    """Rename files, each given as (old, new), within their file system or store."""
+    """Rename files, given as (old, new). Both must be on the same file system or in the same store."""
     if files and is_remote(files[0][0]):
         move_all(files)
         return
@@ -260,13 +260,13 @@ def move(files: list[tuple[Path, Path]]) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Flush a file to the disk."""
+    """Flush a file to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def flush_folder(path: Path) -> None:
-    """Flush a folder to the disk, so that renames in it survive a crash."""
+    """Flush a folder to disk, so that renames in it survive a crash."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -276,7 +276,7 @@ def flush_folder(path: Path) -> None:
 
 @contextmanager
 def translate_disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the disk or object store of a dataset folder into StoreError."""
+    """Turn errors from the disk or object store that holds a dataset folder into StoreError."""
     folder = gettempdir() if is_remote(path) else path
     with translate_store_errors(path) if is_remote(path) else nullcontext():
         try:
@@ -285,12 +285,12 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
             raise
         except sqlite3.DatabaseError as error:
             repair = f"run `synth check {path} --repair`, which keeps all readable replies"
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # low byte: the primary result code
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary result code
             damage = (f"the journal is damaged: {error}", repair)
             problem, hint = _DISK_ERRORS.get(_ERRNO_OF_SQLITE_CODE.get(code, 0), damage)
             raise StoreError(f"{folder}: {problem}", hint=hint) from None
         except OSError as error:
-            # Arrow raises this for a wrong checksum, or a page that cannot be decompressed.
+            # Arrow raises a plain OSError for a wrong checksum or a page that cannot be decompressed.
             if type(error) is OSError and error.errno is None:
                 hint = f"find the file with `synth check {folder}`"
                 raise StoreError(f"{folder}: a file is damaged: {error}", hint=hint) from None
@@ -298,6 +298,6 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
             if error.errno not in _DISK_ERRORS or not (is_local or error.errno in _DISK_ONLY_ERRORS):
                 raise
             problem, hint = _DISK_ERRORS[error.errno]
-            # The target of a rename exists.
+            # For these errors, the problem is the target of a rename.
             target = error.filename2 if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else None
             raise StoreError(f"{target or error.filename or folder}: {problem}", hint=hint) from None

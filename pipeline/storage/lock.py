@@ -1,6 +1,4 @@
-"""Locks for one writer at a time: file locks on this machine, and leases in object stores, which have no
-locks.
-"""
+"""Locks for a single writer: file locks on this machine, and leases in object stores without locks."""
 
 import errno
 import fcntl
@@ -18,7 +16,7 @@ from uuid import uuid4
 from pipeline.errors import StoreError, SynthError
 from pipeline.storage.object_store import filesystem_of, key_of, store_error_types
 
-# O_NONBLOCK: opening a pipe must not wait for its other end.
+# O_NONBLOCK: opening a pipe must not block until its other end is opened.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 log = logging.getLogger(__name__)
 LEASE_TIMEOUT_S = 30.0  # a holder without a heartbeat for this long is presumed dead
@@ -26,10 +24,11 @@ HEARTBEATS_PER_TIMEOUT = 4
 
 
 def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthError]) -> BinaryIO:
-    """Lock a file until it is closed, and return it. The holder may remove it at the end.
+    """Lock a file, and return it. The lock is held until the file is closed. The holder may delete the file.
 
-    If another process holds the lock, `on_busy` raises, or returns to wait. Raise `error_type` for a link,
-    which could lead to any file; OSError if the file cannot be opened.
+    If another process holds the lock, `on_busy` may raise an exception, or return to wait for the lock.
+    Raises `error_type` if the path is a link, which could lead to any file, and OSError if it cannot be
+    opened.
     """
     while True:
         try:
@@ -44,7 +43,7 @@ def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthErr
             except BlockingIOError:
                 on_busy()
                 fcntl.flock(file, fcntl.LOCK_EX)
-            # If the previous holder has removed the file, this lock protects nothing: try again.
+            # If the previous holder has removed the file, this lock is useless. Try again with a new file.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
                     return file
@@ -56,7 +55,7 @@ def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthErr
 
 @contextmanager
 def hold_lock(path: Path, busy: SynthError) -> Iterator[None]:
-    """Hold a lock file and remove it at the end. Raise `busy` if another process holds it."""
+    """Hold a lock on a file, and remove the file on exit. Raises `busy` if another process holds the lock."""
 
     def refuse() -> None:
         raise busy
@@ -72,11 +71,12 @@ def hold_lock(path: Path, busy: SynthError) -> Iterator[None]:
 def lease(
     path: Path, timeout_s: float = LEASE_TIMEOUT_S, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Callable[[], None]]:
-    """Hold an exclusive lease: an object in a store that its holder renews with heartbeats.
+    """Hold an exclusive lease: an object in a store that the holder keeps rewriting as a heartbeat.
 
-    A lease without heartbeats for `timeout_s` of the local clock is taken over, after a message to `say`. The
-    yielded function raises StoreError if that happened to this lease. Raise StoreError if another live
-    process holds it. In stores without conditional writes, two processes that start at once may both get it.
+    A lease without a heartbeat for `timeout_s` by the local clock is taken over. `say` announces the wait.
+    The yielded function raises StoreError if this lease was taken over. Without conditional writes in the
+    store, two processes that start together may both get it. Raises StoreError if a live process holds the
+    lease.
     """
     holder_id = uuid4().hex
     _acquire(path, holder_id, timeout_s, say)
@@ -119,7 +119,7 @@ def _acquire(path: Path, holder_id: str, timeout_s: float, say: Callable[[str], 
             break
         time.sleep(timeout_s / HEARTBEATS_PER_TIMEOUT / 2)
     path.write_bytes(_beat(holder_id, 0))
-    # If several commands waited, the last writer gets the lease.
+    # If several commands have waited, the last one to write gets the lease.
     time.sleep(timeout_s / HEARTBEATS_PER_TIMEOUT)
     if not _is_holder(path, holder_id):
         raise in_use
@@ -143,10 +143,10 @@ def _is_holder(path: Path, holder_id: str) -> bool:
 
 
 def _read_lease(path: Path) -> list[Any]:
-    """Return [holder id, number of heartbeats], or an empty list."""
+    """Return [holder id, number of heartbeats], or [] without a lease."""
     try:
-        # One request: opening the object would first ask for its ETag, which a heartbeat may change in
-        # between.
+        # `cat_file` is one request. Opening the object would first ask for its ETag, which a heartbeat may
+        # change.
         return list(json.loads(filesystem_of(path).cat_file(key_of(path))))
     except FileNotFoundError:
         return []

@@ -1,7 +1,7 @@
-"""Dataset folders in an object store (`s3://`, `gs://`), through fsspec.
+"""Dataset folders in an object store (`s3://`, `gs://`), accessed through fsspec.
 
-Objects are written atomically, cannot be renamed, and have no locks. Credentials and endpoints are those of
-the library of each store.
+Objects are written atomically, cannot be renamed, and have no locks. Each store's library finds its own
+credentials and endpoint.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from pipeline.errors import ConfigError, StoreError, one_line
 
-# `memory` is for tests. Azure is missing: its copies may be unfinished when the call returns.
+# `memory` is for tests. Azure is not supported, because its copies may be unfinished when the call returns.
 STORES = ("s3", "gs", "gcs", "memory")
 _GLOB_CHARACTER = re.compile(r"[*?\[\]#]")
 _URL = re.compile(r"[a-z][a-z0-9]+:/", re.IGNORECASE)
@@ -30,7 +30,7 @@ STORE_ERRORS = (
 
 
 def parse_dataset_path(name: str) -> Path:
-    """Return a local path, or a UPath for a URL. Raise ConfigError for an invalid name."""
+    """Return a local path, or a UPath for a URL. Raises ConfigError if the name is invalid."""
     scheme, separator, key = name.partition("://")
     if not separator:
         return parse_local_path(name)
@@ -38,14 +38,14 @@ def parse_dataset_path(name: str) -> Path:
         hint = "use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME"
         raise ConfigError(f"a dataset folder cannot be at {name}", hint=hint)
     parts = key.rstrip("/").split("/")
-    # Listings treat such names as patterns, or omit them.
+    # Listings omit such names or treat them as patterns.
     if not all(parts) or _GLOB_CHARACTER.search(key) or {".", ".."} & {*parts}:
         hint = f"use {scheme}://BUCKET/NAME without any of *?[]#"
         raise ConfigError(f"{name} is not a folder of an object store", hint=hint)
     from upath import UPath
 
     try:
-        # A cached listing may be stale.
+        # The listings cache is off, since a cached listing may be out of date.
         path = UPath(f"{scheme}://{'/'.join(parts)}", use_listings_cache=False)
         path.fs  # noqa: B018  # imports the store's package
     except ImportError as error:
@@ -55,7 +55,7 @@ def parse_dataset_path(name: str) -> Path:
 
 
 def parse_local_path(name: str) -> Path:
-    """Return a local path. Raise ConfigError for a URL, even if it has only one slash after the colon."""
+    """Return a local path. Raises ConfigError for a URL, even with only one slash after the colon."""
     if _URL.match(name):
         hint = "only dataset folders may be URLs, such as s3://BUCKET/NAME"
         raise ConfigError(f"{name} is not a path on this machine", hint=hint)
@@ -68,15 +68,15 @@ def is_remote(path: Path) -> bool:
 
 
 def arrow_location(path: Path) -> dict[str, Any]:
-    """Return the arguments `source` and `filesystem` of pyarrow functions for a path."""
+    """Return the arguments `source` and `filesystem` that pyarrow functions need for a path."""
     if is_remote(path):
         return {"source": key_of(path), "filesystem": filesystem_of(path)}
-    # pyarrow reads a relative path as a URI if its first folder contains a colon.
+    # pyarrow takes a relative path for a URI if its first folder contains a colon.
     return {"source": path.absolute()}
 
 
 def open_object(path: Path, ahead_bytes: int) -> AbstractContextManager[Any]:
-    """Open an object for reads of byte ranges, with `ahead_bytes` of read-ahead."""
+    """Open an object for reading byte ranges, with a read-ahead of `ahead_bytes`."""
     file = filesystem_of(path).open(key_of(path), "rb", block_size=ahead_bytes, cache_type="readahead")
     return cast(AbstractContextManager[Any], file)
 
@@ -111,20 +111,20 @@ def upload_folder(folder: Path, path: Path) -> None:
 
 
 def move_all(moves: list[tuple[Path, Path]]) -> None:
-    """Move objects, each given as (old, new), within their store in parallel."""
+    """Move objects, given as (old, new), within one store. They are copied in parallel."""
     fs = filesystem_of(moves[0][0])
     fs.copy([key_of(old) for old, _ in moves], [key_of(new) for _, new in moves])
     fs.rm([key_of(old) for old, _ in moves])
 
 
 def remove_folder(path: Path) -> None:
-    """Remove all objects of a folder, if there are any."""
+    """Remove all objects in a folder, if there are any."""
     with suppress(FileNotFoundError):
         filesystem_of(path).rm(key_of(path), recursive=True)
 
 
 def filesystem_of(path: Path) -> Any:
-    """Return the fsspec file system of a path in an object store."""
+    """Return the fsspec file system that a path belongs to."""
     return cast(Any, path).fs
 
 
@@ -135,7 +135,7 @@ def key_of(path: Path) -> str:
 
 @contextmanager
 def translate_store_errors(path: Path) -> Iterator[None]:
-    """Turn errors of an object store into StoreError. Other exceptions pass through."""
+    """Turn exceptions of an object store into StoreError. Other exceptions pass through unchanged."""
     try:
         yield
     except Exception as error:
@@ -147,5 +147,5 @@ def translate_store_errors(path: Path) -> Iterator[None]:
 
 
 def store_error_types() -> tuple[type[Exception], ...]:
-    """Return the exception types of the store libraries that are imported."""
+    """Return the exception types of those store libraries that have been imported."""
     return tuple(getattr(sys.modules[module], name) for module, name in STORE_ERRORS if module in sys.modules)

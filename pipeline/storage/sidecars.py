@@ -1,7 +1,7 @@
-"""Text files next to images, with one caption per line.
+"""Caption text files next to images, with one caption per line.
 
-Digests of the lines that synth writes are stored in OWN_LINES of the same folder, so that sources do not read
-these lines as human captions. A line that a person edits counts as human.
+Digests of the lines that synth writes are stored in OWN_LINES in the same folder, so that sources do not read
+these lines as human captions. A line edited by a person counts as human.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ from pipeline.storage.untrusted import UnsafeFileError, read_regular
 OWN_LINES = ".synth-captions"
 MAX_OWN_LINES_BYTES = 1_000_000_000
 MAX_SIDECAR_BYTES = 10_000_000
-Existing = Literal["refuse", "skip", "append", "overwrite"]  # what to do with existing text files
+Existing = Literal["refuse", "skip", "append", "overwrite"]  # how to handle existing text files
 
 
 def note_own_lines(file: Path, lines: Iterable[str]) -> None:
-    """Record lines before they are written to a text file. Raise OSError if that fails."""
+    """Record lines as written by synth, before they are added to a text file. Raises OSError on failure."""
     if not (lines := list(lines)):
         return
-    # The line break comes first: the last line of a killed process may be incomplete.
+    # A line break comes first, because a killed process may have left an incomplete last line.
     notes = "".join(f"\n{_digest(file.name, line)}" for line in lines)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     with os.fdopen(os.open(file.with_name(OWN_LINES), flags, 0o666), "w", encoding="ascii") as written:
@@ -32,7 +32,7 @@ def note_own_lines(file: Path, lines: Iterable[str]) -> None:
 
 
 def read_own_lines(folder: Path, root: Path | None) -> frozenset[str]:
-    """Return the digests in OWN_LINES of a folder within `root`. Raise OSError or UnsafeFileError."""
+    """Return the digests in a folder's OWN_LINES. Raises OSError or UnsafeFileError if it is unreadable."""
     file = folder / OWN_LINES
     if not file.exists():
         return frozenset()
@@ -41,7 +41,7 @@ def read_own_lines(folder: Path, root: Path | None) -> frozenset[str]:
 
 
 def is_own_line(file: Path, line: str, own: frozenset[str]) -> bool:
-    """Return whether synth wrote a line of a text file; `own` is the result of `read_own_lines`."""
+    """Return whether synth wrote a line in a text file. `own` is the result of `read_own_lines`."""
     return _digest(file.name, line) in own
 
 
@@ -50,9 +50,9 @@ def _digest(name: str, line: str) -> str:
 
 
 def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
-    """Return the images whose text files are to be written.
+    """Return the images whose text files should be written.
 
-    Raise ConfigError if a text file exists and may not be changed, or if two files have the same name.
+    Raises ConfigError if a text file exists and must not be changed, or if two images would share one.
     """
     targets: dict[Path, Path] = {}
     for image in images:
@@ -81,9 +81,9 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
 def write_sidecar(
     image: Path, texts: Sequence[str], existing: Existing, own: Collection[str] | None = None
 ) -> None:
-    """Write captions next to an image, one per line; "append" keeps existing lines.
+    """Write captions next to an image, one per line. With "append", existing lines are kept.
 
-    The texts in `own` are recorded as written by a model. None: all texts.
+    The texts in `own` are recorded as written by a model. If `own` is None, all texts are.
     """
     target = image.with_suffix(".txt")
     lines = _read_lines(target) if existing == "append" and target.exists() else []

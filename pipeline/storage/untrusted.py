@@ -1,7 +1,7 @@
-"""Open files of untrusted folders: regular files only, within a folder, up to a size.
+"""Open files in untrusted folders safely: only regular files, only within a folder, only up to a size.
 
-A folder from an archive or a repository may hold links to private files, pipes that never end, and devices.
-Files from such a folder reach rows, published files and models only through `open_regular`.
+A folder from an archive or repository may contain links to private files, pipes that never end, and devices.
+Files from such folders get into rows, published files and models only through `open_regular`.
 """
 
 import io
@@ -12,31 +12,32 @@ from pathlib import Path, PurePath
 from pipeline.errors import SynthError
 
 OUTSIDE, NOT_A_FILE, TOO_LARGE = "outside_folder", "not_a_file", "file_too_large"
-# O_NONBLOCK: opening a pipe must not wait for its other end.
+# O_NONBLOCK: opening a pipe must not block until its other end is opened.
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class UnsafeFileError(SynthError):
-    """Raised for a file that must not be read; `reason` is OUTSIDE, NOT_A_FILE or TOO_LARGE."""
+    """Raised when a file must not be read. `reason` is OUTSIDE, NOT_A_FILE or TOO_LARGE."""
 
     def __init__(self, reason: str, what: str) -> None:
         super().__init__(what, hint="replace it by a copy of the file if it should be read")
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["UnsafeFileError"], tuple[str, str]]:
-        """Pickle both arguments: by default, an exception keeps only its message."""
+        """Pickle both arguments. By default, an exception would keep only its message."""
         return UnsafeFileError, (self.reason, str(self))
 
 
 def is_hidden(name: str | PurePath) -> bool:
-    """Return whether a part of a path begins with a dot, as in `.git/a.png`."""
+    """Return whether any part of a path begins with a dot, as in `.git/a.png`."""
     return any(part.startswith(".") and part not in (".", "..") for part in PurePath(name).parts)
 
 
 def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = None) -> io.BufferedReader:
-    """Open a regular file. A link may lead to a file below `root`, or to any file without `root`.
+    """Open a regular file. With `root`, the file must be below that folder, even if `path` is a link.
 
-    Raise UnsafeFileError for another file, or more than `max_bytes`; OSError if it cannot be opened.
+    Raises UnsafeFileError if the file is not regular, is not below `root` or has more than `max_bytes`.
+    Raises OSError if it cannot be opened.
     """
     name, status = str(path), path.lstat()
     if stat.S_ISLNK(status.st_mode):
@@ -50,7 +51,7 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
     handle = os.open(name, _FLAGS)
     try:
         status = os.fstat(handle)
-        # The path may have been replaced since.
+        # The path may have been replaced after the check above.
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
         if root is not None:
@@ -64,11 +65,11 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
 
 
 def _require_below(root: Path, path: Path, handle: int) -> None:
-    """Raise UnsafeFileError unless an open file is below `root`. A folder may have become a link."""
+    """Raise UnsafeFileError unless an open file is below `root`. A folder may have become a link since."""
     try:
         name = os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115  # called for each image
     except OSError:
-        # Without /proc: resolve the path again, and require that it leads to the open file.
+        # Without /proc, resolve the path again, and require that it still leads to the open file.
         name = os.path.realpath(path)
         if not os.path.samestat(os.fstat(handle), Path(name).lstat()):
             raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened") from None
@@ -81,9 +82,9 @@ def _is_below(name: str, root: str) -> bool:
 
 
 def read_regular(path: Path, root: Path | None = None, *, max_bytes: int) -> bytes:
-    """Return the content of a regular file (see `open_regular`), even if the file grows while it is read."""
+    """Return the content of a regular file (see `open_regular`). The file may grow while it is read."""
     with open_regular(path, root, max_bytes) as file:
-        # `read(n)` allocates n bytes at once, so begin with the size of the file.
+        # `read(n)` allocates n bytes at once, so first read no more than the current file size.
         size = min(os.fstat(file.fileno()).st_size, max_bytes)
         data = file.read(size + 1)
         if len(data) > size:
