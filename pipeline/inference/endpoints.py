@@ -145,7 +145,7 @@ class Endpoint:
         self.busy_reason = f"{status} ({message[:MAX_SHOWN_CHARACTERS]})"
 
     def busy_warning(self) -> str | None:
-        """Return a warning if the server was busy for BUSY_WARNING_SECONDS since the last one, or else None."""
+        """Return a warning every BUSY_WARNING_SECONDS while the server is busy, or else None."""
         now = time.monotonic()
         if self.busy_since is None or now - max(self.busy_since, self.busy_warned) < BUSY_WARNING_SECONDS:
             return None
@@ -157,7 +157,7 @@ class Endpoint:
         )
 
     def rest(self, stated_s: float | None = None) -> None:
-        """Count a failure, and prefer other servers for `stated_s`, or for a time that grows with failures."""
+        """Count a failure, and prefer other servers for `stated_s`, or for an exponential backoff time."""
         self.failures += 1
         pause_s = protocol.backoff_s(self.failures) if stated_s is None else stated_s
         self.rests_until = max(self.rests_until, time.monotonic() + pause_s)
@@ -409,8 +409,8 @@ def named_endpoints(urls: Sequence[str], server: ServerConfig, key_name: str | N
     """Return the servers at these addresses, with their settings and keys.
 
     The key is read from an environment variable, which is named by the server's own settings, by `key_name`
-    or by the settings for all servers, in this order. A user name and password in the address replace the
-    key. Raises EngineError if a header names a variable that is not set.
+    or by the settings for all servers, in this order, or else is KEY or OPENAI_KEY. A user name and password
+    in the address replace the key. Raises EngineError if a header names a variable that is not set.
     """
     endpoints = []
     for url in urls:

@@ -1,4 +1,4 @@
-"""Choose the engine and the model before loading anything, since request ids depend on the model's revision."""
+"""Choose the engine and the model before anything is loaded. Request ids depend on the model's revision."""
 
 import asyncio
 import os
