@@ -76,9 +76,9 @@ class Journal:
         self._db.close()
 
     def last(self, request_id: str, *, answered: bool = False) -> tuple[Reply, str | None] | None:
-        """Return the last reply to a request, and why it is unusable or None. `answered` ignores server errors.
+        """Return the last reply to a request, and the reason if the reply is unusable, or else None.
 
-        Raises StoreError if the checksum of the reply is wrong.
+        `answered` ignores replies that are server errors. Raises StoreError if the checksum is wrong.
         """
         by_model = f"AND finish_reason NOT IN {UNANSWERED}" if answered else ""
         where = f"WHERE request_id = ? {by_model} ORDER BY attempt DESC LIMIT 1"
@@ -164,7 +164,7 @@ class Journal:
         return int(self._db.execute(query).fetchone()[0])
 
     def totals(self) -> dict[str, int]:
-        """Return the numbers of requests sent (including retries), replies, prompt tokens and reply tokens."""
+        """Return the numbers of requests sent (including retries), replies, and their tokens."""
         (sent,) = self._db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()
         query = (
             "SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(reply_tokens), 0) FROM replies"
@@ -179,7 +179,7 @@ class Journal:
 
 
 class JournalState(NamedTuple):
-    """The number of replies, the request ids of damaged replies, and SQLite's error message about the file."""
+    """Number of replies, request ids of damaged replies, and SQLite's error message about the file."""
 
     replies: int
     damaged: tuple[str, ...]
