@@ -88,7 +88,7 @@ class RequestStats:
 
     @property
     def shown_about(self) -> str:
-        """The prefix "about " for token counts if some are estimated, or else ""."""
+        """The prefix "about " if some token counts are estimated, or else an empty string."""
         return "about " if self.uncounted else ""
 
     def cost(self, server: ServerConfig) -> float | None:

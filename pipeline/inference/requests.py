@@ -78,7 +78,7 @@ class RequestPlan:
         return tuple(rounds)
 
     def describe(self, *checks: Task) -> list[Any]:
-        """Return everything that the replies depend on, except the image. Includes the prompts of `checks`."""
+        """Return everything that replies depend on, except the image. Includes the prompts of `checks`."""
         prompts = prompt_texts([*self.tasks.asked, *checks], self.prompt_dirs, self.generate.style_prompts)
         values = [self.context, self.language, self.seed, self.is_filling, self.revision]
         return [self.tasks.describe(FILTER_KEYS), self.generate.model_dump(mode="json"), prompts, values]
@@ -96,7 +96,7 @@ class RequestPlan:
         return tuple(pair for pair in self.pairs if pair[0] not in done or result_name(*pair) in self.needed)
 
     def count_replies(self, task: Task) -> int:
-        """Return the number of requests per sample and style: `generate.samples` for captions, otherwise 1."""
+        """Return the number of requests per sample and style, which is greater than 1 only for captions."""
         return self.generate.samples if task.text_field and not task.rows_field else 1
 
     def count(self, pairs: Sequence[Pair]) -> int:
@@ -106,7 +106,7 @@ class RequestPlan:
     def fields(
         self, task: Task, temperature: float = 0.0, max_tokens: int | None = None, **values: Any
     ) -> tuple[dict[str, Any], str]:
-        """Return `shared_fields` with the settings of the plan. `values` are passed to the prompt template."""
+        """Return `shared_fields` with the plan's settings. `values` are passed to the prompt template."""
         generate = (
             self.generate.model_copy(update={"max_tokens": max_tokens}) if max_tokens else self.generate
         )
