@@ -91,7 +91,7 @@ def _text_request(fields: dict[str, Any], shared_digest: str, sample_id: str, st
 
 
 def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[Claim]:
-    """Return two questions for each claim that the model found in a caption: one expects yes, one expects no."""
+    """Return the claims that the model found, each as a question that expects yes and one that expects no."""
     reply = last_reply(build_claims(caption, "", plan), journal)
     usable = [fields for fields, error in read_fields(CLAIMS, reply) if not error]
     rows = [fields for fields in usable if not find_broken_rule(CLAIMS, fields)]
@@ -173,7 +173,7 @@ def read_checks(
 
 
 def share_confirmed(checks: Iterable[Mapping[str, Any]], kind: str) -> float | None:
-    """Return the share of checks (tables.CHECK) of one kind that are confirmed, or None without usable answers.
+    """Return the share of confirmed checks (tables.CHECK) of one kind, or None if no answer is usable.
 
     For claims, a question that expects no counts as one check together with the preceding question.
     """

@@ -201,7 +201,7 @@ def _read_number(flags: tuple[str, ...], name: str, default: int) -> int:
 
 
 def vllm_python() -> str | None:
-    """Return the interpreter that has vLLM: that of SYNTH_VLLM_PYTHON, this one, or None."""
+    """Return the Python interpreter in SYNTH_VLLM_PYTHON, or else this one if it has vLLM, or else None."""
     return os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else None)
 
 
@@ -230,7 +230,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 @cache
 def has_bfloat16() -> bool:
-    """Return whether all GPUs support bfloat16, which vLLM requires. Returns True if this is unknown."""
+    """Return whether all GPUs support bfloat16, or True if unknown. vLLM refuses bfloat16 on older GPUs."""
     try:
         capabilities = _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader").split()
         return all(float(capability) >= BFLOAT16_CAPABILITY for capability in capabilities)
@@ -413,7 +413,7 @@ def open_log(path: Path) -> io.FileIO:
 
 
 def is_listener(port: int, group: int) -> bool:
-    """Return whether only processes of one process group listen on a port, or True if /proc does not exist."""
+    """Return whether only processes of one process group listen on a port, or True if there is no /proc."""
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
     if not tables[0].exists():
         return True
