@@ -27,7 +27,7 @@ QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # ASCII, Chinese or Japanese, and Ar
 MAX_PAGES = 20  # per deck, as in SlideVQA
 _SURROGATE = re.compile("[\ud800-\udfff]")  # allowed in JSON but not in a table
 MAX_REPEATS = 4  # as in "a cat and a cat and a cat and a cat and"
-# The row model checks lengths and patterns, since a grammar that counts characters is slow and cuts sentences.
+# The row model checks lengths and patterns. A grammar that counts characters is slow and cuts sentences off.
 _NOT_ON_THE_WIRE = frozenset({"title", "description", "minLength", "maxLength", "pattern", "default"})
 
 
@@ -82,7 +82,7 @@ class Task:
         return {name: columns.get(name) for name in self.row.model_fields}
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply, or None if it has none. The reply may be the bare list of rows."""
+        """Return the rows of a parsed reply, or None if it has none. The reply may be a bare list of rows."""
         rows: Any = [reply]
         if self.rows_field:
             rows = reply.get(self.rows_field) if isinstance(reply, dict) else reply

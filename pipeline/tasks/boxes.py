@@ -13,13 +13,13 @@ from pipeline.images.decode import scaled_size
 BOX_FIELDS = ("bbox_2d", "bbox", "box")  # Qwen2.5-VL was trained on bbox_2d
 PATCH_PX = 28  # two merged patches of 14 px
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 12_845_056  # limits in Qwen2.5-VL's processor
-MAX_OUTSIDE_FRAC = 0.02  # of the width or height; a box further outside the image is rejected, not cut
+MAX_OUTSIDE_FRAC = 0.02  # of the width or height. Boxes that exceed the image by more are rejected, not cut
 THOUSAND = 1000
 OUTSIDE, EMPTY = "box_outside_image", "box_empty"
 
 
 class Frame(NamedTuple):
-    """The size of an upright image, and the maximum number of pixels to which it is scaled down for sending."""
+    """The size of an upright image, and the maximum number of pixels in the image that is sent."""
 
     width_px: int
     height_px: int

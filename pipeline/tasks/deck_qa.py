@@ -1,4 +1,4 @@
-"""The task `deck_qa`, which asks for questions and answers about a deck, with evidence pages and arithmetic."""
+"""The task `deck_qa`, which asks for questions about a deck, with answers, evidence pages and arithmetic."""
 
 import ast
 import operator

@@ -1,7 +1,7 @@
-"""Convert human captions and questions to annotations of the tasks `caption` and `qa`, or `deck_qa` for decks.
+"""Convert human captions and questions to annotations of the tasks `caption` and `qa` (`deck_qa` for decks).
 
-The annotations pass through all steps like those of a model. Their `prompt_id` is `human`, and captions have
-the style `human`.
+These annotations pass through the same steps as a model's. Their `prompt_id` is `human`, and captions also
+have the style `human`.
 """
 
 from collections import Counter
