@@ -61,7 +61,7 @@ class UnusableSchemaError(ValueError):
 
 
 def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
-    """Return the JSON schema of an output, and the pydantic model if `output` is `module:Model`, or else None.
+    """Return the JSON schema of an output, and the pydantic model, or None if the output is a schema.
 
     Raises ConfigError if the output cannot be loaded.
     """

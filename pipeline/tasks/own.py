@@ -299,9 +299,9 @@ def _list(items: Schema) -> Schema:
 
 
 def _field_of(settings: TaskConfig, item: Schema) -> str | None:
-    """Return the name of the field that holds an annotation's text or value, or None for the whole annotation.
+    """Return the field that holds an annotation's text or value, or None for the whole annotation.
 
-    This is the field in the settings, or else the field that has the name of the kind, or else the only one.
+    This is the field in the settings, or else the field that is named like the kind, or else the only field.
     """
     item = without_null(item)
     if item["type"] != "object":

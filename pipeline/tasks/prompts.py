@@ -180,7 +180,7 @@ def check_names(
     own_styles: StyleTexts = (),
     style: str | None = None,
 ) -> None:
-    """Raise ConfigError if a prompt uses an unmapped column, or if its results differ from the task's needs."""
+    """Raise ConfigError if a prompt uses an unmapped column, or other results than its task needs."""
     name, source = _source_of(task, folders, own_styles, style)
     try:
         unknown, results = sorted(names_in(source, "row") - {*columns}), names_in(source, "results")
@@ -223,7 +223,7 @@ def _prompt_id(name: str, source: str, folders: Folders) -> str:
 
 @cache
 def template(name: str, folders: Folders = ()) -> str:
-    """Return a template, such as `caption/v1`, from the first folder that has it, or else the built-in one."""
+    """Return a template, such as `caption/v1`, from the first folder that has it, or else from the package."""
     for file in (folder / f"{name}.j2" for folder in folders):
         try:
             if file.exists():
@@ -235,7 +235,7 @@ def template(name: str, folders: Folders = ()) -> str:
 
 
 class _PromptEnvironment(ImmutableSandboxedEnvironment):
-    """Environment in which `results.cart.items` is the field `items` if it exists, and not the dict method."""
+    """Environment that reads `results.cart.items` as the field `items` if it exists, not as a dict method."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         return (

@@ -44,9 +44,9 @@ def parse_reply(
 def find_flaw(
     request: Request, reply: Reply, tasks: Tasks = BUILT_IN, frame: Frame | None = None
 ) -> str | None:
-    """Return the first error in a reply without any valid annotation, or None if the reply is usable.
+    """Return the first error in a reply, or None if any annotation in the reply is valid.
 
-    An empty list of rows is usable.
+    For custom tasks, a reply with an empty list of rows is usable too.
     """
     task, pages = tasks[request.task], max(1, len(request.images))
     rows = read_fields(task, reply, frame)
