@@ -87,7 +87,7 @@ def describe_warnings(
 
 
 def describe_title(version: Version, config: Config) -> Iterator[str]:
-    """Yield a warning if the version is an earlier one with the same rows, and has another title."""
+    """Yield a warning if the version keeps an earlier title, since its rows have not changed."""
     title = version.manifest.get("title")
     if config.title and title != config.title:
         kept = f"the title {title}" if title else "a card without a title"
@@ -127,7 +127,7 @@ def describe_missing(steps: Sequence[Step], plan: Plan, version: Version) -> Ite
         missing += [(task, "questions") for task in config.tasks if task in tasks_making("questions")]
     for task in tasks_making("captions").intersection(config.tasks):
         styles = {style for asked, style in plan.requests.pairs if asked == task}
-        # With `fill`, human captions replace the model's captions.
+        # With `fill`, human captions count too, since the model only writes missing captions.
         styles |= {HUMAN} if config.human_texts == "fill" else set()
         if styles.isdisjoint(measured.get("captions", {})):
             missing.append((task, "captions"))

@@ -77,7 +77,7 @@ class RayExecutor:
         return self.run.shards
 
     def read(self, limit: int | None) -> bool:  # noqa: ARG002
-        """See Executor. Shuffles the source rows to shards. Samples are stored later, when shards are filled."""
+        """See Executor. Shuffles the source rows to shards. Samples are stored when shards are filled."""
         run, progress = self.run, self.progress
         for path in (run.root / "exchange").glob("*"):
             if path != run.shuffle_root:
@@ -269,7 +269,7 @@ def _digest_inputs(run: ShardedRun, source: dict[str, Any]) -> str:
 
 
 def _count_shards(dataset: DatasetDir, wanted: int | None) -> int:
-    """Return the number of shards in a folder. Raises ConfigError if the folder does not have `wanted` shards."""
+    """Return the number of shards in a folder. Raises ConfigError if it differs from `wanted`."""
     path = dataset.path / "shards" / "shards.json"
     existing = int(read_json(path)["shards"]) if path.exists() else None
     if existing and wanted not in (None, existing):

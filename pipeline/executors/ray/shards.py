@@ -48,7 +48,7 @@ class Shuffle:
     shards: int
 
     def write(self, reader: int, tables: Iterable[pa.Table], shard_of: Callable[[pa.Table], Indices]) -> None:
-        """Write one batch per table and shard to the file of a reader. Only one table at a time is in memory."""
+        """Write a batch for each table and shard to the file of a reader. Holds one table in memory."""
         with atomic_write(self.file(reader)) as path, path.open("wb") as sink:
             writer = None
             for table in tables:
