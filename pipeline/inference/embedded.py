@@ -142,10 +142,7 @@ class EmbeddedEngine:
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        """The ids of the tokens that end a reply, as defined by the tokenizer and the generation config.
-
-        Grammars end with the tokenizer's EOS token.
-        """
+        """The ids of the tokens that end a reply, from the tokenizer (as in grammars) and the model."""
         processor, model = self._loaded
         ids = model.generation_config.eos_token_id
         return frozenset([processor.tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]) - {

@@ -51,10 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Pace:
-    """Enforces the rate limits of a server.
-
-    Tokens are known only when a reply arrives, so they delay later requests.
-    """
+    """Enforces the rate limits of a server. Tokens are known when a reply arrives, and delay later requests."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
@@ -223,10 +220,7 @@ async def status_of(
 
 
 class Endpoints(list[Endpoint]):
-    """The servers of a run, which are all assumed to be up at first.
-
-    `failure` returns the error if the servers that synth started have failed for good, or else None.
-    """
+    """The servers of a run, all up at first. `failure` returns an error if synth's own servers have failed."""
 
     def __init__(
         self,
@@ -334,8 +328,7 @@ class Endpoints(list[Endpoint]):
 def _proxy_of(url: str) -> str | None:
     """Return the proxy that the environment sets for an address. Local and private addresses use none.
 
-    aiohttp's `trust_env` is not used: it also sends passwords from ~/.netrc, and fails for requests with a
-    key.
+    Replaces aiohttp's `trust_env`, which also sends ~/.netrc passwords, and fails for requests with a key.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""

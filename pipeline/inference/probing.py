@@ -1,7 +1,4 @@
-"""Find a server's model and supported request fields, and test whether it enforces schemas.
-
-All of this happens before the first request that the user pays for.
-"""
+"""Find a server's model and supported request fields, and test schema enforcement, before paid requests."""
 
 import asyncio
 import re

@@ -34,8 +34,7 @@ MAX_BODY_BYTES = 8_000_000  # for lists of models and pages of metrics
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000
 MAX_ENVELOPE_BYTES = 1_000_000  # for an answer without the reply text: ids, usage, reasoning
-# A token has about 4 characters, so a reply with over 64 per token ignores the token limit. A JSON escape
-# of a character has 6 bytes.
+# A token has about 4 characters. A reply with over 64 per token ignores its limit. JSON escapes have 6 bytes.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
 MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
@@ -444,10 +443,7 @@ class RetryState:
         return self.crashes >= MAX_CRASHES
 
     def after_busy(self, stated_s: float | None) -> float | None:
-        """Return the seconds to wait after a busy answer, or None to give up.
-
-        `stated_s` is the wait that the server asks for, if any.
-        """
+        """Return the seconds to wait after a busy answer, or None to give up. `stated_s`: asked for by it."""
         now = monotonic()
         self._busy_until = self._busy_until or now + self.patience_s
         if now > self._busy_until:

@@ -68,10 +68,7 @@ def checks_of(
 def coverage_checks(
     caption: str | None, config: VerifyConfig, questions: Iterable[tuple[str, str]]
 ) -> list[Check]:
-    """Return checks of whether a caption answers questions about its image.
-
-    `questions` are pairs of a question and its expected answer.
-    """
+    """Return checks of whether a caption answers questions, which are (question, expected answer) pairs."""
     if caption is None or "covers" not in config.checks:
         return []
     return [Check("covers", question, answer, (), caption) for question, answer in questions]

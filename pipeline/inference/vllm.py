@@ -85,9 +85,8 @@ def plan_servers(
 ) -> list[VllmCommand]:
     """Return the commands that start vLLM servers on this machine, one per group of GPUs (`group_gpus`).
 
-    Independent servers have two advantages over vLLM's data parallelism. Each server restarts alone, and all
-    requests about an image can go to the server that has cached the image. Raises EngineError if vLLM is not
-    installed.
+    Independent servers are better than vLLM's data parallelism. Each server restarts alone, and all requests
+    about an image go to the server that has cached it. Raises EngineError if vLLM is not installed.
     """
     python = vllm_python()
     if python is None:
@@ -522,10 +521,9 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _start_reaper(group: int) -> int:
-    """Start a process that kills a process group when this process ends. Return the pipe that stops it.
+    """Start a process that kills a process group when this process ends. A line in the returned pipe stops it.
 
-    A line written to the pipe stops the new process. It is orphaned on purpose, since Ray kills the children
-    of a worker but not vLLM's engine process, which would survive.
+    The new process is orphaned on purpose. Ray kills only a worker's children, so vLLM's engine would survive.
     """
     reader, writer = os.pipe()
     command = ["/bin/sh", "-c", REAPER, "sh", str(group)]

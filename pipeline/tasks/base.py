@@ -93,10 +93,7 @@ class Task:
         return {}, "off_schema"
 
     def read_row(self, item: Any, frame: Frame | None = None) -> tuple[dict[str, Any], str | None]:  # noqa: ARG002
-        """Convert one row of a reply to columns, and return them with an error or None.
-
-        `frame` is the frame of the image, for converting boxes.
-        """
+        """Return the columns of one row of a reply, and an error or None. `frame` is for converting boxes."""
         item = _with_texts(item)
         if not _is_readable(item):
             return {}, "off_schema"

@@ -40,10 +40,7 @@ def seen_size(frame: Frame) -> tuple[int, int]:
 
 
 def place_box(row: dict[str, Any], name: str, frame: Frame, coordinates: str) -> str | None:
-    """Convert the box in a field of `row` to pixels of the upright image, in place. Return an error or None.
-
-    A box is (left, top, right, bottom).
-    """
+    """Convert a box (left, top, right, bottom) in `row` to pixels of the upright image. Return any error."""
     across, down = (THOUSAND, THOUSAND) if coordinates == "thousandths" else seen_size(frame)
     sides = (frame.width_px / across, frame.height_px / down) * 2
     limits = (frame.width_px, frame.height_px) * 2

@@ -22,10 +22,7 @@ class Answer(Output):
 
 
 class ClaimProbes(Output):
-    """One claim, with a question that expects yes and an opposite question that expects no.
-
-    Two questions expose models that always give the same answer.
-    """
+    """One claim, with a question that expects yes. The opposite question exposes models that always say yes."""
 
     claim: Line
     question: Line

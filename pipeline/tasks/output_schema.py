@@ -61,10 +61,7 @@ class UnusableSchemaError(ValueError):
 
 
 def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
-    """Return the JSON schema of an output, and the pydantic model, or None if the output is a schema.
-
-    Raises ConfigError if the output cannot be loaded.
-    """
+    """Return the schema of an output, and its pydantic model if it has one. Raises ConfigError if this fails."""
     try:
         if output.lstrip().startswith("{"):
             return json.loads(output), None
@@ -92,8 +89,6 @@ def code_digest(output: str) -> str | None:
 
 @dataclass(slots=True)
 class _Position:
-    """The position of a part within a schema."""
-
     defs: Schema
     path: str = "output"
     depth: int = 0

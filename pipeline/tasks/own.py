@@ -1,8 +1,7 @@
 """Custom tasks, built from their settings (config.TaskConfig).
 
-Tasks of the kinds `caption` and `question` add captions and questions to those of the built-in tasks. Tasks
-of other kinds fill a column that has the task's name. Until the rows of a version are written, the values of
-this column are JSON in `record` (tables.ANNOTATION).
+Tasks of the kinds `caption` and `question` add to the texts of built-in tasks. Other tasks fill a column that
+has the task's name. Until a version is written, its values are JSON in `record` (tables.ANNOTATION).
 """
 
 import json
@@ -324,10 +323,7 @@ def _field_of(settings: TaskConfig, item: Schema) -> str | None:
 
 
 def _check_kind(settings: TaskConfig, value: Schema) -> str | None:
-    """Return the name of the box field, or None if the kind has no boxes.
-
-    Raises UnusableSchemaError if the settings or the schema do not fit the kind.
-    """
+    """Return the box field, or None. Raises UnusableSchemaError if settings or values do not fit the kind."""
     kind, form = settings.kind, value["type"]
     names = value["properties"] if form == "object" else {}
     if kind in ("caption", "text") and form != "string":

@@ -148,7 +148,6 @@ def _reply_shape(task: Task) -> dict[str, str]:
 
 
 def _source_of(task: Task, folders: Folders, own_styles: StyleTexts, style: str | None) -> tuple[str, str]:
-    """Return the name and source of the template for a task or custom style."""
     if task.own_prompt:
         return task.name, task.own_prompt
     text = dict(own_styles).get(style or "") if task.has_styles else None
@@ -159,10 +158,7 @@ def _source_of(task: Task, folders: Folders, own_styles: StyleTexts, style: str 
 
 @cache
 def names_in(source: str, variable: str) -> frozenset[str]:
-    """Return all names N that a template reads from a variable, as in `row.N` or `row["N"]`.
-
-    Raises TemplateError if the template is invalid.
-    """
+    """Return the names that a template reads from a variable, as in `row.NAME`. Raises TemplateError."""
 
     def is_variable(node: nodes.Node) -> bool:
         return isinstance(node, nodes.Name) and node.name == variable
@@ -245,8 +241,7 @@ class _PromptEnvironment(ImmutableSandboxedEnvironment):
 
 @cache
 def _environment() -> Environment:
-    # Prompts are plain text, so HTML is not escaped. They may come from an untrusted source, so the
-    # environment is sandboxed.
+    # Prompts are plain text, so HTML is not escaped. They are sandboxed, since their source may be untrusted.
     environment = _PromptEnvironment(
         undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, autoescape=False
     )

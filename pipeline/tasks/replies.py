@@ -44,10 +44,7 @@ def parse_reply(
 def find_flaw(
     request: Request, reply: Reply, tasks: Tasks = BUILT_IN, frame: Frame | None = None
 ) -> str | None:
-    """Return the first error in a reply, or None if any annotation in the reply is valid.
-
-    For custom tasks, a reply with an empty list of rows is usable too.
-    """
+    """Return the first error in a reply, or None if it has a valid annotation or an allowed empty list."""
     task, pages = tasks[request.task], max(1, len(request.images))
     rows = read_fields(task, reply, frame)
     flaws = [error or find_broken_rule(task, values, pages) for values, error in rows]

@@ -50,10 +50,7 @@ def on_one_line(text: str) -> str:
 
 
 def markdown(value: object) -> object:
-    """Escape a value for a line of Markdown, so that it has no markup, links or line breaks.
-
-    Numbers are returned unchanged.
-    """
+    """Escape a value for a line of Markdown, so that it has no markup or links. Numbers stay unchanged."""
     if isinstance(value, Markdown | int | float):
         return value
     text = _MARKUP.sub(r"\\\1", html.escape(on_one_line(str(value)), quote=False))

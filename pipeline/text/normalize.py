@@ -1,8 +1,7 @@
 """Normalize text: white space, words, openings without content, and keys that ignore case and punctuation.
 
 Texts are never compared by string similarity, since captions that differ in one decisive word (red, two,
-left) are similar strings with different meanings. Instead, content words in order are compared
-(content_keys.py).
+left) are similar strings with different meanings. content_keys.py compares their content words instead.
 """
 
 import html
@@ -19,8 +18,7 @@ _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 # Zero-width spaces, direction marks and soft hyphens.
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff\u00ad]")
 _NOISE = re.compile(r"[\W_]+")
-# Translation tables, which are faster than the patterns for ASCII text. They map letters to lower case, and
-# all characters but letters and digits to spaces.
+# Tables that map ASCII letters to lower case, and punctuation to spaces. They are faster than the patterns.
 _KEY = bytes(
     ord(chr(code).lower()) if chr(code).isalnum() and code < 128 else ord(" ") for code in range(256)
 )
@@ -108,9 +106,6 @@ def strip_opening(text: str) -> str:
 
 
 def map_distinct(texts: pa.ChunkedArray, function: Callable[[str], str]) -> pa.Array:
-    """Apply a function once to each distinct text in a column, and return one result per row.
-
-    Null stays null.
-    """
+    """Apply a function once to each distinct text in a column. Return a result per row. Null stays null."""
     encoded = texts.combine_chunks().dictionary_encode()
     return pa.array(map(function, encoded.dictionary.to_pylist()), pa.string()).take(encoded.indices)

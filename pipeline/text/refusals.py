@@ -3,8 +3,7 @@
 import re
 from collections.abc import Collection
 
-# Requests with matching replies are sent again, so the pattern is narrow. If it changes, earlier requests may
-# be repeated.
+# Requests with matching replies are sent again, so the pattern is narrow. A change may repeat old requests.
 _DECLINED = re.compile(
     r"\s*(?:i(?:'m| am) (?:sorry|unable|not able)|sorry,|i apologi[sz]e|as an ai|i (?:can(?:no|')t|won't))\b",
     re.IGNORECASE,

@@ -28,10 +28,7 @@ OUTCOMES = pa.schema([("id", pa.int64()), ("outcome", pa.binary())])
 
 
 class ClusterOptions(NamedTuple):
-    """The address of a cluster, and the numbers of shards and workers.
-
-    If the address is None, uses RAY_ADDRESS or starts a cluster on this machine.
-    """
+    """Options for a run on a cluster. Without an address, uses RAY_ADDRESS or starts a local cluster."""
 
     address: str | None = None
     shards: int | None = None
@@ -95,9 +92,9 @@ def open_cluster(address: str | None) -> Iterator[None]:
 def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> WorkerPlan:
     """Plan the workers that send requests. `wanted` overrides the default number of workers.
 
-    By default, there is one worker per GPU if workers start servers, one per node if they load models
-    otherwise, and one per CPU except one if they load no model. One CPU stays free for Ray's reading tasks.
-    Raises ClusterError if the workers do not fit on the cluster.
+    By default, there is one worker per GPU if workers start servers there, one per node if they load models
+    otherwise, and one per CPU if they load no model. One CPU stays free for Ray's reading tasks. Raises
+    ClusterError if the workers do not fit on the cluster.
     """
     import ray
 
@@ -126,9 +123,8 @@ def map_on_cluster(
     """Apply a function to every index below `count` on the cluster, and return the results in order.
 
     `work` is pickled, and called again if its worker dies. With `workers`, each worker keeps a copy of `work`
-    for all its indices, and exits it at the end if it is a context manager. `report` is called with the
-    number of finished indices. Raises the first SynthError that a worker raised, or ClusterError if workers
-    die repeatedly.
+    for all its indices, and exits it at the end if it is a context manager. `report` gets the number of
+    finished indices. Raises the first SynthError of a worker, or ClusterError if workers die repeatedly.
     """
     import ray.data
     import ray.exceptions as lost

@@ -120,10 +120,7 @@ class ShardedRun:
         return self.plan.dataset.path
 
     def enter(self) -> None:
-        """Change to the command's working directory on a worker.
-
-        Raises ClusterError if the files that the settings name differ from those of the command.
-        """
+        """Change to the command's working directory. Raises ClusterError if a worker sees other files."""
         try:
             os.chdir(self.working_dir)
         except OSError as error:

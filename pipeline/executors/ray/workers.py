@@ -97,10 +97,7 @@ def _read_samples(run: ShardedRun, index: int, rejected: list[dict[str, Any]]) -
 
 
 def _limit(run: ShardedRun, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | Rejected]:
-    """Yield rows until there are `limit` distinct images that are not excluded.
-
-    If the limit is reached, records whether the source has more rows.
-    """
+    """Yield rows up to `limit` distinct images without excluded ones. Record whether the source has more."""
     limit = run.config.limit
     if limit is None or run.readers > 1:
         yield from rows
@@ -158,7 +155,6 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         self.run, self.works = run, works
 
     def __exit__(self, *error: object) -> None:
-        """Close the engine, which stops a server that was started."""
         self._stack.close()
 
     def __call__(self, index: int) -> FillResult:
@@ -242,11 +238,10 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
 
 @contextmanager
 def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
-    """Yield a folder on this node for filling a shard. It has all stored replies.
+    """Yield a folder on this node for filling a shard, with all stored replies. Upload the replies at the end.
 
-    Uploads the replies periodically and at the end. A lock keeps other workers on this node out, and the
-    files of a killed worker are reused. Since an abandoned worker may still run on another node, each worker
-    uploads its journal under a new name.
+    A lock keeps other workers on this node out, and the files of a killed worker are reused. Each worker
+    uploads its journal under a new name, since an abandoned worker may still run on another node.
     """
     stored = run.shard(index).journal.parent
     shard, saved = run.scratch_shard(index), stored / f"{uuid4().hex[:8]}.sqlite"
@@ -307,7 +302,6 @@ def save_journal(shard: DatasetDir, path: Path) -> None:
 
 
 def _fetch_journal(path: Path, shard: DatasetDir) -> None:
-    """Add the replies in a stored journal to the journal of a shard."""
     with local_copy(path) as copy:
         if shard.journal.exists():
             with Journal(shard.journal) as journal:
