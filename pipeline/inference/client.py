@@ -125,7 +125,7 @@ class InFlight:
     ends_at: float | None = None  # deadline for the requests in flight after an error
 
     def next_request(self) -> Request | None:
-        """Return the next request, or None if there is none now. Records SENT_BATCH requests at once as sent."""
+        """Return the next request, or None if there is none now. Records SENT_BATCH requests at once."""
         if not self.recorded:
             if not self.taken:
                 self.taken.extend(self.source.take())

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Pace:
-    """Enforces the rate limits of a server. Tokens are known when a reply arrives, and delay later requests."""
+    """Enforces rate limits of a server. Tokens are known only after a reply, so they delay later requests."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
@@ -220,7 +220,7 @@ async def status_of(
 
 
 class Endpoints(list[Endpoint]):
-    """The servers of a run, all up at first. `failure` returns an error if synth's own servers have failed."""
+    """The servers of a run, all up at first. `failure` returns an error if synth's own servers failed."""
 
     def __init__(
         self,

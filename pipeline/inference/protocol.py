@@ -443,7 +443,7 @@ class RetryState:
         return self.crashes >= MAX_CRASHES
 
     def after_busy(self, stated_s: float | None) -> float | None:
-        """Return the seconds to wait after a busy answer, or None to give up. `stated_s`: asked for by it."""
+        """Return the seconds to wait after a busy answer, which may state a wait, or None to give up."""
         now = monotonic()
         self._busy_until = self._busy_until or now + self.patience_s
         if now > self._busy_until:

@@ -521,9 +521,9 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _start_reaper(group: int) -> int:
-    """Start a process that kills a process group when this process ends. A line in the returned pipe stops it.
+    """Start a process that kills a process group when this process ends. Return a pipe that stops it.
 
-    The new process is orphaned on purpose. Ray kills only a worker's children, so vLLM's engine would survive.
+    The new process is orphaned on purpose. Ray kills only a worker's children, and vLLM's engine survives.
     """
     reader, writer = os.pipe()
     command = ["/bin/sh", "-c", REAPER, "sh", str(group)]

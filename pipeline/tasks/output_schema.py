@@ -61,7 +61,7 @@ class UnusableSchemaError(ValueError):
 
 
 def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
-    """Return the schema of an output, and its pydantic model if it has one. Raises ConfigError if this fails."""
+    """Return the schema of an output, and its pydantic model or None. Raises ConfigError if loading fails."""
     try:
         if output.lstrip().startswith("{"):
             return json.loads(output), None
