@@ -114,7 +114,7 @@ class CircuitBreaker:
     _last: str = ""
 
     def add(self, reply: Reply, flaw: str | None) -> None:
-        """Add the first reply to a request. `flaw` says why the reply is unusable, or is None."""
+        """Add the first reply to a request. `flaw` is the reason if the reply is unusable, or else None."""
         self._flaws.append(flaw)
         if flaw:
             self._last = reply.text

@@ -245,7 +245,7 @@ class Endpoints(list[Endpoint]):
         """Return the server that last got a request about this sample, or else the least loaded one.
 
         A server that must wait is not used again for the sample. Remembers the last `max_remembered` samples.
-        If all servers are down, waits up to `startup_timeout_s`, and raises EngineError if none comes up.
+        If all servers are down, waits up to `startup_timeout_s`, and raises EngineError if they stay down.
         """
         while not (up := [endpoint for endpoint in self if endpoint.is_up.is_set()]):
             await self._wait_for_any()
@@ -326,7 +326,7 @@ class Endpoints(list[Endpoint]):
 
 
 def _proxy_of(url: str) -> str | None:
-    """Return the proxy that the environment sets for an address. Local and private addresses use none.
+    """Return the proxy that the environment sets for an address, or None. Private addresses use no proxy.
 
     Replaces aiohttp's `trust_env`, which also sends ~/.netrc passwords, and fails for requests with a key.
     """

@@ -130,7 +130,7 @@ class Dialect:
     format: str = FORMATS[0]
 
     def after_refusal(self, message: str) -> "Dialect | None":
-        """Return the dialect without the optional fields in a refusal message, or None if it names none."""
+        """Return the dialect without the optional fields that a refusal names, or None without such fields."""
         names = {
             name
             for name in OPTIONAL_FIELDS
@@ -143,7 +143,7 @@ class Dialect:
         return None
 
     def looser(self) -> "Dialect | None":
-        """Return the dialect with the next less strict response format, or None if there is none."""
+        """Return the dialect with the next less strict response format, or None after the last one."""
         position = FORMATS.index(self.format) + 1
         return replace(self, format=FORMATS[position]) if position < len(FORMATS) else None
 

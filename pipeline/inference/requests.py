@@ -158,7 +158,7 @@ def build_requests(
 
 
 def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request]:
-    """Return the requests with the images that they show. Reads no images if none are shown."""
+    """Return the requests with the images that they show. Reads images only if a request shows them."""
     if not any(request.shows_image for request in requests):
         return list(requests)
     images = dict(zip(batch.ids, batch.read_images(), strict=True))

@@ -1,4 +1,4 @@
-"""Parse replies into annotations. An unreadable reply becomes a row with an error, so that none is lost."""
+"""Parse replies into annotations. An unreadable reply becomes a row with an error."""
 
 import json
 from typing import Any
@@ -84,7 +84,7 @@ def _value(row: dict[str, Any]) -> Any:
 
 
 def object_within(text: str) -> dict[str, Any] | None:
-    """Return the first JSON object in a text, or None if there is none. Ignores text before </think>."""
+    """Return the first JSON object in a text, or None. Ignores the text before the last </think>."""
     text = text.rpartition("</think>")[2]
     position = -1
     for _ in range(MAX_BRACES):

@@ -52,8 +52,8 @@ _GREEK_SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03f
 def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
     """Return the ISO 639 code of a text's language and the confidence. The code is None for short texts.
 
-    A text of English words is English if none of the words is frequent in another language. Only other texts
-    are passed to the detector, which is slower and takes "A traveler on a snowy road" for Polish.
+    A text of English words is English unless it has words that are frequent in another language. Only other
+    texts are passed to the detector, which is slower and takes "A traveler on a snowy road" for Polish.
     """
     if len(words) < MIN_WORDS:
         return None, 0.0
