@@ -125,7 +125,7 @@ class InFlight:
     ends_at: float | None = None  # deadline for the requests in flight after an error
 
     def next_request(self) -> Request | None:
-        """Return the next request, or None if there is no request now. Records SENT_BATCH requests at once."""
+        """Return the next request, or None if the source has no request now. Records requests as sent."""
         if not self.recorded:
             if not self.taken:
                 self.taken.extend(self.source.take())
@@ -469,7 +469,7 @@ class Client:
         return (403,) if len(self._endpoints) > 1 else (403, 404)
 
     def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
-        """Count a refusal. Raises EngineError if the server only refused requests so far, and many of them."""
+        """Count a refusal. Raises EngineError after many refusals if the server never answered a request."""
         endpoint.refused += 1
         has_answered = endpoint.answered or (len(self._endpoints) == 1 and in_flight.source.answered())
         if endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not has_answered:

@@ -130,7 +130,7 @@ class Dialect:
     format: str = FORMATS[0]
 
     def after_refusal(self, message: str) -> "Dialect | None":
-        """Return the dialect without the optional fields that a refusal names, or None without such fields."""
+        """Return the dialect without the fields that a refusal message names, or None without such fields."""
         names = {
             name
             for name in OPTIONAL_FIELDS

@@ -258,7 +258,7 @@ def _compiled(source: str) -> Template:
 
 
 def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
-    """Raise ConfigError if a prompt folder does not exist, has unknown prompts, or lacks prompts of `tasks`."""
+    """Raise ConfigError if a prompt folder is missing, has unknown prompts, or has no prompt of `tasks`."""
     if not folder.is_dir():
         raise ConfigError(
             f"no folder of prompts at {folder}", hint="correct generate.prompt_dir, or leave it out"
