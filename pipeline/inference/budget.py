@@ -60,10 +60,9 @@ class Budget:
         self._run_cost += cost
 
     def room(self, unanswered: int) -> int | None:
-        """Return how many more requests may be sent while `unanswered` ones are in flight. None: no limit.
+        """Return how many requests may be sent while `unanswered` ones are in flight, or None without a limit.
 
-        Assumes that each request costs the mean of this run. Before the first reply of this run, uses the
-        mean of earlier runs, or else a default.
+        Assumes the mean cost per request of this run, or at first of earlier runs, or else a default cost.
         """
         server = self.server
         rooms = [] if server.max_requests is None else [server.max_requests - self.requests]
@@ -105,8 +104,7 @@ class Budget:
 class CircuitBreaker:
     """Stops a run if more than `max_failure_frac` of the last WINDOW_REPLIES replies are unusable.
 
-    Only the first reply to each request in this run counts. Replies to retries are worse than average, since
-    only difficult requests are retried.
+    Only the first reply to each request in this run counts, since only difficult requests are retried.
     """
 
     max_failure_frac: float

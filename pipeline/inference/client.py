@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 
 class Concurrency:
-    """Limits the number of requests in flight: to the user's value (`fixed`), or by the servers' load.
+    """Limits the number of requests in flight, either to the user's value (`fixed`) or by the servers' load.
 
     Each server should always have a few waiting requests, but not many, since they are all repeated after a
     crash. A busy answer lowers even the user's limit for a while. `server_requests` is the total batch size
@@ -263,7 +263,6 @@ class Client:
         stack.push_async_callback(cancel_tasks, {poller})
 
     def _set_cache_size(self) -> None:
-        """Make the image cache large enough for all requests that may be in flight."""
         self._images.keep = self._concurrency.limit + 64
 
     # --- requests in flight

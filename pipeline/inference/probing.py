@@ -41,7 +41,7 @@ class ServedModel(NamedTuple):
 def find_model(
     urls: Sequence[str], wanted: str | None, server: ServerConfig, key_name: str | None = None
 ) -> tuple[str, str]:
-    """Return the served name and the revision of the model `wanted`. None: the server must serve one model.
+    """Return a model's served name and revision. `wanted` may be None if the server has only one model.
 
     `synth serve` appends the revision to the name. For other servers, the revision is a digest of name and
     root, since several models may share a suffix such as @q4_k_m. Raises EngineError if no server answers, or
@@ -135,8 +135,7 @@ async def prepare_servers(
 ) -> None:
     """Call `prepare` for all servers, and `retire` for each server that refuses all requests.
 
-    Servers that are down or slow are prepared later, before their first request. Raises EngineError if no
-    server is up.
+    Prepares servers that are down or slow at their first request. Raises EngineError if no server is up.
     """
     timeout_s = LEARN_SECONDS if len(endpoints) > 1 else None
     prepared = (asyncio.wait_for(prepare(endpoint), timeout_s) for endpoint in endpoints)

@@ -34,7 +34,7 @@ MAX_BODY_BYTES = 8_000_000  # for lists of models and pages of metrics
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000
 MAX_ENVELOPE_BYTES = 1_000_000  # for an answer without the reply text: ids, usage, reasoning
-# A token has about 4 characters. A reply with over 64 per token ignores its limit. JSON escapes have 6 bytes.
+# A token has about 4 characters. A reply with over 64 per token breaks its limit. A JSON escape has 6 bytes.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
 MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
@@ -163,8 +163,7 @@ PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
 def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -> bytes:
     """Return the body of a chat request. `images` is the JSON of the image parts.
 
-    If the server does not enforce schemas, the prompt includes the schema. No seed is sent, since a seed
-    crashes vLLM's CPU engine.
+    If the server enforces no schemas, the prompt has the schema. A seed would crash vLLM's CPU engine.
     """
     if not dialect.is_vllm:
         images = _UUID.sub(b"", images)
@@ -183,8 +182,7 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
 def probe(model: str, dialect: Dialect = VLLM, max_tokens: int = PROBE_TOKENS) -> bytes:
     """Return the body of a text-only request that tests whether a server enforces schemas.
 
-    The schema allows a single reply, which the prompt does not ask for. The request has all optional fields,
-    so that the server refuses unsupported fields before the first real request.
+    The schema allows one reply, which the prompt does not ask for. All optional fields are sent to test them.
     """
     properties = {"word": {"type": "string", "enum": [_PROBE_WORD]}}
     schema = {"type": "object", "properties": properties, "required": ["word"], "additionalProperties": False}
@@ -238,7 +236,7 @@ class Answer(NamedTuple):
 
     @property
     def is_cut_before_text(self) -> bool:
-        """Whether the model used all tokens before it wrote any text, such as for thinking."""
+        """Whether the model used up all tokens before it wrote any text, for example by thinking."""
         return self.finish_reason == "length" and not self.text.strip()
 
 
@@ -261,8 +259,7 @@ def parse_answer(body: bytes) -> Answer | None:
 def read_reply(request: Request, body: bytes, keys: Sequence[str] = ()) -> Reply:
     """Return the reply in the body of an answer.
 
-    Text that is too long for the requested token limit is cut, and gets the finish reason "length". Raises
-    BadAnswerError if the body holds no reply.
+    Text that is too long for the token limit is cut. Raises BadAnswerError if the body holds no reply.
     """
     answer = parse_answer(body)
     if answer is None:

@@ -130,7 +130,7 @@ class RequestQueue:
         self._breaker = CircuitBreaker(server.max_failure_frac)
         self._new: list[Request] = []
         self._retries: list[Request] = []
-        self._resumed: set[str] = set()  # ids of retries after an earlier run's reply, without a new reply
+        self._resumed: set[str] = set()  # ids of requests that retry an earlier run's reply, until answered
         self._open: dict[str, Request] = {}  # requests by id that were taken and have no reply
         self._answered = False
 
@@ -151,8 +151,7 @@ class RequestQueue:
     def take(self) -> list[Request]:
         """Return new requests of a chunk, or else retries, as many as the budget allows.
 
-        All returned requests have the same attempt number, so that batches are the same in interrupted and
-        uninterrupted runs.
+        All have the same attempt number, so that interrupted runs have the same batches as other runs.
         """
         if not self.has_work():
             return []
@@ -337,7 +336,7 @@ def last_reply(request: Request, journal: Journal) -> Reply:
 def read_results(
     sample_id: str, plan: RequestPlan, journal: Journal, context: Context = ()
 ) -> dict[str, str]:
-    """Return the results that the journal has and custom tasks need for a sample, as JSON by name."""
+    """Return the journal's results about a sample that custom tasks need, as JSON by result name."""
     results: dict[str, str] = {}
     for pairs in plan.rounds if plan.needed else ():
         needed = [pair for pair in pairs if result_name(*pair) in plan.needed]

@@ -272,8 +272,7 @@ def shared_fields(
 ) -> tuple[dict[str, Any], str]:
     """Return the request fields that all images share, and a digest of everything else that affects a reply.
 
-    Do not rename the keys of the digest. That would change all request ids, so that every reply would be
-    paid for again.
+    Renaming the keys of the digest would change all request ids, and all replies would be paid for again.
     """
     prompt = render(task, prompt_dirs, own_styles=generate.style_prompts, **values)
     identity = {

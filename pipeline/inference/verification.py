@@ -44,7 +44,7 @@ class Check(NamedTuple):
 def checks_of(
     row: dict[str, Any], config: VerifyConfig, claims: Sequence[Claim] | None = None
 ) -> list[Check]:
-    """Return the checks of an annotation, in order. `row` has the columns tables.ANNOTATION and FILTERED.
+    """Return the checks of an annotation, in order. `row` has the columns of tables.ANNOTATION and FILTERED.
 
     `claims` are a caption's claims as split by the model. If None, rules for drawn scenes extract the claims.
     """

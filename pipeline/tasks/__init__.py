@@ -19,7 +19,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (*SELECTABLE, *CHECKING)}
 
 
 class Tasks:
-    """The built-in and custom tasks of a run by name. `own` are custom, and `asked` are asked per image.
+    """The tasks of a run by name. `own` are the custom tasks, and `asked` are asked about every image.
 
     Raises ConfigError if a name is unknown, or if the settings of a custom task contradict each other.
     """

@@ -82,7 +82,7 @@ class Task:
         return {name: columns.get(name) for name in self.row.model_fields}
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply, or None without rows. The reply may be a bare list of rows."""
+        """Return the rows of a parsed reply, which may be a bare list, or None if the reply has no rows."""
         rows: Any = [reply]
         if self.rows_field:
             rows = reply.get(self.rows_field) if isinstance(reply, dict) else reply

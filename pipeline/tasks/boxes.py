@@ -13,7 +13,7 @@ from pipeline.images.decode import scaled_size
 BOX_FIELDS = ("bbox_2d", "bbox", "box")  # Qwen2.5-VL was trained on bbox_2d
 PATCH_PX = 28  # two merged patches of 14 px
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 12_845_056  # limits in Qwen2.5-VL's processor
-MAX_OUTSIDE_FRAC = 0.02  # of the width or height. Boxes that exceed the image by more are rejected, not cut
+MAX_OUTSIDE_FRAC = 0.02  # of the width or height. Boxes further outside are rejected, and others are cut
 THOUSAND = 1000
 OUTSIDE, EMPTY = "box_outside_image", "box_empty"
 
@@ -40,7 +40,7 @@ def seen_size(frame: Frame) -> tuple[int, int]:
 
 
 def place_box(row: dict[str, Any], name: str, frame: Frame, coordinates: str) -> str | None:
-    """Convert a box (left, top, right, bottom) in `row` to pixels of the upright image. Return any error."""
+    """Convert a box (left, top, right, bottom) to pixels of the upright image. Return an error or None."""
     across, down = (THOUSAND, THOUSAND) if coordinates == "thousandths" else seen_size(frame)
     sides = (frame.width_px / across, frame.height_px / down) * 2
     limits = (frame.width_px, frame.height_px) * 2

@@ -1,7 +1,6 @@
 """Convert human captions and questions to annotations of the tasks `caption` and `qa` (`deck_qa` for decks).
 
-These annotations pass through the same steps as a model's. Their `prompt_id` is `human`, and captions also
-have the style `human`.
+They pass through the same steps as a model's annotations. The `prompt_id` and the caption style are `human`.
 """
 
 from collections import Counter
@@ -25,9 +24,8 @@ def human_annotations(
 ) -> tuple[dict[str, Any], ...]:
     """Return human captions and questions as annotations (tables.ANNOTATION).
 
-    `questions` have the fields tables.QUESTION_OF_PEOPLE. Questions without an answer are left out.
-    `deck_pages` is the number of pages if the sample is a deck. A question that names no evidence pages gets
-    all pages.
+    `questions` have the fields of tables.QUESTION_OF_PEOPLE. Questions without an answer are left out. For a
+    deck, `deck_pages` is the number of pages, and questions without evidence pages get all pages.
     """
     task = "qa" if deck_pages is None else "deck_qa"
     pages = list(range(1, (deck_pages or 0) + 1))

@@ -41,7 +41,7 @@ End of the notes.
 
 
 class Values:
-    """Named values for a template, which can only read them: as `row.title` or `row["title"]`."""
+    """Named values that a template reads as `row.title` or `row["title"]`. Nothing else is accessible."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
@@ -158,7 +158,7 @@ def _source_of(task: Task, folders: Folders, own_styles: StyleTexts, style: str 
 
 @cache
 def names_in(source: str, variable: str) -> frozenset[str]:
-    """Return the names that a template reads from a variable, as in `row.NAME`. Raises TemplateError."""
+    """Return the names that a template reads from a variable (row.NAME). Raises TemplateError if invalid."""
 
     def is_variable(node: nodes.Node) -> bool:
         return isinstance(node, nodes.Name) and node.name == variable
@@ -176,7 +176,7 @@ def check_names(
     own_styles: StyleTexts = (),
     style: str | None = None,
 ) -> None:
-    """Raise ConfigError if a prompt uses an unmapped column, or other results than its task needs."""
+    """Raise ConfigError if a prompt uses unmapped columns, or not exactly the results that its task needs."""
     name, source = _source_of(task, folders, own_styles, style)
     try:
         unknown, results = sorted(names_in(source, "row") - {*columns}), names_in(source, "results")

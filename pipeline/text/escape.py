@@ -11,7 +11,7 @@ MAX_SHOWN_CHARACTERS = 2000
 # Characters that move the cursor, change the text direction, or are invisible. Joiners (200c, 200d) are
 # allowed, since some scripts and emoji need them.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
-# Such characters in a terminal, where line breaks and tabs are allowed.
+# The characters to escape for a terminal, where line breaks and tabs are allowed.
 _TERMINAL_CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )

@@ -70,8 +70,8 @@ _ANYWHERE = (
 )
 _BEGINS = re.compile(rf"\s*(?:unfortunately,? )?(?:{'|'.join(_BEGINNINGS)})", re.IGNORECASE)
 _SAYS = re.compile("|".join(_ANYWHERE), re.IGNORECASE)
-# Every match of _BEGINS and _SAYS has one of these words. Few captions have one, so that testing for them
-# first makes the search 9 times faster.
+# Every match of _BEGINS and _SAYS has one of these words. Few captions have them, so testing for them first
+# makes the search 9 times faster.
 _HINTS = """
 sorry afraid unable able apology apologies apologize apologise can can't can\u2019t cant cannot could couldn't
 couldn\u2019t won't won\u2019t don't don\u2019t doesn't doesn\u2019t didn't didn\u2019t hasn't hasn\u2019t not

@@ -145,8 +145,7 @@ def open_executor(
 ) -> Iterator[RayExecutor]:
     """Open a cluster and the dataset folder for a run over shards. `steps` are the names of all steps.
 
-    The folder must be in an object store or on a file system that all nodes share. Raises SynthError if the
-    run cannot start.
+    The folder is in an object store or on a shared file system. Raises SynthError if the run cannot start.
     """
     config, source, engine = plan.config, plan.source, plan.engine
     assert source is not None

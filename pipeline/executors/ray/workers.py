@@ -97,7 +97,7 @@ def _read_samples(run: ShardedRun, index: int, rejected: list[dict[str, Any]]) -
 
 
 def _limit(run: ShardedRun, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | Rejected]:
-    """Yield rows up to `limit` distinct images without excluded ones. Record whether the source has more."""
+    """Yield rows up to `limit` distinct images that are not excluded. Record if the source has more."""
     limit = run.config.limit
     if limit is None or run.readers > 1:
         yield from rows
@@ -278,9 +278,9 @@ def forget_scratch(shard: DatasetDir) -> None:
 
 
 def upload_steps(run: ShardedRun, index: int, shard: DatasetDir) -> str:
-    """Upload the new images and the step files of a shard.
+    """Upload the new images and the step files of a shard. Return the folder of the step files in `shards`.
 
-    Returns the folder of the step files below `shards`, which has a new name that no abandoned worker uses.
+    The folder has a new name, which no abandoned worker uses.
     """
     name = f"{index:05d}/{uuid4().hex[:8]}"
     images = ImageStore(run.images_folder(index))
