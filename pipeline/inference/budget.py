@@ -60,7 +60,7 @@ class Budget:
         self._run_cost += cost
 
     def room(self, unanswered: int) -> int | None:
-        """Return how many requests may be sent while `unanswered` ones are in flight, or None without a limit.
+        """Return how many requests may be sent besides `unanswered` ones in flight, or None without a limit.
 
         Assumes the mean cost per request of this run, or at first of earlier runs, or else a default cost.
         """

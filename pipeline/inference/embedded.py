@@ -239,8 +239,7 @@ class GrammarChooser(LogitsProcessor):
         chosen_B = allowed_BV.argmax(-1)
         rows_R = (self._temperatures > 0).nonzero().flatten()
         if len(rows_R):
-            # Inverse transform sampling: choose the first token whose cumulative probability exceeds a
-            # uniform random number.
+            # Inverse transform sampling: the first token with cumulative probability above a uniform number.
             scores_RV = allowed_BV[rows_R] / self._temperatures[rows_R, None]
             cumulative_RV = scores_RV.double().softmax(-1).cumsum(-1)
             uniform_R = torch.tensor(

@@ -113,9 +113,8 @@ def choose_judge(
 ) -> EngineChoice:
     """Choose the judge that the setting `verify.judge` (MODEL@URL) names.
 
-    Raises ConfigError if it names no server, or if the judge has the revision or name of the writing model
-    without `verify.judge_may_be_writer`. Raises EngineError if the server does not answer or does not serve
-    the model.
+    Raises ConfigError if it names no server, or if the judge is the writer (by revision or name) and must not
+    be. Raises EngineError if the server does not answer or does not serve the model.
     """
     from pipeline.inference.client import Client
     from pipeline.inference.endpoints import JUDGE_KEY

@@ -314,9 +314,8 @@ def without_keys(text: str, keys: Sequence[str]) -> str:
 class RequestImages:
     """Encodes the images of requests in flight, only once for all requests about the same images.
 
-    Caches the last `keep` sets of images. If `media` is given, writes images to files in this folder, and
-    sends file:// URLs. Scales each image down to `max_pixels`, and all images of a request together to
-    `max_sample_pixels`.
+    Caches the last `keep` sets of images. With `media`, writes images to files in this folder, and sends
+    file:// URLs. Scales images down to `max_pixels` each, and to `max_sample_pixels` per request.
     """
 
     def __init__(

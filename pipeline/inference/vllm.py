@@ -123,9 +123,8 @@ def plan_vllm_command(
 ) -> VllmCommand:
     """Choose the flags for serving a model (folder or Hub id). The user's flags override them.
 
-    A request may show one image, or up to MAX_PAGES pages with `decks`. `gpus` are entries of
-    CUDA_VISIBLE_DEVICES, and are empty for a CPU server. `cores` and `memory_gib` are this server's share of
-    the machine.
+    With `decks`, a request may show up to MAX_PAGES images instead of one. `gpus` are entries of
+    CUDA_VISIBLE_DEVICES, or () for a CPU server. `cores` and `memory_gib` are the server's share.
     """
     name = f"{Path(model).name}@{revision}"
     max_model_len = min(_context_length(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)

@@ -92,9 +92,8 @@ def open_cluster(address: str | None) -> Iterator[None]:
 def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> WorkerPlan:
     """Plan the workers that send requests. `wanted` overrides the default number of workers.
 
-    By default, there is one worker per GPU if workers start servers there, one per node if they load models
-    otherwise, and one per CPU if they load no model. One CPU stays free for Ray's reading tasks. Raises
-    ClusterError if the workers do not fit on the cluster.
+    By default, there is one worker per GPU if workers start servers there, or else one per node if they load
+    models, or else one per CPU. One CPU stays free for reading. Raises ClusterError if workers do not fit.
     """
     import ray
 

@@ -220,9 +220,8 @@ def scratch_root(root: Path) -> Path:
 def run_exclusively(run: ShardedRun, name: str, index: int, work: Callable[[], T]) -> T:
     """Call `work` while no other worker works on the same shard. `name` is the name of the work.
 
-    Object stores have no locks. An abandoned worker and its replacement write equal files there, or files
-    with different names. Raises ClusterError if more than MAX_DEATHS workers have died at this work, since
-    Ray would retry forever.
+    Object stores have no locks. There, an abandoned worker and its replacement write equal files, or files
+    with different names. Raises ClusterError after MAX_DEATHS deaths, since Ray would retry forever.
     """
     run.enter()
     shard, attempts = run.shard(index), run.attempts / f"{name}-{index}.json"
