@@ -102,7 +102,7 @@ class Journal:
             self._db.executemany("DELETE FROM asked WHERE request_id = ? AND times <= 0", ids)
 
     def keep(self, answered: Iterable[tuple[Request, Reply, str | None]]) -> None:
-        """Store replies durably, each with its request, and with the reason if the reply is unusable or None.
+        """Store replies durably. Each has its request, and the reason if the reply is unusable, or else None.
 
         An existing reply from a model is kept. A server error (types.UNANSWERED) is replaced.
         """

@@ -290,7 +290,7 @@ def _encodable(text: str) -> str:
 
 
 def error_message(body: bytes, keys: Sequence[str] = ()) -> str:
-    """Return the message in the body of an error response, without `keys`, on one line of 500 characters."""
+    """Return the message in an error response, without `keys`, on one line of at most 500 characters."""
     try:
         value = parse_json(body)
         value = value[0] if isinstance(value, list) and value else value  # Gemini wraps errors in a list
