@@ -1,4 +1,4 @@
-"""Run in one process: the dataset folder is the only shard, and every function is applied at once."""
+"""Run in one process. The dataset folder is the only shard, and each function is applied immediately."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,9 +21,9 @@ ShardWork = Callable[[DatasetDir, Services], None]
 
 
 class LocalExecutor:
-    """Apply functions in this process; see steps.base.Executor. Exiting it closes the source and the engine.
+    """Applies functions in this process (see steps.base.Executor). Exiting it closes the source and engine.
 
-    The caller holds the lock of the dataset folder.
+    The caller must hold the lock of the dataset folder.
     """
 
     def __init__(self, plan: Plan, stats: RequestStats, progress: Progress) -> None:
@@ -61,7 +61,7 @@ class LocalExecutor:
         work(self.dataset, self._services)
 
     def wait(self) -> None:
-        """See Executor. Frees the memory of the model, unless more images may be read."""
+        """See Executor. Unloads the model, unless more images may be read."""
         if self.plan.config.images is None:
             self._engine.close()
 
@@ -84,19 +84,19 @@ class LocalExecutor:
 
 
 def import_shard_replies(dataset: DatasetDir) -> None:
-    """Import the replies of cluster runs in the same folder."""
+    """Import the replies that cluster runs stored in the same dataset folder."""
     journals = sorted(dataset.path.glob("shards/*/journal/local.sqlite"))
     if journals:
         with Journal(dataset.journal) as journal:
             for path in journals:
-                # Merge the write-ahead log of a killed worker.
+                # Merge the write-ahead log that a killed worker may have left.
                 with Journal(path):
                     pass
                 journal.import_replies(path, "", "g")
 
 
 def forget_other_steps(shard: DatasetDir, names: Sequence[str]) -> None:
-    """Remove the files of steps that only an earlier run had: the report would show them."""
+    """Remove the files of steps that only an earlier run had, since the report would show them."""
     folder = shard.step_file(names[0]).parent.parent
     if not is_remote(folder) and folder.exists():
         for path in folder.iterdir():

@@ -1,4 +1,4 @@
-"""Messages about a run: its start, and warnings about lost rows with their reasons and remedies."""
+"""Messages about a run: the opening line, and warnings about rejected rows with reasons and remedies."""
 
 import re
 from collections import Counter
@@ -22,7 +22,7 @@ from pipeline.tasks import tasks_making
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
-# Versions with fewer rows often lack an image in some split.
+# Smaller versions get no warning about empty splits, since these are common.
 MIN_ROWS_FOR_SPLITS = 20
 SEE_REPORT = "`synth report` shows them"
 RETRY = "the same command sends them again"
@@ -35,16 +35,16 @@ UNANSWERED_MESSAGES = {
 
 
 def describe_engine(config: Config, choice: EngineChoice) -> str:
-    """Return where the model runs: the URLs of its servers, or its engine."""
+    """Return where the model runs: the URLs of its servers, or a description of the engine."""
     if config.base_url:
         return ", ".join(re.sub("//[^/@]*@", "//", url) for url in config.base_url)
     return "vLLM, started here" if choice.name == "vllm" else "in this process"
 
 
 def describe_start(plan: Plan) -> str:
-    """Return the opening line of a run: source, folder, tasks, model and prompts.
+    """Return the opening line of a run, with the source, folder, tasks, model and prompts.
 
-    Raises ConfigError or EngineError if the judge is not available: no request is sent before that.
+    Raises ConfigError or EngineError if the judge is not available, before any request is sent.
     """
     config, choice = plan.config, plan.engine
     assert choice is not None
@@ -62,7 +62,7 @@ def describe_start(plan: Plan) -> str:
 
 
 def describe_boxes(config: Config, model: str) -> Iterator[str]:
-    """Yield a note for each task that reads boxes in a unit that the model does not write."""
+    """Yield a note for each task that expects boxes in other units than the model writes."""
     family = find_family(model)
     for task in config.own_tasks if family else ():
         if family and task.kind == "boxes" and task.coordinates != family.boxes:
@@ -75,7 +75,7 @@ def describe_boxes(config: Config, model: str) -> Iterator[str]:
 def describe_warnings(
     steps: Sequence[Step], plan: Plan, version: Version, funnel: Sequence[StepSummary]
 ) -> list[str]:
-    """Return warnings about a finished run: lost rows, empty splits, and unanswered requests."""
+    """Return warnings about a finished run, such as rejected rows, empty splits and unanswered requests."""
     config = plan.config
     return [
         *describe_title(version, config),
@@ -87,7 +87,7 @@ def describe_warnings(
 
 
 def describe_title(version: Version, config: Config) -> Iterator[str]:
-    """Yield a warning if the version has the same rows and another title than the settings."""
+    """Yield a warning if the version keeps an earlier title, since its rows have not changed."""
     title = version.manifest.get("title")
     if config.title and title != config.title:
         kept = f"the title {title}" if title else "a card without a title"
@@ -97,7 +97,7 @@ def describe_title(version: Version, config: Config) -> Iterator[str]:
 def describe_losses(
     steps: Sequence[Step], funnel: Sequence[StepSummary], default_hint: str = SEE_REPORT
 ) -> Iterator[str]:
-    """Yield a warning for each step that rejected more than half of its rows: how many, why, and a remedy."""
+    """Yield a warning for each step that rejected more than half of its rows, with a reason and a remedy."""
     steps_by_name = {step.name: step for step in steps}
     for summary in funnel:
         step, rejected = steps_by_name.get(summary.step), dict(summary.rejected)
@@ -109,7 +109,7 @@ def describe_losses(
             )
         if step and step.is_choice:
             continue
-        # The texts of repeated images are kept.
+        # Repeated images are not counted, since their texts are kept.
         rows = summary.input - rejected.pop(REPEATED, 0)
         lost = sum(rejected.values())
         if 2 * lost > rows:
@@ -120,14 +120,14 @@ def describe_losses(
 
 
 def describe_missing(steps: Sequence[Step], plan: Plan, version: Version) -> Iterator[str]:
-    """Yield a warning for captions and for questions if all of a task were rejected."""
+    """Yield a warning for each task whose captions or questions were all rejected."""
     measured, config = version.manifest["measured"], plan.config
     missing: list[tuple[str, str]] = []
     if not measured.get("answers"):
         missing += [(task, "questions") for task in config.tasks if task in tasks_making("questions")]
     for task in tasks_making("captions").intersection(config.tasks):
         styles = {style for asked, style in plan.requests.pairs if asked == task}
-        # With `fill`, the model writes only captions that no human has written.
+        # With `fill`, human captions count too, since the model only writes missing captions.
         styles |= {HUMAN} if config.human_texts == "fill" else set()
         if styles.isdisjoint(measured.get("captions", {})):
             missing.append((task, "captions"))
@@ -144,7 +144,7 @@ def describe_missing(steps: Sequence[Step], plan: Plan, version: Version) -> Ite
 
 
 def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
-    """Yield a warning for empty splits of a version with enough rows."""
+    """Yield a warning if a split is empty although the version has enough rows."""
     shares = {"train": 1.0, "validation": config.split.validation_frac, "test": config.split.test_frac}
     empty = [split for split, share in shares.items() if share and not version.manifest["rows"].get(split)]
     if empty and version.num_rows >= MIN_ROWS_FOR_SPLITS:
@@ -156,7 +156,7 @@ def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
 
 
 def describe_unanswered(dataset: DatasetDir, funnel: Sequence[StepSummary]) -> Iterator[str]:
-    """Yield a warning for requests that the server refused or did not answer, with one of its messages."""
+    """Yield warnings about requests that the server refused or did not answer, with an example message."""
     rejected = next((summary.rejected for summary in funnel if summary.step == "validate"), {})
     for reason, message in UNANSWERED_MESSAGES.items():
         if count := rejected.get(reason):

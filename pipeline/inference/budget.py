@@ -1,7 +1,7 @@
-"""Limits of cost, and the circuit breaker that stops a run whose replies are unusable.
+"""Budgets, and the circuit breaker that stops a run with too many unusable replies.
 
-A budget counts all runs of a dataset folder, by the journal, so running the same command again does not spend
-it again.
+A budget covers all runs in a dataset folder, because the journal records what earlier runs spent. Repeating a
+command does not start a new budget.
 """
 
 from collections import Counter, deque
@@ -13,24 +13,24 @@ from pipeline.tasks.checks import RATE
 from pipeline.types import UNANSWERED, Reply, Request
 
 WINDOW_REPLIES = 100
-ASSUMED_PROMPT_TOKENS = 1500  # if the server does not count: an image of a megapixel, and a prompt
+ASSUMED_PROMPT_TOKENS = 1500  # a one-megapixel image and a prompt, if the server reports no token counts
 ASSUMED_REPLY_TOKENS = 100
 CHARACTERS_PER_TOKEN = 4
-FIRST_REQUESTS = 32  # at most, before the mean cost of a reply is known
+FIRST_REQUESTS = 32  # at most this many are sent before the mean cost of a reply is known
 MAX_SHOWN_CHARACTERS = 120
 
 
 class BudgetError(EngineError):
-    """Raised when the budget of a dataset is used up. All replies so far are stored."""
+    """Raised when the budget of a dataset is used up. All replies received so far are stored."""
 
 
 def is_uncounted(reply: Reply) -> bool:
-    """Return whether a model has replied, but its server has not counted the tokens."""
+    """Return whether a model wrote this reply, but the server reported no token counts for it."""
     return not reply.prompt_tokens and reply.finish_reason not in UNANSWERED
 
 
 def likely_tokens(reply: Reply) -> tuple[int, int]:
-    """Return the prompt and reply tokens, estimated if the server has not counted them."""
+    """Return the numbers of prompt and reply tokens, estimated if the server did not report them."""
     if is_uncounted(reply):
         return ASSUMED_PROMPT_TOKENS, max(reply.reply_tokens, len(reply.text) // CHARACTERS_PER_TOKEN)
     return reply.prompt_tokens, reply.reply_tokens
@@ -38,18 +38,18 @@ def likely_tokens(reply: Reply) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class Budget:
-    """Requests, likely tokens and cost of a dataset, over all runs."""
+    """Counts the requests, estimated tokens and cost of a dataset over all runs."""
 
     server: ServerConfig
     requests: int
     tokens: int
     cost: float
-    _run_replies: int = 0  # these three: of this run
+    _run_replies: int = 0  # this field and the next two count only this run
     _run_tokens: int = 0
     _run_cost: float = 0.0
 
     def add(self, request: Request, reply: Reply) -> None:
-        """Count the tokens and cost of a reply."""
+        """Add the tokens and cost of a reply."""
         read, written = likely_tokens(reply)
         judged = (read, written) if request.task == RATE.name else (0, 0)
         cost = self.server.price(read, written, *judged) or 0.0
@@ -60,9 +60,9 @@ class Budget:
         self._run_cost += cost
 
     def room(self, unanswered: int) -> int | None:
-        """Return how many requests may be sent besides the `unanswered` ones, or None without a limit.
+        """Return how many requests may be sent besides `unanswered` ones in flight, or None without a limit.
 
-        A request costs the mean of this run, before its first reply that of earlier runs, or an assumed cost.
+        Assumes the mean cost per request of this run, or at first of earlier runs, or else a default cost.
         """
         server = self.server
         rooms = [] if server.max_requests is None else [server.max_requests - self.requests]
@@ -84,7 +84,7 @@ class Budget:
         return max(0, min(rooms)) if rooms else None
 
     def error(self) -> BudgetError:
-        """Return the error that the budget is used up."""
+        """Return the error to raise when the budget is used up."""
         digits = 2 if (self.server.max_cost or 1) >= 1 else 6
         limits = (
             ("{:,} of {:,} requests", self.requests, self.server.max_requests),
@@ -102,9 +102,9 @@ class Budget:
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """Stops a run if more than `max_failure_frac` of the last WINDOW_REPLIES first replies are unusable.
+    """Stops a run if more than `max_failure_frac` of the last WINDOW_REPLIES replies are unusable.
 
-    Retries do not count, since only difficult requests have them. The first reply in a resumed run does.
+    Only the first reply to each request in this run counts, since only difficult requests are retried.
     """
 
     max_failure_frac: float
@@ -112,13 +112,13 @@ class CircuitBreaker:
     _last: str = ""
 
     def add(self, reply: Reply, flaw: str | None) -> None:
-        """Count a first reply and its flaw."""
+        """Add the first reply to a request. `flaw` is the reason if the reply is unusable, or else None."""
         self._flaws.append(flaw)
         if flaw:
             self._last = reply.text
 
     def check(self) -> None:
-        """Raise EngineError if too many replies are unusable."""
+        """Stop the run if too many replies are unusable, by raising EngineError."""
         flaws = Counter(flaw for flaw in self._flaws if flaw)
         if len(self._flaws) < WINDOW_REPLIES or flaws.total() <= self.max_failure_frac * WINDOW_REPLIES:
             return

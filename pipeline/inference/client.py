@@ -1,7 +1,7 @@
-"""Client of model servers: keeps many requests in flight, on an event loop that runs during `ask`.
+"""Client for model servers. It keeps many requests in flight, on an event loop that runs during `ask`.
 
-If a server fails, the client sends the request again, later or to another server. If a reply is unusable,
-inference/queue.py asks the model again with other sampling.
+If a server fails, the client repeats the request later or sends it to another server. If a reply is unusable,
+inference/queue.py retries the request with other sampling parameters.
 """
 
 import asyncio
@@ -44,28 +44,28 @@ from pipeline.inference.vllm import Server, VllmCommand, run_servers
 from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
-START_REQUESTS = 32  # in flight per server of unknown capacity
+START_REQUESTS = 32  # initially in flight per server whose batch size is unknown
 MAX_REQUESTS = 1024  # in flight per server
 MAX_FILES = 65_536
-RESERVED_FILES = 128  # for all files but connections
-GROUP_REPLIES = 64  # yielded together; fewer after GROUP_SECONDS, or if the limit of requests is low
+RESERVED_FILES = 128  # file descriptors that are not used for connections
+GROUP_REPLIES = 64  # yielded together, or fewer after GROUP_SECONDS or if the request limit is low
 GROUP_SECONDS = 1.0
-SENT_BATCH = 32  # requests recorded in the journal in one transaction, just before they are sent
-FLIGHT_BYTES = 256_000_000  # images of requests in flight
-PROMPT_TOKENS = 512  # reserved for the text next to an image
-PATCH_PX = 28  # Qwen2.5-VL: one token per square of this side
-FINISH_SECONDS = 60.0  # after a fatal error, wait so long for requests in flight, which are paid for
+SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
+FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
+PROMPT_TOKENS = 512  # reserved for the prompt text of a request with images
+PATCH_PX = 28  # Qwen2.5-VL uses one token per 28 x 28 px
+FINISH_SECONDS = 60.0  # after a fatal error, wait this long for replies in flight, which are already paid for
 MAX_REFUSALS_BEFORE_REPLY = 16
-MAX_DENIED = 16  # 403 or 404 answers in a row: then they concern all requests
+MAX_DENIED = 16  # after this many consecutive 403 or 404 answers, the server rejects all requests
 log = logging.getLogger(__name__)
 
 
 class Concurrency:
-    """Limit of requests in flight: the user's, or adapted to the servers' load.
+    """Limits the number of requests in flight, either to the user's value (`fixed`) or by the servers' load.
 
-    A server should have a few waiting requests, so that it is never idle, and not many, since a crash repeats
-    them. A busy answer lowers even the user's limit for a while. `server_requests` is the batch size of
-    servers that synth has started. `connections` is the limit of this process.
+    Each server should always have a few waiting requests, but not many, since they are all repeated after a
+    crash. A busy answer lowers even the user's limit for a while. `server_requests` is the total batch size
+    of the servers that synth started. `connections` is the maximum for this process.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class Concurrency:
         self.limit = self._start
 
     def slow_down(self) -> None:
-        """Lower the limit by a quarter after a busy answer, at most once in POLL_SECONDS."""
+        """Lower the limit by a quarter after a busy answer, at most once per POLL_SECONDS."""
         now = time.monotonic()
         if now - self._busy_at > POLL_SECONDS:
             self._busy_at = now
             self.limit = max(1, self.limit * 3 // 4)
 
     def follow(self, running: float, waiting: float, outstanding: int, max_limit: int) -> None:
-        """Adapt the limit to the number of running and waiting requests in the servers' metrics.
+        """Adapt the limit to the numbers of running and waiting requests that the servers report.
 
-        `running` is 0 without metrics. `outstanding` requests have no answer yet.
+        `running` is 0 if there are no metrics. `outstanding` is the number of requests without an answer.
         """
         limit = self.limit
         if running and waiting > running and not self._fixed:
@@ -101,7 +101,7 @@ class Concurrency:
 
 
 def raise_file_limit() -> int:
-    """Raise the limit of open files (one per connection) up to MAX_FILES, and return it."""
+    """Raise the limit on open files to at most MAX_FILES, and return it. Each connection needs one file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     target = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < target:
@@ -111,21 +111,21 @@ def raise_file_limit() -> int:
 
 @dataclass(slots=True)
 class InFlight:
-    """The requests of a source on their way to servers, and their replies."""
+    """Requests that were taken from a source and are not yet answered, and replies not yet yielded."""
 
     source: RequestSource
     taken: deque[Request] = field(default_factory=deque)
     recorded: deque[Request] = field(default_factory=deque)
-    unsent: dict[str, Request] = field(default_factory=dict)  # recorded, but not yet sent
+    unsent: dict[str, Request] = field(default_factory=dict)  # recorded as sent, but not yet sent
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
-    sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # running tasks that await a server
+    sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # tasks waiting for an answer
     replies: list[Reply] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    error: BaseException | None = None  # ends the run
-    ends_at: float | None = None  # after an error, the time until which requests in flight are awaited
+    error: BaseException | None = None  # the fatal error
+    ends_at: float | None = None  # deadline for the requests in flight after an error
 
     def next_request(self) -> Request | None:
-        """Return the next request, recorded as sent (SENT_BATCH together), or None if there is none now."""
+        """Return the next request, or None if the source has no request now. Records requests as sent."""
         if not self.recorded:
             if not self.taken:
                 self.taken.extend(self.source.take())
@@ -137,7 +137,7 @@ class InFlight:
         return self.recorded.popleft() if self.recorded else None
 
     def fail(self, error: BaseException) -> None:
-        """Send nothing more, and give requests in flight FINISH_SECONDS. Only the first error counts."""
+        """Stop sending requests, and wait FINISH_SECONDS for those in flight. Keeps only the first error."""
         if self.error:
             return
         self.error = error
@@ -147,11 +147,11 @@ class InFlight:
 
 
 class Client:
-    """Answers requests through the servers at `urls`, or through servers that it starts from `launches`.
+    """Sends requests to the servers at `urls`, or to servers that it starts from `launches`.
 
-    `key_name` is the environment variable with the key for `urls`. Images are scaled down to `max_pixels`,
-    and all images of a request to what the model's context holds besides a reply of `max_tokens`. Raises
-    EngineError if no server answers, or if one serves another model or does not enforce schemas.
+    `key_name` is the environment variable with the key for `urls`. Each image is scaled down to `max_pixels`,
+    and further if the images of a request would not fit the model's context. Raises EngineError if no server
+    answers, or if all of them serve another model or do not enforce schemas.
     """
 
     def __init__(
@@ -195,13 +195,13 @@ class Client:
         self._runner.close()
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
-        """Yield replies in groups, in any order (see types.Engine)."""
+        """Yield groups of replies, in any order (see types.Engine)."""
         in_flight = InFlight(work)
         try:
             while replies := self._runner.run(self._next_group(in_flight)):
                 yield replies
         except KeyboardInterrupt:
-            if in_flight.replies:  # the caller stores them, and is interrupted at the next group
+            if in_flight.replies:  # yielded first, so that the caller can store them
                 yield in_flight.replies
             raise
         finally:
@@ -229,7 +229,7 @@ class Client:
         if self._launches:
             running = run_servers(self._launches, self._progress, on_sockets=True)
             self._servers = await stack.enter_async_context(running)
-            headers = request_headers(self._launches[0].api_key)  # all have the same key
+            headers = request_headers(self._launches[0].api_key)  # all servers have the same key
             endpoints = [
                 Endpoint(f"{server.root}/v1", headers, dialect=protocol.VLLM, socket_path=server.socket)
                 for server in self._servers
@@ -245,7 +245,7 @@ class Client:
         contexts = [launch.max_model_len for launch in self._launches]
         contexts += [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
         max_sample_pixels = None
-        if contexts:  # all images of one request must fit the context
+        if contexts:  # all images of one request must fit into the context
             image_tokens = min(contexts) - PROMPT_TOKENS - 2 * self._max_tokens
             max_sample_pixels = max(image_tokens, min(contexts) // 4) * PATCH_PX**2
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
@@ -263,13 +263,12 @@ class Client:
         stack.push_async_callback(cancel_tasks, {poller})
 
     def _set_cache_size(self) -> None:
-        """Cache the encoded images of all requests that may be in flight."""
         self._images.keep = self._concurrency.limit + 64
 
     # --- requests in flight
 
     async def _next_group(self, in_flight: InFlight) -> list[Reply]:
-        """Keep requests in flight until a group of replies is complete. Return it, or [] when all is done."""
+        """Send requests until a group of replies is complete, and return it, or [] when all are answered."""
         loop = asyncio.get_running_loop()
         try:
             self._fill(in_flight)
@@ -284,13 +283,13 @@ class Client:
             timer.cancel()
             if in_flight.replies:
                 break
-        if in_flight.error and not in_flight.replies:  # earlier replies are yielded first, and journaled
+        if in_flight.error and not in_flight.replies:  # replies are first yielded, so that they are stored
             raise in_flight.error
         replies, in_flight.replies = in_flight.replies, []
         return replies
 
     def _fill(self, in_flight: InFlight) -> None:
-        """Send requests up to the limit. Replies that are not yet yielded count: a crash loses them too."""
+        """Send requests up to the limit. Replies not yet yielded count too, since a crash would lose them."""
         limit = self._concurrency.limit
         while len(in_flight.running) + len(in_flight.replies) < limit and not in_flight.error:
             request = in_flight.next_request()
@@ -313,7 +312,7 @@ class Client:
             if error := task.exception():
                 raise error
             reply = task.result()
-            in_flight.unsent.pop(reply.request_id, None)  # its image could not be sent
+            in_flight.unsent.pop(reply.request_id, None)  # still there if the image could not be encoded
             in_flight.replies.append(reply)
             self._fill(in_flight)
         except Exception as error:  # noqa: BLE001  # raised by _next_group
@@ -324,7 +323,7 @@ class Client:
     # --- one request
 
     async def _answer(self, request: Request, in_flight: InFlight) -> Reply:
-        """Send a request until a server answers. After too many failures, return a reply with the error."""
+        """Send a request until a server answers it. After too many failures, return an error as the reply."""
         failures = RetryState(self._settings.request_timeout_s)
         while True:
             if in_flight.error:
@@ -348,13 +347,13 @@ class Client:
     async def _try(
         self, endpoint: Endpoint, request: Request, in_flight: InFlight, failures: RetryState
     ) -> Reply | float | None:
-        """Send a request to a server. Return the reply, or the seconds to wait before a retry.
+        """Send a request to a server. Return the reply, or the number of seconds to wait before a retry.
 
-        None: retry immediately with another server, which is not a failure of the request.
+        Returns None to retry immediately with another server, if the failure does not concern the request.
         """
         try:
             await endpoint.pace.wait()
-            if not endpoint.is_learned:  # it was down at first
+            if not endpoint.is_learned:  # the server was down when the run started
                 await self._learn(endpoint)
             if not endpoint.is_up.is_set():
                 return None
@@ -399,16 +398,16 @@ class Client:
         return min(pause_s, max(soonest_s, POLL_SECONDS))
 
     async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
-        """Send a request once, and return the reply.
+        """Send a request once, and return the reply, or the server's refusal as a reply.
 
-        A refusal becomes a reply. Raises ServerBusyError, ServerFaultError, and EngineError for an answer
-        that every request would get.
+        Raises ServerBusyError or ServerFaultError if the request may be repeated, and EngineError if every
+        request would get the same answer.
         """
         try:
             images = await self._images.parts(request.shown, request.images, request.pages)
-        except OSError:  # full disk
+        except OSError:  # such as a full disk
             raise
-        except Exception as error:  # noqa: BLE001  # whatever a decoder raises concerns this request alone
+        except Exception as error:  # noqa: BLE001  # a decoder may raise anything, for this image alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
         try:
             return await self._send(endpoint, request, images, in_flight)
@@ -419,9 +418,9 @@ class Client:
             return request.reply(str(error), REFUSED_BY_SERVER)
 
     async def _send(self, endpoint: Endpoint, request: Request, images: bytes, in_flight: InFlight) -> Reply:
-        """Send a request once, with the JSON of its image parts, and return the reply.
+        """Send a request once, and return the reply. `images` is the JSON of the image parts.
 
-        Raises RefusedError, BadAnswerError and the errors of `_post`.
+        Raises RefusedError, BadAnswerError or one of the errors that `_post` raises.
         """
         started = time.monotonic()
         body = protocol.body(request, images, self._served_name, endpoint.dialect)
@@ -442,7 +441,7 @@ class Client:
         raise_for_access(answer, endpoint, text, tolerated)
         endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
         message = endpoint.error_message(text) if answer.status >= 400 else ""
-        # A gateway may fail for a moment in front of a healthy server.
+        # A gateway may fail briefly while the server behind it is healthy.
         is_gateway_alone = answer.status in protocol.GATEWAY_STATUSES and await endpoint.is_healthy()
         if answer.status in protocol.BUSY_STATUSES or is_gateway_alone:
             endpoint.start_busy(answer.status, message)
@@ -460,16 +459,16 @@ class Client:
         return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - started)
 
     def _tolerated_statuses(self, endpoint: Endpoint) -> Collection[int]:
-        """Return the statuses that may concern the image of one request, since other requests were answered.
+        """Return the statuses that may be due to one request's image rather than to the key or address.
 
-        With other servers, a 404 excludes this one, and its requests go there.
+        If there are other servers, a 404 is not tolerated: this server is excluded instead.
         """
         if endpoint.denied >= MAX_DENIED:
             return ()
         return (403,) if len(self._endpoints) > 1 else (403, 404)
 
     def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
-        """Count a refusal. Raises EngineError if the server has refused many requests and answered none."""
+        """Count a refusal. Raises EngineError after many refusals if the server never answered a request."""
         endpoint.refused += 1
         has_answered = endpoint.answered or (len(self._endpoints) == 1 and in_flight.source.answered())
         if endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not has_answered:
@@ -477,7 +476,7 @@ class Client:
             raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
 
     async def _learn(self, endpoint: Endpoint) -> None:
-        """Find out which fields a server supports, once for all requests that wait for it."""
+        """Find out which request fields a server supports. Concurrent calls wait for the first one."""
         async with endpoint.learning:
             if not (endpoint.is_learned or endpoint.is_retired):
                 if not self._launches:
@@ -490,7 +489,7 @@ class Client:
     # --- servers
 
     def _failure(self) -> EngineError | None:
-        """Return the error of the last server that synth has started, if all of them have failed."""
+        """Return the error of a server that synth started, if all of them have failed for good."""
         failures = [server.failure for server in self._servers]
         return failures[-1] if failures and all(failures) else None
 
@@ -503,7 +502,7 @@ class Client:
             log.warning("%s does not answer; %d requests were in flight", endpoint.url, endpoint.outstanding)
 
     def _retire(self, endpoint: Endpoint, refusal: EngineError) -> None:
-        """Exclude a server that answers no request. Raise its refusal if no server is left."""
+        """Exclude a server that refuses all requests. Raises `refusal` if no server is left."""
         if self._endpoints.retire(endpoint):
             endpoint.fault = str(refusal)
             if all(one.is_retired for one in self._endpoints):
@@ -511,7 +510,7 @@ class Client:
             self._progress.warn(f"{refusal}. The run continues without this server")
 
     async def _poll(self) -> None:
-        """Read the servers' metrics every POLL_SECONDS, and adapt the limit of requests in flight."""
+        """Read the servers' metrics every POLL_SECONDS, and adapt the limit on requests in flight."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
             for endpoint in self._endpoints:

@@ -1,7 +1,7 @@
-"""A vision-language model in this process: transformers, batches, and decoding constrained by llguidance.
+"""Run a vision-language model in this process, with transformers and decoding constrained by llguidance.
 
-The grammar is the same as that of vLLM's guidance backend. Each request has its own random numbers, seeded by
-its id, so a reply does not depend on the rest of its batch, except for rounding.
+Grammars are the same as in vLLM's guidance backend. Each request has its own random number generator, seeded
+by the request id, so a reply does not depend on the rest of its batch, except for rounding.
 """
 
 import time
@@ -33,7 +33,7 @@ Messages = list[dict[str, Any]]
 
 
 class EmbeddedEngine:
-    """Answers requests in this process, with the model in a folder or of a Hub id (`path`)."""
+    """Answers requests in this process. `path` is the folder or Hub id of the model."""
 
     def __init__(
         self, model: str, path: str, revision: str, batch_size: int, max_pixels: int | None = None
@@ -53,9 +53,9 @@ class EmbeddedEngine:
         pass
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
-        """Answer requests batch by batch (see types.Engine). Batches depend on the requests alone."""
+        """Answer requests in batches (see types.Engine). Batches depend only on the requests."""
         while requests := work.take():
-            # A batch of decks has at most as many images as a batch of single images.
+            # Use smaller batches for decks, so that a batch has at most `batch_size` images.
             has_decks = any(len(request.images) > 1 for request in requests)
             size = self._batch_size // MAX_PAGES if has_decks else self._batch_size
             for batch in batch_requests(requests, max(1, size)):
@@ -89,7 +89,7 @@ class EmbeddedEngine:
         return [self._reply(request, ids, prompt) for request, ids, prompt in replies]
 
     def _chat(self, request: Request) -> str:
-        """Render the chat in the first form that the model's template supports and prints completely."""
+        """Render the chat in the first message format that the model's template renders completely."""
         prompt = Prompt(id=request.prompt_id, system=request.system, text=request.text)
         messages = prompt.messages(len(request.images), request.pages)
         if request.failed:
@@ -99,7 +99,7 @@ class EmbeddedEngine:
             formed = form(messages)
             try:
                 chat = str(self._loaded[0].apply_chat_template(formed, add_generation_prompt=True))
-            except (TemplateError, TypeError):  # no system text, or not in this form
+            except (TemplateError, TypeError):  # the template does not support this message format
                 continue
             parts = [part for one in formed for part in one["content"] if isinstance(part, dict)]
             shows_python = any(str(part) in chat for part in parts)
@@ -121,7 +121,7 @@ class EmbeddedEngine:
     def _loaded(self) -> tuple[Any, Any]:
         disable_progress_bar()
         options: dict[str, Any] = {"revision": self._commit, "trust_remote_code": False}
-        # On a CPU, bfloat16 is not faster, and less exact.
+        # On a CPU, bfloat16 is less exact and no faster than float32.
         dtype = torch.float32 if _device() == "cpu" else torch.bfloat16
         try:
             processor = AutoProcessor.from_pretrained(self._path, **options)
@@ -132,7 +132,7 @@ class EmbeddedEngine:
             ValueError,
             AttributeError,
             ImportError,
-        ) as error:  # some processors need more packages
+        ) as error:  # ImportError: some processors need additional packages
             hint = "--model needs a vision-language model of transformers: a folder, a Hub id, or tiny"
             raise EngineError(f"cannot load {self.model}: {one_line(error, 300)}", hint=hint) from None
         if not processor.chat_template:
@@ -142,7 +142,7 @@ class EmbeddedEngine:
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        """The tokens that end a reply: the tokenizer's, with which grammars end, and the model's."""
+        """The ids of the tokens that end a reply, from the tokenizer (as in grammars) and the model."""
         processor, model = self._loaded
         ids = model.generation_config.eos_token_id
         return frozenset([processor.tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]) - {
@@ -164,7 +164,7 @@ def _vocab_size(model: Any) -> int:
 
 
 def _with_parts(messages: Messages) -> Messages:
-    """Turn each text into a list of parts, the form that most chat templates support."""
+    """Convert string contents to lists of parts, the format that most chat templates support."""
     return [
         {**one, "content": [{"type": "text", "text": one["content"]}]}
         if isinstance(one["content"], str)
@@ -174,7 +174,7 @@ def _with_parts(messages: Messages) -> Messages:
 
 
 def _without_system(messages: Messages) -> Messages:
-    """Move the system text to the beginning of the user's turn."""
+    """Move the system prompt to the beginning of the first user message."""
     if messages[0]["role"] != "system":
         return messages
     system, first, *rest = _with_parts(messages)
@@ -182,7 +182,7 @@ def _without_system(messages: Messages) -> Messages:
 
 
 def batch_requests(requests: list[Request], size: int) -> Iterator[list[Request]]:
-    """Yield batches of one task, style and attempt: prompts of similar length need little padding."""
+    """Yield batches of requests with the same task, style and attempt, whose prompts need little padding."""
     kind = attrgetter("task", "style", "attempt")
     for _, same in groupby(sorted(requests, key=kind), key=kind):
         group = list(same)
@@ -190,7 +190,7 @@ def batch_requests(requests: list[Request], size: int) -> Iterator[list[Request]
 
 
 class Grammars:
-    """Makes a matcher for each request from its schema. JSON has no white space, as in training."""
+    """Creates grammar matchers from JSON schemas. They allow no white space, as in training."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
@@ -205,10 +205,11 @@ class Grammars:
 
 
 class GrammarChooser(LogitsProcessor):
-    """Chooses the next token of each row among those that its grammar allows: greedy, or sampled.
+    """Chooses the next token of each row among the tokens that the row's grammar allows.
 
-    Returns scores that allow only the chosen token: `generate` stays greedy, and each row has its own random
-    numbers. Shapes: B rows, V vocabulary, T tokens, R sampled rows.
+    A row is decoded greedily if its temperature is 0, and sampled otherwise, with its own random numbers.
+    `generate` itself is greedy, and gets scores that allow only the chosen token. Shape suffixes: B rows,
+    V vocabulary size, T tokens, R sampled rows.
     """
 
     def __init__(self, requests: list[Request], grammars: Grammars, vocab_size: int) -> None:
@@ -220,8 +221,8 @@ class GrammarChooser(LogitsProcessor):
         self._mask = llguidance.numpy.allocate_token_bitmask(len(requests), vocab_size)  # one bit per token
         self._done = [False] * len(requests)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  # the signature of transformers
-        """Take ids [B, T] and scores [B, V], and return scores [B, V] that allow one token per row."""
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  # required by transformers
+        """Return scores [B, V] that allow one token per row, from ids [B, T] and scores [B, V]."""
         for row, matcher in enumerate(self._matchers):
             llguidance.numpy.fill_next_token_bitmask(matcher, self._mask, row)
         bits_BV = np.unpackbits(self._mask.view(np.uint8), axis=1, count=scores.shape[1], bitorder="little")
@@ -238,8 +239,7 @@ class GrammarChooser(LogitsProcessor):
         chosen_B = allowed_BV.argmax(-1)
         rows_R = (self._temperatures > 0).nonzero().flatten()
         if len(rows_R):
-            # Inverse transform sampling: the first token whose cumulative probability exceeds a uniform
-            # number.
+            # Inverse transform sampling: the first token with cumulative probability above a uniform number.
             scores_RV = allowed_BV[rows_R] / self._temperatures[rows_R, None]
             cumulative_RV = scores_RV.double().softmax(-1).cumsum(-1)
             uniform_R = torch.tensor(

@@ -1,4 +1,4 @@
-"""Model servers: keys, rate limits, health, load, and the choice of a server per request."""
+"""Manage model servers: their API keys, rate limits, health and load. Choose a server for each request."""
 
 import asyncio
 import ipaddress
@@ -24,15 +24,15 @@ from pipeline.inference import protocol
 from pipeline.inference.protocol import CONNECTION_ERRORS, PLAIN, Dialect, read_body
 from pipeline.text.escape import without_passwords
 
-POLL_SECONDS = 1.0  # between polls of metrics, and of a server that is down
+POLL_SECONDS = 1.0  # interval for polling metrics, and servers that are down
 METRICS_SECONDS = 10.0
 HEALTH_SECONDS = 5
 BUSY_WARNING_SECONDS = 30.0
 KEEPALIVE_SECONDS = 4  # uvicorn closes idle connections after 5 s
-KEY = "SYNTH_API_KEY"  # names of environment variables
-JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # a judge on another server must not get the first server's key
-OPENAI_KEY = "OPENAI_API_KEY"  # only for OpenAI's own servers
-MIN_KEY_CHARACTERS = 8  # a shorter value may be a word of a message
+KEY = "SYNTH_API_KEY"  # environment variable, like the next two
+JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # separate, since a judge's server must not get the key of another server
+OPENAI_KEY = "OPENAI_API_KEY"  # sent only to OpenAI's own servers
+MIN_KEY_CHARACTERS = 8  # a shorter value may be an ordinary word, and is not removed from messages
 MAX_SHOWN_CHARACTERS = 200
 NO_METRICS_STATUSES = (401, 403, 404, 405, 501)
 PAYMENT_REQUIRED = 402
@@ -51,14 +51,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Pace:
-    """Rate limits of a server. Tokens are counted when a reply arrives, and delay later requests."""
+    """Enforces rate limits of a server. Tokens are known only after a reply, so they delay later requests."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     clock: Callable[[], float] = time.monotonic
     _requests_due_s: float = field(
         default=0.0, init=False
-    )  # earliest time of the next request, by each limit
+    )  # earliest time at which each limit allows the next request
     _tokens_due_s: float = field(default=0.0, init=False)
 
     async def wait(self) -> None:
@@ -67,7 +67,7 @@ class Pace:
             await asyncio.sleep(seconds)
 
     def delay_s(self) -> float:
-        """Return the seconds until a request may be sent. They are negative if that time has passed."""
+        """Return the seconds until a request may be sent, which are negative if that time has passed."""
         return max(self._requests_due_s, self._tokens_due_s) - self.clock()
 
     def take(self) -> float:
@@ -86,39 +86,39 @@ class Pace:
 
 @dataclass(slots=True, eq=False)
 class Endpoint:
-    """One server: its address, its requests in flight, and its last metrics."""
+    """The address, state and last metrics of one server."""
 
-    url: str  # with the path of the protocol, such as /v1
+    url: str  # base URL, with a path such as /v1
     headers: dict[str, str]
     key_name: str = KEY
     pace: Pace = field(default_factory=Pace)
-    weight: float = 1.0  # share of the requests
+    weight: float = 1.0  # share of the requests, relative to other servers
     dialect: Dialect = PLAIN
     socket_path: Path | None = None  # Unix socket
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
-    is_retired: bool = False  # refuses all requests
-    is_learned: bool = False  # dialect is known
+    is_retired: bool = False  # excluded, since the server refuses all requests
+    is_learned: bool = False  # whether `dialect` is known
     has_metrics: bool = True
-    fault: str = ""  # why it did not answer at the start
-    failures: int = 0  # in a row
-    rests_until: float = 0.0  # until then, other servers go first
+    fault: str = ""  # why the server did not answer when the run started
+    failures: int = 0  # consecutive
+    rests_until: float = 0.0  # other servers are preferred until this time
     busy_since: float | None = None
     busy_reason: str = ""
     busy_warned: float = 0.0
-    model_root: str = ""  # origin of the model, as listed by the server
+    model_root: str = ""  # `root` of the model in the server's list: path or Hub id
     context_tokens: int | None = None
     learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     session: aiohttp.ClientSession | None = field(default=None, repr=False)
     outstanding: int = 0  # requests in flight
     answered: int = 0
     refused: int = 0
-    denied: int = 0  # 403 or 404 answers in a row
+    denied: int = 0  # consecutive 403 or 404 answers
     running: float = 0
     waiting: float = 0
-    prefix_cache: tuple[float, float] = (0, 0)  # queried tokens and hits since the server's start
+    prefix_cache: tuple[float, float] = (0, 0)  # queried tokens and hits since the server started
     proxy: str | None = field(init=False)
     has_key: bool = field(init=False)
-    keys: list[str] = field(init=False, repr=False)  # removed from messages, where a server may repeat them
+    keys: list[str] = field(init=False, repr=False)  # removed from the server's messages
 
     def __post_init__(self) -> None:
         self.proxy = _proxy_of(self.url)
@@ -129,11 +129,11 @@ class Endpoint:
 
     @property
     def root(self) -> str:
-        """The address without /v1, where vLLM has /health and /metrics."""
+        """The URL without /v1, under which vLLM serves /health and /metrics."""
         return self.url.removesuffix("/v1")
 
     def error_message(self, answer: bytes) -> str:
-        """Return the message in the body of an error, on one line, without our keys."""
+        """Return the message in the body of an error response, on one line and without API keys."""
         return protocol.error_message(answer, self.keys)
 
     def start_busy(self, status: int, message: str) -> None:
@@ -142,7 +142,7 @@ class Endpoint:
         self.busy_reason = f"{status} ({message[:MAX_SHOWN_CHARACTERS]})"
 
     def busy_warning(self) -> str | None:
-        """Return a warning every BUSY_WARNING_SECONDS while all answers are busy, or else None."""
+        """Return a warning every BUSY_WARNING_SECONDS while the server is busy, or else None."""
         now = time.monotonic()
         if self.busy_since is None or now - max(self.busy_since, self.busy_warned) < BUSY_WARNING_SECONDS:
             return None
@@ -154,22 +154,22 @@ class Endpoint:
         )
 
     def rest(self, stated_s: float | None = None) -> None:
-        """Count a failure or a busy answer: other servers go first for the stated time, or a growing one."""
+        """Count a failure, and prefer other servers for `stated_s`, or for an exponential backoff time."""
         self.failures += 1
         pause_s = protocol.backoff_s(self.failures) if stated_s is None else stated_s
         self.rests_until = max(self.rests_until, time.monotonic() + pause_s)
 
     def rest_s(self) -> float:
-        """Return the seconds until a request may be sent, by the rate limits and after failures."""
+        """Return the seconds until rate limits and earlier failures allow another request."""
         return max(0.0, self.pace.delay_s(), self.rests_until - time.monotonic())
 
     def delay_s(self) -> float:
-        """Return `rest_s`, or infinity while one request tests whether failures are over."""
+        """Return `rest_s`, or infinity while a single request tests whether the server works again."""
         return math.inf if self.failures and self.outstanding else self.rest_s()
 
     @asynccontextmanager
     async def open_session(self, timeout: aiohttp.ClientTimeout) -> AsyncIterator[None]:
-        """Open the session of all requests to this server, and close it at the end."""
+        """Open the HTTP session for all requests to this server, and close it at the end."""
         options: dict[str, Any] = {"limit": 0, "keepalive_timeout": KEEPALIVE_SECONDS}
         path = self.socket_path
         connector = aiohttp.UnixConnector(str(path), **options) if path else aiohttp.TCPConnector(**options)
@@ -179,7 +179,7 @@ class Endpoint:
             yield
 
     def get(self, url: str, seconds: float) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """Send a GET request to a page of this server."""
+        """Send a GET request to this server."""
         assert self.session, "the session is not open"
         timeout = aiohttp.ClientTimeout(total=seconds)
         return self.session.get(
@@ -187,7 +187,7 @@ class Endpoint:
         )
 
     def post_chat(self, body: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """Send the body of a chat request. Redirects are not followed: their targets would get the images."""
+        """Send a chat request. Does not follow redirects, since the images would go to another address."""
         assert self.session, "the session is not open"
         url = f"{self.url}/chat/completions"
         return self.session.post(
@@ -195,7 +195,7 @@ class Endpoint:
         )
 
     async def is_healthy(self) -> bool:
-        """Return whether /health, or else /models, answers 2xx. Without these pages, any answer will do."""
+        """Return whether /health or else /models answers 2xx. If both answer 3xx or 4xx, return True."""
         for page in (f"{self.root}/health", f"{self.url}/models"):
             status = await status_of(page, self.headers, socket_path=self.socket_path, proxy=self.proxy)
             if status is None or status >= 500 or status < 300:
@@ -220,7 +220,7 @@ async def status_of(
 
 
 class Endpoints(list[Endpoint]):
-    """The servers of a run, all up at first. `failure` returns the error of one that cannot be restarted."""
+    """The servers of a run, all up at first. `failure` returns an error if synth's own servers failed."""
 
     def __init__(
         self,
@@ -242,16 +242,16 @@ class Endpoints(list[Endpoint]):
         await cancel_tasks(self._waiters)
 
     async def pick(self, sample_id: str, max_remembered: int) -> Endpoint:
-        """Return the server that got this sample before, or else the least loaded one that may answer now.
+        """Return the server that last got a request about this sample, or else the least loaded one.
 
-        Remembers the servers of the last `max_remembered` samples. While all servers are down, waits up to
-        `startup_timeout_s` for one, and then raises EngineError.
+        A server that must wait is not used again for the sample. Remembers the last `max_remembered` samples.
+        If all servers are down, waits up to `startup_timeout_s`, and raises EngineError if they stay down.
         """
         while not (up := [endpoint for endpoint in self if endpoint.is_up.is_set()]):
             await self._wait_for_any()
         endpoint = self._by_sample.get(sample_id)
         if endpoint is None or not endpoint.is_up.is_set() or endpoint.delay_s() > 0:
-            # The delay goes first: a server that fails immediately always has the least load.
+            # Compare delays first, since a server that fails immediately always has the least load.
             endpoint = min(up, key=lambda one: (one.delay_s(), (one.outstanding + 1) / one.weight))
             self._by_sample[sample_id] = endpoint
             if len(self._by_sample) > max_remembered:
@@ -264,7 +264,7 @@ class Endpoints(list[Endpoint]):
         return any(endpoint.is_up.is_set() and endpoint.delay_s() == 0 for endpoint in self)
 
     def mark_down(self, endpoint: Endpoint) -> bool:
-        """Mark a server as down until it answers again. Return False if it was down already."""
+        """Mark a server as down until it answers again. Return False if it was already down."""
         if not endpoint.is_up.is_set():
             return False
         endpoint.is_up.clear()
@@ -273,7 +273,7 @@ class Endpoints(list[Endpoint]):
         return True
 
     def retire(self, endpoint: Endpoint) -> bool:
-        """Exclude a server for the rest of the run. Return False if it was excluded already."""
+        """Exclude a server for the rest of the run. Return False if it was already excluded."""
         was_retired, endpoint.is_retired = endpoint.is_retired, True
         endpoint.is_up.clear()
         endpoint.busy_since = None
@@ -282,13 +282,13 @@ class Endpoints(list[Endpoint]):
         return not was_retired
 
     def wait_for(self, endpoint: Endpoint) -> None:
-        """Start a task that marks a server as up when it answers."""
+        """Start a background task that marks a server as up when it answers."""
         waiter = asyncio.create_task(self._revive(endpoint))
         self._waiters.add(waiter)
         waiter.add_done_callback(self._waiters.discard)
 
     async def read_metrics(self) -> None:
-        """Read the load from vLLM's Prometheus page. A server that does not answer keeps its last metrics."""
+        """Read each server's load from its Prometheus page. Keep the last metrics if it does not answer."""
         for endpoint in self:
             if endpoint.is_up.is_set() and endpoint.has_metrics:
                 try:
@@ -318,7 +318,7 @@ class Endpoints(list[Endpoint]):
     async def _revive(self, endpoint: Endpoint) -> None:
         while not await endpoint.is_healthy():
             if self._failure():
-                break  # the waiting requests wake up, and raise the failure
+                break  # wake the waiting requests, which raise the failure
             await asyncio.sleep(POLL_SECONDS)
         endpoint.prefix_cache, endpoint.fault = (0, 0), ""
         if not endpoint.is_retired:
@@ -326,9 +326,9 @@ class Endpoints(list[Endpoint]):
 
 
 def _proxy_of(url: str) -> str | None:
-    """Return the proxy of the environment for an address, or None for this machine and private networks.
+    """Return the proxy that the environment sets for an address, or None. Private addresses use no proxy.
 
-    aiohttp's `trust_env` also sends passwords of ~/.netrc, and fails for requests with a key.
+    Replaces aiohttp's `trust_env`, which also sends ~/.netrc passwords, and fails for requests with a key.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
@@ -341,7 +341,7 @@ def _proxy_of(url: str) -> str | None:
 
 
 def no_server(endpoints: list[Endpoint]) -> EngineError:
-    """Return the error that no server answers."""
+    """Return the error to raise when no server answers."""
     urls = ", ".join(endpoint.url for endpoint in endpoints)
     hint = "start it (`synth serve`), then run the same command again"
     if proxy := next((endpoint.proxy for endpoint in endpoints if endpoint.proxy), None):
@@ -356,14 +356,14 @@ def no_server(endpoints: list[Endpoint]) -> EngineError:
 
 
 async def cancel_tasks(tasks: "set[asyncio.Task[Any]]") -> None:
-    """Cancel tasks, and wait until they have ended."""
+    """Cancel tasks, and wait until all of them have ended."""
     for task in list(tasks):
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _take_metrics(endpoint: Endpoint, page: str) -> None:
-    """Sum the metrics over all engines of the server."""
+    """Store the metrics, summed over all engines of the server."""
     sums = dict.fromkeys(_METRICS, 0.0)
     for name, value in _METRIC_LINE.findall(page):
         sums[name] += float(value)
@@ -374,9 +374,9 @@ def _take_metrics(endpoint: Endpoint, page: str) -> None:
 def raise_for_access(
     response: aiohttp.ClientResponse, endpoint: Endpoint, answer: bytes, tolerated: Collection[int] = ()
 ) -> None:
-    """Raise EngineError for an answer that every request would get, such as to a wrong key or address.
+    """Raise EngineError if every request would get this answer, such as for a wrong key or address.
 
-    `tolerated` holds statuses that may concern only the image of this request.
+    `tolerated` are statuses that do not raise, since they may be due to the image in this request.
     """
     status, url, message = response.status, endpoint.url, endpoint.error_message(answer)
     if status == PAYMENT_REQUIRED or (400 <= status < 500 and _OUT_OF_CREDIT.search(answer)):
@@ -401,9 +401,9 @@ def raise_for_access(
 def named_endpoints(urls: Sequence[str], server: ServerConfig, key_name: str | None = None) -> list[Endpoint]:
     """Return the servers at these addresses, with their settings and keys.
 
-    The key is that of the environment variable in the server's own settings, else `key_name`, else that for
-    all servers, else the default one. A name and password in the address replace it. Raises EngineError if a
-    header names a variable that is not set.
+    The key is read from an environment variable, which is named by the server's own settings, by `key_name`
+    or by the settings for all servers, in this order, or else is KEY or OPENAI_KEY. A user name and password
+    in the address replace the key. Raises EngineError if a header names a variable that is not set.
     """
     endpoints = []
     for url in urls:
@@ -414,7 +414,7 @@ def named_endpoints(urls: Sequence[str], server: ServerConfig, key_name: str | N
         key = os.environ.get(name, "").strip()
         login, _, host = parts.netloc.rpartition("@")
         user, _, password = (unquote(part) for part in login.partition(":"))
-        # A login becomes a header (RFC 7617), since messages show the address.
+        # Move the login to a header (RFC 7617), since messages show the address.
         basic = (
             {"Authorization": f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"} if login else {}
         )
@@ -437,6 +437,6 @@ def _from_environment(header: str, value: str) -> str:
 
 
 def request_headers(key: str) -> dict[str, str]:
-    """Return the headers of a request. `key` may be empty."""
+    """Return the headers of a request. An empty key adds no authorization."""
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     return headers | ({"Authorization": f"Bearer {key}"} if key else {})

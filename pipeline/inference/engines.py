@@ -1,4 +1,4 @@
-"""Choose the engine and its model before anything is loaded: request ids depend on the model's revision."""
+"""Choose the engine and the model before anything is loaded. Request ids depend on the model's revision."""
 
 import asyncio
 import os
@@ -29,7 +29,7 @@ HOW_TO_CHOOSE = (
     "use --model with the folder or Hub id of a vision-language model, or --base-url with a running server; "
     "to try the pipeline itself on any image: --engine embedded --model tiny"
 )
-OUTPUT_NEUTRAL_FLAGS = frozenset(  # change the speed of replies, not their content
+OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but not their content
     f"--{name}"
     for name in (
         "api-server-count", "block-size", "data-parallel-size", "enforce-eager", "gpu-memory-utilization",
@@ -41,10 +41,10 @@ OUTPUT_NEUTRAL_FLAGS = frozenset(  # change the speed of replies, not their cont
 
 
 class ModelFamily(NamedTuple):
-    """Models of one architecture, which write boxes in the same coordinates."""
+    """Models with the same architecture, which write bounding boxes in the same coordinates."""
 
     name: str
-    pattern: str  # matches lower-case model names, without an organization
+    pattern: str  # regular expression for lower-case model names without the organization
     boxes: BoxUnit
 
 
@@ -56,13 +56,13 @@ FAMILIES = (  # source: model cards
 
 
 def find_family(model: str) -> ModelFamily | None:
-    """Return the family of a model by its name, or None for other models."""
+    """Return the family that matches a model's name, or None."""
     name = model.casefold().rstrip("/").rpartition("/")[2]
     return next((family for family in FAMILIES if re.search(family.pattern, name)), None)
 
 
 class EngineChoice(NamedTuple):
-    """The chosen engine: `reason` explains the choice to the user, `make` creates the engine."""
+    """The chosen engine. `reason` explains the choice to the user, and `make` creates the engine."""
 
     name: str
     model: str
@@ -74,10 +74,10 @@ class EngineChoice(NamedTuple):
 def choose_engine(
     config: Config, log: Path = Path("vllm.log"), progress: Progress | None = None
 ) -> EngineChoice:
-    """Choose the engine. `log` receives the output of a server that synth starts.
+    """Choose the engine. `log` is the log file of a server that synth starts.
 
-    Raises EngineError if no model can answer for this source on this machine, or the servers of --base-url do
-    not.
+    Raises EngineError if this machine cannot run a model for the source, or if the servers of --base-url do
+    not answer.
     """
     if not config.asks_model:
         return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, "no model is asked", _no_engine)
@@ -111,10 +111,10 @@ def choose_engine(
 def choose_judge(
     config: Config, writer_revision: str, progress: Progress | None = None, writer: str | None = None
 ) -> EngineChoice:
-    """Choose the judge of `verify.judge`, MODEL@URL.
+    """Choose the judge that the setting `verify.judge` (MODEL@URL) names.
 
-    Raises ConfigError if no server is named, or the judge is the writer (by revision, or by the name
-    `writer`) and must not be. Raises EngineError if the server does not answer, or does not serve the model.
+    Raises ConfigError if it names no server, or if the judge is the writer (by revision or name) and must not
+    be. Raises EngineError if the server does not answer or does not serve the model.
     """
     from pipeline.inference.client import Client
     from pipeline.inference.endpoints import JUDGE_KEY
@@ -125,7 +125,7 @@ def choose_judge(
         raise ConfigError(
             f"the judge {name} has no server", hint=f"name it: --judge {name}@http://HOST:8000/v1"
         )
-    # If a host has its own settings (`server.endpoints`), the general key and headers are not for it.
+    # The general key and headers must not go to a host that has its own settings (`server.endpoints`).
     described, origin = config.server.endpoints, origin_of(url)
     is_described = address_of(url) in map(address_of, described)
     is_writers = origin in map(origin_of, config.base_url)
@@ -147,12 +147,12 @@ def choose_judge(
 
 
 def _base_name(model: str) -> str:
-    """Return a model's name without folder and revision."""
+    """Return a model's name without its folder or organization, and without its revision."""
     return model.partition("@")[0].rpartition("/")[2]
 
 
 def _output_affecting_flags(flags: tuple[str, ...]) -> str:
-    """Return a revision suffix for flags that may change replies, such as --quantization."""
+    """Return a suffix for the revision if flags may change the replies, such as --quantization."""
     words = " ".join(flags).replace("=", " ").split()
     affecting = [
         word
@@ -164,7 +164,7 @@ def _output_affecting_flags(flags: tuple[str, ...]) -> str:
 
 
 def pick_engine(config: Config) -> tuple[str, str]:
-    """Return `embedded` or `vllm`, and the reason."""
+    """Return the engine, `embedded` or `vllm`, and the reason for the choice."""
     if config.engine == "embedded" and config.base_url:
         raise EngineError("--base-url and --engine embedded exclude each other", hint="leave one of them out")
     if config.engine != "auto":
@@ -242,10 +242,10 @@ def serve_model(
     progress: Progress,
     ready: Callable[[dict[str, str]], None],
 ) -> None:
-    """Run a server on each GPU, or one on the CPU, until interrupted. `ready` receives addresses and key.
+    """Run a server on each GPU, or one on the CPU, until interrupted.
 
-    The servers listen on `port` and the following ports. Raises EngineError if vLLM is not installed, cannot
-    be started, or dies more than `max_restarts` times.
+    `ready` is called with the addresses and the key. The servers listen on `port` and the following ports.
+    Raises EngineError if vLLM is not installed, cannot be started, or dies more than `max_restarts` times.
     """
     path = str(TINY_WEIGHTS) if model == TINY else model
     revision = _revision(model, path) + _output_affecting_flags(server.flags)
@@ -274,6 +274,6 @@ def serve_model(
 
 @contextmanager
 def open_engine(choose: Callable[[], EngineChoice]) -> Iterator[Callable[[], Engine]]:
-    """Yield a function that makes the engine at its first call. The engine is closed at the end."""
+    """Yield a function that creates the engine at its first call. The engine is closed at the end."""
     with ExitStack() as stack:
         yield cache(lambda: stack.enter_context(choose().make()))

@@ -1,8 +1,8 @@
-"""The journal: every raw reply is stored under its request id before it is parsed.
+"""The journal stores every raw reply under its request id before the reply is parsed.
 
 An answered request is never sent again. A request that was sent but has no reply was in flight when the
 process died. Only the process that holds the folder's lock writes to a journal. Each reply has a checksum,
-since SQLite has none.
+since SQLite does not detect changed bytes.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from pipeline.errors import StoreError
 from pipeline.inference.budget import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN
 from pipeline.types import UNANSWERED, Reply, Request
 
-FORMAT = 5  # raise it when a table or the checksum changes
+FORMAT = 5  # increase when a table or the checksum changes
 _TABLES = """
 CREATE TABLE IF NOT EXISTS asked (request_id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
@@ -37,7 +37,7 @@ _NAMES = (
     "prompt_tokens", "reply_tokens", "max_pixels", "checksum",
 )  # fmt: skip
 _COLUMNS = ", ".join(_NAMES)
-# A reply replaces an error: a request that two samples share is sent again for the other sample.
+# A reply replaces an error, since a failed request that two samples share is sent again for the second one.
 _INSERT = (
     f"INSERT INTO replies ({_COLUMNS}) VALUES ({', '.join('?' * len(_NAMES))}) "  # noqa: S608
     f"ON CONFLICT (request_id, attempt) DO UPDATE SET {', '.join(f'{n} = excluded.{n}' for n in _NAMES[2:])} "
@@ -49,9 +49,9 @@ _ID_PREFIXES = [f"{number:03x}" for number in range(1 << 12)]
 
 
 class Journal:
-    """Replies on disk, as a context manager. Each call that writes is one transaction.
+    """Stores replies in a SQLite file, and closes it as a context manager. Each write is one transaction.
 
-    Raises StoreError if another version of synth wrote the file.
+    Raises StoreError if the file was written by an incompatible version of synth.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,9 +76,9 @@ class Journal:
         self._db.close()
 
     def last(self, request_id: str, *, answered: bool = False) -> tuple[Reply, str | None] | None:
-        """Return the newest reply to a request and its flaw. With `answered`, only replies of a model count.
+        """Return the last reply to a request, and the reason if the reply is unusable, or else None.
 
-        Raises StoreError if the checksum of the reply is wrong.
+        `answered` ignores replies that are server errors. Raises StoreError if the checksum is wrong.
         """
         by_model = f"AND finish_reason NOT IN {UNANSWERED}" if answered else ""
         where = f"WHERE request_id = ? {by_model} ORDER BY attempt DESC LIMIT 1"
@@ -95,16 +95,16 @@ class Journal:
             self._db.executemany(upsert, [(request.id,) for request in requests])
 
     def record_unsent(self, requests: Iterable[Request]) -> None:
-        """Revert `record_sent`."""
+        """Undo `record_sent` for requests that were not sent after all."""
         ids = [(request.id,) for request in requests]
         with self._db:
             self._db.executemany("UPDATE asked SET times = times - 1 WHERE request_id = ?", ids)
             self._db.executemany("DELETE FROM asked WHERE request_id = ? AND times <= 0", ids)
 
     def keep(self, answered: Iterable[tuple[Request, Reply, str | None]]) -> None:
-        """Store replies with their flaws. They are on the disk when this returns.
+        """Store replies durably. Each has its request, and the reason if the reply is unusable, or else None.
 
-        An existing reply of a model stays. An error (types.UNANSWERED) is replaced.
+        An existing reply from a model is kept. A server error (types.UNANSWERED) is replaced.
         """
         rows = []
         for request, reply, flaw in answered:
@@ -123,17 +123,17 @@ class Journal:
         self.copy([], rows)
 
     def copy(self, asked: Iterable[Sequence[Any]], replies: Iterable[Sequence[Any]]) -> None:
-        """Store rows as they are, such as those of another journal."""
+        """Insert rows of both tables, such as rows from another journal."""
         with self._db:
             self._db.executemany("INSERT OR IGNORE INTO asked VALUES (?, ?)", asked)
             self._db.executemany(_INSERT, replies)
 
     def import_replies(self, path: Path, first_id: str, end_id: str) -> None:
-        """Copy replies about samples with first_id <= id < end_id from another journal. Existing ones stay.
+        """Copy replies about samples with first_id <= id < end_id from another journal. Keeps existing ones.
 
-        All blind questions are copied too, since samples share them. The other journal must have no writer:
-        it is opened read-only, possibly from another node. Raises StoreError if it is damaged or has another
-        format.
+        Copies the replies to all blind questions, since samples share these requests. No process may write to
+        the other journal meanwhile. It is opened as immutable, possibly on another node. Raises StoreError if
+        it is damaged or has another format.
         """
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as source:
             source.text_factory = _decode
@@ -144,7 +144,7 @@ class Journal:
             self.copy([], (_require_intact(path, row) for row in rows))
 
     def likely_tokens(self, task: str = "") -> tuple[int, int]:
-        """Return the prompt and reply tokens of all replies, or of a task's, by budget.likely_tokens."""
+        """Return the sum of `budget.likely_tokens` over all replies, or over the replies of one task."""
         is_uncounted = f"prompt_tokens = 0 AND finish_reason NOT IN {UNANSWERED}"
         likely_written = f"MAX(reply_tokens, LENGTH(text) / {CHARACTERS_PER_TOKEN})"
         sums = ", ".join(
@@ -159,12 +159,12 @@ class Journal:
         return read, written
 
     def count_unanswered(self) -> int:
-        """Return the number of requests that were sent and have no reply."""
+        """Return the number of requests that were sent but have no reply."""
         query = "SELECT COUNT(*) FROM asked WHERE request_id NOT IN (SELECT request_id FROM replies)"
         return int(self._db.execute(query).fetchone()[0])
 
     def totals(self) -> dict[str, int]:
-        """Return the numbers of requests sent (with repeats), of replies, and of their tokens."""
+        """Return the numbers of requests sent (including retries), replies, and their tokens."""
         (sent,) = self._db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()
         query = (
             "SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(reply_tokens), 0) FROM replies"
@@ -179,7 +179,7 @@ class Journal:
 
 
 class JournalState(NamedTuple):
-    """Number of replies, request ids of damaged replies, and SQLite's complaint about the file."""
+    """Number of replies, request ids of damaged replies, and SQLite's error message about the file."""
 
     replies: int
     damaged: tuple[str, ...]
@@ -187,13 +187,13 @@ class JournalState(NamedTuple):
 
     @property
     def is_intact(self) -> bool:
-        """Whether nothing is damaged."""
+        """Whether the journal has no damage."""
         return not self.damaged and not self.problem
 
 
 def check_journal(path: Path) -> JournalState:
     """Read a whole journal, and return its state. Raises StoreError if it has another format."""
-    # SQLite writes a file next to a journal even to read it, which fails on a read-only disk.
+    # Even to read a journal, SQLite writes a file next to it, which fails on a read-only disk.
     options = "mode=ro" if os.access(path.parent, os.W_OK) else "mode=ro&immutable=1"
     replies = 0
     damaged: list[str] = []
@@ -213,10 +213,10 @@ def check_journal(path: Path) -> JournalState:
 
 
 def repair_journal(path: Path) -> tuple[int, int, int]:
-    """Replace a damaged journal by a copy of its intact replies. The old file stays as `.damaged-1` etc.
+    """Replace a damaged journal with a copy that holds only its intact replies.
 
-    Return the numbers of intact replies, of damaged replies, and of requests without a reply. Raises
-    StoreError, and changes nothing, if no reply is intact.
+    Keeps the old file as `.damaged-1`, `.damaged-2` and so on. Returns the numbers of intact replies, damaged
+    replies and requests without a reply. Raises StoreError and changes nothing if no reply is intact.
     """
     draft = path.with_name(f"{path.name}.repairing")
     draft.unlink(missing_ok=True)
@@ -224,7 +224,7 @@ def repair_journal(path: Path) -> tuple[int, int, int]:
     try:
         with closing(sqlite3.connect(path.absolute())) as source, Journal(draft) as journal:
             source.text_factory = _decode
-            # Small ranges: an unreadable page costs only the replies of its range.
+            # Read small ranges, so that an unreadable page loses only the replies in its range.
             for ids in zip(_ID_PREFIXES, [*_ID_PREFIXES[1:], "g"], strict=True):
                 where = "WHERE request_id >= ? AND request_id < ?"
                 asked, rows = list[Any](), list[Sequence[Any]]()
@@ -243,7 +243,7 @@ def repair_journal(path: Path) -> tuple[int, int, int]:
         for suffix in ("", "-wal"):
             with suppress(FileNotFoundError):
                 shutil.copy2(f"{path}{suffix}", path.with_name(f"{path.name}.damaged-{number}{suffix}"))
-        for suffix in ("-wal", "-shm"):  # else SQLite applies the old log to the new file
+        for suffix in ("-wal", "-shm"):  # otherwise SQLite would apply the old log to the new file
             path.with_name(f"{path.name}{suffix}").unlink(missing_ok=True)
         draft.replace(path)
     finally:
@@ -253,14 +253,14 @@ def repair_journal(path: Path) -> tuple[int, int, int]:
 
 
 def _is_plausible(row: Sequence[Any]) -> bool:
-    """Check a row of `asked`, which has no checksum."""
+    """Return whether a row of `asked` looks valid, since these rows have no checksum."""
     request_id, times = row
     is_id = isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id) is not None
     return is_id and isinstance(times, int) and 0 < times < MAX_TIMES_SENT
 
 
 def _decode(data: bytes) -> str:
-    """Decode text that may be damaged, which its checksum shows."""
+    """Decode bytes that may be damaged. The checksum is compared later."""
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -271,10 +271,10 @@ def _read_replies(
 
 
 def _checksum(row: Sequence[Any]) -> int:
-    """Return a checksum of the other columns as a signed 64-bit integer."""
+    """Return a checksum of a row without its checksum column, as a signed 64-bit integer."""
     try:
         content = canonical([*row])
-    except (TypeError, ValueError):  # a damaged value of another type
+    except (TypeError, ValueError):  # a damaged value may have another type
         return 0
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), signed=True)
 

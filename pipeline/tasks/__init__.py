@@ -1,4 +1,4 @@
-"""The tasks by name, with the validation and the JSON schemas of their outputs."""
+"""The tasks of a run by name, validation of their outputs, and the JSON schemas for decoders."""
 
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -19,9 +19,9 @@ TASKS: dict[str, Task] = {task.name: task for task in (*SELECTABLE, *CHECKING)}
 
 
 class Tasks:
-    """The tasks of a run by name: built-in and custom ones (`own`). `asked` are asked about every image.
+    """The tasks of a run by name. `own` are the custom tasks, and `asked` are asked about every image.
 
-    Raises ConfigError for an unknown name, and for contradicting settings of a custom task.
+    Raises ConfigError if a name is unknown, or if the settings of a custom task contradict each other.
     """
 
     def __init__(self, asked: Sequence[str] = (), own: Sequence[TaskConfig] = ()) -> None:
@@ -39,7 +39,7 @@ class Tasks:
         return self._by_name[name]
 
     def describe(self, exclude: Iterable[str] = ()) -> list[Any]:
-        """Return the names of asked tasks, and settings (not `exclude`), schemas and code of custom ones."""
+        """Return the names of asked tasks, and the settings, schemas and code digests of custom tasks."""
         settings = [task.settings.model_dump(mode="json", exclude={*exclude}) for task in self.own]
         outputs = [
             [wire_schema(task), task.settings.output and code_digest(task.settings.output)]
@@ -53,18 +53,18 @@ BUILT_IN = Tasks()
 
 @cache
 def tasks_making(kind: Literal["captions", "questions"]) -> frozenset[str]:
-    """Return the names of the built-in tasks whose annotations are captions, or questions."""
+    """Return the names of the built-in tasks that write captions, or of those that write questions."""
     makes_captions = kind == "captions"
     return frozenset(task.name for task in SELECTABLE if (task.text_field is not None) == makes_captions)
 
 
 def asks_about_decks(names: Iterable[str]) -> bool:
-    """Return whether any of these tasks asks about decks. Custom tasks do not."""
+    """Return whether any of these tasks is about decks. Custom tasks never are."""
     return any(TASKS[name].asks_about_decks for name in names if name in TASKS)
 
 
 def find_broken_rule(task: Task, row: dict[str, Any], pages: int = 1) -> str | None:
-    """Return the first rule that an annotation breaks, as a rejection reason, or None if it is valid."""
+    """Return a rejection reason for the first rule that an annotation breaks, or None if it is valid."""
     try:
         task.row.model_validate(task.fields_of(row), context={"pages": pages})
     except ValidationError as error:
@@ -75,5 +75,5 @@ def find_broken_rule(task: Task, row: dict[str, Any], pages: int = 1) -> str | N
 
 @cache
 def wire_schema(task: Task) -> dict[str, Any]:
-    """Return the JSON schema that the decoder enforces. It is cached: do not change it."""
+    """Return the JSON schema that the decoder enforces. The result is cached and must not be modified."""
     return task.wire_schema()

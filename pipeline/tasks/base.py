@@ -1,8 +1,8 @@
-"""The definition of a task, and the base of all output models.
+"""The definition of a task, and the base class of all output models.
 
-A task has two models. The output model describes a whole reply. The constrained decoder enforces its wire
-schema: types, order and enums. The row model is one annotation of a reply, with all other rules, such as
-lengths.
+A task has two models. The output model describes a whole reply. The constrained decoder enforces types, field
+order and enums of the output model (the wire schema). The row model describes one annotation in a reply, and
+checks all other rules, such as lengths.
 """
 
 import json
@@ -19,81 +19,81 @@ from pipeline.tasks.boxes import Frame
 from pipeline.text.normalize import tidy
 from pipeline.text.refusals import is_declined
 
-# One line of text: no control characters, and not only spaces.
+# One line of text without control characters that has at least one non-space character.
 _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
 Line = Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=_LINE)]
 MAX_QA_PAIRS = 8
-QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # with those of Chinese, Japanese and Arabic
+QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # ASCII, Chinese or Japanese, and Arabic
 MAX_PAGES = 20  # per deck, as in SlideVQA
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold half of a surrogate pair, and a table cannot
-MAX_REPEATS = 4  # "a cat and a cat and a cat and a cat and"
-# The row model checks lengths and patterns: a grammar that counts characters is slow, and cuts sentences off.
+_SURROGATE = re.compile("[\ud800-\udfff]")  # allowed in JSON but not in a table
+MAX_REPEATS = 4  # as in "a cat and a cat and a cat and a cat and"
+# The row model checks lengths and patterns. A grammar that counts characters is slow and cuts sentences off.
 _NOT_ON_THE_WIRE = frozenset({"title", "description", "minLength", "maxLength", "pattern", "default"})
 
 
 class Output(BaseModel):
-    """Base of all output models: unknown keys are refused, text is not changed."""
+    """Base class of all output models. Refuses unknown keys, and does not change strings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def tidy_texts(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a row with tidy texts: a line break is no reason to reject a text."""
+    """Return the fields of a row with tidy strings, so that a line break does not lead to a rejection."""
     return {name: tidy(value) if isinstance(value, str) else value for name, value in fields.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
-    """A request to a model about a sample, and the conversion of its reply to rows."""
+    """Defines what a model is asked about a sample, and how its reply is converted to rows."""
 
     name: str
-    output: type[Output]  # a whole reply
-    row: type[Output]  # one annotation
-    rows_field: str | None = None  # field of a reply that lists its rows; None: the reply is one row
+    output: type[Output]  # model of a whole reply
+    row: type[Output]  # model of one annotation
+    rows_field: str | None = None  # field of a reply that lists the rows, or None if the reply is one row
     tidy_row: Callable[[dict[str, Any]], dict[str, Any]] = tidy_texts  # called before the row model
     text_field: str | None = None  # field of a row that fills the column `text`
-    asks_about_decks: bool = False  # shows all pages of a deck
-    has_styles: bool = False  # one request for each of `generate.caption_styles`
-    temperature_key: str = "qa_temperature"  # in the config section `generate`
+    asks_about_decks: bool = False  # whether requests show all pages of a deck
+    has_styles: bool = False  # whether there is one request for each of `generate.caption_styles`
+    temperature_key: str = "qa_temperature"  # name of a setting in `generate`
     card_category: str | None = None  # task category on the Hub
-    needs: tuple[str, ...] = ()  # tasks or caption styles whose results the prompt uses
+    needs: tuple[str, ...] = ()  # names of tasks or caption styles whose results the prompt uses
     shows_image: bool = True
-    max_tokens: int | None = None  # None: generate.max_tokens
-    language: str | None = None  # None: filter.language
-    box_field: str | None = None  # field of an annotation that is a box in the image
-    own_prompt: str | None = None  # template of a custom task
+    max_tokens: int | None = None  # None: use generate.max_tokens
+    language: str | None = None  # None: use filter.language
+    box_field: str | None = None  # field of an annotation that is a bounding box
+    own_prompt: str | None = None  # prompt template of a custom task
 
     def wire_schema(self) -> dict[str, Any]:
         """Return the JSON schema that the decoder enforces."""
         return dict(strip_schema(self.output.model_json_schema()))
 
     def temperature(self, generate: GenerateConfig) -> float:
-        """Return the sampling temperature of the first attempt."""
+        """Return the sampling temperature for the first attempt."""
         return float(getattr(generate, self.temperature_key))
 
     @property
     def prompt(self) -> str:
-        """The name of the template of a built-in task."""
+        """The name of a built-in task's prompt template."""
         return f"{self.name}/v1"
 
     def fields_of(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields of the row model from the columns of an annotation."""
+        """Return the values of the row model's fields from the columns of an annotation."""
         columns = row if self.text_field is None else {**row, self.text_field: row.get("text")}
         return {name: columns.get(name) for name in self.row.model_fields}
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply, which may be the bare list, or None if it has no rows."""
+        """Return the rows of a parsed reply, which may be a bare list, or None if the reply has no rows."""
         rows: Any = [reply]
         if self.rows_field:
             rows = reply.get(self.rows_field) if isinstance(reply, dict) else reply
         return rows if isinstance(rows, list) and rows else None
 
     def nothing_found(self) -> tuple[dict[str, Any], str | None]:
-        """Return the columns and the error of an empty list of rows."""
+        """Return the columns and the error for a reply with an empty list of rows."""
         return {}, "off_schema"
 
     def read_row(self, item: Any, frame: Frame | None = None) -> tuple[dict[str, Any], str | None]:  # noqa: ARG002
-        """Return the columns of one row of a reply, and its error. `frame` is that of the image."""
+        """Return the columns of one row of a reply, and an error or None. `frame` is for converting boxes."""
         item = _with_texts(item)
         if not _is_readable(item):
             return {}, "off_schema"
@@ -103,7 +103,7 @@ class Task:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Yield all texts in a JSON value."""
+    """Yield all strings in a JSON value, except field names."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -112,7 +112,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def find_unusable(texts: Iterable[str]) -> str | None:
-    """Return the error of a reply with these texts: a refusal, or a loop."""
+    """Return an error code if a text is a refusal or repeats itself in a loop, or else None."""
     texts = list(texts)
     if any(map(is_declined, texts)):
         return "refusal"
@@ -120,18 +120,18 @@ def find_unusable(texts: Iterable[str]) -> str | None:
 
 
 def has_surrogate(value: Any) -> bool:
-    """Return whether a JSON value has half of a surrogate pair in a text or field name."""
+    """Return whether a string or field name in a JSON value has half of a surrogate pair."""
     return bool(_SURROGATE.search(json.dumps(value, ensure_ascii=False)))
 
 
 def _repeats(words: list[str]) -> bool:
-    """Return whether the last one to eight words repeat MAX_REPEATS times in a row."""
+    """Return whether a text ends with MAX_REPEATS repetitions of the same one to eight words."""
     sizes = range(1, min(8, len(words) // MAX_REPEATS) + 1)
     return any(words[-size * MAX_REPEATS :] == words[-size:] * MAX_REPEATS for size in sizes)
 
 
 def _with_texts(item: Any) -> Any:
-    """Turn numbers and truth values into texts, as servers write them that enforce no schema."""
+    """Convert numbers and booleans to strings. Servers that enforce no schema may return them."""
     if not isinstance(item, dict):
         return item
     words = {True: "yes", False: "no"}
@@ -140,7 +140,7 @@ def _with_texts(item: Any) -> Any:
 
 
 def _is_readable(item: Any) -> bool:
-    """Return whether a table can hold an item: texts, and small positive integers in `evidence_pages`."""
+    """Return whether a table can hold an item, which has strings and a list of integers `evidence_pages`."""
     if not isinstance(item, dict):
         return False
     pages = item.get("evidence_pages", [])
@@ -150,7 +150,7 @@ def _is_readable(item: Any) -> bool:
 
 
 def check_question(question: str, answer: str) -> None:
-    """Raise PydanticCustomError if a question does not end with a question mark, or equals its answer."""
+    """Raise PydanticCustomError if a question has no question mark at the end, or equals the answer."""
     if not question.endswith(QUESTION_MARKS):
         raise PydanticCustomError("question_without_mark", "the question does not end with a question mark")
     if answer.casefold() == question.casefold():
@@ -158,12 +158,12 @@ def check_question(question: str, answer: str) -> None:
 
 
 def dump(output: Output) -> str:
-    """Return an output as JSON, with keys in schema order and no white space."""
+    """Return an output as JSON without white space, with the keys in schema order."""
     return json.dumps(output.model_dump(), ensure_ascii=False, separators=(",", ":"))
 
 
 def strip_schema(node: Any, *, is_properties: bool = False) -> Any:
-    """Return a JSON schema without the keywords that decoders ignore. Rows are checked by the full schema."""
+    """Return a JSON schema without keywords that decoders need not enforce. The row model checks them."""
     if isinstance(node, dict):
         return {
             key: strip_schema(value, is_properties=key in ("properties", "$defs") and not is_properties)

@@ -1,8 +1,8 @@
-"""Convert boxes of a model to pixels of the upright image, and check them.
+"""Convert a model's bounding boxes to pixels of the upright image, and check them.
 
-Qwen2.5-VL writes pixels of its input: the image after a resize to multiples of 28 px within bounds of its
-area (Technical Report, 2025, section 2.1, and `smart_resize` of its processor). Other models write
-thousandths of the sides.
+Qwen2.5-VL writes pixels of its resized input. Its processor resizes each side to a multiple of 28 px, and
+limits the area (Technical Report, 2025, section 2.1, and `smart_resize` in the processor). Other models write
+thousandths of the image's width and height.
 """
 
 from math import ceil, floor, sqrt
@@ -12,14 +12,14 @@ from pipeline.images.decode import scaled_size
 
 BOX_FIELDS = ("bbox_2d", "bbox", "box")  # Qwen2.5-VL was trained on bbox_2d
 PATCH_PX = 28  # two merged patches of 14 px
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 12_845_056  # bounds of Qwen2.5-VL's processor
-MAX_OUTSIDE_FRAC = 0.02  # fraction of a side: a box that exceeds it is rejected, else cut
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 12_845_056  # limits in Qwen2.5-VL's processor
+MAX_OUTSIDE_FRAC = 0.02  # of the width or height. Boxes further outside are rejected, and others are cut
 THOUSAND = 1000
 OUTSIDE, EMPTY = "box_outside_image", "box_empty"
 
 
 class Frame(NamedTuple):
-    """The upright size of an image, and the pixels to which it is scaled down before it is sent."""
+    """The size of an upright image, and the maximum number of pixels in the image that is sent."""
 
     width_px: int
     height_px: int
@@ -27,7 +27,7 @@ class Frame(NamedTuple):
 
 
 def seen_size(frame: Frame) -> tuple[int, int]:
-    """Return the width and height in pixels of an image as Qwen2.5-VL sees it."""
+    """Return the width and height in pixels to which Qwen2.5-VL's processor resizes an image."""
     width, height = scaled_size(frame.width_px, frame.height_px, frame.max_pixels)
     across, down = (max(PATCH_PX, round(side / PATCH_PX) * PATCH_PX) for side in (width, height))
     if across * down > MAX_PIXELS:
@@ -40,7 +40,7 @@ def seen_size(frame: Frame) -> tuple[int, int]:
 
 
 def place_box(row: dict[str, Any], name: str, frame: Frame, coordinates: str) -> str | None:
-    """Convert a field (left, top, right, bottom) to pixels of the upright image. Return an error or None."""
+    """Convert a box (left, top, right, bottom) to pixels of the upright image. Return an error or None."""
     across, down = (THOUSAND, THOUSAND) if coordinates == "thousandths" else seen_size(frame)
     sides = (frame.width_px / across, frame.height_px / down) * 2
     limits = (frame.width_px, frame.height_px) * 2

@@ -1,4 +1,4 @@
-"""Task `caption`: one description of one image."""
+"""The task `caption`, which asks for a description of one image."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ class Caption(Output):
 
 
 def tidy_caption(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a caption on one line, without later paragraphs about something else."""
+    """Return the fields with the caption on one line, without later paragraphs that do not belong to it."""
     text = fields.get("caption")
     if isinstance(text, str) and "\n" in text:
         fields = {**fields, "caption": without_afterthoughts(text)}

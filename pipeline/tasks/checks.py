@@ -1,6 +1,6 @@
-"""Tasks of the step verify, which checks annotations by further requests. Users do not select them.
+"""Tasks of the step `verify`, which checks annotations by further requests. Users cannot select these tasks.
 
-`answer` and `rate` show the image, `claims`, `covers` and `repair` only a text.
+`answer` and `rate` show the image. `claims`, `covers` and `repair` show only text.
 """
 
 from typing import Annotated, Literal
@@ -16,13 +16,13 @@ Score = Literal["1", "2", "3", "4", "5"]
 
 
 class Answer(Output):
-    """The answer to a question: from the image (`answer`), or from a caption (`covers`)."""
+    """The answer to a question about an image (task `answer`) or about a caption (task `covers`)."""
 
     answer: Line
 
 
 class ClaimProbes(Output):
-    """One claim, with a question that expects yes, and one that expects no, to catch constant answers."""
+    """One claim, with a question that expects yes and an opposite one that exposes constant answers."""
 
     claim: Line
     question: Line
@@ -46,7 +46,7 @@ class ClaimSet(Output):
 
 
 class Rating(Output):
-    """A judge's rating of one text by a rubric: its flaw in a few words, and a score for each part."""
+    """A judge's rating of a text: the problem in a few words, and one score per criterion."""
 
     flaw: Annotated[str, StringConstraints(max_length=2000)]  # empty if nothing is wrong
     relevance: Score

@@ -1,4 +1,4 @@
-"""Task `deck_qa`: a few questions about a deck of pages, with evidence pages and arithmetic."""
+"""The task `deck_qa`, which asks for questions about a deck, with answers, evidence pages and arithmetic."""
 
 import ast
 import operator
@@ -25,9 +25,9 @@ _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
 class DeckQAPair(Output):
-    """One question about a deck. The fields that plan come first: pages, and the expression.
+    """One question about a deck. Models plan with the pages and the expression, which precede the answer.
 
-    Validate with the context {"pages": number of pages}.
+    The validation context is {"pages": number of pages in the deck}.
     """
 
     answer_type: DeckAnswerType
@@ -53,13 +53,13 @@ class DeckQAPair(Output):
 
 
 class DeckQASet(Output):
-    """A few pairs about one deck."""
+    """A few questions with answers about one deck."""
 
     qa: Annotated[tuple[DeckQAPair, ...], Field(min_length=1, max_length=MAX_QA_PAIRS)]
 
 
 def evaluate(expression: str) -> float | None:
-    """Return the value of an expression of numbers, + - * / and parentheses, or None if it is another one."""
+    """Return the value of an expression, or None if it has more than numbers, + - * / and parentheses."""
     if len(expression) > MAX_EXPRESSION_CHARACTERS:
         return None
     plain = _THOUSANDS_COMMA.sub("", expression).replace("%", "").replace("$", "").strip()
@@ -70,7 +70,7 @@ def evaluate(expression: str) -> float | None:
 
 
 def equals_rounded(expression: str, answer: str) -> bool:
-    """Return whether an answer is the value of an expression, rounded to the answer's decimal places."""
+    """Return whether an answer equals the value of an expression, rounded to the answer's decimal places."""
     value, number = evaluate(expression), _NUMBER.search(_THOUSANDS_COMMA.sub("", answer))
     if value is None or number is None:
         return False

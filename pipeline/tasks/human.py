@@ -1,6 +1,6 @@
-"""Human captions and questions as annotations of the tasks `caption` and `qa`, or `deck_qa` for decks.
+"""Convert human captions and questions to annotations of the tasks `caption` and `qa` (`deck_qa` for decks).
 
-They pass all steps like those of a model. Their `prompt_id` is `human`, and so is the style of the captions.
+They pass through the same steps as a model's annotations. The `prompt_id` and the caption style are `human`.
 """
 
 from collections import Counter
@@ -22,10 +22,10 @@ def human_annotations(
     questions: Sequence[dict[str, Any]],
     deck_pages: int | None = None,
 ) -> tuple[dict[str, Any], ...]:
-    """Return the annotations (tables.ANNOTATION) of human captions and questions.
+    """Return human captions and questions as annotations (tables.ANNOTATION).
 
-    `questions` are tables.QUESTION_OF_PEOPLE. Those without an answer are left out. `deck_pages` is the
-    number of pages of a deck. A question that names no evidence has all pages as evidence.
+    `questions` have the fields of tables.QUESTION_OF_PEOPLE. Questions without an answer are left out. For a
+    deck, `deck_pages` is the number of pages, and questions without evidence pages get all pages.
     """
     task = "qa" if deck_pages is None else "deck_qa"
     pages = list(range(1, (deck_pages or 0) + 1))
@@ -39,7 +39,7 @@ def human_annotations(
 
 
 def has_texts(captions: Sequence[str], questions: Sequence[dict[str, Any]]) -> tuple[bool, bool]:
-    """Return whether `human_annotations` would return a caption, and a question."""
+    """Return two booleans: whether `human_annotations` returns any captions, and any questions."""
     return any(text.strip() for text in captions), any(map(_is_answered, questions))
 
 
@@ -61,7 +61,7 @@ def _rows(sample_id: str, task: str, style: str, texts: Iterator[dict[str, Any]]
 
 
 def _with_answer(pair: dict[str, Any], task: str, pages: list[int]) -> dict[str, Any]:
-    """Return a question with its most frequent answer, or the first of several."""
+    """Return a question with its most frequent answer. Of equally frequent answers, the first is used."""
     answers = Counter(answer.strip() for answer in pair["answers"] if answer.strip())
     answer = answers.most_common(1)[0][0]
     question = " ".join(pair["question"].split())
@@ -78,7 +78,7 @@ def _with_answer(pair: dict[str, Any], task: str, pages: list[int]) -> dict[str,
 
 
 def _type_of(pair: dict[str, Any], answer: str, task: str) -> str:
-    """Return the answer type: that of the source if the answer fits it, or else by the answer."""
+    """Return the answer type in the source if it is consistent with the answer, or else derive the type."""
     given, kind = pair["answer_type"], kind_of_answer(answer)
     if given in _ANSWER_TYPES[task] and (given == "yes/no") == (kind == "yes/no" and task == "qa"):
         return str(given)

@@ -1,9 +1,9 @@
-"""The output of a custom task: a JSON schema, restricted to what decoders enforce and a table can hold.
+"""JSON schemas for the outputs of custom tasks, restricted to what decoders enforce and a table can hold.
 
-Allowed are objects with named fields, lists, texts, numbers, truth values, enums and null. `close_schema`
-brings a schema into one form: references are resolved, objects have no other fields, and an optional field is
-always there, maybe as null, as strict servers want it. This form gives the validator of replies, the type of
-a column, and the example in a prompt.
+A schema may have objects with named fields, lists, strings, numbers, booleans, enums and null. `close_schema`
+converts a schema to a normal form, called closed: references are resolved, objects allow no other fields, and
+optional fields become required fields that may be null, as strict servers demand. The validator of replies,
+the column type and the example in a prompt are derived from the closed schema.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from pipeline.tables import BOOL, FLOAT64, INT64, STRING
 
 Schema = dict[str, Any]
 MAX_DEPTH = 12
-MAX_NODES = 1000  # with references resolved
+MAX_NODES = 1000  # after references are resolved
 MAX_TEXT_CHARACTERS = 20_000
 MAX_ITEMS = 1000
 MAX_ENUM_VALUES = 2000
@@ -57,11 +57,11 @@ _CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=F
 
 
 class UnusableSchemaError(ValueError):
-    """Raised for a schema that cannot be used, with the part and the reason."""
+    """Raised when a schema cannot be used. The message names the part of the schema and the reason."""
 
 
 def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
-    """Return the schema of an output, and the pydantic model of a `module:Model`. Raises ConfigError."""
+    """Return the schema of an output, and its pydantic model or None. Raises ConfigError if loading fails."""
     try:
         if output.lstrip().startswith("{"):
             return json.loads(output), None
@@ -79,7 +79,7 @@ def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
 
 
 def code_digest(output: str) -> str | None:
-    """Return the digest of the file of a `module:Model`, whose code checks replies, or None for a schema."""
+    """Return a digest of the source file of a `module:Model`, which checks replies, or None for a schema."""
     if output.lstrip().startswith("{"):
         return None
     load_output(output)
@@ -89,20 +89,18 @@ def code_digest(output: str) -> str | None:
 
 @dataclass(slots=True)
 class _Position:
-    """The position of a part in a schema."""
-
     defs: Schema
     path: str = "output"
     depth: int = 0
-    references: tuple[str, ...] = ()  # resolved on the way to this part
-    num_nodes: list[int] = field(default_factory=lambda: [0])  # counter of the whole schema, shared
+    references: tuple[str, ...] = ()  # names of the references that lead to this part
+    num_nodes: list[int] = field(default_factory=lambda: [0])  # number of parts visited so far (shared)
 
     def within(self, name: str) -> "_Position":
         return _Position(self.defs, f"{self.path}{name}", self.depth + 1, self.references, self.num_nodes)
 
 
 def close_schema(schema: Any) -> Schema:
-    """Return a schema in closed form. Raises UnusableSchemaError if it has none."""
+    """Return the closed form of a schema. Raises UnusableSchemaError if the schema cannot be used."""
     defs: Schema = {}
     for name in ("definitions", "$defs"):
         part = schema.get(name) if isinstance(schema, dict) else None
@@ -180,7 +178,10 @@ def _close_object(schema: Schema, position: _Position) -> Schema:
 
 
 def _without_null(schema: Schema, path: str) -> tuple[Schema, bool]:
-    """Return the only choice but null, and whether null is allowed, or the same object without any choice."""
+    """Return a schema without its alternative null, and whether null is allowed.
+
+    Returns the same object if the schema has no alternatives.
+    """
     values = schema.get("enum")
     if isinstance(values, list) and None in values:
         return _without_null(schema | {"enum": [value for value in values if value is not None]}, path)[
@@ -240,12 +241,12 @@ def without_null(schema: Schema) -> Schema:
 
 
 def require_field(schema: Schema, name: str) -> Schema:
-    """Return the closed schema of an object in which a field cannot be null."""
+    """Return the closed schema of an object, changed so that one field cannot be null."""
     return schema | {"properties": schema["properties"] | {name: without_null(schema["properties"][name])}}
 
 
 def validator_of(schema: Schema) -> TypeAdapter[Any]:
-    """Return the validator of a closed schema. Raises UnusableSchemaError, such as for an invalid pattern."""
+    """Return a validator for a closed schema. Raises UnusableSchemaError if a pattern is invalid."""
     try:
         kind = _annotation(schema, "Value")
         is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
@@ -256,7 +257,7 @@ def validator_of(schema: Schema) -> TypeAdapter[Any]:
 
 
 def _annotation(schema: Schema, name: str) -> Any:
-    """Return the Python type of a closed schema. `name` is that of a pydantic model for an object."""
+    """Return the Python type for a closed schema. `name` is used for the pydantic model of an object."""
     if "anyOf" in schema:
         return _annotation(without_null(schema), name) | None
     kind = schema["type"]
@@ -267,7 +268,7 @@ def _annotation(schema: Schema, name: str) -> Any:
         fields = {}
         for number, (key, inner) in enumerate(
             schema["properties"].items()
-        ):  # Python may not allow the key as a name
+        ):  # the key may not be a valid Python name
             default = Field(None, alias=key) if "anyOf" in inner else Field(alias=key)
             fields[f"f{number}"] = (_annotation(inner, f"{name}_{number}"), default)
         return create_model(name, __config__=_CONFIG, **fields)  # type: ignore[call-overload]
@@ -287,7 +288,7 @@ def _annotation(schema: Schema, name: str) -> Any:
 
 
 def arrow_type(schema: Schema) -> pa.DataType:
-    """Return the type of a column that holds values of a closed schema."""
+    """Return the Arrow type of a column for values of a closed schema."""
     schema = without_null(schema)
     if schema["type"] == "object":
         return pa.struct([pa.field(name, arrow_type(inner)) for name, inner in schema["properties"].items()])
@@ -295,7 +296,7 @@ def arrow_type(schema: Schema) -> pa.DataType:
 
 
 def shape_of(schema: Schema) -> str:
-    """Return an example of a value for a prompt: `{"tags": ["cat" or "dog", ...]}`."""
+    """Return an example of a value for a prompt, such as `{"tags": ["cat" or "dog", ...]}`."""
     inner = without_null(schema)
     if "enum" in inner:
         shape = " or ".join(json.dumps(value, ensure_ascii=False) for value in inner["enum"])
@@ -313,7 +314,7 @@ def shape_of(schema: Schema) -> str:
 
 
 def empty_value(schema: Schema, *, nulls: bool = False) -> Any:
-    """Return an empty value of a closed schema, to try a template. With `nulls`, optional values are null."""
+    """Return an empty value for testing a template. With `nulls`, optional values are null."""
     if nulls and "anyOf" in schema:
         return None
     inner = without_null(schema)

@@ -1,7 +1,7 @@
 """Custom tasks, built from their settings (config.TaskConfig).
 
-Kinds `caption` and `question` add to the built-in tasks' texts. The others fill a column of the task's name,
-with values as JSON (tables.ANNOTATION, `record`) until the rows of a version are written.
+Tasks of the kinds `caption` and `question` add to the texts of built-in tasks. Other tasks fill a column that
+has the task's name. Until a version is written, its values are JSON in `record` (tables.ANNOTATION).
 """
 
 import json
@@ -36,11 +36,11 @@ from pipeline.tasks.output_schema import Schema, UnusableSchemaError, require_fi
 from pipeline.text.normalize import tidy
 
 log = logging.getLogger(__name__)
-NOTHING_FOUND = "nothing_found"  # error of an empty list of rows
-NOTHING = "[]"  # record of an empty list of rows
-JOINING = ("caption", "question")  # kinds whose texts join those of the built-in tasks
+NOTHING_FOUND = "nothing_found"  # error for an empty list of rows
+NOTHING = "[]"  # `record` for an empty list of rows
+JOINING = ("caption", "question")  # kinds that add to the captions or questions of built-in tasks
 TEMPLATE = "{prompt}\nReply as {{{{ reply }}}}.\nTask: {name}\n"
-CARD_CATEGORIES = {  # task categories of the Hub
+CARD_CATEGORIES = {  # task categories on the Hub
     "caption": "image-to-text",
     "question": "visual-question-answering",
     "labels": "image-classification",
@@ -48,7 +48,7 @@ CARD_CATEGORIES = {  # task categories of the Hub
     "text": "image-to-text",
 }
 _TEXT: Schema = {"type": "string"}
-_ERROR_WORDS = {  # ends of rejection reasons, by pydantic's error types
+_ERROR_WORDS = {  # from pydantic's error types to the ends of rejection reasons
     "literal_error": "not_allowed",
     "missing": "missing",
     "string_pattern_mismatch": "off_pattern",
@@ -57,7 +57,7 @@ _ERROR_WORDS = {  # ends of rejection reasons, by pydantic's error types
 
 
 class OwnPair(Output):
-    """A question of a custom task, with its answer."""
+    """A question with its answer, written by a custom task."""
 
     question: Line
     answer: Line
@@ -73,14 +73,14 @@ ROW_MODELS: dict[str, type[Output]] = {"caption": Caption, "question": OwnPair}
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OwnTask(Task):
-    """A custom task."""
+    """A custom task, which validates replies by a closed schema and optionally by the user's model."""
 
     settings: TaskConfig
     whole: Schema  # closed schema of a whole reply
     item: TypeAdapter[Any]  # validates one annotation
-    model: TypeAdapter[Any] | None  # the user's pydantic model of it
-    field: str | None  # field of an annotation with its text or value; None: the whole annotation
-    value: Schema  # closed schema of that text or value
+    model: TypeAdapter[Any] | None  # the user's pydantic model of one annotation
+    field: str | None  # field of an annotation that holds its text or value, or None for the whole annotation
+    value: Schema  # closed schema of this text or value
 
     def wire_schema(self) -> Schema:
         """See Task."""
@@ -93,7 +93,7 @@ class OwnTask(Task):
     def rows_of(self, reply: Any) -> list[Any] | None:
         """Return the rows of a parsed reply, or None if it has no list of rows.
 
-        A server that enforces no schema may return the bare list, as Qwen2.5-VL does for boxes.
+        Without an enforced schema, a reply may be the bare list of rows, as Qwen2.5-VL writes for boxes.
         """
         if self.rows_field is None:
             is_bare = isinstance(reply, list) and self.field is not None and self.value["type"] == "array"
@@ -102,7 +102,7 @@ class OwnTask(Task):
         return rows if isinstance(rows, list) else None
 
     def nothing_found(self) -> tuple[dict[str, Any], str | None]:
-        """See Task. An empty list is a valid result, except of captions and questions."""
+        """See Task. An empty list is a valid result, except for captions and questions."""
         return ({}, NOTHING_FOUND) if self.settings.kind in JOINING else ({"record": NOTHING}, None)
 
     def read_row(self, item: Any, frame: Frame | None = None) -> tuple[dict[str, Any], str | None]:
@@ -127,7 +127,7 @@ class OwnTask(Task):
         return self._columns(fields), None
 
     def _normalize(self, item: Any) -> Any:
-        """Return an annotation with labels in their allowed spelling, and boxes in whole pixels."""
+        """Return an annotation with labels in the schema's spelling, and box corners rounded to pixels."""
         if self.settings.kind not in ("labels", "boxes"):
             return item
         item = _respell(item, _spellings(self))
@@ -142,13 +142,13 @@ class OwnTask(Task):
         value = fields[self.field] if self.field else fields
         if self.settings.kind == "caption":
             return {"text": tidy_caption({"caption": value})["caption"]}
-        if self.settings.kind == "labels" and isinstance(value, list):  # a repeated label is no error
+        if self.settings.kind == "labels" and isinstance(value, list):  # remove repeated labels
             value = list(dict.fromkeys(label for label in map(tidy, value) if label))
         return {"record": json.dumps(value, ensure_ascii=False)}
 
     @property
     def column(self) -> OwnColumn | None:
-        """The column of a version that holds the values, or None for captions and questions."""
+        """The column for the task's values in the rows of a version, or None for captions and questions."""
         if self.settings.kind in JOINING:
             return None
         kind = output_schema.arrow_type(self.value)
@@ -156,11 +156,11 @@ class OwnTask(Task):
         return OwnColumn(self.name, pa.list_(kind) if is_list else kind, self.settings.kind, is_list)
 
     def empty_result(self, *, nulls: bool = False) -> Any:
-        """Return an empty result, to try prompts that need it. With `nulls`, optional values are null."""
+        """Return an empty result for testing prompts that use it. With `nulls`, optional values are null."""
         return [] if self.rows_field else output_schema.empty_value(self.value, nulls=nulls)
 
     def allowed_texts(self) -> list[str]:
-        """Return the texts in the enums of the schema."""
+        """Return all strings in the enums of the schema."""
         return _enum_texts(self.whole)
 
 
@@ -189,7 +189,7 @@ def _respell(value: Any, spellings: dict[str, str]) -> Any:
 
 
 def _is_in_pixels(box: list[Any]) -> bool:
-    """Return whether the sides of a box are numbers, and not fractions of the image."""
+    """Return whether the corners of a box are numbers, but not fractions of the image size."""
     are_numbers = all(
         isinstance(side, float | int) and not isinstance(side, bool) and isfinite(side) for side in box
     )
@@ -197,19 +197,19 @@ def _is_in_pixels(box: list[Any]) -> bool:
 
 
 def own_columns(tasks: Sequence[OwnTask]) -> list[OwnColumn]:
-    """Return the columns that custom tasks fill, in order."""
+    """Return the columns that custom tasks fill, in the order of the tasks."""
     return [column for task in tasks if (column := task.column)]
 
 
 def publishable_task(task: OwnTask) -> dict[str, Any]:
-    """Return the settings of a task for a manifest, with the schema instead of the name of a user's model."""
+    """Return the settings of a task for a manifest. The output schema replaces the name of a user's model."""
     schema = {"output": task.whole} if task.settings.output else {}
     return task.settings.model_dump(mode="json", exclude_defaults=True) | schema
 
 
 @lru_cache(256)
 def build_task(settings: TaskConfig) -> OwnTask:
-    """Return the task of these settings. Raises ConfigError if they contradict each other."""
+    """Return the task with these settings. Raises ConfigError if the settings contradict each other."""
     try:
         return _build(settings)
     except UnusableSchemaError as error:
@@ -298,7 +298,10 @@ def _list(items: Schema) -> Schema:
 
 
 def _field_of(settings: TaskConfig, item: Schema) -> str | None:
-    """Return the field with an annotation's text or value: as set, named like the kind, or the only one."""
+    """Return the field that holds an annotation's text or value, or None for the whole annotation.
+
+    This is the field in the settings, or else the field that is named like the kind, or else the only field.
+    """
     item = without_null(item)
     if item["type"] != "object":
         if settings.field or settings.kind not in ("caption", "text", "labels"):
@@ -320,7 +323,7 @@ def _field_of(settings: TaskConfig, item: Schema) -> str | None:
 
 
 def _check_kind(settings: TaskConfig, value: Schema) -> str | None:
-    """Return the field of a box, or None. Raises UnusableSchemaError if the values do not fit the kind."""
+    """Return the box field, or None. Raises UnusableSchemaError if settings or values do not fit the kind."""
     kind, form = settings.kind, value["type"]
     names = value["properties"] if form == "object" else {}
     if kind in ("caption", "text") and form != "string":
@@ -359,11 +362,11 @@ def _box_field(settings: TaskConfig, names: Schema) -> str:
 
 
 def _item_of(model: type[BaseModel], rows: str | None) -> TypeAdapter[Any]:
-    """Return the validator of one annotation by the user's model: the model, or the items of a list in it."""
+    """Return a validator for one annotation by the user's model, or by the items of its list field `rows`."""
     if rows is None:
         return TypeAdapter(model)
     field = next(field for name, field in model.model_fields.items() if rows in (name, field.alias))
-    options = [field.annotation, *get_args(field.annotation)]  # a list, or a list and None
+    options = [field.annotation, *get_args(field.annotation)]  # the annotation may be `list[Item] | None`
     listed = next((option for option in options if get_origin(option) in (list, tuple, Sequence)), None)
     if listed is None:
         raise UnusableSchemaError(f"{rows} of {model.__name__} is not a list")

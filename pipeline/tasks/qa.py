@@ -1,4 +1,4 @@
-"""Task `qa`: a few questions about one image, with short answers."""
+"""The task `qa`, which asks for a few questions about one image, with short answers."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ AnswerType = Literal["yes/no", "number", "other"]
 
 
 class QAPair(Output):
-    """One question with its answer. The type comes first, so that the model plans before it asks."""
+    """One question with its answer. The type comes first, so that the model plans the question."""
 
     answer_type: AnswerType
     question: Line
@@ -32,13 +32,13 @@ class QAPair(Output):
 
 
 class QASet(Output):
-    """A few pairs about one image."""
+    """A few questions with answers about one image."""
 
     qa: Annotated[list[QAPair], Field(min_length=1, max_length=MAX_QA_PAIRS)]
 
 
 def tidy_pair(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a pair with tidy texts, and "Yes." as "yes"."""
+    """Return the fields with tidy strings. A yes or no answer also becomes lower case without a period."""
     pair = tidy_texts(fields)
     plain = str(pair.get("answer", "")).rstrip(SENTENCE_ENDS).casefold()
     return {**pair, "answer": plain} if plain in YES_OR_NO and pair.get("answer_type") == "yes/no" else pair

@@ -1,4 +1,4 @@
-"""Parse replies to annotations. An unreadable reply becomes a row with its error: no reply is lost."""
+"""Parse replies into annotations. An unreadable reply becomes a row with an error."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from pipeline.tasks.boxes import Frame
 from pipeline.tasks.own import NOTHING_FOUND
 from pipeline.types import Reply, Request
 
-MAX_BRACES = 32  # positions at which the object of a reply is tried
+MAX_BRACES = 32  # number of opening braces at which parsing is tried
 _DECODER = json.JSONDecoder()
 _COLUMNS = ("text", "question", "answer", "answer_type", "evidence_pages", "expression", "record")
 _UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
@@ -19,9 +19,9 @@ _UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
 def parse_reply(
     request: Request, reply: Reply, tasks: Tasks = BUILT_IN, frame: Frame | None = None
 ) -> list[dict[str, Any]]:
-    """Return the annotations of one reply as rows of tables.ANNOTATION, at least one.
+    """Return the annotations in a reply as rows of tables.ANNOTATION. There is at least one row.
 
-    Boxes are converted to pixels of the image of `frame`.
+    Boxes are converted to pixels of the upright image that `frame` describes.
     """
     task = tasks[request.task]
     return [
@@ -44,7 +44,7 @@ def parse_reply(
 def find_flaw(
     request: Request, reply: Reply, tasks: Tasks = BUILT_IN, frame: Frame | None = None
 ) -> str | None:
-    """Return the first flaw of a reply without any valid annotation, unless an empty list is valid."""
+    """Return the first error in a reply, or None if it has a valid annotation or an allowed empty list."""
     task, pages = tasks[request.task], max(1, len(request.images))
     rows = read_fields(task, reply, frame)
     flaws = [error or find_broken_rule(task, values, pages) for values, error in rows]
@@ -54,7 +54,7 @@ def find_flaw(
 def read_fields(
     task: Task, reply: Reply, frame: Frame | None = None
 ) -> list[tuple[dict[str, Any], str | None]]:
-    """Return (columns, error) for each annotation of a reply."""
+    """Return the columns and the error or None for each annotation in a reply."""
     if reply.finish_reason != "stop":
         return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]
     try:
@@ -68,7 +68,7 @@ def read_fields(
 
 
 def read_result(request: Request, reply: Reply, tasks: Tasks = BUILT_IN) -> Any:
-    """Return the result of a reply for other tasks (text, value or rows), or None if it is unusable."""
+    """Return the text, value or rows in a reply, for use by other tasks, or None if the reply is unusable."""
     task = tasks[request.task]
     rows = read_fields(task, reply)
     values = [_value(row) for row, error in rows if not error and not find_broken_rule(task, row)]
@@ -84,7 +84,7 @@ def _value(row: dict[str, Any]) -> Any:
 
 
 def object_within(text: str) -> dict[str, Any] | None:
-    """Return the first JSON object in a text, after the model's thoughts, or None if there is none."""
+    """Return the first JSON object in a text, or None. Ignores the text before the last </think>."""
     text = text.rpartition("</think>")[2]
     position = -1
     for _ in range(MAX_BRACES):

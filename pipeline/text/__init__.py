@@ -1,1 +1,1 @@
-"""Text: words, keys, languages, personal data, refusals and artifacts."""
+"""Analyze text: words, keys for comparison, languages, personal data, refusals and artifacts."""

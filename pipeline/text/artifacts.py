@@ -1,6 +1,6 @@
-"""Detect text around or instead of a description: markup, labels, coordinates, placeholders, unfinished ends.
+"""Detect text that does not belong to a description: markup, labels, coordinates, placeholders, cut-off ends.
 
-Each rule was measured on captions of humans and models (docs/measurements.md): a good text must pass.
+The rules were measured on captions by humans and models (docs/measurements.md), so that good captions pass.
 """
 
 import re
@@ -9,19 +9,19 @@ from collections.abc import Collection, Iterable, Iterator
 from pipeline.text.language import unquoted
 from pipeline.text.normalize import contains_any, text_key, words_of
 
-# Every match of _MARKUP has one of these characters or parts, which are rare in captions: the search is 10
-# times as fast.
+# Every match of _MARKUP has one of these characters or parts. They are rare in captions, so testing for them
+# first makes the search 10 times faster.
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;:()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]")
 _SPECIAL_PARTS = ("_", ":", "addCriterion", "oordinate")
 _MARKUP = re.compile(
-    # tags, template tokens, direction of writing
+    # tags, template tokens, characters that change the text direction
     r"<\|?/?[A-Za-z][^<>]{0,60}>|<\||\|>|<!--|[\u202d\u202e]"
     r"|\[/?(?:INST|SYS|IMG|image)\]|\ufffd|addCriterion|\b(?:USER|ASSISTANT|HUMAN|SYSTEM)\s*:"
     r"|^\s*\[(?:[Aa]n? )?(?:[Ii]mage|[Pp]hoto|[Pp]icture) of"
     # Markdown
     r"|```|\*\*|(?<!\w)[*_](?=\w)[^*_]+[*_](?!\w)|^\s*(?:[*\u2022|>]|\#{1,6}\s(?!\d))"
     r"|\|[^|]*\||\]\(|!\[|\#\#"
-    # JSON, escapes for a parser, image URLs
+    # JSON, escape sequences, image URLs
     r"|[{}]|\[\s*[\"']|[\"']\s*\]"
     r"|\\[nrt\"'/\\u]"
     r"|\bhttps?://\S+\.(?:jpe?g|png|webp)\b"
@@ -81,14 +81,14 @@ _PLACEHOLDERS |= {
 _PLACEHOLDERS.add("placeholder")
 _RUN = re.compile(r"(\S)\1{7}|(\S\S)\2{5}")
 MIN_RUN_CHARACTERS = 16
-# Longer texts are rejected by the row model (tasks.base.Line).
+# The row model rejects longer texts (tasks.base.Line).
 MAX_CHARACTERS = 2000
-# "Gate A" is a complete end.
+# Words that end no sentence. They are matched only in lower case, since "Gate A" is complete.
 _NO_END = r"an?|the|and|or|(?<!front )(?<!ahead )(?<!out )of|their|its|whose|than|because|next to|on top of"
 _CUT_OFF = re.compile(rf"(?:\b(?:{_NO_END})\s*[.,]?|\u2026|\.\.\.)\s*$")
-# Characters of the longest match of _CUT_OFF, with the word before it.
+# Length of the longest match of _CUT_OFF, including the preceding word.
 MAX_END_CHARACTERS = 20
-# Words that any image could have.
+# Words that could describe any image.
 _GENERAL_WORDS = """
 a an the this that these those it its is are was were be been there here of in on at with and or to for from
 by as some any many several various multiple few different certain one two image images picture pictures photo
@@ -103,7 +103,7 @@ _NAMES_OF_ANYTHING = (
     "image picture photo photograph scene something thing things object objects items elements"
 )
 _ANYTHING = frozenset(_NAMES_OF_ANYTHING.split())
-# Consecutive words of the prompt that make an echo.
+# A text echoes the prompt if it repeats this many consecutive words.
 ECHO_WORDS = 5
 
 
@@ -118,7 +118,7 @@ def has_markup(text: str) -> bool:
 
 
 def has_label(text: str) -> bool:
-    """Return whether a text has a label ("Caption: ...") or addresses its reader ("Sure! Here is ...")."""
+    """Return whether a text has a label ("Caption: ...") or addresses the reader ("Sure! Here is ...")."""
     may_match = ":" in text or "=" in text
     return bool((may_match and _LABEL.search(text)) or _CHAT_START.match(text) or _CHAT.search(text))
 
@@ -129,7 +129,7 @@ def is_placeholder(words: list[str]) -> bool:
 
 
 def without_afterthoughts(text: str) -> str:
-    """Return a text without the paragraphs from the first one with a label or a repeated sentence on."""
+    """Cut a text before the first later paragraph that has a label or repeats an earlier sentence."""
     if len(text) > MAX_CHARACTERS:
         return text
     paragraphs = [part for part in re.split(r"\s*\n\s*", text) if part]
@@ -144,17 +144,17 @@ def without_afterthoughts(text: str) -> str:
 
 
 def has_run(text: str) -> bool:
-    """Return whether one or two characters are repeated many times in a row, as in 0000000000."""
+    """Return whether a text repeats one or two characters many times in a row, as in 0000000000."""
     return max(map(len, text.split()), default=0) >= MIN_RUN_CHARACTERS and bool(_RUN.search(text))
 
 
 def is_cut_off(text: str) -> bool:
-    """Return whether a caption ends where no sentence ends: with "a", "and" or three dots."""
+    """Return whether a caption ends in the middle of a sentence: with "a", "and", three dots or the like."""
     return bool(_CUT_OFF.search(text, max(0, len(text.rstrip()) - MAX_END_CHARACTERS)))
 
 
 def is_too_general(words: Collection[str]) -> bool:
-    """Return whether a caption with these words fits nearly any image: "A photo of something"."""
+    """Return whether a caption with these words fits nearly any image, such as "A photo of something"."""
     return bool(words) and _GENERAL.issuperset(words) and not _ANYTHING.isdisjoint(words)
 
 
@@ -163,10 +163,10 @@ def _word_grams(words: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def prompt_grams(prompts: Iterable[str]) -> frozenset[tuple[str, ...]]:
-    """Return all sequences of ECHO_WORDS words of prompts."""
+    """Return all sequences of ECHO_WORDS consecutive words in prompts."""
     return frozenset(gram for prompt in prompts for gram in _word_grams(words_of(prompt)))
 
 
 def echoes_prompt(words: list[str], grams: frozenset[tuple[str, ...]]) -> bool:
-    """Return whether a text has one of the `prompt_grams`."""
+    """Return whether a text contains any of these word sequences (`prompt_grams`)."""
     return not grams.isdisjoint(_word_grams(words))

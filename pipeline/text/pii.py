@@ -1,18 +1,18 @@
-"""Redact personal data in texts: replace each match by the name of its kind."""
+"""Redact personal data in text. Each match is replaced by the name of its kind, such as [email]."""
 
 import re
 from collections.abc import Callable
 
 
 def _luhn(number: str) -> bool:
-    """Return whether the last digit is the check digit of a card number (H. P. Luhn, 1960)."""
+    """Return whether the last digit is the valid check digit of a card number (H. P. Luhn, 1960)."""
     digits = [int(letter) for letter in reversed(number) if letter.isdigit()]
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
     return 13 <= len(digits) <= 19 and (sum(digits[::2]) + sum(doubled)) % 10 == 0
 
 
 def _iban(text: str) -> bool:
-    """Return whether the two check digits are right (ISO 13616)."""
+    """Return whether the two check digits of an IBAN are valid (ISO 13616)."""
     letters = text.replace(" ", "").upper()
     moved = letters[4:] + letters[:4]
     return 15 <= len(letters) <= 34 and int("".join(str(int(letter, 36)) for letter in moved)) % 97 == 1
@@ -22,12 +22,12 @@ def _phone(text: str) -> bool:
     return 9 <= sum(letter.isdigit() for letter in text) <= 15
 
 
-# Kinds are redacted in this order, if the check of the matched text succeeds (bool: no check).
+# Kinds are redacted in this order. A match is redacted only if the function accepts it (`bool` always does).
 _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     "email": (re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+"), bool),
     "url": (re.compile(r"\b(?:https?://|www\.)[^\s<>\"']+[^\s<>\"'.,;:!?)]", re.IGNORECASE), bool),
     "iban": (re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
-    # A country code, an area code in brackets, a leading zero, or groups of 3, 3 and 4 digits.
+    # Starts with a country code, an area code in brackets or a zero, or has groups of 3, 3 and 4 digits.
     "phone": (
         re.compile(
             r"(?<![\w.,])(?:\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?)?(?:[ .-]?\d{2,10}){1,5}"
@@ -38,15 +38,15 @@ _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     ),
     "card": (re.compile(r"(?<![\d+])\d(?:[ -]?\d){12,18}\b"), _luhn),
 }
-# Every kind has an at sign, a scheme, "www.", or two digits with at most one mark between them.
+# Every match has an at sign, a scheme, "www.", or two digits with at most one space or hyphen between them.
 MAY_HOLD = r"@|://|www\.|\d[ -]?\d"
 _MAY_HOLD = re.compile(MAY_HOLD, re.IGNORECASE)
 _HINT = re.compile(r"[@:\d]")
 
 
 def redact(text: str) -> tuple[str, int]:
-    """Return the text with `[email]` and so on for personal data, and the number of replacements."""
-    # The search for a hint is faster.
+    """Replace personal data with `[email]` and so on. Return the text and the number of replacements."""
+    # Search for a hint first, since this is faster.
     if not ((_HINT.search(text) or "www." in text.lower()) and _MAY_HOLD.search(text)):
         return text, 0
     count = 0

@@ -1,4 +1,4 @@
-"""Plain words for reason codes, scores and values of custom tasks, for reports, previews and cards."""
+"""Describe reason codes, scores and values of custom tasks in words, for reports, previews and cards."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ IN_WORDS = {
 }
 
 
-# Scores of the rows of a version (tables.ADDED).
+# Descriptions of the scores in the rows of a version (tables.ADDED).
 SCORES_IN_WORDS = {
     "precision": "share of the caption's claims that the model confirmed when asked about the image",
     "coverage": "share of the questions about the image that the caption alone answers correctly",
@@ -76,12 +76,12 @@ SCORES_IN_WORDS = {
 
 
 def in_words(reason: str) -> str:
-    """Return a reason in plain words; an unknown code with spaces."""
+    """Return a reason code in words. Unknown codes get spaces instead of underscores."""
     return IN_WORDS.get(reason, reason.replace("_", " "))
 
 
 def in_short(value: Any) -> str:
-    """Return a JSON value in words: `view: frontal; findings: (name: opacity; side: left)`."""
+    """Return a JSON value in words, such as `view: frontal; findings: (name: opacity; side: left)`."""
     if isinstance(value, dict):
         return "; ".join(f"{name}: {in_short(inner)}" for name, inner in value.items() if inner is not None)
     if isinstance(value, list):

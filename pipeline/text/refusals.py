@@ -1,9 +1,9 @@
-"""Detect refusals: a model, or a paid human, declines to describe the image."""
+"""Detect refusals, in which a model or a paid annotator declines to describe the image."""
 
 import re
 from collections.abc import Collection
 
-# Requests with such replies are sent again, so the pattern is narrow. A change would repeat earlier requests.
+# Requests with matching replies are sent again, so the pattern is narrow. A change may repeat old requests.
 _DECLINED = re.compile(
     r"\s*(?:i(?:'m| am) (?:sorry|unable|not able)|sorry,|i apologi[sz]e|as an ai|i (?:can(?:no|')t|won't))\b",
     re.IGNORECASE,
@@ -70,8 +70,8 @@ _ANYWHERE = (
 )
 _BEGINS = re.compile(rf"\s*(?:unfortunately,? )?(?:{'|'.join(_BEGINNINGS)})", re.IGNORECASE)
 _SAYS = re.compile("|".join(_ANYWHERE), re.IGNORECASE)
-# Every match of _BEGINS and _SAYS has one of these words, which few captions have: the search is 9 times
-# faster.
+# Every match of _BEGINS and _SAYS has one of these words. Few captions have them, so testing for them first
+# makes the search 9 times faster.
 _HINTS = """
 sorry afraid unable able apology apologies apologize apologise can can't can\u2019t cant cannot could couldn't
 couldn\u2019t won't won\u2019t don't don\u2019t doesn't doesn\u2019t didn't didn\u2019t hasn't hasn\u2019t not
@@ -89,8 +89,8 @@ def is_declined(reply_text: str) -> bool:
 
 
 def is_refusal(text: str, words: Collection[str], *, is_answer: bool = False) -> bool:
-    """Return whether a text with these words refuses, or states that there is no image."""
-    # An answer may quote a sign: "Sorry, we are closed".
+    """Return whether a text is a refusal, or states that there is no image. `words` are its words."""
+    # An answer may quote a sign, such as "Sorry, we are closed".
     if is_answer and text.lstrip().lower().startswith(_ON_A_SIGN):
         return False
     return not _HINT_WORDS.isdisjoint(words) and bool(_BEGINS.match(text) or _SAYS.search(text))

@@ -1,7 +1,7 @@
 """Normalize VQA answers by the rules of the official evaluation (Antol et al., 2015), including its quirks.
 
-Lower case, number words as digits, no articles, contractions with their apostrophe, punctuation only in
-numbers.
+Answers become lower case. Number words become digits, articles are removed, contractions get their
+apostrophe, and punctuation is kept only in numbers.
 """
 
 import re
@@ -9,7 +9,7 @@ import re
 from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*\s?%?")
-# -5 %, -$5
+# Matches -5 % and -$5.
 _NEGATIVE = re.compile(r"[-\u2212]\s?[^\w\s]?\d[\d.,]*\s?%?")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
@@ -17,10 +17,10 @@ _ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_WITH_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-# The official code passes the flag re.UNICODE as the count.
+# The value of re.UNICODE, which the official code passes as the argument `count` by mistake.
 _MAX_REMOVED_PERIODS = 32
 
-# Contractions of the official table. Spellings that lack one apostrophe are mapped to them.
+# Contractions in the official table. Spellings that lack one apostrophe are mapped to these contractions.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
@@ -48,7 +48,7 @@ _CONTRACTION_OF = {
 
 
 def normalize_answer(answer: str) -> str:
-    """Return an answer as the official evaluation compares it."""
+    """Return an answer in the form that the official evaluation compares."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     words = [_DIGITS.get(word, word) for word in _without_punctuation(text).lower().split()]
     return " ".join(_CONTRACTION_OF.get(word, word) for word in words if word not in _ARTICLES)
@@ -63,12 +63,12 @@ def _without_punctuation(text: str) -> str:
 
 
 def is_negative(answer: str) -> bool:
-    """Return whether an answer is a negative number, whose sign `normalize_answer` removes."""
+    """Return whether an answer is a negative number. `normalize_answer` removes the sign."""
     return bool(_NEGATIVE.fullmatch(answer.strip()))
 
 
 def kind_of_answer(answer: str) -> str:
-    """Return the type of a question with this answer: yes/no, number or other."""
+    """Return the type of an answer: yes/no, number or other."""
     if answer.rstrip(SENTENCE_ENDS).casefold() in YES_OR_NO:
         return "yes/no"
     return "number" if _NUMBER.fullmatch(answer) else "other"

@@ -1,1 +1,1 @@
-"""Run on a Ray cluster: workers fill shards and exchange rows through files."""
+"""Run on a Ray cluster. Workers fill shards, and exchange rows through files."""

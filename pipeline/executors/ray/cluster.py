@@ -1,4 +1,4 @@
-"""Open a Ray cluster, plan its workers, and apply a function to every shard."""
+"""Connect to a Ray cluster, plan its workers, and apply a function to every shard."""
 
 import logging
 import math
@@ -21,14 +21,14 @@ from pipeline.install import install_command
 
 T = TypeVar("T")
 CONNECT_TIMEOUT_S = 10
-# Ray reserves a CPU for each reading task, and would wait for one forever.
+# Ray reserves a CPU for each task that reads its input, and would wait forever if workers used all CPUs.
 MIN_CLUSTER_CPUS = 2
 MIN_WORKER_CPUS = 0.1
 OUTCOMES = pa.schema([("id", pa.int64()), ("outcome", pa.binary())])
 
 
 class ClusterOptions(NamedTuple):
-    """The address of a cluster (None: start one on this machine), and the numbers of shards and workers."""
+    """Options for a run on a cluster. Without an address, uses RAY_ADDRESS or starts a local cluster."""
 
     address: str | None = None
     shards: int | None = None
@@ -36,7 +36,7 @@ class ClusterOptions(NamedTuple):
 
 
 class WorkerPlan(NamedTuple):
-    """The number of workers that send requests, and the CPUs and GPUs of each one."""
+    """The number of workers that send requests, and the numbers of CPUs and GPUs per worker."""
 
     workers: int
     cpus: float
@@ -45,9 +45,9 @@ class WorkerPlan(NamedTuple):
 
 @contextmanager
 def open_cluster(address: str | None) -> Iterator[None]:
-    """Join the cluster at an address, or start one on this machine that ends with this process.
+    """Connect to the cluster at an address, or start one on this machine that ends with this process.
 
-    Raises ClusterError if Ray is missing or no cluster answers.
+    Raises ClusterError if Ray is not installed or no cluster answers.
     """
     if find_spec("ray") is None:
         raise ClusterError("--executor ray needs the package ray", hint=install_command("ray"))
@@ -63,14 +63,14 @@ def open_cluster(address: str | None) -> Iterator[None]:
     if address == "local":
         options = {"num_cpus": max(MIN_CLUSTER_CPUS, os.cpu_count() or 1), "include_dashboard": False}
     try:
-        # Ray itself would try to connect for minutes.
+        # Test the connection first, since Ray would try to connect for minutes.
         if port.isdigit() and "/" not in host:
             socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
         sigterm_handler = signal.getsignal(signal.SIGTERM)
         ray.init(
             address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="synth", **options
         )
-        # Ray's own handler ends the command without a message.
+        # Restore our handler, since Ray's handler ends the command without a message.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, sigterm_handler)
     except (OSError, ValueError, RuntimeError) as error:
@@ -79,9 +79,9 @@ def open_cluster(address: str | None) -> Iterator[None]:
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # A shard may take hours.
+    # Disable the timeout, since a shard may take hours.
     ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1
-    # Ray prints lost nodes to standard output, which is for results.
+    # Ray reports lost nodes on standard output, which is reserved for results.
     with redirect_stdout(sys.stderr):
         try:
             yield
@@ -90,10 +90,10 @@ def open_cluster(address: str | None) -> Iterator[None]:
 
 
 def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> WorkerPlan:
-    """Return the plan for workers that send requests: by default one for each GPU, or for each CPU but one.
+    """Plan the workers that send requests. `wanted` overrides the default number of workers.
 
-    Without GPUs, there is one worker per node if each one loads a model. One CPU stays free for reading
-    tasks. Raises ClusterError if the workers do not fit.
+    By default, there is one worker per GPU if workers start servers there, or else one per node if they load
+    models, or else one per CPU. One CPU stays free for reading. Raises ClusterError if workers do not fit.
     """
     import ray
 
@@ -121,9 +121,9 @@ def map_on_cluster(
 ) -> list[T]:
     """Apply a function to every index below `count` on the cluster, and return the results in order.
 
-    `work` is pickled, and called again if its worker dies. With `workers`, each worker has its own copy,
-    which is exited at the end if it is a context manager. `report` receives the number of finished indices.
-    Raises the first SynthError of a worker, and ClusterError if workers die repeatedly.
+    `work` is pickled, and called again if its worker dies. With `workers`, each worker keeps a copy of `work`
+    for all its indices, and exits it at the end if it is a context manager. `report` gets the number of
+    finished indices. Raises the first SynthError of a worker, or ClusterError if workers die repeatedly.
     """
     import ray.data
     import ray.exceptions as lost
@@ -151,7 +151,7 @@ def map_on_cluster(
 
 
 class _Worker:
-    """Keep a function and its state, such as a server or a model, from index to index."""
+    """Keeps a function and its state, such as a server or a model, between calls."""
 
     def __init__(self, work: Callable[[int], Any]) -> None:
         self.work = work
@@ -160,7 +160,7 @@ class _Worker:
         return _apply(self.work, batch)
 
     def __del__(self) -> None:
-        # Ray deletes the object before the worker ends.
+        # Ray deletes this object before the worker process ends.
         if isinstance(self.work, AbstractContextManager):
             self.work.__exit__(None, None, None)
 

@@ -1,7 +1,7 @@
-"""Run on a Ray cluster: workers fill shards, and the version equals that of a run in one process.
+"""Run on a Ray cluster. Workers fill shards, and the resulting version equals that of a run in one process.
 
-Every function depends on files alone, and writes files that appear whole or not at all: the same command
-resumes after any failure. Answered requests are in the journals of the shards, and are never sent again.
+Every function depends only on files, and writes files atomically, so that the same command resumes after any
+failure. The journals of the shards hold answered requests, which are never sent again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,11 +55,11 @@ ShardWork = Callable[[DatasetDir, Services], None]
 
 @dataclass(slots=True)
 class RayExecutor:
-    """Apply functions to shards on the workers of a cluster; see steps.base.Executor.
+    """Applies functions to shards on the workers of a cluster (see steps.base.Executor).
 
-    Functions for `each` shard are collected and applied together, shard by shard; the first ones run where
-    the model is loaded. Without `workers`, the shards are those of a finished run, and functions run in this
-    process.
+    Functions that are passed to `each` are collected, and then applied together to one shard after another.
+    The functions before the first `wait` run on workers that load the model. If `workers` is None, functions
+    run in this process, on the shards of a finished run.
     """
 
     run: ShardedRun
@@ -77,7 +77,7 @@ class RayExecutor:
         return self.run.shards
 
     def read(self, limit: int | None) -> bool:  # noqa: ARG002
-        """See Executor. Readers shuffle the source to shards; samples are stored when shards are filled."""
+        """See Executor. Shuffles the source rows to shards. Samples are stored when shards are filled."""
         run, progress = self.run, self.progress
         for path in (run.root / "exchange").glob("*"):
             if path != run.shuffle_root:
@@ -131,7 +131,7 @@ class RayExecutor:
             write_json(run.plan.dataset.cost, cost)
         if is_remote(run.root):
             filled = tuple(result.folder for result in results)
-            # Remove folders of earlier runs and of abandoned workers.
+            # Remove the folders of earlier runs and abandoned workers.
             for path in (run.root / "shards").glob("*/*"):
                 is_used = path.name in ("journal", "images") or f"{path.parent.name}/{path.name}" in filled
                 if path.is_dir() and not is_used:
@@ -145,7 +145,7 @@ def open_executor(
 ) -> Iterator[RayExecutor]:
     """Open a cluster and the dataset folder for a run over shards. `steps` are the names of all steps.
 
-    All nodes share the file system of the folder, or it is in an object store. Raises SynthError.
+    The folder is in an object store or on a shared file system. Raises SynthError if the run cannot start.
     """
     config, source, engine = plan.config, plan.source, plan.engine
     assert source is not None
@@ -183,9 +183,9 @@ def open_executor(
 
 
 def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> RayExecutor:
-    """Open the shards of a finished run in this process, to apply reviews; no request is sent.
+    """Open the shards of a finished run in this process, to apply reviews. No requests are sent.
 
-    The caller holds the lock of the dataset folder. `check` raises if the lock is lost.
+    The caller must hold the lock of the dataset folder. `check` raises an error if the lock is lost.
     """
     plan = replace(plan, dataset=DatasetDir(plan.dataset.path.absolute()))
     shard_count = _count_shards(plan.dataset, None)
@@ -196,14 +196,14 @@ def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> 
 
 
 def _filled_folders(run: ShardedRun) -> tuple[str, ...]:
-    """Return the folder of each shard in an object store, below `shards`; on a disk, names are fixed."""
+    """Return the folder name of each shard below `shards` in an object store, or () on a disk."""
     if not is_remote(run.root):
         return ()
     return tuple(read_filled(run, n).get("folder", f"{n:05d}") for n in range(run.shard_count))
 
 
 def source_has_more(run: ShardedRun) -> bool:
-    """Return whether the source has more images than the limit."""
+    """Return whether the source has more images than the limit allows to read."""
     record = read_json(run.more) if run.more.exists() else {}
     return record.get("inputs") == run.inputs and bool(record["has_more"])
 
@@ -227,7 +227,7 @@ def _work_on_shard(run: ShardedRun, work: Callable[[DatasetDir], T], index: int)
 
 
 def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], T], draft: Path, index: int) -> T:
-    """Write the rows of a shard to a folder with a new name, which no abandoned worker can write to."""
+    """Write the rows of a shard to a folder with a new name, which no abandoned worker writes to."""
 
     def write() -> T:
         name = f"{index:05d}-{uuid4().hex[:8]}"
@@ -245,20 +245,20 @@ def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], T], draft: 
 
 
 def _forget_local_run(dataset: DatasetDir, steps: Sequence[str]) -> None:
-    """Remove the step files of an earlier run in one process; its journal is only read."""
+    """Remove the step files of an earlier run in one process. The journal of that run is kept."""
     for name in steps:
         for which in OUTPUTS:
             dataset.step_file(name, which).unlink(missing_ok=True)
     forget_near_duplicates(dataset)
     forget_reading(dataset)
     if dataset.journal.exists() and not is_remote(dataset.path):
-        # Merge the write-ahead log of a killed run.
+        # Merge the write-ahead log that a killed run may have left.
         with Journal(dataset.journal):
             pass
 
 
 def _digest_inputs(run: ShardedRun, source: dict[str, Any]) -> str:
-    """Return the key of the step read: a digest of everything that decides which samples the shards hold."""
+    """Return the key of the step `read`, a digest of everything that determines the samples in the shards."""
     config = run.config
     settings = config.model_dump(mode="json", include={*READ_SETTINGS, "limit", "columns", "human_texts"})
     exclusions = file_digest(run.plan.dataset.step_file("read", "exclusions"))
@@ -268,7 +268,7 @@ def _digest_inputs(run: ShardedRun, source: dict[str, Any]) -> str:
 
 
 def _count_shards(dataset: DatasetDir, wanted: int | None) -> int:
-    """Return the number of shards of a folder. Raises ConfigError if it differs from the wanted number."""
+    """Return the number of shards in a folder. Raises ConfigError if it differs from `wanted`."""
     path = dataset.path / "shards" / "shards.json"
     existing = int(read_json(path)["shards"]) if path.exists() else None
     if existing and wanted not in (None, existing):

@@ -1,4 +1,4 @@
-"""A run over shards: the state that all workers share, the shuffle of rows, and exclusive work on a shard."""
+"""Runs over shards: the state that all workers share, the shuffle of rows, and exclusive work on a shard."""
 
 import os
 import stat
@@ -30,25 +30,25 @@ from pipeline.tasks.prompts import prompt_texts
 T = TypeVar("T")
 Indices = npt.NDArray[np.int64]
 READ_AHEAD_BYTES = 1 << 16
-# A run ends after more deaths of workers than this at one shard.
+# The run fails if more workers than this die while they work on the same shard.
 MAX_DEATHS = 3
-# Leading digits of a sample id that select its shard.
+# Number of leading hexadecimal digits of a sample id that select the shard.
 HEX_DIGITS = 8
 _CHECKED_FILES = set[str]()
 
 
 @dataclass(frozen=True, slots=True)
 class Shuffle:
-    """File-based shuffle: each reader writes one file with batches of rows for every shard.
+    """File-based shuffle, in which each reader writes one file with batches of rows for every shard.
 
-    Files appear whole or not at all, and equal input gives equal files: a dead reader can be replaced.
+    Files are written atomically, and equal input gives equal files, so that a dead reader can be replaced.
     """
 
     path: Path
     shards: int
 
     def write(self, reader: int, tables: Iterable[pa.Table], shard_of: Callable[[pa.Table], Indices]) -> None:
-        """Write the rows of a reader: from every table one batch for each shard. Memory holds one table."""
+        """Write a batch for each table and shard to the file of a reader. Holds one table in memory."""
         with atomic_write(self.file(reader)) as path, path.open("wb") as sink:
             writer = None
             for table in tables:
@@ -66,7 +66,7 @@ class Shuffle:
                 writer.close()
 
     def read(self, shard: int, readers: int) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of one shard, reader after reader."""
+        """Yield the rows of one shard from the files of all readers, in order."""
         for reader in range(readers):
             path = self.file(reader)
             opened = open_object(path, READ_AHEAD_BYTES) if is_remote(path) else pa.memory_map(str(path))
@@ -76,11 +76,11 @@ class Shuffle:
                     yield file.get_batch(number)
 
     def file(self, reader: int) -> Path:
-        """Return the file of a reader's rows, which exists only when it is complete."""
+        """Return the path of a reader's file, which exists only when it is complete."""
         return self.path / f"{reader:05d}.arrow"
 
     def by_hash(self, names: Iterable[str]) -> Indices:
-        """Return the shard index of each name by its CRC-32."""
+        """Return a shard index for each name, computed from its CRC-32."""
         return np.array([zlib.crc32(name.encode()) for name in names], np.int64) % self.shards
 
 
@@ -88,13 +88,13 @@ class Shuffle:
 class ShardedRun:
     """A run over shards. Each shard is a dataset folder with its own samples, journal and step files.
 
-    The first digits of a sample id select its shard: ids are digests, so shards have similar sizes, and
-    shards in order hold ids in order. All workers see the dataset folder, on a shared file system or in an
+    The first digits of a sample id select the shard. Ids are digests, so shards have similar sizes, and ids
+    are ordered across shards. All workers can access the dataset folder, on a shared file system or in an
     object store. Paths in the settings are relative to `working_dir`.
 
-    `files` is a digest of the files that the settings name, `inputs` one of everything that decides which
-    samples the shards hold. In an object store, `fill_key` is the key of filled shards, and `filled` has
-    their folders. `retries_all`: temporary failures may succeed now.
+    `files` is a digest of the files that the settings name. `inputs` is a digest of everything that
+    determines the samples in the shards. In an object store, `fill_key` is the key of filled shards, and
+    `filled` are their folders. `retries_all` reads all shards again, as temporary failures may succeed now.
     """
 
     plan: Plan
@@ -120,7 +120,7 @@ class ShardedRun:
         return self.plan.dataset.path
 
     def enter(self) -> None:
-        """Change to the command's directory. Raises ClusterError if its files differ from the command's."""
+        """Change to the command's working directory. Raises ClusterError if a worker sees other files."""
         try:
             os.chdir(self.working_dir)
         except OSError as error:
@@ -150,11 +150,11 @@ class ShardedRun:
 
     @property
     def scratch(self) -> Path:
-        """A folder of the node for files that cannot be in an object store."""
+        """A folder on this node for files that cannot be in an object store."""
         return scratch_root(self.root)
 
     def scratch_shard(self, index: int) -> DatasetDir:
-        """Return the folder of the node to fill one shard in."""
+        """Return the folder on this node in which one shard is filled."""
         return DatasetDir(self.scratch / "shards" / f"{index:05d}")
 
     def shard_of(self, sample_ids: Iterable[str]) -> Indices:
@@ -163,17 +163,17 @@ class ShardedRun:
         return np.array(prefixes, np.int64) * self.shard_count >> 4 * HEX_DIGITS
 
     def id_range(self, index: int) -> tuple[str, str]:
-        """Return the first id prefix of a shard, and the first one after it."""
+        """Return the first id prefix in a shard, and the first prefix after the shard."""
         first, end = (-(-(boundary << 4 * HEX_DIGITS) // self.shard_count) for boundary in (index, index + 1))
         return f"{first:0{HEX_DIGITS}x}", f"{end:0{HEX_DIGITS}x}" if index + 1 < self.shard_count else "g"
 
     @property
     def shuffle_root(self) -> Path:
-        """The folder of the shuffle's files."""
+        """The folder for the files of the shuffle."""
         return self.root / "exchange" / self.inputs[:16]
 
     def shuffle(self, name: str) -> Shuffle:
-        """Return the files that carry rows from all readers to all shards."""
+        """Return a shuffle of rows from all readers to all shards."""
         return Shuffle(self.shuffle_root / name, self.shard_count)
 
     @property
@@ -183,12 +183,12 @@ class ShardedRun:
 
     @property
     def attempts(self) -> Path:
-        """The folder that counts unfinished attempts of each work on a shard."""
+        """The folder for files that count unfinished attempts to work on a shard."""
         return self.root / "shards" / "tries"
 
 
 def named_files(plan: Plan) -> dict[str, Any]:
-    """Return the content or digest of each file that the settings name, with the code of custom tasks."""
+    """Return the content or digest of each file that the settings name, including code of custom tasks."""
     config = plan.config
     clip, entries = Path(config.verify.clip_model), config.balance.entries
     asked = asked_tasks(config, plan.tasks)
@@ -202,15 +202,15 @@ def named_files(plan: Plan) -> dict[str, Any]:
 
 
 def scratch_root(root: Path) -> Path:
-    """Return the dataset folder if it is on a disk, else a folder of this machine for files of the run.
+    """Return a folder for files of the run: the dataset folder, or a local one if that is in an object store.
 
-    Raises ClusterError if another user owns the parent folder.
+    Raises ClusterError if another user owns the parent of the local folder.
     """
     if not is_remote(root):
         return root
     folder = Path(gettempdir()) / f"synth-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    # Another user may have created a link.
+    # Do not follow a link, since another user may have created it.
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise ClusterError(f"{folder} belongs to another user", hint="set TMPDIR to a folder of your own")
@@ -218,11 +218,10 @@ def scratch_root(root: Path) -> Path:
 
 
 def run_exclusively(run: ShardedRun, name: str, index: int, work: Callable[[], T]) -> T:
-    """Call `work` (of this name) on a shard while no other worker works on it.
+    """Call `work` while no other worker works on the same shard. `name` is the name of the work.
 
-    Object stores have no locks: there an abandoned worker and its replacement write equal files, or files
-    with different names. Raises ClusterError after more than MAX_DEATHS deaths of workers: Ray would retry
-    forever.
+    Object stores have no locks. There, an abandoned worker and its replacement write equal files, or files
+    with different names. Raises ClusterError after MAX_DEATHS deaths, since Ray would retry forever.
     """
     run.enter()
     shard, attempts = run.shard(index), run.attempts / f"{name}-{index}.json"

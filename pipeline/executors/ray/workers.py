@@ -1,7 +1,7 @@
-"""Workers of a run over shards: readers shuffle the source to shards, the others fill shards.
+"""Workers of a run over shards. Readers shuffle the source rows to shards, and other workers fill the shards.
 
-A shard is filled when it has its samples, its requests are answered, and all steps that need no other shard
-are done.
+A shard is filled when its samples are stored, its requests are answered, and all steps that need no other
+shard are done.
 """
 
 import logging
@@ -43,7 +43,7 @@ from pipeline.tables import SAMPLE, SOURCE_REJECTED
 from pipeline.types import UNANSWERED, Engine, Rejected, Sample, SourceSlice
 
 FILLED = "filled.json"
-# A lost node loses the replies since the last save of its journal to the object store.
+# Interval for saving the journal to an object store. If a node is lost, later replies are lost too.
 SAVE_INTERVAL_S = 30.0
 BATCH_SAMPLES = 256
 ADDED_STATS = (
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FillResult:
-    """The result of filling one shard: its folder below `shards`, its request counts, and its cost."""
+    """The result of filling one shard: the folder below `shards`, the request counts, and the cost."""
 
     folder: str
     stats: RequestStats
@@ -63,7 +63,7 @@ class FillResult:
 
 
 def read_slice(run: ShardedRun, index: int) -> None:
-    """Shuffle the samples of a slice of the source to their shards, and unreadable rows by hash."""
+    """Shuffle one slice of the source. Samples go to shards by id, and rejected rows by a hash."""
     samples, unread = run.shuffle("samples"), run.shuffle("unread")
     if samples.file(index).exists() and unread.file(index).exists():
         return
@@ -75,8 +75,8 @@ def read_slice(run: ShardedRun, index: int) -> None:
 
 
 def _read_samples(run: ShardedRun, index: int, rejected: list[dict[str, Any]]) -> Iterator[pa.Table]:
-    """Yield the samples of a slice in batches; append unreadable rows to `rejected`."""
-    # A node has one reader per core.
+    """Yield the samples of a slice in batches, and append unreadable rows to `rejected`."""
+    # Use one process per reader, since a node has one reader per core.
     limit_workers(1)
     source = open_source(run.config, SourceSlice(index, run.readers))
     if source.revision not in ("", run.source_revision):
@@ -97,7 +97,7 @@ def _read_samples(run: ShardedRun, index: int, rejected: list[dict[str, Any]]) -
 
 
 def _limit(run: ShardedRun, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | Rejected]:
-    """Yield rows up to `limit` distinct images that are not excluded; record if the source has more."""
+    """Yield rows up to `limit` distinct images that are not excluded. Record if the source has more."""
     limit = run.config.limit
     if limit is None or run.readers > 1:
         yield from rows
@@ -124,7 +124,7 @@ def _open_exclusions(run: ShardedRun) -> ExclusionIndex:
 
 
 def is_read(run: ShardedRun, index: int) -> bool:
-    """Return whether a shard has the samples of these inputs, and their images."""
+    """Return whether a shard has all samples and images for the inputs of the run."""
     if run.retries_all or not is_done(run.shard(index), "read", run.inputs):
         return False
     return not ImageStore(run.images_folder(index)).find_missing(_sample_ids(run.shard(index)))
@@ -136,30 +136,29 @@ def _sample_ids(shard: DatasetDir) -> Iterator[str]:
 
 
 def has_retryable_rows(run: ShardedRun) -> bool:
-    """Return whether a shard was read from the same inputs with temporary failures that are worth a retry."""
+    """Return whether any shard was read from the same inputs, with temporary failures worth a retry."""
     records = (read_record(shard, "read") for shard in run.shards)
     same = [record for record in records if record.get("key") == run.inputs]
     return any(is_worth_another_try(record["may_pass"], record["may_pass_before"]) for record in same)
 
 
 def read_filled(run: ShardedRun, index: int) -> dict[str, Any]:
-    """Return the record of a filled shard in an object store, or an empty dict."""
+    """Return the record of a filled shard in an object store, or {} if the shard is not filled."""
     path = run.images_folder(index) / FILLED
     return dict(read_json(path)) if path.exists() else {}
 
 
 class ShardWorker(AbstractContextManager["ShardWorker"]):
-    """Read and fill shards one after another with one model or server: apply all `works` to each shard."""
+    """Fills shards one after another with the same model or server. Applies all `works` to each shard."""
 
     def __init__(self, run: ShardedRun, works: Sequence[Callable[[DatasetDir, Services], None]]) -> None:
         self.run, self.works = run, works
 
     def __exit__(self, *error: object) -> None:
-        """Stop the server, if one was started."""
         self._stack.close()
 
     def __call__(self, index: int) -> FillResult:
-        """Fill a shard, unless that is done."""
+        """Fill a shard, unless it is already filled."""
         return run_exclusively(self.run, "fill", index, lambda: self._fill_once(index))
 
     def _fill_once(self, index: int) -> FillResult:
@@ -173,7 +172,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         with scratch_shard(run, index) as shard:
             result = self._fill(index, shard)
             result = replace(result, folder=upload_steps(run, index, shard))
-        # With an empty key, the same command sends unanswered requests again.
+        # If requests are unanswered, an empty key makes the next run fill the shard again.
         key = run.fill_key if not any(result.stats.flaws[reason] for reason in UNANSWERED) else ""
         record = {"key": key, "folder": result.folder, "total": result.stats.total, "cost": result.cost}
         write_json(run.images_folder(index) / FILLED, record)
@@ -194,7 +193,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         return FillResult(run.shard(index).path.name, stats, cost)
 
     def _read_once(self, index: int, shard: DatasetDir) -> None:
-        """Write the samples of a shard, unless an earlier run has written them from the same inputs."""
+        """Write the samples of a shard, unless an earlier run wrote them from the same inputs."""
         run = self.run
         if is_read(run, index):
             return
@@ -239,10 +238,10 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
 
 @contextmanager
 def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
-    """Yield a folder of this node to fill a shard in, with all stored replies; upload its replies at the end.
+    """Yield a folder on this node for filling a shard, with all stored replies. Upload replies at the end.
 
-    A lock keeps other workers of this node out, and the files of a killed worker are reused. An abandoned
-    worker may still run on another node: each uploads its journal under a new name.
+    A lock keeps other workers on this node out, and the files of a killed worker are reused. Each worker
+    uploads its journal under a new name, since an abandoned worker may still run on another node.
     """
     stored = run.shard(index).journal.parent
     shard, saved = run.scratch_shard(index), stored / f"{uuid4().hex[:8]}.sqlite"
@@ -265,7 +264,7 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
         ended.set()
         saving.join()
         save_journal(shard, saved)
-        # The saved journal has the replies of the fetched ones.
+        # The saved journal includes the replies from the fetched journals.
         for path in journals:
             path.unlink(missing_ok=True)
             _cost_file(path).unlink(missing_ok=True)
@@ -273,15 +272,15 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
 
 
 def forget_scratch(shard: DatasetDir) -> None:
-    """Remove the files of a filled shard from this node, except the lock, which may have waiters."""
+    """Remove the files of a filled shard from this node. The lock stays, since workers may wait for it."""
     for folder in (shard.journal.parent, shard.path / "steps", shard.path / FOLDER):
         remove(folder)
 
 
 def upload_steps(run: ShardedRun, index: int, shard: DatasetDir) -> str:
-    """Upload the new images and the step files of a shard, and return the folder of the steps below `shards`.
+    """Upload the new images and the step files of a shard. Return the folder of the step files in `shards`.
 
-    The folder has a new name, which no abandoned worker can write to.
+    The folder has a new name, which no abandoned worker uses.
     """
     name = f"{index:05d}/{uuid4().hex[:8]}"
     images = ImageStore(run.images_folder(index))
@@ -291,7 +290,7 @@ def upload_steps(run: ShardedRun, index: int, shard: DatasetDir) -> str:
 
 
 def save_journal(shard: DatasetDir, path: Path) -> None:
-    """Upload the cost of a shard, and a snapshot of its journal, which may have a writer meanwhile."""
+    """Upload the cost of a shard and a snapshot of its journal, which may be in use."""
     with TemporaryDirectory() as temporary:
         copy = Path(temporary) / path.name
         source, target = sqlite3.connect(shard.journal.absolute()), sqlite3.connect(copy.absolute())
@@ -303,7 +302,6 @@ def save_journal(shard: DatasetDir, path: Path) -> None:
 
 
 def _fetch_journal(path: Path, shard: DatasetDir) -> None:
-    """Add the replies of a journal in the store to the journal of a shard."""
     with local_copy(path) as copy:
         if shard.journal.exists():
             with Journal(shard.journal) as journal:

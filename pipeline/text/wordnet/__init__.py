@@ -1,6 +1,6 @@
-"""Word lists of WordNet 3.0 (Princeton University; see LICENSE), made by benchmarks/wordnet_lists.py.
+"""Word lists from WordNet 3.0 (Princeton University, see LICENSE), created by benchmarks/wordnet_lists.py.
 
-Captions are balanced over `names`. `dictionary_words` recognise English.
+`names` are the concepts over which captions are balanced. `dictionary_words` are used to recognize English.
 """
 
 import gzip
@@ -12,13 +12,13 @@ NUMBERS = tuple(str(number) for number in range(100))
 
 @cache
 def names() -> tuple[str, ...]:
-    """Return "0" to "99" and the first name of every synset: the WordNet part of MetaCLIP's entries."""
+    """Return "0" to "99" and the first name of every synset, as in the WordNet part of MetaCLIP's entries."""
     return (*NUMBERS, *_read("names"))
 
 
 @cache
 def dictionary_words() -> frozenset[str]:
-    """Return all single words of WordNet in lower case, irregular forms included."""
+    """Return all single words in WordNet in lower case, including irregular forms."""
     return frozenset(_read("words"))
 
 
