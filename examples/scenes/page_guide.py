@@ -124,7 +124,7 @@ def _mean(costs_N: Tensor) -> Tensor:
 
 
 def _looks(examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return targets [B, S]: the only decisive page (from 0), its background, and the only decisive spot."""
+    """Return targets [B, S]: page (from 0) and background if one page is decisive, spot if one spot is."""
     page_BS, ground_BS, spot_BS = (torch.full((len(examples), length), IGNORE_INDEX) for _ in range(3))
     for b, example in enumerate(examples):
         for s, decisive in enumerate(example.packed.decided_spans):

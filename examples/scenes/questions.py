@@ -116,7 +116,7 @@ def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
 
 
 def page_questions(deck: tuple[Scene, ...]) -> list[str]:
-    """Return the questions to learn first, about the background of each page and the page with each one."""
+    """Return the questions to learn first: the background of each page, and the page with each background."""
     return [
         question
         for number, scene in enumerate(deck, 1)

@@ -3,9 +3,9 @@
 The model is a CLIPModel with 2.3 million parameters. It provides hidden states and caption scores where
 pretrained weights are not available.
 
-First, the vision tower learns to predict the facts of each place from its patches, as the teacher does. Then
-images and captions are aligned. The negatives of an image are the captions of all other images in the step,
-and captions with one word changed.
+First, the vision tower learns to predict the facts about each place from its patches, as in the teacher's
+training. Then images and captions are aligned. The negatives of an image are the captions of all other images
+in the step, and captions with one word changed.
 
 After an interruption, the same command resumes from the last checkpoint, with the same data order.
 

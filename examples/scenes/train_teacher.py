@@ -77,7 +77,7 @@ class Phase:
 
 
 VISION = Phase("vision", steps=1200, cosine_steps=1200, scenes=64, learning_rate=1.5e-3, warmup_steps=100)
-# This phase stops at a third of its peak learning rate, so that the next one gets a model that still changes.
+# This phase stops at a third of its peak learning rate, because the next one needs a model that can change.
 TEXT = Phase("text", steps=1700, cosine_steps=2500, scenes=16, learning_rate=1.5e-3, warmup_steps=200)
 ANSWERS = Phase(
     "answers",

@@ -35,7 +35,7 @@ _JPEG, _JPEG_FORMATS = b"\xff\xd8", ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
 UPRIGHT_QUALITY = 95  # JPEG quality of rotated images
 HASH_SIDE_PX = 64
-MIN_HASHED_SIDE_PX = 512  # to hash a large JPEG, it is decoded at this size or more (docs/measurements.md)
+MIN_HASHED_SIDE_PX = 512  # large JPEGs are decoded at reduced size for hashing, but not below this
 MIN_PDQ_QUALITY = 50  # of 100, the threshold that PDQ's authors recommend
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 

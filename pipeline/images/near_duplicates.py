@@ -80,7 +80,7 @@ class NearPairs(NamedTuple):
 
 
 def plan_search(count: int, recall_bits: int) -> tuple[int, int]:
-    """Return the rounds and bits per round that find pairs `recall_bits` apart with probability RECALL."""
+    """Return (rounds, bits per round) to find pairs `recall_bits` apart with a probability of RECALL."""
     num_bits = max(2, round(math.log2(max(count, 2) / COMPARED_HASHES)) + 1)
     agreement = math.prod((HASH_BITS - recall_bits - n) / (HASH_BITS - n) for n in range(num_bits))
     return math.ceil(math.log(1 - RECALL) / math.log1p(-agreement)), num_bits
@@ -183,7 +183,7 @@ def _near_neighbors(hashes: Hashes, keys: Rows, max_bits: int) -> tuple[Rows, Ro
 
 
 def _large_groups(keys: Rows) -> Iterator[tuple[Rows, Rows]]:
-    """Yield positions of the first hashes in large groups, and of the members beyond MAX_NEIGHBORS."""
+    """Yield positions of first hashes and members in large groups, for pairs beyond MAX_NEIGHBORS."""
     if not np.any(keys[MAX_NEIGHBORS + 1 :] == keys[: -MAX_NEIGHBORS - 1]):
         return
     starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
@@ -225,7 +225,7 @@ def _pair_distances(rows: Hashes, columns: Hashes) -> Bits:
 
 
 def _nearer(flipped: Bits, others: Bits) -> Bits:
-    """Return the smaller of the plain and mirrored distance. `flipped` is the distance in MIRRORED_BITS."""
+    """Return the smaller of the plain and mirrored distances. `flipped` is the distance in MIRRORED_BITS."""
     half = flipped.dtype.type(HASH_BITS // 2)
     mirrored_distances = np.maximum(others + (half - flipped), flipped.dtype.type(MAX_COPY_BITS + 1))
     nearer: Bits = np.minimum(others + flipped, mirrored_distances)
@@ -240,7 +240,7 @@ def _count_bits(hashes: Hashes) -> Bits:
 
 
 def near_hashes(hashes: Hashes, kind: ImageKind) -> NearPairs:
-    """Return all near pairs of up to ALL_PAIRS_HASHES hashes, or nearly all of more (`find_near_pairs`)."""
+    """Return all near pairs, or nearly all if there are more than ALL_PAIRS_HASHES hashes."""
     mirrored = kind == "photos"
     if len(hashes) > ALL_PAIRS_HASHES:
         return find_near_pairs(hashes, MAX_NEAR_BITS[kind], RECALL_BITS[kind], mirrored=mirrored)
@@ -259,7 +259,7 @@ def near_hashes(hashes: Hashes, kind: ImageKind) -> NearPairs:
 
 
 def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
-    """Return the group of each sample, and why it is rejected or None (tables.IMAGE_GROUPS, sorted by id).
+    """Return each sample's group, and the reason if it is rejected (tables.IMAGE_GROUPS, sorted by id).
 
     Of copies of a photo, the one in the most held-out split is kept, then the largest, then the first by id.
     Photos and graphics are also rejected if they are near a sample in a more held-out split. `samples` has
@@ -282,7 +282,7 @@ def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
 
 
 class DistinctImages(NamedTuple):
-    """Images with distinct hashes. Samples with equal hashes share one, so copies do not add pairs."""
+    """Images with distinct hashes. Samples with equal hashes share an image, so copies add no pairs."""
 
     image_of_sample: Rows
     near: NearPairs  # pairs of images
@@ -327,7 +327,7 @@ def _group_names(images: DistinctImages) -> Rows:
             return first[images.image_of_sample]
         np.minimum.at(first, near.first, lower)
         np.minimum.at(first, near.second, lower)
-        # Pointer jumping: taking the first sample of the first sample halves a chain of images.
+        # Pointer jumping: replacing each first sample by its own first sample halves chains of images.
         first = first[images.image_of_sample[first]]
 
 
@@ -366,7 +366,7 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
 
 
 def _near_decks(near: NearPairs, owners: Rows, pairs: Rows, num_pages: Rows) -> NearPairs:
-    """Return the pairs of near samples that include a deck. `pairs` are indices of near pages to consider."""
+    """Return the pairs of near samples that include a deck. `pairs` are indices into `near`."""
     closest: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = defaultdict(lambda: ({}, {}))
     for p, q, bits in zip(*(part[pairs].tolist() for part in near), strict=True):
         for page_bits, page in zip(closest[int(owners[p]), int(owners[q])], (p, q), strict=True):

@@ -297,12 +297,12 @@ def _has_suffix(name: str, suffixes: Sequence[str] | frozenset[str]) -> bool:
 
 
 def is_text(name: str) -> bool:
-    """Return whether an entry's name is that of a text file."""
+    """Return whether an entry is a text file, judged by its name."""
     return _has_suffix(name, TEXT_SUFFIXES)
 
 
 def is_metadata(name: str) -> bool:
-    """Return whether an entry's name is that of a metadata file. Archives list these without reading them."""
+    """Return whether an entry is a metadata file, judged by its name. Metadata in archives is not read."""
     return posixpath.basename(_as_text(name)) in METADATA_FILES
 
 
@@ -466,7 +466,7 @@ class Archives:
         return index
 
     def have_questions(self, names: Sequence[str]) -> bool:
-        """Return whether the first archives have questions. Of remote ones, only the first image is read."""
+        """Return whether the first archives have questions. If they are remote, only one image is read."""
         if self.files.is_local:
             with self.files.translate_errors():
                 indexes = (self.text_index(name) for name in names[:QUESTION_ARCHIVES])

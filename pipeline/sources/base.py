@@ -117,7 +117,7 @@ def check_samples(
 
 
 def refuse_roles(config: Config, source: str, hint: str) -> None:
-    """Check that --columns maps only the context. Raises ConfigError if not. For sources without tables."""
+    """Check that --columns maps only the context of a source without a table. Raises ConfigError if not."""
     if roles := [role for role in config.columns if role != CONTEXT]:
         problem = f"{source} maps no columns to roles, but --columns names one for the {roles[0]}"
         raise ConfigError(problem, hint=hint)

@@ -107,7 +107,7 @@ def _open(
 def _count_rows(
     kind: Kind, files: Sequence[Path], bound: Path | None, every_s: float, images_per_row: int
 ) -> int:
-    """Return the approximate number of rows in files. A file that cannot be opened is one rejected row."""
+    """Return the approximate number of rows in files. A file that cannot be opened counts as one row."""
     count = 0
     for path in files:
         try:

@@ -39,7 +39,7 @@ class ReadBatch:
 
     samples: list[dict[str, Any]] = field(default_factory=list)  # rows of READ_SAMPLE
     sample_images: dict[str, Sequence[bytes]] = field(default_factory=dict)  # by id, without copies
-    rejected: list[RejectedRow] = field(default_factory=list)  # without copies
+    rejected: list[RejectedRow] = field(default_factory=list)  # does not include copies
     num_rows: int = 0
     last_row: str = ""
     num_bytes: int = 0
@@ -175,7 +175,7 @@ class SampleDeduplicator:
 
 
 def without_copies(samples: pa.Table, max_rows: int | None = None) -> pa.Table:
-    """Return the samples (READ_SAMPLE) within the first `max_rows` source rows that are not copies."""
+    """Return the samples (READ_SAMPLE) that are not copies, from the first `max_rows` source rows."""
     is_kept = pc.invert(samples[IS_COPY])
     if max_rows is not None:
         is_kept = pc.and_(is_kept, pc.less(samples[POSITION], max_rows))

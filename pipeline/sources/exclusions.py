@@ -111,8 +111,8 @@ class ExclusionIndex:
 class TextIndex:
     """Texts to keep out of the training data (tables.EXCLUSIONS), by content words and by word 5-grams."""
 
-    datasets: list[str] = field(default_factory=list)  # one per text
-    ngram_counts: list[int] = field(default_factory=list)  # one per text
+    datasets: list[str] = field(default_factory=list)  # dataset of each text
+    ngram_counts: list[int] = field(default_factory=list)  # number of 5-grams in each text
     dataset_of_words: dict[tuple[str, ...], str] = field(default_factory=dict)  # content words -> dataset
     texts_of_ngram: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))
 

@@ -42,7 +42,7 @@ _INTERNAL_NETWORKS = tuple(map(ipaddress.ip_network, (
 )))  # fmt: skip
 _REDIRECTS, _BUSY = (301, 302, 303, 307, 308), (429, 503)
 _TEMPORARY_CLIENT_ERRORS = (408, 425)
-# Pause before the next request to a busy host: at least MIN_PAUSE_S. Without Retry-After: DEFAULT_PAUSE_S.
+# Pause before the next request to a busy host: Retry-After or DEFAULT_PAUSE_S, but at least MIN_PAUSE_S.
 MIN_PAUSE_S, DEFAULT_PAUSE_S = 0.5, 2.0
 
 J = TypeVar("J")

@@ -61,7 +61,7 @@ from pipeline.tables import IMAGE_GROUPS, LISTED_SAMPLE, NEAR_DUPLICATE, SOURCE_
 from pipeline.types import Rejected, Sample, Source
 
 READING_FILE, PARTS_FOLDER = "read.json", "parts"  # in the folder of the step
-PART_SECONDS = 30.0  # a stopped run on a slow source loses at most the rows of this time
+PART_SECONDS = 30.0  # a stopped run on a slow source loses at most this much reading time
 BATCH_ROWS = 16_384  # rows, without images, to read from a part at once
 # Rows rejected for these reasons may be readable in another run or on another machine.
 PASSING_REASONS = frozenset(

@@ -136,7 +136,7 @@ _skips_digests: ContextVar[bool] = ContextVar("skips_digests", default=False)
 
 @contextmanager
 def skip_digests() -> Iterator[None]:
-    """Open sources inside this context without hashing their files. Their revisions are then meaningless."""
+    """Within this context, open sources without hashing their files. Their revisions are meaningless."""
     token = _skips_digests.set(True)
     try:
         yield

@@ -83,7 +83,7 @@ def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def human_captions(row: Mapping[str, Any], names: Sequence[str] = CAPTION_COLUMNS) -> list[str]:
-    """Return the captions in a row. If synth exported the row, add the `references` that are not repeated."""
+    """Return the captions in a row. If synth exported the row, also return its other `references`."""
     references = extract_texts(row.get(REFERENCES)) if WRITTEN_BY in row else []
     if not references:
         return read_texts(row, names)
@@ -376,7 +376,7 @@ def match_images(
 ) -> tuple[dict[str, ImageTexts], list[str]]:
     """Return the texts by image path (relative to the folder), and the names that match no image.
 
-    A name matches a path. If no path matches, it matches a file name that is unique among images and names.
+    A name matches an image's path, or else its file name if that is unique among the images and the names.
     """
     unmatched, matched = list(texts), dict[str, ImageTexts]()
     for key_of in (normalize_path, _file_name):
