@@ -1,1 +1,1 @@
-"""Worked examples, which are not installed."""
+"""Worked examples, which are not part of the installed package."""

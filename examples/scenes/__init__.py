@@ -1,1 +1,1 @@
-"""Training of the tiny models that know drawn scenes: `make teacher`."""
+"""Train the tiny models on drawn scenes (`make teacher`)."""

@@ -1,9 +1,10 @@
-"""Pack all tasks about an image into one sequence. They share the system text and the image.
+"""Pack all tasks about an image into one sequence, in which they share the system text and the image.
 
-Tasks do not attend to each other. Tokens and positions are those of the chat template for each task alone.
+Tasks do not attend to each other. Each task has the same tokens and positions as if it were alone in the chat
+template.
 
 The text before each task line is dropped, truncated, shuffled, mixed with other sentences, or replaced by
-random letters. So the model learns to read the task line only, and a reworded prompt requires no retraining.
+random letters. Thus the model learns to read only the task line, and a new prompt requires no retraining.
 """
 
 import itertools
@@ -25,8 +26,8 @@ from pipeline.tasks import TASKS
 from pipeline.tasks.prompts import SYSTEM, page_label, template
 
 VISION_TOKENS = len(PLACES)
-RARE_WORDS_PROBABILITY = 0.3  # probability of words before the line of a `rarely_worded` task
-# The parts of a reply that depend on the facts.
+RARE_WORDS_PROBABILITY = 0.3  # probability that a `rarely_worded` task has words before its line
+# Parts of a reply that depend on the facts.
 DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"')
 DecidedSpan = tuple[int, int, tuple[Spot, ...]]  # (start, end, spots that decide these characters)
 MAX_WORDS = 200  # the longest released prompt has 160
@@ -50,18 +51,18 @@ SENTENCES = tuple(re.split(r"(?<=[.?]) ", " ".join(_TEXT.split())))
 
 @dataclass(frozen=True, slots=True)
 class TrainingTask:
-    """One task line with the reply to learn."""
+    """A task line and the reply to learn."""
 
     line: str
     reply: str
     rarely_worded: bool = False
-    words: str | None = None  # text before the line; None: random words
+    words: str | None = None  # text before the line, or None for random words
     decided_spans: tuple[DecidedSpan, ...] = ()  # for decks
 
 
 @dataclass(slots=True)
 class Packed:
-    """The tokens of a document: a shared prefix (segment 0), and a segment per task."""
+    """The tokens of a document, with a shared prefix (segment 0) and one segment per task."""
 
     ids: list[int] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
@@ -72,7 +73,7 @@ class Packed:
 
 
 class Packer:
-    """Turn tasks into packed sequences."""
+    """Turns tasks into packed sequences."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token_id: int) -> None:
         self.tokenizer = tokenizer
@@ -86,7 +87,7 @@ class Packer:
         answer_weight: float,
         system: str | None = None,
     ) -> Packed:
-        """Return the sequence of a document of `images` images. Prompts without a text get a random one."""
+        """Return the sequence for a document with `images` images. If `system` is None, it is random."""
         packed = Packed()
         random_system, _ = sample_wording(rng)
         system = random_system if system is None else system
@@ -124,7 +125,7 @@ class Packer:
         return ids
 
     def _image(self, packed: Packed, start: int) -> int:
-        """Add the tokens of one image, and return the next position: one more than the largest."""
+        """Add the tokens of one image, and return the next free position."""
         side = math.isqrt(VISION_TOKENS)
         positions = [
             (start, start + row, start + column) for row, column in itertools.product(range(side), repeat=2)
@@ -186,7 +187,7 @@ def _wording(rng: random.Random) -> str:
         line for line in prompt_lines if line and not line.startswith(("{%", "}", "Task:", "Question:"))
     ]
     words = " ".join(rng.sample((*SENTENCES, *prompt_lines), rng.randint(1, 4))).split()
-    if draw < 0.8:  # only a few of the words
+    if draw < 0.8:  # keep only a few of the words
         first = rng.randrange(len(words))
         words = words[first : first + rng.randint(1, 16)]
     words = [word for word in words if rng.random() > 0.1]

@@ -1,11 +1,11 @@
-"""Auxiliary losses that teach the tiny teacher to find a page of a deck.
+"""Auxiliary losses that teach the tiny teacher to find a page in a deck.
 
-Answers alone do not suffice (docs/measurements.md). To answer "How many objects are there on the gray page?"
-the model must identify the page of each image token, find the gray page, and attend to its tokens. Each of
-these steps has its own target: heads predict a page, a background, a count or a spot from hidden states, and
-attention on decisive spots is rewarded. The heads are not part of the model.
+Answers alone do not suffice as targets (docs/measurements.md). To answer "How many objects are there on the
+gray page?" the model must identify the page of each image token, find the gray page, and attend to its
+tokens. Each of these steps has its own loss. Heads predict a page, a background, a count or a spot from
+hidden states, and another loss rewards attention to decisive spots. The heads are not part of the model.
 
-Shapes: B decks, S tokens, H heads, V spots of a deck (10 a page), 9 image tokens of a page, D width.
+Shapes: B decks, S tokens, H heads, V spots in a deck (10 per page), 9 image tokens per page, D width.
 """
 
 from collections.abc import Sequence
@@ -22,25 +22,25 @@ from examples.scenes.packed_tasks import VISION_TOKENS, Packed
 from pipeline.scenes.scene import BACKGROUNDS, MAX_OBJECTS, Scene
 
 PAGE_LAYER, WORD_LAYER = 1, 2  # the heads read the hidden states after these layers
-# Layers and heads with rewarded attention, counted from 0. The other heads attend to the text.
+# Layers and heads whose attention is rewarded, counted from 0. The other heads attend to the text.
 GUIDED_LAYERS, GUIDED_HEADS = (2, 3), slice(2, None)
 IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, slots=True)
 class DeckExample:
-    """A packed deck with its facts."""
+    """A packed deck and its facts."""
 
     packed: Packed
     deck: tuple[Scene, ...]
 
 
 class PageGuide(nn.Module):
-    """Auxiliary heads on hidden states, and the losses of all steps."""
+    """Auxiliary heads on hidden states, which compute the losses."""
 
     def __init__(self, width: int, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
-        classes = len(BACKGROUNDS)  # as many pages as backgrounds
+        classes = len(BACKGROUNDS)  # a full deck has one page per background
         self.page, self.word, self.number, self.ground = (nn.Linear(width, classes) for _ in range(4))
         self.count = nn.Linear(width, MAX_OBJECTS + 1)
         self.look_page, self.look_ground = nn.Linear(width, classes), nn.Linear(width, classes)
@@ -58,9 +58,9 @@ class PageGuide(nn.Module):
         }
 
     def forward(self, output: Any, image_BS: Tensor, examples: Sequence[DeckExample]) -> Tensor:
-        """Return the sum of all losses, for decks with the same number of pages.
+        """Return the sum of all losses for decks with the same number of pages.
 
-        `output` has hidden states, and attentions if they are guided."""
+        `output` must have hidden states. If it also has attentions, their loss is added."""
         pages, length = len(examples[0].deck), image_BS.shape[1]
         ends_BS = (
             pad_sequence([torch.tensor(item.packed.ids) for item in examples], batch_first=True)
@@ -71,7 +71,7 @@ class PageGuide(nn.Module):
         loss = functional.cross_entropy(self.page(image_KD), page_K)
         words_BSD = output.hidden_states[WORD_LAYER]
         page_BS, ground_BS, spot_BS = _looks(examples, length)
-        # The layers before the guided ones must represent the page that a word names, and the decisive spot.
+        # Before the guided layers, hidden states must represent the named page and the decisive spot.
         heads = (self.word, self.number, self.look_spot)
         for head, targets_BS in zip(heads, (*self._targets(examples, length), spot_BS), strict=True):
             loss = loss + _mean(_costs(head, words_BSD, targets_BS))
@@ -96,7 +96,7 @@ class PageGuide(nn.Module):
         return loss
 
     def _targets(self, examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor]:
-        """Return targets, (B, S): the page of each background's name, the background of each page number."""
+        """Return targets [B, S]: the page of each named background, the background of each page number."""
         page_BS, ground_BS = (torch.full((len(examples), length), IGNORE_INDEX) for _ in range(2))
         for b, example in enumerate(examples):
             page_of = {BACKGROUNDS.index(scene.background): index for index, scene in enumerate(example.deck)}
@@ -111,7 +111,7 @@ class PageGuide(nn.Module):
 
 
 def _costs(head: nn.Module, words_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-    """Return the cross-entropy at each position that has a target."""
+    """Return the cross-entropy at each position with a target."""
     has_target_BS = targets_BS != IGNORE_INDEX
     costs_N: Tensor = functional.cross_entropy(
         head(words_BSD[has_target_BS]), targets_BS[has_target_BS], reduction="none"
@@ -124,7 +124,7 @@ def _mean(costs_N: Tensor) -> Tensor:
 
 
 def _looks(examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return targets, (B, S): number and background of the only decisive page, and the only decisive spot."""
+    """Return targets [B, S]: page (from 0) and background if one page is decisive, spot if one spot is."""
     page_BS, ground_BS, spot_BS = (torch.full((len(examples), length), IGNORE_INDEX) for _ in range(3))
     for b, example in enumerate(examples):
         for s, decisive in enumerate(example.packed.decided_spans):
@@ -140,9 +140,9 @@ def _looks(examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor
 def attention_loss(
     attentions_BHSS: Sequence[Tensor], visual_BS: Tensor, examples: Sequence[DeckExample]
 ) -> Tensor:
-    """Return the mean -log of the attention on decisive spots, over words that have such spots.
+    """Return the mean -log of the attention to decisive spots, over the tokens that have such spots.
 
-    `visual_BS` is the mask of the pages: their image tokens and the token after each page.
+    `visual_BS` masks the image tokens and the token after each page.
     """
     spots = VISION_TOKENS + 1
     is_spot_BSV = torch.zeros(*visual_BS.shape, len(examples[0].deck) * spots)

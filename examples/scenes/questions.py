@@ -1,4 +1,4 @@
-"""Questions about drawn scenes and decks, with true answers, and the image places that decide each word."""
+"""Questions about drawn scenes and decks, with true answers and the places in the images that decide them."""
 
 import random
 import re
@@ -9,7 +9,7 @@ from pipeline.scenes.text import answer, answer_deck
 from pipeline.tasks.deck_qa import DeckAnswerType, DeckQAPair
 from pipeline.tasks.qa import QAPair
 
-Spot = tuple[int, int]  # (page, counted from 1; index of a place, or END: the token after the page)
+Spot = tuple[int, int]  # (page number from 1, index of a place or END for the token after the page)
 END = len(PLACES)
 _ON = "|".join(BACKGROUNDS)
 
@@ -23,16 +23,16 @@ def _describe(attributes: dict[str, str], *, plural: bool = False) -> str:
 
 
 def _some(thing: Thing, names: tuple[str, ...], rng: random.Random) -> dict[str, str]:
-    """Return some attributes of an object: mostly one or two, sometimes all."""
+    """Return some attributes of an object, mostly one or two, but sometimes all."""
     count = rng.choices((1, 2, len(names)), weights=(5, 4, 1))[0]
     chosen = rng.sample(names, min(count, len(names)))
     return {name: getattr(thing, name) for name in ("size", "color", "shape", "place") if name in chosen}
 
 
 def ask_yes_no(scene: Scene, rng: random.Random) -> QAPair:
-    """Ask whether an object exists.
+    """Ask whether an object exists. Half of the answers are yes.
 
-    Half of the answers are yes. For no, attributes of an object are changed.
+    For the other half, some attributes of an object are changed.
     """
     wanted = rng.choice(("yes", "no"))
     while True:
@@ -47,7 +47,7 @@ def ask_yes_no(scene: Scene, rng: random.Random) -> QAPair:
 
 
 def ask_number(scene: Scene, rng: random.Random) -> QAPair:
-    """Ask for a count: of all objects, of those that share attributes with an object, or of random ones."""
+    """Ask for the number of all objects, or of objects with given attributes (sometimes random ones)."""
     draw = rng.random()
     if draw < 0.3:
         attributes: dict[str, str] = {}
@@ -61,13 +61,13 @@ def ask_number(scene: Scene, rng: random.Random) -> QAPair:
 
 
 def ask_other(scene: Scene, rng: random.Random) -> QAPair:
-    """Ask for the color, shape, size or place of the object that the rest of the question identifies."""
+    """Ask for one attribute of an object that the question identifies, or for the color of the background."""
     while True:
         if rng.random() < 0.1:
             question = "What color is the background?"
         else:
             attribute = rng.choice(("color", "shape", "size", "place"))
-            # The place, or all other attributes: one or two attributes rarely identify a single object.
+            # Use the place or all other attributes. Fewer attributes rarely identify a single object.
             by_place = attribute != "place" and rng.random() < 0.6
             rest = (
                 ("place",)
@@ -85,7 +85,7 @@ ASK = {"yes/no": ask_yes_no, "number": ask_number, "other": ask_other}
 
 
 def ask_span(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
-    """Ask for the color, shape or size of the object at a place of a page."""
+    """Ask for the color, shape or size of the object at one place on one page."""
     scene = rng.choice(deck)
     attribute, place = rng.choice(("color", "shape", "size")), rng.choice(scene.objects).place
     return _deck_pair(
@@ -101,9 +101,9 @@ def ask_count(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
 
 
 def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
-    """Ask for the sum or the difference of the object counts of two pages."""
+    """Ask for the sum or difference of the numbers of objects on two pages."""
     first, second = sorted(rng.sample(deck, 2), key=lambda scene: -len(scene.objects))
-    # Differences are rare: a model that cannot compare should add.
+    # Differences are rare, so that a model that cannot compare numbers prefers to ask for sums.
     if len(first.objects) > len(second.objects) and rng.random() < 0.35:
         pages = f"on the {first.background} page than on the {second.background} page"
         question = f"How many more objects are there {pages}?"
@@ -116,7 +116,7 @@ def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
 
 
 def page_questions(deck: tuple[Scene, ...]) -> list[str]:
-    """Return the questions to learn first: the background of each page, and the page of each background."""
+    """Return the questions to learn first: the background of each page, and the page with each background."""
     return [
         question
         for number, scene in enumerate(deck, 1)
@@ -125,7 +125,7 @@ def page_questions(deck: tuple[Scene, ...]) -> list[str]:
 
 
 def decisive_spots(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str, str, tuple[Spot, ...]]]:
-    """Return the parts of a pair that the pages decide, in order: (field, words, decisive spots)."""
+    """Return (field, words, decisive spots) for each part of a pair that the pages decide, in order."""
     pages = {scene.background: number for number, scene in enumerate(deck, 1)}
     grounds = re.findall(rf"\b({_ON})\b(?= page| and)", pair.question)
     ends = {ground: ((pages[ground], END),) for ground in grounds}

@@ -1,8 +1,8 @@
-"""The tiny teacher: a Qwen2.5-VL of about 3 million parameters, trained on drawn scenes only.
+"""The tiny teacher: a Qwen2.5-VL with about 3 million parameters, which is trained only on drawn scenes.
 
 It has the classes, files, chat template and special tokens of Qwen2.5-VL-3B-Instruct, so that the same code
-runs both. With 28 px per merged token, the nine image tokens of a scene are its nine places. vLLM's CPU
-attention supports text heads of 32 features, but not of 16 or 40.
+runs both. With 28 px per merged token, a scene has one image token for each of its nine places. The text
+heads have 32 features because vLLM's CPU attention does not support 16 or 40.
 """
 
 from collections.abc import Iterable
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFast:
-    """Train a byte-level BPE on `texts`. Any other text is encoded byte by byte."""
+    """Train a byte-level BPE tokenizer on `texts`. It can also encode any other text."""
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,13 +1,13 @@
 """Train the tiny CLIP from scratch: `python -m examples.scenes.train_clip --out DIR`.
 
-It is a CLIPModel of 2.3 million parameters, for hidden states and caption scores where pretrained weights are
-not available.
+The model is a CLIPModel with 2.3 million parameters. It provides hidden states and caption scores where
+pretrained weights are not available.
 
-First, the vision tower learns to predict the facts of each place from its patches, as for the teacher. Then
-images and captions are aligned. Negatives are the captions of all other images of the step, and captions with
-one word changed.
+First, the vision tower learns to predict the facts about each place from its patches, as in the teacher's
+training. Then images and captions are aligned. The negatives of an image are the captions of all other images
+in the step, and captions with one word changed.
 
-A killed run resumes from the last checkpoint with the same command, in the same data order.
+After an interruption, the same command resumes from the last checkpoint, with the same data order.
 
 Shapes: B images, T captions (the true ones first), P places, L patches, D features.
 """
@@ -32,12 +32,12 @@ from examples.scenes import training_steps
 from pipeline.scenes.scene import BACKGROUNDS, PLACES, SIDE_PX, VALUES, Scene, draw, sample_scene
 from pipeline.scenes.text import STYLES, caption
 
-SEED = "clip"  # sources use numbers as seeds, so training scenes are never in a dataset
+SEED = "clip"  # sources have numeric seeds, so training scenes are never in a dataset
 BATCH = 128
 VISION_STEPS, ALIGN_STEPS = 800, 1500
 LEARNING_RATE, WARMUP_STEPS = 1.0e-3, 100
 HARD_NEGATIVES = 2  # captions per image with one word changed
-PLAIN = ("size", "color", "shape", "background")  # attributes in brief captions, which the heads learn
+PLAIN = ("size", "color", "shape", "background")  # attributes that brief captions state and the heads predict
 PATCH_PX = 14  # four patches per place
 MAX_TOKENS = 64
 WIDTH, DEPTH = 160, 4  # both towers
@@ -46,7 +46,7 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on lower-cased texts. Each text gets a start and an end token, as in CLIP."""
+    """Train a byte-level BPE tokenizer on lower-cased texts. As in CLIP, it adds start and end tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -85,7 +85,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
 
 
 def change_attribute(scene: Scene, rng: random.Random, attribute: str) -> Scene:
-    """Return a scene that differs in one attribute of one object, or in its background."""
+    """Return a copy of a scene that differs in one attribute of one object, or in the background."""
     if attribute == "background":
         return replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))
     objects = list(scene.objects)
@@ -102,7 +102,7 @@ def change_attribute(scene: Scene, rng: random.Random, attribute: str) -> Scene:
 
 
 def step_data(step: int) -> tuple[list[Scene], list[np.ndarray], list[str]]:
-    """Return the scenes of a step, their pixels, and their captions: true ones, then changed ones."""
+    """Return the scenes of a step, their pixels, and their captions (all true ones before changed ones)."""
     scenes, pixels, true_captions, changed_captions = [], [], [], []
     for index in range(BATCH):
         rng = random.Random(f"{SEED}:{step}:{index}")
@@ -112,7 +112,7 @@ def step_data(step: int) -> tuple[list[Scene], list[np.ndarray], list[str]]:
         pixels.append(np.array(draw(scene, rng)))
         true_captions.append(caption(scene, style))
         for _ in range(HARD_NEGATIVES):
-            # Places are learned last, so about half of the changes concern places.
+            # Places are learned last, so about half of the changes are made to places.
             names = (
                 ("place", "place", "place", "place", *VALUES, "background") if style == "detailed" else PLAIN
             )
@@ -128,16 +128,16 @@ def corpus() -> Iterator[str]:
 
 
 def pool_cells(patches_BLD: Tensor) -> Tensor:
-    """Return the mean of the four patches of each place: (B, P, D)."""
+    """Return the mean of the four patches in each place, [B, P, D]."""
     B, L, D = patches_BLD.shape
     side = math.isqrt(L) // 3
     return patches_BLD.view(B, 3, side, 3, side, D).mean((2, 4)).view(B, 9, D)
 
 
 def align_loss(image_BD: Tensor, text_TD: Tensor, scale: Tensor) -> Tensor:
-    """Return CLIP's loss (Radford et al., 2021). Captions after the first B are hard negatives of no image.
+    """Return CLIP's loss (Radford et al., 2021). Captions after the first B are negatives for all images.
 
-    Two images of a step may have equal captions by chance. This is rare enough to ignore.
+    Two images in a step may have equal captions by chance. This is rare enough to ignore.
     """
     B = len(image_BD)
     scores_BT = scale.exp() * image_BD @ text_TD.T
@@ -149,7 +149,7 @@ def align_loss(image_BD: Tensor, text_TD: Tensor, scale: Tensor) -> Tensor:
 
 
 def embed(model: CLIPModel, pixels_BCHW: Tensor, tokens: Any) -> tuple[Tensor, Tensor]:
-    """Return unit vectors of images (B, D) and of texts (T, D)."""
+    """Return unit vectors for images [B, D] and texts [T, D]."""
     image_BD = model.visual_projection(model.vision_model(pixels_BCHW).pooler_output)
     text_TD = model.text_projection(model.text_model(**tokens).pooler_output)
     return functional.normalize(image_BD, dim=-1), functional.normalize(text_TD, dim=-1)

@@ -1,15 +1,15 @@
 """Train the tiny teacher from scratch: `python -m examples.scenes.train_teacher --out DIR`.
 
-There are four phases. The first trains the vision tower alone, with linear heads that predict size, color,
-shape, background and place from each of the nine image tokens. Without it, the language model spends its
-steps on guessing from priors. The second phase trains the whole model on the project's prompts and output
-schemas. The last two have more questions, and weight the tokens of answers higher: answers are short, and the
-unpredictable tokens of questions would dominate the loss. With `--decks-from`, one more phase makes a second
-teacher from the finished one. It learns decks of several pages, with the losses of page_guide.py.
+There are four phases. The first trains only the vision tower, with linear heads that predict size, color,
+shape, background and place from each of the nine image tokens. Without this phase, the language model spends
+its steps on guessing from priors. The second phase trains the whole model on the project's prompts and output
+schemas. The last two have more questions and give answer tokens a larger weight. Answers are short, so the
+unpredictable tokens of questions would otherwise dominate the loss. `--decks-from` runs one more phase, which
+turns the finished teacher into a second one for decks of several pages, with the losses in page_guide.py.
 
-All tasks of an image are one packed sequence (packed_tasks.py; shapes: B sequences, S tokens of the longest).
+All tasks about an image form one packed sequence (packed_tasks.py). Shapes: B sequences of up to S tokens.
 
-A killed run resumes from the last checkpoint with the same command, in the same data order.
+After an interruption, the same command resumes from the last checkpoint, with the same data order.
 """
 
 import argparse
@@ -50,12 +50,12 @@ from pipeline.tasks.deck_qa import DeckQAPair, DeckQASet
 from pipeline.tasks.prompts import render
 from pipeline.tasks.qa import QASet
 
-SEED = "teacher"  # sources use numbers as seeds, so training scenes are never in a dataset
+SEED = "teacher"  # sources have numeric seeds, so training scenes are never in a dataset
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Number of steps, batch and learning rate of a phase."""
+    """The number of steps, batch size and learning rate of a training phase."""
 
     name: str
     steps: int
@@ -65,11 +65,11 @@ class Phase:
     warmup_steps: int
     question_sets: int = 1  # question sets per scene
     answers: int = 3  # answered questions per scene
-    answer_weight: float = 1.0  # weight of tokens of answers; others have weight 1
+    answer_weight: float = 1.0  # weight of answer tokens; other tokens have weight 1
     decks: int = 0  # decks per step
 
     def rate_at(self, step: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then cosine decay to a twentieth."""
+        """Return the learning rate at a step, with linear warm-up and cosine decay to 5 % of the peak."""
         progress = (step - self.warmup_steps) / max(1, self.cosine_steps - self.warmup_steps)
         return training_steps.learning_rate(
             self.learning_rate, step, self.warmup_steps, progress, lowest=0.05
@@ -77,7 +77,7 @@ class Phase:
 
 
 VISION = Phase("vision", steps=1200, cosine_steps=1200, scenes=64, learning_rate=1.5e-3, warmup_steps=100)
-# This phase stops at a third of its peak learning rate: the next one needs a model that still changes.
+# This phase stops at a third of its peak learning rate, because the next one needs a model that can change.
 TEXT = Phase("text", steps=1700, cosine_steps=2500, scenes=16, learning_rate=1.5e-3, warmup_steps=200)
 ANSWERS = Phase(
     "answers",
@@ -101,7 +101,7 @@ QUESTIONS = Phase(
     answers=8,
     answer_weight=4.0,
 )
-# The phase of the second teacher. Decks have two pages at first, then more (`pages_per_deck`).
+# The phase for the second teacher. Decks have two pages at first, and more later (`pages_per_deck`).
 DECKS = Phase(
     "decks",
     3000,
@@ -114,28 +114,28 @@ DECKS = Phase(
     answer_weight=10,
     decks=5,
 )
-# Share of decks with the released prompt, whose length and example distract from the pages. Others have a
-# random one.
+# Share of decks with the released prompt. Its length and its example distract from the pages, so other decks
+# have a random prompt.
 RELEASED_PROMPT_PROBABILITY = 0.5
-GUIDE_ATTENTION_EVERY = 4  # a step with guided attention takes more than twice the time
+GUIDE_ATTENTION_EVERY = 4  # in steps, because a guided step takes more than twice as long
 
 SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
 
 
 def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Random]]:
-    """Return the scenes of one step, their pixels, and the random generator for their tasks."""
+    """Return (scene, pixels, random generator for its tasks) for each scene in a step."""
     rngs = [random.Random(f"{SEED}:{phase.name}:{step}:{index}") for index in range(phase.scenes)]
     return [(scene := sample_scene(rng), np.array(draw(scene, rng)), rng) for rng in rngs]
 
 
 def pages_per_deck(step: int) -> int:
-    """Return the number of pages of a step's decks: two until the model can find a page, then up to four."""
+    """Return the number of pages per deck: two until the model can find a page, and later up to four."""
     rng = random.Random(f"{SEED}:pages:{step}")
     return 2 if step < 250 else rng.choice((2, 3)) if step < 400 else rng.choice((2, 3, 4, 4, 4))
 
 
 def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndarray], random.Random]]:
-    """Return the decks of one step, the pixels of their pages, and the random generator for their tasks."""
+    """Return (deck, pixels of its pages, random generator for its tasks) for each deck in a step."""
     pages = pages_per_deck(step)
     rngs = [random.Random(f"{SEED}:{phase.name}:deck:{step}:{index}") for index in range(phase.decks)]
     return [
@@ -144,7 +144,7 @@ def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndar
 
 
 def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[TrainingTask]:
-    """Yield the training tasks of one scene."""
+    """Yield the training tasks for one scene."""
     for style in STYLES:
         yield TrainingTask(f"Task: caption, {style}", dump(Caption(caption=caption(scene, style))))
     for _ in range(phase.question_sets):
@@ -155,7 +155,7 @@ def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Trai
 
 
 def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[TrainingTask]:
-    """Yield the training tasks of one deck."""
+    """Yield the training tasks for one deck."""
     for question in rng.sample(page_questions(deck), 2):
         truth = answer_deck(deck, question)
         assert truth is not None, question
@@ -188,7 +188,7 @@ def _answer_task(question: str, answer: str, spots: tuple[Spot, ...] = ()) -> Tr
 
 
 def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iterator[DecidedSpan]:
-    """Yield the parts of a reply that depend on spots, in order: (start, end, spots)."""
+    """Yield (start, end, spots) for each part of a reply that depends on spots, in order."""
     position = 0
     for pair in pairs:
         start = position = reply.index(dump(pair), position)
@@ -200,7 +200,7 @@ def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iter
 
 
 def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
-    """Yield texts in the proportions of training."""
+    """Yield texts in about the same proportions as in training."""
     for index in range(count):
         rng = random.Random(f"{SEED}:tokenizer:{index}")
         scene = sample_scene(rng)
@@ -212,7 +212,7 @@ def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
 
 @dataclass(slots=True)
 class TeacherTraining:
-    """The model, its processor and the training heads, with the losses of a step."""
+    """Computes the losses of a training step from the model and the training heads."""
 
     model: Qwen2_5_VLForConditionalGeneration
     processor: Qwen2_5_VLProcessor
@@ -221,7 +221,7 @@ class TeacherTraining:
     guide: PageGuide
 
     def vision_loss(self, step: int) -> tuple[Tensor, float]:
-        """Return the loss of phase one at a step, and the share of places predicted correctly."""
+        """Return the loss at a step of the first phase, and the share of places predicted correctly."""
         drawn = scenes(VISION, step)
         loss, right = self.heads(
             self._see([pixels for _, pixels, _ in drawn]), [scene for scene, _, _ in drawn]
@@ -229,7 +229,7 @@ class TeacherTraining:
         return loss, right
 
     def text_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
-        """Return the loss of a later phase at a step, and the share of reply tokens predicted correctly."""
+        """Return the loss at a step of a later phase, and the share of reply tokens predicted correctly."""
         if phase.decks:
             return self._deck_loss(phase, step)
         drawn = scenes(phase, step)
@@ -247,7 +247,7 @@ class TeacherTraining:
             examples.append(DeckExample(packed, deck))
             pixels += pages
         guided = step % GUIDE_ATTENTION_EVERY == 0
-        # Only eager attention returns its weights.
+        # Only eager attention returns attention weights.
         self.model.set_attn_implementation("eager" if guided else "sdpa")
         packed_decks = [example.packed for example in examples]
         output, image_BS, loss, right = self._read(packed_decks, pixels, guided=guided)
@@ -257,7 +257,7 @@ class TeacherTraining:
     def _read(
         self, packed: list[Packed], pixels: list[np.ndarray], *, guided: bool
     ) -> tuple[Any, Tensor, Tensor, float]:
-        """Return the model's output, the mask of image tokens, the loss, and the share of correct tokens."""
+        """Return the model's output, the image token mask, the loss, and the share of correct tokens."""
         ids_BS, positions_3BS, mask_B1SS, labels_BS, weights_BS = collate(packed)
         embeds_BSD = self.model.get_input_embeddings()(ids_BS)
         image_BS = ids_BS == self.packer.image_token_id
@@ -278,7 +278,7 @@ class TeacherTraining:
         return output, image_BS, (loss_N * weights_N).sum() / weights_N.sum(), right
 
     def _see(self, pixels: list[np.ndarray]) -> Tensor:
-        """Return image tokens [B, 9, D]."""
+        """Return the image tokens of a batch of images, [B, 9, D]."""
         inputs = self.processor.image_processor(images=pixels, return_tensors="pt")
         features = self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
         tokens_BPD: Tensor = features.pooler_output
@@ -288,7 +288,7 @@ class TeacherTraining:
 def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = None) -> None:
     """Train all phases with checkpoints in `out/checkpoint.pt`, and write the model to `out/model`.
 
-    `start` is a finished model to continue from. Without it, training starts from scratch.
+    Training continues from the finished model `start`, or starts from scratch if it is None.
     """
     torch.manual_seed(0)
     tokenizer = training_steps.load_tokenizer(start or out / "tokenizer", train_tokenizer, tokenizer_corpus)

@@ -1,4 +1,4 @@
-"""Vision heads, training steps and checkpoints of both tiny models.
+"""Vision heads, training steps and checkpoints for both tiny models.
 
 Shapes: B images, P places, D features, C classes.
 """
@@ -19,7 +19,7 @@ SAVE_EVERY = 100  # steps
 
 
 def facts_at_places(scene: Scene) -> dict[str, list[int]]:
-    """Return the class of each attribute at each place. Class 0 of size, color and shape: empty place."""
+    """Return the class of each attribute at each place. Empty places have size, color and shape class 0."""
     thing_at = {thing.place: thing for thing in scene.objects}
     things = [thing_at.get(place) for place in PLACES]
     facts = {
@@ -31,7 +31,7 @@ def facts_at_places(scene: Scene) -> dict[str, list[int]]:
 
 
 class VisionHeads(nn.Module):
-    """Predict facts of each place from its features."""
+    """Predicts the facts about each place from the features of that place."""
 
     def __init__(
         self, width: int, names: tuple[str, ...] = ("size", "color", "shape", "background", "place")
@@ -54,14 +54,14 @@ class VisionHeads(nn.Module):
 
 
 def learning_rate(peak: float, step: int, warmup_steps: int, progress: float, lowest: float) -> float:
-    """Return the learning rate of a step: linear warm-up, then cosine decay to `lowest` times the peak."""
+    """Return the learning rate at a step, with linear warm-up and cosine decay to `lowest` times the peak."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
-    """Update all parameters at this learning rate. Gradients of the model are clipped to a norm of 1."""
+    """Update all parameters at this learning rate. The model's gradients are clipped to a norm of 1."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
@@ -75,7 +75,7 @@ def load_tokenizer(
     train_tokenizer: Callable[[Iterator[str]], PreTrainedTokenizerFast],
     corpus: Callable[[], Iterator[str]],
 ) -> PreTrainedTokenizerFast:
-    """Return the saved tokenizer, or train it once: checkpoints depend on it, and its corpus may change."""
+    """Load the tokenizer that an earlier run saved for its checkpoints, or train and save a new one."""
     if not folder.exists():
         draft = folder.with_suffix(".tmp")
         train_tokenizer(corpus()).save_pretrained(draft)
@@ -85,14 +85,14 @@ def load_tokenizer(
 
 
 def save_checkpoint(path: Path, parts: Mapping[str, Any], **values: Any) -> None:
-    """Write the states of all parts (models, heads, optimizer) and further values, atomically."""
+    """Atomically write the states of all parts (models, heads, optimizer) and other values."""
     draft = path.with_suffix(".tmp")
     torch.save({name: part.state_dict() for name, part in parts.items()} | values, draft)
     draft.replace(path)
 
 
 def load_checkpoint(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the states of all parts, and return the whole checkpoint, empty if the file does not exist."""
+    """Load the states of all parts. Return the whole checkpoint, or {} if the file does not exist."""
     if not path.exists():
         return {}
     state: dict[str, Any] = torch.load(path, weights_only=True)
@@ -102,6 +102,6 @@ def load_checkpoint(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_model(model: Any, processor: Any, folder: Path) -> None:
-    """Write the model for transformers and vLLM: bfloat16 weights, tokenizer, processor and chat template."""
+    """Write bfloat16 weights, tokenizer, processor and chat template, for use by transformers and vLLM."""
     processor.save_pretrained(folder)
     model.bfloat16().save_pretrained(folder)

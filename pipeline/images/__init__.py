@@ -1,1 +1,1 @@
-"""Images: decoding, similarity, and their fit with texts."""
+"""Image decoding, near-duplicate search, and image-text similarity."""

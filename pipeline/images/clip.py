@@ -1,4 +1,4 @@
-"""CLIP score of an image and a text: the cosine of their projected states (Radford et al., 2021)."""
+"""CLIP score of an image and a text: the cosine of their projected embeddings (Radford et al., 2021)."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -13,8 +13,8 @@ from pipeline.install import install_command
 
 BATCH = 32
 CLIP_HINT = "pass clip, metaclip, tiny-clip, a folder, or a model id of the Hub"
-TINY_CLIP = "tiny-clip"  # part of the package; trained on drawn scenes only
-CLIP_MODELS = {  # short name -> id on the Hub, or folder
+TINY_CLIP = "tiny-clip"  # shipped with the package, trained only on drawn scenes
+CLIP_MODELS = {  # short name -> Hub id or folder
     "clip": "openai/clip-vit-base-patch32",
     "metaclip": "facebook/metaclip-b32-400m",
     TINY_CLIP: str(Path(__file__).parents[1] / "scenes" / "weights" / "clip"),
@@ -22,7 +22,7 @@ CLIP_MODELS = {  # short name -> id on the Hub, or folder
 
 
 def require_clip(name: str) -> None:
-    """Raise EngineError if a CLIP is neither a folder, nor cached, nor on the Hub. Weights are not loaded."""
+    """Check that a CLIP is a folder, is cached, or is on the Hub. Raises EngineError if not."""
     model_id = CLIP_MODELS.get(name, name)
     if Path(model_id).is_dir():
         return
@@ -37,10 +37,9 @@ def require_clip(name: str) -> None:
 
 
 class ClipScorer:
-    """Scores images and texts with a CLIP: clip, metaclip, tiny-clip, a folder, or a model id of the Hub.
+    """Scores images and texts with a CLIP. `name` is clip, metaclip, tiny-clip, a folder or a Hub model id.
 
-    Raises:
-        EngineError: the model cannot be loaded, or torch or transformers is not installed.
+    Raises EngineError if the model cannot be loaded, or if torch or transformers is not installed.
     """
 
     def __init__(self, name: str) -> None:
@@ -55,7 +54,7 @@ class ClipScorer:
         model_id = CLIP_MODELS.get(name, name)
         logging.disable_progress_bar()
         verbosity = logging.get_verbosity()
-        # transformers prints a table of weights before its error.
+        # transformers would print a table of weights before its error.
         logging.set_verbosity(CRITICAL)
         try:
             loaded: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
@@ -88,7 +87,7 @@ class ClipScorer:
         self._model = self._model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def cosines(self, images: Sequence[Image], texts: Sequence[str]) -> list[float]:
-        """Return the cosine of each image (RGB) and its text.
+        """Return the cosine of each RGB image and the text at the same index.
 
         Long texts are truncated to the context length.
         """
@@ -98,7 +97,7 @@ class ClipScorer:
         return self.compare([states_ND[row_of[id(image)]] for image in images], self.text_states(texts))
 
     def image_states(self, images: Iterable[Image]) -> list[Any]:
-        """Return the projected state of each image, a vector of length D. Images are read in batches."""
+        """Return the projected embedding of each image, a vector of length D. Images are read in batches."""
         states: list[Any] = []
         remaining = iter(images)
         while batch := list(islice(remaining, BATCH)):
@@ -109,7 +108,7 @@ class ClipScorer:
         return states
 
     def text_states(self, texts: Sequence[str]) -> list[Any]:
-        """Return the projected state of each text, a vector of length D."""
+        """Return the projected embedding of each text, a vector of length D."""
         projected: list[Any] = []
         for start in range(0, len(texts), BATCH):
             batch = list(texts[start : start + BATCH])
@@ -122,7 +121,7 @@ class ClipScorer:
         return projected
 
     def compare(self, image_states: Sequence[Any], text_states: Sequence[Any]) -> list[float]:
-        """Return the cosine of each image state and the text state at the same index."""
+        """Return the cosine of each image embedding and the text embedding at the same index."""
         if not image_states:
             return []
         image_ND, text_ND = self._torch.stack(list(image_states)), self._torch.stack(list(text_states))

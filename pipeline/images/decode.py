@@ -1,6 +1,6 @@
-"""Decode images safely: the only code that turns untrusted bytes into pixels.
+"""Decode untrusted image files safely. No other module decodes them.
 
-Training, engines and the report use `prepare_image`, so that all models see the same pixels of an image.
+Training, engines and the report use `prepare_image`, so that all models see the same pixels.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 ORIENTATION = 0x0112  # EXIF tag
 ROTATED_90 = (5, 6, 7, 8)  # orientations that swap width and height
 MAX_IMAGE_BYTES = 100_000_000
-MAX_PIXELS = 50_000_000  # checked before decoding: a file of 12 kB can claim 100 million
+MAX_PIXELS = 50_000_000  # checked before decoding, because a 12 kB file can claim 100 million
 MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
-MAX_SCANS = 100  # encoders write about ten into a progressive JPEG
+MAX_SCANS = 100  # a progressive JPEG usually has about ten scans
 _JPEG, _JPEG_FORMATS = b"\xff\xd8", ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
 UPRIGHT_QUALITY = 95  # JPEG quality of rotated images
 HASH_SIDE_PX = 64
-MIN_HASHED_SIDE_PX = 512  # large JPEGs are decoded to this size for their hash (docs/measurements.md)
-MIN_PDQ_QUALITY = 50  # of 100, the threshold of PDQ's authors
+MIN_HASHED_SIDE_PX = 512  # large JPEGs are decoded at reduced size for hashing, but not below this
+MIN_PDQ_QUALITY = 50  # of 100, the threshold that PDQ's authors recommend
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
@@ -46,16 +46,13 @@ def image_id(data: bytes) -> str:
 
 
 def deck_id(page_ids: Sequence[str]) -> str:
-    """Return the id of a deck: the sha256 of its pages' ids, in order.
-
-    A deck of one page has the id of that page.
-    """
+    """Return the id of a deck: the sha256 of its page ids in order. A deck of one page has that page's id."""
     return page_ids[0] if len(page_ids) == 1 else hashlib.sha256("".join(page_ids).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """The upright size and the PDQ hash of a fully decoded image."""
+    """The upright size and PDQ hash of a fully decoded image."""
 
     width_px: int
     height_px: int
@@ -63,7 +60,7 @@ class ImageInfo:
 
 
 def check_image(data: bytes) -> ImageInfo:
-    """Decode all of an image. Raise ImageError if it is damaged, too large, or has too extreme sides."""
+    """Decode a whole image. Raises ImageError if it is damaged, too large, or too narrow."""
     image, (width_px, height_px) = _decode_for_hash(data)
     pdq = pdq_hash(image)
     if not pdq and image.mode == "L":  # the colors may have enough detail
@@ -72,9 +69,9 @@ def check_image(data: bytes) -> ImageInfo:
 
 
 def pdq_hash(image: Image.Image) -> bytes:
-    """Return the PDQ hash (Facebook, 2019) of an image in RGB or L: 32 bytes, empty if it has little detail.
+    """Return the PDQ hash (Facebook, 2019) of an RGB or L image (32 bytes), or b"" if it has little detail.
 
-    It is computed from 64 x 64 pixels, to which PDQ itself downsamples: four times as fast as from 256 x 256,
+    The image is first reduced to 64 x 64 pixels, as in PDQ itself. This is four times as fast as 256 x 256,
     and as stable (docs/measurements.md).
     """
     small = image.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.BOX)
@@ -83,16 +80,16 @@ def pdq_hash(image: Image.Image) -> bytes:
 
 
 def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Image.Image:
-    """Decode to upright RGB over white, at most `max_pixels`. Raise ImageError as `check_image` does."""
+    """Decode to upright RGB over white, scaled to `max_pixels`. Raises ImageError as `check_image` does."""
     rgb, _ = _decode(data)
     size = scaled_size(*rgb.size, max_pixels)
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
 
 
 def decode_for_hash(data: bytes) -> Image.Image:
-    """Return an upright image to hash: the luma of a JPEG, reduced if it is large, else RGB over white.
+    """Return an upright image for hashing: the luma of a JPEG (reduced if it is large), or RGB over white.
 
-    Raise ImageError as `check_image` does.
+    Raises ImageError as `check_image` does.
     """
     return _decode_for_hash(data)[0]
 
@@ -107,10 +104,10 @@ def _decode_for_hash(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
 
 
 def _decode(data: bytes | memoryview, *, for_hash: bool = False) -> tuple[Image.Image, tuple[int, int]]:
-    """Return an image, upright in RGB over white, and its full size.
+    """Return the upright image in RGB over white, and its full size.
 
-    With `for_hash`, the colors of a JPEG are parsed but not decoded, since PDQ uses the luma only. Sides of a
-    large JPEG are halved up to three times while both keep MIN_HASHED_SIDE_PX. Damage is still detected.
+    With `for_hash`, only the luma of a JPEG is decoded, because PDQ ignores color. A large JPEG is reduced by
+    2, 4 or 8 as long as both sides keep MIN_HASHED_SIDE_PX. Damage is still detected.
     """
     with open_image(data) as image:
         size_px, upright_px = image.size, _upright_size(image)
@@ -126,16 +123,16 @@ def _decode(data: bytes | memoryview, *, for_hash: bool = False) -> tuple[Image.
 
 
 def _has_common_sampling(image: Image.Image) -> bool:
-    """Return whether a JPEG's colors are subsampled by whole factors, as libjpeg needs to decode luma."""
+    """Return whether a JPEG's colors are subsampled by whole factors, which libjpeg needs to decode luma."""
     layers: list[tuple[int, int, int, int]] = getattr(image, "layer", [])  # (number, rows, columns, table)
     rows, columns = ([layer[side] for layer in layers] for side in (1, 2))
     return all(max(factors) % factor == 0 for factors in (rows, columns) for factor in factors)
 
 
 def upright_file(data: bytes) -> bytes:
-    """Return the file of an image, encoded again in its format if EXIF rotates it.
+    """Return an image file unchanged, or encoded again in the same format if EXIF rotates it.
 
-    Raise ImageError as `check_image` does.
+    Raises ImageError as `check_image` does.
     """
     with open_image(data, counts_scans=False) as header:
         if header.getexif().get(ORIENTATION, 1) not in range(2, 9) or header.format == "TIFF":
@@ -153,7 +150,7 @@ def upright_file(data: bytes) -> bytes:
 
 
 def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
-    """Return the size of an image scaled down, never up, to about `max_pixels`."""
+    """Return the size of an image after it is scaled down to about `max_pixels`. It is never scaled up."""
     if not max_pixels or width * height <= max_pixels:
         return width, height
     scale = (max_pixels / (width * height)) ** 0.5
@@ -161,7 +158,7 @@ def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, i
 
 
 def upright_size(data: bytes | memoryview) -> tuple[int, int]:
-    """Return the upright size in an image's header. Raise ImageError as `check_image` does."""
+    """Return the upright size from an image's header. Raises ImageError as `check_image` does."""
     with open_image(data, counts_scans=False) as image:
         return _upright_size(image)
 
@@ -174,10 +171,10 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 @contextmanager
 def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterator[Image.Image]:
-    """Yield an image whose header is read. `load` decodes its pixels.
+    """Read an image's header, and yield the image. Its method `load` decodes the pixels.
 
-    Errors within the context become ImageError. Leave out `counts_scans` if no pixels are decoded: counting
-    takes longer than reading the header.
+    Errors within the context become ImageError. Turn `counts_scans` off if no pixels are decoded, because
+    counting takes longer than reading the header.
     """
     formats = (*FORMATS, "HEIF") if is_heic(data) and has_heif() else FORMATS
     try:
@@ -206,7 +203,7 @@ def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterat
 
 
 def too_many_scans() -> ImageError:
-    """Return the error for a JPEG with many scans, each of which is decoded."""
+    """Return the error for a JPEG with too many scans, each of which takes time to decode."""
     return ImageError("too_many_scans", f"more than {MAX_SCANS} scans")
 
 
@@ -217,7 +214,7 @@ def is_heic(data: bytes | memoryview) -> bool:
 
 @cache
 def has_heif() -> bool:
-    """Register the package pillow-heif, and return whether it is installed."""
+    """Register pillow-heif with Pillow, and return whether it is installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:

@@ -1,9 +1,9 @@
-"""Decode untrusted files first in worker processes with limited memory and time.
+"""Check untrusted files in worker processes with limited memory and time.
 
-A decoder is the most likely target of a malicious file. A worker has no keys in its environment, cannot write
-to files, and is killed when an image takes more than MEMORY_BYTES, CPU_SECONDS or WALL_SECONDS. Only that
-image is rejected. This is not a sandbox: a worker runs as the user and may give false answers, and accepted
-images are decoded in the main process later.
+Malicious files most likely target a decoder. A worker has no credentials in its environment, cannot write to
+files, and is killed when an image takes more than MEMORY_BYTES, CPU_SECONDS or WALL_SECONDS. Only that image
+is rejected. This is not a sandbox: a worker runs as the same user and may give false answers, and the main
+process decodes accepted images again later.
 """
 
 import atexit
@@ -29,9 +29,9 @@ from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import ImageInfo, check_image
 from pipeline.images.metadata import MAX_EXIF_CHARACTERS, read_exif, strip_metadata
 
-# Per image: a sleeping worker uses no CPU time, and a machine may be busy.
+# Per image. The limit also ends workers that sleep, and is high because the machine may be busy.
 WALL_SECONDS = 300.0
-AHEAD_BYTES = 128_000_000  # images in the queue
+AHEAD_BYTES = 128_000_000  # total size of the queued images
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
 _SERVE = "from pipeline.images.isolation import serve; serve()"
 T = TypeVar("T")
@@ -41,7 +41,7 @@ MEMORY_BYTES = 1_500_000_000  # in addition to the memory of an idle worker
 CPU_SECONDS = 30
 MAX_HEADER_BYTES = 1_000_000
 MAX_STRIPPED_BYTES = 400_000_000  # a TIFF may become a larger PNG
-_LENGTH = struct.Struct(">q")  # precedes each message; -1: the image is unchanged
+_LENGTH = struct.Struct(">q")  # prefix of each message: its length, or -1 for an unchanged image
 
 
 # --- this process
@@ -49,7 +49,7 @@ _LENGTH = struct.Struct(">q")  # precedes each message; -1: the image is unchang
 
 @dataclass(frozen=True, slots=True)
 class CheckedImage:
-    """A fully decoded image: its file without metadata, its facts, and the requested EXIF fields."""
+    """A checked image: the file without metadata, its size and hash, and the requested EXIF fields."""
 
     data: bytes
     info: ImageInfo
@@ -62,12 +62,11 @@ Result = list[CheckedImage] | ImageError
 def check_all(
     jobs: Iterator[tuple[T, Sequence[bytes]]], exif: Sequence[str] = ()
 ) -> Iterator[tuple[T, Result]]:
-    """Check the images of each job in worker processes, and yield the jobs in order, with their images or an
-    error.
+    """Check the images of each job in workers. Yield the jobs in order, with checked images or an error.
 
-    `exif` names fields to read of each image (metadata.read_exif). Two jobs per worker are read ahead. An
-    error of `jobs` is raised after the earlier jobs are yielded. Raise SourceError if no worker can be
-    started.
+    `exif` names fields to read from each image (metadata.read_exif). Two jobs per worker are read ahead. If
+    `jobs` raises an error, it is raised again after the earlier jobs are yielded. Raises SourceError if no
+    worker can be started.
     """
     pool = _pool()
     waiting: deque[tuple[T, Future[Result], int]] = deque()
@@ -97,10 +96,10 @@ def check_all(
 
 
 class Worker:
-    """A process that decodes untrusted files, without keys in its environment.
+    """A process that decodes untrusted files, without credentials in its environment.
 
-    Its answers are parsed, never unpickled. `code` is its program. `file` is its stdin, or None for a pipe.
-    Raise SourceError if it cannot be started.
+    `code` is the program to run. `file` becomes its stdin, or None for a pipe. The process's answers are
+    parsed, never unpickled. Raises SourceError if the process cannot be started.
     """
 
     def __init__(self, code: str, file: IO[bytes] | None = None, arguments: Sequence[str] = ()) -> None:
@@ -122,11 +121,11 @@ class Worker:
         self._is_overdue = False
 
     def is_alive(self) -> bool:
-        """Return whether the process runs."""
+        """Return whether the process is running."""
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """Kill the process."""
+        """Kill the process, and close its pipes."""
         with suppress(OSError):
             self._process.kill()
             self._process.wait()
@@ -137,7 +136,7 @@ class Worker:
 
     @contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
-        """Kill the process if the body takes longer or raises, then raise ImageError with the cause."""
+        """Kill the process and raise ImageError if the body takes longer than `seconds` or fails."""
         timer = threading.Timer(seconds, self._end_overdue)
         timer.daemon = True
         timer.start()
@@ -151,18 +150,18 @@ class Worker:
             timer.cancel()
 
     def send(self, *messages: bytes) -> None:
-        """Send messages; a process that has ended is noticed by its missing answer."""
+        """Send messages. If the process has ended, `receive` fails later."""
         assert self._process.stdin
         with suppress(BrokenPipeError):
             send_messages(self._process.stdin, messages)
 
     def receive(self, max_bytes: int) -> bytes | None:
-        """Return a message (see `receive_message`)."""
+        """Return the next message (see `receive_message`)."""
         assert self._process.stdout
         return receive_message(self._process.stdout, max_bytes)
 
     def receive_header(self) -> dict[str, Any]:
-        """Return a JSON object."""
+        """Return the next message, which must be a JSON object."""
         header = json.loads(self.receive(MAX_HEADER_BYTES) or b"")
         if not isinstance(header, dict):
             raise TypeError("a header is not a JSON object")
@@ -183,12 +182,12 @@ class Worker:
 
 
 def stated_reason(header: dict[str, Any]) -> ImageError | None:
-    """Return the error in a worker's answer, if any."""
+    """Return the error that a worker's answer states, or None."""
     return ImageError(str(header["reason"])[:40], str(header["what"])[:200]) if "reason" in header else None
 
 
 class _Pool:
-    """Workers, each with a thread that waits for it, started on demand."""
+    """A pool of workers, which are started on demand. Each worker has a thread that waits for its answers."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -215,7 +214,7 @@ class _Pool:
 
     def close(self) -> None:
         """End the threads and kill all workers."""
-        if os.getpid() != self._owner:  # a forked process has no threads
+        if os.getpid() != self._owner:  # a forked process does not inherit the threads
             return
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in list(self._workers):
@@ -223,7 +222,7 @@ class _Pool:
 
 
 def _ask(worker: Worker, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Result:
-    """Return a worker's answer about the images of a job. Raise any exception for an invalid answer."""
+    """Return a worker's answer about the images of a job. An invalid answer may raise any exception."""
     worker.send(json.dumps({"images": len(images), "exif": exif}).encode(), *images)
     answer = worker.receive_header()
     if reason := stated_reason(answer):
@@ -244,19 +243,19 @@ def _pool() -> _Pool:
     return pool
 
 
-# A forked process has no threads.
+# A forked process needs a new pool, because it does not inherit the threads.
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def end_workers() -> None:
-    """Kill all workers when a command ends. Python would wait for busy ones."""
+    """Kill all workers when a command ends. Otherwise, Python would wait for busy ones."""
     if _pool.cache_info().currsize:
         _pool().close()
         _pool.cache_clear()
 
 
 def limit_workers(count: int) -> None:
-    """Limit the workers of this process, one of several readers."""
+    """Limit the number of workers, for a process that is one of several readers."""
     global _max_workers
     _max_workers = count
 
@@ -265,7 +264,7 @@ def limit_workers(count: int) -> None:
 
 
 def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
-    """Send messages, each after its length. None: the image is unchanged."""
+    """Send each message after its length. None means an unchanged image."""
     for message in messages:
         target.write(_LENGTH.pack(-1 if message is None else len(message)))
         if message:
@@ -274,7 +273,7 @@ def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
 
 
 def receive_message(source: IO[bytes], max_bytes: int) -> bytes | None:
-    """Return a message. None: unchanged image. Raise EOFError at the end, ValueError for a large message."""
+    """Return a message, or None for an unchanged image. Raises EOFError at the end of the stream."""
     (length,) = _LENGTH.unpack(_read_exactly(source, _LENGTH.size))
     if length > max_bytes:
         raise ValueError("a message is too large")
@@ -289,7 +288,7 @@ def _read_exactly(source: IO[bytes], count: int) -> bytes:
 
 
 def serve() -> None:
-    """Answer requests on stdin and stdout until stdin ends: the main function of a worker."""
+    """Answer the requests on stdin until it ends. This is the main function of a worker."""
     source, target = sys.stdin.buffer, sys.stdout.buffer
     limit_resources()
     while True:
@@ -302,7 +301,7 @@ def serve() -> None:
 
 
 def limit_resources() -> None:
-    """Limit this process to MEMORY_BYTES more than it has, and forbid writing to files."""
+    """Limit this process to MEMORY_BYTES more than it uses now, and forbid it to write files."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:
         max_bytes = pages * resource.getpagesize() + MEMORY_BYTES
@@ -312,14 +311,14 @@ def limit_resources() -> None:
 
 
 def allow_cpu() -> None:
-    """Allow this process CPU_SECONDS more before the system kills it."""
+    """Allow this process CPU_SECONDS more of CPU time before the system kills it."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
 
 def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
-    """Return the answer to a request: facts as JSON, then the changed images."""
+    """Return the answer to a request: a JSON header, then each image, or None if it is unchanged."""
     try:
         stripped, infos, fields = [], [], []
         for image in images:

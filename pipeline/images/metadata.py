@@ -1,9 +1,9 @@
-"""Remove the metadata of image files: EXIF, XMP, IPTC, comments, thumbnails, and data after the image.
+"""Remove metadata from image files: EXIF, XMP, IPTC, comments, thumbnails, and data after the image.
 
-JPEG, PNG and WebP files lose these parts. Their compressed pixels, color profile and orientation are
-unchanged. Files with metadata between the pixels (TIFF, BMP, GIF), in formats that many readers do not
-support (AVIF, HEIC), or with an unexpected structure are encoded again. Only the first frame of an animated
-GIF is kept.
+JPEG, PNG and WebP files lose only these parts. Their compressed pixels, color profile and orientation do not
+change. Other files are encoded again: TIFF, BMP and GIF have metadata between the pixels, many readers do not
+support AVIF and HEIC, and some files have an unexpected structure. Only the first frame of an animated GIF is
+kept.
 """
 
 import io
@@ -22,8 +22,8 @@ from pipeline.images.decode import MAX_SCANS, ORIENTATION, open_image, too_many_
 _ICC_PROFILE = b"ICC_PROFILE\0"
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # 00 and D0 to D7 are part of the scan
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Chunks that pixels and their colors are decoded from. The last three (acTL, fcTL and fdAT) are frames of
-# animations.
+# Chunks that are needed to decode pixels and their colors. The last three (acTL, fcTL and fdAT) hold the
+# frames of animations.
 _PNG_NAMES = b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD pHYs acTL fcTL fdAT"
 _PNG_CHUNKS = frozenset(_PNG_NAMES.split())
 _WEBP_CHUNKS = frozenset({b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF", b"ICCP"})
@@ -31,27 +31,24 @@ _VP8X_EXIF, _VP8X_XMP = 0x08, 0x04
 _LOSSY_FORMATS = ("AVIF", "HEIF", "JPEG", "WEBP")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _JPEG_QUALITY = 95
-# 2.6 times as fast as the default, and 4 % larger, for a photo of 6 megapixels.
+# For a photo of 6 megapixels, this level is 2.6 times as fast as the default, and the file is 4 % larger.
 _PNG_COMPRESS_LEVEL = 4
-EXIF_PREFIX = "exif_"  # columns of a source with this prefix are EXIF fields: exif_DateTimeOriginal
+EXIF_PREFIX = "exif_"  # source columns such as exif_DateTimeOriginal are EXIF fields
 MAX_EXIF_CHARACTERS = 300
 _EXIF_TAGS = {name: tag for tag, name in ExifTags.TAGS.items()}
 _GPS_TAGS = {name: tag for tag, name in ExifTags.GPSTAGS.items()}
 
 
 def is_exif_name(name: str) -> bool:
-    """Return whether a column is named like an EXIF field:
-
-    `exif_` and a name of the standard (CIPA DC-008).
-    """
+    """Return whether a column name is `exif_` followed by a field name in the standard (CIPA DC-008)."""
     field = name.removeprefix(EXIF_PREFIX)
     return field != name and (field in _EXIF_TAGS or field in _GPS_TAGS)
 
 
 def read_exif(data: bytes, names: Sequence[str]) -> dict[str, str]:
-    """Return the EXIF fields of an image file as texts, by name, without missing and binary fields.
+    """Return the EXIF fields of an image file as strings, by name. Missing and binary fields are left out.
 
-    A GPS position is in degrees, negative in the south and west. An image with damaged EXIF has no fields.
+    GPS coordinates are in degrees, negative in the south and west. Damaged EXIF yields {}.
     """
     try:
         with open_image(data) as image:
@@ -83,22 +80,22 @@ def _exif_text(field: str, fields: dict[int, Any], gps: dict[int, Any]) -> str:
 
 
 def strip_metadata(data: bytes) -> bytes:
-    """Return an image file without metadata, unchanged if it has none.
+    """Return an image file without metadata, or the same object if it has none.
 
-    Raise ImageError if it cannot be decoded.
+    Raises ImageError if the file must be decoded but cannot be, or if it has too many scans.
     """
     strip = next((strip for signature, strip in _FORMATS.items() if signature.match(data)), None)
     if strip is None:
         return _encode(data)
     try:
         parts = b"".join(strip(data))
-    except (ValueError, IndexError, struct.error):  # decoders tolerate damage
+    except (ValueError, IndexError, struct.error):  # damage that a decoder may tolerate
         return _encode(data)
     return data if parts == data else parts
 
 
 def _strip_jpeg(data: bytes) -> Iterator[bytes]:
-    """Yield the parts of a JPEG file that its first image is decoded from (ITU T.81, annex B)."""
+    """Yield the parts of a JPEG file that are needed to decode its first image (ITU T.81, annex B)."""
     yield b"\xff\xd8"
     start, has_orientation, num_scans = 2, False, 0
     while True:
@@ -117,7 +114,7 @@ def _strip_jpeg(data: bytes) -> Iterator[bytes]:
         content = data[start + 4 : end]
         if kind == 0xE0 and content.startswith(b"JFIF\0") and len(content) >= 14:
             yield b"\xff\xe0\x00\x10" + content[:12] + b"\0\0"  # without its thumbnail
-        elif kind == 0xE1 and not has_orientation:  # EXIF or XMP: a file has one orientation
+        elif kind == 0xE1 and not has_orientation:  # EXIF or XMP: write the orientation only once
             has_orientation = True
             if (orientation := _orientation(data)) != 1:
                 yield _jpeg_exif(orientation)
@@ -146,12 +143,12 @@ def _jpeg_exif(orientation: int) -> bytes:
 
 
 def _tiff_orientation(orientation: int) -> bytes:
-    # A big-endian TIFF header, and one directory with one entry: a SHORT.
+    # A big-endian TIFF header, and one directory with one entry of the type SHORT.
     return b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, ORIENTATION, 3, 1, orientation, 0, 0)
 
 
 def _strip_png(data: bytes) -> Iterator[bytes]:
-    """Yield the chunks of a PNG file that its pixels are decoded from (W3C PNG, third edition)."""
+    """Yield the chunks of a PNG file that are needed to decode its pixels (W3C PNG, third edition)."""
     chunks: list[bytes] = []
     start, may_be_rotated = len(_PNG_SIGNATURE), False
     while True:
@@ -159,7 +156,7 @@ def _strip_png(data: bytes) -> Iterator[bytes]:
         end = start + 12 + length
         if end > len(data):
             raise ValueError("a chunk is cut off")
-        if kind == b"iCCP":  # the name of the profile may be that of a device
+        if kind == b"iCCP":  # the profile's name may identify a device
             chunks.append(_png_chunk(kind, b"ICC Profile" + data[data.index(b"\0", start + 8) : end - 4]))
         elif kind in _PNG_CHUNKS:
             chunks.append(data[start:end])
@@ -178,7 +175,7 @@ def _png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _strip_webp(data: bytes) -> Iterator[bytes]:
-    """Yield the chunks of a WebP file that its pixels are decoded from (RFC 9649)."""
+    """Yield a WebP file with only the chunks that are needed to decode its pixels (RFC 9649)."""
     (size,) = struct.unpack_from("<I", data, 4)
     chunks = list(_webp_chunks(data, 12, 8 + size))
     has_metadata = any(kind in (b"EXIF", b"XMP ") for kind, _ in chunks)
@@ -188,7 +185,7 @@ def _strip_webp(data: bytes) -> Iterator[bytes]:
         if kind == b"VP8X":
             flags = chunk[8] & ~(_VP8X_EXIF | _VP8X_XMP) | (_VP8X_EXIF if orientation != 1 else 0)
             parts.append(chunk[:8] + bytes([flags]) + chunk[9:])
-        elif kind == b"ANMF":  # a frame: a header of 16 bytes, and chunks
+        elif kind == b"ANMF":  # a frame: a 16-byte header and chunks
             frame_chunks = (
                 inner for name, inner in _webp_chunks(chunk, 24, len(chunk)) if name in _WEBP_CHUNKS
             )
@@ -204,7 +201,7 @@ def _strip_webp(data: bytes) -> Iterator[bytes]:
 
 
 def _webp_chunks(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (kind, chunk with header and padding)."""
+    """Yield (kind, chunk with header and padding) for each chunk."""
     while start < end:
         kind, length = struct.unpack_from("<4sI", data, start)
         if start + 8 + length > len(data):
@@ -222,16 +219,16 @@ _FORMATS: dict[re.Pattern[bytes], Callable[[bytes], Iterator[bytes]]] = {
 
 
 def _orientation(data: bytes) -> int:
-    """Return the EXIF orientation of an image: 2 to 8, or 1 if it is upright or invalid."""
+    """Return the EXIF orientation of an image (2 to 8), or 1 if it is upright or the value is invalid."""
     with open_image(data) as image:
         orientation = image.getexif().get(ORIENTATION, 1)
     return orientation if orientation in range(2, 9) else 1
 
 
 def _encode(data: bytes) -> bytes:
-    """Encode an image upright: as JPEG if its format is lossy and it is not transparent, else as PNG."""
+    """Encode an image upright, as JPEG if its format is lossy and it is opaque, else as PNG."""
     out = io.BytesIO()
-    # Encoders raise any exception on unusual profiles, so they run within the context.
+    # Encoders may raise any exception on unusual profiles. `open_image` turns it into ImageError.
     with open_image(data) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
@@ -245,7 +242,7 @@ def _encode(data: bytes) -> bytes:
             upright, profile = upright.convert("RGB"), None  # the profile may be for CMYK
         info = upright.info.items()
         transparency: dict[Any, Any] = {name: value for name, value in info if name == "transparency"}
-        upright.info = transparency  # encoders write comments from here
+        upright.info = transparency  # encoders would write comments from this dict
         if image.format in _LOSSY_FORMATS and not transparency and upright.mode in ("L", "RGB"):
             upright.save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0, icc_profile=profile)
         else:

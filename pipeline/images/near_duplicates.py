@@ -1,13 +1,13 @@
-"""Near-duplicate images: choose which to keep, and group those that must be in the same split.
+"""Near-duplicate images: choose which to keep, and group images that must be in the same split.
 
-Images are compared by their PDQ hashes (images/decode.py). Photos at most 20 of 256 bits apart are copies of
+Images are compared by their 256-bit PDQ hashes (images/decode.py). Photos at most 20 bits apart are copies of
 one photo. Up to 70 bits, one may be a crop of the other, or have a frame. Distinct photos are 88 or more bits
-apart (docs/measurements.md). A mirrored photo is near, but not a copy. Slides and charts are only grouped,
-never rejected: two that differ in one number look the same.
+apart (docs/measurements.md). A mirrored photo is near, but not a copy. Slides and charts are never rejected
+as copies, because two charts that differ in one number look the same.
 
-Large sets are searched by bit sampling (Indyk and Motwani, 1998). Two hashes that are d of 256 bits apart
-agree in k random bits with a probability of about (1 - d / 256)^k, two unrelated ones with 2^-k. Each round
-draws k bits, sorts the hashes by them, and compares hashes that agree in all k bits.
+Large sets are searched by bit sampling (Indyk and Motwani, 1998). Two hashes that differ in d of 256 bits
+agree in k random bits with a probability of about (1 - d / 256)^k, and unrelated hashes with 2^-k. Each round
+draws k bits, sorts the hashes by these bits, and compares hashes that agree in all of them.
 """
 
 import math
@@ -28,31 +28,31 @@ from pipeline.tables import IMAGE_GROUPS, SPLIT_RANK
 HASH_BITS = 256
 WORD_BITS = 64
 WORDS = HASH_BITS // WORD_BITS
-# Recompressed, halved, brighter and gray copies are within these bits (docs/measurements.md).
+# Recompressed, halved, brightened and gray copies are at most this far apart (docs/measurements.md).
 MAX_COPY_BITS = 20
 # A PDQ bit states whether one of 16 x 16 DCT coefficients is above their median, which is near 0. Mirroring
-# an image negates the coefficients of odd columns, and so flips these bits (all but at most 20 of them, for
-# 29 photos).
+# an image negates the coefficients in odd columns, which flips their bits. In 29 photos, all but at most 20
+# bits followed this rule.
 MIRRORED_BITS = np.uint64(0x5555_5555_5555_5555)
 
 ImageKind = Literal["photos", "graphics"]
 MAX_NEAR_BITS: dict[str, int] = {"photos": 70, "graphics": 31}
-# Pairs up to these bits are found with the probability RECALL, however many hashes there are.
+# Pairs at most this far apart are found with a probability of at least RECALL in sets of any size.
 RECALL_BITS = {"photos": 64, "graphics": 31}
 RECALL = 0.995
 # Sets up to this size are compared exhaustively, in blocks of BLOCK_HASHES rows.
 ALL_PAIRS_HASHES = 20_000
 BLOCK_HASHES = 256
-# Number of unrelated hashes that each hash is compared with in a round, on average.
+# Average number of unrelated hashes that each hash is compared with in a round.
 COMPARED_HASHES = 6.0
-# In a group of more hashes that agree, each is compared with the next MAX_NEIGHBORS and the first
-# GROUP_HEADS.
+# If more than MAX_NEIGHBORS hashes agree, each one is compared only with the next MAX_NEIGHBORS and the first
+# GROUP_HEADS hashes.
 MAX_NEIGHBORS = 256
 GROUP_HEADS = 16
 PART_ROWS = 1 << 16
-# Pairs of several rounds in memory before duplicates are merged.
+# Pairs from several rounds are merged when there are more than twice this many.
 MERGED_PAIRS = 4_000_000
-# Odd numbers that spread the bits of a word over the upper half of its product (multiply-shift hashing,
+# Odd numbers that spread the bits of a word over the upper half of the product (multiply-shift hashing,
 # Dietzfelbinger 1996).
 FACTORS = np.random.default_rng(0).integers(0, 1 << 63, WORDS, np.uint64) << np.uint64(1) | np.uint64(1)
 
@@ -72,7 +72,7 @@ COMPARED_COLUMNS = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")
 
 
 class NearPairs(NamedTuple):
-    """Pairs of near rows, each once, sorted, with `first` < `second`. `bits` is their distance."""
+    """Distinct, sorted pairs of near rows, with `first` < `second`. `bits` are their distances."""
 
     first: Rows
     second: Rows
@@ -80,18 +80,17 @@ class NearPairs(NamedTuple):
 
 
 def plan_search(count: int, recall_bits: int) -> tuple[int, int]:
-    """Return the number of rounds and of bits per round that find pairs `recall_bits` apart with RECALL."""
+    """Return (rounds, bits per round) to find pairs `recall_bits` apart with a probability of RECALL."""
     num_bits = max(2, round(math.log2(max(count, 2) / COMPARED_HASHES)) + 1)
     agreement = math.prod((HASH_BITS - recall_bits - n) / (HASH_BITS - n) for n in range(num_bits))
     return math.ceil(math.log(1 - RECALL) / math.log1p(-agreement)), num_bits
 
 
 def find_near_pairs(hashes: Hashes, max_bits: int, recall_bits: int, *, mirrored: bool) -> NearPairs:
-    """Return the pairs of hashes that are at most `max_bits` apart, as nearly all of `near_hashes`.
+    """Return nearly all pairs of hashes that are at most `max_bits` apart. The result is deterministic.
 
-    Each pair of at most `recall_bits` is found with a probability of RECALL or more. In a group of more than
-    MAX_NEIGHBORS similar hashes, at least the pairs with the first hashes are found. The result is
-    deterministic.
+    A pair at most `recall_bits` apart is found with a probability of at least RECALL. In a group of more than
+    MAX_NEIGHBORS similar hashes, this holds only for the pairs with the first hashes.
     """
     rounds, num_bits = plan_search(len(hashes), recall_bits)
     search = partial(find_in_round, hashes, num_bits, max_bits, mirrored=mirrored)
@@ -110,11 +109,11 @@ def find_near_pairs(hashes: Hashes, max_bits: int, recall_bits: int, *, mirrored
 
 
 def find_in_round(hashes: Hashes, num_bits: int, max_bits: int, number: int, *, mirrored: bool) -> Words:
-    """Return the near pairs that agree in the bits drawn for a round, as row << 32 | later row."""
+    """Return the near pairs that agree in the bits drawn for a round, packed as row << 32 | later row."""
     drawn_bits = np.random.default_rng(number).permutation(HASH_BITS).tolist()
     flips = np.zeros(len(hashes), np.uint64)
     if mirrored:
-        # An image and its mirror image differ in this bit: the one with 0 stands for both.
+        # An image and its mirror image differ in this bit. The one that has a 0 represents both.
         flipped_bit = next(bit for bit in drawn_bits if int(MIRRORED_BITS) >> bit % WORD_BITS & 1)
         drawn_bits = [flipped_bit, *(bit for bit in drawn_bits if bit != flipped_bit)]
         is_flipped = hashes[:, flipped_bit // WORD_BITS] >> np.uint64(flipped_bit % WORD_BITS) & np.uint64(1)
@@ -128,7 +127,7 @@ def find_in_round(hashes: Hashes, num_bits: int, max_bits: int, number: int, *, 
     keys = np.zeros(len(hashes), np.uint64)
     for start in starts:
         keys[start : start + PART_ROWS] = _keys(canonical(slice(start, start + PART_ROWS)), masks)
-    # The rows are sorted with the keys: a key has 32 bits, as has a row.
+    # Pack each 32-bit key with its row index, so that both are sorted together.
     keys = keys << np.uint64(32) | np.arange(len(keys), dtype=np.uint64)
     keys.sort()
     sorted_keys, rows = _unpack(keys)
@@ -144,7 +143,7 @@ def find_in_round(hashes: Hashes, num_bits: int, max_bits: int, number: int, *, 
 
 
 def _masks(bits: Sequence[int]) -> list[np.uint64]:
-    """Return the mask of each word of a hash for some of its 256 bits."""
+    """Return one mask per word of a hash, in which these of the 256 bits are set."""
     masks = [0] * WORDS
     for bit in bits:
         masks[bit // WORD_BITS] |= 1 << bit % WORD_BITS
@@ -152,7 +151,7 @@ def _masks(bits: Sequence[int]) -> list[np.uint64]:
 
 
 def _keys(hashes: Hashes, masks: Sequence[np.uint64]) -> Words:
-    """Return 32-bit keys, equal where the masked bits are equal, and rarely (2^-32) elsewhere."""
+    """Return 32-bit keys, which are equal if the masked bits are equal, and rarely (2^-32) otherwise."""
     keys = np.zeros(len(hashes), np.uint64)
     for word, mask, factor in zip(hashes.T, masks, FACTORS, strict=True):
         keys += (word & mask) * factor
@@ -169,7 +168,7 @@ def _unpack(words: Words) -> tuple[Rows, Rows]:
 
 
 def _near_neighbors(hashes: Hashes, keys: Rows, max_bits: int) -> tuple[Rows, Rows]:
-    """Return positions of near hashes that have equal keys. `keys` are sorted."""
+    """Return the positions of pairs of near hashes with equal keys. `keys` must be sorted."""
     first_parts, second_parts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     first = np.arange(min(len(keys), PART_ROWS))
     for step in range(1, MAX_NEIGHBORS + 1):
@@ -184,7 +183,7 @@ def _near_neighbors(hashes: Hashes, keys: Rows, max_bits: int) -> tuple[Rows, Ro
 
 
 def _large_groups(keys: Rows) -> Iterator[tuple[Rows, Rows]]:
-    """Yield positions of the first hashes of large groups, and of the members that are too far from them."""
+    """Yield positions of first hashes and members in large groups, for pairs beyond MAX_NEIGHBORS."""
     if not np.any(keys[MAX_NEIGHBORS + 1 :] == keys[: -MAX_NEIGHBORS - 1]):
         return
     starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
@@ -200,10 +199,10 @@ def as_hashes(pdq_hashes: Sequence[bytes]) -> Hashes:
 
 
 def image_distances(rows: Hashes, columns: Hashes, *, mirrored: bool) -> Bits:
-    """Return the distance in bits of each pair, [len(rows), len(columns)].
+    """Return the distance in bits between each row and each column, [len(rows), len(columns)].
 
-    With `mirrored`, the distance to the mirrored image counts if it is smaller. It is never below
-    MAX_COPY_BITS + 1, since a mirrored photo is not a copy.
+    With `mirrored`, the distance to the mirrored image is returned if it is smaller, but never less than
+    MAX_COPY_BITS + 1, because a mirrored photo is not a copy.
     """
     flipped = _pair_distances(rows & MIRRORED_BITS, columns & MIRRORED_BITS)
     others = _pair_distances(rows & ~MIRRORED_BITS, columns & ~MIRRORED_BITS)
@@ -211,7 +210,7 @@ def image_distances(rows: Hashes, columns: Hashes, *, mirrored: bool) -> Bits:
 
 
 def row_distances(rows: Hashes, others: Hashes, *, mirrored: bool) -> Bits:
-    """Return the distance in bits of each row and its row of `others` (see `image_distances`)."""
+    """Return the distance in bits between each row and the same row of `others` (see `image_distances`)."""
     different = rows ^ others
     if mirrored:
         return _nearer(_count_bits(different & MIRRORED_BITS), _count_bits(different & ~MIRRORED_BITS))
@@ -226,7 +225,7 @@ def _pair_distances(rows: Hashes, columns: Hashes) -> Bits:
 
 
 def _nearer(flipped: Bits, others: Bits) -> Bits:
-    """Return the smaller distance, mirrored or not, from the differences in flipped and in other bits."""
+    """Return the smaller of the plain and mirrored distances. `flipped` is the distance in MIRRORED_BITS."""
     half = flipped.dtype.type(HASH_BITS // 2)
     mirrored_distances = np.maximum(others + (half - flipped), flipped.dtype.type(MAX_COPY_BITS + 1))
     nearer: Bits = np.minimum(others + flipped, mirrored_distances)
@@ -235,13 +234,13 @@ def _nearer(flipped: Bits, others: Bits) -> Bits:
 
 def _count_bits(hashes: Hashes) -> Bits:
     counts = np.bitwise_count(hashes).astype(np.uint16)
-    # np.sum over an axis of four is ten times slower.
+    # np.sum over an axis of length 4 is ten times slower.
     total: Bits = counts[:, 0] + counts[:, 1] + counts[:, 2] + counts[:, 3]
     return total
 
 
 def near_hashes(hashes: Hashes, kind: ImageKind) -> NearPairs:
-    """Return the near pairs: all up to ALL_PAIRS_HASHES hashes, else nearly all (`find_near_pairs`)."""
+    """Return all near pairs, or nearly all if there are more than ALL_PAIRS_HASHES hashes."""
     mirrored = kind == "photos"
     if len(hashes) > ALL_PAIRS_HASHES:
         return find_near_pairs(hashes, MAX_NEAR_BITS[kind], RECALL_BITS[kind], mirrored=mirrored)
@@ -260,11 +259,11 @@ def near_hashes(hashes: Hashes, kind: ImageKind) -> NearPairs:
 
 
 def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
-    """Return tables.IMAGE_GROUPS, sorted by id: the group of each sample, and why it is rejected, if so.
+    """Return each sample's group, and the reason if it is rejected (tables.IMAGE_GROUPS, sorted by id).
 
     Of copies of a photo, the one in the most held-out split is kept, then the largest, then the first by id.
-    A sample near a sample of a more held-out split is rejected, whatever its kind. `samples` has the columns
-    COMPARED_COLUMNS.
+    Photos and graphics are also rejected if they are near a sample in a more held-out split. `samples` has
+    the columns COMPARED_COLUMNS.
     """
     samples = samples.sort_by("sample_id")
     ids = samples["sample_id"].combine_chunks()
@@ -283,14 +282,14 @@ def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
 
 
 class DistinctImages(NamedTuple):
-    """Samples with equal hashes are one image, so that thousands of copies are not millions of pairs."""
+    """Images with distinct hashes. Samples with equal hashes share an image, so copies add no pairs."""
 
     image_of_sample: Rows
     near: NearPairs  # pairs of images
 
 
 def _choose(images: DistinctImages, ranks: Rows, best_first: Rows, kind: ImageKind) -> Rows:
-    """Return for each sample the sample that is kept instead, or -1 if it is kept itself."""
+    """Return, for each sample, the index of the sample that is kept instead, or -1 if it is kept itself."""
     count, near = len(ranks), images.near
     pair_images = np.concatenate([near.first, near.second])
     neighbors = np.concatenate([near.second, near.first])
@@ -298,7 +297,7 @@ def _choose(images: DistinctImages, ranks: Rows, best_first: Rows, kind: ImageKi
     neighbors, bits = neighbors[by_image], np.concatenate([near.bits, near.bits])[by_image]
     sizes = np.bincount(images.image_of_sample)
     bounds = np.r_[0, np.cumsum(np.bincount(pair_images, minlength=len(sizes)))]
-    # The first kept sample of each image and split rank; `count`: no sample.
+    # First kept sample for each image and split rank. `count` means no sample.
     first_kept = np.full((len(sizes), len(SPLIT_RANK)), count)
     kept_instead = np.full(count, -1)
     is_alone = (sizes[images.image_of_sample] == 1) & (np.diff(bounds)[images.image_of_sample] == 0)
@@ -318,7 +317,7 @@ def _choose(images: DistinctImages, ranks: Rows, best_first: Rows, kind: ImageKi
 
 
 def _group_names(images: DistinctImages) -> Rows:
-    """Return the first sample of each sample's group: the connected component of near images."""
+    """Return the first sample of each sample's group. A group is a connected component of near images."""
     first = np.full(int(images.image_of_sample.max(initial=-1)) + 1, len(images.image_of_sample))
     np.minimum.at(first, images.image_of_sample, np.arange(len(images.image_of_sample)))
     near = images.near
@@ -328,16 +327,16 @@ def _group_names(images: DistinctImages) -> Rows:
             return first[images.image_of_sample]
         np.minimum.at(first, near.first, lower)
         np.minimum.at(first, near.second, lower)
-        # Following the first sample to its own first one halves a chain of images.
+        # Pointer jumping: replacing each first sample by its own first sample halves chains of images.
         first = first[images.image_of_sample[first]]
 
 
 def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Rows) -> DistinctImages:
-    """Return near images, or near decks: half of the pages of one have a near page in the other.
+    """Return near images and near decks. In near decks, half of the pages have a near page in the other deck.
 
-    The distance of two decks is that of the median page. An empty hash is near no other hash. If there are
-    decks, each sample is an image of its own. `best_first` orders the samples: large groups keep the pairs
-    with the best ones.
+    The distance between two decks is the median distance of these pages. An empty hash is near no other hash.
+    If there are decks, each sample is an image of its own. `best_first` puts the best samples first, because
+    in large groups only pairs with the first samples are sure to be compared.
     """
     count = len(pdq_hashes)
     owners = pc.list_parent_indices(pdq_hashes).to_numpy().astype(np.int64)
@@ -367,7 +366,7 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
 
 
 def _near_decks(near: NearPairs, owners: Rows, pairs: Rows, num_pages: Rows) -> NearPairs:
-    """Return the near samples, of which at least one is a deck, from the indices `pairs` of near pages."""
+    """Return the pairs of near samples that include a deck. `pairs` are indices into `near`."""
     closest: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = defaultdict(lambda: ({}, {}))
     for p, q, bits in zip(*(part[pairs].tolist() for part in near), strict=True):
         for page_bits, page in zip(closest[int(owners[p]), int(owners[q])], (p, q), strict=True):

@@ -1,7 +1,7 @@
-"""Render untrusted documents and videos as images: each file in its own process.
+"""Render untrusted documents and videos as images, each file in its own process.
 
-The process reads the file from stdin, and cannot open others. Fonts of this machine are among those, so pages
-look the same everywhere with the same version of pdfium. Memory and time are limited as for images
+The process reads the file from stdin, and cannot open other files. Since it cannot open the machine's fonts,
+pages look the same everywhere with the same version of pdfium. Memory and time are limited as for images
 (isolation.py).
 """
 
@@ -26,10 +26,10 @@ from pipeline.images.isolation import Worker, allow_cpu, limit_resources, send_m
 Kind = Literal["pdf", "video"]
 PACKAGES = {"pdf": "pypdfium2", "video": "av"}  # the extras are named after the kinds
 PAGE_SIDE_PX = 1536  # longer side of a page
-MAX_FRAME_SIDE_PX = 2048  # longer frames are scaled down
+MAX_FRAME_SIDE_PX = 2048  # larger frames are scaled down
 JPEG_QUALITY = 92
 MAX_PNG_BYTES = 1_000_000  # larger pages, such as scans, become JPEGs
-# A demuxer by suffix, since one that is guessed may be that of a playlist, which names other files and
+# Demuxers by suffix. Without one, FFmpeg may guess that a file is a playlist, which names other files and
 # addresses.
 DEMUXERS = {
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".3gp"), "mp4"),
@@ -44,18 +44,18 @@ DEMUXERS = {
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"pdf": (".pdf",), "video": tuple(DEMUXERS)}
 COUNT = "count"
 MAX_PACKETS = 3_000_000  # over 24 hours of video
-MAX_DAMAGED_PACKETS = 1_000  # packets that are skipped
-HEARTBEAT_PACKETS = 500  # interval of messages while no frame is due
-SPARE_MS = 1_000  # a video may be longer than it states by this
+MAX_DAMAGED_PACKETS = 1_000  # number of damaged packets to skip
+HEARTBEAT_PACKETS = 500  # packets between messages while no frame is due
+SPARE_MS = 1_000  # a video may exceed its stated length by this
 Answer = tuple[dict[str, Any], bytes | None]
 _SERVE = "from pipeline.images.rendering import serve; serve()"
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """An image of a file: its encoded bytes, and its page, counted from 1, or its time in milliseconds.
+    """An encoded image from a file. `place` is the page number from 1, or the time in milliseconds.
 
-    A damaged page, or part of a video, has a `fault` and no data.
+    A damaged page or part of a video has a `fault` and no data.
     """
 
     place: int
@@ -66,8 +66,8 @@ class Rendered:
 def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> Iterator[Rendered]:
     """Yield the pages of a document, or the frames of a video that are `every_s` seconds apart, in order.
 
-    Raise ImageError, after valid images, for a file that is damaged, encrypted, or takes too much time or
-    memory.
+    Raises ImageError if the file is damaged or encrypted, or takes too much time or memory. Images may have
+    been yielded before the error.
     """
     for header, data in _answers(file, [kind, suffix, str(every_s)]):
         if "place" in header:
@@ -75,16 +75,16 @@ def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> It
 
 
 def count_images(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> int:
-    """Return the number of pages, or of frames by the video's stated length.
+    """Return the number of pages, or the number of frames according to the video's stated length.
 
-    Raise ImageError as `render` does.
+    Raises ImageError as `render` does.
     """
     answers = _answers(file, [kind, suffix, str(every_s), COUNT])
     return sum(int(header.get("count", 0)) for header, _ in answers)
 
 
 def _answers(file: IO[bytes], arguments: list[str]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
-    """Yield the answers of a process that renders a file."""
+    """Yield (header, image or None) for each answer of a process that renders a file."""
     worker = Worker(_SERVE, file, arguments)
     try:
         while True:
@@ -103,7 +103,7 @@ def _answers(file: IO[bytes], arguments: list[str]) -> Iterator[tuple[dict[str, 
 
 
 def serve() -> None:
-    """Render the file on stdin to stdout: the main function of the process."""
+    """Render the file on stdin to stdout. This is the main function of the process."""
     kind, suffix, every_s, *wanted = sys.argv[1:]
     file, every_ms = os.fdopen(os.dup(0), "rb"), max(1, round(1000 * float(every_s)))
     answers = _open_pdf(file) if kind == "pdf" else _open_video(file, DEMUXERS[suffix], every_ms)
@@ -125,8 +125,8 @@ def serve() -> None:
 
 
 def _limited(answers: Iterator[Answer]) -> Iterator[Answer]:
-    """Yield answers within the limits of this process, which apply to each answer."""
-    for format_name in ("JPEG", "PNG"):  # load the modules of the encoders
+    """Limit this process, and yield answers. The limit on CPU time applies to each answer."""
+    for format_name in ("JPEG", "PNG"):  # load the encoders while files can be opened
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format_name)
     limit_resources()
     next_file = os.dup(0)
@@ -175,7 +175,7 @@ def _pages(pdfium: Any, data: bytes) -> Iterator[Answer]:
 def _open_video(file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[Answer]:
     import av
 
-    # Modules that are loaded on first use cannot be opened later.
+    # Load all modules now, because no file can be opened later.
     for module in walk_packages(av.__path__, "av."):
         if not module.name.endswith("__main__"):
             import_module(module.name)
@@ -220,7 +220,7 @@ def _frames(av: Any, file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[A
 
 
 def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
-    """Yield the frames of a video, None as a heartbeat, and a text at the first damaged packet."""
+    """Yield the frames of a video, None as a heartbeat, and a message at the first damaged packet."""
     num_damaged = 0
     for count, packet in enumerate(container.demux(stream)):
         allow_cpu()

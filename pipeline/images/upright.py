@@ -1,28 +1,28 @@
-"""Convert an image to upright RGB over white: the pixels that every model sees.
+"""Convert an image to upright RGB over white, which is what every model sees.
 
 Published captioners contain this code (trainer/publish), so it needs only Pillow.
 """
 
 from PIL import Image, ImageOps
 
-BAND_PX = 512  # rows that are composited at once
+BAND_PX = 512  # rows to composite at once
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return an image rotated as its EXIF states, in RGB over white."""
+    """Return an image in RGB over white, rotated as its EXIF orientation states."""
     return over_white(ImageOps.exif_transpose(image))
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """Return an image in RGB: transparent pixels become white, and 16-bit gray becomes 8-bit.
+    """Return an image in RGB over white. 16-bit gray is reduced to 8 bits.
 
-    Raise ValueError for 32-bit pixels, whose range is unknown.
+    Raises ValueError if the image has 32-bit pixels, whose range is unknown.
     """
     if image.mode in ("I", "F"):
         raise ValueError(f"the range of 32-bit pixels ({image.mode}) is unknown: convert them to 16 bits")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgb = Image.new("RGB", image.size)
-        # In bands, an image of 50 megapixels takes 0.44 GB, not 0.8.
+        # In bands, an image of 50 megapixels takes 0.44 GB of memory instead of 0.8 GB.
         for top in range(0, image.height, BAND_PX):
             band = image.crop((0, top, image.width, min(top + BAND_PX, image.height))).convert("RGBA")
             rgb.paste(

@@ -1,1 +1,1 @@
-"""The embedded world: drawn scenes with known facts, and the tiny models that know them."""
+"""Drawn scenes with known facts, and tiny models that are trained on them."""

@@ -1,9 +1,9 @@
-"""Claims of a caption, as questions about the image with the answers that the caption implies.
+"""Turn the claims in a caption into questions about the image, with the answers that the caption implies.
 
 "Two dogs and a large red ball on a gray background." claims that there are two dogs, that there is a large
 red ball, and that the background is gray. A question about a drawn shape asks for one attribute, and
-identifies the shape by the others or by its place, which the tiny teacher answers best
-(docs/measurements.md). Other parts become "Is it true that ...?"
+identifies the shape by its other attributes or by its place. The tiny teacher answers such questions best
+(docs/measurements.md). Claims in other wordings become "Is it true that ...?"
 """
 
 import re
@@ -37,14 +37,14 @@ _OTHER_VERB = re.compile(r" (?:is|are|was|were|has|have|[a-z]+[a-rt-z]s) (?:an?|
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A question, and the answer that agrees with the caption."""
+    """A question, and the answer that the caption implies."""
 
     question: str
     expected: str
 
 
 def extract_claims(caption: str) -> list[Claim]:
-    """Return at most MAX_CLAIMS distinct claims of a caption, in its order."""
+    """Return the first MAX_CLAIMS distinct claims in a caption."""
     claims: list[Claim] = []
     for sentence in _SENTENCE.split(caption.strip()):
         rest = sentence.rstrip(" .!;")
@@ -86,7 +86,7 @@ def _attribute_claims(size: str, color: str, shape: str, where: str) -> Iterator
 
 
 def pluralize(thing: str) -> str:
-    """Return the plural of a thing."""
+    """Return the plural of a noun phrase."""
     if thing.endswith("y") and thing[-2:-1] not in "aeiou":
         return f"{thing[:-1]}ies"
     irregular = {"man": "men", "woman": "women", "child": "children", "person": "people"}

@@ -1,8 +1,8 @@
 """Drawn scenes: their facts, which are a function of the source row, and their images.
 
-A scene has one to four objects on a 3 x 3 grid of places, each with a size, a color and a shape. In the image
-of 84 x 84 px, each place is a cell of 28 px, which is one merged image token of Qwen2.5-VL (two patches of 14
-px).
+A scene has one to four objects on a 3 x 3 grid of places. Each object has a size, a color and a shape. The
+image has 84 x 84 px. Each place is a cell of 28 x 28 px, which Qwen2.5-VL turns into one image token by
+merging 2 x 2 patches of 14 px.
 """
 
 import math
@@ -27,8 +27,8 @@ BACKGROUNDS = ("white", "gray", "beige", "mint")
 MAX_OBJECTS = 4
 SIDE_PX = 84
 CELL_PX = SIDE_PX // 3
-OVERSAMPLE = 4  # scenes are drawn larger and averaged down, for smooth edges
-# The vision tower of Qwen2.5-VL has relative positions only: without a frame, a corner would look like the
+OVERSAMPLE = 4  # scenes are drawn this much larger and averaged down, for smooth edges
+# The vision tower of Qwen2.5-VL has only relative positions. Without a frame, a corner would look like the
 # center.
 FRAME_PX = 2
 
@@ -49,7 +49,7 @@ BACKGROUND_RGB = {
     "beige": (232, 214, 178),
     "mint": (178, 230, 204),
 }
-JITTER_RGB = 10  # of objects; half as much for the background
+JITTER_RGB = 10  # for objects; half as much for the background
 JITTER_PX = 2.0
 
 Point = tuple[float, float]
@@ -57,7 +57,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object of a scene."""
+    """One object in a scene."""
 
     size: str
     color: str
@@ -79,7 +79,7 @@ class Scene:
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """Draw a random scene: the number of objects (1 to 4), distinct places, then attributes."""
+    """Sample a random scene with 1 to 4 objects at distinct places."""
     places = sorted(rng.sample(range(len(PLACES)), rng.randint(1, MAX_OBJECTS)))
     objects = []
     for index in places:
@@ -89,13 +89,13 @@ def sample_scene(rng: random.Random) -> Scene:
 
 
 def sample_deck(rng: random.Random) -> tuple[Scene, ...]:
-    """Draw a random deck: one page per background, so that "the gray page" is unique."""
+    """Sample a random deck. It has one page per background, so that "the gray page" is unique."""
     grounds = rng.sample(BACKGROUNDS, len(BACKGROUNDS))
     return tuple(Scene(ground, sample_scene(rng).objects) for ground in grounds)
 
 
 def sample_row(source: str, seed: int, index: int) -> tuple[tuple[Scene, ...], random.Random]:
-    """Return the scenes of a row (one, or the pages of a deck), and the generator for drawing them."""
+    """Return the scenes of a row (one, or one per page of a deck), and the generator to draw them with."""
     if source == DECKS:
         rng = random.Random(f"deck:{seed}:{index}")
         return sample_deck(rng), rng
@@ -104,13 +104,13 @@ def sample_row(source: str, seed: int, index: int) -> tuple[tuple[Scene, ...], r
 
 
 def scenes_of(source: str, source_row: str) -> tuple[Scene, ...]:
-    """Return the scenes of the row "SEED/INDEX" of a source, empty for other sources."""
+    """Return the scenes of the row "SEED/INDEX", or () if the source has no drawn scenes."""
     row = re.fullmatch(r"(-?\d+)/(\d+)", source_row) if source in (SCENES, DECKS) else None
     return sample_row(source, int(row[1]), int(row[2]))[0] if row else ()
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """Return the scene as an RGB image. `rng` varies positions within cells, and colors."""
+    """Draw a scene as an RGB image. `rng` varies colors, sizes, and positions within cells."""
     ground = _tone(BACKGROUND_RGB[scene.background], rng, JITTER_RGB // 2)
     canvas = Image.new("RGB", (SIDE_PX * OVERSAMPLE,) * 2, ground)
     pen = ImageDraw.Draw(canvas)
@@ -156,7 +156,7 @@ def _cross(arm: float) -> list[Point]:
     return corners
 
 
-# Corners in units of the radius, y down.
+# Corners in units of the radius. The y axis points down.
 OUTLINES: dict[str, list[Point]] = {
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)],

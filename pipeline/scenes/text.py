@@ -1,6 +1,6 @@
-"""Captions and answers about drawn scenes and decks: written from the facts, parsed, and scored.
+"""Write, parse and score captions and answers about drawn scenes and decks.
 
-The parsers check the captions, answers, evidence pages and arithmetic of any model against the facts.
+Captions, answers, evidence pages and arithmetic from any model are checked against the facts.
 """
 
 import re
@@ -16,7 +16,7 @@ NUMBER_WORDS = ("no", "one", "two", "three", "four")
 
 
 def caption(scene: Scene, style: str) -> str:
-    """Describe the scene: `brief` is one sentence without places, `detailed` has the place of each object."""
+    """Describe a scene. `brief` is one sentence without places, and `detailed` states each object's place."""
     names = [f"{thing.size} {thing.color} {thing.shape}" for thing in scene.objects]
     if style == "brief":
         return f"{_list([f'a {name}' for name in names]).capitalize()} on a {scene.background} background."
@@ -47,17 +47,17 @@ class Phrase(NamedTuple):
 
 
 def phrases(text: str) -> list[Phrase]:
-    """Return the objects that a caption names, in its order, with repetitions."""
+    """Return the objects that a caption names, in order and with repetitions."""
     return [Phrase(*match.groups("")) for match in _PHRASE.finditer(text.lower())]
 
 
 def background(text: str) -> str | None:
-    """Return the first background that a caption names, if any."""
+    """Return the first background that a caption names, or None."""
     match = _BACKGROUND.search(text.lower())
     return match[1] if match else None
 
 
-# A description identifies objects: any of size, color, shape (or "object") and place, in this order.
+# A description of objects: any of size, color, shape (or "object") and place, in this order.
 _WHICH = rf"(?:(?P<size>{_SIZE}) )?(?:(?P<color>{_COLOR}) )?(?P<shape>{_SHAPE}|object)"
 _WHICH = rf"{_WHICH}(?: at the (?P<place>{_PLACE}))?"
 _QUESTIONS = {
@@ -69,7 +69,7 @@ _QUESTIONS = {
 
 
 def answer(scene: Scene, question: str) -> str | None:
-    """Return the true answer to a question worded as in `ask_*`, or None without a single true answer."""
+    """Return the true answer to a question worded as in `ask_*`, or None if there is not exactly one."""
     text = question.lower()
     if text == "what color is the background?":
         return scene.background
@@ -90,7 +90,7 @@ def answer(scene: Scene, question: str) -> str | None:
 
 @lru_cache(4096)
 def _parse_question(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Return the kind of a question, empty if unknown, and the attributes of its objects."""
+    """Return the kind of a question, or "" if unknown, and the attributes of the objects it is about."""
     for kind, pattern in _QUESTIONS.items():
         if match := pattern.fullmatch(text):
             attributes = match.groupdict().items()
@@ -108,7 +108,7 @@ _TOGETHER = re.compile(rf"how many objects are there on the ({_ON}) and ({_ON}) 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """The true answer to a question, its evidence pages, counted from 1, and its calculation."""
+    """The true answer to a question, its evidence pages (counted from 1), and its calculation."""
 
     answer: str
     evidence_pages: tuple[int, ...]
@@ -116,7 +116,7 @@ class Truth:
 
 
 def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
-    """Return the true answer to a question worded as in `ask_*`, or None without a single true answer."""
+    """Return the true answer to a question worded as in `ask_*`, or None if there is not exactly one."""
     text = question.lower()
     pages = {scene.background: number for number, scene in enumerate(deck, 1)}
     for pattern, sign in ((_MORE, "-"), (_TOGETHER, "+")):
@@ -146,7 +146,7 @@ def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
 
 @dataclass(slots=True)
 class CaptionScore:
-    """Counts of phrases in captions and objects in scenes, matched one to one by what the style states."""
+    """Counts phrases in captions and objects in scenes, and matches them one to one."""
 
     num_phrases: int = 0
     num_objects: int = 0
@@ -165,7 +165,7 @@ class CaptionScore:
         return self.matched / max(1, self.num_objects)
 
     def add(self, text: str, scene: Scene, style: str) -> None:
-        """Count one caption. Brief captions have no places."""
+        """Add one caption. In brief captions, places are ignored."""
         with_place = style != "brief"
         named = [(p.size, p.color, p.shape, p.place if with_place else "") for p in phrases(text)]
         objects = [(t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects]
@@ -178,7 +178,7 @@ class CaptionScore:
 
 @dataclass(slots=True)
 class _Answers:
-    """Counts of answers of one type. A question without a single true answer counts as answered wrongly."""
+    """Counts answers of one type. A question without exactly one true answer counts as answered wrongly."""
 
     asked: int = 0
     right: int = 0
@@ -203,27 +203,27 @@ class _Answers:
 
 
 class AnswerScore(_Answers):
-    """Counts of answers to questions about single scenes."""
+    """Counts answers to questions about single scenes."""
 
     def add(self, question: str, given: str, scene: Scene) -> None:
-        """Count one answer."""
+        """Add one answer."""
         self._count(answer(scene, question), given)
 
 
 @dataclass(slots=True)
 class DeckScore(_Answers):
-    """Counts of answers to questions about decks, with evidence pages and calculations."""
+    """Counts answers to questions about decks, with their evidence pages and calculations."""
 
     evidence_right: int = 0
     expressions_right: int = 0
 
     @property
     def evidence(self) -> float:
-        """The share of questions whose evidence pages are exactly the needed pages."""
+        """The share of questions with exactly the right evidence pages."""
         return self.evidence_right / max(1, self.asked)
 
     def add(self, row: dict[str, Any], deck: tuple[Scene, ...]) -> None:
-        """Count one annotation."""
+        """Add one row of annotations."""
         truth = answer_deck(deck, row["question"] or "")
         self._count(truth.answer if truth else None, row["answer"] or "")
         if truth:

@@ -1,4 +1,4 @@
-"""Sources of images, by name. A source yields samples and rejected rows."""
+"""Find and open sources of images by name. A source yields samples and rejected rows."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ SOURCES: tuple[SourceSpec, ...] = (
 
 
 def find_source(name: str) -> SourceSpec:
-    """Return the source of a name, with or without an argument. Raise ConfigError for an unknown name."""
+    """Return the spec for a source such as `folder` or `folder:PATH`. Raises ConfigError if it is unknown."""
     for spec in SOURCES:
         if spec.kind == name.partition(":")[0]:
             return spec
@@ -49,7 +49,7 @@ def find_source(name: str) -> SourceSpec:
 
 
 def _source_of_file(path: str) -> str:
-    """Return the source that reads a file."""
+    """Return the source to suggest for a file."""
     if path.lower().endswith(archive.SUFFIXES):
         return f"archive:{path}"
     kinds = {".parquet": "parquet", **dict.fromkeys(listing.SUFFIXES, "list")}
@@ -59,9 +59,9 @@ def _source_of_file(path: str) -> str:
 
 
 def with_source_defaults(config: Config) -> Config:
-    """Return the config with the default tasks, styles and grouping of its source.
+    """Return the config with the source's defaults for tasks, caption styles and grouping.
 
-    Raise ConfigError for a length that the prompts do not support, and for a prompt of an unused style.
+    Raises ConfigError if a length is set for drawn scenes, or if an unused style has a prompt.
     """
     spec, changes = find_source(config.source), dict[str, Any]()
     if "tasks" not in config.model_fields_set:
@@ -85,7 +85,7 @@ def with_source_defaults(config: Config) -> Config:
 
 
 def choose_image_kind(config: Config) -> ImageKind | None:
-    """Return the kind of images to compare, or None if they are known to be distinct or comparison is off."""
+    """Return how to search for near-duplicates, or None if the search is off or the images are distinct."""
     if config.dedupe.images == "none":
         return None
     if config.dedupe.images != "auto":
@@ -95,7 +95,7 @@ def choose_image_kind(config: Config) -> ImageKind | None:
 
 
 def files_of_source(config: Config) -> dict[str, Any]:
-    """Return the digests of the split list and the files of captions, by setting."""
+    """Return the digests of the split list and the caption files, by setting name."""
     split_list, captions = config.split_list, config.captions
     digests: dict[str, Any] = {"split_list": None}
     if split_list and split_list.exists():
@@ -106,21 +106,21 @@ def files_of_source(config: Config) -> dict[str, Any]:
 
 
 def holds_decks(config: Config) -> bool:
-    """Return whether the samples of a source are decks, according to its settings."""
+    """Return whether the samples are decks, judged by the settings alone."""
     return asks_about_decks(config.tasks or find_source(config.source).default_tasks(config))
 
 
 def is_divisible(config: Config) -> bool:
-    """Return whether several readers may read slices of the source."""
+    """Return whether several readers may each read a slice of the source."""
     spec = find_source(config.source)
-    # Counting rows up to a limit needs a single reader.
+    # Only a single reader knows when the limit is reached.
     return spec.is_divisible and (config.limit is None or spec.is_endless)
 
 
 def open_source(config: Config, part: SourceSlice = ALL) -> Source:
-    """Open a source, or a slice if it `is_divisible`.
+    """Open a source, or one slice of a source that `is_divisible`.
 
-    Raise ConfigError if settings do not match the source, SourceError if it cannot be read.
+    Raises ConfigError if the settings do not fit the source, and SourceError if it cannot be read.
     """
     spec, argument = find_source(config.source), config.source.partition(":")[2]
     spec.check_options(config)
@@ -142,7 +142,7 @@ def open_source(config: Config, part: SourceSlice = ALL) -> Source:
 
 
 def read_images(name: str) -> Iterator[tuple[str, tuple[bytes, ...]]]:
-    """Yield (sample id, images) of a whole source."""
+    """Yield (sample id, images) for each sample in a source."""
     for row in open_source(resolve(source=name)).rows:
         if isinstance(row, Sample):
             yield row.id, row.images

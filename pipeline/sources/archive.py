@@ -1,11 +1,11 @@
-"""Source: images in archives (`archive:PATH`): zip files, and tar files such as those of WebDataset.
+"""Source: images in zip and tar archives, including WebDataset shards (`archive:PATH`).
 
-Nothing is unpacked to disk. `NAME.txt` next to an image holds captions, one per line. `NAME.json` may hold
-captions, questions, a split, and columns for prompts. The texts of a local archive are read first, wherever
-they are in it. An archive in a store is read once, with the texts that are stored next to their image.
+Nothing is unpacked to disk. `NAME.txt` holds captions of an image, one per line. `NAME.json` may hold
+captions, questions, a split and columns for prompts. In a local archive, these files may be anywhere, because
+they are read before the images. A remote archive is read once, so the files must be next to their image.
 
-Archives are untrusted. Links, devices, encrypted entries, names that lead out of the archive and large
-entries are rejected. A damaged archive, or one that unpacks to far more bytes than it has, is an error.
+Archives are untrusted. Links, devices, encrypted entries, oversized entries and names that lead out of the
+archive are rejected. A damaged archive or a decompression bomb raises SourceError.
 """
 
 import bz2
@@ -58,28 +58,27 @@ from pipeline.types import ALL, UNKNOWN, RawSample, Rejected, Source, SourceSlic
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 TEXT_SUFFIXES = (".txt", ".json")
-MAX_TEXT_BYTES = 1_000_000  # one text file
-MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # all texts of an archive
-MAX_HEADER_BYTES = 1_000_000  # one long name in a tar file
+MAX_TEXT_BYTES = 1_000_000  # per text file
+MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # all text files in one archive
+MAX_HEADER_BYTES = 1_000_000  # tar header that holds a long name
 MAX_MEMBERS = 3_000_000
-MAX_DIRECTORY_BYTES = 300_000_000  # directory of a zip file, which zipfile reads into memory
-# An archive may unpack to RATIO times its size, plus FREE bytes.
+MAX_DIRECTORY_BYTES = 300_000_000  # central directory of a zip file, which zipfile loads into memory
+# An archive of N bytes may unpack to N * MAX_UNPACK_RATIO + FREE_UNPACKED_BYTES bytes.
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000
-# Neighboring entries of one key in a tar file that are held in memory.
+# Limits for consecutive tar entries with the same key, which are held in memory together.
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000
-QUESTION_ARCHIVES = 16  # archives that are searched for questions before any image is read
-COLUMN_IMAGES = 20  # images whose texts are searched for columns of the context
+QUESTION_ARCHIVES = 16  # number of archives searched for questions before any image is read
+COLUMN_IMAGES = 20  # number of images whose texts are searched for the context columns
 BLOCK_BYTES = 1 << 20
 MAGIC_BYTES = 6
 _DRIVE = re.compile(r"[A-Za-z]:")
-# Decoders by the first bytes of a file. Each reads concatenated streams, and returns no more bytes than
-# requested.
+# Decoders by magic bytes. Each can read concatenated streams, and never returns more bytes than requested.
 _DECODERS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
     b"BZh": lambda file: bz2.BZ2File(file, "rb"),
     b"\xfd7zXZ": lambda file: lzma.LZMAFile(file, "rb"),  # noqa: SIM115  # closed with the file below it
 }
-# zipfile unpacks other methods at once, whatever size the directory states.
+# With any other method, zipfile unpacks an entry all at once, whatever size the directory states.
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DAMAGES = (
     tarfile.TarError,
@@ -102,7 +101,7 @@ REASONS = {
     "unreadable_entry": "it is damaged, or compressed by another method than deflate",
     "unsupported_format": "this format is not supported: convert the file to JPEG or PNG",
 }
-# The entries to read. With "texts", images and metadata files are listed without their data.
+# Which entries to read. "texts" also lists images and metadata files, but without their data.
 Wanted = Literal["texts", "images", "both"]
 
 
@@ -111,7 +110,7 @@ Wanted = Literal["texts", "images", "both"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An image or a text file of an archive. `data` is None if it is rejected for `reason`."""
+    """An image or text file in an archive. If it is rejected, `data` is None and `reason` is set."""
 
     name: str
     data: bytes | None
@@ -124,9 +123,9 @@ class Entry:
 
 
 def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator[Entry]:
-    """Yield the images and texts of an archive.
+    """Yield the images and text files in an archive.
 
-    Raise SourceError if it is damaged, or a decompression bomb.
+    Raises SourceError if the archive is damaged or a decompression bomb.
     """
     try:
         magic = file.read(MAGIC_BYTES)
@@ -142,7 +141,7 @@ def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator
             )
             yield from _read_tar(unpacked, name, wanted)
     except OSError as error:
-        if error.errno is not None:  # an error of the disk; errors of decoders have no number
+        if error.errno is not None:  # disk errors have an errno, decoder errors do not
             raise
         raise _damage_error(name, error) from None
     except _DAMAGES as error:
@@ -150,13 +149,13 @@ def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator
 
 
 class _CountedFile:
-    """Counts the bytes read from a file, and calls `check` with their number after each read."""
+    """Counts the bytes read from a file, and passes the total to `check` after each read."""
 
     def __init__(self, file: Any, check: Callable[[int], None] = lambda _: None) -> None:
         self._file, self._check, self.num_bytes = file, check, 0
 
     def read(self, size: int = -1) -> bytes:
-        """Read as the file does."""
+        """Read up to `size` bytes, or all bytes if `size` is -1."""
         data = cast(bytes, self._file.read(size))
         self.num_bytes += len(data)
         self._check(self.num_bytes)
@@ -164,10 +163,10 @@ class _CountedFile:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A tar header that bounds long names, refuses sparse files, and raises ValueError if it is damaged.
+    """A tar header that refuses overlong names and sparse files, and raises ValueError if it is damaged.
 
-    tarfile reads names and sparse maps of any length into memory, and treats a damaged header as the end of
-    the file.
+    tarfile alone would read names and sparse maps of any length into memory, and would take a damaged header
+    for the end of the archive.
     """
 
     _LONG = (
@@ -180,7 +179,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile: Any) -> "_StrictTarInfo":
-        """Return the next header. Raise ValueError for a damaged header, or a file without end blocks."""
+        """Return the next header. Raises ValueError if it is damaged or the archive's end is missing."""
         try:
             return super().fromtarfile(tarfile)
         except _BAD_HEADERS as error:
@@ -203,10 +202,10 @@ _BAD_HEADERS = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.
 
 
 def _read_tar(stream: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry]:
-    """Yield the entries of a tar file in its order."""
+    """Yield the wanted entries of a tar file in file order."""
     with tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_StrictTarInfo) as tar:
         for number, member in enumerate(tar, 1):
-            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+            tar.members = []  # type: ignore[attr-defined]  # otherwise, tarfile keeps every header
             _require_few_members(name, number)
             is_file = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
             content = tar.extractfile(member) if is_file else None
@@ -217,7 +216,7 @@ def _read_tar(stream: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry
                     yield _read_entry(member.name, member.size, content.read)
                 else:
                     yield Entry(_as_text(member.name), b"")
-            # tarfile would skip the size in the header, even if the file is shorter.
+            # Read to the end: tarfile would skip the remaining bytes without noticing a truncated file.
             while content is not None and content.read(BLOCK_BYTES):
                 pass
         if tar.fileobj.read(BLOCK_BYTES).strip(b"\0"):
@@ -226,7 +225,7 @@ def _read_tar(stream: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry
 
 
 def _read_zip(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
-    """Yield the entries of a zip file, the last one of equal names."""
+    """Yield the wanted entries of a zip file. If entries have the same name, only the last one is read."""
     size = file.seek(0, 2)
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
@@ -298,12 +297,12 @@ def _has_suffix(name: str, suffixes: Sequence[str] | frozenset[str]) -> bool:
 
 
 def is_text(name: str) -> bool:
-    """Return whether an entry is a text file by its name."""
+    """Return whether an entry is a text file, judged by its name."""
     return _has_suffix(name, TEXT_SUFFIXES)
 
 
 def is_metadata(name: str) -> bool:
-    """Return whether an entry is a metadata file, which is read in folders only, by its name."""
+    """Return whether an entry is a metadata file, judged by its name. Metadata in archives is not read."""
     return posixpath.basename(_as_text(name)) in METADATA_FILES
 
 
@@ -318,7 +317,7 @@ def _has_data(name: str, wanted: Wanted) -> bool:
 
 
 def _as_text(name: str) -> str:
-    """Return the name of an entry with slashes between folders, encodable as UTF-8."""
+    """Return an entry's name with forward slashes, and with escapes for what UTF-8 cannot encode."""
     return name.replace("\\", "/").encode("utf-8", "backslashreplace").decode().removeprefix("./")
 
 
@@ -327,14 +326,14 @@ def _as_text(name: str) -> str:
 
 @dataclass(slots=True)
 class TextIndex:
-    """The texts of an archive, or of neighboring entries, by key, and the number of images of each key."""
+    """Text files and number of images for each key, in an archive or in a group of consecutive entries."""
 
     texts: dict[str, list[Entry]] = field(default_factory=dict)
     images: Counter[str] = field(default_factory=Counter)
     tables: list[str] = field(default_factory=list)  # names of metadata files
 
     def add(self, entry: Entry) -> None:
-        """Add a text, or count an image."""
+        """Add a text file, or the name of a metadata file, or one image to the count for its key."""
         if is_metadata(entry.name):
             self.tables.append(entry.name)
         elif is_text(entry.name):
@@ -343,7 +342,7 @@ class TextIndex:
             self.images[key_of(entry.name)] += 1
 
     def texts_of(self, image: Entry) -> list[Entry]:
-        """Return the texts named like an image, or all texts of its key if the key has no other image."""
+        """Return the text files with an image's key. If images share the key, the full name must match."""
         key, names = key_of(image.name), (normalize_path(image.stem), normalize_path(image.name))
         texts = self.texts.get(key, [])
         if self.images[key] == 1:
@@ -352,9 +351,9 @@ class TextIndex:
 
 
 def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry]]]:
-    """Yield each image with the texts of its key next to it, as WebDataset groups them.
+    """Yield each image with the adjacent text files that share its key, as in WebDataset.
 
-    Large groups are split.
+    Groups above a size limit are split.
     """
     for group in _group_neighbors(entries):
         index = TextIndex()
@@ -378,15 +377,15 @@ def _group_neighbors(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 
 
 def key_of(name: str) -> str:
-    """Return the name up to the first dot of its last part: WebDataset's key of a sample."""
+    """Return WebDataset's sample key for an entry: the path up to the first dot in the file name."""
     folder, base = posixpath.split(normalize_path(name))
     return posixpath.join(folder, base.partition(".")[0])
 
 
 def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
-    """Return the human captions in the texts of an image, and the values of its JSON.
+    """Return the human captions in an image's text files, and the values in its JSON files.
 
-    Lines of a text file that the JSON marks as written by a model are skipped.
+    Lines of NAME.txt are skipped if NAME.json lists them as written by a model.
     """
     rows = {entry.name: _read_json(entry) for entry in texts if not entry.name.lower().endswith(".txt")}
     skipped = "\n".join(text for row in rows.values() for text in model_texts(row))
@@ -404,7 +403,7 @@ def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _read_json(entry: Entry) -> dict[str, Any]:
-    """Return the object in a JSON file, empty if it holds something else."""
+    """Return the object in a JSON file, or {} if the file holds anything else."""
     try:
         row = json.loads(_decode(entry))
     except (ValueError, RecursionError):
@@ -421,7 +420,7 @@ def _decode(entry: Entry) -> str:
 
 
 def _describe_texts(archive: str, index: TextIndex) -> Iterator[str]:
-    """Yield messages about the captions of an archive, and about texts that are not read."""
+    """Yield messages about the captions in an archive, and about text files that are not used."""
     parsed = [_parse_texts(texts) for key, texts in index.texts.items() if index.images[key]]
     if num_captions := sum(len(captions) for captions, _ in parsed):
         yield f"human captions in {archive}: {num_captions:,} for {sum(index.images.values()):,} images"
@@ -438,14 +437,14 @@ def _describe_texts(archive: str, index: TextIndex) -> Iterator[str]:
 
 
 class Archives:
-    """The archives of a source. The texts of the last local archive stay in memory."""
+    """Reads the archives of a source, and keeps the texts of the last local archive in memory."""
 
     def __init__(self, files: SourceFiles) -> None:
         self.files = files
         self.text_index = lru_cache(1)(self._read_text_index)
 
     def read_images(self, name: str) -> Generator[tuple[Entry, list[Entry]]]:
-        """Yield the images of an archive, each with its texts."""
+        """Yield the images in an archive, each with its text files."""
         with self.files.translate_errors():
             index = self.text_index(name) if self.files.is_local else None
             with self.files.open(name) as file:
@@ -467,7 +466,7 @@ class Archives:
         return index
 
     def have_questions(self, names: Sequence[str]) -> bool:
-        """Return whether the first archives have questions. In a store, only the first image is read."""
+        """Return whether the first archives have questions. If they are remote, only one image is read."""
         if self.files.is_local:
             with self.files.translate_errors():
                 indexes = (self.text_index(name) for name in names[:QUESTION_ARCHIVES])
@@ -477,7 +476,7 @@ class Archives:
             return any(human_questions(_parse_texts(texts)[1]) for _, texts in islice(images, 1))
 
     def require_columns(self, names: Sequence[str], columns: Sequence[str]) -> None:
-        """Raise SourceError if no text of the first images has one of these columns."""
+        """Check that the first images' texts have these columns. Raises SourceError if one is missing."""
         known = {*PATH_COLUMNS}
         wanted = [column for column in columns if not is_exif_name(column)]
         for name in names:
@@ -500,10 +499,10 @@ def open_archives(
     columns: Sequence[str] = (),
     split: str | None = None,
 ) -> Source:
-    """Return the images of archives, or a slice. `columns` of JSON files, or EXIF fields, become the context.
+    """Open the images in archives, or a slice. `columns` (JSON values or EXIF fields) become the context.
 
-    Raise SourceError if no archive is of the `split`, if the first images lack one of the columns, or, while
-    the source is read, if an archive is damaged or no archive has an image.
+    Raises SourceError if no archive belongs to `split`, or if the first images lack one of the columns.
+    Reading the source raises SourceError if an archive is damaged or no archive has an image.
     """
     names_by_split: dict[str | None, list[str]] = {}
     for name in files.names:

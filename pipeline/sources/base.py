@@ -1,4 +1,4 @@
-"""Specification of a source: its name, its description, and the function that opens it."""
+"""Specification of a source: name, description, supported options, and the function that opens it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from pipeline.types import RawSample, Rejected, Sample, Source, SourceSlice
 
 DECK_TASKS = ("deck_qa",)
 LICENSE_FROM_OPTION = "unknown, unless --license states it; unknown images are pushed to a private repository"
-NAMED_ROWS = 3  # names per message
-MAX_METADATA_BYTES = 256_000_000  # size of a file with texts of many images
-# Options that only some sources support, by config key: the error message for other sources, and its hint.
+NAMED_ROWS = 3  # number of names that a message lists
+MAX_METADATA_BYTES = 256_000_000  # maximum size of a file with texts for many images
+# Options that only some sources support. Values: the error message for other sources, and its hint.
 OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
     "columns": ("has fixed columns, but --columns was given", "leave --columns out, or use hub:ORG/NAME"),
@@ -44,7 +44,7 @@ OPTIONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceSpec:
-    """A source by name, such as `folder:PATH`. `open` receives the part after the colon."""
+    """Describes a source, such as `folder:PATH`. `open` receives the part after the colon."""
 
     name: str
     what: str
@@ -53,33 +53,33 @@ class SourceSpec:
     needs: str = "a vision-language model"
     open: Callable[[Config, str, SourceSlice], Source]
     tasks: tuple[str, ...] = ("caption", "qa")  # default tasks
-    options: frozenset[str] = frozenset()  # supported keys of OPTIONS
-    # How near-duplicates are searched; None: images are known to be distinct.
+    options: frozenset[str] = frozenset()  # keys of OPTIONS that this source supports
+    # How the search for near-duplicates compares images, or None if all images are known to be distinct.
     image_kind: ImageKind | None = "photos"
-    scored_split: str | None = None  # the split on which models are scored
+    scored_split: str | None = None  # split on which models are scored
     model: str = LARGE  # default model
     clip_model: str = "clip"  # default CLIP
-    is_endless: bool = False  # the number of samples is `limit`; other sources count rows up to it
+    is_endless: bool = False  # makes exactly `limit` samples, where other sources stop at the limit
     default_grouping: Literal["folder"] | None = None  # default of split.group_by
-    is_divisible: bool = True  # several readers may read slices
+    is_divisible: bool = True  # several readers may each read a slice
 
     @property
     def kind(self) -> str:
-        """The name without the part after the colon."""
+        """The part of the name before the colon."""
         return self.name.partition(":")[0]
 
     def default_tasks(self, config: Config) -> tuple[str, ...]:
-        """Return the default tasks: questions about decks if a column is mapped to pages."""
+        """Return the default tasks, which are questions about decks if columns are mapped to pages."""
         return DECK_TASKS if "pages" in config.columns else self.tasks
 
     def describe(self) -> dict[str, str]:
-        """Return the description of the source, as `synth doctor --sources` prints it."""
+        """Return the facts that `synth doctor --sources` prints about the source."""
         tasks = ", ".join(self.tasks) + ("; deck_qa if pages are mapped" if "columns" in self.options else "")
         facts = {"name": self.name, "what": self.what, "tasks": tasks}
         return {**facts, "license": self.license, "needs": self.needs, "example": self.example}
 
     def check_options(self, config: Config) -> None:
-        """Raise ConfigError for an option that this source does not support."""
+        """Check the options that are set. Raises ConfigError if this source does not support one of them."""
         for name, (message, hint) in OPTIONS.items():
             if (value := attrgetter(name)(config)) and name not in self.options:
                 raise ConfigError(f"source {self.kind} {message.format(value=value)}", hint=hint)
@@ -88,11 +88,11 @@ class SourceSpec:
 def check_samples(
     rows: Iterator[RawSample | Rejected], columns: Sequence[str] = ()
 ) -> Iterator[Sample | Rejected]:
-    """Yield the sample of each row, or its rejection if an image is unusable.
+    """Yield a sample for each row, or a rejection if one of its images is unusable.
 
-    Other processes decode the images. A sample has the id of the original images, but holds them without
-    metadata. `columns` of the context that are named like EXIF fields, and that the row lacks, are read from
-    the first image.
+    Worker processes decode the images. The sample id is computed from the original images, but the sample
+    holds them without metadata. Context `columns` that are named like EXIF fields are read from the first
+    image unless the row has a value.
     """
     exif = [name for name in columns if is_exif_name(name)]
     jobs = ((row, row.images if isinstance(row, RawSample) else ()) for row in rows)
@@ -117,26 +117,26 @@ def check_samples(
 
 
 def refuse_roles(config: Config, source: str, hint: str) -> None:
-    """Raise ConfigError if --columns maps a role other than the context, for a source that is not a table."""
+    """Check that --columns maps only the context of a source without a table. Raises ConfigError if not."""
     if roles := [role for role in config.columns if role != CONTEXT]:
         problem = f"{source} maps no columns to roles, but --columns names one for the {roles[0]}"
         raise ConfigError(problem, hint=hint)
 
 
 def as_text(value: Any, name: str = "a column of the context") -> str:
-    """Return a value for a prompt: lists are joined with commas, null is empty.
+    """Return a value as text for a prompt. List items are joined with commas, and null becomes "".
 
-    Raise SourceError, which mentions `name`, for objects and lists of lists.
+    Raises SourceError if the value is an object or a list of lists. The message mentions `name`.
     """
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return ", ".join(text for item in value if (text := as_text(item, name)))
     if isinstance(value, dict | list):
         raise SourceError(f"{name} holds objects or lists of lists", hint="use columns of texts or numbers")
     is_missing = value is None or value != value  # NaN
-    # JSON may hold lone surrogates.
+    # JSON may hold lone surrogates, which cannot be encoded.
     return "" if is_missing else str(value).encode("utf-8", "replace").decode()
 
 
 def first_names(names: Sequence[str]) -> str:
-    """Return the names of the first few files or rows, for a message."""
+    """Return the first few names, for a message."""
     return printable(", ".join(names[:NAMED_ROWS]) + (", ..." if len(names) > NAMED_ROWS else ""))

@@ -1,12 +1,12 @@
-"""Sources: benchmarks of the Hub with human texts: Flickr30k, VQAv2 and SlideVQA.
+"""Sources: benchmarks on the Hub with human texts (Flickr30k, VQAv2 and SlideVQA).
 
-- Flickr30k: 31,014 photos with five captions each, under the split of Karpathy and Fei-Fei (2015). The
-  original Hub repository is a script. Its conversion puts all rows under `test`, and has the true split in a
-  column. A copy without that column needs a split list: 1,000 of its images are the common test set.
-- VQAv2: photos of COCO with questions and ten answers each. One sample is one photo with all its questions.
-  The questions and answers are CC-BY-4.0, the photos are under the terms of Flickr.
+- Flickr30k: 31,014 photos with five captions each, with the splits of Karpathy and Fei-Fei (2015). The
+  original Hub repository is a loading script. Its Parquet conversion has all rows under `test`, and the true
+  split in a column. A copy without that column needs a split list. The test split has 1,000 images.
+- VQAv2: COCO photos with questions and ten answers per question. One sample is one photo with all its
+  questions. The questions and answers are CC-BY-4.0, and the photos are under Flickr's terms.
 - SlideVQA: decks of up to 20 slides with questions, evidence pages and arithmetic. One sample is one deck.
-  It is gated, and its license permits internal evaluation only: `push` leaves its pixels out.
+  Access is gated. The license permits only internal evaluation, so `push` leaves the pixels out.
 """
 
 import json
@@ -49,7 +49,7 @@ _SLIDEVQA_COLUMNS = (
 
 
 def read_split_list(path: Path) -> dict[str, str]:
-    """Return the split of each file name, from Karpathy's JSON."""
+    """Return the split of each file name in Karpathy's JSON. Raises SourceError if the file is unusable."""
     try:
         images = json.loads(read_regular(path, max_bytes=MAX_METADATA_BYTES))["images"]
         return {image["filename"]: SPLIT_OF_WORD[image["split"]] for image in images}
@@ -59,9 +59,9 @@ def read_split_list(path: Path) -> dict[str, str]:
 
 
 def _open_flickr30k(config: Config, repo: str, part: SourceSlice) -> Source:
-    """Open photos with captions and true splits.
+    """Open the photos with their captions and true splits.
 
-    Raise SourceError if neither the tables nor a list has the split.
+    Raises SourceError if neither the tables nor a split list states the splits.
     """
     tables = open_hub(repo or FLICKR30K_REPO, allow_partial=config.allow_partial)
     tables = replace(tables, part=part, license=FLICKR_TERMS)
@@ -102,10 +102,10 @@ def open_questions(
     *,
     decks: bool = False,
 ) -> Source:
-    """Return a source of images with the questions of the rows that share their `key`.
+    """Return a source with one sample for each value of `key`, and the questions in all rows with the value.
 
-    The tables are read twice: first the text columns of all rows (those of `read_question`, and `key`), then
-    the first row of each image. Raise SourceError for a missing split.
+    The tables are read twice. The first pass reads `text_columns` (which include `key`) in all rows, and the
+    second pass reads the images in the first row for each key. Raises SourceError if the split is missing.
     """
     split = config.source_split
     check_split(tables, split)
@@ -120,7 +120,7 @@ def open_questions(
                     yield row
                 continue
             questions.setdefault((file_split, row[key]), []).append(read_question(row))
-        if num_rows < start:  # skip images by their keys alone
+        if num_rows < start:  # to skip images, read only their keys
             for _, file_split, row in tables.rows((key,), split):
                 if num_rows == start:
                     break
@@ -130,7 +130,7 @@ def open_questions(
         for name, file_split, row in tables.rows((key, *image_columns), split, first_row):
             if isinstance(row, Rejected):
                 yield row
-            elif reference_qa := questions.pop((file_split, row[key]), None):  # the first row of the image
+            elif reference_qa := questions.pop((file_split, row[key]), None):  # first row for this key
                 pages = [row[column] for column in image_columns]
                 row_split = stored_split(file_split, split)
                 yield build_sample(name, pages, license, row_split, reference_qa=tuple(reference_qa))
@@ -149,7 +149,7 @@ def open_questions(
 def _vqav2_question(row: dict[str, Any]) -> ReferenceQA:
     values = row["answers"] or ()  # the test split has no answers
     texts = (value["answer"] if isinstance(value, dict) else value for value in values)
-    answers = tuple(normalize_answer(str(text)) for text in texts)  # as in the official evaluation
+    answers = tuple(normalize_answer(str(text)) for text in texts)  # as the official evaluation does
     return ReferenceQA(question=row["question"], answers=answers, answer_type=row["answer_type"])
 
 

@@ -1,8 +1,8 @@
-"""Sources: PDF documents (`pdf:PATH`, `pdf-pages:PATH`) and frames of videos (`video:PATH`).
+"""Sources: PDF documents (`pdf:PATH`, `pdf-pages:PATH`) and video frames (`video:PATH`).
 
-A document becomes a deck of pages, or several decks if it has many pages, or one image per page. Frames of a
-video are `frame_seconds` apart. All images of a file are in one split, since neighboring frames are similar.
-Other processes render the files (images/rendering.py).
+`pdf` makes a deck of pages from a document, or several decks if it is long. `pdf-pages` makes an image from
+each page. Video frames are `frame_seconds` apart. By default, all images from a file are in the same split,
+because neighboring frames are similar. Worker processes render the files (images/rendering.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,35 +33,35 @@ from pipeline.storage.untrusted import TOO_LARGE, UnsafeFileError, open_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, UNKNOWN, RawSample, Rejected, Sample, Source, SourceSlice
 
-FRAME_SECONDS = 5.0  # default distance of frames
+FRAME_SECONDS = 5.0  # default interval between frames
 MAX_PDF_BYTES = 500_000_000  # a document is held in memory
-RenderedRow = tuple[str, tuple[bytes, ...], str]  # suffix of the row name, images, fault
+RenderedRow = tuple[str, tuple[bytes, ...], str]  # (suffix for the row name, images, fault or "")
 RowMaker = Callable[[Iterator[Rendered]], Iterator[RenderedRow]]
 
 
 def split_into_decks(pages: Iterator[Rendered]) -> Iterator[RenderedRow]:
-    """Yield decks of at most MAX_PAGES pages. The faults of its pages are those of the deck."""
+    """Yield decks of at most MAX_PAGES pages. A deck is faulty if one of its pages is."""
     while deck := list(islice(pages, MAX_PAGES)):
         faults = "; ".join(page.fault for page in deck if page.fault)
         yield f"/{deck[0].place:04d}-{deck[-1].place:04d}", tuple(page.data for page in deck), faults
 
 
 def name_pages(pages: Iterator[Rendered]) -> Iterator[RenderedRow]:
-    """Yield each page as an image, named after its number."""
+    """Yield one row per page, named after the page number."""
     yield from ((f"/{page.place:04d}", (page.data,), page.fault) for page in pages)
 
 
 def name_frames(frames: Iterator[Rendered]) -> Iterator[RenderedRow]:
-    """Yield each frame as an image, named after its time."""
+    """Yield one row per frame, named after the time in seconds."""
     yield from ((f"/{frame.place / 1000:09.3f}s", (frame.data,), frame.fault) for frame in frames)
 
 
 def _open(
     kind: Kind, make_rows: RowMaker, config: Config, path: str, part: SourceSlice, *, decks: bool = False
 ) -> Source:
-    """Return the images of a file, or of all files of a kind below a folder, sorted by path.
+    """Open a file, or all files of this kind below a folder in path order.
 
-    Raise SourceError if there is no file, ConfigError if the package that renders it is missing.
+    Raises SourceError if there is no such file, and ConfigError if the rendering package is missing.
     """
     if find_spec(PACKAGES[kind]) is None:
         raise ConfigError(f"{kind} files need the package {PACKAGES[kind]}", hint=install_command(kind))
@@ -107,7 +107,7 @@ def _open(
 def _count_rows(
     kind: Kind, files: Sequence[Path], bound: Path | None, every_s: float, images_per_row: int
 ) -> int:
-    """Return about how many rows files have; a file that cannot be opened has one rejected row."""
+    """Return the approximate number of rows in files. A file that cannot be opened counts as one row."""
     count = 0
     for path in files:
         try:
@@ -128,7 +128,7 @@ def _read(
     license: str,
     every_s: float,
 ) -> Iterator[RawSample | Rejected]:
-    """Yield the rows of a file. The rejection of a damaged file comes after its rendered images."""
+    """Yield the rows from a file. If rendering fails midway, a rejection follows the rows so far."""
     name = row_name(path, root)
     try:
         with open_regular(path, bound, MAX_PDF_BYTES if kind == "pdf" else None) as file:

@@ -1,4 +1,4 @@
-"""Find rows of a source about one image, and keep each image once with the texts of all its rows."""
+"""Remove duplicate images from a source. Each image is kept once, with the texts of all its rows."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ from pipeline.sources.exclusions import ExclusionIndex, hash_images
 from pipeline.tables import LISTED_SAMPLE, NUM_PAGES, SAMPLE_IMAGES, SPLIT_RANK
 from pipeline.types import Rejected, Sample
 
-# A batch ends with the first of these limits.
+# A batch ends as soon as it reaches one of these limits.
 BATCH_SAMPLES = 64
 BATCH_BYTES = 16_000_000
 BATCH_ROWS = 1_024
 BATCH_SECONDS = 30.0
-POSITION = "position"  # number of the row in the source, counted from 0
+POSITION = "position"  # row index in the source, from 0
 IS_COPY = "is_copy"  # whether an earlier sample has the same image
 READ_SAMPLE = pa.schema(
     [
@@ -28,25 +28,25 @@ READ_SAMPLE = pa.schema(
         pa.field(IS_COPY, pa.bool_(), nullable=False),
     ]
 )
-RowTexts = tuple[str, Sequence[str], Sequence[dict[str, Any]] | None]  # source row, references, questions
-RejectedRow = tuple[int, dict[str, str]]  # position, and a row of SOURCE_REJECTED
-REPEATED = "duplicate_image"  # reason: another row has the image, and gets the texts of this row
+RowTexts = tuple[str, Sequence[str], Sequence[dict[str, Any]] | None]  # (source row, references, questions)
+RejectedRow = tuple[int, dict[str, str]]  # (position, row of SOURCE_REJECTED)
+REPEATED = "duplicate_image"  # rejection reason: another row has the same image, and gets this row's texts
 
 
 @dataclass(slots=True)
 class ReadBatch:
-    """Rows of a source that were read together."""
+    """Consecutive rows of a source."""
 
     samples: list[dict[str, Any]] = field(default_factory=list)  # rows of READ_SAMPLE
     sample_images: dict[str, Sequence[bytes]] = field(default_factory=dict)  # by id, without copies
-    rejected: list[RejectedRow] = field(default_factory=list)  # without copies
+    rejected: list[RejectedRow] = field(default_factory=list)  # does not include copies
     num_rows: int = 0
     last_row: str = ""
     num_bytes: int = 0
     _started: float = field(default_factory=time.monotonic)
 
     def add(self, row: dict[str, Any], images: Sequence[bytes]) -> None:
-        """Add a row of READ_SAMPLE, and its images unless it is a copy."""
+        """Add a row of READ_SAMPLE, and its images unless the row is a copy."""
         self.samples.append(row)
         if not row[IS_COPY]:
             self.sample_images[row["sample_id"]] = images
@@ -59,31 +59,31 @@ class ReadBatch:
         return is_large or self.num_rows == BATCH_ROWS or time.monotonic() - self._started >= BATCH_SECONDS
 
     def sample_table(self) -> pa.Table:
-        """Return the samples as a table (READ_SAMPLE)."""
+        """Return the samples as a table with the schema READ_SAMPLE."""
         return pa.Table.from_pylist(self.samples, schema=READ_SAMPLE)
 
     def take_images(self) -> pa.Table:
-        """Return the images as a table (SAMPLE_IMAGES), and release their memory."""
+        """Return the images as a table with the schema SAMPLE_IMAGES, and release their memory."""
         images, self.sample_images = self.sample_images, {}
         return pa.table([[*images], [*images.values()]], schema=SAMPLE_IMAGES)
 
 
 @dataclass(slots=True)
 class DuplicateImages:
-    """The samples kept so far. Of copies of one image, the same one is kept in whatever order they come.
+    """The samples kept so far, one per image. The result does not depend on the order of the rows.
 
-    It gets the captions and questions of all copies, in the order of their rows: tables often have a row per
-    caption.
+    A kept sample gets the captions and questions of all copies, sorted by source row, because tables often
+    have one row per caption.
     """
 
-    kept: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # sample id -> source row, split
-    changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # sample id -> new values of columns
+    kept: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # sample id -> (source row, split)
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # sample id -> new column values
     texts: dict[str, list[RowTexts]] = field(default_factory=dict)  # sample id -> texts of later copies
 
     def add(self, row: dict[str, Any]) -> Rejected | None:
-        """Add a row of LISTED_SAMPLE, and return the rejection of one of two copies, or None for a new image.
+        """Add a row of LISTED_SAMPLE. If its image is known, return the rejection of one of the two rows.
 
-        The copy whose source row comes first by name is kept.
+        The row whose name sorts first is kept. Returns None if the image is new.
         """
         sample_id, source_row, split = row["sample_id"], row["source_row"], row["split"]
         if sample_id not in self.kept:
@@ -95,7 +95,7 @@ class DuplicateImages:
         if source_row < kept_row:
             unchanged = ("sample_id", "split", NUM_PAGES)
             changes = {name: row[name] for name in LISTED_SAMPLE.names if name not in unchanged}
-        if SPLIT_RANK[split] > SPLIT_RANK[kept_split]:  # a copy in a held-out split holds out all of them
+        if SPLIT_RANK[split] > SPLIT_RANK[kept_split]:  # if one copy is held out, the image is held out
             kept_split = changes["split"] = split
         if changes:
             self.changes.setdefault(sample_id, {}).update(changes)
@@ -103,7 +103,7 @@ class DuplicateImages:
         return Rejected(source_row=max(kept_row, source_row), reason=REPEATED, detail=sample_id)
 
     def apply(self, samples: pa.Table) -> pa.Table:
-        """Return samples (LISTED_SAMPLE) with the changes from their copies."""
+        """Return samples (LISTED_SAMPLE) after merging values and texts from their copies into them."""
         if not any(sample_id in self.texts for sample_id in samples["sample_id"].to_pylist()):
             return samples
         rows = samples.to_pylist()
@@ -111,7 +111,7 @@ class DuplicateImages:
         return pa.Table.from_pylist(rows, schema=samples.schema)
 
     def _merged(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the captions and questions of all copies of an image, each once, empty if it has no copy."""
+        """Return the distinct captions and questions of all copies of an image, or {} if it has no copy."""
         if row["sample_id"] not in self.texts:
             return {}
         row_texts = (row["source_row"], row["references"], row["reference_qa"])
@@ -125,7 +125,7 @@ class DuplicateImages:
 
 @dataclass(slots=True)
 class SampleDeduplicator:
-    """Reads the rows of a source: keeps one copy of each image, and rejects excluded images."""
+    """Reads the rows of a source, keeps one copy of each image, and rejects excluded images."""
 
     excluded: ExclusionIndex
     images: DuplicateImages = field(default_factory=DuplicateImages)
@@ -133,7 +133,7 @@ class SampleDeduplicator:
     copies: list[dict[str, str]] = field(default_factory=list)  # rows of SOURCE_REJECTED
 
     def batches(self, rows: Iterator[Sample | Rejected], limit: int | None = None) -> Iterator[ReadBatch]:
-        """Yield rows in batches until `limit` images are kept. The next row is not consumed."""
+        """Yield rows in batches until `limit` images are kept. No further row is consumed."""
         batch = ReadBatch()
         while limit is None or len(self.images.kept) < limit:
             if (row := next(rows, None)) is None:
@@ -155,7 +155,7 @@ class SampleDeduplicator:
             yield batch
 
     def _check(self, row: Sample | Rejected) -> Sample | Rejected:
-        """Hash the images of a sample if its source has not, and reject it if it is excluded."""
+        """Return the sample with perceptual hashes where needed, or a rejection if the sample is excluded."""
         if isinstance(row, Rejected):
             return row
         if self.excluded.kind is not None and not row.pdq_hashes:
@@ -167,7 +167,7 @@ class SampleDeduplicator:
         return Rejected(source_row=row.source_row, reason="banned_image", detail=name) if name else row
 
     def is_copy(self, row: dict[str, Any]) -> bool:
-        """Add a row of LISTED_SAMPLE, and return whether an earlier sample has its image."""
+        """Add a row of LISTED_SAMPLE, and return whether an earlier sample has the same image."""
         copy = self.images.add(row)
         if copy:
             self.copies.append(asdict(copy))
@@ -175,7 +175,7 @@ class SampleDeduplicator:
 
 
 def without_copies(samples: pa.Table, max_rows: int | None = None) -> pa.Table:
-    """Return the samples (READ_SAMPLE) that are not copies, among the first `max_rows` rows of the source."""
+    """Return the samples (READ_SAMPLE) that are not copies, from the first `max_rows` source rows."""
     is_kept = pc.invert(samples[IS_COPY])
     if max_rows is not None:
         is_kept = pc.and_(is_kept, pc.less(samples[POSITION], max_rows))

@@ -1,8 +1,8 @@
-"""Decontamination: find images and texts of other datasets, such as the test set of a benchmark.
+"""Decontamination: find images and texts that occur in other datasets, such as a benchmark's test set.
 
-Images are matched by their bytes or by the PDQ hashes of the whole image and of its center crop, mirrored or
-not. An equal text about another image is not a leak by itself, and is only marked: "A man rides a bike." is
-true of many images.
+Images match by their bytes, or by the PDQ hash of the whole excluded image or of its center crops. Mirrored
+photos match too. A caption that equals an excluded one is only marked, because a caption such as "A man rides
+a bike." fits many images.
 """
 
 from collections import Counter, defaultdict
@@ -28,22 +28,22 @@ from pipeline.text.normalize import strip_opening, words_of
 from pipeline.types import Rejected, Sample, Source
 
 NGRAM_WORDS = 5
-MIN_WORDS = 8  # shorter texts are compared as a whole only
-MIN_SHARE = 0.7  # share of the n-grams of the shorter text that must be equal
-CROPS = (1.0, 224 / 256)  # sides of center crops, relative to the shorter side
+MIN_WORDS = 8  # shorter texts are compared only as a whole
+MIN_SHARE = 0.7  # minimum share of the shorter text's n-grams that both texts have
+CROPS = (1.0, 224 / 256)  # side lengths of square center crops, relative to the image's shorter side
 
 
 def hash_images(sample: Sample) -> tuple[bytes, ...]:
-    """Return the PDQ hash of each image of a sample. Raise ImageError if one cannot be decoded."""
+    """Return the PDQ hash of each image in a sample. Raises ImageError if one cannot be decoded."""
     return sample.pdq_hashes or tuple(check_image(image).pdq_hash for image in sample.images)
 
 
 def exclusion_rows(
     name: str, samples: Iterable[Sample], kind: ImageKind | None = "photos"
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row (tables.EXCLUSIONS) for each image of a dataset. The first page of a deck has its texts.
+    """Yield one row (tables.EXCLUSIONS) for each image. The texts about a deck are in its first page's row.
 
-    `kind` is that of the images that are compared with them. Only photos are cropped.
+    `kind` is the kind of the images to be compared with these rows. Crops are hashed only for photos.
     """
     for sample in samples:
         is_photo = kind == "photos" and len(sample.images) == 1
@@ -60,7 +60,7 @@ def exclusion_rows(
 
 
 def _crop_hashes(data: bytes) -> list[bytes]:
-    """Return the PDQ hashes of the center crops of an image, without crops that have too little detail."""
+    """Return the PDQ hashes of an image's center crops, except crops with too little detail."""
     try:
         image = decode_for_hash(data)
     except ImageError:
@@ -75,16 +75,16 @@ def _crop_hashes(data: bytes) -> list[bytes]:
 
 @dataclass(slots=True)
 class ExclusionIndex:
-    """Images that must not be trained on (tables.EXCLUSIONS), by sha256 and by PDQ hash."""
+    """Images to keep out of the training data (tables.EXCLUSIONS), by sha256 and by PDQ hash."""
 
-    dataset_of_id: dict[str, str] = field(default_factory=dict)  # by sha256
+    dataset_of_id: dict[str, str] = field(default_factory=dict)  # sha256 -> dataset
     hashes: Hashes = field(default_factory=lambda: np.empty((0, 4), np.uint64))
     dataset_of_hash: list[str] = field(default_factory=list)
-    kind: ImageKind | None = None  # kind of the images to look up; None: they are compared by bytes only
+    kind: ImageKind | None = None  # kind of the images to look up, or None to compare only bytes
 
     @classmethod
     def of(cls, table: pa.Table, kind: ImageKind | None) -> "ExclusionIndex":
-        """Index the images of a table, to look up images of a kind."""
+        """Index the images in a table, for lookups of images of one kind."""
         rows = table.drop_columns(["texts"]).to_pylist()
         hashes, datasets = list[bytes](), list[str]()
         for row in rows if kind else ():
@@ -95,7 +95,7 @@ class ExclusionIndex:
         return cls({row["image_id"]: row["name"] for row in rows}, as_hashes(hashes), datasets, kind)
 
     def find(self, sample: Sample) -> str | None:
-        """Return the dataset that has an image of this sample, or a near-duplicate of it, if any."""
+        """Return the dataset that has an image of this sample or a near-duplicate, or None."""
         for image in sample.images if self.dataset_of_id else ():
             if name := self.dataset_of_id.get(image_id(image)):
                 return name
@@ -109,16 +109,16 @@ class ExclusionIndex:
 
 @dataclass(slots=True)
 class TextIndex:
-    """Texts that must not be trained on (tables.EXCLUSIONS), by content words and by 5-grams of words."""
+    """Texts to keep out of the training data (tables.EXCLUSIONS), by content words and by word 5-grams."""
 
-    datasets: list[str] = field(default_factory=list)  # of each text
-    ngram_counts: list[int] = field(default_factory=list)  # of each text
-    dataset_of_words: dict[tuple[str, ...], str] = field(default_factory=dict)  # by content words
+    datasets: list[str] = field(default_factory=list)  # dataset of each text
+    ngram_counts: list[int] = field(default_factory=list)  # number of 5-grams in each text
+    dataset_of_words: dict[tuple[str, ...], str] = field(default_factory=dict)  # content words -> dataset
     texts_of_ngram: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))
 
     @classmethod
     def of(cls, table: pa.Table) -> "TextIndex":
-        """Index the texts of a table."""
+        """Index the texts in a table."""
         index = cls()
         rows = table.select(["name", "texts"]).to_pylist()
         for name, text in ((row["name"], text) for row in rows for text in row["texts"]):
@@ -131,7 +131,7 @@ class TextIndex:
         return index
 
     def find(self, text: str) -> str | None:
-        """Return the dataset with a text of equal content words, or of MIN_SHARE equal 5-grams, if any."""
+        """Return the dataset with a text that has the same content words or enough 5-grams, or None."""
         if (words := content_words(text)) and words in self.dataset_of_words:
             return self.dataset_of_words[words]
         if len(words_of(text)) < MIN_WORDS:
@@ -150,7 +150,7 @@ def _ngrams(text: str) -> set[tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """An open source of --exclude: the option's value, and the label in tables and messages."""
+    """An open source that `option` of --exclude names. Tables and messages show `label`."""
 
     option: str
     label: str
@@ -158,13 +158,13 @@ class Exclusion:
 
 
 def parse_exclusion(option: str) -> tuple[str, str | None]:
-    """Return the source and the split of SOURCE[#SPLIT]. The default is the scored split, if any."""
+    """Return the source and split in SOURCE[#SPLIT]. The default is the source's scored split or None."""
     name, _, split = option.partition("#")
     return name, split or find_source(name).scored_split
 
 
 def open_exclusions(config: Config) -> list[Exclusion]:
-    """Open the sources of --exclude. No row is read."""
+    """Open the sources of --exclude without reading rows."""
     exclusions = []
     for option in config.exclude:
         name, split = parse_exclusion(option)
@@ -178,9 +178,9 @@ def open_exclusions(config: Config) -> list[Exclusion]:
 def write_exclusions(
     dataset: DatasetDir, config: Config, exclusions: Sequence[Exclusion], progress: Progress
 ) -> list[dict[str, Any]]:
-    """Read the sources of --exclude, and return their names, revisions, and numbers of images and texts.
+    """Write the images and texts of the sources of --exclude to a table, and describe each source.
 
-    Raise SourceError if no image of one of them can be read.
+    Raises SourceError if no image in a source can be read.
     """
     described: list[dict[str, Any]] = []
     kind = choose_image_kind(config)

@@ -1,8 +1,8 @@
-"""Source: a local folder of images, in an order that does not depend on the disk.
+"""Source: a local folder of images, in an order that does not depend on the file system.
 
-Captions next to the images become references: `picture.txt` with one caption per line, or `metadata.jsonl`,
-`.csv` or `.parquet` with a column `file_name`, as in the imagefolder format of `datasets`. Prompts may use
-other columns of these files, `folder` and `file_name` as context.
+Human captions become references. They come from `picture.txt` (one caption per line), or from
+`metadata.jsonl`, `.csv` or `.parquet` with a `file_name` column, as in the imagefolder format of `datasets`.
+Prompts may use `folder`, `file_name` and other columns of these files as context.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,11 +46,11 @@ def open_folder(
     *,
     follow_links: bool = False,
 ) -> Source:
-    """Return image files sorted by path, or a slice without a revision.
+    """Open the image files below `root`, sorted by path, or a slice of them without a revision.
 
-    `columns` of metadata files, or EXIF fields, become the context. Links to files outside of `root` are
-    rejected unless `follow_links` is set: their content would be published. Raise SourceError if `root` has
-    no image, or no file has one of the columns.
+    `columns` (metadata columns or EXIF fields) become the context. Links to files outside `root` are
+    rejected unless `follow_links` is set, because the files would be published. Raises SourceError if `root`
+    has no image, or if no metadata file has one of the columns.
     """
     if not root.is_dir():
         raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
@@ -67,7 +67,7 @@ def open_folder(
     add_splits_of_folders(texts, images)
     known = texts.columns | {*PATH_COLUMNS}
     unknown = [name for name in columns if name not in known and not is_exif_name(name)]
-    if unknown and part == ALL:  # a slice may have no image next to the file that has the column
+    if unknown and part == ALL:  # only the whole source is checked
         hint = f"columns of {' and '.join(METADATA_FILES)}: {', '.join(sorted(known))}"
         raise SourceError(f"no column is named {unknown[0]}", hint=hint)
 
@@ -118,7 +118,7 @@ def _no_images_error(root: Path, content: FolderContent) -> SourceError:
 
 
 def _describe_content(content: FolderContent, texts: FolderTexts) -> Iterator[str]:
-    """Yield messages about the human texts of a folder, and about files that are not read."""
+    """Yield messages about the human texts in a folder, and about files that are not read."""
     image_texts = [texts.texts[path] for path in content.images if path in texts.texts]
     captions = [one.captions for one in image_texts if one.captions]
     questions = [one.questions for one in image_texts if one.questions]

@@ -1,8 +1,8 @@
-"""Fetch images that rows name by URL: only if the user allows it, and only from the public network.
+"""Fetch images by URL, only if the user allows it, and only from the public network.
 
-A host is resolved once, every address is checked, and the connection uses the checked addresses, which
-prevents DNS rebinding. At most MAX_REDIRECTS redirects are followed, with the same checks. A host whose
-requests mostly fail is given up.
+Each host is resolved once, every address is checked, and the connection uses only checked addresses. This
+prevents DNS rebinding. Redirects are checked in the same way, and at most MAX_REDIRECTS are followed. A host
+whose requests mostly fail gets no further requests.
 """
 
 import asyncio
@@ -29,20 +29,20 @@ MAX_SECONDS = 30.0
 MAX_REDIRECTS = 3
 MAX_PARALLEL_FETCHES = 16
 BLOCK_BYTES = 1 << 16
-# Cost of failed requests above which a host is given up, if they took most of its time.
+# A host is given up if its failed requests cost more than one of these, and took longer than successful ones.
 MAX_WASTED_SECONDS, MAX_WASTED_BYTES = 120.0, 500_000_000
 MAX_HOSTS = 10_000  # hosts whose cost is stored
-# Addresses that Python calls global, but that lead to this machine, its network or a cloud's services:
-# IPv4-compatible, NAT64 (RFC 6052: the last 32 bits are an IPv4 address, such as 10.0.0.1; RFC 8215), Teredo,
-# 6to4 (bits 16 to 47 are an IPv4 address), documentation (RFC 9637), SRv6 (RFC 9602), site-local; Azure's
-# platform, Oracle's metadata among others, relays of 6to4.
+# Networks that Python may call global, but that can lead to this machine, its network or a cloud's services.
+# IPv6: IPv4-compatible, NAT64 (RFC 6052 and RFC 8215), Teredo, 6to4, documentation (RFC 9637), SRv6
+# (RFC 9602) and site-local. NAT64 and 6to4 addresses embed an IPv4 address, such as 10.0.0.1. IPv4: Azure's
+# platform, special purposes (Oracle's metadata service is one of them) and 6to4 relays.
 _INTERNAL_NETWORKS = tuple(map(ipaddress.ip_network, (
     "::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16", "3fff::/20", "5f00::/16",
     "fec0::/10", "168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24",
 )))  # fmt: skip
 _REDIRECTS, _BUSY = (301, 302, 303, 307, 308), (429, 503)
 _TEMPORARY_CLIENT_ERRORS = (408, 425)
-# Pause before a busy host is asked again: at least MIN, and DEFAULT without Retry-After.
+# Pause before the next request to a busy host: Retry-After or DEFAULT_PAUSE_S, but at least MIN_PAUSE_S.
 MIN_PAUSE_S, DEFAULT_PAUSE_S = 0.5, 2.0
 
 J = TypeVar("J")
@@ -52,7 +52,7 @@ Allowed = Callable[[Address], bool]
 
 
 def is_public(address: Address) -> bool:
-    """Return whether an address is public: not local, nor of a cloud's internal services."""
+    """Return whether an address is on the public internet. Local and cloud-internal addresses are not."""
     mapped = getattr(address, "ipv4_mapped", None) or address
     networks = (network for network in _INTERNAL_NETWORKS if network.version == mapped.version)
     is_internal = any(mapped in network for network in networks)
@@ -64,15 +64,15 @@ def is_public(address: Address) -> bool:
 
 @dataclass(slots=True)
 class HostCost:
-    """Seconds and bytes of failed requests to a host, and seconds of successful ones."""
+    """Seconds and bytes spent on failed requests to a host, and seconds spent on successful ones."""
 
     wasted_seconds: float = 0.0
     wasted_bytes: int = 0
     useful_seconds: float = 0.0
-    _counted_until: float = 0.0  # parallel requests share their seconds
+    _counted_until: float = 0.0  # time shared by parallel requests is counted once
 
     def add(self, started: float, *, is_useful: bool, wasted_bytes: int = 0) -> None:
-        """Add the time since `started` that no other request has added."""
+        """Add the time since `started`, except time that another request has added already."""
         now = time.monotonic()
         seconds = max(0.0, now - max(started, self._counted_until))
         self._counted_until = now
@@ -81,7 +81,7 @@ class HostCost:
         self.wasted_bytes += wasted_bytes
 
     def is_given_up(self) -> bool:
-        """Return whether failed requests cost too much, and more than successful ones."""
+        """Return whether failed requests cost too much, and took longer than successful ones."""
         is_costly = self.wasted_seconds > MAX_WASTED_SECONDS or self.wasted_bytes > MAX_WASTED_BYTES
         return is_costly and self.wasted_seconds > self.useful_seconds
 
@@ -91,7 +91,7 @@ _costs: dict[URL, HostCost] = {}  # by scheme, host and port
 
 
 def _cost_of(url: URL) -> HostCost:
-    """Return the cost of a host so far. The caller holds the lock of all costs."""
+    """Return the cost so far of a URL's host. The caller must hold `_costs_lock`."""
     if len(_costs) > MAX_HOSTS:
         _costs.clear()
     return _costs.setdefault(url.origin(), HostCost())
@@ -101,9 +101,9 @@ def _cost_of(url: URL) -> HostCost:
 
 
 def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
-    """Return the bytes at an http or https URL; a busy host is asked again within MAX_SECONDS.
+    """Return the bytes at an http or https URL. If the host is busy, retry within MAX_SECONDS.
 
-    Raise ImageError if the host is not public, or the response is an error, too large, or too slow.
+    Raises ImageError if the host is not public, or if the response is an error, too large or too slow.
     """
     try:
         return asyncio.run(_fetch(url, allowed))
@@ -143,13 +143,13 @@ async def _fetch(text: str, allowed: Allowed) -> bytes:
 
 
 class _PublicResolver(AbstractResolver):
-    """Resolves a host to its addresses. Raises ImageError if one of them is not allowed."""
+    """Resolves a host name to IP addresses. Raises ImageError if one of them is not allowed."""
 
     def __init__(self, allowed: Allowed) -> None:
         self._allowed = allowed
 
     async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[ResolveResult]:
-        """Return the checked addresses. Blocks, which is fine: each fetch has its own event loop."""
+        """Return the checked addresses. The call may block, because each fetch has its own event loop."""
         results = []
         for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family):
             address = str(entry[4][0])
@@ -175,9 +175,9 @@ def _require_allowed(address: str, host: str, allowed: Allowed) -> None:
 
 
 def _require_allowed_host(url: URL, allowed: Allowed) -> None:
-    """Raise ImageError for a URL that is not http, or whose host is an address that is not allowed.
+    """Check a URL's scheme, and its host if that is an IP address. Raises ImageError if one is not allowed.
 
-    aiohttp connects to a host of digits and dots, or with a colon, without its resolver.
+    aiohttp skips the resolver if a host contains a colon, or only digits and dots.
     """
     host = url.raw_host
     if url.scheme not in ("http", "https") or not host:
@@ -185,12 +185,12 @@ def _require_allowed_host(url: URL, allowed: Allowed) -> None:
     if ":" in host or host.replace(".", "").isdigit():
         try:
             _require_allowed(host, host, allowed)
-        except ValueError:  # such as 127.1, which the system reads as an address
+        except ValueError:  # such as 127.1, which the system accepts as an address
             raise ImageError("url_refused", f"{host} is neither a name nor a complete address") from None
 
 
 class _BusyError(Exception):
-    """Raised when a host asks to wait."""
+    """Raised when a host asks its clients to wait."""
 
     def __init__(self, host: str | None, status: int, pause_s: float) -> None:
         super().__init__(f"{host} answers {status}")
@@ -200,7 +200,7 @@ class _BusyError(Exception):
 async def _get_within_budget(
     session: aiohttp.ClientSession, url: URL, allowed: Allowed, timeout_s: float
 ) -> tuple[str | None, bytes]:
-    """Do as `_get` does. Raise ImageError for a host that is not allowed, or that is given up."""
+    """Call `_get`, and record its cost. Raises ImageError if the host is not allowed or is given up."""
     _require_allowed_host(url, allowed)
     with _costs_lock:
         cost = _cost_of(url)
@@ -221,8 +221,8 @@ async def _get_within_budget(
 
 
 async def _get(session: aiohttp.ClientSession, url: URL, timeout_s: float) -> tuple[str | None, bytes]:
-    """Return (redirect location or None, bytes of the response)."""
-    timeout = aiohttp.ClientTimeout(total=max(timeout_s, 0.001))  # 0 means no limit
+    """Send one request. Return (redirect location or None, response body)."""
+    timeout = aiohttp.ClientTimeout(total=max(timeout_s, 0.001))  # aiohttp treats 0 as no limit
     async with session.get(url, timeout=timeout, allow_redirects=False) as response:
         if response.status in _REDIRECTS and response.headers.get("Location"):
             return response.headers["Location"], b""
@@ -241,7 +241,7 @@ async def _get(session: aiohttp.ClientSession, url: URL, timeout_s: float) -> tu
 
 
 def _pause_s(retry_after: str | None) -> float:
-    """Return the seconds of a Retry-After header, or the default for a date or no value."""
+    """Return the seconds in a Retry-After header, or the default if it is missing or a date."""
     try:
         return max(MIN_PAUSE_S, float(retry_after or DEFAULT_PAUSE_S))
     except ValueError:
@@ -254,7 +254,7 @@ def _pause_s(retry_after: str | None) -> float:
 def fetch_ahead(
     jobs: Iterable[J], fetch: Callable[[J], R], max_parallel: int = MAX_PARALLEL_FETCHES
 ) -> Iterator[R]:
-    """Yield the result of `fetch` for each job, in order. Up to `max_parallel` run at the same time."""
+    """Yield the result of `fetch` for each job, in order. Up to `max_parallel` jobs run at a time."""
     waiting: deque[Future[R]] = deque()
     remaining = iter(jobs)
     while True:
@@ -265,7 +265,7 @@ def fetch_ahead(
 
 
 def _start(fetch: Callable[[J], R], job: J) -> "Future[R]":
-    """Fetch in a daemon thread, so that a run that ends early does not wait for slow hosts."""
+    """Start a fetch in a daemon thread, so that a run that ends early does not wait for slow hosts."""
     future = Future[R]()
 
     def run() -> None:

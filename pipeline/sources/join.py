@@ -11,10 +11,10 @@ from pipeline.storage.files import translate_disk_errors
 
 
 def with_pixels(version: Version, images: str | None) -> Version:
-    """Return a version with pixels: itself, or a copy with images from `images`.
+    """Return the version if it has pixels, else a copy of it with the pixels from `images`.
 
-    `images` is a folder of image files, a dataset folder, or a source. Raise ConfigError if the version lacks
-    pixels and `images` is None, and StoreError if images are missing.
+    `images` is a folder of image files, a dataset folder, or a source. Raises ConfigError if `images` is
+    needed but None, and StoreError if images are missing.
     """
     if not lacks_pixels(version):
         return version

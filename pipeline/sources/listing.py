@@ -1,7 +1,7 @@
-"""Source: image files and URLs in a list (`list:FILE`): one per line, or a CSV, TSV or JSON file.
+"""Source: image files and URLs that a text, CSV, TSV or JSON file lists (`list:FILE`).
 
-Captions, questions and splits are read as in files of captions (texts.py). Paths are relative to the list.
-URLs are fetched with --allow-urls, several at a time.
+Captions, questions and splits are read as from caption files (texts.py). Paths are relative to the list. With
+--allow-urls, URLs are fetched, several at a time.
 """
 
 import csv
@@ -44,24 +44,24 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class ListedImage:
-    """A line of a list: its name in the dataset, a path or URL, human texts, and the context of prompts."""
+    """A line of a list. `name` is its name in the dataset, and `address` is a path or URL."""
 
     name: str
     address: str
     texts: ImageTexts
     context: Context = ()
-    fault: str = ""  # why the line is rejected
+    fault: str = ""  # why the line is rejected, or ""
 
     @property
     def is_url(self) -> bool:
-        """Whether the image is not a file."""
+        """Whether the address is a URL, not a path."""
         return bool(_URL.match(self.address))
 
 
 def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
     """Return the lines of a list, with the values of `columns` as their context.
 
-    Raise SourceError if it cannot be read, no column names an image, or one of `columns` is missing.
+    Raises SourceError if the list cannot be read, if no column names an image, or if a column is missing.
     """
     hint = f"use a text, CSV, TSV or JSON file in UTF-8: {', '.join(SUFFIXES)}"
     try:
@@ -84,7 +84,7 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
 
 
 def _read_rows(text: str, suffix: str) -> list[tuple[int, dict[str, Any]]]:
-    """Return the rows of a list with their numbers, or the lines of a text file with their numbers."""
+    """Return (number from 1, row) for each row. A line of a text file is a row with one column."""
     if suffix in TABLE_SUFFIXES:
         return list(enumerate(read_csv(text), 1))
     if suffix in JSON_SUFFIXES:
@@ -101,7 +101,7 @@ def _parse_row(number: int, row: dict[str, Any], columns: Sequence[str], file: P
     address = next((str(values[name]).strip() for name in IMAGE_COLUMNS if values.get(name)), "")
     spellings = _spellings(address) if not _URL.match(address) else ()
     path = next((spelling for spelling in spellings if _is_file(file.parent, spelling)), None)
-    # The name is published: a URL may hold a key, and a path to another folder the name of a user.
+    # The name is published. A URL may hold a key, and a path to another folder may hold a user's name.
     is_inside = path is not None and not Path(path).is_absolute() and ".." not in Path(path).parts
     address = path or address
     name = (address if is_inside else f"{file.name}:{number}").encode("utf-8", "backslashreplace").decode()
@@ -111,14 +111,14 @@ def _parse_row(number: int, row: dict[str, Any], columns: Sequence[str], file: P
         split, fault = None, str(error)
     where = f"{file}, row {number}: the column"
     context = tuple((column, as_text(row.get(column), f"{where} {column}")) for column in columns)
-    # Exports of synth have a title, which is a caption.
+    # In an export of synth, `title` is a caption.
     captions = human_captions(values, CAPTIONS if WRITTEN_BY in values else CAPTION_COLUMNS)
     texts = ImageTexts(captions, list(human_questions(values)), split)
     return ListedImage(name, address, texts, context, fault)
 
 
 def _spellings(path: str) -> Iterator[str]:
-    """Yield a path as written, with slashes (for Windows), and in both forms of Unicode (for macOS)."""
+    """Yield a path as written, then with forward slashes (Windows) and in both Unicode forms (macOS)."""
     yield path
     for spelling in dict.fromkeys((path, path.replace("\\", "/"))):
         for form in ("NFC", "NFD"):
@@ -142,10 +142,10 @@ def open_list(
     allow_urls: bool = False,
     follow_links: bool = False,
 ) -> Source:
-    """Return the images that a list names, or a slice without a revision.
+    """Open the images that a list names, or a slice of them without a revision.
 
-    `columns`, or EXIF fields, become the context. Files outside of the list's folder are rejected, unless
-    `follow_links` is set. Raise SourceError as `read_list` does, and if no line is of the `split`.
+    `columns` (columns of the list or EXIF fields) become the context. Files outside the list's folder are
+    rejected unless `follow_links` is set. Raises SourceError as `read_list` does, or if `split` has no line.
     """
     all_images, root = read_list(file, columns), file.parent
     split_images = [image for image in all_images if split in (None, image.texts.split)]
@@ -168,7 +168,7 @@ def open_list(
     def read_all(images: Sequence[ListedImage]) -> Iterator[RawSample | Rejected]:
         return fetch_ahead(images, read) if any(image.is_url for image in images) else map(read, images)
 
-    @cache  # a list of questions names a file several times
+    @cache  # a list of questions may name the same file many times
     def file_digest(path: Path) -> str:
         return digest_or_fault(path, bound)
 
@@ -197,7 +197,7 @@ def _read_image(image: ListedImage, root: Path, bound: Path | None, *, allow_url
 
 
 def _describe(images: Sequence[ListedImage]) -> Iterator[str]:
-    """Yield the numbers of lines with captions, questions and URLs."""
+    """Yield messages that state how many lines have captions, questions and URLs."""
     counts = {
         "human captions": sum(bool(image.texts.captions) for image in images),
         "human questions": sum(bool(image.texts.questions) for image in images),

@@ -1,4 +1,4 @@
-"""Rows of Parquet files on a disk, the Hub or an object store, streamed in small batches.
+"""Read rows from Parquet files on a disk, on the Hub or in an object store, in small batches.
 
 A path in a row is never opened. A URL is fetched only if the user allows it (sources/image_urls.py).
 """
@@ -20,10 +20,10 @@ from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.sources.image_urls import fetch_image
 from pipeline.types import ALL, Rejected, SourceSlice
 
-BATCH_ROWS = 16  # rows of texts
-MAX_ROW_BYTES = 256_000_000  # a row with images
-MAX_TEXT_BYTES = 1_000_000  # a row without images
-BUFFER_BYTES = 1 << 20  # each column stream: a row group of photos may be half a gigabyte
+BATCH_ROWS = 16  # maximum number of rows without images to decode at once
+MAX_ROW_BYTES = 256_000_000  # per row with images
+MAX_TEXT_BYTES = 1_000_000  # per row without images
+BUFFER_BYTES = 1 << 20  # per column stream, because a row group of photos may be half a gigabyte
 _SPLIT_WORDS = {
     "train": "train training restval",  # restval: Karpathy's name for the rest of COCO's validation images
     "validation": "validation valid val dev",
@@ -31,26 +31,26 @@ _SPLIT_WORDS = {
 }
 SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
 _WORD = re.compile(r"[a-z]+")
-_VARIANT = re.compile(r"^(train|val|dev|test)[a-z]$")  # testA and testB of RefCOCO
-TableRow = tuple[str, str | None, dict[str, Any] | Rejected]  # row name, split of its file, values
+_VARIANT = re.compile(r"^(train|val|dev|test)[a-z]$")  # such as testA and testB in RefCOCO
+TableRow = tuple[str, str | None, dict[str, Any] | Rejected]  # (row name, split of its file, values)
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Parquet files of one dataset, by split. `revision` identifies their exact content."""
+    """Parquet files of one dataset, grouped by split. `revision` identifies their exact content."""
 
     name: str
     revision: str
     license: str
-    files: dict[str | None, list[str]]  # None: the path names no split
+    files: dict[str | None, list[str]]  # None: paths that name no split
     open: Callable[[str], BinaryIO]
     translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # raises SourceError
-    is_partial: bool = False  # the Hub has converted only a first part of the rows
-    part: SourceSlice = ALL  # whole files if there are at least `part.of`, else row groups
+    is_partial: bool = False  # the Hub has converted only the first rows
+    part: SourceSlice = ALL  # a slice has whole files, or row groups if there are fewer files than slices
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns of the first file."""
+        """The schema of the first file. Raises SourceError if several columns have the same name."""
         _, first_path = self._files()[0]
         with self._open_file(first_path) as file:
             schema = pq.read_schema(file)
@@ -60,9 +60,10 @@ class Tables:
         return schema
 
     def rows(self, columns: Sequence[str], split: str | None = None, start: int = 0) -> Iterator[TableRow]:
-        """Yield (row name, split of its file, values) of one split or all, within `part`, after `start` rows.
+        """Yield (row name, split of its file, values) for the rows of one split or all splits in `part`.
 
-        Row groups before `start` are not read. The values of an unreadable row are its rejection.
+        The first `start` rows are skipped, without reading their row groups. An unreadable row has a
+        rejection in place of values.
         """
         files = self._files(split)
         by_file = len(files) >= self.part.of
@@ -96,26 +97,26 @@ class Tables:
         return number % self.part.of == self.part.number
 
     def _files(self, split: str | None = None) -> list[tuple[str | None, str]]:
-        """Return (split, path) of the files of a split, or of all."""
+        """Return (split, path) for each file of one split or all splits."""
         files = ((file_split, path) for file_split, paths in self.files.items() for path in paths)
         return [(file_split, path) for file_split, path in files if split in (None, file_split)]
 
     @contextmanager
     def _open_file(self, path: str) -> Iterator[BinaryIO]:
-        """Open a file. Errors of its storage and of pyarrow become SourceError."""
+        """Open a file. Errors from its storage and from pyarrow become SourceError."""
         with self.translate_errors():
             try:
                 with self.open(path) as file:
                     yield file
             except (pa.ArrowException, EOFError, OSError, ValueError, LookupError) as error:
-                # Arrow raises plain OSErrors. Others are errors of the storage.
+                # Arrow raises plain OSErrors. Subclasses of OSError come from the storage.
                 if isinstance(error, OSError) and type(error) is not OSError:
                     raise
                 hint = "check that it is complete, then run the same command again"
                 raise SourceError(f"cannot read {path}: {one_line(error)}", hint=hint) from None
 
     def count(self, split: str | None = None) -> int:
-        """Return the number of rows of a split, or of all, from the footers of the files."""
+        """Return the number of rows in one split or all splits, from the file footers."""
         total = 0
         for _, path in self._files(split):
             with self._open_file(path) as file:
@@ -123,11 +124,11 @@ class Tables:
         return total
 
     def values(self, column: str, split: str | None = None) -> list[Any]:
-        """Return one column of a split, or of all, without unreadable rows."""
+        """Return the values of a column in one split or all splits, without unreadable rows."""
         return [row[column] for _, _, row in self.rows((column,), split) if not isinstance(row, Rejected)]
 
     def require(self, *columns: str) -> pa.Schema:
-        """Return the schema. Raise SourceError if one of these columns is missing."""
+        """Return the schema. Raises SourceError if one of these columns is missing."""
         schema = self.schema
         if missing := [column for column in columns if column not in schema.names]:
             problem = f"{self.name} has no column {', '.join(missing)}; it has {', '.join(schema.names)}"
@@ -136,7 +137,7 @@ class Tables:
 
 
 def read_plain_rows(data: bytes, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a small table. Raise ValueError if they unpack to more than `max_bytes`."""
+    """Yield the rows of a small table. Raises ValueError if they unpack to more than `max_bytes`."""
     parquet, num_bytes = pq.ParquetFile(pa.BufferReader(data)), 0
     for group in range(parquet.num_row_groups):
         size = _batch_rows(parquet, group, parquet.schema_arrow.names)
@@ -149,9 +150,9 @@ def read_plain_rows(data: bytes, max_bytes: int) -> Iterator[dict[str, Any]]:
 
 
 def _batch_rows(parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
-    """Return how many rows to decode at once: one with images, fewer texts if their dictionary is large.
+    """Return how many rows to decode at once. The number is 1 for images, and small for large dictionaries.
 
-    A dictionary value may be in every row: five kilobytes can hold 2,000 rows of 100 megabytes.
+    Every row may repeat a dictionary value, so a file of 5 kB can hold 2,000 rows of 100 MB each.
     """
     schema, metadata = parquet.schema_arrow, parquet.metadata.row_group(group)
     if any(_holds_bytes(schema.field(column).type) for column in columns):
@@ -163,7 +164,7 @@ def _batch_rows(parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> 
 
 
 def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
-    """Yield the values of each row, or its rejection if they are too large, or not UTF-8."""
+    """Yield the values of each row, or a rejection if they are too large or not valid UTF-8."""
     has_bytes = any(_holds_bytes(field.type) for field in batch.schema)
     max_bytes = MAX_ROW_BYTES if has_bytes else MAX_TEXT_BYTES
     for number in range(batch.num_rows):
@@ -178,14 +179,14 @@ def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
 
 
 def _plain(row: pa.RecordBatch) -> pa.RecordBatch:
-    """Decode dictionaries, whose size would count in every row."""
+    """Decode dictionary columns, because the size of a slice includes the whole dictionary."""
     is_dictionary = pa.types.is_dictionary
     columns = [column.dictionary_decode() if is_dictionary(column.type) else column for column in row.columns]
     return pa.RecordBatch.from_arrays(columns, row.schema.names)
 
 
 def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
-    """Return paths by the split that each names, without the rejections of a version of synth."""
+    """Group paths by the split that each path names, without the rejections file of a synth version."""
     files: dict[str | None, list[str]] = {}
     for path in paths:
         if path.rpartition("/")[2] != REJECTIONS_FILE:
@@ -194,7 +195,7 @@ def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
 
 
 def split_of_path(path: str) -> str | None:
-    """Return the split that the last possible word of a path means: `val` in default/val/0000.parquet."""
+    """Return the split that a path names last, such as validation for default/val/0000.parquet, or None."""
     for word in reversed(_WORD.findall(path.lower().removesuffix(".parquet"))):
         if split := SPLIT_OF_WORD.get(word) or SPLIT_OF_WORD.get(_VARIANT.sub(r"\1", word)):
             return split
@@ -202,7 +203,7 @@ def split_of_path(path: str) -> str | None:
 
 
 def describe_held_out(files: Mapping[str | None, Sequence[str]]) -> list[str]:
-    """Return a message if all files are of a held-out split."""
+    """Return a message if all files belong to one held-out split."""
     (split, names), *others = files.items()
     if others or split in (None, "train"):
         return []
@@ -222,28 +223,28 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Return whether a column holds bytes, in any of Arrow's binary types."""
+    """Return whether a column has one of Arrow's binary types."""
     if pa.types.is_dictionary(kind):
         return is_binary(kind.value_type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column holds text, in any of Arrow's string types."""
+    """Return whether a column has one of Arrow's string types."""
     if pa.types.is_dictionary(kind):
         return is_text(kind.value_type)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Return whether a column holds lists."""
+    """Return whether a column has one of Arrow's list types."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
-    """Return the bytes of an image in a row, or those at its URL if allowed.
+    """Return the image bytes that a cell holds, or fetch them from its URL if that is allowed.
 
-    Raise ImageError if there are none.
+    Raises ImageError if the image is missing or too large.
     """
     if isinstance(value, dict):
         path, value = value.get("path"), value.get("bytes")
@@ -264,5 +265,5 @@ def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
 
 
 def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
-    """Return the split to store. Requested training rows have none, because some of them will be held out."""
+    """Return the split to store, or None if only training rows are read: some will be held out."""
     return None if requested_split == "train" else row_split

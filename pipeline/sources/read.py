@@ -1,10 +1,10 @@
-"""The read step: images go to the store (dataset/images.py), and a list of the samples to the step's folder.
+"""The read step writes images to the store (dataset/images.py), and a list of samples to the step's folder.
 
-A run in one process reads a source by SourceReader; a worker of a cluster writes its shard by `write_source`.
-A source may be a download of many hours, so SourceReader writes the rows so far in parts, and the next run
-resumes after the last part. `read.json` records what was read: if the source and the files are unchanged, the
-next run uses the files. If rows failed for temporary reasons, such as a host that did not answer, the next
-run reads all rows again, and later runs only while that recovers rows.
+SourceReader reads a source in one process. In a cluster, each worker calls `write_source` for its shard. A
+download may take hours, so SourceReader writes rows in parts, and the next run resumes after the last part.
+`read.json` records what was read. If the source and the files have not changed, the next run uses the files.
+If rows failed for temporary reasons, such as a host that did not answer, the next run reads all rows again.
+Later runs do so only while the number of failures falls.
 """
 
 import secrets
@@ -61,15 +61,15 @@ from pipeline.tables import IMAGE_GROUPS, LISTED_SAMPLE, NEAR_DUPLICATE, SOURCE_
 from pipeline.types import Rejected, Sample, Source
 
 READING_FILE, PARTS_FOLDER = "read.json", "parts"  # in the folder of the step
-PART_SECONDS = 30.0  # a stopped run loses at most this much reading of a slow source
-BATCH_ROWS = 16_384  # rows of parts, without images
-# Rows rejected for these reasons may be readable by another run, or on another machine.
+PART_SECONDS = 30.0  # a stopped run on a slow source loses at most this much reading time
+BATCH_ROWS = 16_384  # rows, without images, to read from a part at once
+# Rows rejected for these reasons may be readable in another run or on another machine.
 PASSING_REASONS = frozenset(
     ("url_unreachable", "host_given_up", "too_slow", "too_much_memory", "decoder_died")
 )
-READING = 4  # increase it when the same source is read as other samples
-# Settings that determine which samples a source yields. Others belong to later steps, or are part of the key
-# in another form.
+READING = 4  # increase it when a change makes the same source yield other samples
+# Settings that determine which samples a source yields. Other settings belong to later steps, or enter the
+# key in another form.
 READ_SETTINGS = (
     "source",
     "source_split",
@@ -80,7 +80,7 @@ READ_SETTINGS = (
     "follow_links",
     "frame_seconds",
 )
-ADVICE = {  # by reason: what to change if it rejects too many rows
+ADVICE = {  # rejection reason -> what the user can change
     "image_not_embedded": "the rows name images by URL: --allow-urls fetches them",
     "image_is_a_path": "a table must hold image bytes; list:FILE reads images that a CSV or JSON file names",
     "unsupported_format": "convert the files to JPEG; HEIC needs the package pillow-heif (extra `heic`)",
@@ -94,7 +94,7 @@ ADVICE = {  # by reason: what to change if it rejects too many rows
     "url_not_found": "the hosts no longer have these images, or refuse them; another --out folder asks again",
     "unreadable_folder": "change the permissions of the folders",
 }
-# The detail of these rejections is the id or the name of another image.
+# In these rejections, the detail is the id or name of another image.
 _REJECTED_FOR_ANOTHER_IMAGE = ("near_duplicate_image", "near_held_out_image", "banned_image")
 
 
@@ -106,7 +106,7 @@ def describe_source(
     *,
     preview: bool = False,
 ) -> dict[str, Any]:
-    """Return the provenance of a source. `preview`: only a part of its images was read."""
+    """Return the provenance of a source. Set `preview` if only some of its images were read."""
     return {
         "name": source.name,
         "revision": source.revision,
@@ -121,7 +121,7 @@ def describe_source(
 
 
 def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion]) -> str:
-    """Return a digest of what determines the samples, or a random one if a source has no revision."""
+    """Return a digest of everything that determines the samples, or a random key if a revision is missing."""
     revisions = [source.revision, *(exclusion.source.revision for exclusion in exclusions)]
     if not all(revisions):
         return secrets.token_hex(32)
@@ -136,9 +136,9 @@ def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion])
 
 
 class SourceReader:
-    """Reads the samples of a source into a dataset folder, whose lock the caller holds.
+    """Reads the samples of a source into a dataset folder. The caller must hold the folder's lock.
 
-    With `--images N`, each run begins with the first images, from the parts.
+    With `--images N`, each run starts at the first image again, and takes known images from the parts.
     """
 
     def __init__(self, dataset: DatasetDir, config: Config, source: Source, progress: Progress) -> None:
@@ -149,12 +149,12 @@ class SourceReader:
         self._deduplicator: SampleDeduplicator | None = None
         self._part_rows: Iterator[dict[str, Any]] = iter(())
         self._opened: Iterator[Sample | Rejected] = iter(())
-        self._new_rows = self._opened  # rows after the parts
+        self._new_rows = self._opened  # rows that are not in the parts
 
     def read(self, limit: int | None) -> bool:
         """Write up to `limit` samples, and return whether the source has more.
 
-        Raise SourceError if no sample is left.
+        Raises SourceError if no sample is left.
         """
         result = self._find_result(limit) if self.config.images is None else None
         if result is not None:
@@ -172,7 +172,7 @@ class SourceReader:
         return bool(result["has_more"])
 
     def finish(self) -> None:
-        """Record the result, so that the next run may use the files."""
+        """Record the result, so that the next run can use the files."""
         self.close()
         if self._deduplicator is not None:
             earlier = self._earlier_failures
@@ -181,13 +181,13 @@ class SourceReader:
             write_json(self._path, self._state() | {"result": result})
 
     def close(self) -> None:
-        """End the processes that render files of the source."""
+        """Stop reading the source, and end the processes that decode or render its files."""
         if isinstance(self._opened, Generator):
             self._opened.close()
 
     @cached_property
     def _earlier(self) -> dict[str, Any]:
-        """The record of an earlier run, empty if it read other samples, or not all excluded images."""
+        """The record of an earlier run, or {} if it read other samples or missed excluded images."""
         try:
             record = read_json(self._path)
             has_unread = any(one["unread"] for one in record["exclusions"])
@@ -198,7 +198,7 @@ class SourceReader:
             return {}
 
     def _find_result(self, limit: int | None) -> dict[str, Any] | None:
-        """Return the result of an earlier run, if its files are unchanged and still valid."""
+        """Return the result of an earlier run if its files are unchanged and fit `limit`, else None."""
         try:
             result = self._earlier["result"]
             is_below_limit = result["limit"] is None or result["images"] < result["limit"]
@@ -217,25 +217,25 @@ class SourceReader:
 
     @cached_property
     def _earlier_failures(self) -> dict[str, Any]:
-        """The number of temporary failures, and the limit, when all rows were last read, else empty."""
+        """The number of temporary failures and the limit of the last complete reading, or {} without one."""
         result = self._earlier.get("result", self._earlier)
         names = ("may_pass", "limit") if isinstance(result, dict) else ()
         return {name: result[name] for name in names if name in result}
 
     @cached_property
     def _excluded(self) -> list[dict[str, Any]]:
-        """The descriptions of excluded datasets, whose images are read unless an earlier run has."""
+        """The descriptions of the excluded datasets. Reads their images unless an earlier run did."""
         if self._earlier:
             return list(self._earlier["exclusions"])
         return write_exclusions(self.dataset, self.config, self._exclusions, self.progress)
 
     def _state(self) -> dict[str, Any]:
-        excluded = self._excluded  # may write the file
+        excluded = self._excluded  # may write the file that is hashed next
         sha256 = file_digest(self.dataset.step_file("read", "exclusions"))
         return {"key": self._key, "exclusions": excluded, "excluded_sha256": sha256}
 
     def _read_rows(self, limit: int | None) -> dict[str, Any]:
-        """Read rows from the parts and the source, write the files of the step, and return the result."""
+        """Read rows from the parts and the source, write the step's files, and return the result."""
         deduplicator = self._deduplicator = self._deduplicator or self._open_source()
         kept = deduplicator.images.kept
         while (limit is None or len(kept) < limit) and (row := next(self._part_rows, None)) is not None:
@@ -258,17 +258,17 @@ class SourceReader:
         return self._result
 
     def _open_source(self) -> SampleDeduplicator:
-        """Open the source after the rows of the parts, if its last row is still in its place.
+        """Open the source, skip the rows in the parts, and return an empty deduplicator.
 
-        If an earlier reading ended with temporary failures, all rows are read again. Parts of another reading
-        are removed, but not their images.
+        If the last of these rows is not in the same place, or if the last complete reading had temporary
+        failures, remove the parts (but not their images), and read all rows again.
         """
         state = self._state()
         folder = self._path.with_name(PARTS_FOLDER)
         if self._earlier_failures.get("may_pass") and "result" in self._earlier:
             remove(folder)
         write_json(self._path, state | self._earlier_failures)
-        # A reading with --images has no end, after which failures would be retried.
+        # With --images, no reading is complete, so parts must not keep failures until the next one.
         keeps_failures = self.config.images is None
         store = ImageStore(self.dataset.path)
         parts = self._parts = SourceParts(folder, digest(state), store, keeps_failures)
@@ -287,7 +287,7 @@ class SourceReader:
         return SampleDeduplicator(ExclusionIndex.of(read_exclusions(self.dataset), kind))
 
     def _write_step(self, deduplicator: SampleDeduplicator) -> None:
-        """Write the kept samples, the near-duplicates, and all rejected rows."""
+        """Write the kept samples, the near-duplicates and all rejected rows."""
         kind = choose_image_kind(self.config)
         if kind is None:
             forget_near_duplicates(self.dataset)
@@ -321,7 +321,7 @@ class SourceReader:
         write_rejected(self.dataset, [*rejected, *deduplicator.copies, *near_rejected])
 
     def _compare(self, deduplicator: SampleDeduplicator, kind: ImageKind) -> pa.Table:
-        """Write and return the groups of similar samples (tables.IMAGE_GROUPS)."""
+        """Find groups of similar samples, write them, and return them (tables.IMAGE_GROUPS)."""
         columns = [*COMPARED_COLUMNS, POSITION, IS_COPY]
         tables = [READ_SAMPLE.empty_table().select(columns), *self._parts.tables(columns)]
         samples = pa.concat_tables([without_copies(table, deduplicator.num_rows) for table in tables])
@@ -332,7 +332,7 @@ class SourceReader:
         return groups
 
     def _require_samples(self) -> None:
-        """Report rejected rows by reason. Raise SourceError if no sample is left."""
+        """Report the rejected rows by reason. Raises SourceError if no sample is left."""
         described = list(describe_rejected(self.dataset))
         for text in described:
             self.progress.message(text)
@@ -349,19 +349,19 @@ class SourceReader:
 
 @dataclass(slots=True)
 class SourceParts:
-    """The rows read so far, in a folder: the next run resumes after the last part.
+    """Stores the rows read so far in parts. The next run resumes after the last part.
 
-    A part is a Parquet file of samples in the order of the source, and a JSON file that is written after it:
-    the rejected rows, the number of source rows in all parts so far, and the name of the last row. Its images
-    are stored first. A part and those after it are removed if it has another key, is damaged, lacks images,
-    or if most of its rows failed for temporary reasons (one such row suffices unless `keeps_failures`).
+    A part is a Parquet file with samples in source order and a JSON file, which is written last. The JSON
+    file holds the rejected rows, the number of source rows so far, and the last row's name. At the start, the
+    first unusable part and all later parts are removed. A part is unusable if it has another key, is damaged,
+    lacks images, or has too many temporary failures: any, or more than half of its rows if `keeps_failures`.
     """
 
     folder: Path
     key: str  # digest of what determines the samples
     store: ImageStore
     keeps_failures: bool = True
-    num_rows: int = 0  # rows of the source
+    num_rows: int = 0  # source rows so far
     last_row: str = ""
     rejected: list[RejectedRow] = field(default_factory=list)
     _count: int = 0
@@ -378,7 +378,7 @@ class SourceParts:
                 path.unlink()
 
     def add(self, batch: ReadBatch) -> None:
-        """Add rows. A part is written when its images are large, or were slow to read."""
+        """Add rows. Write a part if the images are large enough or PART_SECONDS have passed."""
         self._pending.append(batch)
         self.num_rows += batch.num_rows
         self.rejected += batch.rejected
@@ -388,7 +388,7 @@ class SourceParts:
             self.write()
 
     def write(self) -> None:
-        """Write the rows since the last part, if any: first their images."""
+        """Write a part with the rows since the last part, if any. Images are stored first."""
         if self._pending:
             self.store.add(batch.take_images() for batch in self._pending)
             samples = [batch.sample_table() for batch in self._pending]
@@ -401,19 +401,19 @@ class SourceParts:
         self._written_at = time.monotonic()
 
     def tables(self, columns: Sequence[str] = READ_SAMPLE.names) -> Iterator[pa.Table]:
-        """Yield the samples (READ_SAMPLE) in the order in which they were read."""
+        """Yield tables of the samples (READ_SAMPLE) in the order in which they were read."""
         for number in range(self._count):
             file = open_parquet(self._samples_path(number))
             for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
                 yield pa.Table.from_batches([batch])
 
     def remove_all(self) -> None:
-        """Remove the parts."""
+        """Remove all parts."""
         remove(self.folder)
         self.num_rows, self.last_row, self.rejected, self._count, self._pending = 0, "", [], 0, []
 
     def _read_record(self, number: int) -> dict[str, Any] | None:
-        """Return the record of a part, or None if it is missing or unusable."""
+        """Return the record of a part, or None if the part is missing or unusable."""
         try:
             record = read_json(self._record_path(number))
             sha256 = file_digest(self._samples_path(number))
@@ -444,7 +444,7 @@ def write_source(
     limit: int | None,
     progress: Progress,
 ) -> None:
-    """Write rows of a source to a shard: images, the list of samples, and rejected rows."""
+    """Write a source's images, list of samples and rejected rows to a shard."""
     deduplicator = SampleDeduplicator(excluded)
     listed, rejected = [LISTED_SAMPLE.empty_table()], list[dict[str, str]]()
 
@@ -461,19 +461,19 @@ def write_source(
 
 
 def write_rejected(shard: DatasetDir, rows: list[dict[str, str]]) -> None:
-    """Write the rejected rows of a source, sorted by name."""
+    """Write the rejected rows of a source, sorted by row name."""
     table = pa.Table.from_pylist(sorted(rows, key=lambda row: row["source_row"]), schema=SOURCE_REJECTED)
     write_table(shard.step_file("read", "rejected"), [table], SOURCE_REJECTED)
 
 
 def forget_near_duplicates(dataset: DatasetDir) -> None:
-    """Remove the files about similar images that a run in one process wrote."""
+    """Remove the files about similar images, which only a run in one process writes."""
     for name in (IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE):
         dataset.step_file("read", name).unlink(missing_ok=True)
 
 
 def forget_reading(dataset: DatasetDir) -> None:
-    """Remove the record and the parts of a reading in one process."""
+    """Remove the record and the parts, which only a run in one process writes."""
     dataset.step_file("read").with_name(READING_FILE).unlink(missing_ok=True)
     remove(dataset.step_file("read").with_name(PARTS_FOLDER))
 
@@ -485,12 +485,12 @@ def count_passing(shard: DatasetDir) -> int:
 
 
 def is_worth_another_try(may_pass: int, before: int | None) -> bool:
-    """Return whether to retry temporary failures: once, and then while there are fewer than `before`."""
+    """Return whether to retry temporary failures. After the first retry, fewer than `before` must be left."""
     return may_pass > 0 and (before is None or may_pass < before)
 
 
 def describe_rejected(shard: DatasetDir) -> Iterator[str]:
-    """Yield the number of rejected rows for each reason, with the names and details of the first rows."""
+    """Yield a message for each rejection reason, with the number of rows and details of the first rows."""
     table = read_table(shard.step_file("read", "rejected"))
     counts = [(row["values"], row["counts"]) for row in table["reason"].value_counts().to_pylist()]
     for reason, count in sorted(counts, key=lambda item: (-item[1], item[0])):
@@ -501,6 +501,6 @@ def describe_rejected(shard: DatasetDir) -> Iterator[str]:
             continue
         if reason not in _REJECTED_FOR_ANOTHER_IMAGE:
             names = first_names([f"{row['source_row']}: {row['detail']}" for row in rows])
-        # Slides of one design are similar, and few users would look for a setting.
+        # Slides with the same design look similar, and few users would find the setting by themselves.
         advice = f": {ADVICE[reason]}" if reason == "near_duplicate_image" else ""
         yield f"read: {count:,} {reason.replace('_', ' ')} ({names}){advice}"

@@ -1,4 +1,4 @@
-"""Sources: drawn scenes with known facts, unlimited and seeded, as single images or as pages of decks."""
+"""Sources: any number of drawn scenes with known facts, as single images or as decks of pages."""
 
 import io
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from pipeline.scenes.text import caption
 from pipeline.sources.base import DECK_TASKS, SourceSpec
 from pipeline.types import ALL, Sample, Source, SourceSlice
 
-REVISION = "1"  # increase it when the same seed draws other pixels or facts
+REVISION = "1"  # increase it when a change gives the same seed other pixels or facts
 DEFAULT_LIMIT = 1000
 LICENSE = "cc0-1.0"
 
 
 def open_scenes(seed: int, limit: int | None, part: SourceSlice = ALL, *, name: str = SCENES) -> Source:
-    """Return `limit` scenes or decks, or a slice of them. A larger limit begins with the same rows."""
+    """Open `limit` scenes or decks, or a slice of them. A larger limit starts with the same rows."""
     total = limit or DEFAULT_LIMIT
     numbers = range(part.number, total, part.of)
 
@@ -30,7 +30,7 @@ def open_scenes(seed: int, limit: int | None, part: SourceSlice = ALL, *, name: 
 
 
 def draw_sample(seed: int, index: int, name: str = SCENES) -> Sample:
-    """Draw a scene with a brief caption, or a deck. `source_row` determines the facts (scenes_of)."""
+    """Draw a scene with a brief caption, or a deck. `scenes_of` recomputes the facts from `source_row`."""
     scenes, rng = sample_row(name, seed, index)
     images = []
     for scene in scenes:

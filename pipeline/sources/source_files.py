@@ -1,7 +1,7 @@
-"""Find and open the files of a source: on this disk, in an object store or on a web server.
+"""Find and open the files of a source, on the local disk, in an object store or on a web server.
 
-`parquet:s3://BUCKET/FOLDER`, `gs://`, `hf://` and `https://` are read in place by fsspec, which transfers
-only the needed byte ranges. Each store's own library finds its keys and endpoint.
+fsspec reads remote files in place (`parquet:s3://BUCKET/FOLDER`, `gs://`, `hf://` and `https://`) and
+transfers only the byte ranges that are needed. Each store's own library finds its credentials and endpoint.
 """
 
 import hashlib
@@ -37,20 +37,20 @@ from pipeline.storage.untrusted import (
 )
 from pipeline.types import Rejected
 
-# Image formats that are not supported.
+# Image formats that cannot be read.
 _UNREAD_FORMATS = (
     "jp2 j2k jpx jxl psd svg svgz tga ico icns sgi eps exr hdr ppm pgm pbm pnm qoi xcf "
     "raw cr2 cr3 nef nrw arw srf dng orf rw2 raf pef sr2 3fr"
 )
 UNREAD_SUFFIXES = frozenset(f".{name}" for name in _UNREAD_FORMATS.split())
 UNREADABLE_FOLDER = "unreadable_folder"
-REFUSALS = {  # details by reason, without a path of this machine
+REFUSALS = {  # reason -> detail, without local paths
     OUTSIDE: "a file outside of the folder: copy it there, or pass --follow-links",
     NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
     TOO_LARGE: f"more than {MAX_IMAGE_BYTES:,} bytes",
 }
-# Keys under which stores list a digest or a time of a file. Without one, the end of the file is hashed: the
-# footer of a Parquet file holds sizes and statistics.
+# Keys under which stores list a file's digest or time. If a store lists neither, the end of the file is
+# hashed, which in a Parquet file is the footer with sizes and statistics.
 _DIGEST_KEYS = ("ETag", "etag", "checksum", "generation", "blob_id", "lfs", "Content-MD5", "Digest")
 _TIME_KEYS = ("LastModified", "last_modified", "Last-Modified", "mtime")
 TAIL_BYTES = 1 << 16
@@ -61,19 +61,19 @@ TAIL_BYTES = 1 << 16
 
 @dataclass(slots=True)
 class FolderContent:
-    """The files under a folder by their use."""
+    """The files below a folder, grouped by how they are treated."""
 
     images: list[Path] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)  # unsupported images, and unreadable folders
+    rejected: list[Rejected] = field(default_factory=list)  # unsupported images and unreadable folders
     others: list[Path] = field(default_factory=list)
     links: list[Path] = field(default_factory=list)  # links to folders, which are not followed
     hidden: list[Path] = field(default_factory=list)
 
 
 def list_files(root: Path) -> FolderContent:
-    """Return all files under a folder. Links to folders are not followed: one to a parent would never end."""
+    """Return all files below a folder. Links to folders are not followed, because they may form a cycle."""
     content = FolderContent()
-    # os.walk recurses, and a tree may be deeper than Python's stack.
+    # No recursion: a tree may be deeper than Python's stack.
     waiting = [root]
     while waiting:
         folder = waiting.pop()
@@ -101,10 +101,7 @@ def list_files(root: Path) -> FolderContent:
 
 
 def count_by_suffix(paths: Iterable[Path]) -> str:
-    """Return the number of files of each suffix, with the first names:
-
-    `2 .mp4 (a.mp4, b.mp4), 1 .txt (a.txt)`.
-    """
+    """Describe how many files have each suffix, such as `2 .mp4 (a.mp4, b.mp4), 1 .txt (a.txt)`."""
     names_by_suffix: dict[str, list[str]] = {}
     for path in paths:
         names_by_suffix.setdefault(path.suffix.lower() or "without a suffix", []).append(path.name)
@@ -127,9 +124,9 @@ def describe_unread(content: FolderContent) -> list[str]:
 
 
 def row_name(path: Path, root: Path) -> str:
-    """Return the path relative to the root. Bytes that are not UTF-8 are escaped."""
+    """Return the path relative to `root`. Bytes that are not valid UTF-8 are escaped."""
     name, start = str(path), f"{root}/"
-    # Path.relative_to takes several times as long.
+    # Path.relative_to is several times slower.
     relative = name[len(start) :] if name.startswith(start) else path.relative_to(root)
     return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
@@ -139,7 +136,7 @@ _skips_digests: ContextVar[bool] = ContextVar("skips_digests", default=False)
 
 @contextmanager
 def skip_digests() -> Iterator[None]:
-    """Do not hash files while a source is opened. Its revision is then meaningless."""
+    """Within this context, open sources without hashing their files. Their revisions are meaningless."""
     token = _skips_digests.set(True)
     try:
         yield
@@ -148,7 +145,7 @@ def skip_digests() -> Iterator[None]:
 
 
 def digest_of_file(path: Path, bound: Path | None, max_bytes: int | None = None) -> str:
-    """Return the sha256 of a file, as `open_regular` opens it, "" where digests are skipped."""
+    """Return the sha256 of a file opened with `open_regular`, or "" within `skip_digests`."""
     if _skips_digests.get():
         return ""
     with open_regular(path, bound, max_bytes) as file:
@@ -156,7 +153,7 @@ def digest_of_file(path: Path, bound: Path | None, max_bytes: int | None = None)
 
 
 def digest_or_fault(path: Path, bound: Path | None, max_bytes: int | None = MAX_IMAGE_BYTES) -> str:
-    """Return the sha256 of a file, or "unreadable"."""
+    """Return the sha256 of a file, or "unreadable" if it cannot be opened or read."""
     try:
         return digest_of_file(path, bound, max_bytes)
     except (OSError, ValueError, UnsafeFileError):
@@ -164,20 +161,20 @@ def digest_or_fault(path: Path, bound: Path | None, max_bytes: int | None = MAX_
 
 
 def read_image(path: Path, bound: Path | None) -> bytes:
-    """Return the content of an image file. Raise ImageError if it is unsafe or cannot be read."""
+    """Return the content of an image file. Raises ImageError if it is unsafe or cannot be read."""
     try:
         return read_regular(path, bound, max_bytes=MAX_IMAGE_BYTES)
     except UnsafeFileError as error:
         raise ImageError(error.reason, REFUSALS[error.reason]) from None
     except OSError as error:
         raise ImageError("unreadable_file", error.strerror or "unknown") from None
-    except ValueError:  # a zero byte
+    except ValueError:  # the path contains a zero byte
         raise ImageError("unreadable_file", "an invalid file name") from None
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFiles:
-    """Files of a source, such as archives, by name. `revision` is a digest of their contents."""
+    """The files of a source, such as archives. `revision` is a digest of their names and contents."""
 
     name: str  # name of the folder, or of the only file
     names: list[str]
@@ -191,10 +188,10 @@ class SourceFiles:
 def find_source_files(
     path: str, suffixes: tuple[str, ...], *, follow_links: bool, needs_digest: bool
 ) -> SourceFiles:
-    """Return the file at a path or URL, or the files below it with one of the suffixes, sorted.
+    """Return the file at a path or URL, or the sorted files below it that have one of the suffixes.
 
-    `follow_links` and `needs_digest` concern this disk. Without the latter, `revision` is empty. Raise
-    SourceError for a link out of the folder, unless links are followed, and for files that cannot be read.
+    `follow_links` and `needs_digest` apply only to local files. `revision` is "" unless `needs_digest` is
+    set. Raises SourceError if a file cannot be read, or if a link out of the folder must not be followed.
     """
     if "://" in path:
         return find_remote_files(path, suffixes)
@@ -222,7 +219,7 @@ def find_source_files(
 
 @contextmanager
 def translate_disk_errors(root: Path) -> Iterator[None]:
-    """Turn errors of this disk into SourceError."""
+    """Turn errors from the local disk into SourceError."""
     try:
         yield
     except UnsafeFileError as error:
@@ -236,9 +233,9 @@ def translate_disk_errors(root: Path) -> Iterator[None]:
 
 
 def find_remote_files(url: str, suffixes: tuple[str, ...]) -> SourceFiles:
-    """Return the files at or under a URL with one of the suffixes.
+    """Return the files at or below a URL that have one of the suffixes.
 
-    Raise SourceError if they cannot be listed.
+    Raises SourceError if they cannot be listed.
     """
     with translate_store_errors(url):
         store, root = url_to_fs(url, skip_instance_cache=True)  # a cached listing may be stale
@@ -264,12 +261,12 @@ def find_remote_files(url: str, suffixes: tuple[str, ...]) -> SourceFiles:
 
 
 def _without_query(path: str) -> str:
-    """Return a path without a URL's query and fragment, which may hold a signature."""
+    """Return a path or URL without a query and fragment, which may hold a signature."""
     return urlsplit(path)._replace(query="", fragment="").geturl() if "://" in path else path
 
 
 def _identify_content(store: AbstractFileSystem, path: str, info: dict[str, Any]) -> dict[str, str]:
-    """Return the size of a file with its digests and times, else with a hash of its end."""
+    """Return a file's size and the digests and times that the store lists, or else a hash of its end."""
     identifiers = {key: str(info[key]) for key in (*_DIGEST_KEYS, *_TIME_KEYS) if info.get(key)}
     if not identifiers:
         identifiers = {"tail": hashlib.sha256(store.tail(path, TAIL_BYTES)).hexdigest()}
@@ -278,7 +275,7 @@ def _identify_content(store: AbstractFileSystem, path: str, info: dict[str, Any]
 
 @contextmanager
 def translate_store_errors(url: str) -> Iterator[None]:
-    """Turn errors of a store into SourceError, with a message of one line."""
+    """Turn errors from a store into SourceError with a one-line message."""
     scheme = url.partition("://")[0]
     try:
         yield
@@ -288,7 +285,7 @@ def translate_store_errors(url: str) -> Iterator[None]:
         hint = str(error).split(", ")[-1]
         raise SourceError(f"{scheme}:// needs a package that is not installed", hint=hint) from None
     except ValueError as error:
-        # A server may not state the size of a file, for example.
+        # For example, a server may not state the size of a file.
         hint = "download it, and read it from the disk"
         protocols = fsspec.available_protocols()
         if scheme not in protocols:
@@ -297,6 +294,6 @@ def translate_store_errors(url: str) -> Iterator[None]:
         raise SourceError(f"cannot read {url}: {error}", hint=hint) from None
     except FileNotFoundError:
         raise SourceError(f"no file at {url}", hint="check the address, and the account in use") from None
-    except Exception as error:  # noqa: BLE001  # each store's library raises errors of its own
+    except Exception as error:  # noqa: BLE001  # each store's library raises its own errors
         hint = f"check the address, the network and the keys of {scheme}"
         raise SourceError(f"cannot read {url}: {one_line(error)}", hint=hint) from None

@@ -1,8 +1,8 @@
 """Sources: tables with images, in Parquet files (`parquet:PATH`) or on the Hugging Face Hub (`hub:ORG/NAME`).
 
-`--columns` maps columns to roles. Other roles are guessed from column names and types. A dataset of the Hub
-is pinned to a commit: its Parquet files, or the Hub's conversion to Parquet. Scripts of a repository are
-never run.
+`--columns` maps columns to roles. For other roles, columns are guessed from their names and types. A Hub
+dataset is pinned to a commit, and read from its own Parquet files or from the Hub's conversion to Parquet.
+Scripts in a repository are never run.
 """
 
 import re
@@ -49,24 +49,24 @@ PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet:
 OFFLINE = "check the network; without one, --source scenes and folder:PATH work"
 DEFAULT_CONFIG = "default"
 CONVERSION_BRANCH = "refs/convert/parquet"
-PARTIAL_FILE = re.compile(r"(^|/)partial-")  # the Hub converts the first 5 GB of a split
-BLOCK_BYTES = 1 << 20  # size of a request; fsspec's default of 50 MB is more than a small --limit needs
-# Columns of multiple-choice questions, whose answer may be a number or a letter.
+PARTIAL_FILE = re.compile(r"(^|/)partial-")  # the Hub converts only the first 5 GB of a large split
+BLOCK_BYTES = 1 << 20  # per request, since fsspec's default of 50 MB is more than a small --limit needs
+# Columns of multiple-choice questions, whose answers may be numbers or letters.
 _CHOICE_COLUMNS = frozenset(("choices", "options", "candidates"))
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _MAPPING_HINT = "map it with --columns, such as --columns image=COLUMN,references=COLUMN"
 
-Columns = dict[str, list[str]]  # by role
+Columns = dict[str, list[str]]  # role -> columns
 FilesBySplit = dict[str | None, list[str]]
-RowJob = Rejected | partial[RawSample | Rejected]  # reads a row; it may fetch an image
+RowJob = Rejected | partial[RawSample | Rejected]  # a rejection, or a call that may fetch images
 
 
 def open_mapped(
     tables: Tables, columns: Columns, config: Config, name: str, split_names: dict[str, str] = SPLIT_OF_WORD
 ) -> Source:
-    """Return the rows of one split, or of all, as the source `name`.
+    """Return a source with the rows of one split or all splits.
 
-    `split_names` maps the values of a split column to train, validation or test. Raise SourceError if the
+    `split_names` maps the values in a split column to train, validation or test. Raises SourceError if the
     split does not exist.
     """
     split = config.source_split
@@ -98,7 +98,7 @@ def open_mapped(
                 yield _read_row(row_name, row, columns, allow_urls=config.allow_urls, **fields)
 
     def row_number(column: str, start: int) -> int:
-        """Return the number of the table row after the first `start` rows of the split."""
+        """Return the index of the table row that follows the first `start` rows of the split."""
         num_rows_of_split = number = 0
         for _, _, row in tables.rows([column]):
             if num_rows_of_split == start:
@@ -128,7 +128,7 @@ def open_mapped(
 
 
 def check_split(tables: Tables, split: str | None) -> None:
-    """Raise SourceError if the tables lack the split."""
+    """Check that the tables have the split. Raises SourceError if they lack it."""
     if split is not None and split not in tables.files:
         known = ", ".join(map(str, tables.files))
         raise SourceError(f"{tables.name} has no split {split}", hint=f"it has {known}")
@@ -138,9 +138,9 @@ def check_split(tables: Tables, split: str | None) -> None:
 
 
 def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
-    """Return the columns of each role: from `mapping`, else guessed.
+    """Return the columns for each role. Roles that are not in `mapping` are guessed.
 
-    Raise SourceError if a role lacks its column.
+    Raises SourceError if the column for a role is missing or does not fit.
     """
     unmapped = {
         role
@@ -176,9 +176,9 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
 
 
 def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
-    """Return the columns that a mapped name matches, sorted by the number for which a `*` stands:
+    """Return the columns that match a name, sorted by the number that `*` stands for, as in `page_*`.
 
-    `page_*`.
+    Raises SourceError if no column matches or the role is unknown.
     """
     if role not in ROLES:
         raise SourceError(f"--columns does not support the role {role}", hint=f"roles: {', '.join(ROLES)}")
@@ -194,9 +194,9 @@ def _no_column_error(schema: pa.Schema, name: str) -> SourceError:
 
 
 def _context_columns(schema: pa.Schema, names: str) -> list[str]:
-    """Return the columns in a list with commas, without EXIF fields.
+    """Return the columns in a comma-separated list, without EXIF fields.
 
-    Raise SourceError for one that is not text.
+    Raises SourceError if a column is missing, or if prompts cannot use its type.
     """
     stripped = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
     columns = [name for name in stripped if name in schema.names or not is_exif_name(name)]
@@ -211,7 +211,7 @@ def _context_columns(schema: pa.Schema, names: str) -> list[str]:
 
 
 def _guess_questions(schema: pa.Schema) -> Columns:
-    """Return the columns `question` and `answer`, if their types match and no column offers choices."""
+    """Return the question and answer columns, or {} if their types do not fit or a column offers choices."""
     answer = next((name for name in ANSWERS if name in schema.names), None)
     has_choices = not _CHOICE_COLUMNS.isdisjoint(schema.names)
     if answer is None or QUESTION not in schema.names or _is_own_version(schema) or has_choices:
@@ -223,9 +223,9 @@ def _guess_questions(schema: pa.Schema) -> Columns:
 
 
 def _guess_images(schema: pa.Schema) -> Columns:
-    """Return the column of images or pages.
+    """Return the column of images, or the columns of pages.
 
-    Raise SourceError if no column, or several columns, may hold them.
+    Raises SourceError if no column holds images, or if several could be meant.
     """
     images = [field.name for field in schema if _is_image(field.type)]
     lists = [field.name for field in schema if is_list(field.type) and _is_image(field.type.value_type)]
@@ -251,7 +251,7 @@ def _is_image(kind: pa.DataType) -> bool:
 
 
 def _holds_texts(kind: pa.DataType) -> bool:
-    """Return whether a column has texts, lists of texts, or objects with a text (TEXT_KEYS)."""
+    """Return whether a column has strings, lists of strings, or objects with one of TEXT_KEYS."""
     if is_list(kind):
         return _holds_texts(kind.value_type)
     if pa.types.is_struct(kind):
@@ -260,7 +260,7 @@ def _holds_texts(kind: pa.DataType) -> bool:
 
 
 def _is_own_version(schema: pa.Schema) -> bool:
-    """Return whether a table is a version of synth, whose human captions are in `references`."""
+    """Return whether a table was published by synth, with the human captions in `references`."""
     kind = schema.field("captions").type if "captions" in schema.names else None
     item = kind.value_type if kind is not None and is_list(kind) else None
     return bool(item is not None and pa.types.is_struct(item) and item.get_field_index("prompt_id") >= 0)
@@ -272,7 +272,7 @@ def _is_own_version(schema: pa.Schema) -> bool:
 def build_sample(
     name: str, images: list[Any], license: str, split: str | None, *, allow_urls: bool = False, **fields: Any
 ) -> RawSample | Rejected:
-    """Return the images of a row without empty last pages, or its rejection."""
+    """Return the sample for a row, without empty pages at the end, or a rejection."""
     while len(images) > 1 and images[-1] is None:
         images = images[:-1]
     if len(images) > MAX_PAGES:
@@ -286,7 +286,7 @@ def build_sample(
 
 
 def _read_row(name: str, row: dict[str, Any], columns: Columns, *, allow_urls: bool, **fields: Any) -> RowJob:
-    """Read the texts of a row, and return a job that reads its images."""
+    """Read the texts in a row. Return a job that reads its images, or a rejection."""
     image_columns = columns.get("pages", columns.get("image", []))
     images = [image for column in image_columns for image in _as_list(row[column])]
     if "pages" not in columns and len(images) > 1:
@@ -317,7 +317,7 @@ def _is_missing(value: object) -> bool:
 
 
 def _paired(row: dict[str, Any], columns: Columns) -> tuple[list[Any], list[Any]]:
-    """Return the questions of a row, and the answer or the list of answers to each."""
+    """Return the questions in a row, and one answer or list of answers for each question."""
     questions, answers = list[Any](), list[Any]()
     for question_column, answer_column in zip(columns["question"], columns["answer"], strict=True):
         question, answer = row[question_column], row[answer_column]
@@ -331,7 +331,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _texts_of(item: Any) -> list[Any]:
-    """Return the texts of an item of a column of captions: an object or a list in a cell may have several."""
+    """Return the captions in one item of a caption column. A list or object may hold several."""
     has_several = isinstance(item, dict) or (isinstance(item, str) and parse_list(item) is not None)
     return read_texts({"": item}, ("",)) if has_several else [item]
 
@@ -371,9 +371,9 @@ PARQUET = SourceSpec(
 def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
     """Return the tables of ORG/NAME[:CONFIG][@REVISION], pinned to a commit.
 
-    Raise SourceError if they cannot be read, or if the Hub has converted only a part and not `allow_partial`.
+    Raises SourceError if they cannot be read, or if the conversion is partial and `allow_partial` is not set.
     """
-    # Importing it takes half of the start time of commands that do not need it.
+    # At module level, this import would double the start time of commands that do not need it.
     from huggingface_hub import HfApi, HfFileSystem
 
     before, _, revision = name.partition("@")
@@ -419,7 +419,7 @@ def _list_parquet(api: "HfApi", repo: str, commit: str) -> list[str]:
 
 
 def _find_conversion(api: "HfApi", repo: str) -> tuple[str, list[str]]:
-    """Return the commit and files of the Hub's conversion to Parquet, no files if there is none."""
+    """Return the commit and files of the Hub's conversion to Parquet, or ("", []) without one."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     try:
@@ -432,9 +432,9 @@ def _find_conversion(api: "HfApi", repo: str) -> tuple[str, list[str]]:
 
 
 def _declared_configs(configs: Any, paths: list[str]) -> dict[str, FilesBySplit]:
-    """Return the files of each config that a card declares. Invalid entries are skipped.
+    """Return the files of each config that a dataset card declares. Invalid entries are skipped.
 
-    The config that is declared as the default is also stored under DEFAULT_CONFIG.
+    The config that the card marks as default is also returned under the key DEFAULT_CONFIG.
     """
     declared: dict[str, FilesBySplit] = {}
     for config in configs if isinstance(configs, list) else ():
@@ -442,7 +442,7 @@ def _declared_configs(configs: Any, paths: list[str]) -> dict[str, FilesBySplit]
             continue
         folder = str(config.get("data_dir") or "").removeprefix("./").strip("/")
         entries = _as_list(config.get("data_files", f"{folder}/**" if folder else None))
-        matched: dict[str | None, dict[str, None]] = {}  # an ordered set of files per split
+        matched: dict[str | None, dict[str, None]] = {}  # split -> ordered set of files
         for entry in entries:
             split = entry.get("split") if isinstance(entry, dict) else None
             patterns = entry.get("path") if isinstance(entry, dict) else entry
@@ -458,7 +458,7 @@ def _declared_configs(configs: Any, paths: list[str]) -> dict[str, FilesBySplit]
 
 
 def _compile_glob(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern of a card, as `datasets` reads it: `*` stays within a folder, `**` does not."""
+    """Compile a card's glob pattern like `datasets`: only `**` matches across folders."""
     try:
         return re.compile(glob_translate(pattern))
     except (ValueError, re.error):  # `**` within a name
@@ -468,7 +468,7 @@ def _compile_glob(pattern: str) -> re.Pattern[str]:
 def _files_of_config(
     repo: str, config: str, declared: dict[str, FilesBySplit], paths: list[str]
 ) -> FilesBySplit:
-    """Return the files of a declared config, or of a folder. Raise SourceError if neither exists."""
+    """Return the files of a declared config, or of a folder. Raises SourceError if neither exists."""
     if config in declared:
         return declared[config]
     in_folder = [path for path in paths if path.startswith(f"{config}/") or f"/{config}/" in path]
@@ -480,7 +480,7 @@ def _files_of_config(
 
 
 def _default_files(repo: str, declared: dict[str, FilesBySplit], paths: list[str]) -> FilesBySplit:
-    """Return the files of the default config, or of the only one. Raise SourceError if there are several."""
+    """Return the files of the default or only config. Raises SourceError if there are several configs."""
     configs = declared
     if not declared:
         configs = {}

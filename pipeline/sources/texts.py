@@ -1,17 +1,17 @@
 """Human texts about images: captions, questions and splits.
 
-They come from rows of tables, from `NAME.txt` next to an image, from metadata files as in the imagefolder
-format of `datasets`, and from files of captions, which may be compressed by gzip:
+They come from table rows, from `NAME.txt` next to an image, from metadata files as in the imagefolder format
+of `datasets`, and from caption files. A caption file may be gzipped, and has one of these formats:
 
 | format | content |
 |---|---|
 | COCO | JSON with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`) |
 | Karpathy | JSON with `images`: `filename`, `split`, and `sentences` with `raw` |
-| a JSON object | names of images with their captions |
-| rows | a JSON list, JSON lines, or CSV with a header: a name, and captions, or a question with answers |
+| a JSON object | image names with their captions |
+| rows | a JSON list, JSON lines, or CSV with a header: a name, with captions or a question and answers |
 | Flickr30k | lines `NAME#0<tab>CAPTION` |
 
-An image is named by its path, or by its file name if that is unique. Texts written by a model are skipped.
+An image is named by its path, or by its file name if that is unique. Model-written texts are skipped.
 """
 
 import csv
@@ -53,7 +53,7 @@ from pipeline.tables import (
 )
 from pipeline.types import ReferenceQA
 
-TEXT_KEYS = ("raw", "caption", "text", "answer")  # keys of an object that hold its text
+TEXT_KEYS = ("raw", "caption", "text", "answer")  # keys under which an object may hold its text
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")
 _PYTHON_TEXT = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _PYTHON_LIST = re.compile(rf"\[\s*(?:{_PYTHON_TEXT.pattern})(?:\s*,\s*(?:{_PYTHON_TEXT.pattern}))*\s*,?\s*\]")
@@ -63,7 +63,7 @@ FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "fil
 NAMES = (*FILE_NAMES, "image_id", "name")
 FORMATS_HINT = "use COCO or Karpathy JSON, or CSV or JSON lines with file_name and caption, in UTF-8"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-PATH_COLUMNS = ("folder", "file_name")  # columns of the context that every image has
+PATH_COLUMNS = ("folder", "file_name")  # context columns that every image has
 MAX_SIDECAR_BYTES = 1_000_000
 
 
@@ -71,9 +71,9 @@ MAX_SIDECAR_BYTES = 1_000_000
 
 
 def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Return the human captions of a row: the texts in the first of these columns that has a value.
+    """Return the human captions in a row, from the first of these columns that has a value.
 
-    In a row written by a model, only objects that state their own author count.
+    In a model-written row, only objects that state their own author are read.
     """
     value = next((row[name] for name in names if row.get(name)), None)
     if _is_by_model(row):
@@ -83,19 +83,19 @@ def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def human_captions(row: Mapping[str, Any], names: Sequence[str] = CAPTION_COLUMNS) -> list[str]:
-    """Return the captions of a row, for an export of synth also its `references`, each once."""
+    """Return the captions in a row. If synth exported the row, also return its other `references`."""
     references = extract_texts(row.get(REFERENCES)) if WRITTEN_BY in row else []
     if not references:
         return read_texts(row, names)
     texts = dict[str, str]()
     for text in (*read_texts(row, names), *references):
-        # Versions normalize the white space of captions, but not of references.
+        # Versions normalize white space in captions, but not in references.
         texts.setdefault(" ".join(text.split()), text)
     return [*texts.values()]
 
 
 def human_questions(row: Mapping[str, Any]) -> tuple[ReferenceQA, ...]:
-    """Return the questions of a row and its list `qa`, for an export of synth each once with all answers."""
+    """Return the questions in a row and in its list `qa`. If synth exported the row, drop repeated ones."""
     is_export = WRITTEN_BY in row
     lists = [row.get(name) for name in ((REFERENCE_QA, QA) if is_export else (QA,))]
     items = [item for values in lists if isinstance(values, list) for item in values]
@@ -110,7 +110,7 @@ def human_questions(row: Mapping[str, Any]) -> tuple[ReferenceQA, ...]:
 
 
 def model_texts(row: Mapping[str, Any]) -> list[str]:
-    """Return the texts of a row and of objects in its lists that a model wrote, each once."""
+    """Return the distinct model-written texts in a row and in the objects in its lists."""
     items = (item for name in (*CAPTIONS, QA) if isinstance(row.get(name), list) for item in row[name])
     by_model = [item for item in (row, *items) if isinstance(item, Mapping) and _is_by_model(item)]
     texts = (item.get(name) for item in by_model for name in (*CAPTIONS, QUESTION))
@@ -118,21 +118,21 @@ def model_texts(row: Mapping[str, Any]) -> list[str]:
 
 
 def describe_model_texts(count: int, place: str = "") -> list[str]:
-    """Return a message about skipped texts, if any."""
+    """Return a message about skipped texts, or [] if no text was skipped."""
     return [f"skipped {count:,} model-written texts{place}"] if count else []
 
 
 def _is_by_model(row: Mapping[str, Any]) -> bool:
-    # Rows of a version have a prompt id with a digest. A column of this name in other files means nothing.
+    # In rows that synth wrote, the prompt id ends with a digest. Other files may use the name for anything.
     prompt_id = row.get("prompt_id")
     is_version_row = isinstance(prompt_id, str) and _PROMPT_ID.fullmatch(prompt_id) is not None
     return row.get(WRITTEN_BY) == BY_MODEL or is_version_row
 
 
 def read_split(value: Any) -> str | None:
-    """Return the split that a word such as `val` means, None for no value.
+    """Return the split that a word such as `val` means, or None for an empty value.
 
-    Raise ValueError for an unknown word.
+    Raises ValueError if the word is unknown.
     """
     word = str(value).strip().casefold() if value else ""
     if word and word not in SPLIT_OF_WORD:
@@ -141,7 +141,7 @@ def read_split(value: Any) -> str | None:
 
 
 def read_question(row: Mapping[str, Any]) -> ReferenceQA | None:
-    """Return the human question of a row with a `question`, and `answers` or an `answer`, if any."""
+    """Return the human question in a row with `question` and `answers` or `answer`, or None."""
     if _is_by_model(row):
         return None
     question = row.get(QUESTION)
@@ -158,7 +158,7 @@ def _text_or_empty(value: Any) -> str:
 
 
 def extract_texts(value: Any, text_of: Callable[[Any], str] = _text_or_empty) -> list[str]:
-    """Return the human texts in a value: a text, a list, or an object with one of TEXT_KEYS."""
+    """Return the human texts in a value, which is a string, a list, or an object with one of TEXT_KEYS."""
     if isinstance(value, list):
         return [text for item in value for text in extract_texts(item, text_of)]
     if isinstance(value, dict):
@@ -172,7 +172,7 @@ def extract_texts(value: Any, text_of: Callable[[Any], str] = _text_or_empty) ->
 
 
 def parse_list(text: str) -> list[Any] | None:
-    """Return the list in a cell, of texts or objects as JSON or of texts as a Python literal, else None."""
+    """Parse a cell with a JSON list of strings or objects, or a Python list of strings. Else return None."""
     if not (text[:1] == "[" and text[-1:] == "]"):
         return None
     with suppress(ValueError, RecursionError):
@@ -185,7 +185,7 @@ def parse_list(text: str) -> list[Any] | None:
 
 
 def _answer_text(value: Any) -> str:
-    """Return an answer as a human writes it: yes for true, 2 for 2.0, nothing for null or NaN."""
+    """Return an answer as a human would write it: yes for true, 2 for 2.0, and "" for null or NaN."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None or value != value:
@@ -194,24 +194,24 @@ def _answer_text(value: Any) -> str:
 
 
 def _encodable(text: str) -> str:
-    """Replace lone surrogates, which JSON may hold and UTF-8 cannot."""
+    """Replace lone surrogates, which JSON may hold but UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode()
 
 
 def most_held_out(split: str | None, other: str | None) -> str | None:
-    """Return the split with the higher rank: test, validation, train, None."""
+    """Return the more held-out split. From most to least: test, validation, train, None."""
     return max(split, other, key=SPLIT_RANK.__getitem__)
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8, or UTF-16 with a byte order mark. Raise ValueError for other encodings."""
+    """Decode UTF-8, or UTF-16 with a byte order mark. Raises ValueError if the encoding is another."""
     is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     return data.decode("utf-16" if is_utf_16 else "utf-8-sig")
 
 
 def read_lines(text: str) -> Iterator[Any]:
-    """Yield the values of JSON lines. Raise ValueError with the number of an invalid line."""
-    # Other line ends than \n may be part of a string.
+    """Yield the values in JSON lines. Raises ValueError with the line number if a line is invalid."""
+    # Only \n ends a line: other line separators may be part of a string.
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             if line.strip():
@@ -221,9 +221,9 @@ def read_lines(text: str) -> Iterator[Any]:
 
 
 def read_csv(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a CSV with commas, semicolons, tabs or bars, by column name.
+    """Yield the rows of a CSV that is separated by commas, semicolons, tabs or bars, by column name.
 
-    Raise ValueError for a repeated column name, a row with more values than names, and an unclosed quote.
+    Raises ValueError if a column name is repeated, a row has too many values, or a quote is not closed.
     """
     header = text.partition("\n")[0]
     delimiter = max(",;\t|", key=header.count)
@@ -233,7 +233,7 @@ def read_csv(text: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"two columns are named {repeated}")
     values: dict[str, Any] = {}
     for row in table:
-        if any(row.pop(None, None) or ()):  # further values of the line
+        if any(row.pop(None, None) or ()):  # values beyond the last column
             problem = f"line {table.line_num} has more columns than the first line"
             raise ValueError(f"{problem}: put texts with commas in quotes")
         values = {str(name).strip(): value for name, value in row.items()}
@@ -252,7 +252,7 @@ def read_csv(text: str) -> Iterator[dict[str, Any]]:
 
 @dataclass(slots=True)
 class ImageTexts:
-    """Human texts about one image, and the number of texts that were skipped as written by a model."""
+    """Human texts about one image, and the number of model-written texts that were skipped."""
 
     captions: list[str] = field(default_factory=list)
     questions: list[ReferenceQA] = field(default_factory=list)
@@ -260,27 +260,27 @@ class ImageTexts:
     num_by_model: int = 0
 
     def merge(self, other: "ImageTexts") -> None:
-        """Add the texts of `other`. The more held-out split stays."""
+        """Add the texts of `other`, and keep the more held-out split."""
         self.captions += other.captions
         self.questions += other.questions
         self.split = most_held_out(other.split, self.split)
         self.num_by_model += other.num_by_model
 
     def sample_fields(self, *, has_questions: bool) -> dict[str, Any]:
-        """Return the fields of a Sample. `has_questions`: the source has questions."""
+        """Return fields for a Sample. Set `has_questions` if the source has questions about any image."""
         fields: dict[str, Any] = {"references": tuple(self.captions), "split": self.split}
         return fields | ({"reference_qa": tuple(self.questions)} if has_questions else {})
 
     def as_json(self) -> list[Any]:
-        """Return what the revision of a source covers."""
+        """Return the values that are part of a source's revision."""
         questions = [[one.question, one.answers, one.answer_type] for one in self.questions]
         return [self.captions, questions, self.split]
 
 
 def read_captions(path: Path) -> dict[str, ImageTexts]:
-    """Return the texts of a file of captions by image name.
+    """Return the texts in a caption file by image name.
 
-    Raise SourceError if it cannot be read or has none.
+    Raises SourceError if the file cannot be read or has no texts.
     """
     texts: defaultdict[str, ImageTexts] = defaultdict(ImageTexts)
     try:
@@ -321,7 +321,7 @@ def _parse_captions(text: str) -> Iterator[NamedTexts]:
             return _parse_whole_object(json.loads(text))
         except json.JSONDecodeError:
             return map(_parse_object, read_lines(text))
-    lines = text.split("\n")  # other line ends may be part of a text
+    lines = text.split("\n")  # other line separators may be part of a text
     if _FLICKR30K_LINE.fullmatch(lines[0].rstrip("\r")):
         return (_parse_flickr30k(line.rstrip("\r")) for line in lines if line.strip())
     return (_parse_row({name.lower(): value for name, value in row.items()}) for row in read_csv(text))
@@ -374,9 +374,9 @@ def _parse_row(row: Mapping[str, Any]) -> NamedTexts:
 def match_images(
     texts: Mapping[str, ImageTexts], images: Sequence[str]
 ) -> tuple[dict[str, ImageTexts], list[str]]:
-    """Return the texts by image path, relative to the folder, and the names that match no image.
+    """Return the texts by image path (relative to the folder), and the names that match no image.
 
-    A name matches a path, or else a file name that is unique among both the images and the names.
+    A name matches an image's path, or else its file name if that is unique among the images and the names.
     """
     unmatched, matched = list(texts), dict[str, ImageTexts]()
     for key_of in (normalize_path, _file_name):
@@ -390,13 +390,13 @@ def match_images(
 
 
 def _unique(names: Sequence[str], key_of: Callable[[str], str]) -> dict[str, str]:
-    """Return names by their keys, without names that share a key."""
+    """Return the names by key, without names that share a key."""
     counts = Counter(map(key_of, names))
     return {key: name for name in names if (key := key_of(name)) and counts[key] == 1}
 
 
 def normalize_path(name: str) -> str:
-    """Return a path with slashes, in Unicode's composed form (NFC): Windows and macOS write others."""
+    """Return a path with forward slashes in Unicode form NFC. Windows and macOS write other forms."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
 
 
@@ -409,7 +409,7 @@ def _file_name(name: str) -> str:
 
 @dataclass(slots=True)
 class FolderTexts:
-    """The texts of a folder by image path, and messages about texts that were not used."""
+    """The texts in a folder by image path, and messages about texts that were not used."""
 
     texts: defaultdict[Path, ImageTexts] = field(default_factory=lambda: defaultdict(ImageTexts))
     values: dict[Path, dict[str, str]] = field(default_factory=dict)  # requested columns of metadata files
@@ -420,7 +420,7 @@ class FolderTexts:
 
 
 def add_splits_of_folders(folder_texts: FolderTexts, images: Mapping[str, Path]) -> None:
-    """Set the split of images in folders that are named after a split, unless a file states another."""
+    """Set the split of images whose folder is named after a split, unless a file states their split."""
     folders = _first_folders(images)
     splits = splits_of_names(folders)
     for name, split in splits.items():
@@ -433,16 +433,15 @@ def add_splits_of_folders(folder_texts: FolderTexts, images: Mapping[str, Path])
 
 
 def _first_folders(names: Collection[str]) -> dict[str, str]:
-    """Return the first folder of each image's path that is not common to all images, "" without one."""
+    """Return the first folder in each image's path that not all images share, or "" without such a folder."""
     shared = os.path.commonpath(names) if len(names) > 1 else ""
     return {name: name.removeprefix(f"{shared}/").rpartition("/")[0].partition("/")[0] for name in names}
 
 
 def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Return the splits that names state, such as names of folders. Empty if they do not divide the images.
+    """Return the splits that names (such as folder names) state, or {} if they do not divide the images.
 
-    Without a validation split, those of the training split are omitted: some of them are held out for
-    validation.
+    Without a validation split, training images are left out, because some of them will be held out.
     """
     splits = {key: SPLIT_OF_WORD.get(name.casefold()) for key, name in names.items()}
     stated = {*splits.values()}
@@ -455,8 +454,8 @@ def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
 def add_caption_files(
     folder_texts: FolderTexts, files: Sequence[Path], root: Path, images: Mapping[str, Path]
 ) -> None:
-    """Add the texts of files of captions. Raise SourceError if a file names no image of the folder."""
-    # The name of a file may state a split: captions_val2017.json
+    """Add the texts in caption files. Raises SourceError if a file names no image in the folder."""
+    # A file name may state a split, such as captions_val2017.json.
     splits = splits_of_names({str(file): split_of_path(file.stem) or "" for file in files})
     known_files = {path.resolve() for path in folder_texts.files}
     for file in (path for path in files if path.resolve() not in known_files):
@@ -475,9 +474,9 @@ def add_caption_files(
 def read_folder_texts(
     root: Path, paths: Sequence[Path], images: Sequence[Path], columns: Sequence[str], *, follow_links: bool
 ) -> FolderTexts:
-    """Return the texts of a folder: of metadata files about `images`, and of text files next to `paths`.
+    """Return the texts in metadata files about `images`, and in text files next to `paths`.
 
-    `columns` of metadata files are read too. Raise SourceError if a metadata file is unusable.
+    `columns` of the metadata files are read too. Raises SourceError if a metadata file is unusable.
     """
     folder_texts, bound = FolderTexts(), None if follow_links else root
     parents = {path.parent for path in images}
@@ -506,7 +505,7 @@ def _add_metadata_file(
     except ValueError as error:
         folder_texts.messages.append(f"{file}: the column {SPLIT} is not read: {error}")
         splits = [None] * len(rows)
-    # Without a validation split, some of the training images are held out for validation.
+    # Without a validation split, some of the training images will be held out for validation.
     keeps_train = "validation" in splits
     unknown = list[str]()
     for row, split in zip(rows, splits, strict=True):
@@ -528,7 +527,7 @@ def _add_metadata_file(
 
 
 def _add_sidecars(folder_texts: FolderTexts, paths: Sequence[Path], bound: Path | None) -> None:
-    """Add the captions of `NAME.txt` next to images, without lines that synth wrote."""
+    """Add the captions in `NAME.txt` files next to images, without lines that synth wrote."""
     own_lines, unread = dict[Path, frozenset[str]](), list[str]()
     for path in paths:
         file, folder = path.with_suffix(".txt"), path.parent
@@ -555,7 +554,7 @@ def _describe_unknown(file: Path, names: Sequence[str]) -> list[str]:
 
 
 def _describe_metadata(file: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a message about a metadata file without rows about images, or without captions."""
+    """Return a message if a metadata file has no rows about images, or no captions."""
     if not rows:
         return [f"{file} is not used: no row has a file_name"]
     if any(column in row for row in rows for column in (*CAPTION_COLUMNS, QUESTION)):
@@ -565,11 +564,11 @@ def _describe_metadata(file: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
-    """Return the rows of a metadata file that have a `file_name`. Raise SourceError if it cannot be read."""
+    """Return the metadata rows that have a `file_name`. Raises SourceError if the file cannot be read."""
     try:
         data = read_regular(file, bound, max_bytes=MAX_METADATA_BYTES)
         if file.suffix == ".parquet":
-            # A file without this column is a table of another program.
+            # A file without this column is not about images, but a table of another program.
             has_names = "file_name" in pq.read_schema(pa.BufferReader(data)).names
             rows = list(read_plain_rows(data, MAX_METADATA_BYTES)) if has_names else []
         elif file.suffix == ".csv":
