@@ -68,7 +68,7 @@ class Quiz:
         self.answers.update(zip(keys, answer_questions(checkpoint, features, pairs, source), strict=True))
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """Return VQA accuracy by answer type, for own images, shuffled images, and the most frequent answer."""
+        """Return VQA accuracy by answer type: for own and shuffled images, and for the most common answer."""
         asked = [(i, n, q) for i, e in enumerate(self.examples) for n, q in enumerate(e.questions)]
         scores = {}
         for kind in sorted({question.answer_type for _, _, question in asked}):
@@ -106,7 +106,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score captions against the source's references or, if there are none, the teacher's captions.
 
-    `shuffled_scores` compare each image's references with the caption of another image. `intervals` holds 95 %
+    `shuffled_scores` compare each image's references with another image's caption. `intervals` holds 95 %
     bootstrap intervals. `gain` is the interval of the difference in CIDEr-D between `scores` and
     `shuffled_scores`. If it includes 0, the captioner may ignore its images. `questions` holds the scores of
     answers, and `each` the caption and scores of every image.

@@ -126,7 +126,7 @@ def store_features(
 
 @dataclass(frozen=True, slots=True)
 class _Store:
-    """The folder for one encoder. states.bin holds one record per image, and ids.bin the digests of their ids.
+    """The folder for one encoder. states.bin holds one record per image, and ids.bin the id digests.
 
     A digest is written only after its record is on disk, so an interrupted build can resume after the last
     batch.
@@ -166,7 +166,7 @@ class _Store:
         return rows
 
     def require_room(self, count: int, progress: Progress) -> None:
-        """Report the size of a large build. Raises TrainError if `count` more records do not fit on the disk."""
+        """Report the size of a large build. Raises TrainError if the records do not fit on the disk."""
         num_bytes, free_bytes = count * self.record_bytes, shutil.disk_usage(self.path).free
         if num_bytes <= REPORTED_BYTES:
             return

@@ -363,7 +363,7 @@ def run_steps(
 ) -> None:
     """Train until the last step or until early stopping. `out` receives the best checkpoint.
 
-    If `state` is not empty, the run resumes from it, and it is cleared to free memory. Only the first process
+    If `state` is not empty, the run resumes from it. It is then cleared to free memory. Only the first process
     has a log and writes files. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved.
     """
     config, captioner = trainer.config, trainer.checkpoint.captioner
