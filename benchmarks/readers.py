@@ -3,9 +3,9 @@
     python benchmarks/readers.py [--nanovlm CHECKOUT] ...
 
 Scenes with texts from the tiny teacher are exported, and each loader must return every image and text. The
-loaders come from open_clip (`pip install open_clip_torch`; reads tables and tar shards), and from checkouts
-of huggingface/nanoVLM (reads The Cauldron's columns), haotian-liu/LLaVA and kohya-ss/sd-scripts. The last two
-need older releases, so each must have its requirements in its own `.venv`. Prints counts and lines of code.
+loaders are those of open_clip (`pip install open_clip_torch`) for tables and tar shards, and of checkouts of
+huggingface/nanoVLM for The Cauldron's columns, haotian-liu/LLaVA, and kohya-ss/sd-scripts. The last two need
+older releases, so each must have its requirements in its own `.venv`. Prints counts and lines of code.
 """
 
 import argparse

@@ -41,8 +41,8 @@ from trainer.model.language_model import PretrainedDecoder
 from trainer.runtime.devices import autocast, matmul_precision, multiplies_bfloat16
 from trainer.tokenizer import TextBatch
 
-CAPTIONS, TOKENS = 5, (10, 22)  # captions per image; shortest and longest caption
-STATES, WIDTH = 50, 768  # CLIP ViT-B/32; --states overrides STATES
+CAPTIONS, TOKENS = 5, (10, 22)  # TOKENS: shortest and longest caption
+STATES, WIDTH = 50, 768  # CLIP ViT-B/32 (--states overrides STATES)
 VOCABULARY = 8_192
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 SCRATCH: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> Cap
     """Return a captioner with random weights. A language model has adapters, as in its preset."""
     fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": 20}
     decoder = SCRATCH.get(name) or {"language_model": QWEN3}
-    # With given states the encoder is unused, so a small one saves seconds of initialization on a CPU.
+    # The encoder is unused if states are given. A small one saves initialization time on a CPU.
     tower = TOWER if runs_encoder or device.type == "cuda" else TOWER | {"num_hidden_layers": 1}
     with torch.device(device):
         captioner = CaptionerModel(

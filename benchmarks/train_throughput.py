@@ -1,4 +1,4 @@
-"""Measure the training throughput in captions per second, the gain from a feature cache, and nanoVLM.
+"""Measure training throughput in captions per second, with and without a feature cache and for nanoVLM.
 
     python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--patch-px 32] [--precision bf16] [--rounds 5]
 
@@ -202,7 +202,7 @@ def _take_steps(build: Callable[[], Step], pipe: Connection) -> None:
     torch.manual_seed(0)
     step = build()
     for _ in range(2):
-        step()  # warm-up; from the second step on, memory is reused
+        step()  # warm-up, since memory is reused only from the second step on
     pipe.send(None)
     while True:
         pipe.recv()

@@ -30,7 +30,7 @@ from trainer.tokenizer import TargetText, answering_prompt, scored_prompt
 
 BATCH_SIZE = 32
 PREPARED_BATCHES = 2  # batches that are prepared ahead
-READERS = 2  # threads; each holds one image in full size
+READERS = 2  # threads that each hold one image in full size
 Picture = Image.Image | str | PathLike[str] | bytes
 
 

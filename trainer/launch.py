@@ -40,7 +40,7 @@ class TrainResult:
     path: Path  # checkpoint folder, for Captioner.from_pretrained
     version: Version  # the training data, with pixels
     config: TrainConfig
-    metrics: dict[str, Any]  # content of metrics.json; {} in all processes but the first
+    metrics: dict[str, Any]  # content of metrics.json, or {} in all processes except the first
 
     @property
     def scores(self) -> dict[str, float]:

@@ -42,7 +42,7 @@ from trainer.self_critical import SelfCritic
 from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate, scored_prompt
 
 SAVE_EVERY_S = 300.0  # the state to resume from is also saved after each evaluation
-MAX_SKIPPED_STEPS = 10  # consecutive; with more, training fails
+MAX_SKIPPED_STEPS = 10  # training fails after more consecutive skipped steps
 VALIDATION_STATE = ("best_score", "best_cider_d", "best_loss", "evaluations_without_gain")
 SCORE_DIGITS = 3  # validation scores are rounded before they are compared
 
@@ -363,8 +363,8 @@ def run_steps(
 ) -> None:
     """Train until the last step or until early stopping. `out` receives the best checkpoint.
 
-    If `state` is not empty, the run resumes from it. It is then cleared to free memory. Only the first process
-    has a log and writes files. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved.
+    If `state` is not empty, the run resumes from it and clears it to free memory. Only the first process has a
+    log and writes files. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved.
     """
     config, captioner = trainer.config, trainer.checkpoint.captioner
     optimizer = build_optimizer(captioner, config)

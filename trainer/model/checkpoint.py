@@ -44,7 +44,7 @@ from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens
 MAX_CONFIG_BYTES = 10_000_000
 MAX_TOKENIZER_BYTES = 100_000_000
 MAX_BEAMS = 64  # a larger value in an untrusted checkpoint could make generation take forever
-MAX_SHARED = 2  # maximum ratio of model weights to stored weights; tied weights are stored once
+MAX_SHARED = 2  # maximum ratio of model weights to stored weights (tied weights are stored once)
 
 
 @dataclass(frozen=True, slots=True)

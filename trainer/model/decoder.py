@@ -151,7 +151,7 @@ class ScratchDecoder(nn.Module):
         return decode(step, cache.keep, prompt_BT, decoding, max_tokens, eos_id)
 
     def repeated_parts(self) -> list[nn.Module]:
-        """Return the repeated modules, which are compiled one by one."""
+        """Return the modules to compile, one for each block."""
         return list(self.blocks)
 
 

@@ -144,7 +144,7 @@ def load_config(model_id: str) -> PreTrainedConfig:
     if getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantized and cannot be trained. Pass the original model")
     for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
-        if getattr(part, "return_dict", True) is False:  # set by tracing; outputs then have no names
+        if getattr(part, "return_dict", True) is False:  # set by tracing, makes outputs lose their names
             part.return_dict = True  # type: ignore[union-attr]
     return config
 
