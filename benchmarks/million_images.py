@@ -3,9 +3,9 @@
     python benchmarks/million_images.py [--images 1000000] [--out DIR]
 
 `synth generate` without a task reads a Parquet file of distinct JPEGs (72 x 56 px, 1.7 kB) with human
-captions, searches for near-duplicates, and runs all other steps. Prints seconds, the peak memory of the command
-and of its workers, and the size on disk, also for a second run without changes. DIR/memory.csv holds the
-memory for each second. A million images take half an hour and 8 GB of disk.
+captions, searches for near-duplicates, and runs all other steps. Prints seconds, the peak memory of the
+command and of its workers, and the size on disk, also for a second run without changes. DIR/memory.csv holds
+the memory for each second. A million images take half an hour and 8 GB of disk.
 
 With `--ask`, `synth generate` requests a caption for each image from a mock endpoint without latency
 (benchmarks/mock_chat.py, on the same machine). The time of the first request is printed, too. With `--ray`, a

@@ -61,7 +61,7 @@ class Captioner:
 
     @property
     def usual_beams(self) -> int:
-        """The default beam width, which is the one of the final evaluation in training."""
+        """The default beam width, as used in the final evaluation of training."""
         return self.checkpoint.captioner.config.num_beams
 
     @property

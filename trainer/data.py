@@ -65,7 +65,7 @@ def choose_examples(
     train_set = limit_images(sets["train"], config.train_images)
     sets["train"] = limit_captions(train_set, config.caption_word_budget)
     config = config.with_defaults(len(sets["train"]))
-    # A word budget may remove all captions in a style, which validation must then leave out.
+    # A word budget may remove all captions in a style. Validation must then not use this style.
     learned = {(text.source, text.style) for text in texts_of(sets["train"])}
     validation = sets["validation"][: config.evaluate_images]
     sets["validation"] = [_filter_texts(e, lambda t: (t.source, t.style) in learned) for e in validation]

@@ -186,7 +186,7 @@ def evaluate_version(
         if existing == mixture:
             raise
         examples = examples_in(version, split, existing, to_score=True)
-    # The same order as in training, because bootstrap intervals depend on it.
+    # Use the same order as in training, because bootstrap intervals depend on it.
     examples = sorted(examples, key=lambda example: example.sample_id)
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
     decoding = DecodingConfig(num_beams=beams or config.num_beams)

@@ -363,8 +363,8 @@ def run_steps(
 ) -> None:
     """Train until the last step or until early stopping. `out` receives the best checkpoint.
 
-    If `state` is not empty, the run resumes from it and clears it to free memory. Only the first process has a
-    log and writes files. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved.
+    If `state` is not empty, the run resumes from it and clears it to free memory. Only the first process has
+    a log and writes files. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved.
     """
     config, captioner = trainer.config, trainer.checkpoint.captioner
     optimizer = build_optimizer(captioner, config)

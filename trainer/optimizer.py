@@ -17,7 +17,7 @@ from trainer.model.language_model import PretrainedDecoder
 ALIGNED_PARTS = ("connector", "contrast")  # trained in the first stage
 SPIKE_FACTOR = 10.0  # a step is skipped if its gradient norm exceeds the median by this factor
 SPIKE_WINDOW = 64  # number of steps for the median
-MAX_SPIKES = 3  # after more consecutive spikes, large norms are accepted as normal (memorized texts)
+MAX_SPIKES = 3  # after this many skipped steps in a row, a large norm is accepted as normal
 
 
 def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dict[str, Any]]:

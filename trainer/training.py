@@ -119,7 +119,7 @@ def _run_digest(version: Version, config: TrainConfig, train_set: list[Example],
 
 
 def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
-    """Return the metrics if `out` holds this run in finished form, else None."""
+    """Return the metrics if this run has already finished in `out`, else None."""
     try:
         metrics = read_json(out / "metrics.json")
         return metrics if metrics["run"] == run else None

@@ -24,7 +24,7 @@ CONTRASTIVE_WEIGHT = 0.1
 # The connector must train for at least one step.
 MIN_STEPS = 4
 FACTORS = ("data", "encoder", "decoder", "alignment", "train_images")
-# Settings that select examples. They cannot vary, because all cells must learn from the same images.
+# Settings that select examples. They must be equal in all cells, which learn from the same images.
 SHARED_SETTINGS = ("styles", "questions")
 GRID_SETTINGS = {
     "encoder", "decoder", "text_source", "source_in_prompt", "train_images", "caption_word_budget",

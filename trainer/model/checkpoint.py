@@ -55,7 +55,7 @@ class Checkpoint:
     tokenizer: CaptionTokenizer
 
     def save(self, folder: Path) -> None:
-        """Write config.json, model.safetensors and tokenizer.json, each atomically."""
+        """Write config.json, model.safetensors and tokenizer.json. Each file is replaced atomically."""
         with scratch_folder(folder) as draft:
             try:
                 self.captioner.without_adapters().save_pretrained(draft)

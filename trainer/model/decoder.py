@@ -88,7 +88,7 @@ class ScratchDecoder(nn.Module):
         self.norm = nn.RMSNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.apply(_init_weights)
-        # Scale down the initial weights of the three residual branches of each block, as in GPT-2.
+        # Each block has three residual branches. Their last layers start with small weights, as in GPT-2.
         for block in blocks:
             for layer in (block.attend_words.out, block.attend_image.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / (3 * config.depth) ** 0.5)
