@@ -1,4 +1,4 @@
-"""Compare captioners that read different hidden states, or read them in another way.
+"""Compare captioners that read different hidden states, or read them in different ways.
 
     python benchmarks/hidden_states.py OUT [--steps 250] [--seeds 0 1]
 

@@ -5,7 +5,7 @@
 With `various`, captions depend on the request, and requests for questions receive questions. GET /stats
 returns the number of requests (also by client), answers and distinct requests. POST /reset clears the counts.
 The endpoint does not enforce a schema, but answers the schema probe as expected. Like vLLM, it caches recent
-images that have a uuid. Later requests may contain only the uuid, and are refused for other images.
+images with a uuid. Later requests may send only the uuid, and fail if its image is not cached.
 """
 
 import asyncio

@@ -42,7 +42,7 @@ class Features:
     shape: tuple[int, int]  # (N, V)
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
-        """Return the hidden states of the images of examples: (B, N, V)."""
+        """Return the hidden states for the images in `examples`: (B, N, V)."""
         return self.states(self._read(examples), torch.device("cpu"))
 
     def load(self, examples: Sequence[Example]) -> Tensor:
@@ -67,7 +67,7 @@ class OnlineFeatures:
     device: torch.device
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
-        """Return the hidden states of the images of examples: (B, N, V)."""
+        """Return the hidden states for the images in `examples`: (B, N, V)."""
         return self.states(self.load(examples), self.device)
 
     def load(self, examples: Sequence[Example]) -> Tensor:

@@ -140,7 +140,7 @@ def _warn_of_unlearned(
 
 
 def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText]) -> None:
-    """Raise TrainError if image and longest text need more positions than the language model has."""
+    """Raise TrainError if an image and the longest text exceed the positions of the language model."""
     decoder, tokenizer = checkpoint.captioner.decoder, checkpoint.tokenizer
     if not isinstance(decoder, PretrainedDecoder) or decoder.max_positions == math.inf:
         return

@@ -106,7 +106,7 @@ def _common_ids(examples: Examples, split: str) -> set[str]:
 def _match_words(
     experiment: Experiment, learned: Examples, train_images: set[int]
 ) -> tuple[dict[int, int], dict[tuple[str, int], tuple[int, int]]]:
-    """Return word budgets by train_images, and (images, words) to learn from by (data, train_images)."""
+    """Return the word budget per `train_images`, and (images, words) per data entry and `train_images`."""
     budgets: dict[int, int] = {}
     sizes: dict[tuple[str, int], tuple[int, int]] = {}
     for size in train_images:
