@@ -85,7 +85,7 @@ def _words_differ(runs: Sequence[Run]) -> bool:
 
 
 def _learning_curves(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
-    """Yield one chart per setting, with a curve of validation scores for each data entry."""
+    """Yield charts of validation scores for each setting, with one curve per data entry."""
     for setting in dict.fromkeys(arm.key[1:] for arm in arms):
         setting_arms = [arm for arm in arms if arm.key[1:] == setting]
         title = f"CIDEr-D on the validation split: {setting_arms[0].name.partition(', ')[2]}"

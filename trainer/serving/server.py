@@ -192,7 +192,7 @@ class CaptionServer:
 
     @contextmanager
     def _count_held(self, request: Request) -> Iterator[None]:
-        """Count a request and its body size until it is answered. Raises RefusedError if a limit is exceeded."""
+        """Count a request and its body size until it is answered. Raises RefusedError if a limit is hit."""
         length = request.headers.get("content-length", "")
         size = min(int(length), MAX_BODY_BYTES) if length.isdecimal() else MAX_BODY_BYTES
         if self.held_requests >= MAX_HELD_REQUESTS or self.held_bytes + size > MAX_HELD_BYTES:
