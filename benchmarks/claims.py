@@ -1,11 +1,12 @@
-"""Claims of real captions, with errors planted: `python benchmarks/claims.py FOLDER [--images 300]`.
+"""Measure the claims check on real captions with planted errors.
 
-FOLDER contains several human captions per image (`captions_human.jsonl.gz`: `image`, `text`). One caption of
-each image goes through `--verify claims`, unchanged and with each error that fits it: another object, color,
-number or relation, or a negation. A script replaces the model. It splits a caption into clauses, and answers
-from all captions of the image, so its answers are right where the captions mention the fact: this measures
-the check and not a model. A second script answers yes to all questions, and must confirm nothing. A third
-gives a wrong answer to one question in ten.
+    python benchmarks/claims.py FOLDER [--images 300]
+
+FOLDER contains several human captions per image (`captions_human.jsonl.gz`: `image`, `text`). One caption per
+image is checked by `--verify claims`, unchanged and with each kind of error that fits: another object, color,
+number or relation, or a negation. To measure the check and not a model, a script replaces the model. It
+splits a caption into clauses, and answers questions from all captions of the image. A second script answers
+yes to all questions and must confirm nothing. A third gives a wrong answer to one question in ten.
 """
 
 import argparse
@@ -47,8 +48,7 @@ ASKED = re.compile(r"Does the picture (show|lack) this: (.*)\?")
 
 
 def plant(caption: str, kind: str, said: set[str], others: list[str], draw: random.Random) -> str | None:
-    """Return a caption with an error of this kind; None if none fits. `said` are the words of the captions of
-    its image."""
+    """Plant an error of this kind, or return None if none fits. `said` holds all words about the image."""
     words = caption.rstrip(". ").split()
     lower = [word.lower().strip(",") for word in words]
     if kind == "negation":
@@ -76,14 +76,13 @@ def plant(caption: str, kind: str, said: set[str], others: list[str], draw: rand
 
 
 def split_claims(caption: str) -> list[str]:
-    """Return the clauses of a caption, at most eight."""
+    """Return up to eight clauses of a caption."""
     parts = [part.strip() for part in JOINTS.split(caption) if part.strip()]
     return (parts or [caption])[:8]
 
 
 def holds(claim: str, said: set[str]) -> bool:
-    """Return whether the captions of the image contain all content words of a claim, or lack those of a
-    negated claim."""
+    """Return whether the captions contain all content words of a claim, or not all for a negation."""
     words = {word.lower() for word in re.findall(r"[A-Za-z0-9]+", claim)}
     if negations := words & {"no", "not", "without"}:
         rest = " ".join(word for word in re.findall(r"[A-Za-z0-9]+", claim) if word.lower() not in negations)
@@ -92,7 +91,7 @@ def holds(claim: str, said: set[str]) -> bool:
 
 
 def picture(number: int) -> bytes:
-    """Return an image that is unique to a number."""
+    """Return a distinct image for each number."""
     pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).resize((64, 64)).save(out, "PNG")
@@ -100,8 +99,7 @@ def picture(number: int) -> bytes:
 
 
 def write_folder(folder: Path, rows: list[tuple[str, str, set[str]]]) -> dict[str, set[str]]:
-    """Write an image for each (kind, caption, words said), with its caption; return the words by the hash of
-    the image."""
+    """Write an image and its caption for each (kind, caption, words). Returns the words by image hash."""
     said_of = {}
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -115,8 +113,7 @@ def write_folder(folder: Path, rows: list[tuple[str, str, set[str]]]) -> dict[st
 
 
 def script_of(said_of: dict[str, set[str]], model: str, draw: random.Random) -> Any:
-    """Return the replies of a server: the claims of a caption, or whether a claim holds for the image of a
-    request."""
+    """Return a server script that replies with the claims in a caption, or whether a claim holds."""
 
     def script(_: int, body: dict[str, Any]) -> Act:
         text = body["messages"][-1]["content"][-1]["text"]
@@ -145,7 +142,7 @@ def script_of(said_of: dict[str, set[str]], model: str, draw: random.Random) -> 
 
 
 def main() -> None:
-    """Plant errors, run the check with each script, and print the found errors and the lost captions."""
+    """Plant errors, run the check with each script, and print errors found and good captions rejected."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=300)

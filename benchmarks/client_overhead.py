@@ -1,12 +1,12 @@
-"""Measure the client's cost per row: `python benchmarks/client_overhead.py [--rows 2000] [--peer NAME=PYTHON
-...]`.
+"""Measure the CPU time per row of caption clients.
 
-A mock endpoint answers every request after 200 ms. Each client asks for one caption of each of N distinct
-JPEGs of 85 kB, 256 requests at once: a bare aiohttp loop that discards the replies, `synth` with its journal
-and its validation, the same with a separate prompt for each image (`context`), and peers, each in its own
-environment (benchmarks/peers). CPU per row is the slope between a short and a long run, so that imports and
-start-up do not count. Then each client is killed half-way and restarted: the endpoint counts repeated
-requests.
+    python benchmarks/client_overhead.py [--rows 2000] [--peer NAME=PYTHON ...]
+
+A mock endpoint answers every request after 200 ms. Each client requests one caption for each of N distinct
+JPEGs (85 kB) with 256 concurrent requests. The clients are a bare aiohttp loop that discards the replies,
+`synth` with journal and validation, `synth` with a separate prompt per image (`context`), and peers, each in
+its own environment (benchmarks/peers). CPU per row is the slope between a short and a long run, without
+start-up. Finally, each client is killed half-way and restarted, and the endpoint counts repeated requests.
 """
 
 import argparse
@@ -32,27 +32,27 @@ HERE = Path(__file__).parent
 CONCURRENCY = 256
 LATENCY_SECONDS = 0.2
 IMAGE_BYTES = 85_000
-KEPT_FILES = 2000  # further images differ only in their last bytes
+KEPT_FILES = 2000  # further images are copies with additional bytes at the end
 WITH_CONTEXT = "synth-context"
-HANGS_SECONDS = 180  # seconds; half of the rows take a few
+HANGS_SECONDS = 180  # far more than the few seconds that half of the rows take
 PROMPT = "Write one sentence that names the main things in view."
 
 
 @dataclass(frozen=True)
 class Run:
-    """Resources that one run of a client used."""
+    """Resources used by one run of a client."""
 
     cpu_seconds: float
     peak_mb: float
     disk_bytes: int
 
 
-# --- the images
+# --- images
 
 
 def make_images(folder: Path) -> None:
     """Write distinct noisy JPEGs of about 85 kB."""
-    from photos import noise_jpeg  # the clients, whose memory is measured, do not import it
+    from photos import noise_jpeg  # imported here to keep it out of the measured clients
 
     folder.mkdir(parents=True)
     for number in range(KEPT_FILES):
@@ -60,12 +60,12 @@ def make_images(folder: Path) -> None:
 
 
 def read_image(folder: Path, number: int) -> bytes:
-    """Return the bytes of an image; from KEPT_FILES on, a few bytes after its end make it distinct."""
+    """Return the bytes of an image. From KEPT_FILES on, bytes after the end make it distinct."""
     data = (folder / f"{number % KEPT_FILES:05d}.jpg").read_bytes()
     return data if number < KEPT_FILES else data + number.to_bytes(8, "big")
 
 
-# --- our two clients, each run in its own process
+# --- the aiohttp and synth clients, which run in their own processes
 
 
 def run_raw(url: str, images: Path, rows: int) -> None:
@@ -97,10 +97,9 @@ def run_raw(url: str, images: Path, rows: int) -> None:
 
 
 def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: bool = False) -> None:
-    """Run the pass of `synth generate` over the images: hashing, journal, validation and the table of
-    annotations.
+    """Run the generate step of `synth generate`: hashing, journal, validation and annotation table.
 
-    With a context, each prompt is rendered with a title and tags of its own image.
+    With `with_context`, each prompt contains a title and tags for its image.
     """
     from contextlib import ExitStack
 
@@ -147,11 +146,11 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
     assert kept == rows, f"{kept} of {rows} captions are valid"
 
 
-# --- measuring
+# --- measurement
 
 
 def measure(command: list[str], out: Path) -> Run:
-    """Run a client to its end; CPU and memory include the processes that it waited for."""
+    """Run a client to its end. CPU and memory include child processes that it waited for."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     with (out.parent / f"{out.name}.log").open("w") as log:
@@ -166,7 +165,7 @@ def measure(command: list[str], out: Path) -> Run:
 
 
 def count_repeated_requests(command: list[str], out: Path, root: str, rows: int) -> str:
-    """Kill a client half-way and run it again; return the number of repeated requests, or "hangs"."""
+    """Kill a client half-way and restart it. Returns the number of repeated requests, or "hangs"."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     urllib.request.urlopen(urllib.request.Request(f"{root}/reset", b""), timeout=10).close()
@@ -193,14 +192,14 @@ def count_repeated_requests(command: list[str], out: Path, root: str, rows: int)
 
 
 def stats(root: str) -> dict[str, int]:
-    """Return the counts of the endpoint."""
+    """Return the request counts of the endpoint."""
     with urllib.request.urlopen(f"{root}/stats", timeout=10) as response:
         counts: dict[str, int] = json.load(response)
     return counts
 
 
 def commands(url: str, images: Path, peers: dict[str, str]) -> dict[str, list[str]]:
-    """Return the command line of each client, without rows and output."""
+    """Return the command of each client, without the options for rows and output."""
     options = ["--url", url, "--images", str(images)]
     own_clients = {
         name: [sys.executable, __file__, "--worker", name, *options]
@@ -212,7 +211,7 @@ def commands(url: str, images: Path, peers: dict[str, str]) -> dict[str, list[st
 
 
 def main() -> None:
-    """Measure all clients, and print one line for each."""
+    """Run one client, or measure all clients."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -232,7 +231,7 @@ def main() -> None:
         return run_synth(
             arguments.url, arguments.images, arguments.rows, arguments.out, with_context=with_context
         )
-    from mock_chat import running_mock  # the clients do not import it
+    from mock_chat import running_mock  # imported here to keep it out of the measured clients
 
     with running_mock(LATENCY_SECONDS, various=False) as root, tempfile.TemporaryDirectory() as temporary:
         compare(arguments, root, Path(temporary))
@@ -240,7 +239,7 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace, root: str, scratch: Path) -> None:
-    """Run every client, and print its costs."""
+    """Measure every client, and print one line for each."""
     images = scratch / "images"
     make_images(images)
     sizes = [path.stat().st_size for path in images.iterdir()]
@@ -255,7 +254,7 @@ def compare(arguments: argparse.Namespace, root: str, scratch: Path) -> None:
     clients = commands(f"{root}/v1", images, peers)
     runs: dict[str, Run] = {}
     for _ in range(arguments.repeat):
-        for name, command in clients.items():  # interleaved, so that a busy minute affects all clients
+        for name, command in clients.items():  # interleaved, so that load on the machine affects all clients
             out = scratch / name
             few = measure([*command, "--rows", str(short), "--out", str(out)], out)
             runs[name] = many = measure([*command, "--rows", str(arguments.rows), "--out", str(out)], out)

@@ -1,13 +1,12 @@
-"""Measure the overhead of a cluster: CPU time per image of `--executor ray` and `--executor local`, on one
-machine.
+"""Measure the overhead of Ray: CPU time per image with `--executor ray` and `local` on one machine.
 
     python benchmarks/cluster.py [--images 4000 80000] [--shards 8] [--latency 0.05]
 
-Both caption the same scenes in two styles through a mock endpoint of fixed latency, from source to version.
-CPU covers the whole process tree, Ray's own processes included, as counted by a control group (Linux, as
-root). Each executor runs at two sizes; the difference is the cost of images without start-up. Ray itself uses
-part of a core all the time, so the ratio depends on the number of images per second. Runs are sequential: on
-a shared machine, repeat them.
+Both executors caption the same scenes in two styles through a mock endpoint with a fixed latency, from source
+to version. A control group (Linux, as root) measures the CPU time of the whole process tree, including Ray's
+processes. Each executor runs at two sizes, and the difference excludes start-up. Ray always uses part of a
+core, so the ratio depends on the number of images per second. Runs are sequential. Repeat them on a shared
+machine.
 """
 
 import argparse
@@ -34,7 +33,7 @@ GROUPS = next(
 
 
 def run(command: list[str], folder: Path) -> dict[str, float]:
-    """Run a command in its own control group; return its seconds, and the CPU seconds of its process tree."""
+    """Run a command in its own control group. Returns wall-clock seconds and CPU seconds of all processes."""
     if GROUPS is None:
         raise SystemExit("there are no control groups (version 2) here to count CPU seconds with")
     group = GROUPS / f"synth-benchmark-{os.getpid()}"
@@ -49,7 +48,7 @@ def run(command: list[str], folder: Path) -> dict[str, float]:
     seconds = time.monotonic() - start
     if done.returncode:
         raise SystemExit((folder / "log").read_text()[-2000:])
-    while (group / "cgroup.procs").read_text().strip():  # processes of a cluster take a moment to end
+    while (group / "cgroup.procs").read_text().strip():  # the processes of a cluster take a moment to exit
         time.sleep(0.2)
     (used,) = [
         line.split()[1]

@@ -1,9 +1,10 @@
-"""Compare which hidden states a captioner reads, and how: `python benchmarks/hidden_states.py OUT [--steps
-250] [--seeds 0 1]`.
+"""Compare captioners that read different hidden states, or read them in different ways.
 
-Trains on the facts of 1,100 drawn scenes, with the shipped CLIP frozen: other layers, fewer states, and a
-decoder of the same size that reads them as a prefix of the text instead of by cross-attention. Prints CIDEr-D
-of held-out scenes, and that of the captions of other scenes. Finished cells are skipped.
+    python benchmarks/hidden_states.py OUT [--steps 250] [--seeds 0 1]
+
+Trains on captions from the facts of 1,100 drawn scenes, with the bundled CLIP frozen. The variants use other
+layers, fewer states, or a decoder of the same size that reads states as a prefix instead of by
+cross-attention. Prints CIDEr-D on held-out scenes, with own and shuffled images. Finished cells are skipped.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pipeline.run import generate_dataset
 from trainer.config import resolve
 from trainer.training import train_captioner
 
-TIMES = 3  # this width takes about the time of a prefix
+TIMES = 3  # at this width, a step takes about as long as with a prefix
 CELLS: dict[str, dict[str, Any]] = {
     "last layer, all 37": {},
     "layer -2": {"encoder_layer": -2},
@@ -33,14 +34,14 @@ CELLS: dict[str, dict[str, Any]] = {
 
 
 def scenes(folder: Path) -> Version:
-    """Make a version of drawn scenes, with true captions."""
+    """Generate a version of drawn scenes with captions from their facts."""
     if not (folder / "versions").exists():
         generate_dataset(resolve_dataset(source="scenes", limit=1100, tasks=[], human_texts="keep"), folder)
     return open_dataset(folder)
 
 
 def main() -> None:
-    """Train what is missing, and print a table."""
+    """Train missing cells, and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

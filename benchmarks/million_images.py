@@ -1,16 +1,15 @@
-"""Make a version of very many images without a model: `python benchmarks/million_images.py [--images 1000000]
-[--out DIR]`.
+"""Generate a version with very many images, by default without a model.
 
-A Parquet file of distinct JPEGs of 72 x 56 px (1.7 kB), each with its own caption, goes through `synth
-generate` without a task: reading in workers, the search for near-duplicates, all steps, and the version.
-Prints seconds, the peak memory of the command and of its workers, and bytes, and the same for a second run
-without changes; memory by the second is written to DIR/memory.csv. A million take half an hour and 8 GB of
-disk.
+    python benchmarks/million_images.py [--images 1000000] [--out DIR]
 
-With `--ask`, `synth generate` asks for a caption of each image instead, at a mock endpoint that answers at
-once (benchmarks/mock_chat.py, which shares the machine), and prints when a run sent its first request. With
-`--ray`, the same is made once more by a Ray cluster on this machine in two halves, and the digests of both
-versions are printed.
+`synth generate` without a task reads a Parquet file of distinct JPEGs (72 x 56 px, 1.7 kB) with human
+captions, searches for near-duplicates, and runs all other steps. Prints seconds, the peak memory of the
+command and of its workers, and the size on disk, also for a second run without changes. DIR/memory.csv holds
+the memory for each second. A million images take half an hour and 8 GB of disk.
+
+With `--ask`, `synth generate` requests a caption for each image from a mock endpoint without latency
+(benchmarks/mock_chat.py, on the same machine). The time of the first request is printed, too. With `--ray`, a
+local Ray cluster generates the same version again in two halves. The digests of both versions are printed.
 """
 
 import argparse
@@ -39,18 +38,18 @@ NOUNS = (
 )
 KINDS = ("red", "blue", "old", "small", "wooden", "striped", "broken", "shiny", "pale", "narrow")
 BATCH = 5000
-MAX_PROBES = 20  # requests that probe the server
+MAX_PROBES = 20  # requests that probe the server do not count as the first request
 
 
 def caption_of(number: int) -> str:
-    """Return a caption that is unique among the first three million numbers."""
+    """Return a caption that is unique for numbers below three million."""
     a, b, c, d, e = (NOUNS[number // len(NOUNS) ** place % len(NOUNS)] for place in range(5))
     kind, other = KINDS[number % len(KINDS)], KINDS[number // 7 % len(KINDS)]
     return f"A {kind} {a} stands near the {b} while a {other} {c} leans on the {d} beside {number % 97} {e}s."
 
 
 def make(path: Path, count: int) -> None:
-    """Write distinct images with captions."""
+    """Write a Parquet file with distinct images and captions."""
     rng = np.random.default_rng(0)
     with pq.ParquetWriter(path, SCHEMA, compression="none") as writer:
         for start in range(0, count, BATCH):
@@ -67,7 +66,7 @@ def make(path: Path, count: int) -> None:
 
 
 def memory_mb(process: int) -> tuple[float, float]:
-    """Return the memory of a process, and of its children together."""
+    """Return the memory of a process, and the total memory of its children."""
     tasks = Path(f"/proc/{process}/task").glob("*/children")
     children = " ".join(path.read_text() for path in tasks).split()
     pages = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in (process, *children)]
@@ -76,14 +75,14 @@ def memory_mb(process: int) -> tuple[float, float]:
 
 
 def digest_of(dataset: Path) -> str:
-    """Return the digest of the only version of a dataset folder."""
+    """Return the digest of the only version in a dataset folder."""
     (manifest,) = dataset.glob("versions/v*/manifest.json")
     digest: str = json.loads(manifest.read_text())["digest"]
     return digest
 
 
 def asked(mock: str) -> int:
-    """Return the number of requests to a mock endpoint; 0 if there is none."""
+    """Return the number of requests that a mock endpoint received, or 0 if `mock` is empty."""
     if not mock:
         return 0
     with urllib.request.urlopen(f"{mock}/stats") as response:
@@ -97,7 +96,7 @@ def watch(
     kill_after_s: float = float("inf"),
     name: str = "dataset",
 ) -> None:
-    """Run a command, kill it after some seconds, and print its time and memory."""
+    """Run a command, kill it after `kill_after_s` seconds, and print its time and memory."""
     start, peak = time.monotonic(), (0.0, 0.0)
     before, first_s = asked(mock), float("nan")
     with (folder / "memory.csv").open("w") as log, (folder / "log.txt").open("ab") as printed:
@@ -108,7 +107,7 @@ def watch(
                 process.kill()
             try:
                 now = memory_mb(process.pid)
-            except OSError:  # a process has ended
+            except OSError:  # a process has exited
                 continue
             peak = max(peak[0], now[0]), max(peak[1], now[1])
             if math.isnan(first_s) and asked(mock) > before + MAX_PROBES:
@@ -126,8 +125,7 @@ def watch(
 
 
 def main() -> None:
-    """Run the import, killed once if asked, and then again with nothing changed; print the time and memory of
-    each."""
+    """Run the import (optionally killed once), and again without changes. Prints time and memory of each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,11 @@
-"""Mock chat endpoint: answers any request with a caption after a fixed time, so that only the client is
-measured.
+"""Mock chat endpoint that answers any request with a caption after a fixed time.
 
-`python benchmarks/mock_chat.py PORT [SECONDS [various [ADDRESS]]]`; with `various`, captions depend on the
-request, and requests for questions get some. GET /stats returns the number of requests (also by client),
-answers and distinct requests; POST /reset clears the counts. The endpoint enforces no schema, but answers the
-schema probe as expected. Like vLLM, it caches the last images with a uuid, accepts the uuid alone for a
-cached image, and refuses it for any other.
+    python benchmarks/mock_chat.py PORT [SECONDS [various [ADDRESS]]]
+
+With `various`, captions depend on the request, and requests for questions receive questions. GET /stats
+returns the number of requests (also by client), answers and distinct requests. POST /reset clears the counts.
+The endpoint does not enforce a schema, but answers the schema probe as expected. Like vLLM, it caches recent
+images with a uuid. Later requests may send only the uuid, and fail if its image is not cached.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ def answer(text: str, finish_reason: str = "stop") -> bytes:
 
 
 def caption(key: bytes) -> str:
-    """Return one of half a million captions."""
+    """Choose one of half a million captions by a key."""
     words = [
         options[byte % 8]
         for options, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)
@@ -61,7 +61,7 @@ def caption(key: bytes) -> str:
 
 
 def pairs(key: bytes) -> list[dict[str, str]]:
-    """Return four questions with answers, one answered by yes or no and one by a number."""
+    """Choose four questions with answers by a key. One answer is yes or no, and one is a number."""
     words = [
         options[byte % 8]
         for options, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)
@@ -91,7 +91,7 @@ def pairs(key: bytes) -> list[dict[str, str]]:
 
 
 class Mock:
-    """Endpoint that counts requests by the hash of the body's messages."""
+    """The endpoint. Counts requests by the hash of the messages in the body."""
 
     def __init__(self, seconds: float, *, various: bool) -> None:
         self.seconds = seconds
@@ -103,7 +103,7 @@ class Mock:
         self.kept: dict[bytes, None] = {}
 
     def lacks_images(self, raw: bytes) -> bool:
-        """Cache the images of a request; return whether it names one that is not cached."""
+        """Cache the images of a request. Returns whether the request names an image that is not cached."""
         for image in UUID.finditer(raw):
             if image["named"] and image["uuid"] not in self.kept:
                 return True
@@ -127,7 +127,7 @@ class Mock:
             return web.json_response({"error": error}, status=400)
         self.came += 1
         self.clients[str(request.remote)] += 1
-        # Image and text identify a request; other fields vary by client. A uuid may replace its image.
+        # Image (or its uuid) and text identify a request, because other fields vary by client.
         start = raw.rfind(b'"uuid":"')
         key = hashlib.sha1(
             raw[start if start >= 0 else raw.find(b'"messages"') :], usedforsecurity=False
@@ -160,7 +160,7 @@ class Mock:
 
 
 async def models(_request: web.Request) -> web.Response:
-    """List the one model."""
+    """List the mock model."""
     return web.json_response(
         {
             "object": "list",
@@ -172,19 +172,19 @@ async def models(_request: web.Request) -> web.Response:
 
 
 async def health(_request: web.Request) -> web.Response:
-    """Return 200."""
+    """Return status 200."""
     return web.Response()
 
 
 @contextmanager
 def running_mock(seconds: float = 0, *, various: bool = True) -> Iterator[str]:
-    """Run a mock in its own process; yield its address (without /v1) when it answers."""
+    """Run a mock in its own process. Yields its address (without /v1) once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, __file__, str(port), str(seconds), *(["various"] if various else [])]
-    mock = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # aiohttp logs clients that were killed
+    mock = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # aiohttp logs errors when clients are killed
     try:
         while True:
             if mock.poll() is not None:

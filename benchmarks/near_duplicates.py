@@ -1,9 +1,11 @@
-"""Measure the search for near-duplicate photos: `python benchmarks/near_duplicates.py [--hashes 100000 ...]`.
+"""Measure the search for near-duplicate photos on random hashes of 256 bits.
 
-Random hashes of 256 bits. One in fifty has a copy at a distance of 8, 20, 48, 56, 64 or 70 bits, half of them
-mirrored. For each number of hashes: CPU seconds and peak memory of `find_near_pairs`, its recall of the
-planted pairs by bits, and the CPU seconds of comparing all pairs (measured on 20,000 hashes, and scaled by
-the number of pairs).
+    python benchmarks/near_duplicates.py [--hashes 100000 ...]
+
+One hash in fifty has a near copy at a distance of 8, 20, 48, 56, 64 or 70 bits. Half of the copies are
+mirrored. For each number of hashes, prints CPU seconds and peak memory of `find_near_pairs`, its recall of
+the planted pairs by distance, and the CPU seconds for a comparison of all pairs (measured on 20,000 hashes
+and scaled by the number of pairs).
 
 With --rounds N, only N rounds of the search run, and their time is scaled to all rounds. Recall is not
 measured.
@@ -34,7 +36,7 @@ BITS = (8, 20, 48, 56, 64, 70)
 
 
 def plant(count: int) -> tuple[Hashes, dict[tuple[int, int], int]]:
-    """Return hashes, and the near pairs among them with their distances in bits."""
+    """Return hashes, and the planted pairs among them with their distances in bits."""
     rng = np.random.default_rng(count)
     hashes = rng.integers(0, 2**64, (count, 4), dtype=np.uint64)
     planted = {}
@@ -48,7 +50,7 @@ def plant(count: int) -> tuple[Hashes, dict[tuple[int, int], int]]:
 
 
 def describe_recall(pairs: set[tuple[int, int]], planted: dict[tuple[int, int], int]) -> str:
-    """Return the recall of planted pairs by distance."""
+    """Return the recall of planted pairs by distance, as text."""
     all_of = Counter(planted.values())
     near_of = Counter(bits for pair, bits in planted.items() if pair in pairs)
     return ", ".join(f"{bits}: {near_of[bits] / all_of[bits]:.4f}" for bits in BITS)

@@ -1,13 +1,12 @@
-"""Measure a push of a dataset of images: time, memory, and bytes for a child version, compared with
-`Dataset.push_to_hub`.
+"""Measure time, memory and traffic of a dataset push, compared with `Dataset.push_to_hub`.
 
     PYTHONPATH=. python benchmarks/push.py [--megabytes 2000] [--image-kilobytes 90] [--mode xet|lfs]
         [--shard-megabytes 2]
 
-Both push the same rows (random bytes stand for JPEGs, which do not compress either) to the same Hub-protocol
-server on loopback, each in its own process, one after the other. Peak memory is VmHWM of the process minus
-its memory after the imports. Then 1 % of the rows change, spread over the dataset, and both push again. Small
-shards show the cost of very many shards.
+Both push the same rows to the same local server with the Hub protocol, one after the other in separate
+processes. Random bytes replace JPEGs, because both are incompressible. Peak memory is VmHWM of the process
+minus its memory after the imports. Then 1 % of the rows change, spread over the dataset, and both push again.
+Small values of --shard-megabytes show the cost of very many shards.
 """
 
 import argparse
@@ -57,12 +56,12 @@ THEIRS = {
 
 
 def pixels(number: int, size_bytes: int) -> bytes:
-    """Return random bytes in place of an image."""
+    """Return random bytes that stand for an image."""
     return random.Random(number).randbytes(size_bytes)
 
 
 def row(number: int, image: int, image_bytes: int, text: str) -> dict[str, Any]:
-    """Return one row of a version for an image and a text."""
+    """Return one version row with an image and a text."""
     data = pixels(image, image_bytes)
     caption = {"text": text, "style": "brief", "prompt_id": "caption/v1@test"}
     return {
@@ -88,7 +87,7 @@ def make(
     new_texts: Set[int] = frozenset(),
     new_images: Set[int] = frozenset(),
 ) -> Version:
-    """Write the next version of a dataset; some rows have another text or image."""
+    """Write the next version of a dataset. Rows in `new_texts` and `new_images` change."""
     rows = Rows()
     words = " ".join(f"word{n}" for n in range(20))
 
@@ -114,8 +113,7 @@ def make(
 def push(
     hub: RunningHub, home: Path, code: dict[str, str], version: Version, repo: str, *, xet: bool
 ) -> dict[str, float]:
-    """Push in a new process; return its seconds, its peak memory, and the megabytes that the server
-    received."""
+    """Push in a new process. Returns seconds, peak memory, and the megabytes that the server received."""
     before = hub.hub.received_bytes
     command = [sys.executable, "-c", MEASURE.format(**code), str(version.path), repo]
     done = subprocess.run(command, env=hub.env(home, xet=xet), capture_output=True, text=True)
@@ -126,7 +124,7 @@ def push(
 
 
 def main() -> None:
-    """Measure and print a table with ratios."""
+    """Measure both, and print a table with ratios."""
     parser = argparse.ArgumentParser(description="Push a dataset of images, beside Dataset.push_to_hub.")
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--image-kilobytes", type=int, default=90)
@@ -159,7 +157,7 @@ def main() -> None:
                     flush=True,
                 )
             if version.manifest["parent"]:
-                shutil.rmtree(version.path)  # the next version is a child of the first again
+                shutil.rmtree(version.path)  # so that the next version is again a child of the first
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Measure how fast images are read and checked: `python benchmarks/read_images.py [--images 400] [--photos
-FOLDER]`.
+"""Measure how fast images are read and checked.
 
-JPEGs of 500 x 375 px, or your photos, are read, decoded, checked and hashed as in every source. The baselines
-are a Pillow loop that only reads and decodes (`bare`), and one that also converts to RGB (`convert`). Then
-comes the work of a client: deciding whether the bytes can be sent unchanged, and re-encoding. Rounds are
-interleaved, and each step has its own process, since memory that a process has freed makes its next images up
-to twice as fast. CPU seconds are those of that process and of the workers that decode. The first round is a
-warm-up.
+    python benchmarks/read_images.py [--images 400] [--photos FOLDER]
+
+JPEGs of 500 x 375 px, or your own photos, are read, decoded, checked and hashed as in every source. The
+baselines are a Pillow loop that only reads and decodes (`bare`), and one that also converts to RGB
+(`convert`). Two more measurements are the work of a client: the check whether bytes can be sent unchanged,
+and re-encoding. Rounds are interleaved, and the first one is a warm-up. Each step has its own process,
+because reused memory can make images up to twice as fast. CPU seconds include that process and its decoding
+workers.
 """
 
 import argparse
@@ -35,40 +36,39 @@ def make(folder: Path, count: int) -> None:
 
 
 def bare(folder: Path) -> None:
-    """Read and decode only."""
+    """Read and decode images with Pillow."""
     for path in sorted(folder.iterdir()):
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             image.load()
 
 
 def convert(folder: Path) -> None:
-    """Read, decode, and make an image in RGB."""
+    """Read and decode images, and convert them to RGB."""
     for path in sorted(folder.iterdir()):
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             image.convert("RGB")
 
 
 def source(folder: Path) -> None:
-    """Read as the folder source does."""
+    """Read images through the folder source."""
     for _ in open_folder(folder).rows:
         pass
 
 
 def send(folder: Path) -> None:
-    """Check from the header that the bytes can be sent unchanged."""
+    """Check from each header that the bytes can be sent unchanged."""
     for path in sorted(folder.iterdir()):
         assert sendable_format(path.read_bytes(), None)
 
 
 def shrink(folder: Path) -> None:
-    """Scale down to 100,000 pixels and re-encode, as for an image that is too large."""
+    """Scale images down to 100,000 pixels and re-encode them, as for images that are too large."""
     for path in sorted(folder.iterdir()):
         reencode(path.read_bytes(), 100_000)
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds of this process and of its children that run, such as the workers that
-    decode."""
+    """Return the CPU seconds of this process and its running children, such as decoding workers."""
     children = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
     ticks = [Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13] for child in children]
     return time.process_time() + sum(int(count) for used in ticks for count in used) / os.sysconf(
@@ -86,7 +86,7 @@ STEPS: dict[str, Callable[[Path], None]] = {
 
 
 def serve(step: str, folder: Path) -> None:
-    """Run a step for each line of stdin, and print its CPU seconds."""
+    """Run a step for each line on stdin, and print its CPU seconds."""
     for _ in sys.stdin:
         started = cpu_seconds()
         STEPS[step](folder)
@@ -112,7 +112,7 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print images a CPU second, and the ratio to the bare loop."""
+    """Print images per CPU second, and the ratio to the bare loop."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,11 @@
-"""Do loaders of other projects read what `synth export` writes? `python benchmarks/readers.py [--nanovlm
-CHECKOUT] ...`.
+"""Check that data loaders from other projects can read what `synth export` writes.
 
-Needs `pip install open_clip_torch` for open_clip, whose own data loaders read the tables and the tar shards;
-a checkout of huggingface/nanoVLM, whose dataset and collator read the columns of The Cauldron; and checkouts
-of haotian-liu/LLaVA and kohya-ss/sd-scripts, each with its requirements in its `.venv`, since they need older
-releases. Scenes with texts of the tiny teacher are exported, and each loader must return every image and
-text. The script prints the counts, and the lines of code.
+    python benchmarks/readers.py [--nanovlm CHECKOUT] ...
+
+Scenes with texts from the tiny teacher are exported, and each loader must return every image and text. The
+loaders are those of open_clip (`pip install open_clip_torch`) for tables and tar shards, and of checkouts of
+huggingface/nanoVLM for The Cauldron's columns, haotian-liu/LLaVA, and kohya-ss/sd-scripts. The last two need
+older releases, so each must have its requirements in its own `.venv`. Prints counts and lines of code.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PEERS = Path(__file__).parent / "peers"
 
 
 def read_with_open_clip(version: Version, folder: Path) -> None:
-    """Read the CSV and WebDataset exports with the loaders of open_clip's training script."""
+    """Read the CSV and WebDataset exports with the loaders from open_clip's training script."""
     from open_clip_train.data import get_csv_dataset, get_wds_dataset
     from torchvision.transforms import Compose, Resize, ToTensor
 
@@ -66,7 +66,7 @@ def read_with_open_clip(version: Version, folder: Path) -> None:
 
 
 def read_batches(loader: Any, folder: Path) -> int:
-    """Return the number of pairs of a loader; paths of a table are relative to its folder."""
+    """Return the number of pairs that a loader yields. Paths in tables are relative to `folder`."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -76,7 +76,7 @@ def read_batches(loader: Any, folder: Path) -> int:
 
 
 def read_with_nanovlm(version: Version, folder: Path, checkout: Path) -> None:
-    """Read the export with the columns of The Cauldron through nanoVLM's dataset and collator."""
+    """Read the export in The Cauldron's format with nanoVLM's dataset and collator."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
@@ -87,7 +87,7 @@ def read_with_nanovlm(version: Version, folder: Path, checkout: Path) -> None:
     export_version(version, "cauldron", folder / "cauldron", splits=("train",))
     loaded = load_dataset(str(folder / "cauldron"), split="train", cache_dir=str(folder / "cache"))
     tokenizer = AutoTokenizer.from_pretrained(TINY_WEIGHTS)
-    # nanoVLM counts the tokens of a list, which transformers 4 returned.
+    # nanoVLM expects a list of tokens, as transformers 4 returned.
     tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, return_dict=False)  # type: ignore[method-assign]
     tokenizer.image_token = "<|image_pad|>"
     for row in range(1, 5):
@@ -103,7 +103,7 @@ def read_with_nanovlm(version: Version, folder: Path, checkout: Path) -> None:
 
 
 def read_with_llava(version: Version, folder: Path, checkout: Path) -> None:
-    """Read the conversations with LLaVA's own dataset and collator."""
+    """Read the conversation export with LLaVA's dataset and collator."""
     export_version(version, "llava", folder / "llava", splits=("train",))
     arguments = [str(folder / "llava/train.json"), str(folder / "llava"), str(folder)]
     read = run_peer("llava_peer.py", arguments, checkout)
@@ -115,7 +115,7 @@ def read_with_llava(version: Version, folder: Path, checkout: Path) -> None:
 
 
 def read_with_kohya(version: Version, folder: Path, checkout: Path) -> None:
-    """Read the texts next to the images with the datasets of sd-scripts."""
+    """Read the text files next to the images with the dataset classes from sd-scripts."""
     export_version(version, "sidecar", folder / "sidecar", splits=("train",))
     read = run_peer("kohya_peer.py", [str(folder / "sidecar/train")], checkout)
     images = f"{read['images']} of {version.manifest['rows']['train']} images"
@@ -126,7 +126,7 @@ def read_with_kohya(version: Version, folder: Path, checkout: Path) -> None:
 
 
 def run_peer(script: str, arguments: list[str], checkout: Path) -> dict[str, int]:
-    """Run one of `peers/` in the environment of a checkout, and return what it read."""
+    """Run a script from `peers/` in the environment of a checkout. Returns its counts."""
     command = [str(checkout / ".venv/bin/python"), str(PEERS / script), *arguments]
     environment = os.environ | {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -135,7 +135,7 @@ def run_peer(script: str, arguments: list[str], checkout: Path) -> dict[str, int
 
 
 def main() -> None:
-    """Make a version, and read it with each available loader."""
+    """Generate a version, and read it with each available loader."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nanovlm", type=Path, help="a checkout of huggingface/nanoVLM")
     parser.add_argument("--llava", type=Path, help="a checkout of haotian-liu/LLaVA with its .venv")

@@ -1,11 +1,10 @@
-"""Good texts that the text rules lose, and bad texts that they find: each text goes through parsing, validate
-and filter.
+"""Count the good texts that the text rules reject, and the bad texts that they find.
 
     python benchmarks/real_text.py FOLDER [--examples N]
 
-FOLDER contains JSON lines (also `.gz`). `captions_human` and `captions_vlm` (`text`) and `vqa` (`question`,
-`answer`, `answer_type`) are good except for some, which must be checked by eye. `failures` (`kind`, and a
-text or a pair) are all bad.
+FOLDER contains JSON Lines files (also `.gz`). Most texts in `captions_human` and `captions_vlm` (`text`) and
+in `vqa` (`question`, `answer`, `answer_type`) are good, so rejected texts must be checked by eye. All texts
+in `failures` (`kind`, and a text or a pair) are bad. Each text is parsed, validated and filtered.
 """
 
 import argparse
@@ -30,14 +29,14 @@ BATCH = 10_000
 
 
 def read(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Return the rows of a file."""
+    """Read the rows of a file."""
     path = next(folder.glob(f"{name}.jsonl*"))
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     return [json.loads(line) for line in data.decode().splitlines()]
 
 
 def annotations(rows: list[dict[str, Any]]) -> pa.Table:
-    """Return rows as the annotations of replies with their texts."""
+    """Convert rows to annotations, as parsed from replies with the same texts."""
     parsed: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         task = "caption" if "text" in row else "qa"
@@ -75,7 +74,7 @@ def annotations(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def judge(rows: list[dict[str, Any]]) -> tuple[list[str | None], float]:
-    """Return the reason of each row, or None, and the seconds of filter."""
+    """Return the rejection reason of each row, or None if it is kept, and the CPU seconds in filter."""
     reasons: list[str | None] = []
     seconds = 0.0
     for first in range(0, len(rows), BATCH):
@@ -91,7 +90,7 @@ def judge(rows: list[dict[str, Any]]) -> tuple[list[str | None], float]:
 
 
 def lines(name: str, rows: list[dict[str, Any]], examples: int) -> Iterator[str]:
-    """Yield the lost good rows."""
+    """Yield lines about the rejected rows: counts by reason, and examples."""
     reasons, seconds = judge(rows)
     counts = Counter(reasons)
     lost = len(rows) - counts.pop(None)
@@ -104,7 +103,7 @@ def lines(name: str, rows: list[dict[str, Any]], examples: int) -> Iterator[str]
 
 
 def main() -> None:
-    """Print all figures."""
+    """Print all results."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--examples", type=int, default=0)

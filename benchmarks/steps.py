@@ -1,15 +1,14 @@
-"""Measure the cost per annotation of the steps from filter to version, also for another checkout of this
-project.
+"""Measure the cost per annotation of the steps from filter to version, optionally for two checkouts.
 
     PYTHONPATH=. python benchmarks/steps.py [--images 10000] [--peer FOLDER] [--rounds 3]
     PYTHONPATH=. python benchmarks/steps.py --comparing 25000000
 
-Each checkout makes a dataset folder from a Parquet file of small images, with the captions of two styles and
-three questions of drawn scenes in the place of human ones. Then `synth generate` runs in that folder
-repeatedly, each time in a new process, in this checkout and the peer in turn. Each run has another value of
-`filter.max_caption_words`, so that only filter and the steps after it run again. Reports CPU time and peak
-memory of the process, including file input and output; the cost of start-up (a run over eight images) is
-subtracted. With --comparing, makes rows of few columns, and runs only the steps that compare rows.
+Each checkout generates a dataset from a Parquet file with small images, whose human texts are captions in two
+styles and three questions from drawn scenes. `synth generate` is then repeated in new processes, alternating
+between this checkout and the peer. Each run has another value of `filter.max_caption_words`, so that only
+filter and later steps run again. Reports the CPU time and peak memory of the process, including file access.
+The cost of start-up (a run on eight images) is subtracted. With --comparing, generates rows with few columns,
+and runs only the steps that compare rows.
 """
 
 import argparse
@@ -48,14 +47,14 @@ CODE = "from pipeline.cli import main; main()"
 
 
 def plain_png(number: int) -> bytes:
-    """Return an image of one color, which encodes the number."""
+    """Return an image in one color that encodes the number."""
     buffer = io.BytesIO()
     Image.new("RGB", (84, 84), tuple(number.to_bytes(3, "big"))).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def make_source(path: Path, count: int) -> None:
-    """Write a Parquet file of images with captions and questions."""
+    """Write a Parquet file with images, captions and questions."""
     rows = []
     for n in range(count):
         scene = sample_scene(random.Random(n))
@@ -67,8 +66,7 @@ def make_source(path: Path, count: int) -> None:
 
 
 def run(checkout: Path, folder: Path, out: str, max_words: int) -> tuple[float, float]:
-    """Run the steps that are out of date in the folder `out`, with a checkout; return CPU seconds and peak
-    megabytes."""
+    """Run all outdated steps in the folder `out` with a checkout. Returns CPU seconds and peak megabytes."""
     config = folder / "config.yaml"
     write_json(config, {"dedupe": {"images": "none"}, "filter": {"max_caption_words": max_words}})
     arguments = [
@@ -92,7 +90,7 @@ def run(checkout: Path, folder: Path, out: str, max_words: int) -> tuple[float, 
 
 
 def compare(count: int, checkouts: dict[str, Path], rounds: int) -> None:
-    """Print the cost per annotation in each checkout, in interleaved rounds."""
+    """Print the cost per annotation for each checkout, from interleaved rounds."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_source(folder / "whole.parquet", count)
@@ -118,8 +116,7 @@ def compare(count: int, checkouts: dict[str, Path], rounds: int) -> None:
 
 
 def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
-    """Yield rows as verify leaves them, with the columns that later steps read: one caption and four
-    questions per image."""
+    """Yield rows with the columns that steps after verify read: one caption and four questions per image."""
     query = f"""
     WITH words AS (SELECT ['dog','cat','bus','tree','man','woman','kite','boat','horse','table','lamp',
                           'street'] AS w,
@@ -153,8 +150,7 @@ def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
 
 
 def compare_only(count: int) -> None:
-    """Run the steps that compare rows in a child process; print the seconds of each, and the peak memory of
-    all."""
+    """Run the steps that compare rows in a child process. Prints the seconds of each, and the peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         dataset = DatasetDir(Path(folder))
         with open_database(dataset.path) as db:
@@ -194,7 +190,7 @@ def compare_only(count: int) -> None:
 
 
 def main() -> None:
-    """Measure what the arguments ask for."""
+    """Run the benchmark that the arguments select."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

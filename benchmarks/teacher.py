@@ -1,8 +1,9 @@
-"""Measure accuracy and speed of the tiny teacher: `PYTHONPATH=. python benchmarks/teacher.py [--scenes 1000]
-[--seed 7001]`.
+"""Measure accuracy and speed of the tiny teacher.
+
+    PYTHONPATH=. python benchmarks/teacher.py [--scenes 1000] [--seed 7001]
 
 Draws scenes that are not training data, runs all default tasks in this process, and scores the replies
-against the facts; then repeats it with every sentence of the prompts but the task line reworded.
+against the facts. A second pass rewords every sentence in the prompts except the task line.
 """
 
 import argparse
@@ -34,12 +35,12 @@ REWORDED_TASK = (
 
 
 def reword(request: Request) -> Request:
-    """Keep the task line, and replace all other text."""
+    """Keep the task line of the prompt, and replace all other text."""
     return replace(request, system=REWORDED_SYSTEM, text=f"{REWORDED_TASK}\n{request.text.splitlines()[-1]}")
 
 
 class Rounds:
-    """Requests in chunks; a types.RequestSource for an engine."""
+    """Passes requests to an engine in chunks (a types.RequestSource)."""
 
     def __init__(self, chunks: Iterator[list[Request]]) -> None:
         self.asked: dict[str, Request] = {}
@@ -52,18 +53,18 @@ class Rounds:
         return chunk
 
     def sending(self, requests: Sequence[Request]) -> None:
-        """Do nothing: there is no journal."""
+        """Do nothing, because there is no journal."""
 
     def withdraw(self, requests: Sequence[Request]) -> None:
         """Do nothing."""
 
     def answered(self) -> bool:
-        """Return False: there are no earlier replies."""
+        """Return False, because there are no earlier replies."""
         return False
 
 
 def annotate(samples: list[Sample], config: Config, *, reworded: bool) -> tuple[list[dict[str, Any]], float]:
-    """Return the annotations of all samples, and the seconds taken without loading the model."""
+    """Annotate all samples. Returns annotations and seconds, which do not include loading the model."""
     choice = choose_engine(config)
 
     def requests(chunk: list[Sample]) -> list[Request]:
@@ -142,8 +143,7 @@ def show_scenes(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
 
 
 def show_decks(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """Print the accuracy of answers, evidence pages and expressions; differences are also listed
-    separately."""
+    """Print the accuracy of answers, evidence pages and expressions, also for differences alone."""
     scenes = scenes_by_id(samples, DECKS)
     differences = [
         row | {"answer_type": "differences"} for row in rows if " more " in (row["question"] or "")

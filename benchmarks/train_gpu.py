@@ -1,17 +1,16 @@
-"""Measure a training step, captioning and the cache of states on the available device: a GPU, or with `--cpu`
-two small cells.
+"""Measure training steps, captioning and the feature store on a GPU (with `--cpu`, two small cells).
 
     python benchmarks/train_gpu.py [--cpu] [--states 50] [--nanovlm CHECKOUT] [--rounds 20] [--json FILE]
 
-Needs no network and no weights: models have random weights of true shape. A step is forward, backward,
-clipping and AdamW on 64 images with 5 captions each, states as of CLIP ViT-B/32 (`--states 197`: as of
-ViT-B/16). `packed`: all captions of an image in one row, as training does; `apart`: each caption with its
-image in a separate row. `of the floor`: the time of the step, divided by the time of its matrix products
-(packed) at the speed of one large product on this machine. 1.0 is optimal, and its inverse is the share of
-the FLOP/s that are used (MFU). Launches and syncs are counted on a GPU only. The store of states is filled
-from JPEGs of 500 x 375 px as in training, compared with the bare encoder, and read as for a step. With
-`--nanovlm` (see train_throughput.py) its step runs in turn with one of ours at its sizes, in bfloat16 on a
-GPU.
+Needs no network and no weights, because models have their real shapes with random weights. A step consists of
+forward, backward, clipping and AdamW for 64 images with 5 captions each. States have the shape of CLIP
+ViT-B/32, or of ViT-B/16 with `--states 197`. `packed` means all captions of an image in one row, as in
+training, and `apart` means one row per caption with its own copy of the image. `of the floor` is the step
+time divided by the time for its (packed) matrix products at the speed of one large product on this machine.
+1.0 is optimal, and the inverse is the MFU. Kernel launches and synchronizations are counted only on a GPU.
+The feature store is filled from JPEGs of 500 x 375 px as in training, compared with the bare encoder, and
+read as in a step. With `--nanovlm` (see train_throughput.py), nanoVLM's step and ours alternate, in bfloat16
+on a GPU.
 """
 
 import argparse
@@ -42,8 +41,8 @@ from trainer.model.language_model import PretrainedDecoder
 from trainer.runtime.devices import autocast, matmul_precision, multiplies_bfloat16
 from trainer.tokenizer import TextBatch
 
-CAPTIONS, TOKENS = 5, (10, 22)  # per image; shortest and longest
-STATES, WIDTH = 50, 768  # of CLIP ViT-B/32; --states overrides it
+CAPTIONS, TOKENS = 5, (10, 22)  # TOKENS: shortest and longest caption
+STATES, WIDTH = 50, 768  # CLIP ViT-B/32 (--states overrides STATES)
 VOCABULARY = 8_192
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 SCRATCH: dict[str, dict[str, Any]] = {
@@ -54,7 +53,7 @@ GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
 
 
 def text_batch(images: int) -> TextBatch:
-    """Return captions of different lengths with prompts of two tokens."""
+    """Return captions with different lengths and prompts of two tokens."""
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(*TOKENS, (images * CAPTIONS,), generator=draw)
     ids = torch.randint(2, 4000, (len(lengths), TOKENS[1]), generator=draw)
@@ -63,10 +62,10 @@ def text_batch(images: int) -> TextBatch:
 
 
 def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> CaptionerModel:
-    """Return a captioner with random weights; a language model learns adapters, as its preset has it."""
+    """Return a captioner with random weights. A language model has adapters, as in its preset."""
     fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": 20}
     decoder = SCRATCH.get(name) or {"language_model": QWEN3}
-    # Given states need no encoder: it would take GPU memory, and seconds for its random weights on a CPU.
+    # The encoder is unused if states are given. A small one saves initialization time on a CPU.
     tower = TOWER if runs_encoder or device.type == "cuda" else TOWER | {"num_hidden_layers": 1}
     with torch.device(device):
         captioner = CaptionerModel(
@@ -81,7 +80,7 @@ def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> Cap
 def step_of(
     captioner: CaptionerModel, images: int, precision: str, *, packed: bool, states: int = STATES
 ) -> Callable[[], float]:
-    """Return a function that runs a training step and returns the seconds of the final synchronization."""
+    """Return a function that runs a training step. It returns the seconds of the final synchronization."""
     device = next(captioner.connector.parameters()).device
     texts, states_BNV = text_batch(images), torch.randn(images, states, WIDTH)
     if not packed:
@@ -114,13 +113,13 @@ def step_of(
 
 
 def precision_of(name: str) -> Precision:
-    """Return the precision of a cell, which may also be compiled."""
+    """Return the precision in a cell name, which may have a suffix for compilation."""
     return cast(Precision, name.partition("+")[0])
 
 
 @cache
 def gemm_flops(device: torch.device, precision: str) -> float:
-    """Return the FLOP/s of one large product of matrices."""
+    """Measure the FLOP/s of one large matrix product."""
     side, products = GEMM_SIDE[device.type], precision_of(precision)
     is_cast = products == "bf16" and device.type != "cpu"
     one = torch.randn(side, side, device=device, dtype=torch.bfloat16 if is_cast else torch.float32)
@@ -132,12 +131,12 @@ def gemm_flops(device: torch.device, precision: str) -> float:
                 one @ one
             _wait(device)
             seconds.append((time.monotonic() - started) / 5)
-    return 2 * side**3 / statistics.median(seconds[1:])  # without the first step, which compiles kernels
+    return 2 * side**3 / statistics.median(seconds[1:])  # skip the first step, which compiles kernels
 
 
 @cache
 def flops_of_step(name: str, images: int, states: int, device: torch.device) -> int:
-    """Return the operations in products of matrices of a packed step, forward and backward."""
+    """Return the FLOPs of all matrix products in a packed step, forward and backward."""
     with FlopCounterMode(display=False) as counter:
         step_of(build(name, device), images, "fp32", packed=True, states=states)()
     return int(counter.get_total_flops())
@@ -146,7 +145,7 @@ def flops_of_step(name: str, images: int, states: int, device: torch.device) -> 
 def cell(
     name: str, precision: str, images: int, states: int, rounds: int, device: torch.device, *, packed: bool
 ) -> dict[str, Any]:
-    """Return the figures of one kind of step."""
+    """Measure one kind of step."""
     torch.manual_seed(0)
     captioner = build(name, device)
     if precision.endswith("compile"):
@@ -173,7 +172,7 @@ def cell(
         "captions_per_s": images * CAPTIONS / median,
         "of_the_floor": median / floor,
         "waited_frac": statistics.median(waited)
-        / median,  # of waiting for the device; near 0 if Python is the bottleneck
+        / median,  # share of time waiting for the device, near 0 if Python is the bottleneck
     }
     if device.type == "cuda":
         row |= {"memory_gb": torch.cuda.max_memory_allocated() / 1e9, **_launches_and_syncs(step)}
@@ -196,7 +195,7 @@ def _launches_and_syncs(step: Callable[[], float]) -> dict[str, int]:
 def captions_per_s(
     name: str, images: int, states: int, rounds: int, decoding: DecodingConfig, device: torch.device
 ) -> tuple[float, float]:
-    """Return captions of 20 tokens a second, and their time as a multiple of the floor."""
+    """Return the number of 20-token captions per second, and their time as a multiple of the floor."""
     captioner = build(name, device).eval()
     memory_BND = captioner.connector(torch.randn(images, states, WIDTH, device=device))
     prompt_BT = torch.full((images, 2), 2, device=device)
@@ -219,7 +218,7 @@ def captions_per_s(
 
 @torch.inference_mode()
 def encoder_images_per_s(images: int, device: torch.device) -> float:
-    """Return the images per second of the bare encoder."""
+    """Return the throughput of the bare encoder in images per second."""
     captioner = build("192 x 3", device, runs_encoder=True).eval()
     pixels: Tensor = torch.randn(images, 3, 224, 224, device=device)
     seconds = []
@@ -232,7 +231,7 @@ def encoder_images_per_s(images: int, device: torch.device) -> float:
 
 
 def stored_images_per_s(images: int, device: torch.device) -> tuple[float, float]:
-    """Return the images per second from JPEGs to stored states, and from stored states to a step."""
+    """Return images per second for storing states from JPEGs, and for loading stored states."""
     encoder = build("192 x 3", device, runs_encoder=True).encoder
     encoder.config.made_from["name"] = "random"
     examples = [Example(str(number), noise_jpeg(number), (), ()) for number in range(images)]
@@ -249,7 +248,7 @@ def stored_images_per_s(images: int, device: torch.device) -> tuple[float, float
 
 
 def ratio_to_nanovlm(checkout: Path, rounds: int, device: torch.device) -> float:
-    """Return the median seconds of a step of nanoVLM, divided by those of one of ours at its sizes."""
+    """Return the ratio of median step times, nanoVLM's to ours, at equal sizes."""
     options: dict[str, Any] = {"precision": "fp32" if device.type == "cpu" else "bf16", "device": device}
     builders = {
         "nanoVLM": partial(nanovlm_step, checkout, **options),
@@ -260,12 +259,12 @@ def ratio_to_nanovlm(checkout: Path, rounds: int, device: torch.device) -> float
         return seconds["nanoVLM"] / seconds["synth"]
     steps = {
         name: build() for name, build in builders.items()
-    }  # a GPU cannot be forked, and waiting for it takes no CPU
+    }  # in one process: CUDA does not survive a fork
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 2):
         for name, step in steps.items():
             started = time.monotonic()
-            step()  # reads the loss, and so waits for the device
+            step()  # waits for the device, because it reads the loss
             taken[name].append(time.monotonic() - started)
     return statistics.median(taken["nanoVLM"][2:]) / statistics.median(taken["synth"][2:])
 

@@ -1,14 +1,13 @@
-"""Measure captions per second of a training step, also of nanoVLM, and the gain of a feature cache.
+"""Measure training throughput in captions per second, with and without a feature cache and for nanoVLM.
 
     python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--patch-px 32] [--precision bf16] [--rounds 5]
 
-With `--nanovlm`, the model and the step of that checkout (which needs `einops`) run at our sizes: the same
-towers, 20 tokens a caption behind 49 image tokens (ours: 50), or 196 (197) with patches of 16 px, encoder
-frozen, AdamW, one thread, rounds in turn, medians of CPU time. Each has its own process. nanoVLM trains each
-caption after its own image prefix; ours trains the five captions of an image after one shared prefix, from
-cached states. `--precision bf16` multiplies in bfloat16 on both sides, as nanoVLM's own `train.py` does on a
-CPU too; a CPU without instructions for it is not faster. Without `--nanovlm` only our own variants are
-compared.
+With `--nanovlm`, the model and training step from that checkout (which needs `einops`) run at our sizes.
+Both have the same frozen vision tower, AdamW, and 20 tokens per caption. nanoVLM has 49 image tokens (ours:
+50), or 196 (197) with patches of 16 px. Each runs single-threaded in its own process, in interleaved rounds.
+Results are medians of CPU time. nanoVLM repeats the image prefix for each caption. Our step trains all five
+captions of an image after one shared prefix, from cached states. `--precision bf16` multiplies in bfloat16 on
+both sides, as nanoVLM's `train.py` does. On CPUs without bfloat16 instructions, this is not faster.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from trainer.runtime.devices import autocast, matmul_precision
 from trainer.tokenizer import TextBatch
 
 IMAGES, CAPTIONS, TOKENS = 4, 5, 20
-SIDE_PX, PATCH_PX, WIDTH = 224, 32, 384  # default size of patches
+SIDE_PX, PATCH_PX, WIDTH = 224, 32, 384  # PATCH_PX is the default patch size
 VOCAB = 16_384
 TOWER = {
     "hidden_size": WIDTH,
@@ -69,13 +68,13 @@ Step = Callable[[], float]
 
 
 def encoder_config(**tower: Any) -> EncoderConfig:
-    """Return a frozen CLIP tower with random weights."""
+    """Return the config of a frozen CLIP vision tower."""
     model = {"model_type": "clip_vision_model", "image_size": SIDE_PX, "patch_size": PATCH_PX, **tower}
     return EncoderConfig(model, CLIPImageProcessor().to_dict(), frozen=True)
 
 
 def texts(words: int = VOCAB) -> TextBatch:
-    """Return captions of one length with a prompt of one token: TOKENS - 1 are targets."""
+    """Return captions with TOKENS tokens each, of which the first is the prompt."""
     ids = torch.randint(2, words, (IMAGES * CAPTIONS, TOKENS), generator=torch.Generator().manual_seed(0))
     of_image = torch.arange(IMAGES).repeat_interleave(CAPTIONS)
     ones = torch.ones(len(ids), dtype=torch.long)
@@ -90,7 +89,7 @@ def our_step(
     precision: Precision = "fp32",
     device: torch.device = CPU,
 ) -> Step:
-    """Return one training step of ours; with `cached`, hidden states are precomputed."""
+    """Return our training step. With `cached`, hidden states are precomputed."""
     fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": TOKENS}
     captioner = CaptionerModel(
         CaptionerConfig(encoder=vars_of(encoder_config(**tower)), decoder=decoder, **fields)
@@ -118,14 +117,14 @@ def our_step(
 
 
 def vars_of(config: EncoderConfig) -> dict[str, Any]:
-    """Return the fields of a config as a checkpoint keeps them."""
+    """Return the config fields that a checkpoint stores."""
     return {name: getattr(config, name) for name in ("model", "processor", "layer", "frozen", "made_from")}
 
 
 def nanovlm_step(
     checkout: Path, patch_px: int = PATCH_PX, precision: Precision = "fp32", device: torch.device = CPU
 ) -> Step:
-    """Return one training step of a real checkout: its model, its loss, its optimiser."""
+    """Return nanoVLM's training step, with model, loss and optimizer from the checkout."""
     sys.path.insert(0, str(checkout))
     import models.vision_language_model as theirs  # type: ignore[import-not-found]
     from models.config import VLMConfig  # type: ignore[import-not-found]
@@ -133,7 +132,7 @@ def nanovlm_step(
     image_id, states = VOCAB - 1, (SIDE_PX // patch_px) ** 2
     theirs.get_tokenizer = lambda *_: SimpleNamespace(
         image_token_id=image_id
-    )  # nanoVLM would download its own
+    )  # nanoVLM would download its own tokenizer
     model = theirs.VisionLanguageModel(
         VLMConfig(
             vit_hidden_dim=WIDTH,
@@ -169,9 +168,9 @@ def nanovlm_step(
         ids = torch.cat([torch.full((rows, states), image_id, device=device), caption_ids], 1)
         targets = torch.cat([torch.full((rows, states), -100, device=device), caption_ids], 1).roll(-1, 1)
         targets[:, -1] = -100
-        targets[:, states - 1] = -100  # the first token of a caption is its prompt, as in ours
+        targets[:, states - 1] = -100  # the first token is the prompt, as in our step
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):  # as in its train.py
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):  # as in train.py
             _, loss = model(ids, list(pixels.split(1)), attention_mask=torch.ones_like(ids), targets=targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -182,13 +181,13 @@ def nanovlm_step(
 
 
 def measure(builders: Mapping[str, Callable[[], Step]], rounds: int) -> dict[str, float]:
-    """Return the median CPU seconds of each step, run in turn."""
+    """Return the median CPU seconds of each step over interleaved rounds."""
     forked, sides = multiprocessing.get_context("fork"), {}
     for name, build in builders.items():
         sides[name], theirs = forked.Pipe()
         forked.Process(target=_take_steps, args=(build, theirs), daemon=True).start()
     for side in sides.values():
-        side.recv()  # built and warmed up
+        side.recv()  # wait until the step is built and warmed up
     timings: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
@@ -198,12 +197,12 @@ def measure(builders: Mapping[str, Callable[[], Step]], rounds: int) -> dict[str
 
 
 def _take_steps(build: Callable[[], Step], pipe: Connection) -> None:
-    """Take a step for each message, and answer with its CPU seconds."""
+    """Compute a step for each message, and send back its CPU seconds."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     step = build()
     for _ in range(2):
-        step()  # the first step that reuses memory
+        step()  # warm-up, since memory is reused only from the second step on
     pipe.send(None)
     while True:
         pipe.recv()

@@ -1,10 +1,11 @@
-"""Overhead of `synth` in front of a real server: `SYNTH_VLLM_PYTHON=... python benchmarks/vllm_overhead.py
-[--pairs 10]`.
+"""Measure the overhead of `synth` with a real vLLM server.
 
-One vLLM serves the tiny teacher. A bare aiohttp client and `synth` (journal and validation on) send it the
-same kinds of requests, about new scenes each time, in interleaved pairs. The result is synth's requests per
-second over the bare client's. Then a model of random weights with images of 448 px (256 tokens) shows how
-many image tokens the second task reuses.
+    SYNTH_VLLM_PYTHON=... python benchmarks/vllm_overhead.py [--pairs 10]
+
+vLLM serves the tiny teacher. A bare aiohttp client and `synth` (with journal and validation) alternate in
+sending the same kinds of requests about new scenes. The result is the ratio of synth's requests per second to
+the bare client's. A second part measures how many image tokens the second task reuses from the prefix cache,
+with a randomly initialized model and images of 448 px (256 tokens).
 """
 
 import argparse
@@ -43,7 +44,7 @@ IMAGE_TOKENS = 256
 SIDE_PX = 448
 REVISION = "benchmark"
 
-# Random weights write no usable replies.
+# A model with random weights gives no usable replies.
 UNUSABLE: dict[str, Any] = {
     "generate": {"max_tokens": 16, "attempts": 1},
     "server": {"flags": ["--block-size", "32"], "max_failure_frac": 1.0},
@@ -53,7 +54,7 @@ Images = list[tuple[str, tuple[bytes, ...]]]
 
 
 def body(request: Request, model: str) -> dict[str, object]:
-    """Return the JSON body of a request, written by hand."""
+    """Return the JSON body of a request, built without `synth`."""
     picture = {"url": f"data:image/png;base64,{base64.b64encode(request.images[0]).decode()}"}
     content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": request.text}]
     schema = {"name": request.task, "schema": json.loads(request.schema), "strict": True}
@@ -67,7 +68,7 @@ def body(request: Request, model: str) -> dict[str, object]:
 
 
 async def ask_bare(url: str, model: str, requests: list[Request], concurrency: int) -> None:
-    """Send all requests, `concurrency` at once, and parse the replies."""
+    """Send all requests with this concurrency, and parse the replies."""
     left = iter(requests)
 
     async def work(session: aiohttp.ClientSession) -> None:
@@ -81,7 +82,7 @@ async def ask_bare(url: str, model: str, requests: list[Request], concurrency: i
 
 
 def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> None:
-    """Run the pass of `synth generate`: journal, validation of each reply, and the table of annotations."""
+    """Run the generate step of `synth generate`: journal, reply validation and annotation table."""
     with Journal(folder / f"{random.getrandbits(64):x}.sqlite") as journal:
         chunks = (SampleBatch.of(images[start : start + 64]) for start in range(0, len(images), 64))
         for _ in ask_about(
@@ -101,13 +102,13 @@ def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> N
 
 
 def scenes(seed: int, count: int) -> Images:
-    """Return `count` scenes; other seeds draw other ones."""
+    """Return `count` drawn scenes. Each seed gives different scenes."""
     return [(sample.id, sample.images) for sample in (draw_sample(seed, index) for index in range(count))]
 
 
 @contextmanager
 def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
-    """Run a server; yield its URL without /v1, and its model name. Sets SYNTH_API_KEY in the environment."""
+    """Run a server. Yields its URL (without /v1) and model name. Sets SYNTH_API_KEY in the environment."""
     (command,) = plan_servers(model, REVISION, config.server, log)
     os.environ["SYNTH_API_KEY"] = command.api_key
     servers = run_servers([command], NullProgress())
@@ -120,13 +121,13 @@ def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
 
 
 def open_client(config: Config, revision: str) -> Client:
-    """Return a client of the server and the model that the settings name."""
+    """Return a client for the server and model in the settings."""
     limits = config.generate.max_tokens, config.generate.max_pixels
     return Client(config.model or "", revision, config.server, *limits, urls=config.base_url)
 
 
 def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) -> None:
-    """Print the ratio of both clients over interleaved pairs."""
+    """Print the throughput ratio of both clients over interleaved pairs."""
     with serving(str(TINY_WEIGHTS), resolve(source="scenes"), scratch / "vllm.log") as (root, name):
         config = resolve(
             source="scenes", base_url=[f"{root}/v1"], model=name, server={"concurrency": concurrency}
@@ -143,8 +144,7 @@ def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) 
 def compare(
     pairs: int, count: int, concurrency: int, root: str, client: Client, config: Config, scratch: Path
 ) -> Iterator[float]:
-    """Yield one ratio per pair, with the clients in alternating order. The first pair is a warm-up and does
-    not count."""
+    """Yield one ratio per pair. The order of the clients alternates, and the first pair is only a warm-up."""
     for pair in range(pairs + 1):
         rates = {}
         for client_name in ("bare", "synth") if pair % 2 else ("synth", "bare"):
@@ -167,20 +167,20 @@ def compare(
 
 
 def bootstrap(ratios: list[float]) -> tuple[float, float]:
-    """Return the 95 % interval of the median."""
+    """Return a 95 % bootstrap interval of the median."""
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(ratios, (10_000, len(ratios))), axis=1)
     return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
 
 
 def measure_prefix(count: int, scratch: Path) -> None:
-    """Print how many image tokens the second task finds in the prefix cache."""
+    """Print how many tokens the second task for an image finds in the prefix cache."""
     folder = make_large_model(scratch / "model")
     hits = {
         styles: prefix_hits(folder, styles, count, scratch) for styles in (("brief",), ("brief", "detailed"))
     }
     one_task, two_tasks = hits["brief",] / count, hits["brief", "detailed"] / count
-    # One task per image reuses only the start of the system text, as does each of two tasks.
+    # Subtract the tokens from the start of the system prompt, which every task reuses.
     gain = two_tasks - 2 * one_task
     print(
         f"the second task of an image found {gain:.0f} tokens more in the cache than the first; an image "
@@ -189,7 +189,7 @@ def measure_prefix(count: int, scratch: Path) -> None:
 
 
 def make_large_model(folder: Path) -> Path:
-    """Write a teacher with random weights and images photos of 448 px a side."""
+    """Write a teacher with random weights and an image size of 448 px."""
     from transformers import PreTrainedTokenizerFast
 
     from examples.scenes.tiny_vlm import build_model, build_processor
@@ -203,7 +203,7 @@ def make_large_model(folder: Path) -> Path:
 
 
 def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path) -> float:
-    """Return the number of tokens that a run on `count` images finds in the prefix cache of a new server."""
+    """Return the number of prefix-cache hits, in tokens, of a run on `count` images with a new server."""
     options = {**UNUSABLE, "generate": UNUSABLE["generate"] | {"caption_styles": styles}}
     config = resolve(source="scenes", engine="vllm", tasks=["caption"], **options)
     images = photos(0, count, SIDE_PX)
@@ -221,13 +221,13 @@ def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path)
 
 
 def photos(seed: int, count: int, side_px: int) -> Images:
-    """Return `count` JPEGs of noise; other seeds draw other ones."""
+    """Return `count` noise JPEGs. Each seed gives different images."""
     jpegs = [noise_jpeg(seed * count + number, (side_px, side_px), quality=75) for number in range(count)]
     return [(hashlib.sha256(jpeg).hexdigest(), (jpeg,)) for jpeg in jpegs]
 
 
 def main() -> None:
-    """Measure all."""
+    """Run all measurements."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,13 +1,13 @@
-"""Measure the cost of an image from its file to the version: `python benchmarks/whole_client.py [--peer
-DIR]`.
+"""Measure the CPU time per image of `synth generate`, from the image file to the version.
 
-`synth generate` reads a folder of distinct JPEGs of 500 x 375 px (56 kB), asks a mock endpoint that answers
-at once for two captions and one set of four questions about each (benchmarks/mock_chat.py), and writes a
-version: three requests and six texts an image. CPU seconds are those of the command and of its workers, not
-of the endpoint; the cost per image is the slope between a small and a large folder, so that imports and
-start-up do not count.
+    python benchmarks/whole_client.py [--peer DIR]
 
-With --peer, root of another checkout of `synth` runs in turn with this one, in the same environment.
+`synth generate` reads a folder of distinct JPEGs (500 x 375 px, 56 kB) and writes a version. For each image,
+it requests two captions and one set of four questions from a mock endpoint without latency
+(benchmarks/mock_chat.py). CPU seconds include the command and its workers, but not the endpoint. The cost per
+image is the slope between a small and a large folder, which excludes start-up.
+
+--peer names the root of another checkout of `synth`. It alternates with this one in the same environment.
 """
 
 import argparse
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def run(checkout: Path, images: Path, url: str, out: Path) -> float:
-    """Make a version of a folder of images; return the CPU seconds that it took."""
+    """Generate a version from an image folder. Returns the CPU seconds."""
     options = ["--source", f"folder:{images}", "--base-url", url, "--out", str(out)]
     command = [sys.executable, "-m", "pipeline", "generate", *options]
     log = out.with_suffix(".log")
@@ -38,7 +38,7 @@ def run(checkout: Path, images: Path, url: str, out: Path) -> float:
 
 
 def main() -> None:
-    """Print CPU milliseconds an image of each round, and their median."""
+    """Print CPU milliseconds per image for each round, and the median."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

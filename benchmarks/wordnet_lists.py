@@ -1,7 +1,8 @@
-"""Rebuild the lists of `pipeline/text/wordnet` from WordNet's files: `python -m benchmarks.wordnet_lists
-FOLDER`.
+"""Rebuild the word lists in `pipeline/text/wordnet` from WordNet's files.
 
-FOLDER contains data.noun, index.noun, noun.exc and so on, such as `usr/share/wordnet` of Debian's package
+    python -m benchmarks.wordnet_lists FOLDER
+
+FOLDER contains data.noun, index.noun, noun.exc and so on, such as `usr/share/wordnet` in Debian's package
 wordnet-base.
 """
 
@@ -14,14 +15,14 @@ PARTS = ("noun", "verb", "adj", "adv")
 
 
 def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
-    """Write the lists, the same bytes from the same files; return the number of lines of each."""
+    """Write the lists deterministically. Returns the number of lines in each."""
     names: set[str] = set()
     words: set[str] = set()
     for part in PARTS:
-        # A line of data: offset, file number, type, number of words (hexadecimal), first word, ...
+        # Fields of a data line: offset, file number, type, number of words (hexadecimal), first word, ...
         first = (
             line.split(" ", 5)[4].partition("(")[0] for line in _lines(folder / f"data.{part}")
-        )  # adjectives: "afraid(p)"
+        )  # adjectives may have a marker: "afraid(p)"
         names |= {name.lower().partition(".")[0].replace("_", " ") for name in first}
         words |= {
             line.split(" ", 1)[0]
@@ -38,7 +39,7 @@ def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a file without its license, which is indented."""
+    """Return the lines of a file without the license, whose lines are indented."""
     return [
         line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith(" ")
     ]

@@ -1,6 +1,6 @@
-"""Train a captioner on a version of a dataset with `train`, and use it with `Captioner`.
+"""Train a captioner on a dataset version with `train`, and use it with `Captioner`.
 
-Names are imported when they are first used.
+Names are imported lazily.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""Caption many images: find the files, and write captions in order, so that an interrupted run resumes.
+"""Caption many images: find the files and write their captions. An interrupted run can be resumed.
 
-Captions go to one .jsonl file, which has another name until it is complete, or to a text file next to each
-image.
+Captions are written to a .jsonl file, which has a temporary name until it is complete, or to one text file
+next to each image.
 """
 
 import glob
@@ -26,7 +26,7 @@ from pipeline.storage.untrusted import is_hidden, read_regular
 if TYPE_CHECKING:
     from trainer.captioner import Captioner  # imports torch, which takes seconds
 
-SIDECARS = Path("txt")  # this output means a text file next to each image
+SIDECARS = Path("txt")  # the `out` value for one text file next to each image
 MAX_TEXT_BYTES = 8_000_000_000
 JSON_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 Key = tuple[str, str, str]  # image, style, question
@@ -34,9 +34,9 @@ Row = dict[str, Any]
 
 
 def find_images(names: Iterable[str]) -> list[Path]:
-    """Return the images of files, folders (recursively) and patterns such as `photos/*.jpg`, each once.
+    """Return the distinct images for names of files, folders (recursive), and patterns like `photos/*.jpg`.
 
-    Raises ConfigError for a name without an image.
+    Raises ConfigError if a name matches no image.
     """
     images: dict[Path, None] = {}
     for name in names:
@@ -60,9 +60,9 @@ def find_images(names: Iterable[str]) -> list[Path]:
 
 
 class CaptionFile:
-    """A file of captions with one row per image and style, used as a context manager.
+    """Context manager that writes a caption file with one row per image and style.
 
-    Rows of an interrupted run with the same settings are kept. `done` has the keys of existing rows.
+    Rows of an interrupted run with the same settings are kept. `done` holds the keys of existing rows.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], existing: Existing = "refuse") -> None:
@@ -96,7 +96,7 @@ class CaptionFile:
         return self
 
     def add(self, row: Row) -> None:
-        """Add a row and write it to the disk."""
+        """Append a row and flush it."""
         assert self._file
         self._file.write(_line(row))
         self._file.flush()
@@ -112,7 +112,7 @@ class CaptionFile:
                 self._draft.unlink()
 
     def _read_draft(self) -> list[Row] | None:
-        """Return the rows of an interrupted run, without a last line that was cut off; None to discard them.
+        """Return the complete rows of an interrupted run, or None to start again.
 
         Raises ConfigError if the run had other settings.
         """
@@ -137,7 +137,7 @@ def _key(row: Row) -> Key:
 
 
 def _require_texts(rows: list[Any]) -> list[Row]:
-    """Return the rows. Raises ValueError if one has no image, or a value that is not a text."""
+    """Validate rows and return them. Raises ValueError if an image is missing or a value is not a string."""
     for row in rows:
         if not isinstance(row["image"], str):
             raise ValueError("a row has no image")
@@ -151,7 +151,7 @@ def _line(row: Row) -> str:
 
 
 def _read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file of captions. Raises ConfigError if it is anything else."""
+    """Read the rows of a caption file. Raises ConfigError if it is not a valid caption file."""
     try:
         text = read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8-sig")
         # Not splitlines(): a caption may contain other line separators.
@@ -162,13 +162,13 @@ def _read_rows(path: Path) -> list[Row]:
 
 
 def write_captions(path: Path, rows: list[Row]) -> None:
-    """Write rows as JSON lines."""
+    """Write rows to a JSON Lines file."""
     write_text(path, "".join(map(_line, rows)))
 
 
 @dataclass(slots=True)
 class CaptionedImages:
-    """The number of texts that were written, and the images that could not be read."""
+    """Result of a run: the number of texts written, and the images that could not be read."""
 
     num_written: int = 0
     unread: list[tuple[Path, ImageError]] = field(default_factory=list)
@@ -176,7 +176,7 @@ class CaptionedImages:
 
 @dataclass(frozen=True, slots=True)
 class CaptionTask:
-    """The images to caption and how. With a question, `styles` is one empty style."""
+    """The images to caption, and the options. To answer a question, `styles` is ("",)."""
 
     captioner: "Captioner"
     images: list[Path]
@@ -186,13 +186,13 @@ class CaptionTask:
     batch_size: int = 32
 
     def texts(self, images: list[Path]) -> Iterator[tuple[Path, list[str] | ImageError]]:
-        """Yield each image with its text in each style, or with the reason why it is unreadable."""
+        """Yield each path with one text per style, or with the error if the image cannot be read."""
         styles = [style or None for style in self.styles]
         pairs = ((path, path) for path in images)
         yield from self.captioner.stream(pairs, styles, self.question, self.batch_size, self.num_beams)
 
     def keys(self, path: Path) -> list[Key]:
-        """Return the keys of the rows of an image."""
+        """Return the key of each row for an image."""
         image = os.fsencode(path).decode("utf-8", "backslashreplace")
         return [(image, style, self.question) for style in self.styles]
 
@@ -205,10 +205,10 @@ def caption_images(
     progress: Progress,
     show: Callable[[Row], None],
 ) -> CaptionedImages:
-    """Write captions to the file `out`, to text files next to the images (SIDECARS), or pass rows to `show`.
+    """Write captions to the file `out`, or to text files next to the images if `out` is SIDECARS.
 
-    Images of an interrupted run are not captioned again. Raises ConfigError if `existing` is "refuse" and
-    files exist.
+    If `out` is None, rows are passed to `show`. Rows of an interrupted run are kept. Raises ConfigError if
+    `existing` is "refuse" and files exist.
     """
     if out == SIDECARS:
         return _write_sidecars(task, existing, progress)

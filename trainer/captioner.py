@@ -1,4 +1,4 @@
-"""`Captioner`: captions of images, and answers to questions about them.
+"""`Captioner`: caption images, and answer questions about them.
 
 from trainer import Captioner
 
@@ -30,7 +30,7 @@ from trainer.tokenizer import TargetText, answering_prompt, scored_prompt
 
 BATCH_SIZE = 32
 PREPARED_BATCHES = 2  # batches that are prepared ahead
-READERS = 2  # threads, each holding one image at its full size
+READERS = 2  # threads that each hold one image in full size
 Picture = Image.Image | str | PathLike[str] | bytes
 
 
@@ -42,16 +42,16 @@ class Captioner:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str | None = None) -> "Captioner":
-        """Load a captioner from a folder or from the Hub (ORG/NAME, ORG/NAME@REVISION).
+        """Load a captioner from a folder or from the Hub (ORG/NAME or ORG/NAME@REVISION).
 
-        `device` is a name of torch, by default a GPU if there is one. Raises TrainError if there is no
-        captioner.
+        `device` is a torch device name and defaults to a GPU if there is one. Raises TrainError if there is
+        no captioner.
         """
         return cls(load_checkpoint(find_captioner(name), torch.device(device) if device else None))
 
     @property
     def styles(self) -> list[str]:
-        """The caption styles that it has learned."""
+        """The learned caption styles."""
         return list(dict.fromkeys(style for _, style in self.checkpoint.captioner.config.prompts if style))
 
     @property
@@ -61,12 +61,12 @@ class Captioner:
 
     @property
     def usual_beams(self) -> int:
-        """The default beam width: that of the final test of its training."""
+        """The default beam width, as used in the final evaluation of training."""
         return self.checkpoint.captioner.config.num_beams
 
     @property
     def answers(self) -> bool:
-        """Whether it has learned to answer questions."""
+        """Whether the captioner has learned to answer questions."""
         return any(not style for _, style in self.checkpoint.captioner.config.prompts)
 
     def caption(
@@ -77,10 +77,11 @@ class Captioner:
         batch_size: int = BATCH_SIZE,
         num_beams: int | None = None,
     ) -> list[str]:
-        """Return a caption of each image or, with a `question`, an answer about each image.
+        """Return one caption per image or, with a `question`, one answer per image.
 
-        An image is a PIL image, or the path or the content of a file. `num_beams` is `usual_beams` by
-        default, and 1 is greedy and faster. Raises TrainError for an unknown style or an unreadable image.
+        An image is a PIL image, or the path or the content of a file. `num_beams` defaults to `usual_beams`.
+        A value of 1 means greedy decoding, which is faster. Raises TrainError if the style was not learned
+        or an image cannot be read.
         """
         pictures = [images] if isinstance(images, Image.Image | str | PathLike | bytes) else images
         captions = []
@@ -98,10 +99,10 @@ class Captioner:
         batch_size: int = BATCH_SIZE,
         num_beams: int | None = None,
     ) -> Iterator[tuple[Any, list[str] | ImageError]]:
-        """Yield the key of each image with its text in each style, or with the reason why it is unreadable,
-        in order.
+        """Yield (key, texts) for each (key, image), in order, with one text per style.
 
-        Threads read and resize images a few batches ahead. An image is encoded once for all styles.
+        For an unreadable image, the error takes the place of the texts. Threads read and resize images a few
+        batches ahead. An image is encoded once for all styles.
         """
         num_beams = self.usual_beams if num_beams is None else num_beams
         if batch_size < 1 or num_beams < 1:
@@ -117,7 +118,7 @@ class Captioner:
                     yield key, pixels if isinstance(pixels, ImageError) else next(texts)
 
     def prompt(self, style: str | None = None, question: str = "") -> list[int]:
-        """Return the prompt tokens of a caption or an answer. Raises TrainError if it was not learned."""
+        """Return the prompt tokens for a caption or an answer. Raises TrainError if it was not learned."""
         prompts = self.checkpoint.captioner.config.prompts
         source, chosen = answering_prompt(prompts) if question else scored_prompt(prompts, style)
         return self.checkpoint.tokenizer.prompt(TargetText(source, "", style=chosen, question=question))
@@ -125,7 +126,7 @@ class Captioner:
     def write(
         self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], decoding: DecodingConfig = GREEDY
     ) -> list[list[int]]:
-        """Return the tokens of a text about each preprocessed image, after prompts of the same length."""
+        """Generate one text per preprocessed image and return its tokens. Prompts must have equal lengths."""
         return self.checkpoint.captioner.generate(self._encode(pixels_BCHW), torch.tensor(prompts), decoding)
 
     def _encode(self, pixels_BCHW: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class Captioner:
     def _describe(
         self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], decoding: DecodingConfig
     ) -> list[list[str]]:
-        """Return the texts of each image, one per prompt."""
+        """Return the texts about each image, one per prompt."""
         captioner, tokenizer, B = self.checkpoint.captioner, self.checkpoint.tokenizer, len(pixels_BCHW)
         states_BNV = self._encode(pixels_BCHW)
         prompts_BT = [torch.tensor(ids).expand(B, -1) for ids in prompts]
@@ -147,13 +148,13 @@ class Captioner:
     def _prepare_ahead(
         self, pool: ThreadPoolExecutor, images: Iterable[tuple[Any, Picture]], batch_size: int
     ) -> Iterator[list[tuple[Any, Future[Tensor | ImageError]]]]:
-        """Yield batches of images, while threads prepare the next ones."""
+        """Yield batches of images while threads prepare the next batches."""
         remaining = iter(images)
 
         def prepare(picture: Picture) -> Future[Tensor | ImageError]:
             if not isinstance(picture, Image.Image):
                 return pool.submit(self.prepare, picture)
-            # Two threads must not load the same PIL image, which may occur twice.
+            # Not in a thread: the same PIL image may occur twice, and two threads must not load it.
             done: Future[Tensor | ImageError] = Future()
             done.set_result(self.prepare(picture))
             return done
@@ -167,7 +168,7 @@ class Captioner:
             yield batch
 
     def prepare(self, picture: Picture) -> Tensor | ImageError:
-        """Return the preprocessed image (3, H, W), or the reason why it is unreadable."""
+        """Return the preprocessed image (3, H, W), or an error if it cannot be read."""
         try:
             if isinstance(picture, str | PathLike):
                 picture = read_regular(Path(picture).expanduser(), max_bytes=MAX_IMAGE_BYTES)
@@ -178,7 +179,7 @@ class Captioner:
             return ImageError("unreadable_file", error.strerror or str(error))
         except ImageError as error:
             return error
-        except Exception as error:  # noqa: BLE001  # Pillow raises any exception for a damaged file
+        except Exception as error:  # noqa: BLE001  # Pillow may raise any exception for a damaged file
             return ImageError("unreadable_image", one_line(error))
         try:
             return self.checkpoint.captioner.encoder.pixels([image])[0]

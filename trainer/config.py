@@ -1,7 +1,7 @@
-"""Settings of a training: model names, presets, and how defaults, a file and command-line options are merged.
+"""Training settings: model names, presets, and the merging of defaults, settings file and flags.
 
-Presets start from public recipes (ClipCap, SmallCap, LLaVA-1.5, BLIP). docs/measurements.md has their
-measurements.
+Presets are based on public recipes (ClipCap, SmallCap, LLaVA-1.5, BLIP). docs/measurements.md has their
+results.
 """
 
 import math
@@ -29,15 +29,15 @@ ENCODERS = {
     "siglip2": "google/siglip2-base-patch16-256",
     "dinov2": "facebook/dinov2-base",
 }
-TINY_VIT = "tiny-vit"  # an untrained encoder that learns with the decoder
-PREFIX = "prefix"  # an untrained language model, with the image states as a prefix
+TINY_VIT = "tiny-vit"  # an encoder with random weights, trained together with the decoder
+PREFIX = "prefix"  # a language model with random weights and the image states as a prefix
 SCRATCH_DECODERS = ("scratch", PREFIX)
 DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
 
-FEW_IMAGES = 2_000  # with fewer images, a wide decoder memorizes them
-MAX_CAPTION_TOKENS = 8192  # limits the captions of an untrusted checkpoint
+FEW_IMAGES = 2_000  # with fewer images, a wide decoder memorizes the captions
+MAX_CAPTION_TOKENS = 8192  # also limits generation with untrusted checkpoints
 MAX_EPOCHS = 1_000_000
-MAX_EVALUATIONS = 20  # per training, if `evaluate_epochs` is given
+MAX_EVALUATIONS = 20  # per run, if `evaluate_epochs` is set
 DEFAULT_EVALUATIONS = 4
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -61,15 +61,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_caption_tokens": 96, "num_beams": 3,
     },
 }  # fmt: skip
-# The kind of decoder that a preset needs. The preset scenes allows any.
+# The kind of decoder that each preset needs. The preset `scenes` works with both.
 SCRATCH, LANGUAGE_MODEL = "a decoder from scratch", "a language model"
 DECODER_KINDS = {"photos-few": SCRATCH, "photos": SCRATCH, "photos-lm": LANGUAGE_MODEL}
-# Settings whose default depends on data, encoder or decoder, see `with_defaults`.
+# Settings whose defaults depend on data, encoder or decoder (see `with_defaults`).
 DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr")
 
 
 def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
-    """Return the preset for the kind and number of training images and the decoder."""
+    """Return the default preset for the training images and the decoder."""
     if is_drawn:
         return "scenes"
     if decoder not in SCRATCH_DECODERS:
@@ -78,7 +78,7 @@ def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
 
 
 def default_precision(preset: Preset, *, on_gpu: bool, has_bfloat16: bool) -> Precision:
-    """Return the fastest precision of a device, at least TF32 for drawn scenes."""
+    """Return the fastest precision on a device. For drawn scenes, bf16 is not used."""
     if preset == "scenes":
         return "tf32" if on_gpu else "fp32"
     return "bf16" if has_bfloat16 else "fp32"
@@ -218,12 +218,12 @@ class TrainConfig(Section):
 
     @property
     def total_steps(self) -> int:
-        """The steps of all stages."""
+        """The number of steps in all stages."""
         return self.align_steps + self.steps + self.scst_steps
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the encoder is frozen, by default every encoder but tiny-vit."""
+        """Whether the encoder is frozen. By default, all encoders except tiny-vit are frozen."""
         return self.encoder != TINY_VIT if self.encoder_lr is None else self.encoder_lr == 0
 
     @property
@@ -232,11 +232,11 @@ class TrainConfig(Section):
         return self.decoder in SCRATCH_DECODERS
 
     def digest_values(self) -> dict[str, Any]:
-        """Return all settings that decide a result: the values of a preset, but not its name."""
+        """Return all settings that affect results. The name of the preset does not."""
         return self.model_dump(mode="json", exclude={"preset"})
 
     def with_defaults(self, images: int) -> "TrainConfig":
-        """Return the settings with all derived values, for a number of training images."""
+        """Return a copy with derived values filled in for this number of training images."""
         batch_size = min(self.batch_size, images)
         steps = self.steps or max(self.min_steps, -(-self.epochs * images // batch_size))
         align_steps = self.align_steps or math.ceil(self.align_epochs * images / batch_size)
@@ -254,9 +254,9 @@ class TrainConfig(Section):
 
 
 def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
-    """Merge defaults, a preset, a file and flags, in this order. A flag of None, or "auto", is not set.
+    """Merge defaults, preset, settings file and flags. Later ones take precedence.
 
-    Raises ConfigError for an invalid key or value.
+    The values None and "auto" mean that a flag is not set. Raises ConfigError for an invalid key or value.
     """
 
     def is_set(name: str, value: Any) -> bool:
@@ -280,7 +280,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
             raise ConfigError(problem, hint="choose another --preset or --decoder")
         preset_values = dict(PRESETS.get(preset, {}))
         for name, alternative in (("epochs", "min_steps"), ("align_steps", "align_epochs")):
-            if name in values and alternative not in values:  # the preset must not override the file
+            if name in values and alternative not in values:  # the preset must not override the settings file
                 preset_values.pop(alternative, None)
         values = {**preset_values, **values}
     if "epochs" in flags:
@@ -291,8 +291,8 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
 
 
 def _outdated(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
-    """Return the derived settings of a train.json that do not apply with other flags."""
-    if not {*DERIVED_KEYS} <= values.keys():  # a file written by hand has no derived settings
+    """Return the derived settings in a train.json file that the flags make invalid."""
+    if not {*DERIVED_KEYS} <= values.keys():  # only a train.json file has derived settings
         return set()
     changed = {name for name, value in flags.items() if name in values and values[name] != value}
     outdated = {"encoder_lr"} if "encoder" in changed else set[str]()
@@ -304,12 +304,12 @@ def _outdated(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
 
 
 def keeps_human_texts(manifest: dict[str, Any]) -> bool:
-    """Return whether human texts of a version went through all steps, instead of being references only."""
+    """Return whether human texts went through all steps. Otherwise they are only references."""
     return any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
 
 
 def default_texts(manifest: dict[str, Any]) -> Mixture:
-    """Return the texts that a version holds as captions: synthetic, human or mixed."""
+    """Return which texts are in the caption columns of a version: synthetic, human or mixed."""
     if not keeps_human_texts(manifest):
         return "synthetic"
     return "human" if manifest["model"]["name"] == NO_MODEL else "mixed"

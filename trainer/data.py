@@ -1,6 +1,6 @@
-"""Turn rows of a version into examples, one per image with all its texts.
+"""Convert rows of a version to training examples. An example is one image with all its texts.
 
-Batch order depends on seed and step only.
+The order of batches depends only on the seed and the step.
 """
 
 import itertools
@@ -23,13 +23,13 @@ from trainer.config import Mixture, TrainConfig, keeps_human_texts
 from trainer.image_index import StoredImage, map_images
 from trainer.tokenizer import TargetText
 
-REFERENCE_STYLE = "brief"  # the style as which human captions are learned
-ANY_SOURCE = "any"  # the source in prompts if `source_in_prompt` is off
+REFERENCE_STYLE = "brief"  # human captions are learned in this style
+ANY_SOURCE = "any"  # the source in all prompts if `source_in_prompt` is off
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about an image with its accepted answers, one per annotator."""
+    """A question about an image, with the accepted answers (one per annotator)."""
 
     question: str
     answers: tuple[str, ...]
@@ -38,7 +38,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One image with the texts to learn, reference captions and questions."""
+    """One image with training texts, reference captions and questions."""
 
     sample_id: str
     image: bytes | StoredImage
@@ -57,12 +57,15 @@ Sets = dict[str, list[Example]]  # examples by split
 def choose_examples(
     version: Version, config: TrainConfig, only: Container[str] | None
 ) -> tuple[Sets, TrainConfig]:
-    """Return the examples of all splits, and settings with derived values, or raise TrainError."""
+    """Return the examples of all splits, and settings completed with derived values.
+
+    Raises TrainError if there is nothing to learn.
+    """
     sets = {split: read_split_examples(version, split, config, only) for split in SPLITS}
     train_set = limit_images(sets["train"], config.train_images)
     sets["train"] = limit_captions(train_set, config.caption_word_budget)
     config = config.with_defaults(len(sets["train"]))
-    # A word budget may remove all captions of a style: then the validation split must not use its prompt.
+    # A word budget may remove all captions in a style. Validation must then not use this style.
     learned = {(text.source, text.style) for text in texts_of(sets["train"])}
     validation = sets["validation"][: config.evaluate_images]
     sets["validation"] = [_filter_texts(e, lambda t: (t.source, t.style) in learned) for e in validation]
@@ -74,7 +77,7 @@ def choose_examples(
 def read_split_examples(
     version: Version, split: str, config: TrainConfig, only: Container[str] | None = None
 ) -> list[Example]:
-    """Return the examples of a split under these settings, before limits, sorted by id."""
+    """Return the examples of a split, sorted by id. Limits of the settings are not applied."""
     options: dict[str, Any] = {"questions": config.questions, "styles": config.styles}
     options |= {"source_in_prompt": config.source_in_prompt, "to_score": split != "train"}
     examples = examples_in(version, split, config.text_source, **options)
@@ -85,7 +88,7 @@ def read_split_examples(
 def examples_in(
     version: Version, split: str, mixture: Mixture = "synthetic", **options: Any
 ) -> list[Example]:
-    """Return the examples of a split, with memory-mapped images. Raises StoreError if the split is empty."""
+    """Read a split as examples with memory-mapped images. Raises StoreError if the split is empty."""
     options |= {"keeps_human": keeps_human_texts(version.manifest)}
     columns = [name for name in version.manifest["columns"] if name not in PIXELS]
     images = map_images(version, split) if "image" in version.manifest["columns"] else None
@@ -103,13 +106,13 @@ def read_examples(
     keeps_human: bool = False,
     to_score: bool = False,
 ) -> list[Example]:
-    """Return one example per row that has a text to learn, or with `to_score` a reference.
+    """Return one example for each row with a training text. With `to_score`, a reference is sufficient.
 
-    `images` are by sample id, None for decks. With `keeps_human`, human texts are among the captions and
-    questions, else they are references. Other options are those of TrainConfig; `styles` applies to synthetic
-    captions.
+    `images` maps sample ids to images and is None for decks. With `keeps_human`, human texts are read from
+    the caption and question columns, otherwise from the reference columns. Other options are fields of
+    TrainConfig. `styles` applies only to synthetic captions.
 
-    Raises TrainError if the samples are decks or no row has a text to learn.
+    Raises TrainError if the samples are decks, or if no row has a caption to learn.
     """
     if images is None:
         problem = "a captioner learns from single images, but these samples are decks"
@@ -171,7 +174,7 @@ def _example(
 
 
 def is_human_text(item: dict[str, Any]) -> bool:
-    """Return whether a caption or question was written by a human, even if a review has changed it."""
+    """Return whether a human wrote a caption or question. A later review may have changed it."""
     is_reviewed_question = "question" in item and item.get("prompt_id") == REVIEWED
     return item.get("style") == HUMAN or item.get("prompt_id") == HUMAN or is_reviewed_question
 
@@ -181,12 +184,12 @@ def _filter_texts(example: Example, keep: Callable[[TargetText], bool]) -> Examp
 
 
 def texts_of(examples: list[Example]) -> list[TargetText]:
-    """Return all texts of examples in order."""
+    """Return the texts of all examples in order."""
     return [text for example in examples for text in example.texts]
 
 
 def limit_images(examples: list[Example], num_images: int) -> list[Example]:
-    """Return `num_images` examples by a hash of their ids (10 are among the first 20), or all for 0."""
+    """Select `num_images` examples by id hash (0: all). Larger selections contain the smaller ones."""
     if not num_images or num_images >= len(examples):
         return examples
     by_hash = sorted(examples, key=lambda example: hash_to_unit(example.sample_id))
@@ -195,14 +198,14 @@ def limit_images(examples: list[Example], num_images: int) -> list[Example]:
 
 
 def limit_captions(examples: list[Example], max_words: int) -> list[Example]:
-    """Drop captions until all have at most `max_words` words, or keep all for 0.
+    """Drop captions until their total is at most `max_words` words. 0 keeps all captions.
 
-    Every image keeps one caption: the shortest if the budget is small, else the first by a hash of image and
-    text.
+    Every image keeps at least one caption, even if this exceeds the budget. Captions are chosen by a hash of
+    image and text or, if the budget is too small for one such caption per image, by length.
     """
     if not max_words:
         return examples
-    # For each example its captions in order of choice: (index in `texts`, words).
+    # For each example, its captions in order of preference as (index in `texts`, words).
     captions = [[(n, count_words(text)) for n, text in enumerate(e.texts) if text.style] for e in examples]
     for example, ranked in zip(examples, captions, strict=True):
         ranked.sort(key=lambda item: hash_to_unit(example.sample_id, example.texts[item[0]].text))
@@ -222,17 +225,17 @@ def limit_captions(examples: list[Example], max_words: int) -> list[Example]:
 
 
 def count_words(text: TargetText) -> int:
-    """Return the number of words of a text, independent of the tokenizer."""
+    """Return the number of whitespace-separated words."""
     return len(text.text.split())
 
 
 def most_common(answers: tuple[str, ...]) -> str:
-    """Return the most frequent answer, the first one on a tie."""
+    """Return the most frequent answer. On a tie, the first one wins."""
     return max(answers, key=answers.count)
 
 
 def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[int]]:
-    """Yield the indices of the examples of each step from `first_step` on, in another order each epoch."""
+    """Yield the example indices for each step from `first_step` on. The order changes with each epoch."""
     for step in itertools.count(first_step):
         positions = range(step * size, (step + 1) * size)
         places = [divmod(position, count) for position in positions]

@@ -1,6 +1,6 @@
-"""Score a captioner on held-out images, and again with the images shuffled.
+"""Score a captioner on held-out images, and again with shuffled images.
 
-A captioner that ignores its images has the same scores on shuffled ones.
+A captioner that ignores its images gets the same scores on shuffled images.
 
 Shapes: B images, N hidden states, V encoder width, T tokens.
 """
@@ -28,17 +28,17 @@ from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import folder_name
 from trainer.tokenizer import TargetText, answering_prompt, scored_prompt
 
-CLIPSCORE_WEIGHT = 2.5  # scales typical scores to between 0 and 1
+CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 to 1
 HUMAN_REFERENCES = "references of the source"
 TEACHER_CAPTIONS = "captions of the teacher"
 SHOWN_IMAGES = 12
-HELD_IMAGES = 256  # images whose states are in memory at once: 155 MB of a ViT-B/16
+HELD_IMAGES = 256  # images with states in memory at the same time: 155 MB for ViT-B/16
 ImageResult = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """Prompt (source, style) and decoding. `questions` adds answers and intervals, `clip` CLIPScore."""
+    """Options of `evaluate`. `questions` adds question scores and intervals, and `clip` adds CLIPScore."""
 
     prompt: tuple[str, str]
     decoding: DecodingConfig = GREEDY
@@ -47,17 +47,17 @@ class EvalOptions:
 
 
 class Quiz:
-    """The questions of examples, each asked about its own image and about another one (shuffled)."""
+    """Asks each question about its own image and, as a control, about another image (shuffled)."""
 
     def __init__(self, examples: Sequence[Example], order: Sequence[int]) -> None:
         self.examples = examples
-        # The example whose questions are also asked about an image. `order` maps questions to images.
+        # For each image, the example whose questions are asked as a control. `order` is the inverse mapping.
         self.shuffled_questions = {image: index for index, image in enumerate(order)}
-        # By example, question, and whether it is shuffled.
+        # Keys: (example index, question index, whether the image is shuffled).
         self.answers: dict[tuple[int, int, bool], str] = {}
 
     def ask(self, checkpoint: Checkpoint, features: FeatureSource, images: Iterable[int]) -> None:
-        """Ask all questions about some images."""
+        """Ask all questions about these images, including the shuffled ones."""
         source, _ = answering_prompt(checkpoint.captioner.config.prompts)
         keys, pairs = [], []
         for image in images:
@@ -68,7 +68,7 @@ class Quiz:
         self.answers.update(zip(keys, answer_questions(checkpoint, features, pairs, source), strict=True))
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """Return VQA accuracy by answer type: own images, shuffled images, and the most frequent answer."""
+        """Return VQA accuracy by answer type: for own and shuffled images, and for the most common answer."""
         asked = [(i, n, q) for i, e in enumerate(self.examples) for n, q in enumerate(e.questions)]
         scores = {}
         for kind in sorted({question.answer_type for _, _, question in asked}):
@@ -88,7 +88,7 @@ class Quiz:
         return scores
 
     def results(self, index: int) -> list[dict[str, Any]]:
-        """Return the questions of an example with the answers about its own image."""
+        """Return an example's questions with the answers given for its own image."""
         return [
             {
                 "question": question.question,
@@ -104,18 +104,17 @@ class Quiz:
 def evaluate(
     checkpoint: Checkpoint, examples: list[Example], options: EvalOptions, features: FeatureSource
 ) -> dict[str, Any]:
-    """Return scores against the references of the source or, without references, against the teacher's
-    captions.
+    """Score captions against the source's references or, if there are none, the teacher's captions.
 
-    `scores` are of the caption of each image, `shuffled_scores` of the caption of another image. `intervals`
-    are 95 % bootstrap intervals, `gain` that of the difference in CIDEr-D: if it includes 0, the captioner
-    may ignore its images. `questions` has the scores of answers. `each` has the caption and scores of every
-    image.
+    `shuffled_scores` compare each image's references with another image's caption. `intervals` holds 95 %
+    bootstrap intervals. `gain` is the interval of the difference in CIDEr-D between `scores` and
+    `shuffled_scores`. If it includes 0, the captioner may ignore its images. `questions` holds the scores of
+    answers, and `each` the caption and scores of every image.
     """
     checkpoint.captioner.eval()
     source, style = options.prompt
     against, examples, texts = choose_references(examples, style)
-    # A greedy caption depends only on its image, so shuffling images equals shuffling captions.
+    # A caption depends only on its image, so shuffling the captions has the same effect.
     order = derangement([example.sample_id for example in examples])
     quiz: Quiz | None = None
     if options.questions and any(not style for _, style in checkpoint.captioner.config.prompts):
@@ -170,11 +169,10 @@ def evaluate_version(
     beams: int | None = None,
     clip: str | None = None,
 ) -> dict[str, Any]:
-    """Score a captioner on a split of a version (see `evaluate`). `clip` names a CLIP for CLIPScore.
+    """Score a captioner on a split of a version (see `evaluate`). `clip` names the model for CLIPScore.
 
-    Without `beams`, the beam width of the final test of its training is used.
-
-    Raises TrainError if the CLIP is the captioner's own encoder, and EngineError if it cannot be loaded.
+    `beams` defaults to the beam width of the final evaluation in training. Raises TrainError if `clip` is the
+    captioner's own encoder, and EngineError if it cannot be loaded.
     """
     config = checkpoint.captioner.config
     if clip and is_own_encoder(clip, config.encoder["made_from"]):
@@ -188,7 +186,7 @@ def evaluate_version(
         if existing == mixture:
             raise
         examples = examples_in(version, split, existing, to_score=True)
-    # The order of the final test, since bootstrap intervals depend on it.
+    # Use the same order as in training, because bootstrap intervals depend on it.
     examples = sorted(examples, key=lambda example: example.sample_id)
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
     decoding = DecodingConfig(num_beams=beams or config.num_beams)
@@ -197,9 +195,9 @@ def evaluate_version(
 
 
 def choose_references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[str]]]:
-    """Return the kind of references, the examples that have some, and their references.
+    """Return the kind of references, the examples with references, and the references.
 
-    Raises TrainError if no example has a reference or a caption of the style.
+    Raises TrainError if no example has a reference or a caption in the style.
     """
     against = HUMAN_REFERENCES
     pairs = [(example, list(example.references)) for example in examples if example.references]
@@ -221,7 +219,7 @@ def _generate(
     features: FeatureSource,
     quiz: Quiz | None,
 ) -> list[str]:
-    """Return the caption of each example, and ask `quiz` while the states of an image are in memory."""
+    """Generate a caption for each example, and ask `quiz` while the image states are in memory."""
     source, style = options.prompt
     prompt_T = torch.tensor(checkpoint.tokenizer.prompt(TargetText(source, "", style=style)))
     captions: list[str] = []
@@ -241,7 +239,7 @@ def _generate(
 def answer_questions(
     checkpoint: Checkpoint, features: FeatureSource, pairs: Sequence[tuple[Example, str]], source: str
 ) -> list[str]:
-    """Answer one question about each example. Prompts of the same length share a batch."""
+    """Answer one question per (example, question) pair. Prompts of equal length share a batch."""
     asked = [TargetText(source, "", question=question) for _, question in pairs]
     prompts = [checkpoint.tokenizer.prompt(text) for text in asked]
     answers = [""] * len(pairs)
@@ -259,11 +257,10 @@ def answer_questions(
 
 
 def vqa_accuracy(answer: str, truth: Question) -> float:
-    """Return VQA accuracy (Antol et al., 2015): min(1, matches / 3), averaged over leaving out each
-    annotator.
+    """Return VQA accuracy (Antol et al., 2015): min(1, matches / 3), averaged over leave-one-out subsets.
 
-    All answers are normalized first; the official program compares verbatim if all annotators agree. With
-    fewer than four annotators, an answer is right if it equals one of theirs.
+    All answers are normalized first. (The official script compares verbatim if all annotators agree.) With
+    fewer than four annotators, an answer is correct if it equals one of their answers.
     """
     given = normalize_answer(answer)
     truths = [normalize_answer(reference) for reference in truth.answers]
@@ -276,7 +273,7 @@ def vqa_accuracy(answer: str, truth: Question) -> float:
 def clip_scores(
     name: str, images: Iterable[Image.Image], captions: Sequence[str], *orders: Sequence[int]
 ) -> list[list[float]]:
-    """Return CLIPScore (Hessel et al., 2021) of image i and caption order[i], for each order."""
+    """Return, for each order, the CLIPScore (Hessel et al., 2021) of each image i with caption order[i]."""
     clip = ClipScorer(name)
     image_states, text_states = clip.image_states(images), clip.text_states(captions)
     cosines = (clip.compare(image_states, [text_states[index] for index in order]) for order in orders)
@@ -284,14 +281,14 @@ def clip_scores(
 
 
 def is_own_encoder(name: str, made_from: dict[str, str]) -> bool:
-    """Return whether a CLIP is the encoder of a captioner."""
+    """Return whether a CLIP name means the captioner's own encoder."""
     own_name, model_id = made_from.get("name", ""), ENCODERS.get(name, name)
     shown = folder_name(Path(name)) if Path(name).is_dir() else model_id
     return ENCODERS.get(own_name, own_name) in (model_id, shown)
 
 
 def _gains(own: dict[str, list[float]], shuffled: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Return the difference in CIDEr-D between the caption of each image and that of another image."""
+    """Return how much higher the CIDEr-D of each image's own caption is than with a shuffled caption."""
     return {"cider_d": [a - b for a, b in zip(own["cider_d"], shuffled["cider_d"], strict=True)]}
 
 

@@ -1,7 +1,7 @@
-"""Hidden states of images: computed in each step, or computed once and stored.
+"""Hidden states of images, either computed in each step, or computed once and stored.
 
-The states of a frozen encoder are stored in DATASET/features, one folder per encoder, for all trainings of
-the dataset. `synth versions gc` deletes the folder.
+The states of a frozen encoder are stored in DATASET/features, in one folder per encoder. All training runs on
+the dataset share them. `synth versions gc` deletes the folder.
 
 Shapes: B images, N hidden states per image, V encoder width.
 """
@@ -29,29 +29,29 @@ from trainer.model.encoder import Encoder
 BATCH_IMAGES = 64
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
-SPARE_BYTES = 1_000_000_000  # stays free on the disk
-REPORTED_BYTES = 100_000_000  # larger builds report their size and check the free space
+SPARE_BYTES = 1_000_000_000  # must stay free on the disk
+REPORTED_BYTES = 100_000_000  # before larger builds, the size is reported and free space checked
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Stored hidden states, by sample id."""
+    """Stored hidden states, looked up by sample id."""
 
     rows: dict[str, int]
     stored: np.memmap  # bfloat16 states as bytes: (images, bytes)
     shape: tuple[int, int]  # (N, V)
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
-        """Return the hidden states of the images of examples: (B, N, V)."""
+        """Return the hidden states for the images in `examples`: (B, N, V)."""
         return self.states(self._read(examples), torch.device("cpu"))
 
     def load(self, examples: Sequence[Example]) -> Tensor:
-        """Read stored states as bytes (B, bytes), in pinned memory if there is a GPU."""
+        """Read stored states as raw bytes (B, bytes), into pinned memory if there is a GPU."""
         records = self._read(examples)
         return records.pin_memory() if torch.cuda.is_available() else records
 
     def states(self, loaded: Tensor, device: torch.device) -> Tensor:
-        """Return the result of `load` as float32 on a device: (B, N, V)."""
+        """Convert the result of `load` to float32 states on a device: (B, N, V)."""
         states_BX = loaded.to(device, non_blocking=True).view(torch.bfloat16)
         return states_BX.view(-1, *self.shape).float()
 
@@ -61,33 +61,33 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class OnlineFeatures:
-    """Hidden states that are computed on each call, with gradients unless the encoder is frozen."""
+    """Computes hidden states on each call, with gradients unless the encoder is frozen."""
 
     encoder: Encoder
     device: torch.device
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
-        """Return the hidden states of the images of examples: (B, N, V)."""
+        """Return the hidden states for the images in `examples`: (B, N, V)."""
         return self.states(self.load(examples), self.device)
 
     def load(self, examples: Sequence[Example]) -> Tensor:
-        """Decode and preprocess images: (B, 3, H, W)."""
+        """Decode and preprocess images. Returns (B, 3, H, W)."""
         return self.encoder.pixels([example.open() for example in examples])
 
     def states(self, loaded: Tensor, device: torch.device) -> Tensor:
-        """Return the hidden states of loaded pixels: (B, N, V)."""
+        """Encode the pixels that `load` returned: (B, N, V)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder.config.frozen):
             states_BNV: Tensor = self.encoder(loaded.to(device, non_blocking=True))
         return states_BNV
 
 
-LoadedFeatures = Features | OnlineFeatures  # `load` runs ahead on the CPU, `states` in the step
+LoadedFeatures = Features | OnlineFeatures  # a thread calls `load` in advance, and the step calls `states`
 FeatureSource = Callable[[Sequence[Example]], Tensor]  # examples -> hidden states of their images (B, N, V)
 
 
 @torch.inference_mode()
 def hold_features(features: FeatureSource, examples: Sequence[Example]) -> FeatureSource:
-    """Compute the features of examples once, and return a function that looks them up in memory."""
+    """Compute the features of all examples once. Returns a function that looks them up in memory."""
     starts = range(0, len(examples), BATCH_IMAGES)
     states_BNV = torch.cat([features(examples[start : start + BATCH_IMAGES]) for start in starts])
     rows = {example.sample_id: row for row, example in enumerate(examples)}
@@ -98,9 +98,9 @@ def hold_features(features: FeatureSource, examples: Sequence[Example]) -> Featu
 def store_features(
     encoder: Encoder, examples: Sequence[Example], folder: Path, device: torch.device, progress: Progress
 ) -> Features:
-    """Return stored features of all examples, after computing missing ones.
+    """Return stored features for all examples. Missing features are computed first.
 
-    Raises TrainError for a full disk.
+    Raises TrainError if the disk is full.
     """
     online = OnlineFeatures(encoder, device)
     num_states, width = online(examples[:1]).shape[1:]
@@ -117,7 +117,7 @@ def store_features(
             store.append(len(row_of), states_BNV.view(torch.uint8).numpy(), batch)
             row_of |= {key: row for row, key in enumerate(batch, len(row_of))}
             progress("features", start + len(batch), len(missing))
-        # Open the file before the lock is released, since another process may delete it afterwards.
+        # Open the file before the lock is released, because another process may then delete it.
         shape = (len(row_of), store.record_bytes)
         stored = np.memmap(store.path / STATES, dtype=np.uint8, mode="r", shape=shape)
     rows = {example.sample_id: row_of[key] for key, example in example_of.items()}
@@ -126,10 +126,9 @@ def store_features(
 
 @dataclass(frozen=True, slots=True)
 class _Store:
-    """A folder with the states of one encoder: states.bin has a record per image, ids.bin the digest of its
-    id.
+    """The folder for one encoder. states.bin holds one record per image, and ids.bin the id digests.
 
-    A digest is appended after its record is on the disk, so an interrupted build resumes after its last
+    A digest is written only after its record is on disk, so an interrupted build can resume after the last
     batch.
     """
 
@@ -137,9 +136,9 @@ class _Store:
     record_bytes: int
 
     def lock(self, progress: Progress) -> BinaryIO:
-        """Create and lock the store, after waiting for other processes.
+        """Create and lock the store. Waits for other processes.
 
-        Raises TrainError if a file is a link.
+        Raises TrainError if a file is a symbolic link.
         """
 
         def on_busy() -> None:
@@ -148,13 +147,13 @@ class _Store:
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             for file in (self.path, self.path / IDS, self.path / STATES):
-                if file.is_symlink():  # in a downloaded dataset it could point to any file
+                if file.is_symlink():  # a link in a downloaded dataset could point to any file
                     raise TrainError(f"{file} is a link, which synth does not create", hint="remove it")
-            with suppress(FileNotFoundError):  # removed by another process in the meantime
+            with suppress(FileNotFoundError):  # another process may have removed the file
                 return lock_file(self.path / LOCK, on_busy, TrainError)
 
     def rows(self) -> dict[bytes, int]:
-        """Return the row of each stored image by the digest of its id, up to the first repeated digest."""
+        """Map id digests to rows of states.bin. Rows from the first repeated digest on are ignored."""
         ids, states = self.path / IDS, self.path / STATES
         data = ids.read_bytes() if ids.exists() else b""
         num_states = states.stat().st_size // self.record_bytes if states.exists() else 0
@@ -167,7 +166,7 @@ class _Store:
         return rows
 
     def require_room(self, count: int, progress: Progress) -> None:
-        """Report a large build. Raises TrainError if the disk has no room for `count` more records."""
+        """Report the size of a large build. Raises TrainError if the records do not fit on the disk."""
         num_bytes, free_bytes = count * self.record_bytes, shutil.disk_usage(self.path).free
         if num_bytes <= REPORTED_BYTES:
             return
@@ -178,8 +177,8 @@ class _Store:
         progress.message(need)
 
     def append(self, count: int, records: np.ndarray, ids: Sequence[bytes]) -> None:
-        """Write records (images, ...) after the first `count`, then their ids."""
-        if (self.path / IDS).exists():  # ids after `count` have no records
+        """Write records (images, ...) behind the first `count` records, and then their id digests."""
+        if (self.path / IDS).exists():  # remove ids without records
             os.truncate(self.path / IDS, min(count * ID_BYTES, (self.path / IDS).stat().st_size))
         for name, size, data in (
             (STATES, self.record_bytes, records.tobytes()),

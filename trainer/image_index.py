@@ -1,8 +1,8 @@
-"""Index the images of a split in memory-mapped files, so that a version may be larger than the memory.
+"""Index the images of a split in memory-mapped files, so that a version may be larger than main memory.
 
-The files are those of the image store, or the shards of a pulled version. Starting a training reads only ids.
-The images of a row group are located when the first one is read. They are stored uncompressed one after
-another, so each is a slice of the mapped file, which the system can evict from memory.
+The files belong to the image store or, for a pulled version, are its shards. Only sample ids are read at the
+start. The images of a row group are located when the first of them is needed. They are stored consecutively
+and uncompressed, so each image is a slice of the mapped file, which the system can evict from memory.
 """
 
 import mmap
@@ -27,7 +27,7 @@ READ_ERRORS = (OSError, ValueError, pa.ArrowException)
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image in a row group of a file."""
+    """Location of an image: a row group and a position in it."""
 
     group: "_RowGroup"
     position: int
@@ -38,7 +38,7 @@ class StoredImage:
 
 
 class _MappedFile:
-    """A Parquet file of images in mapped memory, without an open file handle."""
+    """A memory-mapped Parquet file with images. Holds no open file handle."""
 
     def __init__(self, path: Path, leaf: str, damage: Callable[[Exception], StoreError]) -> None:
         self.leaf, self.damage, self.lock = leaf, damage, threading.Lock()
@@ -48,7 +48,7 @@ class _MappedFile:
         self.parquet = pq.ParquetFile(reader, page_checksum_verification=True)
 
     def images(self) -> Iterator[tuple[str, StoredImage]]:
-        """Yield the id and the place of each image."""
+        """Yield the sample id and the location of each image."""
         # One read of all ids is ten times faster than one per row group.
         rows = self.parquet.read(columns=["sample_id"])
         require_values(rows)
@@ -60,7 +60,7 @@ class _MappedFile:
                 yield sample_id, StoredImage(group, position)
 
     def read_group(self, number: int) -> list[bytes]:
-        """Return the images of a row group, or the first pages of decks."""
+        """Return all images of a row group. For decks, returns each first page."""
         column = self.leaf.partition(".")[0]
         rows = self.parquet.read_row_group(number, columns=[column])
         require_values(rows)
@@ -70,14 +70,14 @@ class _MappedFile:
 
 
 class _RowGroup:
-    """The images of one row group, located when they are first read."""
+    """The images of one row group, located at the first access."""
 
     def __init__(self, file: _MappedFile, number: int) -> None:
         self._file, self._number = file, number
         self._images: list[memoryview] | None = None
 
     def images(self) -> list[memoryview]:
-        """Return the bytes of each image. Images that another writer compressed are held in memory."""
+        """Return the bytes of each image. Images in compressed columns are held in memory, not mapped."""
         with self._file.lock:  # several threads decode images of one file
             if self._images is None:
                 try:
@@ -100,7 +100,7 @@ class _RowGroup:
 
 
 def map_images(version: Version, split: str) -> dict[str, StoredImage]:
-    """Return the images of a split by sample id. Raises StoreError for a damaged file or missing image."""
+    """Map sample ids of a split to images. Raises StoreError if a file is damaged or an image is missing."""
     if version.holds_pixels:
         try:
             for shard in version.shards(split):

@@ -1,4 +1,4 @@
-"""`train`: open the data of a training, choose its settings and its folder, and run it.
+"""`train`: open a dataset version, choose settings and a checkpoint folder, and train a captioner.
 
 import trainer
 
@@ -35,21 +35,21 @@ CLIP = CLIP_MODELS["clip"]
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """A training that has ended."""
+    """Result of a finished training run."""
 
     path: Path  # checkpoint folder, for Captioner.from_pretrained
-    version: Version  # data with pixels
+    version: Version  # the training data, with pixels
     config: TrainConfig
-    metrics: dict[str, Any]  # content of metrics.json, empty in all but the first of several processes
+    metrics: dict[str, Any]  # content of metrics.json, or {} in all processes except the first
 
     @property
     def scores(self) -> dict[str, float]:
-        """The scores on the test split: `bleu_1` to `bleu_4`, `rouge_l` and `cider_d`. Larger is better."""
+        """Scores on the test split: `bleu_1` to `bleu_4`, `rouge_l` and `cider_d`. Larger is better."""
         return dict(self.metrics["scores"])
 
     @property
     def shuffled_scores(self) -> dict[str, float]:
-        """The scores with shuffled images, which are as good if a captioner ignores its image."""
+        """Scores with shuffled images. A captioner that ignores its image scores as well on these."""
         return dict(self.metrics["shuffled_scores"])
 
 
@@ -64,26 +64,27 @@ def train(
     progress: Progress | None = None,
     **settings: Any,
 ) -> TrainResult:
-    """Train a captioner on a version of a dataset, and score it on the test split.
+    """Train a captioner on a dataset version, and score it on the test split.
 
     Args:
-        data: a dataset folder, DIR@VERSION, ORG/NAME@VERSION on the Hub, or an open version. None: the
-            last dataset.
-        config: settings, or the path of a YAML file or a train.json with settings.
-        out: the checkpoint folder. None: DATASET/checkpoints/VERSION-ENCODER-DECODER.
-        images: the images of a version without pixels: a folder of files, a dataset folder, or a source.
-        resume: resume an interrupted training with its settings.
-        tensorboard: write the curves for TensorBoard, too.
-        progress: receives progress and messages, such as `pipeline.progress.show_progress()`. None: show
-            nothing.
+        data: a dataset folder, DIR@VERSION, ORG/NAME@VERSION on the Hub, or an open version. Defaults to the
+            most recent dataset.
+        config: settings, or the path of a YAML file or train.json with settings.
+        out: the checkpoint folder. Defaults to DATASET/checkpoints/VERSION-ENCODER-DECODER.
+        images: where to find the images if the version has no pixels: an image folder, a dataset folder, or
+            a source.
+        resume: resume an interrupted run with its settings.
+        tensorboard: also write the curves for TensorBoard.
+        progress: receives progress and messages, such as `pipeline.progress.show_progress()`. By default,
+            nothing is shown.
         **settings: fields of TrainConfig, which override `config`. By default, preset, encoder, precision
             and texts depend on the data and this machine, as in `synth train`.
 
-    A training that has finished in `out` is not repeated: its result is returned.
+    If the same run has already finished in `out`, its result is returned.
 
     Raises ConfigError for an invalid setting or a folder with another captioner, StoreError if the data does
     not exist or is damaged, and TrainError if there is nothing to learn or to resume, a model is missing, or
-    the loss diverges. All are a SynthError, whose `hint` states the next step.
+    the loss diverges. All are subclasses of SynthError, whose `hint` states the next step.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     progress = progress or NullProgress()
@@ -91,7 +92,7 @@ def train(
     given = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else {}
     options = {"encoder": "auto", "decoder": "auto", **given, **settings}
     if not resume:
-        resolve(file, **options)  # raises errors before data is downloaded
+        resolve(file, **options)  # raises errors in the settings before data is downloaded
     version = open_version(data, images)
     message = progress.message if is_first else NullProgress().message
     planned = plan_training(version, options, file, Path(out) if out else None, message, resume=resume)
@@ -108,10 +109,9 @@ def train(
 
 
 def open_version(data: str | Path | Version | None, images: str | None = None) -> Version:
-    """Open a local version, or one in an object store or on the Hub; join pixels from `images` if it has
-    none.
+    """Open a version from disk, an object store or the Hub. Missing pixels are added from `images`.
 
-    Raises StoreError if it does not exist or is damaged, and ConfigError if pixels are missing.
+    Raises StoreError if the version does not exist or is damaged, and ConfigError if pixels are missing.
     """
     if isinstance(data, str) and is_hub_name(data):
         data = pull_version(data)
@@ -122,7 +122,7 @@ def open_version(data: str | Path | Version | None, images: str | None = None) -
 
 @dataclass(frozen=True, slots=True)
 class PlannedTraining:
-    """The settings of a training, and its checkpoint folder."""
+    """The settings of a training run, and its checkpoint folder."""
 
     config: TrainConfig
     folder: Path
@@ -137,10 +137,10 @@ def plan_training(
     *,
     resume: bool,
 ) -> PlannedTraining:
-    """Return the settings and the folder of a training. `options` override the file.
+    """Choose settings and folder for a training run. `options` override the settings in `config_file`.
 
-    A resumed training has the settings with which it began. Raises ConfigError if the folder holds another
-    captioner or an interrupted training, or if several trainings could be resumed.
+    A resumed run keeps its original settings. Raises ConfigError if the folder holds another captioner or an
+    interrupted run, or if several runs could be resumed.
     """
     if resume and out is None and options.get("encoder") == options.get("decoder") == "auto":
         out = find_interrupted(version)
@@ -159,7 +159,7 @@ def plan_training(
 def choose_settings(
     version: Version, options: dict[str, Any], config_file: Path | None, message: Callable[[str], None]
 ) -> TrainConfig:
-    """Return the settings, with a preset, encoder, precision and texts for the data and the machine."""
+    """Return settings in which preset, encoder, precision and texts suit the data and the machine."""
     config = resolve(config_file, **options)
     is_drawn = version.manifest["source"]["name"] in (SCENES, DECKS)
     if config.preset == "auto" or (config.preset is None and config_file is None):
@@ -182,9 +182,9 @@ def choose_settings(
 
 
 def choose_encoder(message: Callable[[str], None], *, is_drawn: bool) -> str:
-    """Return CLIP if it is cached or on the Hub, else for drawn scenes the encoder of this package.
+    """Return CLIP if it is cached or can be downloaded, otherwise TINY_CLIP for drawn scenes.
 
-    Raises TrainError for other images, from which that encoder would learn nothing.
+    Raises TrainError for other images if CLIP is missing, because TINY_CLIP only encodes drawn scenes.
     """
     try:
         snapshot_download(CLIP, allow_patterns=["config.json"], etag_timeout=3)

@@ -1,7 +1,7 @@
 """The training loop: load batches, compute steps, score the validation split, and save the best captioner.
 
-The batch of a step depends only on seed and step. Several processes (torchrun) share its images and compute
-the same update.
+The batch of a step depends only on the seed and the step number. With several processes (torchrun), each
+computes gradients for some of its images, and all apply the same update.
 """
 
 import math
@@ -41,14 +41,14 @@ from trainer.runtime.training_state import Log, delay_signals, save_resume
 from trainer.self_critical import SelfCritic
 from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate, scored_prompt
 
-SAVE_EVERY_S = 300.0  # a state to resume from is also saved after each evaluation
-MAX_SKIPPED_STEPS = 10  # in a row, before the training fails
+SAVE_EVERY_S = 300.0  # the state to resume from is also saved after each evaluation
+MAX_SKIPPED_STEPS = 10  # training fails after more consecutive skipped steps
 VALIDATION_STATE = ("best_score", "best_cider_d", "best_loss", "evaluations_without_gain")
-SCORE_DIGITS = 3  # validation scores that round to the same value are equal
+SCORE_DIGITS = 3  # validation scores are rounded before they are compared
 
 
 class MicroBatch(NamedTuple):
-    """Images that are computed together, with their texts."""
+    """Images of one forward pass, with their texts."""
 
     loaded: Tensor  # pixels or stored states, see trainer/features.py
     texts: TextBatch
@@ -57,7 +57,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The micro-batches of this process in a step. Counts are sums over all processes."""
+    """The micro-batches that this process computes in a step. Counts include all processes."""
 
     micro_batches: list[MicroBatch]
     num_tokens: int  # target tokens
@@ -67,7 +67,7 @@ class Batch:
 
 @dataclass(slots=True)
 class BatchLoader:
-    """Loads the images and texts of the steps of one process."""
+    """Loads images and texts for each step of one process."""
 
     config: TrainConfig
     tokenizer: CaptionTokenizer
@@ -79,17 +79,17 @@ class BatchLoader:
     encoded: dict[str, list[EncodedText]] = field(default_factory=dict)  # by sample id
 
     def load(self, examples: list[Example]) -> Batch:
-        """Load the images of this process and the texts of a step."""
+        """Load the batch of a step, with images only for this process."""
         count = self.micro_batches * self.processes
         parts = [part for first in range(count) if (part := examples[first::count])]
-        # The mean loss needs the token counts of all processes.
+        # Collate the texts of all processes, since the mean loss needs the token count of the whole batch.
         texts = [self.collate(part) for part in parts]
         own = range(self.rank * self.micro_batches, min(len(parts), (self.rank + 1) * self.micro_batches))
         loaded = [MicroBatch(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
         return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), len(parts), len(examples))
 
     def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
-        """Yield the batches of an order of `data.batches`. A thread loads the next one during a step."""
+        """Yield a batch for each list of example indices. A thread loads the next batch during a step."""
         with ThreadPoolExecutor(1) as pool:
             examples = ([self.examples[index] for index in indices] for indices in order)
             pending = (pool.submit(self.load, part) for part in examples)
@@ -100,7 +100,7 @@ class BatchLoader:
                 current = following
 
     def collate(self, examples: list[Example]) -> TextBatch:
-        """Return one batch of all texts of the examples."""
+        """Return a batch with all texts of the examples."""
         for example in examples:
             if example.sample_id not in self.encoded:
                 max_tokens = self.config.max_caption_tokens
@@ -111,7 +111,7 @@ class BatchLoader:
 
 @dataclass(slots=True)
 class Validation:
-    """Scores the captioner on validation images, and saves it if it is the best so far."""
+    """Scores the captioner on validation images, and saves it when the score improves."""
 
     checkpoint: Checkpoint
     config: TrainConfig
@@ -119,10 +119,10 @@ class Validation:
     loader: BatchLoader
     device: torch.device
     best_score: float = -math.inf
-    best_cider_d: float | None = None  # None for a single image
+    best_cider_d: float | None = None  # None with a single validation image
     best_loss: float = math.inf
-    evaluations_without_gain: int = 0  # in a row
-    shown: dict[str, str] = field(default_factory=dict)  # the last scores, for the progress display
+    evaluations_without_gain: int = 0  # consecutive
+    shown: dict[str, str] = field(default_factory=dict)  # the latest scores, for the progress display
 
     def score(self, out: Path, log: Log, done: int) -> None:
         """Score the captioner after `done` steps. Raises TrainError if the loss is not a number."""
@@ -138,8 +138,8 @@ class Validation:
         losses = {} if loss is None else {"validation_loss": loss}
         scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled_cider_d}
         log.write(step=done, **losses, **scores)
-        # Early captions all score about 0, and CIDEr-D of a single image is always 0, since it weighs words
-        # by their rarity among images. Then the loss decides, or without validation texts the step.
+        # Early captions all score about 0. With a single image CIDEr-D is always 0, because no word is rarer
+        # than others. In these cases the loss decides, or the step if there are no validation texts.
         tie_breaker = float(done) if loss is None else -loss
         is_single = result["images"] == 1
         score = tie_breaker if is_single else round(cider_d, SCORE_DIGITS)
@@ -152,10 +152,10 @@ class Validation:
 
     @torch.no_grad()
     def loss(self) -> float | None:
-        """Return the mean loss per token, or None without texts."""
+        """Return the mean validation loss per token, or None if there are no texts."""
         captioner, total, num_tokens = self.checkpoint.captioner.eval(), 0.0, 0
         examples = [example for example in self.examples if example.texts]
-        # Batches of the size of a micro-batch, which fits the memory.
+        # A batch of the same size as a micro-batch fits in memory.
         size = math.ceil(self.config.batch_size / (self.loader.micro_batches * self.loader.processes))
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
@@ -166,33 +166,33 @@ class Validation:
 
     @property
     def is_over(self) -> bool:
-        """Whether the score has not improved for `patience` evaluations."""
+        """Whether the score has not improved in the last `patience` evaluations."""
         return 0 < self.config.patience <= self.evaluations_without_gain
 
     def state(self) -> dict[str, Any]:
-        """Return what the next evaluation depends on."""
+        """Return the state that the next evaluation depends on."""
         return {name: getattr(self, name) for name in VALIDATION_STATE}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Resume from a state. Raises KeyError if it is damaged."""
+        """Restore a saved state. Raises KeyError if it is damaged."""
         for name in VALIDATION_STATE:
             setattr(self, name, state[name])
 
 
 @dataclass(slots=True)
 class Trainer:
-    """State of the training loop."""
+    """Computes training steps, and holds the state of the training loop."""
 
     checkpoint: Checkpoint
     config: TrainConfig
     loader: BatchLoader
     validation: Validation
     device: torch.device
-    frozen_key: str = ""  # digest of the weights that never change
+    frozen_key: str = ""  # digest of the frozen weights
     average: WeightAverage | None = None
     critic: SelfCritic | None = None
     spikes: SpikeFilter = field(default_factory=SpikeFilter)
-    rewards: list[float] = field(default_factory=list)  # of the captions sampled in the last step
+    rewards: list[float] = field(default_factory=list)  # rewards of the captions sampled in the last step
     is_scored: bool = False  # whether the validation split was scored after the last step
 
     @property
@@ -201,13 +201,13 @@ class Trainer:
         return self.loader.processes
 
     def train_step(self, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> dict[str, Any]:
-        """Train one step, and return the values to log. Raises TrainError if the training diverges."""
+        """Compute one step. Returns the values to log. Raises TrainError if training diverges."""
         captioner = self.checkpoint.captioner.train()
         if step in (self.config.align_steps, self.config.first_rewarded_step):
-            self.spikes.clear()  # a new stage trains other weights or another loss
+            self.spikes.clear()  # a new stage has other trained weights or another loss
             if self.average and step == self.config.align_steps:
                 self.average.clear()
-        # Dropout depends only on seed, step and rank, so no generator state must be saved.
+        # Dropout depends only on seed, step and rank, so no generator state needs to be saved.
         torch.manual_seed(int(digest([self.config.seed, step, self.loader.rank])[:15], 16))
         stage = set_stage(optimizer, self.config, step)
         optimizer.zero_grad()
@@ -228,7 +228,7 @@ class Trainer:
         return values
 
     def forward_backward(self, batch: Batch) -> float:
-        """Accumulate gradients, and return the mean loss per token over all micro-batches and processes."""
+        """Accumulate gradients. Returns the mean loss per token over all micro-batches and processes."""
         captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
         for loaded, texts, _ in batch.micro_batches:
             with matmul_precision(self.config.precision, self.device):
@@ -243,7 +243,7 @@ class Trainer:
         return self._sum_over_processes(total.item())
 
     def reward_backward(self, batch: Batch) -> float:
-        """Accumulate gradients of sampled captions by reward, and return the mean loss per caption."""
+        """Accumulate gradients of the reward-weighted loss. Returns the mean loss per sampled caption."""
         assert self.critic
         captioner, total = self.checkpoint.captioner, 0.0
         self.rewards = []
@@ -260,13 +260,13 @@ class Trainer:
         return self._sum_over_processes(total)
 
     def _sum_over_processes(self, loss: float) -> float:
-        """Sum the gradients over all processes, and return the summed loss."""
+        """Sum gradients in place and return the summed loss, both over all processes."""
         if self.processes == 1:
             return loss
         return all_reduce_gradients(self.checkpoint.captioner, loss, self.device)
 
     def steps(self, first: int, progress: Progress) -> Iterator[tuple[int, Batch]]:
-        """Yield steps and batches from `first` on. Early stopping may skip steps or end the training."""
+        """Yield (step, batch) pairs from step `first` on. Early stopping may skip steps or end training."""
         config, num_images = self.config, len(self.loader.examples)
         size, step = min(config.batch_size, num_images), self._next_step(first, progress)
         while step < config.total_steps:
@@ -278,7 +278,7 @@ class Trainer:
                     break
 
     def _next_step(self, done: int, progress: Progress) -> int:
-        """Return the next step: `done`, or without progress the first rewarded step or the end."""
+        """Return the next step. Early stopping continues at the first rewarded step, or ends training."""
         config = self.config
         if not config.patience or done >= config.total_steps:
             return done
@@ -296,11 +296,11 @@ class Trainer:
         return config.total_steps
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Return a context in which the captioner has its averaged weights, if an average is kept."""
+        """Return a context in which the captioner uses averaged weights, if they are enabled."""
         return self.average.swapped_into(self.checkpoint.captioner) if self.average else nullcontext()
 
     def frozen_names(self) -> frozenset[str]:
-        """Return the names of pretrained weights that never change. A saved state leaves them out."""
+        """Return the names of frozen pretrained weights, which a saved state does not include."""
         captioner = self.checkpoint.captioner
         is_frozen = captioner.encoder.config.frozen
         names = {f"encoder.{name}" for name in captioner.encoder.state_dict()} if is_frozen else set()
@@ -309,7 +309,7 @@ class Trainer:
         return frozenset(names)
 
     def state(self, optimizer: torch.optim.Optimizer, done: int) -> dict[str, Any]:
-        """Return what the next step depends on."""
+        """Return the state that the next step depends on."""
         frozen, weights = self.frozen_names(), self.checkpoint.captioner.state_dict()
         return {
             "captioner": {name: tensor for name, tensor in weights.items() if name not in frozen},
@@ -323,7 +323,7 @@ class Trainer:
         }
 
     def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> int:
-        """Resume from a state, and return its step. Raises TrainError if it does not fit this training."""
+        """Restore a saved state. Returns its step. Raises TrainError if it does not fit this run."""
         if state.get("frozen") != self.frozen_key:
             hint = "use the encoder and decoder it began with, or remove resume.pt and start without --resume"
             raise TrainError(f"{path.parent} began with other pretrained weights", hint=hint)
@@ -345,7 +345,7 @@ class Trainer:
 def build_trainer(
     checkpoint: Checkpoint, loader: BatchLoader, validation_set: list[Example], device: torch.device
 ) -> Trainer:
-    """Return the trainer of one process at its first step."""
+    """Build the trainer for one process."""
     config = loader.config
     validation = Validation(checkpoint, config, validation_set, loader, device)
     trainer = Trainer(checkpoint, config, loader, validation, device)
@@ -363,8 +363,8 @@ def run_steps(
 ) -> None:
     """Train until the last step or until early stopping. `out` receives the best checkpoint.
 
-    A `state` resumes an earlier run and is cleared. Only the first process has a log and writes files.
-    Raises KeyboardInterrupt after SIGINT or SIGTERM, when the state is saved.
+    If `state` is not empty, the run resumes from it and clears it to free memory. Only the first process has
+    a log and writes files. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved.
     """
     config, captioner = trainer.config, trainer.checkpoint.captioner
     optimizer = build_optimizer(captioner, config)
@@ -390,16 +390,16 @@ def run_steps(
                         trainer.validation.score(out, log, done)
                 shown = {"loss": f"{values['loss']:.3f}", **trainer.validation.shown}
                 progress(values["stage"], done, config.total_steps, shown)
-            # A signal may reach one process only, but all must stop at the same step.
+            # A signal may reach only one process, but all processes must stop at the same step.
             is_interrupted = bool(max_over_processes(len(signals), trainer.device, trainer.processes))
             if log and (trainer.is_scored or is_interrupted or time.monotonic() - saved_at >= SAVE_EVERY_S):
                 save_resume(out, {**trainer.state(optimizer, done), "run": run})
                 saved_at = time.monotonic()
             if is_interrupted:
                 break
-        if not is_interrupted:  # a signal may have come while the last state was saved
+        if not is_interrupted:  # a signal may have arrived while the last state was saved
             is_interrupted = bool(max_over_processes(len(signals), trainer.device, trainer.processes))
     if is_interrupted:
         if signal.SIGTERM in signals and callable(signal.getsignal(signal.SIGTERM)):
-            signal.raise_signal(signal.SIGTERM)  # the command has another exit code for it
+            signal.raise_signal(signal.SIGTERM)  # the default handler exits with the code for SIGTERM
         raise KeyboardInterrupt

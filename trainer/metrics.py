@@ -1,7 +1,6 @@
-"""Scores of captions against references: BLEU, ROUGE-L and CIDEr-D, equal to pycocoevalcap on the same
-tokens.
+"""Caption metrics: BLEU, ROUGE-L and CIDEr-D. For the same tokens, scores equal those of pycocoevalcap.
 
-A corpus is a list of images, each with one hypothesis and one or more references, all lists of tokens.
+A corpus is a list of images. Each image has one hypothesis and one or more references, as lists of tokens.
 """
 
 import math
@@ -28,10 +27,10 @@ _HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 
 
 def tokenize(text: str) -> list[str]:
-    """Return lower-case words and numbers without punctuation, as captions are scored on COCO.
+    """Split a text into lower-case words and numbers without punctuation, as in COCO evaluation.
 
-    In scripts without spaces each character is a token, as for Chinese in sacreBLEU (Post, 2018), together
-    with its combining marks.
+    In scripts without spaces, each character with its combining marks is a token, as in sacreBLEU for Chinese
+    (Post, 2018).
     """
     lower = text.lower().translate(_APOSTROPHES)
     is_plain = lower.isascii() or not (has_marks(lower) or _HAS_UNSPACED.search(lower))
@@ -46,7 +45,7 @@ def _any_word() -> re.Pattern[str]:
 
 
 def score_each(hypotheses: Sequence[Tokens], references: References) -> dict[str, list[float]]:
-    """Return ROUGE-L and CIDEr-D of each image."""
+    """Return the ROUGE-L and CIDEr-D scores of each image."""
     rouges = [rouge_l(hypothesis, refs) for hypothesis, refs in zip(hypotheses, references, strict=True)]
     return {"rouge_l": rouges, "cider_d": cider_d(hypotheses, references)}
 
@@ -56,9 +55,9 @@ def score(
     references: References,
     per_image: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, float]:
-    """Return all scores of a corpus. `per_image` is the result of `score_each`, if it was computed before.
+    """Return all corpus scores. `per_image` may pass the result of `score_each` to avoid its recomputation.
 
-    Raises ValueError if the lengths differ, there is no image, or an image has no reference.
+    Raises ValueError if the lengths differ, there are no images, or an image has no reference.
     """
     if len(hypotheses) != len(references) or not hypotheses or not all(references):
         raise ValueError("a corpus needs images with one hypothesis and at least one reference each")
@@ -68,13 +67,13 @@ def score(
 
 
 def ngrams(tokens: Tokens, n: int) -> NgramCounts:
-    """Count the n-grams of a text."""
+    """Count the n-grams in a token sequence."""
     return Counter(tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
 
 
 def bleu(hypotheses: Sequence[Tokens], references: References) -> list[float]:
-    """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002), with the closest reference length."""
-    tiny, small = 1e-15, 1e-9  # guards against division by zero, as in pycocoevalcap
+    """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002), based on the closest reference lengths."""
+    tiny, small = 1e-15, 1e-9  # avoid division by zero, as in pycocoevalcap
     matched, possible = [0] * MAX_N, [0] * MAX_N
     length = reference_length = 0
     for hypothesis, refs in zip(hypotheses, references, strict=True):
@@ -96,9 +95,9 @@ def bleu(hypotheses: Sequence[Tokens], references: References) -> list[float]:
 
 
 def rouge_l(hypothesis: Tokens, references: Sequence[Tokens], beta: float = 1.2) -> float:
-    """Return ROUGE-L (Lin, 2004): F-measure of the longest common subsequence with any reference."""
+    """Return ROUGE-L (Lin, 2004): F-measure of the best LCS precision and recall over all references."""
     common = [_longest_common(hypothesis, reference) for reference in references]
-    # pycocoevalcap counts an empty text as one word, hence max(1, ...).
+    # pycocoevalcap counts an empty text as one word, so the length is max(1, ...).
     precision = max(c / max(1, len(hypothesis)) for c in common)
     recall = max(c / max(1, len(r)) for c, r in zip(common, references, strict=True))
     if not precision or not recall:
@@ -117,7 +116,7 @@ def _longest_common(a: Tokens, b: Tokens) -> int:
 
 
 class Rarity:
-    """Inverse document frequencies of n-grams, where a document is the references of an image."""
+    """Inverse document frequencies of n-grams. All references of an image form one document."""
 
     def __init__(self, references: References) -> None:
         self._num_images: NgramCounts = Counter()
@@ -127,7 +126,7 @@ class Rarity:
         self._log_images = math.log(max(1, len(references)))
 
     def weigh(self, tokens: Tokens) -> list[NgramWeights]:
-        """Return the weights of the n-grams of a text, for each n."""
+        """Return TF-IDF weights by n-gram, one dict for each n."""
 
         def weight(gram: tuple[str, ...], count: int) -> float:
             return count * (self._log_images - math.log(max(1, self._num_images[gram])))
@@ -139,12 +138,11 @@ class Rarity:
 def cider_d(
     hypotheses: Sequence[Tokens], references: References, rarity: Rarity | None = None
 ) -> list[float]:
-    """Return CIDEr-D of each image (Vedantam et al., 2015), times 10 as COCO reports it; 0 without
-    references.
+    """Return CIDEr-D (Vedantam et al., 2015) of each image, multiplied by 10 as in COCO evaluation.
 
-    N-grams are weighted by their rarity among the images, so scores of different test sets are not
-    comparable; `rarity` may come from another corpus. Repetitions are clipped, and a Gaussian
-    penalizes a difference in length.
+    N-grams are weighted by their rarity, by default among the images of the corpus. Scores on different test
+    sets are therefore not comparable. Repeated n-grams are clipped, and a Gaussian penalizes a length
+    difference. The score is 0 for an image without references.
     """
     weigh = (rarity or Rarity(references)).weigh
     scores = []
@@ -154,7 +152,7 @@ def cider_d(
         for reference in refs:
             pairs = zip(hypothesis_weights, weigh(reference), strict=True)
             similarity = sum(_clipped_cosine(a, b) for a, b in pairs) / MAX_N
-            # pycocoevalcap measures length in bigrams.
+            # pycocoevalcap defines length as the number of bigrams.
             gap = max(0, len(hypothesis) - 1) - max(0, len(reference) - 1)
             total += similarity * math.exp(-(gap**2) / (2 * CIDER_SIGMA**2))
         scores.append(10 * total / max(1, len(refs)))
@@ -170,7 +168,7 @@ def _clipped_cosine(hypothesis: NgramWeights, reference: NgramWeights) -> float:
 
 
 def bootstrap(per_image: Mapping[str, Sequence[float]], draws: int = 1000) -> dict[str, tuple[float, float]]:
-    """Return 95 % bootstrap intervals of mean scores, over images drawn with a fixed seed."""
+    """Return 95 % bootstrap intervals of mean scores. Images are resampled with a fixed seed."""
     rng, num_images = random.Random(0), len(next(iter(per_image.values())))
     means: dict[str, list[float]] = {name: [] for name in per_image}
     for _ in range(draws):
@@ -182,7 +180,7 @@ def bootstrap(per_image: Mapping[str, Sequence[float]], draws: int = 1000) -> di
 
 
 def derangement(names: Sequence[str]) -> list[int]:
-    """Return the position of another name for each name, independent of the order of the names."""
+    """Return the index of another name for each name. The pairs do not depend on the order of `names`."""
     order = sorted(range(len(names)), key=lambda index: (digest(names[index]), index))
     following = dict(zip(order, order[1:] + order[:1], strict=True))
     return [following[index] for index in range(len(names))]

@@ -1,4 +1,4 @@
-"""Weight updates: parameter groups, learning-rate schedule, average of the weights, and skipped steps."""
+"""Weight updates: parameter groups, learning-rate schedule, weight averaging, and skipped steps."""
 
 import math
 import statistics
@@ -16,12 +16,12 @@ from trainer.model.language_model import PretrainedDecoder
 
 ALIGNED_PARTS = ("connector", "contrast")  # trained in the first stage
 SPIKE_FACTOR = 10.0  # a step is skipped if its gradient norm exceeds the median by this factor
-SPIKE_WINDOW = 64  # steps of the median
-MAX_SPIKES = 3  # in a row, then larger norms are accepted, as of a captioner that has memorized its texts
+SPIKE_WINDOW = 64  # number of steps for the median
+MAX_SPIKES = 3  # after this many skipped steps in a row, a large norm is accepted as normal
 
 
 def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return one parameter group per part and weight decay. Biases and norms have no weight decay."""
+    """Return parameter groups, two per part: with weight decay, and without it for biases and norms."""
     rates = {"encoder": config.encoder_lr, "connector": config.connector_lr, "decoder": config.decoder_lr}
     if config.contrastive_weight:
         rates["contrast"] = config.connector_lr
@@ -37,13 +37,13 @@ def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dic
 
 
 def build_optimizer(captioner: CaptionerModel, config: TrainConfig) -> torch.optim.AdamW:
-    """Return the optimizer. `set_stage` sets its learning rates."""
-    # `fused` is faster on a CPU, too: one pass over weights, gradients and moments instead of about ten.
+    """Return an AdamW optimizer. `set_stage` sets its learning rates."""
+    # `fused` is also faster on a CPU: it needs one pass over weights, gradients and moments, not about ten.
     return torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
 def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> str:
-    """Set the learning rates of a step and freeze parts whose rate is 0, and return the name of the stage."""
+    """Set the learning rates for a step, and freeze parts with rate 0. Returns the name of the stage."""
     stage = stage_of(config, step)
     for group in optimizer.param_groups:
         rate = group["rate"]
@@ -58,14 +58,14 @@ def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) 
 
 
 def stage_of(config: TrainConfig, step: int) -> str:
-    """Return the stage of a step: align, train or scst."""
+    """Return the stage that a step belongs to: align, train or scst."""
     if step < config.align_steps:
         return "align"
     return "scst" if config.scst_steps and step >= config.first_rewarded_step else "train"
 
 
 def schedule(config: TrainConfig, step: int) -> float:
-    """Return the learning-rate factor: in each stage linear warm-up, then cosine decay to `lr_floor_frac`."""
+    """Return the learning-rate factor: linear warm-up and cosine decay to `lr_floor_frac` in each stage."""
     first, steps = {
         "align": (0, config.align_steps),
         "train": (config.align_steps, config.steps),
@@ -82,7 +82,7 @@ def schedule(config: TrainConfig, step: int) -> float:
 
 @dataclass(slots=True)
 class WeightAverage:
-    """Exponential moving average of the weights that learn."""
+    """Exponential moving average of the trainable weights."""
 
     decay: float
     weights_by_name: dict[str, Tensor] = field(default_factory=dict)
@@ -90,24 +90,24 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the weights of a model, faster in early steps, when weights are random."""
+        """Update the average with a model's weights. The decay is smaller in early steps."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
         for name, weights in model.named_parameters():
             average = self.weights_by_name.get(name)
             if average is not None:
-                # Weights that are frozen later do not change any more.
+                # Weights that a later stage freezes are final, so the average takes their value.
                 average.lerp_(weights, 1 - decay) if weights.requires_grad else average.copy_(weights)
             elif weights.requires_grad:
                 self.weights_by_name[name] = weights.detach().clone()
 
     def clear(self) -> None:
-        """Restart the average."""
+        """Discard the average and start again."""
         self.weights_by_name, self.steps = {}, 0
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
-        """Swap the weights of a model with their average within the context."""
+        """Replace a model's weights with their average within the context."""
         self._swap(model)
         try:
             yield
@@ -124,24 +124,24 @@ class WeightAverage:
         return {"steps": self.steps, "weights": self.weights_by_name}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
-        """Resume from a state. Raises KeyError if it is damaged."""
+        """Restore a saved state. Raises KeyError if it is damaged."""
         self.steps = state["steps"]
         self.weights_by_name = {name: tensor.to(device) for name, tensor in state["weights"].items()}
 
 
 @dataclass(slots=True)
 class SpikeFilter:
-    """Decides whether to apply a step, by the gradient norms of earlier steps."""
+    """Decides from earlier gradient norms whether to apply a step."""
 
     norms: list[float] = field(default_factory=list)
-    skipped_steps: int = 0  # in a row
+    skipped_steps: int = 0  # consecutive
 
     def clear(self) -> None:
-        """Forget earlier norms."""
+        """Discard earlier norms."""
         self.norms = []
 
     def should_step(self, loss: float, norm: float) -> bool:
-        """Return True if loss and gradient norm are finite and the norm is not a spike. Records the norm."""
+        """Record a norm, and return whether to apply the step: values are finite and the norm is no spike."""
         median = statistics.median(self.norms) if len(self.norms) >= SPIKE_WINDOW // 4 else math.inf
         is_finite, is_spike = math.isfinite(loss) and math.isfinite(norm), 0 < SPIKE_FACTOR * median < norm
         is_good = is_finite and (not is_spike or self.skipped_steps >= MAX_SPIKES)

@@ -1,8 +1,8 @@
 """Self-critical sequence training (Rennie et al., 2017): raise the likelihood of captions with a high reward.
 
-Several captions are sampled per image. The reward of a caption is its CIDEr-D against the training captions
-of the image, and its baseline the mean reward of the other samples (Luo, 2020). EOS counts as a word:
-otherwise captions learn to end in "with a", which no reference does.
+Several captions are sampled per image. A caption's reward is its CIDEr-D against the training captions of the
+image. The baseline is the mean reward of the image's other samples (Luo, 2020). EOS counts as a word, because
+otherwise the captioner learns to end captions in "with a".
 
 Shapes: B images, N hidden states, V encoder width, C sampled captions, C = B * num_samples.
 """
@@ -25,7 +25,7 @@ SAMPLING = DecodingConfig(temperature=1.0)
 
 @dataclass(frozen=True, slots=True)
 class SampledCaptions:
-    """Sampled captions as texts to learn, with their advantages and rewards."""
+    """Sampled captions as training targets, with their advantages and rewards."""
 
     texts: TextBatch
     advantage_C: Tensor
@@ -33,7 +33,7 @@ class SampledCaptions:
 
 
 class SelfCritic:
-    """Samples and rewards captions of the style that is scored."""
+    """Samples captions in the style that is scored, and computes their rewards."""
 
     def __init__(self, checkpoint: Checkpoint, train_set: Sequence[Example], num_samples: int) -> None:
         self.checkpoint, self.num_samples = checkpoint, num_samples
@@ -46,7 +46,7 @@ class SelfCritic:
         self.rarity = Rarity([texts for texts in self.references.values() if texts])
 
     def sample(self, states_BNV: Tensor, examples: Sequence[Example]) -> SampledCaptions:
-        """Sample captions in evaluation mode. Captions of an image without references have a reward of 0."""
+        """Sample captions in evaluation mode. The reward is 0 if an image has no references."""
         captioner, tokenizer = self.checkpoint.captioner.eval(), self.checkpoint.tokenizer
         prompt_CT = torch.tensor(self.prompt).expand(len(examples) * self.num_samples, -1)
         captions = captioner.generate(states_BNV.repeat_interleave(self.num_samples, 0), prompt_CT, SAMPLING)
@@ -67,7 +67,7 @@ class SelfCritic:
 
 
 def _advantages(rewards: Sequence[float], num_samples: int) -> list[float]:
-    """Return each reward minus the mean reward of the other samples of its image."""
+    """Return each reward minus the mean reward of the other samples for the same image."""
     advantages: list[float] = []
     for first in range(0, len(rewards), num_samples):
         own = rewards[first : first + num_samples]

@@ -1,8 +1,8 @@
-"""Convert texts to token ids and back: the prompt of a decoder, and the target that it learns to write.
+"""Convert texts to token ids and back: the decoder's prompt, and the target that it learns to generate.
 
-A prompt names a source (human or synthetic), and a caption style or a question. `prompts` are the pairs of
-source and style that a captioner has learned; the style of answers is "". Published captioners have a copy of
-the functions that choose and write a prompt (trainer/publish/captioner_package.py).
+A prompt consists of a source (human or synthetic) and either a caption style or a question. `prompts` lists
+the (source, style) pairs that a captioner has learned. The style of answers is "". Published captioners
+contain a copy of the functions that choose and build a prompt (trainer/publish/captioner_package.py).
 """
 
 from array import array
@@ -18,13 +18,13 @@ from torch import Tensor
 from pipeline.errors import TrainError
 
 PAD, EOS = "<pad>", "<eos>"
-PAD_ID, EOS_ID = 0, 1  # in every tokenizer that is trained here
+PAD_ID, EOS_ID = 0, 1  # in every tokenizer trained by `train_tokenizer`
 ENCODED_TEXTS = 10_000  # per batch of `count_cut`
 
 
 @dataclass(frozen=True, slots=True)
 class TargetText:
-    """One text about an image: a caption of a style, or the answer to a question."""
+    """One text about an image: a caption in some style, or the answer to a question."""
 
     source: str
     text: str
@@ -37,33 +37,33 @@ class EncodedText:
     """The token ids of one text about an image."""
 
     prompt: "array[int]"
-    target: "array[int]"  # ends with EOS, unless it was cut
+    target: "array[int]"  # ends with EOS, unless it was truncated
     is_caption: bool
 
     @classmethod
     def of(cls, prompt: Sequence[int], target: Sequence[int], *, is_caption: bool) -> "EncodedText":
-        """Store token ids compactly."""
+        """Store token ids as arrays, which need less memory than lists."""
         return cls(array("i", prompt), array("i", target), is_caption)
 
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
-    """A batch of C texts of at most T tokens, padded on the right. Texts of one image are adjacent."""
+    """A right-padded batch of C texts with at most T tokens. Texts about one image are adjacent."""
 
     image_of_C: Tensor
     ids_CT: Tensor  # prompt, target, EOS
-    prompt_C: Tensor  # prompt tokens
-    length_C: Tensor  # all tokens
+    prompt_C: Tensor  # number of prompt tokens
+    length_C: Tensor  # number of tokens without padding
     caption_C: Tensor  # True for captions, False for answers
 
     @property
     def learned_CT(self) -> Tensor:
-        """The loss mask of `ids_CT[:, 1:]`, without prompt and padding: (C, T - 1)."""
+        """The loss mask for `ids_CT[:, 1:]`, False for prompt and padding: (C, T - 1)."""
         after_T = torch.arange(1, self.ids_CT.shape[1], device=self.ids_CT.device)
         return (after_T >= self.prompt_C[:, None]) & (after_T < self.length_C[:, None])
 
     def only(self, chosen_C: Tensor) -> "TextBatch":
-        """Return the chosen texts."""
+        """Return a batch with only the texts that the mask or index selects."""
         return TextBatch(*(getattr(self, field.name)[chosen_C] for field in fields(self)))
 
     def last_token(self, states_CTD: Tensor) -> Tensor:
@@ -77,27 +77,27 @@ class TextBatch:
 
 @dataclass(frozen=True, slots=True)
 class CaptionTokenizer:
-    """The tokenizer of a decoder: that of a language model, or one with tokens for sources and styles."""
+    """The tokenizer of a language model, or one trained from scratch with tokens for sources and styles."""
 
     backend: Tokenizer
     kind: Literal["scratch", "pretrained"]
     eos_id: int
 
     def prompt(self, text: TargetText) -> list[int]:
-        """Return the token ids of the prompt."""
+        """Return the token ids of a text's prompt."""
         parts = prompt_parts(self.kind, text.source, text.style, text.question)
         return prompt_ids(parts, self._special_id, self._ids)
 
     def target(self, text: TargetText) -> list[int]:
-        """Return the token ids of the text, and EOS."""
+        """Return the token ids of a text, followed by EOS."""
         return [*self._ids(self._target_text(text)), self.eos_id]
 
     def encode(self, text: TargetText, max_tokens: int) -> EncodedText:
-        """Return the token ids of a text. A target longer than `max_tokens` is cut and has no EOS."""
+        """Encode prompt and target. A target longer than `max_tokens` is truncated and has no EOS."""
         return EncodedText.of(self.prompt(text), self.target(text)[:max_tokens], is_caption=not text.question)
 
     def count_cut(self, texts: Sequence[TargetText], max_tokens: int) -> int:
-        """Return the number of targets longer than `max_tokens`, with EOS."""
+        """Return the number of targets that are longer than `max_tokens` including EOS."""
         num_cut = 0
         for start in range(0, len(texts), ENCODED_TEXTS):
             part = [self._target_text(text) for text in texts[start : start + ENCODED_TEXTS]]
@@ -123,10 +123,10 @@ class CaptionTokenizer:
 
 
 def require_known_tokens(backend: Tokenizer, vocab_size: int) -> None:
-    """Raise ValueError if a text can have tokens that a decoder lacks.
+    """Raise ValueError if the tokenizer can produce tokens without an embedding in the decoder.
 
-    Special tokens may be missing, since `encode_special_tokens` keeps them out of texts: Gemma has one for
-    images.
+    Special tokens may lack an embedding, like Gemma's image token: with `encode_special_tokens`, they never
+    occur in an encoded text.
     """
     special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
     largest = max((number for number in backend.get_vocab().values() if number not in special), default=-1)
@@ -135,7 +135,7 @@ def require_known_tokens(backend: Tokenizer, vocab_size: int) -> None:
 
 
 def collate(texts: Sequence[Sequence[EncodedText]]) -> TextBatch:
-    """Return one batch of the texts of each image."""
+    """Build one batch from the texts of each image."""
     pairs = [(image, text) for image, image_texts in enumerate(texts) for text in image_texts]
     rows = [text.prompt + text.target for _, text in pairs]
     ids_CT = np.full((len(rows), max(map(len, rows), default=1)), PAD_ID, dtype=np.int64)
@@ -151,7 +151,7 @@ def collate(texts: Sequence[Sequence[EncodedText]]) -> TextBatch:
 
 
 def train_tokenizer(texts: Iterable[TargetText], vocab_size: int) -> CaptionTokenizer:
-    """Train a byte-level BPE on the texts of the training split."""
+    """Train a byte-level BPE tokenizer with special tokens for sources and styles."""
     texts = list(texts)
     names = [*sorted({text.source for text in texts}), *sorted({text.style for text in texts if text.style})]
     tokenizer = Tokenizer(models.BPE())
@@ -165,33 +165,32 @@ def train_tokenizer(texts: Iterable[TargetText], vocab_size: int) -> CaptionToke
     )
     parts = (part for text in texts for part in (text.question, text.text) if part)
     tokenizer.train_from_iterator(parts, trainer)
-    tokenizer.encode_special_tokens = True  # the text "<eos>" in a caption is not the EOS token
+    tokenizer.encode_special_tokens = True  # "<eos>" in a caption must not become EOS
     assert (tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)) == (PAD_ID, EOS_ID)
     return CaptionTokenizer(tokenizer, "scratch", EOS_ID)
 
 
-ANSWER = "<answer>"  # ends the prompt of a question
-STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "human")  # never taken for questions
+ANSWER = "<answer>"  # last token of a question prompt
+STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "human")  # never interpreted as questions
 Prompts = list[tuple[str, str]]
 
 
 def preferred_style(prompts: list[tuple[str, str]]) -> str | None:
-    """Return the default style: brief, else plain, else the first, or None without captions."""
+    """Return brief, plain, or the first learned style. Returns None if no captions were learned."""
     styles = [style for _, style in prompts if style]
     return next((style for style in ("brief", "plain") if style in styles), next(iter(styles), None))
 
 
 def preferred_source(prompts: list[tuple[str, str]], style: str) -> str | None:
-    """Return the source to name with a style, human if possible, or None if the style was not learned."""
+    """Return the source for a style's prompt, preferably human, or None if the style was not learned."""
     sources = [source for source, learned in prompts if learned == style]
     return "human" if "human" in sources else next(iter(sources), None)
 
 
 def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, str, str]:
-    """Return source, style and question of a prompt. `text` is a style or a question; "" is the default
-    style.
+    """Return source, style and question for a prompt. `text` is a style, a question, or "" for the default.
 
-    Raises ValueError if the style or answers were not learned.
+    Raises ValueError if the captioner has not learned the style or answers.
     """
     styles = list(dict.fromkeys(style for _, style in prompts if style))
     if text in STYLES and text not in styles:
@@ -208,9 +207,9 @@ def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, 
 
 
 def prompt_parts(kind: str, source: str, style: str, question: str) -> list[tuple[str, bool]]:
-    """Return the parts of a prompt, each with True if it is the name of a token and False if it is a text.
+    """Return the parts of a prompt as (part, is_token) pairs. Parts that are not tokens are plain text.
 
-    `kind` is "pretrained" for a language model and "scratch" for a decoder with tokens for sources and
+    `kind` is "pretrained" for a language model, or "scratch" for a decoder with tokens for sources and
     styles.
     """
     if kind == "pretrained":
@@ -223,14 +222,14 @@ def prompt_parts(kind: str, source: str, style: str, question: str) -> list[tupl
 def prompt_ids(
     parts: list[tuple[str, bool]], token_id: Callable[[str], int], ids_of: Callable[[str], list[int]]
 ) -> list[int]:
-    """Return the token ids of the parts of a prompt. `token_id` maps token names, `ids_of` texts."""
+    """Encode the parts of a prompt: `token_id` encodes special tokens, and `ids_of` encodes plain text."""
     return [token for part, is_token in parts for token in ([token_id(part)] if is_token else ids_of(part))]
 
 
 def scored_prompt(prompts: Prompts, style: str | None = None) -> tuple[str, str]:
-    """Return the source and the style (default: the preferred one) of a caption prompt.
+    """Return source and style for a caption prompt. Without `style`, the preferred style is used.
 
-    Raises TrainError if the style was not learned.
+    Raises TrainError if the captioner has not learned the style.
     """
     chosen = style or preferred_style(prompts)
     source = preferred_source(prompts, chosen) if chosen else None
@@ -244,7 +243,7 @@ def scored_prompt(prompts: Prompts, style: str | None = None) -> tuple[str, str]
 
 
 def answering_prompt(prompts: Prompts) -> tuple[str, str]:
-    """Return the source of answers and an empty style. Raises TrainError if no answers were learned."""
+    """Return the source for answers, and "" as style. Raises TrainError if no answers were learned."""
     source = preferred_source(prompts, "")
     if source is None:
         raise TrainError("the captioner has not learned answers", hint="train on a version with questions")

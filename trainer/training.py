@@ -1,8 +1,8 @@
-"""Run a training: build its parts, run the loop (loop.py), and score the best captioner once.
+"""Train a captioner: build model and data, run the training loop (loop.py), and score the best captioner.
 
-A training has up to three stages: align trains the connector only, train trains every part with its own
-learning rate, scst rewards sampled captions. Each has AdamW, warm-up and a cosine schedule. An interrupted
-training resumes, on a CPU with the same bits.
+A run has up to three stages. `align` trains only the connector, `train` trains all parts with separate
+learning rates, and `scst` maximizes the rewards of sampled captions. Each stage uses AdamW with warm-up and
+cosine decay. An interrupted run can be resumed. On a CPU, its results are bit-identical.
 """
 
 import math
@@ -32,7 +32,7 @@ from trainer.runtime.forecast import Forecast, fit_and_forecast
 from trainer.runtime.training_state import Log, load_resume, require_tensorboard
 from trainer.tokenizer import TargetText, prompt_parts, scored_prompt
 
-LAST = "last"  # folder of the captioner of the last step, if an earlier one is better
+LAST = "last"  # folder for the captioner after the last step, if an earlier one is better
 
 
 def train_captioner(
@@ -47,10 +47,10 @@ def train_captioner(
 ) -> dict[str, Any]:
     """Train a captioner on a version, score it on the test split, and return the content of metrics.json.
 
-    `out` receives config.json, model.safetensors and tokenizer.json of the checkpoint with the best
-    validation CIDEr-D, the folder `last` if the last step is not the best, train.json (settings), log.jsonl,
-    metrics.json, captions.jsonl (captions of test images) and, until the training ends, resume.pt. `only`
-    limits the images to these sample ids.
+    `out` receives the checkpoint with the best validation CIDEr-D (config.json, model.safetensors and
+    tokenizer.json), train.json (settings), log.jsonl, metrics.json and captions.jsonl (test images). If the
+    last step is not the best, its captioner is in the folder `last`. Until the run ends, resume.pt holds the
+    state to resume from. `only` restricts the run to these sample ids.
 
     Raises StoreError if the version lacks a split, and TrainError if there is nothing to learn or to resume,
     a model is missing, or the loss diverges.
@@ -73,12 +73,12 @@ def train_captioner(
             torch.distributed.destroy_process_group()
         return metrics if rank == 0 else {}
 
-    # Every check that can fail comes first: storing hidden states may take hours.
+    # All checks come first, because storing hidden states may take hours.
     checkpoint = build_checkpoint(version, config, sets["train"])
     checkpoint.captioner.to(device)
     _require_positions(checkpoint, config, texts_of([*sets["train"], *sets["validation"]]))
     if isinstance(checkpoint.captioner.decoder, PretrainedDecoder):
-        _ = checkpoint.captioner.decoder.probed  # before the precision is reduced
+        _ = checkpoint.captioner.decoder.probed  # measured before the precision is reduced
     if rank == 0:
         _warn_of_unlearned(version, checkpoint, config, texts_of(sets["train"]), report)
     state = load_resume(out, config, run_digest) if resume else {}
@@ -95,7 +95,7 @@ def train_captioner(
     parts = config.gradient_accumulation_steps
     loader = BatchLoader(config, checkpoint.tokenizer, sets["train"], features, rank, processes, parts)
     trainer = build_trainer(checkpoint, loader, sets["validation"], device)
-    # Steps set their own precision. Captions that are scored use TF32 or better, stored states float32.
+    # Scored captions are generated with TF32 or float32. Steps set their own precision.
     with matmul_precision("fp32" if config.precision == "fp32" else "tf32", device):
         forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
         log = None
@@ -113,13 +113,13 @@ def train_captioner(
 
 
 def _run_digest(version: Version, config: TrainConfig, train_set: list[Example], processes: int) -> str:
-    """Return a digest of all inputs of a training. Only a run with the same digest resumes from its state."""
+    """Return a digest of all inputs of a run. A state can be resumed only with the same digest."""
     ids = [example.sample_id for example in train_set]
     return digest([config.digest_values(), version.manifest["digest"], processes, ids])
 
 
 def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
-    """Return the metrics of a finished run in a folder, or None."""
+    """Return the metrics if this run has already finished in `out`, else None."""
     try:
         metrics = read_json(out / "metrics.json")
         return metrics if metrics["run"] == run else None
@@ -130,7 +130,7 @@ def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
 def _warn_of_unlearned(
     version: Version, checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress
 ) -> None:
-    """Warn of texts that are cut, and report columns that are not learned."""
+    """Warn about truncated texts, and report columns that are not learned."""
     limit = config.max_caption_tokens
     if num_cut := checkpoint.tokenizer.count_cut(texts, limit):
         share = f"{num_cut:,} of {len(texts):,} texts are longer than {limit} tokens"
@@ -140,7 +140,7 @@ def _warn_of_unlearned(
 
 
 def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText]) -> None:
-    """Raise TrainError if the language model has too few positions for an image and the longest text."""
+    """Raise TrainError if an image and the longest text exceed the positions of the language model."""
     decoder, tokenizer = checkpoint.captioner.decoder, checkpoint.tokenizer
     if not isinstance(decoder, PretrainedDecoder) or decoder.max_positions == math.inf:
         return
@@ -158,7 +158,7 @@ def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[
 
 
 def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *, tensorboard: bool) -> Log:
-    """Write the settings, remove earlier results, and return a log that continues after step `done`."""
+    """Write the settings, remove earlier results, and open a log that continues after step `done`."""
     (out / "metrics.json").unlink(missing_ok=True)
     remove(out / LAST)
     write_json(out / "train.json", config.model_dump(mode="json"))
@@ -169,8 +169,8 @@ def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *,
 
 
 def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dict[str, Any]:
-    """Score the saved captioner on the test split; write and return its metrics."""
-    trainer.checkpoint.captioner.decoder.to("meta")  # frees memory for the loaded captioner
+    """Score the saved captioner on the test split. Writes and returns the metrics."""
+    trainer.checkpoint.captioner.decoder.to("meta")  # free memory for the captioner loaded next
     checkpoint, features = load_checkpoint(out, trainer.device), trainer.loader.features
     captioner = checkpoint.captioner
     if not captioner.encoder.config.frozen:
@@ -188,4 +188,4 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     write_captions(out / "captions.jsonl", metrics.pop("each"))
     write_json(out / "metrics.json", metrics)
     (out / "resume.pt").unlink(missing_ok=True)
-    return read_json(out / "metrics.json")  # with the same types as a later read
+    return read_json(out / "metrics.json")  # JSON types, as for a finished run

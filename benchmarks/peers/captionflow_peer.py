@@ -1,10 +1,9 @@
-"""Drives CaptionFlow: its orchestrator over a folder of images, and one worker that asks an OpenAI-compatible
-endpoint.
+"""Runs CaptionFlow: an orchestrator for a folder of images, and one worker for an OpenAI-compatible endpoint.
 
-Measured with 0.5.7 on Python 3.12, which its newer releases need. All images of a batch are decoded,
-re-encoded and captioned before the next batch. Replies are stored without a schema, in Lance below `--out`. A
-second run requests the missing captions. CaptionFlow adapts its concurrency to the endpoint, and here starts
-with all requests.
+Measured with version 0.5.7 on Python 3.12, which newer releases need. CaptionFlow decodes, re-encodes and
+captions all images of a batch before the next batch. Replies are stored without a schema, in Lance files
+below `--out`. A second run requests missing captions. CaptionFlow adapts its concurrency to the endpoint,
+and this script starts it at the maximum.
 """
 
 import argparse
@@ -19,12 +18,12 @@ from pathlib import Path
 
 PROMPT = "Write one sentence that names the main things in view."
 CONCURRENCY = 256
-TOKEN = "benchmark"  # of a server on loopback
-CHUNK = 500  # images that are handed out at once
+TOKEN = "benchmark"  # token for the local server
+CHUNK = 500  # images per chunk of work
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago."""
+    """Return a port that is currently free."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -32,7 +31,7 @@ def free_port() -> int:
 
 
 def configure(url: str, images: Path, out: Path) -> int:
-    """Write the settings of both processes, and return the port of the orchestrator."""
+    """Write the settings of both processes. Returns the port of the orchestrator."""
     port = free_port()
     orchestrator = {
         "host": "127.0.0.1",
@@ -71,7 +70,7 @@ def configure(url: str, images: Path, out: Path) -> int:
 
 
 def stored(out: Path) -> int:
-    """Return the number of captions on the disk."""
+    """Return the number of captions on disk."""
     try:
         return int(json.loads((out / "data" / "storage_stats.json").read_text())["disk_rows"])
     except (OSError, ValueError, KeyError):
@@ -79,7 +78,7 @@ def stored(out: Path) -> int:
 
 
 def caption(url: str, images: Path, rows: int, out: Path) -> None:
-    """Ask for one caption of each image."""
+    """Request one caption per image."""
     port = configure(url, images, out)
     command = str(Path(sys.executable).with_name("caption-flow"))
     env = os.environ | {
@@ -109,7 +108,7 @@ def caption(url: str, images: Path, rows: int, out: Path) -> None:
 
 
 def main() -> None:
-    """Read the arguments, and run."""
+    """Parse the arguments and run CaptionFlow."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,7 +120,7 @@ def main() -> None:
     out = arguments.out.resolve()
     folder = out.with_name(
         f"{out.name}-images-{arguments.rows}"
-    )  # CaptionFlow reads all images of this folder
+    )  # CaptionFlow reads all images in this folder
     folder.mkdir(exist_ok=True)
     for path in sorted(arguments.images.glob("*.jpg"))[: arguments.rows]:
         if not (folder / path.name).exists():

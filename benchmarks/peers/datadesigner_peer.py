@@ -1,9 +1,9 @@
-"""Drives NeMo Data Designer: a structured LLM column with an image context over a seed dataset, as in its
-vision tutorial.
+"""Runs NeMo Data Designer: a structured LLM column with image context, as in its vision tutorial.
 
-The seed contains paths, and each request reads its image (base64 in the seed, as in the tutorial, costs
-more). The schema is the column's output format, which is in the prompt and checked in the reply. Artifacts
-are in `--out`. A second run resumes there (`ResumeMode.IF_POSSIBLE`), by whole row groups.
+The seed dataset contains paths, and each request reads its image. (The tutorial stores base64 in the seed,
+which costs more.) The schema is the column's output format, which is added to the prompt and checked in the
+reply. Artifacts are stored in `--out`. A second run resumes there (`ResumeMode.IF_POSSIBLE`) with the first
+incomplete row group.
 """
 
 import argparse
@@ -15,7 +15,7 @@ CONCURRENCY = 256
 
 
 def caption(url: str, paths: list[str], out: Path) -> None:
-    """Ask for one caption of each image."""
+    """Request one caption per image."""
     os.environ |= {
         "HOME": str(out / "home"),
         "DATA_DESIGNER_HOME": str(out / "home"),
@@ -40,7 +40,7 @@ def caption(url: str, paths: list[str], out: Path) -> None:
         inference_parameters=dd.ChatCompletionInferenceParams(
             temperature=0, max_tokens=256, max_parallel_requests=CONCURRENCY, timeout=600
         ),
-        skip_health_check=True,  # the endpoint would count this request as a row
+        skip_health_check=True,  # the endpoint would count this request
     )
     builder = dd.DataDesignerConfigBuilder(model_configs=[model])
     builder.with_seed_dataset(dd.LocalFileSeedSource(path=str(seed)))
@@ -64,7 +64,7 @@ def caption(url: str, paths: list[str], out: Path) -> None:
 
 
 def main() -> None:
-    """Read the arguments, and run."""
+    """Parse the arguments and run Data Designer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,8 @@
-"""Drives datatrove: its `InferenceRunner` against a running endpoint (`server_type="endpoint"`), in its local
-executor.
+"""Runs datatrove: an `InferenceRunner` with `server_type="endpoint"` in the local executor.
 
-A document is an image with its path as its id. The rollout function, which users write, reads the image and
-posts it with the schema as `response_format`. Checkpoints and the cache of requests are in `--out`, from
-which a second run resumes.
+A document is an image with its path as id. The user-defined rollout function reads the image and posts it
+with the schema as `response_format`. Checkpoints and the request cache are stored in `--out`, where a second
+run resumes.
 """
 
 import argparse
@@ -25,7 +24,7 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "caption", "schema": SC
 
 
 async def ask(document: Any, generate: Callable[[dict], Awaitable[Any]]) -> str:
-    """Ask for the caption of one document's image."""
+    """Request the caption for one document's image."""
     picture = base64.b64encode(Path(document.text).read_bytes()).decode()
     content = [
         {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}},
@@ -36,7 +35,7 @@ async def ask(document: Any, generate: Callable[[dict], Awaitable[Any]]) -> str:
 
 
 def caption(url: str, paths: list[str], out: Path) -> None:
-    """Ask for one caption of each image."""
+    """Request one caption per image."""
     os.environ |= {"HOME": str(out / "home"), "HF_HUB_OFFLINE": "1"}
     from datatrove.data import Document
     from datatrove.executor import LocalPipelineExecutor
@@ -65,7 +64,7 @@ def caption(url: str, paths: list[str], out: Path) -> None:
 
 
 def main() -> None:
-    """Read the arguments, and run."""
+    """Parse the arguments and run datatrove."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""Reads an export with the datasets of kohya's sd-scripts, as its LoRA trainers do.
+"""Reads an export with the dataset classes in kohya's sd-scripts, like its LoRA trainers.
 
-Their TOML file names folders of images and the suffix of the text files.
+The TOML settings name the image folders and the suffix of the text files.
 """
 
 import argparse
@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 
 def read(folder: Path, side_px: int) -> dict[str, int]:
-    """Return the number of images, and the number with the caption of their text file."""
+    """Return the number of images, of text files, and of text files whose caption was read."""
     import torch
     from library import config_util, strategy_base
 
     class Words(strategy_base.TokenizeStrategy):
-        """Replaces the tokenizers of its models: captions are read and not tokenized."""
+        """Replaces the tokenizers, because captions are only read here."""
 
         def tokenize(self, text: str | list[str]) -> list[torch.Tensor]:
             texts = [text] if isinstance(text, str) else text

@@ -1,8 +1,7 @@
-"""Reads an export with LLaVA's own dataset and collator, those of `llava/train/train.py`, as its trainer
-does.
+"""Reads an export with the dataset and collator from LLaVA's `llava/train/train.py`.
 
-A SentencePiece model that is trained on the texts of the export replaces the tokenizer of Llama. The template
-is that of Vicuna, as in LLaVA 1.5. The count lacks answers that the rules of the template do not find.
+A SentencePiece model trained on the exported texts replaces Llama's tokenizer. The chat template is Vicuna's,
+as in LLaVA 1.5. Answers that LLaVA's masking rules do not find are not counted.
 """
 
 import argparse
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 
 def read(texts: Path, images: Path, out: Path) -> dict[str, int]:
-    """Return the number of images, and the number of answers that are learned."""
+    """Return the number of images, of answers, and of answers that are training targets."""
     import sentencepiece
     from llava import conversation
     from llava.train import train

@@ -1,1 +1,1 @@
-"""Experiments: train one captioner on different data or with different settings, and compare the results."""
+"""Experiments: train captioners on different data or with different settings, and compare them."""

@@ -1,6 +1,6 @@
-"""Compare the arms of an experiment by means, intervals and verdicts.
+"""Compare the arms of an experiment: means, confidence intervals and verdicts.
 
-Shapes: A arms, S seeds, I test images, R draws of the bootstrap.
+Shapes: A arms, S seeds, I test images, R bootstrap draws.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from trainer.experiment.grid import FACTORS
 from trainer.experiment.runs import Run
 from trainer.runtime.training_state import read_log
 
-# The 97.5 % quantile of Student's t distribution by degrees of freedom.
+# 97.5 % quantile of Student's t distribution by degrees of freedom.
 STUDENT_T = {
     1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131, 30: 2.042,
     math.inf: 1.96,
@@ -32,10 +32,10 @@ Scores = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """All seeds of one grid point, with images in the order of their ids.
+    """The results of all seeds of one grid point. Images are sorted by id.
 
-    `key` has the values of FACTORS, and the settings that differ from the first grid. `captions` has a tuple
-    for each seed.
+    `key` holds the values of FACTORS and the settings that differ from the first grid. `captions` holds one
+    tuple per seed.
     """
 
     key: tuple[str, ...]
@@ -50,7 +50,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """The key in words, without default values."""
+        """A readable form of the key, without default values."""
         data, encoder, decoder, alignment, images, overrides = self.key
         steps = {"none": "", "connector": "connector first", "contrast": "connector first, contrast"}[
             alignment
@@ -61,7 +61,7 @@ class Arm:
 
 
 def read_arms(runs: list[Run]) -> list[Arm]:
-    """Return the arms of finished runs, in the order of the grid."""
+    """Read the arms of finished runs, in grid order."""
     runs_by_arm: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
         runs_by_arm[run.cell.arm].append(run)
@@ -93,12 +93,12 @@ def _read_arm(key: tuple[str, ...], runs: list[Run]) -> Arm:
 
 
 def interval(scores_SI: Scores, base_SI: Scores | None = None) -> tuple[float, float]:
-    """Return the 95 % interval of a mean over seeds and images, or of its difference from that of `base_SI`.
+    """Return the 95 % interval of the mean over seeds and images, or of its difference from `base_SI`'s mean.
 
-    Two-level bootstrap: images are drawn with replacement, the same for both arms. Seeds are drawn for each
-    arm. Means of S drawn seeds have (S - 1) / S of the true variance, so they are rescaled. As that variance
-    is estimated from few seeds, they are also widened by Student's t with the degrees of freedom of Welch
-    (1947). With one seed, the variance between seeds is unknown and not included.
+    This is a two-level bootstrap. Images are drawn with replacement, the same ones for both arms, and seeds
+    are drawn separately for each arm. Means of S drawn seeds have only (S - 1) / S of the true variance, so
+    they are rescaled. They are also widened by Student's t with the degrees of freedom of Welch (1947),
+    because a variance from few seeds is uncertain. A single seed adds no variance between seeds.
     """
     widening = _student_factor([scores_SI] if base_SI is None else [scores_SI, base_SI])
     rng = np.random.default_rng(0)
@@ -117,13 +117,13 @@ def interval(scores_SI: Scores, base_SI: Scores | None = None) -> tuple[float, f
     if base_SI is not None:
         means_R = means_R - draw_means_R(base_SI)
     low, high = np.quantile(means_R, [0.025, 0.975])
-    # Rescaled draws may be below the lowest possible score.
+    # Rescaled draws may fall below the lowest possible score.
     minimum = 0.0 if base_SI is None else -np.inf
     return max(float(low), minimum), max(float(high), minimum)
 
 
 def _student_factor(arms: Sequence[Scores]) -> float:
-    """Return how much wider Student's t is than the normal distribution for the means of arms."""
+    """Return the ratio of the quantiles of Student's t and the normal distribution for these arms."""
     several = [scores_SI for scores_SI in arms if len(scores_SI) > 1]
     variances = np.array([scores_SI.mean(1).var(ddof=1) / len(scores_SI) for scores_SI in several])
     if not variances.sum():
@@ -135,14 +135,14 @@ def _student_factor(arms: Sequence[Scores]) -> float:
 
 
 def verdict(low: float, high: float, seeds: int = 2) -> str:
-    """Return the verdict for the interval of a difference. `seeds`: the smaller number of both arms."""
+    """Return the verdict for a difference's interval. `seeds`: the seed count of the arm with fewer seeds."""
     if low <= 0 <= high:
         return UNDECIDED
     return ("better" if low > 0 else "worse") + (" with this seed" if seeds == 1 else "")
 
 
 def compare(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Return the differences of arms that differ in exactly one factor: later minus earlier arm."""
+    """Compare all arms that differ in exactly one factor. Differences are later minus earlier arm."""
     differences = []
     for n, factor in enumerate(FACTORS):
         for base, arm in itertools.combinations(arms, 2):
@@ -165,7 +165,7 @@ def compare(arms: Sequence[Arm]) -> list[dict[str, Any]]:
 
 
 def summarize(arm: Arm, images: int, words: int) -> dict[str, Any]:
-    """Return the result row of an arm that learned from this number of images and caption words."""
+    """Return the result row for an arm. `images` and `words` are the sizes of its training data."""
 
     questions: dict[str, dict[str, float]] = {}
     for kind in arm.metrics[0].get("questions", {}):
@@ -193,7 +193,7 @@ def summarize(arm: Arm, images: int, words: int) -> dict[str, Any]:
 
 
 def examples(arms: Sequence[Arm], count: int) -> list[dict[str, Any]]:
-    """Return `count` images with the captions of each arm: half differ most, the rest are spread evenly."""
+    """Return `count` images with the captions of each arm. In half of them, the scores differ most."""
     scores_AI = np.stack([arm.cider_d_SI[0] for arm in arms])
     most_different = np.argsort(-np.ptp(scores_AI, axis=0), kind="stable")[: count // 2]
     rest = np.setdiff1d(np.arange(scores_AI.shape[1]), most_different)

@@ -1,7 +1,7 @@
 """Read an experiment file and expand its grid into cells, one training run each.
 
-The grid combines all kinds of data with all encoders, decoders, alignments, numbers of images and seeds.
-`also` adds smaller grids that replace some of these lists.
+The grid combines all data entries with all encoders, decoders, alignments, image counts and seeds.
+`also` adds grids that replace some of these lists.
 """
 
 import itertools
@@ -18,13 +18,13 @@ from pipeline.digests import digest
 from trainer.config import Mixture, TrainConfig, resolve
 
 Alignment = Literal["none", "connector", "contrast"]
-# Share of all steps that train the connector first.
+# The first share of all steps trains only the connector.
 ALIGN_FRAC = 0.25
 CONTRASTIVE_WEIGHT = 0.1
 # The connector must train for at least one step.
 MIN_STEPS = 4
 FACTORS = ("data", "encoder", "decoder", "alignment", "train_images")
-# Settings that select the examples of a version: all cells learn from the same images.
+# Settings that select examples. They must be equal in all cells, which learn from the same images.
 SHARED_SETTINGS = ("styles", "questions")
 GRID_SETTINGS = {
     "encoder", "decoder", "text_source", "source_in_prompt", "train_images", "caption_word_budget",
@@ -34,7 +34,7 @@ NotEmpty = Field(min_length=1)
 
 
 class Data(Section):
-    """A version, and its texts to learn from. `data` is as in `synth train --data`."""
+    """A data entry: a version and the texts to learn from. `data` has the syntax of `synth train --data`."""
 
     data: str | None = None
     images: str | None = None
@@ -43,7 +43,7 @@ class Data(Section):
 
 
 class Grid(Section):
-    """Lists whose product is the cells. `train_images` 0: all images. `settings` are those of a training."""
+    """Lists whose product gives the cells. `train_images` 0 means all. `settings` has TrainConfig fields."""
 
     encoder: Annotated[tuple[str, ...], NotEmpty] = ("clip",)
     decoder: Annotated[tuple[str, ...], NotEmpty] = ("scratch",)
@@ -54,16 +54,16 @@ class Grid(Section):
 
 
 class ExtraGrid(Grid):
-    """An additional grid: its lists replace those of the first grid, its settings are merged.
+    """An additional grid. Its lists replace lists of the first grid, and its settings are merged.
 
-    Its arms are compared with those of the first grid only if the settings are equal.
+    Its arms are compared with arms of the first grid only if their settings are equal.
     """
 
     data: Annotated[tuple[str, ...], NotEmpty] | None = None
 
 
 class Experiment(Grid):
-    """An experiment file. `match_words`: cut the captions to the word count of the smallest data."""
+    """Content of an experiment file. `match_words` limits captions to the word count of the smallest data."""
 
     data: Annotated[dict[str, Data], NotEmpty]
     match_words: bool = True
@@ -99,7 +99,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One training run. `otherwise` has the settings that differ from the first grid."""
+    """One training run. `otherwise` describes the settings that differ from the first grid."""
 
     data: str
     encoder: str
@@ -112,11 +112,11 @@ class Cell:
 
     @property
     def arm(self) -> tuple[str, ...]:
-        """The key of cells that differ only in the seed: the values of FACTORS, and `otherwise`."""
+        """The key that cells with different seeds share: the values of FACTORS, and `otherwise`."""
         return (*(str(getattr(self, name)) for name in FACTORS), self.otherwise)
 
     def folder(self, *identity: Any) -> str:
-        """Return a folder name that is unique for the settings and for the data (`identity`)."""
+        """Return a folder name that is unique to the settings and to the data (`identity`)."""
         models = f"{Path(self.encoder).name}-{Path(self.decoder).name}"
         images = self.train_images or "all"
         name = slugify(f"{self.data}-{models}-{self.alignment}-{images}-s{self.seed}")
@@ -124,14 +124,14 @@ class Cell:
 
 
 def read_experiment(path: Path) -> Experiment:
-    """Return the experiment of a YAML file. Raises ConfigError if it is invalid, also for a single cell."""
+    """Read an experiment from a YAML file. Raises ConfigError if the file or one of its cells is invalid."""
     experiment = validate(Experiment, read_yaml(path, "docs/experiment.yaml"), where=f"{path}: ")
     cells_of(experiment)
     return experiment
 
 
 def cells_of(experiment: Experiment) -> list[Cell]:
-    """Return the distinct cells in the order of the file. Raises ConfigError for invalid settings."""
+    """Return the distinct cells in file order. Raises ConfigError if the settings of a cell are invalid."""
     first = experiment.model_dump(include=set(Grid.model_fields)) | {"data": tuple(experiment.data)}
     grids = [(first, "")]
     for extra in experiment.also:
@@ -146,7 +146,7 @@ def cells_of(experiment: Experiment) -> list[Cell]:
         for data, encoder, decoder, alignment, images, seed in itertools.product(*lists):
             factors = (encoder, decoder, alignment, images, seed)
             config = _cell_config(experiment.data[data], *factors, grid["settings"])
-            # A setting of `also` may equal its default.
+            # Settings in `also` may equal the defaults, so cells may repeat.
             cells.setdefault((data, digest(config.digest_values())), Cell(data, *factors, config, overrides))
     return list(cells.values())
 
@@ -160,7 +160,7 @@ def _cell_config(
     seed: int,
     settings: dict[str, Any],
 ) -> TrainConfig:
-    """Return the settings of a cell. All cells of a grid train for the same number of steps in all."""
+    """Return the settings of a cell. All cells of a grid have the same total number of steps."""
     align_steps = round(ALIGN_FRAC * settings["steps"]) if alignment != "none" else 0
     models = {"encoder": encoder, "decoder": decoder, "seed": seed}
     texts = {"text_source": data.text_source, "source_in_prompt": data.source_in_prompt}

@@ -1,4 +1,4 @@
-"""Write the result of an experiment as JSON, Markdown, and one HTML file."""
+"""Write the result of an experiment as JSON, Markdown and HTML."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ from trainer.image_index import map_images
 SHOWN_EXAMPLES = 12
 MAX_CURVES_PER_CHART = 6
 THUMBNAIL_BYTES = 16_384
-# Share by which the word counts of two kinds of data may differ without a note.
+# The report notes word counts of data entries that differ by a larger share.
 MAX_WORD_DIFFERENCE = 0.05
 
 
 def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
-    """Write experiment.json, .md and .html of finished runs; return the content of experiment.json."""
+    """Write experiment.json, .md and .html for finished runs. Returns the content of experiment.json."""
     arms = read_arms(runs)
     sizes = {run.cell.arm: (run.train_images, run.train_words) for run in runs}
     data = {
@@ -49,7 +49,7 @@ def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the tables of a result as Markdown."""
+    """Format a result as Markdown tables."""
     lines = ["| arm | seeds | CIDEr-D [95 %] | shuffled | words | words learned |", "|---" * 6 + "|"]
     for arm in result["arms"]:
         low, high = arm["interval"]
@@ -78,14 +78,14 @@ def _cell(text: str) -> str:
 
 
 def _words_differ(runs: Sequence[Run]) -> bool:
-    """Return whether runs with the same number of images differ clearly in caption words."""
+    """Return whether caption word counts differ clearly between runs with the same number of images."""
     sizes = {run.train_images for run in runs}
     counts = [[run.train_words for run in runs if run.train_images == images] for images in sizes]
     return any(max(words) > (1 + MAX_WORD_DIFFERENCE) * min(words) for words in counts)
 
 
 def _learning_curves(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
-    """Yield charts for each setting, with a curve of validation scores for each kind of data."""
+    """Yield charts of validation scores for each setting, with one curve per data entry."""
     for setting in dict.fromkeys(arm.key[1:] for arm in arms):
         setting_arms = [arm for arm in arms if arm.key[1:] == setting]
         title = f"CIDEr-D on the validation split: {setting_arms[0].name.partition(', ')[2]}"

@@ -1,4 +1,4 @@
-"""Train the cells of an experiment, several at a time; each resumes from its last checkpoint."""
+"""Train the cells of an experiment in parallel. Interrupted cells resume from their last state."""
 
 import os
 import sys
@@ -33,9 +33,9 @@ OpenData = Callable[[str | None, str | None], Version]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A cell with its data, final settings and folder. `only` has the sample ids of all splits.
+    """A cell with its data, final settings and folder. `only` holds the sample ids of all splits.
 
-    `train_images` and `train_words` are the numbers of images and caption words to learn from.
+    `train_images` and `train_words` are the numbers of training images and caption words.
     """
 
     cell: Cell
@@ -53,11 +53,11 @@ class Run:
 
 
 def plan(experiment: Experiment, cells: list[Cell], open_data: OpenData, out: Path) -> list[Run]:
-    """Return the runs of all cells: with the same images, and with `match_words` a similar number of words.
+    """Plan a run for each cell. All use the same images and, with `match_words`, similar numbers of words.
 
-    Raises TrainError if the data have no images or no references in common.
+    Raises TrainError if the data entries have too few images in common.
     """
-    # The examples of a version depend only on its kind of data.
+    # The settings that select examples depend only on the data entry.
     configs = {cell.data: cell.config for cell in cells}
     data = {name: experiment.data[name] for name in configs}
     versions = {name: open_data(item.data, item.images) for name, item in data.items()}
@@ -81,7 +81,7 @@ def plan(experiment: Experiment, cells: list[Cell], open_data: OpenData, out: Pa
 
 
 def _read_examples(name: str, version: Version, split: str, config: TrainConfig) -> list[Example]:
-    """Return the examples of a split without their pixels. Raises TrainError with the kind of data."""
+    """Read the examples of a split without pixels. The message of a TrainError names the data entry."""
     try:
         examples = read_split_examples(version, split, config)
         return [replace(example, image=b"") for example in examples if example.texts]
@@ -91,7 +91,7 @@ def _read_examples(name: str, version: Version, split: str, config: TrainConfig)
 
 
 def _common_ids(examples: Examples, split: str) -> set[str]:
-    """Return the ids of samples that all data have, for the test split with equal references."""
+    """Return the sample ids that all data entries share. In the test split, references must be equal."""
     is_test = split == "test"
     keys = [{(e.sample_id, e.references if is_test else ()) for e in group} for group in examples.values()]
     common = {sample_id for sample_id, references in set.intersection(*keys) if references or not is_test}
@@ -106,7 +106,7 @@ def _common_ids(examples: Examples, split: str) -> set[str]:
 def _match_words(
     experiment: Experiment, learned: Examples, train_images: set[int]
 ) -> tuple[dict[int, int], dict[tuple[str, int], tuple[int, int]]]:
-    """Return word budgets by number of images, and the images and words to learn from by data and number."""
+    """Return the word budget per `train_images`, and (images, words) per data entry and `train_images`."""
     budgets: dict[int, int] = {}
     sizes: dict[tuple[str, int], tuple[int, int]] = {}
     for size in train_images:
@@ -119,7 +119,7 @@ def _match_words(
 
 
 def _files(model: str) -> list[tuple[str, int, int]]:
-    """Return name, size and mtime of each file of a model folder; an empty list for a model name."""
+    """Return name, size and mtime of each file in a model folder, or [] if `model` is no folder."""
     files = sorted(path for path in Path(model).glob("*") if path.is_file()) if Path(model).is_dir() else []
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
@@ -129,7 +129,7 @@ def _count_words(examples: list[Example]) -> int:
 
 
 def default_jobs() -> int:
-    """Return the number of cells that run at once: one per GPU, or one per core."""
+    """Return the number of cells to train in parallel: one per GPU or, without GPUs, one per CPU core."""
     return torch.cuda.device_count() or _count_cores()
 
 
@@ -138,7 +138,7 @@ def _count_cores() -> int:
 
 
 def require_models(runs: list[Run]) -> None:
-    """Raise TrainError for an encoder or a decoder that cannot be loaded."""
+    """Raise TrainError if an encoder or a decoder cannot be loaded."""
     models = (("encoder", ENCODERS, (TINY_VIT,)), ("decoder", DECODERS, SCRATCH_DECODERS))
     for factor, known, built_in in models:
         for name in dict.fromkeys(getattr(run.config, factor) for run in runs if not run.is_done):
@@ -151,9 +151,9 @@ def require_models(runs: list[Run]) -> None:
 
 
 def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
-    """Train all unfinished cells, `jobs` at a time, and return the error messages of failed cells.
+    """Train all unfinished cells, `jobs` at a time. Returns the error messages of failed cells.
 
-    Each cell has its own process: an error or an out-of-memory kill affects no other cell.
+    Each cell has its own process, so an error or an out-of-memory kill does not affect other cells.
     """
     waiting = [run for run in runs if not run.is_done]
     done = len(runs) - len(waiting)
@@ -192,7 +192,7 @@ def _describe_failure(run: Run, exit_code: int) -> str:
 
 
 def _visible_gpu(slot: int) -> str | None:
-    """Return the GPU of a slot for CUDA_VISIBLE_DEVICES; None without a GPU."""
+    """Return the CUDA_VISIBLE_DEVICES value for a slot, or None if there is no GPU."""
     count = torch.cuda.device_count()
     if not count:
         return None
@@ -201,7 +201,7 @@ def _visible_gpu(slot: int) -> str | None:
 
 
 def _train(run: Run, threads: int, gpu: str | None, parent: int) -> None:
-    """Train one cell in its own process. On an error, write its message to a file and exit with 1."""
+    """Train one cell. Runs in a child process. An error is written to a file, and the exit code is 1."""
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     if gpu is not None:

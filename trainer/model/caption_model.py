@@ -1,7 +1,7 @@
 """The captioner: an image encoder, a connector to the decoder's width, and a text decoder.
 
-Shapes: B images, C texts (several may share an image), T tokens, N image states, V encoder width, D decoder
-width, K captions, E contrastive width.
+Shapes: B images, C texts (several per image are possible), T tokens, N hidden states per image, V encoder
+width, D decoder width, K captions, E contrastive width.
 """
 
 from contextlib import suppress
@@ -20,20 +20,20 @@ from trainer.model.encoder import Encoder, EncoderConfig
 from trainer.model.language_model import PretrainedDecoder, merged_state
 from trainer.tokenizer import TextBatch
 
-MAX_GENERATION_BATCH = 1 << 16  # images per call of `decoder.generate`, reduced when a GPU runs out of memory
+MAX_GENERATION_BATCH = 1 << 16  # images per call of `decoder.generate`, halved if a GPU runs out of memory
 
 
 class GpuMemoryError(TrainError):
-    """Raised when the text about a single image does not fit in the memory of the GPU."""
+    """Raised when generating text for a single image exceeds GPU memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionerConfig:
     """Everything needed to rebuild a captioner.
 
-    `decoder` has the fields of DecoderConfig, or is {"language_model": settings of transformers}.
-    `prompts` are the learned pairs of source and style, which is empty for answers.
-    `data` records the training data. `contrast_width` is 0 without a contrastive head.
+    `decoder` holds the fields of DecoderConfig, or {"language_model": transformers config} for a pretrained
+    decoder. `prompts` lists the learned (source, style) pairs. The style of answers is "". `data` describes
+    the training data. `contrast_width` is 0 without a contrastive head.
     """
 
     encoder: dict[str, Any]
@@ -46,13 +46,13 @@ class CaptionerConfig:
 
     @property
     def num_beams(self) -> int:
-        """The beam width of the final evaluation, or 1."""
+        """The beam width used in the final evaluation, 1 by default."""
         beams: int = self.data.get("num_beams", 1)
         return beams
 
 
 class CaptionerModel(nn.Module, PyTorchModelHubMixin):
-    """A captioner, saved by `save_pretrained`. Losses and texts are computed from hidden states."""
+    """Captioner model. Losses and generation take hidden states of the encoder as input, not pixels."""
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
@@ -74,17 +74,16 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
     def loss(
         self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0, weight_C: Tensor | None = None
     ) -> Tensor:
-        """Return the summed negative log-likelihood of all target tokens, with each text weighted by
-        `weight_C`.
+        """Return the negative log-likelihood summed over all target tokens, weighted per text by `weight_C`.
 
-        Texts about one image do not attend to each other. `texts` should be on the CPU: packing there does
-        not wait for the device of the states.
+        Texts about one image do not attend to each other. `texts` should be on the CPU, where packing needs
+        no synchronization with a GPU.
         """
         loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts, label_smoothing, weight_C)
         return loss
 
     def contrast_loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
-        """Return the contrastive loss of mean-pooled images and captions, or 0 for a single pair."""
+        """Return the contrastive loss of mean-pooled images and captions, or 0 for fewer than two."""
         captions = texts.only(texts.caption_C).to(states_BNV.device)
         image_of_K = captions.image_of_C
         if len(image_of_K) < 2 or len(states_BNV) < 2:
@@ -95,9 +94,9 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
 
     @torch.inference_mode()
     def generate(self, states_BNV: Tensor, prompt_BT: Tensor, decoding: DecodingConfig) -> list[list[int]]:
-        """Generate one text per image after its prompt, until EOS or `max_caption_tokens`.
+        """Generate one text per image, up to EOS or `max_caption_tokens`.
 
-        Returns token ids without prompt and EOS. Uses smaller batches when a GPU runs out of memory; raises
+        Returns token ids without prompt and EOS. If a GPU runs out of memory, the batch is halved. Raises
         GpuMemoryError if a single image does not fit.
         """
         device = next(self.connector.parameters()).device
@@ -110,7 +109,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
                 prompt_CT = prompt_BT[part].to(device)
                 texts += self.decoder.generate(memory_BND, prompt_CT, decoding, max_tokens, eos_id)
                 continue
-            torch.cuda.empty_cache()  # here, after the tensors of the failed call are freed
+            torch.cuda.empty_cache()  # only here are the tensors of the failed call freed
             self._generation_batch = len(states_BNV[part]) // 2
             if not self._generation_batch:
                 hint = "use fewer beams (--num-beams) or a smaller max_caption_tokens"
@@ -118,12 +117,12 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         return texts
 
     def most_tokens(self, num_states: int, prompt_tokens: int) -> int:
-        """Return the maximum tokens of a text: a language model may have few positions left."""
+        """Return how many tokens can be generated. The positions of a language model may limit them."""
         left = self.decoder.max_positions - num_states - prompt_tokens
         return int(min(self.config.max_caption_tokens, left))
 
     def without_adapters(self) -> "CaptionerModel":
-        """Return this captioner with its LoRA adapters merged into the weights."""
+        """Return a captioner with LoRA adapters merged into the weights, or `self` if it has no adapters."""
         state = merged_state(self)
         if len(state) == len(self.state_dict()):
             return self
@@ -134,12 +133,12 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
 
 
 def prefix_connector(V: int, D: int) -> nn.Sequential:
-    """Return the two-layer connector of LLaVA-1.5, for image states that are a prefix of the text."""
+    """Return a LLaVA-1.5-style connector (two layers), which maps image states to prefix embeddings."""
     return nn.Sequential(nn.LayerNorm(V), nn.Linear(V, D), nn.GELU(), nn.Linear(D, D))
 
 
 class ContrastiveHead(nn.Module):
-    """CLIP's contrastive loss (Radford et al., 2021), for images with several matching texts."""
+    """Computes CLIP's contrastive loss (Radford et al., 2021), with several matching texts per image."""
 
     def __init__(self, width: int, shared_width: int) -> None:
         super().__init__()
@@ -148,7 +147,7 @@ class ContrastiveHead(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
     def forward(self, image_BD: Tensor, text_KD: Tensor, image_of_K: Tensor) -> Tensor:
-        """Return the mean of the text-to-image loss and the image-to-any-of-its-texts loss."""
+        """Return the mean of both losses: from text to image, and from image to any of its texts."""
         image_BE = functional.normalize(self.image(image_BD), dim=-1)
         text_KE = functional.normalize(self.text(text_KD), dim=-1)
         scores_KB = self.log_scale.exp().clamp(max=100) * text_KE @ image_BE.T
@@ -162,7 +161,7 @@ class ContrastiveHead(nn.Module):
 def build_captioner(
     encoder: Encoder, decoder: DecoderConfig | PretrainedDecoder, **fields: Any
 ) -> CaptionerModel:
-    """Return a captioner with a loaded encoder. `fields` complete its CaptionerConfig."""
+    """Build a captioner around a loaded encoder. `fields` are the other fields of CaptionerConfig."""
     settings = asdict(decoder) if isinstance(decoder, DecoderConfig) else {"language_model": decoder.settings}
     config = CaptionerConfig(encoder=asdict(encoder.config), decoder=settings, **fields)
     if isinstance(decoder, DecoderConfig):

@@ -1,7 +1,7 @@
-"""A captioner with its tokenizer: build it for a training, save it as a checkpoint folder, load it again.
+"""Build a captioner with its tokenizer, and save and load it as a checkpoint folder.
 
-A checkpoint may be untrusted and is checked while it is loaded: config.json has known keys only, weights are
-safetensors, and no memory is allocated before their shapes match the config.
+Checkpoints may be untrusted, so loading checks them: config.json may have only known keys, weights must be
+safetensors files, and their shapes are compared with the config before memory is allocated.
 """
 
 import json
@@ -43,8 +43,8 @@ from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens
 
 MAX_CONFIG_BYTES = 10_000_000
 MAX_TOKENIZER_BYTES = 100_000_000
-MAX_BEAMS = 64  # larger searches of an untrusted checkpoint could take forever
-MAX_SHARED = 2  # ratio of model weights to stored weights: some decoders share embedding and head
+MAX_BEAMS = 64  # a larger value in an untrusted checkpoint could make generation take forever
+MAX_SHARED = 2  # maximum ratio of model weights to stored weights (tied weights are stored once)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,14 @@ class Checkpoint:
     tokenizer: CaptionTokenizer
 
     def save(self, folder: Path) -> None:
-        """Write config.json, model.safetensors and tokenizer.json, each atomically."""
+        """Write config.json, model.safetensors and tokenizer.json. Each file is replaced atomically."""
         with scratch_folder(folder) as draft:
             try:
                 self.captioner.without_adapters().save_pretrained(draft)
             except SafetensorError as error:
                 hint = "free disk space, then continue with --resume"
                 raise TrainError(f"cannot write the weights to {folder}: {error}", hint=hint) from None
-            # safetensors makes the weights readable for the owner only.
+            # safetensors makes the weights file readable only for its owner.
             (draft / "model.safetensors").chmod((draft / "config.json").stat().st_mode)
             self.tokenizer.backend.save(str(draft / "tokenizer.json"))
             for name in CAPTIONER_FILES:
@@ -72,7 +72,7 @@ class Checkpoint:
 
 
 def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> Checkpoint:
-    """Load a checkpoint folder in evaluation mode. Raises TrainError if it is not a valid captioner."""
+    """Load a captioner in evaluation mode. Raises TrainError if the folder holds no valid captioner."""
     folder = Path(folder)
     require_checkpoint(folder)
     try:
@@ -90,7 +90,7 @@ def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> C
 
 @contextmanager
 def without_network() -> Iterator[None]:
-    """Block downloads of huggingface_hub: the configs of some models would fetch others."""
+    """Block downloads by huggingface_hub. Some model configs would download other configs."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
@@ -103,14 +103,14 @@ def _load(folder: Path, device: torch.device | None) -> Checkpoint:
     config = read_config(folder)
     require_shapes(config, folder / "model.safetensors")
     tokenizer = read_tokenizer(folder / "tokenizer.json", config)
-    # huggingface_hub prints to stdout, which is reserved for data.
+    # huggingface_hub prints to stdout, which commands use for data only.
     with redirect_stdout(StringIO()), no_init_weights():
         captioner = CaptionerModel.from_pretrained(str(folder), strict=True).eval()
     return Checkpoint(captioner.to(device or best_device()), tokenizer)
 
 
 def read_config(folder: Path) -> CaptionerConfig:
-    """Return the config of a checkpoint. Raises ValueError or UnsafeFileError if it is invalid."""
+    """Read config.json of a checkpoint. Raises ValueError or UnsafeFileError if it is invalid."""
     values = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
     known = {field.name for field in fields(CaptionerConfig)}
     if values.get("model_type") == PUBLISHED_TYPE:  # transformers adds other keys
@@ -129,7 +129,7 @@ def read_config(folder: Path) -> CaptionerConfig:
 
 
 def require_shapes(config: CaptionerConfig, weights: Path) -> None:
-    """Raise ValueError unless a weights file has the tensors of a config. Allocates no tensor."""
+    """Raise ValueError if the tensors in a weights file do not match the config. Allocates no tensors."""
     with safe_open(weights, "pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     with torch.device("meta"):
@@ -140,7 +140,7 @@ def require_shapes(config: CaptionerConfig, weights: Path) -> None:
         raise ValueError(f"the encoder has no layer {encoder.config.layer!r}"[:100])
     if encoder.config.states not in get_args(EncoderStates):
         raise ValueError(f"the encoder has no states {encoder.config.states!r}")
-    # Tensors that share memory, such as embedding and head, are stored once, so `stored` may lack names.
+    # Tied tensors, such as embedding and head, are stored once, so names may be missing from `stored`.
     if wrong := [name for name, shape in stored.items() if expected.get(name) != shape]:
         raise ValueError(f"the weights do not match the config: {wrong[0]}")
     num_expected, num_stored = sum(map(math.prod, expected.values())), sum(map(math.prod, stored.values()))
@@ -149,13 +149,13 @@ def require_shapes(config: CaptionerConfig, weights: Path) -> None:
 
 
 def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
-    """Return the tokenizer of a checkpoint. Raises ValueError if the decoder lacks one of its tokens."""
+    """Read the tokenizer of a checkpoint. Raises ValueError if a token has no embedding in the decoder."""
     backend = Tokenizer.from_str(read_regular(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
     vocab_size = config.decoder.get("language_model", config.decoder)["vocab_size"]
     if not 0 <= config.eos_id < vocab_size:
         raise ValueError(f"the end-of-text token is {config.eos_id} of {vocab_size:,} tokens")
     require_known_tokens(backend, vocab_size)
-    backend.encode_special_tokens = True  # special tokens in a text are plain text
+    backend.encode_special_tokens = True  # the names of special tokens in a caption are encoded as plain text
     is_pretrained = "language_model" in config.decoder
     tokenizer = CaptionTokenizer(backend, "pretrained" if is_pretrained else "scratch", config.eos_id)
     for source, style in config.prompts:
@@ -166,7 +166,7 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
 
 
 def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
-    """Return an untrained captioner. Raises TrainError if a model is missing or lacks a setting."""
+    """Build an untrained captioner. Raises TrainError if a model is missing or does not support a setting."""
     chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
     encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
     texts = texts_of(train_set)

@@ -1,11 +1,11 @@
 """Text decoder trained from scratch: a pre-norm transformer that attends to the hidden states of an image.
 
-Each block has self-attention with rotary positions, cross-attention to the image, and an MLP. In training,
-all texts about an image are packed into one row (text_loss.py), so the keys and values of the image are
-computed once. In generation they are cached and shared by all beams of the image.
+Each block has self-attention with rotary embeddings, cross-attention to the image, and an MLP. In training,
+all texts about an image are packed into one row (text_loss.py), so its keys and values are computed once. In
+generation, they are cached and shared by all beams.
 
-Shapes: B images, C rows of tokens (C / B adjacent rows per image), T new tokens, S tokens so far, N hidden
-states of an image, D width, H heads, K = D / H, V vocabulary.
+Shapes: B images, C rows of tokens (C / B adjacent rows per image), T new tokens, S tokens including cached
+ones, N hidden states per image, D width, H heads, K = D / H, V vocabulary.
 """
 
 import math
@@ -22,7 +22,7 @@ from trainer.tokenizer import TextBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of a decoder: numbers of tokens, features, blocks and heads."""
+    """Vocabulary size, width, number of blocks and heads, and dropout of a decoder."""
 
     vocab_size: int
     width: int
@@ -36,14 +36,14 @@ class DecoderConfig:
 
 
 TensorPair = tuple[Tensor, Tensor]
-# Which tokens a token attends to: a mask that is True for visible tokens, (T, S) or (C, 1, T, S); `place_CT`
-# and `origin_BS` of PackedTexts, for earlier tokens of the same packed text, or None for all tokens.
+# The tokens that a token attends to. A mask, (T, S) or (C, 1, T, S), is True for visible tokens. The pair
+# `place_CT` and `origin_BS` of PackedTexts means earlier tokens of the same text, and None means all tokens.
 Seen = Tensor | TensorPair | None
 
 
 @dataclass(slots=True)
 class BlockCache:
-    """Keys and values of one block: fixed for the images (B, H, N, K), growing for tokens (C, H, S, K)."""
+    """Cached keys and values of one block: `image` (B, H, N, K) is constant, `words` (C, H, S, K) grows."""
 
     image: TensorPair | None = None
     words: TensorPair | None = None
@@ -51,31 +51,31 @@ class BlockCache:
 
 @dataclass(slots=True)
 class Cache:
-    """Key-value cache of one generation. Pass an empty cache to the first call, then the same cache again."""
+    """Key-value cache for one generation. Pass an empty cache to the first call, and reuse it later."""
 
     blocks: list[BlockCache] = field(default_factory=list)
     length: int = 0
 
     def reorder(self, rows_C: Tensor) -> None:
-        """Continue row i from the tokens of row rows_C[i], which must be about the same image."""
+        """Replace the cached tokens of row i by those of row rows_C[i]. Both must be about one image."""
         for block in self.blocks:
             assert block.words is not None
             block.words = block.words[0][rows_C], block.words[1][rows_C]
 
     def keep_images(self, images_B: Tensor) -> None:
-        """Drop the keys and values of all other images."""
+        """Keep only the keys and values of these images."""
         for block in self.blocks:
             assert block.image is not None
             block.image = block.image[0][images_B], block.image[1][images_B]
 
     def keep(self, rows_C: Tensor) -> None:
-        """Drop all other rows and their images, when there is one row per image."""
+        """Keep only these rows and their images. Requires one row per image."""
         self.reorder(rows_C)
         self.keep_images(rows_C)
 
 
 class ScratchDecoder(nn.Module):
-    """Map token ids and image states to next-token states. The head shares the embedding's weights."""
+    """Maps token ids and image states to hidden states. The output head is tied to the embedding."""
 
     max_positions = math.inf
 
@@ -88,7 +88,7 @@ class ScratchDecoder(nn.Module):
         self.norm = nn.RMSNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.apply(_init_weights)
-        # Each block adds three branches to the residual stream: their last layers start small, as in GPT-2.
+        # Each block has three residual branches. Their last layers start with small weights, as in GPT-2.
         for block in blocks:
             for layer in (block.attend_words.out, block.attend_image.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / (3 * config.depth) ** 0.5)
@@ -96,14 +96,14 @@ class ScratchDecoder(nn.Module):
     def forward(self, ids_CT: Tensor, memory_BND: Tensor | None, cache: Cache | None = None) -> Tensor:
         """Return the states (C, T, D) that predict the token after each of `ids_CT`.
 
-        With a cache, `ids_CT` are new tokens only. `memory_BND` is None if there is no image, or if its keys
-        and values are cached.
+        With a cache, `ids_CT` holds only new tokens. `memory_BND` is None without an image, and when the
+        image's keys and values are cached.
         """
         start, T = cache.length if cache else 0, ids_CT.shape[1]
         if cache is not None:
             cache.blocks = cache.blocks or [BlockCache() for _ in self.blocks]
             cache.length += T
-        # New token t has position start + t and sees all tokens up to itself.
+        # New token t has position start + t and attends to all tokens up to itself.
         rope = rope_table(torch.arange(start, start + T, device=ids_CT.device), self.head_width)
         seen_TS = torch.ones(T, start + T, dtype=torch.bool, device=ids_CT.device).tril(start)
         return self._states(ids_CT, memory_BND, rope, seen_TS if T > 1 else None, cache)
@@ -124,7 +124,7 @@ class ScratchDecoder(nn.Module):
     def loss(
         self, memory_BND: Tensor, texts: TextBatch, label_smoothing: float = 0, weight_C: Tensor | None = None
     ) -> Tensor:
-        """Return the summed negative log-likelihood of the target tokens (see CaptionerModel.loss)."""
+        """Return the summed loss (see CaptionerModel.loss)."""
         packed = pack(texts, len(memory_BND)).to(memory_BND.device)
         rope = rope_table(packed.positions_BS[:, None], self.head_width)
         states_BSD = self._states(packed.ids_BS, memory_BND, rope, (packed.place_CT, packed.origin_BS), None)
@@ -133,7 +133,7 @@ class ScratchDecoder(nn.Module):
         return token_loss(states_KD, self.embedding, packed.labels_K, label_smoothing, weight_K)
 
     def read(self, texts: TextBatch) -> Tensor:
-        """Return the state of the last token of each text, without an image: (C, D)."""
+        """Encode texts without an image. Returns the hidden state of each last token: (C, D)."""
         return texts.last_token(self(texts.ids_CT, None))
 
     def generate(
@@ -151,7 +151,7 @@ class ScratchDecoder(nn.Module):
         return decode(step, cache.keep, prompt_BT, decoding, max_tokens, eos_id)
 
     def repeated_parts(self) -> list[nn.Module]:
-        """Return the modules to compile."""
+        """Return the modules to compile, one for each block."""
         return list(self.blocks)
 
 
@@ -161,7 +161,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and MLP, each pre-norm and residual."""
+    """Transformer block with pre-norm self-attention, cross-attention and MLP."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Block(nn.Module):
     def forward(
         self, x_CTD: Tensor, memory_BND: Tensor | None, rope: TensorPair, seen: Seen, cache: BlockCache | None
     ) -> Tensor:
-        """Update the residual stream (C, T, D). `rope` is the `rope_table` of the positions."""
+        """Return the updated residual stream: (C, T, D). `rope` is the result of `rope_table`."""
         x_CTD = x_CTD + self.dropout(self._self_attention(self.norm_words(x_CTD), rope, seen, cache))
         if memory_BND is not None or (cache is not None and cache.image is not None):
             x_CTD = x_CTD + self.dropout(self._cross_attention(self.norm_image(x_CTD), memory_BND, cache))
@@ -204,14 +204,14 @@ class Block(nn.Module):
             k_BHNK, v_BHNK = attention.keys_values(memory_BND)
         if cache is not None:
             cache.image = k_BHNK, v_BHNK
-        # Rows about one image are adjacent, so they can share its keys and values as one long row.
+        # Rows about one image are adjacent. Joined to one long row, they share its keys and values.
         joined_BXD = x_CTD.reshape(len(k_BHNK), -1, x_CTD.shape[-1])
         out_BXD = attention.attend(attention.heads(attention.query(joined_BXD)), k_BHNK, v_BHNK, None)
         return out_BXD.view_as(x_CTD)
 
 
 class Attention(nn.Module):
-    """Projections of multi-head attention (Vaswani et al., 2017), without biases."""
+    """Multi-head attention (Vaswani et al., 2017) without biases."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -226,12 +226,12 @@ class Attention(nn.Module):
         return x_CTD.view(C, T, self.num_heads, D // self.num_heads).transpose(1, 2)
 
     def keys_values(self, x_BND: Tensor) -> TensorPair:
-        """Project to keys and values: (B, N, D) -> two of (B, H, N, K)."""
+        """Project to keys and values, each (B, H, N, K)."""
         k_BND, v_BND = self.key_value(x_BND).chunk(2, -1)
         return self.heads(k_BND), self.heads(v_BND)
 
     def attend(self, q_CHTK: Tensor, k_CHSK: Tensor, v_CHSK: Tensor, seen: Seen) -> Tensor:
-        """Attend and merge the heads: -> (C, T, D)."""
+        """Return the attention output with merged heads: (C, T, D)."""
         if isinstance(seen, tuple):
             mixed_CHTK = attend_apart(q_CHTK, k_CHSK, v_CHSK, *seen)
         else:
@@ -243,10 +243,10 @@ class Attention(nn.Module):
 def attend_apart(
     q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, place_CT: Tensor, origin_BS: Tensor
 ) -> Tensor:
-    """Attend within each packed text only: -> (B, H, S, K).
+    """Attend within each packed text only. Returns (B, H, S, K).
 
-    Each text is moved to a row of its own and back. Causal attention then needs no mask, which allows fast
-    kernels.
+    Each text is moved to its own row and back. Causal attention then needs no explicit mask, so that fast
+    kernels can be used.
     """
 
     def moved(x_BHSK: Tensor, place_CT: Tensor) -> Tensor:
@@ -259,10 +259,10 @@ def attend_apart(
 
 
 def rope_table(positions: Tensor, head_width: int, base: float = 10_000.0) -> TensorPair:
-    """Return cosines and sines of rotary embeddings (Su et al., 2021): (..., T) -> two of (..., T, K / 2).
+    """Return cosines and sines for rotary embeddings (Su et al., 2021), each (..., T, K / 2).
 
-    Features i and i + K / 2 at position p are rotated by p * base^(-2i / K): attention sees only relative
-    positions.
+    The pair of features i and i + K / 2 at position p is rotated by the angle p * base^(-2i / K). Attention
+    scores then depend only on relative positions.
     """
     even_P = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
     frequencies_P = base ** (-even_P / head_width)
@@ -271,7 +271,7 @@ def rope_table(positions: Tensor, head_width: int, base: float = 10_000.0) -> Te
 
 
 def apply_rope(x_CHTK: Tensor, rope: TensorPair) -> Tensor:
-    """Rotate queries or keys by the angles of their positions. The result has the dtype of the input."""
+    """Apply rotary embeddings to queries or keys. The result has the dtype of the input."""
     cos, sin = rope
     first, second = x_CHTK.chunk(2, -1)
     turned_CHTK = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

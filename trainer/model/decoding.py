@@ -1,6 +1,6 @@
 """Generate texts token by token: greedily, by sampling, or by beam search.
 
-Shapes: B prompts, R rows that are still computed, K beams, E = 2K candidates, L tokens written, V vocabulary.
+Shapes: B prompts, R unfinished rows, K beams, E = 2K candidates, L generated tokens, V vocabulary.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class DecodingConfig:
-    """One beam at temperature 0 is greedy. `top_p` is the total probability of the tokens to sample."""
+    """Decoding options, greedy by default. `top_p` is the cumulative probability of nucleus sampling."""
 
     num_beams: int = 1
     temperature: float = 0.0
@@ -26,18 +26,18 @@ class DecodingConfig:
 
 
 GREEDY = DecodingConfig()
-MIN_ENDED_SHARE = 0.25  # finished rows are removed once they are this share of the batch
+MIN_ENDED_SHARE = 0.25  # finished rows are removed when they reach this share of the batch
 Step = Callable[[Tensor], Tensor]  # new tokens (R, T) -> logits of the next token (R, V)
-Reorder = Callable[[Tensor], None]  # receives for each row the index of the row that it continues: (R,)
-Keep = Callable[[Tensor], None]  # receives the indices of the rows, or of the groups of beams, that remain
+Reorder = Callable[[Tensor], None]  # receives, for each row, the index of the row it continues: (R,)
+Keep = Callable[[Tensor], None]  # receives the indices of the remaining rows (beam search: groups of beams)
 
 
 def decode(
     step: Step, keep: Keep, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
 ) -> list[list[int]]:
-    """Decode greedily or by sampling, and return token ids without EOS."""
+    """Decode greedily or by sampling. Returns the token ids of each prompt's text, without EOS."""
     texts: list[list[int]] = [[] for _ in prompt_BT]
-    rows = list(range(len(texts)))  # the prompt of each computed row
+    rows = list(range(len(texts)))  # the prompt index of each unfinished row
     new_RT, ended = prompt_BT, [False] * len(rows)
     for _ in range(max_tokens):
         next_R = sample_token(step(new_RT), decoding)
@@ -58,7 +58,7 @@ def decode(
 
 
 def sample_token(scores_BV: Tensor, decoding: DecodingConfig) -> Tensor:
-    """Return one token per row: the likeliest, or a top-p sample (Holtzman et al., 2020)."""
+    """Return the likeliest token of each row, or a top-p sample (Holtzman et al., 2020)."""
     if decoding.temperature == 0:
         return scores_BV.argmax(-1)
     sorted_BV, order_BV = (scores_BV.float() / decoding.temperature).softmax(-1).sort(descending=True)
@@ -69,10 +69,10 @@ def sample_token(scores_BV: Tensor, decoding: DecodingConfig) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _SearchStep:
-    """The K likeliest candidates of each of R prompts after one step of a beam search."""
+    """The K likeliest candidates for each of R prompts after one step of beam search."""
 
-    rows: list[int]  # the prompt of each row
-    mean_RK: Tensor  # log-probability per token of a text that has ended, else -inf
+    rows: list[int]  # the prompt index of each row
+    mean_RK: Tensor  # mean log-probability per token, -inf for unfinished texts
     texts_RKL: Tensor
 
 
@@ -81,14 +81,14 @@ def beam_search(
 ) -> list[list[int]]:
     """Keep the likeliest prefixes of each prompt, and return the text with the best mean log-probability.
 
-    `step` receives groups of `num_beams` adjacent rows. Before each further step, `reorder` receives the
-    origin of each row, and `keep` the groups that remain if some have finished. Each step synchronizes with
-    the device once.
+    `step` receives `num_beams` adjacent rows per prompt. Between two steps, `reorder` receives the index of
+    the row that each row continues. After finished prompts are removed, `keep` receives the indices of the
+    remaining prompts. Each step synchronizes with the device once.
     """
     K, device = num_beams, prompt_BT.device
     rows = list(range(len(prompt_BT)))
     total_BK = torch.full((len(rows), K), -torch.inf, device=device)
-    total_BK[:, 0] = 0.0  # all beams start equal, so only one of them counts
+    total_BK[:, 0] = 0.0  # all beams start equal, so only the first is expanded
     best_B = torch.full((len(rows),), -torch.inf, device=device)
     written_BKL = prompt_BT.new_empty(len(rows), K, 0)
     new_RT, steps = prompt_BT.repeat_interleave(K, 0), list[_SearchStep]()
@@ -99,7 +99,7 @@ def beam_search(
         value_BE, index_BE = (total_BK[:, :, None] + scores_RV.view(B, K, V)).flatten(1).topk(2 * K)
         beam_BE, token_BE = index_BE // V, index_BE % V
         is_end_BE = token_BE == eos_id
-        # EOS counts only among the K likeliest candidates, as in transformers and fairseq.
+        # A text ends only if its EOS is among the K likeliest candidates, as in transformers and fairseq.
         ends_BK = is_end_BE[:, :K] if length < max_tokens else torch.ones_like(is_end_BE[:, :K])
         mean_BK = (value_BE[:, :K] / length).masked_fill(~ends_BK, -torch.inf)
         texts_BEL = torch.cat([_of_beams(written_BKL, beam_BE), token_BE[:, :, None]], 2)
@@ -108,7 +108,7 @@ def beam_search(
         onward_BK = is_end_BE.to(torch.uint8).argsort(dim=1, stable=True)[:, :K]
         total_BK, origin_BK = value_BE.gather(1, onward_BK), beam_BE.gather(1, onward_BK)
         written_BKL = _of_beams(texts_BEL, onward_BK)
-        # The final mean of an unfinished text is at most its total so far divided by the maximum length.
+        # Upper bound for the final mean of an unfinished text: its current total / the maximum length.
         is_over = (total_BK.amax(1) / max_tokens <= best_B).tolist()
         if all(is_over) or length == max_tokens:
             break
@@ -132,7 +132,7 @@ def _of_beams(texts_BKL: Tensor, beams_BE: Tensor) -> Tensor:
 
 
 def _best_texts(steps: list[_SearchStep], num_prompts: int, eos_id: int) -> list[list[int]]:
-    """Return the best text of each prompt, without EOS. Of equal texts it is the shortest."""
+    """Return the best text for each prompt, without EOS. Of texts with equal scores, the shortest wins."""
     best: list[tuple[float, list[int]]] = [(-math.inf, [])] * num_prompts
     for step in steps:
         for row, means, texts in zip(step.rows, step.mean_RK.tolist(), step.texts_RKL.tolist(), strict=True):

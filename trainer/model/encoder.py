@@ -1,7 +1,7 @@
-"""Encoder: images to hidden states, one vector per patch (and for the class token), without pooling.
+"""Image encoder: returns hidden states without pooling, one vector per patch and for the class token.
 
-Shapes: B images, N hidden states, M of them that a decoder reads, V encoder width.
-ViT-B/16 at 224 px has N = 197, CLIP ViT-B/32 has N = 50, both have V = 768.
+Shapes: B images, N hidden states of the model, M states after selection, V encoder width.
+ViT-B/16 at 224 px has N = 197, CLIP ViT-B/32 has N = 50, and both have V = 768.
 """
 
 import hashlib
@@ -38,9 +38,9 @@ PATCH_ENCODERS = "vit, clip, siglip2 or dinov2"
 class EncoderConfig:
     """Everything needed to rebuild an encoder.
 
-    `layer` counts hidden states as transformers does: -1 is the output of the last layer. `states` selects
-    those that a decoder reads, see `choose_states`. States of a `frozen` encoder are rounded to bfloat16, as
-    in a feature store. `made_from` has the name and the revision of the model.
+    `layer` is an index into `hidden_states` of transformers, -1 for the last layer. `states` selects hidden
+    states for the decoder (see `choose_states`). If `frozen`, they are rounded to bfloat16, as in the feature
+    store. `made_from` holds the name and the revision of the original model.
     """
 
     model: dict[str, Any]
@@ -52,7 +52,7 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """The vision tower of a ViT, a CLIP or another vision model of transformers."""
+    """Wraps the vision tower of ViT, CLIP or another transformers vision model, with its preprocessing."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -67,17 +67,17 @@ class Encoder(nn.Module):
             self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Encoder":  # noqa: FBT001
-        """Set training mode. A frozen encoder stays in evaluation mode."""
+        """Set the mode. A frozen encoder always stays in evaluation mode."""
         super().train(mode and not self.config.frozen)
         return self
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the hidden states that a decoder reads: (B, 3, H, W) -> (B, M, V)."""
+        """Return the hidden states for the decoder: (B, 3, H, W) -> (B, M, V)."""
         states_BMV = self.exact_states(pixels_BCHW)
         return states_BMV.bfloat16().float() if self.config.frozen else states_BMV
 
     def exact_states(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the states before rounding. Raises TrainError if the encoder lacks the configured states."""
+        """Return the states without rounding. Raises TrainError if the configured states are unavailable."""
         states_BNV = layer_states(self.tower, pixels_BCHW, self.config.layer)
         try:
             return choose_states(states_BNV, self.config.states)
@@ -86,24 +86,24 @@ class Encoder(nn.Module):
             raise TrainError(f"no states {self.config.states!r}: {error}", hint=hint) from None
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
-        """Preprocess RGB images as in the encoder's training: -> (B, 3, H, W)."""
+        """Preprocess RGB images with the model's image processor. Returns (B, 3, H, W)."""
         prepared: Tensor = self.processor(images=images, return_tensors="pt")["pixel_values"]
         return prepared
 
     @torch.inference_mode()
     def count_states(self) -> int:
-        """Return M, the number of hidden states per image that a decoder reads."""
+        """Return M, the number of hidden states per image for the decoder."""
         device = next(self.parameters()).device
         return int(self(self.pixels([_TEST_IMAGE]).to(device)).shape[1])
 
     def key(self) -> str:
-        """Return a digest of settings and weights."""
+        """Return a digest of the settings and weights, which identifies stored features."""
         settings = [self.config.model, self.config.processor, self.config.layer, self.config.states]
         return weights_digest(canonical(settings), self.tower.state_dict())
 
 
 def weights_digest(prefix: bytes, weights: Mapping[str, Tensor]) -> str:
-    """Return a digest of a prefix and of the names and values of weights."""
+    """Return the SHA-256 digest of `prefix` and all weights with their names."""
     sha256 = hashlib.sha256(prefix)
     for name, tensor in sorted(weights.items()):
         sha256.update(name.encode())
@@ -112,10 +112,10 @@ def weights_digest(prefix: bytes, weights: Mapping[str, Tensor]) -> str:
 
 
 def load_encoder(name: str, *, layer: int = -1, states: str = "all", frozen: bool | None = None) -> Encoder:
-    """Load an encoder: a name in ENCODERS, tiny-vit (untrained), a folder, or a Hub id.
+    """Load an encoder by a name in ENCODERS, a folder or a Hub id, or build tiny-vit with random weights.
 
-    Every encoder but tiny-vit is frozen by default. Raises TrainError if the model cannot be loaded, needs
-    more than pixels, or lacks the layer or the states.
+    By default, all encoders except tiny-vit are frozen. Raises TrainError if the model cannot be loaded,
+    needs other inputs besides pixels, or does not have the layer or the states.
     """
     if name == TINY_VIT:
         side = {"height": TINY_VIT_CONFIG["image_size"], "width": TINY_VIT_CONFIG["image_size"]}
@@ -128,11 +128,11 @@ def load_encoder(name: str, *, layer: int = -1, states: str = "all", frozen: boo
         revision = getattr(model_config, "_commit_hash", None)
         model_config = getattr(model_config, "vision_config", model_config)
         settings = pretrained.settings_of(model_config)
-        pretrained.config_of(settings)  # raises for models that cannot be rebuilt, such as those of timm
+        pretrained.config_of(settings)  # raises if the model cannot be rebuilt, such as a timm model
         towers: dict[str, Any] = {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}
         tower_class = towers.get(model_config.model_type, AutoModel)
         saved = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=False).to_dict()
-        # Only JSON values, and no local path.
+        # Keep only JSON values.
         json_types = (str, int, float, list, dict)
         processor = {key: value for key, value in saved.items() if isinstance(value, json_types)}
         options = {"config": model_config, **_tower_options(model_config)}
@@ -154,12 +154,12 @@ def load_encoder(name: str, *, layer: int = -1, states: str = "all", frozen: boo
 
 
 def folder_name(folder: Path) -> str:
-    """Return the name of an encoder in a folder. A slash distinguishes it from a name in ENCODERS."""
+    """Return the folder name of an encoder, with a slash appended if it equals a name in ENCODERS."""
     return f"{folder.name}/" if folder.name in ENCODERS else folder.name
 
 
 def _require_unused(encoder: Encoder, missing: Sequence[str]) -> None:
-    """Set missing weights to zero. Raises ValueError if a state depends on them."""
+    """Set missing weights to zero. Raises ValueError if the hidden states depend on them."""
     if not missing:
         return
     weights = encoder.tower.state_dict()
@@ -173,7 +173,7 @@ def _require_unused(encoder: Encoder, missing: Sequence[str]) -> None:
 
 
 def _require_states(encoder: Encoder) -> Encoder:
-    """Return the encoder. Raises TrainError if it lacks its layer, or does not give one state per patch."""
+    """Check an encoder and return it. Raises TrainError if its layer or its states are not usable."""
     config, name = encoder.config, encoder.config.made_from["name"]
     if not -encoder.depth - 1 <= config.layer <= encoder.depth:
         hint = f"pass a layer from 0 (the embeddings) to {encoder.depth}, or -1 for the last"
@@ -181,7 +181,7 @@ def _require_states(encoder: Encoder) -> Encoder:
     was_training = encoder.training
     try:
         with torch.inference_mode():
-            # A second image of another shape fails here if the processor does not give all images one size.
+            # Images of two shapes: this fails if the processor does not resize all images to one size.
             wide = _TEST_IMAGE.resize((_TEST_IMAGE.width * 2, _TEST_IMAGE.height))
             pixels = encoder.pixels([_TEST_IMAGE, wide])[:1]
             states_1MV, again_1MV = encoder.eval()(pixels), encoder(pixels)
@@ -199,7 +199,7 @@ def _require_states(encoder: Encoder) -> Encoder:
 
 
 def _image_processor(settings: dict[str, Any]) -> type[BaseImageProcessor]:
-    """Return the class that untrusted settings name. Raises TrainError if it is not an image processor."""
+    """Return the image processor class named in untrusted settings. Raises TrainError for anything else."""
     name = settings.get("image_processor_type")
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, BaseImageProcessor)):
@@ -212,16 +212,16 @@ def _tower_options(model_config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
 
 
-# The definitions below are copied into published captioners (trainer/publish/captioner_package.py): they need
-# only torch.
+# The definitions below are copied into published captioners (trainer/publish/captioner_package.py), so they
+# may use only torch.
 
-# Tokens before the patches: none, a class token, class and distillation tokens, class token and DINO's
-# registers.
+# Possible numbers of tokens before the patches: none, a class token, class and distillation tokens, or a
+# class token and four DINO registers.
 BEFORE_PATCHES = (0, 1, 2, 5)
 
 
 def layer_states(tower: nn.Module, pixels_BCHW: Tensor, layer: int) -> Tensor:
-    """Return the hidden states of a layer: (B, N, V). Layer -1 is the output after the last norm."""
+    """Return the hidden states of a layer: (B, N, V). Layer -1 includes the final norm."""
     states_BNV: Tensor
     if layer == -1:
         states_BNV = tower(pixels_BCHW).last_hidden_state
@@ -231,7 +231,7 @@ def layer_states(tower: nn.Module, pixels_BCHW: Tensor, layer: int) -> Tensor:
 
 
 def choose_states(states_BNV: Tensor, which: str) -> Tensor:
-    """Return the states that a decoder reads (B, M, V): all of them, or with patches averaged 2 x 2.
+    """Return the states for the decoder (B, M, V). Unless `which` is "all", 2 x 2 patches are averaged.
 
     Raises ValueError if the patches do not form a square.
     """
@@ -239,12 +239,15 @@ def choose_states(states_BNV: Tensor, which: str) -> Tensor:
         return states_BNV
     before, side = patch_grid(states_BNV.shape[1])
     grid_BVRC = states_BNV[:, before:].transpose(1, 2).unflatten(2, (side, side))
-    pooled_BVRC = functional.avg_pool2d(grid_BVRC, 2, ceil_mode=True)  # an odd last row is averaged alone
+    pooled_BVRC = functional.avg_pool2d(grid_BVRC, 2, ceil_mode=True)  # windows at an odd edge are smaller
     return torch.cat([states_BNV[:, :before], pooled_BVRC.flatten(2).transpose(1, 2)], 1)
 
 
 def patch_grid(count: int) -> tuple[int, int]:
-    """Return the number of states before the patches, and the side of their square, or raise ValueError."""
+    """Return the number of states before the patches, and the side length of the patch grid.
+
+    Raises ValueError if the patches do not form a square.
+    """
     for before in BEFORE_PATCHES:
         side = math.isqrt(max(0, count - before))
         if side > 1 and side * side == count - before:

@@ -1,14 +1,14 @@
-"""Pretrained decoder: any causal language model of transformers, with the image as a prefix of the text.
+"""Pretrained decoder: any causal language model of transformers, with the image states as a prefix.
 
-The texts about an image are packed into one sequence after a shared prefix: the positions of each text
-continue from the prefix, and a mask limits attention to the prefix and the own text. Layers with convolutions
-or a recurrent state ignore such a mask, so the first use compares two texts packed and separate; if the
-states differ, each text gets a sequence of its own.
+All texts about an image are packed into one sequence after the shared prefix. The positions of each text
+continue from the prefix, and a mask limits attention to the prefix and the token's own text. Convolutions and
+recurrent layers ignore such a mask. The first use therefore compares packed and separate texts. If their
+states differ, texts are not packed.
 
-LoRA adapters (Hu et al., 2021) come from peft and are merged into the weights that are saved.
+LoRA adapters (Hu et al., 2021) come from peft. Saved weights include them in merged form.
 
-Shapes: B images, C texts, T tokens of a text, P prefix states, S tokens of all texts of an image, L = P + S,
-D width, V vocabulary.
+Shapes: B images, C texts, T tokens per text, P prefix states, S tokens per packed row, L = P + S, D width,
+V vocabulary.
 """
 
 import math
@@ -36,45 +36,45 @@ from trainer.model import pretrained, text_loss
 from trainer.model.decoding import DecodingConfig
 from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 
-ADAPTER = "default"  # peft's name
+ADAPTER = "default"  # adapter name in peft
 PROBE_TOKENS = 6
-# Differences relative to the standard deviation. States: rounding makes 1e-6, a convolution at least 4e-4.
+# Relative to the standard deviation. Rounding changes states by 1e-6, convolutions by at least 4e-4.
 MAX_STATE_DIFFERENCE = 1e-4
-MAX_LOGIT_DIFFERENCE = 0.01  # rounding on a GPU may make 0.001
+MAX_LOGIT_DIFFERENCE = 0.01  # rounding on a GPU may change logits by 0.001
 MAX_SHARE_OF_CAP = 0.99  # logits closer to the cap cannot be inverted
 MODEL_ERRORS = (ValueError, RuntimeError, TypeError, AttributeError, IndexError, NotImplementedError)
 
 
 class Probe(NamedTuple):
-    """Properties of a language model that are measured before its first step."""
+    """Properties of a language model, measured at its first use."""
 
-    can_pack: bool  # packed texts have the states of separate texts
+    can_pack: bool  # whether packed texts have the same states as separate texts
     transform: text_loss.LogitTransform
 
 
 class PretrainedDecoder(nn.Module):
-    """A language model with the `settings` of its config. Its weights are random unless `model` is given."""
+    """Wraps a causal language model. Without `model`, builds one with random weights from `settings`."""
 
     def __init__(self, settings: dict[str, Any], model: PreTrainedModel | None = None) -> None:
         super().__init__()
         self.settings = settings
         self.model: Any = model or AutoModelForCausalLM.from_config(pretrained.config_of(settings))
         self.model.tie_weights()
-        # A checkpoint does not store the generation config, so its penalties must not apply in training
-        # either.
+        # A checkpoint does not store the generation config. Without this reset, penalties would apply in
+        # training but not after loading.
         self.model.generation_config = GenerationConfig()
-        self.width: int = self.embedding.embedding_dim  # in some models not the width of the layers
+        self.width: int = self.embedding.embedding_dim  # may differ from the width of the layers
         self._attention_window = pretrained.attention_window(self.model.config)
         self.max_positions: float = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         self._probe: Probe | None = None
 
     @property
     def embedding(self) -> Any:
-        """The input embedding."""
+        """The input embedding layer."""
         return self.model.get_input_embeddings()
 
     def add_adapters(self, rank: int, dropout: float) -> None:
-        """Add adapters, scaled by 2, to linear layers but the head and experts. Freeze all other weights.
+        """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freeze other weights.
 
         Raises TrainError if peft is not installed or supports no layer of the model.
         """
@@ -91,7 +91,7 @@ class PretrainedDecoder(nn.Module):
             if not names:
                 raise ValueError("it has no linear layers")
             with warnings.catch_warnings():
-                # peft handles GPT-2's transposed layers, but warns about them.
+                # peft supports the transposed layers of GPT-2, but warns about them.
                 warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
                 inject_adapter_in_model(config, self.model, ADAPTER)
         except ValueError as error:
@@ -99,17 +99,20 @@ class PretrainedDecoder(nn.Module):
             raise TrainError(f"this language model does not support adapters: {error}", hint=hint) from None
 
     def frozen_names(self) -> set[str]:
-        """Return the names of the weights that adapters freeze."""
+        """Return the names of all weights except adapters, or an empty set without adapters."""
         names = set(self.state_dict())
         return {name for name in names if not is_adapter(name)} if any(map(is_adapter, names)) else set()
 
     def trainable_weights(self) -> list[nn.Parameter]:
-        """Return the weights that may learn: the adapters, or all weights without adapters."""
+        """Return the adapters, or all weights if there are no adapters."""
         frozen = self.frozen_names()
         return [weights for name, weights in self.named_parameters() if name not in frozen]
 
     def enable_checkpointing(self) -> None:
-        """Enable gradient checkpointing: less memory, a third more time."""
+        """Enable gradient checkpointing, which saves memory but takes a third more time.
+
+        Raises TrainError if the model does not support it.
+        """
         if not self.model.supports_gradient_checkpointing:
             kind = self.model.config.model_type
             hint = "set checkpoint_blocks: false"
@@ -123,7 +126,7 @@ class PretrainedDecoder(nn.Module):
     def loss(
         self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0, weight_C: Tensor | None = None
     ) -> Tensor:
-        """Return the summed negative log-likelihood of the target tokens (see CaptionerModel.loss)."""
+        """Return the summed loss (see CaptionerModel.loss)."""
         P = prefix_BPD.shape[1]
         self.require_positions(P, texts.ids_CT.shape[1])
         packed = text_loss.pack(texts, len(prefix_BPD)) if self.probed.can_pack else None
@@ -143,7 +146,7 @@ class PretrainedDecoder(nn.Module):
         )
 
     def require_positions(self, num_states: int, num_tokens: int, hint: str = "") -> None:
-        """Raise TrainError if image and text need more positions than the model has: GPT-2 has 1,024."""
+        """Raise TrainError if image and text need more positions than the model has (GPT-2: 1,024)."""
         if num_states + num_tokens > self.max_positions:
             problem = f"an image of {num_states} states and a text of {num_tokens} tokens"
             problem += f" need {num_states + num_tokens} positions, and the language model has"
@@ -151,7 +154,7 @@ class PretrainedDecoder(nn.Module):
             raise TrainError(f"{problem} {self.max_positions:,}", hint=hint)
 
     def _states_packed(self, prefix_BPD: Tensor, packed: text_loss.PackedTexts) -> Tensor:
-        """Return the states of packed texts: (B, S, D)."""
+        """Return the hidden states of packed texts: (B, S, D)."""
         P = prefix_BPD.shape[1]
         words_BSD = self.embedding(packed.ids_BS)
         before_BP = torch.arange(P, device=words_BSD.device).expand(len(prefix_BPD), -1)
@@ -164,7 +167,7 @@ class PretrainedDecoder(nn.Module):
         return hidden_BLD[:, P:]
 
     def _states_apart(self, prefix_BPD: Tensor, texts: TextBatch) -> Tensor:
-        """Return the states of texts that each have a sequence of their own: (C, T, D)."""
+        """Return the hidden states of texts in separate sequences: (C, T, D)."""
         P, embeds_CLD = prefix_BPD.shape[1], self._embed(prefix_BPD[texts.image_of_C], texts.ids_CT)
         tokens_L = torch.arange(embeds_CLD.shape[1], device=embeds_CLD.device)
         hidden_CLD: Tensor = self.model.get_decoder()(
@@ -175,13 +178,13 @@ class PretrainedDecoder(nn.Module):
         return hidden_CLD[:, P:]
 
     def _embed(self, prefix_CPD: Tensor, ids_CT: Tensor) -> Tensor:
-        """Concatenate prefixes and embedded tokens: (C, P + T, D)."""
+        """Concatenate prefixes and token embeddings: (C, P + T, D)."""
         words_CTD = self.embedding(ids_CT)
         return torch.cat([prefix_CPD.to(words_CTD.dtype), words_CTD], 1)
 
     @property
     def probed(self) -> Probe:
-        """Properties of the model, measured once. Raises TrainError if it cannot be trained here."""
+        """Properties of the model, measured at first access. Raises TrainError for an unsupported model."""
         if self._probe is None:
             self._probe = self._measure()
         return self._probe
@@ -189,7 +192,7 @@ class PretrainedDecoder(nn.Module):
     @torch.no_grad()
     def _measure(self) -> Probe:
         device, was_training = next(self.model.parameters()).device, self.model.training
-        # A separate generator keeps the dropout of the training unchanged.
+        # A separate generator leaves the global generator, and thus dropout, unchanged.
         random = torch.Generator().manual_seed(0)
         vocabulary = self.embedding.num_embeddings
         ids_CT = torch.randint(vocabulary, (2, PROBE_TOKENS), generator=random)
@@ -203,7 +206,7 @@ class PretrainedDecoder(nn.Module):
                 states_CTD = self._states_apart(prefix_BPD, texts)
                 transform = self._logit_transform(prefix_BPD, texts, states_CTD)
                 apart_CTD = states_CTD[:, :-1]
-                with suppress(*MODEL_ERRORS):  # the model rejects such a mask
+                with suppress(*MODEL_ERRORS):  # some models reject such a mask
                     packed_BSD = self._states_packed(prefix_BPD, text_loss.pack(texts, 1))
                     difference = (packed_BSD.reshape(apart_CTD.shape) - apart_CTD).abs().max()
                     can_pack = bool(difference <= MAX_STATE_DIFFERENCE * apart_CTD.std())
@@ -217,7 +220,7 @@ class PretrainedDecoder(nn.Module):
     def _logit_transform(
         self, prefix_BPD: Tensor, texts: TextBatch, states_CTD: Tensor
     ) -> text_loss.LogitTransform:
-        """Compare the logits of model and head. Raises TrainError if no LogitTransform fits."""
+        """Find the transform from the head's logits to the model's. Raises TrainError if none fits."""
         embeds_CLD = self._embed(prefix_BPD[texts.image_of_C], texts.ids_CT)
         own_CLV = self.model(inputs_embeds=embeds_CLD, use_cache=False).logits
         own_CTV = own_CLV[:, prefix_BPD.shape[1] :].float()
@@ -238,7 +241,7 @@ class PretrainedDecoder(nn.Module):
         return transform
 
     def read(self, texts: TextBatch) -> Tensor:
-        """Return the state of the last token of each text, without an image: (C, D)."""
+        """Encode texts without an image. Returns the hidden state of each last token: (C, D)."""
         tokens_T = torch.arange(texts.ids_CT.shape[1], device=texts.ids_CT.device)
         mask_CT = (tokens_T < texts.length_C[:, None]).long()
         output = self.model.get_decoder()(input_ids=texts.ids_CT, attention_mask=mask_CT, use_cache=False)
@@ -252,7 +255,7 @@ class PretrainedDecoder(nn.Module):
         self.require_positions(P, T + 1, hint="ask a shorter question")
         options: dict[str, Any] = {"num_beams": decoding.num_beams, "do_sample": decoding.temperature > 0}
         if decoding.num_beams > 1:
-            options |= {"early_stopping": "never"}  # a longer text may have the better mean
+            options |= {"early_stopping": "never"}  # a longer text may have a better mean log-probability
         if decoding.temperature > 0:
             options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
         embeds_BLD = self._embed(prefix_BPD, prompt_BT)
@@ -267,7 +270,7 @@ class PretrainedDecoder(nn.Module):
         return [row[: row.index(eos_id)] if eos_id in row else row for row in ids_BT.tolist()]
 
     def require_beams(self, num_beams: int) -> None:
-        """Raise TrainError if the model does not support beam search, as some recurrent models."""
+        """Raise TrainError if the model does not support beam search, like some recurrent models."""
         states_11D = torch.zeros(1, 1, self.width, device=self.model.device)
         prompt_11 = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
         try:
@@ -280,7 +283,7 @@ class PretrainedDecoder(nn.Module):
 def new_decoder(
     tokenizer: CaptionTokenizer, *, width: int, depth: int, heads: int
 ) -> tuple[PretrainedDecoder, CaptionTokenizer]:
-    """Return a Qwen3 model with random weights for a new tokenizer."""
+    """Build a small Qwen3 model with random weights for a new tokenizer."""
     sizes: dict[str, Any] = {
         "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth,
         "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": width // heads,
@@ -293,7 +296,7 @@ def new_decoder(
 
 
 def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
-    """Load a decoder by a name in DECODERS, a folder or a Hub id. Raises TrainError if it fails."""
+    """Load a decoder by a name in DECODERS, a folder or a Hub id. Raises TrainError if this fails."""
     model_id = DECODERS.get(name, name)
     try:
         config = pretrained.load_config(model_id)
@@ -305,7 +308,7 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no end-of-text token (eos_token in tokenizer_config.json)")
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.encode_special_tokens = True  # the text "<|endoftext|>" in a caption is not the EOS token
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a caption must not become EOS
         decoder = PretrainedDecoder(pretrained.settings_of(config), model)
         require_known_tokens(backend, config.vocab_size)
         if tokenizer.eos_token_id >= config.vocab_size:
@@ -322,13 +325,16 @@ def is_adapter(name: str) -> bool:
 
 
 def merged_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a module, on the CPU, with each adapter added to its matrix."""
+    """Return the state dict with adapters merged into their base weights.
+
+    If there are adapters, the tensors are on the CPU.
+    """
     state = {name: weights for name, weights in module.state_dict().items() if not is_adapter(name)}
     if len(state) == len(module.state_dict()):
         return state
     from peft.tuners.lora import LoraLayer
 
-    # Copy to the CPU, since a GPU has no room for a second language model. Tied matrices stay tied.
+    # Copy to the CPU, because a GPU may not hold a second language model. Tied weights stay tied.
     places = {name: (weights.data_ptr(), weights.shape) for name, weights in state.items()}
     copies = {places[name]: weights.cpu() for name, weights in state.items()}
     state = {name: copies[places[name]] for name in state}

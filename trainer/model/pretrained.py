@@ -1,7 +1,7 @@
-"""Load models of transformers completely or report why not, and store their configs as plain JSON.
+"""Load transformers models with all their weights, and store their configs as plain JSON.
 
-A checkpoint may be untrusted. No setting of it can name code or another repository or replace a method, and
-numbers that repeat a layer are limited. No missing weight is replaced by random values.
+Checkpoints may be untrusted. Settings that name code or another repository, or that replace a method, are
+removed, and layer counts are limited. Missing weights are reported, never left at random values.
 """
 
 import json
@@ -19,24 +19,24 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 UNUSED_SETTINGS = {"architectures", "dtype", "id2label", "label2id", "transformers_version"}
-# Settings that let transformers download or run something.
+# Settings that make transformers download files or run code.
 CODE_SETTINGS = frozenset(
     ("attn_implementation", "auto_map", "backbone", "backbone_config", "backbone_kwargs",
      "custom_pipelines", "quantization_config", "trust_remote_code", "use_kernels",
      "use_pretrained_backbone", "use_timm_backbone")
 )  # fmt: skip
-# Model types whose configs ask the Hub for other configs.
+# Model types whose configs download other configs from the Hub.
 FETCHING_MODELS = re.compile("timm|edgetam")
 LAYER_COUNTS = re.compile(r"layers|depth|blocks|stages|experts")
 MAX_LAYERS = 1024
-# Names of the attention window in different models, and of the layer types that have one.
+# Setting names for the attention window in different models, and the layer types that use it.
 WINDOWS = (
     "sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention",
 )  # fmt: skip
 WINDOWED_LAYERS = re.compile(r"sliding|local|chunk|window")
 SIDES = ("height", "width", "shortest_edge", "longest_edge")
 MAX_PATCH, MAX_SIDE_PX, MAX_PROCESSED_PIXELS = 64, 4096, 20_000_000
-# Errors of transformers for missing or damaged files and for unsupported models.
+# Errors that transformers raises for missing or damaged files and for unsupported models.
 LOAD_ERRORS = (
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError,
 )  # fmt: skip
@@ -44,14 +44,14 @@ MAX_REASON_CHARACTERS = 200
 
 
 def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the settings from which `config_of` rebuilds a config, without paths and class labels."""
+    """Return the settings from which `config_of` can rebuild a config, without paths and class labels."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     used = {name for name in values if not name.startswith("_")} - UNUSED_SETTINGS
     return {name: value for name, value in values.items() if name in used}
 
 
 def config_of(settings: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config of settings without those that name code. Raises ValueError if unknown."""
+    """Build a config, ignoring settings that name code. Raises ValueError for an unknown model type."""
     model_type = settings.get("model_type")
     if (
         not isinstance(model_type, str)
@@ -67,7 +67,7 @@ def config_of(settings: dict[str, Any]) -> PreTrainedConfig:
 
 
 def attention_window(config: PreTrainedConfig) -> float:
-    """Return the smallest attention window of any layer in tokens, or infinity."""
+    """Return the smallest attention window of all layers in tokens, or infinity if no layer has a window."""
     layer_types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     if layer_types and not any(WINDOWED_LAYERS.search(str(kind)) for kind in layer_types):
         return math.inf
@@ -76,7 +76,7 @@ def attention_window(config: PreTrainedConfig) -> float:
 
 
 def processor_settings(kind: type[BaseImageProcessor], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that an image processor supports. Raises ValueError for an impossible size."""
+    """Return only the settings that an image processor supports. Raises ValueError if a size is invalid."""
     known = kind().to_dict().keys() | getattr(kind.valid_kwargs, "__annotations__", {}).keys()
     known -= {name for name in known if name.endswith("_type") or name.startswith("_")}
     chosen: dict[str, Any] = _remove_code({name: value for name, value in settings.items() if name in known})
@@ -89,7 +89,7 @@ def processor_settings(kind: type[BaseImageProcessor], settings: dict[str, Any])
 
 
 def require_few_layers(settings: dict[str, Any]) -> None:
-    """Raise ValueError if settings repeat a layer more than MAX_LAYERS times."""
+    """Raise ValueError if settings ask for more than MAX_LAYERS layers."""
     for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
         numbers = [number for number in values if isinstance(number, int | float)]
@@ -100,7 +100,7 @@ def require_few_layers(settings: dict[str, Any]) -> None:
 
 
 def _remove_code(value: Any) -> Any:
-    """Remove settings that name code or hide the names of outputs, at any depth."""
+    """Recursively remove settings that name code or make a model return tuples without output names."""
     if isinstance(value, list):
         return [_remove_code(inner) for inner in value]
     if not isinstance(value, dict):
@@ -134,9 +134,9 @@ def silence_transformers() -> Iterator[None]:
 
 
 def load_config(model_id: str) -> PreTrainedConfig:
-    """Return the config of a folder or Hub id. Raises LOAD_ERRORS, also for quantized weights."""
+    """Load the config from a folder or the Hub. Raises one of LOAD_ERRORS, also if weights are quantized."""
     path = Path(model_id)
-    # A name that can only be a path must not be looked up on the Hub, which may take minutes.
+    # Do not look up a name on the Hub that can only be a path: this may take minutes.
     is_path = path.is_absolute() or model_id.startswith((".", "~")) or len(path.parts) > 2
     if is_path and not path.is_dir():
         raise ValueError("the folder does not exist")
@@ -144,13 +144,16 @@ def load_config(model_id: str) -> PreTrainedConfig:
     if getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantized and cannot be trained. Pass the original model")
     for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
-        if getattr(part, "return_dict", True) is False:  # set by tracing, which removes the names of outputs
+        if getattr(part, "return_dict", True) is False:  # set by tracing, makes outputs lose their names
             part.return_dict = True  # type: ignore[union-attr]
     return config
 
 
 def load_weights(model_class: Any, model_id: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """Return a float32 model and the names of missing weights, which are random. Raises LOAD_ERRORS."""
+    """Load a float32 model. Returns it with the names of missing weights, which have random values.
+
+    Raises one of LOAD_ERRORS.
+    """
     with silence_transformers():
         model, info = model_class.from_pretrained(
             model_id, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
@@ -159,7 +162,7 @@ def load_weights(model_class: Any, model_id: str, **options: Any) -> tuple[PreTr
 
 
 def reason_of(error: BaseException) -> str:
-    """Return one of LOAD_ERRORS as one line for the user."""
+    """Return the reason why a model could not be loaded, as one line for the user."""
     text = str(error).strip()
     if "trust_remote_code" in text:
         return "it needs code from its repository, which is never run"

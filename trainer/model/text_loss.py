@@ -1,14 +1,13 @@
-"""The loss of texts about images: pack the texts of each image into one row, and compute logits in parts.
+"""Language-model loss for packed texts, with logits computed in parts.
 
-Packing: a decoder reads the image of a row once. Positions start again with each text, and a token attends to
-its own text only, so the loss equals that of separate texts.
+Packing: all texts about an image share one row, so the decoder reads the image once. Positions restart with
+each text and a token attends only to its own text, so the loss is the same as for separate texts.
 
-Parts: the vocabulary may have 150,000 tokens, and `cross_entropy` would hold logits, probabilities and
-gradients of all tokens at once. Here, the gradient of a part is computed with its logits, which are freed
-afterwards.
+Parts: with a vocabulary of 150,000 tokens, `cross_entropy` would hold the logits and gradients of all tokens
+at once. Here, the forward pass computes loss and gradient for one part of the tokens at a time, and frees its
+logits before the next part.
 
-Shapes: B images, C texts, T tokens of a text, S tokens of all texts of an image, K learned tokens, D width, V
-vocabulary.
+Shapes: B images, C texts, T tokens per text, S tokens per packed row, K target tokens, D width, V vocabulary.
 """
 
 from dataclasses import dataclass, fields
@@ -23,20 +22,19 @@ from trainer.tokenizer import TextBatch
 
 @dataclass(frozen=True, slots=True)
 class PackedTexts:
-    """The texts of a batch, one row per image, padded on the right. The last token of a text is never an
-    input.
+    """The input tokens of a batch, in one right-padded row per image, without the last token of each text.
 
     A place is an index into the flattened rows: b * S + s.
     """
 
     ids_BS: Tensor
     positions_BS: Tensor  # within the text
-    segments_BS: Tensor  # number of the text within its image, -1 for padding
+    segments_BS: Tensor  # index of the text within its row, -1 for padding
     place_CT: Tensor  # place of token t of text c, 0 for padding
-    origin_BS: Tensor  # c * T + t of the token at each place, 0 for padding
-    learned_K: Tensor  # places whose next token is learned
-    labels_K: Tensor  # the learned tokens
-    text_K: Tensor  # the text c of each learned token
+    origin_BS: Tensor  # inverse of `place_CT`: c * T + t for each place, 0 for padding
+    learned_K: Tensor  # places whose next token is a target
+    labels_K: Tensor  # the target tokens
+    text_K: Tensor  # the text index c of each target token
 
     def to(self, device: torch.device) -> "PackedTexts":
         """Move all tensors to a device."""
@@ -44,19 +42,19 @@ class PackedTexts:
         return PackedTexts(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def learned(self, states_BSD: Tensor) -> Tensor:
-        """Return the states that predict a learned token: (B, S, D) -> (K, D)."""
+        """Select the states that predict target tokens: (B, S, D) -> (K, D)."""
         return states_BSD.flatten(0, 1).index_select(0, self.learned_K)
 
 
 def pack(texts: TextBatch, num_images: int) -> PackedTexts:
-    """Concatenate the texts of each image. `texts.image_of_C` must ascend."""
+    """Pack the texts of each image into one row. `texts.image_of_C` must be sorted."""
     image_of_C, tokens_C = texts.image_of_C, texts.length_C - 1
     device = image_of_C.device
     zeros_B = torch.zeros(num_images, dtype=torch.long, device=device)
     tokens_B = zeros_B.index_add(0, image_of_C, tokens_C)
     texts_B = zeros_B.index_add(0, image_of_C, torch.ones_like(image_of_C))
     S = max(1, int(tokens_B.max()))
-    # Start and number of each text in its row: the sum over earlier texts, minus that of earlier images.
+    # Start and index of each text within its row: sum over all earlier texts minus sum of earlier images.
     start_C = _sums_before(tokens_C) - _sums_before(tokens_B)[image_of_C]
     number_C = torch.arange(len(image_of_C), device=device) - _sums_before(texts_B)[image_of_C]
     position_T = torch.arange(texts.ids_CT.shape[1] - 1, device=device)
@@ -81,12 +79,12 @@ def pack(texts: TextBatch, num_images: int) -> PackedTexts:
 
 
 def text_of_learned(learned_CT: Tensor) -> Tensor:
-    """Return the index of the text of each learned token: (C, T) -> (K,)."""
+    """Return the text index of each target token: (C, T) -> (K,)."""
     return torch.arange(len(learned_CT), device=learned_CT.device)[:, None].expand_as(learned_CT)[learned_CT]
 
 
 def packed_mask(segments_BS: Tensor, prefix_length: int = 0) -> Tensor:
-    """Return a mask (B, L, L), L = prefix_length + S: True for the prefix and earlier tokens of a text."""
+    """Return a causal mask (B, L, L) with L = prefix_length + S: prefix and own text are visible."""
     prefix = -2
     segments_BL = functional.pad(segments_BS, (prefix_length, 0), value=prefix)
     is_same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
@@ -98,24 +96,24 @@ def _sums_before(counts: Tensor) -> Tensor:
     return counts.cumsum(0) - counts
 
 
-# A part has at most this many float32 logits, but no fewer tokens than the minimum: each part reads the whole
-# head.
+# Maximum number of float32 logits per part. The minimum number of tokens takes precedence, because each part
+# reads the whole head.
 MAX_LOGITS_PER_PART, MIN_TOKENS_PER_PART = {"cpu": 1 << 23, "cuda": 1 << 27}, 256
 
 
 class LogitTransform(NamedTuple):
-    """How a model changes the logits of its head: scaled, then capped by cap * tanh(logits / cap)."""
+    """A model's change to the logits of its head: scaling, then soft-capping by cap * tanh(logits / cap)."""
 
     scale: float = 1.0
     cap: float | None = None
 
     def apply(self, logits_KV: Tensor) -> Tensor:
-        """Return the logits of the model."""
+        """Transform logits of the head into logits of the model."""
         logits_KV = logits_KV if self.scale == 1 else logits_KV * self.scale
         return logits_KV if self.cap is None else self.cap * torch.tanh(logits_KV / self.cap)
 
     def gradient(self, error_KV: Tensor, logits_KV: Tensor) -> Tensor:
-        """Return the gradient of the head's logits, given gradient and values of the model's logits."""
+        """Backward of `apply`: map the gradient of the model's logits to that of the head's logits."""
         error_KV = error_KV if self.cap is None else error_KV * (1 - (logits_KV / self.cap) ** 2)
         return error_KV if self.scale == 1 else error_KV * self.scale
 
@@ -131,10 +129,10 @@ def token_loss(
     weight_K: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
 ) -> Tensor:
-    """Return the weighted sum of the negative log-likelihoods of tokens. Its gradient can be computed once.
+    """Return the weighted sum of the tokens' negative log-likelihoods. Supports one backward pass.
 
-    With label smoothing e (Szegedy et al., 2016), the target is 1 - e for the token plus e / V for each
-    token.
+    With label smoothing e (Szegedy et al., 2016), the target probability is 1 - e for the label, plus e / V
+    for every token.
     """
     bias_V = head.bias if isinstance(head, nn.Linear) else None
     needs_gradient = torch.is_grad_enabled()
@@ -158,7 +156,7 @@ class _TokenLoss(torch.autograd.Function):
         needs_gradient: bool,  # noqa: FBT001
     ) -> Tensor:
         device, V = states_KD.device.type, len(weight_VD)
-        # Cast once: autocast would cast the whole head again for each part.
+        # Cast the head once. Autocast would cast it again for each part.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         cast_KD, cast_VD = states_KD.to(dtype), weight_VD.to(dtype)
         cast_V = None if bias_V is None else bias_V.to(dtype)
@@ -203,7 +201,7 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Scale in place, since the gradient of the head may be large. Autograd raises if this is called
-        # twice.
+        # Scale in place, because the gradient of the head may be large. Autograd raises an error for a second
+        # backward pass.
         scaled = (None if gradient is None else gradient.mul_(grads[0]) for gradient in ctx.saved_tensors)
         return (*scaled, None, None, None, None, None)

@@ -1,1 +1,1 @@
-"""Devices and processes, memory, and the files of a training."""
+"""Devices, processes, memory estimates, and the files of a training run."""

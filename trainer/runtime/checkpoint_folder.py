@@ -1,4 +1,4 @@
-"""Checkpoint folders, without loading weights: find one, and compare it with a training."""
+"""Find checkpoint folders, and compare their settings with those of a new run. Loads no weights."""
 
 import json
 from pathlib import Path
@@ -14,16 +14,15 @@ from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
 from trainer.config import DERIVED_KEYS, TrainConfig
 
-PUBLISHED_TYPE = "synth_captioner"  # model type of a captioner in transformers
+PUBLISHED_TYPE = "synth_captioner"  # `model_type` of published captioners
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 READ_ERRORS = (OSError, ValueError, LookupError, TypeError, UnsafeFileError)
 
 
 def find_captioner(name: str | Path) -> Path:
-    """Return the folder of a captioner, or download it from the Hub: settings, tokenizer and weights, but no
-    code.
+    """Return a captioner's folder, after downloading its files (but no code) if `name` is a Hub repository.
 
-    Raises TrainError if there is no captioner, or if the Hub does not answer and none is cached.
+    Raises TrainError if there is no captioner, or if the Hub does not answer and the captioner is not cached.
     """
     match = HUB_NAME.fullmatch(str(name))
     if not match or Path(name).exists():
@@ -41,23 +40,26 @@ def find_captioner(name: str | Path) -> Path:
 
 
 def no_captioner(folder: Path, reason: str) -> TrainError:
-    """Return the error that a folder holds no captioner."""
+    """Return the error to raise for a folder without a valid captioner."""
     return TrainError(f"no captioner in {folder}: {reason}", hint="pass a folder of `synth train`")
 
 
 def require_checkpoint(folder: Path) -> None:
-    """Raise TrainError if a folder lacks a file of a captioner."""
+    """Raise TrainError if a captioner's file is missing in the folder."""
     if missing := [name for name in CAPTIONER_FILES if not (folder / name).is_file()]:
         raise no_captioner(folder, f"it lacks {missing[0]}")
 
 
 def read_settings(folder: Path) -> TrainConfig:
-    """Return the settings of the training in a folder. Raises one of READ_ERRORS."""
+    """Read the settings of the training run in a folder. Raises one of READ_ERRORS."""
     return TrainConfig.model_validate(read_json(folder / "train.json"))
 
 
 def other_settings(folder: Path, config: TrainConfig) -> list[str]:
-    """Return how settings differ from those of a finished training, such as "batch_size 64, now 32"."""
+    """Describe how settings differ from those of a finished run, such as "batch_size 64, now 32".
+
+    Returns an empty list if the folder has no finished run.
+    """
     if not (folder / "metrics.json").exists():
         return []
     try:
@@ -71,7 +73,7 @@ def other_settings(folder: Path, config: TrainConfig) -> list[str]:
 
 
 def describe_changes(trained: TrainConfig, values: dict[str, Any]) -> list[str]:
-    """Return how values differ from the settings of a training."""
+    """Describe each setting whose new value differs from an earlier run."""
 
     def shown(value: Any) -> str:
         return "unset" if value is None else json.dumps(value, default=str, ensure_ascii=False)
@@ -82,7 +84,7 @@ def describe_changes(trained: TrainConfig, values: dict[str, Any]) -> list[str]:
 
 
 def describe_difference(folder: Path, config: TrainConfig) -> str:
-    """Return how another training in a folder differs from these settings."""
+    """Describe how the run in a folder differs from a run with these settings."""
     try:
         changes = describe_changes(read_settings(folder), config.model_dump())
     except READ_ERRORS:
@@ -91,7 +93,7 @@ def describe_difference(folder: Path, config: TrainConfig) -> str:
 
 
 def read_data_digest(folder: Path) -> str | None:
-    """Return the digest of the data that the captioner in a folder was trained on, or None."""
+    """Return the digest of the data that the captioner was trained on, or None if it cannot be read."""
     try:
         return str(read_json(folder / "config.json")["data"]["digest"])
     except READ_ERRORS:
@@ -99,7 +101,7 @@ def read_data_digest(folder: Path) -> str | None:
 
 
 def find_interrupted(version: Version) -> Path | None:
-    """Return the folder of an interrupted training of a dataset. Raises ConfigError for several."""
+    """Return the folder of the dataset's interrupted run, or None. Raises ConfigError for several runs."""
     folders = sorted(state.parent for state in (version.dataset_dir / "checkpoints").glob("*/resume.pt"))
     if len(folders) > 1:
         names = ", ".join(folder.name for folder in folders)
@@ -109,7 +111,7 @@ def find_interrupted(version: Version) -> Path | None:
 
 
 def is_training_folder(folder: Path) -> bool:
-    """Return whether a folder is empty, or was written by a training."""
+    """Return whether a folder is empty or was written by a training run."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     if names <= {LOCK_FILE}:
         return True
@@ -121,7 +123,7 @@ def is_training_folder(folder: Path) -> bool:
 
 
 def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
-    """Raise ConfigError if a training would overwrite files or a captioner of other settings or data."""
+    """Raise ConfigError if a run would overwrite other files, or a captioner with other settings or data."""
     hint = "choose a new folder: --out DIR"
     if others := other_settings(folder, config):
         raise ConfigError(f"{folder} holds a captioner of other settings ({', '.join(others)})", hint=hint)
@@ -129,7 +131,7 @@ def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
     if trained_on not in (None, version.manifest["digest"]):
         raise ConfigError(f"{folder} holds a captioner of other data", hint=hint)
     if (folder / "resume.pt").exists():
-        with DatasetDir(folder).lock():  # raises an error if the training is still running
+        with DatasetDir(folder).lock():  # raises an error if that run is still in progress
             pass
         resume_hint = f"continue it with --resume, or remove {folder / 'resume.pt'} to start again"
         raise ConfigError(f"{folder} holds an interrupted training", hint=resume_hint)

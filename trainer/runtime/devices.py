@@ -1,4 +1,4 @@
-"""Devices, matrix precision, and the processes that train together."""
+"""Devices, matrix precision, and communication between training processes."""
 
 import os
 import resource
@@ -14,20 +14,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.errors import TrainError, one_line
 from trainer.config import Precision
 
-# Other processes wait while the first one scores the validation split. The default of NCCL is ten minutes.
+# The other processes wait while the first one scores the validation split. NCCL's default is ten minutes.
 MAX_WAIT = timedelta(hours=6)
 MESSAGE_VALUES = 1 << 24  # gradient values per all-reduce
 
 
 def best_device(rank: int = 0) -> torch.device:
-    """Return the GPU of a process rank, or the CPU without GPUs."""
+    """Return the GPU for a process rank, or the CPU if there is no GPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", rank % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def join_processes() -> tuple[int, int]:
-    """Join the process group of torchrun, and return the rank and the number of processes."""
+    """Join the process group if torchrun started several processes. Returns (rank, processes)."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
         return 0, 1
@@ -38,7 +38,7 @@ def join_processes() -> tuple[int, int]:
 
 
 def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) -> float:
-    """Sum gradients and loss over all processes. Small gradients share a message."""
+    """Sum gradients over all processes in place. Returns the summed loss. Small gradients share a message."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss_tensor = torch.tensor([loss], device=device)
     has_gradient = torch.tensor([float(parameter.grad is not None) for parameter in learning], device=device)
@@ -52,10 +52,9 @@ def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) ->
         message.append(parameter.grad)
         message_values += parameter.numel()
     _all_reduce_sum(message)
-    with translate_peer_errors():  # on a GPU, a failure shows when a value is read
+    with translate_peer_errors():  # on a GPU, a failure is raised only when a value is read
         for parameter, num_gradients in zip(learning, has_gradient.tolist(), strict=True):
-            # Without a gradient in any process the optimizer must skip the weight, or its decay would change
-            # it.
+            # If no process has a gradient, the optimizer must skip the weight. Weight decay would change it.
             if not num_gradients:
                 parameter.grad = None
         return loss_tensor.item()
@@ -71,7 +70,7 @@ def _all_reduce_sum(tensors: list[Tensor]) -> None:
 
 @contextmanager
 def translate_peer_errors() -> Iterator[None]:
-    """Raise TrainError if communication with other processes fails."""
+    """Translate errors in the communication with other processes to TrainError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -96,15 +95,15 @@ def max_over_processes(number: int, device: torch.device, processes: int) -> int
 
 @contextmanager
 def matmul_precision(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices of this process in a precision.
+    """Set the precision of float32 matrix products within the context.
 
-    On a CPU, `bf16` rounds the factors of a product to bfloat16 and adds in float32. Tensors stay float32,
-    since casting them would cost what the products gain. Fused attention is disabled: its products are too
-    small.
+    On a CPU, `bf16` rounds the factors of a product to bfloat16 and accumulates in float32. Tensors stay
+    float32, because casting them would take as long as faster products save. Fused attention is disabled,
+    because its products are too small to gain.
     """
     before, conv_before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
-        # The convolution that cuts an image into patches has a setting of its own.
+        # cuDNN has a separate setting for the convolution that embeds image patches.
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
         if precision == "bf16" and device.type == "cpu":
             torch.set_float32_matmul_precision("medium")
@@ -119,19 +118,19 @@ def matmul_precision(precision: Precision, device: torch.device) -> Iterator[Non
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context of a forward pass: `bf16` on a GPU uses bfloat16 tensors."""
+    """Return the autocast context for a forward pass. It is active only for `bf16` on a GPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and device.type != "cpu")
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a device has hardware for bfloat16 products: a GPU since Ampere, or a CPU with AMX."""
+    """Return whether a device multiplies bfloat16 in hardware, like GPUs since Ampere and CPUs with AMX."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def memory_mb() -> float:
-    """Return the peak memory of this process in MB: of the GPU if there is one, else of the CPU."""
+    """Return the peak GPU memory of this process in MB, or its peak CPU memory if there is no GPU."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)

@@ -1,4 +1,4 @@
-"""Try steps before a training: find micro-batches that fit a GPU, and estimate time and memory."""
+"""Run trial steps before training to find micro-batches that fit the GPU and to estimate time and memory."""
 
 import math
 import time
@@ -14,13 +14,13 @@ from trainer.loop import Trainer
 from trainer.optimizer import build_optimizer, parameter_groups
 from trainer.runtime.devices import max_over_processes, memory_mb
 
-MINUTES_FROM_S = 90.0  # longer times are shown in minutes
-FEW_STEPS = 10  # shorter trainings on a CPU try one step instead of three
+MINUTES_FROM_S = 90.0  # longer durations are shown in minutes
+FEW_STEPS = 10  # shorter runs on a CPU need only one trial step instead of three
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The size of a training without early stopping."""
+    """Estimated size of a training run without early stopping."""
 
     weights: int
     learning: int
@@ -30,9 +30,9 @@ class Forecast:
 
 
 def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
-    """Set the number of micro-batches so that a step fits the GPU, and return and show the forecast.
+    """Choose the number of micro-batches so that a step fits the GPU. Shows and returns the forecast.
 
-    Raises TrainError if a step of single images does not fit.
+    Raises TrainError if a micro-batch of a single image does not fit.
     """
     config, captioner = trainer.config, trainer.checkpoint.captioner
     groups = parameter_groups(captioner, config)
@@ -57,7 +57,7 @@ def _format_count(weights: int) -> str:
 
 
 def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
-    """Double the micro-batches until a step of `size` images fits, and return its seconds."""
+    """Double the number of micro-batches until a step of `size` images fits. Returns its seconds."""
     while True:
         seconds = None
         try:
@@ -79,10 +79,10 @@ def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
 
 
 def _try_steps(trainer: Trainer, size: int) -> float:
-    """Compute steps of this process at a learning rate of 0, and return the seconds of the last.
+    """Run trial steps in this process at a learning rate of 0. Returns the seconds of the last one.
 
-    The first two steps have the longest texts; the second has all memory of a training: moments and the
-    average of the weights. Rewards need the most memory and are tried last on a GPU.
+    The first two steps use the longest texts. From the second step on, optimizer moments and averaged weights
+    are in memory, as in training. Rewarded steps need the most memory and are tried last, on a GPU only.
     """
     captioner = trainer.checkpoint.captioner.train()
     if trainer.device.type == "cuda":
@@ -104,7 +104,7 @@ def _try_steps(trainer: Trainer, size: int) -> float:
         started = time.monotonic()
         alone.forward_backward(alone.loader.load(examples[:: trainer.processes]))
         norm = nn.utils.clip_grad_norm_(captioner.parameters(), trainer.config.max_grad_norm)
-        if math.isfinite(float(norm)):  # a rate of 0 times infinity would change the weights
+        if math.isfinite(float(norm)):  # 0 times infinity would change the weights to NaN
             optimizer.step()
         captioner.zero_grad()
     _synchronize(trainer.device)

@@ -1,4 +1,4 @@
-"""Files of a training besides its weights: resume.pt, the state to resume from, and log.jsonl, its curves."""
+"""Files of a training run besides its weights: resume.pt (state to resume from) and log.jsonl (curves)."""
 
 import json
 import math
@@ -23,16 +23,16 @@ MAX_LOG_BYTES = 1_000_000_000
 
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:
-    """Write the state that the next step depends on to resume.pt, atomically."""
+    """Atomically write the state to resume from to resume.pt."""
     with atomic_write(folder / "resume.pt") as draft:
         torch.save(state, draft)
 
 
 def load_resume(folder: Path, config: TrainConfig, run_digest: Callable[[int], str]) -> dict[str, Any]:
-    """Return the state in resume.pt. Raises TrainError if it is missing, damaged, or of another training.
+    """Load resume.pt. Raises TrainError if it is missing, damaged, or from a run with other inputs.
 
-    `run_digest` returns the digest of this training with a number of processes, which may differ from the
-    saved one.
+    `run_digest` returns the digest of the current run for a given number of processes. It is called with the
+    number in the saved state.
     """
     path = folder / "resume.pt"
     if not path.exists():
@@ -45,12 +45,12 @@ def load_resume(folder: Path, config: TrainConfig, run_digest: Callable[[int], s
 
 
 def read_resume(path: Path) -> dict[str, Any]:
-    """Return the state in a resume.pt. Raises TrainError if it is damaged."""
+    """Load a resume.pt file without comparing digests. Raises TrainError if it is damaged."""
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         if not {"run", "step"} <= state.keys() or not isinstance(state["step"], int):
             raise ValueError("it has no run or step")
-    except Exception as error:  # noqa: BLE001  # torch raises any exception for a damaged file
+    except Exception as error:  # noqa: BLE001  # torch may raise any exception for a damaged file
         is_known = isinstance(error, OSError | ValueError)
         reason = one_line(error) if is_known else "it is not a state of a training"
         hint = f"remove {path} and start without --resume"
@@ -60,10 +60,10 @@ def read_resume(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def delay_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that the step ends and its state is saved.
+    """Collect SIGINT and SIGTERM in a list, so that the current step can end and its state can be saved.
 
-    A second signal of the same kind acts at once. One of the other kind may come from the parent and does
-    not.
+    If the same signal arrives twice, the original handler runs at once. The other signal is only collected,
+    because it may come from the parent process.
     """
     received: list[int] = []
     before: dict[int, Any] = {}
@@ -84,9 +84,9 @@ def delay_signals() -> Iterator[list[int]]:
 
 
 class Log:
-    """log.jsonl with one JSON object per line, and optionally the same curves as TensorBoard event files.
+    """Writes log.jsonl, one JSON object per line, and optionally the same curves for TensorBoard.
 
-    On resume, lines after `first_step` are dropped. `seconds` is the training time up to that step.
+    Existing lines after `first_step` are dropped. `seconds` is the training time up to that step.
     """
 
     def __init__(self, path: Path, first_step: int, *, tensorboard: bool = False) -> None:
@@ -103,7 +103,7 @@ class Log:
         self.seconds: float = next((line["seconds"] for line in reversed(kept) if "seconds" in line), 0.0)
 
     def write(self, **values: float | int | str) -> None:
-        """Append a line, and a point to each TensorBoard curve. NaN and infinity become null."""
+        """Append a line to the log, and a point to each TensorBoard curve. NaN and infinity become null."""
         odd = {name for name, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
         finite = values | dict.fromkeys(odd)
         with self._path.open("a", encoding="utf-8") as file:
@@ -117,7 +117,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a log up to the last complete line. Raises TrainError for damage."""
+    """Read the complete lines of a log. Raises TrainError if a line is damaged."""
     text = read_regular(path, max_bytes=MAX_LOG_BYTES).decode("utf-8", "replace") if path.exists() else ""
     complete_lines, _, _ = text.rpartition("\n")
     try:
@@ -139,7 +139,7 @@ def require_tensorboard() -> None:
 
 
 def describe_checkpoint(folder: Path) -> str:
-    """Read every file of a checkpoint folder and return a summary. Raises TrainError if one is damaged."""
+    """Check all files of a checkpoint folder and return a summary. Raises TrainError if one is damaged."""
     has_state = (folder / "resume.pt").exists()
     step = read_resume(folder / "resume.pt")["step"] if has_state else 0
     if not any((folder / name).exists() for name in CAPTIONER_FILES):

@@ -1,1 +1,1 @@
-"""Serve a captioner by OpenAI's chat protocol, or as a demo page."""
+"""Serve a captioner over OpenAI's chat protocol or as a demo page."""

@@ -14,7 +14,7 @@ MAX_PHOTO_BYTES = 100_000_000
 def run_demo(
     folder: Path, title: str, port: int, num_beams: int | None, announce: Callable[[str], None]
 ) -> None:
-    """Serve the page until Ctrl-C. `announce` receives its address. Port 0: a free port."""
+    """Serve the page until Ctrl-C. `announce` receives the URL. Port 0 selects a free port."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -29,7 +29,7 @@ def run_demo(
         return text
 
     page = build_page(title, *page_options(captioner.checkpoint.captioner.config.prompts), caption)
-    # Reject requests that reach this machine under another name (DNS rebinding).
+    # Reject requests for other host names (DNS rebinding).
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     page.launch(
         server_name="127.0.0.1",

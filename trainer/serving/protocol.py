@@ -1,8 +1,8 @@
-"""Read chat requests with an image in OpenAI's protocol, and write their answers.
+"""Parse chat requests with an image in OpenAI's protocol, and build the responses.
 
-A captioner does not follow instructions. The text of a request only selects a caption of a style (the style
-alone, or `Task: caption, STYLE`), an answer (`Question: ...`, or a text that ends in a question mark), or
-else a caption of the default style. A JSON schema must have one property, a string.
+A captioner does not follow instructions. `STYLE` or `Task: caption, STYLE` requests a caption in that style.
+`Question: ...` or a text ending in a question mark requests an answer. Any other text gives a caption in the
+default style. A JSON schema must have exactly one property, which is a string.
 """
 
 import base64
@@ -22,13 +22,13 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_QUESTION_CHARACTERS = 500
 MAX_TEXT_CHARACTERS = 20_000
 MAX_REQUESTED_TOKENS = 1_000_000_000
-# Lower temperatures select greedy search: scores divided by them would overflow.
+# Lower temperatures mean greedy decoding, because dividing scores by them would overflow.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 MIN_TOP_P = 1e-4
 
 
 class RefusedError(Exception):
-    """Raised for a request that is not answered. `status` is the HTTP status: 4xx, or 503 to retry later."""
+    """Raised for a request that is refused. `status` is the HTTP status: 4xx, or 503 if a retry may work."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -37,10 +37,10 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A request for a caption of a style (None: the default), or for an answer. Temperature 0 is greedy.
+    """A request for a caption or an answer. `style` None is the default style. Temperature 0 is greedy.
 
-    The text is returned in the JSON property `field`. If the schema allows only one value, it is in `only`,
-    and `image` is None.
+    If `field` is not None, the text is returned in this JSON property. `only` holds the value if the schema
+    allows just one. `image` is then None.
     """
 
     model: str | None
@@ -56,7 +56,7 @@ class ChatRequest:
 
 
 def read_request(body: bytes, styles: list[str]) -> ChatRequest:
-    """Return the request of a body. Raises RefusedError if it is invalid or not supported."""
+    """Parse a request body. Raises RefusedError if it is invalid or not supported."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
@@ -97,14 +97,14 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
 
 
 def answer_text(request: ChatRequest, text: str) -> str:
-    """Return the content of an answer: the text, or a JSON object with the text in its property."""
+    """Return the response content: the text, or a JSON object with the text in the requested property."""
     return text if request.field is None else json.dumps({request.field: text}, ensure_ascii=False)
 
 
 def completion(
     identity: str, model: str, content: str, tokens: tuple[int, int], *, is_cut: bool
 ) -> dict[str, Any]:
-    """Return the body of an answer. `tokens` are the numbers of tokens of the prompt and of the text."""
+    """Return the response body. `tokens` holds the token counts of prompt and text."""
     return {
         "id": identity,
         "object": "chat.completion",
@@ -123,7 +123,7 @@ def completion(
 
 
 def chunks(body: dict[str, Any]) -> bytes:
-    """Return an answer as a stream of events with the whole text in the first one."""
+    """Return a response as server-sent events. The first event holds the whole text."""
     choice = body["choices"][0]
     shared = {name: body[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
     events = ["[DONE]"]
@@ -134,13 +134,13 @@ def chunks(body: dict[str, Any]) -> bytes:
 
 
 def error_body(message: str, status: int) -> dict[str, Any]:
-    """Return the body of an error."""
+    """Return the body of an error response."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
 def _read_messages(messages: Any) -> tuple[str, list[Any]]:
-    """Return the text of the last user message, and the images of all user messages."""
+    """Return the text of the last user message, and the image parts of all user messages."""
     if not isinstance(messages, list) or not messages:
         raise RefusedError("messages must be a list that is not empty")
     text, images = "", []
@@ -148,7 +148,7 @@ def _read_messages(messages: Any) -> tuple[str, list[Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RefusedError("each message needs a role and a content")
         content = message.get("content")
-        # A turn that calls a tool has no content.
+        # A message that calls a tool has no content.
         if content is None and message["role"] != "user":
             continue
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -169,7 +169,7 @@ def _read_messages(messages: Any) -> tuple[str, list[Any]]:
 
 
 def read_image(part: Any) -> bytes:
-    """Return the bytes of an image_url part or of its URL. Raises RefusedError if it is not base64 data."""
+    """Decode the image of an image_url part. Raises RefusedError unless it is a base64 data URL."""
     url = part.get("url") if isinstance(part, dict) else part
     if not isinstance(url, str):
         raise RefusedError("an image_url part needs a url")
@@ -199,7 +199,7 @@ def _read_style(text: str, styles: list[str]) -> str | None:
 
 
 def _read_schema(response_format: Any) -> tuple[str | None, str | None]:
-    """Return the property of a JSON schema, and its value if the schema allows only one."""
+    """Return the name of a schema's property, and its value if the schema allows only one value."""
     if response_format is None or (
         isinstance(response_format, dict) and response_format.get("type") == "text"
     ):

@@ -1,6 +1,6 @@
-"""Serve a captioner by OpenAI's chat protocol: `/v1/chat/completions`, `/v1/models` and `/health`.
+"""Serve a captioner over OpenAI's chat protocol: `/v1/chat/completions`, `/v1/models` and `/health`.
 
-The server fetches no URL and stores nothing.
+The server fetches no URLs and stores nothing.
 """
 
 import asyncio
@@ -35,10 +35,10 @@ from trainer.model.caption_model import GpuMemoryError
 from trainer.model.decoding import DecodingConfig
 from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
 
-# A photo of 32 MB as base64.
+# Enough for a photo of 32 MB in base64.
 MAX_BODY_BYTES = 48_000_000
 BODY_TIMEOUT_S = 30.0
-# Limits of all requests and bodies that the server has not answered yet.
+# Limits for all unanswered requests and their bodies together.
 MAX_HELD_REQUESTS, MAX_HELD_BYTES = 1_000, 1_000_000_000
 SHUTDOWN_TIMEOUT_S = 5
 HANDLED_ERRORS = (RefusedError, HTTPException, ClientDisconnect, Exception)
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A text to generate: a prepared image (3, H, W), the token ids of its prompt, and decoding settings."""
+    """Input for one generated text: preprocessed image (3, H, W), prompt token ids, and decoding options."""
 
     pixels_CHW: Tensor
     prompt: Sequence[int]
@@ -56,7 +56,7 @@ class GenerationRequest:
 
     @property
     def group(self) -> tuple[int, DecodingConfig]:
-        """The key of requests that can be generated in one batch."""
+        """The batching key. Requests with equal keys can share a batch."""
         return len(self.prompt), self.decoding
 
 
@@ -65,7 +65,7 @@ Pending = tuple[GenerationRequest, asyncio.Future[list[int]]]
 
 @dataclass(slots=True)
 class Batcher:
-    """Generate texts in batches on one thread. Run `run` once, as a task."""
+    """Collects requests and generates their texts in batches on one thread. Start `run` once, as a task."""
 
     write: Callable[[list[GenerationRequest]], list[list[int]]]
     batch_size: int
@@ -75,14 +75,14 @@ class Batcher:
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def submit(self, request: GenerationRequest) -> list[int]:
-        """Return the token ids of a text. Raises the errors of `write`."""
+        """Wait for the text of a request and return its token ids. Raises the errors of `write`."""
         future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         self.pending.append((request, future))
         self._arrived.set()
         return await future
 
     async def run(self) -> None:
-        """Generate batches until cancelled: the longest waiting request, with others of its group."""
+        """Generate batches until cancelled. Each holds the oldest request and others of the same group."""
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
@@ -111,7 +111,7 @@ class Batcher:
         rest: deque[Pending] = deque()
         while self.pending and len(batch) < self.batch_size:
             request, future = self.pending.popleft()
-            # The client has disconnected.
+            # The future is cancelled if the client has disconnected.
             if future.done():
                 continue
             fits = not batch or request.group == batch[0][0].group
@@ -122,7 +122,7 @@ class Batcher:
 
 @dataclass(slots=True)
 class CaptionServer:
-    """The handlers of a server of one captioner: its model `name` in requests, and an optional API `key`."""
+    """HTTP handlers for one captioner, with its model `name` and an optional API `key`."""
 
     captioner: Captioner
     name: str
@@ -143,7 +143,7 @@ class CaptionServer:
         self.batcher = Batcher(self._write, self.batch_size, self.model_thread)
 
     def application(self) -> Starlette:
-        """Return the application, which starts and stops its threads with the server."""
+        """Build the ASGI application. Its threads start and stop with the server."""
         return Starlette(
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
@@ -166,7 +166,7 @@ class CaptionServer:
         self.model_thread.shutdown(wait=False, cancel_futures=True)
 
     async def models(self, _: Request) -> Response:
-        """List the one model."""
+        """List the served model."""
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "synth"}
         return JSONResponse({"object": "list", "data": [model]}, headers=HEADERS)
 
@@ -175,10 +175,10 @@ class CaptionServer:
         return JSONResponse({"status": "ok", "model": self.name}, headers=HEADERS)
 
     async def chat(self, request: Request) -> Response:
-        """Answer a chat request; see trainer/serving/protocol.py."""
+        """Answer a chat request (see trainer/serving/protocol.py)."""
         with self._count_held(request):
             answer = asyncio.create_task(self._answer(await read_body(request)))
-            # After the body, the only message is that the client has disconnected.
+            # After the body, the only possible message is that the client has disconnected.
             disconnect = asyncio.ensure_future(request.receive())
             tasks: set[asyncio.Future[Any]] = {answer, disconnect}
             try:
@@ -192,7 +192,7 @@ class CaptionServer:
 
     @contextmanager
     def _count_held(self, request: Request) -> Iterator[None]:
-        """Count a request and its body until it is answered. Raises RefusedError if there are too many."""
+        """Count a request and its body size until it is answered. Raises RefusedError if a limit is hit."""
         length = request.headers.get("content-length", "")
         size = min(int(length), MAX_BODY_BYTES) if length.isdecimal() else MAX_BODY_BYTES
         if self.held_requests >= MAX_HELD_REQUESTS or self.held_bytes + size > MAX_HELD_BYTES:
@@ -251,22 +251,22 @@ class CaptionServer:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Middleware that refuses requests of other web pages, for other hosts, without the key or JSON."""
+    """Middleware that refuses requests from other sites, for other hosts, without the key, or not in JSON."""
 
     app: ASGIApp
     host: str
     key: str
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See the ASGI specification."""
+        """Handle an ASGI connection."""
         app = self.app
         if scope["type"] == "http" and (refusal := self._refusal(Request(scope))):
             app = _error(*refusal)
         await app(scope, receive, send)
 
     def _refusal(self, request: Request) -> tuple[str, int] | None:
-        """Return why a request is refused and the HTTP status; None if it is admitted."""
-        # A web page may make its own host name resolve to this machine (DNS rebinding).
+        """Return the reason and HTTP status for refusing a request, or None to accept it."""
+        # A web page may make its host name resolve to this machine (DNS rebinding).
         host = request.headers.get("host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if is_loopback(self.host) and not is_loopback(name.strip("[]")):
@@ -276,7 +276,7 @@ class Guard:
         key = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
         if self.key and request.url.path != "/health" and not hmac.compare_digest(key, self.key.encode()):
             return "the API key is missing or wrong", 401
-        # Browsers send other content types to foreign servers without a preflight request.
+        # Browsers send other content types cross-origin without a preflight request.
         content_type = request.headers.get("content-type", "").partition(";")[0].strip()
         if request.method == "POST" and content_type != "application/json":
             return "send application/json", 415
@@ -286,7 +286,7 @@ class Guard:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address or `localhost` is reached from this machine only."""
+    """Return whether a host name or address can be reached only from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -294,7 +294,7 @@ def is_loopback(host: str) -> bool:
 
 
 async def read_body(request: Request) -> bytes:
-    """Return the body of a request. Raises RefusedError if it is too large or too slow."""
+    """Read the body of a request. Raises RefusedError if it is too large or too slow."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -329,11 +329,11 @@ async def _error_response(_: Request, error: Exception) -> Response:
 
 
 def make_server(server: CaptionServer) -> uvicorn.Server:
-    """Return the HTTP server of a captioner. It handles Ctrl-C and SIGTERM, and prints nothing."""
+    """Return an HTTP server that stops on Ctrl-C or SIGTERM and prints nothing."""
     return uvicorn.Server(
         uvicorn.Config(
             server.application(),
-            http="h11",  # limits the size of headers
+            http="h11",  # h11 limits the size of headers
             ws="none",
             lifespan="on",
             proxy_headers=False,
@@ -347,14 +347,17 @@ def make_server(server: CaptionServer) -> uvicorn.Server:
 
 
 def serve(server: CaptionServer, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C or SIGTERM. `announce` receives the URL. Port 0: a free port. Raises OSError."""
+    """Serve until Ctrl-C or SIGTERM. `announce` receives the URL. Port 0 selects a free port.
+
+    Raises OSError if the port cannot be opened.
+    """
     with listen(server.host, port) as listener:
         announce(url_of(server.host, listener))
         make_server(server).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address."""
+    """Return a socket that listens on an address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=2048)
 
