@@ -135,7 +135,7 @@ class TrainConfig(Section):
     align_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
     """Epochs that train the connector only."""
     align_lr: float = Field(default=1e-3, gt=0)
-    """Learning rate of these steps."""
+    """Learning rate while only the connector is trained."""
     contrastive_weight: float = Field(default=0.0, ge=0)
     """Weight of a contrastive loss of images and captions."""
     contrast_width: int = Field(default=128, ge=8)
@@ -173,7 +173,7 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Maximum norm of the gradient."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target that all tokens share."""
+    """Label smoothing of the cross-entropy loss."""
     average_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decay of a moving average of the weights, which is scored and saved. 0 keeps no average."""
     lora_rank: int = Field(default=0, ge=0)
@@ -195,7 +195,7 @@ class TrainConfig(Section):
     patience: int = Field(default=0, ge=0)
     """Evaluations without a better score after which training ends. 0 never ends it."""
     evaluate_images: int = Field(default=128, ge=1)
-    """Images of these evaluations."""
+    """Images per evaluation on the validation split."""
     num_beams: int = Field(default=1, ge=1)
     """Beams of the final test and of captions written later. 1 is greedy."""
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
