@@ -115,7 +115,9 @@ def test_same_pil_image_can_occur_several_times(captioner: Captioner, tmp_path: 
     assert captioner.caption([opened] * 8, batch_size=3) == texts == captioner.caption(tmp_path / "a.jpg") * 8
 
 
-def test_captioner_without_captions_and_invalid_numbers_are_refused(captioner: Captioner, tmp_path: Path) -> None:
+def test_captioner_without_captions_or_invalid_number_is_refused(
+    captioner: Captioner, tmp_path: Path
+) -> None:
     asked = Captioner.from_pretrained(save_captioner(tmp_path / "c", [("synthetic", "")]), device="cpu")
     with pytest.raises(TrainError, match="has learned answers only"):
         asked.caption(photo(1))
