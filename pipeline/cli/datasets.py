@@ -26,6 +26,7 @@ from pipeline.cli.options import (
     require_split,
 )
 from pipeline.cli.output import echo, last_dataset, note_training_data, print_run_result, say, show
+from pipeline.errors import did_you_mean
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
 
@@ -190,7 +191,8 @@ def export(
     if in_place is not None and (kind not in (None, "sidecar") or out or split):
         raise BadParameter("--in-place excludes --format, --out and --split", param_hint="--in-place")
     if (kind := kind or "imagefolder") not in (PARQUET, *FORMATS):
-        raise BadParameter(f"{kind} is not one of {', '.join([PARQUET, *FORMATS])}", param_hint="--format")
+        names = did_you_mean(kind, FORMATS, f"formats: {', '.join([PARQUET, *FORMATS])}")
+        raise BadParameter(f"no format {kind}; {names}", param_hint="--format")
     require_split(split)
     version = open_data(data, images)
     folder = in_place or out or version.dataset_dir / "exports" / f"{version.name}-{kind}"

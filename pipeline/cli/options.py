@@ -62,7 +62,8 @@ def vllm_flags(context: Context, option: str) -> list[str]:
     """Return the arguments after `--`. Raise BadParameter for any other, which may lack its `option`."""
     if context.args and "--" not in sys.argv:
         name = context.args[0]
-        raise BadParameter(f"unexpected argument: {name} ({option} {name}?); flags for vLLM come after --")
+        value = f"folder:{name}" if option == "--source" and Path(name).is_dir() else name
+        raise BadParameter(f"unexpected argument: {name} ({option} {value}?); flags for vLLM come after --")
     return list(context.args)
 
 

@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.config.sections import (
     AT_SERVER,
     BASE_URL,
+    LANGUAGE,
     PATTERNS,
     AnySection,
     TaskConfig,
@@ -24,6 +25,7 @@ from pipeline.config.sections import (
     task_names,
 )
 from pipeline.errors import ConfigError, did_you_mean, one_line
+from pipeline.text.language_codes import LANGUAGES
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -291,7 +293,9 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
     shown = "it" if is_secret else re.sub(r"://.*@", "://***@", repr(value))[:MAX_SHOWN_CHARACTERS]
     if flaw["type"] == "string_pattern_mismatch":
         pattern = str(context["pattern"])
-        return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}"
+        names = {name.lower(): code for code, (name, *_) in LANGUAGES.items() if pattern == LANGUAGE}
+        close = f": did you mean {names[value.lower()]}?" if str(value).lower() in names else ""
+        return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}{close}"
     wanted = WANTED.get(re.sub("_(type|parsing|attributes_type)$", "", flaw["type"]))
     if wanted is None:
         message = flaw["msg"].removeprefix("Value error, ")

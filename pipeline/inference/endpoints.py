@@ -343,7 +343,7 @@ def _proxy_of(url: str) -> str | None:
 def no_server(endpoints: list[Endpoint]) -> EngineError:
     """Return the error that no server answers."""
     urls = ", ".join(endpoint.url for endpoint in endpoints)
-    hint = "start it (`synth serve`), then run the same command again"
+    hint = "check the address, or start the server; `synth serve` starts vLLM on this machine"
     if proxy := next((endpoint.proxy for endpoint in endpoints if endpoint.proxy), None):
         urls = f"{urls} through the proxy {without_passwords(proxy)}"
         hint = "list hosts that need no proxy in NO_PROXY"

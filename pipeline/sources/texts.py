@@ -500,7 +500,8 @@ def _add_metadata_file(
     rows = _read_metadata(file, bound)
     folder_texts.files.add(file)
     folder_texts.columns.update(str(name) for row in rows for name in row)
-    folder_texts.messages += _describe_metadata(file, rows)
+    if not (rows and folder_texts.columns & {*columns}):  # a file of context needs no captions
+        folder_texts.messages += _describe_metadata(file, rows)
     try:
         splits = [read_split(row.get(SPLIT)) for row in rows]
     except ValueError as error:
