@@ -2,7 +2,7 @@
 
 `Config` is what the user wrote. `Plan` is what the run does: the source, the tasks with their prompts, the
 model and its revision, and how images are compared. `Plan.open` makes every check that can fail before
-anything is written. `run`, `preview` and `--dry-run` share it, and no later code looks up a name.
+anything is written. `run`, `preview` and `--estimate` share it, and no later code looks up a name.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -17,7 +17,7 @@ LAYERS = (
     ("pipeline.cli",),
     (
         "pipeline.check",
-        "pipeline.dry_run",
+        "pipeline.estimate",
         "pipeline.doctor",
         "pipeline.api",
         "pipeline.preview",

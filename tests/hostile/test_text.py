@@ -154,7 +154,7 @@ def test_no_command_sends_a_terminal_what_it_would_obey(tmp_path: Path) -> None:
         source = ("--source", f"folder:{photos.name}", "--tasks", "caption", "--out", data, "--base-url", chat.url)
         require_printable("generate", *source, "--language", "any")
         require_printable("preview", *source)
-        require_printable("generate", *source, "--dry-run")
+        require_printable("generate", *source, "--estimate")
         require_printable("generate", *source, "--model", "another")
         chat.script = lambda times, body: Act(status=400, raw=b'{"error":{"message":"no: \\u001b]52;c;AAAA\\u0007"}}')
         require_printable("generate", *source, "--seed", "7", "--title", "x")

@@ -21,7 +21,7 @@ COMMANDS = {  # the first four end in the address of a server
     "generate": ("generate", *IMAGES),
     "generate again": ("generate", "--title", "Other", *IMAGES),
     "preview": ("preview", *IMAGES),
-    "dry run": ("generate", "--dry-run", *IMAGES),
+    "estimate": ("generate", "--estimate", *IMAGES),
     "check": ("check", "data"),
     "repair": ("check", "data", "--repair"),
     "report": ("report", "data"),

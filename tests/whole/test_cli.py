@@ -78,14 +78,15 @@ def test_doctor_says_what_is_here_and_what_would_be_used(synth: Run) -> None:
     assert "SYNTH_VLLM_PYTHON" in output
 
 
-def test_dry_run_predicts_and_keeps_what_it_paid_for(synth: Run, tmp_path: Path) -> None:
+def test_estimate_predicts_and_keeps_what_it_paid_for(synth: Run, tmp_path: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "40", "--tasks", "caption", "--out", "d")
-    done = synth(*command, "--dry-run", "--json")
+    done = synth(*command, "--estimate", "--json")
     assert done.returncode == 0, done.stderr
     estimate = json.loads(done.stdout)
     assert (estimate["sampled_images"], estimate["asked"], estimate["requests"]) == (32, 64, 80)
     assert 0 < estimate["hours"] < 1
-    assert estimate["reply_tokens"] > 40 * 2 * 10
+    assert (estimate["remaining_images"], estimate["remaining_requests"]) == (8, 16)
+    assert estimate["reply_tokens"] > 8 * 2 * 10
     assert not list(tmp_path.rglob("v1*"))
     done = synth(*command)
     assert "sent 16 requests for 80 replies" in done.stderr

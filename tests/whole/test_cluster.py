@@ -279,5 +279,5 @@ def test_cluster_that_does_not_answer_is_an_error_before_a_request(synth: Run, c
     error, hint = read_failure(synth(*command, "--out", "d", "--ray-address", "127.0.0.1:9"))
     assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint
     assert not chat.bodies
-    for flags in (("--executor", "local", "--shards", "3"), ("--dry-run",)):
+    for flags in (("--executor", "local", "--shards", "3"), ("--estimate",)):
         assert run_synth(*command, *flags, cwd=tmp_path).returncode == 2

@@ -40,7 +40,7 @@ def test_frames_of_one_video_share_a_split_and_are_counted_before(tmp_path: Path
         write_video(tmp_path / "clips" / f"{number}.mp4", 4, (64, 48), rate=2, shift=100 * number)
     videos = ("--source", "video:clips", "--every", "1", "--tasks", "caption", "--styles", "plain")
     with running_chat(ChatServer(caption)) as chat:
-        predicted = generated(tmp_path, chat, *videos, "--dry-run")
+        predicted = generated(tmp_path, chat, *videos, "--estimate")
         result = generated(tmp_path, chat, *videos)
         again = generated(tmp_path, chat, *videos)
         excluded = generated(tmp_path, chat, *videos, "--exclude", "video:clips/0.mp4", "--out", "e")

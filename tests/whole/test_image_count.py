@@ -11,7 +11,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version
-from pipeline.dry_run import predict_run
+from pipeline.estimate import estimate_run
 from pipeline.errors import ConfigError, TableError
 from pipeline.executors.ray.cluster import ClusterOptions
 from pipeline.progress import NullProgress
@@ -151,8 +151,8 @@ def test_a_mark_of_a_person_makes_no_run_read_on_and_on(tmp_path: Path) -> None:
 
 def test_a_forecast_is_of_the_images_that_it_takes(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.5)) as chat:
-        predicted = predict_run(settings(chat, images=500), tmp_path)
-        many = predict_run(settings(chat, images=3000), tmp_path)
+        predicted = estimate_run(settings(chat, images=500), tmp_path)
+        many = estimate_run(settings(chat, images=3000), tmp_path)
     assert predicted["kept_images"] == pytest.approx(500, abs=2)
     assert 700 < predicted["images"] < 1600
     assert many["kept_images"] == pytest.approx(3000, abs=2) and many["images"] > 3600  # drawn scenes have no end

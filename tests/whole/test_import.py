@@ -154,8 +154,8 @@ def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path
 def test_only_captions_or_questions_that_people_left_out_are_asked(photos: Path, server: ChatServer, model: Model) -> None:
     options = ("--base-url", server.url, "--styles", "detailed", "--only-missing")
     described = ("generate", "--source", "folder:photos", "--captions", "coco.json", "--tasks", "caption", *options)
-    predicted = json.loads(synth(photos, *described, "--dry-run", "--json", "--out", "d").stdout)
-    assert (predicted["images"], predicted["requests"], predicted["remaining_images"]) == (COUNT, COUNT // 2, COUNT // 2)
+    predicted = json.loads(synth(photos, *described, "--estimate", "--json", "--out", "d").stdout)
+    assert (predicted["images"], predicted["requests"], predicted["sampled_images"]) == (COUNT, COUNT // 2, COUNT)
     model.asked.clear()
     made(photos, "generate", *options, "--out", "questions", captions="vqa.jsonl")
     assert model.asked == {"caption": COUNT, "qa": COUNT // 2}

@@ -113,7 +113,7 @@ def test_trl_learns_from_the_pairs_as_they_are_exported(chosen: tuple[Version, d
 
 
 def test_forecast_counts_no_choice_as_a_loss(folder: Path) -> None:
-    command = ("generate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--dry-run", "--json", "--out", "dry")
+    command = ("generate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--estimate", "--json", "--out", "dry")
     predicted = json.loads(run_synth(*command, cwd=folder).stdout)
     assert not any(name.startswith("select") for name in predicted["lost_by"])
     assert predicted["lost_share"][0] < 0.3
