@@ -47,6 +47,7 @@ def caption(
     """
     from pipeline.storage.files import translate_disk_errors
     from trainer.caption_files import SIDECARS, find_images
+    from trainer.runtime.checkpoint_folder import require_prompt
 
     existing = read_existing("--out", out is not None, skip=skip, append=append, overwrite=overwrite)
     if question is not None and not question.strip():
@@ -59,6 +60,7 @@ def caption(
         paths = list(dict.fromkeys([*paths, *_images_from_stdin()]))
     if not paths:
         raise BadParameter("no image was named", param_hint="IMAGES")
+    require_prompt(folder, None if style == "all" else style, question or "")
 
     from trainer.caption_files import CaptionTask, caption_images
     from trainer.captioner import Captioner  # imports torch, which takes seconds

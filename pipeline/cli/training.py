@@ -113,9 +113,11 @@ def evaluate(
 ) -> None:
     """Score a captioner on a split, and again with shuffled images."""
     from pipeline.storage.files import translate_disk_errors
+    from trainer.runtime.checkpoint_folder import require_prompt
 
     require_split(split)
     checkpoint = find_checkpoint(captioner)
+    require_prompt(checkpoint, style)
     version = open_data(data, images)
 
     from trainer.caption_files import write_captions
