@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DATASET_PATH: dict[str, Any] = {"parser": parse_dataset_path, "metavar": "PATH"}
 LOCAL_PATH: dict[str, Any] = {"parser": parse_local_path, "metavar": "PATH"}
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # collects the arguments after --
+# Commands that remove or publish ask which dataset is meant, if there are several.
 LAST_MADE, ONLY_MADE = "the last one made", "the only one made here"
 BY_STYLE = "brief, else plain"
 

@@ -83,14 +83,14 @@ def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> Non
 def test_what_cannot_be_taken_back_asks_which_of_several_datasets_is_meant(synth: Run, photos: Path, tmp_path: Path) -> None:
     for out in ("one", "two"):
         assert synth("generate", "--no-model", "--source", f"folder:{photos}", "--out", str(tmp_path / out)).returncode == 0
-    reviews = ("review", "apply", "reviews.jsonl")
-    for command in (("versions", "rm", "v1.0.0"), ("versions", "gc"), ("push", "--repo", "ORG/NAME"), reviews):
-        (tmp_path / "reviews.jsonl").write_text("")
+    for command in (("versions", "rm", "v1.0.0"), ("versions", "gc"), ("push", "--repo", "ORG/NAME")):
         result = synth(*command)
         assert result.returncode == 1
         assert "there are 2 datasets that were made here" in result.stderr
         assert str(tmp_path / "two") in result.stderr
-    assert f"dataset: {tmp_path / 'two'}" in synth("versions", "list").stderr
+    (tmp_path / "reviews.jsonl").write_text("")
+    for command in (("versions", "list"), ("report",), ("export",), ("review", "apply", "reviews.jsonl")):
+        assert f"dataset: {tmp_path / 'two'}" in synth(*command).stderr
 
 
 def test_preview_is_the_dataset_where_a_run_without_a_limit_finds_nothing_more(synth: Run, photos: Path) -> None:
