@@ -132,6 +132,18 @@ MISTAKES = (
         "question to a captioner without answers", "caption cap photos/0.png --question Where?",
         "has not learned answers", "leave out --question: it writes captions (brief)", CAPTIONER,
     ),
+    Mistake(
+        "file of captions misnamed", "caption cap photos/0.png --out caps.json",
+        "caps.json is not a file of captions", "NAME.jsonl", CAPTIONER,
+    ),
+    Mistake(
+        "CLIP misspelled", "evaluate cap --clip-score metaclp", "no CLIP metaclp", "did you mean metaclip?",
+        CAPTIONER,
+    ),
+    Mistake(
+        "address of another machine", "serve-captioner cap --host 192.0.2.1", "cannot listen at 192.0.2.1:8200",
+        "--host 127.0.0.1", CAPTIONER,
+    ),
     Mistake("source without folder:", "generate photos", "(--source folder:photos?)", code=2),
     Mistake("caption style misspelled", f"{PHOTOS} --styles atl", "no caption style atl", "did you mean alt?"),
     Mistake(

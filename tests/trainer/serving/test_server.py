@@ -24,7 +24,8 @@ from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.serving import server as serving
-from trainer.serving.server import Batcher, CaptionServer, GenerationRequest, listen, make_server, url_of
+from trainer.serving.address import listen, url_of
+from trainer.serving.server import Batcher, CaptionServer, GenerationRequest, make_server
 from trainer.tokenizer import CaptionTokenizer
 
 NAME = "student"
