@@ -14,7 +14,6 @@ from pipeline.config import NO_MODEL
 from pipeline.config.files import read_yaml, validate
 from pipeline.config.sections import Section
 from pipeline.errors import ConfigError, did_you_mean
-from pipeline.hub_errors import HUB_NAME
 from pipeline.images.clip import CLIP_MODELS
 
 Preset = Literal["auto", "scenes", "photos-few", "photos", "photos-lm"]
@@ -293,18 +292,13 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
 
 
 def _require_known_models(flags: dict[str, Any]) -> None:
-    """Raise ConfigError for an encoder or a decoder that is not a short name, a path or a Hub id."""
+    """Raise ConfigError for an encoder or a decoder that is not a short name, and no path or Hub id."""
     for kind, names in (("encoder", (*ENCODERS, TINY_VIT)), ("decoder", (*SCRATCH_DECODERS, *DECODERS))):
         name = str(flags.get(kind, names[0]))
-        if name in names or Path(name).exists() or is_hub_id(name):
+        if name in names or "/" in name or Path(name).exists():
             continue
         hint = did_you_mean(name, names, f"pass {', '.join(names)}, a folder, or ORG/NAME on the Hub")
         raise ConfigError(f"no {kind} {name}", hint=hint)
-
-
-def is_hub_id(name: str) -> bool:
-    """Return whether a model is looked up on the Hub: ORG/NAME, unless it is a folder or `./NAME`."""
-    return bool(HUB_NAME.fullmatch(name)) and name[0] not in ".~" and not Path(name).exists()
 
 
 def _outdated(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:

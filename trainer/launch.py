@@ -20,7 +20,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version, slugify
 from pipeline.errors import TrainError
 from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
-from pipeline.hub_errors import translate_hub_errors
+from pipeline.hub_errors import HUB_NAME, translate_hub_errors
 from pipeline.images.clip import TINY_CLIP
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources.join import with_pixels
@@ -34,7 +34,6 @@ from trainer.config import (
     choose_preset,
     default_precision,
     default_texts,
-    is_hub_id,
     resolve,
 )
 from trainer.runtime.checkpoint_folder import find_interrupted, require_free
@@ -189,14 +188,18 @@ def choose_settings(
 
 
 def require_models(config: TrainConfig) -> None:
-    """Raise TrainError if the encoder or the decoder is neither cached nor on the Hub. Loads no weights."""
+    """Raise TrainError if the encoder or the decoder is neither a folder, nor cached, nor on the Hub."""
     for kind, names, default in (("encoder", ENCODERS, TINY_VIT), ("decoder", DECODERS, "scratch")):
         name = getattr(config, kind)
         model_id = names.get(name, name)
-        if is_hub_id(model_id):
+        if "/" not in model_id or Path(model_id).exists():
+            continue
+        if HUB_NAME.fullmatch(model_id) and not model_id.startswith((".", "~")):
             hint = f"check the name and the network; without a network pass a folder or --{kind} {default}"
             with translate_hub_errors(model_id, "model", TrainError, hint):
                 snapshot_download(model_id, allow_patterns=["config.json"], etag_timeout=3)
+        else:
+            raise TrainError(f"no {kind} {name}: the folder does not exist", hint="check the path")
 
 
 def choose_encoder(message: Callable[[str], None], *, is_drawn: bool) -> str:

@@ -37,9 +37,7 @@ REPLIES_KEPT = "all replies are kept; run the same command to resume"
 INTERRUPTED = {  # command -> what Ctrl-C keeps, and how to resume
     "generate": REPLIES_KEPT,
     "preview": REPLIES_KEPT,
-    "review": REPLIES_KEPT,
-    "train": "run the same command with --resume to resume",
-    "experiment": "the trained captioners are kept; run the same command to resume",
+    "train": "add --resume to the same command to resume",
     "caption": "with --out FILE, run the same command to resume; with --out txt, add --skip-existing",
 }
 SIGTERM_RETRY_S = 0.02
@@ -174,7 +172,7 @@ def _run(terminated: list[float]) -> None:
     except SystemExit as exit_:
         if exit_.code == EXIT_CODE_INTERRUPTED:
             command = next((argument for argument in sys.argv[1:] if argument in INTERRUPTED), "")
-            say(f"interrupted: {INTERRUPTED.get(command, 'nothing is half-written; run the command again')}")
+            say(f"interrupted: {INTERRUPTED.get(command, 'run the same command again')}")
             if terminated:
                 raise SystemExit(EXIT_CODE_TERMINATED) from None
         raise

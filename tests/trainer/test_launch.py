@@ -110,7 +110,9 @@ def test_data_is_opened_by_folder_version_or_hub_name(
     assert open_version("me/scenes@v1.0.0") is version
 
 
-@pytest.mark.parametrize(("factor", "model"), [("encoder", "clip"), ("encoder", "me/vit"), ("decoder", "qwen3")])
+@pytest.mark.parametrize(
+    ("factor", "model"), [("encoder", "clip"), ("encoder", "me/vit"), ("decoder", "qwen3")]
+)
 def test_model_that_cannot_be_downloaded_is_reported_before_a_folder_is_made(
     factor: str, model: str, version: Version, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +121,9 @@ def test_model_that_cannot_be_downloaded_is_reported_before_a_folder_is_made(
 
     monkeypatch.setattr(trainer.launch, "snapshot_download", refuse)
     monkeypatch.setattr(trainer.launch, "plan_training", None)  # imports torch
-    with pytest.raises(TrainError, match="does not answer, and .* is not in the cache") as caught:
+    with pytest.raises(TrainError, match=r"does not answer, and .* is not in the cache") as caught:
         train(version, **{factor: model})
     assert f"--{factor} " in caught.value.hint
+    with pytest.raises(TrainError, match=f"no {factor} ./nowhere: the folder does not exist"):
+        train(version, **{factor: "./nowhere"})
     assert not (version.dataset_dir / "checkpoints").exists()
