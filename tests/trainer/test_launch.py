@@ -127,3 +127,10 @@ def test_model_that_cannot_be_downloaded_is_reported_before_a_folder_is_made(
     with pytest.raises(TrainError, match=f"no {factor} ./nowhere: the folder does not exist"):
         train(version, **{factor: "./nowhere"})
     assert not (version.dataset_dir / "checkpoints").exists()
+
+
+def test_empty_split_is_reported_before_a_folder_is_made(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path / "data", scene_samples(1))
+    with pytest.raises(StoreError, match="has no rows in its"):
+        train(version, encoder="tiny-vit")
+    assert not (version.dataset_dir / "checkpoints").exists()
