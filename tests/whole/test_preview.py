@@ -108,6 +108,10 @@ def test_an_estimate_counts_verify_retries_losses_and_money(photos: Path, server
     again = json.loads(run(photos, *command, "--estimate", "--json").stdout)
     assert (again["asked"], again["remaining_images"], again["cost"]) == (0, 0, 0)
     assert again["kept_images"] == kept["write"]["kept"]
+    shown = run(photos, *command, "--estimate").stdout.splitlines()
+    assert shown[0].startswith("sample: 12 images, 0 requests")
+    assert shown[1].startswith("still to do: 0 images, about 0 requests, 0 s, cost 0 (")
+    assert shown[2].startswith("all 12 images: about 24 requests and ")
 
 
 def test_image_that_looks_like_another_is_rejected_before_it_is_paid(photos: Path, server: ChatServer) -> None:
