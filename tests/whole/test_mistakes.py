@@ -72,7 +72,7 @@ def test_a_forgotten_language_is_a_warning_that_names_the_option(tmp_path: Path)
     with running_chat(ChatServer(script)) as chat:
         command = f"{PHOTOS} --tasks caption --base-url {chat.url} --json"
         done = run(tmp_path, command)
-        assert "warning: filter rejected 5 of 6 annotations, 5 for other language: say which language" in done.stderr
+        assert "warning: filter rejected 5 of 6 annotations, 5 for other language: set the language of the texts" in done.stderr
         assert "--language" in done.stderr
         made = json.loads(run(tmp_path, f"{command} --language de").stdout)
     assert made["steps"]["filter"] == {"input": 6, "kept": 5, "rejected": {"other_language": 1}}
