@@ -1,5 +1,6 @@
 """All errors that this project raises for users."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -60,7 +61,10 @@ def one_line(error: BaseException, max_characters: int = 200) -> str:
     return " ".join(str(error).split())[:max_characters] or type(error).__name__
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint with known names that are spelled like `name`, or "" if there are none."""
-    close = get_close_matches(name, list(known), n=3)
-    return f"did you mean {' or '.join(close)}?" if close else ""
+def did_you_mean(name: str, known: Iterable[str], more: str = "") -> str:
+    """Return a hint with the names that `name` misspells or shortens, and `more`; "" without either."""
+    names = list(known)
+    close = get_close_matches(name, names, n=3)
+    if not close and len(name) > 1:  # wds is short for webdataset
+        close = [other for other in names if re.match(".*".join(map(re.escape, name)), other)][:3]
+    return " ".join(filter(None, (f"did you mean {' or '.join(close)}?" if close else "", more)))

@@ -59,7 +59,7 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
             return f"not the name of a {kind}: {name}", "a name has the form ORG/NAME"
         case errors.LocalEntryNotFoundError() | httpx2.TransportError() | ConnectionError() | TimeoutError():
             problem = f"the Hub at {ENDPOINT} does not answer, and {name} is not in the cache"
-            return f"{problem}: {one_line(error)}", ""
+            return f"{problem}: {one_line(error.__cause__ or error)}", ""
         case errors.HfHubHTTPError():
             answer = f"{error.response.status_code}): {error.server_message or 'no message'}"
             return f"the Hub refused {name} ({answer}", "check the name and the revision, or try again later"

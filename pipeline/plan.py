@@ -2,7 +2,7 @@
 
 `Config` is what the user wrote. `Plan` is what the run uses: the source, the tasks with their prompts, the
 model and its revision, and how images are compared. `Plan.open` makes every check that can fail before
-anything is written. A run, `preview` and `--dry-run` share it. No later code resolves a name.
+anything is written. A run, `preview` and `--estimate` share it. No later code resolves a name.
 """
 
 from contextlib import AbstractContextManager, nullcontext

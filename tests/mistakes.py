@@ -64,6 +64,9 @@ def add(*files: str) -> Callable[[Path], None]:
 
 EMBEDDED = "--engine embedded --model tiny"
 PHOTOS = "generate --source folder:photos"
+CAPTIONER = add(
+    'cap/config.json {"prompts": [["human", "brief"]]}', "cap/tokenizer.json {}", "cap/model.safetensors "
+)
 MISTAKES = (
     Mistake("no source", "generate", "no source given", "--source folder:PATH"),
     Mistake(
@@ -146,25 +149,76 @@ MISTAKES = (
     Mistake("no such captioner", "caption nope photos/0.png", "no captioner in nope", "synth train"),
     Mistake("no splits", "generate --source scenes --split train", "source scenes has no splits"),
     Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
-    Mistake(
-        "style without a prompt", "generate --source scenes --styles sonnet",
-        "cannot be rendered with style 'sonnet'",
+    Mistake("style without a prompt", "generate --source scenes --styles sonnet", "no caption style sonnet",
     ),
-    Mistake(
-        "no such list", f"{PHOTOS} --config c.yaml", "nowhere.txt", "",
+    Mistake("no such list", f"{PHOTOS} --config c.yaml", "nowhere.txt", "",
         add("c.yaml balance: {entries: nowhere.txt}"),
     ),
-    Mistake("no vLLM", "generate --source scenes --engine vllm --dry-run", "vLLM is not installed here"),
+    Mistake("no vLLM", "generate --source scenes --engine vllm --estimate", "vLLM is not installed here"),
     Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher knows drawn scenes and nothing else"),
     Mistake("nothing to push", "push --repo me/x", "no dataset under data/"),
     Mistake("nothing to review", "review apply a.jsonl", "no dataset under data/"),
     Mistake("source without --source", "generate scenes", "unexpected argument: scenes (--source scenes?)",
         "vLLM come after --", code=2,
     ),
-    Mistake(
-        "no such experiment", "experiment nope.yaml", "cannot read config file nope.yaml",
+    Mistake("no such experiment", "experiment nope.yaml", "cannot read config file nope.yaml",
         "docs/experiment.yaml",
     ),
+    Mistake("encoder misspelled", "train --encoder tiny-vitt", "no encoder tiny-vitt", "tiny-vit or"),
+    Mistake("decoder misspelled", "train --decoder qwen", "no decoder qwen", "did you mean qwen3?"),
+    Mistake(
+        "style not learned", "caption cap photos/0.png --style breif", "has not learned the style breif",
+        "did you mean brief?", CAPTIONER,
+    ),
+    Mistake(
+        "style to score not learned", "evaluate cap --style breif", "has not learned the style breif",
+        "did you mean brief?", CAPTIONER,
+    ),
+    Mistake(
+        "question to a captioner without answers", "caption cap photos/0.png --question Where?",
+        "has not learned answers", "leave out --question: it writes captions (brief)", CAPTIONER,
+    ),
+    Mistake(
+        "file of captions misnamed", "caption cap photos/0.png --out caps.json",
+        "caps.json is not a file of captions", "NAME.jsonl", CAPTIONER,
+    ),
+    Mistake(
+        "CLIP misspelled", "evaluate cap --clip-score metaclp", "no CLIP metaclp", "did you mean metaclip?",
+        CAPTIONER,
+    ),
+    Mistake(
+        "address of another machine", "serve-captioner cap --host 192.0.2.1",
+        "cannot listen at 192.0.2.1:8200",
+        "--host 127.0.0.1", CAPTIONER,
+    ),
+    Mistake("source without folder:", "generate photos", "(--source folder:photos?)", code=2),
+    Mistake("caption style misspelled", f"{PHOTOS} --styles atl", "no caption style atl", "mean alt?"),
+    Mistake(
+        "name of a language", f"{PHOTOS} --language german", "'german' is not a language code", "language",
+    ),
+    Mistake(
+        "column misspelled", f"{PHOTOS} --columns context=tilte {EMBEDDED}", "no column is named tilte",
+        "did you mean title?", add("photos/metadata.csv file_name,title\n0.png,Red\n"),
+    ),
+    Mistake(
+        "column of a prompt misspelled", f"{PHOTOS} --columns context=title --task t.yaml",
+        "uses row.titel", "did you mean row.title?",
+        add("t.yaml {name: t, kind: caption, prompt: 'Describe {{ row.titel }}.'}"),
+    ),
+    Mistake(
+        "template unfinished", f"{PHOTOS} --task t.yaml",
+        "not a valid template: line 2: unexpected '}'", "fix",
+        add("t.yaml {name: t, kind: caption, prompt: \"Describe\\n{{ results.x }.\"}"),
+    ),
+    Mistake(
+        "unquoted yes and no", f"{PHOTOS} --task t.yaml",
+        "YAML reads yes, no, on and off as true and false", "",
+        add(
+            "t.yaml {name: t, kind: record, prompt: Look., "
+            "output: {type: object, properties: {a: {enum: [yes, no]}}}}"
+        ),
+    ),
+    Mistake("format shortened", "export --format wds", "no format wds; did you mean webdataset?", code=2),
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pipeline.config import NO_MODEL
 from pipeline.config.files import read_yaml, validate
 from pipeline.config.sections import Section
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.images.clip import CLIP_MODELS
 
 Preset = Literal["auto", "scenes", "photos-few", "photos", "photos-lm"]
@@ -256,7 +256,8 @@ class TrainConfig(Section):
 def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     """Merge defaults, preset, settings file and flags. Later ones take precedence.
 
-    The values None and "auto" mean that a flag is not set. Raises ConfigError for an invalid key or value.
+    The values None and "auto" mean that a flag is not set. Raises ConfigError for an invalid key
+    or value, or an unknown encoder or decoder in a flag.
     """
 
     def is_set(name: str, value: Any) -> bool:
@@ -265,6 +266,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     given = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
     values = {name: value for name, value in given.items() if is_set(name, value)}
     flags = {name: value for name, value in flags.items() if value is not None and is_set(name, value)}
+    _require_known_models(flags)
     for name in _outdated(values, flags):
         del values[name]
     preset, decoder = ({**values, **flags}.get(name) for name in ("preset", "decoder"))
@@ -288,6 +290,16 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     if "align_steps" in flags:
         values.pop("align_epochs", None)
     return validate(TrainConfig, values | flags)
+
+
+def _require_known_models(flags: dict[str, Any]) -> None:
+    """Raise ConfigError for an encoder or a decoder that is not a short name, and no path or Hub id."""
+    for kind, names in (("encoder", (*ENCODERS, TINY_VIT)), ("decoder", (*SCRATCH_DECODERS, *DECODERS))):
+        name = str(flags.get(kind, names[0]))
+        if name in names or "/" in name or Path(name).exists():
+            continue
+        hint = did_you_mean(name, names, f"pass {', '.join(names)}, a folder, or ORG/NAME on the Hub")
+        raise ConfigError(f"no {kind} {name}", hint=hint)
 
 
 def _outdated(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:

@@ -13,24 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.config import DECKS, SCENES
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version, slugify
 from pipeline.errors import TrainError
 from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
-from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
+from pipeline.hub_errors import HUB_NAME, translate_hub_errors
+from pipeline.images.clip import TINY_CLIP
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources.join import with_pixels
 from pipeline.storage.files import translate_disk_errors
 from pipeline.storage.object_store import parse_dataset_path
-from trainer.config import TrainConfig, choose_preset, default_precision, default_texts, resolve
+from pipeline.tables import SPLITS
+from trainer.config import (
+    DECODERS,
+    ENCODERS,
+    TINY_VIT,
+    TrainConfig,
+    choose_preset,
+    default_precision,
+    default_texts,
+    resolve,
+)
 from trainer.runtime.checkpoint_folder import find_interrupted, require_free
-
-CLIP = CLIP_MODELS["clip"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +98,16 @@ def train(
     file = None if isinstance(config, TrainConfig) else Path(config) if config else None
     given = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else {}
     options = {"encoder": "auto", "decoder": "auto", **given, **settings}
-    if not resume:
-        resolve(file, **options)  # raises errors in the settings before data is downloaded
+    if not resume and not (out and Path(out, "metrics.json").exists()):
+        require_models(
+            resolve(file, **options)
+        )  # raises errors in the settings before data or torch is loaded
     version = open_version(data, images)
     message = progress.message if is_first else NullProgress().message
     planned = plan_training(version, options, file, Path(out) if out else None, message, resume=resume)
+    for split in SPLITS:
+        if not version.manifest["rows"].get(split):
+            version.read(split, ["sample_id"])  # raises StoreError before a folder is made
 
     from trainer.training import train_captioner  # imports torch, which takes seconds
 
@@ -161,17 +173,17 @@ def choose_settings(
 ) -> TrainConfig:
     """Return settings in which preset, encoder, precision and texts suit the data and the machine."""
     config = resolve(config_file, **options)
+    chosen: dict[str, Any] = {}
     is_drawn = version.manifest["source"]["name"] in (SCENES, DECKS)
     if config.preset == "auto" or (config.preset is None and config_file is None):
         num_images = version.manifest["rows"]["train"]
         preset = choose_preset(is_drawn=is_drawn, images=num_images, decoder=config.decoder)
         config = resolve(config_file, **options | {"preset": preset})
+    if "encoder" not in config.model_fields_set:
+        chosen["encoder"] = choose_encoder(message, is_drawn=is_drawn)
 
     from trainer.runtime.devices import best_device, multiplies_bfloat16  # imports torch
 
-    chosen: dict[str, Any] = {}
-    if "encoder" not in config.model_fields_set:
-        chosen["encoder"] = choose_encoder(message, is_drawn=is_drawn)
     if config.preset and "precision" not in config.model_fields_set:
         device = best_device()
         on_gpu, has_bfloat16 = device.type == "cuda", multiplies_bfloat16(device)
@@ -181,18 +193,32 @@ def choose_settings(
     return config.model_copy(update=chosen)
 
 
+def require_models(config: TrainConfig) -> None:
+    """Raise TrainError if the encoder or the decoder is neither a folder, nor cached, nor on the Hub."""
+    for kind, names, default in (("encoder", ENCODERS, TINY_VIT), ("decoder", DECODERS, "scratch")):
+        name = getattr(config, kind)
+        model_id = names.get(name, name)
+        if "/" not in model_id or Path(model_id).exists():
+            continue
+        if HUB_NAME.fullmatch(model_id) and not model_id.startswith((".", "~")):
+            hint = f"check the name and the network; without a network pass a folder or --{kind} {default}"
+            with translate_hub_errors(model_id, "model", TrainError, hint):
+                snapshot_download(model_id, allow_patterns=["config.json"], etag_timeout=3)
+        else:
+            raise TrainError(f"no {kind} {name}: the folder does not exist", hint="check the path")
+
+
 def choose_encoder(message: Callable[[str], None], *, is_drawn: bool) -> str:
     """Return CLIP if it is cached or can be downloaded, otherwise TINY_CLIP for drawn scenes.
 
     Raises TrainError for other images if CLIP is missing, because TINY_CLIP only encodes drawn scenes.
     """
     try:
-        snapshot_download(CLIP, allow_patterns=["config.json"], etag_timeout=3)
-    except (OSError, HfHubHTTPError, httpx2.TransportError):
-        problem = f"{CLIP} is not in the cache and cannot be downloaded"
+        require_models(TrainConfig(encoder="clip"))
+    except TrainError as error:
         if not is_drawn:
-            hint = f"pass an encoder of photographs: --encoder FOLDER. {TINY_CLIP} only encodes drawn scenes"
-            raise TrainError(problem, hint=hint) from None
-        message(f"{problem}: using {TINY_CLIP}, which only encodes drawn scenes")
+            hint = f"pass --encoder FOLDER, or --encoder {TINY_VIT}, which needs no download but more images"
+            raise TrainError(str(error), hint=hint) from None
+        message(f"{error}: using {TINY_CLIP}, which only encodes drawn scenes")
         return TINY_CLIP
     return "clip"

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from pipeline.errors import TrainError
+from trainer.runtime.checkpoint_folder import require_learned
 
 PAD, EOS = "<pad>", "<eos>"
 PAD_ID, EOS_ID = 0, 1  # in every tokenizer trained by `train_tokenizer`
@@ -231,20 +231,12 @@ def scored_prompt(prompts: Prompts, style: str | None = None) -> tuple[str, str]
 
     Raises TrainError if the captioner has not learned the style.
     """
-    chosen = style or preferred_style(prompts)
-    source = preferred_source(prompts, chosen) if chosen else None
-    if chosen is None or source is None:
-        styles = dict.fromkeys(learned for _, learned in prompts if learned)
-        if not styles:
-            raise TrainError("the captioner has learned answers only", hint="ask a question: --question")
-        problem = f"the captioner has not learned the style {chosen}"
-        raise TrainError(problem, hint=f"choose one of {', '.join(styles)}")
-    return source, chosen
+    require_learned(prompts, style)
+    chosen = style or preferred_style(prompts) or ""
+    return preferred_source(prompts, chosen) or "", chosen
 
 
 def answering_prompt(prompts: Prompts) -> tuple[str, str]:
     """Return the source for answers, and "" as style. Raises TrainError if no answers were learned."""
-    source = preferred_source(prompts, "")
-    if source is None:
-        raise TrainError("the captioner has not learned answers", hint="train on a version with questions")
-    return source, ""
+    require_learned(prompts, question="?")
+    return preferred_source(prompts, "") or "", ""

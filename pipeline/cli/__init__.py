@@ -33,6 +33,13 @@ from pipeline.text.escape import printable
 
 EXIT_CODE_INTERRUPTED = 130  # Typer's, after Ctrl-C
 EXIT_CODE_TERMINATED = 143
+REPLIES_KEPT = "all replies are kept; run the same command to resume"
+INTERRUPTED = {  # command -> what Ctrl-C keeps, and how to resume
+    "generate": REPLIES_KEPT,
+    "preview": REPLIES_KEPT,
+    "train": "add --resume to the same command to resume",
+    "caption": "with --out FILE, run the same command to resume; with --out txt, add --skip-existing",
+}
 SIGTERM_RETRY_S = 0.02
 MAX_IMPORT_S = 10.0
 # Groups of commands in --help.
@@ -42,7 +49,7 @@ EXAMPLES = {
     "generate": (
         "synth generate --source folder:photos --base-url http://localhost:8000/v1",
         "synth generate --source folder:photos --captions captions_val2017.json --no-model",
-        "synth generate --config synth.yaml --dry-run",
+        "synth generate --config synth.yaml --estimate",
     ),
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
@@ -164,8 +171,8 @@ def _run(terminated: list[float]) -> None:
         _exit_with(f"this command needs the package {package}", extra_of(package))
     except SystemExit as exit_:
         if exit_.code == EXIT_CODE_INTERRUPTED:
-            options = "train: with --resume; caption --out txt: with --skip-existing"
-            say(f"interrupted: the results so far are kept; run the same command to resume ({options})")
+            command = next((argument for argument in sys.argv[1:] if argument in INTERRUPTED), "")
+            say(f"interrupted: {INTERRUPTED.get(command, 'run the same command again')}")
             if terminated:
                 raise SystemExit(EXIT_CODE_TERMINATED) from None
         raise

@@ -2,9 +2,9 @@
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -46,7 +46,8 @@ def caption(
     With --out FILE, the same command resumes after an interruption.
     """
     from pipeline.storage.files import translate_disk_errors
-    from trainer.caption_files import SIDECARS, find_images
+    from trainer.caption_files import SIDECARS, CaptionFile, find_images
+    from trainer.runtime.checkpoint_folder import require_prompt
 
     existing = read_existing("--out", out is not None, skip=skip, append=append, overwrite=overwrite)
     if question is not None and not question.strip():
@@ -59,6 +60,9 @@ def caption(
         paths = list(dict.fromkeys([*paths, *_images_from_stdin()]))
     if not paths:
         raise BadParameter("no image was named", param_hint="IMAGES")
+    require_prompt(folder, None if style == "all" else style, question or "")
+    if out not in (None, SIDECARS):
+        CaptionFile(out, {})  # report a wrong name before the captioner is loaded
 
     from trainer.caption_files import CaptionTask, caption_images
     from trainer.captioner import Captioner  # imports torch, which takes seconds
@@ -139,14 +143,18 @@ def serve_captioner(
     title = name or (
         Path(captioner).resolve().name if Path(captioner).exists() else captioner.partition("@")[0]
     )
+    from trainer.serving.address import is_loopback, listen
+
+    with _translate_listen_errors(host, port):
+        listen(host, port).close()  # report a wrong address before the captioner is loaded
     if demo:
         _serve_demo(folder, title, host, port, num_beams)
         return
 
     from concurrent.futures import ThreadPoolExecutor
 
-    from trainer.captioner import Captioner
-    from trainer.serving.server import CaptionServer, is_loopback, serve
+    from trainer.captioner import Captioner  # imports torch, which takes seconds
+    from trainer.serving.server import CaptionServer, serve
 
     key = os.environ.get("SYNTH_API_KEY", "")
     if not is_loopback(host) and not key:
@@ -156,15 +164,18 @@ def serve_captioner(
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
     beams = num_beams or loaded.usual_beams
     server = CaptionServer(loaded, title, key, host, batch_size, beams, model_thread=thread)
-    try:
+    with _translate_listen_errors(host, port):
         serve(server, port, say)
-    except (socket.gaierror, UnicodeError):
-        raise TrainError(
-            f"unknown address: {host}", hint="name an address of this machine: --host 127.0.0.1"
-        ) from None
-    except OSError as error:
-        problem = f"cannot listen at {host}:{port}: {error.strerror or error}"
-        raise TrainError(problem, hint="choose another port: --port") from None
+
+
+@contextmanager
+def _translate_listen_errors(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
+        hint = "name an address of this machine (--host 127.0.0.1) or another port (--port 0: any free one)"
+        raise TrainError(f"cannot listen at {host}:{port}: {reason}", hint=hint) from None
 
 
 def _serve_demo(folder: Path, title: str, host: str, port: int, num_beams: int | None) -> None:
@@ -173,9 +184,5 @@ def _serve_demo(folder: Path, title: str, host: str, port: int, num_beams: int |
         raise ConfigError("the page of --demo runs on this machine only", hint=hint)
     from trainer.serving.demo import run_demo  # imports torch, which takes seconds
 
-    try:
+    with _translate_listen_errors(host, port):
         run_demo(folder, title, port, num_beams, say)
-    except OSError as error:
-        raise TrainError(
-            f"cannot listen at port {port}: {error}", hint="choose another port: --port"
-        ) from None

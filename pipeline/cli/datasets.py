@@ -11,7 +11,6 @@ from typer import Argument, BadParameter, Exit, Option
 from pipeline.cli.options import (
     DATASET_PATH,
     LAST_MADE,
-    ONLY_MADE,
     Append,
     AsJson,
     DataDir,
@@ -26,6 +25,7 @@ from pipeline.cli.options import (
     require_split,
 )
 from pipeline.cli.output import echo, last_dataset, note_training_data, print_run_result, say, show
+from pipeline.errors import did_you_mean
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
 
@@ -190,7 +190,8 @@ def export(
     if in_place is not None and (kind not in (None, "sidecar") or out or split):
         raise BadParameter("--in-place excludes --format, --out and --split", param_hint="--in-place")
     if (kind := kind or "imagefolder") not in (PARQUET, *FORMATS):
-        raise BadParameter(f"{kind} is not one of {', '.join([PARQUET, *FORMATS])}", param_hint="--format")
+        names = did_you_mean(kind, FORMATS, f"formats: {', '.join([PARQUET, *FORMATS])}")
+        raise BadParameter(f"no format {kind}; {names}", param_hint="--format")
     require_split(split)
     version = open_data(data, images)
     folder = in_place or out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
@@ -211,6 +212,7 @@ def report(
     data: DataDir = None,
     checkpoint: Annotated[Path | None, path_option("Training to show.", "the last of the dataset")] = None,
     rows: Annotated[int, option("Number of images, drawn at random.", min=1)] = 10_000,
+    rejected: Annotated[Path | None, path_option("CSV file for all rejections of the last run.")] = None,
 ) -> None:
     """Write an HTML report of a dataset and its captioner: one file, which opens without a server.
 
@@ -218,32 +220,37 @@ def report(
     """
     from pipeline.hub.pull import open_or_download
     from pipeline.report.build import newest_checkpoint, write_report
+    from pipeline.report.rows import write_rejected
     from pipeline.storage.files import translate_disk_errors
 
     version = open_or_download(data or last_dataset())
     folder = version.dataset_dir
     if checkpoint is not None:
         note_training_data(checkpoint, version)
+    if rejected is not None:
+        with translate_disk_errors(rejected):
+            write_rejected(folder, rejected)
+        say(f"wrote {rejected}")
     with translate_disk_errors(folder):
         echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
 
 
 def review_apply(
     reviews: Annotated[list[Path], Argument(help="Review files that a report exported; later ones win.")],
-    data: Annotated[Path | None, option("Dataset folder of the report.", ONLY_MADE, **DATASET_PATH)] = None,
+    data: Annotated[Path | None, option("Dataset folder of the report.", LAST_MADE, **DATASET_PATH)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make the next version without the bad texts and with the edited ones.
 
     Later runs keep the reviews.
     """
-    from pipeline.dataset.directory import DatasetDir, only_made
+    from pipeline.dataset.directory import DatasetDir
     from pipeline.executors.messages import describe_losses
     from pipeline.reviewing import apply_reviews
     from pipeline.run import STEPS
 
     with show_progress() as progress:
-        result = apply_reviews(DatasetDir(data or only_made()), reviews, progress)
+        result = apply_reviews(DatasetDir(data or last_dataset()), reviews, progress)
     print_run_result(
         result, list(describe_losses(STEPS, result.funnel)), shown=progress.warnings, as_json=as_json
     )

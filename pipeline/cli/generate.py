@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from typer import Argument, BadParameter, Context, Option
 
 from pipeline.cli.options import DATASET_PATH, LOCAL_PATH, AsJson, option, path_option, vllm_flags
-from pipeline.cli.output import echo, print_prediction, print_preview, print_run_result, say, show
+from pipeline.cli.output import echo, print_estimate, print_preview, print_run_result, say, show
 from pipeline.cli.run_options import CLUSTER, DATASET, NO_MODEL, RunSettings, with_run_settings
 from pipeline.errors import ConfigError
 from pipeline.progress import show_progress
@@ -25,8 +25,8 @@ OUT = option(
     **DATASET_PATH,
     rich_help_panel=DATASET,
 )
-DRY_RUN = Option(
-    "--dry-run", help="Ask about 32 images, and predict time, cost and yield.", rich_help_panel=DATASET
+ESTIMATE = Option(
+    "--estimate", help="Ask about 32 images, and estimate time, cost and yield.", rich_help_panel=DATASET
 )
 PRINT_CONFIG = Option("--print-config", help="Print all settings and their origins.", hidden=True)
 JSON = Option("--json", help="Print JSON to stdout.", hidden=True)
@@ -36,7 +36,7 @@ JSON = Option("--json", help="Print JSON to stdout.", hidden=True)
 def generate(
     settings: RunSettings,
     out: Annotated[Path | None, OUT] = None,
-    dry_run: Annotated[bool, DRY_RUN] = False,
+    estimate: Annotated[bool, ESTIMATE] = False,
     print_config: Annotated[bool, PRINT_CONFIG] = False,
     as_json: Annotated[bool, JSON] = False,
     executor: Annotated[
@@ -58,7 +58,7 @@ def generate(
         _print_settings(settings, as_json=as_json)
         return
     from pipeline.dataset.directory import remember_dataset
-    from pipeline.dry_run import predict_run
+    from pipeline.estimate import estimate_run
     from pipeline.executors.messages import describe_warnings
     from pipeline.executors.ray.cluster import ClusterOptions
     from pipeline.run import STEPS, generate_dataset
@@ -68,20 +68,19 @@ def generate(
         raise BadParameter(
             "--ray-address, --shards and --workers need --executor ray", param_hint="--executor"
         )
-    if executor == "ray" and dry_run:
-        raise BadParameter("--dry-run needs --executor local", param_hint="--executor")
+    if executor == "ray" and estimate:
+        raise BadParameter("--estimate needs --executor local", param_hint="--executor")
     if executor == "local" and out and is_remote(out):
-        raise BadParameter(f"{out} needs --executor ray, without --dry-run", param_hint="--out")
+        raise BadParameter(f"{out} needs --executor ray, without --estimate", param_hint="--out")
     if NO_MODEL in settings.options.values() and config.asks_model:
         asked = ", ".join((*config.tasks, *config.verify.checks))
         raise ConfigError(
             f"{NO_MODEL} excludes a model, and the settings ask it for {asked}", hint="remove one"
         )
-    if dry_run:
+    if estimate:
         with show_progress() as progress:
-            prediction = predict_run(config, out, progress)
-        print_prediction(prediction)
-        show(prediction, as_json, "hours")
+            values = estimate_run(config, out, progress)
+        print_estimate(values, as_json=as_json)
         return
     cluster = ClusterOptions(ray_address, shards, workers) if executor == "ray" else None
     with show_progress() as progress:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DATASET_PATH: dict[str, Any] = {"parser": parse_dataset_path, "metavar": "PATH"}
 LOCAL_PATH: dict[str, Any] = {"parser": parse_local_path, "metavar": "PATH"}
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # collects the arguments after --
+# Commands that remove or publish ask which dataset is meant, if there are several.
 LAST_MADE, ONLY_MADE = "the last one made", "the only one made here"
 BY_STYLE = "brief, else plain"
 
@@ -62,7 +63,8 @@ def vllm_flags(context: Context, option: str) -> list[str]:
     """Return the arguments after `--`. Raise BadParameter for any other, which may lack its `option`."""
     if context.args and "--" not in sys.argv:
         name = context.args[0]
-        raise BadParameter(f"unexpected argument: {name} ({option} {name}?); flags for vLLM come after --")
+        value = f"folder:{name}" if option == "--source" and Path(name).is_dir() else name
+        raise BadParameter(f"unexpected argument: {name} ({option} {value}?); flags for vLLM come after --")
     return list(context.args)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def last_dataset() -> Path:
-    """Return the dataset folder that was made last, and print its path. Raise StoreError if there is none."""
+    """Return the dataset folder that was made last, and print its path. Raises StoreError if there is none."""
     from pipeline.dataset.directory import last_made
 
     folder = last_made()
@@ -72,27 +72,34 @@ def note_previews(version: "Version", path: Path | None = None) -> None:
         say(f"note: uses {version.name}; {preview} is newer, but a preview (its name: {name})", WARNING)
 
 
-def print_prediction(prediction: Mapping[str, Any]) -> None:
-    """Print the predicted time, cost and yield of a run."""
-    p = prediction
-    say(f"sample: {p['sampled_images']} images, {p['asked']} requests in {p['sampled_seconds']:.1f} s")
-    verify = f" and {p['verify_requests']:,} of --verify" if p["verify_requests"] else ""
-    retries = f" and {p['retries']:,} retries" if p["retries"] else ""
-    say(f"whole run: {p['images']:,} images, {p['requests']:,} requests{verify}{retries}")
-    cost = f", cost {p['cost']:,.4g}" if p["cost"] is not None else ""
-    tokens = f"{p['prompt_tokens']:,} tokens read, {p['reply_tokens']:,} written"
-    time = duration(3600 * p["hours"])
-    say(f"new images, with the sample: {p['remaining_images']:,}; {tokens}, {time}{cost}")
-    low, high = p["lost_share"]
-    say(f"kept: {p['kept_images']:,} images, {p['kept_annotations']:,} of {p['annotations']:,} annotations")
-    say(f"rejected: {low:.0%} to {high:.0%} (95 % interval), more if texts repeat each other")
-    say(f"dataset: about {p['bytes']:,} bytes")
-    reasons = sorted(p["lost_by"].items(), key=lambda item: -item[1])
+def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what the sample took, and the estimated time, cost and yield of the run; or JSON to stdout."""
+    e, show_line = estimate, say if as_json else echo
+    tokens = f"{e['prompt_tokens']:,} tokens read, {e['reply_tokens']:,} written"
+    paid, cost = (f", cost {e[key]:,.4g}" if e[key] is not None else "" for key in ("sampled_cost", "cost"))
+    spent = f"{duration(e['sampled_seconds'])}{paid}"
+    show_line(f"sample: {e['sampled_images']:,} images, {e['asked']:,} requests, {spent}")
+    show_line(
+        f"still to do: {e['remaining_images']:,} images, about {e['remaining_requests']:,} requests, "
+        f"{duration(3600 * e['hours'])}{cost} ({tokens})"
+    )
+    verify = f" and {e['verify_requests']:,} of --verify" if e["verify_requests"] else ""
+    retries = f" and {e['retries']:,} retries" if e["retries"] else ""
+    show_line(f"all {e['images']:,} images: about {e['requests']:,} requests{verify}{retries}")
+    low, high = e["lost_share"]
+    show_line(
+        f"kept: {e['kept_images']:,} images, {e['kept_annotations']:,} of {e['annotations']:,} annotations; "
+        f"{low:.0%} to {high:.0%} are rejected (95 % interval), more if texts repeat each other"
+    )
+    show_line(f"dataset: about {e['bytes']:,} bytes")
+    reasons = sorted(e["lost_by"].items(), key=lambda item: -item[1])
     if reasons:
         lost = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons)
-        say(f"rejected in the sample: {lost}", LOSS)
-    for text in p["texts"]:
-        say(f"  {text}")
+        show_line(f"rejected in the sample: {lost}")
+    for text in e["texts"]:
+        show_line(f"  {text}")
+    if as_json:
+        echo(json.dumps(estimate))
 
 
 def print_preview(preview: "Preview") -> None:

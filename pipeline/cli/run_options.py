@@ -83,7 +83,7 @@ def _read_columns(text: str) -> dict[str, str]:
 
 
 def _only_source(names: list[str]) -> str:
-    """Return the one source. Raise ConfigError for several: all but the last would be ignored."""
+    """Return the one source. Raises ConfigError for several: all but the last would be ignored."""
     if len(names) > 1:
         hint = "run once for each with its own --out, or put the images into one folder or one list"
         raise ConfigError(

@@ -112,10 +112,15 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a captioner on a split, and again with shuffled images."""
+    from pipeline.images.clip import require_clip
     from pipeline.storage.files import translate_disk_errors
+    from trainer.runtime.checkpoint_folder import require_prompt
 
     require_split(split)
     checkpoint = find_checkpoint(captioner)
+    require_prompt(checkpoint, style)
+    if clip_score:
+        require_clip(clip_score)
     version = open_data(data, images)
 
     from trainer.caption_files import write_captions

@@ -22,7 +22,7 @@ LastMade = Annotated[
 
 
 def _open_dataset(path: Path, *, is_local: bool = False) -> "DatasetDir":
-    """Return the dataset folder at a path. Raise StoreError if there is none, or it is not local."""
+    """Return the dataset folder at a path. Raises StoreError if there is none, or it is not local."""
     from pipeline.dataset.directory import RUN_FILE, DatasetDir, find_dataset, split_version
     from pipeline.errors import StoreError
 

@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.config.sections import (
     AT_SERVER,
     BASE_URL,
+    LANGUAGE,
     PATTERNS,
     AnySection,
     TaskConfig,
@@ -24,6 +25,7 @@ from pipeline.config.sections import (
     task_names,
 )
 from pipeline.errors import ConfigError, did_you_mean, one_line
+from pipeline.text.language_codes import LANGUAGES
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -118,7 +120,7 @@ def _complete_task(task: Any) -> Any:
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """Read a custom task from its file. Raise ConfigError if a file cannot be read, or a value is invalid."""
+    """Read a custom task from its file. Raises ConfigError if a file cannot be read, or a value is invalid."""
     values = _with_texts(read_yaml(path, "a line such as `kind: caption`"), path.parent)
     return validate(TaskConfig, values, f"{path}: ").model_dump(exclude_unset=True)
 
@@ -155,7 +157,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
-    """Read a YAML file of settings. Raise ConfigError if it does not contain keys and values."""
+    """Read a YAML file of settings. Raises ConfigError if it does not contain keys and values."""
     try:
         with path.open(encoding="utf-8") as file:
             values = yaml.load(file, _UniqueKeyLoader) or {}  # noqa: S506  # a SafeLoader
@@ -261,7 +263,7 @@ def _is_public_model(name: Any) -> bool:
 
 
 def validate(section: type[AnySection], values: dict[str, Any], where: str = "") -> AnySection:
-    """Return settings from keys and values. Raise ConfigError with the first invalid one, after `where`."""
+    """Return settings from keys and values. Raises ConfigError with the first invalid one, after `where`."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
@@ -291,7 +293,9 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
     shown = "it" if is_secret else re.sub(r"://.*@", "://***@", repr(value))[:MAX_SHOWN_CHARACTERS]
     if flaw["type"] == "string_pattern_mismatch":
         pattern = str(context["pattern"])
-        return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}"
+        names = {name.lower(): code for code, (name, *_) in LANGUAGES.items() if pattern == LANGUAGE}
+        close = f": did you mean {names[value.lower()]}?" if str(value).lower() in names else ""
+        return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}{close}"
     wanted = WANTED.get(re.sub("_(type|parsing|attributes_type)$", "", flaw["type"]))
     if wanted is None:
         message = flaw["msg"].removeprefix("Value error, ")

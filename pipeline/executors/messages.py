@@ -19,6 +19,8 @@ from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
 from pipeline.tables import HUMAN
 from pipeline.tasks import tasks_making
+from pipeline.tasks.base import MAX_QA_PAIRS
+from pipeline.tasks.checks import MAX_CLAIMS
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
@@ -42,7 +44,7 @@ def describe_engine(config: Config, choice: EngineChoice) -> str:
 
 
 def describe_start(plan: Plan) -> str:
-    """Return the opening line of a run, with the source, folder, tasks, model and prompts.
+    """Return the opening line of a run: source, folder, tasks, model, prompts and requests per image.
 
     Raises ConfigError or EngineError if the judge is not available, before any request is sent.
     """
@@ -58,7 +60,30 @@ def describe_start(plan: Plan) -> str:
     prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts)
     rated = f"; rated by {plan.choose_judge().model}" if config.verify.judge else ""
     notes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
-    return f"{start}: {human}asks{missing} {asked}{rated}; prompts: {prompts}{notes}"
+    return f"{start}: {human}asks{missing} {asked}{rated}; prompts: {prompts}{describe_requests(plan)}{notes}"
+
+
+def describe_requests(plan: Plan) -> str:
+    """Return the number of requests per image, and the maximum of requests of --verify and --judge.
+
+    The model may write fewer questions and claims than it may. Human texts and repeated requests come on top.
+    """
+    requests, verify = plan.requests, plan.config.verify
+    if not requests.pairs:
+        return ""
+    asked = [(plan.tasks[name], requests.count_replies(plan.tasks[name])) for name, _ in requests.pairs]
+    captions = sum(replies for task, replies in asked if task.text_field)
+    questions = sum(MAX_QA_PAIRS for task, _ in asked if task.rows_field == "qa")
+    per_caption = {"claims": 1 + 2 * MAX_CLAIMS, "covers": questions}
+    per_question = {"round_trip": 1, "blind": 1, "evidence": 2}
+    checks = sum(
+        captions * per_caption.get(check, 0) + questions * per_question.get(check, 0)
+        for check in verify.checks
+    )
+    checks += captions * verify.repair + (captions + questions) * bool(verify.judge)
+    unit = "deck" if plan.has_decks else "image"
+    more = f", and up to {checks:,} to check the texts (--estimate measures it)" if checks else ""
+    return f"; {requests.count(requests.pairs):,} requests per {unit}{more}"
 
 
 def describe_boxes(config: Config, model: str) -> Iterator[str]:

@@ -47,7 +47,7 @@ def export_version(
 ) -> Exported:
     """Write a version to a new folder, in PARQUET or one of FORMATS. `style` selects captions.
 
-    Raise ConfigError if the folder exists or is in use, or there is nothing to write in this format.
+    Raises ConfigError if the folder exists or is in use, or there is nothing to write in this format.
     """
     report, splits = progress or NullProgress(), tuple(splits)
     # This also refuses names such as `.`, whose parent cannot hold the lock.
@@ -82,7 +82,7 @@ def _require_new(out: Path) -> None:
 
 
 def _check_export(version: Version, kind: str, style: str | None, splits: tuple[str, ...]) -> int:
-    """Return the number of rows to export. Raise ConfigError if there is nothing to export."""
+    """Return the number of rows to export. Raises ConfigError if there is nothing to export."""
     captions = version.manifest["measured"].get("captions", {})
     if style is not None and style not in captions:
         hint = f"styles of its captions: {', '.join(captions) or 'none'}"
@@ -118,7 +118,7 @@ def write_beside(
 ) -> Exported:
     """Write captions as text files next to the user's own images, which are checked by their bytes.
 
-    Raise ConfigError, before any write, if an image has changed, or text files exist and must not change.
+    Raises ConfigError, before any write, if an image has changed, or text files exist and must not change.
     """
     report = progress or NullProgress()
     captions = list(_read_own_images(version, folder, style))

@@ -56,7 +56,7 @@ class Item:
 
 
 def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Item]:
-    """Yield the images of a version, in order. Raise ConfigError if it has no pixels, or holds decks."""
+    """Yield the images of a version, in order. Raises ConfigError if it has no pixels, or holds decks."""
     columns = version.manifest["columns"]
     if "image" not in columns and "pages" in columns:
         hint = "export single images"

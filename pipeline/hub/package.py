@@ -180,7 +180,7 @@ def build_checkpoint_package(
     """Return the package of a captioner, tagged by the version of its data and a digest of its files.
 
     `extra_files` returns the files that transformers needs. `hub_ids` maps short names of models to Hub ids.
-    Raise PushError for an unfinished training; UnsafeFileError for a link out of the folder.
+    Raises PushError for an unfinished training; UnsafeFileError for a link out of the folder.
     """
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
         is_interrupted = (folder / "resume.pt").exists()

@@ -80,7 +80,7 @@ def check_repo_name(repo: str) -> None:
 def push_package(
     package: Package, repo: str, *, private: bool = False, progress: Progress | None = None
 ) -> PushResult:
-    """Push a package and tag its commit. Raise PushError if the Hub refuses or has other content."""
+    """Push a package and tag its commit. Raises PushError if the Hub refuses or has other content."""
     check_repo_name(repo)
     # Limit the memory of an upload: Xet then uploads one block of 64 MB while it fills the next.
     os.environ.setdefault("HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY", "1")
@@ -250,7 +250,7 @@ def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> 
 
 
 def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, Any]:
-    """Compare the files on the Hub with their manifest, and return it. Raise DamagedPushError."""
+    """Compare the files on the Hub with their manifest, and return it. Raises DamagedPushError."""
     manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
     rejections = {REJECTIONS_FILE: manifest["rejections"]} if "rejections" in manifest else {}

@@ -63,7 +63,7 @@ def check_image(data: bytes) -> ImageInfo:
     """Decode a whole image. Raises ImageError if it is damaged, too large, or too narrow."""
     image, (width_px, height_px) = _decode_for_hash(data)
     pdq = pdq_hash(image)
-    if not pdq and image.mode == "L":  # the colors may have enough detail
+    if not pdq and image.mode == "L":  # saturated colors may add detail to the luma
         pdq = pdq_hash(_decode(data)[0])
     return ImageInfo(width_px, height_px, pdq)
 
@@ -123,7 +123,7 @@ def _decode(data: bytes | memoryview, *, for_hash: bool = False) -> tuple[Image.
 
 
 def _has_common_sampling(image: Image.Image) -> bool:
-    """Return whether a JPEG's colors are subsampled by whole factors, which libjpeg needs to decode luma."""
+    """Return whether a JPEG's colors are subsampled by whole factors, as libjpeg requires to decode luma."""
     layers: list[tuple[int, int, int, int]] = getattr(image, "layer", [])  # (number, rows, columns, table)
     rows, columns = ([layer[side] for layer in layers] for side in (1, 2))
     return all(max(factors) % factor == 0 for factors in (rows, columns) for factor in factors)

@@ -216,7 +216,7 @@ class Client:
         up = sum(endpoint.is_up.is_set() for endpoint in self._endpoints)
         return {
             "tokens/s": f"{speed:,.0f}" if self._reply_tokens else "-",
-            "prefix cache": f"{hits / queries:.0%}" if queries else "-",
+            **({"prefix cache": f"{hits / queries:.0%}"} if queries else {}),
             "in flight": f"{self._outstanding()} of {self._concurrency.limit}",
             **({"servers": f"{up} of {len(self._endpoints)}"} if len(self._endpoints) > 1 else {}),
             **({"sent again": f"{self._num_retries:,}"} if self._num_retries else {}),

@@ -260,7 +260,7 @@ class Endpoints(list[Endpoint]):
 
     @property
     def has_free(self) -> bool:
-        """Whether a server may answer a request now."""
+        """Whether any server is up and can be sent a request without a delay."""
         return any(endpoint.is_up.is_set() and endpoint.delay_s() == 0 for endpoint in self)
 
     def mark_down(self, endpoint: Endpoint) -> bool:
@@ -343,7 +343,7 @@ def _proxy_of(url: str) -> str | None:
 def no_server(endpoints: list[Endpoint]) -> EngineError:
     """Return the error to raise when no server answers."""
     urls = ", ".join(endpoint.url for endpoint in endpoints)
-    hint = "start it (`synth serve`), then run the same command again"
+    hint = "check the address, or start the server; `synth serve` starts vLLM on this machine"
     if proxy := next((endpoint.proxy for endpoint in endpoints if endpoint.proxy), None):
         urls = f"{urls} through the proxy {without_passwords(proxy)}"
         hint = "list hosts that need no proxy in NO_PROXY"

@@ -9,7 +9,7 @@ import aiohttp
 
 from pipeline.config.sections import ServerConfig
 from pipeline.digests import digest
-from pipeline.errors import EngineError, one_line
+from pipeline.errors import EngineError, did_you_mean, one_line
 from pipeline.inference import protocol
 from pipeline.inference.endpoints import (
     MAX_SHOWN_CHARACTERS,
@@ -124,7 +124,7 @@ def shown_models(models: Iterable[str]) -> str:
 def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineError:
     """Return the error to raise when a server does not serve a model."""
     hint = f"it serves {shown_models(models) or 'no model'}: choose one with --model or --judge MODEL@URL"
-    return EngineError(f"{endpoint.url} does not serve {name}", hint=hint)
+    return EngineError(f"{endpoint.url} does not serve {name}", hint=did_you_mean(name, models, hint))
 
 
 async def prepare_servers(
@@ -211,8 +211,8 @@ async def learn_dialect(
             config = '{"backend":"guidance","disable_any_whitespace":true}'
             raise EngineError(
                 f"{url} does not enforce JSON schemas, so its replies may be invalid{reason}",
-                hint=f"start vLLM with --structured-outputs-config '{config}', or pass --no-enforced-schema: "
-                "then synth checks each reply, and asks again for invalid ones",
+                hint="pass --no-enforced-schema: then synth checks each reply, and asks again for bad ones. "
+                f"Or start vLLM with --structured-outputs-config '{config}'",
             )
         dialect = dialect or endpoint.dialect.looser()
         if dialect is None:

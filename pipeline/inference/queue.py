@@ -101,7 +101,7 @@ class RequestStats:
         cost = self.cost(server)
         return {
             "tokens": f"{self.shown_about}{self.prompt_tokens:,} read, {self.reply_tokens:,} written",
-            **({"cost": f"{cost:,.2f}"} if cost is not None else {}),
+            **({"cost": f"{cost:,.4g}"} if cost is not None else {}),
             **({"unusable": f"{sum(self.flaws.values()):,}"} if self.flaws else {}),
         }
 

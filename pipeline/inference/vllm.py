@@ -180,7 +180,7 @@ def plan_vllm_command(
 
 
 def _context_length(model: str) -> int:
-    """Return the context length of the model in a folder in tokens, or MAX_DECK_TOKENS for a Hub id."""
+    """Return a model's context length in tokens, or MAX_DECK_TOKENS if it has no local config.json."""
     file = Path(model) / "config.json"
     if not file.exists():
         return MAX_DECK_TOKENS

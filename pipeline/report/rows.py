@@ -3,7 +3,9 @@
 All text is untrusted: long text is cut, and control characters are escaped.
 """
 
+import csv
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,25 +44,34 @@ def read_rows(
             yield [_row(row, split, own_columns) for row in to_pylist(batch.slice(start, batch_rows))]
 
 
-def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield rejections: `step`, `reason`, `id`, `where` and `what`, the first MAX_REJECTED of each reason.
+def write_rejected(folder: Path, path: Path) -> None:
+    """Write all rejections of a dataset folder to a CSV file, one line each."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["source_row", "step", "reason", "text"])
+        for row in read_rejected(folder, sys.maxsize):
+            writer.writerow([row["where"], row["step"], row["reason"], row["what"]])
+
+
+def read_rejected(folder: Path, max_rows: int = MAX_REJECTED) -> Iterator[dict[str, str]]:
+    """Yield rejections: `step`, `reason`, `id`, `where` and `what`, the first `max_rows` of each reason.
 
     `where` is the row of the source, such as a file name. `id` is empty if that row never became a sample.
     """
-    rows = list(_first_rejected(folder))
+    rows = list(_first_rejected(folder, max_rows))
     source_rows = _source_rows(folder, {row["id"] for row in rows if not row["where"]})
     for row in rows:
         yield row | {"where": row["where"] or visible(source_rows.get(row["id"], row["id"]))}
 
 
-def _first_rejected(folder: Path) -> Iterator[dict[str, str]]:
+def _first_rejected(folder: Path, max_rows: int) -> Iterator[dict[str, str]]:
     files = [*folder.glob("steps/*/rejected.parquet"), *folder.glob("shards/*/steps/*/rejected.parquet")]
     for step in sorted({path.parent.name for path in files}):
         counts: Counter[str] = Counter()
         for path in DatasetDir(folder).step_files(step, "rejected"):
             for row in _read_rejections(path):
                 counts[row["reason"]] += 1
-                if counts[row["reason"]] > MAX_REJECTED:
+                if counts[row["reason"]] > max_rows:
                     continue
                 text = " ".join(
                     row.get(f"clean_{name}") or row[name] for name in _TEXT_FIELDS if row.get(name)
@@ -94,7 +105,7 @@ def _source_rows(folder: Path, ids: set[str]) -> dict[str, str]:
 
 
 def to_pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Return rows as Python objects. Raise StoreError for text that is not UTF-8, in an untrusted version."""
+    """Return rows as Python objects. Raises StoreError for text that is not UTF-8, in an untrusted version."""
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:

@@ -28,7 +28,7 @@ from itertools import islice
 from typing import Any, BinaryIO, Literal, cast
 
 from pipeline.config import Config
-from pipeline.errors import SourceError, one_line
+from pipeline.errors import SourceError, did_you_mean, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import (
@@ -488,7 +488,7 @@ class Archives:
             if len(known) > len(PATH_COLUMNS):
                 break
         if unknown := [column for column in wanted if column not in known]:
-            hint = f"the first images have {', '.join(sorted(known))}"
+            hint = did_you_mean(unknown[0], known, f"the first images have {', '.join(sorted(known))}")
             raise SourceError(f"no column is named {unknown[0]}", hint=hint)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.digests import digest
-from pipeline.errors import ImageError, SourceError
+from pipeline.errors import ImageError, SourceError, did_you_mean
 from pipeline.images.decode import IMAGE_SUFFIXES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, check_samples, refuse_roles
@@ -68,7 +68,8 @@ def open_folder(
     known = texts.columns | {*PATH_COLUMNS}
     unknown = [name for name in columns if name not in known and not is_exif_name(name)]
     if unknown and part == ALL:  # only the whole source is checked
-        hint = f"columns of {' and '.join(METADATA_FILES)}: {', '.join(sorted(known))}"
+        columns_hint = f"columns of {' and '.join(METADATA_FILES)}: {', '.join(sorted(known))}"
+        hint = did_you_mean(unknown[0], known, columns_hint)
         raise SourceError(f"no column is named {unknown[0]}", hint=hint)
 
     has_questions = any(one.questions for one in texts.texts.values())

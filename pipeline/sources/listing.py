@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.digests import digest
-from pipeline.errors import ConfigError, ImageError, SourceError
+from pipeline.errors import ConfigError, ImageError, SourceError, did_you_mean
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
@@ -79,7 +79,8 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
         hint = f"name the column of paths {IMAGE_COLUMNS[0]}, or the column of URLs url, in the first line"
         raise SourceError(f"no column of {file} names an image: it has {', '.join(names)[:200]}", hint=hint)
     if unknown := [name for name in columns if name not in names and not is_exif_name(name)]:
-        raise SourceError(f"no column is named {unknown[0]}", hint=f"columns: {', '.join(names)}")
+        hint = did_you_mean(unknown[0], names, f"columns: {', '.join(names)}")
+        raise SourceError(f"no column is named {unknown[0]}", hint=hint)
     return [_parse_row(number, row, columns, file) for number, row in rows]
 
 

@@ -190,7 +190,8 @@ def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
 
 
 def _no_column_error(schema: pa.Schema, name: str) -> SourceError:
-    return SourceError(f"no column is named {name}", hint=f"columns: {', '.join(schema.names)}")
+    hint = did_you_mean(name, schema.names, f"columns: {', '.join(schema.names)}")
+    return SourceError(f"no column is named {name}", hint=hint)
 
 
 def _context_columns(schema: pa.Schema, names: str) -> list[str]:
@@ -474,7 +475,7 @@ def _files_of_config(
     in_folder = [path for path in paths if path.startswith(f"{config}/") or f"/{config}/" in path]
     if not in_folder:
         known = sorted({*declared, *(path.partition("/")[0] for path in paths if "/" in path)})
-        hint = f"{did_you_mean(config, known)} it has {', '.join(known) or 'one table'}".strip()
+        hint = did_you_mean(config, known, f"it has {', '.join(known) or 'one table'}")
         raise SourceError(f"{repo} has no config {config}", hint=hint)
     return group_by_split(in_folder)
 

@@ -433,7 +433,7 @@ def add_splits_of_folders(folder_texts: FolderTexts, images: Mapping[str, Path])
 
 
 def _first_folders(names: Collection[str]) -> dict[str, str]:
-    """Return the first folder in each image's path that not all images share, or "" without such a folder."""
+    """Return each image's folder directly below the folder that all images share, or "" if it has none."""
     shared = os.path.commonpath(names) if len(names) > 1 else ""
     return {name: name.removeprefix(f"{shared}/").rpartition("/")[0].partition("/")[0] for name in names}
 
@@ -499,7 +499,8 @@ def _add_metadata_file(
     rows = _read_metadata(file, bound)
     folder_texts.files.add(file)
     folder_texts.columns.update(str(name) for row in rows for name in row)
-    folder_texts.messages += _describe_metadata(file, rows)
+    if not (rows and folder_texts.columns & {*columns}):  # a file of context needs no captions
+        folder_texts.messages += _describe_metadata(file, rows)
     try:
         splits = [read_split(row.get(SPLIT)) for row in rows]
     except ValueError as error:

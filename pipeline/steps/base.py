@@ -373,7 +373,7 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
         before = {"asked": 0, "timed": 0, "seconds": 0.0} | dataset.read_cost()
         totals = journal.totals()
         newly_asked = stats.asked - asked
-        # A dry run may have added requests to the journal, and a killed run did not record its cost.
+        # An estimate may have added requests to the journal, and a killed run did not record its cost.
         if newly_asked or totals["asked"] != before["asked"]:
             seconds = time.monotonic() - start if newly_asked else 0.0
             times = {"timed": before["timed"] + newly_asked, "seconds": round(before["seconds"] + seconds, 1)}

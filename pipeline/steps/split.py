@@ -77,7 +77,7 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None
 
 
 def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> pa.Table:
-    """Return the split group of each image group, by the source names of its samples."""
+    """Return image groups with their split group, which groups with related source names share."""
     db = comparison.db
     rows = (
         table

@@ -215,7 +215,8 @@ def _kind_of(schema: Schema, path: str) -> str:
             or len(values) > MAX_ENUM_VALUES
         ):
             problem = f"must allow only texts, or only whole numbers, and at most {MAX_ENUM_VALUES}"
-            raise UnusableSchemaError(f"{path} {problem}")
+            quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes"
+            raise UnusableSchemaError(f"{path} {problem}{quotes if None in kinds else ''}")
         kind = kinds.pop()
     kind = kind or ("object" if "properties" in schema else None)
     if not isinstance(kind, str) or kind not in _KEYWORDS:

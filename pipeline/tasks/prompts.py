@@ -13,10 +13,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template, TemplateError, nodes
+from jinja2 import Environment, StrictUndefined, Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tasks import TASKS, wire_schema
 from pipeline.tasks.base import Task
@@ -131,12 +131,13 @@ def render(
             text = _notes_block(notes) + text
     except RENDER_ERRORS as error:
         given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
-        styles = f"built-in caption styles: {', '.join(STYLES)}"
-        other_styles = (
-            "other styles need your text (generate.style_prompts) or template (generate.prompt_dir)"
-        )
-        hint = f"{styles}; {other_styles}" if values.get("style") else "fix the template"
         problem = f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}"
+        if not (style := values.get("style")):
+            raise ConfigError(problem, hint="fix the template") from None
+        if f"no attribute {style!r}" in str(error):  # the template maps styles to texts
+            problem = f"no caption style {style} in the prompt {name}"
+        others = "other styles need your text (generate.style_prompts) or template (generate.prompt_dir)"
+        hint = did_you_mean(style, STYLES, f"built-in styles: {', '.join(STYLES)}; {others}")
         raise ConfigError(problem, hint=hint) from None
     return Prompt(id=_prompt_id(name, source, folders), system=template(SYSTEM, folders).strip(), text=text)
 
@@ -181,11 +182,13 @@ def check_names(
     try:
         unknown, results = sorted(names_in(source, "row") - {*columns}), names_in(source, "results")
     except TemplateError as error:
-        raise ConfigError(
-            f"the prompt {name} is not a valid template: {error}", hint="fix the template"
-        ) from None
+        line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+        problem, hint = f"the prompt {name} is not a valid template: {line}{error}", "fix the template"
+        raise ConfigError(problem, hint=hint) from None
     if unknown:
+        close = did_you_mean(f"row.{unknown[0]}", [f"row.{column}" for column in columns])
         hint = f"map it: --columns context={','.join([*columns, *unknown])}"
+        hint = f"{close} if the column is {unknown[0]}: --columns context={unknown[0]}" if close else hint
         raise ConfigError(f"the prompt {name} uses row.{unknown[0]}, and no such column is mapped", hint=hint)
     if unneeded := sorted(results - {*task.needs}):
         hint = f"write `needs: [{', '.join([*task.needs, unneeded[0]])}]`"

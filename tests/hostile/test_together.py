@@ -24,7 +24,7 @@ COMMANDS = {
     "generate": ("generate", *IMAGES),
     "generate again": ("generate", "--title", "Other", *IMAGES),
     "preview": ("preview", *IMAGES),
-    "dry run": ("generate", "--dry-run", *IMAGES),
+    "estimate": ("generate", "--estimate", *IMAGES),
     "check": ("check", "data"),
     "repair": ("check", "data", "--repair"),
     "report": ("report", "data"),

@@ -151,7 +151,7 @@ def test_each_epoch_has_every_example_once_in_a_new_order() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 5, 7])
-def test_order_does_not_depend_on_the_first_step(size: int) -> None:
+def test_batches_from_a_later_step_continue_the_same_order(size: int) -> None:
     whole = list(islice(batches(count=10, size=size, seed=1, first_step=0), 8))
     assert list(islice(batches(count=10, size=size, seed=1, first_step=5), 3)) == whole[5:]
 

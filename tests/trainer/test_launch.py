@@ -7,12 +7,12 @@ import pytest
 import trainer.launch
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError, StoreError
+from pipeline.errors import ConfigError, StoreError, TrainError
 from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
 from tests.scene_data import make_version, scene_samples, true_captions
 from trainer.config import TrainConfig, resolve
-from trainer.launch import PlannedTraining, open_version, plan_training
+from trainer.launch import PlannedTraining, open_version, plan_training, train
 from trainer.runtime.checkpoint_folder import find_interrupted
 
 OPTIONS = {"encoder": "tiny-vit", "decoder": "scratch", "preset": None}
@@ -108,3 +108,29 @@ def test_data_is_opened_by_folder_version_or_hub_name(
     assert open_version(version.dataset_dir) == open_version(f"{version.dataset_dir}@v1.0.0") == version
     monkeypatch.setattr(trainer.launch, "pull_version", {"me/scenes@v1.0.0": version}.__getitem__)
     assert open_version("me/scenes@v1.0.0") is version
+
+
+@pytest.mark.parametrize(
+    ("factor", "model"), [("encoder", "clip"), ("encoder", "me/vit"), ("decoder", "qwen3")]
+)
+def test_model_that_cannot_be_downloaded_is_reported_before_a_folder_is_made(
+    factor: str, model: str, version: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(trainer.launch, "snapshot_download", refuse)
+    monkeypatch.setattr(trainer.launch, "plan_training", None)  # imports torch
+    with pytest.raises(TrainError, match=r"does not answer, and .* is not in the cache") as caught:
+        train(version, TrainConfig.model_validate({factor: model}))
+    assert f"--{factor} " in caught.value.hint
+    with pytest.raises(TrainError, match=f"no {factor} ./nowhere: the folder does not exist"):
+        train(version, TrainConfig.model_validate({factor: "./nowhere"}))
+    assert not (version.dataset_dir / "checkpoints").exists()
+
+
+def test_empty_split_is_reported_before_a_folder_is_made(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path / "data", scene_samples(1))
+    with pytest.raises(StoreError, match="has no rows in its"):
+        train(version, encoder="tiny-vit")
+    assert not (version.dataset_dir / "checkpoints").exists()

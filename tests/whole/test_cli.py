@@ -84,12 +84,13 @@ def test_doctor_reports_environment_and_chosen_engine(synth: Run) -> None:
     assert "SYNTH_VLLM_PYTHON" in output
 
 
-def test_dry_run_predicts_cost_and_keeps_paid_replies(synth: Run, tmp_path: Path) -> None:
+def test_estimate_predicts_cost_and_keeps_paid_replies(synth: Run, tmp_path: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "40", "--tasks", "caption", "--out", "d")
-    estimate = read_result(synth(*command, "--dry-run", "--json"))
+    estimate = read_result(synth(*command, "--estimate", "--json"))
     assert (estimate["sampled_images"], estimate["asked"], estimate["requests"]) == (32, 64, 80)
     assert 0 < estimate["hours"] < 1
-    assert estimate["reply_tokens"] > 40 * 2 * 10
+    assert (estimate["remaining_images"], estimate["remaining_requests"]) == (8, 16)
+    assert estimate["reply_tokens"] > 8 * 2 * 10
     assert not list(tmp_path.rglob("v1*"))
     done = synth(*command)
     assert "sent 16 requests for 80 replies" in done.stderr

@@ -290,5 +290,5 @@ def test_unreachable_cluster_is_an_error(chat: ChatServer, tmp_path: Path) -> No
     error, hint = read_failure(run_synth(*command, "--out", "d", *address, cwd=tmp_path))
     assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint
     assert not chat.bodies
-    for flags in (("--executor", "local", "--shards", "3"), ("--dry-run",)):
+    for flags in (("--executor", "local", "--shards", "3"), ("--estimate",)):
         assert run_synth(*command, *flags, cwd=tmp_path).returncode == 2

@@ -36,7 +36,7 @@ def test_frames_of_one_video_share_a_split(tmp_path: Path) -> None:
         write_video(tmp_path / "clips" / f"{number}.mp4", 3, (64, 48), rate=2, shift=100 * number)
     videos = ("--source", "video:clips", "--every", "1", "--tasks", "caption", "--styles", "plain")
     with running_chat(ChatServer(caption)) as chat:
-        predicted = generate(tmp_path, chat, *videos, "--dry-run")
+        predicted = generate(tmp_path, chat, *videos, "--estimate")
         result = generate(tmp_path, chat, *videos)
         again = generate(tmp_path, chat, *videos)
         excluded = generate(tmp_path, chat, *videos, "--exclude", "video:clips/0.mp4", "--out", "e")

@@ -70,7 +70,7 @@ def test_result_is_printed_as_json(folder: Path) -> None:
     assert result["differences"][0]["verdict"] in ("better", "worse", "cannot tell at this size")
 
 
-def test_failed_cell_is_reported_and_result_has_the_others(folder: Path) -> None:
+def test_failed_cell_is_reported_and_result_has_the_other_cells(folder: Path) -> None:
     spec = yaml.safe_load((folder / "which.yaml").read_text())
     spec["also"] = [{"data": ["facts"], "encoder": ["./nowhere"]}]
     (folder / "more.yaml").write_text(yaml.safe_dump(spec))

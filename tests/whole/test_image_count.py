@@ -11,8 +11,8 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version
-from pipeline.dry_run import predict_run
 from pipeline.errors import ConfigError, TableError
+from pipeline.estimate import estimate_run
 from pipeline.executors.ray.cluster import ClusterOptions
 from pipeline.progress import NullProgress
 from pipeline.reviewing import apply_reviews
@@ -154,8 +154,8 @@ def test_bad_review_does_not_continue_reading(tmp_path: Path) -> None:
 
 def test_dry_run_predicts_images_to_read(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.5)) as chat:
-        predicted = predict_run(settings(chat, images=500), tmp_path)
-        many = predict_run(settings(chat, images=3000), tmp_path)
+        predicted = estimate_run(settings(chat, images=500), tmp_path)
+        many = estimate_run(settings(chat, images=3000), tmp_path)
     assert predicted["kept_images"] == pytest.approx(500, abs=2)
     assert 700 < predicted["images"] < 1600
     # drawn scenes are unlimited

@@ -166,8 +166,8 @@ def test_only_images_without_captions_are_asked(photos: Path, server: ChatServer
 
 def test_only_missing_captions_or_questions_are_asked(photos: Path, server: ChatServer, model: Model) -> None:
     options = ("--base-url", server.url, "--styles", "detailed", "--only-missing")
-    predicted = generate_json(photos, "generate", "--tasks", "caption", *options, "--dry-run")
-    expected = {"images": COUNT, "requests": COUNT // 2, "remaining_images": COUNT // 2}
+    predicted = generate_json(photos, "generate", "--tasks", "caption", *options, "--estimate")
+    expected = {"images": COUNT, "requests": COUNT // 2, "sampled_images": COUNT}
     assert expected.items() <= predicted.items()
     model.requests.clear()
     generate_json(photos, "generate", *options, "--out", "questions", captions="vqa.jsonl")

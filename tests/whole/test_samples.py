@@ -106,8 +106,8 @@ def test_trl_trains_on_exported_pairs(chosen: Chosen, folder: Path) -> None:
     train_by_trl("DPO", "pairs", cwd=folder, env=env)
 
 
-def test_dry_run_does_not_count_selection_as_rejection(folder: Path) -> None:
+def test_estimate_does_not_count_selection_as_rejection(folder: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--out", "dry")
-    predicted = json.loads(run_synth(*command, "--dry-run", "--json", cwd=folder).stdout)
+    predicted = json.loads(run_synth(*command, "--estimate", "--json", cwd=folder).stdout)
     assert not any(name.startswith("select") for name in predicted["lost_by"])
     assert predicted["lost_share"][0] < 0.3

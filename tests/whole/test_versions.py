@@ -88,18 +88,18 @@ def test_destructive_command_asks_which_dataset_is_meant(synth: Run, photos: Pat
     for out in ("one", "two"):
         source = ("--no-model", "--source", f"folder:{photos}")
         assert synth("generate", *source, "--out", str(tmp_path / out)).returncode == 0
-    (tmp_path / "reviews.jsonl").write_text("")
     for command in (
         "versions rm v1.0.0",
         "versions gc",
         "push --repo ORG/NAME",
-        "review apply reviews.jsonl",
     ):
         result = synth(*command.split())
         assert result.returncode == 1
         assert "there are 2 datasets that were made here" in result.stderr
         assert str(tmp_path / "two") in result.stderr
-    assert f"dataset: {tmp_path / 'two'}" in synth("versions", "list").stderr
+    (tmp_path / "reviews.jsonl").write_text("")
+    for command in ("versions list", "report", "export", "review apply reviews.jsonl"):
+        assert f"dataset: {tmp_path / 'two'}" in synth(*command.split()).stderr
 
 
 def test_run_without_limit_that_finds_nothing_more_completes_preview(synth: Run, photos: Path) -> None:

@@ -34,6 +34,7 @@ from trainer.model.language_model import load_decoder, new_decoder
 from trainer.model.pretrained import require_few_layers
 from trainer.runtime.checkpoint_folder import (
     CAPTIONER_FILES,
+    MAX_CONFIG_BYTES,
     PUBLISHED_TYPE,
     no_captioner,
     require_checkpoint,
@@ -41,7 +42,6 @@ from trainer.runtime.checkpoint_folder import (
 from trainer.runtime.devices import best_device
 from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens, train_tokenizer
 
-MAX_CONFIG_BYTES = 10_000_000
 MAX_TOKENIZER_BYTES = 100_000_000
 MAX_BEAMS = 64  # a larger value in an untrusted checkpoint could make generation take forever
 MAX_SHARED = 2  # maximum ratio of model weights to stored weights (tied weights are stored once)

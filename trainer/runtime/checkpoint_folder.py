@@ -1,6 +1,7 @@
 """Find checkpoint folders, and compare their settings with those of a new run. Loads no weights."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,15 @@ from huggingface_hub import snapshot_download
 
 from pipeline.dataset.directory import LOCK_FILE, DatasetDir
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError, TrainError
+from pipeline.errors import ConfigError, TrainError, did_you_mean, one_line
 from pipeline.hub_errors import HUB_NAME, translate_hub_errors
 from pipeline.storage.files import read_json
-from pipeline.storage.untrusted import UnsafeFileError
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from trainer.config import DERIVED_KEYS, TrainConfig
 
 PUBLISHED_TYPE = "synth_captioner"  # `model_type` of published captioners
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+MAX_CONFIG_BYTES = 10_000_000
 READ_ERRORS = (OSError, ValueError, LookupError, TypeError, UnsafeFileError)
 
 
@@ -48,6 +50,33 @@ def require_checkpoint(folder: Path) -> None:
     """Raise TrainError if a captioner's file is missing in the folder."""
     if missing := [name for name in CAPTIONER_FILES if not (folder / name).is_file()]:
         raise no_captioner(folder, f"it lacks {missing[0]}")
+
+
+def require_learned(prompts: Sequence[tuple[str, str]], style: str | None = None, question: str = "") -> None:
+    """Raise TrainError if a captioner has not learned a style (None: any) or, for a question, answers.
+
+    `prompts` are pairs of source and style; the style of answers is "".
+    """
+    styles = list(dict.fromkeys(learned for _, learned in prompts if learned))
+    if question:
+        if all(learned for _, learned in prompts):
+            hint = f"leave out --question: it writes captions ({', '.join(styles)})"
+            raise TrainError("the captioner has not learned answers", hint=hint)
+    elif not styles:
+        raise TrainError("the captioner has learned answers only", hint="ask a question: --question")
+    elif style and style not in styles:
+        hint = did_you_mean(style, styles, f"choose one of {', '.join(styles)}")
+        raise TrainError(f"the captioner has not learned the style {style}", hint=hint)
+
+
+def require_prompt(folder: Path, style: str | None, question: str = "") -> None:
+    """Raise TrainError as `require_learned`, without loading the captioner in a folder."""
+    try:
+        config = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+        prompts = [(str(source), str(learned)) for source, learned in config["prompts"]]
+    except READ_ERRORS as error:
+        raise no_captioner(folder, one_line(error)) from None
+    require_learned(prompts, style, question)
 
 
 def read_settings(folder: Path) -> TrainConfig:

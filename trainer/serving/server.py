@@ -5,10 +5,8 @@ The server fetches no URLs and stores nothing.
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import math
-import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +31,7 @@ from pipeline.errors import ImageError, TrainError
 from trainer.captioner import READERS, Captioner
 from trainer.model.caption_model import GpuMemoryError
 from trainer.model.decoding import DecodingConfig
+from trainer.serving.address import is_loopback, listen, url_of
 from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
 
 # Enough for a photo of 32 MB in base64.
@@ -285,14 +284,6 @@ class Guard:
         return None
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether a host name or address can be reached only from this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 async def read_body(request: Request) -> bytes:
     """Read the body of a request. Raises RefusedError if it is too large or too slow."""
     body = bytearray()
@@ -354,14 +345,3 @@ def serve(server: CaptionServer, port: int, announce: Callable[[str], None]) -> 
     with listen(server.host, port) as listener:
         announce(url_of(server.host, listener))
         make_server(server).run(sockets=[listener])
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on an address."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
-
-
-def url_of(host: str, listener: socket.socket) -> str:
-    """Return the URL of a server."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

@@ -77,7 +77,7 @@ class RayExecutor:
         return self.run.shards
 
     def read(self, limit: int | None) -> bool:  # noqa: ARG002
-        """See Executor. Shuffles the source rows to shards. Samples are stored when shards are filled."""
+        """See Executor. Distributes the source rows to the shards, which store their samples in `wait`."""
         run, progress = self.run, self.progress
         for path in (run.root / "exchange").glob("*"):
             if path != run.shuffle_root:

@@ -43,7 +43,7 @@ def test_turns_ask_for_each_style_and_end_with_questions() -> None:
     ]
 
 
-def test_reader_columns_are_appended_unless_the_name_exists() -> None:
+def test_reader_columns_are_appended_unless_a_column_has_the_name() -> None:
     row: dict[str, Any] = {"captions": [{"text": "A dog.", "style": "plain"}], "qa": []}
     rows = pa.Table.from_pylist([row, {"captions": [], "qa": []}], schema=row_schema(["captions", "qa"]))
     extended = with_reader_columns(rows, reader_columns(["image"]))

@@ -261,7 +261,7 @@ def test_linked_version_reads_images_of_target_and_repair_copies_them(tmp_path: 
     assert repaired.store.folder == tmp_path / "e" and find_damage(repaired) == []
 
 
-def test_image_with_wrong_bytes_is_damage(tmp_path: Path) -> None:
+def test_image_with_wrong_bytes_is_reported_as_damage(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, SAMPLES)
     (path,) = ImageStore(tmp_path).paths()
     path.unlink()

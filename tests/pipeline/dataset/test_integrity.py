@@ -58,7 +58,7 @@ def reworded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ],
     ids=["other captions", "a row is missing", "a row is repeated", "another license"],
 )
-def test_changed_rows_with_matching_file_hashes_are_damage(change: Any, version: Version) -> None:
+def test_changed_rows_with_matching_file_hashes_are_reported_as_damage(change: Any, version: Version) -> None:
     changed = change_rows(version, change)
     assert damaged_files(changed) == []
     assert find_damage(changed) == ["its rows are not those of its digest"]

@@ -2,14 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from pipeline.config.files import resolve
+from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.errors import StoreError
-from pipeline.executors.messages import describe_empty_splits, describe_losses, describe_warnings
+from pipeline.executors.messages import (
+    describe_empty_splits,
+    describe_losses,
+    describe_requests,
+    describe_warnings,
+)
+from pipeline.plan import Plan
 from pipeline.run import STEPS, RunResult, generate_dataset
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
 from tests.scene_data import make_version, scene_samples, true_captions
@@ -86,3 +94,21 @@ def test_damaged_version_stops_a_run_before_the_first_request(tmp_path: Path) ->
         with pytest.raises(StoreError, match=r"the version v9\.0\.0 cannot be read"):
             generate_dataset(resolve(source="scenes", limit=2, base_url=[chat.url], model="model"), tmp_path)
         assert not chat.bodies
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "; 3 requests per image"),
+        ({"generate": {"samples": 4}}, "; 9 requests per image"),
+        # 2 * (1 + 2 * 8)
+        ({"verify": {"checks": ["claims"]}}, "3 requests per image, and up to 34 to check"),
+        ({"verify": {"checks": ["round_trip", "covers"]}}, "and up to 24 to check"),  # 8 + 2 * 8
+        ({"verify": {"judge": "j@http://h/v1"}}, "and up to 10 to check"),  # 2 captions, 8 questions
+    ],
+)  # fmt: skip
+def test_start_of_a_run_states_requests_per_image(
+    settings: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    config = resolve(source="scenes", tasks=["caption", "qa"], **settings)
+    assert text in describe_requests(Plan.resolve(config, DatasetDir(tmp_path)))

@@ -213,6 +213,13 @@ def test_revision_is_part_of_the_name_or_a_digest_of_name_and_root() -> None:
     assert revision("m", "/models/a") == revision("m", "/models/a") != revision("m", "/models/b")
 
 
+def test_misspelled_model_error_suggests_a_served_one() -> None:
+    with running_chat(ChatServer(model="house-vlm")) as chat:
+        with pytest.raises(EngineError, match="does not serve hause-vlm") as caught:
+            model_of(config_of(chat.url, model="hause-vlm"))
+        assert caught.value.hint.startswith("did you mean house-vlm? it serves house-vlm")
+
+
 # --- addresses, keys and headers
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.dataset.reviews import text_name
 from pipeline.errors import StoreError
-from pipeline.report.rows import MAX_REJECTED, read_rejected, read_rows, to_pylist
+from pipeline.report.rows import MAX_REJECTED, read_rejected, read_rows, to_pylist, write_rejected
 from pipeline.tables import SPLITS
 from tests.scene_data import make_version, scene_samples
 
@@ -33,7 +33,7 @@ def test_chosen_rows_are_read_in_the_order_of_splits(tmp_path: Path) -> None:
     assert {row["id"] for chunk in read_rows(version, SPLITS, chosen, 7) for row in chunk} == chosen
 
 
-def test_first_rejections_of_each_reason_are_shown(tmp_path: Path) -> None:
+def test_first_rejections_of_each_reason_are_shown_and_a_file_has_all(tmp_path: Path) -> None:
     rows = [
         {"sample_id": "s", "text": f"text {n}", "reason": "too_long" if n else "too_short"}
         for n in range(MAX_REJECTED + 9)
@@ -41,6 +41,10 @@ def test_first_rejections_of_each_reason_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "steps" / "filter" / "rejected.parquet"
     path.parent.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
+    write_rejected(tmp_path, tmp_path / "rejected.csv")
+    lines = (tmp_path / "rejected.csv").read_text().splitlines()
+    assert lines[:2] == ["source_row,step,reason,text", "s,filter,too few words,text 0"]
+    assert len(lines) == 1 + len(rows)
     rejected = list(read_rejected(tmp_path))
     assert len(rejected) == MAX_REJECTED + 1
     assert rejected[0] == {

@@ -285,6 +285,7 @@ def test_metadata_columns_are_context_in_every_slice(tmp_path: Path) -> None:
     whole = {
         row.source_row: row.context for row in samples_of(open_folder(tmp_path, columns=("title", "folder")))
     }
+    assert not any("no captions" in text for text in open_folder(tmp_path, columns=columns).messages)
     assert whole == {
         "0/0.png": (("title", "A"), ("folder", "0")),
         "0/2.png": (("title", "C"), ("folder", "0")),

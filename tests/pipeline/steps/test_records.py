@@ -310,7 +310,7 @@ def test_added_near_duplicates_give_the_result_of_a_new_folder(
     assert again.funnel[0].rejected["near_duplicate_image"] == 10
 
 
-def test_verify_key_changes_with_clip_weights_and_judge(tmp_path: Path) -> None:
+def test_key_of_verify_step_changes_with_clip_weights_and_judge(tmp_path: Path) -> None:
     clip = tmp_path / "clip"
     clip.mkdir()
     (clip / "model.safetensors").write_bytes(b"one")

@@ -38,7 +38,7 @@ def test_image_is_between_system_text_and_task() -> None:
 
 
 def test_unknown_style_error_lists_built_in_styles() -> None:
-    with pytest.raises(ConfigError, match="style 'sonnet'") as caught:
+    with pytest.raises(ConfigError, match="no caption style sonnet") as caught:
         render(TASKS["caption"], style="sonnet")
     assert "plain, detailed, brief, alt" in caught.value.hint
 

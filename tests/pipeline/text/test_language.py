@@ -50,7 +50,7 @@ def test_other_languages_are_detected(text: str, expected: str) -> None:
         ("The Tour de France passes an old church.", "en"),
     ],
 )
-def test_english_words_that_are_frequent_elsewhere_are_left_to_the_detector(text: str, expected: str) -> None:
+def test_words_shared_with_other_languages_are_left_to_the_detector(text: str, expected: str) -> None:
     assert language(text) == expected
 
 

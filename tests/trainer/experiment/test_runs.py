@@ -68,7 +68,7 @@ def test_all_kinds_of_data_have_the_same_images_and_similar_numbers_of_words(
     assert unmatched["both"] > unmatched["model"] > unmatched["facts"]
 
 
-def test_planned_numbers_equal_the_learned_ones(
+def test_plan_states_the_images_and_words_to_learn_from(
     versions: dict[str, Version], clip: str, tmp_path: Path
 ) -> None:
     for run in planned(versions, clip, tmp_path, train_images=[10, 0]):

@@ -95,7 +95,7 @@ def test_encoder_that_masks_patches_is_an_error(tmp_path: Path) -> None:
         load_encoder(str(tmp_path))
 
 
-def test_folder_with_the_name_of_a_known_encoder_has_another_name(tmp_path: Path) -> None:
+def test_folder_named_like_a_known_encoder_is_recorded_with_a_slash(tmp_path: Path) -> None:
     assert load_encoder(save_clip(tmp_path / "clip")).config.made_from["name"] == "clip/"
     assert load_encoder(save_clip(tmp_path / "mine")).config.made_from["name"] == "mine"
 

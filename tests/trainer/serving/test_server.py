@@ -24,7 +24,8 @@ from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.serving import server as serving
-from trainer.serving.server import Batcher, CaptionServer, GenerationRequest, listen, make_server, url_of
+from trainer.serving.address import listen, url_of
+from trainer.serving.server import Batcher, CaptionServer, GenerationRequest, make_server
 from trainer.tokenizer import CaptionTokenizer
 
 NAME = "student"
@@ -234,7 +235,7 @@ def test_request_sets_the_decoding(
     assert used == [decoding]
 
 
-def test_schema_with_one_value_is_answered_with_it(url: str) -> None:
+def test_constant_in_a_schema_is_the_answer(url: str) -> None:
     _, answer, _ = request(url, CHAT, chat(png(1), response_format=schema_of(a={"const": "x"})))
     assert json.loads(content_of(answer)) == {"a": "x"}
 

@@ -1,4 +1,4 @@
-"""`synth generate --dry-run`: run all steps on a few images, and predict the cost of the whole run.
+"""`synth generate --estimate`: run all steps on a few images, and estimate the cost of the whole run.
 
 The trial has its own folder. Its replies are kept in the journal of the dataset, for the real run.
 """
@@ -34,14 +34,15 @@ SHOWN_TEXTS = 5
 # For English text.
 BYTES_PER_TOKEN = 4
 # Name of the trial's folder in the dataset folder.
-FOLDER = ".dry-run"
+FOLDER = ".estimate"
 
 
-def predict_run(config: Config, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def estimate_run(config: Config, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Return the likely hours, requests, tokens, money, bytes and kept rows of a run.
 
-    Hours, tokens and money are for the remaining images. Replies in the journal cannot be timed, so images
-    with such replies come last in the sample. Raises SynthError as `generate_dataset` does.
+    `sampled_*` were spent on the sample, whose replies the run reuses. `remaining_*`, hours, tokens and
+    `cost` are for the rest. Replies in the journal cannot be timed, so images with such replies come last in the
+    sample. Raises SynthError as `generate_dataset` does.
     """
     progress = progress or NullProgress()
     plan = Plan.open(config, out, progress, is_trial=True)
@@ -67,7 +68,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     is_endless = config.images is not None and plan.spec.is_endless
     total = None if is_endless else source.count()
     choices = {step.name for step in steps_of(trial_plan) if step.is_choice}
-    return _predict(sample, funnel, total, config, stats, choices) | {"texts": texts}
+    return _scale_counts(sample, funnel, total, config, stats, choices) | {"texts": texts}
 
 
 class StepsOnly(NullProgress):
@@ -148,7 +149,7 @@ def _kept_texts(dataset: DatasetDir) -> Iterator[str]:
             yield visible(row["final_text"] or record or f"{row['final_question']} {row['final_answer']}")
 
 
-def _predict(
+def _scale_counts(
     sample: SampledRows,
     funnel: list[StepSummary],
     total: int | None,
@@ -167,7 +168,8 @@ def _predict(
     scale = min(scales, default=1.0)
     images = round(read.kept * scale)
     unanswered_frac = sample.new / (sample.new + sample.complete) if sample.new else 0.0
-    remaining = round(max(0, images - sample.answered) * unanswered_frac)
+    # The sample was paid for.
+    remaining = max(0, round(max(0, images - sample.answered) * unanswered_frac) - sample.new)
     remaining_scale = remaining / sample.new if sample.new else 0.0
     cost = stats.cost(config.server)
     losses = [summary for summary in funnel if summary.step not in choices]
@@ -177,12 +179,14 @@ def _predict(
     return {
         "sampled_images": read.kept,
         "sampled_seconds": round(stats.asking_s, 2),
+        "sampled_cost": cost,
         "asked": stats.asked,
         "images": images,
         "remaining_images": remaining,
+        "remaining_requests": round(stats.asked * remaining_scale),
         "requests": round(first_attempts * scale),
         "verify_requests": round((stats.total - first_attempts) * scale),
-        "retries": round((stats.asked - sum(stats.attempts.values())) * remaining_scale),
+        "retries": round((stats.asked - sum(stats.attempts.values())) * (1 + remaining_scale)),
         # Time for requests only. The other steps take microseconds per row.
         "hours": round(stats.asking_s * remaining_scale / 3600, 6),
         "prompt_tokens": round(stats.prompt_tokens * remaining_scale),

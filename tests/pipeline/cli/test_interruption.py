@@ -1,0 +1,37 @@
+"""Ctrl-C names only the way to resume that the interrupted command has."""
+
+import sys
+
+import pytest
+
+import pipeline.cli
+
+
+@pytest.mark.parametrize(
+    ("command", "advice", "exit_code"),
+    [
+        ("generate", "run the same command to resume", 130),
+        ("train", "add --resume to the same command", 130),
+        ("caption", "--skip-existing", 130),
+        ("export", "run the same command again", 143),
+    ],
+)
+def test_interrupted_command_states_its_own_way_to_resume(
+    command: str,
+    advice: str,
+    exit_code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt() -> None:
+        raise SystemExit(pipeline.cli.EXIT_CODE_INTERRUPTED)
+
+    monkeypatch.setattr(pipeline.cli, "app", interrupt)
+    monkeypatch.setattr(sys, "argv", ["synth", command])
+    with pytest.raises(SystemExit) as ended:
+        pipeline.cli._run([0.0] if exit_code == 143 else [])
+    assert ended.value.code == exit_code
+    message = capsys.readouterr().err
+    assert advice in message
+    assert ("--resume" in message) == (command == "train")
+    assert ("--skip-existing" in message) == (command == "caption")
