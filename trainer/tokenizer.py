@@ -2,7 +2,7 @@
 
 A prompt names a source (human or synthetic), and a caption style or a question. `prompts` are the pairs of
 source and style that a captioner has learned; the style of answers is "". Published captioners have a copy of
-the functions that choose and write a prompt (trainer/publish/captioner_package.py).
+the functions that choose and write a prompt (trainer/publish/transformers_files.py).
 """
 
 from array import array

@@ -1,7 +1,7 @@
 """A captioner with its tokenizer: build it for a training, save it as a checkpoint folder, load it again.
 
-A checkpoint may be untrusted and is checked while it is loaded: config.json has known keys only, weights are
-safetensors, and no memory is allocated before their shapes match the config.
+A checkpoint may be untrusted and is checked while it is loaded: unknown keys of config.json are ignored,
+weights are safetensors, and no memory is allocated before their shapes match the config.
 """
 
 import json
@@ -32,12 +32,8 @@ from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import load_decoder, new_decoder
 from trainer.model.pretrained import require_few_layers
-from trainer.runtime.checkpoint_folder import (
-    CAPTIONER_FILES,
-    PUBLISHED_TYPE,
-    no_captioner,
-    require_checkpoint,
-)
+from trainer.publish.transformers_files import transformers_files
+from trainer.runtime.checkpoint_folder import CAPTIONER_FILES, no_captioner, require_checkpoint
 from trainer.runtime.devices import best_device
 from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens, train_tokenizer
 
@@ -55,7 +51,7 @@ class Checkpoint:
     tokenizer: CaptionTokenizer
 
     def save(self, folder: Path) -> None:
-        """Write config.json, model.safetensors and tokenizer.json, each atomically."""
+        """Write CAPTIONER_FILES and the files of transformers, each atomically."""
         with scratch_folder(folder) as draft:
             try:
                 self.captioner.without_adapters().save_pretrained(draft)
@@ -65,7 +61,10 @@ class Checkpoint:
             # safetensors makes the weights readable for the owner only.
             (draft / "model.safetensors").chmod((draft / "config.json").stat().st_mode)
             self.tokenizer.backend.save(str(draft / "tokenizer.json"))
-            for name in CAPTIONER_FILES:
+            added = transformers_files(draft)  # with a config.json for both readers
+            for name, data in added.items():
+                (draft / name).write_bytes(data)
+            for name in dict.fromkeys([*CAPTIONER_FILES, *added]):
                 flush_file(draft / name)
                 (draft / name).replace(folder / name)
             flush_folder(folder)
@@ -113,10 +112,8 @@ def read_config(folder: Path) -> CaptionerConfig:
     """Return the config of a checkpoint. Raises ValueError or UnsafeFileError if it is invalid."""
     values = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
     known = {field.name for field in fields(CaptionerConfig)}
-    if values.get("model_type") == PUBLISHED_TYPE:  # transformers adds other keys
-        values = {name: value for name, value in values.items() if name in known}
-    if unknown := sorted(values.keys() - known):
-        raise ValueError(f"config.json has an unknown key {unknown[0]}")
+    # The other keys are those of transformers.
+    values = {name: value for name, value in values.items() if name in known}
     config = TypeAdapter(CaptionerConfig).validate_python(values)
     if not config.prompts:
         raise ValueError("config.json has no prompts")

@@ -212,8 +212,7 @@ def _tower_options(model_config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
 
 
-# The definitions below are copied into published captioners (trainer/publish/captioner_package.py): they need
-# only torch.
+# The definitions below are copied into checkpoints (trainer/publish/transformers_files.py). They need torch.
 
 # Tokens before the patches: none, a class token, class and distillation tokens, class token and DINO's
 # registers.

@@ -14,7 +14,6 @@ from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
 from trainer.config import DERIVED_KEYS, TrainConfig
 
-PUBLISHED_TYPE = "synth_captioner"  # model type of a captioner in transformers
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 READ_ERRORS = (OSError, ValueError, LookupError, TypeError, UnsafeFileError)
 
