@@ -160,7 +160,11 @@ def test_a_folder_of_a_users_own_goes_through_the_same_door(synth: Run, tmp_path
     assert "1 duplicate_image" in done.stderr
     result = json.loads(done.stdout)
     manifest = json.loads((tmp_path / result["path"] / "manifest.json").read_text())
-    assert manifest["source"]["name"] == "folder"
+    assert (manifest["source"]["name"], manifest["title"]) == ("folder", "pictures")
+    card = (tmp_path / result["path"] / "README.md").read_text()
+    assert "pretty_name: pictures\n" in card and "# pictures\n" in card
+    report = synth("report").stdout.strip()
+    assert f"<h1>pictures {result['version']}</h1>" in (tmp_path / report).read_text()
     assert sum(manifest["rows"].values()) == 3
     everything = "".join(path.read_text(errors="replace") for path in (tmp_path / result["path"]).iterdir())
     assert str(tmp_path) not in everything

@@ -89,7 +89,6 @@ def test_card_shows_measurements_with_baselines() -> None:
     assert "| answers, yes/no | 9 | yes: 0.6 of all |" in card
 
 
-
 @pytest.mark.parametrize(
     "text", ["a\n---\nlicense: mit", "```\n# Big", "<script>alert(1)</script>", "\x1b[31m\u202e"]
 )
