@@ -283,12 +283,8 @@ def test_text_of_saved_captioner_ends_at_the_last_position_of_its_language_model
     inputs = processor(images=photos[:4], text=QUESTIONS[0])
     tokens = {"eos_token_id": 257, "pad_token_id": 257}
     configs = [GenerationConfig(num_beams=2, **tokens), GenerationConfig(max_length=90, **tokens)]
-    for options in (
-        {},
-        {"max_new_tokens": 12},
-        {"num_beams": 2},
-        *({"generation_config": c} for c in configs),
-    ):
+    choices: list[dict[str, Any]] = [{}, {"max_new_tokens": 12}, {"num_beams": 2}]
+    for options in [*choices, *({"generation_config": config} for config in configs)]:
         assert model.generate(**inputs, **options).shape[1] <= prompt_tokens + 3
     assert model.generate(**inputs, max_new_tokens=2).shape[1] <= prompt_tokens + 2
     expected = generate(load_checkpoint(tmp_path / "c", torch.device("cpu")), photos[:4], question)
