@@ -41,8 +41,8 @@ def estimate_run(config: Config, out: Path | None = None, progress: Progress | N
     """Return the likely hours, requests, tokens, money, bytes and kept rows of a run.
 
     `sampled_*` were spent on the sample, whose replies the run reuses. `remaining_*`, hours, tokens and
-    `cost` are for the rest. Replies in the journal cannot be timed, so images with such replies come last in the
-    sample. Raises SynthError as `generate_dataset` does.
+    `cost` are for the rest. Replies in the journal cannot be timed, so images with such replies come last in
+    the sample. Raises SynthError as `generate_dataset` does.
     """
     progress = progress or NullProgress()
     plan = Plan.open(config, out, progress, is_trial=True)

@@ -2,7 +2,8 @@
 
 A prompt consists of a source (human or synthetic) and either a caption style or a question. `prompts` lists
 the (source, style) pairs that a captioner has learned. The style of answers is "". Published captioners
-contain a copy of the functions that choose and build a prompt (trainer/publish/captioner_package.py).
+contain a copy of
+the functions that choose and build a prompt (trainer/publish/transformers_files.py).
 """
 
 from array import array

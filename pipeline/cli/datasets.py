@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Exit, Option
 
@@ -160,6 +160,7 @@ def export(
     out: Annotated[Path | None, path_option("New folder.", "DATASET/exports/VERSION-FORMAT")] = None,
     in_place: Annotated[Path | None, path_option("Image folder to write text files into.")] = None,
     style: Annotated[str | None, option("Caption style.", "all, or the first of plain, brief, ...")] = None,
+    names: Annotated[Literal["id", "source"], option("Name files by id, or as in the source.")] = "id",
     split: Annotated[str | None, option("Split: train, validation or test.", "all")] = None,
     images: Images = None,
     overwrite: Overwrite = False,
@@ -177,21 +178,24 @@ def export(
 
     if (captioner is not None) != (kind == "onnx") or (int8 and kind != "onnx"):
         raise BadParameter(
-            "a captioner, --format onnx and --int8 go together: synth export CAPTIONER --format onnx"
+            "a captioner, --format onnx and --int8 go together: synth export CAPTIONER --format onnx "
+            "(transformers loads the folder of a captioner as it is)"
         )
     if captioner is not None:
-        if any((data, in_place, style, split, images, overwrite, append, skip_existing)):
+        has_names = names != "id"
+        if any((data, in_place, style, has_names, split, images, overwrite, append, skip_existing)):
             raise BadParameter("--format onnx accepts only --out, --int8 and --json", param_hint="--format")
         export_captioner(captioner, out, int8=int8, as_json=as_json)
         return
     existing = read_existing(
         "--in-place", in_place is not None, skip=skip_existing, append=append, overwrite=overwrite
     )
-    if in_place is not None and (kind not in (None, "sidecar") or out or split):
-        raise BadParameter("--in-place excludes --format, --out and --split", param_hint="--in-place")
+    if in_place is not None and (kind not in (None, "sidecar") or out or split or names != "id"):
+        excluded = "--format, --out, --split and --names"
+        raise BadParameter(f"--in-place excludes {excluded}", param_hint="--in-place")
     if (kind := kind or "imagefolder") not in (PARQUET, *FORMATS):
-        names = did_you_mean(kind, FORMATS, f"formats: {', '.join([PARQUET, *FORMATS])}")
-        raise BadParameter(f"no format {kind}; {names}", param_hint="--format")
+        known = did_you_mean(kind, FORMATS, f"formats: {', '.join([PARQUET, *FORMATS])}")
+        raise BadParameter(f"no format {kind}; {known}", param_hint="--format")
     require_split(split)
     version = open_data(data, images)
     folder = in_place or out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
@@ -200,7 +204,8 @@ def export(
             done = write_beside(version, in_place, style=style, existing=existing, progress=progress)
         else:
             splits = (split,) if split else SPLITS
-            done = export_version(version, kind, folder, style=style, splits=splits, progress=progress)
+            choices: dict[str, Any] = {"style": style, "splits": splits, "source_names": names == "source"}
+            done = export_version(version, kind, folder, **choices, progress=progress)
     without_text = f"; skipped {done.without_text:,} images without a text" if done.without_text else ""
     say(f"wrote {done.images:,} {'text files' if in_place is not None else 'images'}{without_text}")
     show(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def last_dataset() -> Path:
-    """Return the dataset folder that was made last, and print its path. Raises StoreError if there is none."""
+    """Return the dataset folder made last, and print its path. Raises StoreError if there is none."""
     from pipeline.dataset.directory import last_made
 
     folder = last_made()

@@ -62,7 +62,7 @@ class Config(Section):
     private.
     """
     title: Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)] | None = None
-    """Title of the dataset card. Null uses the name of the source."""
+    """Title of the dataset card. Null uses the name of the folder or source."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Roles of columns: `image`, `pages`, `references`, `question`, `answer`, `split`, and `context` for
     columns that prompts use. `question=none` and `split=none` ignore columns of these names. Null guesses

@@ -120,7 +120,7 @@ def _complete_task(task: Any) -> Any:
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """Read a custom task from its file. Raises ConfigError if a file cannot be read, or a value is invalid."""
+    """Read a custom task from its file. Raises ConfigError for an unreadable file or an invalid value."""
     values = _with_texts(read_yaml(path, "a line such as `kind: caption`"), path.parent)
     return validate(TaskConfig, values, f"{path}: ").model_dump(exclude_unset=True)
 

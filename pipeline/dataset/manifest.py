@@ -1,11 +1,13 @@
 """Describe the run that made a version, for the manifest of the version."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import NO_MODEL, Config
 from pipeline.config.files import LOCAL_SOURCES
-from pipeline.config.sections import AT_SERVER
+from pipeline.config.sections import AT_SERVER, TITLE
 from pipeline.digests import file_digest, public_name, without_folders
 from pipeline.tables import REJECTED, RUBRIC, Extras
 from pipeline.tasks import Tasks, wire_schema
@@ -69,8 +71,15 @@ def describe_provenance(
         "schemas": {task.name: wire_schema(task) for task in asked},
         # The digests of caption files are from the read step, since a later run may not have the files.
         "config": settings | {"captions": source.get("captions", [])},
-        **describe_data(config.license, config.title, config.filter.language),
+        **describe_data(config.license, config.title or _folder_name(config.source), config.filter.language),
     }
+
+
+def _folder_name(source: str) -> str | None:
+    """Return the name of the folder of a source, for the title; None without a folder, and for `.`."""
+    kind, _, path = source.partition(":")
+    name = Path(path).name
+    return name if kind == "folder" and name != ".." and re.fullmatch(TITLE, name) else None
 
 
 def describe_data(

@@ -14,8 +14,8 @@ from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError
-from pipeline.formats.formats import FORMATS, PARQUET, Format
-from pipeline.formats.items import no_pixels_error, read_items
+from pipeline.formats.formats import FORMATS, PARQUET, TABLES, Format
+from pipeline.formats.items import Item, no_pixels_error, read_items
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
@@ -43,15 +43,19 @@ def export_version(
     *,
     style: str | None = None,
     splits: Iterable[str] = SPLITS,
+    source_names: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Write a version to a new folder, in PARQUET or one of FORMATS. `style` selects captions.
 
+    `source_names` names files as in the source (`read_items`).
     Raises ConfigError if the folder exists or is in use, or there is nothing to write in this format.
     """
     report, splits = progress or NullProgress(), tuple(splits)
     # This also refuses names such as `.`, whose parent cannot hold the lock.
     _require_new(out)
+    if source_names and kind in TABLES:
+        raise ConfigError(f"the format {kind} has no files of images", hint="leave --names out")
     busy = ConfigError(f"another process exports to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
@@ -64,7 +68,8 @@ def export_version(
         if kind == PARQUET:
             write_self_contained(version, draft, splits)
         else:
-            written = _write_items(version, FORMATS[kind](draft, style), splits, num_rows, report)
+            items = read_items(version, splits, source_names=source_names)
+            written = _write_items(items, FORMATS[kind](draft, style), num_rows, report)
             without_text = num_rows - written
         if not written:
             remove(draft)
@@ -97,11 +102,9 @@ def _check_export(version: Version, kind: str, style: str | None, splits: tuple[
     return num_rows
 
 
-def _write_items(
-    version: Version, writer: Format, splits: tuple[str, ...], num_rows: int, report: Progress
-) -> int:
+def _write_items(items: Iterable[Item], writer: Format, num_rows: int, report: Progress) -> int:
     written = 0
-    for number, item in enumerate(read_items(version, splits), start=1):
+    for number, item in enumerate(items, start=1):
         written += writer.add(item)
         report("export", number, num_rows)
     writer.close()

@@ -111,14 +111,21 @@ class Format:
             self._files[name] = path.open("w", encoding="utf-8", newline="")
         return self._files[name]
 
+    def table(self, name: str, *columns: str) -> Any:
+        """Return a writer of a CSV file of the export, which begins with the names of its columns."""
+        file = self.file(name)
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(columns)
+        return writer
+
 
 class ImageFolder(Format):
     """A folder for each split, with metadata.parquet. Of JSON lines, `datasets` would guess the types."""
 
     def add(self, item: Item) -> bool:
         self.put_image(item, item.split)
-        about = {"license": item.license, "source_row": item.source_row}
-        row = add_values({"file_name": item.file_name, **self.texts(item), **about}, item)
+        row = add_values({"file_name": item.file_name, **self.texts(item), **item.origin}, item)
         self.file(f"{item.split}/{DRAFT}").write(to_json(row) + "\n")
         return True
 
@@ -143,13 +150,14 @@ def _read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 class Sidecar(Format):
-    """A text file next to each image, with one caption."""
+    """A text file next to each image, with one caption; source_rows.csv has the origin of each image."""
 
     def add(self, item: Item) -> bool:
         text = item.caption(self.style)
         if text is None:
             return False
-        self.put_image(item, item.split)
+        row = [self.put_image(item, item.split), item.source_row]
+        self.table("source_rows.csv", "file_name", "source_row").writerow(row)
         file = self.folder / item.split / f"{item.name}.txt"
         note_own_lines(file, () if text in item.human_texts else text.splitlines())
         file.write_text(text + "\n", encoding="utf-8")
@@ -168,7 +176,7 @@ class WebDataset(Format):
     def add(self, item: Item) -> bool:
         texts = self.texts(item)
         text = texts.pop("text")
-        about = texts | {"width": item.width_px, "height": item.height_px, "license": item.license}
+        about = texts | {"width": item.width_px, "height": item.height_px, **item.origin}
         members = {item.suffix: item.image, "json": to_json(add_values(about, item)).encode()}
         members |= {"txt": text.encode()} if text is not None else {}
         tar = self._open_tar(item.split)
@@ -202,7 +210,8 @@ class Llava(Format):
             conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         if not conversation:
             return False
-        entry = {"id": item.name, "image": self.put_image(item, "images"), "conversations": conversation}
+        image = {"id": item.sample_id, "image": self.put_image(item, "images"), **item.origin}
+        entry = {**image, "conversations": conversation}
         file = self.file(f"{item.split}.json")
         file.write(("[\n" if file.tell() == 0 else ",\n") + to_json(entry))
         return True
@@ -222,7 +231,7 @@ class ShareGpt(Format):
             dialog += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if not dialog:
             return False
-        row = {"messages": dialog, "images": [self.put_image(item, "images")]}
+        row = {"messages": dialog, "images": [self.put_image(item, "images")], **item.origin}
         self.file(f"{item.split}.jsonl").write(to_json(row) + "\n")
         return True
 
@@ -250,6 +259,7 @@ class Coco(Format):
             "width": item.width_px,
             "height": item.height_px,
             "license": self._licenses.setdefault(item.license, len(self._licenses) + 1),
+            "source_row": item.source_row,
         }
         if captions:
             self._add_annotations(("captions", item.split), image, captions)
@@ -297,11 +307,10 @@ class Csv(Format):
         captions = self.captions(item)
         if not captions:
             return False
-        file, path = self.file(f"{item.split}.csv"), self.put_image(item, "images")
-        writer = csv.writer(file)
-        if file.tell() == 0:
-            writer.writerow(["filepath", "title", "style", WRITTEN_BY])
-        writer.writerows([path, text, style, item.writer(text)] for style, text in captions)
+        path = self.put_image(item, "images")
+        writer = self.table(f"{item.split}.csv", "filepath", "title", "style", WRITTEN_BY, "source_row")
+        rows = ([path, text, style, item.writer(text), item.source_row] for style, text in captions)
+        writer.writerows(rows)
         return True
 
 
@@ -328,7 +337,7 @@ class TableFormat(Format):
             self._flush()
         self._split = item.split
         rows = self.rows_of(item)
-        self._rows += [{"sample_id": item.name, **row} for row in rows]
+        self._rows += [{"sample_id": item.sample_id, **row, **item.origin} for row in rows]
         return bool(rows)
 
     def close(self) -> None:
@@ -368,14 +377,15 @@ class Cauldron(ParquetFormat):
             "sample_id": STRING,
             "images": pa.list_(IMAGE),
             "texts": pa.list_(pa.struct(fields(STRING, "user", "assistant"))),
-            "source": STRING,
+            "license": STRING,
+            "source_row": STRING,
         }
     )
 
     def rows_of(self, item: Item) -> list[dict[str, Any]]:
         texts = [{"user": question, "assistant": answer} for question, answer in self.turns(item)]
         images = [{"bytes": item.image, "path": None}]
-        return [{"images": images, "texts": texts, "source": item.source_row}] if texts else []
+        return [{"images": images, "texts": texts}] if texts else []
 
 
 class Preferences(ParquetFormat):
@@ -386,6 +396,7 @@ class Preferences(ParquetFormat):
             pa.field("sample_id", STRING),
             pa.field("image", IMAGE),
             *fields(pa.list_(MESSAGE), "prompt", "chosen", "rejected"),
+            *fields(STRING, "license", "source_row"),
         ]
     )
 
@@ -423,9 +434,8 @@ class Lance(TableFormat):
             raise ConfigError("the format lance needs the package pylance", hint=install_command("lance"))
 
     def rows_of(self, item: Item) -> list[dict[str, Any]]:
-        about = {"license": item.license, "source_row": item.source_row, "values": to_json(item.values)}
         sizes = {"width": item.width_px, "height": item.height_px}
-        return [{"image": item.image, **sizes, **self.texts(item), **about}]
+        return [{"image": item.image, **sizes, **self.texts(item), "values": to_json(item.values)}]
 
     def write(self, rows: pa.Table, split: str) -> None:
         # Lance warns about each file that it creates.
@@ -465,4 +475,5 @@ FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
 }
 
 PARQUET = "parquet"  # not in FORMATS: all columns are written at once (dataset/publishing.py)
+TABLES = (PARQUET, "cauldron", "dpo", "lance")  # images are in the rows
 OF_FEW_FILES = ("webdataset", "cauldron", "dpo", "lance")  # formats for a repository of the Hub

@@ -2,8 +2,11 @@
 
 import hashlib
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.dataset.conversation import preferred_caption
@@ -14,6 +17,11 @@ from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, REFERENCE_QA, SPLITS
 
 ITEM_BATCH = 64  # images in memory
 _ID = re.compile(r"[0-9a-f]{64}")
+MAX_NAME_BYTES = 200  # file systems allow 255, with a suffix
+# No name, names and characters that Windows reserves, hidden files, and names that look like options or ids.
+_UNSAFE_NAME = re.compile(
+    r"""|con|prn|aux|nul|com\d|lpt\d|[0-9a-f]{64}|[-. ].*|.*[. ]|.*[\\:*?"<>|].*""", re.IGNORECASE
+)
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: several JPEGs of a camera in one file
 
 
@@ -21,7 +29,7 @@ _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: several JPEGs of a camera in o
 class Item:
     """An image of a version with its texts and values."""
 
-    name: str  # file name without suffix: the sample's id
+    name: str  # file name without suffix
     suffix: str
     split: str
     image: bytes
@@ -29,7 +37,7 @@ class Item:
     height_px: int
     license: str
     source_row: str
-    sample_id: str
+    sample_id: str  # of an untrusted version, where an id may be anything: its digest
     captions: Sequence[tuple[str, str]]  # (style, text)
     questions: Sequence[tuple[str, str]]  # (question, answer)
     human_texts: frozenset[str]  # human captions and questions
@@ -38,6 +46,11 @@ class Item:
     values: dict[str, Any] = field(default_factory=dict)  # values of custom tasks, by name
     boxes: Sequence[dict[str, Any]] | None = None  # boxes of custom tasks; None if no task was answered
     pairs: Sequence[tuple[str, str, str]] = ()  # (style, best caption, worst caption)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The license of the image, and its row in the source."""
+        return {"license": self.license, "source_row": self.source_row}
 
     @property
     def file_name(self) -> str:
@@ -55,8 +68,14 @@ class Item:
         return preferred_caption(self.captions)
 
 
-def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Item]:
-    """Yield the images of a version, in order. Raises ConfigError if it has no pixels, or holds decks."""
+def read_items(
+    version: Version, splits: Iterable[str] = SPLITS, *, source_names: bool = False
+) -> Iterator[Item]:
+    """Yield the images of a version, in order. Raises ConfigError if it has no pixels, or holds decks.
+
+    With `source_names`, files have the names of the source where these are safe and unique, without folders.
+    Other files, and all files by default, are named by id.
+    """
     columns = version.manifest["columns"]
     if "image" not in columns and "pages" in columns:
         hint = "export single images"
@@ -66,9 +85,28 @@ def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Ite
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
     unused = ("pages", "source", "context")
     names = [name for name in columns if name not in unused]
+    counts = Counter(_source_names(version)) if source_names else Counter()
     for split, batch in version.batches(names, ITEM_BATCH, splits):
         for row in batch.to_pylist():
-            yield _make_item(row, split, own)
+            name = file_name_of(row["source_row"]) if source_names else ""
+            yield _make_item(row, split, own, name if counts[name.casefold()] == 1 else "")
+
+
+def _source_names(version: Version) -> Iterator[str]:
+    """Yield the file name of each row. Some file systems do not distinguish upper and lower case."""
+    for _, batch in version.batches(["source_row"]):
+        yield from (file_name_of(row).casefold() for row in batch["source_row"].to_pylist())
+
+
+def file_name_of(source_row: str) -> str:
+    """Return the file name of a row without folders and suffix, or "" if it is not safe for an export.
+
+    Dots become underscores: readers of WebDataset end a name at its first dot.
+    """
+    stem = unicodedata.normalize("NFC", PurePosixPath(source_row).stem)
+    if not stem.isprintable() or _UNSAFE_NAME.fullmatch(stem) or len(stem.encode()) > MAX_NAME_BYTES:
+        return ""
+    return stem.replace(".", "_")
 
 
 def no_pixels_error(version: Version) -> ConfigError:
@@ -76,12 +114,11 @@ def no_pixels_error(version: Version) -> ConfigError:
     return ConfigError(f"{version.name} holds no pixels", hint="pass --images FOLDER")
 
 
-def _make_item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
+def _make_item(row: dict[str, Any], split: str, own: dict[str, str], name: str) -> Item:
     sample_id = row["sample_id"]
     captions, questions = row.get("captions") or (), row.get("qa") or ()
-    # In an untrusted version, an id may be anything, even a path.
-    is_safe = _ID.fullmatch(sample_id)
-    name = sample_id if is_safe else hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
+    if not _ID.fullmatch(sample_id):
+        sample_id = hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
     try:
         # Many readers ignore the orientation in EXIF.
         image = upright_file(row["image"]["bytes"])
@@ -93,7 +130,7 @@ def _make_item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
     box_lists = [row[task] for task in own if own[task] == "boxes" and row[task] is not None]
     human = [annotation for annotation in (*captions, *questions) if annotation["prompt_id"] in OF_PEOPLE]
     return Item(
-        name=name,
+        name=name or sample_id,
         suffix=_SUFFIXES.get(kind, kind.lower()),
         split=split,
         image=image,

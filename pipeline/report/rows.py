@@ -105,7 +105,7 @@ def _source_rows(folder: Path, ids: set[str]) -> dict[str, str]:
 
 
 def to_pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Return rows as Python objects. Raises StoreError for text that is not UTF-8, in an untrusted version."""
+    """Return rows as Python objects. Raises StoreError for text that is not UTF-8."""
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:

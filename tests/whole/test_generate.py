@@ -165,7 +165,11 @@ def test_folder_source_gives_version_without_local_paths(synth: Run, tmp_path: P
     assert "1 duplicate_image" in done.stderr
     result = json.loads(done.stdout)
     manifest = json.loads((tmp_path / result["path"] / "manifest.json").read_text())
-    assert manifest["source"]["name"] == "folder"
+    assert (manifest["source"]["name"], manifest["title"]) == ("folder", "pictures")
+    card = (tmp_path / result["path"] / "README.md").read_text()
+    assert "pretty_name: pictures\n" in card and "# pictures\n" in card
+    report = synth("report").stdout.strip()
+    assert f"<h1>pictures {result['version']}</h1>" in (tmp_path / report).read_text()
     assert sum(manifest["rows"].values()) == 3
     everything = "".join(path.read_text(errors="replace") for path in (tmp_path / result["path"]).iterdir())
     assert str(tmp_path) not in everything

@@ -1,7 +1,7 @@
 """Build a captioner with its tokenizer, and save and load it as a checkpoint folder.
 
-Checkpoints may be untrusted, so loading checks them: config.json may have only known keys, weights must be
-safetensors files, and their shapes are compared with the config before memory is allocated.
+Checkpoints may be untrusted, so loading checks them: unknown keys of config.json are ignored, weights must
+be safetensors files, and their shapes are compared with the config before memory is allocated.
 """
 
 import json
@@ -32,10 +32,10 @@ from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import load_decoder, new_decoder
 from trainer.model.pretrained import require_few_layers
+from trainer.publish.transformers_files import transformers_files
 from trainer.runtime.checkpoint_folder import (
     CAPTIONER_FILES,
     MAX_CONFIG_BYTES,
-    PUBLISHED_TYPE,
     no_captioner,
     require_checkpoint,
 )
@@ -55,7 +55,7 @@ class Checkpoint:
     tokenizer: CaptionTokenizer
 
     def save(self, folder: Path) -> None:
-        """Write config.json, model.safetensors and tokenizer.json. Each file is replaced atomically."""
+        """Write CAPTIONER_FILES and the files for transformers. Each file is replaced atomically."""
         with scratch_folder(folder) as draft:
             try:
                 self.captioner.without_adapters().save_pretrained(draft)
@@ -65,7 +65,10 @@ class Checkpoint:
             # safetensors makes the weights file readable only for its owner.
             (draft / "model.safetensors").chmod((draft / "config.json").stat().st_mode)
             self.tokenizer.backend.save(str(draft / "tokenizer.json"))
-            for name in CAPTIONER_FILES:
+            added = transformers_files(draft)  # with a config.json for both readers
+            for name, data in added.items():
+                (draft / name).write_bytes(data)
+            for name in dict.fromkeys([*CAPTIONER_FILES, *added]):
                 flush_file(draft / name)
                 (draft / name).replace(folder / name)
             flush_folder(folder)
@@ -113,10 +116,8 @@ def read_config(folder: Path) -> CaptionerConfig:
     """Read config.json of a checkpoint. Raises ValueError or UnsafeFileError if it is invalid."""
     values = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
     known = {field.name for field in fields(CaptionerConfig)}
-    if values.get("model_type") == PUBLISHED_TYPE:  # transformers adds other keys
-        values = {name: value for name, value in values.items() if name in known}
-    if unknown := sorted(values.keys() - known):
-        raise ValueError(f"config.json has an unknown key {unknown[0]}")
+    # The other keys are those of transformers.
+    values = {name: value for name, value in values.items() if name in known}
     config = TypeAdapter(CaptionerConfig).validate_python(values)
     if not config.prompts:
         raise ValueError("config.json has no prompts")

@@ -212,8 +212,8 @@ def _tower_options(model_config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
 
 
-# The definitions below are copied into published captioners (trainer/publish/captioner_package.py), so they
-# may use only torch.
+# The definitions below are copied into checkpoints (trainer/publish/transformers_files.py), so they may use
+# only torch.
 
 # Possible numbers of tokens before the patches: none, a class token, class and distillation tokens, or a
 # class token and four DINO registers.

@@ -30,8 +30,8 @@ from trainer.model.checkpoint import load_checkpoint
 from trainer.model.decoder import BlockCache, Cache, ScratchDecoder
 from trainer.model.language_model import PretrainedDecoder
 from trainer.model.pretrained import SIDES, attention_window
-from trainer.publish.captioner_package import standalone_source, transformers_files
 from trainer.publish.run_onnx import INT8_SUFFIX, PARTS, prepare
+from trainer.publish.transformers_files import standalone_source, transformers_files
 
 ENCODER, FIRST, NEXT = PARTS
 RUNNER = "caption.py"

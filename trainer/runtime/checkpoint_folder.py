@@ -15,7 +15,6 @@ from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from trainer.config import DERIVED_KEYS, TrainConfig
 
-PUBLISHED_TYPE = "synth_captioner"  # `model_type` of published captioners
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 MAX_CONFIG_BYTES = 10_000_000
 READ_ERRORS = (OSError, ValueError, LookupError, TypeError, UnsafeFileError)

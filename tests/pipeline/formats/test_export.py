@@ -25,7 +25,7 @@ from pipeline.dataset.builder import Rows
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
 from pipeline.formats.export import CHECKSUMS, export_version, write_beside
-from pipeline.formats.formats import FORMATS, WebDataset
+from pipeline.formats.formats import FORMATS, PARQUET, TABLES, WebDataset
 from pipeline.formats.items import Item, read_items
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
@@ -109,6 +109,84 @@ def test_parquet_export_has_rows_with_images_and_equal_bytes(version: Version, t
     assert (tmp_path / "out" / CHECKSUMS).read_text() == (tmp_path / "again" / CHECKSUMS).read_text()
     with pytest.raises(ConfigError, match="holds all captions"):
         export_version(version, "parquet", tmp_path / "brief", style="brief")
+
+
+def source_rows_of(folder: Path, kind: str) -> list[str]:
+    """Return the source rows in the files of an export."""
+    if kind == "webdataset":
+        tars = map(tarfile.open, folder.glob("*.tar"))
+        files = [
+            cast(Any, tar.extractfile(member)) for tar in tars for member in tar if ".json" in member.name
+        ]
+        return [json.load(file)["source_row"] for file in files]
+    if kind == "lance":
+        tables = [lance.dataset(str(path)).to_table() for path in folder.glob("*.lance")]
+        return [row for table in tables for row in table["source_row"].to_pylist()]
+    if kind == "coco":
+        files = [*folder.glob("annotations/captions_*.json")]
+        return [image["source_row"] for path in files for image in json.loads(path.read_text())["images"]]
+    rows: list[dict[str, str]] = []
+    for path in folder.rglob("*"):
+        if path.suffix == ".parquet":
+            rows += pq.read_table(path, columns=["source_row"]).to_pylist()
+        elif path.suffix == ".csv":
+            rows += csv.DictReader(path.open(encoding="utf-8", newline=""))
+        elif path.suffix == ".json":
+            rows += json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            rows += map(json.loads, path.read_text().splitlines())
+    return [row["source_row"] for row in rows]
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, PARQUET])
+def test_each_format_has_the_source_row_of_each_image(kind: str, version: Version, tmp_path: Path) -> None:
+    export_version(version, kind, tmp_path / "out")
+    assert {*source_rows_of(tmp_path / "out", kind)} == {item.source_row for item in read_items(version)}
+
+
+SOURCE_NAMES = {
+    "2019 Sommer/Foto für Oma.jpg": "Foto für Oma",
+    "Screenshot at 10.00.00.png": "Screenshot at 10_00_00",
+    "_DSC (1).png": "_DSC (1)",
+    "../../outside.png": "outside",
+    "/home/me/private.png": "private",
+    "a/IMG_1.png": None,
+    "b/img_1.jpg": None,
+    "..": None,
+    ".hidden.png": None,
+    "-rf.png": None,
+    "con.png": None,
+    "..\\windows.png": None,
+    "c:drive.png": None,
+    "line\nbreak.png": None,
+    "turned \u202egnp.png": None,
+    f"{'ü' * 101}.png": None,
+    f"{'0' * 64}.png": None,
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in TABLES])
+def test_source_names_are_kept_where_they_are_safe_and_unique(kind: str, tmp_path: Path) -> None:
+    samples = zip(scene_samples(len(SOURCE_NAMES)), SOURCE_NAMES, strict=True)
+    version, _ = make_version(tmp_path / "d", [replace(sample, source_row=row) for sample, row in samples])
+    expected = {SOURCE_NAMES[item.source_row] or item.sample_id for item in read_items(version)}
+    export_version(version, kind, tmp_path / "out", source_names=True)
+    if kind == "webdataset":
+        urls = sorted(map(str, (tmp_path / "out").glob("*.tar")))
+        loaded = webdataset.WebDataset(urls, shardshuffle=False)
+        assert {sample["__key__"] for sample in loaded if "png" in sample} == expected
+    else:
+        images = [*(tmp_path / "out").rglob("*.png")]
+        assert {path.stem for path in images} == expected and len(images) == len(expected)
+    assert {path.name for path in tmp_path.iterdir()} == {"d", "out"}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_source_names_for_a_format_without_image_files_are_an_error(
+    kind: str, version: Version, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"the format {kind} has no files of images"):
+        export_version(version, kind, tmp_path / "out", source_names=True)
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.images.decode import ORIENTATION, prepare_image
 from pipeline.images.upright import BAND_PX, upright_rgb
-from trainer.publish.captioner_package import standalone_source
+from trainer.publish.transformers_files import standalone_source
 
 PUBLISHED = {"modeling.py": standalone_source("modeling"), "caption.py": standalone_source("run_onnx")}
 

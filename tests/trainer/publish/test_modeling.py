@@ -1,4 +1,4 @@
-"""A published captioner needs only transformers, and generates the tokens of the original."""
+"""The folder of a captioner needs only transformers, and generates the tokens of the original."""
 
 import json
 import shutil
@@ -28,8 +28,8 @@ from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
-from trainer.publish.captioner_package import transformers_files
 from trainer.publish.modeling import SynthCaptioner, SynthCaptionerConfig
+from trainer.publish.transformers_files import transformers_files
 from trainer.tokenizer import CaptionTokenizer, TargetText, train_tokenizer
 
 IMAGES = 100
@@ -47,7 +47,7 @@ try:
 except ImportError:
     pass
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 folders, photos, questions = map(json.loads, sys.argv[2:])
 opened = [Image.open(path) for path in photos]
@@ -75,6 +75,7 @@ def write_all(folder):
         "texts": processor.batch_decode(write(photos[:3], ""), skip_special_tokens=True),
         "sampled": len(write(photos[:2], "", do_sample=True, temperature=0.7)),
         "classes": [type(model).__name__, type(processor).__name__],
+        "auto_model": type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__,
     }
 
 json.dump({name: write_all(folder) for name, folder in folders.items()}, sys.stdout)
@@ -130,16 +131,7 @@ def save(captioner: CaptionerModel, tokenizer: CaptionTokenizer, folder: Path) -
     return folder
 
 
-def publish(checkpoint: Path, folder: Path) -> Path:
-    folder.mkdir()
-    for name in ("model.safetensors", "tokenizer.json"):
-        shutil.copy(checkpoint / name, folder / name)
-    for name, data in transformers_files(checkpoint).items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def load_published(folder: Path, **options: Any) -> tuple[Any, Any]:
+def load_with_transformers(folder: Path, **options: Any) -> tuple[Any, Any]:
     """Return the model and the processor."""
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options)
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -157,14 +149,13 @@ def generate(loaded: Checkpoint, photos: list[Path], prompt: TargetText, beams: 
 def written(
     checkpoints: dict[str, Path], photos: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """Return the outputs of published captioners by decoder, from one process with transformers only."""
-    root = tmp_path_factory.mktemp("published")
-    folders = {name: str(publish(checkpoint, root / name)) for name, checkpoint in checkpoints.items()}
+    """Return the outputs of captioner folders by decoder, from one process with transformers only."""
+    folders = {name: str(checkpoint) for name, checkpoint in checkpoints.items()}
     arguments = [json.dumps(value) for value in (folders, list(map(str, photos)), QUESTIONS)]
     packages = ":".join(path for path in sys.path if path.endswith("site-packages"))
     command = [sys.executable, "-I", "-S", "-c", SCRIPT, packages, *arguments]
     env = {
-        "HF_HOME": str(root / "home"),
+        "HF_HOME": str(tmp_path_factory.mktemp("home")),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "PATH": "/usr/bin:/bin",
@@ -176,12 +167,13 @@ def written(
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_published_captioner_without_this_package_generates_the_same_tokens(
+def test_saved_captioner_without_this_package_generates_the_same_tokens(
     name: str, checkpoints: dict[str, Path], written: dict[str, Any], photos: list[Path]
 ) -> None:
     written, loaded = written[name], load_checkpoint(checkpoints[name])
     brief, detailed = TargetText("human", "", style="brief"), TargetText("synthetic", "", style="detailed")
     assert written["classes"] == ["SynthCaptioner", "SynthCaptionerProcessor"]
+    assert written["auto_model"] == "SynthCaptioner"
     assert written["greedy"] == generate(loaded, photos, brief)
     assert len({tuple(row) for row in written["greedy"]}) > IMAGES / 4
     assert written["beams"] == generate(loaded, photos[:40], brief, beams=3)
@@ -199,18 +191,18 @@ def test_published_captioner_without_this_package_generates_the_same_tokens(
 def test_captioner_saved_by_transformers_loads_with_the_same_tokens(
     checkpoint: Path, photos: list[Path], tmp_path: Path
 ) -> None:
-    for part in load_published(publish(checkpoint, tmp_path / "published")):
+    for part in load_with_transformers(checkpoint):
         part.save_pretrained(tmp_path / "saved")
     tokens = [generate(load_checkpoint(path), photos[:8], BRIEF) for path in (checkpoint, tmp_path / "saved")]
     assert tokens[0] == tokens[1]
 
 
 def test_half_precision_generates_and_missing_image_is_an_error(
-    checkpoints: dict[str, Path], photos: list[Path], tmp_path: Path
+    checkpoints: dict[str, Path], photos: list[Path]
 ) -> None:
-    folder = publish(checkpoints["scratch"], tmp_path / "published")
+    folder = checkpoints["scratch"]
     for dtype in (torch.bfloat16, torch.float16):
-        model, processor = load_published(folder, dtype=dtype)
+        model, processor = load_with_transformers(folder, dtype=dtype)
         assert model.generate(**processor(images=photos[:2], text="").to(dtype)).shape[0] == 2
     with pytest.raises(ValueError, match="a captioner needs an image"):
         model.generate(input_ids=torch.tensor([[1, 2]]))
@@ -261,14 +253,13 @@ def test_padded_prompt_generates_the_tokens_and_logits_of_an_unpadded_one(family
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_published_captioner_uses_the_beam_width_of_its_evaluation(
+def test_saved_captioner_uses_the_beam_width_of_its_evaluation(
     checkpoints: dict[str, Path], tmp_path: Path, beams: int
 ) -> None:
-    folder = publish(checkpoints["scratch"], tmp_path / "p")
-    config = json.loads((checkpoints["scratch"] / "config.json").read_text())
-    source = shutil.copytree(checkpoints["scratch"], tmp_path / "c")
-    (source / "config.json").write_text(json.dumps(config | {"data": {"num_beams": beams}}))
-    settings = json.loads(transformers_files(source)["generation_config.json"])
+    folder = shutil.copytree(checkpoints["scratch"], tmp_path / "c")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"data": {"num_beams": beams}}))
+    settings = json.loads(transformers_files(folder)["generation_config.json"])
     (folder / "generation_config.json").write_text(json.dumps(settings))
     model = SynthCaptioner.from_pretrained(folder)
     ids, states = torch.tensor([[2, 3]]), torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
@@ -277,7 +268,7 @@ def test_published_captioner_uses_the_beam_width_of_its_evaluation(
     assert settings.get("num_beams", 1) == beams
 
 
-def test_published_captioner_stops_at_the_last_position_of_its_language_model(
+def test_saved_captioner_stops_at_the_last_position_of_its_language_model(
     photos: list[Path], tmp_path: Path
 ) -> None:
     _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
@@ -288,8 +279,7 @@ def test_published_captioner_stops_at_the_last_position_of_its_language_model(
     decoder = PretrainedDecoder({"model_type": "gpt2", **sizes}, GPT2LMHeadModel(GPT2Config(**sizes)))
     encoder = load_encoder(save_vit(tmp_path / "vit"))
     captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=257, max_caption_tokens=12, data={})
-    folder = publish(save(captioner, tokenizer, tmp_path / "c"), tmp_path / "p")
-    model, processor = load_published(folder)
+    model, processor = load_with_transformers(save(captioner, tokenizer, tmp_path / "c"))
     inputs = processor(images=photos[:4], text=QUESTIONS[0])
     tokens = {"eos_token_id": 257, "pad_token_id": 257}
     calls: list[dict[str, Any]] = [{}, {"max_new_tokens": 12}, {"num_beams": 2}]

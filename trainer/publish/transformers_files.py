@@ -1,0 +1,111 @@
+"""Write the files that transformers needs to load a checkpoint folder, next to those of the captioner."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import TrainError
+from pipeline.storage.files import json_text, read_json
+from trainer.runtime.checkpoint_folder import require_checkpoint
+
+HERE = Path(__file__).parent
+PROJECT_DIR = HERE.parents[1]
+MODULE = "modeling_synth_captioner"
+# Published files have copies of these definitions in place of the imports from this project.
+DEFINITIONS = {
+    "pipeline.images.upright": "BAND_PX upright_rgb over_white",
+    "trainer.model.decoder": (
+        "DecoderConfig TensorPair Seen BlockCache Block Attention attend_apart rope_table apply_rope"
+    ),
+    "trainer.model.encoder": "BEFORE_PATCHES layer_states choose_states patch_grid",
+    "trainer.tokenizer": (
+        "ANSWER STYLES preferred_style preferred_source choose_prompt prompt_parts prompt_ids"
+    ),
+}
+# Imports that the copied definitions need, by the module that they come from.
+NEEDED_IMPORTS = {
+    "trainer.tokenizer": "from collections.abc import Callable\n",
+    "pipeline.images.upright": "from PIL import ImageOps\n",
+    "trainer.model.decoder": (
+        "import math\nfrom dataclasses import dataclass, field\nfrom torch.nn import functional\n"
+    ),
+}
+HEADER = "# Written by `synth`. This file needs torch, transformers and Pillow.\n"
+
+
+def transformers_files(folder: Path) -> dict[str, bytes]:
+    """Return the files, by name, that transformers needs to load a checkpoint folder, config.json included.
+
+    Raises TrainError if the folder is not a captioner.
+    """
+    require_checkpoint(folder)
+    try:
+        config, tokenizer = read_json(folder / "config.json"), read_json(folder / "tokenizer.json")
+        tokens = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+        is_scratch = "language_model" not in config["decoder"]
+        pad_id = 0 if is_scratch else config["eos_id"]
+        eos_token, pad_token = tokens[config["eos_id"]], tokens[pad_id]
+        processor = config["encoder"]["processor"]
+        num_beams = int(config["data"].get("num_beams", 1))
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrainError(f"{folder} is not a captioner: {error!r}", hint="train one: `synth train`") from None
+    values: dict[str, dict[str, Any]] = {
+        "config.json": {
+            **config,
+            "model_type": "synth_captioner",
+            "architectures": ["SynthCaptioner"],
+            "auto_map": {
+                "AutoConfig": f"{MODULE}.SynthCaptionerConfig",
+                "AutoModel": f"{MODULE}.SynthCaptioner",
+                "AutoModelForImageTextToText": f"{MODULE}.SynthCaptioner",
+            },
+            "dtype": "float32",
+        },
+        "generation_config.json": {
+            "eos_token_id": config["eos_id"],
+            "pad_token_id": pad_id,
+            "max_new_tokens": config["max_caption_tokens"],
+            "do_sample": False,
+            **({"num_beams": num_beams, "early_stopping": "never"} if num_beams > 1 else {}),
+        },
+        "preprocessor_config.json": processor,
+        "processor_config.json": {
+            "processor_class": "SynthCaptionerProcessor",
+            "auto_map": {"AutoProcessor": f"{MODULE}.SynthCaptionerProcessor"},
+            "prompts": config["prompts"],
+            "kind": "scratch" if is_scratch else "pretrained",
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": eos_token,
+            "pad_token": pad_token,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+    files = {name: json_text(value).encode() for name, value in values.items()}
+    return files | {f"{MODULE}.py": (HEADER + standalone_source("modeling")).encode()}
+
+
+def standalone_source(name: str) -> str:
+    """Return the source of a module of this folder, with definitions in place of imports from the project."""
+    source = (HERE / f"{name}.py").read_text(encoding="utf-8")
+    needed_imports = ""
+    for module, names in DEFINITIONS.items():
+        for line in [line for line in source.splitlines() if line.startswith(f"from {module} import")]:
+            text = (PROJECT_DIR / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+            nodes = {_defined_name(node): node for node in ast.parse(text).body}
+            definitions = "\n\n\n".join(_source_of(text, nodes[defined]) for defined in names.split())
+            source = source.replace(line, f"\n{definitions}\n")
+            needed_imports += NEEDED_IMPORTS.get(module, "")
+    return source.replace("from typing import Any\n", f"{needed_imports}from typing import Any\n", 1)
+
+
+def _defined_name(node: ast.stmt) -> str | None:
+    named = node.targets[0] if isinstance(node, ast.Assign) else node
+    return getattr(named, "name", None) or getattr(named, "id", None)
+
+
+def _source_of(text: str, node: ast.stmt) -> str:
+    first_line = min(part.lineno for part in (node, *getattr(node, "decorator_list", ())))
+    return "\n".join(text.splitlines()[first_line - 1 : node.end_lineno])
