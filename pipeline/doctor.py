@@ -13,6 +13,7 @@ from pipeline.config import LARGE, TINY, Config
 from pipeline.errors import ConfigError, SynthError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.engines import TINY_WEIGHTS, pick_engine
+from pipeline.inference.model_licenses import license_of
 from pipeline.inference.vllm import VLLM_PYTHON, has_gpu, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
@@ -119,17 +120,18 @@ def _parse_cards(listed: str) -> list[tuple[str, int, int]]:
 
 def _model(name: str) -> Finding:
     """Check whether a model fits on the GPU with the most free memory, or in main memory without a GPU."""
+    model = f"{name} ({license_of(name)})"
     try:
         weights_gib = weights_bytes(str(TINY_WEIGHTS) if name == TINY else name) / 2**30
         free_gib, place = _free_memory_gib()
     except (OSError, SynthError, subprocess.TimeoutExpired) as error:
         hint = "check the name, the network, and HF_TOKEN if it is gated"
-        return Finding("model", False, f"{name}: {error}", hint)
+        return Finding("model", False, f"{model}: {error}", hint)
     if not weights_gib:
-        return Finding("model", False, f"{name} has no weights", "a model has *.safetensors or *.bin files")
+        return Finding("model", False, f"{model} has no weights", "a model has *.safetensors or *.bin files")
     needed_gib = weights_gib * MEMORY_PER_WEIGHTS
     fits = free_gib >= needed_gib
-    summary = f"{name}: {weights_gib:.1f} GiB of weights, {free_gib:.1f} GiB free in {place}"
+    summary = f"{model}: {weights_gib:.1f} GiB of weights, {free_gib:.1f} GiB free in {place}"
     choices = "a smaller model, several GPUs (-- --tensor-parallel-size), or a server elsewhere"
     return Finding("model", fits, summary, "" if fits else f"it needs {needed_gib:.1f} GiB: use {choices}")
 
@@ -167,7 +169,8 @@ def _engine(source: str) -> Finding:
     model = find_source(source).model
     is_fast = name == "vllm" or model != LARGE
     hint = "" if is_fast else "slow without a GPU: use a server (--base-url), or a smaller model (--model)"
-    return Finding("auto", is_fast, f"{source}: {name} with {model}, because {reason}", hint)
+    choice = f"{source}: {name} with {model} ({license_of(model)}), because {reason}"
+    return Finding("auto", is_fast, choice, hint)
 
 
 def _hub() -> Finding:

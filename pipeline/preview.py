@@ -113,7 +113,7 @@ def preview_run(
     return Preview(
         source=config.source,
         model=plan.model,
-        engine=describe_engine(config, choice),
+        engine=describe_engine(plan.config, choice),
         prompt_sources=describe_prompts(
             plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts
         ),

@@ -183,6 +183,7 @@ def send(
     The result goes to stdout. If `as_json` is None, it goes to stderr, since stdout has another result.
     """
     from pipeline.hub.push import push_package
+    from pipeline.inference.model_licenses import NO_COMMERCIAL_USE
 
     sizes, is_unknown = package.bytes(), package.has_unknown_license
     reason = ""
@@ -192,6 +193,9 @@ def send(
     private = is_unknown if private is None else private
     say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
     say(f"repository: {repo}, {'private' if private else 'public'}{reason}")
+    model = package.manifest.get("model", {})
+    if not private and NO_COMMERCIAL_USE in model.get("license", ""):
+        say(f"warning: the texts are of {model['name']} ({model['license']}); the card states this", WARNING)
     if dry_run:
         say("dry run: nothing is sent")
         if as_json is not None:

@@ -224,8 +224,10 @@ class GenerateConfig(Section):
     """Maximum tokens of a reply. A longer reply is requested again with twice the limit."""
     max_attempts: int = Field(default=3, ge=1)
     """Attempts to get a usable reply. After the last, the row is rejected."""
-    max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None
-    """Larger images are scaled down to this many pixels. Null uses the model's limit."""
+    max_pixels: Annotated[int, Field(ge=28 * 28)] | None = 1_806_336
+    """Larger images are scaled down to this many pixels: the default is 1,344 x 1,344 px, or 2,304 tokens
+    of 28 x 28 px. Null leaves only the limit of the server's context. Drawn scenes have no limit.
+    """
     prompt_dir: Path | None = None
     """Folder of prompt templates, such as `caption/v1.j2`, that replace the built-in ones. `synth init`
     writes them.

@@ -33,10 +33,16 @@ class FileEntry(_Part):
 
 
 class Origin(_Part):
-    """The source or the model."""
+    """A name with a revision."""
 
     name: Name
     revision: Name
+
+
+class Writer(Origin):
+    """The model of the texts. `license` is empty if no model was asked."""
+
+    license: Name = ""
 
 
 class Step(_Part):
@@ -76,7 +82,7 @@ class Manifest(_Part):
     licenses: list[Name]
     rows: dict[Name, Count]
     source: Origin
-    model: Origin
+    model: Writer
     prompts: dict[Name, str]
     schemas: dict[Name, Any]
     config: Settings

@@ -13,6 +13,7 @@ from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.digests import public_name
 from pipeline.errors import one_line
 from pipeline.inference.engines import EngineChoice, find_family
+from pipeline.inference.model_licenses import license_of
 from pipeline.plan import Plan
 from pipeline.sources.duplicates import REPEATED
 from pipeline.steps.base import Step
@@ -20,6 +21,7 @@ from pipeline.storage.files import read_table
 from pipeline.tables import HUMAN
 from pipeline.tasks import tasks_making
 from pipeline.tasks.base import MAX_QA_PAIRS
+from pipeline.tasks.boxes import PATCH_PX
 from pipeline.tasks.checks import MAX_CLAIMS
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
@@ -37,10 +39,13 @@ UNANSWERED_MESSAGES = {
 
 
 def describe_engine(config: Config, choice: EngineChoice) -> str:
-    """Return where the model runs: the URLs of its servers, or a description of the engine."""
+    """Return where the model runs (the URLs of its servers, or its engine), its license and its images."""
+    place = "vLLM, started here" if choice.name == "vllm" else "in this process"
     if config.base_url:
-        return ", ".join(re.sub("//[^/@]*@", "//", url) for url in config.base_url)
-    return "vLLM, started here" if choice.name == "vllm" else "in this process"
+        place = ", ".join(re.sub("//[^/@]*@", "//", url) for url in config.base_url)
+    bound = config.generate.max_pixels
+    tokens = f"; images: at most {bound:,} px, about {bound // PATCH_PX**2:,} tokens" if bound else ""
+    return f"{place}; {license_of(public_name(choice.model))}{tokens}"
 
 
 def describe_start(plan: Plan) -> str:

@@ -59,7 +59,7 @@ def _source_of_file(path: str) -> str:
 
 
 def with_source_defaults(config: Config) -> Config:
-    """Return the config with the source's defaults for tasks, caption styles and grouping.
+    """Return the config with the source's defaults for tasks, caption styles, pixels and grouping.
 
     Raises ConfigError if a length is set for drawn scenes, or if an unused style has a prompt.
     """
@@ -80,7 +80,10 @@ def with_source_defaults(config: Config) -> Config:
         raise ConfigError(problem, hint=hint)
     if spec.default_grouping and "group_by" not in config.split.model_fields_set:
         changes["split"] = config.split.model_copy(update={"group_by": spec.default_grouping})
-    changes["generate"] = config.generate.model_copy(update={"caption_styles": styles})
+    asking: dict[str, Any] = {"caption_styles": styles}
+    if spec.is_endless and "max_pixels" not in config.generate.model_fields_set:
+        asking["max_pixels"] = None  # drawn images are small
+    changes["generate"] = config.generate.model_copy(update=asking)
     return config.model_copy(update=changes)
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from pipeline.config import NO_MODEL
 from pipeline.config.sections import ServerConfig
 from pipeline.dataset.directory import DatasetDir, page_counts, read_samples, sample_batches
 from pipeline.dataset.records import output_digest, read_record, step_key
 from pipeline.inference.journal import Journal
+from pipeline.inference.model_licenses import license_of
 from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations, read_results
 from pipeline.inference.requests import RequestPlan, build_requests
 from pipeline.plan import Plan
@@ -80,6 +82,7 @@ def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) ->
         _send_requests(shard, settings, services)
         write_annotations(shard, settings)
         model = {"name": plan.model, "revision": plan.requests.revision}
+        model |= {"license": license_of(plan.model)} if plan.model != NO_MODEL else {}
         return {"kept": _count_asked(shard, settings.requests), "rejected": {}, "model": model}
 
     ask_once(shard, NAME, step_key(NAME, settings, (), [output_digest(shard, before)]), services, ask)

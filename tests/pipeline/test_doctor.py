@@ -58,6 +58,13 @@ def test_model_fits_if_memory_holds_its_weights_and_a_fifth_more(
     assert weights_bytes(str(twice)) == 6 << 30
 
 
+def test_license_of_the_model_is_shown(tmp_path: Path) -> None:
+    model, *_ = findings = examine(model_of(tmp_path / "Qwen3-VL-2B-Instruct", 2 << 10))
+    assert "(Apache-2.0): " in model.result
+    default = [finding.result for finding in findings if finding.result.startswith("folder:PATH")]
+    assert "Qwen2.5-VL-3B-Instruct (Qwen Research License: no commercial use)" in default[0]
+
+
 def test_missing_model_fails_with_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     assert examine(str(tmp_path / "empty"))[0].result.endswith("has no weights")

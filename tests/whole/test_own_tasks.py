@@ -1,6 +1,8 @@
 """Custom tasks: from YAML to a pushed dataset with typed columns."""
 
+import base64
 import hashlib
+import io
 import json
 import pickle
 import re
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 from datasets import List, Value
+from PIL import Image
 
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.commands import Done, require_success, run_synth
@@ -169,6 +172,32 @@ def test_example_custom_tasks_become_typed_columns(shop: Path, server: ChatServe
         assert row["finding"]["impression"] is None
     card = (shop / "d/versions/v1.0.0/README.md").read_text()
     assert "tags: indoors, text" in card and "| `boxes` | 24 | dog: 24 |" in card, card
+
+
+def test_large_photo_is_scaled_down_and_its_boxes_have_its_own_pixels(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for name, size in (("large", (2400, 1200)), ("small", (1344, 1344))):
+        Image.effect_noise(size, 50).convert("RGB").save(tmp_path / f"photos/{name}.jpg")
+    small = (tmp_path / "photos/small.jpg").read_bytes()
+    (tmp_path / "find.yaml").write_text("{name: find, kind: boxes, prompt: 'Find dogs.'}")
+    sent: list[bytes] = []
+
+    def script(times: int, body: dict[str, Any]) -> Act:
+        url = body["messages"][1]["content"][0]["image_url"]["url"]
+        sent.append(base64.b64decode(url.partition(",")[2]))
+        # The model sees the large photo with 1904 x 952 px.
+        return Act(json.dumps({"boxes": [{"bbox_2d": [0, 0, 952, 476], "label": "dog"}]}))
+
+    with running_chat(ChatServer(script)) as chat:
+        generate(tmp_path, chat, "--task", "find.yaml")
+        sizes = sorted(Image.open(io.BytesIO(data)).size for data in sent)
+        assert sizes == [(1344, 1344), (1901, 950)] and small in sent
+        boxes = {row["width_px"]: row["find"][0]["bbox_2d"] for row in load_rows(tmp_path / "d")}
+        assert boxes == {2400: [0, 0, 1200, 600], 1344: [0, 0, 952, 476]}
+        sent.clear()
+        (tmp_path / "larger.yaml").write_text("generate: {max_pixels: 2000000}")
+        generate(tmp_path, chat, "--task", "find.yaml", "--config", "larger.yaml")
+        assert sorted(Image.open(io.BytesIO(data)).size for data in sent) == [(1344, 1344), (2000, 1000)]
 
 
 def test_only_added_tasks_and_changed_rows_are_asked(shop: Path, server: ChatServer, model: Model) -> None:

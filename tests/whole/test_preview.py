@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pipeline.inference.model_licenses import UNKNOWN_LICENSE
 from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401  # fixtures
 from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.commands import Done, require_success, run_synth
 from tests.whole.conftest import save_photos
+
+IMAGES = "images: at most 1,806,336 px, about 2,304 tokens"
 
 
 @pytest.fixture
@@ -60,6 +63,8 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     assert len(server.bodies) == num_requests  # the replies are reused
     assert "would be rejected: too short" in done.stderr
     assert "stored reply" in done.stderr
+    assert f"model: model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); prompts: " in done.stderr
+    assert UNKNOWN_LICENSE in (photos / done.stdout.strip()).read_text()
     assert done.stdout.strip() == "data/folder-photos/preview.html"
     made = json.loads(run(photos, "generate", *source, "--json").stdout)
     assert made["requests"]["total"] == 24
@@ -119,7 +124,7 @@ def test_near_duplicate_image_is_rejected_before_any_request(photos: Path, serve
     (photos / "none.yaml").write_text("dedupe: {images: none}")
     command = ("generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
     done = run(photos, *command)
-    asks = f"asks qa of model ({server.url}); prompts: qa built in"
+    asks = f"asks qa of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); prompts: qa built in"
     assert f"folder:photos to data/folder-photos: {asks}" in done.stderr
     assert "next: synth report data/folder-photos" in done.stderr
     result = json.loads(done.stdout)

@@ -67,11 +67,16 @@ def test_flickr30k_without_flags_uses_large_model(hub: RunningHub, tmp_path: Pat
     assert_counts_add_up(version, 10)
     assert version.manifest["model"]["name"] == LARGE
     assert version.manifest["model"]["revision"] == hub.hub.storage.repos["model", LARGE].branches["main"]
+    assert version.manifest["model"]["license"] == "Qwen Research License: no commercial use"
     sizes = {split: version.read(split).num_rows for split in filled_splits(version)}
     assert sizes == {"train": 6, "validation": 2, "test": 2}
     assert all(len(row["references"]) == 5 for row in rows(version))
     pushed = require_success(synth(hub, tmp_path, "push", "--repo", "me/flickr", "--json"))
     assert "may not be passed on" in pushed.stderr
+    warning = f"warning: the texts are of {LARGE} (Qwen Research License: no commercial use)"
+    assert warning in pushed.stderr
+    private = synth(hub, tmp_path, "push", "--repo", "me/other", "--private", "--dry-run")
+    assert warning not in private.stderr
     commit = hub.hub.storage.repos["dataset", "me/flickr"].resolve("main")
     assert commit is not None
     for name, file in commit.files.items():

@@ -57,6 +57,12 @@ def test_card_has_fields_of_the_hub_and_loading_example() -> None:
     assert "| dedupe (annotations) | 9 | 8 | duplicate: 1 |" in card
 
 
+def test_card_states_license_of_the_model() -> None:
+    model = MANIFEST["model"] | {"license": "Qwen Research License: no commercial use"}
+    card = render_card(MANIFEST | {"model": model}, [])
+    assert "the license of the model applies (Qwen Research License: no commercial use)" in card
+
+
 def test_card_states_results_of_human_review() -> None:
     assert "checked automatically only" in render_card(MANIFEST, [])
     card = render_card(MANIFEST | {"review": {"good": 5, "bad": 2, "edited": 1}}, [])

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.inference.requests import build_requests
+from pipeline.sources import with_source_defaults
 from tests.plans import request_plan
 
 SAMPLE = "a" * 64
@@ -37,6 +38,16 @@ def test_default_tasks_are_two_captions_and_one_set_of_questions() -> None:
 )
 def test_id_changes_with_everything_that_changes_the_reply(changed: dict[str, Any]) -> None:
     assert not set(ids(**changed)) & set(ids())
+
+
+def test_pixel_limit_is_a_part_of_ids_of_photos_only() -> None:
+    settings = [resolve(source="folder:x", generate={"max_pixels": bound}) for bound in (None, 1_806_336)]
+    whole, scaled, default = (
+        [request.id for request in build_requests(SAMPLE, request_plan(with_source_defaults(config)))]
+        for config in (*settings, resolve(source="folder:x"))
+    )
+    assert default == scaled and not {*default} & {*whole}
+    assert with_source_defaults(resolve(source="scenes")).generate.max_pixels is None
 
 
 def test_further_captions_have_own_ids_and_the_first_keeps_its_id() -> None:
