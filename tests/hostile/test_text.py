@@ -58,7 +58,7 @@ MODEL = {
 # versions with other values are rejected
 FIXED = {"tasks", "columns", "features", "files", "rows", "licenses"}
 ALLOWED_TAGS = {
-    "h1", "h2", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "strong", "em",
+    "h1", "h2", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "strong", "em", "details", "summary",
     "a", "hr", "br",
 }  # fmt: skip
 
@@ -111,6 +111,7 @@ def require_harmless(card: str, plain: str) -> None:
     assert header_keys(card) == header_keys(plain)
     tags = Tags(card)
     assert tags.tags <= ALLOWED_TAGS
+    assert card.count("<details>") == plain.count("<details>")
     assert tags.attributes <= {"href", "class", "style"}
     assert tags.addresses <= addresses_in(plain)
     assert not any(ord(mark) < 32 and mark != "\n" for mark in card.split("---\n", 2)[2])

@@ -64,7 +64,7 @@ def test_missing_images_raise_with_a_hint(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(StoreError, match="the images of 20 samples are not in") as raised:
         pipeline.load(tmp_path / "d")
-    assert "bring back" in raised.value.hint
+    assert "restore the whole dataset folder" in raised.value.hint
 
 
 def test_missing_package_is_an_error_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_lowest_scores_come_first(opened: Open, tmp_path: Path) -> None:
     page.get_by_text("context", exact=True).click()
     expect(page.get_by_text("title: <b>Lamp 17</b>")).to_be_visible()
     page.get_by_text("Meaning of the scores").click()
-    expect(page.get_by_text("are answered right from the caption alone")).to_be_visible()
+    expect(page.get_by_text("that the caption alone answers correctly")).to_be_visible()
 
 
 def test_images_and_pages_follow_clicks_and_keys_except_while_typing(page: Page) -> None:

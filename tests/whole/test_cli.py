@@ -112,6 +112,8 @@ def test_project_from_init_previews_with_its_own_prompts(synth: Run, tmp_path: P
     Image.effect_noise((80, 60), 40).save(tmp_path / "photos" / "a.png")
     prompt = tmp_path / "prompts" / "caption" / "v1.j2"
     prompt.write_text("Be brief.\n" + prompt.read_text())
+    with (tmp_path / "synth.yaml").open("a") as settings:
+        settings.write("\ngenerate: {prompt_dir: prompts}\n")
     command = ("--config", "synth.yaml", "--engine", "embedded", "--model", "tiny", "--tasks", "caption")
     done = synth("preview", *command, "-n", "3", "--limit", "1")
     prompts = "caption from prompts/caption/v1.j2; system from prompts/system/v1.j2"

@@ -303,10 +303,10 @@ def test_pydantic_model_checks_beyond_schema(shop: Path, server: ChatServer, mod
 
 
 def test_documented_example_runs_as_written(shop: Path, server: ChatServer, model: Model) -> None:
-    page = (ROOT / "docs/own-tasks.md").read_text()
-    journey = page[: page.index("## Kinds")]
-    blocks = re.findall(r"```(console|yaml)\n(.*?)```", journey, re.DOTALL)
-    assert [kind for kind, _ in blocks] == ["console", "yaml", "yaml", "yaml", "yaml", "console", "console"]
+    page = (ROOT / "docs/custom-tasks.md").read_text()
+    example = page[page.index("## Define a task") : page.index("## Kinds of tasks")]
+    blocks = re.findall(r"```(console|yaml)\n(.*?)```", example, re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["console", "yaml", "yaml", "yaml", "yaml", "console"]
     model.replies["tags"] = {"labels": ["lamp"]}
     with running_hub(shop / "hub") as hub:
         env = hub.env(shop / "home")
