@@ -89,7 +89,8 @@ MISTAKES = (
         add("empty/a.txt x"),
     ),
     Mistake(
-        "wrong column", "generate --source parquet:rows.parquet --columns image=pic", "no column is named pic",
+        "wrong column", "generate --source parquet:rows.parquet --columns image=pic",
+        "no column is named pic",
         "photo", add_table,
     ),
     Mistake(

@@ -58,8 +58,8 @@ MODEL = {
 # versions with other values are rejected
 FIXED = {"tasks", "columns", "features", "files", "rows", "licenses"}
 ALLOWED_TAGS = {
-    "h1", "h2", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "strong", "em", "details", "summary",
-    "a", "hr", "br",
+    "h1", "h2", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "strong", "em",
+    "details", "summary", "a", "hr", "br",
 }  # fmt: skip
 
 
