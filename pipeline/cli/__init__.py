@@ -96,7 +96,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 versions = typer.Typer(no_args_is_help=True, help="List, tag and remove versions; free disk space.")
-review = typer.Typer(no_args_is_help=True, help="Apply the reviews of a report.")
+review = typer.Typer(no_args_is_help=True, help="Make a new version from reviews exported by a report.")
 
 
 def add(group: str, *commands: Callable[..., None], **more: Any) -> None:

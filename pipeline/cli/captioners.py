@@ -32,7 +32,7 @@ def caption(
     captioner: CaptionerName,
     images: Annotated[list[str], Argument(help="Images, folders or quoted patterns; - reads stdin.")],
     style: Annotated[str | None, option("Caption style, or all of them.", BY_STYLE)] = None,
-    question: Annotated[str | None, option("Question to answer instead, about each image.")] = None,
+    question: Annotated[str | None, option("Question to answer about each image, instead of captioning it.")] = None,
     num_beams: NumBeams = None,
     batch_size: BatchSize = 32,
     out: Annotated[Path | None, option("File (.jsonl); txt: one text file per image.", "stdout")] = None,
@@ -50,15 +50,15 @@ def caption(
 
     existing = read_existing("--out", out is not None, skip=skip, append=append, overwrite=overwrite)
     if question is not None and not question.strip():
-        raise BadParameter("the question is empty; leave it out for captions", param_hint="--question")
+        raise BadParameter("the question is empty; leave out --question to get captions", param_hint="--question")
     if style and question:
-        raise BadParameter("an answer has no style: pass --style or --question", param_hint="--style")
+        raise BadParameter("--style and --question exclude each other: an answer has no style", param_hint="--style")
     folder = find_checkpoint(captioner)
     paths = find_images(name for name in images if name != "-")
     if "-" in images:
         paths = list(dict.fromkeys([*paths, *_images_from_stdin()]))
     if not paths:
-        raise BadParameter("no image was named", param_hint="IMAGES")
+        raise BadParameter("no image was given", param_hint="IMAGES")
 
     from trainer.caption_files import CaptionTask, caption_images
     from trainer.captioner import Captioner  # imports torch, which takes seconds
@@ -76,7 +76,7 @@ def caption(
         if result.num_written and out != SIDECARS:
             say(f"wrote {out} ({result.num_written:,} new)")
         elif not result.num_written and len(result.unread) < len(paths):
-            say(f"nothing new: {out} already has a text of each readable image; --overwrite replaces them")
+            say(f"nothing new: {out} already has a text for each readable image; --overwrite replaces the texts")
         if as_json:
             unread = [str(path) for path, _ in result.unread]
             echo(json.dumps({"path": str(out), "written": result.num_written, "unread": unread}))
@@ -124,9 +124,9 @@ def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: b
 
 def serve_captioner(
     captioner: CaptionerName,
-    demo: Annotated[bool, Option("--demo", help="Open a page for photos instead; needs Gradio.")] = False,
-    host: Annotated[str, option("Address to listen at; 0.0.0.0: all addresses.")] = "127.0.0.1",
-    port: Annotated[int, option("Port; 0: any free one.", min=0, max=65535)] = 8200,
+    demo: Annotated[bool, Option("--demo", help="Serve a web page to drop photos on, instead of the API; needs Gradio.")] = False,
+    host: Annotated[str, option("Address to listen on; 0.0.0.0: all addresses.")] = "127.0.0.1",
+    port: Annotated[int, option("Port to listen on; 0: any free one.", min=0, max=65535)] = 8200,
     name: Annotated[str | None, option("Name of the model in requests.", "the folder's")] = None,
     batch_size: BatchSize = 32,
     num_beams: NumBeams = None,
@@ -160,22 +160,22 @@ def serve_captioner(
         serve(server, port, say)
     except (socket.gaierror, UnicodeError):
         raise TrainError(
-            f"unknown address: {host}", hint="name an address of this machine: --host 127.0.0.1"
+            f"unknown address: {host}", hint="pass an address of this machine: --host 127.0.0.1"
         ) from None
     except OSError as error:
-        problem = f"cannot listen at {host}:{port}: {error.strerror or error}"
-        raise TrainError(problem, hint="choose another port: --port") from None
+        problem = f"cannot listen on {host}:{port}: {error.strerror or error}"
+        raise TrainError(problem, hint="choose another port: --port PORT") from None
 
 
 def _serve_demo(folder: Path, title: str, host: str, port: int, num_beams: int | None) -> None:
     if host not in ("127.0.0.1", "localhost"):
-        hint = "leave --host out; to publish the page: synth push CAPTIONER --repo ORG/NAME --space ORG/PAGE"
-        raise ConfigError("the page of --demo runs on this machine only", hint=hint)
+        hint = "leave out --host; to publish the page: synth push CAPTIONER --repo ORG/NAME --space ORG/PAGE"
+        raise ConfigError("the page of --demo can be opened on this machine only", hint=hint)
     from trainer.serving.demo import run_demo  # imports torch, which takes seconds
 
     try:
         run_demo(folder, title, port, num_beams, say)
     except OSError as error:
         raise TrainError(
-            f"cannot listen at port {port}: {error}", hint="choose another port: --port"
+            f"cannot listen on port {port}: {error}", hint="choose another port: --port PORT"
         ) from None

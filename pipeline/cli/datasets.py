@@ -43,14 +43,14 @@ FORMAT = Option(
     "--format",
     metavar="FORMAT",
     help="Format: parquet, imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or "
-    "lance; of a captioner: onnx.",
+    "lance; for a captioner: onnx.",
     show_default="imagefolder",
 )
 
 
 def check(
     data: Annotated[str | None, CHECKED] = None,
-    repair: Annotated[bool, Option("--repair", help="Rebuild a damaged journal from its replies.")] = False,
+    repair: Annotated[bool, Option("--repair", help="Rebuild a damaged journal from its intact replies.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check the replies, step files, versions and captioners of a dataset for damage.
@@ -68,7 +68,7 @@ def check(
                 echo(f"      {result.hint}")
     if not results:
         raise StoreError(
-            f"no dataset at {data}", hint="name a dataset folder: `synth versions list` shows the last one"
+            f"no dataset at {data}", hint="pass a dataset folder: `synth versions list` shows the last one"
         )
     if as_json:
         echo(json.dumps([asdict(result) for result in results]))
@@ -115,7 +115,7 @@ def _check_checkpoint(folder: Path) -> "Checked":
 
 
 def diff(
-    names: Annotated[list[str], Argument(metavar="[DIR] V1 V2", help="Versions, or ORG/NAME@VERSION.")],
+    names: Annotated[list[str], Argument(metavar="[DIR] V1 V2", help="Two versions of one dataset, or two ORG/NAME@VERSION.")],
     rows: Annotated[int, option("Number of changed rows to print.", min=0)] = 10,
     as_json: AsJson = False,
 ) -> None:
@@ -126,7 +126,7 @@ def diff(
 
     folder = parse_dataset_path(names.pop(0)) if len(names) == 3 else None
     if len(names) != 2:
-        raise BadParameter("name two versions: [DIR] V1 V2", param_hint="V1 V2")
+        raise BadParameter("pass two versions: [DIR] V1 V2", param_hint="V1 V2")
 
     def open_version(name: str) -> "Version":
         if is_hub_name(name):
@@ -157,15 +157,15 @@ def export(
     ] = None,
     data: DataName = None,
     kind: Annotated[str | None, FORMAT] = None,
-    out: Annotated[Path | None, path_option("New folder.", "DATASET/exports/VERSION-FORMAT")] = None,
+    out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
     in_place: Annotated[Path | None, path_option("Image folder to write text files into.")] = None,
-    style: Annotated[str | None, option("Caption style.", "all, or the first of plain, brief, ...")] = None,
+    style: Annotated[str | None, option("Caption style.", "all; sidecar and --in-place: the first of plain, brief, ...")] = None,
     split: Annotated[str | None, option("Split: train, validation or test.", "all")] = None,
     images: Images = None,
     overwrite: Overwrite = False,
     append: Append = False,
     skip_existing: SkipExisting = False,
-    int8: Annotated[bool, Option("--int8", help="Also write 8-bit ONNX: smaller, less exact.")] = False,
+    int8: Annotated[bool, Option("--int8", help="Also write int8 ONNX: smaller, less accurate.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a version to another format, or a captioner to ONNX, or write captions next to your images."""
@@ -177,7 +177,7 @@ def export(
 
     if (captioner is not None) != (kind == "onnx") or (int8 and kind != "onnx"):
         raise BadParameter(
-            "a captioner, --format onnx and --int8 go together: synth export CAPTIONER --format onnx"
+            "a captioner needs --format onnx, which needs a captioner, and so does --int8: synth export CAPTIONER --format onnx"
         )
     if captioner is not None:
         if any((data, in_place, style, split, images, overwrite, append, skip_existing)):
@@ -209,8 +209,8 @@ def export(
 
 def report(
     data: DataDir = None,
-    checkpoint: Annotated[Path | None, path_option("Training to show.", "the last of the dataset")] = None,
-    rows: Annotated[int, option("Number of images, drawn at random.", min=1)] = 10_000,
+    checkpoint: Annotated[Path | None, path_option("Training run to show.", "the last of the dataset")] = None,
+    rows: Annotated[int, option("Number of randomly chosen images to show.", min=1)] = 10_000,
 ) -> None:
     """Write an HTML report of a dataset and its captioner: one file, which opens without a server.
 
@@ -229,8 +229,8 @@ def report(
 
 
 def review_apply(
-    reviews: Annotated[list[Path], Argument(help="Review files that a report exported; later ones win.")],
-    data: Annotated[Path | None, option("Dataset folder of the report.", ONLY_MADE, **DATASET_PATH)] = None,
+    reviews: Annotated[list[Path], Argument(help="Review files exported by a report; later files win.")],
+    data: Annotated[Path | None, option("Dataset folder that the report shows.", ONLY_MADE, **DATASET_PATH)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make the next version without the bad texts and with the edited ones.

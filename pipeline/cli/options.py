@@ -35,15 +35,15 @@ DataDir = Annotated[
     Path | None, Argument(**DATASET_PATH, help="Dataset folder, or DIR@VERSION.", show_default=LAST_MADE)
 ]
 DataName = Annotated[str | None, option("Dataset: a folder, DIR@VERSION, or ORG/NAME@VERSION.", LAST_MADE)]
-Images = Annotated[str | None, option("Folder, dataset or source of the images, if the version lacks them.")]
+Images = Annotated[str | None, option("Folder, dataset or source with the images, if the version has none.")]
 CaptionerName = Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME on the Hub.")]
 NumBeams = Annotated[
-    int | None, option("Beams of the search; 1 is greedy.", "as in the final test", min=1, max=64)
+    int | None, option("Beams of the beam search; 1: greedy.", "as in the final test", min=1, max=64)
 ]
 BatchSize = Annotated[int, option("Images per batch.", min=1)]
-SkipExisting = Annotated[bool, Option("--skip-existing", help="Keep existing texts.")]
-Append = Annotated[bool, Option("--append", help="Add to existing texts.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing texts.")]
+SkipExisting = Annotated[bool, Option("--skip-existing", help="Keep existing caption files.")]
+Append = Annotated[bool, Option("--append", help="Append to existing caption files.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing caption files.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 
 
@@ -52,7 +52,7 @@ def read_existing(target: str, is_given: bool, **choices: bool) -> "Existing":
     chosen = [name for name, is_set in choices.items() if is_set]
     if len(chosen) > 1 or (chosen and not is_given):
         raise BadParameter(
-            f"pass one of --skip-existing, --append and --overwrite, together with {target}",
+            f"pass only one of --skip-existing, --append and --overwrite, and only with {target}",
             param_hint=target,
         )
     return cast("Existing", chosen[0] if chosen else "refuse")

@@ -35,7 +35,7 @@ def find_checkpoint(captioner: str) -> Path:
 
     folder = find_captioner(captioner)
     if (folder / "resume.pt").exists():
-        say(f"note: the training of {folder} is not finished; `synth train --resume` resumes it", WARNING)
+        say(f"note: the training run in {folder} is not finished; `synth train --resume` resumes it", WARNING)
     return folder
 
 
@@ -44,9 +44,9 @@ def note_training_data(captioner: Path, version: "Version", split: str = "test")
     from trainer.runtime.checkpoint_folder import read_data_digest
 
     if read_data_digest(captioner) != version.manifest["digest"]:
-        say(f"note: {captioner} was trained on other data than {version.path}; it may have seen these images")
+        say(f"note: {captioner} was not trained on {version.path}; its training data may include these images")
     elif split == "train":
-        say(f"note: {captioner} was trained on these images: the scores measure its memory")
+        say(f"note: {captioner} was trained on these images: the scores do not measure generalization")
 
 
 def note_previews(version: "Version", path: Path | None = None) -> None:
@@ -69,7 +69,7 @@ def note_previews(version: "Version", path: Path | None = None) -> None:
     if later:
         preview = later[-1].name
         name = f"{version.dataset_dir}@{preview}"
-        say(f"note: uses {version.name}; {preview} is newer, but a preview (its name: {name})", WARNING)
+        say(f"note: uses {version.name}; {preview} is newer, but a preview (to use it, pass {name})", WARNING)
 
 
 def print_prediction(prediction: Mapping[str, Any]) -> None:
@@ -78,14 +78,14 @@ def print_prediction(prediction: Mapping[str, Any]) -> None:
     say(f"sample: {p['sampled_images']} images, {p['asked']} requests in {p['sampled_seconds']:.1f} s")
     verify = f" and {p['verify_requests']:,} of --verify" if p["verify_requests"] else ""
     retries = f" and {p['retries']:,} retries" if p["retries"] else ""
-    say(f"whole run: {p['images']:,} images, {p['requests']:,} requests{verify}{retries}")
+    say(f"full run: {p['images']:,} images, {p['requests']:,} requests{verify}{retries}")
     cost = f", cost {p['cost']:,.4g}" if p["cost"] is not None else ""
-    tokens = f"{p['prompt_tokens']:,} tokens read, {p['reply_tokens']:,} written"
+    tokens = f"{p['prompt_tokens']:,} input tokens, {p['reply_tokens']:,} output tokens"
     time = duration(3600 * p["hours"])
-    say(f"new images, with the sample: {p['remaining_images']:,}; {tokens}, {time}{cost}")
+    say(f"new images, including the sample: {p['remaining_images']:,}; {tokens}, {time}{cost}")
     low, high = p["lost_share"]
     say(f"kept: {p['kept_images']:,} images, {p['kept_annotations']:,} of {p['annotations']:,} annotations")
-    say(f"rejected: {low:.0%} to {high:.0%} (95 % interval), more if texts repeat each other")
+    say(f"rejected: {low:.0%} to {high:.0%} (95 % interval), more if there are duplicate texts")
     say(f"dataset: about {p['bytes']:,} bytes")
     reasons = sorted(p["lost_by"].items(), key=lambda item: -item[1])
     if reasons:
@@ -106,7 +106,7 @@ def print_preview(preview: "Preview") -> None:
             origin = "written by a human"
             if reply.style != HUMAN:
                 time = "stored reply" if reply.seconds is None else f"{reply.seconds:.1f} s"
-                origin = f"{reply.prompt_tokens} tokens read, {reply.reply_tokens} written, {time}"
+                origin = f"{reply.prompt_tokens} input tokens, {reply.reply_tokens} written, {time}"
             say(f"  {reply.task} {reply.style}".rstrip() + f" ({origin})", "dim")
             for text, reason in reply.texts:
                 say(f"    {text}")
@@ -121,7 +121,7 @@ def print_preview(preview: "Preview") -> None:
 def print_scores(metrics: Mapping[str, Any]) -> None:
     """Print scores next to those with shuffled images."""
     beams, style, reference = metrics["num_beams"], metrics["style"], metrics["against"]
-    say(f"{metrics['split']}: {metrics['images']} images, {style} captions, against {reference}")
+    say(f"{metrics['split']}: {metrics['images']} images, {style} captions, scored against {reference}")
     say(f"  captions written {'greedily' if beams == 1 else f'with {beams} beams'}")
     for name, value in metrics["scores"].items():
         low, high = metrics["intervals"].get(name, (None, None))
@@ -163,14 +163,14 @@ def print_run_result(
     if version.manifest["model"]["name"] != NO_MODEL:
         _print_requests(result.stats, server)
     if not result.is_new and (missing := missing_files(version)):
-        damage = f"{version.name} is damaged: {first_names(missing)} is missing or has another size"
+        damage = f"{version.name} is damaged: {first_names(missing)} is missing or has the wrong size"
         warnings = [*warnings, f"{damage}; `synth check {folder}` shows how to repair it"]
     for text in warnings:
         say(f"warning: {text}", WARNING)
     say(
         f"made {version.name}"
         if result.is_new
-        else f"nothing new: {version.name} already has exactly these rows"
+        else f"no new version: {version.name} already has exactly these rows"
     )
     note_previews(version, version.path)
     has_captions = not {"captions", "qa"}.isdisjoint(version.manifest["columns"])
@@ -202,7 +202,7 @@ def _print_requests(stats: "RequestStats", server: "ServerConfig | None") -> Non
     if stats.asked:
         cost = stats.cost(server) if server else None
         paid = f"; cost: {cost:,.4g}" if cost is not None else ""
-        say(f"tokens: {stats.shown_about}{stats.prompt_tokens:,} read, {stats.reply_tokens:,} written{paid}")
+        say(f"tokens: {stats.shown_about}{stats.prompt_tokens:,} input, {stats.reply_tokens:,} output{paid}")
     if stats.flaws:
         say("unusable replies: " + ", ".join(f"{count} {flaw}" for flaw, count in stats.flaws.most_common()))
 
@@ -231,5 +231,5 @@ def echo(text: object) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        problem = f"cannot write to the standard output: {error.strerror or error}"
+        problem = f"cannot write to standard output: {error.strerror or error}"
         raise SynthError(problem, hint="free some space") from None

@@ -27,7 +27,7 @@ PRIVATE = Option(
 )
 WITH_IMAGES = Option(
     "--with-images/--no-images",
-    help="Push pixels, or only ids and texts.",
+    help="Push images, or only ids and texts.",
     show_default="as the license of the images allows",
 )
 
@@ -42,20 +42,20 @@ def push(
     private: Annotated[bool | None, PRIVATE] = None,
     images: Annotated[bool | None, WITH_IMAGES] = None,
     acknowledge: Annotated[
-        list[str] | None, option("License that lets you pass pixels on.", metavar="LICENSE")
+        list[str] | None, option("Restrictive license that you have the right to redistribute images under.", metavar="LICENSE")
     ] = None,
     license_: Annotated[
-        str | None, Option("--license", help="License of the images, if unknown, such as cc-by-4.0.")
+        str | None, Option("--license", help="License of the images (e.g. cc-by-4.0), if the dataset does not state one.")
     ] = None,
-    license_link: Annotated[str | None, option("URL of a license that the Hub does not list.")] = None,
+    license_link: Annotated[str | None, option("URL of the license, if the Hub does not list it.")] = None,
     title: Annotated[str | None, option("Title of the card.", "named after the source")] = None,
-    language: Annotated[str | None, option("Language of the texts: en, de, ...", "that of the run")] = None,
-    space: Annotated[str | None, option("Space with a page for the captioner.", metavar="ORG/NAME")] = None,
+    language: Annotated[str | None, option("Language of the texts: en, de, ...", "the language of the run")] = None,
+    space: Annotated[str | None, option("Space for a demo page of the captioner.", metavar="ORG/NAME")] = None,
     also: Annotated[
-        str | None, option("More formats: webdataset, cauldron, dpo, lance.", metavar="FORMAT,...")
+        str | None, option("Also push these formats: webdataset, cauldron, dpo, lance.", metavar="FORMAT,...")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="List the files, and send nothing.")] = False,
-    repair: Annotated[bool, Option("--repair", help="Push a damaged version again as a patch.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the files, but send nothing.")] = False,
+    repair: Annotated[bool, Option("--repair", help="Replace a version damaged on the Hub: push it again as the next patch version.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Push a version or a captioner to the Hugging Face Hub: one commit, with a tag that never moves."""
@@ -105,7 +105,7 @@ def push(
         if not repair:
             raise
         chosen_version = make_repaired_version(chosen_version, damage.files)
-        say(f"{damage}; {chosen_version.name} has the same rows, and its card names the damage")
+        say(f"{damage}; {chosen_version.name} has the same rows, and its card reports the damage")
         pushed = send_version(chosen_version)
     if not pushed:
         return
@@ -115,7 +115,7 @@ def push(
         with translate_disk_errors(folder):
             DatasetDir(folder).record_push(chosen_version.name, pushed.repo, pushed.commit)
     except SynthError as error:  # the push itself succeeded
-        say(f"warning: the push is not recorded in the folder: {error}")
+        say(f"warning: the push succeeded, but could not be recorded in the dataset folder: {error}")
     say("load it with:\n  from datasets import load_dataset")
     say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
 
@@ -156,9 +156,9 @@ def _packed(
         say(f"version: {version.name}, {rows}")
         say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
         if package.manifest.get("acknowledged"):
-            say(f"note: pixels under {restricted} are pushed; the card says that you acknowledged the terms")
+            say(f"note: images under {restricted} are pushed; the card states that you acknowledged the license")
         elif restricted and choices["images"] is None:
-            say(f"note: pixels under {restricted} may not be passed on; only ids and texts are pushed")
+            say(f"note: images under {restricted} may not be redistributed; only ids and texts are pushed")
         yield package
 
 
@@ -193,7 +193,7 @@ def send(
     say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
     say(f"repository: {repo}, {'private' if private else 'public'}{reason}")
     if dry_run:
-        say("dry run: nothing is sent")
+        say("dry run: nothing was sent")
         if as_json is not None:
             show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")
         return None
@@ -206,10 +206,10 @@ def send(
     say(
         f"pushed {pushed.tag} as {pushed.commit}"
         if pushed.is_new
-        else f"nothing to do: {pushed.tag} exists already"
+        else f"nothing to do: {pushed.tag} already exists"
     )
     if as_json is None:
-        say(f"the page: {pushed.url}")
+        say(f"page: {pushed.url}")
     else:
         result = {"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}
         show(result, as_json, "url")
