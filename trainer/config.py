@@ -262,7 +262,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     def is_set(name: str, value: Any) -> bool:
         return value != "auto" or name == "preset"
 
-    given = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
+    given = read_yaml(config_file, "for an example, see train.json of a checkpoint") if config_file else {}
     values = {name: value for name, value in given.items() if is_set(name, value)}
     flags = {name: value for name, value in flags.items() if value is not None and is_set(name, value)}
     for name in _outdated(values, flags):

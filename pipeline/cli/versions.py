@@ -38,7 +38,7 @@ def _open_dataset(path: Path, *, is_local: bool = False) -> "DatasetDir":
             )
         raise StoreError(f"no dataset at {folder}", hint="`synth generate --source scenes` makes one")
     if split_version(path)[1]:
-        raise StoreError(f"{path} names a version", hint=f"name the dataset folder: {folder}")
+        raise StoreError(f"{path} is a version, not a dataset folder", hint=f"pass the dataset folder: {folder}")
     return DatasetDir(folder)
 
 

@@ -119,7 +119,7 @@ def _complete_task(task: Any) -> Any:
 
 def read_task(path: Path) -> dict[str, Any]:
     """Read a custom task from its file. Raise ConfigError if a file cannot be read, or a value is invalid."""
-    values = _with_texts(read_yaml(path, "for example with the line `kind: caption`"), path.parent)
+    values = _with_texts(read_yaml(path, "it needs lines such as `kind: caption`"), path.parent)
     return validate(TaskConfig, values, f"{path}: ").model_dump(exclude_unset=True)
 
 
@@ -165,10 +165,10 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
         raise ConfigError(f"cannot read config file {path}: {problem}", hint=hint) from None
     except yaml.YAMLError as error:
         problem = f"config file {path} is not YAML: {one_line(error, 1000)}"
-        raise ConfigError(problem, hint=f"it may contain {example}") from None
+        raise ConfigError(problem, hint=example) from None
     if not isinstance(values, dict):
         raise ConfigError(
-            f"config file {path} must contain keys and values", hint=f"it may contain {example}"
+            f"config file {path} must contain keys and values", hint=example
         )
     return values
 
@@ -196,7 +196,7 @@ def as_yaml(value: Any) -> str:
 
 def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
     """Return the settings in a file, and whether it is the manifest of a version."""
-    values = read_yaml(file, "for example with the line `limit: 100`")
+    values = read_yaml(file, "it needs lines such as `limit: 100`")
     if isinstance(values.get("config"), dict) and "version" in values:
         return values["config"], True
     # Cards show a command with this name: it must not run untrusted settings in another form.

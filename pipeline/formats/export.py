@@ -52,7 +52,7 @@ def export_version(
     report, splits = progress or NullProgress(), tuple(splits)
     # This also refuses names such as `.`, whose parent cannot hold the lock.
     _require_new(out)
-    busy = ConfigError(f"another process exports to {out}", hint="wait for it, or choose another --out")
+    busy = ConfigError(f"another process is exporting to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
         _require_new(out)
@@ -78,7 +78,7 @@ def export_version(
 
 def _require_new(out: Path) -> None:
     if out.exists():
-        raise ConfigError(f"{out} exists already", hint="name another folder: --out DIR")
+        raise ConfigError(f"{out} already exists", hint="choose another folder: --out DIR")
 
 
 def _check_export(version: Version, kind: str, style: str | None, splits: tuple[str, ...]) -> int:
@@ -88,12 +88,12 @@ def _check_export(version: Version, kind: str, style: str | None, splits: tuple[
         hint = f"styles of its captions: {', '.join(captions) or 'none'}"
         raise ConfigError(f"no caption of {version.name} has the style {style}", hint=hint)
     if kind == PARQUET and style:
-        raise ConfigError(f"the format {PARQUET} holds all captions", hint="leave --style out")
+        raise ConfigError(f"the format {PARQUET} always has all captions", hint="leave out --style")
     if kind == PARQUET and lacks_pixels(version):
         raise no_pixels_error(version)
     num_rows: int = sum(version.manifest["rows"].get(split, 0) for split in splits)
     if not num_rows:
-        raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave --split out")
+        raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave out --split")
     return num_rows
 
 
@@ -142,11 +142,11 @@ def _read_own_images(version: Version, folder: Path, style: str | None) -> Itera
         try:
             is_same = image_id(read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES)) == item.sample_id
         except (OSError, ValueError, UnsafeFileError) as error:
-            hint = "name the folder that the images came from: --in-place DIR"
-            raise ConfigError(f"{path} cannot be read: {error}", hint=hint) from None
+            hint = "pass the folder that the images came from: --in-place DIR"
+            raise ConfigError(f"cannot read {path}: {error}", hint=hint) from None
         if not is_same:
-            hint = "generate again, or restore the image"
-            raise ConfigError(f"{path} is not the image of the version", hint=hint)
+            hint = "run `synth generate` again, or restore the original image"
+            raise ConfigError(f"{path} differs from the image that the version describes", hint=hint)
         yield path, text, text in item.human_texts
 
 
@@ -162,10 +162,10 @@ def _path_of_row(folder: Path, name: str) -> Path:
 def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:
     if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
         hint = "generate pairs with `synth generate --samples 4 --pairs`"
-        return ConfigError(f"{version.name} has no pairs of a better and a worse caption", hint=hint)
+        return ConfigError(f"{version.name} has no preference pairs (chosen and rejected captions)", hint=hint)
     own, captions = version.manifest.get("own_columns"), version.manifest["measured"].get("captions", {})
     if own and not captions and not style:
-        hint = f"export its columns {', '.join(own)} with --format imagefolder, webdataset or lance"
+        hint = f"export its columns ({', '.join(own)}) with --format imagefolder, webdataset or lance"
         return ConfigError(f"{version.name} has no captions for this format", hint=hint)
     text = f"a caption of the style {style}" if style else "a text"
     hint = f"its captions have the styles: {', '.join(captions) or 'none'}"

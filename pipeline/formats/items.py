@@ -59,8 +59,8 @@ def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Ite
     """Yield the images of a version, in order. Raise ConfigError if it has no pixels, or holds decks."""
     columns = version.manifest["columns"]
     if "image" not in columns and "pages" in columns:
-        hint = "export single images"
-        raise ConfigError(f"{version.name} holds decks, which this format does not support", hint=hint)
+        hint = "use a version of single images"
+        raise ConfigError(f"{version.name} consists of decks, which this format does not support", hint=hint)
     if "image" not in columns:
         raise no_pixels_error(version)
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
@@ -73,7 +73,7 @@ def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Ite
 
 def no_pixels_error(version: Version) -> ConfigError:
     """Return the error to raise for a version without images."""
-    return ConfigError(f"{version.name} holds no pixels", hint="pass --images FOLDER")
+    return ConfigError(f"{version.name} has no images", hint="pass --images FOLDER")
 
 
 def _make_item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
@@ -88,7 +88,7 @@ def _make_item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
         with open_image(image, counts_scans=False) as header:
             kind = header.format or ""
     except ImageError as error:
-        problem = f"the image {sample_id[:12]} cannot be read: {error}"
+        problem = f"cannot read the image {sample_id[:12]}: {error}"
         raise ConfigError(problem, hint="find the damage with `synth check`") from None
     box_lists = [row[task] for task in own if own[task] == "boxes" and row[task] is not None]
     human = [annotation for annotation in (*captions, *questions) if annotation["prompt_id"] in OF_PEOPLE]

@@ -96,13 +96,13 @@ def build_package(
     refused = [license_name for license_name in restricted if license_name not in acknowledged]
     if images and refused:
         options = " ".join(f"--acknowledge {name}" for name in refused)
-        hint = f"if you have the right to, pass {options}: the card will state it"
-        raise PushError(f"pixels under {', '.join(refused)} may not be passed on", hint=hint)
+        hint = f"if you have that right, pass {options}: the card will state it"
+        raise PushError(f"images under {', '.join(refused)} may not be redistributed", hint=hint)
     pixel_columns = [column for column in PIXELS if column in version.manifest["columns"]]
     with _scratch_folder(version) as folder:
         if pixel_columns and (images is False or (images is None and restricted)):
             if exports:
-                problem = f"{', '.join(exports)} would hold the images, which are left out"
+                problem = f"{', '.join(exports)} would contain the images, which are not pushed"
                 raise PushError(problem, hint="leave out --also")
             yield _pack(version, repo, without_pixels(version, folder) | (stated or {}), folder)
             return
@@ -185,9 +185,9 @@ def build_checkpoint_package(
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
         is_interrupted = (folder / "resume.pt").exists()
         hint = (
-            "run `synth train --resume`" if is_interrupted else "name the folder that `synth train` printed"
+            "run `synth train --resume`" if is_interrupted else "pass the folder that `synth train` printed"
         )
-        raise PushError(f"{folder} is not a finished training: it lacks {missing[0]}", hint=hint)
+        raise PushError(f"{folder} is not a finished training run: it lacks {missing[0]}", hint=hint)
     for name in CHECKPOINT_FILES:
         require_regular(folder / name, folder)
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}

@@ -44,14 +44,14 @@ def pull_version(name: str) -> Version:
     exist, is damaged, or is neither reachable nor in the cache.
     """
     if not (match := HUB_NAME.fullmatch(name)):
-        raise StoreError(f"not a dataset of the Hub: {name}", hint="use ORG/NAME@v1.0.0")
+        raise StoreError(f"not a dataset name on the Hub: {name}", hint="use ORG/NAME@v1.0.0")
     repo, requested = match[1], match[2]
     offline = "check the network, then try again: downloaded files are kept"
     with translate_hub_errors(name, "dataset", StoreError, offline, or_folder=True):
         revision = requested or next(reversed(_tags(repo)), None)
         if revision is None:
-            hint = "name a folder that `synth generate` has made, or a commit of the Hub: ORG/NAME@COMMIT"
-            raise StoreError(f"{repo} is not a folder here, and no version of it is known", hint=hint)
+            hint = "pass a folder made by `synth generate`, or a commit on the Hub: ORG/NAME@COMMIT"
+            raise StoreError(f"{repo} is not a local folder, and the Hub has no version of it", hint=hint)
         options = {"repo_type": "dataset", "revision": revision, "allow_patterns": DOWNLOAD_PATTERNS}
         fetch = partial(snapshot_download, repo, **options)
         try:
@@ -66,7 +66,7 @@ def pull_version(name: str) -> Version:
             hint = f"versions there: {versions}"
             raise StoreError(f"{repo} has no version {requested}", hint=hint) from None
     if damage:
-        hint = "do not use the dataset: it was downloaded again and is damaged on the Hub, too"
+        hint = "do not use the dataset: a second download was damaged too, so the copy on the Hub is damaged"
         raise StoreError(f"{name} is damaged: {damage[0]}", hint=hint)
     return Version(version.path, version.manifest, repo)
 
@@ -90,7 +90,7 @@ def open_or_download(path: Path | None, version: str | None = None, *, previews:
         local = read_version(final)
     if local.manifest != remote.manifest:
         hint = f"move {home.path} away"
-        raise StoreError(f"{final} is another {remote.name} than the one in {path}", hint=hint)
+        raise StoreError(f"{final} exists, but differs from {remote.name} in {path}", hint=hint)
     return local
 
 
@@ -99,7 +99,7 @@ def _require_origin(origin: str, home: DatasetDir) -> None:
     file = home.path / "origin.json"
     known = read_json(file)["origin"] if file.exists() else None
     if known not in (None, origin) or (known is None and home.versions()):
-        problem = f"{home.path} holds versions from {known or 'here'}, not from {origin}"
+        problem = f"{home.path} has versions from {known or 'this machine'}, not from {origin}"
         raise StoreError(problem, hint=f"move {home.path} away")
     if known is None:
         write_json(file, {"origin": origin})

@@ -61,7 +61,7 @@ class DamagedPushError(PushError):
         hint = "tags never move: push to a new repository"
         if package.kind == "dataset":
             hint = "tags never move: publish the same rows as the next version with `synth push --repair`"
-        problem = f"{', '.join(files)} is not what its manifest says"
+        problem = f"{', '.join(files)} does not match its manifest"
         super().__init__(f"{package.name} in {repo} is damaged: {problem}", hint=hint)
         self.files = files
 
@@ -165,7 +165,7 @@ def _changed_statements(package: Package, remote: dict[str, Any]) -> str:
         return ""
     changes = ", ".join(f"{n} {remote.get(n) or 'not stated'}, now {package.manifest[n]}" for n in names)
     hint = "Tags never move: push a new version, or to another repository"
-    return f"the published {package.name} has other statements ({changes}). {hint}"
+    return f"the card of the published {package.name} differs ({changes}). {hint}"
 
 
 def _edited_card_warning(api: HfApi, package: Package, repo: str, head: str, earlier: str | None) -> str:
@@ -178,7 +178,7 @@ def _edited_card_warning(api: HfApi, package: Package, repo: str, head: str, ear
         blobs.append([entry.blob_id for entry in entries if isinstance(entry, RepoFile)])
     if not blobs[0] or blobs[0] == blobs[1]:
         return ""
-    return f"the card of {repo} was edited on the Hub and is replaced: the edits are in revision {head}"
+    return f"the card of {repo} was edited on the Hub and is now replaced: the edits are in revision {head}"
 
 
 def _commit(
@@ -197,10 +197,10 @@ def _commit(
     if remote and is_dataset and parse_version(remote["version"]) > parse_version(package.name):
         hint = "push the newest version, or push to another repository"
         raise PushError(
-            f"{repo} already holds {remote['version']}, which is newer than {package.name}", hint=hint
+            f"{repo} already has {remote['version']}, which is newer than {package.name}", hint=hint
         )
     if not remote and files - {*NEW_REPO_FILES}:
-        raise PushError(f"{repo} holds data that is not ours", hint="push to a new or an empty repository")
+        raise PushError(f"{repo} has files that synth did not push", hint="push to a new or an empty repository")
     warning = _edited_card_warning(api, package, repo, head, tags.get(remote.get("version", "")))
     # Each attempt needs new operations: they remember the files of the branch at their upload, and would drop
     # a file as unchanged if the branch has changed since.
@@ -226,7 +226,7 @@ def _commit(
 def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:
     name = package.name
     if remote.get("digest") != package.manifest["digest"]:
-        raise PushError(f"{repo} already has another {name}", hint=_TAG_HINT)
+        raise PushError(f"{repo} already has a different {name}", hint=_TAG_HINT)
     if missing := sorted({*package.manifest.get("exports", {})} - {*remote.get("exports", {})}):
         raise PushError(f"{repo} already has {name} without {', '.join(missing)}", hint=_TAG_HINT)
     if remote.get("pixels") != package.manifest.get("pixels"):
@@ -270,11 +270,11 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, A
 def _refusal(error: HfHubHTTPError, repo: str) -> PushError:
     status = error.response.status_code
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return PushError("the Hub does not accept the token", hint=_LOGIN_HINT)
+        return PushError("the Hub rejects the token", hint=_LOGIN_HINT)
     if status == 403:
-        return PushError(f"the token may not write to {repo}", hint="use a token with write access")
+        return PushError(f"the token has no write access to {repo}", hint="use a token with write access")
     if status in (401, 404):
         problem = f"the repository {repo} does not exist, or the token has no access"
-        return PushError(problem, hint="check the name and the rights of the token")
+        return PushError(problem, hint="check the name and the permissions of the token")
     message = error.server_message or one_line(error)
-    return PushError(f"the Hub refused ({status}): {message}", hint="push again: uploads are kept")
+    return PushError(f"the Hub refused the push ({status}): {message}", hint="push again: finished uploads are kept")

@@ -106,7 +106,7 @@ class EmbeddedEngine:
             if prompt.system.strip() in chat and prompt.text.strip() in chat and not shows_python:
                 return chat
         raise EngineError(
-            f"the chat template of {self.model} leaves out the system text or the task",
+            f"the chat template of {self.model} leaves out the system prompt or the task",
             hint="use an instruction-tuned variant of the model, or a server: --base-url",
         )
 
@@ -133,7 +133,7 @@ class EmbeddedEngine:
             AttributeError,
             ImportError,
         ) as error:  # some processors need more packages
-            hint = "--model needs a vision-language model of transformers: a folder, a Hub id, or tiny"
+            hint = "pass a vision-language model that transformers supports: --model FOLDER, a Hub id, or tiny"
             raise EngineError(f"cannot load {self.model}: {one_line(error, 300)}", hint=hint) from None
         if not processor.chat_template:
             hint = "use an instruction-tuned variant of the model"

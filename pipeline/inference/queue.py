@@ -100,7 +100,7 @@ class RequestStats:
         """Return metrics for the progress display."""
         cost = self.cost(server)
         return {
-            "tokens": f"{self.shown_about}{self.prompt_tokens:,} read, {self.reply_tokens:,} written",
+            "tokens": f"{self.shown_about}{self.prompt_tokens:,} input, {self.reply_tokens:,} output",
             **({"cost": f"{cost:,.2f}"} if cost is not None else {}),
             **({"unusable": f"{sum(self.flaws.values()):,}"} if self.flaws else {}),
         }
@@ -141,7 +141,7 @@ class RequestQueue:
             distinct = {request.id: request for request in requests}  # two styles may have the same prompt
             self._counts.add_known(len(requests) - len(distinct))
             for request in distinct.values():
-                assert request.id not in self._open, f"{request.sample_id} is there twice"
+                assert request.id not in self._open, f"duplicate sample id: {request.sample_id}"
                 self._enqueue(request)
             num_new = len(self._new)
             shown = with_images([*self._new, *self._retries], samples)
@@ -329,7 +329,7 @@ def read_annotations(
 def last_reply(request: Request, journal: Journal) -> Reply:
     """Return the newest reply to a request, which must have one."""
     last = journal.last(request.id)
-    assert last is not None, f"no reply to {request.id}: the engine left a request out"
+    assert last is not None, f"no reply to {request.id}: the engine skipped the request"
     return last[0]
 
 

@@ -50,7 +50,7 @@ def write_report(
     training = _read_training(checkpoint) if checkpoint else None
     page = folder / "report.html"
     if page.exists() and not _is_report(page):
-        raise ConfigError(f"{page} is not a report of synth", hint="move it: the report would replace it")
+        raise ConfigError(f"{page} is not a report written by synth", hint="move it away: the report would overwrite it")
     write_text(page, _Report(version, folder, training, min(version.num_rows, max_rows)).render())
     return page
 
@@ -179,8 +179,8 @@ def _read_training(checkpoint: Path) -> dict[str, Any]:
         curves = _curves([json.loads(line) for line in log.splitlines()])
         return {"metrics": read_json(checkpoint / "metrics.json"), "curves": curves}
     except (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError) as error:
-        message = f"{checkpoint} has no finished training: {error}"
-        hint = "name a folder that `synth train` has finished: --checkpoint DIR"
+        message = f"{checkpoint} has no finished training run: {error}"
+        hint = "pass a folder of a finished training run: --checkpoint DIR"
         raise ConfigError(message, hint=hint) from None
 
 
@@ -194,4 +194,4 @@ def _curves(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         chart("CIDEr-D on the validation split", {"own image": own, "shuffled": shuffled}),
     ]
     rewards = points(lines, "reward")
-    return [*charts, chart("Reward of drawn captions", {"training": rewards})] if rewards else charts
+    return [*charts, chart("Reward of sampled captions", {"training": rewards})] if rewards else charts

@@ -52,7 +52,7 @@ def render_page(package: str, template: str, **values: Any) -> str:
         return _environment(package).get_template(template).render(**values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:  # the manifest is untrusted
         raise StoreError(
-            f"no page can be made from the manifest: {error}", hint="do not use this version"
+            f"cannot write the page: the manifest is invalid: {error}", hint="check it with `synth check`, or use another version"
         ) from None
 
 

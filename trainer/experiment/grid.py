@@ -125,7 +125,7 @@ class Cell:
 
 def read_experiment(path: Path) -> Experiment:
     """Return the experiment of a YAML file. Raises ConfigError if it is invalid, also for a single cell."""
-    experiment = validate(Experiment, read_yaml(path, "docs/experiment.yaml"), where=f"{path}: ")
+    experiment = validate(Experiment, read_yaml(path, "for an example, see docs/experiment.yaml"), where=f"{path}: ")
     cells_of(experiment)
     return experiment
 
