@@ -148,14 +148,14 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
     assert config.images is not None
     if kept >= config.images:
         return None
-    so_far = f"{kept:,} of {config.images:,} images are kept of {limit:,} that were read"
+    so_far = f"{kept:,} of {config.images:,} images were kept from {limit:,} images read"
     if not has_more:
-        progress.warn(f"{kept:,} of {config.images:,} images are kept: {config.source} has no more images")
+        progress.warn(f"{kept:,} of {config.images:,} images were kept: {config.source} has no more images")
     elif limit == config.limit:
         progress.warn(f"{so_far}, and --limit allows no more")
     elif kept < MIN_YIELD * limit:
         advice = "find out why the others were rejected, fix the cause, and run the same command"
-        progress.warn(f"{so_far}: too few to read on. To continue, {advice}")
+        progress.warn(f"{so_far}: too few to go on reading. To continue, {advice}")
     else:
         missing = math.ceil((config.images - kept) * limit / kept * SURPLUS)
         next_images = min(limit + missing, config.limit or limit + missing)
@@ -177,7 +177,7 @@ def require_sums(summaries: Sequence[StepSummary]) -> None:
     """Raise TableError unless each step kept or rejected every row of the step before it."""
     for previous, summary in pairwise(summaries[2:]):
         if summary.input != previous.kept:
-            problem = f"step {summary.step} was given {summary.input} rows, of {previous.kept}"
+            problem = f"step {summary.step} received {summary.input} of {previous.kept} rows"
             raise TableError(problem, hint=BUG_HINT)
 
 

@@ -12,7 +12,7 @@ from pipeline.errors import EngineError, one_line
 from pipeline.install import install_command
 
 BATCH = 32
-CLIP_HINT = "pass clip, metaclip, tiny-clip, a folder, or a model id of the Hub"
+CLIP_HINT = "pass clip, metaclip, tiny-clip, a folder, or a Hub id"
 TINY_CLIP = "tiny-clip"  # part of the package; trained on drawn scenes only
 CLIP_MODELS = {  # short name -> id on the Hub, or folder
     "clip": "openai/clip-vit-base-patch32",
@@ -37,7 +37,7 @@ def require_clip(name: str) -> None:
 
 
 class ClipScorer:
-    """Scores images and texts with a CLIP: clip, metaclip, tiny-clip, a folder, or a model id of the Hub.
+    """Scores images and texts with a CLIP: clip, metaclip, tiny-clip, a folder, or a Hub id.
 
     Raises:
         EngineError: the model cannot be loaded, or torch or transformers is not installed.

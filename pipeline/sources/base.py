@@ -15,30 +15,30 @@ from pipeline.text.escape import printable
 from pipeline.types import RawSample, Rejected, Sample, Source, SourceSlice
 
 DECK_TASKS = ("deck_qa",)
-LICENSE_FROM_OPTION = "unknown, unless --license states it; unknown images are pushed to a private repository"
+LICENSE_FROM_OPTION = "unknown, unless --license states it; if unknown, the repository is private"
 NAMED_ROWS = 3  # names per message
 MAX_METADATA_BYTES = 256_000_000  # size of a file with texts of many images
 # Options that only some sources support, by config key: the error message for other sources, and its hint.
 OPTIONS = {
-    "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
-    "columns": ("has fixed columns, but --columns was given", "leave --columns out, or use hub:ORG/NAME"),
-    "allow_urls": ("holds its images, but --allow-urls was given", "leave --allow-urls out"),
-    "allow_partial": ("is read as a whole, but --allow-partial was given", "leave --allow-partial out"),
-    "follow_links": ("has no folder, but --follow-links was given", "leave --follow-links out"),
+    "source_split": ("has no splits, but --split {value} was given", "leave out --split"),
+    "columns": ("has fixed columns, but --columns was given", "leave out --columns, or use hub:ORG/NAME"),
+    "allow_urls": ("contains its images, but --allow-urls was given", "leave out --allow-urls"),
+    "allow_partial": ("is read as a whole, but --allow-partial was given", "leave out --allow-partial"),
+    "follow_links": ("has no folder, but --follow-links was given", "leave out --follow-links"),
     "license": (
         "states the license of its images, but --license was given",
-        "--license goes with images of your own: folder:, archive:, list:, parquet:, pdf: and video:",
+        "use --license only with your own images: folder:, archive:, list:, parquet:, pdf: and video:",
     ),
-    "frame_seconds": ("has no frames, but --every was given", "--every goes with --source video:PATH only"),
+    "frame_seconds": ("has no frames, but --every was given", "use --every only with --source video:PATH"),
     "captions": (
         "has its own captions, but --captions was given",
-        "--captions goes with --source folder: only",
+        "use --captions only with --source folder:",
     ),
     "split.group_by": (
         "has no folders of images, but --group-by was given",
-        "--group-by goes with sources of files: folder:, pdf:, pdf-pages: and video:",
+        "use --group-by only with folder:, pdf:, pdf-pages: and video:",
     ),
-    "split_list": ("has its own splits, but --split-list was given", "--split-list goes with flickr30k only"),
+    "split_list": ("has its own splits, but --split-list was given", "use --split-list only with flickr30k"),
 }
 
 
@@ -119,11 +119,11 @@ def check_samples(
 def refuse_roles(config: Config, source: str, hint: str) -> None:
     """Raise ConfigError if --columns maps a role other than the context, for a source that is not a table."""
     if roles := [role for role in config.columns if role != CONTEXT]:
-        problem = f"{source} maps no columns to roles, but --columns names one for the {roles[0]}"
+        problem = f"{source} has no columns for roles, but --columns has the role {roles[0]}"
         raise ConfigError(problem, hint=hint)
 
 
-def as_text(value: Any, name: str = "a column of the context") -> str:
+def as_text(value: Any, name: str = "a context column") -> str:
     """Return a value for a prompt: lists are joined with commas, null is empty.
 
     Raise SourceError, which mentions `name`, for objects and lists of lists.
@@ -131,7 +131,7 @@ def as_text(value: Any, name: str = "a column of the context") -> str:
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return ", ".join(text for item in value if (text := as_text(item, name)))
     if isinstance(value, dict | list):
-        raise SourceError(f"{name} holds objects or lists of lists", hint="use columns of texts or numbers")
+        raise SourceError(f"{name} contains objects or nested lists", hint="use columns of strings or numbers")
     is_missing = value is None or value != value  # NaN
     # JSON may hold lone surrogates.
     return "" if is_missing else str(value).encode("utf-8", "replace").decode()

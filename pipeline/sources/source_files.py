@@ -45,7 +45,7 @@ _UNREAD_FORMATS = (
 UNREAD_SUFFIXES = frozenset(f".{name}" for name in _UNREAD_FORMATS.split())
 UNREADABLE_FOLDER = "unreadable_folder"
 REFUSALS = {  # details by reason, without a path of this machine
-    OUTSIDE: "a file outside of the folder: copy it there, or pass --follow-links",
+    OUTSIDE: "a link to a file outside of the folder: copy the file there, or pass --follow-links",
     NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
     TOO_LARGE: f"more than {MAX_IMAGE_BYTES:,} bytes",
 }
@@ -229,7 +229,7 @@ def translate_disk_errors(root: Path) -> Iterator[None]:
         raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
     except OSError as error:
         problem = f"cannot read {error.filename or root}: {error.strerror or error}"
-        raise SourceError(problem, hint="check its permissions, and the disk") from None
+        raise SourceError(problem, hint="check its permissions and the disk") from None
 
 
 # --- stores
@@ -289,14 +289,14 @@ def translate_store_errors(url: str) -> Iterator[None]:
         raise SourceError(f"{scheme}:// needs a package that is not installed", hint=hint) from None
     except ValueError as error:
         # A server may not state the size of a file, for example.
-        hint = "download it, and read it from the disk"
+        hint = "download it, and read the local copy"
         protocols = fsspec.available_protocols()
         if scheme not in protocols:
             known = [name for name in ("s3", "gs", "az", "hf", "https") if name in protocols]
             hint = f"use {', '.join(known)} or another scheme that fsspec supports"
         raise SourceError(f"cannot read {url}: {error}", hint=hint) from None
     except FileNotFoundError:
-        raise SourceError(f"no file at {url}", hint="check the address, and the account in use") from None
+        raise SourceError(f"no file at {url}", hint="check the address and the account in use") from None
     except Exception as error:  # noqa: BLE001  # each store's library raises errors of its own
         hint = f"check the address, the network and the keys of {scheme}"
         raise SourceError(f"cannot read {url}: {one_line(error)}", hint=hint) from None
