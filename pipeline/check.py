@@ -90,9 +90,11 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
     state = check_journal(path)
     if state.is_intact:
         return Checked(str(path), f"{state.replies:,} replies")
-    problem = state.problem or f"{len(state.damaged):,} of {state.replies:,} replies do not match their checksums"
+    problem = (
+        state.problem or f"{len(state.damaged):,} of {state.replies:,} replies do not match their checksums"
+    )
     if not repair:
-        hint = f"`synth check {dataset.path} --repair` keeps the intact replies; the next run requests the others"
+        hint = f"`synth check {dataset.path} --repair` keeps intact replies; the next run requests the others"
         return Checked(str(path), problem, False, hint)
     with dataset.lock():
         kept, lost, unanswered = repair_journal(path)

@@ -126,7 +126,12 @@ def _model(name: str) -> Finding:
         hint = "check the name, the network, and HF_TOKEN if it is gated"
         return Finding("model", False, f"{name}: {error}", hint)
     if not weights_gib:
-        return Finding("model", False, f"{name} has no weight files", "choose a model that has *.safetensors or *.bin files")
+        return Finding(
+            "model",
+            False,
+            f"{name} has no weight files",
+            "choose a model that has *.safetensors or *.bin files",
+        )
     needed_gib = weights_gib * MEMORY_PER_WEIGHTS
     fits = free_gib >= needed_gib
     summary = f"{name}: {weights_gib:.1f} GiB of weights, {free_gib:.1f} GiB free in {place}"
@@ -175,11 +180,18 @@ def _hub() -> Finding:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        return Finding("hub", False, "HF_HUB_OFFLINE is set", "unset it to push, or to load models or datasets from the Hub")
+        return Finding(
+            "hub",
+            False,
+            "HF_HUB_OFFLINE is set",
+            "unset it to push, or to load models or datasets from the Hub",
+        )
     if get_token() is None:
         hint = "run `hf auth login`; only `synth push` and gated data need a token"
         return Finding("hub", False, f"no token for {ENDPOINT}", hint)
-    return Finding("hub", True, f"a token for {ENDPOINT} is set; the first push shows whether it has write access")
+    return Finding(
+        "hub", True, f"a token for {ENDPOINT} is set; the first push shows whether it has write access"
+    )
 
 
 def _disk() -> Finding:

@@ -177,10 +177,12 @@ def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
     except ValueError:
         recorded = {}
     if not isinstance(recorded, dict) or not recorded.keys() >= config.recorded().keys():
-        raise ConfigError(f"{dataset.run_file} was not written by synth", hint="use another folder: --out DIR")
+        raise ConfigError(
+            f"{dataset.run_file} was not written by synth", hint="use another folder: --out DIR"
+        )
     source = str(recorded["source"])
     if _source_place(source) != _source_place(config.source):
-        hint = f"choose another folder (--out DIR); if it is the same source, pass it as before: --source {source}"
+        hint = f"choose another --out DIR; if it is the same source, pass it as before: --source {source}"
         raise ConfigError(f"{dataset.path} has data from {source}, not from {config.source}", hint=hint)
 
 

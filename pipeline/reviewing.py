@@ -57,7 +57,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 text = f"{edit.question} {edit.answer}" if edit.text is None else edit.text
                 path = origins.get(edit.resulting_name, dataset.reviews)
                 raise ConfigError(
-                    f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}", hint="edit the text again"
+                    f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}",
+                    hint="edit the text again",
                 )
             write_text(dataset.reviews, format_reviews(merged.values()))
             try:

@@ -112,7 +112,7 @@ MISTAKES = (
     ),
     Mistake("no key", f"{PHOTOS} --base-url {{server}}", "requires an API key, and", "SYNTH_API_KEY="),
     Mistake(
-        "prompt folder not there", f"{PHOTOS} --config p.yaml", "no folder of prompts at nope",
+        "prompt folder not there", f"{PHOTOS} --config p.yaml", "the prompt folder nope does not exist",
         "generate.prompt_dir",
         add("p.yaml generate: {prompt_dir: nope}"),
     ),
@@ -136,7 +136,7 @@ MISTAKES = (
     ),
     Mistake(
         "preview into a store", "preview --source scenes --out memory://d",
-        "memory://d is not a path on this machine", "s3://",
+        "memory://d is a URL, not a local path", "s3://",
     ),
     Mistake(
         "task misspelled", f"{PHOTOS} --tasks captions", "unknown task: captions", "did you mean caption?",

@@ -143,13 +143,13 @@ class _Store:
         """
 
         def on_busy() -> None:
-            progress.message(f"waiting for another training that adds to {self.path}")
+            progress.message(f"waiting for another training run that writes to {self.path}")
 
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             for file in (self.path, self.path / IDS, self.path / STATES):
                 if file.is_symlink():  # in a downloaded dataset it could point to any file
-                    raise TrainError(f"{file} is a link, which synth does not create", hint="remove it")
+                    raise TrainError(f"{file} is a symlink, which synth does not create", hint="remove it")
             with suppress(FileNotFoundError):  # removed by another process in the meantime
                 return lock_file(self.path / LOCK, on_busy, TrainError)
 
@@ -174,7 +174,7 @@ class _Store:
         need = f"the hidden states of {count:,} images take {num_bytes / 1e9:.1f} GB in {self.path}"
         if num_bytes + SPARE_BYTES > free_bytes:
             hint = "use --encoder-states 2x2 for a quarter of it, or feature_storage: none to store nothing"
-            raise TrainError(f"{need}, and {free_bytes / 1e9:.1f} GB are free", hint=hint)
+            raise TrainError(f"{need}, but {free_bytes / 1e9:.1f} GB are free", hint=hint)
         progress.message(need)
 
     def append(self, count: int, records: np.ndarray, ids: Sequence[bytes]) -> None:

@@ -191,8 +191,8 @@ def choose_encoder(message: Callable[[str], None], *, is_drawn: bool) -> str:
     except (OSError, HfHubHTTPError, httpx2.TransportError):
         problem = f"{CLIP} is not in the cache and cannot be downloaded"
         if not is_drawn:
-            hint = f"pass an encoder of photographs: --encoder FOLDER. {TINY_CLIP} only encodes drawn scenes"
+            hint = f"pass an encoder for photos: --encoder FOLDER. {TINY_CLIP} is only for --source scenes"
             raise TrainError(problem, hint=hint) from None
-        message(f"{problem}: using {TINY_CLIP}, which only encodes drawn scenes")
+        message(f"{problem}: using {TINY_CLIP}, which is only for --source scenes")
         return TINY_CLIP
     return "clip"

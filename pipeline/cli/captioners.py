@@ -32,7 +32,9 @@ def caption(
     captioner: CaptionerName,
     images: Annotated[list[str], Argument(help="Images, folders or quoted patterns; - reads stdin.")],
     style: Annotated[str | None, option("Caption style, or all of them.", BY_STYLE)] = None,
-    question: Annotated[str | None, option("Question to answer about each image, instead of captioning it.")] = None,
+    question: Annotated[
+        str | None, option("Question to answer about each image, instead of captioning it.")
+    ] = None,
     num_beams: NumBeams = None,
     batch_size: BatchSize = 32,
     out: Annotated[Path | None, option("File (.jsonl); txt: one text file per image.", "stdout")] = None,
@@ -50,9 +52,13 @@ def caption(
 
     existing = read_existing("--out", out is not None, skip=skip, append=append, overwrite=overwrite)
     if question is not None and not question.strip():
-        raise BadParameter("the question is empty; leave out --question to get captions", param_hint="--question")
+        raise BadParameter(
+            "the question is empty; leave out --question to get captions", param_hint="--question"
+        )
     if style and question:
-        raise BadParameter("--style and --question exclude each other: an answer has no style", param_hint="--style")
+        raise BadParameter(
+            "--style and --question exclude each other: an answer has no style", param_hint="--style"
+        )
     folder = find_checkpoint(captioner)
     paths = find_images(name for name in images if name != "-")
     if "-" in images:
@@ -76,7 +82,7 @@ def caption(
         if result.num_written and out != SIDECARS:
             say(f"wrote {out} ({result.num_written:,} new)")
         elif not result.num_written and len(result.unread) < len(paths):
-            say(f"nothing new: {out} already has a text for each readable image; --overwrite replaces the texts")
+            say(f"nothing new: {out} already has a text for each readable image; --overwrite replaces them")
         if as_json:
             unread = [str(path) for path, _ in result.unread]
             echo(json.dumps({"path": str(out), "written": result.num_written, "unread": unread}))
@@ -124,7 +130,9 @@ def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: b
 
 def serve_captioner(
     captioner: CaptionerName,
-    demo: Annotated[bool, Option("--demo", help="Serve a web page to drop photos on, instead of the API; needs Gradio.")] = False,
+    demo: Annotated[
+        bool, Option("--demo", help="Serve a web page to drop photos on, instead of the API; needs Gradio.")
+    ] = False,
     host: Annotated[str, option("Address to listen on; 0.0.0.0: all addresses.")] = "127.0.0.1",
     port: Annotated[int, option("Port to listen on; 0: any free one.", min=0, max=65535)] = 8200,
     name: Annotated[str | None, option("Name of the model in requests.", "the folder's")] = None,

@@ -50,7 +50,9 @@ FORMAT = Option(
 
 def check(
     data: Annotated[str | None, CHECKED] = None,
-    repair: Annotated[bool, Option("--repair", help="Rebuild a damaged journal from its intact replies.")] = False,
+    repair: Annotated[
+        bool, Option("--repair", help="Rebuild a damaged journal from its intact replies.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check the replies, step files, versions and captioners of a dataset for damage.
@@ -115,7 +117,10 @@ def _check_checkpoint(folder: Path) -> "Checked":
 
 
 def diff(
-    names: Annotated[list[str], Argument(metavar="[DIR] V1 V2", help="Two versions of one dataset, or two ORG/NAME@VERSION.")],
+    names: Annotated[
+        list[str],
+        Argument(metavar="[DIR] V1 V2", help="Two versions of one dataset, or two ORG/NAME@VERSION."),
+    ],
     rows: Annotated[int, option("Number of changed rows to print.", min=0)] = 10,
     as_json: AsJson = False,
 ) -> None:
@@ -159,7 +164,9 @@ def export(
     kind: Annotated[str | None, FORMAT] = None,
     out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
     in_place: Annotated[Path | None, path_option("Image folder to write text files into.")] = None,
-    style: Annotated[str | None, option("Caption style.", "all; sidecar and --in-place: the first of plain, brief, ...")] = None,
+    style: Annotated[
+        str | None, option("Caption style.", "all; sidecar and --in-place: the first of plain, brief, ...")
+    ] = None,
     split: Annotated[str | None, option("Split: train, validation or test.", "all")] = None,
     images: Images = None,
     overwrite: Overwrite = False,
@@ -177,7 +184,7 @@ def export(
 
     if (captioner is not None) != (kind == "onnx") or (int8 and kind != "onnx"):
         raise BadParameter(
-            "a captioner needs --format onnx, which needs a captioner, and so does --int8: synth export CAPTIONER --format onnx"
+            "a captioner and --format onnx need each other: synth export CAPTIONER --format onnx"
         )
     if captioner is not None:
         if any((data, in_place, style, split, images, overwrite, append, skip_existing)):
@@ -209,7 +216,9 @@ def export(
 
 def report(
     data: DataDir = None,
-    checkpoint: Annotated[Path | None, path_option("Training run to show.", "the last of the dataset")] = None,
+    checkpoint: Annotated[
+        Path | None, path_option("Training run to show.", "the last of the dataset")
+    ] = None,
     rows: Annotated[int, option("Number of randomly chosen images to show.", min=1)] = 10_000,
 ) -> None:
     """Write an HTML report of a dataset and its captioner: one file, which opens without a server.
@@ -230,7 +239,9 @@ def report(
 
 def review_apply(
     reviews: Annotated[list[Path], Argument(help="Review files exported by a report; later files win.")],
-    data: Annotated[Path | None, option("Dataset folder that the report shows.", ONLY_MADE, **DATASET_PATH)] = None,
+    data: Annotated[
+        Path | None, option("Dataset folder that the report shows.", ONLY_MADE, **DATASET_PATH)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make the next version without the bad texts and with the edited ones.

@@ -26,7 +26,9 @@ OUT = option(
     rich_help_panel=DATASET,
 )
 DRY_RUN = Option(
-    "--dry-run", help="Try 32 images, and predict time, cost and yield of the full run.", rich_help_panel=DATASET
+    "--dry-run",
+    help="Try 32 images, and predict time, cost and yield of the full run.",
+    rich_help_panel=DATASET,
 )
 PRINT_CONFIG = Option("--print-config", help="Print all settings and where each was set.", hidden=True)
 JSON = Option("--json", help="Print JSON to stdout.", hidden=True)
@@ -74,9 +76,7 @@ def generate(
         raise BadParameter(f"{out} needs --executor ray, without --dry-run", param_hint="--out")
     if NO_MODEL in settings.options.values() and config.asks_model:
         asked = ", ".join((*config.tasks, *config.verify.checks))
-        raise ConfigError(
-            f"{NO_MODEL} excludes a model, but the settings request {asked}", hint="remove one"
-        )
+        raise ConfigError(f"{NO_MODEL} excludes a model, but the settings request {asked}", hint="remove one")
     if dry_run:
         with show_progress() as progress:
             prediction = predict_run(config, out, progress)
@@ -107,7 +107,9 @@ def _print_settings(settings: RunSettings, *, as_json: bool) -> None:
 def preview(
     settings: RunSettings,
     number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Number of images to show.")] = 4,
-    page: Annotated[Path | None, path_option("File to write the page to.", "preview.html in data/SOURCE")] = None,
+    page: Annotated[
+        Path | None, path_option("File to write the page to.", "preview.html in data/SOURCE")
+    ] = None,
     out: Annotated[Path | None, path_option("Dataset folder, as for `generate`.", "data/SOURCE")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -141,7 +143,9 @@ def init(
 
 def serve(
     context: Context,
-    model: Annotated[str, option("Model to serve: a folder, a Hub id, or tiny.")] = "Qwen/Qwen2.5-VL-3B-Instruct",
+    model: Annotated[
+        str, option("Model to serve: a folder, a Hub id, or tiny.")
+    ] = "Qwen/Qwen2.5-VL-3B-Instruct",
     port: Annotated[int | None, option("Port.", "any free one", min=1, max=65535)] = None,
     log: Annotated[Path, option("File to write vLLM's output to.")] = Path("vllm.log"),
 ) -> None:

@@ -44,7 +44,9 @@ def note_training_data(captioner: Path, version: "Version", split: str = "test")
     from trainer.runtime.checkpoint_folder import read_data_digest
 
     if read_data_digest(captioner) != version.manifest["digest"]:
-        say(f"note: {captioner} was not trained on {version.path}; its training data may include these images")
+        say(
+            f"note: {captioner} was not trained on {version.path}; its training data may include these images"
+        )
     elif split == "train":
         say(f"note: {captioner} was trained on these images: the scores do not measure generalization")
 

@@ -42,20 +42,35 @@ def push(
     private: Annotated[bool | None, PRIVATE] = None,
     images: Annotated[bool | None, WITH_IMAGES] = None,
     acknowledge: Annotated[
-        list[str] | None, option("Restrictive license that you have the right to redistribute images under.", metavar="LICENSE")
+        list[str] | None,
+        option(
+            "Restrictive license that you have the right to redistribute images under.", metavar="LICENSE"
+        ),
     ] = None,
     license_: Annotated[
-        str | None, Option("--license", help="License of the images (e.g. cc-by-4.0), if the dataset does not state one.")
+        str | None,
+        Option(
+            "--license", help="License of the images (e.g. cc-by-4.0), if the dataset does not state one."
+        ),
     ] = None,
     license_link: Annotated[str | None, option("URL of the license, if the Hub does not list it.")] = None,
     title: Annotated[str | None, option("Title of the card.", "named after the source")] = None,
-    language: Annotated[str | None, option("Language of the texts: en, de, ...", "the language of the run")] = None,
-    space: Annotated[str | None, option("Space for a demo page of the captioner.", metavar="ORG/NAME")] = None,
+    language: Annotated[
+        str | None, option("Language of the texts: en, de, ...", "the language of the run")
+    ] = None,
+    space: Annotated[
+        str | None, option("Space for a demo page of the captioner.", metavar="ORG/NAME")
+    ] = None,
     also: Annotated[
         str | None, option("Also push these formats: webdataset, cauldron, dpo, lance.", metavar="FORMAT,...")
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files, but send nothing.")] = False,
-    repair: Annotated[bool, Option("--repair", help="Replace a version damaged on the Hub: push it again as the next patch version.")] = False,
+    repair: Annotated[
+        bool,
+        Option(
+            "--repair", help="Replace a version damaged on the Hub: push it again as the next patch version."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Push a version or a captioner to the Hugging Face Hub: one commit, with a tag that never moves."""
@@ -156,7 +171,7 @@ def _packed(
         say(f"version: {version.name}, {rows}")
         say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
         if package.manifest.get("acknowledged"):
-            say(f"note: images under {restricted} are pushed; the card states that you acknowledged the license")
+            say(f"note: images under {restricted} are pushed; the card says that you acknowledged the terms")
         elif restricted and choices["images"] is None:
             say(f"note: images under {restricted} may not be redistributed; only ids and texts are pushed")
         yield package

@@ -33,8 +33,12 @@ def train(
     data: DataName = None,
     images: Images = None,
     encoder: Annotated[str, option(f"Image encoder: {ENCODERS}.")] = "auto",
-    encoder_layer: Annotated[int | None, option("Encoder layer whose hidden states are used; -1: the last.", "-1")] = None,
-    encoder_states: Annotated[str | None, option("Patch states to use: all, or 2x2 (averages of 2x2 patches).", "all")] = None,
+    encoder_layer: Annotated[
+        int | None, option("Encoder layer whose hidden states are used; -1: the last.", "-1")
+    ] = None,
+    encoder_states: Annotated[
+        str | None, option("Patch states to use: all, or 2x2 (averages of 2x2 patches).", "all")
+    ] = None,
     decoder: Annotated[str, option(f"Text decoder: {DECODERS}.")] = "auto",
     text_source: Annotated[
         str | None, option("Captions to train on: synthetic, human or mixed.", "all in the version")
@@ -47,14 +51,19 @@ def train(
         ),
     ] = None,
     epochs: Annotated[int | None, _preset_option("Passes over the training images.", min=1)] = None,
-    steps: Annotated[int | None, option("Optimizer steps, instead of --epochs.", "by --epochs", min=1)] = None,
+    steps: Annotated[
+        int | None, option("Optimizer steps, instead of --epochs.", "by --epochs", min=1)
+    ] = None,
     batch_size: Annotated[int | None, _preset_option("Images per step.", min=1)] = None,
-    lr: Annotated[float | None, _preset_option("Learning rate of the decoder and the connector.", min=0)] = None,
+    lr: Annotated[
+        float | None, _preset_option("Learning rate of the decoder and the connector.", min=0)
+    ] = None,
     lora_rank: Annotated[
         int | None, _preset_option("LoRA rank for a language model; 0: train all weights.", min=0)
     ] = None,
     precision: Annotated[
-        str | None, option("Precision of matrix multiplications: fp32, tf32 or bf16.", "fp32; on a GPU by preset")
+        str | None,
+        option("Precision of matrix multiplications: fp32, tf32 or bf16.", "fp32; on a GPU by preset"),
     ] = None,
     align_steps: Annotated[int | None, _preset_option("Steps that train only the connector.", min=0)] = None,
     seed: Annotated[int | None, option("Seed of initial weights, dropout and data order.", "0")] = None,
@@ -141,7 +150,9 @@ def evaluate(
 def experiment(
     file: Annotated[Path, Argument(help="YAML file of the experiment, such as docs/experiment.yaml.")],
     out: Annotated[Path | None, path_option("Folder to write the experiment to.", "experiments/FILE")] = None,
-    jobs: Annotated[int | None, option("Training runs in parallel.", "number of GPUs, or of CPU cores", min=1)] = None,
+    jobs: Annotated[
+        int | None, option("Training runs in parallel.", "number of GPUs, or of CPU cores", min=1)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a grid of captioners, and compare data, encoders, decoders and alignment."""

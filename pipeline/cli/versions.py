@@ -38,7 +38,9 @@ def _open_dataset(path: Path, *, is_local: bool = False) -> "DatasetDir":
             )
         raise StoreError(f"no dataset at {folder}", hint="`synth generate --source scenes` makes one")
     if split_version(path)[1]:
-        raise StoreError(f"{path} is a version, not a dataset folder", hint=f"pass the dataset folder: {folder}")
+        raise StoreError(
+            f"{path} is a version, not a dataset folder", hint=f"pass the dataset folder: {folder}"
+        )
     return DatasetDir(folder)
 
 
@@ -78,7 +80,9 @@ def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
 
 def versions_tag(
     tag: Annotated[str, Argument(help="Tag name, such as paper.")],
-    version: Annotated[str | None, Argument(help="Version.", show_default="the newest complete version")] = None,
+    version: Annotated[
+        str | None, Argument(help="Version.", show_default="the newest complete version")
+    ] = None,
     data: LastMade = None,
     move: Annotated[bool, Option("--move", help="Move an existing tag to this version.")] = False,
     delete: Annotated[bool, Option("--delete", help="Remove the tag, but keep the version.")] = False,

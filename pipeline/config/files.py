@@ -167,9 +167,7 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
         problem = f"config file {path} is not YAML: {one_line(error, 1000)}"
         raise ConfigError(problem, hint=example) from None
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"config file {path} must contain keys and values", hint=example
-        )
+        raise ConfigError(f"config file {path} must contain keys and values", hint=example)
     return values
 
 
@@ -202,7 +200,9 @@ def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
     # Cards show a command with this name: it must not run untrusted settings in another form.
     if file.name == "manifest.json":
         problem = f"{file} is not a manifest of a version"
-        raise ConfigError(problem, hint="if it is your settings file, give it another name, such as synth.yaml")
+        raise ConfigError(
+            problem, hint="if it is your settings file, give it another name, such as synth.yaml"
+        )
     return values, False
 
 
@@ -219,7 +219,9 @@ def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[
     own_tasks = settings.get("own_tasks")
     for task in own_tasks if isinstance(own_tasks, list) else ():
         if not isinstance(task, dict) or isinstance(task.get("output"), str):
-            raise ConfigError(f"the manifest {file} names Python code as the output of a task, which is not run", hint=hint)
+            raise ConfigError(
+                f"the manifest {file} names Python code as the output of a task, which is not run", hint=hint
+            )
     sections = {name: value for name, value in settings.items() if isinstance(value, dict)}
     if AT_SERVER in str(sections.get("verify", {}).get("judge")):
         problem = f"the manifest {file} sets a judge: its server would get your images and your API key"

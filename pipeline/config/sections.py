@@ -242,7 +242,7 @@ def _require_valid_port(url: str) -> str:
 def _refuse_key(variable: str) -> str:
     if _LIKE_A_KEY.match(variable):
         raise ValueError(
-            "this looks like an API key; set an environment variable to the key, and put the variable's name here"
+            "this looks like an API key; set an environment variable to the key, and give its name here"
         )
     return variable
 

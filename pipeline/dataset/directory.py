@@ -115,7 +115,9 @@ class DatasetDir:
             pushes = read_json(file)["pushed"]
             return [{name: str(push[name]) for name in ("version", "repo", "commit")} for push in pushes]
         except _DAMAGED_JSON:
-            raise StoreError(f"{file} is damaged", hint="move it away: only the record of pushes is lost") from None
+            raise StoreError(
+                f"{file} is damaged", hint="move it away: only the record of pushes is lost"
+            ) from None
 
     def record_push(self, version: str, repo: str, commit: str) -> None:
         """Record a push once."""
@@ -207,7 +209,9 @@ def is_tag(name: str) -> bool:
 def require_tag_name(tag: str) -> None:
     """Raise ConfigError if a name is not valid for a tag."""
     if not is_tag(tag):
-        hint = "begin with a letter, use at most 64 letters, digits, dots, hyphens and underscores, not v1.0.0"
+        hint = (
+            "begin with a letter, use at most 64 letters, digits, dots, hyphens and underscores, not v1.0.0"
+        )
         raise ConfigError(f"{tag!r} cannot be a tag", hint=hint)
 
 
@@ -230,7 +234,10 @@ def open_dataset(path: Path | None, version: str | None = None, *, previews: boo
     if (path / MANIFEST).exists():
         opened = read_version(path)
         if version not in (None, opened.name):
-            raise StoreError(f"{path} is the version {opened.name}, not {version}", hint="pass the dataset folder instead of a version")
+            raise StoreError(
+                f"{path} is the version {opened.name}, not {version}",
+                hint="pass the dataset folder instead of a version",
+            )
         return opened
     if not is_remote(path) and not path.is_dir():
         raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")

@@ -129,7 +129,9 @@ class Manifest(_Part):
             if own.is_list and not pa.types.is_list(arrow_type_of(self.features[name])):
                 raise ValueError(f"has a list column whose type is not a list: {name!r}")
         if len({*self.columns}) < len(self.columns) or "sample_id" not in self.columns:
-            raise ValueError(f"has {'no column sample_id' if 'sample_id' not in self.columns else 'a duplicate column'}")
+            raise ValueError(
+                f"has {'no column sample_id' if 'sample_id' not in self.columns else 'a duplicate column'}"
+            )
         if ("context" in self.columns) != bool(self.context) or len({*self.context}) < len(self.context):
             raise ValueError("has context names that do not match its columns")
         return self

@@ -56,7 +56,9 @@ def images_of_dataset(folder: Path) -> Iterator[Images]:
     """Yield the images of a local version. Raise StoreError if it holds no pixels."""
     version = open_dataset(folder)
     if lacks_pixels(version):
-        raise StoreError(f"{folder} has no images either", hint="pass a folder of image files: --images FOLDER")
+        raise StoreError(
+            f"{folder} has no images either", hint="pass a folder of image files: --images FOLDER"
+        )
     columns = ["sample_id", *(name for name in PIXELS if name in version.manifest["columns"])]
     for _, batch in version.batches(columns, BATCH_ROWS):
         for row in batch.to_pylist():

@@ -70,7 +70,9 @@ class RowWriter:
         self.columns = self.columns or [name for name in self.extras.columns if name not in empty]
         if lost := [name for name in OPTIONAL if name not in empty and name not in self.columns]:
             hint = "a source must fill a column for all samples, or for none"
-            raise TableError(f"some samples have the columns {', '.join(lost)}, but the first samples do not", hint=hint)
+            raise TableError(
+                f"some samples have the columns {', '.join(lost)}, but the first samples do not", hint=hint
+            )
         schema = row_schema([name for name in self.columns if name not in PIXELS], self.extras)
         for split in SPLITS:
             rows = table.filter(pc.equal(table["split"], split))

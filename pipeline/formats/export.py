@@ -162,7 +162,9 @@ def _path_of_row(folder: Path, name: str) -> Path:
 def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:
     if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
         hint = "generate pairs with `synth generate --samples 4 --pairs`"
-        return ConfigError(f"{version.name} has no preference pairs (chosen and rejected captions)", hint=hint)
+        return ConfigError(
+            f"{version.name} has no preference pairs (chosen and rejected captions)", hint=hint
+        )
     own, captions = version.manifest.get("own_columns"), version.manifest["measured"].get("captions", {})
     if own and not captions and not style:
         hint = f"export its columns ({', '.join(own)}) with --format imagefolder, webdataset or lance"

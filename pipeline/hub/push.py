@@ -200,7 +200,9 @@ def _commit(
             f"{repo} already has {remote['version']}, which is newer than {package.name}", hint=hint
         )
     if not remote and files - {*NEW_REPO_FILES}:
-        raise PushError(f"{repo} has files that synth did not push", hint="push to a new or an empty repository")
+        raise PushError(
+            f"{repo} has files that synth did not push", hint="push to a new or an empty repository"
+        )
     warning = _edited_card_warning(api, package, repo, head, tags.get(remote.get("version", "")))
     # Each attempt needs new operations: they remember the files of the branch at their upload, and would drop
     # a file as unchanged if the branch has changed since.
@@ -277,4 +279,6 @@ def _refusal(error: HfHubHTTPError, repo: str) -> PushError:
         problem = f"the repository {repo} does not exist, or the token has no access"
         return PushError(problem, hint="check the name and the permissions of the token")
     message = error.server_message or one_line(error)
-    return PushError(f"the Hub refused the push ({status}): {message}", hint="push again: finished uploads are kept")
+    return PushError(
+        f"the Hub refused the push ({status}): {message}", hint="push again: finished uploads are kept"
+    )

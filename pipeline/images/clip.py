@@ -61,7 +61,9 @@ class ClipScorer:
             loaded: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
             model, info = loaded
             if info["missing_keys"]:  # transformers fills them with random values
-                raise ValueError(f"its files lack weights that CLIP needs, such as {min(info['missing_keys'])}")
+                raise ValueError(
+                    f"its files lack weights that CLIP needs, such as {min(info['missing_keys'])}"
+                )
             self._model: Any = model.eval()
             self._processor: Any = CLIPProcessor.from_pretrained(model_id)
         except (

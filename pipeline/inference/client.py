@@ -254,7 +254,9 @@ class Client:
         self._started = time.monotonic()
         connections = max(1, raise_file_limit() - RESERVED_FILES)
         if settings.concurrency and settings.concurrency > connections:
-            problem = f"{settings.concurrency} concurrent requests need more open files than `ulimit -n` allows"
+            problem = (
+                f"{settings.concurrency} concurrent requests need more open files than `ulimit -n` allows"
+            )
             self._progress.warn(f"{problem}: only {connections} are sent concurrently")
         batch_size = sum(launch.max_num_seqs for launch in self._launches) or None
         self._concurrency = Concurrency(len(endpoints), settings.concurrency, batch_size, connections)
@@ -387,7 +389,9 @@ class Client:
         soonest_s = min(others, default=math.inf)
         if stated_s and min(stated_s, soonest_s) > protocol.MAX_RETRY_AFTER_S:
             hint = "run the same command after that time: it resumes"
-            raise EngineError(f"{endpoint.url} asks clients to wait for {duration(stated_s)}", hint=hint) from None
+            raise EngineError(
+                f"{endpoint.url} asks clients to wait for {duration(stated_s)}", hint=hint
+            ) from None
         pause_s = failures.after_busy(stated_s)
         if pause_s is None:
             return request.reply("the server is too busy", SERVER_ERROR)
@@ -473,7 +477,9 @@ class Client:
         endpoint.refused += 1
         has_answered = endpoint.answered or (len(self._endpoints) == 1 and in_flight.source.answered())
         if endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not has_answered:
-            hint = "fix the cause, then run the same command; if images are too large, lower generate.max_pixels"
+            hint = (
+                "fix the cause, then run the same command; if images are too large, lower generate.max_pixels"
+            )
             raise EngineError(f"{endpoint.url} rejects every request: {message}", hint=hint)
 
     async def _learn(self, endpoint: Endpoint) -> None:

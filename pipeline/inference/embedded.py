@@ -133,7 +133,9 @@ class EmbeddedEngine:
             AttributeError,
             ImportError,
         ) as error:  # some processors need more packages
-            hint = "pass a vision-language model that transformers supports: --model FOLDER, a Hub id, or tiny"
+            hint = (
+                "pass a vision-language model that transformers supports: --model FOLDER, a Hub id, or tiny"
+            )
             raise EngineError(f"cannot load {self.model}: {one_line(error, 300)}", hint=hint) from None
         if not processor.chat_template:
             hint = "use an instruction-tuned variant of the model"

@@ -177,7 +177,9 @@ def pick_engine(config: Config) -> tuple[str, str]:
 
 
 def _no_engine() -> Engine:
-    raise EngineError("internal error: a run without a model has a request to send", hint="please report this bug")
+    raise EngineError(
+        "internal error: a run without a model has a request to send", hint="please report this bug"
+    )
 
 
 def _model(config: Config) -> str:

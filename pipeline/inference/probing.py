@@ -63,7 +63,10 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
             continue
         if models is None:
             if wanted is None:
-                raise EngineError(f"{endpoint.url} does not list its models", hint="pass the name of the model: --model NAME")
+                raise EngineError(
+                    f"{endpoint.url} does not list its models",
+                    hint="pass the name of the model: --model NAME",
+                )
             return wanted, ""
         if wanted is None and len(models) != 1:
             hint = f"choose one: --model {shown_models(models)}"
@@ -194,7 +197,9 @@ async def learn_dialect(
             raise EngineError(f"{url} answers the first request with an error: {message}", hint=hint)
         if answer and answer.is_cut_before_text:
             if max_tokens >= reply_tokens:
-                problem = f"the model at {url} uses more than {max_tokens:,} reasoning tokens before its reply"
+                problem = (
+                    f"the model at {url} uses more than {max_tokens:,} reasoning tokens before its reply"
+                )
                 hint = "allow more (generate: {max_tokens: 4000}), or turn reasoning off on the server"
                 raise EngineError(problem, hint=hint)
             max_tokens = reply_tokens

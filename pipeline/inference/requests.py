@@ -215,9 +215,7 @@ def check_needs(plan: RequestPlan) -> None:
             problem = f"{task.name} is the name of a built-in task or of a caption style"
             raise ConfigError(problem, hint="rename your task")
         if not task.shows_image and not task.needs and not plan.context:
-            problem = (
-                f"the task {task.name} has no input: it uses no image, no result and no column"
-            )
+            problem = f"the task {task.name} has no input: it uses no image, no result and no column"
             hint = "name tasks in `needs` and use their results, or use columns: --columns context=NAME"
             raise ConfigError(problem, hint=hint)
         for need in task.needs:

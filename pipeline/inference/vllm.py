@@ -363,7 +363,9 @@ class Server:
                 raise self._startup_error(f"vLLM exited with code {code} while it was starting")
             if seconds > self.launch.startup_timeout_s:
                 raise self._startup_error(f"vLLM did not start within {self.launch.startup_timeout_s:.0f} s")
-            self._progress.message(f"vLLM is starting: {seconds:.0f} s; log: {self.launch.log}", transient=True)
+            self._progress.message(
+                f"vLLM is starting: {seconds:.0f} s; log: {self.launch.log}", transient=True
+            )
             await asyncio.sleep(0.5)
         if self.socket is None and not is_listener(self._port, self._process.pid):
             problem = (

@@ -50,7 +50,9 @@ def write_report(
     training = _read_training(checkpoint) if checkpoint else None
     page = folder / "report.html"
     if page.exists() and not _is_report(page):
-        raise ConfigError(f"{page} is not a report written by synth", hint="move it away: the report would overwrite it")
+        raise ConfigError(
+            f"{page} is not a report written by synth", hint="move it away: the report would overwrite it"
+        )
     write_text(page, _Report(version, folder, training, min(version.num_rows, max_rows)).render())
     return page
 

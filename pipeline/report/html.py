@@ -52,7 +52,8 @@ def render_page(package: str, template: str, **values: Any) -> str:
         return _environment(package).get_template(template).render(**values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:  # the manifest is untrusted
         raise StoreError(
-            f"cannot write the page: the manifest is invalid: {error}", hint="check it with `synth check`, or use another version"
+            f"cannot write the page: the manifest is invalid: {error}",
+            hint="check it with `synth check`, or use another version",
         ) from None
 
 

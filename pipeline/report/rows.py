@@ -98,7 +98,9 @@ def to_pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:
-        raise StoreError("a file has text that is not UTF-8", hint="check it with `synth check`, or use another version") from None
+        raise StoreError(
+            "a file has text that is not UTF-8", hint="check it with `synth check`, or use another version"
+        ) from None
 
 
 def _row(row: dict[str, Any], split: str, own_columns: dict[str, Any]) -> dict[str, Any]:

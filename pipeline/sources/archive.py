@@ -184,11 +184,15 @@ class _StrictTarInfo(tarfile.TarInfo):
         try:
             return super().fromtarfile(tarfile)
         except _BAD_HEADERS as error:
-            raise ValueError(str(error) if str(error) != "a tar header is empty" else "the file is cut off") from None
+            raise ValueError(
+                str(error) if str(error) != "a tar header is empty" else "the file is cut off"
+            ) from None
 
     def _proc_member(self, tar: Any) -> tarfile.TarInfo:
         if self.type in self._LONG and self.size > MAX_HEADER_BYTES:
-            raise ValueError(f"a tar header has {self.size:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
+            raise ValueError(
+                f"a tar header has {self.size:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
+            )
         if self.type == tarfile.GNUTYPE_SPARSE:
             self._refuse_sparse()
         return cast(tarfile.TarInfo, super()._proc_member(tar))  # type: ignore[misc]  # missing in the stubs
@@ -285,7 +289,10 @@ def _require_no_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
 
 
 def _size_error(message: str) -> SourceError:
-    return SourceError(message, hint="it may be a zip bomb; if you trust it, unpack it and pass the folder: --source folder:DIR")
+    return SourceError(
+        message,
+        hint="it may be a zip bomb; if you trust it, unpack it and pass the folder: --source folder:DIR",
+    )
 
 
 def _damage_error(name: str, error: Exception) -> SourceError:

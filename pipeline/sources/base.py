@@ -131,7 +131,9 @@ def as_text(value: Any, name: str = "a context column") -> str:
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return ", ".join(text for item in value if (text := as_text(item, name)))
     if isinstance(value, dict | list):
-        raise SourceError(f"{name} contains objects or nested lists", hint="use columns of strings or numbers")
+        raise SourceError(
+            f"{name} contains objects or nested lists", hint="use columns of strings or numbers"
+        )
     is_missing = value is None or value != value  # NaN
     # JSON may hold lone surrogates.
     return "" if is_missing else str(value).encode("utf-8", "replace").decode()

@@ -195,7 +195,9 @@ def write_exclusions(
                     rows += exclusion_rows(label, [sample], kind)
                     progress(f"exclude {label}", len(rows), None)
             if not rows:
-                raise SourceError(f"no image of --exclude {exclusion.option} can be read", hint="check --exclude")
+                raise SourceError(
+                    f"no image of --exclude {exclusion.option} can be read", hint="check its name and split"
+                )
             if unread:
                 progress.warn(f"exclude {label}: {unread} rows could not be read, and were not excluded")
             counts = {"images": len(rows), "texts": sum(len(row["texts"]) for row in rows), "unread": unread}

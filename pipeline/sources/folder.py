@@ -113,7 +113,7 @@ def open_folder(
 def _no_images_error(root: Path, content: FolderContent) -> SourceError:
     hint = f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))} are read, also in subfolders"
     if any(path.suffix == ".arrow" for path in content.others):
-        hint = f"load it with datasets.load_from_disk({str(root)!r}), write it with to_parquet, and pass --source parquet:FILE"
+        hint = f"load it with datasets.load_from_disk({str(root)!r}), and write it with to_parquet"
     return SourceError("; ".join([f"no images in {root}", *describe_unread(content)]), hint=hint)
 
 

@@ -186,7 +186,9 @@ def _require_allowed_host(url: URL, allowed: Allowed) -> None:
         try:
             _require_allowed(host, host, allowed)
         except ValueError:  # such as 127.1, which the system reads as an address
-            raise ImageError("url_refused", f"{host} is neither a host name nor a complete IP address") from None
+            raise ImageError(
+                "url_refused", f"{host} is neither a host name nor a complete IP address"
+            ) from None
 
 
 class _BusyError(Exception):
@@ -207,7 +209,7 @@ async def _get_within_budget(
     started = time.monotonic()
     if cost.is_given_up():
         wasted = f"{cost.wasted_seconds:.0f} s, {cost.wasted_bytes:,} bytes"
-        raise ImageError("host_given_up", f"{url.host} has wasted {wasted}")
+        raise ImageError("host_given_up", f"{url.host} failed too often: {wasted} wasted")
     try:
         result = await _get(session, url, timeout_s)
     except (OSError, aiohttp.ClientError, ValueError, ImageError) as error:

@@ -150,7 +150,9 @@ def open_list(
     all_images, root = read_list(file, columns), file.parent
     split_images = [image for image in all_images if split in (None, image.texts.split)]
     if not split_images:
-        raise SourceError(f"{file} has no line with the split {split}", hint=f"set the split in the column {SPLIT}")
+        raise SourceError(
+            f"{file} has no line with the split {split}", hint=f"set the split in the column {SPLIT}"
+        )
     images, bound = split_images[part.number :: part.of], None if follow_links else root
     has_questions = any(image.texts.questions for image in all_images)
 

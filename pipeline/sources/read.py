@@ -82,12 +82,12 @@ READ_SETTINGS = (
 )
 ADVICE = {  # by reason: what to change if it rejects too many rows
     "image_not_embedded": "the rows have image URLs: pass --allow-urls to download them",
-    "image_is_a_path": "a table must contain image bytes; to read the images that a CSV or JSON file lists: --source list:FILE",
+    "image_is_a_path": "a table must contain image bytes; for a CSV or JSON file of paths: list:FILE",
     "unsupported_format": "convert the files to JPEG; HEIC needs the package pillow-heif (extra `heic`)",
     "several_images": "to read them as a deck: --columns pages=COLUMN",
     "too_many_pages": "split the decks into smaller ones",
     "unpaired_answers": "a list of questions needs an equally long list of answers",
-    "unknown_split": "for tables, ignore that column (--columns split=none), or use another (--columns split=COLUMN)",
+    "unknown_split": "for tables: --columns split=none ignores this column, split=COLUMN uses another",
     **LOOK_ALIKE_ADVICE,
     "banned_image": "they are in a dataset passed to --exclude",
     "url_unreachable": "check the network, and run the same command again: it retries all images once",
@@ -497,7 +497,7 @@ def describe_rejected(shard: DatasetDir) -> Iterator[str]:
         rows = table.filter(pc.equal(table["reason"], reason)).slice(0, NAMED_ROWS + 1).to_pylist()
         names = first_names([row["source_row"] for row in rows])
         if reason == REPEATED:
-            yield f"read: {count:,} rows repeat the image of another row; their texts were added to that row ({names})"
+            yield f"read: {count:,} rows repeat the image of another row, which gets their texts ({names})"
             continue
         if reason not in _REJECTED_FOR_ANOTHER_IMAGE:
             names = first_names([f"{row['source_row']}: {row['detail']}" for row in rows])

@@ -166,10 +166,13 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
         columns |= _guess_questions(schema)
     if len(columns.get("question", ())) != len(columns.get("answer", ())):
         hint = "pass both columns: --columns question=COLUMN,answer=COLUMN"
-        raise SourceError(f"found no {'answer' if columns.get('question') else 'question'} column", hint=hint)
+        raise SourceError(
+            f"columns found: question {len(columns.get('question', ()))}, answer {len(columns.get('answer', ()))}",
+            hint=hint,
+        )
     if len(columns.get("split", ())) > 1:
-        problem = f"several columns were passed for the split: {', '.join(columns['split'])}"
-        raise SourceError(problem, hint="pass one of them")
+        problem = f"several columns match split: {', '.join(columns['split'])}"
+        raise SourceError(problem, hint="pass one: --columns split=COLUMN")
     if "split" not in mapping and "split" in schema.names and is_text(schema.field("split").type):
         columns["split"] = ["split"]
     return columns
@@ -347,7 +350,9 @@ def _open_parquet(config: Config, path: str, part: SourceSlice) -> Source:
             hint = f"load it with datasets.load_from_disk({path!r}), and write it with to_parquet"
         raise SourceError(f"no Parquet file at {path}", hint=hint)
     if {IMAGES_FILE, REJECTIONS_FILE} <= {Path(name).name for name in files.names}:
-        hint = f"`synth export --data {path} --format parquet --out FOLDER` writes files that contain the images"
+        hint = (
+            f"`synth export --data {path} --format parquet --out FOLDER` writes files that contain the images"
+        )
         raise SourceError(f"{path} is a version of synth, whose images are stored elsewhere", hint=hint)
     by_split, license = group_by_split(files.names), config.license or UNKNOWN
     translate = files.translate_errors
@@ -398,7 +403,9 @@ def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
         files = _default_files(repo, declared, paths)
     is_partial = any(PARTIAL_FILE.search(path) for split_paths in files.values() for path in split_paths)
     if is_partial and not allow_partial:
-        hint = "to read only this part: --allow-partial; for all rows, download the dataset and use parquet:PATH"
+        hint = (
+            "to read only this part: --allow-partial; for all rows, download the dataset and use parquet:PATH"
+        )
         raise SourceError(f"the Hub has converted only the first part of {repo} to Parquet", hint=hint)
     license = card.get("license")
     license = ", ".join(license) if isinstance(license, list) else license or UNDECLARED

@@ -463,7 +463,9 @@ def add_caption_files(
         matched, unknown = match_images(read_captions(file), list(images))
         if not matched:
             hint = f"use the file names of the folder, such as {next(iter(images))}"
-            raise SourceError(f"no file name in {file} is an image in {root}; it has {first_names(unknown)}", hint=hint)
+            raise SourceError(
+                f"no file name in {file} is an image in {root}; it has {first_names(unknown)}", hint=hint
+            )
         folder_texts.files.add(file)
         folder_texts.messages += _describe_unknown(file, unknown)
         for name, texts in matched.items():

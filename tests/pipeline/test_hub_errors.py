@@ -41,7 +41,7 @@ def test_client_error_becomes_one_line_with_hint(error: Exception, problem: str,
         raise error
     assert problem in str(caught.value) and hint in caught.value.hint
     translated = translate_hub_errors(NAME, "model", StoreError, OFFLINE, or_folder=True)
-    with pytest.raises(StoreError, match=f"^{NAME} is not a folder here; "), translated:
+    with pytest.raises(StoreError, match=f"^{NAME} is not a local folder; "), translated:
         raise error
 
 

@@ -118,10 +118,10 @@ def test_existing_file_is_refused_or_extended_or_replaced(model: Path, photos: P
     _, _, seen = run(model, [str(photos / "sub")], out, "overwrite")
     assert len(seen) == len(before) and read(out) == before
     (tmp_path / "other.jsonl").write_text('{"text": "mine"}\n')
-    with pytest.raises(ConfigError, match="is not a file of captions"):
+    with pytest.raises(ConfigError, match="is not a caption file"):
         run(model, [str(photos)], tmp_path / "other.jsonl", "append")
     assert (tmp_path / "other.jsonl").read_text() == '{"text": "mine"}\n'
-    with pytest.raises(ConfigError, match="is not a file of captions"):
+    with pytest.raises(ConfigError, match="is not a caption file"):
         run(model, [str(photos)], tmp_path / "c.xlsx")
 
 
@@ -160,7 +160,7 @@ def test_two_images_with_the_same_text_file_are_an_error(model: Path, photos: Pa
     with pytest.raises(ConfigError, match=r"two images would have the text file .*0\.txt"):
         run(model, [str(photos)], Path("txt"))
     (photos / "1.txt").write_bytes((photos / "0.png").read_bytes())
-    with pytest.raises(ConfigError, match="has the name of its text file"):
+    with pytest.raises(ConfigError, match="has the same name as its text file"):
         run(model, [str(photos / "1.txt")], Path("txt"), "overwrite")
 
 

@@ -124,7 +124,7 @@ def test_human_captions_and_questions_become_version_and_captioner_without_model
     manifest_path = f"{result['path']}/manifest.json"
     config = ("--config", manifest_path, "--out", "e", "--source", "folder:photos", "--json")
     refused = synth(photos, "generate", *config, code=1)
-    assert "needs a file that you do not have: captions" in refused.stderr
+    assert "refers to a file that does not exist here: captions" in refused.stderr
     repeated = synth(photos, "generate", *config, "--captions", "coco.json", "--captions", "vqa.jsonl")
     assert json.loads(repeated.stdout)["digest"] == result["digest"]
     training = ("--encoder", "tiny-vit", "--steps", "2", "--out", "captioner")
@@ -194,7 +194,7 @@ def test_human_caption_is_kept_over_equal_model_caption(photos: Path, server: Ch
 def test_missing_captions_and_contradicting_settings_are_one_error(photos: Path) -> None:
     folder = ("--source", "folder:photos", "--out", "d")
     done = synth(photos, "generate", "--no-model", *folder, code=1)
-    assert "folder:photos has no human caption and no human question" in done.stderr
+    assert "folder:photos has no human captions and no human questions" in done.stderr
     assert "--captions FILE" in done.stderr
     source = ("--source", "scenes", "--captions", "coco.json", "--out", "e")
     done = synth(photos, "generate", "--no-model", *source, code=1)

@@ -55,7 +55,9 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
         processor = config["encoder"]["processor"]
         num_beams = int(config["data"].get("num_beams", 1))
     except (KeyError, TypeError, ValueError) as error:
-        raise TrainError(f"{folder} is not a captioner: {error!r}", hint="train one: `synth train`") from None
+        raise TrainError(
+            f"{folder} is not a captioner: {error!r}", hint="pass a folder written by `synth train`"
+        ) from None
     values: dict[str, dict[str, Any]] = {
         "config.json": {
             **config,

@@ -301,7 +301,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         if "image_states" in options and isinstance(self.decoder, _Prefixed) and self.decoder.max_positions:
             max_length = self.decoder.max_positions - options["image_states"].shape[1]
             if input_ids.shape[1] >= max_length:
-                raise ValueError("the prompt leaves no room for a text: ask a shorter question")
+                raise ValueError("the prompt leaves no room for the output: ask a shorter question")
             criteria = options.get("stopping_criteria") or ()
             options["stopping_criteria"] = [*criteria, _AtLastPosition(max_length)]
         if options.get("num_beams", 1) != 1 and options.get("generation_config") is None:
@@ -340,7 +340,7 @@ class SynthCaptionerProcessor(ProcessorMixin):
         images = list(images) if isinstance(images, list | tuple) else [images]
         texts = [text or ""] * len(images) if text is None or isinstance(text, str) else list(text)
         if len(texts) != len(images):
-            raise ValueError(f"there are {len(images)} images and {len(texts)} texts")
+            raise ValueError(f"got {len(images)} images but {len(texts)} texts")
         prompts = [self.prompt(text or "") for text in texts]
         longest = max(map(len, prompts))
         padded = [[self.tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]

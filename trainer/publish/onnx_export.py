@@ -256,7 +256,9 @@ def _keys_and_values(first: DecoderPart, ids_BT: Tensor, states_BND: Tensor) -> 
         _, *past = first(ids_BT, states_BND)
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         kind = getattr(config, "model_type", "")
-        raise TrainError(f"a decoder of the kind {kind} is not exported", hint=DECODER_HINT) from None
+        raise TrainError(
+            f"export to ONNX does not support a decoder of type {kind}", hint=DECODER_HINT
+        ) from None
     return [part.clone() for part in past]
 
 

@@ -28,7 +28,7 @@ class OnnxCaptioner:
     def __init__(self, folder: Path, *, int8: bool = False) -> None:
         files = [folder / "onnx" / f"{part}{INT8_SUFFIX if int8 else ''}.onnx" for part in PARTS]
         if int8 and not files[0].exists():
-            raise ValueError("there are no parts with 8-bit weights: export the captioner with --int8")
+            raise ValueError("there are no int8 weights: export the captioner with --int8")
         self.encoder, self.first, self.following = (
             onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]) for file in files
         )
@@ -51,7 +51,7 @@ class OnnxCaptioner:
         max_tokens, positions = self.config["max_caption_tokens"], self.config.get("text_positions")
         if positions is not None:
             if len(prompt) >= positions:
-                raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room for a text")
+                raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room for the output")
             max_tokens = min(max_tokens, positions - len(prompt))
         eos, texts = self.config["eos_id"], np.zeros((len(pixels), 0), np.int64)
         ended = np.zeros(len(pixels), bool)
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", nargs="+")
     parser.add_argument("--text", default="", help="a style or a question")
-    parser.add_argument("--int8", action="store_true", help="use the parts with 8-bit weights")
+    parser.add_argument("--int8", action="store_true", help="use the int8 weights")
     arguments = parser.parse_args()
     try:
         captioner = OnnxCaptioner(Path(__file__).parent, int8=arguments.int8)
@@ -141,7 +141,7 @@ def main() -> None:
         try:
             print(f"{image}: {captioner.caption([image], arguments.text)[0]}")
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            print(f"{image} cannot be read: {error}", file=sys.stderr)
+            print(f"cannot read {image}: {error}", file=sys.stderr)
             has_failed = True
     sys.exit(has_failed)
 

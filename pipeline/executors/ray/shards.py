@@ -130,7 +130,9 @@ class ShardedRun:
         if self.files not in _CHECKED_FILES:
             if digest(named_files(self.plan)) != self.files:
                 problem = "a worker has different files than the node that runs the command"
-                hint = "copy the prompts, split list, captions, entries and CLIP to the same paths on all nodes"
+                hint = (
+                    "copy the prompts, split list, captions, entries and CLIP to the same paths on all nodes"
+                )
                 raise ClusterError(problem, hint=hint)
             _CHECKED_FILES.add(self.files)
         keep_log_in(self.scratch)

@@ -232,7 +232,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         log = run.scratch / "servers" / f"{socket.gethostname()}-{os.getpid()}.log"
         choice, revision = choose_engine(config, log, NullProgress()), run.plan.requests.revision
         if choice.revision != revision:
-            problem = f"a worker has revision {choice.revision[:12]} of {choice.model}, but the command has {revision[:12]}"
+            problem = f"a worker has {choice.model} {choice.revision[:12]}, but the command {revision[:12]}"
             raise EngineError(problem, hint="use the same model on all nodes, or the same --base-url list")
         return choice
 

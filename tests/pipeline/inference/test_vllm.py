@@ -106,7 +106,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
         ("ValueError: no such model", "exit code 3: ValueError: no such model", "see the log"),
         ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "use less memory"),
         ("ModuleNotFoundError: No module named 'vllm'", "No module named 'vllm'", "SYNTH_VLLM_PYTHON"),
-        ("error: unrecognized arguments: --warp", "exit code 3", "a flag after -- is not one of vLLM's"),
+        ("error: unrecognized arguments: --warp", "exit code 3", "a flag after -- is not a flag of vLLM"),
     ],
 )
 def test_server_that_exits_at_start_is_reported_with_its_last_error(

@@ -245,8 +245,8 @@ SEVERAL = (
     [
         (EN_AND_FR, "", ":fr", {1: "train", 2: "test"}),
         (EN_AND_FR, "", ":de", "has no config de .*it has en, fr"),
-        (EN_AND_FR, "", "", "holds several tables: en, fr .*--source hub:me/mixed:en"),
-        (EN_AND_FR, SEVERAL, "", "holds several tables: english, french .*--source hub:me/mixed:english"),
+        (EN_AND_FR, "", "", "has several configs: en, fr .*--source hub:me/mixed:en"),
+        (EN_AND_FR, SEVERAL, "", "has several configs: english, french .*--source hub:me/mixed:english"),
         (EN_AND_FR, SEVERAL, ":french", {1: "train"}),
         (EN_AND_FR, SEVERAL.replace("fr/train/*", "fr/train/*, default: true"), "", {1: "train"}),
         (EN_AND_FR, SEVERAL.replace("english", "default"), "", {0: "train"}),

@@ -108,9 +108,9 @@ def test_pipes_and_folders_are_rejected_without_waiting(home: Path, place: str) 
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("list.csv", "id,caption\n1,A bowl.\n", "no column of .* names an image: it has id, caption"),
-        ("list.txt", "# nothing\n", "names no image"),
-        ("list.csv", "", "names no image"),
+        ("list.csv", "id,caption\n1,A bowl.\n", "has no column of images: it has id, caption"),
+        ("list.txt", "# nothing\n", "lists no images"),
+        ("list.csv", "", "lists no images"),
         ("list.jsonl", "[1]\n", "a row is not a JSON object"),
         ("list.jsonl", "{\n", "cannot read"),
     ],

@@ -63,7 +63,7 @@ def test_cells_with_different_settings_or_data_have_different_folders() -> None:
     ("changes", "message"),
     [
         ({"settings": {}}, "settings.steps must be the number of steps"),
-        ({"settings": {"steps": 9, "seed": 3}}, "settings.seed is set by the grid"),
+        ({"settings": {"steps": 9, "seed": 3}}, "remove settings.seed: the grid sets it"),
         ({"settings": {"steps": 9, "stepz": 9}}, "unknown config key: stepz"),
         ({"encoders": ["clip"]}, "unknown config key: encoders"),
         ({"seeds": []}, "seeds"),

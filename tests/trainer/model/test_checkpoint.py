@@ -60,6 +60,6 @@ def test_description_reads_every_file(version: Version, clip: str, tmp_path: Pat
 
 
 def test_description_of_a_training_without_captioner(tmp_path: Path) -> None:
-    assert describe_checkpoint(tmp_path) == "a training without files"
+    assert describe_checkpoint(tmp_path) == "a training run without files"
     save_resume(tmp_path, {"run": "r", "step": 1200})
-    assert describe_checkpoint(tmp_path) == "an unfinished training at step 1,200, without a captioner"
+    assert describe_checkpoint(tmp_path) == "an unfinished training run at step 1,200, without a captioner"

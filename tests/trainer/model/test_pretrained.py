@@ -93,7 +93,7 @@ def test_code_in_a_model_is_never_run(
         "class Odd(PreTrainedConfig):\n    model_type = 'odd'\n"
     )
     change(folder, "config.json", model_type="odd", auto_map={"AutoConfig": "code.Odd"})
-    with pytest.raises(TrainError, match="it needs code from its repository, which is never run"):
+    with pytest.raises(TrainError, match="it needs code from its repository, which synth never runs"):
         load(folder)
     assert not (tmp_path / "run").exists()
 
