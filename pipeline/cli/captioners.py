@@ -131,7 +131,7 @@ def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: b
 def serve_captioner(
     captioner: CaptionerName,
     demo: Annotated[
-        bool, Option("--demo", help="Serve a web page to drop photos on, instead of the API; needs Gradio.")
+        bool, Option("--demo", help="Serve a web page instead of the API; needs Gradio.")
     ] = False,
     host: Annotated[str, option("Address to listen on; 0.0.0.0: all addresses.")] = "127.0.0.1",
     port: Annotated[int, option("Port to listen on; 0: any free one.", min=0, max=65535)] = 8200,
@@ -139,7 +139,7 @@ def serve_captioner(
     batch_size: BatchSize = 32,
     num_beams: NumBeams = None,
 ) -> None:
-    """Serve a captioner with OpenAI's chat protocol, or on a page (--demo).
+    """Serve a captioner over an OpenAI-compatible API, or as a web page (--demo).
 
     If SYNTH_API_KEY is set, all requests but /health need this key. The page needs none, and is local.
     """

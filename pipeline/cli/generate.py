@@ -113,7 +113,7 @@ def preview(
     out: Annotated[Path | None, path_option("Dataset folder, as for `generate`.", "data/SOURCE")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Caption a few images, and show their texts and prompts on a small page.
+    """Caption a few images, and show the texts and prompts on a small page.
 
     A later run reuses the replies. Arguments after -- go to the vLLM server.
     """
@@ -132,7 +132,7 @@ def preview(
 def init(
     folder: Annotated[Path | None, Argument(**LOCAL_PATH, help="Target folder.", show_default=".")] = None,
 ) -> None:
-    """Write a commented synth.yaml, the built-in prompts and examples of custom tasks."""
+    """Write a commented synth.yaml, copies of the built-in prompts, and example custom tasks."""
     from pipeline.project import write_project
 
     settings, *folders = write_project(folder or Path())

@@ -73,7 +73,7 @@ def push(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Push a version or a captioner to the Hugging Face Hub: one commit, with a tag that never moves."""
+    """Push a version or a captioner to the Hugging Face Hub as one commit with a permanent tag."""
     from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.dataset.integrity import make_repaired_version
     from pipeline.dataset.manifest import describe_data

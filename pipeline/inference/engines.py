@@ -196,7 +196,7 @@ def _model(config: Config) -> str:
             raise EngineError("the tiny teacher can neither read nor repair captions", hint=hint)
         unknown = [style for style in config.generate.caption_styles if style not in STYLES]
         if unknown:
-            problem = f"the tiny teacher does not know the caption style {unknown[0]}"
+            problem = f"the tiny teacher does not support the caption style {unknown[0]}"
             raise EngineError(problem, hint=f"use {', '.join(STYLES)}, or pass a larger model: --model")
     return model
 

@@ -167,7 +167,8 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     if len(columns.get("question", ())) != len(columns.get("answer", ())):
         hint = "pass both columns: --columns question=COLUMN,answer=COLUMN"
         raise SourceError(
-            f"columns found: question {len(columns.get('question', ()))}, answer {len(columns.get('answer', ()))}",
+            f"columns found: question {len(columns.get('question', ()))}, "
+            f"answer {len(columns.get('answer', ()))}",
             hint=hint,
         )
     if len(columns.get("split", ())) > 1:
