@@ -155,7 +155,7 @@ MISTAKES = (
         add("c.yaml balance: {entries: nowhere.txt}"),
     ),
     Mistake("no vLLM", "generate --source scenes --engine vllm --dry-run", "vLLM is not installed here"),
-    Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher knows drawn scenes and nothing else"),
+    Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher can only describe --source scenes"),
     Mistake("nothing to push", "push --repo me/x", "no dataset under data/"),
     Mistake("nothing to review", "review apply a.jsonl", "no dataset under data/"),
     Mistake("source without --source", "generate scenes", "unexpected argument: scenes (--source scenes?)",
