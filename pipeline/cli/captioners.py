@@ -91,7 +91,7 @@ def caption(
 
 
 def _images_from_stdin() -> Iterator[Path]:
-    """Yield the images that stdin names, by lines or as `find -print0`. Warn about names without an image."""
+    """Yield the images listed on stdin, one per line or as from `find -print0`. Warn about bad names."""
     from trainer.caption_files import find_images
 
     names = sys.stdin.read()
@@ -111,7 +111,7 @@ def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool
 
 
 def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: bool) -> None:
-    """Export a captioner, a checkpoint folder or ORG/NAME on the Hub, to ONNX."""
+    """Export a captioner (a checkpoint folder, or ORG/NAME on the Hub) to ONNX."""
     from pipeline.storage.files import translate_disk_errors
 
     folder = find_checkpoint(captioner)
@@ -141,7 +141,7 @@ def serve_captioner(
 ) -> None:
     """Serve a captioner over an OpenAI-compatible API, or as a web page (--demo).
 
-    If SYNTH_API_KEY is set, all requests but /health need this key. The page needs none, and is local.
+    If SYNTH_API_KEY is set, all requests except /health need this key. The page needs no key, and is local.
     """
     folder = find_checkpoint(captioner)
     title = name or (
@@ -159,7 +159,7 @@ def serve_captioner(
     key = os.environ.get("SYNTH_API_KEY", "")
     if not is_loopback(host) and not key:
         say(f"anyone who reaches {host} can use this captioner: set SYNTH_API_KEY", WARNING)
-    # OpenMP prefers the first thread that uses it: a model that runs where it was loaded is 1.5 times faster.
+    # Run the model in the thread that loaded it. This is 1.5 times faster: OpenMP prefers its first thread.
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
     beams = num_beams or loaded.usual_beams

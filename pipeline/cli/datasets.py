@@ -221,9 +221,9 @@ def report(
     ] = None,
     rows: Annotated[int, option("Number of randomly chosen images to show.", min=1)] = 10_000,
 ) -> None:
-    """Write an HTML report of a dataset and its captioner: one file, which opens without a server.
+    """Write an HTML report on a dataset and its captioner: one file that opens without a server.
 
-    The page can review texts as good, bad or edited. `synth review apply` applies the reviews.
+    On the page, you can mark texts as good, bad or edited. `synth review apply` applies these reviews.
     """
     from pipeline.hub.pull import open_or_download
     from pipeline.report.build import newest_checkpoint, write_report
@@ -244,9 +244,9 @@ def review_apply(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the next version without the bad texts and with the edited ones.
+    """Make the next version without texts reviewed as bad, and with the edited texts.
 
-    Later runs keep the reviews.
+    Later runs apply the reviews again.
     """
     from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.executors.messages import describe_losses

@@ -151,7 +151,7 @@ def serve(
 ) -> None:
     """Run a vLLM server on this machine, for `synth generate --base-url`, until Ctrl-C.
 
-    It listens on loopback. The key is SYNTH_API_KEY, or a random one. Arguments after -- go to vLLM.
+    It listens on loopback. The API key is SYNTH_API_KEY, or a random key. Arguments after -- go to vLLM.
     """
     from pipeline.config.sections import ServerConfig
     from pipeline.inference.engines import serve_model

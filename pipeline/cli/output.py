@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def last_dataset() -> Path:
-    """Return the dataset folder that was made last, and print its path. Raise StoreError if there is none."""
+    """Return the dataset folder made last, and print its path. Raises StoreError if there is none."""
     from pipeline.dataset.directory import last_made
 
     folder = last_made()
@@ -30,7 +30,7 @@ def last_dataset() -> Path:
 
 
 def find_checkpoint(captioner: str) -> Path:
-    """Return the folder of a captioner, local or of the Hub. Print a note if its training was interrupted."""
+    """Return a captioner's folder, local or from the Hub. Print a note if its training is not finished."""
     from trainer.runtime.checkpoint_folder import find_captioner
 
     folder = find_captioner(captioner)
@@ -40,7 +40,7 @@ def find_checkpoint(captioner: str) -> Path:
 
 
 def note_training_data(captioner: Path, version: "Version", split: str = "test") -> None:
-    """Print a note if a captioner was trained on the images of a split, or on other data than a version."""
+    """Print a note if a captioner was trained on the images of this split, or not on this version."""
     from trainer.runtime.checkpoint_folder import read_data_digest
 
     if read_data_digest(captioner) != version.manifest["digest"]:
@@ -52,7 +52,7 @@ def note_training_data(captioner: Path, version: "Version", split: str = "test")
 
 
 def note_previews(version: "Version", path: Path | None = None) -> None:
-    """Print a note if a version is a preview, or an older one that `path` does not name explicitly."""
+    """Print a note if a version is a preview, or if `path` names no version and there is a newer preview."""
     from pipeline.dataset.directory import DatasetDir, split_version
 
     if version.is_preview:
@@ -66,7 +66,7 @@ def note_previews(version: "Version", path: Path | None = None) -> None:
             for other in DatasetDir(version.dataset_dir).versions()
             if other > version and other.is_preview
         ]
-    except SynthError:  # another version is damaged, and is not used here
+    except SynthError:  # a version that is not used here is damaged
         return
     if later:
         preview = later[-1].name
@@ -121,7 +121,7 @@ def print_preview(preview: "Preview") -> None:
 
 
 def print_scores(metrics: Mapping[str, Any]) -> None:
-    """Print scores next to those with shuffled images."""
+    """Print scores next to the scores with shuffled images."""
     beams, style, reference = metrics["num_beams"], metrics["style"], metrics["against"]
     say(f"{metrics['split']}: {metrics['images']} images, {style} captions, scored against {reference}")
     say(f"  captions written {'greedily' if beams == 1 else f'with {beams} beams'}")
@@ -151,7 +151,7 @@ def print_run_result(
 ) -> None:
     """Print the steps, requests and warnings of a run to stderr, and the resulting version to stdout.
 
-    JSON also contains the warnings that the progress has `shown`.
+    The JSON also contains the warnings that were `shown` during the run.
     """
     from pipeline.config import NO_MODEL
     from pipeline.dataset.integrity import missing_files
@@ -210,7 +210,7 @@ def _print_requests(stats: "RequestStats", server: "ServerConfig | None") -> Non
 
 
 def say(text: str, style: str = "") -> None:
-    """Print a message to stderr, in a style of rich on terminals."""
+    """Print a message to stderr. On terminals, use a `rich` style."""
     text = printable(text)
     if style and sys.stderr.isatty():
         from rich.console import Console
@@ -221,13 +221,13 @@ def say(text: str, style: str = "") -> None:
 
 
 def show(values: dict[str, Any], as_json: bool, key: str) -> None:
-    """Print data to stdout: all of it as JSON, or the one value that scripts use."""
+    """Print to stdout: all values as JSON, or only the value of `key` for scripts."""
     value = values if as_json else values[key]
     echo(value if isinstance(value, str) else json.dumps(value))
 
 
 def echo(text: object) -> None:
-    """Print data to stdout. Escape control characters: model texts and file names are untrusted."""
+    """Print data to stdout with control characters escaped: model texts and file names are untrusted."""
     try:
         typer.echo(printable(str(text)))
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""The command `push`: send a version, a captioner or a page for a captioner to the Hub."""
+"""The command `push`: send a version, a captioner or a captioner's demo page to the Hub."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -136,7 +136,7 @@ def push(
 
 
 def _require_card_values(license_: str | None, license_link: str | None, language: str | None) -> None:
-    """Raise BadParameter for a value that a card cannot hold."""
+    """Raise BadParameter for a value that is invalid in a card."""
     from pipeline.config.sections import LANGUAGE, LICENSE, PATTERNS
 
     link = r"https?://[^\s\"'<>]{1,500}"
@@ -151,7 +151,7 @@ def _require_card_values(license_: str | None, license_link: str | None, languag
 def _packed(
     version: "Version", repo: str, formats: Sequence[str], choices: dict[str, Any]
 ) -> Iterator["Package"]:
-    """Yield the package of a version with its exports in other formats, and print its rows and licenses."""
+    """Yield the package of a version, including exports in other formats. Print its rows and licenses."""
     from pipeline.dataset.card import card_licenses
     from pipeline.formats.export import export_version
     from pipeline.hub.package import build_package
@@ -180,7 +180,7 @@ def _packed(
 def push_captioner(
     folder: Path, repo: str, space: str | None, *, private: bool | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Push a captioner and, if `space` is named, a Space that loads exactly the pushed commit."""
+    """Push a captioner and, if `space` is given, a Space that loads exactly the pushed commit."""
     from trainer.publish.captioner_package import package_captioner, package_space
 
     package = package_captioner(folder, repo)
@@ -193,9 +193,9 @@ def push_captioner(
 def send(
     package: "Package", repo: str, *, private: bool | None, dry_run: bool, as_json: bool | None = None
 ) -> "PushResult | None":
-    """Push a package, and print its files and its address. With `dry_run` send nothing.
+    """Push a package, and print its files and its URL. With `dry_run`, send nothing.
 
-    The result goes to stdout. If `as_json` is None, it goes to stderr, since stdout has another result.
+    The result goes to stdout. If `as_json` is None, it goes to stderr, because stdout gets another result.
     """
     from pipeline.hub.push import push_package
 

@@ -1,6 +1,6 @@
-"""The options of a run, defined once for `generate` and `preview`.
+"""The options of a run, which `generate` and `preview` share.
 
-`--help` shows the options that most runs need, `--help-all` shows all of them.
+`--help` shows the options that most runs need. `--help-all` shows all options.
 """
 
 import inspect
@@ -33,7 +33,7 @@ METAVARS: dict[Any, str] = {int: "N", Path: "FILE", list[Path]: "FILE"}
 
 @dataclass(frozen=True, slots=True)
 class RunOption:
-    """An option that sets a key of the settings: to `value` if it is a flag, else to `read(argument)`."""
+    """An option that sets a key of the settings. A flag sets it to `value`, others to `read(argument)`."""
 
     flag: str
     kind: Any
@@ -41,7 +41,7 @@ class RunOption:
     help: str
     setting: str = ""  # such as `generate.samples`; by default the name of the flag
     metavar: str | None = None
-    default: str | None = None  # a description; the value is in the settings
+    default: str | None = None  # describes the default in the help; the value is in the settings
     min: int | None = None
     max: int | None = None
     value: Any = None
@@ -50,7 +50,7 @@ class RunOption:
 
     @property
     def name(self) -> str:
-        """The name of the parameter of the command."""
+        """The name of the command's parameter."""
         return self.flag.removeprefix("--").replace("-", "_")
 
     @property
@@ -60,7 +60,7 @@ class RunOption:
 
     @property
     def parameter(self) -> inspect.Parameter:
-        """The parameter of the command, as Typer reads it."""
+        """The command's parameter, as Typer reads it."""
         option = Option(
             self.flag,
             help=self.help,
@@ -83,7 +83,7 @@ def _read_columns(text: str) -> dict[str, str]:
 
 
 def _only_source(names: list[str]) -> str:
-    """Return the one source. Raise ConfigError for several: all but the last would be ignored."""
+    """Return the only source. Raises ConfigError if there are several."""
     if len(names) > 1:
         hint = "run once for each with its own --out, or put the images into one folder or one list"
         raise ConfigError(
@@ -189,7 +189,7 @@ CONFIG = Option(metavar="FILE", help="YAML file of settings; options override it
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """The settings of a run with their origins: the file, and the option that set a key."""
+    """The settings of a run, the file, and for each key the option that set it."""
 
     config: "Config"
     file: Path | None
@@ -197,7 +197,7 @@ class RunSettings:
 
 
 def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOption, Any]) -> RunSettings:
-    """Merge options, file and defaults. Raises ConfigError."""
+    """Merge options, file and defaults. Raises ConfigError if a setting is invalid."""
     from pipeline.config.files import resolve
 
     settings: dict[str, Any] = {}
@@ -231,7 +231,7 @@ HELP_ALL = Option("--help-all", is_eager=True, callback=_show_all_options, help=
 
 
 def with_run_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with the options of a run. It receives the merged settings as `settings`."""
+    """Return a command that has the options of a run, and gets the merged settings as `settings`."""
     parameters = inspect.signature(command).parameters
     own = [parameter for name, parameter in parameters.items() if name != "settings"]
 

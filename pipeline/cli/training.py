@@ -77,7 +77,7 @@ def train(
 ) -> None:
     """Train a captioner on a version, and score it on the test split.
 
-    Before the first step, it prints the number of trained weights, the time and the memory that it needs.
+    Before the first step, it prints the number of trainable parameters, and the expected time and memory.
     """
     from trainer.config import resolve
 
@@ -93,7 +93,7 @@ def train(
     options |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed}
     options |= {"preset": preset}
     if not resume:
-        resolve(config, **options)  # report mistakes before data is downloaded
+        resolve(config, **options)  # report invalid settings before data is downloaded
     version = open_data(data, images)
 
     from trainer.launch import train as train_captioner  # imports torch, which takes seconds
@@ -102,7 +102,7 @@ def train(
         result = train_captioner(
             version, config, out=out, resume=resume, tensorboard=tensorboard, progress=progress, **options
         )
-    if result.metrics:  # only in the first of several processes
+    if result.metrics:  # only the first of several processes has metrics
         print_scores(result.metrics)
         show(result.metrics | {"path": str(result.path)}, as_json, "path")
 
@@ -134,7 +134,7 @@ def evaluate(
     loaded = load_checkpoint(checkpoint)
     note_training_data(checkpoint, version, split)
     if captions:
-        # Fail before minutes of scoring, and keep the captions of the last evaluation.
+        # If the file cannot be written, fail before scoring starts. Keep the captions of the last evaluation.
         with translate_disk_errors(captions):
             captions.parent.mkdir(parents=True, exist_ok=True)
             captions.open("a").close()

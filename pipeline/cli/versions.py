@@ -22,7 +22,7 @@ LastMade = Annotated[
 
 
 def _open_dataset(path: Path, *, is_local: bool = False) -> "DatasetDir":
-    """Return the dataset folder at a path. Raise StoreError if there is none, or it is not local."""
+    """Return the dataset folder at a path. Raises StoreError if it does not exist or is not local."""
     from pipeline.dataset.directory import RUN_FILE, DatasetDir, find_dataset, split_version
     from pipeline.errors import StoreError
 
@@ -45,13 +45,13 @@ def _open_dataset(path: Path, *, is_local: bool = False) -> "DatasetDir":
 
 
 def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
-    """List the versions of a dataset, oldest first, with rows, size, parent, digest, tags and pushes."""
+    """List the versions of a dataset with rows, size, parent, digest, tags and pushes, oldest first."""
     from pipeline.dataset.directory import read_tags
     from pipeline.storage.files import translate_disk_errors
 
     dataset = _open_dataset(data or last_dataset())
     with translate_disk_errors(dataset.path):
-        # Without any version, `version` raises the error that names the reason.
+        # If there is no version, `version` raises an error that gives the reason.
         versions = dataset.versions() or [dataset.version()]
         rows, pushes, tags = (
             [version.summary() for version in versions],
@@ -88,7 +88,7 @@ def versions_tag(
     delete: Annotated[bool, Option("--delete", help="Remove the tag, but keep the version.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tag a version. Other commands accept the tag, and the version cannot be removed."""
+    """Tag a version. Other commands accept the tag, and a tagged version cannot be removed."""
     from pipeline.dataset.directory import read_tags, require_tag_name, write_tags
     from pipeline.errors import StoreError
     from pipeline.storage.files import translate_disk_errors
@@ -148,7 +148,7 @@ def versions_gc(
     dry_run: Annotated[bool, Option("--dry-run", help="List the files, but remove nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove unused images, leftovers of killed commands, and hidden states, which `train` computes again."""
+    """Remove unused images, files of killed commands, and stored hidden states (`train` recomputes them)."""
     from pipeline.dataset.directory import only_made
     from pipeline.dataset.removal import find_leftovers, remove_images, remove_leftovers, remove_remade
     from pipeline.storage.files import translate_disk_errors

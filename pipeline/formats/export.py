@@ -1,6 +1,6 @@
-"""Export a version to files for another tool, or write its captions next to the user's own images.
+"""Export a version in a format for another tool, or write its captions next to the user's own images.
 
-An unfinished export is in a hidden folder next to its final place.
+An export is written to a hidden folder next to its destination, and renamed when it is complete.
 """
 
 import os
@@ -29,7 +29,7 @@ CHECKSUMS = "SHA256SUMS"
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The folder of an export, and the numbers of images with and without texts for its format."""
+    """The folder of an export, the number of exported images, and the number of images `without_text`."""
 
     folder: Path
     images: int
@@ -45,12 +45,12 @@ def export_version(
     splits: Iterable[str] = SPLITS,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a version to a new folder, in PARQUET or one of FORMATS. `style` selects captions.
+    """Write a version to a new folder, as PARQUET or in one of FORMATS. `style` selects captions.
 
-    Raise ConfigError if the folder exists or is in use, or there is nothing to write in this format.
+    Raises ConfigError if the folder exists or is in use, or if there is nothing to write in this format.
     """
     report, splits = progress or NullProgress(), tuple(splits)
-    # This also refuses names such as `.`, whose parent cannot hold the lock.
+    # This also refuses names such as `.`, for which no lock file can be created.
     _require_new(out)
     busy = ConfigError(f"another process is exporting to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def _require_new(out: Path) -> None:
 
 
 def _check_export(version: Version, kind: str, style: str | None, splits: tuple[str, ...]) -> int:
-    """Return the number of rows to export. Raise ConfigError if there is nothing to export."""
+    """Return the number of rows to export. Raises ConfigError if there is nothing to export."""
     captions = version.manifest["measured"].get("captions", {})
     if style is not None and style not in captions:
         hint = f"styles of its captions: {', '.join(captions) or 'none'}"
@@ -116,9 +116,9 @@ def write_beside(
     existing: Existing = "refuse",
     progress: Progress | None = None,
 ) -> Exported:
-    """Write captions as text files next to the user's own images, which are checked by their bytes.
+    """Write captions as text files next to the user's own images, after checking the bytes of the images.
 
-    Raise ConfigError, before any write, if an image has changed, or text files exist and must not change.
+    Raises ConfigError before the first write if an image has changed, or if `existing` forbids a write.
     """
     report = progress or NullProgress()
     captions = list(_read_own_images(version, folder, style))
@@ -151,7 +151,7 @@ def _read_own_images(version: Version, folder: Path, style: str | None) -> Itera
 
 
 def _path_of_row(folder: Path, name: str) -> Path:
-    r"""Return the file of a row of a folder source, whose name has bytes that are not UTF-8 as \xNN."""
+    r"""Return the file of a row from a folder source. In `name`, \xNN stands for a byte that is not UTF-8."""
     path = folder / name
     if os.path.lexists(path):
         return path

@@ -1,4 +1,4 @@
-"""The rows of a version as exports read them: an image with its texts and values."""
+"""Read the rows of a version for an export: each an image with its texts and values."""
 
 import hashlib
 import re
@@ -14,14 +14,14 @@ from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, REFERENCE_QA, SPLITS
 
 ITEM_BATCH = 64  # images in memory
 _ID = re.compile(r"[0-9a-f]{64}")
-_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: several JPEGs of a camera in one file
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: several JPEGs from a camera in one file
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """An image of a version with its texts and values."""
 
-    name: str  # file name without suffix: the sample's id
+    name: str  # file name without suffix: the sample id
     suffix: str
     split: str
     image: bytes
@@ -36,7 +36,9 @@ class Item:
     references: Sequence[str]
     reference_qa: Sequence[dict[str, Any]] = ()  # human questions with all answers
     values: dict[str, Any] = field(default_factory=dict)  # values of custom tasks, by name
-    boxes: Sequence[dict[str, Any]] | None = None  # boxes of custom tasks; None if no task was answered
+    boxes: Sequence[dict[str, Any]] | None = (
+        None  # boxes from custom tasks; None if the model answered no such task
+    )
     pairs: Sequence[tuple[str, str, str]] = ()  # (style, best caption, worst caption)
 
     @property
@@ -49,14 +51,14 @@ class Item:
         return BY_PEOPLE if text in self.human_texts else BY_MODEL
 
     def caption(self, style: str | None) -> str | None:
-        """Return the caption of a style, by default the preferred caption; None without such a caption."""
+        """Return the caption in a style (None: the preferred one), or None if there is no such caption."""
         if style:
             return next((text for name, text in self.captions if name == style), None)
         return preferred_caption(self.captions)
 
 
 def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Item]:
-    """Yield the images of a version, in order. Raise ConfigError if it has no pixels, or holds decks."""
+    """Yield the images of a version in order. Raises ConfigError for decks, or without images."""
     columns = version.manifest["columns"]
     if "image" not in columns and "pages" in columns:
         hint = "use a version of single images"
@@ -79,7 +81,7 @@ def no_pixels_error(version: Version) -> ConfigError:
 def _make_item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
     sample_id = row["sample_id"]
     captions, questions = row.get("captions") or (), row.get("qa") or ()
-    # In an untrusted version, an id may be anything, even a path.
+    # In an untrusted version, an id may be any string, even a path.
     is_safe = _ID.fullmatch(sample_id)
     name = sample_id if is_safe else hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
     try:

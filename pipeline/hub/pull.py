@@ -1,4 +1,4 @@
-"""Download a version from the Hub or an object store once, check it against its manifest, and open it."""
+"""Open a version on the Hub or in an object store: download it once, and check it against its manifest."""
 
 from functools import partial
 from pathlib import Path
@@ -33,15 +33,15 @@ DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, REJECTIONS_FILE, *(f"{split}-*.parquet
 
 
 def is_hub_name(text: str) -> bool:
-    """Return whether a text is ORG/NAME or ORG/NAME@VERSION, and not the path of a local dataset."""
+    """Return whether a string is ORG/NAME or ORG/NAME@VERSION, and not the path of a local dataset."""
     return bool(HUB_NAME.fullmatch(text)) and not split_version(Path(text))[0].exists()
 
 
 def pull_version(name: str) -> Version:
-    """Download ORG/NAME@VERSION into the Hub's cache, once, and check every file.
+    """Download ORG/NAME@VERSION into the Hub's cache if it is not there, and check every file.
 
-    VERSION is a tag (default: the newest), a branch or a commit. Raise StoreError if the version does not
-    exist, is damaged, or is neither reachable nor in the cache.
+    VERSION is a tag, a branch or a commit. The default is the newest tag. Raises StoreError if the version
+    does not exist, is damaged, or is neither reachable nor in the cache.
     """
     if not (match := HUB_NAME.fullmatch(name)):
         raise StoreError(f"not a dataset name on the Hub: {name}", hint="use ORG/NAME@v1.0.0")
@@ -57,7 +57,7 @@ def pull_version(name: str) -> Version:
         try:
             version = read_version(Path(fetch()))
             damage = find_damage(version)
-            # A normal download would link the damaged files of the cache again.
+            # A normal download would reuse the damaged files in the cache.
             if damage:
                 version = read_version(Path(fetch(force_download=True)))
                 damage = find_damage(version)
@@ -72,9 +72,9 @@ def pull_version(name: str) -> Version:
 
 
 def open_or_download(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
-    """Open a local version (see `open_dataset`), or one in an object store, which is downloaded once.
+    """Open a local version as `open_dataset` does, or download a version from an object store once.
 
-    Raise StoreError if the version does not exist or is damaged, or the store refuses.
+    Raises StoreError if the version does not exist or is damaged, or the object store refuses access.
     """
     if path is None or not is_remote(path):
         return open_dataset(path, version, previews=previews)
@@ -95,7 +95,7 @@ def open_or_download(path: Path | None, version: str | None = None, *, previews:
 
 
 def _require_origin(origin: str, home: DatasetDir) -> None:
-    """Raise StoreError if a folder has versions of another origin with the same folder name."""
+    """Record where a folder's versions come from. Raises StoreError if it has versions from elsewhere."""
     file = home.path / "origin.json"
     known = read_json(file)["origin"] if file.exists() else None
     if known not in (None, origin) or (known is None and home.versions()):
@@ -121,7 +121,7 @@ def _download(remote: Version, home: DatasetDir, final: Path) -> None:
 
 
 def _tags(repo: str) -> list[str]:
-    """Return the version tags on the Hub, or offline those in the cache, oldest first."""
+    """Return the version tags on the Hub, oldest first. Without a connection, use the tags in the cache."""
     try:
         names = [ref.name for ref in HfApi().list_repo_refs(repo, repo_type="dataset").tags]
     except (errors.OfflineModeIsEnabled, httpx2.TransportError):

@@ -1,7 +1,7 @@
 """Push a version or a model to the Hugging Face Hub in one commit, with a tag that never moves.
 
-Readers of the Hub see the old version or the new one, never a mixture. Every attempt first reads the state of
-the repository, and continues where an interrupted attempt stopped.
+Readers see either the old version or the new one, never a mixture. Every attempt first reads the state of
+the repository, and resumes an interrupted attempt.
 """
 
 import json
@@ -34,16 +34,16 @@ from pipeline.progress import NullProgress, Progress
 MAX_ATTEMPTS = 6
 MAX_PAUSE_S = 330.0  # the Hub's rate limits apply to windows of five minutes
 RETRIED_STATUSES = (408, 409, 412, 429, 500, 502, 503, 504)
-# Keys of a manifest that the user states about the data.
+# Manifest keys whose values the user states about the data.
 STATED_KEYS = ("license", "license_link", "title", "language", "acknowledged")
-NEW_REPO_FILES = (".gitattributes", "README.md")  # files that the Hub may put into a new repository
+NEW_REPO_FILES = (".gitattributes", "README.md")  # files that the Hub may add to a new repository
 _LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 _TAG_HINT = "tags never move: make a new version, or push to another repository"
 
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """A package on the Hub. `is_new` is False if the tag existed before."""
+    """A package on the Hub. `is_new` is False if the tag already existed."""
 
     repo: str
     url: str
@@ -55,7 +55,7 @@ class PushResult:
 
 
 class DamagedPushError(PushError):
-    """Raised if `files` on the Hub differ from the manifest of their version."""
+    """Raised when `files` of a package on the Hub do not match its manifest."""
 
     def __init__(self, repo: str, package: Package, files: list[str]) -> None:
         hint = "tags never move: push to a new repository"
@@ -67,7 +67,7 @@ class DamagedPushError(PushError):
 
 
 def check_repo_name(repo: str) -> None:
-    """Raise PushError if a name is not valid for a repository."""
+    """Raise PushError if the name of a repository is invalid."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -80,9 +80,9 @@ def check_repo_name(repo: str) -> None:
 def push_package(
     package: Package, repo: str, *, private: bool = False, progress: Progress | None = None
 ) -> PushResult:
-    """Push a package and tag its commit. Raise PushError if the Hub refuses or has other content."""
+    """Push a package and tag its commit. Raises PushError if the Hub refuses or the tag differs."""
     check_repo_name(repo)
-    # Limit the memory of an upload: Xet then uploads one block of 64 MB while it fills the next.
+    # Limit the memory that an upload needs: Xet uploads one block of 64 MB while it fills the next.
     os.environ.setdefault("HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY", "1")
     os.environ.setdefault("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "1")
     os.environ.setdefault("HF_XET_DATA_INGESTION_BLOCK_SIZE", "1mb")
@@ -92,7 +92,7 @@ def push_package(
         try:
             return _push(api, package, repo, private=private, progress=progress or NullProgress())
         except RuntimeError as error:
-            # Uploads by LFS wrap the error of a request.
+            # LFS uploads wrap the error of the request in a RuntimeError.
             raise (error.__cause__ or error) from None
 
     try:
@@ -124,13 +124,13 @@ def _retry(attempt: Callable[[], PushResult]) -> PushResult:
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in RETRIED_STATUSES
-    # A ConnectError means that no server listens.
+    # A ConnectError means that no server is listening.
     is_broken = isinstance(error, ConnectionError | TimeoutError | httpx2.TransportError)
     return is_broken and not isinstance(error, httpx2.ConnectError)
 
 
 def _pause_s(error: Exception, number: int) -> float:
-    # The header of a 429 ends with the seconds until the window ends: "api";r=0;t=1
+    # This header of a 429 response ends with the seconds until the window resets: "api";r=0;t=1
     header = error.response.headers.get("ratelimit", "") if isinstance(error, HfHubHTTPError) else ""
     reset = header.rpartition("t=")[2]
     if re.fullmatch("[0-9]{1,9}", reset):
@@ -159,7 +159,7 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
 
 
 def _changed_statements(package: Package, remote: dict[str, Any]) -> str:
-    """Return a warning if the Hub has other values of STATED_KEYS for this version, or ""."""
+    """Return a warning if values of STATED_KEYS differ on the Hub for this version, or "" if not."""
     names = [n for n in STATED_KEYS if n in package.manifest and package.manifest[n] != remote.get(n)]
     if not names or package.kind != "dataset":
         return ""
@@ -169,7 +169,7 @@ def _changed_statements(package: Package, remote: dict[str, Any]) -> str:
 
 
 def _edited_card_warning(api: HfApi, package: Package, repo: str, head: str, earlier: str | None) -> str:
-    """Return a warning if the card at `head` differs from that of the `earlier` push, or ""."""
+    """Return a warning if the card at `head` differs from the card of the `earlier` push, or "" if not."""
     if earlier is None:
         return ""
     blobs = []
@@ -184,13 +184,13 @@ def _edited_card_warning(api: HfApi, package: Package, repo: str, head: str, ear
 def _commit(
     api: HfApi, package: Package, repo: str, tags: dict[str, str], progress: Progress
 ) -> tuple[str, str]:
-    """Upload large files, then commit on top of the head that was read; return commit id and warning."""
+    """Upload large files, and commit on top of the current head. Return the commit id and a warning or ""."""
     head = str(api.repo_info(repo, repo_type=package.kind).sha)
     remote = _remote_manifest(api, package, repo, head)
     files = set(api.list_repo_files(repo, repo_type=package.kind, revision=head))
     if remote and remote["version"] == package.name:
         _require_same(package, remote, repo)
-        # Without a tag, an earlier push was interrupted between its commit and its tag.
+        # The tag is missing because an earlier push was interrupted between its commit and its tag.
         if not _changed_statements(package, remote):
             return head, ""
     is_dataset = package.kind == "dataset"
@@ -204,8 +204,8 @@ def _commit(
             f"{repo} has files that synth did not push", hint="push to a new or an empty repository"
         )
     warning = _edited_card_warning(api, package, repo, head, tags.get(remote.get("version", "")))
-    # Each attempt needs new operations: they remember the files of the branch at their upload, and would drop
-    # a file as unchanged if the branch has changed since.
+    # Each attempt needs new operations. An operation remembers the branch at its upload, and would skip a
+    # file as unchanged although the branch has changed since.
     additions = [CommitOperationAdd(path, content) for path, content in package.files.items()]
     large = [addition for addition in additions if isinstance(addition.path_or_fileobj, str)]
     for done, addition in enumerate(large):
@@ -237,7 +237,7 @@ def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:
 
 
 def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> dict[str, Any]:
-    """Return the manifest at a revision, or {} if there is none of synth."""
+    """Return the manifest at a revision, or {} if synth wrote no manifest there."""
     if not api.file_exists(repo, "manifest.json", repo_type=package.kind, revision=revision):
         return {}
     path = hf_hub_download(repo, "manifest.json", repo_type=package.kind, revision=revision)
@@ -252,7 +252,7 @@ def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> 
 
 
 def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, Any]:
-    """Compare the files on the Hub with their manifest, and return it. Raise DamagedPushError."""
+    """Return the manifest on the Hub. Raises DamagedPushError if a file on the Hub does not match it."""
     manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
     rejections = {REJECTIONS_FILE: manifest["rejections"]} if "rejections" in manifest else {}

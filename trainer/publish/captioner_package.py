@@ -16,7 +16,7 @@ from trainer.tokenizer import preferred_style
 HERE = Path(__file__).parent
 PROJECT_DIR = HERE.parents[1]
 MODULE = "modeling_synth_captioner"
-# Published files have copies of these definitions in place of the imports from this project.
+# In published files, copies of these definitions replace the imports from this project.
 DEFINITIONS = {
     "pipeline.images.upright": "BAND_PX upright_rgb over_white",
     "trainer.model.decoder": (
@@ -27,7 +27,7 @@ DEFINITIONS = {
         "ANSWER STYLES preferred_style preferred_source choose_prompt prompt_parts prompt_ids"
     ),
 }
-# Imports that the copied definitions need, by the module that they come from.
+# Imports that the copied definitions need, by the module that contains the definitions.
 NEEDED_IMPORTS = {
     "trainer.tokenizer": "from collections.abc import Callable\n",
     "pipeline.images.upright": "from PIL import ImageOps\n",
@@ -41,7 +41,7 @@ HEADER = "# Written by `synth push`. This file needs torch, transformers and Pil
 
 
 def transformers_files(folder: Path) -> dict[str, bytes]:
-    """Return the files, by name, that transformers needs to load a checkpoint folder, config.json included.
+    """Return the files that transformers needs to load a checkpoint folder, including config.json, by name.
 
     Raises TrainError if the folder is not a captioner.
     """
@@ -96,14 +96,14 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
 
 
 def page_options(prompts: list[tuple[str, str]]) -> tuple[list[str], bool]:
-    """Return the styles of a captioner, the default first, and whether it answers questions."""
+    """Return the styles of a captioner (the default first), and whether it answers questions."""
     default = preferred_style(prompts)
     styles = list(dict.fromkeys([default, *(style for _, style in prompts if style)])) if default else [""]
     return styles, any(not style for _, style in prompts)
 
 
 def standalone_source(name: str) -> str:
-    """Return the source of a module of this folder, with definitions in place of imports from the project."""
+    """Return the source of a module in this folder, with definitions in place of imports from the project."""
     source = (HERE / f"{name}.py").read_text(encoding="utf-8")
     needed_imports = ""
     for module, names in DEFINITIONS.items():
@@ -127,7 +127,7 @@ def _source_of(text: str, node: ast.stmt) -> str:
 
 
 def package_captioner(folder: Path, repo: str) -> Package:
-    """Return the package of a checkpoint folder to push. Raises TrainError for a damaged captioner."""
+    """Return the package to push for a checkpoint folder. Raises TrainError if the captioner is damaged."""
     if (folder / "model.safetensors").is_file():
         from trainer.model.checkpoint import load_checkpoint  # imports torch
 
@@ -136,7 +136,7 @@ def package_captioner(folder: Path, repo: str) -> Package:
 
 
 def package_space(package: Package, folder: Path, repo: str, revision: str) -> Package:
-    """Return the package of a Space that shows the captioner of a checkpoint folder, pushed to `repo`."""
+    """Return the package of a Space for the captioner in `folder`, which was pushed to `repo`."""
     styles, answers = page_options(read_json(folder / "config.json")["prompts"])
     about = {"model": repo, "revision": revision, "styles": styles, "answers": answers}
     header = {
