@@ -185,7 +185,7 @@ class TaskConfig(Section):
 
 def _require_order(min_name: str, least: int | None, max_name: str, most: int | None) -> None:
     if least is not None and most is not None and least > most:
-        raise ValueError(f"{min_name} is {least}, and {max_name} {most}: no text has such a length")
+        raise ValueError(f"{min_name} is {least}, but {max_name} is {most}: no text has such a length")
 
 
 def task_names(entries: Any) -> Any:
