@@ -144,7 +144,7 @@ def _close(schema: Any, position: _Position) -> Schema:
     if kind == "array":
         if "items" not in closed or closed.get("minItems", 0) > MAX_ITEMS:
             raise UnusableSchemaError(
-                f"{path} is a list without `items`, or with `maxItems` over {MAX_ITEMS}"
+                f"{path} is a list without `items`, or with `minItems` over {MAX_ITEMS}"
             )
         return closed | {"items": _close(closed["items"], position.within("[]"))}
     if "enum" in closed and len({*closed["enum"]}) < len(closed["enum"]):

@@ -32,7 +32,7 @@ FULL = OSError(errno.ENOSPC, "No space left")
         (errors.OfflineModeIsEnabled("x"), SILENT, OFFLINE),
         (httpx2.ConnectError("x"), SILENT, OFFLINE),
         (TimeoutError(), SILENT, OFFLINE),
-        (FULL, f"cannot fetch {NAME}: [Errno 28] No space left", "the disk has room"),
+        (FULL, f"cannot fetch {NAME}: [Errno 28] No space left", "the disk is writable and has free space"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

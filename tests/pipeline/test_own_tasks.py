@@ -65,7 +65,7 @@ def text_task(prompt: str) -> str:
         (text_task("{{ results.ocr }}"), "uses results.ocr, which is not in the needs of its task"),
         ("{name: t, kind: text, prompt: a, needs: [ocr]}", "t needs ocr, which this run does not have"),
         ("{name: t, kind: text, prompt: a, needs: [t]}", "circular dependency between tasks: t"),
-        (text_task("{{ row }}"), "cannot be rendered: name one of its values"),
+        (text_task("{{ row }}"), "cannot be rendered: use one of its values"),
         (text_task("{{ [1, 2] | random }}"), "the prompt t cannot be rendered: No filter named 'random'"),
         (text_task("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), "maximum recursion depth"),
         ("{name: alt_x, kind: caption, prompt: a}", "is the name of a built-in task or of a caption style"),

@@ -40,7 +40,7 @@ def test_captioner_of_other_settings_is_not_overwritten(version: Version, tmp_pa
     config = plan(version).config
     write_json(tmp_path / "train.json", config.model_copy(update={"seed": 7}).model_dump(mode="json"))
     write_json(tmp_path / "metrics.json", {})
-    with pytest.raises(ConfigError, match="holds a captioner of other settings"):
+    with pytest.raises(ConfigError, match="has a captioner trained with other settings"):
         plan(version, tmp_path)
     assert plan(version, tmp_path, seed=7).folder == tmp_path
 
@@ -51,11 +51,11 @@ def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path:
         folder = tmp_path / name.partition(".")[0].replace("/", "-")
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("{}")
-        with pytest.raises(ConfigError, match="holds other files"):
+        with pytest.raises(ConfigError, match="has other files"):
             plan(version, folder)
     (tmp_path / "config" / "train.json").write_text('{"lr": 1}')
     for folder in (tmp_path / "config", version.dataset_dir, version.path):
-        with pytest.raises(ConfigError, match="holds other files"):
+        with pytest.raises(ConfigError, match="has other files"):
             plan(version, folder)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".lock").touch()

@@ -99,7 +99,7 @@ def test_exports_are_pushed_in_same_commit_but_not_added_to_a_tag(hub: RunningHu
     assert reader.json("push", "d", "--repo", "me/also", "--also", "webdataset")["commit"] == pushed["commit"]
     reader.synth("push", "d", "--repo", "me/plain")
     for repository, options, complaint in (
-        ("me/also", ("dpo,webdataset",), "no pairs of a better and a worse caption"),
+        ("me/also", ("dpo,webdataset",), "no preference pairs"),
         ("me/plain", ("cauldron",), "already has v1.0.0 without cauldron"),
         ("me/none", ("cauldron", "--no-images"), "cauldron would contain the images, which are not pushed"),
     ):
@@ -198,7 +198,7 @@ def test_invalid_push_is_refused_and_dry_run_sends_nothing(maker: User, hub: Run
     unfinished = maker.synth("push", "half", "--repo", "me/x", code=1).stderr
     assert "is not a finished training run: it lacks config.json" in unfinished
     refused = maker.synth(*TRAIN, "--text-source", "mixed", code=1).stderr
-    assert "holds a captioner of other settings" in refused
+    assert "has a captioner trained with other settings" in refused
 
 
 def test_version_is_made_again_from_manifest_and_journal(maker: User, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_killed_run_with_image_count_resumes(tmp_path: Path) -> None:
     ("share", "more", "rows", "message"),
     [
         (0.4, {"images": 20, "limit": 20}, range(6, 19), "--limit allows no more"),
-        (0.99, {"images": 300}, range(1, 15), "too few to read on"),
+        (0.99, {"images": 300}, range(1, 15), "too few to go on reading"),
         (1.0, {"images": 20}, None, None),
     ],
 )

@@ -203,8 +203,12 @@ def test_missing_captions_and_contradicting_settings_are_one_error(photos: Path)
     assert "cannot read gone.json" in done.stderr and "Traceback" not in done.stderr
     verify, style = "verify: {checks: [claims]}", "generate: {style_prompts: {human: Say it.}}\n"
     for option, text, problem in (
-        ("--no-model", f"captions: [coco.json]\n{verify}", "--no-model excludes a model, and the"),
-        ("--json", "tasks: none\nhuman_texts: fill\n", "human_texts: fill asks for missing texts"),
+        ("--no-model", f"captions: [coco.json]\n{verify}", "--no-model excludes a model, but the"),
+        (
+            "--json",
+            "tasks: none\nhuman_texts: fill\n",
+            "human_texts: fill needs a model to write the missing texts",
+        ),
         ("--json", "tasks: [none, caption]\n", "tasks: none excludes other tasks"),
         ("--json", style, "human is the style of human captions"),
     ):

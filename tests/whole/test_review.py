@@ -45,7 +45,7 @@ def test_invalid_reviews_are_reported_and_change_nothing(
     for name, *complaints in (
         ("reviews.jsonl", "reviews.jsonl", f"{text} cannot be used: answer_repeats_question"),
         ("other.jsonl", "none of the 1 reviews matches a text in d"),
-        ("empty.jsonl", "no review in empty.jsonl"),
+        ("empty.jsonl", "no reviews in empty.jsonl"),
     ):
         error, _ = read_failure(synth("review", "apply", name, "--data", "d"))
         assert all(complaint in error for complaint in complaints)

@@ -50,7 +50,7 @@ def test_unanswered_requests_are_reported_with_a_message_of_the_server(
 
     warnings = [text for text in warnings_of(run(tmp_path, script)) if "server" in text]
     assert any(text.startswith("12 requests got only errors") and "scripted 500" in text for text in warnings)
-    assert any("refused by the server" in text and "scripted 413" in text for text in warnings), warnings
+    assert any("rejected by the server" in text and "scripted 413" in text for text in warnings), warnings
 
 
 def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:

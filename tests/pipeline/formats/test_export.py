@@ -107,7 +107,7 @@ def test_parquet_export_has_rows_with_images_and_equal_bytes(version: Version, t
     assert {*loaded} == {"train", "validation"} and loaded["train"][0]["image"].size == (width, width)
     export_version(version, "parquet", tmp_path / "again", splits=("train", "validation"))
     assert (tmp_path / "out" / CHECKSUMS).read_text() == (tmp_path / "again" / CHECKSUMS).read_text()
-    with pytest.raises(ConfigError, match="holds all captions"):
+    with pytest.raises(ConfigError, match="always has all captions"):
         export_version(version, "parquet", tmp_path / "brief", style="brief")
 
 
@@ -375,7 +375,7 @@ def test_dpo_rows_are_conversations_with_better_and_worse_caption(version: Versi
 
 def test_unsupported_export_is_an_error(version: Version, samples: list[Sample], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         export_version(version, "csv", tmp_path / "there")
     with pytest.raises(ConfigError, match=r"no caption of v1\.0\.0 has the style breif") as raised:
         export_version(version, "csv", tmp_path / "out", style="breif")
@@ -392,7 +392,7 @@ def test_unsupported_export_is_an_error(version: Version, samples: list[Sample],
         source="decks",
         decks=True,
     )
-    with pytest.raises(ConfigError, match="holds decks"):
+    with pytest.raises(ConfigError, match="consists of decks"):
         export_version(decks, "csv", tmp_path / "out")
 
 
@@ -416,7 +416,7 @@ def test_captions_are_written_next_to_images_in_each_mode(photos: tuple[Path, Ve
         assert (folder / name).with_suffix(".txt").read_text() == f"{text}\n"
     first = (folder / next(iter(texts))).with_suffix(".txt")
     first.write_text("by hand\n")
-    with pytest.raises(ConfigError, match="4 of 4 text files exist already"):
+    with pytest.raises(ConfigError, match="4 of 4 text files already exist"):
         write_beside(version, folder)
     write_beside(version, folder, style="brief", existing="skip")
     assert first.read_text() == "by hand\n"

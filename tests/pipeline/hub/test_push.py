@@ -188,9 +188,9 @@ def test_push_after_missing_tag_adds_only_the_tag(client: Pusher, version: Versi
 @pytest.mark.parametrize(
     ("repo", "token", "message"),
     [
-        ("me/scenes", "hf_wrong", "does not accept the token"),
-        ("me/scenes", READ_TOKEN, "may not write to me/scenes"),
-        ("you/scenes", "hf_loopback", "may not write to you/scenes"),
+        ("me/scenes", "hf_wrong", "rejects the token"),
+        ("me/scenes", READ_TOKEN, "has no write access to me/scenes"),
+        ("you/scenes", "hf_loopback", "has no write access to you/scenes"),
         ("me/sc enes", "hf_loopback", "not a repository name"),
         ("https://huggingface.co/datasets/me/x", "hf_loopback", "not a repository name"),
     ],
@@ -223,7 +223,7 @@ def test_changed_statements_about_pushed_version_give_a_warning(client: Pusher, 
     client.push(version, "me/stated", stated={"license": "mit"})
     again = client.push(version, "me/stated", stated={"license": "cc-by-4.0", "title": "Mine"})
     assert not again["is_new"]
-    assert "other statements (license mit, now cc-by-4.0, title not stated, now Mine)" in again["warning"]
+    assert "differs (license mit, now cc-by-4.0, title not stated, now Mine)" in again["warning"]
     assert client.push(version, "me/stated", stated={"license": "mit"})["warning"] == ""
     repo = repo_of(client, "me/stated")
     repo.tags.clear()
@@ -268,7 +268,7 @@ def test_push_replaces_edited_card_with_warning_and_keeps_other_files(
     edited = repo.branches["main"]
     pushed = client.push(later)
     assert {"notes.md", "extra/train-00000.parquet"} <= set(repo.commits[pushed["commit"]].files)
-    warning = "the card of me/scenes was edited on the Hub and is replaced"
+    warning = "the card of me/scenes was edited on the Hub and is now replaced"
     assert pushed["warning"] == f"{warning}: the edits are in revision {edited}"
 
 

@@ -225,7 +225,7 @@ def test_locked_journal_error_names_the_lock(tmp_path: Path) -> None:
     filled(tmp_path / "j.sqlite", 2)
     with (
         closing(sqlite3.connect(tmp_path / "j.sqlite")) as other,
-        pytest.raises(StoreError, match="another program holds"),
+        pytest.raises(StoreError, match="another program is using"),
     ):
         other.execute("BEGIN IMMEDIATE")
         with translate_disk_errors(tmp_path), Journal(tmp_path / "j.sqlite") as journal:

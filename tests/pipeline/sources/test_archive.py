@@ -109,7 +109,7 @@ def test_json_values_become_context(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no column is named titel") as refused:
         rows(tmp_path / "p.zip", columns={"context": "titel"})
     assert "tags, title" in refused.value.hint
-    with pytest.raises(ConfigError, match="--columns names one for the image"):
+    with pytest.raises(ConfigError, match="--columns has the role image"):
         rows(tmp_path / "p.zip", columns={"image": "title"})
 
 
@@ -366,7 +366,7 @@ PLACE = tar_of(FOUR).index(b"3.jpg")
         ("p.zip", lambda: zip_of(FOUR)[:-2000], "is damaged"),
         ("p.zip", lambda: zip_of({"x.jpg": photo(0)}).replace(b"x.jpg", b"\0.jpg"), "is damaged"),
         *((name, lambda: Random(0).randbytes(3000), "is damaged") for name in ("p.tar", "p.zip")),
-        ("p.zip", lambda: zip_of({"notes.txt": b"x"}), "no image in"),
+        ("p.zip", lambda: zip_of({"notes.txt": b"x"}), "no images in"),
     ],
 )
 def test_damaged_archive_error_names_the_archive(

@@ -48,7 +48,11 @@ def test_table_urls_are_fetched_in_parallel_and_in_order(
     [
         ({"img": b"", "sha": b""}, "img", ""),
         ({"image2": b"", "image": b""}, "image", ""),
-        ({"img": b"", "img_2": b""}, "", "several columns hold images: img, img_2 .* --columns image=COLUMN"),
+        (
+            {"img": b"", "img_2": b""},
+            "",
+            "several columns contain images: img, img_2 .* --columns image=COLUMN",
+        ),
         ({"sha": b""}, "", "no column contains images .* --columns image=COLUMN"),
         (
             {"file_name": "a.jpg"},

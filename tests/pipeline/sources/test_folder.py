@@ -47,10 +47,10 @@ def test_images_are_sorted_and_broken_image_is_rejected(tmp_path: Path) -> None:
 
 
 def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no image in"):
+    with pytest.raises(SourceError, match="no images in"):
         open_folder(tmp_path)
     Image.new("RGB", (8, 6), "red").save(tmp_path / ".a.png")
-    with pytest.raises(SourceError, match=r"no image in .*; hidden files, which are not read: 1 \(.a.png\)"):
+    with pytest.raises(SourceError, match=r"no images in .*; hidden files, which are not read: 1 \(.a.png\)"):
         open_folder(tmp_path)
     with pytest.raises(SourceError, match="not a folder"):
         open_folder(tmp_path / "none")

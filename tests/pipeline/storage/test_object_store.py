@@ -52,7 +52,7 @@ def test_name_is_local_path_and_url_is_remote_path() -> None:
         ("https://a.b/c", "cannot be at https://"),
         ("s3://bucket/x[1]", "is not a folder of an object store"),
         ("s3://bucket/../x", "is not a folder of an object store"),
-        ("s3:/bucket/x", "not a path on this machine"),
+        ("s3:/bucket/x", "a URL, not a local path"),
         ("gs://bucket/x", "gs:// needs a package that is not installed"),
     ],
 )

@@ -100,7 +100,7 @@ def test_unknown_change_of_logits_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         return output
 
     monkeypatch.setattr(decoder.model, "forward", squared)
-    with pytest.raises(TrainError, match="so it would learn a wrong loss"):
+    with pytest.raises(TrainError, match="so the training loss would be wrong"):
         _ = decoder.probed
 
 
