@@ -70,10 +70,10 @@ def text_task(prompt: str) -> str:
         (text_task("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), "maximum recursion depth"),
         ("{name: alt_x, kind: caption, prompt: a}", "is the name of a built-in task or of a caption style"),
         (text_task("{{ nothing }}"), "cannot be rendered: 'nothing' is undefined"),
-        (text_task("{% if %}"), "the prompt t cannot be read"),
+        (text_task("{% if %}"), "the prompt t is not a valid template"),
         ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
-        ("{name: t, kind: text, prompt: a, show_image: false}", "shows no image and nothing else of it"),
-        ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "no output at no_module:X"),
+        ("{name: t, kind: text, prompt: a, show_image: false}", "has no input: it uses no image"),
+        ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "cannot load the output no_module:X"),
     ],
 )
 def test_invalid_task_is_refused_with_hint(text: str, complaint: str, tmp_path: Path) -> None:
