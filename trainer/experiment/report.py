@@ -50,7 +50,7 @@ def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the tables of a result as Markdown."""
-    lines = ["| arm | seeds | CIDEr-D [95 %] | shuffled | words | words learned |", "|---" * 6 + "|"]
+    lines = ["| arm | seeds | CIDEr-D [95 %] | shuffled | words | training words |", "|---" * 6 + "|"]
     for arm in result["arms"]:
         low, high = arm["interval"]
         lines.append(

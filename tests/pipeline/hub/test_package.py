@@ -70,7 +70,7 @@ def test_package_with_restricted_license_has_no_pixels(restricted: Version, imag
         assert packaged.column_names == package.manifest["columns"]
         original = restricted.read("train").drop_columns(["image"])
         assert packaged.to_pylist() == original.to_pylist()
-        assert "The pixels are not here" in str(package.files["README.md"])
+        assert "The images are not included" in str(package.files["README.md"])
         assert json.loads(package.files["manifest.json"])["pixels"] == "left out"  # type: ignore[arg-type]
         assert package.manifest["digest"] == restricted.manifest["digest"]
     assert not path.exists()

@@ -69,7 +69,7 @@ def test_cells_with_different_settings_or_data_have_different_folders() -> None:
         ({"seeds": []}, "seeds"),
         ({"settings": {"steps": 3}}, "at least 4"),
         ({"also": [{"settings": {"styles": ["brief"]}}]}, "settings.styles must be set in the first grid"),
-        ({"encoder": ["auto"]}, "name each encoder: auto is not supported"),
+        ({"encoder": ["auto"]}, "list each encoder by name: auto is not supported"),
         ({"encoder": ["a/best", "b/best"]}, "two encoders have the same last part"),
         ({"also": [{"data": ["nothing"]}]}, "unknown data: nothing"),
         ({"data": {"facts": {"text_source": "true"}}}, r"data\.facts\.text_source"),
