@@ -21,10 +21,10 @@ def manifest_with(tmp_path: Path, **settings: Any) -> Path:
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"base_url": ["http://evil.example/v1"]}, "names base_url"),
-        ({"server": {"flags": ["--trust-remote-code"]}}, "names server"),
-        ({"verify": {"judge": "x@http://evil.example/v1"}}, "judge's server"),
-        ({"verify": {"judge": "org/x@https://evil.example/v1"}}, "judge's server"),
+        ({"base_url": ["http://evil.example/v1"]}, "sets base_url"),
+        ({"server": {"flags": ["--trust-remote-code"]}}, "sets server"),
+        ({"verify": {"judge": "x@http://evil.example/v1"}}, "sets a judge: its server"),
+        ({"verify": {"judge": "org/x@https://evil.example/v1"}}, "sets a judge: its server"),
         ({"generate": {"prompt_dir": "prompts"}}, "a file that does not exist here: generate.prompt_dir"),
         ({"balance": {"entries": "d" * 64}}, "a file that does not exist here: balance.entries"),
         ({"split_list": "d" * 64}, "a file that does not exist here: split_list"),
