@@ -184,9 +184,7 @@ class _StrictTarInfo(tarfile.TarInfo):
         try:
             return super().fromtarfile(tarfile)
         except _BAD_HEADERS as error:
-            raise ValueError(
-                str(error) if str(error) != "a tar header is empty" else "the file is cut off"
-            ) from None
+            raise ValueError(str(error) if str(error) != "empty header" else "the file is cut off") from None
 
     def _proc_member(self, tar: Any) -> tarfile.TarInfo:
         if self.type in self._LONG and self.size > MAX_HEADER_BYTES:

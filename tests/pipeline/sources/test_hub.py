@@ -377,7 +377,7 @@ def test_unsupported_options_are_refused() -> None:
         ({"source_split": "train", "source": "scenes-deck"}, "has no splits"),
         ({"source": "hub:"}, "--source hub needs an argument: hub:ORG/NAME"),
         ({"source": "folder"}, "--source folder needs an argument: folder:PATH"),
-        ({"source": "scenes", "tasks": ["deck_qa"]}, "holds single images"),
+        ({"source": "scenes", "tasks": ["deck_qa"]}, "consists of single images"),
         ({"source": "scenes-deck", "tasks": ["caption"]}, "consists of decks of pages"),
     ):
         with pytest.raises(ConfigError, match=what):
