@@ -184,7 +184,7 @@ def export(
 
     if (captioner is not None) != (kind == "onnx") or (int8 and kind != "onnx"):
         raise BadParameter(
-            "a captioner and --format onnx need each other: synth export CAPTIONER --format onnx"
+            "a captioner needs --format onnx, and --int8 needs both: synth export CAPTIONER --format onnx"
         )
     if captioner is not None:
         if any((data, in_place, style, split, images, overwrite, append, skip_existing)):
