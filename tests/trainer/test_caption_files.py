@@ -118,10 +118,10 @@ def test_existing_file_is_refused_or_extended_or_replaced(model: Path, photos: P
     _, _, seen = run(model, [str(photos / "sub")], out, "overwrite")
     assert len(seen) == len(before) and read(out) == before
     (tmp_path / "other.jsonl").write_text('{"text": "mine"}\n')
-    with pytest.raises(ConfigError, match="is not a (valid )?caption file"):
+    with pytest.raises(ConfigError, match="is not a valid caption file"):
         run(model, [str(photos)], tmp_path / "other.jsonl", "append")
     assert (tmp_path / "other.jsonl").read_text() == '{"text": "mine"}\n'
-    with pytest.raises(ConfigError, match="is not a (valid )?caption file"):
+    with pytest.raises(ConfigError, match="is not a caption file"):
         run(model, [str(photos)], tmp_path / "c.xlsx")
 
 

@@ -103,10 +103,10 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 @pytest.mark.parametrize(
     ("printed", "what", "hint"),
     [
-        ("ValueError: no such model", "exited with code 3 while it was starting: ValueError: no such model", "see the log"),
+        ("ValueError: no such model", "starting: ValueError: no such model", "see the log"),
         ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "use less memory"),
         ("ModuleNotFoundError: No module named 'vllm'", "No module named 'vllm'", "SYNTH_VLLM_PYTHON"),
-        ("error: unrecognized arguments: --warp", "exited with code 3", "a flag after -- is not a flag of vLLM"),
+        ("error: unrecognized arguments: --warp", "with code 3", "a flag after -- is not a flag of vLLM"),
     ],
 )
 def test_server_that_exits_at_start_is_reported_with_its_last_error(
