@@ -90,14 +90,16 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
     state = check_journal(path)
     if state.is_intact:
         return Checked(str(path), f"{state.replies:,} replies")
-    problem = state.problem or f"{len(state.damaged):,} of {state.replies:,} replies have another checksum"
+    problem = (
+        state.problem or f"{len(state.damaged):,} of {state.replies:,} replies do not match their checksums"
+    )
     if not repair:
-        hint = f"`synth check {dataset.path} --repair` keeps intact replies; the next run asks for others"
+        hint = f"`synth check {dataset.path} --repair` keeps intact replies; the next run requests the others"
         return Checked(str(path), problem, False, hint)
     with dataset.lock():
         kept, lost, unanswered = repair_journal(path)
     gone = f"; {unanswered:,} sent requests have no reply" if unanswered else ""
-    hint = f"the damaged journal is {path.name}.damaged-*; {RUN_AGAIN}: it asks for the missing replies"
+    hint = f"the damaged journal is {path.name}.damaged-*; {RUN_AGAIN}: it requests the missing replies"
     result = f"repaired: {kept:,} replies are kept, {lost:,} removed{gone}"
     return Checked(str(path), f"{problem}; {result}", hint=hint)
 

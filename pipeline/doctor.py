@@ -78,7 +78,7 @@ def _vllm() -> Finding:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_VLLM_TIMEOUT_S)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("vllm", False, f"{python} cannot be run: {error}", f"check {VLLM_PYTHON}")
+        return Finding("vllm", False, f"cannot run {python}: {error}", f"check {VLLM_PYTHON}")
     if done.returncode == 0:
         return Finding("vllm", True, done.stdout.strip())
     output = done.stderr.strip().splitlines() or ["no output"]
@@ -91,7 +91,7 @@ def _gpu() -> Finding:
     try:
         return judge_gpus(_nvidia_smi())
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("gpu", False, f"nvidia-smi does not answer: {error}", "check the driver")
+        return Finding("gpu", False, f"nvidia-smi failed: {error}", "check the NVIDIA driver")
 
 
 def _nvidia_smi() -> str:
@@ -103,11 +103,11 @@ def judge_gpus(listed: str) -> Finding:
     """Return a finding about the output lines of nvidia-smi: `name, total MiB, free MiB`."""
     cards = _parse_cards(listed)
     if not cards:
-        return Finding("gpu", False, "nvidia-smi lists none", "check the driver")
+        return Finding("gpu", False, "nvidia-smi lists no GPU", "check the NVIDIA driver")
     name, total_mib, free_mib = max(cards, key=lambda card: card[2])
     summary = f"{len(cards)} x {name}, {free_mib / 1024:.0f} of {total_mib / 1024:.0f} GiB free"
     is_enough = free_mib >= LARGE_GIB * 1024
-    hint = f"{LARGE} needs {LARGE_GIB} GiB: end other programs that use the GPU"
+    hint = f"{LARGE} needs {LARGE_GIB} GiB of free GPU memory: end other programs that use the GPU"
     return Finding("gpu", is_enough, summary, "" if is_enough else hint)
 
 
@@ -178,11 +178,18 @@ def _hub() -> Finding:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        return Finding("hub", False, "HF_HUB_OFFLINE is set", "unset it to push, or to load by name")
+        return Finding(
+            "hub",
+            False,
+            "HF_HUB_OFFLINE is set",
+            "unset it to push, or to load models or datasets from the Hub",
+        )
     if get_token() is None:
-        hint = "hf auth login; only `synth push` and gated data need a token"
+        hint = "run `hf auth login`; only `synth push` and gated data need a token"
         return Finding("hub", False, f"no token for {ENDPOINT}", hint)
-    return Finding("hub", True, f"a token for {ENDPOINT} is set; the first push shows whether it may write")
+    return Finding(
+        "hub", True, f"a token for {ENDPOINT} is set; the first push shows whether it has write access"
+    )
 
 
 def _disk() -> Finding:

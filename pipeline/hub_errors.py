@@ -31,7 +31,7 @@ def translate_hub_errors(
         if problem_and_hint is None:
             raise
         problem, hint = problem_and_hint
-        prefix = f"{name} is not a folder here; " if or_folder else ""
+        prefix = f"{name} is not a local folder; " if or_folder else ""
         raise error_type(f"{prefix}{problem}", hint=hint or offline) from None
 
 
@@ -50,7 +50,7 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
         case errors.RevisionNotFoundError():
             return (
                 f"{repo} has no revision {revision}",
-                "name a branch, a tag or a commit; default: the newest",
+                "pass a branch, a tag or a commit; default: the newest commit",
             )
         case errors.RepositoryNotFoundError():
             hint = "check the name; run `hf auth login` if it is private"
@@ -64,6 +64,6 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
             answer = f"{error.response.status_code}): {error.server_message or 'no message'}"
             return f"the Hub refused {name} ({answer}", "check the name and the revision, or try again later"
         case OSError():
-            hint = "make sure that the disk has room and is writable, then try again"
+            hint = "check that the disk is writable and has free space, then try again"
             return f"cannot fetch {name}: {one_line(error)}", hint
     return None

@@ -157,7 +157,7 @@ def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> E
     def fail() -> Engine:
         raise problem
 
-    progress.warn(f"{problem}: the run continues as long as it needs no reply")
+    progress.warn(f"{problem}: continuing with the stored replies; stops at the first new request")
     return EngineChoice("vllm", model["name"], model["revision"], "the model of the last run", fail)
 
 
@@ -177,11 +177,13 @@ def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
     except ValueError:
         recorded = {}
     if not isinstance(recorded, dict) or not recorded.keys() >= config.recorded().keys():
-        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint="use another folder: --out DIR")
+        raise ConfigError(
+            f"{dataset.run_file} was not written by synth", hint="use another folder: --out DIR"
+        )
     source = str(recorded["source"])
     if _source_place(source) != _source_place(config.source):
-        hint = f"choose another folder (--out DIR); if it is the same, name it as before: --source {source}"
-        raise ConfigError(f"{dataset.path} holds data from {source}, not {config.source}", hint=hint)
+        hint = f"choose another --out DIR; if it is the same source, pass it as before: --source {source}"
+        raise ConfigError(f"{dataset.path} has data from {source}, not from {config.source}", hint=hint)
 
 
 def _source_place(source: str) -> tuple[str, str | Path]:

@@ -18,8 +18,8 @@ def write_project(folder: Path) -> list[Path]:
     settings, prompts, tasks = paths = [folder / name for name in (SETTINGS, PROMPTS, TASK_FILES)]
     for path in paths:
         if path.exists():
-            hint = "name another folder, as in `synth init DIR`: nothing is overwritten"
-            raise ConfigError(f"{path} exists", hint=hint)
+            hint = "nothing was overwritten; pass another folder: `synth init DIR`"
+            raise ConfigError(f"{path} already exists", hint=hint)
     with translate_disk_errors(folder):
         text = (files("pipeline") / SETTINGS).read_text(encoding="utf-8")
         write_text(settings, text.replace(PROMPT_DIR, str(prompts)).replace(TASK_DIR, str(tasks)))

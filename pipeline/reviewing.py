@@ -37,7 +37,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
         plan = Plan.resolve(_recorded_settings(dataset), dataset)
         new = [(edit, path) for path in files for edit in read_reviews(path)]
         if not new:
-            raise ConfigError(f"no review in {', '.join(map(str, files))}", hint=REVIEW_FIRST)
+            raise ConfigError(f"no reviews in {', '.join(map(str, files))}", hint=REVIEW_FIRST)
         with dataset.lock() as check:
             paths = dataset.step_files(SPLIT)
             if not paths:
@@ -47,8 +47,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             rows = {text_name(row): row for row in read_texts(AllRows(paths), samples, "sample_id")}
             known = {*rows, *(edit.resulting_name for edit in before)}
             if not any(edit.name in known for edit, _ in new):
-                problem = f"none of the {len(new)} reviews matches a text of {dataset.path}"
-                hint = "name the dataset folder of the report; its texts may be those of an older version"
+                problem = f"none of the {len(new)} reviews matches a text in {dataset.path}"
+                hint = "pass the dataset folder that the report shows; the report may show an older version"
                 raise ConfigError(problem, hint=hint)
             merged = merge_reviews(before, [edit for edit, _ in new], rows)
             origins = {edit.resulting_name: path for edit, path in new}
@@ -57,7 +57,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 text = f"{edit.question} {edit.answer}" if edit.text is None else edit.text
                 path = origins.get(edit.resulting_name, dataset.reviews)
                 raise ConfigError(
-                    f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}", hint="edit it again"
+                    f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}",
+                    hint="edit the text again",
                 )
             write_text(dataset.reviews, format_reviews(merged.values()))
             try:
@@ -85,10 +86,10 @@ def require_records(shards: Sequence[DatasetDir], plan: Plan) -> None:
 
 def _recorded_settings(dataset: DatasetDir) -> Config:
     if not dataset.run_file.exists():
-        problem = f"{dataset.path} is not a folder that synth generate has written"
-        raise ConfigError(problem, hint="name a dataset folder: --data DIR")
+        problem = f"{dataset.path} is not a dataset folder written by `synth generate`"
+        raise ConfigError(problem, hint="pass a dataset folder: --data DIR")
     try:
         return Config.model_validate(read_json(dataset.run_file))
     except (ValidationError, ValueError):
         hint = "choose another folder: --out DIR"
-        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint=hint) from None
+        raise ConfigError(f"{dataset.run_file} was not written by synth", hint=hint) from None

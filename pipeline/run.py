@@ -104,11 +104,11 @@ def generate_dataset(
     """
     progress = progress or NullProgress()
     if out is not None and is_remote(out) and cluster is None:
-        hint = "pass a folder of this disk, or a cluster: --executor ray"
-        raise ConfigError(f"a run in one process cannot write to {out}", hint=hint)
+        hint = "pass a local folder, or --executor ray"
+        raise ConfigError(f"only --executor ray can write to {out}", hint=hint)
     if cluster is not None and config.images is not None:
-        hint = "set how many images to read: --limit N"
-        raise ConfigError("--images reads on until enough images are kept, which a cluster cannot", hint=hint)
+        hint = "set how many images to read instead: --limit N"
+        raise ConfigError("--images is not supported by --executor ray", hint=hint)
     if config.balance.entries:
         # Report an unreadable file before any request is sent.
         balance.read_entries(config.balance.entries)
@@ -149,14 +149,14 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
     assert config.images is not None
     if kept >= config.images:
         return None
-    so_far = f"{kept:,} of {config.images:,} images are kept of {limit:,} that were read"
+    so_far = f"{kept:,} of {config.images:,} images were kept from {limit:,} images read"
     if not has_more:
-        progress.warn(f"{kept:,} of {config.images:,} images are kept: {config.source} has no more images")
+        progress.warn(f"{kept:,} of {config.images:,} images were kept: {config.source} has no more images")
     elif limit == config.limit:
         progress.warn(f"{so_far}, and --limit allows no more")
     elif kept < MIN_YIELD * limit:
-        advice = "find out why the others were rejected, change that, and run the same command"
-        progress.warn(f"{so_far}: too few to read on. To continue, {advice}")
+        advice = "find out why the others were rejected, fix the cause, and run the same command"
+        progress.warn(f"{so_far}: too few to go on reading. To continue, {advice}")
     else:
         missing = math.ceil((config.images - kept) * limit / kept * SURPLUS)
         next_images = min(limit + missing, config.limit or limit + missing)
@@ -178,7 +178,7 @@ def require_sums(summaries: Sequence[StepSummary]) -> None:
     """Raise TableError unless each step kept or rejected every row that the previous step kept."""
     for previous, summary in pairwise(summaries[2:]):
         if summary.input != previous.kept:
-            problem = f"step {summary.step} was given {summary.input} rows, of {previous.kept}"
+            problem = f"step {summary.step} received {summary.input} of {previous.kept} rows"
             raise TableError(problem, hint=BUG_HINT)
 
 
@@ -195,12 +195,12 @@ def require_rows(plan: Plan, summaries: list[StepSummary]) -> None:
     config = plan.config
     validated = next(summary for summary in summaries if summary.step == validate.STEP.name)
     if not validated.input and config.keeps_human_texts:
-        hint = "--tasks caption asks a model"
+        hint = "to use a model: --tasks caption"
         if "captions" in plan.spec.options:
-            hint = f"name a file of captions: --captions FILE; {hint}"
+            hint = f"pass a file of captions: --captions FILE; {hint}"
         elif plan.spec.kind in ("hub", "parquet"):
-            hint = f"name a column: --columns references=COLUMN; {hint}"
-        raise NoRowsError(f"{config.source} has no human caption and no human question", hint, summaries)
+            hint = f"pass a column of captions: --columns references=COLUMN; {hint}"
+        raise NoRowsError(f"{config.source} has no human captions and no human questions", hint, summaries)
     if summaries[-1].kept:
         return
     losses = [*describe_losses(STEPS, summaries, "see its rejected.parquet")]
@@ -209,6 +209,6 @@ def require_rows(plan: Plan, summaries: list[StepSummary]) -> None:
     hint = f"change that setting, then run the same command; all rows are in {folder}/*/rejected.parquet"
     if config.tasks and 2 * validated.kept < validated.input:
         attempts = f"generate: {{max_attempts: {config.generate.max_attempts}}}"
-        hint += f"; to ask again for unusable replies, raise {attempts}"
+        hint += f"; to retry unusable replies more often, raise {attempts}"
     problem = "; ".join(losses) or "every step rejected some rows"
-    raise NoRowsError(f"no row is left to make a version of: {problem}", hint, summaries)
+    raise NoRowsError(f"no rows are left, so no version was made: {problem}", hint, summaries)

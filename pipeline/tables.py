@@ -348,7 +348,7 @@ def arrow_type_of(feature: Any) -> pa.DataType:
     for kind in (STRING, INT64, FLOAT64, BOOL):
         if feature == _feature(kind):
             return kind
-    raise ValueError(f"no type of a value: {feature}")
+    raise ValueError(f"unsupported column type: {feature}")
 
 
 def _feature(kind: pa.DataType) -> Any:

@@ -71,7 +71,7 @@ MISTAKES = (
     Mistake("no source", "generate", "no source given", "--source folder:PATH"),
     Mistake(
         "two sources", "generate --source folder:photos --source scenes",
-        "one source, and 2 are given: folder:photos, scenes", "--out",
+        "one source, but 2 are given: folder:photos, scenes", "--out",
     ),
     Mistake(
         "folder without folder:", "generate --source photos", "unknown source: photos",
@@ -85,7 +85,7 @@ MISTAKES = (
         "folder not there", "generate --source folder:nope", "not a folder: nope", "--source folder:PATH",
     ),
     Mistake(
-        "folder without images", "generate --source folder:empty", "no image in empty", ".heic",
+        "folder without images", "generate --source folder:empty", "no images in empty", ".heic",
         add("empty/a.txt x"),
     ),
     Mistake(
@@ -94,7 +94,7 @@ MISTAKES = (
         "photo", add_table,
     ),
     Mistake(
-        "list of no images", "generate --source list:prices.csv", "no column of prices.csv names an image",
+        "list of no images", "generate --source list:prices.csv", "prices.csv has no column of images",
         "file_name",
         add("prices.csv id,price\n1,2\n"),
     ),
@@ -114,9 +114,9 @@ MISTAKES = (
         "no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://",
         "base_url",
     ),
-    Mistake("no key", f"{PHOTOS} --base-url {{server}}", "requires an API key, and", "SYNTH_API_KEY="),
+    Mistake("no key", f"{PHOTOS} --base-url {{server}}", "requires an API key, but", "SYNTH_API_KEY="),
     Mistake(
-        "prompt folder not there", f"{PHOTOS} --config p.yaml", "no folder of prompts at nope",
+        "prompt folder not there", f"{PHOTOS} --config p.yaml", "the prompt folder nope does not exist",
         "generate.prompt_dir",
         add("p.yaml generate: {prompt_dir: nope}"),
     ),
@@ -140,7 +140,7 @@ MISTAKES = (
     ),
     Mistake(
         "preview into a store", "preview --source scenes --out memory://d",
-        "memory://d is not a path on this machine", "s3://",
+        "memory://d is a URL, not a local path", "s3://",
     ),
     Mistake(
         "task misspelled", f"{PHOTOS} --tasks captions", "unknown task: captions", "did you mean caption?",

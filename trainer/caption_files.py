@@ -46,7 +46,7 @@ def find_images(names: Iterable[str]) -> list[Path]:
             paths = sorted(file for file in below if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
             if not paths:
                 hint = f"supported files end in {', '.join(sorted(IMAGE_SUFFIXES))}"
-                raise ConfigError(f"no image in {name}", hint=hint)
+                raise ConfigError(f"no images in {name}", hint=hint)
         elif path.is_file():
             paths = [path]
         else:
@@ -67,7 +67,7 @@ class CaptionFile:
 
     def __init__(self, path: Path, settings: dict[str, Any], existing: Existing = "refuse") -> None:
         if path.suffix != ".jsonl":
-            raise ConfigError(f"{path} is not a file of captions", hint="--out needs NAME.jsonl, or txt")
+            raise ConfigError(f"{path} is not a caption file", hint="pass --out NAME.jsonl, or --out txt")
         if path.is_dir():
             raise ConfigError(f"{path} is a folder", hint="choose another --out")
         self.path, self.settings, self.existing = path, settings, existing
@@ -129,7 +129,9 @@ class CaptionFile:
         if self.existing == "overwrite":
             return None
         hint = f"use the same settings, remove {self._draft}, or choose another --out"
-        raise ConfigError(f"{self.path} was started with another captioner or other settings", hint=hint)
+        raise ConfigError(
+            f"{self.path} was started with a different captioner or different settings", hint=hint
+        )
 
 
 def _key(row: Row) -> Key:
@@ -142,7 +144,7 @@ def _require_texts(rows: list[Any]) -> list[Row]:
         if not isinstance(row["image"], str):
             raise ValueError("a row has no image")
         if wrong := [name for name, value in row.items() if not isinstance(value, str | None)]:
-            raise ValueError(f"its column {wrong[0]} has values that are not texts")
+            raise ValueError(f"its column {wrong[0]} has values that are not strings")
     return rows
 
 
@@ -158,7 +160,7 @@ def _read_rows(path: Path) -> list[Row]:
         return _require_texts([json.loads(line) for line in text.split("\n") if line.strip()])
     except (OSError, *JSON_ERRORS) as error:
         hint = "choose another --out, or use --overwrite"
-        raise ConfigError(f"{path} is not a file of captions: {error}", hint=hint) from None
+        raise ConfigError(f"{path} is not a valid caption file: {error}", hint=hint) from None
 
 
 def write_captions(path: Path, rows: list[Row]) -> None:

@@ -185,5 +185,5 @@ class Captioner:
             return self.checkpoint.captioner.encoder.pixels([image])[0]
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             problem = f"the captioner cannot prepare images: {one_line(error)}"
-            hint = "its config.json has invalid settings of the image processor, so do not use it"
+            hint = "do not use it: its config.json has invalid settings of the image processor"
             raise TrainError(problem, hint=hint) from None

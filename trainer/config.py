@@ -207,7 +207,7 @@ class TrainConfig(Section):
             name = "lora_rank" if self.lora_rank else "checkpoint_blocks"
             raise ValueError(f"{name} needs a pretrained language model, such as --decoder qwen3")
         if self.is_scratch and self.decoder_width % (2 * self.decoder_heads):
-            heads = f"{self.decoder_heads} heads of an even width"
+            heads = f"{self.decoder_heads} heads of even width"
             raise ValueError(f"decoder_width {self.decoder_width} must divide into {heads}")
         return self
 
@@ -263,7 +263,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     def is_set(name: str, value: Any) -> bool:
         return value != "auto" or name == "preset"
 
-    given = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
+    given = read_yaml(config_file, "for an example, see train.json of a checkpoint") if config_file else {}
     values = {name: value for name, value in given.items() if is_set(name, value)}
     flags = {name: value for name, value in flags.items() if value is not None and is_set(name, value)}
     _require_known_models(flags)
@@ -271,8 +271,8 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
         del values[name]
     preset, decoder = ({**values, **flags}.get(name) for name in ("preset", "decoder"))
     if values.get("preset", "auto") not in ("auto", preset):
-        hint = "leave out --preset, or use a file without a preset"
-        problem = f"{config_file} has the preset {values['preset']}, and the command {preset}"
+        hint = "leave out --preset, or remove the preset from the file"
+        problem = f"{config_file} has the preset {values['preset']}, but --preset is {preset}"
         raise ConfigError(problem, hint=hint)
     if isinstance(preset, str):
         decoder = decoder or "scratch"

@@ -115,7 +115,7 @@ def read_examples(
     Raises TrainError if the samples are decks, or if no row has a caption to learn.
     """
     if images is None:
-        problem = "a captioner learns from single images, but these samples are decks"
+        problem = "captioners are trained on single images, but these samples are decks"
         raise TrainError(problem, hint="choose another dataset")
     names = ["sample_id", "captions", "references", "qa", "reference_qa"]
     rows = table.select([name for name in names if name in table.column_names]).to_pylist()
@@ -133,10 +133,10 @@ def read_examples(
         examples = [replace(e, texts=tuple(replace(t, source=ANY_SOURCE) for t in e.texts)) for e in examples]
     examples = [example for example in examples if example.texts or (to_score and example.references)]
     if not any(text.style for text in texts_of(examples)) and not (to_score and examples):
-        hint = "generate captions, too, such as with --tasks caption,qa"
+        hint = "generate captions too: --tasks caption,qa"
         if mixture == "synthetic" and any(row["references"] for row in rows):
             hint = "use the human captions: --text-source human"
-        raise TrainError(f"no {mixture} captions to learn from", hint=hint)
+        raise TrainError(f"no {mixture} captions to train on", hint=hint)
     return examples
 
 

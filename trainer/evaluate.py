@@ -176,7 +176,7 @@ def evaluate_version(
     """
     config = checkpoint.captioner.config
     if clip and is_own_encoder(clip, config.encoder["made_from"]):
-        problem = f"{clip} is the encoder of this captioner, which would bias its score"
+        problem = f"{clip} is the encoder of this captioner, which would bias the CLIP score"
         raise TrainError(problem, hint="choose another CLIP: --clip-score")
     mixture = config.data.get("texts", "synthetic")
     try:

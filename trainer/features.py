@@ -142,7 +142,7 @@ class _Store:
         """
 
         def on_busy() -> None:
-            progress.message(f"waiting for another training that adds to {self.path}")
+            progress.message(f"waiting for another training run that writes to {self.path}")
 
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ class _Store:
         need = f"the hidden states of {count:,} images take {num_bytes / 1e9:.1f} GB in {self.path}"
         if num_bytes + SPARE_BYTES > free_bytes:
             hint = "use --encoder-states 2x2 for a quarter of it, or feature_storage: none to store nothing"
-            raise TrainError(f"{need}, and {free_bytes / 1e9:.1f} GB are free", hint=hint)
+            raise TrainError(f"{need}, but {free_bytes / 1e9:.1f} GB are free", hint=hint)
         progress.message(need)
 
     def append(self, count: int, records: np.ndarray, ids: Sequence[bytes]) -> None:

@@ -132,7 +132,7 @@ class Validation:
         loss = self.loss()
         if loss is not None and not math.isfinite(loss):
             hint = "use lower learning rates (--lr) or --precision fp32"
-            raise TrainError(f"the loss of the validation split is {loss} at step {done}", hint=hint)
+            raise TrainError(f"the validation loss is {loss} at step {done}", hint=hint)
         self.shown = {} if loss is None else {"validation loss": f"{loss:.3f}"}
         self.shown["CIDEr-D"] = f"{cider_d:.3f}, with shuffled images {shuffled_cider_d:.3f}"
         losses = {} if loss is None else {"validation_loss": loss}
@@ -220,7 +220,7 @@ class Trainer:
                 self.average.update(captioner)
         elif self.spikes.skipped_steps >= MAX_SKIPPED_STEPS:
             problem = f"the loss is {loss} and the gradient norm {norm} at step {step}"
-            raise TrainError(problem, hint="use lower learning rates")
+            raise TrainError(problem, hint="use lower learning rates (--lr)")
         rate = max(group["lr"] for group in optimizer.param_groups)
         values = {"stage": stage, "loss": loss, "norm": norm, "rate": rate}
         if stage == "scst" and self.rewards:
@@ -290,7 +290,7 @@ class Trainer:
         reason = f"the score did not improve in {config.patience} evaluations"
         if done < config.first_rewarded_step and config.scst_steps:
             self.validation.evaluations_without_gain = 0
-            progress.message(f"{reason}: training with rewards begins after step {done:,}")
+            progress.message(f"{reason}: self-critical training begins after step {done:,}")
             return config.first_rewarded_step
         progress.message(f"{reason}: training ends at step {done:,} of {config.total_steps:,}")
         return config.total_steps
@@ -325,12 +325,14 @@ class Trainer:
     def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> int:
         """Restore a saved state. Returns its step. Raises TrainError if it does not fit this run."""
         if state.get("frozen") != self.frozen_key:
-            hint = "use the encoder and decoder it began with, or remove resume.pt and start without --resume"
-            raise TrainError(f"{path.parent} began with other pretrained weights", hint=hint)
+            hint = (
+                "use the encoder and decoder it started with, or remove resume.pt and start without --resume"
+            )
+            raise TrainError(f"{path.parent} started with different pretrained weights", hint=hint)
         try:
             missing, unexpected = self.checkpoint.captioner.load_state_dict(state["captioner"], strict=False)
             if wrong := [*unexpected, *sorted(set(missing) - self.frozen_names())]:
-                raise ValueError(f"its weights are not those of this captioner: {wrong[0]}")
+                raise ValueError(f"its weights do not match this captioner: {wrong[0]}")
             optimizer.load_state_dict(state["optimizer"])
             self.validation.restore(state["validation"])
             self.spikes = SpikeFilter(**state["spikes"])

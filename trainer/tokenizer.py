@@ -195,15 +195,17 @@ def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, 
     """
     styles = list(dict.fromkeys(style for _, style in prompts if style))
     if text in STYLES and text not in styles:
-        learned = ", ".join(styles) or "answers only"
-        raise ValueError(f"this captioner has not learned the style {text}. It was trained on {learned}")
+        learned = ", ".join(styles) or "questions"
+        raise ValueError(f"this captioner was not trained on the style {text}, only on {learned}")
     question = text if text and text not in styles else ""
     style = "" if question else text or preferred_style(prompts)
     if style is None:
-        raise ValueError("this captioner has learned answers only. Ask it a question")
+        raise ValueError("this captioner was trained only on questions. Ask it a question")
     source = preferred_source(prompts, style)
     if source is None:
-        raise ValueError(f"this captioner has not learned answers. Its styles are {', '.join(styles)}")
+        raise ValueError(
+            f"this captioner was not trained to answer questions. Its styles are {', '.join(styles)}"
+        )
     return source, style, question
 
 

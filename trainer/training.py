@@ -134,9 +134,9 @@ def _warn_of_unlearned(
     limit = config.max_caption_tokens
     if num_cut := checkpoint.tokenizer.count_cut(texts, limit):
         share = f"{num_cut:,} of {len(texts):,} texts are longer than {limit} tokens"
-        progress.warn(f"{share}: their end is not learned (max_caption_tokens)")
+        progress.warn(f"{share}: they are cut off (max_caption_tokens)")
     if columns := version.manifest.get("own_columns"):
-        progress.message(f"columns of custom tasks are not learned: {', '.join(columns)}")
+        progress.message(f"not used in training (columns of custom tasks): {', '.join(columns)}")
 
 
 def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText]) -> None:

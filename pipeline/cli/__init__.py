@@ -1,7 +1,7 @@
-"""The `synth` command: its commands in the order of `synth --help`, and how errors and signals end it.
+"""The `synth` command: its subcommands in the order of `--help`, and its handling of errors and signals.
 
-Commands parse their options, call one function and print its result. Heavy imports are made within commands:
-`synth --help` must not load torch, transformers or datasets.
+A subcommand parses its options, calls one function and prints the result. Heavy imports are inside of
+subcommands: `synth --help` must not load torch, transformers or datasets.
 """
 
 import gc
@@ -73,7 +73,7 @@ EXAMPLES = {
 
 
 class Group(TyperGroup):
-    """The group of all commands. Escapes control characters in click's errors, which may quote file names."""
+    """Group of all commands. Escapes control characters in click's errors, which may contain file names."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         """See click.Command."""
@@ -103,11 +103,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 versions = typer.Typer(no_args_is_help=True, help="List, tag and remove versions; free disk space.")
-review = typer.Typer(no_args_is_help=True, help="Apply the reviews of a report.")
+review = typer.Typer(no_args_is_help=True, help="Make a new version from reviews exported by a report.")
 
 
 def add(group: str, *commands: Callable[..., None], **more: Any) -> None:
-    """Add commands with their examples to a group of the help."""
+    """Add commands with their examples to a group in the help."""
     for command in commands:
         name = command.__name__.replace("_", "-")
         epilog = "\n\n".join(f"Example: {example}" for example in EXAMPLES.get(name, ())) or None
@@ -148,7 +148,7 @@ def synth(
 
 
 def main() -> None:
-    """Run the command line. Print a SynthError as one line with a hint, and let unknown errors raise."""
+    """Run the command line. Print a SynthError as one line with a hint, and propagate unknown errors."""
     try:
         with sigterm_as_ctrl_c() as terminated:
             _run(terminated)
@@ -159,7 +159,7 @@ def main() -> None:
 
 
 def _run(terminated: list[float]) -> None:
-    """Run the command. Exit with 130 after Ctrl-C, or 143 if it was `terminated`."""
+    """Run the command. Exit with 130 after Ctrl-C, or with 143 after SIGTERM (see `terminated`)."""
     try:
         app()
     except SynthError as error:
@@ -187,9 +187,9 @@ def _exit_with(problem: str, hint: str) -> None:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[list[float]]:
-    """Raise KeyboardInterrupt on SIGTERM. Yield the list of its arrival times.
+    """Raise KeyboardInterrupt on SIGTERM. Yield a list to which the arrival times are appended.
 
-    During an import it waits: some importers swallow exceptions, and the command would run on.
+    During an import, the exception is delayed: some importers would swallow it, and the command would go on.
     """
     arrived: list[float] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
@@ -203,9 +203,11 @@ def sigterm_as_ctrl_c() -> Iterator[list[float]]:
             timer.daemon = True
             timer.start()
             return
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background process of a shell
+        if (
+            signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        ):  # the shell started this process in the background
             raise KeyboardInterrupt
-        signal.raise_signal(signal.SIGINT)  # calls the handler of asyncio, if there is one
+        signal.raise_signal(signal.SIGINT)  # calls asyncio's handler, if there is one
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

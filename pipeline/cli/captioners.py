@@ -32,7 +32,9 @@ def caption(
     captioner: CaptionerName,
     images: Annotated[list[str], Argument(help="Images, folders or quoted patterns; - reads stdin.")],
     style: Annotated[str | None, option("Caption style, or all of them.", BY_STYLE)] = None,
-    question: Annotated[str | None, option("Question to answer instead, about each image.")] = None,
+    question: Annotated[
+        str | None, option("Question to answer about each image, instead of captioning it.")
+    ] = None,
     num_beams: NumBeams = None,
     batch_size: BatchSize = 32,
     out: Annotated[Path | None, option("File (.jsonl); txt: one text file per image.", "stdout")] = None,
@@ -51,9 +53,13 @@ def caption(
 
     existing = read_existing("--out", out is not None, skip=skip, append=append, overwrite=overwrite)
     if question is not None and not question.strip():
-        raise BadParameter("the question is empty; leave it out for captions", param_hint="--question")
+        raise BadParameter(
+            "the question is empty; leave out --question to get captions", param_hint="--question"
+        )
     if style and question:
-        raise BadParameter("an answer has no style: pass --style or --question", param_hint="--style")
+        raise BadParameter(
+            "--style and --question exclude each other: an answer has no style", param_hint="--style"
+        )
     folder = find_checkpoint(captioner)
     paths = find_images(name for name in images if name != "-")
     if "-" in images:
@@ -80,7 +86,7 @@ def caption(
         if result.num_written and out != SIDECARS:
             say(f"wrote {out} ({result.num_written:,} new)")
         elif not result.num_written and len(result.unread) < len(paths):
-            say(f"nothing new: {out} already has a text of each readable image; --overwrite replaces them")
+            say(f"nothing new: {out} already has a text for each readable image; --overwrite replaces them")
         if as_json:
             unread = [str(path) for path, _ in result.unread]
             echo(json.dumps({"path": str(out), "written": result.num_written, "unread": unread}))
@@ -89,7 +95,7 @@ def caption(
 
 
 def _images_from_stdin() -> Iterator[Path]:
-    """Yield the images that stdin names, by lines or as `find -print0`. Warn about names without an image."""
+    """Yield the images listed on stdin, one per line or as from `find -print0`. Warn about bad names."""
     from trainer.caption_files import find_images
 
     names = sys.stdin.read()
@@ -109,7 +115,7 @@ def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool
 
 
 def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: bool) -> None:
-    """Export a captioner, a checkpoint folder or ORG/NAME on the Hub, to ONNX."""
+    """Export a captioner (a checkpoint folder, or ORG/NAME on the Hub) to ONNX."""
     from pipeline.storage.files import translate_disk_errors
 
     folder = find_checkpoint(captioner)
@@ -128,16 +134,18 @@ def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: b
 
 def serve_captioner(
     captioner: CaptionerName,
-    demo: Annotated[bool, Option("--demo", help="Open a page for photos instead; needs Gradio.")] = False,
-    host: Annotated[str, option("Address to listen at; 0.0.0.0: all addresses.")] = "127.0.0.1",
-    port: Annotated[int, option("Port; 0: any free one.", min=0, max=65535)] = 8200,
+    demo: Annotated[
+        bool, Option("--demo", help="Serve a web page instead of the API; needs Gradio.")
+    ] = False,
+    host: Annotated[str, option("Address to listen on; 0.0.0.0: all addresses.")] = "127.0.0.1",
+    port: Annotated[int, option("Port to listen on; 0: any free one.", min=0, max=65535)] = 8200,
     name: Annotated[str | None, option("Name of the model in requests.", "the folder's")] = None,
     batch_size: BatchSize = 32,
     num_beams: NumBeams = None,
 ) -> None:
-    """Serve a captioner with OpenAI's chat protocol, or on a page (--demo).
+    """Serve a captioner over an OpenAI-compatible API, or as a web page (--demo).
 
-    If SYNTH_API_KEY is set, all requests but /health need this key. The page needs none, and is local.
+    If SYNTH_API_KEY is set, all requests except /health need this key. The page needs no key, and is local.
     """
     folder = find_checkpoint(captioner)
     title = name or (
@@ -159,7 +167,7 @@ def serve_captioner(
     key = os.environ.get("SYNTH_API_KEY", "")
     if not is_loopback(host) and not key:
         say(f"anyone who reaches {host} can use this captioner: set SYNTH_API_KEY", WARNING)
-    # OpenMP prefers the first thread that uses it: a model that runs where it was loaded is 1.5 times faster.
+    # Run the model in the thread that loaded it. This is 1.5 times faster: OpenMP prefers its first thread.
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
     beams = num_beams or loaded.usual_beams
@@ -180,8 +188,8 @@ def _translate_listen_errors(host: str, port: int) -> Iterator[None]:
 
 def _serve_demo(folder: Path, title: str, host: str, port: int, num_beams: int | None) -> None:
     if host not in ("127.0.0.1", "localhost"):
-        hint = "leave --host out; to publish the page: synth push CAPTIONER --repo ORG/NAME --space ORG/PAGE"
-        raise ConfigError("the page of --demo runs on this machine only", hint=hint)
+        hint = "leave out --host; to publish the page: synth push CAPTIONER --repo ORG/NAME --space ORG/PAGE"
+        raise ConfigError("the page of --demo can be opened on this machine only", hint=hint)
     from trainer.serving.demo import run_demo  # imports torch, which takes seconds
 
     with _translate_listen_errors(host, port):

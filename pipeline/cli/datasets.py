@@ -43,14 +43,16 @@ FORMAT = Option(
     "--format",
     metavar="FORMAT",
     help="Format: parquet, imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or "
-    "lance; of a captioner: onnx.",
+    "lance; for a captioner: onnx.",
     show_default="imagefolder",
 )
 
 
 def check(
     data: Annotated[str | None, CHECKED] = None,
-    repair: Annotated[bool, Option("--repair", help="Rebuild a damaged journal from its replies.")] = False,
+    repair: Annotated[
+        bool, Option("--repair", help="Rebuild a damaged journal from its intact replies.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check the replies, step files, versions and captioners of a dataset for damage.
@@ -68,7 +70,7 @@ def check(
                 echo(f"      {result.hint}")
     if not results:
         raise StoreError(
-            f"no dataset at {data}", hint="name a dataset folder: `synth versions list` shows the last one"
+            f"no dataset at {data}", hint="pass a dataset folder: `synth versions list` shows the last one"
         )
     if as_json:
         echo(json.dumps([asdict(result) for result in results]))
@@ -115,7 +117,10 @@ def _check_checkpoint(folder: Path) -> "Checked":
 
 
 def diff(
-    names: Annotated[list[str], Argument(metavar="[DIR] V1 V2", help="Versions, or ORG/NAME@VERSION.")],
+    names: Annotated[
+        list[str],
+        Argument(metavar="[DIR] V1 V2", help="Two versions of one dataset, or two ORG/NAME@VERSION."),
+    ],
     rows: Annotated[int, option("Number of changed rows to print.", min=0)] = 10,
     as_json: AsJson = False,
 ) -> None:
@@ -126,7 +131,7 @@ def diff(
 
     folder = parse_dataset_path(names.pop(0)) if len(names) == 3 else None
     if len(names) != 2:
-        raise BadParameter("name two versions: [DIR] V1 V2", param_hint="V1 V2")
+        raise BadParameter("pass two versions: [DIR] V1 V2", param_hint="V1 V2")
 
     def open_version(name: str) -> "Version":
         if is_hub_name(name):
@@ -157,7 +162,7 @@ def export(
     ] = None,
     data: DataName = None,
     kind: Annotated[str | None, FORMAT] = None,
-    out: Annotated[Path | None, path_option("New folder.", "DATASET/exports/VERSION-FORMAT")] = None,
+    out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
     in_place: Annotated[Path | None, path_option("Image folder to write text files into.")] = None,
     style: Annotated[str | None, option("Caption style.", "all, or the first of plain, brief, ...")] = None,
     names: Annotated[Literal["id", "source"], option("Name files by id, or as in the source.")] = "id",
@@ -166,7 +171,7 @@ def export(
     overwrite: Overwrite = False,
     append: Append = False,
     skip_existing: SkipExisting = False,
-    int8: Annotated[bool, Option("--int8", help="Also write 8-bit ONNX: smaller, less exact.")] = False,
+    int8: Annotated[bool, Option("--int8", help="Also write int8 ONNX: smaller, less accurate.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a version to another format, or a captioner to ONNX, or write captions next to your images."""
@@ -219,9 +224,9 @@ def report(
     rows: Annotated[int, option("Number of images, drawn at random.", min=1)] = 10_000,
     rejected: Annotated[Path | None, path_option("CSV file for all rejections of the last run.")] = None,
 ) -> None:
-    """Write an HTML report of a dataset and its captioner: one file, which opens without a server.
+    """Write an HTML report on a dataset and its captioner: one file that opens without a server.
 
-    The page can review texts as good, bad or edited. `synth review apply` applies the reviews.
+    On the page, you can mark texts as good, bad or edited. `synth review apply` applies these reviews.
     """
     from pipeline.hub.pull import open_or_download
     from pipeline.report.build import newest_checkpoint, write_report
@@ -245,9 +250,9 @@ def review_apply(
     data: Annotated[Path | None, option("Dataset folder of the report.", LAST_MADE, **DATASET_PATH)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the next version without the bad texts and with the edited ones.
+    """Make the next version without texts reviewed as bad, and with the edited texts.
 
-    Later runs keep the reviews.
+    Later runs apply the reviews again.
     """
     from pipeline.dataset.directory import DatasetDir
     from pipeline.executors.messages import describe_losses

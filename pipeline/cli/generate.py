@@ -20,7 +20,7 @@ def _cluster_option(text: str, default: str | bool = True, **more: Any) -> Any:
 
 
 OUT = option(
-    "Dataset folder; run again to continue it. With --executor ray also s3://BUCKET/NAME or gs://BUCKET/NAME.",
+    "Dataset folder; run again to resume. With --executor ray also s3://BUCKET/NAME or gs://BUCKET/NAME.",
     "data/SOURCE",
     **DATASET_PATH,
     rich_help_panel=DATASET,
@@ -28,7 +28,7 @@ OUT = option(
 ESTIMATE = Option(
     "--estimate", help="Ask about 32 images, and estimate time, cost and yield.", rich_help_panel=DATASET
 )
-PRINT_CONFIG = Option("--print-config", help="Print all settings and their origins.", hidden=True)
+PRINT_CONFIG = Option("--print-config", help="Print all settings and where each was set.", hidden=True)
 JSON = Option("--json", help="Print JSON to stdout.", hidden=True)
 
 
@@ -47,7 +47,7 @@ def generate(
     ] = None,
     shards: Annotated[int | None, _cluster_option("Number of shards.", "16", min=1)] = None,
     workers: Annotated[
-        int | None, _cluster_option("Shards asked at once.", "one per GPU, else one per CPU but one", min=1)
+        int | None, _cluster_option("Shards processed in parallel.", "one per GPU, or CPUs minus one", min=1)
     ] = None,
 ) -> None:
     """Turn images into a checked, deduplicated and versioned dataset.
@@ -105,12 +105,14 @@ def _print_settings(settings: RunSettings, *, as_json: bool) -> None:
 @with_run_settings
 def preview(
     settings: RunSettings,
-    number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Number of images.")] = 4,
-    page: Annotated[Path | None, path_option("File of the page.", "preview.html in data/SOURCE")] = None,
-    out: Annotated[Path | None, path_option("Dataset folder, as of `generate`.", "data/SOURCE")] = None,
+    number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Number of images to show.")] = 4,
+    page: Annotated[
+        Path | None, path_option("File to write the page to.", "preview.html in data/SOURCE")
+    ] = None,
+    out: Annotated[Path | None, path_option("Dataset folder, as for `generate`.", "data/SOURCE")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Caption a few images, and show their texts and prompts on a small page.
+    """Caption a few images, and show the texts and prompts on a small page.
 
     A later run reuses the replies. Arguments after -- go to the vLLM server.
     """
@@ -129,24 +131,26 @@ def preview(
 def init(
     folder: Annotated[Path | None, Argument(**LOCAL_PATH, help="Target folder.", show_default=".")] = None,
 ) -> None:
-    """Write a commented synth.yaml, the built-in prompts and examples of custom tasks."""
+    """Write a commented synth.yaml, copies of the built-in prompts, and example custom tasks."""
     from pipeline.project import write_project
 
     settings, *folders = write_project(folder or Path())
     for path in (settings, *folders):
         echo(path)
-    say(f"next: edit them, then run: synth preview --config {settings}")
+    say(f"next: edit the files, then run: synth preview --config {settings}")
 
 
 def serve(
     context: Context,
-    model: Annotated[str, option("Folder or Hub id of a model, or tiny.")] = "Qwen/Qwen2.5-VL-3B-Instruct",
+    model: Annotated[
+        str, option("Model to serve: a folder, a Hub id, or tiny.")
+    ] = "Qwen/Qwen2.5-VL-3B-Instruct",
     port: Annotated[int | None, option("Port.", "any free one", min=1, max=65535)] = None,
-    log: Annotated[Path, option("File for the output of vLLM.")] = Path("vllm.log"),
+    log: Annotated[Path, option("File to write vLLM's output to.")] = Path("vllm.log"),
 ) -> None:
     """Run a vLLM server on this machine, for `synth generate --base-url`, until Ctrl-C.
 
-    It listens on loopback. The key is SYNTH_API_KEY, or a random one. Arguments after -- go to vLLM.
+    It listens on loopback. The API key is SYNTH_API_KEY, or a random key. Arguments after -- go to vLLM.
     """
     from pipeline.config.sections import ServerConfig
     from pipeline.inference.engines import serve_model
@@ -157,7 +161,7 @@ def serve(
 
 
 def doctor(
-    model: Annotated[str | None, option("Folder or Hub id of a model to check.", metavar="MODEL")] = None,
+    model: Annotated[str | None, option("Model to check for: a folder or a Hub id.", metavar="MODEL")] = None,
     list_sources: Annotated[bool, Option("--sources", help="List the sources of `synth generate`.")] = False,
     as_json: AsJson = False,
 ) -> None:

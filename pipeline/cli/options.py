@@ -23,7 +23,7 @@ BY_STYLE = "brief, else plain"
 
 
 def option(text: str, default: str | bool = True, **more: Any) -> Any:
-    """Return a Typer option with its help. `default` describes a default that is not a value."""
+    """Return a Typer option with help. `default` describes the default in the help if it is not a value."""
     return Option(help=text, show_default=default, **more)
 
 
@@ -36,31 +36,31 @@ DataDir = Annotated[
     Path | None, Argument(**DATASET_PATH, help="Dataset folder, or DIR@VERSION.", show_default=LAST_MADE)
 ]
 DataName = Annotated[str | None, option("Dataset: a folder, DIR@VERSION, or ORG/NAME@VERSION.", LAST_MADE)]
-Images = Annotated[str | None, option("Folder, dataset or source of the images, if the version lacks them.")]
+Images = Annotated[str | None, option("Folder, dataset or source with the images, if the version has none.")]
 CaptionerName = Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME on the Hub.")]
 NumBeams = Annotated[
-    int | None, option("Beams of the search; 1 is greedy.", "as in the final test", min=1, max=64)
+    int | None, option("Beams of the beam search; 1: greedy.", "as in the final test", min=1, max=64)
 ]
 BatchSize = Annotated[int, option("Images per batch.", min=1)]
-SkipExisting = Annotated[bool, Option("--skip-existing", help="Keep existing texts.")]
-Append = Annotated[bool, Option("--append", help="Add to existing texts.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing texts.")]
+SkipExisting = Annotated[bool, Option("--skip-existing", help="Keep existing caption files.")]
+Append = Annotated[bool, Option("--append", help="Append to existing caption files.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing caption files.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 
 
 def read_existing(target: str, is_given: bool, **choices: bool) -> "Existing":
-    """Return how to treat existing texts. Raise BadParameter for several choices, or one without `target`."""
+    """Return how to treat existing texts. Raises BadParameter for several choices, or without `target`."""
     chosen = [name for name, is_set in choices.items() if is_set]
     if len(chosen) > 1 or (chosen and not is_given):
         raise BadParameter(
-            f"pass one of --skip-existing, --append and --overwrite, together with {target}",
+            f"pass only one of --skip-existing, --append and --overwrite, and only with {target}",
             param_hint=target,
         )
     return cast("Existing", chosen[0] if chosen else "refuse")
 
 
 def vllm_flags(context: Context, option: str) -> list[str]:
-    """Return the arguments after `--`. Raise BadParameter for any other, which may lack its `option`."""
+    """Return the arguments after `--`. Raises BadParameter for others, and suggests `option`."""
     if context.args and "--" not in sys.argv:
         name = context.args[0]
         value = f"folder:{name}" if option == "--source" and Path(name).is_dir() else name
@@ -69,12 +69,12 @@ def vllm_flags(context: Context, option: str) -> list[str]:
 
 
 def read_names(text: str | None) -> list[str] | None:
-    """Parse NAME,NAME into a list, or return None for no text."""
+    """Parse NAME,NAME into a list. Return None if the text is empty."""
     return [name.strip() for name in text.split(",")] if text else None
 
 
 def read_pairs(text: str, option: str) -> dict[str, str]:
-    """Parse NAME=VALUE,NAME=VALUE into a dictionary. In NAME=VALUE,VALUE the value contains the comma."""
+    """Parse NAME=VALUE,NAME=VALUE into a dictionary. A value may contain commas, as in NAME=VALUE,VALUE."""
     parts = re.sub(r",(?=[^,=]+(?:,|$))", "\0", text).split(",")
     pairs = [part.replace("\0", ",").partition("=") for part in parts]
     if not all(name and equals and value for name, equals, value in pairs):
@@ -83,7 +83,7 @@ def read_pairs(text: str, option: str) -> dict[str, str]:
 
 
 def require_split(split: str | None) -> None:
-    """Raise BadParameter if there is no such split."""
+    """Raise BadParameter if `split` is not the name of a split."""
     from pipeline.tables import SPLITS
 
     if split is not None and split not in SPLITS:
@@ -91,7 +91,7 @@ def require_split(split: str | None) -> None:
 
 
 def open_data(name: str | None, images: str | None) -> "Version":
-    """Open the version that `--data` names, local or on the Hub, with its pixels or those of `--images`."""
+    """Open the version given by `--data`, local or on the Hub, with its own images or those of `--images`."""
     from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
     from pipeline.sources.join import with_pixels
 

@@ -30,27 +30,29 @@ def last_dataset() -> Path:
 
 
 def find_checkpoint(captioner: str) -> Path:
-    """Return the folder of a captioner, local or of the Hub. Print a note if its training was interrupted."""
+    """Return a captioner's folder, local or from the Hub. Print a note if its training is not finished."""
     from trainer.runtime.checkpoint_folder import find_captioner
 
     folder = find_captioner(captioner)
     if (folder / "resume.pt").exists():
-        say(f"note: the training of {folder} is not finished; `synth train --resume` resumes it", WARNING)
+        say(f"note: the training run in {folder} is not finished; `synth train --resume` resumes it", WARNING)
     return folder
 
 
 def note_training_data(captioner: Path, version: "Version", split: str = "test") -> None:
-    """Print a note if a captioner was trained on the images of a split, or on other data than a version."""
+    """Print a note if a captioner was trained on the images of this split, or not on this version."""
     from trainer.runtime.checkpoint_folder import read_data_digest
 
     if read_data_digest(captioner) != version.manifest["digest"]:
-        say(f"note: {captioner} was trained on other data than {version.path}; it may have seen these images")
+        say(
+            f"note: {captioner} was not trained on {version.path}; its training data may include these images"
+        )
     elif split == "train":
-        say(f"note: {captioner} was trained on these images: the scores measure its memory")
+        say(f"note: {captioner} was trained on these images: the scores do not measure generalization")
 
 
 def note_previews(version: "Version", path: Path | None = None) -> None:
-    """Print a note if a version is a preview, or an older one that `path` does not name explicitly."""
+    """Print a note if a version is a preview, or if `path` names no version and there is a newer preview."""
     from pipeline.dataset.directory import DatasetDir, split_version
 
     if version.is_preview:
@@ -64,12 +66,12 @@ def note_previews(version: "Version", path: Path | None = None) -> None:
             for other in DatasetDir(version.dataset_dir).versions()
             if other > version and other.is_preview
         ]
-    except SynthError:  # another version is damaged, and is not used here
+    except SynthError:  # a version that is not used here is damaged
         return
     if later:
         preview = later[-1].name
         name = f"{version.dataset_dir}@{preview}"
-        say(f"note: uses {version.name}; {preview} is newer, but a preview (its name: {name})", WARNING)
+        say(f"note: uses {version.name}; {preview} is newer, but a preview (to use it, pass {name})", WARNING)
 
 
 def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
@@ -113,7 +115,7 @@ def print_preview(preview: "Preview") -> None:
             origin = "written by a human"
             if reply.style != HUMAN:
                 time = "stored reply" if reply.seconds is None else f"{reply.seconds:.1f} s"
-                origin = f"{reply.prompt_tokens} tokens read, {reply.reply_tokens} written, {time}"
+                origin = f"{reply.prompt_tokens} input tokens, {reply.reply_tokens} written, {time}"
             say(f"  {reply.task} {reply.style}".rstrip() + f" ({origin})", "dim")
             for text, reason in reply.texts:
                 say(f"    {text}")
@@ -126,9 +128,9 @@ def print_preview(preview: "Preview") -> None:
 
 
 def print_scores(metrics: Mapping[str, Any]) -> None:
-    """Print scores next to those with shuffled images."""
+    """Print scores next to the scores with shuffled images."""
     beams, style, reference = metrics["num_beams"], metrics["style"], metrics["against"]
-    say(f"{metrics['split']}: {metrics['images']} images, {style} captions, against {reference}")
+    say(f"{metrics['split']}: {metrics['images']} images, {style} captions, scored against {reference}")
     say(f"  captions written {'greedily' if beams == 1 else f'with {beams} beams'}")
     for name, value in metrics["scores"].items():
         low, high = metrics["intervals"].get(name, (None, None))
@@ -156,7 +158,7 @@ def print_run_result(
 ) -> None:
     """Print the steps, requests and warnings of a run to stderr, and the resulting version to stdout.
 
-    JSON also contains the warnings that the progress has `shown`.
+    The JSON also contains the warnings that were `shown` during the run.
     """
     from pipeline.config import NO_MODEL
     from pipeline.dataset.integrity import missing_files
@@ -170,14 +172,14 @@ def print_run_result(
     if version.manifest["model"]["name"] != NO_MODEL:
         _print_requests(result.stats, server)
     if not result.is_new and (missing := missing_files(version)):
-        damage = f"{version.name} is damaged: {first_names(missing)} is missing or has another size"
+        damage = f"{version.name} is damaged: {first_names(missing)} is missing or has the wrong size"
         warnings = [*warnings, f"{damage}; `synth check {folder}` shows how to repair it"]
     for text in warnings:
         say(f"warning: {text}", WARNING)
     say(
         f"made {version.name}"
         if result.is_new
-        else f"nothing new: {version.name} already has exactly these rows"
+        else f"no new version: {version.name} already has exactly these rows"
     )
     note_previews(version, version.path)
     has_captions = not {"captions", "qa"}.isdisjoint(version.manifest["columns"])
@@ -209,13 +211,13 @@ def _print_requests(stats: "RequestStats", server: "ServerConfig | None") -> Non
     if stats.asked:
         cost = stats.cost(server) if server else None
         paid = f"; cost: {cost:,.4g}" if cost is not None else ""
-        say(f"tokens: {stats.shown_about}{stats.prompt_tokens:,} read, {stats.reply_tokens:,} written{paid}")
+        say(f"tokens: {stats.shown_about}{stats.prompt_tokens:,} input, {stats.reply_tokens:,} output{paid}")
     if stats.flaws:
         say("unusable replies: " + ", ".join(f"{count} {flaw}" for flaw, count in stats.flaws.most_common()))
 
 
 def say(text: str, style: str = "") -> None:
-    """Print a message to stderr, in a style of rich on terminals."""
+    """Print a message to stderr. On terminals, use a `rich` style."""
     text = printable(text)
     if style and sys.stderr.isatty():
         from rich.console import Console
@@ -226,17 +228,17 @@ def say(text: str, style: str = "") -> None:
 
 
 def show(values: dict[str, Any], as_json: bool, key: str) -> None:
-    """Print data to stdout: all of it as JSON, or the one value that scripts use."""
+    """Print to stdout: all values as JSON, or only the value of `key` for scripts."""
     value = values if as_json else values[key]
     echo(value if isinstance(value, str) else json.dumps(value))
 
 
 def echo(text: object) -> None:
-    """Print data to stdout. Escape control characters: model texts and file names are untrusted."""
+    """Print data to stdout with control characters escaped: model texts and file names are untrusted."""
     try:
         typer.echo(printable(str(text)))
     except BrokenPipeError:
         raise
     except OSError as error:
-        problem = f"cannot write to the standard output: {error.strerror or error}"
+        problem = f"cannot write to standard output: {error.strerror or error}"
         raise SynthError(problem, hint="free some space") from None

@@ -1,4 +1,4 @@
-"""The command `push`: send a version, a captioner or a page for a captioner to the Hub."""
+"""The command `push`: send a version, a captioner or a captioner's demo page to the Hub."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ PRIVATE = Option(
 )
 WITH_IMAGES = Option(
     "--with-images/--no-images",
-    help="Push pixels, or only ids and texts.",
+    help="Push images, or only ids and texts.",
     show_default="as the license of the images allows",
 )
 
@@ -42,23 +42,38 @@ def push(
     private: Annotated[bool | None, PRIVATE] = None,
     images: Annotated[bool | None, WITH_IMAGES] = None,
     acknowledge: Annotated[
-        list[str] | None, option("License that lets you pass pixels on.", metavar="LICENSE")
+        list[str] | None,
+        option(
+            "Restrictive license that you have the right to redistribute images under.", metavar="LICENSE"
+        ),
     ] = None,
     license_: Annotated[
-        str | None, Option("--license", help="License of the images, if unknown, such as cc-by-4.0.")
+        str | None,
+        Option(
+            "--license", help="License of the images (e.g. cc-by-4.0), if the dataset does not state one."
+        ),
     ] = None,
-    license_link: Annotated[str | None, option("URL of a license that the Hub does not list.")] = None,
+    license_link: Annotated[str | None, option("URL of the license, if the Hub does not list it.")] = None,
     title: Annotated[str | None, option("Title of the card.", "named after the source")] = None,
-    language: Annotated[str | None, option("Language of the texts: en, de, ...", "that of the run")] = None,
-    space: Annotated[str | None, option("Space with a page for the captioner.", metavar="ORG/NAME")] = None,
-    also: Annotated[
-        str | None, option("More formats: webdataset, cauldron, dpo, lance.", metavar="FORMAT,...")
+    language: Annotated[
+        str | None, option("Language of the texts: en, de, ...", "the language of the run")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="List the files, and send nothing.")] = False,
-    repair: Annotated[bool, Option("--repair", help="Push a damaged version again as a patch.")] = False,
+    space: Annotated[
+        str | None, option("Space for a demo page of the captioner.", metavar="ORG/NAME")
+    ] = None,
+    also: Annotated[
+        str | None, option("Also push these formats: webdataset, cauldron, dpo, lance.", metavar="FORMAT,...")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the files, but send nothing.")] = False,
+    repair: Annotated[
+        bool,
+        Option(
+            "--repair", help="Replace a version damaged on the Hub: push it again as the next patch version."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Push a version or a captioner to the Hugging Face Hub: one commit, with a tag that never moves."""
+    """Push a version or a captioner to the Hugging Face Hub as one commit with a permanent tag."""
     from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.dataset.integrity import make_repaired_version
     from pipeline.dataset.manifest import describe_data
@@ -105,7 +120,7 @@ def push(
         if not repair:
             raise
         chosen_version = make_repaired_version(chosen_version, damage.files)
-        say(f"{damage}; {chosen_version.name} has the same rows, and its card names the damage")
+        say(f"{damage}; {chosen_version.name} has the same rows, and its card reports the damage")
         pushed = send_version(chosen_version)
     if not pushed:
         return
@@ -115,13 +130,13 @@ def push(
         with translate_disk_errors(folder):
             DatasetDir(folder).record_push(chosen_version.name, pushed.repo, pushed.commit)
     except SynthError as error:  # the push itself succeeded
-        say(f"warning: the push is not recorded in the folder: {error}")
+        say(f"warning: the push succeeded, but could not be recorded in the dataset folder: {error}")
     say("load it with:\n  from datasets import load_dataset")
     say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
 
 
 def _require_card_values(license_: str | None, license_link: str | None, language: str | None) -> None:
-    """Raise BadParameter for a value that a card cannot hold."""
+    """Raise BadParameter for a value that is invalid in a card."""
     from pipeline.config.sections import LANGUAGE, LICENSE, PATTERNS
 
     link = r"https?://[^\s\"'<>]{1,500}"
@@ -136,7 +151,7 @@ def _require_card_values(license_: str | None, license_link: str | None, languag
 def _packed(
     version: "Version", repo: str, formats: Sequence[str], choices: dict[str, Any]
 ) -> Iterator["Package"]:
-    """Yield the package of a version with its exports in other formats, and print its rows and licenses."""
+    """Yield the package of a version, including exports in other formats. Print its rows and licenses."""
     from pipeline.dataset.card import card_licenses
     from pipeline.formats.export import export_version
     from pipeline.hub.package import build_package
@@ -156,16 +171,16 @@ def _packed(
         say(f"version: {version.name}, {rows}")
         say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
         if package.manifest.get("acknowledged"):
-            say(f"note: pixels under {restricted} are pushed; the card says that you acknowledged the terms")
+            say(f"note: images under {restricted} are pushed; the card says that you acknowledged the terms")
         elif restricted and choices["images"] is None:
-            say(f"note: pixels under {restricted} may not be passed on; only ids and texts are pushed")
+            say(f"note: images under {restricted} may not be redistributed; only ids and texts are pushed")
         yield package
 
 
 def push_captioner(
     folder: Path, repo: str, space: str | None, *, private: bool | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Push a captioner and, if `space` is named, a Space that loads exactly the pushed commit."""
+    """Push a captioner and, if `space` is given, a Space that loads exactly the pushed commit."""
     from trainer.publish.captioner_package import package_captioner, package_space
 
     package = package_captioner(folder, repo)
@@ -178,9 +193,9 @@ def push_captioner(
 def send(
     package: "Package", repo: str, *, private: bool | None, dry_run: bool, as_json: bool | None = None
 ) -> "PushResult | None":
-    """Push a package, and print its files and its address. With `dry_run` send nothing.
+    """Push a package, and print its files and its URL. With `dry_run`, send nothing.
 
-    The result goes to stdout. If `as_json` is None, it goes to stderr, since stdout has another result.
+    The result goes to stdout. If `as_json` is None, it goes to stderr, because stdout gets another result.
     """
     from pipeline.hub.push import push_package
     from pipeline.inference.model_licenses import NO_COMMERCIAL_USE
@@ -197,7 +212,7 @@ def send(
     if not private and NO_COMMERCIAL_USE in model.get("license", ""):
         say(f"warning: the texts are of {model['name']} ({model['license']}); the card states this", WARNING)
     if dry_run:
-        say("dry run: nothing is sent")
+        say("dry run: nothing was sent")
         if as_json is not None:
             show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")
         return None
@@ -210,10 +225,10 @@ def send(
     say(
         f"pushed {pushed.tag} as {pushed.commit}"
         if pushed.is_new
-        else f"nothing to do: {pushed.tag} exists already"
+        else f"nothing to do: {pushed.tag} already exists"
     )
     if as_json is None:
-        say(f"the page: {pushed.url}")
+        say(f"page: {pushed.url}")
     else:
         result = {"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}
         show(result, as_json, "url")

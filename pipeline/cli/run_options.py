@@ -1,6 +1,6 @@
-"""The options of a run, defined once for `generate` and `preview`.
+"""The options of a run, which `generate` and `preview` share.
 
-`--help` shows the options that most runs need, `--help-all` shows all of them.
+`--help` shows the options that most runs need. `--help-all` shows all options.
 """
 
 import inspect
@@ -33,7 +33,7 @@ METAVARS: dict[Any, str] = {int: "N", Path: "FILE", list[Path]: "FILE"}
 
 @dataclass(frozen=True, slots=True)
 class RunOption:
-    """An option that sets a key of the settings: to `value` if it is a flag, else to `read(argument)`."""
+    """An option that sets a key of the settings. A flag sets it to `value`, others to `read(argument)`."""
 
     flag: str
     kind: Any
@@ -41,7 +41,7 @@ class RunOption:
     help: str
     setting: str = ""  # such as `generate.samples`; by default the name of the flag
     metavar: str | None = None
-    default: str | None = None  # a description; the value is in the settings
+    default: str | None = None  # describes the default in the help; the value is in the settings
     min: int | None = None
     max: int | None = None
     value: Any = None
@@ -50,7 +50,7 @@ class RunOption:
 
     @property
     def name(self) -> str:
-        """The name of the parameter of the command."""
+        """The name of the command's parameter."""
         return self.flag.removeprefix("--").replace("-", "_")
 
     @property
@@ -60,7 +60,7 @@ class RunOption:
 
     @property
     def parameter(self) -> inspect.Parameter:
-        """The parameter of the command, as Typer reads it."""
+        """The command's parameter, as Typer reads it."""
         option = Option(
             self.flag,
             help=self.help,
@@ -87,7 +87,7 @@ def _only_source(names: list[str]) -> str:
     if len(names) > 1:
         hint = "run once for each with its own --out, or put the images into one folder or one list"
         raise ConfigError(
-            f"a dataset has one source, and {len(names)} are given: {', '.join(names)}", hint=hint
+            f"a dataset has one source, but {len(names)} are given: {', '.join(names)}", hint=hint
         )
     return names[0]
 
@@ -95,30 +95,30 @@ def _only_source(names: list[str]) -> str:
 OPTIONS = (
     RunOption("--source", list[str], IMAGES, "Source of the images; see `synth doctor --sources`.",
         metavar="NAME", read=_only_source, is_common=True),
-    RunOption("--split", str, IMAGES, "Split of the source to read: train, validation or test.",
+    RunOption("--split", str, IMAGES, "Split to read from the source: train, validation or test.",
         "source_split", metavar="SPLIT", default="all"),
     RunOption("--columns", str, IMAGES,
-        "Roles of columns: image, references, question, answer, pages, split; context=A,B for prompts.",
+        "Column of each role: image, references, question, answer, pages, split, or context (for prompts).",
         metavar="ROLE=COLUMN,...", read=_read_columns),
     RunOption("--captions", list[Path], IMAGES,
-        "Human captions or questions about a folder of images: COCO, Karpathy, CSV, JSON lines; repeatable.",
+        "File of human captions or questions for a folder: COCO, Karpathy, CSV, JSON lines; repeatable.",
         is_common=True),
     RunOption("--allow-urls", bool, IMAGES, "Download images that rows name by URL."),
     RunOption("--allow-partial", bool, IMAGES,
-        "Read a Hub dataset of which only the first part is converted."),
-    RunOption("--follow-links", bool, IMAGES, "Read files outside of the folder that links in it lead to."),
-    RunOption("--split-list", Path, IMAGES, "Karpathy's dataset_flickr30k.json, for a copy without splits."),
+        "Read a Hub dataset that is only partly converted to Parquet."),
+    RunOption("--follow-links", bool, IMAGES, "Follow symlinks to files outside of the folder."),
+    RunOption("--split-list", Path, IMAGES, "dataset_flickr30k.json (Karpathy): splits of Flickr30k copies."),
     RunOption("--exclude", list[str], IMAGES,
-        "Source whose images to leave out, such as flickr30k#test; repeatable.", metavar="SOURCE[#SPLIT]"),
+        "Leave out the images of this source, e.g. flickr30k#test; repeatable.", metavar="SOURCE[#SPLIT]"),
     RunOption("--limit", int, IMAGES, "Stop after reading N images.", min=1, default="all; scenes: 1000",
         is_common=True),
-    RunOption("--images", int, IMAGES, "Keep exactly N images; read as many as that takes.", min=1,
+    RunOption("--images", int, IMAGES, "Read on until exactly N images are kept.", min=1,
         default="all that were read"),
     RunOption("--every", float, IMAGES, "Seconds between two frames of a video.", "frame_seconds",
         metavar="SECONDS", default="5"),
-    RunOption("--drop-context", bool, IMAGES, "Do not store the columns of context in the dataset."),
+    RunOption("--drop-context", bool, IMAGES, "Use context columns in prompts only; do not store them."),
     RunOption("--license", str, IMAGES, "License of your own images, such as cc-by-4.0.", metavar="NAME"),
-    RunOption("--group-by", str, IMAGES, "Keep a folder, or a numbered series (prefix), in one split.",
+    RunOption("--group-by", str, IMAGES, "Keep images of a folder or numbered series (prefix) in one split.",
         "split.group_by", metavar="folder|prefix"),
     RunOption("--tasks", str, TEXTS, "Tasks: caption, qa, deck_qa.", metavar="TASKS", read=read_names,
         default="caption,qa; decks: deck_qa", is_common=True),
@@ -129,14 +129,14 @@ OPTIONS = (
         is_common=True),
     RunOption("--keep-human", bool, TEXTS, "Keep human captions and questions in the dataset.", "human_texts",
         value="keep"),
-    RunOption("--only-missing", bool, TEXTS, "Keep human texts, and ask the model for the rest.",
+    RunOption("--only-missing", bool, TEXTS, "Keep human texts, and ask the model for the missing ones.",
         "human_texts", value="fill"),
     RunOption("--language", str, TEXTS,
-        "Language of prompts and texts; texts in others are rejected; any: keep all.", "filter.language",
+        "Language of prompts and texts; other languages are rejected; any: keep all.", "filter.language",
         metavar="CODE", default="en"),
     RunOption("--styles", str, TEXTS, "Caption styles: plain, detailed, brief, alt, tags, ocr, or your own.",
         "generate.caption_styles", metavar="NAME,...", read=read_names, is_common=True,
-        default="plain,detailed; drawn scenes: brief,detailed"),
+        default="plain,detailed; --source scenes: brief,detailed"),
     RunOption("--words", int, TEXTS, "Approximate number of words per caption.", "generate.caption_words",
         default="by style"),
     RunOption("--samples", int, TEXTS, "Candidates per caption style; the best is kept.", "generate.samples",
@@ -148,33 +148,33 @@ OPTIONS = (
     RunOption("--verify", str, TEXTS,
         "Checks: round_trip, claims, covers, blind, evidence, alignment, references.", "verify.checks",
         metavar="CHECKS", default="nothing", read=read_names, is_common=True),
-    RunOption("--repair", bool, TEXTS, "Rewrite captions whose claims failed --verify claims.",
+    RunOption("--repair", bool, TEXTS, "Rewrite captions that have false claims (--verify claims).",
         "verify.repair"),
-    RunOption("--judge", str, TEXTS, "Second model that rates each text; its scores become columns.",
+    RunOption("--judge", str, TEXTS, "Second model that rates each text; stores its scores as columns.",
         "verify.judge", metavar="MODEL@URL"),
-    RunOption("--seed", int, TEXTS, "Seed of drawn scenes, sampled replies, balancing and splits.",
+    RunOption("--seed", int, TEXTS, "Seed of --source scenes, sampled replies, balancing and splits.",
         default="0"),
     RunOption("--engine", str, MODEL, "Engine: auto, embedded (in this process) or vllm (a server).",
         metavar="ENGINE", default="auto"),
     RunOption("--model", str, MODEL,
-        "Hub id or folder of a vision-language model; tiny: the model of drawn scenes.", metavar="MODEL",
+        "Hub id or folder of a vision-language model; tiny: only for --source scenes.", metavar="MODEL",
         default="by source and engine", is_common=True),
-    RunOption("--base-url", list[str], MODEL, "Running server with OpenAI's chat protocol; repeatable.",
+    RunOption("--base-url", list[str], MODEL, "URL of a running OpenAI-compatible server; repeatable.",
         metavar="URL", is_common=True),
     RunOption("--no-enforced-schema", bool, MODEL,
-        "Accept a server without enforced JSON schemas; bad replies are asked again.",
+        "Accept a server that does not enforce JSON schemas; retry invalid replies.",
         "server.enforced_schema", value=False),
-    RunOption("--price-in", float, MODEL, "Price of a million tokens that the model reads.",
+    RunOption("--price-in", float, MODEL, "Price per million input tokens.",
         "server.price_in", metavar="PRICE", min=0),
-    RunOption("--price-out", float, MODEL, "Price of a million tokens that the model writes.",
+    RunOption("--price-out", float, MODEL, "Price per million output tokens.",
         "server.price_out", metavar="PRICE", min=0),
-    RunOption("--judge-price-in", float, MODEL, "Price of a million tokens that the judge reads.",
+    RunOption("--judge-price-in", float, MODEL, "Price per million input tokens of the judge.",
         "server.judge_price_in", metavar="PRICE", min=0, default="--price-in"),
-    RunOption("--judge-price-out", float, MODEL, "Price of a million tokens that the judge writes.",
+    RunOption("--judge-price-out", float, MODEL, "Price per million output tokens of the judge.",
         "server.judge_price_out", metavar="PRICE", min=0, default="--price-out"),
     RunOption("--max-requests", int, BUDGET, "Stop after N requests, counted over all runs in this folder.",
         "server.max_requests", min=1),
-    RunOption("--max-tokens", int, BUDGET, "Stop after N tokens, read and written.",
+    RunOption("--max-tokens", int, BUDGET, "Stop after N tokens, input plus output.",
         "server.max_total_tokens", min=1),
     RunOption("--max-cost", float, BUDGET, "Stop when the tokens have cost PRICE.", "server.max_cost",
         metavar="PRICE"),
@@ -189,7 +189,7 @@ CONFIG = Option(metavar="FILE", help="YAML file of settings; options override it
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """The settings of a run with their origins: the file, and the option that set a key."""
+    """The settings of a run, the file, and for each key the option that set it."""
 
     config: "Config"
     file: Path | None
@@ -197,7 +197,7 @@ class RunSettings:
 
 
 def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOption, Any]) -> RunSettings:
-    """Merge options, file and defaults. Raises ConfigError."""
+    """Merge options, file and defaults. Raises ConfigError if a setting is invalid."""
     from pipeline.config.files import resolve
 
     settings: dict[str, Any] = {}
@@ -231,7 +231,7 @@ HELP_ALL = Option("--help-all", is_eager=True, callback=_show_all_options, help=
 
 
 def with_run_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with the options of a run. It receives the merged settings as `settings`."""
+    """Return a command that has the options of a run, and gets the merged settings as `settings`."""
     parameters = inspect.signature(command).parameters
     own = [parameter for name, parameter in parameters.items() if name != "settings"]
 

@@ -33,42 +33,51 @@ def train(
     data: DataName = None,
     images: Images = None,
     encoder: Annotated[str, option(f"Image encoder: {ENCODERS}.")] = "auto",
-    encoder_layer: Annotated[int | None, option("Layer of the hidden states; -1: the last.", "-1")] = None,
-    encoder_states: Annotated[str | None, option("States of the layer: all or 2x2 averages.", "all")] = None,
+    encoder_layer: Annotated[
+        int | None, option("Encoder layer whose hidden states are used; -1: the last.", "-1")
+    ] = None,
+    encoder_states: Annotated[
+        str | None, option("Patch states to use: all, or 2x2 (averages of 2x2 patches).", "all")
+    ] = None,
     decoder: Annotated[str, option(f"Text decoder: {DECODERS}.")] = "auto",
     text_source: Annotated[
-        str | None, option("Texts: synthetic, human or mixed.", "all in the version")
+        str | None, option("Captions to train on: synthetic, human or mixed.", "all in the version")
     ] = None,
     preset: Annotated[
         str | None,
         option(
-            "Preset of settings: auto, scenes, photos-few, photos or photos-lm.",
-            "auto; with --config: that of the file",
+            "Settings preset: auto, scenes, photos-few, photos or photos-lm.",
+            "auto; with --config: the preset in the file",
         ),
     ] = None,
     epochs: Annotated[int | None, _preset_option("Passes over the training images.", min=1)] = None,
-    steps: Annotated[int | None, option("Optimizer steps, instead of epochs.", "by --epochs", min=1)] = None,
+    steps: Annotated[
+        int | None, option("Optimizer steps, instead of --epochs.", "by --epochs", min=1)
+    ] = None,
     batch_size: Annotated[int | None, _preset_option("Images per step.", min=1)] = None,
-    lr: Annotated[float | None, _preset_option("Learning rate of decoder and connector.", min=0)] = None,
+    lr: Annotated[
+        float | None, _preset_option("Learning rate of the decoder and the connector.", min=0)
+    ] = None,
     lora_rank: Annotated[
-        int | None, _preset_option("Rank of the adapters of a language model; 0: train all weights.", min=0)
+        int | None, _preset_option("LoRA rank for a language model; 0: train all weights.", min=0)
     ] = None,
     precision: Annotated[
-        str | None, option("Precision of matrix products: fp32, tf32 or bf16.", "fp32; on a GPU by preset")
+        str | None,
+        option("Precision of matrix multiplications: fp32, tf32 or bf16.", "fp32; on a GPU by preset"),
     ] = None,
     align_steps: Annotated[int | None, _preset_option("Steps that train only the connector.", min=0)] = None,
-    seed: Annotated[int | None, option("Seed of weights, dropout and data order.", "0")] = None,
+    seed: Annotated[int | None, option("Seed of initial weights, dropout and data order.", "0")] = None,
     config: Annotated[Path | None, option("YAML file or train.json; options override it.", False)] = None,
     out: Annotated[
         Path | None, path_option("Checkpoint folder.", "DATASET/checkpoints/VERSION-ENCODER-DECODER")
     ] = None,
-    resume: Annotated[bool, Option("--resume", help="Resume an interrupted training.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume an interrupted training run.")] = False,
     tensorboard: Annotated[bool, Option("--tensorboard", help="Also write TensorBoard curves.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a captioner on a version, and score it on the test split.
 
-    Before the first step, it prints the number of trained weights, the time and the memory that it needs.
+    Before the first step, it prints the number of trainable parameters, and the expected time and memory.
     """
     from trainer.config import resolve
 
@@ -84,7 +93,7 @@ def train(
     options |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed}
     options |= {"preset": preset}
     if not resume:
-        resolve(config, **options)  # report mistakes before data is downloaded
+        resolve(config, **options)  # report invalid settings before data is downloaded
     version = open_data(data, images)
 
     from trainer.launch import train as train_captioner  # imports torch, which takes seconds
@@ -93,7 +102,7 @@ def train(
         result = train_captioner(
             version, config, out=out, resume=resume, tensorboard=tensorboard, progress=progress, **options
         )
-    if result.metrics:  # only in the first of several processes
+    if result.metrics:  # only the first of several processes has metrics
         print_scores(result.metrics)
         show(result.metrics | {"path": str(result.path)}, as_json, "path")
 
@@ -106,9 +115,9 @@ def evaluate(
     style: Annotated[str | None, option("Caption style.", BY_STYLE)] = None,
     num_beams: NumBeams = None,
     clip_score: Annotated[
-        str | None, option("CLIP for the CLIP score: clip, metaclip, tiny-clip, a folder or a Hub id.")
+        str | None, option("CLIP model for the CLIP score: clip, metaclip, tiny-clip, a folder or a Hub id.")
     ] = None,
-    captions: Annotated[Path | None, option("File (.jsonl) for captions with their scores.")] = None,
+    captions: Annotated[Path | None, option("File (.jsonl) to write captions and their scores to.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a captioner on a split, and again with shuffled images."""
@@ -130,7 +139,7 @@ def evaluate(
     loaded = load_checkpoint(checkpoint)
     note_training_data(checkpoint, version, split)
     if captions:
-        # Fail before minutes of scoring, and keep the captions of the last evaluation.
+        # If the file cannot be written, fail before scoring starts. Keep the captions of the last evaluation.
         with translate_disk_errors(captions):
             captions.parent.mkdir(parents=True, exist_ok=True)
             captions.open("a").close()
@@ -144,9 +153,11 @@ def evaluate(
 
 
 def experiment(
-    file: Annotated[Path, Argument(help="YAML file, such as docs/experiment.yaml.")],
-    out: Annotated[Path | None, path_option("Folder of the experiment.", "experiments/FILE")] = None,
-    jobs: Annotated[int | None, option("Trainings at once.", "GPUs, or cores", min=1)] = None,
+    file: Annotated[Path, Argument(help="YAML file of the experiment, such as docs/experiment.yaml.")],
+    out: Annotated[Path | None, path_option("Folder to write the experiment to.", "experiments/FILE")] = None,
+    jobs: Annotated[
+        int | None, option("Training runs in parallel.", "number of GPUs, or of CPU cores", min=1)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a grid of captioners, and compare data, encoders, decoders and alignment."""
@@ -162,7 +173,7 @@ def experiment(
     folder = out or Path("experiments") / file.stem
     with translate_disk_errors(folder), DatasetDir(folder).lock():
         runs = plan(spec, cells_of(spec), open_data, folder)
-        say(f"{len(runs)} cells in {folder}, {sum(run.is_done for run in runs)} done before")
+        say(f"{len(runs)} cells in {folder}, {sum(run.is_done for run in runs)} finished earlier")
         require_models(runs)
         with show_progress() as progress:
             failures = run_cells(runs, jobs or default_jobs(), progress)
@@ -174,5 +185,5 @@ def experiment(
     if failures:
         for failure in failures:
             say(f"failed: {failure}")
-        hint = "fix them, and run the same command: it trains only the missing cells"
+        hint = "fix the cause, and run the same command: it trains only the missing cells"
         raise TrainError(f"{len(failures)} of {len(runs)} cells failed", hint=hint)

@@ -28,7 +28,7 @@ def _open_dataset(path: Path, *, is_local: bool = False) -> "DatasetDir":
 
     if is_local and is_remote(path):
         raise StoreError(
-            f"{path} is in an object store", hint="remove its objects with the tools of the store"
+            f"{path} is in an object store", hint="remove its objects with the tools of the object store"
         )
     folder = find_dataset(path)
     if not is_remote(folder) and not (folder / "versions").is_dir():
@@ -38,18 +38,20 @@ def _open_dataset(path: Path, *, is_local: bool = False) -> "DatasetDir":
             )
         raise StoreError(f"no dataset at {folder}", hint="`synth generate --source scenes` makes one")
     if split_version(path)[1]:
-        raise StoreError(f"{path} names a version", hint=f"name the dataset folder: {folder}")
+        raise StoreError(
+            f"{path} is a version, not a dataset folder", hint=f"pass the dataset folder: {folder}"
+        )
     return DatasetDir(folder)
 
 
 def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
-    """List the versions of a dataset, oldest first, with rows, size, parent, digest, tags and pushes."""
+    """List the versions of a dataset with rows, size, parent, digest, tags and pushes, oldest first."""
     from pipeline.dataset.directory import read_tags
     from pipeline.storage.files import translate_disk_errors
 
     dataset = _open_dataset(data or last_dataset())
     with translate_disk_errors(dataset.path):
-        # Without any version, `version` raises the error that names the reason.
+        # If there is no version, `version` raises an error that gives the reason.
         versions = dataset.versions() or [dataset.version()]
         rows, pushes, tags = (
             [version.summary() for version in versions],
@@ -77,20 +79,22 @@ def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
 
 
 def versions_tag(
-    tag: Annotated[str, Argument(help="Name of the tag, such as paper.")],
-    version: Annotated[str | None, Argument(help="Version.", show_default="the newest complete one")] = None,
+    tag: Annotated[str, Argument(help="Tag name, such as paper.")],
+    version: Annotated[
+        str | None, Argument(help="Version.", show_default="the newest complete version")
+    ] = None,
     data: LastMade = None,
     move: Annotated[bool, Option("--move", help="Move an existing tag to this version.")] = False,
-    delete: Annotated[bool, Option("--delete", help="Remove the tag, and keep the version.")] = False,
+    delete: Annotated[bool, Option("--delete", help="Remove the tag, but keep the version.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tag a version. Other commands accept the tag, and the version cannot be removed."""
+    """Tag a version. Other commands accept the tag, and a tagged version cannot be removed."""
     from pipeline.dataset.directory import read_tags, require_tag_name, write_tags
     from pipeline.errors import StoreError
     from pipeline.storage.files import translate_disk_errors
 
     if delete and (version or move):
-        raise BadParameter("--delete accepts only a tag", param_hint="--delete")
+        raise BadParameter("--delete takes only a tag, no version", param_hint="--delete")
     require_tag_name(tag)
     dataset = _open_dataset(data or last_dataset())
     with translate_disk_errors(dataset.path), dataset.lock():
@@ -141,10 +145,10 @@ def versions_rm(
 
 def versions_gc(
     data: OnlyMade = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="List the files, and remove nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the files, but remove nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove unused images, leftovers of killed commands, and hidden states, which `train` computes again."""
+    """Remove unused images, files of killed commands, and stored hidden states (`train` recomputes them)."""
     from pipeline.dataset.directory import only_made
     from pipeline.dataset.removal import find_leftovers, remove_images, remove_leftovers, remove_remade
     from pipeline.storage.files import translate_disk_errors

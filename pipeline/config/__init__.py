@@ -147,15 +147,15 @@ class Config(Section):
         if NO_TASKS in self.tasks:
             yield f"tasks: {NO_TASKS} excludes other tasks"
         if not self.tasks and self.human_texts == "fill":
-            yield "human_texts: fill asks for missing texts, and tasks: none asks for no texts"
+            yield "human_texts: fill needs a model to write the missing texts, but tasks: none uses no model"
         if not self.tasks and self.human_texts == "compare":
-            yield "no texts would be made: name tasks, or keep human texts (human_texts: keep)"
+            yield "no texts would be made: set tasks, or keep human texts (human_texts: keep)"
         if self.limit is not None and self.images is not None and self.limit < self.images:
-            yield f"images: {self.images} images cannot be kept of the {self.limit} that limit allows"
+            yield f"images: {self.images} is more than limit: {self.limit}"
         if name := _first_repeated(task.name for task in self.own_tasks):
             yield f"two custom tasks have the name {name}"
         if "_type" in self.context:
-            yield "a column of the context cannot be named _type: `datasets` reserves this name"
+            yield "a context column cannot be named _type: `datasets` reserves this name"
         yield from self._select_contradictions()
         yield from self._server_contradictions()
 
@@ -166,7 +166,7 @@ class Config(Section):
                 yield "select chooses among several captions: --samples 4"
             return
         if by == "consistency" and self.select.pairs and self.generate.samples == 2:
-            yield "two captions agree with each other equally, so neither is better: --samples 3"
+            yield "two captions always agree equally with each other, so neither can be chosen: --samples 3"
         if by == "clip" and "alignment" not in checks:
             yield "select.by clip needs the check alignment: --verify alignment"
         if by == "judge" and not self.verify.judge:
@@ -176,14 +176,14 @@ class Config(Section):
 
     def _server_contradictions(self) -> Iterator[str]:
         if url := _first_repeated(map(address_of, self.server.endpoints)):
-            yield f"server.endpoints describes {url} twice"
+            yield f"server.endpoints lists {url} twice"
         used = [*self.base_url, *([self.judge_url] if self.judge_url else [])]
         for url in self.server.endpoints:
             if address_of(url) not in map(address_of, used):
-                yield f"server.endpoints describes {url}, and base_url names {', '.join(used) or 'no server'}"
+                yield f"server.endpoints lists {url}, but base_url lists {', '.join(used) or 'no server'}"
         # Two logins at one server are two addresses: they have separate limits.
         if url := _first_repeated(map(address_of, self.base_url)):
-            yield f"base_url names the server {without_passwords(url)} twice, in two spellings"
+            yield f"base_url lists the server {without_passwords(url)} twice, in two spellings"
 
     def recorded(self) -> dict[str, Any]:
         """Return the settings as `run.json` stores them: without passwords in the addresses of servers."""

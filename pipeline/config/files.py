@@ -138,7 +138,7 @@ def _with_texts(task: Any, folder: Path) -> Any:
                 texts[key] = json.loads(text) if suffix == ".json" else text
             except (OSError, ValueError) as error:
                 problem = f"cannot read {folder / name}: {error}"
-                raise ConfigError(problem, hint=f"the {key} of a task names this file") from None
+                raise ConfigError(problem, hint=f"`{key}` of a task names this file") from None
     return task | texts
 
 
@@ -163,15 +163,13 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
             values = yaml.load(file, _UniqueKeyLoader) or {}  # noqa: S506  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         problem = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        hint = f"pass a YAML file; it may contain {example}"
+        hint = f"pass a YAML file; {example}"
         raise ConfigError(f"cannot read config file {path}: {problem}", hint=hint) from None
     except yaml.YAMLError as error:
         problem = f"config file {path} is not YAML: {one_line(error, 1000)}"
-        raise ConfigError(problem, hint=f"it may contain {example}") from None
+        raise ConfigError(problem, hint=example) from None
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"config file {path} must contain keys and values", hint=f"it may contain {example}"
-        )
+        raise ConfigError(f"config file {path} must contain keys and values", hint=example)
     return values
 
 
@@ -198,13 +196,15 @@ def as_yaml(value: Any) -> str:
 
 def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
     """Return the settings in a file, and whether it is the manifest of a version."""
-    values = read_yaml(file, "a line such as `limit: 100`")
+    values = read_yaml(file, "it needs lines such as `limit: 100`")
     if isinstance(values.get("config"), dict) and "version" in values:
         return values["config"], True
     # Cards show a command with this name: it must not run untrusted settings in another form.
     if file.name == "manifest.json":
         problem = f"{file} is not a manifest of a version"
-        raise ConfigError(problem, hint="give your file of settings another name, such as synth.yaml")
+        raise ConfigError(
+            problem, hint="if it is your settings file, give it another name, such as synth.yaml"
+        )
     return values, False
 
 
@@ -216,21 +216,23 @@ def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[
     hint = "copy the settings that you want into your own file, and name your files and servers there"
     for key in ("base_url", "server"):
         if settings.get(key):
-            problem = f"the manifest {file} names {key}, which would get your images and your key"
+            problem = f"the manifest {file} sets {key}: that server would get your images and your API key"
             raise ConfigError(problem, hint=hint)
     own_tasks = settings.get("own_tasks")
     for task in own_tasks if isinstance(own_tasks, list) else ():
         if not isinstance(task, dict) or isinstance(task.get("output"), str):
-            raise ConfigError(f"the manifest {file} names Python code as the output of a task", hint=hint)
+            raise ConfigError(
+                f"the manifest {file} names Python code as the output of a task, which is not run", hint=hint
+            )
     sections = {name: value for name, value in settings.items() if isinstance(value, dict)}
     if AT_SERVER in str(sections.get("verify", {}).get("judge")):
-        problem = f"the manifest {file} names a judge's server, which would get your images and your key"
+        problem = f"the manifest {file} sets a judge: its server would get your images and your API key"
         raise ConfigError(problem, hint=hint)
     missing = [key for key in ("split_list", "captions") if settings.get(key) and not options.get(key)]
     for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
         missing += [f"{section}.{key}"] if sections.get(section, {}).get(key) else []
     if missing:
-        raise ConfigError(f"the version of {file} needs a file that you do not have: {missing[0]}", hint=hint)
+        raise ConfigError(f"{file} refers to a file that does not exist here: {missing[0]}", hint=hint)
 
 
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -302,7 +304,7 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
         return message if is_secret else f"{message} ({shown})"
     is_text_meant = isinstance(value, bool) and flaw["type"] != "bool_for_number"
     quotes = (
-        "; YAML reads yes, no, on and off as true and false: put a text in quotes" if is_text_meant else ""
+        "; YAML reads yes, no, on and off as true and false: put a string in quotes" if is_text_meant else ""
     )
     return f"{shown} is not {wanted.format(**context)}{quotes}"
 

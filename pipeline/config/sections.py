@@ -36,14 +36,14 @@ TITLE = r"^[^\x00-\x1f]+$"
 LICENSE = r"^[A-Za-z0-9][A-Za-z0-9 .,+-]*$"
 # Descriptions for error messages: "X is not ...".
 PATTERNS = {
-    TASK: "the name of a task, in lower case",
+    TASK: "a task name in lower case",
     STYLE: "the name of a caption style, in lower case",
     LANGUAGE: "a language code of two or three letters, such as de",
-    JUDGE: "a model and the address of its server, such as MODEL@http://HOST:8000/v1",
+    JUDGE: "a model and its server, such as MODEL@http://HOST:8000/v1",
     BASE_URL: "an address with http:// or https:// and without a query, such as http://HOST:8000/v1 "
     "(Azure: https://NAME.openai.azure.com/openai/v1)",
-    HEADER: "the name of a header",
-    HEADER_VALUE: "the value of a header, on one line",
+    HEADER: "a header name",
+    HEADER_VALUE: "a header value on one line",
     VARIABLE: "the name of an environment variable",
     FIELD: "the name of a field: letters, digits and _",
     NEED: "the name of a task or of a caption style",
@@ -185,7 +185,7 @@ class TaskConfig(Section):
 
 def _require_order(min_name: str, least: int | None, max_name: str, most: int | None) -> None:
     if least is not None and most is not None and least > most:
-        raise ValueError(f"{min_name} is {least}, and {max_name} {most}: no text has such a length")
+        raise ValueError(f"{min_name} is {least}, but {max_name} is {most}: no text has such a length")
 
 
 def task_names(entries: Any) -> Any:
@@ -244,7 +244,7 @@ def _require_valid_port(url: str) -> str:
 def _refuse_key(variable: str) -> str:
     if _LIKE_A_KEY.match(variable):
         raise ValueError(
-            "this looks like a key; set an environment variable to the key, and name the variable here"
+            "this looks like an API key; set an environment variable to the key, and give its name here"
         )
     return variable
 
@@ -507,5 +507,5 @@ class SplitConfig(Section):
     @model_validator(mode="after")
     def _require_training_images(self) -> "SplitConfig":
         if self.validation_frac + self.test_frac >= 1:
-            raise ValueError("validation_frac and test_frac add up to 1 or more")
+            raise ValueError("validation_frac and test_frac must add up to less than 1")
         return self

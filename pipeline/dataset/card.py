@@ -128,7 +128,10 @@ def _render(template: str, header: dict[str, Any], **values: Any) -> str:
 
 
 def _manifest_error(error: Exception) -> StoreError:
-    return StoreError(f"no card can be made of the manifest: {error}", hint="do not use the dataset")
+    return StoreError(
+        f"cannot write the card: the manifest is invalid: {error}",
+        hint="check it with `synth check`, or use another version",
+    )
 
 
 def _without_line_breaks(value: Any) -> Any:

@@ -115,7 +115,9 @@ class DatasetDir:
             pushes = read_json(file)["pushed"]
             return [{name: str(push[name]) for name in ("version", "repo", "commit")} for push in pushes]
         except _DAMAGED_JSON:
-            raise StoreError(f"{file} is damaged", hint="move it away: it lists pushes") from None
+            raise StoreError(
+                f"{file} is damaged", hint="move it away: only the record of pushes is lost"
+            ) from None
 
     def record_push(self, version: str, repo: str, commit: str) -> None:
         """Record a push, unless it is already recorded."""
@@ -191,7 +193,7 @@ def read_tags(dataset: Path) -> dict[str, str]:
         tags = read_json(file)["tags"]
         if isinstance(tags, dict) and all(is_tag(tag) and VERSION_NAME.fullmatch(tags[tag]) for tag in tags):
             return tags
-    raise StoreError(f"{file} is not a file of tags", hint="remove it, and tag the versions again")
+    raise StoreError(f"{file} is not a valid list of tags", hint="remove it, and tag the versions again")
 
 
 def write_tags(dataset: Path, tags: dict[str, str]) -> None:
@@ -207,7 +209,9 @@ def is_tag(name: str) -> bool:
 def require_tag_name(tag: str) -> None:
     """Raise ConfigError if a name cannot be used as a tag."""
     if not is_tag(tag):
-        hint = "use at most 64 letters, digits, dots, hyphens and underscores, a letter first; not v1.0.0"
+        hint = (
+            "begin with a letter, use at most 64 letters, digits, dots, hyphens and underscores, not v1.0.0"
+        )
         raise ConfigError(f"{tag!r} cannot be a tag", hint=hint)
 
 
@@ -230,7 +234,10 @@ def open_dataset(path: Path | None, version: str | None = None, *, previews: boo
     if (path / MANIFEST).exists():
         opened = read_version(path)
         if version not in (None, opened.name):
-            raise StoreError(f"{path} is {opened.name}, not {version}", hint="name the dataset folder")
+            raise StoreError(
+                f"{path} is the version {opened.name}, not {version}",
+                hint="pass the dataset folder instead of a version",
+            )
         return opened
     if not is_remote(path) and not path.is_dir():
         raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")
@@ -256,7 +263,7 @@ def last_made() -> Path:
     """Return the dataset folder with the newest version. Raises StoreError if there is none."""
     manifests = _made_manifests()
     if not manifests:
-        hint = "make one with `synth generate --source scenes`, or name its folder"
+        hint = "make one with `synth generate --source scenes`, or pass its folder"
         raise StoreError(f"no dataset under {DATA}/", hint=hint)
     return max(manifests, key=lambda path: path.stat().st_mtime_ns).parents[2]
 
@@ -265,8 +272,8 @@ def only_made() -> Path:
     """Return the only dataset folder. Raises StoreError if there are several, instead of guessing."""
     folders = sorted({path.parents[2] for path in _made_manifests()})
     if len(folders) > 1:
-        problem = f"there are {len(folders)} datasets that were made here, in {DATA}/ or with --out"
-        raise StoreError(problem, hint=f"name one: {', '.join(map(str, folders[:8]))}")
+        problem = f"several datasets were made here: {len(folders)} in {DATA}/ or with --out"
+        raise StoreError(problem, hint=f"pass one: {', '.join(map(str, folders[:8]))}")
     return folders[0] if folders else last_made()
 
 
@@ -280,7 +287,7 @@ def remember_dataset(out: Path | None) -> None:
         others = [other for other in _remembered() if other != path]
         write_json(DATA / ELSEWHERE, {"datasets": list(map(str, [path, *others[: MAX_REMEMBERED - 1]]))})
     except OSError as error:
-        log.info("%s is not remembered: %s", out, error)
+        log.info("cannot record %s as the last dataset: %s", out, error)
 
 
 def _remembered() -> list[Path]:

@@ -82,7 +82,7 @@ def damaged_images(version: Version, stored: Mapping[str, str]) -> list[str]:
 def find_damage(version: Version, stored: Mapping[str, str] | None = None) -> list[str]:
     """Return messages about the damage in a version, if any. `stored` is the result of `hash_store`."""
     if files := damaged_files(version):
-        return [f"{name} is not what the manifest says" for name in files]
+        return [f"{name} does not match the manifest" for name in files]
     try:
         is_intact = content_digest(version) == version.manifest["digest"]
         if stored is None:
@@ -91,7 +91,7 @@ def find_damage(version: Version, stored: Mapping[str, str] | None = None) -> li
     except (StoreError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         return [f"its rows cannot be read: {error}"]
     if not is_intact:
-        return ["its rows are not those of its digest"]
+        return ["its rows do not match its digest"]
     if not damaged:
         return []
     return [f"the images of {len(damaged)} samples are missing or damaged, such as {damaged[0][:12]}"]
@@ -99,10 +99,10 @@ def find_damage(version: Version, stored: Mapping[str, str] | None = None) -> li
 
 def require_intact_files(version: Version) -> None:
     """Raise StoreError if a file differs from the manifest, or the store lacks images."""
-    hint = f"nothing was sent; `synth check {version.dataset_dir}` shows what can be rebuilt"
+    hint = f"nothing was sent; `synth check {version.dataset_dir}` shows how to repair it"
     if files := damaged_files(version):
         names = ", ".join(files)
-        raise StoreError(f"{version.path} is damaged: {names} is not what its manifest says", hint=hint)
+        raise StoreError(f"{version.path} is damaged: {names} does not match its manifest", hint=hint)
     if version.manifest.get("images"):
         stored = dict(zip(*version.store.digests().to_pydict().values(), strict=True))
         if damaged := damaged_images(version, stored):
@@ -120,8 +120,8 @@ def make_repaired_version(version: Version, damage: list[str]) -> Version:
     with dataset.lock(), scratch_folder(dataset.path / "versions") as draft:
         newest = dataset.versions()[-1]
         if newest.name != version.name:
-            problem = f"only the newest version can be repaired, and {version.name} is not"
-            raise StoreError(problem, hint=f"push {newest.name}, which is newer")
+            problem = f"only the newest version can be repaired; {version.name} is older"
+            raise StoreError(problem, hint=f"push {newest.name}")
         major, minor, patch = max([version.number, *dataset.taken_numbers()])
         name = f"v{major}.{minor}.{patch + 1}"
         repairs = {"version": version.name, "damaged": damage}

@@ -109,7 +109,7 @@ class Manifest(_Part):
         row_columns = {*ROW.names, *self.own_columns}
         # A file with another name must not be read or published.
         invalid_by_kind = {
-            "files that are not shards": [name for name in self.files if not _SHARD.fullmatch(name)],
+            "a file that is not a shard": [name for name in self.files if not _SHARD.fullmatch(name)],
             "an invalid feature": [name for name, kind in self.features.items() if not _is_feature(kind)],
             "an invalid column of a custom task": [
                 name
@@ -133,11 +133,13 @@ class Manifest(_Part):
                 raise ValueError(f"has {kind}: {names[0]!r}")
         for name, own in self.own_columns.items():
             if own.is_list and not pa.types.is_list(arrow_type_of(self.features[name])):
-                raise ValueError(f"has a list column without a list: {name!r}")
+                raise ValueError(f"has a list column whose type is not a list: {name!r}")
         if len({*self.columns}) < len(self.columns) or "sample_id" not in self.columns:
-            raise ValueError("has a repeated column, or no column sample_id")
+            raise ValueError(
+                f"has {'no column sample_id' if 'sample_id' not in self.columns else 'a duplicate column'}"
+            )
         if ("context" in self.columns) != bool(self.context) or len({*self.context}) < len(self.context):
-            raise ValueError("has a context that does not match its columns")
+            raise ValueError("has context names that do not match its columns")
         return self
 
 

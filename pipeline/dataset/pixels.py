@@ -39,7 +39,7 @@ def join_images(version: Version, images: Iterable[Images]) -> Version:
     store.add(_batches((name, pages) for name, pages in images if name in wanted))
     if missing := store.find_missing(ids):
         problem = f"{len(missing)} of {len(ids)} images of {version.name} are missing: {missing[0][:12]}, ..."
-        hint = "use the original, unchanged image files: sample_id is the sha256 of such a file"
+        hint = "use the original, unchanged image files: sample_id is the SHA-256 of the file"
         raise StoreError(problem, hint=hint)
     return joined
 
@@ -56,7 +56,9 @@ def images_of_dataset(folder: Path) -> Iterator[Images]:
     """Yield the images of a local version. Raises StoreError if it has no images."""
     version = open_dataset(folder)
     if lacks_pixels(version):
-        raise StoreError(f"{folder} holds no pixels either", hint="name a folder of image files")
+        raise StoreError(
+            f"{folder} has no images either", hint="pass a folder of image files: --images FOLDER"
+        )
     columns = ["sample_id", *(name for name in PIXELS if name in version.manifest["columns"])]
     for _, batch in version.batches(columns, BATCH_ROWS):
         for row in batch.to_pylist():

@@ -69,8 +69,10 @@ class RowWriter:
         empty = {name for name in OPTIONAL if table[name].null_count == table.num_rows}
         self.columns = self.columns or [name for name in self.extras.columns if name not in empty]
         if lost := [name for name in OPTIONAL if name not in empty and name not in self.columns]:
-            hint = "a source must fill such a column for all samples, or for none"
-            raise TableError(f"some samples have {', '.join(lost)} and the first samples do not", hint=hint)
+            hint = "a source must fill a column for all samples, or for none"
+            raise TableError(
+                f"some samples have the columns {', '.join(lost)}, but the first samples do not", hint=hint
+            )
         schema = row_schema([name for name in self.columns if name not in PIXELS], self.extras)
         for split in SPLITS:
             rows = table.filter(pc.equal(table["split"], split))
@@ -136,8 +138,8 @@ def publish_version(
     taken over the folder. Raises TableError if no row is left, and StoreError if images are missing.
     """
     if not content.digests.num_rows:
-        hint = "see the reasons in steps/*/rejected.parquet, and human reviews in review/"
-        raise TableError("no row is left to make a version of", hint=hint)
+        hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"
+        raise TableError("no rows are left, so no version was made", hint=hint)
     versions = dataset.versions()
     parent = versions[-1] if versions else None
     digests = zip(*content.digests.to_pydict().values(), strict=True)

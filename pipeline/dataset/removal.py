@@ -124,8 +124,8 @@ def _remove(path: Path) -> None:
         return
     remove(path)
     if path.exists():
-        hint = "change its permissions, then run `synth versions gc`"
-        raise StoreError(f"{path} cannot be removed", hint=hint)
+        hint = "change its permissions or end programs that use it, then run `synth versions gc`"
+        raise StoreError(f"cannot remove {path}", hint=hint)
 
 
 def _measure(folder: Path) -> Leftover:

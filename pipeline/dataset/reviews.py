@@ -52,11 +52,11 @@ class Review(BaseModel):
     @model_validator(mode="after")
     def _check_fields_of_verdict(self) -> "Review":
         if (self.verdict == "bad") != (self.reason is not None):
-            raise ValueError("the verdict bad needs a reason, and no other verdict has one")
+            raise ValueError("the verdict bad needs a reason, and no other verdict may have one")
         if self.verdict == "edited" and (self.text is None) == (self.question is None or self.answer is None):
-            raise ValueError("the verdict edited needs a new text, or a question and its answer")
+            raise ValueError("the verdict edited needs a new text, or a new question and answer")
         if self.verdict != "edited" and any(getattr(self, name) is not None for name in EDITABLE):
-            raise ValueError("only the verdict edited has a new text")
+            raise ValueError("only the verdict edited may have a new text")
         return self
 
     @property
@@ -93,7 +93,7 @@ def read_reviews(path: Path) -> list[Review]:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             detail = f"{where}: {first['msg']}" if where else first["msg"]
-            hint = "use a file that a report has exported, with one review per line"
+            hint = "use a file exported by a report, which has one review per line"
             raise ConfigError(f"{path}, line {number} is not a review: {detail}", hint=hint) from None
     return reviews
 
@@ -147,7 +147,7 @@ def check_edit(review: Review, row: dict[str, Any], tasks: Tasks = BUILT_IN) -> 
         return "values of a custom task can be reviewed as good or bad, but not edited"
     is_caption = final_value(row, "text") is not None
     if (review.text is None) == is_caption:
-        return f"the text is a {'caption' if is_caption else 'question'}, and the edit is not"
+        return f"the reviewed text is a {'caption' if is_caption else 'question'}, but the edit is not"
     fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | dict(review.words)
     return find_broken_rule(tasks[row["task"]], fields, row["pages"])
 

@@ -270,7 +270,7 @@ def read_version(folder: Path) -> Version:
         if manifest["table_version"] > TABLE_VERSION:
             raise NewerVersionError(f"{folder} was made by a newer synth", hint="upgrade synth")
         if manifest["table_version"] != TABLE_VERSION:
-            raise ValueError(f"table_version: {manifest['table_version']!r}")
+            raise ValueError(f"unknown table_version: {manifest['table_version']!r}")
         check_manifest(manifest)
         files = () if is_remote(folder) else (*manifest["files"], REJECTIONS_FILE, IMAGES_FILE)
         root = folder.parents[1] if folder.parent.name == "snapshots" else folder

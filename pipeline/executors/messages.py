@@ -33,7 +33,7 @@ RETRY = "the same command sends them again"
 UNANSWERED_MESSAGES = {
     SERVER_ERROR: f"requests got only errors from the server: {RETRY}",
     REFUSED_BY_SERVER: (
-        f"requests were refused by the server: {RETRY}; if images are too large, set generate.max_pixels"
+        f"requests were rejected by the server: {RETRY}; if images are too large, lower generate.max_pixels"
     ),
 }
 
@@ -57,11 +57,11 @@ def describe_start(plan: Plan) -> str:
     assert choice is not None
     start, kept = f"{config.source} to {plan.dataset.path}", "keeps human captions and questions"
     if choice.model == NO_MODEL:
-        return f"{start}: {kept}; asks no model"
+        return f"{start}: {kept}; uses no model"
     tasks = ", ".join(config.tasks) or "checks"
     asked = f"{tasks} of {public_name(choice.model)} ({describe_engine(config, choice)})"
     human = f"{kept}, and " if config.keeps_human_texts else ""
-    missing = " what is missing:" if config.human_texts == "fill" else ""
+    missing = " for missing texts:" if config.human_texts == "fill" else ""
     prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts)
     rated = f"; rated by {plan.choose_judge().model}" if config.verify.judge else ""
     notes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
@@ -96,10 +96,8 @@ def describe_boxes(config: Config, model: str) -> Iterator[str]:
     family = find_family(model)
     for task in config.own_tasks if family else ():
         if family and task.kind == "boxes" and task.coordinates != family.boxes:
-            units = (
-                f"{family.name} writes boxes in {family.boxes}, the task {task.name} reads {task.coordinates}"
-            )
-            yield f"{units}: set its coordinates"
+            units = f"{family.name} writes boxes in {family.boxes}, but {task.name} reads {task.coordinates}"
+            yield f"{units}: set coordinates in the task"
 
 
 def describe_warnings(
@@ -146,7 +144,7 @@ def describe_losses(
             reason, count = max(rejected.items(), key=lambda item: item[1])
             hint = step.advice.get(reason, default_hint) if step else default_hint
             share = f"{lost:,} of {rows:,} {summary.unit}"
-            yield f"{summary.step} rejected {share}, {count:,} for {reason.replace('_', ' ')}: {hint}"
+            yield f"{summary.step} rejected {share}, {count:,} of them as {reason.replace('_', ' ')}: {hint}"
 
 
 def describe_missing(steps: Sequence[Step], plan: Plan, version: Version) -> Iterator[str]:
@@ -170,7 +168,7 @@ def describe_missing(steps: Sequence[Step], plan: Plan, version: Version) -> Ite
         reasons = Counter(zip(lost["step"].to_pylist(), lost["reason"].to_pylist(), strict=True))
         for (step, reason), count in reasons.most_common(1):
             hint = advice.get(step, {}).get(reason, SEE_REPORT)
-            yield f"no {name} are left: {step} rejected {count:,} for {reason.replace('_', ' ')}: {hint}"
+            yield f"no {name} are left: {step} rejected {count:,} as {reason.replace('_', ' ')}: {hint}"
 
 
 def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
@@ -180,7 +178,7 @@ def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
     if empty and version.num_rows >= MIN_ROWS_FOR_SPLITS:
         groups = ", or smaller groups (--group-by)" if config.split.group_by else ""
         yield (
-            f"no image is in the {' and the '.join(empty)} split, which `synth train` needs: "
+            f"the {' and the '.join(empty)} split has no images, but `synth train` needs some: "
             f"if the source states no splits, try another --seed{groups}"
         )
 

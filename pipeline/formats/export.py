@@ -1,6 +1,6 @@
-"""Export a version to files for another tool, or write its captions next to the user's own images.
+"""Export a version in a format for another tool, or write its captions next to the user's own images.
 
-An unfinished export is in a hidden folder next to its final place.
+An export is written to a hidden folder next to its destination, and renamed when it is complete.
 """
 
 import os
@@ -29,7 +29,7 @@ CHECKSUMS = "SHA256SUMS"
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The folder of an export, and the numbers of images with and without texts for its format."""
+    """The folder of an export, the number of exported images, and the number of images `without_text`."""
 
     folder: Path
     images: int
@@ -46,13 +46,13 @@ def export_version(
     source_names: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a version to a new folder, in PARQUET or one of FORMATS. `style` selects captions.
+    """Write a version to a new folder, as PARQUET or in one of FORMATS. `style` selects captions.
 
     `source_names` names files as in the source (`read_items`).
     Raises ConfigError if the folder exists or is in use, or there is nothing to write in this format.
     """
     report, splits = progress or NullProgress(), tuple(splits)
-    # This also refuses names such as `.`, whose parent cannot hold the lock.
+    # This also refuses names such as `.`, for which no lock file can be created.
     _require_new(out)
     if source_names and kind in TABLES:
         raise ConfigError(f"the format {kind} has no files of images", hint="leave --names out")
@@ -83,7 +83,7 @@ def export_version(
 
 def _require_new(out: Path) -> None:
     if out.exists():
-        raise ConfigError(f"{out} exists already", hint="name another folder: --out DIR")
+        raise ConfigError(f"{out} already exists", hint="choose another folder: --out DIR")
 
 
 def _check_export(version: Version, kind: str, style: str | None, splits: tuple[str, ...]) -> int:
@@ -93,12 +93,12 @@ def _check_export(version: Version, kind: str, style: str | None, splits: tuple[
         hint = f"styles of its captions: {', '.join(captions) or 'none'}"
         raise ConfigError(f"no caption of {version.name} has the style {style}", hint=hint)
     if kind == PARQUET and style:
-        raise ConfigError(f"the format {PARQUET} holds all captions", hint="leave --style out")
+        raise ConfigError(f"the format {PARQUET} always has all captions", hint="leave out --style")
     if kind == PARQUET and lacks_pixels(version):
         raise no_pixels_error(version)
     num_rows: int = sum(version.manifest["rows"].get(split, 0) for split in splits)
     if not num_rows:
-        raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave --split out")
+        raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave out --split")
     return num_rows
 
 
@@ -119,7 +119,7 @@ def write_beside(
     existing: Existing = "refuse",
     progress: Progress | None = None,
 ) -> Exported:
-    """Write captions as text files next to the user's own images, which are checked by their bytes.
+    """Write captions as text files next to the user's own images, after checking the bytes of the images.
 
     Raises ConfigError, before any write, if an image has changed, or text files exist and must not change.
     """
@@ -145,16 +145,16 @@ def _read_own_images(version: Version, folder: Path, style: str | None) -> Itera
         try:
             is_same = image_id(read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES)) == item.sample_id
         except (OSError, ValueError, UnsafeFileError) as error:
-            hint = "name the folder that the images came from: --in-place DIR"
-            raise ConfigError(f"{path} cannot be read: {error}", hint=hint) from None
+            hint = "pass the folder that the images came from: --in-place DIR"
+            raise ConfigError(f"cannot read {path}: {error}", hint=hint) from None
         if not is_same:
-            hint = "generate again, or restore the image"
-            raise ConfigError(f"{path} is not the image of the version", hint=hint)
+            hint = "run `synth generate` again, or restore the original image"
+            raise ConfigError(f"{path} differs from the image that the version describes", hint=hint)
         yield path, text, text in item.human_texts
 
 
 def _path_of_row(folder: Path, name: str) -> Path:
-    r"""Return the file of a row of a folder source, whose name has bytes that are not UTF-8 as \xNN."""
+    r"""Return the file of a row from a folder source. In `name`, \xNN stands for a byte that is not UTF-8."""
     path = folder / name
     if os.path.lexists(path):
         return path
@@ -165,10 +165,12 @@ def _path_of_row(folder: Path, name: str) -> Path:
 def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:
     if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
         hint = "generate pairs with `synth generate --samples 4 --pairs`"
-        return ConfigError(f"{version.name} has no pairs of a better and a worse caption", hint=hint)
+        return ConfigError(
+            f"{version.name} has no preference pairs (chosen and rejected captions)", hint=hint
+        )
     own, captions = version.manifest.get("own_columns"), version.manifest["measured"].get("captions", {})
     if own and not captions and not style:
-        hint = f"export its columns {', '.join(own)} with --format imagefolder, webdataset or lance"
+        hint = f"export its columns ({', '.join(own)}) with --format imagefolder, webdataset or lance"
         return ConfigError(f"{version.name} has no captions for this format", hint=hint)
     text = f"a caption of the style {style}" if style else "a text"
     hint = f"its captions have the styles: {', '.join(captions) or 'none'}"

@@ -1,8 +1,8 @@
-"""The formats of `synth export`. Each is given images one by one, and keeps little in memory.
+"""The formats of `synth export`. Each receives the images one by one, and keeps few of them in memory.
 
 | format | for |
 |---|---|
-| parquet | readers of Parquet: all columns of the version with its images, as `synth push` uploads them |
+| parquet | readers of Parquet: all columns of the version, including images, as `synth push` uploads them |
 | imagefolder | `datasets.load_dataset("imagefolder", data_dir=...)` |
 | sidecar | trainers of diffusion models: a text file next to each image |
 | webdataset | the package webdataset, open_clip, readers of img2dataset |
@@ -12,7 +12,7 @@
 | csv | open_clip (`--csv-separator ,`): one line per caption |
 | cauldron | nanoVLM and other trainers of The Cauldron or FineVision: Parquet with `images` and `texts` |
 | lance | Lance and LanceDB: one dataset per split (extra `lance`) |
-| dpo | TRL's DPOTrainer: Parquet, one row for each best caption of several, with the worst |
+| dpo | TRL's DPOTrainer: Parquet, one row per preference pair: the best and the worst caption |
 """
 
 import csv
@@ -50,22 +50,22 @@ from pipeline.tables import (
 from pipeline.tasks.boxes import BOX_FIELDS
 
 DRAFT, DRAFT_BATCH_LINES = ".metadata.jsonl", 10_000
-SHARD_BYTES = 500_000_000  # images and texts of a tar file
+SHARD_BYTES = 500_000_000  # bytes of images and texts in a tar file
 
 
 class Format:
-    """Base of all formats. `style` selects captions (default: all)."""
+    """Base of all formats. `style` selects captions. By default, all are exported."""
 
     def __init__(self, folder: Path, style: str | None = None) -> None:
         self.folder, self.style = folder, style
         self._files: dict[str, TextIO] = {}
 
     def add(self, item: Item) -> bool:
-        """Write an image with its texts. Return False if it has no text for this format."""
+        """Write an image with its texts. Return False if the image has no text for this format."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Finish all files, after the last image."""
+        """Finish all files after the last image."""
         for file in self._files.values():
             file.close()
 
@@ -90,21 +90,21 @@ class Format:
         }
 
     def turns(self, item: Item, image_token: str = "") -> list[tuple[str, str]]:
-        """Return (question, answer) for all texts of an image; the first question begins with
+        """Return (question, answer) for all texts of an image. The first question begins with
         `image_token`.
         """
         asked = [*turns(self.captions(item), item.questions)]
         return [(f"{image_token}{question}", answer) for question, answer in asked[:1]] + asked[1:]
 
     def put_image(self, item: Item, folder: str) -> str:
-        """Write the file of an image, and return its path within the export."""
+        """Write an image file, and return its path within the export."""
         path = self.folder / folder / item.file_name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(item.image)
         return f"{folder}/{item.file_name}"
 
     def file(self, name: str) -> TextIO:
-        """Return a text file of the export, which is opened once."""
+        """Return a text file of the export, and open it on the first call."""
         if name not in self._files:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ class Format:
 
 
 class ImageFolder(Format):
-    """A folder for each split, with metadata.parquet. Of JSON lines, `datasets` would guess the types."""
+    """A folder per split, with metadata.parquet: from JSON lines, `datasets` would guess the types."""
 
     def add(self, item: Item) -> bool:
         self.put_image(item, item.split)
@@ -132,8 +132,8 @@ class ImageFolder(Format):
     def close(self) -> None:
         super().close()
         drafts = sorted(self.folder.glob(f"*/{DRAFT}"))
-        # A list that is empty in all rows of a batch has no type there, so the schemas of all batches are
-        # merged.
+        # A list that is empty in all rows of a batch has no type in the schema of the batch, so merge the
+        # schemas of all batches.
         schemas = [pa.Table.from_pylist(rows).schema for path in drafts for rows in _read_lines(path)]
         schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
         for path in drafts:
@@ -237,11 +237,11 @@ class ShareGpt(Format):
 
 
 class Coco(Format):
-    """COCO's JSON with captions, and with boxes as instances. It is held in memory until the end."""
+    """COCO's JSON with captions, and with boxes as instances. All entries stay in memory until the end."""
 
     def __init__(self, folder: Path, style: str | None = None) -> None:
         super().__init__(folder, style)
-        # By kind (captions or instances) and split.
+        # Keys: the kind (captions or instances), and the split.
         self._images: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self._annotations: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self._count = 0
@@ -263,7 +263,7 @@ class Coco(Format):
         }
         if captions:
             self._add_annotations(("captions", item.split), image, captions)
-        # An image without boxes is an example, too, if the model was asked for boxes.
+        # If the model was asked for boxes, an image without boxes is a negative example.
         if item.boxes is not None:
             self._add_annotations(("instances", item.split), image, [*map(_coco_instance, item.boxes)])
         return True
@@ -279,7 +279,7 @@ class Coco(Format):
     def close(self) -> None:
         licenses = [{"id": number, "name": name} for name, number in self._licenses.items()]
         instances = [a for (kind, _), part in self._annotations.items() if kind == "instances" for a in part]
-        # Sorted, so that the numbers do not depend on the order of images.
+        # Sort the labels, so that category ids do not depend on the order of images.
         labels = sorted({instance["category"] for instance in instances})
         category_ids = {label: number for number, label in enumerate(labels, 1)}
         categories = [{"id": number, "name": label} for label, number in category_ids.items()]
@@ -301,7 +301,7 @@ def _coco_instance(box: dict[str, Any]) -> dict[str, Any]:
 
 
 class Csv(Format):
-    """A table for each split, with the column names of open_clip: one line per caption."""
+    """A CSV file per split with the column names of open_clip: one line per caption."""
 
     def add(self, item: Item) -> bool:
         captions = self.captions(item)
@@ -325,11 +325,11 @@ class TableFormat(Format):
         self._rows: list[dict[str, Any]] = []
 
     def rows_of(self, item: Item) -> list[dict[str, Any]]:
-        """Return the rows about an image, without the column `sample_id`."""
+        """Return the rows for an image without the column `sample_id`."""
         raise NotImplementedError
 
     def write(self, rows: pa.Table, split: str) -> None:
-        """Append rows to the table of a split. All rows of a split follow each other."""
+        """Append rows to the table of a split. The rows of a split are contiguous."""
         raise NotImplementedError
 
     def add(self, item: Item) -> bool:
@@ -350,7 +350,7 @@ class TableFormat(Format):
 
 
 class ParquetFormat(TableFormat):
-    """Base of formats that are Parquet files, as `datasets` reads them."""
+    """Base of formats that are Parquet files for `datasets`."""
 
     _writer: SplitWriter | None = None
 
@@ -370,7 +370,7 @@ class ParquetFormat(TableFormat):
 
 
 class Cauldron(ParquetFormat):
-    """The columns of The Cauldron and FineVision: images, and turns of a user and an assistant."""
+    """The columns of The Cauldron and FineVision: images, and turns between a user and an assistant."""
 
     SCHEMA = pa.schema(
         {
@@ -389,7 +389,7 @@ class Cauldron(ParquetFormat):
 
 
 class Preferences(ParquetFormat):
-    """The columns of TRL's DPOTrainer: one row for each pair of a better and a worse caption."""
+    """The columns of TRL's DPOTrainer: one row per pair of a chosen and a rejected caption."""
 
     SCHEMA = pa.schema(
         [
@@ -447,9 +447,9 @@ class Lance(TableFormat):
 
 
 def add_values(row: dict[str, Any], item: Item) -> dict[str, Any]:
-    """Add WRITTEN_BY and the values of custom tasks to a row. A name that is taken gets an underscore.
+    """Add WRITTEN_BY and the values of custom tasks to a row. A name that is already used gets an underscore.
 
-    WRITTEN_BY is BY_MODEL if a value has the name of a column of texts, which sources would read as human.
+    WRITTEN_BY is BY_MODEL if a value is named like a text column: a source would read it as human.
     """
     has_text_name = not {*CAPTIONS, QUESTION, *ANSWERS}.isdisjoint(item.values)
     row = row | {WRITTEN_BY: BY_MODEL if has_text_name else item.writer(row.get("text") or "")}
@@ -457,7 +457,7 @@ def add_values(row: dict[str, Any], item: Item) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    """Return a value as a line of JSON."""
+    """Return a value as one line of JSON."""
     return json.dumps(value, ensure_ascii=False)
 
 

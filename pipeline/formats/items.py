@@ -1,4 +1,4 @@
-"""The rows of a version as exports read them: an image with its texts and values."""
+"""Read the rows of a version for an export: each an image with its texts and values."""
 
 import hashlib
 import re
@@ -44,7 +44,9 @@ class Item:
     references: Sequence[str]
     reference_qa: Sequence[dict[str, Any]] = ()  # human questions with all answers
     values: dict[str, Any] = field(default_factory=dict)  # values of custom tasks, by name
-    boxes: Sequence[dict[str, Any]] | None = None  # boxes of custom tasks; None if no task was answered
+    boxes: Sequence[dict[str, Any]] | None = (
+        None  # boxes from custom tasks; None if the model answered no such task
+    )
     pairs: Sequence[tuple[str, str, str]] = ()  # (style, best caption, worst caption)
 
     @property
@@ -62,7 +64,7 @@ class Item:
         return BY_PEOPLE if text in self.human_texts else BY_MODEL
 
     def caption(self, style: str | None) -> str | None:
-        """Return the caption of a style, by default the preferred caption; None without such a caption."""
+        """Return the caption in a style (None: the preferred one), or None if there is no such caption."""
         if style:
             return next((text for name, text in self.captions if name == style), None)
         return preferred_caption(self.captions)
@@ -78,8 +80,8 @@ def read_items(
     """
     columns = version.manifest["columns"]
     if "image" not in columns and "pages" in columns:
-        hint = "export single images"
-        raise ConfigError(f"{version.name} holds decks, which this format does not support", hint=hint)
+        hint = "use a version of single images"
+        raise ConfigError(f"{version.name} consists of decks, which this format does not support", hint=hint)
     if "image" not in columns:
         raise no_pixels_error(version)
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
@@ -111,7 +113,7 @@ def file_name_of(source_row: str) -> str:
 
 def no_pixels_error(version: Version) -> ConfigError:
     """Return the error to raise for a version without images."""
-    return ConfigError(f"{version.name} holds no pixels", hint="pass --images FOLDER")
+    return ConfigError(f"{version.name} has no images", hint="pass --images FOLDER")
 
 
 def _make_item(row: dict[str, Any], split: str, own: dict[str, str], name: str) -> Item:
@@ -125,7 +127,7 @@ def _make_item(row: dict[str, Any], split: str, own: dict[str, str], name: str) 
         with open_image(image, counts_scans=False) as header:
             kind = header.format or ""
     except ImageError as error:
-        problem = f"the image {sample_id[:12]} cannot be read: {error}"
+        problem = f"cannot read the image {sample_id[:12]}: {error}"
         raise ConfigError(problem, hint="find the damage with `synth check`") from None
     box_lists = [row[task] for task in own if own[task] == "boxes" and row[task] is not None]
     human = [annotation for annotation in (*captions, *questions) if annotation["prompt_id"] in OF_PEOPLE]

@@ -1,4 +1,4 @@
-"""Build the package that a push uploads: the files of a version or a model, with their manifest and card."""
+"""Build the package that a push uploads: the files of a version or a model, the manifest, and the card."""
 
 import hashlib
 import tempfile
@@ -44,10 +44,10 @@ CHECKPOINT_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """The files of a dataset version, a model or a Space, to upload.
+    """The files to upload for a dataset version, a model or a Space.
 
-    `name` is the tag, `title` the commit message. `files` maps paths in the repository to local files or
-    content, and `manifest` has their digests and sizes. `has_unknown_license` is about images in the data.
+    `name` is the tag, and `title` is the commit message. `files` maps repository paths to local files or
+    content. `manifest` has the digests and sizes of the files. `has_unknown_license` refers to the images.
     """
 
     kind: Literal["dataset", "model", "space"]
@@ -64,7 +64,7 @@ class Package:
 
 
 def exported_files(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the valid entries of exported files in a manifest, by path in the repository."""
+    """Return the valid entries for exported files in a manifest, keyed by path in the repository."""
     exports = manifest.get("exports")
     files = {}
     for name, entries in exports.items() if isinstance(exports, dict) else ():
@@ -84,25 +84,25 @@ def build_package(
     stated: dict[str, str] | None = None,
     exports: Mapping[str, Path] = NO_EXPORTS,
 ) -> Iterator[Package]:
-    """Yield the package to push to `repo`, whose files may be temporary.
+    """Yield the package to push to `repo`. Its files may exist only within the context.
 
-    `images` includes pixels (None: if their licenses allow it). `acknowledged` are restrictive licenses that
-    the caller may publish under. `stated` are facts about the data (`describe_data`), `exports` folders with
-    the same rows in other formats. Raise PushError if pixels may not be published; StoreError if a file is
-    damaged.
+    `images` includes or leaves out the images. None includes them if their licenses allow it. The user has
+    the right to publish under the restrictive licenses in `acknowledged`. `stated` overrides manifest keys.
+    `exports` maps formats to folders with the same rows. Raises PushError if the images may not be published,
+    and StoreError if a file is damaged.
     """
     require_intact_files(version)
     restricted = non_redistributable(version.manifest["licenses"])
     refused = [license_name for license_name in restricted if license_name not in acknowledged]
     if images and refused:
         options = " ".join(f"--acknowledge {name}" for name in refused)
-        hint = f"if you have the right to, pass {options}: the card will state it"
-        raise PushError(f"pixels under {', '.join(refused)} may not be passed on", hint=hint)
+        hint = f"if you have that right, pass {options}: the card will state it"
+        raise PushError(f"images under {', '.join(refused)} may not be redistributed", hint=hint)
     pixel_columns = [column for column in PIXELS if column in version.manifest["columns"]]
     with _scratch_folder(version) as folder:
         if pixel_columns and (images is False or (images is None and restricted)):
             if exports:
-                problem = f"{', '.join(exports)} would hold the images, which are left out"
+                problem = f"{', '.join(exports)} would contain the images, which are not pushed"
                 raise PushError(problem, hint="leave out --also")
             yield _pack(version, repo, without_pixels(version, folder) | (stated or {}), folder)
             return
@@ -116,7 +116,7 @@ def build_package(
 
 @contextmanager
 def _scratch_folder(version: Version) -> Iterator[Path]:
-    """Yield an empty folder for shards, on the disk of the images if these are in a store."""
+    """Yield an empty folder for shards. If the images are in an image store, it is on the same disk."""
     home = None if version.holds_pixels else version.dataset_dir / PUSHED
     if home is not None:
         home.mkdir(parents=True, exist_ok=True)
@@ -125,13 +125,13 @@ def _scratch_folder(version: Version) -> Iterator[Path]:
 
 
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
-    """Write a copy of each shard without pixels, and return the manifest of the copies."""
+    """Write a copy of each shard without the image columns, and return the manifest of the copies."""
     columns = [column for column in version.manifest["columns"] if column not in PIXELS]
     files, schema = {}, schema_of(version.manifest | {"columns": columns})
     for name, entry in version.manifest["files"].items():
         source = open_parquet(version.path / name)
         with open_writer(folder / name, with_features(schema)) as writer:
-            # Keep the row groups, whose boundaries depend on the rows.
+            # Keep the boundaries of the row groups: they depend on the rows.
             for group in range(source.num_row_groups):
                 rows = source.read_row_group(group, columns=columns).select(columns)
                 writer.write_table(rows.cast(writer.schema))
@@ -177,7 +177,7 @@ def _pack(
 def build_checkpoint_package(
     folder: Path, repo: str, extra_files: Callable[[Path], Mapping[str, bytes]], hub_ids: Mapping[str, str]
 ) -> Package:
-    """Return the package of a captioner, tagged by the version of its data and a digest of its files.
+    """Return the package of a captioner. Its tag is the version of the data plus a digest of the files.
 
     `extra_files` returns the files that transformers needs. `hub_ids` maps short names of models to Hub ids.
     Raises PushError for an unfinished training; UnsafeFileError for a link out of the folder.
@@ -185,14 +185,14 @@ def build_checkpoint_package(
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
         is_interrupted = (folder / "resume.pt").exists()
         hint = (
-            "run `synth train --resume`" if is_interrupted else "name the folder that `synth train` printed"
+            "run `synth train --resume`" if is_interrupted else "pass the folder that `synth train` printed"
         )
-        raise PushError(f"{folder} is not a finished training: it lacks {missing[0]}", hint=hint)
+        raise PushError(f"{folder} is not a finished training run: it lacks {missing[0]}", hint=hint)
     for name in CHECKPOINT_FILES:
         require_regular(folder / name, folder)
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
     models = base_models(saved["train"], hub_ids)
-    # Local paths are not published.
+    # Publish no local paths.
     for part in ("encoder", "decoder"):
         saved["train"][part] = without_folders(str(saved["train"][part]))
     written = {"train.json": json_text(saved["train"]).encode(), **extra_files(folder)}
@@ -229,13 +229,13 @@ def _content_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
 
 
 def base_models(train: Mapping[str, Any], hub_ids: Mapping[str, str]) -> list[str]:
-    """Return the Hub ids of the models that a captioner was made of. Local folders have none."""
+    """Return the Hub ids of a captioner's encoder and decoder. A model from a local folder has none."""
     given = [str(train[part]) for part in ("encoder", "decoder")]
     return [hub_ids.get(name, name) for name in given if name in hub_ids or without_folders(name) == name]
 
 
 def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
-    """Return the package of a Space for a model, with the model's tag and these `files`."""
+    """Return the package of a Space with these `files`. It has the same tag as the model."""
     entries = _content_entries(files)
     content_digest = digest([[name, entry["sha256"]] for name, entry in sorted(entries.items())])
     manifest = {"version": model.name, "digest": content_digest, "files": entries}
@@ -250,7 +250,7 @@ def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
 
 
 def _version_of(folder: Path, data: dict[str, Any]) -> tuple[Version | None, str | None]:
-    """Return the version that a checkpoint was trained on, and the repository of its push."""
+    """Return the version that a checkpoint was trained on, and the repository that it was pushed to."""
     dataset = DatasetDir(folder.resolve().parent.parent)
     version = next((v for v in dataset.versions() if v.manifest["digest"] == data["digest"]), None)
     if version is None:

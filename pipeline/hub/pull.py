@@ -1,4 +1,4 @@
-"""Download a version from the Hub or an object store once, check it against its manifest, and open it."""
+"""Open a version on the Hub or in an object store: download it once, and check it against its manifest."""
 
 from functools import partial
 from pathlib import Path
@@ -33,31 +33,31 @@ DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, REJECTIONS_FILE, *(f"{split}-*.parquet
 
 
 def is_hub_name(text: str) -> bool:
-    """Return whether a text is ORG/NAME or ORG/NAME@VERSION, and not the path of a local dataset."""
+    """Return whether a string is ORG/NAME or ORG/NAME@VERSION, and not the path of a local dataset."""
     return bool(HUB_NAME.fullmatch(text)) and not split_version(Path(text))[0].exists()
 
 
 def pull_version(name: str) -> Version:
-    """Download ORG/NAME@VERSION into the Hub's cache, once, and check every file.
+    """Download ORG/NAME@VERSION into the Hub's cache if it is not there, and check every file.
 
-    VERSION is a tag (default: the newest), a branch or a commit. Raise StoreError if the version does not
-    exist, is damaged, or is neither reachable nor in the cache.
+    VERSION is a tag, a branch or a commit. The default is the newest tag. Raises StoreError if the version
+    does not exist, is damaged, or is neither reachable nor in the cache.
     """
     if not (match := HUB_NAME.fullmatch(name)):
-        raise StoreError(f"not a dataset of the Hub: {name}", hint="use ORG/NAME@v1.0.0")
+        raise StoreError(f"not a dataset name on the Hub: {name}", hint="use ORG/NAME@v1.0.0")
     repo, requested = match[1], match[2]
     offline = "check the network, then try again: downloaded files are kept"
     with translate_hub_errors(name, "dataset", StoreError, offline, or_folder=True):
         revision = requested or next(reversed(_tags(repo)), None)
         if revision is None:
-            hint = "name a folder that `synth generate` has made, or a commit of the Hub: ORG/NAME@COMMIT"
-            raise StoreError(f"{repo} is not a folder here, and no version of it is known", hint=hint)
+            hint = "pass a folder made by `synth generate`, or a commit on the Hub: ORG/NAME@COMMIT"
+            raise StoreError(f"{repo} is not a local folder, and the Hub has no version of it", hint=hint)
         options = {"repo_type": "dataset", "revision": revision, "allow_patterns": DOWNLOAD_PATTERNS}
         fetch = partial(snapshot_download, repo, **options)
         try:
             version = read_version(Path(fetch()))
             damage = find_damage(version)
-            # A normal download would link the damaged files of the cache again.
+            # A normal download would reuse the damaged files in the cache.
             if damage:
                 version = read_version(Path(fetch(force_download=True)))
                 damage = find_damage(version)
@@ -66,13 +66,13 @@ def pull_version(name: str) -> Version:
             hint = f"versions there: {versions}"
             raise StoreError(f"{repo} has no version {requested}", hint=hint) from None
     if damage:
-        hint = "do not use the dataset: it was downloaded again and is damaged on the Hub, too"
+        hint = "do not use the dataset: a second download was damaged too, so the copy on the Hub is damaged"
         raise StoreError(f"{name} is damaged: {damage[0]}", hint=hint)
     return Version(version.path, version.manifest, repo)
 
 
 def open_or_download(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
-    """Open a local version (see `open_dataset`), or one in an object store, which is downloaded once.
+    """Open a local version as `open_dataset` does, or download a version from an object store once.
 
     Raises StoreError if the version does not exist or is damaged, or the store refuses.
     """
@@ -90,16 +90,16 @@ def open_or_download(path: Path | None, version: str | None = None, *, previews:
         local = read_version(final)
     if local.manifest != remote.manifest:
         hint = f"move {home.path} away"
-        raise StoreError(f"{final} is another {remote.name} than the one in {path}", hint=hint)
+        raise StoreError(f"{final} exists, but differs from {remote.name} in {path}", hint=hint)
     return local
 
 
 def _require_origin(origin: str, home: DatasetDir) -> None:
-    """Raise StoreError if a folder has versions of another origin with the same folder name."""
+    """Record where a folder's versions come from. Raises StoreError if it has versions from elsewhere."""
     file = home.path / "origin.json"
     known = read_json(file)["origin"] if file.exists() else None
     if known not in (None, origin) or (known is None and home.versions()):
-        problem = f"{home.path} holds versions from {known or 'here'}, not from {origin}"
+        problem = f"{home.path} has versions from {known or 'this machine'}, not from {origin}"
         raise StoreError(problem, hint=f"move {home.path} away")
     if known is None:
         write_json(file, {"origin": origin})
@@ -121,7 +121,7 @@ def _download(remote: Version, home: DatasetDir, final: Path) -> None:
 
 
 def _tags(repo: str) -> list[str]:
-    """Return the version tags on the Hub, or offline those in the cache, oldest first."""
+    """Return the version tags on the Hub, oldest first. Without a connection, use the tags in the cache."""
     try:
         names = [ref.name for ref in HfApi().list_repo_refs(repo, repo_type="dataset").tags]
     except (errors.OfflineModeIsEnabled, httpx2.TransportError):

@@ -1,7 +1,7 @@
 """Push a version or a model to the Hugging Face Hub in one commit, with a tag that never moves.
 
-Readers of the Hub see the old version or the new one, never a mixture. Every attempt first reads the state of
-the repository, and continues where an interrupted attempt stopped.
+Readers see either the old version or the new one, never a mixture. Every attempt first reads the state of
+the repository, and resumes an interrupted attempt.
 """
 
 import json
@@ -34,16 +34,16 @@ from pipeline.progress import NullProgress, Progress
 MAX_ATTEMPTS = 6
 MAX_PAUSE_S = 330.0  # the Hub's rate limits apply to windows of five minutes
 RETRIED_STATUSES = (408, 409, 412, 429, 500, 502, 503, 504)
-# Keys of a manifest that the user states about the data.
+# Manifest keys whose values the user states about the data.
 STATED_KEYS = ("license", "license_link", "title", "language", "acknowledged")
-NEW_REPO_FILES = (".gitattributes", "README.md")  # files that the Hub may put into a new repository
+NEW_REPO_FILES = (".gitattributes", "README.md")  # files that the Hub may add to a new repository
 _LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 _TAG_HINT = "tags never move: make a new version, or push to another repository"
 
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """A package on the Hub. `is_new` is False if the tag existed before."""
+    """A package on the Hub. `is_new` is False if the tag already existed."""
 
     repo: str
     url: str
@@ -55,19 +55,19 @@ class PushResult:
 
 
 class DamagedPushError(PushError):
-    """Raised if `files` on the Hub differ from the manifest of their version."""
+    """Raised when `files` of a package on the Hub do not match its manifest."""
 
     def __init__(self, repo: str, package: Package, files: list[str]) -> None:
         hint = "tags never move: push to a new repository"
         if package.kind == "dataset":
             hint = "tags never move: publish the same rows as the next version with `synth push --repair`"
-        problem = f"{', '.join(files)} is not what its manifest says"
+        problem = f"{', '.join(files)} does not match its manifest"
         super().__init__(f"{package.name} in {repo} is damaged: {problem}", hint=hint)
         self.files = files
 
 
 def check_repo_name(repo: str) -> None:
-    """Raise PushError if a name is not valid for a repository."""
+    """Raise PushError if the name of a repository is invalid."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -82,7 +82,7 @@ def push_package(
 ) -> PushResult:
     """Push a package and tag its commit. Raises PushError if the Hub refuses or has other content."""
     check_repo_name(repo)
-    # Limit the memory of an upload: Xet then uploads one block of 64 MB while it fills the next.
+    # Limit the memory that an upload needs: Xet uploads one block of 64 MB while it fills the next.
     os.environ.setdefault("HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY", "1")
     os.environ.setdefault("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "1")
     os.environ.setdefault("HF_XET_DATA_INGESTION_BLOCK_SIZE", "1mb")
@@ -92,7 +92,7 @@ def push_package(
         try:
             return _push(api, package, repo, private=private, progress=progress or NullProgress())
         except RuntimeError as error:
-            # Uploads by LFS wrap the error of a request.
+            # LFS uploads wrap the error of the request in a RuntimeError.
             raise (error.__cause__ or error) from None
 
     try:
@@ -124,13 +124,13 @@ def _retry(attempt: Callable[[], PushResult]) -> PushResult:
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in RETRIED_STATUSES
-    # A ConnectError means that no server listens.
+    # A ConnectError means that no server is listening.
     is_broken = isinstance(error, ConnectionError | TimeoutError | httpx2.TransportError)
     return is_broken and not isinstance(error, httpx2.ConnectError)
 
 
 def _pause_s(error: Exception, number: int) -> float:
-    # The header of a 429 ends with the seconds until the window ends: "api";r=0;t=1
+    # This header of a 429 response ends with the seconds until the window resets: "api";r=0;t=1
     header = error.response.headers.get("ratelimit", "") if isinstance(error, HfHubHTTPError) else ""
     reset = header.rpartition("t=")[2]
     if re.fullmatch("[0-9]{1,9}", reset):
@@ -159,17 +159,17 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
 
 
 def _changed_statements(package: Package, remote: dict[str, Any]) -> str:
-    """Return a warning if the Hub has other values of STATED_KEYS for this version, or ""."""
+    """Return a warning if values of STATED_KEYS differ on the Hub for this version, or "" if not."""
     names = [n for n in STATED_KEYS if n in package.manifest and package.manifest[n] != remote.get(n)]
     if not names or package.kind != "dataset":
         return ""
     changes = ", ".join(f"{n} {remote.get(n) or 'not stated'}, now {package.manifest[n]}" for n in names)
     hint = "Tags never move: push a new version, or to another repository"
-    return f"the published {package.name} has other statements ({changes}). {hint}"
+    return f"the card of the published {package.name} differs ({changes}). {hint}"
 
 
 def _edited_card_warning(api: HfApi, package: Package, repo: str, head: str, earlier: str | None) -> str:
-    """Return a warning if the card at `head` differs from that of the `earlier` push, or ""."""
+    """Return a warning if the card at `head` differs from the card of the `earlier` push, or "" if not."""
     if earlier is None:
         return ""
     blobs = []
@@ -178,32 +178,34 @@ def _edited_card_warning(api: HfApi, package: Package, repo: str, head: str, ear
         blobs.append([entry.blob_id for entry in entries if isinstance(entry, RepoFile)])
     if not blobs[0] or blobs[0] == blobs[1]:
         return ""
-    return f"the card of {repo} was edited on the Hub and is replaced: the edits are in revision {head}"
+    return f"the card of {repo} was edited on the Hub and is now replaced: the edits are in revision {head}"
 
 
 def _commit(
     api: HfApi, package: Package, repo: str, tags: dict[str, str], progress: Progress
 ) -> tuple[str, str]:
-    """Upload large files, then commit on top of the head that was read; return commit id and warning."""
+    """Upload large files, and commit on top of the current head. Return the commit id and a warning or ""."""
     head = str(api.repo_info(repo, repo_type=package.kind).sha)
     remote = _remote_manifest(api, package, repo, head)
     files = set(api.list_repo_files(repo, repo_type=package.kind, revision=head))
     if remote and remote["version"] == package.name:
         _require_same(package, remote, repo)
-        # Without a tag, an earlier push was interrupted between its commit and its tag.
+        # The tag is missing because an earlier push was interrupted between its commit and its tag.
         if not _changed_statements(package, remote):
             return head, ""
     is_dataset = package.kind == "dataset"
     if remote and is_dataset and parse_version(remote["version"]) > parse_version(package.name):
         hint = "push the newest version, or push to another repository"
         raise PushError(
-            f"{repo} already holds {remote['version']}, which is newer than {package.name}", hint=hint
+            f"{repo} already has {remote['version']}, which is newer than {package.name}", hint=hint
         )
     if not remote and files - {*NEW_REPO_FILES}:
-        raise PushError(f"{repo} holds data that is not ours", hint="push to a new or an empty repository")
+        raise PushError(
+            f"{repo} has files that synth did not push", hint="push to a new or an empty repository"
+        )
     warning = _edited_card_warning(api, package, repo, head, tags.get(remote.get("version", "")))
-    # Each attempt needs new operations: they remember the files of the branch at their upload, and would drop
-    # a file as unchanged if the branch has changed since.
+    # Each attempt needs new operations. An operation remembers the branch at its upload, and would skip a
+    # file as unchanged although the branch has changed since.
     additions = [CommitOperationAdd(path, content) for path, content in package.files.items()]
     large = [addition for addition in additions if isinstance(addition.path_or_fileobj, str)]
     for done, addition in enumerate(large):
@@ -226,7 +228,7 @@ def _commit(
 def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:
     name = package.name
     if remote.get("digest") != package.manifest["digest"]:
-        raise PushError(f"{repo} already has another {name}", hint=_TAG_HINT)
+        raise PushError(f"{repo} already has a different {name}", hint=_TAG_HINT)
     if missing := sorted({*package.manifest.get("exports", {})} - {*remote.get("exports", {})}):
         raise PushError(f"{repo} already has {name} without {', '.join(missing)}", hint=_TAG_HINT)
     if remote.get("pixels") != package.manifest.get("pixels"):
@@ -235,7 +237,7 @@ def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:
 
 
 def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> dict[str, Any]:
-    """Return the manifest at a revision, or {} if there is none of synth."""
+    """Return the manifest at a revision, or {} if synth wrote no manifest there."""
     if not api.file_exists(repo, "manifest.json", repo_type=package.kind, revision=revision):
         return {}
     path = hf_hub_download(repo, "manifest.json", repo_type=package.kind, revision=revision)
@@ -270,11 +272,13 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, A
 def _refusal(error: HfHubHTTPError, repo: str) -> PushError:
     status = error.response.status_code
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return PushError("the Hub does not accept the token", hint=_LOGIN_HINT)
+        return PushError("the Hub rejects the token", hint=_LOGIN_HINT)
     if status == 403:
-        return PushError(f"the token may not write to {repo}", hint="use a token with write access")
+        return PushError(f"the token has no write access to {repo}", hint="use a token with write access")
     if status in (401, 404):
         problem = f"the repository {repo} does not exist, or the token has no access"
-        return PushError(problem, hint="check the name and the rights of the token")
+        return PushError(problem, hint="check the name and the permissions of the token")
     message = error.server_message or one_line(error)
-    return PushError(f"the Hub refused ({status}): {message}", hint="push again: uploads are kept")
+    return PushError(
+        f"the Hub refused the push ({status}): {message}", hint="push again: finished uploads are kept"
+    )

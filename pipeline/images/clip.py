@@ -35,7 +35,7 @@ def require_clip(name: str) -> None:
     try:
         snapshot_download(model_id, allow_patterns=["config.json"], etag_timeout=3)
     except (OSError, ValueError, HfHubHTTPError, httpx2.TransportError) as error:
-        raise EngineError(f"no CLIP {name}: {one_line(error)[:200]}", hint=CLIP_HINT) from None
+        raise EngineError(f"cannot load CLIP {name}: {one_line(error)[:200]}", hint=CLIP_HINT) from None
 
 
 class ClipScorer:
@@ -62,7 +62,9 @@ class ClipScorer:
             loaded: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
             model, info = loaded
             if info["missing_keys"]:  # transformers fills them with random values
-                raise ValueError(f"its files lack weights of a CLIP, such as {min(info['missing_keys'])}")
+                raise ValueError(
+                    f"its files lack weights that CLIP needs, such as {min(info['missing_keys'])}"
+                )
             self._model: Any = model.eval()
             self._processor: Any = CLIPProcessor.from_pretrained(model_id)
         except (
@@ -77,14 +79,14 @@ class ClipScorer:
         ) as error:
             reason = str(error).strip().partition("\n")[0][:200]
             if "ignore_mismatched_sizes" in reason or "backend tokenizer" in reason:
-                reason = "it is another kind of model"
-            raise EngineError(f"no CLIP {name}: {reason}", hint=CLIP_HINT) from None
+                reason = "it is not a CLIP model"
+            raise EngineError(f"cannot load CLIP {name}: {reason}", hint=CLIP_HINT) from None
         finally:
             logging.set_verbosity(verbosity)
         context_tokens = self._model.config.text_config.max_position_embeddings
         self._truncation = {"truncation": True, "max_length": context_tokens}
         if len(self._processor.tokenizer) < self._model.config.text_config.vocab_size // 2:
-            raise EngineError(f"no CLIP {name}: it lacks its tokenizer", hint=CLIP_HINT)
+            raise EngineError(f"cannot load CLIP {name}: it has no tokenizer", hint=CLIP_HINT)
         self._torch = torch
         self._model = self._model.to("cuda" if torch.cuda.is_available() else "cpu")
 

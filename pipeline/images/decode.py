@@ -186,18 +186,20 @@ def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterat
             if is_counted and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
                 raise too_many_scans()
             if image.mode in ("I", "F"):
-                raise ImageError("unsupported_depth", f"the range of 32-bit pixels ({image.mode}) is unknown")
+                raise ImageError(
+                    "unsupported_depth", f"the value range of 32-bit pixels ({image.mode}) is unknown"
+                )
             yield image
     except Image.DecompressionBombError:
         raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels") from None
     except ImageError:
         raise
     except MemoryError:
-        raise ImageError("too_much_memory", "decoding it takes more memory than available") from None
+        raise ImageError("too_much_memory", "not enough memory to decode it") from None
     except UnidentifiedImageError:
         if is_heic(data) and not has_heif():
             raise ImageError("unsupported_format", "HEIC needs the package pillow-heif") from None
-        raise ImageError("unreadable_image", "not an image of a known format") from None
+        raise ImageError("unreadable_image", "unknown image format") from None
     except Exception as error:  # noqa: BLE001  # Pillow's decoders raise any exception on damaged files
         raise ImageError("unreadable_image", one_line(error)) from None
 
@@ -229,4 +231,4 @@ def _check_size(image: Image.Image) -> None:
     if width_px * height_px > MAX_PIXELS:
         raise ImageError("too_many_pixels", f"{size} is more than {MAX_PIXELS:,} pixels")
     if max(width_px, height_px) > MAX_ASPECT_RATIO * min(width_px, height_px):
-        raise ImageError("too_narrow", f"{size}: one side is over {MAX_ASPECT_RATIO} times the other")
+        raise ImageError("too_narrow", f"{size}: the aspect ratio is over {MAX_ASPECT_RATIO}")

@@ -143,7 +143,7 @@ class Worker:
         try:
             yield
         except Exception as error:  # noqa: BLE001  # the answer may be invalid in any way
-            log.info("a decoder process ended or is killed: %r", error)
+            log.info("a decoder process ended or was killed: %r", error)
             self.kill()
             raise self._death_reason(seconds) from None
         finally:
@@ -176,7 +176,7 @@ class Worker:
         if self._is_overdue:
             return ImageError("too_slow", f"decoding took more than {seconds:.0f} s")
         if code == -signal.SIGXCPU:
-            return ImageError("too_slow", f"decoding took more than {CPU_SECONDS} s of a processor")
+            return ImageError("too_slow", f"decoding took more than {CPU_SECONDS} s of CPU time")
         name = signal.Signals(-code).name if -code in {*signal.Signals} else f"code {code}"
         return ImageError("decoder_died", f"the decoder ended with {name}")
 
@@ -329,7 +329,7 @@ def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
     except ImageError as error:
         return [json.dumps({"reason": error.reason, "what": str(error)}).encode()]
     except MemoryError:
-        reason = {"reason": "too_much_memory", "what": f"it takes more than {MEMORY_BYTES:,} bytes"}
+        reason = {"reason": "too_much_memory", "what": f"decoding it needs more than {MEMORY_BYTES:,} bytes"}
         return [json.dumps(reason).encode()]
     pairs = zip(infos, fields, strict=True)
     facts = [[info.width_px, info.height_px, info.pdq_hash.hex(), texts] for info, texts in pairs]

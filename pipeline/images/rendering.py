@@ -118,7 +118,7 @@ def serve() -> None:
     except ImageError as error:
         end = {"reason": error.reason, "what": str(error)}
     except MemoryError:
-        end = {"reason": "too_much_memory", "what": "it takes more memory than there is to decode it"}
+        end = {"reason": "too_much_memory", "what": "not enough memory to decode it"}
     except Exception as error:  # noqa: BLE001  # decoders raise any exception on damaged files
         end = {"reason": "unreadable_file", "what": one_line(error)}
     send_messages(out, [json.dumps(end).encode()])
@@ -155,7 +155,7 @@ def _pages(pdfium: Any, data: bytes) -> Iterator[Answer]:
             raise ImageError("encrypted", "it needs a password") from None
         raise ImageError("unreadable_file", one_line(error)) from None
     if len(document) == 0:
-        raise ImageError("empty_file", "it has no page")
+        raise ImageError("empty_file", "it has no pages")
     document.init_forms()  # renders filled forms
     yield {COUNT: len(document)}, None
     for number in range(len(document)):
@@ -191,7 +191,7 @@ def _frames(av: Any, file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[A
         raise ImageError("unreadable_file", detail) from None
     with container:
         if not container.streams.video:
-            raise ImageError("empty_file", "it has no picture")
+            raise ImageError("empty_file", "it has no video frames")
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
@@ -216,7 +216,7 @@ def _frames(av: Any, file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[A
             if stated_ms and due_ms > stated_ms + SPARE_MS:
                 return
         if not has_any:
-            raise ImageError("empty_file", "it has no picture")
+            raise ImageError("empty_file", "it has no video frames")
 
 
 def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
@@ -233,9 +233,9 @@ def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
         except av.InvalidDataError as error:
             num_damaged += 1
             if num_damaged == 1:
-                yield f"damaged from here on: {one_line(error.strerror or error)}"
+                yield f"damaged from this frame on: {one_line(error.strerror or error)}"
             elif num_damaged > MAX_DAMAGED_PACKETS:
-                detail = f"damaged in over {MAX_DAMAGED_PACKETS:,} places"
+                detail = f"over {MAX_DAMAGED_PACKETS:,} frames are damaged"
                 raise ImageError("unreadable_file", detail) from None
 
 

@@ -19,7 +19,9 @@ def over_white(image: Image.Image) -> Image.Image:
     Raises ValueError if the image has 32-bit pixels, whose range is unknown.
     """
     if image.mode in ("I", "F"):
-        raise ValueError(f"the range of 32-bit pixels ({image.mode}) is unknown: convert them to 16 bits")
+        raise ValueError(
+            f"the value range of 32-bit pixels ({image.mode}) is unknown: convert the image to 16 bits"
+        )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgb = Image.new("RGB", image.size)
         # In bands, an image of 50 megapixels takes 0.44 GB of memory instead of 0.8 GB.

@@ -89,14 +89,14 @@ class Budget:
         limits = (
             ("{:,} of {:,} requests", self.requests, self.server.max_requests),
             ("{:,} of {:,} tokens", self.tokens, self.server.max_total_tokens),
-            (f"{{:,.{digits}f}} of {{:,.{digits}f}} to pay", self.cost, self.server.max_cost),
+            (f"{{:,.{digits}f}} of {{:,.{digits}f}} cost", self.cost, self.server.max_cost),
         )
         spent = [text.format(count, limit) for text, count, limit in limits if limit is not None]
         hint = (
             "raise --max-requests, --max-tokens or --max-cost, and run the same command: replies are reused"
         )
         return BudgetError(
-            f"the budget is used up: {', '.join(spent)}, by all runs in this folder", hint=hint
+            f"the budget is used up: {', '.join(spent)} over all runs in this folder", hint=hint
         )
 
 
@@ -124,8 +124,8 @@ class CircuitBreaker:
             return
         reasons = ", ".join(f"{count} {flaw.replace('_', ' ')}" for flaw, count in flaws.most_common(3))
         sample = " ".join(self._last.split())[:MAX_SHOWN_CHARACTERS]
-        hint = "`synth preview` shows replies; check --model and the prompts. --max-failures 1 never stops"
+        hint = "see replies with `synth preview`; check --model and the prompts; --max-failures 1 never stops"
         if sum(flaws[reason] for reason in UNANSWERED) > flaws.total() / 2:
-            hint = "the server fails: look at its log. The same command sends these requests again"
+            hint = "look at the log of the server, then run the same command: it sends these requests again"
         problem = f"{flaws.total()} of the last {WINDOW_REPLIES} replies are unusable ({reasons})"
         raise EngineError(f"{problem}; the last one: {sample!r}", hint=hint)

@@ -254,8 +254,10 @@ class Client:
         self._started = time.monotonic()
         connections = max(1, raise_file_limit() - RESERVED_FILES)
         if settings.concurrency and settings.concurrency > connections:
-            problem = f"{settings.concurrency} requests at once need more open files than `ulimit -n` allows"
-            self._progress.warn(f"{problem}: at most {connections} are sent at once")
+            problem = (
+                f"{settings.concurrency} concurrent requests need more open files than `ulimit -n` allows"
+            )
+            self._progress.warn(f"{problem}: only {connections} are sent concurrently")
         batch_size = sum(launch.max_num_seqs for launch in self._launches) or None
         self._concurrency = Concurrency(len(endpoints), settings.concurrency, batch_size, connections)
         self._set_cache_size()
@@ -385,8 +387,10 @@ class Client:
         others = (one.rest_s() for one in self._endpoints if one is not endpoint and one.is_up.is_set())
         soonest_s = min(others, default=math.inf)
         if stated_s and min(stated_s, soonest_s) > protocol.MAX_RETRY_AFTER_S:
-            hint = "run the same command then: it resumes"
-            raise EngineError(f"{endpoint.url} asks to wait for {duration(stated_s)}", hint=hint) from None
+            hint = "run the same command after that time: it resumes"
+            raise EngineError(
+                f"{endpoint.url} asks clients to wait for {duration(stated_s)}", hint=hint
+            ) from None
         pause_s = failures.after_busy(stated_s)
         if pause_s is None:
             return request.reply("the server is too busy", SERVER_ERROR)
@@ -432,7 +436,7 @@ class Client:
                 text = await protocol.read_body(answer, max_bytes)
         except protocol.CONNECTION_ERRORS as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                log.warning("no more files can be opened for connections: %s", error)
+                log.warning("too many open files to open another connection: %s", error)
                 raise ServerBusyError(None) from None
             raise ServerFaultError(one_line(error, 1000)) from None
         finally:
@@ -472,8 +476,10 @@ class Client:
         endpoint.refused += 1
         has_answered = endpoint.answered or (len(self._endpoints) == 1 and in_flight.source.answered())
         if endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not has_answered:
-            hint = "fix that, then run the same command; if images are too large: generate.max_pixels"
-            raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
+            hint = (
+                "fix the cause, then run the same command; if images are too large, lower generate.max_pixels"
+            )
+            raise EngineError(f"{endpoint.url} rejects every request: {message}", hint=hint)
 
     async def _learn(self, endpoint: Endpoint) -> None:
         """Find out which request fields a server supports. Concurrent calls wait for the first one."""

@@ -106,7 +106,7 @@ class EmbeddedEngine:
             if prompt.system.strip() in chat and prompt.text.strip() in chat and not shows_python:
                 return chat
         raise EngineError(
-            f"the chat template of {self.model} leaves out the system text or the task",
+            f"the chat template of {self.model} leaves out the system prompt or the task",
             hint="use an instruction-tuned variant of the model, or a server: --base-url",
         )
 

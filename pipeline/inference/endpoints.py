@@ -149,7 +149,7 @@ class Endpoint:
         self.busy_warned = now
         return (
             f"{self.url} has answered {self.busy_reason} to every request for {now - self.busy_since:.0f} s: "
-            "it is overloaded, is loading its model, or a quota is used up. See its log or your limits. "
+            "it is overloaded or loading its model, or your quota is used up. Check its log or your limits. "
             "synth keeps trying, and Ctrl-C loses nothing"
         )
 
@@ -346,12 +346,12 @@ def no_server(endpoints: list[Endpoint]) -> EngineError:
     hint = "check the address, or start the server; `synth serve` starts vLLM on this machine"
     if proxy := next((endpoint.proxy for endpoint in endpoints if endpoint.proxy), None):
         urls = f"{urls} through the proxy {without_passwords(proxy)}"
-        hint = "list hosts that need no proxy in NO_PROXY"
+        hint = "list hosts to reach without a proxy in NO_PROXY"
     faults = dict.fromkeys(
         endpoint.fault.replace(" ssl:default", "") for endpoint in endpoints if endpoint.fault
     )
     if any("[SSL" in fault for fault in faults):
-        hint = "check http:// or https://; name your own certificates in SSL_CERT_FILE"
+        hint = "check http:// or https://; for your own certificates, set SSL_CERT_FILE"
     return EngineError(f"no server answers at {urls}{': ' if faults else ''}{'; '.join(faults)}", hint=hint)
 
 
@@ -381,17 +381,17 @@ def raise_for_access(
     status, url, message = response.status, endpoint.url, endpoint.error_message(answer)
     if status == PAYMENT_REQUIRED or (400 <= status < 500 and _OUT_OF_CREDIT.search(answer)):
         hint = "add credit, then run the same command again: it resumes"
-        raise EngineError(f"{url} has no credit left for this key: {message}", hint=hint)
+        raise EngineError(f"{url} has no credit left for this API key: {message}", hint=hint)
     if 300 <= status < 400:
         location = protocol.without_keys(response.headers.get("Location", ""), endpoint.keys)[
             :MAX_SHOWN_CHARACTERS
         ]
-        hint = "if that is your server, pass its address with --base-url"
+        hint = "if that is your server, pass its URL with --base-url"
         raise EngineError(f"{url} redirects requests to {location or 'another address'}", hint=hint)
     if status in tolerated:
         return
     if status in (401, 403):
-        problem = "rejects the API key" if endpoint.has_key else "requires an API key, and none is set"
+        problem = "rejects the API key" if endpoint.has_key else "requires an API key, but none is set"
         hint = f"set the environment variable {endpoint.key_name}=..."
         raise EngineError(f"{url} {problem}: {message}", hint=hint)
     if status == 404:
@@ -431,7 +431,7 @@ def _from_environment(header: str, value: str) -> str:
     if not value.startswith("$"):
         return value
     if value[1:] not in os.environ:
-        problem = f"the value of the header {header} is {value}, and this environment variable is not set"
+        problem = f"the header {header} uses {value}, but this environment variable is not set"
         raise EngineError(problem, hint=f"export {value[1:]}=...")
     return os.environ[value[1:]].strip()
 

@@ -26,7 +26,7 @@ TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher
 MAX_PORT = 65_535
 NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
-    "use --model with the folder or Hub id of a vision-language model, or --base-url with a running server; "
+    "pass --model with the folder or Hub id of a vision-language model, or --base-url with a running server; "
     "to try the pipeline itself on any image: --engine embedded --model tiny"
 )
 OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but not their content
@@ -83,7 +83,7 @@ def choose_engine(
         return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, "no model is asked", _no_engine)
     name, reason = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
-        problem = "flags for vLLM are given after --, but synth starts no server"
+        problem = "flags for vLLM were passed after --, but synth starts no server"
         raise EngineError(problem, hint="leave out -- and the flags after it")
     limits = config.generate.max_tokens, config.generate.max_pixels
     if name == "vllm" and config.base_url:
@@ -123,7 +123,7 @@ def choose_judge(
     name, url = (config.verify.judge or "").partition(AT_SERVER)[0], config.judge_url
     if not url:
         raise ConfigError(
-            f"the judge {name} has no server", hint=f"name it: --judge {name}@http://HOST:8000/v1"
+            f"the judge {name} has no server", hint=f"add its server: --judge {name}@http://HOST:8000/v1"
         )
     # The general key and headers must not go to a host that has its own settings (`server.endpoints`).
     described, origin = config.server.endpoints, origin_of(url)
@@ -137,8 +137,8 @@ def choose_judge(
         writer is not None and _base_name(served) == _base_name(writer)
     )
     if is_writer and not config.verify.judge_may_be_writer:
-        problem = f"the judge {name} is also the writer, and a model rates its own texts too high"
-        raise ConfigError(problem, hint="name another model, or set verify.judge_may_be_writer: true")
+        problem = f"the judge {name} also writes the texts, and a model rates its own texts too high"
+        raise ConfigError(problem, hint="pass another model, or set verify.judge_may_be_writer: true")
     limits = config.generate.max_tokens, config.generate.max_pixels
     make = partial(
         Client, served, revision, server, *limits, urls=(url,), key_name=key_name, progress=progress
@@ -177,25 +177,27 @@ def pick_engine(config: Config) -> tuple[str, str]:
 
 
 def _no_engine() -> Engine:
-    raise EngineError("a run without a model has a request to send", hint="please report this bug")
+    raise EngineError(
+        "internal error: a run without a model has a request to send", hint="please report this bug"
+    )
 
 
 def _model(config: Config) -> str:
     source_model = find_source(config.source).model
     model = config.model or source_model
     if model == TINY != source_model and config.engine != "embedded":
-        problem = f"the tiny teacher knows drawn scenes and nothing else, and cannot describe {config.source}"
+        problem = f"the tiny teacher can only describe --source scenes, not {config.source}"
         raise EngineError(problem, hint=HOW_TO_CHOOSE)
     if model == TINY:
         from pipeline.scenes.text import STYLES
 
         if "covers" in config.verify.checks or config.verify.repair:
-            hint = "leave out covers and --repair, or name a larger model: --model, --base-url"
+            hint = "leave out covers and --repair, or pass a larger model: --model, --base-url"
             raise EngineError("the tiny teacher can neither read nor repair captions", hint=hint)
         unknown = [style for style in config.generate.caption_styles if style not in STYLES]
         if unknown:
-            problem = f"the tiny teacher does not know the caption style {unknown[0]}"
-            raise EngineError(problem, hint=f"use {', '.join(STYLES)}, or name a larger model: --model")
+            problem = f"the tiny teacher does not support the caption style {unknown[0]}"
+            raise EngineError(problem, hint=f"use {', '.join(STYLES)}, or pass a larger model: --model")
     return model
 
 
@@ -203,11 +205,11 @@ def _revision(model: str, path: str) -> str:
     if Path(path).is_dir():
         return weights_revision(Path(path))
     if model == TINY:
-        hint = "install synth again, from a complete wheel or clone"
+        hint = "install synth again from a complete wheel or clone"
         raise EngineError("the weights of the tiny teacher are missing", hint=hint)
     from huggingface_hub import HfApi
 
-    hint = "check the network, or name a model folder (--model FOLDER) or a server (--base-url)"
+    hint = "check the network, or pass a model folder (--model FOLDER) or a server (--base-url)"
     with translate_hub_errors(
         model, "model", EngineError, hint + ("" if has_gpu() else NO_GPU), or_folder=True
     ):
@@ -267,7 +269,7 @@ def serve_model(
             ends = [asyncio.ensure_future(server.gave_up.wait()) for server in servers]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             failure = next((server.failure for server in servers if server.failure), None)
-            raise failure or EngineError("the server has ended", hint=f"see its log: {log}")
+            raise failure or EngineError("the server stopped", hint=f"see its log: {log}")
 
     asyncio.run(serve())
 

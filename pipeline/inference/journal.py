@@ -237,8 +237,8 @@ def repair_journal(path: Path) -> tuple[int, int, int]:
                 journal.copy(asked, intact)
             kept, unanswered = journal.totals()["replies"], journal.count_unanswered()
         if not kept:
-            hint = "restore a copy of the file, or move it away to ask the model for everything again"
-            raise StoreError(f"{path} is damaged: no reply in it is readable", hint=hint)
+            hint = "restore a backup of the file, or move it away to send all requests again"
+            raise StoreError(f"{path} is damaged: none of its replies can be read", hint=hint)
         number = next(n for n in count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
         for suffix in ("", "-wal"):
             with suppress(FileNotFoundError):
@@ -286,9 +286,9 @@ def _is_intact(row: Sequence[Any]) -> bool:
 def _require_intact(path: Path, row: Sequence[Any]) -> Sequence[Any]:
     if not _is_intact(row):
         command = f"synth check {path.parents[1]} --repair"
-        hint = f"run `{command}`: it removes damaged replies, and the next run asks for them again"
+        hint = f"run `{command}`: it removes damaged replies, and the next run requests them again"
         raise StoreError(
-            f"{path} is damaged: the checksum of the reply to {str(row[0])[:12]} is wrong", hint=hint
+            f"{path} is damaged: the reply to {str(row[0])[:12]} does not match its checksum", hint=hint
         )
     return row
 

@@ -63,7 +63,10 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
             continue
         if models is None:
             if wanted is None:
-                raise EngineError(f"{endpoint.url} does not list its models", hint="name the model: --model")
+                raise EngineError(
+                    f"{endpoint.url} does not list its models",
+                    hint="pass the name of the model: --model NAME",
+                )
             return wanted, ""
         if wanted is None and len(models) != 1:
             hint = f"choose one: --model {shown_models(models)}"
@@ -75,7 +78,7 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
         name = wanted if wanted in models else matching[0]
         if name != wanted and len(matching) > 1:
             hint = f"choose one: --model {shown_models(matching)}"
-            raise EngineError(f"{wanted} may be several models of {endpoint.url}", hint=hint)
+            raise EngineError(f"{wanted} matches several models of {endpoint.url}", hint=hint)
         return name, models[name].root
     raise no_server(endpoints)
 
@@ -191,11 +194,13 @@ async def learn_dialect(
         message = endpoint.error_message(text) if answer is None else ""
         if status == 200 and answer is None:
             hint = "fix the reported problem, then run the same command"
-            raise EngineError(f"{url} answers its first request with an error: {message}", hint=hint)
+            raise EngineError(f"{url} answers the first request with an error: {message}", hint=hint)
         if answer and answer.is_cut_before_text:
             if max_tokens >= reply_tokens:
-                problem = f"the model at {url} thinks for more than {max_tokens:,} tokens before its reply"
-                hint = "allow more: generate: {max_tokens: 4000}; or turn thinking off at the server"
+                problem = (
+                    f"the model at {url} uses more than {max_tokens:,} reasoning tokens before its reply"
+                )
+                hint = "allow more (generate: {max_tokens: 4000}), or turn reasoning off on the server"
                 raise EngineError(problem, hint=hint)
             max_tokens = reply_tokens
             continue
@@ -204,7 +209,7 @@ async def learn_dialect(
         dialect = endpoint.dialect.after_refusal(message) if status in protocol.REFUSED_STATUSES else None
         if dialect is None and message and not re.search("response_format|schema|json_object", message):
             raise EngineError(
-                f"{url} refuses the first request: {message}", hint="check --base-url and --model"
+                f"{url} rejects the first request: {message}", hint="check --base-url and --model"
             )
         if dialect is None and server.enforced_schema:
             reason = f" ({status}: {message})" if message else ""
@@ -216,7 +221,7 @@ async def learn_dialect(
             )
         dialect = dialect or endpoint.dialect.looser()
         if dialect is None:
-            raise EngineError(f"{url} refuses the first request: {message or status}", hint="look at its log")
+            raise EngineError(f"{url} rejects the first request: {message or status}", hint="look at its log")
         endpoint.dialect = dialect
     _report_dialect(endpoint, progress)
 
@@ -224,12 +229,12 @@ async def learn_dialect(
 def _report_dialect(endpoint: Endpoint, progress: Progress) -> None:
     dialect = endpoint.dialect
     if left_out := dialect.describe():
-        progress.message(f"{endpoint.url} refuses some fields, which are left out: {left_out}")
+        progress.message(f"{endpoint.url} rejects some request fields, which are left out: {left_out}")
     if "temperature" in dialect.left_out:
-        progress.warn(f"{endpoint.url} samples at its own temperature: replies are not greedy")
+        progress.warn(f"{endpoint.url} uses its own sampling temperature: replies are not greedy")
     if dialect.format != "json_schema":
         progress.warn(
-            f"{endpoint.url} does not enforce JSON schemas: synth checks each reply, and asks again"
+            f"{endpoint.url} does not enforce JSON schemas: synth checks each reply, and retries invalid ones"
         )
 
 
@@ -257,8 +262,8 @@ async def _probe(
         except CONNECTION_ERRORS as error:
             timeout = f"no answer within {server.request_timeout_s:g} s (server.request_timeout_s)"
             reason = timeout if isinstance(error, TimeoutError) else one_line(error)
-            pause_s, problem = failures.after_fault(), f"fails at its first request: {reason}"
+            pause_s, problem = failures.after_fault(), f"fails to answer the first request: {reason}"
         if pause_s is None:
-            hint = "look at its log and your quota; then run the same command"
+            hint = "check its log and your quota, then run the same command"
             raise EngineError(f"{endpoint.url} {problem}", hint=hint)
         await asyncio.sleep(pause_s)

@@ -99,7 +99,7 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise BodyError(
-            f"the server compresses its answer ({encoding[:40]}), although synth asks for no compression"
+            f"the server compresses its response ({encoding[:40]}), although synth asks for no compression"
         )
     body = bytearray()
     async for chunk in response.content.iter_any():
@@ -264,7 +264,7 @@ def read_reply(request: Request, body: bytes, keys: Sequence[str] = ()) -> Reply
     answer = parse_answer(body)
     if answer is None:
         quote = without_keys(body[:MAX_QUOTED_BYTES].decode(errors="replace"), keys)[:200]
-        raise BadAnswerError(f"the answer does not follow the chat protocol: {quote}")
+        raise BadAnswerError(f"the response is not OpenAI-compatible: {quote}")
     reply = request.reply(*answer)
     max_characters = MAX_TOKEN_CHARACTERS * request.sampling.max_tokens
     is_too_long = len(reply.text) > max_characters

@@ -141,7 +141,7 @@ class RequestQueue:
             distinct = {request.id: request for request in requests}  # two styles may share a prompt
             self._counts.add_known(len(requests) - len(distinct))
             for request in distinct.values():
-                assert request.id not in self._open, f"{request.sample_id} is there twice"
+                assert request.id not in self._open, f"duplicate sample id: {request.sample_id}"
                 self._enqueue(request)
             num_new = len(self._new)
             shown = with_images([*self._new, *self._retries], samples)
@@ -329,7 +329,7 @@ def read_annotations(
 def last_reply(request: Request, journal: Journal) -> Reply:
     """Return the last reply to a request. The journal must have one."""
     last = journal.last(request.id)
-    assert last is not None, f"no reply to {request.id}: the engine left a request out"
+    assert last is not None, f"no reply to {request.id}: the engine skipped the request"
     return last[0]
 
 

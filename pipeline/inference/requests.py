@@ -71,7 +71,7 @@ class RequestPlan:
             if not ready:
                 names = ", ".join(name for name, _ in waiting)
                 hint = "remove one name from the `needs` of one of them"
-                raise ConfigError(f"tasks need each other in a circle: {names}", hint=hint)
+                raise ConfigError(f"circular dependency between tasks: {names}", hint=hint)
             rounds.append(ready)
             done |= {result_name(*pair) for pair in ready}
             waiting = [pair for pair in waiting if pair not in ready]
@@ -188,7 +188,7 @@ def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
     check_needs(plan)
     if plan.generate.samples > 1 and max(map(plan.count_replies, plan.tasks.asked), default=1) == 1:
         problem = "--samples chooses the best of several captions, but no task asks for captions"
-        raise ConfigError(problem, hint="leave --samples out")
+        raise ConfigError(problem, hint="leave out --samples")
     for name, style in plan.pairs:
         task = plan.tasks[name]
         check_names(task, folders, plan.context, styles, style)
@@ -215,21 +215,19 @@ def check_needs(plan: RequestPlan) -> None:
             problem = f"{task.name} is the name of a built-in task or of a caption style"
             raise ConfigError(problem, hint="rename your task")
         if not task.shows_image and not task.needs and not plan.context:
-            problem = (
-                f"the task {task.name} has no input: it shows no image, and uses no result and no column"
-            )
+            problem = f"the task {task.name} has no input: it uses no image, no result and no column"
             hint = "name tasks in `needs` and use their results, or use columns: --columns context=NAME"
             raise ConfigError(problem, hint=hint)
         for need in task.needs:
             if need not in available:
                 names = sorted(available - {task.name})
-                asked = f"this run asks {', '.join(names)}; " if names else ""
+                asked = f"this run has {', '.join(names)}; " if names else ""
                 hint = (
                     did_you_mean(need, names)
                     or f"{asked}add built-in tasks with --tasks, such as --tasks caption"
                 )
                 raise ConfigError(
-                    f"the task {task.name} needs {need}, which this run does not ask", hint=hint
+                    f"the task {task.name} needs {need}, which this run does not have", hint=hint
                 )
     _ = plan.rounds  # raises ConfigError for circular needs
 

@@ -91,7 +91,7 @@ def plan_servers(
     python = vllm_python()
     if python is None:
         hint = (
-            f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or name a server: --base-url"
+            f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or pass a server: --base-url"
         )
         raise EngineError("vLLM is not installed here", hint=hint)
     groups = group_gpus(visible_gpus(), server.flags)
@@ -323,7 +323,7 @@ class Server:
                 await self._kill()
                 self.failure = error if self._process is None else None
             except OSError as error:  # such as a full disk
-                hint = f"look at the disk of {self.launch.log}"
+                hint = f"check the disk of {self.launch.log}"
                 self.failure = EngineError(f"cannot restart vLLM: {error.strerror or error}", hint=hint)
         self.gave_up.set()
 
@@ -359,14 +359,16 @@ class Server:
             seconds = loop.time() - started
             if self._process.returncode is not None:
                 code = self._process.returncode
-                raise self._startup_error(f"vLLM ended while it started, with exit code {code}")
+                raise self._startup_error(f"vLLM exited with code {code} while it was starting")
             if seconds > self.launch.startup_timeout_s:
                 raise self._startup_error(f"vLLM did not start within {self.launch.startup_timeout_s:.0f} s")
-            self._progress.message(f"vLLM starts: {seconds:.0f} s; log: {self.launch.log}", transient=True)
+            self._progress.message(
+                f"vLLM is starting: {seconds:.0f} s; log: {self.launch.log}", transient=True
+            )
             await asyncio.sleep(0.5)
         if self.socket is None and not is_listener(self._port, self._process.pid):
             problem = (
-                f"another program listens on port {self._port}, which vLLM should use. Nothing was sent to it"
+                f"another program listens on port {self._port}, which vLLM was to use. Nothing was sent to it"
             )
             raise EngineError(problem, hint="run the same command again: it takes another port")
         self._progress.message(f"vLLM is ready after {loop.time() - started:.0f} s")
@@ -439,7 +441,7 @@ def _advice(log: str) -> str:
     if "no module named vllm" in log or "no module named 'vllm'" in log:
         return f"install vLLM here, or set {VLLM_PYTHON} to an interpreter that has it; "
     if "unrecognized arguments" in log:
-        return "a flag after -- is not one of vLLM's; "
+        return "a flag after -- is not a flag of vLLM; "
     return ""
 
 

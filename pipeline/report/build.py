@@ -1,4 +1,4 @@
-"""Write a report: one HTML file, which opens without a server.
+"""Write a report: one HTML file that opens without a server.
 
 The page makes no network requests. Model text is untrusted: the template escapes it, and the script never
 parses it as HTML.
@@ -35,7 +35,7 @@ SMALL_REPORT_THUMBNAIL_BYTES, THUMBNAIL_BYTES = 16_384, 4_096
 SCRIPT_ROWS = 1000
 BATCH_ROWS = 64
 MAX_REJECTED_PICTURES = 50  # per reason
-PROVENANCE = '<meta name="generator" content="synth report">'  # only pages with this text are replaced
+PROVENANCE = '<meta name="generator" content="synth report">'  # only pages with this tag are overwritten
 
 
 def write_report(
@@ -43,20 +43,22 @@ def write_report(
 ) -> Path:
     """Write `report.html` into the dataset folder, and return its path.
 
-    Of more than `max_rows` images, those with the lowest ids are shown: ids are digests, so this is a random
-    sample. Raise ConfigError if the checkpoint has no finished training, or another file is at the path of
-    the report. Raise StoreError if the version or a step file is damaged.
+    At most `max_rows` images are shown: the ones with the lowest ids. Ids are digests, so this is a random
+    sample. Raises ConfigError if the checkpoint has no finished training run, or if `report.html` is not a
+    report. Raises StoreError if the version or a step file is damaged.
     """
     training = _read_training(checkpoint) if checkpoint else None
     page = folder / "report.html"
     if page.exists() and not _is_report(page):
-        raise ConfigError(f"{page} is not a report of synth", hint="move it: the report would replace it")
+        raise ConfigError(
+            f"{page} is not a report written by synth", hint="move it away: the report would overwrite it"
+        )
     write_text(page, _Report(version, folder, training, min(version.num_rows, max_rows)).render())
     return page
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint of a dataset folder that was scored last, if any."""
+    """Return the checkpoint in a dataset folder that was scored last, or None."""
     metrics_files = (folder / "checkpoints").glob("*/metrics.json")
     newest = max(metrics_files, key=lambda path: path.stat().st_mtime_ns, default=None)
     return newest.parent if newest else None
@@ -71,7 +73,7 @@ class _Report:
 
     @cached_property
     def has_steps(self) -> bool:
-        """Whether the step files of the folder are those of this version."""
+        """Whether the step files in the folder belong to this version."""
         return steps_match(self.folder, self.version.manifest)
 
     @cached_property
@@ -79,7 +81,7 @@ class _Report:
         return list(read_rejected(self.folder)) if self.has_steps else []
 
     def _rejected_ids(self) -> set[str]:
-        """Return the samples of the first rejected rows of each reason."""
+        """Return the sample ids of the first MAX_REJECTED_PICTURES rejected rows per reason."""
         counts: Counter[tuple[str, str]] = Counter()
         ids = set()
         for row in self._rejected:
@@ -89,7 +91,7 @@ class _Report:
         return ids
 
     def _read_rows(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield batches of rows, held-out splits first, with thumbnails instead of images."""
+        """Yield batches of rows with thumbnails instead of images. Held-out splits come first."""
         chosen_ids = None
         if self.num_shown < self.version.num_rows:
             batches = (batch["sample_id"].to_pylist() for _, batch in self.version.batches(["sample_id"]))
@@ -179,13 +181,13 @@ def _read_training(checkpoint: Path) -> dict[str, Any]:
         curves = _curves([json.loads(line) for line in log.splitlines()])
         return {"metrics": read_json(checkpoint / "metrics.json"), "curves": curves}
     except (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError) as error:
-        message = f"{checkpoint} has no finished training: {error}"
-        hint = "name a folder that `synth train` has finished: --checkpoint DIR"
+        message = f"{checkpoint} has no finished training run: {error}"
+        hint = "pass a folder of a finished training run: --checkpoint DIR"
         raise ConfigError(message, hint=hint) from None
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # The loss of self-critical training weighs drawn captions, and may be negative.
+    # The loss of self-critical training weights sampled captions by their rewards, and may be negative.
     supervised = [line for line in lines if line.get("stage") != "scst"]
     loss = {"training": points(supervised, "loss"), "validation": points(lines, "validation_loss")}
     own, shuffled = points(lines, "validation_cider_d"), points(lines, "validation_shuffled_cider_d")
@@ -194,4 +196,4 @@ def _curves(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         chart("CIDEr-D on the validation split", {"own image": own, "shuffled": shuffled}),
     ]
     rewards = points(lines, "reward")
-    return [*charts, chart("Reward of drawn captions", {"training": rewards})] if rewards else charts
+    return [*charts, chart("Reward of sampled captions", {"training": rewards})] if rewards else charts

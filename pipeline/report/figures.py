@@ -1,4 +1,4 @@
-"""Compute the figures of a report: funnel, distributions before and after balance, duplicate clusters."""
+"""Compute a report's figures: the funnel, distributions before and after balance, and duplicate clusters."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ from pipeline.text.normalize import words_of
 MAX_CLUSTERS = 50  # of each kind
 MAX_MEMBERS = 12
 MAX_BARS = 15
-MAX_COUNTED_TEXTS = 200_000  # of more texts, a random sample is counted
+MAX_COUNTED_TEXTS = 200_000  # if there are more texts, a random sample is counted
 MAX_QUESTION_TYPES = 6
 WORDS_PER_BAR = 5
 MAX_BAR_WORDS = 60  # longer captions share a bar
@@ -36,7 +36,7 @@ _CLUSTER_COLUMNS = [
 
 
 def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the funnel of a manifest. `adds_up`: no row was lost in the step or just before it."""
+    """Return the funnel of a manifest. `adds_up` is true if no row was lost in the step or just before it."""
     kept_before: dict[str, int] = {}
     steps = []
     for step in manifest.get("funnel", []):
@@ -50,7 +50,7 @@ def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def steps_match(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Return whether the step files of a dataset folder have as many rows as those of a version had."""
+    """Return whether the step files in a dataset folder have the row counts in the manifest of a version."""
     dataset = DatasetDir(folder)
     steps = [step for step in manifest.get("funnel", []) if step["unit"] == "annotations"]
     return bool(steps) and all(
@@ -63,16 +63,16 @@ def _count_rows(paths: Iterable[Path]) -> int:
 
 
 def distributions_of(folder: Path) -> list[dict[str, Any]]:
-    """Return counts before and after balance: lengths and words of captions, answers by question type.
+    """Return counts before and after balance: caption lengths, caption words, and answers by question type.
 
-    Each table has a `title`, the `unit` of its counts, the largest count (`top`), and rows of (name, before,
-    after). `unit` states the share of the texts if a sample is counted. No step files give no tables.
+    A table has a `title`, the `unit` of its counts, the largest count (`top`), and rows of (name, before,
+    after). If a sample of the texts is counted, `unit` states its share. Without step files, return [].
     """
     kept_files, rejected_files = (DatasetDir(folder).step_files("balance", which) for which in OUTPUTS)
     if not kept_files:
         return []
     every = max(1, ceil(_count_rows([*kept_files, *rejected_files]) / MAX_COUNTED_TEXTS))
-    # Pairs of counts: before and after balance.
+    # Each is a pair of counts: before and after balance.
     lengths, words = (Counter[str](), Counter[str]()), (Counter[str](), Counter[str]())
     answers: tuple[dict[str, Counter[str]], ...] = (defaultdict(Counter), defaultdict(Counter))
     for paths, sides in ((kept_files, (0, 1)), (rejected_files, (0,))):
@@ -98,10 +98,10 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the clusters of dedupe: similar images, duplicate texts of an image, captions of many images.
+    """Return the clusters that dedupe found: similar images, duplicate texts of an image, repeated captions.
 
-    Each kind has the `count` of its clusters, and `shown`, the largest ones. A member has the `id` of its
-    sample, its `text`, and whether it was `kept`.
+    Each kind has the number of clusters (`count`), and the largest ones (`shown`). A member has the sample's
+    `id`, its `text`, and whether it was `kept`.
     """
     kept_files, rejected_files = (DatasetDir(folder).step_files("dedupe", which) for which in OUTPUTS)
     if not kept_files:
@@ -154,7 +154,7 @@ def _image_member(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _groups_of_images(paths: Iterable[Path]) -> set[str]:
-    """Return the groups of images that have several samples."""
+    """Return the image groups that have several samples."""
     columns = ["image_group", "sample_id"]
     tables = [open_table(path, *columns).read(columns) for path in paths]
     groups = pa.concat_tables(tables, promote_options="permissive")  # their schemas differ in nullability
@@ -165,7 +165,7 @@ def _groups_of_images(paths: Iterable[Path]) -> set[str]:
 def _read(
     paths: Iterable[Path], columns: list[str], every: int = 1, among: dict[str, set[str]] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield rows: a random one in `every`, or those with one of the values in `among` in any column."""
+    """Yield one random row in `every`, or the rows that have a value in `among` in the column of its key."""
     random = np.random.default_rng(0)
     for path in paths:
         for batch in open_table(path, *columns).iter_batches(columns=columns):

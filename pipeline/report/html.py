@@ -1,4 +1,4 @@
-"""Render HTML pages: a template with an inline style sheet, inline thumbnails, and curves as SVG.
+"""Render HTML pages with inline style sheets and thumbnails, and curves as SVG.
 
 Model text is untrusted: the template escapes all of it.
 """
@@ -20,8 +20,8 @@ from pipeline.images.decode import prepare_image
 
 SHARED_TEMPLATES = ("page.css", "charts.html.j2")
 THUMBNAIL_PIXELS = 320 * 320
-LOSSLESS_PIXELS = 128 * 128  # drawings up to this size are stored losslessly, if the result is small enough
-PIXELS_PER_BYTE = 12  # upper bound for a photograph as WebP, for the first size that is tried
+LOSSLESS_PIXELS = 128 * 128  # images up to this size are stored losslessly if the result is small enough
+PIXELS_PER_BYTE = 12  # upper bound for a photo as WebP: gives the first size to try
 QUALITY = 70
 CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
 CURVE_POINTS = 600
@@ -31,7 +31,7 @@ Points = list[tuple[float, float]]
 
 @cache
 def _environment(package: str) -> Environment:
-    """Return the templates of a package and SHARED_TEMPLATES, compiled once."""
+    """Return the template environment of a package, which also has SHARED_TEMPLATES."""
 
     def read(name: str) -> str:
         folder = files("pipeline.report" if name in SHARED_TEMPLATES else package)
@@ -47,17 +47,18 @@ def _environment(package: str) -> Environment:
 
 
 def render_page(package: str, template: str, **values: Any) -> str:
-    """Render a template of a package, which may include the templates in SHARED."""
+    """Render a template of a package. It may include SHARED_TEMPLATES."""
     try:
         return _environment(package).get_template(template).render(**values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:  # the manifest is untrusted
         raise StoreError(
-            f"no page can be made from the manifest: {error}", hint="do not use this version"
+            f"cannot write the page: the manifest is invalid: {error}",
+            hint="check it with `synth check`, or use another version",
         ) from None
 
 
 def thumbnail(data: bytes, max_bytes: int) -> bytes:
-    """Return a WebP of at most `max_bytes`, without the camera's metadata. Raises ImageError."""
+    """Return an image as WebP without metadata in at most `max_bytes`. Raises ImageError if unreadable."""
     image = prepare_image(data, max_pixels=min(THUMBNAIL_PIXELS, PIXELS_PER_BYTE * max_bytes))
     if (
         image.width * image.height <= LOSSLESS_PIXELS
@@ -65,7 +66,7 @@ def thumbnail(data: bytes, max_bytes: int) -> bytes:
     ):
         return webp
     while len(webp := _webp(image)) > max_bytes and min(image.size) > 1:
-        # The number of bytes shrinks more slowly than the number of pixels.
+        # The file size shrinks more slowly than the number of pixels.
         scale = min(0.9, (0.9 * max_bytes / len(webp)) ** 0.5)
         image = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
     return webp
@@ -77,7 +78,7 @@ def data_uri(webp: bytes) -> str:
 
 
 def script_hash(script: str) -> str:
-    """Return the hash of a script, for a content security policy that allows only listed scripts."""
+    """Return the hash of a script for a content security policy that allows only listed scripts."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
@@ -88,14 +89,14 @@ def _webp(image: Image.Image, *, lossless: bool = False) -> bytes:
 
 
 def points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
-    """Return (step, value) of the log lines with this value, thinned out to about CURVE_POINTS."""
+    """Return (step, value) from the log lines that have this value, thinned out to about CURVE_POINTS."""
     values = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     finite = [(step, value) for step, value in values if math.isfinite(value)]
     return [*finite[:-1][:: max(1, len(finite) // CURVE_POINTS)], *finite[-1:]]
 
 
 def chart(title: str, series: Mapping[str, Points]) -> dict[str, Any]:
-    """Scale curves into the box of an SVG: x is the step, and y starts at 0 and points up."""
+    """Scale curves to the size of an SVG. x is the step, and y starts at 0 at the bottom."""
     xs = [x for curve in series.values() for x, _ in curve] or [1.0]
     top = max((y for curve in series.values() for _, y in curve), default=1.0) or 1.0
 

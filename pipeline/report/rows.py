@@ -1,4 +1,4 @@
-"""Read the rows of a report: texts of a version with their names in reviews, and the rejections of each step.
+"""Read the rows of a report: the texts of a version with their ids for reviews, and each step's rejections.
 
 All text is untrusted: long text is cut, and control characters are escaped.
 """
@@ -25,7 +25,7 @@ from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
 from pipeline.text.pii import redact
 from pipeline.text.reasons import in_short, in_words
 
-MAX_REJECTED = 1000  # per reason of a step
+MAX_REJECTED = 1000  # per step and reason
 SMALL_WIDTH_PX = 200  # the page enlarges smaller images without smoothing
 _TEXT_FIELDS = ("text", "question", "answer", "record")
 
@@ -33,7 +33,7 @@ _TEXT_FIELDS = ("text", "question", "answer", "record")
 def read_rows(
     version: Version, splits: Sequence[str], chosen_ids: set[str] | None, batch_rows: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield batches of rows for the page, in the order of `splits`, all rows if `chosen_ids` is None."""
+    """Yield batches of rows for the page in the order of `splits`. Without `chosen_ids`, yield all rows."""
     columns, own_columns = version.manifest["columns"], version.manifest.get("own_columns", {})
     if chosen_ids is None:
         batches = version.batches(columns, batch_rows, splits)
@@ -56,7 +56,7 @@ def write_rejected(folder: Path, path: Path) -> None:
 def read_rejected(folder: Path, max_rows: int = MAX_REJECTED) -> Iterator[dict[str, str]]:
     """Yield rejections: `step`, `reason`, `id`, `where` and `what`, the first `max_rows` of each reason.
 
-    `where` is the row of the source, such as a file name. `id` is empty if that row never became a sample.
+    `where` is the source row, such as a file name. `id` is empty if that row never became a sample.
     """
     rows = list(_first_rejected(folder, max_rows))
     source_rows = _source_rows(folder, {row["id"] for row in rows if not row["where"]})
@@ -94,7 +94,7 @@ def _read_rejections(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _source_rows(folder: Path, ids: set[str]) -> dict[str, str]:
-    """Return the source rows of samples by their ids."""
+    """Return the source row of each sample, keyed by sample id."""
     names: dict[str, str] = {}
     for path in DatasetDir(folder).step_files("read") if ids else ():
         if path.exists():
@@ -109,7 +109,9 @@ def to_pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:
-        raise StoreError("a file has text that is not UTF-8", hint="do not use this dataset") from None
+        raise StoreError(
+            "a file has text that is not UTF-8", hint="check it with `synth check`, or use another version"
+        ) from None
 
 
 def _row(row: dict[str, Any], split: str, own_columns: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def _row(row: dict[str, Any], split: str, own_columns: dict[str, Any]) -> dict[s
 
 
 def _value(row: dict[str, Any], task: str, value: Any) -> dict[str, Any]:
-    """Return a value of a custom task for the page: its name in reviews, its text, and its box if any."""
+    """Return a custom task's value for the page: its id for reviews, its text, and its box if it has one."""
     _, content = text_name({"sample_id": row["sample_id"], "task": task, "record": json.dumps(value)})
     entry: dict[str, Any] = {"content": content, "kind": visible(task), "value": visible(in_short(value))}
     box = (
@@ -147,7 +149,7 @@ def _value(row: dict[str, Any], task: str, value: Any) -> dict[str, Any]:
 
 
 def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return a text for the page: its name in reviews, its fields, and `raw` ones that differ from them."""
+    """Return a text for the page: its id for reviews, its fields, and those whose `raw` text is different."""
     _, content = text_name(annotation | {"sample_id": row["sample_id"]})
     fields = {name: annotation[name] for name in (*_TEXT_FIELDS, "expression") if annotation.get(name)}
     shown = {name: visible(text) for name, text in fields.items()}

@@ -67,8 +67,8 @@ def with_source_defaults(config: Config) -> Config:
     if "tasks" not in config.model_fields_set:
         changes["tasks"] = spec.default_tasks(config)
     if config.generate.caption_words and config.has_scene_prompts:
-        problem = "the prompts about drawn scenes have no length, but --words was given"
-        raise ConfigError(problem, hint="leave --words out")
+        problem = "--words was given, but prompts for --source scenes have no length"
+        raise ConfigError(problem, hint="leave out --words")
     custom_styles = [name for name, _ in config.generate.style_prompts]
     styles = config.generate.caption_styles
     if "caption_styles" not in config.generate.model_fields_set:
@@ -139,7 +139,7 @@ def open_source(config: Config, part: SourceSlice = ALL) -> Source:
     if tasks and (source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1)):
         content = "decks of pages" if source.decks else "single images"
         supported = "deck_qa" if source.decks else "caption,qa"
-        problem = f"{config.source} holds {content}, which do not support {', '.join(tasks)}"
+        problem = f"{config.source} consists of {content}, which do not support {', '.join(tasks)}"
         raise ConfigError(problem, hint=f"pass --tasks {supported}")
     return source
 

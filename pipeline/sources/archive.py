@@ -98,7 +98,7 @@ REASONS = {
     "not_a_file": "a link, a pipe or a device, not a regular file",
     "file_too_large": f"more than {MAX_IMAGE_BYTES:,} bytes",
     "encrypted": "it is encrypted",
-    "unreadable_entry": "it is damaged, or compressed by another method than deflate",
+    "unreadable_entry": "it is damaged, or not compressed with deflate",
     "unsupported_format": "this format is not supported: convert the file to JPEG or PNG",
 }
 # Which entries to read. "texts" also lists images and metadata files, but without their data.
@@ -183,11 +183,13 @@ class _StrictTarInfo(tarfile.TarInfo):
         try:
             return super().fromtarfile(tarfile)
         except _BAD_HEADERS as error:
-            raise ValueError(str(error) if str(error) != "empty header" else "its end is missing") from None
+            raise ValueError(str(error) if str(error) != "empty header" else "the file is cut off") from None
 
     def _proc_member(self, tar: Any) -> tarfile.TarInfo:
         if self.type in self._LONG and self.size > MAX_HEADER_BYTES:
-            raise ValueError(f"a header has {self.size:,} bytes")
+            raise ValueError(
+                f"a tar header has {self.size:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
+            )
         if self.type == tarfile.GNUTYPE_SPARSE:
             self._refuse_sparse()
         return cast(tarfile.TarInfo, super()._proc_member(tar))  # type: ignore[misc]  # missing in the stubs
@@ -220,7 +222,7 @@ def _read_tar(stream: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry
             while content is not None and content.read(BLOCK_BYTES):
                 pass
         if tar.fileobj.read(BLOCK_BYTES).strip(b"\0"):
-            hint = "unpack it with tar --ignore-zeros, and read it as a folder"
+            hint = "unpack it with tar --ignore-zeros, and pass the folder: --source folder:DIR"
             raise SourceError(f"{name} has data after its end, like concatenated archives", hint=hint)
 
 
@@ -229,7 +231,7 @@ def _read_zip(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
     size = file.seek(0, 2)
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
-        raise _size_error(f"the directory of {name} has more than {MAX_DIRECTORY_BYTES:,} bytes")
+        raise _size_error(f"the file list of {name} has more than {MAX_DIRECTORY_BYTES:,} bytes")
     with zipfile.ZipFile(file) as archive:
         _require_few_members(name, len(archive.infolist()))
         files = [info for info in archive.infolist() if not info.is_dir()]
@@ -280,11 +282,14 @@ def _require_few_members(name: str, number: int) -> None:
 
 def _require_no_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
     if unpacked_bytes > MAX_UNPACK_RATIO * packed_bytes + FREE_UNPACKED_BYTES:
-        raise _size_error(f"{name} unpacks to over {unpacked_bytes:,} bytes from {packed_bytes:,}")
+        raise _size_error(f"{name} unpacks from {packed_bytes:,} to over {unpacked_bytes:,} bytes")
 
 
 def _size_error(message: str) -> SourceError:
-    return SourceError(message, hint="it may be malicious: unpack it yourself, and read it as a folder")
+    return SourceError(
+        message,
+        hint="it may be a zip bomb; if you trust it, unpack it and pass the folder: --source folder:DIR",
+    )
 
 
 def _damage_error(name: str, error: Exception) -> SourceError:
@@ -426,8 +431,8 @@ def _describe_texts(archive: str, index: TextIndex) -> Iterator[str]:
         yield f"human captions in {archive}: {num_captions:,} for {sum(index.images.values()):,} images"
     yield from describe_model_texts(sum(len(model_texts(values)) for _, values in parsed), f" in {archive}")
     if index.tables:
-        hint = "unpack the archive, and read it as a folder"
-        yield f"metadata files in {archive} are not read: {first_names(index.tables)} ({hint})"
+        hint = "unpack the archive, and pass the folder: --source folder:DIR"
+        yield f"metadata files in {archive} were not read: {first_names(index.tables)} ({hint})"
     unused = [text.name for key, texts in index.texts.items() if not index.images[key] for text in texts]
     if unused:
         yield f"{len(unused):,} texts in {archive} belong to no image ({first_names(sorted(unused))})"
@@ -460,8 +465,8 @@ class Archives:
             for entry in read_entries(file, name, "texts"):
                 num_bytes += len(entry.data or b"")
                 if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
-                    problem = f"{name} holds more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts"
-                    raise SourceError(problem, hint="unpack it, and read it as a folder")
+                    problem = f"{name} has more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts"
+                    raise SourceError(problem, hint="unpack it, and pass the folder: --source folder:DIR")
                 index.add(entry)
         return index
 
@@ -509,7 +514,7 @@ def open_archives(
         names_by_split.setdefault(_split_of(name), []).append(name)
     names = [name for name in files.names if split in (None, _split_of(name))]
     if not names:
-        raise SourceError(f"no archive is named after the split {split}", hint="name it like train-0.tar")
+        raise SourceError(f"no archive is named after the split {split}", hint="rename it like train-0.tar")
     archives = Archives(files)
     archives.require_columns(names, columns)
     has_questions = archives.have_questions(names)
@@ -530,8 +535,8 @@ def open_archives(
                         row_split = stored_split(row.fields["split"], split)
                         yield replace(row, fields=row.fields | {"split": row_split})
         if number < 0 and part == ALL:
-            hint = "PNG, JPEG, WebP and others are read, in folders too"
-            raise SourceError(f"no image in {', '.join(names)[:200]}", hint=hint)
+            hint = "PNG, JPEG, WebP and other images are read, also in subfolders"
+            raise SourceError(f"no images in {', '.join(names)[:200]}", hint=hint)
 
     messages: list[str] = []
     if part == ALL:
@@ -582,7 +587,7 @@ def _split_of(archive: str) -> str | None:
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    refuse_roles(config, "an archive", "--columns context=A,B names values of NAME.json for prompts")
+    refuse_roles(config, "an archive", "to use values of NAME.json in prompts: --columns context=A,B")
     files = find_source_files(path, SUFFIXES, follow_links=config.follow_links, needs_digest=part == ALL)
     if not files.names:
         hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"

@@ -20,25 +20,25 @@ NAMED_ROWS = 3  # number of names that a message lists
 MAX_METADATA_BYTES = 256_000_000  # maximum size of a file with texts for many images
 # Options that only some sources support. Values: the error message for other sources, and its hint.
 OPTIONS = {
-    "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
-    "columns": ("has fixed columns, but --columns was given", "leave --columns out, or use hub:ORG/NAME"),
-    "allow_urls": ("holds its images, but --allow-urls was given", "leave --allow-urls out"),
-    "allow_partial": ("is read as a whole, but --allow-partial was given", "leave --allow-partial out"),
-    "follow_links": ("has no folder, but --follow-links was given", "leave --follow-links out"),
+    "source_split": ("has no splits, but --split {value} was given", "leave out --split"),
+    "columns": ("has fixed columns, but --columns was given", "leave out --columns, or use hub:ORG/NAME"),
+    "allow_urls": ("contains its images, but --allow-urls was given", "leave out --allow-urls"),
+    "allow_partial": ("is read as a whole, but --allow-partial was given", "leave out --allow-partial"),
+    "follow_links": ("has no folder, but --follow-links was given", "leave out --follow-links"),
     "license": (
         "states the license of its images, but --license was given",
-        "--license goes with images of your own: folder:, archive:, list:, parquet:, pdf: and video:",
+        "use --license only with your own images: folder:, archive:, list:, parquet:, pdf: and video:",
     ),
-    "frame_seconds": ("has no frames, but --every was given", "--every goes with --source video:PATH only"),
+    "frame_seconds": ("has no frames, but --every was given", "use --every only with --source video:PATH"),
     "captions": (
         "has its own captions, but --captions was given",
-        "--captions goes with --source folder: only",
+        "use --captions only with --source folder:",
     ),
     "split.group_by": (
         "has no folders of images, but --group-by was given",
-        "--group-by goes with sources of files: folder:, pdf:, pdf-pages: and video:",
+        "use --group-by only with folder:, pdf:, pdf-pages: and video:",
     ),
-    "split_list": ("has its own splits, but --split-list was given", "--split-list goes with flickr30k only"),
+    "split_list": ("has its own splits, but --split-list was given", "use --split-list only with flickr30k"),
 }
 
 
@@ -119,7 +119,7 @@ def check_samples(
 def refuse_roles(config: Config, source: str, hint: str) -> None:
     """Check that --columns maps only the context of a source without a table. Raises ConfigError if not."""
     if roles := [role for role in config.columns if role != CONTEXT]:
-        problem = f"{source} maps no columns to roles, but --columns names one for the {roles[0]}"
+        problem = f"{source} has no columns for roles, but --columns has the role {roles[0]}"
         raise ConfigError(problem, hint=hint)
 
 
@@ -131,7 +131,9 @@ def as_text(value: Any, name: str = "a column of the context") -> str:
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return ", ".join(text for item in value if (text := as_text(item, name)))
     if isinstance(value, dict | list):
-        raise SourceError(f"{name} holds objects or lists of lists", hint="use columns of texts or numbers")
+        raise SourceError(
+            f"{name} contains objects or nested lists", hint="use columns of strings or numbers"
+        )
     is_missing = value is None or value != value  # NaN
     # JSON may hold lone surrogates, which cannot be encoded.
     return "" if is_missing else str(value).encode("utf-8", "replace").decode()

@@ -79,7 +79,7 @@ def _open_flickr30k(config: Config, repo: str, part: SourceSlice) -> Source:
 FLICKR30K = SourceSpec(
     name="flickr30k",
     what="everyday photos with five captions each (Young et al., 2014); another copy: flickr30k:ORG/NAME",
-    license="Flickr terms: research only, pixels stay here",
+    license="Flickr terms: research only, images are not pushed",
     needs="the Hub, a vision-language model",
     example="synth generate --source flickr30k",
     open=_open_flickr30k,
@@ -163,7 +163,7 @@ def _open_vqav2(config: Config, repo: str, _: SourceSlice) -> Source:
 VQAV2 = SourceSpec(
     name="vqav2",
     what="photos of COCO with questions and ten answers each (Goyal et al., 2017); one sample is a photo",
-    license="CC-BY-4.0 texts, Flickr terms for the photos: pixels stay here",
+    license="CC-BY-4.0 texts, Flickr terms for the photos: images are not pushed",
     needs="the Hub, a vision-language model",
     example="synth generate --source vqav2 --split validation --limit 1000",
     open=_open_vqav2,
@@ -198,7 +198,7 @@ def _open_slidevqa(config: Config, repo: str, _: SourceSlice) -> Source:
 SLIDEVQA = SourceSpec(
     name="slidevqa",
     what="decks of up to 20 slides with questions and evidence (Tanaka et al., 2023); one sample is a deck",
-    license="NTT's license for evaluation: pixels stay here",
+    license="NTT's license for evaluation: images are not pushed",
     needs="the Hub, access granted there, a vision-language model",
     example="synth generate --source slidevqa --split validation --limit 50",
     open=_open_slidevqa,

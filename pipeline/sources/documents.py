@@ -149,7 +149,7 @@ def _read(
 _OPTIONS = frozenset({"split.group_by", "license", "follow_links"})
 PDF = SourceSpec(
     name="pdf:PATH",
-    what="PDF documents as decks: a file, or all below a folder",
+    what="PDF documents as decks: a file, or all files in a folder",
     needs="a vision-language model that accepts several images; pip install 'synth-captioner[pdf]'",
     example="synth generate --source pdf:slides --model Qwen/Qwen2.5-VL-3B-Instruct",
     open=partial(_open, "pdf", split_into_decks, decks=True),
@@ -169,7 +169,7 @@ PDF_PAGES = SourceSpec(
 )
 VIDEO = SourceSpec(
     name="video:PATH",
-    what="frames of videos, every few seconds (--every): a file, or all below a folder",
+    what="frames of videos, every few seconds (--every): a file, or all files in a folder",
     needs="a vision-language model; pip install 'synth-captioner[video]'",
     example="synth generate --source video:clips --every 10",
     open=partial(_open, "video", name_frames),

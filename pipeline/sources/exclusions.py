@@ -195,9 +195,11 @@ def write_exclusions(
                     rows += exclusion_rows(label, [sample], kind)
                     progress(f"exclude {label}", len(rows), None)
             if not rows:
-                raise SourceError(f"no image of {exclusion.option} can be read", hint="check --exclude")
+                raise SourceError(
+                    f"no image of --exclude {exclusion.option} can be read", hint="check its name and split"
+                )
             if unread:
-                progress.warn(f"exclude {label}: {unread} rows cannot be read, and are not excluded")
+                progress.warn(f"exclude {label}: {unread} rows could not be read, and were not excluded")
             counts = {"images": len(rows), "texts": sum(len(row["texts"]) for row in rows), "unread": unread}
             described.append({"name": label, "revision": exclusion.source.revision, **counts})
             yield pa.Table.from_pylist(rows, schema=EXCLUSIONS)

@@ -112,10 +112,10 @@ def open_folder(
 
 
 def _no_images_error(root: Path, content: FolderContent) -> SourceError:
-    hint = f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))} are read, in subfolders too"
+    hint = f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))} are read, also in subfolders"
     if any(path.suffix == ".arrow" for path in content.others):
-        hint = f"load it by datasets.load_from_disk({str(root)!r}), and write it with to_parquet"
-    return SourceError("; ".join([f"no image in {root}", *describe_unread(content)]), hint=hint)
+        hint = f"load it with datasets.load_from_disk({str(root)!r}), and write it with to_parquet"
+    return SourceError("; ".join([f"no images in {root}", *describe_unread(content)]), hint=hint)
 
 
 def _describe_content(content: FolderContent, texts: FolderTexts) -> Iterator[str]:
@@ -141,7 +141,7 @@ def _describe_content(content: FolderContent, texts: FolderTexts) -> Iterator[st
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    refuse_roles(config, "a folder", "--columns context=A,B names columns of metadata.csv for prompts")
+    refuse_roles(config, "a folder", "to use columns of metadata.csv in prompts: --columns context=A,B")
     folder, license = Path(path).expanduser(), config.license or UNKNOWN
     links = config.follow_links
     return open_folder(folder, part, license, config.context, config.captions, follow_links=links)
@@ -149,7 +149,7 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 
 SPEC = SourceSpec(
     name="folder:PATH",
-    what="all images under a folder; captions from NAME.txt, metadata.jsonl, metadata.csv or --captions",
+    what="all images in a folder; captions from NAME.txt, metadata.jsonl, metadata.csv or --captions",
     example="synth generate --source folder:photos --model Qwen/Qwen2.5-VL-3B-Instruct",
     open=_open,
     options=frozenset({"columns", "captions", "split.group_by", "license", "follow_links"}),

@@ -171,7 +171,7 @@ class _PublicResolver(AbstractResolver):
 
 def _require_allowed(address: str, host: str, allowed: Allowed) -> None:
     if not allowed(ipaddress.ip_address(address)):
-        raise ImageError("url_refused", f"{host} is not on the public network")
+        raise ImageError("url_refused", f"{host} is not a public address")
 
 
 def _require_allowed_host(url: URL, allowed: Allowed) -> None:
@@ -207,7 +207,7 @@ async def _get_within_budget(
     started = time.monotonic()
     if cost.is_given_up():
         wasted = f"{cost.wasted_seconds:.0f} s, {cost.wasted_bytes:,} bytes"
-        raise ImageError("host_given_up", f"{url.host} has failed for {wasted}")
+        raise ImageError("host_given_up", f"{url.host} failed too often: {wasted} wasted")
     try:
         result = await _get(session, url, timeout_s)
     except (OSError, aiohttp.ClientError, ValueError, ImageError) as error:

@@ -24,7 +24,7 @@ def with_pixels(version: Version, images: str | None) -> Version:
             return joined
         if images is None:
             name = version.repo or version.path
-            raise ConfigError(f"{name} holds no pixels", hint="pass its images: --images FOLDER")
+            raise ConfigError(f"{name} has no images", hint="pass its images: --images FOLDER")
         folder = Path(images)
         if not folder.is_dir():
             return join_images(version, read_images(images))

@@ -73,11 +73,11 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise SourceError(f"cannot read {file}: {error}", hint=hint) from None
     if not rows:
-        raise SourceError(f"{file} names no image", hint="write one path or URL per line")
+        raise SourceError(f"{file} lists no images", hint="write one path or URL per line")
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     if not {name.lower() for name in names} & {*IMAGE_COLUMNS}:
-        hint = f"name the column of paths {IMAGE_COLUMNS[0]}, or the column of URLs url, in the first line"
-        raise SourceError(f"no column of {file} names an image: it has {', '.join(names)[:200]}", hint=hint)
+        hint = f"in the first line, call the column of paths {IMAGE_COLUMNS[0]}, or the column of URLs url"
+        raise SourceError(f"{file} has no column of images: it has {', '.join(names)[:200]}", hint=hint)
     if unknown := [name for name in columns if name not in names and not is_exif_name(name)]:
         hint = did_you_mean(unknown[0], names, f"columns: {', '.join(names)}")
         raise SourceError(f"no column is named {unknown[0]}", hint=hint)
@@ -151,7 +151,9 @@ def open_list(
     all_images, root = read_list(file, columns), file.parent
     split_images = [image for image in all_images if split in (None, image.texts.split)]
     if not split_images:
-        raise SourceError(f"{file} has no line of the split {split}", hint=f"set it in the column {SPLIT}")
+        raise SourceError(
+            f"{file} has no line with the split {split}", hint=f"set the split in the column {SPLIT}"
+        )
     images, bound = split_images[part.number :: part.of], None if follow_links else root
     has_questions = any(image.texts.questions for image in all_images)
 
@@ -189,9 +191,9 @@ def open_list(
 
 def _read_image(image: ListedImage, root: Path, bound: Path | None, *, allow_urls: bool) -> bytes:
     if not image.address:
-        raise ImageError("image_missing", "the line names no image")
+        raise ImageError("image_missing", "the line has no image path or URL")
     if image.is_url and not allow_urls:
-        raise ImageError("image_not_embedded", "the line names a URL, which --allow-urls would fetch")
+        raise ImageError("image_not_embedded", "the line has a URL: pass --allow-urls to download it")
     if image.is_url:
         return fetch_image(image.address)
     return read_image(root / image.address, bound)
@@ -210,10 +212,10 @@ def _describe(images: Sequence[ListedImage]) -> Iterator[str]:
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    refuse_roles(config, "a list", "--columns context=A,B names columns for prompts")
+    refuse_roles(config, "a list", "to use columns in prompts: --columns context=A,B")
     if _URL.match(path):
         address = path.partition("?")[0]
-        raise ConfigError(f"a list must be a file of this disk, not {address}", hint="download it first")
+        raise ConfigError(f"a list must be a local file, not {address}", hint="download it first")
     options = {"allow_urls": config.allow_urls, "follow_links": config.follow_links}
     file, license = Path(path).expanduser(), config.license or UNKNOWN
     return open_list(file, part, license, config.context, config.source_split, **options)
@@ -221,7 +223,7 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 
 SPEC = SourceSpec(
     name="list:FILE",
-    what="images that a text, CSV, TSV or JSON file names, as relative paths, or as URLs with --allow-urls",
+    what="images listed in a text, CSV, TSV or JSON file as relative paths, or as URLs with --allow-urls",
     example="synth generate --source list:urls.csv --allow-urls",
     open=_open,
     options=frozenset({"source_split", "columns", "allow_urls", "license", "follow_links"}),

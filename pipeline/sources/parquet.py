@@ -74,7 +74,7 @@ class Tables:
                 parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
                 if missing := {name for name in columns if parquet.schema_arrow.names.count(name) != 1}:
                     problem = f"{path} of {self.name} lacks the column {min(missing)}"
-                    raise SourceError(problem, hint="check that all files belong to one table")
+                    raise SourceError(problem, hint="check that all files belong to the same table")
                 first_row = 0
                 for group in range(parquet.num_row_groups):
                     num_rows = parquet.metadata.row_group(group).num_rows
@@ -207,7 +207,7 @@ def describe_held_out(files: Mapping[str | None, Sequence[str]]) -> list[str]:
     (split, names), *others = files.items()
     if others or split in (None, "train"):
         return []
-    message = f"all rows are in the split {split}, because of the file name {names[0]}"
+    message = f"all rows are in the split {split} because of the file name {names[0]}"
     return [f"{message}: rename the file to train on them"]
 
 
@@ -255,10 +255,10 @@ def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
         if is_url and allow_urls:
             return fetch_image(str(path))
         if is_url:
-            raise ImageError("image_not_embedded", "the row names a URL, which --allow-urls would fetch")
-        raise ImageError("image_is_a_path", "the row names a path, which is never opened")
+            raise ImageError("image_not_embedded", "the row has a URL: pass --allow-urls to download it")
+        raise ImageError("image_is_a_path", "the row has a path, which is never opened")
     if not isinstance(value, bytes) or not value:
-        raise ImageError("image_missing", "the row holds no image")
+        raise ImageError("image_missing", "the row has no image")
     if len(value) > MAX_IMAGE_BYTES:
         raise ImageError("file_too_large", f"more than {MAX_IMAGE_BYTES:,} bytes")
     return value

@@ -84,14 +84,14 @@ ADVICE = {  # rejection reason -> what the user can change
     "image_not_embedded": "the rows name images by URL: --allow-urls fetches them",
     "image_is_a_path": "a table must hold image bytes; list:FILE reads images that a CSV or JSON file names",
     "unsupported_format": "convert the files to JPEG; HEIC needs the package pillow-heif (extra `heic`)",
-    "several_images": "--columns pages=COLUMN reads them as a deck",
-    "too_many_pages": "split the decks",
-    "unpaired_answers": "a list of questions needs a list of as many answers",
-    "unknown_split": "for tables, --columns split=none ignores that column, and split=COLUMN uses another",
+    "several_images": "to read them as a deck: --columns pages=COLUMN",
+    "too_many_pages": "split the decks into smaller ones",
+    "unpaired_answers": "a list of questions needs an equally long list of answers",
+    "unknown_split": "for tables: --columns split=none ignores this column, split=COLUMN uses another",
     **LOOK_ALIKE_ADVICE,
-    "banned_image": "they are in a dataset of --exclude",
+    "banned_image": "they are in a dataset passed to --exclude",
     "url_unreachable": "check the network, and run the same command again: it retries all images once",
-    "url_not_found": "the hosts no longer have these images, or refuse them; another --out folder asks again",
+    "url_not_found": "the hosts have removed or block these images; to try again, use another --out folder",
     "unreadable_folder": "change the permissions of the folders",
 }
 # In these rejections, the detail is the id or name of another image.
@@ -158,7 +158,7 @@ class SourceReader:
         """
         result = self._find_result(limit) if self.config.images is None else None
         if result is not None:
-            message = f"read: {result['images']:,} images were read by an earlier run, and are not read again"
+            message = f"read: {result['images']:,} images were read by an earlier run and are not read again"
             self.progress.message(message)
         else:
             result = self._read_rows(limit)
@@ -276,7 +276,7 @@ class SourceReader:
         if parts.num_rows:
             last = next(self._opened, None)
             if last is not None and last.source_row == parts.last_row:
-                self.progress.message(f"read: resumes after {parts.num_rows:,} rows of an earlier run")
+                self.progress.message(f"read: resumes after {parts.num_rows:,} rows read by an earlier run")
             else:
                 self.close()
                 parts.remove_all()
@@ -497,7 +497,7 @@ def describe_rejected(shard: DatasetDir) -> Iterator[str]:
         rows = table.filter(pc.equal(table["reason"], reason)).slice(0, NAMED_ROWS + 1).to_pylist()
         names = first_names([row["source_row"] for row in rows])
         if reason == REPEATED:
-            yield f"read: {count:,} rows have the image of another row, which gets their texts ({names})"
+            yield f"read: {count:,} rows repeat the image of another row, which gets their texts ({names})"
             continue
         if reason not in _REJECTED_FOR_ANOTHER_IMAGE:
             names = first_names([f"{row['source_row']}: {row['detail']}" for row in rows])

@@ -50,7 +50,7 @@ def draw_sample(seed: int, index: int, name: str = SCENES) -> Sample:
 
 SPEC = SourceSpec(
     name=SCENES,
-    what="drawn pictures of one to four objects, with known facts",
+    what="generated drawings of one to four objects, with known facts",
     license=LICENSE,
     needs="nothing",
     example="synth generate --source scenes --limit 500",
@@ -63,7 +63,7 @@ SPEC = SourceSpec(
 DECK_SPEC = replace(
     SPEC,
     name=DECKS,
-    what="decks of four drawn pages, with known facts",
+    what="decks of four generated drawings, with known facts",
     example="synth generate --source scenes-deck --limit 200",
     open=lambda config, _, part: open_scenes(config.seed, config.limit, part, name=DECKS),
     tasks=DECK_TASKS,

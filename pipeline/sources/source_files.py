@@ -226,7 +226,7 @@ def translate_disk_errors(root: Path) -> Iterator[None]:
         raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
     except OSError as error:
         problem = f"cannot read {error.filename or root}: {error.strerror or error}"
-        raise SourceError(problem, hint="check its permissions, and the disk") from None
+        raise SourceError(problem, hint="check its permissions and the disk") from None
 
 
 # --- stores

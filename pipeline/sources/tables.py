@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
 NO_COLUMN = "none"  # maps the split or the question to no column
-PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet: the rest is not read"
+PARTIAL_MESSAGE = "the Hub has converted only the first part of {name} to Parquet: the rest is not read"
 OFFLINE = "check the network; without one, --source scenes and folder:PATH work"
 DEFAULT_CONFIG = "default"
 CONVERSION_BRANCH = "refs/convert/parquet"
@@ -54,7 +54,7 @@ BLOCK_BYTES = 1 << 20  # per request, since fsspec's default of 50 MB is more th
 # Columns of multiple-choice questions, whose answers may be numbers or letters.
 _CHOICE_COLUMNS = frozenset(("choices", "options", "candidates"))
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
-_MAPPING_HINT = "map it with --columns, such as --columns image=COLUMN,references=COLUMN"
+_MAPPING_HINT = "set the columns, for example: --columns image=COLUMN,references=COLUMN"
 
 Columns = dict[str, list[str]]  # role -> columns
 FilesBySplit = dict[str | None, list[str]]
@@ -158,18 +158,22 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
         texts = [name for name in names if name in schema.names and _holds_texts(schema.field(name).type)]
         columns["references"] = texts[:1]
     elif not _holds_texts(kind := schema.field(columns["references"][0]).type):
-        problem = f"the column {mapping['references']} holds {kind}, not captions"
+        problem = f"the column {mapping['references']} contains {kind}, not captions"
         raise SourceError(problem, hint=_MAPPING_HINT)
     if "question" not in mapping and _is_own_version(schema) and "reference_qa" in schema.names:
         columns["reference_qa"] = ["reference_qa"]
     if "question" not in mapping and "answer" not in mapping:
         columns |= _guess_questions(schema)
     if len(columns.get("question", ())) != len(columns.get("answer", ())):
-        hint = "name both columns: --columns question=COLUMN,answer=COLUMN"
-        raise SourceError("questions need answers", hint=hint)
+        hint = "pass both columns: --columns question=COLUMN,answer=COLUMN"
+        raise SourceError(
+            f"columns found: question {len(columns.get('question', ()))}, "
+            f"answer {len(columns.get('answer', ()))}",
+            hint=hint,
+        )
     if len(columns.get("split", ())) > 1:
-        problem = f"several columns match the split: {', '.join(columns['split'])}"
-        raise SourceError(problem, hint="name one of them")
+        problem = f"several columns match split: {', '.join(columns['split'])}"
+        raise SourceError(problem, hint="pass one: --columns split=COLUMN")
     if "split" not in mapping and "split" in schema.names and is_text(schema.field("split").type):
         columns["split"] = ["split"]
     return columns
@@ -206,8 +210,8 @@ def _context_columns(schema: pa.Schema, names: str) -> list[str]:
             raise _no_column_error(schema, name)
         kind = schema.field(name).type
         if is_binary(kind) or pa.types.is_struct(kind) or (is_list(kind) and not is_text(kind.value_type)):
-            problem = f"the column {name} holds {kind}, which prompts cannot use"
-            raise SourceError(problem, hint="use columns of texts or numbers")
+            problem = f"the column {name} contains {kind}, which prompts cannot use"
+            raise SourceError(problem, hint="use columns of strings or numbers")
     return columns
 
 
@@ -240,11 +244,11 @@ def _guess_images(schema: pa.Schema) -> Columns:
         return {"image": ["image" if "image" in candidates else candidates[0]]}
     columns, hint = f"(columns: {', '.join(schema.names)})", _MAPPING_HINT
     if candidates := [*images, *lists] or binary:
-        raise SourceError(f"several columns hold images: {', '.join(candidates)} {columns}", hint=hint)
+        raise SourceError(f"several columns contain images: {', '.join(candidates)} {columns}", hint=hint)
     names = (*_IMAGE_NAMES, *FILE_NAMES, "url")
     if texts := [name for name in names if name in schema.names and is_text(schema.field(name).type)]:
         hint = f"for URLs: --columns image={texts[0]} --allow-urls; for file names: --source list:FILE.csv"
-    raise SourceError(f"no column holds images {columns}", hint=hint)
+    raise SourceError(f"no column contains images {columns}", hint=hint)
 
 
 def _is_image(kind: pa.DataType) -> bool:
@@ -291,7 +295,7 @@ def _read_row(name: str, row: dict[str, Any], columns: Columns, *, allow_urls: b
     image_columns = columns.get("pages", columns.get("image", []))
     images = [image for column in image_columns for image in _as_list(row[column])]
     if "pages" not in columns and len(images) > 1:
-        return Rejected(source_row=name, reason="several_images", detail="for decks, map pages")
+        return Rejected(source_row=name, reason="several_images", detail="for decks: --columns pages=COLUMN")
     items = [item for column in columns["references"] for item in _as_list(row[column])]
     texts = [text for item in items for text in _texts_of(item)]
     fields["references"] = tuple(text for text in texts if isinstance(text, str) and text.strip())
@@ -299,7 +303,7 @@ def _read_row(name: str, row: dict[str, Any], columns: Columns, *, allow_urls: b
     if "question" in columns:
         questions, answers = _paired(row, columns)
         if len(questions) != len(answers):
-            detail = f"{len(questions)} questions, and {len(answers)} answers"
+            detail = f"{len(questions)} questions, but {len(answers)} answers"
             return Rejected(source_row=name, reason="unpaired_answers", detail=detail)
         pairs = [{"question": q, "answers": a} for q, a in zip(questions, answers, strict=True)]
         fields["reference_qa"] = tuple(question for pair in pairs if (question := read_question(pair)))
@@ -343,12 +347,14 @@ def _texts_of(item: Any) -> list[Any]:
 def _open_parquet(config: Config, path: str, part: SourceSlice) -> Source:
     files = find_source_files(path, (".parquet",), follow_links=config.follow_links, needs_digest=part == ALL)
     if not files.names:
-        hint = "pass a file, or a folder on the disk or in a store: --source parquet:PATH"
+        hint = "pass a file, or a local folder or one in an object store: --source parquet:PATH"
         if files.is_local and any(Path(path).expanduser().rglob("*.arrow")):
-            hint = f"load it by datasets.load_from_disk({path!r}), and write it with to_parquet"
+            hint = f"load it with datasets.load_from_disk({path!r}), and write it with to_parquet"
         raise SourceError(f"no Parquet file at {path}", hint=hint)
     if {IMAGES_FILE, REJECTIONS_FILE} <= {Path(name).name for name in files.names}:
-        hint = f"`synth export --data {path} --format parquet --out FOLDER` writes files that hold the images"
+        hint = (
+            f"`synth export --data {path} --format parquet --out FOLDER` writes files that contain the images"
+        )
         raise SourceError(f"{path} is a version of synth, whose images are stored elsewhere", hint=hint)
     by_split, license = group_by_split(files.names), config.license or UNKNOWN
     translate = files.translate_errors
@@ -359,7 +365,7 @@ def _open_parquet(config: Config, path: str, part: SourceSlice) -> Source:
 
 PARQUET = SourceSpec(
     name="parquet:PATH",
-    what="images in a Parquet file, or in all under a folder; also s3://, gs://, hf:// and https://",
+    what="images in a Parquet file, or in all files in a folder; also s3://, gs://, hf:// and https://",
     example="synth generate --source parquet:rows.parquet --columns image=photo,references=alt_text",
     open=_open_parquet,
     options=frozenset({"source_split", "columns", "allow_urls", "follow_links", "license"}),
@@ -399,8 +405,10 @@ def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
         files = _default_files(repo, declared, paths)
     is_partial = any(PARTIAL_FILE.search(path) for split_paths in files.values() for path in split_paths)
     if is_partial and not allow_partial:
-        hint = "--allow-partial reads this part; for all rows, download the dataset and use parquet:PATH"
-        raise SourceError(f"the Hub has converted only a first part of {repo} to Parquet", hint=hint)
+        hint = (
+            "to read only this part: --allow-partial; for all rows, download the dataset and use parquet:PATH"
+        )
+        raise SourceError(f"the Hub has converted only the first part of {repo} to Parquet", hint=hint)
     license = card.get("license")
     license = ", ".join(license) if isinstance(license, list) else license or UNDECLARED
     license = f"{GATED}, {license}" if info.gated else license
@@ -493,8 +501,8 @@ def _default_files(repo: str, declared: dict[str, FilesBySplit], paths: list[str
         return configs[DEFAULT_CONFIG]
     first, *others = configs.values()
     if any(other != first for other in others):
-        hint = f"name one: --source hub:{repo}:{min(filter(None, configs))}"
-        raise SourceError(f"{repo} holds several tables: {', '.join(sorted(configs))}", hint=hint)
+        hint = f"pass one: --source hub:{repo}:{min(filter(None, configs))}"
+        raise SourceError(f"{repo} has several configs: {', '.join(sorted(configs))}", hint=hint)
     return first
 
 
@@ -506,7 +514,7 @@ def _open_repository(config: Config, repo: str, part: SourceSlice) -> Source:
 
 HUB = SourceSpec(
     name="hub:ORG/NAME",
-    what="a dataset of the Hub in Parquet, or converted to it; ORG/NAME:CONFIG; @REVISION pins a commit",
+    what="a Hub dataset in Parquet, or converted to it; ORG/NAME:CONFIG; @REVISION pins a commit",
     license="as its card states",
     needs="the Hub, a vision-language model",
     example="synth generate --source hub:ORG/NAME --split train --limit 1000",

@@ -295,7 +295,7 @@ def read_captions(path: Path) -> dict[str, ImageTexts]:
         raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
     except OSError as error:
         problem = f"cannot read {path}: {error.strerror or error}"
-        raise SourceError(problem, hint="name a file of captions: --captions FILE") from None
+        raise SourceError(problem, hint="pass a file of captions: --captions FILE") from None
     except KeyError as error:
         raise SourceError(f"cannot read {path}: an object has no {error}", hint=FORMATS_HINT) from None
     except (EOFError, zlib.error, ValueError, RecursionError, csv.Error) as error:
@@ -304,7 +304,7 @@ def read_captions(path: Path) -> dict[str, ImageTexts]:
         raise SourceError(f"cannot read {path}: {error!r}", hint=FORMATS_HINT) from None
     if not any(one.captions or one.questions for one in texts.values()):
         if any(one.num_by_model for one in texts.values()):
-            hint = f"only human texts are read: remove the values of {WRITTEN_BY!r} if a human wrote them"
+            hint = f"only human texts are read: if a human wrote them, remove the values of {WRITTEN_BY!r}"
             raise SourceError(f"a model wrote all texts of {path}", hint=hint)
         raise SourceError(f"{path} has no caption and no question", hint=FORMATS_HINT)
     return dict(texts)
@@ -363,7 +363,7 @@ def _parse_object(value: Any) -> NamedTexts:
 def _parse_row(row: Mapping[str, Any]) -> NamedTexts:
     name = next((row[key] for key in NAMES if row.get(key) not in (None, "")), None)
     if name is None:
-        raise ValueError(f"a row names no image; it has {', '.join(map(str, row))[:200]}")
+        raise ValueError(f"a row has no file name of an image; it has {', '.join(map(str, row))[:200]}")
     question = read_question(row)
     questions = [question] if question else []
     captions, split = human_captions(row, CAPTIONS), read_split(row.get(SPLIT))
@@ -428,7 +428,7 @@ def add_splits_of_folders(folder_texts: FolderTexts, images: Mapping[str, Path])
         texts.split = texts.split or split
     unnamed = [name for name, folder in folders.items() if folder.casefold() not in SPLIT_OF_WORD]
     if splits and unnamed:
-        message = f"{len(unnamed):,} images are in no folder named after a split, and are split by a hash"
+        message = f"{len(unnamed):,} images are in no folder named after a split: a hash assigns their split"
         folder_texts.messages.append(f"{message} ({first_names(unnamed)})")
 
 
@@ -461,8 +461,10 @@ def add_caption_files(
     for file in (path for path in files if path.resolve() not in known_files):
         matched, unknown = match_images(read_captions(file), list(images))
         if not matched:
-            hint = f"images are named as in the folder, such as {next(iter(images))}"
-            raise SourceError(f"{file} names no image of {root}; it names {first_names(unknown)}", hint=hint)
+            hint = f"use the file names of the folder, such as {next(iter(images))}"
+            raise SourceError(
+                f"no file name in {file} is an image in {root}; it has {first_names(unknown)}", hint=hint
+            )
         folder_texts.files.add(file)
         folder_texts.messages += _describe_unknown(file, unknown)
         for name, texts in matched.items():
@@ -551,13 +553,13 @@ def _add_sidecars(folder_texts: FolderTexts, paths: Sequence[Path], bound: Path 
 
 
 def _describe_unknown(file: Path, names: Sequence[str]) -> list[str]:
-    return [f"{file} names {len(names):,} images that do not exist: {first_names(names)}"] if names else []
+    return [f"{file} lists {len(names):,} images that do not exist: {first_names(names)}"] if names else []
 
 
 def _describe_metadata(file: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return a message if a metadata file has no rows about images, or no captions."""
     if not rows:
-        return [f"{file} is not used: no row has a file_name"]
+        return [f"{file} was not used: no row has a file_name"]
     if any(column in row for row in rows for column in (*CAPTION_COLUMNS, QUESTION)):
         return []
     columns = ", ".join(str(name) for name in rows[0])

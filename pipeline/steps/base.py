@@ -313,7 +313,9 @@ def compare_shards(
             local = (part.set_column(0, ROW, pc.subtract(part["row"], first)) for part in parts)
             write_table(shard.step_file(step.name, "compared"), local, schema)
         if not findings.is_empty():
-            raise TableError(f"step {step.name} named a row that is not there", hint=BUG_HINT)
+            raise TableError(
+                f"the step {step.name} returned the number of a row that does not exist", hint=BUG_HINT
+            )
 
 
 def judge_shard(
@@ -410,7 +412,7 @@ def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
     index = np.full(table.num_rows, -1)
     index[findings["row"].to_numpy() - first] = np.arange(findings.num_rows)
     if np.count_nonzero(index >= 0) != findings.num_rows:
-        raise TableError("a comparison named a row twice", hint=BUG_HINT)
+        raise TableError("a comparison returned the same row twice", hint=BUG_HINT)
     indices = pa.array(index, mask=index < 0)
     for name in findings.column_names[1:]:
         table = table.append_column(findings.schema.field(name), findings[name].take(indices))
@@ -420,10 +422,10 @@ def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
 def _checked(step: RowStep, rows: pa.Table, judged: pa.Table) -> pa.Table:
     if "reason" not in judged.column_names:
         problem = f"the judge function of the step {step.name} returned a table without the column `reason`"
-        hint = "return with_reason(table, reasons): None keeps a row, a word rejects it"
+        hint = "return with_reason(table, reasons): a reason of None keeps a row, a string rejects it"
         raise TableError(problem, hint=hint)
     require_columns(judged, "annotation_id")
     if not judged["annotation_id"].equals(rows["annotation_id"]):
-        change = f"was given {rows.num_rows} rows and returned {judged.num_rows}, or others"
-        raise TableError(f"step {step.name} {change}", hint=BUG_HINT)
+        change = f"received {rows.num_rows} rows and returned {judged.num_rows}, or different ones"
+        raise TableError(f"the step {step.name} {change}", hint=BUG_HINT)
     return judged

@@ -56,8 +56,8 @@ STEP = RowStep(
         "too_short": "lower filter.min_caption_words or filter.min_question_words",
         "too_long": "raise filter.max_caption_words, filter.max_question_words or filter.max_answer_words",
         "repetitive": "raise filter.max_duplicate_trigram_frac or lower filter.min_distinct_word_frac",
-        "refusal": "they read like refusals of a model: `synth report` shows them",
-        "unanswerable": "ask for answers that the image shows: generate.prompt_dir",
+        "refusal": "they look like refusals of a model: `synth report` shows them",
+        "unanswerable": "ask for answers that are visible in the image: generate.prompt_dir",
         "answer_in_question": "change the prompt: generate.prompt_dir",
     },
 )

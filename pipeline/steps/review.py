@@ -41,7 +41,7 @@ def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     used = {name: review for name, review in reviews.items() if name in by_name and name not in unusable}
     unmatched = len(reviews) - len(used)
     note = f"; {unmatched} match no text of this run" if unmatched else ""
-    comparison.progress.message(f"review: {len(used)} reviews apply{note}")
+    comparison.progress.message(f"review: {len(used)} reviews applied{note}")
     findings: dict[int, dict[str, Any]] = defaultdict(dict)
     for row in texts:
         if review := used.get(text_name(row)):

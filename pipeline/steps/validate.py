@@ -28,8 +28,8 @@ STEP = RowStep(
     judge=validate_annotations,
     advice={
         "cut_short": "raise generate.max_tokens",
-        "result_missing": "find out why the task that is needed was rejected: `synth report`",
-        "box_outside_image": "set the unit of your model's boxes: coordinates (pixels or thousandths)",
+        "result_missing": "find out in `synth report` why the task that it needs was rejected",
+        "box_outside_image": "set the unit of boxes of your model: coordinates (pixels or thousandths)",
         "answer_not_yes_or_no": "use --tasks caption: questions in another language need a custom task",
     },
 )

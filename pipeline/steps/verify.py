@@ -320,7 +320,7 @@ class AnnotationChecker:
         for subject, draft in repaired:
             subject.row, subject.checks, subject.rewritten = draft.row, draft.checks, draft.rewritten
         count = f"{len(repaired):,} of {len(subjects):,}"
-        self.services.progress.message(f"verify repaired {count} captions with false claims")
+        self.services.progress.message(f"verify repaired {count} captions that had false claims")
 
     def _filter(self, subjects: Subjects, texts: Sequence[str]) -> list[Row | None]:
         """Return the columns of the step filter for each new caption, or None if that step rejects it."""
@@ -382,7 +382,7 @@ class AnnotationChecker:
 
     def _warn_of_unread(self, count: int, total: int, unit: str, state: str) -> None:
         if count:
-            problem = f"no usable reply about {count:,} of {total:,} {unit}, which are kept {state}"
+            problem = f"no usable reply for {count:,} of {total:,} {unit}, which are kept {state}"
             self.services.progress.warn(f"verify: {problem}")
 
     def _ask(
@@ -539,6 +539,6 @@ STEP = RowStep(
         "evidence_not_sufficient": "leave evidence out of --verify",
         "evidence_not_necessary": "leave evidence out of --verify",
         "low_rating": "lower verify.min_rating, or leave out --judge",
-        "low_alignment": "lower verify.min_alignment, or name another CLIP: verify.clip_model",
+        "low_alignment": "lower verify.min_alignment, or choose another CLIP: verify.clip_model",
     },
 )

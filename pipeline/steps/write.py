@@ -149,12 +149,12 @@ def publish_shards(
     results = [part.rows for part in written]
     funnel = [*work.summaries, _summarize(sum(counts.values()), sum(len(rows.rejected) for rows in results))]
     if funnel[-1].input != funnel[0].kept:
-        problem = f"step write was given {funnel[0].kept} images and returned {funnel[-1]}"
+        problem = f"the step write received {funnel[0].kept} images and returned {funnel[-1]}"
         raise TableError(problem, hint=BUG_HINT)
     columns = {tuple(part.columns) for part in written if part.columns}
     if len(columns) > 1:
-        hint = "a source fills a column always or never"
-        raise TableError("some samples have columns that others have not", hint=hint)
+        hint = "a source must fill a column for all samples, or for none"
+        raise TableError("some samples have columns that others lack", hint=hint)
     all_rows = AllRows([shard.step_file("review") for shard in shards])
     with open_database(plan.dataset.path) as db:
         load(db, "images", all_rows.batches("image_group", "sample_id"), IMAGES)

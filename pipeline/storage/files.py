@@ -39,7 +39,7 @@ _OTHER_FOLDER = "choose another folder: --out DIR"
 _DISK_ERRORS = {
     errno.ENOSPC: ("the disk is full", f"free some space, {_RESUME}"),
     errno.EDQUOT: ("the disk quota is used up", f"free some space, {_RESUME}"),
-    errno.EFBIG: ("the limit of file sizes is reached", f"raise it (`ulimit -f`), {_RESUME}"),
+    errno.EFBIG: ("the file size limit was reached", f"raise it (`ulimit -f`), {_RESUME}"),
     errno.EROFS: (
         "the file system is read-only",
         "choose a folder on another disk (--out DIR), or copy this one",
@@ -47,23 +47,23 @@ _DISK_ERRORS = {
     errno.EACCES: ("no permission", "choose another folder, or change its permissions"),
     errno.EPERM: ("no permission", "choose another folder, or change its permissions"),
     errno.ENOENT: (
-        "it does not exist, and cannot be made",
+        "it does not exist and cannot be created",
         "choose another folder, or restore the removed one",
     ),
-    errno.ENOTDIR: ("a file is where a folder should be", _OTHER_FOLDER),
-    errno.EEXIST: ("a file is where a folder should be", _OTHER_FOLDER),
-    errno.ENOTEMPTY: ("a folder is in the way that is not a version", f"move it away, {_RESUME}"),
+    errno.ENOTDIR: ("a file exists where a folder should be", _OTHER_FOLDER),
+    errno.EEXIST: ("a file exists where a folder should be", _OTHER_FOLDER),
+    errno.ENOTEMPTY: ("a folder that is not a version is in the way", f"move it away, {_RESUME}"),
     errno.EIO: (
-        "the disk fails to read or write",
-        "see its log (`dmesg`), and copy the folder to another disk",
+        "the disk has I/O errors",
+        "check the kernel log (`dmesg`), and copy the folder to another disk",
     ),
-    errno.ESTALE: ("the network file system has lost the file", f"mount it again, {_RESUME}"),
+    errno.ESTALE: ("the network file system lost the file (stale file handle)", f"mount it again, {_RESUME}"),
     errno.EMFILE: ("too many files are open", f"raise the limit (`ulimit -n 4096`), {_RESUME}"),
     errno.ENFILE: ("too many files are open on this machine", f"end other programs, {_RESUME}"),
-    errno.EBUSY: ("another program holds the file", f"close it, {_RESUME}"),
-    errno.ENAMETOOLONG: ("the name is too long", _OTHER_FOLDER),
-    errno.EXDEV: ("it is on two file systems", "copy the dataset folder, and use the copy"),
-    errno.ELOOP: ("a link leads to itself", "remove the link"),
+    errno.EBUSY: ("another program is using the file", f"close it, {_RESUME}"),
+    errno.ENAMETOOLONG: ("the file name is too long", _OTHER_FOLDER),
+    errno.EXDEV: ("the dataset folder spans two file systems", "copy the dataset folder, and use the copy"),
+    errno.ELOOP: ("a symlink points to itself", "remove the link"),
 }
 # Object stores never raise these errors. The cause is a full or read-only temporary folder.
 _DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -246,7 +246,7 @@ def remove(folder: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        log.warning("%s cannot be removed: %s", folder, error)
+        log.warning("cannot remove %s: %s", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
 
 

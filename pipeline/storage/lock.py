@@ -87,7 +87,7 @@ def lease(
 
     def check() -> None:
         if not _is_holder(path, holder_id):
-            hint = "this process was paused for too long, and the other one continues"
+            hint = "this process was paused for too long; the other command continues"
             raise StoreError(f"another command has taken over {path.parent}", hint=hint)
 
     try:
@@ -112,7 +112,7 @@ def _acquire(path: Path, holder_id: str, timeout_s: float, say: Callable[[str], 
         current = _read_lease(path)
         if first_seen is None:
             first_seen = current
-            say(f"{path.parent} is in use, or was a moment ago: waiting {timeout_s:.0f} s for a sign of life")
+            say(f"{path.parent} is in use, or was a moment ago: waiting {timeout_s:.0f} s to find out")
         elif current not in ([], first_seen):
             raise in_use
         if time.monotonic() > end:

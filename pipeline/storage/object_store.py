@@ -40,7 +40,7 @@ def parse_dataset_path(name: str) -> Path:
     parts = key.rstrip("/").split("/")
     # Listings omit such names or treat them as patterns.
     if not all(parts) or _GLOB_CHARACTER.search(key) or {".", ".."} & {*parts}:
-        hint = f"use {scheme}://BUCKET/NAME without any of *?[]#"
+        hint = f"use {scheme}://BUCKET/NAME without the characters *?[]#"
         raise ConfigError(f"{name} is not a folder of an object store", hint=hint)
     from upath import UPath
 
@@ -57,8 +57,8 @@ def parse_dataset_path(name: str) -> Path:
 def parse_local_path(name: str) -> Path:
     """Return a local path. Raises ConfigError for a URL, even with only one slash after the colon."""
     if _URL.match(name):
-        hint = "only dataset folders may be URLs, such as s3://BUCKET/NAME"
-        raise ConfigError(f"{name} is not a path on this machine", hint=hint)
+        hint = "pass a local path; only dataset folders may be URLs, such as s3://BUCKET/NAME"
+        raise ConfigError(f"{name} is a URL, not a local path", hint=hint)
     return Path(name)
 
 

@@ -60,15 +60,15 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
         if target == image or target in targets:
             problem = f"two images would have the text file {target}"
             if target == image:
-                problem = f"{image} has the name of its text file"
+                problem = f"{image} has the same name as its text file"
             raise ConfigError(problem, hint="rename an image, or choose another --out or --format")
         targets[target] = image
     present = [target for target in targets if os.path.lexists(target)]
     if existing == "append" and (links := [target for target in present if target.is_symlink()]):
-        raise ConfigError(f"{links[0]} is a link", hint="remove it, or pass --overwrite")
+        raise ConfigError(f"{links[0]} is a symlink", hint="remove it, or pass --overwrite")
     if present and existing == "refuse":
         hint = "choose --skip-existing, --append or --overwrite"
-        problem = f"{len(present)} of {len(targets)} text files exist already, such as {present[0]}"
+        problem = f"{len(present)} of {len(targets)} text files already exist, such as {present[0]}"
         raise ConfigError(problem, hint=hint)
     if folders := [target for target in present if target.is_dir()]:
         raise ConfigError(f"{folders[0]} is a folder", hint="rename the folder")

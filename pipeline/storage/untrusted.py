@@ -20,7 +20,7 @@ class UnsafeFileError(SynthError):
     """Raised when a file must not be read. `reason` is OUTSIDE, NOT_A_FILE or TOO_LARGE."""
 
     def __init__(self, reason: str, what: str) -> None:
-        super().__init__(what, hint="replace it by a copy of the file if it should be read")
+        super().__init__(what, hint="to read it, replace the link by a copy of the file")
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["UnsafeFileError"], tuple[str, str]]:
@@ -74,7 +74,7 @@ def _require_below(root: Path, path: Path, handle: int) -> None:
         if not os.path.samestat(os.fstat(handle), Path(name).lstat()):
             raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened") from None
     if not _is_below(name, os.path.realpath(root)):
-        raise UnsafeFileError(OUTSIDE, f"{path} leads to a file outside of {root}")
+        raise UnsafeFileError(OUTSIDE, f"{path} is a link to a file outside of {root}")
 
 
 def _is_below(name: str, root: str) -> bool:

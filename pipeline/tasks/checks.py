@@ -35,7 +35,9 @@ class ClaimProbes(Output):
                 "question_without_mark", "the question does not end with a question mark"
             )
         if self.question.casefold() == self.opposite.casefold():
-            raise PydanticCustomError("opposite_repeats_question", "the opposite question is the question")
+            raise PydanticCustomError(
+                "opposite_repeats_question", "the opposite question repeats the question"
+            )
         return self
 
 

@@ -40,7 +40,7 @@ class DeckQAPair(Output):
     def _check_pair(self, info: ValidationInfo) -> "DeckQAPair":
         check_question(self.question, self.answer)
         if list(self.evidence_pages) != sorted(set(self.evidence_pages)):
-            raise PydanticCustomError("evidence_not_in_order", "evidence pages are not in order, each once")
+            raise PydanticCustomError("evidence_not_in_order", "evidence pages are not sorted, or repeated")
         if info.context and self.evidence_pages[-1] > info.context["pages"]:
             raise PydanticCustomError("evidence_outside_deck", "the deck does not have this evidence page")
         if self.answer_type == "arithmetic" and not equals_rounded(self.expression, self.answer):
@@ -48,7 +48,9 @@ class DeckQAPair(Output):
                 "expression_disagrees", "the expression does not evaluate to the answer"
             )
         if self.answer_type != "arithmetic" and self.expression:
-            raise PydanticCustomError("expression_not_asked_for", "only arithmetic has an expression")
+            raise PydanticCustomError(
+                "expression_not_asked_for", "only arithmetic questions may have an expression"
+            )
         return self
 
 
@@ -86,7 +88,7 @@ def _value(node: ast.expr) -> float:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
         value = _value(node.operand)
         return -value if isinstance(node.op, ast.USub) else value
-    raise ValueError("not arithmetic")
+    raise ValueError("not an arithmetic expression")
 
 
 TASK = Task(

@@ -74,7 +74,7 @@ def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
     except Exception as error:  # noqa: BLE001  # runs the user's code
         problem = f"cannot load the output {output[:80]}: {type(error).__name__}: {one_line(error)}"
         raise ConfigError(
-            problem, hint="name a pydantic model as module:Model, or write a JSON schema"
+            problem, hint="give a pydantic model as module:Model, or write a JSON schema"
         ) from None
 
 
@@ -114,14 +114,14 @@ def _close(schema: Any, position: _Position) -> Schema:
     if not isinstance(schema, dict):
         raise UnusableSchemaError(f"{path} is not a schema: {str(schema)[:80]!r}")
     if position.depth > MAX_DEPTH or position.num_nodes[0] > MAX_NODES:
-        limits = f"more than {MAX_DEPTH} deep, or the schema has more than {MAX_NODES} parts"
+        limits = f"more than {MAX_DEPTH} levels deep, or the schema has more than {MAX_NODES} parts"
         raise UnusableSchemaError(f"{path} is nested {limits}")
     if "$ref" in schema:
         name = str(schema["$ref"]).rpartition("/")[2]
         if name not in position.defs:
             raise UnusableSchemaError(f"{path} refers to {schema['$ref']}, which does not exist")
         if name in position.references:
-            raise UnusableSchemaError(f"{path} refers to itself by {schema['$ref']}")
+            raise UnusableSchemaError(f"{path} refers to itself through {schema['$ref']}")
         references = (*position.references, name)
         target = _Position(position.defs, path, position.depth, references, position.num_nodes)
         return _close(position.defs[name], target)
@@ -141,12 +141,14 @@ def _close(schema: Any, position: _Position) -> Schema:
         return _close_object(closed, position)
     if kind == "array":
         if "items" not in closed or closed.get("minItems", 0) > MAX_ITEMS:
-            raise UnusableSchemaError(f"{path} is a list without items, or of more than {MAX_ITEMS}")
+            raise UnusableSchemaError(
+                f"{path} is a list without `items`, or with `minItems` over {MAX_ITEMS}"
+            )
         return closed | {"items": _close(closed["items"], position.within("[]"))}
     if "enum" in closed and len({*closed["enum"]}) < len(closed["enum"]):
-        raise UnusableSchemaError(f"{path} allows one value twice")
+        raise UnusableSchemaError(f"{path} lists a value twice")
     if "pattern" in closed and not isinstance(closed["pattern"], str):
-        raise UnusableSchemaError(f"{path} has a pattern that is not a text")
+        raise UnusableSchemaError(f"{path} has a pattern that is not a string")
     return closed
 
 
@@ -190,7 +192,7 @@ def _without_null(schema: Schema, path: str) -> tuple[Schema, bool]:
     if isinstance(schema.get("type"), list):
         kinds = [kind for kind in schema["type"] if kind != "null"]
         if len(kinds) != 1:
-            raise UnusableSchemaError(f"{path} has several types, but a column has one type")
+            raise UnusableSchemaError(f"{path} has several types, but a column can have only one")
         return schema | {"type": kinds[0]}, "null" in schema["type"]
     for keyword in ("anyOf", "oneOf", "allOf"):
         if keyword in schema:
@@ -198,7 +200,7 @@ def _without_null(schema: Schema, path: str) -> tuple[Schema, bool]:
             choices = [form for form in forms if form != {"type": "null"}]
             if len(choices) != 1:
                 raise UnusableSchemaError(
-                    f"{path} has several forms ({keyword}) or none, but a column has one form"
+                    f"{path} needs exactly one alternative in {keyword}: a column has one type"
                 )
             return choices[0], len(choices) < len(forms)
     return schema, False
@@ -220,7 +222,7 @@ def _kind_of(schema: Schema, path: str) -> str:
         kind = kinds.pop()
     kind = kind or ("object" if "properties" in schema else None)
     if not isinstance(kind, str) or kind not in _KEYWORDS:
-        raise UnusableSchemaError(f"{path} has no type: name one of {', '.join(_KEYWORDS)}")
+        raise UnusableSchemaError(f"{path} has no type: use one of {', '.join(_KEYWORDS)}")
     return kind
 
 

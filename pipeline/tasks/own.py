@@ -119,7 +119,9 @@ class OwnTask(Task):
         except ValidationError as error:
             return {}, _reason(error)
         except Exception:  # the user's model may raise anything
-            log.warning("the model of the task %s failed at a reply", self.name, exc_info=True)
+            log.warning(
+                "the pydantic model of the task %s raised an error for a reply", self.name, exc_info=True
+            )
             return {}, "check_failed"
         coordinates = self.settings.coordinates
         if self.box_field and frame and (flaw := place_box(fields, self.box_field, frame, coordinates)):
@@ -214,7 +216,7 @@ def build_task(settings: TaskConfig) -> OwnTask:
         return _build(settings)
     except UnusableSchemaError as error:
         problem = f"the task {settings.name} cannot be used: {error}"
-        raise ConfigError(problem, hint="docs/own-tasks.md describes what a task can be") from None
+        raise ConfigError(problem, hint="see docs/own-tasks.md") from None
 
 
 def _build(settings: TaskConfig) -> OwnTask:
@@ -234,7 +236,7 @@ def _build(settings: TaskConfig) -> OwnTask:
     item = whole
     if rows:
         if without_null(whole["properties"].get(rows, _TEXT))["type"] != "array":
-            raise UnusableSchemaError(f"output has no list named {rows} (rows)")
+            raise UnusableSchemaError(f"output has no list named {rows} (setting rows)")
         whole = require_field(whole, rows)
         item = without_null(whole["properties"][rows]["items"])
     field = _field_of(settings, item)
@@ -276,7 +278,7 @@ def _required_fields(kind: str, field: str | None) -> tuple[str, ...]:
 def _default_output(settings: TaskConfig) -> Schema:
     label: Schema = {"enum": [*settings.labels]} if settings.labels else _TEXT
     if settings.kind == "record":
-        raise UnusableSchemaError("a record needs an output: a JSON schema that names its fields")
+        raise UnusableSchemaError("a record needs an output: a JSON schema that defines its fields")
     if settings.labels and settings.kind not in ("labels", "boxes"):
         raise UnusableSchemaError(f"labels is only for the kinds labels and boxes, not for {settings.kind}")
     if settings.kind in ("caption", "text"):
@@ -318,7 +320,7 @@ def _field_of(settings: TaskConfig, item: Schema) -> str | None:
         return settings.kind if settings.kind in names else next(iter(names))
     example = next(reversed(names))
     raise UnusableSchemaError(
-        f"output has several fields: name that of the {settings.kind}, as in `field: {example}`"
+        f"output has several fields: set the field of the {settings.kind}, as in `field: {example}`"
     )
 
 
@@ -338,13 +340,13 @@ def _check_kind(settings: TaskConfig, value: Schema) -> str | None:
         if not {"question", "answer"} <= forms.keys() or {*forms.values()} != {"string"}:
             raise UnusableSchemaError("a question needs the fields question and answer, which are strings")
     if kind not in JOINING and (settings.name in ROW.names or settings.name == "split"):
-        raise UnusableSchemaError(f"a dataset has a column {settings.name} already: rename the task")
+        raise UnusableSchemaError(f"datasets already have a column {settings.name}: rename the task")
     if kind not in ("caption", "question", "text") and (settings.min_words or settings.max_words):
         raise UnusableSchemaError(
             f"min_words and max_words are only for captions, questions and texts, not for {kind}"
         )
     if settings.rows and form == "array":
-        raise UnusableSchemaError("an item of rows cannot be a list")
+        raise UnusableSchemaError("a field in rows cannot be a list")
     return _box_field(settings, names) if kind == "boxes" else None
 
 
@@ -357,7 +359,7 @@ def _box_field(settings: TaskConfig, names: Schema) -> str:
             f"boxes need rows with one list of four integers named {' or '.join(BOX_FIELDS)}"
         )
     if box["items"].get("type") != "integer":
-        raise UnusableSchemaError("the corners of a box must be integers: they are pixels")
+        raise UnusableSchemaError("the corners of a box must be integers: their unit is pixels")
     return corners[0]
 
 

@@ -55,7 +55,7 @@ class Values:
         return self._values[name]
 
     def __str__(self) -> str:
-        raise TypeError(f"name one of its values, such as {next(iter(self._values), 'title')}")
+        raise TypeError(f"use one of its values, such as {next(iter(self._values), 'title')}")
 
     __repr__ = __str__
 
@@ -193,7 +193,7 @@ def check_names(
     if unneeded := sorted(results - {*task.needs}):
         hint = f"write `needs: [{', '.join([*task.needs, unneeded[0]])}]`"
         raise ConfigError(
-            f"the prompt {name} uses results.{unneeded[0]}, which its task does not need", hint=hint
+            f"the prompt {name} uses results.{unneeded[0]}, which is not in the needs of its task", hint=hint
         )
     if unused := [need for need in task.needs if need not in results]:
         hint = f"use it in the prompt as {{{{ results.{unused[0]} }}}}, or remove it from needs"
@@ -264,18 +264,18 @@ def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
     """Raise ConfigError if a prompt folder is missing, has unknown prompts, or has no prompt of `tasks`."""
     if not folder.is_dir():
         raise ConfigError(
-            f"no folder of prompts at {folder}", hint="correct generate.prompt_dir, or leave it out"
+            f"the prompt folder {folder} does not exist", hint="correct generate.prompt_dir, or leave it out"
         )
     known = {f"{name}.j2" for name in (SYSTEM, *(task.prompt for task in TASKS.values()))}
     used = {f"{name}.j2" for name in (SYSTEM, *(task.prompt for task in tasks if not task.own_prompt))}
     paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*.j2")}
     if unknown := sorted(paths - known):
-        hint = f"the names of prompts are {', '.join(sorted(used))}"
-        raise ConfigError(f"{folder / unknown[0]} is not the name of a prompt", hint=hint)
+        hint = f"prompts must be named {', '.join(sorted(used))}"
+        raise ConfigError(f"{folder / unknown[0]} is not the name of a prompt in use", hint=hint)
     if not paths & used:
         names = ", ".join(task.name for task in tasks)
-        hint = f"it may have {', '.join(sorted(used))}; `synth init` writes them"
-        raise ConfigError(f"{folder} has no prompt of the tasks {names}", hint=hint)
+        hint = f"possible files: {', '.join(sorted(used))}; `synth init` writes them"
+        raise ConfigError(f"{folder} has no prompt for the tasks {names}", hint=hint)
 
 
 def describe_prompts(tasks: Sequence[Task], folder: Path | None, styles: StyleTexts = ()) -> str:

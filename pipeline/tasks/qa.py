@@ -24,7 +24,7 @@ class QAPair(Output):
         is_yes_or_no = self.answer.casefold() in YES_OR_NO
         if self.answer_type == "yes/no" and not is_yes_or_no:
             raise PydanticCustomError(
-                "answer_not_yes_or_no", "the answer to a yes/no question is another word"
+                "answer_not_yes_or_no", "the answer to a yes/no question is neither yes nor no"
             )
         if self.answer_type == "number" and is_yes_or_no:
             raise PydanticCustomError("answer_not_a_number", "the answer to a number question is yes or no")

@@ -113,7 +113,7 @@ def test_hint_for_version_without_manifest_recovers_the_version(dataset: Dataset
     manifest_of(dataset).unlink()
     (bad,) = [result for result in check_dataset(dataset) if not result.is_ok]
     assert (bad.path, bad.state) == (str(version.path), "it has no manifest.json")
-    with pytest.raises(StoreError, match=r"v1\.0\.0: a folder is in the way"):
+    with pytest.raises(StoreError, match=r"v1\.0\.0: a folder that is not a version is in the way"):
         generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), dataset.path)
     version.path.rename(dataset.path / "away")
     made = generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), dataset.path).version

@@ -16,7 +16,7 @@ from pipeline.install import installed_version
     [
         ("NVIDIA H100, 81559, 2000\nNVIDIA H100, 81559, 81000\n", True, "2 x NVIDIA H100, 79 of 80 GiB free"),
         ("NVIDIA T4, 15360, 3000\n", False, "1 x NVIDIA T4, 3 of 15 GiB free"),
-        ("NVIDIA GB10, [N/A], [N/A]\n", False, "nvidia-smi lists none"),
+        ("NVIDIA GB10, [N/A], [N/A]\n", False, "nvidia-smi lists no GPU"),
     ],
 )
 def test_gpu_with_most_free_memory_decides(listed: str, is_ok: bool, result: str) -> None:  # noqa: FBT001
@@ -30,7 +30,7 @@ def test_interpreter_without_vllm_fails_the_check(monkeypatch: pytest.MonkeyPatc
     assert not vllm.is_ok
     monkeypatch.setenv(VLLM_PYTHON, "/does/not/exist")
     (vllm,) = [finding for finding in examine() if finding.name == "vllm"]
-    assert "cannot be run" in vllm.result
+    assert "cannot run " in vllm.result
 
 
 def model_of(folder: Path, size: int, suffix: str = "safetensors") -> str:
@@ -67,7 +67,7 @@ def test_license_of_the_model_is_shown(tmp_path: Path) -> None:
 
 def test_missing_model_fails_with_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    assert examine(str(tmp_path / "empty"))[0].result.endswith("has no weights")
+    assert examine(str(tmp_path / "empty"))[0].result.endswith("has no weight files")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     for name, problem in (("no name", "not the name of a model"), ("ORG/NAME", "does not answer")):
         finding = examine(name)[0]

@@ -32,7 +32,7 @@ FULL = OSError(errno.ENOSPC, "No space left")
         (errors.OfflineModeIsEnabled("x"), SILENT, OFFLINE),
         (httpx2.ConnectError("x"), SILENT, OFFLINE),
         (TimeoutError(), SILENT, OFFLINE),
-        (FULL, f"cannot fetch {NAME}: [Errno 28] No space left", "the disk has room"),
+        (FULL, f"cannot fetch {NAME}: [Errno 28] No space left", "the disk is writable and has free space"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -41,7 +41,7 @@ def test_client_error_becomes_one_line_with_hint(error: Exception, problem: str,
         raise error
     assert problem in str(caught.value) and hint in caught.value.hint
     translated = translate_hub_errors(NAME, "model", StoreError, OFFLINE, or_folder=True)
-    with pytest.raises(StoreError, match=f"^{NAME} is not a folder here; "), translated:
+    with pytest.raises(StoreError, match=f"^{NAME} is not a local folder; "), translated:
         raise error
 
 

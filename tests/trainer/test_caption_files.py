@@ -100,9 +100,9 @@ def test_row_that_was_cut_off_is_written_again(model: Path, photos: Path, tmp_pa
 
 def test_resuming_with_other_settings_is_an_error(model: Path, photos: Path, tmp_path: Path) -> None:
     run(model, [str(photos)], tmp_path / "c.jsonl", stop=4)
-    with pytest.raises(ConfigError, match="started with another captioner or other settings"):
+    with pytest.raises(ConfigError, match="started with a different captioner or different settings"):
         run(model, [str(photos)], tmp_path / "c.jsonl", styles=("detailed",))
-    with pytest.raises(ConfigError, match="started with another captioner or other settings"):
+    with pytest.raises(ConfigError, match="started with a different captioner or different settings"):
         run(save_captioner(tmp_path / "other", seed=5), [str(photos)], tmp_path / "c.jsonl")
 
 
@@ -118,10 +118,10 @@ def test_existing_file_is_refused_or_extended_or_replaced(model: Path, photos: P
     _, _, seen = run(model, [str(photos / "sub")], out, "overwrite")
     assert len(seen) == len(before) and read(out) == before
     (tmp_path / "other.jsonl").write_text('{"text": "mine"}\n')
-    with pytest.raises(ConfigError, match="is not a file of captions"):
+    with pytest.raises(ConfigError, match="is not a valid caption file"):
         run(model, [str(photos)], tmp_path / "other.jsonl", "append")
     assert (tmp_path / "other.jsonl").read_text() == '{"text": "mine"}\n'
-    with pytest.raises(ConfigError, match="is not a file of captions"):
+    with pytest.raises(ConfigError, match="is not a caption file"):
         run(model, [str(photos)], tmp_path / "c.xlsx")
 
 
@@ -139,7 +139,7 @@ def test_existing_text_files_are_refused_or_extended_or_replaced(model: Path, ph
     for row in shown:
         by_image.setdefault(row["image"], []).append(row["caption"])
     (photos / "0.txt").write_text("My own.\n")
-    with pytest.raises(ConfigError, match="1 of 10 text files exist already"):
+    with pytest.raises(ConfigError, match="1 of 10 text files already exist"):
         run(model, [str(photos)], Path("txt"))
     assert sorted(photos.rglob("*.txt")) == [photos / "0.txt"]
     _, _, seen = run(model, [str(photos)], Path("txt"), "skip", styles=("brief", "detailed"))
@@ -160,7 +160,7 @@ def test_two_images_with_the_same_text_file_are_refused(model: Path, photos: Pat
     with pytest.raises(ConfigError, match=r"two images would have the text file .*0\.txt"):
         run(model, [str(photos)], Path("txt"))
     (photos / "1.txt").write_bytes((photos / "0.png").read_bytes())
-    with pytest.raises(ConfigError, match="has the name of its text file"):
+    with pytest.raises(ConfigError, match="has the same name as its text file"):
         run(model, [str(photos / "1.txt")], Path("txt"), "overwrite")
 
 
@@ -210,5 +210,5 @@ def test_names_are_files_folders_or_patterns(photos: Path, tmp_path: Path) -> No
         with pytest.raises(ConfigError, match="does not exist"):
             find_images([bad])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no image in"):
+    with pytest.raises(ConfigError, match="no images in"):
         find_images([str(tmp_path / "empty")])

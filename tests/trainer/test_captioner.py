@@ -68,7 +68,7 @@ def test_styles_questions_and_beams_change_the_text(captioner: Captioner) -> Non
     assert texts[0] == texts[1] != texts[2]
     assert captioner.caption(images, question="How many?") != texts[0]
     assert captioner.caption(images, num_beams=3) != texts[0]
-    with pytest.raises(TrainError, match="has not learned the style poem"):
+    with pytest.raises(TrainError, match="was not trained on the style poem"):
         captioner.caption(images, style="poem")
 
 
@@ -119,7 +119,7 @@ def test_captioner_without_captions_or_invalid_number_is_refused(
     captioner: Captioner, tmp_path: Path
 ) -> None:
     asked = Captioner.from_pretrained(save_captioner(tmp_path / "c", [("synthetic", "")]), device="cpu")
-    with pytest.raises(TrainError, match="has learned answers only"):
+    with pytest.raises(TrainError, match="was trained only on questions"):
         asked.caption(photo(1))
     assert len(asked.caption(photo(1), question="How many?")) == 1
     for options in ({"batch_size": 0}, {"num_beams": 0}):
@@ -132,7 +132,7 @@ def test_missing_captioner_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
         Captioner.from_pretrained(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    problem = r"me/nope is not a folder here; the Hub .* does not answer, and me/nope is not in the cache"
+    problem = r"me/nope is not a local folder; the Hub .* does not answer, and me/nope is not in the cache"
     with pytest.raises(TrainError, match=problem):
         Captioner.from_pretrained("me/nope")
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
@@ -151,7 +151,7 @@ def test_default_beams_are_those_of_the_final_test(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [("human", "brief")], [("synthetic", "")]])
 def test_unlearned_style_is_not_taken_for_a_question(prompts: list[tuple[str, str]]) -> None:
-    with pytest.raises(ValueError, match="has not learned the style tags"):
+    with pytest.raises(ValueError, match="was not trained on the style tags"):
         choose_prompt(prompts, "tags")
     if ("synthetic", "") in prompts:
         assert choose_prompt(prompts, "tags?") == ("synthetic", "", "tags?")

@@ -158,7 +158,7 @@ def test_batches_from_a_later_step_continue_the_same_order(size: int) -> None:
 
 def test_image_with_only_references_is_scored_but_not_learned() -> None:
     row: dict[str, Any] = {"captions": [], "qa": []}
-    with pytest.raises(TrainError, match="no synthetic captions to learn from"):
+    with pytest.raises(TrainError, match="no synthetic captions to train on"):
         read_examples(table(row), IMAGES)
     (example,) = read_examples(table(row), IMAGES, to_score=True)
     assert (example.texts, example.references) == ((), ("One ring.", "A circle."))

@@ -54,7 +54,7 @@ def test_human_brief_captions_are_scored_if_they_were_learned() -> None:
     assert scored_prompt(both, "detailed") == ("synthetic", "detailed")
     assert scored_prompt([("synthetic", "detailed")]) == ("synthetic", "detailed")
     assert scored_prompt([("synthetic", "detailed"), ("synthetic", "plain")]) == ("synthetic", "plain")
-    with pytest.raises(TrainError, match="has not learned the style poem"):
+    with pytest.raises(TrainError, match="was not trained on the style poem"):
         scored_prompt(both, "poem")
 
 
@@ -128,6 +128,6 @@ def test_captioners_encoder_is_recognized_by_name_id_and_folder(clip: str) -> No
 
 
 def test_clip_needs_its_tokenizer_and_cuts_long_texts(clip: str, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="it lacks its tokenizer"):
+    with pytest.raises(EngineError, match="it has no tokenizer"):
         ClipScorer(save_clip(tmp_path / "clip"))
     assert len(ClipScorer(clip).text_states(["word " * 500])) == 1

@@ -40,7 +40,7 @@ def test_captioner_of_other_settings_is_not_overwritten(version: Version, tmp_pa
     config = plan(version).config
     write_json(tmp_path / "train.json", config.model_copy(update={"seed": 7}).model_dump(mode="json"))
     write_json(tmp_path / "metrics.json", {})
-    with pytest.raises(ConfigError, match="holds a captioner of other settings"):
+    with pytest.raises(ConfigError, match="has a captioner trained with other settings"):
         plan(version, tmp_path)
     assert plan(version, tmp_path, seed=7).folder == tmp_path
 
@@ -51,11 +51,11 @@ def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path:
         folder = tmp_path / name.partition(".")[0].replace("/", "-")
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("{}")
-        with pytest.raises(ConfigError, match="holds other files"):
+        with pytest.raises(ConfigError, match="has other files"):
             plan(version, folder)
     (tmp_path / "config" / "train.json").write_text('{"lr": 1}')
     for folder in (tmp_path / "config", version.dataset_dir, version.path):
-        with pytest.raises(ConfigError, match="holds other files"):
+        with pytest.raises(ConfigError, match="has other files"):
             plan(version, folder)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".lock").touch()
@@ -68,7 +68,7 @@ def test_captioner_of_other_data_is_not_overwritten(version: Version, tmp_path: 
     write_json(tmp_path / "config.json", {"data": {"digest": version.manifest["digest"]}})
     assert plan(version, tmp_path).folder == tmp_path
     write_json(tmp_path / "config.json", {"data": {"digest": "of other data"}})
-    with pytest.raises(ConfigError, match="holds a captioner of other data"):
+    with pytest.raises(ConfigError, match="has a captioner trained on other data"):
         plan(version, tmp_path)
 
 
@@ -76,7 +76,7 @@ def test_interrupted_training_resumes_with_its_settings_only_on_request(
     version: Version, tmp_path: Path
 ) -> None:
     interrupt(tmp_path, resolve(None, **OPTIONS, seed=9, steps=3))
-    with pytest.raises(ConfigError, match="holds an interrupted training") as refused:
+    with pytest.raises(ConfigError, match="has an interrupted training run") as refused:
         plan(version, tmp_path)
     assert "--resume" in refused.value.hint
     with DatasetDir(tmp_path).lock(), pytest.raises(StoreError, match="another process is writing to"):
@@ -97,7 +97,7 @@ def test_only_interrupted_training_is_found_and_several_are_an_error(tmp_path: P
     assert find_interrupted(version) == first
     assert plan(version, resume=True, encoder="auto", decoder="auto").config.seed == 3
     interrupt(second, resolve(None, **OPTIONS))
-    with pytest.raises(ConfigError, match="several trainings were interrupted: a, b"):
+    with pytest.raises(ConfigError, match="several training runs were interrupted: a, b"):
         plan(version, resume=True, encoder="auto", decoder="auto")
 
 

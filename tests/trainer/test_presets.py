@@ -79,7 +79,7 @@ def test_epochs_are_converted_to_steps() -> None:
 def test_different_presets_in_file_and_flag_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("preset: photos\n")
     assert resolve(tmp_path / "c.yaml", preset="photos").decoder_width == 512
-    with pytest.raises(ConfigError, match="has the preset photos, and the command photos-few"):
+    with pytest.raises(ConfigError, match="has the preset photos, but --preset is photos-few"):
         resolve(tmp_path / "c.yaml", preset="photos-few")
 
 

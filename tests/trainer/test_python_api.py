@@ -83,7 +83,7 @@ def test_mistakes_are_errors_with_a_hint(version: Version, tmp_path: Path) -> No
         (ConfigError, "unknown config key: epoch", {"epoch": 1}),
         (ConfigError, "bad value for epochs", {"epochs": "many"}),
         (StoreError, "no dataset at", {"data": str(tmp_path / "nowhere")}),
-        (ConfigError, "holds other files", {"out": version.path, "encoder": "tiny-vit"}),
+        (ConfigError, "has other files", {"out": version.path, "encoder": "tiny-vit"}),
     ]
     for kind, problem, arguments in cases:
         with pytest.raises(kind, match=problem) as raised:

@@ -95,7 +95,7 @@ def test_cut_texts_are_reported(version: Version, clip: str, tmp_path: Path) -> 
 
     config = SMALL.model_copy(update={"encoder": clip, "steps": 1, "max_caption_tokens": 3})
     train_captioner(version, config, tmp_path, progress=Note())
-    assert len(warnings) == 1 and "texts are longer than 3 tokens: their end is not learned" in warnings[0]
+    assert len(warnings) == 1 and "texts are longer than 3 tokens: they are cut off" in warnings[0]
 
 
 def test_questions_are_asked_about_own_and_shuffled_images(

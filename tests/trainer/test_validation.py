@@ -78,7 +78,7 @@ def test_nan_validation_loss_ends_the_training_before_saving(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Validation, "loss", lambda _: float("nan"))
-    with pytest.raises(TrainError, match="the loss of the validation split is nan") as ended:
+    with pytest.raises(TrainError, match="the validation loss is nan") as ended:
         train_captioner(version, replace(steps=2, evaluate_every=2), tmp_path)
     assert "--lr" in ended.value.hint and not (tmp_path / "metrics.json").exists()
     assert not (tmp_path / "model.safetensors").exists()

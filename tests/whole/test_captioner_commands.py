@@ -121,7 +121,7 @@ def test_names_on_stdin_are_captioned_and_missing_files_reported(
     printed_errors = capsys.readouterr().err.replace("\n", " ")
     assert "is not finished; `synth train --resume` resumes it" in printed_errors
     monkeypatch.setattr("sys.stdin", StringIO(f"{tmp_path}/gone.png\n"))
-    with pytest.raises(BadParameter, match="no image was named"):
+    with pytest.raises(BadParameter, match="no image was given"):
         caption(captioner, ["-"])
     with pytest.raises(BadParameter, match="the question is empty"):
         caption(captioner, [str(image)], question=" ")
@@ -147,7 +147,9 @@ def test_failed_evaluation_keeps_earlier_captions(
     with pytest.raises(TrainError, match="out of memory"):
         evaluate(captioner, str(version.path), captions=tmp_path / "c.jsonl")
     assert (tmp_path / "c.jsonl").read_text() == "before\n"
-    with pytest.raises(StoreError, match="a file is where a folder should be"):  # before anything is computed
+    with pytest.raises(
+        StoreError, match="a file exists where a folder should be"
+    ):  # before anything is computed
         evaluate(captioner, str(version.path), captions=tmp_path / "c.jsonl" / "d.jsonl")
 
 

@@ -246,10 +246,10 @@ def test_judge_uses_its_own_key(tmp_path: Path, model: Model, server: ChatServer
 
 def test_invalid_judge_is_refused_without_request(tmp_path: Path, model: Model, server: ChatServer) -> None:
     for name, complaint in (
-        (f"model@{server.url}", "is also the writer"),
+        (f"model@{server.url}", "also writes the texts"),
         ("judge-7b", "has no server"),
         (f"other@{server.url}", "does not serve other"),
-        ("judge-7b@ftp://x", "is not a model and the address of its server"),
+        ("judge-7b@ftp://x", "is not a model and its server"),
     ):
         done = run(tmp_path, server, *CAPTIONS, "--judge", name)
         assert complaint in read_failure(done)[0], done.stderr

@@ -130,7 +130,7 @@ def test_interrupted_training_needs_resume_option(synth: Run, tmp_path: Path) ->
     version, _ = make_version(tmp_path / "data", scene_samples(4))
     flags = ("train", "--data", str(version.path), "--encoder", "tiny-clip", "--out", "c")
     problem, hint = read_failure(synth(*flags))
-    assert "holds an interrupted training" in problem and "--resume" in hint and "resume.pt" in hint
+    assert "has an interrupted training run" in problem and "--resume" in hint and "resume.pt" in hint
     checked = synth("check", "c")
     assert checked.returncode == 1 and checked.stdout.startswith("BAD c: c/resume.pt is damaged")
     assert (tmp_path / "c/resume.pt").exists()

@@ -183,7 +183,7 @@ def test_cluster_makes_same_version_report_and_review_as_one_machine(killed_run:
         parts.append(sorted(re.findall(figures, page)))
         assert "belong to another run" not in page
         done = run_synth("review", "apply", "reviews.jsonl", "--data", out, cwd=folder)
-        assert "review: 1 reviews apply" in done.stderr, done.stderr
+        assert "review: 1 reviews applied" in done.stderr, done.stderr
     assert parts[0] == parts[1]
     reviewed = [latest_version(folder / out).manifest for out in ("one", "many")]
     assert reviewed[0]["digest"] == reviewed[1]["digest"] != local.manifest["digest"]

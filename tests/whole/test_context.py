@@ -92,14 +92,14 @@ def test_template_uses_named_columns(shop: Path, server: ChatServer) -> None:
     assert "Notes" not in text_of(server.bodies[0])
     assert "context" not in load_rows(shop / "d").features
     num_requests = len(server.bodies)
-    unmapped = "uses row.title, and no such column is mapped"
+    unmapped = "uses row.title, which is not a context column"
     for options, complaint in (
         (("--config", "synth.yaml", "--columns", "context=price"), unmapped),
         (("--config", "synth.yaml"), unmapped),
         (("--columns", "context=titel"), "no column is named titel"),
         (
             ("--columns", "image=title"),
-            "a folder maps no columns to roles, but --columns names one for the image",
+            "a folder has no columns for roles, but --columns has the role image",
         ),
     ):
         refused = generate(shop, server, *options)

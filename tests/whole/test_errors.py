@@ -33,7 +33,7 @@ def test_other_spelling_of_folder_is_same_source(
     config = resolve(source=now.format(here=tmp_path))
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "run.json").write_text(json.dumps(config.recorded() | {"source": before}))
-    refusal = f"name it as before: --source {before}|holds data from"
+    refusal = f"pass it as before: --source {before}|has data from"
     with nullcontext() if is_same else pytest.raises(ConfigError, match=refusal):
         refuse_other_source(DatasetDir(tmp_path / "d"), config)
 
@@ -65,7 +65,7 @@ def test_unwritable_output_is_one_error(tmp_path: Path) -> None:
     command = f"{SYNTH} doctor --sources > /dev/full"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
-    assert "cannot write to the standard output: No space left on device" in done.stderr
+    assert "cannot write to standard output: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -101,4 +101,4 @@ def test_missing_model_and_file_in_place_of_folder_are_errors(synth: Run, tmp_pa
     assert "cannot load empty" in error
     (tmp_path / "d").write_text("")
     error, _ = read_failure(synth("generate", "--source", "scenes", "--out", "d"))
-    assert "a file is where a folder should be" in error
+    assert "a file exists where a folder should be" in error

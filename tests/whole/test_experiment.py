@@ -56,7 +56,7 @@ def test_killed_grid_resumes_to_same_table(folder: Path) -> None:
     running.wait()
     assert not (folder / "cut" / "experiment.json").exists()
     resumed = require_success(experiment(folder, "which.yaml", "--jobs", "1", "--out", "cut"))
-    assert "1 done before" in resumed.stderr
+    assert "1 finished earlier" in resumed.stderr
     for name in ("experiment.json", "experiment.md", "experiment.html"):
         assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     assert resumed.stdout.strip() == "cut/experiment.html"

@@ -74,7 +74,7 @@ def test_damaged_version_is_a_warning_if_nothing_is_new(whole: Whole, tmp_path: 
     lost.unlink()
     done = run_synth(*GENERATE, "--out", folder, cwd=tmp_path)
     names = ", ".join(str(path.relative_to(version.path)) for path in (short, lost))
-    text = f"v1.0.0 is damaged: {names} is missing or has another size; "
+    text = f"v1.0.0 is damaged: {names} is missing or has the wrong size; "
     text += f"`synth check {folder}` shows how to repair it"
     assert text in json.loads(done.stdout)["warnings"]
     assert f"warning: {text}" in done.stderr and "sent 0 requests" in done.stderr

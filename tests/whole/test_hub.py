@@ -99,9 +99,9 @@ def test_exports_are_pushed_with_their_version_and_never_later(hub: RunningHub, 
     assert reader.json("push", "d", "--repo", "me/also", "--also", "webdataset")["commit"] == pushed["commit"]
     reader.synth("push", "d", "--repo", "me/plain")
     for repository, options, complaint in (
-        ("me/also", ("dpo,webdataset",), "no pairs of a better and a worse caption"),
+        ("me/also", ("dpo,webdataset",), "no preference pairs"),
         ("me/plain", ("cauldron",), "already has v1.0.0 without cauldron"),
-        ("me/none", ("cauldron", "--no-images"), "cauldron would hold the images, which are left out"),
+        ("me/none", ("cauldron", "--no-images"), "cauldron would contain the images, which are not pushed"),
     ):
         refused = reader.synth("push", "d", "--repo", repository, "--also", *options, code=1).stderr
         assert complaint in refused
@@ -125,7 +125,7 @@ def test_training_downloads_version_from_hub_once(reader: User, hub: RunningHub,
 def test_images_that_were_not_pushed_are_joined_from_dataset_or_source(reader: User, maker: User) -> None:
     maker.synth("push", "--repo", "me/texts", "--no-images")
     refused = reader.synth(*TRAIN, "--data", "me/texts", code=1).stderr
-    assert "me/texts holds no pixels" in refused
+    assert "me/texts has no images" in refused
     assert "--images" in refused
     images = ("--images", "folder:nowhere")
     assert "nowhere" in reader.synth(*TRAIN, "--data", "me/texts", *images, code=1).stderr
@@ -196,9 +196,9 @@ def test_invalid_push_is_refused_and_dry_run_sends_nothing(maker: User, hub: Run
     (maker.folder / "half").mkdir()
     (maker.folder / "half" / "train.json").write_text("{}")
     unfinished = maker.synth("push", "half", "--repo", "me/x", code=1).stderr
-    assert "is not a finished training: it lacks config.json" in unfinished
+    assert "is not a finished training run: it lacks config.json" in unfinished
     refused = maker.synth(*TRAIN, "--text-source", "mixed", code=1).stderr
-    assert "holds a captioner of other settings" in refused
+    assert "has a captioner trained with other settings" in refused
 
 
 def test_version_is_made_again_from_manifest_and_journal(maker: User, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_source_is_read_until_enough_images_are_kept(tmp_path: Path) -> None:
         read = step(version, "read")["kept"]
         assert 60 < read < 100 and len(chat.bodies) == result.stats.asked == result.stats.total == read
         assert max(chat.times.values()) == 1
-        reading = "of 50 images are kept of 50 that were read: reading on, to image"
+        reading = "of 50 images were kept from 50 images read: reading on, to image"
         assert any(reading in text for text in notes)
         trimmed = step(version, "trim")
         assert trimmed["input"] - trimmed["kept"] == trimmed["rejected"].get("beyond_images", 0) < 20
@@ -103,7 +103,7 @@ def test_killed_run_with_image_count_resumes(tmp_path: Path) -> None:
     ("share", "more", "rows", "message"),
     [
         (0.4, {"images": 20, "limit": 20}, range(6, 19), "--limit allows no more"),
-        (0.99, {"images": 300}, range(1, 15), "too few to read on"),
+        (0.99, {"images": 300}, range(1, 15), "too few to go on reading"),
         (1.0, {"images": 20}, None, None),
     ],
 )
@@ -116,7 +116,7 @@ def test_run_ends_at_limit_or_if_almost_nothing_is_kept(
                 run(tmp_path, chat, **more)
         else:
             result, notes = run(tmp_path, chat, **more)
-            assert [message in note for note in notes if "images are kept" in note] == [True]
+            assert [message in note for note in notes if "images were kept" in note] == [True]
             assert result.version.num_rows in rows
     assert len(chat.bodies) == more["images"]
 
@@ -125,7 +125,7 @@ def test_next_limit_follows_share_of_kept_images() -> None:
     notes = Notes()
     config = resolve(source="scenes", images=10)
     assert next_limit(config, 10, 7, notes, has_more=False) is None
-    assert notes.texts == ["warning: 7 of 10 images are kept: scenes has no more images"]
+    assert notes.texts == ["warning: 7 of 10 images were kept: scenes has no more images"]
     # half were kept: as many again, and ten percent more
     assert next_limit(config, 10, 5, notes, has_more=True) == 10 + 11
     assert next_limit(resolve(source="scenes", images=10, limit=12), 10, 5, notes, has_more=True) == 12
@@ -146,10 +146,10 @@ def test_bad_review_does_not_continue_reading(tmp_path: Path) -> None:
         notes = Notes()
         reviewed = apply_reviews(DatasetDir(tmp_path), [reviews], notes)
         assert reviewed.version.num_rows == 19
-        assert not any("images are kept" in text for text in notes.texts)
+        assert not any("images were kept" in text for text in notes.texts)
         again, texts = run(tmp_path, chat, images=20)
     assert (again.is_new, again.stats.asked, len(chat.bodies)) == (False, 0, 20)
-    assert not any("images are kept" in text for text in texts)
+    assert not any("images were kept" in text for text in texts)
 
 
 def test_dry_run_predicts_images_to_read(tmp_path: Path) -> None:
@@ -163,9 +163,9 @@ def test_dry_run_predicts_images_to_read(tmp_path: Path) -> None:
 
 
 def test_impossible_image_count_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="images: 20 images cannot be kept of the 10 that limit allows"):
+    with pytest.raises(ConfigError, match="images: 20 is more than limit: 10"):
         resolve(source="scenes", images=20, limit=10)
     config = resolve(source="scenes", images=5)
-    refusal = "--images reads on until enough images are kept, which a cluster cannot"
+    refusal = "--images is not supported by --executor ray"
     with pytest.raises(ConfigError, match=refusal):
         generate_dataset(config, tmp_path, cluster=ClusterOptions())

@@ -124,7 +124,7 @@ def test_human_captions_and_questions_become_version_and_captioner_without_model
     manifest_path = f"{result['path']}/manifest.json"
     config = ("--config", manifest_path, "--out", "e", "--source", "folder:photos", "--json")
     refused = synth(photos, "generate", *config, code=1)
-    assert "needs a file that you do not have: captions" in refused.stderr
+    assert "refers to a file that does not exist here: captions" in refused.stderr
     repeated = synth(photos, "generate", *config, "--captions", "coco.json", "--captions", "vqa.jsonl")
     assert json.loads(repeated.stdout)["digest"] == result["digest"]
     training = ("--encoder", "tiny-vit", "--steps", "2", "--out", "captioner")
@@ -194,7 +194,7 @@ def test_human_caption_is_kept_over_equal_model_caption(photos: Path, server: Ch
 def test_missing_captions_and_contradicting_settings_are_one_error(photos: Path) -> None:
     folder = ("--source", "folder:photos", "--out", "d")
     done = synth(photos, "generate", "--no-model", *folder, code=1)
-    assert "folder:photos has no human caption and no human question" in done.stderr
+    assert "folder:photos has no human captions and no human questions" in done.stderr
     assert "--captions FILE" in done.stderr
     source = ("--source", "scenes", "--captions", "coco.json", "--out", "e")
     done = synth(photos, "generate", "--no-model", *source, code=1)
@@ -203,8 +203,12 @@ def test_missing_captions_and_contradicting_settings_are_one_error(photos: Path)
     assert "cannot read gone.json" in done.stderr and "Traceback" not in done.stderr
     verify, style = "verify: {checks: [claims]}", "generate: {style_prompts: {human: Say it.}}\n"
     for option, text, problem in (
-        ("--no-model", f"captions: [coco.json]\n{verify}", "--no-model excludes a model, and the"),
-        ("--json", "tasks: none\nhuman_texts: fill\n", "human_texts: fill asks for missing texts"),
+        ("--no-model", f"captions: [coco.json]\n{verify}", "--no-model excludes a model, but the"),
+        (
+            "--json",
+            "tasks: none\nhuman_texts: fill\n",
+            "human_texts: fill needs a model to write the missing texts",
+        ),
         ("--json", "tasks: [none, caption]\n", "tasks: none excludes other tasks"),
         ("--json", style, "human is the style of human captions"),
     ):

@@ -39,7 +39,7 @@ def test_commands_of_readme_run_in_order(hub: RunningHub, tmp_path: Path) -> Non
         return require_success(run_synth(*arguments, cwd=tmp_path / "user", env=env))
 
     synth("generate", "--source", "flickr30k")
-    assert "may not be passed on" in synth("push", "--repo", "me/x").stderr
+    assert "may not be redistributed" in synth("push", "--repo", "me/x").stderr
     # 400 steps of these few photos would take minutes
     trained = synth("train", "--epochs", "2")
     assert "encoder clip, decoder scratch" in trained.stderr

@@ -54,7 +54,7 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     command = ("preview", *source, "-n", "7")
     described = json.loads(run(photos, *command, "--json").stdout)
     assert [image["name"] for image in described["images"]] == [f"{number:02}.jpg" for number in range(7)]
-    assert described["skipped"] == ["05b.jpg: unreadable image (not an image of a known format)"]
+    assert described["skipped"] == ["05b.jpg: unreadable image (unknown image format)"]
     texts = [text for image in described["images"] for reply in image["replies"] for text in reply["texts"]]
     assert {text["rejected"] for text in texts} == {None, "too_short", "junk"}
     assert all(reply["seconds"] > 0 for image in described["images"] for reply in image["replies"])

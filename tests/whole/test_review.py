@@ -44,8 +44,8 @@ def test_invalid_reviews_are_reported_and_change_nothing(
     text = "the edited text 'How many are there? How many are there?'"
     for name, *complaints in (
         ("reviews.jsonl", "reviews.jsonl", f"{text} cannot be used: answer_repeats_question"),
-        ("other.jsonl", "none of the 1 reviews matches a text of d"),
-        ("empty.jsonl", "no review in empty.jsonl"),
+        ("other.jsonl", "none of the 1 reviews matches a text in d"),
+        ("empty.jsonl", "no reviews in empty.jsonl"),
     ):
         error, _ = read_failure(synth("review", "apply", name, "--data", "d"))
         assert all(complaint in error for complaint in complaints)
@@ -63,11 +63,11 @@ def test_reviews_that_leave_no_row_are_refused_and_not_stored(synth: Run, tmp_pa
         (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
         return synth("review", "apply", "m.jsonl", "--data", "d").stderr
 
-    assert "review: 1 reviews apply" in bad(names[:1])
+    assert "review: 1 reviews applied" in bad(names[:1])
     before = folder.reviews.read_text()
-    assert "no row is left to make a version of" in bad(names)
+    assert "no rows are left, so no version was made" in bad(names)
     assert folder.reviews.read_text() == before
-    assert "review: 2 reviews apply" in bad(names[1:2])
+    assert "review: 2 reviews applied" in bad(names[1:2])
 
 
 def test_review_stays_pending_while_its_text_is_missing(
@@ -79,8 +79,8 @@ def test_review_stays_pending_while_its_text_is_missing(
     assert "1 reviewed_unclear" in first and "1 reviewed_trivial" in first
     again = ("generate", "--source", "scenes", "--limit", "6", "--out", "d")
     captions_only = synth(*again, "--tasks", "caption")
-    assert "review: 1 reviews apply; 1 match no text of this run" in captions_only.stderr
-    assert "review: 2 reviews apply\n" in synth(*again).stderr
+    assert "review: 1 reviews applied; 1 match no text of this run" in captions_only.stderr
+    assert "review: 2 reviews applied\n" in synth(*again).stderr
     folder = DatasetDir(tmp_path / "d")
     assert "too easy" in folder.reviews.read_text()
     review = next(review for review in read_reviews(folder.reviews) if review.reason == "unclear")
@@ -92,4 +92,4 @@ def test_review_stays_pending_while_its_text_is_missing(
     update = {"verdict": "edited", "reason": None, "note": "", "text": other["clean_text"]}
     edited = review.model_copy(update=update)
     folder.reviews.write_text(format_reviews([edited]))
-    assert "review: 0 reviews apply; 1 match no text of this run" in synth(*again).stderr
+    assert "review: 0 reviews applied; 1 match no text of this run" in synth(*again).stderr

@@ -95,7 +95,7 @@ def test_destructive_command_asks_which_dataset_is_meant(synth: Run, photos: Pat
     ):
         result = synth(*command.split())
         assert result.returncode == 1
-        assert "there are 2 datasets that were made here" in result.stderr
+        assert "several datasets were made here: 2" in result.stderr
         assert str(tmp_path / "two") in result.stderr
     (tmp_path / "reviews.jsonl").write_text("")
     for command in ("versions list", "report", "export", "review apply reviews.jsonl"):

@@ -224,6 +224,6 @@ def test_unknown_vllm_flag_is_one_error_with_hint(tmp_path: Path) -> None:
     done = run_process(*command, cwd=tmp_path, env=environment())
     assert done.returncode == 1
     error, hint = done.stderr.strip().splitlines()[-2:]
-    assert error.startswith("synth: vLLM ended while it started")
-    assert "a flag after -- is not one of vLLM's" in hint
+    assert error.startswith("synth: vLLM exited with code")
+    assert "a flag after -- is not a flag of vLLM" in hint
     assert "vllm.log" in hint

@@ -81,7 +81,7 @@ class Experiment(Grid):
             grids = [self, *(extra for extra in self.also if factor in extra.model_fields_set)]
             names = {name for grid in grids for name in getattr(grid, factor)}
             if "auto" in names:
-                raise ValueError(f"name each {factor}: auto is not supported in an experiment")
+                raise ValueError(f"list each {factor} by name: auto is not supported in an experiment")
             if len({Path(name).name for name in names}) < len(names):
                 raise ValueError(f"two {factor}s have the same last part of their name: rename a folder")
         return self
@@ -92,9 +92,9 @@ def _check_settings(settings: dict[str, Any]) -> None:
     if not isinstance(steps, int) or steps < MIN_STEPS:
         raise ValueError(f"settings.steps must be the number of steps of each cell, at least {MIN_STEPS}")
     if clash := sorted(settings.keys() & GRID_SETTINGS):
-        raise ValueError(f"settings.{clash[0]} is set by the grid")
+        raise ValueError(f"remove settings.{clash[0]}: the grid sets it")
     if settings.get("preset") == "auto":
-        raise ValueError("name a preset: auto is not supported in an experiment")
+        raise ValueError("set a preset by name: auto is not supported in an experiment")
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def markdown(result: dict[str, Any]) -> str:
     if result["words_differ"]:
         lines += [
             "",
-            "The kinds of data have different numbers of words although each image keeps one caption.",
+            "Each image keeps one caption, but the number of words differs between the kinds of data.",
         ]
     if result["differences"]:
         lines += ["", "| arm | than | difference [95 %] | verdict |", "|---" * 4 + "|"]

@@ -98,7 +98,9 @@ def _common_ids(examples: Examples, split: str) -> set[str]:
     needed = MIN_TEST_IMAGES if is_test else 1
     if len(common) < needed:
         which = " with equal references" if is_test else ""
-        problem = f"the data have {len(common)} {split} images in common{which}; at least {needed} are needed"
+        problem = (
+            f"the datasets have {len(common)} {split} images in common{which}; at least {needed} are needed"
+        )
         raise TrainError(problem, hint="compare versions of one source that has human captions or facts")
     return common
 
@@ -147,7 +149,7 @@ def require_models(runs: list[Run]) -> None:
                     load_config(known.get(name, name))
             except LOAD_ERRORS as error:
                 hint = f"see `{factor}` of the experiment file"
-                raise TrainError(f"no {factor} {name}: {reason_of(error)}", hint=hint) from None
+                raise TrainError(f"cannot load the {factor} {name}: {reason_of(error)}", hint=hint) from None
 
 
 def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:

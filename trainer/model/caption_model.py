@@ -113,7 +113,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
             self._generation_batch = len(states_BNV[part]) // 2
             if not self._generation_batch:
                 hint = "use fewer beams (--num-beams) or a smaller max_caption_tokens"
-                raise GpuMemoryError("the text about one image does not fit the memory of the GPU", hint=hint)
+                raise GpuMemoryError("generating a text for one image does not fit in GPU memory", hint=hint)
         return texts
 
     def most_tokens(self, num_states: int, prompt_tokens: int) -> int:

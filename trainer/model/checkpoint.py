@@ -87,7 +87,7 @@ def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> C
         raise no_captioner(folder, one_line(error)) from None
     for name, weights in checkpoint.captioner.named_parameters():
         if not torch.isfinite(weights.sum()):
-            raise no_captioner(folder, f"{name} has weights that are not numbers")
+            raise no_captioner(folder, f"{name} has weights that are NaN or infinite")
     return checkpoint
 
 
@@ -122,9 +122,9 @@ def read_config(folder: Path) -> CaptionerConfig:
     if not config.prompts:
         raise ValueError("config.json has no prompts")
     if not 0 < config.max_caption_tokens <= MAX_CAPTION_TOKENS:
-        raise ValueError(f"max_caption_tokens is {config.max_caption_tokens}")
+        raise ValueError(f"invalid max_caption_tokens: {config.max_caption_tokens}")
     if type(config.num_beams) is not int or not 0 < config.num_beams <= MAX_BEAMS:
-        raise ValueError(f"num_beams is {config.num_beams!r}")
+        raise ValueError(f"invalid num_beams: {config.num_beams!r}")
     require_few_layers(config.decoder)
     return config
 
@@ -154,7 +154,9 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
     backend = Tokenizer.from_str(read_regular(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
     vocab_size = config.decoder.get("language_model", config.decoder)["vocab_size"]
     if not 0 <= config.eos_id < vocab_size:
-        raise ValueError(f"the end-of-text token is {config.eos_id} of {vocab_size:,} tokens")
+        raise ValueError(
+            f"the end-of-text token {config.eos_id} is not in the vocabulary of {vocab_size:,} tokens"
+        )
     require_known_tokens(backend, vocab_size)
     backend.encode_special_tokens = True  # the names of special tokens in a caption are encoded as plain text
     is_pretrained = "language_model" in config.decoder
@@ -162,7 +164,7 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
     for source, style in config.prompts:
         ids = tokenizer.prompt(TargetText(source, "", style=style, question="" if style else "?"))
         if max(ids) >= vocab_size:
-            raise ValueError(f"the decoder lacks tokens of the prompt for {style or 'answers'}")
+            raise ValueError(f"the decoder lacks tokens that are in the prompt for {style or 'answers'}")
     return tokenizer
 
 

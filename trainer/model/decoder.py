@@ -32,7 +32,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} must divide into {self.heads} heads of an even width")
+            raise ValueError(f"width {self.width} must divide into {self.heads} heads of even width")
 
 
 TensorPair = tuple[Tensor, Tensor]

@@ -186,15 +186,17 @@ def _require_states(encoder: Encoder) -> Encoder:
             pixels = encoder.pixels([_TEST_IMAGE, wide])[:1]
             states_1MV, again_1MV = encoder.eval()(pixels), encoder(pixels)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        hint = "choose an encoder of pixels at one size, such as vit, clip or google/siglip2-base-patch16-224"
+        hint = (
+            "choose an encoder with a fixed image size, such as vit, clip or google/siglip2-base-patch16-224"
+        )
         raise TrainError(f"{name} cannot be used as an encoder: {one_line(error)}", hint=hint) from None
     encoder.train(was_training)
     shape = states_1MV.shape
-    hint = f"choose an encoder that gives one state per patch, such as {PATCH_ENCODERS}"
+    hint = f"choose an encoder that returns one state per patch, such as {PATCH_ENCODERS}"
     if shape != again_1MV.shape or not torch.allclose(states_1MV, again_1MV, atol=1e-3, rtol=1e-3):
-        raise TrainError(f"{name} gives different states for the same image", hint=hint)
+        raise TrainError(f"{name} returns different states for the same image", hint=hint)
     if len(shape) != 3 or shape[2] != encoder.width:
-        raise TrainError(f"{name} gives states of shape {[*shape]}, not (1, N, {encoder.width})", hint=hint)
+        raise TrainError(f"{name} returns states of shape {[*shape]}, not (1, N, {encoder.width})", hint=hint)
     return encoder
 
 
@@ -203,7 +205,7 @@ def _image_processor(settings: dict[str, Any]) -> type[BaseImageProcessor]:
     name = settings.get("image_processor_type")
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, BaseImageProcessor)):
-        problem = f"the image processor of the checkpoint, {name!r}, is not one of transformers"
+        problem = f"the image processor of the checkpoint, {name!r}, is not in transformers"
         raise TrainError(problem, hint="do not use this checkpoint")
     return kind
 

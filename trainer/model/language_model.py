@@ -96,7 +96,9 @@ class PretrainedDecoder(nn.Module):
                 inject_adapter_in_model(config, self.model, ADAPTER)
         except ValueError as error:
             hint = "train the whole model: --lora-rank 0"
-            raise TrainError(f"this language model does not support adapters: {error}", hint=hint) from None
+            raise TrainError(
+                f"this language model does not support LoRA adapters: {error}", hint=hint
+            ) from None
 
     def frozen_names(self) -> set[str]:
         """Return the names of all weights except adapters, or an empty set without adapters."""
@@ -236,7 +238,7 @@ class PretrainedDecoder(nn.Module):
         difference = (transform.apply(head_CTV) - own_CTV).abs().max()
         fits = bool(difference <= MAX_LOGIT_DIFFERENCE * own_CTV.std())  # False for NaN
         if not isinstance(head, nn.Linear) or not fits:
-            problem = "the decoder changes its logits in an unknown way, so it would learn a wrong loss"
+            problem = "the decoder changes its logits in an unknown way, so the training loss would be wrong"
             raise TrainError(problem, hint="choose another decoder, such as --decoder qwen3")
         return transform
 
@@ -276,7 +278,7 @@ class PretrainedDecoder(nn.Module):
         try:
             self.generate(states_11D, prompt_11, DecodingConfig(num_beams=num_beams), max_tokens=2, eos_id=0)
         except MODEL_ERRORS as error:
-            problem = f"this decoder cannot search with {num_beams} beams: {one_line(error)[:200]}"
+            problem = f"this decoder does not support {num_beams} beams: {one_line(error)[:200]}"
             raise TrainError(problem, hint="set num_beams: 1, or choose another --decoder") from None
 
 
@@ -302,7 +304,7 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
         config = pretrained.load_config(model_id)
         model, missing = pretrained.load_weights(AutoModelForCausalLM, model_id, config=config)
         if missing:
-            raise ValueError(f"its files lack weights of a language model, such as {missing[0]}")
+            raise ValueError(f"its files lack weights that the language model needs, such as {missing[0]}")
         with pretrained.silence_transformers():
             tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
@@ -314,7 +316,7 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
         if tokenizer.eos_token_id >= config.vocab_size:
             raise ValueError(f"its end-of-text token {tokenizer.eos_token!r} has no embedding")
     except pretrained.LOAD_ERRORS as error:
-        hint = "pass scratch, qwen3, smollm2, a folder, or an id of the Hub"
+        hint = "pass scratch, qwen3, smollm2, a folder, or a Hub id"
         raise TrainError(f"cannot load decoder {name}: {pretrained.reason_of(error)}", hint=hint) from None
     return decoder, CaptionTokenizer(backend, "pretrained", int(tokenizer.eos_token_id))
 

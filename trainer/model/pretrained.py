@@ -58,7 +58,7 @@ def config_of(settings: dict[str, Any]) -> PreTrainedConfig:
         or model_type not in CONFIG_MAPPING
         or FETCHING_MODELS.search(model_type)
     ):
-        raise ValueError(f"{model_type!r} is not a model of transformers")
+        raise ValueError(f"{model_type!r} is not a supported transformers model type")
     kind = CONFIG_MAPPING[model_type]
     methods = {name for name in dir(kind) if callable(getattr(kind, name, None))}
     safe = _remove_code({name: value for name, value in settings.items() if name not in methods})
@@ -84,7 +84,9 @@ def processor_settings(kind: type[BaseImageProcessor], settings: dict[str, Any])
         maximum = MAX_PROCESSED_PIXELS if "pixels" in name or "edge" in name else MAX_SIDE_PX
         maximum = MAX_PATCH if "patch" in name or "frames" in name else maximum
         if number > maximum or (number < 1 and name in SIDES):
-            raise ValueError(f"{name} is {number}")
+            raise ValueError(
+                f"{name} is {number}; it must be {'1 to' if name in SIDES else 'at most'} {maximum:,}"
+            )
     return chosen
 
 
@@ -94,9 +96,9 @@ def require_few_layers(settings: dict[str, Any]) -> None:
         values = value if isinstance(value, list) else [value]
         numbers = [number for number in values if isinstance(number, int | float)]
         if isinstance(value, list) and MAX_LAYERS < len(value) == len(numbers):
-            raise ValueError(f"{name} has {len(numbers)} values")
+            raise ValueError(f"{name} has {len(numbers)} values; at most {MAX_LAYERS} are allowed")
         if LAYER_COUNTS.search(name) and sum(numbers) > MAX_LAYERS:
-            raise ValueError(f"{name} is {value}"[:100])
+            raise ValueError(f"{name} is over {MAX_LAYERS}: {value}"[:100])
 
 
 def _remove_code(value: Any) -> Any:
@@ -165,7 +167,7 @@ def reason_of(error: BaseException) -> str:
     """Return the reason why a model could not be loaded, as one line for the user."""
     text = str(error).strip()
     if "trust_remote_code" in text:
-        return "it needs code from its repository, which is never run"
+        return "it needs code from its repository, which synth never runs"
     if "ignore_mismatched_sizes" in text:
         return "the shapes of its weights do not match its config"
     if "backend tokenizer" in text:

@@ -1,1 +1,1 @@
-"""Publish a captioner: for transformers, as ONNX, and as a Space."""
+"""Publish a captioner for transformers, as ONNX, or as a Space."""

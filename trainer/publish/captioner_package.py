@@ -16,14 +16,14 @@ SPACE_REQUIREMENTS = "torch\ntransformers>=5.17\npillow\n"
 
 
 def page_options(prompts: list[tuple[str, str]]) -> tuple[list[str], bool]:
-    """Return the styles of a captioner, the default first, and whether it answers questions."""
+    """Return the styles of a captioner (the default first), and whether it answers questions."""
     default = preferred_style(prompts)
     styles = list(dict.fromkeys([default, *(style for _, style in prompts if style)])) if default else [""]
     return styles, any(not style for _, style in prompts)
 
 
 def package_captioner(folder: Path, repo: str) -> Package:
-    """Return the package of a checkpoint folder to push. Raises TrainError for a damaged captioner."""
+    """Return the package to push for a checkpoint folder. Raises TrainError if the captioner is damaged."""
     if (folder / "model.safetensors").is_file():
         from trainer.model.checkpoint import load_checkpoint  # imports torch
 
@@ -32,7 +32,7 @@ def package_captioner(folder: Path, repo: str) -> Package:
 
 
 def package_space(package: Package, folder: Path, repo: str, revision: str) -> Package:
-    """Return the package of a Space that shows the captioner of a checkpoint folder, pushed to `repo`."""
+    """Return the package of a Space for the captioner in `folder`, which was pushed to `repo`."""
     styles, answers = page_options(read_json(folder / "config.json")["prompts"])
     about = {"model": repo, "revision": revision, "styles": styles, "answers": answers}
     header = {

@@ -1,4 +1,4 @@
-"""Config, model and processor of a synth captioner for transformers; the published file does not need synth.
+"""Config, model and processor of a synth captioner for transformers. The published file does not need synth.
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -40,7 +40,7 @@ from trainer.tokenizer import choose_prompt, prompt_ids, prompt_parts
 
 
 class SynthCaptionerConfig(PreTrainedConfig):
-    """Settings of a captioner. `prompts` are the learned pairs of source and style (answers: "")."""
+    """Settings of a captioner. `prompts` are the (source, style) pairs it was trained on (answers: "")."""
 
     model_type = "synth_captioner"
 
@@ -67,7 +67,7 @@ class SynthCaptionerConfig(PreTrainedConfig):
         super().__init__(**more)
 
     def get_text_config(self, *_: Any, **__: Any) -> "SynthCaptionerConfig":
-        """Return this config: `encoder` and `decoder` are dicts of settings, not configs."""
+        """Return this config, because `encoder` and `decoder` are dicts, not configs."""
         return self
 
 
@@ -99,7 +99,7 @@ def _write(layer: Any, pair: Any) -> None:
 
 
 class _CrossAttending(nn.Module):
-    """The decoder that is trained from scratch, with cross-attention to the image states."""
+    """A decoder trained from scratch, with cross-attention to the image states."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
@@ -112,14 +112,14 @@ class _CrossAttending(nn.Module):
     def forward(
         self, ids_BT: Tensor, states_BND: Tensor | None, mask_BS: Tensor, cache: Cache | None, _: int
     ) -> Tensor:
-        """Return logits (B, T, vocabulary). `states_BND` is None if the cache holds the image."""
+        """Return logits (B, T, vocabulary). `states_BND` is None if the cache has the image."""
         cache = DynamicCache() if cache is None else cache
         depth = len(self.blocks)
         while len(cache.layers) < 2 * depth:
             cache.layers.append(DynamicLayer())
         T, S = ids_BT.shape[1], mask_BS.shape[1]
         causal_TS = torch.ones(T, S, dtype=torch.bool, device=ids_BT.device).tril(S - T)
-        # Padding attends to itself: a fully masked row would be NaN.
+        # Let padding attend to itself: a fully masked row would be NaN.
         itself_TS = torch.eye(S, dtype=torch.bool, device=ids_BT.device)[S - T :]
         seen_B1TS = (causal_TS & mask_BS[:, None, None].bool()) | itself_TS
         x_BTD = self.embedding(ids_BT)
@@ -133,7 +133,7 @@ class _CrossAttending(nn.Module):
 
 
 class _Prefixed(nn.Module):
-    """A language model that reads the image states as a prefix of the words."""
+    """A language model that reads the image states as a prefix before the text."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class _Prefixed(nn.Module):
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:
-        """Names of tied weights, which `post_init` collects from the parts of a model."""
+        """Names of tied weights, which `post_init` collects from a model's submodules."""
         tied = self.model.all_tied_weights_keys
         return {f"model.{name}": f"model.{source}" for name, source in tied.items()}
 
@@ -154,7 +154,7 @@ class _Prefixed(nn.Module):
         return embedding
 
     def own_cache(self, cache: Cache | None) -> Cache | None:
-        """Return an empty cache of the language model if only some of its layers are attention."""
+        """Return an empty cache from the language model if only some of its layers are attention layers."""
         attends = {"attention" in kind for kind in getattr(self.model.config, "layer_types", None) or ()}
         is_mixed = len(attends) > 1 and type(cache) is DynamicCache
         return DynamicCache(config=self.model.config) if is_mixed else cache
@@ -162,7 +162,7 @@ class _Prefixed(nn.Module):
     def forward(
         self, ids_BT: Tensor, states_BPD: Tensor | None, mask_BS: Tensor, cache: Cache | None, prefix: int
     ) -> Tensor:
-        """Return logits of words (B, T, vocabulary). `states_BPD` is None if the cache holds the image."""
+        """Return logits of the text (B, T, vocabulary). `states_BPD` is None if the cache has the image."""
         words_BTD = self.embedding(ids_BT)
         mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)
         # Move padding before the image: recurrent layers and narrow windows would see it after the image.
@@ -188,11 +188,11 @@ class _Prefixed(nn.Module):
 
 
 class _AtLastPosition(MaxLengthCriteria):
-    """A type of its own: `generate` replaces its own criteria by those of the same type."""
+    """A separate type, because `generate` replaces a default criterion by a given one of the same type."""
 
 
 class _Contrast(nn.Module):
-    """Weights of the contrastive loss: unused here, kept for further training."""
+    """Weights of the contrastive loss. They are unused here, but kept for further training."""
 
     def __init__(self, width: int, shared: int) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class _Contrast(nn.Module):
 
 
 class SynthCaptioner(PreTrainedModel, GenerationMixin):
-    """Write a caption of an image, or answer a question about it."""
+    """Writes a caption for an image, or answers a question about it."""
 
     config_class = SynthCaptionerConfig
     main_input_name = "input_ids"
@@ -250,7 +250,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits of the next tokens (B, T, vocabulary), and the loss of `labels` (-100: ignored)."""
+        """Return next-token logits (B, T, vocabulary), and the loss for `labels` (-100 is ignored)."""
         if image_states is None and pixel_values is not None:
             image_states = self.encode(pixel_values)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -277,7 +277,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         image_states: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """Return the inputs of the next step: first the prompt, then the last token."""
+        """Return the inputs for the next step: the prompt in the first step, then the last token."""
         is_first = past_key_values is None or not past_key_values.get_seq_length()
         return {
             "input_ids": input_ids if is_first else input_ids[:, -1:],
@@ -291,27 +291,27 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
     def generate(  # type: ignore[override]
         self, input_ids: Tensor, pixel_values: Tensor | None = None, **options: Any
     ) -> Any:
-        """Return the token ids of prompts and texts; `options` are those of `GenerationMixin.generate`.
+        """Return the token ids of prompts and texts. For `options`, see `GenerationMixin.generate`.
 
         Images are encoded once for all beams. A text ends at the last position of the language model.
-        Raises ValueError if the prompt leaves no position for a text.
+        Raises ValueError if the prompt leaves no position for the text.
         """
         if pixel_values is not None:
             options["image_states"] = self.encode(pixel_values)
         if "image_states" in options and isinstance(self.decoder, _Prefixed) and self.decoder.max_positions:
             max_length = self.decoder.max_positions - options["image_states"].shape[1]
             if input_ids.shape[1] >= max_length:
-                raise ValueError("the prompt leaves no room for a text: ask a shorter question")
+                raise ValueError("the prompt leaves no room for the output: ask a shorter question")
             criteria = options.get("stopping_criteria") or ()
             options["stopping_criteria"] = [*criteria, _AtLastPosition(max_length)]
         if options.get("num_beams", 1) != 1 and options.get("generation_config") is None:
-            # Go on after the first complete texts: a longer one may have a better mean score.
+            # Continue after the first complete texts: a longer one may have a better mean score.
             options.setdefault("early_stopping", "never")
         return super().generate(input_ids=input_ids, **options)  # type: ignore[misc]
 
 
 class SynthCaptionerProcessor(ProcessorMixin):
-    """Prepare images and prompts. A text is a style, a question, or "" for the default style."""
+    """Prepares images and prompts. A text is a style, a question, or "" for the default style."""
 
     def __init__(
         self,
@@ -324,23 +324,23 @@ class SynthCaptionerProcessor(ProcessorMixin):
         self.prompts, self.kind = [tuple(prompt) for prompt in prompts], kind
         super().__init__(image_processor, tokenizer, **more)  # type: ignore[no-untyped-call]
         self.tokenizer.padding_side = "left"
-        # Read names of special tokens in a question as plain text.
+        # In a question, treat the names of special tokens as plain text.
         self.tokenizer.backend_tokenizer.encode_special_tokens = True
 
     def __call__(
         self, images: Any = None, text: Any = None, return_tensors: str = "pt", **_: Any
     ) -> BatchFeature:
-        """Return `pixel_values`, `input_ids` and `attention_mask` of images (PIL, paths or URLs).
+        """Return `pixel_values`, `input_ids` and `attention_mask` for images (PIL, paths or URLs).
 
-        `text` is shared, or a list with a text for each image. Raises ValueError without an image, and for a
-        question if the captioner has not learned to answer questions.
+        `text` is one text for all images, or a list with one text per image. Raises ValueError without an
+        image, and for a question if the captioner was not trained to answer questions.
         """
         if images is None:
             raise ValueError('a captioner needs an image: pass images=..., and in a pipeline also text=""')
         images = list(images) if isinstance(images, list | tuple) else [images]
         texts = [text or ""] * len(images) if text is None or isinstance(text, str) else list(text)
         if len(texts) != len(images):
-            raise ValueError(f"there are {len(images)} images and {len(texts)} texts")
+            raise ValueError(f"got {len(images)} images but {len(texts)} texts")
         prompts = [self.prompt(text or "") for text in texts]
         longest = max(map(len, prompts))
         padded = [[self.tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
@@ -356,13 +356,13 @@ class SynthCaptionerProcessor(ProcessorMixin):
         return prompt_ids(parts, self.tokenizer.convert_tokens_to_ids, self._ids)
 
     def batch_decode(self, *given: Any, **options: Any) -> list[str]:
-        """Return the texts of token ids, without leading and trailing spaces."""
+        """Return the decoded texts without leading and trailing spaces."""
         return [text.strip() for text in self.tokenizer.batch_decode(*given, **options)]
 
     def post_process_image_text_to_text(  # type: ignore[override]
         self, generated_outputs: Any, **options: Any
     ) -> list[str]:
-        """Return the texts of generated token ids for a pipeline; `options` are those of the tokenizer."""
+        """Return the decoded texts for a pipeline. `options` go to the tokenizer."""
         return self.batch_decode(generated_outputs, **{"skip_special_tokens": True, **options})
 
     def _ids(self, text: str) -> list[int]:
@@ -371,7 +371,7 @@ class SynthCaptionerProcessor(ProcessorMixin):
 
 
 def read_image(image: Any) -> Image.Image:
-    """Return an image (PIL, a path or a URL) upright, in RGB, over white."""
+    """Return an image (PIL, a path or a URL) upright and in RGB, with transparency over white."""
     if not isinstance(image, Image.Image):
         is_url = str(image).startswith(("http://", "https://"))
         image = load_image(image) if is_url else Image.open(image)

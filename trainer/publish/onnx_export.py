@@ -1,8 +1,8 @@
-"""Export a captioner to ONNX: an encoder, and the decoder for the prompt and for each further token.
+"""Export a captioner to ONNX: the encoder, the decoder for the prompt, and the decoder for later tokens.
 
-Names of files, inputs and outputs are those of Optimum. Each part is compared with PyTorch.
+Files, inputs and outputs are named as in Optimum. Each part is compared with PyTorch.
 
-Shapes: B images, N image states, T tokens, S tokens and image states, D decoder width, V vocabulary.
+Shapes: B images, N image states, T tokens, S tokens plus image states, D decoder width, V vocabulary.
 """
 
 import logging
@@ -37,13 +37,13 @@ ENCODER, FIRST, NEXT = PARTS
 RUNNER = "caption.py"
 DECODER_HINT = "train with a decoder that has only full attention: --decoder scratch, qwen3, smollm2"
 MAX_TEXT_TOKENS = 512
-# An ONNX file holds at most 2 GiB: weights of larger parts are stored in a second file.
+# An ONNX file can have at most 2 GiB: weights of larger parts are stored in a second file.
 MAX_EMBEDDED_BYTES = 1_500_000_000
-# Largest difference of a value from that of PyTorch.
+# Largest allowed difference from a PyTorch value.
 MAX_DIFFERENCE = 1e-3
-# Larger by this factor for single values of the encoder: bfloat16 ties may be rounded differently.
+# For single encoder values, allow this many times more: bfloat16 ties may be rounded differently.
 MAX_ROUNDING_FACTOR = 50
-# Mean difference of normalized pixels: libraries resize slightly differently.
+# Largest allowed mean difference of normalized pixels: libraries resize slightly differently.
 MAX_PIXEL_DIFFERENCE = 0.05
 PIXEL_SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
@@ -56,9 +56,9 @@ LAYER_TENSORS = ("key", "value")
 def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool = False) -> dict[str, int]:
     """Write a captioner to a new folder, and return the size of each file in bytes.
 
-    `onnx/` holds the parts, with `int8` also with 8-bit weights. `caption.py` runs them without PyTorch.
-    Raises TrainError if a package is missing, the folder exists, or a part cannot be exported with the values
-    of PyTorch.
+    `onnx/` contains the parts, and with `int8` also parts with int8 weights. `caption.py` runs them without
+    PyTorch. Raises TrainError if a package is missing, the folder exists, or a part cannot be exported or
+    differs from PyTorch.
     """
     try:
         import onnxruntime  # noqa: F401
@@ -76,7 +76,7 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
             progress("export", done, 6 if int8 else 3, {"last": name})
         files = transformers_files(checkpoint)
         files = {name: files[name] for name in files if name.endswith(".json")}
-        # The exported search is greedy.
+        # The exported captioner supports only greedy search.
         del files["generation_config.json"]
         files["config.json"] = json_text(_runner_config(captioner)).encode()
         files["preprocessor_config.json"] = json_text(_pixel_settings(captioner)).encode()
@@ -102,7 +102,7 @@ def _runner_config(captioner: CaptionerModel) -> dict[str, Any]:
 
 
 def _pixel_settings(captioner: CaptionerModel) -> dict[str, Any]:
-    """Return the settings of image preparation. Raises TrainError if `caption.py` does not support them."""
+    """Return the image processor's settings. Raises TrainError if `caption.py` does not support them."""
     processor = captioner.encoder.processor
     settings: dict[str, Any] = {name: getattr(processor, name, None) for name in PIXEL_SETTINGS}
     for name in ("size", "crop_size"):
@@ -125,7 +125,7 @@ def _pixel_settings(captioner: CaptionerModel) -> dict[str, Any]:
 
 
 class EncoderPart(nn.Module):
-    """Map pixels to the image states that the decoder reads."""
+    """Maps pixels to the image states that the decoder reads."""
 
     def __init__(self, captioner: CaptionerModel) -> None:
         super().__init__()
@@ -141,35 +141,35 @@ class EncoderPart(nn.Module):
 
 
 def _round_to_bfloat16(values: Tensor) -> Tensor:
-    """Round float32 to the 8 significant bits of bfloat16 without the type, which some runtimes lack.
+    """Round float32 to the precision of bfloat16 (8 bits) without the type, which some runtimes lack.
 
-    Splitting by Dekker (1971). Ties may be rounded to the other neighbor.
+    This is Dekker's splitting (1971). Ties may be rounded to the other neighbor.
     """
     wide = values * (2.0**16 + 1)
     return wide - (wide - values)
 
 
 class DecoderPart(nn.Module):
-    """One step of a decoder: a function of the decoder and of the exported inputs."""
+    """One decoder step as a module: applies a function to the decoder and the exported inputs."""
 
     def __init__(self, step: Callable[..., tuple[Tensor, ...]], decoder: nn.Module) -> None:
         super().__init__()
         self.step, self.decoder = step, decoder
 
     def forward(self, ids_BT: Tensor, states: Any) -> tuple[Tensor, ...]:
-        """Return logits, keys and values. `states`: image states, or the past keys and values."""
+        """Return logits, keys and values. `states` are image states, or past keys and values."""
         return self.step(self.decoder, ids_BT, states)
 
 
 def _first_step(decoder: ScratchDecoder, ids_BT: Tensor, states_BND: Tensor) -> tuple[Tensor, ...]:
-    """Return the logits of a prompt (B, T, V), and the BLOCK_TENSORS of all blocks."""
+    """Return the logits for a prompt (B, T, V), and the BLOCK_TENSORS of all blocks."""
     caches = [BlockCache() for _ in decoder.blocks]
     logits_BTV = decoder.head(decoder(ids_BT, states_BND, Cache(caches, 0)))
     return logits_BTV, *(part for cache in caches for part in (*(cache.words or ()), *(cache.image or ())))
 
 
 def _next_step(decoder: ScratchDecoder, ids_B1: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the logits of a token (B, 1, V), and the keys and values of the words of all blocks."""
+    """Return the logits for a token (B, 1, V), and each block's keys and values for the text."""
     starts = range(0, len(past), len(BLOCK_TENSORS))
     caches = [BlockCache(words=(past[n], past[n + 1]), image=(past[n + 2], past[n + 3])) for n in starts]
     logits_B1V = decoder.head(decoder(ids_B1, None, Cache(caches, past[0].shape[2])))
@@ -177,7 +177,7 @@ def _next_step(decoder: ScratchDecoder, ids_B1: Tensor, past: list[Tensor]) -> t
 
 
 def _language_step(decoder: PretrainedDecoder, ids_BT: Tensor, states: Any) -> tuple[Tensor, ...]:
-    """Return the logits of the last token (B, 1, V), and the LAYER_TENSORS of all layers.
+    """Return the logits for the last token (B, 1, V), and the LAYER_TENSORS of all layers.
 
     `states` are image states (B, N, D), or the list of past keys and values.
     """
@@ -186,7 +186,7 @@ def _language_step(decoder: PretrainedDecoder, ids_BT: Tensor, states: Any) -> t
     if isinstance(states, Tensor):
         embeds_BTD = torch.cat([states.to(embeds_BTD.dtype), embeds_BTD], 1)
         T = embeds_BTD.shape[1]
-        # Every kind of attention supports an additive mask.
+        # All attention implementations support an additive mask.
         mask_TS = torch.zeros(T, T, dtype=embeds_BTD.dtype)
         mask_TS = torch.full_like(mask_TS, torch.finfo(mask_TS.dtype).min).triu(1)
     else:
@@ -207,20 +207,20 @@ def _language_step(decoder: PretrainedDecoder, ids_BT: Tensor, states: Any) -> t
 
 
 def _write_parts(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iterator[str]:
-    """Write all parts, and yield the name of each one when it is written and compared."""
+    """Write all parts. Yield the name of each part after it is written and compared."""
     decoder = captioner.decoder
     tensors: tuple[str, ...] = BLOCK_TENSORS
     if isinstance(decoder, ScratchDecoder):
         first, following = DecoderPart(_first_step, decoder), DecoderPart(_next_step, decoder)
     else:
-        # Every runtime has the matrix products of eager attention.
+        # Every runtime supports the operators of eager attention.
         decoder.model.set_attn_implementation("eager")
         tensors = LAYER_TENSORS
         first = following = DecoderPart(_language_step, decoder)
     encoder = EncoderPart(captioner)
     for part in (encoder, first, following):
         part.eval()
-    # Example sizes must differ and be greater than 1: the exporter takes other sizes for constants.
+    # Example sizes must differ and be greater than 1, or the exporter treats them as constants.
     pixels_BCHW = captioner.encoder.pixels([_gradient_image(quarter_turns) for quarter_turns in range(2)])
     batch, tokens, states, past_tokens = map(Dim, ("batch_size", "tokens", "states", "past_tokens"))
     ids_BT = torch.tensor([[2, 3, 4], [4, 3, 2]])
@@ -247,7 +247,7 @@ def _write_parts(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iter
 
 
 def _keys_and_values(first: DecoderPart, ids_BT: Tensor, states_BND: Tensor) -> list[Tensor]:
-    """Return the keys and values of a first step. Raises TrainError if the decoder keeps any other state."""
+    """Return the keys and values after the first step. Raises TrainError if the decoder has other state."""
     config = getattr(getattr(first.decoder, "model", None), "config", None)
     window = math.inf if config is None else attention_window(config)
     try:
@@ -256,14 +256,16 @@ def _keys_and_values(first: DecoderPart, ids_BT: Tensor, states_BND: Tensor) -> 
         _, *past = first(ids_BT, states_BND)
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         kind = getattr(config, "model_type", "")
-        raise TrainError(f"a decoder of the kind {kind} is not exported", hint=DECODER_HINT) from None
+        raise TrainError(
+            f"export to ONNX does not support a decoder of type {kind}", hint=DECODER_HINT
+        ) from None
     return [part.clone() for part in past]
 
 
 def _export(
     module: nn.Module, args: tuple[Any, ...], path: Path, inputs: list[str], outputs: list[str], shapes: Any
 ) -> None:
-    """Write one part. Raises TrainError if its values differ from those of PyTorch."""
+    """Write one part. Raises TrainError if its outputs differ from PyTorch."""
     file, is_encoder = path.with_suffix(".onnx"), path.name == ENCODER
     with _without_warnings():
         try:
@@ -280,7 +282,7 @@ def _export(
             hint = "train with another encoder" if is_encoder else DECODER_HINT
             raise TrainError(f"PyTorch cannot export {path.name}: {one_line(error)}", hint=hint) from None
         assert program is not None
-        # The exporter's traces have paths of this machine.
+        # The exporter's stack traces contain local paths.
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()
         weight_bytes = sum(weights.nbytes for weights in module.parameters())
@@ -300,7 +302,7 @@ def _export(
 
 
 def _is_near(values: Any, expected: Any, *, is_rounded: bool) -> bool:
-    """Return whether values equal those of PyTorch. `is_rounded`: a few may be rounded differently."""
+    """Return whether values equal PyTorch's. With `is_rounded`, a few may be rounded differently."""
     if values.shape != expected.shape:
         return False
     differences = np.abs(values - expected)
@@ -311,7 +313,7 @@ def _is_near(values: Any, expected: Any, *, is_rounded: bool) -> bool:
 
 
 def _quantize(file: Path, out: Path) -> None:
-    """Write a part with 8-bit weights; activations are quantized at run time."""
+    """Write a part with int8 weights. Activations are quantized at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     is_large = file.with_name(f"{file.name}.data").exists()
@@ -325,7 +327,7 @@ def _gradient_image(quarter_turns: int) -> Image.Image:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence the exporter, which warns of names of axes and of its own deprecations."""
+    """Silence the exporter, which warns about axis names and its own deprecations."""
     disabled_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

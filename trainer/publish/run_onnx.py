@@ -1,6 +1,6 @@
 """Caption images with onnxruntime, tokenizers, NumPy and Pillow: `python caption.py [--int8] IMAGE...`
 
-This file belongs in the folder of the exported captioner, next to `onnx/`.
+Keep this file in the folder of the exported captioner, next to `onnx/`.
 """
 
 import argparse
@@ -23,12 +23,12 @@ INT8_SUFFIX = "_quantized"
 
 
 class OnnxCaptioner:
-    """An exported captioner. `int8` loads the parts with 8-bit weights."""
+    """An exported captioner. `int8` loads the parts with int8 weights."""
 
     def __init__(self, folder: Path, *, int8: bool = False) -> None:
         files = [folder / "onnx" / f"{part}{INT8_SUFFIX if int8 else ''}.onnx" for part in PARTS]
         if int8 and not files[0].exists():
-            raise ValueError("there are no parts with 8-bit weights: export the captioner with --int8")
+            raise ValueError("there are no int8 weights: export the captioner with --int8")
         self.encoder, self.first, self.following = (
             onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]) for file in files
         )
@@ -38,20 +38,20 @@ class OnnxCaptioner:
         )
         self.prompts, self.kind = [tuple(prompt) for prompt in processor["prompts"]], processor["kind"]
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # Read names of special tokens in a question as plain text.
+        # In a question, treat the names of special tokens as plain text.
         self.tokenizer.encode_special_tokens = True
 
     def caption(self, images: list[Any], text: str = "") -> list[str]:
-        """Return texts for images (PIL, or paths). `text`: a style, a question, or "" (default style)."""
+        """Return texts for images (PIL or paths). `text` is a style, a question, or "" (default style)."""
         token_ids = self.tokens(self.prepare(images), self.prompt(text))
         return [self.tokenizer.decode(ids).strip() for ids in token_ids]
 
     def tokens(self, pixels: Array, prompt: list[int]) -> list[list[int]]:
-        """Return the token ids of texts by greedy search, for a prompt and prepared images (B, 3, H, W)."""
+        """Return the token ids that greedy search finds for a prompt and prepared images (B, 3, H, W)."""
         max_tokens, positions = self.config["max_caption_tokens"], self.config.get("text_positions")
         if positions is not None:
             if len(prompt) >= positions:
-                raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room for a text")
+                raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room for the output")
             max_tokens = min(max_tokens, positions - len(prompt))
         eos, texts = self.config["eos_id"], np.zeros((len(pixels), 0), np.int64)
         ended = np.zeros(len(pixels), bool)
@@ -69,7 +69,7 @@ class OnnxCaptioner:
         return [[token for token in row if token != eos] for row in texts.tolist()]
 
     def prompt(self, text: str) -> list[int]:
-        """Return the token ids of a prompt. Raises ValueError for a question without learned answers."""
+        """Return the token ids of a prompt. Raises ValueError for a question if answers were not trained."""
         parts = prompt_parts(self.kind, *choose_prompt(self.prompts, text))
         return prompt_ids(parts, self._special, self._ids)
 
@@ -83,19 +83,19 @@ class OnnxCaptioner:
         return int(token_id)
 
     def prepare(self, images: list[Any]) -> Array:
-        """Return the pixels of images (PIL, or paths) for the encoder: (B, 3, H, W)."""
+        """Return the pixels of images (PIL or paths) for the encoder: (B, 3, H, W)."""
         return np.stack([prepare(image, self.pixels) for image in images])
 
 
 def _run_step(session: Any, inputs: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-    """Return the logits of a decoder part, and its keys and values by the names of the next inputs."""
+    """Run a decoder part. Return its logits, and its keys and values named as inputs of the next step."""
     logits, *present = session.run(None, inputs)
     names = [output.name.replace("present", "past_key_values") for output in session.get_outputs()]
     return logits, dict(zip(names[1:], present, strict=True))
 
 
 def prepare(image: Any, settings: dict[str, Any]) -> Array:
-    """Return an image (PIL, or a path) upright, resized, cropped and normalized: (3, H, W)."""
+    """Return an image (PIL or a path) upright, resized, cropped and normalized: (3, H, W)."""
     with image if isinstance(image, Image.Image) else Image.open(image) as opened:
         image = upright_rgb(opened)
     if settings["do_resize"]:
@@ -114,7 +114,7 @@ def prepare(image: Any, settings: dict[str, Any]) -> Array:
 
 
 def _target_size(image: Image.Image, size: dict[str, int]) -> tuple[int, int]:
-    """Return width and height in pixels: fixed, or in proportion to the shortest edge."""
+    """Return width and height in pixels. They are fixed, or proportional to the shortest edge."""
     if "height" in size:
         return size["width"], size["height"]
     shortest = size["shortest_edge"]
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", nargs="+")
     parser.add_argument("--text", default="", help="a style or a question")
-    parser.add_argument("--int8", action="store_true", help="use the parts with 8-bit weights")
+    parser.add_argument("--int8", action="store_true", help="use the int8 weights")
     arguments = parser.parse_args()
     try:
         captioner = OnnxCaptioner(Path(__file__).parent, int8=arguments.int8)
@@ -141,7 +141,7 @@ def main() -> None:
         try:
             print(f"{image}: {captioner.caption([image], arguments.text)[0]}")
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            print(f"{image} cannot be read: {error}", file=sys.stderr)
+            print(f"cannot read {image}: {error}", file=sys.stderr)
             has_failed = True
     sys.exit(has_failed)
 

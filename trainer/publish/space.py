@@ -1,6 +1,6 @@
-"""A demo page of a captioner: drop a photo, read its caption, and ask about it.
+"""A demo page for a captioner: drop a photo, read its caption, and ask questions about it.
 
-`synth push --space` publishes this file as app.py of a Space; space.json names the captioner. It needs
+`synth push --space` publishes this file as app.py of a Space. space.json names the captioner. The page needs
 gradio, torch and transformers. `synth serve-captioner --demo` opens the same page on this machine.
 """
 
@@ -13,12 +13,12 @@ import gradio
 from PIL import Image
 
 MAX_QUESTION_CHARACTERS = 500
-# From an image, a style and a question ("": none) to a caption or an answer.
+# Takes an image, a style and a question ("" for none), and returns a caption or an answer.
 Caption = Callable[[Image.Image, str, str], str]
 
 
 def build_page(title: str, styles: list[str], answers: bool, caption: Caption) -> Any:  # noqa: FBT001
-    """Return the page of a captioner with these styles, the default first, and with a question field."""
+    """Return the page of a captioner. The default style is first. With `answers`, it has a question field."""
 
     def write(photo: Image.Image | None, style: str = "", question: str = "") -> str:
         if photo is None:
@@ -43,7 +43,7 @@ def build_page(title: str, styles: list[str], answers: bool, caption: Caption) -
 
 
 def main() -> None:
-    """Open the page of the captioner that space.json names."""
+    """Open the page for the captioner in space.json."""
     from transformers import pipeline
 
     about: dict[str, Any] = json.loads(Path(__file__).with_name("space.json").read_text(encoding="utf-8"))

@@ -35,8 +35,8 @@ def find_captioner(name: str | Path) -> Path:
     with translate_hub_errors(str(name), "model", TrainError, hint, or_folder=True):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CAPTIONER_FILES)))
     if missing := [file for file in CAPTIONER_FILES if not (folder / file).is_file()]:
-        problem = f"{repo} is not a captioner of synth: it lacks {missing[0]}"
-        raise TrainError(problem, hint="pass another repository")
+        problem = f"{repo} is not a captioner made by synth: it lacks {missing[0]}"
+        raise TrainError(problem, hint="pass the repository of a captioner")
     return folder
 
 
@@ -134,7 +134,7 @@ def find_interrupted(version: Version) -> Path | None:
     if len(folders) > 1:
         names = ", ".join(folder.name for folder in folders)
         hint = f"choose one: --out {folders[0]}"
-        raise ConfigError(f"several trainings were interrupted: {names}", hint=hint)
+        raise ConfigError(f"several training runs were interrupted: {names}", hint=hint)
     return folders[0] if folders else None
 
 
@@ -154,14 +154,16 @@ def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
     """Raise ConfigError if a run would overwrite other files, or a captioner with other settings or data."""
     hint = "choose a new folder: --out DIR"
     if others := other_settings(folder, config):
-        raise ConfigError(f"{folder} holds a captioner of other settings ({', '.join(others)})", hint=hint)
+        raise ConfigError(
+            f"{folder} has a captioner trained with other settings ({', '.join(others)})", hint=hint
+        )
     trained_on = read_data_digest(folder) if (folder / "metrics.json").exists() else None
     if trained_on not in (None, version.manifest["digest"]):
-        raise ConfigError(f"{folder} holds a captioner of other data", hint=hint)
+        raise ConfigError(f"{folder} has a captioner trained on other data", hint=hint)
     if (folder / "resume.pt").exists():
         with DatasetDir(folder).lock():  # raises an error if that run is still in progress
             pass
         resume_hint = f"continue it with --resume, or remove {folder / 'resume.pt'} to start again"
-        raise ConfigError(f"{folder} holds an interrupted training", hint=resume_hint)
+        raise ConfigError(f"{folder} has an interrupted training run", hint=resume_hint)
     if folder.exists() and not is_training_folder(folder):
-        raise ConfigError(f"{folder} holds other files, which a training would overwrite", hint=hint)
+        raise ConfigError(f"{folder} has other files, which training would overwrite", hint=hint)

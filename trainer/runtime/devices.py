@@ -78,8 +78,10 @@ def translate_peer_errors() -> Iterator[None]:
     except RuntimeError as error:
         if "CUDA error" in str(error):
             raise
-        problem = f"this process lost contact to the others of the training: {one_line(error)[:200]}"
-        hint = "read the output of the other processes, then continue from the last saved state with --resume"
+        problem = (
+            f"this process lost contact with the other processes of the training run: {one_line(error)[:200]}"
+        )
+        hint = "read the output of the other processes, then resume from the last saved state with --resume"
         raise TrainError(problem, hint=hint) from error
 
 

@@ -45,7 +45,7 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
     duration = f"{seconds / 60:.0f} min" if seconds > MINUTES_FROM_S else f"{seconds:.0f} s"
     epochs = steps * size / len(trainer.loader.examples)
     progress.message(
-        f"{preset}{_format_count(weights)} weights, {_format_count(learning)} of them learn. "
+        f"{preset}{_format_count(weights)} parameters, {_format_count(learning)} of them trainable. "
         f"At most {steps:,} steps of {size} images ({epochs:.1f} epochs), "
         f"about {duration} and {forecast.memory_mb / 1e3:.1f} GB, without evaluations"
     )
@@ -69,11 +69,11 @@ def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
             return seconds
         if trainer.loader.micro_batches * trainer.processes >= size:
             hint = "set lora_rank and checkpoint_blocks, a smaller max_caption_tokens, or a smaller decoder"
-            raise TrainError("a step of one image does not fit the memory of the GPU", hint=hint)
+            raise TrainError("a step of one image does not fit in GPU memory", hint=hint)
         torch.cuda.empty_cache()
         trainer.loader.micro_batches *= 2
         parts = trainer.loader.micro_batches
-        progress.message(f"a step does not fit the memory of the GPU: it is computed in {parts} parts")
+        progress.message(f"a step does not fit in GPU memory: it is computed in {parts} parts")
         if trainer.config.contrastive_weight:
             progress.warn("the contrastive loss compares only images of the same part")
 

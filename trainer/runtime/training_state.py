@@ -36,7 +36,9 @@ def load_resume(folder: Path, config: TrainConfig, run_digest: Callable[[int], s
     """
     path = folder / "resume.pt"
     if not path.exists():
-        raise TrainError(f"nothing to resume in {folder}", hint="leave out --resume to start a training")
+        raise TrainError(
+            f"nothing to resume in {folder}", hint="leave out --resume to start from the beginning"
+        )
     state = read_resume(path)
     if state["run"] != run_digest(state.get("processes", 1)):
         hint = f"use the same, choose another folder (--out DIR), or remove {path} and start without --resume"
@@ -52,7 +54,7 @@ def read_resume(path: Path) -> dict[str, Any]:
             raise ValueError("it has no run or step")
     except Exception as error:  # noqa: BLE001  # torch may raise any exception for a damaged file
         is_known = isinstance(error, OSError | ValueError)
-        reason = one_line(error) if is_known else "it is not a state of a training"
+        reason = one_line(error) if is_known else "it is not a saved training state"
         hint = f"remove {path} and start without --resume"
         raise TrainError(f"{path} is damaged: {reason}", hint=hint) from None
     return state
@@ -123,7 +125,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     try:
         entries = [json.loads(line) for line in complete_lines.split("\n") if line.strip()]
         if not all(isinstance(entry, dict) and isinstance(entry["step"], int) for entry in entries):
-            raise ValueError("an entry has no step")
+            raise ValueError('a line has no integer "step"')
     except (ValueError, KeyError, RecursionError) as error:
         hint = "move it away: only the curves are lost"
         raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
@@ -144,9 +146,9 @@ def describe_checkpoint(folder: Path) -> str:
     step = read_resume(folder / "resume.pt")["step"] if has_state else 0
     if not any((folder / name).exists() for name in CAPTIONER_FILES):
         return (
-            f"an unfinished training at step {step:,}, without a captioner"
+            f"an unfinished training run at step {step:,}, without a captioner"
             if has_state
-            else "a training without files"
+            else "a training run without files"
         )
     captioner = load_checkpoint(folder, torch.device("cpu")).captioner
     for name in ("train.json", "metrics.json"):

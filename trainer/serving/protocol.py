@@ -66,7 +66,7 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
     text, images = _read_messages(values.get("messages"))
     field, only = _read_schema(values.get("response_format"))
     if len(images) > 1:
-        raise RefusedError(f"a captioner reads one image, not {len(images)}")
+        raise RefusedError(f"a captioner takes one image, not {len(images)}")
     if not images and only is None:
         raise RefusedError("the request has no image: send an image_url part with a data: URL")
     if values.get("n") not in (None, 1):
@@ -75,7 +75,7 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
         raise RefusedError("stop is not supported")
     model = values.get("model")
     if not isinstance(model, str | None):
-        raise RefusedError("model must be a name")
+        raise RefusedError("model must be a string")
     question = _read_question(text)
     temperature = _read_number(values, "temperature", 0.0, MAX_TEMPERATURE)
     limit_name = "max_tokens" if values.get("max_completion_tokens") is None else "max_completion_tokens"
@@ -153,10 +153,10 @@ def _read_messages(messages: Any) -> tuple[str, list[Any]]:
             continue
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise RefusedError("the content of a message must be a text or a list of parts")
+            raise RefusedError("the content of a message must be a string or a list of parts")
         texts = [part.get("text") for part in parts if part.get("type") == "text"]
         if not all(isinstance(part_text, str) for part_text in texts):
-            raise RefusedError("a text part needs a text")
+            raise RefusedError("a text part needs a string in text")
         joined = "\n".join(map(str, texts))
         if len(joined) > MAX_TEXT_CHARACTERS or SURROGATE.search(joined):
             raise RefusedError(f"a text must be valid Unicode of at most {MAX_TEXT_CHARACTERS:,} characters")
@@ -185,7 +185,7 @@ def _read_question(text: str) -> str:
     lines = QUESTION_LINE.findall(text)
     question = str(lines[-1] if lines else text if text.strip().endswith("?") else "").strip()
     if len(question) > MAX_QUESTION_CHARACTERS:
-        raise RefusedError(f"a question has at most {MAX_QUESTION_CHARACTERS} characters")
+        raise RefusedError(f"a question may have at most {MAX_QUESTION_CHARACTERS} characters")
     return question
 
 

@@ -211,7 +211,7 @@ class CaptionServer:
         text, tokens, is_cut = request.only or "", (0, 0), False
         if request.image is not None:
             if request.question and not self.captioner.answers:
-                raise RefusedError("this captioner has not learned to answer questions")
+                raise RefusedError("this captioner was not trained to answer questions")
             beams = 1 if request.temperature else self.num_beams
             decoding = DecodingConfig(beams, request.temperature, request.top_p)
             loop = asyncio.get_running_loop()
@@ -269,16 +269,16 @@ class Guard:
         host = request.headers.get("host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if is_loopback(self.host) and not is_loopback(name.strip("[]")):
-            return f"this server is {self.host}, not {name[:80]}", 403
+            return f"the Host header must be {self.host}, not {name[:80]}", 403
         if (origin := request.headers.get("origin")) and urlsplit(origin).netloc != host:
-            return "requests of other web pages are refused", 403
+            return "requests from other web pages are rejected", 403
         key = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
         if self.key and request.url.path != "/health" and not hmac.compare_digest(key, self.key.encode()):
             return "the API key is missing or wrong", 401
         # Browsers send other content types cross-origin without a preflight request.
         content_type = request.headers.get("content-type", "").partition(";")[0].strip()
         if request.method == "POST" and content_type != "application/json":
-            return "send application/json", 415
+            return "the Content-Type must be application/json", 415
         if "content-encoding" in request.headers:
             return "content encodings are not supported", 400
         return None
@@ -294,7 +294,7 @@ async def read_body(request: Request) -> bytes:
                 if len(body) > MAX_BODY_BYTES:
                     raise RefusedError(f"the body has more than {MAX_BODY_BYTES:,} bytes", 413)
     except TimeoutError:
-        raise RefusedError(f"the body did not come within {BODY_TIMEOUT_S:.0f} s", 408) from None
+        raise RefusedError(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s", 408) from None
     return bytes(body)
 
 
@@ -316,7 +316,7 @@ async def _error_response(_: Request, error: Exception) -> Response:
         case ClientDisconnect():
             return Response(status_code=400)
     log.error("a request failed", exc_info=error)
-    return _error("the captioner failed; its log has the reason", 500)
+    return _error("the captioner failed; see the log of the server", 500)
 
 
 def make_server(server: CaptionServer) -> uvicorn.Server:

@@ -108,7 +108,7 @@ def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> 
             f"{workers} workers do not fit on {cpus:g} CPUs", hint="pass fewer --workers, or add nodes"
         )
     if on_gpus and workers > gpus:
-        problem = f"{workers} workers with a server each do not fit on {gpus:g} GPUs"
+        problem = f"{workers} workers, each with its own server, do not fit on {gpus:g} GPUs"
         raise ClusterError(problem, hint="pass fewer --workers, or --base-url")
     return WorkerPlan(workers, math.floor(100 * min(1.0, free / workers)) / 100, 1.0 if on_gpus else 0.0)
 
@@ -145,7 +145,7 @@ def map_on_cluster(
             if report:
                 report(len(results))
     except (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError) as died:
-        hint = "check for short memory, then run the same command to resume"
+        hint = "look for out-of-memory kills, then run the same command to resume"
         raise ClusterError(f"workers died repeatedly: {one_line(died)}", hint=hint) from None
     return [results[index] for index in range(count)]
 

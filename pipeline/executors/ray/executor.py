@@ -92,7 +92,9 @@ class RayExecutor:
 
     def each(self, work: ShardWork, *, asks: bool = False) -> None:
         """See Executor."""
-        assert not (asks and self.is_filled), "no step may ask a model after the first that compares rows"
+        assert not (asks and self.is_filled), (
+            "no step may call a model after the first step that compares rows"
+        )
         self._pending.append(work)
 
     def wait(self) -> None:
@@ -219,7 +221,9 @@ def _apply_all(works: Sequence[ShardWork], shard: DatasetDir) -> None:
 
 
 def _no_engine() -> Engine:
-    raise ClusterError("a step asks a model after the shards were filled", hint="please report this bug")
+    raise ClusterError(
+        "internal error: a step called a model after asking was finished", hint="please report this bug"
+    )
 
 
 def _work_on_shard(run: ShardedRun, work: Callable[[DatasetDir], T], index: int) -> T:
@@ -272,6 +276,6 @@ def _count_shards(dataset: DatasetDir, wanted: int | None) -> int:
     path = dataset.path / "shards" / "shards.json"
     existing = int(read_json(path)["shards"]) if path.exists() else None
     if existing and wanted not in (None, existing):
-        hint = "leave --shards out, or choose another --out"
+        hint = "leave out --shards, or choose another --out"
         raise ConfigError(f"{dataset.path} has {existing} shards, not {wanted}", hint=hint)
     return existing or wanted or DEFAULT_SHARDS

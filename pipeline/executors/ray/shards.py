@@ -129,8 +129,10 @@ class ShardedRun:
                 raise ClusterError(problem, hint="use a file system that all nodes share") from None
         if self.files not in _CHECKED_FILES:
             if digest(named_files(self.plan)) != self.files:
-                problem = "a worker sees other files than the command"
-                hint = "copy prompts, split list, captions, entries and CLIP to the same path on all nodes"
+                problem = "a worker has different files than the node that runs the command"
+                hint = (
+                    "copy the prompts, split list, captions, entries and CLIP to the same paths on all nodes"
+                )
                 raise ClusterError(problem, hint=hint)
             _CHECKED_FILES.add(self.files)
         keep_log_in(self.scratch)
@@ -229,8 +231,8 @@ def run_exclusively(run: ShardedRun, name: str, index: int, work: Callable[[], T
         deaths = read_json(attempts)["tried"] if attempts.exists() else 0
         if deaths > MAX_DEATHS:
             raise ClusterError(
-                f"{attempts.stem} has ended {deaths} workers",
-                hint="check for short memory or lost nodes, then run the same command again",
+                f"{attempts.stem}: {deaths} workers died",
+                hint="look for out-of-memory kills or lost nodes, then run the same command again",
             )
         write_json(attempts, {"tried": deaths + 1})
         result = work()

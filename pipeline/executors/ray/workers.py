@@ -231,8 +231,8 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         log = run.scratch / "servers" / f"{socket.gethostname()}-{os.getpid()}.log"
         choice, revision = choose_engine(config, log, NullProgress()), run.plan.requests.revision
         if choice.revision != revision:
-            problem = f"a worker has {choice.model} {choice.revision[:12]}, the command {revision[:12]}"
-            raise EngineError(problem, hint="use one model on all nodes, or one list of --base-url")
+            problem = f"a worker has {choice.model} {choice.revision[:12]}, but the command {revision[:12]}"
+            raise EngineError(problem, hint="use the same model on all nodes, or the same --base-url list")
         return choice
 
 
@@ -326,7 +326,7 @@ def _try_to_save(shard: DatasetDir, path: Path) -> None:
     try:
         save_journal(shard, path)
     except Exception as error:  # noqa: BLE001
-        log.warning("the journal of %s was not saved to the store: %s", shard.path, error)
+        log.warning("the journal of %s was not copied to the object store: %s", shard.path, error)
 
 
 def add_fill_results(results: Sequence[FillResult], stats: RequestStats) -> Counter[str]:

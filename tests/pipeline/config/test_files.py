@@ -130,6 +130,6 @@ def test_error_about_an_address_does_not_show_its_password() -> None:
 
 def test_unquoted_yes_or_no_in_a_task_file_gives_a_hint_to_quote(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text("name: shown\nkind: labels\nlabels: [yes, no]\nprompt: Is it?\n")
-    with pytest.raises(ConfigError, match="put a text in quotes") as caught:
+    with pytest.raises(ConfigError, match="put a string in quotes") as caught:
         read_task(tmp_path / "task.yaml")
     assert "docs/own-tasks.md" in caught.value.hint

@@ -58,7 +58,7 @@ def test_judge_is_a_model_with_an_optional_server_address(judge: str) -> None:
     "judge", ["http://host/v1", "model@host:8000/v1", "a model@http://host/v1", "@http://host/v1", ""]
 )
 def test_judge_without_a_model_or_with_a_bad_address_is_refused(judge: str) -> None:
-    with pytest.raises(ConfigError, match=r"verify\.judge: .* is not a model and the address of its server"):
+    with pytest.raises(ConfigError, match=r"verify\.judge: .* is not a model and its server"):
         resolve(source="scenes", verify={"judge": judge})
 
 
@@ -68,13 +68,13 @@ def test_judge_without_a_model_or_with_a_bad_address_is_refused(judge: str) -> N
         ({"verify": {"repair": True}}, "repair needs the check claims"),
         (
             {"filter": {"min_caption_words": 20, "max_caption_words": 10}},
-            "min_caption_words is 20, and max_caption_words 10",
+            "min_caption_words is 20, but max_caption_words is 10",
         ),
         (
             {"own_tasks": [{"name": "x", "kind": "text", "prompt": "p", "min_words": 9, "max_words": 2}]},
-            "min_words is 9, and max_words 2: no text has such a length",
+            "min_words is 9, but max_words is 2: no text has such a length",
         ),
-        ({"generate": {"samples": 2}, "select": {"pairs": True}}, "so neither is better: --samples 3"),
+        ({"generate": {"samples": 2}, "select": {"pairs": True}}, "so neither can be chosen: --samples 3"),
         ({"base_url": ["http://h:1/v1", "http://H:1/v1/"]}, "twice, in two spellings"),
     ],
 )

@@ -226,7 +226,7 @@ def test_run_after_a_kill_reuses_images(
         assert not DatasetDir(folder).versions()
     notes = Notes()
     version = generate_dataset(settings(photos), folder, progress=notes).version
-    assert "read: 12 images were read by an earlier run, and are not read again" in notes.texts
+    assert "read: 12 images were read by an earlier run and are not read again" in notes.texts
     assert version.name == "v1.0.0" and find_damage(version) == []
 
 

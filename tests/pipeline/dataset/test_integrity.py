@@ -61,7 +61,7 @@ def reworded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_changed_rows_with_matching_file_hashes_are_reported_as_damage(change: Any, version: Version) -> None:
     changed = change_rows(version, change)
     assert damaged_files(changed) == []
-    assert find_damage(changed) == ["its rows are not those of its digest"]
+    assert find_damage(changed) == ["its rows do not match its digest"]
 
 
 def test_changed_bit_and_missing_file_are_reported_by_name(version: Version) -> None:
@@ -71,7 +71,7 @@ def test_changed_bit_and_missing_file_are_reported_by_name(version: Version) -> 
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     names = ("train-00000.parquet", "rejections.parquet")
-    assert find_damage(version) == [f"{name} is not what the manifest says" for name in names]
+    assert find_damage(version) == [f"{name} does not match the manifest" for name in names]
 
 
 def test_repaired_version_has_same_rows_and_records_damage(version: Version) -> None:

@@ -64,7 +64,7 @@ def test_written_reviews_are_read_back_unchanged(tmp_path: Path) -> None:
         ),
         (
             review("A.", "edited", text="B.").model_dump_json().replace("edited", "good"),
-            "only the verdict edited has a new text",
+            "only the verdict edited may have a new text",
         ),
         (review("A.", "good").model_dump_json(exclude_defaults=True)[:-1] + ', "color": "red"}', "color"),
     ],
@@ -131,7 +131,7 @@ def test_edit_that_repeats_another_text_of_the_image_is_a_flaw() -> None:
     [
         ({"text": "A better caption."}, None),
         ({"text": "   "}, "string_pattern_mismatch"),
-        ({"question": "Is it?", "answer": "yes"}, "the text is a caption, and the edit is not"),
+        ({"question": "Is it?", "answer": "yes"}, "the reviewed text is a caption, but the edit is not"),
     ],
 )
 def test_edit_that_breaks_a_rule_of_its_task_is_a_flaw(words: dict[str, str], wrong: str | None) -> None:

@@ -58,7 +58,7 @@ def test_unanswered_requests_are_reported_with_a_message_of_the_server(
 
     warnings = [text for text in warnings_of(run(tmp_path, script)) if "server" in text]
     assert any(text.startswith("12 requests got only errors") and "scripted 500" in text for text in warnings)
-    assert any("refused by the server" in text and "scripted 413" in text for text in warnings), warnings
+    assert any("rejected by the server" in text and "scripted 413" in text for text in warnings), warnings
 
 
 def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", samples, in_train)
     (warning,) = describe_empty_splits(version, resolve(source="scenes", split={"group_by": "folder"}))
     assert warning == (
-        "no image is in the validation and the test split, which `synth train` needs: "
+        "the validation and the test split has no images, but `synth train` needs some: "
         "if the source states no splits, try another --seed, or smaller groups (--group-by)"
     )
     (warning,) = describe_empty_splits(version, resolve(source="scenes", split={"test_frac": 0}))

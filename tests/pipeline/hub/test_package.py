@@ -70,7 +70,7 @@ def test_package_with_restricted_license_has_no_pixels(restricted: Version, imag
         assert packaged.column_names == package.manifest["columns"]
         original = restricted.read("train").drop_columns(["image"])
         assert packaged.to_pylist() == original.to_pylist()
-        assert "The pixels are not here" in str(package.files["README.md"])
+        assert "The images are not included" in str(package.files["README.md"])
         assert json.loads(package.files["manifest.json"])["pixels"] == "left out"  # type: ignore[arg-type]
         assert package.manifest["digest"] == restricted.manifest["digest"]
     assert not path.exists()
@@ -78,7 +78,7 @@ def test_package_with_restricted_license_has_no_pixels(restricted: Version, imag
 
 def test_restricted_pixels_need_acknowledged_license(restricted: Version) -> None:
     with (
-        pytest.raises(PushError, match="flickr-terms may not be passed on") as refused,
+        pytest.raises(PushError, match="flickr-terms may not be redistributed") as refused,
         build_package(restricted, REPO, images=True),
     ):
         pass
@@ -113,7 +113,7 @@ def test_version_with_missing_or_changed_file_is_not_packaged(tmp_path: Path, *,
     shard.unlink()
     if not is_missing:
         shard.write_bytes(data[:-1] + b"?")
-    damage = pytest.raises(StoreError, match=r"train-00000\.parquet is not what its manifest says")
+    damage = pytest.raises(StoreError, match=r"train-00000\.parquet does not match its manifest")
     with damage, build_package(version, REPO):
         pass
 

@@ -116,7 +116,7 @@ def test_file_damaged_in_cache_is_downloaded_again(
 
 def test_file_damaged_on_the_hub_is_an_error(refusals: dict[str, dict[str, Any]]) -> None:
     refused = refusals["me/scenes@v1.0.0"]
-    error = "me/scenes@v1.0.0 is damaged: train-00000.parquet is not what the manifest says"
+    error = "me/scenes@v1.0.0 is damaged: train-00000.parquet does not match the manifest"
     assert error in refused["error"]
     assert "do not use the dataset" in refused["hint"]
 
@@ -125,7 +125,7 @@ def test_missing_version_or_repository_is_an_error(refusals: dict[str, dict[str,
     tag, repo, foreign = (refusals[name] for name in [*refusals][1:])
     assert tag["error"] == "me/scenes has no version v9.9.9"
     assert tag["hint"] == "versions there: v1.0.0, v1.1.0"
-    assert "me/nothing@v1.0.0 is not a folder here; no dataset me/nothing at" in repo["error"]
+    assert "me/nothing@v1.0.0 is not a local folder; no dataset me/nothing at" in repo["error"]
     assert "not a version" in foreign["error"]
 
 
@@ -169,7 +169,7 @@ def test_version_in_object_store_is_downloaded_once(bucket: Path) -> None:
 def test_damaged_version_in_object_store_is_an_error(bucket: Path) -> None:
     name = open_or_download(bucket, "v1.0.0").shards("train")[0].name
     (bucket / "versions" / "v1.1.0" / name).write_bytes(b"?")
-    with pytest.raises(StoreError, match=f"memory://.* is damaged: {name} is not what the manifest says"):
+    with pytest.raises(StoreError, match=f"memory://.* is damaged: {name} does not match the manifest"):
         open_or_download(bucket)
     assert open_or_download(bucket, "v1.0.0").num_rows == 20
     (bucket / "versions" / "v1.1.0" / name).unlink()
@@ -181,7 +181,7 @@ def test_second_store_with_same_folder_name_is_an_error(bucket: Path, tmp_path: 
     open_or_download(bucket, "v1.0.0")
     other_path = parse_dataset_path(str(bucket).replace("sets-", "sets/"))
     upload_folder(tmp_path / "made", other_path)
-    with pytest.raises(StoreError, match=r"holds versions from memory://sets-.*, not from memory://sets/"):
+    with pytest.raises(StoreError, match=r"has versions from memory://sets-.*, not from memory://sets/"):
         open_or_download(other_path)
     remove(other_path)
 
@@ -190,5 +190,5 @@ def test_changed_version_in_object_store_is_an_error(bucket: Path) -> None:
     open_or_download(bucket, "v1.0.0")
     manifest = bucket / "versions" / "v1.0.0" / MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "0" * 64}))
-    with pytest.raises(StoreError, match=r"is another v1\.0\.0 than the one in memory"):
+    with pytest.raises(StoreError, match=r"exists, but differs from v1\.0\.0 in memory"):
         open_or_download(bucket, "v1.0.0")

@@ -121,7 +121,7 @@ def test_other_version_with_existing_tag_is_an_error(
     client.push(version)
     other_version, _ = make_version(tmp_path / "other", scene_samples(20, seed=5))
     refused = client.push(other_version)
-    assert "already has another v1.0.0" in refused["error"]
+    assert "already has a different v1.0.0" in refused["error"]
     assert "tags never move" in refused["hint"]
 
 
@@ -152,7 +152,7 @@ def test_later_version_replaces_files_and_earlier_tag_still_loads(
 
 def test_push_of_older_version_is_an_error(client: Pusher, version: Version, later: Version) -> None:
     client.push(later)
-    assert "already holds v1.1.0, which is newer" in client.push(version)["error"]
+    assert "already has v1.1.0, which is newer" in client.push(version)["error"]
     assert set(repo_of(client).tags) == {"v1.1.0"}
 
 
@@ -176,7 +176,7 @@ def test_push_retries_if_hub_is_busy(client: Pusher, version: Version, status: i
 
 def test_push_after_missing_tag_adds_only_the_tag(client: Pusher, version: Version) -> None:
     client.hub.hub.faults.append(Fault("POST", "/tag/", 400))
-    assert "the Hub refused (400)" in client.push(version)["error"]
+    assert "the Hub refused the push (400)" in client.push(version)["error"]
     repo = repo_of(client)
     assert repo.tags == {}
     pushed = client.push(version)
@@ -188,9 +188,9 @@ def test_push_after_missing_tag_adds_only_the_tag(client: Pusher, version: Versi
 @pytest.mark.parametrize(
     ("repo", "token", "message"),
     [
-        ("me/scenes", "hf_wrong", "does not accept the token"),
-        ("me/scenes", READ_TOKEN, "may not write to me/scenes"),
-        ("you/scenes", "hf_loopback", "may not write to you/scenes"),
+        ("me/scenes", "hf_wrong", "rejects the token"),
+        ("me/scenes", READ_TOKEN, "has no write access to me/scenes"),
+        ("you/scenes", "hf_loopback", "has no write access to you/scenes"),
         ("me/sc enes", "hf_loopback", "not a repository name"),
         ("https://huggingface.co/datasets/me/x", "hf_loopback", "not a repository name"),
     ],
@@ -214,7 +214,7 @@ def test_push_to_repository_with_foreign_data_is_an_error(client: Pusher, versio
     files = dict.fromkeys([".gitattributes", "README.md", "data/a.parquet"], storage.put(b"theirs"))
     repo.commit("main", "theirs", files)
     storage.repos["dataset", "me/theirs"] = repo
-    assert "holds data that is not ours" in client.push(version, "me/theirs")["error"]
+    assert "has files that synth did not push" in client.push(version, "me/theirs")["error"]
     assert len(repo.commits) == 1
 
 
@@ -223,7 +223,7 @@ def test_changed_statements_about_pushed_version_give_a_warning(client: Pusher, 
     client.push(version, "me/stated", stated={"license": "mit"})
     again = client.push(version, "me/stated", stated={"license": "cc-by-4.0", "title": "Mine"})
     assert not again["is_new"]
-    assert "other statements (license mit, now cc-by-4.0, title not stated, now Mine)" in again["warning"]
+    assert "differs (license mit, now cc-by-4.0, title not stated, now Mine)" in again["warning"]
     assert client.push(version, "me/stated", stated={"license": "mit"})["warning"] == ""
     repo = repo_of(client, "me/stated")
     repo.tags.clear()
@@ -246,7 +246,7 @@ def test_next_patch_repairs_damaged_version_on_the_hub(client: Pusher, tmp_path:
     tagged = repo.commits[repo.tags["v1.0.0"]]
     tagged.files["train-00000.parquet"] = replace(storage.put(b"other bytes"), lfs=True)
     damage = client.push(version)["error"]
-    assert "v1.0.0 in me/scenes is damaged: train-00000.parquet is not what its manifest says" in damage
+    assert "v1.0.0 in me/scenes is damaged: train-00000.parquet does not match its manifest" in damage
     repaired = make_repaired_version(version, ["train-00000.parquet"])
     pushed = client.push(repaired)
     assert (pushed["tag"], pushed["is_new"]) == ("v1.0.1", True)
@@ -268,7 +268,7 @@ def test_push_replaces_edited_card_with_warning_and_keeps_other_files(
     edited = repo.branches["main"]
     pushed = client.push(later)
     assert {"notes.md", "extra/train-00000.parquet"} <= set(repo.commits[pushed["commit"]].files)
-    warning = "the card of me/scenes was edited on the Hub and is replaced"
+    warning = "the card of me/scenes was edited on the Hub and is now replaced"
     assert pushed["warning"] == f"{warning}: the edits are in revision {edited}"
 
 

@@ -147,7 +147,7 @@ def test_second_of_two_racing_pushes_is_an_error(world: World, tmp_path: Path) -
             answers.append(world.client.push(world.new))
             winner = rival if "error" not in answers[0] else world.new
             loser = answers[1] if winner is rival else answers[0]
-            assert "already has another v1.1.0" in str(loser.get("error")), (method, path, answers)
+            assert "already has a different v1.1.0" in str(loser.get("error")), (method, path, answers)
             head = world.repo.commits[world.repo.branches["main"]]
             assert world.repo.tags["v1.1.0"] == head.oid
             expected = {name: entry["sha256"] for name, entry in published(winner)["files"].items()}

@@ -195,7 +195,7 @@ def test_only_request_that_crashes_its_server_is_abandoned(tmp_path: Path) -> No
 
 def test_server_that_refuses_all_requests_ends_the_run(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(status=400))) as chat:
-        with pytest.raises(EngineError, match="refuses every request: scripted 400"):
+        with pytest.raises(EngineError, match="rejects every request: scripted 400"):
             run(tmp_path / "j", chat.url)
         assert len(chat.bodies) < 2 * client.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
 
@@ -204,7 +204,7 @@ def test_retry_after_of_hours_ends_the_run_unless_another_server_answers(tmp_pat
     waits = Act(status=429, headers={"Retry-After": "7300"})
     with running_chat(ChatServer()) as chat:
         chat.script = lambda times, body: waits if len(chat.bodies) > 5 else None
-        with pytest.raises(EngineError, match="asks to wait for 2 h 2 min") as caught:
+        with pytest.raises(EngineError, match="asks clients to wait for 2 h 2 min") as caught:
             run(tmp_path / "j", chat.url, concurrency=1)
     assert "the same command" in caught.value.hint
     with running_chat(ChatServer(lambda times, body: waits)) as chat, running_chat(ChatServer()) as other:
@@ -464,7 +464,7 @@ def test_used_up_credit_ends_the_run_and_the_next_run_resumes(
     spent = Act(status=status, raw=json.dumps({"error": error}).encode())
     with running_chat(ChatServer()) as chat:
         chat.script = lambda times, body: spent if len(chat.bodies) > 5 else None
-        with pytest.raises(EngineError, match="has no credit left for this key: Look at your billing"):
+        with pytest.raises(EngineError, match="has no credit left for this API key: Look at your billing"):
             run(tmp_path / "j", chat.url, concurrency=1)
         chat.script = lambda times, body: None
         counts, errors = run(tmp_path / "j", chat.url)

@@ -42,10 +42,10 @@ def test_auto_chooses_a_named_server_or_a_gpu_or_this_process(
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"source": "folder:x", "model": "tiny"}, "cannot describe folder:x"),
+        ({"source": "folder:x", "model": "tiny"}, "can only describe --source scenes, not folder:x"),
         ({"server": {"flags": ["--max-num-seqs", "7"]}}, "synth starts no server"),
         ({"engine": "embedded", "base_url": ["http://localhost:1/v1"]}, "exclude each other"),
-        ({"generate": {"caption_styles": ["plain"]}}, "does not know the caption style plain"),
+        ({"generate": {"caption_styles": ["plain"]}}, "does not support the caption style plain"),
     ],
 )
 def test_settings_that_fit_no_engine_are_refused(

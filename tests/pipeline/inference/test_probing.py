@@ -123,7 +123,7 @@ def refusing(message: str) -> ServerKind:
     [
         (refusing("Your credit is too low."), {"enforced_schema": False}, "first request: Your credit is"),
         (refusing("max_tokens is too large: 256. This model allows 100."), {}, "max_tokens"),
-        (thinking(1000), {}, "thinks for more than 400 tokens"),
+        (thinking(1000), {}, "uses more than 400 reasoning tokens"),
     ],
 )
 def test_refused_first_request_ends_the_run_with_its_reason(
@@ -180,7 +180,7 @@ def test_refusal_field_is_stored_as_a_reply(tmp_path: Path) -> None:
         ("tiny@c0ffee", [], "tiny", "tiny@c0ffee"),
         ("models/gemma", [], "gemma", "models/gemma"),
         ("qwen@q8_0", ["qwen"], "qwen", "qwen"),  # the full name has priority
-        ("m@abc", ["m@def"], "m", "m may be several models"),
+        ("m@abc", ["m@def"], "m", "m matches several models"),
         ("a", ["b"], None, "serves 2 models"),
         ("llama", [], "model", "does not serve model"),
     ],
@@ -238,7 +238,7 @@ def test_login_in_an_address_is_sent_and_not_shown(monkeypatch: pytest.MonkeyPat
 def test_server_gets_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with running_chat(ChatServer()) as chat:
         chat.key = "sesame-7"
-        with pytest.raises(EngineError, match="requires an API key, and none is set") as caught:
+        with pytest.raises(EngineError, match="requires an API key, but none is set") as caught:
             model_of(config_of(chat.url, model=None))
         assert "SYNTH_API_KEY" in caught.value.hint
         monkeypatch.setenv("SYNTH_API_KEY", "sesame-7")
@@ -265,7 +265,7 @@ def test_key_and_headers_come_from_the_environment_and_go_only_to_their_server(
         assert {(sent.get("X-Title"), sent.get("api-key")) for sent in chat.headers[-5:]} == {
             ("synth", "mine")
         }
-        with pytest.raises(EngineError, match=r"is \$NO_SUCH, and this environment variable is not set"):
+        with pytest.raises(EngineError, match=r"uses \$NO_SUCH, but this environment variable is not set"):
             run(tmp_path / "c", chat, headers={"api-key": "$NO_SUCH"})
     openai, other = endpoints_of(config_of("https://api.openai.com/v1", "https://evil-openai.com/v1"))
     assert openai.headers["Authorization"] == "Bearer of-openai" and "Authorization" not in other.headers
@@ -290,7 +290,7 @@ def test_two_servers_have_their_own_keys_headers_rates_and_weights(
         assert {(sent.get("X-All"), sent.get("X-Title")) for sent in chat.headers} == {("yes", title)}
     assert 1 <= len(first.bodies) <= 8  # one a second
     assert len(first.bodies) + len(second.bodies) == 90
-    with pytest.raises(ConfigError, match="describes http://elsewhere/v1, and base_url names"):
+    with pytest.raises(ConfigError, match="lists http://elsewhere/v1, but base_url lists"):
         config_of(first.url, model=None, server={"endpoints": {"http://elsewhere/v1": {}}})
 
 

@@ -103,10 +103,10 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 @pytest.mark.parametrize(
     ("printed", "what", "hint"),
     [
-        ("ValueError: no such model", "exit code 3: ValueError: no such model", "see the log"),
+        ("ValueError: no such model", "starting: ValueError: no such model", "see the log"),
         ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "use less memory"),
         ("ModuleNotFoundError: No module named 'vllm'", "No module named 'vllm'", "SYNTH_VLLM_PYTHON"),
-        ("error: unrecognized arguments: --warp", "exit code 3", "a flag after -- is not one of vLLM's"),
+        ("error: unrecognized arguments: --warp", "with code 3", "a flag after -- is not a flag of vLLM"),
     ],
 )
 def test_server_that_exits_at_start_is_reported_with_its_last_error(
@@ -124,7 +124,7 @@ def test_failed_start_of_one_server_stops_the_others(tmp_path: Path) -> None:
     other.mkdir()
     waits = stub(tmp_path, "import time; time.sleep(60)", startup_timeout_s=1)
     for broken, problem in (
-        (stub(other, "raise SystemExit(3)"), "exit code 3"),
+        (stub(other, "raise SystemExit(3)"), "exited with code 3"),
         (replace(waits, python="/does/not/exist"), "cannot run /does/not/exist"),
         (waits, "did not start within 1 s"),
     ):

@@ -92,7 +92,7 @@ def test_model_without_usable_chat_template_is_refused(tmp_path: Path) -> None:
     folder = save("LLaVA", tmp_path)
     processor = transformers.AutoProcessor.from_pretrained(folder)
     for template, problem in (
-        ("{{ 'hello' }}", "leaves out the system text or the task"),
+        ("{{ 'hello' }}", "leaves out the system prompt or the task"),
         (None, "no chat template"),
     ):
         processor.chat_template = template

@@ -60,7 +60,7 @@ def test_file_that_synth_did_not_write_is_not_replaced(tmp_path: Path) -> None:
     page = write_report(version, tmp_path)
     assert write_report(version, tmp_path) == page
     page.write_text("<h1>my report</h1>")
-    with pytest.raises(ConfigError, match=r"report\.html is not a report of synth"):
+    with pytest.raises(ConfigError, match=r"report\.html is not a report written by synth"):
         write_report(version, tmp_path)
     assert page.read_text() == "<h1>my report</h1>"
 

@@ -64,4 +64,4 @@ def test_loss_curve_excludes_self_critical_training() -> None:
         {"step": 2, "validation_loss": 2.0, "validation_cider_d": 1.0, "validation_shuffled_cider_d": 0.1},
     ]
     loss, _, reward = _curves(lines)
-    assert dict(loss["lines"])["training"].count(",") == 1 and reward["title"] == "Reward of drawn captions"
+    assert dict(loss["lines"])["training"].count(",") == 1 and reward["title"] == "Reward of sampled captions"

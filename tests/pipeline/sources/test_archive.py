@@ -109,7 +109,7 @@ def test_json_values_become_context(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no column is named titel") as refused:
         rows(tmp_path / "p.zip", columns={"context": "titel"})
     assert "tags, title" in refused.value.hint
-    with pytest.raises(ConfigError, match="--columns names one for the image"):
+    with pytest.raises(ConfigError, match="--columns has the role image"):
         rows(tmp_path / "p.zip", columns={"image": "title"})
 
 
@@ -144,7 +144,8 @@ def test_messages_report_used_and_unused_texts(tmp_path: Path) -> None:
     (tmp_path / "p.zip").write_bytes(zip_of(files))
     assert open_source(resolve(source=f"archive:{tmp_path}")).messages == (
         "human captions in p.zip: 3 for 4 images",
-        "metadata files in p.zip are not read: b/metadata.csv (unpack the archive, and read it as a folder)",
+        "metadata files in p.zip were not read: b/metadata.csv "
+        "(unpack the archive, and pass the folder: --source folder:DIR)",
         "2 texts in p.zip belong to no image (a/9.txt, c.json)",
     )
     assert samples(tmp_path)["p.zip/b/IMG.001.jpg"].references == ()
@@ -356,18 +357,18 @@ PLACE = tar_of(FOUR).index(b"3.jpg")
 @pytest.mark.parametrize(
     ("name", "make", "problem"),
     [
-        ("p.zip", zip_bomb, "unpacks to over"),
-        ("p.tar.gz", tar_bomb, "unpacks to over"),
-        ("p.tgz", header_bomb, "a header has 300,000,000 bytes"),
+        ("p.zip", zip_bomb, "unpacks from .* to over"),
+        ("p.tar.gz", tar_bomb, "unpacks from .* to over"),
+        ("p.tgz", header_bomb, "a tar header has 300,000,000 bytes"),
         ("p.tar", lambda: sparse_tar("gnu"), "is a sparse file"),
         ("p.tar", lambda: sparse_tar("1.0"), "is a sparse file"),
         ("p.tar", lambda: tar_of(FOUR)[: PLACE + 20] + b"\xff" + tar_of(FOUR)[PLACE + 21 :], "is damaged"),
-        ("p.tar", lambda: tar_of(FOUR)[:PLACE], "is damaged: its end is missing"),
+        ("p.tar", lambda: tar_of(FOUR)[:PLACE], "is damaged: the file is cut off"),
         ("p.tar.gz", lambda: tar_of(FOUR, "w:gz")[:-2000], "is damaged"),
         ("p.zip", lambda: zip_of(FOUR)[:-2000], "is damaged"),
         ("p.zip", lambda: zip_of({"x.jpg": photo(0)}).replace(b"x.jpg", b"\0.jpg"), "is damaged"),
         *((name, lambda: Random(0).randbytes(3000), "is damaged") for name in ("p.tar", "p.zip")),
-        ("p.zip", lambda: zip_of({"notes.txt": b"x"}), "no image in"),
+        ("p.zip", lambda: zip_of({"notes.txt": b"x"}), "no images in"),
     ],
 )
 def test_damaged_archive_error_names_the_archive(
@@ -474,7 +475,7 @@ def test_number_of_members_is_limited(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(SourceError, match="more than 3 members"):
             rows(tmp_path / name)
     monkeypatch.setattr(archive, "MAX_DIRECTORY_BYTES", 100)
-    with pytest.raises(SourceError, match=r"the directory of p\.zip has more than 100 bytes"):
+    with pytest.raises(SourceError, match=r"the file list of p\.zip has more than 100 bytes"):
         rows(tmp_path / "p.zip")
 
 

@@ -143,7 +143,7 @@ def test_questions_have_one_or_many_answers(tmp_path: Path) -> None:
             b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}',
             "has no caption",
         ),
-        (b"caption\nA dog.\n", "a row names no image"),
+        (b"caption\nA dog.\n", "a row has no file name of an image"),
         (b"a.jpg#0\tA dog.\nA cat.\n", "not of the form NAME#0"),
         (b"\xff\xfe\x00", "codec can"),
         (b"[" * 100_000, "cannot read"),
@@ -225,7 +225,9 @@ def test_metadata_questions_are_read(tmp_path: Path) -> None:
 def test_caption_file_about_other_images_is_an_error(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     (tmp_path / "c.json").write_text(FORMS["coco.json"])
-    with pytest.raises(SourceError, match=r"names no image of .*it names 000009\.jpg, 000012\.jpg") as caught:
+    with pytest.raises(
+        SourceError, match=r"no file name in .* is an image in .*it has 000009\.jpg, 000012\.jpg"
+    ) as caught:
         open_folder(tmp_path, caption_files=[tmp_path / "c.json"])
     assert "a.png" in str(caught.value.hint)
 

@@ -48,12 +48,16 @@ def test_table_urls_are_fetched_in_parallel_and_in_order(
     [
         ({"img": b"", "sha": b""}, "img", ""),
         ({"image2": b"", "image": b""}, "image", ""),
-        ({"img": b"", "img_2": b""}, "", "several columns hold images: img, img_2 .* --columns image=COLUMN"),
-        ({"sha": b""}, "", "no column holds images .* --columns image=COLUMN"),
+        (
+            {"img": b"", "img_2": b""},
+            "",
+            "several columns contain images: img, img_2 .* --columns image=COLUMN",
+        ),
+        ({"sha": b""}, "", "no column contains images .* --columns image=COLUMN"),
         (
             {"file_name": "a.jpg"},
             "",
-            "no column holds images .* --columns image=file_name --allow-urls; .* list:FILE",
+            "no column contains images .* --columns image=file_name --allow-urls; .* list:FILE",
         ),
     ],
 )
@@ -90,7 +94,7 @@ def test_star_pairs_question_and_answer_columns(tmp_path: Path) -> None:
     table = {"q1": ["What runs?"], "q2": ["Is it brown?"], "a1": ["a dog"], "a2": [None]}
     asked = first_row(tmp_path, table, question="q*", answer="a*").reference_qa
     assert [(one.question, one.answers) for one in asked or ()] == [("What runs?", ("a dog",))]
-    with pytest.raises(SourceError, match="questions need answers"):
+    with pytest.raises(SourceError, match=r"columns found: question \d, answer \d"):
         first_row(tmp_path, {name: table[name] for name in ("q1", "q2", "a1")}, question="q*", answer="a*")
 
 

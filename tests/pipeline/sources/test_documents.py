@@ -158,7 +158,7 @@ def test_missing_document_is_an_error(files: Path, tmp_path: Path, monkeypatch: 
             opened(f"pdf:{tmp_path / name}")
     with pytest.raises(ConfigError, match="has no frames, but --every was given"):
         opened(f"pdf:{files}", frame_seconds=2)
-    with pytest.raises(ConfigError, match="holds decks of pages"):
+    with pytest.raises(ConfigError, match="consists of decks of pages"):
         opened(f"pdf:{files}", tasks=["caption"])
     for name, kind in (("a.pdf", "pdf"), ("a.mp4", "video")):
         (tmp_path / name).write_bytes(b"")

@@ -47,10 +47,10 @@ def test_images_are_sorted_and_broken_image_is_rejected(tmp_path: Path) -> None:
 
 
 def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no image in"):
+    with pytest.raises(SourceError, match="no images in"):
         open_folder(tmp_path)
     Image.new("RGB", (8, 6), "red").save(tmp_path / ".a.png")
-    with pytest.raises(SourceError, match=r"no image in .*; hidden files, which are not read: 1 \(.a.png\)"):
+    with pytest.raises(SourceError, match=r"no images in .*; hidden files, which are not read: 1 \(.a.png\)"):
         open_folder(tmp_path)
     with pytest.raises(SourceError, match="not a folder"):
         open_folder(tmp_path / "none")
@@ -202,7 +202,7 @@ def test_metadata_table_without_file_names_is_ignored(tmp_path: Path, name: str,
     (tmp_path / name).write_bytes(data)
     source = open_folder(tmp_path)
     assert [row.references for row in samples_of(source)] == [()]
-    assert f"{tmp_path / name} is not used: no row has a file_name" in source.messages
+    assert f"{tmp_path / name} was not used: no row has a file_name" in source.messages
 
 
 def test_endless_caption_file_is_not_read(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_folder_names_set_splits(tmp_path: Path, names: list[str], splits: list[
     assert [split_of[name] for name in names] == splits
     assert any(text.startswith("splits of the source: ") for text in source.messages) == any(splits)
     others = [name for name, split in split_of.items() if not split and not name.startswith("train")]
-    message = f"{len(others)} images are in no folder named after a split, and are split by a hash"
+    message = f"{len(others)} images are in no folder named after a split: a hash assigns their split"
     expected = f"{message} ({', '.join(others)})"
     assert (expected in source.messages) == bool(any(splits) and others)
 

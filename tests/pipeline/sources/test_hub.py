@@ -217,7 +217,7 @@ def test_images_have_the_license_of_the_card(hub: RunningHub) -> None:
 def test_numbered_page_columns_become_decks(hub: RunningHub) -> None:
     datasets.seed_slidevqa(hub.hub.storage, repo="me/slides")
     hub.hub.granted.add("me/slides")
-    with pytest.raises(ConfigError, match="holds decks of pages") as caught:
+    with pytest.raises(ConfigError, match="consists of decks of pages") as caught:
         opened("hub:me/slides")
     assert "--tasks deck_qa" in caught.value.hint
     samples, _ = read("hub:me/slides", columns={"pages": "page_*"}, source_split="validation")
@@ -245,8 +245,8 @@ SEVERAL = (
     [
         (EN_AND_FR, "", ":fr", {1: "train", 2: "test"}),
         (EN_AND_FR, "", ":de", "has no config de .*it has en, fr"),
-        (EN_AND_FR, "", "", "holds several tables: en, fr .*--source hub:me/mixed:en"),
-        (EN_AND_FR, SEVERAL, "", "holds several tables: english, french .*--source hub:me/mixed:english"),
+        (EN_AND_FR, "", "", "has several configs: en, fr .*--source hub:me/mixed:en"),
+        (EN_AND_FR, SEVERAL, "", "has several configs: english, french .*--source hub:me/mixed:english"),
         (EN_AND_FR, SEVERAL, ":french", {1: "train"}),
         (EN_AND_FR, SEVERAL.replace("fr/train/*", "fr/train/*, default: true"), "", {1: "train"}),
         (EN_AND_FR, SEVERAL.replace("english", "default"), "", {0: "train"}),
@@ -292,7 +292,7 @@ def test_partial_conversion_is_refused_without_allow_partial(hub: RunningHub, tm
     }
     hub.hub.storage.seed("dataset", "me/large", files, branch="refs/convert/parquet")
     columns = {"image": "photo", "references": "alt_text"}
-    with pytest.raises(SourceError, match="converted only a first part of me/large") as caught:
+    with pytest.raises(SourceError, match="converted only the first part of me/large") as caught:
         opened("hub:me/large", columns=columns)
     assert "--allow-partial" in caught.value.hint
     source = opened("hub:me/large", columns=columns, allow_partial=True)
@@ -377,8 +377,8 @@ def test_unsupported_options_are_refused() -> None:
         ({"source_split": "train", "source": "scenes-deck"}, "has no splits"),
         ({"source": "hub:"}, "--source hub needs an argument: hub:ORG/NAME"),
         ({"source": "folder"}, "--source folder needs an argument: folder:PATH"),
-        ({"source": "scenes", "tasks": ["deck_qa"]}, "holds single images"),
-        ({"source": "scenes-deck", "tasks": ["caption"]}, "holds decks of pages"),
+        ({"source": "scenes", "tasks": ["deck_qa"]}, "consists of single images"),
+        ({"source": "scenes-deck", "tasks": ["caption"]}, "consists of decks of pages"),
     ):
         with pytest.raises(ConfigError, match=what):
             open_source(resolve(**settings))

@@ -70,7 +70,7 @@ def test_list_columns_become_captions_splits_and_context(home: Path, name: str, 
     assert (second.references, second.split, dict(second.context)) == ((), "validation", {"title": "Cup"})
     assert source.messages == ("human captions: 1 of 2 lines",)
     assert outcomes(opened(home / name, text, source_split="validation")) == {"1.jpg": "read"}
-    with pytest.raises(SourceError, match="no line of the split test"):
+    with pytest.raises(SourceError, match="no line with the split test"):
         opened(home / name, text, source_split="test")
     with pytest.raises(SourceError, match="no column is named name") as refused:
         opened(home / name, text, columns={"context": "name"})
@@ -108,9 +108,9 @@ def test_pipes_and_folders_are_rejected_without_waiting(home: Path, place: str) 
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("list.csv", "id,caption\n1,A bowl.\n", "no column of .* names an image: it has id, caption"),
-        ("list.txt", "# nothing\n", "names no image"),
-        ("list.csv", "", "names no image"),
+        ("list.csv", "id,caption\n1,A bowl.\n", "has no column of images: it has id, caption"),
+        ("list.txt", "# nothing\n", "lists no images"),
+        ("list.csv", "", "lists no images"),
         ("list.jsonl", "[1]\n", "a row is not a JSON object"),
         ("list.jsonl", "{\n", "cannot read"),
     ],
@@ -125,7 +125,7 @@ def test_missing_or_binary_list_is_an_error(home: Path) -> None:
         open_source(resolve(source=f"list:{home / 'nothing.txt'}"))
     with pytest.raises(SourceError, match="cannot read"):
         open_source(resolve(source=f"list:{home / '0.jpg'}"))
-    with pytest.raises(ConfigError, match="--columns names one for the image"):
+    with pytest.raises(ConfigError, match="--columns has the role image"):
         opened(home / "list.csv", "photo\n0.jpg\n", columns={"image": "photo"})
 
 
@@ -237,6 +237,6 @@ def test_name_matches_in_both_unicode_forms(
 
 
 def test_context_value_error_names_the_row(home: Path) -> None:
-    with pytest.raises(SourceError, match=r"list\.jsonl, row 2: the column title holds objects"):
+    with pytest.raises(SourceError, match=r"list\.jsonl, row 2: the column title contains objects"):
         text = '{"file_name": "0.jpg"}\n{"file_name": "0.jpg", "title": [["A dog"]]}\n'
         opened(home / "list.jsonl", text, columns={"context": "title"})

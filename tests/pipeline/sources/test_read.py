@@ -156,7 +156,7 @@ def test_unchanged_source_is_not_read_again(photos: Path, tmp_path: Path) -> Non
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*.*")}
     again = Reading(tmp_path / "d", settings(photos, generate={"caption_styles": ["alt"]}, title="Bowls"))
     assert again.starts == [] and not again.has_more
-    assert again.notes.texts[0] == "read: 33 images were read by an earlier run, and are not read again"
+    assert again.notes.texts[0] == "read: 33 images were read by an earlier run and are not read again"
     assert contents(tmp_path / "d") == before
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*.*")} == written
 
@@ -306,7 +306,7 @@ def test_unreadable_excluded_images_are_retried(
     config = settings(photos, exclude=[f"folder:{tmp_path / 'others'}"])
     for _ in range(2):
         reading = Reading(tmp_path / "d", config)
-        assert any("1 rows cannot be read, and are not excluded" in text for text in reading.notes.texts)
+        assert any("1 rows could not be read, and were not excluded" in text for text in reading.notes.texts)
 
 
 def test_excluded_images_are_read_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ def test_run_without_missing_replies_needs_no_server(photos: Path, tmp_path: Pat
     config = asking(photos, server, title="New")
     again = generate_dataset(config, tmp_path / "d", notes)
     assert again.version.manifest["digest"] == first.version.manifest["digest"]
-    assert any("the run continues as long as it needs no reply" in text for text in notes.texts)
+    assert any("continuing with the stored replies" in text for text in notes.texts)
     (photos / "new.jpg").write_bytes(photo(77))
     with pytest.raises(EngineError):
         generate_dataset(config, tmp_path / "d")

@@ -51,7 +51,7 @@ def test_shares_match_settings() -> None:
 
 
 def test_shares_without_training_images_are_refused() -> None:
-    with pytest.raises(ConfigError, match="add up to 1 or more"):
+    with pytest.raises(ConfigError, match="must add up to less than 1"):
         resolve(source="scenes", split={"validation_frac": 0.6, "test_frac": 0.4})
 
 

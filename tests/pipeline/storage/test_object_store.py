@@ -52,7 +52,7 @@ def test_name_is_local_path_and_url_is_remote_path() -> None:
         ("https://a.b/c", "cannot be at https://"),
         ("s3://bucket/x[1]", "is not a folder of an object store"),
         ("s3://bucket/../x", "is not a folder of an object store"),
-        ("s3:/bucket/x", "not a path on this machine"),
+        ("s3:/bucket/x", "a URL, not a local path"),
         ("gs://bucket/x", "gs:// needs a package that is not installed"),
     ],
 )
@@ -102,7 +102,7 @@ def test_second_lease_of_live_holder_is_an_error(home: Path) -> None:
     busy = pytest.raises(StoreError, match="another command is writing")
     with lease(home / ".lock", 1.0), busy, lease(home / ".lock", 1.0, messages.append):
         pass
-    assert "waiting 1 s for a sign of life" in messages[0]
+    assert "waiting 1 s to find out" in messages[0]
     start = time.monotonic()
     with DatasetDir(home).lock():
         assert time.monotonic() - start < 1  # the lease was released

@@ -110,7 +110,7 @@ def test_folder_replaced_by_link_while_opening_is_an_error(
         return real_open(path, flags)
 
     monkeypatch.setattr(os, "open", swap_then_open)
-    with pytest.raises(UnsafeFileError, match="leads to a file outside") as caught:
+    with pytest.raises(UnsafeFileError, match="is a link to a file outside") as caught:
         open_regular(tmp_path / "root" / "inner" / "file", tmp_path / "root")
     assert caught.value.reason == OUTSIDE
 

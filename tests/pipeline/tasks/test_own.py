@@ -157,7 +157,7 @@ def test_custom_task_is_found_by_name() -> None:
         ({"kind": "record"}, "a record needs an output"),
         ({"kind": "text", "labels": ["a"]}, "labels is only for the kinds labels and boxes"),
         ({"kind": "labels", "labels": ["a"], "output": PAIR}, "write an enum"),
-        ({"kind": "caption", "output": PAIR}, "output has several fields: name that of the caption"),
+        ({"kind": "caption", "output": PAIR}, "output has several fields: set the field of the caption"),
         ({"kind": "caption", "output": PAIR, "field": "text"}, "has no field text; it has question, answer"),
         ({"kind": "question", "output": PAIR, "rows": "qa"}, "has no list named qa"),
         ({"kind": "boxes", "output": PAIR}, "boxes need rows with one list of four integers"),
@@ -169,7 +169,7 @@ def test_custom_task_is_found_by_name() -> None:
         ({"kind": "labels", "field": "n", "output": fields(n=INTEGER)}, "labels must be a string"),
         ({"kind": "boxes", "show_image": False}, "boxes need an image"),
         ({"kind": "labels", "min_words": 3}, "min_words and max_words are only for captions"),
-        ({"kind": "text", "name": "image"}, "has a column image already"),
+        ({"kind": "text", "name": "image"}, "already have a column image"),
         ({"kind": "text", "output": fields(text=TEXT | {"pattern": "(["})}, "regex parse error"),
     ],
 )

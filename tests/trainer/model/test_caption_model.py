@@ -167,7 +167,7 @@ def test_generation_halves_its_batch_when_memory_is_full(
     # The smaller batch size is kept.
     assert captioner.generate(states[:2], prompts[:2], GREEDY) == whole[:2] and tried == [1, 1]
     fitting = 0
-    with pytest.raises(TrainError, match="the text about one image does not fit the memory of the GPU"):
+    with pytest.raises(TrainError, match="generating a text for one image does not fit in GPU memory"):
         captioner.generate(states, prompts, GREEDY)
 
 

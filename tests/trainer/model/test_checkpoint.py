@@ -52,7 +52,7 @@ def test_checkpoint_description_states_scores_and_damage(version: Version, clip:
     weights = load_file(out / "model.safetensors")
     name = next(name for name in weights if name.startswith("connector"))
     save_file(weights | {name: torch.full_like(weights[name], float("nan"))}, out / "model.safetensors")
-    with pytest.raises(TrainError, match="weights that are not numbers"):
+    with pytest.raises(TrainError, match="weights that are NaN or infinite"):
         describe_checkpoint(out)
     (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-10])
     with pytest.raises(TrainError, match="no captioner in"):
@@ -62,4 +62,4 @@ def test_checkpoint_description_states_scores_and_damage(version: Version, clip:
 def test_unfinished_training_run_has_a_description(tmp_path: Path) -> None:
     assert describe_checkpoint(tmp_path) == "a training without files"
     save_resume(tmp_path, {"run": "r", "step": 1200})
-    assert describe_checkpoint(tmp_path) == "an unfinished training at step 1,200, without a captioner"
+    assert describe_checkpoint(tmp_path) == "an unfinished training run at step 1,200, without a captioner"

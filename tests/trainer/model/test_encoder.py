@@ -91,7 +91,7 @@ def test_encoder_that_masks_patches_is_an_error(tmp_path: Path) -> None:
     config = ViTMAEConfig(**TOWER, image_size=112, patch_size=14, mask_ratio=0.5)
     ViTMAEModel(config).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 112, "width": 112}).save_pretrained(tmp_path)
-    with pytest.raises(TrainError, match="gives different states for the same image"):
+    with pytest.raises(TrainError, match="returns different states for the same image"):
         load_encoder(str(tmp_path))
 
 

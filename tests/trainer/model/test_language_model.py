@@ -100,7 +100,7 @@ def test_unknown_change_of_logits_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         return output
 
     monkeypatch.setattr(decoder.model, "forward", squared)
-    with pytest.raises(TrainError, match="so it would learn a wrong loss"):
+    with pytest.raises(TrainError, match="so the training loss would be wrong"):
         _ = decoder.probed
 
 
@@ -152,6 +152,6 @@ def test_model_without_beam_search_is_an_error(family: str, *, can_search: bool)
     if can_search:
         decoder.require_beams(3)
     else:
-        with pytest.raises(TrainError, match="this decoder cannot search with 3 beams") as raised:
+        with pytest.raises(TrainError, match="this decoder does not support 3 beams") as raised:
             decoder.require_beams(3)
         assert "num_beams: 1" in raised.value.hint

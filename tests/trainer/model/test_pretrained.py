@@ -68,14 +68,16 @@ def test_missing_weights_are_an_error_only_if_a_state_depends_on_them(tmp_path: 
 def test_language_model_without_head_is_an_error(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path, "llama")
     change(folder, "config.json", tie_word_embeddings=False)
-    with pytest.raises(TrainError, match=r"lack weights of a language model, such as lm_head\.weight"):
+    with pytest.raises(
+        TrainError, match=r"lack weights that the language model needs, such as lm_head\.weight"
+    ):
         load_decoder(folder)
 
 
 def test_clip_with_missing_weights_is_an_error(tmp_path: Path) -> None:
     folder = save_clip(tmp_path)
     without(folder, "text_projection")
-    with pytest.raises(EngineError, match=r"lack weights of a CLIP, such as text_projection\.weight"):
+    with pytest.raises(EngineError, match=r"lack weights that CLIP needs, such as text_projection\.weight"):
         ClipScorer(folder)
 
 
@@ -93,7 +95,7 @@ def test_code_in_a_model_is_never_run(
         "class Odd(PreTrainedConfig):\n    model_type = 'odd'\n"
     )
     change(folder, "config.json", model_type="odd", auto_map={"AutoConfig": "code.Odd"})
-    with pytest.raises(TrainError, match="it needs code from its repository, which is never run"):
+    with pytest.raises(TrainError, match="it needs code from its repository, which synth never runs"):
         load(folder)
     assert not (tmp_path / "run").exists()
 

@@ -291,5 +291,5 @@ def test_saved_captioner_stops_at_the_last_position_of_its_language_model(
     expected = generate(load_checkpoint(tmp_path / "c", torch.device("cpu")), photos[:4], question)
     rows = model.generate(**inputs)[:, prompt_tokens:].tolist()
     assert [row[: row.index(257)] if 257 in row else row for row in rows] == expected
-    with pytest.raises(ValueError, match="leaves no room for a text: ask a shorter question"):
+    with pytest.raises(ValueError, match="leaves no room for the output: ask a shorter question"):
         model.generate(**processor(images=photos[0], text="What is " * 9 + "?"))

@@ -26,7 +26,7 @@ def test_weights_without_gradient_have_none_after_all_reduce(tmp_path: Path) -> 
 
 
 def test_failed_communication_is_an_error_with_a_hint() -> None:
-    with pytest.raises(TrainError, match="lost contact to the others"), translate_peer_errors():
+    with pytest.raises(TrainError, match="lost contact with the other processes"), translate_peer_errors():
         raise RuntimeError("Connection closed")
     with pytest.raises(RuntimeError, match="CUDA error"), translate_peer_errors():
         raise RuntimeError("CUDA error: of this one's GPU")

@@ -113,7 +113,7 @@ def test_step_that_does_not_fit_is_computed_in_parts(
     fit_and_forecast(trainer, shown)
     assert tried == [[8], [4, 4], *[[2, 2, 2, 2]] * 3]
     assert trainer.loader.micro_batches == 4
-    assert shown.messages[1] == "a step does not fit the memory of the GPU: it is computed in 4 parts"
+    assert shown.messages[1] == "a step does not fit in GPU memory: it is computed in 4 parts"
 
 
 def test_rewards_are_tried_on_a_gpu(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

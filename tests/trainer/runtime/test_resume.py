@@ -109,7 +109,7 @@ def test_resuming_with_other_pretrained_weights_is_an_error(
     train_until_saved(version, config, tmp_path / "cut", monkeypatch)
     path = folder / "model.safetensors"
     save_file({name: weights * 1.01 for name, weights in load_file(path).items()}, path, {"format": "pt"})
-    with pytest.raises(TrainError, match="cut began with other pretrained weights"):
+    with pytest.raises(TrainError, match="cut started with different pretrained weights"):
         train_captioner(version, config, tmp_path / "cut", resume=True)
 
 

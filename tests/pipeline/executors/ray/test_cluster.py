@@ -42,7 +42,7 @@ def test_default_is_one_worker_per_gpu_or_per_cpu_but_one(
     ("cpus", "gpus", "wanted", "what"),
     [
         (2, 0, 11, "11 workers do not fit on 2 CPUs"),
-        (32, 4, 5, "5 workers with a server each do not fit on 4 GPUs"),
+        (32, 4, 5, "5 workers, each with its own server, do not fit on 4 GPUs"),
     ],
 )
 def test_too_many_workers_are_refused(

@@ -56,7 +56,9 @@ def test_different_file_of_the_settings_on_a_node_is_an_error(tmp_path: Path) ->
     other_digest = digest(named_files(plan))
     assert other_digest != run.files
     entries.write_text("dog\n")
-    with pytest.raises(ClusterError, match="a worker sees other files than the command"):
+    with pytest.raises(
+        ClusterError, match="a worker has different files than the node that runs the command"
+    ):
         replace(run, files=other_digest).enter()
 
 
