@@ -17,7 +17,7 @@ from pipeline.rules import MIN_WORDS_FOR_REPETITION, RECORD_RULES, RULES, Grams,
 from pipeline.tables import FILTERED, append_columns, require_columns, with_reason
 from pipeline.tasks import BUILT_IN, TASKS, Tasks
 from pipeline.tasks.base import texts_in
-from pipeline.tasks.own import JOINING, NOTHING, OwnTask
+from pipeline.tasks.custom import JOINING, NOTHING, CustomTask
 from pipeline.tasks.prompts import NOTES, prompt_texts
 from pipeline.text import artifacts, language
 from pipeline.text.language import count_words
@@ -44,7 +44,7 @@ def filter_annotations(
     """
     require_columns(table, "text", "question", "answer")
     default = _judge(config, prompt_grams)
-    judges = {own.name: _judge(_config_of(own, config), _grams_of(own, prompt_grams)) for own in tasks.own}
+    judges = {own.name: _judge(_config_of(own, config), _grams_of(own, prompt_grams)) for own in tasks.custom}
     nulls = [None] * table.num_rows
     columns = [table[name].to_pylist() for name in ("text", "question", "answer")]
     names, records = (table[name].to_pylist() if judges else nulls for name in ("task", "record"))
@@ -54,14 +54,14 @@ def filter_annotations(
 
 
 @lru_cache(64)
-def _grams_of(task: OwnTask, prompt_grams: Grams) -> Grams:
+def _grams_of(task: CustomTask, prompt_grams: Grams) -> Grams:
     """Return `prompt_grams` and the n-grams of a custom task's prompt, except those of its allowed values."""
     own_grams = artifacts.prompt_grams([task.settings.prompt]) - artifacts.prompt_grams(task.allowed_texts())
     return prompt_grams | own_grams
 
 
 @lru_cache(64)
-def _config_of(own: OwnTask, config: FilterConfig) -> FilterConfig:
+def _config_of(own: CustomTask, config: FilterConfig) -> FilterConfig:
     """Return the filter settings for a custom task. Only captions and questions have default limits."""
     task = own.settings
     kind = "question" if task.kind == "question" else "caption"

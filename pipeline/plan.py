@@ -64,7 +64,7 @@ class Plan:
     ) -> "Plan":
         """Resolve all names in the settings without access to the source or a server."""
         config = with_source_defaults(config)
-        tasks = Tasks(config.tasks, config.own_tasks)
+        tasks = Tasks(config.tasks, config.custom_tasks)
         return cls(
             config=config,
             dataset=dataset,

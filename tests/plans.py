@@ -14,7 +14,7 @@ from pipeline.types import Engine, SampleBatch, SampleInfo
 
 def request_plan(config: Config, revision: str = "r") -> RequestPlan:
     """Return the requests of a run with these settings."""
-    return RequestPlan.of(config, Tasks(config.tasks, config.own_tasks), revision)
+    return RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), revision)
 
 
 def ask(

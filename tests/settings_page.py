@@ -183,7 +183,7 @@ def render_file() -> str:
         "# Settings of `synth generate --config synth.yaml`. Options of the command override them.",
         "# Each commented line shows the default for photographs. docs/settings.md explains all settings.",
         f"# {PROMPT_DIR} contains the built-in prompts. To change them, set generate.prompt_dir to it.",
-        f"# {TASK_DIR} contains examples of custom tasks. To use them, list their files in own_tasks.",
+        f"# {TASK_DIR} contains examples of custom tasks. To use them, list their files in custom_tasks.",
         "",
         "source: folder:photos",
         *settings_lines(Config, PHOTOS, ""),

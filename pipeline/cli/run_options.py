@@ -125,7 +125,7 @@ OPTIONS = (
     RunOption(NO_MODEL, bool, TEXTS, "Make the dataset from human captions and questions only.", "tasks",
         value="none", is_common=True),
     RunOption("--task", list[Path], TEXTS,
-        "YAML file of a custom task; repeatable. It replaces the default of --tasks.", "own_tasks",
+        "YAML file of a custom task; repeatable. It replaces the default of --tasks.", "custom_tasks",
         is_common=True),
     RunOption("--keep-human", bool, TEXTS, "Keep human captions and questions in the dataset.", "human_texts",
         value="keep"),

@@ -100,7 +100,7 @@ class Config(Section):
     """Tasks to ask the model. Null uses `caption` and `qa`, `deck_qa` for decks, and no built-in task if
     there are custom tasks. `none` asks no model.
     """
-    own_tasks: tuple[TaskConfig, ...] = ()
+    custom_tasks: tuple[TaskConfig, ...] = ()
     """Custom tasks: paths of their files, or their keys."""
     engine: Literal["auto", "embedded", "vllm"] = "auto"
     """`vllm` uses a server, `embedded` runs a model in this process, `auto` uses vLLM if it finds a GPU and
@@ -127,9 +127,9 @@ class Config(Section):
             return values
         if values.get("tasks") in (NO_TASKS, [NO_TASKS], (NO_TASKS,)):
             values = {"human_texts": "keep"} | values | {"tasks": []}
-        tasks, own_tasks = values.get("tasks") or (), values.get("own_tasks")
-        if isinstance(own_tasks, list | tuple) and isinstance(tasks, list | tuple):
-            names = dict.fromkeys(name for name in task_names(own_tasks) if isinstance(name, str))
+        tasks, custom_tasks = values.get("tasks") or (), values.get("custom_tasks")
+        if isinstance(custom_tasks, list | tuple) and isinstance(tasks, list | tuple):
+            names = dict.fromkeys(name for name in task_names(custom_tasks) if isinstance(name, str))
             if names:
                 return values | {"tasks": [*tasks, *(name for name in names if name not in tasks)]}
         return values
@@ -142,7 +142,7 @@ class Config(Section):
 
     def _contradictions(self) -> Iterator[str]:
         styles = (*self.generate.caption_styles, *(name for name, _ in self.generate.style_prompts))
-        if HUMAN_STYLE in (*styles, *(task.name for task in self.own_tasks)):
+        if HUMAN_STYLE in (*styles, *(task.name for task in self.custom_tasks)):
             yield f"{HUMAN_STYLE} is the style of human captions: choose another name"
         if NO_TASKS in self.tasks:
             yield f"tasks: {NO_TASKS} excludes other tasks"
@@ -152,7 +152,7 @@ class Config(Section):
             yield "no texts would be made: set tasks, or keep human texts (human_texts: keep)"
         if self.limit is not None and self.images is not None and self.limit < self.images:
             yield f"images: {self.images} is more than limit: {self.limit}"
-        if name := _first_repeated(task.name for task in self.own_tasks):
+        if name := _first_repeated(task.name for task in self.custom_tasks):
             yield f"two custom tasks have the name {name}"
         if "_type" in self.context:
             yield "a context column cannot be named _type: `datasets` reserves this name"

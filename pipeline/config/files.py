@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # The keys that a manifest decides.
 MANIFEST_KEYS = frozenset(
     ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds",
-     "seed", "exclude", "human_texts", "tasks", "own_tasks", "engine", "model", "generate", "filter",
+     "seed", "exclude", "human_texts", "tasks", "custom_tasks", "engine", "model", "generate", "filter",
      "verify", "select", "dedupe", "balance", "split")
 )  # fmt: skip
 # The keys that only the user decides.
@@ -71,16 +71,18 @@ def resolve(config_file: Path | None = None, **options: Any) -> Config:
     if config_file and is_manifest:
         refuse_foreign_files(config_file, values, options)
         values = public_settings(values)
-    elif isinstance(values.get("own_tasks"), list):  # the tasks of a manifest are complete, and name no files
-        values["own_tasks"] = [_complete_task(task) for task in values["own_tasks"]]
+    elif isinstance(
+        values.get("custom_tasks"), list
+    ):  # the tasks of a manifest are complete, and name no files
+        values["custom_tasks"] = [_complete_task(task) for task in values["custom_tasks"]]
     if options.get("base_url") is not None and isinstance(values.get("server"), dict):
         sections = (options.get("verify"), values.get("verify"))
         judges = [section.get("judge") for section in sections if isinstance(section, dict)]
         values["server"] = _keep_used_endpoints(
             values["server"], options["base_url"], str(next(filter(None, judges), ""))
         )
-    if (own_tasks := options.pop("own_tasks", None)) is not None:
-        values["own_tasks"] = _merge_tasks(own_tasks, values.get("own_tasks"))
+    if (custom_tasks := options.pop("custom_tasks", None)) is not None:
+        values["custom_tasks"] = _merge_tasks(custom_tasks, values.get("custom_tasks"))
     for name, value in options.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             values[name] |= value
@@ -218,8 +220,8 @@ def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[
         if settings.get(key):
             problem = f"the manifest {file} sets {key}: that server would get your images and your API key"
             raise ConfigError(problem, hint=hint)
-    own_tasks = settings.get("own_tasks")
-    for task in own_tasks if isinstance(own_tasks, list) else ():
+    custom_tasks = settings.get("custom_tasks")
+    for task in custom_tasks if isinstance(custom_tasks, list) else ():
         if not isinstance(task, dict) or isinstance(task.get("output"), str):
             raise ConfigError(
                 f"the manifest {file} names Python code as the output of a task, which is not run", hint=hint
@@ -283,7 +285,7 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
             problem = f"{key} is missing"
         else:
             problem = f"bad value for {key}: {_describe_flaw(flaw)}"
-        page = "docs/own-tasks.md" if section is TaskConfig else "docs/settings.md"
+        page = "docs/custom-tasks.md" if section is TaskConfig else "docs/settings.md"
         listing = "`synth generate --print-config` shows all settings; " if section is Config else ""
         raise ConfigError(where + problem, hint=f"{listing}{page} explains {key or 'each setting'}") from None
 

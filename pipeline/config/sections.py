@@ -159,7 +159,7 @@ Label = Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)]
 
 
 class TaskConfig(Section):
-    """A custom task: its prompt, its replies, and the column that they fill. See docs/own-tasks.md."""
+    """A custom task: its prompt, its replies, and the column that they fill. See docs/custom-tasks.md."""
 
     name: Task
     kind: Kind

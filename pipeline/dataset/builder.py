@@ -27,7 +27,7 @@ from pipeline.tables import (
     final_column,
     row_schema,
 )
-from pipeline.tasks.own import NOTHING
+from pipeline.tasks.custom import NOTHING
 from pipeline.text.pii import MAY_HOLD, redact
 
 NO_ANNOTATION = "no_annotation_left"

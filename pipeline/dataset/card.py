@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from pipeline.config import NO_MODEL
 from pipeline.errors import StoreError
 from pipeline.tasks import TASKS
-from pipeline.tasks.own import CARD_CATEGORIES
+from pipeline.tasks.custom import CARD_CATEGORIES
 from pipeline.text.escape import Markdown, markdown, markdown_block, markdown_code, on_one_line
 from pipeline.text.reasons import SCORES_IN_WORDS, in_short
 from pipeline.types import KNOWN_LICENSES, UNKNOWN
@@ -248,7 +248,7 @@ def _categories(manifest: dict[str, Any]) -> list[str]:
     if measured.get("human_questions"):
         tasks.append("deck_qa" if "pages" in manifest["columns"] else "qa")
     built_in = [TASKS[name].card_category for name in tasks if name in TASKS]
-    own = [CARD_CATEGORIES.get(str(task.get("kind"))) for task in settings.get("own_tasks", [])]
+    own = [CARD_CATEGORIES.get(str(task.get("kind"))) for task in settings.get("custom_tasks", [])]
     return list(dict.fromkeys(category for category in [*built_in, *own] if category))
 
 

@@ -13,7 +13,7 @@ from pipeline.tables import REJECTED, RUBRIC, Extras
 from pipeline.tasks import Tasks, wire_schema
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, CLAIMS, COVERS, RATE, REPAIR
-from pipeline.tasks.own import own_columns, publishable_task
+from pipeline.tasks.custom import own_columns, publishable_task
 from pipeline.tasks.prompts import prompt_texts
 
 
@@ -53,7 +53,7 @@ def row_extras(config: Config, tasks: Tasks) -> Extras:
         REJECTED.name: config.select.pairs,
     }
     added = tuple(name for name, measured in is_measured.items() if measured)
-    return Extras(added, config.published_context, tuple(own_columns(tasks.own)))
+    return Extras(added, config.published_context, tuple(own_columns(tasks.custom)))
 
 
 def describe_provenance(
@@ -111,10 +111,10 @@ def describe_decontamination(
 
 def publishable_settings(config: Config, tasks: Tasks, source: str, model: str) -> dict[str, Any]:
     """Return the settings without server addresses, and with names or digests instead of local paths."""
-    settings = config.model_dump(mode="json", exclude={"base_url", "server", "own_tasks"})
+    settings = config.model_dump(mode="json", exclude={"base_url", "server", "custom_tasks"})
     settings |= {"source": source, "model": None if model == NO_MODEL else model}
-    if tasks.own:
-        settings["own_tasks"] = [publishable_task(task) for task in tasks.own]
+    if tasks.custom:
+        settings["custom_tasks"] = [publishable_task(task) for task in tasks.custom]
     settings["exclude"] = [name for name in config.exclude if name.partition(":")[0] not in LOCAL_SOURCES]
     if config.split_list:
         settings["split_list"] = file_digest(config.split_list)

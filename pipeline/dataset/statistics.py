@@ -124,7 +124,7 @@ class DatasetStatistics:
             "rows_without_text": self.rows_without_text,
             "human_captions": self.human_captions,
             "human_questions": self.human_questions,
-            "own_tasks": {
+            "custom_tasks": {
                 task: {"images": images, "labels": dict(self.labels[task].most_common(MAX_LABELS))}
                 for task, images in sorted(self.images_by_task.items())
             },

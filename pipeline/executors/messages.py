@@ -94,7 +94,7 @@ def describe_requests(plan: Plan) -> str:
 def describe_boxes(config: Config, model: str) -> Iterator[str]:
     """Yield a note for each task that expects boxes in other units than the model writes."""
     family = find_family(model)
-    for task in config.own_tasks if family else ():
+    for task in config.custom_tasks if family else ():
         if family and task.kind == "boxes" and task.coordinates != family.boxes:
             units = f"{family.name} writes boxes in {family.boxes}, but {task.name} reads {task.coordinates}"
             yield f"{units}: set coordinates in the task"

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, did_you_mean
 from pipeline.tasks import TASKS, Tasks, tasks_making, wire_schema
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR
-from pipeline.tasks.own import OwnTask
+from pipeline.tasks.custom import CustomTask
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, prompt_texts, render
 from pipeline.text.language_codes import language_name
 from pipeline.types import Context, Reply, Request, SampleBatch, Sampling, SourceTexts
@@ -56,7 +56,7 @@ class RequestPlan:
     @cached_property
     def needed(self) -> frozenset[str]:
         """The names of the results that custom tasks need."""
-        return frozenset(need for task in self.tasks.own for need in task.needs)
+        return frozenset(need for task in self.tasks.custom for need in task.needs)
 
     @cached_property
     def rounds(self) -> tuple[tuple[Pair, ...], ...]:
@@ -117,7 +117,7 @@ class RequestPlan:
     def _styles_of(self, task: Task) -> tuple[str, ...]:
         if task.has_styles:
             return self.generate.caption_styles
-        is_caption = isinstance(task, OwnTask) and task.settings.kind == "caption"
+        is_caption = isinstance(task, CustomTask) and task.settings.kind == "caption"
         return (task.name.replace("_", "-"),) if is_caption else ("",)
 
 
@@ -210,7 +210,7 @@ def result_name(name: str, style: str) -> str:
 def check_needs(plan: RequestPlan) -> None:
     """Raise ConfigError if a custom task uses a taken name, has no input, or needs an unknown result."""
     available = {result_name(*pair) for pair in plan.pairs}
-    for task in plan.tasks.own:
+    for task in plan.tasks.custom:
         if task.name in TASKS or {task.name, task.name.replace("_", "-")} & {*plan.generate.caption_styles}:
             problem = f"{task.name} is the name of a built-in task or of a caption style"
             raise ConfigError(problem, hint="rename your task")
@@ -234,7 +234,7 @@ def check_needs(plan: RequestPlan) -> None:
 
 def _empty_results(plan: RequestPlan, task: Task, *, nulls: bool) -> Results:
     """Return empty results for testing a template. With `nulls`, optional values are null."""
-    own = {task.name: task.empty_result(nulls=nulls) for task in plan.tasks.own}
+    own = {task.name: task.empty_result(nulls=nulls) for task in plan.tasks.custom}
     lists = {name for name in TASKS if TASKS[name].rows_field}
     return [(need, json.dumps(own.get(need, [] if need in lists else ""))) for need in task.needs]
 

@@ -11,8 +11,8 @@ from pipeline.errors import ConfigError, did_you_mean
 from pipeline.tasks import caption, deck_qa, qa
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import CHECKING
+from pipeline.tasks.custom import build_task
 from pipeline.tasks.output_schema import code_digest
-from pipeline.tasks.own import build_task
 
 SELECTABLE = (caption.TASK, qa.TASK, deck_qa.TASK)
 TASKS: dict[str, Task] = {task.name: task for task in (*SELECTABLE, *CHECKING)}

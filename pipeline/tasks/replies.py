@@ -7,7 +7,7 @@ from pipeline.digests import digest
 from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 from pipeline.tasks.base import Task
 from pipeline.tasks.boxes import Frame
-from pipeline.tasks.own import NOTHING_FOUND
+from pipeline.tasks.custom import NOTHING_FOUND
 from pipeline.types import Reply, Request
 
 MAX_BRACES = 32  # number of opening braces at which parsing is tried

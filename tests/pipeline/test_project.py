@@ -41,7 +41,7 @@ def test_written_prompts_equal_the_built_in_prompts(tmp_path: Path) -> None:
 def test_unchanged_example_tasks_are_valid(tmp_path: Path) -> None:
     settings, _, tasks = write_project(tmp_path)
     files = sorted(tasks.glob("*.yaml"))
-    config = resolve(settings, own_tasks=files, tasks=("caption",), columns={"context": "title"})
+    config = resolve(settings, custom_tasks=files, tasks=("caption",), columns={"context": "title"})
     check_prompts(request_plan(with_source_defaults(config)), has_checks=True)
     assert config.tasks == ("caption", *(path.stem for path in files)) and len(files) == 6
 

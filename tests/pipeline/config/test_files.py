@@ -132,4 +132,4 @@ def test_unquoted_yes_or_no_in_a_task_file_gives_a_hint_to_quote(tmp_path: Path)
     (tmp_path / "task.yaml").write_text("name: shown\nkind: labels\nlabels: [yes, no]\nprompt: Is it?\n")
     with pytest.raises(ConfigError, match="put a string in quotes") as caught:
         read_task(tmp_path / "task.yaml")
-    assert "docs/own-tasks.md" in caught.value.hint
+    assert "docs/custom-tasks.md" in caught.value.hint

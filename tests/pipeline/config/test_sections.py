@@ -34,9 +34,11 @@ def test_language_is_a_detectable_one_or_any(yaml_value: str, language: str | No
 
 def test_undetectable_language_of_a_task_is_reported_once() -> None:
     task = {"name": "notes", "kind": "text", "prompt": "Take notes."}
-    assert resolve(source="scenes", own_tasks=[task | {"language": "any"}]).own_tasks[0].language == "any"
+    assert (
+        resolve(source="scenes", custom_tasks=[task | {"language": "any"}]).custom_tasks[0].language == "any"
+    )
     with pytest.raises(ConfigError, match="this language cannot be detected") as caught:
-        resolve(source="scenes", own_tasks=[task | {"language": "xx"}])
+        resolve(source="scenes", custom_tasks=[task | {"language": "xx"}])
     assert str(caught.value).count("language:") == 1
 
 
@@ -71,7 +73,7 @@ def test_judge_without_a_model_or_with_a_bad_address_is_refused(judge: str) -> N
             "min_caption_words is 20, but max_caption_words is 10",
         ),
         (
-            {"own_tasks": [{"name": "x", "kind": "text", "prompt": "p", "min_words": 9, "max_words": 2}]},
+            {"custom_tasks": [{"name": "x", "kind": "text", "prompt": "p", "min_words": 9, "max_words": 2}]},
             "min_words is 9, but max_words is 2: no text has such a length",
         ),
         ({"generate": {"samples": 2}, "select": {"pairs": True}}, "so neither can be chosen: --samples 3"),

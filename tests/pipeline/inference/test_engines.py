@@ -88,10 +88,10 @@ def test_family_is_recognized_by_the_model_name(model: str, family: str | None) 
 
 def test_model_with_another_box_unit_is_reported() -> None:
     task = {"name": "things", "kind": "boxes", "prompt": "Find things."}
-    config = resolve(source="folder:x", own_tasks=[task])
+    config = resolve(source="folder:x", custom_tasks=[task])
     (note,) = describe_boxes(config, "Qwen/Qwen3-VL-8B-Instruct")
     assert "Qwen3-VL writes boxes in thousandths, the task things reads pixels" in note
     assert not [*describe_boxes(config, "Qwen/Qwen2.5-VL-3B-Instruct"), *describe_boxes(config, "gpt-5")]
     assert not [*describe_boxes(resolve(source="folder:x"), "Qwen/Qwen3-VL-8B-Instruct")]
-    right = resolve(source="folder:x", own_tasks=[task | {"coordinates": "thousandths"}])
+    right = resolve(source="folder:x", custom_tasks=[task | {"coordinates": "thousandths"}])
     assert not [*describe_boxes(right, "Qwen/Qwen3-VL-8B-Instruct")]

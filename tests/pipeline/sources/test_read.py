@@ -34,7 +34,7 @@ LATER_SETTINGS = [
     "title",
     "drop_context",
     "tasks",
-    "own_tasks",
+    "custom_tasks",
     "engine",
     "model",
     "base_url",

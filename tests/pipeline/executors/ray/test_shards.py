@@ -71,7 +71,7 @@ def test_code_of_a_custom_task_is_among_the_named_files(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     task = {"name": "color", "kind": "record", "prompt": "What color?", "output": "own_checks:Seen"}
-    config = resolve(source="scenes", own_tasks=[task], tasks=["color"])
+    config = resolve(source="scenes", custom_tasks=[task], tasks=["color"])
     plan = plan_of(tmp_path, config)
     before = named_files(plan)
     (tmp_path / "own_checks.py").write_text(code + "    # changed\n")

@@ -24,24 +24,26 @@ def test_task_file_includes_texts_of_named_files(tmp_path: Path) -> None:
     schema = {"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "string"}}}
     (tmp_path / "a.json").write_text(json.dumps(schema))
     (tmp_path / "a.yaml").write_text("{name: a, kind: text, prompt: a.j2, output: a.json, field: z}")
-    config = resolve(source="folder:x", own_tasks=[tmp_path / "a.yaml"])
-    (task,) = config.own_tasks
+    config = resolve(source="folder:x", custom_tasks=[tmp_path / "a.yaml"])
+    (task,) = config.custom_tasks
     assert task.prompt == "Say it." and config.tasks == ("a",)
     # A model writes fields in this order.
-    assert [*config.model_dump()["own_tasks"][0]["output"]["properties"]] == ["z", "a"]
+    assert [*config.model_dump()["custom_tasks"][0]["output"]["properties"]] == ["z", "a"]
     assert resolve(**config.model_dump(mode="json")) == config
 
 
 def test_custom_tasks_are_added_to_named_tasks() -> None:
-    config = resolve(source="folder:x", own_tasks=[TEXT], tasks=["qa"])
+    config = resolve(source="folder:x", custom_tasks=[TEXT], tasks=["qa"])
     assert config.tasks == ("qa", "t") and request_plan(config).pairs == (("qa", ""), ("t", ""))
     caption = TEXT | {"name": "alt_text", "kind": "caption"}
-    assert request_plan(resolve(source="folder:x", own_tasks=[caption])).pairs == (("alt_text", "alt-text"),)
+    assert request_plan(resolve(source="folder:x", custom_tasks=[caption])).pairs == (
+        ("alt_text", "alt-text"),
+    )
 
 
 def test_task_is_asked_one_round_after_its_needs() -> None:
     tasks = [need("c", "b", "brief"), need("b", "a"), need("a")]
-    config = resolve(source="folder:x", own_tasks=tasks, tasks=["caption"])
+    config = resolve(source="folder:x", custom_tasks=tasks, tasks=["caption"])
     plan = request_plan(config)
     rounds = [sorted(name for name, _ in part) for part in plan.rounds]
     assert rounds == [["a", "caption", "caption"], ["b"], ["c"]]
@@ -80,20 +82,20 @@ def test_invalid_task_is_refused_with_hint(text: str, complaint: str, tmp_path: 
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(ConfigError) as raised:
         styles = {"caption_styles": ["plain", "alt-x"]}
-        config = resolve(source="folder:x", own_tasks=[tmp_path / "t.yaml"], generate=styles)
+        config = resolve(source="folder:x", custom_tasks=[tmp_path / "t.yaml"], generate=styles)
         check_prompts(request_plan(config), has_checks=True)
     assert complaint in str(raised.value) and raised.value.hint
 
 
 def test_two_tasks_with_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="two custom tasks have the name t"):
-        resolve(source="folder:x", own_tasks=[TEXT, TEXT])
+        resolve(source="folder:x", custom_tasks=[TEXT, TEXT])
 
 
 def test_prompt_contains_language_of_its_task() -> None:
     for language, words in (("de", "German"), ("any", ""), (None, "French")):
         task = TEXT | {"prompt": "Write in [{{ language }}].", "language": language}
-        config = resolve(source="folder:x", own_tasks=[task], filter={"language": "fr"})
+        config = resolve(source="folder:x", custom_tasks=[task], filter={"language": "fr"})
         (request,) = build_requests("0" * 64, request_plan(config))
         assert request.text.startswith(f"Write in [{words}].")
 
@@ -103,19 +105,21 @@ def test_manifest_cannot_name_files_of_tasks(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("{name: mine, kind: text, prompt: Look.}")
     task = TEXT | {"prompt": str(tmp_path / "secret.j2")}
     manifest = tmp_path / "manifest.json"
-    settings = {"tasks": ["t"], "own_tasks": [task], "source": "flickr30k"}
+    settings = {"tasks": ["t"], "custom_tasks": [task], "source": "flickr30k"}
     manifest.write_text(json.dumps({"version": "v1.0.0", "config": settings}))
-    config = resolve(manifest, own_tasks=[tmp_path / "mine.yaml"])
-    assert [task.name for task in config.own_tasks] == ["t", "mine"]
-    assert config.own_tasks[0].prompt == str(tmp_path / "secret.j2")
+    config = resolve(manifest, custom_tasks=[tmp_path / "mine.yaml"])
+    assert [task.name for task in config.custom_tasks] == ["t", "mine"]
+    assert config.custom_tasks[0].prompt == str(tmp_path / "secret.j2")
     for odd in (5, True, "x.yaml", ["x.yaml"], [5], [TEXT | {"output": "os:system"}]):
-        manifest.write_text(json.dumps({"version": "v1.0.0", "config": settings | {"own_tasks": odd}}))
+        manifest.write_text(json.dumps({"version": "v1.0.0", "config": settings | {"custom_tasks": odd}}))
         with pytest.raises(ConfigError):
             resolve(manifest)
 
 
 def test_option_replaces_task_with_the_same_name(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("{name: t, kind: text, prompt: New.}")
-    (tmp_path / "synth.yaml").write_text(json.dumps({"source": "folder:x", "own_tasks": [TEXT, need("u")]}))
-    config = resolve(tmp_path / "synth.yaml", own_tasks=[tmp_path / "t.yaml"])
-    assert {task.name: task.prompt for task in config.own_tasks} == {"t": "New.", "u": "Look."}
+    (tmp_path / "synth.yaml").write_text(
+        json.dumps({"source": "folder:x", "custom_tasks": [TEXT, need("u")]})
+    )
+    config = resolve(tmp_path / "synth.yaml", custom_tasks=[tmp_path / "t.yaml"])
+    assert {task.name: task.prompt for task in config.custom_tasks} == {"t": "New.", "u": "Look."}

@@ -9,7 +9,7 @@ from pipeline.config.sections import TaskConfig
 from pipeline.errors import ConfigError
 from pipeline.tasks import Tasks, find_broken_rule, wire_schema
 from pipeline.tasks.boxes import Frame
-from pipeline.tasks.own import NOTHING_FOUND, OwnTask, build_task
+from pipeline.tasks.custom import NOTHING_FOUND, CustomTask, build_task
 from pipeline.tasks.prompts import render
 from pipeline.tasks.replies import read_fields
 from pipeline.types import Reply
@@ -30,7 +30,7 @@ PAIR = fields(("question", "answer"), question=TEXT, answer=TEXT)
 WHO = {"question": "Who?", "answer": "me"}
 
 
-def task(kind: str, **settings: Any) -> OwnTask:
+def task(kind: str, **settings: Any) -> CustomTask:
     return build_task(TaskConfig.model_validate({"name": "own", "kind": kind, "prompt": "Look."} | settings))
 
 
@@ -38,7 +38,7 @@ def box(*corners: Any, label: str = "x") -> dict[str, Any]:
     return {"bbox_2d": [*corners], "label": label}
 
 
-def read(own: OwnTask, value: Any) -> list[tuple[dict[str, Any], str | None]]:
+def read(own: CustomTask, value: Any) -> list[tuple[dict[str, Any], str | None]]:
     return read_fields(own, Reply("r", 0, json.dumps(value), "stop", 0, 0), FRAME)
 
 
@@ -72,7 +72,7 @@ def read(own: OwnTask, value: Any) -> list[tuple[dict[str, Any], str | None]]:
         ),
     ],
 )
-def test_reply_becomes_the_columns_of_its_kind(own: OwnTask, reply: Any, columns: list[Any]) -> None:
+def test_reply_becomes_the_columns_of_its_kind(own: CustomTask, reply: Any, columns: list[Any]) -> None:
     rows = read(own, reply)
     assert rows == [(values, None) for values in columns]
     assert all(find_broken_rule(own, fields) is None for fields, _ in rows)
@@ -96,7 +96,7 @@ def test_reply_becomes_the_columns_of_its_kind(own: OwnTask, reply: Any, columns
         (task("question"), {"qa": [WHO | {"extra": 1}]}, ["extra_not_asked_for"]),
     ],
 )
-def test_each_invalid_row_has_its_own_reason(own: OwnTask, reply: Any, reasons: list[str | None]) -> None:
+def test_each_invalid_row_has_its_own_reason(own: CustomTask, reply: Any, reasons: list[str | None]) -> None:
     assert [error for _, error in read(own, reply)] == reasons
 
 
@@ -111,7 +111,7 @@ def test_each_invalid_row_has_its_own_reason(own: OwnTask, reply: Any, reasons: 
     ],
 )
 def test_reply_in_the_form_of_a_server_without_schemas_is_read(
-    own: OwnTask, reply: Any, standard: Any
+    own: CustomTask, reply: Any, standard: Any
 ) -> None:
     assert read(own, reply) == read(own, standard)
     assert all(error is None for _, error in read(own, reply))

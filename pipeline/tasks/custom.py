@@ -72,7 +72,7 @@ ROW_MODELS: dict[str, type[Output]] = {"caption": Caption, "question": OwnPair}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class OwnTask(Task):
+class CustomTask(Task):
     """A custom task, which validates replies by a closed schema and optionally by the user's model."""
 
     settings: TaskConfig
@@ -167,7 +167,7 @@ class OwnTask(Task):
 
 
 @lru_cache(256)
-def _spellings(task: OwnTask) -> dict[str, str]:
+def _spellings(task: CustomTask) -> dict[str, str]:
     return {text.casefold(): text for text in task.allowed_texts()}
 
 
@@ -198,28 +198,28 @@ def _is_in_pixels(box: list[Any]) -> bool:
     return bool(box) and are_numbers and max(box) >= 2
 
 
-def own_columns(tasks: Sequence[OwnTask]) -> list[OwnColumn]:
+def own_columns(tasks: Sequence[CustomTask]) -> list[OwnColumn]:
     """Return the columns that custom tasks fill, in the order of the tasks."""
     return [column for task in tasks if (column := task.column)]
 
 
-def publishable_task(task: OwnTask) -> dict[str, Any]:
+def publishable_task(task: CustomTask) -> dict[str, Any]:
     """Return the settings of a task for a manifest. The output schema replaces the name of a user's model."""
     schema = {"output": task.whole} if task.settings.output else {}
     return task.settings.model_dump(mode="json", exclude_defaults=True) | schema
 
 
 @lru_cache(256)
-def build_task(settings: TaskConfig) -> OwnTask:
+def build_task(settings: TaskConfig) -> CustomTask:
     """Return the task with these settings. Raises ConfigError if the settings contradict each other."""
     try:
         return _build(settings)
     except UnusableSchemaError as error:
         problem = f"the task {settings.name} cannot be used: {error}"
-        raise ConfigError(problem, hint="see docs/own-tasks.md") from None
+        raise ConfigError(problem, hint="see docs/custom-tasks.md") from None
 
 
-def _build(settings: TaskConfig) -> OwnTask:
+def _build(settings: TaskConfig) -> CustomTask:
     kind = settings.kind
     default = None if settings.output else _default_output(settings)
     schema, model = output_schema.load_output(settings.output) if settings.output else (default, None)
@@ -247,7 +247,7 @@ def _build(settings: TaskConfig) -> OwnTask:
         whole = whole | {"properties": whole["properties"] | {rows: listed}}
     value = item["properties"][field] if field else item
     box_field = _check_kind(settings, value)
-    return OwnTask(
+    return CustomTask(
         name=settings.name,
         output=Output,
         row=ROW_MODELS.get(kind, Output),

@@ -292,7 +292,7 @@ def test_pydantic_model_checks_beyond_schema(shop: Path, server: ChatServer, mod
     rows = load_rows(shop / "d")
     assert 0 < len(rows) < COUNT and all(row["span"]["low"] <= row["span"]["high"] == 7 for row in rows)
     manifest = json.loads((shop / "d/versions/v1.0.0/manifest.json").read_text())
-    (task,) = manifest["config"]["own_tasks"]
+    (task,) = manifest["config"]["custom_tasks"]
     assert task["output"]["required"] == ["low", "high"]
     assert "shapes" not in json.dumps(manifest["config"])
     task["output"] = "os:system"
