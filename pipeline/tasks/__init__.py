@@ -19,14 +19,14 @@ TASKS: dict[str, Task] = {task.name: task for task in (*SELECTABLE, *CHECKING)}
 
 
 class Tasks:
-    """The tasks of a run by name. `own` are the custom tasks, and `asked` are asked about every image.
+    """The tasks of a run by name. `custom` are those of the user, and `asked` are asked about every image.
 
     Raises ConfigError if a name is unknown, or if the settings of a custom task contradict each other.
     """
 
-    def __init__(self, asked: Sequence[str] = (), own: Sequence[TaskConfig] = ()) -> None:
-        self.own = tuple(build_task(settings) for settings in own)
-        self._by_name: dict[str, Task] = TASKS | {task.name: task for task in self.own}
+    def __init__(self, asked: Sequence[str] = (), custom: Sequence[TaskConfig] = ()) -> None:
+        self.custom = tuple(build_task(settings) for settings in custom)
+        self._by_name: dict[str, Task] = TASKS | {task.name: task for task in self.custom}
         self.asked = tuple(self[name] for name in asked)
 
     def __getitem__(self, name: str) -> Task:
@@ -40,10 +40,10 @@ class Tasks:
 
     def describe(self, exclude: Iterable[str] = ()) -> list[Any]:
         """Return the names of asked tasks, and the settings, schemas and code digests of custom tasks."""
-        settings = [task.settings.model_dump(mode="json", exclude={*exclude}) for task in self.own]
+        settings = [task.settings.model_dump(mode="json", exclude={*exclude}) for task in self.custom]
         outputs = [
             [wire_schema(task), task.settings.output and code_digest(task.settings.output)]
-            for task in self.own
+            for task in self.custom
         ]
         return [[task.name for task in self.asked], settings, outputs]
 
