@@ -178,7 +178,7 @@ def test_allowed_label_of_custom_task_is_not_a_prompt_echo() -> None:
     ]
     echo = "Choose the labels that are true of this picture"
     rows = records(("tags", [label]), ("note", echo), ("note", label))
-    marked = filter_annotations(rows, FilterConfig(), tasks=Tasks(own=tasks))
+    marked = filter_annotations(rows, FilterConfig(), tasks=Tasks(custom=tasks))
     assert marked["reason"].to_pylist() == [None, "prompt_echo", "prompt_echo"]
 
 
@@ -186,7 +186,7 @@ def test_personal_data_within_a_record_is_redacted() -> None:
     record = {"phones": ["+49 30 1234567"], "who": {"mail": "a.b@example.org", "age": 7}}
     output = {"type": "object", "properties": {"n": {"type": "integer"}}}
     task = TaskConfig.model_validate({"name": "t", "kind": "record", "prompt": "Look.", "output": output})
-    marked = filter_annotations(records(("t", record)), FilterConfig(), tasks=Tasks(own=[task]))
+    marked = filter_annotations(records(("t", record)), FilterConfig(), tasks=Tasks(custom=[task]))
     clean = {"phones": ["[phone]"], "who": {"mail": "[email]", "age": 7}}
     assert json.loads(marked["clean_record"][0].as_py()) == clean
     assert marked["redaction_count"].to_pylist() == [2] and marked["reason"].to_pylist() == [None]

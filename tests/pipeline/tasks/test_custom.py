@@ -144,7 +144,7 @@ def test_prompt_ends_with_reply_example_and_task_name() -> None:
 
 def test_custom_task_is_found_by_name() -> None:
     own = TaskConfig(name="tags", kind="labels", prompt="Look.")
-    tasks = Tasks(own=[own])
+    tasks = Tasks(custom=[own])
     assert tasks["tags"] is build_task(own) and tasks["qa"].name == "qa"
     with pytest.raises(ConfigError, match="unknown task: tag") as error:
         Tasks(["tag"], [own])
