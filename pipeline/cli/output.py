@@ -179,7 +179,7 @@ def print_run_result(
     say(
         f"made {version.name}"
         if result.is_new
-        else f"no new version: {version.name} already has exactly these rows"
+        else f"nothing new: {version.name} already has exactly these rows"
     )
     note_previews(version, version.path)
     has_captions = not {"captions", "qa"}.isdisjoint(version.manifest["columns"])

@@ -167,7 +167,7 @@ def test_two_images_with_the_same_text_file_are_refused(model: Path, photos: Pat
 def test_text_file_that_is_a_link_is_not_followed(model: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret\n")
     (photos / "0.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(ConfigError, match=r"0\.txt is a link"):
+    with pytest.raises(ConfigError, match=r"0\.txt is a symlink"):
         run(model, [str(photos)], Path("txt"), "append")
     run(model, [str(photos)], Path("txt"), "overwrite")
     assert (tmp_path / "secret").read_text() == "secret\n" and not (photos / "0.txt").is_symlink()

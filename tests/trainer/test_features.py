@@ -154,7 +154,7 @@ def test_link_in_a_store_is_refused(
     (tmp_path / "precious").write_text("of the user")
     (store / name).unlink()
     (store / name).symlink_to(tmp_path / "precious")
-    with pytest.raises(TrainError, match="is a link"):
+    with pytest.raises(TrainError, match=r"is a (?:sym)?link"):
         store_features(encoder, examples, tmp_path / "features", CPU, QUIET)
     assert (tmp_path / "precious").read_text() == "of the user"
 

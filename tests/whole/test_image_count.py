@@ -112,7 +112,7 @@ def test_run_ends_at_limit_or_if_almost_nothing_is_kept(
 ) -> None:
     with running_chat(refuse_some(share)) as chat:
         if rows is None or message is None:
-            with pytest.raises(TableError, match="no row is left"):
+            with pytest.raises(TableError, match="no rows are left"):
                 run(tmp_path, chat, **more)
         else:
             result, notes = run(tmp_path, chat, **more)

@@ -42,7 +42,7 @@ def test_added_rows_raise_minor_and_other_changes_raise_patch_number(tmp_path: P
 
 
 def test_version_without_rows_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(TableError, match="no row is left"):
+    with pytest.raises(TableError, match="no rows are left"):
         make_version(tmp_path, scene_samples(3), true_captions(scene_samples(3)).slice(0, 0))
     assert list((tmp_path / "versions").iterdir()) == []
 

@@ -195,7 +195,7 @@ def test_caption_files_add_texts_and_splits_to_a_folder(tmp_path: Path) -> None:
         "human captions: 4 for 3 of 3 images",
         "splits of the source: 1 train, 1 validation",
         "human questions: 1 about 1 of 3 images",
-        f"{tmp_path}/vqa.jsonl names 1 images that do not exist: 99",
+        f"{tmp_path}/vqa.jsonl lists 1 images that do not exist: 99",
     )
     rows = {row.source_row: row for row in samples_of(source)}
     assert [(row.references, row.split) for row in rows.values()] == [

@@ -270,7 +270,7 @@ def test_sidecar_captions_are_counted(tmp_path: Path) -> None:
         "human captions: 3 for 2 of 3 images",
         f"{tmp_path}/metadata.jsonl has no captions: they are read from caption, captions, text, sentences, "
         "alt_text, original_alt_text, description, and it has file_name, title",
-        f"{tmp_path}/b/metadata.csv names 1 images that do not exist: gone.png",
+        f"{tmp_path}/b/metadata.csv lists 1 images that do not exist: gone.png",
     )
     references = {row.source_row: row.references for row in samples_of(source)}
     assert references == {"a.JPG": ("One caption.", "Another one."), "b/c/z.png": ("A red square.",)}

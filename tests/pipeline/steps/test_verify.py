@@ -155,6 +155,6 @@ def test_missing_clip_is_refused_before_any_request(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         verify = {"checks": ["alignment"], "clip_model": "nobody/nothing"}
         config = resolve(source="scenes", limit=3, model="model", base_url=[chat.url], verify=verify)
-        with pytest.raises(EngineError, match="no CLIP nobody/nothing"):
+        with pytest.raises(EngineError, match="cannot load CLIP nobody/nothing"):
             generate_dataset(config, tmp_path / "d")
         assert not chat.bodies

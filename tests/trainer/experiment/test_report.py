@@ -50,7 +50,7 @@ def test_tables_have_the_scores_and_verdicts(runs: list[Run], tmp_path: Path) ->
     assert json.loads((tmp_path / "experiment.json").read_text()) == json.loads(json.dumps(result))
     facts, hostile = result["arms"]
     assert facts["cider_d"] - hostile["cider_d"] == pytest.approx(2.0)
-    assert result["words_differ"] and "different numbers of words" in (tmp_path / "experiment.md").read_text()
+    assert result["words_differ"] and "number of words differs" in (tmp_path / "experiment.md").read_text()
     (difference,) = result["differences"]
     assert difference["verdict"] == "worse" and difference["difference"] == pytest.approx(-2.0)
     table = (tmp_path / "experiment.md").read_text().splitlines()

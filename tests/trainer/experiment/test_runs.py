@@ -141,7 +141,9 @@ def test_missing_model_is_an_error_before_training(
 ) -> None:
     require_models(planned(versions, clip, tmp_path, decoder=["scratch", "prefix"]))
     for factor, name in (("encoder", "/nowhere/vit"), ("decoder", "./nowhere")):
-        with pytest.raises(TrainError, match=f"no {factor} {name}: the folder does not exist") as raised:
+        with pytest.raises(
+            TrainError, match=f"cannot load the {factor} {name}: the folder does not exist"
+        ) as raised:
             available = clip if factor == "encoder" else "scratch"
             require_models(planned(versions, clip, tmp_path, **{factor: [available, name]}))
         assert f"`{factor}` of the experiment file" in raised.value.hint
