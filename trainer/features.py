@@ -75,7 +75,7 @@ class OnlineFeatures:
         return self.encoder.pixels([example.open() for example in examples])
 
     def states(self, loaded: Tensor, device: torch.device) -> Tensor:
-        """Encode the pixels that `load` returned: (B, N, V)."""
+        """Encode the pixels that `load` returned. Returns hidden states (B, N, V)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder.config.frozen):
             states_BNV: Tensor = self.encoder(loaded.to(device, non_blocking=True))
         return states_BNV

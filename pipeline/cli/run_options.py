@@ -107,7 +107,7 @@ OPTIONS = (
     RunOption("--allow-partial", bool, IMAGES,
         "Read a Hub dataset that is only partly converted to Parquet."),
     RunOption("--follow-links", bool, IMAGES, "Follow symlinks to files outside of the folder."),
-    RunOption("--split-list", Path, IMAGES, "dataset_flickr30k.json (Karpathy): splits of Flickr30k copies."),
+    RunOption("--split-list", Path, IMAGES, "Karpathy's dataset_flickr30k.json, for a copy of Flickr30k without splits."),
     RunOption("--exclude", list[str], IMAGES,
         "Leave out the images of this source, e.g. flickr30k#test; repeatable.", metavar="SOURCE[#SPLIT]"),
     RunOption("--limit", int, IMAGES, "Stop after reading N images.", min=1, default="all; scenes: 1000",

@@ -223,7 +223,8 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
     """
     if is_remote(final):
         if (final / MANIFEST).exists():
-            raise StoreError(f"{final} exists already", hint="run the same command")
+            hint = "another command made it meanwhile: run the same command again"
+            raise StoreError(f"{final} already exists", hint=hint)
         # A killed command may have left files there.
         remove(final)
         move([(path, final / name) for path, name in files])

@@ -514,7 +514,8 @@ def open_archives(
         names_by_split.setdefault(_split_of(name), []).append(name)
     names = [name for name in files.names if split in (None, _split_of(name))]
     if not names:
-        raise SourceError(f"no archive is named after the split {split}", hint="rename it like train-0.tar")
+        hint = f"name the archives of this split like {split}-0.tar"
+        raise SourceError(f"no archive is named after the split {split}", hint=hint)
     archives = Archives(files)
     archives.require_columns(names, columns)
     has_questions = archives.have_questions(names)

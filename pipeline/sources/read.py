@@ -268,7 +268,7 @@ class SourceReader:
         if self._earlier_failures.get("may_pass") and "result" in self._earlier:
             remove(folder)
         write_json(self._path, state | self._earlier_failures)
-        # With --images, no reading is complete, so parts must not keep failures until the next one.
+        # With --images, no reading is recorded as complete, so parts with temporary failures are read again.
         keeps_failures = self.config.images is None
         store = ImageStore(self.dataset.path)
         parts = self._parts = SourceParts(folder, digest(state), store, keeps_failures)
@@ -501,6 +501,6 @@ def describe_rejected(shard: DatasetDir) -> Iterator[str]:
             continue
         if reason not in _REJECTED_FOR_ANOTHER_IMAGE:
             names = first_names([f"{row['source_row']}: {row['detail']}" for row in rows])
-        # Slides with the same design look similar, and few users would find the setting by themselves.
+        # Slides of one design look similar, and few users would find the setting dedupe.images.
         advice = f": {ADVICE[reason]}" if reason == "near_duplicate_image" else ""
         yield f"read: {count:,} {reason.replace('_', ' ')} ({names}){advice}"

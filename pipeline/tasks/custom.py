@@ -280,7 +280,8 @@ def _default_output(settings: TaskConfig) -> Schema:
     if settings.kind == "record":
         raise UnusableSchemaError("a record needs an output: a JSON schema that defines its fields")
     if settings.labels and settings.kind not in ("labels", "boxes"):
-        raise UnusableSchemaError(f"labels is only for the kinds labels and boxes, not for {settings.kind}")
+        problem = f"the setting labels is only for the kinds labels and boxes, not for {settings.kind}"
+        raise UnusableSchemaError(problem)
     if settings.kind in ("caption", "text"):
         return _object(**{settings.kind: _TEXT})
     if settings.kind == "labels":

@@ -50,7 +50,7 @@ def test_scst_rate_does_not_exceed_the_rate_of_a_part(version: Version, clip: st
     assert found == {"encoder": 1e-6, "connector": 5e-5, "decoder": 5e-5}
 
 
-def test_average_follows_learning_weights_and_soon_forgets_the_first() -> None:
+def test_average_follows_trainable_weights_and_soon_forgets_their_first_values() -> None:
     model = nn.Linear(1, 1)
     model.bias.requires_grad_(False)
     average, expected = WeightAverage(0.9, {}), 0.0

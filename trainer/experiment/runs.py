@@ -91,7 +91,7 @@ def _read_examples(name: str, version: Version, split: str, config: TrainConfig)
 
 
 def _common_ids(examples: Examples, split: str) -> set[str]:
-    """Return the sample ids that all data entries share. In the test split, references must be equal."""
+    """Return the sample ids that all data entries share, in the test split with equal references."""
     is_test = split == "test"
     keys = [{(e.sample_id, e.references if is_test else ()) for e in group} for group in examples.values()]
     common = {sample_id for sample_id, references in set.intersection(*keys) if references or not is_test}

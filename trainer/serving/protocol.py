@@ -39,8 +39,8 @@ class RefusedError(Exception):
 class ChatRequest:
     """A request for a caption or an answer. `style` None is the default style. Temperature 0 is greedy.
 
-    If `field` is not None, the text is returned in this JSON property. `only` holds the value if the schema
-    allows just one. `image` is then None.
+    If `field` is not None, the text is returned in this JSON property. If the schema allows only one value,
+    `only` holds that value, and `image` is None because it is not needed.
     """
 
     model: str | None

@@ -507,7 +507,7 @@ def test_captions_are_written_next_to_images_in_each_mode(photos: tuple[Path, Ve
     assert first.read_text() == f"{texts[next(iter(texts))]}\n"
 
 
-def test_written_captions_are_not_read_as_human(photos: tuple[Path, Version]) -> None:
+def test_exported_captions_are_not_read_as_human_captions(photos: tuple[Path, Version]) -> None:
     folder, version = photos
     write_beside(version, folder, style="brief")
     images = sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))

@@ -43,7 +43,7 @@ def test_pages_are_rendered_in_order_at_one_size(tmp_path: Path) -> None:
     assert bars == sorted(bars, reverse=True) and bars[0] > bars[2]  # the bar grows
 
 
-def test_frames_have_the_requested_distance(tmp_path: Path) -> None:
+def test_frames_are_read_at_the_requested_interval(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", 7)
     assert [frame.place for frame in rendered(tmp_path / "a.mp4", "video", 2.0)] == [0, 2000, 4000, 6000]
     frames = rendered(tmp_path / "a.mp4", "video", 0.5)
@@ -59,7 +59,7 @@ def test_video_containers_are_read(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("every_s", "count"), [(0.1, 50), (0.7, 8), (1e9, 1)])
-def test_small_and_large_frame_distances_work(every_s: float, count: int, tmp_path: Path) -> None:
+def test_small_and_large_frame_intervals_work(every_s: float, count: int, tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", 5)
     places = [frame.place for frame in rendered(tmp_path / "a.mp4", "video", every_s)]
     assert len(places) == count

@@ -98,7 +98,7 @@ SUM = DECK_PAIR | {
         (SUM | {"question": "How many"}, "question_without_mark"),
     ],
 )
-def test_invalid_question_about_a_deck_has_its_reason(fields: dict[str, Any], reason: str | None) -> None:
+def test_broken_rule_of_a_deck_question_is_named(fields: dict[str, Any], reason: str | None) -> None:
     assert find_broken_rule(TASKS["deck_qa"], fields, pages=4) == reason
 
 

@@ -72,7 +72,7 @@ def test_longest_texts_are_tried_twice_before_others(
 
 
 @pytest.mark.parametrize("is_spoiled", [False, True])
-def test_trying_steps_changes_no_weights(
+def test_trial_steps_change_no_weights(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *, is_spoiled: bool
 ) -> None:
     """Infinite gradients must not change weights either."""
