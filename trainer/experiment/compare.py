@@ -98,7 +98,7 @@ def interval(scores_SI: Scores, base_SI: Scores | None = None) -> tuple[float, f
     This is a two-level bootstrap. Images are drawn with replacement, the same ones for both arms, and seeds
     are drawn separately for each arm. Means of S drawn seeds have only (S - 1) / S of the true variance, so
     their deviations are rescaled. The deviations are also widened by Student's t with the degrees of freedom
-    of Welch (1947), because a variance from few seeds is uncertain. A single seed adds no variance between seeds.
+    of Welch (1947), because a variance from few seeds is uncertain. A single seed adds no variance.
     """
     widening = _student_factor([scores_SI] if base_SI is None else [scores_SI, base_SI])
     rng = np.random.default_rng(0)
