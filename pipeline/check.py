@@ -1,4 +1,4 @@
-"""`synth check`: verify all files in a dataset folder, and report damage with a hint on how to repair it."""
+"""`synth check`: verify all files in a dataset folder, and report damage with hints on how to repair it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress

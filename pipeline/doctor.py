@@ -20,7 +20,7 @@ from pipeline.sources import find_source
 
 # Free GPU memory that the default model needs. Its bfloat16 weights take 7.5 GiB.
 LARGE_GIB = 8
-# Memory that a model needs, relative to the size of its weights. Requests need the excess.
+# Memory that a model needs, relative to the size of its weights. The part above 1 is for requests.
 MEMORY_PER_WEIGHTS = 1.2
 # Disk space for the default model, a dataset of some ten thousand photos, and one version of it.
 DISK_GIB = 20

@@ -62,7 +62,7 @@ def one_line(error: BaseException, max_characters: int = 200) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], more: str = "") -> str:
-    """Return a hint with the names that `name` misspells or shortens, and `more`; "" without either."""
+    """Return a hint with the names that `name` misspells or shortens, and `more`. The hint may be ""."""
     names = list(known)
     close = get_close_matches(name, names, n=3)
     if not close and len(name) > 1:  # wds is short for webdataset

@@ -157,7 +157,7 @@ def _scale_counts(
     stats: RequestStats,
     choices: Collection[str],
 ) -> dict[str, Any]:
-    """Scale the counts of a trial to the whole run. Rejections by the steps in `choices` are not losses."""
+    """Scale the counts of a trial to the whole run. Rejections by steps in `choices` are not losses."""
     by_step = {summary.step: summary for summary in funnel}
     read, annotations, kept = by_step["read"], by_step["validate"].input, by_step["review"].kept
     kept_images = by_step["write"].kept if "write" in by_step else 0
@@ -168,7 +168,7 @@ def _scale_counts(
     scale = min(scales, default=1.0)
     images = round(read.kept * scale)
     unanswered_frac = sample.new / (sample.new + sample.complete) if sample.new else 0.0
-    # The sample was paid for.
+    # The requests about the sample are already paid for.
     remaining = max(0, round(max(0, images - sample.answered) * unanswered_frac) - sample.new)
     remaining_scale = remaining / sample.new if sample.new else 0.0
     cost = stats.cost(config.server)

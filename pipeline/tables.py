@@ -148,8 +148,8 @@ IMAGE_GROUPS = pa.schema(
 # A sample that is rejected as a near-duplicate before any request about it is sent.
 NEAR_DUPLICATE = pa.schema([*LISTED_SAMPLE, *list(IMAGE_GROUPS)[1:]])
 
-# select: the score by `select.by` of the best of several captions, and the text of the worst one. The text
-# is null if the worst caption has the same score or the same words as the best.
+# select: the score (`select.by`) of the best of several captions, and the text of the worst one. The text is
+# null if the worst caption has the same score or the same words as the best.
 SELECTED = pa.schema([*fields(FLOAT64, "selection_score"), *fields(STRING, "rejected_text")])
 
 # dedupe: `cluster` is the first id among all texts of this task with the same words. `duplicate_of` is the

@@ -202,7 +202,7 @@ class Request:
         return self.pages != ()
 
     def pages_of(self, images: tuple[bytes, ...]) -> tuple[bytes, ...]:
-        """Select those of a sample's `images` that the model sees."""
+        """Return those images of a sample that the model sees."""
         return images if self.pages is None else tuple(images[page - 1] for page in self.pages)
 
     @property

@@ -1,7 +1,7 @@
 """The `synth` command: its subcommands in the order of `--help`, and its handling of errors and signals.
 
-A subcommand parses its options, calls one function and prints the result. Heavy imports are inside of
-subcommands: `synth --help` must not load torch, transformers or datasets.
+A subcommand parses its options, calls one function and prints the result. Subcommands import heavy
+packages when they run, so that `synth --help` does not load torch, transformers or datasets.
 """
 
 import gc
@@ -159,7 +159,7 @@ def main() -> None:
 
 
 def _run(terminated: list[float]) -> None:
-    """Run the command. Exit with 130 after Ctrl-C, or with 143 after SIGTERM (see `terminated`)."""
+    """Run the command. Exit with 130 after Ctrl-C, or with 143 if `terminated` records a SIGTERM."""
     try:
         app()
     except SynthError as error:
@@ -187,9 +187,9 @@ def _exit_with(problem: str, hint: str) -> None:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[list[float]]:
-    """Raise KeyboardInterrupt on SIGTERM. Yield a list to which the arrival times are appended.
+    """Raise KeyboardInterrupt on SIGTERM. Yield a list that collects the times of SIGTERMs.
 
-    During an import, the exception is delayed: some importers would swallow it, and the command would go on.
+    During an import, the exception is delayed, because some importers would swallow it.
     """
     arrived: list[float] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DATASET_PATH: dict[str, Any] = {"parser": parse_dataset_path, "metavar": "PATH"}
 LOCAL_PATH: dict[str, Any] = {"parser": parse_local_path, "metavar": "PATH"}
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # collects the arguments after --
-# Commands that remove or publish ask which dataset is meant, if there are several.
+# Commands that remove or publish data do not choose between several datasets.
 LAST_MADE, ONLY_MADE = "the last one made", "the only one made here"
 BY_STYLE = "brief, else plain"
 
@@ -49,7 +49,7 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 
 
 def read_existing(target: str, is_given: bool, **choices: bool) -> "Existing":
-    """Return how to treat existing texts. Raises BadParameter for several choices, or without `target`."""
+    """Return how to treat existing texts. Raises BadParameter for several choices or a missing `target`."""
     chosen = [name for name, is_set in choices.items() if is_set]
     if len(chosen) > 1 or (chosen and not is_given):
         raise BadParameter(
@@ -60,7 +60,7 @@ def read_existing(target: str, is_given: bool, **choices: bool) -> "Existing":
 
 
 def vllm_flags(context: Context, option: str) -> list[str]:
-    """Return the arguments after `--`. Raises BadParameter for others, and suggests `option`."""
+    """Return the arguments after `--`. Raises BadParameter if there are others, and suggests `option`."""
     if context.args and "--" not in sys.argv:
         name = context.args[0]
         value = f"folder:{name}" if option == "--source" and Path(name).is_dir() else name

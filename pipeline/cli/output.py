@@ -66,7 +66,7 @@ def note_previews(version: "Version", path: Path | None = None) -> None:
             for other in DatasetDir(version.dataset_dir).versions()
             if other > version and other.is_preview
         ]
-    except SynthError:  # a version that is not used here is damaged
+    except SynthError:  # another version is damaged, which does not matter here
         return
     if later:
         preview = later[-1].name
@@ -75,7 +75,7 @@ def note_previews(version: "Version", path: Path | None = None) -> None:
 
 
 def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print what the sample took, and the estimated time, cost and yield of the run; or JSON to stdout."""
+    """Print the cost of a sample and estimates for the run. With `as_json`, also print JSON to stdout."""
     e, show_line = estimate, say if as_json else echo
     tokens = f"{e['prompt_tokens']:,} tokens read, {e['reply_tokens']:,} written"
     paid, cost = (f", cost {e[key]:,.4g}" if e[key] is not None else "" for key in ("sampled_cost", "cost"))
@@ -158,7 +158,7 @@ def print_run_result(
 ) -> None:
     """Print the steps, requests and warnings of a run to stderr, and the resulting version to stdout.
 
-    The JSON also contains the warnings that were `shown` during the run.
+    The JSON also contains the warnings in `shown`, which were printed during the run.
     """
     from pipeline.config import NO_MODEL
     from pipeline.dataset.integrity import missing_files

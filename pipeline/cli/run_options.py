@@ -33,7 +33,7 @@ METAVARS: dict[Any, str] = {int: "N", Path: "FILE", list[Path]: "FILE"}
 
 @dataclass(frozen=True, slots=True)
 class RunOption:
-    """An option that sets a key of the settings. A flag sets it to `value`, others to `read(argument)`."""
+    """An option that sets a settings key. Flags set it to `value`, other options to `read(argument)`."""
 
     flag: str
     kind: Any

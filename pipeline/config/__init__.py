@@ -31,14 +31,14 @@ from pipeline.text.escape import without_passwords
 
 CONTEXT = "context"  # the role of columns that prompts may use
 SCENES, DECKS = "scenes", "scenes-deck"  # sources of drawn images
-TINY = "tiny"  # the model of drawn images
+TINY = "tiny"  # the model for drawn images
 LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
 SCENE_PROMPTS = Path(__file__).parents[1] / "scenes" / "prompts"  # the tiny model was trained on this wording
 NO_MODEL = "none"
 NO_TASKS = "none"
 HUMAN_STYLE = "human"
-# Human texts of the source are references to `compare` the model's texts with. With `keep` they are also
-# annotations of the dataset, and with `fill` the model is asked only for the missing ones.
+# How human texts in the source are used. `compare`: as references for the model's texts. `keep`: also as
+# annotations. `fill`: the same as `keep`, but the model writes only missing annotations.
 HumanTexts = Literal["compare", "keep", "fill"]
 
 
@@ -122,7 +122,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete_tasks(cls, values: Any) -> Any:
-        """Add the custom tasks to `tasks`. Read `tasks: none` as no tasks, with human texts."""
+        """Add the custom tasks to `tasks`. Read `tasks: none` as no tasks, and keep human texts."""
         if not isinstance(values, dict):
             return values
         if values.get("tasks") in (NO_TASKS, [NO_TASKS], (NO_TASKS,)):
@@ -196,7 +196,7 @@ class Config(Section):
 
     @property
     def judge_url(self) -> str:
-        """The address of the judge's server, or an empty text."""
+        """The address of the judge's server, or ""."""
         return judge_address(self.verify.judge)
 
     @property
@@ -222,12 +222,12 @@ class Config(Section):
 
     @property
     def splits_claims(self) -> bool:
-        """Whether the model splits captions into claims. Rules split those of drawn scenes."""
+        """Whether the model splits captions into claims. For drawn scenes, rules split them."""
         return "claims" in self.verify.checks and not self.has_scene_prompts
 
     @property
     def has_scene_prompts(self) -> bool:
-        """Whether the built-in prompts are those of the tiny model."""
+        """Whether built-in prompts have the wording that the tiny model was trained on."""
         return self.source in (SCENES, DECKS) or self.model == TINY
 
     @property

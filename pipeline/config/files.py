@@ -1,6 +1,6 @@
 """Read settings from files, merge them with options, and report the first invalid key or value.
 
-A manifest is untrusted: it decides which rows a version has, and not places, servers or permissions.
+A manifest is untrusted. It may decide which rows a version has, but not paths, servers or permissions.
 """
 
 import json
@@ -30,13 +30,13 @@ from pipeline.text.language_codes import LANGUAGES
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-# The keys that a manifest decides.
+# The keys that a manifest may set.
 MANIFEST_KEYS = frozenset(
     ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds",
      "seed", "exclude", "human_texts", "tasks", "custom_tasks", "engine", "model", "generate", "filter",
      "verify", "select", "dedupe", "balance", "split")
 )  # fmt: skip
-# The keys that only the user decides.
+# The keys that only the user may set.
 OWN_KEYS = frozenset(
     ("license", "title", "allow_urls", "follow_links", "split_list", "captions", "base_url", "server")
 )
@@ -47,7 +47,7 @@ PUBLIC_SOURCE = re.compile(
 PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MAX_SHOWN_CHARACTERS = 80
 SECRET_KEYS = frozenset(("key_env", "headers"))  # users put keys of servers there by mistake
-# Descriptions of a valid value by the type of pydantic's error; other types have the message of pydantic.
+# Descriptions of a valid value by pydantic's error type. For other types, pydantic's message is shown.
 WANTED = {
     "bool_for_number": "a number, such as 10",
     "dict": "keys and values",
@@ -108,7 +108,7 @@ def _keep_used_endpoints(server: dict[str, Any], base_url: Any, judge: str) -> d
 
 
 def _merge_tasks(option_tasks: Any, file_tasks: Any) -> Any:
-    """Return custom tasks of a file and of options. Those of options replace tasks of the same name."""
+    """Merge custom tasks from a file and from options. Options replace tasks with the same name."""
     if not isinstance(option_tasks, list | tuple):
         return option_tasks  # validation reports it
     added = [_complete_task(task) for task in option_tasks]
@@ -117,7 +117,7 @@ def _merge_tasks(option_tasks: Any, file_tasks: Any) -> Any:
 
 
 def _complete_task(task: Any) -> Any:
-    """Return a task from its file, or from keys and values, with the texts of the files that it names."""
+    """Return a task, given as a path or as keys and values, with the content of the files it names."""
     return read_task(Path(task)) if isinstance(task, str | Path) else _with_texts(task, Path())
 
 
@@ -128,7 +128,7 @@ def read_task(path: Path) -> dict[str, Any]:
 
 
 def _with_texts(task: Any, folder: Path) -> Any:
-    """Return a task with the texts of the template and of the schema that it names as files."""
+    """Replace the file names of a task's template and schema with the content of these files."""
     if not isinstance(task, dict):
         return task
     texts = {}
@@ -214,7 +214,7 @@ def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
 
 
 def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a manifest names servers or code, or if its rows need files of its maker."""
+    """Raise ConfigError if a manifest names servers or code, or if its rows depend on its author's files."""
     hint = "copy the settings that you want into your own file, and name your files and servers there"
     for key in ("base_url", "server"):
         if settings.get(key):
@@ -240,7 +240,7 @@ def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of an untrusted manifest that decide which rows its version has.
 
-    Places, permissions and names that are local paths are left out: the user passes them again.
+    Permissions and local paths are left out. The user has to pass them again.
     """
     kept = {key: value for key, value in settings.items() if key in MANIFEST_KEYS and value is not None}
     if isinstance(kept.get("exclude"), list):
@@ -291,7 +291,7 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
 
 
 def _describe_flaw(flaw: "ErrorDetails") -> str:
-    """Return the problem of a value, with the value unless it may contain keys of servers."""
+    """Describe the problem with a value. The value is shown unless it may contain server keys."""
     value, context = flaw["input"], flaw.get("ctx", {})
     is_secret = not SECRET_KEYS.isdisjoint(flaw["loc"]) or isinstance(value, dict | BaseModel)
     shown = "it" if is_secret else re.sub(r"://.*@", "://***@", repr(value))[:MAX_SHOWN_CHARACTERS]
@@ -312,7 +312,7 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return the names of all settings: those of a section as `section.name`."""
+    """Return the names of all settings, with the form `section.name` for settings in a section."""
     names: list[str] = []
     for name, field in section.model_fields.items():
         inner = field.annotation

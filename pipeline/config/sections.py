@@ -107,7 +107,7 @@ class Section(BaseModel):
 
 
 def address_of(url: str) -> str:
-    """Return the address of a server in one spelling, by default with /v1. Raises ValueError."""
+    """Return the normalized URL of a server, with the path /v1 if it has none. Raises ValueError."""
     parts = urlsplit(url.rstrip("/").removesuffix("/chat/completions"))
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     user, at, _ = parts.netloc.rpartition("@")
@@ -117,13 +117,13 @@ def address_of(url: str) -> str:
 
 
 def judge_address(judge: str | None) -> str:
-    """Return the address in MODEL@URL, or an empty text."""
+    """Return the address in MODEL@URL, or ""."""
     _, at, rest = (judge or "").partition(AT_SERVER)
     return at.removeprefix("@") + rest
 
 
 def origin_of(url: str) -> tuple[str, str]:
-    """Return the scheme of a server, and its host with the port."""
+    """Return the scheme of a server's URL, and the host with the port."""
     parts = urlsplit(address_of(url))
     return parts.scheme, parts.netloc.rpartition("@")[2]
 
@@ -147,13 +147,13 @@ def _from_json(text: str | None) -> Any:
 
 
 StyleText = Annotated[str, Field(pattern=r"\S", max_length=20_000)]
-# Styles by name and output schemas are pairs and text, since settings of prompts are keys of caches.
+# Styles are pairs and output schemas are strings, since prompt settings must be hashable for caches.
 StylePrompts = Annotated[
     tuple[tuple[Style, StyleText], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)
 ]
-# A JSON schema, whose fields keep their order, or `module:Model` of pydantic.
+# A JSON schema, whose fields keep their order, or the name of a pydantic model (`module:Model`).
 OutputSchema = Annotated[str, BeforeValidator(_as_json), PlainSerializer(_from_json)]
-BoxUnit = Literal["pixels", "thousandths"]  # of the image that the model sees; of its width and height
+BoxUnit = Literal["pixels", "thousandths"]  # pixels of the resized image, or thousandths of its sides
 Kind = Literal["caption", "question", "labels", "boxes", "text", "record"]
 Label = Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)]
 
@@ -163,7 +163,7 @@ class TaskConfig(Section):
 
     name: Task
     kind: Kind
-    prompt: StyleText  # in a task's file also the path of a template (.j2)
+    prompt: StyleText  # a task file may give the path of a template (.j2)
     output: OutputSchema | None = None
     field: Annotated[str, Field(pattern=FIELD)] | None = None
     rows: Annotated[str, Field(pattern=FIELD)] | None = None
@@ -189,7 +189,7 @@ def _require_order(min_name: str, least: int | None, max_name: str, most: int | 
 
 
 def task_names(entries: Any) -> Any:
-    """Return the names of custom tasks, or None for a task without one."""
+    """Return the names of custom tasks, with None for each task that has no name."""
     return [
         entry.get("name") if isinstance(entry, dict) else getattr(entry, "name", None)
         for entry in entries or ()
@@ -334,7 +334,7 @@ class ServerConfig(Section):
         return any(price is not None for price in prices)
 
     def endpoint(self, url: str) -> EndpointConfig:
-        """Return the settings of one server, with those of all servers except the key."""
+        """Return the settings of one server. Headers and limits default to the shared ones."""
         address = address_of(url)
         own = next(
             (value for name, value in self.endpoints.items() if address_of(name) == address), EndpointConfig()
@@ -354,7 +354,7 @@ class ServerConfig(Section):
     def price(
         self, read: float, written: float, judge_read: float = 0, judge_written: float = 0
     ) -> float | None:
-        """Return the cost of all tokens, those of the judge among them, or None if no price is known."""
+        """Return the cost of all tokens, including the judge's, or None if no price is known."""
         if not self._has_prices:
             return None
         price_in, price_out = self.price_in or 0, self.price_out or 0

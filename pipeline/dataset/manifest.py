@@ -76,7 +76,7 @@ def describe_provenance(
 
 
 def _folder_name(source: str) -> str | None:
-    """Return the name of the folder of a source, for the title; None without a folder, and for `.`."""
+    """Return a source's folder name for the title, or None if there is no folder or it is `.`."""
     kind, _, path = source.partition(":")
     name = Path(path).name
     return name if kind == "folder" and name != ".." and re.fullmatch(TITLE, name) else None

@@ -39,7 +39,7 @@ UNANSWERED_MESSAGES = {
 
 
 def describe_engine(config: Config, choice: EngineChoice) -> str:
-    """Return where the model runs (the URLs of its servers, or its engine), its license and its images."""
+    """Return the model's engine or server URLs, its license, and the maximum size of images."""
     place = "vLLM, started here" if choice.name == "vllm" else "in this process"
     if config.base_url:
         place = ", ".join(re.sub("//[^/@]*@", "//", url) for url in config.base_url)
@@ -69,9 +69,9 @@ def describe_start(plan: Plan) -> str:
 
 
 def describe_requests(plan: Plan) -> str:
-    """Return the number of requests per image, and the maximum of requests of --verify and --judge.
+    """Return the number of requests per image, and the maximum number for --verify and --judge.
 
-    The model may write fewer questions and claims than it may. Human texts and repeated requests come on top.
+    The model may write fewer questions and claims. Human texts and repeated requests are not included.
     """
     requests, verify = plan.requests, plan.config.verify
     if not requests.pairs:

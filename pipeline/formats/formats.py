@@ -12,7 +12,7 @@
 | csv | open_clip (`--csv-separator ,`): one line per caption |
 | cauldron | nanoVLM and other trainers of The Cauldron or FineVision: Parquet with `images` and `texts` |
 | lance | Lance and LanceDB: one dataset per split (extra `lance`) |
-| dpo | TRL's DPOTrainer: Parquet, one row per preference pair: the best and the worst caption |
+| dpo | TRL's DPOTrainer: Parquet, one row per preference pair (the best and the worst caption) |
 """
 
 import csv
@@ -121,7 +121,7 @@ class Format:
 
 
 class ImageFolder(Format):
-    """A folder per split, with metadata.parquet: from JSON lines, `datasets` would guess the types."""
+    """A folder per split with metadata.parquet. From JSON lines, `datasets` would guess the types."""
 
     def add(self, item: Item) -> bool:
         self.put_image(item, item.split)
@@ -150,7 +150,7 @@ def _read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 class Sidecar(Format):
-    """A text file next to each image, with one caption; source_rows.csv has the origin of each image."""
+    """A text file with one caption next to each image. source_rows.csv has the origin of each image."""
 
     def add(self, item: Item) -> bool:
         text = item.caption(self.style)
@@ -449,7 +449,7 @@ class Lance(TableFormat):
 def add_values(row: dict[str, Any], item: Item) -> dict[str, Any]:
     """Add WRITTEN_BY and the values of custom tasks to a row. A name that is already used gets an underscore.
 
-    WRITTEN_BY is BY_MODEL if a value is named like a text column: a source would read it as human.
+    If a value is named like a text column, WRITTEN_BY is BY_MODEL, so that no source reads it as human.
     """
     has_text_name = not {*CAPTIONS, QUESTION, *ANSWERS}.isdisjoint(item.values)
     row = row | {WRITTEN_BY: BY_MODEL if has_text_name else item.writer(row.get("text") or "")}

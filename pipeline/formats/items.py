@@ -1,4 +1,4 @@
-"""Read the rows of a version for an export: each an image with its texts and values."""
+"""Read the rows of a version for an export, each as an image with its texts and values."""
 
 import hashlib
 import re
@@ -17,7 +17,7 @@ from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, REFERENCE_QA, SPLITS
 
 ITEM_BATCH = 64  # images in memory
 _ID = re.compile(r"[0-9a-f]{64}")
-MAX_NAME_BYTES = 200  # file systems allow 255, with a suffix
+MAX_NAME_BYTES = 200  # file systems allow 255, including the suffix
 # No name, names and characters that Windows reserves, hidden files, and names that look like options or ids.
 _UNSAFE_NAME = re.compile(
     r"""|con|prn|aux|nul|com\d|lpt\d|[0-9a-f]{64}|[-. ].*|.*[. ]|.*[\\:*?"<>|].*""", re.IGNORECASE
@@ -37,7 +37,7 @@ class Item:
     height_px: int
     license: str
     source_row: str
-    sample_id: str  # of an untrusted version, where an id may be anything: its digest
+    sample_id: str  # an invalid id in an untrusted version is replaced by its digest
     captions: Sequence[tuple[str, str]]  # (style, text)
     questions: Sequence[tuple[str, str]]  # (question, answer)
     human_texts: frozenset[str]  # human captions and questions
@@ -95,7 +95,7 @@ def read_items(
 
 
 def _source_names(version: Version) -> Iterator[str]:
-    """Yield the file name of each row. Some file systems do not distinguish upper and lower case."""
+    """Yield each row's file name in lower case, since some file systems ignore case."""
     for _, batch in version.batches(["source_row"]):
         yield from (file_name_of(row).casefold() for row in batch["source_row"].to_pylist())
 
@@ -103,7 +103,7 @@ def _source_names(version: Version) -> Iterator[str]:
 def file_name_of(source_row: str) -> str:
     """Return the file name of a row without folders and suffix, or "" if it is not safe for an export.
 
-    Dots become underscores: readers of WebDataset end a name at its first dot.
+    Dots become underscores, because WebDataset readers end a name at its first dot.
     """
     stem = unicodedata.normalize("NFC", PurePosixPath(source_row).stem)
     if not stem.isprintable() or _UNSAFE_NAME.fullmatch(stem) or len(stem.encode()) > MAX_NAME_BYTES:

@@ -180,7 +180,7 @@ def build_checkpoint_package(
     """Return the package of a captioner. Its tag is the version of the data plus a digest of the files.
 
     `extra_files` returns the files that transformers needs. `hub_ids` maps short names of models to Hub ids.
-    Raises PushError for an unfinished training; UnsafeFileError for a link out of the folder.
+    Raises PushError if training is unfinished, and UnsafeFileError if a link leads out of the folder.
     """
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
         is_interrupted = (folder / "resume.pt").exists()

@@ -74,7 +74,7 @@ def pull_version(name: str) -> Version:
 def open_or_download(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
     """Open a local version as `open_dataset` does, or download a version from an object store once.
 
-    Raises StoreError if the version does not exist or is damaged, or the store refuses.
+    Raises StoreError if the version does not exist or is damaged, or the store denies access.
     """
     if path is None or not is_remote(path):
         return open_dataset(path, version, previews=previews)

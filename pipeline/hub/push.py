@@ -252,7 +252,7 @@ def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> 
 
 
 def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, Any]:
-    """Compare the files on the Hub with their manifest, and return it. Raises DamagedPushError."""
+    """Return the manifest on the Hub. Raises DamagedPushError if files there differ from it."""
     manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
     rejections = {REJECTIONS_FILE: manifest["rejections"]} if "rejections" in manifest else {}

@@ -141,7 +141,7 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def images_of(folder: Path, ids: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield (sample id, first image) of samples, in a version or not. Skip missing images."""
+    """Yield (sample id, first image) for samples, including rejected ones. Skip missing images."""
     store = ImageStore(folder)
     for sample_id in store.in_order(ids) if ids else ():
         with suppress(StoreError):
@@ -165,7 +165,7 @@ def _groups_of_images(paths: Iterable[Path]) -> set[str]:
 def _read(
     paths: Iterable[Path], columns: list[str], every: int = 1, among: dict[str, set[str]] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield one random row in `every`, or the rows that have a value in `among` in the column of its key."""
+    """Yield one random row in `every`. `among` maps columns to the values that select a row."""
     random = np.random.default_rng(0)
     for path in paths:
         for batch in open_table(path, *columns).iter_batches(columns=columns):

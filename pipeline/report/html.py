@@ -21,7 +21,7 @@ from pipeline.images.decode import prepare_image
 SHARED_TEMPLATES = ("page.css", "charts.html.j2")
 THUMBNAIL_PIXELS = 320 * 320
 LOSSLESS_PIXELS = 128 * 128  # images up to this size are stored losslessly if the result is small enough
-PIXELS_PER_BYTE = 12  # upper bound for a photo as WebP: gives the first size to try
+PIXELS_PER_BYTE = 12  # upper bound for WebP photos, for the first size to try
 QUALITY = 70
 CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
 CURVE_POINTS = 600
@@ -58,7 +58,7 @@ def render_page(package: str, template: str, **values: Any) -> str:
 
 
 def thumbnail(data: bytes, max_bytes: int) -> bytes:
-    """Return an image as WebP without metadata in at most `max_bytes`. Raises ImageError if unreadable."""
+    """Return an image as WebP without metadata, at most `max_bytes` long. Raises ImageError if unreadable."""
     image = prepare_image(data, max_pixels=min(THUMBNAIL_PIXELS, PIXELS_PER_BYTE * max_bytes))
     if (
         image.width * image.height <= LOSSLESS_PIXELS

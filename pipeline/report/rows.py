@@ -149,7 +149,7 @@ def _value(row: dict[str, Any], task: str, value: Any) -> dict[str, Any]:
 
 
 def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return a text for the page: its id for reviews, its fields, and those whose `raw` text is different."""
+    """Return a text for the page: its id for reviews, its fields, and the `raw` text of escaped fields."""
     _, content = text_name(annotation | {"sample_id": row["sample_id"]})
     fields = {name: annotation[name] for name in (*_TEXT_FIELDS, "expression") if annotation.get(name)}
     shown = {name: visible(text) for name, text in fields.items()}

@@ -263,7 +263,7 @@ def count_of_tail(counts: Sequence[int], share: float) -> int:
 
 
 def keep_probability(counts: Sequence[int], threshold: int) -> float:
-    """Return the probability of keeping a caption. Each entry keeps it with min(1, threshold / count)."""
+    """Return the probability of keeping a caption. Each entry keeps it with p = min(1, threshold / count)."""
     rejected = 1.0
     for count in counts:
         rejected *= 1 - min(1.0, threshold / count)

@@ -135,7 +135,7 @@ def judge_duplicates(table: pa.Table, _: DedupeSettings) -> pa.Table:
 STEP = RowStep(
     "dedupe",
     settings=lambda plan: DedupeSettings(plan.config.dedupe.max_images_per_caption, plan.image_kind),
-    # Missing on a cluster, where the groups are computed from the samples, which the key covers.
+    # The file is missing on a cluster. There, groups are computed from samples, which the key covers.
     reads=lambda plan: [plan.dataset.step_file("read", IMAGE_GROUPS_FILE)],
     judge=judge_duplicates,
     compare=find_duplicates,

@@ -77,7 +77,7 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None
 
 
 def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> pa.Table:
-    """Return image groups with their split group, which groups with related source names share."""
+    """Return the split group of each image group. Groups with related source names share one."""
     db = comparison.db
     rows = (
         table

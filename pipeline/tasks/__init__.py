@@ -19,7 +19,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (*SELECTABLE, *CHECKING)}
 
 
 class Tasks:
-    """The tasks of a run by name. `custom` are those of the user, and `asked` are asked about every image.
+    """The tasks of a run by name. `custom` has the user's tasks, and `asked` the tasks for every image.
 
     Raises ConfigError if a name is unknown, or if the settings of a custom task contradict each other.
     """

@@ -140,7 +140,7 @@ def _with_texts(item: Any) -> Any:
 
 
 def _is_readable(item: Any) -> bool:
-    """Return whether a table can hold an item, which has strings and a list of integers `evidence_pages`."""
+    """Return whether a table can hold an item: only strings, and page numbers in `evidence_pages`."""
     if not isinstance(item, dict):
         return False
     pages = item.get("evidence_pages", [])

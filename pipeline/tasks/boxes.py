@@ -13,7 +13,7 @@ from pipeline.images.decode import scaled_size
 BOX_FIELDS = ("bbox_2d", "bbox", "box")  # Qwen2.5-VL was trained on bbox_2d
 PATCH_PX = 28  # two merged patches of 14 px
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 12_845_056  # limits in Qwen2.5-VL's processor
-MAX_OUTSIDE_FRAC = 0.02  # of the width or height. Boxes further outside are rejected, and others are cut
+MAX_OUTSIDE_FRAC = 0.02  # of the width or height. Boxes further outside are rejected, others clipped
 THOUSAND = 1000
 OUTSIDE, EMPTY = "box_outside_image", "box_empty"
 

@@ -48,7 +48,7 @@ CARD_CATEGORIES = {  # task categories on the Hub
     "text": "image-to-text",
 }
 _TEXT: Schema = {"type": "string"}
-_ERROR_WORDS = {  # from pydantic's error types to the ends of rejection reasons
+_ERROR_WORDS = {  # pydantic's error type -> end of the rejection reason
     "literal_error": "not_allowed",
     "missing": "missing",
     "string_pattern_mismatch": "off_pattern",
@@ -365,7 +365,7 @@ def _box_field(settings: TaskConfig, names: Schema) -> str:
 
 
 def _item_of(model: type[BaseModel], rows: str | None) -> TypeAdapter[Any]:
-    """Return a validator for one annotation by the user's model, or by the items of its list field `rows`."""
+    """Return a validator for one annotation: the user's model, or the item type of its list field `rows`."""
     if rows is None:
         return TypeAdapter(model)
     field = next(field for name, field in model.model_fields.items() if rows in (name, field.alias))

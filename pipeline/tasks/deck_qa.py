@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
 class DeckQAPair(Output):
-    """One question about a deck. Models plan with the pages and the expression, which precede the answer.
+    """One question about a deck. The pages and the expression come first, so that the model plans the answer.
 
     The validation context is {"pages": number of pages in the deck}.
     """

@@ -261,7 +261,7 @@ def _compiled(source: str) -> Template:
 
 
 def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
-    """Raise ConfigError if a prompt folder is missing, has unknown prompts, or has no prompt of `tasks`."""
+    """Raise ConfigError if a prompt folder is missing, has unknown prompts, or no prompt for `tasks`."""
     if not folder.is_dir():
         raise ConfigError(
             f"the prompt folder {folder} does not exist", hint="correct generate.prompt_dir, or leave it out"

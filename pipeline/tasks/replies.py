@@ -54,7 +54,7 @@ def find_flaw(
 def read_fields(
     task: Task, reply: Reply, frame: Frame | None = None
 ) -> list[tuple[dict[str, Any], str | None]]:
-    """Return the columns and the error or None for each annotation in a reply."""
+    """Return the columns of each annotation in a reply, each with an error or None."""
     if reply.finish_reason != "stop":
         return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]
     try:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-# Requests with matching replies are sent again, so the pattern is narrow. A change may repeat old requests.
+# Requests with matching replies are sent again, so the pattern is narrow. Changing it may repeat requests.
 _DECLINED = re.compile(
     r"\s*(?:i(?:'m| am) (?:sorry|unable|not able)|sorry,|i apologi[sz]e|as an ai|i (?:can(?:no|')t|won't))\b",
     re.IGNORECASE,
@@ -89,7 +89,7 @@ def is_declined(reply_text: str) -> bool:
 
 
 def is_refusal(text: str, words: Collection[str], *, is_answer: bool = False) -> bool:
-    """Return whether a text is a refusal, or states that there is no image. `words` are its words."""
+    """Return whether a text is a refusal, or states that there is no image. `words` has the text's words."""
     # An answer may quote a sign, such as "Sorry, we are closed".
     if is_answer and text.lstrip().lower().startswith(_ON_A_SIGN):
         return False

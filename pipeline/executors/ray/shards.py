@@ -94,7 +94,7 @@ class ShardedRun:
 
     `files` is a digest of the files that the settings name. `inputs` is a digest of everything that
     determines the samples in the shards. In an object store, `fill_key` is the key of filled shards, and
-    `filled` are their folders. `retries_all` reads all shards again, as temporary failures may succeed now.
+    `filled` are their folders. With `retries_all`, all shards are read again to retry failures.
     """
 
     plan: Plan

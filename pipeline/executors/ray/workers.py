@@ -238,7 +238,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
 
 @contextmanager
 def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
-    """Yield a folder on this node for filling a shard, with all stored replies. Upload replies at the end.
+    """Yield a folder on this node with the stored replies of a shard. Upload all replies at the end.
 
     A lock keeps other workers on this node out, and the files of a killed worker are reused. Each worker
     uploads its journal under a new name, since an abandoned worker may still run on another node.
