@@ -93,12 +93,12 @@ def _read_arm(key: tuple[str, ...], runs: list[Run]) -> Arm:
 
 
 def interval(scores_SI: Scores, base_SI: Scores | None = None) -> tuple[float, float]:
-    """Return the 95 % interval of the mean over seeds and images, or of its difference from `base_SI`'s mean.
+    """Return the 95 % interval of the mean over seeds and images, minus the mean of `base_SI` if given.
 
     This is a two-level bootstrap. Images are drawn with replacement, the same ones for both arms, and seeds
     are drawn separately for each arm. Means of S drawn seeds have only (S - 1) / S of the true variance, so
     their deviations are rescaled. The deviations are also widened by Student's t with the degrees of freedom
-    of Welch (1947), because a variance from few seeds is uncertain. A single seed adds no variance between seeds.
+    of Welch (1947), because a variance from few seeds is uncertain. A single seed adds no seed variance.
     """
     widening = _student_factor([scores_SI] if base_SI is None else [scores_SI, base_SI])
     rng = np.random.default_rng(0)
@@ -123,7 +123,7 @@ def interval(scores_SI: Scores, base_SI: Scores | None = None) -> tuple[float, f
 
 
 def _student_factor(arms: Sequence[Scores]) -> float:
-    """Return the ratio of the quantiles of Student's t and the normal distribution for these arms."""
+    """Return the Student's t quantile for these arms, divided by the normal quantile."""
     several = [scores_SI for scores_SI in arms if len(scores_SI) > 1]
     variances = np.array([scores_SI.mean(1).var(ddof=1) / len(scores_SI) for scores_SI in several])
     if not variances.sum():
@@ -142,7 +142,7 @@ def verdict(low: float, high: float, seeds: int = 2) -> str:
 
 
 def compare(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Compare all arms that differ in exactly one factor. Differences are later minus earlier arm."""
+    """Compare all arms that differ in exactly one factor. Differences are the later arm minus the earlier."""
     differences = []
     for n, factor in enumerate(FACTORS):
         for base, arm in itertools.combinations(arms, 2):
@@ -193,7 +193,7 @@ def summarize(arm: Arm, images: int, words: int) -> dict[str, Any]:
 
 
 def examples(arms: Sequence[Arm], count: int) -> list[dict[str, Any]]:
-    """Return `count` images with the captions of each arm. In half of them, the scores differ most."""
+    """Return `count` images with each arm's caption. Half are the images whose scores differ most."""
     scores_AI = np.stack([arm.cider_d_SI[0] for arm in arms])
     most_different = np.argsort(-np.ptp(scores_AI, axis=0), kind="stable")[: count // 2]
     rest = np.setdiff1d(np.arange(scores_AI.shape[1]), most_different)
