@@ -250,7 +250,7 @@ class CaptionServer:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Middleware that refuses requests from other sites, for other hosts, without the key or without JSON."""
+    """Middleware that refuses requests that are cross-site, for another host, without the key or not JSON."""
 
     app: ASGIApp
     host: str
