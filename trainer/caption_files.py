@@ -1,4 +1,4 @@
-"""Caption many images: find the files and write their captions. An interrupted run can be resumed.
+"""Find image files, caption them, and write the captions. An interrupted run can be resumed.
 
 Captions are written to a .jsonl file, which has a temporary name until it is complete, or to one text file
 next to each image.
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 
 def find_images(names: Iterable[str]) -> list[Path]:
-    """Return the distinct images for names of files, folders (recursive), and patterns like `photos/*.jpg`.
+    """Return the distinct images in files, folders (searched recursively) and patterns like `photos/*.jpg`.
 
     Raises ConfigError if a name matches no image.
     """
@@ -170,7 +170,7 @@ def write_captions(path: Path, rows: list[Row]) -> None:
 
 @dataclass(slots=True)
 class CaptionedImages:
-    """Result of a run: the number of texts written, and the images that could not be read."""
+    """The result of a run: the number of texts written, and the images that could not be read."""
 
     num_written: int = 0
     unread: list[tuple[Path, ImageError]] = field(default_factory=list)
@@ -178,7 +178,7 @@ class CaptionedImages:
 
 @dataclass(frozen=True, slots=True)
 class CaptionTask:
-    """The images to caption, and the options. To answer a question, `styles` is ("",)."""
+    """The images to caption, and the options. With a `question`, `styles` must be ("",)."""
 
     captioner: "Captioner"
     images: list[Path]
@@ -188,13 +188,13 @@ class CaptionTask:
     batch_size: int = 32
 
     def texts(self, images: list[Path]) -> Iterator[tuple[Path, list[str] | ImageError]]:
-        """Yield each path with one text per style, or with the error if the image cannot be read."""
+        """Yield each path with one text per style, or with an error if the image cannot be read."""
         styles = [style or None for style in self.styles]
         pairs = ((path, path) for path in images)
         yield from self.captioner.stream(pairs, styles, self.question, self.batch_size, self.num_beams)
 
     def keys(self, path: Path) -> list[Key]:
-        """Return the key of each row for an image."""
+        """Return the keys of the rows for an image, one per style."""
         image = os.fsencode(path).decode("utf-8", "backslashreplace")
         return [(image, style, self.question) for style in self.styles]
 

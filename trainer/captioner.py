@@ -30,7 +30,7 @@ from trainer.tokenizer import TargetText, answering_prompt, scored_prompt
 
 BATCH_SIZE = 32
 PREPARED_BATCHES = 2  # batches that are prepared ahead
-READERS = 2  # threads that each hold one image in full size
+READERS = 2  # threads, each of which holds one full-size image
 Picture = Image.Image | str | PathLike[str] | bytes
 
 
@@ -101,8 +101,8 @@ class Captioner:
     ) -> Iterator[tuple[Any, list[str] | ImageError]]:
         """Yield (key, texts) for each (key, image), in order, with one text per style.
 
-        For an unreadable image, the error takes the place of the texts. Threads read and resize images a few
-        batches ahead. An image is encoded once for all styles.
+        For an unreadable image, an error is yielded instead of the texts. Threads read and resize images a
+        few batches ahead. Each image is encoded once for all styles.
         """
         num_beams = self.usual_beams if num_beams is None else num_beams
         if batch_size < 1 or num_beams < 1:

@@ -85,9 +85,9 @@ def default_precision(preset: Preset, *, on_gpu: bool, has_bfloat16: bool) -> Pr
 
 
 class TrainConfig(Section):
-    """Settings of a training. Widths count features and lengths tokens. Fractions are between 0 and 1.
+    """Settings of a training run. Widths are in features and lengths in tokens. Fractions are from 0 to 1.
 
-    A learning rate of 0 freezes a part of the model. The default None depends on encoder and decoder.
+    A learning rate of 0 freezes a part of the model. None means a default for the encoder and decoder.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -293,7 +293,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
 
 
 def _require_known_models(flags: dict[str, Any]) -> None:
-    """Raise ConfigError for an encoder or a decoder that is not a short name, and no path or Hub id."""
+    """Raise ConfigError for an encoder or a decoder that is neither a short name, a path nor a Hub id."""
     for kind, names in (("encoder", (*ENCODERS, TINY_VIT)), ("decoder", (*SCRATCH_DECODERS, *DECODERS))):
         name = str(flags.get(kind, names[0]))
         if name in names or "/" in name or Path(name).exists():
@@ -316,7 +316,7 @@ def _outdated(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
 
 
 def keeps_human_texts(manifest: dict[str, Any]) -> bool:
-    """Return whether human texts went through all steps. Otherwise they are only references."""
+    """Return whether human texts passed through all pipeline steps. Otherwise they are only references."""
     return any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
 
 

@@ -57,7 +57,7 @@ Sets = dict[str, list[Example]]  # examples by split
 def choose_examples(
     version: Version, config: TrainConfig, only: Container[str] | None
 ) -> tuple[Sets, TrainConfig]:
-    """Return the examples of all splits, and settings completed with derived values.
+    """Return the examples of all splits, and the settings with derived values filled in.
 
     Raises TrainError if there is nothing to learn.
     """
@@ -77,7 +77,7 @@ def choose_examples(
 def read_split_examples(
     version: Version, split: str, config: TrainConfig, only: Container[str] | None = None
 ) -> list[Example]:
-    """Return the examples of a split, sorted by id. Limits of the settings are not applied."""
+    """Return the examples of a split, sorted by id. The limits in the settings are not applied."""
     options: dict[str, Any] = {"questions": config.questions, "styles": config.styles}
     options |= {"source_in_prompt": config.source_in_prompt, "to_score": split != "train"}
     examples = examples_in(version, split, config.text_source, **options)
@@ -189,7 +189,7 @@ def texts_of(examples: list[Example]) -> list[TargetText]:
 
 
 def limit_images(examples: list[Example], num_images: int) -> list[Example]:
-    """Select `num_images` examples by id hash (0: all). Larger selections contain the smaller ones."""
+    """Select `num_images` examples by id hash (0 selects all). Larger selections contain smaller ones."""
     if not num_images or num_images >= len(examples):
         return examples
     by_hash = sorted(examples, key=lambda example: hash_to_unit(example.sample_id))

@@ -32,13 +32,13 @@ CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 t
 HUMAN_REFERENCES = "references of the source"
 TEACHER_CAPTIONS = "captions of the teacher"
 SHOWN_IMAGES = 12
-HELD_IMAGES = 256  # images with states in memory at the same time: 155 MB for ViT-B/16
+HELD_IMAGES = 256  # images whose states are in memory at the same time, 155 MB for ViT-B/16
 ImageResult = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """Options of `evaluate`. `questions` adds question scores and intervals, and `clip` adds CLIPScore."""
+    """Options for `evaluate`. `questions` adds question scores and intervals. `clip` adds CLIPScore."""
 
     prompt: tuple[str, str]
     decoding: DecodingConfig = GREEDY
@@ -68,7 +68,7 @@ class Quiz:
         self.answers.update(zip(keys, answer_questions(checkpoint, features, pairs, source), strict=True))
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """Return VQA accuracy by answer type: for own and shuffled images, and for the most common answer."""
+        """Return VQA accuracy by answer type, with own images, shuffled images and the majority answer."""
         asked = [(i, n, q) for i, e in enumerate(self.examples) for n, q in enumerate(e.questions)]
         scores = {}
         for kind in sorted({question.answer_type for _, _, question in asked}):
@@ -106,10 +106,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score captions against the source's references or, if there are none, the teacher's captions.
 
-    `shuffled_scores` compare each image's references with another image's caption. `intervals` holds 95 %
+    `shuffled_scores` compares each image's references with another image's caption. `intervals` holds 95 %
     bootstrap intervals. `gain` is the interval of the difference in CIDEr-D between `scores` and
     `shuffled_scores`. If it includes 0, the captioner may ignore its images. `questions` holds the scores of
-    answers, and `each` the caption and scores of every image.
+    answers. `each` holds the caption and scores of every image.
     """
     checkpoint.captioner.eval()
     source, style = options.prompt
@@ -288,7 +288,7 @@ def is_own_encoder(name: str, made_from: dict[str, str]) -> bool:
 
 
 def _gains(own: dict[str, list[float]], shuffled: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Return how much higher the CIDEr-D of each image's own caption is than with a shuffled caption."""
+    """Return, for each image, the CIDEr-D of its own caption minus that of a shuffled caption."""
     return {"cider_d": [a - b for a, b in zip(own["cider_d"], shuffled["cider_d"], strict=True)]}
 
 

@@ -1,4 +1,4 @@
-"""Hidden states of images, either computed in each step, or computed once and stored.
+"""Hidden states of images, either computed in every step or computed once and stored.
 
 The states of a frozen encoder are stored in DATASET/features, in one folder per encoder. All training runs on
 the dataset share them. `synth versions gc` deletes the folder.
@@ -30,7 +30,7 @@ BATCH_IMAGES = 64
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
 SPARE_BYTES = 1_000_000_000  # must stay free on the disk
-REPORTED_BYTES = 100_000_000  # before larger builds, the size is reported and free space checked
+REPORTED_BYTES = 100_000_000  # for larger builds, the size is reported and the free space checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def store_features(
 
 @dataclass(frozen=True, slots=True)
 class _Store:
-    """The folder for one encoder. states.bin holds one record per image, and ids.bin the id digests.
+    """The folder for one encoder. states.bin holds one record per image. ids.bin holds the id digests.
 
     A digest is written only after its record is on disk, so an interrupted build can resume after the last
     batch.
@@ -177,8 +177,8 @@ class _Store:
         progress.message(need)
 
     def append(self, count: int, records: np.ndarray, ids: Sequence[bytes]) -> None:
-        """Write records (images, ...) behind the first `count` records, and then their id digests."""
-        if (self.path / IDS).exists():  # remove ids without records
+        """Write records (images, ...) after the first `count` records, and then their id digests."""
+        if (self.path / IDS).exists():  # remove id digests without records
             os.truncate(self.path / IDS, min(count * ID_BYTES, (self.path / IDS).stat().st_size))
         for name, size, data in (
             (STATES, self.record_bytes, records.tobytes()),

@@ -1,7 +1,7 @@
 """Index the images of a split in memory-mapped files, so that a version may be larger than main memory.
 
-The files belong to the image store or, for a pulled version, are its shards. Only sample ids are read at the
-start. The images of a row group are located when the first of them is needed. They are stored consecutively
+The files belong to the image store. For a pulled version, they are its shards. Only sample ids are read at
+first. The images of a row group are located when the first of them is needed. They are stored consecutively
 and uncompressed, so each image is a slice of the mapped file, which the system can evict from memory.
 """
 
@@ -60,7 +60,7 @@ class _MappedFile:
                 yield sample_id, StoredImage(group, position)
 
     def read_group(self, number: int) -> list[bytes]:
-        """Return all images of a row group. For decks, returns each first page."""
+        """Return all images of a row group. For decks, return the first page of each deck."""
         column = self.leaf.partition(".")[0]
         rows = self.parquet.read_row_group(number, columns=[column])
         require_values(rows)
@@ -78,7 +78,7 @@ class _RowGroup:
 
     def images(self) -> list[memoryview]:
         """Return the bytes of each image. Images in compressed columns are held in memory, not mapped."""
-        with self._file.lock:  # several threads decode images of one file
+        with self._file.lock:  # several threads may decode images of one file
             if self._images is None:
                 try:
                     self._images = list(self._locate())

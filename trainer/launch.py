@@ -47,7 +47,7 @@ class TrainResult:
     path: Path  # checkpoint folder, for Captioner.from_pretrained
     version: Version  # the training data, with pixels
     config: TrainConfig
-    metrics: dict[str, Any]  # content of metrics.json, or {} in all processes except the first
+    metrics: dict[str, Any]  # content of metrics.json, or {} in processes other than the first
 
     @property
     def scores(self) -> dict[str, float]:
@@ -56,7 +56,7 @@ class TrainResult:
 
     @property
     def shuffled_scores(self) -> dict[str, float]:
-        """Scores with shuffled images. A captioner that ignores its image scores as well on these."""
+        """Scores with shuffled images. A captioner that ignores its images scores equally well on these."""
         return dict(self.metrics["shuffled_scores"])
 
 
@@ -99,9 +99,7 @@ def train(
     given = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else {}
     options = {"encoder": "auto", "decoder": "auto", **given, **settings}
     if not resume and not (out and Path(out, "metrics.json").exists()):
-        require_models(
-            resolve(file, **options)
-        )  # raises errors in the settings before data or torch is loaded
+        require_models(resolve(file, **options))  # reports invalid settings before data or torch is loaded
     version = open_version(data, images)
     message = progress.message if is_first else NullProgress().message
     planned = plan_training(version, options, file, Path(out) if out else None, message, resume=resume)

@@ -1,7 +1,7 @@
 """The training loop: load batches, compute steps, score the validation split, and save the best captioner.
 
 The batch of a step depends only on the seed and the step number. With several processes (torchrun), each
-computes gradients for some of its images, and all apply the same update.
+computes gradients for a part of the batch, and all apply the same update.
 """
 
 import math
@@ -82,7 +82,7 @@ class BatchLoader:
         """Load the batch of a step, with images only for this process."""
         count = self.micro_batches * self.processes
         parts = [part for first in range(count) if (part := examples[first::count])]
-        # Collate the texts of all processes, since the mean loss needs the token count of the whole batch.
+        # Collate the texts of all processes, because the mean loss needs the token count of the whole batch.
         texts = [self.collate(part) for part in parts]
         own = range(self.rank * self.micro_batches, min(len(parts), (self.rank + 1) * self.micro_batches))
         loaded = [MicroBatch(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
@@ -119,7 +119,7 @@ class Validation:
     loader: BatchLoader
     device: torch.device
     best_score: float = -math.inf
-    best_cider_d: float | None = None  # None with a single validation image
+    best_cider_d: float | None = None  # None if there is only one validation image
     best_loss: float = math.inf
     evaluations_without_gain: int = 0  # consecutive
     shown: dict[str, str] = field(default_factory=dict)  # the latest scores, for the progress display
@@ -138,8 +138,8 @@ class Validation:
         losses = {} if loss is None else {"validation_loss": loss}
         scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled_cider_d}
         log.write(step=done, **losses, **scores)
-        # Early captions all score about 0. With a single image CIDEr-D is always 0, because no word is rarer
-        # than others. In these cases the loss decides, or the step if there are no validation texts.
+        # Early captions all score about 0. With a single image, CIDEr-D is always 0, because no word is rarer
+        # than others. In these cases, the lower loss wins, or without validation texts the later step.
         tie_breaker = float(done) if loss is None else -loss
         is_single = result["images"] == 1
         score = tie_breaker if is_single else round(cider_d, SCORE_DIGITS)
@@ -260,7 +260,7 @@ class Trainer:
         return self._sum_over_processes(total)
 
     def _sum_over_processes(self, loss: float) -> float:
-        """Sum gradients in place and return the summed loss, both over all processes."""
+        """Sum the gradients over all processes in place. Returns the sum of the losses."""
         if self.processes == 1:
             return loss
         return all_reduce_gradients(self.checkpoint.captioner, loss, self.device)
@@ -278,7 +278,7 @@ class Trainer:
                     break
 
     def _next_step(self, done: int, progress: Progress) -> int:
-        """Return the next step. Early stopping continues at the first rewarded step, or ends training."""
+        """Return the next step. Early stopping jumps to self-critical training or ends the run."""
         config = self.config
         if not config.patience or done >= config.total_steps:
             return done
@@ -365,7 +365,7 @@ def run_steps(
 ) -> None:
     """Train until the last step or until early stopping. `out` receives the best checkpoint.
 
-    If `state` is not empty, the run resumes from it and clears it to free memory. Only the first process has
+    If `state` is not empty, resumes from it, then clears it to free memory. Only the first process has
     a log and writes files. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved.
     """
     config, captioner = trainer.config, trainer.checkpoint.captioner

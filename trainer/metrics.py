@@ -55,7 +55,7 @@ def score(
     references: References,
     per_image: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, float]:
-    """Return all corpus scores. `per_image` may pass the result of `score_each` to avoid its recomputation.
+    """Return all corpus scores. `per_image` is the result of `score_each`, if it has been computed already.
 
     Raises ValueError if the lengths differ, there are no images, or an image has no reference.
     """
@@ -72,7 +72,7 @@ def ngrams(tokens: Tokens, n: int) -> NgramCounts:
 
 
 def bleu(hypotheses: Sequence[Tokens], references: References) -> list[float]:
-    """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002), based on the closest reference lengths."""
+    """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002), with the closest reference lengths."""
     tiny, small = 1e-15, 1e-9  # avoid division by zero, as in pycocoevalcap
     matched, possible = [0] * MAX_N, [0] * MAX_N
     length = reference_length = 0
@@ -141,8 +141,8 @@ def cider_d(
     """Return CIDEr-D (Vedantam et al., 2015) of each image, multiplied by 10 as in COCO evaluation.
 
     N-grams are weighted by their rarity, by default among the images of the corpus. Scores on different test
-    sets are therefore not comparable. Repeated n-grams are clipped, and a Gaussian penalizes a length
-    difference. The score is 0 for an image without references.
+    sets are therefore not comparable. Counts of repeated n-grams are clipped, and a Gaussian penalizes
+    length differences. The score is 0 for an image without references.
     """
     weigh = (rarity or Rarity(references)).weigh
     scores = []

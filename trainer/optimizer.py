@@ -21,7 +21,7 @@ MAX_SPIKES = 3  # after this many skipped steps in a row, a large norm is accept
 
 
 def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return parameter groups, two per part: with weight decay, and without it for biases and norms."""
+    """Return two parameter groups per part: one with weight decay, and one without for biases and norms."""
     rates = {"encoder": config.encoder_lr, "connector": config.connector_lr, "decoder": config.decoder_lr}
     if config.contrastive_weight:
         rates["contrast"] = config.connector_lr
@@ -38,7 +38,7 @@ def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dic
 
 def build_optimizer(captioner: CaptionerModel, config: TrainConfig) -> torch.optim.AdamW:
     """Return an AdamW optimizer. `set_stage` sets its learning rates."""
-    # `fused` is also faster on a CPU: it needs one pass over weights, gradients and moments, not about ten.
+    # `fused` is faster on a CPU too: one pass over weights, gradients and moments instead of about ten.
     return torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
@@ -141,11 +141,11 @@ class SpikeFilter:
         self.norms = []
 
     def should_step(self, loss: float, norm: float) -> bool:
-        """Record a norm, and return whether to apply the step: values are finite and the norm is no spike."""
+        """Record a norm. Returns False if the loss or the norm is not finite, or the norm is a spike."""
         median = statistics.median(self.norms) if len(self.norms) >= SPIKE_WINDOW // 4 else math.inf
         is_finite, is_spike = math.isfinite(loss) and math.isfinite(norm), 0 < SPIKE_FACTOR * median < norm
         is_good = is_finite and (not is_spike or self.skipped_steps >= MAX_SPIKES)
-        if is_good and norm:  # a norm of 0 means that all rewards were equal
+        if is_good and norm:  # a norm of 0, when all rewards are equal, is not recorded
             self.norms = [norm] if is_spike else [*self.norms[1 - SPIKE_WINDOW :], norm]
         self.skipped_steps = 0 if is_good else self.skipped_steps + 1
         return is_good

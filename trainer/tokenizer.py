@@ -2,8 +2,7 @@
 
 A prompt consists of a source (human or synthetic) and either a caption style or a question. `prompts` lists
 the (source, style) pairs that a captioner has learned. The style of answers is "". Published captioners
-contain a copy of
-the functions that choose and build a prompt (trainer/publish/transformers_files.py).
+contain a copy of the functions that choose and build a prompt (trainer/publish/transformers_files.py).
 """
 
 from array import array
@@ -20,7 +19,7 @@ from trainer.runtime.checkpoint_folder import require_learned
 
 PAD, EOS = "<pad>", "<eos>"
 PAD_ID, EOS_ID = 0, 1  # in every tokenizer trained by `train_tokenizer`
-ENCODED_TEXTS = 10_000  # per batch of `count_cut`
+ENCODED_TEXTS = 10_000  # per batch in `count_cut`
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +176,7 @@ Prompts = list[tuple[str, str]]
 
 
 def preferred_style(prompts: list[tuple[str, str]]) -> str | None:
-    """Return brief, plain, or the first learned style. Returns None if no captions were learned."""
+    """Return brief or plain if learned, else the first style. Returns None if no captions were learned."""
     styles = [style for _, style in prompts if style]
     return next((style for style in ("brief", "plain") if style in styles), next(iter(styles), None))
 

@@ -49,7 +49,7 @@ def train_captioner(
 
     `out` receives the checkpoint with the best validation CIDEr-D (config.json, model.safetensors and
     tokenizer.json), train.json (settings), log.jsonl, metrics.json and captions.jsonl (test images). If the
-    last step is not the best, its captioner is in the folder `last`. Until the run ends, resume.pt holds the
+    last step is not the best, the folder `last` holds its captioner. Until the run ends, resume.pt holds the
     state to resume from. `only` restricts the run to these sample ids.
 
     Raises StoreError if the version lacks a split, and TrainError if there is nothing to learn or to resume,
@@ -119,7 +119,7 @@ def _run_digest(version: Version, config: TrainConfig, train_set: list[Example],
 
 
 def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
-    """Return the metrics if this run has already finished in `out`, else None."""
+    """Return the metrics if this run has already finished in `out`, or None."""
     try:
         metrics = read_json(out / "metrics.json")
         return metrics if metrics["run"] == run else None
@@ -140,13 +140,13 @@ def _warn_of_unlearned(
 
 
 def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText]) -> None:
-    """Raise TrainError if an image and the longest text exceed the positions of the language model."""
+    """Raise TrainError if an image and the longest text need more positions than the decoder has."""
     decoder, tokenizer = checkpoint.captioner.decoder, checkpoint.tokenizer
     if not isinstance(decoder, PretrainedDecoder) or decoder.max_positions == math.inf:
         return
     num_states = checkpoint.captioner.encoder.count_states()
 
-    def max_tokens(text: TargetText) -> int:  # a token has at least one byte
+    def max_tokens(text: TargetText) -> int:  # an upper bound: a token has at least one byte
         prompt = prompt_parts(tokenizer.kind, text.source, text.style, text.question)
         target = min(len(text.text.encode()) + 2, config.max_caption_tokens)
         return sum(len(part.encode()) for part, _ in prompt) + target
@@ -188,4 +188,4 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     write_captions(out / "captions.jsonl", metrics.pop("each"))
     write_json(out / "metrics.json", metrics)
     (out / "resume.pt").unlink(missing_ok=True)
-    return read_json(out / "metrics.json")  # JSON types, as for a finished run
+    return read_json(out / "metrics.json")  # with JSON types, as for a run that had finished earlier

@@ -18,10 +18,10 @@ from pipeline.digests import digest
 from trainer.config import Mixture, TrainConfig, resolve
 
 Alignment = Literal["none", "connector", "contrast"]
-# The first share of all steps trains only the connector.
+# The share of steps, at the beginning of a run, that train only the connector.
 ALIGN_FRAC = 0.25
 CONTRASTIVE_WEIGHT = 0.1
-# The connector must train for at least one step.
+# With fewer steps, ALIGN_FRAC of them is less than one step.
 MIN_STEPS = 4
 FACTORS = ("data", "encoder", "decoder", "alignment", "train_images")
 # Settings that select examples. They must be equal in all cells, which learn from the same images.
@@ -54,7 +54,7 @@ class Grid(Section):
 
 
 class ExtraGrid(Grid):
-    """An additional grid. Its lists replace lists of the first grid, and its settings are merged.
+    """An additional grid. Its lists and settings override those of the first grid.
 
     Its arms are compared with arms of the first grid only if their settings are equal.
     """

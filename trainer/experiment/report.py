@@ -13,7 +13,7 @@ from trainer.image_index import map_images
 SHOWN_EXAMPLES = 12
 MAX_CURVES_PER_CHART = 6
 THUMBNAIL_BYTES = 16_384
-# The report notes word counts of data entries that differ by a larger share.
+# If the word counts of data entries differ by a larger share, the report says so.
 MAX_WORD_DIFFERENCE = 0.05
 
 

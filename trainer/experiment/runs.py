@@ -33,7 +33,7 @@ OpenData = Callable[[str | None, str | None], Version]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A cell with its data, final settings and folder. `only` holds the sample ids of all splits.
+    """A cell with its data, final settings and folder. `only` holds the sample ids to use from all splits.
 
     `train_images` and `train_words` are the numbers of training images and caption words.
     """
@@ -91,7 +91,7 @@ def _read_examples(name: str, version: Version, split: str, config: TrainConfig)
 
 
 def _common_ids(examples: Examples, split: str) -> set[str]:
-    """Return the sample ids that all data entries share, in the test split with equal references."""
+    """Return the sample ids that all data entries share. In the test split, references must be equal too."""
     is_test = split == "test"
     keys = [{(e.sample_id, e.references if is_test else ()) for e in group} for group in examples.values()]
     common = {sample_id for sample_id, references in set.intersection(*keys) if references or not is_test}
@@ -121,7 +121,7 @@ def _match_words(
 
 
 def _files(model: str) -> list[tuple[str, int, int]]:
-    """Return name, size and mtime of each file in a model folder, or [] if `model` is no folder."""
+    """Return name, size and mtime of each file in a model folder, or [] if `model` is not a folder."""
     files = sorted(path for path in Path(model).glob("*") if path.is_file()) if Path(model).is_dir() else []
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
@@ -203,7 +203,7 @@ def _visible_gpu(slot: int) -> str | None:
 
 
 def _train(run: Run, threads: int, gpu: str | None, parent: int) -> None:
-    """Train one cell. Runs in a child process. An error is written to a file, and the exit code is 1."""
+    """Train one cell. Runs in a child process. On an error, writes it to a file and exits with code 1."""
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     if gpu is not None:

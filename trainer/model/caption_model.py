@@ -76,14 +76,14 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
     ) -> Tensor:
         """Return the negative log-likelihood summed over all target tokens, weighted per text by `weight_C`.
 
-        Texts about one image do not attend to each other. `texts` should be on the CPU, where packing needs
-        no synchronization with a GPU.
+        Texts about one image do not attend to each other. `texts` should be on the CPU, because packing on a
+        GPU would need synchronization.
         """
         loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts, label_smoothing, weight_C)
         return loss
 
     def contrast_loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
-        """Return the contrastive loss of mean-pooled images and captions, or 0 for fewer than two."""
+        """Return the contrastive loss of mean-pooled image states and captions, or 0 for fewer than two."""
         captions = texts.only(texts.caption_C).to(states_BNV.device)
         image_of_K = captions.image_of_C
         if len(image_of_K) < 2 or len(states_BNV) < 2:
@@ -109,7 +109,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
                 prompt_CT = prompt_BT[part].to(device)
                 texts += self.decoder.generate(memory_BND, prompt_CT, decoding, max_tokens, eos_id)
                 continue
-            torch.cuda.empty_cache()  # only here are the tensors of the failed call freed
+            torch.cuda.empty_cache()  # the tensors of the failed call are not freed earlier
             self._generation_batch = len(states_BNV[part]) // 2
             if not self._generation_batch:
                 hint = "use fewer beams (--num-beams) or a smaller max_caption_tokens"
@@ -117,7 +117,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         return texts
 
     def most_tokens(self, num_states: int, prompt_tokens: int) -> int:
-        """Return how many tokens can be generated. The positions of a language model may limit them."""
+        """Return the maximum number of generated tokens, which a language model's positions may limit."""
         left = self.decoder.max_positions - num_states - prompt_tokens
         return int(min(self.config.max_caption_tokens, left))
 

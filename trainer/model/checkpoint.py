@@ -65,7 +65,7 @@ class Checkpoint:
             # safetensors makes the weights file readable only for its owner.
             (draft / "model.safetensors").chmod((draft / "config.json").stat().st_mode)
             self.tokenizer.backend.save(str(draft / "tokenizer.json"))
-            added = transformers_files(draft)  # with a config.json for both readers
+            added = transformers_files(draft)  # with a config.json that synth and transformers can read
             for name, data in added.items():
                 (draft / name).write_bytes(data)
             for name in dict.fromkeys([*CAPTIONER_FILES, *added]):
@@ -116,7 +116,7 @@ def read_config(folder: Path) -> CaptionerConfig:
     """Read config.json of a checkpoint. Raises ValueError or UnsafeFileError if it is invalid."""
     values = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
     known = {field.name for field in fields(CaptionerConfig)}
-    # The other keys are those of transformers.
+    # The other keys are for transformers.
     values = {name: value for name, value in values.items() if name in known}
     config = TypeAdapter(CaptionerConfig).validate_python(values)
     if not config.prompts:

@@ -36,8 +36,8 @@ class DecoderConfig:
 
 
 TensorPair = tuple[Tensor, Tensor]
-# The tokens that a token attends to. A mask, (T, S) or (C, 1, T, S), is True for visible tokens. The pair
-# `place_CT` and `origin_BS` of PackedTexts means earlier tokens of the same text, and None means all tokens.
+# The tokens that a token attends to. A mask of shape (T, S) or (C, 1, T, S) is True for visible tokens. The
+# pair (`place_CT`, `origin_BS`) limits attention to earlier tokens of the same text. None means all tokens.
 Seen = Tensor | TensorPair | None
 
 
@@ -57,7 +57,7 @@ class Cache:
     length: int = 0
 
     def reorder(self, rows_C: Tensor) -> None:
-        """Replace the cached tokens of row i by those of row rows_C[i]. Both must be about one image."""
+        """Let each row i continue the cached tokens of row rows_C[i], which must have the same image."""
         for block in self.blocks:
             assert block.words is not None
             block.words = block.words[0][rows_C], block.words[1][rows_C]
@@ -96,14 +96,14 @@ class ScratchDecoder(nn.Module):
     def forward(self, ids_CT: Tensor, memory_BND: Tensor | None, cache: Cache | None = None) -> Tensor:
         """Return the states (C, T, D) that predict the token after each of `ids_CT`.
 
-        With a cache, `ids_CT` holds only new tokens. `memory_BND` is None without an image, and when the
-        image's keys and values are cached.
+        With a cache, `ids_CT` holds only new tokens. `memory_BND` is None if there is no image, or if
+        its keys and values are cached.
         """
         start, T = cache.length if cache else 0, ids_CT.shape[1]
         if cache is not None:
             cache.blocks = cache.blocks or [BlockCache() for _ in self.blocks]
             cache.length += T
-        # New token t has position start + t and attends to all tokens up to itself.
+        # New token t has position start + t, and attends to itself and all earlier tokens.
         rope = rope_table(torch.arange(start, start + T, device=ids_CT.device), self.head_width)
         seen_TS = torch.ones(T, start + T, dtype=torch.bool, device=ids_CT.device).tril(start)
         return self._states(ids_CT, memory_BND, rope, seen_TS if T > 1 else None, cache)
@@ -245,8 +245,8 @@ def attend_apart(
 ) -> Tensor:
     """Attend within each packed text only. Returns (B, H, S, K).
 
-    Each text is moved to its own row and back. Causal attention then needs no explicit mask, so that fast
-    kernels can be used.
+    Each text is moved to its own row and back. Causal attention then needs no explicit mask, so fast kernels
+    can be used.
     """
 
     def moved(x_BHSK: Tensor, place_CT: Tensor) -> Tensor:

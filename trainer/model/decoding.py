@@ -29,7 +29,7 @@ GREEDY = DecodingConfig()
 MIN_ENDED_SHARE = 0.25  # finished rows are removed when they reach this share of the batch
 Step = Callable[[Tensor], Tensor]  # new tokens (R, T) -> logits of the next token (R, V)
 Reorder = Callable[[Tensor], None]  # receives, for each row, the index of the row it continues: (R,)
-Keep = Callable[[Tensor], None]  # receives the indices of the remaining rows (beam search: groups of beams)
+Keep = Callable[[Tensor], None]  # receives the indices of remaining rows, or of prompts in beam search
 
 
 def decode(
@@ -88,7 +88,7 @@ def beam_search(
     K, device = num_beams, prompt_BT.device
     rows = list(range(len(prompt_BT)))
     total_BK = torch.full((len(rows), K), -torch.inf, device=device)
-    total_BK[:, 0] = 0.0  # all beams start equal, so only the first is expanded
+    total_BK[:, 0] = 0.0  # all beams are equal at first, so only one is expanded
     best_B = torch.full((len(rows),), -torch.inf, device=device)
     written_BKL = prompt_BT.new_empty(len(rows), K, 0)
     new_RT, steps = prompt_BT.repeat_interleave(K, 0), list[_SearchStep]()

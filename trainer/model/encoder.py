@@ -1,4 +1,4 @@
-"""Image encoder: returns hidden states without pooling, one vector per patch and for the class token.
+"""Image encoder: returns unpooled hidden states, one vector for the class token and one for each patch.
 
 Shapes: B images, N hidden states of the model, M states after selection, V encoder width.
 ViT-B/16 at 224 px has N = 197, CLIP ViT-B/32 has N = 50, and both have V = 768.
@@ -38,7 +38,7 @@ PATCH_ENCODERS = "vit, clip, siglip2 or dinov2"
 class EncoderConfig:
     """Everything needed to rebuild an encoder.
 
-    `layer` is an index into `hidden_states` of transformers, -1 for the last layer. `states` selects hidden
+    `layer` is an index into transformers' `hidden_states` (-1 is the last layer). `states` selects hidden
     states for the decoder (see `choose_states`). If `frozen`, they are rounded to bfloat16, as in the feature
     store. `made_from` holds the name and the revision of the original model.
     """
@@ -159,7 +159,7 @@ def folder_name(folder: Path) -> str:
 
 
 def _require_unused(encoder: Encoder, missing: Sequence[str]) -> None:
-    """Set missing weights to zero. Raises ValueError if the hidden states depend on them."""
+    """Set missing weights to zero. Raises ValueError if the hidden states depend on these weights."""
     if not missing:
         return
     weights = encoder.tower.state_dict()
@@ -181,7 +181,7 @@ def _require_states(encoder: Encoder) -> Encoder:
     was_training = encoder.training
     try:
         with torch.inference_mode():
-            # Images of two shapes: this fails if the processor does not resize all images to one size.
+            # The two images differ in shape, so this fails if the processor does not resize to a fixed size.
             wide = _TEST_IMAGE.resize((_TEST_IMAGE.width * 2, _TEST_IMAGE.height))
             pixels = encoder.pixels([_TEST_IMAGE, wide])[:1]
             states_1MV, again_1MV = encoder.eval()(pixels), encoder(pixels)

@@ -38,7 +38,7 @@ from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 
 ADAPTER = "default"  # adapter name in peft
 PROBE_TOKENS = 6
-# Relative to the standard deviation. Rounding changes states by 1e-6, convolutions by at least 4e-4.
+# In standard deviations. Rounding changes states by 1e-6, and convolutions by at least 4e-4.
 MAX_STATE_DIFFERENCE = 1e-4
 MAX_LOGIT_DIFFERENCE = 0.01  # rounding on a GPU may change logits by 0.001
 MAX_SHARE_OF_CAP = 0.99  # logits closer to the cap cannot be inverted
@@ -46,7 +46,7 @@ MODEL_ERRORS = (ValueError, RuntimeError, TypeError, AttributeError, IndexError,
 
 
 class Probe(NamedTuple):
-    """Properties of a language model, measured at its first use."""
+    """Properties of a language model, measured when it is first used."""
 
     can_pack: bool  # whether packed texts have the same states as separate texts
     transform: text_loss.LogitTransform
@@ -74,7 +74,7 @@ class PretrainedDecoder(nn.Module):
         return self.model.get_input_embeddings()
 
     def add_adapters(self, rank: int, dropout: float) -> None:
-        """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freeze other weights.
+        """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freezes other weights.
 
         Raises TrainError if peft is not installed or supports no layer of the model.
         """
@@ -208,7 +208,7 @@ class PretrainedDecoder(nn.Module):
                 states_CTD = self._states_apart(prefix_BPD, texts)
                 transform = self._logit_transform(prefix_BPD, texts, states_CTD)
                 apart_CTD = states_CTD[:, :-1]
-                with suppress(*MODEL_ERRORS):  # some models reject such a mask
+                with suppress(*MODEL_ERRORS):  # some models reject the mask for packed texts
                     packed_BSD = self._states_packed(prefix_BPD, text_loss.pack(texts, 1))
                     difference = (packed_BSD.reshape(apart_CTD.shape) - apart_CTD).abs().max()
                     can_pack = bool(difference <= MAX_STATE_DIFFERENCE * apart_CTD.std())
@@ -222,7 +222,7 @@ class PretrainedDecoder(nn.Module):
     def _logit_transform(
         self, prefix_BPD: Tensor, texts: TextBatch, states_CTD: Tensor
     ) -> text_loss.LogitTransform:
-        """Find the transform from the head's logits to the model's. Raises TrainError if none fits."""
+        """Return how the model transforms the logits of its head. Raises TrainError if no transform fits."""
         embeds_CLD = self._embed(prefix_BPD[texts.image_of_C], texts.ids_CT)
         own_CLV = self.model(inputs_embeds=embeds_CLD, use_cache=False).logits
         own_CTV = own_CLV[:, prefix_BPD.shape[1] :].float()

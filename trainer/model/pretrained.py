@@ -138,7 +138,7 @@ def silence_transformers() -> Iterator[None]:
 def load_config(model_id: str) -> PreTrainedConfig:
     """Load the config from a folder or the Hub. Raises one of LOAD_ERRORS, also if weights are quantized."""
     path = Path(model_id)
-    # Do not look up a name on the Hub that can only be a path: this may take minutes.
+    # A name that can only be a path is not looked up on the Hub, which may take minutes.
     is_path = path.is_absolute() or model_id.startswith((".", "~")) or len(path.parts) > 2
     if is_path and not path.is_dir():
         raise ValueError("the folder does not exist")
@@ -146,7 +146,7 @@ def load_config(model_id: str) -> PreTrainedConfig:
     if getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantized and cannot be trained. Pass the original model")
     for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
-        if getattr(part, "return_dict", True) is False:  # set by tracing, makes outputs lose their names
+        if getattr(part, "return_dict", True) is False:  # set by tracing, and removes output names
             part.return_dict = True  # type: ignore[union-attr]
     return config
 

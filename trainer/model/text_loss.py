@@ -1,7 +1,7 @@
 """Language-model loss for packed texts, with logits computed in parts.
 
 Packing: all texts about an image share one row, so the decoder reads the image once. Positions restart with
-each text and a token attends only to its own text, so the loss is the same as for separate texts.
+each text, and a token attends only to its own text, so the loss is the same as for separate texts.
 
 Parts: with a vocabulary of 150,000 tokens, `cross_entropy` would hold the logits and gradients of all tokens
 at once. Here, the forward pass computes loss and gradient for one part of the tokens at a time, and frees its
@@ -54,7 +54,7 @@ def pack(texts: TextBatch, num_images: int) -> PackedTexts:
     tokens_B = zeros_B.index_add(0, image_of_C, tokens_C)
     texts_B = zeros_B.index_add(0, image_of_C, torch.ones_like(image_of_C))
     S = max(1, int(tokens_B.max()))
-    # Start and index of each text within its row: sum over all earlier texts minus sum of earlier images.
+    # Start and index of each text in its row: the sum over earlier texts minus the sum over earlier images.
     start_C = _sums_before(tokens_C) - _sums_before(tokens_B)[image_of_C]
     number_C = torch.arange(len(image_of_C), device=device) - _sums_before(texts_B)[image_of_C]
     position_T = torch.arange(texts.ids_CT.shape[1] - 1, device=device)
@@ -113,7 +113,7 @@ class LogitTransform(NamedTuple):
         return logits_KV if self.cap is None else self.cap * torch.tanh(logits_KV / self.cap)
 
     def gradient(self, error_KV: Tensor, logits_KV: Tensor) -> Tensor:
-        """Backward of `apply`: map the gradient of the model's logits to that of the head's logits."""
+        """Return the gradient of the input of `apply`, given the output `logits_KV` and its gradient."""
         error_KV = error_KV if self.cap is None else error_KV * (1 - (logits_KV / self.cap) ** 2)
         return error_KV if self.scale == 1 else error_KV * self.scale
 
@@ -201,7 +201,7 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Scale in place, because the gradient of the head may be large. Autograd raises an error for a second
+        # Scale in place, because the gradient of the head may be large. Autograd therefore rejects a second
         # backward pass.
         scaled = (None if gradient is None else gradient.mul_(grads[0]) for gradient in ctx.saved_tensors)
         return (*scaled, None, None, None, None, None)

@@ -40,7 +40,7 @@ from trainer.tokenizer import choose_prompt, prompt_ids, prompt_parts
 
 
 class SynthCaptionerConfig(PreTrainedConfig):
-    """Settings of a captioner. `prompts` are the (source, style) pairs it was trained on (answers: "")."""
+    """Settings of a captioner. `prompts` are the learned (source, style) pairs. Answers have style ""."""
 
     model_type = "synth_captioner"
 
@@ -83,7 +83,7 @@ class _Tower(nn.Module):
         self.states, self.is_rounded = settings.get("states", "all"), settings.get("frozen", False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the hidden states of images (B, N, V), rounded like cached states of a frozen encoder."""
+        """Return the hidden states of images (B, N, V), rounded as in training with a frozen encoder."""
         states_BNV = choose_states(layer_states(self.tower, pixels_BCHW, self.layer), self.states)
         return states_BNV.bfloat16().to(states_BNV.dtype) if self.is_rounded else states_BNV
 
@@ -143,7 +143,7 @@ class _Prefixed(nn.Module):
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:
-        """Names of tied weights, which `post_init` collects from a model's submodules."""
+        """The names of tied weights. `post_init` collects them from the submodules of a model."""
         tied = self.model.all_tied_weights_keys
         return {f"model.{name}": f"model.{source}" for name, source in tied.items()}
 
@@ -154,7 +154,7 @@ class _Prefixed(nn.Module):
         return embedding
 
     def own_cache(self, cache: Cache | None) -> Cache | None:
-        """Return an empty cache from the language model if only some of its layers are attention layers."""
+        """Return `cache`, or an empty one for a language model in which only some layers are attention."""
         attends = {"attention" in kind for kind in getattr(self.model.config, "layer_types", None) or ()}
         is_mixed = len(attends) > 1 and type(cache) is DynamicCache
         return DynamicCache(config=self.model.config) if is_mixed else cache
@@ -165,7 +165,7 @@ class _Prefixed(nn.Module):
         """Return logits of the text (B, T, vocabulary). `states_BPD` is None if the cache has the image."""
         words_BTD = self.embedding(ids_BT)
         mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)
-        # Move padding before the image: recurrent layers and narrow windows would see it after the image.
+        # Move padding before the image. After it, recurrent layers and narrow windows would see padding.
         place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
         pads_B1 = (mask_BS.cumsum(-1) == 0).sum(-1, keepdim=True)
         from_BL = torch.where(place_L < pads_B1, place_L + prefix, place_L - pads_B1)
@@ -188,7 +188,7 @@ class _Prefixed(nn.Module):
 
 
 class _AtLastPosition(MaxLengthCriteria):
-    """A separate type, because `generate` replaces a default criterion by a given one of the same type."""
+    """Has its own type, because `generate` replaces a default criterion by a custom one of the same type."""
 
 
 class _Contrast(nn.Module):
@@ -305,7 +305,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
             criteria = options.get("stopping_criteria") or ()
             options["stopping_criteria"] = [*criteria, _AtLastPosition(max_length)]
         if options.get("num_beams", 1) != 1 and options.get("generation_config") is None:
-            # Continue after the first complete texts: a longer one may have a better mean score.
+            # Do not stop at the first complete texts, because a longer text may have a better mean score.
             options.setdefault("early_stopping", "never")
         return super().generate(input_ids=input_ids, **options)  # type: ignore[misc]
 
@@ -332,8 +332,8 @@ class SynthCaptionerProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Return `pixel_values`, `input_ids` and `attention_mask` for images (PIL, paths or URLs).
 
-        `text` is one text for all images, or a list with one text per image. Raises ValueError without an
-        image, and for a question if the captioner was not trained to answer questions.
+        `text` is one text for all images, or a list with one text per image. Raises ValueError if there
+        is no image, or if `text` is a question and the captioner was not trained to answer questions.
         """
         if images is None:
             raise ValueError('a captioner needs an image: pass images=..., and in a pipeline also text=""')

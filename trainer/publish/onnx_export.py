@@ -37,13 +37,13 @@ ENCODER, FIRST, NEXT = PARTS
 RUNNER = "caption.py"
 DECODER_HINT = "train with a decoder that has only full attention: --decoder scratch, qwen3, smollm2"
 MAX_TEXT_TOKENS = 512
-# An ONNX file can have at most 2 GiB: weights of larger parts are stored in a second file.
+# An ONNX file can have at most 2 GiB, so the weights of larger parts are stored in a second file.
 MAX_EMBEDDED_BYTES = 1_500_000_000
 # Largest allowed difference from a PyTorch value.
 MAX_DIFFERENCE = 1e-3
-# For single encoder values, allow this many times more: bfloat16 ties may be rounded differently.
+# Factor on the allowed difference of single encoder values, because bfloat16 ties may round differently.
 MAX_ROUNDING_FACTOR = 50
-# Largest allowed mean difference of normalized pixels: libraries resize slightly differently.
+# Largest allowed mean difference of normalized pixels, because libraries resize slightly differently.
 MAX_PIXEL_DIFFERENCE = 0.05
 PIXEL_SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
@@ -56,7 +56,7 @@ LAYER_TENSORS = ("key", "value")
 def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool = False) -> dict[str, int]:
     """Write a captioner to a new folder, and return the size of each file in bytes.
 
-    `onnx/` contains the parts, and with `int8` also parts with int8 weights. `caption.py` runs them without
+    `onnx/` contains the parts. `int8` adds parts with int8 weights. `caption.py` runs them without
     PyTorch. Raises TrainError if a package is missing, the folder exists, or a part cannot be exported or
     differs from PyTorch.
     """
@@ -141,7 +141,7 @@ class EncoderPart(nn.Module):
 
 
 def _round_to_bfloat16(values: Tensor) -> Tensor:
-    """Round float32 to the precision of bfloat16 (8 bits) without the type, which some runtimes lack.
+    """Round float32 to bfloat16 precision (8 bits), without using the type, which some runtimes lack.
 
     This is Dekker's splitting (1971). Ties may be rounded to the other neighbor.
     """
@@ -150,7 +150,7 @@ def _round_to_bfloat16(values: Tensor) -> Tensor:
 
 
 class DecoderPart(nn.Module):
-    """One decoder step as a module: applies a function to the decoder and the exported inputs."""
+    """Wraps a decoder step as a module for export. `step` is called with the decoder and the inputs."""
 
     def __init__(self, step: Callable[..., tuple[Tensor, ...]], decoder: nn.Module) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ def _export(
 
 
 def _is_near(values: Any, expected: Any, *, is_rounded: bool) -> bool:
-    """Return whether values equal PyTorch's. With `is_rounded`, a few may be rounded differently."""
+    """Return whether values are close to PyTorch's. With `is_rounded`, a few may be rounded differently."""
     if values.shape != expected.shape:
         return False
     differences = np.abs(values - expected)

@@ -47,7 +47,7 @@ class OnnxCaptioner:
         return [self.tokenizer.decode(ids).strip() for ids in token_ids]
 
     def tokens(self, pixels: Array, prompt: list[int]) -> list[list[int]]:
-        """Return the token ids that greedy search finds for a prompt and prepared images (B, 3, H, W)."""
+        """Generate texts greedily for a prompt and prepared images (B, 3, H, W). Returns their token ids."""
         max_tokens, positions = self.config["max_caption_tokens"], self.config.get("text_positions")
         if positions is not None:
             if len(prompt) >= positions:
@@ -69,7 +69,7 @@ class OnnxCaptioner:
         return [[token for token in row if token != eos] for row in texts.tolist()]
 
     def prompt(self, text: str) -> list[int]:
-        """Return the token ids of a prompt. Raises ValueError for a question if answers were not trained."""
+        """Return the token ids of a prompt. Raises ValueError for a question if no answers were learned."""
         parts = prompt_parts(self.kind, *choose_prompt(self.prompts, text))
         return prompt_ids(parts, self._special, self._ids)
 
@@ -114,7 +114,7 @@ def prepare(image: Any, settings: dict[str, Any]) -> Array:
 
 
 def _target_size(image: Image.Image, size: dict[str, int]) -> tuple[int, int]:
-    """Return width and height in pixels. They are fixed, or proportional to the shortest edge."""
+    """Return the resized (width, height): fixed, or scaled to the given shortest edge."""
     if "height" in size:
         return size["width"], size["height"]
     shortest = size["shortest_edge"]
@@ -125,7 +125,7 @@ def _target_size(image: Image.Image, size: dict[str, int]) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Print a caption of each image."""
+    """Print a caption for each image."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", nargs="+")
     parser.add_argument("--text", default="", help="a style or a question")

@@ -18,7 +18,7 @@ Caption = Callable[[Image.Image, str, str], str]
 
 
 def build_page(title: str, styles: list[str], answers: bool, caption: Caption) -> Any:  # noqa: FBT001
-    """Return the page of a captioner. The default style is first. With `answers`, it has a question field."""
+    """Return the page for a captioner. The first style is the default. `answers` adds a question field."""
 
     def write(photo: Image.Image | None, style: str = "", question: str = "") -> str:
         if photo is None:

@@ -1,4 +1,4 @@
-"""Write the files that transformers needs to load a checkpoint folder, next to those of the captioner."""
+"""Create the additional files that transformers needs to load a checkpoint folder."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ from trainer.runtime.checkpoint_folder import require_checkpoint
 HERE = Path(__file__).parent
 PROJECT_DIR = HERE.parents[1]
 MODULE = "modeling_synth_captioner"
-# Published files have copies of these definitions in place of the imports from this project.
+# Published files contain copies of these definitions instead of imports from this project.
 DEFINITIONS = {
     "pipeline.images.upright": "BAND_PX upright_rgb over_white",
     "trainer.model.decoder": (
@@ -22,7 +22,7 @@ DEFINITIONS = {
         "ANSWER STYLES preferred_style preferred_source choose_prompt prompt_parts prompt_ids"
     ),
 }
-# Imports that the copied definitions need, by the module that they come from.
+# Imports that the copied definitions need, by source module.
 NEEDED_IMPORTS = {
     "trainer.tokenizer": "from collections.abc import Callable\n",
     "pipeline.images.upright": "from PIL import ImageOps\n",
@@ -34,7 +34,7 @@ HEADER = "# Written by `synth`. This file needs torch, transformers and Pillow.\
 
 
 def transformers_files(folder: Path) -> dict[str, bytes]:
-    """Return the files, by name, that transformers needs to load a checkpoint folder, config.json included.
+    """Return the files (by name) to add to a checkpoint folder for transformers, and a new config.json.
 
     Raises TrainError if the folder is not a captioner.
     """
@@ -88,7 +88,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
 
 
 def standalone_source(name: str) -> str:
-    """Return the source of a module of this folder, with definitions in place of imports from the project."""
+    """Return the source of a module in this folder, with copied definitions instead of project imports."""
     source = (HERE / f"{name}.py").read_text(encoding="utf-8")
     needed_imports = ""
     for module, names in DEFINITIONS.items():

@@ -21,7 +21,7 @@ READ_ERRORS = (OSError, ValueError, LookupError, TypeError, UnsafeFileError)
 
 
 def find_captioner(name: str | Path) -> Path:
-    """Return a captioner's folder, after downloading its files (but no code) if `name` is a Hub repository.
+    """Return a captioner's folder. Downloads its files (but no code) if `name` is a Hub repository.
 
     Raises TrainError if there is no captioner, or if the Hub does not answer and the captioner is not cached.
     """
@@ -46,15 +46,15 @@ def no_captioner(folder: Path, reason: str) -> TrainError:
 
 
 def require_checkpoint(folder: Path) -> None:
-    """Raise TrainError if a captioner's file is missing in the folder."""
+    """Raise TrainError if the folder lacks a file of a captioner."""
     if missing := [name for name in CAPTIONER_FILES if not (folder / name).is_file()]:
         raise no_captioner(folder, f"it lacks {missing[0]}")
 
 
 def require_learned(prompts: Sequence[tuple[str, str]], style: str | None = None, question: str = "") -> None:
-    """Raise TrainError if a captioner has not learned a style (None: any) or, for a question, answers.
+    """Raise TrainError if a captioner has not learned a style (None means any), or answers for a question.
 
-    `prompts` are pairs of source and style; the style of answers is "".
+    `prompts` are pairs of source and style. The style of answers is "".
     """
     styles = list(dict.fromkeys(learned for _, learned in prompts if learned))
     if question:
@@ -69,7 +69,7 @@ def require_learned(prompts: Sequence[tuple[str, str]], style: str | None = None
 
 
 def require_prompt(folder: Path, style: str | None, question: str = "") -> None:
-    """Raise TrainError as `require_learned`, without loading the captioner in a folder."""
+    """Call `require_learned` for the captioner in a folder without loading its weights."""
     try:
         config = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
         prompts = [(str(source), str(learned)) for source, learned in config["prompts"]]
@@ -84,7 +84,7 @@ def read_settings(folder: Path) -> TrainConfig:
 
 
 def other_settings(folder: Path, config: TrainConfig) -> list[str]:
-    """Describe how settings differ from those of a finished run, such as "batch_size 64, now 32".
+    """Describe how settings differ from a finished run, as in "batch_size 64, now 32".
 
     Returns an empty list if the folder has no finished run.
     """

@@ -20,7 +20,7 @@ MESSAGE_VALUES = 1 << 24  # gradient values per all-reduce
 
 
 def best_device(rank: int = 0) -> torch.device:
-    """Return the GPU for a process rank, or the CPU if there is no GPU."""
+    """Return the GPU for the process with this rank, or the CPU if there is no GPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", rank % torch.cuda.device_count())
     return torch.device("cpu")
@@ -38,7 +38,7 @@ def join_processes() -> tuple[int, int]:
 
 
 def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) -> float:
-    """Sum gradients over all processes in place. Returns the summed loss. Small gradients share a message."""
+    """Sum gradients over all processes in place, small ones together. Returns the summed loss."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss_tensor = torch.tensor([loss], device=device)
     has_gradient = torch.tensor([float(parameter.grad is not None) for parameter in learning], device=device)
@@ -70,7 +70,7 @@ def _all_reduce_sum(tensors: list[Tensor]) -> None:
 
 @contextmanager
 def translate_peer_errors() -> Iterator[None]:
-    """Translate errors in the communication with other processes to TrainError."""
+    """Translate errors in communication with other processes to TrainError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -101,7 +101,7 @@ def matmul_precision(precision: Precision, device: torch.device) -> Iterator[Non
 
     On a CPU, `bf16` rounds the factors of a product to bfloat16 and accumulates in float32. Tensors stay
     float32, because casting them would take as long as faster products save. Fused attention is disabled,
-    because its products are too small to gain.
+    because its products are too small to become faster.
     """
     before, conv_before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:

@@ -30,7 +30,7 @@ class Forecast:
 
 
 def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
-    """Choose the number of micro-batches so that a step fits the GPU. Shows and returns the forecast.
+    """Choose the number of micro-batches so that a step fits on the GPU. Shows and returns the forecast.
 
     Raises TrainError if a micro-batch of a single image does not fit.
     """
@@ -57,7 +57,7 @@ def _format_count(weights: int) -> str:
 
 
 def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
-    """Double the number of micro-batches until a step of `size` images fits. Returns its seconds."""
+    """Double the number of micro-batches until a step of `size` images fits. Returns the seconds per step."""
     while True:
         seconds = None
         try:

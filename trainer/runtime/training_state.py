@@ -29,10 +29,10 @@ def save_resume(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_resume(folder: Path, config: TrainConfig, run_digest: Callable[[int], str]) -> dict[str, Any]:
-    """Load resume.pt. Raises TrainError if it is missing, damaged, or from a run with other inputs.
+    """Load resume.pt. Raises TrainError if it is missing or damaged, or if the run had other inputs.
 
     `run_digest` returns the digest of the current run for a given number of processes. It is called with the
-    number in the saved state.
+    number of processes in the saved state.
     """
     path = folder / "resume.pt"
     if not path.exists():

@@ -1,11 +1,11 @@
-"""The address of a server: listen at it, and name it. Imports no torch, so that it is checked at once."""
+"""Open the port of a server and format its URL. Does not import torch, so errors appear at once."""
 
 import ipaddress
 import socket
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address or `localhost` is reached from this machine only."""
+    """Return whether a host name or address can be reached only from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -13,7 +13,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address."""
+    """Return a socket that listens on an address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=2048)
 

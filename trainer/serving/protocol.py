@@ -28,7 +28,7 @@ MIN_TOP_P = 1e-4
 
 
 class RefusedError(Exception):
-    """Raised for a request that is refused. `status` is the HTTP status: 4xx, or 503 if a retry may work."""
+    """Raised to refuse a request. `status` is the HTTP status: 4xx, or 503 if a retry may succeed."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -123,7 +123,7 @@ def completion(
 
 
 def chunks(body: dict[str, Any]) -> bytes:
-    """Return a response as server-sent events. The first event holds the whole text."""
+    """Return a response body as server-sent events. The first event holds the whole text."""
     choice = body["choices"][0]
     shared = {name: body[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
     events = ["[DONE]"]
@@ -148,7 +148,7 @@ def _read_messages(messages: Any) -> tuple[str, list[Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RefusedError("each message needs a role and a content")
         content = message.get("content")
-        # A message that calls a tool has no content.
+        # A message with tool calls may lack content.
         if content is None and message["role"] != "user":
             continue
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -81,7 +81,7 @@ class Batcher:
         return await future
 
     async def run(self) -> None:
-        """Generate batches until cancelled. Each holds the oldest request and others of the same group."""
+        """Generate batches until cancelled. Each holds the oldest request and others of equal `group`."""
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
@@ -177,7 +177,7 @@ class CaptionServer:
         """Answer a chat request (see trainer/serving/protocol.py)."""
         with self._count_held(request):
             answer = asyncio.create_task(self._answer(await read_body(request)))
-            # After the body, the only possible message is that the client has disconnected.
+            # After the body, the only possible message is a disconnect of the client.
             disconnect = asyncio.ensure_future(request.receive())
             tasks: set[asyncio.Future[Any]] = {answer, disconnect}
             try:
@@ -250,7 +250,7 @@ class CaptionServer:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Middleware that refuses requests from other sites, for other hosts, without the key, or not in JSON."""
+    """Middleware that refuses requests that are cross-site, for another host, without the key or not JSON."""
 
     app: ASGIApp
     host: str
