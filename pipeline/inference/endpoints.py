@@ -288,7 +288,7 @@ class Endpoints(list[Endpoint]):
         waiter.add_done_callback(self._waiters.discard)
 
     async def read_metrics(self) -> None:
-        """Read each server's load from its Prometheus page, or keep its last metrics if it does not answer."""
+        """Read each server's load from its Prometheus page, or keep the last one if it does not answer."""
         for endpoint in self:
             if endpoint.is_up.is_set() and endpoint.has_metrics:
                 try:

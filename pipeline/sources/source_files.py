@@ -266,7 +266,7 @@ def _without_query(path: str) -> str:
 
 
 def _identify_content(store: AbstractFileSystem, path: str, info: dict[str, Any]) -> dict[str, str]:
-    """Return a file's size with the digests and times that the store lists, or else with a hash of its end."""
+    """Return a file's size, plus the digests and times that the store lists, or else a hash of its end."""
     identifiers = {key: str(info[key]) for key in (*_DIGEST_KEYS, *_TIME_KEYS) if info.get(key)}
     if not identifiers:
         identifiers = {"tail": hashlib.sha256(store.tail(path, TAIL_BYTES)).hexdigest()}
