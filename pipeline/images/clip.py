@@ -1,4 +1,4 @@
-"""CLIP score of an image and a text: the cosine of their projected embeddings (Radford et al., 2021)."""
+"""CLIP score of an image and a text: the cosine similarity of their embeddings (Radford et al., 2021)."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -22,7 +22,7 @@ CLIP_MODELS = {  # short name -> Hub id or folder
 
 
 def require_clip(name: str) -> None:
-    """Check that a CLIP is a folder, is cached, or is on the Hub. Raises EngineError if not."""
+    """Check that a CLIP model is a folder, is cached, or is on the Hub. Raises EngineError if not."""
     model_id = CLIP_MODELS.get(name, name)
     if Path(model_id).is_dir():
         return
@@ -91,7 +91,7 @@ class ClipScorer:
         self._model = self._model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def cosines(self, images: Sequence[Image], texts: Sequence[str]) -> list[float]:
-        """Return the cosine of each RGB image and the text at the same index.
+        """Return the cosine similarity of each RGB image and the text at the same index.
 
         Long texts are truncated to the context length.
         """
@@ -125,7 +125,7 @@ class ClipScorer:
         return projected
 
     def compare(self, image_states: Sequence[Any], text_states: Sequence[Any]) -> list[float]:
-        """Return the cosine of each image embedding and the text embedding at the same index."""
+        """Return the cosine similarity of each image embedding and the text embedding at the same index."""
         if not image_states:
             return []
         image_ND, text_ND = self._torch.stack(list(image_states)), self._torch.stack(list(text_states))

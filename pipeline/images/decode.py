@@ -36,7 +36,7 @@ _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
 UPRIGHT_QUALITY = 95  # JPEG quality of rotated images
 HASH_SIDE_PX = 64
 MIN_HASHED_SIDE_PX = 512  # large JPEGs are decoded at reduced size for hashing, but not below this
-MIN_PDQ_QUALITY = 50  # of 100, the threshold that PDQ's authors recommend
+MIN_PDQ_QUALITY = 50  # out of 100, as PDQ's authors recommend
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
@@ -63,7 +63,7 @@ def check_image(data: bytes) -> ImageInfo:
     """Decode a whole image. Raises ImageError if it is damaged, too large, or too narrow."""
     image, (width_px, height_px) = _decode_for_hash(data)
     pdq = pdq_hash(image)
-    if not pdq and image.mode == "L":  # saturated colors may add detail to the luma
+    if not pdq and image.mode == "L":  # with saturated colors, RGB may have more detail
         pdq = pdq_hash(_decode(data)[0])
     return ImageInfo(width_px, height_px, pdq)
 
@@ -205,7 +205,7 @@ def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterat
 
 
 def too_many_scans() -> ImageError:
-    """Return the error for a JPEG with too many scans, each of which takes time to decode."""
+    """Return the error to raise for a JPEG with too many scans, since each takes time to decode."""
     return ImageError("too_many_scans", f"more than {MAX_SCANS} scans")
 
 

@@ -98,7 +98,7 @@ def check_all(
 class Worker:
     """A process that decodes untrusted files, without credentials in its environment.
 
-    `code` is the program to run. `file` becomes its stdin, or None for a pipe. The process's answers are
+    `code` is the program to run. Its stdin is `file`, or a pipe if `file` is None. The process's answers are
     parsed, never unpickled. Raises SourceError if the process cannot be started.
     """
 
@@ -264,7 +264,7 @@ def limit_workers(count: int) -> None:
 
 
 def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
-    """Send each message after its length. None means an unchanged image."""
+    """Send each message, preceded by its length. None means an unchanged image."""
     for message in messages:
         target.write(_LENGTH.pack(-1 if message is None else len(message)))
         if message:
@@ -318,7 +318,7 @@ def allow_cpu() -> None:
 
 
 def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
-    """Return the answer to a request: a JSON header, then each image, or None if it is unchanged."""
+    """Return the answer to a request: a JSON header and each image (None if it is unchanged)."""
     try:
         stripped, infos, fields = [], [], []
         for image in images:

@@ -31,8 +31,8 @@ WORDS = HASH_BITS // WORD_BITS
 # Recompressed, halved, brightened and gray copies are at most this far apart (docs/measurements.md).
 MAX_COPY_BITS = 20
 # A PDQ bit states whether one of 16 x 16 DCT coefficients is above their median, which is near 0. Mirroring
-# an image negates the coefficients in odd columns, which flips their bits. In 29 photos, all but at most 20
-# bits followed this rule.
+# an image negates the coefficients in odd columns, which flips their bits. In each of 29 photos, at most
+# 20 bits broke this rule.
 MIRRORED_BITS = np.uint64(0x5555_5555_5555_5555)
 
 ImageKind = Literal["photos", "graphics"]
@@ -143,7 +143,7 @@ def find_in_round(hashes: Hashes, num_bits: int, max_bits: int, number: int, *, 
 
 
 def _masks(bits: Sequence[int]) -> list[np.uint64]:
-    """Return one mask per word of a hash, in which these of the 256 bits are set."""
+    """Return one mask per 64-bit word of a hash. `bits` are the indices (0 to 255) of the bits to set."""
     masks = [0] * WORDS
     for bit in bits:
         masks[bit // WORD_BITS] |= 1 << bit % WORD_BITS
@@ -151,7 +151,7 @@ def _masks(bits: Sequence[int]) -> list[np.uint64]:
 
 
 def _keys(hashes: Hashes, masks: Sequence[np.uint64]) -> Words:
-    """Return 32-bit keys, which are equal if the masked bits are equal, and rarely (2^-32) otherwise."""
+    """Return 32-bit keys. Equal masked bits give equal keys. Others collide with a probability of 2^-32."""
     keys = np.zeros(len(hashes), np.uint64)
     for word, mask, factor in zip(hashes.T, masks, FACTORS, strict=True):
         keys += (word & mask) * factor
@@ -183,7 +183,7 @@ def _near_neighbors(hashes: Hashes, keys: Rows, max_bits: int) -> tuple[Rows, Ro
 
 
 def _large_groups(keys: Rows) -> Iterator[tuple[Rows, Rows]]:
-    """Yield positions of first hashes and members in large groups, for pairs beyond MAX_NEIGHBORS."""
+    """Yield pairs in large groups (a first hash, a member more than MAX_NEIGHBORS later) as positions."""
     if not np.any(keys[MAX_NEIGHBORS + 1 :] == keys[: -MAX_NEIGHBORS - 1]):
         return
     starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
@@ -332,11 +332,11 @@ def _group_names(images: DistinctImages) -> Rows:
 
 
 def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Rows) -> DistinctImages:
-    """Return near images and near decks. In near decks, half of the pages have a near page in the other deck.
+    """Return the near images or decks. Near decks share at least half of the smaller deck's pages.
 
-    The distance between two decks is the median distance of these pages. An empty hash is near no other hash.
-    If there are decks, each sample is an image of its own. `best_first` puts the best samples first, because
-    in large groups only pairs with the first samples are sure to be compared.
+    The distance between two decks is the median distance of the shared pages. An empty hash is near no other
+    hash. If there are decks, each sample counts as a separate image. `best_first` puts the best samples
+    first, because in large groups only pairs with the first samples are sure to be compared.
     """
     count = len(pdq_hashes)
     owners = pc.list_parent_indices(pdq_hashes).to_numpy().astype(np.int64)

@@ -62,7 +62,7 @@ class Budget:
     def room(self, unanswered: int) -> int | None:
         """Return how many requests may be sent besides `unanswered` ones in flight, or None without a limit.
 
-        Assumes the mean cost per request of this run, or at first of earlier runs, or else a default cost.
+        Assumes this run's mean cost per request. At first, assumes the mean of earlier runs or a default.
         """
         server = self.server
         rooms = [] if server.max_requests is None else [server.max_requests - self.requests]
@@ -118,7 +118,7 @@ class CircuitBreaker:
             self._last = reply.text
 
     def check(self) -> None:
-        """Stop the run if too many replies are unusable, by raising EngineError."""
+        """Stop the run by raising EngineError if too many replies are unusable."""
         flaws = Counter(flaw for flaw in self._flaws if flaw)
         if len(self._flaws) < WINDOW_REPLIES or flaws.total() <= self.max_failure_frac * WINDOW_REPLIES:
             return

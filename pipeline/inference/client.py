@@ -137,7 +137,7 @@ class InFlight:
         return self.recorded.popleft() if self.recorded else None
 
     def fail(self, error: BaseException) -> None:
-        """Stop sending requests, and wait FINISH_SECONDS for those in flight. Keeps only the first error."""
+        """Stop sending requests, and wait FINISH_SECONDS for pending replies. Keeps only the first error."""
         if self.error:
             return
         self.error = error
@@ -270,7 +270,7 @@ class Client:
     # --- requests in flight
 
     async def _next_group(self, in_flight: InFlight) -> list[Reply]:
-        """Send requests until a group of replies is complete, and return it, or [] when all are answered."""
+        """Send requests until a group of replies is complete. Return the group, or [] at the end."""
         loop = asyncio.get_running_loop()
         try:
             self._fill(in_flight)
@@ -351,7 +351,7 @@ class Client:
     ) -> Reply | float | None:
         """Send a request to a server. Return the reply, or the number of seconds to wait before a retry.
 
-        Returns None to retry immediately with another server, if the failure does not concern the request.
+        Returns None to retry immediately with another server if the request did not cause the failure.
         """
         try:
             await endpoint.pace.wait()
@@ -495,7 +495,7 @@ class Client:
     # --- servers
 
     def _failure(self) -> EngineError | None:
-        """Return the error of a server that synth started, if all of them have failed for good."""
+        """Return a server's error if all servers that synth started have failed for good, or else None."""
         failures = [server.failure for server in self._servers]
         return failures[-1] if failures and all(failures) else None
 

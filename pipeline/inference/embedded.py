@@ -190,7 +190,7 @@ def batch_requests(requests: list[Request], size: int) -> Iterator[list[Request]
 
 
 class Grammars:
-    """Creates grammar matchers from JSON schemas. They allow no white space, as in training."""
+    """Creates grammar matchers from JSON schemas. The grammars allow no white space, as in training."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)

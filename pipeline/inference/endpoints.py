@@ -24,7 +24,7 @@ from pipeline.inference import protocol
 from pipeline.inference.protocol import CONNECTION_ERRORS, PLAIN, Dialect, read_body
 from pipeline.text.escape import without_passwords
 
-POLL_SECONDS = 1.0  # interval for polling metrics, and servers that are down
+POLL_SECONDS = 1.0  # interval for polling metrics and for checking servers that are down
 METRICS_SECONDS = 10.0
 HEALTH_SECONDS = 5
 BUSY_WARNING_SECONDS = 30.0
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Pace:
-    """Enforces rate limits of a server. Tokens are known only after a reply, so they delay later requests."""
+    """Enforces rate limits. Token counts are known only after a reply, so they delay later requests."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
@@ -195,7 +195,7 @@ class Endpoint:
         )
 
     async def is_healthy(self) -> bool:
-        """Return whether /health or else /models answers 2xx. If both answer 3xx or 4xx, return True."""
+        """Return whether /health answers 2xx. If it answers 3xx or 4xx, /models must answer below 500."""
         for page in (f"{self.root}/health", f"{self.url}/models"):
             status = await status_of(page, self.headers, socket_path=self.socket_path, proxy=self.proxy)
             if status is None or status >= 500 or status < 300:
@@ -288,7 +288,7 @@ class Endpoints(list[Endpoint]):
         waiter.add_done_callback(self._waiters.discard)
 
     async def read_metrics(self) -> None:
-        """Read each server's load from its Prometheus page. Keep the last metrics if it does not answer."""
+        """Read each server's load from its Prometheus page, or keep the last one if it does not answer."""
         for endpoint in self:
             if endpoint.is_up.is_set() and endpoint.has_metrics:
                 try:
@@ -401,9 +401,9 @@ def raise_for_access(
 def named_endpoints(urls: Sequence[str], server: ServerConfig, key_name: str | None = None) -> list[Endpoint]:
     """Return the servers at these addresses, with their settings and keys.
 
-    The key is read from an environment variable, which is named by the server's own settings, by `key_name`
-    or by the settings for all servers, in this order, or else is KEY or OPENAI_KEY. A user name and password
-    in the address replace the key. Raises EngineError if a header names a variable that is not set.
+    The key is in an environment variable. The server's own settings, `key_name` or the settings for all
+    servers (in this order) name the variable, or else it is KEY or OPENAI_KEY. A user name and password in
+    the address replace the key. Raises EngineError if a header names a variable that is not set.
     """
     endpoints = []
     for url in urls:

@@ -49,7 +49,7 @@ _ID_PREFIXES = [f"{number:03x}" for number in range(1 << 12)]
 
 
 class Journal:
-    """Stores replies in a SQLite file, and closes it as a context manager. Each write is one transaction.
+    """Stores replies in a SQLite file, which is closed at the end of a `with` block. Writes are transactions.
 
     Raises StoreError if the file was written by an incompatible version of synth.
     """
@@ -76,7 +76,7 @@ class Journal:
         self._db.close()
 
     def last(self, request_id: str, *, answered: bool = False) -> tuple[Reply, str | None] | None:
-        """Return the last reply to a request, and the reason if the reply is unusable, or else None.
+        """Return (last reply to a request, reason why it is unusable or None), or None without a reply.
 
         `answered` ignores replies that are server errors. Raises StoreError if the checksum is wrong.
         """
@@ -131,9 +131,9 @@ class Journal:
     def import_replies(self, path: Path, first_id: str, end_id: str) -> None:
         """Copy replies about samples with first_id <= id < end_id from another journal. Keeps existing ones.
 
-        Copies the replies to all blind questions, since samples share these requests. No process may write to
-        the other journal meanwhile. It is opened as immutable, possibly on another node. Raises StoreError if
-        it is damaged or has another format.
+        Also copies replies to blind questions, since samples share these requests. Meanwhile, no process on
+        any node may write to the other journal, because SQLite opens it as immutable. Raises StoreError if
+        the other journal is damaged or has another format.
         """
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as source:
             source.text_factory = _decode

@@ -6,8 +6,8 @@ NO_COMMERCIAL_USE = "no commercial use"
 UNKNOWN_LICENSE = "license unknown: read its model card"
 # Parts of a name that change neither the origin nor the license of the weights, such as -8B-Instruct-FP8.
 _VARIANT = r"([-_:.](\d+b|a\d+b|instruct|thinking|latest|awq|gptq|fp8|bf16|int[48]|[48]bit|q\d\w*|gguf))*"
-# The license by a pattern of lower-case names without organization. Terms that forbid a use also bind
-# fine-tuned copies, which may have other permissions.
+# Licenses by pattern, for lower-case model names without the organization. A license that forbids a use also
+# binds fine-tuned copies, so its pattern matches them too. Other licenses may not apply to copies.
 LICENSES = {
     r".*qwen2[._]?5[-_]?vl[-_:]?3b.*": f"Qwen Research License: {NO_COMMERCIAL_USE}",
     rf"qwen2[._]?5[-_]?vl[-_:]?7b{_VARIANT}": "Apache-2.0",
@@ -17,7 +17,7 @@ LICENSES = {
 
 
 def license_of(model: str) -> str:
-    """Return the license of a model by its folder, Hub id or name at a server; else UNKNOWN_LICENSE."""
+    """Return the license of a model, given by folder, Hub id or served name, or UNKNOWN_LICENSE."""
     name = model.casefold().rstrip("/").rpartition("/")[2].partition("@")[0]
     known = (text for pattern, text in LICENSES.items() if re.fullmatch(pattern, name))
     return next(known, UNKNOWN_LICENSE)

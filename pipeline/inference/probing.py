@@ -138,7 +138,7 @@ async def prepare_servers(
 ) -> None:
     """Call `prepare` for all servers, and `retire` for each server that refuses all requests.
 
-    Prepares servers that are down or slow at their first request. Raises EngineError if no server is up.
+    Servers that are down or slow are prepared at their first request. Raises EngineError if no server is up.
     """
     timeout_s = LEARN_SECONDS if len(endpoints) > 1 else None
     prepared = (asyncio.wait_for(prepare(endpoint), timeout_s) for endpoint in endpoints)
@@ -163,7 +163,7 @@ async def prepare_servers(
 
 
 async def find_on_server(name: str, endpoint: Endpoint) -> None:
-    """Store the context length and origin that a server lists for a model, and whether it is vLLM.
+    """Store the context length and origin that a server lists for a model, and whether the server is vLLM.
 
     Raises EngineError if the server does not serve the model, and ServerFaultError if it does not answer.
     """
@@ -183,8 +183,8 @@ async def learn_dialect(
     """Find out which request fields a server supports, and store them as its dialect.
 
     Sends `protocol.probe` repeatedly, leaving out refused fields, until the server accepts it. `reply_tokens`
-    is the token limit of replies in the run. The probe uses it if the model thinks first. Raises EngineError
-    if the server accepts no probe, or if it must enforce schemas and does not.
+    is the token limit of replies in the run. The probe uses this limit if the model thinks first. Raises
+    EngineError if the server accepts no probe, or if it must enforce schemas and does not.
     """
     url, max_tokens = endpoint.url, protocol.PROBE_TOKENS
     while True:
@@ -246,7 +246,7 @@ async def _post(endpoint: Endpoint, body: bytes) -> tuple[aiohttp.ClientResponse
 async def _probe(
     endpoint: Endpoint, body: bytes, server: ServerConfig, progress: Progress
 ) -> tuple[int, bytes]:
-    """Send a probe, with retries while the server is busy or fails. Return the status and body."""
+    """Send a probe, and repeat it while the server is busy or fails. Return the status and body."""
     failures = protocol.RetryState(server.startup_timeout_s)
     while True:
         try:

@@ -34,7 +34,7 @@ MAX_BODY_BYTES = 8_000_000  # for lists of models and pages of metrics
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000
 MAX_ENVELOPE_BYTES = 1_000_000  # for an answer without the reply text: ids, usage, reasoning
-# A token has about 4 characters. A reply with over 64 per token breaks its limit. A JSON escape has 6 bytes.
+# A token has about 4 characters. At over 64 per token, a reply exceeds its limit. A JSON escape has 6 bytes.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
 MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
@@ -130,7 +130,7 @@ class Dialect:
     format: str = FORMATS[0]
 
     def after_refusal(self, message: str) -> "Dialect | None":
-        """Return the dialect without the fields that a refusal message names, or None without such fields."""
+        """Return the dialect without the fields that a refusal message names, or None if it names none."""
         names = {
             name
             for name in OPTIONAL_FIELDS
@@ -148,7 +148,7 @@ class Dialect:
         return replace(self, format=FORMATS[position]) if position < len(FORMATS) else None
 
     def describe(self) -> str:
-        """Return a list of the fields that are left out or renamed, as a string that may be empty."""
+        """Return the names of the fields that are left out or renamed as one string, which may be empty."""
         is_renamed = self.limit_name != LIMIT_FIELDS[0]
         renamed = [f"{LIMIT_FIELDS[0]} ({self.limit_name} is sent instead)"] if is_renamed else []
         return ", ".join([*sorted(self.left_out), *renamed])
@@ -163,7 +163,7 @@ PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
 def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -> bytes:
     """Return the body of a chat request. `images` is the JSON of the image parts.
 
-    If the server enforces no schemas, the prompt has the schema. A seed would crash vLLM's CPU engine.
+    If the server enforces no schemas, the prompt has the schema. No seed is sent: it crashes vLLM on CPUs.
     """
     if not dialect.is_vllm:
         images = _UUID.sub(b"", images)
@@ -182,7 +182,7 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
 def probe(model: str, dialect: Dialect = VLLM, max_tokens: int = PROBE_TOKENS) -> bytes:
     """Return the body of a text-only request that tests whether a server enforces schemas.
 
-    The schema allows one reply, which the prompt does not ask for. All optional fields are sent to test them.
+    The schema allows only one reply, which the prompt does not ask for. All optional fields are tested too.
     """
     properties = {"word": {"type": "string", "enum": [_PROBE_WORD]}}
     schema = {"type": "object", "properties": properties, "required": ["word"], "additionalProperties": False}

@@ -32,7 +32,7 @@ from pipeline.tasks.checks import RATE
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
 from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo, SourceTexts
 
-RESULT_MISSING = "result_missing"  # reply_error if a task was not asked, since it needs a missing result
+RESULT_MISSING = "result_missing"  # reply_error of a task that was not asked, since it needs a missing result
 Chunk = tuple[Sequence[Request], SampleBatch]  # requests without images, and the samples they are about
 NO_SAMPLES = SampleBatch((), tuple)
 TextsById = Mapping[str, SourceTexts]  # by sample id
@@ -151,7 +151,7 @@ class RequestQueue:
     def take(self) -> list[Request]:
         """Return new requests of a chunk, or else retries, as many as the budget allows.
 
-        All have the same attempt number, so that interrupted runs have the same batches as other runs.
+        All have the same attempt number, so that an interruption does not change the batches.
         """
         if not self.has_work():
             return []

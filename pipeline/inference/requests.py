@@ -106,7 +106,7 @@ class RequestPlan:
     def fields(
         self, task: Task, temperature: float = 0.0, max_tokens: int | None = None, **values: Any
     ) -> tuple[dict[str, Any], str]:
-        """Return `shared_fields` with the plan's settings. `values` are passed to the prompt template."""
+        """Call `shared_fields` with the plan's settings. `values` are passed to the prompt template."""
         generate = (
             self.generate.model_copy(update={"max_tokens": max_tokens}) if max_tokens else self.generate
         )
@@ -180,7 +180,7 @@ def _values_of(sample_id: str, plan: RequestPlan, task: Task) -> dict[str, Any]:
 
 
 def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
-    """Render every prompt once, and with `has_checks` also those of checks. Raises ConfigError on errors."""
+    """Render every prompt once, with `has_checks` also those of checks. Raises ConfigError if one fails."""
     if plan.generate.prompt_dir:
         check_prompt_dir(plan.generate.prompt_dir, [*plan.tasks.asked, *(CHECKING if has_checks else ())])
     folders, styles = plan.prompt_dirs, plan.generate.style_prompts
@@ -208,7 +208,7 @@ def result_name(name: str, style: str) -> str:
 
 
 def check_needs(plan: RequestPlan) -> None:
-    """Raise ConfigError if a custom task uses a taken name, has no input, or needs an unknown result."""
+    """Check the custom tasks. Raises ConfigError for a taken name, a missing input or an unknown result."""
     available = {result_name(*pair) for pair in plan.pairs}
     for task in plan.tasks.custom:
         if task.name in TASKS or {task.name, task.name.replace("_", "-")} & {*plan.generate.caption_styles}:

@@ -68,7 +68,7 @@ def checks_of(
 def coverage_checks(
     caption: str | None, config: VerifyConfig, questions: Iterable[tuple[str, str]]
 ) -> list[Check]:
-    """Return checks of whether a caption answers questions, which are (question, expected answer) pairs."""
+    """Return one check per (question, expected answer) pair: whether the caption answers the question."""
     if caption is None or "covers" not in config.checks:
         return []
     return [Check("covers", question, answer, (), caption) for question, answer in questions]
@@ -102,7 +102,7 @@ def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[Claim
 def build_repair(
     caption: str, answers: Sequence[tuple[str, str]], sample_id: str, plan: RequestPlan
 ) -> Request:
-    """Return the request that asks the model to remove what `answers` (question, answer) contradict."""
+    """Return the request that asks the model to remove what the (question, answer) pairs contradict."""
     fields, shared_digest = plan.fields(REPAIR, caption=caption, answers=tuple(answers))
     return _text_request(fields, shared_digest, sample_id, "repair")
 

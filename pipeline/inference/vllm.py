@@ -524,7 +524,7 @@ def _is_abandoned(folder: Path) -> bool:
 def _start_reaper(group: int) -> int:
     """Start a process that kills a process group when this process ends. Return a pipe that stops it.
 
-    The new process is orphaned on purpose. Ray kills only a worker's children, and vLLM's engine survives.
+    The new process is orphaned on purpose, since Ray kills a worker's children, but not vLLM's engine.
     """
     reader, writer = os.pipe()
     command = ["/bin/sh", "-c", REAPER, "sh", str(group)]

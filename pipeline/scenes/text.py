@@ -57,7 +57,7 @@ def background(text: str) -> str | None:
     return match[1] if match else None
 
 
-# A description of objects: any of size, color, shape (or "object") and place, in this order.
+# A description of objects: shape (or "object"), with an optional size, color and place.
 _WHICH = rf"(?:(?P<size>{_SIZE}) )?(?:(?P<color>{_COLOR}) )?(?P<shape>{_SHAPE}|object)"
 _WHICH = rf"{_WHICH}(?: at the (?P<place>{_PLACE}))?"
 _QUESTIONS = {
@@ -187,7 +187,7 @@ class _Answers:
 
     @property
     def accuracy(self) -> float:
-        """The share of right answers."""
+        """The share of correct answers."""
         return self.right / max(1, self.asked)
 
     @property

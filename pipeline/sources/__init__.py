@@ -88,7 +88,7 @@ def with_source_defaults(config: Config) -> Config:
 
 
 def choose_image_kind(config: Config) -> ImageKind | None:
-    """Return how to search for near-duplicates, or None if the search is off or the images are distinct."""
+    """Return the kind of images to search for near-duplicates, or None if no search is needed."""
     if config.dedupe.images == "none":
         return None
     if config.dedupe.images != "auto":

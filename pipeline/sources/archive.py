@@ -163,7 +163,7 @@ class _CountedFile:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A tar header that refuses overlong names and sparse files, and raises ValueError if it is damaged.
+    """A tar header that raises ValueError for overlong names, sparse files and damage.
 
     tarfile alone would read names and sparse maps of any length into memory, and would take a damaged header
     for the end of the archive.
@@ -322,7 +322,7 @@ def _has_data(name: str, wanted: Wanted) -> bool:
 
 
 def _as_text(name: str) -> str:
-    """Return an entry's name with forward slashes, and with escapes for what UTF-8 cannot encode."""
+    """Return an entry's name with forward slashes, and with characters escaped that UTF-8 cannot encode."""
     return name.replace("\\", "/").encode("utf-8", "backslashreplace").decode().removeprefix("./")
 
 
@@ -338,7 +338,7 @@ class TextIndex:
     tables: list[str] = field(default_factory=list)  # names of metadata files
 
     def add(self, entry: Entry) -> None:
-        """Add a text file, or the name of a metadata file, or one image to the count for its key."""
+        """Store a text file or the name of a metadata file, or count an image for its key."""
         if is_metadata(entry.name):
             self.tables.append(entry.name)
         elif is_text(entry.name):
@@ -347,7 +347,7 @@ class TextIndex:
             self.images[key_of(entry.name)] += 1
 
     def texts_of(self, image: Entry) -> list[Entry]:
-        """Return the text files with an image's key. If images share the key, the full name must match."""
+        """Return the text files with an image's key. If several images have it, the full name must match."""
         key, names = key_of(image.name), (normalize_path(image.stem), normalize_path(image.name))
         texts = self.texts.get(key, [])
         if self.images[key] == 1:
@@ -471,7 +471,7 @@ class Archives:
         return index
 
     def have_questions(self, names: Sequence[str]) -> bool:
-        """Return whether the first archives have questions. If they are remote, only one image is read."""
+        """Return whether the first archives have questions. For remote archives, only one image is read."""
         if self.files.is_local:
             with self.files.translate_errors():
                 indexes = (self.text_index(name) for name in names[:QUESTION_ARCHIVES])

@@ -59,7 +59,7 @@ class SourceSpec:
     scored_split: str | None = None  # split on which models are scored
     model: str = LARGE  # default model
     clip_model: str = "clip"  # default CLIP
-    is_endless: bool = False  # makes exactly `limit` samples, where other sources stop at the limit
+    is_endless: bool = False  # makes exactly `limit` samples, while other sources may have fewer
     default_grouping: Literal["folder"] | None = None  # default of split.group_by
     is_divisible: bool = True  # several readers may each read a slice
 
@@ -117,7 +117,7 @@ def check_samples(
 
 
 def refuse_roles(config: Config, source: str, hint: str) -> None:
-    """Check that --columns maps only the context of a source without a table. Raises ConfigError if not."""
+    """Check that --columns maps only the context, for a source without a table. Raises ConfigError if not."""
     if roles := [role for role in config.columns if role != CONTEXT]:
         problem = f"{source} has no columns for roles, but --columns has the role {roles[0]}"
         raise ConfigError(problem, hint=hint)

@@ -120,7 +120,7 @@ def open_questions(
                     yield row
                 continue
             questions.setdefault((file_split, row[key]), []).append(read_question(row))
-        if num_rows < start:  # to skip images, read only their keys
+        if num_rows < start:  # read only the keys of the skipped rows, not their images
             for _, file_split, row in tables.rows((key,), split):
                 if num_rows == start:
                     break

@@ -103,7 +103,7 @@ class DuplicateImages:
         return Rejected(source_row=max(kept_row, source_row), reason=REPEATED, detail=sample_id)
 
     def apply(self, samples: pa.Table) -> pa.Table:
-        """Return samples (LISTED_SAMPLE) after merging values and texts from their copies into them."""
+        """Return the samples (LISTED_SAMPLE) with the values and texts of their copies merged in."""
         if not any(sample_id in self.texts for sample_id in samples["sample_id"].to_pylist()):
             return samples
         rows = samples.to_pylist()

@@ -150,7 +150,7 @@ def _ngrams(text: str) -> set[tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """An open source that `option` of --exclude names. Tables and messages show `label`."""
+    """An open source from --exclude. `option` is the user's value, and tables and messages show `label`."""
 
     option: str
     label: str
@@ -158,7 +158,7 @@ class Exclusion:
 
 
 def parse_exclusion(option: str) -> tuple[str, str | None]:
-    """Return the source and split in SOURCE[#SPLIT]. The default is the source's scored split or None."""
+    """Return the source and split in SOURCE[#SPLIT]. The default is the source's scored split, or None."""
     name, _, split = option.partition("#")
     return name, split or find_source(name).scored_split
 

@@ -175,7 +175,7 @@ def _require_allowed(address: str, host: str, allowed: Allowed) -> None:
 
 
 def _require_allowed_host(url: URL, allowed: Allowed) -> None:
-    """Check a URL's scheme, and its host if that is an IP address. Raises ImageError if one is not allowed.
+    """Check a URL's scheme, and the host if it is an IP address. Raises ImageError if one is not allowed.
 
     aiohttp skips the resolver if a host contains a colon, or only digits and dots.
     """

@@ -44,7 +44,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class ListedImage:
-    """A line of a list. `name` is its name in the dataset, and `address` is a path or URL."""
+    """A line of a list. `name` is the image's name in the dataset, and `address` is a path or URL."""
 
     name: str
     address: str

@@ -186,7 +186,7 @@ def _plain(row: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
-    """Group paths by the split that each path names, without the rejections file of a synth version."""
+    """Group paths by the split that each path names. A synth version's file of rejections is left out."""
     files: dict[str | None, list[str]] = {}
     for path in paths:
         if path.rpartition("/")[2] != REJECTIONS_FILE:
@@ -265,5 +265,5 @@ def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
 
 
 def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
-    """Return the split to store, or None if only training rows are read: some will be held out."""
+    """Return the split to store. It is None if only training rows are read, as some will be held out."""
     return None if requested_split == "train" else row_split

@@ -187,7 +187,7 @@ class SourceReader:
 
     @cached_property
     def _earlier(self) -> dict[str, Any]:
-        """The record of an earlier run, or {} if it read other samples or missed excluded images."""
+        """The record of an earlier run, or {} if it read other samples or not all excluded images."""
         try:
             record = read_json(self._path)
             has_unread = any(one["unread"] for one in record["exclusions"])
@@ -217,7 +217,7 @@ class SourceReader:
 
     @cached_property
     def _earlier_failures(self) -> dict[str, Any]:
-        """The number of temporary failures and the limit of the last complete reading, or {} without one."""
+        """The temporary failure count and the limit of the last complete reading, or {} if there is none."""
         result = self._earlier.get("result", self._earlier)
         names = ("may_pass", "limit") if isinstance(result, dict) else ()
         return {name: result[name] for name in names if name in result}
@@ -354,7 +354,7 @@ class SourceParts:
     A part is a Parquet file with samples in source order and a JSON file, which is written last. The JSON
     file holds the rejected rows, the number of source rows so far, and the last row's name. At the start, the
     first unusable part and all later parts are removed. A part is unusable if it has another key, is damaged,
-    lacks images, or has too many temporary failures: any, or more than half of its rows if `keeps_failures`.
+    lacks images, or has temporary failures (with `keeps_failures`, in more than half of its rows).
     """
 
     folder: Path
@@ -388,7 +388,7 @@ class SourceParts:
             self.write()
 
     def write(self) -> None:
-        """Write a part with the rows since the last part, if any. Images are stored first."""
+        """Write the rows since the last part, if there are any, as a new part. Images are stored first."""
         if self._pending:
             self.store.add(batch.take_images() for batch in self._pending)
             samples = [batch.sample_table() for batch in self._pending]
@@ -485,7 +485,7 @@ def count_passing(shard: DatasetDir) -> int:
 
 
 def is_worth_another_try(may_pass: int, before: int | None) -> bool:
-    """Return whether to retry temporary failures. After the first retry, fewer than `before` must be left."""
+    """Return whether to retry temporary failures. After a retry, fewer than `before` must be left."""
     return may_pass > 0 and (before is None or may_pass < before)
 
 

@@ -50,7 +50,7 @@ REFUSALS = {  # reason -> detail, without local paths
     TOO_LARGE: f"more than {MAX_IMAGE_BYTES:,} bytes",
 }
 # Keys under which stores list a file's digest or time. If a store lists neither, the end of the file is
-# hashed, which in a Parquet file is the footer with sizes and statistics.
+# hashed. In a Parquet file, this is the footer with sizes and statistics.
 _DIGEST_KEYS = ("ETag", "etag", "checksum", "generation", "blob_id", "lfs", "Content-MD5", "Digest")
 _TIME_KEYS = ("LastModified", "last_modified", "Last-Modified", "mtime")
 TAIL_BYTES = 1 << 16
@@ -266,7 +266,7 @@ def _without_query(path: str) -> str:
 
 
 def _identify_content(store: AbstractFileSystem, path: str, info: dict[str, Any]) -> dict[str, str]:
-    """Return a file's size and the digests and times that the store lists, or else a hash of its end."""
+    """Return a file's size, plus the digests and times that the store lists, or else a hash of its end."""
     identifiers = {key: str(info[key]) for key in (*_DIGEST_KEYS, *_TIME_KEYS) if info.get(key)}
     if not identifiers:
         identifiers = {"tail": hashlib.sha256(store.tail(path, TAIL_BYTES)).hexdigest()}

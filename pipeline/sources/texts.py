@@ -123,7 +123,7 @@ def describe_model_texts(count: int, place: str = "") -> list[str]:
 
 
 def _is_by_model(row: Mapping[str, Any]) -> bool:
-    # In rows that synth wrote, the prompt id ends with a digest. Other files may use the name for anything.
+    # In rows that synth wrote, the prompt id ends with a digest. Other files may have any value there.
     prompt_id = row.get("prompt_id")
     is_version_row = isinstance(prompt_id, str) and _PROMPT_ID.fullmatch(prompt_id) is not None
     return row.get(WRITTEN_BY) == BY_MODEL or is_version_row
@@ -172,7 +172,7 @@ def extract_texts(value: Any, text_of: Callable[[Any], str] = _text_or_empty) ->
 
 
 def parse_list(text: str) -> list[Any] | None:
-    """Parse a cell with a JSON list of strings or objects, or a Python list of strings. Else return None."""
+    """Parse a cell with a JSON list of strings or objects, or a Python list of strings, or return None."""
     if not (text[:1] == "[" and text[-1:] == "]"):
         return None
     with suppress(ValueError, RecursionError):
@@ -199,12 +199,12 @@ def _encodable(text: str) -> str:
 
 
 def most_held_out(split: str | None, other: str | None) -> str | None:
-    """Return the more held-out split. From most to least: test, validation, train, None."""
+    """Return the more held-out split. The order is test, validation, train, None."""
     return max(split, other, key=SPLIT_RANK.__getitem__)
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8, or UTF-16 with a byte order mark. Raises ValueError if the encoding is another."""
+    """Decode UTF-8, or UTF-16 with a byte order mark. Raises ValueError for other encodings."""
     is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     return data.decode("utf-16" if is_utf_16 else "utf-8-sig")
 
@@ -433,7 +433,7 @@ def add_splits_of_folders(folder_texts: FolderTexts, images: Mapping[str, Path])
 
 
 def _first_folders(names: Collection[str]) -> dict[str, str]:
-    """Return each image's folder directly below the folder that all images share, or "" if it has none."""
+    """Return the first folder in each image's path below the folder that all images share, or ""."""
     shared = os.path.commonpath(names) if len(names) > 1 else ""
     return {name: name.removeprefix(f"{shared}/").rpartition("/")[0].partition("/")[0] for name in names}
 
@@ -501,7 +501,7 @@ def _add_metadata_file(
     rows = _read_metadata(file, bound)
     folder_texts.files.add(file)
     folder_texts.columns.update(str(name) for row in rows for name in row)
-    if not (rows and folder_texts.columns & {*columns}):  # a file of context needs no captions
+    if not (rows and folder_texts.columns & {*columns}):  # a file with context columns needs no captions
         folder_texts.messages += _describe_metadata(file, rows)
     try:
         splits = [read_split(row.get(SPLIT)) for row in rows]
@@ -571,7 +571,7 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
     try:
         data = read_regular(file, bound, max_bytes=MAX_METADATA_BYTES)
         if file.suffix == ".parquet":
-            # A file without this column is not about images, but a table of another program.
+            # A file without this column is another program's table, and is not about images.
             has_names = "file_name" in pq.read_schema(pa.BufferReader(data)).names
             rows = list(read_plain_rows(data, MAX_METADATA_BYTES)) if has_names else []
         elif file.suffix == ".csv":
