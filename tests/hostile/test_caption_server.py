@@ -76,7 +76,7 @@ def _send_all(client: socket.socket, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_hostile_request_is_refused_and_next_one_answered(name: str, address: Address) -> None:
+def test_hostile_request_is_refused_and_the_next_request_is_answered(name: str, address: Address) -> None:
     line, headers, body, expected = REQUESTS[name]
     status, answer = send(address, line, headers, body)
     assert status == expected
@@ -85,7 +85,7 @@ def test_hostile_request_is_refused_and_next_one_answered(name: str, address: Ad
     assert send(address, MODELS, {})[0] == 200
 
 
-def test_request_from_own_page_is_accepted(address: Address) -> None:
+def test_request_from_the_page_of_the_server_is_accepted(address: Address) -> None:
     own = f"localhost:{address[1]}"
     assert send(address, MODELS, {"Host": own, "Origin": f"http://{own}"})[0] == 200
 

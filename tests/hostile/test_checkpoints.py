@@ -179,7 +179,7 @@ def test_good_checkpoint_loads_without_violation(outcomes: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_hostile_checkpoint_gives_one_error_or_is_harmless(name: str, outcomes: dict[str, Any]) -> None:
+def test_hostile_checkpoint_is_refused_once_or_is_harmless(name: str, outcomes: dict[str, Any]) -> None:
     assert outcomes[name]["violations"] == []
     assert not outcomes[name]["outcome"].startswith("TRACEBACK"), outcomes[name]
     assert outcomes[name]["seconds"] < 30

@@ -117,7 +117,7 @@ def sweep(
 
 
 @pytest.mark.parametrize("mode", ["crash", "full", "broken"])
-def test_generate_after_fault_ends_like_undisturbed_run(mode: str, generate: Command, tmp_path: Path) -> None:
+def test_generate_after_fault_equals_undisturbed_run(mode: str, generate: Command, tmp_path: Path) -> None:
     assert len(sweep(None, tmp_path, generate, mode, sound_digests)) == 1
 
 
@@ -127,14 +127,14 @@ def test_generate_after_fault_ends_like_undisturbed_run(mode: str, generate: Com
     [(None, 1), (("report", "data"), 1), (("review", "apply", "reviews.jsonl", "--data", "data"), 2)],
     ids=["generate again", "report", "review"],
 )
-def test_command_after_fault_ends_like_undisturbed_run(
+def test_command_after_fault_equals_undisturbed_run(
     arguments: Command | None, num_versions: int, mode: str, generate: Command, made: Path, tmp_path: Path
 ) -> None:
     assert len(sweep(made, tmp_path, arguments or generate, mode, sound_digests)) == num_versions
 
 
 @pytest.mark.parametrize("mode", ["crash", "full"])
-def test_pull_after_fault_ends_like_undisturbed_run(mode: str, made: Path, tmp_path: Path) -> None:
+def test_pull_after_fault_equals_undisturbed_run(mode: str, made: Path, tmp_path: Path) -> None:
     with running_hub(tmp_path / "hub") as hub:
         push = ("push", "data", "--repo", "me/photos", "--license", "cc0-1.0")
         outcome = run(made, *push, environment=hub.env(made / "home"))

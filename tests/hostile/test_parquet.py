@@ -52,7 +52,7 @@ def write(path: Path, columns: dict[str, Any]) -> Path:
     ("size_bytes", "outcome"),
     [(99_000_000, "sample"), (101_000_000, "file_too_large"), (300_000_000, "row_too_large")],
 )
-def test_image_shared_by_all_rows_is_decoded_by_row(size_bytes: int, outcome: str, tmp_path: Path) -> None:
+def test_image_shared_by_all_rows_is_decoded_per_row(size_bytes: int, outcome: str, tmp_path: Path) -> None:
     cells = repeated(png() + bytes(size_bytes), pa.binary(), 6)
     images = pa.StructArray.from_arrays([cells, pa.nulls(6, pa.string())], ["bytes", "path"])
     path = write(tmp_path / "bomb.parquet", {"image": images})
@@ -69,7 +69,7 @@ def test_caption_shared_by_all_rows_is_read_in_bounded_memory(tmp_path: Path) ->
         assert all(isinstance(row, Sample) for row in islice(rows, 10))
 
 
-def test_text_that_is_not_utf8_rejects_its_row_and_column_name_the_file(tmp_path: Path) -> None:
+def test_non_utf8_text_rejects_its_row_and_non_utf8_column_name_rejects_the_file(tmp_path: Path) -> None:
     texts = pa.array([b"A red wall.", b"\xff\xfe", b"A red door."], pa.binary()).view(pa.string())
     images = [png(color) for color in ("red", "blue", "green")]
     path = write(tmp_path / "odd.parquet", {"image": images, "caption": texts})

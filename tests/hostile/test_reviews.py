@@ -67,7 +67,7 @@ def too_large(path: Path) -> None:
 @pytest.mark.parametrize(
     "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), too_large]
 )
-def test_path_without_regular_file_gives_one_error(make: Callable[[Path], object], tmp_path: Path) -> None:
+def test_path_without_regular_file_is_refused(make: Callable[[Path], object], tmp_path: Path) -> None:
     make(tmp_path / "reviews.jsonl")
     with pytest.raises(ConfigError, match="cannot read"):
         read_reviews(tmp_path / "reviews.jsonl")

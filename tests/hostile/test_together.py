@@ -60,7 +60,7 @@ def folder(chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("pair", part_of(PAIRS, 2))
-def test_concurrent_commands_succeed_or_report_each_other(
+def test_concurrent_commands_succeed_or_report_that_another_process_is_writing(
     pair: tuple[str, str], folder: Path, chat: ChatServer
 ) -> None:
     before = [version.manifest["digest"] for version in DatasetDir(folder / "data").versions()]

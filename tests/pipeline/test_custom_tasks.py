@@ -19,7 +19,7 @@ def need(name: str, *needs: str) -> dict[str, Any]:
     return {"name": name, "kind": "text", "prompt": prompt, "needs": list(needs)}
 
 
-def test_task_file_includes_texts_of_named_files(tmp_path: Path) -> None:
+def test_settings_include_texts_of_files_named_in_a_task_file(tmp_path: Path) -> None:
     (tmp_path / "a.j2").write_text("Say it.")
     schema = {"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "string"}}}
     (tmp_path / "a.json").write_text(json.dumps(schema))
@@ -41,7 +41,7 @@ def test_custom_tasks_are_added_to_named_tasks() -> None:
     )
 
 
-def test_task_is_asked_one_round_after_its_needs() -> None:
+def test_task_is_asked_one_round_after_the_tasks_it_needs() -> None:
     tasks = [need("c", "b", "brief"), need("b", "a"), need("a")]
     config = resolve(source="folder:x", custom_tasks=tasks, tasks=["caption"])
     plan = request_plan(config)
@@ -100,7 +100,7 @@ def test_prompt_contains_language_of_its_task() -> None:
         assert request.text.startswith(f"Write in [{words}].")
 
 
-def test_manifest_cannot_name_files_of_tasks(tmp_path: Path) -> None:
+def test_files_named_in_manifest_tasks_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "secret.j2").write_text("a private key")
     (tmp_path / "mine.yaml").write_text("{name: mine, kind: text, prompt: Look.}")
     task = TEXT | {"prompt": str(tmp_path / "secret.j2")}

@@ -18,11 +18,11 @@ from pipeline.digests import public_name, without_folders
         ("./clip-ft", "clip-ft"),
     ],
 )
-def test_path_of_model_loses_its_folders(name: str, published: str) -> None:
+def test_published_model_path_has_no_folders(name: str, published: str) -> None:
     assert without_folders(name) == published == public_name(f"{name}@0123abcd")
 
 
-def test_relative_path_loses_folders_only_if_it_exists(
+def test_published_relative_path_loses_its_folders_only_if_the_path_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)

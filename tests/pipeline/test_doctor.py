@@ -19,7 +19,7 @@ from pipeline.install import installed_version
         ("NVIDIA GB10, [N/A], [N/A]\n", False, "nvidia-smi lists no GPU"),
     ],
 )
-def test_gpu_with_most_free_memory_decides(listed: str, is_ok: bool, result: str) -> None:  # noqa: FBT001
+def test_doctor_judges_the_gpu_with_most_free_memory(listed: str, is_ok: bool, result: str) -> None:  # noqa: FBT001
     finding = judge_gpus(listed)
     assert (finding.is_ok, finding.result, bool(finding.hint)) == (is_ok, result, not is_ok)
 

@@ -20,7 +20,7 @@ def restored_loggers() -> Iterator[None]:
         root.handlers[:], root.level, root.propagate = handlers, level, propagates
 
 
-def test_first_record_creates_the_log_and_later_records_are_not_added(tmp_path: Path) -> None:
+def test_log_file_is_created_by_the_first_record_and_closed_after_the_context(tmp_path: Path) -> None:
     log = logging.getLogger("pipeline.storage.lock")
     with logs.log_to(tmp_path):
         assert list(tmp_path.iterdir()) == []
@@ -31,7 +31,7 @@ def test_first_record_creates_the_log_and_later_records_are_not_added(tmp_path: 
     assert line.endswith("WARNING pipeline.storage.lock: not renewed: the store was away")
 
 
-def test_folder_kept_twice_logs_each_record_once(tmp_path: Path) -> None:
+def test_log_enabled_twice_in_one_folder_has_each_record_once(tmp_path: Path) -> None:
     logs.keep_log_in(tmp_path)
     logs.keep_log_in(tmp_path)
     logging.getLogger("pipeline.executors").warning("once")

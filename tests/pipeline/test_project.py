@@ -52,7 +52,7 @@ def test_existing_file_is_not_overwritten(tmp_path: Path) -> None:
         write_project(tmp_path)
 
 
-def test_setting_description_names_its_origin(tmp_path: Path) -> None:
+def test_description_of_settings_names_the_origin_of_each_value(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("source: scenes\nlimit: 5\nfilter: {language: de}\ngenerate: {prompt_dir: p}\n")
     config = resolve(file, limit=7)

@@ -118,7 +118,7 @@ def test_clean_columns_lack_openings_and_personal_data() -> None:
     assert marked["redaction_count"].to_pylist() == [1, 1]
 
 
-def test_settings_change_the_decision() -> None:
+def test_filter_settings_change_the_reason_of_a_caption() -> None:
     short = "A kite flies over harbours."
     assert reasons(short) == [None]
     assert reasons(short, min_caption_words=6) == ["too_short"]
@@ -146,7 +146,7 @@ def test_settings_change_the_decision() -> None:
         ("A black cat sleeps on a red sofa in the kitchen", {"language": "da"}, "other_language"),
     ],
 )
-def test_text_is_judged_in_configured_language(
+def test_caption_language_is_checked_against_the_configured_language(
     text: str, settings: dict[str, Any], reason: str | None
 ) -> None:
     assert reasons(text, **settings) == [reason]
@@ -206,7 +206,7 @@ def test_answer_without_content_is_detected(answer: str) -> None:
 
 
 @pytest.mark.parametrize("answer", SAYS_SOMETHING.split(" | "))
-def test_short_answer_has_content(answer: str) -> None:
+def test_short_meaningful_answer_is_not_empty(answer: str) -> None:
     assert not says_nothing(answer)
 
 

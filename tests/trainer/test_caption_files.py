@@ -98,7 +98,7 @@ def test_row_that_was_cut_off_is_written_again(model: Path, photos: Path, tmp_pa
     assert len(read(tmp_path / "c.jsonl")) == COUNT
 
 
-def test_resuming_with_other_settings_is_an_error(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_settings_is_refused(model: Path, photos: Path, tmp_path: Path) -> None:
     run(model, [str(photos)], tmp_path / "c.jsonl", stop=4)
     with pytest.raises(ConfigError, match="started with a different captioner or different settings"):
         run(model, [str(photos)], tmp_path / "c.jsonl", styles=("detailed",))
@@ -173,7 +173,7 @@ def test_text_file_that_is_a_link_is_not_followed(model: Path, photos: Path, tmp
     assert (tmp_path / "secret").read_text() == "secret\n" and not (photos / "0.txt").is_symlink()
 
 
-def test_second_run_cannot_write_the_same_file(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_second_run_with_the_same_captions_file_is_refused(model: Path, photos: Path, tmp_path: Path) -> None:
     with CaptionFile(tmp_path / "c.jsonl", {}) as file:
         file.add({"image": "a", "style": "brief", "caption": "x"})
         with pytest.raises(ConfigError, match=r"another process is writing c\.jsonl"):
@@ -196,7 +196,7 @@ def test_unreadable_images_are_listed_and_skipped(model: Path, photos: Path, tmp
     assert [path.name for path, _ in unread] == ["bad.png"] and not (photos / "bad.txt").exists()
 
 
-def test_names_are_files_folders_or_patterns(photos: Path, tmp_path: Path) -> None:
+def test_images_are_found_by_file_folder_or_pattern(photos: Path, tmp_path: Path) -> None:
     (photos / "notes.md").write_text("x")
     everything = sorted(photos.rglob("*.png"))
     for hidden in (photos / ".thumbnails" / "0.png", photos / "._0.png"):

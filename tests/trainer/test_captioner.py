@@ -99,7 +99,7 @@ def test_batch_size_does_not_change_captions_and_few_images_are_read_ahead(capti
 
 
 @pytest.mark.parametrize("bad", [b"no image", "gone.png"])
-def test_unreadable_image_is_an_error_for_itself_only(captioner: Captioner, bad: Any) -> None:
+def test_unreadable_image_does_not_prevent_captions_of_other_images(captioner: Captioner, bad: Any) -> None:
     texts = dict(captioner.stream([(0, photo(0)), (1, bad), (2, photo(1))]))
     assert isinstance(texts[1], ImageError) and isinstance(texts[0], list) and isinstance(texts[2], list)
     assert texts[0] + texts[2] == captioner.caption([photo(0), photo(1)])
@@ -139,7 +139,7 @@ def test_missing_captioner_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
         _ = trainer.Nothing
 
 
-def test_default_beams_are_those_of_the_final_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_num_beams_equals_final_test_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner = Captioner.from_pretrained(save_captioner(tmp_path / "c"), device="cpu")
     images = [photo(number) for number in range(6)]
     greedy, searched = captioner.caption(images), captioner.caption(images, num_beams=3)
@@ -150,12 +150,12 @@ def test_default_beams_are_those_of_the_final_test(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [("human", "brief")], [("synthetic", "")]])
-def test_unlearned_style_is_not_taken_for_a_question(prompts: list[tuple[str, str]]) -> None:
+def test_untrained_style_is_refused_and_not_read_as_a_question(prompts: list[tuple[str, str]]) -> None:
     with pytest.raises(ValueError, match="was not trained on the style tags"):
         choose_prompt(prompts, "tags")
     if ("synthetic", "") in prompts:
         assert choose_prompt(prompts, "tags?") == ("synthetic", "", "tags?")
 
 
-def test_known_styles_are_those_of_the_built_in_prompts() -> None:
+def test_known_caption_styles_equal_built_in_prompt_styles() -> None:
     assert {*STYLES} == {HUMAN, *built_in.STYLES}

@@ -24,7 +24,7 @@ def test_invalid_file_is_an_error_with_a_hint(tmp_path: Path, text: str) -> None
     assert refused.value.hint
 
 
-def test_default_rates_depend_on_encoder_and_decoder() -> None:
+def test_default_learning_rates_depend_on_encoder_and_decoder() -> None:
     frozen, along, pretrained = (
         TrainConfig(**flags).with_defaults(100)  # type: ignore[arg-type]
         for flags in ({"encoder": "clip"}, {"encoder": "tiny-vit"}, {"encoder": "clip", "decoder": "qwen3"})
@@ -93,7 +93,7 @@ def test_evaluation_interval_is_recomputed_when_steps_change(tmp_path: Path) -> 
         ("preset: photos-lm\ndecoder: qwen3\n", {"align_epochs": 1.0}),
     ],
 )
-def test_file_overrides_preset(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
+def test_config_file_overrides_preset(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
     (tmp_path / "c.yaml").write_text(text)
     config = resolve(tmp_path / "c.yaml")
     assert {name: getattr(config, name) for name in expected} == expected

@@ -79,7 +79,7 @@ def test_default_mixture_depends_on_the_version(measured: dict[str, int], model:
     assert default_texts({"measured": measured, "model": {"name": model}}) == expected
 
 
-def test_questions_that_are_not_learned_are_still_scored() -> None:
+def test_questions_are_scored_even_if_they_are_excluded_from_training() -> None:
     (example,) = read_examples(table({}), IMAGES, questions=False)
     assert [text.style for text in example.texts] == ["brief"]
     assert [(q.question, q.answers) for q in example.questions] == [("What?", ("ring", "hoop", "ring"))]
@@ -90,7 +90,7 @@ def test_synthetic_questions_are_scored_without_human_ones() -> None:
     assert example.questions == (Question("How many?", ("1",), "number"),)
 
 
-def test_styles_limit_captions_and_the_source_can_be_left_out() -> None:
+def test_styles_setting_limits_captions_and_source_can_be_left_out_of_the_prompt() -> None:
     two = [*ROW["captions"], {"text": "A red ring.", "style": "detailed", "prompt_id": "p"}]
     options: dict[str, Any] = {"styles": ("brief",), "source_in_prompt": False}
     (example,) = read_examples(table({"captions": two}), IMAGES, "mixed", **options)
@@ -104,7 +104,7 @@ def test_styles_limit_captions_and_the_source_can_be_left_out() -> None:
     assert caught.value.hint.endswith("set styles to some of brief")
 
 
-def test_smaller_choice_of_images_is_part_of_a_larger_one() -> None:
+def test_smaller_image_limit_selects_a_subset_of_a_larger_limit() -> None:
     examples = read_examples(table(*({"sample_id": str(n)} for n in range(50))), IMAGES)
     few, more = limit_images(examples, 10), limit_images(examples, 20)
     assert len(few) == 10 and len(more) == 20 and set(few) < set(more)
@@ -156,7 +156,7 @@ def test_batches_from_a_later_step_continue_the_same_order(size: int) -> None:
     assert list(islice(batches(count=10, size=size, seed=1, first_step=5), 3)) == whole[5:]
 
 
-def test_image_with_only_references_is_scored_but_not_learned() -> None:
+def test_image_with_only_references_is_scored_but_not_trained_on() -> None:
     row: dict[str, Any] = {"captions": [], "qa": []}
     with pytest.raises(TrainError, match="no synthetic captions to train on"):
         read_examples(table(row), IMAGES)

@@ -37,7 +37,7 @@ def example(references: tuple[str, ...], style: str = "brief") -> Example:
     return Example(sample_id="x", image=b"", texts=texts, references=references)
 
 
-def test_teacher_captions_are_references_only_without_human_ones() -> None:
+def test_teacher_captions_become_references_only_if_there_are_no_human_references() -> None:
     examples = [example(("A circle.", "One circle.")), example(())]
     human = ("references of the source", examples[:1], [["A circle.", "One circle."]])
     assert choose_references(examples, "brief") == human
@@ -48,7 +48,7 @@ def test_teacher_captions_are_references_only_without_human_ones() -> None:
         choose_references(bare[1:2], "brief")
 
 
-def test_human_brief_captions_are_scored_if_they_were_learned() -> None:
+def test_human_brief_captions_are_scored_if_the_captioner_was_trained_on_them() -> None:
     both = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed")]
     assert scored_prompt(both) == ("human", "brief")
     assert scored_prompt(both, "detailed") == ("synthetic", "detailed")
@@ -120,7 +120,7 @@ def test_clip_score_is_the_clipped_cosine_times_2_5(clip: str) -> None:
     assert min(scores) >= 0
 
 
-def test_captioners_encoder_is_recognized_by_name_id_and_folder(clip: str) -> None:
+def test_encoder_of_the_captioner_is_recognized_by_name_id_and_folder(clip: str) -> None:
     assert is_own_encoder("clip", {"name": "clip"})
     assert is_own_encoder("openai/clip-vit-base-patch32", {"name": "openai/clip-vit-base-patch32"})
     assert is_own_encoder(clip, {"name": Path(clip).name})

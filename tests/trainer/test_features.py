@@ -87,7 +87,7 @@ def test_interrupted_build_resumes(
     assert torch.equal(stored(examples), OnlineFeatures(encoder, CPU)(examples))
 
 
-def test_other_weights_layers_or_states_have_another_store(examples: list[Example], tmp_path: Path) -> None:
+def test_each_choice_of_weights_layer_or_states_has_a_store(examples: list[Example], tmp_path: Path) -> None:
     folder = save_clip(tmp_path / "clip")
     options: list[dict[str, Any]] = [{}, {"layer": -2}, {"states": "mean"}, {}]
     loaded = [load_encoder(folder, **option) for option in options]
@@ -98,7 +98,7 @@ def test_other_weights_layers_or_states_have_another_store(examples: list[Exampl
     assert len(list((tmp_path / "features").iterdir())) == 4
 
 
-def test_full_disk_is_an_error_before_images_are_encoded(
+def test_full_disk_raises_an_error_before_images_are_encoded(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")

@@ -42,7 +42,7 @@ def read(mapped: dict[str, StoredImage]) -> dict[str, bytes]:
     return {sample_id: bytes(image.read()) for sample_id, image in mapped.items()}
 
 
-def test_images_are_slices_of_the_mapped_file(version: Version) -> None:
+def test_images_are_slices_of_memory_mapped_shards(version: Version) -> None:
     assert len(files(version, "train")) > 1
     assert sum(pq.read_metadata(path).num_row_groups for path in files(version, "train")) > 20
     for split in ("train", "validation", "test"):
@@ -51,7 +51,7 @@ def test_images_are_slices_of_the_mapped_file(version: Version) -> None:
         assert all(isinstance(image.read().obj, mmap.mmap) for image in mapped.values())
 
 
-def test_compressed_images_are_held_in_memory(version: Version) -> None:
+def test_images_of_compressed_shards_are_read_into_memory(version: Version) -> None:
     expected = images(version, "test")
     for shard in files(version, "test"):
         pq.write_table(pq.read_table(shard), shard, compression="zstd")
@@ -82,14 +82,14 @@ def flip_images(shard: Path) -> None:
     shard.write_bytes(content)
 
 
-def test_damaged_image_is_an_error_when_it_is_read(version: Version) -> None:
+def test_damaged_image_raises_an_error_when_it_is_read(version: Version) -> None:
     flip_images(files(version, "train")[0])
     mapped = map_images(version, "train")
     with pytest.raises(StoreError, match="is damaged"):
         read(mapped)
 
 
-def test_missing_image_is_an_error_before_training(tmp_path: Path) -> None:
+def test_missing_image_raises_an_error_before_training(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(20))
     (path,) = version.store.paths()
     path.unlink()

@@ -36,7 +36,7 @@ def test_default_settings_and_folder_depend_on_the_data(version: Version) -> Non
     assert plan(version, text_source="human").config.text_source == "human"
 
 
-def test_captioner_of_other_settings_is_not_overwritten(version: Version, tmp_path: Path) -> None:
+def test_captioner_trained_with_other_settings_is_not_overwritten(version: Version, tmp_path: Path) -> None:
     config = plan(version).config
     write_json(tmp_path / "train.json", config.model_copy(update={"seed": 7}).model_dump(mode="json"))
     write_json(tmp_path / "metrics.json", {})
@@ -62,7 +62,7 @@ def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path:
     assert plan(version, tmp_path / "empty").folder == tmp_path / "empty"
 
 
-def test_captioner_of_other_data_is_not_overwritten(version: Version, tmp_path: Path) -> None:
+def test_captioner_trained_on_other_data_is_not_overwritten(version: Version, tmp_path: Path) -> None:
     write_json(tmp_path / "train.json", plan(version).config.model_dump(mode="json"))
     write_json(tmp_path / "metrics.json", {})
     write_json(tmp_path / "config.json", {"data": {"digest": version.manifest["digest"]}})
@@ -86,7 +86,7 @@ def test_interrupted_training_resumes_with_its_settings_only_on_request(
     assert plan(version, tmp_path, resume=True, steps=5).config.steps == 5
 
 
-def test_only_interrupted_training_is_found_and_several_are_an_error(tmp_path: Path) -> None:
+def test_single_interrupted_training_is_found_and_several_are_refused(tmp_path: Path) -> None:
     samples = scene_samples(30)
     version, _ = make_version(tmp_path, samples, true_captions(samples))
     assert find_interrupted(version) is None

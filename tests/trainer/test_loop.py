@@ -90,7 +90,7 @@ def test_bfloat16_is_used_in_steps_only(
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_two_processes_have_the_losses_of_one(version: Version, tmp_path: Path, clip: str) -> None:
+def test_two_processes_have_same_losses_as_one_process(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=6, dropout=0.0, evaluate_every=9)
     train_captioner(version, config, tmp_path / "one")
     (tmp_path / "config.json").write_text(config.model_dump_json())

@@ -42,7 +42,7 @@ def test_scores_equal_those_of_pycocoevalcap(seed: int) -> None:
     assert cider_d(hypotheses, references) == pytest.approx(list(cider_by_image), abs=1e-12)
 
 
-def test_cider_d_of_a_perfect_caption_is_10_and_of_another_0() -> None:
+def test_cider_d_is_10_for_a_perfect_caption_and_0_for_an_unrelated_caption() -> None:
     references = [[["a", "red", "circle", "here"]], [["two", "blue", "rings", "there"]]]
     assert cider_d([references[0][0], references[1][0]], references) == pytest.approx([10.0, 10.0])
     assert cider_d([references[1][0], references[0][0]], references) == [0.0, 0.0]
@@ -51,7 +51,7 @@ def test_cider_d_of_a_perfect_caption_is_10_and_of_another_0() -> None:
 @pytest.mark.parametrize(
     ("hypotheses", "references"), [([], []), ([["a"]], [[]]), ([["a"]], [[["a"]], [["b"]]])]
 )
-def test_invalid_corpus_is_an_error(hypotheses: list[list[str]], references: list[list[list[str]]]) -> None:
+def test_invalid_corpus_is_refused(hypotheses: list[list[str]], references: list[list[list[str]]]) -> None:
     with pytest.raises(ValueError, match="corpus"):
         score(hypotheses, references)
 

@@ -14,7 +14,7 @@ from trainer.model.checkpoint import build_checkpoint
 from trainer.optimizer import MAX_SPIKES, SpikeFilter, WeightAverage, build_optimizer, schedule, set_stage
 
 
-def test_each_part_has_its_rate_and_freezes_at_rate_0(version: Version, clip: str) -> None:
+def test_each_model_part_has_a_learning_rate_and_is_frozen_at_rate_0(version: Version, clip: str) -> None:
     config = TrainConfig(
         encoder=clip, align_steps=5, steps=5, align_lr=1.0, connector_lr=0.1, decoder_lr=0.01, warmup_frac=0
     ).with_defaults(9)
@@ -29,7 +29,7 @@ def test_each_part_has_its_rate_and_freezes_at_rate_0(version: Version, clip: st
             assert all(p.requires_grad == (rate > 0) for p in getattr(captioner, part).parameters())
 
 
-def test_rate_warms_up_and_decays_to_a_tenth_in_each_stage() -> None:
+def test_learning_rate_warms_up_and_decays_to_a_tenth_in_each_stage() -> None:
     config = TrainConfig(steps=100, align_steps=50, warmup_frac=0.1)
     shares = [schedule(config, step) for step in range(151)]
     for first, steps in ((0, 50), (50, 100)):
@@ -40,7 +40,7 @@ def test_rate_warms_up_and_decays_to_a_tenth_in_each_stage() -> None:
     assert all(isfinite(share) for share in shares)
 
 
-def test_scst_rate_does_not_exceed_the_rate_of_a_part(version: Version, clip: str) -> None:
+def test_scst_learning_rate_is_capped_by_the_rate_of_each_part(version: Version, clip: str) -> None:
     rates = {"encoder_lr": 1e-6, "decoder_lr": 1e-3, "scst_lr": 5e-5}
     config = replace(encoder=clip, steps=2, scst_steps=2, **rates).with_defaults(4)
     captioner = build_checkpoint(version, config, read_split_examples(version, "train", config)).captioner
@@ -50,7 +50,7 @@ def test_scst_rate_does_not_exceed_the_rate_of_a_part(version: Version, clip: st
     assert found == {"encoder": 1e-6, "connector": 5e-5, "decoder": 5e-5}
 
 
-def test_average_follows_trainable_weights_and_soon_forgets_their_first_values() -> None:
+def test_weight_average_covers_trainable_weights_and_soon_forgets_their_first_values() -> None:
     model = nn.Linear(1, 1)
     model.bias.requires_grad_(False)
     average, expected = WeightAverage(0.9, {}), 0.0
@@ -66,7 +66,7 @@ def test_average_follows_trainable_weights_and_soon_forgets_their_first_values()
     assert 25 < expected < 39
 
 
-def test_average_is_swapped_back_after_an_error() -> None:
+def test_original_weights_are_restored_if_code_with_averaged_weights_raises() -> None:
     model = nn.Linear(2, 2)
     own, average = model.weight.detach().clone(), WeightAverage(0.5, {"weight": torch.zeros(2, 2)})
     with pytest.raises(RuntimeError, match="an evaluation"), average.swapped_into(model):
@@ -83,7 +83,7 @@ def test_zero_gradients_do_not_lower_the_median_norm() -> None:
     assert not spikes.should_step(1.0, 1e6)
 
 
-def test_lasting_larger_norms_are_accepted() -> None:
+def test_larger_gradient_norms_are_accepted_if_they_last() -> None:
     spikes = SpikeFilter(norms=[1.0] * 32)
     assert not any(spikes.should_step(1.0, 100.0) for _ in range(MAX_SPIKES))
     assert spikes.should_step(1.0, 100.0) and spikes.should_step(1.0, 100.0)

@@ -91,12 +91,12 @@ def test_adapters_for_a_scratch_decoder_are_refused() -> None:
 @pytest.mark.parametrize(
     ("preset", "decoder"), [("photos-lm", "scratch"), ("photos-lm", None), ("photos", "qwen3")]
 )
-def test_preset_for_another_kind_of_decoder_is_an_error(preset: str, decoder: str | None) -> None:
+def test_preset_for_another_kind_of_decoder_is_refused(preset: str, decoder: str | None) -> None:
     with pytest.raises(ConfigError, match=f"the preset {preset} needs .*, but the decoder is"):
         resolve(preset=preset, decoder=decoder)
 
 
-def test_preset_values_are_compared_but_not_its_name(tmp_path: Path) -> None:
+def test_presets_are_compared_by_values_but_not_by_name(tmp_path: Path) -> None:
     config = resolve(preset="photos-lm", decoder="qwen3", encoder="clip")
     (tmp_path / "train.json").write_text(config.with_defaults(1000).model_dump_json())
     (tmp_path / "metrics.json").write_text("{}")

@@ -78,7 +78,7 @@ def test_settings_override_config_and_the_result_has_all_settings(version: Versi
     assert again.metrics == result.metrics
 
 
-def test_mistakes_are_errors_with_a_hint(version: Version, tmp_path: Path) -> None:
+def test_invalid_arguments_raise_errors_with_a_hint(version: Version, tmp_path: Path) -> None:
     cases: list[tuple[type[SynthError], str, dict[str, Any]]] = [
         (ConfigError, "unknown config key: epoch", {"epoch": 1}),
         (ConfigError, "bad value for epochs", {"epochs": "many"}),

@@ -66,7 +66,7 @@ def test_advantage_is_the_reward_minus_the_mean_of_the_others() -> None:
     assert _advantages([1.0, 2.0, 6.0, 5.0, 5.0, 5.0], 3) == pytest.approx([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
 
 
-def test_eos_counts_as_a_word_of_the_reward(checkpoint: Checkpoint, version: Version) -> None:
+def test_end_of_text_token_counts_as_a_word_in_the_reward(checkpoint: Checkpoint, version: Version) -> None:
     examples = examples_in(version, "train")[:5]
     critic = SelfCritic(checkpoint, examples, SAMPLES)
     captions = [[text.text for text in example.texts if text.style == "brief"] for example in examples]
@@ -108,7 +108,7 @@ def test_step_raises_the_likelihood_of_rewarded_captions(checkpoint: Checkpoint,
     captioner.zero_grad()
 
 
-def test_cider_d_uses_the_rarity_of_another_corpus() -> None:
+def test_cider_d_can_use_the_word_rarity_of_another_corpus() -> None:
     corpus = [[["a", "red", "dog", "runs"]], [["a", "blue", "cat", "sits"]]]
     hypotheses = [["a", "red", "dog", "runs"]]
     # No word is rare in a corpus of one image.
@@ -116,7 +116,7 @@ def test_cider_d_uses_the_rarity_of_another_corpus() -> None:
     assert cider_d(hypotheses, corpus[:1], rarity=Rarity(corpus)) == pytest.approx([10.0])
 
 
-def test_rewards_begin_early_when_the_score_stops_improving(
+def test_reward_stage_begins_early_when_the_score_stops_improving(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     """Evaluations without gain are counted again from the first rewarded step on."""

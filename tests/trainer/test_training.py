@@ -57,7 +57,7 @@ def test_learning_rate_of_0_for_all_parts_is_refused(version: Version, tmp_path:
         train_captioner(version, replace(encoder=clip, decoder_lr=0.0, connector_lr=0.0), tmp_path)
 
 
-def test_captions_file_has_each_chosen_test_image(version: Version, tmp_path: Path, clip: str) -> None:
+def test_captions_file_has_one_row_per_chosen_test_image(version: Version, tmp_path: Path, clip: str) -> None:
     ids = {split: version.read(split, ["sample_id"])["sample_id"].to_pylist() for split in SPLITS}
     only = {*ids["train"][:12], *ids["validation"], *ids["test"][1:]}
     metrics = train_captioner(version, replace(encoder=clip, steps=2), tmp_path / "out", only=only)
@@ -68,14 +68,14 @@ def test_captions_file_has_each_chosen_test_image(version: Version, tmp_path: Pa
         assert fmean(row[name] for row in rows) == pytest.approx(metrics["scores"][name], abs=1e-3)
 
 
-def test_validation_leaves_out_unlearned_styles(version: Version, tmp_path: Path, clip: str) -> None:
+def test_validation_excludes_untrained_styles(version: Version, tmp_path: Path, clip: str) -> None:
     train_captioner(version, replace(encoder=clip, caption_word_budget=1), tmp_path / "out")
     assert load_checkpoint(tmp_path / "out").captioner.config.prompts == [("synthetic", "brief")]
     (evaluated,) = [line for line in read_log(tmp_path / "out" / "log.jsonl") if "validation_loss" in line]
     assert math.isfinite(evaluated["validation_loss"]) and evaluated["validation_loss"] > 0
 
 
-def test_evaluation_uses_version_texts_if_the_configured_kind_is_absent(
+def test_evaluation_uses_the_texts_of_the_version_if_the_configured_kind_is_absent(
     version: Version, tmp_path: Path
 ) -> None:
     train_captioner(version, replace(steps=1), tmp_path / "c")
@@ -98,7 +98,7 @@ def test_cut_texts_are_reported(version: Version, clip: str, tmp_path: Path) -> 
     assert len(warnings) == 1 and "texts are longer than 3 tokens: they are cut off" in warnings[0]
 
 
-def test_questions_are_asked_about_own_and_shuffled_images(
+def test_questions_are_asked_about_matching_and_shuffled_images(
     version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_captioner(version, replace(encoder=clip), tmp_path)
@@ -142,7 +142,7 @@ def test_saved_captioner_has_merged_adapters(
 
 
 @pytest.mark.parametrize("refused", ["nothing to resume", "no held-out image has a reference"])
-def test_errors_are_raised_before_states_are_computed(
+def test_training_errors_are_raised_before_image_states_are_computed(
     refused: str, version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_texts(version: Version, split: str, mixture: Any, **how: Any) -> list[Example]:
@@ -156,7 +156,7 @@ def test_errors_are_raised_before_states_are_computed(
         train_captioner(version, replace(encoder=clip), tmp_path, resume=refused == "nothing to resume")
 
 
-def test_finished_training_is_repeated_only_with_other_steps(
+def test_finished_training_is_repeated_only_if_the_number_of_steps_changes(
     version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Derived steps are compared, too."""
@@ -172,7 +172,7 @@ def test_finished_training_is_repeated_only_with_other_steps(
     assert len(losses(tmp_path)) == 2
 
 
-def test_evaluation_has_the_image_order_of_the_test(version: Version, tmp_path: Path, clip: str) -> None:
+def test_evaluation_has_the_same_image_order_as_the_test(version: Version, tmp_path: Path, clip: str) -> None:
     """Bootstrap intervals depend on the order of the images."""
     train_captioner(version, replace(encoder=clip, steps=1), tmp_path)
     lines = (tmp_path / "captions.jsonl").read_text().splitlines()
@@ -214,7 +214,7 @@ def test_prefix_decoder_trains_and_resumes(version: Version, clip: str, tmp_path
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
-def test_tiny_clip_is_the_fallback_for_drawn_scenes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiny_clip_is_the_offline_fallback_for_drawn_scenes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise ConnectionError("offline")
 

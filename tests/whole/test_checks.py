@@ -215,7 +215,7 @@ def test_coverage_is_share_of_answers_in_caption(tmp_path: Path, model: Model, s
     assert model.requests["covers"] <= 2 * COUNT  # two of three questions remain
 
 
-def test_judge_uses_its_own_key(tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer) -> None:
+def test_judge_gets_only_its_key(tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer) -> None:
     server.key, judge.key = "of-the-writer", "of-the-judge"
     rated = (*CAPTIONS, "--judge", f"judge-7b@{judge.url}")
     refused = run(tmp_path, server, *rated, SYNTH_API_KEY="of-the-writer")

@@ -63,7 +63,7 @@ def test_options_for_one_key_exclude_each_other(synth: Run) -> None:
     assert "--no-model and --tasks exclude each other" in problem
 
 
-def test_sources_are_printed_as_data(synth: Run) -> None:
+def test_source_list_is_printed_as_json(synth: Run) -> None:
     sources = json.loads(synth("doctor", "--sources", "--json").stdout)
     output = synth("doctor", "--sources").stdout
     assert "scenes" in [source["name"] for source in sources]
@@ -106,7 +106,7 @@ def test_help_loads_no_heavy_package() -> None:
     assert not loaded & {"torch", "transformers", "datasets", "pyarrow", "huggingface_hub", "pydantic"}
 
 
-def test_project_from_init_previews_with_its_own_prompts(synth: Run, tmp_path: Path) -> None:
+def test_preview_in_a_project_from_init_uses_the_project_prompts(synth: Run, tmp_path: Path) -> None:
     assert synth("init").stdout.split() == ["synth.yaml", "prompts", "tasks"]
     (tmp_path / "photos").mkdir()
     Image.effect_noise((80, 60), 40).save(tmp_path / "photos" / "a.png")

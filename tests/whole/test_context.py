@@ -58,7 +58,7 @@ def generate(folder: Path, chat: ChatServer, *arguments: str) -> Done:
     return run_synth(*command, "--json", *source, *arguments, cwd=folder)
 
 
-def test_columns_are_notes_and_only_changed_rows_are_asked_again(shop: Path, server: ChatServer) -> None:
+def test_columns_become_prompt_notes_and_only_changed_rows_are_sent(shop: Path, server: ChatServer) -> None:
     done = require_success(generate(shop, server, "--columns", "context=title,price"))
     noted = [text_of(body) for body in server.bodies]
     assert len(noted) == COUNT
@@ -81,7 +81,7 @@ def test_columns_are_notes_and_only_changed_rows_are_asked_again(shop: Path, ser
     assert json.loads(done.stdout)["version"] == "v2.0.0"  # a new field is a new column
 
 
-def test_template_uses_named_columns(shop: Path, server: ChatServer) -> None:
+def test_prompt_template_uses_named_columns(shop: Path, server: ChatServer) -> None:
     (shop / "prompts/caption").mkdir(parents=True)
     template = 'Describe what is sold as\ntitle: {{ row["title"] | tojson }}\nReply as {"caption": "..."}.\n'
     (shop / "prompts/caption/v1.j2").write_text(template)
@@ -107,7 +107,7 @@ def test_template_uses_named_columns(shop: Path, server: ChatServer) -> None:
         assert complaint in refused.stderr
 
 
-def test_style_in_settings_has_its_own_prompt(shop: Path, server: ChatServer) -> None:
+def test_style_defined_in_settings_has_a_separate_prompt(shop: Path, server: ChatServer) -> None:
     shop_text = "for {{ 'a' if draw % 2 else 'the' }} shop."
     text = f"Describe what is sold as title: {{{{ row.title | tojson }}}}\n {shop_text}"
     (shop / "synth.yaml").write_text(json.dumps({"generate": {"style_prompts": {"product": text}}}))
@@ -134,7 +134,7 @@ def test_style_in_settings_has_its_own_prompt(shop: Path, server: ChatServer) ->
     assert "has a prompt for product, but that style is not used" in refused.stderr
 
 
-def test_values_with_any_name_and_text_stay_notes(shop: Path, server: ChatServer) -> None:
+def test_hostile_context_names_and_values_stay_inside_prompt_notes(shop: Path, server: ChatServer) -> None:
     title = [f'R\u00e4der & "Tom\'s" <{n}>' for n in range(COUNT)]
     evil = [EVIL + f" {n}" + "x" * 5000 for n in range(COUNT)]
     write_metadata(shop, items=title, copy=["gut"] * COUNT, title=evil, **{"der Preis": ["3 \u20ac"] * COUNT})

@@ -31,7 +31,7 @@ def read_kept(folder: Path, step: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_annotations_are_verified_and_new_thresholds_need_no_request(verified: Path) -> None:
+def test_annotations_are_verified_and_changed_thresholds_send_no_request(verified: Path) -> None:
     rows = read_kept(verified, "verify")
     assert rows
     for row in rows:

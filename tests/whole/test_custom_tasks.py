@@ -174,7 +174,7 @@ def test_example_custom_tasks_become_typed_columns(shop: Path, server: ChatServe
     assert "tags: indoors, text" in card and "| `boxes` | 24 | dog: 24 |" in card, card
 
 
-def test_large_photo_is_scaled_down_and_its_boxes_have_its_own_pixels(tmp_path: Path) -> None:
+def test_large_photo_is_scaled_down_and_its_boxes_are_in_original_pixels(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for name, size in (("large", (2400, 1200)), ("small", (1344, 1344))):
         Image.effect_noise(size, 50).convert("RGB").save(tmp_path / f"photos/{name}.jpg")
@@ -200,7 +200,7 @@ def test_large_photo_is_scaled_down_and_its_boxes_have_its_own_pixels(tmp_path: 
         assert sorted(Image.open(io.BytesIO(data)).size for data in sent) == [(1344, 1344), (2000, 1000)]
 
 
-def test_only_added_tasks_and_changed_rows_are_asked(shop: Path, server: ChatServer, model: Model) -> None:
+def test_requests_cover_only_new_tasks_and_changed_rows(shop: Path, server: ChatServer, model: Model) -> None:
     model.replies["words"] = lambda prompt, image: {"text": f"about {prompt.splitlines()[0]}"}
     model.replies["shout"] = lambda prompt, image: {"text": prompt.splitlines()[0].upper()}
     shout = "{name: shout, kind: text, show_image: false, needs: [words], prompt: '{{ results.words }}'}"
@@ -262,7 +262,7 @@ def test_empty_result_is_kept_and_unreadable_is_null(shop: Path, server: ChatSer
     assert sum(version["rows"].values()) == len(empty) > 0
 
 
-def test_values_are_shown_in_report_and_reviewed(shop: Path, server: ChatServer) -> None:
+def test_custom_task_values_are_shown_in_the_report_and_reviewed(shop: Path, server: ChatServer) -> None:
     generate(shop, server, *tasks("boxes", "finding"))
     assert synth(shop, "report", "d").returncode == 0
     page = (shop / "d/report.html").read_text()

@@ -26,7 +26,7 @@ from tests.whole.conftest import SYNTH, Run, read_failure
         ("parquet:s3://a/b", "parquet:s3://a/./b", False),
     ],
 )
-def test_other_spelling_of_folder_is_same_source(
+def test_different_spelling_of_one_folder_is_the_same_source(
     before: str, now: str, *, is_same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -51,7 +51,7 @@ def test_folder_name_that_is_not_utf8_is_refused_before_any_request(synth: Run, 
     assert r"the name of the folder caf\xe9 is not UTF-8" in error
 
 
-def test_dataset_name_may_look_like_an_address(synth: Run, tmp_path: Path) -> None:
+def test_dataset_name_that_looks_like_a_url_is_accepted(synth: Run, tmp_path: Path) -> None:
     name = "file:1/x"
     options = ("--source", "scenes", "--limit", "3", "--engine", "embedded", "--model", "tiny", "--out", name)
     assert synth("generate", *options).returncode == 0

@@ -62,7 +62,7 @@ def test_killed_grid_resumes_to_same_table(folder: Path) -> None:
     assert resumed.stdout.strip() == "cut/experiment.html"
 
 
-def test_result_is_printed_as_json(folder: Path) -> None:
+def test_experiment_result_is_printed_as_json(folder: Path) -> None:
     done = experiment(folder, "which.yaml", "--jobs", "2", "--out", "whole", "--json")
     result = json.loads(done.stdout)
     assert [arm["data"] for arm in result["arms"]] == ["facts", "model"]

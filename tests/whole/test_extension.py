@@ -118,7 +118,7 @@ def extend(package: Path, files: dict[str, Any]) -> None:
         path.write_text(text.lstrip("\n"), encoding="utf-8")
 
 
-def test_step_and_source_need_two_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
+def test_added_step_and_source_need_two_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
     extend(package, STEP | SOURCE)
     command = [sys.executable, "-m", "pipeline", "generate", "--source", "stripes", "--limit", "20"]
     command += ["--out", "data", "--tasks", "caption", "--base-url", chat.url]

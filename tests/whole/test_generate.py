@@ -41,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return folder / "d", json.loads(done.stdout)
 
 
-def test_repeated_run_asks_nothing_and_writes_nothing(whole: Whole) -> None:
+def test_repeated_run_sends_no_request_and_writes_nothing(whole: Whole) -> None:
     folder, printed = whole
     version = DatasetDir(folder).version()
     funnel = {step["step"]: step for step in version.manifest["funnel"]}
@@ -65,7 +65,7 @@ def test_repeated_run_asks_nothing_and_writes_nothing(whole: Whole) -> None:
     assert state(folder) == before
 
 
-def test_damaged_version_is_a_warning_if_nothing_is_new(whole: Whole, tmp_path: Path) -> None:
+def test_damaged_version_gives_a_warning_if_a_run_adds_nothing(whole: Whole, tmp_path: Path) -> None:
     folder = shutil.copytree(whole[0], tmp_path / "copy")
     version = DatasetDir(folder).version("v1.0.0")
     short, lost = [version.path / name for name in [*version.manifest["files"]][:2]]

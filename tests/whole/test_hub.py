@@ -74,7 +74,7 @@ def test_versions_are_listed_with_pushes_and_compared_with_hub(maker: User, hub:
     assert f"  config.limit: {SCENES - 10} -> {SCENES}" in changes
 
 
-def test_exports_are_pushed_with_their_version_and_never_later(hub: RunningHub, reader: User) -> None:
+def test_exports_are_pushed_only_together_with_their_version(hub: RunningHub, reader: User) -> None:
     reader.synth("generate", "--source", "scenes", "--limit", "20", "--out", "d")
     pushed = reader.json("push", "d", "--repo", "me/also", "--also", "webdataset,cauldron")
     repo = hub.hub.storage.repos["dataset", "me/also"]

@@ -98,7 +98,7 @@ def test_job_script_dependencies_resolve(wheel: Path) -> None:
     assert "vllm==" in done.stdout
 
 
-def test_slurm_task_makes_dataset_of_its_line(tmp_path: Path) -> None:
+def test_slurm_array_task_makes_the_dataset_of_its_line_in_the_sources_file(tmp_path: Path) -> None:
     for photo in (save_photos(tmp_path, 4) / "photos").iterdir():
         photo.with_suffix(".txt").write_text(f"A drawing with the name {photo.stem}.")
     line = "--source folder:photos --no-model"

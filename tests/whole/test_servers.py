@@ -22,7 +22,7 @@ def generate(folder: Path, chat: ChatServer, *arguments: str) -> Done:
     return run_synth(*command, cwd=folder, env=os.environ | {"SYNTH_API_KEY": chat.key or ""})
 
 
-def test_strict_server_answers_all_and_repeated_run_asks_nothing(photos: Path) -> None:
+def test_strict_server_answers_all_requests_and_repeated_run_sends_none(photos: Path) -> None:
     chat = ChatServer(kind=next(kind for kind in KINDS if kind.name == "openai that thinks"))
     chat.key = "secret"
     with running_chat(chat):

@@ -116,7 +116,7 @@ def test_slidevqa_deck_is_one_request_with_all_pages(hub: RunningHub, tmp_path: 
     assert [part["text"] for part in parts[:-1:2]] == [f"Page {number}:" for number in range(1, 21)]
 
 
-def test_hub_dataset_streams_and_keeps_its_license(hub: RunningHub, tmp_path: Path) -> None:
+def test_hub_dataset_is_streamed_and_keeps_its_license(hub: RunningHub, tmp_path: Path) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, 6, repo="me/photos")
     version = generate_version(hub, tmp_path, "--source", "hub:me/photos", "--limit", "4", *TRY)
     assert sum(version.manifest["rows"].values()) == 4

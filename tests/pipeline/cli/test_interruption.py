@@ -16,7 +16,7 @@ import pipeline.cli
         ("export", "run the same command again", 143),
     ],
 )
-def test_interrupted_command_states_its_own_way_to_resume(
+def test_interrupted_command_states_how_to_resume_it(
     command: str,
     advice: str,
     exit_code: int,

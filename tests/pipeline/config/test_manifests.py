@@ -33,7 +33,7 @@ def manifest_with(tmp_path: Path, **settings: Any) -> Path:
         ({"generate": 3}, "bad value for generate"),
     ],
 )
-def test_manifest_that_names_servers_or_files_of_its_author_is_refused(
+def test_manifest_with_servers_or_files_of_another_machine_is_refused(
     settings: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=problem):
@@ -99,7 +99,7 @@ def test_manifest_names_only_public_sources(source: str, *, is_public: bool, tmp
 @pytest.mark.parametrize(
     ("name", "is_public"), [("folder:x", False), ("list", False), ("listing", True), ("folders", True)]
 )
-def test_source_is_local_only_by_its_whole_name(name: str, *, is_public: bool) -> None:
+def test_source_is_public_only_if_its_whole_name_matches(name: str, *, is_public: bool) -> None:
     assert bool(PUBLIC_SOURCE.fullmatch(name)) == is_public
 
 
@@ -112,13 +112,13 @@ def test_model_of_a_manifest_that_is_a_local_path_is_ignored(
     assert resolve(manifest_with(tmp_path, model="me/model")).model == resolve(manifest_with(tmp_path)).model
 
 
-def test_manifest_file_of_another_form_is_refused(tmp_path: Path) -> None:
+def test_config_json_that_is_not_a_manifest_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
     file.write_text(json.dumps({"source": "scenes", "base_url": ["http://evil.example/v1"]}))
     with pytest.raises(ConfigError, match="is not a manifest of a version"):
         resolve(file)
 
 
-def test_each_setting_is_decided_either_by_manifests_or_by_the_user() -> None:
+def test_each_setting_comes_either_from_the_manifest_or_from_the_user() -> None:
     assert not MANIFEST_KEYS & OWN_KEYS
     assert {*Config.model_fields} == MANIFEST_KEYS | OWN_KEYS

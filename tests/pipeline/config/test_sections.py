@@ -20,7 +20,7 @@ def test_settings_page_and_file_are_generated_from_the_settings() -> None:
     ("yaml_value", "language"),
     [("de", "de"), ("any", None), ("null", None), ("no", "no"), ("gsw", ""), ("xx", "")],
 )
-def test_language_is_a_detectable_one_or_any(yaml_value: str, language: str | None, tmp_path: Path) -> None:
+def test_filter_language_is_detectable_or_any(yaml_value: str, language: str | None, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(f"source: scenes\nfilter:\n  language: {yaml_value}\n")
     if language == "":
@@ -85,6 +85,6 @@ def test_contradicting_settings_are_refused(settings: dict[str, Any], problem: s
         resolve(source="scenes", **settings)
 
 
-def test_settings_that_require_each_other_are_accepted_together() -> None:
+def test_settings_that_require_each_other_are_accepted_if_both_are_set() -> None:
     assert resolve(source="scenes", verify={"repair": True, "checks": ["claims"]}).verify.repair
     assert resolve(source="scenes", generate={"samples": 3}, select={"pairs": True}).select.pairs

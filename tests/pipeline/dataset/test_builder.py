@@ -92,7 +92,7 @@ def sample_ids(version: Version) -> list[str]:
     return list(version.read("train", ["sample_id"])["sample_id"].to_pylist())
 
 
-def test_deck_of_one_page_has_pages_and_no_image(tmp_path: Path) -> None:
+def test_single_page_deck_is_stored_in_pages_column_without_image_column(tmp_path: Path) -> None:
     samples = scene_samples(4)
     two_pages = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]))
     decks = [two_pages, *samples[2:]]

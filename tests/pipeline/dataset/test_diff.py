@@ -56,7 +56,7 @@ def test_diff_of_same_text_shows_changed_prompt(tmp_path: Path) -> None:
     assert f"prompt_id {of_before}" in removed and "prompt_id caption/v9@new" in added
 
 
-def test_scores_of_one_version_are_a_changed_setting_and_other_scores_a_changed_field(tmp_path: Path) -> None:
+def test_diff_shows_added_scores_as_setting_and_changed_scores_as_field(tmp_path: Path) -> None:
     versions = [make_version(tmp_path / "plain", SAMPLES)[0]]
     for name, coverage in (("half", 0.5), ("all", 1.0)):
         scored = scored_captions(SAMPLES, coverage)
@@ -67,7 +67,7 @@ def test_scores_of_one_version_are_a_changed_setting_and_other_scores_a_changed_
     assert diff_versions(versions[1], versions[2]).fields() == {"captions": len(SAMPLES)}
 
 
-def test_custom_column_of_one_version_is_a_changed_field(tmp_path: Path) -> None:
+def test_diff_shows_column_in_only_one_version_as_changed_field(tmp_path: Path) -> None:
     captions = true_captions(SAMPLES).to_pylist()
     note = {"task": "note", "style": "", "text": None, "record": '"of a star"'}
     notes = [row | note for row in captions if row["style"] == "brief"]

@@ -39,7 +39,7 @@ def test_write_of_same_content_does_not_touch_the_file(tmp_path: Path) -> None:
     assert (target.stat().st_mtime_ns, target.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-def test_second_lock_of_dataset_folder_is_an_error(tmp_path: Path) -> None:
+def test_second_lock_of_dataset_folder_is_refused(tmp_path: Path) -> None:
     with (
         DatasetDir(tmp_path).lock(),
         pytest.raises(StoreError, match="another process"),
@@ -57,7 +57,7 @@ def test_dataset_folder_name_has_only_safe_characters(source: str, name: str) ->
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "train-/../../x"])
-def test_manifest_with_paths_outside_the_version_is_an_error(tmp_path: Path, name: str) -> None:
+def test_manifest_with_paths_outside_the_version_is_refused(tmp_path: Path, name: str) -> None:
     files = {name: {"sha256": "a" * 64, "bytes": 1}}
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"files": files}))
     with pytest.raises(StoreError, match="not shards"):
@@ -87,7 +87,7 @@ def test_missing_dataset_or_version_is_an_error(tmp_path: Path, monkeypatch: pyt
         open_dataset(None)
 
 
-def test_lock_that_is_a_link_is_an_error_and_keeps_its_target(tmp_path: Path) -> None:
+def test_linked_lock_file_is_refused_and_its_target_is_unchanged(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("private")
     (tmp_path / "data").mkdir()
@@ -97,7 +97,7 @@ def test_lock_that_is_a_link_is_an_error_and_keeps_its_target(tmp_path: Path) ->
     assert victim.read_text() == "private"
 
 
-def test_last_datasets_made_elsewhere_are_remembered_once(
+def test_most_recent_datasets_outside_data_folder_are_remembered_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -114,9 +114,7 @@ def test_last_datasets_made_elsewhere_are_remembered_once(
     assert last_made() == tmp_path / "one"
 
 
-def test_only_made_refuses_to_choose_a_dataset_by_file_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_made_raises_if_there_are_two_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("public", "secret"):
         manifest = Path("data") / name / "versions" / "v1.0.0" / "manifest.json"

@@ -251,7 +251,7 @@ def test_version_with_missing_images_is_not_published(
     assert not DatasetDir(tmp_path).versions()
 
 
-def test_linked_version_reads_images_of_target_and_repair_copies_them(tmp_path: Path) -> None:
+def test_linked_version_reads_images_of_its_target_and_repair_copies_the_images(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", SAMPLES)
     (tmp_path / "e" / "versions").mkdir(parents=True)
     (tmp_path / "e" / "versions" / version.name).symlink_to(version.path)
@@ -261,7 +261,7 @@ def test_linked_version_reads_images_of_target_and_repair_copies_them(tmp_path: 
     assert repaired.store.folder == tmp_path / "e" and find_damage(repaired) == []
 
 
-def test_image_with_wrong_bytes_is_reported_as_damage(tmp_path: Path) -> None:
+def test_image_whose_bytes_do_not_match_its_id_is_reported_as_damage(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, SAMPLES)
     (path,) = ImageStore(tmp_path).paths()
     path.unlink()

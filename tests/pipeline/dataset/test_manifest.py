@@ -19,7 +19,7 @@ from pipeline.tasks import Tasks
         ("list:photos/list.csv", None, None),
     ],
 )
-def test_title_is_the_stated_one_or_the_name_of_the_folder(
+def test_title_defaults_to_the_name_of_the_source_folder(
     source: str, title: str | None, expected: str | None
 ) -> None:
     config = resolve(source=source, title=title)

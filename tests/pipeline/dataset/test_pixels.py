@@ -49,7 +49,7 @@ def test_joined_image_files_complete_the_version(whole: Version, texts: Version,
         assert by_id[0] == by_id[1]
 
 
-def test_missing_images_are_counted_and_joined_from_second_folder(texts: Version, tmp_path: Path) -> None:
+def test_missing_images_are_counted_and_joined_from_other_folder(texts: Version, tmp_path: Path) -> None:
     images = images_of_files(files(tmp_path / "files", SAMPLES[4:]))
     with pytest.raises(StoreError, match=r"4 of 30 images of v1\.0\.0 are missing") as refused:
         join_images(texts, images)

@@ -41,7 +41,7 @@ def test_added_rows_raise_minor_and_other_changes_raise_patch_number(tmp_path: P
     assert (version.name, version.manifest["parent"]) == ("v1.1.2", "v1.1.1")
 
 
-def test_version_without_rows_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
+def test_version_without_rows_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="no rows are left"):
         make_version(tmp_path, scene_samples(3), true_captions(scene_samples(3)).slice(0, 0))
     assert list((tmp_path / "versions").iterdir()) == []
@@ -62,7 +62,7 @@ def test_scores_load_with_their_texts_and_new_scores_raise_major_number(tmp_path
     assert (again.name, is_new) == ("v2.0.1", True)
 
 
-def test_mix_of_images_and_decks_is_an_error(tmp_path: Path) -> None:
+def test_mix_of_images_and_decks_is_refused(tmp_path: Path) -> None:
     samples = scene_samples(4)
     two_pages = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]))
     tables = [sample_table([two_pages]), sample_table([samples[2]])]

@@ -76,7 +76,7 @@ def test_invalid_review_error_shows_line_number_and_reason(tmp_path: Path, line:
     assert what in str(caught.value)
 
 
-def test_missing_or_binary_file_of_reviews_is_an_error(tmp_path: Path) -> None:
+def test_missing_or_binary_review_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe")
     for name in ("m.jsonl", "none.jsonl"):
         with pytest.raises(ConfigError, match=f"cannot read .*{name}"):
@@ -106,7 +106,7 @@ def test_edit_back_to_the_original_text_becomes_good_verdict() -> None:
     assert {name: m.verdict for name, m in back.items()} == {review("A cat.", "good").name: "good"}
 
 
-def test_reviews_of_one_file_refer_to_texts_before_its_edits() -> None:
+def test_reviews_in_one_file_refer_to_the_texts_before_any_edit() -> None:
     rows = captions("A cat.", "A dog.")
     swapped = [review("A cat.", "edited", text="A dog."), review("A dog.", "edited", text="A cat.")]
     merged = merge_reviews([], swapped, rows)
@@ -118,7 +118,7 @@ def test_reviews_of_one_file_refer_to_texts_before_its_edits() -> None:
     assert check_edits(moved, rows) == {}
 
 
-def test_edit_that_repeats_another_text_of_the_image_is_a_flaw() -> None:
+def test_edit_that_repeats_another_text_of_the_image_is_invalid() -> None:
     rows = captions("A cat.", "A dog.", "A fox.")
     onto_another = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
     assert list(check_edits(onto_another, rows).values()) == ["another text of this image is the same"]
@@ -134,12 +134,12 @@ def test_edit_that_repeats_another_text_of_the_image_is_a_flaw() -> None:
         ({"question": "Is it?", "answer": "yes"}, "the reviewed text is a caption, but the edit is not"),
     ],
 )
-def test_edit_that_breaks_a_rule_of_its_task_is_a_flaw(words: dict[str, str], wrong: str | None) -> None:
+def test_edit_that_breaks_a_rule_of_its_task_is_invalid(words: dict[str, str], wrong: str | None) -> None:
     problem = check_edit(review("A cat.", "edited", **words), caption("A cat."))
     assert problem is None if wrong is None else wrong in (problem or "")
 
 
-def test_edited_answer_must_match_expression_and_pages() -> None:
+def test_edited_answer_must_match_its_expression_and_its_pages_must_be_in_the_deck() -> None:
     pair = {"question": "How many?", "answer": "5", "answer_type": "arithmetic", "evidence_pages": [1, 2]}
     row = {"sample_id": SAMPLE, "task": "deck_qa", "text": None, "expression": "2 + 3", "pages": 4, **pair}
     fields = {"sample_id": SAMPLE, "content": text_name(row)[1], "verdict": "edited", "question": "How many?"}

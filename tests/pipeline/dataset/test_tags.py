@@ -36,7 +36,7 @@ def test_unknown_version_error_lists_versions_and_tags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tag", ["v1.0.0", "", "a/b", "a" * 65, "a\n"])
-def test_invalid_tag_name_is_an_error(tag: str) -> None:
+def test_invalid_tag_name_is_refused(tag: str) -> None:
     with pytest.raises(ConfigError, match="cannot be a tag"):
         require_tag_name(tag)
 

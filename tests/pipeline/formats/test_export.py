@@ -182,7 +182,7 @@ def test_source_names_are_kept_where_they_are_safe_and_unique(kind: str, tmp_pat
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_source_names_for_a_format_without_image_files_are_an_error(
+def test_source_names_option_is_refused_for_formats_without_image_files(
     kind: str, version: Version, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=f"the format {kind} has no files of images"):
@@ -206,7 +206,7 @@ def test_custom_value_with_taken_name_gets_an_underscore(kind: str, version: Ver
     assert (row["license"], row["license_"], row["note"]) == (item.license, "plate", "x")
 
 
-def test_sidecars_hold_captions_that_folder_source_ignores(version: Version, tmp_path: Path) -> None:
+def test_exported_sidecars_have_captions_that_folder_source_ignores(version: Version, tmp_path: Path) -> None:
     export_version(version, "sidecar", tmp_path / "out", style="detailed", splits=("train",))
     items = by_id(version)
     images = sorted((tmp_path / "out/train").glob("*.png"))
@@ -291,7 +291,7 @@ def test_source_reads_splits_of_an_export(kind: str, version: Version, tmp_path:
 @pytest.mark.parametrize(
     ("values", "writer"), [({}, "people"), ({"note": "It barks."}, "people"), ({"title": "Rex"}, "model")]
 )
-def test_written_by_is_model_if_custom_value_has_name_of_text_column(
+def test_written_by_is_model_if_a_custom_value_has_the_name_of_a_text_column(
     version: Version, tmp_path: Path, values: dict[str, Any], writer: str
 ) -> None:
     (item, *_) = read_items(version, ["train"])
@@ -306,7 +306,7 @@ def test_written_by_is_model_if_custom_value_has_name_of_text_column(
     assert row["reference_qa"] == asked
 
 
-def test_captions_file_written_by_model_is_an_error(version: Version, tmp_path: Path) -> None:
+def test_captions_file_with_only_model_texts_is_refused(version: Version, tmp_path: Path) -> None:
     export_version(version, "coco", tmp_path / "out")
     captions = [str(tmp_path / "out/annotations/captions_train.json")]
     with pytest.raises(SourceError, match="a model wrote all texts of") as refused:
@@ -453,7 +453,7 @@ def test_dpo_rows_are_conversations_with_better_and_worse_caption(version: Versi
         export_version(version, "dpo", none, style="detailed")
 
 
-def test_unsupported_export_is_an_error(version: Version, samples: list[Sample], tmp_path: Path) -> None:
+def test_unsupported_export_is_refused(version: Version, samples: list[Sample], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="already exists"):
         export_version(version, "csv", tmp_path / "there")
@@ -548,7 +548,7 @@ def test_image_named_like_text_file_is_not_overwritten(photos: tuple[Path, Versi
     assert (folder / "odd.txt").read_bytes() == image
 
 
-def test_changed_or_missing_image_is_an_error_before_any_caption(photos: tuple[Path, Version]) -> None:
+def test_changed_or_missing_image_is_refused_before_captions_are_saved(photos: tuple[Path, Version]) -> None:
     folder, version = photos
     out = io.BytesIO()
     Image.new("RGB", (9, 9)).save(out, "PNG")
@@ -564,7 +564,7 @@ def test_changed_or_missing_image_is_an_error_before_any_caption(photos: tuple[P
 
 
 @pytest.mark.parametrize("row", ["../outside.png", "/etc/passwd", "link.png", "a\0b"])
-def test_source_row_outside_the_folder_writes_nothing(row: str, tmp_path: Path) -> None:
+def test_source_row_outside_the_folder_is_refused_without_writing(row: str, tmp_path: Path) -> None:
     sample = scene_samples(1)[0]
     (tmp_path / "photos").mkdir()
     (tmp_path / "outside.png").write_bytes(sample.images[0])
@@ -620,7 +620,7 @@ def test_export_error_for_custom_columns_names_supported_formats(
     assert notes.unique().to_pylist() == ["A note"]
 
 
-def test_second_export_to_same_folder_is_an_error(version: Version, tmp_path: Path) -> None:
+def test_concurrent_export_to_the_same_folder_is_refused(version: Version, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     class Second(NullProgress):
@@ -640,7 +640,7 @@ def test_second_export_to_same_folder_is_an_error(version: Version, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
 
 
-def test_coco_has_images_without_boxes_but_not_unanswered_images(tmp_path: Path) -> None:
+def test_coco_export_includes_images_with_no_boxes_and_omits_unanswered_images(tmp_path: Path) -> None:
     def item(number: int, labels: list[str] | None) -> Item:
         box = {BOX_FIELDS[0]: [1, 2, 3, 4]}
         boxes = None if labels is None else [{"label": label, **box} for label in labels]

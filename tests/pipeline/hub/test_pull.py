@@ -114,7 +114,7 @@ def test_file_damaged_in_cache_is_downloaded_again(
     assert next(Path(again["path"]).glob("train-*.parquet")).read_bytes() == whole
 
 
-def test_file_damaged_on_the_hub_is_an_error(refusals: dict[str, dict[str, Any]]) -> None:
+def test_version_with_a_file_damaged_on_the_hub_is_refused(refusals: dict[str, dict[str, Any]]) -> None:
     refused = refusals["me/scenes@v1.0.0"]
     error = "me/scenes@v1.0.0 is damaged: train-00000.parquet does not match the manifest"
     assert error in refused["error"]
@@ -166,7 +166,7 @@ def test_version_in_object_store_is_downloaded_once(bucket: Path) -> None:
         open_or_download(bucket / "versions" / "v1.1.0", "v1.0.0")
 
 
-def test_damaged_version_in_object_store_is_an_error(bucket: Path) -> None:
+def test_damaged_version_in_object_store_is_refused(bucket: Path) -> None:
     name = open_or_download(bucket, "v1.0.0").shards("train")[0].name
     (bucket / "versions" / "v1.1.0" / name).write_bytes(b"?")
     with pytest.raises(StoreError, match=f"memory://.* is damaged: {name} does not match the manifest"):
@@ -177,7 +177,7 @@ def test_damaged_version_in_object_store_is_an_error(bucket: Path) -> None:
         open_or_download(bucket)
 
 
-def test_second_store_with_same_folder_name_is_an_error(bucket: Path, tmp_path: Path) -> None:
+def test_second_store_with_same_cache_folder_name_is_refused(bucket: Path, tmp_path: Path) -> None:
     open_or_download(bucket, "v1.0.0")
     other_path = parse_dataset_path(str(bucket).replace("sets-", "sets/"))
     upload_folder(tmp_path / "made", other_path)
@@ -186,7 +186,7 @@ def test_second_store_with_same_folder_name_is_an_error(bucket: Path, tmp_path: 
     remove(other_path)
 
 
-def test_changed_version_in_object_store_is_an_error(bucket: Path) -> None:
+def test_version_changed_in_object_store_after_download_is_refused(bucket: Path) -> None:
     open_or_download(bucket, "v1.0.0")
     manifest = bucket / "versions" / "v1.0.0" / MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "0" * 64}))

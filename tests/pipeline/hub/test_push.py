@@ -115,7 +115,7 @@ def test_second_push_of_same_version_makes_no_commit(client: Pusher, version: Ve
     assert len(repo_of(client).commits) == 2
 
 
-def test_other_version_with_existing_tag_is_an_error(
+def test_push_of_a_different_version_under_an_existing_tag_is_refused(
     client: Pusher, version: Version, tmp_path: Path
 ) -> None:
     client.push(version)
@@ -150,7 +150,7 @@ def test_later_version_replaces_files_and_earlier_tag_still_loads(
     assert lines == [f"{counts} (84, 84) brief"] * 2 + [str(counts["train"]), str(num_files)]
 
 
-def test_push_of_older_version_is_an_error(client: Pusher, version: Version, later: Version) -> None:
+def test_push_of_older_version_is_refused(client: Pusher, version: Version, later: Version) -> None:
     client.push(later)
     assert "already has v1.1.0, which is newer" in client.push(version)["error"]
     assert set(repo_of(client).tags) == {"v1.1.0"}
@@ -208,7 +208,7 @@ def test_unreachable_hub_is_an_error(hub: RunningHub, version: Version, tmp_path
         assert "cannot reach the Hub" in client.push(version)["error"]
 
 
-def test_push_to_repository_with_foreign_data_is_an_error(client: Pusher, version: Version) -> None:
+def test_push_to_repository_with_foreign_data_is_refused(client: Pusher, version: Version) -> None:
     storage = client.hub.hub.storage
     repo = Repo("dataset", "me/theirs", private=False)
     files = dict.fromkeys([".gitattributes", "README.md", "data/a.parquet"], storage.put(b"theirs"))
@@ -218,7 +218,7 @@ def test_push_to_repository_with_foreign_data_is_an_error(client: Pusher, versio
     assert len(repo.commits) == 1
 
 
-def test_changed_statements_about_pushed_version_give_a_warning(client: Pusher, version: Version) -> None:
+def test_second_push_with_a_changed_license_or_title_warns(client: Pusher, version: Version) -> None:
     """The tag never moves. A commit without a tag, from an interrupted push, is made again."""
     client.push(version, "me/stated", stated={"license": "mit"})
     again = client.push(version, "me/stated", stated={"license": "cc-by-4.0", "title": "Mine"})
@@ -232,14 +232,14 @@ def test_changed_statements_about_pushed_version_give_a_warning(client: Pusher, 
     assert b"pretty_name: Mine" in storage.path(card.sha256).read_bytes()
 
 
-def test_private_push_to_public_repository_is_an_error(client: Pusher, version: Version) -> None:
+def test_private_push_to_public_repository_is_refused(client: Pusher, version: Version) -> None:
     client.push(version)
     assert "exists and is public" in client.push(version, private=True)["error"]
     client.push(version, "me/secret", private=True)
     assert repo_of(client, "me/secret").private
 
 
-def test_next_patch_repairs_damaged_version_on_the_hub(client: Pusher, tmp_path: Path) -> None:
+def test_pushed_patch_version_replaces_damaged_version_on_the_hub(client: Pusher, tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "data", scene_samples(20))
     client.push(version)
     repo, storage = repo_of(client), client.hub.hub.storage

@@ -129,7 +129,7 @@ def test_push_killed_at_any_request_is_completed_by_next_push(world: World, *, a
         assert len(world.repo.commits) == 3, (method, path)
 
 
-def test_second_of_two_racing_pushes_is_an_error(world: World, tmp_path: Path) -> None:
+def test_second_of_two_racing_pushes_is_refused(world: World, tmp_path: Path) -> None:
     make_version(tmp_path / "rival", scene_samples(20))
     rival, _ = make_version(tmp_path / "rival", scene_samples(20) + scene_samples(4, seed=3))
     assert rival.name == world.new.name

@@ -86,7 +86,7 @@ def large() -> Image.Image:
     return photo(3).resize((2880, 2160), Image.Resampling.BICUBIC)
 
 
-def test_reduced_photo_has_the_hash_of_a_copy(large: Image.Image) -> None:
+def test_photo_decoded_at_reduced_size_has_a_hash_near_the_full_size_hash(large: Image.Image) -> None:
     info = check_image(encoded(large, "JPEG", quality=90))
     assert (info.width_px, info.height_px) == large.size
     assert distance(info.pdq_hash, pdq_hash(large)) <= MAX_COPY_BITS // 2
@@ -102,13 +102,13 @@ def test_large_sideways_photo_is_rotated(large: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"keep_rgb": True}])
-def test_luma_and_colors_of_jpeg_have_equal_hashes(options: dict[str, Any]) -> None:
+def test_jpeg_decoded_as_gray_and_in_color_has_nearly_equal_hashes(options: dict[str, Any]) -> None:
     for number in range(4):
         data = encoded(photo(number), "JPEG", **options)
         assert distance(check_image(data).pdq_hash, pdq_hash(prepare_image(data))) <= 4
 
 
-def test_jpeg_with_detail_in_colors_only_has_a_hash() -> None:
+def test_jpeg_with_detail_only_in_chroma_has_a_hash() -> None:
     blue, red = (photo(number).convert("L") for number in (3, 5))
     flat = Image.merge("YCbCr", [Image.new("L", blue.size, 20), blue, red])
     assert check_image(encoded(flat, "JPEG", quality=95, subsampling=0)).pdq_hash

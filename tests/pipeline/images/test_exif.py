@@ -41,7 +41,7 @@ def taken(kind: str = "JPEG", model: str = "Box 3") -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_requested_exif_fields_are_texts(kind: str) -> None:
+def test_requested_exif_fields_are_read_as_strings(kind: str) -> None:
     assert read_exif(taken(kind), NAMES) == {
         "exif_Model": "Box 3",
         "exif_DateTimeOriginal": "2024:05:17 08:30:00",
@@ -63,7 +63,7 @@ def test_image_without_readable_exif_has_no_fields(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("source", ["folder", "list", "archive"])
-def test_requested_exif_fields_go_to_context_and_leave_the_image(source: str, tmp_path: Path) -> None:
+def test_requested_exif_fields_are_moved_from_the_image_to_context(source: str, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(taken())
     buffer = io.BytesIO()

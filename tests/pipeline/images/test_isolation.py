@@ -57,7 +57,7 @@ def reason(result: Result) -> str:
     return result.reason if isinstance(result, ImageError) else "fine"
 
 
-def test_worker_gives_the_facts_of_this_process() -> None:
+def test_worker_process_returns_the_same_image_facts_as_the_calling_process() -> None:
     for original in (png(), jpeg(), png(200)):
         (result,) = check(original)
         assert isinstance(result, list)
@@ -65,7 +65,7 @@ def test_worker_gives_the_facts_of_this_process() -> None:
         assert result == [CheckedImage(data, check_image(data))]
 
 
-def test_bad_page_rejects_its_deck() -> None:
+def test_unreadable_page_rejects_the_whole_deck() -> None:
     jobs = iter([("deck", (png(), png(20))), ("spoilt", (png(), b"x")), ("empty", ())])
     results = dict(check_all(jobs))
     assert len(results["deck"]) == 2  # type: ignore[arg-type]

@@ -234,7 +234,7 @@ def test_file_with_many_segments_is_opened_once(monkeypatch: pytest.MonkeyPatch)
     assert len(opened) == 1
 
 
-def test_adobe_segment_keeps_only_the_color_transform() -> None:
+def test_only_color_transform_is_kept_from_adobe_segment() -> None:
     cmyk = encoded("JPEG", photo(1).convert("CMYK"))
     start = cmyk.index(b"Adobe") - 4
     secret = segment(0xEE, b"Adobe" + b"\0\x64SECR\0" + b"PhotoSerial-4711")
@@ -245,7 +245,7 @@ def test_adobe_segment_keeps_only_the_color_transform() -> None:
     assert strip_metadata(cmyk) == cmyk
 
 
-def test_names_and_trailing_data_in_kept_parts_are_removed() -> None:
+def test_profile_name_and_trailing_data_in_icc_chunk_are_removed() -> None:
     named = encoded("PNG", icc_profile=PROFILE)
     profile = zlib.compress(PROFILE)
     content = b"Ada Example\0\0" + profile

@@ -84,7 +84,7 @@ def test_mirrored_graphics_are_not_near() -> None:
     assert as_list(find_near_pairs(both, 70, 64, mirrored=False)) == []
 
 
-def test_hash_of_thousands_of_rows_does_not_hide_other_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thousands_of_equal_hashes_do_not_hide_other_near_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "MAX_NEIGHBORS", 8)
     one = random_hashes(1, 7)
     copies = np.repeat(one, 3000, axis=0)

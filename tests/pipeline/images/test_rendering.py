@@ -132,7 +132,7 @@ def test_script_in_a_document_is_not_run(tmp_path: Path) -> None:
         ("__import__('socket').create_connection(('127.0.0.1', 9))", "", "unreadable_file"),
     ],
 )
-def test_compromised_decoder_gets_nothing(
+def test_compromised_document_decoder_is_stopped_and_cannot_open_files_or_sockets(
     attack: str, settings: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = f"""

@@ -102,7 +102,7 @@ def test_different_photos_are_not_near(photos: list[Image.Image]) -> None:
     assert bits[~np.eye(COUNT, dtype=bool)].min() > MAX_NEAR_BITS["photos"]
 
 
-def test_crop_is_grouped_and_kept(photos: list[Image.Image]) -> None:
+def test_crop_is_near_its_photo_but_not_a_copy(photos: list[Image.Image]) -> None:
     bits = distances(photos, [cropped(image) for image in photos]).diagonal()
     assert (bits <= MAX_NEAR_BITS["photos"]).mean() >= 0.95
     assert (bits <= MAX_COPY_BITS).mean() <= 0.1
@@ -157,7 +157,7 @@ def test_flat_images_are_near_nothing() -> None:
     assert compare_samples(samples(*rows), "photos")["image_group"].to_pylist() == ["s0", "s1", "s2"]
 
 
-def test_flat_image_among_near_photos_has_its_own_group(photos: list[Image.Image]) -> None:
+def test_flat_image_among_near_photos_has_a_separate_group(photos: list[Image.Image]) -> None:
     hashes = [hashes_of(photos[0]), [b""], hashes_of(cropped(photos[0])), hashes_of(photos[1])]
     groups = compare_samples(samples(*({"pdq_hashes": of_sample} for of_sample in hashes)), "photos")
     assert groups["image_group"].to_pylist() == ["s0", "s1", "s0", "s3"]
@@ -223,7 +223,7 @@ def choose_one_by_one(
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
 @pytest.mark.parametrize("seed", range(3))
-def test_choice_equals_a_sequential_choice(seed: int, kind: ImageKind) -> None:
+def test_duplicate_choice_equals_sequential_algorithm(seed: int, kind: ImageKind) -> None:
     rng = np.random.default_rng(seed)
     count = 80
     ids = [f"{n:04d}" for n in rng.permutation(count)]
@@ -267,7 +267,7 @@ def samples_of(hashes: Any, splits: list[str | None]) -> pa.Table:
 
 
 @pytest.mark.parametrize("most_pairs", [100, 20_000], ids=["by drawn bits", "each with each"])
-def test_held_out_photo_of_thousands_of_copies_is_kept(
+def test_held_out_photo_among_thousands_of_copies_is_kept(
     most_pairs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.images.near_duplicates.ALL_PAIRS_HASHES", most_pairs)
@@ -287,7 +287,7 @@ def test_held_out_photo_of_thousands_of_copies_is_kept(
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-def test_images_near_a_held_out_one_are_rejected_in_large_groups(
+def test_images_near_a_held_out_image_are_rejected_even_in_large_groups(
     kind: ImageKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.images.near_duplicates.ALL_PAIRS_HASHES", 100)

@@ -65,7 +65,7 @@ def test_16_bit_gray_becomes_8_bit() -> None:
 
 @pytest.mark.parametrize("published", PUBLISHED)
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "I;16", "1"])
-def test_published_captioner_sees_the_same_pixels(mode: str, published: str) -> None:
+def test_published_captioner_code_decodes_images_to_the_same_pixels(mode: str, published: str) -> None:
     names: dict[str, Any] = {"__name__": published}
     exec(compile(PUBLISHED[published], published, "exec"), names)
     for orientation in range(1, 9):

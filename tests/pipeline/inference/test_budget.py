@@ -46,7 +46,7 @@ def test_run_sends_exactly_max_requests(tmp_path: Path) -> None:
         assert len(chat.bodies) == len(SAMPLES) * 3
 
 
-def test_cost_of_earlier_runs_counts() -> None:
+def test_cost_of_earlier_runs_counts_toward_max_cost() -> None:
     server = ServerConfig(price_in=1.0, price_out=2.0, max_cost=1.0)
     assert [Budget(server, 10, 700_000, spent).room(0) for spent in (0.99, 0.9)] == [0, 1]
     budget = Budget(server, 10, 700_000, 0.8)
@@ -114,7 +114,7 @@ def test_journal_estimates_uncounted_tokens_like_the_run(tmp_path: Path) -> None
     assert stats.metrics(ServerConfig(price_in=1.0))["tokens"].startswith("about 1,507 read")
 
 
-def test_max_cost_without_prices_is_an_error() -> None:
+def test_max_cost_without_prices_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_cost needs a price"):
         resolve(source="scenes", server={"max_cost": 5})
 

@@ -159,7 +159,7 @@ def test_unusable_reply_is_retried_and_kept_with_its_flaw_after_last_attempt(
     assert errors[flaw] == len(SAMPLES)
 
 
-def test_attempts_have_other_sampling_even_across_runs(tmp_path: Path) -> None:
+def test_each_attempt_changes_the_sampling_settings_even_across_runs(tmp_path: Path) -> None:
     generate = {"qa_temperature": 0.25, "max_tokens": 100}
     with running_chat(ChatServer(always(Act(text="{]")))) as chat:
         for max_attempts in (1, 2, 3):
@@ -200,7 +200,7 @@ def test_server_that_refuses_all_requests_ends_the_run(tmp_path: Path) -> None:
         assert len(chat.bodies) < 2 * client.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
 
 
-def test_retry_after_of_hours_ends_the_run_unless_another_server_answers(tmp_path: Path) -> None:
+def test_retry_after_of_two_hours_ends_the_run_unless_another_server_answers(tmp_path: Path) -> None:
     waits = Act(status=429, headers={"Retry-After": "7300"})
     with running_chat(ChatServer()) as chat:
         chat.script = lambda times, body: waits if len(chat.bodies) > 5 else None
@@ -220,7 +220,7 @@ def test_gateway_errors_of_a_healthy_server_count_as_busy(tmp_path: Path) -> Non
     assert errors == {None: ASKED} and counts.attempts == {1: ASKED}
 
 
-def test_403_rejects_one_image_and_ends_the_run_if_it_persists(tmp_path: Path) -> None:
+def test_status_403_rejects_one_image_and_repeated_403_ends_the_run(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         chat.script = lambda times, body: Act(status=403) if uuid_of(body) == SAMPLES[0].id else None
         _, errors = run(tmp_path / "j", chat.url, concurrency=1)
@@ -298,7 +298,7 @@ def after_first_requests(chat: ChatServer, act: Callable[[], object]) -> None:
     threading.Thread(target=wait).start()
 
 
-def test_requests_of_a_dead_server_go_to_the_other(tmp_path: Path) -> None:
+def test_requests_of_a_dead_server_are_sent_to_the_other_server(tmp_path: Path) -> None:
     with running_chat(slow_server(0.05)) as stays, ExitStack() as stack:
         dies = stack.enter_context(running_chat(slow_server(0.05)))
         after_first_requests(dies, stack.close)
@@ -327,7 +327,7 @@ def test_client_waits_for_a_restarted_server(tmp_path: Path) -> None:
     assert restarted.bodies
 
 
-def test_replies_are_stored_when_no_server_comes_back(tmp_path: Path) -> None:
+def test_replies_are_stored_when_no_server_recovers(tmp_path: Path) -> None:
     samples = scene_samples(60)
     with ExitStack() as stack:
         chat = stack.enter_context(running_chat(slow_server(0.02)))
@@ -357,7 +357,7 @@ def test_crash_loses_at_most_the_requests_in_flight(tmp_path: Path) -> None:
     assert max(lost) <= 8
 
 
-def test_started_server_that_cannot_be_restarted_ends_the_run_with_its_error(tmp_path: Path) -> None:
+def test_failed_restart_of_a_started_server_ends_the_run_with_the_server_error(tmp_path: Path) -> None:
     config = config_of(server={"concurrency": 2})
     chunks = iter([batch_of(scene_samples(30))])
     with ExitStack() as stack, Journal(tmp_path / "j") as journal:
@@ -370,7 +370,7 @@ def test_started_server_that_cannot_be_restarted_ends_the_run_with_its_error(tmp
 
 
 @pytest.mark.parametrize(("waiting", "grows"), [(0, True), (200, False)])
-def test_limit_of_requests_follows_the_queue_of_the_server(tmp_path: Path, waiting: int, grows: bool) -> None:  # noqa: FBT001
+def test_concurrency_grows_only_if_no_request_waits(tmp_path: Path, waiting: int, grows: bool) -> None:  # noqa: FBT001
     chat = slow_server(0.2)
     loads = {"running": 20, "waiting": waiting}
     chat.metrics = "".join(f'vllm:num_requests_{kind}{{engine="0"}} {n}.0\n' for kind, n in loads.items())
@@ -379,7 +379,7 @@ def test_limit_of_requests_follows_the_queue_of_the_server(tmp_path: Path, waiti
     assert (chat.max_in_flight > START_REQUESTS) == grows
 
 
-def test_replies_state_their_seconds_and_tokens(tmp_path: Path) -> None:
+def test_request_stats_count_seconds_and_tokens_of_replies(tmp_path: Path) -> None:
     stats = RequestStats(seconds={})
     with running_chat(slow_server(0.1)) as chat, Journal(tmp_path / "j") as journal:
         config = config_of(chat.url, tasks=["caption"])
@@ -447,7 +447,7 @@ def test_interrupted_run_does_not_count_unsent_requests(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "act", [Act(status=401), Act(status=402), Act(status=307, headers={"Location": "http://elsewhere/"})]
 )
-def test_server_that_refuses_access_is_excluded_if_another_answers(tmp_path: Path, act: Act) -> None:
+def test_server_that_denies_access_is_excluded_if_another_server_answers(tmp_path: Path, act: Act) -> None:
     stays = slow_server(0.02)
     with running_chat(stays) as first, running_chat(ChatServer()) as leaves:
         leaves.script = lambda times, body: act if len(leaves.bodies) > 3 else Act(seconds=0.02)

@@ -21,7 +21,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
         (8, 16, 0, 16, 7, 7),
     ],
 )
-def test_limit_follows_the_load_of_the_servers(
+def test_concurrency_limit_follows_the_server_load(
     server_requests: int, running: int, waiting: int, outstanding: int, max_limit: int, limit: int
 ) -> None:
     concurrency = Concurrency(1, None, server_requests)
@@ -29,7 +29,7 @@ def test_limit_follows_the_load_of_the_servers(
     assert concurrency.limit == limit
 
 
-def test_fixed_limit_is_lowered_only_by_busy_answers_and_recovers() -> None:
+def test_fixed_concurrency_limit_is_lowered_only_by_busy_answers_and_recovers() -> None:
     limit = Concurrency(1, 20, None)
     limit.follow(running=10, waiting=500, outstanding=20, max_limit=1000)
     assert limit.limit == 20
@@ -39,7 +39,7 @@ def test_fixed_limit_is_lowered_only_by_busy_answers_and_recovers() -> None:
     assert limit.limit == 20
 
 
-def test_simultaneous_busy_answers_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simultaneous_busy_answers_lower_the_limit_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "POLL_SECONDS", 1000)
     monkeypatch.setattr("time.monotonic", lambda: 5000.0)
     limit = Concurrency(1, None, 8)

@@ -42,7 +42,7 @@ def test_rate_limits_spread_requests_and_tokens_over_the_minute() -> None:
         (302, 404, True),
     ],
 )
-def test_server_is_healthy_by_health_page_or_model_list_or_any_answer(
+def test_health_check_accepts_health_page_or_model_list_or_any_answer(
     health: int | None, models: int | None, is_healthy: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def status_of(url: str, *_: object, **__: object) -> int | None:

@@ -22,7 +22,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VLLM_PYTHON, raising=False)
 
 
-def test_auto_chooses_a_named_server_or_a_gpu_or_this_process(
+def test_auto_engine_is_the_given_server_or_vllm_on_a_gpu_or_embedded(
     monkeypatch: pytest.MonkeyPatch, no_gpu: None
 ) -> None:
     choice = choose_engine(resolve(source="scenes"))
@@ -81,12 +81,12 @@ def test_missing_vllm_error_has_three_hints(no_gpu: None) -> None:
         ("/data/qwen3-vl-exp/llama", None),
     ],
 )
-def test_family_is_recognized_by_the_model_name(model: str, family: str | None) -> None:
+def test_model_family_is_recognized_by_the_model_name(model: str, family: str | None) -> None:
     result = find_family(model)
     assert (result and result.name) == family
 
 
-def test_model_with_another_box_unit_is_reported() -> None:
+def test_model_whose_box_unit_differs_from_the_task_is_reported() -> None:
     task = {"name": "things", "kind": "boxes", "prompt": "Find things."}
     config = resolve(source="folder:x", custom_tasks=[task])
     (note,) = describe_boxes(config, "Qwen/Qwen3-VL-8B-Instruct")

@@ -28,7 +28,7 @@ LISTING = (
         (None, "0", ()),  # no driver
     ],
 )
-def test_visible_gpus_are_those_of_cuda_visible_devices_or_all(
+def test_visible_gpus_come_from_cuda_visible_devices_or_default_to_all(
     listing: str | None,
     visible: str | None,
     gpus: tuple[str, ...],

@@ -96,7 +96,7 @@ def test_import_copies_replies_and_keeps_existing_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", UNANSWERED)
-def test_error_of_a_shared_request_is_replaced_by_the_reply_for_another_sample(
+def test_failed_shared_request_is_replaced_by_a_later_reply_for_another_sample(
     tmp_path: Path, reason: str
 ) -> None:
     first = build_claims("A red cube.", "a" * 64, request_plan(CONFIG))
@@ -109,7 +109,7 @@ def test_error_of_a_shared_request_is_replaced_by_the_reply_for_another_sample(
     assert check_journal(tmp_path / "j.sqlite").is_intact
 
 
-def test_import_copies_text_replies_by_sample_and_all_blind_ones(tmp_path: Path) -> None:
+def test_import_copies_claims_replies_of_given_samples_and_all_blind_replies(tmp_path: Path) -> None:
     blind = build_check(Check("blind", "Is it red?", "yes", ()), "c" * 64, request_plan(CONFIG))
     claims = build_claims("A red cube.", "c" * 64, request_plan(CONFIG))
     with Journal(tmp_path / "theirs.sqlite") as journal:
@@ -134,7 +134,7 @@ def filled(path: Path, count: int = 300) -> list[Request]:
     return requests
 
 
-def test_reply_with_a_flipped_bit_is_an_error_with_repair_command(tmp_path: Path) -> None:
+def test_reply_with_a_flipped_bit_raises_error_with_repair_command(tmp_path: Path) -> None:
     requests = filled(tmp_path / "journal" / "j.sqlite")
     path = tmp_path / "journal" / "j.sqlite"
     data = bytearray(path.read_bytes())

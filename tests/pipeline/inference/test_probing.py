@@ -51,7 +51,7 @@ def run(
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_server_gets_exactly_its_supported_fields(kind: ServerKind, tmp_path: Path) -> None:
+def test_requests_have_exactly_the_fields_that_the_server_supports(kind: ServerKind, tmp_path: Path) -> None:
     with running_chat(ChatServer(kind=kind)) as chat:
         errors, texts, revision = run(tmp_path / "j", chat)
     assert errors == [None] * 3 * len(SAMPLES) and "unenforced" not in revision
@@ -126,7 +126,7 @@ def refusing(message: str) -> ServerKind:
         (thinking(1000), {}, "uses more than 400 reasoning tokens"),
     ],
 )
-def test_refused_first_request_ends_the_run_with_its_reason(
+def test_refused_first_request_ends_the_run_with_the_reason_of_the_server(
     kind: ServerKind, settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with running_chat(ChatServer(kind=kind)) as chat, pytest.raises(EngineError, match=message) as caught:
@@ -137,7 +137,7 @@ def test_refused_first_request_ends_the_run_with_its_reason(
 @pytest.mark.parametrize(
     "answer", [b'{"error": {"message": "sk-very-secret is bad"}}', b"data: sk-very-secret is bad"]
 )
-def test_first_answer_without_reply_is_an_error_without_the_key(
+def test_error_about_first_answer_without_reply_hides_the_api_key(
     answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "sk-very-secret")
@@ -199,7 +199,7 @@ def test_model_is_found_by_full_or_short_name(
         assert all(name in caught.value.hint for name in (served, *others))
 
 
-def test_revision_is_part_of_the_name_or_a_digest_of_name_and_root() -> None:
+def test_revision_is_read_from_the_model_name_or_hashed_from_name_and_root() -> None:
     def revision(model: str, root: str = "") -> str:
         with running_chat(ChatServer(model=model)) as chat:
             chat.model_root = root
@@ -213,7 +213,7 @@ def test_revision_is_part_of_the_name_or_a_digest_of_name_and_root() -> None:
     assert revision("m", "/models/a") == revision("m", "/models/a") != revision("m", "/models/b")
 
 
-def test_misspelled_model_error_suggests_a_served_one() -> None:
+def test_misspelled_model_error_suggests_a_served_model() -> None:
     with running_chat(ChatServer(model="house-vlm")) as chat:
         with pytest.raises(EngineError, match="does not serve hause-vlm") as caught:
             model_of(config_of(chat.url, model="hause-vlm"))
@@ -223,7 +223,7 @@ def test_misspelled_model_error_suggests_a_served_one() -> None:
 # --- addresses, keys and headers
 
 
-def test_login_in_an_address_is_sent_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_login_in_a_server_address_is_sent_but_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-another-server")
     with running_chat(ChatServer(model="llama")) as chat:
         config = config_of(chat.url.replace("://", "://me:s%40cret-word@"), model="qwen")
@@ -235,7 +235,7 @@ def test_login_in_an_address_is_sent_and_not_shown(monkeypatch: pytest.MonkeyPat
     assert "s@cret-word" in endpoints_of(config)[0].keys
 
 
-def test_server_gets_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_key_from_the_environment_is_sent_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     with running_chat(ChatServer()) as chat:
         chat.key = "sesame-7"
         with pytest.raises(EngineError, match="requires an API key, but none is set") as caught:
@@ -251,7 +251,7 @@ def test_unreachable_server_error_has_a_hint() -> None:
     assert "synth serve" in caught.value.hint and "Connect call failed" in str(caught.value)
 
 
-def test_key_and_headers_come_from_the_environment_and_go_only_to_their_server(
+def test_key_and_headers_from_the_environment_are_sent_only_to_the_configured_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SYNTH_API_KEY", raising=False)
@@ -271,7 +271,7 @@ def test_key_and_headers_come_from_the_environment_and_go_only_to_their_server(
     assert openai.headers["Authorization"] == "Bearer of-openai" and "Authorization" not in other.headers
 
 
-def test_two_servers_have_their_own_keys_headers_rates_and_weights(
+def test_two_servers_have_separate_keys_headers_rates_and_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-all")
@@ -302,7 +302,7 @@ def test_two_servers_have_their_own_keys_headers_rates_and_weights(
         "https://models.example.com:443/v1/chat/completions",
     ],
 )
-def test_server_gets_its_own_key_in_each_spelling_of_its_address(
+def test_endpoint_key_and_headers_apply_to_each_spelling_of_the_server_address(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-local")

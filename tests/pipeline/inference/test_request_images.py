@@ -42,7 +42,7 @@ def test_plain_image_is_sent_unchanged(kind: str, mode: str) -> None:
     ],
     ids=["alpha", "cmyk", "bmp", "turned"],
 )
-def test_other_image_is_reencoded_upright(image: bytes, size: tuple[int, int]) -> None:
+def test_unsupported_or_rotated_image_is_reencoded_upright(image: bytes, size: tuple[int, int]) -> None:
     assert sendable_format(image, None) is None
     with Image.open(io.BytesIO(reencode(image, None))) as decoded:
         assert (decoded.format, decoded.mode, decoded.size) == ("JPEG", "RGB", size)

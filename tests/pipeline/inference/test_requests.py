@@ -40,7 +40,7 @@ def test_id_changes_with_everything_that_changes_the_reply(changed: dict[str, An
     assert not set(ids(**changed)) & set(ids())
 
 
-def test_pixel_limit_is_a_part_of_ids_of_photos_only() -> None:
+def test_pixel_limit_changes_request_ids_of_photos_but_not_of_scenes() -> None:
     settings = [resolve(source="folder:x", generate={"max_pixels": bound}) for bound in (None, 1_806_336)]
     whole, scaled, default = (
         [request.id for request in build_requests(SAMPLE, request_plan(with_source_defaults(config)))]
@@ -50,7 +50,7 @@ def test_pixel_limit_is_a_part_of_ids_of_photos_only() -> None:
     assert with_source_defaults(resolve(source="scenes")).generate.max_pixels is None
 
 
-def test_further_captions_have_own_ids_and_the_first_keeps_its_id() -> None:
+def test_additional_captions_get_new_request_ids_and_the_first_id_is_unchanged() -> None:
     config = resolve(source="scenes", generate={"samples": 3})
     plan = request_plan(config)
     requests = list(build_requests(SAMPLE, plan))

@@ -17,7 +17,7 @@ from pipeline.inference.protocol import MAX_CRASHES, MAX_FAULTS, RetryState, par
         ("-3", None),
     ],
 )
-def test_retry_after_holds_seconds_or_a_date(header: str, seconds: float | None) -> None:
+def test_retry_after_is_parsed_as_seconds_or_a_date(header: str, seconds: float | None) -> None:
     assert parse_retry_after(header) == seconds
 
 
@@ -30,7 +30,7 @@ def test_request_is_abandoned_after_max_faults_or_crashes() -> None:
     assert state.is_suspect and state.after_crash()
 
 
-def test_long_stated_waits_extend_the_patience_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_retry_after_waits_extend_the_patience_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(protocol, "monotonic", lambda: now[0])
     state = RetryState(patience_s=10)

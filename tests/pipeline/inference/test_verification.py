@@ -57,7 +57,7 @@ def read_with_reply(path: Path, request: Request, reply: Any, read: Callable[[Jo
         return read(journal)
 
 
-def test_each_check_shows_its_pages() -> None:
+def test_each_check_request_shows_only_the_pages_for_its_kind() -> None:
     all_pages = ROW | {"evidence_pages": [1, 2, 3]}
     assert checks_of(ROW, config().verify) == checks_of(all_pages, config("evidence").verify) == []
     settings = config("round_trip", "blind", "evidence", "claims")
@@ -73,7 +73,7 @@ def test_each_check_shows_its_pages() -> None:
     assert all(request.sampling.temperature == 0 and "2" not in request.text for request in requests)
 
 
-def test_claims_of_a_caption_come_from_rules_or_from_the_model() -> None:
+def test_caption_claims_come_from_rules_or_from_the_model() -> None:
     settings = config("claims").verify
     claims = [Claim(check.question, check.expected) for check in checks_of(CAPTION, settings)]
     assert claims == [Claim("How many dogs are there?", "2"), Claim("What color is the background?", "gray")]

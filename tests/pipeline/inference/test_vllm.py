@@ -119,7 +119,7 @@ def test_server_that_exits_at_start_is_reported_with_its_last_error(
     assert hint in caught.value.hint and str(tmp_path / "log") in caught.value.hint
 
 
-def test_failed_start_of_one_server_stops_the_others(tmp_path: Path) -> None:
+def test_failed_start_of_one_server_stops_the_other_servers(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     waits = stub(tmp_path, "import time; time.sleep(60)", startup_timeout_s=1)
@@ -172,7 +172,7 @@ def test_newest_vllm_supports_the_flags(tmp_path: Path, gpu: bool) -> None:  # n
     assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # removed from vLLM
 
 
-def test_media_folder_of_a_killed_run_is_removed_and_that_of_a_live_run_stays(
+def test_media_folder_is_removed_after_a_killed_run_and_kept_during_a_live_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm, "_SHARED_MEMORY", tmp_path)
@@ -205,7 +205,7 @@ THIEF = SERVES.replace(
 )
 
 
-def test_program_that_took_the_port_gets_neither_key_nor_images(tmp_path: Path) -> None:
+def test_program_that_occupies_the_port_gets_neither_key_nor_images(tmp_path: Path) -> None:
     """The program listens before vLLM does, and answers the health check, which has no key."""
     port = vllm.free_ports(1)[0]
     command = replace(stub(tmp_path, "import time; time.sleep(60)"), port=port)

@@ -76,7 +76,7 @@ def test_chat_has_the_whole_prompt_and_the_bos_token_once(engine: EmbeddedEngine
     assert bos is None or seen[0].count(bos) <= 1
 
 
-def test_chat_shows_a_failed_reply_and_several_pages(engine: EmbeddedEngine) -> None:
+def test_chat_prompt_includes_the_failed_reply_and_all_pages(engine: EmbeddedEngine) -> None:
     first, second, _ = requests()
     shown = replace(first, failed=('{"caption":""}', "That reply cannot be used."))
     assert "That reply cannot be used." in engine._chat(shown)

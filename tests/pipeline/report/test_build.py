@@ -71,7 +71,7 @@ def test_folder_without_a_finished_training_run_is_refused(tmp_path: Path) -> No
         write_report(version, tmp_path, tmp_path / "nosuch")
 
 
-def test_report_of_too_many_images_shows_those_with_the_lowest_ids(tmp_path: Path) -> None:
+def test_report_of_too_many_images_shows_the_images_with_the_lowest_ids(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(40))
     page = write_report(version, tmp_path, max_rows=15).read_text()
     assert "15 of 40 images, drawn at random, are in this report" in page
@@ -79,7 +79,7 @@ def test_report_of_too_many_images_shows_those_with_the_lowest_ids(tmp_path: Pat
     assert set(re.findall(r'"id":"([0-9a-f]{64})"', page)) == set(sorted(ids)[:15])
 
 
-def test_training_section_shows_scores_of_own_and_shuffled_images(tmp_path: Path) -> None:
+def test_training_section_shows_scores_for_matching_and_shuffled_images(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(12))
     checkpoint = tmp_path / "checkpoints" / "one"
     checkpoint.mkdir(parents=True)

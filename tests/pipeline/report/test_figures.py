@@ -44,7 +44,7 @@ def test_funnel_shows_step_whose_counts_do_not_add_up() -> None:
     assert sums == [[True, True], [False], [True, False], [True, True]]
 
 
-def test_rows_rejected_by_balance_count_before_and_not_after(tmp_path: Path) -> None:
+def test_distributions_count_rows_rejected_by_balance_only_before_balance(tmp_path: Path) -> None:
     blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "clean_record", "question_type"))
     yes = {"clean_question": "Is it?", "clean_answer": "Yes", "question_type": "is it"}
     kept = [{"clean_text": "a red cat"}, yes, yes | {"clean_answer": "no"}]
@@ -87,7 +87,7 @@ def caption(number: int, sample: str, text: str, cluster: str = "", **more: Any)
     return {"annotation_id": str(number), **fields} | more
 
 
-def test_cluster_of_each_kind_lists_the_kept_member_first(tmp_path: Path) -> None:
+def test_duplicate_cluster_of_each_kind_lists_the_kept_member_first(tmp_path: Path) -> None:
     kept = [caption(1, "a", "a cat"), caption(2, "b", "a dog", image_group="b"), caption(3, "c", "a street")]
     rejected = [
         caption(4, "a", "A cat.", "a cat", duplicate_of="1", reason="duplicate"),
@@ -115,7 +115,7 @@ def test_cluster_of_each_kind_lists_the_kept_member_first(tmp_path: Path) -> Non
     }
 
 
-def test_step_files_of_another_run_differ_in_row_counts(tmp_path: Path) -> None:
+def test_step_files_of_another_run_are_detected_by_row_counts(tmp_path: Path) -> None:
     def manifest(**kept: int) -> dict[str, Any]:
         return {
             "funnel": [{"step": step, "unit": "annotations", "kept": count} for step, count in kept.items()]
@@ -128,7 +128,7 @@ def test_step_files_of_another_run_differ_in_row_counts(tmp_path: Path) -> None:
     assert not steps_match(tmp_path, {})
 
 
-def test_damaged_step_file_or_one_without_a_column_is_an_error(tmp_path: Path) -> None:
+def test_step_file_with_damage_or_a_missing_column_is_refused(tmp_path: Path) -> None:
     write_step(tmp_path, "dedupe", "kept", [], {"sample_id": ""})
     write_step(tmp_path, "dedupe", "rejected", [], DEDUPE_ROW)
     with pytest.raises(StoreError, match=r"dedupe/kept\.parquet has no column"):

@@ -38,12 +38,12 @@ def test_thumbnail_of_a_drawing_is_lossless() -> None:
         assert np.array_equal(np.asarray(small.convert("RGB")), np.asarray(image.convert("RGB")))
 
 
-def test_thumbnail_of_a_non_image_is_an_error() -> None:
+def test_thumbnail_of_a_non_image_is_refused() -> None:
     with pytest.raises(ImageError):
         thumbnail(b"<svg onload=alert(1)>", 4096)
 
 
-def test_curve_of_a_long_log_has_few_points_and_the_last_one() -> None:
+def test_curve_of_a_long_log_has_few_points_and_includes_the_last_point() -> None:
     lines = [{"step": step, "loss": 1.0} for step in range(10_000)] + [{"step": 10_000, "other": 2.0}]
     curve = points(lines, "loss")
     assert len(curve) <= CURVE_POINTS + 60

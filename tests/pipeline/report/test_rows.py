@@ -23,7 +23,7 @@ def test_texts_of_a_row_have_the_names_that_reviews_use(tmp_path: Path) -> None:
             assert text["kind"] in ("brief", "detailed")
 
 
-def test_chosen_rows_are_read_in_the_order_of_splits(tmp_path: Path) -> None:
+def test_rows_are_read_in_the_order_of_the_given_splits(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(40))
     all_rows = [row for chunk in read_rows(version, SPLITS[::-1], None, 7) for row in chunk]
     assert [row["split"] for row in all_rows] == sorted(
@@ -33,7 +33,7 @@ def test_chosen_rows_are_read_in_the_order_of_splits(tmp_path: Path) -> None:
     assert {row["id"] for chunk in read_rows(version, SPLITS, chosen, 7) for row in chunk} == chosen
 
 
-def test_first_rejections_of_each_reason_are_shown_and_a_file_has_all(tmp_path: Path) -> None:
+def test_report_shows_first_rejections_of_each_reason_and_csv_lists_all_rejections(tmp_path: Path) -> None:
     rows = [
         {"sample_id": "s", "text": f"text {n}", "reason": "too_long" if n else "too_short"}
         for n in range(MAX_REJECTED + 9)
@@ -65,7 +65,7 @@ def test_personal_data_in_rejected_replies_is_redacted(tmp_path: Path) -> None:
     assert [row["what"] for row in read_rejected(tmp_path)] == ["{[email]"]
 
 
-def test_text_that_is_not_utf8_is_an_error() -> None:
+def test_text_that_is_not_utf8_is_refused() -> None:
     broken = pa.array([b"caf\xe9 au lait"], pa.binary()).view(pa.string())
     with pytest.raises(StoreError, match="not UTF-8"):
         to_pylist(pa.record_batch([broken], ["a"]))

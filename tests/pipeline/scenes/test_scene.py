@@ -25,7 +25,7 @@ def pixels(scene: Scene, seed: int = 0) -> np.ndarray:
     return np.asarray(draw(scene, random.Random(seed))).astype(int)
 
 
-def test_seed_determines_the_picture() -> None:
+def test_seed_determines_scene_and_pixels() -> None:
     scene, same_scene = (sample_scene(random.Random(5)) for _ in range(2))
     assert scene == same_scene
     assert (pixels(scene) == pixels(same_scene)).all()
@@ -33,7 +33,7 @@ def test_seed_determines_the_picture() -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_object_is_within_its_place(place: str) -> None:
+def test_object_is_drawn_within_the_cell_of_its_place(place: str) -> None:
     empty, full = (
         pixels(Scene("white", ())),
         pixels(Scene("white", (Thing("large", "black", "square", place),))),
@@ -46,7 +46,7 @@ def test_object_is_within_its_place(place: str) -> None:
 
 
 @pytest.mark.parametrize(("color", "shape"), list(product(COLORS, SHAPES)))
-def test_large_object_is_larger_and_has_its_color(color: str, shape: str) -> None:
+def test_large_object_covers_more_area_than_small_one_in_its_color(color: str, shape: str) -> None:
     areas = []
     for size in SIZES:
         full = pixels(Scene("gray", (Thing(size, color, shape, "center"),)))

@@ -89,7 +89,7 @@ def test_answers_follow_from_the_facts(question: str, truth: str | None) -> None
         ("Why?", None),
     ],
 )
-def test_deck_question_has_one_answer_or_none(question: str, truth: Truth | None) -> None:
+def test_deck_question_gets_the_true_answer_or_none(question: str, truth: Truth | None) -> None:
     assert answer_deck(DECK, question) == truth
 
 
@@ -109,12 +109,12 @@ def scored(text: str, style: str = "brief") -> CaptionScore:
         ("Nothing.", 0.0, 0.0),
     ],
 )
-def test_phrases_are_matched_one_to_one(text: str, precision: float, recall: float) -> None:
+def test_caption_phrases_match_objects_one_to_one(text: str, precision: float, recall: float) -> None:
     assert scored(text).precision == pytest.approx(precision)
     assert scored(text).recall == pytest.approx(recall)
 
 
-def test_detailed_caption_needs_places() -> None:
+def test_detailed_caption_with_a_wrong_place_loses_recall() -> None:
     text = "A small red ring is at the top left. A small red ring is at the center."
     assert scored(text, "detailed").recall == 1.0
     assert (

@@ -458,7 +458,7 @@ def test_concatenated_streams_are_read_but_concatenated_archives_fail(
         lambda: tar_of({"0.jpg": photo(0)}) + bytes(300_000_000),
     ],
 )
-def test_decoder_returns_small_blocks(tmp_path: Path, make: Callable[[], bytes]) -> None:
+def test_archive_decoder_returns_small_blocks(tmp_path: Path, make: Callable[[], bytes]) -> None:
     """45 bytes of bzip2 may hold 46 megabytes, so a buffer of a few kilobytes may hold gigabytes."""
     packed = bz2.compress(make())
     with bounded_memory(150_000_000), contextlib.suppress(SourceError):
@@ -466,7 +466,7 @@ def test_decoder_returns_small_blocks(tmp_path: Path, make: Callable[[], bytes])
         rows(tmp_path)
 
 
-def test_number_of_members_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_archive_members_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, make in (("p.tar", tar_of), ("p.zip", zip_of)):
         (tmp_path / name).write_bytes(make({f"{n}.jpg": photo(n) for n in range(4)}))
         monkeypatch.setattr(archive, "MAX_MEMBERS", 4)

@@ -222,7 +222,7 @@ def test_metadata_questions_are_read(tmp_path: Path) -> None:
     assert None not in whole.values()
 
 
-def test_caption_file_about_other_images_is_an_error(tmp_path: Path) -> None:
+def test_caption_file_about_other_images_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     (tmp_path / "c.json").write_text(FORMS["coco.json"])
     with pytest.raises(
@@ -232,7 +232,7 @@ def test_caption_file_about_other_images_is_an_error(tmp_path: Path) -> None:
     assert "a.png" in str(caught.value.hint)
 
 
-def test_split_is_case_insensitive_and_unknown_split_is_an_error(tmp_path: Path) -> None:
+def test_split_is_case_insensitive_and_unknown_split_is_refused(tmp_path: Path) -> None:
     rows = [
         {"image": "a", "text": "A dog.", "split": "Test"},
         {"image": "a", "text": "It.", "split": "TRAIN"},
@@ -261,7 +261,7 @@ def test_quoted_csv_values_are_read(tmp_path: Path, delimiter: str) -> None:
     "text",
     ['1.jpg\t"Look\n2.jpg\tat this"\n3.jpg\tok\n', '1.jpg\t"Look\n', '1.jpg\tok\n2.jpg\t"Look\n3.jpg\tok\n'],
 )
-def test_unclosed_quote_is_an_error(tmp_path: Path, text: str) -> None:
+def test_unclosed_csv_quote_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.tsv").write_text(f"file_name\tcaption\n{text}")
     with pytest.raises(SourceError, match="is not closed"):
         read_captions(tmp_path / "c.tsv")

@@ -135,7 +135,7 @@ def test_lists_in_cells_are_parsed(tmp_path: Path) -> None:
     assert row.reference_qa and row.reference_qa[0].answers == ("dog", "dog", "cat")
 
 
-def test_mapped_column_without_texts_is_an_error(tmp_path: Path) -> None:
+def test_mapped_column_without_texts_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [photo(1)], "stars": [5]}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match="the column stars contains int64, not captions"):
         open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns={"references": "stars"}))

@@ -73,7 +73,7 @@ def test_frames_are_named_after_video_and_time(files: Path) -> None:
     assert len({row.id for row in outcome_of.values() if isinstance(row, Sample)}) == 4
 
 
-def test_images_of_a_file_are_one_group(files: Path) -> None:
+def test_images_of_one_document_or_video_form_one_split_group(files: Path) -> None:
     for source in ("pdf", "pdf-pages", "video"):
         config = with_source_defaults(resolve(source=f"{source}:{files}"))
         assert config.split.group_by == "folder"
@@ -86,7 +86,7 @@ def test_images_of_a_file_are_one_group(files: Path) -> None:
     assert name_key("talks/long.PDF/0001-0020", "folder") == "talks/long.PDF"
 
 
-def test_revision_depends_on_files_and_frame_distance(tmp_path: Path) -> None:
+def test_revision_depends_on_files_and_frame_interval(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", 2)
     write_pdf(tmp_path / "a.pdf", 1)
     first = opened(f"video:{tmp_path}").revision

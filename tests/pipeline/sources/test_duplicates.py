@@ -32,7 +32,7 @@ def add(samples: tuple[Sample, ...]) -> tuple[list[dict[str, Any]], set[tuple[st
 
 
 @pytest.mark.parametrize("samples", list(itertools.permutations(COPIES)))
-def test_result_does_not_depend_on_row_order(samples: tuple[Sample, ...]) -> None:
+def test_merged_duplicates_do_not_depend_on_row_order(samples: tuple[Sample, ...]) -> None:
     rows, rejected = add(samples)
     assert [(row["source_row"], row["split"], row["references"]) for row in rows] == [
         ("a", "test", ["From a.", "From b.", "From c."]),
@@ -44,7 +44,7 @@ def test_result_does_not_depend_on_row_order(samples: tuple[Sample, ...]) -> Non
 @pytest.mark.parametrize(
     "rows", list(itertools.permutations([("9", ("A dog.",)), ("10", ()), ("11", ("A cat.",))]))
 )
-def test_copy_without_texts_removes_no_texts(rows: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
+def test_duplicate_without_texts_removes_no_texts(rows: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
     samples = tuple(replace(COPIED, source_row=name, references=texts) for name, texts in rows)
     ((row,), _) = add(samples)
     assert (row["source_row"], row["references"]) == ("10", ["A cat.", "A dog."])

@@ -233,7 +233,7 @@ def test_unreadable_folder_is_rejected_by_name(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, '{"en": "A dog"}', '[["A dog"]]'])
-def test_context_value_that_is_not_text_is_an_error(tmp_path: Path, value: str) -> None:
+def test_context_value_that_is_not_text_is_refused(tmp_path: Path, value: str) -> None:
     (tmp_path / "a.png").write_bytes(photo(1))
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "title": {value}}}\n')
     with pytest.raises(SourceError, match=r"cannot read|metadata\.jsonl, a\.png: the column title"):

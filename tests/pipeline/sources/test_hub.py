@@ -142,7 +142,7 @@ def test_benchmarks_resume_at_any_row(hub: RunningHub, start: int) -> None:
         assert list(whole.read(start)) == list(whole.rows)[start:], (source, split)
 
 
-def test_benchmark_with_other_columns_is_an_error(hub: RunningHub) -> None:
+def test_benchmark_with_other_columns_is_refused(hub: RunningHub) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, repo="me/other")
     with pytest.raises(SourceError, match="has no column image_id, question") as caught:
         opened("vqav2:me/other")

@@ -115,12 +115,12 @@ def test_pipes_and_folders_are_rejected_without_waiting(home: Path, place: str) 
         ("list.jsonl", "{\n", "cannot read"),
     ],
 )
-def test_invalid_list_is_an_error(home: Path, name: str, text: str, problem: str) -> None:
+def test_invalid_list_file_is_refused(home: Path, name: str, text: str, problem: str) -> None:
     with pytest.raises(SourceError, match=problem):
         opened(home / name, text)
 
 
-def test_missing_or_binary_list_is_an_error(home: Path) -> None:
+def test_missing_or_binary_list_file_is_refused(home: Path) -> None:
     with pytest.raises(SourceError, match="no list at"):
         open_source(resolve(source=f"list:{home / 'nothing.txt'}"))
     with pytest.raises(SourceError, match="cannot read"):
@@ -227,7 +227,7 @@ def test_list_urls_are_fetched_in_order_with_allow_urls(
 
 
 @pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
-def test_name_matches_in_both_unicode_forms(
+def test_listed_name_matches_file_name_in_both_unicode_forms(
     listed: Literal["NFC", "NFD"], stored: Literal["NFC", "NFD"], tmp_path: Path
 ) -> None:
     (tmp_path / unicodedata.normalize(stored, "Köln.jpg")).write_bytes(photo(1))

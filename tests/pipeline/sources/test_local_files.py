@@ -30,7 +30,7 @@ def write_source(kind: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["folder", "archive", "parquet", "list"])
-def test_digests_are_skipped_within_skip_digests(
+def test_source_computes_no_file_digests_within_skip_digests(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = resolve(source=write_source(kind, tmp_path / "photos"))

@@ -98,13 +98,13 @@ def styles(**settings: Any) -> tuple[str, ...]:
     return with_source_defaults(resolve(**settings)).generate.caption_styles
 
 
-def test_photos_have_their_own_default_styles() -> None:
+def test_default_styles_of_photos_differ_from_those_of_scenes() -> None:
     assert styles(source="folder:x") == styles(source="flickr30k") == ("plain", "detailed")
     assert styles(source="scenes") == styles(source="folder:x", model="tiny") == ("brief", "detailed")
     assert styles(source="folder:x", generate={"caption_styles": ["alt"]}) == ("alt",)
 
 
-def test_length_is_refused_for_scene_prompts() -> None:
+def test_caption_length_setting_is_refused_for_scene_prompts() -> None:
     with pytest.raises(ConfigError, match="no length"):
         styles(source="scenes", generate={"caption_words": 9})
     assert styles(source="folder:x", generate={"caption_words": 9})

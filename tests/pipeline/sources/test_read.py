@@ -122,7 +122,7 @@ def rows(dataset: Path, which: str) -> list[dict[str, Any]]:
     return list(read_table(path).to_pylist()) if path.exists() else []
 
 
-def test_each_setting_is_classified_as_read_or_later() -> None:
+def test_each_setting_is_classified_by_its_effect_on_reading() -> None:
     settings = [*READ_SETTINGS, *KEYED_OTHERWISE, *LATER_SETTINGS]
     assert sorted(settings) == sorted(Config.model_fields)
 
@@ -131,7 +131,7 @@ def test_each_setting_is_classified_as_read_or_later() -> None:
     ("more", "stop_at"),
     [*(({"human_texts": "keep"}, stop) for stop in (1, 9, 39)), ({"limit": 13}, 14)],
 )
-def test_stopped_reading_resumes_and_ends_in_the_same_bytes(
+def test_interrupted_reading_resumes_and_gives_the_same_bytes(
     photos: Path, tmp_path: Path, more: dict[str, Any], stop_at: int
 ) -> None:
     config = settings(photos, **more)
@@ -274,7 +274,7 @@ def test_repeated_failures_are_not_retried_a_third_time(photos: Path, tmp_path: 
     assert Reading(folder, config).starts == []
 
 
-def test_samples_without_hashes_are_compared(photos: Path, tmp_path: Path) -> None:
+def test_samples_without_image_hashes_are_hashed_and_compared(photos: Path, tmp_path: Path) -> None:
     config = settings(photos)
     source = open_source(config)
 

@@ -91,7 +91,7 @@ def test_file_end_is_hashed_if_store_lists_no_digest() -> None:
     assert len(revisions) == 2
 
 
-def test_key_of_signed_url_is_not_published(tmp_path: Path) -> None:
+def test_signature_of_signed_url_is_not_published(tmp_path: Path) -> None:
     with running_hub(tmp_path) as hub:
         files = {"data/train.parquet": datasets.parquet([{"photo": datasets.cell(1)}], PLAIN)}
         hub.hub.storage.seed("dataset", "me/open", files)

@@ -16,6 +16,6 @@ def test_larger_limit_begins_with_the_same_scenes() -> None:
     assert not {s.id for s in samples(1, 50)} & {s.id for s in samples(0, 50)}
 
 
-def test_reference_states_the_facts() -> None:
+def test_scene_reference_is_the_brief_caption_of_the_scene() -> None:
     for sample in samples(3, 5):
         assert sample.references == (caption(scenes_of(SCENES, sample.source_row)[0], "brief"),)

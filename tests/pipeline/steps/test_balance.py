@@ -70,12 +70,12 @@ def test_common_answer_is_cut_to_its_share_and_rare_answers_stay() -> None:
     assert (counts["blue"], counts["green"], counts["mauve"]) == (60, 40, 3)
 
 
-def test_keep_probability_combines_entries() -> None:
+def test_keep_probability_combines_all_matched_entries() -> None:
     assert keep_probability([10, 100], 5) == pytest.approx(1 - 0.5 * 0.95)
     assert keep_probability([3, 1000], 5) == keep_probability([], 5) == 1.0
 
 
-def test_types_with_one_answer_or_few_questions_are_not_cut() -> None:
+def test_question_types_with_one_answer_or_few_questions_are_not_reduced() -> None:
     assert len(balance_rows(table(*questions("Where is the dog?", *["outside"] * 80)))) == 80
     assert len(balance_rows(table(*questions("Is there a dog?", *["yes"] * 20, "no")))) == 21
     rare = [*questions("Are there cats?", "no"), *questions("Does it rain?", "yes")]
@@ -87,7 +87,7 @@ def test_types_with_one_answer_or_few_questions_are_not_cut() -> None:
     ("counts", "share", "most"),
     [([7], 0.4, 7), ([7, 7], 0.4, 7), ([9, 1], 0.55, 1), ([3, 3, 3], 0.4, 3), ([100, 50, 50], 0.4, 66)],
 )
-def test_max_answer_count_keeps_the_share(counts: list[int], share: float, most: int) -> None:
+def test_max_answer_count_respects_the_configured_share(counts: list[int], share: float, most: int) -> None:
     assert largest(counts, share) == most
 
 

@@ -51,7 +51,7 @@ def test_comparison_results_are_joined_to_rows_in_every_shard(
 @pytest.mark.parametrize(
     ("rows", "message"), [("(3), (3)", "twice"), ("(5), (60)", "not there"), ("(50)", "not there")]
 )
-def test_comparison_with_repeated_or_missing_row_is_an_error(rows: str, message: str) -> None:
+def test_comparison_with_repeated_or_missing_row_is_refused(rows: str, message: str) -> None:
     query = f"SELECT col0::BIGINT AS row, 'm' AS label, 'bad' AS reason FROM (VALUES {rows})"
     with pytest.raises(TableError, match=message):
         run_step(comparing(query), numbers(50), 2)
@@ -65,13 +65,13 @@ def test_comparison_with_repeated_or_missing_row_is_an_error(rows: str, message:
         lambda table: table.take(pa.array(range(table.num_rows)[::-1])),
     ],
 )
-def test_step_that_loses_adds_or_reorders_rows_is_an_error(change: Callable[[pa.Table], pa.Table]) -> None:
+def test_step_that_loses_adds_or_reorders_rows_is_refused(change: Callable[[pa.Table], pa.Table]) -> None:
     step = judging(lambda table: change(table.append_column("reason", pa.nulls(table.num_rows, pa.string()))))
     with pytest.raises(TableError, match="step judged was given"):
         run_step(step, numbers(10))
 
 
-def test_shard_can_be_judged_twice(tmp_path: Path) -> None:
+def test_shard_judged_twice_has_the_same_result(tmp_path: Path) -> None:
     shard, plan = DatasetDir(tmp_path), plan_of(tmp_path)
     write_table(shard.step_file("before"), [numbers(9)], numbers(9).schema)
     step = comparing("SELECT 3::BIGINT AS row, 'm' AS label, 'bad' AS reason")

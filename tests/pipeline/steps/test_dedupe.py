@@ -124,6 +124,6 @@ def test_cluster_is_named_by_first_id_in_any_order() -> None:
     assert reasons(rows) == reasons(rows, shards=3)
 
 
-def test_shared_reply_of_two_styles_is_kept_once() -> None:
+def test_reply_shared_by_two_styles_is_kept_once() -> None:
     rows = captions("A red ring.", "A red ring.", sample_id="s", annotation_id="same")
     assert sorted(map(str, deduped(rows)["reason"].to_pylist())) == ["None", "duplicate"]

@@ -81,7 +81,7 @@ def all_steps(photos: Path, **more: Any) -> list[str]:
     return [step.name for step in steps_of(Plan.resolve(settings(photos, **more), DatasetDir(photos)))[1:]]
 
 
-def test_equal_run_skips_all_steps(photos: Path, tmp_path: Path, ran: list[str]) -> None:
+def test_run_with_equal_inputs_skips_all_steps(photos: Path, tmp_path: Path, ran: list[str]) -> None:
     first = run(photos, tmp_path / "d", ran)
     assert ran == all_steps(photos) and first.is_new
     written = {path.name for path in (tmp_path / "d" / "steps" / "write").iterdir()}
@@ -296,7 +296,7 @@ def test_changed_entry_file_reruns_balance(photos: Path, tmp_path: Path, ran: li
     assert ran[0] == "balance"
 
 
-def test_added_near_duplicates_give_the_result_of_a_new_folder(
+def test_run_after_adding_near_duplicates_equals_run_in_a_new_folder(
     photos: Path, tmp_path: Path, ran: list[str]
 ) -> None:
     kept = {"filter": {"min_caption_words": 1}}

@@ -82,7 +82,7 @@ def test_caption_without_score_is_not_preferred() -> None:
     assert kept(captions("One.", "Two."), by="clip") == ["One."]
 
 
-def test_repeated_caption_has_its_own_reason() -> None:
+def test_repeat_of_the_best_caption_is_rejected_with_a_separate_reason() -> None:
     marked = selected(captions("A dog.", "A cat.", "A dog.", "A dog."))
     assert marked["reason"].to_pylist() == [None, "not_the_best", "same_as_the_best", "same_as_the_best"]
     funnel = [StepSummary("select", "annotations", 6, 2, {"not_the_best": 1, "same_as_the_best": 3})]
@@ -128,7 +128,7 @@ def test_only_captions_of_one_image_and_style_compete(shards: int) -> None:
         ({"select": {"by": "longest"}, "generate": {"samples": 2}}, "--verify claims"),
     ],
 )
-def test_selection_without_its_check_is_refused(settings: dict[str, Any], what: str) -> None:
+def test_selection_rule_without_the_check_it_needs_is_refused(settings: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(source="scenes", **settings)
     assert what in str(caught.value)

@@ -80,7 +80,7 @@ def test_claim_is_confirmed_by_both_of_its_questions() -> None:
     assert (agreement("yes", "no", None, None), agreement(None, None)) == (1, None)
 
 
-def test_blind_answer_is_rejected_only_if_most_images_share_it() -> None:
+def test_question_answered_blind_is_rejected_only_if_most_images_share_the_answer() -> None:
     def asked(answer: str) -> dict[str, Any]:
         return QUESTION | {"clean_answer": answer, "checks": [check("blind", "red", answer)]}
 
@@ -88,12 +88,12 @@ def test_blind_answer_is_rejected_only_if_most_images_share_it() -> None:
     assert reasons(*map(asked, ["red"] * 9 + ["blue"])) == ["answerable_without_image"] * 9 + [None]
 
 
-def test_yes_and_no_are_exempt_from_blind_and_necessary() -> None:
+def test_yes_and_no_answers_are_exempt_from_blind_and_necessary_checks() -> None:
     checks = [check("blind", "yes", "yes"), check("necessary", "yes", "yes")]
     assert reasons(QUESTION | {"clean_answer": "yes", "checks": checks}) == [None]
 
 
-def test_worst_aligned_captions_are_rejected_by_style() -> None:
+def test_worst_aligned_captions_of_each_style_are_rejected() -> None:
     rows: list[dict[str, Any]] = [CAPTION | {"alignment": n / 100} for n in range(100)]
     rows += [CAPTION | {"style": "detailed", "alignment": 0.9}] * 3
     row_reasons = reasons(*rows, lowest_alignment_frac=0.05)
@@ -102,7 +102,7 @@ def test_worst_aligned_captions_are_rejected_by_style() -> None:
     assert set(reasons(CAPTION, CAPTION)) == {None}
 
 
-def test_frequent_answers_are_exempt_from_necessary() -> None:
+def test_frequent_answers_are_exempt_from_the_necessary_check() -> None:
     def row(answer: str, kind: str) -> dict[str, Any]:
         checks = [check("sufficient", answer, answer), check("necessary", answer, answer)]
         return QUESTION | {"clean_answer": answer, "answer_type": kind, "checks": checks}

@@ -17,7 +17,7 @@ def test_rejections_contain_no_model_text() -> None:
     assert not any(text in str(value) for row in rejections.to_pylist() for value in row.values())
 
 
-def test_rejected_source_row_is_named_by_source_row() -> None:
+def test_rejected_source_row_is_listed_by_source_row_without_digest() -> None:
     rejected = pa.Table.from_pylist([{"source_row": "a.jpg", "reason": "truncated", "detail": "of 9 bytes"}])
     (row,) = list_rejections("read", rejected).to_pylist()
     names = ("step", "source_row", "reason", "content_digest")

@@ -38,7 +38,7 @@ def home() -> Iterator[Path]:
     remove(path)
 
 
-def test_name_is_local_path_and_url_is_remote_path() -> None:
+def test_dataset_name_becomes_local_path_and_url_becomes_remote_path() -> None:
     assert parse_dataset_path("data/x") == Path("data/x")
     assert not is_remote(parse_dataset_path("data/x"))
     assert is_remote(parse_dataset_path("memory://x"))
@@ -97,7 +97,7 @@ def test_manifest_of_remote_version_is_moved_last(home: Path, monkeypatch: pytes
     assert [path.name for path in (home / "versions").iterdir()] == ["v1.0.0"]
 
 
-def test_second_lease_of_live_holder_is_an_error(home: Path) -> None:
+def test_second_lease_is_refused_while_the_holder_is_alive(home: Path) -> None:
     messages: list[str] = []
     busy = pytest.raises(StoreError, match="another command is writing")
     with lease(home / ".lock", 1.0), busy, lease(home / ".lock", 1.0, messages.append):
@@ -118,7 +118,7 @@ def test_lease_of_killed_holder_is_taken_over_after_timeout(home: Path) -> None:
     assert not (home / ".lock").exists()
 
 
-def test_holder_that_lost_its_lease_gets_an_error_and_keeps_the_new_lease(home: Path) -> None:
+def test_lease_holder_raises_after_takeover_and_does_not_remove_the_new_lease(home: Path) -> None:
     with lease(home / ".lock", 0.4) as check:
         check()
         (home / ".lock").write_text('["another", 0]')
@@ -128,7 +128,7 @@ def test_holder_that_lost_its_lease_gets_an_error_and_keeps_the_new_lease(home: 
     assert (home / ".lock").read_text() == '["another", 0]'
 
 
-def test_listing_shows_objects_of_other_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_listing_shows_objects_written_by_other_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     with running_s3("sets") as keys:
         for name, value in keys.items():
             monkeypatch.setenv(name, value)

@@ -8,7 +8,7 @@ from pipeline.storage.sidecars import OWN_LINES, is_own_line, note_own_lines, re
 from pipeline.storage.untrusted import UnsafeFileError
 
 
-def test_own_line_is_recognized_only_in_its_file(tmp_path: Path) -> None:
+def test_exported_line_is_recognized_only_in_the_file_it_was_written_to(tmp_path: Path) -> None:
     assert not read_own_lines(tmp_path, None)
     note_own_lines(tmp_path / "a.txt", ["A red ring.", "Ein grüner Käfer."])
     note_own_lines(tmp_path / "b.txt", ["A star."])
@@ -28,7 +28,7 @@ def test_incomplete_note_does_not_damage_later_notes(tmp_path: Path) -> None:
     assert is_own_line(tmp_path / "a.txt", "A star.", read_own_lines(tmp_path, None))
 
 
-def test_own_lines_file_that_is_a_link_is_an_error(tmp_path: Path) -> None:
+def test_linked_own_lines_file_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (tmp_path / "notes").write_text("private")

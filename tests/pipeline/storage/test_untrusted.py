@@ -64,7 +64,7 @@ UNSAFE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", UNSAFE)
-def test_irregular_or_outside_file_is_an_error(name: str, tmp_path: Path) -> None:
+def test_irregular_or_outside_file_is_refused(name: str, tmp_path: Path) -> None:
     make, reason = UNSAFE[name]
     root = tmp_path / "root"
     (root / "inner").mkdir(parents=True)
@@ -95,7 +95,7 @@ def test_files_of_linked_root_are_read(tmp_path: Path) -> None:
     assert read_regular(tmp_path / "root" / "file", tmp_path / "root", max_bytes=100) == b"x"
 
 
-def test_folder_replaced_by_link_while_opening_is_an_error(
+def test_folder_replaced_by_link_while_opening_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "root" / "inner").mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_folder_replaced_by_link_while_opening_is_an_error(
     assert caught.value.reason == OUTSIDE
 
 
-def test_file_replaced_by_pipe_while_opening_is_an_error(
+def test_file_replaced_by_pipe_while_opening_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(b"x")

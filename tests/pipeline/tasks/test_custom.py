@@ -96,7 +96,7 @@ def test_reply_becomes_the_columns_of_its_kind(own: CustomTask, reply: Any, colu
         (task("question"), {"qa": [WHO | {"extra": 1}]}, ["extra_not_asked_for"]),
     ],
 )
-def test_each_invalid_row_has_its_own_reason(own: CustomTask, reply: Any, reasons: list[str | None]) -> None:
+def test_each_invalid_row_has_a_reason(own: CustomTask, reply: Any, reasons: list[str | None]) -> None:
     assert [error for _, error in read(own, reply)] == reasons
 
 
@@ -118,7 +118,7 @@ def test_reply_in_the_form_of_a_server_without_schemas_is_read(
 
 
 @pytest.mark.parametrize("corners", ["0.1, 0.2, 0.5, 1.0", "1, 2, 30.5, Infinity", "1, 2, NaN, 40"])
-def test_box_in_fractions_or_without_finite_numbers_is_a_flaw(corners: str) -> None:
+def test_box_in_fractions_or_without_finite_numbers_is_invalid(corners: str) -> None:
     reply = Reply("r", 0, f'[{{"bbox_2d": [{corners}], "label": "dog"}}]', "stop", 1, 1)
     ((_, error),) = read_fields(task("boxes"), reply, None)
     assert error in ("bbox_2d_int_from_float", "bbox_2d_int_type", "bbox_2d_finite_number")
@@ -173,6 +173,6 @@ def test_custom_task_is_found_by_name() -> None:
         ({"kind": "text", "output": fields(text=TEXT | {"pattern": "(["})}, "regex parse error"),
     ],
 )
-def test_contradicting_settings_are_one_error(settings: dict[str, Any], flaw: str) -> None:
+def test_custom_task_with_contradicting_settings_is_refused(settings: dict[str, Any], flaw: str) -> None:
     with pytest.raises(ConfigError, match="the task .* cannot be used: .*" + flaw):
         task(**settings)

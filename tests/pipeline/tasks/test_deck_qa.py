@@ -17,7 +17,7 @@ from pipeline.tasks.deck_qa import equals_rounded, evaluate
         ("10 / 4", 2.5),
     ],
 )
-def test_expression_is_evaluated(expression: str, value: float) -> None:
+def test_arithmetic_expression_is_evaluated(expression: str, value: float) -> None:
     assert evaluate(expression) == pytest.approx(value)
 
 

@@ -96,7 +96,7 @@ def test_validator_checks_all_keywords() -> None:
     assert check.validate_python(GOOD | {"count": "3"}).f1 == 3  # from a server without schemas
 
 
-def test_shape_shows_an_example_and_empty_value_has_its_form() -> None:
+def test_schema_shape_shows_an_example_and_empty_value_matches_the_schema() -> None:
     assert shape_of(close_schema(WHOLE)) == (
         '{"view": "front" or "side", "count": 1, "sure": true or false or null, "size": 0.5 or null, '
         '"note": "..." or null, "parts": [{"class": "..."}, ...]}'
@@ -131,12 +131,12 @@ def test_unsupported_schema_error_names_the_part(schema: Any, flaw: str) -> None
         close_schema(schema)
 
 
-def test_invalid_pattern_is_an_error() -> None:
+def test_invalid_schema_pattern_is_refused() -> None:
     with pytest.raises(UnusableSchemaError, match="regex parse error"):
         validator_of({"type": "string", "pattern": "(["})
 
 
-def test_pydantic_model_is_an_output(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pydantic_model_is_loaded_as_output_schema(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shop_models.py").write_text(
         "from pydantic import BaseModel\nclass Item(BaseModel):\n    name: str\n    price: float | None\n"
     )

@@ -44,7 +44,7 @@ def test_unknown_style_error_lists_built_in_styles() -> None:
 
 
 @pytest.mark.parametrize(("folders", "styles"), [((), STYLES), ((SCENE_PROMPTS,), KNOWN_STYLES)])
-def test_each_style_has_its_own_wording(folders: tuple[Path, ...], styles: tuple[str, ...]) -> None:
+def test_each_style_has_a_different_wording(folders: tuple[Path, ...], styles: tuple[str, ...]) -> None:
     texts = [render(TASKS["caption"], folders, style=style).text.splitlines() for style in styles]
     assert len({lines[0] for lines in texts}) == len(texts)
     assert [lines[-1] for lines in texts] == [f"Task: caption, {style}" for style in styles]
@@ -54,7 +54,7 @@ def prompt_id(task: str, *folders: Path) -> str:
     return render(TASKS[task], folders, **dict(CASES).get(task, {})).id
 
 
-def test_scene_prompts_are_those_of_the_tiny_models_training() -> None:
+def test_scene_prompt_ids_are_unchanged_since_training_of_the_tiny_model() -> None:
     ids = [prompt_id(task, SCENE_PROMPTS) for task in ("caption", "qa", "deck_qa", "answer")]
     assert ids == [
         "caption/v1@cfbdc0c86f31",
@@ -108,7 +108,7 @@ def test_user_templates_replace_built_in_ones_and_change_the_id(tmp_path: Path) 
     assert render(TASKS["qa"], (tmp_path,)) == render(TASKS["qa"])
 
 
-def test_custom_style_has_its_own_prompt_and_id() -> None:
+def test_custom_style_has_a_separate_prompt_and_id() -> None:
     own = (("haiku", "Write a haiku{{ ' in ' ~ language if language }}. "),)
     prompt = render(TASKS["caption"], own_styles=own, style="haiku", language="German")
     assert prompt.text == 'Write a haiku in German. Reply as {"caption": "..."}.\nTask: caption, haiku'

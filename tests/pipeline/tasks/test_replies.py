@@ -99,7 +99,7 @@ def test_cut_reply_is_not_read() -> None:
         ("Yes yes yes.", None),
     ],
 )
-def test_refusal_or_loop_is_an_error(text: str, error: str | None) -> None:
+def test_refusal_or_loop_sets_reply_error(text: str, error: str | None) -> None:
     (row,) = parse_reply(BRIEF, reply(f'{{"caption":"{text}"}}'))
     assert row["reply_error"] == error
 

@@ -98,7 +98,7 @@ SUM = DECK_PAIR | {
         (SUM | {"question": "How many"}, "question_without_mark"),
     ],
 )
-def test_broken_rule_of_a_deck_question_is_named(fields: dict[str, Any], reason: str | None) -> None:
+def test_invalid_deck_question_gives_the_broken_rule(fields: dict[str, Any], reason: str | None) -> None:
     assert find_broken_rule(TASKS["deck_qa"], fields, pages=4) == reason
 
 

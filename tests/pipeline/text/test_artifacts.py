@@ -80,7 +80,7 @@ def test_run_of_characters_is_detected() -> None:
 
 
 @pytest.mark.parametrize("text", ENDS)
-def test_unfinished_end_is_detected(text: str) -> None:
+def test_text_with_unfinished_end_is_detected(text: str) -> None:
     assert is_cut_off(text)
     assert not is_cut_off(f"{text} boy puts a hat on") and not is_cut_off(
         "The seat that he stands in front of."

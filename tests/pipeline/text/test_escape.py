@@ -76,7 +76,7 @@ def test_markup_links_and_line_breaks_are_escaped() -> None:
     assert markdown(7) == 7
 
 
-def test_text_cannot_end_a_code_block() -> None:
+def test_text_cannot_close_the_markdown_code_block_around_it() -> None:
     assert markdown_code("x`<script>\n") == "x'<script> "
     assert markdown_code("") == "-"
     assert "````" not in markdown_block("a\n````\n<script>\n`````")

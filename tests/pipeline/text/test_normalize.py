@@ -88,7 +88,7 @@ def test_tidy_text_is_on_one_line(text: str, tidied: str) -> None:
     assert tidy(text) == tidied
 
 
-def test_text_without_content_words_is_its_own_key() -> None:
+def test_texts_without_content_words_have_different_keys() -> None:
     assert len({content_key(text) for text in ("", " ", "the", "there is", "?", "yes", "no")}) == 7
 
 

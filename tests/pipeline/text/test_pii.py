@@ -41,5 +41,5 @@ def test_personal_data_is_replaced_by_its_kind(text: str, clean: str) -> None:
         "3 x 4 grid of 250 000 houses",
     ],
 )
-def test_other_numbers_are_kept(text: str) -> None:
+def test_numbers_that_are_not_personal_data_are_kept(text: str) -> None:
     assert redact(text) == (text, 0)

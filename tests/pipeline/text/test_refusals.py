@@ -21,11 +21,11 @@ from pipeline.text.refusals import is_declined, is_refusal
         ("A sorry sight: a dog in the rain.", False, False),
     ],
 )
-def test_refusal_is_detected_and_clear_ones_are_retried(text: str, *, declined: bool, refusal: bool) -> None:
+def test_refusals_and_declined_requests_are_detected(text: str, *, declined: bool, refusal: bool) -> None:
     assert (is_declined(text), is_refusal(text, words_of(text))) == (declined, refusal)
 
 
-def test_answer_may_quote_a_sign() -> None:
+def test_answer_that_quotes_an_apology_is_not_a_refusal() -> None:
     assert is_refusal("Sorry, we are closed", ["sorry"])
     assert not is_refusal(" Sorry, we are closed", ["sorry"], is_answer=True)
     assert is_refusal("I cannot see it", ["cannot"], is_answer=True)

@@ -40,7 +40,7 @@ def test_yes_and_no_are_recognised_in_all_languages_with_their_marks(answer: str
     assert pair["answer"].casefold() in YES_OR_NO
 
 
-def test_sentence_mark_of_a_language_does_not_change_an_answer() -> None:
+def test_final_punctuation_of_other_scripts_does_not_change_an_answer() -> None:
     assert is_confirmed({"answer": "公園。", "expected": "公園"})
     assert is_confirmed({"answer": "はい。", "expected": "yes"})
     assert not is_confirmed({"answer": "公園。", "expected": "駅"})

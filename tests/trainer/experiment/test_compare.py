@@ -26,7 +26,7 @@ def arm(
     )
 
 
-def test_interval_of_equal_seeds_equals_the_normal_interval() -> None:
+def test_interval_from_identical_seeds_equals_the_normal_interval() -> None:
     scores_I = RNG.normal(3.0, 1.0, 400)
     low, high = interval(np.stack([scores_I] * 3))
     half = 1.96 * scores_I.std() / np.sqrt(400)
@@ -34,14 +34,14 @@ def test_interval_of_equal_seeds_equals_the_normal_interval() -> None:
     assert high == pytest.approx(scores_I.mean() + half, abs=0.02)
 
 
-def test_interval_of_scores_is_never_below_zero() -> None:
+def test_score_interval_is_never_below_zero() -> None:
     few_SI = np.array([[0.0, 0.0, 0.0, 0.02], [0.03, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     low, high = interval(few_SI)
     assert low == 0.0 < high
     assert interval(few_SI, few_SI + 0.02)[0] < 0
 
 
-def test_difference_on_the_same_images_is_found_although_single_intervals_overlap() -> None:
+def test_paired_difference_is_found_although_the_intervals_of_the_arms_overlap() -> None:
     # Images differ far more than arms.
     hard_I = RNG.normal(3.0, 2.0, 100)
     higher, lower = np.stack([hard_I + 0.2] * 3), np.stack([hard_I] * 3)
@@ -56,7 +56,7 @@ def test_different_seeds_widen_the_interval() -> None:
     assert verdict(*interval(spread, np.stack([hard_I] * 3))) == "cannot tell at this size"
 
 
-def test_arms_that_differ_in_one_factor_are_compared() -> None:
+def test_only_arms_that_differ_in_one_factor_are_compared() -> None:
     flat = np.ones((2, 10))
     arms = [arm("facts", flat, encoder) for encoder in ("clip", "vit")]
     arms += [arm("model", flat + 1, encoder) for encoder in ("clip", "vit")]
@@ -74,13 +74,13 @@ def test_arms_that_differ_in_one_factor_are_compared() -> None:
     }
 
 
-def test_verdict_of_one_seed_is_limited_to_it() -> None:
+def test_verdict_from_one_seed_says_that_it_holds_for_this_seed_only() -> None:
     (comparison,) = compare([arm("facts", np.ones((1, 10))), arm("model", np.ones((3, 10)) * 2)])
     assert (comparison["verdict"], comparison["seeds"]) == ("better with this seed", [3, 1])
     assert verdict(-1.0, 1.0, seeds=1) == "cannot tell at this size"
 
 
-def test_random_differences_of_three_seeds_rarely_give_a_verdict() -> None:
+def test_random_differences_between_arms_with_three_seeds_rarely_give_a_verdict() -> None:
     """A normal interval over three seeds would be too narrow, and decide about one pair in five."""
     rng = np.random.default_rng(3)
     flat = np.zeros(200)

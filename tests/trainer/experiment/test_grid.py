@@ -75,14 +75,14 @@ def test_cells_with_different_settings_or_data_have_different_folders() -> None:
         ({"data": {"facts": {"text_source": "true"}}}, r"data\.facts\.text_source"),
     ],
 )
-def test_invalid_experiment_is_an_error(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_invalid_experiment_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     (tmp_path / "e.yaml").write_text(yaml.safe_dump(TWO | changes))
     with pytest.raises(ConfigError, match=message):
         read_experiment(tmp_path / "e.yaml")
 
 
 @pytest.mark.parametrize("content", [None, b"- 1", b"\xff", b"a: ["])
-def test_unreadable_file_is_an_error_with_its_name(tmp_path: Path, content: bytes | None) -> None:
+def test_unreadable_experiment_file_is_named_in_the_error(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "e.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"e\.yaml"):

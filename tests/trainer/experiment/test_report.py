@@ -45,7 +45,7 @@ def runs(tmp_path: Path) -> list[Run]:
     return finished
 
 
-def test_tables_have_the_scores_and_verdicts(runs: list[Run], tmp_path: Path) -> None:
+def test_experiment_tables_contain_scores_and_verdicts(runs: list[Run], tmp_path: Path) -> None:
     result = write_result(runs, tmp_path)
     assert json.loads((tmp_path / "experiment.json").read_text()) == json.loads(json.dumps(result))
     facts, hostile = result["arms"]

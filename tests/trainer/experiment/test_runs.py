@@ -51,7 +51,7 @@ def images_of(run: Run, split: str) -> list[str]:
     return [example.sample_id for example in read_split_examples(run.version, split, run.config, run.only)]
 
 
-def test_all_kinds_of_data_have_the_same_images_and_similar_numbers_of_words(
+def test_all_datasets_are_reduced_to_the_same_images_and_similar_word_counts(
     versions: dict[str, Version], clip: str, tmp_path: Path
 ) -> None:
     runs = planned(versions, clip, tmp_path)
@@ -68,7 +68,7 @@ def test_all_kinds_of_data_have_the_same_images_and_similar_numbers_of_words(
     assert unmatched["both"] > unmatched["model"] > unmatched["facts"]
 
 
-def test_plan_states_the_images_and_words_to_learn_from(
+def test_planned_image_and_word_counts_equal_the_training_data(
     versions: dict[str, Version], clip: str, tmp_path: Path
 ) -> None:
     for run in planned(versions, clip, tmp_path, train_images=[10, 0]):
@@ -92,7 +92,7 @@ def test_changed_model_folder_gives_another_cell(
 
 
 @pytest.mark.parametrize("references", [(), ("Something else.",)])
-def test_data_without_common_references_is_an_error(
+def test_datasets_without_common_references_are_refused(
     versions: dict[str, Version], clip: str, tmp_path: Path, references: tuple[str, ...]
 ) -> None:
     changed, _ = make_version(tmp_path / "d", [replace(sample, references=references) for sample in SAMPLES])
@@ -136,7 +136,7 @@ def test_killed_cell_stops_no_other_and_finished_cells_are_skipped(
     assert "| facts, " in (tmp_path / "experiment.md").read_text()
 
 
-def test_missing_model_is_an_error_before_training(
+def test_missing_model_raises_an_error_before_training(
     versions: dict[str, Version], clip: str, tmp_path: Path
 ) -> None:
     require_models(planned(versions, clip, tmp_path, decoder=["scratch", "prefix"]))

@@ -59,7 +59,7 @@ PROMPTS, IMAGES = [2, 2, 4], [0, 0, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_of_shared_images_equal_those_of_separate_texts(build: Build, kind: str) -> None:
+def test_texts_that_share_an_image_have_same_loss_as_separate_texts(build: Build, kind: str) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
     together = captioner.loss(states, texts(ROWS, PROMPTS, IMAGES))
     together.backward()
@@ -171,7 +171,7 @@ def test_generation_halves_its_batch_when_memory_is_full(
         captioner.generate(states, prompts, GREEDY)
 
 
-def test_few_positions_limit_the_tokens_of_a_text(build: Build) -> None:
+def test_text_length_is_limited_by_the_positions_of_the_decoder(build: Build) -> None:
     assert build("scratch").most_tokens(10_000, 2) == 8
     captioner = build("qwen3")
     assert captioner.decoder.max_positions == 256
@@ -179,7 +179,7 @@ def test_few_positions_limit_the_tokens_of_a_text(build: Build) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoder_reading_ignores_padding(build: Build, kind: str) -> None:
+def test_decoder_states_do_not_depend_on_padding(build: Build, kind: str) -> None:
     captioner = build(kind)
     together = captioner.decoder.read(texts(ROWS, PROMPTS, IMAGES))
     apart = torch.cat([captioner.decoder.read(texts([row], [2], [0])) for row in ROWS])

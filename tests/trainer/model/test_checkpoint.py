@@ -24,7 +24,7 @@ def test_checkpoint_records_its_data(version: Version, tmp_path: Path) -> None:
     assert not (tmp_path / "resume.pt").exists()
 
 
-def test_files_have_the_same_mode_and_a_full_disk_is_an_error(
+def test_checkpoint_files_have_the_same_mode_and_a_full_disk_raises_an_error(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_captioner(version, replace(steps=1, evaluate_every=1), tmp_path / "a")

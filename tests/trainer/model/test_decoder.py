@@ -24,7 +24,7 @@ def test_cache_does_not_change_states(decoder: ScratchDecoder, pieces: list[int]
     torch.testing.assert_close(torch.cat(states, 1), decoder(ids, memory), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_about_one_image_have_the_states_of_separate_rows(decoder: ScratchDecoder) -> None:
+def test_rows_that_share_an_image_have_the_same_states_as_separate_rows(decoder: ScratchDecoder) -> None:
     ids, memory = torch.randint(WORDS, (4, 6)), torch.randn(2, 5, WIDTH)
     apart = torch.cat([decoder(ids[[row]], memory[[row // 2]]) for row in range(4)])
     torch.testing.assert_close(decoder(ids, memory), apart, rtol=1e-5, atol=1e-5)

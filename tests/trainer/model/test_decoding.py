@@ -87,7 +87,7 @@ def test_beam_search_finds_the_likeliest_text_that_greedy_misses(beams: int) -> 
 
 
 @pytest.mark.parametrize("beams", [2, 3, 5])
-def test_beam_search_of_a_batch_equals_that_of_single_rows(beams: int) -> None:
+def test_batched_beam_search_equals_beam_search_of_single_rows(beams: int) -> None:
     """Each row has its own chain, which must follow `keep`, and a step count, which must follow `reorder`."""
     count, words, longest = 12, 14, 9
     torch.manual_seed(beams)
@@ -133,7 +133,7 @@ def test_top_p_sampling_leaves_out_unlikely_tokens() -> None:
 
 
 @pytest.mark.parametrize("bad", [(0, 0.0, 1.0), (1, -1.0, 1.0), (1, 1.0, 0.0), (2, 1.0, 1.0)])
-def test_invalid_decoding_is_an_error(bad: tuple[int, float, float]) -> None:
+def test_invalid_decoding_settings_are_refused(bad: tuple[int, float, float]) -> None:
     with pytest.raises(ValueError, match="invalid decoding"):
         DecodingConfig(*bad)
     assert math.isfinite(DecodingConfig().top_p)

@@ -36,7 +36,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_vit(tmp_path_factory.mktemp("vit"))
 
 
-def test_states_equal_those_of_transformers(clip: str, vit: str) -> None:
+def test_encoder_states_equal_transformers_states(clip: str, vit: str) -> None:
     for folder, model_class in ((clip, CLIPVisionModel), (vit, ViTModel)):
         reference = model_class.from_pretrained(folder)
         encoder = load_encoder(folder, frozen=False)
@@ -75,7 +75,7 @@ def test_frozen_encoder_has_no_dropout_in_training_mode(tmp_path: Path) -> None:
         assert not torch.equal(learning.train()(pixels), learning(pixels))
 
 
-def test_siglip_tower_has_its_weights(tmp_path: Path) -> None:
+def test_vision_tower_of_siglip_is_loaded_with_its_pretrained_weights(tmp_path: Path) -> None:
     text = TOWER | {"vocab_size": 99, "max_position_embeddings": 16}
     torch.manual_seed(4)
     whole = SiglipModel(SiglipConfig(text_config=text, vision_config=TOWER | IMAGE))
@@ -87,7 +87,7 @@ def test_siglip_tower_has_its_weights(tmp_path: Path) -> None:
         assert torch.equal(encoder(pixels), whole.eval().vision_model(pixels).last_hidden_state)
 
 
-def test_encoder_that_masks_patches_is_an_error(tmp_path: Path) -> None:
+def test_encoder_that_masks_patches_is_refused(tmp_path: Path) -> None:
     config = ViTMAEConfig(**TOWER, image_size=112, patch_size=14, mask_ratio=0.5)
     ViTMAEModel(config).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 112, "width": 112}).save_pretrained(tmp_path)
@@ -100,7 +100,7 @@ def test_folder_named_like_a_known_encoder_is_recorded_with_a_slash(tmp_path: Pa
     assert load_encoder(save_clip(tmp_path / "mine")).config.made_from["name"] == "mine"
 
 
-def test_error_of_an_unsupported_model_has_the_reason(tmp_path: Path) -> None:
+def test_error_about_an_unsupported_encoder_states_the_reason(tmp_path: Path) -> None:
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
     ResNetModel(config).save_pretrained(tmp_path / "resnet")
     ViTImageProcessor().save_pretrained(tmp_path / "resnet")
@@ -112,7 +112,7 @@ def test_error_of_an_unsupported_model_has_the_reason(tmp_path: Path) -> None:
         load_encoder(str(tmp_path / "vit"))
 
 
-def test_encoder_of_varying_image_sizes_is_an_error(tmp_path: Path) -> None:
+def test_encoder_with_varying_image_sizes_is_refused(tmp_path: Path) -> None:
     """Otherwise, storing states would fail at the first photo that is not square."""
     folder = save_clip(tmp_path)
     CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, do_center_crop=False).save_pretrained(folder)

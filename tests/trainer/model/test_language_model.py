@@ -90,7 +90,7 @@ def test_texts_longer_than_the_attention_window_are_not_packed() -> None:
     assert decoder.loss(prefix, texts).item() == pytest.approx(alone, rel=1e-4)
 
 
-def test_unknown_change_of_logits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_changes_logits_in_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = decoder_of("llama")
     forward = decoder.model.forward
 
@@ -104,7 +104,7 @@ def test_unknown_change_of_logits_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         _ = decoder.probed
 
 
-def test_model_without_input_embeddings_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_without_input_embeddings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = decoder_of("llama")
 
     def refuse(**_: Any) -> Any:
@@ -146,7 +146,7 @@ def test_generation_config_of_a_model_is_ignored() -> None:
 
 
 @pytest.mark.parametrize(("family", "can_search"), [("qwen3", True), ("lfm2", True), ("rwkv", False)])
-def test_model_without_beam_search_is_an_error(family: str, *, can_search: bool) -> None:
+def test_beam_search_is_refused_for_models_without_it(family: str, *, can_search: bool) -> None:
     rwkv = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
     decoder = PretrainedDecoder({"model_type": "rwkv", **rwkv}) if family == "rwkv" else decoder_of(family)
     if can_search:

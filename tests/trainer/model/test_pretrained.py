@@ -40,7 +40,7 @@ def without(folder: str | Path, *lost: str) -> None:
     save_file(kept, path, {"format": "pt"})
 
 
-def test_vision_tower_with_other_weight_names_is_an_error(tmp_path: Path) -> None:
+def test_vision_tower_with_other_weight_names_is_refused(tmp_path: Path) -> None:
     """Otherwise its weights would be random without an error."""
     vision: Any = {"model_type": "clip_vision_model", **TOWER, **IMAGE}
     sizes: Any = {**TOWER, "vocab_size": 99, "num_key_value_heads": 1}
@@ -51,7 +51,7 @@ def test_vision_tower_with_other_weight_names_is_an_error(tmp_path: Path) -> Non
         load_encoder(str(tmp_path))
 
 
-def test_missing_weights_are_an_error_only_if_a_state_depends_on_them(tmp_path: Path) -> None:
+def test_missing_weights_are_refused_only_if_a_state_depends_on_them(tmp_path: Path) -> None:
     """Stored states are found by a digest of all weights, so missing weights need fixed values."""
     text = TOWER | {"vocab_size": 99, "max_position_embeddings": 16}
     SiglipModel(SiglipConfig(text_config=text, vision_config=TOWER | IMAGE)).save_pretrained(tmp_path)
@@ -65,7 +65,7 @@ def test_missing_weights_are_an_error_only_if_a_state_depends_on_them(tmp_path: 
     assert load_encoder(str(tmp_path), layer=1).width == TOWER["hidden_size"]
 
 
-def test_language_model_without_head_is_an_error(tmp_path: Path) -> None:
+def test_language_model_without_head_is_refused(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path, "llama")
     change(folder, "config.json", tie_word_embeddings=False)
     with pytest.raises(
@@ -74,7 +74,7 @@ def test_language_model_without_head_is_an_error(tmp_path: Path) -> None:
         load_decoder(folder)
 
 
-def test_clip_with_missing_weights_is_an_error(tmp_path: Path) -> None:
+def test_clip_with_missing_weights_is_refused(tmp_path: Path) -> None:
     folder = save_clip(tmp_path)
     without(folder, "text_projection")
     with pytest.raises(EngineError, match=r"lack weights that CLIP needs, such as text_projection\.weight"):
@@ -125,7 +125,7 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
         load_decoder(folder)
 
 
-def test_end_of_text_token_without_embedding_is_an_error(tmp_path: Path) -> None:
+def test_end_of_text_token_without_embedding_is_refused(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path, "llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"eos_token": "<stop>"})
@@ -134,7 +134,7 @@ def test_end_of_text_token_without_embedding_is_an_error(tmp_path: Path) -> None
         load_decoder(folder)
 
 
-def test_unsupported_gradient_checkpointing_is_an_error() -> None:
+def test_unsupported_gradient_checkpointing_is_refused() -> None:
     sizes: Any = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 99, "n_positions": 32}
     torch.manual_seed(0)
     model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes))

@@ -21,7 +21,7 @@ class Tower(nn.Module):
         return SimpleNamespace(last_hidden_state=self.layers[-1], hidden_states=below)
 
 
-def test_layer_minus_1_is_the_output_of_the_tower() -> None:
+def test_layer_minus_1_selects_the_output_of_the_tower() -> None:
     below, last = torch.randn(2, 5, 8), 100 * torch.randn(2, 5, 8)
     tower, pixels = Tower(torch.zeros(2, 5, 8), below, last), torch.zeros(2, 3, 4, 4)
     assert layer_states(tower, pixels, -1) is last and layer_states(tower, pixels, 1) is below
@@ -41,7 +41,7 @@ def test_patches_are_averaged_2x2_and_other_tokens_stay(before: int, side: int) 
     torch.testing.assert_close(pooled[0, before:, 0], torch.stack(expected))
 
 
-def test_all_states_are_unchanged_and_2x2_needs_a_square() -> None:
+def test_states_mode_all_changes_nothing_and_mode_2x2_needs_a_square() -> None:
     states = torch.randn(2, 17, 3)
     assert choose_states(states, "all") is states
     with pytest.raises(ValueError, match="12 states do not form a square"):

@@ -197,7 +197,7 @@ def test_captioner_saved_by_transformers_loads_with_the_same_tokens(
     assert tokens[0] == tokens[1]
 
 
-def test_half_precision_generates_and_missing_image_is_an_error(
+def test_half_precision_captioner_generates_and_refuses_input_without_image(
     checkpoints: dict[str, Path], photos: list[Path]
 ) -> None:
     folder = checkpoints["scratch"]
@@ -212,7 +212,7 @@ def test_half_precision_generates_and_missing_image_is_an_error(
         processor(text="a photo")
 
 
-def test_folder_without_captioner_is_an_error(tmp_path: Path) -> None:
+def test_folder_without_captioner_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="no captioner in"):
         transformers_files(tmp_path)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
@@ -222,7 +222,7 @@ def test_folder_without_captioner_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "mamba", "lfm2"])
-def test_padded_prompt_generates_the_tokens_and_logits_of_an_unpadded_one(family: str) -> None:
+def test_padded_prompt_gives_the_same_tokens_and_logits_as_an_unpadded_prompt(family: str) -> None:
     """The families have a narrow attention window, recurrent layers, or both kinds of layers."""
     torch.manual_seed(1)
     narrow = {"sliding_window": 12} if family == "gemma3_text" else {}
@@ -253,7 +253,7 @@ def test_padded_prompt_generates_the_tokens_and_logits_of_an_unpadded_one(family
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_saved_captioner_uses_the_beam_width_of_its_evaluation(
+def test_saved_captioner_generates_with_the_beam_width_used_in_evaluation(
     checkpoints: dict[str, Path], tmp_path: Path, beams: int
 ) -> None:
     folder = shutil.copytree(checkpoints["scratch"], tmp_path / "c")

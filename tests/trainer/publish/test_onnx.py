@@ -198,7 +198,7 @@ def test_export_of_recurrent_language_model_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_export_with_other_values_than_pytorch_is_an_error(
+def test_export_whose_outputs_differ_from_pytorch_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_export, "MAX_DIFFERENCE", -1.0)
@@ -209,7 +209,7 @@ def test_export_with_other_values_than_pytorch_is_an_error(
         onnx_export._export(part, (torch.ones(2, 2),), path, ["pixel_values"], ["last_hidden_state"], shapes)
 
 
-def test_export_to_existing_folder_or_without_package_is_an_error(
+def test_export_to_existing_folder_or_without_package_is_refused(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(TrainError, match="already exists"):

@@ -11,7 +11,7 @@ from trainer.config import Precision
 from trainer.runtime.devices import all_reduce_gradients, matmul_precision, translate_peer_errors
 
 
-def test_weights_without_gradient_have_none_after_all_reduce(tmp_path: Path) -> None:
+def test_all_reduce_adds_no_gradient_to_weights_without_gradient(tmp_path: Path) -> None:
     """With a zero gradient, weight decay would change them, unlike in one process."""
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
     model["used"](torch.ones(1, 2)).sum().backward()

@@ -55,7 +55,7 @@ def test_forecast_has_weights_steps_time_and_memory(
     assert f"At most 10 steps of 8 images ({epochs:.1f} epochs), about 2 min and" in shown.messages[0]
 
 
-def test_longest_texts_are_tried_twice_before_others(
+def test_forecast_tries_the_longest_texts_twice_before_other_texts(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []
@@ -106,7 +106,7 @@ def limit_images(monkeypatch: pytest.MonkeyPatch, most: int) -> list[list[int]]:
     return tried
 
 
-def test_step_that_does_not_fit_is_computed_in_parts(
+def test_training_step_that_does_not_fit_in_memory_is_computed_in_parts(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried, shown = limit_images(monkeypatch, most=2), Messages()
@@ -116,7 +116,7 @@ def test_step_that_does_not_fit_is_computed_in_parts(
     assert shown.messages[1] == "a step does not fit in GPU memory: it is computed in 4 parts"
 
 
-def test_rewards_are_tried_on_a_gpu(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reward_step_is_tried_only_on_a_gpu(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """They need more memory than other steps, and start hours later."""
     drawn: list[int] = []
     usual = Trainer.reward_backward
@@ -135,7 +135,7 @@ def test_rewards_are_tried_on_a_gpu(trainer: Trainer, monkeypatch: pytest.Monkey
     assert all(weights.grad is None for weights in trainer.checkpoint.captioner.parameters())
 
 
-def test_image_that_does_not_fit_is_an_error(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_that_exceeds_memory_is_refused(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     limit_images(monkeypatch, most=0)
     with pytest.raises(TrainError, match="a step of one image does not fit") as refused:
         fit_and_forecast(trainer, NullProgress())

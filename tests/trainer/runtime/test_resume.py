@@ -35,7 +35,7 @@ def test_interrupted_training_resumes_to_the_same_bits(
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
-def test_resuming_with_other_settings_is_an_error(
+def test_resuming_with_other_settings_is_refused(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small.interrupt(monkeypatch)
@@ -51,7 +51,7 @@ def test_resuming_with_other_settings_is_an_error(
         train_captioner(version, replace(steps=3), tmp_path, resume=True)
 
 
-def test_resuming_nothing_is_an_error_and_changes_no_file(version: Version, tmp_path: Path) -> None:
+def test_resuming_is_refused_if_no_training_was_interrupted(version: Version, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="nothing to resume"):
         train_captioner(version, SMALL, tmp_path / "new", resume=True)
     train_captioner(version, SMALL, tmp_path / "done")
@@ -101,7 +101,7 @@ def test_training_with_adapters_and_average_resumes_to_the_same_bits(
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
 
 
-def test_resuming_with_other_pretrained_weights_is_an_error(
+def test_resuming_with_other_pretrained_weights_is_refused(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, language_model: str
 ) -> None:
     folder = Path(shutil.copytree(language_model, tmp_path / "lm"))
@@ -113,7 +113,7 @@ def test_resuming_with_other_pretrained_weights_is_an_error(
         train_captioner(version, config, tmp_path / "cut", resume=True)
 
 
-def test_training_of_two_processes_resumes_in_one(
+def test_training_in_two_processes_resumes_in_one_process(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     config = replace(encoder=clip, steps=6, dropout=0.0)

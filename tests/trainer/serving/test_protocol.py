@@ -43,18 +43,18 @@ def schema_of(**properties: Any) -> dict[str, Any]:
         ("Answer in one to three words.\nQuestion: Is it day", None, "Is it day"),
     ],
 )
-def test_text_selects_style_or_question(text: str, style: str | None, question: str) -> None:
+def test_request_text_selects_style_or_question(text: str, style: str | None, question: str) -> None:
     request = read_request(chat(text), STYLES)
     assert (request.style, request.question, request.image) == (style, question, b"pixels")
 
 
-def test_answer_is_the_property_of_the_schema() -> None:
+def test_caption_is_returned_in_the_property_named_by_the_schema() -> None:
     request = read_request(chat(response_format=schema_of(caption={"type": "string"})), STYLES)
     assert json.loads(answer_text(request, 'A "dog".')) == {"caption": 'A "dog".'}
     assert answer_text(read_request(chat(), STYLES), "A dog.") == "A dog."
 
 
-def test_probe_of_synth_generate_is_answered_with_the_only_value() -> None:
+def test_probe_from_synth_generate_is_answered_with_the_only_allowed_value() -> None:
     request = read_request(protocol.probe("m"), STYLES)
     body = completion("1", "m", answer_text(request, request.only or ""), (0, 0), is_cut=False)
     assert request.image is None
@@ -62,7 +62,7 @@ def test_probe_of_synth_generate_is_answered_with_the_only_value() -> None:
     assert answer and protocol.is_probe_word(answer.text)
 
 
-def test_sampling_and_length_are_read() -> None:
+def test_sampling_and_length_settings_of_a_request_are_read() -> None:
     request = read_request(chat(temperature=0.7, top_p=0.9, max_completion_tokens=5, stream=True), STYLES)
     assert (request.temperature, request.top_p, request.max_tokens, request.streams) == (0.7, 0.9, 5, True)
     names = ("temperature", "top_p", "max_completion_tokens", "n", "stream", "stop", "seed")
@@ -122,7 +122,7 @@ JSON = st.recursive(
 
 @settings(max_examples=500, deadline=None)
 @given(st.dictionaries(FIELDS, JSON))
-def test_random_request_raises_no_other_error(values: dict[str, Any]) -> None:
+def test_random_request_is_read_or_refused_without_another_error(values: dict[str, Any]) -> None:
     try:
         read_request(json.dumps(values).encode(), STYLES)
     except RefusedError as refused:

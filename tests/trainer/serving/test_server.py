@@ -220,7 +220,7 @@ def test_request_of_disconnected_client_is_not_generated(
         ({"temperature": 1e-40}, DecodingConfig(num_beams=3)),
     ],
 )
-def test_request_sets_the_decoding(
+def test_request_parameters_set_the_decoding(
     captioner: Captioner, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], decoding: DecodingConfig
 ) -> None:
     used: list[DecodingConfig] = []
@@ -235,12 +235,12 @@ def test_request_sets_the_decoding(
     assert used == [decoding]
 
 
-def test_constant_in_a_schema_is_the_answer(url: str) -> None:
+def test_constant_in_a_response_schema_becomes_the_answer(url: str) -> None:
     _, answer, _ = request(url, CHAT, chat(png(1), response_format=schema_of(a={"const": "x"})))
     assert json.loads(content_of(answer)) == {"a": "x"}
 
 
-def test_captioner_is_the_model_of_synth_generate(
+def test_captioner_server_works_as_the_model_of_synth_generate(
     captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Random weights write no sentences.
@@ -268,7 +268,7 @@ def job(number: int, length: int = 2, decoding: DecodingConfig = GREEDY) -> Gene
     return GenerationRequest(torch.full((3, 2, 2), float(number)), [number] * length, decoding)
 
 
-def test_waiting_requests_of_one_group_share_a_batch() -> None:
+def test_waiting_requests_with_equal_prompt_length_and_decoding_share_a_batch() -> None:
     batches: list[list[int]] = []
 
     def write(jobs: list[GenerationRequest]) -> list[list[int]]:

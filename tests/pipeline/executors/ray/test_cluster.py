@@ -20,7 +20,7 @@ from pipeline.executors.ray.cluster import MIN_WORKER_CPUS, WorkerPlan, plan_wor
         (32, 4, None, False, WorkerPlan(31, 1.0, 0)),  # other servers use the GPUs
     ],
 )
-def test_default_is_one_worker_per_gpu_or_per_cpu_but_one(
+def test_default_worker_count_follows_gpus_or_cpus_and_leaves_one_cpu_free(
     monkeypatch: pytest.MonkeyPatch,
     cpus: float,
     gpus: float,

@@ -76,7 +76,7 @@ def wait_for(is_true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_replies_are_stored_while_a_shard_is_filled(run: ShardedRun, tmp_path: Path) -> None:
+def test_replies_are_uploaded_before_their_shard_is_complete(run: ShardedRun, tmp_path: Path) -> None:
     with scratch_shard(run, 2) as folder:
         keep(folder, 0)
         wait_for(lambda: stored(run) == 1)
@@ -85,7 +85,7 @@ def test_replies_are_stored_while_a_shard_is_filled(run: ShardedRun, tmp_path: P
     assert not folder.journal.exists()
 
 
-def test_replies_of_a_failed_node_reach_the_next_node(run: ShardedRun, tmp_path: Path) -> None:
+def test_replies_from_a_failed_node_are_used_by_the_next_node(run: ShardedRun, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), scratch_shard(run, 2) as folder:
         keep(folder, 0, 1)
         raise RuntimeError
@@ -96,7 +96,7 @@ def test_replies_of_a_failed_node_reach_the_next_node(run: ShardedRun, tmp_path:
     assert stored(run) == 3
 
 
-def test_replies_of_a_killed_worker_on_the_node_are_used(run: ShardedRun, tmp_path: Path) -> None:
+def test_replies_from_a_killed_worker_are_used_on_the_same_node(run: ShardedRun, tmp_path: Path) -> None:
     leftover = DatasetDir(run.scratch / "shards" / "00002")
     keep(leftover, 0)
     keep(DatasetDir(tmp_path / "far"), 1)

@@ -21,7 +21,7 @@ def run_in(folder: Path, shards: int) -> ShardedRun:
 
 
 @pytest.mark.parametrize("shards", [1, 3, 16, 1000])
-def test_shards_have_similar_sizes_and_the_order_of_their_ids(tmp_path: Path, shards: int) -> None:
+def test_shards_have_similar_sizes_and_contiguous_ranges_of_ids(tmp_path: Path, shards: int) -> None:
     ids = sorted(digest([n]) for n in range(5000))
     ids = ["0" * 64, *ids, "f" * 64]
     run = run_in(tmp_path, shards)
@@ -40,7 +40,7 @@ def test_worker_that_cannot_see_the_dataset_folder_raises(tmp_path: Path) -> Non
         run.enter()
 
 
-def test_different_file_of_the_settings_on_a_node_is_an_error(tmp_path: Path) -> None:
+def test_node_with_different_content_of_a_settings_file_is_refused(tmp_path: Path) -> None:
     away = tmp_path / "elsewhere"
     entries = tmp_path / "entries.txt"
     generate = {"prompt_dir": tmp_path / "prompts"}
@@ -62,7 +62,7 @@ def test_different_file_of_the_settings_on_a_node_is_an_error(tmp_path: Path) ->
         replace(run, files=other_digest).enter()
 
 
-def test_code_of_a_custom_task_is_among_the_named_files(
+def test_changed_code_of_a_custom_task_changes_the_digest_of_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its checks decide which rows are kept."""
@@ -78,7 +78,7 @@ def test_code_of_a_custom_task_is_among_the_named_files(
     assert named_files(plan)["tasks"] != before["tasks"]
 
 
-def test_work_that_ends_several_workers_is_abandoned(tmp_path: Path) -> None:
+def test_shard_whose_work_kills_several_workers_is_abandoned(tmp_path: Path) -> None:
     run = run_in(tmp_path, 4)
 
     def dies() -> None:
