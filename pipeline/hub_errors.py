@@ -36,7 +36,10 @@ def translate_hub_errors(
 
 
 def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
-    """Return the problem and a hint, or None for other errors. The hint is "" if the Hub does not answer."""
+    """Return the problem and a hint for a Hub, network or disk error, or None for any other error.
+
+    The hint is "" if the Hub does not answer.
+    """
     import httpx2
     from huggingface_hub import errors
     from huggingface_hub.constants import ENDPOINT

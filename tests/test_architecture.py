@@ -149,7 +149,7 @@ def test_engines_and_clients_do_not_import_config() -> None:
         assert "pipeline.config" not in import_graph()[f"pipeline.inference.{name}"], name
 
 
-def test_only_running_commands_import_the_trainer() -> None:
+def test_trainer_is_imported_only_inside_cli_functions() -> None:
     for module, path in MODULES.items():
         if is_within(module, "pipeline"):
             names = imports(path, top_only=is_within(module, "pipeline.cli"))

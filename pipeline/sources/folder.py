@@ -46,7 +46,7 @@ def open_folder(
     *,
     follow_links: bool = False,
 ) -> Source:
-    """Open the image files below `root`, sorted by path, or a slice of them without a revision.
+    """Open the image files below `root`, sorted by path, or only the slice `part`. A slice has no revision.
 
     `columns` (metadata columns or EXIF fields) become the context. Links to files outside `root` are
     rejected unless `follow_links` is set, because the files would be published. Raises SourceError if `root`

@@ -143,7 +143,7 @@ def open_list(
     allow_urls: bool = False,
     follow_links: bool = False,
 ) -> Source:
-    """Open the images that a list names, or a slice of them without a revision.
+    """Open the images that a list names, or only the slice `part`. A slice has no revision.
 
     `columns` (columns of the list or EXIF fields) become the context. Files outside the list's folder are
     rejected unless `follow_links` is set. Raises SourceError as `read_list` does, or if `split` has no line.

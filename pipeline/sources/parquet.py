@@ -21,8 +21,8 @@ from pipeline.sources.image_urls import fetch_image
 from pipeline.types import ALL, Rejected, SourceSlice
 
 BATCH_ROWS = 16  # maximum number of rows without images to decode at once
-MAX_ROW_BYTES = 256_000_000  # per row with images
-MAX_TEXT_BYTES = 1_000_000  # per row without images
+MAX_ROW_BYTES = 256_000_000  # maximum size of a row that has images
+MAX_TEXT_BYTES = 1_000_000  # maximum size of a row without images
 BUFFER_BYTES = 1 << 20  # per column stream, because a row group of photos may be half a gigabyte
 _SPLIT_WORDS = {
     "train": "train training restval",  # restval: Karpathy's name for the rest of COCO's validation images

@@ -24,8 +24,9 @@ HEARTBEATS_PER_TIMEOUT = 4
 
 
 def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthError]) -> BinaryIO:
-    """Lock a file, and return it. The lock is held until the file is closed. The holder may delete the file.
+    """Lock a file, and return it. The lock is held until the file is closed.
 
+    The holder may delete the file. A process that waits then locks a new file at the same path.
     If another process holds the lock, `on_busy` may raise an exception, or return to wait for the lock.
     Raises `error_type` if the path is a link, which could lead to any file, and OSError if it cannot be
     opened.

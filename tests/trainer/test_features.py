@@ -87,7 +87,7 @@ def test_interrupted_build_resumes(
     assert torch.equal(stored(examples), OnlineFeatures(encoder, CPU)(examples))
 
 
-def test_each_choice_of_weights_layer_or_states_has_a_store(examples: list[Example], tmp_path: Path) -> None:
+def test_change_of_layer_states_or_weights_gets_a_new_store(examples: list[Example], tmp_path: Path) -> None:
     folder = save_clip(tmp_path / "clip")
     options: list[dict[str, Any]] = [{}, {"layer": -2}, {"states": "mean"}, {}]
     loaded = [load_encoder(folder, **option) for option in options]

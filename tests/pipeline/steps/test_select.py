@@ -62,7 +62,7 @@ def test_most_consistent_caption_is_kept() -> None:
     assert kept(captions("A dog.", repeated, repeated)) == [repeated]
 
 
-def test_best_caption_by_clip_longest_or_judge_is_kept() -> None:
+def test_best_caption_is_kept_by_clip_score_length_or_judge() -> None:
     rows = captions("A dog here.", "A dog on grass.", "A dog.", alignment=[0.2, 0.1, 0.3])
     assert kept(rows, by="clip") == ["A dog."]
     # The longest caption has an unconfirmed claim.

@@ -73,7 +73,7 @@ def test_scene_prompt_ids_are_unchanged_since_training_of_the_tiny_model() -> No
         ({"source": "folder:scenes"}, False),
     ],
 )
-def test_drawn_sources_and_the_tiny_model_use_scene_prompts(
+def test_scene_sources_and_the_tiny_model_use_scene_prompts(
     settings: dict[str, Any], *, has_scene_prompts: bool
 ) -> None:
     folders = resolve(**settings).prompt_dirs
