@@ -189,7 +189,7 @@ MISTAKES = (
     ),
     Mistake(
         "address of another machine", "serve-captioner cap --host 192.0.2.1",
-        "cannot listen at 192.0.2.1:8200",
+        "cannot listen on 192.0.2.1:8200",
         "--host 127.0.0.1", CAPTIONER,
     ),
     Mistake("source without folder:", "generate photos", "(--source folder:photos?)", code=2),

@@ -65,7 +65,7 @@ def caption(
     if "-" in images:
         paths = list(dict.fromkeys([*paths, *_images_from_stdin()]))
     if not paths:
-        raise BadParameter("no image was named", param_hint="IMAGES")
+        raise BadParameter("no image was given", param_hint="IMAGES")
     require_prompt(folder, None if style == "all" else style, question or "")
     if out not in (None, SIDECARS):
         CaptionFile(out, {})  # report a wrong name before the captioner is loaded
@@ -183,7 +183,7 @@ def _translate_listen_errors(host: str, port: int) -> Iterator[None]:
     except (OSError, UnicodeError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         hint = "name an address of this machine (--host 127.0.0.1) or another port (--port 0: any free one)"
-        raise TrainError(f"cannot listen at {host}:{port}: {reason}", hint=hint) from None
+        raise TrainError(f"cannot listen on {host}:{port}: {reason}", hint=hint) from None
 
 
 def _serve_demo(folder: Path, title: str, host: str, port: int, num_beams: int | None) -> None:

@@ -56,7 +56,7 @@ def export_version(
     _require_new(out)
     if source_names and kind in TABLES:
         raise ConfigError(f"the format {kind} has no files of images", hint="leave --names out")
-    busy = ConfigError(f"another process exports to {out}", hint="wait for it, or choose another --out")
+    busy = ConfigError(f"another process is exporting to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
         _require_new(out)

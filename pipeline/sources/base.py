@@ -123,7 +123,7 @@ def refuse_roles(config: Config, source: str, hint: str) -> None:
         raise ConfigError(problem, hint=hint)
 
 
-def as_text(value: Any, name: str = "a column of the context") -> str:
+def as_text(value: Any, name: str = "a context column") -> str:
     """Return a value as text for a prompt. List items are joined with commas, and null becomes "".
 
     Raises SourceError if the value is an object or a list of lists. The message mentions `name`.
