@@ -128,7 +128,9 @@ def _model(name: str) -> Finding:
         hint = "check the name, the network, and HF_TOKEN if it is gated"
         return Finding("model", False, f"{model}: {error}", hint)
     if not weights_gib:
-        return Finding("model", False, f"{model} has no weight files", "choose a model with *.safetensors files")
+        return Finding(
+            "model", False, f"{model} has no weight files", "choose a model with *.safetensors files"
+        )
     needed_gib = weights_gib * MEMORY_PER_WEIGHTS
     fits = free_gib >= needed_gib
     summary = f"{model}: {weights_gib:.1f} GiB of weights, {free_gib:.1f} GiB free in {place}"

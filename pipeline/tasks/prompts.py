@@ -189,7 +189,9 @@ def check_names(
         close = did_you_mean(f"row.{unknown[0]}", [f"row.{column}" for column in columns])
         hint = f"map it: --columns context={','.join([*columns, *unknown])}"
         hint = f"{close} if the column is {unknown[0]}: --columns context={unknown[0]}" if close else hint
-        raise ConfigError(f"the prompt {name} uses row.{unknown[0]}, which is not a context column", hint=hint)
+        raise ConfigError(
+            f"the prompt {name} uses row.{unknown[0]}, which is not a context column", hint=hint
+        )
     if unneeded := sorted(results - {*task.needs}):
         hint = f"write `needs: [{', '.join([*task.needs, unneeded[0]])}]`"
         raise ConfigError(

@@ -75,7 +75,10 @@ def test_failed_cell_is_reported_and_result_has_the_other_cells(folder: Path) ->
     spec["also"] = [{"data": ["facts"], "encoder": ["./nowhere"]}]
     (folder / "more.yaml").write_text(yaml.safe_dump(spec))
     refused = experiment(folder, "more.yaml", "--jobs", "1", "--out", "whole")
-    assert refused.returncode == 1 and "cannot load the encoder ./nowhere: the folder does not exist" in refused.stderr
+    assert (
+        refused.returncode == 1
+        and "cannot load the encoder ./nowhere: the folder does not exist" in refused.stderr
+    )
     shutil.copytree(CLIP_MODELS[TINY_CLIP], folder / "damaged")
     (folder / "damaged/model.safetensors").write_bytes(b"cut off")
     spec["also"] = [{"data": ["facts"], "encoder": ["./damaged"]}]
