@@ -156,7 +156,7 @@ MISTAKES = (
         add("c.yaml balance: {entries: nowhere.txt}"),
     ),
     Mistake("no vLLM", "generate --source scenes --engine vllm --estimate", "vLLM is not installed here"),
-    Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher knows drawn scenes and nothing else"),
+    Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher can only describe"),
     Mistake("nothing to push", "push --repo me/x", "no dataset under data/"),
     Mistake("nothing to review", "review apply a.jsonl", "no dataset under data/"),
     Mistake("source without --source", "generate scenes", "unexpected argument: scenes (--source scenes?)",
@@ -168,20 +168,20 @@ MISTAKES = (
     Mistake("encoder misspelled", "train --encoder tiny-vitt", "no encoder tiny-vitt", "tiny-vit or"),
     Mistake("decoder misspelled", "train --decoder qwen", "no decoder qwen", "did you mean qwen3?"),
     Mistake(
-        "style not learned", "caption cap photos/0.png --style breif", "has not learned the style breif",
+        "style not learned", "caption cap photos/0.png --style breif", "was not trained on the style breif",
         "did you mean brief?", CAPTIONER,
     ),
     Mistake(
-        "style to score not learned", "evaluate cap --style breif", "has not learned the style breif",
+        "style to score not learned", "evaluate cap --style breif", "was not trained on the style breif",
         "did you mean brief?", CAPTIONER,
     ),
     Mistake(
         "question to a captioner without answers", "caption cap photos/0.png --question Where?",
-        "has not learned answers", "leave out --question: it writes captions (brief)", CAPTIONER,
+        "was not trained to answer questions", "leave out --question: it writes captions (brief)", CAPTIONER,
     ),
     Mistake(
         "file of captions misnamed", "caption cap photos/0.png --out caps.json",
-        "caps.json is not a file of captions", "NAME.jsonl", CAPTIONER,
+        "caps.json is not a caption file", "NAME.jsonl", CAPTIONER,
     ),
     Mistake(
         "CLIP misspelled", "evaluate cap --clip-score metaclp", "no CLIP metaclp", "did you mean metaclip?",

@@ -75,7 +75,7 @@ def generate(
     if NO_MODEL in settings.options.values() and config.asks_model:
         asked = ", ".join((*config.tasks, *config.verify.checks))
         raise ConfigError(
-            f"{NO_MODEL} excludes a model, and the settings ask it for {asked}", hint="remove one"
+            f"{NO_MODEL} excludes a model, but the settings request {asked}", hint="remove one"
         )
     if estimate:
         with show_progress() as progress:

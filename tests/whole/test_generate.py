@@ -149,7 +149,7 @@ def test_sigterm_ends_training_with_exit_code_143(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, progress = process.communicate(timeout=600)
     assert (process.returncode, (tmp_path / "captioner" / "resume.pt").exists()) == (143, True), progress
-    assert "run the same command to resume (train: with --resume" in progress.replace("\n", " ")
+    assert "add --resume to the same command" in progress.replace("\n", " ")
 
 
 def test_folder_source_gives_version_without_local_paths(synth: Run, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_missing_language_option_is_a_warning(tmp_path: Path) -> None:
     with running_chat(ChatServer(script)) as chat:
         command = f"{PHOTOS} --tasks caption --base-url {chat.url} --json"
         done = run(tmp_path, command)
-        warning = "filter rejected 5 of 6 annotations, 5 for other language: set the language of the texts"
+        warning = "filter rejected 5 of 6 annotations, 5 of them as other language: set the language"
         assert f"warning: {warning}" in done.stderr
         assert "--language" in done.stderr
         made = json.loads(run(tmp_path, f"{command} --language de").stdout)

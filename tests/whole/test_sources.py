@@ -72,7 +72,7 @@ def test_flickr30k_without_flags_uses_large_model(hub: RunningHub, tmp_path: Pat
     assert sizes == {"train": 6, "validation": 2, "test": 2}
     assert all(len(row["references"]) == 5 for row in rows(version))
     pushed = require_success(synth(hub, tmp_path, "push", "--repo", "me/flickr", "--json"))
-    assert "may not be passed on" in pushed.stderr
+    assert "may not be redistributed" in pushed.stderr
     warning = f"warning: the texts are of {LARGE} (Qwen Research License: no commercial use)"
     assert warning in pushed.stderr
     private = synth(hub, tmp_path, "push", "--repo", "me/other", "--private", "--dry-run")

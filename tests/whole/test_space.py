@@ -50,7 +50,7 @@ def space(hub: RunningHub, home: Path) -> dict[str, bytes]:
     """Return the files of the Space."""
     done = synth(hub, home, "push", "captioner", "--repo", "me/captioner", "--space", "me/page", "--json")
     assert json.loads(done.stdout)["repo"] == "me/captioner"  # one object for both pushes
-    assert "the page: " in done.stderr
+    assert "page: " in done.stderr
     return files_of(hub, "space", "me/page")
 
 

@@ -60,12 +60,12 @@ def require_learned(prompts: Sequence[tuple[str, str]], style: str | None = None
     if question:
         if all(learned for _, learned in prompts):
             hint = f"leave out --question: it writes captions ({', '.join(styles)})"
-            raise TrainError("the captioner has not learned answers", hint=hint)
+            raise TrainError("the captioner was not trained to answer questions", hint=hint)
     elif not styles:
-        raise TrainError("the captioner has learned answers only", hint="ask a question: --question")
+        raise TrainError("the captioner was trained only on questions", hint="ask a question: --question")
     elif style and style not in styles:
         hint = did_you_mean(style, styles, f"choose one of {', '.join(styles)}")
-        raise TrainError(f"the captioner has not learned the style {style}", hint=hint)
+        raise TrainError(f"the captioner was not trained on the style {style}", hint=hint)
 
 
 def require_prompt(folder: Path, style: str | None, question: str = "") -> None:

@@ -60,6 +60,6 @@ def test_checkpoint_description_states_scores_and_damage(version: Version, clip:
 
 
 def test_unfinished_training_run_has_a_description(tmp_path: Path) -> None:
-    assert describe_checkpoint(tmp_path) == "a training without files"
+    assert describe_checkpoint(tmp_path) == "a training run without files"
     save_resume(tmp_path, {"run": "r", "step": 1200})
     assert describe_checkpoint(tmp_path) == "an unfinished training run at step 1,200, without a captioner"
