@@ -107,4 +107,4 @@ def test_large_body_is_refused(address: Address, monkeypatch: pytest.MonkeyPatch
 def test_slow_body_is_refused(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.2)
     status, answer = send(address, CHAT, JSON | {"Content-Length": "200"}, b'{"model": ')
-    assert status == 408 and b"did not come" in answer
+    assert status == 408 and b"did not arrive" in answer
