@@ -60,7 +60,7 @@ def test_dataset_folder_name_has_only_safe_characters(source: str, name: str) ->
 def test_manifest_with_paths_outside_the_version_is_refused(tmp_path: Path, name: str) -> None:
     files = {name: {"sha256": "a" * 64, "bytes": 1}}
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"files": files}))
-    with pytest.raises(StoreError, match="not shards"):
+    with pytest.raises(StoreError, match="not a shard"):
         open_dataset(tmp_path)
 
 
@@ -122,5 +122,5 @@ def test_only_made_raises_if_there_are_two_datasets(tmp_path: Path, monkeypatch:
         manifest.write_text("{}")
     os.utime("data/secret/versions/v1.0.0/manifest.json", (1 << 33, 1 << 33))  # a wrong clock
     assert last_made() == Path("data/secret")
-    with pytest.raises(StoreError, match="there are 2 datasets"):
+    with pytest.raises(StoreError, match="several datasets were made here: 2"):
         only_made()

@@ -67,5 +67,5 @@ def test_mix_of_images_and_decks_is_refused(tmp_path: Path) -> None:
     two_pages = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]))
     tables = [sample_table([two_pages]), sample_table([samples[2]])]
     batches = [batch for table in tables for batch in table.to_batches()]
-    with pytest.raises(TableError, match="some samples have image"):
+    with pytest.raises(TableError, match="some samples have the columns image"):
         publish_rows(tmp_path, [true_captions([samples[0], samples[2]])], batches, source="mixed")

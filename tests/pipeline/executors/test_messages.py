@@ -39,7 +39,7 @@ def warnings_of(result: RunResult) -> list[str]:
 def test_missing_captions_are_reported_with_the_reason(tmp_path: Path) -> None:
     result = run(tmp_path, lambda times, body: REFUSAL if task_of(body).startswith("Task: caption") else None)
     warnings = "\n".join(warnings_of(result))
-    assert "no captions are left: validate rejected 24 for refusal" in warnings
+    assert "no captions are left: validate rejected 24 as refusal" in warnings
     assert "questions" not in warnings
 
 
@@ -84,7 +84,7 @@ def test_repeated_images_cause_no_rejection_warning() -> None:
     assert not list(describe_losses(STEPS, [repeated]))
     damaged = StepSummary("source", "images", 134, 4, {"duplicate_image": 114, "unreadable_image": 16})
     (text,) = describe_losses(STEPS, [damaged])
-    assert text.startswith("source rejected 16 of 20 images, 16 for unreadable image")
+    assert text.startswith("source rejected 16 of 20 images, 16 of them as unreadable image")
 
 
 def test_damaged_version_stops_a_run_before_the_first_request(tmp_path: Path) -> None:

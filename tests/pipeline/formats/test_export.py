@@ -614,7 +614,7 @@ def test_export_error_for_custom_columns_names_supported_formats(
     version, _ = publish_rows(tmp_path / "d", [table], batches, rows=Rows(), extras=extras)
     with pytest.raises(ConfigError, match="has no captions") as caught:
         export_version(version, "llava", tmp_path / "out")
-    assert "its columns note with --format imagefolder" in caught.value.hint
+    assert "its columns (note) with --format imagefolder" in caught.value.hint
     export_version(version, "imagefolder", tmp_path / "out")
     notes = pq.read_table(tmp_path / "out" / "train" / "metadata.parquet")["note"]
     assert notes.unique().to_pylist() == ["A note"]

@@ -55,7 +55,7 @@ def test_cost_of_earlier_runs_counts_toward_max_cost() -> None:
     assert budget.room(3) in (5, 6)  # 0.18 left, 0.02 each
     budget.add(REQUEST, reply(prompt_tokens=180_000, reply_tokens=0))
     assert budget.room(0) == 0
-    assert "1.00 of 1.00 to pay" in str(budget.error())
+    assert "1.00 of 1.00 cost" in str(budget.error())
 
 
 def test_judge_has_its_own_prices() -> None:
@@ -96,7 +96,7 @@ def test_later_run_counts_the_cost_of_the_judge(tmp_path: Path) -> None:
         assert journal.likely_tokens("rate") == (20_000, 0)
         config = resolve(source="scenes", server=server.model_dump(exclude_unset=True) | {"max_cost": 0.21})
         queue = RequestQueue(iter(()), request_plan(config), config.server, journal, RequestStats())
-        with pytest.raises(BudgetError, match=r"0\.210000 of 0\.210000 to pay"):
+        with pytest.raises(BudgetError, match=r"0\.210000 of 0\.210000 cost"):
             queue.require_room()
 
 
@@ -155,6 +155,6 @@ def test_small_budget_sends_one_request_before_the_first_reply(tmp_path: Path) -
             run(tmp_path / "tokens", chat, max_total_tokens=60)
         assert len(chat.bodies) == 1  # it takes 52 tokens
         chat.bodies.clear()
-        with pytest.raises(BudgetError, match=r"0\.000052 of 0\.000100 to pay"):
+        with pytest.raises(BudgetError, match=r"0\.000052 of 0\.000100 cost"):
             run(tmp_path / "cost", chat, max_cost=0.0001, price_in=1.0, price_out=1.0)
         assert len(chat.bodies) == 1

@@ -90,7 +90,7 @@ def test_model_whose_box_unit_differs_from_the_task_is_reported() -> None:
     task = {"name": "things", "kind": "boxes", "prompt": "Find things."}
     config = resolve(source="folder:x", custom_tasks=[task])
     (note,) = describe_boxes(config, "Qwen/Qwen3-VL-8B-Instruct")
-    assert "Qwen3-VL writes boxes in thousandths, the task things reads pixels" in note
+    assert "Qwen3-VL writes boxes in thousandths, but the task things reads pixels" in note
     assert not [*describe_boxes(config, "Qwen/Qwen2.5-VL-3B-Instruct"), *describe_boxes(config, "gpt-5")]
     assert not [*describe_boxes(resolve(source="folder:x"), "Qwen/Qwen3-VL-8B-Instruct")]
     right = resolve(source="folder:x", custom_tasks=[task | {"coordinates": "thousandths"}])

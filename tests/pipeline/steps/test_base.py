@@ -49,7 +49,7 @@ def test_comparison_results_are_joined_to_rows_in_every_shard(
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"), [("(3), (3)", "twice"), ("(5), (60)", "not there"), ("(50)", "not there")]
+    ("rows", "message"), [("(3), (3)", "twice"), ("(5), (60)", "does not exist"), ("(50)", "does not exist")]
 )
 def test_comparison_with_repeated_or_missing_row_is_refused(rows: str, message: str) -> None:
     query = f"SELECT col0::BIGINT AS row, 'm' AS label, 'bad' AS reason FROM (VALUES {rows})"
@@ -67,7 +67,7 @@ def test_comparison_with_repeated_or_missing_row_is_refused(rows: str, message: 
 )
 def test_step_that_loses_adds_or_reorders_rows_is_refused(change: Callable[[pa.Table], pa.Table]) -> None:
     step = judging(lambda table: change(table.append_column("reason", pa.nulls(table.num_rows, pa.string()))))
-    with pytest.raises(TableError, match="step judged was given"):
+    with pytest.raises(TableError, match="the step judged received"):
         run_step(step, numbers(10))
 
 

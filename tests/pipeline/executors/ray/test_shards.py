@@ -87,7 +87,7 @@ def test_shard_whose_work_kills_several_workers_is_abandoned(tmp_path: Path) -> 
     for _ in range(MAX_DEATHS + 1):
         with pytest.raises(KeyboardInterrupt):
             run_exclusively(run, "dies", 2, dies)
-    with pytest.raises(ClusterError, match="dies-2 has ended 4 workers"):
+    with pytest.raises(ClusterError, match="dies-2: 4 workers died"):
         run_exclusively(run, "dies", 2, dies)
     assert run_exclusively(run, "lives", 2, lambda: 7) == 7
     remove(run.attempts)
