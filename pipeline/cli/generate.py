@@ -74,9 +74,7 @@ def generate(
         raise BadParameter(f"{out} needs --executor ray, without --estimate", param_hint="--out")
     if NO_MODEL in settings.options.values() and config.asks_model:
         asked = ", ".join((*config.tasks, *config.verify.checks))
-        raise ConfigError(
-            f"{NO_MODEL} excludes a model, but the settings request {asked}", hint="remove one"
-        )
+        raise ConfigError(f"{NO_MODEL} excludes a model, but the settings request {asked}", hint="remove one")
     if estimate:
         with show_progress() as progress:
             values = estimate_run(config, out, progress)

@@ -96,8 +96,8 @@ def describe_boxes(config: Config, model: str) -> Iterator[str]:
     family = find_family(model)
     for task in config.custom_tasks if family else ():
         if family and task.kind == "boxes" and task.coordinates != family.boxes:
-            units = f"{family.name} writes boxes in {family.boxes}, but the task {task.name} reads {task.coordinates}"
-            yield f"{units}: set coordinates in the task"
+            expected = f"but the task {task.name} reads {task.coordinates}: set coordinates in the task"
+            yield f"{family.name} writes boxes in {family.boxes}, {expected}"
 
 
 def describe_warnings(

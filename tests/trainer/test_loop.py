@@ -48,7 +48,7 @@ def test_micro_batches_do_not_change_the_loss(version: Version, tmp_path: Path, 
 
 def test_diverging_loss_ends_the_training(version: Version, tmp_path: Path) -> None:
     rates = {"connector_lr": 1e18, "decoder_lr": 1e18, "encoder_lr": 1e18}
-    with pytest.raises(TrainError, match="loss is (nan|inf)"):
+    with pytest.raises(TrainError, match=r"loss is (nan|inf)"):
         train_captioner(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
 
 
