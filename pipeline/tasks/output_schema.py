@@ -216,7 +216,7 @@ def _kind_of(schema: Schema, path: str) -> str:
             or kind not in (None, *kinds)
             or len(values) > MAX_ENUM_VALUES
         ):
-            problem = f"must allow only texts, or only whole numbers, and at most {MAX_ENUM_VALUES}"
+            problem = f"must list only strings, or only integers, and at most {MAX_ENUM_VALUES}"
             quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes"
             raise UnusableSchemaError(f"{path} {problem}{quotes if None in kinds else ''}")
         kind = kinds.pop()

@@ -48,7 +48,7 @@ def test_unchanged_example_tasks_are_valid(tmp_path: Path) -> None:
 
 def test_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     write_project(tmp_path)
-    with pytest.raises(ConfigError, match=r"synth\.yaml exists"):
+    with pytest.raises(ConfigError, match=r"synth\.yaml already exists"):
         write_project(tmp_path)
 
 
