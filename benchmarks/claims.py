@@ -4,7 +4,7 @@
 
 FOLDER contains several human captions per image (`captions_human.jsonl.gz`: `image`, `text`). One caption per
 image is checked by `--verify claims`, unchanged and with each kind of error that fits: another object, color,
-number or relation, or a negation. To measure the check and not a model, a script replaces the model. It
+number or relation, or a negation. A script replaces the model, so that only the check is measured. It
 splits a caption into clauses, and answers questions from all captions of the image. A second script answers
 yes to all questions and must confirm nothing. A third gives a wrong answer to one question in ten.
 """
@@ -82,7 +82,7 @@ def split_claims(caption: str) -> list[str]:
 
 
 def holds(claim: str, said: set[str]) -> bool:
-    """Return whether the captions contain all content words of a claim, or not all for a negation."""
+    """Return whether the captions contain all content words of a claim. A negation inverts the result."""
     words = {word.lower() for word in re.findall(r"[A-Za-z0-9]+", claim)}
     if negations := words & {"no", "not", "without"}:
         rest = " ".join(word for word in re.findall(r"[A-Za-z0-9]+", claim) if word.lower() not in negations)

@@ -5,8 +5,8 @@
 A mock endpoint answers every request after 200 ms. Each client requests one caption for each of N distinct
 JPEGs (85 kB) with 256 concurrent requests. The clients are a bare aiohttp loop that discards the replies,
 `synth` with journal and validation, `synth` with a separate prompt per image (`context`), and peers, each in
-its own environment (benchmarks/peers). CPU per row is the slope between a short and a long run, without
-start-up. Finally, each client is killed half-way and restarted, and the endpoint counts repeated requests.
+its own environment (benchmarks/peers). CPU per row is the slope between a short and a long run, which
+excludes start-up. Finally, each client is killed half-way and restarted, and repeated requests are counted.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def make_images(folder: Path) -> None:
 
 
 def read_image(folder: Path, number: int) -> bytes:
-    """Return the bytes of an image. From KEPT_FILES on, bytes after the end make it distinct."""
+    """Return the bytes of an image. Appended bytes distinguish images from number KEPT_FILES on."""
     data = (folder / f"{number % KEPT_FILES:05d}.jpg").read_bytes()
     return data if number < KEPT_FILES else data + number.to_bytes(8, "big")
 
@@ -150,7 +150,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
 
 
 def measure(command: list[str], out: Path) -> Run:
-    """Run a client to its end. CPU and memory include child processes that it waited for."""
+    """Run a client until it exits. CPU and memory include child processes that it waited for."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     with (out.parent / f"{out.name}.log").open("w") as log:

@@ -4,7 +4,7 @@
 
 JPEGs of 500 x 375 px, or your own photos, are read, decoded, checked and hashed as in every source. The
 baselines are a Pillow loop that only reads and decodes (`bare`), and one that also converts to RGB
-(`convert`). Two more measurements are the work of a client: the check whether bytes can be sent unchanged,
+(`convert`). Two more steps measure the work of a client: the check whether bytes can be sent unchanged,
 and re-encoding. Rounds are interleaved, and the first one is a warm-up. Each step has its own process,
 because reused memory can make images up to twice as fast. CPU seconds include that process and its decoding
 workers.

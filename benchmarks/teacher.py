@@ -143,7 +143,7 @@ def show_scenes(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
 
 
 def show_decks(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """Print the accuracy of answers, evidence pages and expressions, also for differences alone."""
+    """Print the accuracy of answers, evidence pages and expressions. Adds a line for differences."""
     scenes = scenes_by_id(samples, DECKS)
     differences = [
         row | {"answer_type": "differences"} for row in rows if " more " in (row["question"] or "")

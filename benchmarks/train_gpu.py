@@ -171,8 +171,7 @@ def cell(
         "steps_per_s": 1 / median,
         "captions_per_s": images * CAPTIONS / median,
         "of_the_floor": median / floor,
-        "waited_frac": statistics.median(waited)
-        / median,  # share of time waiting for the device, near 0 if Python is the bottleneck
+        "waited_frac": statistics.median(waited) / median,  # near 0 if Python is the bottleneck
     }
     if device.type == "cuda":
         row |= {"memory_gb": torch.cuda.max_memory_allocated() / 1e9, **_launches_and_syncs(step)}
@@ -259,7 +258,7 @@ def ratio_to_nanovlm(checkout: Path, rounds: int, device: torch.device) -> float
         return seconds["nanoVLM"] / seconds["synth"]
     steps = {
         name: build() for name, build in builders.items()
-    }  # in one process: CUDA does not survive a fork
+    }  # in this process, because CUDA fails after a fork
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 2):
         for name, step in steps.items():

@@ -1,7 +1,7 @@
 """Find image files, caption them, and write the captions. An interrupted run can be resumed.
 
-Captions are written to a .jsonl file, which has a temporary name until it is complete, or to one text file
-next to each image.
+Captions are written to a .jsonl file or to one text file next to each image. A .jsonl file has a temporary
+name until it is complete.
 """
 
 import glob

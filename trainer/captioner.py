@@ -118,7 +118,7 @@ class Captioner:
                     yield key, pixels if isinstance(pixels, ImageError) else next(texts)
 
     def prompt(self, style: str | None = None, question: str = "") -> list[int]:
-        """Return the prompt tokens for a caption or an answer. Raises TrainError if it was not learned."""
+        """Return the tokens of a prompt. Raises TrainError if the style, or answering, was not learned."""
         prompts = self.checkpoint.captioner.config.prompts
         source, chosen = answering_prompt(prompts) if question else scored_prompt(prompts, style)
         return self.checkpoint.tokenizer.prompt(TargetText(source, "", style=chosen, question=question))

@@ -106,11 +106,11 @@ def read_examples(
     keeps_human: bool = False,
     to_score: bool = False,
 ) -> list[Example]:
-    """Return one example for each row with a training text. With `to_score`, a reference is sufficient.
+    """Return one example for each row that has a training text or, with `to_score`, a reference.
 
-    `images` maps sample ids to images and is None for decks. With `keeps_human`, human texts are read from
-    the caption and question columns, otherwise from the reference columns. Other options are fields of
-    TrainConfig. `styles` applies only to synthetic captions.
+    `images` maps sample ids to images, or is None if the samples are decks. With `keeps_human`, human texts
+    are read from the caption and question columns, otherwise from the reference columns. Other options are
+    fields of TrainConfig. `styles` applies only to synthetic captions.
 
     Raises TrainError if the samples are decks, or if no row has a caption to learn.
     """
@@ -201,7 +201,7 @@ def limit_captions(examples: list[Example], max_words: int) -> list[Example]:
     """Drop captions until their total is at most `max_words` words. 0 keeps all captions.
 
     Every image keeps at least one caption, even if this exceeds the budget. Captions are chosen by a hash of
-    image and text or, if the budget is too small for one such caption per image, by length.
+    image and text. If one such caption per image exceeds the budget, shorter captions are chosen first.
     """
     if not max_words:
         return examples

@@ -68,7 +68,7 @@ class Quiz:
         self.answers.update(zip(keys, answer_questions(checkpoint, features, pairs, source), strict=True))
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """Return VQA accuracy by answer type, with own images, shuffled images and the majority answer."""
+        """Return VQA accuracy by answer type, also for shuffled images and for the most common answer."""
         asked = [(i, n, q) for i, e in enumerate(self.examples) for n, q in enumerate(e.questions)]
         scores = {}
         for kind in sorted({question.answer_type for _, _, question in asked}):
@@ -281,7 +281,7 @@ def clip_scores(
 
 
 def is_own_encoder(name: str, made_from: dict[str, str]) -> bool:
-    """Return whether a CLIP name means the captioner's own encoder."""
+    """Return whether `name` is the model that the captioner's encoder was made from."""
     own_name, model_id = made_from.get("name", ""), ENCODERS.get(name, name)
     shown = folder_name(Path(name)) if Path(name).is_dir() else model_id
     return ENCODERS.get(own_name, own_name) in (model_id, shown)

@@ -79,7 +79,7 @@ class BatchLoader:
     encoded: dict[str, list[EncodedText]] = field(default_factory=dict)  # by sample id
 
     def load(self, examples: list[Example]) -> Batch:
-        """Load the batch of a step, with images only for this process."""
+        """Load this process's part of the batch for a step. `examples` holds the whole batch."""
         count = self.micro_batches * self.processes
         parts = [part for first in range(count) if (part := examples[first::count])]
         # Collate the texts of all processes, because the mean loss needs the token count of the whole batch.
@@ -139,7 +139,7 @@ class Validation:
         scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled_cider_d}
         log.write(step=done, **losses, **scores)
         # Early captions all score about 0. With a single image, CIDEr-D is always 0, because no word is rarer
-        # than others. In these cases, the lower loss wins, or without validation texts the later step.
+        # than others. In these cases, the lower loss wins. Without validation texts, the later step wins.
         tie_breaker = float(done) if loss is None else -loss
         is_single = result["images"] == 1
         score = tie_breaker if is_single else round(cider_d, SCORE_DIGITS)

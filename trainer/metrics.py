@@ -72,7 +72,7 @@ def ngrams(tokens: Tokens, n: int) -> NgramCounts:
 
 
 def bleu(hypotheses: Sequence[Tokens], references: References) -> list[float]:
-    """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002), with the closest reference lengths."""
+    """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002). Brevity is relative to the closest reference."""
     tiny, small = 1e-15, 1e-9  # avoid division by zero, as in pycocoevalcap
     matched, possible = [0] * MAX_N, [0] * MAX_N
     length = reference_length = 0
@@ -180,7 +180,7 @@ def bootstrap(per_image: Mapping[str, Sequence[float]], draws: int = 1000) -> di
 
 
 def derangement(names: Sequence[str]) -> list[int]:
-    """Return the index of another name for each name. The pairs do not depend on the order of `names`."""
+    """Return, for each name, the index of another name. The pairs do not depend on the order of `names`."""
     order = sorted(range(len(names)), key=lambda index: (digest(names[index]), index))
     following = dict(zip(order, order[1:] + order[:1], strict=True))
     return [following[index] for index in range(len(names))]

@@ -43,7 +43,7 @@ def build_optimizer(captioner: CaptionerModel, config: TrainConfig) -> torch.opt
 
 
 def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> str:
-    """Set the learning rates for a step, and freeze parts with rate 0. Returns the name of the stage."""
+    """Set the learning rates for a step, and freeze parts whose rate is 0. Returns the name of the stage."""
     stage = stage_of(config, step)
     for group in optimizer.param_groups:
         rate = group["rate"]
@@ -96,7 +96,7 @@ class WeightAverage:
         for name, weights in model.named_parameters():
             average = self.weights_by_name.get(name)
             if average is not None:
-                # Weights that a later stage freezes are final, so the average takes their value.
+                # Frozen weights no longer change, so the average copies them.
                 average.lerp_(weights, 1 - decay) if weights.requires_grad else average.copy_(weights)
             elif weights.requires_grad:
                 self.weights_by_name[name] = weights.detach().clone()

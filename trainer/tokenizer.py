@@ -176,7 +176,7 @@ Prompts = list[tuple[str, str]]
 
 
 def preferred_style(prompts: list[tuple[str, str]]) -> str | None:
-    """Return brief or plain if learned, else the first style. Returns None if no captions were learned."""
+    """Return "brief" or "plain" if learned, otherwise the first learned style, or None if there is none."""
     styles = [style for _, style in prompts if style]
     return next((style for style in ("brief", "plain") if style in styles), next(iter(styles), None))
 

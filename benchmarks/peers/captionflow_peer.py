@@ -1,9 +1,9 @@
 """Runs CaptionFlow: an orchestrator for a folder of images, and one worker for an OpenAI-compatible endpoint.
 
-Measured with version 0.5.7 on Python 3.12, which newer releases need. CaptionFlow decodes, re-encodes and
-captions all images of a batch before the next batch. Replies are stored without a schema, in Lance files
-below `--out`. A second run requests missing captions. CaptionFlow adapts its concurrency to the endpoint,
-and this script starts it at the maximum.
+Measured with version 0.5.7 on Python 3.12, the oldest that newer releases support. CaptionFlow decodes,
+re-encodes and captions all images of a batch before the next batch. Replies are stored without a schema, in
+Lance files below `--out`. A second run requests missing captions. CaptionFlow adapts its concurrency to
+the endpoint, and this script starts it at the maximum.
 """
 
 import argparse

@@ -123,7 +123,7 @@ def interval(scores_SI: Scores, base_SI: Scores | None = None) -> tuple[float, f
 
 
 def _student_factor(arms: Sequence[Scores]) -> float:
-    """Return the ratio of the quantiles of Student's t and the normal distribution for these arms."""
+    """Return the quantile of Student's t for these arms, divided by that of the normal distribution."""
     several = [scores_SI for scores_SI in arms if len(scores_SI) > 1]
     variances = np.array([scores_SI.mean(1).var(ddof=1) / len(scores_SI) for scores_SI in several])
     if not variances.sum():
@@ -142,7 +142,7 @@ def verdict(low: float, high: float, seeds: int = 2) -> str:
 
 
 def compare(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Compare all arms that differ in exactly one factor. Differences are later minus earlier arm."""
+    """Compare all arms that differ in exactly one factor. The earlier arm is subtracted from the later."""
     differences = []
     for n, factor in enumerate(FACTORS):
         for base, arm in itertools.combinations(arms, 2):
@@ -193,7 +193,7 @@ def summarize(arm: Arm, images: int, words: int) -> dict[str, Any]:
 
 
 def examples(arms: Sequence[Arm], count: int) -> list[dict[str, Any]]:
-    """Return `count` images with the captions of each arm. In half of them, the scores differ most."""
+    """Return `count` images with each arm's captions. Half of them have the largest score differences."""
     scores_AI = np.stack([arm.cider_d_SI[0] for arm in arms])
     most_different = np.argsort(-np.ptp(scores_AI, axis=0), kind="stable")[: count // 2]
     rest = np.setdiff1d(np.arange(scores_AI.shape[1]), most_different)

@@ -24,7 +24,7 @@ CONTRASTIVE_WEIGHT = 0.1
 # With fewer steps, ALIGN_FRAC of them is less than one step.
 MIN_STEPS = 4
 FACTORS = ("data", "encoder", "decoder", "alignment", "train_images")
-# Settings that select examples. They must be equal in all cells, which learn from the same images.
+# Settings that select examples. They must be equal in all cells, because all learn from the same images.
 SHARED_SETTINGS = ("styles", "questions")
 GRID_SETTINGS = {
     "encoder", "decoder", "text_source", "source_in_prompt", "train_images", "caption_word_budget",
@@ -43,7 +43,7 @@ class Data(Section):
 
 
 class Grid(Section):
-    """Lists whose product gives the cells. `train_images` 0 means all. `settings` has TrainConfig fields."""
+    """Lists whose product gives the cells. In `train_images`, 0 means all. `settings` is for TrainConfig."""
 
     encoder: Annotated[tuple[str, ...], NotEmpty] = ("clip",)
     decoder: Annotated[tuple[str, ...], NotEmpty] = ("scratch",)

@@ -108,7 +108,7 @@ def _common_ids(examples: Examples, split: str) -> set[str]:
 def _match_words(
     experiment: Experiment, learned: Examples, train_images: set[int]
 ) -> tuple[dict[int, int], dict[tuple[str, int], tuple[int, int]]]:
-    """Return the word budget per `train_images`, and (images, words) per data entry and `train_images`."""
+    """Return the word budget by image count, and (images, words) by data entry and image count."""
     budgets: dict[int, int] = {}
     sizes: dict[tuple[str, int], tuple[int, int]] = {}
     for size in train_images:

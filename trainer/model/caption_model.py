@@ -83,7 +83,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         return loss
 
     def contrast_loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
-        """Return the contrastive loss of mean-pooled image states and captions, or 0 for fewer than two."""
+        """Return the contrastive loss of mean-pooled states and captions, or 0 for one image or caption."""
         captions = texts.only(texts.caption_C).to(states_BNV.device)
         image_of_K = captions.image_of_C
         if len(image_of_K) < 2 or len(states_BNV) < 2:

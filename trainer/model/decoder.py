@@ -51,7 +51,7 @@ class BlockCache:
 
 @dataclass(slots=True)
 class Cache:
-    """Key-value cache for one generation. Pass an empty cache to the first call, and reuse it later."""
+    """Key-value cache for one generation. It is empty before the first call and passed to all calls."""
 
     blocks: list[BlockCache] = field(default_factory=list)
     length: int = 0

@@ -38,7 +38,7 @@ from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 
 ADAPTER = "default"  # adapter name in peft
 PROBE_TOKENS = 6
-# In standard deviations. Rounding changes states by 1e-6, and convolutions by at least 4e-4.
+# In standard deviations of the states. Rounding causes differences of 1e-6, convolutions at least 4e-4.
 MAX_STATE_DIFFERENCE = 1e-4
 MAX_LOGIT_DIFFERENCE = 0.01  # rounding on a GPU may change logits by 0.001
 MAX_SHARE_OF_CAP = 0.99  # logits closer to the cap cannot be inverted

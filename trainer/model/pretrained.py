@@ -136,7 +136,7 @@ def silence_transformers() -> Iterator[None]:
 
 
 def load_config(model_id: str) -> PreTrainedConfig:
-    """Load the config from a folder or the Hub. Raises one of LOAD_ERRORS, also if weights are quantized."""
+    """Load a config from a folder or the Hub. Raises one of LOAD_ERRORS, for quantized weights too."""
     path = Path(model_id)
     # A name that can only be a path is not looked up on the Hub, which may take minutes.
     is_path = path.is_absolute() or model_id.startswith((".", "~")) or len(path.parts) > 2
@@ -146,7 +146,7 @@ def load_config(model_id: str) -> PreTrainedConfig:
     if getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantized and cannot be trained. Pass the original model")
     for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
-        if getattr(part, "return_dict", True) is False:  # set by tracing, and removes output names
+        if getattr(part, "return_dict", True) is False:  # tracing sets this to get bare tuples
             part.return_dict = True  # type: ignore[union-attr]
     return config
 

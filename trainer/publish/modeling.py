@@ -154,7 +154,7 @@ class _Prefixed(nn.Module):
         return embedding
 
     def own_cache(self, cache: Cache | None) -> Cache | None:
-        """Return `cache`, or an empty one for a language model in which only some layers are attention."""
+        """Return `cache`, or a new one if only some layers of the language model use attention."""
         attends = {"attention" in kind for kind in getattr(self.model.config, "layer_types", None) or ()}
         is_mixed = len(attends) > 1 and type(cache) is DynamicCache
         return DynamicCache(config=self.model.config) if is_mixed else cache
@@ -188,7 +188,7 @@ class _Prefixed(nn.Module):
 
 
 class _AtLastPosition(MaxLengthCriteria):
-    """Has its own type, because `generate` replaces a default criterion by a custom one of the same type."""
+    """Has its own type, because `generate` drops its default criterion if a custom one has the same type."""
 
 
 class _Contrast(nn.Module):

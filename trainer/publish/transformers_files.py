@@ -34,7 +34,7 @@ HEADER = "# Written by `synth`. This file needs torch, transformers and Pillow.\
 
 
 def transformers_files(folder: Path) -> dict[str, bytes]:
-    """Return the files (by name) to add to a checkpoint folder for transformers, and a new config.json.
+    """Return the files, by name, that transformers needs in a checkpoint folder, with a new config.json.
 
     Raises TrainError if the folder is not a captioner.
     """

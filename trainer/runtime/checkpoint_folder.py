@@ -52,9 +52,9 @@ def require_checkpoint(folder: Path) -> None:
 
 
 def require_learned(prompts: Sequence[tuple[str, str]], style: str | None = None, question: str = "") -> None:
-    """Raise TrainError if a captioner has not learned a style (None means any), or answers for a question.
+    """Raise TrainError if a captioner has not learned the style or, given a question, to answer questions.
 
-    `prompts` are pairs of source and style. The style of answers is "".
+    `style` None means any style. `prompts` are pairs of source and style. The style of answers is "".
     """
     styles = list(dict.fromkeys(learned for _, learned in prompts if learned))
     if question:

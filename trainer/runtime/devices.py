@@ -38,7 +38,7 @@ def join_processes() -> tuple[int, int]:
 
 
 def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) -> float:
-    """Sum gradients over all processes in place, small ones together. Returns the summed loss."""
+    """Sum gradients over all processes in place, several per message. Returns the summed loss."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss_tensor = torch.tensor([loss], device=device)
     has_gradient = torch.tensor([float(parameter.grad is not None) for parameter in learning], device=device)
@@ -54,7 +54,7 @@ def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) ->
     _all_reduce_sum(message)
     with translate_peer_errors():  # on a GPU, a failure is raised only when a value is read
         for parameter, num_gradients in zip(learning, has_gradient.tolist(), strict=True):
-            # If no process has a gradient, the optimizer must skip the weight. Weight decay would change it.
+            # If no process has a gradient, the optimizer must skip the weight, including weight decay.
             if not num_gradients:
                 parameter.grad = None
         return loss_tensor.item()

@@ -37,7 +37,7 @@ from trainer.serving.protocol import RefusedError, answer_text, chunks, completi
 # Enough for a photo of 32 MB in base64.
 MAX_BODY_BYTES = 48_000_000
 BODY_TIMEOUT_S = 30.0
-# Limits for all unanswered requests and their bodies together.
+# Limits for the number of unanswered requests and the total size of their bodies.
 MAX_HELD_REQUESTS, MAX_HELD_BYTES = 1_000, 1_000_000_000
 SHUTDOWN_TIMEOUT_S = 5
 HANDLED_ERRORS = (RefusedError, HTTPException, ClientDisconnect, Exception)
@@ -81,7 +81,7 @@ class Batcher:
         return await future
 
     async def run(self) -> None:
-        """Generate batches until cancelled. Each holds the oldest request and others of equal `group`."""
+        """Generate batches until cancelled. A batch holds the oldest request and others in its `group`."""
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
@@ -191,7 +191,7 @@ class CaptionServer:
 
     @contextmanager
     def _count_held(self, request: Request) -> Iterator[None]:
-        """Count a request and its body size until it is answered. Raises RefusedError if a limit is hit."""
+        """Count a request and its body size until it is answered. Raises RefusedError above the limits."""
         length = request.headers.get("content-length", "")
         size = min(int(length), MAX_BODY_BYTES) if length.isdecimal() else MAX_BODY_BYTES
         if self.held_requests >= MAX_HELD_REQUESTS or self.held_bytes + size > MAX_HELD_BYTES:
@@ -250,7 +250,7 @@ class CaptionServer:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Middleware that refuses requests that are cross-site, for another host, without the key or not JSON."""
+    """Middleware that refuses cross-site requests, other host names, wrong keys and bodies without JSON."""
 
     app: ASGIApp
     host: str
