@@ -72,7 +72,7 @@ def ngrams(tokens: Tokens, n: int) -> NgramCounts:
 
 
 def bleu(hypotheses: Sequence[Tokens], references: References) -> list[float]:
-    """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002). Brevity is relative to the closest reference."""
+    """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002). Brevity is relative to the closest length."""
     tiny, small = 1e-15, 1e-9  # avoid division by zero, as in pycocoevalcap
     matched, possible = [0] * MAX_N, [0] * MAX_N
     length = reference_length = 0

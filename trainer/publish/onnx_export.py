@@ -41,7 +41,7 @@ MAX_TEXT_TOKENS = 512
 MAX_EMBEDDED_BYTES = 1_500_000_000
 # Largest allowed difference from a PyTorch value.
 MAX_DIFFERENCE = 1e-3
-# Factor on the allowed difference of single encoder values, because bfloat16 ties may round differently.
+# Single encoder values may differ by this factor more, because bfloat16 ties may round differently.
 MAX_ROUNDING_FACTOR = 50
 # Largest allowed mean difference of normalized pixels, because libraries resize slightly differently.
 MAX_PIXEL_DIFFERENCE = 0.05

@@ -88,7 +88,7 @@ class OnnxCaptioner:
 
 
 def _run_step(session: Any, inputs: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-    """Run a decoder part. Return its logits, and its keys and values named as inputs of the next step."""
+    """Run a decoder part. Returns its logits, and its keys and values under their names as next inputs."""
     logits, *present = session.run(None, inputs)
     names = [output.name.replace("present", "past_key_values") for output in session.get_outputs()]
     return logits, dict(zip(names[1:], present, strict=True))
