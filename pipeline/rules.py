@@ -160,7 +160,7 @@ def is_too_short(row: RuleInput) -> bool:
 
 
 def is_too_long(row: RuleInput) -> bool:
-    """Return True if a caption, question or answer is too long. Often, the model repeats itself."""
+    """Return True if a caption, question or answer has too many words, often due to repetition."""
     max_words = row.config.max_question_words if row.is_question else row.config.max_caption_words
     return row.scores.word_count > max_words or row.scores.answer_word_count > row.config.max_answer_words
 

@@ -96,7 +96,7 @@ def resolve(config_file: Path | None = None, **options: Any) -> Config:
 
 
 def _keep_used_endpoints(server: dict[str, Any], base_url: Any, judge: str) -> dict[str, Any]:
-    """Return the section `server` of a file, without endpoints that neither --base-url nor the judge uses."""
+    """Return the section `server` of a file with only the endpoints that --base-url or the judge uses."""
     endpoints = server.get("endpoints")
     used = [*map(str, base_url), *filter(None, [judge_address(judge)])]
     if not isinstance(endpoints, dict) or not all(
@@ -201,7 +201,7 @@ def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
     values = read_yaml(file, "it needs lines such as `limit: 100`")
     if isinstance(values.get("config"), dict) and "version" in values:
         return values["config"], True
-    # Cards show a command that reads `manifest.json`. Untrusted settings in another form must not run.
+    # Cards show a command with this file name. It must not run untrusted settings that are not a manifest.
     if file.name == "manifest.json":
         problem = f"{file} is not a manifest of a version"
         raise ConfigError(

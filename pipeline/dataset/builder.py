@@ -186,7 +186,7 @@ def _redact_pair(pair: dict[str, Any]) -> dict[str, Any]:
 
 
 def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.ListType) -> pa.ListArray:
-    """Return a list per sample of its annotations that `mask` selects."""
+    """Return one list per sample. It holds the annotations of the sample that `mask` selects."""
     selected = annotations.filter(pa.array(mask))
     fields = [_final_values(selected, item) for item in kind.value_type]
     offsets = np.r_[0, np.cumsum(np.bincount(owner[mask], minlength=count))]

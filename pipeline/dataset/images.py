@@ -126,7 +126,7 @@ class ImageStore:
         """
         kept, written = set[tuple[Path, str]](), set[Path]()
         for path, ids in [(path, _read_ids(path)) for path in self.paths()]:
-            # An earlier iteration has written this file, whose name a killed process had already used.
+            # An earlier iteration has just rewritten this file, which a killed process had left here.
             if path in written:
                 continue
             num_bytes = path.stat().st_size

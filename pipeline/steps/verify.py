@@ -350,7 +350,7 @@ class AnnotationChecker:
                 self.services.progress("align", done, len(by_sample))
 
     def _compare_with_references(self, captions: Subjects) -> None:
-        """Set `shared_words`: the share of a caption's content words that occur in any human caption."""
+        """Set `shared_words`: share of a caption's content words in any human caption of the image."""
         by_sample = _by_sample(captions)
         for batch in read_samples(self.shard, ["sample_id", "references"]):
             for row in batch.to_pylist():
