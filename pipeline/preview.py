@@ -163,7 +163,7 @@ def _read_replies(
 
 
 def _judge_texts(table: pa.Table, plan: Plan) -> dict[str, list[JudgedText]]:
-    """Return the texts by request id, each with the reason if the step validate or filter would reject it."""
+    """Return the texts by request id, each with the reason if the validate or filter step would reject it."""
     validated = validate_annotations(table, plan.tasks)
     grams = own_prompt_grams(tuple(task.name for task in plan.tasks.asked))
     filtered = filter_annotations(validated.drop_columns(["reason"]), plan.config.filter, grams, plan.tasks)

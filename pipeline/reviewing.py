@@ -20,7 +20,7 @@ from pipeline.steps.base import AllRows
 from pipeline.steps.review import read_texts
 from pipeline.storage.files import read_json, translate_disk_errors, write_text
 
-# The step before the step review.
+# The step before the review step.
 SPLIT = split.STEP.name
 REVIEW_FIRST = "review texts in a report, then export the reviews"
 RUN_FIRST = "run `synth generate` in it first"
@@ -77,7 +77,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
 
 
 def require_records(shards: Sequence[DatasetDir], plan: Plan) -> None:
-    """Raise ConfigError unless the same run has finished all steps before the step review in all shards."""
+    """Raise ConfigError unless the same run has finished all steps before the review step in all shards."""
     *before, _, _ = steps_of(plan)
     is_finished = all(read_record(shard, step.name).get("files") for shard in shards for step in before)
     if not is_finished or len({read_record(shard, SPLIT)["key"] for shard in shards}) > 1:

@@ -1,4 +1,4 @@
-"""The rules of the step filter, for example that a caption is in the configured language.
+"""The rules of the filter step, for example that a caption is in the configured language.
 
 A rule is a function that returns True to reject an annotation. RULES holds all rules in order. The reason of
 a rejected row is the first rule that matches, so the counts by reason add up to the number of rejected rows.
@@ -160,7 +160,7 @@ def is_too_short(row: RuleInput) -> bool:
 
 
 def is_too_long(row: RuleInput) -> bool:
-    """Return True if a caption, question or answer has too many words. Usually the model repeats itself."""
+    """Return True if a caption, question or answer has too many words, often due to repetition."""
     max_words = row.config.max_question_words if row.is_question else row.config.max_caption_words
     return row.scores.word_count > max_words or row.scores.answer_word_count > row.config.max_answer_words
 

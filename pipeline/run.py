@@ -145,7 +145,7 @@ def _next_limit(work: Work) -> int | None:
 
 
 def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has_more: bool) -> int | None:
-    """Return how many images to read in total, or None to stop. `kept` of the first `limit` were kept."""
+    """Return how many images to read in total, or None to stop. `kept` of `limit` images read were kept."""
     assert config.images is not None
     if kept >= config.images:
         return None
@@ -166,7 +166,7 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
 
 
 def _count_images(shards: Sequence[DatasetDir]) -> int:
-    """Return how many images are left after the step trim. The step review may still reject some of them."""
+    """Return how many images are left after the trim step. The review step may still reject some of them."""
     ids: set[str] = set()
     for shard in shards:
         for table in read_batches(shard.step_file(trim.STEP.name), ["sample_id"]):

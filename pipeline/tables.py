@@ -171,7 +171,6 @@ BALANCED = pa.schema(
     ]
 )
 
-# review: the human review of an annotation (dataset/reviews.py), and the final fields.
 # `prompt_id` of a text that was edited in a review.
 REVIEWED = "review"
 # `prompt_id` of a human text from the source, and the style of human captions.
@@ -180,6 +179,7 @@ OF_PEOPLE = (HUMAN, REVIEWED)
 # The export field that states who wrote a text, and its possible values.
 WRITTEN_BY, BY_MODEL, BY_PEOPLE = "written_by", "model", "people"
 EVIDENCE = pa.field("evidence_pages", PAGES)
+# review: the human review of an annotation (dataset/reviews.py), and the final fields.
 REVIEW = pa.struct(
     [
         *fields(STRING, "verdict", "reason", "text", "question", "answer"),
@@ -195,7 +195,7 @@ FINAL = pa.schema(
     ]
 )
 
-# The rows of a version.
+# The items in the columns `captions` and `qa` of a version.
 CAPTION = pa.struct(fields(STRING, "text", "style", "prompt_id"))
 QA_PAIR = pa.struct(
     [
@@ -299,12 +299,12 @@ def require_columns(table: pa.Table, *names: str) -> None:
 
 
 def is_caption(table: pa.Table) -> pa.ChunkedArray:
-    """Return a mask of the captions after the step filter. Other annotations are questions or records."""
+    """Return a mask of the captions after the filter step. Other annotations are questions or records."""
     return pc.is_valid(table["clean_text"])
 
 
 def final_value(row: dict[str, Any], name: str) -> Any:
-    """Return the final value of an annotation field: from the step review, else filter, else ask."""
+    """Return the final value of an annotation field: from the review step, else filter, else ask."""
     return row.get(f"final_{name}", row.get(f"clean_{name}", row.get(name)))
 
 
@@ -340,7 +340,7 @@ def with_features(schema: pa.Schema) -> pa.Schema:
 
 
 def arrow_type_of(feature: Any) -> pa.DataType:
-    """Return the Arrow type that a feature describes. Raises ValueError for a type no custom task has."""
+    """Return the Arrow type that a feature describes. Raises ValueError if no custom task has this type."""
     if "_type" not in feature:
         return pa.struct([pa.field(name, arrow_type_of(inner)) for name, inner in feature.items()])
     if feature["_type"] == "List":

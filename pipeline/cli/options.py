@@ -91,7 +91,7 @@ def require_split(split: str | None) -> None:
 
 
 def open_data(name: str | None, images: str | None) -> "Version":
-    """Open the version given by `--data`, local or on the Hub, with its own images or those of `--images`."""
+    """Open the version given by `--data`, local or on the Hub, with its images or those in `--images`."""
     from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
     from pipeline.sources.join import with_pixels
 

@@ -39,9 +39,9 @@ class RunOption:
     kind: Any
     group: str
     help: str
-    setting: str = ""  # such as `generate.samples`; by default the name of the flag
+    setting: str = ""  # such as `generate.samples`, by default the name of the flag
     metavar: str | None = None
-    default: str | None = None  # describes the default in the help; the value is in the settings
+    default: str | None = None  # describes the default in the help. The value is in the settings.
     min: int | None = None
     max: int | None = None
     value: Any = None
@@ -190,7 +190,7 @@ CONFIG = Option(metavar="FILE", help="YAML file of settings; options override it
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """The settings of a run, the file, and for each key the option that set it."""
+    """The settings of a run, the settings file, and the option that set each key."""
 
     config: "Config"
     file: Path | None

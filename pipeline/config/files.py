@@ -96,7 +96,7 @@ def resolve(config_file: Path | None = None, **options: Any) -> Config:
 
 
 def _keep_used_endpoints(server: dict[str, Any], base_url: Any, judge: str) -> dict[str, Any]:
-    """Return the section `server` of a file without endpoints that --base-url and the judge do not use."""
+    """Return the section `server` of a file with only the endpoints that --base-url or the judge uses."""
     endpoints = server.get("endpoints")
     used = [*map(str, base_url), *filter(None, [judge_address(judge)])]
     if not isinstance(endpoints, dict) or not all(
@@ -117,7 +117,7 @@ def _merge_tasks(option_tasks: Any, file_tasks: Any) -> Any:
 
 
 def _complete_task(task: Any) -> Any:
-    """Return a task, given as a path or as keys and values, with the content of the files it names."""
+    """Return a task with the content of the files it names. `task` is a path, or keys and values."""
     return read_task(Path(task)) if isinstance(task, str | Path) else _with_texts(task, Path())
 
 
@@ -201,7 +201,7 @@ def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
     values = read_yaml(file, "it needs lines such as `limit: 100`")
     if isinstance(values.get("config"), dict) and "version" in values:
         return values["config"], True
-    # Cards show a command with this name: it must not run untrusted settings in another form.
+    # Cards show a command with this file name. It must not run untrusted settings that are not a manifest.
     if file.name == "manifest.json":
         problem = f"{file} is not a manifest of a version"
         raise ConfigError(
@@ -278,7 +278,7 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
             near = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
             hint = did_you_mean(key, known) or f"known keys: {', '.join(near or known)}"
             raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
-        key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # an item of a list, or one type of several
+        key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # a list index or a union member
         if not key:
             problem = flaw["msg"].removeprefix("Value error, ")
         elif flaw["type"] == "missing":

@@ -158,7 +158,7 @@ def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn
 
 
 def _redact_texts(texts: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """Redact personal data in lists of human texts. The step filter has already redacted all other texts."""
+    """Redact personal data in lists of human texts. The filter step has already redacted all other texts."""
     if not _may_hold_personal_data(pc.list_flatten(texts)):
         return texts
     redacted = [row and [redact(text)[0] for text in row] for row in texts.to_pylist()]
@@ -186,7 +186,7 @@ def _redact_pair(pair: dict[str, Any]) -> dict[str, Any]:
 
 
 def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.ListType) -> pa.ListArray:
-    """Return one list per sample, with its annotations that `mask` selects."""
+    """Return one list per sample. It holds the annotations of the sample that `mask` selects."""
     selected = annotations.filter(pa.array(mask))
     fields = [_final_values(selected, item) for item in kind.value_type]
     offsets = np.r_[0, np.cumsum(np.bincount(owner[mask], minlength=count))]

@@ -24,7 +24,7 @@ CARD_SAMPLES = 5
 METRICS = {"bleu_4": ("bleu", "BLEU-4"), "rouge_l": ("rouge", "ROUGE-L"), "cider_d": ("cider", "CIDEr-D")}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MESSAGES = "messages"  # name of a column, and of the config that reads it
-# Who wrote the texts, and the terms for it in dataset cards on the Hub.
+# Who wrote the texts, and how the metadata of dataset cards on the Hub names these writers.
 MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"
 _GENERATED, _FOUND = "machine-generated", "found"
 _CREATORS = {MODEL: [_GENERATED], PEOPLE: [_FOUND], PEOPLE_AND_MODEL: [_FOUND, _GENERATED]}

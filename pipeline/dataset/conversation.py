@@ -1,4 +1,4 @@
-"""Columns for other trainers: one caption as `text`, and all texts about an image as `messages`.
+"""Reader columns, for other trainers: one caption as `text`, and all texts about an image as `messages`.
 
 They are computed from `captions` and `qa` in the same row, so they are not part of a version's digest.
 `messages` has the conversation format that chat templates in transformers and TRL read. The first message

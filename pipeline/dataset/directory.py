@@ -82,7 +82,7 @@ class DatasetDir:
         return self.path / "steps" / name / f"{which}.parquet"
 
     def step_files(self, name: str, which: str = "kept") -> list[Path]:
-        """Return the path from `step_file`, or after a run on a cluster the paths in all shards."""
+        """Return the path from `step_file`. After a run on a cluster, return the paths in all shards."""
         file = self.step_file(name, which)
         if file.exists():
             return [file]
@@ -307,7 +307,7 @@ def _made_manifests() -> list[Path]:
 
 
 def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the samples that the step read kept (tables.LISTED_SAMPLE), or only some of their columns."""
+    """Yield the samples that the read step kept (tables.LISTED_SAMPLE), or only some of their columns."""
     names = LISTED_SAMPLE.names if columns is None else columns
     for batch in open_table(shard.step_file("read")).iter_batches(LISTED_ROWS, columns=names):
         yield batch.select(names)

@@ -1,6 +1,6 @@
 """The image store of a dataset folder: files `images/*.parquet`, which hold each image once.
 
-The step read adds images. All other steps, and versions, refer to them by sample id. A file is written
+The read step adds images. All other steps, and versions, refer to them by sample id. A file is written
 atomically, never changed, and named after the ids in it. On a cluster, each shard folder has its own store.
 Only `synth versions gc` removes images (dataset/removal.py).
 """
@@ -126,7 +126,7 @@ class ImageStore:
         """
         kept, written = set[tuple[Path, str]](), set[Path]()
         for path, ids in [(path, _read_ids(path)) for path in self.paths()]:
-            # This loop has just rewritten a file that a killed process had already written.
+            # An earlier iteration has just rewritten this file, which a killed process had left here.
             if path in written:
                 continue
             num_bytes = path.stat().st_size

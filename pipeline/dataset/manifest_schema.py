@@ -40,7 +40,7 @@ class Origin(_Part):
 
 
 class Writer(Origin):
-    """The model of the texts. `license` is empty if no model was asked."""
+    """The model that wrote the texts. `license` is empty if no model was asked."""
 
     license: Name = ""
 

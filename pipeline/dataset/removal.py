@@ -49,7 +49,7 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]
 
 
 def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove images needed by neither a version nor the last read samples. Return the changed files.
+    """Remove images that are neither in a version nor in the last read samples. Return the changed files.
 
     The caller holds the lock. Raises StoreError before any removal if a version or sample list is damaged.
     """

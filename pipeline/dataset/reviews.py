@@ -1,4 +1,4 @@
-"""Human reviews of texts, stored as JSON lines. A report exports them, and the step review applies them.
+"""Human reviews of texts, stored as JSON lines. A report exports them, and the review step applies them.
 
 A review identifies its text by a digest of the content, so it applies to the same text in every later run.
 """
@@ -110,7 +110,7 @@ def merge_reviews(
     """Return all reviews by text name. A later review of a text replaces an earlier one.
 
     A review of an edited text is stored under the name of the original text, so no review depends on another
-    one. `rows` has the annotations before the step review, by name.
+    one. `rows` has the annotations before the review step, by name.
     """
     merged = {review.name: review for review in before}
     edits = [review for review in merged.values() if review.verdict == "edited"]

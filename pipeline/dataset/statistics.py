@@ -1,8 +1,8 @@
 """Statistics of the rows of a version, for the manifest and the card.
 
-For drawn scenes, whose content is known, they state how much of the text is true. If the source has human
-captions, they state the share of a caption's words that occur in these references. For comparison, they state
-the same share for one reference against the others.
+For drawn scenes, whose content is known, they include how much of the text is true. If the source has human
+captions (references), they include the share of a caption's words that occur in these. For comparison, they
+include the same share for one reference against the others.
 """
 
 import re

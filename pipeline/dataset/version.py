@@ -264,7 +264,7 @@ class NewerVersionError(StoreError):
 
 
 def read_version(folder: Path) -> Version:
-    """Open a version folder. Raises StoreError if it is not one, or has pipes or links that lead outside."""
+    """Open a version folder. Raises StoreError if it is not one, or holds pipes or links that lead out."""
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["table_version"] > TABLE_VERSION:

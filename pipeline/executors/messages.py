@@ -92,7 +92,7 @@ def describe_requests(plan: Plan) -> str:
 
 
 def describe_boxes(config: Config, model: str) -> Iterator[str]:
-    """Yield a note for each task that expects boxes in other units than the model writes."""
+    """Yield a note for each task that expects box coordinates in a unit that the model does not write."""
     family = find_family(model)
     for task in config.custom_tasks if family else ():
         if family and task.kind == "boxes" and task.coordinates != family.boxes:

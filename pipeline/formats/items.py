@@ -18,7 +18,7 @@ from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, REFERENCE_QA, SPLITS
 ITEM_BATCH = 64  # images in memory
 _ID = re.compile(r"[0-9a-f]{64}")
 MAX_NAME_BYTES = 200  # file systems allow 255, including the suffix
-# No name, names and characters that Windows reserves, hidden files, and names that look like options or ids.
+# Matches "", names and characters that Windows reserves, hidden files, and names like options or ids.
 _UNSAFE_NAME = re.compile(
     r"""|con|prn|aux|nul|com\d|lpt\d|[0-9a-f]{64}|[-. ].*|.*[. ]|.*[\\:*?"<>|].*""", re.IGNORECASE
 )
@@ -45,7 +45,7 @@ class Item:
     reference_qa: Sequence[dict[str, Any]] = ()  # human questions with all answers
     values: dict[str, Any] = field(default_factory=dict)  # values of custom tasks, by name
     boxes: Sequence[dict[str, Any]] | None = (
-        None  # boxes from custom tasks; None if the model answered no such task
+        None  # boxes from custom tasks, or None if the model answered no such task
     )
     pairs: Sequence[tuple[str, str, str]] = ()  # (style, best caption, worst caption)
 

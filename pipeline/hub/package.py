@@ -86,7 +86,7 @@ def build_package(
 ) -> Iterator[Package]:
     """Yield the package to push to `repo`. Its files may exist only within the context.
 
-    `images` includes or leaves out the images. None includes them if their licenses allow it. The user has
+    `images` states whether to include the images. None includes them if their licenses allow it. The user has
     the right to publish under the restrictive licenses in `acknowledged`. `stated` overrides manifest keys.
     `exports` maps formats to folders with the same rows. Raises PushError if the images may not be published,
     and StoreError if a file is damaged.
@@ -116,7 +116,7 @@ def build_package(
 
 @contextmanager
 def _scratch_folder(version: Version) -> Iterator[Path]:
-    """Yield an empty folder for shards. If the images are in an image store, it is on the same disk."""
+    """Yield an empty folder for shards, on the same disk as the image store if the version uses one."""
     home = None if version.holds_pixels else version.dataset_dir / PUSHED
     if home is not None:
         home.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from pipeline.images.decode import prepare_image
 SHARED_TEMPLATES = ("page.css", "charts.html.j2")
 THUMBNAIL_PIXELS = 320 * 320
 LOSSLESS_PIXELS = 128 * 128  # images up to this size are stored losslessly if the result is small enough
-PIXELS_PER_BYTE = 12  # upper bound for WebP photos, for the first size to try
+PIXELS_PER_BYTE = 12  # upper bound for WebP photos, which sets the first size to try
 QUALITY = 70
 CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
 CURVE_POINTS = 600

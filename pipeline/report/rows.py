@@ -54,7 +54,7 @@ def write_rejected(folder: Path, path: Path) -> None:
 
 
 def read_rejected(folder: Path, max_rows: int = MAX_REJECTED) -> Iterator[dict[str, str]]:
-    """Yield rejections: `step`, `reason`, `id`, `where` and `what`, the first `max_rows` of each reason.
+    """Yield the first `max_rows` rejections per step and reason: `step`, `reason`, `id`, `where` and `what`.
 
     `where` is the source row, such as a file name. `id` is empty if that row never became a sample.
     """
@@ -157,7 +157,7 @@ def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[st
     if raw := {name: text for name, text in fields.items() if shown[name] != text}:
         entry["raw"] = {
             name: text[:MAX_SHOWN_CHARACTERS] for name, text in raw.items()
-        }  # edits start from it
+        }  # the text that the editor on the page starts from
     scores = {name: annotation[name] for name in SCORE_NAMES if annotation.get(name) is not None}
     if scores:
         entry["scores"] = {name: round(score, 3) for name, score in scores.items()}

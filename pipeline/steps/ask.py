@@ -28,7 +28,7 @@ REQUEST_COLUMNS = ("sample_id", "task", "style", "request_id", "prompt_id")
 
 @dataclass(frozen=True, slots=True)
 class AskSettings:
-    """The settings of the step ask. `server` does not affect the replies, so it is not part of the key."""
+    """The settings of the ask step. `server` does not affect the replies, so it is not part of the key."""
 
     requests: RequestPlan
     keeps_human_texts: bool

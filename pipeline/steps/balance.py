@@ -194,8 +194,8 @@ def _limit_answers(counts: pa.Table, config: BalanceConfig) -> pa.Table:
 def max_answer_count(kind: str, answers: dict[str, int], config: BalanceConfig) -> int:
     """Return how many questions of one type may have the same answer, so that no answer exceeds the limit.
 
-    If a type has so few distinct answers that some answer must exceed the limit, all questions are kept. All
-    questions are also kept if too few questions of rare types exist to judge their answers.
+    If a type has so few distinct answers that some answer must exceed the limit, all questions are kept. If
+    there are too few questions of rare types to balance, all of these questions are kept too.
     """
     max_share, counts = config.max_share(answers.keys()), answers.values()
     if len(answers) * max_share < 1 or (kind == RARE and sum(counts) < config.min_questions_per_type):

@@ -94,7 +94,7 @@ class Executor(Protocol):
         """Read the source until `limit` images are kept, and return whether the source has more images."""
 
     def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:
-        """Apply a function to every shard before `wait` returns. `asks` states that it needs the model."""
+        """Apply a function to every shard before `wait` returns. `asks`: whether it needs the model."""
 
     def wait(self) -> None:
         """Wait until all functions passed to `each` have finished."""
@@ -242,7 +242,7 @@ class RowStep(Step):
         compare_shards(self, executor.shards, rows, plan, work.progress)
         executor.each(partial(judge_shard, self, rows, plan, key))
         executor.wait()
-        # These files are removed last, because the shard of a lost worker is judged again.
+        # Remove these files last, because the shard of a lost worker is judged again.
         for shard in executor.shards:
             shard.step_file(self.name, "compared").unlink(missing_ok=True)
 

@@ -70,7 +70,7 @@ BEST = f"is_human DESC, {SCORE_ORDER}, annotation_id, row"
 
 @dataclass(frozen=True, slots=True)
 class DedupeSettings:
-    """The settings of the step dedupe."""
+    """The settings of the dedupe step."""
 
     max_images_per_caption: int
     image_kind: ImageKind | None
@@ -87,7 +87,7 @@ def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
 def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Table:
     """Return the samples that have near-duplicates (tables.IMAGE_GROUPS).
 
-    The step read has already found them, except on a cluster, where this function compares the samples.
+    The read step has already found them, except on a cluster, where this function compares the samples.
     """
     if kind is None:
         return IMAGE_GROUPS.empty_table()

@@ -19,7 +19,7 @@ from pipeline.tasks import Tasks
 
 @dataclass(frozen=True, slots=True)
 class FilterSettings:
-    """The settings of the step filter."""
+    """The settings of the filter step."""
 
     bounds: FilterConfig
     tasks: Tasks

@@ -18,13 +18,13 @@ from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, STRING, append_column
 from pipeline.text.normalize import text_key
 from pipeline.text.vqa_answers import normalize_answer
 
-# Fields whose final text is the cleaned text of the step filter, unless a review edits it.
+# Fields whose final text is the cleaned text of the filter step, unless a review edits it.
 CLEANED = ("text", "question", "answer", "record")
 TEXT_COLUMNS = (
     *("sample_id", "task", "pages", "answer_type", "evidence_pages", "expression", "prompt_id", "pair_id"),
     *(f"clean_{name}" for name in CLEANED),
 )
-# A column that the step select adds.
+# A column that the select step adds.
 REJECTED_TEXT = "rejected_text"
 FINDINGS = pa.schema([ROW, ("review", REVIEW), ("is_pair_broken", BOOL), ("is_rejected_bad", BOOL)])
 
@@ -76,7 +76,7 @@ def read_texts(rows: AllRows, values: Collection[str], column: str, *more: str) 
 def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Review]) -> set[str]:
     """Return the ids of question pairs that reviews break.
 
-    An intact pair is two kept, equal questions with different answers. `rows` must hold both of each pair.
+    An intact pair has two kept, equal questions with different answers. `rows` must hold both questions.
     """
     kept: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in rows:

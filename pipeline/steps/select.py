@@ -2,10 +2,10 @@
 
 `select.by` defines the score of a caption:
 
-consistency   mean F1 of its content words with those of each other caption
+consistency   mean F1 between the content words of this caption and of each other caption
 clip          cosine similarity of caption and image, as in the check `alignment`
 judge         mean of the scores from another model
-longest       number of words, if the check `claims` confirmed all its claims
+longest       number of words, if the check `claims` confirmed all claims of the caption
 
 F1 compares the content words as sets. It works because invented details differ from caption to caption.
 Choosing the highest mean F1 is minimum Bayes risk decoding (Kumar and Byrne, 2004) with F1 as the gain.
@@ -57,7 +57,7 @@ FROM ranked
 
 @dataclass(frozen=True, slots=True)
 class SelectSettings:
-    """The settings of the step select. `sampled` has the tasks with several captions per image and style."""
+    """The settings of the select step. `sampled` has the tasks with several captions per image and style."""
 
     by: str
     sampled: tuple[str, ...]

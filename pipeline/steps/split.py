@@ -77,7 +77,7 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None
 
 
 def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> pa.Table:
-    """Return the split group of each image group. Groups with related source names share one."""
+    """Return the split group of each image group. Images with related source names share a split group."""
     db = comparison.db
     rows = (
         table
@@ -104,7 +104,7 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
     """Return the part of a row name that related rows of the source share, or "" if the row is on its own.
 
     By folder, it is the folder of the file. By prefix, it is the name without its last number, as in
-    `clip1_0042.jpg`. For a name that is only a number, it is the folder too.
+    `clip1_0042.jpg`. If the name is only a number, the part is the folder too.
     """
     path = PurePosixPath(source_row)
     folder = "" if path.parent == PurePosixPath() else str(path.parent)

@@ -73,7 +73,7 @@ CHECKED = pa.schema(
 )
 KEYS = fields(STRING, "style", "question", "answer", "answer_type")
 JUDGED = pa.schema([ROW, *fields(BOOL, "is_caption"), *KEYS, *VERIFIED, *ALIGNMENT])
-# "yes" and "no" are right by chance half of the time, so `blind` ignores them. The step balance handles them.
+# "yes" and "no" are right by chance half of the time, so `blind` ignores them. The balance step handles them.
 QUERY = """
 WITH answers_to_question AS (
     SELECT question, answer, count(*) AS times, sum(count(*)) OVER (PARTITION BY question) AS asked
@@ -117,7 +117,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class VerifySettings:
-    """The settings of the step verify. `server` does not affect the replies, so it is not part of the key.
+    """The settings of the verify step. `server` does not affect the replies, so it is not part of the key.
 
     `bounds` apply to repaired captions. With `splits_claims`, the model splits captions into claims.
     `clip_model` is None if captions are not compared with images.
@@ -275,7 +275,7 @@ class AnnotationChecker:
         self._answer(subjects, [verification.coverage_checks(s.caption, verify, q) for s, q in pairs])
 
     def _answer(self, subjects: Subjects, checks: Sequence[list[verification.Check]]) -> None:
-        """Ask the model the checks of each subject, and add the answered checks to the subject."""
+        """Ask the model the questions in `checks` about each subject, and add the answered checks to it."""
         counts = Counter(check.kind for checks_of_one in checks for check in checks_of_one)
         if not counts:
             return
@@ -323,7 +323,7 @@ class AnnotationChecker:
         self.services.progress.message(f"verify repaired {count} captions that had false claims")
 
     def _filter(self, subjects: Subjects, texts: Sequence[str]) -> list[Row | None]:
-        """Return the columns of the step filter for each new caption, or None if that step rejects it."""
+        """Return the columns of the filter step for each new caption, or None if that step rejects it."""
         tasks, nulls = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
         columns = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
         table = pa.table(columns | dict.fromkeys(("question", "answer", "record"), nulls))
@@ -350,7 +350,7 @@ class AnnotationChecker:
                 self.services.progress("align", done, len(by_sample))
 
     def _compare_with_references(self, captions: Subjects) -> None:
-        """Set `shared_words`: the share of a caption's content words that its human captions contain."""
+        """Set `shared_words`: share of a caption's content words in any human caption of the image."""
         by_sample = _by_sample(captions)
         for batch in read_samples(self.shard, ["sample_id", "references"]):
             for row in batch.to_pylist():

@@ -83,7 +83,7 @@ def write_sidecar(
 ) -> None:
     """Write captions next to an image, one per line. With "append", existing lines are kept.
 
-    The texts in `own` are recorded as written by a model. If `own` is None, all texts are.
+    The texts in `own` are recorded as written by a model. If `own` is None, all `texts` are recorded.
     """
     target = image.with_suffix(".txt")
     lines = _read_lines(target) if existing == "append" and target.exists() else []

@@ -160,7 +160,7 @@ class _Worker:
         return _apply(self.work, batch)
 
     def __del__(self) -> None:
-        # Ray deletes this object before the worker process ends.
+        # Clean up here, since Ray deletes this object before the worker process ends.
         if isinstance(self.work, AbstractContextManager):
             self.work.__exit__(None, None, None)
 

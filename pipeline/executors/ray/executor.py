@@ -58,8 +58,8 @@ class RayExecutor:
     """Applies functions to shards on the workers of a cluster (see steps.base.Executor).
 
     Functions that are passed to `each` are collected, and then applied together to one shard after another.
-    The functions before the first `wait` run on workers that load the model. If `workers` is None, functions
-    run in this process, on the shards of a finished run.
+    Functions passed before the first `wait` run on workers that load the model. If `workers` is None,
+    functions run in this process, on the shards of a finished run.
     """
 
     run: ShardedRun
@@ -205,7 +205,7 @@ def _filled_folders(run: ShardedRun) -> tuple[str, ...]:
 
 
 def source_has_more(run: ShardedRun) -> bool:
-    """Return whether the source has more images than the limit allows to read."""
+    """Return whether the source has more images than the limit."""
     record = read_json(run.more) if run.more.exists() else {}
     return record.get("inputs") == run.inputs and bool(record["has_more"])
 

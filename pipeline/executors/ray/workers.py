@@ -97,7 +97,7 @@ def _read_samples(run: ShardedRun, index: int, rejected: list[dict[str, Any]]) -
 
 
 def _limit(run: ShardedRun, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | Rejected]:
-    """Yield rows up to `limit` distinct images that are not excluded. Record if the source has more."""
+    """Yield rows up to `limit` distinct images that are not excluded. Record whether the source has more."""
     limit = run.config.limit
     if limit is None or run.readers > 1:
         yield from rows
@@ -136,7 +136,7 @@ def _sample_ids(shard: DatasetDir) -> Iterator[str]:
 
 
 def has_retryable_rows(run: ShardedRun) -> bool:
-    """Return whether any shard was read from the same inputs, with temporary failures worth a retry."""
+    """Return whether any shard, read from the same inputs, has temporary failures worth a retry."""
     records = (read_record(shard, "read") for shard in run.shards)
     same = [record for record in records if record.get("key") == run.inputs]
     return any(is_worth_another_try(record["may_pass"], record["may_pass_before"]) for record in same)
