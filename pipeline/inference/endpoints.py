@@ -195,7 +195,7 @@ class Endpoint:
         )
 
     async def is_healthy(self) -> bool:
-        """Return whether /health answers 2xx. After 3xx or 4xx, /models must answer with a status below 500."""
+        """Return whether /health answers 2xx. After 3xx or 4xx, /models must answer with status < 500."""
         for page in (f"{self.root}/health", f"{self.url}/models"):
             status = await status_of(page, self.headers, socket_path=self.socket_path, proxy=self.proxy)
             if status is None or status >= 500 or status < 300:
