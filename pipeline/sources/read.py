@@ -485,7 +485,7 @@ def count_passing(shard: DatasetDir) -> int:
 
 
 def is_worth_another_try(may_pass: int, before: int | None) -> bool:
-    """Return whether to retry temporary failures. There must be some, but fewer than before a retry."""
+    """Return whether to retry temporary failures: if any remain, and fewer than before the last retry."""
     return may_pass > 0 and (before is None or may_pass < before)
 
 
