@@ -39,7 +39,7 @@ def require_clip(name: str) -> None:
 
 
 class ClipScorer:
-    """Scores images and texts with a CLIP. `name` is clip, metaclip, tiny-clip, a folder or a Hub model id.
+    """Scores image-text pairs with CLIP. `name` is clip, metaclip, tiny-clip, a folder or a Hub model id.
 
     Raises EngineError if the model cannot be loaded, or if torch or transformers is not installed.
     """
@@ -61,7 +61,7 @@ class ClipScorer:
         try:
             loaded: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
             model, info = loaded
-            if info["missing_keys"]:  # transformers fills them with random values
+            if info["missing_keys"]:  # transformers fills these weights with random values
                 raise ValueError(
                     f"its files lack weights that CLIP needs, such as {min(info['missing_keys'])}"
                 )

@@ -63,7 +63,7 @@ def check_image(data: bytes) -> ImageInfo:
     """Decode a whole image. Raises ImageError if it is damaged, too large, or too narrow."""
     image, (width_px, height_px) = _decode_for_hash(data)
     pdq = pdq_hash(image)
-    if not pdq and image.mode == "L":  # with saturated colors, RGB may have more detail
+    if not pdq and image.mode == "L":  # with saturated colors, RGB may have more detail than luma
         pdq = pdq_hash(_decode(data)[0])
     return ImageInfo(width_px, height_px, pdq)
 

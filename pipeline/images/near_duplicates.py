@@ -151,7 +151,7 @@ def _masks(bits: Sequence[int]) -> list[np.uint64]:
 
 
 def _keys(hashes: Hashes, masks: Sequence[np.uint64]) -> Words:
-    """Return 32-bit keys. Equal masked bits give equal keys. Others collide with a probability of 2^-32."""
+    """Return 32-bit keys of the masked bits. Different bits get equal keys with a probability of 2^-32."""
     keys = np.zeros(len(hashes), np.uint64)
     for word, mask, factor in zip(hashes.T, masks, FACTORS, strict=True):
         keys += (word & mask) * factor
@@ -183,7 +183,7 @@ def _near_neighbors(hashes: Hashes, keys: Rows, max_bits: int) -> tuple[Rows, Ro
 
 
 def _large_groups(keys: Rows) -> Iterator[tuple[Rows, Rows]]:
-    """Yield pairs in large groups (a first hash, a member more than MAX_NEIGHBORS later) as positions."""
+    """Yield positions of pairs in large groups: a first hash, and a member over MAX_NEIGHBORS later."""
     if not np.any(keys[MAX_NEIGHBORS + 1 :] == keys[: -MAX_NEIGHBORS - 1]):
         return
     starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
@@ -225,7 +225,7 @@ def _pair_distances(rows: Hashes, columns: Hashes) -> Bits:
 
 
 def _nearer(flipped: Bits, others: Bits) -> Bits:
-    """Return the smaller of the plain and mirrored distances. `flipped` is the distance in MIRRORED_BITS."""
+    """Return the smaller of the plain and mirrored distances. `flipped` counts only the MIRRORED_BITS."""
     half = flipped.dtype.type(HASH_BITS // 2)
     mirrored_distances = np.maximum(others + (half - flipped), flipped.dtype.type(MAX_COPY_BITS + 1))
     nearer: Bits = np.minimum(others + flipped, mirrored_distances)

@@ -46,7 +46,7 @@ COUNT = "count"
 MAX_PACKETS = 3_000_000  # over 24 hours of video
 MAX_DAMAGED_PACKETS = 1_000  # number of damaged packets to skip
 HEARTBEAT_PACKETS = 500  # packets between messages while no frame is due
-SPARE_MS = 1_000  # a video may exceed its stated length by this
+SPARE_MS = 1_000  # a video may exceed its stated length by this much
 Answer = tuple[dict[str, Any], bytes | None]
 _SERVE = "from pipeline.images.rendering import serve; serve()"
 

@@ -60,7 +60,7 @@ class Budget:
         self._run_cost += cost
 
     def room(self, unanswered: int) -> int | None:
-        """Return how many requests may be sent besides `unanswered` ones in flight, or None without a limit.
+        """Return how many more requests may be sent while `unanswered` are in flight, or None for no limit.
 
         Assumes this run's mean cost per request. At first, assumes the mean of earlier runs or a default.
         """
@@ -112,7 +112,7 @@ class CircuitBreaker:
     _last: str = ""
 
     def add(self, reply: Reply, flaw: str | None) -> None:
-        """Add the first reply to a request. `flaw` is the reason if the reply is unusable, or else None."""
+        """Add the first reply to a request. `flaw` is the reason why it is unusable, or None."""
         self._flaws.append(flaw)
         if flaw:
             self._last = reply.text

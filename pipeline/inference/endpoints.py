@@ -115,7 +115,7 @@ class Endpoint:
     denied: int = 0  # consecutive 403 or 404 answers
     running: float = 0
     waiting: float = 0
-    prefix_cache: tuple[float, float] = (0, 0)  # queried tokens and hits since the server started
+    prefix_cache: tuple[float, float] = (0, 0)  # tokens looked up and found since the server started
     proxy: str | None = field(init=False)
     has_key: bool = field(init=False)
     keys: list[str] = field(init=False, repr=False)  # removed from the server's messages
@@ -195,7 +195,7 @@ class Endpoint:
         )
 
     async def is_healthy(self) -> bool:
-        """Return whether /health answers 2xx. If it answers 3xx or 4xx, /models must answer below 500."""
+        """Return whether /health answers 2xx. After 3xx or 4xx, /models must answer with status < 500."""
         for page in (f"{self.root}/health", f"{self.url}/models"):
             status = await status_of(page, self.headers, socket_path=self.socket_path, proxy=self.proxy)
             if status is None or status >= 500 or status < 300:
@@ -244,7 +244,7 @@ class Endpoints(list[Endpoint]):
     async def pick(self, sample_id: str, max_remembered: int) -> Endpoint:
         """Return the server that last got a request about this sample, or else the least loaded one.
 
-        A server that must wait is not used again for the sample. Remembers the last `max_remembered` samples.
+        If that server is down or must wait, another takes over. Remembers the last `max_remembered` samples.
         If all servers are down, waits up to `startup_timeout_s`, and raises EngineError if they stay down.
         """
         while not (up := [endpoint for endpoint in self if endpoint.is_up.is_set()]):
@@ -288,7 +288,7 @@ class Endpoints(list[Endpoint]):
         waiter.add_done_callback(self._waiters.discard)
 
     async def read_metrics(self) -> None:
-        """Read each server's load from its Prometheus page, or keep the last one if it does not answer."""
+        """Read each server's load from its Prometheus page. Without an answer, keep the last load."""
         for endpoint in self:
             if endpoint.is_up.is_set() and endpoint.has_metrics:
                 try:
@@ -374,7 +374,7 @@ def _take_metrics(endpoint: Endpoint, page: str) -> None:
 def raise_for_access(
     response: aiohttp.ClientResponse, endpoint: Endpoint, answer: bytes, tolerated: Collection[int] = ()
 ) -> None:
-    """Raise EngineError if every request would get this answer, such as for a wrong key or address.
+    """Raise EngineError if every request would get this answer, for example because the key is wrong.
 
     `tolerated` are statuses that do not raise, since they may be due to the image in this request.
     """

@@ -102,7 +102,7 @@ class Journal:
             self._db.executemany("DELETE FROM asked WHERE request_id = ? AND times <= 0", ids)
 
     def keep(self, answered: Iterable[tuple[Request, Reply, str | None]]) -> None:
-        """Store replies durably. Each has its request, and the reason if the reply is unusable, or else None.
+        """Store tuples of (request, reply, reason why the reply is unusable or None) durably.
 
         An existing reply from a model is kept. A server error (types.UNANSWERED) is replaced.
         """
@@ -123,7 +123,7 @@ class Journal:
         self.copy([], rows)
 
     def copy(self, asked: Iterable[Sequence[Any]], replies: Iterable[Sequence[Any]]) -> None:
-        """Insert rows of both tables, such as rows from another journal."""
+        """Insert rows into both tables, such as rows from another journal."""
         with self._db:
             self._db.executemany("INSERT OR IGNORE INTO asked VALUES (?, ?)", asked)
             self._db.executemany(_INSERT, replies)
@@ -131,9 +131,9 @@ class Journal:
     def import_replies(self, path: Path, first_id: str, end_id: str) -> None:
         """Copy replies about samples with first_id <= id < end_id from another journal. Keeps existing ones.
 
-        Also copies replies to blind questions, since samples share these requests. Meanwhile, no process on
-        any node may write to the other journal, because SQLite opens it as immutable. Raises StoreError if
-        the other journal is damaged or has another format.
+        Also copies replies to blind questions, since samples share these requests. During the copy, no
+        process on any node may write to the other journal, because SQLite opens it as immutable. Raises
+        StoreError if the other journal is damaged or has another format.
         """
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as source:
             source.text_factory = _decode

@@ -34,7 +34,7 @@ MAX_BODY_BYTES = 8_000_000  # for lists of models and pages of metrics
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000
 MAX_ENVELOPE_BYTES = 1_000_000  # for an answer without the reply text: ids, usage, reasoning
-# A token has about 4 characters. At over 64 per token, a reply exceeds its limit. A JSON escape has 6 bytes.
+# A token has about 4 characters. A reply with over 64 per token exceeds its limit. A JSON escape has 6 bytes.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
 MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
@@ -163,7 +163,7 @@ PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
 def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -> bytes:
     """Return the body of a chat request. `images` is the JSON of the image parts.
 
-    If the server enforces no schemas, the prompt has the schema. No seed is sent: it crashes vLLM on CPUs.
+    If the server enforces no schemas, the prompt states the schema. A seed would crash vLLM on CPUs.
     """
     if not dialect.is_vllm:
         images = _UUID.sub(b"", images)
@@ -468,7 +468,7 @@ class RetryState:
 
 
 def parse_retry_after(header: str) -> float | None:
-    """Return the seconds to wait by a Retry-After header (seconds or a date), or None if it is invalid."""
+    """Return the seconds to wait from a Retry-After header (seconds or a date), or None if it is invalid."""
     if _SECONDS.fullmatch(header):
         return float(header)
     try:

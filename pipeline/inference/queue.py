@@ -149,7 +149,7 @@ class RequestQueue:
         return bool(self._new or self._retries)
 
     def take(self) -> list[Request]:
-        """Return new requests of a chunk, or else retries, as many as the budget allows.
+        """Return the new requests, or the retries if there are none, but no more than the budget allows.
 
         All have the same attempt number, so that an interruption does not change the batches.
         """
@@ -336,7 +336,7 @@ def last_reply(request: Request, journal: Journal) -> Reply:
 def read_results(
     sample_id: str, plan: RequestPlan, journal: Journal, context: Context = ()
 ) -> dict[str, str]:
-    """Return the journal's results about a sample that custom tasks need, as JSON by result name."""
+    """Return the results that custom tasks need for a sample from the journal, as JSON by result name."""
     results: dict[str, str] = {}
     for pairs in plan.rounds if plan.needed else ():
         needed = [pair for pair in pairs if result_name(*pair) in plan.needed]

@@ -180,7 +180,7 @@ def _values_of(sample_id: str, plan: RequestPlan, task: Task) -> dict[str, Any]:
 
 
 def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
-    """Render every prompt once, with `has_checks` also those of checks. Raises ConfigError if one fails."""
+    """Render every prompt once (also for checks if `has_checks`). Raises ConfigError if one fails."""
     if plan.generate.prompt_dir:
         check_prompt_dir(plan.generate.prompt_dir, [*plan.tasks.asked, *(CHECKING if has_checks else ())])
     folders, styles = plan.prompt_dirs, plan.generate.style_prompts

@@ -3,7 +3,7 @@
 Each check asks the model that wrote the annotation a question, with greedy decoding and without showing the
 earlier answer. Blind checks show no image, evidence checks show only some pages of a deck, and `covers` shows
 a caption instead of the image. To check the claims of a caption, the model first splits the caption into
-questions that expect yes and no, without seeing the image.
+questions that expect "yes" or "no", without seeing the image.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -88,7 +88,7 @@ def _text_request(fields: dict[str, Any], shared_digest: str, sample_id: str, st
 
 
 def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[Claim]:
-    """Return the claims that the model found, each as a question that expects yes and one that expects no."""
+    """Return the claims that the model found, each as two questions that expect "yes" and "no"."""
     reply = last_reply(build_claims(caption, "", plan), journal)
     usable = [fields for fields, error in read_fields(CLAIMS, reply) if not error]
     rows = [fields for fields in usable if not find_broken_rule(CLAIMS, fields)]
@@ -102,7 +102,7 @@ def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[Claim
 def build_repair(
     caption: str, answers: Sequence[tuple[str, str]], sample_id: str, plan: RequestPlan
 ) -> Request:
-    """Return the request that asks the model to remove what the (question, answer) pairs contradict."""
+    """Return the request that asks the model to remove claims that contradict (question, answer) pairs."""
     fields, shared_digest = plan.fields(REPAIR, caption=caption, answers=tuple(answers))
     return _text_request(fields, shared_digest, sample_id, "repair")
 
@@ -172,7 +172,7 @@ def read_checks(
 def share_confirmed(checks: Iterable[Mapping[str, Any]], kind: str) -> float | None:
     """Return the share of confirmed checks (tables.CHECK) of one kind, or None if no answer is usable.
 
-    For claims, a question that expects no counts as one check together with the preceding question.
+    For claims, a question that expects "no" counts as one check together with the preceding question.
     """
     groups: list[list[Mapping[str, Any]]] = []
     for check in checks:

@@ -49,7 +49,7 @@ BACKGROUND_RGB = {
     "beige": (232, 214, 178),
     "mint": (178, 230, 204),
 }
-JITTER_RGB = 10  # for objects, and half of it for the background
+JITTER_RGB = 10  # maximum color change for objects (half as much for the background)
 JITTER_PX = 2.0
 
 Point = tuple[float, float]

@@ -61,7 +61,7 @@ def _source_of_file(path: str) -> str:
 def with_source_defaults(config: Config) -> Config:
     """Return the config with the source's defaults for tasks, caption styles, pixels and grouping.
 
-    Raises ConfigError if a length is set for drawn scenes, or if an unused style has a prompt.
+    Raises ConfigError if a caption length is set for drawn scenes, or if an unused style has a prompt.
     """
     spec, changes = find_source(config.source), dict[str, Any]()
     if "tasks" not in config.model_fields_set:

@@ -102,7 +102,7 @@ def open_questions(
     *,
     decks: bool = False,
 ) -> Source:
-    """Return a source with one sample for each value of `key`, and the questions in all rows with the value.
+    """Return a source with one sample per value of `key`. It has the questions in all rows with that value.
 
     The tables are read twice. The first pass reads `text_columns` (which include `key`) in all rows, and the
     second pass reads the images in the first row for each key. Raises SourceError if the split is missing.

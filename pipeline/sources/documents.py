@@ -128,7 +128,7 @@ def _read(
     license: str,
     every_s: float,
 ) -> Iterator[RawSample | Rejected]:
-    """Yield the rows from a file. If rendering fails midway, a rejection follows the rows so far."""
+    """Yield the rows from a file. If rendering fails midway, the last item is a rejection."""
     name = row_name(path, root)
     try:
         with open_regular(path, bound, MAX_PDF_BYTES if kind == "pdf" else None) as file:

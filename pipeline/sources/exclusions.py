@@ -41,9 +41,9 @@ def hash_images(sample: Sample) -> tuple[bytes, ...]:
 def exclusion_rows(
     name: str, samples: Iterable[Sample], kind: ImageKind | None = "photos"
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row (tables.EXCLUSIONS) for each image. The texts about a deck are in its first page's row.
+    """Yield one row (tables.EXCLUSIONS) per image. The row for a deck's first page holds the deck's texts.
 
-    `kind` is the kind of the images to be compared with these rows. Crops are hashed only for photos.
+    `kind` is the kind of images that will be compared with these rows. Crops are hashed only for photos.
     """
     for sample in samples:
         is_photo = kind == "photos" and len(sample.images) == 1
@@ -95,7 +95,7 @@ class ExclusionIndex:
         return cls({row["image_id"]: row["name"] for row in rows}, as_hashes(hashes), datasets, kind)
 
     def find(self, sample: Sample) -> str | None:
-        """Return the dataset that has an image of this sample or a near-duplicate, or None."""
+        """Return the dataset that has an image in this sample or a near-duplicate of one, or None."""
         for image in sample.images if self.dataset_of_id else ():
             if name := self.dataset_of_id.get(image_id(image)):
                 return name
@@ -158,7 +158,7 @@ class Exclusion:
 
 
 def parse_exclusion(option: str) -> tuple[str, str | None]:
-    """Return the source and split in SOURCE[#SPLIT]. The default is the source's scored split, or None."""
+    """Return the source and the split in SOURCE[#SPLIT], by default the source's scored split or None."""
     name, _, split = option.partition("#")
     return name, split or find_source(name).scored_split
 

@@ -265,5 +265,5 @@ def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
 
 
 def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
-    """Return the split to store. It is None if only training rows are read, as some will be held out."""
+    """Return the split to store, or None if only training rows are read, since some will be held out."""
     return None if requested_split == "train" else row_split

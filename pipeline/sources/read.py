@@ -187,7 +187,7 @@ class SourceReader:
 
     @cached_property
     def _earlier(self) -> dict[str, Any]:
-        """The record of an earlier run, or {} if it read other samples or not all excluded images."""
+        """The record of an earlier run, or {} if that run read other samples or missed excluded images."""
         try:
             record = read_json(self._path)
             has_unread = any(one["unread"] for one in record["exclusions"])
@@ -485,7 +485,7 @@ def count_passing(shard: DatasetDir) -> int:
 
 
 def is_worth_another_try(may_pass: int, before: int | None) -> bool:
-    """Return whether to retry temporary failures. After a retry, fewer than `before` must be left."""
+    """Return whether to retry temporary failures: if any remain, and fewer than before the last retry."""
     return may_pass > 0 and (before is None or may_pass < before)
 
 

@@ -98,7 +98,7 @@ def open_mapped(
                 yield _read_row(row_name, row, columns, allow_urls=config.allow_urls, **fields)
 
     def row_number(column: str, start: int) -> int:
-        """Return the index of the table row that follows the first `start` rows of the split."""
+        """Return the index of the table row that follows the first `start` rows in the requested split."""
         num_rows_of_split = number = 0
         for _, _, row in tables.rows([column]):
             if num_rows_of_split == start:
@@ -428,7 +428,7 @@ def _list_parquet(api: "HfApi", repo: str, commit: str) -> list[str]:
 
 
 def _find_conversion(api: "HfApi", repo: str) -> tuple[str, list[str]]:
-    """Return the commit and files of the Hub's conversion to Parquet, or ("", []) without one."""
+    """Return the commit and files of the Hub's conversion to Parquet, or ("", []) if there is none."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     try:
@@ -467,7 +467,7 @@ def _declared_configs(configs: Any, paths: list[str]) -> dict[str, FilesBySplit]
 
 
 def _compile_glob(pattern: str) -> re.Pattern[str]:
-    """Compile a card's glob pattern like `datasets`: only `**` matches across folders."""
+    """Compile a glob pattern from a card as `datasets` does: only `**` matches across folders."""
     try:
         return re.compile(glob_translate(pattern))
     except (ValueError, re.error):  # `**` within a name

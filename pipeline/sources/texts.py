@@ -172,7 +172,7 @@ def extract_texts(value: Any, text_of: Callable[[Any], str] = _text_or_empty) ->
 
 
 def parse_list(text: str) -> list[Any] | None:
-    """Parse a cell with a JSON list of strings or objects, or a Python list of strings, or return None."""
+    """Parse a JSON list of strings or objects, or a Python list of strings. Return None for other cells."""
     if not (text[:1] == "[" and text[-1:] == "]"):
         return None
     with suppress(ValueError, RecursionError):
@@ -433,7 +433,7 @@ def add_splits_of_folders(folder_texts: FolderTexts, images: Mapping[str, Path])
 
 
 def _first_folders(names: Collection[str]) -> dict[str, str]:
-    """Return the first folder in each image's path below the folder that all images share, or ""."""
+    """Return the first folder in each path, relative to the innermost folder of all images, or ""."""
     shared = os.path.commonpath(names) if len(names) > 1 else ""
     return {name: name.removeprefix(f"{shared}/").rpartition("/")[0].partition("/")[0] for name in names}
 

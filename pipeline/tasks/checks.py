@@ -22,7 +22,7 @@ class Answer(Output):
 
 
 class ClaimProbes(Output):
-    """One claim, with a question that expects yes and an opposite one that exposes constant answers."""
+    """One claim, with a question that expects "yes" and an opposite one that exposes constant answers."""
 
     claim: Line
     question: Line

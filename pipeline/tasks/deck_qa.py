@@ -61,7 +61,7 @@ class DeckQASet(Output):
 
 
 def evaluate(expression: str) -> float | None:
-    """Return the value of an expression, or None if it has more than numbers, + - * / and parentheses."""
+    """Return the value of an expression, or None if it has anything but numbers, + - * / and parentheses."""
     if len(expression) > MAX_EXPRESSION_CHARACTERS:
         return None
     plain = _THOUSANDS_COMMA.sub("", expression).replace("%", "").replace("$", "").strip()

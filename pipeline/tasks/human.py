@@ -1,6 +1,6 @@
 """Convert human captions and questions to annotations of the tasks `caption` and `qa` (`deck_qa` for decks).
 
-They pass through the same steps as a model's annotations. The `prompt_id` and the caption style are `human`.
+Human annotations pass through the same steps as a model's. The `prompt_id` and the caption style are `human`.
 """
 
 from collections import Counter

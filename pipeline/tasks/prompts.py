@@ -177,7 +177,7 @@ def check_names(
     own_styles: StyleTexts = (),
     style: str | None = None,
 ) -> None:
-    """Raise ConfigError if a prompt uses unmapped columns, or not exactly the results that its task needs."""
+    """Raise ConfigError if a prompt uses unmapped columns, or if its results are not exactly `task.needs`."""
     name, source = _source_of(task, folders, own_styles, style)
     try:
         unknown, results = sorted(names_in(source, "row") - {*columns}), names_in(source, "results")
@@ -263,7 +263,7 @@ def _compiled(source: str) -> Template:
 
 
 def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
-    """Raise ConfigError if a prompt folder is missing, has unknown prompts, or no prompt for `tasks`."""
+    """Raise ConfigError if a prompt folder is missing, has unknown prompts, or has no prompt for `tasks`."""
     if not folder.is_dir():
         raise ConfigError(
             f"the prompt folder {folder} does not exist", hint="correct generate.prompt_dir, or leave it out"

@@ -83,7 +83,7 @@ _RUN = re.compile(r"(\S)\1{7}|(\S\S)\2{5}")
 MIN_RUN_CHARACTERS = 16
 # The row model rejects longer texts (tasks.base.Line).
 MAX_CHARACTERS = 2000
-# Words that end no sentence. They are matched only in lower case, since "Gate A" is complete.
+# Words that cannot end a sentence. They are matched only in lower case, since "Gate A" is complete.
 _NO_END = r"an?|the|and|or|(?<!front )(?<!ahead )(?<!out )of|their|its|whose|than|because|next to|on top of"
 _CUT_OFF = re.compile(rf"(?:\b(?:{_NO_END})\s*[.,]?|\u2026|\.\.\.)\s*$")
 # Length of the longest match of _CUT_OFF, including the preceding word.

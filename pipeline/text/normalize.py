@@ -106,6 +106,6 @@ def strip_opening(text: str) -> str:
 
 
 def map_distinct(texts: pa.ChunkedArray, function: Callable[[str], str]) -> pa.Array:
-    """Apply a function once to each distinct text in a column. Return a result per row. Null stays null."""
+    """Apply a function once to each distinct text in a column. Return one result per row. Null stays null."""
     encoded = texts.combine_chunks().dictionary_encode()
     return pa.array(map(function, encoded.dictionary.to_pylist()), pa.string()).take(encoded.indices)
