@@ -122,7 +122,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete_tasks(cls, values: Any) -> Any:
-        """Add the custom tasks to `tasks`. Read `tasks: none` as no tasks, and keep human texts."""
+        """Add the custom tasks to `tasks`. `tasks: none` means no tasks, and keeps human texts by default."""
         if not isinstance(values, dict):
             return values
         if values.get("tasks") in (NO_TASKS, [NO_TASKS], (NO_TASKS,)):

@@ -145,7 +145,7 @@ def publish_version(
     digests = zip(*content.digests.to_pydict().values(), strict=True)
     content_digest = version_digest(digests, content.columns, content.extras.scores)
     if parent is not None and parent.manifest["digest"] == content_digest:
-        # The preview was complete if the source has only copies of earlier images after the limit.
+        # A preview is complete if all images after the limit are copies of earlier images.
         if parent.is_preview and not provenance["source"].get("preview"):
             parent = Version(parent.path, parent.manifest | {"source": provenance["source"]})
             write_json(parent.path / MANIFEST, parent.manifest)

@@ -366,7 +366,7 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
 
 
 def _near_decks(near: NearPairs, owners: Rows, pairs: Rows, num_pages: Rows) -> NearPairs:
-    """Return the pairs of near samples that include a deck. `pairs` are indices into `near`."""
+    """Return the near pairs of samples that have at least one deck. `pairs` selects page pairs of `near`."""
     closest: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = defaultdict(lambda: ({}, {}))
     for p, q, bits in zip(*(part[pairs].tolist() for part in near), strict=True):
         for page_bits, page in zip(closest[int(owners[p]), int(owners[q])], (p, q), strict=True):

@@ -187,7 +187,7 @@ def _read_training(checkpoint: Path) -> dict[str, Any]:
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # The loss of self-critical training weights sampled captions by their rewards, and may be negative.
+    # Self-critical training has another loss, which weights captions by rewards and may be negative.
     supervised = [line for line in lines if line.get("stage") != "scst"]
     loss = {"training": points(supervised, "loss"), "validation": points(lines, "validation_loss")}
     own, shuffled = points(lines, "validation_cider_d"), points(lines, "validation_shuffled_cider_d")

@@ -114,7 +114,7 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
     prefix = _LAST_NUMBER.sub("", name)
     if prefix not in ("", name):
         return f"{folder}/{prefix}"
-    # A number inside the name, as in clip1_0042_left.jpg. 42_left.jpg has no prefix.
+    # The number may be inside the name, as in clip1_0042_left.jpg, if there is a letter before it.
     if prefix == name and (within := _NUMBER_WITHIN.match(name)):
         return f"{folder}/{within[1]}*{within[2]}"
     return f"{folder}/" if folder and not prefix else ""

@@ -22,7 +22,7 @@ def test_published_model_path_has_no_folders(name: str, published: str) -> None:
     assert without_folders(name) == published == public_name(f"{name}@0123abcd")
 
 
-def test_published_relative_path_loses_its_folders_only_if_the_path_exists(
+def test_folders_are_removed_from_a_relative_path_only_if_it_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)

@@ -156,7 +156,7 @@ def test_texts_are_reviewed_by_keyboard_and_reviews_survive_reload(page: Page) -
     expect(page.locator("#reviewed")).to_have_text("1 good, 0 bad, 0 edited")
 
 
-def test_edit_can_be_cancelled_or_undone_and_is_replaced_only_after_confirmation(page: Page) -> None:
+def test_edit_can_be_undone_and_a_verdict_replaces_it_only_after_confirmation(page: Page) -> None:
     shown, field = text_of(page).locator("p"), page.get_by_label("text", exact=True)
     before = shown.inner_text()
     page.keyboard.press("j")

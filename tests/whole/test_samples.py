@@ -85,7 +85,7 @@ def test_text_reviewed_as_bad_is_not_used_as_worse_caption(chosen: Chosen, folde
     reviews.unlink()
 
 
-def test_other_selection_rule_sends_no_request(chosen: Chosen, folder: Path) -> None:
+def test_changing_the_selection_rule_sends_no_request(chosen: Chosen, folder: Path) -> None:
     checked = ("--samples", str(SAMPLES), "--verify", "claims")
     generate(folder, *checked)
     longest = generate(folder, *checked, "--select", "longest")

@@ -142,7 +142,7 @@ def verdict(low: float, high: float, seeds: int = 2) -> str:
 
 
 def compare(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Compare all arms that differ in exactly one factor. The earlier arm is subtracted from the later."""
+    """Compare all pairs of arms that differ in exactly one factor, as the later arm minus the earlier one."""
     differences = []
     for n, factor in enumerate(FACTORS):
         for base, arm in itertools.combinations(arms, 2):

@@ -174,7 +174,7 @@ def test_unchanged_source_is_not_read_again(photos: Path, tmp_path: Path) -> Non
         ({"limit": 10}, {"images": 10}, [11]),
     ],
 )
-def test_changed_settings_are_read_again(
+def test_reading_after_changed_settings_equals_a_new_reading(
     photos: Path, tmp_path: Path, first: dict[str, Any], second: dict[str, Any], starts: list[int]
 ) -> None:
     Reading(tmp_path / "d", settings(photos, **first))
