@@ -31,7 +31,6 @@ from tests.plans import request_plan
 HERE = Path(__file__).parent
 CONCURRENCY = 256
 LATENCY_SECONDS = 0.2
-IMAGE_BYTES = 85_000
 KEPT_FILES = 2000  # further images are copies with additional bytes at the end
 WITH_CONTEXT = "synth-context"
 HANGS_SECONDS = 180  # far more than the few seconds that half of the rows take

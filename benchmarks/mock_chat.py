@@ -4,14 +4,12 @@
 
 With `various`, captions depend on the request, and requests for questions receive questions. GET /stats
 returns the number of requests (also by client), answers and distinct requests. POST /reset clears the counts.
-The endpoint does not enforce a schema, but answers the schema probe as expected. Like vLLM, it caches recent
-images with a uuid. Later requests may send only the uuid, and fail if its image is not cached.
+The endpoint does not enforce a schema, but answers the schema probe as expected.
 """
 
 import asyncio
 import hashlib
 import json
-import re
 import socket
 import subprocess
 import sys
@@ -27,8 +25,6 @@ from aiohttp import web
 COLORS = ("red", "blue", "green", "yellow", "brown", "black", "white", "gray")
 THINGS = ("jacket", "coat", "shirt", "dress", "hat", "scarf", "sweater", "vest")
 PLACES = ("beach", "street", "field", "river", "wall", "track", "lake", "bridge")
-UUID = re.compile(rb'(?P<named>"image_url":null,)?"uuid":"(?P<uuid>[^"]+)"')
-KEPT_IMAGES = 1000  # vLLM caches 4 GB
 CAPTION = json.dumps(
     {"caption": "A man in a red jacket walks a brown dog along a wet beach under a gray sky."}
 )
@@ -100,18 +96,6 @@ class Mock:
         self.came = 0
         self.clients: Counter[str] = Counter()
         self.body = answer(CAPTION)
-        self.kept: dict[bytes, None] = {}
-
-    def lacks_images(self, raw: bytes) -> bool:
-        """Cache the images of a request. Returns whether the request names an image that is not cached."""
-        for image in UUID.finditer(raw):
-            if image["named"] and image["uuid"] not in self.kept:
-                return True
-            self.kept.pop(image["uuid"], None)
-            self.kept[image["uuid"]] = None
-        while len(self.kept) > KEPT_IMAGES:
-            del self.kept[next(iter(self.kept))]
-        return False
 
     async def chat(self, request: web.Request) -> web.Response:
         """Answer after the fixed time."""
@@ -122,12 +106,9 @@ class Mock:
                 body=answer(json.dumps({"word": schema["properties"]["word"]["enum"][0]})),
                 content_type="application/json",
             )
-        if self.lacks_images(raw):
-            error = {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}
-            return web.json_response({"error": error}, status=400)
         self.came += 1
         self.clients[str(request.remote)] += 1
-        # Image (or its uuid) and text identify a request, because other fields vary by client.
+        # Image and text identify a request, because other fields vary by client.
         start = raw.rfind(b'"uuid":"')
         key = hashlib.sha1(
             raw[start if start >= 0 else raw.find(b'"messages"') :], usedforsecurity=False

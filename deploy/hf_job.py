@@ -2,9 +2,9 @@
 # requires-python = ">=3.11,<3.14"
 # dependencies = ["synth-captioner[gpu]"]
 # ///
-"""Caption images of the Hub on a GPU of Hugging Face Jobs, and push the dataset.
+r"""Caption images of the Hub on a GPU of Hugging Face Jobs, and push the dataset.
 
-    hf jobs uv run --flavor a10g-large --secrets HF_TOKEN --timeout 6h
+    hf jobs uv run --flavor a10g-large --secrets HF_TOKEN --timeout 6h \
         deploy/hf_job.py hub:ORG/IMAGES ORG/CAPTIONS --limit 1000
 
 Further options go to `synth generate`. A job that ends early loses its results: try a small --limit first.

@@ -5,7 +5,7 @@
 #
 # Line N of the first file has the options of task N, such as: --source folder:/data/batch-07 --title "Batch 7"
 # The second argument is the folder of all datasets, on a file system that all nodes share. For one dataset on several nodes,
-# see "On a cluster" in docs/guide.md.
+# see docs/cluster.md.
 #SBATCH --job-name=synth
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=8

@@ -74,12 +74,6 @@ class ChatServer:
         self.model_root = ""
         self.other_models: list[str] = []
         self.headers: list[dict[str, str]] = []
-        self.keeps_images = False  # images are cached by their uuid, as in vLLM
-        self.images: dict[str, Any] = {}
-        self.named = 0  # references to cached images
-        # uuids that were referenced without a cached image
-        self.missed: list[str] = []
-        self.on_miss: Act | None = None  # replaces vLLM's error for a missing image
 
     @property
     def authorizations(self) -> set[str | None]:
@@ -99,8 +93,11 @@ class ChatServer:
         self.headers.append({**request.headers})
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        owner = "vllm" if self.keeps_images else "somebody"
-        own = {"id": f"{self.kind.model_prefix}{self.model}", "owned_by": owner, **self.kind.model_fields}
+        own = {
+            "id": f"{self.kind.model_prefix}{self.model}",
+            "owned_by": "somebody",
+            **self.kind.model_fields,
+        }
         others = [own | {"id": name} for name in self.other_models]
         root = {"root": self.model_root} if self.kind is VLLM else {}
         return web.json_response({"data": [own | root, *others]})
@@ -122,11 +119,6 @@ class ChatServer:
         if refusal := self.kind.refusal_of(body):
             self.refused.append(body)
             return web.json_response(refusal[1], status=refusal[0])
-        if self.keeps_images and (missing := self._missing_image(body)):
-            self.missed.append(missing)
-            problem = {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}
-            miss = Act(status=400, raw=json.dumps({"error": problem}).encode())
-            return await self._act(request, self.on_miss or miss, "")
         schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
         if schema["name"] == "probe":
             self.probes.append(body)
@@ -145,18 +137,6 @@ class ChatServer:
             return await self._act(request, act, REPLIES.get(schema["name"], ""))
         finally:
             self.in_flight -= 1
-
-    def _missing_image(self, body: dict[str, Any]) -> str | None:
-        """Cache the images of a request. Return the first uuid that is referenced but not cached."""
-        for message in body["messages"]:
-            for part in message["content"] if isinstance(message["content"], list) else ():
-                if part["type"] == "image_url" and part["image_url"] is None:
-                    if part["uuid"] not in self.images:
-                        return str(part["uuid"])
-                    self.named += 1
-                elif part["type"] == "image_url" and "uuid" in part:
-                    self.images[part["uuid"]] = part["image_url"]
-        return None
 
     def _answer(self, text: str, finish_reason: str = "stop") -> dict[str, Any]:
         value = answer(text, finish_reason)
