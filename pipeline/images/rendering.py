@@ -5,10 +5,12 @@ pages look the same everywhere with the same version of pdfium. Memory and time 
 (isolation.py).
 """
 
+import ctypes
 import io
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ DEMUXERS = {
 }
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"pdf": (".pdf",), "video": tuple(DEMUXERS)}
 COUNT = "count"
+_PR_SET_PDEATHSIG = 1
 MAX_PACKETS = 3_000_000  # over 24 hours of video
 MAX_DAMAGED_PACKETS = 1_000  # number of damaged packets to skip
 HEARTBEAT_PACKETS = 500  # packets between messages while no frame is due
@@ -104,6 +107,7 @@ def _answers(file: IO[bytes], arguments: list[str]) -> Iterator[tuple[dict[str, 
 
 def serve() -> None:
     """Render the file on stdin to stdout. This is the main function of the process."""
+    _end_with_parent()
     kind, suffix, every_s, *wanted = sys.argv[1:]
     file, every_ms = os.fdopen(os.dup(0), "rb"), max(1, round(1000 * float(every_s)))
     answers = _open_pdf(file) if kind == "pdf" else _open_video(file, DEMUXERS[suffix], every_ms)
@@ -122,6 +126,12 @@ def serve() -> None:
     except Exception as error:  # noqa: BLE001  # decoders raise any exception on damaged files
         end = {"reason": "unreadable_file", "what": one_line(error)}
     send_messages(out, [json.dumps(end).encode()])
+
+
+def _end_with_parent() -> None:
+    """Let the system kill this process if its parent is killed: it may not write to the parent for long."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _limited(answers: Iterator[Answer]) -> Iterator[Answer]:

@@ -1,6 +1,10 @@
 """Rendering: pages and frames come in order from an isolated process, and damaged files are rejected."""
 
 import io
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,3 +169,41 @@ def test_slow_file_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(rendering, "_SERVE", "import time; time.sleep(600)")
     write_pdf(tmp_path / "a.pdf", 1)
     assert reason_of(tmp_path / "a.pdf") == "too_slow"
+
+
+def test_renderer_is_killed_with_its_parent(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", 2)
+    waits = f"""
+import os, time
+from pathlib import Path
+from pipeline.images import rendering
+def never_answer(file):
+    Path({str(tmp_path)!r}, "part").write_text(str(os.getpid()))
+    Path({str(tmp_path)!r}, "part").rename({str(tmp_path / "pid")!r})
+    time.sleep(3600)
+rendering._open_pdf = never_answer
+rendering.serve()
+"""
+    reads = f"""
+from pipeline.images import rendering
+rendering._SERVE = {waits!r}
+list(rendering.render("pdf", open({str(tmp_path / "a.pdf")!r}, "rb"), ".pdf"))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", reads])
+    while not (tmp_path / "pid").exists():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    renderer = int((tmp_path / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    while is_running(renderer):
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return state != "Z"
