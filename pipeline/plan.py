@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.dataset.directory import DatasetDir, require_nameable
+from pipeline.dataset.directory import DatasetDir, require_utf8_path
 from pipeline.dataset.records import read_record
 from pipeline.dataset.version import dataset_folder
 from pipeline.digests import public_name
@@ -84,7 +84,7 @@ class Plan:
         `out` is the dataset folder, by default `data/SOURCE`. A trial does not hash the source files.
         """
         dataset = DatasetDir(out or dataset_folder(config.source))
-        require_nameable(dataset.path)
+        require_utf8_path(dataset.path)
         plan = cls.resolve(config, dataset)
         check_prompts(plan.requests, has_checks=plan.config.verify.is_asked)
         with translate_disk_errors(dataset.path):

@@ -156,11 +156,11 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
         progress.warn(f"{so_far}, and --limit allows no more")
     elif kept < MIN_YIELD * limit:
         advice = "find out why the others were rejected, fix the cause, and run the same command"
-        progress.warn(f"{so_far}: too few to go on reading. To continue, {advice}")
+        progress.warn(f"{so_far}, which is too few to read more. To continue, {advice}")
     else:
         missing = math.ceil((config.images - kept) * limit / kept * SURPLUS)
         next_images = min(limit + missing, config.limit or limit + missing)
-        progress.message(f"{so_far}: reading on, to image {next_images:,}")
+        progress.message(f"{so_far}: reading more, up to image {next_images:,}")
         return next_images
     return None
 

@@ -41,7 +41,7 @@ def fields(kind: pa.DataType, *names: str, nullable: bool = True) -> list[pa.Fie
     return [pa.field(name, kind, nullable) for name in names]
 
 
-QUESTION_OF_PEOPLE = pa.struct(
+HUMAN_QUESTION = pa.struct(
     [
         *fields(STRING, "question"),
         *fields(pa.list_(STRING), "answers"),
@@ -63,7 +63,7 @@ SAMPLE = pa.schema(
         *fields(STRING, "split"),
         *fields(pa.list_(STRING), "references", nullable=False),
         *fields(pa.map_(STRING, STRING), "context"),
-        *fields(pa.list_(QUESTION_OF_PEOPLE), "reference_qa"),
+        *fields(pa.list_(HUMAN_QUESTION), "reference_qa"),
     ]
 )
 # The read step writes samples without images, which are in the image store (dataset/images.py).
@@ -175,9 +175,9 @@ BALANCED = pa.schema(
 REVIEWED = "review"
 # `prompt_id` of a human text from the source, and the style of human captions.
 HUMAN = "human"
-OF_PEOPLE = (HUMAN, REVIEWED)
+HUMAN_PROMPTS = (HUMAN, REVIEWED)
 # The export field that states who wrote a text, and its possible values.
-WRITTEN_BY, BY_MODEL, BY_PEOPLE = "written_by", "model", "people"
+WRITTEN_BY, BY_MODEL, BY_HUMAN = "written_by", "model", "people"
 EVIDENCE = pa.field("evidence_pages", PAGES)
 # review: the human review of an annotation (dataset/reviews.py), and the final fields.
 REVIEW = pa.struct(
@@ -230,7 +230,7 @@ ROW = pa.schema(
         *fields(STRING, "source", "source_row", "license"),
         *fields(pa.list_(STRING), "references"),
         *fields(STRING, "context"),
-        *fields(pa.list_(QUESTION_OF_PEOPLE), "reference_qa"),
+        *fields(pa.list_(HUMAN_QUESTION), "reference_qa"),
         *fields(pa.list_(CAPTION), "captions"),
         *fields(pa.list_(QA_PAIR), "qa"),
     ]

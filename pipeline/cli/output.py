@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 def last_dataset() -> Path:
     """Return the dataset folder made last, and print its path. Raises StoreError if there is none."""
-    from pipeline.dataset.directory import last_made
+    from pipeline.dataset.directory import newest_dataset
 
-    folder = last_made()
+    folder = newest_dataset()
     say(f"dataset: {folder}", "dim")
     return folder
 

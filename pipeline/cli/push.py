@@ -74,7 +74,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push a version or a captioner to the Hugging Face Hub as one commit with a permanent tag."""
-    from pipeline.dataset.directory import DatasetDir, only_made
+    from pipeline.dataset.directory import DatasetDir, only_dataset
     from pipeline.dataset.integrity import make_repaired_version
     from pipeline.dataset.manifest import describe_data
     from pipeline.formats.formats import OF_FEW_FILES
@@ -101,7 +101,7 @@ def push(
     if unknown := [name for name in formats if name not in OF_FEW_FILES]:
         raise BadParameter(f"{unknown[0]} is not one of {', '.join(OF_FEW_FILES)}", param_hint="--also")
     _require_card_values(license_, license_link, language)
-    chosen_version = open_or_download(data or only_made(), version, previews=False)
+    chosen_version = open_or_download(data or only_dataset(), version, previews=False)
     if version is None:
         note_previews(chosen_version, data)
     choices = {

@@ -124,11 +124,11 @@ def versions_rm(
     as_json: AsJson = False,
 ) -> None:
     """Remove versions from this machine. Replies stay in the journal, and pushed versions stay on the Hub."""
-    from pipeline.dataset.directory import only_made
+    from pipeline.dataset.directory import only_dataset
     from pipeline.dataset.removal import remove_versions
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _open_dataset(data or only_made(), is_local=True)
+    dataset = _open_dataset(data or only_dataset(), is_local=True)
     with translate_disk_errors(dataset.path), dataset.lock():
         pushes = dataset.pushed()
         removed = remove_versions(dataset, names)
@@ -149,16 +149,21 @@ def versions_gc(
     as_json: AsJson = False,
 ) -> None:
     """Remove unused images, files of killed commands, and stored hidden states (`train` recomputes them)."""
-    from pipeline.dataset.directory import only_made
-    from pipeline.dataset.removal import find_leftovers, remove_images, remove_leftovers, remove_remade
+    from pipeline.dataset.directory import only_dataset
+    from pipeline.dataset.removal import (
+        find_leftovers,
+        remove_images,
+        remove_leftovers,
+        remove_temporary_folders,
+    )
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _open_dataset(data or only_made(), is_local=True)
+    dataset = _open_dataset(data or only_dataset(), is_local=True)
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = list(find_leftovers(dataset))
         if not dry_run:
             remove_leftovers(leftovers)
-        leftovers += remove_remade(dataset, dry_run=dry_run)
+        leftovers += remove_temporary_folders(dataset, dry_run=dry_run)
         leftovers += remove_images(dataset, dry_run=dry_run)
     freed_bytes = sum(leftover.num_bytes for leftover in leftovers)
     if as_json:

@@ -215,7 +215,7 @@ def require_tag_name(tag: str) -> None:
         raise ConfigError(f"{tag!r} cannot be a tag", hint=hint)
 
 
-def require_nameable(path: Path) -> None:
+def require_utf8_path(path: Path) -> None:
     """Raise ConfigError if a path is not valid UTF-8, because Parquet cannot open such a path."""
     try:
         str(path).encode()
@@ -229,8 +229,10 @@ def open_dataset(path: Path | None, version: str | None = None, *, previews: boo
 
     `path` may be FOLDER@VERSION or FOLDER@TAG. Raises StoreError if the dataset or version does not exist.
     """
-    path, version = (path or last_made(), version) if version else split_version(path or last_made())
-    require_nameable(path)
+    path, version = (
+        (path or newest_dataset(), version) if version else split_version(path or newest_dataset())
+    )
+    require_utf8_path(path)
     if (path / MANIFEST).exists():
         opened = read_version(path)
         if version not in (None, opened.name):
@@ -259,7 +261,7 @@ def find_dataset(path: Path) -> Path:
     return dataset_dir_of(folder.absolute()) if is_version else folder
 
 
-def last_made() -> Path:
+def newest_dataset() -> Path:
     """Return the dataset folder with the newest version. Raises StoreError if there is none."""
     manifests = _made_manifests()
     if not manifests:
@@ -268,13 +270,13 @@ def last_made() -> Path:
     return max(manifests, key=lambda path: path.stat().st_mtime_ns).parents[2]
 
 
-def only_made() -> Path:
+def only_dataset() -> Path:
     """Return the only dataset folder. Raises StoreError if there are several, instead of guessing."""
     folders = sorted({path.parents[2] for path in _made_manifests()})
     if len(folders) > 1:
         problem = f"several datasets were made here: {len(folders)} in {DATA}/ or with --out"
         raise StoreError(problem, hint=f"pass one: {', '.join(map(str, folders[:8]))}")
-    return folders[0] if folders else last_made()
+    return folders[0] if folders else newest_dataset()
 
 
 def remember_dataset(out: Path | None) -> None:

@@ -89,7 +89,7 @@ def remove_leftovers(leftovers: Sequence[Leftover]) -> None:
         _remove(leftover.path)
 
 
-def remove_remade(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
+def remove_temporary_folders(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
     """Remove cached hidden states, which training can compute again, and shards left by killed pushes.
 
     Folders in use by another process are skipped. A training run that already reads a removed file continues.

@@ -65,10 +65,6 @@ class LocalExecutor:
         if self.plan.config.images is None:
             self._engine.close()
 
-    def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
-        """See Executor."""
-        return [work(self.dataset)]
-
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
         """See Executor."""
         path = draft / "rows"

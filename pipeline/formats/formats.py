@@ -39,9 +39,9 @@ from pipeline.tables import (
     ANSWERS,
     BY_MODEL,
     CAPTIONS,
+    HUMAN_QUESTION,
     IMAGE,
     QUESTION,
-    QUESTION_OF_PEOPLE,
     REFERENCE_QA,
     STRING,
     WRITTEN_BY,
@@ -423,7 +423,7 @@ class Lance(TableFormat):
             pa.field("captions", pa.list_(pa.struct(fields(STRING, "style", "text", WRITTEN_BY)))),
             pa.field("qa", pa.list_(pa.struct(fields(STRING, "question", "answer", WRITTEN_BY)))),
             pa.field("references", pa.list_(STRING)),
-            pa.field(REFERENCE_QA, pa.list_(QUESTION_OF_PEOPLE)),
+            pa.field(REFERENCE_QA, pa.list_(HUMAN_QUESTION)),
             *fields(STRING, "values", "license", "source_row"),  # values of custom tasks are JSON
         ]
     )

@@ -13,7 +13,7 @@ from pipeline.dataset.conversation import preferred_caption
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import open_image, upright_file
-from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, REFERENCE_QA, SPLITS
+from pipeline.tables import BY_HUMAN, BY_MODEL, HUMAN_PROMPTS, REFERENCE_QA, SPLITS
 
 ITEM_BATCH = 64  # images in memory
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -60,8 +60,8 @@ class Item:
         return f"{self.name}.{self.suffix}"
 
     def writer(self, text: str) -> str:
-        """Return the writer of a caption or question: BY_MODEL or BY_PEOPLE."""
-        return BY_PEOPLE if text in self.human_texts else BY_MODEL
+        """Return the writer of a caption or question: BY_MODEL or BY_HUMAN."""
+        return BY_HUMAN if text in self.human_texts else BY_MODEL
 
     def caption(self, style: str | None) -> str | None:
         """Return the caption in a style (None: the preferred one), or None if there is no such caption."""
@@ -130,7 +130,7 @@ def _make_item(row: dict[str, Any], split: str, own: dict[str, str], name: str) 
         problem = f"cannot read the image {sample_id[:12]}: {error}"
         raise ConfigError(problem, hint="find the damage with `synth check`") from None
     box_lists = [row[task] for task in own if own[task] == "boxes" and row[task] is not None]
-    human = [annotation for annotation in (*captions, *questions) if annotation["prompt_id"] in OF_PEOPLE]
+    human = [annotation for annotation in (*captions, *questions) if annotation["prompt_id"] in HUMAN_PROMPTS]
     return Item(
         name=name or sample_id,
         suffix=_SUFFIXES.get(kind, kind.lower()),

@@ -204,9 +204,11 @@ def image_distances(rows: Hashes, columns: Hashes, *, mirrored: bool) -> Bits:
     With `mirrored`, the distance to the mirrored image is returned if it is smaller, but never less than
     MAX_COPY_BITS + 1, because a mirrored photo is not a copy.
     """
+    if not mirrored:
+        return _pair_distances(rows, columns)
     flipped = _pair_distances(rows & MIRRORED_BITS, columns & MIRRORED_BITS)
     others = _pair_distances(rows & ~MIRRORED_BITS, columns & ~MIRRORED_BITS)
-    return _nearer(flipped, others) if mirrored else flipped + others
+    return _nearer(flipped, others)
 
 
 def row_distances(rows: Hashes, others: Hashes, *, mirrored: bool) -> Bits:

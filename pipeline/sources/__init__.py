@@ -67,7 +67,7 @@ def with_source_defaults(config: Config) -> Config:
     if "tasks" not in config.model_fields_set:
         changes["tasks"] = spec.default_tasks(config)
     if config.generate.caption_words and config.has_scene_prompts:
-        problem = "--words was given, but prompts for --source scenes have no length"
+        problem = "--words was given, but the prompts of the tiny model have no length"
         raise ConfigError(problem, hint="leave out --words")
     custom_styles = [name for name, _ in config.generate.style_prompts]
     styles = config.generate.caption_styles

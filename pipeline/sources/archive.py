@@ -598,7 +598,8 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 
 SPEC = SourceSpec(
     name="archive:PATH",
-    what="images in a zip or tar file (WebDataset), or in all under a folder; also s3://, gs://, hf://",
+    what="images in a zip or tar file (WebDataset), or in all under a folder; also s3://, gs://, hf:// and "
+    "https://",
     example="synth generate --source archive:photos.zip",
     open=_open,
     options=frozenset({"source_split", "columns", "license", "follow_links"}),

@@ -62,10 +62,9 @@ class ReadBatch:
         """Return the samples as a table with the schema READ_SAMPLE."""
         return pa.Table.from_pylist(self.samples, schema=READ_SAMPLE)
 
-    def take_images(self) -> pa.Table:
-        """Return the images as a table with the schema SAMPLE_IMAGES, and release their memory."""
-        images, self.sample_images = self.sample_images, {}
-        return pa.table([[*images], [*images.values()]], schema=SAMPLE_IMAGES)
+    def image_table(self) -> pa.Table:
+        """Return the images as a table with the schema SAMPLE_IMAGES."""
+        return pa.table([[*self.sample_images], [*self.sample_images.values()]], schema=SAMPLE_IMAGES)
 
 
 @dataclass(slots=True)

@@ -390,7 +390,7 @@ class SourceParts:
     def write(self) -> None:
         """Write the rows since the last part, if there are any, as a new part. Images are stored first."""
         if self._pending:
-            self.store.add(batch.take_images() for batch in self._pending)
+            self.store.add(batch.image_table() for batch in self._pending)
             samples = [batch.sample_table() for batch in self._pending]
             write_table(self._samples_path(self._count), samples, READ_SAMPLE)
             rejected = [row for batch in self._pending for row in batch.rejected]
@@ -453,7 +453,7 @@ def write_source(
             rejected.extend(row for _, row in batch.rejected)
             listed.append(without_copies(batch.sample_table()))
             progress("read", len(deduplicator.images.kept), limit)
-            yield batch.take_images()
+            yield batch.image_table()
 
     ImageStore(shard.path).add(images())
     write_table(shard.step_file("read"), map(deduplicator.images.apply, listed), LISTED_SAMPLE)

@@ -114,7 +114,9 @@ def describe_unread(content: FolderContent) -> list[str]:
     names_by_kind = {
         "unreadable folders": [row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER],
         "links to folders, which are not followed": [path.name for path in content.links],
-        "hidden files, which are not read": [path.name for path in content.hidden if path.name != OWN_LINES],
+        "hidden files and folders, which are not read": [
+            path.name for path in content.hidden if path.name != OWN_LINES
+        ],
     }
     return [
         f"{kind}: {len(names):,} ({first_names(sorted(names))})"

@@ -347,7 +347,7 @@ def _texts_of(item: Any) -> list[Any]:
 def _open_parquet(config: Config, path: str, part: SourceSlice) -> Source:
     files = find_source_files(path, (".parquet",), follow_links=config.follow_links, needs_digest=part == ALL)
     if not files.names:
-        hint = "pass a file, or a local folder or one in an object store: --source parquet:PATH"
+        hint = "pass a Parquet file, or a folder on this disk or in an object store: --source parquet:PATH"
         if files.is_local and any(Path(path).expanduser().rglob("*.arrow")):
             hint = f"load it with datasets.load_from_disk({path!r}), and write it with to_parquet"
         raise SourceError(f"no Parquet file at {path}", hint=hint)

@@ -500,8 +500,9 @@ def _add_metadata_file(
 ) -> None:
     rows = _read_metadata(file, bound)
     folder_texts.files.add(file)
-    folder_texts.columns.update(str(name) for row in rows for name in row)
-    if not (rows and folder_texts.columns & {*columns}):  # a file with context columns needs no captions
+    names = {str(name) for row in rows for name in row}
+    folder_texts.columns |= names
+    if not (rows and names & {*columns}):  # a file with context columns needs no captions
         folder_texts.messages += _describe_metadata(file, rows)
     try:
         splits = [read_split(row.get(SPLIT)) for row in rows]
@@ -513,15 +514,14 @@ def _add_metadata_file(
     unknown = list[str]()
     for row, split in zip(rows, splits, strict=True):
         name = str(row["file_name"])
-        by_model = len(model_texts(row))
-        folder_texts.num_by_model += by_model
+        folder_texts.num_by_model += len(model_texts(row))
         path = str(file.parent / name)
         image = image_of.get(path) or image_of.get(normalize_path(path))
         if image is None:
             unknown.append(name)
             continue
         split = split if split != "train" or keeps_train else None
-        texts = ImageTexts(human_captions(row), list(human_questions(row)), split, by_model)
+        texts = ImageTexts(human_captions(row), list(human_questions(row)), split)
         folder_texts.texts[image].merge(texts)
         where = f"{file}, {name}: the column"
         values = {column: as_text(row[column], f"{where} {column}") for column in columns if column in row}
@@ -570,6 +570,12 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
     """Return the metadata rows that have a `file_name`. Raises SourceError if the file cannot be read."""
     try:
         data = read_regular(file, bound, max_bytes=MAX_METADATA_BYTES)
+    except UnsafeFileError as error:
+        raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
+    except OSError as error:
+        hint = "check its permissions"
+        raise SourceError(f"cannot read {file}: {error.strerror or error}", hint=hint) from None
+    try:
         if file.suffix == ".parquet":
             # A file without this column is another program's table, and is not about images.
             has_names = "file_name" in pq.read_schema(pa.BufferReader(data)).names
@@ -579,13 +585,17 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
         else:
             rows = list(read_lines(decode_text(data)))
         return [row for row in rows if row.get("file_name")]
-    except UnsafeFileError as error:
-        raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
     except AttributeError:
         problem = "a row is not a JSON object"
-    except OSError as error:
-        problem = str(error.strerror or error)
-    except (ValueError, LookupError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+        csv.Error,
+        pa.ArrowException,
+    ) as error:
         problem = str(error)
     hint = f"it needs file_name and one of {', '.join(CAPTION_COLUMNS)}, in UTF-8"
     raise SourceError(f"cannot read {file}: {problem}", hint=hint)

@@ -24,7 +24,7 @@ def human_annotations(
 ) -> tuple[dict[str, Any], ...]:
     """Return human captions and questions as annotations (tables.ANNOTATION).
 
-    `questions` have the fields of tables.QUESTION_OF_PEOPLE. Questions without an answer are left out. For a
+    `questions` have the fields of tables.HUMAN_QUESTION. Questions without an answer are left out. For a
     deck, `deck_pages` is the number of pages, and questions without evidence pages get all pages.
     """
     task = "qa" if deck_pages is None else "deck_qa"

@@ -69,7 +69,7 @@ def test_source_is_read_until_enough_images_are_kept(tmp_path: Path) -> None:
         read = step(version, "read")["kept"]
         assert 60 < read < 100 and len(chat.bodies) == result.stats.asked == result.stats.total == read
         assert max(chat.times.values()) == 1
-        reading = "of 50 images were kept from 50 images read: reading on, to image"
+        reading = "of 50 images were kept from 50 images read: reading more, up to image"
         assert any(reading in text for text in notes)
         trimmed = step(version, "trim")
         assert trimmed["input"] - trimmed["kept"] == trimmed["rejected"].get("beyond_images", 0) < 20
@@ -103,7 +103,7 @@ def test_killed_run_with_image_count_resumes(tmp_path: Path) -> None:
     ("share", "more", "rows", "message"),
     [
         (0.4, {"images": 20, "limit": 20}, range(6, 19), "--limit allows no more"),
-        (0.99, {"images": 300}, range(1, 15), "too few to go on reading"),
+        (0.99, {"images": 300}, range(1, 15), "too few to read more"),
         (1.0, {"images": 20}, None, None),
     ],
 )

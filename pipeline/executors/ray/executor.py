@@ -107,11 +107,6 @@ class RayExecutor:
         elif works:
             self._map(partial(_work_on_shard, self.run, partial(_apply_all, works)))
 
-    def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
-        """See Executor."""
-        self.wait()
-        return self._map(partial(_work_on_shard, self.run, work))
-
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
         """See Executor."""
         self.wait()

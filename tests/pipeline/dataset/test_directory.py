@@ -9,8 +9,8 @@ import pytest
 from pipeline.dataset.directory import (
     MAX_REMEMBERED,
     DatasetDir,
-    last_made,
-    only_made,
+    newest_dataset,
+    only_dataset,
     open_dataset,
     remember_dataset,
 )
@@ -111,16 +111,18 @@ def test_most_recent_datasets_outside_data_folder_are_remembered_once(
     Path("data/elsewhere.json").write_text("[]")  # damaged
     make_version(tmp_path / "one", scene_samples(2))
     remember_dataset(tmp_path / "one")
-    assert last_made() == tmp_path / "one"
+    assert newest_dataset() == tmp_path / "one"
 
 
-def test_only_made_raises_if_there_are_two_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_dataset_raises_if_there_are_two_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("public", "secret"):
         manifest = Path("data") / name / "versions" / "v1.0.0" / "manifest.json"
         manifest.parent.mkdir(parents=True)
         manifest.write_text("{}")
     os.utime("data/secret/versions/v1.0.0/manifest.json", (1 << 33, 1 << 33))  # a wrong clock
-    assert last_made() == Path("data/secret")
+    assert newest_dataset() == Path("data/secret")
     with pytest.raises(StoreError, match="several datasets were made here: 2"):
-        only_made()
+        only_dataset()

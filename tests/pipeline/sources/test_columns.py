@@ -94,7 +94,7 @@ def test_star_pairs_question_and_answer_columns(tmp_path: Path) -> None:
     table = {"q1": ["What runs?"], "q2": ["Is it brown?"], "a1": ["a dog"], "a2": [None]}
     asked = first_row(tmp_path, table, question="q*", answer="a*").reference_qa
     assert [(one.question, one.answers) for one in asked or ()] == [("What runs?", ("a dog",))]
-    with pytest.raises(SourceError, match=r"columns found: question \d, answer \d"):
+    with pytest.raises(SourceError, match=r"columns found: question 2, answer 1"):
         first_row(tmp_path, {name: table[name] for name in ("q1", "q2", "a1")}, question="q*", answer="a*")
 
 

@@ -53,7 +53,7 @@ def test_long_document_becomes_several_decks(files: Path) -> None:
     }
     assert source.decks and source.name == "pdf"
     hidden, others = source.messages
-    assert hidden == "hidden files, which are not read: 1 (._short.pdf)"
+    assert hidden == "hidden files and folders, which are not read: 1 (._short.pdf)"
     assert "1 .m3u8 (list.m3u8)" in others and ".txt" in others
 
 

@@ -355,7 +355,7 @@ def test_limit_downloads_few_bytes(hub: RunningHub) -> None:
         ("hub:me/plain@nowhere", "me/plain has no revision nowhere"),
     ],
 )
-def test_missing_repository_or_split_is_an_error(hub: RunningHub, source: str, what: str) -> None:
+def test_missing_repository_or_revision_is_an_error(hub: RunningHub, source: str, what: str) -> None:
     seed_plain(hub, [{"photo": datasets.cell(0)}])
     hub.hub.storage.seed("dataset", "me/empty", {"script.py": datasets.SCRIPT})
     with pytest.raises(SourceError, match=what) as caught:

@@ -67,8 +67,10 @@ def test_source_resumes_at_any_row(tmp_path: Path, start: int) -> None:
         assert list(source.read(start)) == list(source.rows)[start:], settings
         slices = [open_source(resolve(**settings), SourceSlice(number, 2)) for number in range(2)]
         assert all(list(part.read(start)) == list(part.rows)[start:] for part in slices), settings
-        slice_names = sorted(row.source_row for part in slices for row in part.rows)
-        assert slice_names == sorted(row.source_row for row in source.rows), settings
+        # With 20 slices, some are empty.
+        for count in (2, 20):
+            parts = [names(SourceSlice(number, count), **settings) for number in range(count)]
+            assert sum(parts, Counter()) == names(ALL, **settings), settings
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_source_resumes_at_any_row(tmp_path: Path, start: int) -> None:
         ({"source": "vqav2"}, False),  # a photo has several rows
     ],
 )
-def test_listed_sources_can_be_sliced(settings: dict[str, Any], *, expected: bool) -> None:
+def test_sources_with_independent_rows_are_divisible(settings: dict[str, Any], *, expected: bool) -> None:
     assert is_divisible(resolve(**settings)) == expected
 
 
