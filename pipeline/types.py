@@ -153,17 +153,6 @@ class Source:
         return self.read(0)
 
 
-@dataclass(frozen=True, slots=True)
-class SourceSlice:
-    """One of `of` disjoint slices of a source. `number` starts at 0."""
-
-    number: int
-    of: int
-
-
-ALL = SourceSlice(0, 1)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the model samples tokens. Temperature 0 means greedy decoding."""
