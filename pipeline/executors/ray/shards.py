@@ -17,11 +17,10 @@ from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import ImageStore
 from pipeline.dataset.manifest import asked_tasks
-from pipeline.digests import digest, file_digest, weights_revision
+from pipeline.digests import digest, weights_revision
 from pipeline.errors import ClusterError
 from pipeline.logs import keep_log_in
 from pipeline.plan import Plan
-from pipeline.sources import files_of_source
 from pipeline.storage.files import translate_disk_errors
 from pipeline.storage.object_store import is_remote
 from pipeline.tasks.prompts import prompt_texts
@@ -40,7 +39,7 @@ class ShardedRun:
     are ordered across shards. All workers can access the dataset folder, on a shared file system or in an
     object store. Paths in the settings are relative to `working_dir`.
 
-    `files` is a digest of the files that the settings name. `samples` is a digest of the list of samples. In
+    `files` is a digest of the files that workers read. `samples` is a digest of the list of samples. In
     an object store, `fill_key` is the key of filled shards, and `filled` are their folders.
     """
 
@@ -74,9 +73,7 @@ class ShardedRun:
         if self.files not in _CHECKED_FILES:
             if digest(named_files(self.plan)) != self.files:
                 problem = "a worker has different files than the node that runs the command"
-                hint = (
-                    "copy the prompts, split list, captions, entries and CLIP to the same paths on all nodes"
-                )
+                hint = "copy the prompts, the code of tasks and CLIP to the same paths on all nodes"
                 raise ClusterError(problem, hint=hint)
             _CHECKED_FILES.add(self.files)
         keep_log_in(self.scratch)
@@ -134,15 +131,13 @@ class ShardedImageStore(ImageStore):
 
 
 def named_files(plan: Plan) -> dict[str, Any]:
-    """Return the content or digest of each file that the settings name, including code of custom tasks."""
+    """Return the content or digest of each file that workers read, including code of custom tasks."""
     config = plan.config
-    clip, entries = Path(config.verify.clip_model), config.balance.entries
+    clip = Path(config.verify.clip_model)
     asked = asked_tasks(config, plan.tasks)
     return {
         "tasks": plan.tasks.describe(),
         "prompts": prompt_texts(asked, config.prompt_dirs, config.generate.style_prompts),
-        **files_of_source(config),
-        "entries": file_digest(entries) if entries and entries.exists() else None,
         "clip": weights_revision(clip) if clip.is_dir() else None,
     }
 

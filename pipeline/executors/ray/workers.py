@@ -33,7 +33,7 @@ from pipeline.inference.queue import RequestStats
 from pipeline.progress import NullProgress
 from pipeline.steps.base import Services
 from pipeline.storage.files import read_json, read_table, remove, write_json, write_table
-from pipeline.storage.object_store import download, is_remote, local_copy, upload, upload_folder
+from pipeline.storage.object_store import is_remote, local_copy, upload, upload_folder
 from pipeline.tables import LISTED_SAMPLE, SOURCE_REJECTED
 from pipeline.types import UNANSWERED, Engine
 
@@ -182,7 +182,6 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
         # The saved journal includes the replies from the fetched journals.
         for path in journals:
             path.unlink(missing_ok=True)
-            _cost_file(path).unlink(missing_ok=True)
         forget_scratch(shard)
 
 
@@ -203,15 +202,13 @@ def upload_steps(run: ShardedRun, index: int, shard: DatasetDir) -> str:
 
 
 def save_journal(shard: DatasetDir, path: Path) -> None:
-    """Upload the cost of a shard and a snapshot of its journal, which may be in use."""
+    """Upload a snapshot of the journal of a shard, which may be in use."""
     with TemporaryDirectory() as temporary:
         copy = Path(temporary) / path.name
         source, target = sqlite3.connect(shard.journal.absolute()), sqlite3.connect(copy.absolute())
         with closing(source), closing(target):
             source.backup(target)
         upload(copy, path)
-    if shard.cost.exists():
-        upload(shard.cost, _cost_file(path))
 
 
 def _fetch_journal(path: Path, shard: DatasetDir) -> None:
@@ -222,12 +219,6 @@ def _fetch_journal(path: Path, shard: DatasetDir) -> None:
         else:
             shard.journal.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(copy, shard.journal)
-    if _cost_file(path).exists() and not shard.cost.exists():
-        download(_cost_file(path), shard.cost)
-
-
-def _cost_file(path: Path) -> Path:
-    return path.with_suffix(".json")
 
 
 def _save_periodically(shard: DatasetDir, path: Path, ended: threading.Event) -> None:

@@ -39,26 +39,21 @@ def test_worker_that_cannot_see_the_dataset_folder_raises(tmp_path: Path) -> Non
         run.enter()
 
 
-def test_node_with_different_content_of_a_settings_file_is_refused(tmp_path: Path) -> None:
-    away = tmp_path / "elsewhere"
-    entries = tmp_path / "entries.txt"
+def test_node_with_a_different_prompt_is_refused(tmp_path: Path) -> None:
+    prompt = tmp_path / "prompts" / "caption" / "v1.j2"
+    prompt.parent.mkdir(parents=True)
+    prompt.write_text("Describe it.")
     generate = {"prompt_dir": tmp_path / "prompts"}
-    plan = plan_of(
-        parse_dataset_path("memory://b"),
-        resolve(source="scenes", generate=generate, balance={"entries": entries}),
-    )
-    entries.write_text("dog\n")
-    run = ShardedRun(plan, away, 1, "embedded", digest(named_files(plan)))
+    config = resolve(source="folder:x", tasks=["caption"], generate=generate)
+    plan = plan_of(parse_dataset_path("memory://b"), config)
+    run = ShardedRun(plan, tmp_path / "elsewhere", 1, "embedded", digest(named_files(plan)))
+    assert "Describe it." in str(named_files(plan)["prompts"])
     run.enter()
     run.enter()
-    entries.write_text("dog\ncat\n")
-    other_digest = digest(named_files(plan))
-    assert other_digest != run.files
-    entries.write_text("dog\n")
     with pytest.raises(
         ClusterError, match="a worker has different files than the node that runs the command"
     ):
-        replace(run, files=other_digest).enter()
+        replace(run, files="other").enter()
 
 
 def test_changed_code_of_a_custom_task_changes_the_digest_of_tasks(
