@@ -87,7 +87,7 @@ def test_source_is_read_until_enough_images_are_kept(tmp_path: Path) -> None:
 def test_killed_run_with_image_count_resumes(tmp_path: Path) -> None:
     class Stop(NullProgress):
         def message(self, text: str, *, transient: bool = False) -> None:
-            if "reading on" in text:
+            if "reading more" in text:
                 raise KeyboardInterrupt
 
     with running_chat(refuse_some(0.3)) as chat:
