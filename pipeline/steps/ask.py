@@ -68,7 +68,7 @@ class AskStep(Step):
 
     def run(self, work: Work, before: str) -> None:
         """See Step."""
-        work.executor.each(partial(ask_shard, before, work.plan), asks=True)
+        work.executor.each(partial(ask_shard, before, work.plan))
 
 
 def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) -> None:

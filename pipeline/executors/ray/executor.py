@@ -88,11 +88,8 @@ class RayExecutor:
         self.run = replace(run, samples=samples, fill_key=fill_key)
         return has_more
 
-    def each(self, work: ShardWork, *, asks: bool = False) -> None:
-        """See Executor."""
-        assert not (asks and self.is_filled), (
-            "no step may call a model after the first step that compares rows"
-        )
+    def each(self, work: ShardWork) -> None:
+        """See Executor. No work may call a model after the first step that compares rows."""
         self._pending.append(work)
 
     def wait(self) -> None:
