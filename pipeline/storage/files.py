@@ -261,7 +261,7 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
             is_of_file = is_local and error.filename is not None
             if not (is_of_file or error.errno in (_DISK_ERRORS if is_local else _DISK_ONLY_ERRORS)):
                 raise
-            problem, hint = _DISK_ERRORS.get(error.errno or 0, (error.strerror, _OTHER_FOLDER))
+            problem, hint = _DISK_ERRORS.get(error.errno or 0, (str(error.strerror), _OTHER_FOLDER))
             # The target of the rename is in the way.
             target = error.filename2 if error.errno == errno.ENOTEMPTY else None
             raise StoreError(f"{target or error.filename or folder}: {problem}", hint=hint) from None

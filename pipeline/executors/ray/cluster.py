@@ -116,10 +116,15 @@ def map_on_cluster(
     outcomes: Iterator[tuple[int, T, SynthError | None]]
     if workers:
         cpus, gpus = workers.cpus, workers.gpus
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": MAX_DEATHS}
+        options: dict[str, Any] = {
+            "num_cpus": cpus,
+            "num_gpus": gpus,
+            "max_restarts": -1,
+            "max_task_retries": MAX_DEATHS,
+        }
         worker: Any = ray.remote(**options)(_Worker)
         actors = [worker.remote(work) for _ in range(min(workers.workers, count))]
-        pool = ActorPool(actors)
+        pool: Any = ActorPool(actors)
         outcomes = pool.map_unordered(lambda actor, index: actor.apply.remote(index), range(count))
     else:
         apply: Any = ray.remote(max_retries=MAX_DEATHS)(_apply)
