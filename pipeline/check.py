@@ -11,7 +11,7 @@ from pipeline.dataset.images import READ_AGAIN, UNREADABLE, ImageStore, hash_ima
 from pipeline.dataset.integrity import find_damage
 from pipeline.dataset.version import MANIFEST, VERSION_NAME, Version, read_version
 from pipeline.errors import StoreError, SynthError, one_line
-from pipeline.inference.journal import check_journal, repair_journal
+from pipeline.inference.journal import Journal, check_journal
 from pipeline.storage.files import open_parquet, read_json
 from pipeline.storage.object_store import is_remote
 
@@ -33,7 +33,7 @@ class Checked:
 def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Checked]:
     """Yield the state of each journal, step file, image file and version in a dataset folder.
 
-    With `repair`, a damaged journal is replaced by one with its intact replies. Nothing else is changed.
+    With `repair`, damaged replies are removed from journals. Nothing else is changed.
     Raises StoreError if another process is writing to the folder, or if the folder is in an object store.
     """
     if is_remote(dataset.path):
@@ -93,15 +93,16 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
     problem = (
         state.problem or f"{len(state.damaged):,} of {state.replies:,} replies do not match their checksums"
     )
-    if not repair:
-        hint = f"`synth check {dataset.path} --repair` keeps intact replies; the next run requests the others"
+    if state.problem:
+        hint = f"restore a backup, or copy the readable rows: sqlite3 {path} .recover | sqlite3 NEW"
         return Checked(str(path), problem, False, hint)
-    with dataset.lock():
-        kept, lost, unanswered = repair_journal(path)
-    gone = f"; {unanswered:,} sent requests have no reply" if unanswered else ""
-    hint = f"the damaged journal is {path.name}.damaged-*; {RUN_AGAIN}: it requests the missing replies"
-    result = f"repaired: {kept:,} replies are kept, {lost:,} removed{gone}"
-    return Checked(str(path), f"{problem}; {result}", hint=hint)
+    if not repair:
+        hint = f"`synth check {dataset.path} --repair` removes them; the next run requests them again"
+        return Checked(str(path), problem, False, hint)
+    with dataset.lock(), Journal(path) as journal:
+        kept = journal.remove_damaged()
+    hint = f"{RUN_AGAIN}: it requests the removed replies"
+    return Checked(str(path), f"{problem}; removed them and kept {kept:,}", hint=hint)
 
 
 def _check_file(path: Path, describe: Callable[[Path], str], hint: str) -> Checked:

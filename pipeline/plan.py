@@ -16,11 +16,10 @@ from pipeline.dataset.records import read_record
 from pipeline.dataset.version import dataset_folder
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError, EngineError
-from pipeline.images.near_duplicates import ImageKind
 from pipeline.inference.engines import EngineChoice, choose_engine, choose_judge
 from pipeline.inference.requests import RequestPlan, check_prompts
 from pipeline.progress import Progress
-from pipeline.sources import choose_image_kind, find_source, holds_decks, open_source, with_source_defaults
+from pipeline.sources import find_source, holds_decks, open_source, with_source_defaults
 from pipeline.sources.base import SourceSpec
 from pipeline.sources.source_files import skip_digests
 from pipeline.storage.files import translate_disk_errors
@@ -36,8 +35,8 @@ MODEL_SETTINGS = ("model", "base_url", "engine")
 class Plan:
     """Everything that a run needs to know. Pickling leaves out the open source and the engines.
 
-    `config` includes the defaults of the source. `image_kind` is None if all images are known to be distinct.
-    With `has_decks`, samples are documents of several pages. `model` is the publishable name of the model.
+    `config` includes the defaults of the source. With `has_decks`, samples are documents of several pages.
+    `model` is the publishable name of the model.
     """
 
     config: Config
@@ -45,7 +44,6 @@ class Plan:
     spec: SourceSpec
     tasks: Tasks
     requests: RequestPlan
-    image_kind: ImageKind | None
     has_decks: bool
     model: str = ""
     judge_revision: str = ""
@@ -71,7 +69,6 @@ class Plan:
             spec=find_source(config.source),
             tasks=tasks,
             requests=RequestPlan.of(config, tasks, revision),
-            image_kind=choose_image_kind(config),
             has_decks=holds_decks(config),
             model=model,
             judge_revision=judge_revision,

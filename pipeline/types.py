@@ -1,6 +1,6 @@
 """The types that sources, engines and executors exchange."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -63,12 +63,6 @@ class Sample:
         """Return the sample as a row of tables.SAMPLE."""
         values = asdict(self)
         return {"sample_id": values.pop("id"), **values}
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> "Sample":
-        """Return the sample in a row of tables.SAMPLE."""
-        values = dict(row)
-        return cls(id=values.pop("sample_id"), **values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +145,6 @@ class Source:
     def rows(self) -> Iterator[Sample | Rejected]:
         """All rows, starting with the first."""
         return self.read(0)
-
-
-@dataclass(frozen=True, slots=True)
-class SourceSlice:
-    """One of `of` disjoint slices of a source. `number` starts at 0."""
-
-    number: int
-    of: int
-
-
-ALL = SourceSlice(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

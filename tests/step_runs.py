@@ -97,8 +97,7 @@ class ShardList(Executor):
     def shards(self) -> Sequence[DatasetDir]:
         return self._shards
 
-    def each(self, work: Any, *, asks: bool = False) -> None:
-        assert not asks
+    def each(self, work: Any) -> None:
         for shard in self._shards:
             work(shard, None)
 

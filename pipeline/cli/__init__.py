@@ -24,7 +24,7 @@ from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
 from pipeline.cli.training import evaluate, experiment, train
-from pipeline.cli.versions import versions_gc, versions_list, versions_rm, versions_tag
+from pipeline.cli.versions import versions_gc, versions_list, versions_rm
 from pipeline.errors import SynthError
 from pipeline.install import PACKAGES, extra_of, installed_version
 from pipeline.logs import show_log
@@ -121,7 +121,6 @@ app.add_typer(review, name="review", rich_help_panel=USE)
 review.command("apply")(review_apply)
 app.add_typer(versions, name="versions", rich_help_panel=USE)
 versions.command("list")(versions_list)
-versions.command("tag")(versions_tag)
 versions.command("rm")(versions_rm)
 versions.command("gc")(versions_gc)
 add(USE, diff, check, push, export)

@@ -50,9 +50,7 @@ FORMAT = Option(
 
 def check(
     data: Annotated[str | None, CHECKED] = None,
-    repair: Annotated[
-        bool, Option("--repair", help="Rebuild a damaged journal from its intact replies.")
-    ] = False,
+    repair: Annotated[bool, Option("--repair", help="Remove damaged replies from journals.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check the replies, step files, versions and captioners of a dataset for damage.
@@ -150,9 +148,7 @@ def diff(
         for line in difference.lines(rows):
             echo(line)
         return
-    described = {name: getattr(difference, name) for name in ("before", "after", "same", "settings")}
-    changes = [asdict(change) for change in difference.changes]
-    echo(json.dumps(described | {"changes": changes, "counts": difference.counts()}))
+    echo(json.dumps(asdict(difference)))
 
 
 def export(

@@ -47,7 +47,7 @@ def generate(
     ] = None,
     shards: Annotated[int | None, _cluster_option("Number of shards.", "16", min=1)] = None,
     workers: Annotated[
-        int | None, _cluster_option("Shards processed in parallel.", "one per GPU, or CPUs minus one", min=1)
+        int | None, _cluster_option("Shards processed in parallel.", "one per GPU, node or CPU", min=1)
     ] = None,
 ) -> None:
     """Turn images into a checked, deduplicated and versioned dataset.
@@ -57,7 +57,6 @@ def generate(
     if print_config:
         _print_settings(settings, as_json=as_json)
         return
-    from pipeline.dataset.directory import remember_dataset
     from pipeline.estimate import estimate_run
     from pipeline.executors.messages import describe_warnings
     from pipeline.executors.ray.cluster import ClusterOptions
@@ -83,7 +82,6 @@ def generate(
     cluster = ClusterOptions(ray_address, shards, workers) if executor == "ray" else None
     with show_progress() as progress:
         result = generate_dataset(config, out, progress, cluster)
-    remember_dataset(out)
     warnings = describe_warnings(STEPS, result.plan, result.version, result.funnel)
     print_run_result(result, warnings, config.server, shown=progress.warnings, as_json=as_json)
 

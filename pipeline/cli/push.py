@@ -65,30 +65,21 @@ def push(
         str | None, option("Also push these formats: webdataset, cauldron, dpo, lance.", metavar="FORMAT,...")
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files, but send nothing.")] = False,
-    repair: Annotated[
-        bool,
-        Option(
-            "--repair", help="Replace a version damaged on the Hub: push it again as the next patch version."
-        ),
-    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Push a version or a captioner to the Hugging Face Hub as one commit with a permanent tag."""
     from pipeline.dataset.directory import DatasetDir, only_dataset
-    from pipeline.dataset.integrity import make_repaired_version
     from pipeline.dataset.manifest import describe_data
     from pipeline.formats.formats import OF_FEW_FILES
     from pipeline.hub.pull import open_or_download
-    from pipeline.hub.push import DamagedPushError, check_repo_name
+    from pipeline.hub.push import check_repo_name
     from pipeline.storage.files import translate_disk_errors
 
     check_repo_name(repo)
     if space:
         check_repo_name(space)
     if data and not is_remote(data) and (data / "train.json").exists():
-        if images is not None or any(
-            (license_, license_link, title, language, version, acknowledge, also, repair)
-        ):
+        if images is not None or any((license_, license_link, title, language, version, acknowledge, also)):
             raise BadParameter(
                 f"{data} is a captioner; only --space, --private, --public, --dry-run and --json apply"
             )
@@ -109,19 +100,8 @@ def push(
         "acknowledged": acknowledge or (),
         "stated": describe_data(license_, title, language, license_link),
     }
-
-    def send_version(version: "Version") -> "PushResult | None":
-        with _packed(version, repo, formats, choices) as package:
-            return send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
-
-    try:
-        pushed = send_version(chosen_version)
-    except DamagedPushError as damage:
-        if not repair:
-            raise
-        chosen_version = make_repaired_version(chosen_version, damage.files)
-        say(f"{damage}; {chosen_version.name} has the same rows, and its card reports the damage")
-        pushed = send_version(chosen_version)
+    with _packed(chosen_version, repo, formats, choices) as package:
+        pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
     if not pushed:
         return
     is_dataset_in_store = data and is_remote(data) and data.parent.name != "versions"

@@ -1,13 +1,13 @@
-"""Commands for the versions of a dataset: versions list, tag, rm, gc."""
+"""Commands for the versions of a dataset: versions list, rm, gc."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, BadParameter, Option
+from typer import Argument, Option
 
-from pipeline.cli.options import DATASET_PATH, LAST_MADE, ONLY_MADE, AsJson, DataDir
-from pipeline.cli.output import echo, last_dataset, note_previews, say
+from pipeline.cli.options import DATASET_PATH, ONLY_MADE, AsJson, DataDir
+from pipeline.cli.output import echo, last_dataset, say
 from pipeline.storage.object_store import is_remote
 
 if TYPE_CHECKING:
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 OnlyMade = Annotated[
     Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default=ONLY_MADE)
-]
-LastMade = Annotated[
-    Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default=LAST_MADE)
 ]
 
 
@@ -45,24 +42,18 @@ def _open_dataset(path: Path, *, is_local: bool = False) -> "DatasetDir":
 
 
 def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
-    """List the versions of a dataset with rows, size, parent, digest, tags and pushes, oldest first."""
-    from pipeline.dataset.directory import read_tags
+    """List the versions of a dataset with rows, size, parent, digest and pushes, oldest first."""
     from pipeline.storage.files import translate_disk_errors
 
     dataset = _open_dataset(data or last_dataset())
     with translate_disk_errors(dataset.path):
         # If there is no version, `version` raises an error that gives the reason.
         versions = dataset.versions() or [dataset.version()]
-        rows, pushes, tags = (
-            [version.summary() for version in versions],
-            dataset.pushed(),
-            read_tags(dataset.path),
-        )
+        rows, pushes = [version.summary() for version in versions], dataset.pushed()
     for row, version in zip(rows, versions, strict=True):
         row["pushed"] = [
             f"{push['repo']}@{push['commit']}" for push in pushes if push["version"] == version.name
         ]
-        row["tags"] = [tag for tag, tagged in tags.items() if tagged == version.name]
         row["preview"] = version.is_preview
     if as_json:
         echo(json.dumps(rows))
@@ -72,50 +63,8 @@ def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
         counts += f"  (from {row['parent'] or 'nothing'}{', a preview' if row['preview'] else ''})"
         size = f"{row['bytes'] / 1e6:>8.1f} MB"
         echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {size}  {counts}")
-        if row["tags"]:
-            echo(f"          tagged {', '.join(row['tags'])}")
         for repo in row["pushed"]:
             echo(f"          pushed to {repo}")
-
-
-def versions_tag(
-    tag: Annotated[str, Argument(help="Tag name, such as paper.")],
-    version: Annotated[
-        str | None, Argument(help="Version.", show_default="the newest complete version")
-    ] = None,
-    data: LastMade = None,
-    move: Annotated[bool, Option("--move", help="Move an existing tag to this version.")] = False,
-    delete: Annotated[bool, Option("--delete", help="Remove the tag, but keep the version.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Tag a version. Other commands accept the tag, and a tagged version cannot be removed."""
-    from pipeline.dataset.directory import read_tags, require_tag_name, write_tags
-    from pipeline.errors import StoreError
-    from pipeline.storage.files import translate_disk_errors
-
-    if delete and (version or move):
-        raise BadParameter("--delete takes only a tag, no version", param_hint="--delete")
-    require_tag_name(tag)
-    dataset = _open_dataset(data or last_dataset())
-    with translate_disk_errors(dataset.path), dataset.lock():
-        tags = read_tags(dataset.path)
-        if delete:
-            if tag not in tags:
-                raise StoreError(
-                    f"{dataset.path} has no tag {tag}", hint=f"existing tags: {', '.join(tags) or 'none'}"
-                )
-            write_tags(dataset.path, {name: tagged for name, tagged in tags.items() if name != tag})
-            echo(
-                json.dumps({"tag": tag, "version": None}) if as_json else f"{tag} no longer names {tags[tag]}"
-            )
-            return
-        chosen = dataset.version(version, previews=False)
-        if version is None:
-            note_previews(chosen)
-        if tags.get(tag, chosen.name) != chosen.name and not move:
-            raise StoreError(f"{tag} names {tags[tag]}", hint="pass --move to move the tag")
-        write_tags(dataset.path, tags | {tag: chosen.name})
-    echo(json.dumps({"tag": tag, "version": chosen.name}) if as_json else f"{tag} names {chosen.name}")
 
 
 def versions_rm(
@@ -150,19 +99,12 @@ def versions_gc(
 ) -> None:
     """Remove unused images, files of killed commands, and stored hidden states (`train` recomputes them)."""
     from pipeline.dataset.directory import only_dataset
-    from pipeline.dataset.removal import (
-        find_leftovers,
-        remove_images,
-        remove_leftovers,
-        remove_temporary_folders,
-    )
+    from pipeline.dataset.removal import remove_images, remove_leftovers, remove_temporary_folders
     from pipeline.storage.files import translate_disk_errors
 
     dataset = _open_dataset(data or only_dataset(), is_local=True)
     with translate_disk_errors(dataset.path), dataset.lock():
-        leftovers = list(find_leftovers(dataset))
-        if not dry_run:
-            remove_leftovers(leftovers)
+        leftovers = remove_leftovers(dataset, dry_run=dry_run)
         leftovers += remove_temporary_folders(dataset, dry_run=dry_run)
         leftovers += remove_images(dataset, dry_run=dry_run)
     freed_bytes = sum(leftover.num_bytes for leftover in leftovers)

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from pipeline.dataset.version import Version
@@ -33,34 +32,20 @@ class Diff:
 
     before: str
     after: str
-    same: int
-    changes: list[Change]
     settings: Settings
-    _changes_by_kind: Counter[str] = field(default_factory=Counter)
-    _changes_by_field: Counter[str] = field(default_factory=Counter)
-
-    def add(self, change: Change, *, keep: bool) -> None:
-        """Count a change. With `keep`, also store it in `changes`."""
-        self._changes_by_kind[change.what] += 1
-        self._changes_by_field.update(change.fields.keys())
-        if keep:
-            self.changes.append(change)
-
-    def counts(self) -> dict[str, int]:
-        """Return how many rows are the same, added, removed and changed."""
-        kinds = ("added", "removed", "changed")
-        return {"same": self.same, **{kind: self._changes_by_kind[kind] for kind in kinds}}
-
-    def fields(self) -> dict[str, int]:
-        """Return the number of changed rows for each field."""
-        return dict(self._changes_by_field.most_common())
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("same", "added", "removed", "changed"), 0)
+    )
+    fields: dict[str, int] = field(default_factory=dict)  # number of changed rows for each field
+    changes: list[Change] = field(default_factory=list)
 
     def lines(self, rows: int) -> Iterator[str]:
         """Yield the lines of a report: row counts, changed fields and settings, and up to `rows` changes."""
-        counts = ", ".join(f"{count} {what}" for what, count in self.counts().items())
+        counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
         yield f"{self.before} -> {self.after}: {counts}"
-        if fields := self.fields():
-            yield from ["changed fields:", *(f"  {count:>7}  {name}" for name, count in fields.items())]
+        if self.fields:
+            yield "changed fields:"
+            yield from (f"  {count:>7}  {name}" for name, count in self.fields.items())
         if self.settings:
             yield "changed settings:"
             for name, (old, new) in self.settings.items():
@@ -72,7 +57,7 @@ class Diff:
                 for sign, side in zip("-+", sides.values(), strict=True):
                     items = side if isinstance(side, list) else [side]
                     yield from (f"  {sign} {name}: {_short(item)}" for item in items)
-        if others := self._changes_by_kind.total() - len(shown):
+        if others := sum(self.counts.values()) - self.counts["same"] - len(shown):
             yield f"and {others} more rows; --rows shows more, --json all"
 
 
@@ -85,73 +70,72 @@ def _short(value: Any) -> str:
 
 
 def diff_versions(before: Version, after: Version, max_changes: int | None = None) -> Diff:
-    """Compare two versions, and keep the first `max_changes` changes. Raises StoreError if one is damaged."""
-    own_columns = {*before.manifest.get("own_columns", ()), *after.manifest.get("own_columns", ())}
-    names = dict.fromkeys([*before.manifest["columns"], *after.manifest["columns"]])
-    in_both = {*before.manifest["columns"]} & {*after.manifest["columns"]}
-    columns = [name for name in names if name in in_both | own_columns and name not in PIXELS]
-    # A score that only one version has is listed as a changed setting, not as a change of every row.
-    scores = {*before.manifest.get("scores", ())} ^ {*after.manifest.get("scores", ())}
-    read = partial(_read_rows, columns=columns, scores=scores)
+    """Compare two versions, and keep the first `max_changes` changes. Raises StoreError if one is damaged.
 
-    hashes = {row["sample_id"]: hash(str(row)) for row in read(before)}
-    diff = Diff(before.name, after.name, 0, [], _changed_settings(before.manifest, after.manifest))
+    A column or score that only one version has is a changed setting, not a change of every row.
+    """
+    manifests = before.manifest, after.manifest
+    columns = [name for name in before.manifest["columns"] if name in after.manifest["columns"]]
+    columns = [name for name in columns if name not in PIXELS]
+    scores = {*manifests[0].get("scores", ())} ^ {*manifests[1].get("scores", ())}
+
+    hashes = {row["sample_id"]: hash(str(row)) for row in _read_rows(before, columns, scores)}
+    diff = Diff(before.name, after.name, _changed_settings(*manifests))
     different: list[str] = []
-    for row in read(after):
+    for row in _read_rows(after, columns, scores):
         if hashes.pop(row["sample_id"], None) == hash(str(row)):
-            diff.same += 1
+            diff.counts["same"] += 1
         else:
             different.append(row["sample_id"])
-    ids = sorted({*different, *hashes})
+    ids, changed = sorted({*different, *hashes}), Counter[str]()
     for start in range(0, len(ids), BATCH_ROWS):
         batch_ids = ids[start : start + BATCH_ROWS]
-        old, new = ({row["sample_id"]: row for row in read(v, batch_ids)} for v in (before, after))
+        old, new = (
+            {row["sample_id"]: row for row in _read_rows(version, columns, scores, batch_ids)}
+            for version in (before, after)
+        )
         for sample_id in batch_ids:
-            if change := _compare(old.get(sample_id), new.get(sample_id)):
-                diff.add(change, keep=max_changes is None or len(diff.changes) < max_changes)
-            else:
-                # The hashes differ only because the order of fields differs.
-                diff.same += 1
+            change = _compare(old.get(sample_id), new.get(sample_id))
+            if change.what == "changed" and not change.fields:
+                # Only the order of fields differs.
+                diff.counts["same"] += 1
+                continue
+            diff.counts[change.what] += 1
+            changed.update(change.fields.keys())
+            if max_changes is None or len(diff.changes) < max_changes:
+                diff.changes.append(change)
+    diff.fields = dict(changed.most_common())
     return diff
 
 
 def _read_rows(
-    version: Version, sample_ids: Collection[str] | None = None, *, columns: list[str], scores: set[str]
+    version: Version, columns: list[str], scores: set[str], sample_ids: Collection[str] | None = None
 ) -> Iterator[Row]:
-    names = [name for name in columns if name in version.manifest["columns"]]
-    batches = version.batches(names) if sample_ids is None else version.find(names, sample_ids)
-    for split, batch in batches:
+    for split, batch in version.batches(columns, sample_ids=sample_ids):
         try:
             rows = batch.to_pylist()
         except ValueError as error:
             raise version.damage_error(error) from None
         for row in rows:
-            row = {name: row.get(name) for name in columns} | {"split": split}
-            for name in LISTS if scores else ():
-                for annotation in row.get(name) or ():
-                    for score in scores & annotation.keys():
-                        del annotation[score]
-            yield row
+            for annotation in (one for name in LISTS if scores for one in row.get(name) or ()):
+                for score in scores & annotation.keys():
+                    del annotation[score]
+            yield row | {"split": split}
 
 
-def _compare(old: Row | None, new: Row | None) -> Change | None:
-    """Return the change from one row to the other, or None if only the order of fields differs."""
+def _compare(old: Row | None, new: Row | None) -> Change:
     row = new or old or {}
-    change = Change(row["sample_id"], row.get("source_row") or "", "changed")
-    if old is None or new is None:
-        change.what = "added" if old is None else "removed"
-        return change
-    for name, before in old.items():
-        after = new[name]
-        if before == after:
-            continue
-        if name in LISTS:
+    what = "changed" if old and new else "added" if new else "removed"
+    change = Change(row["sample_id"], row.get("source_row") or "", what)
+    for name, before in (old or {}).items() if new else ():
+        after = (new or {})[name]
+        if before != after and name in LISTS:
             removed = [item for item in before or [] if item not in (after or [])]
             added = [item for item in after or [] if item not in (before or [])]
             change.fields[name] = {"removed": removed, "added": added}
-        else:
+        elif before != after:
             change.fields[name] = {"before": before, "after": after}
-    return change if change.fields else None
+    return change
 
 
 def _changed_settings(before: dict[str, Any], after: dict[str, Any]) -> Settings:

@@ -1,6 +1,5 @@
-"""Check the files, rows and images of a version against its manifest, and make a repaired copy."""
+"""Check the files, rows and images of a version against its manifest."""
 
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -8,22 +7,16 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
-from pipeline.dataset.card import CARD_SAMPLES, render_card
-from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import UNREADABLE, ImageStore, hash_images
-from pipeline.dataset.publishing import publish
 from pipeline.dataset.version import (
-    CARD_FILE,
     IMAGES_FILE,
-    MANIFEST,
     REJECTIONS_FILE,
     Version,
     extras_of,
-    first_rows,
 )
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
-from pipeline.storage.files import read_table, scratch_folder, write_json, write_text
+from pipeline.storage.files import read_table
 from pipeline.tables import IMAGE_DIGESTS, PIXELS
 
 
@@ -108,32 +101,3 @@ def require_intact_files(version: Version) -> None:
         if damaged := damaged_images(version, stored):
             problem = f"{len(damaged)} images of {version.path} are not in {version.store.folder}"
             raise StoreError(problem, hint=hint)
-
-
-def make_repaired_version(version: Version, damage: list[str]) -> Version:
-    """Make the next patch version with the same rows. Its manifest records `damage`, found on the Hub.
-
-    Raises StoreError if the local version is damaged too, or is not the newest one in its folder.
-    """
-    require_intact_files(version)
-    dataset = DatasetDir(version.dataset_dir)
-    with dataset.lock(), scratch_folder(dataset.path / "versions") as draft:
-        newest = dataset.versions()[-1]
-        if newest.name != version.name:
-            problem = f"only the newest version can be repaired; {version.name} is older"
-            raise StoreError(problem, hint=f"push {newest.name}")
-        major, minor, patch = max([version.number, *dataset.taken_numbers()])
-        name = f"v{major}.{minor}.{patch + 1}"
-        repairs = {"version": version.name, "damaged": damage}
-        manifest = version.manifest | {"version": name, "parent": version.name, "repairs": repairs}
-        # The version's folder may be a link to another dataset, whose store then has the images.
-        if version.manifest.get("images"):
-            ids = read_table(version.path / IMAGES_FILE, ["sample_id"])["sample_id"].to_pylist()
-            ImageStore(dataset.path).add_from(version.store, ids)
-        for file in _file_entries(version):
-            shutil.copy(version.path / file, draft / file)
-        write_text(draft / CARD_FILE, render_card(manifest, first_rows(version, CARD_SAMPLES)))
-        write_json(draft / MANIFEST, manifest)
-        final = dataset.path / "versions" / name
-        publish(draft, final)
-    return Version(final, manifest)

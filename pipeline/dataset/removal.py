@@ -1,20 +1,25 @@
-"""Remove versions, unused images, and files left behind by killed commands."""
+"""Remove versions, unused images, hidden states, and files left by killed commands."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir, read_tags
+from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.dataset.images import ImageStore
 from pipeline.dataset.version import FEATURES, LOCK, MANIFEST, PUSHED, VERSION_NAME
 from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, open_table, remove
 from pipeline.storage.lock import lock_file
 
-# Folders where all writers hold the lock of the dataset folder.
-LOCKED_FOLDERS = ("steps/*", "steps/read/*", "versions/v*", "shards/*/steps/*", "images", "shards/*/images")
 TEMPORARY_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
 REMOVING = ".removing-"  # prefix of the folder name while a version is removed
+# Left by killed commands. All commands that write to these folders hold the lock of the dataset folder.
+LEFTOVERS = (
+    f"versions/{REMOVING}*",
+    f"versions/{SCRATCH}",
+    f"images/{TEMPORARY_FILES}",
+    f"shards/*/images/{TEMPORARY_FILES}",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +33,9 @@ class Leftover:
 def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]:
     """Remove versions atomically, and return their folders. The caller holds the lock of the dataset folder.
 
-    Raises StoreError if a version is missing or tagged (before any removal), or if files cannot be removed.
+    Raises StoreError if a version is missing (before any removal), or if files cannot be removed.
     """
     folders = list(dict.fromkeys(_find_version(dataset, name) for name in names))
-    tags = read_tags(dataset.path)
-    for folder in folders:
-        if version_tags := [tag for tag, tagged in tags.items() if tagged == folder.name]:
-            command = f"synth versions tag --delete {version_tags[0]} --data {dataset.path}"
-            problem = f"{folder.name} is tagged as {', '.join(version_tags)}"
-            raise StoreError(problem, hint=f"remove the tag first: `{command}`")
     removed = []
     for folder in folders:
         removed.append(_measure(folder))
@@ -71,22 +70,13 @@ def _find_version(dataset: DatasetDir, name: str) -> Path:
     return folder if exists else dataset.version(name).path
 
 
-def find_leftovers(dataset: DatasetDir) -> Iterator[Leftover]:
-    """Yield files left by killed commands. The caller holds the lock, so no running command uses them."""
-    for folder in sorted((dataset.path / "versions").glob("*"), key=str):
-        if folder.name.startswith(REMOVING) or folder.name == SCRATCH:
-            yield _measure(folder)
-    for pattern in LOCKED_FOLDERS:
-        for folder in sorted(dataset.path.glob(pattern)):
-            for file in [] if _is_linked(dataset, folder) else sorted(folder.glob(TEMPORARY_FILES)):
-                if file.is_file() or file.is_symlink():
-                    yield Leftover(file, file.lstat().st_size)
-
-
-def remove_leftovers(leftovers: Sequence[Leftover]) -> None:
-    """Remove the files that `find_leftovers` yields. Raises StoreError if one cannot be removed."""
-    for leftover in leftovers:
+def remove_leftovers(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
+    """Remove files left by killed commands. The caller holds the lock, so no running command uses them."""
+    paths = (path for pattern in LEFTOVERS for path in sorted(dataset.path.glob(pattern)))
+    leftovers = [_measure(path) for path in paths if not _is_linked(dataset, path.parent)]
+    for leftover in () if dry_run else leftovers:
         _remove(leftover.path)
+    return leftovers
 
 
 def remove_temporary_folders(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
@@ -129,7 +119,7 @@ def _remove(path: Path) -> None:
 
 
 def _measure(folder: Path) -> Leftover:
-    if folder.is_symlink():
-        return Leftover(folder, 0)
+    if folder.is_symlink() or folder.is_file():
+        return Leftover(folder, folder.lstat().st_size)
     files = (file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
     return Leftover(folder, sum(file.stat().st_size for file in files))

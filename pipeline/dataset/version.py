@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import total_ordering
@@ -18,7 +18,7 @@ from pipeline.dataset.images import ImageStore, as_pixels
 from pipeline.dataset.manifest_schema import check_manifest
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import find_rows, open_parquet, read_json
+from pipeline.storage.files import open_parquet, read_json
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError, require_regular
 from pipeline.tables import (
@@ -50,7 +50,6 @@ MAX_NAME_CHARACTERS = 240  # file systems allow 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
 SplitBatch = tuple[str, pa.RecordBatch]  # a split and some of its rows
-ReadShard = Callable[[pq.ParquetFile, list[str]], Iterable[pa.RecordBatch]]
 
 
 @total_ordering
@@ -126,32 +125,24 @@ class Version:
         return [self.path / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
 
     def batches(
-        self, columns: list[str], batch_rows: int = 1024, splits: Iterable[str] = SPLITS
+        self,
+        columns: list[str],
+        batch_rows: int = 1024,
+        splits: Iterable[str] = SPLITS,
+        sample_ids: Collection[str] | None = None,
     ) -> Iterator[SplitBatch]:
-        """Yield all rows in batches, with images. Raises StoreError if any are missing or damaged."""
-        yield from self._read_shards(
-            columns, splits, lambda file, names: file.iter_batches(batch_rows, columns=names)
-        )
+        """Yield rows in batches, with images. `sample_ids` selects the rows of some samples.
 
-    def find(
-        self, columns: list[str], sample_ids: Collection[str], splits: Iterable[str] = SPLITS
-    ) -> Iterator[SplitBatch]:
-        """Yield the rows of the given samples, as `batches` does."""
-
-        def read_rows(file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
-            for table in find_rows(file, names, sample_ids):
-                yield from table.combine_chunks().to_batches()
-
-        yield from self._read_shards(columns, splits, read_rows)
-
-    def _read_shards(
-        self, columns: list[str], splits: Iterable[str], read_shard: ReadShard
-    ) -> Iterator[SplitBatch]:
+        Raises StoreError if any rows or images are missing or damaged.
+        """
         join = _ImageJoin(self, columns)
+        wanted = None if sample_ids is None else pa.array(sample_ids, pa.string())
         for split in splits:
             for shard in self.shards(split):
                 try:
-                    for batch in read_shard(self.open_shard(shard), join.file_columns):
+                    for batch in self.open_shard(shard).iter_batches(batch_rows, columns=join.file_columns):
+                        if wanted is not None:
+                            batch = batch.filter(pc.is_in(batch["sample_id"], wanted))
                         require_values(batch)
                         yield from ((split, joined) for joined in join.add_images(batch))
                 except (OSError, ValueError, pa.ArrowException) as error:
@@ -259,18 +250,12 @@ def parse_version(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups())
 
 
-class NewerVersionError(StoreError):
-    """Raised when a version was made by a newer release."""
-
-
 def read_version(folder: Path) -> Version:
     """Open a version folder. Raises StoreError if it is not one, or holds pipes or links that lead out."""
     try:
         manifest = read_json(folder / MANIFEST)
-        if manifest["table_version"] > TABLE_VERSION:
-            raise NewerVersionError(f"{folder} was made by a newer synth", hint="upgrade synth")
         if manifest["table_version"] != TABLE_VERSION:
-            raise ValueError(f"unknown table_version: {manifest['table_version']!r}")
+            raise ValueError(f"another release of synth wrote table_version {manifest['table_version']!r}")
         check_manifest(manifest)
         files = () if is_remote(folder) else (*manifest["files"], REJECTIONS_FILE, IMAGES_FILE)
         root = folder.parents[1] if folder.parent.name == "snapshots" else folder

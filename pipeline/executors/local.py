@@ -56,7 +56,7 @@ class LocalExecutor:
             self._reader.finish()
         return has_more
 
-    def each(self, work: ShardWork, *, asks: bool = False) -> None:  # noqa: ARG002
+    def each(self, work: ShardWork) -> None:
         """See Executor."""
         work(self.dataset, self._services)
 

@@ -1,7 +1,6 @@
 """Messages about a run: the opening line, and warnings about rejected rows with reasons and remedies."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import pyarrow.compute as pc
@@ -9,7 +8,7 @@ import pyarrow.compute as pc
 from pipeline.config import NO_MODEL, Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
-from pipeline.dataset.version import REJECTIONS_FILE, Version
+from pipeline.dataset.version import Version
 from pipeline.digests import public_name
 from pipeline.errors import one_line
 from pipeline.inference.engines import EngineChoice, find_family
@@ -18,8 +17,6 @@ from pipeline.plan import Plan
 from pipeline.sources.duplicates import REPEATED
 from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
-from pipeline.tables import HUMAN
-from pipeline.tasks import tasks_making
 from pipeline.tasks.base import MAX_QA_PAIRS
 from pipeline.tasks.boxes import PATCH_PX
 from pipeline.tasks.checks import MAX_CLAIMS
@@ -104,22 +101,11 @@ def describe_warnings(
     steps: Sequence[Step], plan: Plan, version: Version, funnel: Sequence[StepSummary]
 ) -> list[str]:
     """Return warnings about a finished run, such as rejected rows, empty splits and unanswered requests."""
-    config = plan.config
     return [
-        *describe_title(version, config),
         *describe_losses(steps, funnel),
-        *(describe_missing(steps, plan, version) if config.asks_model else ()),
-        *describe_empty_splits(version, config),
+        *describe_empty_splits(version, plan.config),
         *describe_unanswered(DatasetDir(version.dataset_dir), funnel),
     ]
-
-
-def describe_title(version: Version, config: Config) -> Iterator[str]:
-    """Yield a warning if the version keeps an earlier title, since its rows have not changed."""
-    title = version.manifest.get("title")
-    if config.title and title != config.title:
-        kept = f"the title {title}" if title else "a card without a title"
-        yield f"{version.name} keeps {kept}: a new title alone makes no new version"
 
 
 def describe_losses(
@@ -145,30 +131,6 @@ def describe_losses(
             hint = step.advice.get(reason, default_hint) if step else default_hint
             share = f"{lost:,} of {rows:,} {summary.unit}"
             yield f"{summary.step} rejected {share}, {count:,} of them as {reason.replace('_', ' ')}: {hint}"
-
-
-def describe_missing(steps: Sequence[Step], plan: Plan, version: Version) -> Iterator[str]:
-    """Yield a warning for each task whose captions or questions were all rejected."""
-    measured, config = version.manifest["measured"], plan.config
-    missing: list[tuple[str, str]] = []
-    if not measured.get("answers"):
-        missing += [(task, "questions") for task in config.tasks if task in tasks_making("questions")]
-    for task in tasks_making("captions").intersection(config.tasks):
-        styles = {style for asked, style in plan.requests.pairs if asked == task}
-        # With `fill`, human captions count too, since the model only writes missing captions.
-        styles |= {HUMAN} if config.human_texts == "fill" else set()
-        if styles.isdisjoint(measured.get("captions", {})):
-            missing.append((task, "captions"))
-    if not missing:
-        return
-    advice = {step.name: step.advice for step in steps}
-    rejections = read_table(version.path / REJECTIONS_FILE, ["step", "reason", "task"])
-    for task, name in missing:
-        lost = rejections.filter(pc.equal(rejections["task"], task))
-        reasons = Counter(zip(lost["step"].to_pylist(), lost["reason"].to_pylist(), strict=True))
-        for (step, reason), count in reasons.most_common(1):
-            hint = advice.get(step, {}).get(reason, SEE_REPORT)
-            yield f"no {name} are left: {step} rejected {count:,} as {reason.replace('_', ' ')}: {hint}"
 
 
 def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:

@@ -24,7 +24,7 @@ from pipeline.dataset.version import (
 )
 from pipeline.errors import StoreError
 from pipeline.hub_errors import HUB_NAME, translate_hub_errors
-from pipeline.storage.files import read_json, read_table, scratch_folder, translate_disk_errors, write_json
+from pipeline.storage.files import read_table, scratch_folder, translate_disk_errors
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
 from pipeline.tables import SPLITS
 
@@ -80,11 +80,9 @@ def open_or_download(path: Path | None, version: str | None = None, *, previews:
         return open_dataset(path, version, previews=previews)
     with translate_store_errors(path):
         remote = open_dataset(path, version, previews=previews)
-        origin = str(dataset_dir_of(remote.path))
-        home = DatasetDir(dataset_folder(origin))
+        home = DatasetDir(dataset_folder(str(dataset_dir_of(remote.path))))
         final = home.path / "versions" / remote.name
         with translate_disk_errors(home.path), home.lock(wait=True):
-            _require_origin(origin, home)
             if not final.exists():
                 _download(remote, home, final)
         local = read_version(final)
@@ -92,17 +90,6 @@ def open_or_download(path: Path | None, version: str | None = None, *, previews:
         hint = f"move {home.path} away"
         raise StoreError(f"{final} exists, but differs from {remote.name} in {path}", hint=hint)
     return local
-
-
-def _require_origin(origin: str, home: DatasetDir) -> None:
-    """Record where a folder's versions come from. Raises StoreError if it has versions from elsewhere."""
-    file = home.path / "origin.json"
-    known = read_json(file)["origin"] if file.exists() else None
-    if known not in (None, origin) or (known is None and home.versions()):
-        problem = f"{home.path} has versions from {known or 'this machine'}, not from {origin}"
-        raise StoreError(problem, hint=f"move {home.path} away")
-    if known is None:
-        write_json(file, {"origin": origin})
 
 
 def _download(remote: Version, home: DatasetDir, final: Path) -> None:

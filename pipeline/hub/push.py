@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # missing in its __all__
 
-from pipeline.dataset.version import CARD_FILE, REJECTIONS_FILE, parse_version
+from pipeline.dataset.version import REJECTIONS_FILE, parse_version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, PushError, one_line
 from pipeline.hub.package import Package, exported_files
@@ -52,18 +52,6 @@ class PushResult:
     is_new: bool
     is_private: bool
     warning: str = ""
-
-
-class DamagedPushError(PushError):
-    """Raised when `files` of a package on the Hub do not match its manifest."""
-
-    def __init__(self, repo: str, package: Package, files: list[str]) -> None:
-        hint = "tags never move: push to a new repository"
-        if package.kind == "dataset":
-            hint = "tags never move: publish the same rows as the next version with `synth push --repair`"
-        problem = f"{', '.join(files)} does not match its manifest"
-        super().__init__(f"{package.name} in {repo} is damaged: {problem}", hint=hint)
-        self.files = files
 
 
 def check_repo_name(repo: str) -> None:
@@ -148,13 +136,12 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
         raise PushError(f"{repo} exists and is public", hint=hint)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo, repo_type=package.kind).tags}
     is_new = name not in tags
-    commit, warning = _commit(api, package, repo, tags, progress) if is_new else (tags[name], "")
+    commit = _commit(api, package, repo, progress) if is_new else tags[name]
     remote = _verify(api, package, repo, commit)
     if is_new:
         message = f"digest {package.manifest['digest']}"
         api.create_tag(repo, repo_type=package.kind, tag=name, revision=commit, tag_message=message)
-    else:
-        warning = _changed_statements(package, remote)
+    warning = "" if is_new else _changed_statements(package, remote)
     return PushResult(repo, str(created), commit, name, is_new, is_private, warning)
 
 
@@ -168,23 +155,8 @@ def _changed_statements(package: Package, remote: dict[str, Any]) -> str:
     return f"the card of the published {package.name} differs ({changes}). {hint}"
 
 
-def _edited_card_warning(api: HfApi, package: Package, repo: str, head: str, earlier: str | None) -> str:
-    """Return a warning if the card at `head` differs from the card of the `earlier` push, or "" if not."""
-    if earlier is None:
-        return ""
-    blobs = []
-    for revision in (head, earlier):
-        entries = api.get_paths_info(repo, CARD_FILE, repo_type=package.kind, revision=revision)
-        blobs.append([entry.blob_id for entry in entries if isinstance(entry, RepoFile)])
-    if not blobs[0] or blobs[0] == blobs[1]:
-        return ""
-    return f"the card of {repo} was edited on the Hub and is now replaced: the edits are in revision {head}"
-
-
-def _commit(
-    api: HfApi, package: Package, repo: str, tags: dict[str, str], progress: Progress
-) -> tuple[str, str]:
-    """Upload large files, and commit on top of the current head. Return the commit id and a warning or ""."""
+def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
+    """Upload large files, and commit on top of the current head. Return the commit id."""
     head = str(api.repo_info(repo, repo_type=package.kind).sha)
     remote = _remote_manifest(api, package, repo, head)
     files = set(api.list_repo_files(repo, repo_type=package.kind, revision=head))
@@ -192,7 +164,7 @@ def _commit(
         _require_same(package, remote, repo)
         # The tag is missing because an earlier push was interrupted between its commit and its tag.
         if not _changed_statements(package, remote):
-            return head, ""
+            return head
     is_dataset = package.kind == "dataset"
     if remote and is_dataset and parse_version(remote["version"]) > parse_version(package.name):
         hint = "push the newest version, or push to another repository"
@@ -203,7 +175,6 @@ def _commit(
         raise PushError(
             f"{repo} has files that synth did not push", hint="push to a new or an empty repository"
         )
-    warning = _edited_card_warning(api, package, repo, head, tags.get(remote.get("version", "")))
     # Each attempt needs new operations. An operation remembers the branch at its upload, and would skip a
     # file as unchanged although the branch has changed since.
     additions = [CommitOperationAdd(path, content) for path, content in package.files.items()]
@@ -222,7 +193,7 @@ def _commit(
         commit_description=f"digest {package.manifest['digest']}",
         parent_commit=head,
     )
-    return str(commit.oid), warning
+    return str(commit.oid)
 
 
 def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:
@@ -252,7 +223,7 @@ def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> 
 
 
 def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, Any]:
-    """Return the manifest on the Hub. Raises DamagedPushError if files there differ from it."""
+    """Return the manifest on the Hub. Raises PushError if files there differ from it."""
     manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
     rejections = {REJECTIONS_FILE: manifest["rejections"]} if "rejections" in manifest else {}
@@ -265,7 +236,8 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, A
             actual[entry.path] = entry.lfs.sha256 if entry.lfs else file_digest(Path(fetch()))
     damaged = sorted(name for name, sha256 in expected.items() if actual.get(name) != sha256)
     if damaged:
-        raise DamagedPushError(repo, package, damaged)
+        problem = f"{package.name} in {repo} is damaged: {', '.join(damaged)} does not match its manifest"
+        raise PushError(problem, hint="tags never move: push to a new repository")
     return manifest
 
 

@@ -35,7 +35,7 @@ AHEAD_BYTES = 128_000_000  # total size of the queued images
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
 _SERVE = "from pipeline.images.isolation import serve; serve()"
 T = TypeVar("T")
-_max_workers = 16
+MAX_WORKERS = 16
 log = logging.getLogger(__name__)
 MEMORY_BYTES = 1_500_000_000  # in addition to the memory of an idle worker
 CPU_SECONDS = 30
@@ -238,7 +238,7 @@ def _ask(worker: Worker, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Re
 
 @cache
 def _pool() -> _Pool:
-    pool = _Pool(min(len(os.sched_getaffinity(0)), _max_workers))
+    pool = _Pool(min(len(os.sched_getaffinity(0)), MAX_WORKERS))
     atexit.register(pool.close)
     return pool
 
@@ -252,12 +252,6 @@ def end_workers() -> None:
     if _pool.cache_info().currsize:
         _pool().close()
         _pool.cache_clear()
-
-
-def limit_workers(count: int) -> None:
-    """Limit the number of workers, for a process that is one of several readers."""
-    global _max_workers
-    _max_workers = count
 
 
 # --- a worker: its messages, its limits and its loop

@@ -7,12 +7,9 @@ since SQLite does not detect changed bytes.
 
 import hashlib
 import os
-import re
-import shutil
 import sqlite3
 from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
-from itertools import count
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +40,6 @@ _INSERT = (
     f"ON CONFLICT (request_id, attempt) DO UPDATE SET {', '.join(f'{n} = excluded.{n}' for n in _NAMES[2:])} "
     f"WHERE replies.finish_reason IN {UNANSWERED}"
 )
-_REQUEST_ID = re.compile("[0-9a-f]{64}")
-MAX_TIMES_SENT = 10_000
-_ID_PREFIXES = [f"{number:03x}" for number in range(1 << 12)]
 
 
 class Journal:
@@ -120,12 +114,10 @@ class Journal:
                 reply.max_pixels,
             )
             rows.append((*row, _checksum(row)))
-        self.copy([], rows)
+        self._insert(rows)
 
-    def copy(self, asked: Iterable[Sequence[Any]], replies: Iterable[Sequence[Any]]) -> None:
-        """Insert rows into both tables, such as rows from another journal."""
+    def _insert(self, replies: Iterable[Sequence[Any]]) -> None:
         with self._db:
-            self._db.executemany("INSERT OR IGNORE INTO asked VALUES (?, ?)", asked)
             self._db.executemany(_INSERT, replies)
 
     def import_replies(self, path: Path, first_id: str, end_id: str) -> None:
@@ -141,7 +133,14 @@ class Journal:
                 raise error
             where = "WHERE sample_id >= ? AND sample_id < ? OR style = 'blind'"
             rows = _read_replies(source, where, (first_id, end_id))
-            self.copy([], (_require_intact(path, row) for row in rows))
+            self._insert(_require_intact(path, row) for row in rows)
+
+    def remove_damaged(self) -> int:
+        """Delete replies that do not match their checksums. Return the number of replies that are left."""
+        damaged = [row[:2] for row in _read_replies(self._db) if not _is_intact(row)]
+        with self._db:
+            self._db.executemany("DELETE FROM replies WHERE request_id = ? AND attempt = ?", damaged)
+        return self.totals()["replies"]
 
     def likely_tokens(self, task: str = "") -> tuple[int, int]:
         """Return the sum of `budget.likely_tokens` over all replies, or over the replies of one task."""
@@ -157,11 +156,6 @@ class Journal:
         query = f"SELECT {sums} FROM replies WHERE ? IN ('', task)"  # noqa: S608
         read, written = self._db.execute(query, (task,)).fetchone()
         return read, written
-
-    def count_unanswered(self) -> int:
-        """Return the number of requests that were sent but have no reply."""
-        query = "SELECT COUNT(*) FROM asked WHERE request_id NOT IN (SELECT request_id FROM replies)"
-        return int(self._db.execute(query).fetchone()[0])
 
     def totals(self) -> dict[str, int]:
         """Return the numbers of requests sent (including retries), replies, and their tokens."""
@@ -210,53 +204,6 @@ def check_journal(path: Path) -> JournalState:
         except sqlite3.DatabaseError as error:
             problem = problem or str(error)
     return JournalState(replies, tuple(damaged), " ".join(problem.split()))
-
-
-def repair_journal(path: Path) -> tuple[int, int, int]:
-    """Replace a damaged journal with a copy that holds only its intact replies.
-
-    Keeps the old file as `.damaged-1`, `.damaged-2` and so on. Returns the numbers of intact replies, damaged
-    replies and requests without a reply. Raises StoreError and changes nothing if no reply is intact.
-    """
-    draft = path.with_name(f"{path.name}.repairing")
-    draft.unlink(missing_ok=True)
-    lost = 0
-    try:
-        with closing(sqlite3.connect(path.absolute())) as source, Journal(draft) as journal:
-            source.text_factory = _decode
-            # Read small ranges, so that an unreadable page loses only the replies in its range.
-            for ids in zip(_ID_PREFIXES, [*_ID_PREFIXES[1:], "g"], strict=True):
-                where = "WHERE request_id >= ? AND request_id < ?"
-                asked, rows = list[Any](), list[Sequence[Any]]()
-                with suppress(sqlite3.DatabaseError):
-                    asked.extend(filter(_is_plausible, source.execute(f"SELECT * FROM asked {where}", ids)))  # noqa: S608
-                with suppress(sqlite3.DatabaseError):
-                    rows.extend(_read_replies(source, where, ids))
-                intact = [row for row in rows if _is_intact(row)]
-                lost += len(rows) - len(intact)
-                journal.copy(asked, intact)
-            kept, unanswered = journal.totals()["replies"], journal.count_unanswered()
-        if not kept:
-            hint = "restore a backup of the file, or move it away to send all requests again"
-            raise StoreError(f"{path} is damaged: none of its replies can be read", hint=hint)
-        number = next(n for n in count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
-        for suffix in ("", "-wal"):
-            with suppress(FileNotFoundError):
-                shutil.copy2(f"{path}{suffix}", path.with_name(f"{path.name}.damaged-{number}{suffix}"))
-        for suffix in ("-wal", "-shm"):  # otherwise SQLite would apply the old log to the new file
-            path.with_name(f"{path.name}{suffix}").unlink(missing_ok=True)
-        draft.replace(path)
-    finally:
-        for suffix in ("", "-wal", "-shm"):
-            draft.with_name(f"{draft.name}{suffix}").unlink(missing_ok=True)
-    return kept, lost, unanswered
-
-
-def _is_plausible(row: Sequence[Any]) -> bool:
-    """Return whether a row of `asked` looks valid, since these rows have no checksum."""
-    request_id, times = row
-    is_id = isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id) is not None
-    return is_id and isinstance(times, int) and 0 < times < MAX_TIMES_SENT
 
 
 def _decode(data: bytes) -> str:

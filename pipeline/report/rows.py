@@ -35,13 +35,9 @@ def read_rows(
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield batches of rows for the page in the order of `splits`. Without `chosen_ids`, yield all rows."""
     columns, own_columns = version.manifest["columns"], version.manifest.get("own_columns", {})
-    if chosen_ids is None:
-        batches = version.batches(columns, batch_rows, splits)
-    else:
-        batches = version.find(columns, chosen_ids, splits)
-    for split, batch in batches:
-        for start in range(0, batch.num_rows, batch_rows):
-            yield [_row(row, split, own_columns) for row in to_pylist(batch.slice(start, batch_rows))]
+    for split, batch in version.batches(columns, batch_rows, splits, chosen_ids):
+        if batch.num_rows:
+            yield [_row(row, split, own_columns) for row in to_pylist(batch)]
 
 
 def write_rejected(folder: Path, path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.images.near_duplicates import ImageKind
 from pipeline.sources import archive, benchmarks, documents, folder, listing, scenes, tables
 from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
-from pipeline.types import ALL, Sample, Source, SourceSlice
+from pipeline.types import Sample, Source
 
 PHOTO_STYLES = ("plain", "detailed")  # default caption styles of photos
 SOURCES: tuple[SourceSpec, ...] = (
@@ -113,15 +113,8 @@ def holds_decks(config: Config) -> bool:
     return asks_about_decks(config.tasks or find_source(config.source).default_tasks(config))
 
 
-def is_divisible(config: Config) -> bool:
-    """Return whether several readers may each read a slice of the source."""
-    spec = find_source(config.source)
-    # Only a single reader knows when the limit is reached.
-    return spec.is_divisible and (config.limit is None or spec.is_endless)
-
-
-def open_source(config: Config, part: SourceSlice = ALL) -> Source:
-    """Open a source, or one slice of a source that `is_divisible`.
+def open_source(config: Config) -> Source:
+    """Open a source.
 
     Raises ConfigError if the settings do not fit the source, and SourceError if it cannot be read.
     """
@@ -131,7 +124,7 @@ def open_source(config: Config, part: SourceSlice = ALL) -> Source:
         problem = f"--source {spec.kind} needs an argument: {spec.name}"
         raise ConfigError(problem, hint=f"for example: {spec.example}")
     try:
-        source = spec.open(config, argument, part)
+        source = spec.open(config, argument)
     except PermissionError as error:
         problem = f"cannot read {error.filename or argument}: {error.strerror}"
         raise SourceError(problem, hint="check its permissions") from None

@@ -54,7 +54,7 @@ from pipeline.sources.texts import (
 )
 from pipeline.storage.untrusted import is_hidden
 from pipeline.tables import SPLIT
-from pipeline.types import ALL, UNKNOWN, RawSample, Rejected, Source, SourceSlice
+from pipeline.types import UNKNOWN, RawSample, Rejected, Source
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 TEXT_SUFFIXES = (".txt", ".json")
@@ -499,12 +499,11 @@ class Archives:
 
 def open_archives(
     files: SourceFiles,
-    part: SourceSlice = ALL,
     license: str = UNKNOWN,
     columns: Sequence[str] = (),
     split: str | None = None,
 ) -> Source:
-    """Open the images in archives, or a slice. `columns` (JSON values or EXIF fields) become the context.
+    """Open the images in archives. `columns` (JSON values or EXIF fields) become the context.
 
     Raises SourceError if no archive belongs to `split`, or if the first images lack one of the columns.
     Reading the source raises SourceError if an archive is damaged or no archive has an image.
@@ -519,37 +518,31 @@ def open_archives(
     archives = Archives(files)
     archives.require_columns(names, columns)
     has_questions = archives.have_questions(names)
-    by_file = len(names) >= part.of
 
     def read() -> Iterator[RawSample | Rejected]:
-        number = -1
-        for index, name in enumerate(names):
-            if by_file and index % part.of != part.number:
-                continue
+        is_empty = True
+        for name in names:
             for image, texts in archives.read_images(name):
-                number += 1
-                if by_file or number % part.of == part.number:
-                    row = _row(name, image, texts, license, columns, has_questions=has_questions)
-                    if isinstance(row, Rejected):
-                        yield row
-                    elif split in (None, row.fields["split"]):
-                        row_split = stored_split(row.fields["split"], split)
-                        yield replace(row, fields=row.fields | {"split": row_split})
-        if number < 0 and part == ALL:
+                is_empty = False
+                row = _row(name, image, texts, license, columns, has_questions=has_questions)
+                if isinstance(row, Rejected):
+                    yield row
+                elif split in (None, row.fields["split"]):
+                    row_split = stored_split(row.fields["split"], split)
+                    yield replace(row, fields=row.fields | {"split": row_split})
+        if is_empty:
             hint = "PNG, JPEG, WebP and other images are read, also in subfolders"
             raise SourceError(f"no images in {', '.join(names)[:200]}", hint=hint)
 
-    messages: list[str] = []
-    if part == ALL:
-        messages += files.messages
-        if files.is_local:
-            with files.translate_errors():
-                first = names[0] if len(names) == 1 else f"the first of {len(names):,} archives, {names[0]}"
-                messages += _describe_texts(first, archives.text_index(names[0]))
+    messages = [*files.messages]
+    if files.is_local:
+        with files.translate_errors():
+            first = names[0] if len(names) == 1 else f"the first of {len(names):,} archives, {names[0]}"
+            messages += _describe_texts(first, archives.text_index(names[0]))
     messages += [] if split else describe_held_out(names_by_split)
     return Source(
         name="archive",
-        revision=files.revision if part == ALL else "",
+        revision=files.revision,
         read=lambda start: check_samples(islice(read(), start, None), columns),
         messages=tuple(messages),
     )
@@ -587,13 +580,13 @@ def _split_of(archive: str) -> str | None:
     return split_of_path(archive[: -len(suffix)])
 
 
-def _open(config: Config, path: str, part: SourceSlice) -> Source:
+def _open(config: Config, path: str) -> Source:
     refuse_roles(config, "an archive", "to use values of NAME.json in prompts: --columns context=A,B")
-    files = find_source_files(path, SUFFIXES, follow_links=config.follow_links, needs_digest=part == ALL)
+    files = find_source_files(path, SUFFIXES, follow_links=config.follow_links)
     if not files.names:
         hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
         raise SourceError(f"no archive at {path}", hint=hint)
-    return open_archives(files, part, config.license or UNKNOWN, config.context, config.source_split)
+    return open_archives(files, config.license or UNKNOWN, config.context, config.source_split)
 
 
 SPEC = SourceSpec(

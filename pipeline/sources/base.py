@@ -12,7 +12,7 @@ from pipeline.images.isolation import check_all
 from pipeline.images.metadata import is_exif_name
 from pipeline.images.near_duplicates import ImageKind
 from pipeline.text.escape import printable
-from pipeline.types import RawSample, Rejected, Sample, Source, SourceSlice
+from pipeline.types import RawSample, Rejected, Sample, Source
 
 DECK_TASKS = ("deck_qa",)
 LICENSE_FROM_OPTION = "unknown, unless --license states it; unknown images are pushed to a private repository"
@@ -51,7 +51,7 @@ class SourceSpec:
     example: str
     license: str = LICENSE_FROM_OPTION
     needs: str = "a vision-language model"
-    open: Callable[[Config, str, SourceSlice], Source]
+    open: Callable[[Config, str], Source]
     tasks: tuple[str, ...] = ("caption", "qa")  # default tasks
     options: frozenset[str] = frozenset()  # keys of OPTIONS that this source supports
     # How the search for near-duplicates compares images, or None if all images are known to be distinct.
@@ -61,7 +61,6 @@ class SourceSpec:
     clip_model: str = "clip"  # default CLIP
     is_endless: bool = False  # makes exactly `limit` samples, while other sources may have fewer
     default_grouping: Literal["folder"] | None = None  # default of split.group_by
-    is_divisible: bool = True  # several readers may each read a slice
 
     @property
     def kind(self) -> str:

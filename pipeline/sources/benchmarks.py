@@ -30,7 +30,7 @@ from pipeline.sources.tables import (
 )
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.text.vqa_answers import normalize_answer
-from pipeline.types import FLICKR_TERMS, NTT_EVALUATION, RawSample, ReferenceQA, Rejected, Source, SourceSlice
+from pipeline.types import FLICKR_TERMS, NTT_EVALUATION, RawSample, ReferenceQA, Rejected, Source
 
 FLICKR30K_REPO, VQAV2_REPO, SLIDEVQA_REPO = "nlphuji/flickr30k", "lmms-lab/VQAv2", "NTT-hil-insight/SlideVQA"
 NUM_KARPATHY_SPLITS = 3
@@ -58,13 +58,13 @@ def read_split_list(path: Path) -> dict[str, str]:
         raise SourceError(f"cannot read the split list {path}: {error!r}", hint=hint) from None
 
 
-def _open_flickr30k(config: Config, repo: str, part: SourceSlice) -> Source:
+def _open_flickr30k(config: Config, repo: str) -> Source:
     """Open the photos with their captions and true splits.
 
     Raises SourceError if neither the tables nor a split list states the splits.
     """
     tables = open_hub(repo or FLICKR30K_REPO, allow_partial=config.allow_partial)
-    tables = replace(tables, part=part, license=FLICKR_TERMS)
+    tables = replace(tables, license=FLICKR_TERMS)
     split, split_list = config.source_split, config.split_list
     columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
     has_splits = "split" in columns or len(tables.files) >= NUM_KARPATHY_SPLITS
@@ -153,7 +153,7 @@ def _vqav2_question(row: dict[str, Any]) -> ReferenceQA:
     return ReferenceQA(question=row["question"], answers=answers, answer_type=row["answer_type"])
 
 
-def _open_vqav2(config: Config, repo: str, _: SourceSlice) -> Source:
+def _open_vqav2(config: Config, repo: str) -> Source:
     tables = open_hub(repo or VQAV2_REPO, allow_partial=config.allow_partial)
     tables.require("image", *_VQAV2_COLUMNS)
     columns, license = _VQAV2_COLUMNS, FLICKR_TERMS
@@ -169,7 +169,6 @@ VQAV2 = SourceSpec(
     open=_open_vqav2,
     options=frozenset({"allow_partial", "source_split"}),
     scored_split="validation",
-    is_divisible=False,
 )
 
 
@@ -187,7 +186,7 @@ def _optional(value: Any) -> str | None:
     return None if value in (None, "", "None") else str(value)
 
 
-def _open_slidevqa(config: Config, repo: str, _: SourceSlice) -> Source:
+def _open_slidevqa(config: Config, repo: str) -> Source:
     tables = open_hub(repo or SLIDEVQA_REPO, allow_partial=config.allow_partial)
     pages = named_columns(tables.require("page_1", *_SLIDEVQA_COLUMNS), "pages", "page_*")
     columns, license = _SLIDEVQA_COLUMNS, NTT_EVALUATION
@@ -205,5 +204,4 @@ SLIDEVQA = SourceSpec(
     tasks=DECK_TASKS,
     options=frozenset({"allow_partial", "source_split"}),
     scored_split="test",
-    is_divisible=False,
 )

@@ -31,7 +31,7 @@ from pipeline.sources.source_files import (
 )
 from pipeline.storage.untrusted import TOO_LARGE, UnsafeFileError, open_regular
 from pipeline.tasks.base import MAX_PAGES
-from pipeline.types import ALL, UNKNOWN, RawSample, Rejected, Sample, Source, SourceSlice
+from pipeline.types import UNKNOWN, RawSample, Rejected, Sample, Source
 
 FRAME_SECONDS = 5.0  # default interval between frames
 MAX_PDF_BYTES = 500_000_000  # a document is held in memory
@@ -56,9 +56,7 @@ def name_frames(frames: Iterator[Rendered]) -> Iterator[RenderedRow]:
     yield from ((f"/{frame.place / 1000:09.3f}s", (frame.data,), frame.fault) for frame in frames)
 
 
-def _open(
-    kind: Kind, make_rows: RowMaker, config: Config, path: str, part: SourceSlice, *, decks: bool = False
-) -> Source:
+def _open(kind: Kind, make_rows: RowMaker, config: Config, path: str, *, decks: bool = False) -> Source:
     """Open a file, or all files of this kind below a folder in path order.
 
     Raises SourceError if there is no such file, and ConfigError if the rendering package is missing.
@@ -79,26 +77,22 @@ def _open(
     others = [file for file in content.others if file.suffix.lower() not in suffixes] + content.images
     every_s = config.frame_seconds or FRAME_SECONDS
     bound = None if config.follow_links or not given.is_dir() else root
-    part_files = files[part.number :: part.of]
     license = config.license or UNKNOWN
     read = partial(_read, kind, root=root, bound=bound, make_rows=make_rows, license=license, every_s=every_s)
-    unreadable = [row for row in content.rejected if row.reason == UNREADABLE_FOLDER and part.number == 0]
+    unreadable = [row for row in content.rejected if row.reason == UNREADABLE_FOLDER]
 
     def read_from(start: int) -> Iterator[Sample | Rejected]:
-        rows = chain(unreadable, chain.from_iterable(map(read, part_files)))
+        rows = chain(unreadable, chain.from_iterable(map(read, files)))
         return check_samples(islice(rows, start, None))
 
-    revision, messages = "", list[str]()
-    if part == ALL:
-        renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]
-        contents = [[row_name(file, root), digest_or_fault(file, bound, max_bytes=None)] for file in files]
-        revision = digest([*contents, *renderer])
-        messages = describe_unread(content) + ([f"not read: {count_by_suffix(others)}"] if others else [])
+    renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]
+    contents = [[row_name(file, root), digest_or_fault(file, bound, max_bytes=None)] for file in files]
+    messages = describe_unread(content) + ([f"not read: {count_by_suffix(others)}"] if others else [])
     return Source(
         name=kind,
-        revision=revision,
+        revision=digest([*contents, *renderer]),
         read=read_from,
-        count=partial(_count_rows, kind, part_files, bound, every_s, MAX_PAGES if decks else 1),
+        count=partial(_count_rows, kind, files, bound, every_s, MAX_PAGES if decks else 1),
         messages=tuple(messages),
         decks=decks,
     )

@@ -34,19 +34,18 @@ from pipeline.sources.texts import (
     read_folder_texts,
 )
 from pipeline.tables import SPLITS
-from pipeline.types import ALL, UNKNOWN, Context, RawSample, Rejected, Source, SourceSlice
+from pipeline.types import UNKNOWN, Context, RawSample, Rejected, Source
 
 
 def open_folder(
     root: Path,
-    part: SourceSlice = ALL,
     license: str = UNKNOWN,
     columns: Sequence[str] = (),
     caption_files: Sequence[Path] = (),
     *,
     follow_links: bool = False,
 ) -> Source:
-    """Open the image files below `root`, sorted by path, or only the slice `part`. A slice has no revision.
+    """Open the image files below `root`, sorted by path.
 
     `columns` (metadata columns or EXIF fields) become the context. Links to files outside `root` are
     rejected unless `follow_links` is set, because the files would be published. Raises SourceError if `root`
@@ -59,15 +58,15 @@ def open_folder(
         raise _no_images_error(root, content)
     images = {row_name(path, root): path for path in content.images}
     rows: dict[str, Path | Rejected] = {**images, **{row.source_row: row for row in content.rejected}}
-    slice_rows = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
-    paths = [row for _, row in slice_rows if isinstance(row, Path)]
+    sorted_rows = sorted(rows.items())
+    paths = [row for _, row in sorted_rows if isinstance(row, Path)]
     bound = None if follow_links else root
     texts = read_folder_texts(root, paths, content.images, columns, follow_links=follow_links)
     add_caption_files(texts, caption_files, root, images)
     add_splits_of_folders(texts, images)
     known = texts.columns | {*PATH_COLUMNS}
     unknown = [name for name in columns if name not in known and not is_exif_name(name)]
-    if unknown and part == ALL:  # only the whole source is checked
+    if unknown:
         columns_hint = f"columns of {' and '.join(METADATA_FILES)}: {', '.join(sorted(known))}"
         hint = did_you_mean(unknown[0], known, columns_hint)
         raise SourceError(f"no column is named {unknown[0]}", hint=hint)
@@ -94,20 +93,17 @@ def open_folder(
         fields = texts_of(path).sample_fields(has_questions=has_questions) | {"context": context_of(path)}
         return RawSample(source_row=name, images=(data,), license=license, fields=fields)
 
-    def revision() -> str:
-        contents = [
-            [name, digest_or_fault(path, bound), context_of(path), texts_of(path).as_json()]
-            for name, path in slice_rows
-            if isinstance(path, Path)
-        ]
-        return digest(contents)
-
+    contents = [
+        [name, digest_or_fault(path, bound), context_of(path), texts_of(path).as_json()]
+        for name, path in sorted_rows
+        if isinstance(path, Path)
+    ]
     return Source(
         name="folder",
-        revision=revision() if part == ALL else "",
-        read=lambda start: check_samples(map(read, slice_rows[start:]), columns),
-        count=lambda: len(slice_rows),
-        messages=tuple(_describe_content(content, texts)) if part == ALL else (),
+        revision=digest(contents),
+        read=lambda start: check_samples(map(read, sorted_rows[start:]), columns),
+        count=lambda: len(sorted_rows),
+        messages=tuple(_describe_content(content, texts)),
     )
 
 
@@ -140,11 +136,11 @@ def _describe_content(content: FolderContent, texts: FolderTexts) -> Iterator[st
         yield f"not read: {count_by_suffix(unread)}"
 
 
-def _open(config: Config, path: str, part: SourceSlice) -> Source:
+def _open(config: Config, path: str) -> Source:
     refuse_roles(config, "a folder", "to use columns of metadata.csv in prompts: --columns context=A,B")
     folder, license = Path(path).expanduser(), config.license or UNKNOWN
     links = config.follow_links
-    return open_folder(folder, part, license, config.context, config.captions, follow_links=links)
+    return open_folder(folder, license, config.context, config.captions, follow_links=links)
 
 
 SPEC = SourceSpec(

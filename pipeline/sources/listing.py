@@ -34,7 +34,7 @@ from pipeline.sources.texts import (
 )
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import CAPTION_COLUMNS, CAPTIONS, SPLIT, WRITTEN_BY
-from pipeline.types import ALL, UNKNOWN, Context, RawSample, Rejected, Source, SourceSlice
+from pipeline.types import UNKNOWN, Context, RawSample, Rejected, Source
 
 TABLE_SUFFIXES, JSON_SUFFIXES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".txt", *TABLE_SUFFIXES, *JSON_SUFFIXES)
@@ -135,7 +135,6 @@ def _is_file(root: Path, path: str) -> bool:
 
 def open_list(
     file: Path,
-    part: SourceSlice = ALL,
     license: str = UNKNOWN,
     columns: Sequence[str] = (),
     split: str | None = None,
@@ -143,18 +142,18 @@ def open_list(
     allow_urls: bool = False,
     follow_links: bool = False,
 ) -> Source:
-    """Open the images that a list names, or only the slice `part`. A slice has no revision.
+    """Open the images that a list names.
 
     `columns` (columns of the list or EXIF fields) become the context. Files outside the list's folder are
     rejected unless `follow_links` is set. Raises SourceError as `read_list` does, or if `split` has no line.
     """
     all_images, root = read_list(file, columns), file.parent
-    split_images = [image for image in all_images if split in (None, image.texts.split)]
-    if not split_images:
+    images = [image for image in all_images if split in (None, image.texts.split)]
+    if not images:
         raise SourceError(
             f"{file} has no line with the split {split}", hint=f"set the split in the column {SPLIT}"
         )
-    images, bound = split_images[part.number :: part.of], None if follow_links else root
+    bound = None if follow_links else root
     has_questions = any(image.texts.questions for image in all_images)
 
     def read(image: ListedImage) -> RawSample | Rejected:
@@ -182,10 +181,10 @@ def open_list(
 
     return Source(
         name="list",
-        revision=digest([content(image) for image in images]) if part == ALL else "",
+        revision=digest([content(image) for image in images]),
         read=lambda start: check_samples(read_all(images[start:]), columns),
         count=lambda: len(images),
-        messages=tuple(_describe(all_images)) if part == ALL else (),
+        messages=tuple(_describe(all_images)),
     )
 
 
@@ -211,14 +210,14 @@ def _describe(images: Sequence[ListedImage]) -> Iterator[str]:
             yield f"{content}: {count:,} of {len(images):,} lines"
 
 
-def _open(config: Config, path: str, part: SourceSlice) -> Source:
+def _open(config: Config, path: str) -> Source:
     refuse_roles(config, "a list", "to use columns in prompts: --columns context=A,B")
     if _URL.match(path):
         address = path.partition("?")[0]
         raise ConfigError(f"a list must be a local file, not {address}", hint="download it first")
     options = {"allow_urls": config.allow_urls, "follow_links": config.follow_links}
     file, license = Path(path).expanduser(), config.license or UNKNOWN
-    return open_list(file, part, license, config.context, config.source_split, **options)
+    return open_list(file, license, config.context, config.source_split, **options)
 
 
 SPEC = SourceSpec(

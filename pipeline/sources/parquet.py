@@ -18,7 +18,7 @@ from pipeline.dataset.version import REJECTIONS_FILE
 from pipeline.errors import ImageError, SourceError, one_line
 from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.sources.image_urls import fetch_image
-from pipeline.types import ALL, Rejected, SourceSlice
+from pipeline.types import Rejected
 
 BATCH_ROWS = 16  # maximum number of rows without images to decode at once
 MAX_ROW_BYTES = 256_000_000  # maximum size of a row that has images
@@ -46,7 +46,6 @@ class Tables:
     open: Callable[[str], BinaryIO]
     translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # raises SourceError
     is_partial: bool = False  # the Hub has converted only the first rows
-    part: SourceSlice = ALL  # a slice has whole files, or row groups if there are fewer files than slices
 
     @property
     def schema(self) -> pa.Schema:
@@ -60,16 +59,12 @@ class Tables:
         return schema
 
     def rows(self, columns: Sequence[str], split: str | None = None, start: int = 0) -> Iterator[TableRow]:
-        """Yield (row name, split of its file, values) for the rows of one split or all splits in `part`.
+        """Yield (row name, split of its file, values) for the rows of one split or all splits.
 
         The first `start` rows are skipped, without reading their row groups. An unreadable row has a
         rejection in place of values.
         """
-        files = self._files(split)
-        by_file = len(files) >= self.part.of
-        for file_index, (file_split, path) in enumerate(files):
-            if by_file and not self._is_in_part(file_index):
-                continue
+        for file_split, path in self._files(split):
             with self._open_file(path) as file:
                 parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
                 if missing := {name for name in columns if parquet.schema_arrow.names.count(name) != 1}:
@@ -78,10 +73,9 @@ class Tables:
                 first_row = 0
                 for group in range(parquet.num_row_groups):
                     num_rows = parquet.metadata.row_group(group).num_rows
-                    is_in_part = by_file or self._is_in_part(file_index + group)
-                    if is_in_part and num_rows <= start:
+                    if num_rows <= start:
                         start -= num_rows
-                    elif is_in_part:
+                    else:
                         size = _batch_rows(parquet, group, columns)
                         batches = parquet.iter_batches(size, [group], list(columns), use_threads=False)
                         names = (f"{path}:{row_number}" for row_number in count(first_row))
@@ -92,9 +86,6 @@ class Tables:
                             yield name, file_split, row
                         start = 0
                     first_row += num_rows
-
-    def _is_in_part(self, number: int) -> bool:
-        return number % self.part.of == self.part.number
 
     def _files(self, split: str | None = None) -> list[tuple[str | None, str]]:
         """Return (split, path) for each file of one split or all splits."""

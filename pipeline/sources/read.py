@@ -1,7 +1,6 @@
 """The read step writes images to the store (dataset/images.py), and a list of samples to the step's folder.
 
-SourceReader reads a source in one process. In a cluster, each worker calls `write_source` for its shard. A
-download may take hours, so SourceReader writes rows in parts, and the next run resumes after the last part.
+A download may take hours, so SourceReader writes rows in parts, and the next run resumes after the last part.
 `read.json` records what was read. If the source and the files have not changed, the next run uses the files.
 If rows failed for temporary reasons, such as a host that did not answer, the next run reads all rows again.
 Later runs do so only while the number of failures falls.
@@ -141,7 +140,15 @@ class SourceReader:
     With `--images N`, each run starts at the first image again, and takes known images from the parts.
     """
 
-    def __init__(self, dataset: DatasetDir, config: Config, source: Source, progress: Progress) -> None:
+    def __init__(
+        self,
+        dataset: DatasetDir,
+        config: Config,
+        source: Source,
+        progress: Progress,
+        store: ImageStore | None = None,
+    ) -> None:
+        self._store = store or ImageStore(dataset.path)
         self.dataset, self.config, self.source, self.progress = dataset, config, source, progress
         self._exclusions = open_exclusions(config)
         self._key = reading_key(config, source, self._exclusions)
@@ -208,7 +215,7 @@ class SourceReader:
             if not is_done(self.dataset, "read", self._key):
                 return None
             listed = open_table(self.dataset.step_file("read")).read(["sample_id"])["sample_id"]
-            if ImageStore(self.dataset.path).find_missing(listed.to_pylist()):
+            if self._store.find_missing(listed.to_pylist()):
                 return None
             is_final = not is_worth_another_try(count_passing(self.dataset), result.get("may_pass_before"))
             return dict(result) if is_final else None
@@ -270,8 +277,7 @@ class SourceReader:
         write_json(self._path, state | self._earlier_failures)
         # With --images, no reading is recorded as complete, so parts with temporary failures are read again.
         keeps_failures = self.config.images is None
-        store = ImageStore(self.dataset.path)
-        parts = self._parts = SourceParts(folder, digest(state), store, keeps_failures)
+        parts = self._parts = SourceParts(folder, digest(state), self._store, keeps_failures)
         self._opened = self.source.read(max(0, parts.num_rows - 1))
         if parts.num_rows:
             last = next(self._opened, None)
@@ -290,7 +296,8 @@ class SourceReader:
         """Write the kept samples, the near-duplicates and all rejected rows."""
         kind = choose_image_kind(self.config)
         if kind is None:
-            forget_near_duplicates(self.dataset)
+            for name in (IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE):
+                self.dataset.step_file("read", name).unlink(missing_ok=True)
         groups = IMAGE_GROUPS.empty_table() if kind is None else self._compare(deduplicator, kind)
         near_groups = groups.filter(pc.is_valid(groups["image_reason"])).to_pylist()
         near = {row["sample_id"]: row for row in near_groups}
@@ -437,45 +444,10 @@ class SourceParts:
         return self.folder / f"{number:05d}.json"
 
 
-def write_source(
-    shard: DatasetDir,
-    rows: Iterator[Sample | Rejected],
-    excluded: ExclusionIndex,
-    limit: int | None,
-    progress: Progress,
-) -> None:
-    """Write a source's images, list of samples and rejected rows to a shard."""
-    deduplicator = SampleDeduplicator(excluded)
-    listed, rejected = [LISTED_SAMPLE.empty_table()], list[dict[str, str]]()
-
-    def images() -> Iterator[pa.Table]:
-        for batch in deduplicator.batches(rows, limit):
-            rejected.extend(row for _, row in batch.rejected)
-            listed.append(without_copies(batch.sample_table()))
-            progress("read", len(deduplicator.images.kept), limit)
-            yield batch.image_table()
-
-    ImageStore(shard.path).add(images())
-    write_table(shard.step_file("read"), map(deduplicator.images.apply, listed), LISTED_SAMPLE)
-    write_rejected(shard, [*rejected, *deduplicator.copies])
-
-
 def write_rejected(shard: DatasetDir, rows: list[dict[str, str]]) -> None:
     """Write the rejected rows of a source, sorted by row name."""
     table = pa.Table.from_pylist(sorted(rows, key=lambda row: row["source_row"]), schema=SOURCE_REJECTED)
     write_table(shard.step_file("read", "rejected"), [table], SOURCE_REJECTED)
-
-
-def forget_near_duplicates(dataset: DatasetDir) -> None:
-    """Remove the files about similar images, which only a run in one process writes."""
-    for name in (IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE):
-        dataset.step_file("read", name).unlink(missing_ok=True)
-
-
-def forget_reading(dataset: DatasetDir) -> None:
-    """Remove the record and the parts, which only a run in one process writes."""
-    dataset.step_file("read").with_name(READING_FILE).unlink(missing_ok=True)
-    remove(dataset.step_file("read").with_name(PARTS_FOLDER))
 
 
 def count_passing(shard: DatasetDir) -> int:

@@ -10,20 +10,19 @@ from pipeline.images.decode import deck_id, image_id
 from pipeline.scenes.scene import SIDE_PX, draw, sample_row
 from pipeline.scenes.text import caption
 from pipeline.sources.base import DECK_TASKS, SourceSpec
-from pipeline.types import ALL, Sample, Source, SourceSlice
+from pipeline.types import Sample, Source
 
 REVISION = "1"  # increase it when a change gives the same seed other pixels or facts
 DEFAULT_LIMIT = 1000
 LICENSE = "cc0-1.0"
 
 
-def open_scenes(seed: int, limit: int | None, part: SourceSlice = ALL, *, name: str = SCENES) -> Source:
-    """Open `limit` scenes or decks, or a slice of them. A larger limit starts with the same rows."""
+def open_scenes(seed: int, limit: int | None, *, name: str = SCENES) -> Source:
+    """Open `limit` scenes or decks. A larger limit starts with the same rows."""
     total = limit or DEFAULT_LIMIT
-    numbers = range(part.number, total, part.of)
 
     def read(start: int) -> Iterator[Sample]:
-        return (draw_sample(seed, number, name) for number in numbers[start:])
+        return (draw_sample(seed, number, name) for number in range(start, total))
 
     revision = f"{REVISION}.{seed}"
     return Source(name=name, revision=revision, read=read, count=lambda: total, decks=name == DECKS)
@@ -54,7 +53,7 @@ SPEC = SourceSpec(
     license=LICENSE,
     needs="nothing",
     example="synth generate --source scenes --limit 500",
-    open=lambda config, _, part: open_scenes(config.seed, config.limit, part),
+    open=lambda config, _: open_scenes(config.seed, config.limit),
     image_kind=None,
     model=TINY,
     clip_model=TINY_CLIP,
@@ -65,6 +64,6 @@ DECK_SPEC = replace(
     name=DECKS,
     what="decks of four generated drawings, with known facts",
     example="synth generate --source scenes-deck --limit 200",
-    open=lambda config, _, part: open_scenes(config.seed, config.limit, part, name=DECKS),
+    open=lambda config, _: open_scenes(config.seed, config.limit, name=DECKS),
     tasks=DECK_TASKS,
 )

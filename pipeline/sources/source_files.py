@@ -187,13 +187,11 @@ class SourceFiles:
     messages: tuple[str, ...] = ()  # about folders that were not read
 
 
-def find_source_files(
-    path: str, suffixes: tuple[str, ...], *, follow_links: bool, needs_digest: bool
-) -> SourceFiles:
+def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: bool) -> SourceFiles:
     """Return the file at a path or URL, or the sorted files below it that have one of the suffixes.
 
-    `follow_links` and `needs_digest` apply only to local files. `revision` is "" unless `needs_digest` is
-    set. Raises SourceError if a file cannot be read, or if a link out of the folder must not be followed.
+    `follow_links` applies only to local files. Raises SourceError if a file cannot be read, or if a link out
+    of the folder must not be followed.
     """
     if "://" in path:
         return find_remote_files(path, suffixes)
@@ -207,12 +205,11 @@ def find_source_files(
     with translate():
         for name, file in path_of.items():
             require_regular(file, bound)
-            if needs_digest:
-                contents.append([name, digest_of_file(file, bound)])
+            contents.append([name, digest_of_file(file, bound)])
     return SourceFiles(
         name=root.resolve().name,
         names=[*path_of],
-        revision=digest(contents) if needs_digest else "",
+        revision=digest(contents),
         open=lambda name: open_regular(path_of[name], bound),
         translate_errors=translate,
         messages=tuple(describe_unread(content)),

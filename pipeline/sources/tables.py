@@ -38,7 +38,7 @@ from pipeline.sources.source_files import find_source_files
 from pipeline.sources.texts import FILE_NAMES, TEXT_KEYS, parse_list, read_question, read_texts
 from pipeline.tables import ANSWERS, CAPTION_COLUMNS, QUESTION
 from pipeline.tasks.base import MAX_PAGES
-from pipeline.types import ALL, GATED, UNDECLARED, UNKNOWN, RawSample, Rejected, Sample, Source, SourceSlice
+from pipeline.types import GATED, UNDECLARED, UNKNOWN, RawSample, Rejected, Sample, Source
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -344,8 +344,8 @@ def _texts_of(item: Any) -> list[Any]:
 # --- Parquet files
 
 
-def _open_parquet(config: Config, path: str, part: SourceSlice) -> Source:
-    files = find_source_files(path, (".parquet",), follow_links=config.follow_links, needs_digest=part == ALL)
+def _open_parquet(config: Config, path: str) -> Source:
+    files = find_source_files(path, (".parquet",), follow_links=config.follow_links)
     if not files.names:
         hint = "pass a Parquet file, or a folder on this disk or in an object store: --source parquet:PATH"
         if files.is_local and any(Path(path).expanduser().rglob("*.arrow")):
@@ -358,7 +358,7 @@ def _open_parquet(config: Config, path: str, part: SourceSlice) -> Source:
         raise SourceError(f"{path} is a version of synth, whose images are stored elsewhere", hint=hint)
     by_split, license = group_by_split(files.names), config.license or UNKNOWN
     translate = files.translate_errors
-    tables = Tables(files.name, files.revision, license, by_split, files.open, translate, part=part)
+    tables = Tables(files.name, files.revision, license, by_split, files.open, translate)
     source = open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")
     return replace(source, messages=(*files.messages, *source.messages))
 
@@ -506,8 +506,8 @@ def _default_files(repo: str, declared: dict[str, FilesBySplit], paths: list[str
     return first
 
 
-def _open_repository(config: Config, repo: str, part: SourceSlice) -> Source:
-    tables = replace(open_hub(repo, allow_partial=config.allow_partial), part=part)
+def _open_repository(config: Config, repo: str) -> Source:
+    tables = open_hub(repo, allow_partial=config.allow_partial)
     name = f"hub:{repo.partition('@')[0]}"
     return open_mapped(tables, read_mapping(tables.schema, config.columns), config, name)
 

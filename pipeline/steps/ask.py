@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pyarrow.compute as pc
-
 from pipeline.config import NO_MODEL
 from pipeline.config.sections import ServerConfig
 from pipeline.dataset.directory import DatasetDir, page_counts, read_samples, sample_batches
@@ -17,13 +15,12 @@ from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annota
 from pipeline.inference.requests import RequestPlan, build_requests
 from pipeline.plan import Plan
 from pipeline.steps.base import Services, Step, Work, ask_once, record_cost
-from pipeline.storage.files import read_batches, write_table
-from pipeline.tables import ANNOTATION, HUMAN
+from pipeline.storage.files import write_table
+from pipeline.tables import ANNOTATION
 from pipeline.tasks.human import has_texts, human_annotations
 from pipeline.types import Engine, Request, Sample, SampleInfo, SourceTexts
 
 NAME = "ask"
-REQUEST_COLUMNS = ("sample_id", "task", "style", "request_id", "prompt_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +68,7 @@ class AskStep(Step):
 
     def run(self, work: Work, before: str) -> None:
         """See Step."""
-        work.executor.each(partial(ask_shard, before, work.plan), asks=True)
+        work.executor.each(partial(ask_shard, before, work.plan))
 
 
 def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) -> None:
@@ -79,11 +76,12 @@ def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) ->
     settings = AskSettings.of(plan)
 
     def ask() -> dict[str, Any]:
+        total = services.stats.total
         _send_requests(shard, settings, services)
         write_annotations(shard, settings)
         model = {"name": plan.model, "revision": plan.requests.revision}
         model |= {"license": license_of(plan.model)} if plan.model != NO_MODEL else {}
-        return {"kept": _count_asked(shard, settings.requests), "rejected": {}, "model": model}
+        return {"kept": services.stats.total - total, "rejected": {}, "model": model}
 
     ask_once(shard, NAME, step_key(NAME, settings, (), [output_digest(shard, before)]), services, ask)
 
@@ -130,25 +128,6 @@ def _count_wanted(plan: RequestPlan, samples: int, texts: TextsById) -> int:
     if not texts:
         return samples * plan.count(plan.pairs)
     return sum(plan.count(plan.wanted(source_texts)) for source_texts in texts.values())
-
-
-def _count_asked(shard: DatasetDir, plan: RequestPlan) -> int:
-    """Return how many requests the annotations of a shard answer.
-
-    Annotations of the same request are adjacent. A row without a request id counts as all requests of its
-    task about the sample.
-    """
-    count, last = 0, None
-    for table in read_batches(shard.step_file(NAME), REQUEST_COLUMNS):
-        by_model = table.filter(pc.not_equal(table["prompt_id"], HUMAN)).drop_columns(["prompt_id"])
-        if not by_model.num_rows:
-            continue
-        not_asked = by_model.filter(pc.equal(by_model["request_id"], ""))["task"].to_pylist()
-        count += sum(plan.count_replies(plan.tasks[name]) - 1 for name in not_asked)
-        keys = pc.binary_join_element_wise(*by_model.columns, " ").combine_chunks()
-        count += (pc.sum(pc.not_equal(keys[1:], keys[:-1])).as_py() or 0) + (keys[0].as_py() != last)
-        last = keys[-1].as_py()
-    return count
 
 
 def _sample_infos(shard: DatasetDir, settings: AskSettings) -> Iterator[list[SampleInfo]]:

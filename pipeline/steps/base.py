@@ -93,8 +93,8 @@ class Executor(Protocol):
     def read(self, limit: int | None) -> bool:
         """Read the source until `limit` images are kept, and return whether the source has more images."""
 
-    def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:
-        """Apply a function to every shard before `wait` returns. `asks`: whether it needs the model."""
+    def each(self, work: Callable[[DatasetDir, Services], None]) -> None:
+        """Apply a function to every shard before `wait` returns."""
 
     def wait(self) -> None:
         """Wait until all functions passed to `each` have finished."""
@@ -230,7 +230,7 @@ class RowStep(Step):
         plan, executor = work.plan, work.executor
         rows = StepFile(before)
         if self.prepare and self.is_prepared(plan):
-            executor.each(partial(_prepare_shard_once, self, before, plan), asks=True)
+            executor.each(partial(_prepare_shard_once, self, before, plan))
             rows = StepFile(self.name, "prepared")
         if self.compare is None:
             executor.each(partial(_judge_shard_once, self, rows, plan))

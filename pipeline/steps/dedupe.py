@@ -6,18 +6,17 @@ Equal questions about different images are kept, because their answers differ. T
 annotations depends on scores and ids, but not on the row order.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir
-from pipeline.images.near_duplicates import COMPARED_COLUMNS, LOOK_ALIKE_ADVICE, ImageKind, compare_samples
+from pipeline.images.near_duplicates import LOOK_ALIKE_ADVICE
 from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
-from pipeline.storage.files import read_batches
+from pipeline.storage.files import open_table
 from pipeline.tables import BOOL, DEDUPED, FLOAT64, HUMAN, IMAGE_GROUPS, STRING, fields, is_caption
 from pipeline.text.content_keys import content_keys
 
@@ -68,36 +67,20 @@ SCORE_ORDER = "agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count
 BEST = f"is_human DESC, {SCORE_ORDER}, annotation_id, row"
 
 
-@dataclass(frozen=True, slots=True)
-class DedupeSettings:
-    """The settings of the dedupe step."""
-
-    max_images_per_caption: int
-    image_kind: ImageKind | None
-
-
 def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     """Return findings about rows that have the same words or the same image as other rows."""
-    db, settings = comparison.db, comparison.settings
-    load(db, "image_groups", [group_images(comparison.shards, settings.image_kind)], IMAGE_GROUPS)
+    db = comparison.db
+    load(db, "image_groups", [group_images(comparison.dataset)], IMAGE_GROUPS)
     load(db, "texts", _texts(comparison.rows), TEXTS)
-    return db.sql(QUERY.format(best=BEST, max_images=settings.max_images_per_caption))
+    return db.sql(QUERY.format(best=BEST, max_images=comparison.settings))
 
 
-def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Table:
-    """Return the samples that have near-duplicates (tables.IMAGE_GROUPS).
-
-    The read step has already found them, except on a cluster, where this function compares the samples.
-    """
-    if kind is None:
+def group_images(dataset: DatasetDir) -> pa.Table:
+    """Return the samples that have near-duplicates (tables.IMAGE_GROUPS), as found by the read step."""
+    path = dataset.step_file("read", IMAGE_GROUPS_FILE)
+    if not path.exists():
         return IMAGE_GROUPS.empty_table()
-    files = [shard.step_file("read", IMAGE_GROUPS_FILE) for shard in shards]
-    if len(files) == 1 and files[0].exists():
-        groups = pa.concat_tables(read_batches(files[0]))
-    else:
-        files = [shard.step_file("read") for shard in shards]
-        tables = (table for file in files for table in read_batches(file, COMPARED_COLUMNS))
-        groups = compare_samples(pa.concat_tables(tables), kind)
+    groups = open_table(path).read()
     is_first = pc.and_(pc.equal(groups["sample_id"], groups["image_group"]), groups["image_reason"].is_null())
     has_others = pc.is_in(groups["sample_id"], groups.filter(pc.invert(is_first))["image_group"])
     return groups.filter(pc.or_(pc.invert(is_first), has_others))
@@ -125,7 +108,7 @@ def _texts(rows: AllRows) -> Iterator[pa.Table]:
         yield pa.table({name: known[name] for name in TEXTS.names})
 
 
-def judge_duplicates(table: pa.Table, _: DedupeSettings) -> pa.Table:
+def judge_duplicates(table: pa.Table, _: int) -> pa.Table:
     """Set `image_group` and `cluster` to the row's own ids where `compare` found nothing."""
     for name, own in (("image_group", "sample_id"), ("cluster", "annotation_id")):
         table = table.set_column(table.column_names.index(name), name, pc.coalesce(table[name], table[own]))
@@ -134,8 +117,7 @@ def judge_duplicates(table: pa.Table, _: DedupeSettings) -> pa.Table:
 
 STEP = RowStep(
     "dedupe",
-    settings=lambda plan: DedupeSettings(plan.config.dedupe.max_images_per_caption, plan.image_kind),
-    # The file is missing on a cluster. There, groups are computed from samples, which the key covers.
+    settings=lambda plan: plan.config.dedupe.max_images_per_caption,
     reads=lambda plan: [plan.dataset.step_file("read", IMAGE_GROUPS_FILE)],
     judge=judge_duplicates,
     compare=find_duplicates,

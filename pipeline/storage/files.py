@@ -11,14 +11,13 @@ import logging
 import os
 import shutil
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, cast
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError, SynthError, TableError
@@ -39,34 +38,13 @@ _OTHER_FOLDER = "choose another folder: --out DIR"
 _DISK_ERRORS = {
     errno.ENOSPC: ("the disk is full", f"free some space, {_RESUME}"),
     errno.EDQUOT: ("the disk quota is used up", f"free some space, {_RESUME}"),
-    errno.EFBIG: ("the file size limit was reached", f"raise it (`ulimit -f`), {_RESUME}"),
-    errno.EROFS: (
-        "the file system is read-only",
-        "choose a folder on another disk (--out DIR), or copy this one",
-    ),
+    errno.EROFS: ("the file system is read-only", _OTHER_FOLDER),
     errno.EACCES: ("no permission", "choose another folder, or change its permissions"),
-    errno.EPERM: ("no permission", "choose another folder, or change its permissions"),
-    errno.ENOENT: (
-        "it does not exist and cannot be created",
-        "choose another folder, or restore the removed one",
-    ),
-    errno.ENOTDIR: ("a file exists where a folder should be", _OTHER_FOLDER),
-    errno.EEXIST: ("a file exists where a folder should be", _OTHER_FOLDER),
-    errno.ENOTEMPTY: ("a folder that is not a version is in the way", f"move it away, {_RESUME}"),
-    errno.EIO: (
-        "the disk has I/O errors",
-        "check the kernel log (`dmesg`), and copy the folder to another disk",
-    ),
-    errno.ESTALE: ("the network file system lost the file (stale file handle)", f"mount it again, {_RESUME}"),
-    errno.EMFILE: ("too many files are open", f"raise the limit (`ulimit -n 4096`), {_RESUME}"),
-    errno.ENFILE: ("too many files are open on this machine", f"end other programs, {_RESUME}"),
     errno.EBUSY: ("another program is using the file", f"close it, {_RESUME}"),
-    errno.ENAMETOOLONG: ("the file name is too long", _OTHER_FOLDER),
-    errno.EXDEV: ("the dataset folder spans two file systems", "copy the dataset folder, and use the copy"),
-    errno.ELOOP: ("a symlink points to itself", "remove the link"),
+    errno.ENOTEMPTY: ("a folder that is not a version is in the way", f"move it away, {_RESUME}"),
 }
 # Object stores never raise these errors. The cause is a full or read-only temporary folder.
-_DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _ERRNO_OF_SQLITE_CODE = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     # On a full disk, SQLite fails to extend its shared-memory file.
@@ -210,20 +188,6 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
         yield file.schema_arrow.empty_table().select(names)
 
 
-def find_rows(
-    file: pq.ParquetFile, columns: Sequence[str], sample_ids: Collection[str]
-) -> Iterator[pa.Table]:
-    """Yield the rows of the given samples. Only row groups that contain such rows are read."""
-    is_wanted = pc.is_in(file.read(["sample_id"])["sample_id"], pa.array(sample_ids, pa.string()))
-    start = 0
-    for group in range(file.num_row_groups):
-        num_rows = file.metadata.row_group(group).num_rows
-        is_wanted_in_group = is_wanted.slice(start, num_rows)
-        if pc.any(is_wanted_in_group).as_py():
-            yield file.read_row_group(group, list(columns)).filter(is_wanted_in_group)
-        start += num_rows
-
-
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Yield an empty temporary folder in `parent`. It is removed on exit with all files left in it."""
@@ -284,9 +248,8 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
         except SynthError:
             raise
         except sqlite3.DatabaseError as error:
-            repair = f"run `synth check {path} --repair`, which keeps all readable replies"
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary result code
-            damage = (f"the journal is damaged: {error}", repair)
+            damage = (f"the journal is damaged: {error}", f"run `synth check {path}`")
             problem, hint = _DISK_ERRORS.get(_ERRNO_OF_SQLITE_CODE.get(code, 0), damage)
             raise StoreError(f"{folder}: {problem}", hint=hint) from None
         except OSError as error:
@@ -295,9 +258,10 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
                 hint = f"find the file with `synth check {folder}`"
                 raise StoreError(f"{folder}: a file is damaged: {error}", hint=hint) from None
             is_local = not is_remote(path) or Path(str(error.filename)).is_absolute()
-            if error.errno not in _DISK_ERRORS or not (is_local or error.errno in _DISK_ONLY_ERRORS):
+            is_of_file = is_local and error.filename is not None
+            if not (is_of_file or error.errno in (_DISK_ERRORS if is_local else _DISK_ONLY_ERRORS)):
                 raise
-            problem, hint = _DISK_ERRORS[error.errno]
-            # For these errors, the problem is the target of a rename.
-            target = error.filename2 if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else None
+            problem, hint = _DISK_ERRORS.get(error.errno or 0, (str(error.strerror), _OTHER_FOLDER))
+            # The target of the rename is in the way.
+            target = error.filename2 if error.errno == errno.ENOTEMPTY else None
             raise StoreError(f"{target or error.filename or folder}: {problem}", hint=hint) from None

@@ -102,28 +102,20 @@ def lease(
 
 
 def _acquire(path: Path, holder_id: str, timeout_s: float, say: Callable[[str], None]) -> None:
-    in_use = StoreError(
-        f"another command is writing to {path.parent}", hint="wait for it, or use another --out"
-    )
-    first_seen, end = None, time.monotonic() + timeout_s
-    while True:
-        with suppress(FileExistsError):
-            filesystem_of(path).pipe_file(key_of(path), _beat(holder_id, 0), mode="create")
-            return
-        current = _read_lease(path)
-        if first_seen is None:
-            first_seen = current
-            say(f"{path.parent} is in use, or was a moment ago: waiting {timeout_s:.0f} s to find out")
-        elif current not in ([], first_seen):
-            raise in_use
-        if time.monotonic() > end:
-            break
-        time.sleep(timeout_s / HEARTBEATS_PER_TIMEOUT / 2)
-    path.write_bytes(_beat(holder_id, 0))
-    # If several commands have waited, the last one to write gets the lease.
-    time.sleep(timeout_s / HEARTBEATS_PER_TIMEOUT)
-    if not _is_holder(path, holder_id):
-        raise in_use
+    with suppress(FileExistsError):
+        filesystem_of(path).pipe_file(key_of(path), _beat(holder_id, 0), mode="create")
+        return
+    seen = _read_lease(path)
+    say(f"{path.parent} is in use, or was a moment ago: waiting {timeout_s:.0f} s to find out")
+    time.sleep(timeout_s)
+    is_alive = _read_lease(path) not in ([], seen)
+    if not is_alive:
+        path.write_bytes(_beat(holder_id, 0))
+        # If several commands have waited, the last one to write gets the lease.
+        time.sleep(timeout_s / HEARTBEATS_PER_TIMEOUT)
+    if is_alive or not _is_holder(path, holder_id):
+        hint = "wait for it, or use another --out"
+        raise StoreError(f"another command is writing to {path.parent}", hint=hint)
 
 
 def _renew(path: Path, holder_id: str, interval_s: float, ended: threading.Event) -> None:

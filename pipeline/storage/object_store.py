@@ -7,7 +7,7 @@ credentials and endpoint.
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -73,12 +73,6 @@ def arrow_location(path: Path) -> dict[str, Any]:
         return {"source": key_of(path), "filesystem": filesystem_of(path)}
     # pyarrow takes a relative path for a URI if its first folder contains a colon.
     return {"source": path.absolute()}
-
-
-def open_object(path: Path, ahead_bytes: int) -> AbstractContextManager[Any]:
-    """Open an object for reading byte ranges, with a read-ahead of `ahead_bytes`."""
-    file = filesystem_of(path).open(key_of(path), "rb", block_size=ahead_bytes, cache_type="readahead")
-    return cast(AbstractContextManager[Any], file)
 
 
 def upload(file: Path, path: Path) -> None:

@@ -185,7 +185,7 @@ def test_invalid_push_is_refused_and_dry_run_sends_nothing(maker: User, hub: Run
     version = DatasetDir(maker.folder / "data" / "scenes").version()
     assert {*plan["files"]} == {path.name for path in version.path.iterdir()} - {"images.parquet"}
     assert len(hub.hub.log) == request_count
-    for option in ("--version v1.0.0", "--no-images", "--also webdataset", "--repair", "--acknowledge x"):
+    for option in ("--version v1.0.0", "--no-images", "--also webdataset", "--acknowledge x"):
         refused = maker.synth("push", checkpoint, "--repo", "me/x", *option.split(), code=2).stderr
         assert "is a captioner" in " ".join(refused.replace("│", " ").split())
     shutil.copytree(maker.folder / checkpoint, maker.folder / "cut")

@@ -14,7 +14,6 @@ from datasets import load_dataset
 
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.commands import Done, run_process, run_synth
-from tests.hostile import LONG
 from tests.whole.conftest import save_photos
 
 COUNT = 16
@@ -179,7 +178,6 @@ def test_only_missing_captions_or_questions_are_asked(photos: Path, server: Chat
     result = generate_json(photos, "generate", *options, *to_all, captions="all.jsonl")
     assert model.requests["caption"] == COUNT
     assert result["steps"]["filter"]["rejected"] == {"too_short": COUNT}
-    assert not [text for text in result["warnings"] if "no captions are left" in text]
 
 
 def test_human_caption_is_kept_over_equal_model_caption(photos: Path, server: ChatServer) -> None:
@@ -241,12 +239,9 @@ def test_rows_of_one_image_keep_all_questions(photos: Path) -> None:
     table = {"image": [images[n] for n in (0, 1, 0, 0)], "q": questions, "a": ["no", "yes", "yes", "no"]}
     pq.write_table(pa.table(table | {"caption": ["A bowl stands on a table."] * 4}), photos / "t.parquet")
     columns = ("--columns", "question=q,answer=a")
-    for executor in ((), ("--executor", "ray", "--shards", "2")) if LONG else ((),):
-        command = ("generate", "--no-model", "--source", "parquet:t.parquet", *columns, "--json", *executor)
-        done = json.loads(synth(photos, *command, "--out", f"t{len(executor)}").stdout)
-        rows = [*rows_of(photos, done).values()]
-        assert sorted(len(row["qa"]) for row in rows) == [1, 2]
-        assert [row["references"] for row in rows] == [["A bowl stands on a table."]] * 2
-        assert done["steps"]["read"]["rejected"] == {"duplicate_image": 2}
-    manifests = [json.loads(path.read_text()) for path in photos.glob("t*/versions/v1.0.0/manifest.json")]
-    assert len({manifest["digest"] for manifest in manifests}) == 1
+    command = ("generate", "--no-model", "--source", "parquet:t.parquet", *columns, "--json")
+    done = json.loads(synth(photos, *command, "--out", "t").stdout)
+    rows = [*rows_of(photos, done).values()]
+    assert sorted(len(row["qa"]) for row in rows) == [1, 2]
+    assert [row["references"] for row in rows] == [["A bowl stands on a table."]] * 2
+    assert done["steps"]["read"]["rejected"] == {"duplicate_image": 2}

@@ -1,4 +1,4 @@
-"""Versions: list, tag and remove, previews, and the default dataset."""
+"""Versions: list and remove, previews, and the default dataset."""
 
 import json
 from pathlib import Path
@@ -25,11 +25,11 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_preview_is_not_the_default_version(synth: Run, photos: Path, tmp_path: Path) -> None:
-    read = ("generate", "--no-model", "--source", f"folder:{photos}", "--out", str(tmp_path / "elsewhere"))
+    read = ("generate", "--no-model", "--source", f"folder:{photos}", "--out", "data/elsewhere")
     assert synth(*read, "--limit", "2").returncode == 0
     only = synth("export", "--format", "csv")
     assert "v1.0.0 is a preview: its run stopped at --limit" in only.stderr
-    assert f"dataset: {tmp_path / 'elsewhere'}" in only.stderr
+    assert "dataset: data/elsewhere" in only.stderr
     assert synth(*read).returncode == 0
     assert synth(*read, "--limit", "3").returncode == 0
     listed = json.loads(synth("versions", "list", "--json").stdout)
@@ -42,38 +42,26 @@ def test_preview_is_not_the_default_version(synth: Run, photos: Path, tmp_path: 
     pushed = synth("push", "--repo", "ORG/NAME", "--dry-run", "--json")
     assert json.loads(pushed.stdout)["version"] == "v1.1.0"
     assert "v1.1.1 is newer, but a preview" in pushed.stderr
-    named = synth("export", "--data", f"{tmp_path / 'elsewhere'}@v1.1.1", "--format", "csv", "--json")
+    named = synth("export", "--data", "data/elsewhere@v1.1.1", "--format", "csv", "--json")
     assert json.loads(named.stdout)["images"] == 3
     assert "v1.1.1 is a preview" in named.stderr
     assert synth("report").returncode == 0
-    assert "v1.1.1" in (tmp_path / "elsewhere" / "report.html").read_text()
-    assert "v1.1.0 -> v1.1.1" in synth("diff", "elsewhere@v1.1.0", "elsewhere@v1.1.1").stdout
-    assert "ok  elsewhere/versions/v1.1.0" in synth("check", "elsewhere@v1.1.0").stdout
+    assert "v1.1.1" in (tmp_path / "data" / "elsewhere" / "report.html").read_text()
+    assert "v1.1.0 -> v1.1.1" in synth("diff", "data/elsewhere@v1.1.0", "data/elsewhere@v1.1.1").stdout
+    assert "ok  data/elsewhere/versions/v1.1.0" in synth("check", "data/elsewhere@v1.1.0").stdout
     assert "newer" not in synth("push", "--repo", "ORG/NAME", "--dry-run", "--version", "v1.1.0").stderr
-    assert "newer" not in synth("export", "--data", "elsewhere@v1.1.0", "--format", "csv").stderr
+    assert "newer" not in synth("export", "--data", "data/elsewhere@v1.1.0", "--format", "csv").stderr
 
 
-def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> None:
+def test_versions_are_listed_and_removed(synth: Run, photos: Path) -> None:
     source = f"folder:{photos}"
     assert synth("generate", "--no-model", "--source", source, "--limit", "4").returncode == 0
     assert synth("generate", "--no-model", "--source", source).returncode == 0
     (data,) = (photos.parent / "data").iterdir()
     assert synth("versions", "list", str(data)).stdout == synth("versions", "list").stdout
-    assert synth("versions", "tag", "paper", "v1.0.0").stdout == "paper names v1.0.0\n"
-    assert synth("versions", "tag", "paper").returncode == 1
-    assert "--move" in synth("versions", "tag", "paper", "v1.1.0").stderr
-    refused = synth("versions", "rm", "v1.0.0")
-    assert refused.returncode == 1
-    assert "v1.0.0 is tagged as paper" in refused.stderr
-    tagged = synth("push", "--repo", "ORG/NAME", "--version", "paper", "--dry-run", "--json")
-    assert json.loads(tagged.stdout)["version"] == "v1.0.0"
-    assert synth("versions", "tag", "paper", "v1.1.0", "--move").stdout == "paper names v1.1.0\n"
-    assert "tagged paper" in synth("versions", "list").stdout
     removed = synth("versions", "rm", "v1.0.0", "--json")
     assert json.loads(removed.stdout)["removed"] == ["v1.0.0"]
     assert [row["version"] for row in json.loads(synth("versions", "list", "--json").stdout)] == ["v1.1.0"]
-    assert synth("versions", "tag", "--delete", "paper").stdout == "paper no longer names v1.1.0\n"
-    assert synth("versions", "tag", "--delete", "paper").returncode == 1
     assert json.loads(synth("versions", "gc", "--json").stdout)["removed"] == []
     done = synth("versions", "rm", "v1.1.0")
     assert "images stay until `synth versions gc" in done.stderr
@@ -87,7 +75,7 @@ def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> Non
 def test_destructive_command_asks_which_dataset_is_meant(synth: Run, photos: Path, tmp_path: Path) -> None:
     for out in ("one", "two"):
         source = ("--no-model", "--source", f"folder:{photos}")
-        assert synth("generate", *source, "--out", str(tmp_path / out)).returncode == 0
+        assert synth("generate", *source, "--out", f"data/{out}").returncode == 0
     for command in (
         "versions rm v1.0.0",
         "versions gc",
@@ -95,11 +83,11 @@ def test_destructive_command_asks_which_dataset_is_meant(synth: Run, photos: Pat
     ):
         result = synth(*command.split())
         assert result.returncode == 1
-        assert "several datasets were made here: 2" in result.stderr
-        assert str(tmp_path / "two") in result.stderr
+        assert "data/ has 2 datasets" in result.stderr
+        assert "data/two" in result.stderr
     (tmp_path / "reviews.jsonl").write_text("")
     for command in ("versions list", "report", "export", "review apply reviews.jsonl"):
-        assert f"dataset: {tmp_path / 'two'}" in synth(*command.split()).stderr
+        assert "dataset: data/two" in synth(*command.split()).stderr
 
 
 def test_run_without_limit_that_finds_nothing_more_completes_preview(synth: Run, photos: Path) -> None:
@@ -117,9 +105,7 @@ def test_run_without_limit_that_finds_nothing_more_completes_preview(synth: Run,
     assert [row["preview"] for row in listed] == [False]
 
 
-@pytest.mark.parametrize(
-    "command", ["gc --data typo", "rm v1.0.0 --data typo", "tag paper --data typo", "list typo"]
-)
+@pytest.mark.parametrize("command", ["gc --data typo", "rm v1.0.0 --data typo", "list typo"])
 def test_versions_command_creates_no_missing_dataset(synth: Run, tmp_path: Path, command: str) -> None:
     done = synth("versions", *command.split())
     assert (done.returncode, "no dataset at typo" in done.stderr) == (1, True)

@@ -1,1 +1,1 @@
-"""Run on a Ray cluster. Workers fill shards, and exchange rows through files."""
+"""Run on a Ray cluster. Workers fill shards, which are dataset folders."""

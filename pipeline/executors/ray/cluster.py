@@ -3,28 +3,22 @@
 import logging
 import math
 import os
-import pickle
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
-
-import pyarrow as pa
 
 from pipeline.errors import ClusterError, SynthError, one_line
 from pipeline.install import install_command
 
 T = TypeVar("T")
 CONNECT_TIMEOUT_S = 10
-# Ray reserves a CPU for each task that reads its input, and would wait forever if workers used all CPUs.
-MIN_CLUSTER_CPUS = 2
-MIN_WORKER_CPUS = 0.1
-OUTCOMES = pa.schema([("id", pa.int64()), ("outcome", pa.binary())])
+# The run fails if more workers than this die while they work on the same shard.
+MAX_DEATHS = 3
 
 
 class ClusterOptions(NamedTuple):
@@ -52,16 +46,15 @@ def open_cluster(address: str | None) -> Iterator[None]:
     if find_spec("ray") is None:
         raise ClusterError("--executor ray needs the package ray", hint=install_command("ray"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # By default, a local cluster retries work that runs out of memory forever.
+    os.environ.setdefault("RAY_task_oom_retries", str(MAX_DEATHS))
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     host, _, port = address.rpartition(":")
-    options: dict[str, Any] = {}
-    if address == "local":
-        options = {"num_cpus": max(MIN_CLUSTER_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         # Test the connection first, since Ray would try to connect for minutes.
         if port.isdigit() and "/" not in host:
@@ -76,11 +69,6 @@ def open_cluster(address: str | None) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         hint = "start one with `ray start --head`; if it needs a token, set RAY_AUTH_MODE=token"
         raise ClusterError(f"no Ray cluster at {address}: {one_line(error)}", hint=hint) from None
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # Disable the timeout, since a shard may take hours.
-    ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1
     # Ray reports lost nodes on standard output, which is reserved for results.
     with redirect_stdout(sys.stderr):
         try:
@@ -93,7 +81,7 @@ def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> 
     """Plan the workers that send requests. `wanted` overrides the default number of workers.
 
     By default, there is one worker per GPU if workers start servers there, or else one per node if they load
-    models, or else one per CPU. One CPU stays free for reading. Raises ClusterError if workers do not fit.
+    models, or else one per CPU. Raises ClusterError if there are too few GPUs.
     """
     import ray
 
@@ -101,23 +89,18 @@ def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> 
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     on_gpus = loads_model and own_server and gpus > 0
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
-    workers = wanted or max(1, int(gpus if on_gpus else nodes if loads_model else cpus - 1))
-    free = cpus - 1
-    if cpus < MIN_CLUSTER_CPUS or workers * MIN_WORKER_CPUS > free:
-        raise ClusterError(
-            f"{workers} workers do not fit on {cpus:g} CPUs", hint="pass fewer --workers, or add nodes"
-        )
+    workers = wanted or max(1, int(gpus if on_gpus else nodes if loads_model else cpus))
     if on_gpus and workers > gpus:
         problem = f"{workers} workers, each with its own server, do not fit on {gpus:g} GPUs"
         raise ClusterError(problem, hint="pass fewer --workers, or --base-url")
-    return WorkerPlan(workers, math.floor(100 * min(1.0, free / workers)) / 100, 1.0 if on_gpus else 0.0)
+    return WorkerPlan(workers, math.floor(100 * min(1.0, cpus / workers)) / 100, 1.0 if on_gpus else 0.0)
 
 
 def map_on_cluster(
     count: int,
     work: Callable[[int], T],
     workers: WorkerPlan | None = None,
-    report: Callable[[int], None] | None = None,
+    report: Callable[[int], None] = lambda done: None,
 ) -> list[T]:
     """Apply a function to every index below `count` on the cluster, and return the results in order.
 
@@ -125,28 +108,42 @@ def map_on_cluster(
     for all its indices, and exits it at the end if it is a context manager. `report` gets the number of
     finished indices. Raises the first SynthError of a worker, or ClusterError if workers die repeatedly.
     """
-    import ray.data
+    import ray
     import ray.exceptions as lost
+    from ray.util import ActorPool
 
-    function: Any = partial(_apply, work)
-    options: dict[str, Any] = {}
+    actors: list[Any] = []
+    outcomes: Iterator[tuple[int, T, SynthError | None]]
     if workers:
-        pool = ray.data.ActorPoolStrategy(size=workers.workers)
-        resources = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
-        function, options = _Worker, {"fn_constructor_args": (work,), "compute": pool, **resources}
-    indices = ray.data.range(count, override_num_blocks=count)
-    outcomes = indices.map_batches(function, batch_size=1, batch_format="pyarrow", **options)
+        cpus, gpus = workers.cpus, workers.gpus
+        options: dict[str, Any] = {
+            "num_cpus": cpus,
+            "num_gpus": gpus,
+            "max_restarts": -1,
+            "max_task_retries": MAX_DEATHS,
+        }
+        worker: Any = ray.remote(**options)(_Worker)
+        actors = [worker.remote(work) for _ in range(min(workers.workers, count))]
+        pool: Any = ActorPool(actors)
+        outcomes = pool.map_unordered(lambda actor, index: actor.apply.remote(index), range(count))
+    else:
+        apply: Any = ray.remote(max_retries=MAX_DEATHS)(_apply)
+        shared = ray.put(work)
+        outcomes = map(ray.get, [apply.remote(shared, index) for index in range(count)])
     results: dict[int, T] = {}
     try:
-        for row in outcomes.iter_rows():
-            results[row["id"]], error = pickle.loads(row["outcome"])  # noqa: S301
+        for index, result, error in outcomes:
             if error:
                 raise error
-            if report:
-                report(len(results))
+            results[index] = result
+            report(len(results))
+        ray.get([actor.close.remote() for actor in actors])
     except (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError) as died:
         hint = "look for out-of-memory kills, then run the same command to resume"
         raise ClusterError(f"workers died repeatedly: {one_line(died)}", hint=hint) from None
+    finally:
+        for actor in actors:
+            ray.kill(actor)
     return [results[index] for index in range(count)]
 
 
@@ -156,21 +153,16 @@ class _Worker:
     def __init__(self, work: Callable[[int], Any]) -> None:
         self.work = work
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return _apply(self.work, batch)
+    def apply(self, index: int) -> tuple[int, Any, SynthError | None]:
+        return _apply(self.work, index)
 
-    def __del__(self) -> None:
-        # Clean up here, since Ray deletes this object before the worker process ends.
+    def close(self) -> None:
         if isinstance(self.work, AbstractContextManager):
             self.work.__exit__(None, None, None)
 
 
-def _apply(work: Callable[[int], Any], batch: pa.Table) -> pa.Table:
-    rows = []
-    for index in batch["id"].to_pylist():
-        try:
-            outcome: tuple[Any, SynthError | None] = (work(index), None)
-        except SynthError as error:
-            outcome = (None, error)
-        rows.append({"id": index, "outcome": pickle.dumps(outcome)})
-    return pa.Table.from_pylist(rows, schema=OUTCOMES)
+def _apply(work: Callable[[int], Any], index: int) -> tuple[int, Any, SynthError | None]:
+    try:
+        return index, work(index), None
+    except SynthError as error:
+        return index, None, error

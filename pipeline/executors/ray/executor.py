@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 
 from pipeline.dataset.directory import OUTPUTS, DatasetDir
-from pipeline.dataset.records import code_digest, write_record
-from pipeline.digests import digest, file_digest
+from pipeline.dataset.records import code_digest, output_digest
+from pipeline.digests import digest
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.executors.local import forget_other_steps
 from pipeline.executors.ray.cluster import (
@@ -24,24 +24,20 @@ from pipeline.executors.ray.cluster import (
     open_cluster,
     plan_workers,
 )
-from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
-from pipeline.executors.ray.workers import (
-    ShardWorker,
-    add_fill_results,
-    has_retryable_rows,
-    is_read,
-    read_filled,
-    read_slice,
+from pipeline.executors.ray.shards import (
+    ShardedImageStore,
+    ShardedRun,
+    named_files,
+    run_exclusively,
+    scratch_root,
 )
+from pipeline.executors.ray.workers import ShardWorker, add_fill_results, read_filled
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
-from pipeline.install import installed_version
 from pipeline.logs import log_to
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
-from pipeline.sources import files_of_source, is_divisible
-from pipeline.sources.exclusions import open_exclusions, write_exclusions
-from pipeline.sources.read import READ_SETTINGS, describe_source, forget_near_duplicates, forget_reading
+from pipeline.sources.read import SourceReader
 from pipeline.steps.base import Services
 from pipeline.steps.write import WrittenRows
 from pipeline.storage.files import read_json, remove, translate_disk_errors, write_json
@@ -67,7 +63,6 @@ class RayExecutor:
     stats: RequestStats
     progress: Progress
     check: Callable[[], None]
-    source: dict[str, Any] = field(default_factory=dict)
     is_filled: bool = False
     _pending: list[ShardWork] = field(default_factory=list)
 
@@ -76,25 +71,25 @@ class RayExecutor:
         """See Executor."""
         return self.run.shards
 
-    def read(self, limit: int | None) -> bool:  # noqa: ARG002
-        """See Executor. Distributes the source rows to the shards, which store their samples in `wait`."""
-        run, progress = self.run, self.progress
-        for path in (run.root / "exchange").glob("*"):
-            if path != run.shuffle_root:
-                remove(path)
-        if not all(is_read(run, index) for index in range(run.shard_count)):
-            read = partial(_read_slice, run)
-            map_on_cluster(run.readers, read, report=lambda done: progress("read", done, run.readers))
-        has_more = source_has_more(run)
-        source = self.source | ({"preview": True} if has_more else {})
-        write_record(run.plan.dataset, "read", run.inputs, source=source)
+    def read(self, limit: int | None) -> bool:
+        """See Executor. The workers take the samples of their shards from the list of all samples."""
+        run, plan = self.run, self.run.plan
+        assert plan.source is not None
+        store = ShardedImageStore(run)
+        reader = SourceReader(plan.dataset, plan.config, plan.source, self.progress, store)
+        try:
+            has_more = reader.read(limit)
+            reader.finish()
+        finally:
+            reader.close()
+        samples = digest([run.shard_count, *(output_digest(plan.dataset, "read", name) for name in OUTPUTS)])
+        revisions = [plan.requests.revision, plan.judge_revision]
+        fill_key = digest([samples, code_digest(), plan.config.recorded(), revisions, run.files])
+        self.run = replace(run, samples=samples, fill_key=fill_key)
         return has_more
 
-    def each(self, work: ShardWork, *, asks: bool = False) -> None:
-        """See Executor."""
-        assert not (asks and self.is_filled), (
-            "no step may call a model after the first step that compares rows"
-        )
+    def each(self, work: ShardWork) -> None:
+        """See Executor. No work may call a model after the first step that compares rows."""
         self._pending.append(work)
 
     def wait(self) -> None:
@@ -144,8 +139,7 @@ def open_executor(
 
     The folder is in an object store or on a shared file system. Raises SynthError if the run cannot start.
     """
-    config, source, engine = plan.config, plan.source, plan.engine
-    assert source is not None
+    config, engine = plan.config, plan.engine
     assert engine is not None
     if config.server.has_budget:
         hint = "leave out --max-requests, --max-tokens and --max-cost, or --executor ray"
@@ -162,21 +156,10 @@ def open_executor(
         write_json(dataset.path / "shards" / "shards.json", {"shards": shard_count})
         write_json(dataset.run_file, config.recorded())
         _forget_local_run(dataset, steps)
-        readers = shard_count if is_divisible(config) else 1
-        files = digest(named_files(plan))
-        run = ShardedRun(plan, Path.cwd(), shard_count, readers, engine.name, source.revision, files)
-        remove(run.attempts)
+        run = ShardedRun(plan, Path.cwd(), shard_count, engine.name, digest(named_files(plan)))
         for shard in (dataset, *run.shards):
             forget_other_steps(shard, steps)
-        excluded = write_exclusions(dataset, config, open_exclusions(config), progress)
-        described = describe_source(source, excluded, plan.image_kind, config.captions)
-        inputs = _digest_inputs(run, described)
-        revisions = [plan.requests.revision, plan.judge_revision]
-        fill_key = digest([inputs, code_digest(), config.recorded(), revisions, files])
-        run = replace(run, inputs=inputs, fill_key=fill_key, filled=_filled_folders(run))
-        run = replace(run, retries_all=has_retryable_rows(run))
-        yield RayExecutor(run, workers, stats, progress, check, described)
-        remove(run.root / "exchange")
+        yield RayExecutor(replace(run, filled=_filled_folders(run)), workers, stats, progress, check)
 
 
 def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> RayExecutor:
@@ -186,8 +169,7 @@ def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> 
     """
     plan = replace(plan, dataset=DatasetDir(plan.dataset.path.absolute()))
     shard_count = _count_shards(plan.dataset, None)
-    run = ShardedRun(plan, Path.cwd(), shard_count, 1, "", "", digest(named_files(plan)), "review")
-    remove(run.attempts)
+    run = ShardedRun(plan, Path.cwd(), shard_count, "", digest(named_files(plan)))
     run = replace(run, filled=_filled_folders(run))
     return RayExecutor(run, None, RequestStats(), progress, check, is_filled=True)
 
@@ -197,16 +179,6 @@ def _filled_folders(run: ShardedRun) -> tuple[str, ...]:
     if not is_remote(run.root):
         return ()
     return tuple(read_filled(run, n).get("folder", f"{n:05d}") for n in range(run.shard_count))
-
-
-def source_has_more(run: ShardedRun) -> bool:
-    """Return whether the source has more images than the limit."""
-    record = read_json(run.more) if run.more.exists() else {}
-    return record.get("inputs") == run.inputs and bool(record["has_more"])
-
-
-def _read_slice(run: ShardedRun, index: int) -> None:
-    run_exclusively(run, "read", index, lambda: read_slice(run, index))
 
 
 def _apply_all(works: Sequence[ShardWork], shard: DatasetDir) -> None:
@@ -222,7 +194,7 @@ def _no_engine() -> Engine:
 
 
 def _work_on_shard(run: ShardedRun, work: Callable[[DatasetDir], T], index: int) -> T:
-    return run_exclusively(run, "compare", index, lambda: work(run.shard(index)))
+    return run_exclusively(run, index, lambda: work(run.shard(index)))
 
 
 def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], T], draft: Path, index: int) -> T:
@@ -240,30 +212,18 @@ def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], T], draft: 
             return replace(written, path=draft / name)
         return written
 
-    return run_exclusively(run, "write", index, write)
+    return run_exclusively(run, index, write)
 
 
 def _forget_local_run(dataset: DatasetDir, steps: Sequence[str]) -> None:
-    """Remove the step files of an earlier run in one process. The journal of that run is kept."""
-    for name in steps:
+    """Remove the step files of an earlier run in one process, except of the read step. Keep its journal."""
+    for name in steps[1:]:
         for which in OUTPUTS:
             dataset.step_file(name, which).unlink(missing_ok=True)
-    forget_near_duplicates(dataset)
-    forget_reading(dataset)
     if dataset.journal.exists() and not is_remote(dataset.path):
         # Merge the write-ahead log that a killed run may have left.
         with Journal(dataset.journal):
             pass
-
-
-def _digest_inputs(run: ShardedRun, source: dict[str, Any]) -> str:
-    """Return the key of the step `read`, a digest of everything that determines the samples in the shards."""
-    config = run.config
-    settings = config.model_dump(mode="json", include={*READ_SETTINGS, "limit", "columns", "human_texts"})
-    exclusions = file_digest(run.plan.dataset.step_file("read", "exclusions"))
-    return digest(
-        [installed_version(), settings, source, files_of_source(config), exclusions, run.shard_count]
-    )
 
 
 def _count_shards(dataset: DatasetDir, wanted: int | None) -> int:

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset.directory import (
-    MAX_REMEMBERED,
     DatasetDir,
     newest_dataset,
     only_dataset,
     open_dataset,
-    remember_dataset,
+    split_version,
 )
 from pipeline.dataset.version import dataset_folder
 from pipeline.errors import StoreError
@@ -72,9 +71,24 @@ def test_damaged_version_error_shows_removal_command(tmp_path: Path) -> None:
     assert f"synth versions rm v2.0.0 --data {tmp_path}" in refused.value.hint
     newer = {"version": "v2.0.0", "table_version": 99, "files": {}}
     (tmp_path / "versions/v2.0.0/manifest.json").write_text(json.dumps(newer))
-    with pytest.raises(StoreError, match="newer synth") as refused:
+    with pytest.raises(StoreError, match="another release of synth"):
         DatasetDir(tmp_path).versions()
-    assert refused.value.hint == "upgrade synth"
+
+
+def test_version_opens_by_name(tmp_path: Path) -> None:
+    samples = scene_samples(6)
+    make_version(tmp_path, samples[:4])
+    make_version(tmp_path, samples)
+    assert DatasetDir(tmp_path).version().name == "v1.1.0"
+    assert open_dataset(tmp_path.with_name(f"{tmp_path.name}@v1.0.0")).name == "v1.0.0"
+    with pytest.raises(StoreError, match="has no version draft") as error:
+        DatasetDir(tmp_path).version("draft")
+    assert "v1.0.0, v1.1.0" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["@v1.0.0", "d@", "@", "."])
+def test_name_without_folder_or_version_is_a_plain_path(name: str) -> None:
+    assert split_version(Path(name)) == (Path(name), None)
 
 
 def test_missing_dataset_or_version_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,23 +111,6 @@ def test_linked_lock_file_is_refused_and_its_target_is_unchanged(tmp_path: Path)
     assert victim.read_text() == "private"
 
 
-def test_most_recent_datasets_outside_data_folder_are_remembered_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for number in range(MAX_REMEMBERED + 2):
-        remember_dataset(Path(f"out{number}"))
-    remember_dataset(Path("out9"))
-    remember_dataset(Path("data/scenes"))  # need not be remembered
-    names = [Path(name).name for name in json.loads(Path("data/elsewhere.json").read_text())["datasets"]]
-    assert names[:2] == ["out9", f"out{MAX_REMEMBERED + 1}"]
-    assert len(names) == len(set(names)) == MAX_REMEMBERED
-    Path("data/elsewhere.json").write_text("[]")  # damaged
-    make_version(tmp_path / "one", scene_samples(2))
-    remember_dataset(tmp_path / "one")
-    assert newest_dataset() == tmp_path / "one"
-
-
 def test_only_dataset_raises_if_there_are_two_datasets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,5 +121,5 @@ def test_only_dataset_raises_if_there_are_two_datasets(
         manifest.write_text("{}")
     os.utime("data/secret/versions/v1.0.0/manifest.json", (1 << 33, 1 << 33))  # a wrong clock
     assert newest_dataset() == Path("data/secret")
-    with pytest.raises(StoreError, match="several datasets were made here: 2"):
+    with pytest.raises(StoreError, match="data/ has 2 datasets"):
         only_dataset()

@@ -15,7 +15,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset import images
 from pipeline.dataset.directory import DatasetDir, page_counts, sample_batches
 from pipeline.dataset.images import ImageStore, hash_images, images_digest
-from pipeline.dataset.integrity import find_damage, make_repaired_version
+from pipeline.dataset.integrity import find_damage
 from pipeline.errors import StoreError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.run import generate_dataset
@@ -200,12 +200,11 @@ def test_three_versions_store_photos_once(photos: Path, tmp_path: Path) -> None:
             (photos / f"{number}.txt").write_text(
                 "bad" if number == 3 else f"A bus of line {number} {style} a stop."
             )
-        version = generate_dataset(settings(photos), folder).version
+        generate_dataset(settings(photos), folder)
         stored = stored or {*(folder / "images").iterdir()}
         assert stored == {*(folder / "images").iterdir()}
-    make_repaired_version(version, [])
     versions = DatasetDir(folder).versions()
-    assert len(versions) == 4 and [find_damage(version) for version in versions] == [[]] * 4
+    assert len(versions) == 3 and [find_damage(version) for version in versions] == [[]] * 3
     pixels = sum(path.stat().st_size for path in photos.glob("*.jpg"))
     assert size(folder / "images") < 1.02 * pixels
     assert size(folder) - size(folder / "images") < 700_000  # bytes of replies, texts and lists
@@ -251,14 +250,12 @@ def test_version_with_missing_images_is_not_published(
     assert not DatasetDir(tmp_path).versions()
 
 
-def test_linked_version_reads_images_of_its_target_and_repair_copies_the_images(tmp_path: Path) -> None:
+def test_linked_version_reads_images_of_its_target(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", SAMPLES)
     (tmp_path / "e" / "versions").mkdir(parents=True)
     (tmp_path / "e" / "versions" / version.name).symlink_to(version.path)
     linked = DatasetDir(tmp_path / "e").version()
     assert find_damage(linked) == [] and linked.read("train") == version.read("train")
-    repaired = make_repaired_version(linked, [])
-    assert repaired.store.folder == tmp_path / "e" and find_damage(repaired) == []
 
 
 def test_image_whose_bytes_do_not_match_its_id_is_reported_as_damage(tmp_path: Path) -> None:

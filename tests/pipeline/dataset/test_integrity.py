@@ -8,9 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.dataset.integrity import content_digest, damaged_files, find_damage, make_repaired_version
+from pipeline.dataset.integrity import content_digest, damaged_files, find_damage
 from pipeline.dataset.version import Version, file_entry, read_version
-from pipeline.errors import StoreError
 from pipeline.hub.package import without_pixels
 from pipeline.tables import Extras
 from tests.scene_data import SCORED, make_version, scene_samples, scored_captions
@@ -72,13 +71,3 @@ def test_changed_bit_and_missing_file_are_reported_by_name(version: Version) -> 
     shard.write_bytes(data)
     names = ("train-00000.parquet", "rejections.parquet")
     assert find_damage(version) == [f"{name} does not match the manifest" for name in names]
-
-
-def test_repaired_version_has_same_rows_and_records_damage(version: Version) -> None:
-    repaired = make_repaired_version(version, ["train-00000.parquet"])
-    assert repaired.name == "v1.0.1"
-    assert find_damage(repaired) == []
-    repairs = read_version(repaired.path).manifest["repairs"]
-    assert repairs == {"version": "v1.0.0", "damaged": ["train-00000.parquet"]}
-    with pytest.raises(StoreError, match="only the newest"):
-        make_repaired_version(version, [])

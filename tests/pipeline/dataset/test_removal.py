@@ -4,16 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.directory import DatasetDir, sample_batches, write_tags
+from pipeline.dataset.directory import DatasetDir, sample_batches
 from pipeline.dataset.images import ImageStore
-from pipeline.dataset.integrity import find_damage, make_repaired_version
-from pipeline.dataset.removal import (
-    REMOVING,
-    find_leftovers,
-    remove_images,
-    remove_leftovers,
-    remove_versions,
-)
+from pipeline.dataset.integrity import find_damage
+from pipeline.dataset.removal import REMOVING, remove_images, remove_leftovers, remove_versions
 from pipeline.errors import StoreError
 from tests.scene_data import make_version, scene_samples, write_samples
 
@@ -33,7 +27,7 @@ def test_removed_version_is_gone_and_other_versions_are_intact(dataset: DatasetD
     assert [one.path.name for one in removed] == ["v1.1.0"]
     assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.2.0"]
     assert [find_damage(version) for version in dataset.versions()] == [[], []]
-    assert list(find_leftovers(dataset)) == []
+    assert remove_leftovers(dataset) == []
 
 
 def test_name_of_pushed_version_is_not_reused_after_removal(dataset: DatasetDir) -> None:
@@ -45,17 +39,9 @@ def test_name_of_pushed_version_is_not_reused_after_removal(dataset: DatasetDir)
     assert make_version(dataset.path, SAMPLES[:3])[0].name == "v2.0.0"
 
 
-def test_repaired_version_skips_tagged_name(tmp_path: Path) -> None:
-    first, _ = make_version(tmp_path, SAMPLES[:5])
-    write_tags(tmp_path, {"paper": "v1.0.1"})  # that version was moved away
-    assert make_repaired_version(first, ["train-00000.parquet"]).name == "v1.0.2"
-
-
-@pytest.mark.parametrize("names", [["v1.1.0", "v9.0.0"], ["v1.1.0", "v1.0.0"]])
-def test_no_version_is_removed_if_one_is_missing_or_tagged(dataset: DatasetDir, names: list[str]) -> None:
-    write_tags(dataset.path, {"paper": "v1.0.0"})
-    with pytest.raises(StoreError, match=r"no version v9|v1\.0\.0 is tagged as paper"):
-        remove_versions(dataset, names)
+def test_no_version_is_removed_if_one_is_missing(dataset: DatasetDir) -> None:
+    with pytest.raises(StoreError, match="no version v9"):
+        remove_versions(dataset, ["v1.1.0", "v9.0.0"])
     assert len(dataset.versions()) == 3
 
 
@@ -104,22 +90,17 @@ def test_only_leftovers_of_killed_commands_are_removed(dataset: DatasetDir) -> N
     for folder in leftovers:
         folder.mkdir()
         (folder / "train-00000.parquet").write_bytes(bytes(100))
-    step = dataset.path / "steps" / "filter"
-    step.mkdir(parents=True)
-    version = dataset.path / "versions" / "v1.0.0"
-    leftovers += [step / ".kept.parquet.tmp", version / ".train-00000.parquet.tmp"]
-    for file in leftovers[2:]:
+    (dataset.path / "steps").mkdir()
+    kept = [dataset.path / "steps" / ".mine.tmp", dataset.path / "versions" / "notes"]
+    leftovers.append(dataset.path / "images" / ".a.parquet.tmp")
+    for file in (kept[0], kept[1], leftovers[2]):
         file.write_bytes(bytes(10))
-    (step / "kept.parquet").write_bytes(bytes(10))
-    (dataset.path / "versions" / "notes").mkdir()
-    (dataset.path / "versions" / "notes" / "mine.txt").write_text("mine")
-    leftovers_there = list(find_leftovers(dataset))
-    assert {leftover.path for leftover in leftovers_there} == set(leftovers)
-    assert sum(leftover.num_bytes for leftover in leftovers_there) == 220
-    remove_leftovers(leftovers_there)
-    assert list(find_leftovers(dataset)) == []
-    assert (dataset.path / "versions" / "notes" / "mine.txt").exists()
-    assert (step / "kept.parquet").exists()
+    removed = remove_leftovers(dataset, dry_run=True)
+    assert remove_leftovers(dataset) == removed
+    assert {leftover.path for leftover in removed} == set(leftovers)
+    assert sum(leftover.num_bytes for leftover in removed) == 210
+    assert remove_leftovers(dataset) == []
+    assert all(file.exists() for file in kept)
     assert len(dataset.versions()) == 3
 
 
@@ -129,21 +110,13 @@ def test_removal_of_links_keeps_their_targets(dataset: DatasetDir, tmp_path: Pat
     for name in (".next", f"{REMOVING}v9.9.9", "v1.0.0"):
         (dataset.path / "versions" / name).symlink_to(outside)
     remove_versions(dataset, ["v1.0.0"])
-    remove_leftovers(list(find_leftovers(dataset)))
-    assert list(find_leftovers(dataset)) == []
-    assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]
-    assert (outside / "manifest.json").exists()
-
-
-def test_files_in_linked_folder_are_not_leftovers(dataset: DatasetDir, tmp_path: Path) -> None:
-    outside = tmp_path.parent / f"{tmp_path.name}-steps"
-    outside.mkdir()
+    (dataset.path / "shards" / "0").mkdir(parents=True)
     (outside / ".mine.tmp").write_text("mine")
-    (dataset.path / "steps").mkdir()
-    (dataset.path / "steps" / "filter").symlink_to(outside)
-    (dataset.path / "own").mkdir()
-    (dataset.path / "own" / ".mine.tmp").write_text("mine")
-    assert list(find_leftovers(dataset)) == []
+    (dataset.path / "shards" / "0" / "images").symlink_to(outside)
+    assert len(remove_leftovers(dataset)) == 2
+    assert remove_leftovers(dataset) == []
+    assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]
+    assert (outside / "manifest.json").exists() and (outside / ".mine.tmp").exists()
 
 
 def test_damaged_version_can_be_removed(dataset: DatasetDir) -> None:

@@ -1,6 +1,5 @@
 """Messages report lost rows with their reasons and remedies."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ from pipeline.run import STEPS, RunResult, generate_dataset
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
 from tests.scene_data import make_version, scene_samples, true_captions
 
-REFUSAL = Act(text=json.dumps({"caption": "I'm sorry, but I can't help with that request."}))
-
 
 def run(folder: Path, script: Script) -> RunResult:
     with running_chat(ChatServer(script)) as chat:
@@ -34,13 +31,6 @@ def run(folder: Path, script: Script) -> RunResult:
 
 def warnings_of(result: RunResult) -> list[str]:
     return describe_warnings(STEPS, result.plan, result.version, result.funnel)
-
-
-def test_missing_captions_are_reported_with_the_reason(tmp_path: Path) -> None:
-    result = run(tmp_path, lambda times, body: REFUSAL if task_of(body).startswith("Task: caption") else None)
-    warnings = "\n".join(warnings_of(result))
-    assert "no captions are left: validate rejected 24 as refusal" in warnings
-    assert "questions" not in warnings
 
 
 def test_unanswered_requests_are_reported_with_a_message_of_the_server(

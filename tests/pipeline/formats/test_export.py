@@ -33,7 +33,7 @@ from pipeline.sources.folder import open_folder
 from pipeline.tables import STRING, Extras, OwnColumn
 from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.tasks.output_schema import arrow_type, close_schema
-from pipeline.types import Sample, SourceSlice
+from pipeline.types import Sample
 from tests.scene_data import make_version, publish_rows, sample_table, scene_samples, true_captions
 
 COUNT = 30
@@ -283,9 +283,6 @@ def test_source_reads_splits_of_an_export(kind: str, version: Version, tmp_path:
     opened = open_source(resolve(source=source))
     rows = [row for row in opened.rows if isinstance(row, Sample)]
     assert {row.id: row.split for row in rows} == {item.name: item.split for item in read_items(version)}
-    slices = [open_source(resolve(source=source), SourceSlice(number, 3)).rows for number in range(3)]
-    sliced = {row.source_row: row.split for part in slices for row in part if isinstance(row, Sample)}
-    assert sliced == {row.source_row: row.split for row in rows}
 
 
 @pytest.mark.parametrize(

@@ -177,15 +177,6 @@ def test_damaged_version_in_object_store_is_refused(bucket: Path) -> None:
         open_or_download(bucket)
 
 
-def test_second_store_with_same_cache_folder_name_is_refused(bucket: Path, tmp_path: Path) -> None:
-    open_or_download(bucket, "v1.0.0")
-    other_path = parse_dataset_path(str(bucket).replace("sets-", "sets/"))
-    upload_folder(tmp_path / "made", other_path)
-    with pytest.raises(StoreError, match=r"has versions from memory://sets-.*, not from memory://sets/"):
-        open_or_download(other_path)
-    remove(other_path)
-
-
 def test_version_changed_in_object_store_after_download_is_refused(bucket: Path) -> None:
     open_or_download(bucket, "v1.0.0")
     manifest = bucket / "versions" / "v1.0.0" / MANIFEST

@@ -1,7 +1,6 @@
 """Tests of push with the real clients over HTTP: one commit and one tag, atomic and idempotent."""
 
 import hashlib
-import json
 import random
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.dataset.integrity import make_repaired_version
 from pipeline.dataset.version import Version
 from pipeline.types import Sample
 from tests.hub.app import READ_TOKEN, Fault
@@ -24,6 +22,8 @@ from tests.hub.server import RunningHub, running_hub
 from tests.hub.storage import Repo
 from tests.scene_data import make_version, published, scene_samples, true_captions
 
+# The two protocols that upload large files. Other tests use Xet.
+BOTH = pytest.mark.parametrize("pusher", ["lfs", "xet"], indirect=True)
 EXTRA = {"README.md", "manifest.json", "rejections.parquet", ".gitattributes"}
 
 
@@ -44,13 +44,13 @@ def hub(server: RunningHub) -> RunningHub:
     return server
 
 
-@pytest.fixture(scope="module", params=["lfs", "xet"])
+@pytest.fixture(scope="module")
 def pusher(
     request: pytest.FixtureRequest, server: RunningHub, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pusher]:
     """Yield a client for all tests, so that its process imports the libraries once."""
     home = tmp_path_factory.mktemp("client") / "home"
-    with Pusher(server, home, xet=request.param == "xet") as running:
+    with Pusher(server, home, xet=getattr(request, "param", "xet") == "xet") as running:
         yield running
 
 
@@ -91,6 +91,7 @@ def load(client: Pusher, code: str) -> str:
     return process.stdout.strip()
 
 
+@BOTH
 def test_push_makes_one_tagged_commit_without_private_data(client: Pusher, version: Version) -> None:
     pushed = client.push(version)
     repo = repo_of(client)
@@ -125,6 +126,7 @@ def test_push_of_a_different_version_under_an_existing_tag_is_refused(
     assert "tags never move" in refused["hint"]
 
 
+@BOTH
 def test_later_version_replaces_files_and_earlier_tag_still_loads(
     client: Pusher, version: Version, later: Version
 ) -> None:
@@ -168,6 +170,7 @@ def test_push_removes_shards_of_earlier_version(client: Pusher, version: Version
 
 
 @pytest.mark.parametrize("status", [409, 412, 429, 503])
+@BOTH
 def test_push_retries_if_hub_is_busy(client: Pusher, version: Version, status: int) -> None:
     client.hub.hub.faults.append(Fault("POST", "/commit/main", status))
     assert client.push(version)["is_new"]
@@ -184,7 +187,6 @@ def test_push_after_missing_tag_adds_only_the_tag(client: Pusher, version: Versi
     assert len(repo.commits) == 2
 
 
-@pytest.mark.parametrize("pusher", ["lfs"], indirect=True)
 @pytest.mark.parametrize(
     ("repo", "token", "message"),
     [
@@ -239,7 +241,7 @@ def test_private_push_to_public_repository_is_refused(client: Pusher, version: V
     assert repo_of(client, "me/secret").private
 
 
-def test_pushed_patch_version_replaces_damaged_version_on_the_hub(client: Pusher, tmp_path: Path) -> None:
+def test_second_push_reports_damage_on_the_hub(client: Pusher, tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "data", scene_samples(20))
     client.push(version)
     repo, storage = repo_of(client), client.hub.hub.storage
@@ -247,17 +249,9 @@ def test_pushed_patch_version_replaces_damaged_version_on_the_hub(client: Pusher
     tagged.files["train-00000.parquet"] = replace(storage.put(b"other bytes"), lfs=True)
     damage = client.push(version)["error"]
     assert "v1.0.0 in me/scenes is damaged: train-00000.parquet does not match its manifest" in damage
-    repaired = make_repaired_version(version, ["train-00000.parquet"])
-    pushed = client.push(repaired)
-    assert (pushed["tag"], pushed["is_new"]) == ("v1.0.1", True)
-    files = repo.commits[repo.tags["v1.0.1"]].files
-    assert files["train-00000.parquet"].sha256 == published(version)["files"]["train-00000.parquet"]["sha256"]
-    manifest = json.loads(storage.path(files["manifest.json"].sha256).read_text())
-    assert manifest["repairs"] == {"version": "v1.0.0", "damaged": ["train-00000.parquet"]}
-    assert manifest["digest"] == version.manifest["digest"]
 
 
-def test_push_replaces_edited_card_with_warning_and_keeps_other_files(
+def test_push_replaces_edited_card_and_keeps_other_files(
     client: Pusher, version: Version, later: Version
 ) -> None:
     client.push(version)
@@ -265,14 +259,12 @@ def test_push_replaces_edited_card_with_warning_and_keeps_other_files(
     head = repo.commits[repo.branches["main"]].files
     added = {"README.md": b"# My photos", "notes.md": b"mine", "extra/train-00000.parquet": b"mine"}
     repo.commit("main", "edit", head | {name: storage.put(data) for name, data in added.items()})
-    edited = repo.branches["main"]
     pushed = client.push(later)
     assert {"notes.md", "extra/train-00000.parquet"} <= set(repo.commits[pushed["commit"]].files)
-    warning = "the card of me/scenes was edited on the Hub and is now replaced"
-    assert pushed["warning"] == f"{warning}: the edits are in revision {edited}"
+    files = repo.commits[pushed["commit"]].files
+    assert files["README.md"].sha256 != storage.put(b"# My photos").sha256
 
 
-@pytest.mark.parametrize("pusher", ["xet"], indirect=True)
 def test_xet_uploads_only_the_changes_of_a_later_version(client: Pusher, tmp_path: Path) -> None:
     rng = random.Random(1)
     samples = [photo_like(rng, number) for number in range(300)]

@@ -69,7 +69,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, Version
     return make_version(folder, scene_samples(20))[0], make_version(folder, scene_samples(24))[0]
 
 
-@pytest.fixture(scope="module", params=["lfs", "xet"])
+@pytest.fixture(scope="module", params=["lfs", "xet"] if LONG else ["xet"])
 def world(
     request: pytest.FixtureRequest,
     versions: tuple[Version, Version],

@@ -1,7 +1,6 @@
 """Journal: replies survive a crash, damage is detected, and repair keeps the intact replies."""
 
 import hashlib
-import random
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -12,7 +11,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import StoreError
-from pipeline.inference.journal import FORMAT, Journal, JournalState, check_journal, repair_journal
+from pipeline.inference.journal import FORMAT, Journal, JournalState, check_journal
 from pipeline.inference.requests import build_requests
 from pipeline.inference.verification import Check, build_check, build_claims
 from pipeline.storage.files import translate_disk_errors
@@ -147,78 +146,12 @@ def test_reply_with_a_flipped_bit_raises_error_with_repair_command(tmp_path: Pat
             journal.last(requests[7].id)
     assert f"synth check {tmp_path} --repair" in caught.value.hint
     assert check_journal(path) == JournalState(300, (requests[7].id,))
-    assert repair_journal(path) == (299, 1, 1)
+    with Journal(path) as journal:
+        assert journal.remove_damaged() == 299
     assert check_journal(path).is_intact
     with Journal(path) as journal:
         assert journal.last(requests[7].id) is None
         assert journal.totals()["asked"] == 300
-
-
-def test_repair_without_intact_replies_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "j.sqlite"
-    filled(path, 3)
-    path.write_bytes(path.read_bytes()[:100] + bytes(40_000))
-    before = path.read_bytes()
-    with pytest.raises(StoreError, match="none of its replies can be read"):
-        repair_journal(path)
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_repair_of_a_file_with_a_lost_page_keeps_the_other_replies(seed: int, tmp_path: Path) -> None:
-    path = tmp_path / "j.sqlite"
-    requests = filled(path, 600)
-    draw, data = random.Random(seed), bytearray(path.read_bytes())
-    leaves = [place for place in range(4096, len(data), 4096) if data[place] == 0x0A]  # index leaves
-    place = draw.choice(leaves)
-    data[place : place + 4096] = bytes(4096) if seed % 2 else draw.randbytes(4096)
-    path.write_bytes(data)
-    assert not check_journal(path).is_intact
-    kept, _, _ = repair_journal(path)
-    assert check_journal(path) == JournalState(kept, ())
-    assert (tmp_path / "j.sqlite.damaged-1").read_bytes() == data
-    assert {file.name for file in tmp_path.iterdir()} <= {
-        "j.sqlite",
-        "j.sqlite.damaged-1",
-        "j.sqlite-wal",
-        "j.sqlite-shm",
-    }
-    with Journal(path) as journal:
-        replies = [last[0] for request in requests if (last := journal.last(request.id))]
-    assert all(reply.text == f"reply {reply.request_id}" * 4 for reply in replies)
-    assert len(replies) == kept >= 550  # a leaf has about ten replies
-
-
-def test_repair_applies_the_write_ahead_log_and_removes_it(tmp_path: Path) -> None:
-    path = tmp_path / "j.sqlite"
-    requests = filled(path, 50)
-    with Journal(path) as journal:  # the reply is in the log until the journal is closed
-        late = replace(REQUESTS[0], id="e" * 64)
-        journal.keep([(late, late.reply("late", "stop"), None)])
-        for suffix in ("", "-wal"):
-            (tmp_path / f"copy.sqlite{suffix}").write_bytes((tmp_path / f"j.sqlite{suffix}").read_bytes())
-    copy = tmp_path / "copy.sqlite"
-    data = bytearray(copy.read_bytes())
-    data[data.index(b"reply " + requests[7].id.encode()) + 2] ^= 1
-    copy.write_bytes(data)
-    assert repair_journal(copy) == (50, 1, 1)
-    assert not (tmp_path / "copy.sqlite-wal").exists()
-    with Journal(copy) as journal:
-        assert journal.last(late.id) is not None
-
-
-def test_failed_repair_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "j.sqlite"
-    filled(path, 3)
-    before = path.read_bytes()
-
-    def fail(self: Journal, *_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "copy", fail)
-    with pytest.raises(KeyboardInterrupt):
-        repair_journal(path)
-    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["j.sqlite"]
 
 
 def test_locked_journal_error_names_the_lock(tmp_path: Path) -> None:

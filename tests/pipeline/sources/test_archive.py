@@ -22,7 +22,7 @@ import webdataset
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import archive, open_source
-from pipeline.types import ALL, Rejected, Sample, SourceSlice
+from pipeline.types import Rejected, Sample
 from tests.hostile import bounded_memory
 from tests.hub.datasets import photo
 from tests.s3 import running_s3
@@ -58,8 +58,8 @@ def zip_of(files: Files) -> bytes:
     return out.getvalue()
 
 
-def rows(path: object, part: SourceSlice = ALL, **settings: Any) -> list[Sample | Rejected]:
-    return list(open_source(resolve(source=f"archive:{path}", **settings), part).rows)
+def rows(path: object, **settings: Any) -> list[Sample | Rejected]:
+    return list(open_source(resolve(source=f"archive:{path}", **settings)).rows)
 
 
 def samples(path: object, **settings: Any) -> dict[str, Sample]:
@@ -178,24 +178,13 @@ def test_archive_name_sets_the_split(tmp_path: Path) -> None:
         rows(tmp_path, source_split="validation")
 
 
-@pytest.mark.parametrize(("count", "parts"), [(1, 2), (4, 3), (4, 7)])
-def test_slices_together_are_the_whole_source(tmp_path: Path, count: int, parts: int) -> None:
-    for number in range(count):
-        files = {f"{n}.jpg": photo(10 * number + n) for n in range(5)}
-        (tmp_path / f"{number}.tar").write_bytes(tar_of(files))
-    whole = sorted(row.source_row for row in rows(tmp_path))
-    slices = [row for n in range(parts) for row in rows(tmp_path, SourceSlice(n, parts))]
-    assert sorted(row.source_row for row in slices) == whole
-    assert len(whole) == 5 * count
-
-
 def test_revision_depends_on_contents(tmp_path: Path) -> None:
-    def revision(part: SourceSlice = ALL) -> str:
-        return open_source(resolve(source=f"archive:{tmp_path}"), part).revision
+    def revision() -> str:
+        return open_source(resolve(source=f"archive:{tmp_path}")).revision
 
     (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
     before = revision()
-    assert revision() == before and revision(SourceSlice(0, 2)) == ""
+    assert revision() == before
     (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(1)}))
     assert revision() != before
 

@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import documents, find_source, open_source, with_source_defaults
 from pipeline.steps.split import name_key
 from pipeline.tasks.base import MAX_PAGES
-from pipeline.types import Rejected, Sample, Source, SourceSlice
+from pipeline.types import Rejected, Sample, Source
 from tests.media import text_pdf, write_pdf, write_video
 
 
@@ -129,12 +129,6 @@ def test_damaged_page_rejects_only_its_row(tmp_path: Path) -> None:
     assert (
         lost in (["a.pdf/0025"], ["a.pdf/0025", "a.pdf/0026"]) and len(pages) == 45
     )  # pdfium cannot find the next page
-
-
-def test_slices_are_disjoint_and_complete(files: Path) -> None:
-    config = resolve(source=f"pdf:{files}")
-    parts = [set(rows(open_source(config, SourceSlice(number, 2)))) for number in range(2)]
-    assert not parts[0] & parts[1] and parts[0] | parts[1] == set(rows(open_source(config)))
 
 
 def test_linked_document_is_rejected_without_follow_links(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import image_urls, listing, open_source
-from pipeline.types import ALL, ReferenceQA, Rejected, Sample, Source, SourceSlice
+from pipeline.types import ReferenceQA, Rejected, Sample, Source
 from tests.hub.datasets import photo
 from tests.pipeline.sources.reading import samples_of
 
@@ -30,9 +30,9 @@ def home(tmp_path: Path) -> Path:
     return folder
 
 
-def opened(file: Path, text: str, part: SourceSlice = ALL, **settings: Any) -> Source:
+def opened(file: Path, text: str, **settings: Any) -> Source:
     file.write_text(text, encoding="utf-8")
-    return open_source(resolve(source=f"list:{file}", **settings), part)
+    return open_source(resolve(source=f"list:{file}", **settings))
 
 
 def outcomes(source: Source) -> dict[str, str]:

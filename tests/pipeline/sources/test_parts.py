@@ -1,7 +1,6 @@
-"""Slices of sources are disjoint and complete."""
+"""Sources resume at any row, and have default tasks and styles."""
 
 import zipfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,10 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
-from pipeline.sources import is_divisible, open_source, with_source_defaults
-from pipeline.types import ALL, Sample, SourceSlice
+from pipeline.sources import open_source, with_source_defaults
 from tests.hub import datasets
 
 PHOTOS = pa.schema([("image", datasets.IMAGE), ("caption", pa.string())])
-
-
-def names(part: SourceSlice, **settings: Any) -> Counter[str]:
-    rows = open_source(resolve(**settings), part).rows
-    return Counter(
-        f"{row.source_row} {row.references if isinstance(row, Sample) else row.reason}" for row in rows
-    )
 
 
 def photos(folder: Path, files: int, rows: int) -> None:
@@ -32,15 +23,6 @@ def photos(folder: Path, files: int, rows: int) -> None:
         ]
         records = [{"image": cell, "caption": f"{file} {n}"} for n, cell in enumerate(cells)]
         (folder / f"{file}.parquet").write_bytes(datasets.parquet(records, PHOTOS, rows_a_group=3))
-
-
-@pytest.mark.parametrize(("files", "rows", "parts"), [(1, 20, 5), (3, 7, 2), (6, 4, 5), (3, 7, 40)])
-def test_table_slices_are_files_or_row_groups(tmp_path: Path, files: int, rows: int, parts: int) -> None:
-    photos(tmp_path / "p", files, rows)
-    settings: dict[str, Any] = {"source": f"parquet:{tmp_path / 'p'}"}
-    slices = [names(SourceSlice(number, parts), **settings) for number in range(parts)]
-    assert sum(slices, Counter()) == names(ALL, **settings)
-    assert sum(slices, Counter()).total() == files * rows
 
 
 @pytest.mark.parametrize("start", [1, 12, 40])
@@ -65,25 +47,6 @@ def test_source_resumes_at_any_row(tmp_path: Path, start: int) -> None:
     ):
         source = open_source(resolve(**settings))
         assert list(source.read(start)) == list(source.rows)[start:], settings
-        slices = [open_source(resolve(**settings), SourceSlice(number, 2)) for number in range(2)]
-        assert all(list(part.read(start)) == list(part.rows)[start:] for part in slices), settings
-        # With 20 slices, some are empty.
-        for count in (2, 20):
-            parts = [names(SourceSlice(number, count), **settings) for number in range(count)]
-            assert sum(parts, Counter()) == names(ALL, **settings), settings
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"source": "scenes", "limit": 10}, True),  # the limit sets the number of scenes
-        ({"source": "folder:x"}, True),
-        ({"source": "folder:x", "limit": 10}, False),  # the first ten distinct images
-        ({"source": "vqav2"}, False),  # a photo has several rows
-    ],
-)
-def test_sources_with_independent_rows_are_divisible(settings: dict[str, Any], *, expected: bool) -> None:
-    assert is_divisible(resolve(**settings)) == expected
 
 
 def test_decks_support_only_deck_questions() -> None:

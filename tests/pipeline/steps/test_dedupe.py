@@ -43,7 +43,7 @@ def grouped(rows: pa.Table, monkeypatch: pytest.MonkeyPatch, *reasons: str | Non
     """Return the reasons of rows whose images form one group and have the given reasons."""
     ids = rows["sample_id"].to_pylist()
     groups = pa.table([ids, ["g"] * len(ids), list(reasons), [None] * len(ids)], schema=IMAGE_GROUPS)
-    monkeypatch.setattr("pipeline.steps.dedupe.group_images", lambda shards, kind: groups)
+    monkeypatch.setattr("pipeline.steps.dedupe.group_images", lambda dataset: groups)
     marked = deduped(rows)
     assert marked["image_group"].to_pylist() == ["g"] * len(ids)
     row_reasons: list[str | None] = marked["reason"].to_pylist()

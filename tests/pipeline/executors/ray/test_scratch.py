@@ -12,12 +12,11 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.images import ImageStore
 from pipeline.digests import digest
 from pipeline.errors import ClusterError
 from pipeline.executors.ray import workers
 from pipeline.executors.ray.shards import ShardedRun, named_files, scratch_root
-from pipeline.executors.ray.workers import save_journal, scratch_shard, upload_steps
+from pipeline.executors.ray.workers import save_journal, scratch_shard
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests
 from pipeline.storage import object_store
@@ -25,7 +24,6 @@ from pipeline.storage.files import remove
 from pipeline.storage.object_store import local_copy, parse_dataset_path
 from pipeline.types import Reply
 from tests.plans import request_plan
-from tests.scene_data import scene_samples, write_samples
 from tests.step_runs import plan_of
 
 REQUESTS = list(build_requests("a" * 64, request_plan(resolve(source="scenes"))))
@@ -37,9 +35,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardedRun]
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     home = parse_dataset_path(f"memory://{uuid4().hex}")
     config = resolve(source="scenes")
-    yield ShardedRun(
-        plan := plan_of(home, config), tmp_path, 4, 1, "embedded", "s", digest(named_files(plan)), "inputs"
-    )
+    plan = plan_of(home, config)
+    yield ShardedRun(plan, tmp_path, 4, "embedded", digest(named_files(plan)))
     remove(home)
 
 
@@ -104,18 +101,6 @@ def test_replies_from_a_killed_worker_are_used_on_the_same_node(run: ShardedRun,
     with scratch_shard(run, 2) as folder:
         assert replies(folder.journal) == 2
     assert stored(run) == 2
-
-
-def test_images_of_a_shard_are_uploaded_once_and_kept(run: ShardedRun) -> None:
-    samples = scene_samples(6)
-    for part in (samples[:4], samples[:4], samples[2:]):
-        with scratch_shard(run, 2) as folder:
-            write_samples(folder, part)
-            upload_steps(run, 2, folder)
-        assert not ImageStore(folder.path).paths()
-    store = ImageStore(run.root)
-    assert store.find_missing([sample.id for sample in samples]) == []
-    assert store.digests().num_rows == len(samples)
 
 
 def test_failed_upload_is_retried(run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

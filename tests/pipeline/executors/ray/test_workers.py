@@ -1,6 +1,5 @@
-"""Shuffled source slices have the samples and rejections of a source that one process reads."""
+"""Shards take their samples and images from the files that the read step wrote."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,88 +7,61 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.files import resolve
-from pipeline.dataset.directory import DatasetDir, read_exclusions
-from pipeline.dataset.records import write_record
-from pipeline.executors.ray.executor import source_has_more
-from pipeline.executors.ray.shards import ShardedRun
-from pipeline.executors.ray.workers import ShardWorker, is_read, read_slice
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.images import ImageStore
+from pipeline.executors.ray.shards import ShardedImageStore, ShardedRun
+from pipeline.executors.ray.workers import sample_ids, take_samples
 from pipeline.progress import NullProgress
-from pipeline.sources import choose_image_kind, is_divisible, open_source
-from pipeline.sources.exclusions import ExclusionIndex, open_exclusions, write_exclusions
-from pipeline.sources.read import write_source
+from pipeline.sources import open_source
+from pipeline.sources.read import SourceReader
 from tests.hub import datasets
 from tests.step_runs import plan_of
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Return a folder of 30 files: copies, broken images, and photos that are also in the held-out folder."""
-    for folder, offset in (("photos", 0), ("held-out", 8)):
-        (tmp_path / folder).mkdir()
-        for n in range(30 if folder == "photos" else 4):
-            data = b"no image" if n % 7 == 6 else datasets.photo((offset + n) % 20)
-            (tmp_path / folder / f"{n:02d}.jpg").write_bytes(data)
+    """Return a folder of 30 files with copies and broken images."""
+    (tmp_path / "photos").mkdir()
+    for n in range(30):
+        data = b"no image" if n % 7 == 6 else datasets.photo(n % 20)
+        (tmp_path / "photos" / f"{n:02d}.jpg").write_bytes(data)
     return tmp_path / "photos"
 
 
 def rows(folders: list[DatasetDir], which: str) -> list[dict[str, Any]]:
-    all_rows = [
-        row for folder in folders for row in pq.read_table(folder.step_file("read", which)).to_pylist()
-    ]
-    return sorted(all_rows, key=str)
+    tables = [pq.read_table(folder.step_file("read", which)) for folder in folders]
+    return sorted((row for table in tables for row in table.to_pylist()), key=str)
 
 
-@pytest.mark.parametrize(("limit", "shards"), [(None, 4), (5, 4), (100, 1)])
-def test_shards_have_the_rows_that_one_process_reads(
-    tmp_path: Path, photos: Path, limit: int | None, shards: int
-) -> None:
-    config = resolve(source=f"folder:{photos}", limit=limit, exclude=[f"folder:{photos.parent / 'held-out'}"])
-    single = DatasetDir(tmp_path / "one")
-    write_exclusions(single, config, open_exclusions(config), NullProgress())
-    exclusions = ExclusionIndex.of(read_exclusions(single), choose_image_kind(config))
-    write_source(single, open_source(config).rows, exclusions, limit, NullProgress())
-    parts = shards if is_divisible(config) else 1
-    plan = plan_of(tmp_path / "many", config)
-    run = ShardedRun(
-        plan, tmp_path, shards, parts, "embedded", open_source(config).revision, "files", "inputs"
-    )
-    write_exclusions(plan.dataset, config, open_exclusions(config), NullProgress())
-    for index in reversed(range(parts)):
-        read_slice(run, index)
-    worker = ShardWorker(run, [])
-    for index, shard in enumerate(run.shards):
-        write_source(shard, worker.rows_of(index), worker.excluded, None, NullProgress())
-    for which in ("kept", "rejected"):
-        assert rows(run.shards, which) == rows([single], which)
-    assert len(rows([single], "kept")) == min(limit or 100, 15)
-
-
-@pytest.mark.parametrize(("limit", "has_more"), [(5, True), (15, True), (100, False)])
-def test_reader_records_whether_the_source_has_more_than_the_limit(
+@pytest.mark.parametrize("is_sharded", [True, False], ids=["cluster", "after a run in one process"])
+def test_shards_have_the_samples_and_images_of_the_source(
     tmp_path: Path,
     photos: Path,
-    limit: int,
-    has_more: bool,  # noqa: FBT001
+    is_sharded: bool,  # noqa: FBT001
 ) -> None:
-    config = resolve(source=f"folder:{photos}", limit=limit)
-    plan = plan_of(tmp_path / "many", config)
-    run = ShardedRun(plan, tmp_path, 2, 1, "embedded", open_source(config).revision, "files", "inputs")
-    write_exclusions(plan.dataset, config, [], NullProgress())
-    read_slice(run, 0)
-    assert source_has_more(run) == has_more
-    assert not source_has_more(replace(run, inputs="others"))
-
-
-def test_shard_without_its_images_is_read_again(tmp_path: Path, photos: Path) -> None:
     config = resolve(source=f"folder:{photos}")
-    run = ShardedRun(
-        plan_of(tmp_path / "many", config), tmp_path, 1, 1, "embedded", "revision", "files", "inputs"
-    )
-    write_exclusions(run.plan.dataset, config, [], NullProgress())
-    (shard,) = run.shards
-    write_source(shard, open_source(config).rows, ShardWorker(run, []).excluded, None, NullProgress())
-    write_record(shard, "read", "inputs")
-    assert is_read(run, 0) and not is_read(replace(run, inputs="others"), 0)
-    for path in (shard.path / "images").iterdir():
-        path.unlink()
-    assert not is_read(run, 0)
+    plan = plan_of(tmp_path / "many", config)
+    run = ShardedRun(plan, tmp_path, 4, "embedded", "files", "samples")
+    store = ShardedImageStore(run) if is_sharded else None
+    reader = SourceReader(plan.dataset, config, open_source(config), NullProgress(), store)
+    reader.read(None)
+    reader.finish()
+    for index, shard in enumerate(run.shards):
+        take_samples(run, index, shard)
+        assert ImageStore(shard.path).find_missing(sample_ids(shard)) == []
+    for which in ("kept", "rejected"):
+        assert rows(run.shards, which) == rows([plan.dataset], which)
+    assert len(rows(run.shards, "kept")) == 19
+    in_root = [path for path in store.paths() if path.parent.parent == run.root] if store else []
+    assert in_root == []
+
+
+def test_scratch_folder_of_a_shard_has_its_images(tmp_path: Path, photos: Path) -> None:
+    config = resolve(source=f"folder:{photos}")
+    plan = plan_of(tmp_path / "many", config)
+    run = ShardedRun(plan, tmp_path, 2, "embedded", "files", "samples")
+    SourceReader(plan.dataset, config, open_source(config), NullProgress(), ShardedImageStore(run)).read(None)
+    scratch = DatasetDir(tmp_path / "scratch")
+    take_samples(run, 1, scratch)
+    ids = list(sample_ids(scratch))
+    assert ids and ImageStore(scratch.path).find_missing(ids) == []

@@ -1,0 +1,78 @@
+"""A run over shards makes the version of a run in one process, on a disk and in an object store."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from ray import cloudpickle
+
+from pipeline.config.files import resolve
+from pipeline.dataset.version import Version
+from pipeline.executors.ray import executor
+from pipeline.executors.ray.cluster import ClusterOptions, WorkerPlan
+from pipeline.run import generate_dataset
+from pipeline.storage.files import remove
+from pipeline.storage.object_store import parse_dataset_path
+from tests.chat.server import ChatServer, running_chat
+from tests.hub import datasets
+
+
+def map_here(count: int, work: Callable[[int], Any], *_: Any) -> list[Any]:
+    """Apply a function to every index below `count`, after it was pickled as for a worker."""
+    work = cloudpickle.loads(cloudpickle.dumps(work))
+    with work if isinstance(work, AbstractContextManager) else nullcontext():
+        return [work(index) for index in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the work of all shards in this process."""
+    monkeypatch.setattr(executor, "open_cluster", lambda address: nullcontext())
+    monkeypatch.setattr(executor, "plan_workers", lambda *_, **__: WorkerPlan(1, 1, 0))
+    monkeypatch.setattr(executor, "map_on_cluster", map_here)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Return a folder with copies, broken images and near-duplicates."""
+    (tmp_path / "photos").mkdir()
+    for number in range(24):
+        data = b"no image" if number % 7 == 6 else datasets.photo(number % 20)
+        (tmp_path / "photos" / f"{number:02d}.jpg").write_bytes(data)
+    return tmp_path / "photos"
+
+
+def rows_of(version: Version) -> dict[str, dict[str, Any]]:
+    batches = version.batches(version.manifest["columns"])
+    return {row["sample_id"]: row for _, batch in batches for row in batch.to_pylist()}
+
+
+@pytest.mark.parametrize(("shards", "is_remote"), [(1, False), (3, False), (8, False), (3, True)])
+def test_version_of_shards_equals_version_of_one_process(
+    shards: int,
+    is_remote: bool,  # noqa: FBT001
+    photos: Path,
+    tmp_path: Path,
+) -> None:
+    out = parse_dataset_path(f"memory://{uuid4().hex}") if is_remote else tmp_path / "many"
+    options = ClusterOptions(shards=shards)
+    with running_chat(ChatServer()) as chat:
+        config = resolve(source=f"folder:{photos}", limit=15, base_url=[chat.url], model="model")
+        one = generate_dataset(config, tmp_path / "one")
+        sent = sorted(chat.times.items())
+        chat.times.clear()
+        many = generate_dataset(config, out, cluster=options)
+        assert sorted(chat.times.items()) == sent
+        again = generate_dataset(config, out, cluster=options)
+        assert sorted(chat.times.items()) == sent and (again.is_new, many.is_new) == (False, True)
+    assert many.funnel == one.funnel and one.version.is_preview
+    for name in one.version.manifest.keys() - {"files", "rejections"}:
+        assert many.version.manifest[name] == one.version.manifest[name], name
+    rows = rows_of(many.version)
+    assert rows == rows_of(one.version) and len(rows) > 5
+    if is_remote:
+        remove(out)
