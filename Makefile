@@ -53,8 +53,6 @@ teacher: .stamps/venv
 # The worked example of docs/measurements.md. An interrupted run resumes.
 experiment: .stamps/venv
 	$(BIN)/synth generate --source scenes --limit 1100
-	$(BIN)/pip install --quiet gguf accelerate
-	$(BIN)/python benchmarks/smollm2.py data/smollm2
 	$(BIN)/synth experiment docs/experiment.yaml
 
 # Needs a GPU with vLLM, a network and a Hub token.

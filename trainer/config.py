@@ -136,10 +136,6 @@ class TrainConfig(Section):
     """Epochs that train the connector only."""
     align_lr: float = Field(default=1e-3, gt=0)
     """Learning rate while only the connector is trained."""
-    contrastive_weight: float = Field(default=0.0, ge=0)
-    """Weight of a contrastive loss of images and captions."""
-    contrast_width: int = Field(default=128, ge=8)
-    """Width of the vectors of the contrastive loss."""
     connector_lr: float | None = Field(default=None, ge=0)
     """Learning rate of the connector. 0 freezes it. Null uses 0.001, with a pretrained decoder 0.0002."""
     decoder_lr: float | None = Field(default=None, ge=0)

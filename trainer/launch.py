@@ -67,7 +67,6 @@ def train(
     out: str | Path | None = None,
     images: str | None = None,
     resume: bool = False,
-    tensorboard: bool = False,
     progress: Progress | None = None,
     **settings: Any,
 ) -> TrainResult:
@@ -81,7 +80,6 @@ def train(
         images: where to find the images if the version has no pixels: an image folder, a dataset folder, or
             a source.
         resume: resume an interrupted run with its settings.
-        tensorboard: also write the curves for TensorBoard.
         progress: receives progress and messages, such as `pipeline.progress.show_progress()`. By default,
             nothing is shown.
         **settings: fields of TrainConfig, which override `config`. By default, preset, encoder, precision
@@ -113,8 +111,7 @@ def train(
     texts = "" if config.text_source == "synthetic" else f", {config.text_source} texts"
     message(f"training on {version.path}: encoder {config.encoder}, decoder {config.decoder}{texts}")
     with translate_disk_errors(folder), DatasetDir(folder).lock() if is_first else nullcontext():
-        options = {"resume": resume, "tensorboard": tensorboard, "progress": progress}
-        metrics = train_captioner(version, config, folder, **options)
+        metrics = train_captioner(version, config, folder, resume=resume, progress=progress)
     return TrainResult(folder, version, config, metrics)
 
 

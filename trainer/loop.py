@@ -61,7 +61,6 @@ class Batch:
 
     micro_batches: list[MicroBatch]
     num_tokens: int  # target tokens
-    num_micro_batches: int
     num_images: int
 
 
@@ -86,7 +85,7 @@ class BatchLoader:
         texts = [self.collate(part) for part in parts]
         own = range(self.rank * self.micro_batches, min(len(parts), (self.rank + 1) * self.micro_batches))
         loaded = [MicroBatch(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
-        return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), len(parts), len(examples))
+        return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), len(examples))
 
     def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
         """Yield a batch for each list of example indices. A thread loads the next batch during a step."""
@@ -236,9 +235,6 @@ class Trainer:
                     states_BNV = self.loader.features.states(loaded, self.device)
                     loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.num_tokens
                     total += loss.detach()
-                    if self.config.contrastive_weight:
-                        contrast = captioner.contrast_loss(states_BNV, texts) / batch.num_micro_batches
-                        loss = loss + self.config.contrastive_weight * contrast
                 loss.backward()
         return self._sum_over_processes(total.item())
 

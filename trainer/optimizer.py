@@ -14,7 +14,6 @@ from trainer.config import TrainConfig
 from trainer.model.caption_model import CaptionerModel
 from trainer.model.language_model import PretrainedDecoder
 
-ALIGNED_PARTS = ("connector", "contrast")  # trained in the first stage
 SPIKE_FACTOR = 10.0  # a step is skipped if its gradient norm exceeds the median by this factor
 SPIKE_WINDOW = 64  # number of steps for the median
 MAX_SPIKES = 3  # after this many skipped steps in a row, a large norm is accepted as normal
@@ -23,8 +22,6 @@ MAX_SPIKES = 3  # after this many skipped steps in a row, a large norm is accept
 def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dict[str, Any]]:
     """Return two parameter groups per part: one with weight decay, and one without for biases and norms."""
     rates = {"encoder": config.encoder_lr, "connector": config.connector_lr, "decoder": config.decoder_lr}
-    if config.contrastive_weight:
-        rates["contrast"] = config.connector_lr
     parameters = {part: list(getattr(captioner, part).parameters()) for part in rates}
     if isinstance(captioner.decoder, PretrainedDecoder):
         parameters["decoder"] = captioner.decoder.trainable_weights()
@@ -48,7 +45,7 @@ def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) 
     for group in optimizer.param_groups:
         rate = group["rate"]
         if stage == "align":
-            rate = config.align_lr if group["part"] in ALIGNED_PARTS else 0.0
+            rate = config.align_lr if group["part"] == "connector" else 0.0
         elif stage == "scst":
             rate = min(rate, config.scst_lr)
         group["lr"] = rate * schedule(config, step)

@@ -62,14 +62,6 @@ class TextBatch:
         after_T = torch.arange(1, self.ids_CT.shape[1], device=self.ids_CT.device)
         return (after_T >= self.prompt_C[:, None]) & (after_T < self.length_C[:, None])
 
-    def only(self, chosen_C: Tensor) -> "TextBatch":
-        """Return a batch with only the texts that the mask or index selects."""
-        return TextBatch(*(getattr(self, field.name)[chosen_C] for field in fields(self)))
-
-    def last_token(self, states_CTD: Tensor) -> Tensor:
-        """Return the state of the last token of each text: (C, D)."""
-        return states_CTD[torch.arange(len(states_CTD), device=states_CTD.device), self.length_C - 1]
-
     def to(self, device: torch.device) -> "TextBatch":
         """Move all tensors to a device."""
         return TextBatch(*(getattr(self, field.name).to(device) for field in fields(self)))

@@ -29,7 +29,7 @@ from trainer.model.language_model import PretrainedDecoder
 from trainer.runtime.checkpoint_folder import READ_ERRORS
 from trainer.runtime.devices import best_device, join_processes, matmul_precision
 from trainer.runtime.forecast import Forecast, fit_and_forecast
-from trainer.runtime.training_state import Log, load_resume, require_tensorboard
+from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, prompt_parts, scored_prompt
 
 LAST = "last"  # folder for the captioner after the last step, if an earlier one is better
@@ -41,7 +41,6 @@ def train_captioner(
     out: Path,
     *,
     resume: bool = False,
-    tensorboard: bool = False,
     only: Container[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -55,8 +54,6 @@ def train_captioner(
     Raises StoreError if the version lacks a split, and TrainError if there is nothing to learn or to resume,
     a model is missing, or the loss diverges.
     """
-    if tensorboard:
-        require_tensorboard()
     report = progress or NullProgress()
     rank, processes = join_processes()
     device = best_device(rank)
@@ -100,7 +97,7 @@ def train_captioner(
         forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
         log = None
         if rank == 0:
-            log = _begin_log(out, config, forecast, state.get("step", 0), tensorboard=tensorboard)
+            log = _begin_log(out, config, forecast, state.get("step", 0))
         run_steps(trainer, out, run_digest(processes), log, report, state)
         if rank == 0 and trainer.validation.evaluations_without_gain:
             (out / LAST).mkdir(exist_ok=True)
@@ -157,12 +154,12 @@ def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[
     decoder.require_positions(num_states, longest)
 
 
-def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *, tensorboard: bool) -> Log:
+def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int) -> Log:
     """Write the settings, remove earlier results, and open a log that continues after step `done`."""
     (out / "metrics.json").unlink(missing_ok=True)
     remove(out / LAST)
     write_json(out / "train.json", config.model_dump(mode="json"))
-    log = Log(out / "log.jsonl", done, tensorboard=tensorboard)
+    log = Log(out / "log.jsonl", done)
     if not done:
         log.write(step=0, forecast_seconds=forecast.seconds, forecast_memory_mb=forecast.memory_mb)
     return log

@@ -72,7 +72,6 @@ def train(
         Path | None, path_option("Checkpoint folder.", "DATASET/checkpoints/VERSION-ENCODER-DECODER")
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Resume an interrupted training run.")] = False,
-    tensorboard: Annotated[bool, Option("--tensorboard", help="Also write TensorBoard curves.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a captioner on a version, and score it on the test split.
@@ -99,9 +98,7 @@ def train(
     from trainer.launch import train as train_captioner  # imports torch, which takes seconds
 
     with show_progress() as progress:
-        result = train_captioner(
-            version, config, out=out, resume=resume, tensorboard=tensorboard, progress=progress, **options
-        )
+        result = train_captioner(version, config, out=out, resume=resume, progress=progress, **options)
     if result.metrics:  # only the first of several processes has metrics
         print_scores(result.metrics)
         show(result.metrics | {"path": str(result.path)}, as_json, "path")
@@ -160,7 +157,7 @@ def experiment(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a grid of captioners, and compare data, encoders, decoders and alignment."""
+    """Train a grid of captioners, and compare data, encoders and decoders."""
     from pipeline.dataset.directory import DatasetDir
     from pipeline.storage.files import translate_disk_errors
     from trainer.experiment.grid import cells_of, read_experiment

@@ -116,7 +116,6 @@ DAMAGES: dict[str, Damage] = {
     "layers without weights": config(lambda c: c["encoder"]["model"].update(num_hidden_layers=900)),
     "a layer of a terabyte": config(lambda c: c["encoder"]["model"].update(intermediate_size=10**9)),
     "a width that is negative": config(lambda c: c["decoder"].update(width=-192)),
-    "a contrast of a terabyte": config(lambda c: c.update(contrast_width=10**10)),
     "an unknown key": config(lambda c: c.update(evil=1)),
     "no prompts": config(lambda c: c.update(prompts=[])),
     "prompts that nobody has learned": config(lambda c: c.update(prompts=[["a stranger", "x"]])),

@@ -72,7 +72,7 @@ def test_experiment_result_is_printed_as_json(folder: Path) -> None:
 
 def test_failed_cell_is_reported_and_result_has_the_other_cells(folder: Path) -> None:
     spec = yaml.safe_load((folder / "which.yaml").read_text())
-    spec["also"] = [{"data": ["facts"], "encoder": ["./nowhere"]}]
+    spec["encoder"] = ["tiny-clip", "./nowhere"]
     (folder / "more.yaml").write_text(yaml.safe_dump(spec))
     refused = experiment(folder, "more.yaml", "--jobs", "1", "--out", "whole")
     assert (
@@ -81,11 +81,11 @@ def test_failed_cell_is_reported_and_result_has_the_other_cells(folder: Path) ->
     )
     shutil.copytree(CLIP_MODELS[TINY_CLIP], folder / "damaged")
     (folder / "damaged/model.safetensors").write_bytes(b"cut off")
-    spec["also"] = [{"data": ["facts"], "encoder": ["./damaged"]}]
+    spec["encoder"] = ["tiny-clip", "./damaged"]
     (folder / "more.yaml").write_text(yaml.safe_dump(spec))
     done = experiment(folder, "more.yaml", "--jobs", "1", "--out", "whole")
     assert done.returncode == 1
-    assert "failed: facts-damaged-" in done.stderr and "1 of 3 cells failed" in done.stderr
+    assert "failed: facts-damaged-" in done.stderr and "2 of 4 cells failed" in done.stderr
     assert done.stdout.strip() == "whole/experiment.html"
     assert "| facts, tiny-clip, scratch |" in done.stderr
 

@@ -34,8 +34,7 @@ Scores = npt.NDArray[np.float64]
 class Arm:
     """The results of all seeds of one grid point. Images are sorted by id.
 
-    `key` holds the values of FACTORS and the settings that differ from the first grid. `captions` holds one
-    tuple per seed.
+    `key` holds the values of FACTORS. `captions` holds one tuple per seed.
     """
 
     key: tuple[str, ...]
@@ -51,12 +50,9 @@ class Arm:
     @property
     def name(self) -> str:
         """A readable form of the key, without default values."""
-        data, encoder, decoder, alignment, images, overrides = self.key
-        steps = {"none": "", "connector": "connector first", "contrast": "connector first, contrast"}[
-            alignment
-        ]
+        data, encoder, decoder, images = self.key
         sizes = "" if images == "0" else f"{images} images"
-        parts = (data, Path(encoder).name, Path(decoder).name, steps, sizes, overrides)
+        parts = (data, Path(encoder).name, Path(decoder).name, sizes)
         return ", ".join(part for part in parts if part)
 
 
@@ -175,7 +171,7 @@ def summarize(arm: Arm, images: int, words: int) -> dict[str, Any]:
         }
     return {
         "name": arm.name,
-        **dict(zip((*FACTORS, "otherwise"), arm.key, strict=True)),
+        **dict(zip(FACTORS, arm.key, strict=True)),
         "seeds": list(arm.seeds),
         "train_images_learned": images,
         "caption_words_learned": words,

@@ -209,7 +209,7 @@ def _train(run: Run, threads: int, gpu: str | None, parent: int) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     folder, version = run.folder, run.version
-    values = {name: getattr(run.cell, name) for name in (*FACTORS, "otherwise", "seed")}
+    values = {name: getattr(run.cell, name) for name in (*FACTORS, "seed")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         values |= {"version": version.name, "digest": version.manifest["digest"]}

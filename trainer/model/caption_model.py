@@ -1,7 +1,7 @@
 """The captioner: an image encoder, a connector to the decoder's width, and a text decoder.
 
 Shapes: B images, C texts (several per image are possible), T tokens, N hidden states per image, V encoder
-width, D decoder width, K captions, E contrastive width.
+width, D decoder width.
 """
 
 from contextlib import suppress
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.errors import TrainError
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
@@ -33,7 +32,7 @@ class CaptionerConfig:
 
     `decoder` holds the fields of DecoderConfig, or {"language_model": transformers config} for a pretrained
     decoder. `prompts` lists the learned (source, style) pairs. The style of answers is "". `data` describes
-    the training data. `contrast_width` is 0 without a contrastive head.
+    the training data.
     """
 
     encoder: dict[str, Any]
@@ -41,7 +40,6 @@ class CaptionerConfig:
     prompts: list[tuple[str, str]]
     eos_id: int
     max_caption_tokens: int
-    contrast_width: int = 0
     data: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,8 +65,6 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         else:
             self.decoder = ScratchDecoder(DecoderConfig(**config.decoder))
             self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
-        if config.contrast_width:
-            self.contrast = ContrastiveHead(self.decoder.width, config.contrast_width)
         self._generation_batch = MAX_GENERATION_BATCH
 
     def loss(
@@ -80,16 +76,6 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         GPU would need synchronization.
         """
         loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts, label_smoothing, weight_C)
-        return loss
-
-    def contrast_loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
-        """Return the contrastive loss of mean-pooled states and captions, or 0 for one image or caption."""
-        captions = texts.only(texts.caption_C).to(states_BNV.device)
-        image_of_K = captions.image_of_C
-        if len(image_of_K) < 2 or len(states_BNV) < 2:
-            return states_BNV.new_zeros(())
-        pooled_BD = self.connector(states_BNV).mean(1)
-        loss: Tensor = self.contrast(pooled_BD, self.decoder.read(captions), image_of_K)
         return loss
 
     @torch.inference_mode()
@@ -137,27 +123,6 @@ def prefix_connector(V: int, D: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(V), nn.Linear(V, D), nn.GELU(), nn.Linear(D, D))
 
 
-class ContrastiveHead(nn.Module):
-    """Computes CLIP's contrastive loss (Radford et al., 2021), with several matching texts per image."""
-
-    def __init__(self, width: int, shared_width: int) -> None:
-        super().__init__()
-        self.image = nn.Linear(width, shared_width, bias=False)
-        self.text = nn.Linear(width, shared_width, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-
-    def forward(self, image_BD: Tensor, text_KD: Tensor, image_of_K: Tensor) -> Tensor:
-        """Return the mean of both losses: from text to image, and from image to any of its texts."""
-        image_BE = functional.normalize(self.image(image_BD), dim=-1)
-        text_KE = functional.normalize(self.text(text_KD), dim=-1)
-        scores_KB = self.log_scale.exp().clamp(max=100) * text_KE @ image_BE.T
-        to_images = functional.cross_entropy(scores_KB, image_of_K)
-        log_probs_KB = scores_KB.log_softmax(0)
-        is_own_KB = functional.one_hot(image_of_K, len(image_BD)).bool()
-        to_texts = -log_probs_KB.masked_fill(~is_own_KB, -torch.inf).logsumexp(0)
-        return (to_images + to_texts[is_own_KB.any(0)].mean()) / 2
-
-
 def build_captioner(
     encoder: Encoder, decoder: DecoderConfig | PretrainedDecoder, **fields: Any
 ) -> CaptionerModel:
@@ -172,6 +137,4 @@ def build_captioner(
         captioner = CaptionerModel(config)
     captioner.encoder, captioner.decoder = encoder, decoder
     captioner.connector = prefix_connector(encoder.width, decoder.width)
-    if config.contrast_width:
-        captioner.contrast = ContrastiveHead(decoder.width, config.contrast_width)
     return captioner

@@ -195,7 +195,6 @@ def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Exam
         prompts=sorted({(text.source, text.style) for text in texts}),
         eos_id=tokenizer.eos_id,
         max_caption_tokens=config.max_caption_tokens,
-        contrast_width=config.contrast_width if config.contrastive_weight else 0,
         data={
             "version": version.name,
             "digest": version.manifest["digest"],

@@ -132,10 +132,6 @@ class ScratchDecoder(nn.Module):
         states_KD = packed.learned(states_BSD)
         return token_loss(states_KD, self.embedding, packed.labels_K, label_smoothing, weight_K)
 
-    def read(self, texts: TextBatch) -> Tensor:
-        """Encode texts without an image. Returns the hidden state of each last token: (C, D)."""
-        return texts.last_token(self(texts.ids_CT, None))
-
     def generate(
         self, memory_BND: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:

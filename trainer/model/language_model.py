@@ -242,13 +242,6 @@ class PretrainedDecoder(nn.Module):
             raise TrainError(problem, hint="choose another decoder, such as --decoder qwen3")
         return transform
 
-    def read(self, texts: TextBatch) -> Tensor:
-        """Encode texts without an image. Returns the hidden state of each last token: (C, D)."""
-        tokens_T = torch.arange(texts.ids_CT.shape[1], device=texts.ids_CT.device)
-        mask_CT = (tokens_T < texts.length_C[:, None]).long()
-        output = self.model.get_decoder()(input_ids=texts.ids_CT, attention_mask=mask_CT, use_cache=False)
-        return texts.last_token(output.last_hidden_state)
-
     def generate(
         self, prefix_BPD: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:

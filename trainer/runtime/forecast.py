@@ -74,8 +74,6 @@ def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
         trainer.loader.micro_batches *= 2
         parts = trainer.loader.micro_batches
         progress.message(f"a step does not fit in GPU memory: it is computed in {parts} parts")
-        if trainer.config.contrastive_weight:
-            progress.warn("the contrastive loss compares only images of the same part")
 
 
 def _try_steps(trainer: Trainer, size: int) -> float:

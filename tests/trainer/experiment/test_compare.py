@@ -8,17 +8,15 @@ from trainer.experiment.compare import Arm, Scores, compare, examples, interval,
 RNG = np.random.default_rng(5)
 
 
-def arm(
-    data: str, scores_SI: Scores, encoder: str = "clip", alignment: str = "none", otherwise: str = ""
-) -> Arm:
-    seeds, images = scores_SI.shape
+def arm(data: str, scores_SI: Scores, encoder: str = "clip", images: str = "0") -> Arm:
+    seeds, num_images = scores_SI.shape
     metrics = {"scores": {"bleu_4": 0.5, "rouge_l": 0.6}, "words": {"mean": 3.0, "of_references": 4.0}}
     return Arm(
-        key=(data, encoder, "scratch", alignment, "0", otherwise),
+        key=(data, encoder, "scratch", images),
         seeds=tuple(range(seeds)),
-        sample_ids=tuple(f"i{n}" for n in range(images)),
-        references=(("a red ring",),) * images,
-        captions=((f"a {data} ring",) * images,) * seeds,
+        sample_ids=tuple(f"i{n}" for n in range(num_images)),
+        references=(("a red ring",),) * num_images,
+        captions=((f"a {data} ring",) * num_images,) * seeds,
         cider_d_SI=scores_SI,
         shuffled_SI=scores_SI / 2,
         metrics=(metrics,) * seeds,
@@ -60,7 +58,7 @@ def test_only_arms_that_differ_in_one_factor_are_compared() -> None:
     flat = np.ones((2, 10))
     arms = [arm("facts", flat, encoder) for encoder in ("clip", "vit")]
     arms += [arm("model", flat + 1, encoder) for encoder in ("clip", "vit")]
-    arms += [arm("facts", flat, "clip", "connector"), arm("model", flat, "clip", otherwise="steps 7")]
+    arms += [arm("facts", flat, "clip", "40"), arm("model", flat, "vit", "40")]
     arms.append(arm("both", flat + 3, "clip"))
     differences = {(c["factor"], c["arm"], c["than"]): c["difference"] for c in compare(arms)}
     assert differences == {
@@ -70,7 +68,8 @@ def test_only_arms_that_differ_in_one_factor_are_compared() -> None:
         ("data", "both, clip, scratch", "model, clip, scratch"): 2.0,
         ("encoder", "facts, vit, scratch", "facts, clip, scratch"): 0.0,
         ("encoder", "model, vit, scratch", "model, clip, scratch"): 0.0,
-        ("alignment", "facts, clip, scratch, connector first", "facts, clip, scratch"): 0.0,
+        ("train_images", "facts, clip, scratch, 40 images", "facts, clip, scratch"): 0.0,
+        ("train_images", "model, vit, scratch, 40 images", "model, vit, scratch"): -1.0,
     }
 
 

@@ -29,34 +29,11 @@ def test_grid_combines_all_data_encoders_and_seeds() -> None:
     assert all((cell.config.encoder, cell.config.seed) == (cell.encoder, cell.seed) for cell in cells)
 
 
-def test_all_cells_train_for_the_same_number_of_steps() -> None:
-    cells = cells_of(experiment(alignment=["none", "connector", "contrast"]))
-    assert {cell.config.align_steps + cell.config.steps for cell in cells} == {100}
-    stages = {
-        cell.alignment: (cell.config.align_steps > 0, cell.config.contrastive_weight > 0) for cell in cells
-    }
-    assert stages == {"none": (False, False), "connector": (True, False), "contrast": (True, True)}
-
-
-def test_extra_grid_replaces_lists_and_merges_settings() -> None:
-    second_grid = {"data": ["model"], "decoder": ["smollm2"], "seeds": [0], "settings": {"steps": 7}}
-    cells = cells_of(experiment(also=[second_grid]))
-    assert len(cells) == 5
-    last = cells[-1]
-    assert (last.data, last.encoder, last.decoder, last.seed) == ("model", "tiny-clip", "smollm2", 0)
-    assert last.config.steps == 7
-    assert last.otherwise == "steps 7" and {cell.otherwise for cell in cells[:-1]} == {""}
-
-
-def test_repeated_cell_is_planned_once() -> None:
-    assert len(cells_of(experiment(also=[{"seeds": [1, 2]}]))) == 6
-
-
 def test_cells_with_different_settings_or_data_have_different_folders() -> None:
     base, varied = cells_of(experiment())[0], cells_of(experiment(settings={"steps": 100, "dropout": 0.2}))[0]
     names = {base.folder("b"), varied.folder("a"), *(cell.folder("a") for cell in cells_of(experiment()))}
     assert len(names) == 6
-    assert base.folder("a").startswith("facts-tiny-clip-scratch-none-all-s0-")
+    assert base.folder("a").startswith("facts-tiny-clip-scratch-all-s0-")
 
 
 @pytest.mark.parametrize(
@@ -67,11 +44,8 @@ def test_cells_with_different_settings_or_data_have_different_folders() -> None:
         ({"settings": {"steps": 9, "stepz": 9}}, "unknown config key: stepz"),
         ({"encoders": ["clip"]}, "unknown config key: encoders"),
         ({"seeds": []}, "seeds"),
-        ({"settings": {"steps": 3}}, "at least 4"),
-        ({"also": [{"settings": {"styles": ["brief"]}}]}, "settings.styles must be set in the first grid"),
         ({"encoder": ["auto"]}, "list each encoder by name: auto is not supported"),
         ({"encoder": ["a/best", "b/best"]}, "two encoders have the same last part"),
-        ({"also": [{"data": ["nothing"]}]}, "unknown data: nothing"),
         ({"data": {"facts": {"text_source": "true"}}}, r"data\.facts\.text_source"),
     ],
 )
@@ -90,13 +64,4 @@ def test_unreadable_experiment_file_is_named_in_the_error(tmp_path: Path, conten
 
 
 def test_documented_example_is_valid() -> None:
-    assert len(cells_of(read_experiment(ROOT / "docs" / "experiment.yaml"))) == 20
-
-
-@pytest.mark.parametrize("settings", [{"dropout": 0.1}, {"batch_size": 16}])
-def test_setting_of_extra_grid_that_changes_nothing_adds_no_cell(settings: dict[str, Any]) -> None:
-    """Two cells would be trained in one folder at the same time."""
-    first = {"steps": 100, "batch_size": 16}
-    cells = cells_of(experiment(settings=first, also=[{"settings": settings}]))
-    assert len(cells) == len(cells_of(experiment(settings=first)))
-    assert len({cell.folder() for cell in cells}) == len(cells)
+    assert len(cells_of(read_experiment(ROOT / "docs" / "experiment.yaml"))) == 18

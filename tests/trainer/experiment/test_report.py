@@ -40,7 +40,7 @@ def runs(tmp_path: Path) -> list[Run]:
             )
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (folder / "metrics.json").write_text(json.dumps(metrics))
-            cell = Cell(data, "tiny-clip", "scratch", "none", 0, seed, TrainConfig(text_source="human"))
+            cell = Cell(data, "tiny-clip", "scratch", 0, seed, TrainConfig(text_source="human"))
             finished.append(Run(cell, version, cell.config, folder, frozenset(ids), 24, words))
     return finished
 

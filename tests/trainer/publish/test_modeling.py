@@ -119,7 +119,7 @@ def save_captioner(name: str, root: Path) -> Path:
         encoder = load_encoder(save_vit(root / "vit"))
         if name == "prefix":
             decoder, tokenizer = new_decoder(tokenizer, **sizes)
-    options: dict[str, Any] = {"max_caption_tokens": 12, "contrast_width": 8, "data": {}}
+    options: dict[str, Any] = {"max_caption_tokens": 12, "data": {}}
     captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=tokenizer.eos_id, **options)
     return save(captioner, tokenizer, root / "checkpoint")
 
