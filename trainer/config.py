@@ -94,6 +94,8 @@ class TrainConfig(Section):
 
     preset: Preset | None = None
     """Settings for a kind of data, below. The command chooses one (`auto`), a settings file none."""
+    init: str | None = None
+    """Captioner whose training continues: a folder or a Hub id. Null starts from an encoder and a decoder."""
     encoder: str = TINY_VIT
     """`vit`, `clip`, `clip-large`, `siglip2`, `dinov2`, `metaclip`, `tiny-clip`, `tiny-vit`, a folder or a
     Hub id. The command uses `clip`, and `tiny-clip` for drawn scenes.
@@ -228,8 +230,8 @@ class TrainConfig(Section):
         return self.decoder in SCRATCH_DECODERS
 
     def digest_values(self) -> dict[str, Any]:
-        """Return all settings that affect results. The name of the preset does not."""
-        return self.model_dump(mode="json", exclude={"preset"})
+        """Return all settings that affect results. The names of the preset and of `init` do not."""
+        return self.model_dump(mode="json", exclude={"preset", "init"})
 
     def with_defaults(self, images: int) -> "TrainConfig":
         """Return a copy with derived values filled in for this number of training images."""
@@ -262,7 +264,8 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     given = read_yaml(config_file, "for an example, see train.json of a checkpoint") if config_file else {}
     values = {name: value for name, value in given.items() if is_set(name, value)}
     flags = {name: value for name, value in flags.items() if value is not None and is_set(name, value)}
-    _require_known_models(flags)
+    if not (values | flags).get("init"):  # a captioner may have models of any name
+        _require_known_models(flags)
     for name in _outdated(values, flags):
         del values[name]
     preset, decoder = ({**values, **flags}.get(name) for name in ("preset", "decoder"))

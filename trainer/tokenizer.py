@@ -101,6 +101,15 @@ class CaptionTokenizer:
         """Return the text of token ids."""
         return str(self.backend.decode(list(ids))).strip()
 
+    def with_prompts(self, texts: Iterable[TargetText]) -> "CaptionTokenizer":
+        """Return a tokenizer with a token for each source and style of `texts`. Existing ids stay."""
+        if self.kind == "pretrained":  # its prompts are plain text
+            return self
+        backend = Tokenizer.from_str(self.backend.to_str())
+        backend.add_special_tokens(_prompt_tokens(texts))
+        backend.encode_special_tokens = True
+        return CaptionTokenizer(backend, self.kind, self.eos_id)
+
     def _target_text(self, text: TargetText) -> str:
         return f" {text.text}" if self.kind == "pretrained" else text.text
 
@@ -145,13 +154,12 @@ def collate(texts: Sequence[Sequence[EncodedText]]) -> TextBatch:
 def train_tokenizer(texts: Iterable[TargetText], vocab_size: int) -> CaptionTokenizer:
     """Train a byte-level BPE tokenizer with special tokens for sources and styles."""
     texts = list(texts)
-    names = [*sorted({text.source for text in texts}), *sorted({text.style for text in texts if text.style})]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, EOS, ANSWER, *(f"<{name}>" for name in names)],
+        special_tokens=[PAD, EOS, ANSWER, *_prompt_tokens(texts)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -160,6 +168,13 @@ def train_tokenizer(texts: Iterable[TargetText], vocab_size: int) -> CaptionToke
     tokenizer.encode_special_tokens = True  # "<eos>" in a caption must not become EOS
     assert (tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)) == (PAD_ID, EOS_ID)
     return CaptionTokenizer(tokenizer, "scratch", EOS_ID)
+
+
+def _prompt_tokens(texts: Iterable[TargetText]) -> list[str]:
+    """Return the tokens for sources and styles, sources first."""
+    pairs = {(text.source, text.style) for text in texts}
+    sources, styles = ({pair[index] for pair in pairs} for index in (0, 1))
+    return [f"<{name}>" for name in (*sorted(sources), *sorted(styles - {""}))]
 
 
 ANSWER = "<answer>"  # last token of a question prompt

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed
 
 from pipeline.dataset.version import FEATURES, Version
-from pipeline.digests import digest
+from pipeline.digests import digest, file_digest
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import read_json, remove, write_json
 from trainer.caption_files import write_captions
@@ -26,7 +26,7 @@ from trainer.loop import BatchLoader, Trainer, build_trainer, run_steps
 from trainer.model.checkpoint import Checkpoint, build_checkpoint, load_checkpoint
 from trainer.model.decoding import DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
-from trainer.runtime.checkpoint_folder import READ_ERRORS
+from trainer.runtime.checkpoint_folder import READ_ERRORS, find_captioner
 from trainer.runtime.devices import best_device, join_processes, matmul_precision
 from trainer.runtime.forecast import Forecast, fit_and_forecast
 from trainer.runtime.training_state import Log, load_resume
@@ -62,7 +62,8 @@ def train_captioner(
     torch.manual_seed(config.seed)
 
     sets, config = choose_examples(version, config, only)
-    run_digest = partial(_run_digest, version, config, sets["train"])
+    init = file_digest(find_captioner(config.init) / "model.safetensors") if config.init else ""
+    run_digest = partial(_run_digest, version, config, sets["train"], init)
     is_interrupted = resume and (out / "resume.pt").exists()
     if not is_interrupted and (metrics := _read_finished(out, run_digest(1))) is not None:
         report.message(f"{out} already has this captioner. To train again, use another --out")
@@ -109,10 +110,15 @@ def train_captioner(
         return _score_test_split(trainer, out, sets["test"], run_digest(1)) if rank == 0 else {}
 
 
-def _run_digest(version: Version, config: TrainConfig, train_set: list[Example], processes: int) -> str:
-    """Return a digest of all inputs of a run. A state can be resumed only with the same digest."""
+def _run_digest(
+    version: Version, config: TrainConfig, train_set: list[Example], init: str, processes: int
+) -> str:
+    """Return a digest of all inputs of a run. A state can be resumed only with the same digest.
+
+    `init` is the digest of the weights that training starts from, or "".
+    """
     ids = [example.sample_id for example in train_set]
-    return digest([config.digest_values(), version.manifest["digest"], processes, ids])
+    return digest([config.digest_values(), version.manifest["digest"], init, processes, ids])
 
 
 def _read_finished(out: Path, run: str) -> dict[str, Any] | None:

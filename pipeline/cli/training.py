@@ -32,6 +32,9 @@ def _preset_option(text: str, **limits: Any) -> Any:
 def train(
     data: DataName = None,
     images: Images = None,
+    init: Annotated[
+        str | None, option("Captioner to continue: a folder or a Hub id.", "a new captioner")
+    ] = None,
     encoder: Annotated[str, option(f"Image encoder: {ENCODERS}.")] = "auto",
     encoder_layer: Annotated[
         int | None, option("Encoder layer whose hidden states are used; -1: the last.", "-1")
@@ -90,7 +93,7 @@ def train(
         "decoder_lr": lr,
     }
     options |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed}
-    options |= {"preset": preset}
+    options |= {"preset": preset, "init": init}
     if not resume:
         resolve(config, **options)  # report invalid settings before data is downloaded
     version = open_data(data, images)

@@ -78,6 +78,22 @@ def require_prompt(folder: Path, style: str | None, question: str = "") -> None:
     require_learned(prompts, style, question)
 
 
+def read_models(folder: Path) -> dict[str, Any]:
+    """Return the settings of a new run that the captioner in a folder determines, without its weights."""
+    try:
+        config = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+        encoder = config["encoder"]
+        return {
+            "encoder": str(encoder["made_from"]["name"]),
+            "encoder_layer": encoder["layer"],
+            "encoder_states": encoder["states"],
+            "decoder": str(config["data"]["decoder"]),
+        }
+    except READ_ERRORS as error:
+        lacks = "its config.json lacks " if isinstance(error, KeyError) else ""
+        raise no_captioner(folder, f"{lacks}{one_line(error)}") from None
+
+
 def read_settings(folder: Path) -> TrainConfig:
     """Read the settings of the training run in a folder. Raises one of READ_ERRORS."""
     return TrainConfig.model_validate(read_json(folder / "train.json"))
