@@ -236,9 +236,13 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Return next-token logits (B, T, vocabulary), and the loss for `labels` (-100 is ignored)."""
+        """Return next-token logits (B, T, vocabulary), and the mean loss for `labels` (-100 is ignored).
+
+        `transformers.Trainer` passes the number of labels in all micro-batches as `num_items_in_batch`.
+        """
         if image_states is None and pixel_values is not None:
             image_states = self.encode(pixel_values)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -254,7 +258,9 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         logits = self.decoder(input_ids, shown, attention_mask, past_key_values, prefix)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            next_logits, next_labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            count = (next_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = nn.functional.cross_entropy(next_logits, next_labels, reduction="sum") / count
         return CausalLMOutputWithPast(loss, logits, past_key_values)  # type: ignore[arg-type]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
