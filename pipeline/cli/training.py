@@ -1,9 +1,9 @@
-"""Commands that train captioners and score them: train, evaluate, experiment."""
+"""Commands that train captioners and score them: train, evaluate."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
 from pipeline.cli.options import (
     BY_STYLE,
@@ -17,8 +17,7 @@ from pipeline.cli.options import (
     path_option,
     require_split,
 )
-from pipeline.cli.output import find_checkpoint, note_training_data, print_scores, say, show
-from pipeline.errors import TrainError
+from pipeline.cli.output import find_checkpoint, note_training_data, print_scores, show
 from pipeline.progress import show_progress
 
 ENCODERS = "auto, vit, clip, siglip2, dinov2, clip-large, metaclip, tiny-clip, tiny-vit, a folder or a Hub id"
@@ -150,40 +149,3 @@ def evaluate(
             write_captions(captions, image_results)
     print_scores(metrics)
     show(metrics, as_json, "scores")
-
-
-def experiment(
-    file: Annotated[Path, Argument(help="YAML file of the experiment, such as docs/experiment.yaml.")],
-    out: Annotated[Path | None, path_option("Folder to write the experiment to.", "experiments/FILE")] = None,
-    jobs: Annotated[
-        int | None, option("Training runs in parallel.", "number of GPUs, or of CPU cores", min=1)
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Train a grid of captioners, and compare data, encoders and decoders."""
-    from pipeline.dataset.directory import DatasetDir
-    from pipeline.storage.files import translate_disk_errors
-    from trainer.experiment.grid import cells_of, read_experiment
-
-    spec = read_experiment(file)
-
-    from trainer.experiment.report import markdown, write_result  # imports torch, which takes seconds
-    from trainer.experiment.runs import default_jobs, plan, require_models, run_cells
-
-    folder = out or Path("experiments") / file.stem
-    with translate_disk_errors(folder), DatasetDir(folder).lock():
-        runs = plan(spec, cells_of(spec), open_data, folder)
-        say(f"{len(runs)} cells in {folder}, {sum(run.is_done for run in runs)} finished earlier")
-        require_models(runs)
-        with show_progress() as progress:
-            failures = run_cells(runs, jobs or default_jobs(), progress)
-        finished = [run for run in runs if run.is_done]
-        result = write_result(finished, folder) if finished else None
-    if result:
-        say(markdown(result))
-        show(result | {"path": str(folder / "experiment.html")}, as_json, "path")
-    if failures:
-        for failure in failures:
-            say(f"failed: {failure}")
-        hint = "fix the cause, and run the same command: it trains only the missing cells"
-        raise TrainError(f"{len(failures)} of {len(runs)} cells failed", hint=hint)
