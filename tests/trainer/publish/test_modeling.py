@@ -258,7 +258,7 @@ def test_saved_captioner_generates_with_the_beam_width_used_in_evaluation(
 ) -> None:
     folder = shutil.copytree(checkpoints["scratch"], tmp_path / "c")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"data": {"num_beams": beams}}))
+    (folder / "config.json").write_text(json.dumps(config | {"data": {"decoding": {"num_beams": beams}}}))
     settings = json.loads(transformers_files(folder)["generation_config.json"])
     (folder / "generation_config.json").write_text(json.dumps(settings))
     model = SynthCaptioner.from_pretrained(folder)
