@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError, TrainError, did_you_mean, one_line
 from pipeline.hub_errors import HUB_NAME, translate_hub_errors
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
-from trainer.config import DERIVED_KEYS, TrainConfig
+from trainer.config import TrainConfig
 
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 MAX_CONFIG_BYTES = 10_000_000
@@ -110,10 +110,7 @@ def other_settings(folder: Path, config: TrainConfig) -> list[str]:
         trained = read_settings(folder)
     except READ_ERRORS:
         return ["train.json cannot be read"]
-    derived = {*DERIVED_KEYS, *(["align_steps"] if config.align_epochs else [])}
-    compared = {name: value for name, value in TrainConfig().model_dump().items() if name not in derived}
-    compared |= config.model_dump(exclude_unset=True)
-    return describe_changes(trained, {name: value for name, value in compared.items() if name != "preset"})
+    return describe_changes(trained, config.model_dump(exclude={"preset"}))
 
 
 def describe_changes(trained: TrainConfig, values: dict[str, Any]) -> list[str]:

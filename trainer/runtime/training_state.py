@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.errors import TrainError, one_line
 from pipeline.storage.files import atomic_write, read_json, write_text
@@ -92,15 +93,28 @@ class Log:
 
     def __init__(self, path: Path, first_step: int) -> None:
         self._path = path
+        self._lines: list[dict[str, Any]] = []
         kept = [line for line in read_log(path) if line["step"] <= first_step] if first_step else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.seconds: float = next((line["seconds"] for line in reversed(kept) if "seconds" in line), 0.0)
 
-    def write(self, **values: float | int | str) -> None:
-        """Append a line. NaN and infinity become null."""
-        odd = {name for name, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    def add(self, **values: float | int | str | Tensor) -> None:
+        """Add a line, which `flush` writes. Tensors are read only then, because a read waits for the GPU."""
+        self._lines.append(values)
+
+    def flush(self) -> None:
+        """Append the added lines to the file. NaN and infinity become null."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values | dict.fromkeys(odd)) + "\n")
+            for values in self._lines:
+                line = {name: v.item() if isinstance(v, Tensor) else v for name, v in values.items()}
+                odd = {n for n, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+                file.write(json.dumps(line | dict.fromkeys(odd)) + "\n")
+        self._lines = []
+
+    def write(self, **values: float | int | str) -> None:
+        """Add a line and flush."""
+        self.add(**values)
+        self.flush()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
