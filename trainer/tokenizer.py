@@ -5,9 +5,12 @@ the (source, style) pairs that a captioner has learned. The style of answers is 
 contain a copy of the functions that choose and build a prompt (trainer/publish/transformers_files.py).
 """
 
+import math
+import re
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -19,7 +22,9 @@ from trainer.runtime.checkpoint_folder import require_learned
 
 PAD, EOS = "<pad>", "<eos>"
 PAD_ID, EOS_ID = 0, 1  # in every tokenizer trained by `train_tokenizer`
-ENCODED_TEXTS = 10_000  # per batch in `count_cut`
+ENCODED_TEXTS = 10_000  # per batch in `count_tokens`
+MAX_DEFAULT_TOKENS, TOKEN_STEP = 256, 16  # of `choose_max_tokens`
+SENTENCE_END = re.compile(r"[.!?]+(?=\s)|[\u3002\uff01\uff1f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +43,12 @@ class EncodedText:
 
     prompt: "array[int]"
     target: "array[int]"  # ends with EOS, unless it was truncated
-    is_caption: bool
+    weight: float = 1.0  # of its tokens in the loss
 
     @classmethod
-    def of(cls, prompt: Sequence[int], target: Sequence[int], *, is_caption: bool) -> "EncodedText":
+    def of(cls, prompt: Sequence[int], target: Sequence[int], weight: float = 1.0) -> "EncodedText":
         """Store token ids as arrays, which need less memory than lists."""
-        return cls(array("i", prompt), array("i", target), is_caption)
+        return cls(array("i", prompt), array("i", target), weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +59,18 @@ class TextBatch:
     ids_CT: Tensor  # prompt, target, EOS
     prompt_C: Tensor  # number of prompt tokens
     length_C: Tensor  # number of tokens without padding
-    caption_C: Tensor  # True for captions, False for answers
+    weight_C: Tensor  # weight of its tokens in the loss
 
     @property
     def learned_CT(self) -> Tensor:
         """The loss mask for `ids_CT[:, 1:]`, False for prompt and padding: (C, T - 1)."""
         after_T = torch.arange(1, self.ids_CT.shape[1], device=self.ids_CT.device)
         return (after_T >= self.prompt_C[:, None]) & (after_T < self.length_C[:, None])
+
+    @property
+    def total_weight(self) -> float:
+        """The sum of the weights of all target tokens."""
+        return float((self.learned_CT.sum(1) * self.weight_C).sum())
 
     def to(self, device: torch.device) -> "TextBatch":
         """Move all tensors to a device."""
@@ -84,18 +94,35 @@ class CaptionTokenizer:
         """Return the token ids of a text, followed by EOS."""
         return [*self._ids(self._target_text(text)), self.eos_id]
 
-    def encode(self, text: TargetText, max_tokens: int) -> EncodedText:
-        """Encode prompt and target. A target longer than `max_tokens` is truncated and has no EOS."""
-        return EncodedText.of(self.prompt(text), self.target(text)[:max_tokens], is_caption=not text.question)
+    def encode(self, text: TargetText, max_tokens: int | None, weight: float = 1.0) -> EncodedText:
+        """Encode prompt and target.
 
-    def count_cut(self, texts: Sequence[TargetText], max_tokens: int) -> int:
-        """Return the number of targets that are longer than `max_tokens` including EOS."""
-        num_cut = 0
+        A target longer than `max_tokens` is cut after the last sentence that fits. If none fits, it is
+        truncated and has no EOS.
+        """
+        target = self.target(text)
+        if max_tokens is not None and len(target) > max_tokens:
+            ends = [match.end() for match in SENTENCE_END.finditer(text.text)]
+            shorter = (self.target(replace(text, text=text.text[:end])) for end in reversed(ends))
+            target = next((ids for ids in shorter if len(ids) <= max_tokens), target[:max_tokens])
+        return EncodedText.of(self.prompt(text), target, weight)
+
+    def count_tokens(self, texts: Sequence[TargetText]) -> list[int]:
+        """Return the number of target tokens of each text, including EOS."""
+        counts: list[int] = []
         for start in range(0, len(texts), ENCODED_TEXTS):
             part = [self._target_text(text) for text in texts[start : start + ENCODED_TEXTS]]
             encodings = self.backend.encode_batch(part, add_special_tokens=False)
-            num_cut += sum(len(encoding.ids) + 1 > max_tokens for encoding in encodings)
-        return num_cut
+            counts += [len(encoding.ids) + 1 for encoding in encodings]
+        return counts
+
+    def choose_max_tokens(self, texts: Sequence[TargetText]) -> int:
+        """Return the default of `max_caption_tokens` for training texts (see TrainConfig)."""
+        by_style: dict[str, list[int]] = defaultdict(list)
+        for text, count in zip(texts, self.count_tokens(texts), strict=True):
+            by_style[text.style].append(count)
+        longest = max(np.percentile(counts, 99) for counts in by_style.values())
+        return min(MAX_DEFAULT_TOKENS, TOKEN_STEP * math.ceil(longest / TOKEN_STEP))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
@@ -147,7 +174,7 @@ def collate(texts: Sequence[Sequence[EncodedText]]) -> TextBatch:
         torch.from_numpy(ids_CT),
         torch.tensor([len(text.prompt) for _, text in pairs]),
         torch.tensor([len(row) for row in rows]),
-        torch.tensor([text.is_caption for _, text in pairs]),
+        torch.tensor([text.weight for _, text in pairs]),
     )
 
 

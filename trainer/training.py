@@ -6,7 +6,6 @@ cosine decay. An interrupted run can be resumed. On a CPU, its results are bit-i
 """
 
 import math
-from collections.abc import Container
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from trainer.evaluate import EvalOptions, choose_references, evaluate
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
 from trainer.loop import BatchLoader, Trainer, build_trainer, run_steps
 from trainer.model.checkpoint import Checkpoint, build_checkpoint, load_checkpoint
-from trainer.model.decoding import DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
 from trainer.runtime.checkpoint_folder import READ_ERRORS, find_captioner
 from trainer.runtime.devices import best_device, join_processes, matmul_precision
@@ -32,6 +30,7 @@ from trainer.runtime.forecast import Forecast, fit_and_forecast
 from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, prompt_parts, scored_prompt
 
+MAX_CUT_SHARE = 0.01  # more cut texts are reported
 LAST = "last"  # folder for the captioner after the last step, if an earlier one is better
 
 
@@ -41,7 +40,6 @@ def train_captioner(
     out: Path,
     *,
     resume: bool = False,
-    only: Container[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train a captioner on a version, score it on the test split, and return the content of metrics.json.
@@ -49,7 +47,7 @@ def train_captioner(
     `out` receives the checkpoint with the best validation CIDEr-D (config.json, model.safetensors and
     tokenizer.json), train.json (settings), log.jsonl, metrics.json and captions.jsonl (test images). If the
     last step is not the best, the folder `last` holds its captioner. Until the run ends, resume.pt holds the
-    state to resume from. `only` restricts the run to these sample ids.
+    state to resume from.
 
     Raises StoreError if the version lacks a split, and TrainError if there is nothing to learn or to resume,
     a model is missing, or the loss diverges.
@@ -61,7 +59,8 @@ def train_captioner(
         torch.cuda.set_device(device)
     torch.manual_seed(config.seed)
 
-    sets, config = choose_examples(version, config, only)
+    settings = config  # without values that depend on the data
+    sets, config = choose_examples(version, config)
     init = file_digest(find_captioner(config.init) / "model.safetensors") if config.init else ""
     run_digest = partial(_run_digest, version, config, sets["train"], init)
     is_interrupted = resume and (out / "resume.pt").exists()
@@ -74,12 +73,13 @@ def train_captioner(
     # All checks come first, because storing hidden states may take hours.
     checkpoint = build_checkpoint(version, config, sets["train"])
     checkpoint.captioner.to(device)
-    _require_positions(checkpoint, config, texts_of([*sets["train"], *sets["validation"]]))
+    config = config.model_copy(update={"max_caption_tokens": checkpoint.captioner.config.max_caption_tokens})
+    _require_positions(checkpoint, texts_of([*sets["train"], *sets["validation"]]))
     if isinstance(checkpoint.captioner.decoder, PretrainedDecoder):
         _ = checkpoint.captioner.decoder.probed  # measured before the precision is reduced
     if rank == 0:
-        _warn_of_unlearned(version, checkpoint, config, texts_of(sets["train"]), report)
-    state = load_resume(out, config, run_digest) if resume else {}
+        _warn_of_unlearned(version, checkpoint, texts_of(sets["train"]), report)
+    state = load_resume(out, settings, run_digest) if resume else {}
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
     for split in ("validation", "test"):
         choose_references(sets[split], style)
@@ -98,7 +98,7 @@ def train_captioner(
         forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
         log = None
         if rank == 0:
-            log = _begin_log(out, config, forecast, state.get("step", 0))
+            log = _begin_log(out, settings, forecast, state.get("step", 0))
         run_steps(trainer, out, run_digest(processes), log, report, state)
         if rank == 0 and trainer.validation.evaluations_without_gain:
             (out / LAST).mkdir(exist_ok=True)
@@ -131,19 +131,21 @@ def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
 
 
 def _warn_of_unlearned(
-    version: Version, checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress
+    version: Version, checkpoint: Checkpoint, texts: list[TargetText], progress: Progress
 ) -> None:
     """Warn about truncated texts, and report columns that are not learned."""
-    limit = config.max_caption_tokens
-    if num_cut := checkpoint.tokenizer.count_cut(texts, limit):
+    limit = checkpoint.captioner.config.max_caption_tokens
+    num_cut = sum(count > limit for count in checkpoint.tokenizer.count_tokens(texts))
+    if num_cut > MAX_CUT_SHARE * len(texts):
         share = f"{num_cut:,} of {len(texts):,} texts are longer than {limit} tokens"
-        progress.warn(f"{share}: they are cut off (max_caption_tokens)")
+        progress.warn(f"{share}: they are cut off after a sentence (max_caption_tokens)")
     if columns := version.manifest.get("own_columns"):
         progress.message(f"not used in training (columns of custom tasks): {', '.join(columns)}")
 
 
-def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText]) -> None:
+def _require_positions(checkpoint: Checkpoint, texts: list[TargetText]) -> None:
     """Raise TrainError if an image and the longest text need more positions than the decoder has."""
+    limit = checkpoint.captioner.config.max_caption_tokens
     decoder, tokenizer = checkpoint.captioner.decoder, checkpoint.tokenizer
     if not isinstance(decoder, PretrainedDecoder) or decoder.max_positions == math.inf:
         return
@@ -151,11 +153,11 @@ def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[
 
     def max_tokens(text: TargetText) -> int:  # an upper bound: a token has at least one byte
         prompt = prompt_parts(tokenizer.kind, text.source, text.style, text.question)
-        target = min(len(text.text.encode()) + 2, config.max_caption_tokens)
+        target = min(len(text.text.encode()) + 2, limit)
         return sum(len(part.encode()) for part, _ in prompt) + target
 
     may_be_long = (text for text in texts if num_states + max_tokens(text) > decoder.max_positions)
-    encoded = (tokenizer.encode(text, config.max_caption_tokens) for text in may_be_long)
+    encoded = (tokenizer.encode(text, limit) for text in may_be_long)
     longest = max((len(text.prompt) + len(text.target) for text in encoded), default=0)
     decoder.require_positions(num_states, longest)
 
@@ -178,8 +180,9 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     captioner = checkpoint.captioner
     if not captioner.encoder.config.frozen:
         features = OnlineFeatures(captioner.encoder, trainer.device)
-    decoding = DecodingConfig(num_beams=trainer.config.num_beams)
-    options = EvalOptions(scored_prompt(captioner.config.prompts), decoding, questions=True)
+    options = EvalOptions(
+        scored_prompt(captioner.config.prompts), captioner.config.decoding(), questions=True
+    )
     metrics: dict[str, Any] = {
         "run": run,
         "data": captioner.config.data,

@@ -42,11 +42,10 @@ class CaptionerConfig:
     max_caption_tokens: int
     data: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def num_beams(self) -> int:
-        """The beam width used in the final evaluation, 1 by default."""
-        beams: int = self.data.get("num_beams", 1)
-        return beams
+    def decoding(self, num_beams: int | None = None) -> DecodingConfig:
+        """Return the decoding options of the final evaluation, optionally with another number of beams."""
+        options = DecodingConfig(**self.data.get("decoding", {}))
+        return replace(options, num_beams=num_beams or options.num_beams)
 
 
 class CaptionerModel(nn.Module, PyTorchModelHubMixin):
@@ -67,15 +66,13 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
             self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
         self._generation_batch = MAX_GENERATION_BATCH
 
-    def loss(
-        self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0, weight_C: Tensor | None = None
-    ) -> Tensor:
-        """Return the negative log-likelihood summed over all target tokens, weighted per text by `weight_C`.
+    def loss(self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0) -> Tensor:
+        """Return the negative log-likelihood summed over all target tokens, weighted by `texts.weight_C`.
 
         Texts about one image do not attend to each other. `texts` should be on the CPU, because packing on a
         GPU would need synchronization.
         """
-        loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts, label_smoothing, weight_C)
+        loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts, label_smoothing)
         return loss
 
     @torch.inference_mode()
@@ -85,7 +82,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         Returns token ids without prompt and EOS. If a GPU runs out of memory, the batch is halved. Raises
         GpuMemoryError if a single image does not fit.
         """
-        device = next(self.connector.parameters()).device
+        device = self.device
         max_tokens, eos_id = self.config.max_caption_tokens, self.config.eos_id
         texts: list[list[int]] = []
         while len(texts) < len(states_BNV):
@@ -101,6 +98,11 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
                 hint = "use fewer beams (--num-beams) or a smaller max_caption_tokens"
                 raise GpuMemoryError("generating a text for one image does not fit in GPU memory", hint=hint)
         return texts
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.connector.parameters()).device
 
     def most_tokens(self, num_states: int, prompt_tokens: int) -> int:
         """Return the maximum number of generated tokens, which a language model's positions may limit."""

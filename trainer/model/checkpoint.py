@@ -52,6 +52,7 @@ from trainer.tokenizer import (
 
 MAX_TOKENIZER_BYTES = 100_000_000
 MAX_BEAMS = 64  # a larger value in an untrusted checkpoint could make generation take forever
+DECODING_SETTINGS = ("num_beams", "length_penalty", "min_new_tokens", "no_repeat_ngram_size")
 MAX_SHARED = 2  # maximum ratio of model weights to stored weights (tied weights are stored once)
 
 
@@ -131,8 +132,11 @@ def read_config(folder: Path) -> CaptionerConfig:
         raise ValueError("config.json has no prompts")
     if not 0 < config.max_caption_tokens <= MAX_CAPTION_TOKENS:
         raise ValueError(f"invalid max_caption_tokens: {config.max_caption_tokens}")
-    if type(config.num_beams) is not int or not 0 < config.num_beams <= MAX_BEAMS:
-        raise ValueError(f"invalid num_beams: {config.num_beams!r}")
+    decoding = config.data.get("decoding", {})
+    if not isinstance(decoding, dict) or {type(value) for value in decoding.values()} - {int, float}:
+        raise ValueError(f"invalid decoding: {decoding!r}"[:100])
+    if not 0 < config.decoding().num_beams <= MAX_BEAMS:
+        raise ValueError(f"invalid num_beams: {config.decoding().num_beams}")
     require_few_layers(config.decoder)
     return config
 
@@ -191,7 +195,7 @@ def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Exam
         "language": language_of(version.manifest),
         "has_unknown_license": has_unknown_license(version.manifest),
         "decoder": without_folders(config.decoder),
-        "num_beams": config.num_beams,
+        "decoding": {name: getattr(config, name) for name in DECODING_SETTINGS},
         **({"repo": version.repo} if version.repo else {}),
     }
     start: Checkpoint | None = None
@@ -223,12 +227,15 @@ def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Exam
             decoder.enable_checkpointing()
         if config.num_beams > 1:
             decoder.require_beams(config.num_beams)
+    max_tokens = config.max_caption_tokens or tokenizer.choose_max_tokens(texts)
+    if start and config.max_caption_tokens is None:
+        max_tokens = max(max_tokens, start.captioner.config.max_caption_tokens)
     captioner = build_captioner(
         encoder,
         decoder,
         prompts=sorted(prompts),
         eos_id=tokenizer.eos_id,
-        max_caption_tokens=config.max_caption_tokens,
+        max_caption_tokens=max_tokens,
         data=data,
     )
     if start:

@@ -49,12 +49,26 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 def texts(rows: list[list[int]], prompts: list[int], images: list[int]) -> TextBatch:
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
-    is_caption = torch.ones(len(rows), dtype=torch.bool)
-    return TextBatch(torch.tensor(images), ids, torch.tensor(prompts), lengths, is_caption)
+    return TextBatch(torch.tensor(images), ids, torch.tensor(prompts), lengths, torch.ones(len(rows)))
 
 
 ROWS = [[2, 3, 7, 8, EOS], [2, 3, 9, EOS], [2, 5, 6, 4, 11, 12, EOS]]
 PROMPTS, IMAGES = [2, 2, 4], [0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_is_the_sum_of_the_weighted_losses_of_texts(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(2, N, V)
+    weights = [0.5, 0.0, 3.0]
+    batch = replace(texts(ROWS, PROMPTS, IMAGES), weight_C=torch.tensor(weights))
+    expected = sum(
+        weight * captioner.loss(states[[image]], texts([row], [prompt], [0])).item()
+        for weight, row, prompt, image in zip(weights, ROWS, PROMPTS, IMAGES, strict=True)
+    )
+    assert captioner.loss(states, batch).item() == pytest.approx(expected, rel=1e-4)
+    assert batch.total_weight == sum(
+        w * (len(row) - p) for w, row, p in zip(weights, ROWS, PROMPTS, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

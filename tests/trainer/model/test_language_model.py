@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline.errors import TrainError
+from tests.trainer.small_trainings import only
 from trainer.model.decoding import GREEDY
 from trainer.model.language_model import PretrainedDecoder
 from trainer.model.pretrained import config_of, settings_of
@@ -77,8 +78,7 @@ def batch(lengths: tuple[int, ...], image_of: tuple[int, ...]) -> TextBatch:
     draw = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 128, (len(lengths), max(lengths)), generator=draw)
     prompts = torch.full((len(lengths),), 2)
-    is_caption = torch.ones(len(lengths), dtype=torch.bool)
-    return TextBatch(torch.tensor(image_of), ids, prompts, torch.tensor(lengths), is_caption)
+    return TextBatch(torch.tensor(image_of), ids, prompts, torch.tensor(lengths), torch.ones(len(lengths)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,7 +107,7 @@ def test_texts_longer_than_the_attention_window_are_not_packed() -> None:
     prefix = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(6))
     # Shorter texts are packed.
     assert decoder.probed.can_pack
-    alone = sum(decoder.loss(prefix, texts.only(torch.tensor([n]))).item() for n in range(3))
+    alone = sum(decoder.loss(prefix, only(texts, n)).item() for n in range(3))
     assert decoder.loss(prefix, texts).item() == pytest.approx(alone, rel=1e-4)
 
 
