@@ -169,7 +169,7 @@ def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int) ->
     write_json(out / "train.json", config.model_dump(mode="json"))
     log = Log(out / "log.jsonl", done)
     if not done:
-        log.write(step=0, forecast_seconds=forecast.seconds, forecast_memory_mb=forecast.memory_mb)
+        log.write(step=0, forecast_seconds=forecast.seconds)
     return log
 
 

@@ -78,7 +78,7 @@ def train(
 ) -> None:
     """Train a captioner on a version, and score it on the test split.
 
-    Before the first step, it prints the number of trainable parameters, and the expected time and memory.
+    Before the first step, it prints the number of trainable parameters, and the expected time.
     """
     from trainer.config import resolve
 
