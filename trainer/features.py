@@ -127,13 +127,13 @@ def store_features(
             with autocast("bf16", device):  # states are stored in bf16
                 states_BNV = online([example_of[key] for key in batch]).bfloat16()
             pending.append((batch, states_BNV.cpu().contiguous()))
-            if start + BATCH_IMAGES < len(missing) and time.monotonic() - saved_at < SAVE_EVERY_S:
-                continue
-            keys = [key for batch, _ in pending for key in batch]
-            states_BNV = torch.cat([states_BNV for _, states_BNV in pending])
-            store.append(len(row_of), states_BNV.view(torch.uint8).numpy(), keys)
-            row_of |= {key: row for row, key in enumerate(keys, len(row_of))}
-            pending, saved_at = [], time.monotonic()
+            is_last = start + BATCH_IMAGES >= len(missing)
+            if is_last or time.monotonic() - saved_at >= SAVE_EVERY_S:
+                keys = [key for batch, _ in pending for key in batch]
+                states_BNV = torch.cat([states_BNV for _, states_BNV in pending])
+                store.append(len(row_of), states_BNV.view(torch.uint8).numpy(), keys)
+                row_of |= {key: row for row, key in enumerate(keys, len(row_of))}
+                pending, saved_at = [], time.monotonic()
             progress("features", start + len(batch), len(missing))
         # Open the file before the lock is released, because another process may then delete it.
         shape = (len(row_of), store.record_bytes)
