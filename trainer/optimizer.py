@@ -85,7 +85,7 @@ class Schedule:
         return floor + (start - floor) * (end - step) / (end - self.anneal_from)
 
     def _planned_factor(self, stage: str, stage_step: int) -> float:
-        steps = getattr(self.config, "steps" if stage == "train" else f"{stage}_steps")
+        steps: int = getattr(self.config, "steps" if stage == "train" else f"{stage}_steps")
         warmup = max(1, round(self.config.warmup_frac * steps))
         if stage_step < warmup:
             return (stage_step + 1) / warmup
