@@ -118,7 +118,7 @@ def _run_digest(
     `init` is the digest of the weights that training starts from, or "".
     """
     ids = [example.sample_id for example in train_set]
-    return digest([config.digest_values(), version.manifest["digest"], init, processes, ids])
+    return digest([config.digest_values(), version.manifest["digest"], processes, ids, init])
 
 
 def _read_finished(out: Path, run: str) -> dict[str, Any] | None:

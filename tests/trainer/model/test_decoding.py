@@ -140,7 +140,7 @@ def test_text_has_the_minimum_length_and_repeats_no_ngram(beams: int) -> None:
     chain = Chain([[0.6, 0.4, 0.0, 0.0], [0.6, 0.01, 0.38, 0.01], [0.6, 0.3, 0.05, 0.05], [0.25] * WORDS])
     limits: list[dict[str, int]] = [{"min_new_tokens": 5}, {"min_new_tokens": 6, "no_repeat_ngram_size": 2}]
     for options in limits:
-        decoding = DecodingConfig(num_beams=beams, **options)  # type: ignore[arg-type]
+        decoding = DecodingConfig(num_beams=beams, **options)
         if beams == 1:
             (text,) = decode(chain.step, all_go_on, PROMPT, decoding, 9, EOS)
         else:
