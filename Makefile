@@ -14,7 +14,6 @@ help:
 	@echo 'make format  format the code'
 	@echo 'make docs    write docs/cli.md and docs/settings.md from the code'
 	@echo 'make teacher train the tiny teacher again (well over an hour on 2 cores; resumable)'
-	@echo 'make experiment  run the worked example of docs/measurements.md (up to an hour on 2 cores)'
 	@echo 'make check-real REPO=ORG/NAME  run the main job on 64 photos with your GPU, network and Hub token'
 	@echo 'make clean   remove environments and build outputs'
 
@@ -49,13 +48,6 @@ docs: .stamps/venv
 
 teacher: .stamps/venv
 	$(BIN)/python -m examples.scenes.train_teacher --out $${XDG_CACHE_HOME:-$$HOME/.cache}/synth/teacher
-
-# The worked example of docs/measurements.md. An interrupted run resumes.
-experiment: .stamps/venv
-	$(BIN)/synth generate --source scenes --limit 1100
-	$(BIN)/pip install --quiet gguf accelerate
-	$(BIN)/python benchmarks/smollm2.py data/smollm2
-	$(BIN)/synth experiment docs/experiment.yaml
 
 # Needs a GPU with vLLM, a network and a Hub token.
 check-real: .stamps/venv
@@ -101,4 +93,4 @@ check-real: .stamps/venv
 clean:
 	rm -rf .venv .venv-vllm .venv-trl .venv-gradio .stamps demo check-real build dist *.egg-info
 
-.PHONY: help demo test test-long resolve format docs teacher experiment check-real clean
+.PHONY: help demo test test-long resolve format docs teacher check-real clean

@@ -58,7 +58,7 @@ def text_batch(images: int) -> TextBatch:
     lengths = torch.randint(*TOKENS, (images * CAPTIONS,), generator=draw)
     ids = torch.randint(2, 4000, (len(lengths), TOKENS[1]), generator=draw)
     of_image = torch.arange(images).repeat_interleave(CAPTIONS)
-    return TextBatch(of_image, ids, torch.full_like(lengths, 2), lengths, torch.ones_like(lengths).bool())
+    return TextBatch(of_image, ids, torch.full_like(lengths, 2), lengths, torch.ones(len(lengths)))
 
 
 def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> CaptionerModel:
@@ -86,7 +86,7 @@ def step_of(
     if not packed:
         states_BNV = states_BNV.repeat_interleave(CAPTIONS, 0)
         numbers = torch.arange(images * CAPTIONS)
-        texts = TextBatch(numbers, texts.ids_CT, texts.prompt_C, texts.length_C, texts.caption_C)
+        texts = TextBatch(numbers, texts.ids_CT, texts.prompt_C, texts.length_C, texts.weight_C)
     tokens = int(texts.learned_CT.sum())
     learned = [
         weights

@@ -78,7 +78,7 @@ def texts(words: int = VOCAB) -> TextBatch:
     ids = torch.randint(2, words, (IMAGES * CAPTIONS, TOKENS), generator=torch.Generator().manual_seed(0))
     of_image = torch.arange(IMAGES).repeat_interleave(CAPTIONS)
     ones = torch.ones(len(ids), dtype=torch.long)
-    return TextBatch(of_image, ids, ones, ones * TOKENS, ones.bool())
+    return TextBatch(of_image, ids, ones, ones * TOKENS, ones.float())
 
 
 def our_step(

@@ -162,9 +162,6 @@ MISTAKES = (
     Mistake("source without --source", "generate scenes", "unexpected argument: scenes (--source scenes?)",
         "vLLM come after --", code=2,
     ),
-    Mistake("no such experiment", "experiment nope.yaml", "cannot read config file nope.yaml",
-        "docs/experiment.yaml",
-    ),
     Mistake("encoder misspelled", "train --encoder tiny-vitt", "no encoder tiny-vitt", "tiny-vit or"),
     Mistake("decoder misspelled", "train --decoder qwen", "no decoder qwen", "did you mean qwen3?"),
     Mistake(

@@ -62,7 +62,12 @@ class Captioner:
     @property
     def usual_beams(self) -> int:
         """The default beam width, as used in the final evaluation of training."""
-        return self.checkpoint.captioner.config.num_beams
+        return self.checkpoint.captioner.config.decoding().num_beams
+
+    def decoding(self, num_beams: int, question: str = "") -> DecodingConfig:
+        """Return the decoding options for captions or, with a `question`, for answers, which may be short."""
+        config = self.checkpoint.captioner.config
+        return DecodingConfig(num_beams=num_beams) if question else config.decoding(num_beams)
 
     @property
     def answers(self) -> bool:
@@ -108,7 +113,7 @@ class Captioner:
         if batch_size < 1 or num_beams < 1:
             raise TrainError("batch_size and num_beams must be 1 or more", hint="leave them out")
         prompts = [self.prompt(style, question) for style in styles]
-        decoding = DecodingConfig(num_beams=num_beams)
+        decoding = self.decoding(num_beams, question)
         with ThreadPoolExecutor(READERS) as pool:
             for batch in self._prepare_ahead(pool, images, batch_size):
                 prepared = [(key, pixels.result()) for key, pixels in batch]

@@ -6,7 +6,7 @@ results.
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -46,26 +46,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_width": 256, "decoder_depth": 4, "decoder_heads": 4,
         "batch_size": 16, "connector_lr": 1e-3, "decoder_lr": 1e-3, "lr_floor_frac": 0.02,
         "epochs": 40, "min_steps": 400, "evaluate_epochs": 2.0, "evaluate_images": FEW_IMAGES, "patience": 5,
-        "label_smoothing": 0.1, "average_decay": 0.99, "max_caption_tokens": 96, "num_beams": 3,
+        "label_smoothing": 0.1, "average_decay": 0.99, "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
     "photos": {
         "decoder_width": 512, "decoder_depth": 6, "decoder_heads": 8, "vocab_size": 8192,
         "batch_size": 64, "connector_lr": 5e-4, "decoder_lr": 5e-4, "lr_floor_frac": 0.02,
-        "epochs": 20, "evaluate_epochs": 1.0, "evaluate_images": 5_000, "patience": 4,
-        "label_smoothing": 0.1, "average_decay": 0.999, "max_caption_tokens": 96, "num_beams": 3,
+        "epochs": 20, "scst_epochs": 2.0, "evaluate_epochs": 1.0, "evaluate_images": 5_000, "patience": 4,
+        "label_smoothing": 0.1, "average_decay": 0.999, "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
     "photos-lm": {
         "batch_size": 64, "align_epochs": 1.0, "align_lr": 1e-3, "connector_lr": 2e-4, "lr_floor_frac": 0.02,
         "lora_rank": 32, "checkpoint_blocks": True,
         "epochs": 3, "min_steps": 60, "evaluate_epochs": 0.5, "evaluate_images": 1_000, "patience": 3,
-        "max_caption_tokens": 96, "num_beams": 3,
+        "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
 }  # fmt: skip
 # The kind of decoder that each preset needs. The preset `scenes` works with both.
 SCRATCH, LANGUAGE_MODEL = "a decoder from scratch", "a language model"
 DECODER_KINDS = {"photos-few": SCRATCH, "photos": SCRATCH, "photos-lm": LANGUAGE_MODEL}
-# Settings whose defaults depend on data, encoder or decoder (see `with_defaults`).
-DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr")
 
 
 def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
@@ -94,6 +92,8 @@ class TrainConfig(Section):
 
     preset: Preset | None = None
     """Settings for a kind of data, below. The command chooses one (`auto`), a settings file none."""
+    init: str | None = None
+    """Captioner whose training continues: a folder or a Hub id. Null starts from an encoder and a decoder."""
     encoder: str = TINY_VIT
     """`vit`, `clip`, `clip-large`, `siglip2`, `dinov2`, `metaclip`, `tiny-clip`, `tiny-vit`, a folder or a
     Hub id. The command uses `clip`, and `tiny-clip` for drawn scenes.
@@ -126,20 +126,20 @@ class TrainConfig(Section):
     """Learn answers to questions."""
     train_images: int = Field(default=0, ge=0)
     """Maximum number of training images. 0 uses all images."""
-    caption_word_budget: int = Field(default=0, ge=0)
-    """Maximum words of all training captions. 0 sets no limit."""
-    max_caption_tokens: int = Field(default=64, ge=4, le=MAX_CAPTION_TOKENS)
-    """Maximum tokens of a caption."""
+    text_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Weights of tokens in the loss by style, by source (`human` or `synthetic`), or for answers (`answer`).
+    Weights of style and source are multiplied. Others have weight 1.
+    """
+    max_caption_tokens: int | None = Field(default=None, ge=4, le=MAX_CAPTION_TOKENS)
+    """Maximum tokens of a text. Longer texts are cut after a sentence. Null uses the 99th percentile of the
+    style with the longest texts, rounded up to a multiple of 16, at most 256.
+    """
     align_steps: int = Field(default=0, ge=0)
     """Steps that train the connector only. 0 uses `align_epochs`."""
     align_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
     """Epochs that train the connector only."""
     align_lr: float = Field(default=1e-3, gt=0)
     """Learning rate while only the connector is trained."""
-    contrastive_weight: float = Field(default=0.0, ge=0)
-    """Weight of a contrastive loss of images and captions."""
-    contrast_width: int = Field(default=128, ge=8)
-    """Width of the vectors of the contrastive loss."""
     connector_lr: float | None = Field(default=None, ge=0)
     """Learning rate of the connector. 0 freezes it. Null uses 0.001, with a pretrained decoder 0.0002."""
     decoder_lr: float | None = Field(default=None, ge=0)
@@ -155,7 +155,11 @@ class TrainConfig(Section):
     min_steps: int = Field(default=0, ge=0)
     """Minimum number of steps if `epochs` is used."""
     scst_steps: int = Field(default=0, ge=0)
-    """Steps of self-critical training at the end, which maximizes the CIDEr-D of sampled captions."""
+    """Steps of self-critical training at the end, which maximizes the CIDEr-D of sampled captions. 0 uses
+    `scst_epochs`.
+    """
+    scst_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
+    """Epochs of self-critical training."""
     scst_lr: float = Field(default=5e-5, gt=0)
     """Learning rate of self-critical training."""
     scst_samples: int = Field(default=5, ge=2)
@@ -193,11 +197,19 @@ class TrainConfig(Section):
     evaluate_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
     """Epochs between evaluations, at most 20 evaluations. 0 evaluates four times."""
     patience: int = Field(default=0, ge=0)
-    """Evaluations without a better score after which training ends. 0 never ends it."""
+    """Evaluations without a better score after which the learning rate falls to its floor and training ends.
+    0 never ends it.
+    """
     evaluate_images: int = Field(default=128, ge=1)
     """Images per evaluation on the validation split."""
     num_beams: int = Field(default=1, ge=1)
     """Beams of the final test and of captions written later. 1 is greedy."""
+    length_penalty: float = Field(default=1.0, ge=0)
+    """Beam search divides the log-probability of a text by its length to this power."""
+    min_new_tokens: int = Field(default=0, ge=0)
+    """Minimum tokens of a text that is written."""
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    """No n-gram of this size occurs twice in a text that is written. 0 allows repetition."""
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seed of weights, dropout and the order of the data."""
 
@@ -210,11 +222,6 @@ class TrainConfig(Section):
             heads = f"{self.decoder_heads} heads of even width"
             raise ValueError(f"decoder_width {self.decoder_width} must divide into {heads}")
         return self
-
-    @property
-    def first_rewarded_step(self) -> int:
-        """The first step of self-critical training."""
-        return self.align_steps + self.steps
 
     @property
     def total_steps(self) -> int:
@@ -231,9 +238,13 @@ class TrainConfig(Section):
         """Whether the decoder is trained from scratch."""
         return self.decoder in SCRATCH_DECODERS
 
+    def text_weight(self, source: str, style: str) -> float:
+        """Return the weight of a text's tokens in the loss. The style of answers is ""."""
+        return self.text_weights.get(source, 1.0) * self.text_weights.get(style or "answer", 1.0)
+
     def digest_values(self) -> dict[str, Any]:
-        """Return all settings that affect results. The name of the preset does not."""
-        return self.model_dump(mode="json", exclude={"preset"})
+        """Return all settings that affect results. The names of the preset and of `init` do not."""
+        return self.model_dump(mode="json", exclude={"preset", "init"})
 
     def with_defaults(self, images: int) -> "TrainConfig":
         """Return a copy with derived values filled in for this number of training images."""
@@ -245,11 +256,13 @@ class TrainConfig(Section):
             rates = {"connector_lr": 2e-4, "decoder_lr": 2e-4 if self.lora_rank else 2e-5}
         rates["encoder_lr"] = 0.0 if self.is_frozen else 1e-3
         rates = {name: rate for name, rate in rates.items() if getattr(self, name) is None}
+        scst_steps = self.scst_steps or math.ceil(self.scst_epochs * images / batch_size)
         interval = math.ceil(self.evaluate_epochs * images / batch_size)
         evaluations = MAX_EVALUATIONS if interval else DEFAULT_EVALUATIONS
-        total_steps = steps + align_steps + self.scst_steps
+        total_steps = steps + align_steps + scst_steps
         every = self.evaluate_every or max(interval, -(-total_steps // evaluations))
-        derived = {"steps": steps, "align_steps": align_steps, "evaluate_every": every, **rates}
+        derived = {"steps": steps, "align_steps": align_steps, "scst_steps": scst_steps, **rates}
+        derived["evaluate_every"] = every
         return self.model_copy(update=derived)
 
 
@@ -266,9 +279,8 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     given = read_yaml(config_file, "for an example, see train.json of a checkpoint") if config_file else {}
     values = {name: value for name, value in given.items() if is_set(name, value)}
     flags = {name: value for name, value in flags.items() if value is not None and is_set(name, value)}
-    _require_known_models(flags)
-    for name in _outdated(values, flags):
-        del values[name]
+    if not (values | flags).get("init"):  # a captioner may have models of any name
+        _require_known_models(flags)
     preset, decoder = ({**values, **flags}.get(name) for name in ("preset", "decoder"))
     if values.get("preset", "auto") not in ("auto", preset):
         hint = "leave out --preset, or remove the preset from the file"
@@ -281,7 +293,8 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
             problem = f"the preset {preset} needs {needed}, but the decoder is {decoder}"
             raise ConfigError(problem, hint="choose another --preset or --decoder")
         preset_values = dict(PRESETS.get(preset, {}))
-        for name, alternative in (("epochs", "min_steps"), ("align_steps", "align_epochs")):
+        alternatives = ("epochs", "min_steps"), ("align_steps", "align_epochs"), ("scst_steps", "scst_epochs")
+        for name, alternative in alternatives:
             if name in values and alternative not in values:  # the preset must not override the settings file
                 preset_values.pop(alternative, None)
         values = {**preset_values, **values}
@@ -300,19 +313,6 @@ def _require_known_models(flags: dict[str, Any]) -> None:
             continue
         hint = did_you_mean(name, names, f"pass {', '.join(names)}, a folder, or ORG/NAME on the Hub")
         raise ConfigError(f"no {kind} {name}", hint=hint)
-
-
-def _outdated(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
-    """Return the derived settings in a train.json file that the flags make invalid."""
-    if not {*DERIVED_KEYS} <= values.keys():  # only a train.json file has derived settings
-        return set()
-    changed = {name for name, value in flags.items() if name in values and values[name] != value}
-    outdated = {"encoder_lr"} if "encoder" in changed else set[str]()
-    if changed & {"decoder", "lora_rank"}:
-        outdated |= {"decoder_lr", "connector_lr"}
-    if changed & {"epochs", "steps", "batch_size"}:
-        outdated |= {"evaluate_every"}
-    return outdated
 
 
 def keeps_human_texts(manifest: dict[str, Any]) -> bool:

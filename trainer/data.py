@@ -5,7 +5,7 @@ The order of batches depends only on the seed and the step.
 
 import itertools
 import random
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -54,18 +54,15 @@ class Example:
 Sets = dict[str, list[Example]]  # examples by split
 
 
-def choose_examples(
-    version: Version, config: TrainConfig, only: Container[str] | None
-) -> tuple[Sets, TrainConfig]:
+def choose_examples(version: Version, config: TrainConfig) -> tuple[Sets, TrainConfig]:
     """Return the examples of all splits, and the settings with derived values filled in.
 
     Raises TrainError if there is nothing to learn.
     """
-    sets = {split: read_split_examples(version, split, config, only) for split in SPLITS}
-    train_set = limit_images(sets["train"], config.train_images)
-    sets["train"] = limit_captions(train_set, config.caption_word_budget)
+    sets = {split: read_split_examples(version, split, config) for split in SPLITS}
+    sets["train"] = limit_images(sets["train"], config.train_images)
     config = config.with_defaults(len(sets["train"]))
-    # A word budget may remove all captions in a style. Validation must then not use this style.
+    # A few training images may lack a style. Validation must then not use this style.
     learned = {(text.source, text.style) for text in texts_of(sets["train"])}
     validation = sets["validation"][: config.evaluate_images]
     sets["validation"] = [_filter_texts(e, lambda t: (t.source, t.style) in learned) for e in validation]
@@ -74,15 +71,12 @@ def choose_examples(
     return sets, config
 
 
-def read_split_examples(
-    version: Version, split: str, config: TrainConfig, only: Container[str] | None = None
-) -> list[Example]:
+def read_split_examples(version: Version, split: str, config: TrainConfig) -> list[Example]:
     """Return the examples of a split, sorted by id. The limits in the settings are not applied."""
     options: dict[str, Any] = {"questions": config.questions, "styles": config.styles}
     options |= {"source_in_prompt": config.source_in_prompt, "to_score": split != "train"}
     examples = examples_in(version, split, config.text_source, **options)
-    chosen = (example for example in examples if only is None or example.sample_id in only)
-    return sorted(chosen, key=lambda example: example.sample_id)
+    return sorted(examples, key=lambda example: example.sample_id)
 
 
 def examples_in(
@@ -195,38 +189,6 @@ def limit_images(examples: list[Example], num_images: int) -> list[Example]:
     by_hash = sorted(examples, key=lambda example: hash_to_unit(example.sample_id))
     kept = {example.sample_id for example in by_hash[:num_images]}
     return [example for example in examples if example.sample_id in kept]
-
-
-def limit_captions(examples: list[Example], max_words: int) -> list[Example]:
-    """Drop captions until their total is at most `max_words` words. 0 keeps all captions.
-
-    Every image keeps at least one caption, even if this exceeds the budget. Captions are chosen by a hash of
-    image and text. If one such caption per image exceeds the budget, shorter captions are chosen first.
-    """
-    if not max_words:
-        return examples
-    # For each example, its captions in order of preference as (index in `texts`, words).
-    captions = [[(n, count_words(text)) for n, text in enumerate(e.texts) if text.style] for e in examples]
-    for example, ranked in zip(examples, captions, strict=True):
-        ranked.sort(key=lambda item: hash_to_unit(example.sample_id, example.texts[item[0]].text))
-    if sum(ranked[0][1] for ranked in captions if ranked) > max_words:
-        for ranked in captions:
-            ranked.sort(key=lambda item: item[1])
-    chosen: list[set[int]] = [set() for _ in examples]
-    for turn in range(max(map(len, captions), default=0)):
-        for ranked, indices in zip(captions, chosen, strict=True):
-            if turn < len(ranked) and (turn == 0 or ranked[turn][1] <= max_words):
-                indices.add(ranked[turn][0])
-                max_words -= ranked[turn][1]
-    return [
-        replace(example, texts=tuple(t for n, t in enumerate(example.texts) if not t.style or n in indices))
-        for example, indices in zip(examples, chosen, strict=True)
-    ]
-
-
-def count_words(text: TargetText) -> int:
-    """Return the number of whitespace-separated words."""
-    return len(text.text.split())
 
 
 def most_common(answers: tuple[str, ...]) -> str:

@@ -22,7 +22,7 @@ from pipeline.text.vqa_answers import normalize_answer
 from trainer.config import ENCODERS, default_texts
 from trainer.data import Example, Question, examples_in, most_common
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
-from trainer.metrics import bootstrap, derangement, score, score_each, tokenize
+from trainer.metrics import Rarity, bootstrap, derangement, score, score_each, tokenize
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import folder_name
@@ -123,7 +123,8 @@ def evaluate(
     hypotheses = [tokenize(caption) for caption in captions]
     references = [[tokenize(text) for text in group] for group in texts]
     shuffled = [hypotheses[index] for index in order]
-    own_scores, shuffled_scores = score_each(hypotheses, references), score_each(shuffled, references)
+    rarity = Rarity(references)
+    own_scores, shuffled_scores = (score_each(texts, references, rarity) for texts in (hypotheses, shuffled))
     each: list[ImageResult] = [
         {
             "sample_id": example.sample_id,
@@ -189,8 +190,8 @@ def evaluate_version(
     # Use the same order as in training, because bootstrap intervals depend on it.
     examples = sorted(examples, key=lambda example: example.sample_id)
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
-    decoding = DecodingConfig(num_beams=beams or config.num_beams)
-    options = EvalOptions(scored_prompt(config.prompts, style), decoding, questions=True, clip=clip)
+    prompt = scored_prompt(config.prompts, style)
+    options = EvalOptions(prompt, config.decoding(beams), questions=True, clip=clip)
     return {"split": split, **evaluate(checkpoint, examples, options, features)}
 
 
@@ -226,8 +227,9 @@ def _generate(
     for start in range(0, len(examples), HELD_IMAGES):
         part = examples[start : start + HELD_IMAGES]
         held = hold_features(features, part)
-        for first in range(0, len(part), BATCH_IMAGES):
-            states_BNV = held(part[first : first + BATCH_IMAGES])
+        size = HELD_IMAGES if checkpoint.captioner.device.type == "cuda" else BATCH_IMAGES
+        for first in range(0, len(part), size):
+            states_BNV = held(part[first : first + size])
             prompt_BT = prompt_T.expand(len(states_BNV), -1)
             texts = checkpoint.captioner.generate(states_BNV, prompt_BT, options.decoding)
             captions += [checkpoint.tokenizer.decode(ids) for ids in texts]

@@ -9,7 +9,9 @@ Shapes: B images, N hidden states per image, V encoder width.
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +27,17 @@ from pipeline.progress import Progress
 from pipeline.storage.lock import lock_file
 from trainer.data import Example
 from trainer.model.encoder import Encoder
+from trainer.runtime.devices import autocast
 
 BATCH_IMAGES = 64
+SAVE_EVERY_S = 1.0  # each save of states waits for the disk twice
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
 SPARE_BYTES = 1_000_000_000  # must stay free on the disk
 REPORTED_BYTES = 100_000_000  # for larger builds, the size is reported and the free space checked
+
+
+_DECODERS = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +78,10 @@ class OnlineFeatures:
         return self.states(self.load(examples), self.device)
 
     def load(self, examples: Sequence[Example]) -> Tensor:
-        """Decode and preprocess images. Returns (B, 3, H, W)."""
-        return self.encoder.pixels([example.open() for example in examples])
+        """Decode and preprocess images in threads. Returns (B, 3, H, W)."""
+        pixels = _DECODERS.map(lambda example: self.encoder.pixels([example.open()]), examples)
+        pixels_BCHW = torch.cat(list(pixels))
+        return pixels_BCHW.pin_memory() if torch.cuda.is_available() else pixels_BCHW
 
     def states(self, loaded: Tensor, device: torch.device) -> Tensor:
         """Encode the pixels that `load` returned. Returns hidden states (B, N, V)."""
@@ -111,11 +120,20 @@ def store_features(
         row_of = store.rows()
         missing = [key for key in example_of if key not in row_of]
         store.require_room(len(missing), progress)
+        pending: list[tuple[list[bytes], Tensor]] = []  # batches that are not on disk yet
+        saved_at = time.monotonic()
         for start in range(0, len(missing), BATCH_IMAGES):
             batch = missing[start : start + BATCH_IMAGES]
-            states_BNV = online([example_of[key] for key in batch]).cpu().bfloat16().contiguous()
-            store.append(len(row_of), states_BNV.view(torch.uint8).numpy(), batch)
-            row_of |= {key: row for row, key in enumerate(batch, len(row_of))}
+            with autocast("bf16", device):  # states are stored in bf16
+                states_BNV = online([example_of[key] for key in batch]).bfloat16()
+            pending.append((batch, states_BNV.cpu().contiguous()))
+            is_last = start + BATCH_IMAGES >= len(missing)
+            if is_last or time.monotonic() - saved_at >= SAVE_EVERY_S:
+                keys = [key for batch, _ in pending for key in batch]
+                states_BNV = torch.cat([states_BNV for _, states_BNV in pending])
+                store.append(len(row_of), states_BNV.view(torch.uint8).numpy(), keys)
+                row_of |= {key: row for row, key in enumerate(keys, len(row_of))}
+                pending, saved_at = [], time.monotonic()
             progress("features", start + len(batch), len(missing))
         # Open the file before the lock is released, because another process may then delete it.
         shape = (len(row_of), store.record_bytes)

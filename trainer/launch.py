@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from pipeline.config import DECKS, SCENES
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version, slugify
-from pipeline.errors import TrainError
+from pipeline.errors import ConfigError, TrainError
 from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
 from pipeline.hub_errors import HUB_NAME, translate_hub_errors
 from pipeline.images.clip import TINY_CLIP
@@ -37,7 +37,7 @@ from trainer.config import (
     default_texts,
     resolve,
 )
-from trainer.runtime.checkpoint_folder import find_interrupted, require_free
+from trainer.runtime.checkpoint_folder import find_captioner, find_interrupted, read_models, require_free
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,6 @@ def train(
     out: str | Path | None = None,
     images: str | None = None,
     resume: bool = False,
-    tensorboard: bool = False,
     progress: Progress | None = None,
     **settings: Any,
 ) -> TrainResult:
@@ -81,7 +80,6 @@ def train(
         images: where to find the images if the version has no pixels: an image folder, a dataset folder, or
             a source.
         resume: resume an interrupted run with its settings.
-        tensorboard: also write the curves for TensorBoard.
         progress: receives progress and messages, such as `pipeline.progress.show_progress()`. By default,
             nothing is shown.
         **settings: fields of TrainConfig, which override `config`. By default, preset, encoder, precision
@@ -113,8 +111,7 @@ def train(
     texts = "" if config.text_source == "synthetic" else f", {config.text_source} texts"
     message(f"training on {version.path}: encoder {config.encoder}, decoder {config.decoder}{texts}")
     with translate_disk_errors(folder), DatasetDir(folder).lock() if is_first else nullcontext():
-        options = {"resume": resume, "tensorboard": tensorboard, "progress": progress}
-        metrics = train_captioner(version, config, folder, **options)
+        metrics = train_captioner(version, config, folder, resume=resume, progress=progress)
     return TrainResult(folder, version, config, metrics)
 
 
@@ -157,7 +154,8 @@ def plan_training(
     if resume and config_file is None and out and (out / "train.json").exists():
         config_file = out / "train.json"
     config = choose_settings(version, options, config_file, message)
-    name = slugify(f"{version.name}-{Path(config.encoder).name}-{Path(config.decoder).name}")
+    suffix = "-continued" if config.init else ""
+    name = slugify(f"{version.name}-{Path(config.encoder).name}-{Path(config.decoder).name}{suffix}")
     folder = out or version.dataset_dir / "checkpoints" / name
     if resume and config_file is None and (folder / "train.json").exists():
         config = resolve(folder / "train.json", **options)
@@ -171,6 +169,14 @@ def choose_settings(
 ) -> TrainConfig:
     """Return settings in which preset, encoder, precision and texts suit the data and the machine."""
     config = resolve(config_file, **options)
+    if config.init:
+        models = read_models(find_captioner(config.init))
+        for name in models.keys() & config.model_fields_set:
+            if getattr(config, name) != models[name]:
+                problem = f"{config.init} has {name} {models[name]}, not {getattr(config, name)}"
+                raise ConfigError(problem, hint=f"leave out --{name.replace('_', '-')}")
+        options = options | models
+        config = resolve(config_file, **options)
     chosen: dict[str, Any] = {}
     is_drawn = version.manifest["source"]["name"] in (SCENES, DECKS)
     if config.preset == "auto" or (config.preset is None and config_file is None):
@@ -192,7 +198,10 @@ def choose_settings(
 
 
 def require_models(config: TrainConfig) -> None:
-    """Raise TrainError if the encoder or the decoder is neither a folder, nor cached, nor on the Hub."""
+    """Raise TrainError if a model to start from is neither a folder, nor cached, nor on the Hub."""
+    if config.init:
+        find_captioner(config.init)
+        return
     for kind, names, default in (("encoder", ENCODERS, TINY_VIT), ("decoder", DECODERS, "scratch")):
         name = getattr(config, kind)
         model_id = names.get(name, name)

@@ -8,11 +8,12 @@ import math
 import signal
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.digests import digest
 from pipeline.errors import TrainError, one_line
-from pipeline.progress import Progress
+from pipeline.progress import NullProgress, Progress
 from trainer.config import TrainConfig
 from trainer.data import Example, batches
 from trainer.evaluate import EvalOptions, evaluate
@@ -29,7 +30,7 @@ from trainer.features import LoadedFeatures
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.encoder import weights_digest
 from trainer.model.language_model import PretrainedDecoder
-from trainer.optimizer import SpikeFilter, WeightAverage, build_optimizer, set_stage
+from trainer.optimizer import Schedule, SpikeFilter, WeightAverage, build_optimizer
 from trainer.runtime.devices import (
     all_reduce_gradients,
     autocast,
@@ -39,8 +40,10 @@ from trainer.runtime.devices import (
 )
 from trainer.runtime.training_state import Log, delay_signals, save_resume
 from trainer.self_critical import SelfCritic
-from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate, scored_prompt
+from trainer.tokenizer import CaptionTokenizer, EncodedText, TargetText, TextBatch, collate, scored_prompt
 
+BATCHES_AHEAD = 4
+READ_EVERY = 10  # steps between reads of loss and norm, which wait for the device
 SAVE_EVERY_S = 300.0  # the state to resume from is also saved after each evaluation
 MAX_SKIPPED_STEPS = 10  # training fails after more consecutive skipped steps
 VALIDATION_STATE = ("best_score", "best_cider_d", "best_loss", "evaluations_without_gain")
@@ -61,7 +64,7 @@ class Batch:
 
     micro_batches: list[MicroBatch]
     num_tokens: int  # target tokens
-    num_micro_batches: int
+    weight: float  # sum of the weights of the target tokens
     num_images: int
 
 
@@ -86,27 +89,33 @@ class BatchLoader:
         texts = [self.collate(part) for part in parts]
         own = range(self.rank * self.micro_batches, min(len(parts), (self.rank + 1) * self.micro_batches))
         loaded = [MicroBatch(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
-        return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), len(parts), len(examples))
+        num_tokens = sum(int(batch.learned_CT.sum()) for batch in texts)
+        return Batch(loaded, num_tokens, sum(batch.total_weight for batch in texts), len(examples))
 
     def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
-        """Yield a batch for each list of example indices. A thread loads the next batch during a step."""
-        with ThreadPoolExecutor(1) as pool:
-            examples = ([self.examples[index] for index in indices] for indices in order)
-            pending = (pool.submit(self.load, part) for part in examples)
-            current = next(pending, None)
-            while current:
-                following = next(pending, None)
-                yield current.result()
-                current = following
+        """Yield a batch for each list of example indices. A thread loads the next batches during a step."""
+        pool = ThreadPoolExecutor(1)
+        examples = ([self.examples[index] for index in indices] for indices in order)
+        tasks = (pool.submit(self.load, part) for part in examples)
+        try:
+            pending = deque(islice(tasks, BATCHES_AHEAD))
+            while pending:
+                batch = pending.popleft().result()
+                pending.extend(islice(tasks, 1))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def collate(self, examples: list[Example]) -> TextBatch:
         """Return a batch with all texts of the examples."""
         for example in examples:
             if example.sample_id not in self.encoded:
-                max_tokens = self.config.max_caption_tokens
-                encoded = [self.tokenizer.encode(text, max_tokens) for text in example.texts]
-                self.encoded[example.sample_id] = encoded
+                self.encoded[example.sample_id] = [self._encode(text) for text in example.texts]
         return collate([self.encoded[example.sample_id] for example in examples])
+
+    def _encode(self, text: TargetText) -> EncodedText:
+        weight = self.config.text_weight(text.source, text.style)
+        return self.tokenizer.encode(text, self.config.max_caption_tokens, weight)
 
 
 @dataclass(slots=True)
@@ -126,7 +135,8 @@ class Validation:
 
     def score(self, out: Path, log: Log, done: int) -> None:
         """Score the captioner after `done` steps. Raises TrainError if the loss is not a number."""
-        options = EvalOptions(scored_prompt(self.checkpoint.captioner.config.prompts))
+        config = self.checkpoint.captioner.config
+        options = EvalOptions(scored_prompt(config.prompts), config.decoding(num_beams=1))
         result = evaluate(self.checkpoint, self.examples, options, self.loader.features)
         cider_d, shuffled_cider_d = result["scores"]["cider_d"], result["shuffled_scores"]["cider_d"]
         loss = self.loss()
@@ -147,13 +157,13 @@ class Validation:
             self.checkpoint.save(out)
             self.best_score, self.best_loss, self.evaluations_without_gain = score, -tie_breaker, 0
             self.best_cider_d = None if is_single else cider_d
-        elif done > self.config.align_steps:
+        else:
             self.evaluations_without_gain += 1
 
     @torch.no_grad()
     def loss(self) -> float | None:
-        """Return the mean validation loss per token, or None if there are no texts."""
-        captioner, total, num_tokens = self.checkpoint.captioner.eval(), 0.0, 0
+        """Return the weighted mean validation loss per token, or None if there are no texts."""
+        captioner, total, weight = self.checkpoint.captioner.eval(), 0.0, 0.0
         examples = [example for example in self.examples if example.texts]
         # A batch of the same size as a micro-batch fits in memory.
         size = math.ceil(self.config.batch_size / (self.loader.micro_batches * self.loader.processes))
@@ -161,8 +171,8 @@ class Validation:
             part = examples[start : start + size]
             texts = self.loader.collate(part)
             total += captioner.loss(self.loader.features(part).to(self.device), texts).item()
-            num_tokens += int(texts.learned_CT.sum())
-        return total / num_tokens if num_tokens else None
+            weight += texts.total_weight
+        return total / weight if weight else None
 
     @property
     def is_over(self) -> bool:
@@ -181,119 +191,97 @@ class Validation:
 
 @dataclass(slots=True)
 class Trainer:
-    """Computes training steps, and holds the state of the training loop."""
+    """Computes gradients, and holds the state of the training loop."""
 
     checkpoint: Checkpoint
     config: TrainConfig
     loader: BatchLoader
     validation: Validation
     device: torch.device
+    schedule: Schedule
+    spikes: SpikeFilter
     frozen_key: str = ""  # digest of the frozen weights
     average: WeightAverage | None = None
     critic: SelfCritic | None = None
-    spikes: SpikeFilter = field(default_factory=SpikeFilter)
     rewards: list[float] = field(default_factory=list)  # rewards of the captions sampled in the last step
-    is_scored: bool = False  # whether the validation split was scored after the last step
 
     @property
     def processes(self) -> int:
         """The number of processes that train together."""
         return self.loader.processes
 
-    def train_step(self, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> dict[str, Any]:
-        """Compute one step. Returns the values to log. Raises TrainError if training diverges."""
-        captioner = self.checkpoint.captioner.train()
-        if step in (self.config.align_steps, self.config.first_rewarded_step):
+    def batches(self, first: int) -> Iterator[tuple[int, Batch]]:
+        """Yield (step, batch) pairs from step `first` to the end of the schedule, which may come earlier."""
+        if first >= self.schedule.total_steps:
+            return
+        num_images = len(self.loader.examples)
+        order = batches(num_images, min(self.config.batch_size, num_images), self.config.seed, first)
+        for step, batch in zip(count(first), self.loader.load_ahead(order), strict=False):
+            yield step, batch
+            if step + 1 >= self.schedule.total_steps:
+                return
+
+    def begin_step(self, optimizer: torch.optim.Optimizer, step: int) -> str:
+        """Set learning rates and the seed of dropout. Returns the stage of the step."""
+        self.checkpoint.captioner.train()
+        stage, first = self.schedule.stage(step)
+        if step == first:
             self.spikes.clear()  # a new stage has other trained weights or another loss
-            if self.average and step == self.config.align_steps:
+            self.validation.evaluations_without_gain = 0
+            if self.average and stage == "train":
                 self.average.clear()
         # Dropout depends only on seed, step and rank, so no generator state needs to be saved.
         torch.manual_seed(int(digest([self.config.seed, step, self.loader.rank])[:15], 16))
-        stage = set_stage(optimizer, self.config, step)
-        optimizer.zero_grad()
-        loss = self.reward_backward(batch) if stage == "scst" else self.forward_backward(batch)
-        learning = [weights for weights in captioner.parameters() if weights.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm))
-        if self.spikes.should_step(loss, norm):
-            optimizer.step()
-            if self.average:
-                self.average.update(captioner)
-        elif self.spikes.skipped_steps >= MAX_SKIPPED_STEPS:
-            problem = f"the loss is {loss} and the gradient norm {norm} at step {step}"
-            raise TrainError(problem, hint="use lower learning rates (--lr)")
-        rate = max(group["lr"] for group in optimizer.param_groups)
-        values = {"stage": stage, "loss": loss, "norm": norm, "rate": rate}
-        if stage == "scst" and self.rewards:
-            values["reward"] = statistics.fmean(self.rewards)
-        return values
+        return self.schedule.apply(optimizer, step)
 
-    def forward_backward(self, batch: Batch) -> float:
-        """Accumulate gradients. Returns the mean loss per token over all micro-batches and processes."""
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Accumulate gradients. Returns the weighted mean loss per token of all processes."""
         captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
         for loaded, texts, _ in batch.micro_batches:
             with matmul_precision(self.config.precision, self.device):
                 with autocast(self.config.precision, self.device):
                     states_BNV = self.loader.features.states(loaded, self.device)
-                    loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.num_tokens
-                    total += loss.detach()
-                    if self.config.contrastive_weight:
-                        contrast = captioner.contrast_loss(states_BNV, texts) / batch.num_micro_batches
-                        loss = loss + self.config.contrastive_weight * contrast
+                    loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.weight
                 loss.backward()
-        return self._sum_over_processes(total.item())
+            total += loss.detach()
+        return self._sum_over_processes(total)
 
-    def reward_backward(self, batch: Batch) -> float:
+    def reward_backward(self, batch: Batch) -> Tensor:
         """Accumulate gradients of the reward-weighted loss. Returns the mean loss per sampled caption."""
         assert self.critic
-        captioner, total = self.checkpoint.captioner, 0.0
+        captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
         self.rewards = []
         for loaded, _, examples in batch.micro_batches:
             with matmul_precision(self.config.precision, self.device):
                 with autocast(self.config.precision, self.device):
                     states_BNV = self.loader.features.states(loaded, self.device)
                     sampled = self.critic.sample(states_BNV.detach(), examples)
-                    loss = captioner.loss(states_BNV, sampled.texts, weight_C=sampled.advantage_C)
+                    loss = captioner.loss(states_BNV, sampled.texts)
                     loss = loss / (batch.num_images * self.critic.num_samples)
                 loss.backward()
-            total += loss.item()
+            total += loss.detach()
             self.rewards += sampled.rewards
         return self._sum_over_processes(total)
 
-    def _sum_over_processes(self, loss: float) -> float:
+    def _sum_over_processes(self, loss: Tensor) -> Tensor:
         """Sum the gradients over all processes in place. Returns the sum of the losses."""
         if self.processes == 1:
             return loss
-        return all_reduce_gradients(self.checkpoint.captioner, loss, self.device)
+        return all_reduce_gradients(self.checkpoint.captioner, loss)
 
-    def steps(self, first: int, progress: Progress) -> Iterator[tuple[int, Batch]]:
-        """Yield (step, batch) pairs from step `first` on. Early stopping may skip steps or end training."""
-        config, num_images = self.config, len(self.loader.examples)
-        size, step = min(config.batch_size, num_images), self._next_step(first, progress)
-        while step < config.total_steps:
-            order = islice(batches(num_images, size, config.seed, step), config.total_steps - step)
-            for batch in self.loader.load_ahead(order):
-                yield step, batch
-                done, step = step + 1, self._next_step(step + 1, progress) if self.is_scored else step + 1
-                if step != done:
-                    break
-
-    def _next_step(self, done: int, progress: Progress) -> int:
-        """Return the next step. Early stopping jumps to self-critical training or ends the run."""
-        config = self.config
-        if not config.patience or done >= config.total_steps:
-            return done
-        if done == config.first_rewarded_step:
-            self.validation.evaluations_without_gain = 0
+    def end_stage_early(self, done: int, progress: Progress) -> None:
+        """End the stage early if the score did not improve in `patience` evaluations."""
         # Only the first process scores the validation split.
         if not max_over_processes(int(self.validation.is_over), self.device, self.processes):
-            return done
-        reason = f"the score did not improve in {config.patience} evaluations"
-        if done < config.first_rewarded_step and config.scst_steps:
-            self.validation.evaluations_without_gain = 0
-            progress.message(f"{reason}: self-critical training begins after step {done:,}")
-            return config.first_rewarded_step
-        progress.message(f"{reason}: training ends at step {done:,} of {config.total_steps:,}")
-        return config.total_steps
+            return
+        before = self.schedule.total_steps
+        end = self.schedule.end_early(done)
+        if self.schedule.total_steps < before:
+            problem = f"the score did not improve in {self.config.patience} evaluations"
+            stage, _ = self.schedule.stage(done - 1)
+            progress.message(
+                f"{problem}: the learning rate falls, and the stage {stage} ends at step {end:,}"
+            )
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the captioner uses averaged weights, if they are enabled."""
@@ -316,7 +304,8 @@ class Trainer:
             "optimizer": optimizer.state_dict(),
             "step": done,
             "validation": self.validation.state(),
-            "spikes": asdict(self.spikes),
+            "schedule": [self.schedule.lengths, self.schedule.anneal_from],
+            "spikes": [self.spikes.norms, self.spikes.skipped_steps],
             "processes": self.processes,
             "frozen": self.frozen_key,
             **({"average": self.average.state()} if self.average else {}),
@@ -335,7 +324,10 @@ class Trainer:
                 raise ValueError(f"its weights do not match this captioner: {wrong[0]}")
             optimizer.load_state_dict(state["optimizer"])
             self.validation.restore(state["validation"])
-            self.spikes = SpikeFilter(**state["spikes"])
+            self.schedule = Schedule(self.config, *state["schedule"])
+            norms, skipped_steps = state["spikes"]
+            self.spikes.norms = norms.to(self.device)
+            self.spikes.skipped_steps = skipped_steps.to(self.device)
             if self.average:
                 self.average.restore(state["average"], self.device)
             return int(state["step"])
@@ -350,7 +342,8 @@ def build_trainer(
     """Build the trainer for one process."""
     config = loader.config
     validation = Validation(checkpoint, config, validation_set, loader, device)
-    trainer = Trainer(checkpoint, config, loader, validation, device)
+    schedule, spikes = Schedule(config), SpikeFilter(device)
+    trainer = Trainer(checkpoint, config, loader, validation, device, schedule, spikes)
     if config.average_decay:
         trainer.average = WeightAverage(config.average_decay)
     if config.scst_steps:
@@ -375,26 +368,50 @@ def run_steps(
     if config.compile:
         for part in captioner.decoder.repeated_parts():
             part.compile(dynamic=True)
+    progress = progress if log else NullProgress()
     started, saved_at, is_interrupted = time.monotonic(), time.monotonic(), False
-    earlier_s = log.seconds if log else 0.0
-    stage_ends = (config.align_steps, config.first_rewarded_step, config.total_steps)
+    earlier_s, shown = log.seconds if log else 0.0, dict[str, str]()
     with delay_signals() as signals:
-        for step, batch in trainer.steps(done, progress):
-            values = trainer.train_step(optimizer, step, batch)
+        for step, batch in trainer.batches(done):
+            stage = trainer.begin_step(optimizer, step)
+            optimizer.zero_grad()
+            loss = trainer.reward_backward(batch) if stage == "scst" else trainer.forward_backward(batch)
+            learning = [weights for weights in captioner.parameters() if weights.grad is not None]
+            norm = nn.utils.clip_grad_norm_(learning, config.max_grad_norm)
+            # The fused optimizer skips the update if `found_inf` is 1. Nothing waits for the device.
+            optimizer.found_inf = trainer.spikes.should_skip(loss, norm)  # type: ignore[attr-defined]
+            optimizer.step()
+            if trainer.average:
+                trainer.average.update(captioner)
+
             done = step + 1
-            trainer.is_scored = done % config.evaluate_every == 0 or done in stage_ends
-            if log:
-                values |= {"images": batch.num_images, "tokens": batch.num_tokens}
-                seconds = earlier_s + time.monotonic() - started
-                log.write(step=done, **values, seconds=seconds, memory_mb=memory_mb())
-                if trainer.is_scored:
-                    with trainer.averaged():
-                        trainer.validation.score(out, log, done)
-                shown = {"loss": f"{values['loss']:.3f}", **trainer.validation.shown}
-                progress(values["stage"], done, config.total_steps, shown)
+            is_scored = done % config.evaluate_every == 0 or done in trainer.schedule.ends
             # A signal may reach only one process, but all processes must stop at the same step.
             is_interrupted = bool(max_over_processes(len(signals), trainer.device, trainer.processes))
-            if log and (trainer.is_scored or is_interrupted or time.monotonic() - saved_at >= SAVE_EVERY_S):
+            if log:
+                rate = max(group["lr"] for group in optimizer.param_groups)
+                values: dict[str, Any] = {"stage": stage, "loss": loss, "norm": norm, "rate": rate}
+                values |= {"images": batch.num_images, "tokens": batch.num_tokens}
+                if stage == "scst" and trainer.rewards:
+                    values["reward"] = statistics.fmean(trainer.rewards)
+                seconds = earlier_s + time.monotonic() - started
+                log.add(step=done, **values, seconds=seconds, memory_mb=memory_mb())
+            if is_scored or is_interrupted or done % READ_EVERY == 0:  # reads wait for the device
+                if log:
+                    log.flush()
+                shown = {"loss": f"{float(loss):.3f}", **trainer.validation.shown}
+                if int(trainer.spikes.skipped_steps) >= MAX_SKIPPED_STEPS:
+                    problem = f"the loss is {float(loss)} and the gradient norm {float(norm)} at step {step}"
+                    raise TrainError(problem, hint="use lower learning rates (--lr)")
+            if is_scored:
+                if log:
+                    with trainer.averaged():
+                        trainer.validation.score(out, log, done)
+                    shown |= trainer.validation.shown
+                trainer.end_stage_early(done, progress)
+            progress(stage, done, trainer.schedule.total_steps, shown)
+            if log and (is_scored or is_interrupted or time.monotonic() - saved_at >= SAVE_EVERY_S):
+                log.flush()
                 save_resume(out, {**trainer.state(optimizer, done), "run": run})
                 saved_at = time.monotonic()
             if is_interrupted:

@@ -44,10 +44,12 @@ def _any_word() -> re.Pattern[str]:
     return re.compile(rf"\d+(?:[.,]\d+)+|(?=\w)[{_UNSPACED}][{marks}]*|{letter}+(?:['-]{letter}+)*")
 
 
-def score_each(hypotheses: Sequence[Tokens], references: References) -> dict[str, list[float]]:
+def score_each(
+    hypotheses: Sequence[Tokens], references: References, rarity: "Rarity | None" = None
+) -> dict[str, list[float]]:
     """Return the ROUGE-L and CIDEr-D scores of each image."""
     rouges = [rouge_l(hypothesis, refs) for hypothesis, refs in zip(hypotheses, references, strict=True)]
-    return {"rouge_l": rouges, "cider_d": cider_d(hypotheses, references)}
+    return {"rouge_l": rouges, "cider_d": cider_d(hypotheses, references, rarity)}
 
 
 def score(

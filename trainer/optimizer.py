@@ -1,10 +1,10 @@
 """Weight updates: parameter groups, learning-rate schedule, weight averaging, and skipped steps."""
 
 import math
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from trainer.config import TrainConfig
 from trainer.model.caption_model import CaptionerModel
 from trainer.model.language_model import PretrainedDecoder
 
-ALIGNED_PARTS = ("connector", "contrast")  # trained in the first stage
+ANNEAL_FRAC = 0.15  # share of a stage that ended early
 SPIKE_FACTOR = 10.0  # a step is skipped if its gradient norm exceeds the median by this factor
 SPIKE_WINDOW = 64  # number of steps for the median
 MAX_SPIKES = 3  # after this many skipped steps in a row, a large norm is accepted as normal
@@ -23,8 +23,6 @@ MAX_SPIKES = 3  # after this many skipped steps in a row, a large norm is accept
 def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dict[str, Any]]:
     """Return two parameter groups per part: one with weight decay, and one without for biases and norms."""
     rates = {"encoder": config.encoder_lr, "connector": config.connector_lr, "decoder": config.decoder_lr}
-    if config.contrastive_weight:
-        rates["contrast"] = config.connector_lr
     parameters = {part: list(getattr(captioner, part).parameters()) for part in rates}
     if isinstance(captioner.decoder, PretrainedDecoder):
         parameters["decoder"] = captioner.decoder.trainable_weights()
@@ -37,47 +35,85 @@ def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dic
 
 
 def build_optimizer(captioner: CaptionerModel, config: TrainConfig) -> torch.optim.AdamW:
-    """Return an AdamW optimizer. `set_stage` sets its learning rates."""
+    """Return an AdamW optimizer. A Schedule sets its learning rates."""
     # `fused` is faster on a CPU too: one pass over weights, gradients and moments instead of about ten.
     return torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
-def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> str:
-    """Set the learning rates for a step, and freeze parts whose rate is 0. Returns the name of the stage."""
-    stage = stage_of(config, step)
-    for group in optimizer.param_groups:
-        rate = group["rate"]
-        if stage == "align":
-            rate = config.align_lr if group["part"] in ALIGNED_PARTS else 0.0
-        elif stage == "scst":
-            rate = min(rate, config.scst_lr)
-        group["lr"] = rate * schedule(config, step)
-        for parameter in group["params"]:
-            parameter.requires_grad_(rate > 0)
-    return stage
+@dataclass(slots=True)
+class Schedule:
+    """The stages of a run and their learning rates: linear warm-up and cosine decay to `lr_floor_frac`.
 
+    `lengths` holds the steps of each stage. `end_early` shortens a stage.
+    """
 
-def stage_of(config: TrainConfig, step: int) -> str:
-    """Return the stage that a step belongs to: align, train or scst."""
-    if step < config.align_steps:
-        return "align"
-    return "scst" if config.scst_steps and step >= config.first_rewarded_step else "train"
+    config: TrainConfig
+    lengths: dict[str, int] = field(default_factory=dict)
+    anneal_from: int = -1  # after `end_early`, the step from which the rate falls linearly to the floor
 
+    def __post_init__(self) -> None:
+        config = self.config
+        planned = {"align": config.align_steps, "train": config.steps, "scst": config.scst_steps}
+        self.lengths = self.lengths or planned
 
-def schedule(config: TrainConfig, step: int) -> float:
-    """Return the learning-rate factor: linear warm-up and cosine decay to `lr_floor_frac` in each stage."""
-    first, steps = {
-        "align": (0, config.align_steps),
-        "train": (config.align_steps, config.steps),
-        "scst": (config.first_rewarded_step, config.scst_steps),
-    }[stage_of(config, step)]
-    stage_step = step - first
-    warmup = max(1, round(config.warmup_frac * steps))
-    if stage_step < warmup:
-        return (stage_step + 1) / warmup
-    decay = (stage_step - warmup) / max(1, steps - warmup)
-    floor = config.lr_floor_frac
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, decay)))
+    @property
+    def total_steps(self) -> int:
+        """The number of steps in all stages."""
+        return sum(self.lengths.values())
+
+    @property
+    def ends(self) -> list[int]:
+        """The number of steps after which each stage ends."""
+        return list(accumulate(self.lengths.values()))
+
+    def stage(self, step: int) -> tuple[str, int]:
+        """Return the stage that a step belongs to (align, train or scst), and the first step of the stage."""
+        first = 0
+        for name, steps in self.lengths.items():
+            if step < first + steps:
+                return name, first
+            first += steps
+        raise ValueError(f"step {step} is after the last step")
+
+    def factor(self, step: int) -> float:
+        """Return the factor of the learning rate for a step."""
+        name, first = self.stage(step)
+        if not first < self.anneal_from <= step:
+            return self._planned_factor(name, step - first)
+        end, floor = first + self.lengths[name], self.config.lr_floor_frac
+        start = self._planned_factor(name, self.anneal_from - first)
+        return floor + (start - floor) * (end - step) / (end - self.anneal_from)
+
+    def _planned_factor(self, stage: str, stage_step: int) -> float:
+        steps: int = getattr(self.config, "steps" if stage == "train" else f"{stage}_steps")
+        warmup = max(1, round(self.config.warmup_frac * steps))
+        if stage_step < warmup:
+            return (stage_step + 1) / warmup
+        decay = (stage_step - warmup) / max(1, steps - warmup)
+        floor: float = self.config.lr_floor_frac
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, decay)))
+
+    def end_early(self, done: int) -> int:
+        """End the stage of the last of `done` steps early. Its last 15 % anneal the rate. Returns its end."""
+        name, first = self.stage(done - 1)
+        steps = math.ceil((done - first) / (1 - ANNEAL_FRAC))
+        if first >= self.anneal_from and steps < self.lengths[name]:
+            self.lengths[name], self.anneal_from = steps, done
+        return first + self.lengths[name]
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> str:
+        """Set the learning rates for a step, and freeze parts whose rate is 0. Returns the stage."""
+        (stage, _), factor = self.stage(step), self.factor(step)
+        for group in optimizer.param_groups:
+            rate = group["rate"]
+            if stage == "align":
+                rate = self.config.align_lr if group["part"] == "connector" else 0.0
+            elif stage == "scst":
+                rate = min(rate, self.config.scst_lr)
+            group["lr"] = rate * factor
+            for parameter in group["params"]:
+                parameter.requires_grad_(rate > 0)
+        return stage
 
 
 @dataclass(slots=True)
@@ -129,23 +165,26 @@ class WeightAverage:
         self.weights_by_name = {name: tensor.to(device) for name, tensor in state["weights"].items()}
 
 
-@dataclass(slots=True)
 class SpikeFilter:
-    """Decides from earlier gradient norms whether to apply a step."""
+    """Decides from earlier gradient norms whether to skip a step. All values stay on the device."""
 
-    norms: list[float] = field(default_factory=list)
-    skipped_steps: int = 0  # consecutive
+    def __init__(self, device: torch.device) -> None:
+        self.norms = torch.full((SPIKE_WINDOW,), math.nan, device=device)
+        self.skipped_steps = torch.zeros((), dtype=torch.long, device=device)  # consecutive
 
     def clear(self) -> None:
         """Discard earlier norms."""
-        self.norms = []
+        self.norms.fill_(math.nan)
 
-    def should_step(self, loss: float, norm: float) -> bool:
-        """Record a norm. Returns False if the loss or the norm is not finite, or the norm is a spike."""
-        median = statistics.median(self.norms) if len(self.norms) >= SPIKE_WINDOW // 4 else math.inf
-        is_finite, is_spike = math.isfinite(loss) and math.isfinite(norm), 0 < SPIKE_FACTOR * median < norm
-        is_good = is_finite and (not is_spike or self.skipped_steps >= MAX_SPIKES)
-        if is_good and norm:  # a norm of 0, when all rewards are equal, is not recorded
-            self.norms = [norm] if is_spike else [*self.norms[1 - SPIKE_WINDOW :], norm]
-        self.skipped_steps = 0 if is_good else self.skipped_steps + 1
-        return is_good
+    def should_skip(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Record a norm. Returns 1.0 if the loss or the norm is not finite, or the norm is a spike."""
+        is_known = self.norms.isfinite().sum() >= SPIKE_WINDOW // 4
+        is_spike = is_known & (norm > SPIKE_FACTOR * self.norms.nanmedian())
+        is_accepted = ~is_spike | (self.skipped_steps >= MAX_SPIKES)
+        is_good = loss.isfinite() & norm.isfinite() & is_accepted
+        # An accepted spike begins a new window. A norm of 0, when all rewards are equal, is not recorded.
+        window = torch.where(is_spike, math.nan, self.norms).roll(-1)
+        window[-1] = norm
+        self.norms = torch.where(is_good & (norm > 0), window, self.norms)
+        self.skipped_steps = torch.where(is_good, 0, self.skipped_steps + 1)
+        return (~is_good).float()

@@ -9,7 +9,7 @@ Shapes: B images, N hidden states, V encoder width, C sampled captions, C = B * 
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,10 +25,9 @@ SAMPLING = DecodingConfig(temperature=1.0)
 
 @dataclass(frozen=True, slots=True)
 class SampledCaptions:
-    """Sampled captions as training targets, with their advantages and rewards."""
+    """Sampled captions as training targets, weighted by their advantages, and their rewards."""
 
     texts: TextBatch
-    advantage_C: Tensor
     rewards: list[float]
 
 
@@ -57,13 +56,13 @@ class SelfCritic:
             has_ended = len(ids) < max_tokens
             hypotheses.append([*tokenize(tokenizer.decode(ids)), *([EOS] if has_ended else [])])
             target = [*ids, captioner.config.eos_id] if has_ended else ids
-            texts.append(EncodedText.of(self.prompt, target, is_caption=True))
+            texts.append(EncodedText.of(self.prompt, target))
         references = [self.references[e.sample_id] for e in examples for _ in range(self.num_samples)]
         rewards = cider_d(hypotheses, references, rarity=self.rarity)
         starts = range(0, len(texts), self.num_samples)
         by_image = [texts[start : start + self.num_samples] for start in starts]
-        advantage_C = torch.tensor(_advantages(rewards, self.num_samples))
-        return SampledCaptions(collate(by_image), advantage_C, rewards)
+        weight_C = torch.tensor(_advantages(rewards, self.num_samples))
+        return SampledCaptions(replace(collate(by_image), weight_C=weight_C), rewards)
 
 
 def _advantages(rewards: Sequence[float], num_samples: int) -> list[float]:

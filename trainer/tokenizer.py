@@ -5,9 +5,12 @@ the (source, style) pairs that a captioner has learned. The style of answers is 
 contain a copy of the functions that choose and build a prompt (trainer/publish/transformers_files.py).
 """
 
+import math
+import re
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -19,7 +22,9 @@ from trainer.runtime.checkpoint_folder import require_learned
 
 PAD, EOS = "<pad>", "<eos>"
 PAD_ID, EOS_ID = 0, 1  # in every tokenizer trained by `train_tokenizer`
-ENCODED_TEXTS = 10_000  # per batch in `count_cut`
+ENCODED_TEXTS = 10_000  # per batch in `count_tokens`
+MAX_DEFAULT_TOKENS, TOKEN_STEP = 256, 16  # of `choose_max_tokens`
+SENTENCE_END = re.compile(r"[.!?]+(?=\s)|[\u3002\uff01\uff1f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +43,12 @@ class EncodedText:
 
     prompt: "array[int]"
     target: "array[int]"  # ends with EOS, unless it was truncated
-    is_caption: bool
+    weight: float = 1.0  # of its tokens in the loss
 
     @classmethod
-    def of(cls, prompt: Sequence[int], target: Sequence[int], *, is_caption: bool) -> "EncodedText":
+    def of(cls, prompt: Sequence[int], target: Sequence[int], weight: float = 1.0) -> "EncodedText":
         """Store token ids as arrays, which need less memory than lists."""
-        return cls(array("i", prompt), array("i", target), is_caption)
+        return cls(array("i", prompt), array("i", target), weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class TextBatch:
     ids_CT: Tensor  # prompt, target, EOS
     prompt_C: Tensor  # number of prompt tokens
     length_C: Tensor  # number of tokens without padding
-    caption_C: Tensor  # True for captions, False for answers
+    weight_C: Tensor  # weight of its tokens in the loss
 
     @property
     def learned_CT(self) -> Tensor:
@@ -62,13 +67,10 @@ class TextBatch:
         after_T = torch.arange(1, self.ids_CT.shape[1], device=self.ids_CT.device)
         return (after_T >= self.prompt_C[:, None]) & (after_T < self.length_C[:, None])
 
-    def only(self, chosen_C: Tensor) -> "TextBatch":
-        """Return a batch with only the texts that the mask or index selects."""
-        return TextBatch(*(getattr(self, field.name)[chosen_C] for field in fields(self)))
-
-    def last_token(self, states_CTD: Tensor) -> Tensor:
-        """Return the state of the last token of each text: (C, D)."""
-        return states_CTD[torch.arange(len(states_CTD), device=states_CTD.device), self.length_C - 1]
+    @property
+    def total_weight(self) -> float:
+        """The sum of the weights of all target tokens."""
+        return float((self.learned_CT.sum(1) * self.weight_C).sum())
 
     def to(self, device: torch.device) -> "TextBatch":
         """Move all tensors to a device."""
@@ -92,22 +94,48 @@ class CaptionTokenizer:
         """Return the token ids of a text, followed by EOS."""
         return [*self._ids(self._target_text(text)), self.eos_id]
 
-    def encode(self, text: TargetText, max_tokens: int) -> EncodedText:
-        """Encode prompt and target. A target longer than `max_tokens` is truncated and has no EOS."""
-        return EncodedText.of(self.prompt(text), self.target(text)[:max_tokens], is_caption=not text.question)
+    def encode(self, text: TargetText, max_tokens: int | None, weight: float = 1.0) -> EncodedText:
+        """Encode prompt and target.
 
-    def count_cut(self, texts: Sequence[TargetText], max_tokens: int) -> int:
-        """Return the number of targets that are longer than `max_tokens` including EOS."""
-        num_cut = 0
+        A target longer than `max_tokens` is cut after the last sentence that fits. If none fits, it is
+        truncated and has no EOS.
+        """
+        target = self.target(text)
+        if max_tokens is not None and len(target) > max_tokens:
+            ends = [match.end() for match in SENTENCE_END.finditer(text.text)]
+            shorter = (self.target(replace(text, text=text.text[:end])) for end in reversed(ends))
+            target = next((ids for ids in shorter if len(ids) <= max_tokens), target[:max_tokens])
+        return EncodedText.of(self.prompt(text), target, weight)
+
+    def count_tokens(self, texts: Sequence[TargetText]) -> list[int]:
+        """Return the number of target tokens of each text, including EOS."""
+        counts: list[int] = []
         for start in range(0, len(texts), ENCODED_TEXTS):
             part = [self._target_text(text) for text in texts[start : start + ENCODED_TEXTS]]
             encodings = self.backend.encode_batch(part, add_special_tokens=False)
-            num_cut += sum(len(encoding.ids) + 1 > max_tokens for encoding in encodings)
-        return num_cut
+            counts += [len(encoding.ids) + 1 for encoding in encodings]
+        return counts
+
+    def choose_max_tokens(self, texts: Sequence[TargetText]) -> int:
+        """Return the default of `max_caption_tokens` for training texts (see TrainConfig)."""
+        by_style: dict[str, list[int]] = defaultdict(list)
+        for text, count in zip(texts, self.count_tokens(texts), strict=True):
+            by_style[text.style].append(count)
+        longest = max(np.percentile(counts, 99) for counts in by_style.values())
+        return min(MAX_DEFAULT_TOKENS, TOKEN_STEP * math.ceil(longest / TOKEN_STEP))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
         return str(self.backend.decode(list(ids))).strip()
+
+    def with_prompts(self, texts: Iterable[TargetText]) -> "CaptionTokenizer":
+        """Return a tokenizer with a token for each source and style of `texts`. Existing ids stay."""
+        if self.kind == "pretrained":  # its prompts are plain text
+            return self
+        backend = Tokenizer.from_str(self.backend.to_str())
+        backend.add_special_tokens(_prompt_tokens(texts))
+        backend.encode_special_tokens = True
+        return CaptionTokenizer(backend, self.kind, self.eos_id)
 
     def _target_text(self, text: TargetText) -> str:
         return f" {text.text}" if self.kind == "pretrained" else text.text
@@ -146,20 +174,19 @@ def collate(texts: Sequence[Sequence[EncodedText]]) -> TextBatch:
         torch.from_numpy(ids_CT),
         torch.tensor([len(text.prompt) for _, text in pairs]),
         torch.tensor([len(row) for row in rows]),
-        torch.tensor([text.is_caption for _, text in pairs]),
+        torch.tensor([text.weight for _, text in pairs]),
     )
 
 
 def train_tokenizer(texts: Iterable[TargetText], vocab_size: int) -> CaptionTokenizer:
     """Train a byte-level BPE tokenizer with special tokens for sources and styles."""
     texts = list(texts)
-    names = [*sorted({text.source for text in texts}), *sorted({text.style for text in texts if text.style})]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, EOS, ANSWER, *(f"<{name}>" for name in names)],
+        special_tokens=[PAD, EOS, ANSWER, *_prompt_tokens(texts)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -168,6 +195,13 @@ def train_tokenizer(texts: Iterable[TargetText], vocab_size: int) -> CaptionToke
     tokenizer.encode_special_tokens = True  # "<eos>" in a caption must not become EOS
     assert (tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)) == (PAD_ID, EOS_ID)
     return CaptionTokenizer(tokenizer, "scratch", EOS_ID)
+
+
+def _prompt_tokens(texts: Iterable[TargetText]) -> list[str]:
+    """Return the tokens for sources and styles, sources first."""
+    pairs = {(text.source, text.style) for text in texts}
+    sources, styles = ({pair[index] for pair in pairs} for index in (0, 1))
+    return [f"<{name}>" for name in (*sorted(sources), *sorted(styles - {""}))]
 
 
 ANSWER = "<answer>"  # last token of a question prompt

@@ -6,7 +6,6 @@ cosine decay. An interrupted run can be resumed. On a CPU, its results are bit-i
 """
 
 import math
-from collections.abc import Container
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch.distributed
 
 from pipeline.dataset.version import FEATURES, Version
-from pipeline.digests import digest
+from pipeline.digests import digest, file_digest
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import read_json, remove, write_json
 from trainer.caption_files import write_captions
@@ -24,14 +23,14 @@ from trainer.evaluate import EvalOptions, choose_references, evaluate
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
 from trainer.loop import BatchLoader, Trainer, build_trainer, run_steps
 from trainer.model.checkpoint import Checkpoint, build_checkpoint, load_checkpoint
-from trainer.model.decoding import DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
-from trainer.runtime.checkpoint_folder import READ_ERRORS
+from trainer.runtime.checkpoint_folder import READ_ERRORS, find_captioner
 from trainer.runtime.devices import best_device, join_processes, matmul_precision
 from trainer.runtime.forecast import Forecast, fit_and_forecast
-from trainer.runtime.training_state import Log, load_resume, require_tensorboard
+from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, prompt_parts, scored_prompt
 
+MAX_CUT_SHARE = 0.01  # more cut texts are reported
 LAST = "last"  # folder for the captioner after the last step, if an earlier one is better
 
 
@@ -41,8 +40,6 @@ def train_captioner(
     out: Path,
     *,
     resume: bool = False,
-    tensorboard: bool = False,
-    only: Container[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train a captioner on a version, score it on the test split, and return the content of metrics.json.
@@ -50,13 +47,11 @@ def train_captioner(
     `out` receives the checkpoint with the best validation CIDEr-D (config.json, model.safetensors and
     tokenizer.json), train.json (settings), log.jsonl, metrics.json and captions.jsonl (test images). If the
     last step is not the best, the folder `last` holds its captioner. Until the run ends, resume.pt holds the
-    state to resume from. `only` restricts the run to these sample ids.
+    state to resume from.
 
     Raises StoreError if the version lacks a split, and TrainError if there is nothing to learn or to resume,
     a model is missing, or the loss diverges.
     """
-    if tensorboard:
-        require_tensorboard()
     report = progress or NullProgress()
     rank, processes = join_processes()
     device = best_device(rank)
@@ -64,8 +59,10 @@ def train_captioner(
         torch.cuda.set_device(device)
     torch.manual_seed(config.seed)
 
-    sets, config = choose_examples(version, config, only)
-    run_digest = partial(_run_digest, version, config, sets["train"])
+    settings = config  # without values that depend on the data
+    sets, config = choose_examples(version, config)
+    init = file_digest(find_captioner(config.init) / "model.safetensors") if config.init else ""
+    run_digest = partial(_run_digest, version, config, sets["train"], init)
     is_interrupted = resume and (out / "resume.pt").exists()
     if not is_interrupted and (metrics := _read_finished(out, run_digest(1))) is not None:
         report.message(f"{out} already has this captioner. To train again, use another --out")
@@ -76,12 +73,13 @@ def train_captioner(
     # All checks come first, because storing hidden states may take hours.
     checkpoint = build_checkpoint(version, config, sets["train"])
     checkpoint.captioner.to(device)
-    _require_positions(checkpoint, config, texts_of([*sets["train"], *sets["validation"]]))
+    config = config.model_copy(update={"max_caption_tokens": checkpoint.captioner.config.max_caption_tokens})
+    _require_positions(checkpoint, texts_of([*sets["train"], *sets["validation"]]))
     if isinstance(checkpoint.captioner.decoder, PretrainedDecoder):
         _ = checkpoint.captioner.decoder.probed  # measured before the precision is reduced
     if rank == 0:
-        _warn_of_unlearned(version, checkpoint, config, texts_of(sets["train"]), report)
-    state = load_resume(out, config, run_digest) if resume else {}
+        _warn_of_unlearned(version, checkpoint, texts_of(sets["train"]), report)
+    state = load_resume(out, settings, run_digest) if resume else {}
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
     for split in ("validation", "test"):
         choose_references(sets[split], style)
@@ -100,7 +98,7 @@ def train_captioner(
         forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
         log = None
         if rank == 0:
-            log = _begin_log(out, config, forecast, state.get("step", 0), tensorboard=tensorboard)
+            log = _begin_log(out, settings, forecast, state.get("step", 0))
         run_steps(trainer, out, run_digest(processes), log, report, state)
         if rank == 0 and trainer.validation.evaluations_without_gain:
             (out / LAST).mkdir(exist_ok=True)
@@ -112,10 +110,15 @@ def train_captioner(
         return _score_test_split(trainer, out, sets["test"], run_digest(1)) if rank == 0 else {}
 
 
-def _run_digest(version: Version, config: TrainConfig, train_set: list[Example], processes: int) -> str:
-    """Return a digest of all inputs of a run. A state can be resumed only with the same digest."""
+def _run_digest(
+    version: Version, config: TrainConfig, train_set: list[Example], init: str, processes: int
+) -> str:
+    """Return a digest of all inputs of a run. A state can be resumed only with the same digest.
+
+    `init` is the digest of the weights that training starts from, or "".
+    """
     ids = [example.sample_id for example in train_set]
-    return digest([config.digest_values(), version.manifest["digest"], processes, ids])
+    return digest([config.digest_values(), version.manifest["digest"], processes, ids, init])
 
 
 def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
@@ -128,19 +131,21 @@ def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
 
 
 def _warn_of_unlearned(
-    version: Version, checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress
+    version: Version, checkpoint: Checkpoint, texts: list[TargetText], progress: Progress
 ) -> None:
     """Warn about truncated texts, and report columns that are not learned."""
-    limit = config.max_caption_tokens
-    if num_cut := checkpoint.tokenizer.count_cut(texts, limit):
+    limit = checkpoint.captioner.config.max_caption_tokens
+    num_cut = sum(count > limit for count in checkpoint.tokenizer.count_tokens(texts))
+    if num_cut > MAX_CUT_SHARE * len(texts):
         share = f"{num_cut:,} of {len(texts):,} texts are longer than {limit} tokens"
-        progress.warn(f"{share}: they are cut off (max_caption_tokens)")
+        progress.warn(f"{share}: they are cut off after a sentence (max_caption_tokens)")
     if columns := version.manifest.get("own_columns"):
         progress.message(f"not used in training (columns of custom tasks): {', '.join(columns)}")
 
 
-def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText]) -> None:
+def _require_positions(checkpoint: Checkpoint, texts: list[TargetText]) -> None:
     """Raise TrainError if an image and the longest text need more positions than the decoder has."""
+    limit = checkpoint.captioner.config.max_caption_tokens
     decoder, tokenizer = checkpoint.captioner.decoder, checkpoint.tokenizer
     if not isinstance(decoder, PretrainedDecoder) or decoder.max_positions == math.inf:
         return
@@ -148,23 +153,23 @@ def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[
 
     def max_tokens(text: TargetText) -> int:  # an upper bound: a token has at least one byte
         prompt = prompt_parts(tokenizer.kind, text.source, text.style, text.question)
-        target = min(len(text.text.encode()) + 2, config.max_caption_tokens)
+        target = min(len(text.text.encode()) + 2, limit)
         return sum(len(part.encode()) for part, _ in prompt) + target
 
     may_be_long = (text for text in texts if num_states + max_tokens(text) > decoder.max_positions)
-    encoded = (tokenizer.encode(text, config.max_caption_tokens) for text in may_be_long)
+    encoded = (tokenizer.encode(text, limit) for text in may_be_long)
     longest = max((len(text.prompt) + len(text.target) for text in encoded), default=0)
     decoder.require_positions(num_states, longest)
 
 
-def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *, tensorboard: bool) -> Log:
+def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int) -> Log:
     """Write the settings, remove earlier results, and open a log that continues after step `done`."""
     (out / "metrics.json").unlink(missing_ok=True)
     remove(out / LAST)
     write_json(out / "train.json", config.model_dump(mode="json"))
-    log = Log(out / "log.jsonl", done, tensorboard=tensorboard)
+    log = Log(out / "log.jsonl", done)
     if not done:
-        log.write(step=0, forecast_seconds=forecast.seconds, forecast_memory_mb=forecast.memory_mb)
+        log.write(step=0, forecast_seconds=forecast.seconds)
     return log
 
 
@@ -175,8 +180,9 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     captioner = checkpoint.captioner
     if not captioner.encoder.config.frozen:
         features = OnlineFeatures(captioner.encoder, trainer.device)
-    decoding = DecodingConfig(num_beams=trainer.config.num_beams)
-    options = EvalOptions(scored_prompt(captioner.config.prompts), decoding, questions=True)
+    options = EvalOptions(
+        scored_prompt(captioner.config.prompts), captioner.config.decoding(), questions=True
+    )
     metrics: dict[str, Any] = {
         "run": run,
         "data": captioner.config.data,

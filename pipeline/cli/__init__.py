@@ -23,7 +23,7 @@ from pipeline.cli.datasets import check, diff, export, report, review_apply
 from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
-from pipeline.cli.training import evaluate, experiment, train
+from pipeline.cli.training import evaluate, train
 from pipeline.cli.versions import versions_gc, versions_list, versions_rm
 from pipeline.errors import SynthError
 from pipeline.install import PACKAGES, extra_of, installed_version
@@ -124,7 +124,7 @@ versions.command("list")(versions_list)
 versions.command("rm")(versions_rm)
 versions.command("gc")(versions_gc)
 add(USE, diff, check, push, export)
-add(TRAIN, train, evaluate, caption, serve_captioner, experiment)
+add(TRAIN, train, evaluate, caption, serve_captioner)
 
 
 def print_version(value: bool) -> None:

@@ -1,9 +1,9 @@
-"""Commands that train captioners and score them: train, evaluate, experiment."""
+"""Commands that train captioners and score them: train, evaluate."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
 from pipeline.cli.options import (
     BY_STYLE,
@@ -17,8 +17,7 @@ from pipeline.cli.options import (
     path_option,
     require_split,
 )
-from pipeline.cli.output import find_checkpoint, note_training_data, print_scores, say, show
-from pipeline.errors import TrainError
+from pipeline.cli.output import find_checkpoint, note_training_data, print_scores, show
 from pipeline.progress import show_progress
 
 ENCODERS = "auto, vit, clip, siglip2, dinov2, clip-large, metaclip, tiny-clip, tiny-vit, a folder or a Hub id"
@@ -32,6 +31,9 @@ def _preset_option(text: str, **limits: Any) -> Any:
 def train(
     data: DataName = None,
     images: Images = None,
+    init: Annotated[
+        str | None, option("Captioner to continue: a folder or a Hub id.", "a new captioner")
+    ] = None,
     encoder: Annotated[str, option(f"Image encoder: {ENCODERS}.")] = "auto",
     encoder_layer: Annotated[
         int | None, option("Encoder layer whose hidden states are used; -1: the last.", "-1")
@@ -72,12 +74,11 @@ def train(
         Path | None, path_option("Checkpoint folder.", "DATASET/checkpoints/VERSION-ENCODER-DECODER")
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Resume an interrupted training run.")] = False,
-    tensorboard: Annotated[bool, Option("--tensorboard", help="Also write TensorBoard curves.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a captioner on a version, and score it on the test split.
 
-    Before the first step, it prints the number of trainable parameters, and the expected time and memory.
+    Before the first step, it prints the number of trainable parameters, and the expected time.
     """
     from trainer.config import resolve
 
@@ -91,7 +92,7 @@ def train(
         "decoder_lr": lr,
     }
     options |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed}
-    options |= {"preset": preset}
+    options |= {"preset": preset, "init": init}
     if not resume:
         resolve(config, **options)  # report invalid settings before data is downloaded
     version = open_data(data, images)
@@ -99,9 +100,7 @@ def train(
     from trainer.launch import train as train_captioner  # imports torch, which takes seconds
 
     with show_progress() as progress:
-        result = train_captioner(
-            version, config, out=out, resume=resume, tensorboard=tensorboard, progress=progress, **options
-        )
+        result = train_captioner(version, config, out=out, resume=resume, progress=progress, **options)
     if result.metrics:  # only the first of several processes has metrics
         print_scores(result.metrics)
         show(result.metrics | {"path": str(result.path)}, as_json, "path")
@@ -150,40 +149,3 @@ def evaluate(
             write_captions(captions, image_results)
     print_scores(metrics)
     show(metrics, as_json, "scores")
-
-
-def experiment(
-    file: Annotated[Path, Argument(help="YAML file of the experiment, such as docs/experiment.yaml.")],
-    out: Annotated[Path | None, path_option("Folder to write the experiment to.", "experiments/FILE")] = None,
-    jobs: Annotated[
-        int | None, option("Training runs in parallel.", "number of GPUs, or of CPU cores", min=1)
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Train a grid of captioners, and compare data, encoders, decoders and alignment."""
-    from pipeline.dataset.directory import DatasetDir
-    from pipeline.storage.files import translate_disk_errors
-    from trainer.experiment.grid import cells_of, read_experiment
-
-    spec = read_experiment(file)
-
-    from trainer.experiment.report import markdown, write_result  # imports torch, which takes seconds
-    from trainer.experiment.runs import default_jobs, plan, require_models, run_cells
-
-    folder = out or Path("experiments") / file.stem
-    with translate_disk_errors(folder), DatasetDir(folder).lock():
-        runs = plan(spec, cells_of(spec), open_data, folder)
-        say(f"{len(runs)} cells in {folder}, {sum(run.is_done for run in runs)} finished earlier")
-        require_models(runs)
-        with show_progress() as progress:
-            failures = run_cells(runs, jobs or default_jobs(), progress)
-        finished = [run for run in runs if run.is_done]
-        result = write_result(finished, folder) if finished else None
-    if result:
-        say(markdown(result))
-        show(result | {"path": str(folder / "experiment.html")}, as_json, "path")
-    if failures:
-        for failure in failures:
-            say(f"failed: {failure}")
-        hint = "fix the cause, and run the same command: it trains only the missing cells"
-        raise TrainError(f"{len(failures)} of {len(runs)} cells failed", hint=hint)

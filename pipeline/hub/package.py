@@ -193,7 +193,7 @@ def build_checkpoint_package(
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
     models = base_models(saved["train"], hub_ids)
     # Publish no local paths.
-    for part in ("encoder", "decoder"):
+    for part in filter(saved["train"].get, ("encoder", "decoder", "init")):
         saved["train"][part] = without_folders(str(saved["train"][part]))
     written = {"train.json": json_text(saved["train"]).encode(), **extra_files(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}

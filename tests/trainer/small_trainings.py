@@ -1,6 +1,7 @@
 """Small trainings: their settings and results."""
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import trainer.loop
 from pipeline.dataset.version import Version
 from trainer.config import TrainConfig
 from trainer.runtime.training_state import read_log, save_resume
+from trainer.tokenizer import TextBatch
 from trainer.training import train_captioner
 
 SMALL = TrainConfig(
@@ -53,9 +55,15 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
 
 
+def only(texts: TextBatch, number: int) -> TextBatch:
+    """Return a batch with one of the texts."""
+    return TextBatch(*(getattr(texts, field.name)[[number]] for field in fields(TextBatch)))
+
+
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 IMPORTS = """
 import sys
+from dataclasses import fields
 from pathlib import Path
 import torch
 from pipeline.dataset.version import read_version

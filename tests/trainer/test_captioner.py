@@ -144,7 +144,7 @@ def test_default_num_beams_equals_final_test_setting(tmp_path: Path, monkeypatch
     images = [photo(number) for number in range(6)]
     greedy, searched = captioner.caption(images), captioner.caption(images, num_beams=3)
     assert greedy != searched
-    monkeypatch.setitem(captioner.checkpoint.captioner.config.data, "num_beams", 3)
+    monkeypatch.setitem(captioner.checkpoint.captioner.config.data, "decoding", {"num_beams": 3})
     assert captioner.caption(images) == searched
     assert captioner.caption(images, num_beams=1) == greedy
 

@@ -1,6 +1,5 @@
 """Examples: the texts to learn, limits on images and captions, and the order of batches."""
 
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 
 from pipeline.errors import TrainError
 from trainer.config import default_texts
-from trainer.data import Question, batches, count_words, limit_captions, limit_images, read_examples
+from trainer.data import Question, batches, limit_images, read_examples
 from trainer.tokenizer import TargetText
 
 ROW: dict[str, Any] = {
@@ -110,30 +109,6 @@ def test_smaller_image_limit_selects_a_subset_of_a_larger_limit() -> None:
     assert len(few) == 10 and len(more) == 20 and set(few) < set(more)
     assert set(limit_images(examples[::-1], 10)) == set(few)
     assert limit_images(examples, 0) == limit_images(examples, 60) == examples
-
-
-def test_word_budget_keeps_one_caption_per_image() -> None:
-    caption = {"style": "brief", "prompt_id": "p"}
-    captions = [caption | {"text": f"A ring of {'very ' * n}gold."} for n in range(4)]
-    examples = read_examples(table(*({"sample_id": str(n), "captions": captions} for n in range(30))), IMAGES)
-
-    def words(chosen: list[Any]) -> int:
-        return sum(count_words(text) for example in chosen for text in example.texts if text.style)
-
-    assert words(examples) == 30 * (4 + 5 + 6 + 7)
-    limited = limit_captions(examples, 400)
-    assert 394 <= words(limited) <= 400 and all(any(t.style for t in example.texts) for example in limited)
-    # Answers do not count.
-    assert all(sum(not text.style for text in example.texts) == 1 for example in limited)
-    assert [e.sample_id for e in limit_captions(examples, 1)] == [e.sample_id for e in examples]
-    for example in limit_captions(examples, 1):
-        assert sum(bool(text.style) for text in example.texts) == 1
-    assert limit_captions(examples, 0) == examples
-    # A small budget takes the shortest captions.
-    shortest = limit_captions(examples, 121)
-    assert words(shortest) == 30 * 4
-    repeated = replace(examples[0], texts=(examples[0].texts[0],) * 2)
-    assert len(limit_captions([repeated], 4)[0].texts) == 1
 
 
 def test_dataset_without_texts_or_with_decks_is_refused() -> None:

@@ -75,6 +75,7 @@ def test_interrupted_build_resumes(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "BATCH_IMAGES", 8)
+    monkeypatch.setattr(features, "SAVE_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         store_features(encoder, examples, tmp_path, CPU, Counted(dies_at=1))
     (ids,) = tmp_path.glob("*/ids.bin")
@@ -163,6 +164,7 @@ def test_lost_or_damaged_records_are_computed_again(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "BATCH_IMAGES", 8)
+    monkeypatch.setattr(features, "SAVE_EVERY_S", 0.0)
     expected = OnlineFeatures(encoder, CPU)(examples)
     store_features(encoder, examples, tmp_path, CPU, QUIET)
     (path,) = tmp_path.iterdir()

@@ -1,6 +1,5 @@
 """Training steps: they overfit, and do not depend on micro-batches or processes."""
 
-import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -8,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer.data
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
+from pipeline.progress import NullProgress
 from tests.trainer.small_trainings import CPU, PROCESS, TWO_PROCESSES, losses, replace
-from trainer.data import examples_in
+from trainer.data import examples_in, read_split_examples
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
 from trainer.loop import BatchLoader
 from trainer.model.caption_model import CaptionerModel
 from trainer.model.checkpoint import build_checkpoint, load_checkpoint
-from trainer.tokenizer import collate
 from trainer.training import train_captioner
 
 
@@ -46,23 +46,59 @@ def test_micro_batches_do_not_change_the_loss(version: Version, tmp_path: Path, 
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "3"), rel=1e-4)
 
 
+def test_text_weights_depend_on_style_and_source(version: Version, clip: str) -> None:
+    weights = {"detailed": 0.25, "human": 3.0, "answer": 0.0}
+    config = replace(encoder=clip, text_source="mixed", text_weights=weights).with_defaults(40)
+    examples = read_split_examples(version, "train", config)
+    checkpoint = build_checkpoint(version, config, examples)
+    loader = BatchLoader(
+        config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU)
+    )
+    (batch,) = loader.load(examples[:3]).micro_batches
+    expected = {("human", "brief"): 3.0, ("synthetic", "brief"): 1.0, ("synthetic", "detailed"): 0.25}
+    learned = [expected.get((text.source, text.style), 0.0) for e in examples[:3] for text in e.texts]
+    assert batch.texts.weight_C.tolist() == learned and {*learned} >= {3.0, 1.0, 0.25}
+    assert (
+        loader.load(examples[:3]).weight
+        == batch.texts.total_weight
+        < loader.load(examples[:3]).num_tokens * 3
+    )
+
+
+class CountReads(TorchDispatchMode):
+    """Counts reads of floating-point values, which wait for the device. (Indices are on the CPU.)"""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_read = func is torch.ops.aten._local_scalar_dense.default
+        self.reads += is_read and args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["scratch", "language_model"])
+def test_steps_read_no_value_from_the_device_until_the_log_is_written(
+    kind: str, version: Version, tmp_path: Path, clip: str, language_model: str
+) -> None:
+    decoder = "scratch" if kind == "scratch" else language_model
+    counts: list[int] = []
+
+    class Note(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
+            if stage == "train":
+                counts.append(counter.reads)
+
+    config = replace(encoder=clip, decoder=decoder, steps=12, evaluate_every=99, average_decay=0.9)
+    with CountReads() as counter:
+        train_captioner(version, config, tmp_path, progress=Note())
+    assert counts[0] == counts[8] < counts[9] == counts[10]
+    assert len(losses(tmp_path)) == 12
+
+
 def test_diverging_loss_ends_the_training(version: Version, tmp_path: Path) -> None:
     rates = {"connector_lr": 1e18, "decoder_lr": 1e18, "encoder_lr": 1e18}
     with pytest.raises(TrainError, match=r"loss is (nan|inf)"):
         train_captioner(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
-
-
-def test_contrastive_training_beats_guessing(version: Version, tmp_path: Path, clip: str) -> None:
-    config = replace(encoder=clip, steps=40, contrastive_weight=1.0, dropout=0.0, evaluate_every=40)
-    train_captioner(version, config, tmp_path)
-    checkpoint, examples = load_checkpoint(tmp_path), examples_in(version, "train")[:8]
-    encode = checkpoint.tokenizer.encode
-    texts = collate([[encode(text, 64) for text in example.texts] for example in examples])
-    states = OnlineFeatures(checkpoint.captioner.encoder, CPU)(examples)
-    with torch.inference_mode():
-        learned = checkpoint.captioner.contrast_loss(states, texts).item()
-    # Guessing among 8 images has the loss log 8.
-    assert learned < math.log(8) * 0.95
 
 
 def test_bfloat16_is_used_in_steps_only(

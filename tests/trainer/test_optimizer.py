@@ -11,7 +11,7 @@ from tests.trainer.small_trainings import replace
 from trainer.config import TrainConfig
 from trainer.data import examples_in, read_split_examples
 from trainer.model.checkpoint import build_checkpoint
-from trainer.optimizer import MAX_SPIKES, SpikeFilter, WeightAverage, build_optimizer, schedule, set_stage
+from trainer.optimizer import MAX_SPIKES, Schedule, SpikeFilter, WeightAverage, build_optimizer
 
 
 def test_each_model_part_has_a_learning_rate_and_is_frozen_at_rate_0(version: Version, clip: str) -> None:
@@ -21,7 +21,7 @@ def test_each_model_part_has_a_learning_rate_and_is_frozen_at_rate_0(version: Ve
     captioner = build_checkpoint(version, config, examples_in(version, "train")).captioner
     optimizer = build_optimizer(captioner, config)
     for step, stage, rates in ((0, "align", (0.0, 1.0, 0.0)), (5, "train", (0.0, 0.1, 0.01))):
-        assert set_stage(optimizer, config, step) == stage
+        assert Schedule(config).apply(optimizer, step) == stage
         rate_of_part = {group["part"]: group["lr"] for group in optimizer.param_groups}
         found = tuple(rate_of_part[part] for part in ("encoder", "connector", "decoder"))
         assert found == pytest.approx(rates)
@@ -31,7 +31,7 @@ def test_each_model_part_has_a_learning_rate_and_is_frozen_at_rate_0(version: Ve
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth_in_each_stage() -> None:
     config = TrainConfig(steps=100, align_steps=50, warmup_frac=0.1)
-    shares = [schedule(config, step) for step in range(151)]
+    shares = [Schedule(config).factor(step) for step in range(150)]
     for first, steps in ((0, 50), (50, 100)):
         stage = shares[first : first + steps]
         assert stage[0] == pytest.approx(10 / steps)
@@ -45,8 +45,9 @@ def test_scst_learning_rate_is_capped_by_the_rate_of_each_part(version: Version,
     config = replace(encoder=clip, steps=2, scst_steps=2, **rates).with_defaults(4)
     captioner = build_checkpoint(version, config, read_split_examples(version, "train", config)).captioner
     optimizer = build_optimizer(captioner, config)
-    assert set_stage(optimizer, config, 2) == "scst"
-    found = {group["part"]: group["lr"] / schedule(config, 2) for group in optimizer.param_groups}
+    schedule = Schedule(config)
+    assert schedule.apply(optimizer, 2) == "scst"
+    found = {group["part"]: group["lr"] / schedule.factor(2) for group in optimizer.param_groups}
     assert found == {"encoder": 1e-6, "connector": 5e-5, "decoder": 5e-5}
 
 
@@ -76,21 +77,62 @@ def test_original_weights_are_restored_if_code_with_averaged_weights_raises() ->
     assert average.weights_by_name["weight"].eq(0).all()
 
 
+def test_early_end_anneals_the_rate_over_the_last_15_percent_of_the_stage() -> None:
+    config = TrainConfig(steps=200, align_steps=20, scst_steps=30, warmup_frac=0.1, lr_floor_frac=0.02)
+    planned, schedule = Schedule(config), Schedule(config)
+    assert schedule.end_early(20 + 85) == 20 + 100
+    assert (schedule.ends, schedule.total_steps) == ([20, 120, 150], 150)
+    factors = [schedule.factor(step) for step in range(150)]
+    assert factors[:105] == [planned.factor(step) for step in range(105)]
+    assert factors[105] == planned.factor(105) > 0.6
+    steps = [factors[n] - factors[n + 1] for n in range(105, 119)]
+    assert steps == pytest.approx([(factors[105] - 0.02) / 15] * 14)
+    assert factors[120:] == [planned.factor(step) for step in range(220, 250)]
+    # Later evaluations without gain change nothing until the next stage.
+    assert schedule.end_early(110) == 120 and schedule.total_steps == 150
+    assert schedule.end_early(120 + 17) == 120 + 20
+    restored = Schedule(config, dict(schedule.lengths), schedule.anneal_from)
+    assert [restored.factor(n) for n in range(140)] == [schedule.factor(n) for n in range(140)]
+
+
+def should_step(spikes: SpikeFilter, loss: float, norm: float) -> bool:
+    return not spikes.should_skip(torch.tensor(loss), torch.tensor(norm))
+
+
+def filter_after(*norms: float) -> SpikeFilter:
+    spikes = SpikeFilter(torch.device("cpu"))
+    for norm in norms:
+        assert should_step(spikes, 1.0, norm)
+    return spikes
+
+
 def test_zero_gradients_do_not_lower_the_median_norm() -> None:
     """Gradients are 0 if all rewards of a step are equal."""
-    spikes = SpikeFilter()
-    assert all(spikes.should_step(1.0, float(step % 4 == 0)) for step in range(200))
-    assert not spikes.should_step(1.0, 1e6)
+    spikes = filter_after(*(float(step % 4 == 0) for step in range(200)))
+    assert not should_step(spikes, 1.0, 1e6)
 
 
 def test_larger_gradient_norms_are_accepted_if_they_last() -> None:
-    spikes = SpikeFilter(norms=[1.0] * 32)
-    assert not any(spikes.should_step(1.0, 100.0) for _ in range(MAX_SPIKES))
-    assert spikes.should_step(1.0, 100.0) and spikes.should_step(1.0, 100.0)
+    spikes = filter_after(*[1.0] * 32)
+    assert not any(should_step(spikes, 1.0, 100.0) for _ in range(MAX_SPIKES))
+    assert should_step(spikes, 1.0, 100.0) and should_step(spikes, 1.0, 100.0)
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(nan, 1.0), (inf, 1.0), (1.0, nan), (1.0, inf)])
 def test_non_finite_loss_or_norm_is_always_skipped(loss: float, norm: float) -> None:
-    spikes = SpikeFilter(norms=[1.0] * 32)
-    assert [spikes.should_step(loss, norm) for _ in range(20)] == [False] * 20
-    assert (spikes.skipped_steps, spikes.norms) == (20, [1.0] * 32)
+    spikes = filter_after(*[1.0] * 32)
+    assert [should_step(spikes, loss, norm) for _ in range(20)] == [False] * 20
+    assert spikes.skipped_steps == 20 and spikes.norms.nansum() == 32
+
+
+def test_skipped_step_changes_no_weight_although_nothing_is_read_from_the_device() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+    for skip, gradient in ((0.0, 1.0), (1.0, nan), (0.0, 1.0)):
+        before = model.weight.detach().clone()
+        for weights in model.parameters():
+            weights.grad = torch.full_like(weights, gradient)
+        optimizer.found_inf = torch.tensor(skip)  # type: ignore[attr-defined]
+        optimizer.step()
+        assert torch.equal(model.weight, before) == bool(skip)
+    assert model.weight.isfinite().all()

@@ -67,6 +67,33 @@ def test_long_target_is_cut_and_has_no_eos(tokenizer: CaptionTokenizer) -> None:
     assert EOS_ID not in learned
 
 
+def test_long_text_is_cut_after_the_last_sentence_that_fits_and_ends(tokenizer: CaptionTokenizer) -> None:
+    texts = ["A red circle.", "A red circle. A blue ring!", "A red circle. A blue ring! Mr. X?"]
+    sizes = tokenizer.count_tokens([TargetText("human", text, style="brief") for text in texts])
+    long = TargetText("human", f"{texts[2]} 3.5 rings", style="brief")
+    for limit, kept in (
+        (sizes[0], texts[0]),
+        (sizes[1] - 1, texts[0]),
+        (sizes[1], texts[1]),
+        (sizes[2], texts[2]),
+    ):
+        target = tokenizer.encode(long, limit).target.tolist()
+        assert (target[-1], tokenizer.decode(target[:-1])) == (EOS_ID, kept)
+    whole = tokenizer.encode(long, None).target.tolist()
+    assert whole == tokenizer.target(long) == tokenizer.encode(long, len(whole)).target.tolist()
+
+
+def test_default_text_limit_fits_99_percent_of_the_style_with_the_longest_texts(
+    tokenizer: CaptionTokenizer,
+) -> None:
+    detailed = [TargetText("synthetic", "ring " * n, style="detailed") for n in (*[20] * 99, 70)]
+    answers = [TargetText("synthetic", "yes", question="?")] * 9_000
+    longest = tokenizer.count_tokens(detailed[:1])[0]
+    assert 16 < longest <= 96
+    assert tokenizer.choose_max_tokens(detailed + answers) == -(-longest // 16) * 16
+    assert tokenizer.choose_max_tokens([TargetText("human", "ring " * 999, style="brief")]) == 256
+
+
 def test_special_tokens_in_a_text_are_plain_text(tmp_path: Path) -> None:
     _, tokenizer = load_decoder(save_language_model(tmp_path, "qwen3"))
     ids = tokenizer.target(TargetText("human", "A sign that says <end> and <pad>.", style="brief"))

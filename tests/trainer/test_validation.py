@@ -27,7 +27,7 @@ def test_training_ends_when_the_score_stops_improving(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     """The best and the last captioner are saved. Resuming a finished run adds no step."""
-    scores = iter([0.1, 0.5, 0.4, 0.45, 0.3])
+    scores = iter([0.1, 0.5, 0.4, 0.45, 0.3, 0.2, 0.1])
 
     def scored(*_: Any) -> dict[str, Any]:
         return {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
@@ -37,8 +37,12 @@ def test_training_ends_when_the_score_stops_improving(
     monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {"tested": True})
     assert train_captioner(version, config, tmp_path) == {"tested": True}
     log = read_log(tmp_path / "log.jsonl")
-    assert log[-1]["step"] == 8
-    assert [line["validation_cider_d"] for line in log if "validation_loss" in line] == [0.1, 0.5, 0.4, 0.45]
+    # After 8 steps, the last 15 % of 10 steps anneal the learning rate.
+    assert log[-1]["step"] == 10
+    scored = [line["validation_cider_d"] for line in log if "validation_loss" in line]
+    assert scored == [0.1, 0.5, 0.4, 0.45, 0.3]
+    rates = [line["rate"] for line in log if "rate" in line]
+    assert rates[8] > rates[9] > 0 and rates[9] < 0.6 * rates[7]
     assert weights(tmp_path) != weights(tmp_path / "last")
     assert load_checkpoint(tmp_path / "last").captioner.config == load_checkpoint(tmp_path).captioner.config
     assert train_captioner(version, config, tmp_path, resume=True) == {"tested": True}
@@ -50,13 +54,13 @@ def test_lower_loss_decides_between_equal_scores(
 ) -> None:
     """Early captions all score 0, which must not end the training or keep the first weights."""
     monkeypatch.setattr(trainer.loop, "evaluate", score_nothing)
-    values = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6])
+    values = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6, 1.7, 1.8])
     monkeypatch.setattr(Validation, "loss", lambda _: next(values))
     saved: list[int] = []
     monkeypatch.setattr(trainer.model.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
     monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
     train_captioner(version, replace(encoder=clip, steps=60, evaluate_every=2, patience=2), tmp_path)
-    assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 12
+    assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 15
     # Three improvements, and `last`.
     assert len(saved) == 3 + 1
 

@@ -27,7 +27,7 @@ from tests.whole.conftest import SYNTH, Run, read_failure
 COMMANDS = (  # in the order of a user's work
     "init", "doctor", "preview", "generate", "serve", "report", "review apply", "versions list",
     "versions rm", "versions gc", "diff", "check", "push", "export", "train", "evaluate",
-    "caption", "serve-captioner", "experiment",
+    "caption", "serve-captioner",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The captioner: an image encoder, a connector to the decoder's width, and a text decoder.
 
 Shapes: B images, C texts (several per image are possible), T tokens, N hidden states per image, V encoder
-width, D decoder width, K captions, E contrastive width.
+width, D decoder width.
 """
 
 from contextlib import suppress
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.errors import TrainError
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
@@ -33,7 +32,7 @@ class CaptionerConfig:
 
     `decoder` holds the fields of DecoderConfig, or {"language_model": transformers config} for a pretrained
     decoder. `prompts` lists the learned (source, style) pairs. The style of answers is "". `data` describes
-    the training data. `contrast_width` is 0 without a contrastive head.
+    the training data.
     """
 
     encoder: dict[str, Any]
@@ -41,14 +40,12 @@ class CaptionerConfig:
     prompts: list[tuple[str, str]]
     eos_id: int
     max_caption_tokens: int
-    contrast_width: int = 0
     data: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def num_beams(self) -> int:
-        """The beam width used in the final evaluation, 1 by default."""
-        beams: int = self.data.get("num_beams", 1)
-        return beams
+    def decoding(self, num_beams: int | None = None) -> DecodingConfig:
+        """Return the decoding options of the final evaluation, optionally with another number of beams."""
+        options = DecodingConfig(**self.data.get("decoding", {}))
+        return replace(options, num_beams=num_beams or options.num_beams)
 
 
 class CaptionerModel(nn.Module, PyTorchModelHubMixin):
@@ -67,29 +64,15 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         else:
             self.decoder = ScratchDecoder(DecoderConfig(**config.decoder))
             self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
-        if config.contrast_width:
-            self.contrast = ContrastiveHead(self.decoder.width, config.contrast_width)
         self._generation_batch = MAX_GENERATION_BATCH
 
-    def loss(
-        self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0, weight_C: Tensor | None = None
-    ) -> Tensor:
-        """Return the negative log-likelihood summed over all target tokens, weighted per text by `weight_C`.
+    def loss(self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0) -> Tensor:
+        """Return the negative log-likelihood summed over all target tokens, weighted by `texts.weight_C`.
 
         Texts about one image do not attend to each other. `texts` should be on the CPU, because packing on a
         GPU would need synchronization.
         """
-        loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts, label_smoothing, weight_C)
-        return loss
-
-    def contrast_loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
-        """Return the contrastive loss of mean-pooled states and captions, or 0 for one image or caption."""
-        captions = texts.only(texts.caption_C).to(states_BNV.device)
-        image_of_K = captions.image_of_C
-        if len(image_of_K) < 2 or len(states_BNV) < 2:
-            return states_BNV.new_zeros(())
-        pooled_BD = self.connector(states_BNV).mean(1)
-        loss: Tensor = self.contrast(pooled_BD, self.decoder.read(captions), image_of_K)
+        loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts, label_smoothing)
         return loss
 
     @torch.inference_mode()
@@ -99,7 +82,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         Returns token ids without prompt and EOS. If a GPU runs out of memory, the batch is halved. Raises
         GpuMemoryError if a single image does not fit.
         """
-        device = next(self.connector.parameters()).device
+        device = self.device
         max_tokens, eos_id = self.config.max_caption_tokens, self.config.eos_id
         texts: list[list[int]] = []
         while len(texts) < len(states_BNV):
@@ -115,6 +98,11 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
                 hint = "use fewer beams (--num-beams) or a smaller max_caption_tokens"
                 raise GpuMemoryError("generating a text for one image does not fit in GPU memory", hint=hint)
         return texts
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.connector.parameters()).device
 
     def most_tokens(self, num_states: int, prompt_tokens: int) -> int:
         """Return the maximum number of generated tokens, which a language model's positions may limit."""
@@ -137,27 +125,6 @@ def prefix_connector(V: int, D: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(V), nn.Linear(V, D), nn.GELU(), nn.Linear(D, D))
 
 
-class ContrastiveHead(nn.Module):
-    """Computes CLIP's contrastive loss (Radford et al., 2021), with several matching texts per image."""
-
-    def __init__(self, width: int, shared_width: int) -> None:
-        super().__init__()
-        self.image = nn.Linear(width, shared_width, bias=False)
-        self.text = nn.Linear(width, shared_width, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-
-    def forward(self, image_BD: Tensor, text_KD: Tensor, image_of_K: Tensor) -> Tensor:
-        """Return the mean of both losses: from text to image, and from image to any of its texts."""
-        image_BE = functional.normalize(self.image(image_BD), dim=-1)
-        text_KE = functional.normalize(self.text(text_KD), dim=-1)
-        scores_KB = self.log_scale.exp().clamp(max=100) * text_KE @ image_BE.T
-        to_images = functional.cross_entropy(scores_KB, image_of_K)
-        log_probs_KB = scores_KB.log_softmax(0)
-        is_own_KB = functional.one_hot(image_of_K, len(image_BD)).bool()
-        to_texts = -log_probs_KB.masked_fill(~is_own_KB, -torch.inf).logsumexp(0)
-        return (to_images + to_texts[is_own_KB.any(0)].mean()) / 2
-
-
 def build_captioner(
     encoder: Encoder, decoder: DecoderConfig | PretrainedDecoder, **fields: Any
 ) -> CaptionerModel:
@@ -172,6 +139,4 @@ def build_captioner(
         captioner = CaptionerModel(config)
     captioner.encoder, captioner.decoder = encoder, decoder
     captioner.connector = prefix_connector(encoder.width, decoder.width)
-    if config.contrast_width:
-        captioner.contrast = ContrastiveHead(decoder.width, config.contrast_width)
     return captioner

@@ -22,13 +22,14 @@ from transformers.initialization import no_init_weights
 
 from pipeline.dataset.card import has_unknown_license, language_of
 from pipeline.dataset.version import Version
+from pipeline.digests import file_digest, without_folders
 from pipeline.errors import TrainError, one_line
 from pipeline.storage.files import flush_file, flush_folder, scratch_folder
 from pipeline.storage.untrusted import read_regular
 from trainer.config import MAX_CAPTION_TOKENS, PREFIX, EncoderStates, TrainConfig
 from trainer.data import Example, texts_of
 from trainer.model.caption_model import CaptionerConfig, CaptionerModel, build_captioner
-from trainer.model.decoder import DecoderConfig
+from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import load_decoder, new_decoder
 from trainer.model.pretrained import require_few_layers
@@ -36,14 +37,22 @@ from trainer.publish.transformers_files import transformers_files
 from trainer.runtime.checkpoint_folder import (
     CAPTIONER_FILES,
     MAX_CONFIG_BYTES,
+    find_captioner,
     no_captioner,
     require_checkpoint,
 )
 from trainer.runtime.devices import best_device
-from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens, train_tokenizer
+from trainer.tokenizer import (
+    CaptionTokenizer,
+    TargetText,
+    require_known_tokens,
+    scored_prompt,
+    train_tokenizer,
+)
 
 MAX_TOKENIZER_BYTES = 100_000_000
 MAX_BEAMS = 64  # a larger value in an untrusted checkpoint could make generation take forever
+DECODING_SETTINGS = ("num_beams", "length_penalty", "min_new_tokens", "no_repeat_ngram_size")
 MAX_SHARED = 2  # maximum ratio of model weights to stored weights (tied weights are stored once)
 
 
@@ -123,8 +132,11 @@ def read_config(folder: Path) -> CaptionerConfig:
         raise ValueError("config.json has no prompts")
     if not 0 < config.max_caption_tokens <= MAX_CAPTION_TOKENS:
         raise ValueError(f"invalid max_caption_tokens: {config.max_caption_tokens}")
-    if type(config.num_beams) is not int or not 0 < config.num_beams <= MAX_BEAMS:
-        raise ValueError(f"invalid num_beams: {config.num_beams!r}")
+    decoding = config.data.get("decoding", {})
+    if not isinstance(decoding, dict) or {type(value) for value in decoding.values()} - {int, float}:
+        raise ValueError(f"invalid decoding: {decoding!r}"[:100])
+    if not 0 < config.decoding().num_beams <= MAX_BEAMS:
+        raise ValueError(f"invalid num_beams: {config.decoding().num_beams}")
     require_few_layers(config.decoder)
     return config
 
@@ -169,42 +181,85 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
 
 
 def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
-    """Build an untrained captioner. Raises TrainError if a model is missing or does not support a setting."""
-    chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
-    encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
+    """Build a captioner to train: an untrained one, or the captioner `init` with tokens for new prompts.
+
+    Raises TrainError if a model is missing or does not support a setting.
+    """
     texts = texts_of(train_set)
-    sizes = {name: getattr(config, f"decoder_{name}") for name in ("width", "depth", "heads")}
+    prompts = {(text.source, text.style) for text in texts}
+    data: dict[str, Any] = {
+        "version": version.name,
+        "digest": version.manifest["digest"],
+        "source": version.manifest["source"],
+        "texts": config.text_source,
+        "language": language_of(version.manifest),
+        "has_unknown_license": has_unknown_license(version.manifest),
+        "decoder": without_folders(config.decoder),
+        "decoding": {name: getattr(config, name) for name in DECODING_SETTINGS},
+        **({"repo": version.repo} if version.repo else {}),
+    }
+    start: Checkpoint | None = None
     decoder: Any
-    if config.decoder == PREFIX:
-        decoder, tokenizer = new_decoder(train_tokenizer(texts, config.vocab_size), **sizes)
-    elif config.is_scratch:
-        tokenizer = train_tokenizer(texts, config.vocab_size)
-        vocab_size = tokenizer.backend.get_vocab_size()
-        decoder = DecoderConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
+    if config.init:
+        folder = find_captioner(config.init)
+        start = load_checkpoint(folder, torch.device("cpu"))
+        before = start.captioner.config
+        encoder = start.captioner.encoder.with_frozen(config.encoder_lr == 0)
+        tokenizer = start.tokenizer.with_prompts(texts)
+        decoder = start.captioner.decoder
+        if isinstance(decoder, ScratchDecoder):
+            vocab_size = max(before.decoder["vocab_size"], tokenizer.backend.get_vocab_size())
+            changed = {"vocab_size": vocab_size, "dropout": config.dropout}
+            decoder = DecoderConfig(**before.decoder | changed)
+        # Other prompts of the captioner stay usable, but its default prompt must be learned in this run.
+        default = scored_prompt([*prompts])
+        prompts |= {prompt for prompt in before.prompts if scored_prompt([*prompts, prompt]) == default}
+        data["init"] = {"digest": file_digest(folder / "model.safetensors"), "data": before.data}
+        data["has_unknown_license"] |= bool(before.data.get("has_unknown_license"))
     else:
-        decoder, tokenizer = load_decoder(config.decoder)
+        chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
+        encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
+        decoder, tokenizer = _new_decoder(config, texts)
+    if not config.is_scratch:
         if config.lora_rank:
             decoder.add_adapters(config.lora_rank, config.lora_dropout)
         if config.checkpoint_blocks:
             decoder.enable_checkpointing()
         if config.num_beams > 1:
             decoder.require_beams(config.num_beams)
+    max_tokens = config.max_caption_tokens or tokenizer.choose_max_tokens(texts)
+    if start and config.max_caption_tokens is None:
+        max_tokens = max(max_tokens, start.captioner.config.max_caption_tokens)
     captioner = build_captioner(
         encoder,
         decoder,
-        prompts=sorted({(text.source, text.style) for text in texts}),
+        prompts=sorted(prompts),
         eos_id=tokenizer.eos_id,
-        max_caption_tokens=config.max_caption_tokens,
-        contrast_width=config.contrast_width if config.contrastive_weight else 0,
-        data={
-            "version": version.name,
-            "digest": version.manifest["digest"],
-            "source": version.manifest["source"],
-            "texts": config.text_source,
-            "language": language_of(version.manifest),
-            "has_unknown_license": has_unknown_license(version.manifest),
-            "num_beams": config.num_beams,
-            **({"repo": version.repo} if version.repo else {}),
-        },
+        max_caption_tokens=max_tokens,
+        data=data,
     )
+    if start:
+        _copy_weights(start.captioner, captioner)
     return Checkpoint(captioner, tokenizer)
+
+
+def _new_decoder(config: TrainConfig, texts: list[TargetText]) -> tuple[Any, CaptionTokenizer]:
+    """Return a decoder, or the settings of a cross-attention decoder, with its tokenizer."""
+    if not config.is_scratch:
+        return load_decoder(config.decoder)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    sizes = {name: getattr(config, f"decoder_{name}") for name in ("width", "depth", "heads")}
+    if config.decoder == PREFIX:
+        return new_decoder(tokenizer, **sizes)
+    vocab_size = tokenizer.backend.get_vocab_size()
+    return DecoderConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes), tokenizer
+
+
+def _copy_weights(source: CaptionerModel, target: CaptionerModel) -> None:
+    """Copy all weights. Embeddings of new tokens keep their random values."""
+    target.connector.load_state_dict(source.connector.state_dict())
+    if isinstance(source.decoder, ScratchDecoder):
+        weights, embedding = source.decoder.state_dict(), target.decoder.embedding.weight.detach()
+        known = weights["embedding.weight"]
+        weights["embedding.weight"] = torch.cat([known, embedding[len(known) :]])
+        target.decoder.load_state_dict(weights)

@@ -121,20 +121,13 @@ class ScratchDecoder(nn.Module):
         """Return logits over the vocabulary: (N, D) -> (N, V)."""
         return functional.linear(states_ND, self.embedding.weight)
 
-    def loss(
-        self, memory_BND: Tensor, texts: TextBatch, label_smoothing: float = 0, weight_C: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, memory_BND: Tensor, texts: TextBatch, label_smoothing: float = 0) -> Tensor:
         """Return the summed loss (see CaptionerModel.loss)."""
         packed = pack(texts, len(memory_BND)).to(memory_BND.device)
         rope = rope_table(packed.positions_BS[:, None], self.head_width)
         states_BSD = self._states(packed.ids_BS, memory_BND, rope, (packed.place_CT, packed.origin_BS), None)
-        weight_K = None if weight_C is None else weight_C.to(states_BSD.device)[packed.text_K]
         states_KD = packed.learned(states_BSD)
-        return token_loss(states_KD, self.embedding, packed.labels_K, label_smoothing, weight_K)
-
-    def read(self, texts: TextBatch) -> Tensor:
-        """Encode texts without an image. Returns the hidden state of each last token: (C, D)."""
-        return texts.last_token(self(texts.ids_CT, None))
+        return token_loss(states_KD, self.embedding, packed.labels_K, packed.weight_K, label_smoothing)
 
     def generate(
         self, memory_BND: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
@@ -146,8 +139,8 @@ class ScratchDecoder(nn.Module):
             return self.head(self(new_CT, None if cache.blocks else memory_BND, cache)[:, -1])
 
         if decoding.num_beams > 1:
-            reorder, keep, num_beams = cache.reorder, cache.keep_images, decoding.num_beams
-            return beam_search(step, reorder, keep, prompt_BT, num_beams, max_tokens, eos_id)
+            reorder, keep = cache.reorder, cache.keep_images
+            return beam_search(step, reorder, keep, prompt_BT, decoding, max_tokens, eos_id)
         return decode(step, cache.keep, prompt_BT, decoding, max_tokens, eos_id)
 
     def repeated_parts(self) -> list[nn.Module]:

@@ -7,7 +7,7 @@ ViT-B/16 at 224 px has N = 197, CLIP ViT-B/32 has N = 50, and both have V = 768.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,12 @@ class Encoder(nn.Module):
         """Set the mode. A frozen encoder always stays in evaluation mode."""
         super().train(mode and not self.config.frozen)
         return self
+
+    def with_frozen(self, frozen: bool) -> "Encoder":  # noqa: FBT001
+        """Return a copy of the encoder that is frozen or trainable."""
+        encoder = Encoder(replace(self.config, frozen=frozen))
+        encoder.load_state_dict(self.state_dict())
+        return encoder
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the hidden states for the decoder: (B, 3, H, W) -> (B, M, V)."""

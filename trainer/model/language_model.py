@@ -125,9 +125,7 @@ class PretrainedDecoder(nn.Module):
         """Return the modules to compile."""
         return [self.model.get_decoder()]
 
-    def loss(
-        self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0, weight_C: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0) -> Tensor:
         """Return the summed loss (see CaptionerModel.loss)."""
         P = prefix_BPD.shape[1]
         self.require_positions(P, texts.ids_CT.shape[1])
@@ -135,16 +133,15 @@ class PretrainedDecoder(nn.Module):
         if packed is not None and P + packed.ids_BS.shape[1] <= self._attention_window:
             packed = packed.to(prefix_BPD.device)
             states_KD, labels_K = packed.learned(self._states_packed(prefix_BPD, packed)), packed.labels_K
-            text_K = packed.text_K
+            weight_K = packed.weight_K
         else:
             texts = texts.to(prefix_BPD.device)
             learned_CT = texts.learned_CT
             states_KD = self._states_apart(prefix_BPD, texts)[:, :-1][learned_CT]
-            labels_K, text_K = texts.ids_CT[:, 1:][learned_CT], text_loss.text_of_learned(learned_CT)
-        weight_K = None if weight_C is None else weight_C.to(labels_K.device)[text_K]
+            labels_K, weight_K = texts.ids_CT[:, 1:][learned_CT], text_loss.weight_of_learned(texts)
         head = self.model.get_output_embeddings()
         return text_loss.token_loss(
-            states_KD, head, labels_K, label_smoothing, weight_K, self.probed.transform
+            states_KD, head, labels_K, weight_K, label_smoothing, self.probed.transform
         )
 
     def require_positions(self, num_states: int, num_tokens: int, hint: str = "") -> None:
@@ -199,7 +196,7 @@ class PretrainedDecoder(nn.Module):
         vocabulary = self.embedding.num_embeddings
         ids_CT = torch.randint(vocabulary, (2, PROBE_TOKENS), generator=random)
         zeros_C = torch.zeros(2, dtype=torch.long)
-        texts = TextBatch(zeros_C, ids_CT, zeros_C + 1, zeros_C + PROBE_TOKENS, zeros_C.bool()).to(device)
+        texts = TextBatch(zeros_C, ids_CT, zeros_C + 1, zeros_C + PROBE_TOKENS, zeros_C.float()).to(device)
         prefix_BPD = self.embedding(torch.randint(vocabulary, (1, 3), generator=random).to(device))
         can_pack = False
         self.model.eval()
@@ -242,13 +239,6 @@ class PretrainedDecoder(nn.Module):
             raise TrainError(problem, hint="choose another decoder, such as --decoder qwen3")
         return transform
 
-    def read(self, texts: TextBatch) -> Tensor:
-        """Encode texts without an image. Returns the hidden state of each last token: (C, D)."""
-        tokens_T = torch.arange(texts.ids_CT.shape[1], device=texts.ids_CT.device)
-        mask_CT = (tokens_T < texts.length_C[:, None]).long()
-        output = self.model.get_decoder()(input_ids=texts.ids_CT, attention_mask=mask_CT, use_cache=False)
-        return texts.last_token(output.last_hidden_state)
-
     def generate(
         self, prefix_BPD: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
@@ -256,7 +246,12 @@ class PretrainedDecoder(nn.Module):
         P, T = prefix_BPD.shape[1], prompt_BT.shape[1]
         self.require_positions(P, T + 1, hint="ask a shorter question")
         options: dict[str, Any] = {"num_beams": decoding.num_beams, "do_sample": decoding.temperature > 0}
+        if decoding.min_new_tokens:
+            options["min_new_tokens"] = decoding.min_new_tokens
+        if decoding.no_repeat_ngram_size:
+            options["no_repeat_ngram_size"] = decoding.no_repeat_ngram_size
         if decoding.num_beams > 1:
+            options |= {"length_penalty": decoding.length_penalty}
             options |= {"early_stopping": "never"}  # a longer text may have a better mean log-probability
         if decoding.temperature > 0:
             options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}

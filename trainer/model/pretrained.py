@@ -107,6 +107,8 @@ def _remove_code(value: Any) -> Any:
         return [_remove_code(inner) for inner in value]
     if not isinstance(value, dict):
         return value
+    if value.keys() == {"__float__"}:  # how transformers writes infinity to JSON
+        return float(value["__float__"])
     require_few_layers(value)
     hidden = {name for name in value if name.startswith(("_", "base_model_"))}
     removed = hidden | CODE_SETTINGS | {"return_dict"}

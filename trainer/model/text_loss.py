@@ -34,7 +34,7 @@ class PackedTexts:
     origin_BS: Tensor  # inverse of `place_CT`: c * T + t for each place, 0 for padding
     learned_K: Tensor  # places whose next token is a target
     labels_K: Tensor  # the target tokens
-    text_K: Tensor  # the text index c of each target token
+    weight_K: Tensor  # the weight of each target token
 
     def to(self, device: torch.device) -> "PackedTexts":
         """Move all tensors to a device."""
@@ -74,13 +74,14 @@ def pack(texts: TextBatch, num_images: int) -> PackedTexts:
         origin_BS=rows(torch.arange(place_CT.numel(), device=device).view_as(place_CT), 0),
         learned_K=place_CT[learned_CT],
         labels_K=texts.ids_CT[:, 1:][learned_CT],
-        text_K=text_of_learned(learned_CT),
+        weight_K=weight_of_learned(texts),
     )
 
 
-def text_of_learned(learned_CT: Tensor) -> Tensor:
-    """Return the text index of each target token: (C, T) -> (K,)."""
-    return torch.arange(len(learned_CT), device=learned_CT.device)[:, None].expand_as(learned_CT)[learned_CT]
+def weight_of_learned(texts: TextBatch) -> Tensor:
+    """Return the weight of each target token: (K,)."""
+    learned_CT = texts.learned_CT
+    return texts.weight_C[:, None].expand_as(learned_CT)[learned_CT]
 
 
 def packed_mask(segments_BS: Tensor, prefix_length: int = 0) -> Tensor:
@@ -125,8 +126,8 @@ def token_loss(
     states_KD: Tensor,
     head: nn.Embedding | nn.Linear,
     labels_K: Tensor,
+    weight_K: Tensor,
     label_smoothing: float = 0,
-    weight_K: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
 ) -> Tensor:
     """Return the weighted sum of the tokens' negative log-likelihoods. Supports one backward pass.
@@ -137,7 +138,7 @@ def token_loss(
     bias_V = head.bias if isinstance(head, nn.Linear) else None
     needs_gradient = torch.is_grad_enabled()
     loss: Tensor = _TokenLoss.apply(  # type: ignore[no-untyped-call]
-        states_KD, head.weight, bias_V, labels_K, label_smoothing, weight_K, transform, needs_gradient
+        states_KD, head.weight, bias_V, labels_K, weight_K, label_smoothing, transform, needs_gradient
     )
     return loss
 
@@ -150,8 +151,8 @@ class _TokenLoss(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         labels_K: Tensor,
+        weight_K: Tensor,
         label_smoothing: float,
-        weight_K: Tensor | None,
         transform: LogitTransform,
         needs_gradient: bool,  # noqa: FBT001
     ) -> Tensor:
@@ -169,13 +170,13 @@ class _TokenLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, len(labels_K), size):
                 part = slice(start, start + size)
-                label_K1 = labels_K[part, None]
+                label_K1, weight_K1 = labels_K[part, None], weight_K[part, None]
                 logits_KV = transform.apply(nn.functional.linear(cast_KD[part], cast_VD, cast_V))
                 log_probs_KV = torch.log_softmax(logits_KV, -1, dtype=torch.float32)
                 losses_K = (label_smoothing - 1) * log_probs_KV.gather(1, label_K1)[:, 0]
                 if label_smoothing:
                     losses_K -= label_smoothing * log_probs_KV.mean(-1)
-                total += (losses_K if weight_K is None else losses_K * weight_K[part]).sum()
+                total += (losses_K * weight_K[part]).sum()
                 if not (states_need or weight_needs or bias_needs):
                     continue
                 # The gradient of the logits is softmax - target.
@@ -184,17 +185,17 @@ class _TokenLoss(torch.autograd.Function):
                     error_KV -= label_smoothing / V
                 minus_target = torch.full_like(label_K1, label_smoothing - 1, dtype=torch.float32)
                 error_KV.scatter_add_(1, label_K1, minus_target)
-                if weight_K is not None:
-                    error_KV *= weight_K[part, None]
                 error_KV = transform.gradient(error_KV, logits_KV).to(dtype)
+                # Weigh the narrow factors of the products, not the wide error.
                 if grad_KD is not None:
-                    grad_KD[part] = error_KV @ cast_VD
+                    grad_KD[part] = (error_KV @ cast_VD) * weight_K1
+                weighted_KD = (cast_KD[part] * weight_K1).to(dtype)
                 if grad_VD is not None and grad_VD.dtype == dtype:
-                    grad_VD.addmm_(error_KV.T, cast_KD[part])
+                    grad_VD.addmm_(error_KV.T, weighted_KD)
                 elif grad_VD is not None:
-                    grad_VD += error_KV.T @ cast_KD[part]
+                    grad_VD += error_KV.T @ weighted_KD
                 if grad_V is not None:
-                    grad_V += error_KV.sum(0)
+                    grad_V += (error_KV * weight_K1).sum(0)
         ctx.save_for_backward(grad_KD, grad_VD, grad_V)
         return total
 

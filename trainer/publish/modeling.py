@@ -51,13 +51,12 @@ class SynthCaptionerConfig(PreTrainedConfig):
         prompts: Any = (),
         eos_id: int = 1,
         max_caption_tokens: int = 64,
-        contrast_width: int = 0,
         data: dict[str, Any] | None = None,
         **more: Any,
     ) -> None:
         self.encoder, self.decoder = encoder or {}, decoder or {}
         self.prompts = [tuple(prompt) for prompt in prompts]
-        self.eos_id, self.max_caption_tokens, self.contrast_width = eos_id, max_caption_tokens, contrast_width
+        self.eos_id, self.max_caption_tokens = eos_id, max_caption_tokens
         self.data = data or {}
         text = self.decoder.get("language_model", self.decoder)
         self.vocab_size = text.get("vocab_size", 0)
@@ -191,15 +190,6 @@ class _AtLastPosition(MaxLengthCriteria):
     """Has its own type, because `generate` drops its default criterion if a custom one has the same type."""
 
 
-class _Contrast(nn.Module):
-    """Weights of the contrastive loss. They are unused here, but kept for further training."""
-
-    def __init__(self, width: int, shared: int) -> None:
-        super().__init__()
-        self.image, self.text = nn.Linear(width, shared, bias=False), nn.Linear(width, shared, bias=False)
-        self.log_scale = nn.Parameter(torch.zeros(()))
-
-
 class SynthCaptioner(PreTrainedModel, GenerationMixin):
     """Writes a caption for an image, or answers a question about it."""
 
@@ -220,8 +210,6 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         else:
             self.decoder = _CrossAttending(config.decoder)
             self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
-        if config.contrast_width:
-            self.contrast = _Contrast(self.decoder.width, config.contrast_width)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -248,9 +236,13 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Return next-token logits (B, T, vocabulary), and the loss for `labels` (-100 is ignored)."""
+        """Return next-token logits (B, T, vocabulary), and the mean loss for `labels` (-100 is ignored).
+
+        `transformers.Trainer` passes the number of labels in all micro-batches as `num_items_in_batch`.
+        """
         if image_states is None and pixel_values is not None:
             image_states = self.encode(pixel_values)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -266,7 +258,9 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         logits = self.decoder(input_ids, shown, attention_mask, past_key_values, prefix)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            next_logits, next_labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            count = (next_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = nn.functional.cross_entropy(next_logits, next_labels, reduction="sum") / count
         return CausalLMOutputWithPast(loss, logits, past_key_values)  # type: ignore[arg-type]
 
     def prepare_inputs_for_generation(  # type: ignore[override]

@@ -46,7 +46,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
         pad_id = 0 if is_scratch else config["eos_id"]
         eos_token, pad_token = tokens[config["eos_id"]], tokens[pad_id]
         processor = config["encoder"]["processor"]
-        num_beams = int(config["data"].get("num_beams", 1))
+        decoding = dict(config["data"].get("decoding", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise TrainError(f"{folder} is not a captioner: {error!r}", hint="train one: `synth train`") from None
     values: dict[str, dict[str, Any]] = {
@@ -66,7 +66,8 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
             "pad_token_id": pad_id,
             "max_new_tokens": config["max_caption_tokens"],
             "do_sample": False,
-            **({"num_beams": num_beams, "early_stopping": "never"} if num_beams > 1 else {}),
+            **decoding,
+            **({"early_stopping": "never"} if decoding.get("num_beams", 1) > 1 else {}),
         },
         "preprocessor_config.json": processor,
         "processor_config.json": {

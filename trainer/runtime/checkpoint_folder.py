@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError, TrainError, did_you_mean, one_line
 from pipeline.hub_errors import HUB_NAME, translate_hub_errors
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
-from trainer.config import DERIVED_KEYS, TrainConfig
+from trainer.config import TrainConfig
 
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 MAX_CONFIG_BYTES = 10_000_000
@@ -78,6 +78,22 @@ def require_prompt(folder: Path, style: str | None, question: str = "") -> None:
     require_learned(prompts, style, question)
 
 
+def read_models(folder: Path) -> dict[str, Any]:
+    """Return the settings of a new run that the captioner in a folder determines, without its weights."""
+    try:
+        config = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+        encoder = config["encoder"]
+        return {
+            "encoder": str(encoder["made_from"]["name"]),
+            "encoder_layer": encoder["layer"],
+            "encoder_states": encoder["states"],
+            "decoder": str(config["data"]["decoder"]),
+        }
+    except READ_ERRORS as error:
+        lacks = "its config.json lacks " if isinstance(error, KeyError) else ""
+        raise no_captioner(folder, f"{lacks}{one_line(error)}") from None
+
+
 def read_settings(folder: Path) -> TrainConfig:
     """Read the settings of the training run in a folder. Raises one of READ_ERRORS."""
     return TrainConfig.model_validate(read_json(folder / "train.json"))
@@ -94,10 +110,7 @@ def other_settings(folder: Path, config: TrainConfig) -> list[str]:
         trained = read_settings(folder)
     except READ_ERRORS:
         return ["train.json cannot be read"]
-    derived = {*DERIVED_KEYS, *(["align_steps"] if config.align_epochs else [])}
-    compared = {name: value for name, value in TrainConfig().model_dump().items() if name not in derived}
-    compared |= config.model_dump(exclude_unset=True)
-    return describe_changes(trained, {name: value for name, value in compared.items() if name != "preset"})
+    return describe_changes(trained, config.model_dump(exclude={"preset"}))
 
 
 def describe_changes(trained: TrainConfig, values: dict[str, Any]) -> list[str]:

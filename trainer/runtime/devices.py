@@ -37,12 +37,11 @@ def join_processes() -> tuple[int, int]:
     return torch.distributed.get_rank(), processes
 
 
-def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) -> float:
+def all_reduce_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     """Sum gradients over all processes in place, several per message. Returns the summed loss."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss_tensor = torch.tensor([loss], device=device)
-    has_gradient = torch.tensor([float(parameter.grad is not None) for parameter in learning], device=device)
-    message, message_values = [loss_tensor, has_gradient], 1 + len(learning)
+    has_gradient = loss.new_tensor([float(parameter.grad is not None) for parameter in learning])
+    message, message_values = [loss, has_gradient], 1 + len(learning)
     for parameter in learning:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -57,7 +56,7 @@ def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) ->
             # If no process has a gradient, the optimizer must skip the weight, including weight decay.
             if not num_gradients:
                 parameter.grad = None
-        return loss_tensor.item()
+    return loss
 
 
 def _all_reduce_sum(tensors: list[Tensor]) -> None:

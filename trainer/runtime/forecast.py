@@ -1,4 +1,4 @@
-"""Run trial steps before training to find micro-batches that fit the GPU and to estimate time and memory."""
+"""Run trial steps before training to find micro-batches that fit the GPU and to estimate the time."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from pipeline.progress import Progress
 from trainer.data import Example
 from trainer.loop import Trainer
 from trainer.optimizer import build_optimizer, parameter_groups
-from trainer.runtime.devices import max_over_processes, memory_mb
+from trainer.runtime.devices import max_over_processes
 
 MINUTES_FROM_S = 90.0  # longer durations are shown in minutes
 FEW_STEPS = 10  # shorter runs on a CPU need only one trial step instead of three
@@ -26,7 +26,6 @@ class Forecast:
     learning: int
     steps: int
     seconds: float
-    memory_mb: float
 
 
 def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
@@ -40,14 +39,14 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
     steps, size = config.total_steps, min(config.batch_size, len(trainer.loader.examples))
     seconds = steps * _fit(trainer, size, progress)
     weights = sum(parameter.numel() for parameter in captioner.parameters())
-    forecast = Forecast(weights, learning, steps, round(seconds, 1), memory_mb())
+    forecast = Forecast(weights, learning, steps, round(seconds, 1))
     preset = f"preset {config.preset}: " if config.preset else ""
     duration = f"{seconds / 60:.0f} min" if seconds > MINUTES_FROM_S else f"{seconds:.0f} s"
     epochs = steps * size / len(trainer.loader.examples)
     progress.message(
         f"{preset}{_format_count(weights)} parameters, {_format_count(learning)} of them trainable. "
         f"At most {steps:,} steps of {size} images ({epochs:.1f} epochs), "
-        f"about {duration} and {forecast.memory_mb / 1e3:.1f} GB, without evaluations"
+        f"about {duration} without evaluations"
     )
     return forecast
 
@@ -74,8 +73,6 @@ def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
         trainer.loader.micro_batches *= 2
         parts = trainer.loader.micro_batches
         progress.message(f"a step does not fit in GPU memory: it is computed in {parts} parts")
-        if trainer.config.contrastive_weight:
-            progress.warn("the contrastive loss compares only images of the same part")
 
 
 def _try_steps(trainer: Trainer, size: int) -> float:
@@ -85,8 +82,6 @@ def _try_steps(trainer: Trainer, size: int) -> float:
     are in memory, as in training. Rewarded steps need the most memory and are tried last, on a GPU only.
     """
     captioner = trainer.checkpoint.captioner.train()
-    if trainer.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(trainer.device)
     optimizer = build_optimizer(captioner, trainer.config)
     for group in optimizer.param_groups:
         for weights in group["params"]:

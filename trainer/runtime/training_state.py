@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.errors import TrainError, one_line
-from pipeline.install import install_command
-from pipeline.storage.files import atomic_write, read_json, remove, write_text
+from pipeline.storage.files import atomic_write, read_json, write_text
 from pipeline.storage.untrusted import read_regular
 from trainer.config import TrainConfig
 from trainer.model.checkpoint import load_checkpoint
@@ -86,36 +86,35 @@ def delay_signals() -> Iterator[list[int]]:
 
 
 class Log:
-    """Writes log.jsonl, one JSON object per line, and optionally the same curves for TensorBoard.
+    """Writes log.jsonl, one JSON object per line.
 
     Existing lines after `first_step` are dropped. `seconds` is the training time up to that step.
     """
 
-    def __init__(self, path: Path, first_step: int, *, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path, first_step: int) -> None:
         self._path = path
-        self._curves: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            if first_step == 0:
-                remove(path.with_name("tensorboard"))
-            self._curves = SummaryWriter(str(path.with_name("tensorboard")), purge_step=first_step + 1)
+        self._lines: list[dict[str, Any]] = []
         kept = [line for line in read_log(path) if line["step"] <= first_step] if first_step else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.seconds: float = next((line["seconds"] for line in reversed(kept) if "seconds" in line), 0.0)
 
-    def write(self, **values: float | int | str) -> None:
-        """Append a line to the log, and a point to each TensorBoard curve. NaN and infinity become null."""
-        odd = {name for name, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
-        finite = values | dict.fromkeys(odd)
+    def add(self, **values: float | int | str | Tensor) -> None:
+        """Add a line, which `flush` writes. Tensors are read only then, because a read waits for the GPU."""
+        self._lines.append(values)
+
+    def flush(self) -> None:
+        """Append the added lines to the file. NaN and infinity become null."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
-        if self._curves and values["step"]:
-            for name, value in values.items():
-                if name != "step" and not isinstance(value, str):
-                    curve = f"{values.get('stage', 'validation')}/{name}"
-                    self._curves.add_scalar(curve, value, values["step"])
-            self._curves.flush()
+            for values in self._lines:
+                line = {name: v.item() if isinstance(v, Tensor) else v for name, v in values.items()}
+                odd = {n for n, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+                file.write(json.dumps(line | dict.fromkeys(odd)) + "\n")
+        self._lines = []
+
+    def write(self, **values: float | int | str) -> None:
+        """Add a line and flush."""
+        self.add(**values)
+        self.flush()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -130,14 +129,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         hint = "move it away: only the curves are lost"
         raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
     return entries
-
-
-def require_tensorboard() -> None:
-    """Raise TrainError if TensorBoard is not installed."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        raise TrainError("TensorBoard is not installed", hint=install_command("export")) from None
 
 
 def describe_checkpoint(folder: Path) -> str:

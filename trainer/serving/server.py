@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -213,7 +213,8 @@ class CaptionServer:
             if request.question and not self.captioner.answers:
                 raise RefusedError("this captioner was not trained to answer questions")
             beams = 1 if request.temperature else self.num_beams
-            decoding = DecodingConfig(beams, request.temperature, request.top_p)
+            decoding = self.captioner.decoding(beams, request.question)
+            decoding = replace(decoding, temperature=request.temperature, top_p=request.top_p)
             loop = asyncio.get_running_loop()
             pixels_CHW = await loop.run_in_executor(self.readers, self.captioner.prepare, request.image)
             if isinstance(pixels_CHW, ImageError):

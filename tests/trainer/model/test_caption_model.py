@@ -10,7 +10,7 @@ import torch
 
 from pipeline.errors import TrainError
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
-from trainer.model.caption_model import CaptionerModel, ContrastiveHead, build_captioner
+from trainer.model.caption_model import CaptionerModel, build_captioner
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import load_encoder
@@ -37,7 +37,6 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
             decoder, tokenizer = load_decoder(str(root / kind))
             eos = tokenizer.eos_id
         options: dict[str, Any] = {
-            "contrast_width": 8,
             "prompts": [("synthetic", "brief")],
             "eos_id": eos,
             "max_caption_tokens": 8,
@@ -50,12 +49,26 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 def texts(rows: list[list[int]], prompts: list[int], images: list[int]) -> TextBatch:
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
-    is_caption = torch.ones(len(rows), dtype=torch.bool)
-    return TextBatch(torch.tensor(images), ids, torch.tensor(prompts), lengths, is_caption)
+    return TextBatch(torch.tensor(images), ids, torch.tensor(prompts), lengths, torch.ones(len(rows)))
 
 
 ROWS = [[2, 3, 7, 8, EOS], [2, 3, 9, EOS], [2, 5, 6, 4, 11, 12, EOS]]
 PROMPTS, IMAGES = [2, 2, 4], [0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_is_the_sum_of_the_weighted_losses_of_texts(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(2, N, V)
+    weights = [0.5, 0.0, 3.0]
+    batch = replace(texts(ROWS, PROMPTS, IMAGES), weight_C=torch.tensor(weights))
+    expected = sum(
+        weight * captioner.loss(states[[image]], texts([row], [prompt], [0])).item()
+        for weight, row, prompt, image in zip(weights, ROWS, PROMPTS, IMAGES, strict=True)
+    )
+    assert captioner.loss(states, batch).item() == pytest.approx(expected, rel=1e-4)
+    assert batch.total_weight == sum(
+        w * (len(row) - p) for w, row, p in zip(weights, ROWS, PROMPTS, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,37 +189,3 @@ def test_text_length_is_limited_by_the_positions_of_the_decoder(build: Build) ->
     captioner = build("qwen3")
     assert captioner.decoder.max_positions == 256
     assert (captioner.most_tokens(200, 2), captioner.most_tokens(250, 2)) == (8, 4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_decoder_states_do_not_depend_on_padding(build: Build, kind: str) -> None:
-    captioner = build(kind)
-    together = captioner.decoder.read(texts(ROWS, PROMPTS, IMAGES))
-    apart = torch.cat([captioner.decoder.read(texts([row], [2], [0])) for row in ROWS])
-    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_contrastive_loss_trains_connector_and_decoder_on_captions_only(build: Build, kind: str) -> None:
-    captioner, states = build(kind), torch.randn(2, N, V)
-    captions = replace(texts(ROWS, PROMPTS, IMAGES), caption_C=torch.tensor([True, False, True]))
-    loss = captioner.contrast_loss(states, captions)
-    without_answer = texts([ROWS[0], ROWS[2]], [2, 4], [0, 1])
-    torch.testing.assert_close(loss, captioner.contrast_loss(states, without_answer))
-    loss.backward()
-    for part in (captioner.connector, captioner.decoder, captioner.contrast):
-        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
-    single = texts(ROWS[:1], [2], [0])
-    # One pair has no negatives.
-    assert captioner.contrast_loss(states[:1], single).item() == 0.0
-
-
-def test_contrastive_loss_is_low_for_matching_pairs() -> None:
-    contrast = ContrastiveHead(8, 8)
-    with torch.no_grad():
-        for layer in (contrast.image, contrast.text):
-            layer.weight.copy_(torch.eye(8))
-    images, owners = torch.eye(8)[:3], torch.tensor([0, 0, 1, 2])
-    matched = contrast(images, images[owners], owners)
-    mismatched = contrast(images, images[owners.flip(0)], owners)
-    assert matched < 0.5 < mismatched

@@ -34,7 +34,8 @@ class Chain:
 
 
 def search(chain: Chain, beams: int, max_tokens: int) -> list[list[int]]:
-    return beam_search(chain.step, lambda rows: None, all_go_on, PROMPT, beams, max_tokens, EOS)
+    decoding = DecodingConfig(num_beams=beams)
+    return beam_search(chain.step, lambda rows: None, all_go_on, PROMPT, decoding, max_tokens, EOS)
 
 
 # From the start (0) word 1 is likeliest, but it leads nowhere; word 2 leads to a sure end.
@@ -115,12 +116,38 @@ def test_batched_beam_search_equals_beam_search_of_single_rows(beams: int) -> No
             chains = chains[groups]
 
         prompt = torch.zeros(len(rows), 1, dtype=torch.long)
-        return beam_search(step, reorder, keep, prompt, beams, longest, EOS), computed
+        decoding = DecodingConfig(num_beams=beams)
+        return beam_search(step, reorder, keep, prompt, decoding, longest, EOS), computed
 
     together, computed = search_rows(list(range(count)))
     assert together == [search_rows([row])[0][0] for row in range(count)]
     assert computed == sorted(computed, reverse=True) and computed[-1] < computed[0]
     assert len({len(text) for text in together}) > 2
+
+
+def test_length_penalty_prefers_longer_texts_in_beam_search() -> None:
+    """The short text has the higher mean log-probability, the long text the higher sum."""
+    chain = Chain([[0.0, 0.9, 0.1, 0.0], [0.5, 0.0, 0.0, 0.5], [1.0, 0.0, 0.0, 0.0], [0.9, 0.0, 0.0, 0.1]])
+    found = {}
+    for penalty in (0.0, 3.0):
+        decoding = DecodingConfig(num_beams=3, length_penalty=penalty)
+        (found[penalty],) = beam_search(chain.step, lambda _: None, all_go_on, PROMPT, decoding, 6, EOS)
+    assert found[0.0] in ([1], [1, 3]) and len(found[3.0]) > len(found[0.0])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_text_has_the_minimum_length_and_repeats_no_ngram(beams: int) -> None:
+    chain = Chain([[0.6, 0.4, 0.0, 0.0], [0.6, 0.01, 0.38, 0.01], [0.6, 0.3, 0.05, 0.05], [0.25] * WORDS])
+    limits: list[dict[str, int]] = [{"min_new_tokens": 5}, {"min_new_tokens": 6, "no_repeat_ngram_size": 2}]
+    for options in limits:
+        decoding = DecodingConfig(num_beams=beams, **options)
+        if beams == 1:
+            (text,) = decode(chain.step, all_go_on, PROMPT, decoding, 9, EOS)
+        else:
+            (text,) = beam_search(chain.step, lambda _: None, all_go_on, PROMPT, decoding, 9, EOS)
+        assert len(text) >= options["min_new_tokens"] and EOS not in text
+        pairs = list(itertools.pairwise(text))
+        assert (len(set(pairs)) == len(pairs)) == ("no_repeat_ngram_size" in options)
 
 
 def test_top_p_sampling_leaves_out_unlikely_tokens() -> None:

@@ -1,5 +1,6 @@
 """Pretrained decoders: texts do not see each other, and are packed if the model allows it."""
 
+import json
 from typing import Any
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline.errors import TrainError
+from tests.trainer.small_trainings import only
 from trainer.model.decoding import GREEDY
 from trainer.model.language_model import PretrainedDecoder
-from trainer.model.pretrained import config_of
+from trainer.model.pretrained import config_of, settings_of
 from trainer.tokenizer import TextBatch
 
 BASE: dict[str, Any] = {
@@ -28,6 +30,21 @@ GPT_NEO = {
     "vocab_size": 128, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 128,
     "attention_types": [[["global", "local"], 1]],
 }  # fmt: skip
+HYBRID = {
+    "mamba_d_state": 8,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
+MAMBA_2 = {
+    "vocab_size": 128, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "num_heads": 4,
+    "head_dim": 16, "n_groups": 1, "chunk_size": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GRANITE_H = {
+    "layer_types": ["mamba", "attention"], "shared_intermediate_size": 48, "num_local_experts": 0,
+    "num_experts_per_tok": 0, "logits_scaling": 2.0,
+}  # fmt: skip
 # Settings, and whether texts can be packed. The embeddings of opt are narrower than its layers, and the cap
 # of gemma2 is near its logits.
 FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
@@ -43,21 +60,25 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
     "qwen3_5_text": ({**BASE, **LINEAR}, False),
     "lfm2": ({**BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, False),
     "mamba": ({"vocab_size": 128, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}, False),
+    "mamba2": (MAMBA_2, False),
+    "falcon_h1": ({**BASE, **HYBRID, "mamba_d_ssm": 64, "lm_head_multiplier": 0.5}, False),
+    "bamba": ({**BASE, **HYBRID, "attn_layer_indices": [1]}, False),
+    "granitemoehybrid": ({**BASE, **HYBRID, **GRANITE_H}, False),
     "bloom": ({"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 2}, False),
 }
 
 
 def decoder_of(family: str) -> PretrainedDecoder:
     torch.manual_seed(0)
-    return PretrainedDecoder({"model_type": family, **FAMILIES[family][0]})
+    config = config_of({"model_type": family, **FAMILIES[family][0]})
+    return PretrainedDecoder(json.loads(json.dumps(settings_of(config))))
 
 
 def batch(lengths: tuple[int, ...], image_of: tuple[int, ...]) -> TextBatch:
     draw = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 128, (len(lengths), max(lengths)), generator=draw)
     prompts = torch.full((len(lengths),), 2)
-    is_caption = torch.ones(len(lengths), dtype=torch.bool)
-    return TextBatch(torch.tensor(image_of), ids, prompts, torch.tensor(lengths), is_caption)
+    return TextBatch(torch.tensor(image_of), ids, prompts, torch.tensor(lengths), torch.ones(len(lengths)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,7 +107,7 @@ def test_texts_longer_than_the_attention_window_are_not_packed() -> None:
     prefix = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(6))
     # Shorter texts are packed.
     assert decoder.probed.can_pack
-    alone = sum(decoder.loss(prefix, texts.only(torch.tensor([n]))).item() for n in range(3))
+    alone = sum(decoder.loss(prefix, only(texts, n)).item() for n in range(3))
     assert decoder.loss(prefix, texts).item() == pytest.approx(alone, rel=1e-4)
 
 

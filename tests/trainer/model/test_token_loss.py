@@ -23,7 +23,7 @@ def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("scores_at_once", [1, 1000])
-@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, 1.0, 1.0])])
+@pytest.mark.parametrize("weights", [torch.ones(7), torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, 1.0, 1.0])])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["embedding", "with a bias"])
 @pytest.mark.parametrize("form", [text_loss.IDENTITY, text_loss.LogitTransform(2.0, cap=0.5)])
@@ -31,7 +31,7 @@ def test_loss_and_gradients_equal_cross_entropy(
     form: text_loss.LogitTransform,
     kind: str,
     label_smoothing: float,
-    weights: Tensor | None,
+    weights: Tensor,
     scores_at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -43,8 +43,8 @@ def test_loss_and_gradients_equal_cross_entropy(
     scores = form.scale * functional.linear(states, of.weight, bias)
     scores = scores if form.cap is None else form.cap * torch.tanh(scores / form.cap)
     losses = functional.cross_entropy(scores, labels, reduction="none", label_smoothing=label_smoothing)
-    expected = (losses if weights is None else losses * weights).sum()
-    loss = text_loss.token_loss(states, of, labels, label_smoothing, weights, form)
+    expected = (losses * weights).sum()
+    loss = text_loss.token_loss(states, of, labels, weights, label_smoothing, form)
     torch.testing.assert_close(loss, expected)
     tensors = (states, of.weight, bias)
     torch.testing.assert_close(gradients(loss, *tensors), gradients(expected, *tensors))
@@ -53,9 +53,9 @@ def test_loss_and_gradients_equal_cross_entropy(
 def test_autocast_rounds_products_but_not_the_loss() -> None:
     of, states = words("linear"), torch.randn(TOKENS, WIDTH, requires_grad=True)
     labels = torch.zeros(TOKENS, dtype=torch.long)
-    exact = text_loss.token_loss(states, of, labels)
+    exact = text_loss.token_loss(states, of, labels, torch.ones(TOKENS))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = text_loss.token_loss(states, of, labels)
+        rounded = text_loss.token_loss(states, of, labels, torch.ones(TOKENS))
         expected = functional.cross_entropy(of(states).float(), labels, reduction="sum")
     assert rounded.dtype == torch.float32
     assert rounded != exact

@@ -119,7 +119,7 @@ def save_captioner(name: str, root: Path) -> Path:
         encoder = load_encoder(save_vit(root / "vit"))
         if name == "prefix":
             decoder, tokenizer = new_decoder(tokenizer, **sizes)
-    options: dict[str, Any] = {"max_caption_tokens": 12, "contrast_width": 8, "data": {}}
+    options: dict[str, Any] = {"max_caption_tokens": 12, "data": {}}
     captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=tokenizer.eos_id, **options)
     return save(captioner, tokenizer, root / "checkpoint")
 
@@ -258,7 +258,7 @@ def test_saved_captioner_generates_with_the_beam_width_used_in_evaluation(
 ) -> None:
     folder = shutil.copytree(checkpoints["scratch"], tmp_path / "c")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"data": {"num_beams": beams}}))
+    (folder / "config.json").write_text(json.dumps(config | {"data": {"decoding": {"num_beams": beams}}}))
     settings = json.loads(transformers_files(folder)["generation_config.json"])
     (folder / "generation_config.json").write_text(json.dumps(settings))
     model = SynthCaptioner.from_pretrained(folder)

@@ -19,7 +19,7 @@ def test_all_reduce_adds_no_gradient_to_weights_without_gradient(tmp_path: Path)
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     try:
-        assert all_reduce_gradients(model, 1.5, torch.device("cpu")) == 1.5
+        assert all_reduce_gradients(model, torch.tensor(1.5)) == 1.5
     finally:
         torch.distributed.destroy_process_group()
     assert [weights.grad is None for weights in model.parameters()] == [False, False, True, True]

@@ -1,4 +1,4 @@
-"""The forecast: weights, time, memory and micro-batches. Trying steps changes nothing."""
+"""The forecast: weights, time and micro-batches. Trying steps changes nothing."""
 
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from trainer.features import OnlineFeatures
 from trainer.loop import Batch, BatchLoader, Trainer, build_trainer
 from trainer.model.checkpoint import build_checkpoint
 from trainer.runtime import forecast
-from trainer.runtime.devices import memory_mb
 from trainer.runtime.forecast import fit_and_forecast
 from trainer.self_critical import SelfCritic
 
@@ -38,9 +37,7 @@ def trainer(version: Version, tmp_path: Path) -> Trainer:
     return build_trainer(checkpoint, loader, examples[:3], CPU)
 
 
-def test_forecast_has_weights_steps_time_and_memory(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forecast_has_weights_steps_and_time(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "_try_steps", lambda *_: 14.0)
     shown = Messages()
     took = fit_and_forecast(trainer, shown)
@@ -50,9 +47,8 @@ def test_forecast_has_weights_steps_time_and_memory(
     assert took.weights == took.learning + sum(weights.numel() for weights in captioner.encoder.parameters())
     assert (took.steps, trainer.loader.micro_batches) == (10, 1)
     assert took.seconds == 10 * 14
-    assert took.memory_mb == pytest.approx(memory_mb(), rel=0.2)
     epochs = 10 * 8 / len(trainer.loader.examples)
-    assert f"At most 10 steps of 8 images ({epochs:.1f} epochs), about 2 min and" in shown.messages[0]
+    assert f"At most 10 steps of 8 images ({epochs:.1f} epochs), about 2 min without" in shown.messages[0]
 
 
 def test_forecast_tries_the_longest_texts_twice_before_other_texts(
@@ -61,7 +57,7 @@ def test_forecast_tries_the_longest_texts_twice_before_other_texts(
     tried: list[int] = []
     judged = Trainer.forward_backward
 
-    def forward_backward(self: Trainer, batch: Batch) -> float:
+    def forward_backward(self: Trainer, batch: Batch) -> torch.Tensor:
         tried.append(batch.num_tokens)
         return judged(self, batch)
 
@@ -77,10 +73,10 @@ def test_trial_steps_change_no_weights(
 ) -> None:
     """Infinite gradients must not change weights either."""
 
-    def spoil(self: Trainer, batch: Batch) -> float:
+    def spoil(self: Trainer, batch: Batch) -> torch.Tensor:
         for weights in self.checkpoint.captioner.parameters():
             weights.grad = torch.full_like(weights, torch.inf) if weights.requires_grad else None
-        return 1.0
+        return torch.ones(())
 
     if is_spoiled:
         monkeypatch.setattr(Trainer, "forward_backward", spoil)
@@ -89,18 +85,19 @@ def test_trial_steps_change_no_weights(
     fit_and_forecast(trainer, NullProgress())
     assert all(torch.equal(weights, before[name]) for name, weights in captioner.state_dict().items())
     assert all(weights.grad is None for weights in captioner.parameters())
-    assert (trainer.spikes.norms, trainer.loader.rank, trainer.processes) == ([], 0, 1)
+    assert trainer.spikes.norms.isnan().all()
+    assert (trainer.loader.rank, trainer.processes) == (0, 1)
 
 
 def limit_images(monkeypatch: pytest.MonkeyPatch, most: int) -> list[list[int]]:
     """Let parts with more than `most` images run out of memory; return the part sizes of each try."""
     tried: list[list[int]] = []
 
-    def forward_backward(self: Trainer, batch: Batch) -> float:
+    def forward_backward(self: Trainer, batch: Batch) -> torch.Tensor:
         tried.append([len(loaded) for loaded, *_ in batch.micro_batches])
         if max(tried[-1]) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return 1.0
+        return torch.ones(())
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
     return tried
@@ -121,7 +118,7 @@ def test_reward_step_is_tried_only_on_a_gpu(trainer: Trainer, monkeypatch: pytes
     drawn: list[int] = []
     usual = Trainer.reward_backward
 
-    def reward_backward(self: Trainer, batch: Batch) -> float:
+    def reward_backward(self: Trainer, batch: Batch) -> torch.Tensor:
         drawn.extend(len(loaded) for loaded, *_ in batch.micro_batches)
         return usual(self, batch)
 

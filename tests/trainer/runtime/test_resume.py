@@ -140,12 +140,12 @@ import os, signal
 rank = int(os.environ["RANK"])
 if rank == 1:
     import trainer.loop
-    step = trainer.loop.Trainer.train_step
-    def stepping(self, optimizer, number, batch):
+    begin_step = trainer.loop.Trainer.begin_step
+    def stepping(self, optimizer, number):
         if number == 2:
             os.kill(os.getpid(), getattr(signal, sys.argv[4]))
-        return step(self, optimizer, number, batch)
-    trainer.loop.Trainer.train_step = stepping
+        return begin_step(self, optimizer, number)
+    trainer.loop.Trainer.begin_step = stepping
 try:
     train_captioner(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
 except BaseException as error:

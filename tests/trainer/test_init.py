@@ -1,0 +1,151 @@
+"""Training that continues a captioner: its weights, tokens and prompts, and the digest of the run."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.dataset.version import Version
+from pipeline.errors import ConfigError, TrainError
+from tests.trainer.small_trainings import CPU, LORA, losses, replace
+from trainer.config import TrainConfig
+from trainer.data import choose_examples, examples_in
+from trainer.features import OnlineFeatures
+from trainer.launch import train
+from trainer.model.checkpoint import Checkpoint, build_checkpoint, load_checkpoint
+from trainer.model.decoding import GREEDY
+from trainer.tokenizer import TargetText
+from trainer.training import train_captioner
+
+PLAIN = TargetText("synthetic", "", "brief")
+NEXT: dict[str, Any] = {
+    "text_source": "human", "preset": "scenes", "precision": "fp32",
+    "steps": 2, "evaluate_every": 9, "evaluate_images": 4, "batch_size": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def started(
+    version: Version, clip: str, language_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Captioners trained on synthetic captions, by kind of decoder."""
+    folder = tmp_path_factory.mktemp("captioners")
+    kinds: dict[str, dict[str, Any]] = {
+        "scratch": {},
+        "prefix": {"decoder": "prefix", "decoder_width": 48},
+        "language_model": {**LORA, "decoder": language_model},
+    }
+    for kind, changes in kinds.items():
+        config = {"encoder": clip, "steps": 20, "decoder_lr": 3e-3, "evaluate_every": 99} | changes
+        train_captioner(version, replace(**config), folder / kind)
+    return {kind: folder / kind for kind in kinds}
+
+
+def build(version: Version, **changes: Any) -> Checkpoint:
+    sets, config = choose_examples(version, TrainConfig.model_validate(NEXT | changes))
+    return build_checkpoint(version, config, sets["train"])
+
+
+def write(checkpoint: Checkpoint, version: Version) -> list[list[int]]:
+    """Return the first tokens of captions for four images, in a style of the first training."""
+    four = examples_in(version, "train")[:4]
+    states_BNV = OnlineFeatures(checkpoint.captioner.encoder, CPU)(four)
+    prompt_BT = torch.tensor(checkpoint.tokenizer.prompt(PLAIN)).expand(4, -1)
+    return [ids[:12] for ids in checkpoint.captioner.eval().generate(states_BNV, prompt_BT, GREEDY)]
+
+
+@pytest.mark.parametrize("kind", ["scratch", "prefix", "language_model"])
+def test_continued_captioner_writes_the_same_captions_before_its_first_step(
+    kind: str, version: Version, started: dict[str, Path]
+) -> None:
+    decoder = {"scratch": "scratch", "prefix": "prefix", "language_model": "a model"}[kind]
+    first, continued = (
+        load_checkpoint(started[kind], CPU),
+        build(version, init=str(started[kind]), decoder=decoder),
+    )
+    captions = write(first, version)
+    assert write(continued, version) == captions and any(captions)
+    before, after = first.captioner.config, continued.captioner.config
+    assert ("synthetic", "brief") in before.prompts
+    assert after.prompts == sorted({*before.prompts, ("human", "brief")})
+    assert after.data["init"]["data"] == before.data and after.data["texts"] == "human"
+
+
+def test_continued_tokenizer_keeps_ids_and_gets_a_token_per_new_source(
+    version: Version, started: dict[str, Path]
+) -> None:
+    first = load_checkpoint(started["scratch"], CPU).tokenizer.backend
+    continued = build(version, init=str(started["scratch"])).tokenizer.backend
+    added = continued.get_vocab().keys() - first.get_vocab().keys()
+    assert added == {"<human>"}
+    assert continued.get_vocab() == first.get_vocab() | {"<human>": first.get_vocab_size()}
+
+
+def test_training_continues_with_adapters_or_a_trainable_encoder(
+    version: Version, started: dict[str, Path]
+) -> None:
+    adapted = build(version, init=str(started["language_model"]), decoder="a model", lora_rank=2)
+    assert any("lora" in name for name in adapted.captioner.decoder.state_dict())
+    trainable = build(version, init=str(started["scratch"]), encoder_lr=1e-5).captioner.encoder
+    assert all(weights.requires_grad for weights in trainable.parameters())
+
+
+def test_second_training_begins_with_a_lower_loss_and_depends_on_the_weights_of_the_first(
+    version: Version, started: dict[str, Path], tmp_path: Path
+) -> None:
+    own = shutil.copytree(started["scratch"], tmp_path / "own")
+    train(version, init=str(own), out=tmp_path / "next", **NEXT)
+    settings = {"encoder": "tiny-clip", "decoder": "scratch", "decoder_width": 64, "decoder_depth": 1}
+    train(version, out=tmp_path / "new", **NEXT, **settings, decoder_heads=2)
+    assert losses(tmp_path / "next")[0] < losses(tmp_path / "new")[0] - 0.5
+    finished = (tmp_path / "next/model.safetensors").read_bytes()
+    train(version, init=str(own), out=tmp_path / "next", **NEXT)
+    assert (tmp_path / "next/model.safetensors").read_bytes() == finished
+    weights = load_file(own / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, own / "model.safetensors")
+    train(version, init=str(own), out=tmp_path / "next", **NEXT)
+    assert (tmp_path / "next/model.safetensors").read_bytes() != finished
+
+
+def test_default_style_is_learned_in_the_last_training(version: Version, started: dict[str, Path]) -> None:
+    """A kept prompt of the first training must not become the prompt that is scored."""
+    checkpoint = build(version, init=str(started["scratch"]), text_source="synthetic", styles=["detailed"])
+    learned = [style for _, style in checkpoint.captioner.config.prompts]
+    assert "detailed" in learned and "brief" not in learned
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "error"),
+    [
+        (None, {}, "lacks config.json"),
+        (["config.json"], {}, "lacks tokenizer.json"),
+        ("encoder", {}, "its config.json lacks 'encoder'"),
+        ("captioner", {"encoder": "tiny-vit"}, "has encoder clip.*, not tiny-vit"),
+        ("captioner", {"encoder_states": "2x2"}, "has encoder_states all, not 2x2"),
+    ],
+)
+def test_wrong_folder_or_other_model_is_refused_before_a_folder_is_made(
+    version: Version,
+    started: dict[str, Path],
+    clip: str,
+    tmp_path: Path,
+    files: Any,
+    options: Any,
+    error: str,
+) -> None:
+    init = tmp_path / "init"
+    if files == "captioner":
+        init = started["scratch"]
+    elif files == "encoder":
+        shutil.copytree(clip, init)
+        (init / "tokenizer.json").write_text("{}")
+    else:
+        init.mkdir()
+        for name in files or ():
+            (init / name).write_text("{}")
+    with pytest.raises((TrainError, ConfigError), match=error):
+        train(version, init=str(init), out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
