@@ -228,9 +228,11 @@ def _ask(worker: Worker, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Re
     if reason := stated_reason(answer):
         return reason
     checked = []
-    for original, (width_px, height_px, pdq_hash, fields) in zip(images, answer["images"], strict=True):
+    for original, (width_px, height_px, pdq_hash, contrast, fields) in zip(
+        images, answer["images"], strict=True
+    ):
         data = worker.receive(max(2 * len(original), MAX_STRIPPED_BYTES))
-        info = ImageInfo(int(width_px), int(height_px), bytes.fromhex(pdq_hash))
+        info = ImageInfo(int(width_px), int(height_px), bytes.fromhex(pdq_hash), float(contrast))
         texts = {str(name): str(text)[:MAX_EXIF_CHARACTERS] for name, text in fields.items()}
         checked.append(CheckedImage(original if data is None else data, info, texts))
     return checked
@@ -332,6 +334,8 @@ def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
         reason = {"reason": "too_much_memory", "what": f"decoding it needs more than {MEMORY_BYTES:,} bytes"}
         return [json.dumps(reason).encode()]
     pairs = zip(infos, fields, strict=True)
-    facts = [[info.width_px, info.height_px, info.pdq_hash.hex(), texts] for info, texts in pairs]
+    facts = [
+        [info.width_px, info.height_px, info.pdq_hash.hex(), info.contrast, texts] for info, texts in pairs
+    ]
     changed = [None if new is old else new for new, old in zip(stripped, images, strict=True)]
     return [json.dumps({"images": facts}).encode(), *changed]

@@ -10,7 +10,6 @@ archive are rejected. A damaged archive or a decompression bomb raises SourceErr
 
 import bz2
 import gzip
-import json
 import lzma
 import posixpath
 import re
@@ -38,19 +37,18 @@ from pipeline.sources.base import (
     first_names,
     refuse_roles,
 )
-from pipeline.sources.parquet import describe_held_out, split_of_path, stored_split
 from pipeline.sources.source_files import UNREAD_SUFFIXES, SourceFiles, find_source_files
+from pipeline.sources.splits import describe_held_out, read_split, split_of_path, stored_split
+from pipeline.sources.text_files import decode_text, parse_json
 from pipeline.sources.texts import (
     METADATA_FILES,
     PATH_COLUMNS,
     ImageTexts,
-    decode_text,
     describe_model_texts,
     human_captions,
     human_questions,
     model_texts,
     normalize_path,
-    read_split,
 )
 from pipeline.storage.untrusted import is_hidden
 from pipeline.tables import SPLIT
@@ -61,8 +59,9 @@ TEXT_SUFFIXES = (".txt", ".json")
 MAX_TEXT_BYTES = 1_000_000  # per text file
 MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # all text files in one archive
 MAX_HEADER_BYTES = 1_000_000  # tar header that holds a long name
-MAX_MEMBERS = 3_000_000
-MAX_DIRECTORY_BYTES = 300_000_000  # central directory of a zip file, which zipfile loads into memory
+MAX_MEMBERS = 1_000_000
+# Central directory of a zip file. zipfile uses up to 20 times as much memory.
+MAX_DIRECTORY_BYTES = 64_000_000
 # An archive of N bytes may unpack to N * MAX_UNPACK_RATIO + FREE_UNPACKED_BYTES bytes.
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000
 # Limits for consecutive tar entries with the same key, which are held in memory together.
@@ -330,7 +329,7 @@ def _as_text(name: str) -> str:
 
 
 @dataclass(slots=True)
-class TextIndex:
+class ArchiveTexts:
     """Text files and number of images for each key, in an archive or in a group of consecutive entries."""
 
     texts: dict[str, list[Entry]] = field(default_factory=dict)
@@ -361,7 +360,7 @@ def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry
     Groups above a size limit are split.
     """
     for group in _group_neighbors(entries):
-        index = TextIndex()
+        index = ArchiveTexts()
         for entry in group:
             index.add(entry)
         yield from ((entry, index.texts_of(entry)) for entry in group if not is_text(entry.name))
@@ -402,7 +401,7 @@ def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
             values |= rows[entry.name]
             captions += human_captions(rows[entry.name])
         else:
-            lines = (line.strip() for line in _decode(entry).splitlines())
+            lines = (line.strip() for line in (_decode(entry) or "").splitlines())
             captions += [line for line in lines if line and line not in by_model]
     return list(dict.fromkeys(captions)), values
 
@@ -410,21 +409,21 @@ def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
 def _read_json(entry: Entry) -> dict[str, Any]:
     """Return the object in a JSON file, or {} if the file holds anything else."""
     try:
-        row = json.loads(_decode(entry))
-    except (ValueError, RecursionError):
+        row = parse_json(_decode(entry) or "")
+    except (ValueError, RecursionError, MemoryError):
         return {}
     return row if isinstance(row, dict) else {}
 
 
-def _decode(entry: Entry) -> str:
-    data = entry.data or b""
+def _decode(entry: Entry) -> str | None:
+    """Return the text of an entry, or None if it is too large or not UTF-8."""
     try:
-        return decode_text(data)
+        return None if entry.data is None else decode_text(entry.data)
     except ValueError:
-        return data.decode("utf-8", "replace")
+        return None
 
 
-def _describe_texts(archive: str, index: TextIndex) -> Iterator[str]:
+def _describe_texts(archive: str, index: ArchiveTexts) -> Iterator[str]:
     """Yield messages about the captions in an archive, and about text files that are not used."""
     parsed = [_parse_texts(texts) for key, texts in index.texts.items() if index.images[key]]
     if num_captions := sum(len(captions) for captions, _ in parsed):
@@ -433,6 +432,9 @@ def _describe_texts(archive: str, index: TextIndex) -> Iterator[str]:
     if index.tables:
         hint = "unpack the archive, and pass the folder: --source folder:DIR"
         yield f"metadata files in {archive} were not read: {first_names(index.tables)} ({hint})"
+    unread = [text.name for texts in index.texts.values() for text in texts if _decode(text) is None]
+    if unread:
+        yield f"{len(unread):,} texts in {archive} are too large or not UTF-8 ({first_names(unread)})"
     unused = [text.name for key, texts in index.texts.items() if not index.images[key] for text in texts]
     if unused:
         yield f"{len(unused):,} texts in {archive} belong to no image ({first_names(sorted(unused))})"
@@ -459,8 +461,8 @@ class Archives:
                     for image in read_entries(file, name, "images"):
                         yield image, index.texts_of(image)
 
-    def _read_text_index(self, name: str) -> TextIndex:
-        index, num_bytes = TextIndex(), 0
+    def _read_text_index(self, name: str) -> ArchiveTexts:
+        index, num_bytes = ArchiveTexts(), 0
         with self.files.open(name) as file:
             for entry in read_entries(file, name, "texts"):
                 num_bytes += len(entry.data or b"")

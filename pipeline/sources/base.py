@@ -17,7 +17,6 @@ from pipeline.types import RawSample, Rejected, Sample, Source, SourceSlice
 DECK_TASKS = ("deck_qa",)
 LICENSE_FROM_OPTION = "unknown, unless --license states it; unknown images are pushed to a private repository"
 NAMED_ROWS = 3  # number of names that a message lists
-MAX_METADATA_BYTES = 256_000_000  # maximum size of a file with texts for many images
 # Options that only some sources support. Values: the error message for other sources, and its hint.
 OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave out --split"),
@@ -112,6 +111,7 @@ def check_samples(
                 width_px=checked[0].info.width_px,
                 height_px=checked[0].info.height_px,
                 license=row.license,
+                contrast=max(page.info.contrast for page in checked),
                 **row.fields | {"context": tuple(context.items())},
             )
 

@@ -22,19 +22,15 @@ from pipeline.hub_errors import translate_hub_errors
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples
 from pipeline.sources.image_urls import MAX_PARALLEL_FETCHES, fetch_ahead
-from pipeline.sources.parquet import (
+from pipeline.sources.parquet import Tables, embedded_bytes, is_binary, is_list, is_text
+from pipeline.sources.source_files import find_source_files
+from pipeline.sources.splits import (
     SPLIT_OF_WORD,
-    Tables,
     describe_held_out,
-    embedded_bytes,
     group_by_split,
-    is_binary,
-    is_list,
-    is_text,
     split_of_path,
     stored_split,
 )
-from pipeline.sources.source_files import find_source_files
 from pipeline.sources.texts import FILE_NAMES, TEXT_KEYS, parse_list, read_question, read_texts
 from pipeline.tables import ANSWERS, CAPTION_COLUMNS, QUESTION
 from pipeline.tasks.base import MAX_PAGES
