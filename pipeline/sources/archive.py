@@ -29,7 +29,6 @@ from typing import Any, BinaryIO, Literal, cast
 from pipeline.config import Config
 from pipeline.errors import SourceError, did_you_mean, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import (
     SourceSpec,
     as_text,
@@ -66,7 +65,6 @@ MAX_DIRECTORY_BYTES = 64_000_000
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000
 # Limits for consecutive tar entries with the same key, which are held in memory together.
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000
-QUESTION_ARCHIVES = 16  # number of archives searched for questions before any image is read
 COLUMN_IMAGES = 20  # number of images whose texts are searched for the context columns
 BLOCK_BYTES = 1 << 20
 MAGIC_BYTES = 6
@@ -472,29 +470,18 @@ class Archives:
                 index.add(entry)
         return index
 
-    def have_questions(self, names: Sequence[str]) -> bool:
-        """Return whether the first archives have questions. For remote archives, only one image is read."""
-        if self.files.is_local:
-            with self.files.translate_errors():
-                indexes = (self.text_index(name) for name in names[:QUESTION_ARCHIVES])
-                groups = (texts for index in indexes for texts in index.texts.values())
-                return any(human_questions(_parse_texts(texts)[1]) for texts in groups)
-        with closing(self.read_images(names[0])) as images:
-            return any(human_questions(_parse_texts(texts)[1]) for _, texts in islice(images, 1))
-
     def require_columns(self, names: Sequence[str], columns: Sequence[str]) -> None:
         """Check that the first images' texts have these columns. Raises SourceError if one is missing."""
         known = {*PATH_COLUMNS}
-        wanted = [column for column in columns if not is_exif_name(column)]
         for name in names:
-            if known.issuperset(wanted):
+            if known.issuperset(columns):
                 return
             with closing(self.read_images(name)) as images:
                 for _, texts in islice(images, COLUMN_IMAGES):
                     known |= {*_parse_texts(texts)[1]}
             if len(known) > len(PATH_COLUMNS):
                 break
-        if unknown := [column for column in wanted if column not in known]:
+        if unknown := [column for column in columns if column not in known]:
             hint = did_you_mean(unknown[0], known, f"the first images have {', '.join(sorted(known))}")
             raise SourceError(f"no column is named {unknown[0]}", hint=hint)
 
@@ -506,7 +493,7 @@ def open_archives(
     columns: Sequence[str] = (),
     split: str | None = None,
 ) -> Source:
-    """Open the images in archives, or a slice. `columns` (JSON values or EXIF fields) become the context.
+    """Open the images in archives, or a slice. `columns` (JSON values) become the context.
 
     Raises SourceError if no archive belongs to `split`, or if the first images lack one of the columns.
     Reading the source raises SourceError if an archive is damaged or no archive has an image.
@@ -520,7 +507,6 @@ def open_archives(
         raise SourceError(f"no archive is named after the split {split}", hint=hint)
     archives = Archives(files)
     archives.require_columns(names, columns)
-    has_questions = archives.have_questions(names)
     by_file = len(names) >= part.of
 
     def read() -> Iterator[RawSample | Rejected]:
@@ -531,7 +517,7 @@ def open_archives(
             for image, texts in archives.read_images(name):
                 number += 1
                 if by_file or number % part.of == part.number:
-                    row = _row(name, image, texts, license, columns, has_questions=has_questions)
+                    row = _row(name, image, texts, license, columns)
                     if isinstance(row, Rejected):
                         yield row
                     elif split in (None, row.fields["split"]):
@@ -552,7 +538,7 @@ def open_archives(
     return Source(
         name="archive",
         revision=files.revision if part == ALL else "",
-        read=lambda start: check_samples(islice(read(), start, None), columns),
+        read=lambda start: check_samples(islice(read(), start, None)),
         messages=tuple(messages),
     )
 
@@ -563,8 +549,6 @@ def _row(
     texts: Sequence[Entry],
     license: str,
     columns: Sequence[str],
-    *,
-    has_questions: bool,
 ) -> RawSample | Rejected:
     name = f"{archive}/{image.name}"
     if image.data is None:
@@ -580,7 +564,7 @@ def _row(
     except SourceError as error:
         return Rejected(source_row=name, reason="unusable_column", detail=str(error))
     image_texts = ImageTexts(captions, list(human_questions(values)), split)
-    fields = image_texts.sample_fields(has_questions=has_questions) | {"context": context}
+    fields = image_texts.sample_fields() | {"context": context}
     return RawSample(source_row=name, images=(image.data,), license=license, fields=fields)
 
 

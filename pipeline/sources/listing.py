@@ -16,7 +16,6 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError, did_you_mean
-from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
 from pipeline.sources.source_files import digest_or_fault, read_image
@@ -64,7 +63,7 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
     if not {name.lower() for name in names} & {*IMAGE_COLUMNS}:
         hint = f"in the first line, call the column of paths {IMAGE_COLUMNS[0]}, or the column of URLs url"
         raise SourceError(f"{file} has no column of images: it has {', '.join(names)[:200]}", hint=hint)
-    if unknown := [name for name in columns if name not in names and not is_exif_name(name)]:
+    if unknown := [name for name in columns if name not in names]:
         hint = did_you_mean(unknown[0], names, f"columns: {', '.join(names)}")
         raise SourceError(f"no column is named {unknown[0]}", hint=hint)
     return [_parse_row(number, row, columns, file) for number, row in rows]
@@ -128,7 +127,7 @@ def open_list(
 ) -> Source:
     """Open the images that a list names, or only the slice `part`. A slice has no revision.
 
-    `columns` (columns of the list or EXIF fields) become the context. Files outside the list's folder are
+    `columns` of the list become the context. Files outside the list's folder are
     rejected unless `follow_links` is set. Raises SourceError as `read_list` does, or if `split` has no line.
     """
     all_images, root = read_list(file, columns), file.parent
@@ -138,7 +137,6 @@ def open_list(
             f"{file} has no line with the split {split}", hint=f"set the split in the column {SPLIT}"
         )
     images, bound = split_images[part.number :: part.of], None if follow_links else root
-    has_questions = any(image.texts.questions for image in all_images)
 
     def read(image: ListedImage) -> RawSample | Rejected:
         if image.fault:
@@ -147,7 +145,7 @@ def open_list(
             data = _read_image(image, root, bound, allow_urls=allow_urls)
         except ImageError as error:
             return Rejected(source_row=image.name, reason=error.reason, detail=str(error))
-        fields = image.texts.sample_fields(has_questions=has_questions)
+        fields = image.texts.sample_fields()
         fields |= {"context": image.context, "split": stored_split(image.texts.split, split)}
         return RawSample(source_row=image.name, images=(data,), license=license, fields=fields)
 
@@ -166,7 +164,7 @@ def open_list(
     return Source(
         name="list",
         revision=digest([content(image) for image in images]) if part == ALL else "",
-        read=lambda start: check_samples(read_all(images[start:]), columns),
+        read=lambda start: check_samples(read_all(images[start:])),
         count=lambda: len(images),
         messages=tuple(_describe(all_images)) if part == ALL else (),
     )

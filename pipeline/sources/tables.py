@@ -19,7 +19,6 @@ from pipeline.config import CONTEXT, Config
 from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE
 from pipeline.errors import ImageError, SourceError, did_you_mean
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples
 from pipeline.sources.image_urls import MAX_PARALLEL_FETCHES, fetch_ahead
 from pipeline.sources.parquet import Tables, embedded_bytes, is_binary, is_list, is_text
@@ -107,7 +106,7 @@ def open_mapped(
         todo = jobs(row_number(split_column, start) if split_column and split else start)
         parallel = min(MAX_PARALLEL_FETCHES, config.limit or MAX_PARALLEL_FETCHES)
         rows = fetch_ahead(todo, _run_job, parallel) if config.allow_urls else map(_run_job, todo)
-        return check_samples(rows, config.context)
+        return check_samples(rows)
 
     messages = [PARTIAL_MESSAGE.format(name=tables.name)] if tables.is_partial else []
     messages += [] if split or split_column else describe_held_out(tables.files)
@@ -195,12 +194,11 @@ def _no_column_error(schema: pa.Schema, name: str) -> SourceError:
 
 
 def _context_columns(schema: pa.Schema, names: str) -> list[str]:
-    """Return the columns in a comma-separated list, without EXIF fields.
+    """Return the columns in a comma-separated list.
 
     Raises SourceError if a column is missing, or if prompts cannot use its type.
     """
-    stripped = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
-    columns = [name for name in stripped if name in schema.names or not is_exif_name(name)]
+    columns = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     for name in columns:
         if name not in schema.names:
             raise _no_column_error(schema, name)

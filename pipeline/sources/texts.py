@@ -219,10 +219,10 @@ class ImageTexts:
         self.split = most_held_out(other.split, self.split)
         self.num_by_model += other.num_by_model
 
-    def sample_fields(self, *, has_questions: bool) -> dict[str, Any]:
-        """Return fields for a Sample. Set `has_questions` if the source has questions about any image."""
-        fields: dict[str, Any] = {"references": tuple(self.captions), "split": self.split}
-        return fields | ({"reference_qa": tuple(self.questions)} if has_questions else {})
+    def sample_fields(self) -> dict[str, Any]:
+        """Return fields for a Sample."""
+        questions = tuple(self.questions) or None
+        return {"references": tuple(self.captions), "split": self.split, "reference_qa": questions}
 
     def as_json(self) -> list[Any]:
         """Return the values that are part of a source's revision."""
