@@ -40,6 +40,7 @@ from pipeline.sources.source_files import UNREAD_SUFFIXES, SourceFiles, find_sou
 from pipeline.sources.splits import describe_held_out, read_split, split_of_path, stored_split
 from pipeline.sources.text_files import decode_text, parse_json
 from pipeline.sources.texts import (
+    MAX_TEXT_CHARACTERS,
     METADATA_FILES,
     PATH_COLUMNS,
     ImageTexts,
@@ -67,6 +68,7 @@ MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000
 COLUMN_IMAGES = 20  # number of images whose texts are searched for the context columns
 BLOCK_BYTES = 1 << 20
+MAX_NAME_CHARACTERS = 1_000
 MAGIC_BYTES = 6
 _DRIVE = re.compile(r"[A-Za-z]:")
 # Decoders by magic bytes. Each can read concatenated streams, and never returns more bytes than requested.
@@ -92,6 +94,7 @@ _DAMAGES = (
 )
 REASONS = {
     "outside_archive": "its name leads out of the archive",
+    "name_too_long": "its name is too long",
     "not_a_file": "a link, a pipe or a device, not a regular file",
     "file_too_large": f"more than {MAX_IMAGE_BYTES:,} bytes",
     "encrypted": "it is encrypted",
@@ -261,6 +264,8 @@ def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
 
 def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
     text = _as_text(name)
+    if len(text) > MAX_NAME_CHARACTERS:
+        return Entry(text[:MAX_NAME_CHARACTERS], None, "name_too_long")
     if text.startswith("/") or ".." in text.split("/") or _DRIVE.match(text):
         return Entry(text, None, "outside_archive")
     if _has_suffix(name, UNREAD_SUFFIXES):
@@ -399,7 +404,7 @@ def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
             values |= rows[entry.name]
             captions += human_captions(rows[entry.name])
         else:
-            lines = (line.strip() for line in (_decode(entry) or "").splitlines())
+            lines = (line.strip()[:MAX_TEXT_CHARACTERS] for line in (_decode(entry) or "").splitlines())
             captions += [line for line in lines if line and line not in by_model]
     return list(dict.fromkeys(captions)), values
 

@@ -30,7 +30,14 @@ from pipeline.sources.splits import (
     split_of_path,
     stored_split,
 )
-from pipeline.sources.texts import FILE_NAMES, TEXT_KEYS, parse_list, read_question, read_texts
+from pipeline.sources.texts import (
+    FILE_NAMES,
+    MAX_TEXT_CHARACTERS,
+    TEXT_KEYS,
+    parse_list,
+    read_question,
+    read_texts,
+)
 from pipeline.tables import ANSWERS, CAPTION_COLUMNS, QUESTION
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, GATED, UNDECLARED, UNKNOWN, RawSample, Rejected, Sample, Source, SourceSlice
@@ -292,7 +299,9 @@ def _read_row(name: str, row: dict[str, Any], columns: Columns, *, allow_urls: b
         return Rejected(source_row=name, reason="several_images", detail="for decks: --columns pages=COLUMN")
     items = [item for column in columns["references"] for item in _as_list(row[column])]
     texts = [text for item in items for text in _texts_of(item)]
-    fields["references"] = tuple(text for text in texts if isinstance(text, str) and text.strip())
+    fields["references"] = tuple(
+        text[:MAX_TEXT_CHARACTERS] for text in texts if isinstance(text, str) and text.strip()
+    )
     fields["context"] = tuple((column, as_text(row[column])) for column in columns.get(CONTEXT, ()))
     if "question" in columns:
         questions, answers = _paired(row, columns)

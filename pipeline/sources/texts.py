@@ -73,6 +73,7 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PATH_COLUMNS = ("folder", "file_name")  # context columns that every image has
 MAX_SIDECAR_BYTES = 1_000_000
 MAX_DEPTH = 8  # lists and objects around a text
+MAX_TEXT_CHARACTERS = 20_000  # of longer texts, the filter sees the beginning, and rejects them
 
 
 # --- rows
@@ -169,7 +170,7 @@ def extract_texts(
     if isinstance(value, list):
         inner = value if max_depth else ()
         return [text for item in inner for text in extract_texts(item, text_of, max_depth - 1)]
-    text = _encodable(text_of(value)).strip()
+    text = _encodable(text_of(value)).strip()[:MAX_TEXT_CHARACTERS]
     return [text] if text else []
 
 
@@ -462,7 +463,7 @@ def _add_sidecars(folder_texts: FolderTexts, paths: Sequence[Path], bound: Path 
         except (OSError, UnsafeFileError) as error:
             unread.append(str(error))
             continue
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = [line.strip()[:MAX_TEXT_CHARACTERS] for line in text.splitlines() if line.strip()]
         human = [line for line in lines if not is_own_line(file, line, own_lines[folder])]
         folder_texts.texts[path].captions += human
         folder_texts.num_by_model += len(lines) - len(human)
