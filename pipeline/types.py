@@ -1,5 +1,6 @@
 """The types that sources, engines and executors exchange."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -44,7 +45,8 @@ class Sample:
 
     `id` is the SHA-256 of the image, or of the hashes of a deck's pages (images.decode.deck_id). `width_px`
     and `height_px` are the size of the first page. `pdq_hashes` is empty if all images are known to be
-    distinct. `references` are human captions. `reference_qa` is None if the source has no questions.
+    distinct. `contrast` is the largest contrast of a page (images.decode.check_image). `references` are human
+    captions. `reference_qa` is None if there are no questions.
     """
 
     id: str
@@ -58,10 +60,12 @@ class Sample:
     references: tuple[str, ...] = ()
     context: Context = ()
     reference_qa: tuple[ReferenceQA, ...] | None = None
+    contrast: float = math.inf
 
     def to_row(self) -> dict[str, Any]:
         """Return the sample as a row of tables.SAMPLE."""
         values = asdict(self)
+        del values["contrast"]
         return {"sample_id": values.pop("id"), **values}
 
 

@@ -16,6 +16,7 @@ from pipeline.config.sections import (
     Distinct,
     FilterConfig,
     GenerateConfig,
+    ImageFilterConfig,
     Section,
     SelectConfig,
     ServerConfig,
@@ -112,6 +113,7 @@ class Config(Section):
     """URLs of running servers. A URL without a path gets `/v1`."""
     generate: GenerateConfig = GenerateConfig()
     server: ServerConfig = ServerConfig()
+    image_filter: ImageFilterConfig = ImageFilterConfig()
     filter: FilterConfig = FilterConfig()
     verify: VerifyConfig = VerifyConfig()
     select: SelectConfig = SelectConfig()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MANIFEST_KEYS = frozenset(
     ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds",
      "seed", "exclude", "human_texts", "tasks", "custom_tasks", "engine", "model", "generate", "filter",
-     "verify", "select", "dedupe", "balance", "split")
+     "image_filter", "verify", "select", "dedupe", "balance", "split")
 )  # fmt: skip
 # The keys that only the user may set.
 OWN_KEYS = frozenset(
@@ -46,6 +46,7 @@ PUBLIC_SOURCE = re.compile(
 )
 PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MAX_SHOWN_CHARACTERS = 80
+MAX_SETTINGS_CHARACTERS = 10_000_000
 SECRET_KEYS = frozenset(("key_env", "headers"))  # users put keys of servers there by mistake
 # Descriptions of a valid value by pydantic's error type. For other types, pydantic's message is shown.
 WANTED = {
@@ -145,6 +146,13 @@ def _with_texts(task: Any, folder: Path) -> Any:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse aliases: a file of 500 bytes may repeat a value billions of times."""
+        if self.check_event(yaml.AliasEvent):
+            place = self.peek_event().start_mark
+            raise ConfigError(f"{place.name}, line {place.line + 1}: an alias", hint="repeat the value")
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001
         """Refuse a key that appears twice: YAML would use the last one."""
         seen = set[tuple[str, str]]()
@@ -159,10 +167,22 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
-    """Read a YAML file of settings. Raises ConfigError if it does not contain keys and values."""
+    """Read a file of settings, as JSON if its name ends with .json, else as YAML.
+
+    Raises ConfigError if it does not contain keys and values.
+    """
     try:
         with path.open(encoding="utf-8") as file:
-            values = yaml.load(file, _UniqueKeyLoader) or {}  # noqa: S506  # a SafeLoader
+            text = file.read(MAX_SETTINGS_CHARACTERS + 1)
+            if len(text) > MAX_SETTINGS_CHARACTERS:
+                raise OSError(f"it has more than {MAX_SETTINGS_CHARACTERS:,} characters")
+            file.seek(0)
+            is_json = path.suffix == ".json"
+            values = (json.loads(text) if is_json else yaml.load(file, _UniqueKeyLoader)) or {}  # noqa: S506
+    except RecursionError:
+        raise ConfigError(f"config file {path} is nested too deeply", hint=example) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config file {path} is not JSON: {error}", hint=example) from None
     except (OSError, UnicodeDecodeError) as error:
         problem = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = f"pass a YAML file; {example}"

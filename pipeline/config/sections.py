@@ -364,6 +364,21 @@ class ServerConfig(Section):
         return (writer_cost + judge_read * judge_in + judge_written * judge_out) / 1e6
 
 
+class ImageFilterConfig(Section):
+    """Bounds on images. Images outside of them are rejected before the model is asked."""
+
+    enabled: bool = True
+    """False keeps images of all sizes, shapes and contents."""
+    min_side_px: int = Field(default=32, ge=1)
+    """Minimum pixels of the shorter side."""
+    max_aspect_ratio: float = Field(default=20.0, ge=1)
+    """Maximum length of the longer side, as a multiple of the shorter side."""
+    min_contrast: float = Field(default=1.0, ge=0, le=127)
+    """Minimum standard deviation of a color channel (0 to 255) over areas of 1/64 of each side. Black and
+    blank images have less than 1.
+    """
+
+
 class FilterConfig(Section):
     """Bounds on texts. Words are counted without openings such as "The image shows"."""
 

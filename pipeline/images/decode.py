@@ -31,11 +31,10 @@ MAX_IMAGE_BYTES = 100_000_000
 MAX_PIXELS = 50_000_000  # checked before decoding, because a 12 kB file can claim 100 million
 MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
 MAX_SCANS = 100  # a progressive JPEG usually has about ten scans
-_JPEG, _JPEG_FORMATS = b"\xff\xd8", ("JPEG", "MPO")
+_JPEG_FORMATS = ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
 UPRIGHT_QUALITY = 95  # JPEG quality of rotated images
 HASH_SIDE_PX = 64
-MIN_HASHED_SIDE_PX = 512  # large JPEGs are decoded at reduced size for hashing, but not below this
 MIN_PDQ_QUALITY = 50  # out of 100, as PDQ's authors recommend
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
@@ -52,81 +51,47 @@ def deck_id(page_ids: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """The upright size and PDQ hash of a fully decoded image."""
+    """The upright size, PDQ hash and contrast of a fully decoded image."""
 
     width_px: int
     height_px: int
     pdq_hash: bytes
+    contrast: float
 
 
 def check_image(data: bytes) -> ImageInfo:
-    """Decode a whole image. Raises ImageError if it is damaged, too large, or too narrow."""
-    image, (width_px, height_px) = _decode_for_hash(data)
-    pdq = pdq_hash(image)
-    if not pdq and image.mode == "L":  # with saturated colors, RGB may have more detail than luma
-        pdq = pdq_hash(_decode(data)[0])
-    return ImageInfo(width_px, height_px, pdq)
+    """Decode a whole image. Raises ImageError if it is damaged, too large, or too narrow.
+
+    The contrast is the largest standard deviation of a color channel (0 to 255), in 64 x 64 areas.
+    """
+    image = prepare_image(data)
+    contrast = float(_small(image).std(axis=(0, 1)).max())
+    return ImageInfo(image.width, image.height, pdq_hash(image), contrast)
+
+
+def _small(image: Image.Image) -> "np.ndarray[Any, Any]":
+    """Return an RGB image reduced to HASH_SIDE_PX by HASH_SIDE_PX, [64, 64, 3]."""
+    return np.asarray(image.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.BOX))
 
 
 def pdq_hash(image: Image.Image) -> bytes:
-    """Return the PDQ hash (Facebook, 2019) of an RGB or L image (32 bytes), or b"" if it has little detail.
+    """Return the PDQ hash (Facebook, 2019) of an RGB image (32 bytes), or b"" if it has little detail.
 
     The image is first reduced to 64 x 64 pixels, as in PDQ itself. This is four times as fast as 256 x 256,
     and as stable (docs/measurements.md).
     """
-    small = image.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.BOX)
-    bits, quality = pdqhash.compute(np.asarray(small.convert("RGB")))
+    bits, quality = pdqhash.compute(_small(image))
     return np.packbits(bits).tobytes() if quality >= MIN_PDQ_QUALITY else b""
 
 
 def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Image.Image:
     """Decode to upright RGB over white, scaled to `max_pixels`. Raises ImageError as `check_image` does."""
-    rgb, _ = _decode(data)
-    size = scaled_size(*rgb.size, max_pixels)
-    return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
-
-
-def decode_for_hash(data: bytes) -> Image.Image:
-    """Return an upright image for hashing: the luma of a JPEG (reduced if it is large), or RGB over white.
-
-    Raises ImageError as `check_image` does.
-    """
-    return _decode_for_hash(data)[0]
-
-
-def _decode_for_hash(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
-    try:
-        return _decode(data, for_hash=True)
-    except ImageError:
-        if not data.startswith(_JPEG):
-            raise
-        return _decode(data)  # a lossless JPEG cannot be decoded as luma
-
-
-def _decode(data: bytes | memoryview, *, for_hash: bool = False) -> tuple[Image.Image, tuple[int, int]]:
-    """Return the upright image in RGB over white, and its full size.
-
-    With `for_hash`, only the luma of a JPEG is decoded, because PDQ ignores color. A large JPEG is reduced by
-    2, 4 or 8 as long as both sides keep MIN_HASHED_SIDE_PX. Damage is still detected.
-    """
     with open_image(data) as image:
-        size_px, upright_px = image.size, _upright_size(image)
-        if for_hash:
-            mode = "L" if _has_common_sampling(image) else None
-            image.draft(mode, (MIN_HASHED_SIDE_PX, MIN_HASHED_SIDE_PX))
-        is_reduced = image.size != size_px
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # without a copy of a large image
-        is_luma = for_hash and image.format in _JPEG_FORMATS and image.mode == "L"
-        upright = image if is_luma else over_white(image)
-        return upright, upright_px if is_reduced else upright.size
-
-
-def _has_common_sampling(image: Image.Image) -> bool:
-    """Return whether a JPEG's colors are subsampled by whole factors, as libjpeg requires to decode luma."""
-    layers: list[tuple[int, int, int, int]] = getattr(image, "layer", [])  # (number, rows, columns, table)
-    rows, columns = ([layer[side] for layer in layers] for side in (1, 2))
-    return all(max(factors) % factor == 0 for factors in (rows, columns) for factor in factors)
+        rgb = over_white(image)
+    size = scaled_size(*rgb.size, max_pixels)
+    return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
 
 
 def upright_file(data: bytes) -> bytes:

@@ -20,14 +20,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import ImageInfo, check_image
-from pipeline.images.metadata import MAX_EXIF_CHARACTERS, read_exif, strip_metadata
+from pipeline.images.metadata import strip_metadata
 
 # Per image. The limit also ends workers that sleep, and is high because the machine may be busy.
 WALL_SECONDS = 300.0
@@ -49,24 +49,20 @@ _LENGTH = struct.Struct(">q")  # prefix of each message: its length, or -1 for a
 
 @dataclass(frozen=True, slots=True)
 class CheckedImage:
-    """A checked image: the file without metadata, its size and hash, and the requested EXIF fields."""
+    """A checked image: the file without metadata, its size and hash."""
 
     data: bytes
     info: ImageInfo
-    exif: dict[str, str] = field(default_factory=dict)
 
 
 Result = list[CheckedImage] | ImageError
 
 
-def check_all(
-    jobs: Iterator[tuple[T, Sequence[bytes]]], exif: Sequence[str] = ()
-) -> Iterator[tuple[T, Result]]:
+def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]]) -> Iterator[tuple[T, Result]]:
     """Check the images of each job in workers. Yield the jobs in order, with checked images or an error.
 
-    `exif` names fields to read from each image (metadata.read_exif). Two jobs per worker are read ahead. If
-    `jobs` raises an error, it is raised again after the earlier jobs are yielded. Raises SourceError if no
-    worker can be started.
+    Two jobs per worker are read ahead. If `jobs` raises an error, it is raised again after the earlier jobs
+    are yielded. Raises SourceError if no worker can be started.
     """
     pool = _pool()
     waiting: deque[tuple[T, Future[Result], int]] = deque()
@@ -83,7 +79,7 @@ def check_all(
                 except Exception as raised:  # noqa: BLE001  # raised again below
                     error = raised
                 else:
-                    waiting.append((key, pool.submit(tuple(images), tuple(exif)), sum(map(len, images))))
+                    waiting.append((key, pool.submit(tuple(images)), sum(map(len, images))))
             if not waiting:
                 break
             key, future, _ = waiting.popleft()
@@ -196,18 +192,18 @@ class _Pool:
         self._local = threading.local()
         self._workers: set[Worker] = set()
 
-    def submit(self, images: tuple[bytes, ...], exif: tuple[str, ...]) -> "Future[Result]":
+    def submit(self, images: tuple[bytes, ...]) -> "Future[Result]":
         """Check the images of a job in the next free worker."""
-        return self._threads.submit(self._check, images, exif)
+        return self._threads.submit(self._check, images)
 
-    def _check(self, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Result:
+    def _check(self, images: tuple[bytes, ...]) -> Result:
         worker: Worker | None = getattr(self._local, "worker", None)
         if worker is None or not worker.is_alive():
             worker = self._local.worker = Worker(_SERVE)
             self._workers.add(worker)
         try:
             with worker.limited(WALL_SECONDS * len(images) + 1):
-                return _ask(worker, images, exif)
+                return _ask(worker, images)
         except ImageError as error:
             self._workers.discard(worker)
             return error
@@ -221,18 +217,17 @@ class _Pool:
             worker.kill()
 
 
-def _ask(worker: Worker, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Result:
+def _ask(worker: Worker, images: tuple[bytes, ...]) -> Result:
     """Return a worker's answer about the images of a job. An invalid answer may raise any exception."""
-    worker.send(json.dumps({"images": len(images), "exif": exif}).encode(), *images)
+    worker.send(json.dumps({"images": len(images)}).encode(), *images)
     answer = worker.receive_header()
     if reason := stated_reason(answer):
         return reason
     checked = []
-    for original, (width_px, height_px, pdq_hash, fields) in zip(images, answer["images"], strict=True):
+    for original, (width_px, height_px, pdq_hash, contrast) in zip(images, answer["images"], strict=True):
         data = worker.receive(max(2 * len(original), MAX_STRIPPED_BYTES))
-        info = ImageInfo(int(width_px), int(height_px), bytes.fromhex(pdq_hash))
-        texts = {str(name): str(text)[:MAX_EXIF_CHARACTERS] for name, text in fields.items()}
-        checked.append(CheckedImage(original if data is None else data, info, texts))
+        info = ImageInfo(int(width_px), int(height_px), bytes.fromhex(pdq_hash), float(contrast))
+        checked.append(CheckedImage(original if data is None else data, info))
     return checked
 
 
@@ -291,7 +286,7 @@ def serve() -> None:
             images = [receive_message(source, 1 << 40) or b"" for _ in range(request["images"])]
         except EOFError:
             return
-        send_messages(target, _check(images, request["exif"]))
+        send_messages(target, _check(images))
 
 
 def limit_resources() -> None:
@@ -311,21 +306,19 @@ def allow_cpu() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
 
-def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
+def _check(images: list[bytes]) -> list[bytes | None]:
     """Return the answer to a request: a JSON header and each image (None if it is unchanged)."""
     try:
-        stripped, infos, fields = [], [], []
+        stripped, infos = [], []
         for image in images:
             allow_cpu()
             stripped.append(strip_metadata(image))
             infos.append(check_image(stripped[-1]))
-            fields.append(read_exif(image, exif) if exif else {})
     except ImageError as error:
         return [json.dumps({"reason": error.reason, "what": str(error)}).encode()]
     except MemoryError:
         reason = {"reason": "too_much_memory", "what": f"decoding it needs more than {MEMORY_BYTES:,} bytes"}
         return [json.dumps(reason).encode()]
-    pairs = zip(infos, fields, strict=True)
-    facts = [[info.width_px, info.height_px, info.pdq_hash.hex(), texts] for info, texts in pairs]
+    facts = [[info.width_px, info.height_px, info.pdq_hash.hex(), info.contrast] for info in infos]
     changed = [None if new is old else new for new, old in zip(stripped, images, strict=True)]
     return [json.dumps({"images": facts}).encode(), *changed]

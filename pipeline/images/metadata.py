@@ -7,16 +7,14 @@ kept.
 """
 
 import io
-import math
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from PIL import ExifTags, ImageOps, TiffImagePlugin
+from PIL import ImageOps
 
-from pipeline.errors import ImageError
 from pipeline.images.decode import MAX_SCANS, ORIENTATION, open_image, too_many_scans
 
 _ICC_PROFILE = b"ICC_PROFILE\0"
@@ -33,50 +31,6 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _JPEG_QUALITY = 95
 # For a photo of 6 megapixels, this level is 2.6 times as fast as the default, and the file is 4 % larger.
 _PNG_COMPRESS_LEVEL = 4
-EXIF_PREFIX = "exif_"  # source columns such as exif_DateTimeOriginal are EXIF fields
-MAX_EXIF_CHARACTERS = 300
-_EXIF_TAGS = {name: tag for tag, name in ExifTags.TAGS.items()}
-_GPS_TAGS = {name: tag for tag, name in ExifTags.GPSTAGS.items()}
-
-
-def is_exif_name(name: str) -> bool:
-    """Return whether a column name is `exif_` followed by a field name in the standard (CIPA DC-008)."""
-    field = name.removeprefix(EXIF_PREFIX)
-    return field != name and (field in _EXIF_TAGS or field in _GPS_TAGS)
-
-
-def read_exif(data: bytes, names: Sequence[str]) -> dict[str, str]:
-    """Return the EXIF fields of an image file as strings, by name. Missing and binary fields are left out.
-
-    GPS coordinates are in degrees, negative in the south and west. Damaged EXIF yields {}.
-    """
-    try:
-        with open_image(data) as image:
-            exif = image.getexif()
-            fields = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
-            gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
-            values = {name: _exif_text(name.removeprefix(EXIF_PREFIX), fields, gps) for name in names}
-    except ImageError:
-        return {}
-    return {name: text[:MAX_EXIF_CHARACTERS] for name, text in values.items() if text}
-
-
-def _exif_text(field: str, fields: dict[int, Any], gps: dict[int, Any]) -> str:
-    value = gps.get(_GPS_TAGS[field]) if field in _GPS_TAGS else fields.get(_EXIF_TAGS[field])
-    if field in ("GPSLatitude", "GPSLongitude") and isinstance(value, tuple):
-        degrees = sum(float(part) / 60**place for place, part in enumerate(value))
-        if not math.isfinite(degrees):
-            return ""
-        return f"{-degrees if gps.get(_GPS_TAGS[f'{field}Ref']) in ('S', 'W') else degrees:.6f}"
-    if value is None or isinstance(value, bytes):
-        return ""
-    values = value if isinstance(value, tuple) else (value,)
-    if any(isinstance(one, TiffImagePlugin.IFDRational) and not math.isfinite(one) for one in values):
-        return ""  # cameras write 0/0 for unknown values
-    return ", ".join(
-        f"{float(one):g}" if isinstance(one, TiffImagePlugin.IFDRational) else str(one).strip("\0 ")
-        for one in values
-    )
 
 
 def strip_metadata(data: bytes) -> bytes:

@@ -5,6 +5,7 @@ command does not start a new budget.
 """
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.config.sections import ServerConfig
@@ -14,9 +15,8 @@ from pipeline.types import UNANSWERED, Reply, Request
 
 WINDOW_REPLIES = 100
 ASSUMED_PROMPT_TOKENS = 1500  # a one-megapixel image and a prompt, if the server reports no token counts
-ASSUMED_REPLY_TOKENS = 100
 CHARACTERS_PER_TOKEN = 4
-FIRST_REQUESTS = 32  # at most this many are sent before the mean cost of a reply is known
+FIRST_REQUESTS = 32  # at most this many are sent before the length of a prompt is known
 MAX_SHOWN_CHARACTERS = 120
 
 
@@ -38,50 +38,70 @@ def likely_tokens(reply: Reply) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class Budget:
-    """Counts the requests, estimated tokens and cost of a dataset over all runs."""
+    """Counts the requests, estimated tokens and cost of a dataset over all runs.
+
+    A request in flight reserves the most that it may cost: the longest prompt so far and `max_tokens`. If no
+    request is in flight, one may be sent if its mean cost fits. A limit is exceeded by at most one request.
+    """
 
     server: ServerConfig
     requests: int
     tokens: int
     cost: float
-    _run_replies: int = 0  # this field and the next two count only this run
-    _run_tokens: int = 0
-    _run_cost: float = 0.0
+    _reserved: dict[str, tuple[int, float]] = field(default_factory=dict)  # tokens and cost by request id
+    _reserved_tokens: int = 0
+    _reserved_cost: float = 0.0
+    _longest_prompt_tokens: int = 0  # in this run
+
+    def reserve(self, requests: Sequence[Request]) -> list[Request]:
+        """Return the first requests that fit the budget, and reserve their largest cost."""
+        taken = []
+        for request in requests:
+            assumed = ASSUMED_PROMPT_TOKENS * max(1, len(request.images))
+            read, written = self._longest_prompt_tokens or assumed, request.sampling.max_tokens
+            tokens, cost = read + written, self._price(request, read, written)
+            if not self._fits(tokens, cost):
+                break
+            self._reserved[request.id] = tokens, cost
+            self._reserved_tokens, self._reserved_cost = (
+                self._reserved_tokens + tokens,
+                self._reserved_cost + cost,
+            )
+            self.requests += 1
+            taken.append(request)
+        return taken
 
     def add(self, request: Request, reply: Reply) -> None:
-        """Add the tokens and cost of a reply."""
+        """Add the tokens and cost of a reply, and release what its request has reserved."""
+        tokens, cost = self._reserved.pop(request.id, (0, 0.0))
+        self._reserved_tokens, self._reserved_cost = (
+            self._reserved_tokens - tokens,
+            self._reserved_cost - cost,
+        )
         read, written = likely_tokens(reply)
-        judged = (read, written) if request.task == RATE.name else (0, 0)
-        cost = self.server.price(read, written, *judged) or 0.0
+        self._longest_prompt_tokens = max(self._longest_prompt_tokens, read)
         self.tokens += read + written
-        self.cost += cost
-        self._run_replies += 1
-        self._run_tokens += read + written
-        self._run_cost += cost
+        self.cost += self._price(request, read, written)
 
-    def room(self, unanswered: int) -> int | None:
-        """Return how many more requests may be sent while `unanswered` are in flight, or None for no limit.
+    def is_used_up(self) -> bool:
+        """Return whether no further request may be sent."""
+        return not self._reserved and not self._fits(0, 0.0)
 
-        Assumes this run's mean cost per request. At first, assumes the mean of earlier runs or a default.
-        """
-        server = self.server
-        rooms = [] if server.max_requests is None else [server.max_requests - self.requests]
-        assumed = ASSUMED_PROMPT_TOKENS, ASSUMED_REPLY_TOKENS
-        for limit, spent, run_spent, assumed_each in (
-            (server.max_total_tokens, self.tokens, self._run_tokens, sum(assumed)),
-            (server.max_cost, self.cost, self._run_cost, server.price(*assumed) or 0.0),
+    def _fits(self, tokens: int, cost: float) -> bool:
+        if self.server.max_requests is not None and self.requests >= self.server.max_requests:
+            return False
+        for limit, spent, reserved, most in (
+            (self.server.max_total_tokens, self.tokens, self._reserved_tokens, tokens),
+            (self.server.max_cost, self.cost, self._reserved_cost, cost),
         ):
-            if limit is None:
-                continue
-            if spent >= limit:
-                rooms.append(0)
-            elif not self._run_replies:
-                earlier_each = spent / self.requests if spent and self.requests else assumed_each
-                affordable = int((limit - spent) / earlier_each) if earlier_each else FIRST_REQUESTS
-                rooms.append(min(FIRST_REQUESTS, affordable if spent else max(1, affordable)) - unanswered)
-            elif run_spent:
-                rooms.append(int((limit - spent) / (run_spent / self._run_replies)) - unanswered)
-        return max(0, min(rooms)) if rooms else None
+            next_cost = reserved + most if self._reserved else spent / max(1, self.requests)
+            if limit is not None and (spent >= limit or spent + next_cost > limit):
+                return False
+        return bool(self._longest_prompt_tokens) or len(self._reserved) < FIRST_REQUESTS
+
+    def _price(self, request: Request, read: int, written: int) -> float:
+        judged = (read, written) if request.task == RATE.name else (0, 0)
+        return self.server.price(read, written, *judged) or 0.0
 
     def error(self) -> BudgetError:
         """Return the error to raise when the budget is used up."""

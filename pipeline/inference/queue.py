@@ -157,13 +157,11 @@ class RequestQueue:
             return []
         waiting = self._new or self._retries
         attempt = min(request.attempt for request in waiting)
-        room = self._budget.room(len(self._open)) if self._budget else None
-        requests = [request for request in waiting if request.attempt == attempt][:room]
+        requests = [request for request in waiting if request.attempt == attempt]
+        requests = self._budget.reserve(requests) if self._budget else requests
         taken = {request.id: request for request in requests}
         waiting[:] = [request for request in waiting if request.id not in taken]
         self._open |= taken
-        if self._budget:
-            self._budget.requests += len(requests)
         return requests
 
     def sending(self, requests: Sequence[Request]) -> None:
@@ -206,7 +204,7 @@ class RequestQueue:
 
     def require_room(self) -> None:
         """Raise BudgetError if the budget is used up."""
-        if self._budget and self._budget.room(0) == 0:
+        if self._budget and self._budget.is_used_up():
             raise self._budget.error()
 
     def _find_flaw(self, request: Request, reply: Reply) -> str | None:

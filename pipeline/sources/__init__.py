@@ -1,11 +1,13 @@
 """Find and open sources of images by name. A source yields samples and rejected rows."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
+from pipeline.config.sections import ImageFilterConfig
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, SourceError, did_you_mean
 from pipeline.images import rendering
@@ -13,7 +15,7 @@ from pipeline.images.near_duplicates import ImageKind
 from pipeline.sources import archive, benchmarks, documents, folder, listing, scenes, tables
 from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
-from pipeline.types import Sample, Source
+from pipeline.types import Rejected, Sample, Source
 
 PHOTO_STYLES = ("plain", "detailed")  # default caption styles of photos
 SOURCES: tuple[SourceSpec, ...] = (
@@ -134,11 +136,32 @@ def open_source(config: Config) -> Source:
         supported = "deck_qa" if source.decks else "caption,qa"
         problem = f"{config.source} consists of {content}, which do not support {', '.join(tasks)}"
         raise ConfigError(problem, hint=f"pass --tasks {supported}")
-    return source
+    read, settings = source.read, config.image_filter
+    return replace(source, read=lambda start: (filter_image(row, settings) for row in read(start)))
+
+
+def filter_image(row: Sample | Rejected, settings: ImageFilterConfig) -> Sample | Rejected:
+    """Return the row, or a rejection if its image is too small, too narrow or of one color."""
+    if isinstance(row, Rejected) or not settings.enabled:
+        return row
+    short_px, long_px = sorted((row.width_px, row.height_px))
+    size = f"{row.width_px} x {row.height_px} px"
+    if short_px < settings.min_side_px:
+        reason, detail = (
+            "image_too_small",
+            f"{size}: the shorter side has less than {settings.min_side_px} px",
+        )
+    elif long_px > settings.max_aspect_ratio * short_px:
+        reason, detail = "extreme_aspect_ratio", f"{size}: the ratio is over {settings.max_aspect_ratio:g}"
+    elif row.contrast < settings.min_contrast:
+        reason, detail = "one_color_image", f"its contrast is {row.contrast:.2f}"
+    else:
+        return row
+    return Rejected(source_row=row.source_row, reason=reason, detail=detail)
 
 
 def read_images(name: str) -> Iterator[tuple[str, tuple[bytes, ...]]]:
     """Yield (sample id, images) for each sample in a source."""
-    for row in open_source(resolve(source=name)).rows:
+    for row in open_source(resolve(source=name, image_filter={"enabled": False})).rows:
         if isinstance(row, Sample):
             yield row.id, row.images

@@ -10,7 +10,6 @@ archive are rejected. A damaged archive or a decompression bomb raises SourceErr
 
 import bz2
 import gzip
-import json
 import lzma
 import posixpath
 import re
@@ -30,7 +29,6 @@ from typing import Any, BinaryIO, Literal, cast
 from pipeline.config import Config
 from pipeline.errors import SourceError, did_you_mean, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import (
     SourceSpec,
     as_text,
@@ -38,19 +36,19 @@ from pipeline.sources.base import (
     first_names,
     refuse_roles,
 )
-from pipeline.sources.parquet import describe_held_out, split_of_path, stored_split
 from pipeline.sources.source_files import UNREAD_SUFFIXES, SourceFiles, find_source_files
+from pipeline.sources.splits import describe_held_out, read_split, split_of_path, stored_split
+from pipeline.sources.text_files import decode_text, parse_json
 from pipeline.sources.texts import (
+    MAX_TEXT_CHARACTERS,
     METADATA_FILES,
     PATH_COLUMNS,
     ImageTexts,
-    decode_text,
     describe_model_texts,
     human_captions,
     human_questions,
     model_texts,
     normalize_path,
-    read_split,
 )
 from pipeline.storage.untrusted import is_hidden
 from pipeline.tables import SPLIT
@@ -61,15 +59,16 @@ TEXT_SUFFIXES = (".txt", ".json")
 MAX_TEXT_BYTES = 1_000_000  # per text file
 MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # all text files in one archive
 MAX_HEADER_BYTES = 1_000_000  # tar header that holds a long name
-MAX_MEMBERS = 3_000_000
-MAX_DIRECTORY_BYTES = 300_000_000  # central directory of a zip file, which zipfile loads into memory
+MAX_MEMBERS = 1_000_000
+# Central directory of a zip file. zipfile uses up to 20 times as much memory.
+MAX_DIRECTORY_BYTES = 64_000_000
 # An archive of N bytes may unpack to N * MAX_UNPACK_RATIO + FREE_UNPACKED_BYTES bytes.
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000
 # Limits for consecutive tar entries with the same key, which are held in memory together.
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000
-QUESTION_ARCHIVES = 16  # number of archives searched for questions before any image is read
 COLUMN_IMAGES = 20  # number of images whose texts are searched for the context columns
 BLOCK_BYTES = 1 << 20
+MAX_NAME_CHARACTERS = 1_000
 MAGIC_BYTES = 6
 _DRIVE = re.compile(r"[A-Za-z]:")
 # Decoders by magic bytes. Each can read concatenated streams, and never returns more bytes than requested.
@@ -95,6 +94,7 @@ _DAMAGES = (
 )
 REASONS = {
     "outside_archive": "its name leads out of the archive",
+    "name_too_long": "its name is too long",
     "not_a_file": "a link, a pipe or a device, not a regular file",
     "file_too_large": f"more than {MAX_IMAGE_BYTES:,} bytes",
     "encrypted": "it is encrypted",
@@ -264,6 +264,8 @@ def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
 
 def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
     text = _as_text(name)
+    if len(text) > MAX_NAME_CHARACTERS:
+        return Entry(text[:MAX_NAME_CHARACTERS], None, "name_too_long")
     if text.startswith("/") or ".." in text.split("/") or _DRIVE.match(text):
         return Entry(text, None, "outside_archive")
     if _has_suffix(name, UNREAD_SUFFIXES):
@@ -330,7 +332,7 @@ def _as_text(name: str) -> str:
 
 
 @dataclass(slots=True)
-class TextIndex:
+class ArchiveTexts:
     """Text files and number of images for each key, in an archive or in a group of consecutive entries."""
 
     texts: dict[str, list[Entry]] = field(default_factory=dict)
@@ -361,7 +363,7 @@ def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry
     Groups above a size limit are split.
     """
     for group in _group_neighbors(entries):
-        index = TextIndex()
+        index = ArchiveTexts()
         for entry in group:
             index.add(entry)
         yield from ((entry, index.texts_of(entry)) for entry in group if not is_text(entry.name))
@@ -402,7 +404,7 @@ def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
             values |= rows[entry.name]
             captions += human_captions(rows[entry.name])
         else:
-            lines = (line.strip() for line in _decode(entry).splitlines())
+            lines = (line.strip()[:MAX_TEXT_CHARACTERS] for line in (_decode(entry) or "").splitlines())
             captions += [line for line in lines if line and line not in by_model]
     return list(dict.fromkeys(captions)), values
 
@@ -410,21 +412,21 @@ def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
 def _read_json(entry: Entry) -> dict[str, Any]:
     """Return the object in a JSON file, or {} if the file holds anything else."""
     try:
-        row = json.loads(_decode(entry))
-    except (ValueError, RecursionError):
+        row = parse_json(_decode(entry) or "")
+    except (ValueError, RecursionError, MemoryError):
         return {}
     return row if isinstance(row, dict) else {}
 
 
-def _decode(entry: Entry) -> str:
-    data = entry.data or b""
+def _decode(entry: Entry) -> str | None:
+    """Return the text of an entry, or None if it is too large or not UTF-8."""
     try:
-        return decode_text(data)
+        return None if entry.data is None else decode_text(entry.data)
     except ValueError:
-        return data.decode("utf-8", "replace")
+        return None
 
 
-def _describe_texts(archive: str, index: TextIndex) -> Iterator[str]:
+def _describe_texts(archive: str, index: ArchiveTexts) -> Iterator[str]:
     """Yield messages about the captions in an archive, and about text files that are not used."""
     parsed = [_parse_texts(texts) for key, texts in index.texts.items() if index.images[key]]
     if num_captions := sum(len(captions) for captions, _ in parsed):
@@ -433,6 +435,9 @@ def _describe_texts(archive: str, index: TextIndex) -> Iterator[str]:
     if index.tables:
         hint = "unpack the archive, and pass the folder: --source folder:DIR"
         yield f"metadata files in {archive} were not read: {first_names(index.tables)} ({hint})"
+    unread = [text.name for texts in index.texts.values() for text in texts if _decode(text) is None]
+    if unread:
+        yield f"{len(unread):,} texts in {archive} are too large or not UTF-8 ({first_names(unread)})"
     unused = [text.name for key, texts in index.texts.items() if not index.images[key] for text in texts]
     if unused:
         yield f"{len(unused):,} texts in {archive} belong to no image ({first_names(sorted(unused))})"
@@ -459,8 +464,8 @@ class Archives:
                     for image in read_entries(file, name, "images"):
                         yield image, index.texts_of(image)
 
-    def _read_text_index(self, name: str) -> TextIndex:
-        index, num_bytes = TextIndex(), 0
+    def _read_text_index(self, name: str) -> ArchiveTexts:
+        index, num_bytes = ArchiveTexts(), 0
         with self.files.open(name) as file:
             for entry in read_entries(file, name, "texts"):
                 num_bytes += len(entry.data or b"")
@@ -470,29 +475,18 @@ class Archives:
                 index.add(entry)
         return index
 
-    def have_questions(self, names: Sequence[str]) -> bool:
-        """Return whether the first archives have questions. For remote archives, only one image is read."""
-        if self.files.is_local:
-            with self.files.translate_errors():
-                indexes = (self.text_index(name) for name in names[:QUESTION_ARCHIVES])
-                groups = (texts for index in indexes for texts in index.texts.values())
-                return any(human_questions(_parse_texts(texts)[1]) for texts in groups)
-        with closing(self.read_images(names[0])) as images:
-            return any(human_questions(_parse_texts(texts)[1]) for _, texts in islice(images, 1))
-
     def require_columns(self, names: Sequence[str], columns: Sequence[str]) -> None:
         """Check that the first images' texts have these columns. Raises SourceError if one is missing."""
         known = {*PATH_COLUMNS}
-        wanted = [column for column in columns if not is_exif_name(column)]
         for name in names:
-            if known.issuperset(wanted):
+            if known.issuperset(columns):
                 return
             with closing(self.read_images(name)) as images:
                 for _, texts in islice(images, COLUMN_IMAGES):
                     known |= {*_parse_texts(texts)[1]}
             if len(known) > len(PATH_COLUMNS):
                 break
-        if unknown := [column for column in wanted if column not in known]:
+        if unknown := [column for column in columns if column not in known]:
             hint = did_you_mean(unknown[0], known, f"the first images have {', '.join(sorted(known))}")
             raise SourceError(f"no column is named {unknown[0]}", hint=hint)
 
@@ -503,7 +497,7 @@ def open_archives(
     columns: Sequence[str] = (),
     split: str | None = None,
 ) -> Source:
-    """Open the images in archives. `columns` (JSON values or EXIF fields) become the context.
+    """Open the images in archives. `columns` (JSON values) become the context.
 
     Raises SourceError if no archive belongs to `split`, or if the first images lack one of the columns.
     Reading the source raises SourceError if an archive is damaged or no archive has an image.
@@ -517,14 +511,13 @@ def open_archives(
         raise SourceError(f"no archive is named after the split {split}", hint=hint)
     archives = Archives(files)
     archives.require_columns(names, columns)
-    has_questions = archives.have_questions(names)
 
     def read() -> Iterator[RawSample | Rejected]:
         is_empty = True
         for name in names:
             for image, texts in archives.read_images(name):
                 is_empty = False
-                row = _row(name, image, texts, license, columns, has_questions=has_questions)
+                row = _row(name, image, texts, license, columns)
                 if isinstance(row, Rejected):
                     yield row
                 elif split in (None, row.fields["split"]):
@@ -543,7 +536,7 @@ def open_archives(
     return Source(
         name="archive",
         revision=files.revision,
-        read=lambda start: check_samples(islice(read(), start, None), columns),
+        read=lambda start: check_samples(islice(read(), start, None)),
         messages=tuple(messages),
     )
 
@@ -554,8 +547,6 @@ def _row(
     texts: Sequence[Entry],
     license: str,
     columns: Sequence[str],
-    *,
-    has_questions: bool,
 ) -> RawSample | Rejected:
     name = f"{archive}/{image.name}"
     if image.data is None:
@@ -571,7 +562,7 @@ def _row(
     except SourceError as error:
         return Rejected(source_row=name, reason="unusable_column", detail=str(error))
     image_texts = ImageTexts(captions, list(human_questions(values)), split)
-    fields = image_texts.sample_fields(has_questions=has_questions) | {"context": context}
+    fields = image_texts.sample_fields() | {"context": context}
     return RawSample(source_row=name, images=(image.data,), license=license, fields=fields)
 
 

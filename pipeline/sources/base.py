@@ -9,7 +9,6 @@ from pipeline.config import CONTEXT, LARGE, Config
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.images.isolation import check_all
-from pipeline.images.metadata import is_exif_name
 from pipeline.images.near_duplicates import ImageKind
 from pipeline.text.escape import printable
 from pipeline.types import RawSample, Rejected, Sample, Source
@@ -17,7 +16,6 @@ from pipeline.types import RawSample, Rejected, Sample, Source
 DECK_TASKS = ("deck_qa",)
 LICENSE_FROM_OPTION = "unknown, unless --license states it; unknown images are pushed to a private repository"
 NAMED_ROWS = 3  # number of names that a message lists
-MAX_METADATA_BYTES = 256_000_000  # maximum size of a file with texts for many images
 # Options that only some sources support. Values: the error message for other sources, and its hint.
 OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave out --split"),
@@ -84,25 +82,19 @@ class SourceSpec:
                 raise ConfigError(f"source {self.kind} {message.format(value=value)}", hint=hint)
 
 
-def check_samples(
-    rows: Iterator[RawSample | Rejected], columns: Sequence[str] = ()
-) -> Iterator[Sample | Rejected]:
+def check_samples(rows: Iterator[RawSample | Rejected]) -> Iterator[Sample | Rejected]:
     """Yield a sample for each row, or a rejection if one of its images is unusable.
 
     Worker processes decode the images. The sample id is computed from the original images, but the sample
-    holds them without metadata. Context `columns` that are named like EXIF fields are read from the first
-    image unless the row has a value.
+    holds them without metadata.
     """
-    exif = [name for name in columns if is_exif_name(name)]
     jobs = ((row, row.images if isinstance(row, RawSample) else ()) for row in rows)
-    for row, checked in check_all(jobs, exif):
+    for row, checked in check_all(jobs):
         if isinstance(row, Rejected):
             yield row
         elif isinstance(checked, ImageError):
             yield Rejected(source_row=row.source_row, reason=checked.reason, detail=str(checked))
         else:
-            context = dict(row.fields.get("context", ()))
-            context |= {name: context.get(name) or checked[0].exif.get(name, "") for name in exif}
             yield Sample(
                 id=deck_id(tuple(map(image_id, row.images))),
                 source_row=row.source_row,
@@ -111,7 +103,8 @@ def check_samples(
                 width_px=checked[0].info.width_px,
                 height_px=checked[0].info.height_px,
                 license=row.license,
-                **row.fields | {"context": tuple(context.items())},
+                contrast=max(page.info.contrast for page in checked),
+                **row.fields,
             )
 
 

@@ -9,7 +9,6 @@
   Access is gated. The license permits only internal evaluation, so `push` leaves the pixels out.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import SourceError
-from pipeline.sources.base import DECK_TASKS, MAX_METADATA_BYTES, SourceSpec, check_samples
-from pipeline.sources.parquet import SPLIT_OF_WORD, Tables, stored_split
+from pipeline.sources.base import DECK_TASKS, SourceSpec, check_samples
+from pipeline.sources.parquet import Tables
+from pipeline.sources.splits import SPLIT_OF_WORD, stored_split
 from pipeline.sources.tables import (
     PARTIAL_MESSAGE,
     build_sample,
@@ -28,7 +28,7 @@ from pipeline.sources.tables import (
     open_mapped,
     read_mapping,
 )
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.sources.text_files import parse_json, read_text, translate_file_errors
 from pipeline.text.vqa_answers import normalize_answer
 from pipeline.types import FLICKR_TERMS, NTT_EVALUATION, RawSample, ReferenceQA, Rejected, Source
 
@@ -50,12 +50,10 @@ _SLIDEVQA_COLUMNS = (
 
 def read_split_list(path: Path) -> dict[str, str]:
     """Return the split of each file name in Karpathy's JSON. Raises SourceError if the file is unusable."""
-    try:
-        images = json.loads(read_regular(path, max_bytes=MAX_METADATA_BYTES))["images"]
+    hint = 'it must look like {"images": [{"filename": ..., "split": ...}]}'
+    with translate_file_errors(path, hint):
+        images = parse_json(read_text(path))["images"]
         return {image["filename"]: SPLIT_OF_WORD[image["split"]] for image in images}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError) as error:
-        hint = 'it must look like {"images": [{"filename": ..., "split": ...}]}'
-        raise SourceError(f"cannot read the split list {path}: {error!r}", hint=hint) from None
 
 
 def _open_flickr30k(config: Config, repo: str) -> Source:

@@ -117,9 +117,7 @@ class DuplicateImages:
         copies = sorted([row_texts, *self.texts[row["sample_id"]]], key=lambda copy: copy[0])
         references = dict.fromkeys(text for _, texts, _ in copies for text in texts)
         questions = {canonical(one): one for _, _, copy_questions in copies for one in copy_questions or ()}
-        has_questions = any(copy_questions is not None for _, _, copy_questions in copies)
-        reference_qa = list(questions.values()) if has_questions else None
-        return {"references": list(references), "reference_qa": reference_qa}
+        return {"references": list(references), "reference_qa": list(questions.values()) or None}
 
 
 @dataclass(slots=True)

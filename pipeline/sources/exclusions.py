@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ImageError, SourceError
-from pipeline.images.decode import check_image, decode_for_hash, image_id, pdq_hash
+from pipeline.images.decode import check_image, image_id, pdq_hash, prepare_image
 from pipeline.images.near_duplicates import MAX_NEAR_BITS, Hashes, ImageKind, as_hashes, image_distances
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source, open_source
@@ -62,7 +62,7 @@ def exclusion_rows(
 def _crop_hashes(data: bytes) -> list[bytes]:
     """Return the PDQ hashes of an image's center crops, except crops with too little detail."""
     try:
-        image = decode_for_hash(data)
+        image = prepare_image(data)
     except ImageError:
         return []
     hashes = []
@@ -170,6 +170,7 @@ def open_exclusions(config: Config) -> list[Exclusion]:
         name, split = parse_exclusion(option)
         shared = find_source(name).options & {"allow_urls", "allow_partial", "frame_seconds"}
         settings: dict[str, Any] = {setting: getattr(config, setting) for setting in shared}
+        settings["image_filter"] = {"enabled": False}
         source = open_source(resolve(source=name, source_split=split, **settings))
         exclusions.append(Exclusion(option, f"{source.name}#{split}" if split else source.name, source))
     return exclusions

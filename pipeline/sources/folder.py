@@ -12,7 +12,6 @@ from pipeline.config import Config
 from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError, did_you_mean
 from pipeline.images.decode import IMAGE_SUFFIXES
-from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, check_samples, refuse_roles
 from pipeline.sources.source_files import (
     FolderContent,
@@ -47,7 +46,7 @@ def open_folder(
 ) -> Source:
     """Open the image files below `root`, sorted by path.
 
-    `columns` (metadata columns or EXIF fields) become the context. Links to files outside `root` are
+    `columns` of metadata files become the context. Links to files outside `root` are
     rejected unless `follow_links` is set, because the files would be published. Raises SourceError if `root`
     has no image, or if no metadata file has one of the columns.
     """
@@ -65,13 +64,11 @@ def open_folder(
     add_caption_files(texts, caption_files, root, images)
     add_splits_of_folders(texts, images)
     known = texts.columns | {*PATH_COLUMNS}
-    unknown = [name for name in columns if name not in known and not is_exif_name(name)]
+    unknown = [name for name in columns if name not in known]
     if unknown:
         columns_hint = f"columns of {' and '.join(METADATA_FILES)}: {', '.join(sorted(known))}"
         hint = did_you_mean(unknown[0], known, columns_hint)
         raise SourceError(f"no column is named {unknown[0]}", hint=hint)
-
-    has_questions = any(one.questions for one in texts.texts.values())
 
     def texts_of(path: Path) -> ImageTexts:
         return texts.texts.get(path) or ImageTexts()
@@ -90,7 +87,7 @@ def open_folder(
             data = read_image(path, bound)
         except ImageError as error:
             return Rejected(source_row=name, reason=error.reason, detail=str(error))
-        fields = texts_of(path).sample_fields(has_questions=has_questions) | {"context": context_of(path)}
+        fields = texts_of(path).sample_fields() | {"context": context_of(path)}
         return RawSample(source_row=name, images=(data,), license=license, fields=fields)
 
     contents = [
@@ -101,7 +98,7 @@ def open_folder(
     return Source(
         name="folder",
         revision=digest(contents),
-        read=lambda start: check_samples(map(read, sorted_rows[start:]), columns),
+        read=lambda start: check_samples(map(read, sorted_rows[start:])),
         count=lambda: len(sorted_rows),
         messages=tuple(_describe_content(content, texts)),
     )

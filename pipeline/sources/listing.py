@@ -4,8 +4,7 @@ Captions, questions and splits are read as from caption files (texts.py). Paths 
 --allow-urls, URLs are fetched, several at a time.
 """
 
-import csv
-import json
+import io
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -17,22 +16,12 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError, did_you_mean
-from pipeline.images.metadata import is_exif_name
-from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles
+from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
-from pipeline.sources.parquet import stored_split
 from pipeline.sources.source_files import digest_or_fault, read_image
-from pipeline.sources.texts import (
-    FILE_NAMES,
-    ImageTexts,
-    decode_text,
-    human_captions,
-    human_questions,
-    read_csv,
-    read_lines,
-    read_split,
-)
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.sources.splits import read_split, stored_split
+from pipeline.sources.text_files import parse_rows, read_text, translate_file_errors
+from pipeline.sources.texts import FILE_NAMES, ImageTexts, human_captions, human_questions
 from pipeline.tables import CAPTION_COLUMNS, CAPTIONS, SPLIT, WRITTEN_BY
 from pipeline.types import UNKNOWN, Context, RawSample, Rejected, Source
 
@@ -64,37 +53,30 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
     Raises SourceError if the list cannot be read, if no column names an image, or if a column is missing.
     """
     hint = f"use a text, CSV, TSV or JSON file in UTF-8: {', '.join(SUFFIXES)}"
-    try:
-        rows = _read_rows(decode_text(read_regular(file, max_bytes=MAX_METADATA_BYTES)), file.suffix.lower())
-    except FileNotFoundError:
-        raise SourceError(f"no list at {file}", hint=hint) from None
-    except UnsafeFileError as error:
-        raise SourceError(f"cannot read {file}: {error}", hint=error.hint) from None
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise SourceError(f"cannot read {file}: {error}", hint=hint) from None
+    if not file.exists():
+        raise SourceError(f"no list at {file}", hint=hint)
+    with translate_file_errors(file, hint):
+        rows = list(_read_rows(read_text(file), file.suffix.lower()))
     if not rows:
         raise SourceError(f"{file} lists no images", hint="write one path or URL per line")
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     if not {name.lower() for name in names} & {*IMAGE_COLUMNS}:
         hint = f"in the first line, call the column of paths {IMAGE_COLUMNS[0]}, or the column of URLs url"
         raise SourceError(f"{file} has no column of images: it has {', '.join(names)[:200]}", hint=hint)
-    if unknown := [name for name in columns if name not in names and not is_exif_name(name)]:
+    if unknown := [name for name in columns if name not in names]:
         hint = did_you_mean(unknown[0], names, f"columns: {', '.join(names)}")
         raise SourceError(f"no column is named {unknown[0]}", hint=hint)
     return [_parse_row(number, row, columns, file) for number, row in rows]
 
 
-def _read_rows(text: str, suffix: str) -> list[tuple[int, dict[str, Any]]]:
-    """Return (number from 1, row) for each row. A line of a text file is a row with one column."""
-    if suffix in TABLE_SUFFIXES:
-        return list(enumerate(read_csv(text), 1))
-    if suffix in JSON_SUFFIXES:
-        rows = json.loads(text) if text.lstrip().startswith("[") else list(read_lines(text))
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a row is not a JSON object")
-        return list(enumerate(rows, 1))
-    lines = enumerate((line.strip() for line in re.split(r"\r\n|\r|\n", text)), 1)
-    return [(number, {IMAGE_COLUMNS[0]: line}) for number, line in lines if line and not line.startswith("#")]
+def _read_rows(text: str, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number from 1, row) for each row. A line of a text file is a row with one column."""
+    if suffix in (*TABLE_SUFFIXES, *JSON_SUFFIXES):
+        yield from enumerate(parse_rows(text, "CSV" if suffix in TABLE_SUFFIXES else "JSON"), 1)
+        return
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        if (line := line.strip()) and not line.startswith("#"):
+            yield number, {IMAGE_COLUMNS[0]: line}
 
 
 def _parse_row(number: int, row: dict[str, Any], columns: Sequence[str], file: Path) -> ListedImage:
@@ -144,7 +126,7 @@ def open_list(
 ) -> Source:
     """Open the images that a list names.
 
-    `columns` (columns of the list or EXIF fields) become the context. Files outside the list's folder are
+    `columns` of the list become the context. Files outside the list's folder are
     rejected unless `follow_links` is set. Raises SourceError as `read_list` does, or if `split` has no line.
     """
     all_images, root = read_list(file, columns), file.parent
@@ -154,7 +136,6 @@ def open_list(
             f"{file} has no line with the split {split}", hint=f"set the split in the column {SPLIT}"
         )
     bound = None if follow_links else root
-    has_questions = any(image.texts.questions for image in all_images)
 
     def read(image: ListedImage) -> RawSample | Rejected:
         if image.fault:
@@ -163,7 +144,7 @@ def open_list(
             data = _read_image(image, root, bound, allow_urls=allow_urls)
         except ImageError as error:
             return Rejected(source_row=image.name, reason=error.reason, detail=str(error))
-        fields = image.texts.sample_fields(has_questions=has_questions)
+        fields = image.texts.sample_fields()
         fields |= {"context": image.context, "split": stored_split(image.texts.split, split)}
         return RawSample(source_row=image.name, images=(data,), license=license, fields=fields)
 
@@ -182,7 +163,7 @@ def open_list(
     return Source(
         name="list",
         revision=digest([content(image) for image in images]),
-        read=lambda start: check_samples(read_all(images[start:]), columns),
+        read=lambda start: check_samples(read_all(images[start:])),
         count=lambda: len(images),
         messages=tuple(_describe(all_images)),
     )

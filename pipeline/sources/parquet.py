@@ -3,9 +3,8 @@
 A path in a row is never opened. A URL is fetched only if the user allows it (sources/image_urls.py).
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -14,7 +13,6 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.version import REJECTIONS_FILE
 from pipeline.errors import ImageError, SourceError, one_line
 from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.sources.image_urls import fetch_image
@@ -24,14 +22,6 @@ BATCH_ROWS = 16  # maximum number of rows without images to decode at once
 MAX_ROW_BYTES = 256_000_000  # maximum size of a row that has images
 MAX_TEXT_BYTES = 1_000_000  # maximum size of a row without images
 BUFFER_BYTES = 1 << 20  # per column stream, because a row group of photos may be half a gigabyte
-_SPLIT_WORDS = {
-    "train": "train training restval",  # restval: Karpathy's name for the rest of COCO's validation images
-    "validation": "validation valid val dev",
-    "test": "test testing testdev eval heldout holdout",
-}
-SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
-_WORD = re.compile(r"[a-z]+")
-_VARIANT = re.compile(r"^(train|val|dev|test)[a-z]$")  # such as testA and testB in RefCOCO
 TableRow = tuple[str, str | None, dict[str, Any] | Rejected]  # (row name, split of its file, values)
 
 
@@ -176,32 +166,6 @@ def _plain(row: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, row.schema.names)
 
 
-def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
-    """Group paths by the split that each path names. A synth version's file of rejections is left out."""
-    files: dict[str | None, list[str]] = {}
-    for path in paths:
-        if path.rpartition("/")[2] != REJECTIONS_FILE:
-            files.setdefault(split_of_path(path), []).append(path)
-    return files
-
-
-def split_of_path(path: str) -> str | None:
-    """Return the split that a path names last, such as validation for default/val/0000.parquet, or None."""
-    for word in reversed(_WORD.findall(path.lower().removesuffix(".parquet"))):
-        if split := SPLIT_OF_WORD.get(word) or SPLIT_OF_WORD.get(_VARIANT.sub(r"\1", word)):
-            return split
-    return None
-
-
-def describe_held_out(files: Mapping[str | None, Sequence[str]]) -> list[str]:
-    """Return a message if all files belong to one held-out split."""
-    (split, names), *others = files.items()
-    if others or split in (None, "train"):
-        return []
-    message = f"all rows are in the split {split} because of the file name {names[0]}"
-    return [f"{message}: rename the file to train on them"]
-
-
 # --- Arrow types
 
 
@@ -253,8 +217,3 @@ def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
     if len(value) > MAX_IMAGE_BYTES:
         raise ImageError("file_too_large", f"more than {MAX_IMAGE_BYTES:,} bytes")
     return value
-
-
-def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
-    """Return the split to store, or None if only training rows are read, since some will be held out."""
-    return None if requested_split == "train" else row_split

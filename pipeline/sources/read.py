@@ -78,6 +78,7 @@ READ_SETTINGS = (
     "allow_partial",
     "follow_links",
     "frame_seconds",
+    "image_filter",
 )
 ADVICE = {  # rejection reason -> what the user can change
     "image_not_embedded": "the rows name images by URL: --allow-urls fetches them",
@@ -87,6 +88,10 @@ ADVICE = {  # rejection reason -> what the user can change
     "too_many_pages": "split the decks into smaller ones",
     "unpaired_answers": "a list of questions needs an equally long list of answers",
     "unknown_split": "for tables: --columns split=none ignores this column, split=COLUMN uses another",
+    **dict.fromkeys(
+        ("image_too_small", "extreme_aspect_ratio", "one_color_image"),
+        "set other bounds in the section image_filter, or image_filter.enabled: false",
+    ),
     **LOOK_ALIKE_ADVICE,
     "banned_image": "they are in a dataset passed to --exclude",
     "url_unreachable": "check the network, and run the same command again: it retries all images once",

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.core import url_to_fs
-from fsspec.spec import AbstractFileSystem
 
 from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError, one_line
@@ -49,11 +48,9 @@ REFUSALS = {  # reason -> detail, without local paths
     NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
     TOO_LARGE: f"more than {MAX_IMAGE_BYTES:,} bytes",
 }
-# Keys under which stores list a file's digest or time. If a store lists neither, the end of the file is
-# hashed. In a Parquet file, this is the footer with sizes and statistics.
+# Keys under which stores list a file's digest or time. If a store lists neither, changes cannot be detected.
 _DIGEST_KEYS = ("ETag", "etag", "checksum", "generation", "blob_id", "lfs", "Content-MD5", "Digest")
 _TIME_KEYS = ("LastModified", "last_modified", "Last-Modified", "mtime")
-TAIL_BYTES = 1 << 16
 
 
 # --- this disk
@@ -249,14 +246,15 @@ def find_remote_files(url: str, suffixes: tuple[str, ...]) -> SourceFiles:
             is_wanted = infos[path]["type"] == "file" and name.lower().endswith(suffixes)
             if is_wanted and not (is_folder and is_hidden(name)):
                 paths[name] = path
-        contents = [[name, _identify_content(store, path, infos[path])] for name, path in paths.items()]
+        contents = [_identify_content(infos[path]) for path in paths.values()]
+        revision = digest([*zip(paths, contents, strict=True)]) if all(contents) else ""
 
     def open_file(name: str) -> BinaryIO:
         return cast(BinaryIO, store.open(paths[name], "rb", block_size=BUFFER_BYTES, cache_type="readahead"))
 
     name = folder.rstrip("/").rpartition("/")[2] or folder
     translate = partial(translate_store_errors, url)
-    return SourceFiles(name, [*paths], digest(contents), open_file, translate, is_local=False)
+    return SourceFiles(name, [*paths], revision, open_file, translate, is_local=False)
 
 
 def _without_query(path: str) -> str:
@@ -264,12 +262,10 @@ def _without_query(path: str) -> str:
     return urlsplit(path)._replace(query="", fragment="").geturl() if "://" in path else path
 
 
-def _identify_content(store: AbstractFileSystem, path: str, info: dict[str, Any]) -> dict[str, str]:
-    """Return a file's size, plus the digests and times that the store lists, or else a hash of its end."""
+def _identify_content(info: dict[str, Any]) -> dict[str, str]:
+    """Return a file's size with the digests and times that the store lists, or {} if it lists neither."""
     identifiers = {key: str(info[key]) for key in (*_DIGEST_KEYS, *_TIME_KEYS) if info.get(key)}
-    if not identifiers:
-        identifiers = {"tail": hashlib.sha256(store.tail(path, TAIL_BYTES)).hexdigest()}
-    return {"size": str(info["size"]), **identifiers}
+    return {"size": str(info["size"]), **identifiers} if identifiers else {}
 
 
 @contextmanager

@@ -19,23 +19,25 @@ from pipeline.config import CONTEXT, Config
 from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE
 from pipeline.errors import ImageError, SourceError, did_you_mean
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples
 from pipeline.sources.image_urls import MAX_PARALLEL_FETCHES, fetch_ahead
-from pipeline.sources.parquet import (
+from pipeline.sources.parquet import Tables, embedded_bytes, is_binary, is_list, is_text
+from pipeline.sources.source_files import find_source_files
+from pipeline.sources.splits import (
     SPLIT_OF_WORD,
-    Tables,
     describe_held_out,
-    embedded_bytes,
     group_by_split,
-    is_binary,
-    is_list,
-    is_text,
     split_of_path,
     stored_split,
 )
-from pipeline.sources.source_files import find_source_files
-from pipeline.sources.texts import FILE_NAMES, TEXT_KEYS, parse_list, read_question, read_texts
+from pipeline.sources.texts import (
+    FILE_NAMES,
+    MAX_TEXT_CHARACTERS,
+    TEXT_KEYS,
+    parse_list,
+    read_question,
+    read_texts,
+)
 from pipeline.tables import ANSWERS, CAPTION_COLUMNS, QUESTION
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import GATED, UNDECLARED, UNKNOWN, RawSample, Rejected, Sample, Source
@@ -111,7 +113,7 @@ def open_mapped(
         todo = jobs(row_number(split_column, start) if split_column and split else start)
         parallel = min(MAX_PARALLEL_FETCHES, config.limit or MAX_PARALLEL_FETCHES)
         rows = fetch_ahead(todo, _run_job, parallel) if config.allow_urls else map(_run_job, todo)
-        return check_samples(rows, config.context)
+        return check_samples(rows)
 
     messages = [PARTIAL_MESSAGE.format(name=tables.name)] if tables.is_partial else []
     messages += [] if split or split_column else describe_held_out(tables.files)
@@ -199,12 +201,11 @@ def _no_column_error(schema: pa.Schema, name: str) -> SourceError:
 
 
 def _context_columns(schema: pa.Schema, names: str) -> list[str]:
-    """Return the columns in a comma-separated list, without EXIF fields.
+    """Return the columns in a comma-separated list.
 
     Raises SourceError if a column is missing, or if prompts cannot use its type.
     """
-    stripped = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
-    columns = [name for name in stripped if name in schema.names or not is_exif_name(name)]
+    columns = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     for name in columns:
         if name not in schema.names:
             raise _no_column_error(schema, name)
@@ -298,7 +299,9 @@ def _read_row(name: str, row: dict[str, Any], columns: Columns, *, allow_urls: b
         return Rejected(source_row=name, reason="several_images", detail="for decks: --columns pages=COLUMN")
     items = [item for column in columns["references"] for item in _as_list(row[column])]
     texts = [text for item in items for text in _texts_of(item)]
-    fields["references"] = tuple(text for text in texts if isinstance(text, str) and text.strip())
+    fields["references"] = tuple(
+        text[:MAX_TEXT_CHARACTERS] for text in texts if isinstance(text, str) and text.strip()
+    )
     fields["context"] = tuple((column, as_text(row[column])) for column in columns.get(CONTEXT, ()))
     if "question" in columns:
         questions, answers = _paired(row, columns)

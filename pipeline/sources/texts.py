@@ -14,18 +14,16 @@ of `datasets`, and from caption files. A caption file may be gzipped, and has on
 An image is named by its path, or by its file name if that is unique. Model-written texts are skipped.
 """
 
-import csv
-import gzip
 import io
 import json
 import os
 import re
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +31,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
-from pipeline.sources.base import MAX_METADATA_BYTES, as_text, first_names
-from pipeline.sources.parquet import SPLIT_OF_WORD, read_plain_rows, split_of_path
+from pipeline.sources.base import as_text, first_names
+from pipeline.sources.parquet import read_plain_rows
+from pipeline.sources.splits import SPLIT_OF_WORD, most_held_out, read_split, split_of_path, splits_of_names
+from pipeline.sources.text_files import (
+    MAX_FILE_BYTES,
+    decode_text,
+    parse_json,
+    parse_rows,
+    read_text,
+    translate_file_errors,
+)
 from pipeline.storage.sidecars import OWN_LINES, is_own_line, read_own_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import (
@@ -48,15 +55,15 @@ from pipeline.tables import (
     REFERENCE_QA,
     REFERENCES,
     SPLIT,
-    SPLIT_RANK,
     WRITTEN_BY,
 )
 from pipeline.types import ReferenceQA
 
 TEXT_KEYS = ("raw", "caption", "text", "answer")  # keys under which an object may hold its text
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")
-_PYTHON_TEXT = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
-_PYTHON_LIST = re.compile(rf"\[\s*(?:{_PYTHON_TEXT.pattern})(?:\s*,\s*(?:{_PYTHON_TEXT.pattern}))*\s*,?\s*\]")
+# Possessive quantifiers (`*+`) never try another split, so that the time is linear.
+_QUOTED = r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
+_PYTHON_LIST = re.compile(rf"\[\s*+{_QUOTED}(?:\s*+,\s*+{_QUOTED})*+\s*+,?+\s*+\]")
 _ESCAPE, _ESCAPED = re.compile(r"\\(.)"), {"n": "\n", "t": "\t"}
 _FLICKR30K_LINE = re.compile(r"(.+)#\d+\t(.*)")
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
@@ -65,6 +72,8 @@ FORMATS_HINT = "use COCO or Karpathy JSON, or CSV or JSON lines with file_name a
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PATH_COLUMNS = ("folder", "file_name")  # context columns that every image has
 MAX_SIDECAR_BYTES = 1_000_000
+MAX_DEPTH = 8  # lists and objects around a text
+MAX_TEXT_CHARACTERS = 20_000  # of longer texts, the filter sees the beginning, and rejects them
 
 
 # --- rows
@@ -129,17 +138,6 @@ def _is_by_model(row: Mapping[str, Any]) -> bool:
     return row.get(WRITTEN_BY) == BY_MODEL or is_version_row
 
 
-def read_split(value: Any) -> str | None:
-    """Return the split that a word such as `val` means, or None for an empty value.
-
-    Raises ValueError if the word is unknown.
-    """
-    word = str(value).strip().casefold() if value else ""
-    if word and word not in SPLIT_OF_WORD:
-        raise ValueError(f"{value!r} is not a split: use train, validation or test")
-    return SPLIT_OF_WORD.get(word)
-
-
 def read_question(row: Mapping[str, Any]) -> ReferenceQA | None:
     """Return the human question in a row with `question` and `answers` or `answer`, or None."""
     if _is_by_model(row):
@@ -157,17 +155,22 @@ def _text_or_empty(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def extract_texts(value: Any, text_of: Callable[[Any], str] = _text_or_empty) -> list[str]:
-    """Return the human texts in a value, which is a string, a list, or an object with one of TEXT_KEYS."""
-    if isinstance(value, list):
-        return [text for item in value for text in extract_texts(item, text_of)]
-    if isinstance(value, dict):
-        if _is_by_model(value):
-            return []
-        return extract_texts(next((value[key] for key in TEXT_KEYS if key in value), None), text_of)
+def extract_texts(
+    value: Any, text_of: Callable[[Any], str] = _text_or_empty, max_depth: int = MAX_DEPTH
+) -> list[str]:
+    """Return the human texts in a value, which is a string, a list, or an object with one of TEXT_KEYS.
+
+    Values that are nested more than `max_depth` levels deep are not texts.
+    """
     if isinstance(value, str) and (items := parse_list(value)) is not None:
-        return extract_texts(items, text_of)
-    text = _encodable(text_of(value)).strip()
+        value = items
+    if isinstance(value, dict):
+        text_values = () if _is_by_model(value) else (value[key] for key in TEXT_KEYS if key in value)
+        value = [*islice(text_values, 1)]
+    if isinstance(value, list):
+        inner = value if max_depth else ()
+        return [text for item in inner for text in extract_texts(item, text_of, max_depth - 1)]
+    text = _encodable(text_of(value)).strip()[:MAX_TEXT_CHARACTERS]
     return [text] if text else []
 
 
@@ -180,7 +183,7 @@ def parse_list(text: str) -> list[Any] | None:
         return value if value and all(isinstance(item, str | dict) for item in value) else None
     if not _PYTHON_LIST.fullmatch(text):
         return None
-    quoted = _PYTHON_TEXT.findall(text)
+    quoted = re.findall(_QUOTED, text)
     return [_ESCAPE.sub(lambda match: _ESCAPED.get(match[1], match[1]), item[1:-1]) for item in quoted]
 
 
@@ -196,55 +199,6 @@ def _answer_text(value: Any) -> str:
 def _encodable(text: str) -> str:
     """Replace lone surrogates, which JSON may hold but UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode()
-
-
-def most_held_out(split: str | None, other: str | None) -> str | None:
-    """Return the more held-out split. The order is test, validation, train, None."""
-    return max(split, other, key=SPLIT_RANK.__getitem__)
-
-
-def decode_text(data: bytes) -> str:
-    """Decode UTF-8, or UTF-16 with a byte order mark. Raises ValueError for other encodings."""
-    is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return data.decode("utf-16" if is_utf_16 else "utf-8-sig")
-
-
-def read_lines(text: str) -> Iterator[Any]:
-    """Yield the values in JSON lines. Raises ValueError with the line number if a line is invalid."""
-    # Only \n ends a line: other line separators may be part of a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            if line.strip():
-                yield json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number} is not valid JSON: {error}") from None
-
-
-def read_csv(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a CSV that is separated by commas, semicolons, tabs or bars, by column name.
-
-    Raises ValueError if a column name is repeated, a row has too many values, or a quote is not closed.
-    """
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t|", key=header.count)
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    names = [name for name in table.fieldnames or () if name.strip()]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"two columns are named {repeated}")
-    values: dict[str, Any] = {}
-    for row in table:
-        if any(row.pop(None, None) or ()):  # values beyond the last column
-            problem = f"line {table.line_num} has more columns than the first line"
-            raise ValueError(f"{problem}: put texts with commas in quotes")
-        values = {str(name).strip(): value for name, value in row.items()}
-        texts = [str(value) for value in values.values()]
-        if delimiter in "\t|" and any("\n" in text and delimiter in text for text in texts):
-            problem = f"a quote before line {table.line_num} is not closed"
-            raise ValueError(f"{problem}: put a text that begins with a quote in quotes")
-        if any(row.values()):
-            yield values
-    if text.count('"') % 2 and any("\n" in str(value) for value in values.values()):
-        raise ValueError(f"a quote before line {table.line_num} is not closed")
 
 
 # --- files of captions
@@ -266,10 +220,10 @@ class ImageTexts:
         self.split = most_held_out(other.split, self.split)
         self.num_by_model += other.num_by_model
 
-    def sample_fields(self, *, has_questions: bool) -> dict[str, Any]:
-        """Return fields for a Sample. Set `has_questions` if the source has questions about any image."""
-        fields: dict[str, Any] = {"references": tuple(self.captions), "split": self.split}
-        return fields | ({"reference_qa": tuple(self.questions)} if has_questions else {})
+    def sample_fields(self) -> dict[str, Any]:
+        """Return fields for a Sample."""
+        questions = tuple(self.questions) or None
+        return {"references": tuple(self.captions), "split": self.split, "reference_qa": questions}
 
     def as_json(self) -> list[Any]:
         """Return the values that are part of a source's revision."""
@@ -283,25 +237,9 @@ def read_captions(path: Path) -> dict[str, ImageTexts]:
     Raises SourceError if the file cannot be read or has no texts.
     """
     texts: defaultdict[str, ImageTexts] = defaultdict(ImageTexts)
-    try:
-        data = read_regular(path, max_bytes=MAX_METADATA_BYTES)
-        if path.suffix == ".gz":
-            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_METADATA_BYTES + 1)
-            if len(data) > MAX_METADATA_BYTES:
-                raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")
-        for name, row_texts in _parse_captions(decode_text(data).lstrip()):
+    with translate_file_errors(path, FORMATS_HINT):
+        for name, row_texts in _parse_captions(read_text(path).lstrip()):
             texts[name].merge(row_texts)
-    except UnsafeFileError as error:
-        raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
-    except OSError as error:
-        problem = f"cannot read {path}: {error.strerror or error}"
-        raise SourceError(problem, hint="pass a file of captions: --captions FILE") from None
-    except KeyError as error:
-        raise SourceError(f"cannot read {path}: an object has no {error}", hint=FORMATS_HINT) from None
-    except (EOFError, zlib.error, ValueError, RecursionError, csv.Error) as error:
-        raise SourceError(f"cannot read {path}: {error}", hint=FORMATS_HINT) from None
-    except (LookupError, TypeError, AttributeError) as error:
-        raise SourceError(f"cannot read {path}: {error!r}", hint=FORMATS_HINT) from None
     if not any(one.captions or one.questions for one in texts.values()):
         if any(one.num_by_model for one in texts.values()):
             hint = f"only human texts are read: if a human wrote them, remove the values of {WRITTEN_BY!r}"
@@ -314,17 +252,14 @@ NamedTexts = tuple[str, ImageTexts]
 
 
 def _parse_captions(text: str) -> Iterator[NamedTexts]:
-    if text.startswith("["):
-        return map(_parse_object, json.loads(text))
     if text.startswith("{"):
-        try:
-            return _parse_whole_object(json.loads(text))
-        except json.JSONDecodeError:
-            return map(_parse_object, read_lines(text))
-    lines = text.split("\n")  # other line separators may be part of a text
-    if _FLICKR30K_LINE.fullmatch(lines[0].rstrip("\r")):
-        return (_parse_flickr30k(line.rstrip("\r")) for line in lines if line.strip())
-    return (_parse_row({name.lower(): value for name, value in row.items()}) for row in read_csv(text))
+        with suppress(json.JSONDecodeError):
+            return _parse_whole_object(parse_json(text))
+    lines = io.StringIO(text, newline="\n")  # other line separators may be part of a text
+    if _FLICKR30K_LINE.fullmatch(lines.readline().rstrip()):
+        lines.seek(0)
+        return (_parse_flickr30k(line.rstrip("\r\n")) for line in lines if line.strip())
+    return (_parse_row({name.lower(): value for name, value in row.items()}) for row in parse_rows(text))
 
 
 def _parse_whole_object(value: dict[str, Any]) -> Iterator[NamedTexts]:
@@ -352,12 +287,6 @@ def _parse_flickr30k(line: str) -> NamedTexts:
     if not match:
         raise ValueError(f"a line is not of the form NAME#0<tab>CAPTION: {line[:80]!r}")
     return match[1], ImageTexts(extract_texts(match[2]))
-
-
-def _parse_object(value: Any) -> NamedTexts:
-    if not isinstance(value, dict):
-        raise ValueError(f"a row is not a JSON object: {json.dumps(value)[:80]}")
-    return _parse_row(value)
 
 
 def _parse_row(row: Mapping[str, Any]) -> NamedTexts:
@@ -436,19 +365,6 @@ def _first_folders(names: Collection[str]) -> dict[str, str]:
     """Return the first folder in each path, relative to the innermost folder of all images, or ""."""
     shared = os.path.commonpath(names) if len(names) > 1 else ""
     return {name: name.removeprefix(f"{shared}/").rpartition("/")[0].partition("/")[0] for name in names}
-
-
-def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Return the splits that names (such as folder names) state, or {} if they do not divide the images.
-
-    Without a validation split, training images are left out, because some of them will be held out.
-    """
-    splits = {key: SPLIT_OF_WORD.get(name.casefold()) for key, name in names.items()}
-    stated = {*splits.values()}
-    if len(stated) < 2 or stated == {"train", None}:
-        return {}
-    dropped = {None} if "validation" in stated else {None, "train"}
-    return {key: split for key, split in splits.items() if split and split not in dropped}
 
 
 def add_caption_files(
@@ -538,13 +454,16 @@ def _add_sidecars(folder_texts: FolderTexts, paths: Sequence[Path], bound: Path 
             continue
         folder_texts.files |= {file, folder / OWN_LINES}
         try:
-            text = read_regular(file, bound, max_bytes=MAX_SIDECAR_BYTES).decode("utf-8-sig", "replace")
+            text = decode_text(read_regular(file, bound, max_bytes=MAX_SIDECAR_BYTES))
             if folder not in own_lines:
                 own_lines[folder] = read_own_lines(folder, bound)
+        except ValueError:
+            unread.append(f"{file} is not UTF-8")
+            continue
         except (OSError, UnsafeFileError) as error:
             unread.append(str(error))
             continue
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = [line.strip()[:MAX_TEXT_CHARACTERS] for line in text.splitlines() if line.strip()]
         human = [line for line in lines if not is_own_line(file, line, own_lines[folder])]
         folder_texts.texts[path].captions += human
         folder_texts.num_by_model += len(lines) - len(human)
@@ -568,34 +487,13 @@ def _describe_metadata(file: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
     """Return the metadata rows that have a `file_name`. Raises SourceError if the file cannot be read."""
-    try:
-        data = read_regular(file, bound, max_bytes=MAX_METADATA_BYTES)
-    except UnsafeFileError as error:
-        raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
-    except OSError as error:
-        hint = "check its permissions"
-        raise SourceError(f"cannot read {file}: {error.strerror or error}", hint=hint) from None
-    try:
-        if file.suffix == ".parquet":
+    hint = f"it needs file_name and one of {', '.join(CAPTION_COLUMNS)}, in UTF-8"
+    with translate_file_errors(file, hint):
+        if file.suffix != ".parquet":
+            rows = parse_rows(read_text(file, bound), "CSV" if file.suffix == ".csv" else "JSON")
+        else:
+            data = read_regular(file, bound, max_bytes=MAX_FILE_BYTES)
             # A file without this column is another program's table, and is not about images.
             has_names = "file_name" in pq.read_schema(pa.BufferReader(data)).names
-            rows = list(read_plain_rows(data, MAX_METADATA_BYTES)) if has_names else []
-        elif file.suffix == ".csv":
-            rows = list(read_csv(decode_text(data)))
-        else:
-            rows = list(read_lines(decode_text(data)))
+            rows = read_plain_rows(data, MAX_FILE_BYTES) if has_names else iter(())
         return [row for row in rows if row.get("file_name")]
-    except AttributeError:
-        problem = "a row is not a JSON object"
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        RecursionError,
-        csv.Error,
-        pa.ArrowException,
-    ) as error:
-        problem = str(error)
-    hint = f"it needs file_name and one of {', '.join(CAPTION_COLUMNS)}, in UTF-8"
-    raise SourceError(f"cannot read {file}: {problem}", hint=hint)

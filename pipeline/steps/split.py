@@ -32,6 +32,7 @@ MEMBERS = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
 RANKS = pa.schema([*fields(STRING, "source_split"), *fields(INT64, "rank")])
 ADDS = pa.schema([*fields(STRING, "stated_split", "split_group"), *fields(pa.list_(STRING), "held_out")])
 _NUMBER_WITHIN = re.compile(r"(.*[^\W\d_].*?)\d+(\D*)$")
+MAX_NAME_CHARACTERS = 255  # the pattern above takes cubic time
 _LAST_NUMBER = re.compile(r"[\W_]*\d+\W*$")
 # The settings, and the seed of the run.
 SplitSettings = tuple[SplitConfig, int]
@@ -115,7 +116,7 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
     if prefix not in ("", name):
         return f"{folder}/{prefix}"
     # The number may be inside the name, as in clip1_0042_left.jpg, if there is a letter before it.
-    if prefix == name and (within := _NUMBER_WITHIN.match(name)):
+    if prefix == name and len(name) <= MAX_NAME_CHARACTERS and (within := _NUMBER_WITHIN.match(name)):
         return f"{folder}/{within[1]}*{within[2]}"
     return f"{folder}/" if folder and not prefix else ""
 

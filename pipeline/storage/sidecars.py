@@ -4,8 +4,10 @@ Digests of the lines that synth writes are stored in OWN_LINES in the same folde
 these lines as human captions. A line edited by a person counts as human.
 """
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,8 +28,12 @@ def note_own_lines(file: Path, lines: Iterable[str]) -> None:
         return
     # A line break comes first, because a killed process may have left an incomplete last line.
     notes = "".join(f"\n{_digest(file.name, line)}" for line in lines)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-    with os.fdopen(os.open(file.with_name(OWN_LINES), flags, 0o666), "w", encoding="ascii") as written:
+    # O_NONBLOCK: a pipe without a reader is an error instead of a wait without end.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    path = file.with_name(OWN_LINES)
+    with os.fdopen(os.open(path, flags, 0o666), "w", encoding="ascii") as written:
+        if not stat.S_ISREG(os.fstat(written.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         written.write(notes)
 
 

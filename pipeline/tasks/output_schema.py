@@ -28,6 +28,7 @@ MAX_DEPTH = 12
 MAX_NODES = 1000  # after references are resolved
 MAX_TEXT_CHARACTERS = 20_000
 MAX_ITEMS = 1000
+MAX_REQUIRED_VALUES = 10_000
 MAX_ENUM_VALUES = 2000
 _NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,100}")
 _IGNORED = {
@@ -52,6 +53,7 @@ _KEYWORDS = {
 _ARROW = {"string": STRING, "integer": INT64, "number": FLOAT64, "boolean": BOOL}
 _BOUNDS = {"minimum": "ge", "maximum": "le", "exclusiveMinimum": "gt", "exclusiveMaximum": "lt"}
 _NUMERIC_KEYWORDS = {*_BOUNDS, "minItems", "maxItems", "minLength", "maxLength"}
+_LIMITS = {"Items": MAX_ITEMS, "Length": MAX_TEXT_CHARACTERS}
 _INT64_MAX = (1 << 63) - 1
 _CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
@@ -105,7 +107,19 @@ def close_schema(schema: Any) -> Schema:
     for name in ("definitions", "$defs"):
         part = schema.get(name) if isinstance(schema, dict) else None
         defs |= part if isinstance(part, dict) else {}
-    return _close(schema, _Position(defs))
+    closed = _close(schema, _Position(defs))
+    if _count_required(closed) > MAX_REQUIRED_VALUES:
+        raise UnusableSchemaError(f"output requires more than {MAX_REQUIRED_VALUES:,} values in a reply")
+    return closed
+
+
+def _count_required(schema: Schema) -> int:
+    """Return the minimum number of values in a reply. Lists within lists multiply."""
+    schema = without_null(schema)
+    if schema["type"] == "array":
+        return int(schema.get("minItems", 0)) * _count_required(schema["items"])
+    inner = schema["properties"].values() if schema["type"] == "object" else ()
+    return sum(map(_count_required, inner)) or 1
 
 
 def _close(schema: Any, position: _Position) -> Schema:
@@ -139,11 +153,16 @@ def _close(schema: Any, position: _Position) -> Schema:
         closed["enum"] = [closed.pop("const")]
     if kind == "object":
         return _close_object(closed, position)
+    # A grammar allocates memory for each required item and character.
+    for key, limit in _LIMITS.items():
+        least, most = closed.get(f"min{key}", 0), closed.get(f"max{key}", limit)
+        if not 0 <= least <= min(most, limit):
+            raise UnusableSchemaError(f"{path} has a min{key} over max{key} or over {limit:,}")
+        if f"max{key}" in closed:
+            closed[f"max{key}"] = min(most, limit)
     if kind == "array":
-        if "items" not in closed or closed.get("minItems", 0) > MAX_ITEMS:
-            raise UnusableSchemaError(
-                f"{path} is a list without `items`, or with `minItems` over {MAX_ITEMS}"
-            )
+        if "items" not in closed:
+            raise UnusableSchemaError(f"{path} is a list without `items`")
         return closed | {"items": _close(closed["items"], position.within("[]"))}
     if "enum" in closed and len({*closed["enum"]}) < len(closed["enum"]):
         raise UnusableSchemaError(f"{path} lists a value twice")

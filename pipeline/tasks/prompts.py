@@ -21,6 +21,7 @@ from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tasks import TASKS, wire_schema
 from pipeline.tasks.base import Task
 from pipeline.tasks.output_schema import shape_of
+from pipeline.text.escape import plain_value
 from pipeline.text.normalize import tidy
 from pipeline.types import Context
 
@@ -125,6 +126,7 @@ def render(
     try:
         notes = {column: _as_note(value) for column, value in row}
         parsed = {result: json.loads(value) for result, value in results}
+        notes, parsed, values = map(plain_value, (notes, parsed, values))
         inputs = {"row": Values(notes), "results": Values(parsed)}
         text = _compiled(source).render(_DEFAULTS | inputs | _reply_shape(task) | values).strip()
         if notes and not task.own_prompt and not names_in(source, "row"):

@@ -6,6 +6,7 @@ the clipboard), characters that change the text direction, or markup.
 
 import html
 import re
+from typing import Any
 
 MAX_SHOWN_CHARACTERS = 2000
 # Characters that move the cursor, change the text direction, or are invisible. Joiners (200c, 200d) are
@@ -15,6 +16,9 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u206
 _TERMINAL_CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+_DIRECTIONS = re.compile(r"[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")
+# Special tokens of chat models: <|im_start|> (DeepSeek has wide bars), <image>, </s>, <<SYS>>, [INST].
+_SPECIAL_TOKEN = re.compile(r"<(?=[|\uff5c/]?\w[\w|\uff5c\u2581/:.-]{0,60}>)|\[(?=/?[A-Z][A-Z_]{1,20}\])")
 _URL_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/\"]+(?=@)")
 _URL_USER = re.compile(r"(://)[^\s/@:\"?#]+(?=@)")
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~-])")
@@ -37,6 +41,18 @@ def visible(text: str) -> str:
 def printable(text: str) -> str:
     """Escape text for a terminal or a log: mask passwords, and show control characters as \\x1b."""
     return _TERMINAL_CONTROLS.sub(lambda match: ascii(match[0])[1:-1], without_passwords(text))
+
+
+def plain_value(value: Any) -> Any:
+    """Break special tokens in the strings of a value for a prompt, and remove characters of text direction.
+
+    A tokenizer would read `<|im_start|>` in a caption as the end of the quoted text and a new role.
+    """
+    if isinstance(value, str):
+        return _SPECIAL_TOKEN.sub(r"\g<0> ", _DIRECTIONS.sub("", value))
+    if isinstance(value, dict):
+        return {key: plain_value(item) for key, item in value.items()}
+    return type(value)(map(plain_value, value)) if type(value) in (list, tuple) else value
 
 
 def without_passwords(text: str) -> str:

@@ -9,6 +9,9 @@ IN_WORDS = {
     "near_held_out_image": "looks like an image of a held-out split",
     "banned_image": "also in an excluded dataset",
     "unreadable_image": "the image cannot be read",
+    "image_too_small": "the image is too small",
+    "extreme_aspect_ratio": "the image is too narrow",
+    "one_color_image": "the image has one color",
     "too_many_pixels": "the image has too many pixels",
     # replies, and validate
     "not_json": "the reply is not JSON",

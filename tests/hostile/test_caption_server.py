@@ -108,3 +108,18 @@ def test_slow_body_is_refused(address: Address, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.2)
     status, answer = send(address, CHAT, JSON | {"Content-Length": "200"}, b'{"model": ')
     assert status == 408 and b"did not arrive" in answer
+
+
+def test_half_sent_headers_do_not_block_the_server(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "HEADER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(serving, "MAX_CONNECTIONS", 8)
+    whole = f"{MODELS} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    clients = [socket.create_connection(address, timeout=20) for _ in range(20)]
+    for number, client in enumerate(clients):
+        _send_all(client, (whole if number == 0 else b"") + whole[:-9])
+    for client in clients:  # also after a whole request
+        with suppress(ConnectionError):
+            while client.recv(65536):
+                pass
+        client.close()
+    assert send(address, MODELS, {})[0] == 200

@@ -156,7 +156,9 @@ def test_folder_source_gives_version_without_local_paths(synth: Run, tmp_path: P
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number, color in enumerate(["red", "green", "blue"]):
-        Image.new("RGB", (120 + number, 90), color).save(pictures / f"{color}.jpg")
+        image = Image.new("RGB", (120 + number, 90), color)
+        image.paste("white", (10, 10, 40, 40))
+        image.save(pictures / f"{color}.jpg")
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     (pictures / "copy.jpg").write_bytes((pictures / "red.jpg").read_bytes())
     engine = ("--engine", "embedded", "--model", "tiny")

@@ -26,6 +26,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipeline.errors import ImageError, TrainError
 from trainer.captioner import READERS, Captioner
@@ -40,6 +41,8 @@ BODY_TIMEOUT_S = 30.0
 # Limits for the number of unanswered requests and the total size of their bodies.
 MAX_HELD_REQUESTS, MAX_HELD_BYTES = 1_000, 1_000_000_000
 SHUTDOWN_TIMEOUT_S = 5
+# A header must arrive in this time. Linux allows 1,024 open files by default.
+HEADER_TIMEOUT_S, MAX_CONNECTIONS = 20.0, 500
 HANDLED_ERRORS = (RefusedError, HTTPException, ClientDisconnect, Exception)
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 log = logging.getLogger(__name__)
@@ -320,12 +323,31 @@ async def _error_response(_: Request, error: Exception) -> Response:
     return _error("the captioner failed; see the log of the server", 500)
 
 
+class LimitedProtocol(H11Protocol):
+    """Closes connections without a complete header in time, and connections above the limit."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.close()
+        else:
+            self.loop.call_later(HEADER_TIMEOUT_S, self._close_idle, None)
+
+    def _close_idle(self, earlier: Any) -> None:
+        """Close the connection if no request has arrived since `earlier`. Check again later if not."""
+        if self.cycle is earlier and (earlier is None or earlier.response_complete):
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(HEADER_TIMEOUT_S, self._close_idle, self.cycle)
+
+
 def make_server(server: CaptionServer) -> uvicorn.Server:
     """Return an HTTP server that stops on Ctrl-C or SIGTERM and prints nothing."""
     return uvicorn.Server(
         uvicorn.Config(
             server.application(),
-            http="h11",  # h11 limits the size of headers
+            http=LimitedProtocol,  # h11 limits the size of headers
             ws="none",
             lifespan="on",
             proxy_headers=False,

@@ -122,3 +122,22 @@ def test_config_json_that_is_not_a_manifest_is_refused(tmp_path: Path) -> None:
 def test_each_setting_comes_either_from_the_manifest_or_from_the_user() -> None:
     assert not MANIFEST_KEYS & OWN_KEYS
     assert {*Config.model_fields} == MANIFEST_KEYS | OWN_KEYS
+
+
+@pytest.mark.parametrize("name", ["synth.yaml", "manifest.json"])
+def test_aliases_are_refused(name: str, tmp_path: Path) -> None:
+    """A file of 500 bytes may repeat a list billions of times."""
+    lists = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 11))
+    (tmp_path / name).write_text(f"a0: &a0 [x]\n{lists}\nversion: v1.0.0\nconfig: {{tasks: *a10}}")
+    with pytest.raises(ConfigError, match=r"an alias|is not JSON"):
+        resolve(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["synth.yaml", "manifest.json"])
+def test_deep_or_large_settings_are_one_error(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"tasks": ' + "[" * 100_000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        resolve(tmp_path / name)
+    (tmp_path / name).write_text(" " * 10_000_001)
+    with pytest.raises(ConfigError, match="more than 10,000,000 characters"):
+        resolve(tmp_path / name)

@@ -1,20 +1,19 @@
-"""Near pairs among many hashes: recall of the search, compared with exhaustive comparison."""
+"""Near pairs among many hashes: the search in tiles finds the pairs of a plain comparison."""
 
 import numpy as np
 import pytest
 
 from pipeline.images import near_duplicates
 from pipeline.images.near_duplicates import (
-    MAX_COPY_BITS,
-    MIRRORED_BITS,
+    MAX_NEAR_BITS,
     Hashes,
+    ImageKind,
     NearPairs,
-    find_near_pairs,
     image_distances,
+    near_hashes,
 )
 
-COUNT = 5000
-PAIRS = 1500  # pairs per distance
+FLIPS = np.array([2**64 - 1, 2**64 - 1, 0, 0], np.uint64)  # mirrors an image
 
 
 def random_hashes(count: int, seed: int = 0) -> Hashes:
@@ -31,10 +30,10 @@ def changed(hashes: Hashes, bits: int, seed: int = 1) -> Hashes:
     return turned
 
 
-def exhaustive_pairs(hashes: Hashes, max_bits: int, *, mirrored: bool) -> list[tuple[int, int, int]]:
-    """Return the near pairs by exhaustive comparison."""
-    distances = image_distances(hashes, hashes, mirrored=mirrored)
-    return [(i, j, int(distances[i, j])) for i, j in np.argwhere(distances <= max_bits).tolist() if i < j]
+def all_pairs(hashes: Hashes, kind: ImageKind) -> list[tuple[int, int, int]]:
+    """Return the near pairs by comparing each hash with each, sorted by the second hash."""
+    bits = image_distances(hashes, hashes, mirrored=kind == "photos")
+    return [(i, j, int(bits[i, j])) for j, i in np.argwhere(MAX_NEAR_BITS[kind] >= bits.T).tolist() if i < j]
 
 
 def as_list(pairs: NearPairs) -> list[tuple[int, int, int]]:
@@ -42,66 +41,45 @@ def as_list(pairs: NearPairs) -> list[tuple[int, int, int]]:
 
 
 @pytest.fixture(autouse=True)
-def parts_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_duplicates, "PART_ROWS", 1024)
-
-
-@pytest.mark.parametrize(("bits", "least"), [(0, 1.0), (8, 1.0), (20, 1.0), (48, 0.999), (64, 0.99)])
-@pytest.mark.parametrize("turned_bits", [np.uint64(0), MIRRORED_BITS], ids=["copies", "mirrored copies"])
-def test_recall_of_pairs_reaches_the_stated_probability(
-    bits: int, least: float, turned_bits: np.uint64
-) -> None:
-    hashes = random_hashes(COUNT)
-    near = changed(hashes[:PAIRS], bits) ^ turned_bits
-    pairs = as_list(find_near_pairs(np.concatenate([hashes, near]), 70, 64, mirrored=True))
-    apart = max(bits, MAX_COPY_BITS + 1) if turned_bits else bits
-    planted = {(n, COUNT + n, apart) for n in range(PAIRS)}
-    assert set(pairs) <= planted
-    assert len(pairs) >= least * PAIRS
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "BLOCK_HASHES", 100)
+    monkeypatch.setattr(near_duplicates, "TILE_HASHES", 300)
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
 @pytest.mark.parametrize("seed", range(2))
-def test_nearly_all_pairs_in_clusters_are_found(seed: int, kind: str) -> None:
-    mirrored = kind == "photos"
+def test_all_pairs_in_clusters_are_found(seed: int, kind: ImageKind) -> None:
     rng = np.random.default_rng(seed)
     centers = random_hashes(12, seed)
     hashes = np.concatenate(
         [changed(centers, int(bits), n) for n, bits in enumerate(rng.integers(0, 30, 60))]
     )
     hashes = rng.permutation(hashes)
-    pairs = set(as_list(find_near_pairs(hashes, 64, 64, mirrored=mirrored)))
-    all_pairs = set(exhaustive_pairs(hashes, 64, mirrored=mirrored))
-    assert pairs <= all_pairs
-    assert len(all_pairs) == 21_240
-    assert [bits for *_, bits in all_pairs - pairs if bits <= 48] == []
-    assert len(all_pairs - pairs) <= 2
+    pairs = as_list(near_hashes(hashes, kind))
+    assert pairs == all_pairs(hashes, kind)
+    assert len(pairs) > 1000
 
 
-def test_mirrored_graphics_are_not_near() -> None:
-    hashes = random_hashes(50)
-    both = np.concatenate([hashes, hashes ^ MIRRORED_BITS])
-    assert as_list(find_near_pairs(both, 70, 64, mirrored=False)) == []
+@pytest.mark.parametrize("bits", [0, 8, 20, 48, 70])
+def test_mirrored_photos_are_near_and_mirrored_graphics_are_not(bits: int) -> None:
+    hashes = random_hashes(250)
+    both = np.concatenate([hashes, changed(hashes, bits) ^ FLIPS])
+    assert as_list(near_hashes(both, "photos")) == [(n, 250 + n, bits) for n in range(250)]
+    assert as_list(near_hashes(both, "graphics")) == []
 
 
-def test_thousands_of_equal_hashes_do_not_hide_other_near_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_of_many_similar_hashes_is_paired_with_the_best_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "MAX_NEIGHBORS", 8)
-    one = random_hashes(1, 7)
-    copies = np.repeat(one, 3000, axis=0)
-    hashes = np.concatenate([copies, random_hashes(2000), changed(random_hashes(300), 30)])
-    near = find_near_pairs(hashes, 70, 64, mirrored=True)
+    copies = np.repeat(random_hashes(1, 7), 1000, axis=0)
+    hashes = np.concatenate([copies, random_hashes(300), changed(random_hashes(300), 30)])
+    near = near_hashes(hashes, "photos")
     pairs = set(zip(near.first.tolist(), near.second.tolist(), strict=True))
-    assert {(3000 + n, 5000 + n) for n in range(300)} <= pairs
-    assert {(n, n + 1) for n in range(2999)} <= pairs  # each copy is linked to the next
-
-
-def test_search_is_deterministic() -> None:
-    hashes = np.concatenate([random_hashes(2000), changed(random_hashes(2000), 70)])
-    first, second = (find_near_pairs(hashes, 70, 64, mirrored=True) for _ in range(2))
-    assert as_list(first) == as_list(second) != []
+    assert {(1000 + n, 1300 + n) for n in range(300)} <= pairs
+    assert {(n, m) for m in range(8, 1000) for n in range(8)} <= pairs
+    assert len(pairs) == 300 + 28 + 8 * 992
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_search_finds_pairs_among_few_hashes(count: int) -> None:
     hashes = np.repeat(random_hashes(1), count, axis=0)
-    assert as_list(find_near_pairs(hashes, 70, 64, mirrored=True)) == ([(0, 1, 0)] if count == 2 else [])
+    assert as_list(near_hashes(hashes, "photos")) == ([(0, 1, 0)] if count == 2 else [])

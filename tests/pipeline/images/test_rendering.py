@@ -134,6 +134,8 @@ def test_script_in_a_document_is_not_run(tmp_path: Path) -> None:
         ("os.write(1, isolation._LENGTH.pack(1 << 50))", "", "decoder_died"),
         ("open('/etc/hostname')", "", "unreadable_file"),
         ("__import__('socket').create_connection(('127.0.0.1', 9))", "", "unreadable_file"),
+        ("os.close(0); os.close(2); open('/etc/hostname')", "", "unreadable_file"),
+        ("os.close(2); __import__('socket').socket()", "", "unreadable_file"),
     ],
 )
 def test_compromised_document_decoder_is_stopped_and_cannot_open_files_or_sockets(

@@ -48,14 +48,31 @@ def test_run_sends_exactly_max_requests(tmp_path: Path) -> None:
 
 def test_cost_of_earlier_runs_counts_toward_max_cost() -> None:
     server = ServerConfig(price_in=1.0, price_out=2.0, max_cost=1.0)
-    assert [Budget(server, 10, 700_000, spent).room(0) for spent in (0.99, 0.9)] == [0, 1]
+    assert [Budget(server, 10, 700_000, spent).is_used_up() for spent in (0.99, 0.9)] == [True, False]
     budget = Budget(server, 10, 700_000, 0.8)
-    assert budget.room(0) == 2  # 0.2 left, 0.08 each
-    budget.add(REQUEST, reply(prompt_tokens=20_000, reply_tokens=0))
-    assert budget.room(3) in (5, 6)  # 0.18 left, 0.02 each
-    budget.add(REQUEST, reply(prompt_tokens=180_000, reply_tokens=0))
-    assert budget.room(0) == 0
+    budget.add(REQUEST, reply(prompt_tokens=200_000, reply_tokens=0))
+    assert budget.is_used_up()
     assert "1.00 of 1.00 cost" in str(budget.error())
+
+
+@pytest.mark.parametrize("parallel", [1, 32, 500])
+@pytest.mark.parametrize("limit", [{"max_cost": 0.02}, {"max_total_tokens": 20_000}], ids=str)
+def test_limit_is_exceeded_by_one_request_at_most_if_replies_become_longer(
+    parallel: int, limit: dict[str, Any]
+) -> None:
+    budget, in_flight, answered = Budget(ServerConfig(price_in=0.1, price_out=1.0, **limit), 0, 0, 0.0), [], 0
+    sampling = dataclasses.replace(REQUEST.sampling, max_tokens=1000)
+    waiting = [dataclasses.replace(REQUEST, id=str(n), sampling=sampling) for n in range(3000)]
+    while not budget.is_used_up():
+        taken = budget.reserve(waiting[: parallel - len(in_flight)])
+        waiting, in_flight = waiting[len(taken) :], in_flight + taken
+        budget.add(in_flight.pop(0), reply(100, 10 if answered < 40 else 1000))
+        answered += 1
+    assert not in_flight and answered > 40
+    used = budget.cost if "max_cost" in limit else budget.tokens
+    most = 0.00101 if "max_cost" in limit else 1100
+    (total,) = limit.values()
+    assert total - most <= used <= total + most
 
 
 def test_judge_has_its_own_prices() -> None:

@@ -132,7 +132,7 @@ def test_outside_links_are_read_with_follow_links(tmp_path: Path) -> None:
         (
             "metadata.jsonl",
             b'{"file_name": "a.png", "text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-            "recursion",
+            "nested too deeply",
         ),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "\xff"}', "codec"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": 1' + b"0" * 10_000 + b"}", "line 1"),
@@ -367,6 +367,6 @@ def test_metadata_table_bomb_takes_no_memory(tmp_path: Path, monkeypatch: pytest
     table = pa.table({"file_name": names, "caption": large})
     pq.write_table(table, tmp_path / "metadata.parquet", store_schema=False)
     assert (tmp_path / "metadata.parquet").stat().st_size < 100_000
-    monkeypatch.setattr(texts, "MAX_METADATA_BYTES", 10_000_000)
+    monkeypatch.setattr(texts, "MAX_FILE_BYTES", 10_000_000)
     with bounded_memory(150_000_000), pytest.raises(SourceError, match="unpacks to more than"):
         open_folder(tmp_path)

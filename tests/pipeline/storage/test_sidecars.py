@@ -1,5 +1,6 @@
 """Tests of own lines: synth recognizes text that it wrote by file name and content."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,14 @@ def test_linked_own_lines_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsafeFileError):
         read_own_lines(folder, folder)
     assert (tmp_path / "notes").read_text() == "private"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "pipe with a reader", "folder"])
+def test_own_lines_that_are_no_regular_file_are_an_error(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / OWN_LINES
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if kind == "pipe with a reader" else -1
+    with pytest.raises(OSError, match=r"synth-captions|No such device"):
+        note_own_lines(tmp_path / "a.txt", ["A star."])
+    if reader >= 0:
+        os.close(reader)

@@ -113,7 +113,15 @@ def test_schema_shape_shows_an_example_and_empty_value_matches_the_schema() -> N
         (field(TEXT) | {"additionalProperties": TEXT}, "must name its fields"),
         (field({}), r"output\.a has no type"),
         (field({"type": "array"}), r"output\.a is a list without `items`"),
-        (field({"type": "array", "items": TEXT, "minItems": 10**9}), "or with `minItems` over 1000"),
+        (field({"type": "array", "items": TEXT, "minItems": 10**9}), "minItems over maxItems or over 1,000"),
+        (field({"type": "array", "items": TEXT, "minItems": 3, "maxItems": 2}), "minItems over maxItems"),
+        (field(TEXT | {"minLength": 10**9}), "minLength over maxLength or over 20,000"),
+        (
+            field(
+                {"type": "array", "minItems": 500, "items": {"type": "array", "minItems": 500, "items": TEXT}}
+            ),
+            "more than 10,000 values",
+        ),
         (WIDE, "nested more than 12 levels deep, or the schema has more than 1000 parts"),
         (field(TEXT | {"format": "date"}), r"output\.a has format"),
         (field({"type": ["string", "integer"]}), "several types"),

@@ -1,5 +1,6 @@
 """Prompts: a shared system text, the task line at the end, and an id that changes with the wording."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.scenes.text import STYLES as KNOWN_STYLES
 from pipeline.tasks import TASKS
+from pipeline.tasks.checks import REPAIR
 from pipeline.tasks.prompts import DRAWS, STYLES, prompt_texts, render, template
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -140,3 +142,22 @@ def test_untrusted_template_runs_no_code(template: str, tmp_path: Path) -> None:
     (tmp_path / "caption" / "v1.j2").write_text(template)
     with pytest.raises(ConfigError, match="cannot be rendered"):
         render(TASKS["caption"], (tmp_path,), style="brief")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("<|im_start|>system", "< |im_start|>system"),
+        ("a <|image_pad|> lamp", "a < |image_pad|> lamp"),
+        ("<\uff5cUser\uff5c> x", "< \uff5cUser\uff5c> x"),
+        ("</s><image> <<SYS>> <start_of_turn>", "< /s>< image> << SYS>> < start_of_turn>"),
+        ("[INST] x [/INST]", "[ INST] x [ /INST]"),
+        ("a\u202e b\u2066 c", "a b c"),
+        ("3 < 4, 5 > 2, [a], [1, 2] <3", "3 < 4, 5 > 2, [a], [1, 2] <3"),
+    ],
+)
+def test_special_tokens_and_directions_do_not_reach_a_prompt(value: str, shown: str) -> None:
+    notes = render(TASKS["caption"], row=(("title", value),), style="plain").text
+    assert f"title: {json.dumps(shown, ensure_ascii=False)}" in notes
+    assert shown in render(TASKS["answer"], question=value).text
+    assert shown in render(REPAIR, caption="A lamp.", answers=((value, "no"),)).text

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.sources.parquet import group_by_split, split_of_path
+from pipeline.sources.splits import group_by_split, split_of_path
 
 
 def test_rejections_of_a_version_are_not_read() -> None:

@@ -1,0 +1,132 @@
+"""Read untrusted text files: captions, metadata tables and lists, in JSON, JSON lines or CSV.
+
+Every format has the same limits. A file of a few hundred kilobytes may unpack to millions of values, and each
+value takes at least 50 bytes of memory. Every problem becomes one error that names the file.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import SourceError, one_line
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
+
+MAX_FILE_BYTES = 256_000_000  # also after unpacking
+MAX_VALUES = 20_000_000  # Karpathy's file about COCO has 11 million
+MAX_PROBLEM_CHARACTERS = 300
+_VALUE_MARKS = {"JSON": ",[{\n", "CSV": ",;\t|\n\r"}  # each value comes after one of these characters
+
+
+@contextmanager
+def translate_file_errors(file: Path, hint: str) -> Iterator[None]:
+    """Turn every error about the content of an untrusted file into SourceError."""
+    try:
+        yield
+        return
+    except SourceError:
+        raise
+    except UnsafeFileError as error:
+        raise SourceError(f"cannot read {file}: {error}", hint=error.hint) from None
+    except KeyError as error:
+        problem = f"an object has no {error}"
+    except MemoryError:
+        problem = "it needs more memory than there is"
+    except RecursionError:
+        problem = "its values are nested too deeply"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    except (EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
+        problem = one_line(error, MAX_PROBLEM_CHARACTERS)
+    except (LookupError, TypeError, AttributeError) as error:
+        problem = f"a value has another form than expected ({one_line(error, MAX_PROBLEM_CHARACTERS)})"
+    raise SourceError(f"cannot read {file}: {problem}", hint=hint)
+
+
+def read_text(file: Path, root: Path | None = None) -> str:
+    """Return the text of a file, which may be compressed (.gz). With `root`, it must be below that folder."""
+    data = read_regular(file, root, max_bytes=MAX_FILE_BYTES)
+    if file.suffix == ".gz":
+        data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ValueError(f"it unpacks to more than {MAX_FILE_BYTES:,} bytes")
+    return decode_text(data)
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8, or UTF-16 with a byte order mark. Raises ValueError for other encodings."""
+    is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return data.decode("utf-16" if is_utf_16 else "utf-8-sig")
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises ValueError if it is invalid or has too many values."""
+    _require_few_values(text, "JSON")
+    return json.loads(text)
+
+
+def parse_rows(text: str, kind: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table: a JSON list, JSON lines, or CSV. `kind` is JSON, CSV, or "" to guess it."""
+    text = text.lstrip("\n\r\t ") if kind == "" else text
+    if kind == "CSV" or (not kind and text[:1] not in ("[", "{")):
+        yield from _parse_csv(text)
+        return
+    for row in parse_json(text) if text.lstrip().startswith("[") else _parse_lines(text):
+        if not isinstance(row, dict):
+            raise ValueError(f"a row is not a JSON object: {str(row)[:80]}")
+        yield row
+
+
+def _require_few_values(text: str, kind: str) -> None:
+    if sum(map(text.count, _VALUE_MARKS[kind])) > MAX_VALUES:
+        raise ValueError(f"it has more than {MAX_VALUES:,} values")
+
+
+def _parse_lines(text: str) -> Iterator[Any]:
+    _require_few_values(text, "JSON")
+    # Only \n ends a line: other line separators may be part of a string.
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} is not valid JSON: {error}") from None
+
+
+def _parse_csv(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV that is separated by commas, semicolons, tabs or bars, by column name.
+
+    Raises ValueError if a column name is repeated, a row has too many values, or a quote is not closed.
+    """
+    _require_few_values(text, "CSV")
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t|", key=header.count)
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    names = Counter(name for name in table.fieldnames or () if name.strip())
+    if repeated := next((name for name, count in names.items() if count > 1), None):
+        raise ValueError(f"two columns are named {repeated}")
+    # A short row gets an empty value for each missing column.
+    if len(names) * text.count("\n") > MAX_VALUES:
+        raise ValueError(f"it has more than {MAX_VALUES:,} values")
+    values: dict[str, Any] = {}
+    for row in table:
+        if any(row.pop(None, None) or ()):  # values beyond the last column
+            problem = f"line {table.line_num} has more columns than the first line"
+            raise ValueError(f"{problem}: put texts with commas in quotes")
+        values = {str(name).strip(): value for name, value in row.items()}
+        texts = [str(value) for value in values.values()]
+        if delimiter in "\t|" and any("\n" in text and delimiter in text for text in texts):
+            problem = f"a quote before line {table.line_num} is not closed"
+            raise ValueError(f"{problem}: put a text that begins with a quote in quotes")
+        if any(row.values()):
+            yield values
+    if text.count('"') % 2 and any("\n" in str(value) for value in values.values()):
+        raise ValueError(f"a quote before line {table.line_num} is not closed")

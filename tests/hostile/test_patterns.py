@@ -1,0 +1,138 @@
+"""Patterns: every compiled pattern of the package takes linear time on long untrusted texts.
+
+Attacks are made from the parts of each pattern: the start that it matches, many repetitions of each part, and
+an end that it does not match.
+"""
+
+import ast
+import functools
+import importlib
+import pkgutil
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeline
+import trainer
+
+METHODS = ("match", "fullmatch", "search", "findall", "finditer", "sub", "split")
+SIZES = (10_000, 100_000, 1_000_000)
+# Texts of models and humans have at most 20,000 characters. Their patterns are measured up to that size.
+TEXT_SIZES, TEXT_MODULES = (
+    (2_000, 20_000),
+    ("pipeline.text", "pipeline.rules", "pipeline.scenes", "pipeline.tasks"),
+)
+MAX_S = 1.0  # of CPU time
+
+
+def walk(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, re.Pattern[Any]]]:
+    if isinstance(value, re.Pattern):
+        yield name, value
+    elif depth < 4 and isinstance(value, dict):
+        yield from (one for item in [*value, *value.values()] for one in walk(item, name, depth + 1))
+    elif depth < 4 and isinstance(value, list | tuple | set | frozenset):
+        yield from (one for item in value for one in walk(item, name, depth + 1))
+
+
+@functools.cache
+def patterns() -> dict[str, re.Pattern[Any]]:
+    """Return the compiled patterns in the modules, by name."""
+    found: dict[re.Pattern[Any], str] = {}
+    for package in (pipeline, trainer):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if module.name.rpartition(".")[2] not in ("__main__", "run_onnx", "space", "demo"):
+                content = vars(importlib.import_module(module.name))
+                for name, value in content.items():
+                    for _, pattern in walk(value, name):
+                        found.setdefault(pattern, f"{module.name}.{name}")
+    return {f"{name} {n}": pattern for n, (pattern, name) in enumerate(found.items())}
+
+
+@functools.cache
+def methods_by_name() -> dict[str, set[str]]:
+    """Return the methods that the code calls on each name."""
+    methods: dict[str, set[str]] = {}
+    for file in (file for package in ("pipeline", "trainer") for file in Path(package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in METHODS and isinstance(node.value, ast.Name):
+                methods.setdefault(node.value.id, set()).add(node.attr)
+    return methods
+
+
+def example(tree: Any) -> str:
+    """Return a short text that a parsed pattern matches, roughly."""
+    parts = []
+    for kind, argument in tree:
+        match str(kind):
+            case "LITERAL":
+                parts.append(chr(argument))
+            case "IN":
+                items = {str(name): value for name, value in argument}
+                char = chr(items["LITERAL"]) if "LITERAL" in items else "a"
+                char = chr(items["RANGE"][0]) if "RANGE" in items else char
+                category = {"CATEGORY_DIGIT": "1", "CATEGORY_SPACE": " "}.get(str(items.get("CATEGORY")))
+                parts.append("x" if "NEGATE" in items else category or char)
+            case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
+                parts.append(example(argument[2]) * max(1, min(argument[0], 3)))
+            case "SUBPATTERN":
+                parts.append(example(argument[3]))
+            case "BRANCH":
+                parts.append(example(argument[1][0]))
+            case "ATOMIC_GROUP":
+                parts.append(example(argument))
+            case "ANY" | "NOT_LITERAL":
+                parts.append("x")
+    return "".join(parts)
+
+
+def repeated_parts(tree: Any, start: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (text before, repeated text) for each part of a parsed pattern that may repeat."""
+    for kind, argument in tree:
+        match str(kind):
+            case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
+                if argument[1] > 50:
+                    yield start, example(argument[2])
+                yield from repeated_parts(argument[2], start)
+            case "SUBPATTERN":
+                yield from repeated_parts(argument[3], start)
+            case "BRANCH":
+                yield from (one for branch in argument[1] for one in repeated_parts(branch, start))
+            case "ATOMIC_GROUP":
+                yield from repeated_parts(argument, start)
+        start += example([(kind, argument)])
+
+
+def attacks(pattern: re.Pattern[Any]) -> set[tuple[str, str]]:
+    is_text = isinstance(pattern.pattern, str)
+    tree: Any = re._parser.parse(pattern.pattern, pattern.flags & ~(0 if is_text else re.UNICODE))  # type: ignore[attr-defined]
+    parts = {*repeated_parts(tree)}
+    repeats = {repeat for _, repeat in parts} | {start + repeat for start, repeat in parts} | {example(tree)}
+    return {(start, repeat) for start, repeat in parts | {("", one) for one in {*repeats, *" a1,"}} if repeat}
+
+
+def calls(name: str, pattern: re.Pattern[Any]) -> Iterator[Callable[[Any], Any]]:
+    for method in methods_by_name().get(name.split()[0].rpartition(".")[2], {"search"}):
+        if method == "sub":
+            yield functools.partial(pattern.sub, "" if isinstance(pattern.pattern, str) else b"")
+        elif method == "finditer":
+            yield lambda text: sum(1 for _ in pattern.finditer(text))
+        else:
+            yield getattr(pattern, method)
+
+
+@pytest.mark.parametrize("name", patterns())
+def test_pattern_takes_linear_time(name: str) -> None:
+    pattern = patterns()[name]
+    sizes = TEXT_SIZES if name.startswith(TEXT_MODULES) else SIZES
+    for call in calls(name, pattern):
+        for start, repeat in sorted(attacks(pattern)):
+            for size in sizes:
+                text = start + repeat * (size // len(repeat)) + "\0"
+                began = time.process_time()
+                call(text if isinstance(pattern.pattern, str) else text.encode("latin-1", "replace"))
+                seconds = time.process_time() - began
+                assert seconds < MAX_S * size / sizes[-1] + 0.05, (start, repeat, size, seconds)

@@ -1,0 +1,127 @@
+"""Text files: bombs, depth and slow patterns end in one error, in bounded memory and time."""
+
+import gzip
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import SourceError
+from pipeline.sources.archive import open_archives
+from pipeline.sources.folder import open_folder
+from pipeline.sources.listing import open_list
+from pipeline.sources.source_files import find_source_files
+from pipeline.sources.texts import parse_list, read_captions
+from pipeline.types import Source
+from tests.pipeline.sources.reading import samples_of
+
+BOMBS = {
+    "lists.json.gz": gzip.compress(b"[" + b"[]," * 21_000_000 + b"[]]"),
+    "objects.json.gz": gzip.compress(b'{"images":[' + b"{}," * 21_000_000 + b"{}]}"),
+    "lines.jsonl.gz": gzip.compress(b"[]\n" * 21_000_000),
+    "rows.csv.gz": gzip.compress(b"file_name,caption\n" + b"a,b\n" * 11_000_000),
+    "wide.csv.gz": gzip.compress(",".join(["file_name", *map(str, range(20_000))]).encode() + b"\na" * 2_000),
+    "deep.json": b'{"a.jpg":' + b"[" * 100_000,
+}
+# address space in addition to the packages, as with a limit of a container
+READ = """
+import sys
+from pathlib import Path
+from pipeline.sources.texts import read_captions
+from tests.hostile import limit_more_memory
+limit_more_memory(2_000_000_000)
+try:
+    read_captions(Path(sys.argv[1]))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bomb_of_captions_is_one_error_that_names_the_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(BOMBS[name])
+    assert len(BOMBS[name]) < 300_000
+    command = [sys.executable, "-c", READ, str(tmp_path / name)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.startswith(f"SourceError cannot read {tmp_path / name}: it"), result
+
+
+def deep(levels: int) -> str:
+    return json.dumps({"file_name": "a.png", "caption": None}).replace("null", "[" * levels + "]" * levels)
+
+
+def folder_of(text: str, path: Path) -> Source:
+    (path / "metadata.jsonl").write_text(text)
+    return open_folder(path)
+
+
+def list_of(text: str, path: Path) -> Source:
+    (path / "list.jsonl").write_text(text)
+    return open_list(path / "list.jsonl")
+
+
+def archive_of(text: str, path: Path) -> Source:
+    with zipfile.ZipFile(path / "a.zip", "w") as file:
+        file.write(path / "a.png", "a.png")
+        file.writestr("a.json", text)
+    return open_archives(
+        find_source_files(str(path / "a.zip"), (".zip",), follow_links=False, needs_digest=True)
+    )
+
+
+def captions_of(text: str, path: Path) -> Source:
+    (path / "c.jsonl").write_text(text + '\n{"file_name": "a.png", "caption": "A wall."}')
+    return open_folder(path, caption_files=[path / "c.jsonl"])
+
+
+@pytest.mark.parametrize("levels", [300, 600, 900, 20_000])
+@pytest.mark.parametrize("source_of", [folder_of, list_of, archive_of, captions_of])
+def test_deep_value_is_no_caption_or_one_error(source_of: object, levels: int, tmp_path: Path) -> None:
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    try:
+        (sample,) = samples_of(source_of(deep(levels), tmp_path))  # type: ignore[operator]
+        assert sample.references in ((), ("A wall.",))
+    except SourceError as error:
+        assert levels > 600 and "nested too deeply" in str(error)
+
+
+@pytest.mark.parametrize(
+    "start", ["['a'", "['a',", "[", "['\\", "['a', '", '["a" , "'], ids=lambda start: start.replace(" ", "_")
+)
+@pytest.mark.parametrize("repeated", [" ", ",", "'", "\\", "'a', "], ids=ascii)
+def test_list_in_a_cell_is_parsed_in_linear_time(start: str, repeated: str) -> None:
+    def seconds(count: int) -> float:
+        text = start + repeated * (count // len(repeated)) + "x]"
+        began = time.process_time()
+        parse_list(text)
+        return time.process_time() - began
+
+    assert seconds(1_000_000) < 0.5 + 30 * seconds(100_000)
+
+
+def test_captions_in_another_encoding_are_reported_by_name(tmp_path: Path) -> None:
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("Schöne Grüße".encode("latin-1"))
+    source = open_folder(tmp_path)
+    assert f"1 text files cannot be read ({tmp_path}/a.txt is not UTF-8)" in source.messages
+    (sample,) = samples_of(source)
+    assert sample.references == ()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.write(tmp_path / "a.png", "a.png")
+        file.write(tmp_path / "a.txt", "a.txt")
+    archive = find_source_files(str(tmp_path / "a.zip"), (".zip",), follow_links=False, needs_digest=True)
+    opened = open_archives(archive)
+    assert "1 texts in a.zip are too large or not UTF-8 (a.txt)" in opened.messages
+    (sample,) = samples_of(opened)
+    assert sample.references == ()
+
+
+def test_file_of_captions_in_another_encoding_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_bytes("file_name,caption\na.jpg,Grüße\n".encode("latin-1"))
+    with pytest.raises(SourceError, match="codec"):
+        read_captions(tmp_path / "c.csv")
