@@ -89,7 +89,7 @@ def test_parallel_flag_gives_all_gpus_to_one_server(flags: tuple[str, ...], tmp_
 def test_flags_follow_the_free_memory_of_the_gpu(
     memory: str,
     utilization: str | None,
-    is_large: bool,
+    is_large: bool,  # noqa: FBT001
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:

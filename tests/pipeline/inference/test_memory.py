@@ -40,7 +40,7 @@ def test_shape_of_the_default_model_is_that_of_its_config() -> None:
 )
 def test_plan_of_the_default_model_grows_with_the_card(
     card_gib: int,
-    fits: bool,
+    fits: bool,  # noqa: FBT001
     batched_tokens: int,
     num_seqs: int,
 ) -> None:
