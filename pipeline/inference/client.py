@@ -390,8 +390,7 @@ class Client:
         # A gateway may fail briefly while the server behind it is healthy.
         is_gateway_alone = answer.status in protocol.GATEWAY_STATUSES and await endpoint.is_healthy()
         if answer.status in protocol.BUSY_STATUSES or is_gateway_alone:
-            if warning := endpoint.busy_warning(answer.status, message):
-                self._progress.warn(warning)
+            endpoint.report_busy(answer.status, message, self._progress.warn)
             raise ServerBusyError(protocol.parse_retry_after(answer.headers.get("Retry-After", "")))
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {message}")

@@ -126,12 +126,8 @@ class EmbeddedEngine:
                 folder, dtype=torch.float32 if is_small else "auto", **options
             )
             processor.tokenizer.padding_side = "left"
-        except (
-            OSError,
-            ValueError,
-            AttributeError,
-            ImportError,
-        ) as error:  # ImportError: some processors need additional packages
+        # Some processors need additional packages.
+        except (OSError, ValueError, AttributeError, ImportError) as error:
             hint = "--model needs a vision-language model of transformers: a folder, a Hub id, or tiny"
             raise EngineError(f"cannot load {self.model}: {one_line(error, 300)}", hint=hint) from None
         if not processor.chat_template:

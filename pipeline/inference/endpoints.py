@@ -75,15 +75,12 @@ class Endpoint:
         """Return the message in the body of an error response, on one line and without API keys."""
         return protocol.error_message(answer, self.keys)
 
-    def busy_warning(self, status: int, message: str) -> str | None:
-        """Return a warning about the first busy answer, or None about later ones."""
-        if self.is_busy_reported:
-            return None
+    def report_busy(self, status: int, message: str, warn: Callable[[str], None]) -> None:
+        """Warn about the first busy answer."""
+        if not self.is_busy_reported:
+            reason = "it is overloaded or loading its model, or your quota is used up"
+            warn(f"{self.url} answers {status} ({message[:MAX_SHOWN_CHARACTERS]}): {reason}")
         self.is_busy_reported = True
-        return (
-            f"{self.url} answers {status} ({message[:MAX_SHOWN_CHARACTERS]}): it is overloaded or loading "
-            "its model, or your quota is used up. synth sends fewer requests; Ctrl-C loses nothing"
-        )
 
     def rest(self, stated_s: float | None = None) -> None:
         """Count a failure, and prefer other servers for `stated_s`, or for an exponential backoff time."""

@@ -27,7 +27,6 @@ from pipeline.types import Engine
 
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
-MAX_PORT = 65_535
 NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
     "pass --model with the folder or Hub id of a vision-language model, or --base-url with a running server; "
@@ -102,7 +101,7 @@ def choose_engine(
     model = _model(config)
     tiny_weights = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
     path = str(tiny_weights) if model == TINY else model
-    revision = _revision(model, path)
+    revision = _revision(model, path, progress)
     find_folder = _folder_finder(path, revision, progress)
     start: Callable[[], Engine]
     if name == "vllm":
@@ -206,8 +205,10 @@ def _model(config: Config) -> str:
     return model
 
 
-def _revision(model: str, path: str) -> str:
+def _revision(model: str, path: str, progress: Progress | None) -> str:
     if Path(path).is_dir():
+        if model != TINY and progress:
+            progress.message(f"computing the digest of {path}, which identifies the model")
         return weights_revision(Path(path))
     if model == TINY:
         hint = "install synth again from a complete wheel or clone"
@@ -270,15 +271,12 @@ def serve_model(
     Raises EngineError if vLLM is not installed, cannot be started, or dies more than `max_restarts` times.
     """
     path = str(TINY_WEIGHTS) if model == TINY else model
-    commit = _revision(model, path)
+    commit = _revision(model, path, progress)
     find_folder = _folder_finder(path, commit, progress)
     revision = commit + _output_affecting_flags(server.flags)
     launches = plan_servers(
         model, find_folder, revision, server, log, max_pixels=MAX_DETAIL_PIXELS, decks=True
     )
-    if port and port + len(launches) - 1 > MAX_PORT:
-        problem = f"--port {port} is too high for {len(launches)} servers"
-        raise EngineError(problem, hint=f"the highest port is {MAX_PORT}: choose a lower --port")
     launches = [replace(launch, port=port and port + number) for number, launch in enumerate(launches)]
 
     async def serve() -> None:

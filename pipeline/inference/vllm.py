@@ -237,7 +237,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 def gpu_memory_gib(gpus: Sequence[str]) -> tuple[float, float] | None:
     """Return the total and the free memory of the first GPU in GiB, or None if it is unknown."""
-    query = ("--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits", "--id")
+    query = ("--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits", "-i")
     try:
         total, free = _nvidia_smi(*query, gpus[0]).split(",")
         return int(total) / 1024, int(free) / 1024
