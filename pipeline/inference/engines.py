@@ -52,7 +52,7 @@ class ModelFamily(NamedTuple):
 
 
 FAMILIES = (  # source: model cards
-    ModelFamily("Qwen2.5-VL", r"qwen2[._]?5[-_]?vl", "pixels"),
+    ModelFamily("Qwen2.5-VL", r"qwen2[._]?5[-_]?vl|caprl-3b", "pixels"),
     ModelFamily("Qwen3-VL", r"qwen3[-_]?vl", "thousandths"),
     ModelFamily("InternVL3", r"internvl[-_]?3(?![._]?5)", "thousandths"),
 )
