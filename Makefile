@@ -15,6 +15,7 @@ help:
 	@echo 'make docs    write docs/cli.md and docs/settings.md from the code'
 	@echo 'make teacher train the tiny teacher again (well over an hour on 2 cores; resumable)'
 	@echo 'make check-real REPO=ORG/NAME  run the main job on 64 photos with your GPU, network and Hub token'
+	@echo 'make rehearse  run all tasks with a model of the default shape, random weights and vLLM for CPUs'
 	@echo 'make clean   remove environments and build outputs'
 
 demo: .stamps/venv
@@ -49,13 +50,14 @@ docs: .stamps/venv
 teacher: .stamps/venv
 	$(BIN)/python -m examples.scenes.train_teacher --out $${XDG_CACHE_HOME:-$$HOME/.cache}/synth/teacher
 
-# Needs a GPU with vLLM, a network and a Hub token.
+# Needs a GPU with vLLM, a network and a Hub token. Prints one page to paste into an issue.
 check-real: .stamps/venv
 	@test -n "$(REPO)" || { echo 'name a repository: make check-real REPO=ORG/NAME'; exit 2; }
-	$(BIN)/synth doctor
-	$(BIN)/synth generate --source flickr30k --limit 64 --out check-real
-	$(BIN)/synth push check-real --repo $(REPO) --private
-	$(BIN)/synth train --data check-real --steps 50
+	$(BIN)/python -m benchmarks.check_real --repo $(REPO)
+
+# Needs 4 GB of disk and memory; all layers need 8 GB of disk and 15 GB of memory.
+rehearse: .stamps/venv .stamps/vllm
+	$(BIN)/python -m benchmarks.rehearse $(if $(LAYERS),--layers $(LAYERS)) $(if $(VISION_LAYERS),--vision-layers $(VISION_LAYERS))
 
 .stamps/venv: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synth needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -91,6 +93,6 @@ check-real: .stamps/venv
 	then touch $@; else echo "no Chromium can be installed here: $$(tail -n 1 .stamps/browser.log)"; fi
 
 clean:
-	rm -rf .venv .venv-vllm .venv-trl .venv-gradio .stamps demo check-real build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-trl .venv-gradio .stamps demo check-real rehearsal build dist *.egg-info
 
-.PHONY: help demo test test-long resolve format docs teacher check-real clean
+.PHONY: help demo test test-long resolve format docs teacher check-real rehearse clean

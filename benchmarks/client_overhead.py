@@ -132,7 +132,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
             yield SampleBatch.of(chunk)
 
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
-        client = Client("model", "m", config.server, config.generate.max_tokens, None, urls=config.base_url)
+        client = Client("model", "m", config.server, config.generate.max_tokens, urls=config.base_url)
         engine = lambda: stack.enter_context(client)  # noqa: E731
         for _ in ask_about(
             chunks(), request_plan(config, "m"), config.server, engine, journal, RequestStats(), texts

@@ -109,7 +109,7 @@ def scenes(seed: int, count: int) -> Images:
 @contextmanager
 def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
     """Run a server. Yields its URL (without /v1) and model name. Sets SYNTH_API_KEY in the environment."""
-    (command,) = plan_servers(model, REVISION, config.server, log)
+    (command,) = plan_servers(model, lambda: Path(model), REVISION, config.server, log, max_pixels=None)
     os.environ["SYNTH_API_KEY"] = command.api_key
     servers = run_servers([command], NullProgress())
     with asyncio.Runner() as runner:
@@ -122,8 +122,8 @@ def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
 
 def open_client(config: Config, revision: str) -> Client:
     """Return a client for the server and model in the settings."""
-    limits = config.generate.max_tokens, config.generate.max_pixels
-    return Client(config.model or "", revision, config.server, *limits, urls=config.base_url)
+    max_tokens = config.generate.max_tokens
+    return Client(config.model or "", revision, config.server, max_tokens, urls=config.base_url)
 
 
 def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) -> None:

@@ -13,17 +13,20 @@ from pipeline.config import LARGE, TINY, Config
 from pipeline.errors import ConfigError, SynthError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.engines import TINY_WEIGHTS, pick_engine
+from pipeline.inference.memory import GIB, QWEN_3B, ModelShape, find_shape, memory_table, needed_gib
 from pipeline.inference.model_licenses import license_of
-from pipeline.inference.vllm import VLLM_PYTHON, has_gpu, vllm_python
+from pipeline.inference.vllm import MAX_TOKENS, VLLM_PYTHON, has_gpu, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
+from pipeline.tasks.base import MAX_PIXELS
 
-# Free GPU memory that the default model needs. Its bfloat16 weights take 7.5 GiB.
-LARGE_GIB = 8
+# Free GPU memory that the default model needs.
+LARGE_GIB = needed_gib(QWEN_3B, MAX_PIXELS)
 # Memory that a model needs, relative to the size of its weights. The part above 1 is for requests.
 MEMORY_PER_WEIGHTS = 1.2
 # Disk space for the default model, a dataset of some ten thousand photos, and one version of it.
 DISK_GIB = 20
+GPU = "the GPU"
 EXTRAS = {
     "embedded": ("torch", "transformers", "llguidance", "torchvision"),
     "train": ("torch", "transformers", "tokenizers", "safetensors"),
@@ -45,11 +48,12 @@ class Finding:
 def examine(model: str | None = None) -> list[Finding]:
     """Run all checks, in the order in which to fix failures. With `model`, also check whether it fits."""
     return [
-        *([_model(model)] if model else []),
+        *(_model(model) if model else []),
         Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}"),
         *(_extra(name) for name in EXTRAS),
         _vllm(),
         _gpu(),
+        *([] if model else [_memory(QWEN_3B)]),
         _engine("scenes"),
         _engine("folder:PATH"),
         _hub(),
@@ -107,7 +111,7 @@ def judge_gpus(listed: str) -> Finding:
     name, total_mib, free_mib = max(cards, key=lambda card: card[2])
     summary = f"{len(cards)} x {name}, {free_mib / 1024:.0f} of {total_mib / 1024:.0f} GiB free"
     is_enough = free_mib >= LARGE_GIB * 1024
-    hint = f"{LARGE} needs {LARGE_GIB} GiB of free GPU memory: end other programs that use the GPU"
+    hint = f"{LARGE} needs {LARGE_GIB:g} GiB of free GPU memory: end other programs that use the GPU"
     return Finding("gpu", is_enough, summary, "" if is_enough else hint)
 
 
@@ -118,24 +122,35 @@ def _parse_cards(listed: str) -> list[tuple[str, int, int]]:
     return [(name, int(total), int(free)) for name, total, free in valid]
 
 
-def _model(name: str) -> Finding:
+def _model(name: str) -> list[Finding]:
     """Check whether a model fits on the GPU with the most free memory, or in main memory without a GPU."""
     model = f"{name} ({license_of(name)})"
     try:
-        weights_gib = weights_bytes(str(TINY_WEIGHTS) if name == TINY else name) / 2**30
+        folder = str(TINY_WEIGHTS) if name == TINY else name
+        size_bytes = weights_bytes(folder)
+        shape = find_shape(folder, size_bytes)
         free_gib, place = _free_memory_gib()
     except (OSError, SynthError, subprocess.TimeoutExpired) as error:
         hint = "check the name, the network, and HF_TOKEN if it is gated"
-        return Finding("model", False, f"{model}: {error}", hint)
-    if not weights_gib:
-        return Finding(
-            "model", False, f"{model} has no weight files", "choose a model with *.safetensors files"
-        )
-    needed_gib = weights_gib * MEMORY_PER_WEIGHTS
-    fits = free_gib >= needed_gib
+        return [Finding("model", False, f"{model}: {error}", hint)]
+    if not size_bytes:
+        hint = "choose a model with *.safetensors files"
+        return [Finding("model", False, f"{model} has no weight files", hint)]
+    weights_gib = size_bytes / GIB
+    is_planned = shape and place == GPU
+    least_gib = needed_gib(shape, MAX_PIXELS) if shape and is_planned else weights_gib * MEMORY_PER_WEIGHTS
+    fits = free_gib >= least_gib
     summary = f"{model}: {weights_gib:.1f} GiB of weights, {free_gib:.1f} GiB free in {place}"
     choices = "a smaller model, several GPUs (-- --tensor-parallel-size), or a server elsewhere"
-    return Finding("model", fits, summary, "" if fits else f"it needs {needed_gib:.1f} GiB: use {choices}")
+    finding = Finding("model", fits, summary, "" if fits else f"it needs {least_gib:.1f} GiB: use {choices}")
+    return [finding, *([_memory(shape)] if shape else [])]
+
+
+def _memory(shape: ModelShape) -> Finding:
+    """Return the memory that a model takes on GPUs of several sizes."""
+    title = "GiB on GPUs of several sizes, estimated from the shape of the model"
+    lines = [title, *memory_table(shape, MAX_PIXELS, MAX_TOKENS)]
+    return Finding("memory", True, f"\n{' ' * 18}".join(lines))
 
 
 def weights_bytes(name: str) -> int:
@@ -159,7 +174,7 @@ def weights_bytes(name: str) -> int:
 def _free_memory_gib() -> tuple[float, str]:
     cards = _parse_cards(_nvidia_smi()) if has_gpu() else []
     if cards:
-        return max(free_mib for _, _, free_mib in cards) / 1024, "the GPU"
+        return max(free_mib for _, _, free_mib in cards) / 1024, GPU
     lines = Path("/proc/meminfo").read_text()
     available = re.search(r"^MemAvailable:\s*(\d+) kB", lines, re.MULTILINE)
     return (int(available[1]) / 2**20 if available else 0.0), "memory"

@@ -166,7 +166,7 @@ class Request:
     An unusable reply is retried with other sampling settings under the same id. `attempt` starts at 0.
     `schema` is the JSON schema of the reply. `images` are attached only when the request is sent. `pages` has
     the numbers of the pages that the model sees, starting at 1, or is None for all pages. `failed` is an
-    earlier reply with feedback on it, which the model also sees.
+    earlier reply with feedback on it, which the model also sees. Images are scaled down to `max_pixels`.
     """
 
     id: str
@@ -180,6 +180,7 @@ class Request:
     sampling: Sampling
     images: tuple[bytes, ...] = ()
     pages: tuple[int, ...] | None = None
+    max_pixels: int | None = None
     attempt: int = 0
     failed: tuple[str, str] | None = None
 
@@ -206,7 +207,7 @@ class Request:
 class Reply:
     """The reply of a model. If `finish_reason` is not "stop", the text is incomplete.
 
-    `max_pixels` is the size to which images were scaled down, or None for the size in the settings. `seconds`
+    `max_pixels` is the size to which images were scaled down, or None for the size in the request. `seconds`
     is the time from sending the request to receiving the reply. It is not written to the journal.
     """
 
@@ -238,9 +239,6 @@ class RequestSource(Protocol):
 
     def withdraw(self, requests: Sequence[Request]) -> None:
         """Undo `sending` for requests that have no reply, because the run ends before they are sent."""
-
-    def answered(self) -> bool:
-        """Return whether any request has been answered, in this run or an earlier one."""
 
 
 class Engine(Protocol):

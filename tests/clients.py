@@ -18,9 +18,8 @@ def config_of(*urls: str, model: str | None = "model", **settings: Any) -> Confi
 def client_of(
     config: Config, model: str = "model", revision: str = "r", progress: Progress | None = None
 ) -> Client:
-    generate = config.generate
-    limits = generate.max_tokens, generate.max_pixels
-    return Client(model, revision, config.server, *limits, urls=config.base_url, progress=progress)
+    max_tokens = config.generate.max_tokens
+    return Client(model, revision, config.server, max_tokens, urls=config.base_url, progress=progress)
 
 
 def model_of(config: Config) -> tuple[str, str]:

@@ -224,9 +224,10 @@ class GenerateConfig(Section):
     """Maximum tokens of a reply. A longer reply is requested again with twice the limit."""
     max_attempts: int = Field(default=3, ge=1)
     """Attempts to get a usable reply. After the last, the row is rejected."""
-    max_pixels: Annotated[int, Field(ge=28 * 28)] | None = 1_806_336
-    """Larger images are scaled down to this many pixels: the default is 1,344 x 1,344 px, or 2,304 tokens
-    of 28 x 28 px. Null leaves only the limit of the server's context. Drawn scenes have no limit.
+    max_pixels: Annotated[int, Field(ge=28 * 28)] | Literal["auto"] | None = "auto"
+    """Larger images are scaled down to this many pixels. `auto` is 1,003,520 (1,280 tokens of Qwen2.5-VL) for
+    captions, questions and labels, and 2,007,040 for the style `ocr`, texts, records, boxes, decks and pages.
+    Null leaves only the limit of the server's context. Drawn scenes have no limit.
     """
     prompt_dir: Path | None = None
     """Folder of prompt templates, such as `caption/v1.j2`, that replace the built-in ones. `synth init`
@@ -253,7 +254,6 @@ _LIKE_A_KEY = re.compile(r"(hf_|sk_(live_|test_)?|gsk_|ghp_|r8_|xai_|AIza)(?=[a-
 BaseUrl = Annotated[str, Field(pattern=BASE_URL), AfterValidator(_require_valid_port)]
 KeyVariable = Annotated[str, Field(pattern=VARIABLE), AfterValidator(_refuse_key)]
 Headers = dict[Annotated[str, Field(pattern=HEADER)], Annotated[str, Field(pattern=HEADER_VALUE)]]
-Rate = Annotated[float, Field(gt=0)]
 Price = Annotated[float, Field(ge=0)]
 
 
@@ -262,9 +262,6 @@ class EndpointConfig(Section):
 
     key_env: KeyVariable | None = None
     headers: Headers = Field(default_factory=dict)
-    requests_per_minute: Rate | None = None
-    tokens_per_minute: Rate | None = None
-    weight: float = Field(default=1.0, gt=0)
 
 
 class ServerConfig(Section):
@@ -279,11 +276,7 @@ class ServerConfig(Section):
     request_timeout_s: float = Field(default=600, gt=0)
     """Seconds to wait for a reply."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
-    """Requests in flight. Null adapts to the load of the servers."""
-    requests_per_minute: Rate | None = None
-    """Requests that one process sends to each server. Null sets no limit."""
-    tokens_per_minute: Rate | None = None
-    """Tokens that each server reads and writes for one process, on average. Null sets no limit."""
+    """Requests in flight. Null adapts to the speed of the servers."""
     key_env: KeyVariable | None = None
     """Environment variable with the key of the servers. Null uses `SYNTH_API_KEY`, or `OPENAI_API_KEY` for
     openai.com.
@@ -293,9 +286,7 @@ class ServerConfig(Section):
     stored in `run.json`.
     """
     endpoints: dict[BaseUrl, EndpointConfig] = Field(default_factory=dict)
-    """Settings of single servers by URL: `key_env`, `headers`, `requests_per_minute`, `tokens_per_minute`,
-    and `weight`, a server's share of the requests.
-    """
+    """Settings of single servers by URL: `key_env` and `headers`."""
     enforced_schema: bool = True
     """Refuse a server that does not enforce JSON schemas."""
     # Prices of a million tokens.
@@ -334,7 +325,7 @@ class ServerConfig(Section):
         return any(price is not None for price in prices)
 
     def endpoint(self, url: str) -> EndpointConfig:
-        """Return the settings of one server. Headers and limits default to the shared ones."""
+        """Return the settings of one server. Headers default to the shared ones."""
         address = address_of(url)
         own = next(
             (value for name, value in self.endpoints.items() if address_of(name) == address), EndpointConfig()
@@ -343,13 +334,7 @@ class ServerConfig(Section):
         shared_headers = {
             name: value for name, value in self.headers.items() if name.lower() not in own_names
         }
-        return EndpointConfig(
-            key_env=own.key_env,
-            headers=shared_headers | own.headers,
-            requests_per_minute=own.requests_per_minute or self.requests_per_minute,
-            tokens_per_minute=own.tokens_per_minute or self.tokens_per_minute,
-            weight=own.weight,
-        )
+        return EndpointConfig(key_env=own.key_env, headers=shared_headers | own.headers)
 
     def price(
         self, read: float, written: float, judge_read: float = 0, judge_written: float = 0

@@ -13,10 +13,12 @@ from pipeline.digests import public_name
 from pipeline.errors import one_line
 from pipeline.inference.engines import EngineChoice, find_family
 from pipeline.inference.model_licenses import license_of
+from pipeline.inference.requests import RequestPlan
 from pipeline.plan import Plan
 from pipeline.sources.duplicates import REPEATED
 from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
+from pipeline.tasks import Tasks
 from pipeline.tasks.base import MAX_QA_PAIRS
 from pipeline.tasks.boxes import PATCH_PX
 from pipeline.tasks.checks import MAX_CLAIMS
@@ -40,7 +42,7 @@ def describe_engine(config: Config, choice: EngineChoice) -> str:
     place = "vLLM, started here" if choice.name == "vllm" else "in this process"
     if config.base_url:
         place = ", ".join(re.sub("//[^/@]*@", "//", url) for url in config.base_url)
-    bound = config.generate.max_pixels
+    bound = RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), "").largest_pixels
     tokens = f"; images: at most {bound:,} px, about {bound // PATCH_PX**2:,} tokens" if bound else ""
     return f"{place}; {license_of(public_name(choice.model))}{tokens}"
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from math import floor
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 ORIENTATION = 0x0112  # EXIF tag
 ROTATED_90 = (5, 6, 7, 8)  # orientations that swap width and height
 MAX_IMAGE_BYTES = 100_000_000
+PATCH_PX = 28  # side of the area of one image token of Qwen2.5-VL: two merged patches of 14 px
 MAX_PIXELS = 50_000_000  # checked before decoding, because a 12 kB file can claim 100 million
 MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
 MAX_SCANS = 100  # a progressive JPEG usually has about ten scans
@@ -84,13 +86,15 @@ def pdq_hash(image: Image.Image) -> bytes:
     return np.packbits(bits).tobytes() if quality >= MIN_PDQ_QUALITY else b""
 
 
-def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Image.Image:
+def prepare_image(
+    data: bytes | memoryview, max_pixels: int | None = None, *, for_model: bool = False
+) -> Image.Image:
     """Decode to upright RGB over white, scaled to `max_pixels`. Raises ImageError as `check_image` does."""
     with open_image(data) as image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # without a copy of a large image
         rgb = over_white(image)
-    size = scaled_size(*rgb.size, max_pixels)
+    size = (sent_size if for_model else scaled_size)(*rgb.size, max_pixels)
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
 
 
@@ -115,11 +119,29 @@ def upright_file(data: bytes) -> bytes:
 
 
 def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
-    """Return the size of an image after it is scaled down to about `max_pixels`. It is never scaled up."""
+    """Return the size of an image after it is scaled down to `max_pixels`. It is never scaled up."""
     if not max_pixels or width * height <= max_pixels:
         return width, height
     scale = (max_pixels / (width * height)) ** 0.5
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    return max(1, floor(width * scale)), max(1, floor(height * scale))
+
+
+def sent_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
+    """Return the size at which a model receives an image.
+
+    An image that the model would see with more than `max_pixels` is scaled down to whole patches, as Qwen's
+    processor does. No server then scales it again, whatever its own limit.
+    """
+    across, down = (max(PATCH_PX, round(side / PATCH_PX) * PATCH_PX) for side in (width, height))
+    is_small = not max_pixels or across * down <= max_pixels
+    return (width, height) if is_small else shrink_to_patches(width, height, max_pixels or 0)
+
+
+def shrink_to_patches(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """Return the largest size in whole patches with the same aspect and at most `max_pixels`."""
+    shrink = (width * height / max_pixels) ** 0.5
+    across, down = (max(PATCH_PX, floor(side / shrink / PATCH_PX) * PATCH_PX) for side in (width, height))
+    return across, down
 
 
 def upright_size(data: bytes | memoryview) -> tuple[int, int]:

@@ -8,12 +8,11 @@ import asyncio
 import contextlib
 import errno
 import logging
-import math
 import os
 import resource
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +22,6 @@ from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError, one_line
 from pipeline.inference import protocol
 from pipeline.inference.endpoints import (
-    POLL_SECONDS,
     Endpoint,
     Endpoints,
     cancel_tasks,
@@ -31,10 +29,8 @@ from pipeline.inference.endpoints import (
     raise_for_access,
     request_headers,
 )
-from pipeline.inference.probing import find_on_server, learn_dialect, prepare_servers
+from pipeline.inference.probing import find_on_server, learn_dialect
 from pipeline.inference.protocol import (
-    BadAnswerError,
-    RefusedError,
     RequestImages,
     RetryState,
     ServerBusyError,
@@ -46,67 +42,55 @@ from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, Requ
 
 START_REQUESTS = 32  # initially in flight per server whose batch size is unknown
 MAX_REQUESTS = 1024  # in flight per server
+FAST_SECONDS, SLOW_SECONDS = 20.0, 60.0  # replies that take less or more time raise or lower the limit
+BUSY_SECONDS = 1.0  # busy answers within this time count once
 MAX_FILES = 65_536
-RESERVED_FILES = 128  # file descriptors that are not used for connections
-GROUP_REPLIES = 64  # replies to yield together (fewer after GROUP_SECONDS or at a low request limit)
-GROUP_SECONDS = 1.0
+GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
 SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
 FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
 PROMPT_TOKENS = 512  # reserved for the prompt text of a request with images
 PATCH_PX = 28  # Qwen2.5-VL uses one token per 28 x 28 px
 FINISH_SECONDS = 60.0  # after a fatal error, wait this long for replies in flight, which are already paid for
-MAX_REFUSALS_BEFORE_REPLY = 16
-MAX_DENIED = 16  # after this many consecutive 403 or 404 answers, the server rejects all requests
 log = logging.getLogger(__name__)
 
 
 class Concurrency:
-    """Limits the number of requests in flight, either to the user's value (`fixed`) or by the servers' load.
+    """Limits the number of requests in flight, either to the user's value (`fixed`) or by the servers' speed.
 
-    Each server should always have a few waiting requests, but not many, since they are all repeated after a
-    crash. A busy answer lowers even the user's limit for a while. `server_requests` is the total batch size
-    of the servers that synth started. `connections` is the maximum for this process.
+    All requests in flight are repeated after a crash, so a server should have few that wait. `batch_size` is
+    the total of the servers that synth started.
     """
 
-    def __init__(
-        self, servers: int, fixed: int | None, server_requests: int | None, connections: int = MAX_FILES
-    ) -> None:
-        self._fixed = fixed
-        start = 2 * server_requests if server_requests else START_REQUESTS * servers
-        self._max = min(fixed or MAX_REQUESTS * servers, connections)
-        self._start = min(fixed or start, connections)
+    def __init__(self, servers: int, fixed: int | None, batch_size: int | None) -> None:
+        self._max = fixed or MAX_REQUESTS * servers
         self._busy_at = 0.0
-        self.limit = self._start
+        self._replies = 0
+        self.limit = min(fixed or 2 * (batch_size or 0) or START_REQUESTS * servers, self._max)
 
     def slow_down(self) -> None:
-        """Lower the limit by a quarter after a busy answer, at most once per POLL_SECONDS."""
+        """Lower the limit by a quarter after a busy answer, at most once per BUSY_SECONDS."""
         now = time.monotonic()
-        if now - self._busy_at > POLL_SECONDS:
+        if now - self._busy_at > BUSY_SECONDS:
             self._busy_at = now
             self.limit = max(1, self.limit * 3 // 4)
 
-    def follow(self, running: float, waiting: float, outstanding: int, max_limit: int) -> None:
-        """Adapt the limit to the numbers of running and waiting requests that the servers report.
-
-        `running` is 0 if there are no metrics. `outstanding` is the number of requests without an answer.
-        """
-        limit = self.limit
-        if running and waiting > running and not self._fixed:
-            limit = max(1, int(running * 1.5))
-        elif outstanding and not waiting and time.monotonic() - self._busy_at > 2 * POLL_SECONDS:
-            is_full = running and outstanding >= self.limit
-            if self._fixed or self.limit < self._start or is_full:
-                limit += max(1, limit // 2)
-        self.limit = max(1, min(limit, self._max, max_limit))
+    def add_reply(self, seconds: float) -> None:
+        """Adapt the limit after as many replies as requests are in flight, by the time of the last reply."""
+        self._replies += 1
+        if self._replies >= self.limit:
+            self._replies = 0
+            if seconds < FAST_SECONDS:
+                self.limit = min(self.limit + max(1, self.limit // 2), self._max)
+            elif seconds > SLOW_SECONDS:
+                self.limit = max(1, self.limit * 3 // 4)
 
 
-def raise_file_limit() -> int:
-    """Raise the limit on open files to at most MAX_FILES, and return it. Each connection needs one file."""
+def raise_file_limit() -> None:
+    """Raise the limit on open files to at most MAX_FILES. Each connection needs one file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     target = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < target:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
-    return target if soft == resource.RLIM_INFINITY else max(soft, target)
 
 
 @dataclass(slots=True)
@@ -149,9 +133,9 @@ class InFlight:
 class Client:
     """Sends requests to the servers at `urls`, or to servers that it starts from `launches`.
 
-    `key_name` is the environment variable with the key for `urls`. Each image is scaled down to `max_pixels`,
-    and further if the images of a request would not fit the model's context. Raises EngineError if no server
-    answers, or if all of them serve another model or do not enforce schemas.
+    `key_name` is the environment variable with the key for `urls`. Images are scaled down further if those of
+    a request would not fit the model's context. Raises EngineError if no server answers, or if all of them
+    serve another model or do not enforce schemas.
     """
 
     def __init__(
@@ -160,7 +144,6 @@ class Client:
         revision: str,
         settings: ServerConfig,
         max_tokens: int,
-        max_pixels: int | None,
         *,
         urls: Sequence[str] = (),
         launches: Sequence[VllmCommand] = (),
@@ -174,10 +157,9 @@ class Client:
         self._launches = launches
         self._max_tokens = max_tokens
         self._servers: list[Server] = []
-        self._max_pixels = max_pixels
         self._progress: Progress = progress or NullProgress()
         self._served_name = launches[0].name if launches else model
-        self._num_retries = self._reply_tokens = 0
+        self._reply_tokens = 0
         self._suspects = asyncio.Lock()
 
     def __enter__(self) -> "Client":
@@ -212,14 +194,11 @@ class Client:
     def metrics(self) -> dict[str, str]:
         """See types.Engine."""
         speed = self._reply_tokens / (time.monotonic() - self._started)
-        queries, hits = (sum(endpoint.prefix_cache[part] for endpoint in self._endpoints) for part in (0, 1))
         up = sum(endpoint.is_up.is_set() for endpoint in self._endpoints)
         return {
             "tokens/s": f"{speed:,.0f}" if self._reply_tokens else "-",
-            **({"prefix cache": f"{hits / queries:.0%}"} if queries else {}),
-            "in flight": f"{self._outstanding()} of {self._concurrency.limit}",
+            "in flight": f"{sum(endpoint.outstanding for endpoint in self._endpoints)} of {self._limit}",
             **({"servers": f"{up} of {len(self._endpoints)}"} if len(self._endpoints) > 1 else {}),
-            **({"sent again": f"{self._num_retries:,}"} if self._num_retries else {}),
         }
 
     # --- opening
@@ -241,31 +220,23 @@ class Client:
             await stack.enter_async_context(endpoint.open_session(timeout))
         self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
         stack.push_async_callback(self._endpoints.close)
-        await prepare_servers(self._endpoints, self._learn, self._retire, self._progress.warn)
-        contexts = [launch.max_model_len for launch in self._launches]
-        contexts += [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
+        await asyncio.gather(*map(self._learn, self._endpoints))
+        contexts = [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
         max_sample_pixels = None
         if contexts:  # all images of one request must fit into the context
             image_tokens = min(contexts) - PROMPT_TOKENS - 2 * self._max_tokens
             max_sample_pixels = max(image_tokens, min(contexts) // 4) * PATCH_PX**2
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
-        media = self._servers[0].media if self._servers else None
-        self._images = RequestImages(media, self._max_pixels, max_sample_pixels, pool)
+        self._images = RequestImages(max_sample_pixels, pool)
         self._started = time.monotonic()
-        connections = max(1, raise_file_limit() - RESERVED_FILES)
-        if settings.concurrency and settings.concurrency > connections:
-            problem = (
-                f"{settings.concurrency} concurrent requests need more open files than `ulimit -n` allows"
-            )
-            self._progress.warn(f"{problem}: only {connections} are sent concurrently")
+        raise_file_limit()
         batch_size = sum(launch.max_num_seqs for launch in self._launches) or None
-        self._concurrency = Concurrency(len(endpoints), settings.concurrency, batch_size, connections)
-        self._set_cache_size()
-        poller = asyncio.create_task(self._poll())
-        stack.push_async_callback(cancel_tasks, {poller})
+        self._concurrency = Concurrency(len(endpoints), settings.concurrency, batch_size)
 
-    def _set_cache_size(self) -> None:
-        self._images.keep = self._concurrency.limit + 64
+    @property
+    def _limit(self) -> int:
+        """The maximum number of requests in flight now."""
+        return min(self._concurrency.limit, self._images.max_requests(FLIGHT_BYTES))
 
     # --- requests in flight
 
@@ -276,15 +247,15 @@ class Client:
             self._fill(in_flight)
         except Exception as error:  # noqa: BLE001  # raised below, after the replies in flight
             in_flight.fail(error)
-        while len(in_flight.replies) < self._group_size() and in_flight.running:
+        while in_flight.running and not in_flight.replies:
             if in_flight.ends_at is not None and loop.time() > in_flight.ends_at:
                 break
             in_flight.wake.clear()
-            timer = loop.call_later(GROUP_SECONDS, in_flight.wake.set)
-            await in_flight.wake.wait()
-            timer.cancel()
-            if in_flight.replies:
-                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await in_flight.wake.wait()
+        if in_flight.running:
+            await asyncio.sleep(GROUP_SECONDS)
         if in_flight.error and not in_flight.replies:  # replies are first yielded, so that they are stored
             raise in_flight.error
         replies, in_flight.replies = in_flight.replies, []
@@ -292,7 +263,8 @@ class Client:
 
     def _fill(self, in_flight: InFlight) -> None:
         """Send requests up to the limit. Replies not yet yielded count too, since a crash would lose them."""
-        limit = self._concurrency.limit
+        limit = self._limit
+        self._images.keep = limit + 64
         while len(in_flight.running) + len(in_flight.replies) < limit and not in_flight.error:
             request = in_flight.next_request()
             if request is None:
@@ -301,13 +273,9 @@ class Client:
             in_flight.running.add(task)
             task.add_done_callback(lambda done: self._done(done, in_flight))
 
-    def _group_size(self) -> int:
-        return max(1, min(GROUP_REPLIES, self._concurrency.limit // 4))
-
     def _done(self, task: "asyncio.Task[Reply]", in_flight: InFlight) -> None:
         in_flight.running.discard(task)
-        if not in_flight.running:
-            in_flight.wake.set()
+        in_flight.wake.set()
         if task.cancelled():
             return
         try:
@@ -319,8 +287,6 @@ class Client:
             self._fill(in_flight)
         except Exception as error:  # noqa: BLE001  # raised by _next_group
             in_flight.fail(error)
-        if len(in_flight.replies) >= self._group_size():
-            in_flight.wake.set()
 
     # --- one request
 
@@ -341,7 +307,6 @@ class Client:
                 return answer
             if answer is None:
                 continue
-            self._num_retries += 1
             if in_flight.error:
                 raise in_flight.error
             await asyncio.sleep(answer)
@@ -354,20 +319,13 @@ class Client:
         Returns None to retry immediately with another server if the request did not cause the failure.
         """
         try:
-            await endpoint.pace.wait()
-            if not endpoint.is_learned:  # the server was down when the run started
-                await self._learn(endpoint)
-            if not endpoint.is_up.is_set():
-                return None
             return await self._post(endpoint, request, in_flight)
-        except EngineError as refusal:
-            self._retire(endpoint, refusal)
-            return None
         except ServerBusyError as busy:
             return self._after_busy(endpoint, request, busy.args[0], failures)
         except ServerFaultError as fault:
             if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
-                self._mark_down(endpoint)
+                if self._endpoints.mark_down(endpoint):
+                    self._progress.warn(f"{endpoint.url} does not answer: waiting for it")
                 gives_up = failures.after_crash()
                 return (
                     request.reply(f"the server died each time: {fault}", SERVER_ERROR) if gives_up else None
@@ -384,9 +342,8 @@ class Client:
     def _after_busy(
         self, endpoint: Endpoint, request: Request, stated_s: float | None, failures: RetryState
     ) -> Reply | float:
-        others = (one.rest_s() for one in self._endpoints if one is not endpoint and one.is_up.is_set())
-        soonest_s = min(others, default=math.inf)
-        if stated_s and min(stated_s, soonest_s) > protocol.MAX_RETRY_AFTER_S:
+        has_other = any(one is not endpoint and one.is_up.is_set() for one in self._endpoints)
+        if stated_s and stated_s > protocol.MAX_RETRY_AFTER_S and not has_other:
             hint = "run the same command after that time: it resumes"
             raise EngineError(
                 f"{endpoint.url} asks clients to wait for {duration(stated_s)}", hint=hint
@@ -398,8 +355,7 @@ class Client:
         if self._endpoints.has_free:
             return 0.0
         self._concurrency.slow_down()
-        self._set_cache_size()
-        return min(pause_s, max(soonest_s, POLL_SECONDS))
+        return min(pause_s, protocol.LONGEST_BACKOFF_SECONDS) if has_other else pause_s
 
     async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
         """Send a request once, and return the reply, or the server's refusal as a reply.
@@ -408,24 +364,11 @@ class Client:
         request would get the same answer.
         """
         try:
-            images = await self._images.parts(request.shown, request.images, request.pages)
+            images = await self._images.parts(request)
         except OSError:  # such as a full disk
             raise
         except Exception as error:  # noqa: BLE001  # a decoder may raise anything, for this image alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
-        try:
-            return await self._send(endpoint, request, images, in_flight)
-        except (RefusedError, BadAnswerError) as error:
-            self._count_refusal(endpoint, str(error), in_flight)
-            if isinstance(error, BadAnswerError):
-                raise ServerFaultError(str(error)) from None
-            return request.reply(str(error), REFUSED_BY_SERVER)
-
-    async def _send(self, endpoint: Endpoint, request: Request, images: bytes, in_flight: InFlight) -> Reply:
-        """Send a request once, and return the reply. `images` is the JSON of the image parts.
-
-        Raises RefusedError, BadAnswerError or one of the errors that `_post` raises.
-        """
         started = time.monotonic()
         body = protocol.body(request, images, self._served_name, endpoint.dialect)
         max_bytes = protocol.MAX_ENVELOPE_BYTES + protocol.MAX_TOKEN_BYTES * request.sampling.max_tokens
@@ -441,92 +384,32 @@ class Client:
             raise ServerFaultError(one_line(error, 1000)) from None
         finally:
             in_flight.sent.discard(asyncio.current_task())
-        tolerated = self._tolerated_statuses(endpoint)
-        raise_for_access(answer, endpoint, text, tolerated)
-        endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
+        # The server accepted the first request, so a later 403 or 404 is due to the image of this request.
+        raise_for_access(answer, endpoint, text, tolerated=(403, 404))
         message = endpoint.error_message(text) if answer.status >= 400 else ""
         # A gateway may fail briefly while the server behind it is healthy.
         is_gateway_alone = answer.status in protocol.GATEWAY_STATUSES and await endpoint.is_healthy()
         if answer.status in protocol.BUSY_STATUSES or is_gateway_alone:
-            endpoint.start_busy(answer.status, message)
+            endpoint.report_busy(answer.status, message, self._progress.warn)
             raise ServerBusyError(protocol.parse_retry_after(answer.headers.get("Retry-After", "")))
-        endpoint.busy_since = None
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {message}")
         if answer.status >= 400:
-            raise RefusedError(message)
+            return request.reply(message, REFUSED_BY_SERVER)
         reply = protocol.read_reply(request, text, endpoint.keys)
-        endpoint.answered, endpoint.failures = endpoint.answered + 1, 0
-        endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
+        endpoint.failures = 0
         self._reply_tokens += reply.reply_tokens
-        max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
-        return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - started)
-
-    def _tolerated_statuses(self, endpoint: Endpoint) -> Collection[int]:
-        """Return the statuses that may be due to one request's image rather than to the key or address.
-
-        If there are other servers, a 404 is not tolerated: this server is excluded instead.
-        """
-        if endpoint.denied >= MAX_DENIED:
-            return ()
-        return (403,) if len(self._endpoints) > 1 else (403, 404)
-
-    def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
-        """Count a refusal. Raises EngineError after many refusals if the server never answered a request."""
-        endpoint.refused += 1
-        has_answered = endpoint.answered or (len(self._endpoints) == 1 and in_flight.source.answered())
-        if endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not has_answered:
-            hint = (
-                "fix the cause, then run the same command; if images are too large, lower generate.max_pixels"
-            )
-            raise EngineError(f"{endpoint.url} rejects every request: {message}", hint=hint)
+        seconds = time.monotonic() - started
+        self._concurrency.add_reply(seconds)
+        max_pixels = self._images.max_pixels(request) if request.images else None
+        return replace(reply, max_pixels=max_pixels, seconds=seconds)
 
     async def _learn(self, endpoint: Endpoint) -> None:
-        """Find out which request fields a server supports. Concurrent calls wait for the first one."""
-        async with endpoint.learning:
-            if not (endpoint.is_learned or endpoint.is_retired):
-                if not self._launches:
-                    await find_on_server(self._served_name, endpoint)
-                await learn_dialect(
-                    endpoint, self._served_name, self._settings, self._max_tokens, self._progress
-                )
-                endpoint.is_learned = True
-
-    # --- servers
+        """Find the model on a server, and find out which request fields the server supports."""
+        await find_on_server(self._served_name, endpoint)
+        await learn_dialect(endpoint, self._served_name, self._settings, self._max_tokens, self._progress)
 
     def _failure(self) -> EngineError | None:
         """Return a server's error if all servers that synth started have failed for good, or else None."""
         failures = [server.failure for server in self._servers]
         return failures[-1] if failures and all(failures) else None
-
-    def _outstanding(self) -> int:
-        return sum(endpoint.outstanding for endpoint in self._endpoints)
-
-    def _mark_down(self, endpoint: Endpoint) -> None:
-        if self._endpoints.mark_down(endpoint):
-            self._progress.warn(f"{endpoint.url} does not answer: waiting for it")
-            log.warning("%s does not answer; %d requests were in flight", endpoint.url, endpoint.outstanding)
-
-    def _retire(self, endpoint: Endpoint, refusal: EngineError) -> None:
-        """Exclude a server that refuses all requests. Raises `refusal` if no server is left."""
-        if self._endpoints.retire(endpoint):
-            endpoint.fault = str(refusal)
-            if all(one.is_retired for one in self._endpoints):
-                raise refusal
-            self._progress.warn(f"{refusal}. The run continues without this server")
-
-    async def _poll(self) -> None:
-        """Read the servers' metrics every POLL_SECONDS, and adapt the limit on requests in flight."""
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            for endpoint in self._endpoints:
-                if warning := endpoint.busy_warning():
-                    self._progress.warn(warning)
-            await self._endpoints.read_metrics()
-            self._concurrency.follow(
-                running=sum(endpoint.running for endpoint in self._endpoints),
-                waiting=sum(endpoint.waiting for endpoint in self._endpoints),
-                outstanding=self._outstanding(),
-                max_limit=self._images.max_requests(FLIGHT_BYTES),
-            )
-            self._set_cache_size()

@@ -5,7 +5,7 @@ by the request id, so a reply does not depend on the rest of its batch, except f
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
@@ -25,26 +25,23 @@ from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import EngineError, one_line
 from pipeline.images.decode import prepare_image
-from pipeline.tasks.base import MAX_PAGES
 from pipeline.tasks.prompts import Prompt
 from pipeline.types import Reply, Request, RequestSource
 
 Messages = list[dict[str, Any]]
+MAX_FLOAT32_BYTES = 1_000_000_000
+BATCH_PIXELS = 8_000_000  # of all images in a batch, whose activations then take about 1 GB
 
 
 class EmbeddedEngine:
-    """Answers requests in this process. `path` is the folder or Hub id of the model."""
+    """Answers requests in this process. `find_folder` returns the folder of the model."""
 
-    def __init__(
-        self, model: str, path: str, revision: str, batch_size: int, max_pixels: int | None = None
-    ) -> None:
+    def __init__(self, model: str, find_folder: Callable[[], Path], revision: str, batch_size: int) -> None:
         self.model = model
         self.revision = revision
-        self._path = path
+        self._find_folder = find_folder
         self._batch_size = batch_size
-        self._max_pixels = max_pixels
         self._tokens = 0
-        self._commit = "main" if Path(path).is_dir() else revision
 
     def __enter__(self) -> "EmbeddedEngine":
         return self
@@ -55,10 +52,7 @@ class EmbeddedEngine:
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
         """Answer requests in batches (see types.Engine). Batches depend only on the requests."""
         while requests := work.take():
-            # Use smaller batches for decks, so that a batch has at most `batch_size` images.
-            has_decks = any(len(request.images) > 1 for request in requests)
-            size = self._batch_size // MAX_PAGES if has_decks else self._batch_size
-            for batch in batch_requests(requests, max(1, size)):
+            for batch in batch_requests(requests, self._batch_size):
                 work.sending(batch)
                 started = time.monotonic()
                 yield [replace(reply, seconds=time.monotonic() - started) for reply in self._answer(batch)]
@@ -70,7 +64,8 @@ class EmbeddedEngine:
     def _answer(self, requests: list[Request]) -> list[Reply]:
         processor, model = self._loaded
         images = [
-            [prepare_image(image, self._max_pixels) for image in request.images] for request in requests
+            [prepare_image(image, request.max_pixels, for_model=True) for image in request.images]
+            for request in requests
         ]
         chats = [self._chat(request) for request in requests]
         # If the template writes the BOS token, the tokenizer must not add it again.
@@ -120,19 +115,19 @@ class EmbeddedEngine:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         disable_progress_bar()
-        options: dict[str, Any] = {"revision": self._commit, "trust_remote_code": False}
-        # On a CPU, bfloat16 is less exact and no faster than float32.
-        dtype = torch.float32 if _device() == "cpu" else torch.bfloat16
+        folder = self._find_folder()
+        weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        # On a CPU, float32 is more exact than the model's own type, but takes twice the memory of bfloat16.
+        is_small = _device() == "cpu" and weights_bytes < MAX_FLOAT32_BYTES
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            processor = AutoProcessor.from_pretrained(self._path, **options)
-            model: nn.Module = AutoModelForImageTextToText.from_pretrained(self._path, dtype=dtype, **options)
+            processor = AutoProcessor.from_pretrained(folder, **options)
+            model: nn.Module = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=torch.float32 if is_small else "auto", **options
+            )
             processor.tokenizer.padding_side = "left"
-        except (
-            OSError,
-            ValueError,
-            AttributeError,
-            ImportError,
-        ) as error:  # ImportError: some processors need additional packages
+        # Some processors need additional packages.
+        except (OSError, ValueError, AttributeError, ImportError) as error:
             hint = "--model needs a vision-language model of transformers: a folder, a Hub id, or tiny"
             raise EngineError(f"cannot load {self.model}: {one_line(error, 300)}", hint=hint) from None
         if not processor.chat_template:
@@ -182,11 +177,17 @@ def _without_system(messages: Messages) -> Messages:
 
 
 def batch_requests(requests: list[Request], size: int) -> Iterator[list[Request]]:
-    """Yield batches of requests with the same task, style and attempt, whose prompts need little padding."""
+    """Yield batches of requests with the same task, style and attempt, whose prompts need little padding.
+
+    A batch shows at most `size` images with at most BATCH_PIXELS in total.
+    """
     kind = attrgetter("task", "style", "attempt")
     for _, same in groupby(sorted(requests, key=kind), key=kind):
         group = list(same)
-        yield from (group[start : start + size] for start in range(0, len(group), size))
+        images = max(1, max(len(request.images) for request in group))
+        pixels = images * max(request.max_pixels or 1 for request in group)
+        number = max(1, min(size // images, BATCH_PIXELS // pixels))
+        yield from (group[start : start + number] for start in range(0, len(group), number))
 
 
 class Grammars:

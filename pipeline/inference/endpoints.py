@@ -1,4 +1,4 @@
-"""Manage model servers: their API keys, rate limits, health and load. Choose a server for each request."""
+"""Manage model servers: their API keys, health and load. Choose a server for each request."""
 
 import asyncio
 import ipaddress
@@ -21,101 +21,40 @@ import aiohttp
 from pipeline.config.sections import ServerConfig, address_of
 from pipeline.errors import EngineError
 from pipeline.inference import protocol
-from pipeline.inference.protocol import CONNECTION_ERRORS, PLAIN, Dialect, read_body
+from pipeline.inference.protocol import PLAIN, Dialect
 from pipeline.text.escape import without_passwords
 
-POLL_SECONDS = 1.0  # interval for polling metrics and for checking servers that are down
-METRICS_SECONDS = 10.0
+POLL_SECONDS = 1.0  # interval for checking servers that are down
 HEALTH_SECONDS = 5
-BUSY_WARNING_SECONDS = 30.0
 KEEPALIVE_SECONDS = 4  # uvicorn closes idle connections after 5 s
 KEY = "SYNTH_API_KEY"  # environment variable, like the next two
 JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # separate, since a judge's server must not get the key of another server
 OPENAI_KEY = "OPENAI_API_KEY"  # sent only to OpenAI's own servers
 MIN_KEY_CHARACTERS = 8  # a shorter value may be an ordinary word, and is not removed from messages
 MAX_SHOWN_CHARACTERS = 200
-NO_METRICS_STATUSES = (401, 403, 404, 405, 501)
 PAYMENT_REQUIRED = 402
 _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI and LiteLLM
-_METRICS = (
-    "num_requests_running",
-    "num_requests_waiting",
-    "prefix_cache_queries_total",
-    "prefix_cache_hits_total",
-)
-_NUMBER = r"\d{1,18}(?:\.\d{1,18})?(?:e\+?\d\d)?"
-_METRIC_LINE = re.compile(rf"^vllm:({'|'.join(_METRICS)})(?:\{{.*\}})? ({_NUMBER})$", re.MULTILINE)
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Pace:
-    """Enforces rate limits. Token counts are known only after a reply, so they delay later requests."""
-
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    clock: Callable[[], float] = time.monotonic
-    _requests_due_s: float = field(
-        default=0.0, init=False
-    )  # earliest time at which each limit allows the next request
-    _tokens_due_s: float = field(default=0.0, init=False)
-
-    async def wait(self) -> None:
-        """Wait until a request may be sent, and count it."""
-        if (seconds := self.take()) > 0:
-            await asyncio.sleep(seconds)
-
-    def delay_s(self) -> float:
-        """Return the seconds until a request may be sent, which are negative if that time has passed."""
-        return max(self._requests_due_s, self._tokens_due_s) - self.clock()
-
-    def take(self) -> float:
-        """Count a request, and return the seconds until it may be sent."""
-        now = self.clock()
-        due = max(now, self._requests_due_s, self._tokens_due_s)
-        if self.requests_per_minute:
-            self._requests_due_s = due + 60.0 / self.requests_per_minute
-        return due - now
-
-    def add_tokens(self, count: int) -> None:
-        """Count the tokens of a request and its reply."""
-        if self.tokens_per_minute:
-            self._tokens_due_s = max(self.clock(), self._tokens_due_s) + 60.0 * count / self.tokens_per_minute
 
 
 @dataclass(slots=True, eq=False)
 class Endpoint:
-    """The address, state and last metrics of one server."""
+    """The address and state of one server."""
 
     url: str  # base URL, with a path such as /v1
     headers: dict[str, str]
     key_name: str = KEY
-    pace: Pace = field(default_factory=Pace)
-    weight: float = 1.0  # share of the requests, relative to other servers
     dialect: Dialect = PLAIN
     socket_path: Path | None = None  # Unix socket
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
-    is_retired: bool = False  # excluded, since the server refuses all requests
-    is_learned: bool = False  # whether `dialect` is known
-    has_metrics: bool = True
     fault: str = ""  # why the server did not answer when the run started
     failures: int = 0  # consecutive
     rests_until: float = 0.0  # other servers are preferred until this time
-    busy_since: float | None = None
-    busy_reason: str = ""
-    busy_warned: float = 0.0
-    model_root: str = ""  # `root` of the model in the server's list: path or Hub id
+    is_busy_reported: bool = False
     context_tokens: int | None = None
-    learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     session: aiohttp.ClientSession | None = field(default=None, repr=False)
     outstanding: int = 0  # requests in flight
-    answered: int = 0
-    refused: int = 0
-    denied: int = 0  # consecutive 403 or 404 answers
-    running: float = 0
-    waiting: float = 0
-    prefix_cache: tuple[float, float] = (0, 0)  # tokens looked up and found since the server started
     proxy: str | None = field(init=False)
     has_key: bool = field(init=False)
     keys: list[str] = field(init=False, repr=False)  # removed from the server's messages
@@ -136,22 +75,12 @@ class Endpoint:
         """Return the message in the body of an error response, on one line and without API keys."""
         return protocol.error_message(answer, self.keys)
 
-    def start_busy(self, status: int, message: str) -> None:
-        """Record a busy answer."""
-        self.busy_since = self.busy_since or time.monotonic()
-        self.busy_reason = f"{status} ({message[:MAX_SHOWN_CHARACTERS]})"
-
-    def busy_warning(self) -> str | None:
-        """Return a warning every BUSY_WARNING_SECONDS while the server is busy, or else None."""
-        now = time.monotonic()
-        if self.busy_since is None or now - max(self.busy_since, self.busy_warned) < BUSY_WARNING_SECONDS:
-            return None
-        self.busy_warned = now
-        return (
-            f"{self.url} has answered {self.busy_reason} to every request for {now - self.busy_since:.0f} s: "
-            "it is overloaded or loading its model, or your quota is used up. Check its log or your limits. "
-            "synth keeps trying, and Ctrl-C loses nothing"
-        )
+    def report_busy(self, status: int, message: str, warn: Callable[[str], None]) -> None:
+        """Warn about the first busy answer."""
+        if not self.is_busy_reported:
+            reason = "it is overloaded or loading its model, or your quota is used up"
+            warn(f"{self.url} answers {status} ({message[:MAX_SHOWN_CHARACTERS]}): {reason}")
+        self.is_busy_reported = True
 
     def rest(self, stated_s: float | None = None) -> None:
         """Count a failure, and prefer other servers for `stated_s`, or for an exponential backoff time."""
@@ -159,13 +88,13 @@ class Endpoint:
         pause_s = protocol.backoff_s(self.failures) if stated_s is None else stated_s
         self.rests_until = max(self.rests_until, time.monotonic() + pause_s)
 
-    def rest_s(self) -> float:
-        """Return the seconds until rate limits and earlier failures allow another request."""
-        return max(0.0, self.pace.delay_s(), self.rests_until - time.monotonic())
-
     def delay_s(self) -> float:
-        """Return `rest_s`, or infinity while a single request tests whether the server works again."""
-        return math.inf if self.failures and self.outstanding else self.rest_s()
+        """Return the seconds until another request should be sent.
+
+        This is infinity while a single request tests whether the server works again.
+        """
+        is_tested = self.failures and self.outstanding
+        return math.inf if is_tested else max(0.0, self.rests_until - time.monotonic())
 
     @asynccontextmanager
     async def open_session(self, timeout: aiohttp.ClientTimeout) -> AsyncIterator[None]:
@@ -233,7 +162,6 @@ class Endpoints(list[Endpoint]):
         self._failure = failure
         self._waiters: set[asyncio.Task[None]] = set()
         self._by_sample: dict[str, Endpoint] = {}
-        self._all_retired = asyncio.Event()
         for endpoint in self:
             endpoint.is_up.set()
 
@@ -252,7 +180,7 @@ class Endpoints(list[Endpoint]):
         endpoint = self._by_sample.get(sample_id)
         if endpoint is None or not endpoint.is_up.is_set() or endpoint.delay_s() > 0:
             # Compare delays first, since a server that fails immediately always has the least load.
-            endpoint = min(up, key=lambda one: (one.delay_s(), (one.outstanding + 1) / one.weight))
+            endpoint = min(up, key=lambda one: (one.delay_s(), one.outstanding))
             self._by_sample[sample_id] = endpoint
             if len(self._by_sample) > max_remembered:
                 del self._by_sample[next(iter(self._by_sample))]
@@ -268,42 +196,13 @@ class Endpoints(list[Endpoint]):
         if not endpoint.is_up.is_set():
             return False
         endpoint.is_up.clear()
-        endpoint.busy_since = None
-        self.wait_for(endpoint)
-        return True
-
-    def retire(self, endpoint: Endpoint) -> bool:
-        """Exclude a server for the rest of the run. Return False if it was already excluded."""
-        was_retired, endpoint.is_retired = endpoint.is_retired, True
-        endpoint.is_up.clear()
-        endpoint.busy_since = None
-        if all(one.is_retired for one in self):
-            self._all_retired.set()
-        return not was_retired
-
-    def wait_for(self, endpoint: Endpoint) -> None:
-        """Start a background task that marks a server as up when it answers."""
         waiter = asyncio.create_task(self._revive(endpoint))
         self._waiters.add(waiter)
         waiter.add_done_callback(self._waiters.discard)
-
-    async def read_metrics(self) -> None:
-        """Read each server's load from its Prometheus page. Without an answer, keep the last load."""
-        for endpoint in self:
-            if endpoint.is_up.is_set() and endpoint.has_metrics:
-                try:
-                    async with endpoint.get(f"{endpoint.root}/metrics", METRICS_SECONDS) as answer:
-                        page = (
-                            await read_body(answer, protocol.MAX_BODY_BYTES) if answer.status == 200 else b""
-                        )
-                        endpoint.has_metrics = answer.status not in NO_METRICS_STATUSES
-                    _take_metrics(endpoint, page.decode(errors="replace"))
-                except CONNECTION_ERRORS as error:
-                    log.debug("%s gave no metrics: %s", endpoint.url, error)
+        return True
 
     async def _wait_for_any(self) -> None:
-        events = (self._all_retired, *(endpoint.is_up for endpoint in self))
-        waits = {asyncio.ensure_future(event.wait()) for event in events}
+        waits = {asyncio.ensure_future(endpoint.is_up.wait()) for endpoint in self}
         try:
             done, _ = await asyncio.wait(
                 waits, timeout=self._startup_timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -312,7 +211,7 @@ class Endpoints(list[Endpoint]):
             await cancel_tasks(waits)
         if failure := self._failure():
             raise failure
-        if not done or self._all_retired.is_set():
+        if not done:
             raise no_server(self)
 
     async def _revive(self, endpoint: Endpoint) -> None:
@@ -320,9 +219,8 @@ class Endpoints(list[Endpoint]):
             if self._failure():
                 break  # wake the waiting requests, which raise the failure
             await asyncio.sleep(POLL_SECONDS)
-        endpoint.prefix_cache, endpoint.fault = (0, 0), ""
-        if not endpoint.is_retired:
-            endpoint.is_up.set()
+        endpoint.fault = ""
+        endpoint.is_up.set()
 
 
 def _proxy_of(url: str) -> str | None:
@@ -360,15 +258,6 @@ async def cancel_tasks(tasks: "set[asyncio.Task[Any]]") -> None:
     for task in list(tasks):
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _take_metrics(endpoint: Endpoint, page: str) -> None:
-    """Store the metrics, summed over all engines of the server."""
-    sums = dict.fromkeys(_METRICS, 0.0)
-    for name, value in _METRIC_LINE.findall(page):
-        sums[name] += float(value)
-    endpoint.running, endpoint.waiting, queries, hits = sums.values()
-    endpoint.prefix_cache = (queries, hits)
 
 
 def raise_for_access(
@@ -419,9 +308,8 @@ def named_endpoints(urls: Sequence[str], server: ServerConfig, key_name: str | N
             {"Authorization": f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"} if login else {}
         )
         headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
-        pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
         address = parts._replace(netloc=host).geturl()
-        endpoint = Endpoint(address, request_headers(key) | basic | headers, name, pace, settings.weight)
+        endpoint = Endpoint(address, request_headers(key) | basic | headers, name)
         endpoint.keys += [secret for secret in (password or user,) if len(secret) >= MIN_KEY_CHARACTERS]
         endpoints.append(endpoint)
     return endpoints

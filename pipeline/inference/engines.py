@@ -15,15 +15,18 @@ from pipeline.config.sections import AT_SERVER, BoxUnit, GenerateConfig, ServerC
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import ConfigError, EngineError
 from pipeline.hub_errors import translate_hub_errors
+from pipeline.inference.download import download_model
+from pipeline.inference.requests import RequestPlan
 from pipeline.inference.vllm import has_gpu, plan_servers, run_servers, vllm_python
 from pipeline.install import install_command
-from pipeline.progress import Progress
+from pipeline.progress import NullProgress, Progress
 from pipeline.sources import find_source, holds_decks
+from pipeline.tasks import Tasks
+from pipeline.tasks.base import MAX_DETAIL_PIXELS
 from pipeline.types import Engine
 
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
-MAX_PORT = 65_535
 NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
     "pass --model with the folder or Hub id of a vision-language model, or --base-url with a running server; "
@@ -49,7 +52,7 @@ class ModelFamily(NamedTuple):
 
 
 FAMILIES = (  # source: model cards
-    ModelFamily("Qwen2.5-VL", r"qwen2[._]?5[-_]?vl", "pixels"),
+    ModelFamily("Qwen2.5-VL", r"qwen2[._]?5[-_]?vl|caprl-3b", "pixels"),
     ModelFamily("Qwen3-VL", r"qwen3[-_]?vl", "thousandths"),
     ModelFamily("InternVL3", r"internvl[-_]?3(?![._]?5)", "thousandths"),
 )
@@ -85,27 +88,28 @@ def choose_engine(
     if config.server.flags and (name != "vllm" or config.base_url):
         problem = "flags for vLLM were passed after --, but synth starts no server"
         raise EngineError(problem, hint="leave out -- and the flags after it")
-    limits = config.generate.max_tokens, config.generate.max_pixels
+    max_tokens = config.generate.max_tokens
     if name == "vllm" and config.base_url:
         from pipeline.inference.client import Client
         from pipeline.inference.probing import find_model
 
         served, revision = find_model(config.base_url, config.model, config.server)
         make = partial(
-            Client, served, revision, config.server, *limits, urls=config.base_url, progress=progress
+            Client, served, revision, config.server, max_tokens, urls=config.base_url, progress=progress
         )
         return EngineChoice(name, served, revision, reason, make)
     model = _model(config)
     tiny_weights = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
     path = str(tiny_weights) if model == TINY else model
-    revision = _revision(model, path)
+    revision = _revision(model, path, progress)
+    find_folder = _folder_finder(path, revision, progress)
+    start: Callable[[], Engine]
     if name == "vllm":
         revision += _output_affecting_flags(config.server.flags)
-        start = partial(_start_vllm, model, path, revision, config, log, progress)
-        return EngineChoice(name, model, revision, reason, start)
-    return EngineChoice(
-        name, model, revision, reason, partial(_embedded, model, path, revision, config.generate)
-    )
+        start = partial(_start_vllm, model, find_folder, revision, config, log, progress)
+    else:
+        start = partial(_embedded, model, find_folder, revision, config.generate)
+    return EngineChoice(name, model, revision, reason, start)
 
 
 def choose_judge(
@@ -139,9 +143,9 @@ def choose_judge(
     if is_writer and not config.verify.judge_may_be_writer:
         problem = f"the judge {name} also writes the texts, and a model rates its own texts too high"
         raise ConfigError(problem, hint="pass another model, or set verify.judge_may_be_writer: true")
-    limits = config.generate.max_tokens, config.generate.max_pixels
+    max_tokens = config.generate.max_tokens
     make = partial(
-        Client, served, revision, server, *limits, urls=(url,), key_name=key_name, progress=progress
+        Client, served, revision, server, max_tokens, urls=(url,), key_name=key_name, progress=progress
     )
     return EngineChoice("vllm", served, revision, "--judge names a server", make)
 
@@ -201,8 +205,10 @@ def _model(config: Config) -> str:
     return model
 
 
-def _revision(model: str, path: str) -> str:
+def _revision(model: str, path: str, progress: Progress | None) -> str:
     if Path(path).is_dir():
+        if model != TINY and progress:
+            progress.message(f"computing the digest of {path}, which identifies the model")
         return weights_revision(Path(path))
     if model == TINY:
         hint = "install synth again from a complete wheel or clone"
@@ -216,24 +222,39 @@ def _revision(model: str, path: str) -> str:
         return str(HfApi().model_info(model).sha)
 
 
-def _embedded(model: str, path: str, revision: str, generate: GenerateConfig) -> Engine:
+def _folder_finder(path: str, revision: str, progress: Progress | None) -> Callable[[], Path]:
+    """Return a function that returns the folder of a model, after its download if `path` is a Hub id."""
+    if Path(path).is_dir():
+        return partial(Path, path)
+    return partial(download_model, path, revision, progress or NullProgress())
+
+
+def _embedded(model: str, find_folder: Callable[[], Path], revision: str, generate: GenerateConfig) -> Engine:
     try:
         from pipeline.inference.embedded import EmbeddedEngine
     except ModuleNotFoundError as error:
         problem = f"the embedded engine needs the package {error.name}"
         raise EngineError(problem, hint=install_command("embedded")) from None
-    return EmbeddedEngine(model, path, revision, generate.batch_size, generate.max_pixels)
+    return EmbeddedEngine(model, find_folder, revision, generate.batch_size)
 
 
 def _start_vllm(
-    model: str, path: str, revision: str, config: Config, log: Path, progress: Progress | None
+    model: str,
+    find_folder: Callable[[], Path],
+    revision: str,
+    config: Config,
+    log: Path,
+    progress: Progress | None,
 ) -> Engine:
     from pipeline.inference.client import Client
 
     server = config.server.model_copy(update={"enforced_schema": True})
-    limits = config.generate.max_tokens, config.generate.max_pixels
-    launches = plan_servers(path, revision, server, log, decks=holds_decks(config))
-    return Client(model, revision, server, *limits, launches=launches, progress=progress)
+    max_tokens = config.generate.max_tokens
+    max_pixels = RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), revision).largest_pixels
+    launches = plan_servers(
+        model, find_folder, revision, server, log, max_pixels=max_pixels, decks=holds_decks(config)
+    )
+    return Client(model, revision, server, max_tokens, launches=launches, progress=progress)
 
 
 def serve_model(
@@ -250,11 +271,12 @@ def serve_model(
     Raises EngineError if vLLM is not installed, cannot be started, or dies more than `max_restarts` times.
     """
     path = str(TINY_WEIGHTS) if model == TINY else model
-    revision = _revision(model, path) + _output_affecting_flags(server.flags)
-    launches = plan_servers(path, revision, server, log, decks=True)
-    if port and port + len(launches) - 1 > MAX_PORT:
-        problem = f"--port {port} is too high for {len(launches)} servers"
-        raise EngineError(problem, hint=f"the highest port is {MAX_PORT}: choose a lower --port")
+    commit = _revision(model, path, progress)
+    find_folder = _folder_finder(path, commit, progress)
+    revision = commit + _output_affecting_flags(server.flags)
+    launches = plan_servers(
+        model, find_folder, revision, server, log, max_pixels=MAX_DETAIL_PIXELS, decks=True
+    )
     launches = [replace(launch, port=port and port + number) for number, launch in enumerate(launches)]
 
     async def serve() -> None:

@@ -104,15 +104,8 @@ class Journal:
         for request, reply, flaw in answered:
             about = (request.sample_id, request.task, request.style, request.prompt_id)
             text = (reply.text, reply.finish_reason, flaw)
-            row = (
-                request.id,
-                reply.attempt,
-                *about,
-                *text,
-                reply.prompt_tokens,
-                reply.reply_tokens,
-                reply.max_pixels,
-            )
+            counts = (reply.prompt_tokens, reply.reply_tokens, reply.max_pixels)
+            row = (request.id, reply.attempt, *about, *text, *counts)
             rows.append((*row, _checksum(row)))
         self._insert(rows)
 
@@ -163,13 +156,8 @@ class Journal:
         query = (
             "SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(reply_tokens), 0) FROM replies"
         )
-        replies, prompt_tokens, reply_tokens = self._db.execute(query).fetchone()
-        return {
-            "asked": sent,
-            "replies": replies,
-            "prompt_tokens": prompt_tokens,
-            "reply_tokens": reply_tokens,
-        }
+        names = ("replies", "prompt_tokens", "reply_tokens")
+        return {"asked": sent, **dict(zip(names, self._db.execute(query).fetchone(), strict=True))}
 
 
 class JournalState(NamedTuple):

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -14,7 +14,6 @@ from pipeline.inference import protocol
 from pipeline.inference.endpoints import (
     MAX_SHOWN_CHARACTERS,
     Endpoint,
-    Endpoints,
     named_endpoints,
     no_server,
     raise_for_access,
@@ -23,7 +22,6 @@ from pipeline.inference.protocol import CONNECTION_ERRORS, MAX_BODY_BYTES, Serve
 from pipeline.progress import Progress
 
 MODELS_SECONDS = 30.0
-LEARN_SECONDS = 60.0  # maximum time for which one slow server delays the other servers
 MAX_CONTEXT_TOKENS = 100_000_000
 MAX_SHOWN_MODELS = 8
 UNENFORCED = "unenforced"  # suffix for the revision if the server does not enforce schemas
@@ -130,51 +128,23 @@ def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineEr
     return EngineError(f"{endpoint.url} does not serve {name}", hint=did_you_mean(name, models, hint))
 
 
-async def prepare_servers(
-    endpoints: Endpoints,
-    prepare: Callable[[Endpoint], Awaitable[None]],
-    retire: Callable[[Endpoint, EngineError], None],
-    warn: Callable[[str], None],
-) -> None:
-    """Call `prepare` for all servers, and `retire` for each server that refuses all requests.
-
-    Servers that are down or slow are prepared at their first request. Raises EngineError if no server is up.
-    """
-    timeout_s = LEARN_SECONDS if len(endpoints) > 1 else None
-    prepared = (asyncio.wait_for(prepare(endpoint), timeout_s) for endpoint in endpoints)
-    results = await asyncio.gather(*prepared, return_exceptions=True)
-    for endpoint, result in zip(endpoints, results, strict=True):
-        if isinstance(result, ServerFaultError):
-            endpoint.fault = str(result)
-            endpoint.is_up.clear()
-        elif isinstance(result, EngineError):
-            retire(endpoint, result)
-        elif result is not None and not isinstance(result, TimeoutError):
-            raise result
-    if not any(endpoint.is_up.is_set() for endpoint in endpoints):
-        raise no_server(endpoints)
-    for endpoint in endpoints:
-        if not endpoint.is_up.is_set() and not endpoint.is_retired:
-            warn(f"{endpoint.url} does not answer. The run continues without this server")
-            endpoints.wait_for(endpoint)
-    roots = dict.fromkeys(endpoint.model_root for endpoint in endpoints if endpoint.model_root)
-    if len(roots) > 1:
-        warn(f"the servers serve different models under one name: {' and '.join(roots)}")
-
-
 async def find_on_server(name: str, endpoint: Endpoint) -> None:
-    """Store the context length and origin that a server lists for a model, and whether the server is vLLM.
+    """Store the context length that a server lists for a model, and whether the server is vLLM.
 
-    Raises EngineError if the server does not serve the model, and ServerFaultError if it does not answer.
+    Raises EngineError if the server does not answer, or does not serve the model.
     """
-    models = await list_models(endpoint)
+    try:
+        models = await list_models(endpoint)
+    except ServerFaultError as fault:
+        endpoint.fault = str(fault)
+        raise no_server([endpoint]) from None
     if models is None:
         return
     if name not in models:
         raise not_served(endpoint, name, models)
     if models[name].owner == "vllm":
         endpoint.dialect = protocol.VLLM
-    endpoint.model_root, endpoint.context_tokens = models[name].root, models[name].max_model_len
+    endpoint.context_tokens = models[name].max_model_len
 
 
 async def learn_dialect(
@@ -183,10 +153,10 @@ async def learn_dialect(
     """Find out which request fields a server supports, and store them as its dialect.
 
     Sends `protocol.probe` repeatedly, leaving out refused fields, until the server accepts it. `reply_tokens`
-    is the token limit of replies in the run. The probe uses this limit if the model thinks first. Raises
-    EngineError if the server accepts no probe, or if it must enforce schemas and does not.
+    is the token limit of replies in the run. Raises EngineError if the server accepts no probe, or if it must
+    enforce schemas and does not.
     """
-    url, max_tokens = endpoint.url, protocol.PROBE_TOKENS
+    url, max_tokens = endpoint.url, max(protocol.MIN_PROBE_TOKENS, reply_tokens)
     while True:
         body = protocol.probe(model, endpoint.dialect, max_tokens)
         status, text = await _probe(endpoint, body, server, progress)
@@ -195,15 +165,10 @@ async def learn_dialect(
         if status == 200 and answer is None:
             hint = "fix the reported problem, then run the same command"
             raise EngineError(f"{url} answers the first request with an error: {message}", hint=hint)
-        if answer and answer.is_cut_before_text:
-            if max_tokens >= reply_tokens:
-                problem = (
-                    f"the model at {url} uses more than {max_tokens:,} reasoning tokens before its reply"
-                )
-                hint = "allow more (generate: {max_tokens: 4000}), or turn reasoning off on the server"
-                raise EngineError(problem, hint=hint)
-            max_tokens = reply_tokens
-            continue
+        if answer and answer.finish_reason == "length" and not answer.text.strip():
+            problem = f"the model at {url} uses more than {max_tokens:,} reasoning tokens before its reply"
+            hint = "allow more (generate: {max_tokens: 4000}), or turn reasoning off on the server"
+            raise EngineError(problem, hint=hint)
         if answer and (endpoint.dialect.format != "json_schema" or protocol.is_probe_word(answer.text)):
             break
         dialect = endpoint.dialect.after_refusal(message) if status in protocol.REFUSED_STATUSES else None
@@ -238,11 +203,6 @@ def _report_dialect(endpoint: Endpoint, progress: Progress) -> None:
         )
 
 
-async def _post(endpoint: Endpoint, body: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
-    async with endpoint.post_chat(body) as answer:
-        return answer, await read_body(answer, MAX_BODY_BYTES)
-
-
 async def _probe(
     endpoint: Endpoint, body: bytes, server: ServerConfig, progress: Progress
 ) -> tuple[int, bytes]:
@@ -250,14 +210,12 @@ async def _probe(
     failures = protocol.RetryState(server.startup_timeout_s)
     while True:
         try:
-            answer, text = await _post(endpoint, body)
+            async with endpoint.post_chat(body) as answer:
+                text = await read_body(answer, MAX_BODY_BYTES)
             raise_for_access(answer, endpoint, text)
             if answer.status not in (*protocol.BUSY_STATUSES, *protocol.GATEWAY_STATUSES):
-                endpoint.busy_since = None
                 return answer.status, text
-            endpoint.start_busy(answer.status, endpoint.error_message(text))
-            if warning := endpoint.busy_warning():
-                progress.warn(warning)
+            endpoint.report_busy(answer.status, endpoint.error_message(text), progress.warn)
             pause_s, problem = failures.after_busy(None), f"answers {answer.status} to every request"
         except CONNECTION_ERRORS as error:
             timeout = f"no answer within {server.request_timeout_s:g} s (server.request_timeout_s)"

@@ -16,17 +16,14 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
 
 import aiohttp
 
 from pipeline.errors import ImageError
-from pipeline.images.decode import ORIENTATION, open_image, prepare_image
+from pipeline.images.decode import ORIENTATION, open_image, prepare_image, sent_size
 from pipeline.tasks.prompts import user_content
 from pipeline.types import Reply, Request
 
@@ -43,10 +40,11 @@ JPEG_QUALITY = 92
 OPTIONAL_FIELDS = ("top_p", "temperature")  # without them, the server uses its own values
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # in the order in which they are tried
 FORMATS = ("json_schema", "json_object", "text")  # response formats, from strict to loose
-# vLLM stops a reply when a pattern of up to 32 tokens is repeated 6 times.
-_REPETITION = {"max_pattern_size": 32, "min_count": 6}
+# vLLM stops a reply when a pattern of 3 to 32 tokens is repeated 6 times. Each digit is a token, so a shorter
+# pattern may be a number such as 1000000.
+_REPETITION = {"min_pattern_size": 3, "max_pattern_size": 32, "min_count": 6}
 SCHEMA_INSTRUCTION = "\nYour whole reply is one JSON object, which follows this JSON schema: {}"
-PROBE_TOKENS = 256
+MIN_PROBE_TOKENS = 256
 _PROBE_WORD = "synth-7f3a"  # the only reply that the probe's schema allows
 FINISH_REASONS = {  # maps other servers' finish reasons to OpenAI's
     **dict.fromkeys(("max_tokens", "MAX_TOKENS", "model_length"), "length"),
@@ -58,7 +56,6 @@ BUSY_STATUSES = (408, 409, 425, 429, 503)
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose server may be down for minutes
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run
-MAX_PLAUSIBLE_WAIT_S = 1_000_000.0  # a date further ahead means that the server's clock is wrong
 MAX_LONG_WAITS = 3  # per request
 MAX_FAULTS = 5  # a request is abandoned after this many errors from healthy servers
 MAX_CRASHES = 2  # a request is abandoned if more servers crash while it is in flight
@@ -73,20 +70,12 @@ class BodyError(aiohttp.ClientError):
     """Raised when the body of a response is too large or compressed."""
 
 
-class BadAnswerError(Exception):
-    """Raised when a response has status 200, but its body does not follow the protocol."""
-
-
 class ServerFaultError(Exception):
     """Raised when a server fails to answer a request. The request may be sent again."""
 
 
 class ServerBusyError(Exception):
     """Raised when a server is busy. The argument is the number of seconds that it asks to wait, or None."""
-
-
-class RefusedError(Exception):
-    """Raised when a server refuses a request. Other requests may still succeed."""
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
@@ -179,7 +168,7 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
     return b'{"model":%s,"messages":[%s]%s%s}' % (_quoted(model), b",".join(turns), sampling, response_format)
 
 
-def probe(model: str, dialect: Dialect = VLLM, max_tokens: int = PROBE_TOKENS) -> bytes:
+def probe(model: str, dialect: Dialect = VLLM, max_tokens: int = MIN_PROBE_TOKENS) -> bytes:
     """Return the body of a text-only request that tests whether a server enforces schemas.
 
     The schema allows only one reply, which the prompt does not ask for. All optional fields are tested too.
@@ -202,8 +191,8 @@ def is_probe_word(text: str) -> bool:
 @lru_cache(256)
 def _sampling(temperature: float, max_tokens: int, dialect: Dialect) -> bytes:
     fields: dict[str, Any] = {"temperature": temperature, "top_p": 1, dialect.limit_name: max_tokens}
-    if dialect.is_vllm:
-        fields["repetition_detection"] = _REPETITION
+    if dialect.is_vllm:  # a server of the user's may apply the penalty of the model's generation_config.json
+        fields |= {"repetition_detection": _REPETITION, "repetition_penalty": 1}
     sent = [(name, json.dumps(value)) for name, value in fields.items() if name not in dialect.left_out]
     return "".join(f',"{name}":{value}' for name, value in sent).encode()
 
@@ -234,11 +223,6 @@ class Answer(NamedTuple):
     prompt_tokens: int
     reply_tokens: int
 
-    @property
-    def is_cut_before_text(self) -> bool:
-        """Whether the model used up all tokens before it wrote any text, for example by thinking."""
-        return self.finish_reason == "length" and not self.text.strip()
-
 
 def parse_answer(body: bytes) -> Answer | None:
     """Parse the body of an answer with status 200. Return None if it does not follow the protocol."""
@@ -259,12 +243,12 @@ def parse_answer(body: bytes) -> Answer | None:
 def read_reply(request: Request, body: bytes, keys: Sequence[str] = ()) -> Reply:
     """Return the reply in the body of an answer.
 
-    Text that is too long for the token limit is cut. Raises BadAnswerError if the body holds no reply.
+    Text that is too long for the token limit is cut. Raises ServerFaultError if the body holds no reply.
     """
     answer = parse_answer(body)
     if answer is None:
         quote = without_keys(body[:MAX_QUOTED_BYTES].decode(errors="replace"), keys)[:200]
-        raise BadAnswerError(f"the response is not OpenAI-compatible: {quote}")
+        raise ServerFaultError(f"the response is not OpenAI-compatible: {quote}")
     reply = request.reply(*answer)
     max_characters = MAX_TOKEN_CHARACTERS * request.sampling.max_tokens
     is_too_long = len(reply.text) > max_characters
@@ -314,20 +298,14 @@ def without_keys(text: str, keys: Sequence[str]) -> str:
 class RequestImages:
     """Encodes the images of requests in flight, only once for all requests about the same images.
 
-    Caches the last `keep` sets of images. With `media`, writes images to files in this folder, and sends
-    file:// URLs. Scales images down to `max_pixels` each, and to `max_sample_pixels` per request.
+    Caches the last `keep` sets of images. All images of a request have at most `max_sample_pixels`.
     """
 
-    def __init__(
-        self, media: Path | None, max_pixels: int | None, max_sample_pixels: int | None, pool: Executor
-    ) -> None:
+    def __init__(self, max_sample_pixels: int | None, pool: Executor) -> None:
         self.keep = 256
-        self._media = media
-        self._max_pixels = max_pixels
         self._max_sample_pixels = max_sample_pixels
         self._pool = pool
-        self._encoded: dict[str, asyncio.Future[bytes]] = {}
-        self._files: dict[str, list[Path]] = {}
+        self._encoded: dict[tuple[str, int | None], asyncio.Future[bytes]] = {}
         self._encoded_count = self._encoded_bytes = 0
 
     def max_requests(self, total_bytes: int) -> int:
@@ -335,59 +313,41 @@ class RequestImages:
         mean_bytes = self._encoded_bytes / self._encoded_count if self._encoded_count else 1
         return max(4, int(total_bytes / max(mean_bytes, 1)))
 
-    async def parts(
-        self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None = None
-    ) -> bytes:
-        """Return the images as JSON message parts. `shown` is the cache key of the images (Request.shown).
+    async def parts(self, request: Request) -> bytes:
+        """Return the images of a request as JSON message parts.
 
         Each part has a uuid, by which vLLM caches processed images: the SHA-256 of the bytes that are sent.
         """
-        future = self._encoded.get(shown)
+        key = request.shown, request.max_pixels
+        future = self._encoded.pop(key, None)  # stored again below, so that unused images are dropped first
         if future is None or (future.done() and future.exception()):
-            future = asyncio.ensure_future(self._encode_all(shown, images, pages))
-            self._encoded[shown] = future
-            while len(self._encoded) > self.keep:
-                self._drop(next(iter(self._encoded)))
-        elif shown:  # keep the entry longer, since a server may not have read its file yet
-            self._encoded[shown] = self._encoded.pop(shown)
+            future = asyncio.ensure_future(self._encode_all(request))
+        self._encoded[key] = future
+        while len(self._encoded) > self.keep:
+            del self._encoded[next(iter(self._encoded))]
         return await asyncio.shield(future)
 
-    def max_pixels(self, num_images: int) -> int | None:
+    def max_pixels(self, request: Request) -> int | None:
         """Return the maximum size of each image of a request in pixels, or None without a limit."""
-        limits = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // max(1, num_images)]
-        return min((limit for limit in limits if limit), default=None)
+        share = self._max_sample_pixels and self._max_sample_pixels // max(1, len(request.images))
+        return min((limit for limit in (request.max_pixels, share) if limit), default=None)
 
-    async def _encode_all(
-        self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None
-    ) -> bytes:
-        max_pixels = self.max_pixels(len(images))
-        encoded = [await self._encode(image, max_pixels, shown) for image in images]
+    async def _encode_all(self, request: Request) -> bytes:
+        max_pixels = self.max_pixels(request)
+        encoded = [await self._encode(image, max_pixels) for image in request.images]
         self._encoded_count += 1
-        parts = user_content(encoded, "", pages)[:-1]
+        parts = user_content(encoded, "", request.pages)[:-1]
         return b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
 
-    async def _encode(self, image: bytes, max_pixels: int | None, shown: str) -> bytes:
+    async def _encode(self, image: bytes, max_pixels: int | None) -> bytes:
         kind = sendable_format(image, max_pixels)
         data = image
         if kind is None:
             data = await asyncio.get_running_loop().run_in_executor(self._pool, reencode, image, max_pixels)
-        uuid = hashlib.sha256(data).hexdigest()
-        if self._media is None:
-            values = (kind or "jpeg").encode(), base64.b64encode(data), uuid.encode()
-            part = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
-            self._encoded_bytes += len(part)
-            return part
-        files = self._files.setdefault(shown, [])
-        files.append(self._media / f"{shown}-{len(files)}")
-        files[-1].write_bytes(data)
-        self._encoded_bytes += len(data)  # the folder is usually in /dev/shm, so files use memory too
-        url = {"type": "image_url", "image_url": {"url": files[-1].as_uri()}, "uuid": uuid}
-        return json.dumps(url).encode()
-
-    def _drop(self, shown: str) -> None:
-        del self._encoded[shown]
-        for file in self._files.pop(shown, []):
-            file.unlink(missing_ok=True)
+        values = (kind or "jpeg").encode(), base64.b64encode(data), hashlib.sha256(data).hexdigest().encode()
+        part = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
+        self._encoded_bytes += len(part)
+        return part
 
 
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
@@ -400,7 +360,7 @@ def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
         is_opaque = header.mode == "RGB" or (header.mode == "L" and kind == "jpeg")
         is_turned = "exif" in header.info and header.getexif().get(ORIENTATION, 1) != 1
         is_animated = getattr(header, "is_animated", False)
-        is_small = max_pixels is None or header.width * header.height <= max_pixels
+        is_small = sent_size(*header.size, max_pixels) == header.size
         if is_turned or is_animated or "transparency" in header.info or len(image) > MAX_SENT_BYTES:
             return None
         return kind if is_opaque and is_small else None
@@ -410,7 +370,7 @@ def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
 def reencode(image: bytes, max_pixels: int | None) -> bytes:
     """Return the image as an upright RGB JPEG of at most `max_pixels`."""
     out = io.BytesIO()
-    prepare_image(image, max_pixels).save(out, "JPEG", quality=JPEG_QUALITY)
+    prepare_image(image, max_pixels, for_model=True).save(out, "JPEG", quality=JPEG_QUALITY)
     return out.getvalue()
 
 
@@ -426,12 +386,12 @@ def backoff_s(failures: int) -> float:
 class RetryState:
     """Counts the failures of one request, and decides when to retry it."""
 
-    patience_s: float  # accept busy answers this long after the first one, or after a long stated wait
+    patience_s: float  # give up this long after the first busy answer, not counting stated waits
     faults: int = 0  # errors from healthy servers
     crashes: int = 0  # servers that crashed while the request was in flight
     busy: int = 0
-    long_waits: int = 0  # stated waits that are longer than `patience_s`
-    _busy_until: float | None = field(default=None)
+    long_waits: int = 0  # waits that are longer than `patience_s`
+    _gives_up_at: float | None = field(default=None)
 
     @property
     def is_suspect(self) -> bool:
@@ -441,16 +401,14 @@ class RetryState:
     def after_busy(self, stated_s: float | None) -> float | None:
         """Return the seconds to wait after a busy answer, which may state a wait, or None to give up."""
         now = monotonic()
-        self._busy_until = self._busy_until or now + self.patience_s
-        if now > self._busy_until:
+        self._gives_up_at = self._gives_up_at or now + self.patience_s
+        if now > self._gives_up_at:
             return None
         self.busy += 1
-        if not stated_s:
-            return backoff_s(self.busy) * random.uniform(0.5, 1.5)
-        wait_s = min(stated_s, MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
+        wait_s = min(stated_s or backoff_s(self.busy), MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
         if wait_s > self.patience_s and self.long_waits < MAX_LONG_WAITS:
             self.long_waits += 1
-            self._busy_until = now + wait_s + self.patience_s
+            self._gives_up_at = now + wait_s + self.patience_s
         return wait_s
 
     def after_fault(self) -> float | None:
@@ -468,12 +426,5 @@ class RetryState:
 
 
 def parse_retry_after(header: str) -> float | None:
-    """Return the seconds to wait from a Retry-After header (seconds or a date), or None if it is invalid."""
-    if _SECONDS.fullmatch(header):
-        return float(header)
-    try:
-        date = parsedate_to_datetime(header)
-        seconds = (date - datetime.now(date.tzinfo)).total_seconds()
-        return max(0.0, seconds) if seconds < MAX_PLAUSIBLE_WAIT_S else None
-    except (ValueError, TypeError, OverflowError):
-        return None
+    """Return the seconds to wait from a Retry-After header, or None if it states no number of seconds."""
+    return float(header) if _SECONDS.fullmatch(header) else None

@@ -119,7 +119,7 @@ class RequestQueue:
     ) -> None:
         self._chunks = chunks
         self._max_attempts = plan.generate.max_attempts
-        self._tasks, self._max_pixels = plan.tasks, plan.generate.max_pixels
+        self._tasks = plan.tasks
         self._journal = journal
         self._counts = counts
         self._budget = None
@@ -132,7 +132,6 @@ class RequestQueue:
         self._retries: list[Request] = []
         self._resumed: set[str] = set()  # ids of requests that retry an earlier run's reply, until answered
         self._open: dict[str, Request] = {}  # requests by id that were taken and have no reply
-        self._answered = False
 
     def has_work(self) -> bool:
         """Return whether a request must be sent. Reads chunks until one of them has such a request."""
@@ -174,10 +173,6 @@ class RequestQueue:
         self._journal.record_unsent(requests)
         self._counts.asked -= len(requests)
 
-    def answered(self) -> bool:
-        """See types.RequestSource."""
-        return self._answered
-
     def keep(self, replies: list[Reply]) -> None:
         """Store replies, and retry unusable ones later. Raises EngineError if too many are unusable."""
         with defer_signals():
@@ -192,7 +187,6 @@ class RequestQueue:
                 self._resumed.discard(request.id)
                 self._breaker.add(reply, flaw)
             is_answered = reply.finish_reason not in UNANSWERED
-            self._answered = self._answered or is_answered
             if flaw:
                 self._counts.flaws[flaw] += 1
             if flaw and is_answered and request.attempt + 1 < self._max_attempts:
@@ -209,7 +203,7 @@ class RequestQueue:
 
     def _find_flaw(self, request: Request, reply: Reply) -> str | None:
         has_boxes = self._tasks[request.task].box_field is not None and len(request.images) == 1
-        max_pixels = reply.max_pixels or self._max_pixels
+        max_pixels = reply.max_pixels or request.max_pixels
         frame = Frame(*upright_size(request.images[0]), max_pixels) if has_boxes else None
         return find_flaw(request, reply, self._tasks, frame)
 
@@ -219,7 +213,6 @@ class RequestQueue:
         if last is None:
             self._new.append(request)
             return
-        self._answered = True
         reply, flaw = last
         if flaw and reply.attempt + 1 < self._max_attempts:
             self._retries.append(build_retry(request, reply, flaw))
@@ -317,7 +310,7 @@ def read_annotations(
             annotations = [*human]
             for request in requests:
                 reply = last_reply(request, journal)
-                frame = Frame(width_px, height_px, reply.max_pixels or plan.generate.max_pixels)
+                frame = Frame(width_px, height_px, reply.max_pixels or request.max_pixels)
                 annotations += parse_reply(request, reply, plan.tasks, frame)
             annotations += _missing_results(sample_id, wanted, requests)
             rows += [row | {"pages": pages, "source_split": split} for row in annotations]

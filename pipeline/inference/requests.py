@@ -13,8 +13,9 @@ from pipeline.config import Config
 from pipeline.config.sections import ANY_LANGUAGE, GenerateConfig
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, did_you_mean
+from pipeline.sources import find_source
 from pipeline.tasks import TASKS, Tasks, tasks_making, wire_schema
-from pipeline.tasks.base import Task
+from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
 from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR
 from pipeline.tasks.custom import CustomTask
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, prompt_texts, render
@@ -40,18 +41,36 @@ class RequestPlan:
     seed: int
     is_filling: bool  # ask only for captions or questions that the source lacks
     revision: str  # digest or commit of the model
+    shows_detail: bool = False  # whether the images are pages
 
     @classmethod
     def of(cls, config: Config, tasks: Tasks, revision: str) -> "RequestPlan":
         """Return the plan for the settings of a run."""
         fills = config.human_texts == "fill"
         language, context, seed = config.filter.language, config.context, config.seed
-        return cls(tasks, config.generate, config.prompt_dirs, context, language, seed, fills, revision)
+        pages = find_source(config.source).image_kind == "graphics"
+        return cls(
+            tasks, config.generate, config.prompt_dirs, context, language, seed, fills, revision, pages
+        )
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
         """The task and style of each request about a sample, in order."""
         return tuple((task.name, style) for task in self.tasks.asked for style in self._styles_of(task))
+
+    @cached_property
+    def largest_pixels(self) -> int | None:
+        """The maximum number of pixels of any image in a request, or None without a limit."""
+        bounds = [self.max_pixels(self.tasks[name], style) for name, style in self.pairs]
+        return None if None in bounds else max(filter(None, bounds), default=MAX_PIXELS)
+
+    def max_pixels(self, task: Task, style: str) -> int | None:
+        """Return the maximum number of pixels of an image. A check shows as many as the largest task."""
+        if self.generate.max_pixels != "auto":
+            return self.generate.max_pixels
+        if task in CHECKING:
+            return self.largest_pixels
+        return MAX_DETAIL_PIXELS if self.shows_detail else task.max_pixels(style)
 
     @cached_property
     def needed(self) -> frozenset[str]:
@@ -106,13 +125,8 @@ class RequestPlan:
     def fields(
         self, task: Task, temperature: float = 0.0, max_tokens: int | None = None, **values: Any
     ) -> tuple[dict[str, Any], str]:
-        """Call `shared_fields` with the plan's settings. `values` are passed to the prompt template."""
-        generate = (
-            self.generate.model_copy(update={"max_tokens": max_tokens}) if max_tokens else self.generate
-        )
-        return shared_fields(
-            task, temperature, self.prompt_dirs, generate, self.seed, self.revision, **values
-        )
+        """Call `_shared_fields` with the settings of the plan. `values` are passed to the prompt template."""
+        return _shared_fields(self, task, temperature, max_tokens or self.generate.max_tokens, **values)
 
     def _styles_of(self, task: Task) -> tuple[str, ...]:
         if task.has_styles:
@@ -259,35 +273,31 @@ def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
 
 
 @lru_cache(maxsize=1 << 14)  # the task `answer` has a prompt for each question
-def shared_fields(
-    task: Task,
-    temperature: float,
-    prompt_dirs: tuple[Path, ...],
-    generate: GenerateConfig,
-    seed: int,
-    revision: str,
-    **values: Any,
+def _shared_fields(
+    plan: RequestPlan, task: Task, temperature: float, max_tokens: int, **values: Any
 ) -> tuple[dict[str, Any], str]:
     """Return the request fields that all images share, and a digest of everything else that affects a reply.
 
     Renaming the keys of the digest would change all request ids, and all replies would be paid for again.
     """
-    prompt = render(task, prompt_dirs, own_styles=generate.style_prompts, **values)
+    max_pixels = plan.max_pixels(task, values.get("style", ""))
+    prompt = render(task, plan.prompt_dirs, own_styles=plan.generate.style_prompts, **values)
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
         "schema": wire_schema(task),
-        "model": revision,  # equal weights give equal replies, whatever the name
-        "sampling": [temperature, generate.max_tokens],
-        "max_pixels": generate.max_pixels,
+        "model": plan.revision,  # equal weights give equal replies, whatever the name
+        "sampling": [temperature, max_tokens],
+        "max_pixels": max_pixels,
     }
-    identity |= {"seed": seed} if temperature > 0 else {}  # a greedy reply does not depend on the seed
+    identity |= {"seed": plan.seed} if temperature > 0 else {}  # a greedy reply does not depend on the seed
     fields = {
         "task": task.name,
         "prompt_id": prompt.id,
         "system": prompt.system,
         "text": prompt.text,
         "schema": _schema_text(task),
-        "sampling": Sampling(temperature=temperature, max_tokens=generate.max_tokens),
+        "sampling": Sampling(temperature=temperature, max_tokens=max_tokens),
+        "max_pixels": max_pixels,
     }
     return fields, digest(identity)
 

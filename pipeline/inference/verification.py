@@ -23,11 +23,8 @@ from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 from pipeline.text.vqa_answers import is_negative, normalize_answer
 from pipeline.types import Request, SampleBatch
 
-_RATED = {
-    "caption": "clean_text",
-    "question": "clean_question",
-    "answer": "clean_answer",
-}  # from template variables to columns
+# From template variables to columns.
+_RATED = {"caption": "clean_text", "question": "clean_question", "answer": "clean_answer"}
 MIN_CLAIMS_TOKENS = 800  # eight claims with two questions each take about 350 tokens
 
 

@@ -6,7 +6,6 @@ Another program may take the port before vLLM binds it, so the listener is check
 
 import asyncio
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -16,20 +15,21 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError, one_line
+from pipeline.inference.memory import GIB, ModelShape, plan_memory, read_config
 from pipeline.progress import Progress
-from pipeline.storage.files import remove
 from pipeline.tasks.base import MAX_PAGES
+from pipeline.tasks.boxes import MAX_PIXELS as PROCESSOR_PIXELS
 
 STRUCTURED_OUTPUTS = {
     "backend": "guidance",
@@ -37,22 +37,22 @@ STRUCTURED_OUTPUTS = {
     "disable_additional_properties": True,
 }
 MIN_TOKENS = 1024
-MAX_TOKENS = 8192  # prompt and reply, which is enough for an image of 5 megapixels
+MAX_TOKENS = 8192  # prompt and reply
 MAX_DECK_TOKENS = 16_384  # enough for 20 pages of 700 x 850 px (larger pages are scaled down)
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Python interpreter with vLLM
-BFLOAT16_CAPABILITY = 8.0  # NVIDIA compute capability of Ampere (a T4 has 7.5)
 _GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # an entry in CUDA_VISIBLE_DEVICES
-_PARALLEL = {  # vLLM flags that give several GPUs to one server
-    "--tensor-parallel-size": "tensor", "-tp": "tensor",
-    "--pipeline-parallel-size": "pipeline", "-pp": "pipeline",
-    "--data-parallel-size": "data", "-dp": "data",
-}  # fmt: skip
+PARALLEL_FLAGS = frozenset(  # vLLM flags that give several GPUs to one server
+    (
+        "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp",
+    )
+)  # fmt: skip
+_USER_SEQS = re.compile(r"--max[-_]num[-_]seqs[= ](\d+)\b")
 STOP_SECONDS = 15
 MAX_TAIL_BYTES = 20_000  # size of the part at the end of the log that is searched for errors
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
-MEDIA_PREFIX, MEDIA_LOCK = "synth-media-", ".lock"
 TCP_LISTEN = "0A"  # state of a listening socket in /proc/net/tcp
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+LARGE_GPU_GIB = 40  # such a GPU needs more than one process to prepare images
+CPU_STEP_TIMEOUT_S = 3600  # vLLM's default of 300 s is too short for a large model on a small CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,6 @@ class VllmCommand:
     environment: dict[str, str]
     log: Path
     max_num_seqs: int
-    max_model_len: int
     max_restarts: int
     startup_timeout_s: float
     api_key: str = field(
@@ -73,20 +72,28 @@ class VllmCommand:
     )
     port: int | None = None
 
-    def command(self, address: int | Path, media: Path) -> list[str]:
-        """Return the command line of a server that listens on a port or Unix socket, and may read `media`."""
+    def command(self, address: int | Path) -> list[str]:
+        """Return the command line of a server that listens on a port or Unix socket."""
         is_socket = isinstance(address, Path)
         listens = ["--uds", str(address)] if is_socket else ["--host", "127.0.0.1", "--port", str(address)]
-        return [self.python, *self.arguments, *listens, "--allowed-local-media-path", str(media)]
+        return [self.python, *self.arguments, *listens]
 
 
 def plan_servers(
-    path: str, revision: str, server: ServerConfig, log: Path, *, decks: bool = False
+    model: str,
+    find_folder: Callable[[], Path],
+    revision: str,
+    server: ServerConfig,
+    log: Path,
+    *,
+    max_pixels: int | None,
+    decks: bool = False,
 ) -> list[VllmCommand]:
-    """Return the commands that start vLLM servers on this machine, one per group of GPUs (`group_gpus`).
+    """Return the commands that start vLLM servers on this machine, one per GPU or one for all.
 
-    Independent servers are better than vLLM's data parallelism. Each server restarts alone, and all requests
-    about an image go to the server that has cached it. Raises EngineError if vLLM is not installed.
+    `find_folder` may download the model. Independent servers are better than vLLM's data parallelism. Each
+    server restarts alone, and all requests about an image go to the server that has cached it. Raises
+    EngineError if vLLM is not installed.
     """
     python = vllm_python()
     if python is None:
@@ -94,15 +101,20 @@ def plan_servers(
             f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or pass a server: --base-url"
         )
         raise EngineError("vLLM is not installed here", hint=hint)
-    groups = group_gpus(visible_gpus(), server.flags)
+    gpus, folder = visible_gpus(), find_folder()
+    is_parallel = any(flag.partition("=")[0].replace("_", "-") in PARALLEL_FLAGS for flag in server.flags)
+    groups = [gpus] if is_parallel or not gpus else [(gpu,) for gpu in gpus]
     share: dict[str, Any] = {
         "cores": max(1, len(os.sched_getaffinity(0)) // len(groups)),
         "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / len(groups),
-        "dtype": "bfloat16" if has_bfloat16() else "half",
+        "decks": decks,
+        "max_pixels": max_pixels,
     }
     logs = [log if n == 0 else log.with_name(f"{log.stem}-{n + 1}{log.suffix}") for n in range(len(groups))]
     commands = [
-        plan_vllm_command(python, path, revision, server, file, decks=decks, gpus=gpus, **share)
+        plan_vllm_command(
+            python, model, folder, revision, server, file, gpus=gpus, gpu_gib=gpu_memory_gib(gpus), **share
+        )
         for gpus, file in zip(groups, logs, strict=True)
     ]
     return [replace(command, api_key=commands[0].api_key) for command in commands]
@@ -111,28 +123,47 @@ def plan_servers(
 def plan_vllm_command(
     python: str,
     model: str,
+    folder: Path,
     revision: str,
     server: ServerConfig,
     log: Path,
     *,
+    max_pixels: int | None,
     decks: bool = False,
     gpus: Sequence[str],
+    gpu_gib: tuple[float, float] | None = None,
     cores: int,
     memory_gib: float,
-    dtype: str = "bfloat16",
 ) -> VllmCommand:
-    """Choose the flags for serving a model (folder or Hub id). The user's flags override them.
+    """Choose the flags for serving the model in `folder`. The user's flags override them.
 
-    With `decks`, a request may show up to MAX_PAGES images instead of one. `gpus` are entries of
-    CUDA_VISIBLE_DEVICES, or () for a CPU server. `cores` and `memory_gib` are the server's share.
+    Images have at most `max_pixels`. With `decks`, a request may show up to MAX_PAGES images instead of one.
+    `gpus` are entries of CUDA_VISIBLE_DEVICES, or () for a CPU server. `gpu_gib` is the total and the free
+    memory of one GPU, if known. `cores` and `memory_gib` are the server's share.
     """
     name = f"{Path(model).name}@{revision}"
-    max_model_len = min(_context_length(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)
+    try:
+        config = read_config(folder)
+        shape = ModelShape.of(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+        context = int((config.get("text_config") or config).get("max_position_embeddings") or MIN_TOKENS)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        problem = f"cannot read {folder / 'config.json'}: {one_line(error)}"
+        raise EngineError(problem, hint="copy the model again") from None
+    max_model_len = min(context, MAX_DECK_TOKENS if decks else MAX_TOKENS)
     max_num_seqs = 256 if gpus else 32
+    options: dict[str, str] = {}
+    if shape and gpus and gpu_gib:
+        pixels = max_pixels or PROCESSOR_PIXELS
+        plan = plan_memory(shape.divide(len(gpus)), *gpu_gib, pixels, max_model_len)
+        max_num_seqs, max_model_len = plan.num_seqs, plan.model_len
+        options["--gpu-memory-utilization"] = str(plan.utilization)
+        options["--max-num-batched-tokens"] = str(plan.batched_tokens)
+    if shape and max_pixels:  # otherwise vLLM reserves memory for the largest image of the processor
+        options["--mm-processor-kwargs"] = json.dumps({"max_pixels": max_pixels}, separators=(",", ":"))
     images_per_prompt = {"image": MAX_PAGES if decks else 1, "video": 0}
-    options: dict[str, str] = {
+    options |= {
         "--served-model-name": name,
-        "--dtype": dtype,
+        "--dtype": "auto",
         "--max-model-len": str(max_model_len),
         "--max-num-seqs": str(max_num_seqs),
         "--limit-mm-per-prompt": json.dumps(images_per_prompt, separators=(",", ":")),
@@ -141,61 +172,39 @@ def plan_vllm_command(
         "--uvicorn-log-level": "warning",
     }
     switches = ["--enable-prompt-tokens-details"]
-    environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
-    if Path(model).is_dir():
-        environment["HF_HUB_OFFLINE"] = "1"
-        model = str(Path(model).absolute())
-    else:
-        options["--revision"] = revision.partition("+")[0]
+    environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120", "HF_HUB_OFFLINE": "1"}
+    path = str(folder.absolute())
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        # Each API server preprocesses images on one thread, which is the bottleneck for small models.
-        options |= {"--gpu-memory-utilization": "0.92", "--max-num-batched-tokens": "16384"}
-        options["--api-server-count"] = str(max(1, min(4, cores // 4)))
-        entry = ["-m", "vllm.entrypoints.cli.main", "serve", model]
+        # Each API server prepares images on one thread, and has its own cache of prepared images.
+        is_large = gpu_gib is None or gpu_gib[0] >= LARGE_GPU_GIB
+        options["--api-server-count"] = "2" if is_large and cores >= 8 else "1"
+        entry = ["-m", "vllm.entrypoints.cli.main", "serve", path]
     else:
         # With the CPU default of 128 tokens per block, requests hardly share prefixes. Threads that are bound
         # to cores spin, and are 8 times slower.
         options["--block-size"] = "32"
+        options["--kv-cache-memory-bytes"] = str(max(1, int(memory_gib // 8)) * GIB)
         switches.append("--enforce-eager")
         environment |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(max(1, int(memory_gib // 8))),
+            "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(CPU_STEP_TIMEOUT_S),
             "OMP_NUM_THREADS": str(max(1, cores - 1)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
         # The console script of vllm-cpu fails, since it cannot find its own version. The module works.
-        entry = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        entry = ["-m", "vllm.entrypoints.openai.api_server", "--model", path]
     flags = [part for pair in options.items() for part in pair]
+    user_seqs = _USER_SEQS.search(" ".join(server.flags))
     return VllmCommand(
         python=python,
         name=name,
         arguments=(*entry, *flags, *switches, *server.flags),
         environment=environment,
         log=log,
-        max_num_seqs=_read_number(server.flags, "--max-num-seqs", max_num_seqs),
-        max_model_len=_read_number(server.flags, "--max-model-len", max_model_len),
+        max_num_seqs=int(user_seqs[1]) if user_seqs else max_num_seqs,
         max_restarts=server.max_restarts,
         startup_timeout_s=server.startup_timeout_s,
     )
-
-
-def _context_length(model: str) -> int:
-    """Return a model's context length in tokens, or MAX_DECK_TOKENS if it has no local config.json."""
-    file = Path(model) / "config.json"
-    if not file.exists():
-        return MAX_DECK_TOKENS
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        settings = settings.get("text_config") or settings
-        return int(settings.get("max_position_embeddings") or MIN_TOKENS)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise EngineError(f"cannot read {file}: {one_line(error)}", hint="copy the model again") from None
-
-
-def _read_number(flags: tuple[str, ...], name: str, default: int) -> int:
-    """Return the last value of a flag, or the default if it is not a number (such as `auto` or `8k`)."""
-    values = [value for flag, value in pairwise(_words(flags)) if flag == name]
-    return int(values[-1]) if values and values[-1].isdigit() else default
 
 
 def vllm_python() -> str | None:
@@ -226,38 +235,19 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(takewhile(_GPU.fullmatch, entries))  # like CUDA, ignore all entries after an invalid one
 
 
-@cache
-def has_bfloat16() -> bool:
-    """Return whether all GPUs support bfloat16, or True if unknown. vLLM refuses bfloat16 on older GPUs."""
+def gpu_memory_gib(gpus: Sequence[str]) -> tuple[float, float] | None:
+    """Return the total and the free memory of the first GPU in GiB, or None if it is unknown."""
+    query = ("--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits", "-i")
     try:
-        capabilities = _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader").split()
-        return all(float(capability) >= BFLOAT16_CAPABILITY for capability in capabilities)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return True
+        total, free = _nvidia_smi(*query, gpus[0]).split(",")
+        return int(total) / 1024, int(free) / 1024
+    except (IndexError, OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def _nvidia_smi(*arguments: str) -> str:
     command = ["nvidia-smi", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout  # noqa: S603
-
-
-def _words(flags: Sequence[str]) -> list[str]:
-    """Split `--name=value` into two words, and replace underscores in the name by hyphens, as vLLM does."""
-    words = []
-    for flag in flags:
-        name, equals, value = flag.partition("=")
-        words += [name.replace("_", "-") if name.startswith("-") else name, *([value] if equals else [])]
-    return words
-
-
-def group_gpus(gpus: Sequence[str], flags: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the GPUs of each server: one, or as many as the user's flags require. A CPU server has ()."""
-    sizes = {_PARALLEL[word]: value for word, value in pairwise(_words(flags)) if word in _PARALLEL}
-    if not gpus or "data" in sizes or not all(value.isdigit() and int(value) for value in sizes.values()):
-        return [tuple(gpus)]
-    size = int(sizes.get("tensor", "1")) * int(sizes.get("pipeline", "1"))
-    groups = [tuple(gpus[start : start + size]) for start in range(0, len(gpus) - size + 1, size)]
-    return groups or [tuple(gpus)]
 
 
 # --- the server
@@ -266,13 +256,13 @@ def group_gpus(gpus: Sequence[str], flags: Sequence[str]) -> list[tuple[str, ...
 class Server:
     """Runs a vLLM server as an async context manager. The server is ready when the context is entered."""
 
-    def __init__(self, launch: VllmCommand, progress: Progress, media: Path, address: int | Path) -> None:
-        """Prepare a server. `media` is the folder for images, and `address` is a port or Unix socket."""
+    def __init__(self, launch: VllmCommand, progress: Progress, folder: Path, address: int | Path) -> None:
+        """Prepare a server. `folder` is for sockets, and `address` is a port or Unix socket."""
         self.launch = launch
         self.restarted = 0
         self.failure: EngineError | None = None  # why the server is not restarted any more
         self.gave_up = asyncio.Event()
-        self.media = media
+        self._folder = folder
         self.socket = address if isinstance(address, Path) else None
         self._port = address if isinstance(address, int) else 0
         self._progress = progress
@@ -310,12 +300,13 @@ class Server:
             await self._kill()
             if self.restarted == self.launch.max_restarts:
                 problem = f"vLLM died {self.restarted + 1} times, the last time with exit code {code}"
-                self.failure = self._startup_error(problem)
+                self.failure = self._error(problem)
                 self._process = None  # never signal this process again: its id may be reused
                 break
             self.restarted += 1
             restart = f"restart {self.restarted} of {self.launch.max_restarts}"
-            self._progress.message(f"vLLM died (exit code {code}): {restart}")
+            died = self._error(f"vLLM died (exit code {code})")
+            self._progress.warn(f"{died}; {died.hint}; {restart}")
             try:
                 await self._start()
             except EngineError as error:
@@ -331,8 +322,8 @@ class Server:
         from pipeline.inference.endpoints import status_of  # imports aiohttp
 
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
-        # Put vLLM's own sockets into `media` too, since a killed process leaves them behind.
-        environment = {"VLLM_RPC_BASE_PATH": str(self.media)} | os.environ | self.launch.environment
+        # Put vLLM's own sockets into the folder too, since a killed process leaves them behind.
+        environment = {"VLLM_RPC_BASE_PATH": str(self._folder)} | os.environ | self.launch.environment
         self._process = None
         if self.socket:
             self.socket.unlink(missing_ok=True)
@@ -340,7 +331,7 @@ class Server:
             self._log_start = log.tell()
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *self.launch.command(self.socket or self._port, self.media),
+                    *self.launch.command(self.socket or self._port),
                     env=environment | {"VLLM_API_KEY": self.launch.api_key},
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
@@ -359,9 +350,9 @@ class Server:
             seconds = loop.time() - started
             if self._process.returncode is not None:
                 code = self._process.returncode
-                raise self._startup_error(f"vLLM exited with code {code} while it was starting")
+                raise self._error(f"vLLM exited with code {code} while it was starting")
             if seconds > self.launch.startup_timeout_s:
-                raise self._startup_error(f"vLLM did not start within {self.launch.startup_timeout_s:.0f} s")
+                raise self._error(f"vLLM did not start within {self.launch.startup_timeout_s:.0f} s")
             self._progress.message(
                 f"vLLM is starting: {seconds:.0f} s; log: {self.launch.log}", transient=True
             )
@@ -393,7 +384,8 @@ class Server:
             os.close(self._reaper_pipe)
             self._reaper_pipe = None
 
-    def _startup_error(self, problem: str) -> EngineError:
+    def _error(self, problem: str) -> EngineError:
+        """Return an error with the last error in the server's log."""
         tail = ""
         with contextlib.suppress(FileNotFoundError), self.launch.log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
@@ -432,12 +424,16 @@ def is_listener(port: int, group: int) -> bool:
 
 def _advice(log: str) -> str:
     log = log.lower()
-    if (
-        "out of memory" in log
-        or "no available memory for the cache blocks" in log
-        or "kv cache is needed" in log
-    ):
-        return "use less memory: -- --max-model-len 4096 --gpu-memory-utilization 0.95, or a smaller model; "
+    if any(
+        sign in log
+        for sign in (
+            "out of memory", "no available memory for the cache blocks", "kv cache is needed",
+            "less than desired gpu memory utilization",
+        )
+    ):  # fmt: skip
+        return "end other programs on the GPU, or use a smaller or quantized model (`synth doctor`); "
+    if "execute_model timed out" in log:
+        return "send fewer or smaller images at once: -- --max-num-batched-tokens 512 --max-num-seqs 4; "
     if "no module named vllm" in log or "no module named 'vllm'" in log:
         return f"install vLLM here, or set {VLLM_PYTHON} to an interpreter that has it; "
     if "unrecognized arguments" in log:
@@ -460,65 +456,27 @@ async def run_servers(
 ) -> AsyncIterator[list[Server]]:
     """Start servers in parallel, yield them, and stop them at the end.
 
-    The servers share a folder for images and sockets. Raises EngineError if a server cannot be started.
+    The servers share a private folder for sockets. Raises EngineError if a server cannot be started.
     """
-    media = make_media_folder()
-    try:
+    with TemporaryDirectory(prefix="synth-") as name:
+        folder = Path(name)
         ports = free_ports(len(launches))
         addresses: list[int | Path] = [
             launch.port or port for launch, port in zip(launches, ports, strict=True)
         ]
         if on_sockets:
-            addresses = [media / f"server-{number + 1}.sock" for number in range(len(launches))]
+            addresses = [folder / f"server-{number + 1}.sock" for number in range(len(launches))]
         servers = [
-            Server(launch, progress, media, one) for launch, one in zip(launches, addresses, strict=True)
+            Server(launch, progress, folder, one) for launch, one in zip(launches, addresses, strict=True)
         ]
         async with contextlib.AsyncExitStack() as stack:
-            starts = [asyncio.create_task(stack.enter_async_context(server)) for server in servers]
             try:
-                await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)
-            finally:  # cancel each start only once, since a second cancellation would interrupt its cleanup
-                for start in starts:
-                    if not start.done():
-                        start.cancel()
-                results = await asyncio.gather(*starts, return_exceptions=True)
-            if errors := [error for error in results if isinstance(error, BaseException)]:
-                raise min(errors, key=lambda error: isinstance(error, asyncio.CancelledError))
+                async with asyncio.TaskGroup() as starts:
+                    for server in servers:
+                        starts.create_task(stack.enter_async_context(server))
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
             yield servers
-    finally:
-        remove(media)
-
-
-def make_media_folder() -> Path:
-    """Create a private folder for images in flight, and remove the folders of dead processes.
-
-    A live process holds a lock on a file in its folder. Process ids cannot be used instead, since they are
-    not unique across containers that share /dev/shm.
-    """
-    is_usable = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
-    parent = _SHARED_MEMORY if is_usable else Path(tempfile.gettempdir())
-    for folder in parent.glob(f"{MEDIA_PREFIX}*"):
-        if _is_abandoned(folder):
-            remove(folder)
-    draft = Path(tempfile.mkdtemp(prefix=f".{MEDIA_PREFIX}", dir=parent))  # renamed after it is locked
-    handle = os.open(draft / MEDIA_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(handle, fcntl.LOCK_EX)  # held until this process ends
-    return draft.rename(draft.with_name(draft.name[1:]))
-
-
-def _is_abandoned(folder: Path) -> bool:
-    try:
-        handle = os.open(folder / MEDIA_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False  # the folder belongs to another user
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    else:
-        return True
-    finally:
-        os.close(handle)
 
 
 def _start_reaper(group: int) -> int:

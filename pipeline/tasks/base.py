@@ -25,6 +25,9 @@ Line = Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=_
 MAX_QA_PAIRS = 8
 QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # ASCII, Chinese or Japanese, and Arabic
 MAX_PAGES = 20  # per deck, as in SlideVQA
+# Default bounds on the pixels of an image: 1,280 tokens of 28 x 28 px, as Qwen's model card recommends, and
+# 2,560 where small print or exact positions count.
+MAX_PIXELS, MAX_DETAIL_PIXELS = 1_003_520, 2_007_040
 _SURROGATE = re.compile("[\ud800-\udfff]")  # allowed in JSON but not in a table
 MAX_REPEATS = 4  # as in "a cat and a cat and a cat and a cat and"
 # The row model checks lengths and patterns. A grammar that counts characters is slow and cuts sentences off.
@@ -62,10 +65,15 @@ class Task:
     language: str | None = None  # None: use filter.language
     box_field: str | None = None  # field of an annotation that is a bounding box
     own_prompt: str | None = None  # prompt template of a custom task
+    shows_detail: bool = False  # whether images have up to MAX_DETAIL_PIXELS
 
     def wire_schema(self) -> dict[str, Any]:
         """Return the JSON schema that the decoder enforces."""
         return dict(strip_schema(self.output.model_json_schema()))
+
+    def max_pixels(self, style: str = "") -> int:
+        """Return the default bound on the pixels of an image."""
+        return MAX_DETAIL_PIXELS if self.shows_detail or style == "ocr" else MAX_PIXELS
 
     def temperature(self, generate: GenerateConfig) -> float:
         """Return the sampling temperature for the first attempt."""

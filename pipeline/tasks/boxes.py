@@ -5,13 +5,12 @@ limits the area (Technical Report, 2025, section 2.1, and `smart_resize` in the 
 thousandths of the image's width and height.
 """
 
-from math import ceil, floor, sqrt
+from math import ceil, sqrt
 from typing import Any, NamedTuple
 
-from pipeline.images.decode import scaled_size
+from pipeline.images.decode import PATCH_PX, sent_size, shrink_to_patches
 
 BOX_FIELDS = ("bbox_2d", "bbox", "box")  # Qwen2.5-VL was trained on bbox_2d
-PATCH_PX = 28  # two merged patches of 14 px
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 12_845_056  # limits in Qwen2.5-VL's processor
 MAX_OUTSIDE_FRAC = 0.02  # of the width or height. Boxes further outside are rejected, others clipped
 THOUSAND = 1000
@@ -28,12 +27,11 @@ class Frame(NamedTuple):
 
 def seen_size(frame: Frame) -> tuple[int, int]:
     """Return the width and height in pixels to which Qwen2.5-VL's processor resizes an image."""
-    width, height = scaled_size(frame.width_px, frame.height_px, frame.max_pixels)
+    width, height = sent_size(*frame)
     across, down = (max(PATCH_PX, round(side / PATCH_PX) * PATCH_PX) for side in (width, height))
     if across * down > MAX_PIXELS:
-        shrink = sqrt(width * height / MAX_PIXELS)
-        across, down = (max(PATCH_PX, floor(side / shrink / PATCH_PX) * PATCH_PX) for side in (width, height))
-    elif across * down < MIN_PIXELS:
+        return shrink_to_patches(width, height, MAX_PIXELS)
+    if across * down < MIN_PIXELS:
         grow = sqrt(MIN_PIXELS / (width * height))
         across, down = (ceil(side * grow / PATCH_PX) * PATCH_PX for side in (width, height))
     return across, down

@@ -266,6 +266,7 @@ def _build(settings: TaskConfig) -> CustomTask:
         field=field,
         value=value,
         box_field=box_field,
+        shows_detail=kind in ("boxes", "text", "record"),
     )
 
 

@@ -97,5 +97,6 @@ TASK = Task(
     row=DeckQAPair,
     rows_field="qa",
     asks_about_decks=True,
+    shows_detail=True,
     card_category="document-question-answering",
 )

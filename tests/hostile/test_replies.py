@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.files import resolve
 from pipeline.inference.journal import Journal
-from pipeline.inference.protocol import BadAnswerError, error_message, read_reply
+from pipeline.inference.protocol import ServerFaultError, error_message, read_reply
 from pipeline.inference.queue import read_annotations
 from pipeline.inference.requests import build_requests
 from pipeline.tables import ANNOTATION
@@ -66,7 +66,7 @@ def test_any_answer_is_stored_once_or_asked_again(body: bytes, tmp_path: Path) -
         for request in requests:
             try:
                 reply = read_reply(request, body)
-            except BadAnswerError:
+            except ServerFaultError:
                 reply = request.reply("", "server_error")
             flaw = find_flaw(request, reply)
             journal.keep([(request, reply, flaw)])

@@ -185,19 +185,19 @@ def test_large_photo_is_scaled_down_and_its_boxes_are_in_original_pixels(tmp_pat
     def script(times: int, body: dict[str, Any]) -> Act:
         url = body["messages"][1]["content"][0]["image_url"]["url"]
         sent.append(base64.b64decode(url.partition(",")[2]))
-        # The model sees the large photo with 1904 x 952 px.
-        return Act(json.dumps({"boxes": [{"bbox_2d": [0, 0, 952, 476], "label": "dog"}]}))
+        # The model receives the large photo with 1988 x 980 px.
+        return Act(json.dumps({"boxes": [{"bbox_2d": [0, 0, 994, 490], "label": "dog"}]}))
 
     with running_chat(ChatServer(script)) as chat:
         generate(tmp_path, chat, "--task", "find.yaml")
         sizes = sorted(Image.open(io.BytesIO(data)).size for data in sent)
-        assert sizes == [(1344, 1344), (1901, 950)] and small in sent
+        assert sizes == [(1344, 1344), (1988, 980)] and small in sent
         boxes = {row["width_px"]: row["find"][0]["bbox_2d"] for row in load_rows(tmp_path / "d")}
-        assert boxes == {2400: [0, 0, 1200, 600], 1344: [0, 0, 952, 476]}
+        assert boxes == {2400: [0, 0, 1200, 600], 1344: [0, 0, 994, 490]}
         sent.clear()
-        (tmp_path / "larger.yaml").write_text("generate: {max_pixels: 2000000}")
+        (tmp_path / "larger.yaml").write_text("generate: {max_pixels: 2500000}")
         generate(tmp_path, chat, "--task", "find.yaml", "--config", "larger.yaml")
-        assert sorted(Image.open(io.BytesIO(data)).size for data in sent) == [(1344, 1344), (2000, 1000)]
+        assert sorted(Image.open(io.BytesIO(data)).size for data in sent) == [(1344, 1344), (2212, 1092)]
 
 
 def test_requests_cover_only_new_tasks_and_changed_rows(shop: Path, server: ChatServer, model: Model) -> None:

@@ -15,7 +15,7 @@ from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.commands import Done, require_success, run_synth
 from tests.whole.conftest import save_photos
 
-IMAGES = "images: at most 1,806,336 px, about 2,304 tokens"
+IMAGES = "images: at most 1,003,520 px, about 1,280 tokens"
 
 
 @pytest.fixture

@@ -50,10 +50,10 @@ def environment(temporary: Path | None = None) -> dict[str, str]:
     return os.environ | {"SYNTH_VLLM_PYTHON": str(PYTHON), "SYNTH_API_KEY": KEY} | folder
 
 
-def media_of(server: int) -> Path:
-    """Return the folder that a running server may read images from."""
-    arguments = Path(f"/proc/{server}/cmdline").read_bytes().decode().split("\0")
-    return Path(arguments[arguments.index("--allowed-local-media-path") + 1])
+def sockets_of(server: int) -> Path:
+    """Return the folder of a running server's sockets."""
+    variables = Path(f"/proc/{server}/environ").read_bytes().decode().split("\0")
+    return Path(next(one for one in variables if one.startswith("VLLM_RPC_BASE_PATH=")).partition("=")[2])
 
 
 def generate(folder: Path, *arguments: str, scenes: int = SCENES) -> list[str]:
@@ -109,14 +109,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
     finally:
         family = descendants(process.pid)
-        media = media_of(descendants(process.pid, SERVER)[0])
-        assert [path for path in media.iterdir() if path.is_socket()]
+        sockets = sockets_of(descendants(process.pid, SERVER)[0])
+        assert [path for path in sockets.iterdir() if path.is_socket()]
         process.send_signal(signal.SIGINT)
         process.wait(600)
     assert process.returncode == 130
     wait_until(lambda: not any(map(is_alive, family)), "the server is gone after Ctrl-C")
     assert "max_num_seqs" in (folder / "vllm.log").read_text()  # the user's flag was passed on
-    assert not media.exists() and not [path for path in temporary.rglob("*") if path.is_socket()]
+    assert not sockets.exists() and not [path for path in temporary.rglob("*") if path.is_socket()]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_run_stops_its_server_and_survives_its_death(tmp_path: Path) -> None:
         wait_until(lambda: replies(folder) > (30 if LONG else 0) or process.poll() is not None, "replies")
         assert process.poll() is None, (tmp_path / "progress.txt").read_text()
         (server,) = descendants(process.pid, SERVER)
-        family, media = descendants(process.pid), media_of(server)
+        family, sockets = descendants(process.pid), sockets_of(server)
         if LONG:
             os.kill(server, signal.SIGKILL)
         stdout, _ = process.communicate(timeout=600)
@@ -205,7 +205,7 @@ def test_run_stops_its_server_and_survives_its_death(tmp_path: Path) -> None:
     assert funnel["ask"]["kept"] == scenes * 3
     assert sum(DatasetDir(folder).version().manifest["rows"].values()) == scenes
     assert not any(map(is_alive, family))
-    assert not media.exists() and not [path for path in temporary.rglob("*") if path.is_socket()]
+    assert not sockets.exists() and not [path for path in temporary.rglob("*") if path.is_socket()]
 
 
 def test_server_ends_with_killed_run(tmp_path: Path) -> None:

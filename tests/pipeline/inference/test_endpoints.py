@@ -1,34 +1,11 @@
-"""Endpoints: rate limits, health and proxies of one server."""
+"""Endpoints: health and proxies of one server."""
 
 import asyncio
 
 import pytest
 
 from pipeline.inference import endpoints
-from pipeline.inference.endpoints import Endpoint, Pace
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_rate_limits_spread_requests_and_tokens_over_the_minute() -> None:
-    clock = Clock()
-    pace = Pace(60, None, clock)
-    assert [pace.take() for _ in range(4)] == [0, 1, 2, 3]
-    clock.now += 10  # unused requests are not saved for a burst
-    assert [pace.take() for _ in range(2)] == [0, 1]
-    pace = Pace(None, 6000, clock)
-    assert pace.take() == 0
-    pace.add_tokens(300)
-    assert pace.take() == pytest.approx(3)
-    pace = Pace(None, None, clock)
-    pace.add_tokens(10**9)
-    assert pace.take() == 0
+from pipeline.inference.endpoints import Endpoint
 
 
 @pytest.mark.parametrize(

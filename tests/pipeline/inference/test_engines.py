@@ -75,6 +75,7 @@ def test_missing_vllm_error_has_three_hints(no_gpu: None) -> None:
     [
         ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL"),
         ("qwen2.5vl:3b", "Qwen2.5-VL"),
+        ("internlm/CapRL-3B", "Qwen2.5-VL"),
         ("/models/Qwen3-VL-4B/", "Qwen3-VL"),
         ("OpenGVLab/InternVL3-8B-hf", "InternVL3"),
         ("OpenGVLab/InternVL3_5-8B", None),

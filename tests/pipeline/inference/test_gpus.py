@@ -7,7 +7,7 @@ import pytest
 from pipeline.config.sections import ServerConfig
 from pipeline.inference import vllm
 from pipeline.inference.engines import TINY_WEIGHTS
-from pipeline.inference.vllm import VllmCommand, group_gpus, has_bfloat16, plan_servers, visible_gpus
+from pipeline.inference.vllm import VllmCommand, plan_servers, visible_gpus
 
 LISTING = (
     "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaa)\n"
@@ -47,24 +47,6 @@ def test_visible_gpus_come_from_cuda_visible_devices_or_default_to_all(
     visible_gpus.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("flags", "groups"),
-    [
-        ((), [("0",), ("1",), ("2",), ("3",)]),
-        (("--tensor_parallel_size", "2"), [("0", "1"), ("2", "3")]),
-        (("-tp=2", "--pipeline-parallel-size=2"), [("0", "1", "2", "3")]),
-        (("--tensor-parallel-size", "3"), [("0", "1", "2")]),
-        (("--tensor-parallel-size", "8"), [("0", "1", "2", "3")]),  # vLLM reports the error
-        (("--data-parallel-size", "2"), [("0", "1", "2", "3")]),
-    ],
-)
-def test_parallel_flags_decide_how_many_gpus_a_server_gets(
-    flags: tuple[str, ...], groups: list[tuple[str, ...]]
-) -> None:
-    assert group_gpus(("0", "1", "2", "3"), flags) == groups
-    assert group_gpus((), flags) == [()]
-
-
 def value_of(command: VllmCommand, flag: str) -> str:
     return command.arguments[command.arguments.index(flag) + 1]
 
@@ -74,12 +56,16 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("5", "7"))
     monkeypatch.setattr(vllm, "vllm_python", lambda: "python")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
-    has_bfloat16.cache_clear()
+
+
+def plan(tmp_path: Path, *flags: str) -> list[VllmCommand]:
+    log = tmp_path / "vllm.log"
+    return plan_servers("tiny", lambda: TINY_WEIGHTS, "r", ServerConfig(flags=flags), log, max_pixels=None)
 
 
 @pytest.mark.usefixtures("fake_vllm")
 def test_two_gpus_run_two_servers_that_share_the_cores(tmp_path: Path) -> None:
-    first, second = plan_servers(str(TINY_WEIGHTS), "r", ServerConfig(), tmp_path / "vllm.log")
+    first, second = plan(tmp_path)
     assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in (first, second)] == ["5", "7"]
     assert [one.log.name for one in (first, second)] == ["vllm.log", "vllm-2.log"]
     assert [value_of(one, "--api-server-count") for one in (first, second)] == ["2", "2"]
@@ -87,14 +73,31 @@ def test_two_gpus_run_two_servers_that_share_the_cores(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_vllm")
-@pytest.mark.parametrize(("capabilities", "dtype"), [("8.0\\n9.0\\n", "bfloat16"), ("8.6\\n7.0\\n", "half")])
-def test_gpu_without_bfloat16_uses_half_precision(
-    capabilities: str, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    "flags", [("--tensor_parallel_size", "2"), ("-tp=2",), ("--data-parallel-size", "2")]
+)
+def test_parallel_flag_gives_all_gpus_to_one_server(flags: tuple[str, ...], tmp_path: Path) -> None:
+    (only,) = plan(tmp_path, *flags)
+    assert only.environment["CUDA_VISIBLE_DEVICES"] == "5,7"
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize(
+    ("memory", "utilization", "is_large"),
+    [("81559, 81000", "0.92", True), ("24564, 14000", "0.54", False), ("[N/A], [N/A]", None, True)],
+)
+def test_flags_follow_the_free_memory_of_the_gpu(
+    memory: str,
+    utilization: str | None,
+    is_large: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\nprintf '{capabilities}'\n")
+    tool.write_text(f"#!/bin/sh\necho '{memory}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    command, _ = plan_servers(str(TINY_WEIGHTS), "r", ServerConfig(), tmp_path / "vllm.log")
-    assert value_of(command, "--dtype") == dtype
-    has_bfloat16.cache_clear()
+    command, _ = plan(tmp_path)
+    assert value_of(command, "--api-server-count") == ("2" if is_large else "1")
+    assert ("--gpu-memory-utilization" in command.arguments) == (utilization is not None)
+    assert utilization is None or value_of(command, "--gpu-memory-utilization") == utilization

@@ -6,13 +6,17 @@ import hashlib
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from pipeline.config.files import resolve
 from pipeline.inference.protocol import RequestImages, reencode, sendable_format
+from pipeline.inference.requests import build_requests
+from pipeline.types import Request
+from tests.plans import request_plan
 
 
 def encoded(kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (60, 40), **options: Any) -> bytes:
@@ -48,63 +52,49 @@ def test_unsupported_or_rotated_image_is_reencoded_upright(image: bytes, size: t
         assert (decoded.format, decoded.mode, decoded.size) == ("JPEG", "RGB", size)
 
 
-def test_large_image_is_scaled_down_and_keeps_its_aspect() -> None:
+def test_large_image_is_scaled_down_to_whole_patches() -> None:
     image = encoded(size=(600, 400))
     assert sendable_format(image, 60_000) is None
     assert sendable_format(image, 240_000) == "jpeg"
     with Image.open(io.BytesIO(reencode(image, 60_000))) as decoded:
-        assert decoded.width * decoded.height <= 60_000
-        assert decoded.width / decoded.height == pytest.approx(1.5, abs=0.02)
+        assert decoded.size == (280, 196)  # whole patches of 28 px
 
 
-def part(request_images: RequestImages, image: bytes) -> dict[str, Any]:
-    parts = asyncio.run(request_images.parts(hashlib.sha256(image).hexdigest(), (image,)))
-    content: dict[str, Any] = json.loads(parts)
-    return content
+def request(image: bytes, name: str = "a", max_pixels: int | None = None) -> Request:
+    (first, *_) = build_requests(name * 64, request_plan(resolve(source="scenes")))
+    return replace(first, images=(image,), max_pixels=max_pixels)
 
 
 @pytest.mark.parametrize("image", [encoded(), turned()], ids=["unchanged", "re-encoded"])
-def test_uuid_is_the_hash_of_the_sent_bytes(tmp_path: Path, image: bytes) -> None:
+def test_uuid_is_the_hash_of_the_sent_bytes(image: bytes) -> None:
     with ThreadPoolExecutor(1) as pool:
-        inline = part(RequestImages(None, None, None, pool), image)
-        by_path = part(RequestImages(tmp_path, None, None, pool), image)
-    head, _, data = inline["image_url"]["url"].partition(",")
+        part: dict[str, Any] = json.loads(asyncio.run(RequestImages(None, pool).parts(request(image))))
+    head, _, data = part["image_url"]["url"].partition(",")
     assert head == "data:image/jpeg;base64"
-    sent = base64.b64decode(data)
-    assert inline["uuid"] == hashlib.sha256(sent).hexdigest()
-    assert by_path["uuid"] == inline["uuid"]
-    assert Path(by_path["image_url"]["url"].removeprefix("file://")).read_bytes() == sent
+    assert part["uuid"] == hashlib.sha256(base64.b64decode(data)).hexdigest()
 
 
-def test_requests_of_an_image_share_one_encoding_and_old_images_are_dropped(tmp_path: Path) -> None:
-    images = [encoded(size=(30 + n, 30)) for n in range(5)]
+def test_requests_of_an_image_share_one_encoding_and_unused_images_are_dropped() -> None:
+    images = {name: encoded(size=(30 + number, 30)) for number, name in enumerate("abcd")}
 
-    async def all_parts() -> None:
+    async def send() -> list[bytes]:
         with ThreadPoolExecutor(1) as pool:
-            request_images = RequestImages(tmp_path, None, None, pool)
-            request_images.keep = 3
-            for image in images:
-                name = hashlib.sha256(image).hexdigest()
-                first, second = await asyncio.gather(
-                    request_images.parts(name, (image,)), request_images.parts(name, (image,))
-                )
-                assert first is second
-
-    asyncio.run(all_parts())
-    assert {path.name for path in tmp_path.iterdir()} == {
-        f"{hashlib.sha256(image).hexdigest()}-0" for image in images[2:]
-    }
-
-
-def test_reused_image_is_dropped_last(tmp_path: Path) -> None:
-    images = {name: encoded(size=(30 + number, 30)) for number, name in enumerate("abc")}
-
-    async def send(names: str) -> None:
-        with ThreadPoolExecutor(1) as pool:
-            request_images = RequestImages(tmp_path, None, None, pool)
+            request_images = RequestImages(None, pool)
             request_images.keep = 2
-            for name in names:
-                await request_images.parts(name, (images[name],))
+            return [await request_images.parts(request(images[name], name)) for name in "abacab"]
 
-    asyncio.run(send("abac"))
-    assert {path.name for path in tmp_path.iterdir()} == {"a-0", "c-0"}
+    a, b, a_again, _, a_kept, b_new = asyncio.run(send())
+    assert a is a_again is a_kept
+    assert b == b_new and b is not b_new
+
+
+def test_image_has_the_pixels_of_its_request_and_its_share_of_the_context() -> None:
+    image = encoded(size=(600, 400))
+    with ThreadPoolExecutor(1) as pool:
+        request_images = RequestImages(100_000, pool)
+        sizes = []
+        for max_pixels in (None, 60_000):
+            part = json.loads(asyncio.run(request_images.parts(request(image, max_pixels=max_pixels))))
+            with Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2]))) as sent:
+                sizes.append(sent.size)
+    assert sizes == [(364, 252), (280, 196)]

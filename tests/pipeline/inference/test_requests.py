@@ -7,9 +7,11 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.inference.requests import build_requests
 from pipeline.sources import with_source_defaults
+from pipeline.tasks.checks import ANSWER
 from tests.plans import request_plan
 
 SAMPLE = "a" * 64
+BOXES = {"name": "find", "kind": "boxes", "prompt": "Find all cups."}
 
 
 def ids(sample_id: str = SAMPLE, revision: str = "r", **settings: Any) -> list[str]:
@@ -41,13 +43,32 @@ def test_id_changes_with_everything_that_changes_the_reply(changed: dict[str, An
 
 
 def test_pixel_limit_changes_request_ids_of_photos_but_not_of_scenes() -> None:
-    settings = [resolve(source="folder:x", generate={"max_pixels": bound}) for bound in (None, 1_806_336)]
+    settings = [resolve(source="folder:x", generate={"max_pixels": bound}) for bound in (None, 1_003_520)]
     whole, scaled, default = (
         [request.id for request in build_requests(SAMPLE, request_plan(with_source_defaults(config)))]
         for config in (*settings, resolve(source="folder:x"))
     )
     assert default == scaled and not {*default} & {*whole}
     assert with_source_defaults(resolve(source="scenes")).generate.max_pixels is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "pixels", "check_pixels"),
+    [
+        ({}, [1_003_520] * 3, 1_003_520),
+        ({"generate": {"caption_styles": ["plain", "ocr"]}}, [1_003_520, 2_007_040, 1_003_520], 2_007_040),
+        ({"tasks": ["find"], "custom_tasks": [BOXES]}, [2_007_040], 2_007_040),
+        ({"source": "pdf-pages:x", "tasks": ["caption"]}, [2_007_040] * 2, 2_007_040),
+        ({"tasks": ["qa"], "generate": {"max_pixels": 5000}}, [5000], 5000),
+        ({"tasks": ["qa"], "generate": {"max_pixels": None}}, [None], None),
+    ],
+)
+def test_pixel_limit_depends_on_the_task(
+    settings: dict[str, Any], pixels: list[int | None], check_pixels: int | None
+) -> None:
+    plan = request_plan(with_source_defaults(resolve(**{"source": "folder:x", **settings})))
+    assert [request.max_pixels for request in build_requests(SAMPLE, plan)] == pixels
+    assert plan.fields(ANSWER, question="?")[0]["max_pixels"] == plan.largest_pixels == check_pixels
 
 
 def test_additional_captions_get_new_request_ids_and_the_first_id_is_unchanged() -> None:

@@ -22,14 +22,13 @@ from pipeline.progress import NullProgress
 FLAGS_OF_NEWEST = Path(__file__).parents[2] / "vllm-0.33.0-flags.txt"
 
 
-def plan(
-    tmp_path: Path, *flags: str, gpu: bool = False, model: str = str(TINY_WEIGHTS), **settings: Any
-) -> VllmCommand:
+def plan(tmp_path: Path, *flags: str, gpu: bool = False, decks: bool = False, **settings: Any) -> VllmCommand:
     server = ServerConfig(flags=flags, **settings)
-    gpus = ("3",) if gpu else ()
+    share: dict[str, Any] = {"gpus": ("3",) if gpu else (), "cores": 16, "memory_gib": 64}
     return plan_vllm_command(
-        "python", model, "c0ffee", server, tmp_path / "log", gpus=gpus, cores=16, memory_gib=64
-    )
+        "python", "me/model", TINY_WEIGHTS, "c0ffee", server, tmp_path / "log",
+        max_pixels=1_003_520, decks=decks, gpu_gib=(12.0, 11.0) if gpu else None, **share,
+    )  # fmt: skip
 
 
 def value_of(command: VllmCommand, flag: str) -> str:
@@ -38,25 +37,24 @@ def value_of(command: VllmCommand, flag: str) -> str:
 
 
 def test_flags_depend_on_model_and_machine(tmp_path: Path) -> None:
-    hub, folder, gpu = plan(tmp_path, model="me/model"), plan(tmp_path), plan(tmp_path, gpu=True)
-    assert (value_of(hub, "--revision"), value_of(hub, "--served-model-name")) == ("c0ffee", "model@c0ffee")
-    assert "HF_HUB_OFFLINE" not in hub.environment and folder.environment["HF_HUB_OFFLINE"] == "1"
-    assert [value_of(one, "--max-model-len") for one in (folder, hub)] == ["2048", "8192"]
-    assert value_of(gpu, "--api-server-count") == "4" and "--block-size" not in gpu.arguments
-    assert value_of(folder, "--block-size") == "32" and folder.environment["VLLM_CPU_KVCACHE_SPACE"] == "8"
-    for command in (hub, gpu):
+    cpu, gpu = plan(tmp_path), plan(tmp_path, gpu=True)
+    assert value_of(cpu, "--block-size") == "32" and value_of(cpu, "--kv-cache-memory-bytes") == str(8 << 30)
+    assert cpu.environment["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] == "3600"
+    assert value_of(gpu, "--api-server-count") == "1" and "--block-size" not in gpu.arguments
+    assert value_of(gpu, "--gpu-memory-utilization") == "0.87"  # 11 GiB are free, and 0.5 GiB stay free
+    for command in (cpu, gpu):
+        assert str(TINY_WEIGHTS) in command.arguments and command.environment["HF_HUB_OFFLINE"] == "1"
+        assert value_of(command, "--served-model-name") == "model@c0ffee"
+        assert value_of(command, "--max-model-len") == "2048"
+        assert value_of(command, "--mm-processor-kwargs") == '{"max_pixels":1003520}'
         backend = json.loads(value_of(command, "--structured-outputs-config"))
         assert backend == {
             "backend": "guidance",
             "disable_any_whitespace": True,
             "disable_additional_properties": True,
         }
-    share: dict[str, Any] = {"gpus": (), "cores": 2, "memory_gib": 8}
-    decks = plan_vllm_command(
-        "python", "me/m", "c0ffee", ServerConfig(), tmp_path / "log", decks=True, **share
-    )
+    decks = plan(tmp_path, decks=True)
     assert json.loads(value_of(decks, "--limit-mm-per-prompt")) == {"image": 20, "video": 0}
-    assert decks.max_model_len == 16_384
 
 
 @pytest.mark.parametrize("flags", [("--max-num-seqs", "7"), ("--max-num-seqs=7",)])
@@ -70,8 +68,8 @@ def test_key_is_random_and_not_on_the_command_line(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv("SYNTH_API_KEY", raising=False)
     first, second = plan(tmp_path), plan(tmp_path)
     assert first.api_key != second.api_key
-    assert first.api_key not in " ".join(first.command(1, tmp_path)) + repr(first)
-    assert "127.0.0.1" in first.command(1, tmp_path)
+    assert first.api_key not in " ".join(first.command(1)) + repr(first)
+    assert "127.0.0.1" in first.command(1)
 
 
 def stub(tmp_path: Path, code: str, **settings: Any) -> VllmCommand:
@@ -104,7 +102,9 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
     ("printed", "what", "hint"),
     [
         ("ValueError: no such model", "starting: ValueError: no such model", "see the log"),
-        ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "use less memory"),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "quantized model"),
+        ("ValueError: Free memory is less than desired GPU memory utilization", "Free", "other programs"),
+        ("TimeoutError: RPC call to execute_model timed out.", "timed out", "--max-num-batched-tokens 512"),
         ("ModuleNotFoundError: No module named 'vllm'", "No module named 'vllm'", "SYNTH_VLLM_PYTHON"),
         ("error: unrecognized arguments: --warp", "with code 3", "a flag after -- is not a flag of vLLM"),
     ],
@@ -115,7 +115,7 @@ def test_server_that_exits_at_start_is_reported_with_its_last_error(
     (tmp_path / "log").write_text("TimeoutError: of an earlier run\n")
     with pytest.raises(EngineError) as caught:
         asyncio.run(start(stub(tmp_path, f"print({printed!r}); raise SystemExit(3)")))
-    assert what in str(caught.value) and "TimeoutError" not in str(caught.value)
+    assert what in str(caught.value) and "of an earlier run" not in str(caught.value)
     assert hint in caught.value.hint and str(tmp_path / "log") in caught.value.hint
 
 
@@ -149,55 +149,37 @@ def test_dead_server_is_restarted_max_restarts_times(tmp_path: Path) -> None:
     assert "died 3 times, the last time with exit code 7" in failure
 
 
-def test_servers_have_own_ports_and_share_a_folder(tmp_path: Path) -> None:
-    async def serve() -> Path:
-        async with run_servers([stub(tmp_path, SERVES)] * 2, NullProgress()) as (first, second):
+def test_one_dead_server_restarts_alone_with_its_last_error(tmp_path: Path) -> None:
+    warnings: list[str] = []
+
+    class Warnings(NullProgress):
+        def warn(self, text: str) -> None:
+            warnings.append(text)
+
+    fails = SERVES.replace("import os;", "import os; print('RuntimeError: out of memory', flush=True);")
+
+    async def serve() -> None:
+        async with run_servers([stub(tmp_path, fails)] * 2, Warnings()) as (first, second):
             assert first.root != second.root
-            assert first.media == second.media
             await status_of(f"{first.root}/die")
             while not first.restarted:
                 await asyncio.sleep(0.05)
             assert await status_of(f"{second.root}/health") == 200
             assert second.restarted == 0
-            return first.media
 
-    assert not asyncio.run(asyncio.wait_for(serve(), 60)).exists()
+    asyncio.run(asyncio.wait_for(serve(), 60))
+    (warning,) = warnings
+    assert (
+        warning.startswith("vLLM died (exit code 7): RuntimeError: out of memory") and "restart 1" in warning
+    )
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_newest_vllm_supports_the_flags(tmp_path: Path, gpu: bool) -> None:  # noqa: FBT001
     """Flags of 0.33.0; tests/whole/test_vllm.py uses the parser of the installed vLLM."""
     known = set(FLAGS_OF_NEWEST.read_text(encoding="utf-8").split())
-    assert {word for word in plan(tmp_path, gpu=gpu).command(1, tmp_path) if word.startswith("--")} <= known
+    assert {word for word in plan(tmp_path, gpu=gpu).command(1) if word.startswith("--")} <= known
     assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # removed from vLLM
-
-
-def test_media_folder_is_removed_after_a_killed_run_and_kept_during_a_live_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vllm, "_SHARED_MEMORY", tmp_path)
-    (tmp_path / "synth-media-x" / ".lock").parent.mkdir()
-    (tmp_path / "synth-media-x" / ".lock").symlink_to("/etc/passwd")  # by another user
-    code = f"""
-from pathlib import Path
-from pipeline.inference import vllm
-vllm._SHARED_MEMORY = Path({str(tmp_path)!r})
-print(vllm.make_media_folder(), flush=True)
-input()
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout
-        folder = Path(other.stdout.readline().strip())
-        assert folder.stat().st_mode & 0o777 == 0o700
-        living = vllm.make_media_folder()
-        assert folder.exists()
-        other.kill()
-        other.wait()
-    vllm.make_media_folder()
-    assert not folder.exists()
-    assert living.exists() and (tmp_path / "synth-media-x").exists()
 
 
 THIEF = SERVES.replace(

@@ -39,7 +39,7 @@ def requests(count: int = 3, max_tokens: int = 120) -> list[Request]:
 @pytest.fixture(scope="module", params=FAMILIES)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EmbeddedEngine:
     folder = save(request.param, tmp_path_factory.mktemp("model"))
-    return EmbeddedEngine(request.param, str(folder), "r", 64)
+    return EmbeddedEngine(request.param, lambda: folder, "r", 64)
 
 
 def test_replies_follow_the_schema_and_do_not_depend_on_the_batch(engine: EmbeddedEngine) -> None:
@@ -101,4 +101,4 @@ def test_model_without_usable_chat_template_is_refused(tmp_path: Path) -> None:
             file.unlink()
         processor.save_pretrained(folder)
         with pytest.raises(EngineError, match=problem):
-            EmbeddedEngine("x", str(folder), "r", 64)._answer(requests(1))
+            EmbeddedEngine("x", lambda: folder, "r", 64)._answer(requests(1))

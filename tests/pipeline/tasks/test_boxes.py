@@ -1,25 +1,48 @@
 """Boxes: conversion from a model's coordinates to pixels, and boxes outside of the image."""
 
-import random
-
 import pytest
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-from pipeline.images.decode import scaled_size
-from pipeline.tasks.boxes import EMPTY, MAX_PIXELS, MIN_PIXELS, OUTSIDE, Frame, place_box, seen_size
+from pipeline.images.decode import PATCH_PX, sent_size
+from pipeline.tasks import SELECTABLE
+from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS
+from pipeline.tasks.boxes import EMPTY, OUTSIDE, Frame, place_box, seen_size
+from pipeline.tasks.boxes import MAX_PIXELS as PROCESSOR_PIXELS
+
+# The published values of Qwen2.5-VL-3B-Instruct.
+PROCESSOR = Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12_845_056, patch_size=14, merge_size=2)
+SIDES = (*range(28, 4033, 61), 28, 56, 480, 640, 768, 1001, 1002, 1024, 3000, 4000, 4032)
 
 
-def test_predicted_image_size_equals_size_from_the_processor() -> None:
-    rng = random.Random(0)
-    for _ in range(2000):
-        width = rng.randint(40, 6000)
-        height = rng.randint(max(40, width // 100), min(6000, width * 100))
-        limit = rng.choice((None, 50_000, 1_000_000))
-        sent_width, sent_height = scaled_size(width, height, limit)
-        down, across = smart_resize(
-            sent_height, sent_width, factor=28, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS
-        )
-        assert seen_size(Frame(width, height, limit)) == (across, down)
+@pytest.mark.parametrize("limit", [None, 50_000, MAX_PIXELS, MAX_DETAIL_PIXELS])
+def test_predicted_image_size_equals_size_from_the_processor(limit: int | None) -> None:
+    """A server with its own limit at ours, and one without, see the same image."""
+    for width in SIDES:
+        for height in SIDES:
+            sent_width, sent_height = sent_size(width, height, limit)
+            across, down = seen_size(Frame(width, height, limit))
+            # Qwen's processor exceeds its limit for images that are narrower than a patch.
+            is_narrow = 28 in (across, down)
+            assert limit is None or is_narrow or across * down <= limit
+            bounds = {PROCESSOR_PIXELS} if is_narrow else {PROCESSOR_PIXELS, limit or PROCESSOR_PIXELS}
+            for bound in bounds:
+                size = {"min_pixels": 3136, "max_pixels": bound}
+                patches = PROCESSOR.get_number_of_image_patches(sent_height, sent_width, size)
+                assert patches == across * down // 14**2, (width, height, bound)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"),
+    [((640, 480), 391), ((1024, 768), 999), ((4000, 3000), 1230), ((56, 56), 4), ((28, 28), 4)],
+)
+def test_image_tokens_equal_those_of_the_processor(size: tuple[int, int], tokens: int) -> None:
+    for task in SELECTABLE[:2]:
+        bound = task.max_pixels("brief")
+        across, down = seen_size(Frame(*size, bound))
+        image = Image.new("RGB", sent_size(*size, bound))
+        (grid,) = PROCESSOR(images=image, return_tensors="np")["image_grid_thw"].tolist()
+        assert across * down // PATCH_PX**2 == grid[1] * grid[2] // 4 == tokens
 
 
 @pytest.mark.parametrize(
@@ -27,8 +50,8 @@ def test_predicted_image_size_equals_size_from_the_processor() -> None:
     [
         (Frame(560, 280), "pixels", [56, 28, 112, 56], [56, 28, 112, 56]),
         (Frame(570, 290), "pixels", [56, 28, 560, 280], [57, 29, 570, 290]),  # seen at 560 x 280
-        # Sent at 1000 x 500, seen at 1008 x 504.
-        (Frame(2000, 1000, 500_000), "pixels", [98, 98, 196, 196], [194, 194, 389, 389]),
+        # Sent and seen at 980 x 476.
+        (Frame(2000, 1000, 500_000), "pixels", [98, 98, 196, 196], [200, 206, 400, 412]),
         (Frame(2000, 1000), "thousandths", [100, 100, 500, 500], [200, 100, 1000, 500]),
         (Frame(560, 280), "pixels", [-3, 0, 565, 280], [0, 0, 560, 280]),  # cut at the edges
     ],

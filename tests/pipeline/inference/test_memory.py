@@ -1,0 +1,69 @@
+"""Memory plan: the limits of vLLM on each card, from the shape of a model."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.inference.memory import CARDS_GIB, QWEN_3B, ModelShape, memory_table, plan_memory
+from pipeline.tasks.base import MAX_PIXELS
+
+# The published values of Qwen2.5-VL-3B-Instruct that decide its memory.
+CONFIG: dict[str, Any] = {
+    "model_type": "qwen2_5_vl", "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151_936,
+    "vision_config": {
+        "hidden_size": 1280, "intermediate_size": 3420, "patch_size": 14, "spatial_merge_size": 2,
+    },
+}  # fmt: skip
+
+
+def test_shape_of_the_default_model_is_that_of_its_config() -> None:
+    assert ModelShape.of(CONFIG, 7_509_245_952) == QWEN_3B
+    text = {name: value for name, value in CONFIG.items() if name not in ("vision_config", "model_type")}
+    nested = {"model_type": "qwen3_vl", "text_config": text | {"head_dim": 128}}
+    vision = CONFIG["vision_config"] | {"patch_size": 16}
+    shape = ModelShape.of(nested | {"vision_config": vision}, 1)
+    assert shape and shape.token_px == 32 and shape.kv_token_bytes == QWEN_3B.kv_token_bytes
+    assert ModelShape.of({"model_type": "llava"}, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("card_gib", "fits", "batched_tokens", "num_seqs"),
+    [
+        (8, False, 2048, 16),
+        (12, True, 4096, 32),
+        (16, True, 8192, 64),
+        (24, True, 16_384, 128),
+        (40, True, 16_384, 256),
+        (80, True, 16_384, 512),
+    ],
+)
+def test_plan_of_the_default_model_grows_with_the_card(
+    card_gib: int,
+    fits: bool,  # noqa: FBT001
+    batched_tokens: int,
+    num_seqs: int,
+) -> None:
+    plan = plan_memory(QWEN_3B, card_gib, card_gib, MAX_PIXELS, 8192)
+    assert (plan.fits, plan.batched_tokens, plan.num_seqs) == (fits, batched_tokens, num_seqs)
+    used_gib = plan.weights_gib + max(plan.vision_gib, plan.text_gib) + plan.kv_gib
+    assert used_gib < 0.92 * card_gib
+    assert not fits or plan.model_len == 8192
+
+
+def test_memory_of_other_programs_is_left_to_them() -> None:
+    plan = plan_memory(QWEN_3B, 24, 14, MAX_PIXELS, 8192)
+    assert plan.utilization == 0.56 and plan.fits
+    assert not plan_memory(QWEN_3B, 24, 8, MAX_PIXELS, 8192).fits
+
+
+def test_context_is_shortened_to_the_cache() -> None:
+    plan = plan_memory(QWEN_3B, 10, 10, MAX_PIXELS, 128_000)
+    assert 4096 <= plan.model_len == plan.kv_tokens < 128_000
+
+
+def test_quantized_variants_fit_a_smaller_card() -> None:
+    lines = memory_table(QWEN_3B, MAX_PIXELS, 8192)
+    assert len(lines) == 1 + 3 * len(CARDS_GIB)
+    on_8_gib = [line for line in lines if line.split()[0] == "8"]
+    assert ["does not fit" in line for line in on_8_gib] == [True, False, False]
