@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from pipeline.images.upright import upright_rgb
-from trainer.tokenizer import choose_prompt, prompt_ids, prompt_parts
+from trainer.prompts import choose_prompt, prompt_ids, prompt_parts
 
 Array = np.ndarray[Any, Any]
 PARTS = ("encoder_model", "decoder_model", "decoder_with_past_model")
