@@ -131,6 +131,7 @@ def make_repaired_version(version: Version, damage: list[str]) -> Version:
             ids = read_table(version.path / IMAGES_FILE, ["sample_id"])["sample_id"].to_pylist()
             ImageStore(dataset.path).add_from(version.store, ids)
         for file in _file_entries(version):
+            (draft / file).parent.mkdir(exist_ok=True)
             shutil.copy(version.path / file, draft / file)
         write_text(draft / CARD_FILE, render_card(manifest, first_rows(version, CARD_SAMPLES)))
         write_json(draft / MANIFEST, manifest)

@@ -24,7 +24,7 @@ from tests.hub.server import RunningHub, running_hub
 from tests.hub.storage import Repo
 from tests.scene_data import make_version, published, scene_samples, true_captions
 
-EXTRA = {"README.md", "manifest.json", "rejections.parquet", ".gitattributes"}
+EXTRA = {"README.md", "manifest.json", "about/rejections.parquet", ".gitattributes"}
 
 
 @pytest.fixture(scope="module")
