@@ -205,7 +205,7 @@ def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigErro
         )
     own, captions = version.manifest.get("own_columns"), version.manifest["measured"].get("captions", {})
     if own and not captions and not style:
-        hint = f"export its columns ({', '.join(own)}) with --format imagefolder, webdataset or lance"
+        hint = f"export its columns ({', '.join(own)}) with --format imagefolder or webdataset"
         return ConfigError(f"{version.name} has no captions for this format", hint=hint)
     text = f"a caption of the style {style}" if style not in (None, ALL) else "a text"
     hint = f"its captions have the styles: {', '.join(captions) or 'none'}"

@@ -1,32 +1,17 @@
-"""The formats of `synth export`. Each receives the images one by one, and keeps few of them in memory.
+"""The formats of `synth export` (docs/exports.md names the tools that read them).
 
-| format | for |
-|---|---|
-| parquet | readers of Parquet: all columns of the version, including images, as `synth push` uploads them |
-| imagefolder | `datasets.load_dataset("imagefolder", data_dir=...)` |
-| sidecar | trainers of diffusion models: a text file next to each image |
-| webdataset | the package webdataset, open_clip, readers of img2dataset |
-| llava | LLaVA's trainers: conversations in JSON |
-| sharegpt | LLaMA-Factory, ms-swift: messages in JSON lines, also for preference pairs and boxes |
-| messages | axolotl, unsloth, TRL: Parquet with `images` (a list) and `messages` |
-| paligemma | big_vision: JSON lines with `image`, `prefix` and `suffix` |
-| coco | pycocotools: captions, and boxes as instances |
-| csv | open_clip (`--csv-separator ,`): one line per caption |
-| cauldron | nanoVLM and other trainers of The Cauldron or FineVision: Parquet with `images` and `texts` |
-| lance | Lance and LanceDB: one dataset per split (extra `lance`) |
-| dpo | TRL's DPOTrainer: Parquet, one row per preference pair (the best and the worst caption) |
+Each format receives the images one by one, and keeps few of them in memory.
 """
 
 import csv
 import io
 import json
-import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import pyarrow as pa
@@ -34,15 +19,12 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import MESSAGE, messages, turns
 from pipeline.dataset.shards import SplitWriter
-from pipeline.errors import ConfigError
 from pipeline.formats.items import ITEM_BATCH, Item
-from pipeline.install import install_command
 from pipeline.storage.sidecars import note_own_lines
 from pipeline.tables import (
     ANSWERS,
     BY_MODEL,
     CAPTIONS,
-    HUMAN_QUESTION,
     IMAGE,
     QUESTION,
     REFERENCE_QA,
@@ -429,108 +411,73 @@ class Csv(Format):
         return True
 
 
-class TableFormat(Format):
-    """Base of formats that write tables with the images in the rows."""
+class ParquetFormat(Format):
+    """Base of formats that are Parquet files for `datasets`, with the images in the rows."""
 
-    SCHEMA: pa.Schema
+    COLUMNS: Mapping[str, pa.DataType]  # without those of all formats
 
     def __init__(self, folder: Path, options: ExportOptions = DEFAULTS) -> None:
         super().__init__(folder, options)
-        self._split = ""
+        common = dict.fromkeys(("license", "source_row"), STRING)
+        self._schema = pa.schema({"sample_id": STRING, **self.COLUMNS, **common})
         self._rows: list[dict[str, Any]] = []
+        self._writer: SplitWriter | None = None
 
     def rows_of(self, item: Item) -> list[dict[str, Any]]:
-        """Return the rows for an image without the column `sample_id`."""
-        raise NotImplementedError
-
-    def write(self, rows: pa.Table, split: str) -> None:
-        """Append rows to the table of a split. The rows of a split are contiguous."""
+        """Return the values of COLUMNS for each row of an image."""
         raise NotImplementedError
 
     def add(self, item: Item) -> bool:
-        if item.split != self._split or len(self._rows) >= ITEM_BATCH:
-            self._flush()
-        self._split = item.split
+        if self._writer is None or item.split != self._writer.split:
+            self.close()
+            self._writer = SplitWriter(self.folder, item.split, self._schema)
+        elif len(self._rows) >= ITEM_BATCH:
+            self._flush(self._writer)
         rows = self.rows_of(item)
         self._rows += [{"sample_id": item.sample_id, **row, **item.origin} for row in rows]
         return bool(rows)
 
     def close(self) -> None:
-        self._flush()
+        if self._writer:
+            self._flush(self._writer)
+            self._writer.close()
 
-    def _flush(self) -> None:
-        if self._rows:
-            self.write(pa.Table.from_pylist(self._rows, schema=self.SCHEMA), self._split)
+    def _flush(self, writer: SplitWriter) -> None:
+        writer.add(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._rows = []
 
 
-class ParquetFormat(TableFormat):
-    """Base of formats that are Parquet files for `datasets`."""
-
-    _writer: SplitWriter | None = None
-
-    def write(self, rows: pa.Table, split: str) -> None:
-        if self._writer is None or self._writer.split != split:
-            self._end_split()
-            self._writer = SplitWriter(self.folder, split, self.SCHEMA)
-        self._writer.add(rows)
-
-    def close(self) -> None:
-        super().close()
-        self._end_split()
-
-    def _end_split(self) -> None:
-        if self._writer:
-            self._writer.close()
+def _stored(item: Item) -> dict[str, Any]:
+    """Return an image in the encoding of `datasets`."""
+    return {"bytes": item.image, "path": None}
 
 
 class Cauldron(ParquetFormat):
     """The columns of The Cauldron and FineVision: images, and turns between a user and an assistant."""
 
-    SCHEMA = pa.schema(
-        {
-            "sample_id": STRING,
-            "images": pa.list_(IMAGE),
-            "texts": pa.list_(pa.struct(fields(STRING, "user", "assistant"))),
-            "license": STRING,
-            "source_row": STRING,
-        }
-    )
+    TURN = pa.struct(fields(STRING, "user", "assistant"))
+    COLUMNS = MappingProxyType({"images": pa.list_(IMAGE), "texts": pa.list_(TURN)})
 
     def rows_of(self, item: Item) -> list[dict[str, Any]]:
         texts = [{"user": question, "assistant": answer} for question, answer in self.turns(item)]
-        images = [{"bytes": item.image, "path": None}]
-        return [{"images": images, "texts": texts}] if texts else []
+        return [{"images": [_stored(item)], "texts": texts}] if texts else []
 
 
 class Messages(ParquetFormat):
     """Conversations as chat templates read them, with `images` as a list."""
 
-    SCHEMA = pa.schema(
-        [
-            pa.field("sample_id", STRING),
-            pa.field("images", pa.list_(IMAGE)),
-            pa.field("messages", pa.list_(MESSAGE)),
-            *fields(STRING, "license", "source_row"),
-        ]
-    )
+    COLUMNS = MappingProxyType({"images": pa.list_(IMAGE), "messages": pa.list_(MESSAGE)})
 
     def rows_of(self, item: Item) -> list[dict[str, Any]]:
         conversation = messages(self.turns(item))
-        images = [{"bytes": item.image, "path": None}]
-        return [{"images": images, "messages": conversation}] if conversation else []
+        return [{"images": [_stored(item)], "messages": conversation}] if conversation else []
 
 
 class Preferences(ParquetFormat):
     """The columns of TRL's DPOTrainer: one row per pair of a chosen and a rejected caption."""
 
-    SCHEMA = pa.schema(
-        [
-            pa.field("sample_id", STRING),
-            pa.field("image", IMAGE),
-            *fields(pa.list_(MESSAGE), "prompt", "chosen", "rejected"),
-            *fields(STRING, "license", "source_row"),
-        ]
+    COLUMNS = MappingProxyType(
+        {"image": IMAGE, **dict.fromkeys(("prompt", "chosen", "rejected"), pa.list_(MESSAGE))}
     )
 
     def rows_of(self, item: Item) -> list[dict[str, Any]]:
@@ -538,45 +485,10 @@ class Preferences(ParquetFormat):
         for style, better, worse in item.pairs:
             if self.style in (None, style):
                 prompt, chosen = messages(turns([(style, better)], []))
-                _, rejected = messages(turns([(style, worse)], []))
+                rejected = chosen | {"content": [{"type": "text", "text": worse}]}
                 dialog = {"prompt": [prompt], "chosen": [chosen], "rejected": [rejected]}
-                rows.append({"image": {"bytes": item.image, "path": None}, **dialog})
+                rows.append({"image": _stored(item), **dialog})
         return rows
-
-
-class Lance(TableFormat):
-    """A Lance dataset for each split: one row per image, with all texts and values."""
-
-    SCHEMA = pa.schema(
-        [
-            pa.field("sample_id", STRING),
-            pa.field("image", pa.binary()),
-            *fields(pa.int32(), "width", "height"),
-            pa.field("text", STRING),
-            pa.field("captions", pa.list_(pa.struct(fields(STRING, "style", "text", WRITTEN_BY)))),
-            pa.field("qa", pa.list_(pa.struct(fields(STRING, "question", "answer", WRITTEN_BY)))),
-            pa.field("references", pa.list_(STRING)),
-            pa.field(REFERENCE_QA, pa.list_(HUMAN_QUESTION)),
-            *fields(STRING, "values", "license", "source_row"),  # values of custom tasks are JSON
-        ]
-    )
-
-    def __init__(self, folder: Path, options: ExportOptions = DEFAULTS) -> None:
-        super().__init__(folder, options)
-        if find_spec("lance") is None:
-            raise ConfigError("the format lance needs the package pylance", hint=install_command("lance"))
-
-    def rows_of(self, item: Item) -> list[dict[str, Any]]:
-        columns = self.texts(item) | self.caption_columns(item)
-        return [{"image": item.image, **columns, "values": to_json(item.values)}]
-
-    def write(self, rows: pa.Table, split: str) -> None:
-        # Lance warns about each file that it creates.
-        os.environ.setdefault("LANCE_LOG", "error")
-        import lance
-
-        path = self.folder / f"{split}.lance"
-        lance.write_dataset(rows, str(path), mode="append" if path.exists() else "create")
 
 
 def add_values(row: dict[str, Any], item: Item) -> dict[str, Any]:
@@ -606,9 +518,8 @@ FORMATS: dict[str, Callable[[Path, ExportOptions], Format]] = {
     "csv": Csv,
     "cauldron": Cauldron,
     "dpo": Preferences,
-    "lance": Lance,
 }
 
 PARQUET = "parquet"  # not in FORMATS: all columns are written at once (dataset/publishing.py)
-TABLES = (PARQUET, "cauldron", "messages", "dpo", "lance")  # images are in the rows
-OF_FEW_FILES = ("webdataset", "cauldron", "messages", "dpo", "lance")  # formats for a repository of the Hub
+TABLES = (PARQUET, "cauldron", "messages", "dpo")  # images are in the rows
+OF_FEW_FILES = ("webdataset", "cauldron", "messages", "dpo")  # formats for a repository of the Hub

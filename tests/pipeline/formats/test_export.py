@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -127,9 +126,6 @@ def source_rows_of(folder: Path, kind: str) -> list[str]:
             cast(Any, tar.extractfile(member)) for tar in tars for member in tar if ".json" in member.name
         ]
         return [json.load(file)["source_row"] for file in files]
-    if kind == "lance":
-        tables = [lance.dataset(str(path)).to_table() for path in folder.glob("*.lance")]
-        return [row for table in tables for row in table["source_row"].to_pylist()]
     if kind == "coco":
         files = [*folder.glob("annotations/captions_*.json")]
         return [image["source_row"] for path in files for image in json.loads(path.read_text())["images"]]
@@ -386,11 +382,7 @@ def test_export_after_interrupted_export_is_complete(version: Version, kind: str
     export_version(version, kind, tmp_path / "cut")
     export_version(version, kind, tmp_path / "whole")
     sums = [(tmp_path / name / CHECKSUMS).read_text() for name in ("cut", "whole")]
-    if kind == "lance":  # its file names are random
-        tables = [lance.dataset(str(tmp_path / name / "train.lance")).to_table() for name in ("cut", "whole")]
-        assert tables[0].equals(tables[1])
-    else:
-        assert sums[0] == sums[1]
+    assert sums[0] == sums[1]
     for line in sums[0].splitlines():
         digest, _, name = line.partition("  ")
         assert hashlib.sha256((tmp_path / "cut" / name).read_bytes()).hexdigest() == digest
@@ -412,34 +404,6 @@ def test_cauldron_rows_have_images_and_turns(version: Version, tmp_path: Path) -
     columns = [group.column(n) for n in range(group.num_columns)]
     pixels = next(column for column in columns if column.path_in_schema.endswith("bytes"))
     assert pixels.compression == "UNCOMPRESSED" and not pixels.is_stats_set
-
-
-def test_lance_rows_have_all_texts_and_images(version: Version, tmp_path: Path) -> None:
-    done = export_version(version, "lance", tmp_path / "out")
-    assert done.images == COUNT
-    items = by_id(version)
-    for split, count in version.manifest["rows"].items():
-        if not count:
-            continue
-        dataset = lance.dataset(str(tmp_path / f"out/{split}.lance"))
-        assert dataset.count_rows() == count
-        for row in dataset.to_table().to_pylist():
-            item = items[row["sample_id"]]
-            expected = (item.image, item.width_px, item.caption(None))
-            assert (row["image"], row["width"], row["text"]) == expected
-            assert [(one["style"], one["text"]) for one in row["captions"]] == item.captions
-            assert json.loads(row["values"]) == item.values and row["qa"][0]["answer"] == item.questions[0][1]
-    train = lance.dataset(str(tmp_path / "out/train.lance"))
-    num_rows = train.to_table(filter="width > 1", columns=["sample_id"]).num_rows
-    assert num_rows == version.manifest["rows"]["train"]
-
-
-def test_lance_export_without_its_package_is_an_error(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.formats.formats.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="needs the package pylance"):
-        export_version(version, "lance", tmp_path / "out")
 
 
 def test_dpo_rows_are_conversations_with_better_and_worse_caption(version: Version, tmp_path: Path) -> None:
