@@ -42,8 +42,8 @@ CHECKED = Argument(
 FORMAT = Option(
     "--format",
     metavar="FORMAT",
-    help="Format: parquet, imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or "
-    "lance; for a captioner: onnx.",
+    help="Format: parquet, imagefolder, sidecar, webdataset, llava, sharegpt, messages, paligemma, coco, "
+    "csv, cauldron or dpo; for a captioner: onnx.",
     show_default="imagefolder",
 )
 
@@ -175,7 +175,6 @@ def export(
     overwrite: Overwrite = False,
     append: Append = False,
     skip_existing: SkipExisting = False,
-    int8: Annotated[bool, Option("--int8", help="Also write int8 ONNX: smaller, less accurate.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a version to another format, or a captioner to ONNX, or write captions next to your images."""
@@ -185,9 +184,9 @@ def export(
     from pipeline.storage.files import translate_disk_errors
     from pipeline.tables import SPLITS
 
-    if (captioner is not None) != (kind == "onnx") or (int8 and kind != "onnx"):
+    if (captioner is not None) != (kind == "onnx"):
         raise BadParameter(
-            "a captioner, --format onnx and --int8 go together: synth export CAPTIONER --format onnx "
+            "a captioner and --format onnx go together: synth export CAPTIONER --format onnx "
             "(transformers loads the folder of a captioner as it is)"
         )
     if captioner is not None:
@@ -207,8 +206,8 @@ def export(
                 skip_existing,
             )
         ):
-            raise BadParameter("--format onnx accepts only --out, --int8 and --json", param_hint="--format")
-        export_captioner(captioner, out, int8=int8, as_json=as_json)
+            raise BadParameter("--format onnx accepts only --out and --json", param_hint="--format")
+        export_captioner(captioner, out, as_json=as_json)
         return
     existing = read_existing(
         "--in-place", in_place is not None, skip=skip_existing, append=append, overwrite=overwrite
