@@ -67,13 +67,8 @@ def find_question(text: str) -> str:
     A question is a line `Question: ...`, or the last sentence that ends in a question mark, or else a first
     sentence that begins like a question. Instructions about the form of the answer are left out.
     """
-    text = (
-        text[-MAX_CHARACTERS:]
-        .replace("<image>", "")
-        .replace("\N{FULLWIDTH QUESTION MARK}", "?")
-        .replace("?.", "?")
-        .strip()
-    )
+    text = text[-MAX_CHARACTERS:].replace("\N{FULLWIDTH QUESTION MARK}", "?")
+    text = text.replace("<image>", "").replace("?.", "?").strip()
     if lines := QUESTION_LINE.findall(text):
         question = str(lines[-1]).strip()
         return question[: question.rindex("?") + 1] if "?" in question else question
@@ -81,34 +76,37 @@ def find_question(text: str) -> str:
     sentences = [part for part in parts if part]
     asked = [number for number, part in enumerate(sentences) if part.endswith("?")]
     is_answer = ANSWER_FORM.search(text.lower())
-    if not sentences or not (asked or is_answer or _request(sentences[0])[1]):
+    if not sentences or not (asked or is_answer or _kind(sentences[0]) == "question"):
         return ""
     last = asked[-1] if asked else 0
-    question, (is_caption, is_question) = sentences[last], _request(sentences[last])
+    question, kind, before = sentences[last], _kind(sentences[last]), sentences[last - 1]
     # "Is this Mr. Smith?" is one sentence.
-    if asked and last and not is_question and not is_caption:
-        before, starts = sentences[last - 1], _request(sentences[last - 1])[1]
-        question = f"{before} {question}" if starts and before.endswith(".") else question
-    is_generic = (_is_generic(question) or DESCRIPTION.search(question)) and not is_answer
-    return "" if is_caption or is_generic else question
+    if last and not kind and before.endswith(".") and _kind(before) == "question":
+        question = f"{before} {question}"
+    is_request = kind == "caption" or (
+        not is_answer and (_is_generic(question) or DESCRIPTION.search(question))
+    )
+    return "" if is_request else question
 
 
-def _request(sentence: str) -> tuple[bool, bool]:
-    """Return whether a sentence begins as a request for a caption, and whether it begins as a question."""
-    sentence = _normalized(sentence)
-    polite = POLITE.match(sentence)
-    request = sentence[polite.end() :] if polite else sentence
-    is_caption = CAPTION_START.match(request) is not None
-    return is_caption, not is_caption and QUESTION_START.match(
-        sentence if polite is None else request
-    ) is not None
+def _kind(sentence: str) -> str:
+    """Return "caption" or "question" if a sentence begins as such a request, else ""."""
+    request = _without_address(sentence)
+    if CAPTION_START.match(request):
+        return "caption"
+    return "question" if QUESTION_START.match(request) else ""
 
 
 def _is_generic(question: str) -> bool:
-    question = _normalized(question)
-    polite = POLITE.match(question)
-    words = " ".join(re.findall(r"[\w']+", question[polite.end() :] if polite else question))
+    words = " ".join(re.findall(r"[\w']+", _without_address(question)))
     return bool(GENERIC.fullmatch(words) and re.search(rf"\b({VIEWED})\b", words))
+
+
+def _without_address(sentence: str) -> str:
+    """Return a sentence in lower case without what addresses the model, such as "Please" or "Can you"."""
+    sentence = _normalized(sentence)
+    address = POLITE.match(sentence)
+    return sentence[address.end() :] if address else sentence
 
 
 def _normalized(text: str) -> str:
