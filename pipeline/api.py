@@ -1,6 +1,10 @@
 """The Python API of `pipeline`: generate, load, push and export a dataset."""
 
+import asyncio
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +43,8 @@ def generate(
 ) -> RunResult:
     """Turn images into a version of a dataset, like `synth generate`.
 
-    To resume a run that was stopped, repeat the call. Requests that were answered are not sent again.
+    To resume a run that was stopped, repeat the call. Requests that were answered are not sent again. In a
+    notebook, the run is in another thread: restart the kernel to stop it.
 
     Args:
         source: where the images come from, such as "folder:photos" or "hub:ORG/NAME".
@@ -61,7 +66,19 @@ def generate(
     else:
         resolved = resolve(None if config is None else Path(config), **overrides)
     folder = None if out is None else parse_dataset_path(str(out))
-    return generate_dataset(resolved, folder, progress)
+    # A notebook runs an event loop in this thread, and a run needs its own.
+    with ThreadPoolExecutor(1) if has_event_loop() else nullcontext() as pool:
+        run = partial(generate_dataset, resolved, folder, progress)
+        return pool.submit(run).result() if pool else run()
+
+
+def has_event_loop() -> bool:
+    """Return whether an event loop runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def load(name: str | Path) -> "DatasetDict":

@@ -77,6 +77,7 @@ def pulled(version: Version, folder: Path, **options: Any) -> Version:
     folder.mkdir(parents=True)
     with build_package(version, "me/x", **options) as package:
         for name, content in package.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         return read_version(folder)
 

@@ -25,8 +25,9 @@ from pipeline.images.upright import upright_rgb
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from trainer.model.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.decoding import GREEDY, DecodingConfig
-from trainer.runtime.checkpoint_folder import find_captioner
-from trainer.tokenizer import TargetText, answering_prompt, scored_prompt
+from trainer.prompts import find_question, preferred_source
+from trainer.runtime.checkpoint_folder import find_captioner, require_learned
+from trainer.tokenizer import TargetText, scored_prompt
 
 BATCH_SIZE = 32
 PREPARED_BATCHES = 2  # batches that are prepared ahead
@@ -125,8 +126,16 @@ class Captioner:
     def prompt(self, style: str | None = None, question: str = "") -> list[int]:
         """Return the tokens of a prompt. Raises TrainError if the style, or answering, was not learned."""
         prompts = self.checkpoint.captioner.config.prompts
-        source, chosen = answering_prompt(prompts) if question else scored_prompt(prompts, style)
-        return self.checkpoint.tokenizer.prompt(TargetText(source, "", style=chosen, question=question))
+        require_learned(prompts, style, question)
+        if question:
+            return self.prompt_ids(
+                preferred_source(prompts, "") or "", "", find_question(question) or question
+            )
+        return self.prompt_ids(*scored_prompt(prompts, style))
+
+    def prompt_ids(self, source: str, style: str, question: str = "") -> list[int]:
+        """Return the tokens of a prompt that `choose_prompt` returned."""
+        return self.checkpoint.tokenizer.prompt(TargetText(source, "", style=style, question=question))
 
     def write(
         self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], decoding: DecodingConfig = GREEDY

@@ -1,15 +1,13 @@
 """Convert texts to token ids and back: the decoder's prompt, and the target that it learns to generate.
 
-A prompt consists of a source (human or synthetic) and either a caption style or a question. `prompts` lists
-the (source, style) pairs that a captioner has learned. The style of answers is "". Published captioners
-contain a copy of the functions that choose and build a prompt (trainer/publish/transformers_files.py).
+trainer/prompts.py chooses and builds prompts.
 """
 
 import math
 import re
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -18,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from trainer.prompts import ANSWER, preferred_source, preferred_style, prompt_ids, prompt_parts
 from trainer.runtime.checkpoint_folder import require_learned
 
 PAD, EOS = "<pad>", "<eos>"
@@ -204,62 +203,7 @@ def _prompt_tokens(texts: Iterable[TargetText]) -> list[str]:
     return [f"<{name}>" for name in (*sorted(sources), *sorted(styles - {""}))]
 
 
-ANSWER = "<answer>"  # last token of a question prompt
-STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "human")  # never interpreted as questions
 Prompts = list[tuple[str, str]]
-
-
-def preferred_style(prompts: list[tuple[str, str]]) -> str | None:
-    """Return "brief" or "plain" if learned, otherwise the first learned style, or None if there is none."""
-    styles = [style for _, style in prompts if style]
-    return next((style for style in ("brief", "plain") if style in styles), next(iter(styles), None))
-
-
-def preferred_source(prompts: list[tuple[str, str]], style: str) -> str | None:
-    """Return the source for a style's prompt, preferably human, or None if the style was not learned."""
-    sources = [source for source, learned in prompts if learned == style]
-    return "human" if "human" in sources else next(iter(sources), None)
-
-
-def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, str, str]:
-    """Return source, style and question for a prompt. `text` is a style, a question, or "" for the default.
-
-    Raises ValueError if the captioner has not learned the style or answers.
-    """
-    styles = list(dict.fromkeys(style for _, style in prompts if style))
-    if text in STYLES and text not in styles:
-        learned = ", ".join(styles) or "questions"
-        raise ValueError(f"this captioner was not trained on the style {text}, only on {learned}")
-    question = text if text and text not in styles else ""
-    style = "" if question else text or preferred_style(prompts)
-    if style is None:
-        raise ValueError("this captioner was trained only on questions. Ask it a question")
-    source = preferred_source(prompts, style)
-    if source is None:
-        raise ValueError(
-            f"this captioner was not trained to answer questions. Its styles are {', '.join(styles)}"
-        )
-    return source, style, question
-
-
-def prompt_parts(kind: str, source: str, style: str, question: str) -> list[tuple[str, bool]]:
-    """Return the parts of a prompt as (part, is_token) pairs. Parts that are not tokens are plain text.
-
-    `kind` is "pretrained" for a language model, or "scratch" for a decoder with tokens for sources and
-    styles.
-    """
-    if kind == "pretrained":
-        return [(f" Question: {question} Answer:" if question else f" A {style} caption ({source}):", False)]
-    if question:
-        return [(f"<{source}>", True), (question, False), (ANSWER, True)]
-    return [(f"<{source}>", True), (f"<{style}>", True)]
-
-
-def prompt_ids(
-    parts: list[tuple[str, bool]], token_id: Callable[[str], int], ids_of: Callable[[str], list[int]]
-) -> list[int]:
-    """Encode the parts of a prompt: `token_id` encodes special tokens, and `ids_of` encodes plain text."""
-    return [token for part, is_token in parts for token in ([token_id(part)] if is_token else ids_of(part))]
 
 
 def scored_prompt(prompts: Prompts, style: str | None = None) -> tuple[str, str]:

@@ -24,11 +24,12 @@ from trainer.features import LoadedFeatures, OnlineFeatures, store_features
 from trainer.loop import BatchLoader, Trainer, build_trainer, run_steps
 from trainer.model.checkpoint import Checkpoint, build_checkpoint, load_checkpoint
 from trainer.model.language_model import PretrainedDecoder
+from trainer.prompts import prompt_parts
 from trainer.runtime.checkpoint_folder import READ_ERRORS, find_captioner
 from trainer.runtime.devices import best_device, join_processes, matmul_precision
 from trainer.runtime.forecast import Forecast, fit_and_forecast
 from trainer.runtime.training_state import Log, load_resume
-from trainer.tokenizer import TargetText, prompt_parts, scored_prompt
+from trainer.tokenizer import TargetText, scored_prompt
 
 MAX_CUT_SHARE = 0.01  # more cut texts are reported
 LAST = "last"  # folder for the captioner after the last step, if an earlier one is better

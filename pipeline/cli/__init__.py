@@ -56,7 +56,7 @@ EXAMPLES = {
     "export": (
         "synth export --format webdataset",
         "synth export --in-place photos --style plain",
-        "synth export CAPTIONER --format onnx --int8",
+        "synth export CAPTIONER --format onnx",
     ),
     "check": ("synth check data/folder-photos", "synth check ORG/NAME@v1.0.0"),
     "train": ("synth train --data data/folder-photos --encoder clip --decoder scratch",),

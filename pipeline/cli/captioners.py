@@ -114,7 +114,7 @@ def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool
     echo(f"{row['image']}{style}: {row.get('caption', row.get('answer'))}")
 
 
-def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: bool) -> None:
+def export_captioner(captioner: str, out: Path | None, *, as_json: bool) -> None:
     """Export a captioner (a checkpoint folder, or ORG/NAME on the Hub) to ONNX."""
     from pipeline.storage.files import translate_disk_errors
 
@@ -124,7 +124,7 @@ def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: b
 
     target = out or Path(f"{Path(captioner.partition('@')[0]).resolve().name}-onnx")
     with show_progress() as progress, translate_disk_errors(target):
-        files = export_onnx(folder, target, progress, int8=int8)
+        files = export_onnx(folder, target, progress)
     for file, size in files.items():
         if file.endswith(".onnx"):
             say(f"{file}: {size / 1e6:.1f} MB")

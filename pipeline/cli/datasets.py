@@ -42,8 +42,8 @@ CHECKED = Argument(
 FORMAT = Option(
     "--format",
     metavar="FORMAT",
-    help="Format: parquet, imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or "
-    "lance; for a captioner: onnx.",
+    help="Format: parquet, imagefolder, sidecar, webdataset, llava, sharegpt, messages, paligemma, coco, "
+    "csv, cauldron or dpo; for a captioner: onnx.",
     show_default="imagefolder",
 )
 
@@ -160,14 +160,17 @@ def export(
     kind: Annotated[str | None, FORMAT] = None,
     out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
     in_place: Annotated[Path | None, path_option("Image folder to write text files into.")] = None,
-    style: Annotated[str | None, option("Caption style.", "all, or the first of plain, brief, ...")] = None,
+    style: Annotated[
+        str | None, option("Caption style, or all: a line each.", "all, or the first of plain, brief, ...")
+    ] = None,
+    trigger: Annotated[str, Option(help="Word that begins each caption, for a LoRA.")] = "",
+    absolute: Annotated[bool, Option("--absolute", help="Write absolute paths of images.")] = False,
     names: Annotated[Literal["id", "source"], option("Name files by id, or as in the source.")] = "id",
     split: Annotated[str | None, option("Split: train, validation or test.", "all")] = None,
     images: Images = None,
     overwrite: Overwrite = False,
     append: Append = False,
     skip_existing: SkipExisting = False,
-    int8: Annotated[bool, Option("--int8", help="Also write int8 ONNX: smaller, less accurate.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a version to another format, or a captioner to ONNX, or write captions next to your images."""
@@ -177,22 +180,36 @@ def export(
     from pipeline.storage.files import translate_disk_errors
     from pipeline.tables import SPLITS
 
-    if (captioner is not None) != (kind == "onnx") or (int8 and kind != "onnx"):
+    if (captioner is not None) != (kind == "onnx"):
         raise BadParameter(
-            "a captioner, --format onnx and --int8 go together: synth export CAPTIONER --format onnx "
+            "a captioner and --format onnx go together: synth export CAPTIONER --format onnx "
             "(transformers loads the folder of a captioner as it is)"
         )
     if captioner is not None:
         has_names = names != "id"
-        if any((data, in_place, style, has_names, split, images, overwrite, append, skip_existing)):
-            raise BadParameter("--format onnx accepts only --out, --int8 and --json", param_hint="--format")
-        export_captioner(captioner, out, int8=int8, as_json=as_json)
+        if any(
+            (
+                data,
+                in_place,
+                style,
+                trigger,
+                absolute,
+                has_names,
+                split,
+                images,
+                overwrite,
+                append,
+                skip_existing,
+            )
+        ):
+            raise BadParameter("--format onnx accepts only --out and --json", param_hint="--format")
+        export_captioner(captioner, out, as_json=as_json)
         return
     existing = read_existing(
         "--in-place", in_place is not None, skip=skip_existing, append=append, overwrite=overwrite
     )
-    if in_place is not None and (kind not in (None, "sidecar") or out or split or names != "id"):
-        excluded = "--format, --out, --split and --names"
+    if in_place is not None and (kind not in (None, "sidecar") or out or split or absolute or names != "id"):
+        excluded = "--format, --out, --split, --absolute and --names"
         raise BadParameter(f"--in-place excludes {excluded}", param_hint="--in-place")
     if (kind := kind or "imagefolder") not in (PARQUET, *FORMATS):
         known = did_you_mean(kind, FORMATS, f"formats: {', '.join([PARQUET, *FORMATS])}")
@@ -202,10 +219,13 @@ def export(
     folder = in_place or out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
     with show_progress() as progress, translate_disk_errors(folder):
         if in_place is not None:
-            done = write_beside(version, in_place, style=style, existing=existing, progress=progress)
+            done = write_beside(
+                version, in_place, style=style, trigger=trigger, existing=existing, progress=progress
+            )
         else:
             splits = (split,) if split else SPLITS
             choices: dict[str, Any] = {"style": style, "splits": splits, "source_names": names == "source"}
+            choices |= {"absolute": absolute, "trigger": trigger}
             done = export_version(version, kind, folder, **choices, progress=progress)
     without_text = f"; skipped {done.without_text:,} images without a text" if done.without_text else ""
     say(f"wrote {done.images:,} {'text files' if in_place is not None else 'images'}{without_text}")

@@ -62,7 +62,8 @@ def push(
         str | None, option("Space for a demo page of the captioner.", metavar="ORG/NAME")
     ] = None,
     also: Annotated[
-        str | None, option("Also push these formats: webdataset, cauldron, dpo, lance.", metavar="FORMAT,...")
+        str | None,
+        option("Also push these formats: webdataset, cauldron, messages, dpo.", metavar="FORMAT,..."),
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files, but send nothing.")] = False,
     as_json: AsJson = False,

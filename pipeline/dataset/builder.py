@@ -28,7 +28,7 @@ from pipeline.tables import (
     row_schema,
 )
 from pipeline.tasks.custom import NOTHING
-from pipeline.text.pii import MAY_HOLD, redact
+from pipeline.text.pii import redact
 
 NO_ANNOTATION = "no_annotation_left"
 DIGESTS = pa.schema({"sample_id": pa.string(), "digest": pa.string()})
@@ -126,16 +126,14 @@ def _join(
     if pa.types.is_struct(kind):
         context = pa.array([dict(values or ()) for values in samples["context"].to_pylist()], kind)
     columns = {
-        "references": _redact_texts(final_column(samples, "references", schema.field("references").type)),
+        "references": _redacted(final_column(samples, "references", schema.field("references").type)),
         "image": pa.array(np.ones(count, bool), mask=is_deck),
         "pages": pa.array(np.ones(count, bool), mask=~is_deck),
         "source": pa.array([source] * count, pa.string()),
         "context": context,
         "captions": _group(annotations, owner, is_caption, count, schema.field("captions").type),
         "qa": _group(annotations, owner, is_question, count, schema.field("qa").type),
-        "reference_qa": _redact_questions(
-            final_column(samples, "reference_qa", schema.field("reference_qa").type)
-        ),
+        "reference_qa": _redacted(final_column(samples, "reference_qa", schema.field("reference_qa").type)),
         "split": split.combine_chunks().take(pa.array(first_annotation, mask=first_annotation < 0)),
         **{column.name: _own_values(annotations, owner, count, column) for column in extras.own},
     }
@@ -157,32 +155,18 @@ def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn
     return pa.array(values, column.type)
 
 
-def _redact_texts(texts: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """Redact personal data in lists of human texts. The filter step has already redacted all other texts."""
-    if not _may_hold_personal_data(pc.list_flatten(texts)):
-        return texts
-    redacted = [row and [redact(text)[0] for text in row] for row in texts.to_pylist()]
-    return pa.array(redacted, texts.type)
+def _redacted(column: pa.ChunkedArray) -> pa.Array:
+    """Redact personal data in human texts. The filter step has already redacted all other texts."""
+    return pa.array(map(_redact, column.to_pylist()), column.type)
 
 
-def _redact_questions(questions: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    pairs = pc.list_flatten(questions)
-    answers = pc.list_flatten(pc.struct_field(pairs, "answers"))
-    if not _may_hold_personal_data(pc.struct_field(pairs, "question")) and not _may_hold_personal_data(
-        answers
-    ):
-        return questions
-    redacted = [row and [_redact_pair(pair) for pair in row] for row in questions.to_pylist()]
-    return pa.array(redacted, questions.type)
-
-
-def _may_hold_personal_data(texts: pa.ChunkedArray) -> bool:
-    return bool(pc.any(pc.match_substring_regex(texts, MAY_HOLD, ignore_case=True)).as_py())
-
-
-def _redact_pair(pair: dict[str, Any]) -> dict[str, Any]:
-    answers = [redact(answer)[0] for answer in pair["answers"] or ()]
-    return pair | {"question": redact(pair["question"] or "")[0], "answers": answers}
+def _redact(value: Any) -> Any:
+    """Redact a text, or the texts in a list or in a question with its answers."""
+    if isinstance(value, dict):
+        return value | {name: _redact(value[name]) for name in ("question", "answers")}
+    if isinstance(value, list):
+        return [*map(_redact, value)]
+    return value and redact(value)[0]
 
 
 def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.ListType) -> pa.ListArray:

@@ -211,8 +211,8 @@ def _configs(manifest: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
     if MESSAGES not in manifest.get("reader_columns", []):
         return {"default": {}}
     default = {"default": {"columns": [name for name in manifest["features"] if name != MESSAGES]}}
-    # Trainers reject conversations without turns, so the config is left out.
-    if manifest["measured"].get("rows_without_text"):
+    # The exported format of this name has the same conversations, with `images` as a list.
+    if MESSAGES in manifest.get("exports", {}):
         return default
     return default | {MESSAGES: {"columns": ["image", MESSAGES]}}
 

@@ -1,16 +1,17 @@
-"""Reader columns, for other trainers: one caption as `text`, and all texts about an image as `messages`.
+"""Reader columns, for other trainers: one caption as `text`, and all texts and values as `messages`.
 
-They are computed from `captions` and `qa` in the same row, so they are not part of a version's digest.
-`messages` has the conversation format that chat templates in transformers and TRL read. The first message
-contains the image.
+They are computed from the same row, so they are not part of a version's digest. `messages` has the format
+that chat templates in transformers and TRL read. The first message contains the image.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.tables import HUMAN, STRING
+from pipeline.tasks.boxes import BOX_FIELDS
 
 PREFERRED_STYLES = (HUMAN, "plain", "brief", "detailed")  # for `text`, in order of preference
 # The question that precedes a caption of each style in a conversation.
@@ -49,6 +50,32 @@ def turns(
     yield from questions
 
 
+def value_prompts(manifest: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the prompt and the kind of each column of a custom task. Jinja templates are not shown."""
+    prompts = {task["name"]: task["prompt"].strip() for task in manifest["config"].get("custom_tasks", ())}
+    return {
+        name: (
+            prompt if (prompt := prompts.get(name)) and "{" not in prompt else f"Write {name} of this image.",
+            column["kind"],
+        )
+        for name, column in manifest.get("own_columns", {}).items()
+    }
+
+
+def value_turns(row: dict[str, Any], prompts: dict[str, tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield (prompt, value) for each value of a custom task: a text, or JSON with boxes as `bbox_2d`."""
+    for name, (prompt, kind) in prompts.items():
+        value = row[name]
+        if kind == "boxes" and value is not None:
+            boxes = value if isinstance(value, list) else [value]
+            value = [
+                {BOX_FIELDS[0] if field in BOX_FIELDS else field: box[field] for field in box}
+                for box in boxes
+            ]
+        if value is not None:
+            yield prompt, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _rank(style: str) -> tuple[int, str]:
     styles = [*QUESTIONS]
     return (styles.index(style) if style in styles else len(styles), style)
@@ -69,14 +96,16 @@ def reader_columns(columns: Sequence[str]) -> list[str]:
     return [name for name in READER_COLUMNS.names if name not in columns] if "image" in columns else []
 
 
-def with_reader_columns(rows: pa.Table, names: Sequence[str]) -> pa.Table:
-    """Append the reader columns `names` to rows of a version, computed from their captions and questions."""
+def with_reader_columns(
+    rows: pa.Table, names: Sequence[str], prompts: dict[str, tuple[str, str]] | None = None
+) -> pa.Table:
+    """Append the reader columns `names` to rows of a version. `prompts` are those of `value_prompts`."""
     values: dict[str, list[Any]] = {"text": [], "messages": []}
-    for row in rows.select(["captions", "qa"]).to_pylist():
+    for row in rows.select(["captions", "qa", *(prompts or ())]).to_pylist():
         captions = [(caption["style"], caption["text"]) for caption in row["captions"]]
         questions = [(pair["question"], pair["answer"]) for pair in row["qa"]]
         values["text"].append(preferred_caption(captions))
-        values["messages"].append(messages(turns(captions, questions)))
+        values["messages"].append(messages([*turns(captions, questions), *value_turns(row, prompts or {})]))
     for name in names:
         field = READER_COLUMNS.field(name)
         rows = rows.append_column(field, pa.array(values[name], field.type))

@@ -64,10 +64,18 @@ class OwnColumnEntry(BaseModel):
     is_list: bool
 
 
+class TaskSettings(_Part):
+    """The settings of a custom task that conversations read."""
+
+    name: Name
+    prompt: str
+
+
 class Settings(_Part):
-    """The settings that cards and checks read."""
+    """The settings that cards, checks and conversations read."""
 
     tasks: list[Name]
+    custom_tasks: list[TaskSettings] = []
 
 
 class Manifest(_Part):

@@ -10,11 +10,12 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.builder import version_digest
 from pipeline.dataset.card import render_card
-from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, with_reader_columns
+from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, value_prompts, with_reader_columns
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import ImageStore, missing_error
 from pipeline.dataset.shards import TEXT_GROUP_ROWS, SplitWriter
 from pipeline.dataset.version import (
+    ABOUT,
     CARD_FILE,
     IMAGES_FILE,
     MANIFEST,
@@ -95,13 +96,13 @@ class RowWriter:
 def write_self_contained(version: Version, folder: Path, splits: Iterable[str] = SPLITS) -> dict[str, Any]:
     """Write the rows of a version with images and reader columns. Return a manifest for the new files."""
     columns, extras = version.manifest["columns"], extras_of(version.manifest)
-    readers = reader_columns(columns)
+    readers, prompts = reader_columns(columns), value_prompts(version.manifest)
     schema = pa.schema([*row_schema(columns, extras), *map(READER_COLUMNS.field, readers)])
     for split in splits:
         writer = SplitWriter(folder, split, schema)
         for _, batch in version.batches(columns, PIXEL_BATCH_ROWS, [split]):
             rows = pa.Table.from_batches([batch])
-            writer.add(with_reader_columns(rows, readers) if readers else rows)
+            writer.add(with_reader_columns(rows, readers, prompts) if readers else rows)
         writer.close()
     files = {path.name: describe_file(path) for path in sorted(folder.glob("*.parquet"))}
     store_keys = ("pixels", "pixel_columns", "images")
@@ -232,10 +233,11 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
         move([(draft / MANIFEST, final / MANIFEST)])
         return
     move([(path, draft / name) for path, name in files])
-    for entry in draft.iterdir():
-        if entry.is_dir():
+    for entry in [*draft.iterdir()]:
+        if entry.is_dir() and entry.name != ABOUT:
             remove(entry)
-        else:
-            flush_file(entry)
+    for path in draft.rglob("*"):
+        if path.is_file():
+            flush_file(path)
     draft.rename(final)
     flush_folder(final.parent)

@@ -47,7 +47,6 @@ class DatasetStatistics:
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by answer type
     scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (SCORE_NAMES)
     repaired_captions: int = 0
-    rows_without_text: int = 0  # rows that have only values of custom tasks
     human_captions: int = 0
     human_questions: int = 0
     images_by_task: Counter[str] = field(default_factory=Counter)  # by custom task
@@ -61,7 +60,6 @@ class DatasetStatistics:
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows of a version."""
         for row in rows:
-            self.rows_without_text += not row["captions"] and not row["qa"]
             for caption in row["captions"]:
                 self.caption_words[caption["style"]].add(len(_WORD.findall(caption["text"])))
                 self.repaired_captions += caption["prompt_id"].startswith(f"{REPAIR.name}/")
@@ -121,7 +119,6 @@ class DatasetStatistics:
                 n: {"mean": mean.value, "count": mean.count} for n, mean in sorted(self.scores.items())
             },
             "repaired_captions": self.repaired_captions,
-            "rows_without_text": self.rows_without_text,
             "human_captions": self.human_captions,
             "human_questions": self.human_questions,
             "custom_tasks": {

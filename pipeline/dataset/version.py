@@ -32,8 +32,10 @@ from pipeline.tables import (
     row_schema,
 )
 
-REJECTIONS_FILE = "rejections.parquet"
-IMAGES_FILE = "images.parquet"  # image digests of all rows (tables.IMAGE_DIGESTS)
+# The Parquet files next to the folder ABOUT hold the rows.
+ABOUT = "about"
+REJECTIONS_FILE = f"{ABOUT}/rejections.parquet"
+IMAGES_FILE = f"{ABOUT}/images.parquet"  # image digests of all rows (tables.IMAGE_DIGESTS)
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 DAMAGE_HINT = "move it away, and run `synth generate` again, which reuses all replies"

@@ -5,8 +5,9 @@ An export is written to a hidden folder next to its destination, and renamed whe
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.dataset.pixels import lacks_pixels
@@ -14,7 +15,7 @@ from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError
-from pipeline.formats.formats import FORMATS, PARQUET, TABLES, Format
+from pipeline.formats.formats import ALL, FORMATS, PARQUET, TABLES, ExportOptions, Format, captions_of
 from pipeline.formats.items import Item, no_pixels_error, read_items
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
@@ -25,6 +26,7 @@ from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
+PHRASE_WORDS, SHARED_FRAC, MAX_SHOWN_PHRASES = 3, 0.8, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +46,28 @@ def export_version(
     style: str | None = None,
     splits: Iterable[str] = SPLITS,
     source_names: bool = False,
+    absolute: bool = False,
+    trigger: str = "",
     progress: Progress | None = None,
 ) -> Exported:
     """Write a version to a new folder, as PARQUET or in one of FORMATS. `style` selects captions.
 
-    `source_names` names files as in the source (`read_items`).
+    `source_names` names files as in the source (`read_items`). `absolute` writes absolute paths of images.
+    `trigger` is a word that begins each caption: phrases that most captions share are then reported.
     Raises ConfigError if the folder exists or is in use, or there is nothing to write in this format.
     """
     report, splits = progress or NullProgress(), tuple(splits)
     # This also refuses names such as `.`, for which no lock file can be created.
     _require_new(out)
-    if source_names and kind in TABLES:
-        raise ConfigError(f"the format {kind} has no files of images", hint="leave --names out")
+    if (source_names or absolute) and kind in TABLES:
+        raise ConfigError(
+            f"the format {kind} has no files of images", hint="leave out --names and --absolute"
+        )
     busy = ConfigError(f"another process is exporting to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
         _require_new(out)
-        num_rows = _check_export(version, kind, style, splits)
+        num_rows = _check_export(version, kind, style, trigger, splits)
         draft = out.with_name(f".{out.name}.unfinished")
         remove(draft)
         draft.mkdir(parents=True)
@@ -69,7 +76,9 @@ def export_version(
             write_self_contained(version, draft, splits)
         else:
             items = read_items(version, splits, source_names=source_names)
-            written = _write_items(items, FORMATS[kind](draft, style), num_rows, report)
+            items = _add_trigger(items, trigger, report) if trigger else items
+            options = ExportOptions(style, f"{out.absolute().as_posix()}/" if absolute else "")
+            written = _write_items(items, FORMATS[kind](draft, options), num_rows, report)
             without_text = num_rows - written
         if not written:
             remove(draft)
@@ -86,14 +95,17 @@ def _require_new(out: Path) -> None:
         raise ConfigError(f"{out} already exists", hint="choose another folder: --out DIR")
 
 
-def _check_export(version: Version, kind: str, style: str | None, splits: tuple[str, ...]) -> int:
+def _check_export(
+    version: Version, kind: str, style: str | None, trigger: str, splits: tuple[str, ...]
+) -> int:
     """Return the number of rows to export. Raises ConfigError if there is nothing to export."""
     captions = version.manifest["measured"].get("captions", {})
-    if style is not None and style not in captions:
+    if style not in (None, ALL, *captions):
         hint = f"styles of its captions: {', '.join(captions) or 'none'}"
         raise ConfigError(f"no caption of {version.name} has the style {style}", hint=hint)
-    if kind == PARQUET and style:
-        raise ConfigError(f"the format {PARQUET} always has all captions", hint="leave out --style")
+    if kind == PARQUET and (style or trigger):
+        hint = "leave out --style and --trigger"
+        raise ConfigError(f"the format {PARQUET} always has all captions as they are", hint=hint)
     if kind == PARQUET and lacks_pixels(version):
         raise no_pixels_error(version)
     num_rows: int = sum(version.manifest["rows"].get(split, 0) for split in splits)
@@ -111,11 +123,31 @@ def _write_items(items: Iterable[Item], writer: Format, num_rows: int, report: P
     return written
 
 
+def _add_trigger(items: Iterable[Item], trigger: str, report: Progress) -> Iterator[Item]:
+    """Yield items whose captions begin with `trigger`, the word that a LoRA learns.
+
+    Warns of phrases that most images share, since the LoRA would not learn what they describe.
+    """
+    phrases, images = Counter[str](), 0
+    for item in items:
+        images += bool(item.captions)
+        words = [re.findall(r"\w+", text.lower()) for _, text in item.captions]
+        starts = [(caption, n) for caption in words for n in range(len(caption) - PHRASE_WORDS + 1)]
+        phrases.update({" ".join(caption[n : n + PHRASE_WORDS]) for caption, n in starts})
+        captions = [(style, f"{trigger}, {text}") for style, text in item.captions]
+        human_texts = item.human_texts | {f"{trigger}, {text}" for text in item.human_texts}
+        yield replace(item, captions=captions, human_texts=human_texts)
+    shared = [(phrase, count) for phrase, count in phrases.most_common() if count > SHARED_FRAC * images]
+    for phrase, count in shared[:MAX_SHOWN_PHRASES]:
+        report.warn(f'{count} of {images} images have the phrase "{phrase}" in their captions')
+
+
 def write_beside(
     version: Version,
     folder: Path,
     *,
     style: str | None = None,
+    trigger: str = "",
     existing: Existing = "refuse",
     progress: Progress | None = None,
 ) -> Exported:
@@ -124,22 +156,25 @@ def write_beside(
     Raises ConfigError, before any write, if an image has changed, or text files exist and must not change.
     """
     report = progress or NullProgress()
-    captions = list(_read_own_images(version, folder, style))
+    captions = list(_read_own_images(version, folder, style, trigger, report))
     if not captions:
         raise _no_text_error(version, style, "sidecar")
     to_write = set(images_to_write([image for image, _, _ in captions], existing))
-    for number, (image, caption, is_human) in enumerate(captions, start=1):
+    for number, (image, lines, own) in enumerate(captions, start=1):
         if image in to_write:
-            lines = caption.splitlines()
-            write_sidecar(image, lines, existing, own=() if is_human else lines)
+            write_sidecar(image, lines, existing, own)
         report("export", number, len(captions))
     return Exported(folder, len(to_write), version.num_rows - len(captions))
 
 
-def _read_own_images(version: Version, folder: Path, style: str | None) -> Iterator[tuple[Path, str, bool]]:
-    for item in read_items(version):
-        text = item.caption(style)
-        if text is None:
+def _read_own_images(
+    version: Version, folder: Path, style: str | None, trigger: str, report: Progress
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield each image with its captions, and those of them that a model wrote."""
+    items = read_items(version)
+    for item in _add_trigger(items, trigger, report) if trigger else items:
+        texts = captions_of(item, style)
+        if not texts:
             continue
         path = _path_of_row(folder, item.source_row)
         try:
@@ -150,7 +185,7 @@ def _read_own_images(version: Version, folder: Path, style: str | None) -> Itera
         if not is_same:
             hint = "run `synth generate` again, or restore the original image"
             raise ConfigError(f"{path} differs from the image that the version describes", hint=hint)
-        yield path, text, text in item.human_texts
+        yield path, texts, [text for text in texts if text not in item.human_texts]
 
 
 def _path_of_row(folder: Path, name: str) -> Path:
@@ -170,8 +205,8 @@ def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigErro
         )
     own, captions = version.manifest.get("own_columns"), version.manifest["measured"].get("captions", {})
     if own and not captions and not style:
-        hint = f"export its columns ({', '.join(own)}) with --format imagefolder, webdataset or lance"
+        hint = f"export its columns ({', '.join(own)}) with --format imagefolder or webdataset"
         return ConfigError(f"{version.name} has no captions for this format", hint=hint)
-    text = f"a caption of the style {style}" if style else "a text"
+    text = f"a caption of the style {style}" if style not in (None, ALL) else "a text"
     hint = f"its captions have the styles: {', '.join(captions) or 'none'}"
     return ConfigError(f"no image of {version.name} has {text} for this format", hint=hint)

@@ -1,29 +1,17 @@
-"""The formats of `synth export`. Each receives the images one by one, and keeps few of them in memory.
+"""The formats of `synth export` (docs/exports.md names the tools that read them).
 
-| format | for |
-|---|---|
-| parquet | readers of Parquet: all columns of the version, including images, as `synth push` uploads them |
-| imagefolder | `datasets.load_dataset("imagefolder", data_dir=...)` |
-| sidecar | trainers of diffusion models: a text file next to each image |
-| webdataset | the package webdataset, open_clip, readers of img2dataset |
-| llava | LLaVA's trainers: conversations in JSON |
-| sharegpt | LLaMA-Factory and others: messages in JSON lines |
-| coco | pycocotools: captions, and boxes as instances |
-| csv | open_clip (`--csv-separator ,`): one line per caption |
-| cauldron | nanoVLM and other trainers of The Cauldron or FineVision: Parquet with `images` and `texts` |
-| lance | Lance and LanceDB: one dataset per split (extra `lance`) |
-| dpo | TRL's DPOTrainer: Parquet, one row per preference pair (the best and the worst caption) |
+Each format receives the images one by one, and keeps few of them in memory.
 """
 
 import csv
 import io
 import json
-import os
 import tarfile
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import pyarrow as pa
@@ -31,15 +19,12 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import MESSAGE, messages, turns
 from pipeline.dataset.shards import SplitWriter
-from pipeline.errors import ConfigError
 from pipeline.formats.items import ITEM_BATCH, Item
-from pipeline.install import install_command
 from pipeline.storage.sidecars import note_own_lines
 from pipeline.tables import (
     ANSWERS,
     BY_MODEL,
     CAPTIONS,
-    HUMAN_QUESTION,
     IMAGE,
     QUESTION,
     REFERENCE_QA,
@@ -53,11 +38,26 @@ DRAFT, DRAFT_BATCH_LINES = ".metadata.jsonl", 10_000
 SHARD_BYTES = 500_000_000  # bytes of images and texts in a tar file
 
 
-class Format:
-    """Base of all formats. `style` selects captions. By default, all are exported."""
+ALL = "all"  # the style that stands for every caption
 
-    def __init__(self, folder: Path, style: str | None = None) -> None:
-        self.folder, self.style = folder, style
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """Which captions an export writes, and how."""
+
+    style: str | None = None  # captions of one style, or ALL: several in a file for one caption
+    image_root: str = ""  # precedes the paths of images in texts and tables
+
+
+DEFAULTS = ExportOptions()
+
+
+class Format:
+    """Base of all formats. `options.style` selects captions. By default, all are exported."""
+
+    def __init__(self, folder: Path, options: ExportOptions = DEFAULTS) -> None:
+        self.folder, self.options = folder, options
+        self.style = None if options.style == ALL else options.style
         self._files: dict[str, TextIO] = {}
 
     def add(self, item: Item) -> bool:
@@ -72,6 +72,11 @@ class Format:
     def captions(self, item: Item) -> list[tuple[str, str]]:
         """Return the selected captions as (style, text)."""
         return [(style, text) for style, text in item.captions if self.style in (None, style)]
+
+    def caption_columns(self, item: Item) -> dict[str, Any]:
+        """Return the first caption of each style as `caption_STYLE`, and the size of the image."""
+        sizes = {"width": item.width_px, "height": item.height_px}
+        return {f"caption_{style}": text for style, text in reversed(self.captions(item))} | sizes
 
     def texts(self, item: Item) -> dict[str, Any]:
         """Return all texts of an image, by column."""
@@ -93,15 +98,19 @@ class Format:
         """Return (question, answer) for all texts of an image. The first question begins with
         `image_token`.
         """
-        asked = [*turns(self.captions(item), item.questions)]
+        asked = [*turns(self.captions(item), item.questions), *item.value_turns]
         return [(f"{image_token}{question}", answer) for question, answer in asked[:1]] + asked[1:]
 
     def put_image(self, item: Item, folder: str) -> str:
-        """Write an image file, and return its path within the export."""
+        """Write an image file, and return its path within the export, or its absolute path."""
         path = self.folder / folder / item.file_name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(item.image)
-        return f"{folder}/{item.file_name}"
+        return f"{self.options.image_root}{folder}/{item.file_name}"
+
+    def add_line(self, name: str, row: dict[str, Any]) -> None:
+        """Append a row to a file of JSON lines."""
+        self.file(name).write(to_json(row) + "\n")
 
     def file(self, name: str) -> TextIO:
         """Return a text file of the export, and open it on the first call."""
@@ -110,6 +119,14 @@ class Format:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._files[name] = path.open("w", encoding="utf-8", newline="")
         return self._files[name]
+
+    def describe(self, entries: dict[str, dict[str, Any]]) -> None:
+        """Write dataset_info.json, where LLaMA-Factory finds the files of an export."""
+        known = {
+            Path(name).stem: {"file_name": name, "formatting": "sharegpt", **entry}
+            for name, entry in entries.items()
+        }
+        (self.folder / "dataset_info.json").write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
     def table(self, name: str, *columns: str) -> Any:
         """Return a writer of a CSV file of the export, which begins with the names of its columns."""
@@ -125,8 +142,8 @@ class ImageFolder(Format):
 
     def add(self, item: Item) -> bool:
         self.put_image(item, item.split)
-        row = add_values({"file_name": item.file_name, **self.texts(item), **item.origin}, item)
-        self.file(f"{item.split}/{DRAFT}").write(to_json(row) + "\n")
+        texts = self.texts(item) | self.caption_columns(item) | item.origin
+        self.add_line(f"{item.split}/{DRAFT}", add_values({"file_name": item.file_name, **texts}, item))
         return True
 
     def close(self) -> None:
@@ -150,25 +167,37 @@ def _read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 class Sidecar(Format):
-    """A text file with one caption next to each image. source_rows.csv has the origin of each image."""
+    """A text file next to each image: one caption, or a caption per line. source_rows.csv has the origins."""
 
     def add(self, item: Item) -> bool:
-        text = item.caption(self.style)
-        if text is None:
+        captions = captions_of(item, self.options.style)
+        if not captions:
             return False
+        lines = [" ".join(caption.split()) for caption in captions]
         row = [self.put_image(item, item.split), item.source_row]
         self.table("source_rows.csv", "file_name", "source_row").writerow(row)
         file = self.folder / item.split / f"{item.name}.txt"
-        note_own_lines(file, () if text in item.human_texts else text.splitlines())
-        file.write_text(text + "\n", encoding="utf-8")
+        is_human = [caption in item.human_texts for caption in captions]
+        note_own_lines(file, [line for line, human in zip(lines, is_human, strict=True) if not human])
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return True
+
+
+def captions_of(item: Item, style: str | None) -> list[str]:
+    """Return the captions for a text file: all for the style ALL, else one or none."""
+    if style == ALL:
+        return [text for _, text in item.captions]
+    text = item.caption(style)
+    return [] if text is None else [text]
 
 
 class WebDataset(Format):
     """Tar files with an image, a text and a JSON file for each sample."""
 
-    def __init__(self, folder: Path, style: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-        super().__init__(folder, style)
+    def __init__(
+        self, folder: Path, options: ExportOptions = DEFAULTS, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        super().__init__(folder, options)
         self.shard_bytes = shard_bytes
         self._split, self._number, self._bytes = "", 0, 0
         self._tar: tarfile.TarFile | None = None
@@ -176,7 +205,7 @@ class WebDataset(Format):
     def add(self, item: Item) -> bool:
         texts = self.texts(item)
         text = texts.pop("text")
-        about = texts | {"width": item.width_px, "height": item.height_px, **item.origin}
+        about = texts | self.caption_columns(item) | item.origin
         members = {item.suffix: item.image, "json": to_json(add_values(about, item)).encode()}
         members |= {"txt": text.encode()} if text is not None else {}
         tar = self._open_tar(item.split)
@@ -219,28 +248,83 @@ class Llava(Format):
     def close(self) -> None:
         for file in self._files.values():
             file.write("\n]\n")
+        columns = {"columns": {"messages": "conversations", "images": "image"}}
+        self.describe(dict.fromkeys(self._files, columns))
         super().close()
 
 
 class ShareGpt(Format):
-    """JSON lines with messages and the paths of images."""
+    """JSON lines with messages and the paths of images.
+
+    `SPLIT_dpo.jsonl` has preference pairs, which ms-swift reads as `messages` and `rejected_response`, and
+    LLaMA-Factory as `prompt`, `better` and `worse`. `SPLIT_boxes.jsonl` has boxes as `objects` for ms-swift,
+    which converts them to the coordinates of its model.
+    """
 
     def add(self, item: Item) -> bool:
-        dialog = []
-        for question, answer in self.turns(item, "<image>"):
-            dialog += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        if not dialog:
+        asked = self.turns(item, "<image>")
+        if not asked:
             return False
-        row = {"messages": dialog, "images": [self.put_image(item, "images")], **item.origin}
-        self.file(f"{item.split}.jsonl").write(to_json(row) + "\n")
+        images = {"images": [self.put_image(item, "images")], **item.origin}
+        self.add_line(f"{item.split}.jsonl", {"messages": _dialog(asked), **images})
+        for style, better, worse in item.pairs:
+            if self.style in (None, style):
+                prompt, chosen = _dialog([*turns([(style, better)], [])])
+                prompt["content"] = f"<image>{prompt['content']}"
+                rejected = chosen | {"content": worse}
+                for_swift = {"messages": [prompt, chosen], "rejected_response": worse}
+                pair = for_swift | {"prompt": [prompt], "better": chosen, "worse": rejected}
+                self.add_line(f"{item.split}_dpo.jsonl", pair | images)
+        if item.boxes:
+            marks = ", ".join('{"bbox_2d": <bbox>, "label": "<ref-object>"}' for _ in item.boxes)
+            found = _dialog([("<image>Find all objects.", f"[{marks}]")])
+            objects = {"ref": [*map(_label_of, item.boxes)], "bbox": [*map(_corners_of, item.boxes)]}
+            self.add_line(f"{item.split}_boxes.jsonl", {"messages": found, "objects": objects, **images})
         return True
+
+    def close(self) -> None:
+        tags = {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+        }
+        columns = {"messages": "messages", "images": "images"}
+        pairs = {"messages": "prompt", "images": "images", "chosen": "better", "rejected": "worse"}
+        self.describe(
+            {
+                name: {"columns": pairs, "tags": tags, "ranking": True}
+                if "_dpo." in name
+                else {"columns": columns, "tags": tags}
+                for name in self._files
+                if "_boxes." not in name
+            }
+        )
+        super().close()
+
+
+def _dialog(asked: list[tuple[str, str]]) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in asked for role, text in zip(roles, turn, strict=True)]
+
+
+class PaliGemma(Format):
+    """JSON lines of big_vision: one line per text, with the path of the image."""
+
+    def add(self, item: Item) -> bool:
+        asked = self.turns(item)
+        image = self.put_image(item, "images") if asked else ""
+        for prefix, suffix in asked:
+            row = {"image": image, "prefix": prefix, "suffix": suffix, **item.origin}
+            self.add_line(f"{item.split}.jsonl", row)
+        return bool(asked)
 
 
 class Coco(Format):
     """COCO's JSON with captions, and with boxes as instances. All entries stay in memory until the end."""
 
-    def __init__(self, folder: Path, style: str | None = None) -> None:
-        super().__init__(folder, style)
+    def __init__(self, folder: Path, options: ExportOptions = DEFAULTS) -> None:
+        super().__init__(folder, options)
         # Keys: the kind (captions or instances), and the split.
         self._images: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self._annotations: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -293,11 +377,24 @@ class Coco(Format):
         super().close()
 
 
+def _label_of(box: dict[str, Any]) -> str:
+    return str(box.get("label") or "object")
+
+
+def _corners_of(box: dict[str, Any]) -> list[int]:
+    corners: list[int] = next(box[name] for name in BOX_FIELDS if name in box)
+    return corners
+
+
 def _coco_instance(box: dict[str, Any]) -> dict[str, Any]:
-    left, top, right, bottom = next(box[name] for name in BOX_FIELDS if name in box)
+    left, top, right, bottom = _corners_of(box)
     width, height = right - left, bottom - top
-    label = str(box.get("label") or "object")
-    return {"category": label, "bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
+    return {
+        "category": _label_of(box),
+        "bbox": [left, top, width, height],
+        "area": width * height,
+        "iscrowd": 0,
+    }
 
 
 class Csv(Format):
@@ -314,90 +411,73 @@ class Csv(Format):
         return True
 
 
-class TableFormat(Format):
-    """Base of formats that write tables with the images in the rows."""
+class ParquetFormat(Format):
+    """Base of formats that are Parquet files for `datasets`, with the images in the rows."""
 
-    SCHEMA: pa.Schema
+    COLUMNS: Mapping[str, pa.DataType]  # without those of all formats
 
-    def __init__(self, folder: Path, style: str | None = None) -> None:
-        super().__init__(folder, style)
-        self._split = ""
+    def __init__(self, folder: Path, options: ExportOptions = DEFAULTS) -> None:
+        super().__init__(folder, options)
+        common = dict.fromkeys(("license", "source_row"), STRING)
+        self._schema = pa.schema({"sample_id": STRING, **self.COLUMNS, **common})
         self._rows: list[dict[str, Any]] = []
+        self._writer: SplitWriter | None = None
 
     def rows_of(self, item: Item) -> list[dict[str, Any]]:
-        """Return the rows for an image without the column `sample_id`."""
-        raise NotImplementedError
-
-    def write(self, rows: pa.Table, split: str) -> None:
-        """Append rows to the table of a split. The rows of a split are contiguous."""
+        """Return the values of COLUMNS for each row of an image."""
         raise NotImplementedError
 
     def add(self, item: Item) -> bool:
-        if item.split != self._split or len(self._rows) >= ITEM_BATCH:
-            self._flush()
-        self._split = item.split
+        if self._writer is None or item.split != self._writer.split:
+            self.close()
+            self._writer = SplitWriter(self.folder, item.split, self._schema)
+        elif len(self._rows) >= ITEM_BATCH:
+            self._flush(self._writer)
         rows = self.rows_of(item)
         self._rows += [{"sample_id": item.sample_id, **row, **item.origin} for row in rows]
         return bool(rows)
 
     def close(self) -> None:
-        self._flush()
+        if self._writer:
+            self._flush(self._writer)
+            self._writer.close()
 
-    def _flush(self) -> None:
-        if self._rows:
-            self.write(pa.Table.from_pylist(self._rows, schema=self.SCHEMA), self._split)
+    def _flush(self, writer: SplitWriter) -> None:
+        writer.add(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._rows = []
 
 
-class ParquetFormat(TableFormat):
-    """Base of formats that are Parquet files for `datasets`."""
-
-    _writer: SplitWriter | None = None
-
-    def write(self, rows: pa.Table, split: str) -> None:
-        if self._writer is None or self._writer.split != split:
-            self._end_split()
-            self._writer = SplitWriter(self.folder, split, self.SCHEMA)
-        self._writer.add(rows)
-
-    def close(self) -> None:
-        super().close()
-        self._end_split()
-
-    def _end_split(self) -> None:
-        if self._writer:
-            self._writer.close()
+def _stored(item: Item) -> dict[str, Any]:
+    """Return an image in the encoding of `datasets`."""
+    return {"bytes": item.image, "path": None}
 
 
 class Cauldron(ParquetFormat):
     """The columns of The Cauldron and FineVision: images, and turns between a user and an assistant."""
 
-    SCHEMA = pa.schema(
-        {
-            "sample_id": STRING,
-            "images": pa.list_(IMAGE),
-            "texts": pa.list_(pa.struct(fields(STRING, "user", "assistant"))),
-            "license": STRING,
-            "source_row": STRING,
-        }
-    )
+    TURN = pa.struct(fields(STRING, "user", "assistant"))
+    COLUMNS = MappingProxyType({"images": pa.list_(IMAGE), "texts": pa.list_(TURN)})
 
     def rows_of(self, item: Item) -> list[dict[str, Any]]:
         texts = [{"user": question, "assistant": answer} for question, answer in self.turns(item)]
-        images = [{"bytes": item.image, "path": None}]
-        return [{"images": images, "texts": texts}] if texts else []
+        return [{"images": [_stored(item)], "texts": texts}] if texts else []
+
+
+class Messages(ParquetFormat):
+    """Conversations as chat templates read them, with `images` as a list."""
+
+    COLUMNS = MappingProxyType({"images": pa.list_(IMAGE), "messages": pa.list_(MESSAGE)})
+
+    def rows_of(self, item: Item) -> list[dict[str, Any]]:
+        conversation = messages(self.turns(item))
+        return [{"images": [_stored(item)], "messages": conversation}] if conversation else []
 
 
 class Preferences(ParquetFormat):
     """The columns of TRL's DPOTrainer: one row per pair of a chosen and a rejected caption."""
 
-    SCHEMA = pa.schema(
-        [
-            pa.field("sample_id", STRING),
-            pa.field("image", IMAGE),
-            *fields(pa.list_(MESSAGE), "prompt", "chosen", "rejected"),
-            *fields(STRING, "license", "source_row"),
-        ]
+    COLUMNS = MappingProxyType(
+        {"image": IMAGE, **dict.fromkeys(("prompt", "chosen", "rejected"), pa.list_(MESSAGE))}
     )
 
     def rows_of(self, item: Item) -> list[dict[str, Any]]:
@@ -405,45 +485,10 @@ class Preferences(ParquetFormat):
         for style, better, worse in item.pairs:
             if self.style in (None, style):
                 prompt, chosen = messages(turns([(style, better)], []))
-                _, rejected = messages(turns([(style, worse)], []))
+                rejected = chosen | {"content": [{"type": "text", "text": worse}]}
                 dialog = {"prompt": [prompt], "chosen": [chosen], "rejected": [rejected]}
-                rows.append({"image": {"bytes": item.image, "path": None}, **dialog})
+                rows.append({"image": _stored(item), **dialog})
         return rows
-
-
-class Lance(TableFormat):
-    """A Lance dataset for each split: one row per image, with all texts and values."""
-
-    SCHEMA = pa.schema(
-        [
-            pa.field("sample_id", STRING),
-            pa.field("image", pa.binary()),
-            *fields(pa.int32(), "width", "height"),
-            pa.field("text", STRING),
-            pa.field("captions", pa.list_(pa.struct(fields(STRING, "style", "text", WRITTEN_BY)))),
-            pa.field("qa", pa.list_(pa.struct(fields(STRING, "question", "answer", WRITTEN_BY)))),
-            pa.field("references", pa.list_(STRING)),
-            pa.field(REFERENCE_QA, pa.list_(HUMAN_QUESTION)),
-            *fields(STRING, "values", "license", "source_row"),  # values of custom tasks are JSON
-        ]
-    )
-
-    def __init__(self, folder: Path, style: str | None = None) -> None:
-        super().__init__(folder, style)
-        if find_spec("lance") is None:
-            raise ConfigError("the format lance needs the package pylance", hint=install_command("lance"))
-
-    def rows_of(self, item: Item) -> list[dict[str, Any]]:
-        sizes = {"width": item.width_px, "height": item.height_px}
-        return [{"image": item.image, **sizes, **self.texts(item), "values": to_json(item.values)}]
-
-    def write(self, rows: pa.Table, split: str) -> None:
-        # Lance warns about each file that it creates.
-        os.environ.setdefault("LANCE_LOG", "error")
-        import lance
-
-        path = self.folder / f"{split}.lance"
-        lance.write_dataset(rows, str(path), mode="append" if path.exists() else "create")
 
 
 def add_values(row: dict[str, Any], item: Item) -> dict[str, Any]:
@@ -461,19 +506,20 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
+FORMATS: dict[str, Callable[[Path, ExportOptions], Format]] = {
     "imagefolder": ImageFolder,
     "sidecar": Sidecar,
     "webdataset": WebDataset,
     "llava": Llava,
     "sharegpt": ShareGpt,
+    "messages": Messages,
+    "paligemma": PaliGemma,
     "coco": Coco,
     "csv": Csv,
     "cauldron": Cauldron,
     "dpo": Preferences,
-    "lance": Lance,
 }
 
 PARQUET = "parquet"  # not in FORMATS: all columns are written at once (dataset/publishing.py)
-TABLES = (PARQUET, "cauldron", "dpo", "lance")  # images are in the rows
-OF_FEW_FILES = ("webdataset", "cauldron", "dpo", "lance")  # formats for a repository of the Hub
+TABLES = (PARQUET, "cauldron", "messages", "dpo")  # images are in the rows
+OF_FEW_FILES = ("webdataset", "cauldron", "messages", "dpo")  # formats for a repository of the Hub

@@ -5,11 +5,11 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.dataset.conversation import preferred_caption
+from pipeline.dataset.conversation import preferred_caption, value_prompts, value_turns
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import open_image, upright_file
@@ -47,6 +47,7 @@ class Item:
     boxes: Sequence[dict[str, Any]] | None = (
         None  # boxes from custom tasks, or None if the model answered no such task
     )
+    value_turns: Sequence[tuple[str, str]] = ()  # (prompt, value) of custom tasks
     pairs: Sequence[tuple[str, str, str]] = ()  # (style, best caption, worst caption)
 
     @property
@@ -85,13 +86,15 @@ def read_items(
     if "image" not in columns:
         raise no_pixels_error(version)
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
+    prompts = value_prompts(version.manifest)
     unused = ("pages", "source", "context")
     names = [name for name in columns if name not in unused]
     counts = Counter(_source_names(version)) if source_names else Counter()
     for split, batch in version.batches(names, ITEM_BATCH, splits):
         for row in batch.to_pylist():
             name = file_name_of(row["source_row"]) if source_names else ""
-            yield _make_item(row, split, own, name if counts[name.casefold()] == 1 else "")
+            name = name if counts[name.casefold()] == 1 else ""
+            yield replace(_make_item(row, split, own, name), value_turns=[*value_turns(row, prompts)])
 
 
 def _source_names(version: Version) -> Iterator[str]:

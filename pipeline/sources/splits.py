@@ -40,7 +40,7 @@ def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
     """Group paths by the split that each path names. A synth version's file of rejections is left out."""
     files: dict[str | None, list[str]] = {}
     for path in paths:
-        if path.rpartition("/")[2] != REJECTIONS_FILE:
+        if not path.endswith(REJECTIONS_FILE):
             files.setdefault(split_of_path(path), []).append(path)
     return files
 

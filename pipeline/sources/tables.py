@@ -354,7 +354,7 @@ def _open_parquet(config: Config, path: str) -> Source:
         if files.is_local and any(Path(path).expanduser().rglob("*.arrow")):
             hint = f"load it with datasets.load_from_disk({path!r}), and write it with to_parquet"
         raise SourceError(f"no Parquet file at {path}", hint=hint)
-    if {IMAGES_FILE, REJECTIONS_FILE} <= {Path(name).name for name in files.names}:
+    if all(any(name.endswith(file) for name in files.names) for file in (IMAGES_FILE, REJECTIONS_FILE)):
         hint = (
             f"`synth export --data {path} --format parquet --out FOLDER` writes files that contain the images"
         )
@@ -427,7 +427,7 @@ def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
 def _list_parquet(api: "HfApi", repo: str, commit: str) -> list[str]:
     paths = sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit))
     tables = [path for path in paths if path.endswith(".parquet")]
-    return [path for path in tables if path.rpartition("/")[2] != REJECTIONS_FILE]
+    return [path for path in tables if not path.endswith(REJECTIONS_FILE)]
 
 
 def _find_conversion(api: "HfApi", repo: str) -> tuple[str, list[str]]:

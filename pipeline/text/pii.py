@@ -39,8 +39,7 @@ _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     "card": (re.compile(r"(?<![\d+])\d(?:[ -]?\d){12,18}\b"), _luhn),
 }
 # Every match has an at sign, a scheme, "www.", or two digits with at most one space or hyphen between them.
-MAY_HOLD = r"@|://|www\.|\d[ -]?\d"
-_MAY_HOLD = re.compile(MAY_HOLD, re.IGNORECASE)
+_MAY_HOLD = re.compile(r"@|://|www\.|\d[ -]?\d", re.IGNORECASE)
 _HINT = re.compile(r"[@:\d]")
 
 

@@ -1,5 +1,6 @@
 """The Python API: the example of the README runs, and `load` returns a version with its images."""
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pipeline.dataset.pixels import images_of_dataset, join_images
 from pipeline.errors import ConfigError, StoreError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.install import installed_version
+from tests.chat.server import ChatServer, running_chat
 from tests.hub.pusher import Pusher
 from tests.hub.server import running_hub
 from tests.scene_data import make_version, pulled, scene_samples, true_captions
@@ -112,3 +114,12 @@ def test_keywords_override_settings_file_and_unknown_keyword_is_refused(tmp_path
     with pytest.raises(pipeline.SynthError, match="unknown config key: limt") as raised:
         pipeline.generate("scenes", limt=3)
     assert raised.value.hint == "did you mean limit?"
+
+
+def test_generate_asks_a_server_while_an_event_loop_runs_as_in_a_notebook(tmp_path: Path) -> None:
+    async def cell(url: str) -> int:
+        settings = {"limit": 2, "base_url": [url], "model": "model", "tasks": ["qa"]}
+        return pipeline.generate("scenes", out=tmp_path / "d", **settings).version.num_rows
+
+    with running_chat(ChatServer()) as chat:
+        assert asyncio.run(cell(chat.url)) == 2

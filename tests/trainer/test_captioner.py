@@ -20,7 +20,8 @@ from trainer.model.caption_model import build_captioner
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import load_encoder
-from trainer.tokenizer import STYLES, TargetText, choose_prompt, train_tokenizer
+from trainer.prompts import STYLES
+from trainer.tokenizer import TargetText, train_tokenizer
 
 PROMPTS = [("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
 
@@ -147,14 +148,6 @@ def test_default_num_beams_equals_final_test_setting(tmp_path: Path, monkeypatch
     monkeypatch.setitem(captioner.checkpoint.captioner.config.data, "decoding", {"num_beams": 3})
     assert captioner.caption(images) == searched
     assert captioner.caption(images, num_beams=1) == greedy
-
-
-@pytest.mark.parametrize("prompts", [PROMPTS, [("human", "brief")], [("synthetic", "")]])
-def test_untrained_style_is_refused_and_not_read_as_a_question(prompts: list[tuple[str, str]]) -> None:
-    with pytest.raises(ValueError, match="was not trained on the style tags"):
-        choose_prompt(prompts, "tags")
-    if ("synthetic", "") in prompts:
-        assert choose_prompt(prompts, "tags?") == ("synthetic", "", "tags?")
 
 
 def test_known_caption_styles_equal_built_in_prompt_styles() -> None:

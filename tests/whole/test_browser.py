@@ -276,7 +276,7 @@ def test_exported_reviews_make_next_version(opened: Open, synth: Run, tmp_path: 
     assert len(before) - len(after) == 1
     edited = [text for text in after if text not in before]
     assert len(edited) == 1 and edited[0].endswith("9 review")
-    rejections = DatasetDir(tmp_path / "data" / "scenes").version().path / "rejections.parquet"
+    rejections = DatasetDir(tmp_path / "data" / "scenes").version().path / "about/rejections.parquet"
     assert "reviewed_not_true" in pa.parquet.read_table(rejections)["reason"].to_pylist()
     assert "ring is not there" not in "".join(path.read_text(errors="replace") for path in new.path.iterdir())
     shown = synth("diff", "v1.0.0", "v1.0.1").stdout

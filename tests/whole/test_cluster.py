@@ -167,7 +167,7 @@ def test_cluster_makes_same_version_report_and_review_as_one_machine(killed_run:
     assert {row["count"]["many"] for row in rows_of(local).values() if row["count"]} >= {1, 2}
     for name in local.manifest.keys() - {"files", "rejections"}:
         assert distributed.manifest[name] == local.manifest[name], name
-    tables = [pq.read_table(version.path / "rejections.parquet") for version in (local, distributed)]
+    tables = [pq.read_table(version.path / "about/rejections.parquet") for version in (local, distributed)]
     rejections = [sorted(map(str, table.to_pylist())) for table in tables]
     assert rejections[0] == rejections[1]
     reasons = {reason for step in distributed.manifest["funnel"] for reason in step["rejected"]}

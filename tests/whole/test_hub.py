@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.version import IMAGES_FILE
 from pipeline.sources.scenes import draw_sample
 from tests.commands import Done, run_synth
 from tests.hub.server import RunningHub
@@ -183,7 +184,8 @@ def test_invalid_push_is_refused_and_dry_run_sends_nothing(maker: User, hub: Run
     request_count = len(hub.hub.log)
     plan = maker.json("push", "--repo", "me/elsewhere", "--dry-run")
     version = DatasetDir(maker.folder / "data" / "scenes").version()
-    assert {*plan["files"]} == {path.name for path in version.path.iterdir()} - {"images.parquet"}
+    files = {path.relative_to(version.path).as_posix() for path in version.path.rglob("*.*")}
+    assert {*plan["files"]} == files - {IMAGES_FILE}
     assert len(hub.hub.log) == request_count
     for option in ("--version v1.0.0", "--no-images", "--also webdataset", "--acknowledge x"):
         refused = maker.synth("push", checkpoint, "--repo", "me/x", *option.split(), code=2).stderr

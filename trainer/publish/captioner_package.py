@@ -7,8 +7,8 @@ import yaml
 from pipeline.hub.package import Package, build_checkpoint_package, build_space_package
 from pipeline.storage.files import json_text, read_json
 from trainer.config import DECODERS, ENCODERS
+from trainer.prompts import preferred_style
 from trainer.publish.transformers_files import transformers_files
-from trainer.tokenizer import preferred_style
 
 HERE = Path(__file__).parent
 GRADIO_VERSION = "6.31.0"

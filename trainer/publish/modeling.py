@@ -4,7 +4,7 @@
 
     processor = AutoProcessor.from_pretrained(REPO, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(REPO, trust_remote_code=True)
-    # text: a style, a question, or "" for the default style
+    # text: "" (default style), a style, a question or a request such as "Describe this image."
     inputs = processor(images=image, text="", return_tensors="pt")
     tokens = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
     print(processor.batch_decode(tokens, skip_special_tokens=True))
@@ -36,7 +36,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pipeline.images.upright import upright_rgb
 from trainer.model.decoder import Block, BlockCache, DecoderConfig, rope_table
 from trainer.model.encoder import choose_states, layer_states
-from trainer.tokenizer import choose_prompt, prompt_ids, prompt_parts
+from trainer.prompts import choose_prompt, prompt_ids, prompt_parts
 
 
 class SynthCaptionerConfig(PreTrainedConfig):
@@ -305,7 +305,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
 
 
 class SynthCaptionerProcessor(ProcessorMixin):
-    """Prepares images and prompts. A text is a style, a question, or "" for the default style."""
+    """Prepares images and prompts. A text is what a user asks: see `choose_prompt`."""
 
     def __init__(
         self,
@@ -313,10 +313,11 @@ class SynthCaptionerProcessor(ProcessorMixin):
         tokenizer: Any = None,
         prompts: Any = (),
         kind: str = "scratch",
+        chat_template: str | None = None,
         **more: Any,
     ) -> None:
         self.prompts, self.kind = [tuple(prompt) for prompt in prompts], kind
-        super().__init__(image_processor, tokenizer, **more)  # type: ignore[no-untyped-call]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **more)  # type: ignore[no-untyped-call]
         self.tokenizer.padding_side = "left"
         # In a question, treat the names of special tokens as plain text.
         self.tokenizer.backend_tokenizer.encode_special_tokens = True
@@ -327,11 +328,13 @@ class SynthCaptionerProcessor(ProcessorMixin):
         """Return `pixel_values`, `input_ids` and `attention_mask` for images (PIL, paths or URLs).
 
         `text` is one text for all images, or a list with one text per image. Raises ValueError if there
-        is no image, or if `text` is a question and the captioner was not trained to answer questions.
+        is no image, or if `text` is the name of a style that was not learned.
         """
         if images is None:
             raise ValueError('a captioner needs an image: pass images=..., and in a pipeline also text=""')
         images = list(images) if isinstance(images, list | tuple) else [images]
+        # A chat template passes the images of each conversation as a list. The last one is described.
+        images = [image[-1] if isinstance(image, list | tuple) else image for image in images]
         texts = [text or ""] * len(images) if text is None or isinstance(text, str) else list(text)
         if len(texts) != len(images):
             raise ValueError(f"got {len(images)} images but {len(texts)} texts")

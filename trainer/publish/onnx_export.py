@@ -6,7 +6,6 @@ Shapes: B images, N image states, T tokens, S tokens plus image states, D decode
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import DynamicCache
 
 from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
@@ -28,15 +26,12 @@ from pipeline.storage.files import json_text
 from trainer.model.caption_model import CaptionerModel
 from trainer.model.checkpoint import load_checkpoint
 from trainer.model.decoder import BlockCache, Cache, ScratchDecoder
-from trainer.model.language_model import PretrainedDecoder
-from trainer.model.pretrained import SIDES, attention_window
-from trainer.publish.run_onnx import INT8_SUFFIX, PARTS, prepare
+from trainer.model.pretrained import SIDES
+from trainer.publish.run_onnx import PARTS, prepare
 from trainer.publish.transformers_files import standalone_source, transformers_files
 
 ENCODER, FIRST, NEXT = PARTS
 RUNNER = "caption.py"
-DECODER_HINT = "train with a decoder that has only full attention: --decoder scratch, qwen3, smollm2"
-MAX_TEXT_TOKENS = 512
 # An ONNX file can have at most 2 GiB, so the weights of larger parts are stored in a second file.
 MAX_EMBEDDED_BYTES = 1_500_000_000
 # Largest allowed difference from a PyTorch value.
@@ -50,15 +45,13 @@ PIXEL_SETTINGS = (
     "do_normalize", "image_mean", "image_std",
 )  # fmt: skip
 BLOCK_TENSORS = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
-LAYER_TENSORS = ("key", "value")
 
 
-def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool = False) -> dict[str, int]:
+def export_onnx(checkpoint: Path, out: Path, progress: Progress) -> dict[str, int]:
     """Write a captioner to a new folder, and return the size of each file in bytes.
 
-    `onnx/` contains the parts. `int8` adds parts with int8 weights. `caption.py` runs them without
-    PyTorch. Raises TrainError if a package is missing, the folder exists, or a part cannot be exported or
-    differs from PyTorch.
+    `onnx/` contains the parts. `caption.py` runs them without PyTorch. Raises TrainError if a package is
+    missing, the folder exists, the decoder is a language model, or a part differs from PyTorch.
     """
     try:
         import onnxruntime  # noqa: F401
@@ -68,12 +61,16 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
     if out.exists():
         raise TrainError(f"{out} already exists", hint="choose another folder: --out DIR")
     captioner = load_checkpoint(checkpoint, torch.device("cpu")).captioner
+    decoder = captioner.decoder
+    if not isinstance(decoder, ScratchDecoder):
+        hint = "run it with transformers, or train with --decoder scratch"
+        raise TrainError("export to ONNX does not support language models as decoders", hint=hint)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
         draft = Path(folder) / out.name
         (draft / "onnx").mkdir(parents=True)
-        for done, name in enumerate(_write_parts(captioner, draft / "onnx", int8=int8), start=1):
-            progress("export", done, 6 if int8 else 3, {"last": name})
+        for done, name in enumerate(_write_parts(captioner, decoder, draft / "onnx"), start=1):
+            progress("export", done, len(PARTS), {"last": name})
         files = transformers_files(checkpoint)
         files = {name: files[name] for name in files if name.endswith(".json")}
         # The exported captioner supports only greedy search.
@@ -90,14 +87,11 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
 
 
 def _runner_config(captioner: CaptionerModel) -> dict[str, Any]:
-    max_positions = captioner.decoder.max_positions
-    is_bounded = max_positions != math.inf
     return {
         "model_type": "vision-encoder-decoder",
         "is_encoder_decoder": True,
         "eos_id": captioner.config.eos_id,
         "max_caption_tokens": captioner.config.max_caption_tokens,
-        "text_positions": int(max_positions) - captioner.encoder.count_states() if is_bounded else None,
     }
 
 
@@ -176,47 +170,9 @@ def _next_step(decoder: ScratchDecoder, ids_B1: Tensor, past: list[Tensor]) -> t
     return logits_B1V, *(part for cache in caches for part in cache.words or ())
 
 
-def _language_step(decoder: PretrainedDecoder, ids_BT: Tensor, states: Any) -> tuple[Tensor, ...]:
-    """Return the logits for the last token (B, 1, V), and the LAYER_TENSORS of all layers.
-
-    `states` are image states (B, N, D), or the list of past keys and values.
-    """
-    embeds_BTD = decoder.model.get_input_embeddings()(ids_BT)
-    cache, past_tokens = DynamicCache(), 0
-    if isinstance(states, Tensor):
-        embeds_BTD = torch.cat([states.to(embeds_BTD.dtype), embeds_BTD], 1)
-        T = embeds_BTD.shape[1]
-        # All attention implementations support an additive mask.
-        mask_TS = torch.zeros(T, T, dtype=embeds_BTD.dtype)
-        mask_TS = torch.full_like(mask_TS, torch.finfo(mask_TS.dtype).min).triu(1)
-    else:
-        T, past_tokens = 1, states[0].shape[2]
-        mask_TS = torch.zeros(T, past_tokens + T, dtype=embeds_BTD.dtype)
-        for layer in range(len(states) // 2):
-            cache.update(states[2 * layer], states[2 * layer + 1], layer)
-    logits_B1V = decoder.model(
-        inputs_embeds=embeds_BTD,
-        attention_mask=mask_TS[None, None],
-        position_ids=torch.arange(past_tokens, past_tokens + T)[None],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits
-    layers: list[Any] = cache.layers
-    return logits_B1V, *(part for layer in layers for part in (layer.keys, layer.values))
-
-
-def _write_parts(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iterator[str]:
+def _write_parts(captioner: CaptionerModel, decoder: ScratchDecoder, folder: Path) -> Iterator[str]:
     """Write all parts. Yield the name of each part after it is written and compared."""
-    decoder = captioner.decoder
-    tensors: tuple[str, ...] = BLOCK_TENSORS
-    if isinstance(decoder, ScratchDecoder):
-        first, following = DecoderPart(_first_step, decoder), DecoderPart(_next_step, decoder)
-    else:
-        # Every runtime supports the operators of eager attention.
-        decoder.model.set_attn_implementation("eager")
-        tensors = LAYER_TENSORS
-        first = following = DecoderPart(_language_step, decoder)
+    first, following = DecoderPart(_first_step, decoder), DecoderPart(_next_step, decoder)
     encoder = EncoderPart(captioner)
     for part in (encoder, first, following):
         part.eval()
@@ -226,8 +182,8 @@ def _write_parts(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iter
     ids_BT = torch.tensor([[2, 3, 4], [4, 3, 2]])
     with torch.inference_mode():
         states_BND = encoder(pixels_BCHW).clone()
-        past = _keys_and_values(first, ids_BT, states_BND)
-    names = [f"{block}.{tensor}" for block in range(len(past) // len(tensors)) for tensor in tensors]
+        past = [part.clone() for part in first(ids_BT, states_BND)[1:]]
+    names = [f"{block}.{tensor}" for block in range(len(decoder.blocks)) for tensor in BLOCK_TENSORS]
     growing = [name for name in names if ".encoder." not in name]
     _export(encoder, (pixels_BCHW,), folder / ENCODER, ["pixel_values"], ["last_hidden_state"], [{0: batch}])
     yield ENCODER
@@ -241,25 +197,6 @@ def _write_parts(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iter
     shapes = [{0: batch}, [{0: batch, 2: past_tokens if name in growing else states} for name in names]]
     _export(following, (ids_BT[:, :1], past), folder / NEXT, inputs, outputs, shapes)
     yield NEXT
-    for name in PARTS if int8 else ():
-        _quantize(folder / f"{name}.onnx", folder / f"{name}{INT8_SUFFIX}.onnx")
-        yield f"{name}{INT8_SUFFIX}"
-
-
-def _keys_and_values(first: DecoderPart, ids_BT: Tensor, states_BND: Tensor) -> list[Tensor]:
-    """Return the keys and values after the first step. Raises TrainError if the decoder has other state."""
-    config = getattr(getattr(first.decoder, "model", None), "config", None)
-    window = math.inf if config is None else attention_window(config)
-    try:
-        if window < states_BND.shape[1] + MAX_TEXT_TOKENS:
-            raise ValueError("the attention window is too small")
-        _, *past = first(ids_BT, states_BND)
-    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
-        kind = getattr(config, "model_type", "")
-        raise TrainError(
-            f"export to ONNX does not support a decoder of type {kind}", hint=DECODER_HINT
-        ) from None
-    return [part.clone() for part in past]
 
 
 def _export(
@@ -279,8 +216,8 @@ def _export(
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            hint = "train with another encoder" if is_encoder else DECODER_HINT
-            raise TrainError(f"PyTorch cannot export {path.name}: {one_line(error)}", hint=hint) from None
+            problem = f"PyTorch cannot export {path.name}: {one_line(error)}"
+            raise TrainError(problem, hint="train with another encoder") from None
         assert program is not None
         # The exporter's stack traces contain local paths.
         for node in program.model.graph.all_nodes():
@@ -310,15 +247,6 @@ def _is_near(values: Any, expected: Any, *, is_rounded: bool) -> bool:
         return bool(differences.max() <= MAX_DIFFERENCE)
     limit = MAX_DIFFERENCE * max(1.0, float(expected.std()))
     return bool(differences.mean() <= limit and differences.max() <= MAX_ROUNDING_FACTOR * limit)
-
-
-def _quantize(file: Path, out: Path) -> None:
-    """Write a part with int8 weights. Activations are quantized at run time."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    is_large = file.with_name(f"{file.name}.data").exists()
-    with _without_warnings():
-        quantize_dynamic(str(file), str(out), weight_type=QuantType.QInt8, use_external_data_format=is_large)
 
 
 def _gradient_image(quarter_turns: int) -> Image.Image:

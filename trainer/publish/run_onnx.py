@@ -1,4 +1,4 @@
-"""Caption images with onnxruntime, tokenizers, NumPy and Pillow: `python caption.py [--int8] IMAGE...`
+"""Caption images with onnxruntime, tokenizers, NumPy and Pillow: `python caption.py IMAGE...`
 
 Keep this file in the folder of the exported captioner, next to `onnx/`.
 """
@@ -15,20 +15,17 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from pipeline.images.upright import upright_rgb
-from trainer.tokenizer import choose_prompt, prompt_ids, prompt_parts
+from trainer.prompts import choose_prompt, prompt_ids, prompt_parts
 
 Array = np.ndarray[Any, Any]
 PARTS = ("encoder_model", "decoder_model", "decoder_with_past_model")
-INT8_SUFFIX = "_quantized"
 
 
 class OnnxCaptioner:
-    """An exported captioner. `int8` loads the parts with int8 weights."""
+    """An exported captioner."""
 
-    def __init__(self, folder: Path, *, int8: bool = False) -> None:
-        files = [folder / "onnx" / f"{part}{INT8_SUFFIX if int8 else ''}.onnx" for part in PARTS]
-        if int8 and not files[0].exists():
-            raise ValueError("there are no int8 weights: export the captioner with --int8")
+    def __init__(self, folder: Path) -> None:
+        files = [folder / "onnx" / f"{part}.onnx" for part in PARTS]
         self.encoder, self.first, self.following = (
             onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]) for file in files
         )
@@ -42,23 +39,18 @@ class OnnxCaptioner:
         self.tokenizer.encode_special_tokens = True
 
     def caption(self, images: list[Any], text: str = "") -> list[str]:
-        """Return texts for images (PIL or paths). `text` is a style, a question, or "" (default style)."""
+        """Return texts for images (PIL or paths). For `text`, see `choose_prompt`."""
         token_ids = self.tokens(self.prepare(images), self.prompt(text))
         return [self.tokenizer.decode(ids).strip() for ids in token_ids]
 
     def tokens(self, pixels: Array, prompt: list[int]) -> list[list[int]]:
         """Generate texts greedily for a prompt and prepared images (B, 3, H, W). Returns their token ids."""
-        max_tokens, positions = self.config["max_caption_tokens"], self.config.get("text_positions")
-        if positions is not None:
-            if len(prompt) >= positions:
-                raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room for the output")
-            max_tokens = min(max_tokens, positions - len(prompt))
         eos, texts = self.config["eos_id"], np.zeros((len(pixels), 0), np.int64)
         ended = np.zeros(len(pixels), bool)
         (states,) = self.encoder.run(None, {"pixel_values": pixels})
         ids = np.tile(np.array(prompt, np.int64), (len(pixels), 1))
         logits, past = _run_step(self.first, {"input_ids": ids, "encoder_hidden_states": states})
-        for _ in range(max_tokens):
+        for _ in range(self.config["max_caption_tokens"]):
             ids = np.where(ended, eos, logits[:, -1].argmax(-1)).astype(np.int64)[:, None]
             ended |= ids[:, 0] == eos
             texts = np.concatenate([texts, ids], 1)
@@ -69,7 +61,7 @@ class OnnxCaptioner:
         return [[token for token in row if token != eos] for row in texts.tolist()]
 
     def prompt(self, text: str) -> list[int]:
-        """Return the token ids of a prompt. Raises ValueError for a question if no answers were learned."""
+        """Return the token ids of a prompt. Raises ValueError for a style that was not learned."""
         parts = prompt_parts(self.kind, *choose_prompt(self.prompts, text))
         return prompt_ids(parts, self._special, self._ids)
 
@@ -128,11 +120,10 @@ def main() -> None:
     """Print a caption for each image."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", nargs="+")
-    parser.add_argument("--text", default="", help="a style or a question")
-    parser.add_argument("--int8", action="store_true", help="use the int8 weights")
+    parser.add_argument("--text", default="", help="a style, a question or a request")
     arguments = parser.parse_args()
     try:
-        captioner = OnnxCaptioner(Path(__file__).parent, int8=arguments.int8)
+        captioner = OnnxCaptioner(Path(__file__).parent)
         captioner.prompt(arguments.text)
     except ValueError as error:
         parser.error(str(error))

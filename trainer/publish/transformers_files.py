@@ -18,18 +18,22 @@ DEFINITIONS = {
         "DecoderConfig TensorPair Seen BlockCache Block Attention attend_apart rope_table apply_rope"
     ),
     "trainer.model.encoder": "BEFORE_PATCHES layer_states choose_states patch_grid",
-    "trainer.tokenizer": (
-        "ANSWER STYLES preferred_style preferred_source choose_prompt prompt_parts prompt_ids"
-    ),
+    "trainer.prompts": "",  # all definitions
 }
 # Imports that the copied definitions need, by source module.
 NEEDED_IMPORTS = {
-    "trainer.tokenizer": "from collections.abc import Callable\n",
+    "trainer.prompts": "import re\nfrom collections.abc import Callable\n",
     "pipeline.images.upright": "from PIL import ImageOps\n",
     "trainer.model.decoder": (
         "import math\nfrom dataclasses import dataclass, field\nfrom torch.nn import functional\n"
     ),
 }
+# Writes the last text of the user. The processor finds the style or the question in it.
+CHAT_TEMPLATE = """\
+{%- set user = (messages | selectattr("role", "equalto", "user") | list)[-1] -%}
+{%- if user.content is string %}{{ user.content }}{% else -%}
+{{ user.content | selectattr("type", "equalto", "text") | map(attribute="text") | join("\\n") }}{% endif -%}
+"""
 HEADER = "# Written by `synth`. This file needs torch, transformers and Pillow.\n"
 
 
@@ -85,6 +89,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
         },
     }
     files = {name: json_text(value).encode() for name, value in values.items()}
+    files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
     return files | {f"{MODULE}.py": (HEADER + standalone_source("modeling")).encode()}
 
 
@@ -95,8 +100,8 @@ def standalone_source(name: str) -> str:
     for module, names in DEFINITIONS.items():
         for line in [line for line in source.splitlines() if line.startswith(f"from {module} import")]:
             text = (PROJECT_DIR / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-            nodes = {_defined_name(node): node for node in ast.parse(text).body}
-            definitions = "\n\n\n".join(_source_of(text, nodes[defined]) for defined in names.split())
+            nodes = {name: node for node in ast.parse(text).body if (name := _defined_name(node))}
+            definitions = "\n\n\n".join(_source_of(text, nodes[name]) for name in names.split() or nodes)
             source = source.replace(line, f"\n{definitions}\n")
             needed_imports += NEEDED_IMPORTS.get(module, "")
     return source.replace("from typing import Any\n", f"{needed_imports}from typing import Any\n", 1)

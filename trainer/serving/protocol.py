@@ -1,8 +1,7 @@
 """Parse chat requests with an image in OpenAI's protocol, and build the responses.
 
-A captioner does not follow instructions. `STYLE` or `Task: caption, STYLE` requests a caption in that style.
-`Question: ...` or a text ending in a question mark requests an answer. Any other text gives a caption in the
-default style. A JSON schema must have exactly one property, which is a string.
+A captioner does not follow instructions: the last text of the user selects a style or is a question
+(trainer/prompts.py), about the last image. A JSON schema must have exactly one property, which is a string.
 """
 
 import base64
@@ -14,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import MAX_CAPTION_TOKENS
+from trainer.prompts import choose_prompt
 
-STYLE_LINE = re.compile(r"^Task: caption, (.+)$", re.MULTILINE)
-QUESTION_LINE = re.compile(r"^Question: (.+)$", re.MULTILINE)
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,4};base64,", re.IGNORECASE)
 SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_QUESTION_CHARACTERS = 500
@@ -37,7 +35,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A request for a caption or an answer. `style` None is the default style. Temperature 0 is greedy.
+    """A request for a caption or an answer. `prompt` is source, style and question. Temperature 0 is greedy.
 
     If `field` is not None, the text is returned in this JSON property. If the schema allows only one value,
     `only` holds that value, and `image` is None because it is not needed.
@@ -45,8 +43,7 @@ class ChatRequest:
 
     model: str | None
     image: bytes | None
-    style: str | None
-    question: str
+    prompt: tuple[str, str, str]
     max_tokens: int
     temperature: float
     top_p: float
@@ -55,8 +52,11 @@ class ChatRequest:
     streams: bool
 
 
-def read_request(body: bytes, styles: list[str]) -> ChatRequest:
-    """Parse a request body. Raises RefusedError if it is invalid or not supported."""
+def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
+    """Parse a request body for a captioner that has learned `prompts` (source, style).
+
+    Raises RefusedError if the request is invalid or not supported.
+    """
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
@@ -65,8 +65,6 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
         raise RefusedError("the body is not a JSON object")
     text, images = _read_messages(values.get("messages"))
     field, only = _read_schema(values.get("response_format"))
-    if len(images) > 1:
-        raise RefusedError(f"a captioner takes one image, not {len(images)}")
     if not images and only is None:
         raise RefusedError("the request has no image: send an image_url part with a data: URL")
     if values.get("n") not in (None, 1):
@@ -76,7 +74,12 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
     model = values.get("model")
     if not isinstance(model, str | None):
         raise RefusedError("model must be a string")
-    question = _read_question(text)
+    try:
+        prompt = choose_prompt(prompts, text)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
+    if len(prompt[2]) > MAX_QUESTION_CHARACTERS:
+        raise RefusedError(f"a question may have at most {MAX_QUESTION_CHARACTERS} characters")
     temperature = _read_number(values, "temperature", 0.0, MAX_TEMPERATURE)
     limit_name = "max_tokens" if values.get("max_completion_tokens") is None else "max_completion_tokens"
     max_tokens = int(_read_number(values, limit_name, MAX_CAPTION_TOKENS, MAX_REQUESTED_TOKENS))
@@ -84,9 +87,8 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
         raise RefusedError(f"{limit_name} must be at least 1")
     return ChatRequest(
         model=model,
-        image=read_image(images[0]) if only is None else None,
-        style=None if question else _read_style(text, styles),
-        question=question,
+        image=read_image(images[-1]) if only is None else None,
+        prompt=prompt,
         max_tokens=max_tokens,
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_p=max(MIN_TOP_P, _read_number(values, "top_p", 1.0, 1.0)),
@@ -179,23 +181,6 @@ def read_image(part: Any) -> bytes:
         return base64.b64decode("".join(url[head.end() :].split()), validate=True)
     except (binascii.Error, ValueError):
         raise RefusedError("the image is not base64") from None
-
-
-def _read_question(text: str) -> str:
-    lines = QUESTION_LINE.findall(text)
-    question = str(lines[-1] if lines else text if text.strip().endswith("?") else "").strip()
-    if len(question) > MAX_QUESTION_CHARACTERS:
-        raise RefusedError(f"a question may have at most {MAX_QUESTION_CHARACTERS} characters")
-    return question
-
-
-def _read_style(text: str, styles: list[str]) -> str | None:
-    if lines := STYLE_LINE.findall(text):
-        style = str(lines[-1]).strip()
-        if style not in styles:
-            raise RefusedError(f"unknown style {style[:40]}: this captioner has {', '.join(styles)}")
-        return style
-    return text.strip() if text.strip() in styles else None
 
 
 def _read_schema(response_format: Any) -> tuple[str | None, str | None]:

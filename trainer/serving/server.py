@@ -150,6 +150,7 @@ class CaptionServer:
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/models", self.models),
+                Route("/v1/models/{name:path}", self.models),
                 Route("/health", self.health),
             ],
             middleware=[Middleware(Guard, host=self.host, key=self.key)],
@@ -167,9 +168,11 @@ class CaptionServer:
         self.readers.shutdown(wait=False, cancel_futures=True)
         self.model_thread.shutdown(wait=False, cancel_futures=True)
 
-    async def models(self, _: Request) -> Response:
-        """List the served model."""
+    async def models(self, request: Request) -> Response:
+        """List the served model, or describe it if the path names it."""
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "synth"}
+        if name := request.path_params.get("name"):
+            return JSONResponse(model, headers=HEADERS) if name == self.name else _error("unknown model", 404)
         return JSONResponse({"object": "list", "data": [model]}, headers=HEADERS)
 
     async def health(self, _: Request) -> Response:
@@ -208,13 +211,11 @@ class CaptionServer:
             self.held_bytes -= size
 
     async def _answer(self, body: bytes) -> Response:
-        request = read_request(body, self.captioner.styles)
+        request = read_request(body, self.captioner.checkpoint.captioner.config.prompts)
         if request.model not in (None, self.name):
             raise RefusedError(f"unknown model {request.model[:80]}: this server has {self.name}", 404)
         text, tokens, is_cut = request.only or "", (0, 0), False
         if request.image is not None:
-            if request.question and not self.captioner.answers:
-                raise RefusedError("this captioner was not trained to answer questions")
             beams = 1 if request.temperature else self.num_beams
             decoding = self.captioner.decoding(beams, request.question)
             decoding = replace(decoding, temperature=request.temperature, top_p=request.top_p)
@@ -223,7 +224,7 @@ class CaptionServer:
             if isinstance(pixels_CHW, ImageError):
                 raise RefusedError(f"the image cannot be read: {pixels_CHW}")
             try:
-                prompt = self.captioner.prompt(request.style, request.question)
+                prompt = self.captioner.prompt_ids(*request.prompt)
                 ids = await self.batcher.submit(GenerationRequest(pixels_CHW, prompt, decoding))
             except GpuMemoryError:
                 raise

@@ -11,6 +11,8 @@ from pipeline.dataset.conversation import (
     preferred_caption,
     reader_columns,
     turns,
+    value_prompts,
+    value_turns,
     with_reader_columns,
 )
 from pipeline.tables import row_schema
@@ -41,6 +43,31 @@ def test_turns_ask_for_each_style_and_end_with_questions() -> None:
         ("Write a caption of this image in the style zen.", "z"),
         ("How many?", "2"),
     ]
+
+
+def test_values_are_asked_with_their_prompts_and_written_as_json() -> None:
+    tasks = [
+        {"name": "tags", "prompt": " List tags. "},
+        {"name": "offer", "prompt": "It is {{ row.title }}."},
+        {"name": "things", "prompt": "Find them."},
+        {"name": "note", "prompt": "Write a note."},
+    ]
+    kinds = {"tags": "labels", "offer": "record", "things": "boxes", "note": "text"}
+    own = {name: {"kind": kind, "is_list": kind == "boxes"} for name, kind in kinds.items()}
+    prompts = value_prompts({"config": {"custom_tasks": tasks}, "own_columns": own})
+    row = {
+        "tags": ["cat", "dög"],
+        "offer": {"color": None},
+        "things": [{"box": [1, 2, 3, 4], "label": "cat"}],
+        "note": "A note",
+    }
+    assert [*value_turns(row, prompts)] == [
+        ("List tags.", '["cat", "dög"]'),
+        ("Write offer of this image.", '{"color": null}'),
+        ("Find them.", '[{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]'),
+        ("Write a note.", "A note"),
+    ]
+    assert [*value_turns({**row, "tags": None, "things": []}, prompts)][1] == ("Find them.", "[]")
 
 
 def test_reader_columns_are_appended_unless_a_column_has_the_name() -> None:

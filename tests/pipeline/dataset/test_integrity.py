@@ -64,10 +64,10 @@ def test_changed_rows_with_matching_file_hashes_are_reported_as_damage(change: A
 
 
 def test_changed_bit_and_missing_file_are_reported_by_name(version: Version) -> None:
-    (version.path / "rejections.parquet").unlink()
+    (version.path / "about/rejections.parquet").unlink()
     shard = version.shards("train")[0]
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    names = ("train-00000.parquet", "rejections.parquet")
+    names = ("train-00000.parquet", "about/rejections.parquet")
     assert find_damage(version) == [f"{name} does not match the manifest" for name in names]

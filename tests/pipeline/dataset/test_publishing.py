@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import duckdb
 import pyarrow.compute as pc
 import pytest
 from datasets import load_dataset
@@ -69,3 +70,9 @@ def test_mix_of_images_and_decks_is_refused(tmp_path: Path) -> None:
     batches = [batch for table in tables for batch in table.to_batches()]
     with pytest.raises(TableError, match="some samples have the columns image"):
         publish_rows(tmp_path, [true_captions([samples[0], samples[2]])], batches, source="mixed")
+
+
+def test_parquet_files_in_a_version_folder_hold_only_its_rows(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path / "d", scene_samples(12))
+    count = duckdb.sql(f"select count(*) from '{version.path}/*.parquet'").fetchall()
+    assert count == [(version.num_rows,)]

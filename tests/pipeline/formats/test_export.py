@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +24,7 @@ from pipeline.dataset.builder import Rows
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
 from pipeline.formats.export import CHECKSUMS, export_version, write_beside
-from pipeline.formats.formats import FORMATS, PARQUET, TABLES, WebDataset
+from pipeline.formats.formats import DEFAULTS, FORMATS, PARQUET, TABLES, WebDataset
 from pipeline.formats.items import Item, read_items
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
@@ -79,6 +78,12 @@ def by_id(version: Version) -> dict[str, Any]:
     return {item.name: item for item in read_items(version)}
 
 
+def answers_of(item: Item) -> list[str]:
+    """Return the expected answers of a conversation: captions, answer, boxes and note."""
+    texts = [text for _, text in item.captions]
+    return [*texts, item.questions[0][1], json.dumps(item.values["things"]), item.values["note"]]
+
+
 def test_imagefolder_loads_with_all_texts_and_values(version: Version, tmp_path: Path) -> None:
     done = export_version(version, "imagefolder", tmp_path / "out")
     assert (done.images, done.without_text) == (COUNT, 0)
@@ -90,6 +95,8 @@ def test_imagefolder_loads_with_all_texts_and_values(version: Version, tmp_path:
     item = next(item for item in items.values() if item.source_row == row["source_row"])
     assert row["image"].size == (item.width_px, item.height_px) and row["text"] == item.caption(None)
     assert [(caption["style"], caption["text"]) for caption in row["captions"]] == item.captions
+    assert [(style, row[f"caption_{style}"]) for style in ("brief", "detailed")] == sorted(item.captions)
+    assert (row["width"], row["height"]) == row["image"].size
     assert row["things"] == item.values["things"] and row["note"] == item.values["note"]
     assert row["qa"] == [{"question": "How many?", "answer": item.questions[0][1], "written_by": "model"}]
 
@@ -119,9 +126,6 @@ def source_rows_of(folder: Path, kind: str) -> list[str]:
             cast(Any, tar.extractfile(member)) for tar in tars for member in tar if ".json" in member.name
         ]
         return [json.load(file)["source_row"] for file in files]
-    if kind == "lance":
-        tables = [lance.dataset(str(path)).to_table() for path in folder.glob("*.lance")]
-        return [row for table in tables for row in table["source_row"].to_pylist()]
     if kind == "coco":
         files = [*folder.glob("annotations/captions_*.json")]
         return [image["source_row"] for path in files for image in json.loads(path.read_text())["images"]]
@@ -131,7 +135,7 @@ def source_rows_of(folder: Path, kind: str) -> list[str]:
             rows += pq.read_table(path, columns=["source_row"]).to_pylist()
         elif path.suffix == ".csv":
             rows += csv.DictReader(path.open(encoding="utf-8", newline=""))
-        elif path.suffix == ".json":
+        elif path.suffix == ".json" and path.name != "dataset_info.json":
             rows += json.loads(path.read_text())
         elif path.suffix == ".jsonl":
             rows += map(json.loads, path.read_text().splitlines())
@@ -192,7 +196,7 @@ def test_source_names_option_is_refused_for_formats_without_image_files(
 @pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
 def test_custom_value_with_taken_name_gets_an_underscore(kind: str, version: Version, tmp_path: Path) -> None:
     item = replace(next(read_items(version)), values={"text": "EXIT", "license": "plate", "note": "x"})
-    writer = FORMATS[kind](tmp_path, None)
+    writer = FORMATS[kind](tmp_path, DEFAULTS)
     assert writer.add(item)
     writer.close()
     if kind == "imagefolder":
@@ -221,7 +225,7 @@ def test_exported_sidecars_have_captions_that_folder_source_ignores(version: Ver
 def test_webdataset_package_reads_all_shards(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(WebDataset.__init__, "__defaults__", (None, 6000))
+    monkeypatch.setattr(WebDataset.__init__, "__defaults__", (DEFAULTS, 6000))
     export_version(version, "webdataset", tmp_path / "out")
     shards = sorted(map(str, (tmp_path / "out").glob("train-*.tar")))
     assert len(shards) > 2
@@ -229,6 +233,7 @@ def test_webdataset_package_reads_all_shards(
     for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("pil"):
         item = items[sample["__key__"].rpartition("/")[2]]
         assert sample["txt"] == item.caption(None) and sample["json"]["note"] == item.values["note"]
+        assert sample["json"]["caption_detailed"] == item.caption("detailed")
         assert sample["png"].size == (item.width_px, item.height_px)
         seen += 1
     assert seen == version.manifest["rows"]["train"]
@@ -247,7 +252,7 @@ SOURCES_OF_EXPORTS: dict[str, tuple[str, str]] = {
 def test_source_reads_only_human_written_texts_from_an_export(
     kind: str, version: Version, tmp_path: Path
 ) -> None:
-    writer = FORMATS[kind](tmp_path, None)
+    writer = FORMATS[kind](tmp_path, DEFAULTS)
     items = {}
     for number, item in enumerate(read_items(version, ["train"])):
         question_texts = {question for question, _ in item.questions}
@@ -295,7 +300,7 @@ def test_written_by_is_model_if_a_custom_value_has_the_name_of_a_text_column(
     text = item.caption(None) or ""
     asked = [{"question": "What?", "answers": ["a dog", "dog"], "answer_type": None}]
     item = replace(item, human_texts=frozenset([text]), values=values, reference_qa=asked)
-    export = FORMATS["imagefolder"](tmp_path, None)
+    export = FORMATS["imagefolder"](tmp_path, DEFAULTS)
     export.add(item)
     export.close()
     (row,) = pq.read_table(tmp_path / "train/metadata.parquet").to_pylist()
@@ -321,14 +326,14 @@ def test_llava_and_sharegpt_conversations_have_one_image_and_all_turns(
         item = items[entry["id"]]
         assert Image.open(tmp_path / "llava" / entry["image"]).size == (item.width_px, item.height_px)
         answers = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
-        assert answers == [*(text for _, text in item.captions), item.questions[0][1]]
+        assert answers == answers_of(item)
         has_image = [turn["value"].startswith("<image>\n") for turn in entry["conversations"]]
-        assert has_image == [True] + [False] * 5
+        assert has_image == [True] + [False] * 9
     file, cache = str(tmp_path / "share/train.jsonl"), str(tmp_path / "cache")
     loaded = load_dataset("json", data_files=file, split="train", cache_dir=cache)
     assert len(loaded) == version.manifest["rows"]["train"]
     for row in loaded:
-        assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 3
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 5
         assert sum(message["content"].count("<image>") for message in row["messages"]) == 1
         assert (tmp_path / "share" / row["images"][0]).is_file()
 
@@ -374,11 +379,7 @@ def test_export_after_interrupted_export_is_complete(version: Version, kind: str
     export_version(version, kind, tmp_path / "cut")
     export_version(version, kind, tmp_path / "whole")
     sums = [(tmp_path / name / CHECKSUMS).read_text() for name in ("cut", "whole")]
-    if kind == "lance":  # its file names are random
-        tables = [lance.dataset(str(tmp_path / name / "train.lance")).to_table() for name in ("cut", "whole")]
-        assert tables[0].equals(tables[1])
-    else:
-        assert sums[0] == sums[1]
+    assert sums[0] == sums[1]
     for line in sums[0].splitlines():
         digest, _, name = line.partition("  ")
         assert hashlib.sha256((tmp_path / "cut" / name).read_bytes()).hexdigest() == digest
@@ -393,42 +394,13 @@ def test_cauldron_rows_have_images_and_turns(version: Version, tmp_path: Path) -
     for row in loaded:
         item = items[row["sample_id"]]
         assert [image.size for image in row["images"]] == [(item.width_px, item.height_px)]
-        answers = [*(text for _, text in item.captions), item.questions[0][1]]
-        assert [turn["assistant"] for turn in row["texts"]] == answers
+        assert [turn["assistant"] for turn in row["texts"]] == answers_of(item)
         assert all(turn["user"] for turn in row["texts"])
     (file,) = (tmp_path / "out").glob("train-*.parquet")
     group = pq.ParquetFile(file).metadata.row_group(0)
     columns = [group.column(n) for n in range(group.num_columns)]
     pixels = next(column for column in columns if column.path_in_schema.endswith("bytes"))
     assert pixels.compression == "UNCOMPRESSED" and not pixels.is_stats_set
-
-
-def test_lance_rows_have_all_texts_and_images(version: Version, tmp_path: Path) -> None:
-    done = export_version(version, "lance", tmp_path / "out")
-    assert done.images == COUNT
-    items = by_id(version)
-    for split, count in version.manifest["rows"].items():
-        if not count:
-            continue
-        dataset = lance.dataset(str(tmp_path / f"out/{split}.lance"))
-        assert dataset.count_rows() == count
-        for row in dataset.to_table().to_pylist():
-            item = items[row["sample_id"]]
-            expected = (item.image, item.width_px, item.caption(None))
-            assert (row["image"], row["width"], row["text"]) == expected
-            assert [(one["style"], one["text"]) for one in row["captions"]] == item.captions
-            assert json.loads(row["values"]) == item.values and row["qa"][0]["answer"] == item.questions[0][1]
-    train = lance.dataset(str(tmp_path / "out/train.lance"))
-    num_rows = train.to_table(filter="width > 1", columns=["sample_id"]).num_rows
-    assert num_rows == version.manifest["rows"]["train"]
-
-
-def test_lance_export_without_its_package_is_an_error(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.formats.formats.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="needs the package pylance"):
-        export_version(version, "lance", tmp_path / "out")
 
 
 def test_dpo_rows_are_conversations_with_better_and_worse_caption(version: Version, tmp_path: Path) -> None:
@@ -600,7 +572,7 @@ def test_image_with_exif_orientation_is_exported_upright(kind: str, tmp_path: Pa
     assert np.abs(difference).mean() < (3 if kind == "JPEG" else 0.1)
 
 
-def test_export_error_for_custom_columns_names_supported_formats(
+def test_conversations_of_images_without_captions_have_values_of_custom_tasks(
     samples: list[Sample], tmp_path: Path
 ) -> None:
     note = {"task": "note", "style": "", "text": None, "record": '"A note"'}
@@ -609,12 +581,84 @@ def test_export_error_for_custom_columns_names_supported_formats(
     table = pa.table({name: pa.array([row.get(name) for row in rows], STRING) for name in rows[0]})
     batches, extras = sample_table(samples).to_batches(), Extras(own=(NOTE,))
     version, _ = publish_rows(tmp_path / "d", [table], batches, rows=Rows(), extras=extras)
-    with pytest.raises(ConfigError, match="has no captions") as caught:
-        export_version(version, "llava", tmp_path / "out")
-    assert "its columns (note) with --format imagefolder" in caught.value.hint
-    export_version(version, "imagefolder", tmp_path / "out")
-    notes = pq.read_table(tmp_path / "out" / "train" / "metadata.parquet")["note"]
-    assert notes.unique().to_pylist() == ["A note"]
+    with pytest.raises(ConfigError, match="has no captions for this format"):
+        export_version(version, "csv", tmp_path / "out")
+    export_version(version, "messages", tmp_path / "out")
+    for kind in ("messages", PARQUET):
+        out = export_version(version, kind, tmp_path / f"{kind}-out").folder
+        (asked, answer), *others = pq.read_table(next(out.glob("train-*")))["messages"].to_pylist()
+        assert [part["type"] for part in asked["content"]] == ["image", "text"] and others
+        assert asked["content"][1]["text"] == "Write note of this image."
+        assert answer["content"] == [{"type": "text", "text": "A note"}]
+
+
+def test_messages_export_has_a_list_of_images_and_all_turns(version: Version, tmp_path: Path) -> None:
+    export_version(version, "messages", tmp_path / "out")
+    loaded = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    items = by_id(version)
+    for row in loaded:
+        item = items[row["sample_id"]]
+        assert [image.size for image in row["images"]] == [(item.width_px, item.height_px)]
+        answers = [turn["content"][0]["text"] for turn in row["messages"] if turn["role"] == "assistant"]
+        assert answers == answers_of(item)
+
+
+def test_sharegpt_export_has_pairs_and_boxes_for_ms_swift_and_llama_factory(
+    version: Version, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export_version(version, "sharegpt", out, absolute=True)
+    pairs, boxes = (
+        [json.loads(line) for line in (out / f"train_{kind}.jsonl").read_text().splitlines()]
+        for kind in ("dpo", "boxes")
+    )
+    for pair in pairs:
+        brief = pair["messages"][1]["content"]
+        assert pair["rejected_response"] == pair["worse"]["content"] == f"Not: {brief}"
+        assert pair["prompt"] == pair["messages"][:1] and pair["better"] == pair["messages"][1]
+        assert pair["prompt"][0]["content"].startswith("<image>")
+        assert Path(pair["images"][0]).is_relative_to(out) and Path(pair["images"][0]).is_file()
+    assert {row["messages"][1]["content"].count("<bbox>") for row in boxes} == {1}
+    assert boxes[0]["objects"]["bbox"] == [[1, 2, 11, 22]] and boxes[0]["objects"]["ref"][0].startswith(
+        "thing"
+    )
+    known = json.loads((out / "dataset_info.json").read_text())
+    assert {known[name]["file_name"] for name in ("train", "train_dpo")} == {"train.jsonl", "train_dpo.jsonl"}
+    assert known["train_dpo"]["ranking"] and not any("boxes" in name for name in known)
+    for entry, rows in ((known["train_dpo"], pairs), (known["train"], pairs)):
+        assert {*entry["columns"].values()} <= {*rows[0]}
+
+
+def test_paligemma_export_has_a_line_for_each_text(version: Version, tmp_path: Path) -> None:
+    export_version(version, "paligemma", tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+    items = by_id(version)
+    assert len(rows) == 5 * version.manifest["rows"]["train"]
+    for row in rows:
+        assert row["prefix"] and row["suffix"] in answers_of(items[Path(row["image"]).stem])
+        assert (tmp_path / "out" / row["image"]).is_file()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_sidecar_has_a_line_for_each_caption_that_begins_with_the_trigger(
+    photos: tuple[Path, Version], tmp_path: Path, *, in_place: bool
+) -> None:
+    folder, version = photos
+    warnings: list[str] = []
+    progress = NullProgress()
+    progress.warn = warnings.append  # type: ignore[method-assign]
+    options: dict[str, Any] = {"style": "all", "trigger": "sks", "progress": progress}
+    if in_place:
+        write_beside(version, folder, **options)
+    else:
+        export_version(version, "sidecar", tmp_path / "out", source_names=True, **options)
+    for item in read_items(version, source_names=True):
+        path = folder / item.source_row if in_place else tmp_path / "out" / item.split / item.file_name
+        lines = path.with_suffix(".txt").read_text().splitlines()
+        assert lines == [f"sks, {text}" for _, text in item.captions]
+    rows = open_folder(folder if in_place else tmp_path / "out").rows
+    assert not any(row.references for row in rows if isinstance(row, Sample))
+    assert warnings and all(" of 4 images have the phrase " in text for text in warnings)
 
 
 def test_concurrent_export_to_the_same_folder_is_refused(version: Version, tmp_path: Path) -> None:
@@ -647,7 +691,7 @@ def test_coco_export_includes_images_with_no_boxes_and_omits_unanswered_images(t
     made, _ = make_version(tmp_path / "d", scene_samples(3))
     first = next(read_items(made))
     (tmp_path / "out").mkdir()
-    coco = FORMATS["coco"](tmp_path / "out", None)
+    coco = FORMATS["coco"](tmp_path / "out", DEFAULTS)
     labels_of_images = [["zebra"], [], None, None, ["ant", "zebra"]]
     added = [coco.add(item(number, labels)) for number, labels in enumerate(labels_of_images)]
     assert added == [True, True, False, True, True]

@@ -24,7 +24,7 @@ from tests.scene_data import make_version, published, scene_samples, true_captio
 
 # The two protocols that upload large files. Other tests use Xet.
 BOTH = pytest.mark.parametrize("pusher", ["lfs", "xet"], indirect=True)
-EXTRA = {"README.md", "manifest.json", "rejections.parquet", ".gitattributes"}
+EXTRA = {"README.md", "manifest.json", "about/rejections.parquet", ".gitattributes"}
 
 
 @pytest.fixture(scope="module")

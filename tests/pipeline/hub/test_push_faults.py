@@ -50,7 +50,7 @@ class World:
                 *version.manifest["files"],
                 "README.md",
                 "manifest.json",
-                "rejections.parquet",
+                "about/rejections.parquet",
                 ".gitattributes",
             }
         named = {name: self.repo.commits[oid] for name, oid in self.repo.tags.items()}

@@ -91,8 +91,9 @@ def test_manifest_of_remote_version_is_moved_last(home: Path, monkeypatch: pytes
         for name in (MANIFEST, CARD_FILE, REJECTIONS_FILE, IMAGES_FILE, "00003-late/train-00000.parquet"):
             write_json(draft / name, {"of": name})
         publish(draft, final)
-        assert [path.name for path in draft.iterdir()] == ["00003-late"]  # left by an abandoned worker
-    assert moved == [REJECTIONS_FILE, IMAGES_FILE, CARD_FILE, MANIFEST]
+        left = [path.parent.name for path in draft.rglob("*.parquet")]
+        assert left == ["00003-late"]  # left by an abandoned worker
+    assert moved == [Path(name).name for name in (REJECTIONS_FILE, IMAGES_FILE, CARD_FILE, MANIFEST)]
     assert json.loads((final / CARD_FILE).read_text()) == {"of": CARD_FILE}
     assert [path.name for path in (home / "versions").iterdir()] == ["v1.0.0"]
 

@@ -52,6 +52,13 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 folders, photos, questions = map(json.loads, sys.argv[2:])
 opened = [Image.open(path) for path in photos]
 
+def talk(photos, text):
+    def ask(photo, text):
+        parts = [{"type": "image", "path": photo}, {"type": "text", "text": text}]
+        return {"role": "user", "content": parts}
+    reply = {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}
+    return [ask(photos[1], "What is this?"), reply, ask(photos[0], text)]
+
 def write_all(folder):
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
@@ -71,6 +78,10 @@ def write_all(folder):
         "questions": [write(photos[:8], question) for question in questions],
         "padded": write(photos[: len(questions)], questions),
         "pipeline": [output["generated_text"] for output in outputs],
+        "chat": [
+            pipe(text=talk(photos, text), return_full_text=False)[0]["generated_text"]
+            for text in ("Describe this image.", questions[0] + " Answer the question using a single word.")
+        ],
         "answer": pipe(images=photos[0], text=questions[0], return_full_text=False)[0]["generated_text"],
         "texts": processor.batch_decode(write(photos[:3], ""), skip_special_tokens=True),
         "sampled": len(write(photos[:2], "", do_sample=True, temperature=0.7)),
@@ -185,6 +196,7 @@ def test_saved_captioner_without_this_package_generates_the_same_tokens(
     texts = [loaded.tokenizer.decode(ids) for ids in generate(loaded, photos[:3], brief)]
     assert [text.strip() for text in written["pipeline"]] == written["texts"] == texts
     assert written["answer"].strip() == loaded.tokenizer.decode(generate(loaded, photos[:1], questions[0])[0])
+    assert written["chat"] == [texts[0], written["answer"]]
     assert written["sampled"] == 2
 
 

@@ -12,7 +12,7 @@ from pipeline.inference import protocol
 from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
 
 IMAGE_URL = f"data:image/png;base64,{base64.b64encode(b'pixels').decode()}"
-STYLES = ["brief", "detailed"]
+PROMPTS = [("human", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
 
 
 def image_part(url: str = IMAGE_URL) -> dict[str, Any]:
@@ -32,30 +32,28 @@ def schema_of(**properties: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
 
-@pytest.mark.parametrize(
-    ("text", "style", "question"),
-    [
-        ("", None, ""),
-        ("Describe this.", None, ""),
-        ("detailed", "detailed", ""),
-        ("Write one sentence.\nTask: caption, brief", "brief", ""),
-        ("How many dogs are there?", None, "How many dogs are there?"),
-        ("Answer in one to three words.\nQuestion: Is it day", None, "Is it day"),
-    ],
-)
-def test_request_text_selects_style_or_question(text: str, style: str | None, question: str) -> None:
-    request = read_request(chat(text), STYLES)
-    assert (request.style, request.question, request.image) == (style, question, b"pixels")
+def test_last_text_and_image_of_a_conversation_are_read() -> None:
+    url = f"data:image/png;base64,{base64.b64encode(b'second').decode()}"
+    turns = [
+        {"role": "system", "content": "You are helpful."},
+        {"role": "user", "content": [image_part(), {"type": "text", "text": "detailed"}]},
+        {"role": "assistant", "content": "A dog."},
+        {"role": "user", "content": [image_part(url), {"type": "text", "text": "How many dogs are there?"}]},
+    ]
+    request = read_request(json.dumps({"messages": turns}).encode(), PROMPTS)
+    assert (request.prompt, request.image) == (("synthetic", "", "How many dogs are there?"), b"second")
+    first = read_request(json.dumps({"messages": turns[:3]}).encode(), PROMPTS)
+    assert (first.prompt, first.image) == (("synthetic", "detailed", ""), b"pixels")
 
 
 def test_caption_is_returned_in_the_property_named_by_the_schema() -> None:
-    request = read_request(chat(response_format=schema_of(caption={"type": "string"})), STYLES)
+    request = read_request(chat(response_format=schema_of(caption={"type": "string"})), PROMPTS)
     assert json.loads(answer_text(request, 'A "dog".')) == {"caption": 'A "dog".'}
-    assert answer_text(read_request(chat(), STYLES), "A dog.") == "A dog."
+    assert answer_text(read_request(chat(), PROMPTS), "A dog.") == "A dog."
 
 
 def test_probe_from_synth_generate_is_answered_with_the_only_allowed_value() -> None:
-    request = read_request(protocol.probe("m"), STYLES)
+    request = read_request(protocol.probe("m"), PROMPTS)
     body = completion("1", "m", answer_text(request, request.only or ""), (0, 0), is_cut=False)
     assert request.image is None
     answer = protocol.parse_answer(json.dumps(body).encode())
@@ -63,14 +61,14 @@ def test_probe_from_synth_generate_is_answered_with_the_only_allowed_value() -> 
 
 
 def test_sampling_and_length_settings_of_a_request_are_read() -> None:
-    request = read_request(chat(temperature=0.7, top_p=0.9, max_completion_tokens=5, stream=True), STYLES)
+    request = read_request(chat(temperature=0.7, top_p=0.9, max_completion_tokens=5, stream=True), PROMPTS)
     assert (request.temperature, request.top_p, request.max_tokens, request.streams) == (0.7, 0.9, 5, True)
     names = ("temperature", "top_p", "max_completion_tokens", "n", "stream", "stop", "seed")
     nulls: dict[str, Any] = dict.fromkeys(names)
-    assert read_request(chat(max_tokens=5, **nulls), STYLES).max_tokens == 5
-    assert read_request(chat(top_p=0), STYLES).top_p < 0.01
+    assert read_request(chat(max_tokens=5, **nulls), PROMPTS).max_tokens == 5
+    assert read_request(chat(top_p=0), PROMPTS).top_p < 0.01
     # transformers accepts only floats.
-    assert isinstance(read_request(chat(temperature=2), STYLES).temperature, float)
+    assert isinstance(read_request(chat(temperature=2), PROMPTS).temperature, float)
 
 
 BAD: dict[str, bytes] = {
@@ -81,7 +79,6 @@ BAD: dict[str, bytes] = {
     "content is a number": body_of(3),
     "text is a number": body_of([{"type": "text", "text": 3}]),
     "no image": body_of("Describe this."),
-    "two images": body_of([image_part(), image_part()]),
     "audio": body_of([image_part(), {"type": "input_audio"}]),
     "an address": body_of([image_part("http://169.254.169.254/")]),
     "file URL": body_of([image_part("file:///etc/passwd")]),
@@ -105,7 +102,7 @@ BAD: dict[str, bytes] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_request_is_refused_with_a_reason(name: str) -> None:
     with pytest.raises(RefusedError) as refused:
-        read_request(BAD[name], STYLES)
+        read_request(BAD[name], PROMPTS)
     assert 400 <= refused.value.status < 500
     assert 5 < len(str(refused.value)) < 200
     assert error_body(str(refused.value), 400)["error"]["type"] == "invalid_request_error"
@@ -124,7 +121,7 @@ JSON = st.recursive(
 @given(st.dictionaries(FIELDS, JSON))
 def test_random_request_is_read_or_refused_without_another_error(values: dict[str, Any]) -> None:
     try:
-        read_request(json.dumps(values).encode(), STYLES)
+        read_request(json.dumps(values).encode(), PROMPTS)
     except RefusedError as refused:
         assert str(refused)
 
@@ -132,7 +129,7 @@ def test_random_request_is_read_or_refused_without_another_error(values: dict[st
 def test_tool_turn_and_folded_base64_are_read() -> None:
     folded = image_part("data:image/png;charset=utf-8;base64,cGl4\r\nZWxz")
     messages = [{"role": "assistant", "content": None}, {"role": "user", "content": [folded]}]
-    assert read_request(json.dumps({"messages": messages}).encode(), STYLES).image == b"pixels"
+    assert read_request(json.dumps({"messages": messages}).encode(), PROMPTS).image == b"pixels"
 
 
 def test_stream_has_the_whole_answer_in_its_first_event() -> None:
