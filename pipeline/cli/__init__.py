@@ -26,7 +26,7 @@ from pipeline.cli.push import push
 from pipeline.cli.training import evaluate, experiment, train
 from pipeline.cli.versions import versions_gc, versions_list, versions_rm, versions_tag
 from pipeline.errors import SynthError
-from pipeline.install import PACKAGES, extra_of, installed_version
+from pipeline.install import PACKAGES, install_command, installed_version
 from pipeline.logs import show_log
 from pipeline.progress import LOSS
 from pipeline.text.escape import printable
@@ -40,6 +40,8 @@ INTERRUPTED = {  # command -> what Ctrl-C keeps, and how to resume
     "train": "add --resume to the same command to resume",
     "caption": "with --out FILE, run the same command to resume; with --out txt, add --skip-existing",
 }
+# The extras of the commands that need more than `train`. Other modules name their extra themselves.
+EXTRAS = {"serve-captioner": ("train", "serve"), "export": ("train", "onnx")}
 SIGTERM_RETRY_S = 0.02
 MAX_IMPORT_S = 10.0
 # Groups of commands in --help.
@@ -168,7 +170,9 @@ def _run(terminated: list[float]) -> None:
         package = (error.name or "").partition(".")[0]
         if package in PACKAGES:
             raise
-        _exit_with(f"this command needs the package {package}", extra_of(package))
+        extras = next((EXTRAS[argument] for argument in sys.argv[1:] if argument in EXTRAS), ("train",))
+        hint = install_command(*extras, package=package)
+        _exit_with(f"this command needs the package {package}", hint)
     except SystemExit as exit_:
         if exit_.code == EXIT_CODE_INTERRUPTED:
             command = next((argument for argument in sys.argv[1:] if argument in INTERRUPTED), "")
