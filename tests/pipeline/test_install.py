@@ -29,6 +29,7 @@ NEEDS = [
     (("lora",), (), ["peft"]),
     (("export",), (), ["tensorboard"]),
     (("ray",), (), ["ray"]),
+    (("s3",), (), ["s3fs", "aiobotocore"]),
     (("lance",), (), ["lance"]),
     *(((extra,), (), [package]) for extra, package in PACKAGES.items()),
 ]
