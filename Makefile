@@ -63,7 +63,7 @@ check-real: .stamps/venv
 	$(BIN)/synth doctor
 	$(BIN)/synth generate --source flickr30k --limit 64 --out check-real
 	$(BIN)/synth push check-real --repo $(REPO) --private
-	$(BIN)/synth train --data check-real --steps 50
+	$(BIN)/synth train check-real --steps 50
 
 .stamps/venv: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synth needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

@@ -56,12 +56,12 @@ EXAMPLES = {
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
     "export": (
-        "synth export --format webdataset",
+        "synth export data/folder-photos --format webdataset",
         "synth export --in-place photos --style plain",
         "synth export CAPTIONER --format onnx --int8",
     ),
     "check": ("synth check data/folder-photos", "synth check ORG/NAME@v1.0.0"),
-    "train": ("synth train --data data/folder-photos --encoder clip --decoder scratch",),
+    "train": ("synth train data/folder-photos --encoder clip --decoder scratch",),
     "caption": (
         "synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photos --out captions.jsonl",
         "synth caption ORG/NAME photos --out txt --skip-existing",

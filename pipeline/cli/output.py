@@ -20,15 +20,6 @@ if TYPE_CHECKING:
     from pipeline.run import RunResult
 
 
-def last_dataset() -> Path:
-    """Return the dataset folder made last, and print its path. Raises StoreError if there is none."""
-    from pipeline.dataset.directory import newest_dataset
-
-    folder = newest_dataset()
-    say(f"dataset: {folder}", "dim")
-    return folder
-
-
 def find_checkpoint(captioner: str) -> Path:
     """Return a captioner's folder, local or from the Hub. Print a note if its training is not finished."""
     from trainer.runtime.checkpoint_folder import find_captioner
@@ -183,7 +174,7 @@ def print_run_result(
     )
     note_previews(version, version.path)
     has_captions = not {"captions", "qa"}.isdisjoint(version.manifest["columns"])
-    train = f", synth train --data {folder}" if has_captions else ""
+    train = f", synth train {folder}" if has_captions else ""
     say(f"next: synth report {folder}, synth push {folder} --repo ORG/NAME{train}", "dim")
     steps = {
         step.step: {"input": step.input, "kept": step.kept, "rejected": step.rejected}

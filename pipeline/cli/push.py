@@ -7,9 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, BadParameter, Option
+from typer import BadParameter, Option
 
-from pipeline.cli.options import DATASET_PATH, ONLY_MADE, AsJson, option, read_names
+from pipeline.cli.options import ONLY_MADE, AsJson, dataset_argument, dataset_path, option, read_names
 from pipeline.cli.output import note_previews, say, show
 from pipeline.errors import SynthError
 from pipeline.progress import WARNING, show_progress
@@ -33,12 +33,8 @@ WITH_IMAGES = Option(
 
 
 def push(
-    data: Annotated[
-        Path | None,
-        Argument(**DATASET_PATH, help="Dataset folder, version or checkpoint.", show_default=ONLY_MADE),
-    ] = None,
+    name: Annotated[str | None, dataset_argument("DIR, DIR@VERSION, a captioner", ONLY_MADE)] = None,
     repo: Annotated[str, option("Repository to push to.", metavar="ORG/NAME")] = ...,  # type: ignore[assignment]
-    version: Annotated[str | None, option("Version or tag.", "the newest complete version")] = None,
     private: Annotated[bool | None, PRIVATE] = None,
     images: Annotated[bool | None, WITH_IMAGES] = None,
     acknowledge: Annotated[
@@ -74,7 +70,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push a version or a captioner to the Hugging Face Hub as one commit with a permanent tag."""
-    from pipeline.dataset.directory import DatasetDir, only_dataset
+    from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.dataset.integrity import make_repaired_version
     from pipeline.dataset.manifest import describe_data
     from pipeline.formats.formats import OF_FEW_FILES
@@ -85,10 +81,9 @@ def push(
     check_repo_name(repo)
     if space:
         check_repo_name(space)
-    if data and not is_remote(data) and (data / "train.json").exists():
-        if images is not None or any(
-            (license_, license_link, title, language, version, acknowledge, also, repair)
-        ):
+    data = dataset_path(name, is_only=True)
+    if not is_remote(data) and (data / "train.json").exists():
+        if images is not None or any((license_, license_link, title, language, acknowledge, also, repair)):
             raise BadParameter(
                 f"{data} is a captioner; only --space, --private, --public, --dry-run and --json apply"
             )
@@ -101,9 +96,8 @@ def push(
     if unknown := [name for name in formats if name not in OF_FEW_FILES]:
         raise BadParameter(f"{unknown[0]} is not one of {', '.join(OF_FEW_FILES)}", param_hint="--also")
     _require_card_values(license_, license_link, language)
-    chosen_version = open_or_download(data or only_dataset(), version, previews=False)
-    if version is None:
-        note_previews(chosen_version, data)
+    chosen_version = open_or_download(data, previews=False)
+    note_previews(chosen_version, data)
     choices = {
         "images": images,
         "acknowledged": acknowledge or (),
@@ -124,8 +118,8 @@ def push(
         pushed = send_version(chosen_version)
     if not pushed:
         return
-    is_dataset_in_store = data and is_remote(data) and data.parent.name != "versions"
-    folder = data if data and is_dataset_in_store else chosen_version.dataset_dir
+    is_dataset_in_store = is_remote(data) and data.parent.name != "versions"
+    folder = split_version(data)[0] if is_dataset_in_store else chosen_version.dataset_dir
     try:
         with translate_disk_errors(folder):
             DatasetDir(folder).record_push(chosen_version.name, pushed.repo, pushed.commit)

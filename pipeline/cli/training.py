@@ -7,9 +7,9 @@ from typer import Argument, Option
 
 from pipeline.cli.options import (
     BY_STYLE,
+    AnyDataset,
     AsJson,
     CaptionerName,
-    DataName,
     Images,
     NumBeams,
     open_data,
@@ -30,7 +30,7 @@ def _preset_option(text: str, **limits: Any) -> Any:
 
 
 def train(
-    data: DataName = None,
+    data: AnyDataset = None,
     images: Images = None,
     encoder: Annotated[str, option(f"Image encoder: {ENCODERS}.")] = "auto",
     encoder_layer: Annotated[
@@ -109,7 +109,7 @@ def train(
 
 def evaluate(
     captioner: CaptionerName,
-    data: DataName = None,
+    data: AnyDataset = None,
     images: Images = None,
     split: Annotated[str, option("Split: train, validation or test.")] = "test",
     style: Annotated[str | None, option("Caption style.", BY_STYLE)] = None,

@@ -140,7 +140,7 @@ class DatasetDir:
                 raise
             except StoreError as error:
                 name = manifest.parent.name
-                hint = f"move {manifest.parent} away, or run `synth versions rm {name} --data {self.path}`"
+                hint = f"move {manifest.parent} away, or run `synth versions rm {self.path}@{name}`"
                 raise StoreError(f"the version {name} cannot be read: {error}", hint=hint) from None
         return sorted(versions)
 

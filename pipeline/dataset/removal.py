@@ -34,7 +34,7 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]
     tags = read_tags(dataset.path)
     for folder in folders:
         if version_tags := [tag for tag, tagged in tags.items() if tagged == folder.name]:
-            command = f"synth versions tag --delete {version_tags[0]} --data {dataset.path}"
+            command = f"synth versions tag --delete {version_tags[0]} {dataset.path}"
             problem = f"{folder.name} is tagged as {', '.join(version_tags)}"
             raise StoreError(problem, hint=f"remove the tag first: `{command}`")
     removed = []

@@ -204,7 +204,7 @@ def test_gc_removes_stored_states_except_locked_ones(
         fcntl.flock(lock, fcntl.LOCK_EX)
         for dry_run in (True, False):
             capsys.readouterr()
-            versions_gc(version.dataset_dir, dry_run=dry_run, as_json=True)
+            versions_gc(str(version.dataset_dir), dry_run=dry_run, as_json=True)
             collected = json.loads(capsys.readouterr().out)
             assert str(store) in collected["removed"] and collected["bytes"] >= size > 0
             assert store.exists() == dry_run

@@ -128,7 +128,7 @@ def test_interrupted_training_needs_resume_option(synth: Run, tmp_path: Path) ->
     (tmp_path / "c").mkdir()
     (tmp_path / "c/resume.pt").write_bytes(b"half")
     version, _ = make_version(tmp_path / "data", scene_samples(4))
-    flags = ("train", "--data", str(version.path), "--encoder", "tiny-clip", "--out", "c")
+    flags = ("train", str(version.path), "--encoder", "tiny-clip", "--out", "c")
     problem, hint = read_failure(synth(*flags))
     assert "has an interrupted training run" in problem and "--resume" in hint and "resume.pt" in hint
     checked = synth("check", "c")

@@ -273,14 +273,14 @@ def test_custom_task_values_are_shown_in_the_report_and_reviewed(shop: Path, ser
     text = next(text for text in boxed["texts"] if text["kind"] == "boxes")
     review = {"sample_id": boxed["id"], "content": text["content"], "verdict": "bad", "reason": "not_true"}
     (shop / "reviews.jsonl").write_text(json.dumps(review) + "\n")
-    require_success(synth(shop, "review", "apply", "reviews.jsonl", "--data", "d"))
+    require_success(synth(shop, "review", "apply", "d", "reviews.jsonl"))
     rows = {row["sample_id"]: row for row in load_rows(shop / "d", "v1.0.1")}
     assert not rows[boxed["id"]]["boxes"]
     assert sum(len(row["boxes"] or []) for row in rows.values()) == COUNT - 1
     edit = review | {"verdict": "edited", "text": "a dog"}
     del edit["reason"]
     (shop / "reviews.jsonl").write_text(json.dumps(edit) + "\n")
-    refused = synth(shop, "review", "apply", "reviews.jsonl", "--data", "d")
+    refused = synth(shop, "review", "apply", "d", "reviews.jsonl")
     assert refused.returncode == 1 and "not edited" in refused.stderr
 
 

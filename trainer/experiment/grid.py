@@ -34,7 +34,7 @@ NotEmpty = Field(min_length=1)
 
 
 class Data(Section):
-    """A data entry: a version and the texts to learn from. `data` has the syntax of `synth train --data`."""
+    """A data entry: a version and the texts to learn from. `data` has the syntax of `synth train DATASET`."""
 
     data: str | None = None
     images: str | None = None
