@@ -131,7 +131,7 @@ MISTAKES = (
         add("c.yaml generate: {max_token: 9}"),
     ),
     Mistake(
-        "wrong type", f"{PHOTOS} --config c.yaml", "'x' is not a whole number", "--print-config",
+        "wrong type", f"{PHOTOS} --config c.yaml", "'x' is not a whole number", "settings.md explains limit",
         add("c.yaml limit: x"),
     ),
     Mistake(

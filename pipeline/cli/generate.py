@@ -28,7 +28,6 @@ OUT = option(
 ESTIMATE = Option(
     "--estimate", help="Ask about 32 images, and estimate time, cost and yield.", rich_help_panel=DATASET
 )
-PRINT_CONFIG = Option("--print-config", help="Print all settings and where each was set.", hidden=True)
 JSON = Option("--json", help="Print JSON to stdout.", hidden=True)
 
 
@@ -37,7 +36,6 @@ def generate(
     settings: RunSettings,
     out: Annotated[Path | None, OUT] = None,
     estimate: Annotated[bool, ESTIMATE] = False,
-    print_config: Annotated[bool, PRINT_CONFIG] = False,
     as_json: Annotated[bool, JSON] = False,
     executor: Annotated[
         Literal["local", "ray"], _cluster_option("local: this process; ray: a Ray cluster, in shards.")
@@ -54,9 +52,6 @@ def generate(
 
     Arguments after -- go to the vLLM server: synth generate --engine vllm -- --max-num-seqs 64
     """
-    if print_config:
-        _print_settings(settings, as_json=as_json)
-        return
     from pipeline.dataset.directory import remember_dataset
     from pipeline.estimate import estimate_run
     from pipeline.executors.messages import describe_warnings
@@ -86,18 +81,6 @@ def generate(
     remember_dataset(out)
     warnings = describe_warnings(STEPS, result.plan, result.version, result.funnel)
     print_run_result(result, warnings, config.server, shown=progress.warnings, as_json=as_json)
-
-
-def _print_settings(settings: RunSettings, *, as_json: bool) -> None:
-    from pipeline.config.files import as_yaml, describe_settings
-    from pipeline.sources import with_source_defaults
-
-    rows = describe_settings(with_source_defaults(settings.config), settings.file, settings.options)
-    if as_json:
-        echo(json.dumps({key: {"value": value, "from": origin} for key, value, origin in rows}))
-        return
-    for key, value, origin in rows:
-        echo(f"{key}: {as_yaml(value)}  # {origin}")
 
 
 @with_run_settings

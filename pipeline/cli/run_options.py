@@ -190,10 +190,9 @@ CONFIG = Option(metavar="FILE", help="YAML file of settings; options override it
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """The settings of a run, the settings file, and the option that set each key."""
+    """The settings of a run, and the option that set each key."""
 
     config: "Config"
-    file: Path | None
     options: dict[str, str]
 
 
@@ -216,7 +215,7 @@ def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOpt
         target = settings.setdefault(section, {}) if section else settings
         target[name] = option.read(argument) if option.value is None else option.value
         origins[option.key] = option.flag
-    return RunSettings(resolve(file, **settings), file, origins)
+    return RunSettings(resolve(file, **settings), origins)
 
 
 def _show_all_options(context: Context, value: bool) -> None:
