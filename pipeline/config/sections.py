@@ -169,6 +169,7 @@ class TaskConfig(Section):
     rows: Annotated[str, Field(pattern=FIELD)] | None = None
     labels: Distinct[Label] = ()
     needs: Distinct[Annotated[str, Field(pattern=NEED)]] = ()
+    require: Distinct[Annotated[str, Field(min_length=1)]] = ()  # columns that need a value
     show_image: bool = True
     temperature: float = Field(default=0.0, ge=0, le=2)
     max_tokens: Annotated[int, Field(ge=1)] | None = None
