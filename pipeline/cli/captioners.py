@@ -24,7 +24,7 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.output import echo, find_checkpoint, say, show
 from pipeline.errors import ConfigError, TrainError
-from pipeline.progress import WARNING, show_progress
+from pipeline.progress import WARNING, show_progress, size
 
 
 def caption(
@@ -108,9 +108,9 @@ def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: b
     target = out or Path(f"{Path(captioner.partition('@')[0]).resolve().name}-onnx")
     with show_progress() as progress, translate_disk_errors(target):
         files = export_onnx(folder, target, progress, int8=int8)
-    for file, size in files.items():
+    for file, num_bytes in files.items():
         if file.endswith(".onnx"):
-            say(f"{file}: {size / 1e6:.1f} MB")
+            say(f"{file}: {size(num_bytes)}")
     say(f"try it: python {target / RUNNER} photo.jpg", "dim")
     show({"path": str(target), "files": files}, as_json, "path")
 

@@ -143,16 +143,20 @@ def serve(
 
 def doctor(
     model: Annotated[str | None, option("Model to check for: a folder or a Hub id.", metavar="MODEL")] = None,
+    base_url: Annotated[list[str] | None, option("Only check this server.", metavar="URL")] = None,
+    task: Annotated[list[Path] | None, option("Only check this file of a custom task.", **LOCAL_PATH)] = None,
     list_sources: Annotated[bool, Option("--sources", help="List the sources of `synth generate`.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check packages, engines, memory, disk and network of this machine."""
+    """Check packages, engines, memory, disk and network of this machine, or a server, or custom tasks."""
     if list_sources:
         _print_sources(as_json=as_json)
         return
-    from pipeline.doctor import examine
+    from pipeline.doctor import check_server, check_tasks, examine
 
-    findings = examine(model)
+    findings = [check_server(base_url, model)] if base_url else []
+    findings += [check_tasks(task)] if task else []
+    findings = findings or examine(model)
     if as_json:
         echo(json.dumps([asdict(finding) for finding in findings]))
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from pipeline.errors import SynthError
-from pipeline.progress import LOSS, WARNING, duration
+from pipeline.progress import LOSS, WARNING, duration, size
 from pipeline.text.escape import printable
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
         f"kept: {e['kept_images']:,} images, {e['kept_annotations']:,} of {e['annotations']:,} annotations; "
         f"{low:.0%} to {high:.0%} are rejected (95 % interval), more if texts repeat each other"
     )
-    show_line(f"dataset: about {e['bytes']:,} bytes")
+    show_line(f"dataset: about {size(e['bytes'])}")
     reasons = sorted(e["lost_by"].items(), key=lambda item: -item[1])
     if reasons:
         lost = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons)
@@ -154,6 +154,7 @@ def print_run_result(
     from pipeline.config import NO_MODEL
     from pipeline.dataset.integrity import missing_files
     from pipeline.sources.base import first_names
+    from pipeline.tables import SPLITS
 
     for summary in result.funnel:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.rejected.items())
@@ -173,8 +174,9 @@ def print_run_result(
         else f"nothing new: {version.name} already has exactly these rows"
     )
     note_previews(version, version.path)
-    has_captions = not {"captions", "qa"}.isdisjoint(version.manifest["columns"])
-    train = f", synth train {folder}" if has_captions else ""
+    is_trainable = not {"captions", "qa"}.isdisjoint(version.manifest["columns"])
+    is_trainable &= all(version.manifest["rows"].get(split) for split in SPLITS)
+    train = f", synth train {folder}" if is_trainable else ""
     say(f"next: synth report {folder}, synth push {folder} --repo ORG/NAME{train}", "dim")
     steps = {
         step.step: {"input": step.input, "kept": step.kept, "rejected": step.rejected}

@@ -12,7 +12,7 @@ from typer import BadParameter, Option
 from pipeline.cli.options import ONLY_MADE, AsJson, dataset_argument, dataset_path, option, read_names
 from pipeline.cli.output import note_previews, say, show
 from pipeline.errors import SynthError
-from pipeline.progress import WARNING, show_progress
+from pipeline.progress import WARNING, show_progress, size
 from pipeline.storage.object_store import is_remote
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def send(
         remedy = "--license" if package.kind == "dataset" else "--public"
         reason = f": the license of the images is unknown, or the Hub does not list it ({remedy})"
     private = is_unknown if private is None else private
-    say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
+    say(f"files: {len(sizes)}, {size(sum(sizes.values()))}")
     say(f"repository: {repo}, {'private' if private else 'public'}{reason}")
     model = package.manifest.get("model", {})
     if not private and NO_COMMERCIAL_USE in model.get("license", ""):

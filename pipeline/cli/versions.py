@@ -7,6 +7,7 @@ from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import ONLY_MADE, AsJson, Dataset, dataset_argument, dataset_path
 from pipeline.cli.output import echo, note_previews, say
+from pipeline.progress import size
 from pipeline.storage.object_store import is_remote
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def versions_list(data: Dataset = None, as_json: AsJson = False) -> None:
     for row in rows:
         counts = ", ".join(f"{count} {split}" for split, count in row["rows"].items())
         counts += f"  (from {row['parent'] or 'nothing'}{', a preview' if row['preview'] else ''})"
-        size = f"{row['bytes'] / 1e6:>8.1f} MB"
-        echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {size}  {counts}")
+        shown = f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {size(row['bytes']):>10}"
+        echo(f"{shown}  {counts}")
         if row["tags"]:
             echo(f"          tagged {', '.join(row['tags'])}")
         for repo in row["pushed"]:
@@ -134,7 +135,7 @@ def versions_rm(
         echo(json.dumps({"removed": [folder.path.name for folder in removed], "bytes": freed_bytes}))
         return
     for folder in removed:
-        echo(f"removed {folder.path.name}, which frees {folder.num_bytes / 1e6:.1f} MB")
+        echo(f"removed {folder.path.name}, which frees {size(folder.num_bytes)}")
         for repo in dict.fromkeys(push["repo"] for push in pushes if push["version"] == folder.path.name):
             echo(f"          was pushed to {repo}")
     say(f"images stay until `synth versions gc {dataset.path}` removes the unused ones")
@@ -167,5 +168,5 @@ def versions_gc(
         echo(json.dumps({"removed": paths, "bytes": freed_bytes, "dry_run": dry_run}))
         return
     for leftover in leftovers:
-        say(f"{'would remove' if dry_run else 'removed'} {leftover.path}, {leftover.num_bytes / 1e6:.1f} MB")
-    echo(f"{'would free' if dry_run else 'freed'} {freed_bytes / 1e6:.1f} MB in {dataset.path}")
+        say(f"{'would remove' if dry_run else 'removed'} {leftover.path}, {size(leftover.num_bytes)}")
+    echo(f"{'would free' if dry_run else 'freed'} {size(freed_bytes)} in {dataset.path}")
