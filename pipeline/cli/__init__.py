@@ -24,7 +24,7 @@ from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
 from pipeline.cli.training import evaluate, experiment, train
-from pipeline.cli.versions import versions_gc, versions_list, versions_rm, versions_tag
+from pipeline.cli.versions import versions_gc, versions_list, versions_rm
 from pipeline.errors import SynthError
 from pipeline.install import PACKAGES, install_command, installed_version
 from pipeline.logs import show_log
@@ -104,7 +104,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-versions = typer.Typer(no_args_is_help=True, help="List, tag and remove versions; free disk space.")
+versions = typer.Typer(no_args_is_help=True, help="List and remove versions; free disk space.")
 review = typer.Typer(no_args_is_help=True, help="Make a new version from reviews exported by a report.")
 
 
@@ -123,7 +123,6 @@ app.add_typer(review, name="review", rich_help_panel=USE)
 review.command("apply")(review_apply)
 app.add_typer(versions, name="versions", rich_help_panel=USE)
 versions.command("list")(versions_list)
-versions.command("tag")(versions_tag)
 versions.command("rm")(versions_rm)
 versions.command("gc")(versions_gc)
 add(USE, diff, check, push, export)

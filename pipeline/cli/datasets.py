@@ -128,7 +128,7 @@ def diff(
 
     dataset = first.rpartition("@")[0]
     if dataset and is_version_name(second):
-        second = f"{dataset}@{second.removeprefix('@')}"
+        second = f"{dataset}@{second}"
     before, after = open_version(first), open_version(second)
     difference = diff_versions(before, after, None if as_json else rows)
     if not as_json:

@@ -96,7 +96,7 @@ def require_split(split: str | None) -> None:
 
 
 def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
-    """Return the path of a dataset or a version. VERSION and @TAG belong to the dataset made last.
+    """Return the path of a dataset or a version. VERSION belongs to the dataset made last.
 
     With `is_only`, raises StoreError if several datasets were made here, instead of choosing the last.
     """
@@ -106,14 +106,14 @@ def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
         return parse_dataset_path(name)
     folder = only_dataset() if is_only else newest_dataset()
     say(f"dataset: {folder}", "dim")
-    return folder.with_name(f"{folder.name}@{name.removeprefix('@')}") if name else folder
+    return folder.with_name(f"{folder.name}@{name}") if name else folder
 
 
 def is_version_name(name: str) -> bool:
-    """Return whether a name is v1.0.0 or @TAG, without a dataset."""
+    """Return whether a name is a version without a dataset, such as v1.0.0."""
     from pipeline.dataset.version import VERSION_NAME
 
-    return name.startswith("@") or (VERSION_NAME.fullmatch(name) is not None and not Path(name).exists())
+    return VERSION_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def open_data(name: str | None, images: str | None) -> "Version":

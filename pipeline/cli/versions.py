@@ -1,4 +1,4 @@
-"""Commands for the versions of a dataset: versions list, tag, rm, gc."""
+"""Commands for the versions of a dataset: versions list, rm, gc."""
 
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import ONLY_MADE, AsJson, Dataset, dataset_argument, dataset_path
-from pipeline.cli.output import echo, note_previews, say
+from pipeline.cli.output import echo, say
 from pipeline.progress import size
 from pipeline.storage.object_store import is_remote
 
@@ -38,24 +38,18 @@ def _open_dataset(
 
 
 def versions_list(data: Dataset = None, as_json: AsJson = False) -> None:
-    """List the versions of a dataset with rows, size, parent, digest, tags and pushes, oldest first."""
-    from pipeline.dataset.directory import read_tags
+    """List the versions of a dataset with rows, size, parent, digest and pushes, oldest first."""
     from pipeline.storage.files import translate_disk_errors
 
     dataset, _ = _open_dataset(data)
     with translate_disk_errors(dataset.path):
         # If there is no version, `version` raises an error that gives the reason.
         versions = dataset.versions() or [dataset.version()]
-        rows, pushes, tags = (
-            [version.summary() for version in versions],
-            dataset.pushed(),
-            read_tags(dataset.path),
-        )
+        rows, pushes = [version.summary() for version in versions], dataset.pushed()
     for row, version in zip(rows, versions, strict=True):
         row["pushed"] = [
             f"{push['repo']}@{push['commit']}" for push in pushes if push["version"] == version.name
         ]
-        row["tags"] = [tag for tag, tagged in tags.items() if tagged == version.name]
         row["preview"] = version.is_preview
     if as_json:
         echo(json.dumps(rows))
@@ -65,50 +59,8 @@ def versions_list(data: Dataset = None, as_json: AsJson = False) -> None:
         counts += f"  (from {row['parent'] or 'nothing'}{', a preview' if row['preview'] else ''})"
         shown = f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {size(row['bytes']):>10}"
         echo(f"{shown}  {counts}")
-        if row["tags"]:
-            echo(f"          tagged {', '.join(row['tags'])}")
         for repo in row["pushed"]:
             echo(f"          pushed to {repo}")
-
-
-def versions_tag(
-    tag: Annotated[str, Argument(help="Tag name, such as paper.")],
-    data: Dataset = None,
-    move: Annotated[bool, Option("--move", help="Move an existing tag to this version.")] = False,
-    delete: Annotated[bool, Option("--delete", help="Remove the tag, but keep the version.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Tag a version, by default the newest complete one. A tagged version cannot be removed.
-
-    Other commands accept DIR@TAG, or @TAG for the dataset made last.
-    """
-    from pipeline.dataset.directory import read_tags, require_tag_name, write_tags
-    from pipeline.errors import StoreError
-    from pipeline.storage.files import translate_disk_errors
-
-    require_tag_name(tag)
-    dataset, version = _open_dataset(data)
-    if delete and (version or move):
-        raise BadParameter("--delete takes only a tag, no version", param_hint="--delete")
-    with translate_disk_errors(dataset.path), dataset.lock():
-        tags = read_tags(dataset.path)
-        if delete:
-            if tag not in tags:
-                raise StoreError(
-                    f"{dataset.path} has no tag {tag}", hint=f"existing tags: {', '.join(tags) or 'none'}"
-                )
-            write_tags(dataset.path, {name: tagged for name, tagged in tags.items() if name != tag})
-            echo(
-                json.dumps({"tag": tag, "version": None}) if as_json else f"{tag} no longer names {tags[tag]}"
-            )
-            return
-        chosen = dataset.version(version, previews=False)
-        if version is None:
-            note_previews(chosen)
-        if tags.get(tag, chosen.name) != chosen.name and not move:
-            raise StoreError(f"{tag} names {tags[tag]}", hint="pass --move to move the tag")
-        write_tags(dataset.path, tags | {tag: chosen.name})
-    echo(json.dumps({"tag": tag, "version": chosen.name}) if as_json else f"{tag} names {chosen.name}")
 
 
 def versions_rm(

@@ -5,7 +5,6 @@ The dataset folder of a run on a cluster may be in an object store (storage/obje
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ OUTPUTS = ("kept", "rejected")  # the tables that every step writes
 IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # tables of the read step
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 LISTED_ROWS = 1024  # number of samples, without images, per batch
-TAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 # Exceptions that may be raised when a damaged JSON file is read.
 _DAMAGED_JSON = (ValueError, LookupError, TypeError, RecursionError, UnsafeFileError)
 
@@ -126,8 +124,8 @@ class DatasetDir:
         write_json(self.path / "pushed.json", {"pushed": [*earlier, push]})
 
     def taken_numbers(self) -> list[tuple[int, ...]]:
-        """Return the numbers of tagged and pushed versions, which stay taken after a removal."""
-        names = {*read_tags(self.path).values(), *(push["version"] for push in self.pushed())}
+        """Return the numbers of pushed versions, which stay taken after a removal."""
+        names = {push["version"] for push in self.pushed()}
         return sorted(parse_version(name) for name in names if VERSION_NAME.fullmatch(name))
 
     def versions(self) -> list[Version]:
@@ -145,17 +143,15 @@ class DatasetDir:
         return sorted(versions)
 
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:
-        """Return the version with a name or tag, by default the newest. Raises StoreError if there is none.
+        """Return the version with a name, by default the newest. Raises StoreError if there is none.
 
         Without `previews`, a preview is returned only if all matching versions are previews.
         """
         versions = self.versions()
         matches = [version for version in versions if name in (None, version.name)]
-        tags = read_tags(self.path) if name and not matches else {}
-        matches = matches or [version for version in versions if version.name == tags.get(name or "")]
         if not matches:
-            names = [*(version.name for version in versions), *tags]
-            hint = f"versions here: {', '.join(names) or 'none'}; `synth generate` makes one"
+            names = ", ".join(version.name for version in versions)
+            hint = f"versions here: {names or 'none'}; `synth generate` makes one"
             raise StoreError(f"{self.path} has no version {name or ''}".rstrip(), hint=hint)
         complete = [version for version in matches if previews or not version.is_preview]
         return (complete or matches)[-1]
@@ -184,37 +180,6 @@ class DatasetDir:
             yield lambda: None
 
 
-def read_tags(dataset: Path) -> dict[str, str]:
-    """Return the version name for each tag in a dataset folder. Raises StoreError if the file is damaged."""
-    file = dataset / "versions" / "tags.json"
-    if not file.exists():
-        return {}
-    with suppress(*_DAMAGED_JSON):
-        tags = read_json(file)["tags"]
-        if isinstance(tags, dict) and all(is_tag(tag) and VERSION_NAME.fullmatch(tags[tag]) for tag in tags):
-            return tags
-    raise StoreError(f"{file} is not a valid list of tags", hint="remove it, and tag the versions again")
-
-
-def write_tags(dataset: Path, tags: dict[str, str]) -> None:
-    """Write the tags of a dataset folder, sorted by name."""
-    write_json(dataset / "versions" / "tags.json", {"tags": dict(sorted(tags.items()))})
-
-
-def is_tag(name: str) -> bool:
-    """Return whether a name can be used as a tag."""
-    return bool(TAG_NAME.fullmatch(name)) and not VERSION_NAME.fullmatch(name)
-
-
-def require_tag_name(tag: str) -> None:
-    """Raise ConfigError if a name cannot be used as a tag."""
-    if not is_tag(tag):
-        hint = (
-            "begin with a letter, use at most 64 letters, digits, dots, hyphens and underscores, not v1.0.0"
-        )
-        raise ConfigError(f"{tag!r} cannot be a tag", hint=hint)
-
-
 def require_utf8_path(path: Path) -> None:
     """Raise ConfigError if a path is not valid UTF-8, because Parquet cannot open such a path."""
     try:
@@ -227,7 +192,7 @@ def require_utf8_path(path: Path) -> None:
 def open_dataset(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
     """Open a version folder, or a version in a dataset folder. By default, open the version made last.
 
-    `path` may be FOLDER@VERSION or FOLDER@TAG. Raises StoreError if the dataset or version does not exist.
+    `path` may be FOLDER@VERSION. Raises StoreError if the dataset or version does not exist.
     """
     path, version = (
         (path or newest_dataset(), version) if version else split_version(path or newest_dataset())
@@ -247,7 +212,7 @@ def open_dataset(path: Path | None, version: str | None = None, *, previews: boo
 
 
 def split_version(path: Path) -> tuple[Path, str | None]:
-    """Split FOLDER@VERSION or FOLDER@TAG. For any other path, return the path and None."""
+    """Split FOLDER@VERSION. For any other path, return the path and None."""
     folder, _, name = path.name.rpartition("@")
     if not folder or not name or path.exists():
         return path, None

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir, read_tags
+from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.dataset.images import ImageStore
 from pipeline.dataset.version import FEATURES, LOCK, MANIFEST, PUSHED, VERSION_NAME
 from pipeline.errors import StoreError
@@ -28,15 +28,9 @@ class Leftover:
 def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]:
     """Remove versions atomically, and return their folders. The caller holds the lock of the dataset folder.
 
-    Raises StoreError if a version is missing or tagged (before any removal), or if files cannot be removed.
+    Raises StoreError if a version is missing (before any removal), or if files cannot be removed.
     """
     folders = list(dict.fromkeys(_find_version(dataset, name) for name in names))
-    tags = read_tags(dataset.path)
-    for folder in folders:
-        if version_tags := [tag for tag, tagged in tags.items() if tagged == folder.name]:
-            command = f"synth versions tag --delete {version_tags[0]} {dataset.path}"
-            problem = f"{folder.name} is tagged as {', '.join(version_tags)}"
-            raise StoreError(problem, hint=f"remove the tag first: `{command}`")
     removed = []
     for folder in folders:
         removed.append(_measure(folder))

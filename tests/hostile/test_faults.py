@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.dataset.directory import DatasetDir, read_tags, write_tags
+from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import find_damage, make_repaired_version
 from pipeline.dataset.removal import REMOVING
 from pipeline.dataset.reviews import text_name
@@ -24,7 +24,6 @@ from tests.scene_data import make_version, scene_samples
 COUNT = 1  # faults per command and mode in a short run
 RM = ("versions", "rm", "data@v1.0.0", "v1.0.1")
 GC = ("versions", "gc", "data")
-TAG = ("versions", "tag", "paper", "data@v1.0.0", "--move")
 # (folder before, command) -> writes and final state of an undisturbed run
 UNDISTURBED: dict[tuple[Path | None, tuple[str, ...]], tuple[int, Any]] = {}
 Command = tuple[str, ...]
@@ -155,7 +154,6 @@ def three_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first, _ = make_version(folder / "data", samples[:8])
     make_repaired_version(first, [])
     make_version(folder / "data", samples)
-    write_tags(folder / "data", {"paper": "v1.1.0"})
     (folder / "data" / "versions" / f"{REMOVING}v0.1.0").mkdir()
     (folder / "data" / "versions" / f"{REMOVING}v0.1.0" / "train-00000.parquet").write_bytes(bytes(50))
     (folder / "data" / "versions" / "v1.0.0" / ".README.md.tmp").write_bytes(b"{")
@@ -163,7 +161,7 @@ def three_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("mode", "count"), [("crash", 3), ("full", 1)])
-@pytest.mark.parametrize("command", [RM, GC, TAG], ids=["rm", "gc", "tag"])
+@pytest.mark.parametrize("command", [RM, GC], ids=["rm", "gc"])
 def test_interrupted_removal_leaves_versions_whole_or_gone(
     three_versions: Path, tmp_path: Path, command: tuple[str, ...], mode: str, count: int
 ) -> None:
@@ -182,7 +180,6 @@ def test_interrupted_removal_leaves_versions_whole_or_gone(
 
     def after_fault(folder: Path) -> None:
         assert "v1.1.0" in versions(folder)
-        assert read_tags(folder / "data").keys() == {"paper"}
 
     def again(folder: Path) -> tuple[str, ...]:
         names = [f"data@{name}" for name in versions(folder) if name in ("v1.0.0", "v1.0.1")]

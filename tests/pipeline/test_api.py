@@ -10,7 +10,6 @@ import pytest
 from datasets import Features, Image, List
 
 import pipeline
-from pipeline.dataset.directory import write_tags
 from pipeline.dataset.pixels import images_of_dataset, join_images
 from pipeline.errors import ConfigError, StoreError
 from pipeline.images.decode import deck_id, image_id
@@ -30,9 +29,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_local_and_pulled_version_are_loaded_with_images(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", SAMPLES)
     make_version(tmp_path / "d", SAMPLES[:12])
-    write_tags(tmp_path / "d", {"paper": version.name})
     published = pulled(version, tmp_path / "home" / "x")
-    for name in (f"{tmp_path}/d@{version.name}", f"{tmp_path}/d@paper", published.path):
+    for name in (f"{tmp_path}/d@{version.name}", published.path):
         loaded = pipeline.load(name)
         assert loaded.num_rows == {split: count for split, count in version.manifest["rows"].items() if count}
         for split, rows in loaded.items():

@@ -1,4 +1,4 @@
-"""Versions: list, tag and remove, previews, and the default dataset."""
+"""Versions: list and remove, previews, and the default dataset."""
 
 import json
 from pathlib import Path
@@ -54,27 +54,17 @@ def test_preview_is_not_the_default_version(synth: Run, photos: Path, tmp_path: 
     assert "newer" not in synth("export", "elsewhere@v1.1.0", "--format", "csv").stderr
 
 
-def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> None:
+def test_versions_are_listed_and_removed(synth: Run, photos: Path) -> None:
     source = f"folder:{photos}"
     assert synth("generate", "--no-model", "--source", source, "--limit", "4").returncode == 0
     assert synth("generate", "--no-model", "--source", source).returncode == 0
     (data,) = (photos.parent / "data").iterdir()
     assert synth("versions", "list", str(data)).stdout == synth("versions", "list").stdout
-    assert synth("versions", "tag", "paper", "v1.0.0").stdout == "paper names v1.0.0\n"
-    assert synth("versions", "tag", "paper").returncode == 1
-    assert "--move" in synth("versions", "tag", "paper", "v1.1.0").stderr
-    refused = synth("versions", "rm", "v1.0.0")
-    assert refused.returncode == 1
-    assert "v1.0.0 is tagged as paper" in refused.stderr
-    tagged = synth("push", "--repo", "ORG/NAME", "--dry-run", "@paper", "--json")
-    assert json.loads(tagged.stdout)["version"] == "v1.0.0"
-    assert synth("versions", "tag", "paper", "v1.1.0", "--move").stdout == "paper names v1.1.0\n"
-    assert "tagged paper" in synth("versions", "list").stdout
+    chosen = synth("push", "--repo", "ORG/NAME", "--dry-run", "v1.0.0", "--json")
+    assert json.loads(chosen.stdout)["version"] == "v1.0.0"
     removed = synth("versions", "rm", "v1.0.0", "--json")
     assert json.loads(removed.stdout)["removed"] == ["v1.0.0"]
     assert [row["version"] for row in json.loads(synth("versions", "list", "--json").stdout)] == ["v1.1.0"]
-    assert synth("versions", "tag", "--delete", "paper").stdout == "paper no longer names v1.1.0\n"
-    assert synth("versions", "tag", "--delete", "paper").returncode == 1
     assert json.loads(synth("versions", "gc", "--json").stdout)["removed"] == []
     done = synth("versions", "rm", "v1.1.0")
     assert "images stay until `synth versions gc" in done.stderr
@@ -118,7 +108,7 @@ def test_run_without_limit_that_finds_nothing_more_completes_preview(synth: Run,
     assert [row["preview"] for row in listed] == [False]
 
 
-@pytest.mark.parametrize("command", ["gc typo", "rm typo@v1.0.0", "tag paper typo", "list typo"])
+@pytest.mark.parametrize("command", ["gc typo", "rm typo@v1.0.0", "list typo"])
 def test_versions_command_creates_no_missing_dataset(synth: Run, tmp_path: Path, command: str) -> None:
     done = synth("versions", *command.split())
     assert (done.returncode, "no dataset at typo" in done.stderr) == (1, True)

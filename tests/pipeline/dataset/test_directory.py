@@ -13,6 +13,7 @@ from pipeline.dataset.directory import (
     only_dataset,
     open_dataset,
     remember_dataset,
+    split_version,
 )
 from pipeline.dataset.version import dataset_folder
 from pipeline.errors import StoreError
@@ -126,3 +127,8 @@ def test_only_dataset_raises_if_there_are_two_datasets(
     assert newest_dataset() == Path("data/secret")
     with pytest.raises(StoreError, match="several datasets were made here: 2"):
         only_dataset()
+
+
+@pytest.mark.parametrize("name", ["@v1.0.0", "d@", "@", "."])
+def test_name_without_folder_or_version_is_a_plain_path(name: str) -> None:
+    assert split_version(Path(name)) == (Path(name), None)

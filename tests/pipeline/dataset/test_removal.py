@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.directory import DatasetDir, sample_batches, write_tags
+from pipeline.dataset.directory import DatasetDir, sample_batches
 from pipeline.dataset.images import ImageStore
 from pipeline.dataset.integrity import find_damage, make_repaired_version
 from pipeline.dataset.removal import (
@@ -45,17 +45,15 @@ def test_name_of_pushed_version_is_not_reused_after_removal(dataset: DatasetDir)
     assert make_version(dataset.path, SAMPLES[:3])[0].name == "v2.0.0"
 
 
-def test_repaired_version_skips_tagged_name(tmp_path: Path) -> None:
+def test_repaired_version_skips_pushed_name(tmp_path: Path) -> None:
     first, _ = make_version(tmp_path, SAMPLES[:5])
-    write_tags(tmp_path, {"paper": "v1.0.1"})  # that version was moved away
+    DatasetDir(tmp_path).record_push("v1.0.1", "ORG/NAME", "c" * 40)  # that version was moved away
     assert make_repaired_version(first, ["train-00000.parquet"]).name == "v1.0.2"
 
 
-@pytest.mark.parametrize("names", [["v1.1.0", "v9.0.0"], ["v1.1.0", "v1.0.0"]])
-def test_no_version_is_removed_if_one_is_missing_or_tagged(dataset: DatasetDir, names: list[str]) -> None:
-    write_tags(dataset.path, {"paper": "v1.0.0"})
-    with pytest.raises(StoreError, match=r"no version v9|v1\.0\.0 is tagged as paper"):
-        remove_versions(dataset, names)
+def test_no_version_is_removed_if_one_is_missing(dataset: DatasetDir) -> None:
+    with pytest.raises(StoreError, match="no version v9"):
+        remove_versions(dataset, ["v1.1.0", "v9.0.0"])
     assert len(dataset.versions()) == 3
 
 
