@@ -131,7 +131,8 @@ MISTAKES = (
         add("c.yaml generate: {max_token: 9}"),
     ),
     Mistake(
-        "wrong type", f"{PHOTOS} --config c.yaml", "'x' is not a whole number", "settings.md explains limit",
+        "wrong type", f"{PHOTOS} --config c.yaml", "bad value for limit: Input should be a valid integer",
+        "settings.md explains limit",
         add("c.yaml limit: x"),
     ),
     Mistake(

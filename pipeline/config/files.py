@@ -44,19 +44,6 @@ PUBLIC_SOURCE = re.compile(
 PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MAX_SHOWN_CHARACTERS = 80
 SECRET_KEYS = frozenset(("key_env", "headers"))  # users put keys of servers there by mistake
-# Descriptions of a valid value by pydantic's error type. For other types, pydantic's message is shown.
-WANTED = {
-    "bool_for_number": "a number, such as 10",
-    "dict": "keys and values",
-    "float": "a number",
-    "greater_than_equal": "{ge} or more",
-    "int": "a whole number",
-    "int_from_float": "a whole number",
-    "literal_error": "one of {expected}",
-    "model": "keys and values, indented below it",
-    "string": "a text",
-    "tuple": "a list, such as [a, b]",
-}
 
 
 # --- files of settings
@@ -257,15 +244,9 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
         names = {name.lower(): code for code, (name, *_) in LANGUAGES.items() if pattern == LANGUAGE}
         close = f": did you mean {names[value.lower()]}?" if str(value).lower() in names else ""
         return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}{close}"
-    wanted = WANTED.get(re.sub("_(type|parsing|attributes_type)$", "", flaw["type"]))
-    if wanted is None:
-        message = flaw["msg"].removeprefix("Value error, ")
-        return message if is_secret else f"{message} ({shown})"
-    is_text_meant = isinstance(value, bool) and flaw["type"] != "bool_for_number"
-    quotes = (
-        "; YAML reads yes, no, on and off as true and false: put a string in quotes" if is_text_meant else ""
-    )
-    return f"{shown} is not {wanted.format(**context)}{quotes}"
+    message = flaw["msg"].removeprefix("Value error, ")
+    yaml_hint = "; YAML reads yes, no, on and off as true and false: put a string in quotes"
+    return message if is_secret else f"{message} ({shown}{yaml_hint if isinstance(value, bool) else ''})"
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
