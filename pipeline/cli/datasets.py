@@ -26,7 +26,7 @@ from pipeline.cli.options import (
     read_existing,
     require_split,
 )
-from pipeline.cli.output import echo, note_training_data, print_run_result, say, show
+from pipeline.cli.output import echo, print_run_result, say, show
 from pipeline.errors import did_you_mean
 from pipeline.progress import show_progress
 
@@ -206,11 +206,10 @@ def export(
 
 def report(
     data: Dataset = None,
-    checkpoint: Annotated[Path | None, path_option("Training to show.", "the last of the dataset")] = None,
     rows: Annotated[int, option("Number of images, drawn at random.", min=1)] = 10_000,
     rejected: Annotated[Path | None, path_option("CSV file for all rejections of the last run.")] = None,
 ) -> None:
-    """Write an HTML report on a dataset and its captioner: one file that opens without a server.
+    """Write an HTML report on a dataset and its last captioner: one file that opens without a server.
 
     On the page, you can mark texts as good, bad or edited. `synth review apply` applies these reviews.
     """
@@ -221,14 +220,12 @@ def report(
 
     version = open_or_download(dataset_path(data))
     folder = version.dataset_dir
-    if checkpoint is not None:
-        note_training_data(checkpoint, version)
     if rejected is not None:
         with translate_disk_errors(rejected):
             write_rejected(folder, rejected)
         say(f"wrote {rejected}")
     with translate_disk_errors(folder):
-        echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
+        echo(write_report(version, folder, newest_checkpoint(folder), rows))
 
 
 def review_apply(

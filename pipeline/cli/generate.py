@@ -87,9 +87,6 @@ def generate(
 def preview(
     settings: RunSettings,
     number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Number of images to show.")] = 4,
-    page: Annotated[
-        Path | None, path_option("File to write the page to.", "preview.html in data/SOURCE")
-    ] = None,
     out: Annotated[Path | None, path_option("Dataset folder, as for `generate`.", "data/SOURCE")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -101,7 +98,7 @@ def preview(
 
     with show_progress() as progress:
         result = preview_run(settings.config, min(number, settings.config.limit or number), out, progress)
-    path = write_preview(result, page)
+    path = write_preview(result)
     if as_json:
         echo(json.dumps(result.describe() | {"page": str(path)}))
         return

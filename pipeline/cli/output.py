@@ -89,8 +89,6 @@ def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
     if reasons:
         lost = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons)
         show_line(f"rejected in the sample: {lost}")
-    for text in e["texts"]:
-        show_line(f"  {text}")
     if as_json:
         echo(json.dumps(estimate))
 
