@@ -144,6 +144,8 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
 def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
     """Return the settings in a file, and whether it is the manifest of a version."""
     values = read_yaml(file, "it needs lines such as `limit: 100`")
+    # YAML returns null for a section whose lines are all comments.
+    values = {key: value for key, value in values.items() if value is not None}
     if isinstance(values.get("config"), dict) and "version" in values:
         return values["config"], True
     # Cards show a command with this file name. It must not run untrusted settings that are not a manifest.
