@@ -228,10 +228,7 @@ def report(
         echo(write_report(version, folder, newest_checkpoint(folder), rows))
 
 
-def review_apply(
-    names: Annotated[list[str], REVIEWS],
-    as_json: AsJson = False,
-) -> None:
+def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) -> None:
     """Make the next version without texts reviewed as bad, and with the edited texts.
 
     Later runs apply the reviews again.

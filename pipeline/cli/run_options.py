@@ -6,6 +6,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,10 +79,6 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def _read_columns(text: str) -> dict[str, str]:
-    return read_pairs(text, "--columns")
-
-
 def _only_source(names: list[str]) -> str:
     """Return the one source. Raises ConfigError for several: all but the last would be ignored."""
     if len(names) > 1:
@@ -99,7 +96,7 @@ OPTIONS = (
         "source_split", metavar="SPLIT", default="all"),
     RunOption("--columns", str, IMAGES,
         "Column of each role: image, references, question, answer, pages, split, or context (for prompts).",
-        metavar="ROLE=COLUMN,...", read=_read_columns),
+        metavar="ROLE=COLUMN,...", read=partial(read_pairs, option="--columns")),
     RunOption("--captions", list[Path], IMAGES,
         "File of human captions or questions for a folder: COCO, Karpathy, CSV, JSON lines; repeatable.",
         is_common=True),

@@ -18,7 +18,7 @@ def _open_dataset(
     name: str | None, *, is_only: bool = False, is_local: bool = False
 ) -> tuple["DatasetDir", str | None]:
     """Return a dataset, and the version if `name` contains one. Raises StoreError if there is no dataset."""
-    from pipeline.dataset.directory import RUN_FILE, DatasetDir, find_dataset, split_version
+    from pipeline.dataset.directory import DatasetDir, find_dataset, split_version
     from pipeline.errors import StoreError
 
     path = dataset_path(name, is_only=is_only)
@@ -29,11 +29,8 @@ def _open_dataset(
     named, version = split_version(path)
     folder = find_dataset(path)
     if not is_remote(folder) and not (folder / "versions").is_dir():
-        if (folder / RUN_FILE).is_file():
-            raise StoreError(
-                f"{folder} has no version yet", hint="run the same `synth generate` again: it resumes"
-            )
-        raise StoreError(f"no dataset at {folder}", hint="`synth generate --source scenes` makes one")
+        hint = "`synth generate` makes one; if it was interrupted, run it again"
+        raise StoreError(f"no dataset at {folder}", hint=hint)
     return DatasetDir(folder), version or (None if folder == named else named.name)
 
 
