@@ -14,15 +14,13 @@ if TYPE_CHECKING:
     from pipeline.dataset.directory import DatasetDir
 
 
-def _open_dataset(
-    name: str | None, *, is_only: bool = False, is_local: bool = False
-) -> tuple["DatasetDir", str | None]:
+def _open_dataset(name: str | None, *, for_removal: bool = False) -> tuple["DatasetDir", str | None]:
     """Return a dataset, and the version if `name` contains one. Raises StoreError if there is no dataset."""
     from pipeline.dataset.directory import DatasetDir, find_dataset, split_version
     from pipeline.errors import StoreError
 
-    path = dataset_path(name, is_only=is_only)
-    if is_local and is_remote(path):
+    path = dataset_path(name, is_only=for_removal)
+    if for_removal and is_remote(path):
         raise StoreError(
             f"{path} is in an object store", hint="remove its objects with the tools of the object store"
         )
@@ -71,7 +69,7 @@ def versions_rm(
     from pipeline.dataset.removal import remove_versions
     from pipeline.storage.files import translate_disk_errors
 
-    dataset, version = _open_dataset(names[0], is_only=True, is_local=True)
+    dataset, version = _open_dataset(names[0], for_removal=True)
     if version is None:
         raise BadParameter(f"{names[0]} names no version: {dataset.path}@v1.0.0", param_hint="VERSION")
     prefix = names[0].rpartition("@")[0]
@@ -104,7 +102,7 @@ def versions_gc(
     )
     from pipeline.storage.files import translate_disk_errors
 
-    dataset, _ = _open_dataset(data, is_only=True, is_local=True)
+    dataset, _ = _open_dataset(data, for_removal=True)
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = list(find_leftovers(dataset))
         if not dry_run:

@@ -248,7 +248,9 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
         return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}{close}"
     message = flaw["msg"].removeprefix("Value error, ")
     yaml_hint = "; YAML reads yes, no, on and off as true and false: put a string in quotes"
-    return message if is_secret else f"{message} ({shown}{yaml_hint if isinstance(value, bool) else ''})"
+    close = did_you_mean(str(value), re.findall("'([^']+)'", str(context.get("expected", ""))))
+    shown += yaml_hint if isinstance(value, bool) else f"; {close}" if close else ""
+    return message if is_secret else f"{message} ({shown})"
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
