@@ -227,12 +227,8 @@ def _hub() -> Finding:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        return Finding(
-            "hub",
-            False,
-            "HF_HUB_OFFLINE is set",
-            "unset it to push, or to load models or datasets from the Hub",
-        )
+        hint = "unset it to push, or to load models or datasets from the Hub"
+        return Finding("hub", False, "HF_HUB_OFFLINE is set", hint)
     if get_token() is None:
         hint = "run `hf auth login`; only `synth push` and gated data need a token"
         return Finding("hub", False, f"no token for {ENDPOINT}", hint)
