@@ -18,7 +18,7 @@ help:
 	@echo 'make rehearse  run all tasks with a model of the default shape, random weights and vLLM for CPUs'
 	@echo 'make clean   remove environments and build outputs'
 
-demo: .stamps/venv
+demo: .stamps/demo
 	$(BIN)/python -m tests.demo
 
 # Three workers on two cores: some tests wait for servers and processes.
@@ -59,11 +59,16 @@ check-real: .stamps/venv
 rehearse: .stamps/venv .stamps/vllm
 	$(BIN)/python -m benchmarks.rehearse $(if $(LAYERS),--layers $(LAYERS)) $(if $(VISION_LAYERS),--vision-layers $(VISION_LAYERS))
 
-.stamps/venv: pyproject.toml
+# The packages that a user needs, and datasets, with which the demo loads the version back. pip shows its progress.
+.stamps/demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synth needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[embedded,train,dev]'
+	$(BIN)/pip install --editable '.[embedded,train,serve]' datasets
 	@mkdir -p .stamps && touch $@
+
+.stamps/venv: .stamps/demo
+	$(BIN)/pip install --editable '.[embedded,train,dev]'
+	@touch $@
 
 # A real vLLM server for the tests, in its own environment: it pins a torch that some machines cannot install.
 # Its CUDA builds of two audio packages break the import of transformers on a machine without CUDA.

@@ -20,7 +20,6 @@ from pipeline.formats.export import Exported, export_version
 from pipeline.hub.package import build_package
 from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
 from pipeline.hub.push import PushResult, check_repo_name, push_package
-from pipeline.install import extra_of
 from pipeline.progress import Progress
 from pipeline.run import RunResult, generate_dataset
 from pipeline.storage.files import translate_disk_errors
@@ -96,7 +95,7 @@ def load(name: str | Path) -> "DatasetDict":
     try:
         from datasets import DatasetDict
     except ImportError:
-        raise ConfigError("pipeline.load needs the package datasets", hint=extra_of("datasets")) from None
+        raise ConfigError("pipeline.load needs the package datasets", hint="pip install datasets") from None
     version = _open(name)
     if lacks_pixels(version) and (joined := find_joined(version)):
         version = joined

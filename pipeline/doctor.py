@@ -5,20 +5,30 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from pipeline.config import LARGE, TINY, Config
+from jinja2 import TemplateError
+
+from pipeline.config import CONTEXT, LARGE, TINY, Config
+from pipeline.config.files import read_task, resolve
+from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError, SynthError
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.inference.engines import TINY_WEIGHTS, pick_engine
+from pipeline.inference.engines import TINY_WEIGHTS, choose_engine, pick_engine
 from pipeline.inference.memory import GIB, QWEN_3B, ModelShape, find_shape, memory_table, needed_gib
 from pipeline.inference.model_licenses import license_of
+from pipeline.inference.requests import check_prompts
 from pipeline.inference.vllm import MAX_TOKENS, VLLM_PYTHON, has_gpu, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
+from pipeline.plan import Plan
 from pipeline.sources import find_source
 from pipeline.tasks.base import MAX_PIXELS
+from pipeline.tasks.prompts import STYLES, names_in
+from pipeline.text.escape import without_passwords
 
 # Free GPU memory that the default model needs.
 LARGE_GIB = needed_gib(QWEN_3B, MAX_PIXELS)
@@ -59,6 +69,43 @@ def examine(model: str | None = None) -> list[Finding]:
         _hub(),
         _disk(),
     ]
+
+
+def check_server(urls: Sequence[str], model: str | None = None) -> Finding:
+    """Ask servers for their models, as a run does before its first request."""
+    try:
+        choice = choose_engine(resolve(source="folder:.", base_url=urls, model=model))
+    except SynthError as error:
+        return Finding("server", False, str(error), error.hint)
+    shown = ", ".join(map(without_passwords, urls))
+    return Finding("server", True, f"{shown}: {choice.model} ({license_of(choice.model)})")
+
+
+def check_tasks(paths: Sequence[Path]) -> Finding:
+    """Check custom tasks and their prompts without a source. All columns that they use count as mapped."""
+    try:
+        tasks = [read_task(path) for path in paths]
+        columns = ",".join(sorted({name for task in tasks for name in _columns_of(task)}))
+        config = resolve(
+            source="folder:.",
+            columns={CONTEXT: columns},
+            tasks=["caption", "qa"],
+            custom_tasks=tasks,
+            generate={"caption_styles": STYLES},
+        )
+        check_prompts(Plan.resolve(config, DatasetDir(Path())).requests, has_checks=False)
+    except SynthError as error:
+        return Finding("tasks", False, str(error), error.hint)
+    names = ", ".join(f"{task['name']} ({task['kind']})" for task in tasks)
+    return Finding("tasks", True, names + (f"; needs --columns context={columns}" if columns else ""))
+
+
+def _columns_of(task: dict[str, Any]) -> set[str]:
+    """Return the columns that a task uses. check_prompts reports an invalid template."""
+    try:
+        return {*names_in(task["prompt"], "row"), *task.get("require", ())}
+    except TemplateError:
+        return set()
 
 
 def _extra(name: str) -> Finding:
@@ -195,12 +242,8 @@ def _hub() -> Finding:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        return Finding(
-            "hub",
-            False,
-            "HF_HUB_OFFLINE is set",
-            "unset it to push, or to load models or datasets from the Hub",
-        )
+        hint = "unset it to push, or to load models or datasets from the Hub"
+        return Finding("hub", False, "HF_HUB_OFFLINE is set", hint)
     if get_token() is None:
         hint = "run `hf auth login`; only `synth push` and gated data need a token"
         return Finding("hub", False, f"no token for {ENDPOINT}", hint)

@@ -3,11 +3,9 @@
 The trial has its own folder. Its replies are kept in the journal of the dataset, for the real run.
 """
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,12 @@ from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.run import NoRowsError, run_here, steps_of
 from pipeline.steps.ask import AskSettings
-from pipeline.storage.files import read_batches, remove, translate_disk_errors
-from pipeline.text.escape import visible
-from pipeline.text.reasons import in_short
+from pipeline.storage.files import remove, translate_disk_errors
 from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32
 # Stop after this many images that need no request.
 MAX_COMPLETE_IMAGES = 512
-SHOWN_TEXTS = 5
 # For English text.
 BYTES_PER_TOKEN = 4
 # Name of the trial's folder in the dataset folder.
@@ -64,11 +59,10 @@ def estimate_run(config: Config, out: Path | None = None, progress: Progress | N
             funnel = run_here(trial_plan, stats, StepsOnly(progress)).funnel
         except NoRowsError as error:
             funnel = error.summaries
-        texts = list(islice(_kept_texts(trial), SHOWN_TEXTS))
     is_endless = config.images is not None and plan.spec.is_endless
     total = None if is_endless else source.count()
     choices = {step.name for step in steps_of(trial_plan) if step.is_choice}
-    return _scale_counts(sample, funnel, total, config, stats, choices) | {"texts": texts}
+    return _scale_counts(sample, funnel, total, config, stats, choices)
 
 
 class StepsOnly(NullProgress):
@@ -138,15 +132,6 @@ def _sample_rows(source: Source, settings: AskSettings, limit: int | None, journ
         if new == SAMPLED_IMAGES or complete == MAX_COMPLETE_IMAGES or len(ids) == limit:
             break
     return SampledRows([*rows, *answered_rows[: SAMPLED_IMAGES - new]], new, answered, complete)
-
-
-def _kept_texts(dataset: DatasetDir) -> Iterator[str]:
-    path = dataset.step_file("review")
-    columns = ["final_text", "final_question", "final_answer", "final_record"]
-    for table in read_batches(path, columns) if path.exists() else ():
-        for row in table.to_pylist():
-            record = row["final_record"] and in_short(json.loads(row["final_record"]))
-            yield visible(row["final_text"] or record or f"{row['final_question']} {row['final_answer']}")
 
 
 def _scale_counts(

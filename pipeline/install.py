@@ -1,10 +1,10 @@
 """Metadata of the installed package: its name, version and extras."""
 
 import re
-import sys
 from functools import cache
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from shlex import quote
 
 # `synth` on PyPI is a different project.
 DISTRIBUTION = "synth-captioner"
@@ -22,35 +22,31 @@ def installed_version() -> str:
         return "unknown"
 
 
-def install_command(extra: str = "") -> str:
-    """Return the command that installs this package with an extra, from the source folder if there is one."""
-    package = ROOT if (ROOT / "pyproject.toml").exists() else DISTRIBUTION
-    return f"pip install '{package}{f'[{extra}]' if extra else ''}'"
+def install_command(*extras: str, package: str = "") -> str:
+    """Return the command that installs the packages of these extras.
 
-
-def extra_of(package: str) -> str:
-    """Return the command that installs a missing package, with the extra that requires it if there is one."""
+    It names the packages instead of this distribution, so it works for every kind of installation. If the
+    extras lack the missing `package`, the command installs this package alone.
+    """
     try:
-        extras = metadata(DISTRIBUTION).get_all("Provides-Extra") or []
-        requirements = [line for line in requires(DISTRIBUTION) or [] if _is_for(line, package)]
-    except PackageNotFoundError:
+        lines = requires(DISTRIBUTION) or []
+    except PackageNotFoundError:  # this package runs from its source folder
+        return f"pip install '{ROOT}[{','.join(extras)}]'"
+    named = [line for line in lines if any(f'extra == "{extra}"' in line for extra in extras)]
+    packages = dict.fromkeys(line.partition(";")[0].strip() for line in named)
+    if package and not any(_name_of(line) == package for line in packages):
         return f"pip install {package}"
-    for extra in extras:
-        if any(f'extra == "{extra}"' in line for line in requirements):
-            return install_command(extra)
-    return install_command() if requirements else f"{sys.executable} -m pip install {package}"
+    return f"pip install {' '.join(map(quote, packages))}"
 
 
 def needed_packages() -> dict[str, str]:
     """Return the installed versions of the required packages, or {} if this package is not installed."""
     try:
         requirements = [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
-        names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements]
-        return {name: version(name) for name in names}
+        return {name: version(name) for name in map(_name_of, requirements)}
     except PackageNotFoundError:
         return {}
 
 
-def _is_for(requirement: str, package: str) -> bool:
-    """Return whether a requirement is for a package, given by its import name or distribution name."""
-    return requirement.lower().replace("-", "_").startswith(package.lower().replace("-", "_"))
+def _name_of(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]

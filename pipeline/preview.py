@@ -177,9 +177,9 @@ def _judge_texts(table: pa.Table, plan: Plan) -> dict[str, list[JudgedText]]:
     return texts
 
 
-def write_preview(preview: Preview, path: Path | None = None) -> Path:
-    """Write a preview as an HTML page, by default in its dataset folder, and return the path."""
-    path = path or preview.folder / "preview.html"
+def write_preview(preview: Preview) -> Path:
+    """Write a preview as an HTML page in its dataset folder, and return the path."""
+    path = preview.folder / "preview.html"
     pictures = [data_uri(thumbnail(image.image, THUMBNAIL_BYTES)) for image in preview.images]
     page = render_page("pipeline.report", "preview.html.j2", preview=preview, pictures=pictures)
     with translate_disk_errors(path.parent):

@@ -1,5 +1,6 @@
 """Progress displays for commands: a live bar on a terminal, and plain lines elsewhere."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -159,6 +160,11 @@ class LiveProgress(LineProgress):
         self.close_step()
         self.step = ""
         self.bars.stop()
+
+
+def size(num_bytes: float) -> str:
+    """Format a number of bytes, as in `8.7 MB` or `12 kB`."""
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{math.ceil(num_bytes / 1e3)} kB"
 
 
 def duration(seconds: float) -> str:

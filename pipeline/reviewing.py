@@ -87,7 +87,7 @@ def require_records(shards: Sequence[DatasetDir], plan: Plan) -> None:
 def _recorded_settings(dataset: DatasetDir) -> Config:
     if not dataset.run_file.exists():
         problem = f"{dataset.path} is not a dataset folder written by `synth generate`"
-        raise ConfigError(problem, hint="pass a dataset folder: --data DIR")
+        raise ConfigError(problem, hint="pass a dataset folder")
     try:
         return Config.model_validate(read_json(dataset.run_file))
     except (ValidationError, ValueError):

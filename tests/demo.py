@@ -46,7 +46,10 @@ def main() -> None:
     HERE.mkdir(exist_ok=True)
     synth, seconds = str(Path(sys.executable).with_name("synth")), dict[str, float]()
     with running_hub(HERE / "hub") as hub:
-        env = hub.env((HERE / "cache").absolute()) | {"HF_HUB_OFFLINE": "0"}
+        env = hub.env((HERE / "cache").absolute()) | {
+            "HF_HUB_OFFLINE": "0",
+            "PYTHONWARNINGS": "ignore:Cannot enable progress bars",
+        }
         step = partial(run_step, env=env, seconds=seconds)
         source = ("--source", "scenes", "--limit", str(SCENES))
         generated = json.loads(step("generate", synth, "generate", *source, "--json"))

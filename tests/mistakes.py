@@ -131,7 +131,8 @@ MISTAKES = (
         add("c.yaml generate: {max_token: 9}"),
     ),
     Mistake(
-        "wrong type", f"{PHOTOS} --config c.yaml", "'x' is not a whole number", "--print-config",
+        "wrong type", f"{PHOTOS} --config c.yaml", "bad value for limit: Input should be a valid integer",
+        "settings.md explains limit",
         add("c.yaml limit: x"),
     ),
     Mistake(
@@ -146,6 +147,13 @@ MISTAKES = (
         "task misspelled", f"{PHOTOS} --tasks captions", "unknown task: captions", "did you mean caption?",
     ),
     Mistake("option misspelled", f"{PHOTOS} --limt 3", "No such option: --limt", "--limit", code=2),
+    Mistake(
+        "dataset misspelled", "report data/foto", "no dataset at data/foto", "did you mean data/photos?",
+        add("data/photos/run.json {}"),
+    ),
+    Mistake(
+        "check misspelled", f"{PHOTOS} --verify claim", "('claim'; did you mean claims?)", "verify.checks",
+    ),
     Mistake("no such dataset", "push nope --repo me/x", "no dataset at nope", "synth generate"),
     Mistake("no such captioner", "caption nope photos/0.png", "no captioner in nope", "synth train"),
     Mistake("no splits", "generate --source scenes --split train", "source scenes has no splits"),

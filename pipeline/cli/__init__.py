@@ -26,7 +26,7 @@ from pipeline.cli.push import push
 from pipeline.cli.training import evaluate, train
 from pipeline.cli.versions import versions_gc, versions_list, versions_rm
 from pipeline.errors import SynthError
-from pipeline.install import PACKAGES, extra_of, installed_version
+from pipeline.install import PACKAGES, install_command, installed_version
 from pipeline.logs import show_log
 from pipeline.progress import LOSS
 from pipeline.text.escape import printable
@@ -40,6 +40,8 @@ INTERRUPTED = {  # command -> what Ctrl-C keeps, and how to resume
     "train": "add --resume to the same command to resume",
     "caption": "with --out FILE, run the same command to resume; with --out txt, add --skip-existing",
 }
+# The extras of the commands that need more than `train`. Other modules name their extra themselves.
+EXTRAS = {"serve-captioner": ("train", "serve"), "export": ("train", "onnx")}
 SIGTERM_RETRY_S = 0.02
 MAX_IMPORT_S = 10.0
 # Groups of commands in --help.
@@ -54,12 +56,12 @@ EXAMPLES = {
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
     "export": (
-        "synth export --format webdataset",
+        "synth export data/folder-photos --format webdataset",
         "synth export --in-place photos --style plain",
         "synth export CAPTIONER --format onnx",
     ),
     "check": ("synth check data/folder-photos", "synth check ORG/NAME@v1.0.0"),
-    "train": ("synth train --data data/folder-photos --encoder clip --decoder scratch",),
+    "train": ("synth train data/folder-photos --encoder clip --decoder scratch",),
     "caption": (
         "synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photos --out captions.jsonl",
         "synth caption ORG/NAME photos --out txt --skip-existing",
@@ -102,7 +104,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-versions = typer.Typer(no_args_is_help=True, help="List, tag and remove versions; free disk space.")
+versions = typer.Typer(no_args_is_help=True, help="List and remove versions; free disk space.")
 review = typer.Typer(no_args_is_help=True, help="Make a new version from reviews exported by a report.")
 
 
@@ -167,7 +169,9 @@ def _run(terminated: list[float]) -> None:
         package = (error.name or "").partition(".")[0]
         if package in PACKAGES:
             raise
-        _exit_with(f"this command needs the package {package}", extra_of(package))
+        extras = next((EXTRAS[argument] for argument in sys.argv[1:] if argument in EXTRAS), ("train",))
+        hint = install_command(*extras, package=package)
+        _exit_with(f"this command needs the package {package}", hint)
     except SystemExit as exit_:
         if exit_.code == EXIT_CODE_INTERRUPTED:
             command = next((argument for argument in sys.argv[1:] if argument in INTERRUPTED), "")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,12 +24,12 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.output import echo, find_checkpoint, say, show
 from pipeline.errors import ConfigError, TrainError
-from pipeline.progress import WARNING, show_progress
+from pipeline.progress import WARNING, show_progress, size
 
 
 def caption(
     captioner: CaptionerName,
-    images: Annotated[list[str], Argument(help="Images, folders or quoted patterns; - reads stdin.")],
+    images: Annotated[list[str], Argument(help="Images, folders or quoted patterns.")],
     style: Annotated[str | None, option("Caption style, or all of them.", BY_STYLE)] = None,
     question: Annotated[
         str | None, option("Question to answer about each image, instead of captioning it.")
@@ -61,11 +60,7 @@ def caption(
             "--style and --question exclude each other: an answer has no style", param_hint="--style"
         )
     folder = find_checkpoint(captioner)
-    paths = find_images(name for name in images if name != "-")
-    if "-" in images:
-        paths = list(dict.fromkeys([*paths, *_images_from_stdin()]))
-    if not paths:
-        raise BadParameter("no image was given", param_hint="IMAGES")
+    paths = find_images(images)
     require_prompt(folder, None if style == "all" else style, question or "")
     if out not in (None, SIDECARS):
         CaptionFile(out, {})  # report a wrong name before the captioner is loaded
@@ -94,18 +89,6 @@ def caption(
         raise TrainError("no image could be read", hint="pass image files")
 
 
-def _images_from_stdin() -> Iterator[Path]:
-    """Yield the images listed on stdin, one per line or as from `find -print0`. Warn about bad names."""
-    from trainer.caption_files import find_images
-
-    names = sys.stdin.read()
-    for name in filter(None, names.split("\0") if "\0" in names else names.splitlines()):
-        try:
-            yield from find_images([name])
-        except ConfigError as error:
-            say(f"cannot read: {error}", WARNING)
-
-
 def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool) -> None:
     if as_json:
         echo(json.dumps({name: value for name, value in row.items() if name in names}))
@@ -125,9 +108,9 @@ def export_captioner(captioner: str, out: Path | None, *, as_json: bool) -> None
     target = out or Path(f"{Path(captioner.partition('@')[0]).resolve().name}-onnx")
     with show_progress() as progress, translate_disk_errors(target):
         files = export_onnx(folder, target, progress)
-    for file, size in files.items():
+    for file, num_bytes in files.items():
         if file.endswith(".onnx"):
-            say(f"{file}: {size / 1e6:.1f} MB")
+            say(f"{file}: {size(num_bytes)}")
     say(f"try it: python {target / RUNNER} photo.jpg", "dim")
     show({"path": str(target), "files": files}, as_json, "path")
 

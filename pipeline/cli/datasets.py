@@ -9,36 +9,35 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, BadParameter, Exit, Option
 
 from pipeline.cli.options import (
-    DATASET_PATH,
     LAST_MADE,
     Append,
     AsJson,
-    DataDir,
-    DataName,
+    Dataset,
     Images,
     Overwrite,
     SkipExisting,
+    dataset_argument,
+    dataset_path,
+    is_version_name,
     open_data,
+    open_version,
     option,
     path_option,
     read_existing,
     require_split,
 )
-from pipeline.cli.output import echo, last_dataset, note_training_data, print_run_result, say, show
+from pipeline.cli.output import echo, print_run_result, say, show
 from pipeline.errors import did_you_mean
 from pipeline.progress import show_progress
-from pipeline.storage.object_store import is_remote, parse_dataset_path
 
 if TYPE_CHECKING:
     from pipeline.check import Checked
-    from pipeline.dataset.version import Version
 
-CHECKPOINT_FILES = ("train.json", "model.safetensors", "resume.pt")
-CHECKED = Argument(
-    metavar="[DIR|ORG/NAME@V]",
-    help="Dataset folder or version, local or on the Hub, or a captioner.",
-    show_default=LAST_MADE,
+REVIEWS = Argument(
+    metavar="[DATASET] FILE...",
+    help=f"Review files that a report of the dataset ({LAST_MADE}) exported; later ones win.",
 )
+CHECKPOINT_FILES = ("train.json", "model.safetensors", "resume.pt")
 FORMAT = Option(
     "--format",
     metavar="FORMAT",
@@ -49,7 +48,9 @@ FORMAT = Option(
 
 
 def check(
-    data: Annotated[str | None, CHECKED] = None,
+    data: Annotated[
+        str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub), a captioner")
+    ] = None,
     repair: Annotated[bool, Option("--repair", help="Remove damaged replies from journals.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -86,7 +87,7 @@ def _check_all(data: str | None, *, repair: bool) -> Iterator["Checked"]:
     if data and is_hub_name(data):
         yield check_version(pull_version(data))
         return
-    folder = parse_dataset_path(data) if data else last_dataset()
+    folder = dataset_path(data)
     with translate_disk_errors(folder):
         has_run = DatasetDir(folder).run_file.exists()
         if split_version(folder)[1]:
@@ -115,34 +116,18 @@ def _check_checkpoint(folder: Path) -> "Checked":
 
 
 def diff(
-    names: Annotated[
-        list[str],
-        Argument(metavar="[DIR] V1 V2", help="Two versions of one dataset, or two ORG/NAME@VERSION."),
-    ],
+    first: Annotated[str, dataset_argument("DIR@VERSION, ORG/NAME@VERSION (Hub)")],
+    second: Annotated[str, Argument(metavar="DATASET", help="The same, or VERSION of the same dataset.")],
     rows: Annotated[int, option("Number of changed rows to print.", min=0)] = 10,
     as_json: AsJson = False,
 ) -> None:
     """Show the differences between two versions, field by field."""
     from pipeline.dataset.diff import diff_versions
-    from pipeline.dataset.directory import split_version
-    from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
 
-    folder = parse_dataset_path(names.pop(0)) if len(names) == 3 else None
-    if len(names) != 2:
-        raise BadParameter("pass two versions: [DIR] V1 V2", param_hint="V1 V2")
-
-    def open_version(name: str) -> "Version":
-        if is_hub_name(name):
-            return pull_version(name)
-        if (
-            is_remote(parse_dataset_path(name))
-            or Path(name).is_dir()
-            or split_version(Path(name))[0].is_dir()
-        ):
-            return open_or_download(parse_dataset_path(name))
-        return open_or_download(folder or last_dataset(), name)
-
-    before, after = map(open_version, names)
+    dataset = first.rpartition("@")[0]
+    if dataset and is_version_name(second):
+        second = f"{dataset}@{second}"
+    before, after = open_version(first), open_version(second)
     difference = diff_versions(before, after, None if as_json else rows)
     if not as_json:
         for line in difference.lines(rows):
@@ -152,11 +137,9 @@ def diff(
 
 
 def export(
-    captioner: Annotated[
-        str | None,
-        Argument(help="Captioner, for --format onnx: a folder, or ORG/NAME on the Hub.", show_default=False),
+    data: Annotated[
+        str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub), a captioner (onnx)")
     ] = None,
-    data: DataName = None,
     kind: Annotated[str | None, FORMAT] = None,
     out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
     in_place: Annotated[Path | None, path_option("Image folder to write text files into.")] = None,
@@ -180,30 +163,31 @@ def export(
     from pipeline.storage.files import translate_disk_errors
     from pipeline.tables import SPLITS
 
-    if (captioner is not None) != (kind == "onnx"):
+    is_captioner = data is not None and (Path(data) / "train.json").exists()
+    if is_captioner and kind != "onnx":
         raise BadParameter(
-            "a captioner and --format onnx go together: synth export CAPTIONER --format onnx "
-            "(transformers loads the folder of a captioner as it is)"
+            "a captioner has one format: synth export CAPTIONER --format onnx "
+            "(transformers loads its folder as it is)"
         )
-    if captioner is not None:
+    if kind == "onnx":
         has_names = names != "id"
-        if any(
-            (
-                data,
-                in_place,
-                style,
-                trigger,
-                absolute,
-                has_names,
-                split,
-                images,
-                overwrite,
-                append,
-                skip_existing,
-            )
-        ):
+        refused = (
+            in_place,
+            style,
+            trigger,
+            absolute,
+            has_names,
+            split,
+            images,
+            overwrite,
+            append,
+            skip_existing,
+        )
+        if any(refused):
             raise BadParameter("--format onnx accepts only --out and --json", param_hint="--format")
-        export_captioner(captioner, out, as_json=as_json)
+        if data is None:
+            raise BadParameter("name a captioner: synth export CAPTIONER --format onnx", param_hint="DATASET")
+        export_captioner(data, out, as_json=as_json)
         return
     existing = read_existing(
         "--in-place", in_place is not None, skip=skip_existing, append=append, overwrite=overwrite
@@ -235,12 +219,11 @@ def export(
 
 
 def report(
-    data: DataDir = None,
-    checkpoint: Annotated[Path | None, path_option("Training to show.", "the last of the dataset")] = None,
+    data: Dataset = None,
     rows: Annotated[int, option("Number of images, drawn at random.", min=1)] = 10_000,
     rejected: Annotated[Path | None, path_option("CSV file for all rejections of the last run.")] = None,
 ) -> None:
-    """Write an HTML report on a dataset and its captioner: one file that opens without a server.
+    """Write an HTML report on a dataset and its last captioner: one file that opens without a server.
 
     On the page, you can mark texts as good, bad or edited. `synth review apply` applies these reviews.
     """
@@ -249,23 +232,17 @@ def report(
     from pipeline.report.rows import write_rejected
     from pipeline.storage.files import translate_disk_errors
 
-    version = open_or_download(data or last_dataset())
+    version = open_or_download(dataset_path(data))
     folder = version.dataset_dir
-    if checkpoint is not None:
-        note_training_data(checkpoint, version)
     if rejected is not None:
         with translate_disk_errors(rejected):
             write_rejected(folder, rejected)
         say(f"wrote {rejected}")
     with translate_disk_errors(folder):
-        echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
+        echo(write_report(version, folder, newest_checkpoint(folder), rows))
 
 
-def review_apply(
-    reviews: Annotated[list[Path], Argument(help="Review files that a report exported; later ones win.")],
-    data: Annotated[Path | None, option("Dataset folder of the report.", LAST_MADE, **DATASET_PATH)] = None,
-    as_json: AsJson = False,
-) -> None:
+def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) -> None:
     """Make the next version without texts reviewed as bad, and with the edited texts.
 
     Later runs apply the reviews again.
@@ -275,8 +252,10 @@ def review_apply(
     from pipeline.reviewing import apply_reviews
     from pipeline.run import STEPS
 
+    has_dataset = len(names) > 1 and not Path(names[0]).is_file()
+    dataset = DatasetDir(dataset_path(names.pop(0) if has_dataset else None))
     with show_progress() as progress:
-        result = apply_reviews(DatasetDir(data or last_dataset()), reviews, progress)
+        result = apply_reviews(dataset, list(map(Path, names)), progress)
     print_run_result(
         result, list(describe_losses(STEPS, result.funnel)), shown=progress.warnings, as_json=as_json
     )

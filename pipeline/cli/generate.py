@@ -28,7 +28,6 @@ OUT = option(
 ESTIMATE = Option(
     "--estimate", help="Ask about 32 images, and estimate time, cost and yield.", rich_help_panel=DATASET
 )
-PRINT_CONFIG = Option("--print-config", help="Print all settings and where each was set.", hidden=True)
 JSON = Option("--json", help="Print JSON to stdout.", hidden=True)
 
 
@@ -37,7 +36,6 @@ def generate(
     settings: RunSettings,
     out: Annotated[Path | None, OUT] = None,
     estimate: Annotated[bool, ESTIMATE] = False,
-    print_config: Annotated[bool, PRINT_CONFIG] = False,
     as_json: Annotated[bool, JSON] = False,
     executor: Annotated[
         Literal["local", "ray"], _cluster_option("local: this process; ray: a Ray cluster, in shards.")
@@ -54,9 +52,6 @@ def generate(
 
     Arguments after -- go to the vLLM server: synth generate --engine vllm -- --max-num-seqs 64
     """
-    if print_config:
-        _print_settings(settings, as_json=as_json)
-        return
     from pipeline.estimate import estimate_run
     from pipeline.executors.messages import describe_warnings
     from pipeline.executors.ray.cluster import ClusterOptions
@@ -86,25 +81,10 @@ def generate(
     print_run_result(result, warnings, config.server, shown=progress.warnings, as_json=as_json)
 
 
-def _print_settings(settings: RunSettings, *, as_json: bool) -> None:
-    from pipeline.config.files import as_yaml, describe_settings
-    from pipeline.sources import with_source_defaults
-
-    rows = describe_settings(with_source_defaults(settings.config), settings.file, settings.options)
-    if as_json:
-        echo(json.dumps({key: {"value": value, "from": origin} for key, value, origin in rows}))
-        return
-    for key, value, origin in rows:
-        echo(f"{key}: {as_yaml(value)}  # {origin}")
-
-
 @with_run_settings
 def preview(
     settings: RunSettings,
     number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Number of images to show.")] = 4,
-    page: Annotated[
-        Path | None, path_option("File to write the page to.", "preview.html in data/SOURCE")
-    ] = None,
     out: Annotated[Path | None, path_option("Dataset folder, as for `generate`.", "data/SOURCE")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -116,7 +96,7 @@ def preview(
 
     with show_progress() as progress:
         result = preview_run(settings.config, min(number, settings.config.limit or number), out, progress)
-    path = write_preview(result, page)
+    path = write_preview(result)
     if as_json:
         echo(json.dumps(result.describe() | {"page": str(path)}))
         return
@@ -158,16 +138,20 @@ def serve(
 
 def doctor(
     model: Annotated[str | None, option("Model to check for: a folder or a Hub id.", metavar="MODEL")] = None,
+    base_url: Annotated[list[str] | None, option("Only check this server.", metavar="URL")] = None,
+    task: Annotated[list[Path] | None, option("Only check this file of a custom task.", **LOCAL_PATH)] = None,
     list_sources: Annotated[bool, Option("--sources", help="List the sources of `synth generate`.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check packages, engines, memory, disk and network of this machine."""
+    """Check packages, engines, memory, disk and network of this machine, or a server, or custom tasks."""
     if list_sources:
         _print_sources(as_json=as_json)
         return
-    from pipeline.doctor import examine
+    from pipeline.doctor import check_server, check_tasks, examine
 
-    findings = examine(model)
+    findings = [check_server(base_url, model)] if base_url else []
+    findings += [check_tasks(task)] if task else []
+    findings = findings or examine(model)
     if as_json:
         echo(json.dumps([asdict(finding) for finding in findings]))
         return

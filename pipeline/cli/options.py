@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Argument, BadParameter, Context, Option
 
-from pipeline.cli.output import last_dataset, note_previews
+from pipeline.cli.output import note_previews, say
 from pipeline.storage.object_store import parse_dataset_path, parse_local_path
 
 if TYPE_CHECKING:
@@ -32,10 +32,15 @@ def path_option(text: str, default: str | bool = True) -> Any:
     return option(text, default, **LOCAL_PATH)
 
 
-DataDir = Annotated[
-    Path | None, Argument(**DATASET_PATH, help="Dataset folder, or DIR@VERSION.", show_default=LAST_MADE)
-]
-DataName = Annotated[str | None, option("Dataset: a folder, DIR@VERSION, or ORG/NAME@VERSION.", LAST_MADE)]
+def dataset_argument(text: str = "DIR, DIR@VERSION", default: str = LAST_MADE) -> Any:
+    """Return the argument that names a dataset or a version. See dataset_path."""
+    return Argument(
+        metavar="DATASET", help=f"Dataset: {text}, or VERSION of {default}.", show_default=default
+    )
+
+
+Dataset = Annotated[str | None, dataset_argument()]
+AnyDataset = Annotated[str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub)")]
 Images = Annotated[str | None, option("Folder, dataset or source with the images, if the version has none.")]
 CaptionerName = Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME on the Hub.")]
 NumBeams = Annotated[
@@ -90,15 +95,41 @@ def require_split(split: str | None) -> None:
         raise BadParameter(f"{split} is not one of {', '.join(SPLITS)}", param_hint="--split")
 
 
+def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
+    """Return the path of a dataset or a version. VERSION belongs to the dataset made last.
+
+    With `is_only`, raises StoreError if several datasets were made here, instead of choosing the last.
+    """
+    from pipeline.dataset.directory import newest_dataset, only_dataset
+
+    if name and not is_version_name(name):
+        return parse_dataset_path(name)
+    folder = only_dataset() if is_only else newest_dataset()
+    say(f"dataset: {folder}", "dim")
+    return folder.with_name(f"{folder.name}@{name}") if name else folder
+
+
+def is_version_name(name: str) -> bool:
+    """Return whether a name is a version without a dataset, such as v1.0.0."""
+    from pipeline.dataset.version import VERSION_NAME
+
+    return VERSION_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
 def open_data(name: str | None, images: str | None) -> "Version":
-    """Open the version given by `--data`, local or on the Hub, with its images or those in `--images`."""
-    from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
+    """Open a version, local or on the Hub, with its images or those in `--images`."""
     from pipeline.sources.join import with_pixels
 
+    return with_pixels(open_version(name), images)
+
+
+def open_version(name: str | None) -> "Version":
+    """Open a version, local or on the Hub. A dataset without a version stands for its newest complete one."""
+    from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
+
     if name and is_hub_name(name):
-        version = pull_version(name)
-    else:
-        path = parse_dataset_path(name) if name else last_dataset()
-        version = open_or_download(path, previews=False)
-        note_previews(version, path)
-    return with_pixels(version, images)
+        return pull_version(name)
+    path = dataset_path(name)
+    version = open_or_download(path, previews=False)
+    note_previews(version, path)
+    return version

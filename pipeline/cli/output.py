@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from pipeline.errors import SynthError
-from pipeline.progress import LOSS, WARNING, duration
+from pipeline.progress import LOSS, WARNING, duration, size
 from pipeline.text.escape import printable
 
 if TYPE_CHECKING:
@@ -18,15 +18,6 @@ if TYPE_CHECKING:
     from pipeline.inference.queue import RequestStats
     from pipeline.preview import Preview
     from pipeline.run import RunResult
-
-
-def last_dataset() -> Path:
-    """Return the dataset folder made last, and print its path. Raises StoreError if there is none."""
-    from pipeline.dataset.directory import newest_dataset
-
-    folder = newest_dataset()
-    say(f"dataset: {folder}", "dim")
-    return folder
 
 
 def find_checkpoint(captioner: str) -> Path:
@@ -60,15 +51,8 @@ def note_previews(version: "Version", path: Path | None = None) -> None:
         return
     if path is not None and (split_version(path)[1] or path.name == version.name):
         return
-    try:
-        later = [
-            other
-            for other in DatasetDir(version.dataset_dir).versions()
-            if other > version and other.is_preview
-        ]
-    except SynthError:  # another version is damaged, which does not matter here
-        return
-    if later:
+    versions = DatasetDir(version.dataset_dir).versions()
+    if later := [other for other in versions if other > version and other.is_preview]:
         preview = later[-1].name
         name = f"{version.dataset_dir}@{preview}"
         say(f"note: uses {version.name}; {preview} is newer, but a preview (to use it, pass {name})", WARNING)
@@ -93,13 +77,11 @@ def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
         f"kept: {e['kept_images']:,} images, {e['kept_annotations']:,} of {e['annotations']:,} annotations; "
         f"{low:.0%} to {high:.0%} are rejected (95 % interval), more if texts repeat each other"
     )
-    show_line(f"dataset: about {e['bytes']:,} bytes")
+    show_line(f"dataset: about {size(e['bytes'])}")
     reasons = sorted(e["lost_by"].items(), key=lambda item: -item[1])
     if reasons:
         lost = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons)
         show_line(f"rejected in the sample: {lost}")
-    for text in e["texts"]:
-        show_line(f"  {text}")
     if as_json:
         echo(json.dumps(estimate))
 
@@ -163,6 +145,7 @@ def print_run_result(
     from pipeline.config import NO_MODEL
     from pipeline.dataset.integrity import missing_files
     from pipeline.sources.base import first_names
+    from pipeline.tables import SPLITS
 
     for summary in result.funnel:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.rejected.items())
@@ -182,8 +165,9 @@ def print_run_result(
         else f"nothing new: {version.name} already has exactly these rows"
     )
     note_previews(version, version.path)
-    has_captions = not {"captions", "qa"}.isdisjoint(version.manifest["columns"])
-    train = f", synth train --data {folder}" if has_captions else ""
+    is_trainable = not {"captions", "qa"}.isdisjoint(version.manifest["columns"])
+    is_trainable &= all(version.manifest["rows"].get(split) for split in SPLITS)
+    train = f", synth train {folder}" if is_trainable else ""
     say(f"next: synth report {folder}, synth push {folder} --repo ORG/NAME{train}", "dim")
     steps = {
         step.step: {"input": step.input, "kept": step.kept, "rejected": step.rejected}

@@ -7,12 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, BadParameter, Option
+from typer import BadParameter, Option
 
-from pipeline.cli.options import DATASET_PATH, ONLY_MADE, AsJson, option, read_names
+from pipeline.cli.options import ONLY_MADE, AsJson, dataset_argument, dataset_path, option, read_names
 from pipeline.cli.output import note_previews, say, show
 from pipeline.errors import SynthError
-from pipeline.progress import WARNING, show_progress
+from pipeline.progress import WARNING, show_progress, size
 from pipeline.storage.object_store import is_remote
 
 if TYPE_CHECKING:
@@ -33,12 +33,8 @@ WITH_IMAGES = Option(
 
 
 def push(
-    data: Annotated[
-        Path | None,
-        Argument(**DATASET_PATH, help="Dataset folder, version or checkpoint.", show_default=ONLY_MADE),
-    ] = None,
+    name: Annotated[str | None, dataset_argument("DIR, DIR@VERSION, a captioner", ONLY_MADE)] = None,
     repo: Annotated[str, option("Repository to push to.", metavar="ORG/NAME")] = ...,  # type: ignore[assignment]
-    version: Annotated[str | None, option("Version or tag.", "the newest complete version")] = None,
     private: Annotated[bool | None, PRIVATE] = None,
     images: Annotated[bool | None, WITH_IMAGES] = None,
     acknowledge: Annotated[
@@ -69,7 +65,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push a version or a captioner to the Hugging Face Hub as one commit with a permanent tag."""
-    from pipeline.dataset.directory import DatasetDir, only_dataset
+    from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.dataset.manifest import describe_data
     from pipeline.formats.formats import OF_FEW_FILES
     from pipeline.hub.pull import open_or_download
@@ -79,8 +75,9 @@ def push(
     check_repo_name(repo)
     if space:
         check_repo_name(space)
-    if data and not is_remote(data) and (data / "train.json").exists():
-        if images is not None or any((license_, license_link, title, language, version, acknowledge, also)):
+    data = dataset_path(name, is_only=True)
+    if not is_remote(data) and (data / "train.json").exists():
+        if images is not None or any((license_, license_link, title, language, acknowledge, also)):
             raise BadParameter(
                 f"{data} is a captioner; only --space, --private, --public, --dry-run and --json apply"
             )
@@ -93,9 +90,8 @@ def push(
     if unknown := [name for name in formats if name not in OF_FEW_FILES]:
         raise BadParameter(f"{unknown[0]} is not one of {', '.join(OF_FEW_FILES)}", param_hint="--also")
     _require_card_values(license_, license_link, language)
-    chosen_version = open_or_download(data or only_dataset(), version, previews=False)
-    if version is None:
-        note_previews(chosen_version, data)
+    chosen_version = open_or_download(data, previews=False)
+    note_previews(chosen_version, data)
     choices = {
         "images": images,
         "acknowledged": acknowledge or (),
@@ -105,8 +101,8 @@ def push(
         pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
     if not pushed:
         return
-    is_dataset_in_store = data and is_remote(data) and data.parent.name != "versions"
-    folder = data if data and is_dataset_in_store else chosen_version.dataset_dir
+    is_dataset_in_store = is_remote(data) and data.parent.name != "versions"
+    folder = split_version(data)[0] if is_dataset_in_store else chosen_version.dataset_dir
     try:
         with translate_disk_errors(folder):
             DatasetDir(folder).record_push(chosen_version.name, pushed.repo, pushed.commit)
@@ -187,7 +183,7 @@ def send(
         remedy = "--license" if package.kind == "dataset" else "--public"
         reason = f": the license of the images is unknown, or the Hub does not list it ({remedy})"
     private = is_unknown if private is None else private
-    say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
+    say(f"files: {len(sizes)}, {size(sum(sizes.values()))}")
     say(f"repository: {repo}, {'private' if private else 'public'}{reason}")
     model = package.manifest.get("model", {})
     if not private and NO_COMMERCIAL_USE in model.get("license", ""):

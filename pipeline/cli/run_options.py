@@ -6,6 +6,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,10 +79,6 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def _read_columns(text: str) -> dict[str, str]:
-    return read_pairs(text, "--columns")
-
-
 def _only_source(names: list[str]) -> str:
     """Return the one source. Raises ConfigError for several: all but the last would be ignored."""
     if len(names) > 1:
@@ -99,7 +96,7 @@ OPTIONS = (
         "source_split", metavar="SPLIT", default="all"),
     RunOption("--columns", str, IMAGES,
         "Column of each role: image, references, question, answer, pages, split, or context (for prompts).",
-        metavar="ROLE=COLUMN,...", read=_read_columns),
+        metavar="ROLE=COLUMN,...", read=partial(read_pairs, option="--columns")),
     RunOption("--captions", list[Path], IMAGES,
         "File of human captions or questions for a folder: COCO, Karpathy, CSV, JSON lines; repeatable.",
         is_common=True),
@@ -169,10 +166,6 @@ OPTIONS = (
         "server.price_in", metavar="PRICE", min=0),
     RunOption("--price-out", float, MODEL, "Price per million output tokens.",
         "server.price_out", metavar="PRICE", min=0),
-    RunOption("--judge-price-in", float, MODEL, "Price per million input tokens of the judge.",
-        "server.judge_price_in", metavar="PRICE", min=0, default="--price-in"),
-    RunOption("--judge-price-out", float, MODEL, "Price per million output tokens of the judge.",
-        "server.judge_price_out", metavar="PRICE", min=0, default="--price-out"),
     RunOption("--max-requests", int, BUDGET, "Stop after N requests, counted over all runs in this folder.",
         "server.max_requests", min=1),
     RunOption("--max-tokens", int, BUDGET, "Stop after N tokens, input plus output.",
@@ -190,10 +183,9 @@ CONFIG = Option(metavar="FILE", help="YAML file of settings; options override it
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """The settings of a run, the settings file, and the option that set each key."""
+    """The settings of a run, and the option that set each key."""
 
     config: "Config"
-    file: Path | None
     options: dict[str, str]
 
 
@@ -216,7 +208,7 @@ def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOpt
         target = settings.setdefault(section, {}) if section else settings
         target[name] = option.read(argument) if option.value is None else option.value
         origins[option.key] = option.flag
-    return RunSettings(resolve(file, **settings), file, origins)
+    return RunSettings(resolve(file, **settings), origins)
 
 
 def _show_all_options(context: Context, value: bool) -> None:

@@ -7,9 +7,9 @@ from typer import Option
 
 from pipeline.cli.options import (
     BY_STYLE,
+    AnyDataset,
     AsJson,
     CaptionerName,
-    DataName,
     Images,
     NumBeams,
     open_data,
@@ -29,7 +29,7 @@ def _preset_option(text: str, **limits: Any) -> Any:
 
 
 def train(
-    data: DataName = None,
+    data: AnyDataset = None,
     images: Images = None,
     init: Annotated[
         str | None, option("Captioner to continue: a folder or a Hub id.", "a new captioner")
@@ -108,7 +108,7 @@ def train(
 
 def evaluate(
     captioner: CaptionerName,
-    data: DataName = None,
+    data: AnyDataset = None,
     images: Images = None,
     split: Annotated[str, option("Split: train, validation or test.")] = "test",
     style: Annotated[str | None, option("Caption style.", BY_STYLE)] = None,

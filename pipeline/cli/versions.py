@@ -1,51 +1,42 @@
 """Commands for the versions of a dataset: versions list, rm, gc."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import DATASET_PATH, ONLY_MADE, AsJson, DataDir
-from pipeline.cli.output import echo, last_dataset, say
+from pipeline.cli.options import ONLY_MADE, AsJson, Dataset, dataset_argument, dataset_path
+from pipeline.cli.output import echo, say
+from pipeline.progress import size
 from pipeline.storage.object_store import is_remote
 
 if TYPE_CHECKING:
     from pipeline.dataset.directory import DatasetDir
 
-OnlyMade = Annotated[
-    Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default=ONLY_MADE)
-]
 
-
-def _open_dataset(path: Path, *, is_local: bool = False) -> "DatasetDir":
-    """Return the dataset folder at a path. Raises StoreError if there is none, or it is not local."""
-    from pipeline.dataset.directory import RUN_FILE, DatasetDir, find_dataset, split_version
+def _open_dataset(name: str | None, *, for_removal: bool = False) -> tuple["DatasetDir", str | None]:
+    """Return a dataset, and the version if `name` contains one. Raises StoreError if there is no dataset."""
+    from pipeline.dataset.directory import DatasetDir, find_dataset, split_version
     from pipeline.errors import StoreError
 
-    if is_local and is_remote(path):
+    path = dataset_path(name, is_only=for_removal)
+    if for_removal and is_remote(path):
         raise StoreError(
             f"{path} is in an object store", hint="remove its objects with the tools of the object store"
         )
+    named, version = split_version(path)
     folder = find_dataset(path)
     if not is_remote(folder) and not (folder / "versions").is_dir():
-        if (folder / RUN_FILE).is_file():
-            raise StoreError(
-                f"{folder} has no version yet", hint="run the same `synth generate` again: it resumes"
-            )
-        raise StoreError(f"no dataset at {folder}", hint="`synth generate --source scenes` makes one")
-    if split_version(path)[1]:
-        raise StoreError(
-            f"{path} is a version, not a dataset folder", hint=f"pass the dataset folder: {folder}"
-        )
-    return DatasetDir(folder)
+        hint = "`synth generate` makes one; if it was interrupted, run it again"
+        raise StoreError(f"no dataset at {folder}", hint=hint)
+    return DatasetDir(folder), version or (None if folder == named else named.name)
 
 
-def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
+def versions_list(data: Dataset = None, as_json: AsJson = False) -> None:
     """List the versions of a dataset with rows, size, parent, digest and pushes, oldest first."""
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _open_dataset(data or last_dataset())
+    dataset, _ = _open_dataset(data)
     with translate_disk_errors(dataset.path):
         # If there is no version, `version` raises an error that gives the reason.
         versions = dataset.versions() or [dataset.version()]
@@ -61,48 +52,52 @@ def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
     for row in rows:
         counts = ", ".join(f"{count} {split}" for split, count in row["rows"].items())
         counts += f"  (from {row['parent'] or 'nothing'}{', a preview' if row['preview'] else ''})"
-        size = f"{row['bytes'] / 1e6:>8.1f} MB"
-        echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {size}  {counts}")
+        shown = f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {size(row['bytes']):>10}"
+        echo(f"{shown}  {counts}")
         for repo in row["pushed"]:
             echo(f"          pushed to {repo}")
 
 
 def versions_rm(
-    names: Annotated[list[str], Argument(metavar="VERSION...", help="Versions to remove.")],
-    data: OnlyMade = None,
+    names: Annotated[list[str], Argument(metavar="DATASET@VERSION...", help="Versions of one dataset.")],
     as_json: AsJson = False,
 ) -> None:
-    """Remove versions from this machine. Replies stay in the journal, and pushed versions stay on the Hub."""
-    from pipeline.dataset.directory import only_dataset
+    """Remove versions from this machine. Replies stay in the journal, and pushed versions stay on the Hub.
+
+    The dataset may be named once: synth versions rm DIR@v1.0.0 v1.0.1
+    """
     from pipeline.dataset.removal import remove_versions
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _open_dataset(data or only_dataset(), is_local=True)
+    dataset, version = _open_dataset(names[0], for_removal=True)
+    if version is None:
+        raise BadParameter(f"{names[0]} names no version: {dataset.path}@v1.0.0", param_hint="VERSION")
+    prefix = names[0].rpartition("@")[0]
+    others = [name.removeprefix(f"{prefix}@") for name in names[1:]]
     with translate_disk_errors(dataset.path), dataset.lock():
         pushes = dataset.pushed()
-        removed = remove_versions(dataset, names)
+        removed = remove_versions(dataset, [version, *others])
     if as_json:
-        freed_bytes = sum(version.num_bytes for version in removed)
-        echo(json.dumps({"removed": [version.path.name for version in removed], "bytes": freed_bytes}))
+        freed_bytes = sum(folder.num_bytes for folder in removed)
+        echo(json.dumps({"removed": [folder.path.name for folder in removed], "bytes": freed_bytes}))
         return
-    for version in removed:
-        echo(f"removed {version.path.name}, which frees {version.num_bytes / 1e6:.1f} MB")
-        for repo in dict.fromkeys(push["repo"] for push in pushes if push["version"] == version.path.name):
+    for folder in removed:
+        echo(f"removed {folder.path.name}, which frees {size(folder.num_bytes)}")
+        for repo in dict.fromkeys(push["repo"] for push in pushes if push["version"] == folder.path.name):
             echo(f"          was pushed to {repo}")
-    say(f"images stay until `synth versions gc --data {dataset.path}` removes the unused ones")
+    say(f"images stay until `synth versions gc {dataset.path}` removes the unused ones")
 
 
 def versions_gc(
-    data: OnlyMade = None,
+    data: Annotated[str | None, dataset_argument(default=ONLY_MADE)] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files, but remove nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove unused images, files of killed commands, and stored hidden states (`train` recomputes them)."""
-    from pipeline.dataset.directory import only_dataset
     from pipeline.dataset.removal import remove_images, remove_leftovers, remove_temporary_folders
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _open_dataset(data or only_dataset(), is_local=True)
+    dataset, _ = _open_dataset(data, for_removal=True)
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = remove_leftovers(dataset, dry_run=dry_run)
         leftovers += remove_temporary_folders(dataset, dry_run=dry_run)
@@ -113,5 +108,5 @@ def versions_gc(
         echo(json.dumps({"removed": paths, "bytes": freed_bytes, "dry_run": dry_run}))
         return
     for leftover in leftovers:
-        say(f"{'would remove' if dry_run else 'removed'} {leftover.path}, {leftover.num_bytes / 1e6:.1f} MB")
-    echo(f"{'would free' if dry_run else 'freed'} {freed_bytes / 1e6:.1f} MB in {dataset.path}")
+        say(f"{'would remove' if dry_run else 'removed'} {leftover.path}, {size(leftover.num_bytes)}")
+    echo(f"{'would free' if dry_run else 'freed'} {size(freed_bytes)} in {dataset.path}")

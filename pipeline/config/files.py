@@ -15,13 +15,10 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config import Config
 from pipeline.config.sections import (
     AT_SERVER,
-    BASE_URL,
     LANGUAGE,
     PATTERNS,
     AnySection,
     TaskConfig,
-    address_of,
-    judge_address,
     task_names,
 )
 from pipeline.errors import ConfigError, did_you_mean, one_line
@@ -48,19 +45,6 @@ PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MAX_SHOWN_CHARACTERS = 80
 MAX_SETTINGS_CHARACTERS = 10_000_000
 SECRET_KEYS = frozenset(("key_env", "headers"))  # users put keys of servers there by mistake
-# Descriptions of a valid value by pydantic's error type. For other types, pydantic's message is shown.
-WANTED = {
-    "bool_for_number": "a number, such as 10",
-    "dict": "keys and values",
-    "float": "a number",
-    "greater_than_equal": "{ge} or more",
-    "int": "a whole number",
-    "int_from_float": "a whole number",
-    "literal_error": "one of {expected}",
-    "model": "keys and values, indented below it",
-    "string": "a text",
-    "tuple": "a list, such as [a, b]",
-}
 
 
 # --- files of settings
@@ -76,12 +60,6 @@ def resolve(config_file: Path | None = None, **options: Any) -> Config:
         values.get("custom_tasks"), list
     ):  # the tasks of a manifest are complete, and name no files
         values["custom_tasks"] = [_complete_task(task) for task in values["custom_tasks"]]
-    if options.get("base_url") is not None and isinstance(values.get("server"), dict):
-        sections = (options.get("verify"), values.get("verify"))
-        judges = [section.get("judge") for section in sections if isinstance(section, dict)]
-        values["server"] = _keep_used_endpoints(
-            values["server"], options["base_url"], str(next(filter(None, judges), ""))
-        )
     if (custom_tasks := options.pop("custom_tasks", None)) is not None:
         values["custom_tasks"] = _merge_tasks(custom_tasks, values.get("custom_tasks"))
     for name, value in options.items():
@@ -94,18 +72,6 @@ def resolve(config_file: Path | None = None, **options: Any) -> Config:
             "no source given", hint="pass --source folder:PATH; `synth doctor --sources` lists all sources"
         )
     return validate(Config, values)
-
-
-def _keep_used_endpoints(server: dict[str, Any], base_url: Any, judge: str) -> dict[str, Any]:
-    """Return the section `server` of a file with only the endpoints that --base-url or the judge uses."""
-    endpoints = server.get("endpoints")
-    used = [*map(str, base_url), *filter(None, [judge_address(judge)])]
-    if not isinstance(endpoints, dict) or not all(
-        re.match(BASE_URL, str(url)) for url in (*endpoints, *used)
-    ):
-        return server  # validation reports it
-    kept = {url: value for url, value in endpoints.items() if address_of(url) in map(address_of, used)}
-    return server | {"endpoints": kept}
 
 
 def _merge_tasks(option_tasks: Any, file_tasks: Any) -> Any:
@@ -195,30 +161,11 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
     return values
 
 
-def describe_settings(
-    config: Config, file: Path | None, options: Mapping[str, str]
-) -> list[tuple[str, Any, str]]:
-    """Return (key, value, origin) of every setting. An origin is an option, the file, or `default`."""
-    values = config.model_dump(mode="json")
-    in_file = _read_settings(file)[0] if file else {}
-    rows = []
-    for key in keys_of(Config):
-        section, _, name = key.partition(".")
-        value = values[section][name] if name else values[section]
-        is_in_file = name in (in_file.get(section) or {}) if name else section in in_file
-        rows.append((key, value, options.get(key) or (str(file) if is_in_file else "default")))
-    return rows
-
-
-def as_yaml(value: Any) -> str:
-    """Return a value on one line of YAML."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
-
-
 def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
     """Return the settings in a file, and whether it is the manifest of a version."""
     values = read_yaml(file, "it needs lines such as `limit: 100`")
+    # YAML returns null for a section whose lines are all comments.
+    values = {key: value for key, value in values.items() if value is not None}
     if isinstance(values.get("config"), dict) and "version" in values:
         return values["config"], True
     # Cards show a command with this file name. It must not run untrusted settings that are not a manifest.
@@ -306,8 +253,7 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
         else:
             problem = f"bad value for {key}: {_describe_flaw(flaw)}"
         page = "docs/custom-tasks.md" if section is TaskConfig else "docs/settings.md"
-        listing = "`synth generate --print-config` shows all settings; " if section is Config else ""
-        raise ConfigError(where + problem, hint=f"{listing}{page} explains {key or 'each setting'}") from None
+        raise ConfigError(where + problem, hint=f"{page} explains {key or 'each setting'}") from None
 
 
 def _describe_flaw(flaw: "ErrorDetails") -> str:
@@ -320,15 +266,11 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
         names = {name.lower(): code for code, (name, *_) in LANGUAGES.items() if pattern == LANGUAGE}
         close = f": did you mean {names[value.lower()]}?" if str(value).lower() in names else ""
         return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}{close}"
-    wanted = WANTED.get(re.sub("_(type|parsing|attributes_type)$", "", flaw["type"]))
-    if wanted is None:
-        message = flaw["msg"].removeprefix("Value error, ")
-        return message if is_secret else f"{message} ({shown})"
-    is_text_meant = isinstance(value, bool) and flaw["type"] != "bool_for_number"
-    quotes = (
-        "; YAML reads yes, no, on and off as true and false: put a string in quotes" if is_text_meant else ""
-    )
-    return f"{shown} is not {wanted.format(**context)}{quotes}"
+    message = flaw["msg"].removeprefix("Value error, ")
+    yaml_hint = "; YAML reads yes, no, on and off as true and false: put a string in quotes"
+    close = did_you_mean(str(value), re.findall("'([^']+)'", str(context.get("expected", ""))))
+    shown += yaml_hint if isinstance(value, bool) else f"; {close}" if close else ""
+    return message if is_secret else f"{message} ({shown})"
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:

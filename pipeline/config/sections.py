@@ -79,18 +79,6 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_empty_sections(cls, values: Any) -> Any:
-        """Read null as an empty section: YAML returns null if all lines of a section are comments."""
-        if not isinstance(values, dict):
-            return values
-        types = {name: field.annotation for name, field in cls.model_fields.items()}
-        sections = {
-            name for name, kind in types.items() if isinstance(kind, type) and issubclass(kind, Section)
-        }
-        return {key: {} if value is None and key in sections else value for key, value in values.items()}
-
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_true_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
@@ -169,6 +157,7 @@ class TaskConfig(Section):
     rows: Annotated[str, Field(pattern=FIELD)] | None = None
     labels: Distinct[Label] = ()
     needs: Distinct[Annotated[str, Field(pattern=NEED)]] = ()
+    require: Distinct[Annotated[str, Field(min_length=1)]] = ()  # columns that need a value
     show_image: bool = True
     temperature: float = Field(default=0.0, ge=0, le=2)
     max_tokens: Annotated[int, Field(ge=1)] | None = None

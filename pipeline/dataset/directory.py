@@ -26,7 +26,7 @@ from pipeline.dataset.version import (
     parse_version,
     read_version,
 )
-from pipeline.errors import ConfigError, StoreError
+from pipeline.errors import ConfigError, StoreError, did_you_mean
 from pipeline.storage.files import open_table, read_json, read_table, write_json
 from pipeline.storage.lock import lease, lock_file
 from pipeline.storage.object_store import is_remote
@@ -133,7 +133,7 @@ class DatasetDir:
                 versions.append(read_version(manifest.parent))
             except StoreError as error:
                 name = manifest.parent.name
-                hint = f"move {manifest.parent} away, or run `synth versions rm {name} --data {self.path}`"
+                hint = f"move {manifest.parent} away, or run `synth versions rm {self.path}@{name}`"
                 raise StoreError(f"the version {name} cannot be read: {error}", hint=hint) from None
         return sorted(versions)
 
@@ -202,7 +202,9 @@ def open_dataset(path: Path | None, version: str | None = None, *, previews: boo
             )
         return opened
     if not is_remote(path) and not path.is_dir():
-        raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")
+        close = did_you_mean(str(path), map(str, path.parent.glob("*/")))
+        hint = close or "`synth generate --source scenes` makes one"
+        raise StoreError(f"no dataset at {path}", hint=hint)
     return DatasetDir(path).version(version, previews=previews)
 
 

@@ -1,8 +1,9 @@
 """Write the files of a version, and publish them atomically under the name of the version."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -153,7 +154,9 @@ def publish_version(
         return parent, False
     extras = content.extras
     schema = row_schema(content.columns, extras)
-    name = next_version(parent, content.digests["sample_id"], schema, dataset.taken_numbers())
+    name = next_version(
+        parent, content.digests["sample_id"], schema, dataset.taken_numbers(), provenance.get("config", {})
+    )
     write_table(draft / REJECTIONS_FILE, rejections, REJECTIONS)
     write_table(draft / IMAGES_FILE, [_image_digests(dataset, content.digests["sample_id"])], IMAGE_DIGESTS)
     manifest = {
@@ -187,10 +190,12 @@ def next_version(
     sample_ids: pa.ChunkedArray,
     schema: pa.Schema,
     taken: Sequence[tuple[int, ...]] = (),
+    config: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Return the next version name, with a higher number than all in `taken`.
 
-    The major number increases if columns or scores change, the minor if rows are added, else the patch.
+    The major number increases if columns or scores change, the minor if rows are added or other tasks or
+    caption styles were asked, else the patch.
     """
     if parent is None and not taken:
         return FIRST
@@ -198,7 +203,8 @@ def next_version(
     if parent is None or parent.schema != schema:
         return f"v{major + 1}.0.0"
     ids = [batch["sample_id"] for _, batch in parent.batches(["sample_id"])]
-    if not pc.all(pc.is_in(sample_ids, pa.chunked_array(ids, pa.string()))).as_py():
+    has_new_rows = not pc.all(pc.is_in(sample_ids, pa.chunked_array(ids, pa.string()))).as_py()
+    if has_new_rows or _asked_texts(config) != _asked_texts(parent.manifest.get("config", {})):
         return f"v{major}.{minor + 1}.0"
     return f"v{major}.{minor}.{patch + 1}"
 
@@ -241,3 +247,8 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
             flush_file(path)
     draft.rename(final)
     flush_folder(final.parent)
+
+
+def _asked_texts(config: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Return the tasks and the caption styles of a run."""
+    return {*(config.get("tasks") or ())}, {*config.get("generate", {}).get("caption_styles", ())}

@@ -25,8 +25,8 @@ from pipeline.tasks.checks import MAX_CLAIMS
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
-# Smaller versions get no warning about empty splits, since these are common.
-MIN_ROWS_FOR_SPLITS = 20
+# Smaller versions get no warning about empty splits.
+MIN_ROWS_FOR_SPLITS = 3
 SEE_REPORT = "`synth report` shows them"
 RETRY = "the same command sends them again"
 UNANSWERED_MESSAGES = {
@@ -143,7 +143,7 @@ def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
         groups = ", or smaller groups (--group-by)" if config.split.group_by else ""
         yield (
             f"the {' and the '.join(empty)} split has no images, but `synth train` needs some: "
-            f"if the source states no splits, try another --seed{groups}"
+            f"use more images, or, if the source states no splits, another --seed{groups}"
         )
 
 

@@ -23,6 +23,7 @@ from pipeline.inference.requests import (
     RequestPlan,
     build_requests,
     build_retry,
+    lacks_column,
     result_name,
     with_images,
 )
@@ -32,7 +33,8 @@ from pipeline.tasks.checks import RATE
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
 from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo, SourceTexts
 
-RESULT_MISSING = "result_missing"  # reply_error of a task that was not asked, since it needs a missing result
+# reply_error of a task that was not asked, since it needs a missing result, or an empty column
+RESULT_MISSING, COLUMN_EMPTY = "result_missing", "column_empty"
 Chunk = tuple[Sequence[Request], SampleBatch]  # requests without images, and the samples they are about
 NO_SAMPLES = SampleBatch((), tuple)
 TextsById = Mapping[str, SourceTexts]  # by sample id
@@ -312,7 +314,7 @@ def read_annotations(
                 reply = last_reply(request, journal)
                 frame = Frame(width_px, height_px, reply.max_pixels or request.max_pixels)
                 annotations += parse_reply(request, reply, plan.tasks, frame)
-            annotations += _missing_results(sample_id, wanted, requests)
+            annotations += _not_asked(sample_id, wanted, requests, plan, source_texts.context)
             rows += [row | {"pages": pages, "source_split": split} for row in annotations]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)
 
@@ -342,14 +344,15 @@ def read_results(
     return results
 
 
-def _missing_results(
-    sample_id: str, wanted: Sequence[Pair], requests: Sequence[Request]
+def _not_asked(
+    sample_id: str, wanted: Sequence[Pair], requests: Sequence[Request], plan: RequestPlan, context: Context
 ) -> Iterator[dict[str, object]]:
-    """Yield an annotation with an error for each task that was not asked, since it needs a missing result."""
+    """Yield an annotation with an error for each task that was not asked, since it lacks an input."""
     asked = {(request.task, request.style) for request in requests}
     for name, style in wanted:
         if (name, style) not in asked:
-            empty = {"request_id": "", "position": 0, "prompt_id": "", "reply_error": RESULT_MISSING}
+            flaw = COLUMN_EMPTY if lacks_column(plan.tasks[name], context) else RESULT_MISSING
+            empty = {"request_id": "", "position": 0, "prompt_id": "", "reply_error": flaw}
             annotation_id = digest([sample_id, name])
             yield {
                 "annotation_id": annotation_id,

@@ -145,12 +145,13 @@ def build_requests(
     """Yield the requests about one sample, or only those for `pairs`. `with_images` adds the images.
 
     Prompts may use source columns (`context`) and other tasks' results (JSON by name). A task is left out if
-    a result that it needs is missing, or if its prompt cannot be rendered with the result.
+    a column that it requires is empty, if a result that it needs is missing, or if its prompt cannot be
+    rendered with the result.
     """
     row = {"row": tuple(map(tuple, context))} if context else {}
     for name, style in plan.pairs if pairs is None else pairs:
         task = plan.tasks[name]
-        if any(need not in results for need in task.needs):
+        if lacks_column(task, context) or any(need not in results for need in task.needs):
             continue
         used = {"results": tuple((need, results[need]) for need in task.needs)} if task.needs else {}
         values = row | used | _values_of(sample_id, plan, task)
@@ -169,6 +170,11 @@ def build_requests(
                 {"image": sample_id, "about": shared_digest} | pages | ({"number": number} if number else {})
             )
             yield Request(id=digest(identity), sample_id=sample_id, style=style, **pages, **fields)
+
+
+def lacks_column(task: Task, context: Context) -> bool:
+    """Return whether a column that a task requires is empty for a sample."""
+    return bool(task.require) and not all(dict(context).get(name, "").strip() for name in task.require)
 
 
 def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request]:
@@ -232,6 +238,12 @@ def check_needs(plan: RequestPlan) -> None:
             problem = f"the task {task.name} has no input: it uses no image, no result and no column"
             hint = "name tasks in `needs` and use their results, or use columns: --columns context=NAME"
             raise ConfigError(problem, hint=hint)
+        if unmapped := [name for name in task.require if name not in plan.context]:
+            problem = f"the task {task.name} requires {unmapped[0]}, which is not a context column"
+            columns = ",".join([*plan.context, *unmapped])
+            raise ConfigError(
+                problem, hint=did_you_mean(unmapped[0], plan.context, f"map it: --columns context={columns}")
+            )
         for need in task.needs:
             if need not in available:
                 names = sorted(available - {task.name})

@@ -474,7 +474,8 @@ def describe_rejected(shard: DatasetDir) -> Iterator[str]:
         rows = table.filter(pc.equal(table["reason"], reason)).slice(0, NAMED_ROWS + 1).to_pylist()
         names = first_names([row["source_row"] for row in rows])
         if reason == REPEATED:
-            yield f"read: {count:,} rows repeat the image of another row, which gets their texts ({names})"
+            some = f"{count:,} rows repeat" if count > 1 else "1 row repeats"
+            yield f"read: {some} the image of another row, which gets the texts ({names})"
             continue
         if reason not in _REJECTED_FOR_ANOTHER_IMAGE:
             names = first_names([f"{row['source_row']}: {row['detail']}" for row in rows])

@@ -21,6 +21,7 @@ from fsspec.core import url_to_fs
 from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from pipeline.install import install_command
 from pipeline.sources.base import first_names
 from pipeline.sources.parquet import BUFFER_BYTES
 from pipeline.storage.sidecars import OWN_LINES
@@ -277,7 +278,7 @@ def translate_store_errors(url: str) -> Iterator[None]:
     except SourceError:
         raise
     except ImportError as error:
-        hint = str(error).split(", ")[-1]
+        hint = install_command("s3") if scheme == "s3" else str(error).split(", ")[-1]
         raise SourceError(f"{scheme}:// needs a package that is not installed", hint=hint) from None
     except ValueError as error:
         # For example, a server may not state the size of a file.

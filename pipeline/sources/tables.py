@@ -355,9 +355,7 @@ def _open_parquet(config: Config, path: str) -> Source:
             hint = f"load it with datasets.load_from_disk({path!r}), and write it with to_parquet"
         raise SourceError(f"no Parquet file at {path}", hint=hint)
     if all(any(name.endswith(file) for name in files.names) for file in (IMAGES_FILE, REJECTIONS_FILE)):
-        hint = (
-            f"`synth export --data {path} --format parquet --out FOLDER` writes files that contain the images"
-        )
+        hint = f"`synth export {path} --format parquet --out FOLDER` writes files that contain the images"
         raise SourceError(f"{path} is a version of synth, whose images are stored elsewhere", hint=hint)
     by_split, license = group_by_split(files.names), config.license or UNKNOWN
     translate = files.translate_errors

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from pipeline.errors import ConfigError, StoreError, one_line
+from pipeline.install import install_command
 
 # `memory` is for tests. Azure is not supported, because its copies may be unfinished when the call returns.
 STORES = ("s3", "gs", "gcs", "memory")
@@ -49,7 +50,7 @@ def parse_dataset_path(name: str) -> Path:
         path = UPath(f"{scheme}://{'/'.join(parts)}", use_listings_cache=False)
         path.fs  # noqa: B018  # imports the store's package
     except ImportError as error:
-        hint = str(error).split(", ")[-1]
+        hint = install_command("s3") if scheme == "s3" else str(error).split(", ")[-1]
         raise ConfigError(f"{scheme}:// needs a package that is not installed", hint=hint) from None
     return cast(Path, path)
 

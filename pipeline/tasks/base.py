@@ -59,6 +59,7 @@ class Task:
     has_styles: bool = False  # whether there is one request for each of `generate.caption_styles`
     temperature_key: str = "qa_temperature"  # name of a setting in `generate`
     card_category: str | None = None  # task category on the Hub
+    require: tuple[str, ...] = ()  # columns of the source without whose values the task is not asked
     needs: tuple[str, ...] = ()  # names of tasks or caption styles whose results the prompt uses
     shows_image: bool = True
     max_tokens: int | None = None  # None: use generate.max_tokens

@@ -254,6 +254,7 @@ def _build(settings: TaskConfig) -> CustomTask:
         rows_field=rows,
         text_field="caption" if kind == "caption" else None,
         card_category=CARD_CATEGORIES.get(kind),
+        require=settings.require,
         needs=settings.needs,
         shows_image=settings.show_image,
         max_tokens=settings.max_tokens,

@@ -16,6 +16,7 @@ IN_WORDS = {
     # replies, and validate
     "not_json": "the reply is not JSON",
     "off_schema": "the reply does not match the schema",
+    "column_empty": "a column that the task requires has no value",
     "cut_short": "the reply was cut off",
     "repeats_itself": "the reply runs in a loop",
     "refused_by_server": "the server refused the request",

@@ -22,8 +22,8 @@ from tests.hub.server import running_hub
 from tests.scene_data import make_version, scene_samples
 
 COUNT = 1  # faults per command and mode in a short run
-RM = ("versions", "rm", "v1.0.0", "v1.0.1", "--data", "data")
-GC = ("versions", "gc", "--data", "data")
+RM = ("versions", "rm", "data@v1.0.0", "v1.0.1")
+GC = ("versions", "gc", "data")
 # (folder before, command) -> writes and final state of an undisturbed run
 UNDISTURBED: dict[tuple[Path | None, tuple[str, ...]], tuple[int, Any]] = {}
 Command = tuple[str, ...]
@@ -123,7 +123,7 @@ def test_generate_after_fault_equals_undisturbed_run(mode: str, generate: Comman
 @pytest.mark.parametrize("mode", ["crash", "full"])
 @pytest.mark.parametrize(
     ("arguments", "num_versions"),
-    [(None, 1), (("report", "data"), 1), (("review", "apply", "reviews.jsonl", "--data", "data"), 2)],
+    [(None, 1), (("report", "data"), 1), (("review", "apply", "data", "reviews.jsonl"), 2)],
     ids=["generate again", "report", "review"],
 )
 def test_command_after_fault_equals_undisturbed_run(
@@ -180,7 +180,7 @@ def test_interrupted_removal_leaves_versions_whole_or_gone(
         assert "v1.1.0" in versions(folder)
 
     def again(folder: Path) -> tuple[str, ...]:
-        names = [name for name in versions(folder) if name in RM]
-        return command if command != RM else ("versions", "rm", *names, "--data", "data") if names else GC
+        names = [f"data@{name}" for name in versions(folder) if name in ("v1.0.0", "v1.0.1")]
+        return command if command != RM else ("versions", "rm", *names) if names else GC
 
     sweep(three_versions, tmp_path, command, mode, state, count=count, after_fault=after_fault, again=again)

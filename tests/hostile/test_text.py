@@ -184,9 +184,9 @@ def test_commands_escape_control_characters_for_terminal(tmp_path: Path) -> None
     for arguments in (
         ("versions", "list", data), ("check", data), ("report", data), ("diff", data, "v1.0.0", "v1.0.0"),
         ("push", data, "--repo", "me/x", "--dry-run"), ("push", data, "--repo", EVIL),
-        ("review", "apply", f"reviews{EVIL}", "--data", data), ("generate", "--source", EVIL),
+        ("review", "apply", data, f"reviews{EVIL}"), ("generate", "--source", EVIL),
         ("generate", "--config", EVIL),
-        ("train", "--data", f"data{EVIL}x"), ("caption", data, EVIL), ("evaluate", data), (EVIL,),
+        ("train", f"data{EVIL}x"), ("caption", data, EVIL), ("evaluate", data), (EVIL,),
         ("generate", f"--{EVIL}"),
     ):  # fmt: skip
         require_printable(*arguments)

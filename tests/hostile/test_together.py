@@ -28,7 +28,7 @@ COMMANDS = {
     "check": ("check", "data"),
     "repair": ("check", "data", "--repair"),
     "report": ("report", "data"),
-    "review": ("review", "apply", "reviews.jsonl", "--data", "data"),
+    "review": ("review", "apply", "data", "reviews.jsonl"),
     "versions": ("versions", "list", "data"),
     "push": ("push", "data", "--repo", "me/x", "--dry-run"),
 }

@@ -58,7 +58,7 @@ def text_task(prompt: str) -> str:
     ("text", "complaint"),
     [
         ("{name: t, kind: text}", "prompt is missing"),
-        ("{name: t, kind: poem, prompt: a}", "bad value for kind: 'poem' is not one of"),
+        ("{name: t, kind: poem, prompt: a}", "bad value for kind: Input should be 'caption', "),
         ("{name: t, kind: text, prompt: a, min_word: 3}", "unknown config key: min_word"),
         ("{name: T, kind: text, prompt: a}", "'T' is not a task name in lower case"),
         ("[1]", "must contain keys and values"),

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import doctor
-from pipeline.doctor import examine, judge_gpus, weights_bytes
+from pipeline.doctor import check_server, check_tasks, examine, judge_gpus, weights_bytes
 from pipeline.inference.vllm import VLLM_PYTHON
 from pipeline.install import installed_version
+from tests.chat.server import ChatServer, running_chat
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,30 @@ def test_interpreter_without_vllm_fails_the_check(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(VLLM_PYTHON, "/does/not/exist")
     (vllm,) = [finding for finding in examine() if finding.name == "vllm"]
     assert "cannot run " in vllm.result
+
+
+def test_custom_tasks_are_checked_without_source(tmp_path: Path) -> None:
+    files = [tmp_path / "offer.yaml", tmp_path / "short.yaml"]
+    files[0].write_text("{name: offer, kind: text, require: [id], prompt: 'Say what {{ row.title }} is.'}")
+    files[1].write_text("{name: short, kind: text, needs: [offer], prompt: '{{ results.offer }}'}")
+    finding = check_tasks(files)
+    assert (finding.is_ok, finding.result) == (
+        True,
+        "offer (text), short (text); needs --columns context=id,title",
+    )
+    missing = check_tasks(files[1:])
+    assert not missing.is_ok and missing.result.startswith("the task short needs offer")
+    files[1].write_text("{name: short, kind: text, prompt: 'Go on {{ row.x }.'}")
+    invalid = check_tasks(files)
+    assert not invalid.is_ok and "not a valid template: line 1" in invalid.result and invalid.hint
+
+
+def test_server_is_asked_for_its_model() -> None:
+    with running_chat(ChatServer()) as chat:
+        finding = check_server([chat.url])
+        assert finding.is_ok and finding.result.startswith(f"{chat.url}: ")
+        wrong = check_server([chat.url], "nothing")
+    assert not wrong.is_ok and "nothing" in wrong.result and wrong.hint
 
 
 def model_of(folder: Path, size: int, suffix: str = "safetensors") -> str:

@@ -1,31 +1,92 @@
 """Hints name the command that installs a missing package."""
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 from pipeline import install
-from pipeline.install import DISTRIBUTION, ROOT, extra_of, install_command
+from pipeline.cli import EXTRAS
+from pipeline.images.rendering import PACKAGES
+from pipeline.install import ROOT, install_command
+from tests.test_architecture import MODULES, PATHS, imports, parse
 
-EXTRAS = [("torch", "embedded"), ("ray", "ray"), ("pillow_heif", "heic"), ("s3fs", "s3")]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TRAIN = ("trainer.launch", "trainer.captioner", "trainer.evaluate", "trainer.experiment.runs")
+# The extras of each hint, the modules that the command loads at its start, and further packages.
+NEEDS = [
+    (("embedded",), ("pipeline.inference.embedded",), ["torchvision"]),
+    (("train",), TRAIN, []),
+    (("train",), (), ["torch", "safetensors", "transformers"]),  # pipeline/images/clip.py
+    (EXTRAS["serve-captioner"], ("trainer.serving.server",), []),
+    (EXTRAS["export"], ("trainer.publish.onnx_export",), ["onnxruntime", "onnxscript", "onnx"]),
+    (("lora",), (), ["peft"]),
+    (("export",), (), ["tensorboard"]),
+    (("ray",), (), ["ray"]),
+    (("s3",), (), ["s3fs", "aiobotocore"]),
+    (("lance",), (), ["lance"]),
+    *(((extra,), (), [package]) for extra, package in PACKAGES.items()),
+]
 
 
-@pytest.mark.parametrize(("package", "extra"), EXTRAS)
-def test_missing_package_hint_names_its_extra(package: str, extra: str) -> None:
-    assert extra_of(package) == install_command(extra) == f"pip install '{ROOT}[{extra}]'"
+def distribution_names(requirements: Sequence[str]) -> set[str]:
+    return {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower() for line in requirements}
+
+
+def packages_loaded_by(modules: Sequence[str]) -> set[str]:
+    """Return the packages that these modules import at their start, directly or through our modules."""
+    waiting, seen = [*modules], set[str]()
+    while waiting:
+        if (module := waiting.pop()) not in seen:
+            seen.add(module)
+            waiting += imports(MODULES[module], top_only=True) if module in MODULES else ()
+    roots = {module.partition(".")[0] for module in seen - MODULES.keys()}
+    return roots - sys.stdlib_module_names - {*install.PACKAGES}
+
+
+@pytest.mark.parametrize(("extras", "modules", "packages"), NEEDS, ids=lambda value: "+".join(value))
+def test_extras_of_hint_provide_packages_of_command(
+    extras: tuple[str, ...], modules: tuple[str, ...], packages: list[str]
+) -> None:
+    lines = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
+    provided = distribution_names([*PROJECT["dependencies"], *lines])
+    loaded = packages_loaded_by(modules) - packages_loaded_by(["pipeline.run"])  # which needs no extra
+    for package in {*packages, *loaded}:
+        names = {name.lower() for name in packages_distributions()[package]}
+        assert names & provided, f"{package} is not in {extras}"
+
+
+def test_every_hint_of_the_code_is_in_the_table() -> None:
+    hints = {EXTRAS["export"], EXTRAS["serve-captioner"]}
+    for path in PATHS:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "install_command":
+                arguments = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+                hints |= {tuple(map(str, arguments))} if arguments else set()
+    assert ("embedded",) in hints
+    assert hints - {("onnx",)} <= {extras for extras, _, _ in NEEDS}
+
+
+def test_command_names_packages_of_the_extras_and_not_this_distribution() -> None:
+    extras = PROJECT["optional-dependencies"]
+    command = install_command("train", "serve", package="torch")
+    assert command.split()[:2] == ["pip", "install"]
+    assert command.split()[2:] == [f"'{line}'" for line in extras["train"] + extras["serve"]]
 
 
 def test_package_without_extra_is_installed_by_name() -> None:
-    assert extra_of("nobody") == f"{sys.executable} -m pip install nobody"
+    assert install_command("train", package="gradio") == "pip install gradio"
 
 
-def test_package_without_source_folder_is_installed_by_name(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(install, "ROOT", tmp_path)
-    assert install_command("train") == f"pip install '{DISTRIBUTION}[train]'"
+def test_uninstalled_source_folder_is_installed_with_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "DISTRIBUTION", "not-installed")
+    assert install_command("train") == f"pip install '{ROOT}[train]'"
 
 
 def test_module_runs_next_to_a_folder_named_prompts(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pipeline.config import Config
-from pipeline.config.files import describe_settings, resolve
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.inference.requests import check_prompts
 from pipeline.project import write_project
@@ -50,15 +50,3 @@ def test_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     write_project(tmp_path)
     with pytest.raises(ConfigError, match=r"synth\.yaml already exists"):
         write_project(tmp_path)
-
-
-def test_description_of_settings_names_the_origin_of_each_value(tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text("source: scenes\nlimit: 5\nfilter: {language: de}\ngenerate: {prompt_dir: p}\n")
-    config = resolve(file, limit=7)
-    described = describe_settings(config, file, {"limit": "--limit"})
-    rows = {key: (value, origin) for key, value, origin in described}
-    assert rows["limit"] == (7, "--limit")
-    assert rows["filter.language"] == ("de", str(file))
-    assert rows["generate.prompt_dir"] == ("p", str(file))
-    assert rows["seed"] == (0, "default")

@@ -109,7 +109,7 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledRun]:
         kill_worker_and_driver(folder, chat)
         good = Review(sample_id="0" * 64, content="0" * 16, verdict="good")
         (folder / "m.jsonl").write_text(format_reviews([good]))
-        review = run_synth("review", "apply", "m.jsonl", "--data", "many", cwd=folder)
+        review = run_synth("review", "apply", "many", "m.jsonl", cwd=folder)
         require_success(run_process(*flags_of(chat), "--out", "many", "--executor", "ray", cwd=folder))
         yield KilledRun(folder, chat, undisturbed, review)
 
@@ -182,7 +182,7 @@ def test_cluster_makes_same_version_report_and_review_as_one_machine(killed_run:
         figures = r'<span class="bad">\d+</span> \w+|Duplicate texts of one image: \d+|"step":"\w+"'
         parts.append(sorted(re.findall(figures, page)))
         assert "belong to another run" not in page
-        done = run_synth("review", "apply", "reviews.jsonl", "--data", out, cwd=folder)
+        done = run_synth("review", "apply", out, "reviews.jsonl", cwd=folder)
         assert "review: 1 reviews applied" in done.stderr, done.stderr
     assert parts[0] == parts[1]
     reviewed = [latest_version(folder / out).manifest for out in ("one", "many")]
@@ -275,7 +275,7 @@ def test_nodes_without_shared_files_use_object_store(
         assert fetched.manifest["digest"] == local.manifest["digest"] and rows_of(fetched) == rows_of(local)
         write_review(tmp_path)
         for out in ("one", home):
-            done = require_success(synth("review", "apply", "reviews.jsonl", "--data", out, "--json"))
+            done = require_success(synth("review", "apply", out, "reviews.jsonl", "--json"))
         assert json.loads(done.stdout)["digest"] == latest_version(tmp_path / "one").manifest["digest"]
         error, _ = read_failure(synth(*flags, "--out", "s3://none/mine", "--executor", "ray"))
         assert "s3://none/mine: The specified bucket does not exist" in error

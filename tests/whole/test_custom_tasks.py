@@ -222,6 +222,25 @@ def test_requests_cover_only_new_tasks_and_changed_rows(shop: Path, server: Chat
     assert {row["shout"] for row in load_rows(shop / "d", "v2.0.1")} >= {"ABOUT CHAIR 3", "ABOUT LAMP 20"}
 
 
+def test_task_skips_images_without_a_required_value(shop: Path, server: ChatServer, model: Model) -> None:
+    write_titles(shop, ["" if n < 3 else " " if n == 3 else f"Lamp {n}" for n in range(COUNT)])
+    model.replies["words"] = {"text": "a lamp"}
+    model.replies["more"] = {"text": "more"}
+    task = "{name: words, kind: text, require: [title], prompt: 'Say what {{ row.title }} is.'}"
+    (shop / "words.yaml").write_text(task)
+    more = "{name: more, kind: text, show_image: false, needs: [words], prompt: '{{ results.words }}'}"
+    (shop / "more.yaml").write_text(more)
+    both = ("--task", "words.yaml", "--task", "more.yaml")
+    result = generate(shop, server, "--columns", "context=title", *both)
+    assert model.requests == {"words": COUNT - 4, "more": COUNT - 4}
+    assert result["steps"]["validate"]["rejected"] == {"column_empty": 4, "result_missing": 4}
+    assert len(load_rows(shop / "d")) == COUNT - 4
+    (shop / "words.yaml").write_text(task.replace("require: [title]", "require: [titel]"))
+    refused = synth(shop, "generate", "--config", "d/run.json", *both)
+    assert "the task words requires titel, which is not a context column" in refused.stderr
+    assert "did you mean title?" in refused.stderr
+
+
 def test_task_with_unusable_needed_result_is_not_asked(shop: Path, server: ChatServer, model: Model) -> None:
     refusal = "I'm sorry, I can't help with that."
     model.replies["ocr"] = lambda prompt, image: {"text": "fine" if int(image[0], 16) % 2 else refusal}
@@ -273,14 +292,14 @@ def test_custom_task_values_are_shown_in_the_report_and_reviewed(shop: Path, ser
     text = next(text for text in boxed["texts"] if text["kind"] == "boxes")
     review = {"sample_id": boxed["id"], "content": text["content"], "verdict": "bad", "reason": "not_true"}
     (shop / "reviews.jsonl").write_text(json.dumps(review) + "\n")
-    require_success(synth(shop, "review", "apply", "reviews.jsonl", "--data", "d"))
+    require_success(synth(shop, "review", "apply", "d", "reviews.jsonl"))
     rows = {row["sample_id"]: row for row in load_rows(shop / "d", "v1.0.1")}
     assert not rows[boxed["id"]]["boxes"]
     assert sum(len(row["boxes"] or []) for row in rows.values()) == COUNT - 1
     edit = review | {"verdict": "edited", "text": "a dog"}
     del edit["reason"]
     (shop / "reviews.jsonl").write_text(json.dumps(edit) + "\n")
-    refused = synth(shop, "review", "apply", "reviews.jsonl", "--data", "d")
+    refused = synth(shop, "review", "apply", "d", "reviews.jsonl")
     assert refused.returncode == 1 and "not edited" in refused.stderr
 
 

@@ -138,7 +138,7 @@ def test_signal_ends_run_with_hint_to_resume(
 
 def test_sigterm_ends_training_with_exit_code_143(tmp_path: Path) -> None:
     make_version(tmp_path / "d", scene_samples(40))
-    command = [str(SYNTH), "train", "--data", "d", "--encoder", "tiny-vit", "--out", "captioner"]
+    command = [str(SYNTH), "train", "d", "--encoder", "tiny-vit", "--out", "captioner"]
     command += ["--steps", "500", "--batch-size", "4"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint

@@ -115,27 +115,27 @@ def test_exports_are_pushed_only_together_with_their_version(hub: RunningHub, re
 
 
 def test_training_downloads_version_from_hub_once(reader: User, hub: RunningHub, maker: User) -> None:
-    trained = reader.json(*TRAIN, "--data", "me/scenes@v1.0.0")
+    trained = reader.json(*TRAIN, "me/scenes@v1.0.0")
     assert trained["path"].startswith("data/me-scenes/checkpoints/v1.0.0")
     sent_bytes = hub.hub.sent_bytes
-    scores = reader.json("evaluate", trained["path"], "--data", "me/scenes@v1.0.0")
+    scores = reader.json("evaluate", trained["path"], "me/scenes@v1.0.0")
     assert scores["images"] > 0
     assert hub.hub.sent_bytes == sent_bytes  # read from the cache
 
 
 def test_images_that_were_not_pushed_are_joined_from_dataset_or_source(reader: User, maker: User) -> None:
     maker.synth("push", "--repo", "me/texts", "--no-images")
-    refused = reader.synth(*TRAIN, "--data", "me/texts", code=1).stderr
+    refused = reader.synth(*TRAIN, "me/texts", code=1).stderr
     assert "me/texts has no images" in refused
     assert "--images" in refused
     images = ("--images", "folder:nowhere")
-    assert "nowhere" in reader.synth(*TRAIN, "--data", "me/texts", *images, code=1).stderr
-    of_dataset = ("--data", "me/texts", "--images", str(maker.folder / "data" / "scenes"))
+    assert "nowhere" in reader.synth(*TRAIN, "me/texts", *images, code=1).stderr
+    of_dataset = ("me/texts", "--images", str(maker.folder / "data" / "scenes"))
     trained = reader.json(*TRAIN, *of_dataset)
     # The dataset is now in the cache.
     assert reader.json("evaluate", trained["path"], *of_dataset)["images"] > 0
     other = User(maker.hub, reader.folder / "other")
-    other.synth(*TRAIN, "--data", "me/texts", "--images", "scenes")
+    other.synth(*TRAIN, "me/texts", "--images", "scenes")
 
 
 def test_pushed_captioner_has_card_with_its_data(maker: User, hub: RunningHub) -> None:
@@ -187,7 +187,7 @@ def test_invalid_push_is_refused_and_dry_run_sends_nothing(maker: User, hub: Run
     files = {path.relative_to(version.path).as_posix() for path in version.path.rglob("*.*")}
     assert {*plan["files"]} == files - {IMAGES_FILE}
     assert len(hub.hub.log) == request_count
-    for option in ("--version v1.0.0", "--no-images", "--also webdataset", "--acknowledge x"):
+    for option in ("--no-images", "--also webdataset", "--acknowledge x"):
         refused = maker.synth("push", checkpoint, "--repo", "me/x", *option.split(), code=2).stderr
         assert "is a captioner" in " ".join(refused.replace("│", " ").split())
     shutil.copytree(maker.folder / checkpoint, maker.folder / "cut")

@@ -127,7 +127,7 @@ def test_human_captions_and_questions_become_version_and_captioner_without_model
     repeated = synth(photos, "generate", *config, "--captions", "coco.json", "--captions", "vqa.jsonl")
     assert json.loads(repeated.stdout)["digest"] == result["digest"]
     training = ("--encoder", "tiny-vit", "--steps", "2", "--out", "captioner")
-    trained = synth(photos, "train", "--data", "d", *training)
+    trained = synth(photos, "train", "d", *training)
     assert "human texts" in trained.stderr
     metrics = json.loads((photos / "captioner/metrics.json").read_text())
     assert metrics["data"]["texts"] == "human" and metrics["against"] == "references of the source"

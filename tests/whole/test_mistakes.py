@@ -90,4 +90,4 @@ def test_missing_package_error_shows_install_command(tmp_path: Path) -> None:
     done = run_process(*command, cwd=tmp_path, env=env)
     assert done.returncode == 1
     assert "needs the package torch" in done.stderr
-    assert "pip install" in done.stderr and "[embedded]" in done.stderr
+    assert "hint: pip install 'llguidance<" in done.stderr

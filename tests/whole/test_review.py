@@ -47,7 +47,7 @@ def test_invalid_reviews_are_reported_and_change_nothing(
         ("other.jsonl", "none of the 1 reviews matches a text in d"),
         ("empty.jsonl", "no reviews in empty.jsonl"),
     ):
-        error, _ = read_failure(synth("review", "apply", name, "--data", "d"))
+        error, _ = read_failure(synth("review", "apply", "d", name))
         assert all(complaint in error for complaint in complaints)
     assert not DatasetDir(tmp_path / "d").reviews.exists()
     assert [version.name for version in DatasetDir(tmp_path / "d").versions()] == ["v1.0.0"]
@@ -61,7 +61,7 @@ def test_reviews_that_leave_no_row_are_refused_and_not_stored(synth: Run, tmp_pa
     def bad(texts: list[tuple[str, str]]) -> str:
         reviews = [Review(sample_id=id_, content=text, verdict="bad", reason="other") for id_, text in texts]
         (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
-        return synth("review", "apply", "m.jsonl", "--data", "d").stderr
+        return synth("review", "apply", "d", "m.jsonl").stderr
 
     assert "review: 1 reviews applied" in bad(names[:1])
     before = folder.reviews.read_text()
@@ -75,7 +75,7 @@ def test_review_stays_pending_while_its_text_is_missing(
 ) -> None:
     trivial = {"reason": "trivial", "note": "too easy"}
     path = write_reviews(("brief", "bad", {"reason": "unclear"}), ("number", "bad", trivial))
-    first = synth("review", "apply", str(path), "--data", "d").stderr
+    first = synth("review", "apply", "d", str(path)).stderr
     assert "1 reviewed_unclear" in first and "1 reviewed_trivial" in first
     again = ("generate", "--source", "scenes", "--limit", "6", "--out", "d")
     captions_only = synth(*again, "--tasks", "caption")

@@ -94,13 +94,13 @@ def test_changing_the_selection_rule_sends_no_request(chosen: Chosen, folder: Pa
     first, last = read_version(folder / "d/versions/v1.0.0"), read_version(folder / alone["path"])
     assert (alone["requests"]["asked"], last.manifest["digest"]) == (0, first.manifest["digest"])
     assert not counts(last, "select") and not (folder / "d/steps/select").exists()
-    refused = run_synth("export", "--data", alone["path"], "--format", "dpo", cwd=folder)
+    refused = run_synth("export", alone["path"], "--format", "dpo", cwd=folder)
     assert refused.returncode == 1 and "--samples 4 --pairs" in refused.stderr
 
 
 @pytest.mark.skipif(not LONG, reason="half a minute: make test-long; test_readers.py runs TRL")
 def test_trl_trains_on_exported_pairs(chosen: Chosen, folder: Path) -> None:
-    exported = run_synth("export", "--data", "d@v2.0.0", "--format", "dpo", "--out", "pairs", cwd=folder)
+    exported = run_synth("export", "d@v2.0.0", "--format", "dpo", "--out", "pairs", cwd=folder)
     assert exported.returncode == 0, exported.stderr
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     train_by_trl("DPO", "pairs", cwd=folder, env=env)

@@ -42,15 +42,16 @@ def test_preview_is_not_the_default_version(synth: Run, photos: Path, tmp_path: 
     pushed = synth("push", "--repo", "ORG/NAME", "--dry-run", "--json")
     assert json.loads(pushed.stdout)["version"] == "v1.1.0"
     assert "v1.1.1 is newer, but a preview" in pushed.stderr
-    named = synth("export", "--data", "data/elsewhere@v1.1.1", "--format", "csv", "--json")
+    named = synth("export", "data/elsewhere@v1.1.1", "--format", "csv", "--json")
     assert json.loads(named.stdout)["images"] == 3
     assert "v1.1.1 is a preview" in named.stderr
     assert synth("report").returncode == 0
     assert "v1.1.1" in (tmp_path / "data" / "elsewhere" / "report.html").read_text()
-    assert "v1.1.0 -> v1.1.1" in synth("diff", "data/elsewhere@v1.1.0", "data/elsewhere@v1.1.1").stdout
+    for second in ("data/elsewhere@v1.1.1", "v1.1.1"):
+        assert "v1.1.0 -> v1.1.1" in synth("diff", "data/elsewhere@v1.1.0", second).stdout
     assert "ok  data/elsewhere/versions/v1.1.0" in synth("check", "data/elsewhere@v1.1.0").stdout
-    assert "newer" not in synth("push", "--repo", "ORG/NAME", "--dry-run", "--version", "v1.1.0").stderr
-    assert "newer" not in synth("export", "--data", "data/elsewhere@v1.1.0", "--format", "csv").stderr
+    assert "newer" not in synth("push", "--repo", "ORG/NAME", "--dry-run", "v1.1.0").stderr
+    assert "newer" not in synth("export", "data/elsewhere@v1.1.0", "--format", "csv").stderr
 
 
 def test_versions_are_listed_and_removed(synth: Run, photos: Path) -> None:
@@ -59,13 +60,15 @@ def test_versions_are_listed_and_removed(synth: Run, photos: Path) -> None:
     assert synth("generate", "--no-model", "--source", source).returncode == 0
     (data,) = (photos.parent / "data").iterdir()
     assert synth("versions", "list", str(data)).stdout == synth("versions", "list").stdout
+    chosen = synth("push", "--repo", "ORG/NAME", "--dry-run", "v1.0.0", "--json")
+    assert json.loads(chosen.stdout)["version"] == "v1.0.0"
     removed = synth("versions", "rm", "v1.0.0", "--json")
     assert json.loads(removed.stdout)["removed"] == ["v1.0.0"]
     assert [row["version"] for row in json.loads(synth("versions", "list", "--json").stdout)] == ["v1.1.0"]
     assert json.loads(synth("versions", "gc", "--json").stdout)["removed"] == []
     done = synth("versions", "rm", "v1.1.0")
     assert "images stay until `synth versions gc" in done.stderr
-    collected = synth("versions", "gc", "--data", str(data), "--json")
+    collected = synth("versions", "gc", str(data), "--json")
     assert json.loads(collected.stdout)["removed"] == []  # the next run needs the images
     again = synth("generate", "--no-model", "--source", source)
     assert "images were read by an earlier run" in again.stderr and "made v1.0.0" in again.stderr
@@ -105,7 +108,7 @@ def test_run_without_limit_that_finds_nothing_more_completes_preview(synth: Run,
     assert [row["preview"] for row in listed] == [False]
 
 
-@pytest.mark.parametrize("command", ["gc --data typo", "rm v1.0.0 --data typo", "list typo"])
+@pytest.mark.parametrize("command", ["gc typo", "rm typo@v1.0.0", "list typo"])
 def test_versions_command_creates_no_missing_dataset(synth: Run, tmp_path: Path, command: str) -> None:
     done = synth("versions", *command.split())
     assert (done.returncode, "no dataset at typo" in done.stderr) == (1, True)

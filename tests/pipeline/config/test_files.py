@@ -49,15 +49,15 @@ def test_section_with_only_comments_has_the_defaults(file: Path) -> None:
         ("config: foo\nversion: 1\n", "unknown config key: config", "known keys"),
         (
             "source: scenes\nlimit: 0\n",
-            "bad value for limit: 0 is not 1 or more",
+            "bad value for limit: Input should be greater than or equal to 1 (0)",
             "docs/settings.md explains limit",
         ),
         (
             "source: scenes\nlimit: yes\n",
-            "limit: True is not a number, such as 10",
+            "limit: true is not a number (True; YAML reads yes, no, on and off as",
             "docs/settings.md explains limit",
         ),
-        ("source: scenes\ngenerate: {max_tokens: on}\n", "generate.max_tokens: True is not a number", "docs"),
+        ("source: scenes\ngenerate: {max_tokens: on}\n", "generate.max_tokens: true is not a number", "docs"),
         (
             "source: scenes\ngenerate: {caption_styles: [A b]}\n",
             "bad value for generate.caption_styles",
@@ -65,7 +65,7 @@ def test_section_with_only_comments_has_the_defaults(file: Path) -> None:
         ),
         (
             "source: scenes\nfilter: [a]\n",
-            "keys and values, indented below it",
+            "bad value for filter: Input should be a valid dictionary",
             "docs/settings.md explains filter",
         ),
         (

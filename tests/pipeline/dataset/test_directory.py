@@ -68,7 +68,7 @@ def test_damaged_version_error_shows_removal_command(tmp_path: Path) -> None:
     (tmp_path / "versions/v2.0.0/manifest.json").write_text("{")
     with pytest.raises(StoreError, match=r"the version v2\.0\.0 cannot be read: not a version") as refused:
         DatasetDir(tmp_path).versions()
-    assert f"synth versions rm v2.0.0 --data {tmp_path}" in refused.value.hint
+    assert f"synth versions rm {tmp_path}@v2.0.0" in refused.value.hint
     newer = {"version": "v2.0.0", "table_version": 99, "files": {}}
     (tmp_path / "versions/v2.0.0/manifest.json").write_text(json.dumps(newer))
     with pytest.raises(StoreError, match="another release of synth"):

@@ -60,7 +60,7 @@ def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:
     (warning,) = describe_empty_splits(version, resolve(source="scenes", split={"group_by": "folder"}))
     assert warning == (
         "the validation and the test split has no images, but `synth train` needs some: "
-        "if the source states no splits, try another --seed, or smaller groups (--group-by)"
+        "use more images, or, if the source states no splits, another --seed, or smaller groups (--group-by)"
     )
     (warning,) = describe_empty_splits(version, resolve(source="scenes", split={"test_frac": 0}))
     assert "the validation split" in warning
