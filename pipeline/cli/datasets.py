@@ -245,15 +245,42 @@ def report(
         echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
 
 
+def review_sample(
+    texts: Annotated[int, Option("-n", "--texts", help="Number of texts.", min=1)] = 200,
+    seed: Annotated[int, option("Seed. Another seed begins another audit.", min=0)] = 0,
+    data: Annotated[Path | None, option("Dataset folder.", LAST_MADE, **DATASET_PATH)] = None,
+) -> None:
+    """Draw texts of the newest version at random, and write a page to judge them as right or wrong.
+
+    `synth review apply` reads the exported verdicts, and the next version states the share of wrong texts.
+    """
+    from pipeline.dataset.directory import DatasetDir
+    from pipeline.report.audit_page import write_audit_page
+    from pipeline.storage.files import translate_disk_errors
+
+    dataset = DatasetDir(data or last_dataset())
+    version = dataset.version(previews=False)
+    with translate_disk_errors(dataset.path):
+        page, drawn = write_audit_page(version, dataset, texts, seed)
+    fewer = "" if drawn == texts else " (at most one of each image)"
+    say(
+        f"drew {drawn} texts of {version.name}{fewer}; judge them on this page, then apply the exported file:"
+    )
+    echo(page)
+
+
 def review_apply(
-    reviews: Annotated[list[Path], Argument(help="Review files that a report exported; later ones win.")],
+    reviews: Annotated[
+        list[Path], Argument(help="Files that a report or an audit exported; later ones win.")
+    ],
     data: Annotated[Path | None, option("Dataset folder of the report.", LAST_MADE, **DATASET_PATH)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make the next version without texts reviewed as bad, and with the edited texts.
 
-    Later runs apply the reviews again.
+    Verdicts of an audit change no text: the next version states the error rates. Later runs apply all again.
     """
+    from pipeline.dataset.audit import audit_in_words
     from pipeline.dataset.directory import DatasetDir
     from pipeline.executors.messages import describe_losses
     from pipeline.reviewing import apply_reviews
@@ -264,3 +291,5 @@ def review_apply(
     print_run_result(
         result, list(describe_losses(STEPS, result.funnel)), shown=progress.warnings, as_json=as_json
     )
+    if audit := result.version.manifest.get("audit"):
+        say(f"wrong texts: {audit_in_words(audit)}")

@@ -4,7 +4,6 @@ All text is untrusted: long text is cut, and control characters are escaped.
 """
 
 import csv
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
-from pipeline.dataset.reviews import text_name
+from pipeline.dataset.reviews import record_name, text_name
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from pipeline.storage.files import open_table
@@ -154,7 +153,7 @@ def _row(row: dict[str, Any], split: str, own_columns: dict[str, Any]) -> dict[s
 
 def _value(row: dict[str, Any], task: str, value: Any) -> dict[str, Any]:
     """Return a custom task's value for the page: its id for reviews, its text, and its box if it has one."""
-    _, content = text_name({"sample_id": row["sample_id"], "task": task, "record": json.dumps(value)})
+    _, content = record_name(row["sample_id"], task, value)
     entry: dict[str, Any] = {"content": content, "kind": visible(task), "value": visible(in_short(value))}
     box = (
         next((value[name] for name in BOX_FIELDS if name in value), None) if isinstance(value, dict) else None

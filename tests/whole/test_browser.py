@@ -266,7 +266,7 @@ def test_report_is_accessible(opened: Open, dataset: Version, viewport: dict[str
     text_of(page, 1).get_by_role("button", name="Edit").click()
     assert violations(page) == []
     page.get_by_text("How it was made", exact=True).last.click()
-    expect(page.get_by_text("Words per caption")).to_be_visible()
+    expect(page.get_by_role("region", name="Rows of each step")).to_be_visible()
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= viewport["width"]
 

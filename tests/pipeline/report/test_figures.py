@@ -1,4 +1,4 @@
-"""Report figures: funnel, and distributions before and after balance."""
+"""Report figures: funnel, and images of rejected rows."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from pipeline.dataset.images import ImageStore
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.errors import StoreError
 from pipeline.report.figures import (
-    distributions_of,
     funnel_of,
     images_of,
     steps_match,
@@ -43,41 +42,6 @@ def test_funnel_shows_step_whose_counts_do_not_add_up() -> None:
     assert sums == [[True, True], [False], [True, False], [True, True]]
 
 
-def test_distributions_count_rows_rejected_by_balance_only_before_balance(tmp_path: Path) -> None:
-    blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "clean_record", "question_type"))
-    yes = {"clean_question": "Is it?", "clean_answer": "Yes", "question_type": "is it"}
-    kept = [{"clean_text": "a red cat"}, yes, yes | {"clean_answer": "no"}]
-    write_step(tmp_path, "balance", "kept", kept, blank)
-    write_step(tmp_path, "balance", "rejected", [yes, {"clean_text": "two red dogs on the red grass"}], blank)
-    lengths, answers = distributions_of(tmp_path)
-    assert lengths["rows"] == [("1-5", 1, 1), ("6-10", 1, 0)]
-    assert (answers["title"], answers["rows"], answers["top"]) == (
-        "Answers to is it …",
-        [("yes", 2, 1), ("no", 1, 1)],
-        2,
-    )
-
-
-def test_sample_of_very_many_texts_is_counted_and_its_share_is_stated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.report.figures.MAX_COUNTED_TEXTS", 1000)
-    blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "clean_record", "question_type"))
-    short = {"clean_text": "two dogs"}
-    captions = [
-        {"clean_text": "a red cat on the long green grass"} if number % 3 == 0 else short
-        for number in range(2400)
-    ]
-    write_step(tmp_path, "balance", "kept", captions, blank)
-    write_step(tmp_path, "balance", "rejected", captions[:600], blank)
-    (lengths,) = distributions_of(tmp_path)
-    (_, of_dogs, _), (_, of_cats, _) = lengths["rows"]
-    assert 600 < of_dogs < 740 and 280 < of_cats < 390  # rows that alternate are drawn alike: one in three
-    after = sum(after for _, _, after in lengths["rows"])
-    assert 900 < of_dogs + of_cats < 1100 and 720 < after < 880  # of 3,000, and of 2,400
-    assert lengths["unit"] == "captions, one in 3"
-
-
 DEDUPE_ROW: dict[str, Any] = dict.fromkeys(
     ("clean_text", "clean_question", "clean_answer", "clean_record", "duplicate_of", "image_reason", "reason")
 )
@@ -102,14 +66,13 @@ def test_step_files_of_another_run_are_detected_by_row_counts(tmp_path: Path) ->
     assert not steps_match(tmp_path, {})
 
 
-def test_step_file_with_damage_or_a_missing_column_is_refused(tmp_path: Path) -> None:
-    write_step(tmp_path, "balance", "kept", [], {"sample_id": ""})
-    write_step(tmp_path, "balance", "rejected", [], DEDUPE_ROW | {"question_type": None})
-    with pytest.raises(StoreError, match=r"balance/kept\.parquet has no column"):
-        distributions_of(tmp_path)
-    (tmp_path / "steps" / "balance" / "rejected.parquet").write_bytes(b"PAR1")
-    with pytest.raises(StoreError, match=r"balance/rejected\.parquet is damaged"):
-        distributions_of(tmp_path)
+def test_damaged_step_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "steps" / "dedupe" / "kept.parquet"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"PAR1")
+    step = {"step": "dedupe", "unit": "annotations", "kept": 1}
+    with pytest.raises(StoreError, match=r"dedupe/kept\.parquet is damaged"):
+        steps_match(tmp_path, {"funnel": [step]})
 
 
 def test_images_of_samples_without_a_version_are_read_from_the_store(tmp_path: Path) -> None:
