@@ -66,7 +66,7 @@ class Frame:
                 drawn[:] = nsmallest(MAX_TEXTS, drawn)
 
     def first(self, number: int) -> list[TextName]:
-        """Return the first texts of all strata, taken in turn, of which each has about the same number."""
+        """Return the first texts of all strata, in turn. Each stratum gives about as many texts."""
         chosen: list[tuple[int, Stratum, TextName]] = []
         by_size = sorted(self.drawn, key=lambda stratum: (len(self.drawn[stratum]), stratum))
         for n, stratum in enumerate(by_size):

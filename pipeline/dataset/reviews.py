@@ -30,7 +30,7 @@ Annotations = dict[TextName, dict[str, Any]]
 
 
 class _OfText(BaseModel):
-    """What a human wrote about the text that (sample_id, content) identifies."""
+    """The base class of reviews and verdicts. (sample_id, content) identifies the text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
