@@ -155,8 +155,11 @@ def _describe(task: str, style: str, rates: Sequence[_Rate]) -> dict[str, Any]:
         name: sum(getattr(rate, name) for rate in rates) for name in ("texts", "reviewed", "cannot_tell")
     }
     entry: dict[str, Any] = {"task": task, "style": style, **counts, "wrong": None}
-    if all(rate.trials for rate in rates):
-        share, low, high = combine_rates([(rate.texts, rate.wrong, rate.trials) for rate in rates])
+    if measured := [rate for rate in rates if rate.trials]:
+        share, low, high = combine_rates([(rate.texts, rate.wrong, rate.trials) for rate in measured])
+        # The texts of a style without verdicts may be all right or all wrong.
+        unknown = 1 - sum(rate.texts for rate in measured) / counts["texts"]
+        low, high = (1 - unknown) * low, (1 - unknown) * high + unknown
         entry |= {"wrong": round(share, 4), "low": round(low, 4), "high": round(high, 4)}
     return entry
 

@@ -115,9 +115,18 @@ def test_only_verdicts_before_the_first_unreviewed_text_count() -> None:
     audit = estimate_errors(frame, verdicts)
     assert rate_of(audit, "captions", "plain")["reviewed"] == audit["reviewed"] == 10
     assert rate_of(audit, "captions", "plain")["wrong"] == 1
-    for unmeasured in (rate_of(audit, "captions"), rate_of(audit, "questions")):
-        assert unmeasured["wrong"] is None and "low" not in unmeasured
+    unmeasured = rate_of(audit, "questions")
+    assert unmeasured["wrong"] is None and "low" not in unmeasured
     assert estimate_errors(frame_of([], seed=1), verdicts)["reviewed"] == 0
+
+
+def test_interval_of_a_task_allows_for_its_styles_without_verdicts() -> None:
+    frame = frame_of([texts_about(n) for n in range(90)])
+    frame.texts[DETAILED] = 10
+    audit = estimate_errors(frame, [judge(text.name, "right") for text in frame.drawn[PLAIN]])
+    plain, total = rate_of(audit, "captions", "plain"), rate_of(audit, "captions")
+    assert (total["wrong"], total["low"]) == (0, 0)
+    assert total["high"] == pytest.approx(0.9 * plain["high"] + 0.1, abs=1e-4)
 
 
 def test_unclear_verdicts_are_left_out_and_reviewers_share_a_text() -> None:
