@@ -8,7 +8,19 @@ from pydantic import ValidationError
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.records import read_record
-from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
+from pipeline.dataset.reviews import (
+    Review,
+    Verdict,
+    check_edits,
+    format_reviews,
+    format_verdicts,
+    merge_reviews,
+    merge_verdicts,
+    read_lines,
+    read_reviews,
+    read_verdicts,
+    text_name,
+)
 from pipeline.errors import ConfigError
 from pipeline.inference.queue import RequestStats
 from pipeline.logs import log_to
@@ -29,25 +41,29 @@ RUN_FIRST = "run `synth generate` in it first"
 def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress | None = None) -> RunResult:
     """Add review files to a dataset folder, and make a new version with these reviews.
 
-    Raises ConfigError and changes nothing if a file holds no reviews, an edit is unusable, or no review
-    matches a text in this dataset. Raises the errors of `generate_dataset` too.
+    Verdicts of an audit change no row: the new version states the error rates that follow from them. Raises
+    ConfigError and changes nothing if a file holds no reviews, an edit is unusable, or no review matches a
+    text in this dataset. Raises the errors of `generate_dataset` too.
     """
     progress = progress or NullProgress()
     with translate_disk_errors(dataset.path):
         plan = Plan.resolve(_recorded_settings(dataset), dataset)
-        new = [(edit, path) for path in files for edit in read_reviews(path)]
-        if not new:
+        lines = [(line, path) for path in files for line in read_lines(path)]
+        new = [(line, path) for line, path in lines if isinstance(line, Review)]
+        if not lines:
             raise ConfigError(f"no reviews in {', '.join(map(str, files))}", hint=REVIEW_FIRST)
         with dataset.lock() as check:
             paths = dataset.step_files(SPLIT)
             if not paths:
                 raise ConfigError(f"{dataset.path} has no finished run to review", hint=RUN_FIRST)
             before = read_reviews(dataset.reviews) if dataset.reviews.exists() else []
-            samples = {edit.sample_id for edit in [*before, *(edit for edit, _ in new)]}
+            verdicts_before = read_verdicts(dataset.audit) if dataset.audit.exists() else []
+            verdicts = [*verdicts_before, *(line for line, _ in lines if isinstance(line, Verdict))]
+            samples = {line.sample_id for line in [*before, *(line for line, _ in lines)]}
             rows = {text_name(row): row for row in read_texts(AllRows(paths), samples, "sample_id")}
             known = {*rows, *(edit.resulting_name for edit in before)}
-            if not any(edit.name in known for edit, _ in new):
-                problem = f"none of the {len(new)} reviews matches a text in {dataset.path}"
+            if not any(line.name in known for line, _ in lines):
+                problem = f"none of the {len(lines)} reviews matches a text in {dataset.path}"
                 hint = "pass the dataset folder that the report shows; the report may show an older version"
                 raise ConfigError(problem, hint=hint)
             merged = merge_reviews(before, [edit for edit, _ in new], rows)
@@ -61,6 +77,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                     hint="edit the text again",
                 )
             write_text(dataset.reviews, format_reviews(merged.values()))
+            if verdicts:
+                write_text(dataset.audit, format_verdicts(merge_verdicts(verdicts)))
             try:
                 if dataset.step_file(SPLIT).exists():
                     require_records([dataset], plan)
@@ -73,6 +91,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 return run(plan, executor, RequestStats(), progress, first=review.STEP.name)
             except Exception:
                 write_text(dataset.reviews, format_reviews(before))
+                write_text(dataset.audit, format_verdicts(verdicts_before))
                 raise
 
 

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli import generate
 from pipeline.cli.captioners import caption, serve_captioner
-from pipeline.cli.datasets import check, diff, export, report, review_apply
+from pipeline.cli.datasets import check, diff, export, report, review_apply, review_sample
 from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
@@ -105,7 +105,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 versions = typer.Typer(no_args_is_help=True, help="List and remove versions; free disk space.")
-review = typer.Typer(no_args_is_help=True, help="Make a new version from reviews exported by a report.")
+review = typer.Typer(
+    no_args_is_help=True, help="Draw texts to judge, and make a new version from exported reviews."
+)
 
 
 def add(group: str, *commands: Callable[..., None], **more: Any) -> None:
@@ -120,6 +122,7 @@ add(MAKE, generate.init, generate.doctor)
 add(MAKE, generate.preview, generate.generate, generate.serve, context_settings=VLLM_FLAGS)
 add(USE, report)
 app.add_typer(review, name="review", rich_help_panel=USE)
+review.command("sample")(review_sample)
 review.command("apply")(review_apply)
 app.add_typer(versions, name="versions", rich_help_panel=USE)
 versions.command("list")(versions_list)

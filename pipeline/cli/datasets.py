@@ -242,11 +242,37 @@ def report(
         echo(write_report(version, folder, newest_checkpoint(folder), rows))
 
 
+def review_sample(
+    data: Dataset = None,
+    texts: Annotated[int, Option("-n", "--texts", help="Number of texts.", min=1)] = 200,
+    seed: Annotated[int, option("Seed. Another seed begins another audit.", min=0)] = 0,
+) -> None:
+    """Draw texts of a version at random, and write a page to judge them as right or wrong.
+
+    `synth review apply` reads the exported verdicts, and the next version states the share of wrong texts.
+    """
+    from pipeline.dataset.directory import DatasetDir, split_version
+    from pipeline.report.audit_page import write_audit_page
+    from pipeline.storage.files import translate_disk_errors
+
+    folder, name = split_version(dataset_path(data))
+    dataset = DatasetDir(folder)
+    version = dataset.version(name, previews=False)
+    with translate_disk_errors(dataset.path):
+        page, drawn = write_audit_page(version, dataset, texts, seed)
+    fewer = "" if drawn == texts else " (at most one of each image)"
+    say(
+        f"drew {drawn} texts of {version.name}{fewer}; judge them on this page, then apply the exported file:"
+    )
+    echo(page)
+
+
 def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) -> None:
     """Make the next version without texts reviewed as bad, and with the edited texts.
 
-    Later runs apply the reviews again.
+    Verdicts of an audit change no text: the next version states the error rates. Later runs apply all again.
     """
+    from pipeline.dataset.audit import audit_in_words
     from pipeline.dataset.directory import DatasetDir
     from pipeline.executors.messages import describe_losses
     from pipeline.reviewing import apply_reviews
@@ -259,3 +285,5 @@ def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) 
     print_run_result(
         result, list(describe_losses(STEPS, result.funnel)), shown=progress.warnings, as_json=as_json
     )
+    if audit := result.version.manifest.get("audit"):
+        say(f"wrong texts: {audit_in_words(audit)}")

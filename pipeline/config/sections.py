@@ -464,7 +464,7 @@ class BalanceConfig(Section):
     max_yes_no_frac: float = Field(default=0.55, ge=0.5, le=1)
     """The same for yes and no, and for types with two answers."""
     min_questions_per_type: int = Field(default=50, ge=1)
-    """Types with fewer questions are balanced together, as `(rare)` in the report."""
+    """Types with fewer questions are balanced together."""
     tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None
     """MetaCLIP's p for balancing captions, such as `0.06`. Null keeps all captions."""
     entries: Path | None = None

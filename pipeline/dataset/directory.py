@@ -90,6 +90,11 @@ class DatasetDir:
         return self.path / "review" / "reviews.jsonl"
 
     @property
+    def audit(self) -> Path:
+        """The file where `synth review apply` stores the verdicts of an audit."""
+        return self.path / "review" / "audit.jsonl"
+
+    @property
     def cost(self) -> Path:
         """The file with the cost of all requests so far."""
         return self.path / "steps" / "ask" / "cost.json"

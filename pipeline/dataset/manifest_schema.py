@@ -15,6 +15,7 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 VersionName = Annotated[str, StringConstraints(pattern=r"^v\d{1,9}\.\d{1,9}\.\d{1,9}$")]
 OwnColumnName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Share = Annotated[float, Field(ge=0, le=1)]
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 
 
@@ -71,6 +72,29 @@ class TaskSettings(_Part):
     prompt: str
 
 
+class AuditRate(_Part):
+    """The share of wrong texts of a task and style, with its interval. Null without verdicts."""
+
+    task: Name
+    style: Name
+    texts: Count
+    reviewed: Count
+    cannot_tell: Count
+    wrong: Share | None
+    low: Share = 0
+    high: Share = 1
+
+
+class Audit(_Part):
+    """The results of an audit."""
+
+    seed: int
+    reviewed: Count
+    reviewers: Count
+    agreement: Annotated[float, Field(ge=-1, le=1)] | None
+    rates: list[AuditRate]
+
+
 class Settings(_Part):
     """The settings that cards, checks and conversations read."""
 
@@ -111,6 +135,7 @@ class Manifest(_Part):
     reader_columns: list[Name] = []
     acknowledged: list[Name] = []
     review: dict[Name, Count] = {}
+    audit: Audit | None = None
 
     @model_validator(mode="after")
     def _check_names(self) -> "Manifest":

@@ -135,9 +135,10 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish rows as the next version. Return it, and whether it is new.
 
-    If the newest version has the same rows, it is returned. `draft` is a scratch folder next to the versions,
-    and `provenance` has the manifest fields about the run. `check` raises StoreError if another command has
-    taken over the folder. Raises TableError if no row is left, and StoreError if images are missing.
+    If the newest version has the same rows and audit, it is returned. `draft` is a scratch folder next to the
+    versions, and `provenance` has the manifest fields about the run. `check` raises StoreError if another
+    command has taken over the folder. Raises TableError if no row is left, and StoreError if images are
+    missing.
     """
     if not content.digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"
@@ -146,7 +147,8 @@ def publish_version(
     parent = versions[-1] if versions else None
     digests = zip(*content.digests.to_pydict().values(), strict=True)
     content_digest = version_digest(digests, content.columns, content.extras.scores)
-    if parent is not None and parent.manifest["digest"] == content_digest:
+    is_same = parent is not None and parent.manifest["digest"] == content_digest
+    if parent is not None and is_same and parent.manifest.get("audit") == provenance.get("audit"):
         # A preview is complete if all images after the limit are copies of earlier images.
         if parent.is_preview and not provenance["source"].get("preview"):
             parent = Version(parent.path, parent.manifest | {"source": provenance["source"]})

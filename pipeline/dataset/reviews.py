@@ -1,6 +1,7 @@
 """Human reviews of texts, stored as JSON lines. A report exports them, and the review step applies them.
 
 A review identifies its text by a digest of the content, so it applies to the same text in every later run.
+Verdicts of an audit judge texts that were drawn at random. They change no text.
 """
 
 import json
@@ -28,13 +29,32 @@ TextName = tuple[str, str]  # (sample_id, first CONTENT_HEX digits of the text's
 Annotations = dict[TextName, dict[str, Any]]
 
 
-class Review(BaseModel):
-    """A review of the text that (sample_id, content) identifies. An edit holds the complete new text."""
+class _OfText(BaseModel):
+    """The base class of reviews and verdicts. (sample_id, content) identifies the text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sample_id: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     content: Annotated[str, Field(pattern=rf"^[0-9a-f]{{{CONTENT_HEX}}}$")]
+
+    @property
+    def name(self) -> TextName:
+        """The name of the text."""
+        return self.sample_id, self.content
+
+
+class Verdict(_OfText):
+    """The verdict of one reviewer in an audit (dataset/audit.py). `words` are the wrong words."""
+
+    seed: Annotated[int, Field(ge=0)]
+    reviewer: Annotated[str, Field(min_length=1, max_length=100)]  # never published
+    verdict: Literal["right", "wrong", "cannot_tell"]
+    words: Annotated[tuple[str, ...], Field(max_length=1000)] = ()  # never published
+
+
+class Review(_OfText):
+    """A review from browsing a report. An edit holds the complete new text."""
+
     verdict: Literal["good", "bad", "edited"]
     reason: Reason | None = None
     note: Annotated[str, Field(max_length=1000)] = ""  # never published
@@ -60,11 +80,6 @@ class Review(BaseModel):
         return self
 
     @property
-    def name(self) -> TextName:
-        """The name of the reviewed text."""
-        return self.sample_id, self.content
-
-    @property
     def words(self) -> list[tuple[str, Any]]:
         """The edited fields with their new values."""
         values = {name: getattr(self, name) for name in EDITABLE}
@@ -79,29 +94,59 @@ class Review(BaseModel):
 
 
 def read_reviews(path: Path) -> list[Review]:
-    """Read a review file. Raises ConfigError with the line number if a line is not a review."""
+    """Read the reviews in a file. Raises ConfigError with the line number if a line is not a review."""
+    return [line for line in read_lines(path) if isinstance(line, Review)]
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """Read the verdicts of an audit in a file, as `read_reviews` does."""
+    return [line for line in read_lines(path) if isinstance(line, Verdict)]
+
+
+def read_lines(path: Path) -> list[Review | Verdict]:
+    """Read the reviews and verdicts in a file, as `read_reviews` does."""
     try:
         text = read_file(path, MAX_REVIEWS_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="export reviews from `synth report`") from None
-    reviews = []
+    lines: list[Review | Verdict] = []
     # `splitlines` would also split at other line separators, which texts may contain.
     for number, line in enumerate(text.split("\n"), start=1):
+        kind = Verdict if '"reviewer":' in line else Review
         try:
-            reviews += [Review.model_validate_json(line)] if line.strip() else []
+            lines += [kind.model_validate_json(line)] if line.strip() else []
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             detail = f"{where}: {first['msg']}" if where else first["msg"]
             hint = "use a file exported by a report, which has one review per line"
             raise ConfigError(f"{path}, line {number} is not a review: {detail}", hint=hint) from None
-    return reviews
+    return lines
 
 
 def format_reviews(reviews: Iterable[Review]) -> str:
     """Return reviews as JSON lines, sorted by the name of the text."""
-    ordered = sorted(reviews, key=lambda review: review.name)
-    return "".join(f"{json.dumps(review.model_dump(exclude_defaults=True))}\n" for review in ordered)
+    return _format(sorted(reviews, key=lambda review: review.name))
+
+
+def merge_verdicts(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Keep the last verdict per text, reviewer and seed. The seed of the last verdict comes last."""
+    merged: dict[tuple[int, TextName, str], Verdict] = {}
+    seeds: dict[int, None] = {}
+    for verdict in verdicts:
+        merged[verdict.seed, verdict.name, verdict.reviewer] = verdict
+        seeds.pop(verdict.seed, None)
+        seeds[verdict.seed] = None
+    return [merged[key] for seed in seeds for key in sorted(merged) if key[0] == seed]
+
+
+def format_verdicts(verdicts: Iterable[Verdict]) -> str:
+    """Return verdicts as JSON lines."""
+    return _format(verdicts)
+
+
+def _format(lines: Iterable[_OfText]) -> str:
+    return "".join(f"{json.dumps(line.model_dump(mode='json', exclude_defaults=True))}\n" for line in lines)
 
 
 def merge_reviews(
@@ -155,3 +200,8 @@ def check_edit(review: Review, row: dict[str, Any], tasks: Tasks = BUILT_IN) -> 
 def text_name(row: dict[str, Any]) -> TextName:
     """Return the name of an annotation, which depends on its sample and final text."""
     return row["sample_id"], annotation_digest(row)[:CONTENT_HEX]
+
+
+def record_name(sample_id: str, task: str, value: Any) -> TextName:
+    """Return the name of a value of a custom task."""
+    return text_name({"sample_id": sample_id, "task": task, "record": json.dumps(value)})

@@ -171,7 +171,7 @@ def _share_of_words(words: Counter[str], references: list[Counter[str]]) -> floa
     return (words & max_counts).total() / max(1, words.total())
 
 
-def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
+def wilson_interval(hits: float, trials: float) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion, which is valid even for small counts."""
     if trials == 0:
         return 0.0, 1.0

@@ -17,13 +17,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pipeline.dataset.audit import audit_in_words
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import REASONS
-from pipeline.dataset.statistics import wilson_interval
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, ImageError
-from pipeline.report.figures import clusters_of, distributions_of, funnel_of, images_of, steps_match
-from pipeline.report.html import chart, data_uri, points, render_page, script_hash, thumbnail
+from pipeline.report.figures import funnel_of, images_of, steps_match
+from pipeline.report.html import (
+    THUMBNAIL_PIXELS,
+    chart,
+    data_uri,
+    points,
+    render_page,
+    script_hash,
+    thumbnail,
+)
 from pipeline.report.rows import read_rejected, read_rows
 from pipeline.storage.files import MAX_JSON_BYTES, read_json, write_text
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
@@ -81,14 +89,14 @@ class _Report:
         return list(read_rejected(self.folder)) if self.has_steps else []
 
     def _rejected_ids(self) -> set[str]:
-        """Return the sample ids of the first MAX_REJECTED_PICTURES rejected rows per reason."""
+        """Return the ids of the first MAX_REJECTED_PICTURES samples per reason, and of those they repeat."""
         counts: Counter[tuple[str, str]] = Counter()
-        ids = set()
+        ids = set[str]()
         for row in self._rejected:
             counts[row["step"], row["reason"]] += 1
-            if row["id"] and counts[row["step"], row["reason"]] <= MAX_REJECTED_PICTURES:
-                ids.add(row["id"])
-        return ids
+            if counts[row["step"], row["reason"]] <= MAX_REJECTED_PICTURES:
+                ids |= {row["id"], row["repeats"]}
+        return ids - {""}
 
     def _read_rows(self) -> Iterator[list[dict[str, Any]]]:
         """Yield batches of rows with thumbnails instead of images. Held-out splits come first."""
@@ -100,7 +108,7 @@ class _Report:
         max_bytes = SMALL_REPORT_THUMBNAIL_BYTES if is_small else THUMBNAIL_BYTES
 
         def with_thumbnails(row: dict[str, Any]) -> dict[str, Any]:
-            return row | {"images": [_thumbnail_uri(image, max_bytes) for image in row["images"]] or [""]}
+            return row | {"images": [thumbnail_uri(image, max_bytes) for image in row["images"]] or [""]}
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for rows in read_rows(self.version, tuple(reversed(SPLITS)), chosen_ids, BATCH_ROWS):
@@ -111,23 +119,19 @@ class _Report:
         manifest = self.version.manifest
         rows = [row for batch in self._read_rows() for row in batch]
         first_images = {row["id"]: row["images"][0] for row in rows}
-        clusters = clusters_of(self.folder) if self.has_steps else {}
-        shown_clusters = chain.from_iterable(kind["shown"] for kind in clusters.values())
-        member_ids = {member["id"] for cluster in shown_clusters for member in cluster["members"]}
-        rejected_ids = self._rejected_ids()
-        others = images_of(self.folder, (member_ids | rejected_ids) - first_images.keys())
-        more = {sample_id: _thumbnail_uri(image, THUMBNAIL_BYTES) for sample_id, image in others}
+        others = images_of(self.folder, self._rejected_ids() - first_images.keys())
+        more = {sample_id: thumbnail_uri(image, THUMBNAIL_BYTES) for sample_id, image in others}
         settings = {
             "digest": manifest["digest"],
             "version": self.version.name,
             "images": self.num_shown,
             "reasons": REASONS,
-            "pictures": {sample_id: more[sample_id] for sample_id in sorted(rejected_ids & more.keys())},
+            "pictures": more,
         }
         script = (files("pipeline.report") / "report.js").read_text(encoding="utf-8")
         parts = [rows[start : start + SCRIPT_ROWS] for start in range(0, len(rows), SCRIPT_ROWS)]
         scripts = [
-            f"const report = {_literal(settings)};\n{script}",
+            f"const report = {script_literal(settings)};\n{script}",
             *(_call("images", part) for part in parts),
             _call("rejected", self._rejected),
         ]
@@ -139,33 +143,32 @@ class _Report:
             shown=self.num_shown,
             funnel=funnel_of(manifest),
             in_words=in_words,
+            audit_in_words=audit_in_words(manifest.get("audit")),
             scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],
             scores_in_words=SCORES_IN_WORDS,
-            wilson_interval=wilson_interval,
             has_steps=self.has_steps,
-            distributions=distributions_of(self.folder) if self.has_steps else [],
-            clusters=clusters,
             cost=DatasetDir(self.folder).read_cost() or None,
             training=self.training,
             provenance=PROVENANCE,
-            first_images=first_images | more,
+            first_images=first_images,
             scripts=scripts,
             script_hashes=[script_hash(script) for script in scripts],
         )
 
 
-def _thumbnail_uri(image: bytes, max_bytes: int) -> str:
+def thumbnail_uri(image: bytes, max_bytes: int, max_pixels: int = THUMBNAIL_PIXELS) -> str:
+    """Return a thumbnail as a data URI, or "" if the image is broken."""
     try:
-        return data_uri(thumbnail(image, max_bytes))
+        return data_uri(thumbnail(image, max_bytes, max_pixels))
     except ImageError:
         return ""  # an untrusted version may contain broken images, which the page shows as "no picture"
 
 
 def _call(kind: str, rows: list[dict[str, Any]]) -> str:
-    return f'add("{kind}", {_literal(rows)});\n'
+    return f'add("{kind}", {script_literal(rows)});\n'
 
 
-def _literal(value: Any) -> str:
+def script_literal(value: Any) -> str:
     """Return a value as a JavaScript literal, in ASCII and without `<`, which could end the script."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 

@@ -57,9 +57,9 @@ def render_page(package: str, template: str, **values: Any) -> str:
         ) from None
 
 
-def thumbnail(data: bytes, max_bytes: int) -> bytes:
+def thumbnail(data: bytes, max_bytes: int, max_pixels: int = THUMBNAIL_PIXELS) -> bytes:
     """Return an image as WebP without metadata, at most `max_bytes` long. Raises ImageError if unreadable."""
-    image = prepare_image(data, max_pixels=min(THUMBNAIL_PIXELS, PIXELS_PER_BYTE * max_bytes))
+    image = prepare_image(data, max_pixels=min(max_pixels, PIXELS_PER_BYTE * max_bytes))
     if (
         image.width * image.height <= LOSSLESS_PIXELS
         and len(webp := _webp(image, lossless=True)) <= max_bytes

@@ -80,6 +80,7 @@ class List {
     const range = shown.length ? `${first + 1} to ${first + shown.length} of ` : "";
     this.root.querySelector("output").textContent = `${range}${this.found.length} found, ${this.items.length} in this report`;
     for (const button of this.root.querySelectorAll("[data-turn]")) {
+      button.hidden = this.pages === 1;
       button.disabled = Number(button.dataset.turn) < 0 ? this.page === 0 : this.page === this.pages - 1;
     }
   }
@@ -96,7 +97,8 @@ function drawImage(row) {
   const pictures = row.images.map((source, page) => source
     ? picture(source, `${said ? said.text : row.id}${row.images.length > 1 ? `, page ${page + 1}` : ""}`, page ? [] : boxes, row.size)
     : element("p", {className: "soft", textContent: "no picture"}));
-  const about = element("div", {}, element("code", {textContent: row.id.slice(0, 12)}), element("span", {className: "tag", textContent: row.split}));
+  const [folder, name] = /^(.*\/)?([^]*)$/.exec(row.from || row.id).slice(1);
+  const about = element("div", {className: "about"}, element("code", {}, element("span", {className: "soft", textContent: folder ?? ""}), name), element("span", {className: "tag", textContent: row.split}));
   const references = folded("reference captions", row.references), context = folded("context", row.context);
   const texts = element("ul", {className: "texts"}, ...row.texts.map(text => drawText(row, text)));
   return element("article", {className: `box card${row.small ? " small" : ""}`}, ...pictures, about, texts, context, references);
@@ -304,8 +306,8 @@ function exportReviews() {
 }
 
 function drawRejected(row) {
-  const source = report.pictures[row.id] || pictures.get(row.id);
-  const shown = source ? [picture(source, row.where)] : [];
+  const sources = [row.id, row.repeats].map(id => report.pictures[id] || pictures.get(id)).filter(Boolean);
+  const shown = sources.map((source, at) => picture(source, at ? row.what : row.where));
   const name = element("code", {textContent: shortened(row.where), title: row.where});
   return element("tr", {}, element("td", {textContent: row.step}), element("td", {className: "bad", textContent: row.reason}),
     element("td", {className: "thumb"}, ...shown, name), element("td", {className: "text", textContent: row.what}));
@@ -331,7 +333,7 @@ const KEYS = {
   j: () => step(1), k: () => step(-1), n: () => lists.images.turn(1), p: () => lists.images.turn(-1),
   g: item => item?.review("good"), b: item => item?.review("bad"), e: item => item?.review("edited"),
   o: item => item?.closest("article").querySelector(".picture")?.click(),
-  "/": () => lists.images.search.focus(), "?": () => document.getElementById("keys").showModal(),
+  "/": () => { document.querySelector(".filters").open = true; lists.images.search.focus(); }, "?": () => document.getElementById("keys").showModal(),
 };
 
 document.addEventListener("keydown", event => {
@@ -350,6 +352,7 @@ document.getElementById("forget").addEventListener("click", () => {
   lists.images.show();
 });
 document.getElementById("large").addEventListener("click", event => event.currentTarget.close());
+if (innerWidth < 600) document.querySelector(".filters").open = false; // the first photo is on the first screen
 document.getElementById("help").addEventListener("click", () => KEYS["?"]());
 /** Show the reviews of other tabs. */
 function refresh() {

@@ -4,18 +4,17 @@ All text is untrusted: long text is cut, and control characters are escaped.
 """
 
 import csv
-import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.reviews import text_name
+from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
+from pipeline.dataset.reviews import record_name, text_name
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from pipeline.storage.files import open_table
@@ -27,6 +26,8 @@ from pipeline.text.reasons import in_short, in_words
 
 MAX_REJECTED = 1000  # per step and reason
 SMALL_WIDTH_PX = 200  # the page enlarges smaller images without smoothing
+# In these rejections of the read step, the detail is the id of another sample.
+REPEATING = ("duplicate_image", "near_duplicate_image", "near_held_out_image")
 _TEXT_FIELDS = ("text", "question", "answer", "record")
 
 
@@ -52,12 +53,21 @@ def write_rejected(folder: Path, path: Path) -> None:
 def read_rejected(folder: Path, max_rows: int = MAX_REJECTED) -> Iterator[dict[str, str]]:
     """Yield the first `max_rows` rejections per step and reason: `step`, `reason`, `id`, `where` and `what`.
 
-    `where` is the source row, such as a file name. `id` is empty if that row never became a sample.
+    `where` is the source row, such as a file name. `id` is empty if that row never became a sample. `repeats`
+    is the id of the sample with the same or a similar image, which `what` names by its source row, or empty.
     """
     rows = list(_first_rejected(folder, max_rows))
-    source_rows = _source_rows(folder, {row["id"] for row in rows if not row["where"]})
+    unnamed = {row["id"] for row in rows if not row["where"]} | {row["repeats"] for row in rows}
+    source_rows = _source_rows(DatasetDir(folder).step_files("read"), unnamed - {""})
+    near = _source_rows(DatasetDir(folder).step_files("read", NEAR_DUPLICATES_FILE))
+    near_ids = {source_row: sample_id for sample_id, source_row in near.items()}
     for row in rows:
-        yield row | {"where": row["where"] or visible(source_rows.get(row["id"], row["id"]))}
+        row["where"] = row["where"] or visible(source_rows.get(row["id"], row["id"]))
+        row["id"] = row["id"] or near_ids.get(row["where"], "")
+        if row["repeats"]:
+            repeated = f"repeats {visible(source_rows.get(row['repeats'], row['repeats']))}"
+            row["what"] = ": ".join(filter(None, (repeated, row["what"])))
+        yield row
 
 
 def _first_rejected(folder: Path, max_rows: int) -> Iterator[dict[str, str]]:
@@ -72,30 +82,35 @@ def _first_rejected(folder: Path, max_rows: int) -> Iterator[dict[str, str]]:
                 text = " ".join(
                     row.get(f"clean_{name}") or row[name] for name in _TEXT_FIELDS if row.get(name)
                 )
+                is_repeated_row = row["reason"] in REPEATING and row.get("detail")
+                repeats = row["detail"] if is_repeated_row else row.get("near_duplicate_of")
+                detail = "" if is_repeated_row else row.get("detail")
                 yield {
                     "step": step,
                     "reason": visible(in_words(row["reason"])),
                     "id": visible(row.get("sample_id") or ""),
                     "where": visible(row.get("source_row") or ""),
-                    "what": visible(redact(text or row.get("reply_text") or row.get("detail") or "")[0]),
+                    "what": visible(redact(text or row.get("reply_text") or detail or "")[0]),
+                    "repeats": visible(repeats or ""),
                 }
 
 
 def _read_rejections(path: Path) -> Iterator[dict[str, Any]]:
     file = open_table(path, "reason")
     texts = [*_TEXT_FIELDS, *(f"clean_{name}" for name in _TEXT_FIELDS)]
-    columns = ("reason", "sample_id", "source_row", "task", *texts, "reply_text", "detail")
+    columns = ("reason", "sample_id", "source_row", *texts, "reply_text", "detail", "near_duplicate_of")
     for batch in file.iter_batches(columns=[name for name in columns if name in file.schema_arrow.names]):
         yield from to_pylist(batch)
 
 
-def _source_rows(folder: Path, ids: set[str]) -> dict[str, str]:
-    """Return the source row of each sample, keyed by sample id."""
+def _source_rows(files: Iterable[Path], ids: set[str] | None = None) -> dict[str, str]:
+    """Return the source row of each sample, or of the samples with these ids, keyed by sample id."""
     names: dict[str, str] = {}
-    for path in DatasetDir(folder).step_files("read") if ids else ():
+    for path in files if ids is None or ids else ():
         if path.exists():
             for batch in open_table(path, "sample_id").iter_batches(columns=["sample_id", "source_row"]):
-                batch = batch.filter(pc.is_in(batch["sample_id"], pa.array(ids, pa.string())))
+                if ids is not None:
+                    batch = batch.filter(pc.is_in(batch["sample_id"], pa.array(ids, pa.string())))
                 names |= zip(batch["sample_id"].to_pylist(), batch["source_row"].to_pylist(), strict=True)
     return names
 
@@ -134,7 +149,7 @@ def _row(row: dict[str, Any], split: str, own_columns: dict[str, Any]) -> dict[s
 
 def _value(row: dict[str, Any], task: str, value: Any) -> dict[str, Any]:
     """Return a custom task's value for the page: its id for reviews, its text, and its box if it has one."""
-    _, content = text_name({"sample_id": row["sample_id"], "task": task, "record": json.dumps(value)})
+    _, content = record_name(row["sample_id"], task, value)
     entry: dict[str, Any] = {"content": content, "kind": visible(task), "value": visible(in_short(value))}
     box = (
         next((value[name] for name in BOX_FIELDS if name in value), None) if isinstance(value, dict) else None

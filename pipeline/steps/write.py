@@ -9,15 +9,17 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.dataset.audit import COLUMNS, Frame, estimate_errors
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Rows, build_rows
 from pipeline.dataset.card import CARD_SAMPLES
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
 from pipeline.dataset.records import is_done, output_digest, read_record, step_key, write_record
+from pipeline.dataset.reviews import format_verdicts, read_verdicts
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
-from pipeline.digests import annotation_digest
+from pipeline.digests import annotation_digest, digest
 from pipeline.errors import TableError
 from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
 from pipeline.storage.database import load, open_database, read
@@ -105,6 +107,8 @@ class WriteStep(Step):
             for step in names
             for file in OUTPUTS
         ]
+        if dataset.audit.exists():
+            inputs.append(digest(format_verdicts(read_verdicts(dataset.audit))))
         key = step_key(NAME, [provenance, source], (), [*inputs, output_digest(first_shard, before)])
         newest = dataset.versions()[-1:]
         folders = list(dict.fromkeys([*executor.shards, dataset]))
@@ -171,6 +175,7 @@ def publish_shards(
         "measured": statistics.result(),
         "leakage": describe_decontamination(source, funnel, group_count, contaminated),
         "review": count_reviews(shards),
+        **audit_rows(plan.dataset, written, row_extras(plan.config, plan.tasks)),
     }
     content = Content(
         columns=list(columns.pop()) if columns else [],
@@ -199,6 +204,21 @@ def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
             for table in read_batches(shard.step_file("review", name), ["review"]):
                 counts.update(review["verdict"] for review in table["review"].drop_null().to_pylist())
     return {verdict: counts[verdict] for verdict in ("good", "bad", "edited")} if counts else {}
+
+
+def audit_rows(dataset: DatasetDir, written: Sequence[WrittenRows], extras: Extras) -> dict[str, Any]:
+    """Return the manifest field with the error rates of the rows, or {} without verdicts of an audit."""
+    verdicts = read_verdicts(dataset.audit) if dataset.audit.exists() else []
+    if not verdicts:
+        return {}
+    own = {column.name: column.describe() for column in extras.own}
+    tables = (
+        table
+        for part in written
+        for name in part.files
+        for table in read_batches(part.path / name, [c for c in (*COLUMNS, *own) if c in part.columns])
+    )
+    return {"audit": estimate_errors(Frame.of(tables, own, verdicts[-1].seed), verdicts)}
 
 
 def _number_files(written: Sequence[WrittenRows]) -> list[tuple[Path, str, dict[str, Any]]]:

@@ -1,11 +1,13 @@
-"""Pages: an attack in any string of a version stays text in its report, in a real browser."""
+"""Pages: an attack in any string of a version stays text in its report and audit, in a real browser."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
+from pipeline.dataset.directory import DatasetDir
+from pipeline.report.audit_page import write_audit_page
 from pipeline.report.build import write_report
 from pipeline.types import ReferenceQA
 from tests.browser import Open
@@ -52,3 +54,11 @@ def test_strings_from_a_version_are_escaped_in_the_report(opened: Open, tmp_path
     assert page.locator("#images article").count() == min(48, len(TEXTS))
     page.get_by_role("button", name="Next", exact=True).first.click()
     require_untouched(page)
+    audit, number = write_audit_page(version, DatasetDir(tmp_path), 100, 0)
+    page = opened(audit)
+    page.get_by_label("Your name").fill(TEXTS[0])
+    page.keyboard.press("Enter")
+    for _ in range(number):
+        require_untouched(page)
+        page.keyboard.press("r")
+    expect(page.locator("#state")).to_contain_text(f"{number} of {number} reviewed")

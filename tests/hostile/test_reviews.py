@@ -15,6 +15,8 @@ from tests.hostile.vectors import ALL
 
 GOOD = {"sample_id": "a" * 64, "content": "b" * 16, "verdict": "good"}
 
+VERDICT = GOOD | {"verdict": "right", "reviewer": "a", "seed": 0}
+
 
 def lines(*values: object) -> bytes:
     return "".join(f"{json.dumps(value)}\n" for value in values).encode()
@@ -46,6 +48,9 @@ BAD: dict[str, bytes] = {
     + b'", "content": "'
     + b"b" * 16
     + b'", "verdict": "\\ud800"}\n',
+    "verdict without a seed": lines(GOOD | {"verdict": "right", "reviewer": "a"}),
+    "verdict of a reviewer with a long name": lines(VERDICT | {"reviewer": "x" * 1_000_000}),
+    "verdict with a path": lines(VERDICT | {"seed": "../../x"}),
     "second line": lines(GOOD) + b"evil\n",
     "truncated last line": lines(GOOD) + b'{"sample_id": "',
 }

@@ -114,6 +114,8 @@ BROKEN_KEYS = (
 BROKEN_VALUES: dict[str, Any] = {
     "null": None, "a number": 7, "a text": "x", "a list": [[1]], "a map": {"x": {"y": 1}},
 }  # fmt: skip
+RATE = {"task": "captions", "style": "", "texts": 1, "reviewed": 1, "cannot_tell": 0, "wrong": 0.5}
+AUDIT = {"seed": 0, "reviewed": 1, "reviewers": 1, "agreement": None, "rates": [RATE]}
 DAMAGES: dict[str, Damage] = {
     **{
         f"{key} that is {kind}": manifest(lambda m, key=key, value=value: m.update({key: value}))  # type: ignore[misc]
@@ -123,6 +125,10 @@ DAMAGES: dict[str, Damage] = {
     "rejections that are null": manifest(lambda m: m.update(rejections=None)),
     "measures that are numbers": manifest(lambda m: m.update(measured={"captions": {"brief": 5}})),
     "leakage that is a number": manifest(lambda m: m.update(leakage=5)),
+    "audit of texts": manifest(lambda m: m.update(audit={"rates": "none"})),
+    "audit with an impossible share": manifest(
+        lambda m: m.update(audit=AUDIT | {"rates": [RATE | {"low": 7}]})
+    ),
     "review of texts": manifest(lambda m: m.update(review={"good": "many"})),
     "filters that are texts": manifest(lambda m: m["config"].update(filter="none")),
     "manifest without a digest": manifest(lambda m: m.pop("digest")),

@@ -38,9 +38,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
     kept = [caption(1, a, "A red ring."), caption(2, b, "A blue ring.", image_group=a)]
     lost = [caption(3, a, "a red ring", "A red ring.", duplicate_of="1", reason="duplicate")]
     near = "near_duplicate_image"
-    lost += [caption(4, b, "A dot.", image_group=a, image_reason=near, reason=near)]
+    lost += [caption(4, b, "A dot.", image_group=a, near_duplicate_of=a, reason=near)]
     write_step(folder, "dedupe", "kept", kept, DEDUPE_ROW)
-    write_step(folder, "dedupe", "rejected", lost, DEDUPE_ROW)
+    write_step(folder, "dedupe", "rejected", lost, DEDUPE_ROW | {"near_duplicate_of": None})
     for which in ("kept", "rejected"):
         rows = kept if which == "kept" else []
         write_step(folder, "balance", which, rows, DEDUPE_ROW | {"question_type": None})
@@ -233,6 +233,28 @@ def test_two_tabs_keep_all_reviews(page: Page) -> None:
     assert page.get_by_label("Note").input_value() == "no ring"
 
 
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 900}, {"width": 390, "height": 844}])
+def test_first_image_and_its_name_are_on_the_first_screen(
+    opened: Open, dataset: Version, viewport: dict[str, int]
+) -> None:
+    page = opened(write_report(dataset, dataset.dataset_dir), viewport=viewport)
+    card = page.locator("#images article").first
+    (bottom,) = (box["y"] + box["height"] for box in [card.locator(".about").bounding_box()] if box)
+    assert bottom < viewport["height"]
+    source_rows = [
+        row for split in SPLITS for row in dataset.read(split, ["source_row"])["source_row"].to_pylist()
+    ]
+    assert card.locator("code").inner_text() in source_rows
+
+
+def test_rejected_row_names_and_shows_the_image_that_it_repeats(page: Page) -> None:
+    page.get_by_label("Reason").select_option("looks like another image")
+    row = page.locator("#rejected tbody tr")
+    expect(row.locator(".text")).to_have_text(f"repeats {scene_samples(1)[0].id}")
+    first, second = row.locator("img").all()
+    assert first.get_attribute("src") != second.get_attribute("src")
+
+
 LOOKS = [(viewport, scheme) for viewport in (WIDE, PHONE) for scheme in ("light", "dark")]
 
 
@@ -243,7 +265,8 @@ def test_report_is_accessible(opened: Open, dataset: Version, viewport: dict[str
     text_of(page).get_by_role("button", name="Bad").click()
     text_of(page, 1).get_by_role("button", name="Edit").click()
     assert violations(page) == []
-    expect(page.get_by_role("heading", name="Similar images: 1")).to_be_visible()
+    page.get_by_text("How it was made", exact=True).last.click()
+    expect(page.get_by_role("region", name="Rows of each step")).to_be_visible()
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= viewport["width"]
 

@@ -133,7 +133,7 @@ def test_near_duplicate_image_is_rejected_before_any_request(photos: Path, serve
     hint = "for slides or charts, set dedupe.images: graphics"
     assert f"read: 1 near duplicate image (03-small.jpg): {hint}" in done.stderr
     assert result["requests"]["total"] == 12
-    assert "Similar images" in (photos / run(photos, "report").stdout.strip()).read_text()
+    assert '"what":"repeats 03.jpg"' in (photos / run(photos, "report").stdout.strip()).read_text()
     similar = {"near_duplicates.parquet", "image_groups.parquet"}
     source = photos / "data/folder-photos/steps/read"
     assert similar <= {path.name for path in source.iterdir()}

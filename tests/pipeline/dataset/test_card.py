@@ -57,6 +57,20 @@ def test_card_has_fields_of_the_hub_and_loading_example() -> None:
     assert "| dedupe (annotations) | 9 | 8 | duplicate: 1 |" in card
 
 
+def test_card_begins_with_splits_and_samples_by_file_name() -> None:
+    card = render_card(MANIFEST, [sample("x") | {"source_row": "trip/IMG_1.jpg"}, sample("y")])
+    parts = (
+        "| train | 8 |",
+        "- `trip/IMG_1.jpg`",
+        f"- `{'a' * 12}`",
+        "## Load it",
+        "## Quality",
+        "## How it was",
+    )
+    assert sorted(parts, key=card.index) == [*parts]
+    assert card.index("Task: qa") > card.index("<details><summary>Settings, prompts")
+
+
 def test_card_states_license_of_the_model() -> None:
     model = MANIFEST["model"] | {"license": "Qwen Research License: no commercial use"}
     card = render_card(MANIFEST | {"model": model}, [])

@@ -1,4 +1,4 @@
-"""Report figures: funnel, distributions before and after balance, duplicate clusters."""
+"""Report figures: funnel, and images of rejected rows."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,6 @@ from pipeline.dataset.images import ImageStore
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.errors import StoreError
 from pipeline.report.figures import (
-    clusters_of,
-    distributions_of,
     funnel_of,
     images_of,
     steps_match,
@@ -44,38 +42,6 @@ def test_funnel_shows_step_whose_counts_do_not_add_up() -> None:
     assert sums == [[True, True], [False], [True, False], [True, True]]
 
 
-def test_distributions_count_rows_rejected_by_balance_only_before_balance(tmp_path: Path) -> None:
-    blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "clean_record", "question_type"))
-    yes = {"clean_question": "Is it?", "clean_answer": "Yes", "question_type": "is it"}
-    kept = [{"clean_text": "a red cat"}, yes, yes | {"clean_answer": "no"}]
-    write_step(tmp_path, "balance", "kept", kept, blank)
-    write_step(tmp_path, "balance", "rejected", [yes, {"clean_text": "two red dogs on the red grass"}], blank)
-    lengths, answers, words = distributions_of(tmp_path)
-    assert lengths["rows"] == [("1-5", 1, 1), ("6-10", 1, 0)]
-    assert (answers["title"], answers["rows"], answers["top"]) == (
-        "Answers to is it …",
-        [("yes", 2, 1), ("no", 1, 1)],
-        2,
-    )
-    assert words["rows"][0] == ("red", 2, 1)  # a word counts once per caption
-
-
-def test_sample_of_very_many_texts_is_counted_and_its_share_is_stated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.report.figures.MAX_COUNTED_TEXTS", 1000)
-    blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "clean_record", "question_type"))
-    captions = [{"clean_text": "a red cat" if number % 3 == 0 else "two dogs"} for number in range(2400)]
-    write_step(tmp_path, "balance", "kept", captions, blank)
-    write_step(tmp_path, "balance", "rejected", captions[:600], blank)
-    lengths, words = distributions_of(tmp_path)
-    ((_, before, after),) = lengths["rows"]
-    assert 900 < before < 1100 and 720 < after < 880  # one in three of 3,000, and of 2,400
-    assert (lengths["unit"], words["unit"]) == ("captions, one in 3", "captions, one in 3")
-    (_, of_dogs, _) = next(row for row in words["rows"] if row[0] == "2")
-    assert 600 < of_dogs < 740  # rows that alternate are drawn alike
-
-
 DEDUPE_ROW: dict[str, Any] = dict.fromkeys(
     ("clean_text", "clean_question", "clean_answer", "clean_record", "duplicate_of", "image_reason", "reason")
 )
@@ -85,34 +51,6 @@ DEDUPE_ROW |= {"annotation_id": "", "sample_id": "", "task": "caption", "cluster
 def caption(number: int, sample: str, text: str, cluster: str = "", **more: Any) -> dict[str, Any]:
     fields = {"sample_id": sample, "image_group": sample, "clean_text": text, "cluster": cluster or text}
     return {"annotation_id": str(number), **fields} | more
-
-
-def test_duplicate_cluster_of_each_kind_lists_the_kept_member_first(tmp_path: Path) -> None:
-    kept = [caption(1, "a", "a cat"), caption(2, "b", "a dog", image_group="b"), caption(3, "c", "a street")]
-    rejected = [
-        caption(4, "a", "A cat.", "a cat", duplicate_of="1", reason="duplicate"),
-        caption(
-            5,
-            "b2",
-            "a dog!",
-            "a dog",
-            image_group="b",
-            image_reason="near_duplicate_image",
-            reason="near_duplicate_image",
-        ),
-        caption(6, "d", "a street", reason="caption_of_many_images"),
-    ]
-    write_step(tmp_path, "dedupe", "kept", kept, DEDUPE_ROW)
-    write_step(tmp_path, "dedupe", "rejected", rejected, DEDUPE_ROW)
-    members = {
-        title: [[(m["id"], m["kept"]) for m in cluster["members"]] for cluster in clusters["shown"]]
-        for title, clusters in clusters_of(tmp_path).items()
-    }
-    assert members == {
-        "Similar images": [[("b", True), ("b2", False)]],
-        "Duplicate texts of one image": [[("a", True), ("a", False)]],
-        "Captions of too many images": [[("c", True), ("d", False)]],
-    }
 
 
 def test_step_files_of_another_run_are_detected_by_row_counts(tmp_path: Path) -> None:
@@ -128,14 +66,13 @@ def test_step_files_of_another_run_are_detected_by_row_counts(tmp_path: Path) ->
     assert not steps_match(tmp_path, {})
 
 
-def test_step_file_with_damage_or_a_missing_column_is_refused(tmp_path: Path) -> None:
-    write_step(tmp_path, "dedupe", "kept", [], {"sample_id": ""})
-    write_step(tmp_path, "dedupe", "rejected", [], DEDUPE_ROW)
-    with pytest.raises(StoreError, match=r"dedupe/kept\.parquet has no column"):
-        clusters_of(tmp_path)
-    (tmp_path / "steps" / "dedupe" / "rejected.parquet").write_bytes(b"PAR1")
-    with pytest.raises(StoreError, match=r"dedupe/rejected\.parquet is damaged"):
-        clusters_of(tmp_path)
+def test_damaged_step_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "steps" / "dedupe" / "kept.parquet"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"PAR1")
+    step = {"step": "dedupe", "unit": "annotations", "kept": 1}
+    with pytest.raises(StoreError, match=r"dedupe/kept\.parquet is damaged"):
+        steps_match(tmp_path, {"funnel": [step]})
 
 
 def test_images_of_samples_without_a_version_are_read_from_the_store(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_report_shows_first_rejections_of_each_reason_and_csv_lists_all_rejectio
         "id": "s",
         "where": "s",
         "what": "text 0",
+        "repeats": "",
     }
 
 
@@ -69,3 +70,21 @@ def test_text_that_is_not_utf8_is_refused() -> None:
     broken = pa.array([b"caf\xe9 au lait"], pa.binary()).view(pa.string())
     with pytest.raises(StoreError, match="not UTF-8"):
         to_pylist(pa.record_batch([broken], ["a"]))
+
+
+def test_rejected_image_names_the_image_that_it_repeats(tmp_path: Path) -> None:
+    def write(name: str, rows: list[dict[str, str]]) -> None:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "steps" / "read" / f"{name}.parquet")
+
+    (tmp_path / "steps" / "read").mkdir(parents=True)
+    write("kept", [{"sample_id": "a", "source_row": "laptop.jpg"}])
+    write("near_duplicates", [{"sample_id": "b", "source_row": "small.jpg"}])
+    rejected = [("copy.jpg", "duplicate_image"), ("small.jpg", "near_duplicate_image")]
+    rows = [{"source_row": row, "reason": reason, "detail": "a"} for row, reason in rejected]
+    write("rejected", [*rows, {"source_row": "x.jpg", "reason": "unreadable_image", "detail": "a"}])
+    shown = [(row["where"], row["what"], row["id"], row["repeats"]) for row in read_rejected(tmp_path)]
+    assert shown == [
+        ("copy.jpg", "repeats laptop.jpg", "", "a"),
+        ("small.jpg", "repeats laptop.jpg", "b", "a"),
+        ("x.jpg", "a", "", ""),
+    ]

@@ -1,0 +1,218 @@
+"""Audit a version: draw texts at random, and estimate the share of wrong texts from human verdicts.
+
+A stratum has the texts of one task and style. Each image joins one stratum and gives one of its texts there,
+both chosen by hashes of the seed. Another hash orders the images of a stratum, and only the reviewed texts
+before the first unreviewed one count. So they are a random sample whenever the reviewers stop, and the audit
+of a later version asks only for texts without a verdict.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import nsmallest
+from itertools import takewhile
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.dataset.reviews import TextName, Verdict, record_name, text_name
+from pipeline.dataset.statistics import wilson_interval
+from pipeline.digests import hash_to_unit
+
+COLUMNS = ("sample_id", "captions", "qa")  # and the columns of custom tasks
+MAX_TEXTS = 5000  # per stratum
+Stratum = tuple[str, str]  # task ("captions", "questions", or a custom task) and style ("" without styles)
+NOT_MEASURED = "not measured (`synth review sample` draws texts to review)"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Drawn:
+    """A text in the order of review. `weight` is the inverse of its chance, up to a factor of its stratum."""
+
+    order: float
+    name: TextName
+    weight: int
+
+
+@dataclass(slots=True)
+class Frame:
+    """The number of texts of each stratum, and the texts to review, in order."""
+
+    seed: int
+    texts: Counter[Stratum] = field(default_factory=Counter)
+    drawn: dict[Stratum, list[Drawn]] = field(default_factory=lambda: defaultdict(list))
+
+    @classmethod
+    def of(cls, tables: Iterable[pa.Table | pa.RecordBatch], own: Mapping[str, Any], seed: int) -> "Frame":
+        """Read rows of a version. `own` has the columns of its custom tasks, as in the manifest."""
+        frame = cls(seed)
+        for table in tables:
+            for row in table.to_pylist():
+                frame._add(row["sample_id"], list(_named_texts(row, own)))
+        frame.drawn = {stratum: nsmallest(MAX_TEXTS, drawn) for stratum, drawn in frame.drawn.items()}
+        return frame
+
+    def _add(self, sample_id: str, texts: Sequence[tuple[Stratum, TextName]]) -> None:
+        counts = Counter(stratum for stratum, _ in texts)
+        self.texts += counts
+        if counts:
+            stratum = min(counts, key=lambda stratum: hash_to_unit(self.seed, sample_id, *stratum))
+            names = (name for other, name in texts if other == stratum)
+            name = min(names, key=lambda name: hash_to_unit(self.seed, *name))
+            order = hash_to_unit(self.seed, sample_id)
+            drawn = self.drawn[stratum]
+            drawn.append(Drawn(order, name, weight=len(counts) * counts[stratum]))
+            if len(drawn) >= 2 * MAX_TEXTS:
+                drawn[:] = nsmallest(MAX_TEXTS, drawn)
+
+    def first(self, number: int) -> list[TextName]:
+        """Return the first texts of all strata, in turn. Each stratum gives about as many texts."""
+        chosen: list[tuple[int, Stratum, TextName]] = []
+        by_size = sorted(self.drawn, key=lambda stratum: (len(self.drawn[stratum]), stratum))
+        for n, stratum in enumerate(by_size):
+            quota = (number - len(chosen)) // (len(by_size) - n)
+            chosen += [(place, stratum, text.name) for place, text in enumerate(self.drawn[stratum][:quota])]
+        return [name for _, _, name in sorted(chosen)]
+
+
+def _named_texts(row: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[Stratum, TextName]]:
+    for caption in row.get("captions") or ():
+        yield ("captions", caption["style"] or ""), text_name(caption | {"sample_id": row["sample_id"]})
+    for pair in row.get("qa") or ():
+        yield ("questions", ""), text_name(pair | {"sample_id": row["sample_id"]})
+    for task, column in own.items():
+        values = row[task] or [] if column["is_list"] else [row[task]]
+        for value in values:
+            if value is not None:
+                yield (task, ""), record_name(row["sample_id"], task, value)
+
+
+@dataclass(slots=True)
+class _Rate:
+    """The reviewed texts of a stratum. `trials` is the effective number of texts with a clear verdict."""
+
+    texts: int
+    reviewed: int
+    cannot_tell: int
+    wrong: float
+    trials: float
+
+    @classmethod
+    def of(cls, texts: int, reviewed: Sequence[tuple[Drawn, Sequence[Verdict]]]) -> "_Rate":
+        shares = {text: share for text, verdicts in reviewed if (share := _share_wrong(verdicts)) is not None}
+        total = sum(text.weight for text in shares)
+        wrong = sum(text.weight * share for text, share in shares.items()) / max(1, total)
+        # Unequal weights widen the interval, more so if texts of large weight are wrong more often: Kish's
+        # effective sample size, or the linearized variance of the weighted mean.
+        trials = total**2 / max(1, sum(text.weight**2 for text in shares))
+        squares = sum((text.weight * (share - wrong)) ** 2 for text, share in shares.items())
+        if squares:
+            trials = min(trials, wrong * (1 - wrong) * total**2 / squares)
+        return cls(texts, len(reviewed), len(reviewed) - len(shares), wrong, trials)
+
+
+def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, Any]:
+    """Return the shares of wrong texts with 95 % intervals, by task and style, for the manifest.
+
+    A text with several verdicts counts with the share of reviewers who found it wrong. `agreement` is
+    Krippendorff's alpha, or null without texts that two reviewers judged.
+    """
+    by_text: dict[TextName, list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        if verdict.seed == frame.seed:
+            by_text[verdict.name].append(verdict)
+    rates: dict[Stratum, _Rate] = {}
+    used: list[list[Verdict]] = []
+    for stratum in sorted(frame.texts):
+        drawn = takewhile(lambda text: text.name in by_text, frame.drawn.get(stratum, []))
+        reviewed = [(text, by_text[text.name]) for text in drawn]
+        used += [verdicts for _, verdicts in reviewed]
+        rates[stratum] = _Rate.of(frame.texts[stratum], reviewed)
+    clear = [[v.verdict for v in verdicts if v.verdict != "cannot_tell"] for verdicts in used]
+    alpha = krippendorff_alpha(clear)
+    entries = []
+    for task in dict.fromkeys(task for task, _ in rates):
+        of_task = {style: rate for (other, style), rate in rates.items() if other == task}
+        if len(of_task) > 1:
+            entries.append(_describe(task, "", list(of_task.values())))
+        entries += [_describe(task, style, [rate]) for style, rate in of_task.items()]
+    return {
+        "seed": frame.seed,
+        "reviewed": len(used),
+        "reviewers": len({verdict.reviewer for verdicts in used for verdict in verdicts}),
+        "agreement": None if alpha is None else round(alpha, 2),
+        "rates": entries,
+    }
+
+
+def _share_wrong(verdicts: Iterable[Verdict]) -> float | None:
+    clear = [verdict.verdict == "wrong" for verdict in verdicts if verdict.verdict != "cannot_tell"]
+    return sum(clear) / len(clear) if clear else None
+
+
+def _describe(task: str, style: str, rates: Sequence[_Rate]) -> dict[str, Any]:
+    counts = {
+        name: sum(getattr(rate, name) for rate in rates) for name in ("texts", "reviewed", "cannot_tell")
+    }
+    entry: dict[str, Any] = {"task": task, "style": style, **counts, "wrong": None}
+    if measured := [rate for rate in rates if rate.trials]:
+        share, low, high = combine_rates([(rate.texts, rate.wrong, rate.trials) for rate in measured])
+        # The texts of a style without verdicts may be all right or all wrong.
+        unknown = 1 - sum(rate.texts for rate in measured) / counts["texts"]
+        low, high = (1 - unknown) * low, (1 - unknown) * high + unknown
+        entry |= {"wrong": round(share, 4), "low": round(low, 4), "high": round(high, 4)}
+    return entry
+
+
+def combine_rates(strata: Sequence[tuple[int, float, float]]) -> tuple[float, float, float]:
+    """Return a stratified share with its 95 % Wilson interval, for strata of (texts, share, trials).
+
+    The trials of the interval are those of a simple random sample with the same variance. Shares are smoothed
+    for this variance only: without an error in a small sample it would be 0.
+    """
+    texts = sum(count for count, _, _ in strata)
+    weights = [count / texts for count, _, _ in strata]
+    share = sum(weight * share for weight, (_, share, _) in zip(weights, strata, strict=True))
+    smooth = [(share * trials + 1) / (trials + 2) for _, share, trials in strata]
+    mean = sum(weight * value for weight, value in zip(weights, smooth, strict=True))
+    parts = zip(weights, smooth, strata, strict=True)
+    variance = sum(weight**2 * value * (1 - value) / trials for weight, value, (_, _, trials) in parts)
+    trials = mean * (1 - mean) / variance
+    return share, *wilson_interval(share * trials, trials)
+
+
+def krippendorff_alpha(units: Iterable[Sequence[str]]) -> float | None:
+    """Return Krippendorff's alpha of nominal ratings, by unit. None if it is undefined: all are equal."""
+    totals: Counter[str] = Counter()
+    disagreement = 0.0
+    for counts in (Counter(ratings) for ratings in units if len(ratings) > 1):
+        totals += counts
+        disagreement += _unequal_pairs(counts) / (counts.total() - 1)
+    expected = _unequal_pairs(totals) / max(1, totals.total() - 1)
+    return 1 - disagreement / expected if expected else None
+
+
+def _unequal_pairs(counts: Counter[str]) -> int:
+    return counts.total() ** 2 - sum(count**2 for count in counts.values())
+
+
+def audit_in_words(audit: Mapping[str, Any] | None) -> str:
+    """Return the shares of wrong texts by task, such as `4.1 % of captions are wrong [2.1, 7.2], ...`."""
+    rates = [rate_in_words(rate) for rate in whole_tasks(audit) if rate["wrong"] is not None]
+    if not audit or not rates:
+        return NOT_MEASURED
+    reviewers = f"{audit['reviewers']} reviewer{'s' if audit['reviewers'] > 1 else ''}"
+    agreement = "" if audit["agreement"] is None else f", agreement {audit['agreement']:.2f}"
+    return f"{'; '.join(rates)}; by {reviewers}{agreement}"
+
+
+def whole_tasks(audit: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return the rate of each task, over all its styles."""
+    rates: list[Mapping[str, Any]] = audit["rates"] if audit else []
+    return list({rate["task"]: rate for rate in reversed(rates)}.values())[::-1]
+
+
+def rate_in_words(rate: Mapping[str, Any]) -> str:
+    """Return a rate in words, with its 95 % interval in percent."""
+    share, low, high = (f"{100 * rate[name]:.1f}" for name in ("wrong", "low", "high"))
+    return f"{share} % of {rate['task']} are wrong [{low}, {high}], {rate['reviewed']} reviewed"

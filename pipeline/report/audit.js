@@ -1,0 +1,171 @@
+"use strict";
+// Shows the texts of an audit one at a time. Verdicts are stored in this browser, by reviewer, until they are exported.
+// Untrusted text is only assigned to textContent.
+
+const FIELDS = ["text", "question", "answer", "value", "expression"];
+const NAME_KEY = `synth-audit-${audit.digest} reviewer`;
+const byId = id => document.getElementById(id);
+const state = {reviewer: "", at: 0, verdicts: new Map(), undo: []};
+let isStored = true; // whether this browser stores verdicts
+
+function keyOf(item) { return `synth-audit-${audit.digest}-${audit.seed} ${state.reviewer} ${nameOf(item)}`; }
+function nameOf(item) { return `${item.id} ${item.text.content}`; }
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+/** Read or write a value of this browser's storage, which may be unavailable. */
+function stored(key, value) {
+  try {
+    if (value === undefined) return localStorage.getItem(key);
+    if (value === null) localStorage.removeItem(key);
+    else localStorage.setItem(key, value);
+  } catch { isStored = false; window.onbeforeunload = () => state.verdicts.size ? "" : undefined; }
+  return null;
+}
+
+/** Resume the audit of a reviewer at the first text without a verdict. */
+function start(reviewer) {
+  state.reviewer = reviewer;
+  state.verdicts.clear();
+  state.undo = [];
+  stored(NAME_KEY, reviewer);
+  const applied = new Map(audit.verdicts.filter(made => made.reviewer === reviewer).map(made => [`${made.sample_id} ${made.content}`, made]));
+  for (const item of audit.items) {
+    const before = applied.get(nameOf(item)), made = stored(keyOf(item));
+    if (made) state.verdicts.set(nameOf(item), JSON.parse(made));
+    else if (before && made !== "") state.verdicts.set(nameOf(item), {verdict: before.verdict, words: before.words});
+  }
+  byId("who").hidden = true;
+  byId("work").hidden = false;
+  const first = audit.items.findIndex(item => !state.verdicts.has(nameOf(item)));
+  show(first < 0 ? 0 : first);
+}
+
+function show(at) {
+  state.at = Math.min(Math.max(at, 0), audit.items.length - 1);
+  const item = audit.items[state.at], pages = item.images.length;
+  byId("pictures").replaceChildren(...item.images.map((src, page) => src
+    ? element("img", {src, alt: pages > 1 ? `page ${page + 1}` : "the image of the text"})
+    : element("p", {className: "soft", textContent: "no picture"})));
+  byId("about").textContent = [item.from, item.text.kind, item.text.evidence_pages && `pages ${item.text.evidence_pages.join(", ")}`].filter(Boolean).join(" \u00b7 ");
+  byId("words").replaceChildren(...FIELDS.filter(name => item.text[name]).map(name =>
+    element("p", {className: name}, ...item.text[name].split(/\s+/).filter(Boolean).flatMap(word => [wordButton(word), " "]))));
+  update();
+}
+
+function wordButton(word) {
+  const button = element("button", {type: "button", className: "word", textContent: word});
+  button.addEventListener("click", () => {
+    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
+    const words = wordButtons().filter(other => other.getAttribute("aria-pressed") === "true").map(other => other.textContent);
+    const positions = wordButtons().flatMap((other, n) => other.getAttribute("aria-pressed") === "true" ? [n] : []);
+    judge({verdict: "wrong", words, positions});
+  });
+  return button;
+}
+
+function wordButtons() { return [...document.querySelectorAll(".word")]; }
+
+/** Store a verdict on the text that is shown; null removes it. */
+function judge(made, at = state.at, keepsUndo = true) {
+  const item = audit.items[at], name = nameOf(item);
+  if (keepsUndo) state.undo.push([at, state.verdicts.get(name) ?? null]);
+  if (made) state.verdicts.set(name, made);
+  else state.verdicts.delete(name);
+  stored(keyOf(item), made ? JSON.stringify(made) : "");
+  update();
+}
+
+function update() {
+  const counts = {right: 0, wrong: 0, cannot_tell: 0};
+  for (const made of state.verdicts.values()) counts[made.verdict] += 1;
+  const done = state.verdicts.size, total = audit.items.length;
+  byId("state").textContent = `${state.reviewer}: ${done} of ${total} reviewed (${counts.right} right, ${counts.wrong} wrong, ${counts.cannot_tell} cannot tell)`;
+  Object.assign(byId("done"), {max: total, value: done});
+  const made = state.verdicts.get(nameOf(audit.items[state.at]));
+  for (const button of document.querySelectorAll("[data-verdict]")) button.setAttribute("aria-pressed", String(made?.verdict === button.dataset.verdict));
+  const left = [...(made?.words ?? [])];
+  wordButtons().forEach((button, n) => {
+    const isWrong = made?.positions ? made.positions.includes(n) : left.includes(button.textContent);
+    if (isWrong) left.splice(left.indexOf(button.textContent), 1);
+    button.setAttribute("aria-pressed", String(isWrong));
+  });
+  byId("hint").textContent = made?.verdict === "wrong" ? "Select the wrong words (arrow keys and space), then press Enter."
+    : done === total ? "All texts are reviewed: export your verdicts." : `Text ${state.at + 1} of ${total}`;
+  byId("undo").disabled = !state.undo.length;
+  byId("export").disabled = !done;
+}
+
+/** Show the next text without a verdict, or stay if there is none. */
+function advance() {
+  const open = audit.items.map((item, n) => n).filter(n => !state.verdicts.has(nameOf(audit.items[n])));
+  const next = open.find(n => n > state.at) ?? open[0];
+  if (next !== undefined) show(next);
+  else update();
+  document.activeElement.blur();
+}
+
+function decide(verdict) {
+  judge({verdict, words: [], positions: []});
+  if (verdict === "wrong") wordButtons()[0]?.focus();
+  else advance();
+}
+
+function undo() {
+  const last = state.undo.pop();
+  if (!last) return;
+  show(last[0]);
+  judge(last[1], last[0], false);
+}
+
+function exportVerdicts() {
+  const lines = audit.items.flatMap(item => {
+    const made = state.verdicts.get(nameOf(item));
+    return made ? [JSON.stringify({seed: audit.seed, reviewer: state.reviewer, sample_id: item.id, content: item.text.content, verdict: made.verdict, words: made.words}) + "\n"] : [];
+  });
+  const link = element("a", {href: URL.createObjectURL(new Blob(lines, {type: "application/jsonl"})), download: `audit-${audit.version}-${state.reviewer.replace(/[^\p{L}\p{N}]+/gu, "-")}.jsonl`});
+  link.click();
+  URL.revokeObjectURL(link.href);
+  byId("hint").textContent = `exported; apply with: synth review apply ${link.download}`;
+}
+
+function moveWord(by) {
+  const words = wordButtons();
+  words[Math.min(Math.max(words.indexOf(document.activeElement) + by, 0), words.length - 1)].focus();
+}
+
+const KEYS = {
+  r: () => decide("right"), w: () => decide("wrong"), c: () => decide("cannot_tell"), u: undo,
+  j: () => show(state.at + 1), k: () => show(state.at - 1),
+};
+
+document.addEventListener("keydown", event => {
+  if (byId("work").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
+  const isWord = document.activeElement.classList.contains("word");
+  const act = isWord && {ArrowRight: () => moveWord(1), ArrowLeft: () => moveWord(-1), Enter: advance}[event.key] || KEYS[event.key];
+  if (!act) return;
+  event.preventDefault();
+  act();
+});
+for (const button of document.querySelectorAll("[data-verdict]")) button.addEventListener("click", () => decide(button.dataset.verdict));
+byId("undo").addEventListener("click", undo);
+byId("export").addEventListener("click", exportVerdicts);
+byId("back").addEventListener("click", KEYS.k);
+byId("next").addEventListener("click", KEYS.j);
+byId("leave").addEventListener("click", () => {
+  stored(NAME_KEY, null);
+  byId("work").hidden = true;
+  byId("who").hidden = false;
+  byId("reviewer").focus();
+});
+byId("who").addEventListener("submit", event => {
+  event.preventDefault();
+  const reviewer = byId("reviewer").value.trim();
+  if (reviewer) start(reviewer);
+});
+if (stored(NAME_KEY)) start(stored(NAME_KEY));
+else byId("reviewer").focus();
