@@ -239,7 +239,7 @@ def newest_dataset() -> Path:
 
 def only_dataset() -> Path:
     """Return the only dataset folder. Raises StoreError if there are several, instead of guessing."""
-    folders = sorted({path.parents[2] for path in sorted(DATA.glob(f"*/versions/v*/{MANIFEST}"))})
+    folders = sorted({path.parents[2] for path in DATA.glob(f"*/versions/v*/{MANIFEST}")})
     if len(folders) > 1:
         problem = f"{DATA}/ has {len(folders)} datasets"
         raise StoreError(problem, hint=f"pass one: {', '.join(map(str, folders[:8]))}")

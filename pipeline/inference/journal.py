@@ -131,8 +131,12 @@ class Journal:
     def remove_damaged(self) -> int:
         """Delete replies that do not match their checksums. Return the number of replies that are left."""
         damaged = [row[:2] for row in _read_replies(self._db) if not _is_intact(row)]
+        # A damaged id may not be valid UTF-8.
+        keys = [(str(name).encode("utf-8", "surrogateescape"), attempt) for name, attempt in damaged]
         with self._db:
-            self._db.executemany("DELETE FROM replies WHERE request_id = ? AND attempt = ?", damaged)
+            self._db.executemany(
+                "DELETE FROM replies WHERE CAST(request_id AS BLOB) = ? AND attempt = ?", keys
+            )
         return self.totals()["replies"]
 
     def likely_tokens(self, task: str = "") -> tuple[int, int]:

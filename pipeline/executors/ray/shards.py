@@ -87,8 +87,8 @@ class ShardedRun:
         """Return the dataset folder of one shard."""
         return DatasetDir(self.root / "shards" / (self.filled[index] if self.filled else f"{index:05d}"))
 
-    def images_folder(self, index: int) -> Path:
-        """Return the folder with the images of one shard."""
+    def home(self, index: int) -> Path:
+        """Return the folder with the images of one shard, and in an object store with its journals."""
         return self.root / "shards" / f"{index:05d}"
 
     @property
@@ -121,7 +121,7 @@ class ShardedImageStore(ImageStore):
     def __init__(self, run: ShardedRun) -> None:
         super().__init__(run.root)
         self._run = run
-        self._stores = [ImageStore(run.images_folder(index)) for index in range(run.shard_count)]
+        self._stores = [ImageStore(run.home(index)) for index in range(run.shard_count)]
 
     def add(self, samples: Iterable[pa.Table]) -> None:
         """See ImageStore. All images of `samples` are in memory at once."""

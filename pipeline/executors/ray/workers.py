@@ -75,7 +75,7 @@ def take_samples(run: ShardedRun, index: int, shard: DatasetDir) -> None:
         write_table(shard.step_file("read", "rejected"), rejected, SOURCE_REJECTED)
         kept, reasons = count_rows(shard, "read")
         write_record(shard, "read", run.samples, kept=kept, rejected=reasons)
-    stored = ImageStore(run.images_folder(index))
+    stored = ImageStore(run.home(index))
     # An earlier run in one process may have stored images in the dataset folder itself.
     stored.add_from(ImageStore(run.root), sample_ids(shard))
     if shard.path != stored.folder:
@@ -84,7 +84,7 @@ def take_samples(run: ShardedRun, index: int, shard: DatasetDir) -> None:
 
 def read_filled(run: ShardedRun, index: int) -> dict[str, Any]:
     """Return the record of a filled shard in an object store, or {} if the shard is not filled."""
-    path = run.images_folder(index) / FILLED
+    path = run.home(index) / FILLED
     return dict(read_json(path)) if path.exists() else {}
 
 
@@ -111,11 +111,13 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
             return FillResult(record["folder"], RequestStats(total=record["total"]), record["cost"])
         with scratch_shard(run, index) as shard:
             result = self._fill(index, shard)
-            result = replace(result, folder=upload_steps(run, index, shard))
+            # The folder has a new name, which no abandoned worker uses.
+            result = replace(result, folder=f"{index:05d}/{uuid4().hex[:8]}")
+            upload_folder(shard.path / "steps", run.root / "shards" / result.folder / "steps")
         # If requests are unanswered, an empty key makes the next run fill the shard again.
         key = run.fill_key if not any(result.stats.flaws[reason] for reason in UNANSWERED) else ""
         record = {"key": key, "folder": result.folder, "total": result.stats.total, "cost": result.cost}
-        write_json(run.images_folder(index) / FILLED, record)
+        write_json(run.home(index) / FILLED, record)
         return result
 
     def _fill(self, index: int, shard: DatasetDir) -> FillResult:
@@ -158,7 +160,7 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
     A lock keeps other workers on this node out, and the files of a killed worker are reused. Each worker
     uploads its journal under a new name, since an abandoned worker may still run on another node.
     """
-    stored = run.shard(index).journal.parent
+    stored = DatasetDir(run.home(index)).journal.parent
     shard, saved = run.scratch_shard(index), stored / f"{uuid4().hex[:8]}.sqlite"
     with shard.lock(wait=True):
         journals = sorted(stored.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
@@ -189,16 +191,6 @@ def forget_scratch(shard: DatasetDir) -> None:
     """Remove the files of a filled shard from this node. The lock stays, since workers may wait for it."""
     for folder in (shard.journal.parent, shard.path / "steps", shard.path / FOLDER):
         remove(folder)
-
-
-def upload_steps(run: ShardedRun, index: int, shard: DatasetDir) -> str:
-    """Upload the step files of a shard, and return their folder in `shards`.
-
-    The folder has a new name, which no abandoned worker uses.
-    """
-    name = f"{index:05d}/{uuid4().hex[:8]}"
-    upload_folder(shard.path / "steps", run.root / "shards" / name / "steps")
-    return name
 
 
 def save_journal(shard: DatasetDir, path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run skips the steps that an earlier run has done, and only those."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +33,32 @@ BUS = "A red bus waits at a stop."
 CAPTIONS = (BUS, "Two dogs run over wet sand.", BUS, "bad", "Boats lie in a harbour.")
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
+def save_photos(folder: Path) -> Path:
     folder.mkdir()
     for number in range(10):
         (folder / f"{number}.jpg").write_bytes(photo(number))
         (folder / f"{number}.txt").write_text(CAPTIONS[number % len(CAPTIONS)])
     return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return save_photos(tmp_path / "photos")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+    """Return a folder of photos, and the result of a run over them."""
+    folder = tmp_path_factory.mktemp("finished")
+    images = save_photos(folder / "photos")
+    return images, generate_dataset(settings(images), folder / "d")
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, RunResult], tmp_path: Path) -> tuple[Path, RunResult]:
+    """Return `finished`, with a copy of its dataset folder in `d`."""
+    shutil.copytree(finished[0].parent / "d", tmp_path / "d")
+    return finished
 
 
 @pytest.fixture
@@ -125,8 +144,10 @@ CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_changed_file_reruns_only_its_step(name: str, photos: Path, tmp_path: Path, ran: list[str]) -> None:
-    first = run(photos, tmp_path / "d", ran)
+def test_changed_file_reruns_only_its_step(
+    name: str, copied: tuple[Path, RunResult], tmp_path: Path, ran: list[str]
+) -> None:
+    photos, first = copied
     change, step = CHANGES[name]
     change(DatasetDir(tmp_path / "d"))
     again = run(photos, tmp_path / "d", ran)
@@ -248,9 +269,13 @@ STEPS_OF_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("more", "steps"), STEPS_OF_SETTINGS)
 def test_changed_setting_reruns_only_affected_steps(
-    more: dict[str, Any], steps: list[str], photos: Path, tmp_path: Path, ran: list[str]
+    more: dict[str, Any],
+    steps: list[str],
+    copied: tuple[Path, RunResult],
+    tmp_path: Path,
+    ran: list[str],
 ) -> None:
-    run(photos, tmp_path / "d", ran)
+    photos, _ = copied
     result = run(photos, tmp_path / "d", ran, **more)
     assert ran == steps
     rows = result.version.manifest["rows"], result.funnel
@@ -260,9 +285,9 @@ def test_changed_setting_reruns_only_affected_steps(
 
 
 def test_changed_code_reruns_all_steps(
-    photos: Path, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+    copied: tuple[Path, RunResult], tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(photos, tmp_path / "d", ran)
+    photos, _ = copied
     monkeypatch.setattr(records, "code_digest", lambda: "other")
     assert not run(photos, tmp_path / "d", ran).is_new
     assert ran == [*all_steps(photos)]
@@ -275,8 +300,8 @@ def write_review(path: Path, dataset: DatasetDir) -> None:
     path.write_text(format_reviews([review]))
 
 
-def test_next_run_applies_reviews(photos: Path, tmp_path: Path, ran: list[str]) -> None:
-    run(photos, tmp_path / "d", ran)
+def test_next_run_applies_reviews(copied: tuple[Path, RunResult], tmp_path: Path, ran: list[str]) -> None:
+    photos, _ = copied
     dataset = DatasetDir(tmp_path / "d")
     dataset.reviews.parent.mkdir()
     write_review(dataset.reviews, dataset)
@@ -325,9 +350,9 @@ def test_key_of_verify_step_changes_with_clip_weights_and_judge(tmp_path: Path) 
 
 @pytest.mark.parametrize("step", ["read", "ask", "split"])
 def test_reviews_of_unfinished_run_are_refused_and_not_kept(
-    step: str, photos: Path, tmp_path: Path, ran: list[str]
+    step: str, copied: tuple[Path, RunResult], tmp_path: Path, ran: list[str]
 ) -> None:
-    run(photos, tmp_path / "d", ran)
+    photos, _ = copied
     dataset = DatasetDir(tmp_path / "d")
     reviews = tmp_path / "reviews.jsonl"
     write_review(reviews, dataset)

@@ -68,6 +68,8 @@ def test_version_of_shards_equals_version_of_one_process(
         many = generate_dataset(config, out, cluster=options)
         assert sorted(chat.times.items()) == sent
         again = generate_dataset(config, out, cluster=options)
+        changed = config.model_copy(update={"title": "Another title"})
+        generate_dataset(changed, out, cluster=options)
         assert sorted(chat.times.items()) == sent and (again.is_new, many.is_new) == (False, True)
     assert many.funnel == one.funnel and one.version.is_preview
     for name in one.version.manifest.keys() - {"files", "rejections"}:
