@@ -140,6 +140,11 @@ def _warn_of_unlearned(
     if num_cut > MAX_CUT_SHARE * len(texts):
         share = f"{num_cut:,} of {len(texts):,} texts are longer than {limit} tokens"
         progress.warn(f"{share}: they are cut off after a sentence (max_caption_tokens)")
+    before = checkpoint.captioner.config.data.get("init", {}).get("data", {})
+    if before and before.get("source") != version.manifest["source"]:
+        progress.message(
+            f"the first training used another source, which may include test images of {version.name}"
+        )
     if columns := version.manifest.get("own_columns"):
         progress.message(f"not used in training (columns of custom tasks): {', '.join(columns)}")
 

@@ -68,8 +68,9 @@ def test_learning_rates_are_recomputed_when_the_model_changes(tmp_path: Path) ->
     assert rates(frozen) == rates(frozen, encoder="clip", seed=3) == (0.0, 1e-3, 5e-4)
     assert rates(frozen, encoder="tiny-vit") == (1e-3, 1e-3, 5e-4)
     assert rates(TrainConfig(), encoder="clip") == (0.0, 1e-3, 1e-3)
-    assert rates(frozen, decoder="qwen3") == (0.0, 2e-4, 2e-5)
-    assert rates(frozen, decoder="qwen3", lora_rank=8) == (0.0, 2e-4, 2e-4)
+    assert rates(frozen, decoder="qwen3") == (0.0, 2e-4, 5e-4)
+    assert rates(TrainConfig(encoder="clip"), decoder="qwen3") == (0.0, 2e-4, 2e-5)
+    assert rates(TrainConfig(encoder="clip"), decoder="qwen3", lora_rank=8) == (0.0, 2e-4, 2e-4)
     assert rates(frozen, encoder="tiny-vit", encoder_lr=0.5) == (0.5, 1e-3, 5e-4)
 
 

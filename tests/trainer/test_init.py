@@ -1,5 +1,6 @@
 """Training that continues a captioner: its weights, tokens and prompts, and the digest of the run."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, TrainError
+from pipeline.progress import NullProgress
 from tests.trainer.small_trainings import CPU, LORA, losses, replace
 from trainer.config import TrainConfig
 from trainer.data import choose_examples, examples_in
@@ -108,6 +110,25 @@ def test_second_training_begins_with_a_lower_loss_and_depends_on_the_weights_of_
     save_file({name: tensor * 1.5 for name, tensor in weights.items()}, own / "model.safetensors")
     train(version, init=str(own), out=tmp_path / "next", **NEXT)
     assert (tmp_path / "next/model.safetensors").read_bytes() != finished
+
+
+def test_first_data_of_another_source_is_reported(
+    version: Version, started: dict[str, Path], tmp_path: Path
+) -> None:
+    """It may include the test images."""
+    config = TrainConfig.model_validate(NEXT | {"init": str(started["scratch"])})
+    texts: list[str] = []
+
+    class Note(NullProgress):
+        def message(self, text: str, *, transient: bool = False) -> None:
+            texts.append(text)
+
+    other = {**version.manifest, "source": {"name": "folder", "settings": {}}}
+    for number, manifest in enumerate((version.manifest, other)):
+        train_captioner(
+            dataclasses.replace(version, manifest=manifest), config, tmp_path / str(number), progress=Note()
+        )
+        assert sum("may include test images" in text for text in texts) == number
 
 
 def test_default_style_is_learned_in_the_last_training(version: Version, started: dict[str, Path]) -> None:

@@ -30,7 +30,7 @@ from trainer.config import MAX_CAPTION_TOKENS, PREFIX, EncoderStates, TrainConfi
 from trainer.data import Example, texts_of
 from trainer.model.caption_model import CaptionerConfig, CaptionerModel, build_captioner
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
-from trainer.model.encoder import load_encoder
+from trainer.model.encoder import Encoder, load_encoder
 from trainer.model.language_model import load_decoder, new_decoder
 from trainer.model.pretrained import require_few_layers
 from trainer.publish.transformers_files import transformers_files
@@ -187,39 +187,20 @@ def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Exam
     """
     texts = texts_of(train_set)
     prompts = {(text.source, text.style) for text in texts}
-    data: dict[str, Any] = {
-        "version": version.name,
-        "digest": version.manifest["digest"],
-        "source": version.manifest["source"],
-        "texts": config.text_source,
-        "language": language_of(version.manifest),
-        "has_unknown_license": has_unknown_license(version.manifest),
-        "decoder": without_folders(config.decoder),
-        "decoding": {name: getattr(config, name) for name in DECODING_SETTINGS},
-        **({"repo": version.repo} if version.repo else {}),
-    }
+    data = _describe_data(version, config)
     start: Checkpoint | None = None
-    decoder: Any
     if config.init:
         folder = find_captioner(config.init)
         start = load_checkpoint(folder, torch.device("cpu"))
         before = start.captioner.config
-        encoder = start.captioner.encoder.with_frozen(config.encoder_lr == 0)
-        tokenizer = start.tokenizer.with_prompts(texts)
-        decoder = start.captioner.decoder
-        if isinstance(decoder, ScratchDecoder):
-            vocab_size = max(before.decoder["vocab_size"], tokenizer.backend.get_vocab_size())
-            changed = {"vocab_size": vocab_size, "dropout": config.dropout}
-            decoder = DecoderConfig(**before.decoder | changed)
+        encoder, decoder, tokenizer = _continued_parts(start, config, texts)
         # Other prompts of the captioner stay usable, but its default prompt must be learned in this run.
         default = scored_prompt([*prompts])
         prompts |= {prompt for prompt in before.prompts if scored_prompt([*prompts, prompt]) == default}
         data["init"] = {"digest": file_digest(folder / "model.safetensors"), "data": before.data}
         data["has_unknown_license"] |= bool(before.data.get("has_unknown_license"))
     else:
-        chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
-        encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
-        decoder, tokenizer = _new_decoder(config, texts)
+        encoder, decoder, tokenizer = _new_parts(config, texts)
     if not config.is_scratch:
         if config.lora_rank:
             decoder.add_adapters(config.lora_rank, config.lora_dropout)
@@ -230,29 +211,54 @@ def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Exam
     max_tokens = config.max_caption_tokens or tokenizer.choose_max_tokens(texts)
     if start and config.max_caption_tokens is None:
         max_tokens = max(max_tokens, start.captioner.config.max_caption_tokens)
-    captioner = build_captioner(
-        encoder,
-        decoder,
-        prompts=sorted(prompts),
-        eos_id=tokenizer.eos_id,
-        max_caption_tokens=max_tokens,
-        data=data,
-    )
+    fields = {"prompts": sorted(prompts), "eos_id": tokenizer.eos_id, "max_caption_tokens": max_tokens}
+    captioner = build_captioner(encoder, decoder, data=data, **fields)
     if start:
         _copy_weights(start.captioner, captioner)
     return Checkpoint(captioner, tokenizer)
 
 
-def _new_decoder(config: TrainConfig, texts: list[TargetText]) -> tuple[Any, CaptionTokenizer]:
-    """Return a decoder, or the settings of a cross-attention decoder, with its tokenizer."""
+def _describe_data(version: Version, config: TrainConfig) -> dict[str, Any]:
+    """Return the value of `data` in the config of a captioner."""
+    return {
+        "version": version.name,
+        "digest": version.manifest["digest"],
+        "source": version.manifest["source"],
+        "texts": config.text_source,
+        "language": language_of(version.manifest),
+        "has_unknown_license": has_unknown_license(version.manifest),
+        "decoder": without_folders(config.decoder),
+        "decoding": {name: getattr(config, name) for name in DECODING_SETTINGS},
+        **({"repo": version.repo} if version.repo else {}),
+    }
+
+
+def _new_parts(config: TrainConfig, texts: list[TargetText]) -> tuple[Encoder, Any, CaptionTokenizer]:
+    """Return an encoder, a decoder (or the settings of a cross-attention decoder), and its tokenizer."""
+    chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
+    encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
     if not config.is_scratch:
-        return load_decoder(config.decoder)
+        return encoder, *load_decoder(config.decoder)
     tokenizer = train_tokenizer(texts, config.vocab_size)
     sizes = {name: getattr(config, f"decoder_{name}") for name in ("width", "depth", "heads")}
     if config.decoder == PREFIX:
-        return new_decoder(tokenizer, **sizes)
+        return encoder, *new_decoder(tokenizer, **sizes)
     vocab_size = tokenizer.backend.get_vocab_size()
-    return DecoderConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes), tokenizer
+    return encoder, DecoderConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes), tokenizer
+
+
+def _continued_parts(
+    start: Checkpoint, config: TrainConfig, texts: list[TargetText]
+) -> tuple[Encoder, Any, CaptionTokenizer]:
+    """Return the parts of a captioner like `_new_parts`, with tokens for the prompts of `texts`."""
+    captioner, tokenizer = start.captioner, start.tokenizer.with_prompts(texts)
+    encoder = captioner.encoder.with_frozen(config.encoder_lr == 0)
+    if not isinstance(captioner.decoder, ScratchDecoder):
+        return encoder, captioner.decoder, tokenizer
+    settings = captioner.config.decoder
+    vocab_size = max(settings["vocab_size"], tokenizer.backend.get_vocab_size())
+    decoder = DecoderConfig(**settings | {"vocab_size": vocab_size, "dropout": config.dropout})
+    return encoder, decoder, tokenizer
 
 
 def _copy_weights(source: CaptionerModel, target: CaptionerModel) -> None:
