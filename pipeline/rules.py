@@ -39,7 +39,7 @@ _ELSEWHERE = re.compile(
     r"|what is the main (?:subject|topic|focus|theme) of (?:the|this) (?:image|picture|photo(?:graph)?))\b"
 )
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
-_SENTENCE_END = re.compile(r"[.!?]+\s+")
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++\s+")
 
 # The answer to a question with one of these words may be in any script.
 _READING = (
@@ -81,7 +81,7 @@ _NO_WORDS = re.compile(r"[\W_]*")
 _ANOTHER_QUESTION = re.compile(
     r"\?\s+(?:what|where|who|which|how|why|when|is|are|do|does|can)\b.*\?", re.IGNORECASE
 )
-_CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.*\(?\b[B-Db-d2-4][).]\s")
+_CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.{0,300}\(?\b[B-Db-d2-4][).]\s")
 _ARTICLES = frozenset(("a", "an", "the", "some"))
 # The question "How many sheep?" contains the answer "many", but does not give it away.
 _AFTER_HOW = frozenset(("many", "much", "far", "old", "long", "big", "tall", "often"))

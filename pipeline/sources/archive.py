@@ -19,12 +19,12 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 from pipeline.config import Config
 from pipeline.errors import SourceError, did_you_mean, one_line
@@ -101,8 +101,6 @@ REASONS = {
     "unreadable_entry": "it is damaged, or not compressed with deflate",
     "unsupported_format": "this format is not supported: convert the file to JPEG or PNG",
 }
-# Which entries to read. "texts" also lists images and metadata files, but without their data.
-Wanted = Literal["texts", "images", "both"]
 
 
 # --- entries of one archive
@@ -122,8 +120,8 @@ class Entry:
         return posixpath.splitext(self.name)[0]
 
 
-def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator[Entry]:
-    """Yield the images and text files in an archive.
+def read_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
+    """Yield the images, text files and metadata files (without their data) in an archive.
 
     Raises SourceError if the archive is damaged or a decompression bomb.
     """
@@ -131,7 +129,7 @@ def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator
         magic = file.read(MAGIC_BYTES)
         file.seek(0)
         if magic.startswith(b"PK"):
-            yield from _read_zip(file, name, wanted)
+            yield from _read_zip(file, name)
         else:
             packed = _CountedFile(file)
             decoders = (decoder for start, decoder in _DECODERS.items() if magic.startswith(start))
@@ -139,7 +137,7 @@ def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator
             unpacked = _CountedFile(
                 decode(packed), lambda size: _require_no_bomb(name, size, packed.num_bytes)
             )
-            yield from _read_tar(unpacked, name, wanted)
+            yield from _read_tar(unpacked, name)
     except OSError as error:
         if error.errno is not None:  # disk errors have an errno, decoder errors do not
             raise
@@ -203,7 +201,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 _BAD_HEADERS = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError)  # type: ignore[attr-defined]
 
 
-def _read_tar(stream: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry]:
+def _read_tar(stream: _CountedFile, name: str) -> Iterator[Entry]:
     """Yield the wanted entries of a tar file in file order."""
     with tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_StrictTarInfo) as tar:
         for number, member in enumerate(tar, 1):
@@ -211,13 +209,11 @@ def _read_tar(stream: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry
             _require_few_members(name, number)
             is_file = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
             content = tar.extractfile(member) if is_file else None
-            if _is_wanted(member.name, wanted):
+            if _is_wanted(member.name):
                 if content is None or not member.isreg():
                     yield Entry(_as_text(member.name), None, "not_a_file")
-                elif _has_data(member.name, wanted):
-                    yield _read_entry(member.name, member.size, content.read)
                 else:
-                    yield Entry(_as_text(member.name), b"")
+                    yield _read_entry(member.name, member.size, content.read)
             # Read to the end: tarfile would skip the remaining bytes without noticing a truncated file.
             while content is not None and content.read(BLOCK_BYTES):
                 pass
@@ -226,7 +222,7 @@ def _read_tar(stream: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry
             raise SourceError(f"{name} has data after its end, like concatenated archives", hint=hint)
 
 
-def _read_zip(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
+def _read_zip(file: BinaryIO, name: str) -> Iterator[Entry]:
     """Yield the wanted entries of a zip file. If entries have the same name, only the last one is read."""
     size = file.seek(0, 2)
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
@@ -235,13 +231,9 @@ def _read_zip(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
     with zipfile.ZipFile(file) as archive:
         _require_few_members(name, len(archive.infolist()))
         files = [info for info in archive.infolist() if not info.is_dir()]
-        infos = {info.filename: info for info in files if _is_wanted(info.filename, wanted)}
+        infos = {info.filename: info for info in files if _is_wanted(info.filename)}
         _require_no_bomb(name, sum(info.file_size for info in infos.values()), size)
-        for info in infos.values():
-            if _has_data(info.filename, wanted):
-                yield _read_zip_entry(archive, info)
-            else:
-                yield Entry(_as_text(info.filename), b"")
+        yield from (_read_zip_entry(archive, info) for info in infos.values())
 
 
 def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
@@ -270,6 +262,8 @@ def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
         return Entry(text, None, "outside_archive")
     if _has_suffix(name, UNREAD_SUFFIXES):
         return Entry(text, None, "unsupported_format")
+    if is_metadata(name):
+        return Entry(text, b"")
     max_bytes = MAX_TEXT_BYTES if is_text(name) else MAX_IMAGE_BYTES
     data = read(max_bytes + 1) if size <= max_bytes else b""
     if size > max_bytes or len(data) > max_bytes:
@@ -313,14 +307,8 @@ def is_metadata(name: str) -> bool:
     return posixpath.basename(_as_text(name)) in METADATA_FILES
 
 
-def _is_wanted(name: str, wanted: Wanted) -> bool:
-    if _has_suffix(name, IMAGE_SUFFIXES | UNREAD_SUFFIXES):
-        return True
-    return (wanted != "images" and is_text(name)) or (wanted == "texts" and is_metadata(name))
-
-
-def _has_data(name: str, wanted: Wanted) -> bool:
-    return wanted != "texts" or is_text(name)
+def _is_wanted(name: str) -> bool:
+    return _has_suffix(name, (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES, *TEXT_SUFFIXES)) or is_metadata(name)
 
 
 def _as_text(name: str) -> str:
@@ -348,7 +336,13 @@ class ArchiveTexts:
         else:
             self.images[key_of(entry.name)] += 1
 
-    def texts_of(self, image: Entry) -> list[Entry]:
+    def pair(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, list[Entry]]]:
+        """Yield the images among the entries, each with its text files."""
+        for entry in entries:
+            if not is_text(entry.name) and not is_metadata(entry.name):
+                yield entry, self._texts_of(entry)
+
+    def _texts_of(self, image: Entry) -> list[Entry]:
         """Return the text files with an image's key. If several images have it, the full name must match."""
         key, names = key_of(image.name), (normalize_path(image.stem), normalize_path(image.name))
         texts = self.texts.get(key, [])
@@ -366,7 +360,7 @@ def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry
         index = ArchiveTexts()
         for entry in group:
             index.add(entry)
-        yield from ((entry, index.texts_of(entry)) for entry in group if not is_text(entry.name))
+        yield from index.pair(group)
 
 
 def _group_neighbors(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
@@ -461,14 +455,13 @@ class Archives:
                 if index is None:
                     yield from pair_neighbors(read_entries(file, name))
                 else:
-                    for image in read_entries(file, name, "images"):
-                        yield image, index.texts_of(image)
+                    yield from index.pair(read_entries(file, name))
 
     def _read_text_index(self, name: str) -> ArchiveTexts:
         index, num_bytes = ArchiveTexts(), 0
         with self.files.open(name) as file:
-            for entry in read_entries(file, name, "texts"):
-                num_bytes += len(entry.data or b"")
+            for entry in read_entries(file, name):
+                num_bytes += len(entry.data or b"") if is_text(entry.name) else 0
                 if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
                     problem = f"{name} has more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts"
                     raise SourceError(problem, hint="unpack it, and pass the folder: --source folder:DIR")

@@ -155,7 +155,7 @@ class SampleDeduplicator:
         """Return the sample with perceptual hashes where needed, or a rejection if the sample is excluded."""
         if isinstance(row, Rejected):
             return row
-        if self.excluded.kind is not None and not row.pdq_hashes:
+        if self.excluded.kind is not None:
             try:
                 row = replace(row, pdq_hashes=hash_images(row))
             except ImageError as error:

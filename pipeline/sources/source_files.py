@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-import fsspec
 from fsspec.core import url_to_fs
 
 from pipeline.digests import digest
@@ -280,16 +279,8 @@ def translate_store_errors(url: str) -> Iterator[None]:
     except ImportError as error:
         hint = install_command("s3") if scheme == "s3" else str(error).split(", ")[-1]
         raise SourceError(f"{scheme}:// needs a package that is not installed", hint=hint) from None
-    except ValueError as error:
-        # For example, a server may not state the size of a file.
-        hint = "download it, and read it from the disk"
-        protocols = fsspec.available_protocols()
-        if scheme not in protocols:
-            known = [name for name in ("s3", "gs", "az", "hf", "https") if name in protocols]
-            hint = f"use {', '.join(known)} or another scheme that fsspec supports"
-        raise SourceError(f"cannot read {url}: {error}", hint=hint) from None
     except FileNotFoundError:
         raise SourceError(f"no file at {url}", hint="check the address, and the account in use") from None
     except Exception as error:  # noqa: BLE001  # each store's library raises its own errors
-        hint = f"check the address, the network and the keys of {scheme}"
+        hint = f"check the address, the network and the keys of {scheme}, or download the files"
         raise SourceError(f"cannot read {url}: {one_line(error)}", hint=hint) from None

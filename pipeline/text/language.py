@@ -38,8 +38,8 @@ LATIN = frozenset(_LATIN.split())
 _CLOSE = ("no nn da sv", "id ms", "hr sr bs", "cs sk", "es gl pt")
 CLOSE = tuple(frozenset(codes.split()) for codes in _CLOSE)
 _QUOTED = re.compile(
-    r"\"[^\"]*\"|'[^']*'(?!\w)|\u2018[^\u2019]*\u2019"
-    r"|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]*[\u201d\u201c\u00bb\u300d]"
+    r"\"[^\"]*\"|'[^']*'(?!\w)|\u2018[^\u2019]{0,1000}\u2019"
+    r"|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]{0,1000}[\u201d\u201c\u00bb\u300d]"
 )
 _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 _WORD = re.compile(r"\w+")

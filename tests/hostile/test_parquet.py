@@ -33,7 +33,7 @@ def png(color: str = "red", side_px: int = 16) -> bytes:
 
 def read(path: Path) -> list[str]:
     """Return "sample" or the reason of rejection for each row of a file."""
-    rows = open_source(resolve(source=f"parquet:{path}")).rows
+    rows = open_source(resolve(source=f"parquet:{path}", image_filter={"enabled": False})).rows
     return ["sample" if isinstance(row, Sample) else row.reason for row in rows]
 
 
@@ -65,7 +65,7 @@ def test_caption_shared_by_all_rows_is_read_in_bounded_memory(tmp_path: Path) ->
     columns = {"image": [png()] * 200, "caption": repeated("long " * 10_000_000, pa.string(), 200)}
     path = write(tmp_path / "bomb.parquet", columns)
     with bounded_memory(700_000_000):
-        rows = open_source(resolve(source=f"parquet:{path}")).rows
+        rows = open_source(resolve(source=f"parquet:{path}", image_filter={"enabled": False})).rows
         assert all(isinstance(row, Sample) for row in islice(rows, 10))
 
 

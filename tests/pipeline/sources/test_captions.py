@@ -79,7 +79,8 @@ def test_all_caption_formats_give_the_same_texts(tmp_path: Path, name: str) -> N
             "['A dog runs.' 'A cat.']",
             ["['A dog runs.' 'A cat.']"],
         ),  # numpy's format, which Python reads as one text
-        ("[" * 100_000 + "]", ["[" * 100_000 + "]"]),
+        ("[" * 10_000 + "]", ["[" * 10_000 + "]"]),
+        ("x" * 20_001, ["x" * 20_000]),
         ("[1, 2]", ["[1, 2]"]),  # an answer may be a box or an interval
         ("[]", ["[]"]),
         (r"['it\'s a dog', 'a\\b']", ["it's a dog", r"a\b"]),

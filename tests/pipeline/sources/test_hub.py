@@ -95,7 +95,7 @@ def test_flickr30k_copy_without_split_needs_a_split_list(hub: RunningHub, tmp_pa
     with pytest.raises(SourceError, match="has no split column"):
         opened("flickr30k:me/copy", source_split="test")
     (tmp_path / "list.json").write_text("{}")
-    with pytest.raises(SourceError, match="cannot read the split list"):
+    with pytest.raises(SourceError, match=r"cannot read .*: an object has no .images"):
         opened("flickr30k:lmms-lab/flickr30k", split_list=str(tmp_path / "list.json"))
     (tmp_path / "list.json").write_text(datasets.karpathy_list(8))
     samples, rejected = read("flickr30k:lmms-lab/flickr30k", split_list=str(tmp_path / "list.json"))
