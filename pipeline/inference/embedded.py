@@ -118,13 +118,13 @@ class EmbeddedEngine:
         folder = self._find_folder()
         weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         # On a CPU, float32 is more exact than the model's own type, but takes twice the memory of bfloat16.
-        is_small = _device() == "cpu" and weights_bytes < MAX_FLOAT32_BYTES
+        dtype = torch.float32 if weights_bytes < MAX_FLOAT32_BYTES else "auto"
+        if _device() != "cpu":
+            dtype = torch.bfloat16
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             processor = AutoProcessor.from_pretrained(folder, **options)
-            model: nn.Module = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=torch.float32 if is_small else "auto", **options
-            )
+            model: nn.Module = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **options)
             processor.tokenizer.padding_side = "left"
         # Some processors need additional packages.
         except (OSError, ValueError, AttributeError, ImportError) as error:

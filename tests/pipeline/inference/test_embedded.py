@@ -4,11 +4,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 
 from pipeline.config import DECKS
 from pipeline.config.files import resolve
 from pipeline.digests import weights_revision
-from pipeline.inference.engines import TINY_DECK_WEIGHTS, choose_engine
+from pipeline.inference import embedded
+from pipeline.inference.embedded import EmbeddedEngine, batch_requests
+from pipeline.inference.engines import TINY_DECK_WEIGHTS, TINY_WEIGHTS, choose_engine
 from pipeline.scenes.text import AnswerScore, CaptionScore
 from pipeline.sources.scenes import draw_sample
 from pipeline.tasks import TASKS
@@ -53,9 +56,6 @@ class Once:
 
     def withdraw(self, requests: Sequence[Request]) -> None:
         pass
-
-    def answered(self) -> bool:
-        return False
 
 
 def replies(engine: Engine, batch: Iterable[Request]) -> dict[str, Reply]:
@@ -137,3 +137,16 @@ def test_reply_at_the_token_limit_is_cut_short(engine: Engine) -> None:
     reply_of = replies(engine, short)
     assert {reply.finish_reason for reply in reply_of.values()} == {"length"}
     assert {row["reply_error"] for r in short for row in parse_reply(r, reply_of[r.id])} == {"cut_short"}
+
+
+def test_large_model_is_loaded_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "MAX_FLOAT32_BYTES", 0)
+    model = EmbeddedEngine("tiny", lambda: TINY_WEIGHTS, "r", 64)._loaded[1]
+    assert model.dtype == torch.bfloat16
+
+
+def test_batch_is_smaller_for_large_images_and_decks() -> None:
+    asked = [replace(request, style="", task="caption") for request in requests(10)]
+    for max_pixels, images, size in ((None, 1, 30), (1_003_520, 1, 7), (2_007_040, 1, 3), (None, 20, 3)):
+        shown = [replace(one, max_pixels=max_pixels, images=(b"",) * images) for one in asked]
+        assert {len(batch) for batch in batch_requests(shown, 64)} <= {size, 30 % size}

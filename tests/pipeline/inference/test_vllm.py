@@ -151,6 +151,7 @@ def test_dead_server_is_restarted_max_restarts_times(tmp_path: Path) -> None:
 
 def test_one_dead_server_restarts_alone_with_its_last_error(tmp_path: Path) -> None:
     warnings: list[str] = []
+    folders: list[Path] = []
 
     class Warnings(NullProgress):
         def warn(self, text: str) -> None:
@@ -160,7 +161,9 @@ def test_one_dead_server_restarts_alone_with_its_last_error(tmp_path: Path) -> N
 
     async def serve() -> None:
         async with run_servers([stub(tmp_path, fails)] * 2, Warnings()) as (first, second):
-            assert first.root != second.root
+            assert first.root != second.root and first._folder == second._folder
+            folders.append(first._folder)
+            assert first._folder.stat().st_mode & 0o777 == 0o700
             await status_of(f"{first.root}/die")
             while not first.restarted:
                 await asyncio.sleep(0.05)
@@ -168,6 +171,7 @@ def test_one_dead_server_restarts_alone_with_its_last_error(tmp_path: Path) -> N
             assert second.restarted == 0
 
     asyncio.run(asyncio.wait_for(serve(), 60))
+    assert not folders[0].exists()
     (warning,) = warnings
     assert (
         warning.startswith("vLLM died (exit code 7): RuntimeError: out of memory") and "restart 1" in warning
