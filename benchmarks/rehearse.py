@@ -1,6 +1,6 @@
 """Rehearse a run with the default model: its full shape, random weights, and a real vLLM server.
 
-usage: python -m benchmarks.rehearse [--layers 4] [--vision-layers 8] [--folder rehearsal] [--minutes 20]
+usage: python benchmarks/rehearse.py [--layers 4] [--vision-layers 8] [--folder rehearsal] [--minutes 20]
 
 All tasks and checks run on four pictures of photo sizes. The texts are nonsense. The report shows whether
 replies follow their schemas, and whether images take as many tokens as computed. 4 + 8 layers need 2 GB of
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from full_shape import LAYERS, VISION_LAYERS, WEIGHTS_BYTES, write_model
 from PIL import Image
 from tokenizers import Tokenizer
 
-from benchmarks.full_shape import LAYERS, VISION_LAYERS, WEIGHTS_BYTES, write_model
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision

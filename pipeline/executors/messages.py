@@ -11,6 +11,7 @@ from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.version import Version
 from pipeline.digests import public_name
 from pipeline.errors import one_line
+from pipeline.images.decode import PATCH_PX
 from pipeline.inference.engines import EngineChoice, find_family
 from pipeline.inference.model_licenses import license_of
 from pipeline.inference.requests import RequestPlan
@@ -20,7 +21,6 @@ from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
 from pipeline.tasks import Tasks
 from pipeline.tasks.base import MAX_QA_PAIRS
-from pipeline.tasks.boxes import PATCH_PX
 from pipeline.tasks.checks import MAX_CLAIMS
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR

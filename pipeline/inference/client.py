@@ -20,6 +20,7 @@ import aiohttp
 
 from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError, one_line
+from pipeline.images.decode import PATCH_PX
 from pipeline.inference import protocol
 from pipeline.inference.endpoints import (
     Endpoint,
@@ -49,7 +50,6 @@ GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
 SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
 FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
 PROMPT_TOKENS = 512  # reserved for the prompt text of a request with images
-PATCH_PX = 28  # Qwen2.5-VL uses one token per 28 x 28 px
 FINISH_SECONDS = 60.0  # after a fatal error, wait this long for replies in flight, which are already paid for
 log = logging.getLogger(__name__)
 

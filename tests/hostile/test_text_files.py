@@ -69,9 +69,7 @@ def archive_of(text: str, path: Path) -> Source:
     with zipfile.ZipFile(path / "a.zip", "w") as file:
         file.write(path / "a.png", "a.png")
         file.writestr("a.json", text)
-    return open_archives(
-        find_source_files(str(path / "a.zip"), (".zip",), follow_links=False, needs_digest=True)
-    )
+    return open_archives(find_source_files(str(path / "a.zip"), (".zip",), follow_links=False))
 
 
 def captions_of(text: str, path: Path) -> Source:
@@ -114,7 +112,7 @@ def test_captions_in_another_encoding_are_reported_by_name(tmp_path: Path) -> No
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.write(tmp_path / "a.png", "a.png")
         file.write(tmp_path / "a.txt", "a.txt")
-    archive = find_source_files(str(tmp_path / "a.zip"), (".zip",), follow_links=False, needs_digest=True)
+    archive = find_source_files(str(tmp_path / "a.zip"), (".zip",), follow_links=False)
     opened = open_archives(archive)
     assert "1 texts in a.zip are too large or not UTF-8 (a.txt)" in opened.messages
     (sample,) = samples_of(opened)

@@ -217,7 +217,7 @@ class CaptionServer:
         text, tokens, is_cut = request.only or "", (0, 0), False
         if request.image is not None:
             beams = 1 if request.temperature else self.num_beams
-            decoding = self.captioner.decoding(beams, request.question)
+            decoding = self.captioner.decoding(beams, request.prompt[2])
             decoding = replace(decoding, temperature=request.temperature, top_p=request.top_p)
             loop = asyncio.get_running_loop()
             pixels_CHW = await loop.run_in_executor(self.readers, self.captioner.prepare, request.image)
