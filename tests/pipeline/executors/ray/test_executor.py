@@ -22,7 +22,7 @@ from tests.hub import datasets
 
 def map_here(count: int, work: Callable[[int], Any], *_: Any) -> list[Any]:
     """Apply a function to every index below `count`, after it was pickled as for a worker."""
-    work = cloudpickle.loads(cloudpickle.dumps(work))
+    work = cloudpickle.loads(cloudpickle.dumps(work))  # type: ignore[no-untyped-call]
     with work if isinstance(work, AbstractContextManager) else nullcontext():
         return [work(index) for index in range(count)]
 
