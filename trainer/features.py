@@ -30,14 +30,12 @@ from trainer.model.encoder import Encoder
 from trainer.runtime.devices import autocast
 
 BATCH_IMAGES = 64
+READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 SAVE_EVERY_S = 1.0  # each save of states waits for the disk twice
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
 SPARE_BYTES = 1_000_000_000  # must stay free on the disk
 REPORTED_BYTES = 100_000_000  # for larger builds, the size is reported and the free space checked
-
-
-_DECODERS = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +77,8 @@ class OnlineFeatures:
 
     def load(self, examples: Sequence[Example]) -> Tensor:
         """Decode and preprocess images in threads. Returns (B, 3, H, W)."""
-        pixels = _DECODERS.map(lambda example: self.encoder.pixels([example.open()]), examples)
-        pixels_BCHW = torch.cat(list(pixels))
+        with ThreadPoolExecutor(READERS) as pool:
+            pixels_BCHW = torch.cat(list(pool.map(lambda e: self.encoder.pixels([e.open()]), examples)))
         return pixels_BCHW.pin_memory() if torch.cuda.is_available() else pixels_BCHW
 
     def states(self, loaded: Tensor, device: torch.device) -> Tensor:
