@@ -181,7 +181,7 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
     if is_single.all():
         return image_pairs
     deck_pairs = _near_decks(near, owners, np.flatnonzero(~is_single & (first != second)), num_pages)
-    return NearPairs(*(np.concatenate(parts) for parts in zip(image_pairs, deck_pairs, strict=True)))
+    return NearPairs(*(np.concatenate(parts) for parts in zip(*[image_pairs, deck_pairs], strict=True)))
 
 
 def _near_decks(near: NearPairs, owners: Rows, pairs: Rows, num_pages: Rows) -> NearPairs:
