@@ -115,8 +115,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse aliases: a file of 500 bytes may repeat a value billions of times."""
         if self.check_event(yaml.AliasEvent):
-            place = self.peek_event().start_mark
-            raise ConfigError(f"{place.name}, line {place.line + 1}: an alias", hint="repeat the value")
+            raise ConfigError(f"{self.name} has an alias (*NAME)", hint="repeat the value")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001

@@ -1,6 +1,6 @@
 """Near-duplicate images: choose which to keep, and group images that must be in the same split.
 
-Images are compared by their 256-bit PDQ hashes (images/decode.py). Photos at most 20 bits apart are copies of
+Images are compared by their 256-bit PDQ hashes (images/decode.py). Photos at most 24 bits apart are copies of
 one photo. Up to 70 bits, one may be a crop of the other, or have a frame. Distinct photos are 88 or more bits
 apart (docs/measurements.md). The same limits hold for mirrored photos. Slides and charts are never rejected
 as copies, because two charts that differ in one number look the same.
@@ -22,11 +22,13 @@ from pipeline.tables import IMAGE_GROUPS, SPLIT_RANK
 HASH_BITS = 256
 WORD_BITS = 64
 WORDS = HASH_BITS // WORD_BITS
-# Recompressed, halved, brightened and gray copies are at most this far apart (docs/measurements.md).
-MAX_COPY_BITS = 20
+# Recompressed, halved, brightened, gray and mirrored copies are at most this far apart
+# (docs/measurements.md).
+MAX_COPY_BITS = 24
 # A PDQ bit states whether one of 16 x 16 DCT coefficients is above their median, which is near 0. Mirroring
 # an image negates the coefficients in odd columns, which flips their bits. In each of 29 photos, at most
-# 20 bits broke this rule. Rows of hashes hold these bits in their first two words.
+# 22 bits broke this rule, also after JPEG of quality 75 and at half size. Rows of hashes hold the flipped
+# bits in their first two words.
 MIRRORED_WORDS = 2
 BIT_ORDER = [*range(1, HASH_BITS, 2), *range(0, HASH_BITS, 2)]
 
@@ -179,7 +181,7 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
     if is_single.all():
         return image_pairs
     deck_pairs = _near_decks(near, owners, np.flatnonzero(~is_single & (first != second)), num_pages)
-    return NearPairs(*(np.concatenate(parts) for parts in zip(image_pairs, deck_pairs, strict=True)))
+    return NearPairs(*(np.concatenate(parts) for parts in zip(*[image_pairs, deck_pairs], strict=True)))
 
 
 def _near_decks(near: NearPairs, owners: Rows, pairs: Rows, num_pages: Rows) -> NearPairs:

@@ -29,6 +29,7 @@ REQUESTS = {  # name: (request line, headers, body, status)
     "read of another port": (MODELS, {"Origin": "http://localhost:1"}, b"", 403),
     "form": (CHAT, {"Content-Type": "application/x-www-form-urlencoded"}, b"{}", 415),
     "gzip": (CHAT, JSON | {"Content-Encoding": "gzip"}, b"{}", 400),
+    "millions of values": (CHAT, JSON, b"[" + b"[]," * 2_000_000 + b"[]]", 400),
     "unknown path": ("GET /v1/nothing", {}, b"", 404),
     "path of a file": ("GET /../../etc/passwd", {}, b"", 404),
     "other method": ("GET /v1/chat/completions", {}, b"", 405),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,10 +80,12 @@ def captions_of(text: str, path: Path) -> Source:
 
 @pytest.mark.parametrize("levels", [300, 600, 900, 20_000])
 @pytest.mark.parametrize("source_of", [folder_of, list_of, archive_of, captions_of])
-def test_deep_value_is_no_caption_or_one_error(source_of: object, levels: int, tmp_path: Path) -> None:
+def test_deep_value_is_no_caption_or_one_error(
+    source_of: Callable[[str, Path], Source], levels: int, tmp_path: Path
+) -> None:
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
     try:
-        (sample,) = samples_of(source_of(deep(levels), tmp_path))  # type: ignore[operator]
+        (sample,) = samples_of(source_of(deep(levels), tmp_path))
         assert sample.references in ((), ("A wall.",))
     except SourceError as error:
         assert levels > 600 and "nested too deeply" in str(error)

@@ -18,6 +18,7 @@ from trainer.prompts import choose_prompt
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,4};base64,", re.IGNORECASE)
 SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_QUESTION_CHARACTERS = 500
+MAX_VALUES = 100_000  # in the JSON of a request
 MAX_TEXT_CHARACTERS = 20_000
 MAX_REQUESTED_TOKENS = 1_000_000_000
 # Lower temperatures mean greedy decoding, because dividing scores by them would overflow.
@@ -57,6 +58,8 @@ def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
 
     Raises RefusedError if the request is invalid or not supported.
     """
+    if body.count(b",") + body.count(b"[") > MAX_VALUES:  # each value takes over 50 bytes of memory
+        raise RefusedError(f"the body has more than {MAX_VALUES:,} values")
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):

@@ -13,7 +13,7 @@ from pipeline.inference.budget import WINDOW_REPLIES, Budget, BudgetError, Circu
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestQueue, RequestStats
 from pipeline.inference.requests import build_requests
-from pipeline.types import Reply, SampleBatch
+from pipeline.types import Reply, Request, SampleBatch
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.clients import client_of, config_of
 from tests.plans import ask, request_plan
@@ -60,7 +60,9 @@ def test_cost_of_earlier_runs_counts_toward_max_cost() -> None:
 def test_limit_is_exceeded_by_one_request_at_most_if_replies_become_longer(
     parallel: int, limit: dict[str, Any]
 ) -> None:
-    budget, in_flight, answered = Budget(ServerConfig(price_in=0.1, price_out=1.0, **limit), 0, 0, 0.0), [], 0
+    budget = Budget(ServerConfig(price_in=0.1, price_out=1.0, **limit), 0, 0, 0.0)
+    in_flight: list[Request] = []
+    answered = 0
     sampling = dataclasses.replace(REQUEST.sampling, max_tokens=1000)
     waiting = [dataclasses.replace(REQUEST, id=str(n), sampling=sampling) for n in range(3000)]
     while not budget.is_used_up():
