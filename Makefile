@@ -61,11 +61,11 @@ experiment: .stamps/venv
 # Needs a GPU with vLLM, a network and a Hub token. Prints one page to paste into an issue.
 check-real: .stamps/venv
 	@test -n "$(REPO)" || { echo 'name a repository: make check-real REPO=ORG/NAME'; exit 2; }
-	$(BIN)/python -m benchmarks.check_real --repo $(REPO)
+	$(BIN)/python -m tests.check_real --repo $(REPO)
 
 # Needs 4 GB of disk and memory; all layers need 8 GB of disk and 15 GB of memory.
 rehearse: .stamps/venv .stamps/vllm
-	$(BIN)/python -m benchmarks.rehearse $(if $(LAYERS),--layers $(LAYERS)) $(if $(VISION_LAYERS),--vision-layers $(VISION_LAYERS))
+	$(BIN)/python -m tests.rehearse $(if $(LAYERS),--layers $(LAYERS)) $(if $(VISION_LAYERS),--vision-layers $(VISION_LAYERS))
 
 .stamps/venv: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synth needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

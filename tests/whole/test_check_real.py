@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from benchmarks.check_real import describe_run
 from pipeline.config.files import resolve
 from pipeline.doctor import Finding
 from pipeline.run import generate_dataset
 from tests.chat.server import Act, ChatServer, running_chat, task_of
+from tests.check_real import describe_run
 
 
 def test_page_states_speed_tokens_rejections_and_captions(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Run the main job on 64 photos with a real model, and print one page to paste into an issue.
 
-usage: python -m benchmarks.check_real --repo ORG/NAME [--source flickr30k] [--out check-real]
+usage: python -m tests.check_real --repo ORG/NAME [--source flickr30k] [--out check-real]
 
 The page states GPU, versions, speed, tokens, rejections by reason, and 20 captions. The version is pushed as
 a private dataset, and a captioner is trained for 50 steps.
