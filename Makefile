@@ -57,7 +57,7 @@ check-real: .stamps/venv
 
 # Needs 4 GB of disk and memory; all layers need 8 GB of disk and 15 GB of memory.
 rehearse: .stamps/venv .stamps/vllm
-	$(BIN)/python benchmarks/rehearse.py $(if $(LAYERS),--layers $(LAYERS)) $(if $(VISION_LAYERS),--vision-layers $(VISION_LAYERS))
+	$(BIN)/python -m tests.rehearse $(if $(LAYERS),--layers $(LAYERS)) $(if $(VISION_LAYERS),--vision-layers $(VISION_LAYERS))
 
 # The packages that a user needs, and datasets, with which the demo loads the version back. pip shows its progress.
 .stamps/demo: pyproject.toml

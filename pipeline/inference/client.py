@@ -46,6 +46,7 @@ MAX_REQUESTS = 1024  # in flight per server
 FAST_SECONDS, SLOW_SECONDS = 20.0, 60.0  # replies that take less or more time raise or lower the limit
 BUSY_SECONDS = 1.0  # busy answers within this time count once
 MAX_FILES = 65_536
+RESERVED_FILES = 128  # file descriptors that are not used for connections
 GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
 SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
 FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
@@ -85,12 +86,13 @@ class Concurrency:
                 self.limit = max(1, self.limit * 3 // 4)
 
 
-def raise_file_limit() -> None:
-    """Raise the limit on open files to at most MAX_FILES. Each connection needs one file."""
+def raise_file_limit() -> int:
+    """Raise the limit on open files to at most MAX_FILES, and return it. Each connection needs one file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     target = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < target:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+    return target if soft == resource.RLIM_INFINITY else max(soft, target)
 
 
 @dataclass(slots=True)
@@ -229,14 +231,15 @@ class Client:
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
         self._images = RequestImages(max_sample_pixels, pool)
         self._started = time.monotonic()
-        raise_file_limit()
+        self._connections = max(1, raise_file_limit() - RESERVED_FILES)
         batch_size = sum(launch.max_num_seqs for launch in self._launches) or None
         self._concurrency = Concurrency(len(endpoints), settings.concurrency, batch_size)
 
     @property
     def _limit(self) -> int:
         """The maximum number of requests in flight now."""
-        return min(self._concurrency.limit, self._images.max_requests(FLIGHT_BYTES))
+        max_images = self._images.max_requests(FLIGHT_BYTES)
+        return min(self._concurrency.limit, self._connections, max_images)
 
     # --- requests in flight
 

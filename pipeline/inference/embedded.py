@@ -30,7 +30,7 @@ from pipeline.types import Reply, Request, RequestSource
 
 Messages = list[dict[str, Any]]
 MAX_FLOAT32_BYTES = 1_000_000_000
-BATCH_PIXELS = 8_000_000  # of all images in a batch, whose activations then take about 1 GB
+BATCH_PIXELS = 8_000_000  # of all images in a batch, which bounds the memory of activations
 
 
 class EmbeddedEngine:

@@ -68,7 +68,7 @@ class Endpoint:
 
     @property
     def root(self) -> str:
-        """The URL without /v1, under which vLLM serves /health and /metrics."""
+        """The URL without /v1, under which vLLM serves /health."""
         return self.url.removesuffix("/v1")
 
     def error_message(self, answer: bytes) -> str:

@@ -51,6 +51,7 @@ STOP_SECONDS = 15
 MAX_TAIL_BYTES = 20_000  # size of the part at the end of the log that is searched for errors
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
 TCP_LISTEN = "0A"  # state of a listening socket in /proc/net/tcp
+SOCKET_FOLDER = "/dev/shm"  # noqa: S108  # the path of a socket has at most 107 bytes, and TMPDIR may be long
 LARGE_GPU_GIB = 40  # such a GPU needs more than one process to prepare images
 CPU_STEP_TIMEOUT_S = 3600  # vLLM's default of 300 s is too short for a large model on a small CPU
 
@@ -458,7 +459,8 @@ async def run_servers(
 
     The servers share a private folder for sockets. Raises EngineError if a server cannot be started.
     """
-    with TemporaryDirectory(prefix="synth-") as name:
+    parent = SOCKET_FOLDER if os.access(SOCKET_FOLDER, os.W_OK) else None
+    with TemporaryDirectory(prefix="synth-", dir=parent) as name:
         folder = Path(name)
         ports = free_ports(len(launches))
         addresses: list[int | Path] = [

@@ -66,7 +66,6 @@ class ChatServer:
         self.refused: list[dict[str, Any]] = []
         self.times: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
-        self.metrics = ""
         # body of the response to a probe; None: a valid reply
         self.probe_answer: bytes | None = None
         # /health answers 503, as after a crash of the engine
@@ -86,7 +85,6 @@ class ChatServer:
         if self.kind.lists_models:
             app.router.add_get(f"{self.kind.path}/models", self._models)
         app.router.add_get("/health", self._health)
-        app.router.add_get("/metrics", self._metrics)
         return app
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -104,9 +102,6 @@ class ChatServer:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=503 if self.dead else 200)
-
-    async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(text=self.metrics)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         self.headers.append({**request.headers})

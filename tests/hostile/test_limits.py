@@ -35,7 +35,6 @@ def test_concurrency_above_open_file_limit_is_reduced(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         command = [sys.executable, "-c", RUN, chat.url, str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert "72 are sent" in done.stderr
     assert "does not answer" not in done.stderr
     assert chat.max_in_flight <= 72
     assert done.stdout.startswith("400 "), done.stderr

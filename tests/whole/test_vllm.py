@@ -163,7 +163,7 @@ def test_server_enforces_schema_of_custom_task(served: str, tmp_path: Path) -> N
 
 
 def test_server_requires_key_and_reads_no_other_files(served: str) -> None:
-    model = f"teacher@{weights_revision(TINY_WEIGHTS)}"
+    model = f"tiny@{weights_revision(TINY_WEIGHTS)}"
 
     def ask(url: str, headers: dict[str, str]) -> int:
         image = {"type": "image_url", "image_url": {"url": url}}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.inference.memory import CARDS_GIB, QWEN_3B, ModelShape, memory_table, plan_memory
+from pipeline.inference.memory import CARDS_GIB, QWEN_3B, ModelShape, memory_table, needed_gib, plan_memory
 from pipeline.tasks.base import MAX_PIXELS
 
 # The published values of Qwen2.5-VL-3B-Instruct that decide its memory.
@@ -62,8 +62,12 @@ def test_context_is_shortened_to_the_cache() -> None:
     assert 4096 <= plan.model_len == plan.kv_tokens < 128_000
 
 
-def test_quantized_variants_fit_a_smaller_card() -> None:
-    lines = memory_table(QWEN_3B, MAX_PIXELS, 8192)
-    assert len(lines) == 1 + 3 * len(CARDS_GIB)
-    on_8_gib = [line for line in lines if line.split()[0] == "8"]
-    assert ["does not fit" in line for line in on_8_gib] == [True, False, False]
+def test_table_states_each_card_and_quantized_variants() -> None:
+    title, *lines = memory_table(QWEN_3B, MAX_PIXELS, 8192)
+    assert title.startswith("card  weights") and len(lines) == len(CARDS_GIB) + 2
+    assert ["does not fit" in line for line in lines] == [True, *[False] * 7]
+    assert lines[-2:] == [
+        "FP8: 4.4 GiB of weights, needs 6.5 GiB of free memory",
+        "AWQ: 3.2 GiB of weights, needs 5.25 GiB of free memory",
+    ]
+    assert needed_gib(QWEN_3B, MAX_PIXELS) == 9.25

@@ -1,6 +1,6 @@
 """Rehearse a run with the default model: its full shape, random weights, and a real vLLM server.
 
-usage: python benchmarks/rehearse.py [--layers 4] [--vision-layers 8] [--folder rehearsal] [--minutes 20]
+usage: python -m tests.rehearse [--layers 4] [--vision-layers 8] [--folder rehearsal] [--minutes 20]
 
 All tasks and checks run on four pictures of photo sizes. The texts are nonsense. The report shows whether
 replies follow their schemas, and whether images take as many tokens as computed. 4 + 8 layers need 2 GB of
@@ -32,6 +32,7 @@ from pipeline.inference.requests import RequestPlan, build_requests
 from pipeline.sources import with_source_defaults
 from pipeline.tasks import Tasks
 from pipeline.tasks.boxes import Frame, seen_size
+from tests.full_shape import LAYERS, VISION_LAYERS, WEIGHTS_BYTES, write_model
 
 ROOT = Path(__file__).parents[1]
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
