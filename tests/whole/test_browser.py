@@ -301,7 +301,9 @@ def test_exported_reviews_make_next_version(opened: Open, synth: Run, tmp_path: 
     assert len(edited) == 1 and edited[0].endswith("9 review")
     rejections = DatasetDir(tmp_path / "data" / "scenes").version().path / "about/rejections.parquet"
     assert "reviewed_not_true" in pa.parquet.read_table(rejections)["reason"].to_pylist()
-    assert "ring is not there" not in "".join(path.read_text(errors="replace") for path in new.path.iterdir())
+    assert "ring is not there" not in "".join(
+        path.read_text(errors="replace") for path in new.path.rglob("*.*")
+    )
     shown = synth("diff", "v1.0.0", "v1.0.1").stdout
     assert f"  - captions: text {removed}" in shown and "answer 9" in shown
     rerun = synth("generate", "--source", "scenes", "--limit", "24")  # a later run keeps the reviews

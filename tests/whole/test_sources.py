@@ -192,7 +192,7 @@ def test_versions_from_archive_and_list_name_no_local_place(hub: RunningHub, tmp
         assert {row["license"] for row in rows(version)} == {"cc0-1.0"}
         assert version.manifest["source"]["name"] == kind
         assert "nothing new" in synth(hub, tmp_path, *command).stderr
-        published = b"".join(path.read_bytes() for path in version.path.iterdir())
+        published = b"".join(path.read_bytes() for path in version.path.rglob("*.*"))
         for secret in (b"of-ada", b"S3CRET", str(tmp_path).encode()):
             assert secret not in published
         assert ("1 image not embedded" in done.stderr) == (kind == "list")

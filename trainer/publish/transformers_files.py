@@ -100,8 +100,8 @@ def standalone_source(name: str) -> str:
     for module, names in DEFINITIONS.items():
         for line in [line for line in source.splitlines() if line.startswith(f"from {module} import")]:
             text = (PROJECT_DIR / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-            nodes = {name: node for node in ast.parse(text).body if (name := _defined_name(node))}
-            definitions = "\n\n\n".join(_source_of(text, nodes[name]) for name in names.split() or nodes)
+            nodes = {key: node for node in ast.parse(text).body if (key := _defined_name(node))}
+            definitions = "\n\n\n".join(_source_of(text, nodes[key]) for key in names.split() or nodes)
             source = source.replace(line, f"\n{definitions}\n")
             needed_imports += NEEDED_IMPORTS.get(module, "")
     return source.replace("from typing import Any\n", f"{needed_imports}from typing import Any\n", 1)
