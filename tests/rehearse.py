@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from full_shape import LAYERS, VISION_LAYERS, WEIGHTS_BYTES, write_model
 from PIL import Image
 from tokenizers import Tokenizer
 

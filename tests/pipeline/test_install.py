@@ -63,7 +63,7 @@ def test_extras_of_hint_provide_packages_of_command(
 
 
 def test_every_hint_of_the_code_is_in_the_table() -> None:
-    hints = {EXTRAS["export"], EXTRAS["serve-captioner"]}
+    hints: set[tuple[str, ...]] = {EXTRAS["export"], EXTRAS["serve-captioner"]}
     for path in PATHS:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "install_command":
