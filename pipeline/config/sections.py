@@ -208,7 +208,7 @@ class GenerateConfig(Section):
     """
     style_prompts: StylePrompts = ()
     """Instructions of your own caption styles by name, such as `{product: "Describe the product ..."}`."""
-    caption_words: Annotated[int, Field(ge=1, le=150)] | None = None
+    caption_words: Annotated[int, Field(ge=1, le=400)] | None = None
     """Approximate number of words per caption. Null uses the length of the style."""
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
     """Sampling temperature of captions. 0 is greedy."""
@@ -368,9 +368,15 @@ class FilterConfig(Section):
     """Bounds on texts. Words are counted without openings such as "The image shows"."""
 
     min_caption_words: Annotated[int, Field(ge=1)] | None = None
-    """Minimum words of a caption. Null uses 5 for English and 3 for other languages."""
-    max_caption_words: int = Field(default=150, ge=1)
-    """Maximum words of a caption."""
+    """Minimum words of a caption. Null uses the bound of the style: 3 for `alt`, 30 for `dense`, 2 for
+    `tags`, 1 for `ocr`, and for others 5 in English and 3 in other languages.
+    """
+    max_caption_words: Annotated[int, Field(ge=1)] | None = None
+    """Maximum words of a caption. Null uses the bound of the style: 150 for `plain` and `brief`, 30 for
+    `alt`, 300 for `detailed`, 60 for `tags`, none for `ocr`, and 600 for others.
+    """
+    max_caption_characters: Annotated[int, Field(ge=1)] | None = None
+    """Maximum characters of a caption. Null uses 125 for `alt`, and no bound for others."""
     min_question_words: int = Field(default=3, ge=1)
     """Minimum words of a question."""
     max_question_words: int = Field(default=30, ge=1)
