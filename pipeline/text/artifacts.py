@@ -109,8 +109,8 @@ _CHAT = re.compile(
 )
 # Every match of _CHAT has one of these words.
 _CHAT_HINTS = """
-hope let feel anything you you'd you've your happy please i i'm i\u2019m reply respond answer return output json words
-sentence sentences characters tokens prompt instructions alt alternative caption description response buy shop
+hope let feel anything you you'd you've your happy please i i'm i\u2019m reply respond answer return output json
+words sentence sentences characters tokens prompt instructions alt alternative caption description response buy shop
 order shipping click cart lorem error request rate traceback content
 stock royalty rights shot 4k 8k conclusion summary us
 """

@@ -78,11 +78,11 @@ _ANYWHERE = (
     r"\b(?:would|will|i|we|you) need to (?:see|view|provide|upload|share) ",
     r"\bneed (?:more|additional|further) (?:context|information|details)\b",
     # an image that cannot be described
-    rf"\b{_IMAGES} (?:\w+ ){{0,3}}?{_IS} (?:just |only |simply |all )?(?:\w+ )?(?:too (?:blurry|blurred"
+    rf"\b{_IMAGES} (?:\w+ ){{0,3}}?{_IS} (?:just |only |simply )?(?:\w+ )?(?:too (?:blurry|blurred"
     rf"|dark|small"
     r"|unclear|low|distorted|pixelated|bright)|not (?:clear|visible|sharp|legible|detailed|readable) enough"
     r"|blank\b|empty\b|corrupt|unreadable|missing\b"
-    r"|(?:completely|entirely|totally|fully|solid|all|an? (?:blank|empty|solid|plain|completely|entirely)) "
+    r"|(?:completely|entirely|totally|fully|solid|an? (?:blank|empty|solid|plain|completely|entirely)) "
     r"(?:black|white|blank|dark|gr[ae]y|empty|blurred|blurry)\b(?! and| or|[ -]\w+ (?:shirt|dress)))",
     rf"\b(?:{_IMAGES}|input) (?:\w+ ){{0,2}}?{_DOES_NOT}(?: (?:seem|appear) to)? (?:contain|show|have"
     rf"|include|depict|provide"
@@ -102,10 +102,10 @@ _SAYS = re.compile("|".join(_ANYWHERE), re.IGNORECASE)
 _HINTS = """
 sorry afraid unable able apology apologies apologize apologise can can't can\u2019t cant cannot could couldn't
 couldn\u2019t won't won\u2019t don't don\u2019t doesn't doesn\u2019t didn't didn\u2019t hasn't hasn\u2019t not
-no please would impossible possible enough insufficient quality ai artificial language text assistant decline
+no please would impossible possible enough insufficient quality ai artificial language assistant decline
 failed broken missing corrupt corrupted unavailable inaccessible policy policies guidelines standards terms
-inappropriate upload attach share send provide without me rather prefer choose wish refuse need too blank
-empty completely entirely totally fully solid all withheld redacted omitted blocked nothing
+inappropriate upload attach share send provide without rather prefer choose wish refuse need too blank
+empty completely entirely totally fully solid withheld redacted omitted blocked nothing
 """
 _HINT_WORDS = frozenset(_HINTS.split())
 _ON_A_SIGN = ("afraid", "sorry", "please")
