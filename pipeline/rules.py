@@ -67,6 +67,12 @@ _ELSEWHERE = re.compile(
     r"|(?:as|previously|already) (?:described|mentioned|stated|discussed)"
     rf"|(?:first|second|third|fourth|previous) {_PICTURE}(?! frame)|{_PICTURE}s? (?:number |no\. ?)?\d+)\b"
 )
+# Every match of _ELSEWHERE has one of these words, or the number of an image.
+_ELSEWHERE_WORDS = """
+above below provided following previous preceding earlier previously already as first second third fourth
+number no 1 2 3 4 5 6
+"""
+_ELSEWHERE_HINTS = frozenset(_ELSEWHERE_WORDS.split())
 _ELSEWHERE_IN_QUESTION = re.compile(
     rf"\b(?:text (?:above|below|provided)\b{_IN_IMAGE}|(?:above|below|following|previous) (?:text|sentence)s?"
     rf"|shown (?:earlier|previously)|based (?:only )?on (?:the|this) (?:text|passage|context|information"
@@ -376,10 +382,10 @@ def _is_longer(parts: list[str], max_words: int) -> bool:
 
 def is_elsewhere(row: RuleInput) -> bool:
     """Return True if a text refers to another text or image."""
-    texts = [language.unquoted(text).lower() for text, _ in row.texts]
-    return any(map(_ELSEWHERE.search, texts)) or (
-        row.is_question and bool(_ELSEWHERE_IN_QUESTION.search(texts[0]))
-    )
+    for text, words in row.texts:
+        if not _ELSEWHERE_HINTS.isdisjoint(words) and _ELSEWHERE.search(language.unquoted(text).lower()):
+            return True
+    return row.is_question and bool(_ELSEWHERE_IN_QUESTION.search(row.main.lower()))
 
 
 def is_general(row: RuleInput) -> bool:

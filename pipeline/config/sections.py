@@ -203,8 +203,8 @@ class GenerateConfig(Section):
     """Prompts and sampling of the model."""
 
     caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)
-    """Caption styles, one request each: `plain`, `detailed`, `brief`, `alt`, `tags`, `ocr`, or your own.
-    Drawn scenes use `brief` and `detailed`.
+    """Caption styles, one request each: `plain`, `detailed`, `dense`, `brief`, `alt`, `tags`, `ocr`, or
+    your own. Drawn scenes use `brief` and `detailed`.
     """
     style_prompts: StylePrompts = ()
     """Instructions of your own caption styles by name, such as `{product: "Describe the product ..."}`."""
@@ -484,6 +484,8 @@ class BalanceConfig(Section):
     """Types with fewer questions are balanced together, as `(rare)` in the report."""
     tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None
     """MetaCLIP's p for balancing captions, such as `0.06`. Null keeps all captions."""
+    keep_best_caption: bool = True
+    """Keep at least the caption of each image that names the rarest entries."""
     entries: Path | None = None
     """Text file of entries, one per line, by which captions are balanced. Null uses the words of the captions
     and names of WordNet.

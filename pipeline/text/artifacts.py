@@ -109,10 +109,10 @@ _CHAT = re.compile(
 )
 # Every match of _CHAT has one of these words.
 _CHAT_HINTS = """
-hope let feel anything you you'd you've your happy please i i'm i\u2019m reply respond answer return output json
-words sentence sentences characters tokens prompt instructions alt alternative caption description response buy shop
-order shipping click cart lorem error request rate traceback content
-stock royalty rights shot 4k 8k conclusion summary us
+hope let free anything you you'd you've your happy please i i'm i\u2019m reply respond answer return
+output json words sentence sentences characters tokens prompt instructions alt alternative caption
+description response buy shop order shipping click cart lorem error request rate traceback content stock
+royalty rights shot 4k 8k conclusion summary reminding reminds
 """
 _CHAT_WORDS = frozenset(_CHAT_HINTS.split())
 _PLACEHOLDER = re.compile(
@@ -155,6 +155,7 @@ _NAMES_OF_ANYTHING = (
 _ANYTHING = frozenset(_NAMES_OF_ANYTHING.split())
 # A text echoes the prompt if it repeats this many consecutive words, one of which belongs to an instruction.
 ECHO_WORDS = 5
+_EXAMPLE = re.compile(r'Example: "([^"]+)"')
 _INSTRUCTING = """
 answer answers begin caption choose copy describe draw example gives json label labels list name names omit
 question questions reader reply say says sentence sentences state tags tell told what words write written
@@ -250,9 +251,12 @@ def _word_grams(words: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def prompt_grams(prompts: Iterable[str]) -> frozenset[tuple[str, ...]]:
-    """Return all sequences of ECHO_WORDS consecutive words in prompts that have a word of instructions."""
+    """Return all sequences of ECHO_WORDS consecutive words in instructions and examples of prompts."""
+    prompts = [*prompts]
     grams = {gram for prompt in prompts for gram in _word_grams(words_of(prompt))}
-    return frozenset(gram for gram in grams if not _INSTRUCTION_WORDS.isdisjoint(gram))
+    examples = [example for prompt in prompts for example in _EXAMPLE.findall(prompt)]
+    copied = {gram for example in examples for gram in _word_grams(words_of(example))}
+    return frozenset({gram for gram in grams if not _INSTRUCTION_WORDS.isdisjoint(gram)} | copied)
 
 
 def echoes_prompt(words: list[str], grams: frozenset[tuple[str, ...]]) -> bool:

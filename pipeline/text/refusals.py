@@ -95,10 +95,10 @@ _ANYWHERE = (
     r"\b(?:usage|content|safety|community) (?:polic(?:y|ies)|guidelines|standards)\b",
     r"\bwithout (?:more|further|additional) (?:context|information)\b",
 )
-_BEGINS = re.compile(rf"\s*(?:unfortunately,? )?(?:{'|'.join(_BEGINNINGS)})", re.IGNORECASE)
-_SAYS = re.compile("|".join(_ANYWHERE), re.IGNORECASE)
-# Every match of _BEGINS and _SAYS has one of these words. Few captions have them, so testing for them first
-# makes the search 9 times faster.
+_BEGINS = re.compile(rf"\s*(?:unfortunately,? )?(?:{'|'.join(_BEGINNINGS)})")
+_SAYS = re.compile("|".join(_ANYWHERE))
+# Both expect text in lower case. Every match has one of these words. Few captions have them, so testing for
+# them first makes the search 9 times faster.
 _HINTS = """
 sorry afraid unable able apology apologies apologize apologise can can't can\u2019t cant cannot could couldn't
 couldn\u2019t won't won\u2019t don't don\u2019t doesn't doesn\u2019t didn't didn\u2019t hasn't hasn\u2019t not
@@ -119,6 +119,7 @@ def is_declined(reply_text: str) -> bool:
 def is_refusal(text: str, words: Collection[str], *, is_answer: bool = False) -> bool:
     """Return whether a text is a refusal, or states that there is no image. `words` has the text's words."""
     # An answer may quote a sign, such as "Sorry, we are closed".
-    if is_answer and text.lstrip().lower().startswith(_ON_A_SIGN):
+    if _HINT_WORDS.isdisjoint(words) or (is_answer and text.lstrip().lower().startswith(_ON_A_SIGN)):
         return False
-    return not _HINT_WORDS.isdisjoint(words) and bool(_BEGINS.match(text) or _SAYS.search(text))
+    text = text.lower()
+    return bool(_BEGINS.match(text) or _SAYS.search(text))
