@@ -15,7 +15,6 @@ import pyarrow as pa
 from pipeline.config.sections import ANY_LANGUAGE, FilterConfig
 from pipeline.rules import (
     MIN_WORDS_FOR_REPETITION,
-    READING_WORDS,
     RECORD_RULES,
     RULES,
     RULES_BY_STYLE,
@@ -40,6 +39,8 @@ CACHED_TEXTS = 1 << 15
 MAX_RECORD_WORDS = 20_000
 # The share of distinct words is measured at the start of a text, since it falls with the length of any text.
 COUNTED_WORDS = 100
+# Words in the prompts of custom tasks that copy text from an image.
+_COPYING = frozenset(("copy", "read", "transcribe", "transcription", "ocr"))
 # Expects text in lower case.
 _HEDGE = re.compile(
     r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to"
@@ -80,7 +81,7 @@ def _grams_of(task: CustomTask, prompt_grams: Grams) -> Grams:
 
 def _is_own_text(task: CustomTask) -> bool:
     """Return whether a custom task asks for a text of the model's own, not for text that is in the image."""
-    return task.settings.kind == "text" and READING_WORDS.isdisjoint(words_of(task.settings.prompt))
+    return task.settings.kind == "text" and _COPYING.isdisjoint(words_of(task.settings.prompt))
 
 
 @lru_cache(64)

@@ -37,7 +37,7 @@ STYLE_BOUNDS = {
 OTHER_BOUNDS = Bounds(max_words=600)
 # Other languages may need fewer words for a caption than English ("Musta kissa nukkuu sohvalla").
 MIN_ENGLISH_WORDS, MIN_OTHER_WORDS = 5, 3
-MAX_WORDS_OF_TAG = 4
+MAX_WORDS_OF_TAG, MAX_TAGS = 4, 25
 # Mean length of sentences that are too short to begin with the same words.
 MAX_CHARACTERS_OF_STUB = 35
 # A sentence of more words than this is too long for an answer.
@@ -103,7 +103,7 @@ _SENTENCE_END = re.compile(r"[.!?]+\s+")
 _READING = (
     "say says said read reads written write writes text word words letter letters character characters sign"
 )
-READING_WORDS = frozenset([*_READING.split(), "label", "name"])
+_READING_WORDS = frozenset([*_READING.split(), "label", "name"])
 
 _IT_IS = r"(?:(?:it(?:'s| is)|that(?:'s| is)|this is|they are|i am|i'm|the \w+(?: \w+)? (?:is|are)) )?"
 _NOT_GIVEN = (
@@ -307,7 +307,7 @@ def is_other_language(row: RuleInput) -> bool:
 
 def asks_to_read(row: RuleInput) -> bool:
     """Return True if a question is about words in the image, so that any answer is possible."""
-    return not READING_WORDS.isdisjoint(row.words)
+    return not _READING_WORDS.isdisjoint(row.words)
 
 
 def _is_foreign_answer(row: RuleInput) -> bool:
@@ -370,8 +370,10 @@ def is_no_tag_list(row: RuleInput) -> bool:
     """Return True if tags are no list of distinct short tags, or if another caption is a list of keywords."""
     parts = [part.strip() for part in row.main.lower().split(",")]
     if row.style == "tags":
-        has_none = not _NO_TAGS.isdisjoint(parts)
-        return has_none or 4 * len(set(parts)) < 3 * len(parts) or _is_longer(parts, MAX_WORDS_OF_TAG)
+        is_odd = not _NO_TAGS.isdisjoint(parts) or len(parts) > MAX_TAGS or "(" in row.main
+        is_latin = row.config.language in language.LATIN
+        is_odd = is_odd or (is_latin and row.scores.non_latin_frac > row.config.max_non_latin_frac)
+        return is_odd or 4 * len(set(parts)) < 3 * len(parts) or _is_longer(parts, MAX_WORDS_OF_TAG)
     is_list = len(parts) > MAX_EQUAL_PARTS - 1 and language.FUNCTION_WORDS.isdisjoint(row.words)
     return is_list and not _is_longer(parts, MAX_WORDS_OF_TAG - 1)
 
@@ -411,7 +413,9 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "personal_answer": lambda row: row.scores.redaction_count > 0 and row.answer in PERSONAL,
     "too_short": is_too_short,
     "too_long": is_too_long,
-    "keywords": lambda row: row.is_caption and "," in row.main and is_no_tag_list(row),
+    "keywords": lambda row: (
+        row.is_caption and ("," in row.main or row.style == "tags") and is_no_tag_list(row)
+    ),
     "repetitive": is_repetitive,
     "other_language": is_other_language,
     "cut_off": lambda row: row.is_caption and artifacts.is_cut_off(row.main, row.words),

@@ -33,7 +33,9 @@ _POINTS = re.compile(
     rf"\(\s*{_NUMBER}%?\s*,(?:\s+|(?!\d{{3}}\b)){_NUMBER}%?\s*[,)]"
     rf"|\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*(?:\)\s*,\s*\(\s*\d|,\s*{_NUMBER}\s*,)"
 )
-_TOKEN = re.compile(r"<\|[^<>|]{1,40}\|>|</?s>|\[/?INST\]|\ufffd|addCriterion|bbox_2d|<image>|```")
+_TOKEN = re.compile(
+    r"<\|[^<>|]{1,40}\|>|</?s>|\[/?INST\]|\ufffd|addCriterion|bbox_2d|<image>|```|\|\s*-{3}|\\[a-z]+\{"
+)
 _UNREAD = re.compile(
     r"^\W*(?:there (?:is|are)|no) (?:no )?(?:any )?(?:\w+ )?(?:text|words?|writing|letters)\b(?! me\b)"
     r"|\btoo (?:small|blurry|blurred|dark|far|faint) to (?:be )?(?:read|made out)|\b(?:illegible"
@@ -157,8 +159,8 @@ _ANYTHING = frozenset(_NAMES_OF_ANYTHING.split())
 ECHO_WORDS = 5
 _EXAMPLE = re.compile(r'Example: "([^"]+)"')
 _INSTRUCTING = """
-answer answers begin caption choose copy describe draw example gives json label labels list name names omit
-question questions reader reply say says sentence sentences state tags tell told what words write written
+answer answers caption choose copy describe json list name names omit question questions reader reply sentence
+sentences tags words write
 """
 _INSTRUCTION_WORDS = frozenset(_INSTRUCTING.split())
 
@@ -174,7 +176,7 @@ def has_markup(text: str) -> bool:
 
 
 def has_token(text: str) -> bool:
-    """Return whether a text has template tokens or boxes, which no text on a sign has."""
+    """Return whether a text has template tokens, boxes, tables or LaTeX, which no text on a sign has."""
     return bool(_TOKEN.search(text))
 
 

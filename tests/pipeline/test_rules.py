@@ -145,10 +145,14 @@ STYLED = (
     ("tags", "kite, red kite, harbour", None),
     ("tags", "kite, kite, kite, harbour", "keywords"),
     ("tags", "kite [0.98], harbour [0.5]", "junk"),
+    ("tags", "kite (0.98), harbour (0.5)", "keywords"),
+    ("tags", "kite, 海滩, harbour", "keywords"),
+    ("tags", "kite harbour sand running dog", "keywords"),
     ("tags", "kite, a harbour with many boats in it", "keywords"),
     ("tags", "none, none", "keywords"),
     ("ocr", "EXIT", None),
     ("ocr", "SALE | 50% | *today* SALE | 50% | *today*", None),
+    ("ocr", "| Kite | 1 | | --- | --- |", "junk"),
     ("ocr", "Liberté, égalité, 出口", None),
     ("ocr", "There is text, but it is too small to be read.", "unanswerable"),
     ("ocr", "exit exit " * 40, "repetitive"),
@@ -164,7 +168,7 @@ def test_bounds_and_rules_depend_on_the_caption_style(style: str, text: str, rea
 
 def test_markup_is_rejected_in_custom_texts_unless_they_are_read_from_the_image() -> None:
     tasks = [
-        TaskConfig(name="headline", kind="text", prompt="Make a headline."),
+        TaskConfig(name="headline", kind="text", prompt="Write a headline with words for the text below."),
         TaskConfig(name="sign", kind="text", prompt="Copy all text in it."),
     ]
     texts = ("**Kites**", "Headline: kites", "Sale: 50%")
