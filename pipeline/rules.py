@@ -457,8 +457,9 @@ def _repeats_parts(text: str) -> bool:
         keys = [key for key in map(text_key, sentences) if key.count(" ") >= MIN_WORDS_OF_SENTENCE - 1]
         if len(set(keys)) < len(keys):
             return True
+    if len(sentences) > MAX_EQUAL_PARTS and len(text) < MAX_CHARACTERS_OF_STUB * len(sentences):
         starts = Counter(" ".join(key.split()[:2]) for key in map(text_key, sentences))
-        if max(starts.values()) > MAX_EQUAL_PARTS and len(text) < MAX_CHARACTERS_OF_STUB * len(sentences):
+        if max(starts.values()) > MAX_EQUAL_PARTS:
             return True
     parts = text.lower().split(", ")
     if len(parts) <= MAX_EQUAL_PARTS:

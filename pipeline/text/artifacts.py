@@ -96,9 +96,7 @@ _CHAT = re.compile(
     r"|\b(?:reply|respond|answer|return|output) (?:only |briefly |concisely )?(?:in|as|with"
     r"|using) (?:\w+ ){0,3}"
     r"(?:json|format|sentences?|words?|object|english|line|markdown|list|digits|phrase)\b|\bjson\b"
-    r"|\b(?:\d\d+|ten|fifteen|twenty|thirty) (?:words|characters|tokens)\b"
-    r"|\bin (?:one|two|three|a single|\d) (?:\w+ )?sentences?\b|\b(?:(?:the|this|my) prompt|(?:these"
-    r"|following) instructions)\b"
+    r"|\b(?:(?:the|this|my) prompt|(?:these|following) instructions)\b"
     # the reply
     r"|\balt(?:ernative)?[- ]text\b|\b(?:the|this|my|your|possible|suggested) (?:caption|alt tag)\b"
     r"|\b(?:this|my|above|following) (?:description|response|reply|answer)\b"
@@ -109,12 +107,17 @@ _CHAT = re.compile(
     r"|\b(?:buy|shop|order) now\b|\bfree shipping\b|\bclick here\b|\badd to cart\b|\blorem ipsum\b"
     r"|\b(?:internal server error|request timed out|rate limit|traceback|content (?:policy|filter|warning))\b"
 )
-# Every match of _CHAT has one of these words.
+_LENGTH = re.compile(
+    r"(?:\d\d|ten|fifteen|twenty|thirty) (?:words|characters|tokens)\b|in (?:one|two|three|a single"
+    r"|\d) (?:\w+ )?sentence"
+)
+# Every match of _CHAT has one of these words. "A sign with three words" is frequent in captions.
+_LENGTH_WORDS = frozenset(("words", "characters", "tokens", "sentence", "sentences"))
 _CHAT_HINTS = """
 hope let free anything you you'd you've your happy please i i'm i\u2019m reply respond answer return
-output json words sentence sentences characters tokens prompt instructions alt alternative caption
+output json prompt instructions alt alternative caption
 description response buy shop order shipping click cart lorem error request rate traceback content stock
-royalty rights shot 4k 8k conclusion summary reminding reminds
+royalty rights canon nikon sony iphone 4k 8k conclusion summary reminding reminds
 """
 _CHAT_WORDS = frozenset(_CHAT_HINTS.split())
 _PLACEHOLDER = re.compile(
@@ -203,6 +206,8 @@ def has_caption_label(text: str) -> bool:
 
 def is_chat(text: str, words: list[str]) -> bool:
     """Return whether a text speaks about the request, the reply, its writer or its reader."""
+    if not _LENGTH_WORDS.isdisjoint(words) and _LENGTH.search(unquoted(text).lower()):
+        return True
     if _CHAT_WORDS.isdisjoint(words):
         return False
     return bool(_CHAT.search(unquoted(text).lower().replace("\u2019", "'")))

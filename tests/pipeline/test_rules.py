@@ -119,6 +119,10 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         (("What flies? Is it red?", "a kite"), "no_single_question"),
         ("A kite flies over a bay. It is a red one. A kite flies over a bay.", "repetitive"),
         (f"{CATS}, a cat in a car, a cat at a bar.", "repetitive"),
+        (
+            " ".join(f"The cat is {word}." for word in ("big", "red", "wet", "old", "shy", "sad")),
+            "repetitive",
+        ),
         ("A red cat on a mat, a cat in a hat, a dog by a door, a cow on a bed, a pig at a bar, a hen.", None),
         ("A man holds a sign that says '出口' in red.", None),
         (("What color is the kite?", "棕色"), "other_language"),
