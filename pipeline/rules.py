@@ -97,7 +97,7 @@ _NOT_VISIBLE = re.compile(
     r"|(?:man|woman|boy|girl|person|child|dog|cat)'s (?:name|age|personality|phone number))\b"
 )
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
-_SENTENCE_END = re.compile(r"[.!?]+\s+")
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+\s+")
 
 # The answer to a question with one of these words may be in any script.
 _READING = (

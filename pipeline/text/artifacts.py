@@ -62,7 +62,7 @@ _LABEL = re.compile(
     re.IGNORECASE,
 )
 # A caption rarely begins with one or two words and a colon, and rarely has two words with a colon.
-_CAPTION_LABEL = re.compile(r"\W*[\w'-]+(?: [\w'-]+)?\s?:\s|.*?\b[A-Z]\w+:\s[^:]*\b[A-Z]\w+:\s")
+_CAPTION_LABEL = re.compile(r"\W*\w[\w'-]*(?: [\w'-]+)?\s?:\s|.*?\b[A-Z]\w+:\s[^:]*\b[A-Z]\w+:\s")
 _CHAT_START = re.compile(
     r"\s*(?:(?:sure|certainly|absolutely|of course|okay|ok|alright|great question|no problem)\b"
     r"\s*(?:thing)?\s*[!,.:;-]|as (?:you )?requested\s*[,:]"
@@ -220,10 +220,10 @@ def is_placeholder(words: list[str]) -> bool:
 
 def without_afterthoughts(text: str) -> str:
     """Cut a text before the first later paragraph that has a label or repeats an earlier sentence."""
-    paragraphs = [part for part in re.split(r"\s*\n\s*", text) if part]
+    paragraphs = [part.strip() for part in text.split("\n") if part.strip()]
     earlier: set[str] = set()
     for number, paragraph in enumerate(paragraphs):
-        keys = map(text_key, re.split(r"[.!?:]+\s+", paragraph))
+        keys = map(text_key, re.split(r"(?<![.!?:])[.!?:]+\s+", paragraph))
         sentences = {key for key in keys if key.count(" ") >= 4}
         is_label = has_label(paragraph) or paragraph.endswith(":") or is_chat(paragraph, words_of(paragraph))
         if number and (is_label or not earlier.isdisjoint(sentences)):
