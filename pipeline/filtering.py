@@ -13,7 +13,17 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config.sections import ANY_LANGUAGE, FilterConfig
-from pipeline.rules import MIN_WORDS_FOR_REPETITION, RECORD_RULES, RULES, Grams, RuleInput, Scores, Words
+from pipeline.rules import (
+    MIN_WORDS_FOR_REPETITION,
+    RECORD_RULES,
+    RULES,
+    RULES_BY_STYLE,
+    TEXT_RULES,
+    Grams,
+    RuleInput,
+    Scores,
+    Words,
+)
 from pipeline.tables import FILTERED, append_columns, require_columns, with_reason
 from pipeline.tasks import BUILT_IN, TASKS, Tasks
 from pipeline.tasks.base import texts_in
@@ -26,7 +36,11 @@ from pipeline.text.pii import redact
 
 # Cache size for judged questions and records, which repeat often.
 CACHED_TEXTS = 1 << 15
-MAX_RECORD_WORDS = 2000
+MAX_RECORD_WORDS = 20_000
+# The share of distinct words is measured at the start of a text, since it falls with the length of any text.
+COUNTED_WORDS = 100
+# Words in the prompts of custom tasks that copy text from an image.
+_COPYING = frozenset(("copy", "read", "transcribe", "transcription", "ocr"))
 # Expects text in lower case.
 _HEDGE = re.compile(
     r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to"
@@ -44,11 +58,16 @@ def filter_annotations(
     """
     require_columns(table, "text", "question", "answer")
     default = _judge(config, prompt_grams)
-    judges = {own.name: _judge(_config_of(own, config), _grams_of(own, prompt_grams)) for own in tasks.custom}
+    judges = {
+        own.name: _judge(_config_of(own, config), _grams_of(own, prompt_grams), is_text=_is_own_text(own))
+        for own in tasks.custom
+    }
     nulls = [None] * table.num_rows
     columns = [table[name].to_pylist() for name in ("text", "question", "answer")]
+    styles = table["style"].to_pylist() if "style" in table.column_names else nulls
     names, records = (table[name].to_pylist() if judges else nulls for name in ("task", "record"))
-    judged = [judges.get(name, default)(*row) for name, *row in zip(names, *columns, records, strict=True)]
+    rows = zip(names, *columns, records, styles, strict=True)
+    judged = [judges.get(name, default)(*row) for name, *row in rows]
     scores = pa.Table.from_pylist([scores._asdict() for scores, _ in judged], schema=FILTERED)
     return with_reason(append_columns(table, scores), [reason for _, reason in judged])
 
@@ -58,6 +77,11 @@ def _grams_of(task: CustomTask, prompt_grams: Grams) -> Grams:
     """Return `prompt_grams` and the n-grams of a custom task's prompt, except those of its allowed values."""
     own_grams = artifacts.prompt_grams([task.settings.prompt]) - artifacts.prompt_grams(task.allowed_texts())
     return prompt_grams | own_grams
+
+
+def _is_own_text(task: CustomTask) -> bool:
+    """Return whether a custom task asks for a text of the model's own, not for text that is in the image."""
+    return task.settings.kind == "text" and _COPYING.isdisjoint(words_of(task.settings.prompt))
 
 
 @lru_cache(64)
@@ -77,13 +101,17 @@ def _config_of(own: CustomTask, config: FilterConfig) -> FilterConfig:
 
 
 @lru_cache(32)
-def _judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., Judgement]:
-    """Return a cached function that judges (text, question, answer, record). Captions are not cached."""
+def _judge(config: FilterConfig, prompt_grams: Grams, *, is_text: bool = False) -> Callable[..., Judgement]:
+    """Return a cached function that judges a row by its columns. Captions are not cached."""
 
-    def judge(text: str | None, question: str | None, answer: str | None, record: str | None) -> Judgement:
+    def judge(
+        text: str | None, question: str | None, answer: str | None, record: str | None, style: str | None
+    ) -> Judgement:
         if record is not None:
-            return _judge_record(record, config, prompt_grams)
-        clean_text, text_redactions = _clean(text, strip=True)
+            return _judge_record(record, config, prompt_grams, is_text=is_text)
+        clean_text, text_redactions = (
+            (None, 0) if text is None else redact(strip_opening(text.strip(), is_alt=style == "alt"))
+        )
         clean_question, question_redactions = _clean(question)
         clean_answer, answer_redactions = _clean(answer)
         main = clean_text or clean_question or ""
@@ -101,14 +129,15 @@ def _judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., Judgement
         texts: tuple[tuple[str, Words], ...] = ((main, words),)
         if clean_answer:
             texts = (*texts, (clean_answer, words_of(clean_answer)))
-        row = RuleInput(scores, words, config, prompt_grams, texts)
-        return scores, next((name for name, rejects in RULES.items() if rejects(row)), None)
+        row = RuleInput(scores, words, config, prompt_grams, texts, style or "")
+        rules = RULES_BY_STYLE.get(row.style, RULES)
+        return scores, next((name for name, rejects in rules.items() if rejects(row)), None)
 
     cached = lru_cache(CACHED_TEXTS)(judge)
     return lambda text, *others: judge(text, *others) if text is not None else cached(text, *others)
 
 
-def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams) -> Judgement:
+def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams, *, is_text: bool) -> Judgement:
     """Redact a record (JSON). Return its scores, and the reason if it is rejected."""
     clean, redactions = _redact_within(json.loads(record))
     parts = list(texts_in(clean))
@@ -125,7 +154,7 @@ def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams) -> Jud
         **_measure(joined, words, config.language),
     )
     row = RuleInput(scores, words, config, prompt_grams, tuple((part, words_of(part)) for part in parts))
-    rules = {} if record == NOTHING else RECORD_RULES
+    rules = {} if record == NOTHING else TEXT_RULES if is_text else RECORD_RULES
     return scores, next((name for name, rejects in rules.items() if rejects(row)), None)
 
 
@@ -154,7 +183,7 @@ def _measure(text: str, words: Words, language_code: str | None) -> dict[str, An
     trigrams = set(zip(words, words[1:], words[2:], strict=False))
     return {
         "duplicate_trigram_frac": 1 - len(trigrams) / (len(words) - 2) if is_long else 0.0,
-        "distinct_word_frac": len(set(words)) / len(words) if is_long else 1.0,
+        "distinct_word_frac": len(set(start := words[:COUNTED_WORDS])) / len(start) if is_long else 1.0,
         "hedge_count": len(_HEDGE.findall(text.lower())),
         "language": detected,
         "language_score": score,
@@ -162,7 +191,5 @@ def _measure(text: str, words: Words, language_code: str | None) -> dict[str, An
     }
 
 
-def _clean(text: str | None, *, strip: bool = False) -> tuple[str | None, int]:
-    if text is None:
-        return None, 0
-    return redact(strip_opening(text.strip()) if strip else text.strip())
+def _clean(text: str | None) -> tuple[str | None, int]:
+    return (None, 0) if text is None else redact(text.strip())

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 from pipeline.storage.files import translate_disk_errors, write_text
 from pipeline.tasks import TASKS
-from pipeline.tasks.prompts import SYSTEM, template
+from pipeline.tasks.prompts import SYSTEM, TEXT_SYSTEM, template
 
 SETTINGS, PROMPTS, TASK_FILES = "synth.yaml", "prompts", "tasks"
 # Placeholders in the template of the settings file.
@@ -23,7 +23,7 @@ def write_project(folder: Path) -> list[Path]:
     with translate_disk_errors(folder):
         text = (files("pipeline") / SETTINGS).read_text(encoding="utf-8")
         write_text(settings, text.replace(PROMPT_DIR, str(prompts)).replace(TASK_DIR, str(tasks)))
-        for name in (SYSTEM, *(task.prompt for task in TASKS.values())):
+        for name in (SYSTEM, TEXT_SYSTEM, *(task.prompt for task in TASKS.values())):
             write_text(prompts / f"{name}.j2", template(name))
         for example in (files("prompts") / "examples").iterdir():
             write_text(tasks / example.name, example.read_text(encoding="utf-8"))

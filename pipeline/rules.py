@@ -7,6 +7,7 @@ a rejected row is the first rule that matches, so the counts by reason add up to
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 from pipeline.config.sections import FilterConfig
@@ -14,29 +15,86 @@ from pipeline.text import artifacts, language
 from pipeline.text.normalize import text_key, words_of
 from pipeline.text.refusals import is_refusal as says_refusal
 
+
+class Bounds(NamedTuple):
+    """The bounds of a caption, in words and characters. None means no bound."""
+
+    min_words: int | None = None
+    max_words: int | None = None
+    max_characters: int | None = None
+
+
+# Bounds by caption style. Other styles and human captions have OTHER_BOUNDS.
+STYLE_BOUNDS = {
+    "plain": Bounds(max_words=150),
+    "brief": Bounds(max_words=150),
+    "alt": Bounds(3, 30, 125),
+    "detailed": Bounds(max_words=300),
+    "dense": Bounds(30, 600),
+    "tags": Bounds(2, 60),
+    "ocr": Bounds(1),
+}
+OTHER_BOUNDS = Bounds(max_words=600)
 # Other languages may need fewer words for a caption than English ("Musta kissa nukkuu sohvalla").
 MIN_ENGLISH_WORDS, MIN_OTHER_WORDS = 5, 3
+MAX_WORDS_OF_TAG, MAX_TAGS = 4, 25
+# Mean length of sentences that are too short to begin with the same words.
+MAX_CHARACTERS_OF_STUB = 35
+# A sentence of more words than this is too long for an answer.
+MAX_WORDS_OF_SENTENCE_ANSWER = 5
+# Minimum detector score of an answer of few words. Names of brands often resemble another language.
+MIN_ANSWER_SCORE = 0.8
 # Minimum detector score for telling close languages apart.
 MIN_CLOSE_SCORE = 0.9
 MIN_WORDS_FOR_REPETITION = 12
 # Shorter sentences may occur more than once.
 MIN_WORDS_OF_SENTENCE = 4
+# The same share of a text that was read from the image.
+MAX_DUPLICATE_FRAC_OF_READ_TEXT = 0.7
+_NO_TAGS = frozenset(("none", "n/a", "no tags", "unknown", "etc", ""))
 # Maximum number of equal parts in a list such as "a cat on the left, a cat on the right, ...".
 MAX_EQUAL_PARTS = 5
 
 # "The text above the door" refers to text in the image, not in the prompt.
-_IN_IMAGE = r"(?!\s+(?:the|an?|his|her|its|their|this|that|it)\b)"
-# Matches references to other texts, conversation turns or layouts. Expects text in lower case.
+_IN_IMAGE = r"(?!\s+(?:the|an?|his|her|its|their|this|that|it|them|him|each)\b)"
+_PICTURE = r"(?:image|picture|photo(?:graph)?)"
+# Match references to other texts, images, conversation turns or layouts. Expect text in lower case.
 _ELSEWHERE = re.compile(
-    rf"\b(?:(?:image|picture|photo|text|passage|example)s? (?:above|below|provided)\b{_IN_IMAGE}"
-    r"|(?:above|below|following|previous|preceding) (?:image|picture|photo|text|passage|caption)s?"
-    r"|(?:above|below|following|previous|preceding) (?:description|sentence)s?"
-    r"|(?:above|previous|preceding) (?:question|answer)s?"
-    r"|(?:mentioned|described|stated|listed|provided) (?:above|below|earlier|previously)"
-    r"|shown (?:earlier|previously)"
+    rf"\b(?:(?:{_PICTURE}|passage|example)s? (?:above|below|provided)\b{_IN_IMAGE}"
+    rf"|(?:above|below|following|previous|preceding) (?:{_PICTURE}|passage|caption|description|question"
+    rf"|answer)s?"
+    r"|(?:mentioned|described|stated|listed|provided|discussed) (?:above|below|earlier|previously)"
+    r"|(?:as|previously|already) (?:described|mentioned|stated|discussed)"
+    rf"|(?:first|second|third|fourth|previous) {_PICTURE}(?! frame)|{_PICTURE}s? (?:number |no\. ?)?\d+)\b"
+)
+# Every match of _ELSEWHERE has one of these words, or the number of an image.
+_ELSEWHERE_WORDS = """
+above below provided following previous preceding earlier previously already as first second third fourth
+number no 1 2 3 4 5 6
+"""
+_ELSEWHERE_HINTS = frozenset(_ELSEWHERE_WORDS.split())
+_ELSEWHERE_IN_QUESTION = re.compile(
+    rf"\b(?:text (?:above|below|provided)\b{_IN_IMAGE}|(?:above|below|following|previous) (?:text|sentence)s?"
+    rf"|shown (?:earlier|previously)|based (?:only )?on (?:the|this) (?:text|passage|context|information"
+    rf"|{_PICTURE})"
     r"|according to the (?:passage|caption|description|prompt|text\b(?! (?:in|on|at|of|above|below)\b))"
     r"|in the (?:caption|description|prompt)|(?:does|do|did) the (?:caption|description|prompt)s?"
-    r"|what is the main (?:subject|topic|focus|theme) of (?:the|this) (?:image|picture|photo(?:graph)?))\b"
+    r"|which (?:option|choice|statement|of the following)|options? [a-d1-4]|true or false"
+    r"|(?:last|next|other|left|right) (?:image|photo|slide))\b"
+)
+# Questions that fit any image, and questions about what an image cannot show. Expect text in lower case.
+_GENERAL_QUESTION = re.compile(
+    rf"what (?:(?:is|are|can be) (?:being )?(?:shown|seen|visible|depicted|displayed|described) in|(?:does"
+    rf"|do|is|are)) "
+    rf"(?:the|this) (?:given |provided )?(?:{_PICTURE}|scene)"
+    r"(?: (?:show|depict|contain|about|of|represent|portray|feature))?\?"
+    rf"|(?:can you |please )?(?:describe|caption) (?:the|this) (?:{_PICTURE}|scene)"
+    rf"|what is the main (?:subject|topic|theme) of (?:the|this) {_PICTURE}"
+)
+_NOT_VISIBLE = re.compile(
+    rf"\b(?:(?:is|are) \w+(?: \w+)? thinking|(?:happens?|happened|happen) next|make you feel"
+    rf"|(?:mood|atmosphere) of (?:the|this) (?:{_PICTURE}|scene)|do you feel"
+    r"|(?:man|woman|boy|girl|person|child|dog|cat)'s (?:name|age|personality|phone number))\b"
 )
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 _SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++\s+")
@@ -49,8 +107,10 @@ _READING_WORDS = frozenset([*_READING.split(), "label", "name"])
 
 _IT_IS = r"(?:(?:it(?:'s| is)|that(?:'s| is)|this is|they are|i am|i'm|the \w+(?: \w+)? (?:is|are)) )?"
 _NOT_GIVEN = (
-    r"visible|shown|specified|given|clear|clearly|sure|enough|known|possible|available|mentioned|provided|stated|legible"
-    r"|readable|discernible|determinable|determined|identifiable|certain|able|applicable|answerable|pictured|depicted"
+    r"visible|shown|specified|given|clear|clearly|sure|enough|known|possible|available|mentioned|provided"
+    r"|stated|legible"
+    r"|readable|discernible|determinable|determined|identifiable|certain|able|applicable|answerable"
+    r"|pictured|depicted"
     r"|indicated|in (?:the )?(?:image|picture|photo|view)"
 )
 _WHO = r"(?:i |we |you |one )?"
@@ -65,7 +125,8 @@ _TELL = (
 _NAMES = r"(?:clock|text|sign|name|label|number|brand|date|logo|image|people|person)"
 # Matches the beginning of answers that say nothing.
 _SAYS_NOTHING = (
-    r"(?:unknown|unclear|uncertain|unsure|undetermined|undeterminable|indetermina(?:te|ble)|unidentifi(?:ed|able))\b",
+    r"(?:unknown|unclear|uncertain|unsure|undetermined|undeterminable|indetermina(?:te|ble)|unidentifi(?:ed"
+    r"|able))\b",
     r"(?:unspecified|unreadable|illegible|unanswerable|inconclusive|idk|n/?a|insufficient|nobody knows)\b",
     r"none of the (?:above|options)\b",
     r"(?:n\.a\.|null$|cannot$|not$)",
@@ -77,14 +138,39 @@ _SAYS_NOTHING = (
     r"too (?:blurry|blurred|unclear|fuzzy|faint)\b|too (?:small|dark|far|distant|low)(?: away)? to\b",
 )
 _NO_ANSWER = re.compile(rf"\W*{_IT_IS}(?:{'|'.join(_SAYS_NOTHING)})", re.IGNORECASE)
+# Matches such words anywhere in an answer, as in "age unknown" and "brand not shown in the image".
+_NOT_KNOWN = re.compile(
+    rf"\bnot (?:{_NOT_GIVEN})\b(?! for\b)|\b(?:cannot|can't|can not) (?:be )?(?:really |clearly )?"
+    r"(?:determined?|tell|told|identif(?:y|ied)|seen?|read|discern(?:ed)?|confirm(?:ed)?|inferred?)\b"
+    r"|\b(?:un(?:known|clear|identified|identifiable|specified|determined|readable)|illegible|indeterminate"
+    r"|(?:impossible|difficult|hard) to (?:tell|say|determine|see|identify|read))\b",
+    re.IGNORECASE,
+)
 _NO_WORDS = re.compile(r"[\W_]*")
+_ASKING = r"what|where|who|which|how|why|when|whose"
 _ANOTHER_QUESTION = re.compile(
-    r"\?\s+(?:what|where|who|which|how|why|when|is|are|do|does|can)\b.*\?", re.IGNORECASE
+    rf"\?\s+(?:(?:and|so|if so|also),? |(?:{_ASKING}|is|are|do|does|can)\b).*\?"
+    rf"|,? and (?:(?:{_ASKING}) (?!(?:other|else)\b)|why\?)",
+    re.IGNORECASE,
+)
+_WH_QUESTION = re.compile(rf"\s*(?:{_ASKING})\b", re.IGNORECASE)
+_HOW_MANY = re.compile(r"\b(?:how many|(?:what is|what's|count) the (?:total )?number of)\b", re.IGNORECASE)
+_NUMBER_WORDS = (
+    r"zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh"
+    r"|nine)teen"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty(?:[- ]\w+)?|(?:a |one )?(?:hundred|thousand|dozen)s?"
+    r"|none|no|nobody"
+    r"|both|half|once|twice"
+)
+_COUNT = re.compile(rf"\W*(?:\d[\d.,]*\+?|{_NUMBER_WORDS})(?: [\w-]+)?\W*", re.IGNORECASE)
+_SENTENCE_START = re.compile(r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b", re.IGNORECASE)
+_NAMING_WORDS = frozenset(
+    ("brand", "company", "make", "maker", "model", "logo", "kind", "type", "store", "restaurant", "team")
 )
 _CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.{0,300}\(?\b[B-Db-d2-4][).]\s")
+_OFFERS_ANSWER = re.compile(r"\bor (?:something|anything|someone) else\b", re.IGNORECASE)
 _ARTICLES = frozenset(("a", "an", "the", "some"))
-# The question "How many sheep?" contains the answer "many", but does not give it away.
-_AFTER_HOW = frozenset(("many", "much", "far", "old", "long", "big", "tall", "often"))
+_FILLERS = frozenset(("in", "color", "colored", "colour", "coloured", "of", "to"))
 
 Words = list[str]
 Grams = frozenset[tuple[str, ...]]
@@ -113,7 +199,7 @@ class Scores(NamedTuple):
 
 
 class RuleInput(NamedTuple):
-    """The input of a rule: an annotation with its scores, and the settings of the filter.
+    """The input of a rule: an annotation with its scores and caption style, and the settings of the filter.
 
     `words` has the words of the caption or question. `texts` has every text with its words. `prompt_grams`
     has word n-grams from the prompts.
@@ -124,6 +210,12 @@ class RuleInput(NamedTuple):
     config: FilterConfig
     prompt_grams: Grams
     texts: tuple[tuple[str, Words], ...]
+    style: str = ""
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds of a caption of this style."""
+        return STYLE_BOUNDS.get(self.style or "plain", OTHER_BOUNDS)
 
     @property
     def main(self) -> str:
@@ -155,19 +247,34 @@ def is_too_short(row: RuleInput) -> bool:
     """Return True if a caption or question has too few words."""
     min_words = row.config.min_question_words if row.is_question else row.config.min_caption_words
     if min_words is None:
-        min_words = MIN_ENGLISH_WORDS if row.config.language in ("en", None) else MIN_OTHER_WORDS
+        default = MIN_ENGLISH_WORDS if row.config.language in ("en", None) else MIN_OTHER_WORDS
+        min_words = row.bounds.min_words or default
     return row.scores.word_count < min_words
 
 
 def is_too_long(row: RuleInput) -> bool:
-    """Return True if a caption, question or answer has too many words, often due to repetition."""
-    max_words = row.config.max_question_words if row.is_question else row.config.max_caption_words
-    return row.scores.word_count > max_words or row.scores.answer_word_count > row.config.max_answer_words
+    """Return True if a caption, question or answer has too many words or characters."""
+    if row.is_question:
+        answer, answer_words = row.answer or "", row.scores.answer_word_count
+        is_sentence = answer_words > MAX_WORDS_OF_SENTENCE_ANSWER and _SENTENCE_START.match(answer)
+        return (
+            row.scores.word_count > row.config.max_question_words
+            or answer_words > row.config.max_answer_words
+            or bool(is_sentence and answer.endswith("."))
+        )
+    max_words = row.config.max_caption_words or row.bounds.max_words
+    max_characters = row.config.max_caption_characters or row.bounds.max_characters
+    return bool(
+        (max_words and row.scores.word_count > max_words)
+        or (max_characters and len(row.main) > max_characters)
+    )
 
 
 def is_repetitive(row: RuleInput) -> bool:
     """Return True if words, sentences or characters repeat too often."""
     scores, config = row.scores, row.config
+    if row.style == "ocr":  # text on packages and signs repeats
+        return artifacts.has_run(row.main) or scores.duplicate_trigram_frac > MAX_DUPLICATE_FRAC_OF_READ_TEXT
     return (
         scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
         or scores.distinct_word_frac < config.min_distinct_word_frac
@@ -182,9 +289,11 @@ def is_other_language(row: RuleInput) -> bool:
     if config.language is None:
         return False
     if config.language in language.LATIN:
-        asks_to_read = not _READING_WORDS.isdisjoint(row.words)
-        answer_frac = 0.0 if asks_to_read else language.non_latin_frac(row.answer or "")
+        is_read = asks_to_read(row)
+        answer_frac = 0.0 if is_read else language.non_latin_frac(row.answer or "")
         if max(scores.non_latin_frac, answer_frac) > config.max_non_latin_frac:
+            return True
+        if row.answer and not is_read and config.language == "en" and _is_foreign_answer(row):
             return True
     if scores.language in (None, config.language):
         return False
@@ -196,12 +305,30 @@ def is_other_language(row: RuleInput) -> bool:
     return scores.language_score >= (max(MIN_CLOSE_SCORE, min_score) if is_close else min_score)
 
 
+def asks_to_read(row: RuleInput) -> bool:
+    """Return True if a question is about words in the image, so that any answer is possible."""
+    return not _READING_WORDS.isdisjoint(row.words)
+
+
+def _is_foreign_answer(row: RuleInput) -> bool:
+    """Return True if no word of an answer is English, and the detector is sure of another language."""
+    answer, words = row.texts[1]
+    if not _NAMING_WORDS.isdisjoint(row.words) or not answer.replace(" ", "").rstrip(".").isalpha():
+        return False
+    return answer.islower() and language.detect_short(answer, words) >= MIN_ANSWER_SCORE
+
+
 def says_nothing(answer: str) -> bool:
-    """Return True if an answer has no word, or begins like "not visible" or "There is no clock".
+    """Return True if an answer has no word, begins like "There is no clock", or contains "not visible".
 
     "No" and "nothing" are valid answers.
     """
-    return bool(_NO_WORDS.fullmatch(answer) or _NO_ANSWER.match(answer))
+    return bool(_NO_WORDS.fullmatch(answer) or _NO_ANSWER.match(answer) or _NOT_KNOWN.search(answer))
+
+
+def is_no_count(question: str, answer: str) -> bool:
+    """Return True if the answer to "How many?" is anything but one number."""
+    return bool(_HOW_MANY.search(question)) and not _COUNT.fullmatch(answer)
 
 
 def is_one_question(question: str) -> bool:
@@ -210,18 +337,20 @@ def is_one_question(question: str) -> bool:
 
 
 def gives_answer_away(question: str, answer: str) -> bool:
-    """Return True if a question contains its answer, ignoring articles and plural endings.
+    """Return True if a question contains its answer, ignoring articles, "in color" and plural endings.
 
-    Alternatives ("red or blue?"), numbers and letters are allowed, since a question may have to name them.
+    Alternatives ("red or blue?"), numbers, letters and words after "how" are allowed, since a question may
+    have to name them.
     """
     asked = words_of(question)
     answer_words = [word for word in words_of(answer) if word not in _ARTICLES]
-    if not answer_words or "or" in asked:
+    answer_words = [word for word in answer_words if word not in _FILLERS] or answer_words
+    if not answer_words or ("or" in asked and not _OFFERS_ANSWER.search(question)):
         return False
     if len(answer_words) == 1:
         (word,) = answer_words
-        is_count = word in _AFTER_HOW and "how" in asked
-        if len(word) < 2 or word.isdigit() or word in ("yes", "no") or is_count:
+        is_after_how = ("how", word) in pairwise(asked)
+        if len(word) < 2 or word.isdigit() or word in ("yes", "no", "both") or is_after_how:
             return False
     stems = [_stem(word) for word in asked if word not in _ARTICLES]
     wanted = [_stem(word) for word in answer_words]
@@ -237,30 +366,88 @@ def _stem(word: str) -> str:
     return word.removesuffix("e") if len(word) > 4 else word
 
 
+def is_no_tag_list(row: RuleInput) -> bool:
+    """Return True if tags are no list of distinct short tags, or if another caption is a list of keywords."""
+    parts = [part.strip() for part in row.main.lower().split(",")]
+    if row.style == "tags":
+        is_odd = not _NO_TAGS.isdisjoint(parts) or len(parts) > MAX_TAGS or "(" in row.main
+        is_latin = row.config.language in language.LATIN
+        is_odd = is_odd or (is_latin and row.scores.non_latin_frac > row.config.max_non_latin_frac)
+        return is_odd or 4 * len(set(parts)) < 3 * len(parts) or _is_longer(parts, MAX_WORDS_OF_TAG)
+    is_list = len(parts) > MAX_EQUAL_PARTS - 1 and language.FUNCTION_WORDS.isdisjoint(row.words)
+    return is_list and not _is_longer(parts, MAX_WORDS_OF_TAG - 1)
+
+
+def _is_longer(parts: list[str], max_words: int) -> bool:
+    return any(part.count(" ") >= max_words for part in parts)
+
+
+def is_elsewhere(row: RuleInput) -> bool:
+    """Return True if a text refers to another text or image."""
+    for text, words in row.texts:
+        if not _ELSEWHERE_HINTS.isdisjoint(words) and _ELSEWHERE.search(language.unquoted(text).lower()):
+            return True
+    return row.is_question and bool(_ELSEWHERE_IN_QUESTION.search(row.main.lower()))
+
+
+def is_general(row: RuleInput) -> bool:
+    """Return True if a caption or question fits nearly any image."""
+    if row.is_caption:
+        return artifacts.is_too_general(row.words)
+    return bool(_GENERAL_QUESTION.match(row.main.lower()))
+
+
 # Placeholders that replace personal data.
 PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
 RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
     "junk": lambda row: any(artifacts.has_markup(text) for text, _ in row.texts),
     "placeholder": lambda row: artifacts.is_placeholder(row.words),
-    "label": lambda row: any(artifacts.has_label(text) for text, _ in row.texts),
+    "label": lambda row: (
+        any(artifacts.has_label(text) for text, _ in row.texts)
+        or any(artifacts.is_chat(text, words) for text, words in row.texts[row.is_question :])
+        or (row.is_caption and artifacts.has_caption_label(row.main))
+    ),
     "prompt_echo": lambda row: artifacts.echoes_prompt(row.words, row.prompt_grams),
     "unanswerable": lambda row: row.answer is not None and says_nothing(row.answer),
     "personal_answer": lambda row: row.scores.redaction_count > 0 and row.answer in PERSONAL,
     "too_short": is_too_short,
     "too_long": is_too_long,
+    "keywords": lambda row: (
+        row.is_caption and ("," in row.main or row.style == "tags") and is_no_tag_list(row)
+    ),
     "repetitive": is_repetitive,
     "other_language": is_other_language,
-    "cut_off": lambda row: row.is_caption and artifacts.is_cut_off(row.main),
-    "too_general": lambda row: row.is_caption and artifacts.is_too_general(row.words),
-    "no_single_question": lambda row: not row.is_caption and not is_one_question(row.main),
-    "answer_in_question": lambda row: not row.is_caption and gives_answer_away(row.main, row.answer or ""),
-    "speaks_of_elsewhere": lambda row: any(_ELSEWHERE.search(text.lower()) for text, _ in row.texts),
+    "cut_off": lambda row: row.is_caption and artifacts.is_cut_off(row.main, row.words),
+    "too_general": is_general,
+    "not_visible": lambda row: row.is_question and bool(_NOT_VISIBLE.search(row.main.lower())),
+    "no_single_question": lambda row: row.is_question and not is_one_question(row.main),
+    "count_not_a_number": lambda row: row.is_question and is_no_count(row.main, row.answer or ""),
+    "answer_off_type": lambda row: (
+        row.answer in ("yes", "no") and bool(_WH_QUESTION.match(row.main)) and not asks_to_read(row)
+    ),
+    "answer_in_question": lambda row: row.is_question and gives_answer_away(row.main, row.answer or ""),
+    "speaks_of_elsewhere": is_elsewhere,
 }
+# The rules of captions with the text on signs, which may have any form.
+READ_TEXT_RULES = {
+    "refusal": is_refusal,
+    "junk": lambda row: artifacts.has_token(row.main),
+    "label": lambda row: artifacts.opens_chat(row.main),
+    "unanswerable": lambda row: artifacts.is_unread(row.main),
+    **{name: RULES[name] for name in ("placeholder", "too_short", "too_long", "repetitive")},
+}
+# Tags need neither sentences nor a language that can be detected.
+TAG_RULES = {
+    name: rule for name, rule in RULES.items() if name not in ("other_language", "cut_off", "repetitive")
+}
+RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
 # The rules for records of custom tasks, whose texts may be a word, a code, or the text on a sign.
 RECORD_RULES = {
     name: RULES[name] for name in ("refusal", "prompt_echo", "too_short", "too_long", "other_language")
 }
+# The rules for texts of custom tasks that do not copy text from an image.
+TEXT_RULES = {name: RULES[name] for name in ("junk", "placeholder", "label")} | RECORD_RULES
 
 
 def _repeats_parts(text: str) -> bool:
@@ -269,6 +456,10 @@ def _repeats_parts(text: str) -> bool:
     if len(sentences) > 1:
         keys = [key for key in map(text_key, sentences) if key.count(" ") >= MIN_WORDS_OF_SENTENCE - 1]
         if len(set(keys)) < len(keys):
+            return True
+    if len(sentences) > MAX_EQUAL_PARTS and len(text) < MAX_CHARACTERS_OF_STUB * len(sentences):
+        starts = Counter(" ".join(key.split()[:2]) for key in map(text_key, sentences))
+        if max(starts.values()) > MAX_EQUAL_PARTS:
             return True
     parts = text.lower().split(", ")
     if len(parts) <= MAX_EQUAL_PARTS:

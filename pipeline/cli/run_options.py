@@ -132,7 +132,7 @@ OPTIONS = (
     RunOption("--language", str, TEXTS,
         "Language of prompts and texts; other languages are rejected; any: keep all.", "filter.language",
         metavar="CODE", default="en"),
-    RunOption("--styles", str, TEXTS, "Caption styles: plain, detailed, brief, alt, tags, ocr, or your own.",
+    RunOption("--styles", str, TEXTS, "Styles: plain, detailed, dense, brief, alt, tags, ocr, or your own.",
         "generate.caption_styles", metavar="NAME,...", read=read_names, is_common=True,
         default="plain,detailed; --source scenes: brief,detailed"),
     RunOption("--words", int, TEXTS, "Approximate number of words per caption.", "generate.caption_words",

@@ -192,12 +192,12 @@ class GenerateConfig(Section):
     """Prompts and sampling of the model."""
 
     caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)
-    """Caption styles, one request each: `plain`, `detailed`, `brief`, `alt`, `tags`, `ocr`, or your own.
-    Drawn scenes use `brief` and `detailed`.
+    """Caption styles, one request each: `plain`, `detailed`, `dense`, `brief`, `alt`, `tags`, `ocr`, or
+    your own. Drawn scenes use `brief` and `detailed`.
     """
     style_prompts: StylePrompts = ()
     """Instructions of your own caption styles by name, such as `{product: "Describe the product ..."}`."""
-    caption_words: Annotated[int, Field(ge=1, le=150)] | None = None
+    caption_words: Annotated[int, Field(ge=1, le=400)] | None = None
     """Approximate number of words per caption. Null uses the length of the style."""
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
     """Sampling temperature of captions. 0 is greedy."""
@@ -357,9 +357,15 @@ class FilterConfig(Section):
     """Bounds on texts. Words are counted without openings such as "The image shows"."""
 
     min_caption_words: Annotated[int, Field(ge=1)] | None = None
-    """Minimum words of a caption. Null uses 5 for English and 3 for other languages."""
-    max_caption_words: int = Field(default=150, ge=1)
-    """Maximum words of a caption."""
+    """Minimum words of a caption. Null uses the bound of the style: 3 for `alt`, 30 for `dense`, 2 for
+    `tags`, 1 for `ocr`, and for others 5 in English and 3 in other languages.
+    """
+    max_caption_words: Annotated[int, Field(ge=1)] | None = None
+    """Maximum words of a caption. Null uses the bound of the style: 150 for `plain` and `brief`, 30 for
+    `alt`, 300 for `detailed`, 60 for `tags`, none for `ocr`, and 600 for others.
+    """
+    max_caption_characters: Annotated[int, Field(ge=1)] | None = None
+    """Maximum characters of a caption. Null uses 125 for `alt`, and no bound for others."""
     min_question_words: int = Field(default=3, ge=1)
     """Minimum words of a question."""
     max_question_words: int = Field(default=30, ge=1)
@@ -467,6 +473,8 @@ class BalanceConfig(Section):
     """Types with fewer questions are balanced together."""
     tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None
     """MetaCLIP's p for balancing captions, such as `0.06`. Null keeps all captions."""
+    keep_best_caption: bool = True
+    """Keep at least the caption of each image that names the rarest entries."""
     entries: Path | None = None
     """Text file of entries, one per line, by which captions are balanced. Null uses the words of the captions
     and names of WordNet.

@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, did_you_mean
 from pipeline.sources import find_source
 from pipeline.tasks import TASKS, Tasks, tasks_making, wire_schema
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
+from pipeline.tasks.caption import max_tokens_of
 from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR
 from pipeline.tasks.custom import CustomTask
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, prompt_texts, render
@@ -156,11 +157,14 @@ def build_requests(
         used = {"results": tuple((need, results[need]) for need in task.needs)} if task.needs else {}
         values = row | used | _values_of(sample_id, plan, task)
         temperature = task.temperature(plan.generate)
+        max_tokens = task.max_tokens
+        if task.has_styles:
+            max_tokens = max_tokens_of(style, plan.generate.caption_words, plan.generate.max_tokens)
         for number in range(plan.count_replies(task)):
             if number:
                 temperature = max(temperature, plan.generate.sample_temperature)
             try:
-                fields, shared_digest = plan.fields(task, temperature, task.max_tokens, style=style, **values)
+                fields, shared_digest = plan.fields(task, temperature, max_tokens, style=style, **values)
             except ConfigError:
                 if not task.needs:
                     raise

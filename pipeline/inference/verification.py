@@ -17,7 +17,7 @@ from pipeline.inference.requests import RequestPlan
 from pipeline.scenes.claims import Claim, extract_claims
 from pipeline.tables import RUBRIC
 from pipeline.tasks import find_broken_rule
-from pipeline.tasks.checks import ANSWER, CLAIMS, COVERS, RATE, REPAIR
+from pipeline.tasks.checks import ANSWER, BLIND, CLAIMS, COVERS, RATE, REPAIR
 from pipeline.tasks.replies import parse_reply, read_fields
 from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 from pipeline.text.vqa_answers import is_negative, normalize_answer
@@ -130,7 +130,7 @@ def read_rating(row: dict[str, Any], plan: RequestPlan, journal: Journal) -> dic
 def build_check(check: Check, sample_id: str, plan: RequestPlan) -> Request:
     """Return the request for a check. `with_images` adds the images."""
     if check.caption is None:
-        fields, shared_digest = plan.fields(ANSWER, question=check.question)
+        fields, shared_digest = plan.fields(BLIND if check.pages == () else ANSWER, question=check.question)
     else:
         fields, shared_digest = plan.fields(COVERS, question=check.question, caption=check.caption)
     image = sample_id if check.pages != () else None

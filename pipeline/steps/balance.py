@@ -6,8 +6,9 @@ are kept first. A pair is the same question about two similar images with differ
 
 Captions are balanced only if the settings ask for it, with MetaCLIP's algorithm (Xu et al., 2023): count how
 many captions mention each entry of a list, then keep each caption with a probability that depends on the
-rarest entries it mentions. The list comes from a file. By default it holds all words of the captions except
-function words, and multi-word names from WordNet. Base forms alone would miss "A waterskier performs tricks".
+rarest entries it mentions. By default, each image keeps its caption with the highest probability.
+The list comes from a file. By default it holds all words of the captions except function words, and names of
+several words from WordNet. Base forms alone would miss "A waterskier performs tricks".
 
 The result depends on ids and the seed, but not on the row order.
 """
@@ -51,7 +52,7 @@ CAPTION_TEXTS = pa.schema([ROW, *fields(STRING, "sample_id", "clean_text")])
 SAMPLE_WORDS = pa.schema({"sample_id": STRING, "words": pa.list_(STRING)})
 PAIRS = pa.schema(fields(INT64, "row", "partner"))
 LIMITS = pa.schema({"question_type": STRING, "max_count": INT64})
-CAPTIONS = pa.schema([ROW, *fields(STRING, "annotation_id"), *fields(pa.list_(pa.int32()), "entries")])
+CAPTIONS = pa.schema([ROW, *fields(STRING, *IDS), *fields(pa.list_(pa.int32()), "entries")])
 ADDS = pa.schema([*BALANCED, *fields(STRING, "reason")])
 FINDINGS = pa.schema([ROW, *ADDS])
 _SPACED = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`'\"()[]{}-/"})
@@ -213,26 +214,33 @@ def _balance_captions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: Bala
     mentions = "SELECT unnest(entries) AS entry FROM captions"
     counts = dict(db.sql(f"SELECT entry, count(*) FROM ({mentions}) GROUP BY entry").fetchall())  # noqa: S608
     threshold = count_of_tail(list(counts.values()), config.tail_frac)
-    load(db, "balanced_captions", _judge_captions(db.cursor(), counts, threshold, seed), FINDINGS)
+    load(db, "balanced_captions", _judge_captions(db.cursor(), counts, threshold, config, seed), FINDINGS)
 
 
 def _judge_captions(
-    db: duckdb.DuckDBPyConnection, counts: dict[int, int], threshold: int, seed: int
+    db: duckdb.DuckDBPyConnection, counts: dict[int, int], threshold: int, config: BalanceConfig, seed: int
 ) -> Iterator[pa.Table]:
-    for table in read(db.sql("FROM captions")):
+    """Yield findings about the captions. Captions of one sample must be adjacent."""
+    for table in whole_groups(read(db.sql("FROM captions ORDER BY row")), "sample_id", 1):
         rows = table.to_pylist()
+        best: dict[str, tuple[float, str]] = {}
         for row in rows:
             row["keep_probability"] = keep_probability([counts[entry] for entry in row["entries"]], threshold)
+            sample, rank = row["sample_id"], (row["keep_probability"], row["annotation_id"])
+            best[sample] = max(best.get(sample, rank), rank)
+        for row in rows:
+            is_best = config.keep_best_caption and best[row["sample_id"]][1] == row["annotation_id"]
             is_kept = hash_to_unit("balance", seed, row["annotation_id"]) < row["keep_probability"]
-            row["reason"] = None if is_kept else "concepts_too_common"
+            row["reason"] = None if is_kept or is_best else "concepts_too_common"
         yield pa.Table.from_pylist(rows, schema=FINDINGS)
 
 
 def _captions(rows: AllRows, entries: tuple[str, ...]) -> Iterator[pa.Table]:
-    for table in rows.batches("annotation_id", "clean_text"):
+    for table in rows.batches(*IDS, "clean_text"):
         table = table.filter(pc.is_valid(table["clean_text"]))
         mentioned = match_entries(table["clean_text"].to_pylist(), entries)
-        yield pa.table([table["row"], table["annotation_id"], mentioned], schema=CAPTIONS)
+        columns = [table[name] for name in ("row", *IDS)]
+        yield pa.table([*columns, mentioned], schema=CAPTIONS)
 
 
 def vocabulary(rows: AllRows) -> tuple[str, ...]:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config import Config
 from pipeline.config.sections import FilterConfig
 from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.filtering import filter_annotations, own_prompt_grams
+from pipeline.rules import OTHER_BOUNDS
 from pipeline.sources.exclusions import TextIndex
 from pipeline.steps.base import RowStep, Services
 from pipeline.storage.files import read_batches
@@ -44,9 +46,17 @@ def judge_texts(table: pa.Table, settings: FilterSettings) -> pa.Table:
     return filter_annotations(table, settings.bounds, own_prompt_grams(names), settings.tasks)
 
 
+def bounds_of(config: Config) -> FilterConfig:
+    """Return the settings of the filter, with room for captions as long as `--words` asks for."""
+    bounds, words = config.filter, config.generate.caption_words
+    if bounds.max_caption_words is not None or not words:
+        return bounds
+    return bounds.model_copy(update={"max_caption_words": max(OTHER_BOUNDS.max_words or 0, 2 * words)})
+
+
 STEP = RowStep(
     "filter",
-    settings=lambda plan: FilterSettings(plan.config.filter, plan.tasks),
+    settings=lambda plan: FilterSettings(bounds_of(plan.config), plan.tasks),
     reads=lambda plan: [plan.dataset.step_file("read", "exclusions")] if plan.config.exclude else (),
     prepare=find_contaminated,
     is_prepared=lambda plan: bool(plan.config.exclude),
@@ -58,6 +68,7 @@ STEP = RowStep(
         "repetitive": "raise filter.max_duplicate_trigram_frac or lower filter.min_distinct_word_frac",
         "refusal": "they look like refusals of a model: `synth report` shows them",
         "unanswerable": "ask for answers that are visible in the image: generate.prompt_dir",
+        "keywords": "ask for a sentence, or use the caption style tags",
         "answer_in_question": "change the prompt: generate.prompt_dir",
     },
 )

@@ -1,6 +1,6 @@
 """Tasks of the step `verify`, which checks annotations by further requests. Users cannot select these tasks.
 
-`answer` and `rate` show the image. `claims`, `covers` and `repair` show only text.
+`answer` and `rate` show the image. `claims`, `covers`, `repair` and blind questions show only text.
 """
 
 from typing import Annotated, Literal
@@ -58,8 +58,11 @@ class Rating(Output):
 
 
 ANSWER = Task(name="answer", output=Answer, row=Answer)
-CLAIMS = Task(name="claims", output=ClaimSet, row=ClaimProbes, rows_field="claims")
-COVERS = Task(name="covers", output=Answer, row=Answer)
+BLIND = Task(name="answer", output=Answer, row=Answer, shows_image=False)
+CLAIMS = Task(name="claims", output=ClaimSet, row=ClaimProbes, rows_field="claims", shows_image=False)
+COVERS = Task(name="covers", output=Answer, row=Answer, shows_image=False)
 RATE = Task(name="rate", output=Rating, row=Rating)
-REPAIR = Task(name="repair", output=Caption, row=Caption, tidy_row=tidy_caption)  # removes false claims
+REPAIR = Task(  # removes false claims
+    name="repair", output=Caption, row=Caption, tidy_row=tidy_caption, shows_image=False
+)
 CHECKING = (ANSWER, CLAIMS, COVERS, RATE, REPAIR)

@@ -1,7 +1,7 @@
 """Render prompts from the templates `prompts/<task>/v1.j2`. A prompt has a system text and a task text.
 
-All tasks share the system text, and the image comes between the two texts. A server's prefix cache can
-therefore reuse the system text for all images, and each image for all of its tasks.
+All requests with an image share the system text, and the image comes between the two texts. A server's prefix
+cache can therefore reuse the system text for all images, and each image for all of its tasks.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ from pipeline.types import Context
 Folders = tuple[Path, ...]  # template folders, which are searched in this order
 Results = Sequence[tuple[str, str]]  # pairs of another task's name and its result as JSON
 StyleTexts = Sequence[tuple[str, str]]  # pairs of a custom caption style's name and its prompt
-SYSTEM = "system/v1"
-STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr")
+SYSTEM, TEXT_SYSTEM = "system/v1", "system_text/v1"  # TEXT_SYSTEM is for requests without an image
+STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "dense")
 DRAWS = 24  # number of values of `draw`, which selects wordings and question types
 STYLE_TEMPLATE = '{text} Reply as {{"caption": "..."}}.\nTask: caption, {style}\n'
 MAX_PROMPT_BYTES = 1_000_000
@@ -141,7 +141,13 @@ def render(
         others = "other styles need your text (generate.style_prompts) or template (generate.prompt_dir)"
         hint = did_you_mean(style, STYLES, f"built-in styles: {', '.join(STYLES)}; {others}")
         raise ConfigError(problem, hint=hint) from None
-    return Prompt(id=_prompt_id(name, source, folders), system=template(SYSTEM, folders).strip(), text=text)
+    return Prompt(
+        _prompt_id(task, name, source, folders), template(_system_of(task), folders).strip(), text=text
+    )
+
+
+def _system_of(task: Task) -> str:
+    return SYSTEM if task.shows_image else TEXT_SYSTEM
 
 
 @cache
@@ -219,8 +225,8 @@ def _notes_block(notes: Mapping[str, str]) -> str:
     return NOTES.format(notes=joined) if joined else ""
 
 
-def _prompt_id(name: str, source: str, folders: Folders) -> str:
-    content = hashlib.sha256(f"{template(SYSTEM, folders)}\0{source}".encode()).hexdigest()
+def _prompt_id(task: Task, name: str, source: str, folders: Folders) -> str:
+    content = hashlib.sha256(f"{template(_system_of(task), folders)}\0{source}".encode()).hexdigest()
     return f"{name}@{content[:12]}"
 
 
@@ -270,8 +276,11 @@ def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
         raise ConfigError(
             f"the prompt folder {folder} does not exist", hint="correct generate.prompt_dir, or leave it out"
         )
-    known = {f"{name}.j2" for name in (SYSTEM, *(task.prompt for task in TASKS.values()))}
-    used = {f"{name}.j2" for name in (SYSTEM, *(task.prompt for task in tasks if not task.own_prompt))}
+    known = {f"{name}.j2" for name in (SYSTEM, TEXT_SYSTEM, *(task.prompt for task in TASKS.values()))}
+    used = {
+        f"{name}.j2"
+        for name in (SYSTEM, TEXT_SYSTEM, *(task.prompt for task in tasks if not task.own_prompt))
+    }
     paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*.j2")}
     if unknown := sorted(paths - known):
         hint = f"prompts must be named {', '.join(sorted(used))}"
@@ -296,10 +305,11 @@ def describe_prompts(tasks: Sequence[Task], folder: Path | None, styles: StyleTe
 
 
 def prompt_texts(tasks: Iterable[Task], folders: Folders = (), own_styles: StyleTexts = ()) -> dict[str, str]:
-    """Return the templates of tasks and custom styles by prompt id, and the system template by its name."""
+    """Return the templates of tasks and custom styles by prompt id, and the system templates by name."""
     texts = {SYSTEM: template(SYSTEM, folders)}
     for task in tasks:
+        texts |= {_system_of(task): template(_system_of(task), folders)}
         for style in (None, *(name for name, _ in own_styles if task.has_styles)):
             name, source = _source_of(task, folders, own_styles, style)
-            texts[_prompt_id(name, source, folders)] = source
+            texts[_prompt_id(task, name, source, folders)] = source
     return texts

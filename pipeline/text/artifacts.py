@@ -6,88 +6,143 @@ The rules were measured on captions by humans and models (docs/measurements.md),
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from pipeline.text.language import unquoted
+from pipeline.text.language import begins_longer_word, unquoted
 from pipeline.text.normalize import contains_any, text_key, words_of
 
 # Every match of _MARKUP has one of these characters or parts. They are rare in captions, so testing for them
 # first makes the search 10 times faster.
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;:()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]")
-_SPECIAL_PARTS = ("_", ":", "addCriterion", "oordinate")
+_SPECIAL_PARTS = ("_", ":", "--", "$$", "addCriterion", "ounding box", "oordinate", "pixel")
+_NUMBER = r"\d{1,4}(?:\.\d+)?"
 _MARKUP = re.compile(
-    # tags, template tokens, characters that change the text direction
-    r"<\|?/?[A-Za-z][^<>]{0,60}>|<\||\|>|<!--|[\u202d\u202e]"
-    r"|\[/?(?:INST|SYS|IMG|image)\]|\ufffd|addCriterion|\b(?:USER|ASSISTANT|HUMAN|SYSTEM)\s*:"
-    r"|^\s*\[(?:[Aa]n? )?(?:[Ii]mage|[Pp]hoto|[Pp]icture) of"
-    # Markdown
-    r"|```|\*\*|(?<!\w)[*_](?=\w)[^*_]+[*_](?!\w)|^\s*(?:[*\u2022|>]|\#{1,6}\s(?!\d))"
-    r"|\|[^|]*\||\]\(|!\[|\#\#"
-    # JSON, escape sequences, image URLs
-    r"|[{}]|\[\s*[\"']|[\"']\s*\]"
-    r"|\\[nrt\"'/\\u]"
-    r"|\bhttps?://\S+\.(?:jpe?g|png|webp)\b"
+    # tags, template tokens, characters that change the text direction, emoji
+    r"<\|?/?[A-Za-z][^<>]{0,60}>|<\||\|>|<!--|[\u202d\u202e\ufffd]|addCriterion"
+    r"|\b(?:USER|ASSISTANT|HUMAN|SYSTEM)\s*:|[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]"
+    # Markdown, brackets other than those of redacted data, LaTeX, escape sequences, two hashtags
+    r"|[*]{2}|(?<!\w)[*_](?=\w)[^*_]+[*_](?!\w)|^\s*(?:[*\u2022|>]|\#{1,6}\s(?!\d))|\|[^|]*\||\#\#"
+    r"|(?<!\w)`|~~|={2}|[-=]>|-{3}|\$\$|\\|\[(?!(?:email|url|iban|phone|card|illegible|sic)\])"
+    r"|\#[A-Za-z][^#]*\#[A-Za-z]"
+    # JSON, names of files and of variables
+    r"|[{}]|[A-Za-z0-9]_[A-Za-z0-9]"
     # boxes and points
-    r"|bbox_2d|[\[<]\s*\d{1,4}(?:\.\d+)?\s*,\s*\d|\bcoordinates?\s*(?:\w+\s*)?[:=]?\s*[(\[]?\s*\d"
+    rf"|\b[Bb]ounding box|bbox|<\s*{_NUMBER}\s*,\s*\d|\b[xywh]\d?\s*[=:]\s*\d|\b\d+ pixels"
+    r"|\bcoordinates?\s*(?:\w+\s*)?[:=]?\s*[(\[]?\s*\d"
 )
 _JSON_KEYS = re.compile(r"[\"']\s*[:,]\s*[\"']\s*\w+[\"']\s*:")
-_NUMBER = r"\d{1,4}(?:\.\d+)?"
-_POINTS = re.compile(rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*(?:\)\s*,\s*\(\s*\d|,\s*{_NUMBER}\s*,)")
+_POINTS = re.compile(
+    rf"\(\s*{_NUMBER}%?\s*,(?:\s+|(?!\d{{3}}\b)){_NUMBER}%?\s*[,)]"
+    rf"|\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*(?:\)\s*,\s*\(\s*\d|,\s*{_NUMBER}\s*,)"
+)
+_TOKEN = re.compile(
+    r"<\|[^<>|]{1,40}\|>|</?s>|\[/?INST\]|\ufffd|addCriterion|bbox_2d|<image>|```|\|\s*-{3}|\\[a-z]+\{"
+)
+_UNREAD = re.compile(
+    r"^\W*(?:there (?:is|are)|no) (?:no )?(?:any )?(?:\w+ )?(?:text|words?|writing|letters)\b(?! me\b)"
+    r"|\btoo (?:small|blurry|blurred|dark|far|faint) to (?:be )?(?:read|made out)|\b(?:illegible"
+    r"|unreadable)\b"
+    r"|\b(?:translated?|translation|translates to)\b|\bcannot be read\b|\bin english\b",
+    re.IGNORECASE,
+)
+_FILE_NAME = re.compile(r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg)\b", re.IGNORECASE)
 _LIST_OR_ROLE = re.compile(r"\s*(?:-\s|1[.)]\s|(?:assistant|user|system)[:\s]\s*[A-Z])")
 _NAMES = (
-    r"caption|output|answer|question|title|description|response|result|reply|summary"
-    r"|alt(?:ernative)?[ -]?text|text|scene|image|photo|picture"
+    r"caption|output|answer|question|title|description|response|result|reply|summary|headline|heading|version"
+    r"|alt(?:ernative)?(?:[ -]?text)?|text|scene|image|photo|picture|objects?|subject|tags?|keywords?|labels?"
+    r"|translation|option|analysis|observation|explanation|reasoning|thought|name|message"
 )
 _LABEL = re.compile(
-    r"^\s*(?:(?:the|a|an|my|short|brief|plain|detailed|image|photo|picture|possible|final|suggested|example)"
+    r"^\W*(?:(?:the|a|an|my|your|short|brief|plain|detailed|image|photo|picture|possible|final|suggested"
+    r"|example)"
     r"\s+){0,3}"
-    rf"(?:{_NAMES})(?:\s+(?:\d+|text|description|caption))?\s*[:=]\s*\S"
+    rf"(?:{_NAMES})(?:\s+(?:\d+|text|description|caption))?\W{{0,3}}[:=]\W*\S"
     r"|[.!?\"]\s+\(?(?:(?:image|photo|detailed|short|possible(?=\s+c))\s+)?"
     r"(?:caption|description|possible\s+prompt|answer|question|output|response|note|instruction|context"
-    r"|user|assistant|human|q|a)s?\s*\d*\s*:"
+    r"|translation|explanation|tag|keyword|user|assistant|human|q|a)s?\s*\d*\s*:"
     r"|^\s*\(?(?:note|question|instruction|context|q|a)s?\s*\d*\s*:",
     re.IGNORECASE,
 )
+# A caption rarely begins with one or two words and a colon, and rarely has two words with a colon.
+_CAPTION_LABEL = re.compile(r"\W*\w[\w'-]*(?: [\w'-]+)?\s?:\s|.*?\b[A-Z]\w+:\s[^:]*\b[A-Z]\w+:\s")
 _CHAT_START = re.compile(
     r"\s*(?:(?:sure|certainly|absolutely|of course|okay|ok|alright|great question|no problem)\b"
     r"\s*(?:thing)?\s*[!,.:;-]|as (?:you )?requested\s*[,:]"
     r"|the user (?:wants|asks|asked|requested|is asking)(?: me)?(?: for| to \w+)? (?:an?|the|this) "
     rf"(?:\w+ )?(?:{_NAMES})\b"
-    r"|(?:here(?:'s|\u2019s| is| are)|this is|below is|the following is)\s+"
-    rf"(?:(?:a|an|the|your|my|one)\s+)?(?:\w+[ -]){{0,3}}(?:{_NAMES})s?\b[^.]{{0,40}}:)",
+    r"|(?:here(?:'s|\u2019s| is| are)|th(?:is|e following|ese) (?:is|are)|below (?:is|are))\s+"
+    rf"(?:(?:a|an|the|your|my|one|some)\s+)?(?:\w+[ -]){{0,3}}(?:{_NAMES})s?\b[^.]{{0,40}}:"
+    r"|the (?:caption|tag|keyword|title|headline|answer|description|alt(?:ernative)? text)s? (?:for"
+    r"|of) (?:this|the) (?:image|picture|photo)s? (?:is|are)\b)",
     re.IGNORECASE,
 )
-_CHAT = re.compile(
-    r"[Hh]ope th(?:is|at) helps|[Ll]et me know if|[Ff]eel free to|Is there anything else|Would you like me to"
+# An instruction at the start of a text is a copied prompt.
+_INSTRUCTION = re.compile(
+    r"\s*(?:please )?(?:describe|write|generate|provide|give|create|summari[sz]e|answer|list|return|output"
+    r"|reply"
+    r"|respond|explain|identify|use)\s+(?:the|an?|this|in|as|with|only|one|all|your|me|what|to|no|exactly)\b",
+    re.IGNORECASE,
 )
-_PLACEHOLDER_NOUNS = "caption text question answer description string title image output response"
-_PLACEHOLDERS = {
-    f"{before}{noun}{after}"
-    for noun in _PLACEHOLDER_NOUNS.split()
-    for before in ("", "your ", "a ", "the ", "insert ", "insert your ", "example ")
-    for after in ("", " here", " text", " goes here")
-}
-_PLACEHOLDERS |= {
-    "null",
-    "none",
-    "nil",
-    "nan",
-    "undefined",
-    "todo",
-    "tbd",
-    "n a",
-    "na",
-    "empty",
-    "empty string",
-}
-_PLACEHOLDERS.add("placeholder")
+# Matches sentences about the reply, its writer or its reader. Expects lower case and plain apostrophes.
+_CHAT = re.compile(
+    r"hope th(?:is|at) helps|let me know|feel free to|is there anything (?:else|specific|in particular)"
+    r"|\b(?:would|do|could|can|did) you (?:like|want|need|please|provide|share|upload|tell|prefer)\b"
+    r"|\bif you(?:'d)? (?:have|need|want|would|could|can|provide|share|upload|like)\b|\bhappy to (?:help"
+    r"|assist)"
+    r"|\byou (?:have |'ve )?(?:asked|provided|uploaded|shared|requested|sent)\b"
+    r"|\byour (?:request|query|question|input|prompt|instructions)\b|\bplease (?:note|let|provide|ensure)\b"
+    r"|\bi(?:'m| am)(?: not|n't) (?:sure|certain|able)\b|\bi (?:would|can|will) (?:describe|help|suggest"
+    r"|assume)\b"
+    # the request
+    r"|\byou are (?:an? |the )?(?:\w+[ -]){0,4}(?:assistant|ai|chatbot|model|captioner|annotator|expert)\b"
+    r"|\b(?:reply|respond|answer|return|output) (?:only |briefly |concisely )?(?:in|as|with"
+    r"|using) (?:\w+ ){0,3}"
+    r"(?:json|format|sentences?|words?|object|english|line|markdown|list|digits|phrase)\b|\bjson\b"
+    r"|\b(?:(?:the|this|my) prompt|(?:these|following) instructions)\b"
+    # the reply
+    r"|\balt(?:ernative)?[- ]text\b|\b(?:the|this|my|your|possible|suggested) (?:caption|alt tag)\b"
+    r"|\b(?:this|my|above|following) (?:description|response|reply|answer)\b"
+    # advertising, talk about cameras, essays, errors of servers
+    r"|\bstock photo|\broyalty[- ]free\b|\ball rights reserved\b|\bshot (?:on|with) an? (?:canon|nikon|sony"
+    r"|iphone)\b"
+    r"|\b[48]k (?:photo|image|resolution)|\bin conclusion\b|\bin summary\b|\breminding us\b|\breminds us\b"
+    r"|\b(?:buy|shop|order) now\b|\bfree shipping\b|\bclick here\b|\badd to cart\b|\blorem ipsum\b"
+    r"|\b(?:internal server error|request timed out|rate limit|traceback|content (?:policy|filter|warning))\b"
+)
+_LENGTH = re.compile(
+    r"(?:\d\d|ten|fifteen|twenty|thirty) (?:words|characters|tokens)\b|in (?:one|two|three|a single"
+    r"|\d) (?:\w+ )?sentence"
+)
+# Every match of _CHAT has one of these words. "A sign with three words" is frequent in captions.
+_LENGTH_WORDS = frozenset(("words", "characters", "tokens", "sentence", "sentences"))
+_CHAT_HINTS = """
+hope let free anything you you'd you've your happy please i i'm i\u2019m reply respond answer return
+output json prompt instructions alt alternative caption
+description response buy shop order shipping click cart lorem error request rate traceback content stock
+royalty rights canon nikon sony iphone 4k 8k conclusion summary reminding reminds
+"""
+_CHAT_WORDS = frozenset(_CHAT_HINTS.split())
+_PLACEHOLDER = re.compile(
+    r"(?:(?:insert )?(?:your |an? |the |example |no |empty |some )?(?:image |alt )?"
+    r"(?:caption|text|question|answer|description|string|title|image|output|response|placeholder)"
+    r"(?: (?:here|text|goes here|available|provided|of the image|for the image))?"
+    r"|null|none|nil|nan|undefined|todo|tbd|n ?a|empty|unknown|not applicable|test|example)"
+)
 _RUN = re.compile(r"(\S)\1{7}|(\S\S)\2{5}")
 MIN_RUN_CHARACTERS = 16
-# The row model rejects longer texts (tasks.base.Line).
-MAX_CHARACTERS = 2000
-# Words that cannot end a sentence. They are matched only in lower case, since "Gate A" is complete.
-_NO_END = r"an?|the|and|or|(?<!front )(?<!ahead )(?<!out )of|their|its|whose|than|because|next to|on top of"
-_CUT_OFF = re.compile(rf"(?:\b(?:{_NO_END})\s*[.,]?|\u2026|\.\.\.)\s*$")
+# Words that cannot end a sentence, and words that cannot end it without a period. They are matched only in
+# lower case, since "Gate A" is complete.
+_CUT_OFF = re.compile(
+    r"(?:\b(?:an?|the|and|or|their|its|whose|than|because|next to)\s*[.,]?|\u2026|\.\.\."
+    r"|\b(?:of|with|that|which|who|is|are|was|were|while|into|from|for|at|to|as|his|my|this|these|very"
+    r"|there|has"
+    r"|have|containing|featuring|including|wearing|if|but|so|where|when|through|against|between|near"
+    r"|(?:that|which|sign|board|banner|shirt|label|text|lettering) (?:says?|reads?)\s*[\"']?))\s*$"
+)
 # Length of the longest match of _CUT_OFF, including the preceding word.
-MAX_END_CHARACTERS = 20
+MAX_END_CHARACTERS = 24
+# Texts with more words end with a full stop, a quote or a bracket unless they are cut off.
+MAX_WORDS_WITHOUT_END = 30
+_END_MARKS = ".!?\"')\u201d\u2019\u00bb"
+_LAST_WORD = re.compile(r"\s([a-z]{3,4})$")
 # Words that could describe any image.
 _GENERAL_WORDS = """
 a an the this that these those it its is are was were be been there here of in on at with and or to for from
@@ -103,13 +158,19 @@ _NAMES_OF_ANYTHING = (
     "image picture photo photograph scene something thing things object objects items elements"
 )
 _ANYTHING = frozenset(_NAMES_OF_ANYTHING.split())
-# A text echoes the prompt if it repeats this many consecutive words.
+# A text echoes the prompt if it repeats this many consecutive words, one of which belongs to an instruction.
 ECHO_WORDS = 5
+_EXAMPLE = re.compile(r'Example: "([^"]+)"')
+_INSTRUCTING = """
+answer answers caption choose copy describe json list name names omit question questions reader reply sentence
+sentences tags words write
+"""
+_INSTRUCTION_WORDS = frozenset(_INSTRUCTING.split())
 
 
 def has_markup(text: str) -> bool:
-    """Return whether a text has tags, template tokens, Markdown, JSON, escapes or coordinates."""
-    if _LIST_OR_ROLE.match(text):
+    """Return whether a text has tags, template tokens, Markdown, JSON, escapes, file names or coordinates."""
+    if _LIST_OR_ROLE.match(text) or ("." in text and _FILE_NAME.search(text)):
         return True
     if (":" in text and _JSON_KEYS.search(text)) or ("(" in text and _POINTS.search(text)):
         return True
@@ -117,27 +178,55 @@ def has_markup(text: str) -> bool:
     return bool(may_match and _MARKUP.search(unquoted(text)))
 
 
+def has_token(text: str) -> bool:
+    """Return whether a text has template tokens, boxes, tables or LaTeX, which no text on a sign has."""
+    return bool(_TOKEN.search(text))
+
+
+def is_unread(text: str) -> bool:
+    """Return whether a text that should be read from the image states that it was not, or is translated."""
+    return bool(_UNREAD.search(text))
+
+
+def opens_chat(text: str) -> bool:
+    """Return whether a text begins like "Sure! Here is ..."."""
+    return bool(_CHAT_START.match(text))
+
+
 def has_label(text: str) -> bool:
-    """Return whether a text has a label ("Caption: ...") or addresses the reader ("Sure! Here is ...")."""
+    """Return whether a text has a label, such as "Caption: ...", or begins like "Sure! Here is ..."."""
     may_match = ":" in text or "=" in text
-    return bool((may_match and _LABEL.search(text)) or _CHAT_START.match(text) or _CHAT.search(text))
+    return bool(may_match and _LABEL.search(text)) or opens_chat(text)
+
+
+def has_caption_label(text: str) -> bool:
+    """Return whether a caption begins with an instruction or any label, or consists of labeled parts."""
+    return bool((":" in text and _CAPTION_LABEL.match(text)) or _INSTRUCTION.match(text))
+
+
+def is_chat(text: str, words: list[str]) -> bool:
+    """Return whether a text speaks about the request, the reply, its writer or its reader."""
+    if not _LENGTH_WORDS.isdisjoint(words) and _LENGTH.search(unquoted(text).lower()):
+        return True
+    if _CHAT_WORDS.isdisjoint(words):
+        return False
+    return bool(_CHAT.search(unquoted(text).lower().replace("\u2019", "'")))
 
 
 def is_placeholder(words: list[str]) -> bool:
     """Return whether a text has no words, or is a placeholder from a prompt, such as "your caption here"."""
-    return not words or (len(words) <= 5 and " ".join(words) in _PLACEHOLDERS)
+    return not words or (len(words) <= 6 and bool(_PLACEHOLDER.fullmatch(" ".join(words))))
 
 
 def without_afterthoughts(text: str) -> str:
     """Cut a text before the first later paragraph that has a label or repeats an earlier sentence."""
-    if len(text) > MAX_CHARACTERS:
-        return text
-    paragraphs = [part for part in re.split(r"\s*\n\s*", text) if part]
+    paragraphs = [part.strip() for part in text.split("\n") if part.strip()]
     earlier: set[str] = set()
     for number, paragraph in enumerate(paragraphs):
-        keys = map(text_key, re.split(r"[.!?:]+\s+", paragraph))
+        keys = map(text_key, re.split(r"(?<![.!?:])[.!?:]+\s+", paragraph))
         sentences = {key for key in keys if key.count(" ") >= 4}
-        if number and (has_label(paragraph) or not earlier.isdisjoint(sentences)):
+        is_label = has_label(paragraph) or paragraph.endswith(":") or is_chat(paragraph, words_of(paragraph))
+        if number and (is_label or not earlier.isdisjoint(sentences)):
             return "\n".join(paragraphs[:number])
         earlier |= sentences
     return text
@@ -148,9 +237,15 @@ def has_run(text: str) -> bool:
     return max(map(len, text.split()), default=0) >= MIN_RUN_CHARACTERS and bool(_RUN.search(text))
 
 
-def is_cut_off(text: str) -> bool:
+def is_cut_off(text: str, words: list[str]) -> bool:
     """Return whether a caption ends in the middle of a sentence: with "a", "and", three dots or the like."""
-    return bool(_CUT_OFF.search(text, max(0, len(text.rstrip()) - MAX_END_CHARACTERS)))
+    text = text.rstrip()
+    if _CUT_OFF.search(text, max(0, len(text) - MAX_END_CHARACTERS)):
+        return True
+    if not text or text[-1] in _END_MARKS:
+        return False
+    last = _LAST_WORD.search(text, max(0, len(text) - 5))
+    return len(words) > MAX_WORDS_WITHOUT_END or bool(last and begins_longer_word(last[1]))
 
 
 def is_too_general(words: Collection[str]) -> bool:
@@ -163,8 +258,12 @@ def _word_grams(words: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def prompt_grams(prompts: Iterable[str]) -> frozenset[tuple[str, ...]]:
-    """Return all sequences of ECHO_WORDS consecutive words in prompts."""
-    return frozenset(gram for prompt in prompts for gram in _word_grams(words_of(prompt)))
+    """Return all sequences of ECHO_WORDS consecutive words in instructions and examples of prompts."""
+    prompts = [*prompts]
+    grams = {gram for prompt in prompts for gram in _word_grams(words_of(prompt))}
+    examples = [example for prompt in prompts for example in _EXAMPLE.findall(prompt)]
+    copied = {gram for example in examples for gram in _word_grams(words_of(example))}
+    return frozenset({gram for gram in grams if not _INSTRUCTION_WORDS.isdisjoint(gram)} | copied)
 
 
 def echoes_prompt(words: list[str], grams: frozenset[tuple[str, ...]]) -> bool:

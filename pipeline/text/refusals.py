@@ -32,6 +32,8 @@ _AI = (
     r"(?:ai|artificial intelligence|(?:large )?language model|(?:text|language)[ -]based"
     r"|(?:visual|virtual) assistant)"
 )
+_AM = r"['\u2019](?:m|re|d|ll)| am| are"
+_WRITTEN = r"description|caption|alt(?:ernative)? text|alt|answer|image|picture|photo|content"
 _BEGINNINGS = (
     r"(?:(?:i(?:['\u2019]m| am) |we are )?(?:(?:very |so |really )?sorry|afraid|unable|not able))\b",
     r"(?:my |our )?(?:sincere )?apolog(?:ies|y)\b|i (?:do )?apologi[sz]e\b",
@@ -41,7 +43,8 @@ _BEGINNINGS = (
     rf"please {_SEND}\b|(?:could|can|would) you (?:please )?{_SEND}\b",
     r"(?:it is|it['\u2019]s) (?:not possible|impossible) to "
     r"(?:describe|determine|tell|say|answer|see|provide|identify)\b",
-    r"no (?:image|picture|photo|caption|description)\b",
+    r"no (?:image|picture|photo|caption|description)\b|nothing (?:to describe|is visible|can be seen"
+    r"|visible)\b",
     r"(?:there is |there['\u2019]s )?(?:not enough|insufficient) (?:information|context|detail)",
     r"(?:the )?quality (?:issues|problems|of the image)\b.{0,40}\b(?:severe|poor|low|bad)",
 )
@@ -66,18 +69,43 @@ _ANYWHERE = (
     r"\bi(?:['\u2019]m| am) (?:unable|not able) to "
     r"(?:add|provide|give|offer|describe|determine|see|view|identify|create)\b",
     r"\btoo (?:blurry|blurred|dark|small|unclear) for me to\b",
+    # a writer who declines
+    rf"\b(?:i|we)(?:{_AM}| would| will| must| have to)? (?:rather not|(?:prefer|choose|wish)e? not to"
+    rf"|decline|refuse"
+    r"|(?:not|un)(?: going| willing| comfortable| allowed| permitted|able)\b)",
+    rf"\bi (?:{_CANNOT}|do not|don['\u2019]t) (?:actually |currently )?(?:{_LOOK}|see|tell|read|make out|know"
+    r"|provide|help|assist|answer|comply)\b(?! (?:it|them|him|her)\b)",
+    r"\b(?:would|will|i|we|you) need to (?:see|view|provide|upload|share) ",
+    r"\bneed (?:more|additional|further) (?:context|information|details)\b",
+    # an image that cannot be described
+    rf"\b{_IMAGES} (?:\w+ ){{0,3}}?{_IS} (?:just |only |simply )?(?:\w+ )?(?:too (?:blurry|blurred"
+    rf"|dark|small"
+    r"|unclear|low|distorted|pixelated|bright)|not (?:clear|visible|sharp|legible|detailed|readable) enough"
+    r"|blank\b|empty\b|corrupt|unreadable|missing\b"
+    r"|(?:completely|entirely|totally|fully|solid|an? (?:blank|empty|solid|plain|completely|entirely)) "
+    r"(?:black|white|blank|dark|gr[ae]y|empty|blurred|blurry)\b(?! and| or|[ -]\w+ (?:shirt|dress)))",
+    rf"\b(?:{_IMAGES}|input) (?:\w+ ){{0,2}}?{_DOES_NOT}(?: (?:seem|appear) to)? (?:contain|show|have"
+    rf"|include|depict|provide"
+    r"|offer|display) (?:any|enough|sufficient|much|clear)(?: \w+){0,2} "
+    r"(?:content|information|context|details?|objects?|elements?|subjects?|images?|data|features)\b",
+    rf"\b(?:{_WRITTEN})s? (?:is|are|was|were|has been|could|can) (?:currently )?(?:not (?:available|provided"
+    r"|be (?:generated|provided|determined|created|found))|unavailable|withheld|redacted|omitted|blocked)\b",
+    rf"\b(?:{_WRITTEN})s? (?:not available|unavailable|not provided|could not be (?:generated|created))\b",
+    r"\bnot possible to (?:describe|caption|identify)\b",
+    r"\b(?:usage|content|safety|community) (?:polic(?:y|ies)|guidelines|standards)\b",
     r"\bwithout (?:more|further|additional) (?:context|information)\b",
 )
-_BEGINS = re.compile(rf"\s*(?:unfortunately,? )?(?:{'|'.join(_BEGINNINGS)})", re.IGNORECASE)
-_SAYS = re.compile("|".join(_ANYWHERE), re.IGNORECASE)
-# Every match of _BEGINS and _SAYS has one of these words. Few captions have them, so testing for them first
-# makes the search 9 times faster.
+_BEGINS = re.compile(rf"\s*(?:unfortunately,? )?(?:{'|'.join(_BEGINNINGS)})")
+_SAYS = re.compile("|".join(_ANYWHERE))
+# Both expect text in lower case. Every match has one of these words. Few captions have them, so testing for
+# them first makes the search 9 times faster.
 _HINTS = """
 sorry afraid unable able apology apologies apologize apologise can can't can\u2019t cant cannot could couldn't
 couldn\u2019t won't won\u2019t don't don\u2019t doesn't doesn\u2019t didn't didn\u2019t hasn't hasn\u2019t not
-no please would impossible possible enough insufficient quality ai artificial language text assistant decline
-failed broken missing corrupt corrupted unavailable inaccessible policy policies guidelines terms
-inappropriate upload attach share send provide without me
+no please would impossible possible enough insufficient quality ai artificial language assistant decline
+failed broken missing corrupt corrupted unavailable inaccessible policy policies guidelines standards terms
+inappropriate upload attach share send provide without rather prefer choose wish refuse need too blank
+empty completely entirely totally fully solid withheld redacted omitted blocked nothing
 """
 _HINT_WORDS = frozenset(_HINTS.split())
 _ON_A_SIGN = ("afraid", "sorry", "please")
@@ -91,6 +119,7 @@ def is_declined(reply_text: str) -> bool:
 def is_refusal(text: str, words: Collection[str], *, is_answer: bool = False) -> bool:
     """Return whether a text is a refusal, or states that there is no image. `words` has the text's words."""
     # An answer may quote a sign, such as "Sorry, we are closed".
-    if is_answer and text.lstrip().lower().startswith(_ON_A_SIGN):
+    if _HINT_WORDS.isdisjoint(words) or (is_answer and text.lstrip().lower().startswith(_ON_A_SIGN)):
         return False
-    return not _HINT_WORDS.isdisjoint(words) and bool(_BEGINS.match(text) or _SAYS.search(text))
+    text = text.lower()
+    return bool(_BEGINS.match(text) or _SAYS.search(text))

@@ -18,7 +18,7 @@ from pipeline.tables import STRING, fields
 from pipeline.tasks import Tasks
 from tests.step_runs import numbered_table
 
-SCHEMA = pa.schema(fields(STRING, "annotation_id", "task", "text", "question", "answer", "record"))
+SCHEMA = pa.schema(fields(STRING, "annotation_id", "task", "style", "text", "question", "answer", "record"))
 GOOD = "A red kite over a grey harbour."
 CATS = "A cat on a mat, a cat in a hat, a cat by a door, a cat on a bed"
 
@@ -53,6 +53,31 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         (("Is it a cat?", "no"), None),
         ("I'm sorry, I cannot see any image here.", "refusal"),
         (("What is over the harbour?", "Unable to determine"), "refusal"),
+        ("The image is too blurry to be described.", "refusal"),
+        ("The provided image does not contain any visual content.", "refusal"),
+        ("I'd rather not describe the person in it.", "refusal"),
+        ("The image is black and white, with a kite.", None),
+        ("A kite flies over a harbour\u3002", "other_language"),
+        (("What color is the kite?", "rojo"), "other_language"),
+        (("Which brand is on the kite?", "rojo"), None),
+        ("Reply as JSON: a kite over a harbour", "label"),
+        ("Weather: a kite over a grey harbour", "label"),
+        ("kite, harbour, red kite, grey sky, boats", "keywords"),
+        (("How many kites are there?", "many"), "count_not_a_number"),
+        (("How many kites are there?", "3-4"), "count_not_a_number"),
+        (("How many kites are there?", "two kites"), None),
+        (("How much rope is there?", "a lot"), None),
+        (("What flies over the harbour?", "yes"), "answer_off_type"),
+        (("What does the sign say?", "no"), None),
+        (("What is the man thinking about?", "the sea"), "not_visible"),
+        (("What will happen next?", "rain"), "not_visible"),
+        (("What is shown in the image?", "a kite"), "too_general"),
+        (("What is shown in the window?", "a kite"), None),
+        (("In the second image, what flies?", "a kite"), "speaks_of_elsewhere"),
+        (("Which option is correct?", "B"), "speaks_of_elsewhere"),
+        ("A kite and the text above them in white.", None),
+        (("Who flies the kite?", "It is flown by a man."), "too_long"),
+        (("Who flies the kite?", "age unknown"), "unanswerable"),
         ("A kite <|im_end|> over the grey harbour", "junk"),
         (("Where is the kite?", '{"bbox_2d": [1, 2, 3, 4]}'), "junk"),
         (("How many kites are there?", "Unknown."), "unanswerable"),
@@ -94,6 +119,10 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         (("What flies? Is it red?", "a kite"), "no_single_question"),
         ("A kite flies over a bay. It is a red one. A kite flies over a bay.", "repetitive"),
         (f"{CATS}, a cat in a car, a cat at a bar.", "repetitive"),
+        (
+            " ".join(f"The cat is {word}." for word in ("big", "red", "wet", "old", "shy", "sad")),
+            "repetitive",
+        ),
         ("A red cat on a mat, a cat in a hat, a dog by a door, a cow on a bed, a pig at a bar, a hen.", None),
         ("A man holds a sign that says '出口' in red.", None),
         (("What color is the kite?", "棕色"), "other_language"),
@@ -107,6 +136,49 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
 )
 def test_text_is_kept_or_rejected_with_reason(row: str | tuple[str, str], reason: str | None) -> None:
     assert reasons(GOOD, row) == [None, reason]
+
+
+STYLED = (
+    ("alt", "A red kite", None),
+    ("alt", "Image of a red kite over a bay", None),
+    ("alt", f"A red kite {'over a wonderful harbour ' * 5}".strip(), "too_long"),
+    ("brief", "A red kite", "too_short"),
+    ("plain", "a long red kite over some harbour " * 28, "too_long"),
+    ("detailed", " ".join(f"A kite{n} flies over bay{n} by shop{n}." for n in range(40)), None),
+    ("dense", "A red kite flies over a grey harbour.", "too_short"),
+    ("tags", "kite, red kite, harbour", None),
+    ("tags", "kite, kite, kite, harbour", "keywords"),
+    ("tags", "kite [0.98], harbour [0.5]", "junk"),
+    ("tags", "kite (0.98), harbour (0.5)", "keywords"),
+    ("tags", "kite, 海滩, harbour", "keywords"),
+    ("tags", "kite harbour sand running dog", "keywords"),
+    ("tags", "kite, a harbour with many boats in it", "keywords"),
+    ("tags", "none, none", "keywords"),
+    ("ocr", "EXIT", None),
+    ("ocr", "SALE | 50% | *today* SALE | 50% | *today*", None),
+    ("ocr", "| Kite | 1 | | --- | --- |", "junk"),
+    ("ocr", "Liberté, égalité, 出口", None),
+    ("ocr", "There is text, but it is too small to be read.", "unanswerable"),
+    ("ocr", "exit exit " * 40, "repetitive"),
+    ("ocr", " ".join(map(str, range(3000))), None),
+)
+
+
+@pytest.mark.parametrize(("style", "text", "reason"), STYLED)
+def test_bounds_and_rules_depend_on_the_caption_style(style: str, text: str, reason: str | None) -> None:
+    rows = numbered_table(SCHEMA, [{"style": style, "text": text}])
+    assert filter_annotations(rows, FilterConfig())["reason"].to_pylist() == [reason]
+
+
+def test_markup_is_rejected_in_custom_texts_unless_they_are_read_from_the_image() -> None:
+    tasks = [
+        TaskConfig(name="headline", kind="text", prompt="Write a headline with words for the text below."),
+        TaskConfig(name="sign", kind="text", prompt="Copy all text in it."),
+    ]
+    texts = ("**Kites**", "Headline: kites", "Sale: 50%")
+    rows = records(*((task, text) for task in ("headline", "sign") for text in texts))
+    marked = filter_annotations(rows, FilterConfig(), tasks=Tasks(custom=tasks))
+    assert marked["reason"].to_pylist() == ["junk", "label", None, None, None, None]
 
 
 def test_clean_columns_lack_openings_and_personal_data() -> None:
@@ -170,7 +242,7 @@ def test_filter_adds_loses_or_reorders_no_row() -> None:
 
 
 def test_allowed_label_of_custom_task_is_not_a_prompt_echo() -> None:
-    label = "a dog that runs across the grass"
+    label = "a sign with words across the grass"
     prompt = f"Choose the labels that are true of this picture, such as {label}."
     tasks = [
         TaskConfig(name="tags", kind="labels", prompt=prompt, labels=(label, "none")),
@@ -218,6 +290,9 @@ def test_short_meaningful_answer_is_not_empty(answer: str) -> None:
         ("Is it big? or small?", True),
         ("What color is the dog? What is it doing?", False),
         ("What color is it? (A) brown (B) black", False),
+        ("What color is the dog? And the cat?", False),
+        ("What is on the table, and why?", False),
+        ("It is red and what other color?", True),
     ],
 )
 def test_several_questions_or_choices_are_detected(question: str, *, is_one: bool) -> None:
@@ -238,6 +313,9 @@ def test_several_questions_or_choices_are_detected(question: str, *, is_one: boo
         ("How many sheep?", "many", False),
         ("Is the dog big?", "yes", False),
         ("What is in the glass?", "gas", False),
+        ("How deep would the water be?", "deep", False),
+        ("What color is the white wall?", "white in color", True),
+        ("Is it a laptop or something else, a laptop?", "laptop", True),
         ("What is it?", "", False),
     ],
 )

@@ -158,7 +158,8 @@ def test_tail_is_kept_and_head_is_sampled_by_formula(zipf: pa.Table, entries: Pa
     share = 0.2
     before = Counter(zipf["clean_text"].to_pylist())
     threshold = count_of_tail(list(before.values()), share)
-    after = Counter(row["clean_text"] for row in balance_rows(zipf, tail_frac=share, entries=entries))
+    settings: dict[str, Any] = {"tail_frac": share, "entries": entries, "keep_best_caption": False}
+    after = Counter(row["clean_text"] for row in balance_rows(zipf, **settings))
     assert all(after[word] == count for word, count in before.items() if count <= threshold)
     head = [word for word, count in before.items() if count > 2 * threshold]
     for word in head:
@@ -170,8 +171,9 @@ def test_tail_is_kept_and_head_is_sampled_by_formula(zipf: pa.Table, entries: Pa
 
 def test_result_depends_on_seed_but_not_on_row_order(zipf: pa.Table, entries: Path) -> None:
     def ids(rows: pa.Table, seed: int = 0) -> set[str]:
-        return {row["annotation_id"] for row in balance_rows(rows, seed, tail_frac=0.1, entries=entries)}
+        return {row["annotation_id"] for row in balance_rows(rows, seed, **settings)}
 
+    settings: dict[str, Any] = {"tail_frac": 0.1, "entries": entries, "keep_best_caption": False}
     shuffled = zipf.take(random.Random(3).sample(range(zipf.num_rows), zipf.num_rows))
     assert ids(zipf) == ids(shuffled) != ids(zipf, seed=1)
     asked = table(*questions("Is there a dog?", *["yes"] * 400, *["no"] * 100))
@@ -180,7 +182,6 @@ def test_result_depends_on_seed_but_not_on_row_order(zipf: pa.Table, entries: Pa
         row["annotation_id"] for row in balance_rows(backwards)
     }
     assert balance_rows(asked) == balance_rows(asked, shards=7)
-    settings: dict[str, Any] = {"tail_frac": 0.1, "entries": entries}
     assert balance_rows(zipf, **settings) == balance_rows(zipf, shards=5, **settings)
 
 
@@ -191,10 +192,22 @@ def test_caption_with_rare_word_is_kept_without_entry_file() -> None:
         for _ in range(1000 // (number + 1))
     ]
     rare = ["A waterskier performs tricks.", "Runners competing in the Olympics.", "Elephants carry people."]
-    kept = balance_rows(captions(*common, *rare), tail_frac=0.06)
+    kept = balance_rows(captions(*common, *rare), tail_frac=0.06, keep_best_caption=False)
     assert set(rare) <= {row["clean_text"] for row in kept}
     assert len(kept) < 0.6 * len(common)
     assert {row["keep_probability"] for row in kept if row["clean_text"] in rare} == {1.0}
+
+
+def test_each_image_keeps_at_least_its_best_caption(zipf: pa.Table, entries: Path) -> None:
+    names = [f"image{number // 4}" for number in range(zipf.num_rows)]
+    rows = zipf.set_column(zipf.column_names.index("sample_id"), "sample_id", pa.array(names))
+    settings: dict[str, Any] = {"tail_frac": 0.05, "entries": entries}
+    kept = balance_rows(rows, **settings)
+    assert {row["sample_id"] for row in kept} == {*names} and len(kept) < rows.num_rows
+    chances = {row["annotation_id"]: row["keep_probability"] for row in kept}
+    before = balance_rows(rows, **settings, keep_best_caption=False)
+    assert {row["annotation_id"] for row in before} <= chances.keys()
+    assert len({row["sample_id"] for row in before}) < len({*names})
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"])

@@ -11,7 +11,7 @@ from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.scenes.text import STYLES as KNOWN_STYLES
 from pipeline.tasks import TASKS
-from pipeline.tasks.checks import REPAIR
+from pipeline.tasks.checks import BLIND, CLAIMS, COVERS, REPAIR
 from pipeline.tasks.prompts import DRAWS, STYLES, prompt_texts, render, template
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -31,6 +31,15 @@ def test_prompt_ends_with_its_task_line(case: tuple[str, dict[str, Any]], last: 
 
 def test_all_tasks_share_the_system_text() -> None:
     assert {render(TASKS[task], **values).system for task, values in CASES} == {template("system/v1").strip()}
+
+
+def test_requests_without_an_image_have_a_system_text_of_their_own() -> None:
+    for task in (CLAIMS, COVERS, REPAIR, BLIND):
+        system = render(task, caption="", question="?", answers=()).system
+        assert system == template("system_text/v1").strip() and "Look at" not in system
+        folders = (SCENE_PROMPTS,)
+        scenes = render(task, folders, caption="", question="?", answers=()).system
+        assert scenes == render(TASKS["qa"], folders).system
 
 
 def test_image_is_between_system_text_and_task() -> None:
@@ -106,7 +115,7 @@ def test_user_templates_replace_built_in_ones_and_change_the_id(tmp_path: Path) 
     own = render(TASKS["caption"], (tmp_path,), style="sonnet")
     assert own.text == "Write a sonnet.\nTask: caption, sonnet"
     assert own.id != render(TASKS["caption"], style="brief").id
-    assert own == render(TASKS["caption"], (tmp_path, SCENE_PROMPTS), style="sonnet")
+    assert own.text == render(TASKS["caption"], (tmp_path, SCENE_PROMPTS), style="sonnet").text
     assert render(TASKS["qa"], (tmp_path,)) == render(TASKS["qa"])
 
 

@@ -1,14 +1,17 @@
 """Artifacts: markup, labels, placeholders, runs and unfinished ends, and good texts that resemble them."""
 
 from collections.abc import Callable
+from time import process_time
 
 import pytest
 
 from pipeline.text.artifacts import (
     echoes_prompt,
+    has_caption_label,
     has_label,
     has_markup,
     has_run,
+    is_chat,
     is_cut_off,
     is_placeholder,
     is_too_general,
@@ -24,30 +27,53 @@ MARKUP = (
     "| kite | red |", '{"caption": "A kite"}', "['a kite']", 'A kite", "answer": "kite', "A kite\\nflies",
     "A \\u00e9 kite", "A kite (531,516),(581,596) flies", "A kite [12, 14, 300, 400]",
     "a kite at coordinates (120, 45)", "bbox_2d: 1 2 3 4 a kite",
+    "A `kite` flies", "A kite \U0001fa81", "A kite #red #sea", "IMG_2034 of a kite", "kite.jpg of a kite",
+    "A [color] kite", "A kite (0.5, 0.31)", "A kite (12%, 40%)", "A kite at x=12",
 )  # fmt: skip
 NO_MARKUP = (
     "# 8 for Iowa State looks up.", "A man's hat - red and blue - on a table.", "Two (2) dogs & a cat.",
     "A sign that says \"NO\", 'STOP'.", "It costs $5 (about 10%).", "A room with 1.5 l bottles",
     "A ratio of 3:2", "A user of a computer", "Kites (red, blue) fly.", "A café au lait, 5 °C",
-    "An assistant helps.",
+    "An assistant helps.", "A crowd (2,000 people)", "A mail to [email]", "Shirt #7",
+    'A sign: "A_B [1]" in red',
 )  # fmt: skip
 LABELS = (
     "Caption: A kite flies.", "Output: A kite", "Image caption: a kite", "Q: What is it? A: A kite.",
     "A kite flies. Question 1: What?", "Sure! A kite flies.", "Certainly, a kite flies.",
-    "Here is a caption for the image: A kite", "A kite flies. I hope this helps!", "The image: a kite",
-    "A kite. Caption: a kite", "A kite. Let me know if you like it.", "A kite. Feel free to ask.",
-    "A kite. Is there anything else?", "A kite. Would you like me to go on?",
+    "Here is a caption for the image: A kite", "The image: a kite", "A kite. Caption: a kite",
+    'alt="A kite"', "Headline: A kite", "The tags for this picture are kite, sea",
 )  # fmt: skip
 ENDS = (
     "A man next to a", "A kite and the", "A kite flies over the.", "A kite in a box of", "A kite ...",
     "A kite or an", "Boys and their", "A kite and", "A kite or", "A boy whose", "A cat and its",
-    "Higher than", "It flies because", "A kite next to", "A kite\u2026",
+    "Higher than", "It flies because", "A kite next to", "A kite\u2026", "A kite that is",
+    'A sign that says "', "A kite over the wat", f"{'A kite flies high. ' * 10}It has a red tail",
+)  # fmt: skip
+CAPTION_LABELS = (
+    "Weather: a kite flies.", "A kite. Subject: a kite. Action: it flies.", "Describe the kite in the image.",
+    "Please write a caption for a kite.",
+)  # fmt: skip
+CHATS = (
+    "A kite flies. I hope this helps!", "A kite. Let me know if you like it.", "A kite. Feel free to ask.",
+    "A kite. Is there anything else?", "A kite. Would you like me to go on?",
+    "I\u2019m not sure, but a kite flies.", "You are a helpful assistant. A kite flies.",
+    "Reply as JSON: a kite", "A kite in 20 words.",
+    "Alt text for a kite", "A kite. Buy now!", "In conclusion, a kite flies.", "Internal Server Error",
+)  # fmt: skip
+NO_CHATS = (
+    "You can see a kite.", "A man asks you to look.", "Two words on a kite.",
+    "A shop with kites now and here.", 'A sign with "Buy now" on it, in red letters',
+    "The instructions of a kite",
 )  # fmt: skip
 NO_LABELS = (
     "Great show of skill by a skater.", "A clock that says 10:30.", "A sign with the text: STOP",
     "Here a kite flies.", "A certain kite flies, surely.", "Men at work: two dig, one looks on.",
     "A text message on a phone.", "Ok sign made by a hand",
 )  # fmt: skip
+
+
+def _is_chat(text: str) -> bool:
+    return is_chat(text, words_of(text))
 
 
 @pytest.mark.parametrize(
@@ -57,12 +83,30 @@ NO_LABELS = (
         *((has_markup, text, False) for text in NO_MARKUP),
         *((has_label, text, True) for text in LABELS),
         *((has_label, text, False) for text in NO_LABELS),
+        *((has_caption_label, text, True) for text in CAPTION_LABELS),
+        *((has_caption_label, text, False) for text in NO_LABELS),
+        *((_is_chat, text, True) for text in CHATS),
+        *((_is_chat, text, False) for text in NO_CHATS),
     ],
 )
 def test_markup_and_labels_are_detected_but_not_punctuation(
     detects: Callable[[str], bool], text: str, *, expected: bool
 ) -> None:
     assert detects(text) == expected
+
+
+@pytest.mark.parametrize(
+    "part", ["*a ", "'a", "-", ". ", "...", "a: ", "A: ", "[", "#a ", "1,", "\n ", "the "]
+)
+def test_long_text_is_judged_in_linear_time(part: str) -> None:
+    text = part * (100_000 // len(part))
+    words = words_of(text)
+    start = process_time()
+    for detects in (has_label, has_caption_label, has_markup, has_run, without_afterthoughts):
+        detects(text)
+    is_cut_off(text, words)
+    is_chat(text, ["you"])
+    assert process_time() - start < 5
 
 
 def test_placeholder_is_detected() -> None:
@@ -81,10 +125,9 @@ def test_run_of_characters_is_detected() -> None:
 
 @pytest.mark.parametrize("text", ENDS)
 def test_text_with_unfinished_end_is_detected(text: str) -> None:
-    assert is_cut_off(text)
-    assert not is_cut_off(f"{text} boy puts a hat on") and not is_cut_off(
-        "The seat that he stands in front of."
-    )
+    assert is_cut_off(text, words_of(text))
+    for whole in (f"{text} boy puts a hat on.", "The seat that he stands in front of."):
+        assert not is_cut_off(whole, words_of(whole))
 
 
 def test_caption_that_fits_any_image_is_too_general() -> None:
