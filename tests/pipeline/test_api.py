@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Features, Image, List
@@ -118,7 +119,7 @@ def test_keywords_override_settings_file_and_unknown_keyword_is_refused(tmp_path
 
 def test_generate_asks_a_server_while_an_event_loop_runs_as_in_a_notebook(tmp_path: Path) -> None:
     async def cell(url: str) -> int:
-        settings = {"limit": 2, "base_url": [url], "model": "model", "tasks": ["qa"]}
+        settings: dict[str, Any] = {"limit": 2, "base_url": [url], "model": "model", "tasks": ["qa"]}
         return pipeline.generate("scenes", out=tmp_path / "d", **settings).version.num_rows
 
     with running_chat(ChatServer()) as chat:

@@ -87,5 +87,5 @@ def test_mix_of_images_and_decks_is_refused(tmp_path: Path) -> None:
 
 def test_parquet_files_in_a_version_folder_hold_only_its_rows(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", scene_samples(12))
-    count = duckdb.sql(f"select count(*) from '{version.path}/*.parquet'").fetchall()
+    count = duckdb.connect().execute(f"select count(*) from '{version.path}/*.parquet'").fetchall()
     assert count == [(version.num_rows,)]

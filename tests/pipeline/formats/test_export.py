@@ -646,7 +646,7 @@ def test_sidecar_has_a_line_for_each_caption_that_begins_with_the_trigger(
     folder, version = photos
     warnings: list[str] = []
     progress = NullProgress()
-    progress.warn = warnings.append  # type: ignore[method-assign]
+    progress.warn = warnings.append  # type: ignore[method-assign, assignment]
     options: dict[str, Any] = {"style": "all", "trigger": "sks", "progress": progress}
     if in_place:
         write_beside(version, folder, **options)
