@@ -430,7 +430,7 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "speaks_of_elsewhere": is_elsewhere,
 }
 # The rules of captions with the text on signs, which may have any form.
-READ_TEXT_RULES = {
+READ_TEXT_RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
     "junk": lambda row: artifacts.has_token(row.main),
     "label": lambda row: artifacts.opens_chat(row.main),
