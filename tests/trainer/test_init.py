@@ -100,7 +100,12 @@ def test_second_training_begins_with_a_lower_loss_and_depends_on_the_weights_of_
 ) -> None:
     own = shutil.copytree(started["scratch"], tmp_path / "own")
     train(version, init=str(own), out=tmp_path / "next", **NEXT)
-    settings = {"encoder": "tiny-clip", "decoder": "scratch", "decoder_width": 64, "decoder_depth": 1}
+    settings: dict[str, Any] = {
+        "encoder": "tiny-clip",
+        "decoder": "scratch",
+        "decoder_width": 64,
+        "decoder_depth": 1,
+    }
     train(version, out=tmp_path / "new", **NEXT, **settings, decoder_heads=2)
     assert losses(tmp_path / "next")[0] < losses(tmp_path / "new")[0] - 0.5
     finished = (tmp_path / "next/model.safetensors").read_bytes()

@@ -89,7 +89,7 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
                 counts.append(counter.reads)
 
     config = replace(encoder=clip, decoder=decoder, steps=12, evaluate_every=99, average_decay=0.9)
-    with CountReads() as counter:
+    with CountReads() as counter:  # type: ignore[no-untyped-call]
         train_captioner(version, config, tmp_path, progress=Note())
     assert counts[0] == counts[8] < counts[9] == counts[10]
     assert len(losses(tmp_path)) == 12

@@ -39,8 +39,8 @@ def test_training_ends_when_the_score_stops_improving(
     log = read_log(tmp_path / "log.jsonl")
     # After 8 steps, the last 15 % of 10 steps anneal the learning rate.
     assert log[-1]["step"] == 10
-    scored = [line["validation_cider_d"] for line in log if "validation_loss" in line]
-    assert scored == [0.1, 0.5, 0.4, 0.45, 0.3]
+    cider_d = [line["validation_cider_d"] for line in log if "validation_loss" in line]
+    assert cider_d == [0.1, 0.5, 0.4, 0.45, 0.3]
     rates = [line["rate"] for line in log if "rate" in line]
     assert rates[8] > rates[9] > 0 and rates[9] < 0.6 * rates[7]
     assert weights(tmp_path) != weights(tmp_path / "last")

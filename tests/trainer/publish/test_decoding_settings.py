@@ -28,7 +28,7 @@ def test_saved_captioner_writes_the_same_tokens_with_its_decoding_settings(
     decoding = captioner.decoding(captioner.usual_beams)
     assert decoding == DecodingConfig(**settings)  # type: ignore[arg-type]
     images = [photo(number) for number in range(12)]
-    pixels_BCHW = torch.stack([captioner.prepare(image) for image in images])  # type: ignore[arg-type]
+    pixels_BCHW = torch.stack([captioner.prepare(image) for image in images])  # type: ignore[misc]
     rows = captioner.write(pixels_BCHW, [captioner.prompt()] * len(images), decoding)
     model, processor = load_with_transformers(folder)
     inputs = processor(images=images, text="", return_tensors="pt")

@@ -39,7 +39,7 @@ def test_gradient_accumulation_changes_neither_loss_nor_gradient(tmp_path: Path)
         arguments = TrainingArguments(
             str(tmp_path), remove_unused_columns=False, save_strategy="no", disable_tqdm=True, **options
         )
-        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows)  # type: ignore[arg-type]
+        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows)
         trainer.train()
         logged.append(trainer.state.log_history[0])
     for name in ("loss", "grad_norm"):
