@@ -12,6 +12,7 @@ from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.digests import public_name
 from pipeline.errors import one_line
+from pipeline.images.decode import PATCH_PX
 from pipeline.inference.engines import EngineChoice, find_family
 from pipeline.inference.model_licenses import license_of
 from pipeline.inference.requests import RequestPlan
@@ -22,7 +23,6 @@ from pipeline.storage.files import read_table
 from pipeline.tables import HUMAN
 from pipeline.tasks import Tasks, tasks_making
 from pipeline.tasks.base import MAX_QA_PAIRS
-from pipeline.tasks.boxes import PATCH_PX
 from pipeline.tasks.checks import MAX_CLAIMS
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
