@@ -76,9 +76,9 @@ class Concurrency:
             self.limit = max(1, self.limit * 3 // 4)
 
     def add_reply(self, seconds: float) -> None:
-        """Adapt the limit after as many replies as requests are in flight, by the time of the last reply."""
+        """Adapt the limit by the time of the last reply, after four replies for each request in flight."""
         self._replies += 1
-        if self._replies >= self.limit:
+        if self._replies >= 4 * self.limit:
             self._replies = 0
             if seconds < FAST_SECONDS:
                 self.limit = min(self.limit + max(1, self.limit // 2), self._max)

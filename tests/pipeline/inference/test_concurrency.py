@@ -20,7 +20,7 @@ def test_concurrency_limit_follows_the_time_of_replies(
     batch_size: int | None, seconds: float, limit: int
 ) -> None:
     concurrency = Concurrency(1, None, batch_size)
-    for _ in range(concurrency.limit - 1):
+    for _ in range(4 * concurrency.limit - 1):
         concurrency.add_reply(seconds)
     unchanged = concurrency.limit
     concurrency.add_reply(seconds)
@@ -34,7 +34,7 @@ def test_fixed_concurrency_limit_is_lowered_by_busy_answers_and_recovers(
     concurrency = Concurrency(1, 20, None)
     concurrency.slow_down()
     assert concurrency.limit == 15
-    for _ in range(15):
+    for _ in range(4 * 15):
         concurrency.add_reply(1.0)
     assert concurrency.limit == 20
 
