@@ -160,7 +160,7 @@ _NUMBER_WORDS = (
     r"|nine)teen"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty(?:[- ]\w+)?|(?:a |one )?(?:hundred|thousand|dozen)s?"
     r"|none|no|nobody"
-    r"|both|half|once|twice"
+    r"|both|half|once|twice|many|(?:a )?lots?"
 )
 _COUNT = re.compile(rf"\W*(?:\d[\d.,]*\+?|{_NUMBER_WORDS})(?: [\w-]+)?\W*", re.IGNORECASE)
 _SENTENCE_START = re.compile(r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b", re.IGNORECASE)
@@ -327,7 +327,7 @@ def says_nothing(answer: str) -> bool:
 
 
 def is_no_count(question: str, answer: str) -> bool:
-    """Return True if the answer to "How many?" is anything but one number."""
+    """Return True if the answer to "How many?" is neither one number nor "many", which humans answer often."""
     return bool(_HOW_MANY.search(question)) and not _COUNT.fullmatch(answer)
 
 
