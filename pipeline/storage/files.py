@@ -40,6 +40,8 @@ _DISK_ERRORS = {
     errno.EDQUOT: ("the disk quota is used up", f"free some space, {_RESUME}"),
     errno.EROFS: ("the file system is read-only", _OTHER_FOLDER),
     errno.EACCES: ("no permission", "choose another folder, or change its permissions"),
+    errno.ENOTDIR: ("a file exists where a folder should be", _OTHER_FOLDER),
+    errno.EEXIST: ("a file exists where a folder should be", _OTHER_FOLDER),
     errno.EBUSY: ("another program is using the file", f"close it, {_RESUME}"),
     errno.ENOTEMPTY: ("a folder that is not a version is in the way", f"move it away, {_RESUME}"),
 }

@@ -18,7 +18,9 @@ _TERMINAL_CONTROLS = re.compile(
 )
 _DIRECTIONS = re.compile(r"[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")
 # Special tokens of chat models: <|im_start|> (DeepSeek has wide bars), <image>, </s>, <<SYS>>, [INST].
-_SPECIAL_TOKEN = re.compile(r"<(?=[|\uff5c/]?\w[\w|\uff5c\u2581/:.-]{0,60}>)|\[(?=/?[A-Z][A-Z_]{1,20}\])")
+_SPECIAL_TOKEN = re.compile(
+    r"<(?=[|\uff5c/]?[^\W\d][\w|\uff5c\u2581/:.-]{0,60}>)|\[(?=/?[A-Z][A-Z_]{1,20}\])"
+)
 _URL_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/\"]+(?=@)")
 _URL_USER = re.compile(r"(://)[^\s/@:\"?#]+(?=@)")
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~-])")

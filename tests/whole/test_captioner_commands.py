@@ -51,11 +51,17 @@ def test_flags_become_settings_and_scenes_use_their_preset(
     train(data=str(version.path), **flags, out=tmp_path / "c")
     trained = settings(tmp_path / "c")
     images = version.manifest["rows"]["train"]
-    assert trained["steps"] == -(-images // 16)
-    expected = {"preset": "scenes", "connector_lr": 0.002, "decoder_lr": 0.002, "seed": 3, "batch_size": 16}
+    expected = {
+        "epochs": 1,
+        "preset": "scenes",
+        "connector_lr": 0.002,
+        "decoder_lr": 0.002,
+        "seed": 3,
+        "batch_size": 16,
+    }
     assert expected.items() <= trained.items() and trained["precision"] == "fp32"
     printed = capsys.readouterr().err
-    assert "preset scenes: " in printed and f"At most {trained['steps']} steps of 16 images (1." in printed
+    assert "preset scenes: " in printed and f"At most {-(-images // 16)} steps of 16 images (1." in printed
     before = (tmp_path / "c/model.safetensors").stat().st_mtime_ns
     train(data=str(version.path), **flags, out=tmp_path / "c", as_json=True)
     shown = capsys.readouterr()

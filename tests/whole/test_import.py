@@ -38,9 +38,13 @@ class Model:
         self.images[task].add(uuid_of(body))
         word = WORDS[self.requests[task] % COUNT]
         if task == "qa":
-            pair = {"answer_type": "other", "question": f"Where is the {word} bowl?", "answer": word}
+            pair = {
+                "answer_type": "other",
+                "question": f"What is beside cup {self.requests[task]}?",
+                "answer": word,
+            }
             return Act(json.dumps({"qa": [pair]}))
-        is_equal = self.requests[task] <= 2 * COUNT and "plain" in str(body)
+        is_equal = self.requests[task] <= 2 * COUNT and "Task: caption, plain" in str(body)
         other = f"The {word} bowl is near the window, {uuid_of(body)[:5]}."
         return Act(json.dumps({"caption": caption_of(0) if is_equal else other}))
 
