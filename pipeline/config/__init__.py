@@ -179,10 +179,6 @@ class Config(Section):
     def _server_contradictions(self) -> Iterator[str]:
         if url := _first_repeated(map(address_of, self.server.endpoints)):
             yield f"server.endpoints lists {url} twice"
-        used = [*self.base_url, *([self.judge_url] if self.judge_url else [])]
-        for url in self.server.endpoints:
-            if address_of(url) not in map(address_of, used):
-                yield f"server.endpoints lists {url}, but base_url lists {', '.join(used) or 'no server'}"
         # Two logins at one server are two addresses: they have separate limits.
         if url := _first_repeated(map(address_of, self.base_url)):
             yield f"base_url lists the server {without_passwords(url)} twice, in two spellings"
