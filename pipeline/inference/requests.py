@@ -62,14 +62,19 @@ class RequestPlan:
     @cached_property
     def largest_pixels(self) -> int | None:
         """The maximum number of pixels of any image in a request, or None without a limit."""
-        bounds = [self.max_pixels(self.tasks[name], style) for name, style in self.pairs]
-        return None if None in bounds else max(filter(None, bounds), default=MAX_PIXELS)
-
-    def max_pixels(self, task: Task, style: str) -> int | None:
-        """Return the maximum number of pixels of an image. A check shows as many as the largest task."""
         if self.generate.max_pixels != "auto":
             return self.generate.max_pixels
-        if task in CHECKING:
+        bounds = (self.max_pixels(self.tasks[name], style) for name, style in self.pairs)
+        return max(filter(None, bounds), default=MAX_PIXELS)
+
+    def max_pixels(self, task: Task, style: str) -> int | None:
+        """Return the maximum number of pixels of an image. A check shows as many as the largest task.
+
+        A task without an image has no limit, so the limit does not change its request ids.
+        """
+        if not task.shows_image:
+            return None
+        if self.generate.max_pixels != "auto" or task in CHECKING:
             return self.largest_pixels
         return MAX_DETAIL_PIXELS if self.shows_detail else task.max_pixels(style)
 
