@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.sections import ServerConfig
+from pipeline.errors import EngineError
 from pipeline.inference import vllm
 from pipeline.inference.engines import TINY_WEIGHTS
+from pipeline.inference.memory import ModelShape
 from pipeline.inference.vllm import VllmCommand, plan_servers, visible_gpus
 
 LISTING = (
@@ -74,11 +76,39 @@ def test_two_gpus_run_two_servers_that_share_the_cores(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fake_vllm")
 @pytest.mark.parametrize(
-    "flags", [("--tensor_parallel_size", "2"), ("-tp=2",), ("--data-parallel-size", "2")]
+    ("flags", "groups", "divisor", "copies"),
+    [
+        (("--tensor_parallel_size", "4"), ["1,2,3,4"], 4, 1),
+        (("-tp=2",), ["1,2", "3,4"], 2, 1),
+        (("-tp", "2", "--pipeline-parallel-size=2"), ["1,2,3,4"], 4, 1),
+        (("-dp", "2", "-tp", "2"), ["1,2,3,4"], 2, 2),
+        (("--data-parallel-size", "4"), ["1,2,3,4"], 1, 4),
+    ],
 )
-def test_parallel_flag_gives_all_gpus_to_one_server(flags: tuple[str, ...], tmp_path: Path) -> None:
-    (only,) = plan(tmp_path, *flags)
-    assert only.environment["CUDA_VISIBLE_DEVICES"] == "5,7"
+def test_parallel_flags_set_the_gpus_of_a_server_and_the_share_of_each_gpu(
+    flags: tuple[str, ...],
+    groups: list[str],
+    divisor: int,
+    copies: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    divisors: list[int] = []
+
+    def divide(shape: ModelShape, gpus: int) -> ModelShape:
+        divisors.append(gpus)
+        return shape
+
+    monkeypatch.setattr(ModelShape, "divide", divide)
+    monkeypatch.setattr(vllm, "gpu_memory_gib", lambda gpus: (24.0, 24.0))
+    monkeypatch.setattr(vllm, "visible_gpus", lambda: ("1", "2", "3", "4"))
+    commands = plan(tmp_path, *flags)
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in commands] == groups
+    assert {*divisors} == {divisor}
+    assert {one.max_num_seqs for one in commands} == {copies * int(value_of(commands[0], "--max-num-seqs"))}
+    monkeypatch.setattr(vllm, "visible_gpus", lambda: ("1", "2", "3", "4", "5"))
+    with pytest.raises(EngineError, match="but 5 are visible"):
+        plan(tmp_path, *flags)
 
 
 @pytest.mark.usefixtures("fake_vllm")
