@@ -27,7 +27,7 @@ from typing import Any
 
 from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError, one_line
-from pipeline.inference.memory import GIB, ModelShape, plan_memory, read_config
+from pipeline.inference.memory import GIB, VARIANTS, ModelShape, needed_gib, plan_memory, read_config
 from pipeline.progress import Progress
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.tasks.boxes import MAX_PIXELS as PROCESSOR_PIXELS
@@ -46,6 +46,9 @@ _PARALLEL = re.compile(  # flags that give several GPUs to one server
     r"(?:^| )(?:-([tpd])p|--(t|p|d)(?:ensor|ipeline|ata)[-_]parallel[-_]size)[= ]([1-9]\d*)\b"
 )
 _USER_SEQS = re.compile(r"--max[-_]num[-_]seqs[= ](\d+)\b")
+_USER_MEMORY = re.compile(  # flags that change how much memory a model needs
+    r"(?:^| )(?:-q\b|--(?:quantization|gpu[-_]memory[-_]utilization|cpu[-_]offload|kv[-_]cache))"
+)
 STOP_SECONDS = 15
 MAX_TAIL_BYTES = 20_000  # size of the part at the end of the log that is searched for errors
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
@@ -93,8 +96,8 @@ def plan_servers(
 
     The user's parallel flags set the size of a group. `find_folder` may download the model. Independent
     servers are better than vLLM's data parallelism. Each server restarts alone, and all requests about an
-    image go to the server that has cached it. Raises EngineError if vLLM is not installed, or if groups would
-    leave GPUs idle.
+    image go to the server that has cached it. Raises EngineError if vLLM is not installed, if groups would
+    leave GPUs idle, or if the model does not fit.
     """
     python = vllm_python()
     if python is None:
@@ -161,6 +164,10 @@ def plan_vllm_command(
         pixels = max_pixels or PROCESSOR_PIXELS
         shape = shape.divide(shared_gpus)
         plan = plan_memory(shape, *gpu_gib, pixels, max_model_len)
+        if not plan.fits and not _USER_MEMORY.search(" ".join(server.flags)):
+            problem = f"{model} needs {needed_gib(shape, pixels):g} GiB of free memory on each GPU"
+            hint = f"free memory, or pass a model with {' or '.join(VARIANTS)} weights: --model"
+            raise EngineError(f"{problem}, but {gpu_gib[1]:.1f} GiB are free", hint=hint)
         max_num_seqs, max_model_len = plan.num_seqs, plan.model_len
         options["--gpu-memory-utilization"] = str(plan.utilization)
         options["--max-num-batched-tokens"] = str(plan.batched_tokens)

@@ -8,7 +8,7 @@ from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError
 from pipeline.inference import vllm
 from pipeline.inference.engines import TINY_WEIGHTS
-from pipeline.inference.memory import ModelShape
+from pipeline.inference.memory import QWEN_3B, ModelShape
 from pipeline.inference.vllm import VllmCommand, plan_servers, visible_gpus
 
 LISTING = (
@@ -109,6 +109,16 @@ def test_parallel_flags_set_the_gpus_of_a_server_and_the_share_of_each_gpu(
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("1", "2", "3", "4", "5"))
     with pytest.raises(EngineError, match="but 5 are visible"):
         plan(tmp_path, *flags)
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_model_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ModelShape, "of", lambda config, weights_bytes: QWEN_3B)
+    monkeypatch.setattr(vllm, "gpu_memory_gib", lambda gpus: (8.0, 7.5))
+    with pytest.raises(EngineError, match=r"tiny needs .* GiB of free memory .* 7.5 GiB are free") as caught:
+        plan(tmp_path)
+    assert "FP8 or AWQ" in caught.value.hint
+    assert plan(tmp_path, "--quantization", "fp8") and plan(tmp_path, "-tp", "2")
 
 
 @pytest.mark.usefixtures("fake_vllm")
