@@ -86,6 +86,13 @@ class Concurrency:
                 self.limit = max(1, self.limit * 3 // 4)
 
 
+def split_context(context_tokens: int, reply_tokens: int) -> tuple[int, int]:
+    """Return the most tokens for images and for a reply. A retry may double `reply_tokens` if they fit."""
+    least = context_tokens // 4
+    image_tokens = max(context_tokens - PROMPT_TOKENS - 2 * reply_tokens, least)
+    return image_tokens, max(context_tokens - PROMPT_TOKENS - image_tokens, least)
+
+
 def raise_file_limit() -> int:
     """Raise the limit on open files to at most MAX_FILES, and return it. Each connection needs one file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -135,6 +142,7 @@ class InFlight:
 class Client:
     """Sends requests to the servers at `urls`, or to servers that it starts from `launches`.
 
+    `max_tokens` limits the first request without an image, and `image_reply_tokens` the replies about images.
     `key_name` is the environment variable with the key for `urls`. Images are scaled down further if those of
     a request would not fit the model's context. Raises EngineError if no server answers, or if all of them
     serve another model or do not enforce schemas.
@@ -150,6 +158,7 @@ class Client:
         urls: Sequence[str] = (),
         launches: Sequence[VllmCommand] = (),
         key_name: str | None = None,
+        image_reply_tokens: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self.model = model
@@ -158,6 +167,8 @@ class Client:
         self._urls, self._key_name = urls, key_name
         self._launches = launches
         self._max_tokens = max_tokens
+        self._image_reply_tokens = max(max_tokens, image_reply_tokens)
+        self._reply_room: int | None = None  # the context leaves at most so many tokens to a reply
         self._servers: list[Server] = []
         self._progress: Progress = progress or NullProgress()
         self._served_name = launches[0].name if launches else model
@@ -226,8 +237,8 @@ class Client:
         contexts = [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
         max_sample_pixels = None
         if contexts:  # all images of one request must fit into the context
-            image_tokens = min(contexts) - PROMPT_TOKENS - 2 * self._max_tokens
-            max_sample_pixels = max(image_tokens, min(contexts) // 4) * PATCH_PX**2
+            image_tokens, self._reply_room = split_context(min(contexts), self._image_reply_tokens)
+            max_sample_pixels = image_tokens * PATCH_PX**2
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
         self._images = RequestImages(max_sample_pixels, pool)
         self._started = time.monotonic()
@@ -373,6 +384,8 @@ class Client:
         except Exception as error:  # noqa: BLE001  # a decoder may raise anything, for this image alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
         started = time.monotonic()
+        if self._reply_room and request.sampling.max_tokens > self._reply_room:
+            request = replace(request, sampling=replace(request.sampling, max_tokens=self._reply_room))
         body = protocol.body(request, images, self._served_name, endpoint.dialect)
         max_bytes = protocol.MAX_ENVELOPE_BYTES + protocol.MAX_TOKEN_BYTES * request.sampling.max_tokens
         in_flight.sent.add(asyncio.current_task())
