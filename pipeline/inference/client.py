@@ -42,7 +42,7 @@ from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
 START_REQUESTS = 32  # initially in flight per server whose batch size is unknown
-MAX_REQUESTS = 1024  # in flight per server
+MAX_REQUESTS = 1024  # in flight per server whose batch size is unknown
 FAST_SECONDS, SLOW_SECONDS = 20.0, 60.0  # replies that take less or more time raise or lower the limit
 BUSY_SECONDS = 1.0  # busy answers within this time count once
 MAX_FILES = 65_536
@@ -59,14 +59,17 @@ class Concurrency:
     """Limits the number of requests in flight, either to the user's value (`fixed`) or by the servers' speed.
 
     All requests in flight are repeated after a crash, so a server should have few that wait. `batch_size` is
-    the total of the servers that synth started.
+    the total of the servers that synth started: a quarter more keeps the batches full.
     """
 
     def __init__(self, servers: int, fixed: int | None, batch_size: int | None) -> None:
-        self._max = fixed or MAX_REQUESTS * servers
+        full = batch_size and batch_size + max(4, batch_size // 4)
+        self._max = fixed or full or MAX_REQUESTS * servers
+        self._is_fixed = fixed is not None
         self._busy_at = 0.0
         self._replies = 0
-        self.limit = min(fixed or 2 * (batch_size or 0) or START_REQUESTS * servers, self._max)
+        self.limit = fixed or full or START_REQUESTS * servers
+        self._usual = self.limit  # the limit without busy answers
 
     def slow_down(self) -> None:
         """Lower the limit by a quarter after a busy answer, at most once per BUSY_SECONDS."""
@@ -76,14 +79,20 @@ class Concurrency:
             self.limit = max(1, self.limit * 3 // 4)
 
     def add_reply(self, seconds: float) -> None:
-        """Adapt the limit by the time of the last reply, after four replies for each request in flight."""
+        """Adapt the limit by the time of the last reply, after four replies for each request in flight.
+
+        The limit recovers fast from busy answers, and grows slowly beyond its usual value.
+        """
         self._replies += 1
-        if self._replies >= 4 * self.limit:
-            self._replies = 0
-            if seconds < FAST_SECONDS:
-                self.limit = min(self.limit + max(1, self.limit // 2), self._max)
-            elif seconds > SLOW_SECONDS:
-                self.limit = max(1, self.limit * 3 // 4)
+        if self._replies < 4 * self.limit:
+            return
+        self._replies = 0
+        if seconds > SLOW_SECONDS and not self._is_fixed:
+            self.limit = self._usual = max(1, self.limit * 3 // 4)
+        elif self.limit < self._usual:
+            self.limit = min(self.limit + max(1, self.limit // 2), self._usual)
+        elif seconds < FAST_SECONDS:
+            self.limit = self._usual = min(self.limit + max(1, self.limit // 8), self._max)
 
 
 def split_context(context_tokens: int, reply_tokens: int) -> tuple[int, int]:
