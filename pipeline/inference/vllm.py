@@ -27,7 +27,17 @@ from typing import Any
 
 from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError, one_line
-from pipeline.inference.memory import GIB, VARIANTS, ModelShape, needed_gib, plan_memory, read_config
+from pipeline.inference.memory import (
+    BATCHED_TOKENS,
+    GIB,
+    MAX_UTILIZATION,
+    VARIANTS,
+    ModelShape,
+    choose_utilization,
+    needed_gib,
+    plan_memory,
+    read_config,
+)
 from pipeline.progress import Progress
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.tasks.boxes import MAX_PIXELS as PROCESSOR_PIXELS
@@ -158,7 +168,7 @@ def plan_vllm_command(
         raise EngineError(problem, hint="copy the model again") from None
     max_model_len = min(context, MAX_DECK_TOKENS if decks else MAX_TOKENS)
     max_num_seqs = 256 if gpus else 32
-    options: dict[str, str] = {}
+    utilization, batched_tokens = MAX_UTILIZATION, BATCHED_TOKENS[0]  # if model or card is unknown
     shared_gpus, copies = parallel_sizes(server.flags)
     if shape and gpus and gpu_gib:
         pixels = max_pixels or PROCESSOR_PIXELS
@@ -169,8 +179,10 @@ def plan_vllm_command(
             hint = f"free memory, or pass a model with {' or '.join(VARIANTS)} weights: --model"
             raise EngineError(f"{problem}, but {gpu_gib[1]:.1f} GiB are free", hint=hint)
         max_num_seqs, max_model_len = plan.num_seqs, plan.model_len
-        options["--gpu-memory-utilization"] = str(plan.utilization)
-        options["--max-num-batched-tokens"] = str(plan.batched_tokens)
+        utilization, batched_tokens = plan.utilization, plan.batched_tokens
+    elif gpu_gib:
+        utilization = choose_utilization(*gpu_gib)
+    options: dict[str, str] = {}
     if shape and max_pixels:  # otherwise vLLM reserves memory for the largest image of the processor
         options["--mm-processor-kwargs"] = json.dumps({"max_pixels": max_pixels}, separators=(",", ":"))
     images_per_prompt = {"image": MAX_PAGES if decks else 1, "video": 0}
@@ -189,6 +201,8 @@ def plan_vllm_command(
     path = str(folder.absolute())
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        options["--gpu-memory-utilization"] = str(utilization)
+        options["--max-num-batched-tokens"] = str(batched_tokens)
         # Each API server prepares images on one thread, and has its own cache of prepared images.
         is_large = gpu_gib is None or gpu_gib[0] >= LARGE_GPU_GIB
         options["--api-server-count"] = "2" if is_large and cores >= 8 else "1"

@@ -8,7 +8,7 @@ from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError
 from pipeline.inference import vllm
 from pipeline.inference.engines import TINY_WEIGHTS
-from pipeline.inference.memory import QWEN_3B, ModelShape
+from pipeline.inference.memory import QWEN_3B, ModelShape, read_config
 from pipeline.inference.vllm import VllmCommand, plan_servers, visible_gpus
 
 LISTING = (
@@ -124,11 +124,11 @@ def test_model_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("fake_vllm")
 @pytest.mark.parametrize(
     ("memory", "utilization", "is_large"),
-    [("81559, 81000", "0.92", True), ("24564, 14000", "0.54", False), ("[N/A], [N/A]", None, True)],
+    [("81559, 81000", "0.92", True), ("24564, 14000", "0.54", False), ("[N/A], [N/A]", "0.92", True)],
 )
 def test_flags_follow_the_free_memory_of_the_gpu(
     memory: str,
-    utilization: str | None,
+    utilization: str,
     is_large: bool,  # noqa: FBT001
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -137,7 +137,9 @@ def test_flags_follow_the_free_memory_of_the_gpu(
     tool.write_text(f"#!/bin/sh\necho '{memory}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    command, _ = plan(tmp_path)
-    assert value_of(command, "--api-server-count") == ("2" if is_large else "1")
-    assert ("--gpu-memory-utilization" in command.arguments) == (utilization is not None)
-    assert utilization is None or value_of(command, "--gpu-memory-utilization") == utilization
+    for shape in (ModelShape.of(read_config(TINY_WEIGHTS), 1), None):  # None: not a Qwen model
+        monkeypatch.setattr(ModelShape, "of", lambda config, weights_bytes, shape=shape: shape)
+        command, _ = plan(tmp_path)
+        assert value_of(command, "--api-server-count") == ("2" if is_large else "1")
+        assert value_of(command, "--gpu-memory-utilization") == utilization
+        assert value_of(command, "--max-num-batched-tokens") == "16384"
