@@ -27,6 +27,7 @@ from pipeline.types import Engine
 
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
+MAX_PORT = 65_535
 NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
     "pass --model with the folder or Hub id of a vision-language model, or --base-url with a running server; "
@@ -284,6 +285,9 @@ def serve_model(
     launches = plan_servers(
         model, find_folder, revision, server, log, max_pixels=MAX_DETAIL_PIXELS, decks=True
     )
+    if port and port + len(launches) - 1 > MAX_PORT:
+        problem = f"{len(launches)} servers from port {port} need ports above {MAX_PORT}"
+        raise ConfigError(problem, hint="pass a lower --port")
     launches = [replace(launch, port=port and port + number) for number, launch in enumerate(launches)]
 
     async def serve() -> None:
