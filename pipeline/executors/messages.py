@@ -87,7 +87,8 @@ def describe_requests(plan: Plan) -> str:
     checks += captions * verify.repair + (captions + questions) * bool(verify.judge)
     unit = "deck" if plan.has_decks else "image"
     more = f", and up to {checks:,} to check the texts (--estimate measures it)" if checks else ""
-    return f"; {requests.count(requests.pairs):,} requests per {unit}{more}"
+    count = requests.count(requests.pairs)
+    return f"; {count:,} request{'s' if count > 1 else ''} per {unit}{more}"
 
 
 def describe_boxes(config: Config, model: str) -> Iterator[str]:

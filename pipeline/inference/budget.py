@@ -40,8 +40,9 @@ def likely_tokens(reply: Reply) -> tuple[int, int]:
 class Budget:
     """Counts the requests, estimated tokens and cost of a dataset over all runs.
 
-    A request in flight reserves the most that it may cost: the longest prompt so far and `max_tokens`. If no
-    request is in flight, one may be sent if its mean cost fits. A limit is exceeded by at most one request.
+    A request in flight reserves the longest prompt so far and `max_tokens`. If no request is in flight, one
+    may be sent if its mean cost fits. A limit is exceeded by at most one request if no prompt is longer than
+    all earlier ones, and otherwise also by the additional length of the prompts in flight.
     """
 
     server: ServerConfig

@@ -42,7 +42,7 @@ from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
 START_REQUESTS = 32  # initially in flight per server whose batch size is unknown
-MAX_REQUESTS = 1024  # in flight per server
+MAX_REQUESTS = 1024  # in flight per server whose batch size is unknown
 FAST_SECONDS, SLOW_SECONDS = 20.0, 60.0  # replies that take less or more time raise or lower the limit
 BUSY_SECONDS = 1.0  # busy answers within this time count once
 MAX_FILES = 65_536
@@ -59,14 +59,17 @@ class Concurrency:
     """Limits the number of requests in flight, either to the user's value (`fixed`) or by the servers' speed.
 
     All requests in flight are repeated after a crash, so a server should have few that wait. `batch_size` is
-    the total of the servers that synth started.
+    the total of the servers that synth started: a quarter more keeps the batches full.
     """
 
     def __init__(self, servers: int, fixed: int | None, batch_size: int | None) -> None:
-        self._max = fixed or MAX_REQUESTS * servers
+        full = batch_size and batch_size + max(4, batch_size // 4)
+        self._max = fixed or full or MAX_REQUESTS * servers
+        self._is_fixed = fixed is not None
         self._busy_at = 0.0
         self._replies = 0
-        self.limit = min(fixed or 2 * (batch_size or 0) or START_REQUESTS * servers, self._max)
+        self.limit = fixed or full or START_REQUESTS * servers
+        self._usual = self.limit  # the limit without busy answers
 
     def slow_down(self) -> None:
         """Lower the limit by a quarter after a busy answer, at most once per BUSY_SECONDS."""
@@ -76,14 +79,27 @@ class Concurrency:
             self.limit = max(1, self.limit * 3 // 4)
 
     def add_reply(self, seconds: float) -> None:
-        """Adapt the limit by the time of the last reply, after four replies for each request in flight."""
+        """Adapt the limit by the time of the last reply, after four replies for each request in flight.
+
+        The limit recovers fast from busy answers, and grows slowly beyond its usual value.
+        """
         self._replies += 1
-        if self._replies >= 4 * self.limit:
-            self._replies = 0
-            if seconds < FAST_SECONDS:
-                self.limit = min(self.limit + max(1, self.limit // 2), self._max)
-            elif seconds > SLOW_SECONDS:
-                self.limit = max(1, self.limit * 3 // 4)
+        if self._replies < 4 * self.limit:
+            return
+        self._replies = 0
+        if seconds > SLOW_SECONDS and not self._is_fixed:
+            self.limit = self._usual = max(1, self.limit * 3 // 4)
+        elif self.limit < self._usual:
+            self.limit = min(self.limit + max(1, self.limit // 2), self._usual)
+        elif seconds < FAST_SECONDS:
+            self.limit = self._usual = min(self.limit + max(1, self.limit // 8), self._max)
+
+
+def split_context(context_tokens: int, reply_tokens: int) -> tuple[int, int]:
+    """Return the most tokens for images and for a reply. A retry may double `reply_tokens` if they fit."""
+    least = context_tokens // 4
+    image_tokens = max(context_tokens - PROMPT_TOKENS - 2 * reply_tokens, least)
+    return image_tokens, max(context_tokens - PROMPT_TOKENS - image_tokens, least)
 
 
 def raise_file_limit() -> int:
@@ -135,6 +151,7 @@ class InFlight:
 class Client:
     """Sends requests to the servers at `urls`, or to servers that it starts from `launches`.
 
+    `max_tokens` limits the first request without an image, and `image_reply_tokens` the replies about images.
     `key_name` is the environment variable with the key for `urls`. Images are scaled down further if those of
     a request would not fit the model's context. Raises EngineError if no server answers, or if all of them
     serve another model or do not enforce schemas.
@@ -150,6 +167,7 @@ class Client:
         urls: Sequence[str] = (),
         launches: Sequence[VllmCommand] = (),
         key_name: str | None = None,
+        image_reply_tokens: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self.model = model
@@ -158,6 +176,8 @@ class Client:
         self._urls, self._key_name = urls, key_name
         self._launches = launches
         self._max_tokens = max_tokens
+        self._image_reply_tokens = max(max_tokens, image_reply_tokens)
+        self._reply_room: int | None = None  # the context leaves at most so many tokens to a reply
         self._servers: list[Server] = []
         self._progress: Progress = progress or NullProgress()
         self._served_name = launches[0].name if launches else model
@@ -226,8 +246,8 @@ class Client:
         contexts = [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
         max_sample_pixels = None
         if contexts:  # all images of one request must fit into the context
-            image_tokens = min(contexts) - PROMPT_TOKENS - 2 * self._max_tokens
-            max_sample_pixels = max(image_tokens, min(contexts) // 4) * PATCH_PX**2
+            image_tokens, self._reply_room = split_context(min(contexts), self._image_reply_tokens)
+            max_sample_pixels = image_tokens * PATCH_PX**2
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
         self._images = RequestImages(max_sample_pixels, pool)
         self._started = time.monotonic()
@@ -373,6 +393,8 @@ class Client:
         except Exception as error:  # noqa: BLE001  # a decoder may raise anything, for this image alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
         started = time.monotonic()
+        if self._reply_room and request.sampling.max_tokens > self._reply_room:
+            request = replace(request, sampling=replace(request.sampling, max_tokens=self._reply_room))
         body = protocol.body(request, images, self._served_name, endpoint.dialect)
         max_bytes = protocol.MAX_ENVELOPE_BYTES + protocol.MAX_TOKEN_BYTES * request.sampling.max_tokens
         in_flight.sent.add(asyncio.current_task())

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProce
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import EngineError, one_line
-from pipeline.images.decode import prepare_image
+from pipeline.images.decode import prepare_image, sent_size, upright_size
 from pipeline.tasks.prompts import Prompt
 from pipeline.types import Reply, Request, RequestSource
 
@@ -179,15 +179,21 @@ def _without_system(messages: Messages) -> Messages:
 def batch_requests(requests: list[Request], size: int) -> Iterator[list[Request]]:
     """Yield batches of requests with the same task, style and attempt, whose prompts need little padding.
 
-    A batch shows at most `size` images with at most BATCH_PIXELS in total.
+    A batch of several requests shows at most `size` images with at most BATCH_PIXELS in total.
     """
     kind = attrgetter("task", "style", "attempt")
     for _, same in groupby(sorted(requests, key=kind), key=kind):
         group = list(same)
         images = max(1, max(len(request.images) for request in group))
-        pixels = images * max(request.max_pixels or 1 for request in group)
+        pixels = max(1, max(map(count_pixels, group)))
         number = max(1, min(size // images, BATCH_PIXELS // pixels))
         yield from (group[start : start + number] for start in range(0, len(group), number))
+
+
+def count_pixels(request: Request) -> int:
+    """Return the total number of pixels that the model sees in the images of a request."""
+    sizes = (sent_size(*upright_size(image), request.max_pixels) for image in request.images)
+    return sum(width * height for width, height in sizes)
 
 
 class Grammars:

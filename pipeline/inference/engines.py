@@ -27,6 +27,7 @@ from pipeline.types import Engine
 
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
+MAX_PORT = 65_535
 NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
     "pass --model with the folder or Hub id of a vision-language model, or --base-url with a running server; "
@@ -95,8 +96,9 @@ def choose_engine(
 
         served, revision = find_model(config.base_url, config.model, config.server)
         make = partial(
-            Client, served, revision, config.server, max_tokens, urls=config.base_url, progress=progress
-        )
+            Client, served, revision, config.server, max_tokens, urls=config.base_url,
+            image_reply_tokens=_request_plan(config).largest_max_tokens, progress=progress,
+        )  # fmt: skip
         return EngineChoice(name, served, revision, reason, make)
     model = _model(config)
     tiny_weights = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
@@ -249,12 +251,18 @@ def _start_vllm(
     from pipeline.inference.client import Client
 
     server = config.server.model_copy(update={"enforced_schema": True})
-    max_tokens = config.generate.max_tokens
-    max_pixels = RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), revision).largest_pixels
+    plan = _request_plan(config)
     launches = plan_servers(
-        model, find_folder, revision, server, log, max_pixels=max_pixels, decks=holds_decks(config)
+        model, find_folder, revision, server, log, max_pixels=plan.largest_pixels, decks=holds_decks(config)
     )
-    return Client(model, revision, server, max_tokens, launches=launches, progress=progress)
+    return Client(
+        model, revision, server, config.generate.max_tokens, launches=launches,
+        image_reply_tokens=plan.largest_max_tokens, progress=progress,
+    )  # fmt: skip
+
+
+def _request_plan(config: Config) -> RequestPlan:
+    return RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), "")
 
 
 def serve_model(
@@ -277,6 +285,9 @@ def serve_model(
     launches = plan_servers(
         model, find_folder, revision, server, log, max_pixels=MAX_DETAIL_PIXELS, decks=True
     )
+    if port and port + len(launches) - 1 > MAX_PORT:
+        problem = f"{len(launches)} servers from port {port} need ports above {MAX_PORT}"
+        raise ConfigError(problem, hint="pass a lower --port")
     launches = [replace(launch, port=port and port + number) for number, launch in enumerate(launches)]
 
     async def serve() -> None:

@@ -100,6 +100,11 @@ class MemoryPlan(NamedTuple):
         return self.kv_tokens >= MIN_CONTEXT
 
 
+def choose_utilization(total_gib: float, free_gib: float) -> float:
+    """Return the share of a card for vLLM, which leaves FREE_GIB of the free memory."""
+    return floor(100 * min(MAX_UTILIZATION, (free_gib - FREE_GIB) / total_gib)) / 100
+
+
 def plan_memory(
     shape: ModelShape, total_gib: float, free_gib: float, max_pixels: int, context: int
 ) -> MemoryPlan:
@@ -107,7 +112,7 @@ def plan_memory(
 
     The largest step is chosen that leaves MIN_KV_FRAC of the remaining memory to the KV cache.
     """
-    utilization = floor(100 * min(MAX_UTILIZATION, (free_gib - FREE_GIB) / total_gib)) / 100
+    utilization = choose_utilization(total_gib, free_gib)
     weights_gib = shape.weights_bytes / GIB
     room_gib = utilization * total_gib - weights_gib - GRAPHS_GIB
     image_tokens = ceil(max_pixels / shape.token_px**2)

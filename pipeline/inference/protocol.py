@@ -386,7 +386,7 @@ def backoff_s(failures: int) -> float:
 class RetryState:
     """Counts the failures of one request, and decides when to retry it."""
 
-    patience_s: float  # give up this long after the first busy answer, not counting stated waits
+    patience_s: float  # give up this long after the first busy answer, or after a longer wait
     faults: int = 0  # errors from healthy servers
     crashes: int = 0  # servers that crashed while the request was in flight
     busy: int = 0

@@ -62,16 +62,33 @@ class RequestPlan:
     @cached_property
     def largest_pixels(self) -> int | None:
         """The maximum number of pixels of any image in a request, or None without a limit."""
-        bounds = [self.max_pixels(self.tasks[name], style) for name, style in self.pairs]
-        return None if None in bounds else max(filter(None, bounds), default=MAX_PIXELS)
-
-    def max_pixels(self, task: Task, style: str) -> int | None:
-        """Return the maximum number of pixels of an image. A check shows as many as the largest task."""
         if self.generate.max_pixels != "auto":
             return self.generate.max_pixels
-        if task in CHECKING:
+        bounds = (self.max_pixels(self.tasks[name], style) for name, style in self.pairs)
+        return max(filter(None, bounds), default=MAX_PIXELS)
+
+    def max_pixels(self, task: Task, style: str) -> int | None:
+        """Return the maximum number of pixels of an image. A check shows as many as the largest task.
+
+        A task without an image has no limit, so the limit does not change its request ids.
+        """
+        if not task.shows_image:
+            return None
+        if self.generate.max_pixels != "auto" or task in CHECKING:
             return self.largest_pixels
         return MAX_DETAIL_PIXELS if self.shows_detail else task.max_pixels(style)
+
+    def max_tokens(self, task: Task, style: str) -> int:
+        """Return the token limit of the first reply."""
+        if task.has_styles:
+            return max_tokens_of(style, self.generate.caption_words, self.generate.max_tokens)
+        return task.max_tokens or self.generate.max_tokens
+
+    @cached_property
+    def largest_max_tokens(self) -> int:
+        """The largest token limit of first replies."""
+        limits = (self.max_tokens(self.tasks[name], style) for name, style in self.pairs)
+        return max(limits, default=self.generate.max_tokens)
 
     @cached_property
     def needed(self) -> frozenset[str]:
@@ -157,9 +174,7 @@ def build_requests(
         used = {"results": tuple((need, results[need]) for need in task.needs)} if task.needs else {}
         values = row | used | _values_of(sample_id, plan, task)
         temperature = task.temperature(plan.generate)
-        max_tokens = task.max_tokens
-        if task.has_styles:
-            max_tokens = max_tokens_of(style, plan.generate.caption_words, plan.generate.max_tokens)
+        max_tokens = plan.max_tokens(task, style)
         for number in range(plan.count_replies(task)):
             if number:
                 temperature = max(temperature, plan.generate.sample_temperature)

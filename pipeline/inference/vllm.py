@@ -20,13 +20,24 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import takewhile
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError, one_line
-from pipeline.inference.memory import GIB, ModelShape, plan_memory, read_config
+from pipeline.inference.memory import (
+    BATCHED_TOKENS,
+    GIB,
+    MAX_UTILIZATION,
+    VARIANTS,
+    ModelShape,
+    choose_utilization,
+    needed_gib,
+    plan_memory,
+    read_config,
+)
 from pipeline.progress import Progress
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.tasks.boxes import MAX_PIXELS as PROCESSOR_PIXELS
@@ -41,12 +52,13 @@ MAX_TOKENS = 8192  # prompt and reply
 MAX_DECK_TOKENS = 16_384  # enough for 20 pages of 700 x 850 px (larger pages are scaled down)
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Python interpreter with vLLM
 _GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # an entry in CUDA_VISIBLE_DEVICES
-PARALLEL_FLAGS = frozenset(  # vLLM flags that give several GPUs to one server
-    (
-        "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp",
-    )
-)  # fmt: skip
+_PARALLEL = re.compile(  # flags that give several GPUs to one server
+    r"(?:^| )(?:-([tpd])p|--(t|p|d)(?:ensor|ipeline|ata)[-_]parallel[-_]size)[= ]([1-9]\d*)\b"
+)
 _USER_SEQS = re.compile(r"--max[-_]num[-_]seqs[= ](\d+)\b")
+_USER_MEMORY = re.compile(  # flags that change how much memory a model needs
+    r"(?:^| )(?:-q\b|--(?:quantization|gpu[-_]memory[-_]utilization|cpu[-_]offload|kv[-_]cache))"
+)
 STOP_SECONDS = 15
 MAX_TAIL_BYTES = 20_000  # size of the part at the end of the log that is searched for errors
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
@@ -65,7 +77,7 @@ class VllmCommand:
     arguments: tuple[str, ...]
     environment: dict[str, str]
     log: Path
-    max_num_seqs: int
+    max_num_seqs: int  # of all copies of the model
     max_restarts: int
     startup_timeout_s: float
     api_key: str = field(
@@ -90,11 +102,12 @@ def plan_servers(
     max_pixels: int | None,
     decks: bool = False,
 ) -> list[VllmCommand]:
-    """Return the commands that start vLLM servers on this machine, one per GPU or one for all.
+    """Return the commands that start vLLM servers on this machine, one per GPU or per group of GPUs.
 
-    `find_folder` may download the model. Independent servers are better than vLLM's data parallelism. Each
-    server restarts alone, and all requests about an image go to the server that has cached it. Raises
-    EngineError if vLLM is not installed.
+    The user's parallel flags set the size of a group. `find_folder` may download the model. Independent
+    servers are better than vLLM's data parallelism. Each server restarts alone, and all requests about an
+    image go to the server that has cached it. Raises EngineError if vLLM is not installed, if groups would
+    leave GPUs idle, or if the model does not fit.
     """
     python = vllm_python()
     if python is None:
@@ -102,9 +115,12 @@ def plan_servers(
             f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or pass a server: --base-url"
         )
         raise EngineError("vLLM is not installed here", hint=hint)
-    gpus, folder = visible_gpus(), find_folder()
-    is_parallel = any(flag.partition("=")[0].replace("_", "-") in PARALLEL_FLAGS for flag in server.flags)
-    groups = [gpus] if is_parallel or not gpus else [(gpu,) for gpu in gpus]
+    gpus, size = visible_gpus(), prod(parallel_sizes(server.flags))
+    if len(gpus) % size:
+        problem = f"a server with these flags uses {size} GPUs, but {len(gpus)} are visible"
+        raise EngineError(problem, hint="change the parallel flags after --, or set CUDA_VISIBLE_DEVICES")
+    groups = [gpus[start : start + size] for start in range(0, len(gpus), size)] or [()]
+    folder = find_folder()
     share: dict[str, Any] = {
         "cores": max(1, len(os.sched_getaffinity(0)) // len(groups)),
         "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / len(groups),
@@ -152,13 +168,21 @@ def plan_vllm_command(
         raise EngineError(problem, hint="copy the model again") from None
     max_model_len = min(context, MAX_DECK_TOKENS if decks else MAX_TOKENS)
     max_num_seqs = 256 if gpus else 32
-    options: dict[str, str] = {}
+    utilization, batched_tokens = MAX_UTILIZATION, BATCHED_TOKENS[0]  # if model or card is unknown
+    shared_gpus, copies = parallel_sizes(server.flags)
     if shape and gpus and gpu_gib:
         pixels = max_pixels or PROCESSOR_PIXELS
-        plan = plan_memory(shape.divide(len(gpus)), *gpu_gib, pixels, max_model_len)
+        shape = shape.divide(shared_gpus)
+        plan = plan_memory(shape, *gpu_gib, pixels, max_model_len)
+        if not plan.fits and not _USER_MEMORY.search(" ".join(server.flags)):
+            problem = f"{model} needs {needed_gib(shape, pixels):g} GiB of free memory on each GPU"
+            hint = f"free memory, or pass a model with {' or '.join(VARIANTS)} weights: --model"
+            raise EngineError(f"{problem}, but {gpu_gib[1]:.1f} GiB are free", hint=hint)
         max_num_seqs, max_model_len = plan.num_seqs, plan.model_len
-        options["--gpu-memory-utilization"] = str(plan.utilization)
-        options["--max-num-batched-tokens"] = str(plan.batched_tokens)
+        utilization, batched_tokens = plan.utilization, plan.batched_tokens
+    elif gpu_gib:
+        utilization = choose_utilization(*gpu_gib)
+    options: dict[str, str] = {}
     if shape and max_pixels:  # otherwise vLLM reserves memory for the largest image of the processor
         options["--mm-processor-kwargs"] = json.dumps({"max_pixels": max_pixels}, separators=(",", ":"))
     images_per_prompt = {"image": MAX_PAGES if decks else 1, "video": 0}
@@ -177,6 +201,8 @@ def plan_vllm_command(
     path = str(folder.absolute())
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        options["--gpu-memory-utilization"] = str(utilization)
+        options["--max-num-batched-tokens"] = str(batched_tokens)
         # Each API server prepares images on one thread, and has its own cache of prepared images.
         is_large = gpu_gib is None or gpu_gib[0] >= LARGE_GPU_GIB
         options["--api-server-count"] = "2" if is_large and cores >= 8 else "1"
@@ -202,10 +228,17 @@ def plan_vllm_command(
         arguments=(*entry, *flags, *switches, *server.flags),
         environment=environment,
         log=log,
-        max_num_seqs=int(user_seqs[1]) if user_seqs else max_num_seqs,
+        max_num_seqs=copies * (int(user_seqs[1]) if user_seqs else max_num_seqs),
         max_restarts=server.max_restarts,
         startup_timeout_s=server.startup_timeout_s,
     )
+
+
+def parallel_sizes(flags: Sequence[str]) -> tuple[int, int]:
+    """Return how many GPUs share one copy of the model, and how many copies a server has."""
+    found = _PARALLEL.findall(" ".join(flags))
+    sizes = {short or long: int(size) for short, long, size in found}
+    return sizes.get("t", 1) * sizes.get("p", 1), sizes.get("d", 1)
 
 
 def vllm_python() -> str | None:

@@ -90,6 +90,7 @@ def test_damaged_version_stops_a_run_before_the_first_request(tmp_path: Path) ->
     ("settings", "text"),
     [
         ({}, "; 3 requests per image"),
+        ({"tasks": ["qa"]}, "; 1 request per image"),
         ({"generate": {"samples": 4}}, "; 9 requests per image"),
         # 2 * (1 + 2 * 8)
         ({"verify": {"checks": ["claims"]}}, "3 requests per image, and up to 34 to check"),
@@ -100,5 +101,5 @@ def test_damaged_version_stops_a_run_before_the_first_request(tmp_path: Path) ->
 def test_start_of_a_run_states_requests_per_image(
     settings: dict[str, Any], text: str, tmp_path: Path
 ) -> None:
-    config = resolve(source="scenes", tasks=["caption", "qa"], **settings)
+    config = resolve(source="scenes", **{"tasks": ["caption", "qa"]} | settings)
     assert text in describe_requests(Plan.resolve(config, DatasetDir(tmp_path)))

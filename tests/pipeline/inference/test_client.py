@@ -1,10 +1,12 @@
 """Client against a scripted server over real sockets: each request ends in one stored reply."""
 
+import io
 import json
 import logging
 import signal
 import threading
 import time
+from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
@@ -14,8 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pipeline.errors import EngineError
+from pipeline.images.decode import PATCH_PX
 from pipeline.inference import client, endpoints, protocol
 from pipeline.inference.client import Client
 from pipeline.inference.journal import Journal
@@ -173,6 +177,25 @@ def test_each_attempt_changes_the_sampling_settings_even_across_runs(tmp_path: P
     assert [len(body["messages"]) for body in (first, second, third)] == [2, 2, 4]
     assert third["messages"][2] == {"role": "assistant", "content": "{]"}
     assert third["messages"][3]["content"].splitlines()[-1] == "Task: qa"
+
+
+def test_long_caption_of_a_large_image_fits_the_context_at_each_attempt(tmp_path: Path) -> None:
+    large = io.BytesIO()
+    Image.new("RGB", (2000, 1500)).save(large, "JPEG")
+    chat = ChatServer(lambda times, body: Act(text='{"caption":"', finish_reason="length"))
+    samples = [replace(SAMPLES[0], images=(large.getvalue(),))]
+    with running_chat(chat), Journal(tmp_path / "j") as journal, ExitStack() as stack:
+        config = config_of(chat.url, tasks=["caption"], generate={"caption_styles": ["ocr"]})
+        config = config.model_copy(update={"source": "folder:x"})
+        opened = client_of(config)
+        ask(config, [batch_of(samples)], lambda: stack.enter_context(opened), journal)
+    tokens = []
+    for body in chat.bodies:
+        url = body["messages"][1]["content"][0]["image_url"]["url"]
+        with Image.open(io.BytesIO(b64decode(url.partition(",")[2]))) as image:
+            tokens.append((body["max_tokens"], image.width * image.height // PATCH_PX**2))
+    assert [reply for reply, _ in tokens] == [2048, 2560, 2560]
+    assert all(900 < image <= 4096 - client.PROMPT_TOKENS - reply for reply, image in tokens)
 
 
 def test_only_request_that_crashes_its_server_is_abandoned(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Embedded engine with the real tiny teacher: schema, accuracy, and independence of the batch."""
 
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.config import DECKS
 from pipeline.config.files import resolve
@@ -147,6 +149,17 @@ def test_large_model_is_loaded_in_its_own_type(monkeypatch: pytest.MonkeyPatch) 
 
 def test_batch_is_smaller_for_large_images_and_decks() -> None:
     asked = [replace(request, style="", task="caption") for request in requests(10)]
-    for max_pixels, images, size in ((None, 1, 30), (1_003_520, 1, 7), (2_007_040, 1, 3), (None, 20, 3)):
-        shown = [replace(one, max_pixels=max_pixels, images=(b"",) * images) for one in asked]
+    cases: tuple[tuple[int | None, tuple[int, int], int, int], ...] = (
+        (1_003_520, (2000, 2000), 1, 8),
+        (2_007_040, (2000, 2000), 1, 4),
+        (None, (2000, 2000), 1, 2),
+        (None, (2000, 2000), 3, 1),
+        (2_007_040, (60, 40), 1, 30),
+        (None, (60, 40), 20, 3),
+        (2_007_040, (60, 40), 0, 30),
+    )
+    for max_pixels, (width, height), images, size in cases:
+        image = io.BytesIO()
+        Image.new("RGB", (width, height)).save(image, "PNG")
+        shown = [replace(one, max_pixels=max_pixels, images=(image.getvalue(),) * images) for one in asked]
         assert {len(batch) for batch in batch_requests(shown, 64)} <= {size, 30 % size}

@@ -1,16 +1,19 @@
 """Engine choice: by the settings and by the hardware of this machine."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config.files import resolve
+from pipeline.config.sections import ServerConfig
 from pipeline.digests import weights_revision
-from pipeline.errors import EngineError
+from pipeline.errors import ConfigError, EngineError
 from pipeline.executors.messages import describe_boxes
-from pipeline.inference import engines
-from pipeline.inference.engines import TINY_WEIGHTS, choose_engine, find_family, pick_engine
+from pipeline.inference import engines, vllm
+from pipeline.inference.engines import TINY_WEIGHTS, choose_engine, find_family, pick_engine, serve_model
 from pipeline.inference.vllm import VLLM_PYTHON
+from pipeline.progress import NullProgress
 from tests.chat.server import ChatServer, running_chat
 
 REVISION = "0123456789abcdef"  # `synth serve` appends it to the name
@@ -68,6 +71,14 @@ def test_missing_vllm_error_has_three_hints(no_gpu: None) -> None:
     with pytest.raises(EngineError, match="vLLM is not installed here") as caught:
         choice.make()
     assert all(way in caught.value.hint for way in ("pip install vllm", VLLM_PYTHON, "--base-url"))
+
+
+def test_ports_of_several_servers_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "visible_gpus", lambda: ("0", "1"))
+    monkeypatch.setattr(vllm, "gpu_memory_gib", lambda gpus: None)
+    monkeypatch.setenv(VLLM_PYTHON, "/opt/vllm/python")
+    with pytest.raises(ConfigError, match="2 servers from port 65535 need ports above 65535"):
+        serve_model("tiny", ServerConfig(), 65_535, Path("log"), NullProgress(), print)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.sections import ServerConfig
+from pipeline.errors import EngineError
 from pipeline.inference import vllm
 from pipeline.inference.engines import TINY_WEIGHTS
+from pipeline.inference.memory import QWEN_3B, ModelShape, read_config
 from pipeline.inference.vllm import VllmCommand, plan_servers, visible_gpus
 
 LISTING = (
@@ -74,21 +76,59 @@ def test_two_gpus_run_two_servers_that_share_the_cores(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fake_vllm")
 @pytest.mark.parametrize(
-    "flags", [("--tensor_parallel_size", "2"), ("-tp=2",), ("--data-parallel-size", "2")]
+    ("flags", "groups", "divisor", "copies"),
+    [
+        (("--tensor_parallel_size", "4"), ["1,2,3,4"], 4, 1),
+        (("-tp=2",), ["1,2", "3,4"], 2, 1),
+        (("-tp", "2", "--pipeline-parallel-size=2"), ["1,2,3,4"], 4, 1),
+        (("-dp", "2", "-tp", "2"), ["1,2,3,4"], 2, 2),
+        (("--data-parallel-size", "4"), ["1,2,3,4"], 1, 4),
+    ],
 )
-def test_parallel_flag_gives_all_gpus_to_one_server(flags: tuple[str, ...], tmp_path: Path) -> None:
-    (only,) = plan(tmp_path, *flags)
-    assert only.environment["CUDA_VISIBLE_DEVICES"] == "5,7"
+def test_parallel_flags_set_the_gpus_of_a_server_and_the_share_of_each_gpu(
+    flags: tuple[str, ...],
+    groups: list[str],
+    divisor: int,
+    copies: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    divisors: list[int] = []
+
+    def divide(shape: ModelShape, gpus: int) -> ModelShape:
+        divisors.append(gpus)
+        return shape
+
+    monkeypatch.setattr(ModelShape, "divide", divide)
+    monkeypatch.setattr(vllm, "gpu_memory_gib", lambda gpus: (24.0, 24.0))
+    monkeypatch.setattr(vllm, "visible_gpus", lambda: ("1", "2", "3", "4"))
+    commands = plan(tmp_path, *flags)
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in commands] == groups
+    assert {*divisors} == {divisor}
+    assert {one.max_num_seqs for one in commands} == {copies * int(value_of(commands[0], "--max-num-seqs"))}
+    monkeypatch.setattr(vllm, "visible_gpus", lambda: ("1", "2", "3", "4", "5"))
+    with pytest.raises(EngineError, match="but 5 are visible"):
+        plan(tmp_path, *flags)
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_model_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ModelShape, "of", lambda config, weights_bytes: QWEN_3B)
+    monkeypatch.setattr(vllm, "gpu_memory_gib", lambda gpus: (8.0, 7.5))
+    with pytest.raises(EngineError, match=r"tiny needs .* GiB of free memory .* 7.5 GiB are free") as caught:
+        plan(tmp_path)
+    assert "FP8 or AWQ" in caught.value.hint
+    assert plan(tmp_path, "--quantization", "fp8") and plan(tmp_path, "-tp", "2")
 
 
 @pytest.mark.usefixtures("fake_vllm")
 @pytest.mark.parametrize(
     ("memory", "utilization", "is_large"),
-    [("81559, 81000", "0.92", True), ("24564, 14000", "0.54", False), ("[N/A], [N/A]", None, True)],
+    [("81559, 81000", "0.92", True), ("24564, 14000", "0.54", False), ("[N/A], [N/A]", "0.92", True)],
 )
 def test_flags_follow_the_free_memory_of_the_gpu(
     memory: str,
-    utilization: str | None,
+    utilization: str,
     is_large: bool,  # noqa: FBT001
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -97,7 +137,9 @@ def test_flags_follow_the_free_memory_of_the_gpu(
     tool.write_text(f"#!/bin/sh\necho '{memory}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    command, _ = plan(tmp_path)
-    assert value_of(command, "--api-server-count") == ("2" if is_large else "1")
-    assert ("--gpu-memory-utilization" in command.arguments) == (utilization is not None)
-    assert utilization is None or value_of(command, "--gpu-memory-utilization") == utilization
+    for shape in (ModelShape.of(read_config(TINY_WEIGHTS), 1), None):  # None: not a Qwen model
+        monkeypatch.setattr(ModelShape, "of", lambda config, weights_bytes, shape=shape: shape)
+        command, _ = plan(tmp_path)
+        assert value_of(command, "--api-server-count") == ("2" if is_large else "1")
+        assert value_of(command, "--gpu-memory-utilization") == utilization
+        assert value_of(command, "--max-num-batched-tokens") == "16384"

@@ -1,6 +1,7 @@
 """Request queue: requests without a reply are sent in the same batches every time, and replies are stored."""
 
 import signal
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from pipeline.types import Engine, Reply, RequestSource, SampleBatch
 from tests.plans import ask, stored_annotations
 from tests.scene_data import requests_to_send
 
+PNG = b64decode(
+    b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
 IDS = [f"{n:064x}" for n in range(6)]
 REPLIES = {
     "caption": '{"caption":"A ring."}',
@@ -26,7 +30,7 @@ REPLIES = {
 
 
 def batch(ids: list[str]) -> SampleBatch:
-    return SampleBatch.of((name, (b"image",)) for name in ids)
+    return SampleBatch.of((name, (PNG,)) for name in ids)
 
 
 class Scripted:
@@ -103,7 +107,7 @@ def test_images_are_read_only_for_requests_to_send(tmp_path: Path) -> None:
     def noted(ids: list[str]) -> SampleBatch:
         def images() -> list[tuple[bytes, ...]]:
             read.extend(ids)
-            return [(name.encode(),) for name in ids]
+            return [(PNG + name.encode(),) for name in ids]
 
         return SampleBatch(ids, images)
 
@@ -117,7 +121,7 @@ def test_images_are_read_only_for_requests_to_send(tmp_path: Path) -> None:
     sees = Scripted()
     send(sees, noted(IDS[:2]), noted(IDS[2:4]), noted(IDS[:1]))
     assert read == IDS[2:4]
-    assert sees.images == {name: (name.encode(),) for name in IDS[2:4]}
+    assert sees.images == {name: (PNG + name.encode(),) for name in IDS[2:4]}
 
 
 def test_interrupted_run_resumes_with_the_same_batches(tmp_path: Path) -> None:

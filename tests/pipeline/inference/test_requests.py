@@ -7,7 +7,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.inference.requests import build_requests
 from pipeline.sources import with_source_defaults
-from pipeline.tasks.checks import ANSWER
+from pipeline.tasks.checks import ANSWER, BLIND, CLAIMS, COVERS, REPAIR
 from tests.plans import request_plan
 
 SAMPLE = "a" * 64
@@ -69,6 +69,19 @@ def test_pixel_limit_depends_on_the_task(
     plan = request_plan(with_source_defaults(resolve(**{"source": "folder:x", **settings})))
     assert [request.max_pixels for request in build_requests(SAMPLE, plan)] == pixels
     assert plan.fields(ANSWER, question="?")[0]["max_pixels"] == plan.largest_pixels == check_pixels
+
+
+@pytest.mark.parametrize("generate", [{"caption_styles": ["brief", "ocr"]}, {"max_pixels": 5000}], ids=str)
+def test_ids_of_checks_without_an_image_do_not_depend_on_styles_or_pixel_limits(
+    generate: dict[str, Any],
+) -> None:
+    values: dict[str, Any] = {"question": "?", "caption": "A cup.", "answers": ()}
+    digests = [
+        [request_plan(resolve(source="folder:x", **settings)).fields(task, **values)[1] for task in checks]
+        for checks in ((BLIND, CLAIMS, COVERS, REPAIR), (ANSWER,))
+        for settings in ({}, {"generate": generate})
+    ]
+    assert digests[0] == digests[1] and digests[2] != digests[3]
 
 
 def test_additional_captions_get_new_request_ids_and_the_first_id_is_unchanged() -> None:
