@@ -32,6 +32,10 @@ from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, scored_prompt
 
 MAX_CUT_SHARE = 0.01  # more cut texts are reported
+DERIVED = {
+    "align_steps", "steps", "scst_steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr",
+    "max_caption_tokens",
+}  # fmt: skip
 LAST = "last"  # folder for the captioner after the last step, if an earlier one is better
 
 
@@ -192,6 +196,7 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     metrics: dict[str, Any] = {
         "run": run,
         "data": captioner.config.data,
+        "settings": trainer.config.model_dump(mode="json", include=DERIVED),
         "split": "test",
         "parameters": sum(weights.numel() for weights in captioner.parameters()),
         "best_validation": trainer.validation.best_cider_d,

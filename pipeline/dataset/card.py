@@ -79,6 +79,7 @@ def render_model_card(
         **_evaluation(about["metrics"], repo, dataset or data["source"]["name"]),
     }
     values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
+    values["train"] = about["train"] | about["metrics"].get("settings", {})  # with derived values
     return _render("model.md.j2", header, **values)
 
 

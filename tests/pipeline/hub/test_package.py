@@ -142,6 +142,23 @@ def test_checkpoint_file_that_links_outside_is_not_packaged(name: str, tmp_path:
         build_checkpoint_package(folder, "me/captioner", lambda _: {}, {})
 
 
+def test_card_of_a_captioner_has_derived_settings_and_no_folders(tmp_path: Path) -> None:
+    data = {"source": {"name": "scenes"}, "version": "v1.0.0", "digest": "d"}
+    scores: dict[str, Any] = {"scores": {}, "shuffled_scores": {}, "shown": []}
+    scores |= {"parameters": 7, "images": 3, "split": "test", "style": "brief", "against": "references"}
+    values: dict[str, Any] = {
+        "config": {"prompts": [["synthetic", "brief"]], "data": data},
+        "train": {"encoder": "vit", "decoder": "scratch", "steps": 0, "init": "private/folders/first"},
+        "metrics": {**scores, "settings": {"steps": 70}},
+    }
+    for name in CHECKPOINT_FILES:
+        (tmp_path / name).write_text(json.dumps(values.get(name.removesuffix(".json"), {})))
+    package = build_checkpoint_package(tmp_path, "me/captioner", lambda _: {}, {})
+    card = package.files["README.md"].decode()
+    assert '"steps": 70' in card and '"init": "first"' in card
+    assert b'"init": "first"' in package.files["train.json"]
+
+
 def test_local_folder_with_model_name_is_not_a_base_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
