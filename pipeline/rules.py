@@ -327,7 +327,7 @@ def says_nothing(answer: str) -> bool:
 
 
 def is_no_count(question: str, answer: str) -> bool:
-    """Return True if the answer to "How many?" is neither one number nor "many", which humans answer often."""
+    """Return True if the answer to "How many?" is neither one number nor "many", as humans often say."""
     return bool(_HOW_MANY.search(question)) and not _COUNT.fullmatch(answer)
 
 

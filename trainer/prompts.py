@@ -16,7 +16,8 @@ QUESTION_LINE = re.compile(r"^\s*(?:question|q): *([^\n]+)", re.MULTILINE | re.I
 # Words that request a style, in order of precedence. Other styles are requested by their names.
 STYLE_WORDS = {
     "human": r"^what does this image show(?=\W*$)",
-    "ocr": r"ocr(?! tokens?)|transcribe|(what|which|all|any|the) (text|words)\b.*\b(read|written|seen|visible|image)",
+    "ocr": r"ocr(?! tokens?)|transcribe"
+    r"|(what|which|all|any|the) (text|words)\b.*\b(read|written|seen|visible|image)",
     "tags": r"(hash)?tags|keywords",
     "alt": r"alt|alternative text|screen ?readers?|blind|visually impaired",
     "plain": r"(one|a single|1)[ -]sentence",
