@@ -134,7 +134,7 @@ class TrainConfig(Section):
     """Maximum number of training images. 0 uses all images."""
     text_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of tokens in the loss by style, by source (`human` or `synthetic`), or for answers (`answer`).
-    Weights of style and source are multiplied. Others have weight 1.
+    Weights of style and source are multiplied. Others have weight 1. Texts of weight 0 are not learned.
     """
     max_caption_tokens: int | None = Field(default=None, ge=4, le=MAX_CAPTION_TOKENS)
     """Maximum tokens of a text. Longer texts are cut after a sentence. Null uses the 99th percentile of the
