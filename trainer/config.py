@@ -62,11 +62,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
 }  # fmt: skip
-# If a file or a flag has the first setting, the second one of the preset is not used.
-ALTERNATIVES = (
-    ("epochs", "min_steps"), ("align_steps", "align_epochs"), ("scst_steps", "scst_epochs"),
-    ("steps", "scst_epochs"),
-)  # fmt: skip
 # The kind of decoder that each preset needs. The preset `scenes` works with both.
 SCRATCH, LANGUAGE_MODEL = "a decoder from scratch", "a language model"
 DECODER_KINDS = {"photos-few": SCRATCH, "photos": SCRATCH, "photos-lm": LANGUAGE_MODEL}
@@ -299,7 +294,8 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
             problem = f"the preset {preset} needs {needed}, but the decoder is {decoder}"
             raise ConfigError(problem, hint="choose another --preset or --decoder")
         preset_values = dict(PRESETS.get(preset, {}))
-        for name, alternative in ALTERNATIVES:
+        alternatives = ("epochs", "min_steps"), ("align_steps", "align_epochs"), ("scst_steps", "scst_epochs")
+        for name, alternative in (*alternatives, ("steps", "scst_epochs")):
             if (
                 name in {*values, *flags} and alternative not in values
             ):  # they take precedence over the preset

@@ -33,10 +33,7 @@ from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, scored_prompt
 
 MAX_CUT_SHARE = 0.01  # more cut texts are reported
-DERIVED = {
-    "align_steps", "steps", "scst_steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr",
-    "max_caption_tokens",
-}  # fmt: skip
+NAMES = {"preset", "init", "encoder", "decoder"}  # settings that may hold names of local folders
 LAST = "last"  # folder for the captioner after the last step, if an earlier one is better
 
 
@@ -197,7 +194,7 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     metrics: dict[str, Any] = {
         "run": run,
         "data": captioner.config.data,
-        "settings": trainer.config.model_dump(mode="json", include=DERIVED),
+        "settings": trainer.config.model_dump(mode="json", exclude=NAMES),
         "split": "test",
         "parameters": sum(weights.numel() for weights in captioner.parameters()),
         "best_validation": trainer.validation.best_cider_d,
