@@ -36,6 +36,7 @@ DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-1
 
 FEW_IMAGES = 2_000  # with fewer images, a wide decoder memorizes the captions
 MAX_CAPTION_TOKENS = 8192  # also limits generation with untrusted checkpoints
+MAX_BEAMS, MAX_LENGTH_PENALTY = 64, 10.0  # with larger values, generation could take forever or overflow
 MAX_EPOCHS = 1_000_000
 MAX_EVALUATIONS = 20  # per run, if `evaluate_epochs` is set
 DEFAULT_EVALUATIONS = 4
@@ -128,7 +129,7 @@ class TrainConfig(Section):
     """Maximum number of training images. 0 uses all images."""
     text_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of tokens in the loss by style, by source (`human` or `synthetic`), or for answers (`answer`).
-    Weights of style and source are multiplied. Others have weight 1.
+    Weights of style and source are multiplied. Others have weight 1. Texts of weight 0 are not learned.
     """
     max_caption_tokens: int | None = Field(default=None, ge=4, le=MAX_CAPTION_TOKENS)
     """Maximum tokens of a text. Longer texts are cut after a sentence. Null uses the 99th percentile of the
@@ -202,13 +203,13 @@ class TrainConfig(Section):
     """
     evaluate_images: int = Field(default=128, ge=1)
     """Images per evaluation on the validation split."""
-    num_beams: int = Field(default=1, ge=1)
+    num_beams: int = Field(default=1, ge=1, le=MAX_BEAMS)
     """Beams of the final test and of captions written later. 1 is greedy."""
-    length_penalty: float = Field(default=1.0, ge=0)
+    length_penalty: float = Field(default=1.0, ge=0, le=MAX_LENGTH_PENALTY)
     """Beam search divides the log-probability of a text by its length to this power."""
-    min_new_tokens: int = Field(default=0, ge=0)
+    min_new_tokens: int = Field(default=0, ge=0, le=MAX_CAPTION_TOKENS)
     """Minimum tokens of a text that is written."""
-    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    no_repeat_ngram_size: int = Field(default=0, ge=0, le=MAX_CAPTION_TOKENS)
     """No n-gram of this size occurs twice in a text that is written. 0 allows repetition."""
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seed of weights, dropout and the order of the data."""
@@ -294,14 +295,17 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
             raise ConfigError(problem, hint="choose another --preset or --decoder")
         preset_values = dict(PRESETS.get(preset, {}))
         alternatives = ("epochs", "min_steps"), ("align_steps", "align_epochs"), ("scst_steps", "scst_epochs")
-        for name, alternative in alternatives:
-            if name in values and alternative not in values:  # the preset must not override the settings file
+        for name, alternative in (*alternatives, ("steps", "scst_epochs")):
+            if (
+                name in {*values, *flags} and alternative not in values
+            ):  # they take precedence over the preset
                 preset_values.pop(alternative, None)
         values = {**preset_values, **values}
     if "epochs" in flags:
         values = {name: value for name, value in values.items() if name not in ("steps", "min_steps")}
-    if "align_steps" in flags:
-        values.pop("align_epochs", None)
+    for stage in ("align", "scst"):
+        if f"{stage}_steps" in flags:
+            values.pop(f"{stage}_epochs", None)
     return validate(TrainConfig, values | flags)
 
 

@@ -15,12 +15,13 @@ from PIL import Image
 
 from pipeline.dataset.version import Version
 from pipeline.digests import hash_to_unit
-from pipeline.errors import TrainError
+from pipeline.errors import TrainError, did_you_mean
 from pipeline.images.decode import prepare_image
 from pipeline.tables import HUMAN, PIXELS, REVIEWED, SPLITS
 from pipeline.text.vqa_answers import kind_of_answer
 from trainer.config import Mixture, TrainConfig, keeps_human_texts
 from trainer.image_index import StoredImage, map_images
+from trainer.prompts import STYLES
 from trainer.tokenizer import TargetText
 
 REFERENCE_STYLE = "brief"  # human captions are learned in this style
@@ -60,7 +61,7 @@ def choose_examples(version: Version, config: TrainConfig) -> tuple[Sets, TrainC
     Raises TrainError if there is nothing to learn.
     """
     sets = {split: read_split_examples(version, split, config) for split in SPLITS}
-    sets["train"] = limit_images(sets["train"], config.train_images)
+    sets["train"] = limit_images(_weighted_examples(sets["train"], config), config.train_images)
     config = config.with_defaults(len(sets["train"]))
     # A few training images may lack a style. Validation must then not use this style.
     learned = {(text.source, text.style) for text in texts_of(sets["train"])}
@@ -69,6 +70,18 @@ def choose_examples(version: Version, config: TrainConfig) -> tuple[Sets, TrainC
     if not any((config.encoder_lr, config.connector_lr, config.decoder_lr)):
         raise TrainError("all learning rates are 0", hint="set connector_lr, decoder_lr or encoder_lr")
     return sets, config
+
+
+def _weighted_examples(examples: list[Example], config: TrainConfig) -> list[Example]:
+    """Return examples without texts of weight 0. Raises TrainError for unknown names or if none is left."""
+    known = {*STYLES, *(text.style for text in texts_of(examples)), "human", "synthetic", "answer"} - {""}
+    if unknown := sorted({*config.text_weights} - known):
+        hint = did_you_mean(unknown[0], sorted(known), f"set some of {', '.join(sorted(known))}")
+        raise TrainError(f"text_weights: no text has the style or source {unknown[0]}", hint=hint)
+    examples = [_filter_texts(e, lambda t: config.text_weight(t.source, t.style) > 0) for e in examples]
+    if not texts_of(examples):
+        raise TrainError("all texts have the weight 0", hint="change text_weights")
+    return [example for example in examples if example.texts]
 
 
 def read_split_examples(version: Version, split: str, config: TrainConfig) -> list[Example]:

@@ -26,7 +26,8 @@ from trainer.metrics import Rarity, bootstrap, derangement, score, score_each, t
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import folder_name
-from trainer.tokenizer import TargetText, answering_prompt, scored_prompt
+from trainer.prompts import preferred_source
+from trainer.tokenizer import TargetText, scored_prompt
 
 CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 to 1
 HUMAN_REFERENCES = "references of the source"
@@ -58,7 +59,7 @@ class Quiz:
 
     def ask(self, checkpoint: Checkpoint, features: FeatureSource, images: Iterable[int]) -> None:
         """Ask all questions about these images, including the shuffled ones."""
-        source, _ = answering_prompt(checkpoint.captioner.config.prompts)
+        source = preferred_source(checkpoint.captioner.config.prompts, "") or ""
         keys, pairs = [], []
         for image in images:
             for index, is_shuffled in ((image, False), (self.shuffled_questions[image], True)):

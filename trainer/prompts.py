@@ -15,8 +15,9 @@ STYLE_LINE = re.compile(r"^Task: caption, (.+)$", re.MULTILINE)
 QUESTION_LINE = re.compile(r"^\s*(?:question|q): *([^\n]+)", re.MULTILINE | re.IGNORECASE)
 # Words that request a style, in order of precedence. Other styles are requested by their names.
 STYLE_WORDS = {
-    "human": r"what does this image show",
-    "ocr": r"ocr|transcribe|(what|which|all|any|the) (text|words)\b.*\b(read|written|seen|visible|image)",
+    "human": r"^what does this image show(?=\W*$)",
+    "ocr": r"ocr(?! tokens?)|transcribe"
+    r"|(what|which|all|any|the) (text|words)\b.*\b(read|written|seen|visible|image)",
     "tags": r"(hash)?tags|keywords",
     "alt": r"alt|alternative text|screen ?readers?|blind|visually impaired",
     "plain": r"(one|a single|1)[ -]sentence",
@@ -24,6 +25,11 @@ STYLE_WORDS = {
     "detailed": r"details?|detailed|thorough(ly)?|comprehensive(ly)?|in depth|long|paragraphs?|everything"
     r"|elaborate|exhaustive(ly)?|extensive(ly)?|as much as",
 }
+# Questions that request the style `human` or `ocr` instead of an answer.
+STYLE_QUESTION = re.compile(
+    r"(what does this image show|(what|which) (text|words) (can be|is|are) (read|written|seen|visible|shown)"
+    r" (in|on) (the|this) (image|picture|photo))\W*"
+)
 QUESTION_START = re.compile(
     r"(what|which|who|whose|whom|where|when|why|how|is|are|am|was|were|do|does|did|can|could|has|have|had|will"
     r"|would|should|isn't|aren't|doesn't|count|name|identify|guess|estimate|in (what|which))\b|what's|who's"
@@ -138,8 +144,10 @@ def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, 
     if style is None and (named[0] in STYLES or named[0] != text):
         learned = ", ".join(styles) or "questions"
         raise ValueError(f"this captioner was not trained on the style {named[0][:40]}, only on {learned}")
-    requested = style or _requested_style(styles, text)
-    question = "" if style or requested in ("human", "ocr") else find_question(text)
+    words = _normalized(text[-MAX_CHARACTERS:].replace("<image>", ""))
+    requested = style or _requested_style(styles, words)
+    is_request = style or (requested in ("human", "ocr") and STYLE_QUESTION.fullmatch(words))
+    question = "" if is_request else find_question(text)
     if answers is not None and (question or (text and not styles)):
         return answers, "", question or text
     style = requested or preferred_style(prompts)
@@ -148,8 +156,7 @@ def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, 
     return preferred_source(prompts, style) or "", style, ""
 
 
-def _requested_style(styles: list[str], text: str) -> str | None:
-    words = _normalized(text[-MAX_CHARACTERS:])
+def _requested_style(styles: list[str], words: str) -> str | None:
     patterns = {**STYLE_WORDS, **{style: re.escape(style) for style in styles if style not in STYLE_WORDS}}
     return next(
         (s for s, words_of in patterns.items() if s in styles and re.search(rf"\b({words_of})\b", words)),

@@ -8,7 +8,7 @@ import re
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ PAD, EOS = "<pad>", "<eos>"
 PAD_ID, EOS_ID = 0, 1  # in every tokenizer trained by `train_tokenizer`
 ENCODED_TEXTS = 10_000  # per batch in `count_tokens`
 MAX_DEFAULT_TOKENS, TOKEN_STEP = 256, 16  # of `choose_max_tokens`
-SENTENCE_END = re.compile(r"[.!?]+(?=\s)|[\u3002\uff01\uff1f]")
+SENTENCE_END = re.compile(r"[.!?](?=\s)|[\u3002\uff01\uff1f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,13 @@ class CaptionTokenizer:
         A target longer than `max_tokens` is cut after the last sentence that fits. If none fits, it is
         truncated and has no EOS.
         """
-        target = self.target(text)
+        whole = self._target_text(text)
+        encoding = self.backend.encode(whole, add_special_tokens=False)
+        target = [*encoding.ids, self.eos_id]
         if max_tokens is not None and len(target) > max_tokens:
-            ends = [match.end() for match in SENTENCE_END.finditer(text.text)]
-            shorter = (self.target(replace(text, text=text.text[:end])) for end in reversed(ends))
+            first_cut = encoding.offsets[max_tokens - 1][0]  # of the first token without room
+            ends = [match.end() for match in SENTENCE_END.finditer(whole) if match.end() <= first_cut]
+            shorter = ([*self._ids(whole[:end]), self.eos_id] for end in reversed(ends))
             target = next((ids for ids in shorter if len(ids) <= max_tokens), target[:max_tokens])
         return EncodedText.of(self.prompt(text), target, weight)
 
@@ -214,9 +217,3 @@ def scored_prompt(prompts: Prompts, style: str | None = None) -> tuple[str, str]
     require_learned(prompts, style)
     chosen = style or preferred_style(prompts) or ""
     return preferred_source(prompts, chosen) or "", chosen
-
-
-def answering_prompt(prompts: Prompts) -> tuple[str, str]:
-    """Return the source for answers, and "" as style. Raises TrainError if no answers were learned."""
-    require_learned(prompts, question="?")
-    return preferred_source(prompts, "") or "", ""

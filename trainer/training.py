@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed
 
+from pipeline.dataset.card import list_training_data
 from pipeline.dataset.version import FEATURES, Version
 from pipeline.digests import digest, file_digest
 from pipeline.progress import NullProgress, Progress
@@ -32,6 +33,7 @@ from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, scored_prompt
 
 MAX_CUT_SHARE = 0.01  # more cut texts are reported
+NAMES = {"preset", "init", "encoder", "decoder"}  # settings that may hold names of local folders
 LAST = "last"  # folder for the captioner after the last step, if an earlier one is better
 
 
@@ -140,10 +142,10 @@ def _warn_of_unlearned(
     if num_cut > MAX_CUT_SHARE * len(texts):
         share = f"{num_cut:,} of {len(texts):,} texts are longer than {limit} tokens"
         progress.warn(f"{share}: they are cut off after a sentence (max_caption_tokens)")
-    before = checkpoint.captioner.config.data.get("init", {}).get("data", {})
-    if before and before.get("source") != version.manifest["source"]:
+    earlier = list_training_data(checkpoint.captioner.config.data)[1:]
+    if any(data.get("source") != version.manifest["source"] for data in earlier):
         progress.message(
-            f"the first training used another source, which may include test images of {version.name}"
+            f"an earlier training used another source, which may include test images of {version.name}"
         )
     if columns := version.manifest.get("own_columns"):
         progress.message(f"not used in training (columns of custom tasks): {', '.join(columns)}")
@@ -192,6 +194,7 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     metrics: dict[str, Any] = {
         "run": run,
         "data": captioner.config.data,
+        "settings": trainer.config.model_dump(mode="json", exclude=NAMES),
         "split": "test",
         "parameters": sum(weights.numel() for weights in captioner.parameters()),
         "best_validation": trainer.validation.best_cider_d,

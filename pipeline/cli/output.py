@@ -31,15 +31,15 @@ def find_checkpoint(captioner: str) -> Path:
 
 
 def note_training_data(captioner: Path, version: "Version", split: str = "test") -> None:
-    """Print a note if a captioner was trained on the images of this split, or not on this version."""
-    from trainer.runtime.checkpoint_folder import read_data_digest
+    """Print a note if a captioner was trained on the images of this split, or not only on this version."""
+    from trainer.runtime.checkpoint_folder import read_data_digests
 
-    if read_data_digest(captioner) != version.manifest["digest"]:
-        say(
-            f"note: {captioner} was not trained on {version.path}; its training data may include these images"
-        )
-    elif split == "train":
+    digests, own = {*read_data_digests(captioner)}, version.manifest["digest"]
+    if split == "train" and own in digests:
         say(f"note: {captioner} was trained on these images: the scores do not measure generalization")
+    elif digests != {own}:
+        trained = f"{'not only' if own in digests else 'not'} trained on {version.path}"
+        say(f"note: {captioner} was {trained}; its training data may include these images")
 
 
 def note_previews(version: "Version", path: Path | None = None) -> None:

@@ -79,7 +79,22 @@ def render_model_card(
         **_evaluation(about["metrics"], repo, dataset or data["source"]["name"]),
     }
     values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
+    values["train"] = about["train"] | about["metrics"].get("settings", {})  # with derived values
+    trained = list_training_data(data)
+    texts = {part.get("texts") for part in trained}
+    values |= {"earlier": trained[1:], "texts": texts.pop() if len(texts) == 1 else "mixed"}
+    values["sources"] = len({json.dumps(part.get("source"), sort_keys=True) for part in trained})
     return _render("model.md.j2", header, **values)
+
+
+def list_training_data(data: Any) -> list[dict[str, Any]]:
+    """Return the `data` of a captioner, of the captioner that its training continued (`init`), and so on."""
+    found = []
+    while isinstance(data, dict):
+        found.append(data)
+        init = data.get("init")
+        data = init.get("data") if isinstance(init, dict) else None
+    return found
 
 
 def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, Any]:

@@ -136,7 +136,8 @@ def _add_trigger(items: Iterable[Item], trigger: str, report: Progress) -> Itera
         phrases.update({" ".join(caption[n : n + PHRASE_WORDS]) for caption, n in starts})
         captions = [(style, f"{trigger}, {text}") for style, text in item.captions]
         human_texts = item.human_texts | {f"{trigger}, {text}" for text in item.human_texts}
-        yield replace(item, captions=captions, human_texts=human_texts)
+        pairs = [(style, f"{trigger}, {best}", f"{trigger}, {worst}") for style, best, worst in item.pairs]
+        yield replace(item, captions=captions, human_texts=human_texts, pairs=pairs)
     shared = [(phrase, count) for phrase, count in phrases.most_common() if count > SHARED_FRAC * images]
     for phrase, count in shared[:MAX_SHOWN_PHRASES]:
         report.warn(f'{count} of {images} images have the phrase "{phrase}" in their captions')

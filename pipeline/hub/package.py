@@ -193,8 +193,10 @@ def build_checkpoint_package(
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
     models = base_models(saved["train"], hub_ids)
     # Publish no local paths.
-    for part in filter(saved["train"].get, ("encoder", "decoder", "init")):
+    for part in ("encoder", "decoder"):
         saved["train"][part] = without_folders(str(saved["train"][part]))
+    if init := saved["train"].get("init"):
+        saved["train"]["init"] = Path(init).name
     written = {"train.json": json_text(saved["train"]).encode(), **extra_files(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
     files |= _content_entries(written)

@@ -12,7 +12,6 @@ judge     receives one batch of rows as an Arrow table, and adds columns and `re
 Each function receives only the settings of its step. They are part of the step's key (records.py).
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -367,21 +366,17 @@ def _write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> t
 
 @contextmanager
 def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> Iterator[None]:
-    """Add the requests and the time spent within the context to the cost record of the dataset."""
-    asked, start = stats.asked, time.monotonic()
+    """Update the cost record of the dataset after the context."""
+    asked = stats.asked
     try:
         yield
     finally:
-        before = {"asked": 0, "timed": 0, "seconds": 0.0} | dataset.read_cost()
         totals = journal.totals()
-        newly_asked = stats.asked - asked
         # An estimate may have added requests to the journal, and a killed run did not record its cost.
-        if newly_asked or totals["asked"] != before["asked"]:
-            seconds = time.monotonic() - start if newly_asked else 0.0
-            times = {"timed": before["timed"] + newly_asked, "seconds": round(before["seconds"] + seconds, 1)}
+        if stats.asked > asked or totals["asked"] != dataset.read_cost().get("asked", 0):
             read_tokens, written_tokens = journal.likely_tokens()
             tokens = {"prompt_tokens": read_tokens, "reply_tokens": written_tokens}
-            write_json(dataset.cost, {**totals, **tokens, **times})
+            write_json(dataset.cost, {**totals, **tokens})
 
 
 class _InOrder:

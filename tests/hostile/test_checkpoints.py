@@ -123,6 +123,10 @@ DAMAGES: dict[str, Damage] = {
     "captions without end": config(lambda c: c.update(max_caption_tokens=10**9)),
     "a search without end": config(lambda c: c.update(data={"decoding": {"num_beams": 100_000}})),
     "a search of many": config(lambda c: c.update(data={"decoding": {"num_beams": "many"}})),
+    "a penalty that overflows": config(lambda c: c.update(data={"decoding": {"length_penalty": 2000}})),
+    "phrases of part of a token": config(
+        lambda c: c.update(data={"decoding": {"no_repeat_ngram_size": 2.5}})
+    ),
     "heads below zero": config(lambda c: c["decoder"].update(heads=-2)),
     "a layer that is none": config(lambda c: c["encoder"].update(layer=99)),
     "config that is deep": file("config.json", b"[" * 100_000 + b"]" * 100_000),

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.cli.output import note_training_data
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import NullProgress
+from pipeline.storage.files import write_json
 from tests.trainer.small_trainings import CPU, LORA, losses, replace
 from trainer.config import TrainConfig
 from trainer.data import choose_examples, examples_in
@@ -134,6 +136,30 @@ def test_first_data_of_another_source_is_reported(
             dataclasses.replace(version, manifest=manifest), config, tmp_path / str(number), progress=Note()
         )
         assert sum("may include test images" in text for text in texts) == number
+
+
+@pytest.mark.parametrize(
+    ("digests", "split", "note"),
+    [
+        ("a", "test", ""),
+        ("aa", "test", ""),
+        ("ab", "test", "not only trained on"),
+        ("b", "test", "was not trained on"),
+        ("ba", "train", "was trained on these images"),
+        ("", "test", "was not trained on"),
+    ],
+)
+def test_note_before_scoring_considers_the_data_of_all_trainings(
+    digests: str, split: str, note: str, version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data: dict[str, Any] = {}
+    for letter in reversed(digests):
+        data = {"digest": letter} | ({"init": {"data": data}} if data else {})
+    write_json(tmp_path / "config.json", {"data": data} if data else {})
+    version = dataclasses.replace(version, manifest={**version.manifest, "digest": "a"})
+    note_training_data(tmp_path, version, split)
+    shown = " ".join(capsys.readouterr().err.split())
+    assert note in shown and bool(note) == bool(shown)
 
 
 def test_default_style_is_learned_in_the_last_training(version: Version, started: dict[str, Path]) -> None:

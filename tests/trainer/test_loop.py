@@ -14,7 +14,7 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.trainer.small_trainings import CPU, PROCESS, TWO_PROCESSES, losses, replace
-from trainer.data import examples_in, read_split_examples
+from trainer.data import choose_examples, examples_in, read_split_examples, texts_of
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
 from trainer.loop import BatchLoader
@@ -63,6 +63,27 @@ def test_text_weights_depend_on_style_and_source(version: Version, clip: str) ->
         == batch.texts.total_weight
         < loader.load(examples[:3]).num_tokens * 3
     )
+
+
+@pytest.mark.parametrize(
+    ("weights", "error"),
+    [
+        ({"brif": 2.0}, "no text has the style or source brif"),
+        ({"synthetic": 0.0}, "all texts have the weight 0"),
+    ],
+)
+def test_unknown_text_weight_or_nothing_to_learn_is_refused(
+    version: Version, weights: dict[str, float], error: str
+) -> None:
+    with pytest.raises(TrainError, match=error):
+        choose_examples(version, replace(text_weights=weights))
+
+
+def test_texts_of_weight_0_are_not_learned(version: Version) -> None:
+    sets, _ = choose_examples(version, replace(text_weights={"detailed": 0.0, "answer": 0.0}))
+    styles = {text.style for text in texts_of(sets["train"])}
+    assert "brief" in styles and not styles & {"detailed", ""}
+    assert all(example.texts for example in sets["train"])
 
 
 class CountReads(TorchDispatchMode):

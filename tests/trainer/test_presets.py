@@ -66,6 +66,15 @@ def test_epochs_flag_overrides_steps(tmp_path: Path) -> None:
     assert resolve(tmp_path / "train.json", epochs=2, steps=9).with_defaults(64).steps == 9
 
 
+@pytest.mark.parametrize("flags", [{"scst_steps": 0}, {"steps": 30}])
+def test_steps_flag_drops_the_rewarded_epochs_of_the_preset(flags: dict[str, Any], tmp_path: Path) -> None:
+    assert resolve(preset="photos").with_defaults(640).scst_steps == 20
+    assert resolve(preset="photos", **flags).with_defaults(640).scst_steps == 0
+    (tmp_path / "train.json").write_text(resolve(preset="photos").model_dump_json())
+    kept = resolve(tmp_path / "train.json", **flags).with_defaults(640).scst_steps
+    assert kept == (0 if "scst_steps" in flags else 20)
+
+
 def test_epochs_are_converted_to_steps() -> None:
     epochs: dict[str, Any] = {"align_epochs": 0.5, "epochs": 2, "evaluate_epochs": 0.5}
     config = TrainConfig(decoder="qwen3", batch_size=10, lora_rank=4, **epochs)

@@ -228,9 +228,25 @@ def test_98_of_100_other_prompts_get_the_right_kind_of_reply() -> None:
     assert len(prompts) >= 130 and len(mistakes) <= 0.02 * len(prompts), mistakes
 
 
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        *as_prompts(ANSWERS),
+        ("What text is written on the sign?", "What text is written on the sign?"),
+        ("Question: What does this image show?", "What does this image show?"),
+        ("What text can be read in this image?" + SHORT, "What text can be read in this image?"),
+        ("What does this image show on the left?", "What does this image show on the left?"),
+        ("What brand is it?\nReference OCR token: STOP", "What brand is it?"),
+    ],
+)
+def test_question_gets_an_answer_if_all_styles_and_answers_are_learned(text: str, question: str) -> None:
+    assert choose_prompt(PROMPTS, text) == ("synthetic", "", question)
+
+
 @pytest.mark.parametrize("style", QUESTIONS)
 def test_question_for_a_style_in_conversations_requests_that_style(style: str) -> None:
-    assert choose_prompt(PROMPTS, QUESTIONS[style])[1:] == (style, "")
+    for text in (QUESTIONS[style], f"<image>\n{QUESTIONS[style]}"):
+        assert choose_prompt(PROMPTS, text)[1:] == (style, "")
 
 
 @pytest.mark.parametrize(
@@ -245,6 +261,8 @@ def test_question_for_a_style_in_conversations_requests_that_style(style: str) -
         ("Provide a one-sentence caption for the provided image.", "plain"),
         ("Describe it for blind people.", "alt"),
         ("Transcribe the sign.", "ocr"),
+        ("OCR this image.", "ocr"),
+        ("Describe it briefly.\nReference OCR token: STOP", "brief"),
         ("Caption this.", "brief"),
     ],
 )

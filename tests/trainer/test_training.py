@@ -56,7 +56,9 @@ def test_learning_rate_of_0_for_all_parts_is_refused(version: Version, tmp_path:
 
 
 def test_captions_file_has_one_row_per_test_image(version: Version, tmp_path: Path, clip: str) -> None:
-    metrics = train_captioner(version, replace(encoder=clip, steps=2), tmp_path / "out")
+    metrics = train_captioner(version, replace(encoder=clip, steps=0, epochs=1), tmp_path / "out")
+    settings = metrics["settings"]
+    assert settings["steps"] > 0 and (settings["connector_lr"], settings["encoder_lr"]) == (1e-3, 0.0)
     rows = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
     assert [row["sample_id"] for row in rows] == sorted(
         version.read("test", ["sample_id"])["sample_id"].to_pylist()

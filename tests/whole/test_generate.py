@@ -54,8 +54,8 @@ def test_repeated_run_sends_no_request_and_writes_nothing(whole: Whole) -> None:
     assert sum(version.manifest["rows"].values()) == funnel["write"]["kept"]
     cost = read_json(DatasetDir(folder).cost)
     with Journal(DatasetDir(folder).journal) as journal:
-        assert cost == journal.totals() | {"timed": cost["asked"], "seconds": cost["seconds"]}
-    assert cost["replies"] == SCENES * 3 and cost["seconds"] > 0
+        assert cost == journal.totals()
+    assert cost["replies"] == SCENES * 3
     assert min(cost["prompt_tokens"], cost["reply_tokens"]) > SCENES * 3
     before = state(folder)
     done = subprocess.run([SYNTH, *GENERATE, "--out", folder], capture_output=True, text=True, check=True)

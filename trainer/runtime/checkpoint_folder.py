@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from pipeline.dataset.card import list_training_data
 from pipeline.dataset.directory import LOCK_FILE, DatasetDir
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, TrainError, did_you_mean, one_line
@@ -133,12 +134,13 @@ def describe_difference(folder: Path, config: TrainConfig) -> str:
     return f"other settings ({', '.join(changes)})" if changes else "other data"
 
 
-def read_data_digest(folder: Path) -> str | None:
-    """Return the digest of the data that the captioner was trained on, or None if it cannot be read."""
+def read_data_digests(folder: Path) -> list[str]:
+    """Return the digests of the data of all trainings, the last one first, or [] if they cannot be read."""
     try:
-        return str(read_json(folder / "config.json")["data"]["digest"])
+        data = read_json(folder / "config.json")["data"]
+        return [str(part["digest"]) for part in list_training_data(data)]
     except READ_ERRORS:
-        return None
+        return []
 
 
 def find_interrupted(version: Version) -> Path | None:
@@ -170,8 +172,8 @@ def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
         raise ConfigError(
             f"{folder} has a captioner trained with other settings ({', '.join(others)})", hint=hint
         )
-    trained_on = read_data_digest(folder) if (folder / "metrics.json").exists() else None
-    if trained_on not in (None, version.manifest["digest"]):
+    trained_on = read_data_digests(folder) if (folder / "metrics.json").exists() else []
+    if trained_on and trained_on[0] != version.manifest["digest"]:
         raise ConfigError(f"{folder} has a captioner trained on other data", hint=hint)
     if (folder / "resume.pt").exists():
         with DatasetDir(folder).lock():  # raises an error if that run is still in progress

@@ -37,7 +37,8 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
     groups = parameter_groups(captioner, config)
     learning = sum(weights.numel() for group in groups if group["rate"] for weights in group["params"])
     steps, size = config.total_steps, min(config.batch_size, len(trainer.loader.examples))
-    seconds = steps * _fit(trainer, size, progress)
+    step_s, reward_step_s = _fit(trainer, size, progress)
+    seconds = (config.align_steps + config.steps) * step_s + config.scst_steps * reward_step_s
     weights = sum(parameter.numel() for parameter in captioner.parameters())
     forecast = Forecast(weights, learning, steps, round(seconds, 1))
     preset = f"preset {config.preset}: " if config.preset else ""
@@ -55,8 +56,8 @@ def _format_count(weights: int) -> str:
     return f"{weights / 1e6:.1f} million" if weights >= 100_000 else f"{weights:,}"
 
 
-def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
-    """Double the number of micro-batches until a step of `size` images fits. Returns the seconds per step."""
+def _fit(trainer: Trainer, size: int, progress: Progress) -> tuple[float, float]:
+    """Double the number of micro-batches until a step of `size` images fits. Returns the trial's seconds."""
     while True:
         seconds = None
         try:
@@ -75,11 +76,11 @@ def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
         progress.message(f"a step does not fit in GPU memory: it is computed in {parts} parts")
 
 
-def _try_steps(trainer: Trainer, size: int) -> float:
-    """Run trial steps in this process at a learning rate of 0. Returns the seconds of the last one.
+def _try_steps(trainer: Trainer, size: int) -> tuple[float, float]:
+    """Run trial steps in this process at a learning rate of 0. Returns seconds per step and rewarded step.
 
     The first two steps use the longest texts. From the second step on, optimizer moments and averaged weights
-    are in memory, as in training. Rewarded steps need the most memory and are tried last, on a GPU only.
+    are in memory, as in training. Rewarded steps need the most memory and are tried last.
     """
     captioner = trainer.checkpoint.captioner.train()
     optimizer = build_optimizer(captioner, trainer.config)
@@ -103,16 +104,13 @@ def _try_steps(trainer: Trainer, size: int) -> float:
             optimizer.step()
         captioner.zero_grad()
     _synchronize(trainer.device)
-    seconds = time.monotonic() - started
-    if _tries_rewards(trainer):
+    step_s, started = time.monotonic() - started, time.monotonic()
+    if trainer.critic:
         alone.reward_backward(alone.loader.load(longest[:: trainer.processes]))
         captioner.zero_grad()
+        _synchronize(trainer.device)
     del average
-    return seconds
-
-
-def _tries_rewards(trainer: Trainer) -> bool:
-    return trainer.critic is not None and trainer.device.type == "cuda"
+    return step_s, time.monotonic() - started
 
 
 def _synchronize(device: torch.device) -> None:

@@ -39,7 +39,7 @@ from trainer.serving.protocol import RefusedError, answer_text, chunks, completi
 MAX_BODY_BYTES = 48_000_000
 BODY_TIMEOUT_S = 30.0
 # Limits for the number of unanswered requests and the total size of their bodies.
-MAX_HELD_REQUESTS, MAX_HELD_BYTES = 1_000, 1_000_000_000
+MAX_HELD_REQUESTS, MAX_HELD_BYTES = 400, 1_000_000_000
 SHUTDOWN_TIMEOUT_S = 5
 # A header must arrive in this time. Linux allows 1,024 open files by default.
 HEADER_TIMEOUT_S, MAX_CONNECTIONS = 20.0, 500

@@ -629,6 +629,13 @@ def test_sharegpt_export_has_pairs_and_boxes_for_ms_swift_and_llama_factory(
         assert {*entry["columns"].values()} <= {*rows[0]}
 
 
+def test_both_captions_of_a_pair_begin_with_the_trigger(version: Version, tmp_path: Path) -> None:
+    export_version(version, "sharegpt", tmp_path / "out", trigger="sks")
+    pairs = [json.loads(line) for line in (tmp_path / "out/train_dpo.jsonl").read_text().splitlines()]
+    texts = [text for pair in pairs for text in (pair["better"]["content"], pair["worse"]["content"])]
+    assert texts and all(text.startswith("sks, ") for text in texts)
+
+
 def test_paligemma_export_has_a_line_for_each_text(version: Version, tmp_path: Path) -> None:
     export_version(version, "paligemma", tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.dataset.card import render_model_card
 from pipeline.dataset.manifest import describe_data
 from pipeline.dataset.version import REJECTIONS_FILE, Version, read_version
 from pipeline.errors import PushError, StoreError
@@ -140,6 +141,42 @@ def test_checkpoint_file_that_links_outside_is_not_packaged(name: str, tmp_path:
     (folder / name).symlink_to("../secret")
     with pytest.raises(UnsafeFileError, match="a link to a file outside"):
         build_checkpoint_package(folder, "me/captioner", lambda _: {}, {})
+
+
+def captioner_of(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the files of a captioner that its card shows."""
+    scores: dict[str, Any] = {"scores": {}, "shuffled_scores": {}, "shown": [], "settings": {"steps": 70}}
+    scores |= {"parameters": 7, "images": 3, "split": "test", "style": "brief", "against": "references"}
+    config = {"prompts": [["synthetic", "brief"]], "data": data}
+    return {
+        "config": config,
+        "train": {"encoder": "vit", "decoder": "scratch", "steps": 0},
+        "metrics": scores,
+    }
+
+
+def test_card_of_a_captioner_has_derived_settings_and_no_folders(tmp_path: Path) -> None:
+    values = captioner_of({"source": {"name": "scenes"}, "version": "v1.0.0", "digest": "d"})
+    values["train"]["init"] = "private/folders/first"
+    for name in CHECKPOINT_FILES:
+        (tmp_path / name).write_text(json.dumps(values.get(name.removesuffix(".json"), {})))
+    package = build_checkpoint_package(tmp_path, "me/captioner", lambda _: {}, {})
+    card, train = (package.files[name] for name in ("README.md", "train.json"))
+    assert isinstance(card, bytes) and isinstance(train, bytes)
+    assert b'"steps": 70' in card and b'"init": "first"' in card and b'"init": "first"' in train
+
+
+def test_card_of_a_continued_captioner_has_the_data_of_all_trainings() -> None:
+    def render(data: dict[str, Any]) -> str:
+        return render_model_card(captioner_of(data) | {"digest": "d"}, "me/captioner", None)
+
+    first = {"source": {"name": "scenes"}, "version": "v1.0.0", "digest": "aaa", "texts": "synthetic"}
+    second = {**first, "source": {"name": "folder"}, "texts": "human", "init": {"data": first}}
+    third = {**second, "digest": "ccc", "init": {"data": second}}
+    assert "images of one source" in render(first)
+    card = render(third)
+    assert card.count("- Data of an earlier training") == 2 and "scenes, version v1.0.0" in card
+    assert "images of 2 sources" in card and "and on **machine-generated captions**" in card
 
 
 def test_local_folder_with_model_name_is_not_a_base_model(

@@ -38,17 +38,18 @@ def trainer(version: Version, tmp_path: Path) -> Trainer:
 
 
 def test_forecast_has_weights_steps_and_time(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_try_steps", lambda *_: 14.0)
+    monkeypatch.setattr(forecast, "_try_steps", lambda *_: (14.0, 100.0))
+    trainer.config = trainer.config.model_copy(update={"scst_steps": 2})
     shown = Messages()
     took = fit_and_forecast(trainer, shown)
     captioner = trainer.checkpoint.captioner
     learning = [*captioner.connector.parameters(), *captioner.decoder.parameters()]
     assert took.learning == sum(weights.numel() for weights in learning)
     assert took.weights == took.learning + sum(weights.numel() for weights in captioner.encoder.parameters())
-    assert (took.steps, trainer.loader.micro_batches) == (10, 1)
-    assert took.seconds == 10 * 14
-    epochs = 10 * 8 / len(trainer.loader.examples)
-    assert f"At most 10 steps of 8 images ({epochs:.1f} epochs), about 2 min without" in shown.messages[0]
+    assert (took.steps, trainer.loader.micro_batches) == (12, 1)
+    assert took.seconds == 10 * 14 + 2 * 100
+    epochs = 12 * 8 / len(trainer.loader.examples)
+    assert f"At most 12 steps of 8 images ({epochs:.1f} epochs), about 6 min without" in shown.messages[0]
 
 
 def test_forecast_tries_the_longest_texts_twice_before_other_texts(
@@ -113,8 +114,8 @@ def test_training_step_that_does_not_fit_in_memory_is_computed_in_parts(
     assert shown.messages[1] == "a step does not fit in GPU memory: it is computed in 4 parts"
 
 
-def test_reward_step_is_tried_only_on_a_gpu(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They need more memory than other steps, and start hours later."""
+def test_reward_step_is_tried(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs more memory and time than other steps, and starts hours later."""
     drawn: list[int] = []
     usual = Trainer.reward_backward
 
@@ -124,9 +125,6 @@ def test_reward_step_is_tried_only_on_a_gpu(trainer: Trainer, monkeypatch: pytes
 
     monkeypatch.setattr(Trainer, "reward_backward", reward_backward)
     trainer.critic = SelfCritic(trainer.checkpoint, trainer.loader.examples, 2)
-    fit_and_forecast(trainer, NullProgress())
-    assert drawn == []
-    monkeypatch.setattr(forecast, "_tries_rewards", lambda _: True)
     fit_and_forecast(trainer, NullProgress())
     assert drawn == [8]
     assert all(weights.grad is None for weights in trainer.checkpoint.captioner.parameters())

@@ -172,6 +172,7 @@ def test_request_over_the_limit_is_told_to_retry_later(
     with running(server) as url:
         assert request(url, CHAT, chat(png(1)))[0] == 200
         assert (server.held_requests, server.held_bytes) == (0, 0)
+        assert serving.MAX_HELD_REQUESTS < serving.MAX_CONNECTIONS
         monkeypatch.setattr(serving, limit, 0)
         status, _, headers = request(url, CHAT, chat(png(1)))
         assert (status, headers["Retry-After"]) == (503, "1")
