@@ -296,9 +296,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
         preset_values = dict(PRESETS.get(preset, {}))
         alternatives = ("epochs", "min_steps"), ("align_steps", "align_epochs"), ("scst_steps", "scst_epochs")
         for name, alternative in (*alternatives, ("steps", "scst_epochs")):
-            if (
-                name in {*values, *flags} and alternative not in values
-            ):  # they take precedence over the preset
+            if name in {*values, *flags} and alternative not in values:  # the preset must not override it
                 preset_values.pop(alternative, None)
         values = {**preset_values, **values}
     if "epochs" in flags:
