@@ -14,7 +14,7 @@ from pipeline.text.normalize import contains_any, text_key, words_of
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;:()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]")
 _SPECIAL_PARTS = ("_", ":", "--", "$$", "addCriterion", "ounding box", "bbox", "oordinate", "pixel")
 _EMOJI = r"\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff"
-_ENDING_EMOJI = re.compile(rf"[{_EMOJI}]+$")
+_ENDING_EMOJI = re.compile(rf"[{_EMOJI}]{{1,2}}$")
 _NUMBER = r"\d{1,4}(?:\.\d+)?"
 _MARKUP = re.compile(
     # tags, template tokens, characters that change the text direction, emoji
