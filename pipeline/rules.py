@@ -156,8 +156,7 @@ _ANOTHER_QUESTION = re.compile(
 )
 _WH_QUESTION = re.compile(rf"\s*(?:{_ASKING})\b", re.IGNORECASE)
 _HOW_MANY = re.compile(
-    r"\b(?:how many|(?:what is|what's|count) the (?:total number of"
-    r"|number of(?! (?:the|this|that)\b)))\b",
+    r"\b(?:how many|(?:what is|what's|count) the (?:total )?number of(?! (?:the|this|that)\b))\b",
     re.IGNORECASE,
 )
 _NUMBER_WORDS = (
@@ -169,10 +168,7 @@ _NUMBER_WORDS = (
 )
 _COUNT = re.compile(rf"\W*(?:\d[\d.,]*\+?|{_NUMBER_WORDS})(?: [\w-]+)?\W*", re.IGNORECASE)
 # A number has digits or is spelled out. The question may ask for a height or for words with numbers.
-_NUMBER = re.compile(
-    rf"\d|\b(?:{_NUMBER_WORDS}|(?:hundred|thousand|dozen)s?|noon|midnight|first|second|third)\b",
-    re.IGNORECASE,
-)
+_NUMBER = re.compile(rf"\d|\b(?:{_NUMBER_WORDS}|noon|midnight|first|second|third)\b", re.IGNORECASE)
 _NO_COUNT = re.compile(r"\bhow (?!many)\w+|\b(?:time|say|letter)\b", re.IGNORECASE)
 # A sentence of more than five words is too long for an answer to a built-in prompt.
 _SENTENCE_ANSWER = re.compile(
