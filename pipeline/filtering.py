@@ -24,7 +24,7 @@ from pipeline.rules import (
     Scores,
     Words,
 )
-from pipeline.tables import FILTERED, append_columns, require_columns, with_reason
+from pipeline.tables import FILTERED, HUMAN_PROMPTS, append_columns, require_columns, with_reason
 from pipeline.tasks import BUILT_IN, TASKS, Tasks
 from pipeline.tasks.base import texts_in
 from pipeline.tasks.custom import JOINING, NOTHING, CustomTask
@@ -50,23 +50,34 @@ Judgement = tuple[Scores, str | None]
 
 
 def filter_annotations(
-    table: pa.Table, config: FilterConfig, prompt_grams: Grams = frozenset(), tasks: Tasks = BUILT_IN
+    table: pa.Table,
+    config: FilterConfig,
+    prompt_grams: Grams = frozenset(),
+    tasks: Tasks = BUILT_IN,
+    caption_words: int | None = None,
 ) -> pa.Table:
     """Append the scores of each row (tables.FILTERED), and `reason`, the first rule that rejects the row.
 
-    Custom tasks may have their own bounds and language.
+    Custom tasks may have their own bounds and language. `caption_words` is the setting of the prompts.
     """
     require_columns(table, "text", "question", "answer")
-    default = _judge(config, prompt_grams)
+    default = _judge(config, prompt_grams, caption_words)
     judges = {
         own.name: _judge(_config_of(own, config), _grams_of(own, prompt_grams), is_text=_is_own_text(own))
         for own in tasks.custom
     }
     nulls = [None] * table.num_rows
     columns = [table[name].to_pylist() for name in ("text", "question", "answer")]
-    styles = table["style"].to_pylist() if "style" in table.column_names else nulls
+    styles, types, prompts = (
+        table[name].to_pylist() if name in table.column_names else nulls
+        for name in ("style", "answer_type", "prompt_id")
+    )
     names, records = (table[name].to_pylist() if judges else nulls for name in ("task", "record"))
-    rows = zip(names, *columns, records, styles, strict=True)
+    is_built_in = [
+        task not in judges and prompt not in HUMAN_PROMPTS
+        for task, prompt in zip(names, prompts, strict=True)
+    ]
+    rows = zip(names, *columns, records, styles, types, is_built_in, strict=True)
     judged = [judges.get(name, default)(*row) for name, *row in rows]
     scores = pa.Table.from_pylist([scores._asdict() for scores, _ in judged], schema=FILTERED)
     return with_reason(append_columns(table, scores), [reason for _, reason in judged])
@@ -101,11 +112,19 @@ def _config_of(own: CustomTask, config: FilterConfig) -> FilterConfig:
 
 
 @lru_cache(32)
-def _judge(config: FilterConfig, prompt_grams: Grams, *, is_text: bool = False) -> Callable[..., Judgement]:
+def _judge(
+    config: FilterConfig, prompt_grams: Grams, caption_words: int | None = None, *, is_text: bool = False
+) -> Callable[..., Judgement]:
     """Return a cached function that judges a row by its columns. Captions are not cached."""
 
     def judge(
-        text: str | None, question: str | None, answer: str | None, record: str | None, style: str | None
+        text: str | None,
+        question: str | None,
+        answer: str | None,
+        record: str | None,
+        style: str | None,
+        answer_type: str | None,
+        is_built_in: bool,  # noqa: FBT001
     ) -> Judgement:
         if record is not None:
             return _judge_record(record, config, prompt_grams, is_text=is_text)
@@ -129,7 +148,9 @@ def _judge(config: FilterConfig, prompt_grams: Grams, *, is_text: bool = False) 
         texts: tuple[tuple[str, Words], ...] = ((main, words),)
         if clean_answer:
             texts = (*texts, (clean_answer, words_of(clean_answer)))
-        row = RuleInput(scores, words, config, prompt_grams, texts, style or "")
+        row = RuleInput(
+            scores, words, config, prompt_grams, texts, style or "", answer_type, is_built_in, caption_words
+        )
         rules = RULES_BY_STYLE.get(row.style, RULES)
         return scores, next((name for name, rejects in rules.items() if rejects(row)), None)
 

@@ -166,7 +166,8 @@ def _judge_texts(table: pa.Table, plan: Plan) -> dict[str, list[JudgedText]]:
     """Return the texts by request id, each with the reason if the validate or filter step would reject it."""
     validated = validate_annotations(table, plan.tasks)
     grams = own_prompt_grams(tuple(task.name for task in plan.tasks.asked))
-    filtered = filter_annotations(validated.drop_columns(["reason"]), plan.config.filter, grams, plan.tasks)
+    kept, words = validated.drop_columns(["reason"]), plan.config.generate.caption_words
+    filtered = filter_annotations(kept, plan.config.filter, grams, plan.tasks, words)
     reasons = zip(validated["reason"].to_pylist(), filtered["reason"].to_pylist(), strict=True)
     texts: dict[str, list[JudgedText]] = {}
     for row, (invalid, filtered_reason) in zip(table.to_pylist(), reasons, strict=True):

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from pipeline.config.sections import FilterConfig
+from pipeline.tables import HUMAN
 from pipeline.text import artifacts, language
 from pipeline.text.normalize import text_key, words_of
 from pipeline.text.refusals import is_refusal as says_refusal
@@ -40,8 +41,6 @@ MIN_ENGLISH_WORDS, MIN_OTHER_WORDS = 5, 3
 MAX_WORDS_OF_TAG, MAX_TAGS = 4, 25
 # Mean length of sentences that are too short to begin with the same words.
 MAX_CHARACTERS_OF_STUB = 35
-# A sentence of more words than this is too long for an answer.
-MAX_WORDS_OF_SENTENCE_ANSWER = 5
 # Minimum detector score of an answer of few words. Names of brands often resemble another language.
 MIN_ANSWER_SCORE = 0.8
 # Minimum detector score for telling close languages apart.
@@ -67,12 +66,12 @@ _ELSEWHERE = re.compile(
     r"|(?:as|previously|already) (?:described|mentioned|stated|discussed)"
     rf"|(?:first|second|third|fourth|previous) {_PICTURE}(?! frame)|{_PICTURE}s? (?:number |no\. ?)?\d+)\b"
 )
-# Every match of _ELSEWHERE has one of these words, or the number of an image.
+# Nearly every match of _ELSEWHERE has one of these words, or the number of an image.
 _ELSEWHERE_WORDS = """
 above below provided following previous preceding earlier previously already as first second third fourth
-number no 1 2 3 4 5 6
+number no
 """
-_ELSEWHERE_HINTS = frozenset(_ELSEWHERE_WORDS.split())
+_ELSEWHERE_HINTS = frozenset([*_ELSEWHERE_WORDS.split(), *map(str, range(100))])
 _ELSEWHERE_IN_QUESTION = re.compile(
     rf"\b(?:text (?:above|below|provided)\b{_IN_IMAGE}|(?:above|below|following|previous) (?:text|sentence)s?"
     rf"|shown (?:earlier|previously)|based (?:only )?on (?:the|this) (?:text|passage|context|information"
@@ -146,6 +145,8 @@ _NOT_KNOWN = re.compile(
     r"|(?:impossible|difficult|hard) to (?:tell|say|determine|see|identify|read))\b",
     re.IGNORECASE,
 )
+# Words on signs and forms that resemble such answers.
+_ON_SIGN = re.compile(rf"(?!{_NAMES}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
 _NO_WORDS = re.compile(r"[\W_]*")
 _ASKING = r"what|where|who|which|how|why|when|whose"
 _ANOTHER_QUESTION = re.compile(
@@ -154,16 +155,26 @@ _ANOTHER_QUESTION = re.compile(
     re.IGNORECASE,
 )
 _WH_QUESTION = re.compile(rf"\s*(?:{_ASKING})\b", re.IGNORECASE)
-_HOW_MANY = re.compile(r"\b(?:how many|(?:what is|what's|count) the (?:total )?number of)\b", re.IGNORECASE)
+_HOW_MANY = re.compile(
+    r"\b(?:how many|(?:what is|what's|count) the (?:total )?number of(?! (?:the|this|that)\b))\b",
+    re.IGNORECASE,
+)
 _NUMBER_WORDS = (
     r"zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh"
     r"|nine)teen"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty(?:[- ]\w+)?|(?:a |one )?(?:hundred|thousand|dozen)s?"
     r"|none|no|nobody"
-    r"|both|half|once|twice|many|(?:a )?lots?"
+    r"|both|half|once|twice|many|(?:a )?lots?|a (?:couple|pair)(?: of)?"
 )
 _COUNT = re.compile(rf"\W*(?:\d[\d.,]*\+?|{_NUMBER_WORDS})(?: [\w-]+)?\W*", re.IGNORECASE)
-_SENTENCE_START = re.compile(r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b", re.IGNORECASE)
+# A number has digits or is spelled out. The question may ask for a height or for words with numbers.
+_NUMBER = re.compile(rf"\d|\b(?:{_NUMBER_WORDS}|noon|midnight|first|second|third)\b", re.IGNORECASE)
+_NO_COUNT = re.compile(r"\bhow (?!many)\w+|\b(?:time|say|letter)\b", re.IGNORECASE)
+# A sentence of more than five words is too long for an answer to a built-in prompt.
+_SENTENCE_ANSWER = re.compile(
+    r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b(?:\s+\S+){5,}(?<=\.)$", re.IGNORECASE
+)
+DEFAULT_ANSWER_WORDS = FilterConfig().max_answer_words
 _NAMING_WORDS = frozenset(
     ("brand", "company", "make", "maker", "model", "logo", "kind", "type", "store", "restaurant", "team")
 )
@@ -202,7 +213,8 @@ class RuleInput(NamedTuple):
     """The input of a rule: an annotation with its scores and caption style, and the settings of the filter.
 
     `words` has the words of the caption or question. `texts` has every text with its words. `prompt_grams`
-    has word n-grams from the prompts.
+    has word n-grams from the prompts. `caption_words` is the number of words that the prompts ask for.
+    `is_built_in` is True for the replies to built-in tasks.
     """
 
     scores: Scores
@@ -211,11 +223,20 @@ class RuleInput(NamedTuple):
     prompt_grams: Grams
     texts: tuple[tuple[str, Words], ...]
     style: str = ""
+    answer_type: str | None = None
+    is_built_in: bool = False
+    caption_words: int | None = None
 
     @property
     def bounds(self) -> Bounds:
         """The bounds of a caption of this style."""
-        return STYLE_BOUNDS.get(self.style or "plain", OTHER_BOUNDS)
+        bounds = STYLE_BOUNDS.get(self.style or "plain", OTHER_BOUNDS)
+        default = MIN_ENGLISH_WORDS if self.config.language in ("en", None) else MIN_OTHER_WORDS
+        min_words, max_words = bounds.min_words or default, bounds.max_words
+        if self.caption_words and self.style != HUMAN:
+            min_words = min(min_words, self.caption_words // 2)
+            max_words = max_words and max(max_words, 2 * self.caption_words)
+        return Bounds(min_words, max_words, bounds.max_characters)
 
     @property
     def main(self) -> str:
@@ -246,21 +267,17 @@ def is_refusal(row: RuleInput) -> bool:
 def is_too_short(row: RuleInput) -> bool:
     """Return True if a caption or question has too few words."""
     min_words = row.config.min_question_words if row.is_question else row.config.min_caption_words
-    if min_words is None:
-        default = MIN_ENGLISH_WORDS if row.config.language in ("en", None) else MIN_OTHER_WORDS
-        min_words = row.bounds.min_words or default
-    return row.scores.word_count < min_words
+    return row.scores.word_count < ((row.bounds.min_words or 0) if min_words is None else min_words)
 
 
 def is_too_long(row: RuleInput) -> bool:
     """Return True if a caption, question or answer has too many words or characters."""
     if row.is_question:
-        answer, answer_words = row.answer or "", row.scores.answer_word_count
-        is_sentence = answer_words > MAX_WORDS_OF_SENTENCE_ANSWER and _SENTENCE_START.match(answer)
+        is_limited = row.is_built_in and row.config.max_answer_words == DEFAULT_ANSWER_WORDS
         return (
             row.scores.word_count > row.config.max_question_words
-            or answer_words > row.config.max_answer_words
-            or bool(is_sentence and answer.endswith("."))
+            or row.scores.answer_word_count > row.config.max_answer_words
+            or (is_limited and bool(_SENTENCE_ANSWER.match(row.answer or "")))
         )
     max_words = row.config.max_caption_words or row.bounds.max_words
     max_characters = row.config.max_caption_characters or row.bounds.max_characters
@@ -326,8 +343,20 @@ def says_nothing(answer: str) -> bool:
     return bool(_NO_WORDS.fullmatch(answer) or _NO_ANSWER.match(answer) or _NOT_KNOWN.search(answer))
 
 
+def is_unanswered(row: RuleInput) -> bool:
+    """Return True if an answer says nothing, unless it may be the text on a sign."""
+    is_on_sign = asks_to_read(row) and _ON_SIGN.fullmatch(row.answer or "")
+    return row.answer is not None and not is_on_sign and says_nothing(row.answer)
+
+
+def is_no_number(row: RuleInput) -> bool:
+    """Return True if the answer to an English question for a number has no number."""
+    is_number = row.answer_type == "number" and row.config.language == "en"
+    return is_number and not (_NUMBER.search(row.answer or "") or _NO_COUNT.search(row.main))
+
+
 def is_no_count(question: str, answer: str) -> bool:
-    """Return True if the answer to "How many?" is neither one number nor "many", a frequent answer."""
+    """Return True if the answer to "How many?" is neither one number nor a word like "many"."""
     return bool(_HOW_MANY.search(question)) and not _COUNT.fullmatch(answer)
 
 
@@ -401,7 +430,9 @@ def is_general(row: RuleInput) -> bool:
 PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
 RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
-    "junk": lambda row: any(artifacts.has_markup(text) for text, _ in row.texts),
+    "junk": lambda row: any(
+        artifacts.has_markup(text, may_end_in_emoji=row.style == HUMAN) for text, _ in row.texts
+    ),
     "placeholder": lambda row: artifacts.is_placeholder(row.words),
     "label": lambda row: (
         any(artifacts.has_label(text) for text, _ in row.texts)
@@ -409,7 +440,7 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
         or (row.is_caption and artifacts.has_caption_label(row.main))
     ),
     "prompt_echo": lambda row: artifacts.echoes_prompt(row.words, row.prompt_grams),
-    "unanswerable": lambda row: row.answer is not None and says_nothing(row.answer),
+    "unanswerable": is_unanswered,
     "personal_answer": lambda row: row.scores.redaction_count > 0 and row.answer in PERSONAL,
     "too_short": is_too_short,
     "too_long": is_too_long,
@@ -423,19 +454,23 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "not_visible": lambda row: row.is_question and bool(_NOT_VISIBLE.search(row.main.lower())),
     "no_single_question": lambda row: row.is_question and not is_one_question(row.main),
     "count_not_a_number": lambda row: row.is_question and is_no_count(row.main, row.answer or ""),
+    "answer_not_a_number": is_no_number,
     "answer_off_type": lambda row: (
         row.answer in ("yes", "no") and bool(_WH_QUESTION.match(row.main)) and not asks_to_read(row)
     ),
     "answer_in_question": lambda row: row.is_question and gives_answer_away(row.main, row.answer or ""),
     "speaks_of_elsewhere": is_elsewhere,
 }
+# Placeholders that are also signs.
+_SIGNS = (["test"], ["empty"], ["title"])
 # The rules of captions with the text on signs, which may have any form.
 READ_TEXT_RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
     "junk": lambda row: artifacts.has_token(row.main),
     "label": lambda row: artifacts.opens_chat(row.main),
     "unanswerable": lambda row: artifacts.is_unread(row.main),
-    **{name: RULES[name] for name in ("placeholder", "too_short", "too_long", "repetitive")},
+    "placeholder": lambda row: row.words not in _SIGNS and artifacts.is_placeholder(row.words),
+    **{name: RULES[name] for name in ("too_short", "too_long", "repetitive")},
 }
 # Tags need neither sentences nor a language that can be detected.
 TAG_RULES = {

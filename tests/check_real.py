@@ -48,6 +48,11 @@ def _captions(result: RunResult) -> list[str]:
     return texts[:SHOWN_CAPTIONS]
 
 
+def further_commands(dataset: str, repo: str) -> list[list[str]]:
+    """Return the commands of `synth` that push the dataset and train a captioner."""
+    return [["push", dataset, "--repo", repo, "--private"], ["train", dataset, "--steps", str(STEPS)]]
+
+
 def main() -> None:
     """Generate, print the page, push and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -57,10 +62,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with show_progress() as progress:
         result = generate_dataset(resolve(source=arguments.source, limit=IMAGES), arguments.out, progress)
-    synth = [sys.executable, "-m", "pipeline"]
     print(describe_run(result, examine()))
-    subprocess.run([*synth, "push", str(arguments.out), "--repo", arguments.repo, "--private"], check=True)
-    subprocess.run([*synth, "train", "--data", str(arguments.out), "--steps", str(STEPS)], check=True)
+    for command in further_commands(str(arguments.out), arguments.repo):
+        subprocess.run([sys.executable, "-m", "pipeline", *command], check=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 ANSWER = "<answer>"  # last token of a question prompt
-STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "human")
+STYLES = ("plain", "detailed", "dense", "brief", "alt", "tags", "ocr", "human")
 MAX_CHARACTERS = 2_000  # of a longer text, only the end is read
 STYLE_LINE = re.compile(r"^Task: caption, (.+)$", re.MULTILINE)
 QUESTION_LINE = re.compile(r"^\s*(?:question|q): *([^\n]+)", re.MULTILINE | re.IGNORECASE)

@@ -123,10 +123,10 @@ def diff(
 ) -> None:
     """Show the differences between two versions, field by field."""
     from pipeline.dataset.diff import diff_versions
+    from pipeline.dataset.directory import split_version
 
-    dataset = first.rpartition("@")[0]
-    if dataset and is_version_name(second):
-        second = f"{dataset}@{second}"
+    if is_version_name(second) and not is_version_name(first):
+        second = f"{first.removesuffix(f'@{split_version(Path(first))[1]}')}@{second}"
     before, after = open_version(first), open_version(second)
     difference = diff_versions(before, after, None if as_json else rows)
     if not as_json:
@@ -273,13 +273,16 @@ def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) 
     Verdicts of an audit change no text: the next version states the error rates. Later runs apply all again.
     """
     from pipeline.dataset.audit import audit_in_words
-    from pipeline.dataset.directory import DatasetDir
+    from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.executors.messages import describe_losses
     from pipeline.reviewing import apply_reviews
     from pipeline.run import STEPS
 
-    has_dataset = len(names) > 1 and not Path(names[0]).is_file()
-    dataset = DatasetDir(dataset_path(names.pop(0) if has_dataset else None))
+    has_dataset = len(names) > 1 and not (names[0].endswith(".jsonl") or Path(names[0]).is_file())
+    folder, version = split_version(dataset_path(names.pop(0) if has_dataset else None))
+    if version:
+        raise BadParameter(f"reviews apply to the last run: name {folder}", param_hint="DATASET")
+    dataset = DatasetDir(folder)
     with show_progress() as progress:
         result = apply_reviews(dataset, list(map(Path, names)), progress)
     print_run_result(

@@ -32,11 +32,18 @@ def _open_dataset(name: str | None, *, for_removal: bool = False) -> tuple["Data
     return DatasetDir(folder), version or (None if folder == named else named.name)
 
 
+def _open_whole(name: str | None, *, for_removal: bool = False) -> "DatasetDir":
+    dataset, version = _open_dataset(name, for_removal=for_removal)
+    if version is not None:
+        raise BadParameter(f"name the dataset without a version: {dataset.path}", param_hint="DATASET")
+    return dataset
+
+
 def versions_list(data: Dataset = None, as_json: AsJson = False) -> None:
     """List the versions of a dataset with rows, size, parent, digest and pushes, oldest first."""
     from pipeline.storage.files import translate_disk_errors
 
-    dataset, _ = _open_dataset(data)
+    dataset = _open_whole(data)
     with translate_disk_errors(dataset.path):
         # If there is no version, `version` raises an error that gives the reason.
         versions = dataset.versions() or [dataset.version()]
@@ -97,7 +104,7 @@ def versions_gc(
     from pipeline.dataset.removal import remove_images, remove_leftovers, remove_temporary_folders
     from pipeline.storage.files import translate_disk_errors
 
-    dataset, _ = _open_dataset(data, for_removal=True)
+    dataset = _open_whole(data, for_removal=True)
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = remove_leftovers(dataset, dry_run=dry_run)
         leftovers += remove_temporary_folders(dataset, dry_run=dry_run)

@@ -266,7 +266,9 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
         close = f": did you mean {names[value.lower()]}?" if str(value).lower() in names else ""
         return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}{close}"
     message = flaw["msg"].removeprefix("Value error, ")
-    yaml_hint = "; YAML reads yes, no, on and off as true and false: put a string in quotes"
+    yaml_hint = "; YAML reads yes, no, on and off as true and false"
+    if flaw["type"] != "bool_for_number":
+        yaml_hint += ": put a string in quotes"
     close = did_you_mean(str(value), re.findall("'([^']+)'", str(context.get("expected", ""))))
     shown += yaml_hint if isinstance(value, bool) else f"; {close}" if close else ""
     return message if is_secret else f"{message} ({shown})"

@@ -7,11 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import Config
 from pipeline.config.sections import FilterConfig
 from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.filtering import filter_annotations, own_prompt_grams
-from pipeline.rules import OTHER_BOUNDS
 from pipeline.sources.exclusions import TextIndex
 from pipeline.steps.base import RowStep, Services
 from pipeline.storage.files import read_batches
@@ -25,6 +23,7 @@ class FilterSettings:
 
     bounds: FilterConfig
     tasks: Tasks
+    caption_words: int | None
 
 
 def find_contaminated(
@@ -43,20 +42,13 @@ def judge_texts(table: pa.Table, settings: FilterSettings) -> pa.Table:
     if "contaminated_by" not in table.column_names:
         table = table.append_column("contaminated_by", pa.nulls(table.num_rows, STRING))
     names = tuple(task.name for task in settings.tasks.asked)
-    return filter_annotations(table, settings.bounds, own_prompt_grams(names), settings.tasks)
-
-
-def bounds_of(config: Config) -> FilterConfig:
-    """Return the settings of the filter, with room for captions as long as `--words` asks for."""
-    bounds, words = config.filter, config.generate.caption_words
-    if bounds.max_caption_words is not None or not words:
-        return bounds
-    return bounds.model_copy(update={"max_caption_words": max(OTHER_BOUNDS.max_words or 0, 2 * words)})
+    grams = own_prompt_grams(names)
+    return filter_annotations(table, settings.bounds, grams, settings.tasks, settings.caption_words)
 
 
 STEP = RowStep(
     "filter",
-    settings=lambda plan: FilterSettings(bounds_of(plan.config), plan.tasks),
+    settings=lambda plan: FilterSettings(plan.config.filter, plan.tasks, plan.config.generate.caption_words),
     reads=lambda plan: [plan.dataset.step_file("read", "exclusions")] if plan.config.exclude else (),
     prepare=find_contaminated,
     is_prepared=lambda plan: bool(plan.config.exclude),

@@ -328,7 +328,8 @@ class AnnotationChecker:
         columns = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
         table = pa.table(columns | dict.fromkeys(("question", "answer", "record"), nulls))
         grams = own_prompt_grams((*(task.name for task in self.plan.tasks.asked), REPAIR.name))
-        rows = filter_annotations(table, self.settings.bounds, grams, self.plan.tasks).to_pylist()
+        words = self.plan.generate.caption_words
+        rows = filter_annotations(table, self.settings.bounds, grams, self.plan.tasks, words).to_pylist()
         return [None if row["reason"] else {name: row[name] for name in FILTERED.names} for row in rows]
 
     def _align(self, captions: Subjects) -> None:

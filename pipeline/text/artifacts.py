@@ -12,12 +12,14 @@ from pipeline.text.normalize import contains_any, text_key, words_of
 # Every match of _MARKUP has one of these characters or parts. They are rare in captions, so testing for them
 # first makes the search 10 times faster.
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;:()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]")
-_SPECIAL_PARTS = ("_", ":", "--", "$$", "addCriterion", "ounding box", "oordinate", "pixel")
+_SPECIAL_PARTS = ("_", ":", "--", "$$", "addCriterion", "ounding box", "bbox", "oordinate", "pixel")
+_EMOJI = r"\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff"
+_ENDING_EMOJI = re.compile(rf"[{_EMOJI}]{{1,2}}$")
 _NUMBER = r"\d{1,4}(?:\.\d+)?"
 _MARKUP = re.compile(
     # tags, template tokens, characters that change the text direction, emoji
     r"<\|?/?[A-Za-z][^<>]{0,60}>|<\||\|>|<!--|[\u202d\u202e\ufffd]|addCriterion"
-    r"|\b(?:USER|ASSISTANT|HUMAN|SYSTEM)\s*:|[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]"
+    rf"|\b(?:USER|ASSISTANT|HUMAN|SYSTEM)\s*:|[{_EMOJI}]"
     # Markdown, brackets other than those of redacted data, LaTeX, escape sequences, two hashtags
     r"|[*]{2}|(?<!\w)[*_](?=\w)[^*_]+[*_](?!\w)|^\s*(?:[*\u2022|>]|\#{1,6}\s(?!\d))|\|[^|]*\||\#\#"
     r"|(?<!\w)`|~~|={2}|[-=]>|-{3}|\$\$|\\|\[(?!(?:email|url|iban|phone|card|illegible|sic)\])"
@@ -37,10 +39,12 @@ _TOKEN = re.compile(
     r"<\|[^<>|]{1,40}\|>|</?s>|\[/?INST\]|\ufffd|addCriterion|bbox_2d|<image>|```|\|\s*-{3}|\\[a-z]+\{"
 )
 _UNREAD = re.compile(
-    r"^\W*(?:there (?:is|are)|no) (?:no )?(?:any )?(?:\w+ )?(?:text|words?|writing|letters)\b(?! me\b)"
+    r"^\W*(?:there (?:is|are)|no) (?:no )?(?:any )?(?:\w+ )?(?:text|words?|writing|letters)\b"
+    r"(?! (?:me|messag\w+|while)\b)"
     r"|\btoo (?:small|blurry|blurred|dark|far|faint) to (?:be )?(?:read|made out)|\b(?:illegible"
     r"|unreadable)\b"
-    r"|\b(?:translated?|translation|translates to)\b|\bcannot be read\b|\bin english\b",
+    r"|\b(?:translat(?:ed|es) (?:as|from|into|to)\b|translation\s*[:)])|\bcannot be read\b"
+    r"|\bin english\s*[:,)]|\bmeans?\b.{0,80}\bin english\b",
     re.IGNORECASE,
 )
 _FILE_NAME = re.compile(r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg)\b", re.IGNORECASE)
@@ -85,8 +89,9 @@ _INSTRUCTION = re.compile(
 _CHAT = re.compile(
     r"hope th(?:is|at) helps|let me know|feel free to|is there anything (?:else|specific|in particular)"
     r"|\b(?:would|do|could|can|did) you (?:like|want|need|please|provide|share|upload|tell|prefer)\b"
-    r"|\bif you(?:'d)? (?:have|need|want|would|could|can|provide|share|upload|like)\b|\bhappy to (?:help"
-    r"|assist)"
+    r"|(?<!\bask )(?<!\basks )(?<!\basking )"
+    r"\bif you(?:'d)? (?:have|need|want|would|could|can|provide|share|upload|like)\b"
+    r"|\bhappy to (?:help|assist)\b(?! (?:an?|the|his|her|their|each)\b)"
     r"|\byou (?:have |'ve )?(?:asked|provided|uploaded|shared|requested|sent)\b"
     r"|\byour (?:request|query|question|input|prompt|instructions)\b|\bplease (?:note|let|provide|ensure)\b"
     r"|\bi(?:'m| am)(?: not|n't) (?:sure|certain|able)\b|\bi (?:would|can|will) (?:describe|help|suggest"
@@ -101,18 +106,21 @@ _CHAT = re.compile(
     r"|\balt(?:ernative)?[- ]text\b|\b(?:the|this|my|your|possible|suggested) (?:caption|alt tag)\b"
     r"|\b(?:this|my|above|following) (?:description|response|reply|answer)\b"
     # advertising, talk about cameras, essays, errors of servers
-    r"|\bstock photo|\broyalty[- ]free\b|\ball rights reserved\b|\bshot (?:on|with) an? (?:canon|nikon|sony"
+    r"|\bstock photo(?! (?:studio|shoot|booth|agency)\b)"
+    r"|\broyalty[- ]free\b|\ball rights reserved\b|\bshot (?:on|with) an? (?:canon|nikon|sony"
     r"|iphone)\b"
     r"|\b[48]k (?:photo|image|resolution)|\bin conclusion\b|\bin summary\b|\breminding us\b|\breminds us\b"
     r"|\b(?:buy|shop|order) now\b|\bfree shipping\b|\bclick here\b|\badd to cart\b|\blorem ipsum\b"
     r"|\b(?:internal server error|request timed out|rate limit|traceback|content (?:policy|filter|warning))\b"
 )
+# "A sign with ten words" is frequent in captions.
 _LENGTH = re.compile(
-    r"(?:\d\d|ten|fifteen|twenty|thirty) (?:words|characters|tokens)\b|in (?:one|two|three|a single"
-    r"|\d) (?:\w+ )?sentence"
+    r"\b(?:in|of|to|under|about|around|most|least|than|exactly|maximum|limit) "
+    r"(?:\d\d|ten|fifteen|twenty|thirty) (?:words|characters|tokens)\b|\(\d\d (?:words|characters|tokens)\b"
+    r"|in (?:one|two|three|a single|\d) (?:\w+ )?sentence"
 )
-# Every match of _CHAT has one of these words. "A sign with three words" is frequent in captions.
 _LENGTH_WORDS = frozenset(("words", "characters", "tokens", "sentence", "sentences"))
+# Every match of _CHAT has one of these words.
 _CHAT_HINTS = """
 hope let free anything you you'd you've your happy please i i'm i\u2019m reply respond answer return
 output json prompt instructions alt alternative caption
@@ -168,8 +176,10 @@ sentences tags words write
 _INSTRUCTION_WORDS = frozenset(_INSTRUCTING.split())
 
 
-def has_markup(text: str) -> bool:
+def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
     """Return whether a text has tags, template tokens, Markdown, JSON, escapes, file names or coordinates."""
+    if may_end_in_emoji:
+        text = text[:-2] + _ENDING_EMOJI.sub("", text[-2:])
     if _LIST_OR_ROLE.match(text) or ("." in text and _FILE_NAME.search(text)):
         return True
     if (":" in text and _JSON_KEYS.search(text)) or ("(" in text and _POINTS.search(text)):

@@ -111,9 +111,19 @@ def _is_english(word: str) -> bool:
     return any(not dictionary.isdisjoint(_base_forms(stem, ending)) for stem, ending in stems if stem)
 
 
+# Words that WordNet lacks, and that begin a word of WordNet.
+_WITHOUT_ENTRY = """
+app audi bao bro bros chai chia dosa emo fam feta gif glam idli keto kia merc mic moto nana nori pdf pho promo
+rec roti sim ska uber usb vid
+"""
+_WORDS_WITHOUT_ENTRY = frozenset(_WITHOUT_ENTRY.split())
+
+
 def begins_longer_word(word: str) -> bool:
     """Return whether a word is no English word, but the beginning of one, such as "wat" of "water"."""
-    return not _is_english(word) and _sorted_words()[bisect_left(_sorted_words(), word)].startswith(word)
+    if word in _WORDS_WITHOUT_ENTRY or _is_english(word):
+        return False
+    return _sorted_words()[bisect_left(_sorted_words(), word)].startswith(word)
 
 
 @cache

@@ -18,7 +18,7 @@ from pipeline.install import ROOT, install_command
 from tests.test_architecture import MODULES, PATHS, imports, parse
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TRAIN = ("trainer.launch", "trainer.captioner", "trainer.evaluate", "trainer.experiment.runs")
+TRAIN = ("trainer.launch", "trainer.captioner", "trainer.evaluate")
 # The extras of each hint, the modules that the command loads at its start, and further packages.
 NEEDS = [
     (("embedded",), ("pipeline.inference.embedded",), ["torchvision"]),
@@ -27,10 +27,8 @@ NEEDS = [
     (EXTRAS["serve-captioner"], ("trainer.serving.server",), []),
     (EXTRAS["export"], ("trainer.publish.onnx_export",), ["onnxruntime", "onnxscript", "onnx"]),
     (("lora",), (), ["peft"]),
-    (("export",), (), ["tensorboard"]),
     (("ray",), (), ["ray"]),
     (("s3",), (), ["s3fs", "aiobotocore"]),
-    (("lance",), (), ["lance"]),
     *(((extra,), (), [package]) for extra, package in PACKAGES.items()),
 ]
 

@@ -18,7 +18,20 @@ from pipeline.tables import STRING, fields
 from pipeline.tasks import Tasks
 from tests.step_runs import numbered_table
 
-SCHEMA = pa.schema(fields(STRING, "annotation_id", "task", "style", "text", "question", "answer", "record"))
+SCHEMA = pa.schema(
+    fields(
+        STRING,
+        "annotation_id",
+        "task",
+        "style",
+        "text",
+        "question",
+        "answer",
+        "answer_type",
+        "record",
+        "prompt_id",
+    )
+)
 GOOD = "A red kite over a grey harbour."
 CATS = "A cat on a mat, a cat in a hat, a cat by a door, a cat on a bed"
 
@@ -133,6 +146,19 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         ("A kite flies over a harbour. Possible prompt: what flies?", "label"),
         ("[Image of a kite over a grey harbour at noon]", "junk"),
         ("A kite \u202eflies over the grey harbour.", "junk"),
+        ("A sign with ten words hangs over the door.", None),
+        ("A volunteer is happy to help a farmer with the kites.", None),
+        ("A boy asks if you can see the moon over the harbour.", None),
+        ("People at a stock photo studio hold a red kite.", None),
+        ("A man pours a glass of chai", None),
+        ("A kite is shown in image 7 of the series.", "speaks_of_elsewhere"),
+        ("A kite at bbox 10 20 30 40 over the bay.", "junk"),
+        (("What does the sign say?", "Age unknown"), None),
+        (("What does the sign say?", "not available"), None),
+        (("What does the sign say?", "text unknown"), "unanswerable"),
+        (("What is the number of the bus?", "X7"), None),
+        (("What is the number of buses?", "X7"), "count_not_a_number"),
+        (("How many kites are there?", "a couple"), None),
     ],
 )
 def test_text_is_kept_or_rejected_with_reason(row: str | tuple[str, str], reason: str | None) -> None:
@@ -160,6 +186,15 @@ STYLED = (
     ("ocr", "| Kite | 1 | | --- | --- |", "junk"),
     ("ocr", "Liberté, égalité, 出口", None),
     ("ocr", "There is text, but it is too small to be read.", "unanswerable"),
+    ("ocr", "Lost in Translation", None),
+    ("ocr", "MENU in English", None),
+    ("ocr", "No text messages while driving", None),
+    ("ocr", "TEST", None),
+    ("ocr", "No text is visible", "unanswerable"),
+    ("ocr", "Sortie (in English: exit)", "unanswerable"),
+    ("human", "Three men drink tea at a cafe \u2615", None),
+    ("human", "Three \u2615 men drink tea at a cafe", "junk"),
+    ("plain", "Three men drink tea at a cafe \u2615", "junk"),
     ("ocr", "exit exit " * 40, "repetitive"),
     ("ocr", " ".join(map(str, range(3000))), None),
 )
@@ -169,6 +204,58 @@ STYLED = (
 def test_bounds_and_rules_depend_on_the_caption_style(style: str, text: str, reason: str | None) -> None:
     rows = numbered_table(SCHEMA, [{"style": style, "text": text}])
     assert filter_annotations(rows, FilterConfig())["reason"].to_pylist() == [reason]
+
+
+@pytest.mark.parametrize(
+    ("style", "words", "kept"),
+    [("dense", 20, (10, 600)), ("alt", 12, (3, 30)), ("plain", 100, (5, 200)), ("plain", 6, (3, 150))],
+)
+def test_bounds_of_each_style_make_room_for_the_requested_words(
+    style: str, words: int, kept: tuple[int, int]
+) -> None:
+    lengths = (kept[0] - 1, *kept, kept[1] + 1)
+    filler = [f"{chr(97 + number % 26)}{number // 26}" for number in range(700)]
+    rows = numbered_table(SCHEMA, [{"style": style, "text": " ".join(filler[:n]) + "."} for n in lengths])
+    marked = filter_annotations(rows, FilterConfig(language=None), caption_words=words)["reason"].to_pylist()
+    assert [reason in ("too_short", "too_long") for reason in marked] == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "language", "reason"),
+    [
+        ("zwei", "de", None),
+        ("two", "en", None),
+        ("a couple", "en", None),
+        ("forty", "en", None),
+        ("city", "en", "answer_not_a_number"),
+        ("red", "en", "answer_not_a_number"),
+    ],
+)
+def test_number_is_required_only_of_english_answers(answer: str, language: str, reason: str | None) -> None:
+    question = {"en": "Which count is on the kite?", "de": "Welche Zahl ist auf dem Drachen?"}[language]
+    pair = {"question": question, "answer": answer, "answer_type": "number"}
+    rows = numbered_table(SCHEMA, [pair])
+    rules = FilterConfig(language=language)
+    assert filter_annotations(rows, rules)["reason"].to_pylist() == [reason]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "reason"),
+    [
+        ({}, {}, "too_long"),
+        ({"prompt_id": "human"}, {}, None),
+        ({}, {"max_answer_words": 12}, None),
+        ({"task": "own"}, {}, None),
+    ],
+)
+def test_answers_are_sentences_only_if_allowed(
+    row: dict[str, str], settings: dict[str, Any], reason: str | None
+) -> None:
+    own = TaskConfig(name="own", kind="question", prompt="Ask something.")
+    pair = {"question": "Who flies the kite?", "answer": "It is flown by a man."}
+    rows = numbered_table(SCHEMA, [{"task": "qa"} | pair | row])
+    marked = filter_annotations(rows, FilterConfig(**settings), tasks=Tasks(custom=[own]))
+    assert marked["reason"].to_pylist() == [reason]
 
 
 def test_markup_is_rejected_in_custom_texts_unless_they_are_read_from_the_image() -> None:

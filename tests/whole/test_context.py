@@ -39,7 +39,9 @@ def shop(tmp_path: Path) -> Path:
 def server() -> Iterator[ChatServer]:
     def script(times: int, body: dict[str, Any]) -> Act:
         text = text_of(body)
-        noted = next((line.partition(": ")[2] for line in text.splitlines() if "title" in line), '"nothing"')
+        noted = next(
+            (line.partition(": ")[2] for line in text.splitlines() if 'title: "' in line), '"nothing"'
+        )
         name = json.loads(noted)[:30]
         return Act(json.dumps({"caption": f"A brass lamp that is known as {name} stands on a desk."}))
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.chat.server import Act, ChatServer, running_chat
+from tests.chat.server import Act, ChatServer, running_chat, task_of
 
 ROOT = Path(__file__).parents[2]
 STEP = {
@@ -60,7 +60,8 @@ def open_stripes(config: Config, _: str) -> Source:
 def draw_stripes(number: int) -> Sample:
     """Draw one image."""
     image = Image.new("L", (64, 64), 2 * number)
-    image.paste(255 - number, (0, 0, 64, 32))
+    for top in range(0, 64, 8):
+        image.paste(255 - number, (0, top, 64, top + 4))
     file = io.BytesIO()
     image.save(file, "PNG")
     data = file.getvalue()
@@ -81,7 +82,7 @@ SPEC = SourceSpec(
 
 
 def reply(_: int, body: dict[str, Any]) -> Act:
-    is_plain = "plain" in str(body["messages"])
+    is_plain = task_of(body) == "Task: caption, plain"
     text = "TWO STRIPES AND NO MORE" if is_plain else f"A field of gray, number {len(str(body)) % 97}."
     return Act(json.dumps({"caption": text}))
 

@@ -173,6 +173,8 @@ def test_folder_source_gives_version_without_local_paths(synth: Run, tmp_path: P
     report = synth("report").stdout.strip()
     assert f"<h1>pictures {result['version']}</h1>" in (tmp_path / report).read_text()
     assert sum(manifest["rows"].values()) == 3
-    everything = "".join(path.read_text(errors="replace") for path in (tmp_path / result["path"]).iterdir())
+    everything = "".join(
+        path.read_text(errors="replace") for path in (tmp_path / result["path"]).rglob("*") if path.is_file()
+    )
     assert str(tmp_path) not in everything
     assert "pictures/" not in everything

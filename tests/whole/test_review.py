@@ -49,6 +49,9 @@ def test_invalid_reviews_are_reported_and_change_nothing(
     ):
         error, _ = read_failure(synth("review", "apply", "d", name))
         assert all(complaint in error for complaint in complaints)
+    assert "last run: name d" in synth("review", "apply", "d@v1.0.0", "reviews.jsonl").stderr
+    mistyped = synth("review", "apply", "review.jsonl", "other.jsonl")  # the dataset made last is missing
+    assert "no dataset under data/" in mistyped.stderr
     assert not DatasetDir(tmp_path / "d").reviews.exists()
     assert [version.name for version in DatasetDir(tmp_path / "d").versions()] == ["v1.0.0"]
 

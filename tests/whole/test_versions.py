@@ -49,6 +49,8 @@ def test_preview_is_not_the_default_version(synth: Run, photos: Path, tmp_path: 
     assert "v1.1.1" in (tmp_path / "data" / "elsewhere" / "report.html").read_text()
     for second in ("data/elsewhere@v1.1.1", "v1.1.1"):
         assert "v1.1.0 -> v1.1.1" in synth("diff", "data/elsewhere@v1.1.0", second).stdout
+    assert synth(*read[:-1], "data/other").returncode == 0
+    assert "v1.1.0 -> v1.1.1" in synth("diff", "data/elsewhere", "v1.1.1").stdout
     assert "ok  data/elsewhere/versions/v1.1.0" in synth("check", "data/elsewhere@v1.1.0").stdout
     assert "newer" not in synth("push", "--repo", "ORG/NAME", "--dry-run", "v1.1.0").stderr
     assert "newer" not in synth("export", "data/elsewhere@v1.1.0", "--format", "csv").stderr
@@ -65,6 +67,9 @@ def test_versions_are_listed_and_removed(synth: Run, photos: Path) -> None:
     removed = synth("versions", "rm", "v1.0.0", "--json")
     assert json.loads(removed.stdout)["removed"] == ["v1.0.0"]
     assert [row["version"] for row in json.loads(synth("versions", "list", "--json").stdout)] == ["v1.1.0"]
+    for command in ("list", "gc"):
+        refused = synth("versions", command, f"{data}@v9.9.9")
+        assert refused.returncode == 2 and "name the dataset without a version" in refused.stderr
     assert json.loads(synth("versions", "gc", "--json").stdout)["removed"] == []
     done = synth("versions", "rm", "v1.1.0")
     assert "images stay until `synth versions gc" in done.stderr

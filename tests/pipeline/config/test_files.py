@@ -128,6 +128,13 @@ def test_error_about_an_address_does_not_show_its_password() -> None:
     assert "RET" not in str(caught.value)
 
 
+def test_true_for_a_number_gives_no_hint_to_quote(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("source: scenes\nlimit: true\n")
+    with pytest.raises(ConfigError, match="true is not a number") as caught:
+        resolve(tmp_path / "s.yaml")
+    assert "quotes" not in str(caught.value)
+
+
 def test_unquoted_yes_or_no_in_a_task_file_gives_a_hint_to_quote(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text("name: shown\nkind: labels\nlabels: [yes, no]\nprompt: Is it?\n")
     with pytest.raises(ConfigError, match="put a string in quotes") as caught:
