@@ -258,7 +258,7 @@ def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
 def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
     text = _as_text(name)
     if len(text) > MAX_NAME_CHARACTERS:
-        return Entry(text[:MAX_NAME_CHARACTERS], None, "name_too_long")
+        return Entry(text[-MAX_NAME_CHARACTERS:], None, "name_too_long")
     if text.startswith("/") or ".." in text.split("/") or _DRIVE.match(text):
         return Entry(text, None, "outside_archive")
     if _has_suffix(name, UNREAD_SUFFIXES):

@@ -217,6 +217,13 @@ def tar_with(*infos: tarfile.TarInfo, content: bytes = b"") -> bytes:
     return out.getvalue()
 
 
+def test_rejected_long_name_keeps_its_end(tmp_path: Path) -> None:
+    (tmp_path / "p.zip").write_bytes(zip_of({f"{'x' * 2000}.jpg": photo(0), "good.jpg": photo(1)}))
+    kept, rejected = sorted(reasons(tmp_path / "p.zip").items())
+    assert (kept, rejected[1]) == (("p.zip/good.jpg", None), "name_too_long")
+    assert rejected[0].endswith("xxx.jpg") and len(rejected[0]) == 1006
+
+
 @pytest.mark.parametrize(
     "name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "..\\x.jpg", "C:/x.jpg", "C:x.jpg"]
 )
