@@ -44,6 +44,7 @@ def translate_file_errors(file: Path, hint: str) -> Iterator[None]:
         problem = "its values are nested too deeply"
     except OSError as error:
         problem = error.strerror or str(error)
+        hint = "check the path and its permissions" if error.errno else hint
     except (EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
         problem = one_line(error, MAX_PROBLEM_CHARACTERS)
     except (LookupError, TypeError, AttributeError) as error:

@@ -220,6 +220,12 @@ def test_metadata_questions_are_read(tmp_path: Path) -> None:
     assert all(asked is not None for asked in whole.values())
 
 
+def test_missing_caption_file_is_an_error_about_its_path(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="No such file") as caught:
+        read_captions(tmp_path / "c.json")
+    assert caught.value.hint == "check the path and its permissions"
+
+
 def test_caption_file_about_other_images_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     (tmp_path / "c.json").write_text(FORMS["coco.json"])
