@@ -46,7 +46,7 @@ class Sample:
     `id` is the SHA-256 of the image, or of the hashes of a deck's pages (images.decode.deck_id). `width_px`
     and `height_px` are the size of the first page. `pdq_hashes` is empty if all images are known to be
     distinct. `contrast` is the largest contrast of a page (images.decode.check_image). `references` are human
-    captions. `reference_qa` is None if there are no questions.
+    captions. `reference_qa` is None if the source has no questions about any image.
     """
 
     id: str

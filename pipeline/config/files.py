@@ -27,16 +27,12 @@ from pipeline.text.language_codes import LANGUAGES
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-# The keys that a manifest may set.
+# The keys that a manifest may set. Only the user may set the others.
 MANIFEST_KEYS = frozenset(
     ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds",
      "seed", "exclude", "human_texts", "tasks", "custom_tasks", "engine", "model", "generate", "filter",
      "image_filter", "verify", "select", "dedupe", "balance", "split")
 )  # fmt: skip
-# The keys that only the user may set.
-OWN_KEYS = frozenset(
-    ("license", "title", "allow_urls", "follow_links", "split_list", "captions", "base_url", "server")
-)
 LOCAL_SOURCES = ("folder", "archive", "list", "parquet", "pdf", "pdf-pages", "video")
 PUBLIC_SOURCE = re.compile(
     rf"(?!(?:{'|'.join(LOCAL_SOURCES)})(?::|$))[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?"

@@ -347,9 +347,9 @@ class ImageFilterConfig(Section):
     """Minimum pixels of the shorter side."""
     max_aspect_ratio: float = Field(default=20.0, ge=1)
     """Maximum length of the longer side, as a multiple of the shorter side."""
-    min_contrast: float = Field(default=1.0, ge=0, le=127)
-    """Minimum standard deviation of a color channel (0 to 255) over areas of 1/64 of each side. Black and
-    blank images have less than 1.
+    min_contrast: float = Field(default=5.0, ge=0, le=255)
+    """Minimum difference of a color channel (0 to 255) between two areas, each 1/64 of the width and height.
+    Black and blank images have less than 5.
     """
 
 

@@ -20,6 +20,7 @@ from pipeline.dataset.images import BATCH_SAMPLES, ImageStore
 from pipeline.dataset.version import (
     DATA,
     MANIFEST,
+    OTHER_RELEASE,
     VERSION_NAME,
     Version,
     dataset_dir_of,
@@ -139,6 +140,7 @@ class DatasetDir:
             except StoreError as error:
                 name = manifest.parent.name
                 hint = f"move {manifest.parent} away, or run `synth versions rm {self.path}@{name}`"
+                hint = error.hint if error.hint == OTHER_RELEASE else hint
                 raise StoreError(f"the version {name} cannot be read: {error}", hint=hint) from None
         return sorted(versions)
 

@@ -17,6 +17,9 @@ REMOVING = ".removing-"  # prefix of the folder name while a version is removed
 LEFTOVERS = (
     f"versions/{REMOVING}*",
     f"versions/{SCRATCH}",
+    f"versions/v*/{TEMPORARY_FILES}",
+    f"steps/*/**/{TEMPORARY_FILES}",
+    f"shards/*/steps/*/**/{TEMPORARY_FILES}",
     f"images/{TEMPORARY_FILES}",
     f"shards/*/images/{TEMPORARY_FILES}",
 )

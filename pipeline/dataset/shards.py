@@ -2,7 +2,7 @@
 
 A row group or shard ends before a row whose `sample_id` (a SHA-256) is a multiple of some number. An added or
 removed row therefore moves only the next boundary. All other shards keep their bytes and are not uploaded
-again. Pixels are not compressed, so that Xet, which deduplicates
+again. For large groups, the number is smaller. Pixels are not compressed, so that Xet, which deduplicates
 content-defined chunks, recognizes each image.
 """
 
@@ -17,7 +17,8 @@ from pipeline.tables import with_features
 GROUP_ROWS = 64  # mean number of rows in a row group with images
 TEXT_GROUP_ROWS = 4_096  # mean number of rows in a row group without images
 SHARD_GROUPS = 8  # mean number of row groups in a shard after it reaches MIN_SHARD_BYTES
-GROUP_BYTES = 8_000_000  # a larger group ends with the rows of a call of `add`
+LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # (minimum bytes, mean rows until the group ends)
+GROUP_BYTES = 16_000_000  # a larger group ends at the next call of `add`
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 150_000_000, 300_000_000
 # Parquet column names of the pixels in a version and in an image store.
 IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
@@ -39,21 +40,32 @@ class SplitWriter:
         """Add rows, and write each row group that is complete."""
         table = table.select(self.schema.names).cast(self.schema)
         self.rows += table.num_rows
+        if self._group_bytes() >= GROUP_BYTES:
+            self._flush(may_end_shard=False)
         start = 0
+        # Most groups stay small, so their size need not be computed for each row.
+        is_large = self._group_bytes() + table.nbytes >= LARGE_GROUPS[0][0]
         for index, sample_id in enumerate(table["sample_id"].to_pylist()):
             draw = int(sample_id[-12:], 16)
-            if draw % self.group_rows == 0:
-                self._group.append(table.slice(start, index - start))
+            if draw % self.group_rows and not (
+                is_large and any(draw % rows == 0 for _, rows in LARGE_GROUPS)
+            ):
+                continue
+            self._group.append(table.slice(start, index - start))
+            start = index
+            num_bytes = self._group_bytes()
+            ends_early = any(num_bytes >= least and draw % rows == 0 for least, rows in LARGE_GROUPS)
+            if draw % self.group_rows == 0 or ends_early:
                 self._flush(may_end_shard=draw % (self.group_rows * SHARD_GROUPS) == 0)
-                start = index
         self._group.append(table.slice(start))
-        if sum(part.nbytes for part in self._group) >= GROUP_BYTES:
-            self._flush(may_end_shard=False)
 
     def close(self) -> None:
         """Write the rows still in memory, and finish the last shard."""
         self._flush(may_end_shard=False)
         self._end_shard()
+
+    def _group_bytes(self) -> int:
+        return sum(part.nbytes for part in self._group)
 
     def _flush(self, *, may_end_shard: bool) -> None:
         group = pa.concat_tables(self._group) if self._group else None

@@ -252,12 +252,16 @@ def parse_version(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups())
 
 
+OTHER_RELEASE = "upgrade synth, or use the release that wrote the version"
+
+
 def read_version(folder: Path) -> Version:
     """Open a version folder. Raises StoreError if it is not one, or holds pipes or links that lead out."""
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["table_version"] != TABLE_VERSION:
-            raise ValueError(f"another release of synth wrote table_version {manifest['table_version']!r}")
+            problem = f"another release of synth wrote table_version {manifest['table_version']!r}"
+            raise StoreError(f"not a version: {folder} ({problem})", hint=OTHER_RELEASE)
         check_manifest(manifest)
         files = () if is_remote(folder) else (*manifest["files"], REJECTIONS_FILE, IMAGES_FILE)
         root = folder.parents[1] if folder.parent.name == "snapshots" else folder

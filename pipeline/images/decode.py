@@ -37,6 +37,7 @@ _JPEG_FORMATS = ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
 UPRIGHT_QUALITY = 95  # JPEG quality of rotated images
 HASH_SIDE_PX = 64
+MIN_HASHED_SIDE_PX = 1024  # large JPEGs are decoded at reduced size for hashing, but not below this
 MIN_PDQ_QUALITY = 50  # out of 100, as PDQ's authors recommend
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
@@ -64,11 +65,30 @@ class ImageInfo:
 def check_image(data: bytes) -> ImageInfo:
     """Decode a whole image. Raises ImageError if it is damaged, too large, or too narrow.
 
-    The contrast is the largest standard deviation of a color channel (0 to 255), in 64 x 64 areas.
+    The contrast is the largest difference of a color channel (0 to 255) between two of 64 x 64 areas.
     """
-    image = prepare_image(data)
-    contrast = float(_small(image).std(axis=(0, 1)).max())
-    return ImageInfo(image.width, image.height, pdq_hash(image), contrast)
+    try:
+        image, (width_px, height_px) = _decode_reduced(data)
+    except ImageError:  # a lossless JPEG cannot be reduced
+        image = prepare_image(data)
+        width_px, height_px = image.size
+    contrast = float(np.ptp(_small(image), axis=(0, 1)).max())
+    return ImageInfo(width_px, height_px, pdq_hash(image), contrast)
+
+
+def _decode_reduced(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+    """Return an upright image in RGB over white, and its full size. Damage is detected as in a full decode.
+
+    A large JPEG is reduced by 2, 4 or 8 as long as both sides keep MIN_HASHED_SIDE_PX.
+    """
+    with open_image(data) as image:
+        size_px, upright_px = image.size, _upright_size(image)
+        image.draft(None, (MIN_HASHED_SIDE_PX, MIN_HASHED_SIDE_PX))
+        is_reduced = image.size != size_px
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        rgb = over_white(image)
+    return rgb, upright_px if is_reduced else rgb.size
 
 
 def _small(image: Image.Image) -> "np.ndarray[Any, Any]":

@@ -79,11 +79,13 @@ def image_distances(rows: Hashes, columns: Hashes, *, mirrored: bool) -> Bits:
     return np.add(flipped, others, dtype=np.uint16)
 
 
-def near_hashes(hashes: Hashes, kind: ImageKind) -> NearPairs:
+def near_hashes(hashes: Hashes, kind: ImageKind, is_page: npt.NDArray[np.bool_] | None = None) -> NearPairs:
     """Return the near pairs of hashes, which are sorted best first.
 
     Each hash is paired with at most MAX_NEIGHBORS better ones, so that many similar images fit in memory.
+    Pairs with a page of a deck (`is_page`) are all returned, since decks are near if they share enough pages.
     """
+    is_page = np.zeros(len(hashes), np.bool_) if is_page is None else is_page
 
     def compare(start: int) -> NearPairs:
         block = hashes[start : start + BLOCK_HASHES]
@@ -97,7 +99,7 @@ def near_hashes(hashes: Hashes, kind: ImageKind) -> NearPairs:
         first, second, bits = (np.concatenate(parts) for parts in zip(*tiles, strict=True))
         order = np.lexsort((first, second))
         rank = np.arange(len(order)) - np.searchsorted(second[order], second[order])
-        order = order[rank < MAX_NEIGHBORS]
+        order = order[(rank < MAX_NEIGHBORS) | is_page[first[order]] | is_page[second[order]]]
         return NearPairs(first[order], second[order], bits[order])
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -173,8 +175,9 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
     has_detail = pc.greater(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
     hashes, owners = as_hashes(values.filter(pa.array(has_detail)).to_pylist()), owners[has_detail]
     by_place = np.argsort(np.argsort(best_first)[owners], kind="stable")
-    owners, near = owners[by_place], near_hashes(hashes[by_place], kind)
     num_pages = pc.list_value_length(pdq_hashes).to_numpy(zero_copy_only=False)
+    owners = owners[by_place]
+    near = near_hashes(hashes[by_place], kind, num_pages[owners] > 1)
     first, second = owners[near.first], owners[near.second]
     is_single = (num_pages[first] == 1) & (num_pages[second] == 1)
     image_pairs = NearPairs(first[is_single], second[is_single], near.bits[is_single])
@@ -186,6 +189,14 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
 
 def _near_decks(near: NearPairs, owners: Rows, pairs: Rows, num_pages: Rows) -> NearPairs:
     """Return the near pairs of samples that have at least one deck. `pairs` selects page pairs of `near`."""
+    # Most decks with a common page are not near: leave them out before the slow loop.
+    _, index, counts = np.unique(
+        owners[near.first[pairs]] * len(num_pages) + owners[near.second[pairs]],
+        return_inverse=True,
+        return_counts=True,
+    )
+    fewest = np.minimum(num_pages[owners[near.first[pairs]]], num_pages[owners[near.second[pairs]]])
+    pairs = pairs[2 * counts[index] >= fewest]
     closest: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = defaultdict(lambda: ({}, {}))
     for p, q, bits in zip(*(part[pairs].tolist() for part in near), strict=True):
         for page_bits, page in zip(closest[int(owners[p]), int(owners[q])], (p, q), strict=True):

@@ -66,6 +66,7 @@ MAX_DIRECTORY_BYTES = 64_000_000
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000
 # Limits for consecutive tar entries with the same key, which are held in memory together.
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000
+QUESTION_ARCHIVES = 16  # number of archives searched for questions before any image is read
 COLUMN_IMAGES = 20  # number of images whose texts are searched for the context columns
 BLOCK_BYTES = 1 << 20
 MAX_NAME_CHARACTERS = 1_000
@@ -257,7 +258,7 @@ def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
 def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
     text = _as_text(name)
     if len(text) > MAX_NAME_CHARACTERS:
-        return Entry(text[:MAX_NAME_CHARACTERS], None, "name_too_long")
+        return Entry(text[-MAX_NAME_CHARACTERS:], None, "name_too_long")
     if text.startswith("/") or ".." in text.split("/") or _DRIVE.match(text):
         return Entry(text, None, "outside_archive")
     if _has_suffix(name, UNREAD_SUFFIXES):
@@ -468,6 +469,16 @@ class Archives:
                 index.add(entry)
         return index
 
+    def have_questions(self, names: Sequence[str]) -> bool:
+        """Return whether the first archives have questions. For remote archives, only one image is read."""
+        if self.files.is_local:
+            with self.files.translate_errors():
+                indexes = (self.text_index(name) for name in names[:QUESTION_ARCHIVES])
+                groups = (texts for index in indexes for texts in index.texts.values())
+                return any(human_questions(_parse_texts(texts)[1]) for texts in groups)
+        with closing(self.read_images(names[0])) as images:
+            return any(human_questions(_parse_texts(texts)[1]) for _, texts in islice(images, 1))
+
     def require_columns(self, names: Sequence[str], columns: Sequence[str]) -> None:
         """Check that the first images' texts have these columns. Raises SourceError if one is missing."""
         known = {*PATH_COLUMNS}
@@ -504,13 +515,14 @@ def open_archives(
         raise SourceError(f"no archive is named after the split {split}", hint=hint)
     archives = Archives(files)
     archives.require_columns(names, columns)
+    has_questions = archives.have_questions(names)
 
     def read() -> Iterator[RawSample | Rejected]:
         is_empty = True
         for name in names:
             for image, texts in archives.read_images(name):
                 is_empty = False
-                row = _row(name, image, texts, license, columns)
+                row = _row(name, image, texts, license, columns, has_questions=has_questions)
                 if isinstance(row, Rejected):
                     yield row
                 elif split in (None, row.fields["split"]):
@@ -540,6 +552,8 @@ def _row(
     texts: Sequence[Entry],
     license: str,
     columns: Sequence[str],
+    *,
+    has_questions: bool,
 ) -> RawSample | Rejected:
     name = f"{archive}/{image.name}"
     if image.data is None:
@@ -555,7 +569,7 @@ def _row(
     except SourceError as error:
         return Rejected(source_row=name, reason="unusable_column", detail=str(error))
     image_texts = ImageTexts(captions, list(human_questions(values)), split)
-    fields = image_texts.sample_fields() | {"context": context}
+    fields = image_texts.sample_fields(has_questions=has_questions) | {"context": context}
     return RawSample(source_row=name, images=(image.data,), license=license, fields=fields)
 
 

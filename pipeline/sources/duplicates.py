@@ -117,7 +117,9 @@ class DuplicateImages:
         copies = sorted([row_texts, *self.texts[row["sample_id"]]], key=lambda copy: copy[0])
         references = dict.fromkeys(text for _, texts, _ in copies for text in texts)
         questions = {canonical(one): one for _, _, copy_questions in copies for one in copy_questions or ()}
-        return {"references": list(references), "reference_qa": list(questions.values()) or None}
+        has_questions = any(copy_questions is not None for _, _, copy_questions in copies)
+        reference_qa = list(questions.values()) if has_questions else None
+        return {"references": list(references), "reference_qa": reference_qa}
 
 
 @dataclass(slots=True)

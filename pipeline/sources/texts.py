@@ -220,9 +220,9 @@ class ImageTexts:
         self.split = most_held_out(other.split, self.split)
         self.num_by_model += other.num_by_model
 
-    def sample_fields(self) -> dict[str, Any]:
-        """Return fields for a Sample."""
-        questions = tuple(self.questions) or None
+    def sample_fields(self, *, has_questions: bool) -> dict[str, Any]:
+        """Return fields for a Sample. Set `has_questions` if the source has questions about any image."""
+        questions = tuple(self.questions) if has_questions else None
         return {"references": tuple(self.captions), "split": self.split, "reference_qa": questions}
 
     def as_json(self) -> list[Any]:

@@ -37,6 +37,7 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             with duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
                 # Queries that need an order have an ORDER BY.
                 db.execute("SET preserve_insertion_order = false")
+                db.execute("SET enable_progress_bar = false")
                 yield db
         except RuntimeError as error:
             # DuckDB raises a plain RuntimeError if a signal arrives.

@@ -41,6 +41,9 @@ _DISK_ERRORS = {
     errno.EROFS: ("the file system is read-only", _OTHER_FOLDER),
     errno.EACCES: ("no permission", "choose another folder, or change its permissions"),
     errno.ENOTDIR: ("a file exists where a folder should be", _OTHER_FOLDER),
+    errno.ENOENT: ("it does not exist and cannot be created", "restore it, or choose another folder"),
+    errno.EMFILE: ("too many files are open", f"raise the limit (`ulimit -n 4096`), {_RESUME}"),
+    errno.EIO: ("the disk has errors", "check the kernel log (`dmesg`), and copy the folder to another disk"),
     errno.EEXIST: ("a file exists where a folder should be", _OTHER_FOLDER),
     errno.EBUSY: ("another program is using the file", f"close it, {_RESUME}"),
     errno.ENOTEMPTY: ("a folder that is not a version is in the way", f"move it away, {_RESUME}"),
@@ -263,7 +266,7 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
             is_of_file = is_local and error.filename is not None
             if not (is_of_file or error.errno in (_DISK_ERRORS if is_local else _DISK_ONLY_ERRORS)):
                 raise
-            problem, hint = _DISK_ERRORS.get(error.errno or 0, (str(error.strerror), _OTHER_FOLDER))
+            problem, hint = _DISK_ERRORS.get(error.errno or 0, (str(error.strerror), f"solve it, {_RESUME}"))
             # The target of the rename is in the way.
             target = error.filename2 if error.errno == errno.ENOTEMPTY else None
             raise StoreError(f"{target or error.filename or folder}: {problem}", hint=hint) from None

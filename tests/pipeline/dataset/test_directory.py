@@ -71,8 +71,9 @@ def test_damaged_version_error_shows_removal_command(tmp_path: Path) -> None:
     assert f"synth versions rm {tmp_path}@v2.0.0" in refused.value.hint
     newer = {"version": "v2.0.0", "table_version": 99, "files": {}}
     (tmp_path / "versions/v2.0.0/manifest.json").write_text(json.dumps(newer))
-    with pytest.raises(StoreError, match="another release of synth"):
+    with pytest.raises(StoreError, match="another release of synth") as refused:
         DatasetDir(tmp_path).versions()
+    assert refused.value.hint.startswith("upgrade synth")
 
 
 def test_version_opens_by_name(tmp_path: Path) -> None:

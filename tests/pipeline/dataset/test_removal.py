@@ -92,13 +92,21 @@ def test_only_leftovers_of_killed_commands_are_removed(dataset: DatasetDir) -> N
         (folder / "train-00000.parquet").write_bytes(bytes(100))
     (dataset.path / "steps").mkdir()
     kept = [dataset.path / "steps" / ".mine.tmp", dataset.path / "versions" / "notes"]
-    leftovers.append(dataset.path / "images" / ".a.parquet.tmp")
-    for file in (kept[0], kept[1], leftovers[2]):
+    names = (
+        "images/.a.parquet.tmp",
+        "steps/read/.kept.parquet.tmp",
+        "steps/read/parts/.0.json.tmp",
+        "shards/0/steps/ask/.kept.parquet.tmp",
+        "versions/v1.0.0/.README.md.tmp",
+    )
+    leftovers += [dataset.path / name for name in names]
+    for file in (*kept, *leftovers[2:]):
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(bytes(10))
     removed = remove_leftovers(dataset, dry_run=True)
     assert remove_leftovers(dataset) == removed
     assert {leftover.path for leftover in removed} == set(leftovers)
-    assert sum(leftover.num_bytes for leftover in removed) == 210
+    assert sum(leftover.num_bytes for leftover in removed) == 250
     assert remove_leftovers(dataset) == []
     assert all(file.exists() for file in kept)
     assert len(dataset.versions()) == 3

@@ -63,3 +63,13 @@ def test_changed_row_keeps_bytes_of_most_shards(tmp_path: Path, change: str) -> 
     before, after = write(tmp_path / "a", rows), write(tmp_path / "b", changed)
     assert len(after) >= 4
     assert len(after.keys() - before.keys()) <= 2
+
+
+def test_shards_of_large_images_do_not_depend_on_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "GROUP_ROWS", 10**9)
+    monkeypatch.setattr(shards, "LARGE_GROUPS", ((4000, 8), (8000, 2)))
+    monkeypatch.setattr(shards, "GROUP_BYTES", 20_000)
+    rows = [row(number) for number in range(ROWS)]
+    assert write(tmp_path / "a", rows, chunk=16) == write(tmp_path / "b", rows, chunk=3)

@@ -42,7 +42,7 @@ KEPT_COLUMNS = (
     "final_text", "final_question", "agreement", "answered_blind",
 )  # fmt: skip
 # Digests by seed. A change means that other rows are kept, or rejected for other reasons.
-OUTCOMES = {1: "a74bf585b98941ee", 3: "92ca366e2eeb0e6a", 8: "8f44ee5d615d9948"}
+OUTCOMES = {1: "309514153f751507", 3: "3b251921cfdecc56", 8: "3f0746b89ad95e81"}
 
 
 def settings() -> Config:

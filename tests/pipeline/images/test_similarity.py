@@ -285,6 +285,20 @@ def test_held_out_photo_among_thousands_of_copies_is_kept() -> None:
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
+def test_near_decks_of_common_pages_are_in_one_group(
+    kind: ImageKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.images.near_duplicates.MAX_NEIGHBORS", 4)
+    common, own = np.split(np.random.default_rng(3).integers(0, 2**64, (93, 4), dtype=np.uint64), [3])
+    decks = [[common[n % 3], *own[3 * n : 3 * n + 3]] for n in range(30)] + 2 * [[*common]]
+    samples = samples_of(own[: len(decks)], [None] * len(decks))
+    hashes = pa.array([[page.tobytes() for page in deck] for deck in decks])
+    groups = compare_samples(samples.set_column(2, "pdq_hashes", hashes), kind)
+    assert groups["image_group"].to_pylist()[-2:] == ["00030", "00030"]
+    assert len(groups["image_group"].unique()) == 31
+
+
+@pytest.mark.parametrize("kind", ["photos", "graphics"])
 def test_images_near_a_held_out_image_are_rejected_even_in_large_groups(
     kind: ImageKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,7 @@ def test_json_values_become_context(tmp_path: Path) -> None:
         rows(tmp_path / "p.zip", columns={"image": "title"})
 
 
-def test_json_questions_are_read_for_the_images_that_have_some(tmp_path: Path) -> None:
+def test_json_questions_are_read_if_the_first_images_have_some(tmp_path: Path) -> None:
     pairs = [
         {"question": "How many?", "answer": "2"},
         {"question": "Red?", "answers": ["yes", "no"], "answer_type": "yes/no"},
@@ -128,7 +128,7 @@ def test_json_questions_are_read_for_the_images_that_have_some(tmp_path: Path) -
     questions = {name: [(one.question, one.answers) for one in pairs] for name, pairs in asked.items()}
     expected = [("What is it?", ("a cup",)), ("How many?", ("2",)), ("Red?", ("yes", "no"))]
     assert questions == {name: expected if name == "a.tar/a/1.jpg" else [] for name in kept}
-    assert [name for name, row in kept.items() if row.reference_qa is not None] == ["a.tar/a/1.jpg"]
+    assert all(row.reference_qa is not None for row in kept.values())
     (tmp_path / "a.tar").write_bytes(tar_of(FILES))
     assert {row.reference_qa for row in samples(tmp_path).values()} == {None}
 
@@ -215,6 +215,13 @@ def tar_with(*infos: tarfile.TarInfo, content: bytes = b"") -> bytes:
         for info in infos:
             tar.addfile(info, io.BytesIO(content) if info.size else None)
     return out.getvalue()
+
+
+def test_rejected_long_name_keeps_its_end(tmp_path: Path) -> None:
+    (tmp_path / "p.zip").write_bytes(zip_of({f"{'x' * 2000}.jpg": photo(0), "good.jpg": photo(1)}))
+    kept, rejected = sorted(reasons(tmp_path / "p.zip").items())
+    assert (kept, rejected[1]) == (("p.zip/good.jpg", None), "name_too_long")
+    assert rejected[0].endswith("xxx.jpg") and len(rejected[0]) == 1006
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,13 @@ def test_metadata_questions_are_read(tmp_path: Path) -> None:
     assert {name: [pair.answers for pair in asked or ()] for name, asked in whole.items()} == {
         "0.png": [], "1.png": [("yes",), ("no",)], "2.png": []
     }  # fmt: skip
-    assert [name for name, asked in whole.items() if asked is not None] == ["1.png"]
+    assert all(asked is not None for asked in whole.values())
+
+
+def test_missing_caption_file_is_an_error_about_its_path(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="No such file") as caught:
+        read_captions(tmp_path / "c.json")
+    assert caught.value.hint == "check the path and its permissions"
 
 
 def test_caption_file_about_other_images_is_refused(tmp_path: Path) -> None:
@@ -263,6 +269,15 @@ def test_unclosed_csv_quote_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.tsv").write_text(f"file_name\tcaption\n{text}")
     with pytest.raises(SourceError, match="is not closed"):
         read_captions(tmp_path / "c.tsv")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_rows_that_lack_many_values_are_limited(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr(text_files, "MAX_VALUES", 1000)
+    text = ",".join(f"c{n}" for n in range(100)) + end + f"a{end}" * 10
+    assert len([*text_files.parse_rows(text, "CSV")]) == 10
+    with pytest.raises(ValueError, match="more than 1,000 values"):
+        [*text_files.parse_rows(f"{text}a{end}", "CSV")]
 
 
 def test_model_written_texts_are_skipped(tmp_path: Path) -> None:

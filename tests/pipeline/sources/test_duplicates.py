@@ -41,6 +41,12 @@ def test_merged_duplicates_do_not_depend_on_row_order(samples: tuple[Sample, ...
     assert rejected == {("b", COPIED.id), ("c", COPIED.id)}
 
 
+def test_merged_copies_keep_an_empty_list_of_questions() -> None:
+    # A version has the column for all samples or for none.
+    (first, _), _ = add(tuple(replace(sample, reference_qa=()) for sample in COPIES))
+    assert first["reference_qa"] == []
+
+
 @pytest.mark.parametrize(
     "rows", list(itertools.permutations([("9", ("A dog.",)), ("10", ()), ("11", ("A cat.",))]))
 )

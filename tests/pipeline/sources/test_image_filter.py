@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pipeline.config.files import resolve
 from pipeline.sources import open_source, read_images
@@ -13,10 +13,15 @@ from pipeline.types import Rejected
 
 NOISE = np.random.default_rng(0)
 GRADIENT = Image.linear_gradient("L").convert("RGB")
+NIGHT, PAGE = Image.new("RGB", (1600, 1200)), Image.new("RGB", (1240, 1754), "white")
+ImageDraw.Draw(NIGHT).ellipse((700, 300, 711, 311), "white")
+ImageDraw.Draw(PAGE).text((610, 1690), "7", "black")
 IMAGES = {
     "black.png": (Image.new("RGB", (640, 480)), "one_color_image"),
     "black.jpg": (Image.new("RGB", (640, 480)), "one_color_image"),
     "dark_noise.png": (Image.fromarray(NOISE.integers(0, 4, (480, 640, 3), np.uint8)), "one_color_image"),
+    "gray.jpg": (Image.new("RGB", (640, 480), "gray"), "one_color_image"),
+    "dark_icon.png": (Image.fromarray(NOISE.integers(0, 4, (64, 64, 3), np.uint8)), "one_color_image"),
     "blank.webp": (Image.new("RGB", (640, 480), "white"), "one_color_image"),
     "transparent.png": (Image.new("RGBA", (640, 480), (0, 0, 0, 0)), "one_color_image"),
     "point.png": (Image.new("RGB", (1, 1), "red"), "image_too_small"),
@@ -24,6 +29,8 @@ IMAGES = {
     "strip.png": (GRADIENT.resize((2000, 60)), "extreme_aspect_ratio"),
     "small.png": (GRADIENT.resize((32, 32)), None),
     "wide.png": (GRADIENT.resize((1200, 60)), None),
+    "moon.jpg": (NIGHT, None),
+    "page_number.png": (PAGE, None),
     "dim.jpg": (GRADIENT.point(lambda level: level // 24), None),
 }
 
@@ -48,6 +55,7 @@ def test_unusable_images_are_rejected_by_default(folder: Path) -> None:
 def test_bounds_are_settings_and_can_be_turned_off(folder: Path) -> None:
     assert set(reasons(folder, enabled=False).values()) == {None}
     assert set(reasons(folder, min_side_px=1, max_aspect_ratio=50, min_contrast=0).values()) == {None}
+    assert reasons(folder, min_side_px=1)["point.png"] == "one_color_image"
     assert set(reasons(folder, min_side_px=3000).values()) == {"image_too_small"}
 
 

@@ -81,7 +81,7 @@ def test_list_questions_are_human_questions(home: Path) -> None:
     source = opened(home / "list.csv", "image,question,answer\n0.jpg,Is it red?,yes\n1.jpg,,\n")
     assert [row.reference_qa for row in samples_of(source)] == [
         (ReferenceQA(question="Is it red?", answers=("yes",)),),
-        None,
+        (),
     ]
 
 

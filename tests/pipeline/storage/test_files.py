@@ -1,5 +1,7 @@
 """Tests of files; tests/whole tests the guarantees of the storage for a run."""
 
+import errno
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +17,21 @@ def test_damaged_step_file_is_an_error_with_hint(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"kept\.parquet is damaged") as caught:
         next(files.read_batches(tmp_path / "kept.parquet"))
     assert "run `synth generate` again" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EIO, "check the kernel log"),
+        (errno.ENOENT, "restore it"),
+        (errno.ESTALE, "solve it, then run the same command"),
+    ],
+)
+def test_disk_error_has_a_hint_about_its_cause(tmp_path: Path, number: int, hint: str) -> None:
+    with pytest.raises(StoreError, match=r"a\.parquet: ") as caught, files.translate_disk_errors(tmp_path):
+        raise OSError(number, os.strerror(number), str(tmp_path / "a.parquet"))
+    assert hint in caught.value.hint
 
 
 def test_step_files_compress_texts_but_not_pixels(tmp_path: Path) -> None:
