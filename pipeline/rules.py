@@ -64,7 +64,8 @@ _ELSEWHERE = re.compile(
     rf"|answer)s?"
     r"|(?:mentioned|described|stated|listed|provided|discussed) (?:above|below|earlier|previously)"
     r"|(?:as|previously|already) (?:described|mentioned|stated|discussed)"
-    rf"|(?:first|second|third|fourth|previous) {_PICTURE}(?! frame)|{_PICTURE}s? (?:number |no\. ?)?\d+)\b"
+    rf"|(?:first|second|third|fourth|previous) {_PICTURE}(?! frame)"
+    rf"|(?<!this )(?<!the ){_PICTURE}s? (?:number |no\. ?)?\d+)\b"
 )
 # Nearly every match of _ELSEWHERE has one of these words, or the number of an image.
 _ELSEWHERE_WORDS = """

@@ -152,6 +152,7 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         ("People at a stock photo studio hold a red kite.", None),
         ("A man pours a glass of chai", None),
         ("A kite is shown in image 7 of the series.", "speaks_of_elsewhere"),
+        ("In this photo 20 kites fly over a harbour.", None),
         ("A kite at bbox 10 20 30 40 over the bay.", "junk"),
         (("What does the sign say?", "Age unknown"), None),
         (("What does the sign say?", "not available"), None),

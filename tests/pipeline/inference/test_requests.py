@@ -79,7 +79,7 @@ def test_ids_of_checks_without_an_image_do_not_depend_on_styles_or_pixel_limits(
     digests = [
         [request_plan(resolve(source="folder:x", **settings)).fields(task, **values)[1] for task in checks]
         for checks in ((BLIND, CLAIMS, COVERS, REPAIR), (ANSWER,))
-        for settings in ({}, {"generate": generate})
+        for settings in (dict[str, Any](), {"generate": generate})
     ]
     assert digests[0] == digests[1] and digests[2] != digests[3]
 
