@@ -397,7 +397,7 @@ def _stem(word: str) -> str:
 
 
 def is_no_tag_list(row: RuleInput) -> bool:
-    """Return True if tags are no list of distinct short tags, or if another caption is a list of keywords."""
+    """Return True if tags are long, repeated or too many, or if another caption is a list of keywords."""
     parts = [part.strip() for part in row.main.lower().split(",")]
     if row.style == "tags":
         is_odd = not _NO_TAGS.isdisjoint(parts) or len(parts) > MAX_TAGS or "(" in row.main

@@ -132,8 +132,8 @@ class TrainConfig(Section):
     Weights of style and source are multiplied. Others have weight 1. Texts of weight 0 are not learned.
     """
     max_caption_tokens: int | None = Field(default=None, ge=4, le=MAX_CAPTION_TOKENS)
-    """Maximum tokens of a text. Longer texts are cut after a sentence. Null uses the 99th percentile of the
-    style with the longest texts, rounded up to a multiple of 16, at most 256.
+    """Maximum tokens of a text. Longer texts are cut after a sentence. Null uses a limit that 99 % of the
+    texts of each style fit: a multiple of 16, at most 256.
     """
     align_steps: int = Field(default=0, ge=0)
     """Steps that train the connector only. 0 uses `align_epochs`."""

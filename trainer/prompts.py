@@ -109,7 +109,7 @@ def _is_generic(question: str) -> bool:
 
 
 def _without_address(sentence: str) -> str:
-    """Return a sentence in lower case without what addresses the model, such as "Please" or "Can you"."""
+    """Return a sentence in lower case without words that address the model, such as "Please" or "Can you"."""
     sentence = _normalized(sentence)
     address = POLITE.match(sentence)
     return sentence[address.end() :] if address else sentence

@@ -27,7 +27,7 @@ NOT_MEASURED = "not measured (`synth review sample` draws texts to review)"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Drawn:
-    """A text in the order of review. `weight` is the inverse of its chance, up to a factor of its stratum."""
+    """A text in the order of review. `weight` is proportional to the texts that it stands for."""
 
     order: float
     name: TextName

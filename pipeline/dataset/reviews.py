@@ -130,7 +130,7 @@ def format_reviews(reviews: Iterable[Review]) -> str:
 
 
 def merge_verdicts(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Keep the last verdict per text, reviewer and seed. The seed of the last verdict comes last."""
+    """Keep the last verdict per text, reviewer and seed. Seeds are in the order of their last verdicts."""
     merged: dict[tuple[int, TextName, str], Verdict] = {}
     seeds: dict[int, None] = {}
     for verdict in verdicts:

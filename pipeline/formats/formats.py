@@ -45,7 +45,7 @@ ALL = "all"  # the style that stands for every caption
 class ExportOptions:
     """Which captions an export writes, and how."""
 
-    style: str | None = None  # captions of one style, or ALL: several in a file for one caption
+    style: str | None = None  # captions of one style, or ALL
     image_root: str = ""  # precedes the paths of images in texts and tables
 
 
