@@ -432,7 +432,7 @@ def _describe_texts(archive: str, index: ArchiveTexts) -> Iterator[str]:
         yield f"metadata files in {archive} were not read: {first_names(index.tables)} ({hint})"
     unread = [text.name for texts in index.texts.values() for text in texts if _decode(text) is None]
     if unread:
-        yield f"{len(unread):,} texts in {archive} are too large or not UTF-8 ({first_names(unread)})"
+        yield f"texts in {archive} that are too large or not UTF-8: {len(unread):,} ({first_names(unread)})"
     unused = [text.name for key, texts in index.texts.items() if not index.images[key] for text in texts]
     if unused:
         yield f"{len(unused):,} texts in {archive} belong to no image ({first_names(sorted(unused))})"

@@ -109,7 +109,7 @@ def test_captions_in_another_encoding_are_reported_by_name(tmp_path: Path) -> No
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("Schöne Grüße".encode("latin-1"))
     source = open_folder(tmp_path)
-    assert f"1 text files cannot be read ({tmp_path}/a.txt is not UTF-8)" in source.messages
+    assert f"text files that cannot be read: 1 ({tmp_path}/a.txt is not UTF-8)" in source.messages
     (sample,) = samples_of(source)
     assert sample.references == ()
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
@@ -117,7 +117,7 @@ def test_captions_in_another_encoding_are_reported_by_name(tmp_path: Path) -> No
         file.write(tmp_path / "a.txt", "a.txt")
     archive = find_source_files(str(tmp_path / "a.zip"), (".zip",), follow_links=False)
     opened = open_archives(archive)
-    assert "1 texts in a.zip are too large or not UTF-8 (a.txt)" in opened.messages
+    assert "texts in a.zip that are too large or not UTF-8: 1 (a.txt)" in opened.messages
     (sample,) = samples_of(opened)
     assert sample.references == ()
 

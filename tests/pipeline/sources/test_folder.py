@@ -110,7 +110,7 @@ def test_outside_links_pipes_and_devices_are_rejected(tmp_path: Path) -> None:
         ("good.png", ()),
         ("same.png", ()),
     ]
-    assert any("1 text files cannot be read" in message for message in source.messages)
+    assert any("text files that cannot be read: 1" in message for message in source.messages)
 
 
 def test_outside_links_are_read_with_follow_links(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_endless_caption_file_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     os.truncate(tmp_path / "a.txt", 1 << 40)
     source = open_folder(tmp_path)
-    assert "1 text files cannot be read" in source.messages[0]
+    assert "text files that cannot be read: 1" in source.messages[0]
     assert [row.references for row in samples_of(source)] == [()]
 
 
