@@ -468,7 +468,9 @@ def _add_sidecars(folder_texts: FolderTexts, paths: Sequence[Path], bound: Path 
         folder_texts.texts[path].captions += human
         folder_texts.num_by_model += len(lines) - len(human)
     if unread:
-        folder_texts.messages.append(f"text files that cannot be read: {len(unread):,} ({first_names(unread)})")
+        folder_texts.messages.append(
+            f"text files that cannot be read: {len(unread):,} ({first_names(unread)})"
+        )
 
 
 def _describe_unknown(file: Path, names: Sequence[str]) -> list[str]:
