@@ -101,4 +101,4 @@ def test_missing_model_and_file_in_place_of_folder_are_errors(synth: Run, tmp_pa
     assert "cannot load empty" in error
     (tmp_path / "d").write_text("")
     error, _ = read_failure(synth("generate", "--source", "scenes", "--out", "d"))
-    assert "File exists" in error
+    assert "a file exists where a folder should be" in error
