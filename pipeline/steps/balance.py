@@ -32,7 +32,7 @@ from pipeline.config.sections import BalanceConfig
 from pipeline.digests import hash_to_unit
 from pipeline.errors import ConfigError
 from pipeline.steps.base import ROW, AllRows, Comparison, RowStep, whole_groups
-from pipeline.storage.database import hash_to_unit_sql, load, read
+from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, read
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BALANCED, INT64, STRING, fields
 from pipeline.text.content_keys import content_words
@@ -121,7 +121,7 @@ def _pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
     )
     of_candidates = "FROM incoming SEMI JOIN candidates USING (sample_id) WHERE clean_text IS NOT NULL"
     load(db, "caption_texts", rows.batches("sample_id", "clean_text"), CAPTION_TEXTS, of_candidates)
-    load(db, "sample_words", _sample_words(db.cursor()), SAMPLE_WORDS)
+    load(db, "sample_words", _sample_words(open_cursor(db)), SAMPLE_WORDS)
     db.execute(
         f"""
         CREATE TABLE ordered AS
@@ -138,7 +138,7 @@ def _pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
         WHERE one.answer <> other.answer AND one.image <> other.image
         """  # noqa: S608
     )
-    load(db, "pairs", _match_greedily(db.cursor()), PAIRS)
+    load(db, "pairs", _match_greedily(open_cursor(db)), PAIRS)
 
 
 def _match_greedily(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
@@ -214,7 +214,7 @@ def _balance_captions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: Bala
     mentions = "SELECT unnest(entries) AS entry FROM captions"
     counts = dict(db.sql(f"SELECT entry, count(*) FROM ({mentions}) GROUP BY entry").fetchall())  # noqa: S608
     threshold = count_of_tail(list(counts.values()), config.tail_frac)
-    load(db, "balanced_captions", _judge_captions(db.cursor(), counts, threshold, config, seed), FINDINGS)
+    load(db, "balanced_captions", _judge_captions(open_cursor(db), counts, threshold, config, seed), FINDINGS)
 
 
 def _judge_captions(
