@@ -64,7 +64,7 @@ MAX_DECODED_PIXELS = 64_000_000
 # Number of requests without images that are built at once.
 CHUNK_REQUESTS = 256
 CLEAN = ("clean_text", "clean_question", "clean_answer", "clean_record")
-COLUMNS = ("sample_id", "task", "prompt_id", *CLEAN, "evidence_pages", "pages")
+COLUMNS = ("sample_id", "task", "style", "prompt_id", *CLEAN, "evidence_pages", "pages")
 # Number of annotations in memory at once. Each takes some kilobytes with its checks.
 BATCH_ANNOTATIONS = 50_000
 ALIGNMENT = fields(FLOAT64, "alignment")
@@ -324,8 +324,11 @@ class AnnotationChecker:
 
     def _filter(self, subjects: Subjects, texts: Sequence[str]) -> list[Row | None]:
         """Return the columns of the filter step for each new caption, or None if that step rejects it."""
-        tasks, nulls = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
-        columns = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
+        nulls = pa.nulls(len(texts), STRING)
+        columns = {
+            name: pa.array([subject.row[name] for subject in subjects], STRING) for name in ("task", "style")
+        }
+        columns["text"] = pa.array(texts, STRING)
         table = pa.table(columns | dict.fromkeys(("question", "answer", "record"), nulls))
         grams = own_prompt_grams((*(task.name for task in self.plan.tasks.asked), REPAIR.name))
         words = self.plan.generate.caption_words

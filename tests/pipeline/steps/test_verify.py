@@ -1,13 +1,15 @@
 """Each check rejects with its own reason, and checks without an answer reject nothing."""
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from pipeline.config.files import resolve
+from pipeline.config.sections import FilterConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
@@ -15,6 +17,7 @@ from pipeline.steps import verify
 from pipeline.storage.files import read_table
 from pipeline.tables import CHECK, FLOAT64, STRING, fields
 from tests.chat.server import ChatServer, running_chat
+from tests.plans import request_plan
 from tests.step_runs import numbered_table, verify_rows, with_results
 
 QUESTION = {"task": "qa", "style": "", "clean_question": "What color is the ring?", "clean_answer": "red"}
@@ -158,3 +161,15 @@ def test_missing_clip_is_refused_before_any_request(tmp_path: Path) -> None:
         with pytest.raises(EngineError, match="cannot load CLIP nobody/nothing"):
             generate_dataset(config, tmp_path / "d")
         assert not chat.bodies
+
+
+@pytest.mark.parametrize(("style", "is_kept"), [("dense", True), ("plain", True), ("alt", False)])
+def test_repaired_caption_has_the_bounds_of_its_style(style: str, *, is_kept: bool) -> None:
+    settings: Any = SimpleNamespace(bounds=FilterConfig(), requests=request_plan(resolve(source="scenes")))
+    checker = verify.AnnotationChecker(settings, settings, settings, ExitStack())
+    text = (
+        "An old man in a blue coat sits on a wooden bench beside a brown dog, while two children with red "
+        "kites run along the wet beach toward a small white boat that lies under a gray and cloudy sky."
+    )
+    (row,) = checker._filter([verify.CheckedAnnotation(CAPTION | {"style": style})], [text])
+    assert (row is not None) == is_kept
