@@ -184,8 +184,7 @@ def _model(name: str) -> list[Finding]:
         hint = "choose a model with *.safetensors files"
         return [Finding("model", False, f"{model} has no weight files", hint)]
     weights_gib = size_bytes / GIB
-    is_planned = shape and place == GPU
-    least_gib = needed_gib(shape, MAX_PIXELS) if shape and is_planned else weights_gib * MEMORY_PER_WEIGHTS
+    least_gib = needed_gib(shape, MAX_PIXELS) if shape and place == GPU else weights_gib * MEMORY_PER_WEIGHTS
     fits = free_gib >= least_gib
     summary = f"{model}: {weights_gib:.1f} GiB of weights, {free_gib:.1f} GiB free in {place}"
     choices = "a smaller model, several GPUs (-- --tensor-parallel-size), or a server elsewhere"
@@ -253,7 +252,7 @@ def _hub() -> Finding:
 
 
 def _disk() -> Finding:
-    free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    free_gib = shutil.disk_usage(Path.cwd()).free / GIB
     space = f"{free_gib:.0f} GiB free here"
     if not os.access(Path.cwd(), os.W_OK):
         hint = "go to another folder, or pass --out DIR"

@@ -37,9 +37,9 @@ from pipeline.text.pii import redact
 # Cache size for judged questions and records, which repeat often.
 CACHED_TEXTS = 1 << 15
 MAX_RECORD_WORDS = 20_000
-# The share of distinct words is measured at the start of a text, since it falls with the length of any text.
+# The share of distinct words is measured in the first words, because it falls as a text gets longer.
 COUNTED_WORDS = 100
-# Words in the prompts of custom tasks that copy text from an image.
+# A custom task whose prompt has one of these words copies text from the image.
 _COPYING = frozenset(("copy", "read", "transcribe", "transcription", "ocr"))
 # Expects text in lower case.
 _HEDGE = re.compile(
@@ -128,9 +128,7 @@ def _judge(
     ) -> Judgement:
         if record is not None:
             return _judge_record(record, config, prompt_grams, is_text=is_text)
-        clean_text, text_redactions = (
-            (None, 0) if text is None else redact(strip_opening(text.strip(), is_alt=style == "alt"))
-        )
+        clean_text, text_redactions = _clean(text and strip_opening(text.strip(), is_alt=style == "alt"))
         clean_question, question_redactions = _clean(question)
         clean_answer, answer_redactions = _clean(answer)
         main = clean_text or clean_question or ""

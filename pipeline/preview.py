@@ -113,7 +113,7 @@ def preview_run(
     return Preview(
         source=config.source,
         model=plan.model,
-        engine=describe_engine(plan.config, choice),
+        engine=describe_engine(plan, choice),
         prompt_sources=describe_prompts(
             plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts
         ),
@@ -182,7 +182,7 @@ def write_preview(preview: Preview) -> Path:
     """Write a preview as an HTML page in its dataset folder, and return the path."""
     path = preview.folder / "preview.html"
     pictures = [data_uri(thumbnail(image.image, THUMBNAIL_BYTES)) for image in preview.images]
-    page = render_page("pipeline.report", "preview.html.j2", preview=preview, pictures=pictures)
+    page = render_page("preview.html.j2", preview=preview, pictures=pictures)
     with translate_disk_errors(path.parent):
         write_text(path, page)
     return path

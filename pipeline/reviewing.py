@@ -56,8 +56,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             paths = dataset.step_files(SPLIT)
             if not paths:
                 raise ConfigError(f"{dataset.path} has no finished run to review", hint=RUN_FIRST)
-            before = read_reviews(dataset.reviews) if dataset.reviews.exists() else []
-            verdicts_before = read_verdicts(dataset.audit) if dataset.audit.exists() else []
+            before = read_reviews(dataset.reviews)
+            verdicts_before = read_verdicts(dataset.audit)
             verdicts = [*verdicts_before, *(line for line, _ in lines if isinstance(line, Verdict))]
             samples = {line.sample_id for line in [*before, *(line for line, _ in lines)]}
             rows = {text_name(row): row for row in read_texts(AllRows(paths), samples, "sample_id")}
@@ -91,7 +91,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 return run(plan, executor, RequestStats(), progress, first=review.STEP.name)
             except Exception:
                 write_text(dataset.reviews, format_reviews(before))
-                write_text(dataset.audit, format_verdicts(verdicts_before))
+                if verdicts:
+                    write_text(dataset.audit, format_verdicts(verdicts_before))
                 raise
 
 

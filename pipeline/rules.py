@@ -39,7 +39,7 @@ OTHER_BOUNDS = Bounds(max_words=600)
 # Other languages may need fewer words for a caption than English ("Musta kissa nukkuu sohvalla").
 MIN_ENGLISH_WORDS, MIN_OTHER_WORDS = 5, 3
 MAX_WORDS_OF_TAG, MAX_TAGS = 4, 25
-# Mean length of sentences that are too short to begin with the same words.
+# Texts whose sentences are shorter on average are checked for sentences with the same first words.
 MAX_CHARACTERS_OF_STUB = 35
 # Minimum detector score of an answer of few words. Names of brands often resemble another language.
 MIN_ANSWER_SCORE = 0.8
@@ -48,7 +48,7 @@ MIN_CLOSE_SCORE = 0.9
 MIN_WORDS_FOR_REPETITION = 12
 # Shorter sentences may occur more than once.
 MIN_WORDS_OF_SENTENCE = 4
-# The same share of a text that was read from the image.
+# Maximum share of repeated trigrams in a text that was read from the image.
 MAX_DUPLICATE_FRAC_OF_READ_TEXT = 0.7
 _NO_TAGS = frozenset(("none", "n/a", "no tags", "unknown", "etc", ""))
 # Maximum number of equal parts in a list such as "a cat on the left, a cat on the right, ...".
@@ -291,14 +291,18 @@ def is_too_long(row: RuleInput) -> bool:
 def is_repetitive(row: RuleInput) -> bool:
     """Return True if words, sentences or characters repeat too often."""
     scores, config = row.scores, row.config
-    if row.style == "ocr":  # text on packages and signs repeats
-        return artifacts.has_run(row.main) or scores.duplicate_trigram_frac > MAX_DUPLICATE_FRAC_OF_READ_TEXT
     return (
         scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
         or scores.distinct_word_frac < config.min_distinct_word_frac
         or artifacts.has_run(row.main)
         or (len(row.words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(row.main))
     )
+
+
+def is_repetitive_read_text(row: RuleInput) -> bool:
+    """Return True if a text that was read from the image repeats itself more than packages and signs do."""
+    frac = row.scores.duplicate_trigram_frac
+    return artifacts.has_run(row.main) or frac > MAX_DUPLICATE_FRAC_OF_READ_TEXT
 
 
 def is_other_language(row: RuleInput) -> bool:
@@ -397,15 +401,23 @@ def _stem(word: str) -> str:
 
 
 def is_no_tag_list(row: RuleInput) -> bool:
-    """Return True if tags are long, repeated or too many, or if another caption is a list of keywords."""
-    parts = [part.strip() for part in row.main.lower().split(",")]
-    if row.style == "tags":
-        is_odd = not _NO_TAGS.isdisjoint(parts) or len(parts) > MAX_TAGS or "(" in row.main
-        is_latin = row.config.language in language.LATIN
-        is_odd = is_odd or (is_latin and row.scores.non_latin_frac > row.config.max_non_latin_frac)
-        return is_odd or 4 * len(set(parts)) < 3 * len(parts) or _is_longer(parts, MAX_WORDS_OF_TAG)
+    """Return True if tags are long, repeated, too many, or not in the configured script."""
+    parts = _parts(row)
+    is_odd = not _NO_TAGS.isdisjoint(parts) or len(parts) > MAX_TAGS or "(" in row.main
+    is_latin = row.config.language in language.LATIN
+    is_odd = is_odd or (is_latin and row.scores.non_latin_frac > row.config.max_non_latin_frac)
+    return is_odd or 4 * len(set(parts)) < 3 * len(parts) or _is_longer(parts, MAX_WORDS_OF_TAG)
+
+
+def is_keyword_list(row: RuleInput) -> bool:
+    """Return True if a caption is a list of keywords instead of a sentence."""
+    parts = _parts(row)
     is_list = len(parts) > MAX_EQUAL_PARTS - 1 and language.FUNCTION_WORDS.isdisjoint(row.words)
     return is_list and not _is_longer(parts, MAX_WORDS_OF_TAG - 1)
+
+
+def _parts(row: RuleInput) -> list[str]:
+    return [part.strip() for part in row.main.lower().split(",")]
 
 
 def _is_longer(parts: list[str], max_words: int) -> bool:
@@ -445,9 +457,7 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "personal_answer": lambda row: row.scores.redaction_count > 0 and row.answer in PERSONAL,
     "too_short": is_too_short,
     "too_long": is_too_long,
-    "keywords": lambda row: (
-        row.is_caption and ("," in row.main or row.style == "tags") and is_no_tag_list(row)
-    ),
+    "keywords": lambda row: row.is_caption and "," in row.main and is_keyword_list(row),
     "repetitive": is_repetitive,
     "other_language": is_other_language,
     "cut_off": lambda row: row.is_caption and artifacts.is_cut_off(row.main, row.words),
@@ -471,12 +481,14 @@ READ_TEXT_RULES: dict[str, Callable[[RuleInput], bool]] = {
     "label": lambda row: artifacts.opens_chat(row.main),
     "unanswerable": lambda row: artifacts.is_unread(row.main),
     "placeholder": lambda row: row.words not in _SIGNS and artifacts.is_placeholder(row.words),
-    **{name: RULES[name] for name in ("too_short", "too_long", "repetitive")},
+    "too_short": is_too_short,
+    "too_long": is_too_long,
+    "repetitive": is_repetitive_read_text,
 }
 # Tags need neither sentences nor a language that can be detected.
 TAG_RULES = {
     name: rule for name, rule in RULES.items() if name not in ("other_language", "cut_off", "repetitive")
-}
+} | {"keywords": is_no_tag_list}
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
 # The rules for records of custom tasks, whose texts may be a word, a code, or the text on a sign.
 RECORD_RULES = {

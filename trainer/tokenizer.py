@@ -206,10 +206,7 @@ def _prompt_tokens(texts: Iterable[TargetText]) -> list[str]:
     return [f"<{name}>" for name in (*sorted(sources), *sorted(styles - {""}))]
 
 
-Prompts = list[tuple[str, str]]
-
-
-def scored_prompt(prompts: Prompts, style: str | None = None) -> tuple[str, str]:
+def scored_prompt(prompts: list[tuple[str, str]], style: str | None = None) -> tuple[str, str]:
     """Return source and style for a caption prompt. Without `style`, the preferred style is used.
 
     Raises TrainError if the captioner has not learned the style.

@@ -28,7 +28,7 @@ from trainer.model.language_model import PretrainedDecoder
 from trainer.prompts import prompt_parts
 from trainer.runtime.checkpoint_folder import READ_ERRORS, find_captioner
 from trainer.runtime.devices import best_device, join_processes, matmul_precision
-from trainer.runtime.forecast import Forecast, fit_and_forecast
+from trainer.runtime.forecast import fit_and_forecast
 from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, scored_prompt
 
@@ -98,10 +98,10 @@ def train_captioner(
     trainer = build_trainer(checkpoint, loader, sets["validation"], device)
     # Scored captions are generated with TF32 or float32. Steps set their own precision.
     with matmul_precision("fp32" if config.precision == "fp32" else "tf32", device):
-        forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
+        forecast_s = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
         log = None
         if rank == 0:
-            log = _begin_log(out, settings, forecast, state.get("step", 0))
+            log = _begin_log(out, settings, forecast_s, state.get("step", 0))
         run_steps(trainer, out, run_digest(processes), log, report, state)
         if rank == 0 and trainer.validation.evaluations_without_gain:
             (out / LAST).mkdir(exist_ok=True)
@@ -170,14 +170,14 @@ def _require_positions(checkpoint: Checkpoint, texts: list[TargetText]) -> None:
     decoder.require_positions(num_states, longest)
 
 
-def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int) -> Log:
+def _begin_log(out: Path, config: TrainConfig, forecast_s: float, done: int) -> Log:
     """Write the settings, remove earlier results, and open a log that continues after step `done`."""
     (out / "metrics.json").unlink(missing_ok=True)
     remove(out / LAST)
     write_json(out / "train.json", config.model_dump(mode="json"))
     log = Log(out / "log.jsonl", done)
     if not done:
-        log.write(step=0, forecast_seconds=forecast.seconds)
+        log.write(step=0, forecast_seconds=forecast_s)
     return log
 
 

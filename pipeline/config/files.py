@@ -266,7 +266,10 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
     if flaw["type"] != "bool_for_number":
         yaml_hint += ": put a string in quotes"
     close = did_you_mean(str(value), re.findall("'([^']+)'", str(context.get("expected", ""))))
-    shown += yaml_hint if isinstance(value, bool) else f"; {close}" if close else ""
+    if isinstance(value, bool):
+        shown += yaml_hint
+    elif close:
+        shown += f"; {close}"
     return message if is_secret else f"{message} ({shown})"
 
 

@@ -210,7 +210,9 @@ class GenerateConfig(Section):
     values give less accurate answers.
     """
     max_tokens: int = Field(default=256, ge=1)
-    """Maximum tokens of a reply. A longer reply is requested again with twice the limit."""
+    """Maximum tokens of a reply. Long captions may have more: `dense` 768, `ocr` 2,048, and 3 per word of
+    `caption_words`. A longer reply is requested again with twice the limit.
+    """
     max_attempts: int = Field(default=3, ge=1)
     """Attempts to get a usable reply. After the last, the row is rejected."""
     max_pixels: Annotated[int, Field(ge=28 * 28)] | Literal["auto"] | None = "auto"
@@ -474,7 +476,7 @@ class BalanceConfig(Section):
     tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None
     """MetaCLIP's p for balancing captions, such as `0.06`. Null keeps all captions."""
     keep_best_caption: bool = True
-    """Keep at least the caption of each image that names the rarest entries."""
+    """Always keep one caption of each image: the one that names the rarest entries."""
     entries: Path | None = None
     """Text file of entries, one per line, by which captions are balanced. Null uses the words of the captions
     and names of WordNet.

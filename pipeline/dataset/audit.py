@@ -1,9 +1,9 @@
 """Audit a version: draw texts at random, and estimate the share of wrong texts from human verdicts.
 
-A stratum has the texts of one task and style. Each image joins one stratum and gives one of its texts there,
-both chosen by hashes of the seed. Another hash orders the images of a stratum, and only the reviewed texts
-before the first unreviewed one count. So they are a random sample whenever the reviewers stop, and the audit
-of a later version asks only for texts without a verdict.
+A stratum has the texts of one task and style. A hash of the seed assigns each image to one of its strata, and
+another hash draws one of its texts there. A third hash orders the images of a stratum, and only the reviewed
+texts before the first unreviewed one count. The counted texts are a random sample, whenever the reviewers
+stop. The audit of a later version asks only for texts without a verdict.
 """
 
 from collections import Counter, defaultdict
@@ -66,7 +66,7 @@ class Frame:
                 drawn[:] = nsmallest(MAX_TEXTS, drawn)
 
     def first(self, number: int) -> list[TextName]:
-        """Return the first texts of all strata, in turn. Each stratum gives about as many texts."""
+        """Return the first `number` texts: about as many from each stratum, in turn."""
         chosen: list[tuple[int, Stratum, TextName]] = []
         by_size = sorted(self.drawn, key=lambda stratum: (len(self.drawn[stratum]), stratum))
         for n, stratum in enumerate(by_size):

@@ -196,9 +196,9 @@ def open_dataset(path: Path | None, version: str | None = None, *, previews: boo
 
     `path` may be FOLDER@VERSION. Raises StoreError if the dataset or version does not exist.
     """
-    path, version = (
-        (path or newest_dataset(), version) if version else split_version(path or newest_dataset())
-    )
+    path = path or newest_dataset()
+    if not version:
+        path, version = split_version(path)
     require_utf8_path(path)
     if (path / MANIFEST).exists():
         opened = read_version(path)

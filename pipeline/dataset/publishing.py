@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -191,8 +190,8 @@ def next_version(
     parent: Version | None,
     sample_ids: pa.ChunkedArray,
     schema: pa.Schema,
-    taken: Sequence[tuple[int, ...]] = (),
-    config: Mapping[str, Any] = MappingProxyType({}),
+    taken: Sequence[tuple[int, ...]],
+    config: Mapping[str, Any],
 ) -> str:
     """Return the next version name, with a higher number than all in `taken`.
 

@@ -13,7 +13,7 @@ from pipeline.storage.lock import lock_file
 
 TEMPORARY_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
 REMOVING = ".removing-"  # prefix of the folder name while a version is removed
-# Left by killed commands. All commands that write to these folders hold the lock of the dataset folder.
+# Patterns of files left by killed commands. All commands that write to these folders hold the dataset's lock.
 LEFTOVERS = (
     f"versions/{REMOVING}*",
     f"versions/{SCRATCH}",

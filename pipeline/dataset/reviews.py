@@ -29,7 +29,7 @@ TextName = tuple[str, str]  # (sample_id, first CONTENT_HEX digits of the text's
 Annotations = dict[TextName, dict[str, Any]]
 
 
-class _OfText(BaseModel):
+class _NamedText(BaseModel):
     """The base class of reviews and verdicts. (sample_id, content) identifies the text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +43,7 @@ class _OfText(BaseModel):
         return self.sample_id, self.content
 
 
-class Verdict(_OfText):
+class Verdict(_NamedText):
     """The verdict of one reviewer in an audit (dataset/audit.py). `words` are the wrong words."""
 
     seed: Annotated[int, Field(ge=0)]
@@ -52,7 +52,7 @@ class Verdict(_OfText):
     words: Annotated[tuple[str, ...], Field(max_length=1000)] = ()  # never published
 
 
-class Review(_OfText):
+class Review(_NamedText):
     """A review from browsing a report. An edit holds the complete new text."""
 
     verdict: Literal["good", "bad", "edited"]
@@ -94,17 +94,17 @@ class Review(_OfText):
 
 
 def read_reviews(path: Path) -> list[Review]:
-    """Read the reviews in a file. Raises ConfigError with the line number if a line is not a review."""
-    return [line for line in read_lines(path) if isinstance(line, Review)]
+    """Read the reviews in a file, as `read_lines` does. Returns [] without a file."""
+    return [line for line in read_lines(path) if isinstance(line, Review)] if path.exists() else []
 
 
 def read_verdicts(path: Path) -> list[Verdict]:
-    """Read the verdicts of an audit in a file, as `read_reviews` does."""
-    return [line for line in read_lines(path) if isinstance(line, Verdict)]
+    """Read the verdicts of an audit in a file, as `read_lines` does. Returns [] without a file."""
+    return [line for line in read_lines(path) if isinstance(line, Verdict)] if path.exists() else []
 
 
 def read_lines(path: Path) -> list[Review | Verdict]:
-    """Read the reviews and verdicts in a file, as `read_reviews` does."""
+    """Read a file of reviews and verdicts. Raises ConfigError with the number of a line that is neither."""
     try:
         text = read_file(path, MAX_REVIEWS_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
@@ -145,7 +145,7 @@ def format_verdicts(verdicts: Iterable[Verdict]) -> str:
     return _format(verdicts)
 
 
-def _format(lines: Iterable[_OfText]) -> str:
+def _format(lines: Iterable[_NamedText]) -> str:
     return "".join(f"{json.dumps(line.model_dump(mode='json', exclude_defaults=True))}\n" for line in lines)
 
 

@@ -14,12 +14,10 @@ from pipeline.errors import one_line
 from pipeline.images.decode import PATCH_PX
 from pipeline.inference.engines import EngineChoice, find_family
 from pipeline.inference.model_licenses import license_of
-from pipeline.inference.requests import RequestPlan
 from pipeline.plan import Plan
 from pipeline.sources.duplicates import REPEATED
 from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
-from pipeline.tasks import Tasks
 from pipeline.tasks.base import MAX_QA_PAIRS
 from pipeline.tasks.checks import MAX_CLAIMS
 from pipeline.tasks.prompts import describe_prompts
@@ -37,12 +35,12 @@ UNANSWERED_MESSAGES = {
 }
 
 
-def describe_engine(config: Config, choice: EngineChoice) -> str:
+def describe_engine(plan: Plan, choice: EngineChoice) -> str:
     """Return the model's engine or server URLs, its license, and the maximum size of images."""
     place = "vLLM, started here" if choice.name == "vllm" else "in this process"
-    if config.base_url:
-        place = ", ".join(re.sub("//[^/@]*@", "//", url) for url in config.base_url)
-    bound = RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), "").largest_pixels
+    if plan.config.base_url:
+        place = ", ".join(re.sub("//[^/@]*@", "//", url) for url in plan.config.base_url)
+    bound = plan.requests.largest_pixels
     tokens = f"; images: at most {bound:,} px, about {bound // PATCH_PX**2:,} tokens" if bound else ""
     return f"{place}; {license_of(public_name(choice.model))}{tokens}"
 
@@ -58,7 +56,7 @@ def describe_start(plan: Plan) -> str:
     if choice.model == NO_MODEL:
         return f"{start}: {kept}; uses no model"
     tasks = ", ".join(config.tasks) or "checks"
-    asked = f"{tasks} of {public_name(choice.model)} ({describe_engine(config, choice)})"
+    asked = f"{tasks} of {public_name(choice.model)} ({describe_engine(plan, choice)})"
     human = f"{kept}, and " if config.keeps_human_texts else ""
     missing = " for missing texts:" if config.human_texts == "fill" else ""
     prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.dataset.conversation import MESSAGE, messages, turns
 from pipeline.dataset.shards import SplitWriter
 from pipeline.formats.items import ITEM_BATCH, Item
-from pipeline.storage.sidecars import note_own_lines
+from pipeline.storage.sidecars import as_line, note_own_lines
 from pipeline.tables import (
     ANSWERS,
     BY_MODEL,
@@ -173,7 +173,7 @@ class Sidecar(Format):
         captions = captions_of(item, self.options.style)
         if not captions:
             return False
-        lines = [" ".join(caption.split()) for caption in captions]
+        lines = [as_line(caption) for caption in captions]
         row = [self.put_image(item, item.split), item.source_row]
         self.table("source_rows.csv", "file_name", "source_row").writerow(row)
         file = self.folder / item.split / f"{item.name}.txt"

@@ -152,9 +152,15 @@ def sent_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int
     An image that the model would see with more than `max_pixels` is scaled down to whole patches, as Qwen's
     processor does. No server then scales it again, whatever its own limit.
     """
-    across, down = (max(PATCH_PX, round(side / PATCH_PX) * PATCH_PX) for side in (width, height))
+    across, down = round_to_patches(width, height)
     is_small = not max_pixels or across * down <= max_pixels
     return (width, height) if is_small else shrink_to_patches(width, height, max_pixels or 0)
+
+
+def round_to_patches(width: int, height: int) -> tuple[int, int]:
+    """Return the nearest size of whole patches."""
+    across, down = (max(PATCH_PX, round(side / PATCH_PX) * PATCH_PX) for side in (width, height))
+    return across, down
 
 
 def shrink_to_patches(width: int, height: int, max_pixels: int) -> tuple[int, int]:

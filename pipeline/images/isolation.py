@@ -49,7 +49,7 @@ _LENGTH = struct.Struct(">q")  # prefix of each message: its length, or -1 for a
 
 @dataclass(frozen=True, slots=True)
 class CheckedImage:
-    """A checked image: the file without metadata, its size and hash."""
+    """A checked image: the file without metadata, its size, hash and contrast."""
 
     data: bytes
     info: ImageInfo

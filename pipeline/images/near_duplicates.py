@@ -35,7 +35,7 @@ BIT_ORDER = [*range(1, HASH_BITS, 2), *range(0, HASH_BITS, 2)]
 ImageKind = Literal["photos", "graphics"]
 MAX_NEAR_BITS: dict[str, int] = {"photos": 70, "graphics": 31}
 BLOCK_HASHES, TILE_HASHES = 256, 512  # each hash of a block is compared with each of a tile at once
-MAX_NEIGHBORS = 128  # of more near images, the worst ones are ignored
+MAX_NEIGHBORS = 128  # better images that each image is paired with
 
 Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row per page
 Bits = npt.NDArray[np.uint16]
@@ -52,7 +52,7 @@ COMPARED_COLUMNS = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")
 
 
 class NearPairs(NamedTuple):
-    """Distinct, sorted pairs of near rows, with `first` < `second`. `bits` are their distances."""
+    """Pairs of near rows. `bits` are their distances."""
 
     first: Rows
     second: Rows

@@ -129,7 +129,7 @@ def serve() -> None:
 
 
 def _end_with_parent() -> None:
-    """Let the system kill this process if its parent is killed: it may not write to the parent for long."""
+    """Let the system kill this process with its parent: it notices a closed pipe only when it writes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

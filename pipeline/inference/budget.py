@@ -41,8 +41,8 @@ class Budget:
     """Counts the requests, estimated tokens and cost of a dataset over all runs.
 
     A request in flight reserves the longest prompt so far and `max_tokens`. If no request is in flight, one
-    may be sent if its mean cost fits. A limit is exceeded by at most one request if no prompt is longer than
-    all earlier ones, and otherwise also by the additional length of the prompts in flight.
+    may be sent if its mean cost fits. A limit is exceeded by at most one request, plus the additional tokens
+    of prompts in flight that are longer than all earlier prompts.
     """
 
     server: ServerConfig
@@ -64,10 +64,8 @@ class Budget:
             if not self._fits(tokens, cost):
                 break
             self._reserved[request.id] = tokens, cost
-            self._reserved_tokens, self._reserved_cost = (
-                self._reserved_tokens + tokens,
-                self._reserved_cost + cost,
-            )
+            self._reserved_tokens += tokens
+            self._reserved_cost += cost
             self.requests += 1
             taken.append(request)
         return taken
@@ -75,10 +73,8 @@ class Budget:
     def add(self, request: Request, reply: Reply) -> None:
         """Add the tokens and cost of a reply, and release what its request has reserved."""
         tokens, cost = self._reserved.pop(request.id, (0, 0.0))
-        self._reserved_tokens, self._reserved_cost = (
-            self._reserved_tokens - tokens,
-            self._reserved_cost - cost,
-        )
+        self._reserved_tokens -= tokens
+        self._reserved_cost -= cost
         read, written = likely_tokens(reply)
         self._longest_prompt_tokens = max(self._longest_prompt_tokens, read)
         self.tokens += read + written

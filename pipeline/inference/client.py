@@ -151,7 +151,7 @@ class InFlight:
 class Client:
     """Sends requests to the servers at `urls`, or to servers that it starts from `launches`.
 
-    `max_tokens` limits the first request without an image, and `image_reply_tokens` the replies about images.
+    `max_tokens` is the token limit of the probe, `image_reply_tokens` the largest of replies about images.
     `key_name` is the environment variable with the key for `urls`. Images are scaled down further if those of
     a request would not fit the model's context. Raises EngineError if no server answers, or if all of them
     serve another model or do not enforce schemas.
@@ -177,7 +177,7 @@ class Client:
         self._launches = launches
         self._max_tokens = max_tokens
         self._image_reply_tokens = max(max_tokens, image_reply_tokens)
-        self._reply_room: int | None = None  # the context leaves at most so many tokens to a reply
+        self._reply_room: int | None = None  # maximum tokens of a reply in this context
         self._servers: list[Server] = []
         self._progress: Progress = progress or NullProgress()
         self._served_name = launches[0].name if launches else model

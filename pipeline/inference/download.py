@@ -1,4 +1,4 @@
-"""Download a model from the Hub before a server starts, whose start has a time limit."""
+"""Download a model from the Hub. This happens before a server starts, because its start has a time limit."""
 
 import shutil
 from pathlib import Path

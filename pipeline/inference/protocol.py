@@ -27,7 +27,7 @@ from pipeline.images.decode import ORIENTATION, open_image, prepare_image, sent_
 from pipeline.tasks.prompts import user_content
 from pipeline.types import Reply, Request
 
-MAX_BODY_BYTES = 8_000_000  # for lists of models and pages of metrics
+MAX_BODY_BYTES = 8_000_000  # for lists of models and replies to the probe
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000
 MAX_ENVELOPE_BYTES = 1_000_000  # for an answer without the reply text: ids, usage, reasoning
@@ -191,7 +191,7 @@ def is_probe_word(text: str) -> bool:
 @lru_cache(256)
 def _sampling(temperature: float, max_tokens: int, dialect: Dialect) -> bytes:
     fields: dict[str, Any] = {"temperature": temperature, "top_p": 1, dialect.limit_name: max_tokens}
-    if dialect.is_vllm:  # a server of the user's may apply the penalty of the model's generation_config.json
+    if dialect.is_vllm:  # otherwise a server may apply the penalty in the model's generation_config.json
         fields |= {"repetition_detection": _REPETITION, "repetition_penalty": 1}
     sent = [(name, json.dumps(value)) for name, value in fields.items() if name not in dialect.left_out]
     return "".join(f',"{name}":{value}' for name, value in sent).encode()

@@ -68,7 +68,7 @@ class RequestPlan:
         return max(filter(None, bounds), default=MAX_PIXELS)
 
     def max_pixels(self, task: Task, style: str) -> int | None:
-        """Return the maximum number of pixels of an image. A check shows as many as the largest task.
+        """Return the maximum number of pixels of an image. Checks use the largest limit of all tasks.
 
         A task without an image has no limit, so the limit does not change its request ids.
         """

@@ -32,6 +32,7 @@ from pipeline.inference.memory import (
     GIB,
     MAX_UTILIZATION,
     VARIANTS,
+    MemoryPlan,
     ModelShape,
     choose_utilization,
     needed_gib,
@@ -40,7 +41,7 @@ from pipeline.inference.memory import (
 )
 from pipeline.progress import Progress
 from pipeline.tasks.base import MAX_PAGES
-from pipeline.tasks.boxes import MAX_PIXELS as PROCESSOR_PIXELS
+from pipeline.tasks.boxes import PROCESSOR_PIXELS
 
 STRUCTURED_OUTPUTS = {
     "backend": "guidance",
@@ -123,7 +124,7 @@ def plan_servers(
     folder = find_folder()
     share: dict[str, Any] = {
         "cores": max(1, len(os.sched_getaffinity(0)) // len(groups)),
-        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / len(groups),
+        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / len(groups),
         "decks": decks,
         "max_pixels": max_pixels,
     }
@@ -159,27 +160,13 @@ def plan_vllm_command(
     memory of one GPU, if known. `cores` and `memory_gib` are the server's share.
     """
     name = f"{Path(model).name}@{revision}"
-    try:
-        config = read_config(folder)
-        shape = ModelShape.of(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-        context = int((config.get("text_config") or config).get("max_position_embeddings") or MIN_TOKENS)
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        problem = f"cannot read {folder / 'config.json'}: {one_line(error)}"
-        raise EngineError(problem, hint="copy the model again") from None
+    shape, context = _read_model(folder)
     max_model_len = min(context, MAX_DECK_TOKENS if decks else MAX_TOKENS)
-    max_num_seqs = 256 if gpus else 32
-    utilization, batched_tokens = MAX_UTILIZATION, BATCHED_TOKENS[0]  # if model or card is unknown
-    shared_gpus, copies = parallel_sizes(server.flags)
-    if shape and gpus and gpu_gib:
-        pixels = max_pixels or PROCESSOR_PIXELS
-        shape = shape.divide(shared_gpus)
-        plan = plan_memory(shape, *gpu_gib, pixels, max_model_len)
-        if not plan.fits and not _USER_MEMORY.search(" ".join(server.flags)):
-            problem = f"{model} needs {needed_gib(shape, pixels):g} GiB of free memory on each GPU"
-            hint = f"free memory, or pass a model with {' or '.join(VARIANTS)} weights: --model"
-            raise EngineError(f"{problem}, but {gpu_gib[1]:.1f} GiB are free", hint=hint)
-        max_num_seqs, max_model_len = plan.num_seqs, plan.model_len
-        utilization, batched_tokens = plan.utilization, plan.batched_tokens
+    _, copies = parallel_sizes(server.flags)
+    utilization, batched_tokens, max_num_seqs = MAX_UTILIZATION, BATCHED_TOKENS[0], 256 if gpus else 32
+    if shape and gpu_gib:
+        plan = _plan_gpu(model, shape, gpu_gib, max_pixels or PROCESSOR_PIXELS, max_model_len, server.flags)
+        utilization, batched_tokens, max_num_seqs, max_model_len = plan[:4]
     elif gpu_gib:
         utilization = choose_utilization(*gpu_gib)
     options: dict[str, str] = {}
@@ -232,6 +219,37 @@ def plan_vllm_command(
         max_restarts=server.max_restarts,
         startup_timeout_s=server.startup_timeout_s,
     )
+
+
+def _read_model(folder: Path) -> tuple[ModelShape | None, int]:
+    """Return the shape of a model, if it is known, and its context in tokens."""
+    try:
+        config = read_config(folder)
+        shape = ModelShape.of(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+        text = config.get("text_config") or config
+        return shape, int(text.get("max_position_embeddings") or MIN_TOKENS)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        problem = f"cannot read {folder / 'config.json'}: {one_line(error)}"
+        raise EngineError(problem, hint="copy the model again") from None
+
+
+def _plan_gpu(
+    model: str,
+    shape: ModelShape,
+    gpu_gib: tuple[float, float],
+    pixels: int,
+    context: int,
+    flags: Sequence[str],
+) -> MemoryPlan:
+    """Plan a GPU's memory. Raises EngineError if the model does not fit, unless the user's flags help."""
+    shared_gpus, _ = parallel_sizes(flags)
+    shape = shape.divide(shared_gpus)
+    plan = plan_memory(shape, *gpu_gib, pixels, context)
+    if not plan.fits and not _USER_MEMORY.search(" ".join(flags)):
+        problem = f"{model} needs {needed_gib(shape, pixels):g} GiB of free memory on each GPU"
+        hint = f"free memory, or pass a model with {' or '.join(VARIANTS)} weights: --model"
+        raise EngineError(f"{problem}, but {gpu_gib[1]:.1f} GiB are free", hint=hint)
+    return plan
 
 
 def parallel_sizes(flags: Sequence[str]) -> tuple[int, int]:

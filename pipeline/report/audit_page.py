@@ -40,7 +40,7 @@ def write_audit_page(version: Version, dataset: DatasetDir, number: int, seed: i
             for text in row["texts"]:
                 if text["content"] == contents[row["id"]]:
                     items[row["id"]] = {"id": row["id"], "from": row["from"], "images": images, "text": text}
-    verdicts = read_verdicts(dataset.audit) if dataset.audit.exists() else []
+    verdicts = read_verdicts(dataset.audit)
     settings = {
         "digest": manifest["digest"],
         "version": version.name,
@@ -52,7 +52,6 @@ def write_audit_page(version: Version, dataset: DatasetDir, number: int, seed: i
     script = f"const audit = {script_literal(settings)};\n{code}"
     page = dataset.path / "audit.html"
     text = render_page(
-        "pipeline.report",
         "audit.html.j2",
         title=f"{manifest.get('title') or manifest['source']['name']} {version.name}",
         drawn=len(names),

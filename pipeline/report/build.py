@@ -136,7 +136,6 @@ class _Report:
             _call("rejected", self._rejected),
         ]
         return render_page(
-            "pipeline.report",
             "report.html.j2",
             manifest=manifest,
             images=self.version.num_rows,

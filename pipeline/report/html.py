@@ -18,7 +18,6 @@ from PIL import Image
 from pipeline.errors import StoreError
 from pipeline.images.decode import prepare_image
 
-SHARED_TEMPLATES = ("page.css", "charts.html.j2")
 THUMBNAIL_PIXELS = 320 * 320
 LOSSLESS_PIXELS = 128 * 128  # images up to this size are stored losslessly if the result is small enough
 PIXELS_PER_BYTE = 12  # upper bound for WebP photos, which sets the first size to try
@@ -30,12 +29,11 @@ Points = list[tuple[float, float]]
 
 
 @cache
-def _environment(package: str) -> Environment:
-    """Return the template environment of a package, which also has SHARED_TEMPLATES."""
+def _environment() -> Environment:
+    """Return the template environment of the pages."""
 
     def read(name: str) -> str:
-        folder = files("pipeline.report" if name in SHARED_TEMPLATES else package)
-        return (folder / name).read_text(encoding="utf-8")
+        return (files("pipeline.report") / name).read_text(encoding="utf-8")
 
     return Environment(
         loader=FunctionLoader(read),
@@ -46,10 +44,10 @@ def _environment(package: str) -> Environment:
     )
 
 
-def render_page(package: str, template: str, **values: Any) -> str:
-    """Render a template of a package. It may include SHARED_TEMPLATES."""
+def render_page(template: str, **values: Any) -> str:
+    """Render a template."""
     try:
-        return _environment(package).get_template(template).render(**values)
+        return _environment().get_template(template).render(**values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:  # the manifest is untrusted
         raise StoreError(
             f"cannot write the page: the manifest is invalid: {error}",

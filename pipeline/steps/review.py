@@ -31,8 +31,8 @@ FINDINGS = pa.schema([ROW, ("review", REVIEW), ("is_pair_broken", BOOL), ("is_re
 
 def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     """Return findings about rows whose text, question pair or `rejected_text` is affected by a review."""
-    path, rows = comparison.dataset.reviews, comparison.rows
-    reviews = {review.name: review for review in read_reviews(path)} if path.exists() else {}
+    rows = comparison.rows
+    reviews = {review.name: review for review in read_reviews(comparison.dataset.reviews)}
     if not reviews:
         return None
     texts = read_texts(rows, {sample_id for sample_id, _ in reviews}, "sample_id")

@@ -107,8 +107,8 @@ class WriteStep(Step):
             for step in names
             for file in OUTPUTS
         ]
-        if dataset.audit.exists():
-            inputs.append(digest(format_verdicts(read_verdicts(dataset.audit))))
+        if verdicts := read_verdicts(dataset.audit):
+            inputs.append(digest(format_verdicts(verdicts)))
         key = step_key(NAME, [provenance, source], (), [*inputs, output_digest(first_shard, before)])
         newest = dataset.versions()[-1:]
         folders = list(dict.fromkeys([*executor.shards, dataset]))
@@ -208,7 +208,7 @@ def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
 
 def audit_rows(dataset: DatasetDir, written: Sequence[WrittenRows], extras: Extras) -> dict[str, Any]:
     """Return the manifest field with the error rates of the rows, or {} without verdicts of an audit."""
-    verdicts = read_verdicts(dataset.audit) if dataset.audit.exists() else []
+    verdicts = read_verdicts(dataset.audit)
     if not verdicts:
         return {}
     own = {column.name: column.describe() for column in extras.own}

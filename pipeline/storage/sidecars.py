@@ -93,13 +93,14 @@ def write_sidecar(
     """
     target = image.with_suffix(".txt")
     lines = _read_lines(target) if existing == "append" and target.exists() else []
-    new = [line for line in map(_as_line, texts) if line not in lines]
-    own_lines = new if own is None else {*map(_as_line, own)}
+    new = [line for line in map(as_line, texts) if line not in lines]
+    own_lines = new if own is None else {*map(as_line, own)}
     note_own_lines(target, [line for line in new if line in own_lines])
     write_text(target, "\n".join([*lines, *new]) + "\n")
 
 
-def _as_line(text: str) -> str:
+def as_line(text: str) -> str:
+    """Return a text as one line, with single spaces."""
     return " ".join(text.split())
 
 

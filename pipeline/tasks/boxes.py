@@ -8,10 +8,10 @@ thousandths of the image's width and height.
 from math import ceil, sqrt
 from typing import Any, NamedTuple
 
-from pipeline.images.decode import PATCH_PX, sent_size, shrink_to_patches
+from pipeline.images.decode import PATCH_PX, round_to_patches, sent_size, shrink_to_patches
 
 BOX_FIELDS = ("bbox_2d", "bbox", "box")  # Qwen2.5-VL was trained on bbox_2d
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 12_845_056  # limits in Qwen2.5-VL's processor
+MIN_PIXELS, PROCESSOR_PIXELS = 56 * 56, 12_845_056  # limits in Qwen2.5-VL's processor
 MAX_OUTSIDE_FRAC = 0.02  # of the width or height. Boxes further outside are rejected, others clipped
 THOUSAND = 1000
 OUTSIDE, EMPTY = "box_outside_image", "box_empty"
@@ -28,9 +28,9 @@ class Frame(NamedTuple):
 def seen_size(frame: Frame) -> tuple[int, int]:
     """Return the width and height in pixels to which Qwen2.5-VL's processor resizes an image."""
     width, height = sent_size(*frame)
-    across, down = (max(PATCH_PX, round(side / PATCH_PX) * PATCH_PX) for side in (width, height))
-    if across * down > MAX_PIXELS:
-        return shrink_to_patches(width, height, MAX_PIXELS)
+    across, down = round_to_patches(width, height)
+    if across * down > PROCESSOR_PIXELS:
+        return shrink_to_patches(width, height, PROCESSOR_PIXELS)
     if across * down < MIN_PIXELS:
         grow = sqrt(MIN_PIXELS / (width * height))
         across, down = (ceil(side * grow / PATCH_PX) * PATCH_PX for side in (width, height))

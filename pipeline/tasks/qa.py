@@ -27,7 +27,9 @@ class QAPair(Output):
                 "answer_not_yes_or_no", "the answer to a yes/no question is neither yes nor no"
             )
         if self.answer_type == "number" and is_yes_or_no:
-            raise PydanticCustomError("answer_not_a_number", "the answer to a number question is no number")
+            raise PydanticCustomError(
+                "answer_not_a_number", "the answer to a number question is not a number"
+            )
         return self
 
 

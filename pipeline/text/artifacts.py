@@ -194,7 +194,7 @@ def has_token(text: str) -> bool:
 
 
 def is_unread(text: str) -> bool:
-    """Return whether a text that should be read from the image states that it was not, or is translated."""
+    """Return whether a transcription states that the text cannot be read, or contains a translation."""
     return bool(_UNREAD.search(text))
 
 

@@ -120,7 +120,7 @@ _WORDS_WITHOUT_ENTRY = frozenset(_WITHOUT_ENTRY.split())
 
 
 def begins_longer_word(word: str) -> bool:
-    """Return whether a word is no English word, but the beginning of one, such as "wat" of "water"."""
+    """Return whether a word is not English but begins an English word, as "wat" begins "water"."""
     if word in _WORDS_WITHOUT_ENTRY or _is_english(word):
         return False
     return _sorted_words()[bisect_left(_sorted_words(), word)].startswith(word)

@@ -37,7 +37,7 @@ IN_WORDS = {
     "personal_answer": "the answer is personal data",
     "too_short": "too few words",
     "too_long": "too many words",
-    "keywords": "a list of keywords, or tags that are no list",
+    "keywords": "a list of keywords, or invalid tags",
     "repetitive": "repeats itself",
     "other_language": "in another language",
     "cut_off": "ends in the middle of a sentence",

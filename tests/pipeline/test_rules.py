@@ -249,7 +249,7 @@ def test_number_is_required_only_of_english_answers(answer: str, language: str, 
         ({"task": "own"}, {}, None),
     ],
 )
-def test_answers_are_sentences_only_if_allowed(
+def test_sentence_as_answer_is_rejected_unless_allowed(
     row: dict[str, str], settings: dict[str, Any], reason: str | None
 ) -> None:
     own = TaskConfig(name="own", kind="question", prompt="Ask something.")

@@ -63,7 +63,6 @@ def only(texts: TextBatch, number: int) -> TextBatch:
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 IMPORTS = """
 import sys
-from dataclasses import fields
 from pathlib import Path
 import torch
 from pipeline.dataset.version import read_version

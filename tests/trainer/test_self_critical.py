@@ -127,7 +127,7 @@ def test_reward_stage_begins_early_when_the_score_stops_improving(
     config = SMALL.model_copy(update={"encoder": clip, **lengths})
     train_captioner(version, config, tmp_path / "c")
     steps = [(line["step"], line["stage"]) for line in read_log(tmp_path / "c/log.jsonl") if "stage" in line]
-    # Training would end after 6 steps, and its last 15 % anneal the rate. Rewarded training ends after 6 too.
+    # Patience is over after 6 steps of each stage, and annealing the rate takes 2 more.
     assert steps == [*((n, "train") for n in range(1, 9)), *((n, "scst") for n in range(9, 17))]
 
 

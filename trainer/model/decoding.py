@@ -165,6 +165,8 @@ def _best_texts(steps: list[_SearchStep], num_prompts: int, eos_id: int) -> list
     """Return the best text for each prompt, without EOS. Of texts with equal scores, the shortest wins."""
     best: list[tuple[float, list[int]]] = [(-math.inf, [])] * num_prompts
     for step in steps:
-        for row, means, texts in zip(step.rows, step.score_RK.tolist(), step.texts_RKL.tolist(), strict=True):
-            best[row] = max(best[row], *zip(means, texts, strict=True), key=lambda candidate: candidate[0])
+        for row, scores, texts in zip(
+            step.rows, step.score_RK.tolist(), step.texts_RKL.tolist(), strict=True
+        ):
+            best[row] = max(best[row], *zip(scores, texts, strict=True), key=lambda candidate: candidate[0])
     return [text[:-1] if text and text[-1] == eos_id else text for _, text in best]

@@ -54,7 +54,7 @@ def pack(texts: TextBatch, num_images: int) -> PackedTexts:
     tokens_B = zeros_B.index_add(0, image_of_C, tokens_C)
     texts_B = zeros_B.index_add(0, image_of_C, torch.ones_like(image_of_C))
     S = max(1, int(tokens_B.max()))
-    # A text's start and index in its row are sums over all earlier texts minus sums over earlier images.
+    # The texts of an image form one row. A text starts after the earlier texts of its image.
     start_C = _sums_before(tokens_C) - _sums_before(tokens_B)[image_of_C]
     number_C = torch.arange(len(image_of_C), device=device) - _sums_before(texts_B)[image_of_C]
     position_T = torch.arange(texts.ids_CT.shape[1] - 1, device=device)

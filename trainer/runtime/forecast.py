@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,20 +18,11 @@ MINUTES_FROM_S = 90.0  # longer durations are shown in minutes
 FEW_STEPS = 10  # shorter runs on a CPU need only one trial step instead of three
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """Estimated size of a training run without early stopping."""
+def fit_and_forecast(trainer: Trainer, progress: Progress) -> float:
+    """Choose the number of micro-batches so that a step fits on the GPU. Returns the estimated seconds.
 
-    weights: int
-    learning: int
-    steps: int
-    seconds: float
-
-
-def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
-    """Choose the number of micro-batches so that a step fits on the GPU. Shows and returns the forecast.
-
-    Raises TrainError if a micro-batch of a single image does not fit.
+    Shows the numbers of weights and steps, and the time without early stopping and evaluations. Raises
+    TrainError if a micro-batch of a single image does not fit.
     """
     config, captioner = trainer.config, trainer.checkpoint.captioner
     groups = parameter_groups(captioner, config)
@@ -40,7 +31,6 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
     step_s, reward_step_s = _fit(trainer, size, progress)
     seconds = (config.align_steps + config.steps) * step_s + config.scst_steps * reward_step_s
     weights = sum(parameter.numel() for parameter in captioner.parameters())
-    forecast = Forecast(weights, learning, steps, round(seconds, 1))
     preset = f"preset {config.preset}: " if config.preset else ""
     duration = f"{seconds / 60:.0f} min" if seconds > MINUTES_FROM_S else f"{seconds:.0f} s"
     epochs = steps * size / len(trainer.loader.examples)
@@ -49,7 +39,7 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
         f"At most {steps:,} steps of {size} images ({epochs:.1f} epochs), "
         f"about {duration} without evaluations"
     )
-    return forecast
+    return round(seconds, 1)
 
 
 def _format_count(weights: int) -> str:
@@ -57,7 +47,10 @@ def _format_count(weights: int) -> str:
 
 
 def _fit(trainer: Trainer, size: int, progress: Progress) -> tuple[float, float]:
-    """Double the number of micro-batches until a step of `size` images fits. Returns the trial's seconds."""
+    """Double the number of micro-batches until a step of `size` images fits.
+
+    Returns the seconds of a step and of a rewarded step.
+    """
     while True:
         seconds = None
         try:

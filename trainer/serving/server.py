@@ -336,7 +336,7 @@ class LimitedProtocol(H11Protocol):
             self.loop.call_later(HEADER_TIMEOUT_S, self._close_idle, None)
 
     def _close_idle(self, earlier: Any) -> None:
-        """Close the connection if no request has arrived since `earlier`. Check again later if not."""
+        """Close the connection if no request has arrived since `earlier`. Otherwise, check again later."""
         if self.cycle is earlier and (earlier is None or earlier.response_complete):
             self.transport.close()
         elif not self.transport.is_closing():

@@ -7,8 +7,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from pipeline.images.decode import PATCH_PX, sent_size
 from pipeline.tasks import SELECTABLE
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS
-from pipeline.tasks.boxes import EMPTY, OUTSIDE, Frame, place_box, seen_size
-from pipeline.tasks.boxes import MAX_PIXELS as PROCESSOR_PIXELS
+from pipeline.tasks.boxes import EMPTY, OUTSIDE, PROCESSOR_PIXELS, Frame, place_box, seen_size
 
 # The published values of Qwen2.5-VL-3B-Instruct.
 PROCESSOR = Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12_845_056, patch_size=14, merge_size=2)

@@ -33,7 +33,7 @@ def test_all_tasks_share_the_system_text() -> None:
     assert {render(TASKS[task], **values).system for task, values in CASES} == {template("system/v1").strip()}
 
 
-def test_requests_without_an_image_have_a_system_text_of_their_own() -> None:
+def test_requests_without_an_image_have_a_separate_system_text() -> None:
     for task in (CLAIMS, COVERS, REPAIR, BLIND):
         system = render(task, caption="", question="?", answers=()).system
         assert system == template("system_text/v1").strip() and "Look at" not in system
