@@ -41,7 +41,7 @@ INTERRUPTED = {  # command -> what Ctrl-C keeps, and how to resume
     "caption": "with --out FILE, run the same command to resume; with --out txt, add --skip-existing",
 }
 # The extras of the commands that need more than `train`. Other modules name their extra themselves.
-EXTRAS = {"serve-captioner": ("train", "serve"), "export": ("train", "onnx")}
+EXTRAS = {"serve-captioner": ("train", "serve")}
 SIGTERM_RETRY_S = 0.02
 MAX_IMPORT_S = 10.0
 # Groups of commands in --help.
@@ -58,7 +58,6 @@ EXAMPLES = {
     "export": (
         "synth export data/folder-photos --format webdataset",
         "synth export --in-place photos --style plain",
-        "synth export CAPTIONER --format onnx",
     ),
     "check": ("synth check data/folder-photos", "synth check ORG/NAME@v1.0.0"),
     "train": ("synth train data/folder-photos --encoder clip --decoder scratch",),

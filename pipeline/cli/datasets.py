@@ -42,7 +42,7 @@ FORMAT = Option(
     "--format",
     metavar="FORMAT",
     help="Format: parquet, imagefolder, sidecar, webdataset, llava, sharegpt, messages, paligemma, coco, "
-    "csv, cauldron or dpo; for a captioner: onnx.",
+    "csv, cauldron or dpo.",
     show_default="imagefolder",
 )
 
@@ -137,9 +137,7 @@ def diff(
 
 
 def export(
-    data: Annotated[
-        str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub), a captioner (onnx)")
-    ] = None,
+    data: Annotated[str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub)")] = None,
     kind: Annotated[str | None, FORMAT] = None,
     out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
     in_place: Annotated[Path | None, path_option("Image folder to write text files into.")] = None,
@@ -156,39 +154,14 @@ def export(
     skip_existing: SkipExisting = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a version to another format, or a captioner to ONNX, or write captions next to your images."""
-    from pipeline.cli.captioners import export_captioner
+    """Convert a version to another format, or write captions next to your images."""
     from pipeline.formats.export import export_version, write_beside
     from pipeline.formats.formats import FORMATS, PARQUET
     from pipeline.storage.files import translate_disk_errors
     from pipeline.tables import SPLITS
 
-    is_captioner = data is not None and (Path(data) / "train.json").exists()
-    if is_captioner and kind != "onnx":
-        raise BadParameter(
-            "a captioner has one format: synth export CAPTIONER --format onnx "
-            "(transformers loads its folder as it is)"
-        )
-    if kind == "onnx":
-        has_names = names != "id"
-        refused = (
-            in_place,
-            style,
-            trigger,
-            absolute,
-            has_names,
-            split,
-            images,
-            overwrite,
-            append,
-            skip_existing,
-        )
-        if any(refused):
-            raise BadParameter("--format onnx accepts only --out and --json", param_hint="--format")
-        if data is None:
-            raise BadParameter("name a captioner: synth export CAPTIONER --format onnx", param_hint="DATASET")
-        export_captioner(data, out, as_json=as_json)
-        return
+    if data is not None and (Path(data) / "train.json").exists():
+        raise BadParameter("transformers loads the folder of a captioner as it is", param_hint="DATASET")
     existing = read_existing(
         "--in-place", in_place is not None, skip=skip_existing, append=append, overwrite=overwrite
     )

@@ -25,7 +25,6 @@ NEEDS = [
     (("train",), TRAIN, []),
     (("train",), (), ["torch", "safetensors", "transformers"]),  # pipeline/images/clip.py
     (EXTRAS["serve-captioner"], ("trainer.serving.server",), []),
-    (EXTRAS["export"], ("trainer.publish.onnx_export",), ["onnxruntime", "onnxscript", "onnx"]),
     (("lora",), (), ["peft"]),
     (("ray",), (), ["ray"]),
     (("s3",), (), ["s3fs", "aiobotocore"]),
@@ -61,14 +60,14 @@ def test_extras_of_hint_provide_packages_of_command(
 
 
 def test_every_hint_of_the_code_is_in_the_table() -> None:
-    hints: set[tuple[str, ...]] = {EXTRAS["export"], EXTRAS["serve-captioner"]}
+    hints: set[tuple[str, ...]] = {EXTRAS["serve-captioner"]}
     for path in PATHS:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "install_command":
                 arguments = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
                 hints |= {tuple(map(str, arguments))} if arguments else set()
     assert ("embedded",) in hints
-    assert hints - {("onnx",)} <= {extras for extras, _, _ in NEEDS}
+    assert hints <= {extras for extras, _, _ in NEEDS}
 
 
 def test_command_names_packages_of_the_extras_and_not_this_distribution() -> None:

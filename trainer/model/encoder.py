@@ -78,18 +78,17 @@ class Encoder(nn.Module):
         return encoder
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the hidden states for the decoder: (B, 3, H, W) -> (B, M, V)."""
-        states_BMV = self.exact_states(pixels_BCHW)
-        return states_BMV.bfloat16().float() if self.config.frozen else states_BMV
+        """Return the hidden states for the decoder: (B, 3, H, W) -> (B, M, V).
 
-    def exact_states(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the states without rounding. Raises TrainError if the configured states are unavailable."""
+        Raises TrainError if the configured states are unavailable.
+        """
         states_BNV = layer_states(self.tower, pixels_BCHW, self.config.layer)
         try:
-            return choose_states(states_BNV, self.config.states)
+            states_BMV = choose_states(states_BNV, self.config.states)
         except ValueError as error:
             hint = "use all states, or an encoder such as vit or clip"
             raise TrainError(f"no states {self.config.states!r}: {error}", hint=hint) from None
+        return states_BMV.bfloat16().float() if self.config.frozen else states_BMV
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
         """Preprocess RGB images with the model's image processor. Returns (B, 3, H, W)."""
@@ -192,9 +191,7 @@ def _require_states(encoder: Encoder) -> Encoder:
             pixels = encoder.pixels([_TEST_IMAGE, wide])[:1]
             states_1MV, again_1MV = encoder.eval()(pixels), encoder(pixels)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        hint = (
-            "choose an encoder with a fixed image size, such as vit, clip or google/siglip2-base-patch16-224"
-        )
+        hint = "choose an encoder with a fixed image size, such as vit, clip or siglip2"
         raise TrainError(f"{name} cannot be used as an encoder: {one_line(error)}", hint=hint) from None
     encoder.train(was_training)
     shape = states_1MV.shape

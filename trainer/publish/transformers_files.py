@@ -8,10 +8,9 @@ from pipeline.errors import TrainError
 from pipeline.storage.files import json_text, read_json
 from trainer.runtime.checkpoint_folder import require_checkpoint
 
-HERE = Path(__file__).parent
-PROJECT_DIR = HERE.parents[1]
+PROJECT_DIR = Path(__file__).parents[2]
 MODULE = "modeling_synth_captioner"
-# Published files contain copies of these definitions instead of imports from this project.
+# The published file contains copies of these definitions instead of imports from this project.
 DEFINITIONS = {
     "pipeline.images.upright": "BAND_PX upright_rgb over_white",
     "trainer.model.decoder": (
@@ -90,20 +89,20 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
     }
     files = {name: json_text(value).encode() for name, value in values.items()}
     files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
-    return files | {f"{MODULE}.py": (HEADER + standalone_source("modeling")).encode()}
+    return files | {f"{MODULE}.py": (HEADER + standalone_source()).encode()}
 
 
-def standalone_source(name: str) -> str:
-    """Return the source of a module in this folder, with copied definitions instead of project imports."""
-    source = (HERE / f"{name}.py").read_text(encoding="utf-8")
+def standalone_source() -> str:
+    """Return the source of modeling.py, with copied definitions instead of project imports."""
+    source = Path(__file__).with_name("modeling.py").read_text(encoding="utf-8")
     needed_imports = ""
     for module, names in DEFINITIONS.items():
-        for line in [line for line in source.splitlines() if line.startswith(f"from {module} import")]:
-            text = (PROJECT_DIR / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-            nodes = {key: node for node in ast.parse(text).body if (key := _defined_name(node))}
-            definitions = "\n\n\n".join(_source_of(text, nodes[key]) for key in names.split() or nodes)
-            source = source.replace(line, f"\n{definitions}\n")
-            needed_imports += NEEDED_IMPORTS.get(module, "")
+        (line,) = [line for line in source.splitlines() if line.startswith(f"from {module} import")]
+        text = (PROJECT_DIR / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        nodes = {key: node for node in ast.parse(text).body if (key := _defined_name(node))}
+        definitions = "\n\n\n".join(_source_of(text, nodes[key]) for key in names.split() or nodes)
+        source = source.replace(line, f"\n{definitions}\n")
+        needed_imports += NEEDED_IMPORTS.get(module, "")
     return source.replace("from typing import Any\n", f"{needed_imports}from typing import Any\n", 1)
 
 
