@@ -8,11 +8,10 @@ import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ConfigError, ImageError
@@ -59,97 +58,68 @@ def find_images(names: Iterable[str]) -> list[Path]:
     return list(images)
 
 
-class CaptionFile:
-    """Context manager that writes a caption file with one row per image and style.
+def require_caption_file(path: Path) -> None:
+    """Raise ConfigError if captions cannot be written to a path."""
+    if path.suffix != ".jsonl" or path.is_dir():
+        raise ConfigError(f"{path} is not a caption file", hint="pass --out NAME.jsonl, or --out txt")
 
-    Rows of an interrupted run with the same settings are kept. `done` holds the keys of existing rows.
+
+@contextmanager
+def open_captions(
+    path: Path, settings: dict[str, Any], existing: Existing = "refuse"
+) -> Iterator[tuple[set[Key], Callable[[Row], None]]]:
+    """Yield the keys of existing rows, and a function that appends a row. Write the whole file at the end.
+
+    Rows of an interrupted run with the same settings are kept.
     """
-
-    def __init__(self, path: Path, settings: dict[str, Any], existing: Existing = "refuse") -> None:
-        if path.suffix != ".jsonl":
-            raise ConfigError(f"{path} is not a caption file", hint="pass --out NAME.jsonl, or --out txt")
-        if path.is_dir():
-            raise ConfigError(f"{path} is a folder", hint="choose another --out")
-        self.path, self.settings, self.existing = path, settings, existing
-        self.rows: list[Row] = []
-        self.done: set[Key] = set()
-        self._draft = path.with_name(f".{path.name}.unfinished")
-        self._stack = ExitStack()
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> "CaptionFile":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            problem = f"another process is writing {self.path.name}"
-            busy = ConfigError(problem, hint="wait, or choose another --out")
-            stack.enter_context(hold_lock(self.path.with_name(f".{self.path.name}.lock"), busy))
-            rows = self._read_draft() if self._draft.exists() else None
-            if rows is None and self.path.exists() and self.existing == "refuse":
+    require_caption_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.unfinished")
+    busy = ConfigError(f"another process is writing {path.name}", hint="wait, or choose another --out")
+    with hold_lock(path.with_name(f".{path.name}.lock"), busy):
+        rows = _read_draft(draft, path, settings, existing) if draft.exists() else []
+        if not rows and path.exists() and existing != "overwrite":
+            if existing == "refuse":
                 hint = "use --append to add missing images, or --overwrite to replace the file"
-                raise ConfigError(f"{self.path} already exists", hint=hint)
-            if rows is None:
-                rows = _read_rows(self.path) if self.path.exists() and self.existing != "overwrite" else []
-            self.rows, self.done = rows, set(map(_key, rows))
-            write_text(self._draft, "".join(map(_line, [{"settings": self.settings}, *rows])))
-            self._file = stack.enter_context(self._draft.open("a", encoding="utf-8"))
-            self._stack = stack.pop_all()
-        return self
+                raise ConfigError(f"{path} already exists", hint=hint)
+            rows = _read_rows(path)
+        write_text(draft, _lines([{"settings": settings}, *rows]))
+        with draft.open("a", encoding="utf-8") as file:
 
-    def add(self, row: Row) -> None:
-        """Append a row and flush it."""
-        assert self._file
-        self._file.write(_line(row))
-        self._file.flush()
-        self.rows.append(row)
+            def add(row: Row) -> None:
+                file.write(_lines([row]))
+                file.flush()
+                rows.append(row)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._stack:
-            if kind is None:
-                if self.rows:
-                    write_captions(self.path, self.rows)
-                self._draft.unlink()
+            yield set(map(_key, rows)), add
+        if rows:
+            write_captions(path, rows)
+        draft.unlink()
 
-    def _read_draft(self) -> list[Row] | None:
-        """Return the complete rows of an interrupted run, or None to start again.
 
-        Raises ConfigError if the run had other settings.
-        """
-        text = read_regular(self._draft, max_bytes=MAX_TEXT_BYTES).decode("utf-8", "replace")
-        first, *lines = text.split("\n")
-        if not any(lines):
-            return None
-        try:
-            header, rows = json.loads(first), [json.loads(line) for line in lines[:-1]]
-            if header["settings"] == self.settings:
-                return _require_texts(rows)
-        except JSON_ERRORS:
-            pass
-        if self.existing == "overwrite":
-            return None
-        hint = f"use the same settings, remove {self._draft}, or choose another --out"
-        raise ConfigError(
-            f"{self.path} was started with a different captioner or different settings", hint=hint
-        )
+def _read_draft(draft: Path, path: Path, settings: dict[str, Any], existing: Existing) -> list[Row]:
+    """Return the complete rows of an interrupted run. Raises ConfigError if it had other settings."""
+    text = read_regular(draft, max_bytes=MAX_TEXT_BYTES).decode("utf-8", "replace")
+    complete_lines = text.split("\n")[:-1]
+    try:
+        header, *rows = map(json.loads, complete_lines)
+        if not rows or header["settings"] == settings:
+            return rows
+    except JSON_ERRORS:
+        pass
+    if existing == "overwrite":
+        return []
+    hint = f"use the same settings, remove {draft}, or choose another --out"
+    problem = f"{path} was started with a different captioner or different settings"
+    raise ConfigError(problem, hint=hint)
 
 
 def _key(row: Row) -> Key:
     return row["image"], row.get("style") or "", row.get("question") or ""
 
 
-def _require_texts(rows: list[Any]) -> list[Row]:
-    """Validate rows and return them. Raises ValueError if an image is missing or a value is not a string."""
-    for row in rows:
-        if not isinstance(row["image"], str):
-            raise ValueError("a row has no image")
-        if wrong := [name for name, value in row.items() if not isinstance(value, str | None)]:
-            raise ValueError(f"its column {wrong[0]} has values that are not strings")
-    return rows
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def _lines(rows: list[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -157,15 +127,18 @@ def _read_rows(path: Path) -> list[Row]:
     try:
         text = read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8-sig")
         # Not splitlines(): a caption may contain other line separators.
-        return _require_texts([json.loads(line) for line in text.split("\n") if line.strip()])
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        if not all(isinstance(value, str | None) for row in rows for value in (*_key(row), *row.values())):
+            raise ValueError("a value is not a string")
     except (OSError, *JSON_ERRORS) as error:
         hint = "choose another --out, or use --overwrite"
         raise ConfigError(f"{path} is not a valid caption file: {error}", hint=hint) from None
+    return rows
 
 
 def write_captions(path: Path, rows: list[Row]) -> None:
     """Write rows to a JSON Lines file."""
-    write_text(path, "".join(map(_line, rows)))
+    write_text(path, _lines(rows))
 
 
 @dataclass(slots=True)
@@ -187,16 +160,34 @@ class CaptionTask:
     num_beams: int = 1
     batch_size: int = 32
 
-    def texts(self, images: list[Path]) -> Iterator[tuple[Path, list[str] | ImageError]]:
-        """Yield each path with one text per style, or with an error if the image cannot be read."""
-        styles = [style or None for style in self.styles]
-        pairs = ((path, path) for path in images)
-        yield from self.captioner.stream(pairs, styles, self.question, self.batch_size, self.num_beams)
-
-    def keys(self, path: Path) -> list[Key]:
-        """Return the keys of the rows for an image, one per style."""
+    def rows(self, path: Path, texts: list[str]) -> list[Row]:
+        """Return one row per style for the texts about an image."""
         image = os.fsencode(path).decode("utf-8", "backslashreplace")
-        return [(image, style, self.question) for style in self.styles]
+        if self.question:
+            return [{"image": image, "question": self.question, "answer": text} for text in texts]
+        pairs = zip(self.styles, texts, strict=True)
+        return [{"image": image, "style": style, "caption": text} for style, text in pairs]
+
+    def keys(self, path: Path) -> set[Key]:
+        """Return the keys of the rows for an image."""
+        return set(map(_key, self.rows(path, [""] * len(self.styles))))
+
+    def run(
+        self, images: list[Path], write: Callable[[Path, list[str]], None], progress: Progress
+    ) -> CaptionedImages:
+        """Call `write` with each readable image and its texts, one per style."""
+        result, pairs = CaptionedImages(), ((path, path) for path in images)
+        styles = [style or None for style in self.styles]
+        progress("caption", 0, len(images))
+        stream = self.captioner.stream(pairs, styles, self.question, self.batch_size, self.num_beams)
+        for count, (path, texts) in enumerate(stream, start=1):
+            if isinstance(texts, ImageError):
+                result.unread.append((path, texts))
+            else:
+                write(path, texts)
+                result.num_written += len(texts)
+            progress("caption", count, len(images))
+        return result
 
 
 def caption_images(
@@ -212,54 +203,24 @@ def caption_images(
     If `out` is None, rows are passed to `show`. Rows of an interrupted run are kept. Raises ConfigError if
     `existing` is "refuse" and files exist.
     """
-    if out == SIDECARS:
-        return _write_sidecars(task, existing, progress)
+
+    def show_rows(path: Path, texts: list[str]) -> None:
+        for row in task.rows(path, texts):
+            show(row)
+
     if out is None:
-        return _write_rows(task, set(), show, progress)
-    settings = {
-        "captioner": digest(
-            [file_digest(checkpoint / name) for name in ("config.json", "model.safetensors")]
-        ),
-        "question": task.question,
-        "styles": [*task.styles],
-        "num_beams": task.num_beams,
-    }
-    with CaptionFile(out, settings, existing) as file:
-        return _write_rows(task, file.done, file.add, progress)
+        return task.run(task.images, show_rows, progress)
+    if out == SIDECARS:
+        images = images_to_write(task.images, existing)
+        return task.run(images, lambda path, texts: write_sidecar(path, texts, existing), progress)
+    files = [file_digest(checkpoint / name) for name in ("config.json", "model.safetensors")]
+    settings = {"captioner": digest(files), "question": task.question, "styles": [*task.styles]}
+    with open_captions(out, settings | {"num_beams": task.num_beams}, existing) as (done, add):
 
+        def add_rows(path: Path, texts: list[str]) -> None:
+            for row in task.rows(path, texts):
+                if _key(row) not in done:
+                    add(row)
 
-def _write_rows(
-    task: CaptionTask, done: set[Key], add: Callable[[Row], None], progress: Progress
-) -> CaptionedImages:
-    result = CaptionedImages()
-    remaining = [path for path in task.images if any(key not in done for key in task.keys(path))]
-    num_done, total = len(task.images) - len(remaining), len(task.images)
-    progress("caption", num_done, total)
-    for count, (path, texts) in enumerate(task.texts(remaining), start=num_done + 1):
-        if isinstance(texts, ImageError):
-            result.unread.append((path, texts))
-        else:
-            for key, text in zip(task.keys(path), texts, strict=True):
-                if key not in done:
-                    image, style, question = key
-                    fields = {"style": style, "caption": text}
-                    if question:
-                        fields = {"question": question, "answer": text}
-                    add({"image": image, **fields})
-                    result.num_written += 1
-        progress("caption", count, total)
-    return result
-
-
-def _write_sidecars(task: CaptionTask, existing: Existing, progress: Progress) -> CaptionedImages:
-    result = CaptionedImages()
-    images = images_to_write(task.images, existing)
-    progress("caption", 0, len(images))
-    for count, (path, texts) in enumerate(task.texts(images), start=1):
-        if isinstance(texts, ImageError):
-            result.unread.append((path, texts))
-        else:
-            write_sidecar(path, texts, existing)
-            result.num_written += len(texts)
-        progress("caption", count, len(images))
-    return result
+        images = [path for path in task.images if not task.keys(path) <= done]
+        return task.run(images, add_rows, progress)

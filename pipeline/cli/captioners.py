@@ -1,4 +1,4 @@
-"""Commands that use a captioner: caption, serve-captioner, and the ONNX format of export."""
+"""Commands that use a captioner: caption and serve-captioner."""
 
 import json
 import os
@@ -22,9 +22,9 @@ from pipeline.cli.options import (
     option,
     read_existing,
 )
-from pipeline.cli.output import echo, find_checkpoint, say, show
+from pipeline.cli.output import echo, find_checkpoint, say
 from pipeline.errors import ConfigError, TrainError
-from pipeline.progress import WARNING, show_progress, size
+from pipeline.progress import WARNING, show_progress
 
 
 def caption(
@@ -47,7 +47,7 @@ def caption(
     With --out FILE, the same command resumes after an interruption.
     """
     from pipeline.storage.files import translate_disk_errors
-    from trainer.caption_files import SIDECARS, CaptionFile, find_images
+    from trainer.caption_files import SIDECARS, find_images, require_caption_file
     from trainer.runtime.checkpoint_folder import require_prompt
 
     existing = read_existing("--out", out is not None, skip=skip, append=append, overwrite=overwrite)
@@ -63,7 +63,7 @@ def caption(
     paths = find_images(images)
     require_prompt(folder, None if style == "all" else style, question or "")
     if out not in (None, SIDECARS):
-        CaptionFile(out, {})  # report a wrong name before the captioner is loaded
+        require_caption_file(out)  # before the captioner is loaded
 
     from trainer.caption_files import CaptionTask, caption_images
     from trainer.captioner import Captioner  # imports torch, which takes seconds
@@ -97,24 +97,6 @@ def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool
     echo(f"{row['image']}{style}: {row.get('caption', row.get('answer'))}")
 
 
-def export_captioner(captioner: str, out: Path | None, *, as_json: bool) -> None:
-    """Export a captioner (a checkpoint folder, or ORG/NAME on the Hub) to ONNX."""
-    from pipeline.storage.files import translate_disk_errors
-
-    folder = find_checkpoint(captioner)
-
-    from trainer.publish.onnx_export import RUNNER, export_onnx  # imports torch, which takes seconds
-
-    target = out or Path(f"{Path(captioner.partition('@')[0]).resolve().name}-onnx")
-    with show_progress() as progress, translate_disk_errors(target):
-        files = export_onnx(folder, target, progress)
-    for file, num_bytes in files.items():
-        if file.endswith(".onnx"):
-            say(f"{file}: {size(num_bytes)}")
-    say(f"try it: python {target / RUNNER} photo.jpg", "dim")
-    show({"path": str(target), "files": files}, as_json, "path")
-
-
 def serve_captioner(
     captioner: CaptionerName,
     demo: Annotated[
@@ -123,7 +105,6 @@ def serve_captioner(
     host: Annotated[str, option("Address to listen on; 0.0.0.0: all addresses.")] = "127.0.0.1",
     port: Annotated[int, option("Port to listen on; 0: any free one.", min=0, max=65535)] = 8200,
     name: Annotated[str | None, option("Name of the model in requests.", "the folder's")] = None,
-    batch_size: BatchSize = 32,
     num_beams: NumBeams = None,
 ) -> None:
     """Serve a captioner over an OpenAI-compatible API, or as a web page (--demo).
@@ -154,7 +135,7 @@ def serve_captioner(
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
     beams = num_beams or loaded.usual_beams
-    server = CaptionServer(loaded, title, key, host, batch_size, beams, model_thread=thread)
+    server = CaptionServer(loaded, title, key, host, num_beams=beams, model_thread=thread)
     with _translate_listen_errors(host, port):
         serve(server, port, say)
 

@@ -14,7 +14,7 @@ from pipeline.types import Sample
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner
-from trainer.caption_files import CaptionFile, CaptionTask, caption_images, find_images
+from trainer.caption_files import CaptionTask, caption_images, find_images, open_captions
 
 COUNT = 10
 
@@ -174,8 +174,8 @@ def test_text_file_that_is_a_link_is_not_followed(model: Path, photos: Path, tmp
 
 
 def test_second_run_with_the_same_captions_file_is_refused(model: Path, photos: Path, tmp_path: Path) -> None:
-    with CaptionFile(tmp_path / "c.jsonl", {}) as file:
-        file.add({"image": "a", "style": "brief", "caption": "x"})
+    with open_captions(tmp_path / "c.jsonl", {}) as (_, add):
+        add({"image": "a", "style": "brief", "caption": "x"})
         with pytest.raises(ConfigError, match=r"another process is writing c\.jsonl"):
             run(model, [str(photos)], tmp_path / "c.jsonl")
     (tmp_path / "secret").write_text("secret")
