@@ -10,17 +10,17 @@ import json
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.config import MAX_CAPTION_TOKENS
 from trainer.prompts import choose_prompt
 
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,4};base64,", re.IGNORECASE)
-SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_QUESTION_CHARACTERS = 500
 MAX_VALUES = 100_000  # in the JSON of a request
 MAX_TEXT_CHARACTERS = 20_000
-MAX_REQUESTED_TOKENS = 1_000_000_000
 # Lower temperatures mean greedy decoding, because dividing scores by them would overflow.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 MIN_TOP_P = 1e-4
@@ -32,6 +32,38 @@ class RefusedError(Exception):
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _ImageUrl(_Model):
+    url: str
+
+
+class _Part(_Model):
+    type: Literal["text", "image_url"]
+    text: str = ""
+    image_url: _ImageUrl | None = None
+
+
+class _Message(_Model):
+    role: str
+    content: str | list[_Part] | None = None  # a message with tool calls may lack content
+
+
+class _Body(_Model):
+    messages: list[_Message] = Field(min_length=1)
+    model: str | None = None
+    n: Literal[1] | None = None
+    stop: Literal[""] | list[None] | None = None  # stop words are not supported
+    temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE)
+    top_p: float | None = Field(None, ge=0, le=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stream: bool | None = None
+    response_format: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,43 +93,32 @@ def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
     if body.count(b",") + body.count(b"[") > MAX_VALUES:  # each value takes over 50 bytes of memory
         raise RefusedError(f"the body has more than {MAX_VALUES:,} values")
     try:
-        values = json.loads(body)
-    except (ValueError, RecursionError):
-        raise RefusedError("the body is not JSON") from None
-    if not isinstance(values, dict):
-        raise RefusedError("the body is not a JSON object")
-    text, images = _read_messages(values.get("messages"))
-    field, only = _read_schema(values.get("response_format"))
-    if not images and only is None:
+        values = _Body.model_validate_json(body)
+    except ValidationError as error:
+        problem = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
+        name = ".".join(map(str, problem["loc"])) or "the body"
+        raise RefusedError(f"{name}: {problem['msg']}"[:180]) from None
+    text, image_url = _last_turn(values.messages)
+    field, only = _read_schema(values.response_format)
+    if image_url is None and only is None:
         raise RefusedError("the request has no image: send an image_url part with a data: URL")
-    if values.get("n") not in (None, 1):
-        raise RefusedError("n must be 1")
-    if values.get("stop"):
-        raise RefusedError("stop is not supported")
-    model = values.get("model")
-    if not isinstance(model, str | None):
-        raise RefusedError("model must be a string")
     try:
         prompt = choose_prompt(prompts, text)
     except ValueError as error:
         raise RefusedError(str(error)) from None
     if len(prompt[2]) > MAX_QUESTION_CHARACTERS:
         raise RefusedError(f"a question may have at most {MAX_QUESTION_CHARACTERS} characters")
-    temperature = _read_number(values, "temperature", 0.0, MAX_TEMPERATURE)
-    limit_name = "max_tokens" if values.get("max_completion_tokens") is None else "max_completion_tokens"
-    max_tokens = int(_read_number(values, limit_name, MAX_CAPTION_TOKENS, MAX_REQUESTED_TOKENS))
-    if max_tokens < 1:
-        raise RefusedError(f"{limit_name} must be at least 1")
+    temperature = values.temperature or 0.0
     return ChatRequest(
-        model=model,
-        image=read_image(images[-1]) if only is None else None,
+        model=values.model,
+        image=read_image(image_url) if image_url is not None and only is None else None,
         prompt=prompt,
-        max_tokens=max_tokens,
+        max_tokens=values.max_completion_tokens or values.max_tokens or MAX_CAPTION_TOKENS,
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
-        top_p=max(MIN_TOP_P, _read_number(values, "top_p", 1.0, 1.0)),
+        top_p=max(MIN_TOP_P, 1.0 if values.top_p is None else values.top_p),
         field=field,
         only=only,
-        streams=values.get("stream") is True,
+        streams=bool(values.stream),
     )
 
 
@@ -144,40 +165,22 @@ def error_body(message: str, status: int) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-def _read_messages(messages: Any) -> tuple[str, list[Any]]:
-    """Return the text of the last user message, and the image parts of all user messages."""
-    if not isinstance(messages, list) or not messages:
-        raise RefusedError("messages must be a list that is not empty")
-    text, images = "", []
+def _last_turn(messages: list[_Message]) -> tuple[str, str | None]:
+    """Return the text of the last user message, and the URL of the last image of all user messages."""
+    text, url = "", None
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RefusedError("each message needs a role and a content")
-        content = message.get("content")
-        # A message with tool calls may lack content.
-        if content is None and message["role"] != "user":
-            continue
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise RefusedError("the content of a message must be a string or a list of parts")
-        texts = [part.get("text") for part in parts if part.get("type") == "text"]
-        if not all(isinstance(part_text, str) for part_text in texts):
-            raise RefusedError("a text part needs a string in text")
-        joined = "\n".join(map(str, texts))
-        if len(joined) > MAX_TEXT_CHARACTERS or SURROGATE.search(joined):
-            raise RefusedError(f"a text must be valid Unicode of at most {MAX_TEXT_CHARACTERS:,} characters")
-        if message["role"] == "user":
-            text = joined
-            images += [part.get("image_url") for part in parts if part.get("type") == "image_url"]
-        if unknown := [part.get("type") for part in parts if part.get("type") not in ("text", "image_url")]:
-            raise RefusedError(f"parts of type {str(unknown[0])[:40]} are not supported")
-    return text, images
+        if message.role == "user":
+            content = message.content or ""
+            parts = [_Part(type="text", text=content)] if isinstance(content, str) else content
+            text = "\n".join(part.text for part in parts if part.type == "text")
+            url = next((part.image_url.url for part in reversed(parts) if part.image_url), url)
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise RefusedError(f"a text may have at most {MAX_TEXT_CHARACTERS:,} characters")
+    return text, url
 
 
-def read_image(part: Any) -> bytes:
-    """Decode the image of an image_url part. Raises RefusedError unless it is a base64 data URL."""
-    url = part.get("url") if isinstance(part, dict) else part
-    if not isinstance(url, str):
-        raise RefusedError("an image_url part needs a url")
+def read_image(url: str) -> bytes:
+    """Decode an image. Raises RefusedError unless `url` is a base64 data URL."""
     if not (head := DATA_URL.match(url)):
         raise RefusedError("URLs are not fetched: send the image itself as data:image/...;base64,...")
     try:
@@ -201,12 +204,3 @@ def _read_schema(response_format: Any) -> tuple[str | None, str | None]:
     except (KeyError, TypeError, ValueError, AttributeError):
         raise RefusedError("the JSON schema must be an object with one property, a string") from None
     return name, only
-
-
-def _read_number(values: dict[str, Any], name: str, default: float, maximum: float) -> float:
-    value = values.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= maximum:
-        raise RefusedError(f"{name} must be a number from 0 to {maximum:g}")
-    return float(value)

@@ -6,8 +6,6 @@ The server fetches no URLs and stores nothing.
 import asyncio
 import hmac
 import logging
-import math
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -30,7 +28,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipeline.errors import ImageError, TrainError
 from trainer.captioner import READERS, Captioner
-from trainer.model.caption_model import GpuMemoryError
 from trainer.model.decoding import DecodingConfig
 from trainer.serving.address import is_loopback, listen, url_of
 from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
@@ -38,8 +35,8 @@ from trainer.serving.protocol import RefusedError, answer_text, chunks, completi
 # Enough for a photo of 32 MB in base64.
 MAX_BODY_BYTES = 48_000_000
 BODY_TIMEOUT_S = 30.0
-# Limits for the number of unanswered requests and the total size of their bodies.
-MAX_HELD_REQUESTS, MAX_HELD_BYTES = 400, 1_000_000_000
+# Limit for the bodies of all unanswered requests. A body counts as at least MIN_HELD_BYTES: 400 requests.
+MAX_HELD_BYTES, MIN_HELD_BYTES = 1_000_000_000, 2_500_000
 SHUTDOWN_TIMEOUT_S = 5
 # A header must arrive in this time. Linux allows 1,024 open files by default.
 HEADER_TIMEOUT_S, MAX_CONNECTIONS = 20.0, 500
@@ -73,7 +70,7 @@ class Batcher:
     batch_size: int
     thread: ThreadPoolExecutor
     batches: int = 0
-    pending: deque[Pending] = field(default_factory=deque)
+    pending: list[Pending] = field(default_factory=list)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def submit(self, request: GenerationRequest) -> list[int]:
@@ -88,37 +85,27 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
-            batch = self._next_batch()
-            if not self.pending:
-                self._arrived.clear()
-            if not batch:
-                continue
-            self.batches += 1
-            requests = [request for request, _ in batch]
-            outcomes: Sequence[Any]
-            try:
-                outcomes = await loop.run_in_executor(self.thread, self.write, requests)
-            except Exception as error:  # noqa: BLE001
-                outcomes = [error] * len(batch)
-            for (_, future), outcome in zip(batch, outcomes, strict=True):
-                if future.done():
-                    continue
-                if isinstance(outcome, Exception):
-                    future.set_exception(outcome)
-                else:
-                    future.set_result(outcome)
+            self._arrived.clear()
+            while batch := self._next_batch():
+                self.batches += 1
+                outcomes: Sequence[Any]
+                try:
+                    requests = [request for request, _ in batch]
+                    outcomes = await loop.run_in_executor(self.thread, self.write, requests)
+                except Exception as error:  # noqa: BLE001
+                    outcomes = [error] * len(batch)
+                for (_, future), outcome in zip(batch, outcomes, strict=True):
+                    if not future.done():
+                        is_error = isinstance(outcome, Exception)
+                        future.set_exception(outcome) if is_error else future.set_result(outcome)
 
     def _next_batch(self) -> list[Pending]:
-        batch: list[Pending] = []
-        rest: deque[Pending] = deque()
-        while self.pending and len(batch) < self.batch_size:
-            request, future = self.pending.popleft()
-            # The future is cancelled if the client has disconnected.
-            if future.done():
-                continue
-            fits = not batch or request.group == batch[0][0].group
-            (batch if fits else rest).append((request, future))
-        self.pending.extendleft(reversed(rest))
+        # The future is cancelled if the client has disconnected.
+        waiting = [pending for pending in self.pending if not pending[1].done()]
+        group = waiting[0][0].group if waiting else None
+        batch = [pending for pending in waiting if pending[0].group == group][: self.batch_size]
+        taken = {future for _, future in batch}
+        self.pending = [pending for pending in waiting if pending[1] not in taken]
         return batch
 
 
@@ -133,7 +120,6 @@ class CaptionServer:
     batch_size: int = 32
     num_beams: int = 1
     texts: int = 0
-    held_requests: int = 0
     held_bytes: int = 0
     num_states: int = field(init=False)
     batcher: Batcher = field(init=False)
@@ -181,7 +167,7 @@ class CaptionServer:
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat request (see trainer/serving/protocol.py)."""
-        with self._count_held(request):
+        with self._hold(request):
             answer = asyncio.create_task(self._answer(await read_body(request)))
             # After the body, the only possible message is a disconnect of the client.
             disconnect = asyncio.ensure_future(request.receive())
@@ -196,18 +182,17 @@ class CaptionServer:
                 disconnect.cancel()
 
     @contextmanager
-    def _count_held(self, request: Request) -> Iterator[None]:
-        """Count a request and its body size until it is answered. Raises RefusedError above the limits."""
+    def _hold(self, request: Request) -> Iterator[None]:
+        """Count the body of a request until it is answered. Raises RefusedError above the limit."""
         length = request.headers.get("content-length", "")
-        size = min(int(length), MAX_BODY_BYTES) if length.isdecimal() else MAX_BODY_BYTES
-        if self.held_requests >= MAX_HELD_REQUESTS or self.held_bytes + size > MAX_HELD_BYTES:
+        size = int(length) if length.isdecimal() else MAX_BODY_BYTES
+        size = max(MIN_HELD_BYTES, min(size, MAX_BODY_BYTES))
+        if self.held_bytes + size > MAX_HELD_BYTES:
             raise RefusedError("too many requests are waiting", 503)
-        self.held_requests += 1
         self.held_bytes += size
         try:
             yield
         finally:
-            self.held_requests -= 1
             self.held_bytes -= size
 
     async def _answer(self, body: bytes) -> Response:
@@ -226,12 +211,11 @@ class CaptionServer:
             try:
                 prompt = self.captioner.prompt_ids(*request.prompt)
                 ids = await self.batcher.submit(GenerationRequest(pixels_CHW, prompt, decoding))
-            except GpuMemoryError:
-                raise
             except TrainError as error:
                 raise RefusedError(str(error)) from None
             kept = ids[: request.max_tokens]
-            is_cut = len(kept) < len(ids) or len(ids) == self._max_text_tokens(len(prompt))
+            max_tokens = self.captioner.checkpoint.captioner.most_tokens(self.num_states, len(prompt))
+            is_cut = len(kept) < len(ids) or len(ids) == max_tokens
             text = self.captioner.checkpoint.tokenizer.decode(kept)
             tokens = (len(prompt), len(kept))
             self.texts += 1
@@ -240,12 +224,6 @@ class CaptionServer:
         if request.streams:
             return Response(chunks(answer), headers=HEADERS, media_type="text/event-stream")
         return JSONResponse(answer, headers=HEADERS)
-
-    def _max_text_tokens(self, prompt_tokens: int) -> int:
-        captioner = self.captioner.checkpoint.captioner
-        if captioner.decoder.max_positions == math.inf:
-            return captioner.config.max_caption_tokens
-        return captioner.most_tokens(self.num_states, prompt_tokens)
 
     def _write(self, requests: list[GenerationRequest]) -> list[list[int]]:
         pixels_BCHW = torch.stack([request.pixels_CHW for request in requests])

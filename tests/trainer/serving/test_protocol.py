@@ -5,8 +5,6 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.inference import protocol
 from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
@@ -106,24 +104,6 @@ def test_bad_request_is_refused_with_a_reason(name: str) -> None:
     assert 400 <= refused.value.status < 500
     assert 5 < len(str(refused.value)) < 200
     assert error_body(str(refused.value), 400)["error"]["type"] == "invalid_request_error"
-
-
-KEYS = st.sampled_from(["role", "content", "type", "text", "image_url", "url"])
-FIELDS = st.sampled_from(["messages", "model", "n", "temperature", "response_format", "stream", "max_tokens"])
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.dictionaries(FIELDS, JSON))
-def test_random_request_is_read_or_refused_without_another_error(values: dict[str, Any]) -> None:
-    try:
-        read_request(json.dumps(values).encode(), PROMPTS)
-    except RefusedError as refused:
-        assert str(refused)
 
 
 def test_tool_turn_and_folded_base64_are_read() -> None:

@@ -8,24 +8,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-import torch
 
 from pipeline.dataset.version import read_version
 from tests.pipeline.images.test_similarity import photo
-from tests.trainer.serving.test_protocol import schema_of
 from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner
-from trainer.model.decoding import GREEDY, DecodingConfig
+from trainer.model.decoding import DecodingConfig
 from trainer.serving import server as serving
 from trainer.serving.address import listen, url_of
-from trainer.serving.server import Batcher, CaptionServer, GenerationRequest, make_server
+from trainer.serving.server import CaptionServer, make_server
 from trainer.tokenizer import CaptionTokenizer
 
 NAME = "student"
@@ -164,16 +161,15 @@ def test_key_is_required_of_all_requests_but_health(captioner: Captioner) -> Non
         assert request(url, "/health")[0] == 200
 
 
-@pytest.mark.parametrize("limit", ["MAX_HELD_REQUESTS", "MAX_HELD_BYTES"])
 def test_request_over_the_limit_is_told_to_retry_later(
-    captioner: Captioner, monkeypatch: pytest.MonkeyPatch, limit: str
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = CaptionServer(captioner, NAME)
     with running(server) as url:
         assert request(url, CHAT, chat(png(1)))[0] == 200
-        assert (server.held_requests, server.held_bytes) == (0, 0)
-        assert serving.MAX_HELD_REQUESTS < serving.MAX_CONNECTIONS
-        monkeypatch.setattr(serving, limit, 0)
+        assert server.held_bytes == 0
+        assert serving.MAX_HELD_BYTES // serving.MIN_HELD_BYTES < serving.MAX_CONNECTIONS
+        monkeypatch.setattr(serving, "MAX_HELD_BYTES", serving.MIN_HELD_BYTES - 1)
         status, _, headers = request(url, CHAT, chat(png(1)))
         assert (status, headers["Retry-After"]) == (503, "1")
         assert request(url, "/health")[0] == 200
@@ -199,12 +195,12 @@ def test_request_of_disconnected_client_is_not_generated(
         first = asyncio.create_task(send(url, CHAT, chat(png(1))))
         await asyncio.to_thread(begun.wait, 30)
         others = [asyncio.create_task(send(url, CHAT, chat(png(number)))) for number in range(4)]
-        while server.held_requests < 5 or len(server.batcher.pending) < 4:
+        while len(server.batcher.pending) < 4:
             await asyncio.sleep(0.01)
         for other in others:
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        while server.held_requests > 1:
+        while server.held_bytes > serving.MIN_HELD_BYTES:
             await asyncio.sleep(0.01)
         released.set()
         assert (await first)[0] == 200
@@ -238,11 +234,6 @@ def test_request_parameters_set_the_decoding(
     assert used == [decoding]
 
 
-def test_constant_in_a_response_schema_becomes_the_answer(url: str) -> None:
-    _, answer, _ = request(url, CHAT, chat(png(1), response_format=schema_of(a={"const": "x"})))
-    assert json.loads(content_of(answer)) == {"a": "x"}
-
-
 def test_captioner_server_works_as_the_model_of_synth_generate(
     captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,29 +256,3 @@ def test_captioner_server_works_as_the_model_of_synth_generate(
     splits = [split for split, rows in version.manifest["rows"].items() if rows]
     captions = {row["captions"][0]["text"] for split in splits for row in version.read(split).to_pylist()}
     assert captions == {caption}
-
-
-def job(number: int, length: int = 2, decoding: DecodingConfig = GREEDY) -> GenerationRequest:
-    return GenerationRequest(torch.full((3, 2, 2), float(number)), [number] * length, decoding)
-
-
-def test_waiting_requests_with_equal_prompt_length_and_decoding_share_a_batch() -> None:
-    batches: list[list[int]] = []
-
-    def write(jobs: list[GenerationRequest]) -> list[list[int]]:
-        batches.append([job.prompt[0] for job in jobs])
-        return [[job.prompt[0]] for job in jobs]
-
-    async def submit_all() -> None:
-        batcher = Batcher(write, batch_size=3, thread=ThreadPoolExecutor(1))
-        beams = DecodingConfig(num_beams=2)
-        jobs = [job(0), job(1, 3), job(2), job(3), job(4, decoding=beams), job(5), job(6, 3)]
-        tasks = [asyncio.create_task(batcher.submit(item)) for item in jobs]
-        await asyncio.sleep(0)
-        assert len(batcher.pending) == 7
-        runner = asyncio.create_task(batcher.run())
-        assert await asyncio.gather(*tasks) == [[number] for number in range(7)]
-        runner.cancel()
-
-    asyncio.run(submit_all())
-    assert batches == [[0, 2, 3], [1, 6], [4], [5]]
