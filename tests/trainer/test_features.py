@@ -1,10 +1,8 @@
-"""Features: stored states equal computed ones, builds resume, and processes share a store."""
+"""Features: stored states equal computed ones, and builds resume."""
 
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -114,36 +112,6 @@ def test_full_disk_raises_an_error_before_images_are_encoded(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, 10**12))
     store_features(encoder, examples[:24], tmp_path, CPU, progress)
     assert progress.said[0].startswith("the hidden states of 22 images take 0.0 GB")
-
-
-BUILD = """
-import sys
-from pathlib import Path
-import torch
-from pipeline.dataset.version import read_version
-from pipeline.progress import NullProgress
-from trainer.data import examples_in
-from trainer.features import OnlineFeatures, store_features
-from trainer.model.encoder import load_encoder
-torch.set_num_threads(1)
-looked = []
-class Progress(NullProgress):
-    def __call__(self, *_):
-        looked.append(1)
-examples, encoder = examples_in(read_version(Path(sys.argv[1])), "train"), load_encoder(sys.argv[2])
-states = store_features(encoder, examples, Path(sys.argv[3]), torch.device("cpu"), Progress())
-assert torch.equal(states(examples), OnlineFeatures(encoder, torch.device("cpu"))(examples))
-print(len(looked))
-"""
-
-
-def test_second_process_waits_for_the_first_build(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path / "data", scene_samples(30))
-    arguments = [str(version.path), save_clip(tmp_path / "clip"), str(tmp_path / "features")]
-    command = [sys.executable, "-c", BUILD, *arguments]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    built = sorted(process.communicate(timeout=120)[0].strip() for process in processes)
-    assert built == ["0", "1"]
 
 
 @pytest.mark.parametrize("name", ["lock", "ids.bin", "states.bin"])

@@ -12,38 +12,26 @@ SHORT = "\nAnswer the question using a single word or phrase."
 CAPTIONS = """
 Describe this image.
 Caption this.
-caption
 describe
 Write a caption.
 What is shown in this image?
-What's in the picture?
 What do you see?
 What is happening here?
 What is happening in this image?
 Can you describe this image for me?
-Could you please tell me what is in this photo?
-Please caption the photo
 Describe what you see.
 Describe the image in detail.
 What is this picture about?
-What can be seen in the photograph?
 Explain the image.
-Generate a short caption
 A photo of
-A short image caption:
 Provide a one-sentence caption for the provided image.
 Provide a one-sentence caption for the provided image.|Reference OCR token: STOP
 Beschreibe dieses Bild.
 Please describe this image in general. Do not include a prefix like "This image depicts".
-Hi! Can you caption this?
 How would you describe this picture?
-Give me a description of this image
 What does this image show?
-Tell me about this picture.
 in one sentence
 <image>|Describe the image concisely.
-What is going on in this scene?
-Look at this image.
 What would be a good caption for this photo?
 Could you use a few words to describe what you perceive in the photo?
 """.strip().split("\n")
@@ -55,12 +43,8 @@ Is there a dog in the image?#|Answer the question using a single word or phrase.
 Is there a dog in the image?# Please answer yes or no.
 what color is the car#
 how many dogs are there#
-How many people are in the picture?#
-What is the man in the image wearing?#
 What animal is shown in this image?#
 What is this?#
-Who is in this picture?#
-Where is the cat?#
 Count the dogs.#
 What is shown in this image?#|A. dog|B. cat|Answer with the option's letter from the given choices directly.
 Can you see a dog?#
@@ -68,17 +52,12 @@ Is this Mr. Smith?#
 Tell me how many dogs there are#
 Tell me the color of the car.#
 Which object is larger, the cube or the ball?#
-What brand is it?#|When the provided information is insufficient, respond with 'Unanswerable'.
 The color of the car is#|Answer the question using a single word or phrase.
 Does the image show a train?#
-Are there any people in the image#
 Name the animal in the picture.#
 What is the person doing in this image?#
-Is it day or night?#
 Could you tell me what color the car is?#
 What is written on the sign?#
-Do you see a cat?#
-Why is the man smiling?#
 What is the object in the image?#|Please try to answer the question with short words or phrases if possible.
 What is on display?#
 """.strip().split("\n")

@@ -89,8 +89,3 @@ def test_invalid_arguments_raise_errors_with_a_hint(version: Version, tmp_path: 
         with pytest.raises(kind, match=problem) as raised:
             trainer.train(**({"data": version} | arguments))
         assert raised.value.hint
-
-
-def test_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'trian'"):
-        _ = trainer.trian

@@ -153,16 +153,3 @@ def test_missing_folder_is_not_looked_up_on_the_hub(
     for load in (load_encoder, load_decoder):
         with pytest.raises(TrainError, match="the folder does not exist"):
             load(name)
-
-
-def test_traced_model_is_loaded_with_named_outputs(tmp_path: Path) -> None:
-    """Tracing sets `return_dict` to False in the config."""
-    decoder = save_language_model(tmp_path / "lm", "llama")
-    change(decoder, "config.json", return_dict=False)
-    load_decoder(decoder)
-    encoder = save_clip(tmp_path / "clip")
-    settings = json.loads(Path(encoder, "config.json").read_text())
-    vision = {"vision_config": settings["vision_config"] | {"return_dict": False}}
-    change(encoder, "config.json", return_dict=False, **vision)
-    with torch.inference_mode():
-        assert load_encoder(encoder)(torch.zeros(1, 3, SIDE_PX, SIDE_PX)).ndim == 3

@@ -1,7 +1,7 @@
 """The folder of a captioner needs only transformers, and generates the tokens of the original."""
 
+import itertools
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipeline.images.decode import prepare_image
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit, strengthen
+from trainer.captioner import Captioner
 from trainer.model.caption_model import CaptionerModel, build_captioner
 from trainer.model.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.decoder import DecoderConfig
@@ -264,22 +265,6 @@ def test_padded_prompt_gives_the_same_tokens_and_logits_as_an_unpadded_prompt(fa
             assert torch.allclose(logits[number], logits_alone[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_saved_captioner_generates_with_the_beam_width_used_in_evaluation(
-    checkpoints: dict[str, Path], tmp_path: Path, beams: int
-) -> None:
-    folder = shutil.copytree(checkpoints["scratch"], tmp_path / "c")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"data": {"decoding": {"num_beams": beams}}}))
-    settings = json.loads(transformers_files(folder)["generation_config.json"])
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    model = SynthCaptioner.from_pretrained(folder)
-    ids, states = torch.tensor([[2, 3]]), torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
-    asked = model.generate(ids, image_states=states, num_beams=beams)
-    assert model.generate(ids, image_states=states).tolist() == asked.tolist()
-    assert settings.get("num_beams", 1) == beams
-
-
 def test_saved_captioner_stops_at_the_last_position_of_its_language_model(
     photos: list[Path], tmp_path: Path
 ) -> None:
@@ -305,3 +290,33 @@ def test_saved_captioner_stops_at_the_last_position_of_its_language_model(
     assert [row[: row.index(257)] if 257 in row else row for row in rows] == expected
     with pytest.raises(ValueError, match="leaves no room for the output: ask a shorter question"):
         model.generate(**processor(images=photos[0], text="What is " * 9 + "?"))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_saved_captioner_writes_the_same_tokens_with_its_decoding_settings(
+    num_beams: int, tmp_path: Path
+) -> None:
+    folder = save_captioner("scratch", tmp_path)
+    settings = {"num_beams": num_beams, "min_new_tokens": 5, "no_repeat_ngram_size": 2, "length_penalty": 0.3}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"data": {"decoding": settings}}))
+    for file, data in transformers_files(folder).items():
+        (folder / file).write_bytes(data)
+    captioner = Captioner.from_pretrained(folder, "cpu")
+    decoding = captioner.decoding(captioner.usual_beams)
+    assert decoding == DecodingConfig(**settings)  # type: ignore[arg-type]
+    images = [photo(number) for number in range(12)]
+    pixels_BCHW = torch.stack([captioner.prepare(image) for image in images])  # type: ignore[misc]
+    rows = captioner.write(pixels_BCHW, [captioner.prompt()] * len(images), decoding)
+    model, processor = load_with_transformers(folder)
+    inputs = processor(images=images, text="", return_tensors="pt")
+    tokens = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
+    eos_id = captioner.checkpoint.captioner.config.eos_id
+    tokens = [row[: row.index(eos_id)] if eos_id in row else row for row in tokens]
+    # transformers counts n-grams of the prompt, too. Only random weights write tokens of the prompt.
+    pairs = [pair for pair in zip(tokens, rows, strict=True) if not {*captioner.prompt()} & {*pair[1]}]
+    assert len(pairs) >= 6 and all(written == expected for written, expected in pairs)
+    assert min(map(len, rows)) >= 5
+    assert all(len({*itertools.pairwise(row)}) == len(row) - 1 for row in rows)
+    greedy = captioner.write(pixels_BCHW, [captioner.prompt()] * len(images))
+    assert rows != greedy
