@@ -38,7 +38,7 @@ from trainer.features import store_features
 from trainer.model.caption_model import CaptionerConfig, CaptionerModel
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
-from trainer.runtime.devices import autocast, matmul_precision, multiplies_bfloat16
+from trainer.runtime.devices import autocast, matmul_precision
 from trainer.tokenizer import TextBatch
 
 CAPTIONS, TOKENS = 5, (10, 22)  # TOKENS: shortest and longest caption
@@ -99,7 +99,7 @@ def step_of(
 
     def step() -> float:
         optimizer.zero_grad()
-        with matmul_precision(products, device):
+        with matmul_precision(products):
             with autocast(products, device):
                 loss = captioner.loss(states_BNV.to(device, non_blocking=True), texts) / tokens
             loss.backward()
@@ -124,7 +124,7 @@ def gemm_flops(device: torch.device, precision: str) -> float:
     is_cast = products == "bf16" and device.type != "cpu"
     one = torch.randn(side, side, device=device, dtype=torch.bfloat16 if is_cast else torch.float32)
     seconds = []
-    with matmul_precision(products, device):
+    with matmul_precision(products):
         for _ in range(6):
             started = time.monotonic()
             for _ in range(5):
@@ -290,8 +290,7 @@ def main() -> None:
     device = torch.device("cpu" if arguments.cpu else "cuda")
     images = arguments.images or (8 if arguments.cpu else 64)
     names = list(SCRATCH) if arguments.cpu else [*SCRATCH, "Qwen3-0.6B, LoRA 32"]
-    on_cpu = ("fp32", "bf16") if multiplies_bfloat16(device) else ("fp32",)
-    precisions = on_cpu if arguments.cpu else ("fp32", "tf32", "bf16", "bf16+compile")
+    precisions = ("fp32",) if arguments.cpu else ("fp32", "tf32", "bf16", "bf16+compile")
     print(
         f"{'CPU' if arguments.cpu else torch.cuda.get_device_name()}, torch {torch.__version__}, {images} "
         "images a step"

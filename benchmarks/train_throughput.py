@@ -1,13 +1,12 @@
 """Measure training throughput in captions per second, with and without a feature cache and for nanoVLM.
 
-    python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--patch-px 32] [--precision bf16] [--rounds 5]
+    python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--patch-px 32] [--rounds 5]
 
 With `--nanovlm`, the model and training step from that checkout (which needs `einops`) run at our sizes.
 Both have the same frozen vision tower, AdamW, and 20 tokens per caption. nanoVLM has 49 image tokens (ours:
 50), or 196 (197) with patches of 16 px. Each runs single-threaded in its own process, in interleaved rounds.
 Results are medians of CPU time. nanoVLM repeats the image prefix for each caption. Our step trains all five
-captions of an image after one shared prefix, from cached states. `--precision bf16` multiplies in bfloat16 on
-both sides, as nanoVLM's `train.py` does. On CPUs without bfloat16 instructions, this is not faster.
+captions of an image after one shared prefix, from cached states.
 """
 
 import argparse
@@ -103,7 +102,7 @@ def our_step(
     def step() -> float:
         optimizer.zero_grad()
         batch = texts(decoder.get("vocab_size", VOCAB))
-        with matmul_precision(precision, device):
+        with matmul_precision(precision):
             with torch.no_grad(), autocast(precision, device):
                 batch_BNV = states_BNV if cached else captioner.encoder(pixels_BCHW)
             with autocast(precision, device):
@@ -221,12 +220,6 @@ def main() -> None:
         default=PATCH_PX,
         help="Size of patches: 32 gives 49 image tokens, 16 gives 196.",
     )
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "bf16"],
-        default="fp32",
-        help="Precision of matrix products on both sides.",
-    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--qwen3",
@@ -245,21 +238,19 @@ def main() -> None:
             f"peak {peak_gb:.1f} GB"
         )
         return
-    patch_px, precision = arguments.patch_px, arguments.precision
-    ours = partial(
-        our_step, {"language_model": LANGUAGE}, tower=TOWER | {"patch_size": patch_px}, precision=precision
-    )
+    patch_px = arguments.patch_px
+    ours = partial(our_step, {"language_model": LANGUAGE}, tower=TOWER | {"patch_size": patch_px})
     steps: dict[str, Callable[[], Step]] = {
         "synth, cached": partial(ours, cached=True),
         "synth, encoder in the step": partial(ours, cached=False),
     }
     if arguments.nanovlm:
-        steps["nanoVLM"] = partial(nanovlm_step, arguments.nanovlm, patch_px, precision)
+        steps["nanoVLM"] = partial(nanovlm_step, arguments.nanovlm, patch_px)
     seconds = measure(steps, arguments.rounds)
     sizes = (
         f"{IMAGES} images of {(SIDE_PX // patch_px) ** 2} patches x {CAPTIONS} captions of {TOKENS} tokens"
     )
-    print(f"{sizes}, {precision}, 1 thread, CPU seconds a step:")
+    print(f"{sizes}, float32, 1 thread, CPU seconds a step:")
     for name, value in seconds.items():
         print(f"  {name:<28} {value:7.3f}   {IMAGES * CAPTIONS / value:7.1f} captions/s")
     if arguments.nanovlm:

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from trainer.tokenizer import TargetText, scored_prompt
 BATCH_SIZE = 32
 PREPARED_BATCHES = 2  # batches that are prepared ahead
 READERS = 2  # threads, each of which holds one full-size image
+LOADING = Lock()  # the same PIL image may occur twice, and two threads must not load it
 Picture = Image.Image | str | PathLike[str] | bytes
 
 
@@ -128,9 +130,8 @@ class Captioner:
         prompts = self.checkpoint.captioner.config.prompts
         require_learned(prompts, style, question)
         if question:
-            return self.prompt_ids(
-                preferred_source(prompts, "") or "", "", find_question(question) or question
-            )
+            source = preferred_source(prompts, "") or ""
+            return self.prompt_ids(source, "", find_question(question) or question)
         return self.prompt_ids(*scored_prompt(prompts, style))
 
     def prompt_ids(self, source: str, style: str, question: str = "") -> list[int]:
@@ -165,16 +166,10 @@ class Captioner:
         """Yield batches of images while threads prepare the next batches."""
         remaining = iter(images)
 
-        def prepare(picture: Picture) -> Future[Tensor | ImageError]:
-            if not isinstance(picture, Image.Image):
-                return pool.submit(self.prepare, picture)
-            # Not in a thread: the same PIL image may occur twice, and two threads must not load it.
-            done: Future[Tensor | ImageError] = Future()
-            done.set_result(self.prepare(picture))
-            return done
-
         def next_batch() -> list[tuple[Any, Future[Tensor | ImageError]]]:
-            return [(key, prepare(picture)) for key, picture in islice(remaining, batch_size)]
+            return [
+                (key, pool.submit(self.prepare, picture)) for key, picture in islice(remaining, batch_size)
+            ]
 
         pending = deque(next_batch() for _ in range(PREPARED_BATCHES))
         while batch := pending.popleft():
@@ -186,7 +181,11 @@ class Captioner:
         try:
             if isinstance(picture, str | PathLike):
                 picture = read_regular(Path(picture).expanduser(), max_bytes=MAX_IMAGE_BYTES)
-            image = upright_rgb(picture) if isinstance(picture, Image.Image) else prepare_image(picture)
+            if isinstance(picture, Image.Image):
+                with LOADING:
+                    image = upright_rgb(picture)
+            else:
+                image = prepare_image(picture)
         except UnsafeFileError as error:
             return ImageError(error.reason, str(error))
         except OSError as error:

@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "photos-few": {
         "decoder_width": 256, "decoder_depth": 4, "decoder_heads": 4,
         "batch_size": 16, "connector_lr": 1e-3, "decoder_lr": 1e-3, "lr_floor_frac": 0.02,
-        "epochs": 40, "min_steps": 400, "evaluate_epochs": 2.0, "evaluate_images": FEW_IMAGES, "patience": 5,
+        "epochs": 40, "evaluate_epochs": 2.0, "evaluate_images": FEW_IMAGES, "patience": 5,
         "label_smoothing": 0.1, "average_decay": 0.99, "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
     "photos": {
@@ -58,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "photos-lm": {
         "batch_size": 64, "align_epochs": 1.0, "align_lr": 1e-3, "connector_lr": 2e-4, "lr_floor_frac": 0.02,
         "lora_rank": 32, "checkpoint_blocks": True,
-        "epochs": 3, "min_steps": 60, "evaluate_epochs": 0.5, "evaluate_images": 1_000, "patience": 3,
+        "epochs": 3, "evaluate_epochs": 0.5, "evaluate_images": 1_000, "patience": 3,
         "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
 }  # fmt: skip
@@ -74,13 +74,6 @@ def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
     if decoder not in SCRATCH_DECODERS:
         return "photos-lm"
     return "photos-few" if images < FEW_IMAGES else "photos"
-
-
-def default_precision(preset: Preset, *, on_gpu: bool, has_bfloat16: bool) -> Precision:
-    """Return the fastest precision on a device. For drawn scenes, bf16 is not used."""
-    if preset == "scenes":
-        return "tf32" if on_gpu else "fp32"
-    return "bf16" if has_bfloat16 else "fp32"
 
 
 class TrainConfig(Section):
@@ -121,12 +114,8 @@ class TrainConfig(Section):
     """Captions to learn: `synthetic`, `human` or `mixed`. The command uses those of the version."""
     styles: tuple[str, ...] = ()
     """Caption styles to learn. An empty list learns all styles."""
-    source_in_prompt: bool = True
-    """State in the prompt whether a human or a model wrote the caption."""
     questions: bool = True
     """Learn answers to questions."""
-    train_images: int = Field(default=0, ge=0)
-    """Maximum number of training images. 0 uses all images."""
     text_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of tokens in the loss by style, by source (`human` or `synthetic`), or for answers (`answer`).
     Weights of style and source are multiplied. Others have weight 1. Texts of weight 0 are not learned.
@@ -135,8 +124,8 @@ class TrainConfig(Section):
     """Maximum tokens of a text. Longer texts are cut after a sentence. Null uses a limit that 99 % of the
     texts of each style fit: a multiple of 16, at most 256.
     """
-    align_steps: int = Field(default=0, ge=0)
-    """Steps that train the connector only. 0 uses `align_epochs`."""
+    align_steps: int | None = Field(default=None, ge=0)
+    """Steps that train the connector only. Null uses `align_epochs`."""
     align_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
     """Epochs that train the connector only."""
     align_lr: float = Field(default=1e-3, gt=0)
@@ -153,10 +142,8 @@ class TrainConfig(Section):
     """Epochs. Not used if `steps` is set."""
     steps: int = Field(default=0, ge=0)
     """Optimizer steps after the alignment. 0 uses `epochs`."""
-    min_steps: int = Field(default=0, ge=0)
-    """Minimum number of steps if `epochs` is used."""
-    scst_steps: int = Field(default=0, ge=0)
-    """Steps of self-critical training at the end, which maximizes the CIDEr-D of sampled captions. 0 uses
+    scst_steps: int | None = Field(default=None, ge=0)
+    """Steps of self-critical training at the end, which maximizes the CIDEr-D of sampled captions. Null uses
     `scst_epochs`.
     """
     scst_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
@@ -188,8 +175,8 @@ class TrainConfig(Section):
     checkpoint_blocks: bool = False
     """Recompute the blocks of a language model in the backward pass, which saves memory."""
     precision: Precision = "fp32"
-    """Precision of matrix products: `fp32`, `tf32` or `bf16`. Presets use `bf16` on a GPU and on a CPU with
-    AMX, for scenes `tf32` and `fp32`.
+    """Precision of matrix products on a GPU: `fp32`, `tf32` or `bf16`. Presets use `bf16`, for scenes
+    `tf32`.
     """
     compile: bool = False
     """Compile the decoder with `torch.compile`."""
@@ -227,7 +214,7 @@ class TrainConfig(Section):
     @property
     def total_steps(self) -> int:
         """The number of steps in all stages."""
-        return self.align_steps + self.steps + self.scst_steps
+        return (self.align_steps or 0) + self.steps + (self.scst_steps or 0)
 
     @property
     def is_frozen(self) -> bool:
@@ -250,21 +237,22 @@ class TrainConfig(Section):
     def with_defaults(self, images: int) -> "TrainConfig":
         """Return a copy with derived values filled in for this number of training images."""
         batch_size = min(self.batch_size, images)
-        steps = self.steps or max(self.min_steps, -(-self.epochs * images // batch_size))
-        align_steps = self.align_steps or math.ceil(self.align_epochs * images / batch_size)
+
+        def steps_of(epochs: float) -> int:
+            return math.ceil(epochs * images / batch_size)
+
         rates = {"connector_lr": 1e-3, "decoder_lr": 1e-3}
         if not self.is_scratch:
             rates = {"connector_lr": 2e-4, "decoder_lr": 2e-4 if self.lora_rank else 2e-5}
         rates["encoder_lr"] = 0.0 if self.is_frozen else 1e-3
-        rates = {name: rate for name, rate in rates.items() if getattr(self, name) is None}
-        scst_steps = self.scst_steps or math.ceil(self.scst_epochs * images / batch_size)
-        interval = math.ceil(self.evaluate_epochs * images / batch_size)
+        derived: dict[str, Any] = {"align_steps": steps_of(self.align_epochs), **rates}
+        derived["scst_steps"] = steps_of(self.scst_epochs)
+        derived = {name: value for name, value in derived.items() if getattr(self, name) is None}
+        filled = self.model_copy(update=derived | {"steps": self.steps or steps_of(self.epochs)})
+        interval = steps_of(self.evaluate_epochs)
         evaluations = MAX_EVALUATIONS if interval else DEFAULT_EVALUATIONS
-        total_steps = steps + align_steps + scst_steps
-        every = self.evaluate_every or max(interval, -(-total_steps // evaluations))
-        derived = {"steps": steps, "align_steps": align_steps, "scst_steps": scst_steps, **rates}
-        derived["evaluate_every"] = every
-        return self.model_copy(update=derived)
+        every = self.evaluate_every or max(interval, -(-filled.total_steps // evaluations))
+        return filled.model_copy(update={"evaluate_every": every})
 
 
 def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
@@ -294,16 +282,11 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
             problem = f"the preset {preset} needs {needed}, but the decoder is {decoder}"
             raise ConfigError(problem, hint="choose another --preset or --decoder")
         preset_values = dict(PRESETS.get(preset, {}))
-        alternatives = ("epochs", "min_steps"), ("align_steps", "align_epochs"), ("scst_steps", "scst_epochs")
-        for name, alternative in (*alternatives, ("steps", "scst_epochs")):
-            if name in {*values, *flags} and alternative not in values:  # the preset must not override it
-                preset_values.pop(alternative, None)
+        if "steps" in {*values, *flags}:
+            preset_values.pop("scst_epochs", None)
         values = {**preset_values, **values}
     if "epochs" in flags:
-        values = {name: value for name, value in values.items() if name not in ("steps", "min_steps")}
-    for stage in ("align", "scst"):
-        if f"{stage}_steps" in flags:
-            values.pop(f"{stage}_epochs", None)
+        values.pop("steps", None)
     return validate(TrainConfig, values | flags)
 
 

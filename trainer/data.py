@@ -14,7 +14,6 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.dataset.version import Version
-from pipeline.digests import hash_to_unit
 from pipeline.errors import TrainError, did_you_mean
 from pipeline.images.decode import prepare_image
 from pipeline.tables import HUMAN, PIXELS, REVIEWED, SPLITS
@@ -25,7 +24,6 @@ from trainer.prompts import STYLES
 from trainer.tokenizer import TargetText
 
 REFERENCE_STYLE = "brief"  # human captions are learned in this style
-ANY_SOURCE = "any"  # the source in all prompts if `source_in_prompt` is off
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ def choose_examples(version: Version, config: TrainConfig) -> tuple[Sets, TrainC
     Raises TrainError if there is nothing to learn.
     """
     sets = {split: read_split_examples(version, split, config) for split in SPLITS}
-    sets["train"] = limit_images(_weighted_examples(sets["train"], config), config.train_images)
+    sets["train"] = _weighted_examples(sets["train"], config)
     config = config.with_defaults(len(sets["train"]))
     # A few training images may lack a style. Validation must then not use this style.
     learned = {(text.source, text.style) for text in texts_of(sets["train"])}
@@ -85,21 +83,23 @@ def _weighted_examples(examples: list[Example], config: TrainConfig) -> list[Exa
 
 
 def read_split_examples(version: Version, split: str, config: TrainConfig) -> list[Example]:
-    """Return the examples of a split, sorted by id. The limits in the settings are not applied."""
+    """Return the examples of a split. The limits in the settings are not applied."""
     options: dict[str, Any] = {"questions": config.questions, "styles": config.styles}
-    options |= {"source_in_prompt": config.source_in_prompt, "to_score": split != "train"}
-    examples = examples_in(version, split, config.text_source, **options)
-    return sorted(examples, key=lambda example: example.sample_id)
+    return examples_in(version, split, config.text_source, to_score=split != "train", **options)
 
 
 def examples_in(
     version: Version, split: str, mixture: Mixture = "synthetic", **options: Any
 ) -> list[Example]:
-    """Read a split as examples with memory-mapped images. Raises StoreError if the split is empty."""
+    """Return the examples of a split, sorted by id, with memory-mapped images.
+
+    Raises StoreError if the split is empty.
+    """
     options |= {"keeps_human": keeps_human_texts(version.manifest)}
     columns = [name for name in version.manifest["columns"] if name not in PIXELS]
     images = map_images(version, split) if "image" in version.manifest["columns"] else None
-    return read_examples(version.read(split, columns), images, mixture, **options)
+    examples = read_examples(version.read(split, columns), images, mixture, **options)
+    return sorted(examples, key=lambda example: example.sample_id)
 
 
 def read_examples(
@@ -109,7 +109,6 @@ def read_examples(
     *,
     questions: bool = True,
     styles: Sequence[str] = (),
-    source_in_prompt: bool = True,
     keeps_human: bool = False,
     to_score: bool = False,
 ) -> list[Example]:
@@ -136,8 +135,6 @@ def read_examples(
             raise TrainError(f"no captions of the styles {', '.join(styles)}", hint=hint)
         chosen = {*styles, ""}  # answers have no style
         examples = [_filter_texts(e, lambda t: t.style in chosen or t.source == "human") for e in examples]
-    if not source_in_prompt:
-        examples = [replace(e, texts=tuple(replace(t, source=ANY_SOURCE) for t in e.texts)) for e in examples]
     examples = [example for example in examples if example.texts or (to_score and example.references)]
     if not any(text.style for text in texts_of(examples)) and not (to_score and examples):
         hint = "generate captions too: --tasks caption,qa"
@@ -193,15 +190,6 @@ def _filter_texts(example: Example, keep: Callable[[TargetText], bool]) -> Examp
 def texts_of(examples: list[Example]) -> list[TargetText]:
     """Return the texts of all examples in order."""
     return [text for example in examples for text in example.texts]
-
-
-def limit_images(examples: list[Example], num_images: int) -> list[Example]:
-    """Select `num_images` examples by id hash (0 selects all). Larger selections contain smaller ones."""
-    if not num_images or num_images >= len(examples):
-        return examples
-    by_hash = sorted(examples, key=lambda example: hash_to_unit(example.sample_id))
-    kept = {example.sample_id for example in by_hash[:num_images]}
-    return [example for example in examples if example.sample_id in kept]
 
 
 def most_common(answers: tuple[str, ...]) -> str:

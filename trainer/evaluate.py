@@ -32,9 +32,7 @@ from trainer.tokenizer import TargetText, scored_prompt
 CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 to 1
 HUMAN_REFERENCES = "references of the source"
 TEACHER_CAPTIONS = "captions of the teacher"
-SHOWN_IMAGES = 12
 HELD_IMAGES = 256  # images whose states are in memory at the same time, 155 MB for ViT-B/16
-ImageResult = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +72,15 @@ class Quiz:
         scores = {}
         for kind in sorted({question.answer_type for _, _, question in asked}):
             of_kind = [(i, n, question) for i, n, question in asked if question.answer_type == kind]
-            counts = Counter(normalize_answer(most_common(question.answers)) for _, _, question in of_kind)
-            majority = counts.most_common(1)[0][0]
-            scores[kind] = {
-                "count": len(of_kind),
-                "accuracy": statistics.fmean(
-                    vqa_accuracy(self.answers[i, n, False], q) for i, n, q in of_kind
-                ),
-                "shuffled": statistics.fmean(
-                    vqa_accuracy(self.answers[i, n, True], q) for i, n, q in of_kind
-                ),
-                "majority": statistics.fmean(vqa_accuracy(majority, question) for _, _, question in of_kind),
+            questions = [question for _, _, question in of_kind]
+            counts = Counter(normalize_answer(most_common(question.answers)) for question in questions)
+            answers = {
+                "accuracy": [self.answers[i, n, False] for i, n, _ in of_kind],
+                "shuffled": [self.answers[i, n, True] for i, n, _ in of_kind],
+                "majority": [counts.most_common(1)[0][0]] * len(questions),
             }
+            means = {n: statistics.fmean(map(vqa_accuracy, texts, questions)) for n, texts in answers.items()}
+            scores[kind] = {"count": len(questions), **means}
         return scores
 
     def results(self, index: int) -> list[dict[str, Any]]:
@@ -126,7 +121,8 @@ def evaluate(
     shuffled = [hypotheses[index] for index in order]
     rarity = Rarity(references)
     own_scores, shuffled_scores = (score_each(texts, references, rarity) for texts in (hypotheses, shuffled))
-    each: list[ImageResult] = [
+    gains = [a - b for a, b in zip(own_scores["cider_d"], shuffled_scores["cider_d"], strict=True)]
+    each: list[dict[str, Any]] = [
         {
             "sample_id": example.sample_id,
             "caption": caption,
@@ -146,9 +142,7 @@ def evaluate(
         "scores": score(hypotheses, references, own_scores),
         "shuffled_scores": score(shuffled, references, shuffled_scores),
         "intervals": bootstrap(own_scores) if options.questions else {},
-        "gain": bootstrap(_gains(own_scores, shuffled_scores)) if options.questions else {},
-        "words": _count_words(hypotheses, references),
-        "shown": _best_and_worst(each),
+        "gain": bootstrap({"cider_d": gains}) if options.questions else {},
         "each": each,
     }
     if options.clip:
@@ -188,8 +182,6 @@ def evaluate_version(
         if existing == mixture:
             raise
         examples = examples_in(version, split, existing, to_score=True)
-    # Use the same order as in training, because bootstrap intervals depend on it.
-    examples = sorted(examples, key=lambda example: example.sample_id)
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
     prompt = scored_prompt(config.prompts, style)
     options = EvalOptions(prompt, config.decoding(beams), questions=True, clip=clip)
@@ -288,23 +280,3 @@ def is_own_encoder(name: str, made_from: dict[str, str]) -> bool:
     own_name, model_id = made_from.get("name", ""), ENCODERS.get(name, name)
     shown = folder_name(Path(name)) if Path(name).is_dir() else model_id
     return ENCODERS.get(own_name, own_name) in (model_id, shown)
-
-
-def _gains(own: dict[str, list[float]], shuffled: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Return, for each image, the CIDEr-D of its own caption minus that of a shuffled caption."""
-    return {"cider_d": [a - b for a, b in zip(own["cider_d"], shuffled["cider_d"], strict=True)]}
-
-
-def _best_and_worst(results: list[ImageResult]) -> list[ImageResult]:
-    ranked = sorted(results, key=lambda result: -result["cider_d"])
-    half = SHOWN_IMAGES // 2
-    shown = [*ranked[:half], *ranked[half:][-half:]]
-    return [result | {"references": result["references"][:5]} for result in shown]
-
-
-def _count_words(captions: list[list[str]], references: list[list[list[str]]]) -> dict[str, float]:
-    return {
-        "mean": round(statistics.fmean(map(len, captions)), 2),
-        "different": len({word for words in captions for word in words}),
-        "of_references": round(statistics.fmean(len(words) for group in references for words in group), 2),
-    }

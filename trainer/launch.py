@@ -33,11 +33,10 @@ from trainer.config import (
     TINY_VIT,
     TrainConfig,
     choose_preset,
-    default_precision,
     default_texts,
     resolve,
 )
-from trainer.runtime.checkpoint_folder import find_captioner, find_interrupted, read_models, require_free
+from trainer.runtime.checkpoint_folder import find_captioner, read_models, require_free
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +99,13 @@ def train(
         require_models(resolve(file, **options))  # reports invalid settings before data or torch is loaded
     version = open_version(data, images)
     message = progress.message if is_first else NullProgress().message
-    planned = plan_training(version, options, file, Path(out) if out else None, message, resume=resume)
+    config, folder = plan_training(version, options, file, Path(out) if out else None, message, resume=resume)
     for split in SPLITS:
         if not version.manifest["rows"].get(split):
             version.read(split, ["sample_id"])  # raises StoreError before a folder is made
 
     from trainer.training import train_captioner  # imports torch, which takes seconds
 
-    config, folder = planned.config, planned.folder
     texts = "" if config.text_source == "synthetic" else f", {config.text_source} texts"
     message(f"training on {version.path}: encoder {config.encoder}, decoder {config.decoder}{texts}")
     with translate_disk_errors(folder), DatasetDir(folder).lock() if is_first else nullcontext():
@@ -127,14 +125,6 @@ def open_version(data: str | Path | Version | None, images: str | None = None) -
     return with_pixels(data, images)
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedTraining:
-    """The settings of a training run, and its checkpoint folder."""
-
-    config: TrainConfig
-    folder: Path
-
-
 def plan_training(
     version: Version,
     options: dict[str, Any],
@@ -143,25 +133,25 @@ def plan_training(
     message: Callable[[str], None],
     *,
     resume: bool,
-) -> PlannedTraining:
-    """Choose settings and folder for a training run. `options` override the settings in `config_file`.
+) -> tuple[TrainConfig, Path]:
+    """Return the settings of a training run, and its folder. `options` override those in `config_file`.
 
-    A resumed run keeps its original settings. Raises ConfigError if the folder holds another captioner or an
-    interrupted run, or if several runs could be resumed.
+    A resumed run keeps its original settings. Raises ConfigError if the folder holds other files or an
+    interrupted run.
     """
-    if resume and out is None and options.get("encoder") == options.get("decoder") == "auto":
-        out = find_interrupted(version)
-    if resume and config_file is None and out and (out / "train.json").exists():
+    keeps_settings = resume and config_file is None
+    if keeps_settings and out and (out / "train.json").exists():
         config_file = out / "train.json"
     config = choose_settings(version, options, config_file, message)
-    suffix = "-continued" if config.init else ""
-    name = slugify(f"{version.name}-{Path(config.encoder).name}-{Path(config.decoder).name}{suffix}")
-    folder = out or version.dataset_dir / "checkpoints" / name
-    if resume and config_file is None and (folder / "train.json").exists():
-        config = resolve(folder / "train.json", **options)
+    if out is None:
+        suffix = "-continued" if config.init else ""
+        name = slugify(f"{version.name}-{Path(config.encoder).name}-{Path(config.decoder).name}{suffix}")
+        out = version.dataset_dir / "checkpoints" / name
+        if keeps_settings and (out / "train.json").exists():
+            config = resolve(out / "train.json", **options)
     if not resume:
-        require_free(folder, config, version)
-    return PlannedTraining(config, folder)
+        require_free(out)
+    return config, out
 
 
 def choose_settings(
@@ -186,12 +176,10 @@ def choose_settings(
     if "encoder" not in config.model_fields_set:
         chosen["encoder"] = choose_encoder(message, is_drawn=is_drawn)
 
-    from trainer.runtime.devices import best_device, multiplies_bfloat16  # imports torch
-
     if config.preset and "precision" not in config.model_fields_set:
-        device = best_device()
-        on_gpu, has_bfloat16 = device.type == "cuda", multiplies_bfloat16(device)
-        chosen["precision"] = default_precision(config.preset, on_gpu=on_gpu, has_bfloat16=has_bfloat16)
+        from trainer.runtime.devices import best_device, default_precision  # imports torch
+
+        chosen["precision"] = default_precision(config.preset, best_device())
     if "text_source" not in config.model_fields_set:
         chosen["text_source"] = default_texts(version.manifest)
     return config.model_copy(update=chosen)

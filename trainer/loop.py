@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.digests import digest
 from pipeline.errors import TrainError, one_line
-from pipeline.progress import NullProgress, Progress
+from pipeline.progress import Progress
 from trainer.config import TrainConfig
 from trainer.data import Example, batches
 from trainer.evaluate import EvalOptions, evaluate
@@ -30,11 +30,10 @@ from trainer.features import LoadedFeatures
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.encoder import weights_digest
 from trainer.model.language_model import PretrainedDecoder
-from trainer.optimizer import Schedule, SpikeFilter, WeightAverage, build_optimizer
+from trainer.optimizer import Schedule, WeightAverage, build_optimizer
 from trainer.runtime.devices import (
     all_reduce_gradients,
     autocast,
-    matmul_precision,
     max_over_processes,
     memory_mb,
 )
@@ -60,12 +59,12 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The micro-batches that this process computes in a step. Counts include all processes."""
+    """The micro-batches that this process computes in a step. The other fields include all processes."""
 
     micro_batches: list[MicroBatch]
+    examples: list[Example]
     num_tokens: int  # target tokens
     weight: float  # sum of the weights of the target tokens
-    num_images: int
 
 
 @dataclass(slots=True)
@@ -83,14 +82,12 @@ class BatchLoader:
 
     def load(self, examples: list[Example]) -> Batch:
         """Load this process's part of the batch for a step. `examples` holds the whole batch."""
-        count = self.micro_batches * self.processes
-        parts = [part for first in range(count) if (part := examples[first::count])]
-        # Collate the texts of all processes, because the mean loss needs the token count of the whole batch.
-        texts = [self.collate(part) for part in parts]
-        own = range(self.rank * self.micro_batches, min(len(parts), (self.rank + 1) * self.micro_batches))
-        loaded = [MicroBatch(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
-        num_tokens = sum(int(batch.learned_CT.sum()) for batch in texts)
-        return Batch(loaded, num_tokens, sum(batch.total_weight for batch in texts), len(examples))
+        # The mean loss needs the tokens of the whole batch.
+        texts = self.collate(examples)
+        own = examples[self.rank :: self.processes]
+        parts = [part for first in range(self.micro_batches) if (part := own[first :: self.micro_batches])]
+        loaded = [MicroBatch(self.features.load(part), self.collate(part), part) for part in parts]
+        return Batch(loaded, examples, int(texts.learned_CT.sum()), texts.total_weight)
 
     def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
         """Yield a batch for each list of example indices. A thread loads the next batches during a step."""
@@ -141,7 +138,7 @@ class Validation:
         cider_d, shuffled_cider_d = result["scores"]["cider_d"], result["shuffled_scores"]["cider_d"]
         loss = self.loss()
         if loss is not None and not math.isfinite(loss):
-            hint = "use lower learning rates (--lr) or --precision fp32"
+            hint = "use lower learning rates (--lr) or precision: fp32 in a settings file"
             raise TrainError(f"the validation loss is {loss} at step {done}", hint=hint)
         self.shown = {} if loss is None else {"validation loss": f"{loss:.3f}"}
         self.shown["CIDEr-D"] = f"{cider_d:.3f}, with shuffled images {shuffled_cider_d:.3f}"
@@ -179,15 +176,6 @@ class Validation:
         """Whether the score has not improved in the last `patience` evaluations."""
         return 0 < self.config.patience <= self.evaluations_without_gain
 
-    def state(self) -> dict[str, Any]:
-        """Return the state that the next evaluation depends on."""
-        return {name: getattr(self, name) for name in VALIDATION_STATE}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore a saved state. Raises KeyError if it is damaged."""
-        for name in VALIDATION_STATE:
-            setattr(self, name, state[name])
-
 
 @dataclass(slots=True)
 class Trainer:
@@ -199,16 +187,11 @@ class Trainer:
     validation: Validation
     device: torch.device
     schedule: Schedule
-    spikes: SpikeFilter
+    skipped_steps: Tensor  # consecutive updates that were skipped, on the device
     frozen_key: str = ""  # digest of the frozen weights
     average: WeightAverage | None = None
     critic: SelfCritic | None = None
     rewards: list[float] = field(default_factory=list)  # rewards of the captions sampled in the last step
-
-    @property
-    def processes(self) -> int:
-        """The number of processes that train together."""
-        return self.loader.processes
 
     def batches(self, first: int) -> Iterator[tuple[int, Batch]]:
         """Yield (step, batch) pairs from step `first` to the end of the schedule, which may come earlier."""
@@ -226,7 +209,6 @@ class Trainer:
         self.checkpoint.captioner.train()
         stage, first = self.schedule.stage(step)
         if step == first:
-            self.spikes.clear()  # a new stage has other trained weights or another loss
             self.validation.evaluations_without_gain = 0
             if self.average and stage == "train":
                 self.average.clear()
@@ -234,54 +216,67 @@ class Trainer:
         torch.manual_seed(int(digest([self.config.seed, step, self.loader.rank])[:15], 16))
         return self.schedule.apply(optimizer, step)
 
-    def forward_backward(self, batch: Batch) -> Tensor:
-        """Accumulate gradients. Returns the weighted mean loss per token of all processes."""
-        captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
-        for loaded, texts, _ in batch.micro_batches:
-            with matmul_precision(self.config.precision, self.device):
-                with autocast(self.config.precision, self.device):
-                    states_BNV = self.loader.features.states(loaded, self.device)
-                    loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.weight
-                loss.backward()
-            total += loss.detach()
-        return self._sum_over_processes(total)
+    def forward_backward(self, batch: Batch, *, rewarded: bool = False) -> Tensor:
+        """Accumulate the gradients of all micro-batches, summed over all processes. Returns the loss.
 
-    def reward_backward(self, batch: Batch) -> Tensor:
-        """Accumulate gradients of the reward-weighted loss. Returns the mean loss per sampled caption."""
-        assert self.critic
+        The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. If a GPU
+        runs out of memory, micro-batches are halved. Raises TrainError if a single image does not fit.
+        """
+        while True:
+            with suppress(torch.OutOfMemoryError):
+                loss = self._accumulate(batch, rewarded=rewarded)
+                break
+            if max(len(part.examples) for part in batch.micro_batches) == 1:
+                hint = "set lora_rank and checkpoint_blocks, or a smaller max_caption_tokens or decoder"
+                raise TrainError("a step of one image does not fit in GPU memory", hint=hint)
+            self.checkpoint.captioner.zero_grad()
+            torch.cuda.empty_cache()  # the tensors of the failed step are not freed earlier
+            self.loader.micro_batches = 2 * len(batch.micro_batches)
+            batch = self.loader.load(batch.examples)
+        return all_reduce_gradients(self.checkpoint.captioner, loss)
+
+    def _accumulate(self, batch: Batch, *, rewarded: bool) -> Tensor:
         captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
         self.rewards = []
-        for loaded, _, examples in batch.micro_batches:
-            with matmul_precision(self.config.precision, self.device):
-                with autocast(self.config.precision, self.device):
-                    states_BNV = self.loader.features.states(loaded, self.device)
-                    sampled = self.critic.sample(states_BNV.detach(), examples)
-                    loss = captioner.loss(states_BNV, sampled.texts)
-                    loss = loss / (batch.num_images * self.critic.num_samples)
-                loss.backward()
+        for loaded, texts, examples in batch.micro_batches:
+            with autocast(self.config.precision, self.device):
+                states_BNV = self.loader.features.states(loaded, self.device)
+                if rewarded and self.critic:
+                    sampled, rewards = self.critic.sample(states_BNV.detach(), examples)
+                    self.rewards += rewards
+                    loss = captioner.loss(states_BNV, sampled)
+                    loss = loss / (len(batch.examples) * self.critic.num_samples)
+                else:
+                    loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.weight
+            loss.backward()
             total += loss.detach()
-            self.rewards += sampled.rewards
-        return self._sum_over_processes(total)
+        return total
 
-    def _sum_over_processes(self, loss: Tensor) -> Tensor:
-        """Sum the gradients over all processes in place. Returns the sum of the losses."""
-        if self.processes == 1:
-            return loss
-        return all_reduce_gradients(self.checkpoint.captioner, loss)
+    def clip_and_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+        """Clip the gradients and update the weights. Returns the gradient norm.
+
+        If the loss or the norm is not finite, the update is skipped. Nothing waits for the device.
+        """
+        captioner = self.checkpoint.captioner
+        norm = nn.utils.clip_grad_norm_(captioner.parameters(), self.config.max_grad_norm)
+        is_skipped = ~(loss.isfinite() & norm.isfinite())
+        self.skipped_steps = (self.skipped_steps + 1) * is_skipped
+        optimizer.found_inf = is_skipped.float()  # type: ignore[attr-defined]  # read by the fused kernel
+        optimizer.step()
+        if self.average:
+            self.average.update(captioner)
+        return norm
 
     def end_stage_early(self, done: int, progress: Progress) -> None:
         """End the stage early if the score did not improve in `patience` evaluations."""
         # Only the first process scores the validation split.
-        if not max_over_processes(int(self.validation.is_over), self.device, self.processes):
+        if not max_over_processes(int(self.validation.is_over), self.device):
             return
         before = self.schedule.total_steps
         end = self.schedule.end_early(done)
         if self.schedule.total_steps < before:
             problem = f"the score did not improve in {self.config.patience} evaluations"
-            stage, _ = self.schedule.stage(done - 1)
-            progress.message(
-                f"{problem}: the learning rate falls, and the stage {stage} ends at step {end:,}"
-            )
+            progress.message(f"{problem}: the learning rate falls, and the stage ends at step {end:,}")
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the captioner uses averaged weights, if they are enabled."""
@@ -303,33 +298,32 @@ class Trainer:
             "captioner": {name: tensor for name, tensor in weights.items() if name not in frozen},
             "optimizer": optimizer.state_dict(),
             "step": done,
-            "validation": self.validation.state(),
+            "validation": {name: getattr(self.validation, name) for name in VALIDATION_STATE},
             "schedule": [self.schedule.lengths, self.schedule.anneal_from],
-            "spikes": [self.spikes.norms, self.spikes.skipped_steps],
-            "processes": self.processes,
+            "skipped_steps": self.skipped_steps,
+            "processes": self.loader.processes,
             "frozen": self.frozen_key,
-            **({"average": self.average.state()} if self.average else {}),
+            "average": [self.average.steps, self.average.weights_by_name] if self.average else None,
         }
 
     def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> int:
         """Restore a saved state. Returns its step. Raises TrainError if it does not fit this run."""
         if state.get("frozen") != self.frozen_key:
-            hint = (
-                "use the encoder and decoder it started with, or remove resume.pt and start without --resume"
-            )
+            hint = "use the encoder and decoder it started with, or remove resume.pt and start again"
             raise TrainError(f"{path.parent} started with different pretrained weights", hint=hint)
         try:
             missing, unexpected = self.checkpoint.captioner.load_state_dict(state["captioner"], strict=False)
             if wrong := [*unexpected, *sorted(set(missing) - self.frozen_names())]:
                 raise ValueError(f"its weights do not match this captioner: {wrong[0]}")
             optimizer.load_state_dict(state["optimizer"])
-            self.validation.restore(state["validation"])
+            for name in VALIDATION_STATE:
+                setattr(self.validation, name, state["validation"][name])
             self.schedule = Schedule(self.config, *state["schedule"])
-            norms, skipped_steps = state["spikes"]
-            self.spikes.norms = norms.to(self.device)
-            self.spikes.skipped_steps = skipped_steps.to(self.device)
+            self.skipped_steps = state["skipped_steps"].to(self.device)
             if self.average:
-                self.average.restore(state["average"], self.device)
+                self.average.steps, weights = state["average"]
+                on_device = {name: tensor.to(self.device) for name, tensor in weights.items()}
+                self.average.weights_by_name = on_device
             return int(state["step"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             hint = f"remove {path} and start without --resume"
@@ -342,8 +336,8 @@ def build_trainer(
     """Build the trainer for one process."""
     config = loader.config
     validation = Validation(checkpoint, config, validation_set, loader, device)
-    schedule, spikes = Schedule(config), SpikeFilter(device)
-    trainer = Trainer(checkpoint, config, loader, validation, device, schedule, spikes)
+    skipped_steps = torch.zeros((), dtype=torch.long, device=device)
+    trainer = Trainer(checkpoint, config, loader, validation, device, Schedule(config), skipped_steps)
     if config.average_decay:
         trainer.average = WeightAverage(config.average_decay)
     if config.scst_steps:
@@ -368,39 +362,31 @@ def run_steps(
     if config.compile:
         for part in captioner.decoder.repeated_parts():
             part.compile(dynamic=True)
-    progress = progress if log else NullProgress()
     started, saved_at, is_interrupted = time.monotonic(), time.monotonic(), False
     earlier_s, shown = log.seconds if log else 0.0, dict[str, str]()
     with delay_signals() as signals:
         for step, batch in trainer.batches(done):
             stage = trainer.begin_step(optimizer, step)
             optimizer.zero_grad()
-            loss = trainer.reward_backward(batch) if stage == "scst" else trainer.forward_backward(batch)
-            learning = [weights for weights in captioner.parameters() if weights.grad is not None]
-            norm = nn.utils.clip_grad_norm_(learning, config.max_grad_norm)
-            # The fused optimizer skips the update if `found_inf` is 1. Nothing waits for the device.
-            optimizer.found_inf = trainer.spikes.should_skip(loss, norm)  # type: ignore[attr-defined]
-            optimizer.step()
-            if trainer.average:
-                trainer.average.update(captioner)
-
+            loss = trainer.forward_backward(batch, rewarded=stage == "scst")
+            norm = trainer.clip_and_step(optimizer, loss)
             done = step + 1
+
             is_scored = done % config.evaluate_every == 0 or done in trainer.schedule.ends
             # A signal may reach only one process, but all processes must stop at the same step.
-            is_interrupted = bool(max_over_processes(len(signals), trainer.device, trainer.processes))
+            is_interrupted = bool(max_over_processes(len(signals), trainer.device))
             if log:
-                rate = max(group["lr"] for group in optimizer.param_groups)
-                values: dict[str, Any] = {"stage": stage, "loss": loss, "norm": norm, "rate": rate}
-                values |= {"images": batch.num_images, "tokens": batch.num_tokens}
-                if stage == "scst" and trainer.rewards:
-                    values["reward"] = statistics.fmean(trainer.rewards)
+                values: dict[str, Any] = {"step": done, "stage": stage, "loss": loss, "norm": norm}
+                values |= {"rate": max(group["lr"] for group in optimizer.param_groups)}
+                values |= {"images": len(batch.examples), "tokens": batch.num_tokens}
+                values |= {"reward": statistics.fmean(trainer.rewards)} if trainer.rewards else {}
                 seconds = earlier_s + time.monotonic() - started
-                log.add(step=done, **values, seconds=seconds, memory_mb=memory_mb())
+                log.add(**values, seconds=seconds, memory_mb=memory_mb())
             if is_scored or is_interrupted or done % READ_EVERY == 0:  # reads wait for the device
                 if log:
                     log.flush()
                 shown = {"loss": f"{float(loss):.3f}", **trainer.validation.shown}
-                if int(trainer.spikes.skipped_steps) >= MAX_SKIPPED_STEPS:
+                if int(trainer.skipped_steps) >= MAX_SKIPPED_STEPS:
                     problem = f"the loss is {float(loss)} and the gradient norm {float(norm)} at step {step}"
                     raise TrainError(problem, hint="use lower learning rates (--lr)")
             if is_scored:
@@ -417,7 +403,7 @@ def run_steps(
             if is_interrupted:
                 break
         if not is_interrupted:  # a signal may have arrived while the last state was saved
-            is_interrupted = bool(max_over_processes(len(signals), trainer.device, trainer.processes))
+            is_interrupted = bool(max_over_processes(len(signals), trainer.device))
     if is_interrupted:
         if signal.SIGTERM in signals and callable(signal.getsignal(signal.SIGTERM)):
             signal.raise_signal(signal.SIGTERM)  # the default handler exits with the code for SIGTERM

@@ -4,11 +4,12 @@ A corpus is a list of images. Each image has one hypothesis and one or more refe
 """
 
 import math
-import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+
+import numpy as np
 
 from pipeline.digests import digest
 from pipeline.text.normalize import combining_marks, has_marks
@@ -57,12 +58,7 @@ def score(
     references: References,
     per_image: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, float]:
-    """Return all corpus scores. `per_image` is the result of `score_each`, if it has been computed already.
-
-    Raises ValueError if the lengths differ, there are no images, or an image has no reference.
-    """
-    if len(hypotheses) != len(references) or not hypotheses or not all(references):
-        raise ValueError("a corpus needs images with one hypothesis and at least one reference each")
+    """Return all corpus scores. `per_image` is the result of `score_each`, if it was computed already."""
     scores = {f"bleu_{n}": value for n, value in enumerate(bleu(hypotheses, references), 1)}
     per_image = per_image or score_each(hypotheses, references)
     return scores | {name: sum(values) / len(values) for name, values in per_image.items()}
@@ -171,14 +167,13 @@ def _clipped_cosine(hypothesis: NgramWeights, reference: NgramWeights) -> float:
 
 def bootstrap(per_image: Mapping[str, Sequence[float]], draws: int = 1000) -> dict[str, tuple[float, float]]:
     """Return 95 % bootstrap intervals of mean scores. Images are resampled with a fixed seed."""
-    rng, num_images = random.Random(0), len(next(iter(per_image.values())))
-    means: dict[str, list[float]] = {name: [] for name in per_image}
-    for _ in range(draws):
-        drawn = rng.choices(range(num_images), k=num_images)
-        for name, values in per_image.items():
-            means[name].append(sum(values[index] for index in drawn) / len(drawn))
-    low, high = int(0.025 * draws), int(0.975 * draws)
-    return {name: (sorted(values)[low], sorted(values)[high]) for name, values in means.items()}
+    num_images = len(next(iter(per_image.values())))
+    drawn = np.random.default_rng(0).integers(num_images, size=(draws, num_images))
+    intervals = {}
+    for name, values in per_image.items():
+        low, high = np.quantile(np.array(values)[drawn].mean(1), (0.025, 0.975)).tolist()
+        intervals[name] = (low, high)
+    return intervals
 
 
 def derangement(names: Sequence[str]) -> list[int]:

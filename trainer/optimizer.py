@@ -1,4 +1,4 @@
-"""Weight updates: parameter groups, learning-rate schedule, weight averaging, and skipped steps."""
+"""Weight updates: parameter groups, learning-rate schedule, and weight averaging."""
 
 import math
 from collections.abc import Iterator
@@ -15,9 +15,6 @@ from trainer.model.caption_model import CaptionerModel
 from trainer.model.language_model import PretrainedDecoder
 
 ANNEAL_FRAC = 0.15  # share of a stage that ended early
-SPIKE_FACTOR = 10.0  # a step is skipped if its gradient norm exceeds the median by this factor
-SPIKE_WINDOW = 64  # number of steps for the median
-MAX_SPIKES = 3  # after this many skipped steps in a row, a large norm is accepted as normal
 
 
 def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dict[str, Any]]:
@@ -54,7 +51,7 @@ class Schedule:
     def __post_init__(self) -> None:
         config = self.config
         planned = {"align": config.align_steps, "train": config.steps, "scst": config.scst_steps}
-        self.lengths = self.lengths or planned
+        self.lengths = self.lengths or {stage: steps or 0 for stage, steps in planned.items()}
 
     @property
     def total_steps(self) -> int:
@@ -154,37 +151,3 @@ class WeightAverage:
         by_name = dict(model.named_parameters())
         for name, average in self.weights_by_name.items():
             by_name[name].data, self.weights_by_name[name] = average, by_name[name].data
-
-    def state(self) -> dict[str, Any]:
-        """Return the state to resume from."""
-        return {"steps": self.steps, "weights": self.weights_by_name}
-
-    def restore(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restore a saved state. Raises KeyError if it is damaged."""
-        self.steps = state["steps"]
-        self.weights_by_name = {name: tensor.to(device) for name, tensor in state["weights"].items()}
-
-
-class SpikeFilter:
-    """Decides from earlier gradient norms whether to skip a step. All values stay on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.norms = torch.full((SPIKE_WINDOW,), math.nan, device=device)
-        self.skipped_steps = torch.zeros((), dtype=torch.long, device=device)  # consecutive
-
-    def clear(self) -> None:
-        """Discard earlier norms."""
-        self.norms.fill_(math.nan)
-
-    def should_skip(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Record a norm. Returns 1.0 if the loss or the norm is not finite, or the norm is a spike."""
-        is_known = self.norms.isfinite().sum() >= SPIKE_WINDOW // 4
-        is_spike = is_known & (norm > SPIKE_FACTOR * self.norms.nanmedian())
-        is_accepted = ~is_spike | (self.skipped_steps >= MAX_SPIKES)
-        is_good = loss.isfinite() & norm.isfinite() & is_accepted
-        # An accepted spike begins a new window. A norm of 0, when all rewards are equal, is not recorded.
-        window = torch.where(is_spike, math.nan, self.norms).roll(-1)
-        window[-1] = norm
-        self.norms = torch.where(is_good & (norm > 0), window, self.norms)
-        self.skipped_steps = torch.where(is_good, 0, self.skipped_steps + 1)
-        return (~is_good).float()

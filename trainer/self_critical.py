@@ -7,9 +7,8 @@ otherwise the captioner learns to end captions in "with a".
 Shapes: B images, N hidden states, V encoder width, C sampled captions, C = B * num_samples.
 """
 
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,14 +20,6 @@ from trainer.model.decoding import DecodingConfig
 from trainer.tokenizer import EOS, EncodedText, TargetText, TextBatch, collate, scored_prompt
 
 SAMPLING = DecodingConfig(temperature=1.0)
-
-
-@dataclass(frozen=True, slots=True)
-class SampledCaptions:
-    """Sampled captions as training targets, weighted by their advantages, and their rewards."""
-
-    texts: TextBatch
-    rewards: list[float]
 
 
 class SelfCritic:
@@ -44,8 +35,11 @@ class SelfCritic:
             self.references[example.sample_id] = [[*tokenize(text.text), EOS] for text in scored]
         self.rarity = Rarity([texts for texts in self.references.values() if texts])
 
-    def sample(self, states_BNV: Tensor, examples: Sequence[Example]) -> SampledCaptions:
-        """Sample captions in evaluation mode. The reward is 0 if an image has no references."""
+    def sample(self, states_BNV: Tensor, examples: Sequence[Example]) -> tuple[TextBatch, list[float]]:
+        """Sample captions in evaluation mode. Returns them weighted by their advantages, and their rewards.
+
+        The reward is 0 if an image has no references.
+        """
         captioner, tokenizer = self.checkpoint.captioner.eval(), self.checkpoint.tokenizer
         prompt_CT = torch.tensor(self.prompt).expand(len(examples) * self.num_samples, -1)
         captions = captioner.generate(states_BNV.repeat_interleave(self.num_samples, 0), prompt_CT, SAMPLING)
@@ -61,15 +55,11 @@ class SelfCritic:
         rewards = cider_d(hypotheses, references, rarity=self.rarity)
         starts = range(0, len(texts), self.num_samples)
         by_image = [texts[start : start + self.num_samples] for start in starts]
-        weight_C = torch.tensor(_advantages(rewards, self.num_samples))
-        return SampledCaptions(replace(collate(by_image), weight_C=weight_C), rewards)
+        return replace(collate(by_image), weight_C=_advantages(rewards, self.num_samples)), rewards
 
 
-def _advantages(rewards: Sequence[float], num_samples: int) -> list[float]:
-    """Return each reward minus the mean reward of the other samples for the same image."""
-    advantages: list[float] = []
-    for first in range(0, len(rewards), num_samples):
-        own = rewards[first : first + num_samples]
-        mean = statistics.fmean(own)
-        advantages += [(reward - mean) * num_samples / (num_samples - 1) for reward in own]
-    return advantages
+def _advantages(rewards: Sequence[float], num_samples: int) -> Tensor:
+    """Return each reward minus the mean reward of the other samples for the same image: (C,)."""
+    rewards_BS = torch.tensor(rewards).view(-1, num_samples)
+    advantages_BS = (rewards_BS - rewards_BS.mean(1, keepdim=True)) * num_samples / (num_samples - 1)
+    return advantages_BS.flatten()

@@ -10,31 +10,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
+import torch
 
 from pipeline.dataset.card import list_training_data
 from pipeline.dataset.version import FEATURES, Version
 from pipeline.digests import digest, file_digest
+from pipeline.errors import TrainError
 from pipeline.progress import NullProgress, Progress
-from pipeline.storage.files import read_json, remove, write_json
+from pipeline.storage.files import read_json, write_json
 from trainer.caption_files import write_captions
 from trainer.config import TrainConfig
-from trainer.data import Example, choose_examples, texts_of
+from trainer.data import Example, Sets, choose_examples, texts_of
 from trainer.evaluate import EvalOptions, choose_references, evaluate
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
 from trainer.loop import BatchLoader, Trainer, build_trainer, run_steps
 from trainer.model.checkpoint import Checkpoint, build_checkpoint, load_checkpoint
 from trainer.model.language_model import PretrainedDecoder
-from trainer.prompts import prompt_parts
-from trainer.runtime.checkpoint_folder import READ_ERRORS, find_captioner
-from trainer.runtime.devices import best_device, join_processes, matmul_precision
-from trainer.runtime.forecast import fit_and_forecast
+from trainer.optimizer import parameter_groups
+from trainer.runtime.checkpoint_folder import READ_ERRORS, describe_difference, find_captioner
+from trainer.runtime.devices import best_device, join_processes, leave_processes, matmul_precision
 from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, scored_prompt
 
 MAX_CUT_SHARE = 0.01  # more cut texts are reported
 NAMES = {"preset", "init", "encoder", "decoder"}  # settings that may hold names of local folders
-LAST = "last"  # folder for the captioner after the last step, if an earlier one is better
 
 
 def train_captioner(
@@ -48,17 +47,18 @@ def train_captioner(
     """Train a captioner on a version, score it on the test split, and return the content of metrics.json.
 
     `out` receives the checkpoint with the best validation CIDEr-D (config.json, model.safetensors and
-    tokenizer.json), train.json (settings), log.jsonl, metrics.json and captions.jsonl (test images). If the
-    last step is not the best, the folder `last` holds its captioner. Until the run ends, resume.pt holds the
-    state to resume from.
+    tokenizer.json), train.json (settings), log.jsonl, metrics.json and captions.jsonl (test images). Until
+    the run ends, resume.pt holds the state to resume from.
 
     Raises StoreError if the version lacks a split, and TrainError if there is nothing to learn or to resume,
-    a model is missing, or the loss diverges.
+    `out` has another captioner, a model is missing, or the loss diverges.
     """
     report = progress or NullProgress()
     rank, processes = join_processes()
+    if rank:
+        report = NullProgress()
     device = best_device(rank)
-    if device.type != "cpu":
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.manual_seed(config.seed)
 
@@ -66,51 +66,36 @@ def train_captioner(
     sets, config = choose_examples(version, config)
     init = file_digest(find_captioner(config.init) / "model.safetensors") if config.init else ""
     run_digest = partial(_run_digest, version, config, sets["train"], init)
-    is_interrupted = resume and (out / "resume.pt").exists()
-    if not is_interrupted and (metrics := _read_finished(out, run_digest(1))) is not None:
+    if not (resume and (out / "resume.pt").exists()) and (out / "metrics.json").exists():
+        metrics = _read_finished(out, settings, run_digest(1))
         report.message(f"{out} already has this captioner. To train again, use another --out")
-        if processes > 1:
-            torch.distributed.destroy_process_group()
-        return metrics if rank == 0 else {}
+        leave_processes()
+        return {} if rank else metrics
 
     # All checks come first, because storing hidden states may take hours.
-    checkpoint = build_checkpoint(version, config, sets["train"])
+    checkpoint = build_checkpoint(version, config, sets["train"], init)
     checkpoint.captioner.to(device)
     config = config.model_copy(update={"max_caption_tokens": checkpoint.captioner.config.max_caption_tokens})
     _require_positions(checkpoint, texts_of([*sets["train"], *sets["validation"]]))
     if isinstance(checkpoint.captioner.decoder, PretrainedDecoder):
         _ = checkpoint.captioner.decoder.probed  # measured before the precision is reduced
-    if rank == 0:
-        _warn_of_unlearned(version, checkpoint, texts_of(sets["train"]), report)
+    _warn_of_unlearned(version, checkpoint, texts_of(sets["train"]), report)
     state = load_resume(out, settings, run_digest) if resume else {}
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
     for split in ("validation", "test"):
         choose_references(sets[split], style)
 
     out.mkdir(parents=True, exist_ok=True)
-    encoder = checkpoint.captioner.encoder
-    features: LoadedFeatures = OnlineFeatures(encoder, device)
-    if encoder.config.frozen and config.feature_storage != "none":
-        examples = [example for examples in sets.values() for example in examples]
-        features = store_features(encoder, examples, version.dataset_dir / FEATURES, device, report)
+    features = _open_features(version, config, checkpoint, sets, device, report)
     parts = config.gradient_accumulation_steps
     loader = BatchLoader(config, checkpoint.tokenizer, sets["train"], features, rank, processes, parts)
     trainer = build_trainer(checkpoint, loader, sets["validation"], device)
-    # Scored captions are generated with TF32 or float32. Steps set their own precision.
-    with matmul_precision("fp32" if config.precision == "fp32" else "tf32", device):
-        forecast_s = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
-        log = None
-        if rank == 0:
-            log = _begin_log(out, settings, forecast_s, state.get("step", 0))
+    with matmul_precision(config.precision):
+        report.message(_describe(trainer))
+        log = None if rank else _begin_log(out, settings, state.get("step", 0))
         run_steps(trainer, out, run_digest(processes), log, report, state)
-        if rank == 0 and trainer.validation.evaluations_without_gain:
-            (out / LAST).mkdir(exist_ok=True)
-            with trainer.averaged():
-                checkpoint.save(out / LAST)
-        if processes > 1:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-        return _score_test_split(trainer, out, sets["test"], run_digest(1)) if rank == 0 else {}
+        leave_processes()
+        return _score_test_split(trainer, out, sets["test"], run_digest(1)) if log else {}
 
 
 def _run_digest(
@@ -124,13 +109,32 @@ def _run_digest(
     return digest([config.digest_values(), version.manifest["digest"], processes, ids, init])
 
 
-def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
-    """Return the metrics if this run has already finished in `out`, or None."""
+def _read_finished(out: Path, config: TrainConfig, run: str) -> dict[str, Any]:
+    """Return the metrics of the run that finished in `out`. Raises TrainError if it was another run."""
     try:
         metrics = read_json(out / "metrics.json")
-        return metrics if metrics["run"] == run else None
+        if metrics["run"] == run:
+            return metrics
     except READ_ERRORS:
-        return None
+        pass
+    problem = f"{out} has a captioner trained with {describe_difference(out, config)}"
+    raise TrainError(problem, hint="choose a new folder: --out DIR")
+
+
+def _open_features(
+    version: Version,
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    sets: Sets,
+    device: torch.device,
+    progress: Progress,
+) -> LoadedFeatures:
+    """Return stored hidden states of a frozen encoder, or an encoder that computes them in each step."""
+    encoder = checkpoint.captioner.encoder
+    if not encoder.config.frozen or config.feature_storage == "none":
+        return OnlineFeatures(encoder, device)
+    examples = [example for examples in sets.values() for example in examples]
+    return store_features(encoder, examples, version.dataset_dir / FEATURES, device, progress)
 
 
 def _warn_of_unlearned(
@@ -144,9 +148,8 @@ def _warn_of_unlearned(
         progress.warn(f"{share}: they are cut off after a sentence (max_caption_tokens)")
     earlier = list_training_data(checkpoint.captioner.config.data)[1:]
     if any(data.get("source") != version.manifest["source"] for data in earlier):
-        progress.message(
-            f"an earlier training used another source, which may include test images of {version.name}"
-        )
+        source = "another source, which may include test images of"
+        progress.message(f"an earlier training used {source} {version.name}")
     if columns := version.manifest.get("own_columns"):
         progress.message(f"not used in training (columns of custom tasks): {', '.join(columns)}")
 
@@ -158,27 +161,33 @@ def _require_positions(checkpoint: Checkpoint, texts: list[TargetText]) -> None:
     if not isinstance(decoder, PretrainedDecoder) or decoder.max_positions == math.inf:
         return
     num_states = checkpoint.captioner.encoder.count_states()
-
-    def max_tokens(text: TargetText) -> int:  # an upper bound: a token has at least one byte
-        prompt = prompt_parts(tokenizer.kind, text.source, text.style, text.question)
-        target = min(len(text.text.encode()) + 2, limit)
-        return sum(len(part.encode()) for part, _ in prompt) + target
-
-    may_be_long = (text for text in texts if num_states + max_tokens(text) > decoder.max_positions)
-    encoded = (tokenizer.encode(text, limit) for text in may_be_long)
-    longest = max((len(text.prompt) + len(text.target) for text in encoded), default=0)
+    counts = zip(texts, tokenizer.count_tokens(texts), strict=True)
+    longest = max(len(tokenizer.prompt(text)) + min(count, limit) for text, count in counts)
     decoder.require_positions(num_states, longest)
 
 
-def _begin_log(out: Path, config: TrainConfig, forecast_s: float, done: int) -> Log:
-    """Write the settings, remove earlier results, and open a log that continues after step `done`."""
-    (out / "metrics.json").unlink(missing_ok=True)
-    remove(out / LAST)
+def _describe(trainer: Trainer) -> str:
+    """Return the numbers of weights and steps of a run."""
+    config, captioner = trainer.config, trainer.checkpoint.captioner
+    groups = parameter_groups(captioner, config)
+    trained = sum(weights.numel() for group in groups if group["rate"] for weights in group["params"])
+    weights, num_images = (
+        sum(weights.numel() for weights in captioner.parameters()),
+        len(trainer.loader.examples),
+    )
+    size = min(config.batch_size, num_images)
+    preset = f"preset {config.preset}: " if config.preset else ""
+    epochs = config.total_steps * size / num_images
+    return (
+        f"{preset}{weights:,} parameters, {trained:,} of them trainable. "
+        f"At most {config.total_steps:,} steps of {size} images ({epochs:.1f} epochs)"
+    )
+
+
+def _begin_log(out: Path, config: TrainConfig, done: int) -> Log:
+    """Write the settings, and open a log that continues after step `done`."""
     write_json(out / "train.json", config.model_dump(mode="json"))
-    log = Log(out / "log.jsonl", done)
-    if not done:
-        log.write(step=0, forecast_seconds=forecast_s)
-    return log
+    return Log(out / "log.jsonl", done)
 
 
 def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dict[str, Any]:
@@ -188,9 +197,8 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     captioner = checkpoint.captioner
     if not captioner.encoder.config.frozen:
         features = OnlineFeatures(captioner.encoder, trainer.device)
-    options = EvalOptions(
-        scored_prompt(captioner.config.prompts), captioner.config.decoding(), questions=True
-    )
+    prompt = scored_prompt(captioner.config.prompts)
+    options = EvalOptions(prompt, captioner.config.decoding(), questions=True)
     metrics: dict[str, Any] = {
         "run": run,
         "data": captioner.config.data,

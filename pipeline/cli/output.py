@@ -26,7 +26,8 @@ def find_checkpoint(captioner: str) -> Path:
 
     folder = find_captioner(captioner)
     if (folder / "resume.pt").exists():
-        say(f"note: the training run in {folder} is not finished; `synth train --resume` resumes it", WARNING)
+        command = f"synth train --resume --out {folder}"
+        say(f"note: the training run in {folder} is not finished; `{command}` resumes it", WARNING)
     return folder
 
 

@@ -63,11 +63,6 @@ def train(
     lora_rank: Annotated[
         int | None, _preset_option("LoRA rank for a language model; 0: train all weights.", min=0)
     ] = None,
-    precision: Annotated[
-        str | None,
-        option("Precision of matrix multiplications: fp32, tf32 or bf16.", "fp32; on a GPU by preset"),
-    ] = None,
-    align_steps: Annotated[int | None, _preset_option("Steps that train only the connector.", min=0)] = None,
     seed: Annotated[int | None, option("Seed of initial weights, dropout and data order.", "0")] = None,
     config: Annotated[Path | None, option("YAML file or train.json; options override it.", False)] = None,
     out: Annotated[
@@ -78,7 +73,7 @@ def train(
 ) -> None:
     """Train a captioner on a version, and score it on the test split.
 
-    Before the first step, it prints the number of trainable parameters, and the expected time.
+    Before the first step, it prints the numbers of trainable parameters and of steps.
     """
     from trainer.config import resolve
 
@@ -91,8 +86,7 @@ def train(
         "connector_lr": lr,
         "decoder_lr": lr,
     }
-    options |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed}
-    options |= {"preset": preset, "init": init}
+    options |= {"lora_rank": lora_rank, "seed": seed, "preset": preset, "init": init}
     if not resume:
         resolve(config, **options)  # report invalid settings before data is downloaded
     version = open_data(data, images)

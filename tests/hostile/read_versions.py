@@ -28,8 +28,7 @@ def consumers(version: Version, good: Version, out: Path) -> dict[str, Callable[
             package.bytes()
 
     def train() -> None:
-        options: Any = {"questions": True, "styles": (), "source_in_prompt": True}
-        for example in examples_in(version, "train", "mixed", **options):
+        for example in examples_in(version, "train", "mixed"):
             example.open()
 
     return {

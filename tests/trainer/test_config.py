@@ -1,4 +1,4 @@
-"""Training settings: defaults, files, flags, and the comparison with a finished training."""
+"""Training settings: presets, files and flags, and the comparison with a finished training."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from trainer.config import TrainConfig, resolve
-from trainer.runtime.checkpoint_folder import other_settings
+from trainer.config import FEW_IMAGES, MAX_EVALUATIONS, PRESETS, TrainConfig, choose_preset, resolve
+from trainer.runtime.checkpoint_folder import describe_difference
 
 
 def test_flags_override_the_file_unless_they_are_auto(tmp_path: Path) -> None:
@@ -24,36 +24,17 @@ def test_invalid_file_is_an_error_with_a_hint(tmp_path: Path, text: str) -> None
     assert refused.value.hint
 
 
-def test_default_learning_rates_depend_on_encoder_and_decoder() -> None:
-    frozen, along, pretrained = (
-        TrainConfig(**flags).with_defaults(100)  # type: ignore[arg-type]
-        for flags in ({"encoder": "clip"}, {"encoder": "tiny-vit"}, {"encoder": "clip", "decoder": "qwen3"})
-    )
-    assert (frozen.encoder_lr, along.encoder_lr) == (0.0, 1e-3)
-    assert (frozen.decoder_lr, pretrained.decoder_lr) == (1e-3, 2e-5)
-    assert TrainConfig(encoder="clip", encoder_lr=1e-5).with_defaults(100).encoder_lr == 1e-5
-
-
-def test_finished_run_lists_its_different_settings(tmp_path: Path) -> None:
+def test_differences_to_a_finished_run_are_listed(tmp_path: Path) -> None:
     config = TrainConfig(encoder="clip", steps=50)
-    assert not other_settings(tmp_path, config)
     (tmp_path / "train.json").write_text(config.model_dump_json())
-    # Without metrics.json, the run has not finished.
-    assert not other_settings(tmp_path, TrainConfig(encoder="clip", text_source="mixed"))
-    (tmp_path / "metrics.json").write_text("{}")
-    assert not other_settings(tmp_path, config)
-    for changes in (
-        {"text_source": "mixed"},
-        {"seed": 1},
-        {"encoder_layer": -2},
-        {"steps": 60},
-        {"decoder_lr": 0.5},
-    ):
-        assert other_settings(tmp_path, TrainConfig(encoder="clip", **({"steps": 50} | changes)))
-    changed = TrainConfig(encoder="clip", steps=60, decoder_lr=0.5)
-    assert other_settings(tmp_path, changed) == ["decoder_lr unset, now 0.5", "steps 50, now 60"]
+    changed = config.model_copy(update={"steps": 60, "decoder_lr": 0.5, "preset": "photos"})
+    listed = describe_difference(tmp_path, changed)
+    assert listed == "other settings (decoder_lr null, now 0.5, steps 50, now 60)"
+    assert describe_difference(tmp_path, config.model_copy(update={"preset": "photos"})).startswith(
+        "other data"
+    )
     (tmp_path / "train.json").write_text("?")
-    assert other_settings(tmp_path, config)
+    assert describe_difference(tmp_path, config) == "other settings or data"
 
 
 def test_learning_rates_are_recomputed_when_the_model_changes(tmp_path: Path) -> None:
@@ -72,19 +53,76 @@ def test_learning_rates_are_recomputed_when_the_model_changes(tmp_path: Path) ->
     assert rates(TrainConfig(encoder="clip"), decoder="qwen3") == (0.0, 2e-4, 2e-5)
     assert rates(TrainConfig(encoder="clip"), decoder="qwen3", lora_rank=8) == (0.0, 2e-4, 2e-4)
     assert rates(frozen, encoder="tiny-vit", encoder_lr=0.5) == (0.5, 1e-3, 5e-4)
+    assert rates(TrainConfig(encoder="clip", encoder_lr=1e-5)) == (1e-5, 1e-3, 1e-3)
+
+
+def test_preset_depends_on_images_and_decoder() -> None:
+    assert choose_preset(is_drawn=True, images=9, decoder="qwen3") == "scenes"
+    assert choose_preset(is_drawn=False, images=9, decoder="qwen3") == "photos-lm"
+    assert choose_preset(is_drawn=False, images=FEW_IMAGES - 1, decoder="scratch") == "photos-few"
+    assert choose_preset(is_drawn=False, images=FEW_IMAGES, decoder="scratch") == "photos"
+    assert choose_preset(is_drawn=False, images=FEW_IMAGES, decoder="prefix") == "photos"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_is_valid_for_any_number_of_images(name: str) -> None:
+    config = resolve(preset=name, decoder="qwen3" if name == "photos-lm" else "scratch")
+    for images in (1, 20, 2_000, 1_000_000):
+        filled = config.with_defaults(images)
+        assert filled.total_steps / filled.evaluate_every <= MAX_EVALUATIONS
+        assert filled.with_defaults(images) == filled
+
+
+def test_file_and_flags_override_preset(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("preset: photos\nbatch_size: 7\n")
+    config = resolve(tmp_path / "c.yaml", decoder_lr=0.25)
+    assert (config.preset, config.batch_size, config.decoder_lr) == ("photos", 7, 0.25)
+    assert (config.decoder_width, config.label_smoothing) == (512, 0.1)
+    (tmp_path / "c.yaml").write_text("batch_size: 7\n")
+    assert resolve(tmp_path / "c.yaml", preset="photos").batch_size == 7
+
+
+def test_epochs_flag_overrides_steps(tmp_path: Path) -> None:
+    assert resolve(preset="photos-few", epochs=1).with_defaults(32).steps == 2
+    (tmp_path / "train.json").write_text(TrainConfig(encoder="clip", steps=50).model_dump_json())
+    assert resolve(tmp_path / "train.json", epochs=2).with_defaults(64).steps == 4
+    assert resolve(tmp_path / "train.json", epochs=2, steps=9).with_defaults(64).steps == 9
+
+
+@pytest.mark.parametrize("flags", [{"scst_steps": 0}, {"steps": 30}])
+def test_steps_flag_drops_the_rewarded_epochs_of_the_preset(flags: dict[str, Any], tmp_path: Path) -> None:
+    assert resolve(preset="photos").with_defaults(640).scst_steps == 20
+    assert resolve(preset="photos", **flags).with_defaults(640).scst_steps == 0
+    (tmp_path / "train.json").write_text(resolve(preset="photos").model_dump_json())
+    kept = resolve(tmp_path / "train.json", **flags).with_defaults(640).scst_steps
+    assert kept == (0 if "scst_steps" in flags else 20)
+
+
+def test_epochs_are_converted_to_steps() -> None:
+    epochs: dict[str, Any] = {"align_epochs": 0.5, "epochs": 2, "evaluate_epochs": 0.5}
+    config = TrainConfig(decoder="qwen3", batch_size=10, lora_rank=4, **epochs)
+    filled = config.with_defaults(200)
+    assert (filled.align_steps, filled.steps, filled.evaluate_every) == (10, 40, 10)
+    assert filled.decoder_lr == 2e-4
+    assert config.model_copy(update={"align_steps": 3}).with_defaults(200).align_steps == 3
+    assert resolve(preset="photos-lm", decoder="qwen3", align_steps=0).with_defaults(200).align_steps == 0
+
+
+def test_different_presets_in_file_and_flag_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("preset: photos\n")
+    assert resolve(tmp_path / "c.yaml", preset="photos").decoder_width == 512
+    with pytest.raises(ConfigError, match="has the preset photos, but --preset is photos-few"):
+        resolve(tmp_path / "c.yaml", preset="photos-few")
+
+
+def test_adapters_for_a_scratch_decoder_are_refused() -> None:
+    with pytest.raises(ConfigError, match="lora_rank needs a pretrained language model"):
+        resolve(lora_rank=8)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("preset: photos-few\nepochs: 2\n", {"epochs": 2, "min_steps": 0}),
-        ("preset: photos-few\nepochs: 2\nmin_steps: 7\n", {"epochs": 2, "min_steps": 7}),
-        ("preset: photos-few\n", {"epochs": 40, "min_steps": 400}),
-        ("preset: photos-lm\ndecoder: qwen3\nalign_steps: 0\n", {"align_steps": 0, "align_epochs": 0.0}),
-        ("preset: photos-lm\ndecoder: qwen3\n", {"align_epochs": 1.0}),
-    ],
+    ("preset", "decoder"), [("photos-lm", "scratch"), ("photos-lm", None), ("photos", "qwen3")]
 )
-def test_config_file_overrides_preset(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
-    (tmp_path / "c.yaml").write_text(text)
-    config = resolve(tmp_path / "c.yaml")
-    assert {name: getattr(config, name) for name in expected} == expected
+def test_preset_for_another_kind_of_decoder_is_refused(preset: str, decoder: str | None) -> None:
+    with pytest.raises(ConfigError, match=f"the preset {preset} needs .*, but the decoder is"):
+        resolve(preset=preset, decoder=decoder)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import TrainError
 from trainer.config import default_texts
-from trainer.data import Question, batches, limit_images, read_examples
+from trainer.data import Question, batches, read_examples
 from trainer.tokenizer import TargetText
 
 ROW: dict[str, Any] = {
@@ -89,26 +89,15 @@ def test_synthetic_questions_are_scored_without_human_ones() -> None:
     assert example.questions == (Question("How many?", ("1",), "number"),)
 
 
-def test_styles_setting_limits_captions_and_source_can_be_left_out_of_the_prompt() -> None:
+def test_styles_setting_limits_synthetic_captions() -> None:
     two = [*ROW["captions"], {"text": "A red ring.", "style": "detailed", "prompt_id": "p"}]
-    options: dict[str, Any] = {"styles": ("brief",), "source_in_prompt": False}
-    (example,) = read_examples(table({"captions": two}), IMAGES, "mixed", **options)
-    captions = {(text.source, text.text) for text in example.texts if text.style}
-    assert captions == {("any", "A ring."), ("any", "One ring."), ("any", "A circle.")}
-    assert {text.source for text in example.texts} == {"any"} and len(example.texts) == 5
+    (example,) = read_examples(table({"captions": two}), IMAGES, "mixed", styles=("brief",))
+    assert {text.text for text in example.texts if text.style} == {"A ring.", "One ring.", "A circle."}
     (scored,) = read_examples(table({"captions": two}), IMAGES, styles=("alt",), to_score=True)
     assert scored.references and not any(text.style for text in scored.texts)
     with pytest.raises(TrainError, match="no captions of the styles alt") as caught:
         read_examples(table({}), IMAGES, styles=("alt",))
     assert caught.value.hint.endswith("set styles to some of brief")
-
-
-def test_smaller_image_limit_selects_a_subset_of_a_larger_limit() -> None:
-    examples = read_examples(table(*({"sample_id": str(n)} for n in range(50))), IMAGES)
-    few, more = limit_images(examples, 10), limit_images(examples, 20)
-    assert len(few) == 10 and len(more) == 20 and set(few) < set(more)
-    assert set(limit_images(examples[::-1], 10)) == set(few)
-    assert limit_images(examples, 0) == limit_images(examples, 60) == examples
 
 
 def test_dataset_without_texts_or_with_decks_is_refused() -> None:

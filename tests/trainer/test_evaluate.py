@@ -15,7 +15,7 @@ from pipeline.scenes.scene import draw, sample_scene
 from pipeline.scenes.text import caption
 from tests.trainer.tiny_models import save_clip
 from trainer.data import Example, Question
-from trainer.evaluate import _gains, choose_references, clip_scores, is_own_encoder, vqa_accuracy
+from trainer.evaluate import choose_references, clip_scores, is_own_encoder, vqa_accuracy
 from trainer.metrics import bootstrap, derangement, score_each
 from trainer.tokenizer import TargetText, scored_prompt
 
@@ -82,7 +82,8 @@ def test_captioner_that_ignores_its_images_is_reported(
     shuffled = [captions[index] for index in derangement([*map(str, range(40))])]
     references = [[text] for text in words]
     own, other = score_each(captions, references), score_each(shuffled, references)
-    gain = bootstrap(_gains(own, other))
+    gains = [a - b for a, b in zip(own["cider_d"], other["cider_d"], strict=True)]
+    gain = bootstrap({"cider_d": gains})
     metrics = {"split": "test", "images": 40, "style": "brief", "against": "references", "num_beams": 1}
     print_scores(metrics | {"scores": {}, "intervals": {}, "shuffled_scores": {}, "gain": gain})
     assert ("this captioner ignores its images" in capsys.readouterr().err) == is_told

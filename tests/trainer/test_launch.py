@@ -1,5 +1,6 @@
 """Planning a training: defaults depend on the data, and no other file is overwritten."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,16 @@ from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, StoreError, TrainError
 from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
-from tests.scene_data import make_version, scene_samples, true_captions
+from tests.scene_data import make_version, scene_samples
 from trainer.config import TrainConfig, resolve
-from trainer.launch import PlannedTraining, open_version, plan_training, train
-from trainer.runtime.checkpoint_folder import find_interrupted
+from trainer.launch import open_version, plan_training, train
 
 OPTIONS = {"encoder": "tiny-vit", "decoder": "scratch", "preset": None}
 
 
 def plan(
     version: Version, out: Path | None = None, *, resume: bool = False, **options: object
-) -> PlannedTraining:
+) -> tuple[TrainConfig, Path]:
     return plan_training(version, OPTIONS | options, None, out, NullProgress().message, resume=resume)
 
 
@@ -30,19 +30,10 @@ def interrupt(folder: Path, config: TrainConfig) -> None:
 
 
 def test_default_settings_and_folder_depend_on_the_data(version: Version) -> None:
-    planned = plan(version)
-    assert (planned.config.preset, planned.config.text_source) == ("scenes", "synthetic")
-    assert planned.folder == version.dataset_dir / "checkpoints" / "v1.0.0-tiny-vit-scratch"
-    assert plan(version, text_source="human").config.text_source == "human"
-
-
-def test_captioner_trained_with_other_settings_is_not_overwritten(version: Version, tmp_path: Path) -> None:
-    config = plan(version).config
-    write_json(tmp_path / "train.json", config.model_copy(update={"seed": 7}).model_dump(mode="json"))
-    write_json(tmp_path / "metrics.json", {})
-    with pytest.raises(ConfigError, match="has a captioner trained with other settings"):
-        plan(version, tmp_path)
-    assert plan(version, tmp_path, seed=7).folder == tmp_path
+    config, folder = plan(version)
+    assert (config.preset, config.text_source) == ("scenes", "synthetic")
+    assert folder == version.dataset_dir / "checkpoints" / "v1.0.0-tiny-vit-scratch"
+    assert plan(version, text_source="human")[0].text_source == "human"
 
 
 def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path: Path) -> None:
@@ -59,17 +50,7 @@ def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path:
             plan(version, folder)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".lock").touch()
-    assert plan(version, tmp_path / "empty").folder == tmp_path / "empty"
-
-
-def test_captioner_trained_on_other_data_is_not_overwritten(version: Version, tmp_path: Path) -> None:
-    write_json(tmp_path / "train.json", plan(version).config.model_dump(mode="json"))
-    write_json(tmp_path / "metrics.json", {})
-    write_json(tmp_path / "config.json", {"data": {"digest": version.manifest["digest"]}})
-    assert plan(version, tmp_path).folder == tmp_path
-    write_json(tmp_path / "config.json", {"data": {"digest": "of other data"}})
-    with pytest.raises(ConfigError, match="has a captioner trained on other data"):
-        plan(version, tmp_path)
+    assert plan(version, tmp_path / "empty")[1] == tmp_path / "empty"
 
 
 def test_interrupted_training_resumes_with_its_settings_only_on_request(
@@ -82,23 +63,12 @@ def test_interrupted_training_resumes_with_its_settings_only_on_request(
     with DatasetDir(tmp_path).lock(), pytest.raises(StoreError, match="another process is writing to"):
         # A running training is not an interrupted one.
         plan(version, tmp_path)
-    assert plan(version, tmp_path, resume=True).config.seed == 9
-    assert plan(version, tmp_path, resume=True, steps=5).config.steps == 5
-
-
-def test_single_interrupted_training_is_found_and_several_are_refused(tmp_path: Path) -> None:
-    samples = scene_samples(30)
-    version, _ = make_version(tmp_path, samples, true_captions(samples))
-    assert find_interrupted(version) is None
-    first, second = (version.dataset_dir / "checkpoints" / name for name in ("a", "b"))
-    for folder in (first, second):
-        folder.mkdir(parents=True)
-    interrupt(first, resolve(None, **OPTIONS, seed=3))
-    assert find_interrupted(version) == first
-    assert plan(version, resume=True, encoder="auto", decoder="auto").config.seed == 3
-    interrupt(second, resolve(None, **OPTIONS))
-    with pytest.raises(ConfigError, match="several training runs were interrupted: a, b"):
-        plan(version, resume=True, encoder="auto", decoder="auto")
+    assert plan(version, tmp_path, resume=True)[0].seed == 9
+    assert plan(version, tmp_path, resume=True, steps=5)[0].steps == 5
+    default = plan(version)[1]
+    interrupt(default, resolve(None, **OPTIONS, seed=3))
+    assert plan(version, resume=True)[0].seed == 3
+    shutil.rmtree(default.parent)
 
 
 def test_data_is_opened_by_folder_version_or_hub_name(

@@ -1,7 +1,7 @@
 """Training steps: they overfit, and do not depend on micro-batches or processes."""
 
 import subprocess
-from collections.abc import Callable
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,21 @@ from tests.trainer.small_trainings import CPU, PROCESS, TWO_PROCESSES, losses, r
 from trainer.data import choose_examples, examples_in, read_split_examples, texts_of
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
-from trainer.loop import BatchLoader
-from trainer.model.caption_model import CaptionerModel
+from trainer.loop import Batch, BatchLoader, Trainer, build_trainer
 from trainer.model.checkpoint import build_checkpoint, load_checkpoint
+from trainer.optimizer import build_optimizer
 from trainer.training import train_captioner
+
+
+@pytest.fixture
+def small_trainer(version: Version, clip: str) -> Trainer:
+    config = replace(encoder=clip, dropout=0.0).with_defaults(40)
+    examples = examples_in(version, "train")
+    checkpoint = build_checkpoint(version, config, examples)
+    features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
+    return build_trainer(
+        checkpoint, BatchLoader(config, checkpoint.tokenizer, examples, features), examples[:3], CPU
+    )
 
 
 def test_four_images_are_memorized(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +44,7 @@ def test_four_images_are_memorized(version: Version, tmp_path: Path, monkeypatch
     features = OnlineFeatures(loaded.captioner.encoder, CPU)
     evaluation = evaluate(loaded, four, EvalOptions(("synthetic", "brief")), features)
     expected = {e.sample_id: next(t.text for t in e.texts if t.style == "brief") for e in four}
-    assert {entry["sample_id"]: entry["caption"] for entry in evaluation["shown"]} == expected
+    assert {entry["sample_id"]: entry["caption"] for entry in evaluation["each"]} == expected
     assert metrics["scores"]["cider_d"] > 2 * metrics["shuffled_scores"]["cider_d"]
     assert evaluation["scores"] == metrics["scores"]
 
@@ -116,35 +127,31 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
     assert len(losses(tmp_path)) == 12
 
 
+@pytest.mark.parametrize(("loss", "gradient"), [(nan, 1.0), (1.0, nan), (1.0, inf)])
+def test_step_with_a_non_finite_loss_or_gradient_changes_no_weight(
+    small_trainer: Trainer, loss: float, gradient: float
+) -> None:
+    captioner = small_trainer.checkpoint.captioner
+    optimizer = build_optimizer(captioner, small_trainer.config)
+    weights = next(captioner.connector.parameters())
+    small_trainer.begin_step(optimizer, 0)
+    for step_loss, step_gradient, skipped in (
+        (1.0, 1.0, 0),
+        (loss, gradient, 1),
+        (loss, gradient, 2),
+        (1.0, 1.0, 0),
+    ):
+        before = weights.detach().clone()
+        weights.grad = torch.full_like(weights, step_gradient)
+        small_trainer.clip_and_step(optimizer, torch.tensor(step_loss))
+        assert torch.equal(weights, before) == bool(skipped) and weights.isfinite().all()
+        assert small_trainer.skipped_steps == skipped
+
+
 def test_diverging_loss_ends_the_training(version: Version, tmp_path: Path) -> None:
     rates = {"connector_lr": 1e18, "decoder_lr": 1e18, "encoder_lr": 1e18}
     with pytest.raises(TrainError, match=r"loss is (nan|inf)"):
         train_captioner(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
-
-
-def test_bfloat16_is_used_in_steps_only(
-    version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, set[tuple[str, bool]]] = {"loss": set(), "generate": set()}
-
-    def noting(name: str) -> Callable[..., Any]:
-        method = getattr(CaptionerModel, name)
-
-        def noted(*arguments: Any, **named: Any) -> Any:
-            seen[name].add((torch.get_float32_matmul_precision(), torch.is_grad_enabled()))
-            return method(*arguments, **named)
-
-        return noted
-
-    for name in seen:
-        monkeypatch.setattr(CaptionerModel, name, noting(name))
-    config = replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30)
-    train_captioner(version, config, tmp_path)
-    assert losses(tmp_path)[-1] < losses(tmp_path)[0] * 0.8
-    # Steps use bfloat16 factors, the validation loss does not.
-    assert seen["loss"] == {("medium", True), ("high", False)}
-    assert {setting for setting, _ in seen["generate"]} == {"high"}
-    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_two_processes_have_same_losses_as_one_process(version: Version, tmp_path: Path, clip: str) -> None:
@@ -158,18 +165,55 @@ def test_two_processes_have_same_losses_as_one_process(version: Version, tmp_pat
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-def test_batches_are_loaded_ahead_in_order(version: Version, clip: str) -> None:
-    config = replace(encoder=clip).with_defaults(40)
-    examples = examples_in(version, "train")
-    checkpoint = build_checkpoint(version, config, examples)
-    features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
-    loader = BatchLoader(config, checkpoint.tokenizer, examples, features)
-    order = [[0, 1], [5, 2], [7]]
+def limit_images(monkeypatch: pytest.MonkeyPatch, small_trainer: Trainer, most: int) -> list[list[int]]:
+    """Let micro-batches of more than `most` images run out of memory; return the sizes of each try."""
+    tried: list[list[int]] = []
+    load = small_trainer.loader.features.states
+
+    def states(loaded: torch.Tensor, device: torch.device) -> torch.Tensor:
+        tried[-1].append(len(loaded))
+        if len(loaded) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(loaded, device)
+
+    accumulate = Trainer._accumulate
+
+    def note(self: Trainer, batch: Batch, *, rewarded: bool) -> torch.Tensor:
+        tried.append([])
+        return accumulate(self, batch, rewarded=rewarded)
+
+    monkeypatch.setattr(Trainer, "_accumulate", note)
+    monkeypatch.setattr(OnlineFeatures, "states", lambda _, *arguments: states(*arguments))
+    return tried
+
+
+def test_step_that_does_not_fit_in_memory_is_computed_in_smaller_parts(
+    small_trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connector = small_trainer.checkpoint.captioner.connector
+    batch = small_trainer.loader.load(small_trainer.loader.examples[:8])
+    expected = small_trainer.forward_backward(batch)
+    gradients = [weights.grad for weights in connector.parameters()]
+    small_trainer.checkpoint.captioner.zero_grad()
+    tried = limit_images(monkeypatch, small_trainer, most=3)
+    torch.testing.assert_close(small_trainer.forward_backward(batch), expected)
+    assert tried == [[8], [4], [2, 2, 2, 2]] and small_trainer.loader.micro_batches == 4
+    torch.testing.assert_close([weights.grad for weights in connector.parameters()], gradients)
+    limit_images(monkeypatch, small_trainer, most=0)
+    with pytest.raises(TrainError, match="a step of one image does not fit") as refused:
+        small_trainer.forward_backward(batch)
+    assert refused.value.hint and "lora_rank" in refused.value.hint
+
+
+def test_batches_are_loaded_ahead_in_order(small_trainer: Trainer) -> None:
+    loader, order = small_trainer.loader, [[0, 1], [5, 2], [7]]
+    examples = loader.examples
     ahead = list(loader.load_ahead(order))
     for indices, batch in zip(order, ahead, strict=True):
         (own,) = loader.load([examples[index] for index in indices]).micro_batches
         assert torch.equal(batch.micro_batches[0][0], own[0])
         assert torch.equal(batch.micro_batches[0][1].ids_CT, own[1].ids_CT)
-        assert (batch.num_images, batch.num_tokens) == (len(indices), int(own[1].learned_CT.sum()))
+        assert batch.num_tokens == int(own[1].learned_CT.sum())
+        assert batch.examples == [examples[index] for index in indices]
     with pytest.raises(IndexError):
         list(loader.load_ahead([[0], [9999]]))

@@ -1,6 +1,6 @@
-"""Weight updates: parameter groups, schedule, average of the weights, and skipped steps."""
+"""Weight updates: parameter groups, schedule, and average of the weights."""
 
-from math import inf, isfinite, nan
+from math import isfinite
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.trainer.small_trainings import replace
 from trainer.config import TrainConfig
 from trainer.data import examples_in, read_split_examples
 from trainer.model.checkpoint import build_checkpoint
-from trainer.optimizer import MAX_SPIKES, Schedule, SpikeFilter, WeightAverage, build_optimizer
+from trainer.optimizer import Schedule, WeightAverage, build_optimizer
 
 
 def test_each_model_part_has_a_learning_rate_and_is_frozen_at_rate_0(version: Version, clip: str) -> None:
@@ -93,46 +93,3 @@ def test_early_end_anneals_the_rate_over_the_last_15_percent_of_the_stage() -> N
     assert schedule.end_early(120 + 17) == 120 + 20
     restored = Schedule(config, dict(schedule.lengths), schedule.anneal_from)
     assert [restored.factor(n) for n in range(140)] == [schedule.factor(n) for n in range(140)]
-
-
-def should_step(spikes: SpikeFilter, loss: float, norm: float) -> bool:
-    return not spikes.should_skip(torch.tensor(loss), torch.tensor(norm))
-
-
-def filter_after(*norms: float) -> SpikeFilter:
-    spikes = SpikeFilter(torch.device("cpu"))
-    for norm in norms:
-        assert should_step(spikes, 1.0, norm)
-    return spikes
-
-
-def test_zero_gradients_do_not_lower_the_median_norm() -> None:
-    """Gradients are 0 if all rewards of a step are equal."""
-    spikes = filter_after(*(float(step % 4 == 0) for step in range(200)))
-    assert not should_step(spikes, 1.0, 1e6)
-
-
-def test_larger_gradient_norms_are_accepted_if_they_last() -> None:
-    spikes = filter_after(*[1.0] * 32)
-    assert not any(should_step(spikes, 1.0, 100.0) for _ in range(MAX_SPIKES))
-    assert should_step(spikes, 1.0, 100.0) and should_step(spikes, 1.0, 100.0)
-
-
-@pytest.mark.parametrize(("loss", "norm"), [(nan, 1.0), (inf, 1.0), (1.0, nan), (1.0, inf)])
-def test_non_finite_loss_or_norm_is_always_skipped(loss: float, norm: float) -> None:
-    spikes = filter_after(*[1.0] * 32)
-    assert [should_step(spikes, loss, norm) for _ in range(20)] == [False] * 20
-    assert spikes.skipped_steps == 20 and spikes.norms.nansum() == 32
-
-
-def test_skipped_step_changes_no_weight_although_nothing_is_read_from_the_device() -> None:
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=True)
-    for skip, gradient in ((0.0, 1.0), (1.0, nan), (0.0, 1.0)):
-        before = model.weight.detach().clone()
-        for weights in model.parameters():
-            weights.grad = torch.full_like(weights, gradient)
-        optimizer.found_inf = torch.tensor(skip)  # type: ignore[attr-defined]
-        optimizer.step()
-        assert torch.equal(model.weight, before) == bool(skip)
-    assert model.weight.isfinite().all()

@@ -102,7 +102,8 @@ def test_resumed_training_keeps_its_settings(
 ) -> None:
     before = settings(interrupted)
     capsys.readouterr()
-    train(data=str(version.path), resume=True, **models if names_models else {})
+    named = models if names_models else {"out": interrupted}
+    train(data=str(version.path), resume=True, **named)
     assert settings(interrupted) == before
     assert f"decoder {models['decoder']}" in capsys.readouterr().err
     assert (interrupted / "metrics.json").exists()
@@ -119,7 +120,7 @@ def test_caption_notes_unfinished_training_and_refuses_empty_question(
         caption(captioner, [image, image], as_json=True)
         printed = capsys.readouterr()
         assert [json.loads(line)["image"] for line in printed.out.splitlines()] == [image]
-        note = "is not finished; `synth train --resume` resumes it"
+        note = "is not finished; `synth train --resume --out "
         assert (note in printed.err.replace("\n", " ")) == is_unfinished
     with pytest.raises(BadParameter, match="the question is empty"):
         caption(captioner, [image], question=" ")

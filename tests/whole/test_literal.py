@@ -40,7 +40,7 @@ def test_commands_of_readme_run_in_order(hub: RunningHub, tmp_path: Path) -> Non
 
     synth("generate", "--source", "flickr30k")
     assert "may not be redistributed" in synth("push", "--repo", "me/x").stderr
-    # 400 steps of these few photos would take minutes
+    # The 40 epochs of the preset would take minutes.
     trained = synth("train", "--epochs", "2")
     assert "encoder clip, decoder scratch" in trained.stderr
     assert "preset photos-few: " in trained.stderr
@@ -51,8 +51,9 @@ def test_commands_of_readme_run_in_order(hub: RunningHub, tmp_path: Path) -> Non
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["against"] == "references of the source"
 
-    steps = ("--align-steps", "2", "--steps", "2", "--batch-size", "8")
-    two_steps = synth("train", "--decoder", "qwen3", *steps)
+    settings = "preset: auto\nalign_steps: 2\nsteps: 2\nbatch_size: 8\n"
+    (tmp_path / "user" / "two.yaml").write_text(settings)
+    two_steps = synth("train", "--decoder", "qwen3", "--config", "two.yaml")
     assert "preset photos-lm: " in two_steps.stderr
     folder = tmp_path / "user" / two_steps.stdout.strip()
     stages = [json.loads(line).get("stage") for line in (folder / "log.jsonl").read_text().splitlines()]

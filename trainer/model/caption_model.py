@@ -22,10 +22,6 @@ from trainer.tokenizer import TextBatch
 MAX_GENERATION_BATCH = 1 << 16  # images per call of `decoder.generate`, halved if a GPU runs out of memory
 
 
-class GpuMemoryError(TrainError):
-    """Raised when generating text for a single image exceeds GPU memory."""
-
-
 @dataclass(frozen=True, slots=True)
 class CaptionerConfig:
     """Everything needed to rebuild a captioner.
@@ -80,7 +76,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         """Generate one text per image, up to EOS or `max_caption_tokens`.
 
         Returns token ids without prompt and EOS. If a GPU runs out of memory, the batch is halved. Raises
-        GpuMemoryError if a single image does not fit.
+        TrainError if a single image does not fit.
         """
         device = self.device
         max_tokens, eos_id = self.config.max_caption_tokens, self.config.eos_id
@@ -96,7 +92,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
             self._generation_batch = len(states_BNV[part]) // 2
             if not self._generation_batch:
                 hint = "use fewer beams (--num-beams) or a smaller max_caption_tokens"
-                raise GpuMemoryError("generating a text for one image does not fit in GPU memory", hint=hint)
+                raise TrainError("generating a text for one image does not fit in GPU memory", hint=hint)
         return texts
 
     @property

@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 
 from pipeline.dataset.card import has_unknown_license, language_of
 from pipeline.dataset.version import Version
-from pipeline.digests import file_digest, without_folders
+from pipeline.digests import without_folders
 from pipeline.errors import TrainError, one_line
 from pipeline.storage.files import flush_file, flush_folder, scratch_folder
 from pipeline.storage.untrusted import read_regular
@@ -162,9 +162,7 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
     backend = Tokenizer.from_str(read_regular(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
     vocab_size = config.decoder.get("language_model", config.decoder)["vocab_size"]
     if not 0 <= config.eos_id < vocab_size:
-        raise ValueError(
-            f"the end-of-text token {config.eos_id} is not in the vocabulary of {vocab_size:,} tokens"
-        )
+        raise ValueError(f"the end-of-text token {config.eos_id} is not one of {vocab_size:,} tokens")
     require_known_tokens(backend, vocab_size)
     backend.encode_special_tokens = True  # the names of special tokens in a caption are encoded as plain text
     is_pretrained = "language_model" in config.decoder
@@ -176,24 +174,26 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
     return tokenizer
 
 
-def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
+def build_checkpoint(
+    version: Version, config: TrainConfig, train_set: list[Example], init_digest: str = ""
+) -> Checkpoint:
     """Build a captioner to train: an untrained one, or the captioner `init` with tokens for new prompts.
 
-    Raises TrainError if a model is missing or does not support a setting.
+    `init_digest` is the digest of the weights of `init`. Raises TrainError if a model is missing or does not
+    support a setting.
     """
     texts = texts_of(train_set)
     prompts = {(text.source, text.style) for text in texts}
     data = _describe_data(version, config)
     start: Checkpoint | None = None
     if config.init:
-        folder = find_captioner(config.init)
-        start = load_checkpoint(folder, torch.device("cpu"))
+        start = load_checkpoint(find_captioner(config.init), torch.device("cpu"))
         before = start.captioner.config
         encoder, decoder, tokenizer = _continued_parts(start, config, texts)
         # Other prompts of the captioner stay usable, but its default prompt must be learned in this run.
         default = scored_prompt([*prompts])
         prompts |= {prompt for prompt in before.prompts if scored_prompt([*prompts, prompt]) == default}
-        data["init"] = {"digest": file_digest(folder / "model.safetensors"), "data": before.data}
+        data["init"] = {"digest": init_digest, "data": before.data}
         data["has_unknown_license"] |= bool(before.data.get("has_unknown_license"))
     else:
         encoder, decoder, tokenizer = _new_parts(config, texts)

@@ -22,12 +22,6 @@ class DecodingConfig:
     min_new_tokens: int = 0
     no_repeat_ngram_size: int = 0
 
-    def __post_init__(self) -> None:
-        samples_beams = self.num_beams > 1 and self.temperature > 0
-        smallest = min(self.num_beams - 1, self.temperature, self.length_penalty, self.min_new_tokens)
-        if min(smallest, self.no_repeat_ngram_size) < 0 or not 0 < self.top_p <= 1 or samples_beams:
-            raise ValueError(f"invalid decoding: {self}")
-
 
 GREEDY = DecodingConfig()
 MIN_ENDED_SHARE = 0.25  # finished rows are removed when they reach this share of the batch

@@ -12,8 +12,9 @@ V vocabulary.
 """
 
 import math
-import warnings
 from contextlib import suppress
+from dataclasses import asdict
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
 from trainer.config import DECODERS
 from trainer.model import pretrained, text_loss
-from trainer.model.decoding import DecodingConfig
+from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 
 ADAPTER = "default"  # adapter name in peft
@@ -66,7 +67,6 @@ class PretrainedDecoder(nn.Module):
         self.width: int = self.embedding.embedding_dim  # may differ from the width of the layers
         self._attention_window = pretrained.attention_window(self.model.config)
         self.max_positions: float = getattr(self.model.config, "max_position_embeddings", None) or math.inf
-        self._probe: Probe | None = None
 
     @property
     def embedding(self) -> Any:
@@ -90,15 +90,10 @@ class PretrainedDecoder(nn.Module):
         try:
             if not names:
                 raise ValueError("it has no linear layers")
-            with warnings.catch_warnings():
-                # peft supports the transposed layers of GPT-2, but warns about them.
-                warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
-                inject_adapter_in_model(config, self.model, ADAPTER)
+            inject_adapter_in_model(config, self.model, ADAPTER)
         except ValueError as error:
             hint = "train the whole model: --lora-rank 0"
-            raise TrainError(
-                f"this language model does not support LoRA adapters: {error}", hint=hint
-            ) from None
+            raise TrainError(f"this model does not support LoRA adapters: {error}", hint=hint) from None
 
     def frozen_names(self) -> set[str]:
         """Return the names of all weights except adapters, or an empty set without adapters."""
@@ -139,10 +134,8 @@ class PretrainedDecoder(nn.Module):
             learned_CT = texts.learned_CT
             states_KD = self._states_apart(prefix_BPD, texts)[:, :-1][learned_CT]
             labels_K, weight_K = texts.ids_CT[:, 1:][learned_CT], text_loss.weight_of_learned(texts)
-        head = self.model.get_output_embeddings()
-        return text_loss.token_loss(
-            states_KD, head, labels_K, weight_K, label_smoothing, self.probed.transform
-        )
+        head, transform = self.model.get_output_embeddings(), self.probed.transform
+        return text_loss.token_loss(states_KD, head, labels_K, weight_K, label_smoothing, transform)
 
     def require_positions(self, num_states: int, num_tokens: int, hint: str = "") -> None:
         """Raise TrainError if image and text need more positions than the model has (GPT-2: 1,024)."""
@@ -181,15 +174,10 @@ class PretrainedDecoder(nn.Module):
         words_CTD = self.embedding(ids_CT)
         return torch.cat([prefix_CPD.to(words_CTD.dtype), words_CTD], 1)
 
-    @property
+    @cached_property
+    @torch.no_grad()
     def probed(self) -> Probe:
         """Properties of the model, measured at first access. Raises TrainError for an unsupported model."""
-        if self._probe is None:
-            self._probe = self._measure()
-        return self._probe
-
-    @torch.no_grad()
-    def _measure(self) -> Probe:
         device, was_training = next(self.model.parameters()).device, self.model.training
         # A separate generator leaves the global generator, and thus dropout, unchanged.
         random = torch.Generator().manual_seed(0)
@@ -245,16 +233,11 @@ class PretrainedDecoder(nn.Module):
         """Generate one text per image (see CaptionerModel.generate)."""
         P, T = prefix_BPD.shape[1], prompt_BT.shape[1]
         self.require_positions(P, T + 1, hint="ask a shorter question")
-        options: dict[str, Any] = {"num_beams": decoding.num_beams, "do_sample": decoding.temperature > 0}
-        if decoding.min_new_tokens:
-            options["min_new_tokens"] = decoding.min_new_tokens
-        if decoding.no_repeat_ngram_size:
-            options["no_repeat_ngram_size"] = decoding.no_repeat_ngram_size
+        options = {name: value for name, value in asdict(decoding).items() if value != getattr(GREEDY, name)}
         if decoding.num_beams > 1:
-            options |= {"length_penalty": decoding.length_penalty}
-            options |= {"early_stopping": "never"}  # a longer text may have a better mean log-probability
+            options["early_stopping"] = "never"  # a longer text may have a better mean log-probability
         if decoding.temperature > 0:
-            options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+            options |= {"do_sample": True, "top_k": 0}
         embeds_BLD = self._embed(prefix_BPD, prompt_BT)
         ids_BT: Any = self.model.generate(
             inputs_embeds=embeds_BLD,

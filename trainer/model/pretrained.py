@@ -84,9 +84,7 @@ def processor_settings(kind: type[BaseImageProcessor], settings: dict[str, Any])
         maximum = MAX_PROCESSED_PIXELS if "pixels" in name or "edge" in name else MAX_SIDE_PX
         maximum = MAX_PATCH if "patch" in name or "frames" in name else maximum
         if number > maximum or (number < 1 and name in SIDES):
-            raise ValueError(
-                f"{name} is {number}; it must be {'1 to' if name in SIDES else 'at most'} {maximum:,}"
-            )
+            raise ValueError(f"{name} is {number}; allowed are 1 to {maximum:,}")
     return chosen
 
 
@@ -147,9 +145,6 @@ def load_config(model_id: str) -> PreTrainedConfig:
     config: PreTrainedConfig = AutoConfig.from_pretrained(model_id, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantized and cannot be trained. Pass the original model")
-    for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
-        if getattr(part, "return_dict", True) is False:  # tracing sets this to get bare tuples
-            part.return_dict = True  # type: ignore[union-attr]
     return config
 
 

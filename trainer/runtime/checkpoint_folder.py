@@ -1,7 +1,8 @@
-"""Find checkpoint folders, and compare their settings with those of a new run. Loads no weights."""
+"""Find captioners and check checkpoint folders, without loading weights."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from huggingface_hub import snapshot_download
 
 from pipeline.dataset.card import list_training_data
 from pipeline.dataset.directory import LOCK_FILE, DatasetDir
-from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, TrainError, did_you_mean, one_line
 from pipeline.hub_errors import HUB_NAME, translate_hub_errors
 from pipeline.storage.files import read_json
@@ -71,18 +71,14 @@ def require_learned(prompts: Sequence[tuple[str, str]], style: str | None = None
 
 def require_prompt(folder: Path, style: str | None, question: str = "") -> None:
     """Call `require_learned` for the captioner in a folder without loading its weights."""
-    try:
-        config = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+    with _config_of(folder) as config:
         prompts = [(str(source), str(learned)) for source, learned in config["prompts"]]
-    except READ_ERRORS as error:
-        raise no_captioner(folder, one_line(error)) from None
     require_learned(prompts, style, question)
 
 
 def read_models(folder: Path) -> dict[str, Any]:
     """Return the settings of a new run that the captioner in a folder determines, without its weights."""
-    try:
-        config = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+    with _config_of(folder) as config:
         encoder = config["encoder"]
         return {
             "encoder": str(encoder["made_from"]["name"]),
@@ -90,48 +86,16 @@ def read_models(folder: Path) -> dict[str, Any]:
             "encoder_states": encoder["states"],
             "decoder": str(config["data"]["decoder"]),
         }
+
+
+@contextmanager
+def _config_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """Read the config.json of a captioner. Raises TrainError if it is damaged or lacks a used key."""
+    try:
+        yield json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
     except READ_ERRORS as error:
         lacks = "its config.json lacks " if isinstance(error, KeyError) else ""
         raise no_captioner(folder, f"{lacks}{one_line(error)}") from None
-
-
-def read_settings(folder: Path) -> TrainConfig:
-    """Read the settings of the training run in a folder. Raises one of READ_ERRORS."""
-    return TrainConfig.model_validate(read_json(folder / "train.json"))
-
-
-def other_settings(folder: Path, config: TrainConfig) -> list[str]:
-    """Describe how settings differ from a finished run, as in "batch_size 64, now 32".
-
-    Returns an empty list if the folder has no finished run.
-    """
-    if not (folder / "metrics.json").exists():
-        return []
-    try:
-        trained = read_settings(folder)
-    except READ_ERRORS:
-        return ["train.json cannot be read"]
-    return describe_changes(trained, config.model_dump(exclude={"preset"}))
-
-
-def describe_changes(trained: TrainConfig, values: dict[str, Any]) -> list[str]:
-    """Describe each setting whose new value differs from an earlier run."""
-
-    def shown(value: Any) -> str:
-        return "unset" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-
-    before = {name: getattr(trained, name) for name in values}
-    changed = [name for name, value in values.items() if before[name] != value]
-    return [f"{name} {shown(before[name])}, now {shown(values[name])}" for name in changed]
-
-
-def describe_difference(folder: Path, config: TrainConfig) -> str:
-    """Describe how the run in a folder differs from a run with these settings."""
-    try:
-        changes = describe_changes(read_settings(folder), config.model_dump())
-    except READ_ERRORS:
-        return "other settings or data"
-    return f"other settings ({', '.join(changes)})" if changes else "other data"
 
 
 def read_data_digests(folder: Path) -> list[str]:
@@ -143,42 +107,37 @@ def read_data_digests(folder: Path) -> list[str]:
         return []
 
 
-def find_interrupted(version: Version) -> Path | None:
-    """Return the folder of the dataset's interrupted run, or None. Raises ConfigError for several runs."""
-    folders = sorted(state.parent for state in (version.dataset_dir / "checkpoints").glob("*/resume.pt"))
-    if len(folders) > 1:
-        names = ", ".join(folder.name for folder in folders)
-        hint = f"choose one: --out {folders[0]}"
-        raise ConfigError(f"several training runs were interrupted: {names}", hint=hint)
-    return folders[0] if folders else None
+def read_settings(folder: Path) -> TrainConfig:
+    """Read the settings of the training run in a folder. Raises one of READ_ERRORS."""
+    return TrainConfig.model_validate(read_json(folder / "train.json"))
 
 
-def is_training_folder(folder: Path) -> bool:
-    """Return whether a folder is empty or was written by a training run."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    if names <= {LOCK_FILE}:
-        return True
+def describe_difference(folder: Path, config: TrainConfig) -> str:
+    """Describe how the run in a folder differs from a run with these settings."""
     try:
-        read_settings(folder)
+        before = read_settings(folder).digest_values()
     except READ_ERRORS:
-        return False
-    return True
+        return "other settings or data"
+    values = config.digest_values()
+    changes = [
+        f"{name} {json.dumps(before[name])}, now {json.dumps(value)}"
+        for name, value in values.items()
+        if before[name] != value
+    ]
+    return f"other settings ({', '.join(changes)})" if changes else "other data or other initial weights"
 
 
-def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
-    """Raise ConfigError if a run would overwrite other files, or a captioner with other settings or data."""
-    hint = "choose a new folder: --out DIR"
-    if others := other_settings(folder, config):
-        raise ConfigError(
-            f"{folder} has a captioner trained with other settings ({', '.join(others)})", hint=hint
-        )
-    trained_on = read_data_digests(folder) if (folder / "metrics.json").exists() else []
-    if trained_on and trained_on[0] != version.manifest["digest"]:
-        raise ConfigError(f"{folder} has a captioner trained on other data", hint=hint)
+def require_free(folder: Path) -> None:
+    """Raise ConfigError if a folder has an interrupted run, or files that no training wrote."""
     if (folder / "resume.pt").exists():
         with DatasetDir(folder).lock():  # raises an error if that run is still in progress
             pass
-        resume_hint = f"continue it with --resume, or remove {folder / 'resume.pt'} to start again"
-        raise ConfigError(f"{folder} has an interrupted training run", hint=resume_hint)
-    if folder.exists() and not is_training_folder(folder):
-        raise ConfigError(f"{folder} has other files, which training would overwrite", hint=hint)
+        hint = f"continue it with --resume, or remove {folder / 'resume.pt'} to start again"
+        raise ConfigError(f"{folder} has an interrupted training run", hint=hint)
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK_FILE}):
+        return
+    try:
+        read_settings(folder)
+    except READ_ERRORS:
+        problem = f"{folder} has other files, which training would overwrite"
+        raise ConfigError(problem, hint="choose a new folder: --out DIR") from None

@@ -36,9 +36,7 @@ def load_resume(folder: Path, config: TrainConfig, run_digest: Callable[[int], s
     """
     path = folder / "resume.pt"
     if not path.exists():
-        raise TrainError(
-            f"nothing to resume in {folder}", hint="leave out --resume to start from the beginning"
-        )
+        raise TrainError(f"nothing to resume in {folder}", hint="leave out --resume, or pass --out FOLDER")
     state = read_resume(path)
     if state["run"] != run_digest(state.get("processes", 1)):
         hint = f"use the same, choose another folder (--out DIR), or remove {path} and start without --resume"
@@ -133,15 +131,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def describe_checkpoint(folder: Path) -> str:
     """Check all files of a checkpoint folder and return a summary. Raises TrainError if one is damaged."""
-    has_state = (folder / "resume.pt").exists()
-    step = read_resume(folder / "resume.pt")["step"] if has_state else 0
-    if not any((folder / name).exists() for name in CAPTIONER_FILES):
-        return (
-            f"an unfinished training run at step {step:,}, without a captioner"
-            if has_state
-            else "a training run without files"
-        )
-    captioner = load_checkpoint(folder, torch.device("cpu")).captioner
+    parts = []
+    if (folder / "resume.pt").exists():
+        parts.append(f"a state to resume from at step {read_resume(folder / 'resume.pt')['step']:,}")
+    if any((folder / name).exists() for name in CAPTIONER_FILES):
+        captioner = load_checkpoint(folder, torch.device("cpu")).captioner
+        num_weights = sum(weights.numel() for weights in captioner.parameters())
+        parts.append(f"a captioner with {num_weights:,} weights")
     for name in ("train.json", "metrics.json"):
         try:
             if (folder / name).exists():
@@ -149,10 +145,4 @@ def describe_checkpoint(folder: Path) -> str:
         except (*READ_ERRORS, RecursionError) as error:
             raise no_captioner(folder, f"{name} is damaged: {one_line(error)}") from None
     steps = max((entry["step"] for entry in read_log(folder / "log.jsonl")), default=0)
-    parts = [
-        f"a captioner with {sum(weights.numel() for weights in captioner.parameters()):,} weights",
-        f"{steps:,} steps logged",
-        "scored" if (folder / "metrics.json").exists() else "not scored",
-        *([f"a state to resume from at step {step:,}"] if has_state else []),
-    ]
-    return ", ".join(parts)
+    return ", ".join([*parts, f"{steps:,} steps logged"])

@@ -1,5 +1,6 @@
 """Interrupted trainings resume to the same bits, and only with the same settings, data and weights."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,11 +14,10 @@ import trainer.loop
 import trainer.training
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
-from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
 from tests.trainer import small_trainings as small
 from tests.trainer.small_trainings import LORA, SMALL, losses, replace, train_until_saved, weights
-from trainer.runtime.training_state import save_resume
+from trainer.runtime.training_state import Log, save_resume
 from trainer.training import train_captioner
 
 
@@ -54,28 +54,16 @@ def test_resuming_with_other_settings_is_refused(
 def test_resuming_is_refused_if_no_training_was_interrupted(version: Version, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="nothing to resume"):
         train_captioner(version, SMALL, tmp_path / "new", resume=True)
-    train_captioner(version, SMALL, tmp_path / "done")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()}
-    with pytest.raises(TrainError, match="nothing to resume"):
-        train_captioner(version, replace(seed=1), tmp_path / "done", resume=True)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()} == before
 
 
-# test_devices.py tests the error of SIGKILL.
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"] if LONG else ["SIGTERM"])
-def test_signal_to_one_process_ends_all_after_saving(
-    version: Version, tmp_path: Path, clip: str, name: str
-) -> None:
+def test_signal_to_one_process_ends_all_after_saving(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=60, evaluate_every=100)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     (tmp_path / "process.py").write_text(small.IMPORTS + SIGNALLED)
-    command = [*small.TWO_PROCESSES, "process.py", str(version.path), "config.json", "cut", name]
+    command = [*small.TWO_PROCESSES, "process.py", str(version.path), "config.json", "cut"]
     subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    if name == "SIGTERM":
-        assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == ["KeyboardInterrupt: "] * 2
-        assert torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["step"] == 3
-    else:
-        assert (tmp_path / "ended-0").read_text().startswith("TrainError: this process lost contact")
+    assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == ["KeyboardInterrupt: "] * 2
+    assert torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["step"] == 3
 
 
 def test_state_is_saved_periodically(
@@ -135,6 +123,17 @@ def test_training_in_two_processes_resumes_in_one_process(
     assert 2 in asked
 
 
+def test_nan_is_logged_as_null(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.jsonl", 0)
+    log.write(step=1, loss=float("nan"), norm=float("inf"), rate=0.5)
+
+    def refuse(constant: str) -> None:
+        pytest.fail(constant)
+
+    text = (tmp_path / "log.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss": None, "norm": None, "rate": 0.5}
+
+
 SIGNALLED = """
 import os, signal
 rank = int(os.environ["RANK"])
@@ -143,7 +142,7 @@ if rank == 1:
     begin_step = trainer.loop.Trainer.begin_step
     def stepping(self, optimizer, number):
         if number == 2:
-            os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+            os.kill(os.getpid(), signal.SIGTERM)
         return begin_step(self, optimizer, number)
     trainer.loop.Trainer.begin_step = stepping
 try:
