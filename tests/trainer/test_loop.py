@@ -39,7 +39,7 @@ def test_four_images_are_memorized(version: Version, tmp_path: Path, monkeypatch
     four = examples_in(version, "train")[:4]
     monkeypatch.setattr(trainer.data, "examples_in", lambda version, split, mixture, **how: four)
     rates = {"connector_lr": 2e-3, "decoder_lr": 2e-3, "encoder_lr": 2e-3}
-    metrics = train_captioner(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
+    metrics = train_captioner(version, replace(steps=250, evaluate_every=250, dropout=0.0, **rates), tmp_path)
     loaded = load_checkpoint(tmp_path)
     features = OnlineFeatures(loaded.captioner.encoder, CPU)
     evaluation = evaluate(loaded, four, EvalOptions(("synthetic", "brief")), features)
