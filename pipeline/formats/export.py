@@ -15,8 +15,8 @@ from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError
-from pipeline.formats.formats import ALL, FORMATS, PARQUET, TABLES, ExportOptions, Format, captions_of
-from pipeline.formats.items import Item, no_pixels_error, read_items
+from pipeline.formats.formats import FORMATS, PARQUET, TABLES, Format
+from pipeline.formats.items import ALL, Item, no_pixels_error, read_items, select_captions
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
@@ -76,9 +76,9 @@ def export_version(
             write_self_contained(version, draft, splits)
         else:
             items = read_items(version, splits, source_names=source_names)
-            items = _add_trigger(items, trigger, report) if trigger else items
-            options = ExportOptions(style, f"{out.absolute().as_posix()}/" if absolute else "")
-            written = _write_items(items, FORMATS[kind](draft, options), num_rows, report)
+            items = _choose_texts(items, style, trigger, report, only_one=kind == "sidecar")
+            image_root = f"{out.absolute().as_posix()}/" if absolute else ""
+            written = _write_items(items, FORMATS[kind](draft, image_root), num_rows, report)
             without_text = num_rows - written
         if not written:
             remove(draft)
@@ -123,13 +123,20 @@ def _write_items(items: Iterable[Item], writer: Format, num_rows: int, report: P
     return written
 
 
-def _add_trigger(items: Iterable[Item], trigger: str, report: Progress) -> Iterator[Item]:
-    """Yield items whose captions begin with `trigger`, the word that a LoRA learns.
+def _choose_texts(
+    items: Iterable[Item], style: str | None, trigger: str, report: Progress, *, only_one: bool
+) -> Iterator[Item]:
+    """Yield items with the captions of a style (`select_captions`), which begin with `trigger`.
 
-    Warns of phrases that most images share, since the LoRA would not learn what they describe.
+    A trigger is the word that a LoRA learns. Warns of phrases that most images share, since the LoRA would
+    learn them as part of it.
     """
+    selected = (select_captions(item, style, only_one=only_one) for item in items)
+    if not trigger:
+        yield from selected
+        return
     phrases, images = Counter[str](), 0
-    for item in items:
+    for item in selected:
         images += bool(item.captions)
         words = [re.findall(r"\w+", text.lower()) for _, text in item.captions]
         starts = [(caption, n) for caption in words for n in range(len(caption) - PHRASE_WORDS + 1)]
@@ -172,10 +179,8 @@ def _read_own_images(
     version: Version, folder: Path, style: str | None, trigger: str, report: Progress
 ) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yield each image with its captions, and those of them that a model wrote."""
-    items = read_items(version)
-    for item in _add_trigger(items, trigger, report) if trigger else items:
-        texts = captions_of(item, style)
-        if not texts:
+    for item in _choose_texts(read_items(version), style, trigger, report, only_one=True):
+        if not item.captions:
             continue
         path = _path_of_row(folder, item.source_row)
         try:
@@ -186,6 +191,7 @@ def _read_own_images(
         if not is_same:
             hint = "run `synth generate` again, or restore the original image"
             raise ConfigError(f"{path} differs from the image that the version describes", hint=hint)
+        texts = [text for _, text in item.captions]
         yield path, texts, [text for text in texts if text not in item.human_texts]
 
 
