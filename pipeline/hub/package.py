@@ -21,14 +21,14 @@ from pipeline.dataset.version import (
     Version,
     file_entry,
     first_rows,
-    schema_of,
 )
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
-from pipeline.storage.files import json_text, open_parquet, open_writer, read_json
+from pipeline.hub_errors import HUB_NAME
+from pipeline.storage.files import json_text, read_json
 from pipeline.storage.lock import lock_file
 from pipeline.storage.untrusted import require_regular
-from pipeline.tables import PIXELS, features, with_features
+from pipeline.tables import PIXELS
 from pipeline.types import non_redistributable
 
 NO_EXPORTS: Mapping[str, Path] = MappingProxyType({})
@@ -81,7 +81,7 @@ def build_package(
     *,
     images: bool | None = None,
     acknowledged: Sequence[str] = (),
-    stated: dict[str, str] | None = None,
+    stated: dict[str, Any] | None = None,
     exports: Mapping[str, Path] = NO_EXPORTS,
 ) -> Iterator[Package]:
     """Yield the package to push to `repo`. Its files may exist only within the context.
@@ -99,47 +99,44 @@ def build_package(
         hint = f"if you have that right, pass {options}: the card will state it"
         raise PushError(f"images under {', '.join(refused)} may not be redistributed", hint=hint)
     pixel_columns = [column for column in PIXELS if column in version.manifest["columns"]]
+    stated = stated or {}
+    if pixel_columns and (images is False or (images is None and restricted)):
+        if exports:
+            problem = f"{', '.join(exports)} would contain the images, which are not pushed"
+            raise PushError(problem, hint="leave out --also")
+        yield _pack(version, repo, without_pixels(version) | stated, version.path)
+        return
+    if pixel_columns and restricted:
+        stated = {"acknowledged": restricted} | stated
+    if version.holds_pixels:
+        yield _pack(version, repo, version.manifest | stated, version.path, exports)
+        return
     with _scratch_folder(version) as folder:
-        if pixel_columns and (images is False or (images is None and restricted)):
-            if exports:
-                problem = f"{', '.join(exports)} would contain the images, which are not pushed"
-                raise PushError(problem, hint="leave out --also")
-            yield _pack(version, repo, without_pixels(version, folder) | (stated or {}), folder)
-            return
-        if version.holds_pixels:
-            manifest, folder = version.manifest, version.path
-        else:
-            manifest = write_self_contained(version, folder)
-        acknowledgement = {"acknowledged": restricted} if pixel_columns and restricted else {}
-        yield _pack(version, repo, manifest | acknowledgement | (stated or {}), folder, exports)
+        yield _pack(version, repo, write_self_contained(version, folder) | stated, folder, exports)
 
 
 @contextmanager
 def _scratch_folder(version: Version) -> Iterator[Path]:
-    """Yield an empty folder for shards, on the same disk as the image store if the version uses one."""
-    home = None if version.holds_pixels else version.dataset_dir / PUSHED
-    if home is not None:
-        home.mkdir(parents=True, exist_ok=True)
+    """Yield an empty folder for shards, on the same disk as the image store."""
+    home = version.dataset_dir / PUSHED
+    home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as name, lock_file(Path(name) / LOCK, lambda: None, PushError):
         yield Path(name)
 
 
-def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
-    """Write a copy of each shard without the image columns, and return the manifest of the copies."""
-    columns = [column for column in version.manifest["columns"] if column not in PIXELS]
-    files, schema = {}, schema_of(version.manifest | {"columns": columns})
-    for name, entry in version.manifest["files"].items():
-        source = open_parquet(version.path / name)
-        with open_writer(folder / name, with_features(schema)) as writer:
-            # Keep the boundaries of the row groups: they depend on the rows.
-            for group in range(source.num_row_groups):
-                rows = source.read_row_group(group, columns=columns).select(columns)
-                writer.write_table(rows.cast(writer.schema))
-        files[name] = entry | file_entry(folder / name)
+def without_pixels(version: Version) -> dict[str, Any]:
+    """Return the manifest for the files of a version without their image store: ids and texts."""
+    if version.holds_pixels:
+        hint = "push the dataset folder that the version was made in"
+        raise PushError(f"the files of {version.path} contain the images", hint=hint)
+    columns = version.manifest["columns"]
     manifest = {key: value for key, value in version.manifest.items() if key != "images"}
-    pixel_columns = [column for column in version.manifest["columns"] if column in PIXELS]
-    described = {"columns": columns, "features": features(schema), "files": files, "reader_columns": []}
-    return manifest | described | {"pixels": LEFT_OUT, "pixel_columns": pixel_columns}
+    return manifest | {
+        "columns": [column for column in columns if column not in PIXELS],
+        "features": {name: kind for name, kind in manifest["features"].items() if name not in PIXELS},
+        "pixels": LEFT_OUT,
+        "pixel_columns": [column for column in columns if column in PIXELS],
+    }
 
 
 def _pack(
@@ -195,7 +192,8 @@ def build_checkpoint_package(
     # Publish no local paths.
     for part in ("encoder", "decoder"):
         saved["train"][part] = without_folders(str(saved["train"][part]))
-    if init := saved["train"].get("init"):
+    init = str(saved["train"].get("init") or "")
+    if init and (Path(init).exists() or not HUB_NAME.fullmatch(init)):
         saved["train"]["init"] = Path(init).name
     written = {"train.json": json_text(saved["train"]).encode(), **extra_files(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
