@@ -48,9 +48,7 @@ OURS = {
     "    push_package(package, sys.argv[2])",
 }
 THEIRS = {
-    "imports": "import datasets, huggingface_hub.hf_api\n"
-    "files = sorted(map(str, Path(sys.argv[1]).glob('train-*.parquet')))\n"
-    "dataset = datasets.load_dataset('parquet', data_files=files, split='train')",
+    "imports": "import huggingface_hub.hf_api, pipeline\ndataset = pipeline.load(sys.argv[1])['train']",
     "push": "dataset.push_to_hub(sys.argv[2])",
 }
 
@@ -132,8 +130,7 @@ def main() -> None:
     parser.add_argument("--shard-megabytes", type=float, help="end shards at this size")
     arguments = parser.parse_args()
     if arguments.shard_megabytes:
-        shards.MIN_SHARD_BYTES = round(arguments.shard_megabytes * 500_000)
-        shards.MAX_SHARD_BYTES = 2 * shards.MIN_SHARD_BYTES
+        shards.SHARD_BYTES = round(arguments.shard_megabytes * 1_000_000)
     image_bytes = 1000 * arguments.image_kilobytes
     count = arguments.megabytes * 1_000_000 // image_bytes
     changed_rows = set(random.Random(0).sample(range(count), max(1, int(count * CHANGED))))
