@@ -10,8 +10,7 @@ from pipeline.dataset.audit import COLUMNS, Frame
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import read_verdicts
 from pipeline.dataset.version import Version
-from pipeline.report.build import script_literal, thumbnail_uri
-from pipeline.report.html import render_page, script_hash
+from pipeline.report.html import render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import read_rows
 from pipeline.storage.files import write_text
 from pipeline.tables import SPLITS

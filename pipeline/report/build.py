@@ -4,7 +4,6 @@ The page makes no network requests. Model text is untrusted: the template escape
 parses it as HTML.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import nsmallest
 from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +19,11 @@ from pipeline.dataset.audit import audit_in_words
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import REASONS
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError, ImageError
-from pipeline.report.figures import funnel_of, images_of, steps_match
-from pipeline.report.html import (
-    THUMBNAIL_PIXELS,
-    chart,
-    data_uri,
-    points,
-    render_page,
-    script_hash,
-    thumbnail,
-)
-from pipeline.report.rows import read_rejected, read_rows
-from pipeline.storage.files import MAX_JSON_BYTES, read_json, write_text
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.errors import ConfigError
+from pipeline.report.html import render_page, script_hash, script_literal, thumbnail_uri
+from pipeline.report.rows import images_of, read_rejected, read_rows, steps_match
+from pipeline.storage.files import read_json, write_text
+from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import SPLITS
 from pipeline.text.reasons import SCORES_IN_WORDS, in_words
 
@@ -55,13 +44,13 @@ def write_report(
     sample. Raises ConfigError if the checkpoint has no finished training run, or if `report.html` is not a
     report. Raises StoreError if the version or a step file is damaged.
     """
-    training = _read_training(checkpoint) if checkpoint else None
+    metrics = _read_metrics(checkpoint) if checkpoint else None
     page = folder / "report.html"
     if page.exists() and not _is_report(page):
         raise ConfigError(
             f"{page} is not a report written by synth", hint="move it away: the report would overwrite it"
         )
-    write_text(page, _Report(version, folder, training, min(version.num_rows, max_rows)).render())
+    write_text(page, _Report(version, folder, metrics, min(version.num_rows, max_rows)).render())
     return page
 
 
@@ -76,7 +65,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 class _Report:
     version: Version
     folder: Path
-    training: dict[str, Any] | None
+    metrics: dict[str, Any] | None  # of the last captioner
     num_shown: int  # images
 
     @cached_property
@@ -102,8 +91,7 @@ class _Report:
         """Yield batches of rows with thumbnails instead of images. Held-out splits come first."""
         chosen_ids = None
         if self.num_shown < self.version.num_rows:
-            batches = (batch["sample_id"].to_pylist() for _, batch in self.version.batches(["sample_id"]))
-            chosen_ids = set(nsmallest(self.num_shown, chain.from_iterable(batches)))
+            chosen_ids = set(nsmallest(self.num_shown, self.version.sample_ids()))
         is_small = self.num_shown <= SMALL_REPORT_IMAGES
         max_bytes = SMALL_REPORT_THUMBNAIL_BYTES if is_small else THUMBNAIL_BYTES
 
@@ -147,7 +135,7 @@ class _Report:
             scores_in_words=SCORES_IN_WORDS,
             has_steps=self.has_steps,
             cost=DatasetDir(self.folder).read_cost() or None,
-            training=self.training,
+            metrics=self.metrics,
             provenance=PROVENANCE,
             first_images=first_images,
             scripts=scripts,
@@ -155,21 +143,22 @@ class _Report:
         )
 
 
-def thumbnail_uri(image: bytes, max_bytes: int, max_pixels: int = THUMBNAIL_PIXELS) -> str:
-    """Return a thumbnail as a data URI, or "" if the image is broken."""
-    try:
-        return data_uri(thumbnail(image, max_bytes, max_pixels))
-    except ImageError:
-        return ""  # an untrusted version may contain broken images, which the page shows as "no picture"
+def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the funnel of a manifest. `adds_up` is true if no row was lost in the step or just before it."""
+    kept_before: dict[str, int] = {}
+    steps = []
+    for step in manifest.get("funnel", []):
+        is_complete = step["input"] == step["kept"] + sum(step["rejected"].values())
+        follows = step["unit"] != "annotations" or step["input"] == kept_before.get(
+            "annotations", step["input"]
+        )
+        steps.append(step | {"adds_up": is_complete and follows})
+        kept_before[step["unit"]] = step["kept"]
+    return steps
 
 
 def _call(kind: str, rows: list[dict[str, Any]]) -> str:
     return f'add("{kind}", {script_literal(rows)});\n'
-
-
-def script_literal(value: Any) -> str:
-    """Return a value as a JavaScript literal, in ASCII and without `<`, which could end the script."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _is_report(page: Path) -> bool:
@@ -177,25 +166,10 @@ def _is_report(page: Path) -> bool:
         return PROVENANCE in file.read(4096)
 
 
-def _read_training(checkpoint: Path) -> dict[str, Any]:
+def _read_metrics(checkpoint: Path) -> dict[str, Any]:
     try:
-        log = read_regular(checkpoint / "log.jsonl", checkpoint, max_bytes=MAX_JSON_BYTES).decode("utf-8")
-        curves = _curves([json.loads(line) for line in log.splitlines()])
-        return {"metrics": read_json(checkpoint / "metrics.json"), "curves": curves}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError) as error:
+        return read_json(checkpoint / "metrics.json")
+    except (OSError, ValueError, RecursionError, UnsafeFileError) as error:
         message = f"{checkpoint} has no finished training run: {error}"
         hint = "pass a folder of a finished training run: --checkpoint DIR"
         raise ConfigError(message, hint=hint) from None
-
-
-def _curves(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # Self-critical training has another loss, which weights captions by rewards and may be negative.
-    supervised = [line for line in lines if line.get("stage") != "scst"]
-    loss = {"training": points(supervised, "loss"), "validation": points(lines, "validation_loss")}
-    own, shuffled = points(lines, "validation_cider_d"), points(lines, "validation_shuffled_cider_d")
-    charts = [
-        chart("Loss", loss),
-        chart("CIDEr-D on the validation split", {"own image": own, "shuffled": shuffled}),
-    ]
-    rewards = points(lines, "reward")
-    return [*charts, chart("Reward of sampled captions", {"training": rewards})] if rewards else charts
