@@ -12,8 +12,7 @@ from pipeline.dataset.reviews import (
     Review,
     Verdict,
     check_edits,
-    format_reviews,
-    format_verdicts,
+    format_lines,
     merge_reviews,
     merge_verdicts,
     read_lines,
@@ -76,9 +75,9 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                     f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}",
                     hint="edit the text again",
                 )
-            write_text(dataset.reviews, format_reviews(merged.values()))
+            write_text(dataset.reviews, format_lines(merged.values()))
             if verdicts:
-                write_text(dataset.audit, format_verdicts(merge_verdicts(verdicts)))
+                write_text(dataset.audit, format_lines(merge_verdicts(verdicts)))
             try:
                 if dataset.step_file(SPLIT).exists():
                     require_records([dataset], plan)
@@ -90,9 +89,9 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 require_records(executor.shards, plan)
                 return run(plan, executor, RequestStats(), progress, first=review.STEP.name)
             except Exception:
-                write_text(dataset.reviews, format_reviews(before))
+                write_text(dataset.reviews, format_lines(before))
                 if verdicts:
-                    write_text(dataset.audit, format_verdicts(verdicts_before))
+                    write_text(dataset.audit, format_lines(verdicts_before))
                 raise
 
 

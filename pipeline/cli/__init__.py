@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli import generate
 from pipeline.cli.captioners import caption, serve_captioner
-from pipeline.cli.datasets import check, diff, export, report, review_apply, review_sample
+from pipeline.cli.datasets import check, export, report, review_apply, review_sample
 from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
@@ -128,7 +128,7 @@ app.add_typer(versions, name="versions", rich_help_panel=USE)
 versions.command("list")(versions_list)
 versions.command("rm")(versions_rm)
 versions.command("gc")(versions_gc)
-add(USE, diff, check, push, export)
+add(USE, check, push, export)
 add(TRAIN, train, evaluate, caption, serve_captioner)
 
 

@@ -1,4 +1,4 @@
-"""Commands for existing datasets: check, diff, export, report, review."""
+"""Commands for existing datasets: check, export, report, review."""
 
 import json
 from collections.abc import Iterator
@@ -18,9 +18,7 @@ from pipeline.cli.options import (
     SkipExisting,
     dataset_argument,
     dataset_path,
-    is_version_name,
     open_data,
-    open_version,
     option,
     path_option,
     read_existing,
@@ -113,27 +111,6 @@ def _check_checkpoint(folder: Path) -> "Checked":
         return Checked(
             str(folder), str(error), False, "train or download it again; resume.pt may still be intact"
         )
-
-
-def diff(
-    first: Annotated[str, dataset_argument("DIR@VERSION, ORG/NAME@VERSION (Hub)")],
-    second: Annotated[str, Argument(metavar="DATASET", help="The same, or VERSION of the same dataset.")],
-    rows: Annotated[int, option("Number of changed rows to print.", min=0)] = 10,
-    as_json: AsJson = False,
-) -> None:
-    """Show the differences between two versions, field by field."""
-    from pipeline.dataset.diff import diff_versions
-    from pipeline.dataset.directory import split_version
-
-    if is_version_name(second) and not is_version_name(first):
-        second = f"{first.removesuffix(f'@{split_version(Path(first))[1]}')}@{second}"
-    before, after = open_version(first), open_version(second)
-    difference = diff_versions(before, after, None if as_json else rows)
-    if not as_json:
-        for line in difference.lines(rows):
-            echo(line)
-        return
-    echo(json.dumps(asdict(difference)))
 
 
 def export(

@@ -20,8 +20,8 @@ from pipeline.dataset.images import BATCH_SAMPLES, ImageStore
 from pipeline.dataset.version import (
     DATA,
     MANIFEST,
-    OTHER_RELEASE,
     VERSION_NAME,
+    OtherReleaseError,
     Version,
     dataset_dir_of,
     parse_version,
@@ -137,10 +137,11 @@ class DatasetDir:
         for manifest in (self.path / "versions").glob(f"v*/{MANIFEST}"):
             try:
                 versions.append(read_version(manifest.parent))
+            except OtherReleaseError:
+                raise
             except StoreError as error:
                 name = manifest.parent.name
                 hint = f"move {manifest.parent} away, or run `synth versions rm {self.path}@{name}`"
-                hint = error.hint if error.hint == OTHER_RELEASE else hint
                 raise StoreError(f"the version {name} cannot be read: {error}", hint=hint) from None
         return sorted(versions)
 

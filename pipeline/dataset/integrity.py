@@ -68,8 +68,9 @@ def damaged_images(version: Version, stored: Mapping[str, str]) -> list[str]:
         return []
     table = read_table(version.path / IMAGES_FILE, IMAGE_DIGESTS.names)
     expected = dict(zip(*table.to_pydict().values(), strict=True))
-    ids = (name for _, batch in version.batches(["sample_id"]) for name in batch["sample_id"].to_pylist())
-    return [name for name in ids if name not in expected or stored.get(name) != expected[name]]
+    return [
+        name for name in version.sample_ids() if name not in expected or stored.get(name) != expected[name]
+    ]
 
 
 def find_damage(version: Version, stored: Mapping[str, str] | None = None) -> list[str]:

@@ -1,6 +1,6 @@
 """Write the files of a version, and publish them atomically under the name of the version."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,10 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish rows as the next version. Return it, and whether it is new.
 
-    If the newest version has the same rows and audit, it is returned. `draft` is a scratch folder next to the
-    versions, and `provenance` has the manifest fields about the run. `check` raises StoreError if another
-    command has taken over the folder. Raises TableError if no row is left, and StoreError if images are
-    missing.
+    If the newest version has the same rows and audit, it is returned, unless only it is a preview. `draft` is
+    a scratch folder next to the versions, and `provenance` has the manifest fields about the run. `check`
+    raises StoreError if another command has taken over the folder. Raises TableError if no row is left, and
+    StoreError if images are missing.
     """
     if not content.digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"
@@ -146,18 +146,14 @@ def publish_version(
     parent = versions[-1] if versions else None
     digests = zip(*content.digests.to_pydict().values(), strict=True)
     content_digest = version_digest(digests, content.columns, content.extras.scores)
-    is_same = parent is not None and parent.manifest["digest"] == content_digest
-    if parent is not None and is_same and parent.manifest.get("audit") == provenance.get("audit"):
-        # A preview is complete if all images after the limit are copies of earlier images.
-        if parent.is_preview and not provenance["source"].get("preview"):
-            parent = Version(parent.path, parent.manifest | {"source": provenance["source"]})
-            write_json(parent.path / MANIFEST, parent.manifest)
-        return parent, False
+    if parent is not None and parent.manifest["digest"] == content_digest:
+        has_same_audit = parent.manifest.get("audit") == provenance.get("audit")
+        is_as_complete = not parent.is_preview or provenance["source"].get("preview")
+        if has_same_audit and is_as_complete:
+            return parent, False
     extras = content.extras
     schema = row_schema(content.columns, extras)
-    name = next_version(
-        parent, content.digests["sample_id"], schema, dataset.taken_numbers(), provenance.get("config", {})
-    )
+    name = next_version(parent, content.digests["sample_id"], schema, dataset.taken_numbers())
     write_table(draft / REJECTIONS_FILE, rejections, REJECTIONS)
     write_table(draft / IMAGES_FILE, [_image_digests(dataset, content.digests["sample_id"])], IMAGE_DIGESTS)
     manifest = {
@@ -191,21 +187,18 @@ def next_version(
     sample_ids: pa.ChunkedArray,
     schema: pa.Schema,
     taken: Sequence[tuple[int, ...]],
-    config: Mapping[str, Any],
 ) -> str:
     """Return the next version name, with a higher number than all in `taken`.
 
-    The major number increases if columns or scores change, the minor if rows are added or other tasks or
-    caption styles were asked, else the patch.
+    The major number increases if columns or scores change, the minor if rows are added, else the patch.
     """
     if parent is None and not taken:
         return FIRST
     major, minor, patch = max([*taken, *([parent.number] if parent else [])])
     if parent is None or parent.schema != schema:
         return f"v{major + 1}.0.0"
-    ids = [batch["sample_id"] for _, batch in parent.batches(["sample_id"])]
-    has_new_rows = not pc.all(pc.is_in(sample_ids, pa.chunked_array(ids, pa.string()))).as_py()
-    if has_new_rows or _asked_texts(config) != _asked_texts(parent.manifest.get("config", {})):
+    is_old = pc.is_in(sample_ids, pa.array(parent.sample_ids(), pa.string()))
+    if not pc.all(is_old).as_py():
         return f"v{major}.{minor + 1}.0"
     return f"v{major}.{minor}.{patch + 1}"
 
@@ -248,8 +241,3 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
             flush_file(path)
     draft.rename(final)
     flush_folder(final.parent)
-
-
-def _asked_texts(config: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """Return the tasks and the caption styles of a run."""
-    return {*(config.get("tasks") or ())}, {*config.get("generate", {}).get("caption_styles", ())}

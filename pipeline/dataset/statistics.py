@@ -1,8 +1,6 @@
 """Statistics of the rows of a version, for the manifest and the card.
 
-For drawn scenes, whose content is known, they include how much of the text is true. If the source has human
-captions (references), they include the share of a caption's words that occur in these. For comparison, they
-include the same share for one reference against the others.
+For drawn scenes, whose content is known, they include how much of the text is true.
 """
 
 import re
@@ -51,8 +49,6 @@ class DatasetStatistics:
     human_questions: int = 0
     images_by_task: Counter[str] = field(default_factory=Counter)  # by custom task
     labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by custom task
-    # By style. The key "references" compares references with each other.
-    shared_words: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     true_captions: dict[str, CaptionScore] = field(default_factory=lambda: defaultdict(CaptionScore))
     true_answers: dict[str, AnswerScore] = field(default_factory=lambda: defaultdict(AnswerScore))
     true_deck_answers: dict[str, DeckScore] = field(default_factory=lambda: defaultdict(DeckScore))
@@ -73,7 +69,6 @@ class DatasetStatistics:
                         self.scores[name].add(annotation[name])
             for task in row.keys() - {*ROW.names, "split"}:
                 self._add_value(task, row[task])
-            self._compare_with_references(row)
             self._compare_with_scenes(row)
 
     def _add_value(self, task: str, value: Any) -> None:
@@ -82,16 +77,6 @@ class DatasetStatistics:
             label = item.get("label") if isinstance(item, dict) else item
             if isinstance(label, str) and len(label) <= MAX_LABEL_CHARACTERS:
                 self.labels[task][label] += 1
-
-    def _compare_with_references(self, row: dict[str, Any]) -> None:
-        references = [_word_counts(text) for text in row["references"]]
-        for caption in row["captions"]:
-            # Human captions are themselves the references.
-            if references and not _is_human(caption):
-                share = _share_of_words(_word_counts(caption["text"]), references)
-                self.shared_words[caption["style"]].add(share)
-        if len(references) > 1:
-            self.shared_words["references"].add(_share_of_words(references[0], references[1:]))
 
     def _compare_with_scenes(self, row: dict[str, Any]) -> None:
         scenes = scenes_of(row["source"], row["source_row"])
@@ -125,7 +110,6 @@ class DatasetStatistics:
                 task: {"images": images, "labels": dict(self.labels[task].most_common(MAX_LABELS))}
                 for task, images in sorted(self.images_by_task.items())
             },
-            "words_shared_with_references": {n: mean.value for n, mean in sorted(self.shared_words.items())},
             "true_captions": {
                 style: {"precision": round(score.precision, 4), "recall": round(score.recall, 4)}
                 for style, score in sorted(self.true_captions.items())
@@ -157,18 +141,6 @@ def _summarize_answers(counts: Counter[str]) -> dict[str, Any]:
     answer, times = min(counts.items(), key=lambda item: (-item[1], item[0]))
     total = counts.total()
     return {"count": total, "most_common": answer, "share": round(times / total, 4)}
-
-
-def _word_counts(text: str) -> Counter[str]:
-    return Counter(_WORD.findall(text.lower()))
-
-
-def _share_of_words(words: Counter[str], references: list[Counter[str]]) -> float:
-    """Return the share of words that occur in the references (clipped unigram precision, as in BLEU)."""
-    max_counts: Counter[str] = Counter()
-    for reference in references:
-        max_counts |= reference
-    return (words & max_counts).total() / max(1, words.total())
 
 
 def wilson_interval(hits: float, trials: float) -> tuple[float, float]:

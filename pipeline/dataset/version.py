@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import total_ordering
@@ -137,18 +137,31 @@ class Version:
 
         Raises StoreError if any rows or images are missing or damaged.
         """
-        join = _ImageJoin(self, columns)
+        pixels = [] if self.holds_pixels else [name for name in columns if name in PIXELS]
+        stored = [name for name in columns if name not in pixels]
+        if pixels:
+            stored, batch_rows = [*dict.fromkeys(["sample_id", *stored])], min(batch_rows, IMAGE_BATCH_ROWS)
+        store = self.store
         wanted = None if sample_ids is None else pa.array(sample_ids, pa.string())
         for split in splits:
             for shard in self.shards(split):
                 try:
-                    for batch in self.open_shard(shard).iter_batches(batch_rows, columns=join.file_columns):
+                    for batch in self.open_shard(shard).iter_batches(batch_rows, columns=stored):
                         if wanted is not None:
                             batch = batch.filter(pc.is_in(batch["sample_id"], wanted))
                         require_values(batch)
-                        yield from ((split, joined) for joined in join.add_images(batch))
+                        if pixels and batch.num_rows:
+                            images = store.read(batch["sample_id"].to_pylist())
+                            joined = as_pixels(images, self.manifest["columns"])
+                            arrays = [joined[n] if n in pixels else batch[n] for n in columns]
+                            batch = pa.record_batch(arrays, names=columns)
+                        yield split, batch
                 except (OSError, ValueError, pa.ArrowException) as error:
                     raise self.damage_error(error) from None
+
+    def sample_ids(self) -> list[str]:
+        """Return the ids of all rows, in order. Raises StoreError if a file is missing or damaged."""
+        return [name for _, batch in self.batches(["sample_id"]) for name in batch["sample_id"].to_pylist()]
 
     def read(self, split: str, columns: list[str] | None = None) -> pa.Table:
         """Read all rows of a split. Raises StoreError if the split is empty, missing or damaged."""
@@ -174,28 +187,6 @@ class Version:
     def damage_error(self, error: Exception) -> StoreError:
         """Return the error to raise when a file of this version cannot be read."""
         return StoreError(f"{self.path} is damaged: {error}", hint=DAMAGE_HINT)
-
-
-class _ImageJoin:
-    """Adds images from the store to rows whose files have no images."""
-
-    def __init__(self, version: Version, columns: Sequence[str]) -> None:
-        self.columns = columns
-        pixels = [] if version.holds_pixels else [name for name in columns if name in PIXELS]
-        stored = [name for name in columns if name not in pixels]
-        self.file_columns = ["sample_id", *stored] if pixels and "sample_id" not in stored else stored
-        self._all_columns = version.manifest["columns"]
-        self._store = version.store if pixels else None
-
-    def add_images(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        if self._store is None:
-            yield batch
-            return
-        for start in range(0, batch.num_rows, IMAGE_BATCH_ROWS):
-            rows = batch.slice(start, IMAGE_BATCH_ROWS)
-            pixels = as_pixels(self._store.read(rows["sample_id"].to_pylist()), self._all_columns)
-            columns = {name: pixels[name] if name in pixels else rows[name] for name in self.columns}
-            yield pa.record_batch(list(columns.values()), names=list(columns))
 
 
 def dataset_folder(source: str) -> Path:
@@ -252,7 +243,8 @@ def parse_version(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups())
 
 
-OTHER_RELEASE = "upgrade synth, or use the release that wrote the version"
+class OtherReleaseError(StoreError):
+    """Raised for a version that another release of synth wrote."""
 
 
 def read_version(folder: Path) -> Version:
@@ -261,7 +253,8 @@ def read_version(folder: Path) -> Version:
         manifest = read_json(folder / MANIFEST)
         if manifest["table_version"] != TABLE_VERSION:
             problem = f"another release of synth wrote table_version {manifest['table_version']!r}"
-            raise StoreError(f"not a version: {folder} ({problem})", hint=OTHER_RELEASE)
+            hint = "upgrade synth, or use the release that wrote the version"
+            raise OtherReleaseError(f"not a version: {folder} ({problem})", hint=hint)
         check_manifest(manifest)
         files = () if is_remote(folder) else (*manifest["files"], REJECTIONS_FILE, IMAGES_FILE)
         root = folder.parents[1] if folder.parent.name == "snapshots" else folder

@@ -5,7 +5,6 @@ An export is written to a hidden folder next to its destination, and renamed whe
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,6 @@ from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
-PHRASE_WORDS, SHARED_FRAC, MAX_SHOWN_PHRASES = 3, 0.8, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ def export_version(
     """Write a version to a new folder, as PARQUET or in one of FORMATS. `style` selects captions.
 
     `source_names` names files as in the source (`read_items`). `absolute` writes absolute paths of images.
-    `trigger` is a word that begins each caption: phrases that most captions share are then reported.
+    `trigger` is a word that begins each caption, for a LoRA.
     Raises ConfigError if the folder exists or is in use, or there is nothing to write in this format.
     """
     report, splits = progress or NullProgress(), tuple(splits)
@@ -76,7 +74,7 @@ def export_version(
             write_self_contained(version, draft, splits)
         else:
             items = read_items(version, splits, source_names=source_names)
-            items = _choose_texts(items, style, trigger, report, only_one=kind == "sidecar")
+            items = _choose_texts(items, style, trigger, only_one=kind == "sidecar")
             image_root = f"{out.absolute().as_posix()}/" if absolute else ""
             written = _write_items(items, FORMATS[kind](draft, image_root), num_rows, report)
             without_text = num_rows - written
@@ -124,30 +122,16 @@ def _write_items(items: Iterable[Item], writer: Format, num_rows: int, report: P
 
 
 def _choose_texts(
-    items: Iterable[Item], style: str | None, trigger: str, report: Progress, *, only_one: bool
+    items: Iterable[Item], style: str | None, trigger: str, *, only_one: bool
 ) -> Iterator[Item]:
-    """Yield items with the captions of a style (`select_captions`), which begin with `trigger`.
-
-    A trigger is the word that a LoRA learns. Warns of phrases that most images share, since the LoRA would
-    learn them as part of it.
-    """
-    selected = (select_captions(item, style, only_one=only_one) for item in items)
-    if not trigger:
-        yield from selected
-        return
-    phrases, images = Counter[str](), 0
-    for item in selected:
-        images += bool(item.captions)
-        words = [re.findall(r"\w+", text.lower()) for _, text in item.captions]
-        starts = [(caption, n) for caption in words for n in range(len(caption) - PHRASE_WORDS + 1)]
-        phrases.update({" ".join(caption[n : n + PHRASE_WORDS]) for caption, n in starts})
-        captions = [(style, f"{trigger}, {text}") for style, text in item.captions]
-        human_texts = item.human_texts | {f"{trigger}, {text}" for text in item.human_texts}
-        pairs = [(style, f"{trigger}, {best}", f"{trigger}, {worst}") for style, best, worst in item.pairs]
+    """Yield items with the captions of a style (`select_captions`), which begin with `trigger`."""
+    begin = f"{trigger}, " if trigger else ""
+    for item in items:
+        item = select_captions(item, style, only_one=only_one)
+        captions = [(style, f"{begin}{text}") for style, text in item.captions]
+        human_texts = item.human_texts | {f"{begin}{text}" for text in item.human_texts}
+        pairs = [(style, f"{begin}{best}", f"{begin}{worst}") for style, best, worst in item.pairs]
         yield replace(item, captions=captions, human_texts=human_texts, pairs=pairs)
-    shared = [(phrase, count) for phrase, count in phrases.most_common() if count > SHARED_FRAC * images]
-    for phrase, count in shared[:MAX_SHOWN_PHRASES]:
-        report.warn(f'{count} of {images} images have the phrase "{phrase}" in their captions')
 
 
 def write_beside(
@@ -164,7 +148,7 @@ def write_beside(
     Raises ConfigError, before any write, if an image has changed, or text files exist and must not change.
     """
     report = progress or NullProgress()
-    captions = list(_read_own_images(version, folder, style, trigger, report))
+    captions = list(_read_own_images(version, folder, style, trigger))
     if not captions:
         raise _no_text_error(version, style, "sidecar")
     to_write = set(images_to_write([image for image, _, _ in captions], existing))
@@ -176,10 +160,10 @@ def write_beside(
 
 
 def _read_own_images(
-    version: Version, folder: Path, style: str | None, trigger: str, report: Progress
+    version: Version, folder: Path, style: str | None, trigger: str
 ) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yield each image with its captions, and those of them that a model wrote."""
-    for item in _choose_texts(read_items(version), style, trigger, report, only_one=True):
+    for item in _choose_texts(read_items(version), style, trigger, only_one=True):
         if not item.captions:
             continue
         path = _path_of_row(folder, item.source_row)
@@ -210,10 +194,7 @@ def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigErro
         return ConfigError(
             f"{version.name} has no preference pairs (chosen and rejected captions)", hint=hint
         )
-    own, captions = version.manifest.get("own_columns"), version.manifest["measured"].get("captions", {})
-    if own and not captions and not style:
-        hint = f"export its columns ({', '.join(own)}) with --format imagefolder or webdataset"
-        return ConfigError(f"{version.name} has no captions for this format", hint=hint)
     text = f"a caption of the style {style}" if style not in (None, ALL) else "a text"
-    hint = f"its captions have the styles: {', '.join(captions) or 'none'}"
+    captions = version.manifest["measured"].get("captions", {})
+    hint = f"its captions have the styles: {', '.join(captions) or 'none'}; imagefolder has all columns"
     return ConfigError(f"no image of {version.name} has {text} for this format", hint=hint)

@@ -445,4 +445,3 @@ FORMATS: dict[str, Callable[[Path, str], Format]] = {
 
 PARQUET = "parquet"  # not in FORMATS: all columns are written at once (dataset/publishing.py)
 TABLES = (PARQUET, "cauldron", "messages", "dpo")  # images are in the rows
-OF_FEW_FILES = ("webdataset", "cauldron", "messages", "dpo")  # formats for a repository of the Hub

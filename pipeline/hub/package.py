@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card, render_model_card
@@ -31,7 +30,6 @@ from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS
 from pipeline.types import non_redistributable
 
-NO_EXPORTS: Mapping[str, Path] = MappingProxyType({})
 CHECKPOINT_FILES = (
     "config.json",
     "tokenizer.json",
@@ -63,17 +61,6 @@ class Package:
         return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files}
 
 
-def exported_files(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the valid entries for exported files in a manifest, keyed by path in the repository."""
-    exports = manifest.get("exports")
-    files = {}
-    for name, entries in exports.items() if isinstance(exports, dict) else ():
-        for file, entry in entries.items() if isinstance(entries, dict) else ():
-            if isinstance(entry, dict) and isinstance(entry.get("sha256"), str):
-                files[f"{name}/{file}"] = entry
-    return files
-
-
 @contextmanager
 def build_package(
     version: Version,
@@ -82,14 +69,12 @@ def build_package(
     images: bool | None = None,
     acknowledged: Sequence[str] = (),
     stated: dict[str, Any] | None = None,
-    exports: Mapping[str, Path] = NO_EXPORTS,
 ) -> Iterator[Package]:
     """Yield the package to push to `repo`. Its files may exist only within the context.
 
     `images` states whether to include the images. None includes them if their licenses allow it. The user has
     the right to publish under the restrictive licenses in `acknowledged`. `stated` overrides manifest keys.
-    `exports` maps formats to folders with the same rows. Raises PushError if the images may not be published,
-    and StoreError if a file is damaged.
+    Raises PushError if the images may not be published, and StoreError if a file is damaged.
     """
     require_intact_files(version)
     restricted = non_redistributable(version.manifest["licenses"])
@@ -101,18 +86,15 @@ def build_package(
     pixel_columns = [column for column in PIXELS if column in version.manifest["columns"]]
     stated = stated or {}
     if pixel_columns and (images is False or (images is None and restricted)):
-        if exports:
-            problem = f"{', '.join(exports)} would contain the images, which are not pushed"
-            raise PushError(problem, hint="leave out --also")
         yield _pack(version, repo, without_pixels(version) | stated, version.path)
         return
     if pixel_columns and restricted:
         stated = {"acknowledged": restricted} | stated
     if version.holds_pixels:
-        yield _pack(version, repo, version.manifest | stated, version.path, exports)
+        yield _pack(version, repo, version.manifest | stated, version.path)
         return
     with _scratch_folder(version) as folder:
-        yield _pack(version, repo, write_self_contained(version, folder) | stated, folder, exports)
+        yield _pack(version, repo, write_self_contained(version, folder) | stated, folder)
 
 
 @contextmanager
@@ -139,22 +121,7 @@ def without_pixels(version: Version) -> dict[str, Any]:
     }
 
 
-def _pack(
-    version: Version,
-    repo: str,
-    manifest: dict[str, Any],
-    folder: Path,
-    exports: Mapping[str, Path] = NO_EXPORTS,
-) -> Package:
-    exported: dict[str, Path | bytes] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    for name, export in exports.items():
-        for path in sorted(path for path in export.rglob("*") if path.is_file()):
-            file = path.relative_to(export).as_posix()
-            exported[f"{name}/{file}"] = path
-            entries.setdefault(name, {})[file] = file_entry(path)
-    manifest = {key: value for key, value in manifest.items() if key != "exports"}
-    manifest |= {"exports": entries} if entries else {}
+def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -> Package:
     return Package(
         kind="dataset",
         name=version.name,
@@ -162,7 +129,6 @@ def _pack(
         manifest=manifest,
         files={
             **{name: folder / name for name in sorted(manifest["files"])},
-            **exported,
             REJECTIONS_FILE: version.path / REJECTIONS_FILE,
             "README.md": render_card(manifest, first_rows(version, CARD_SAMPLES), repo).encode(),
             "manifest.json": json_text(manifest).encode(),
@@ -203,8 +169,7 @@ def build_checkpoint_package(
     data = saved["config"]["data"]
     name = f"{data['version']}-{content_digest[:8]}"
     manifest = {"version": name, "digest": content_digest, "data": data, "files": files}
-    version, pushed_to = _version_of(folder, data)
-    dataset = data.get("repo") or pushed_to
+    dataset = data.get("repo") or _pushed_to(folder, data["version"])
     card = render_model_card(saved | {"digest": content_digest}, repo, dataset, models)
     return Package(
         kind="model",
@@ -217,9 +182,7 @@ def build_checkpoint_package(
             "README.md": card.encode(),
             "manifest.json": json_text(manifest).encode(),
         },
-        has_unknown_license=data.get(
-            "has_unknown_license", version is None or has_unknown_license(version.manifest)
-        ),
+        has_unknown_license=bool(data.get("has_unknown_license", True)),
     )
 
 
@@ -249,11 +212,7 @@ def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
     )
 
 
-def _version_of(folder: Path, data: dict[str, Any]) -> tuple[Version | None, str | None]:
-    """Return the version that a checkpoint was trained on, and the repository that it was pushed to."""
-    dataset = DatasetDir(folder.resolve().parent.parent)
-    version = next((v for v in dataset.versions() if v.manifest["digest"] == data["digest"]), None)
-    if version is None:
-        return None, None
-    repos = (push["repo"] for push in dataset.pushed() if push["version"] == version.name)
-    return version, next(repos, None)
+def _pushed_to(folder: Path, version: str) -> str | None:
+    """Return the repository that the version of a captioner's data was pushed to, if it is known."""
+    pushes = DatasetDir(folder.resolve().parent.parent).pushed()
+    return next((push["repo"] for push in pushes if push["version"] == version), None)

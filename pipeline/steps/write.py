@@ -16,7 +16,7 @@ from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, requir
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
 from pipeline.dataset.records import is_done, output_digest, read_record, step_key, write_record
-from pipeline.dataset.reviews import format_verdicts, read_verdicts
+from pipeline.dataset.reviews import format_lines, read_verdicts
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest, digest
@@ -108,7 +108,7 @@ class WriteStep(Step):
             for file in OUTPUTS
         ]
         if verdicts := read_verdicts(dataset.audit):
-            inputs.append(digest(format_verdicts(verdicts)))
+            inputs.append(digest(format_lines(verdicts)))
         key = step_key(NAME, [provenance, source], (), [*inputs, output_digest(first_shard, before)])
         newest = dataset.versions()[-1:]
         folders = list(dict.fromkeys([*executor.shards, dataset]))

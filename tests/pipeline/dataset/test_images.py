@@ -132,19 +132,6 @@ def test_link_and_pipe_in_store_are_ignored(tmp_path: Path) -> None:
     assert ImageStore(tmp_path / "d").find_missing(IDS) == IDS
 
 
-def test_second_copies_of_images_are_removed(tmp_path: Path) -> None:
-    filled(tmp_path)
-    other = ImageStore(tmp_path / "other")
-    other.add(tables(SAMPLES[:2]))
-    (path,) = other.paths()
-    path.rename(tmp_path / "images" / path.name)
-    store = ImageStore(tmp_path)
-    assert len(store.paths()) == 2
-    ((removed, size),) = store.keep_only({*IDS})
-    assert size > 0 and len(store.paths()) == 1 and not removed.exists()
-    assert store.find_missing(IDS) == []
-
-
 @pytest.mark.parametrize("count", range(1, 13))
 def test_killed_removal_keeps_all_needed_images(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

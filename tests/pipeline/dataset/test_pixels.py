@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_images, lacks_pixels
+from pipeline.dataset.pixels import Images, find_joined, images_of_dataset, join_images, lacks_pixels
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from pipeline.images.decode import deck_id
-from pipeline.storage.files import write_text
 from pipeline.tables import Extras
 from pipeline.types import Sample
 from tests.scene_data import SCORED, make_version, pulled, scene_samples, scored_captions, true_captions
@@ -27,19 +26,14 @@ def texts(whole: Version, tmp_path: Path) -> Version:
     return pulled(whole, tmp_path / "home" / "texts", images=False)
 
 
-def files(folder: Path, samples: list[Sample]) -> Path:
-    for number, sample in enumerate(samples):
-        path = folder / f"{number % 3}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(sample.images[0])
-    write_text(folder / "notes.txt", "no image")
-    return folder
+def images_of(samples: list[Sample]) -> list[Images]:
+    return [(sample.id, sample.images) for sample in samples]
 
 
-def test_joined_image_files_complete_the_version(whole: Version, texts: Version, tmp_path: Path) -> None:
+def test_joined_images_complete_the_version(whole: Version, texts: Version) -> None:
     assert lacks_pixels(texts)
     assert find_joined(texts) is None
-    joined = join_images(texts, images_of_files(files(tmp_path / "files", SAMPLES)))
+    joined = join_images(texts, images_of(SAMPLES))
     assert find_joined(texts) == joined and joined.path == texts.path
     assert not lacks_pixels(joined)
     assert joined.manifest["columns"] == whole.manifest["columns"]
@@ -49,13 +43,12 @@ def test_joined_image_files_complete_the_version(whole: Version, texts: Version,
         assert by_id[0] == by_id[1]
 
 
-def test_missing_images_are_counted_and_joined_from_other_folder(texts: Version, tmp_path: Path) -> None:
-    images = images_of_files(files(tmp_path / "files", SAMPLES[4:]))
+def test_missing_images_are_counted_and_joined_later(texts: Version) -> None:
     with pytest.raises(StoreError, match=r"4 of 30 images of v1\.0\.0 are missing") as refused:
-        join_images(texts, images)
+        join_images(texts, images_of(SAMPLES[4:]))
     assert "the original, unchanged image files" in refused.value.hint
     assert find_joined(texts) is None
-    joined = join_images(texts, images_of_files(files(tmp_path / "others", SAMPLES[:4])))
+    joined = join_images(texts, images_of(SAMPLES[:4]))
     assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
 
 
