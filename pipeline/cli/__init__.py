@@ -57,7 +57,7 @@ EXAMPLES = {
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
     "export": (
         "synth export data/folder-photos --format webdataset",
-        "synth export --in-place photos --style plain",
+        "synth export --format sidecar --names source --style plain",
         "synth export CAPTIONER --format onnx",
     ),
     "check": ("synth check data/folder-photos", "synth check ORG/NAME@v1.0.0"),

@@ -10,18 +10,14 @@ from typer import Argument, BadParameter, Exit, Option
 
 from pipeline.cli.options import (
     LAST_MADE,
-    Append,
     AsJson,
     Dataset,
     Images,
-    Overwrite,
-    SkipExisting,
     dataset_argument,
     dataset_path,
     open_data,
     option,
     path_option,
-    read_existing,
     require_split,
 )
 from pipeline.cli.output import echo, print_run_result, say, show
@@ -119,7 +115,6 @@ def export(
     ] = None,
     kind: Annotated[str | None, FORMAT] = None,
     out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
-    in_place: Annotated[Path | None, path_option("Image folder to write text files into.")] = None,
     style: Annotated[
         str | None, option("Caption style, or all: a line each.", "all, or the first of plain, brief, ...")
     ] = None,
@@ -128,14 +123,11 @@ def export(
     names: Annotated[Literal["id", "source"], option("Name files by id, or as in the source.")] = "id",
     split: Annotated[str | None, option("Split: train, validation or test.", "all")] = None,
     images: Images = None,
-    overwrite: Overwrite = False,
-    append: Append = False,
-    skip_existing: SkipExisting = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a version to another format, or a captioner to ONNX, or write captions next to your images."""
+    """Convert a version to another format, or a captioner to ONNX."""
     from pipeline.cli.captioners import export_captioner
-    from pipeline.formats.export import export_version, write_beside
+    from pipeline.formats.export import export_version
     from pipeline.formats.formats import FORMATS, PARQUET
     from pipeline.storage.files import translate_disk_errors
     from pipeline.tables import SPLITS
@@ -147,49 +139,25 @@ def export(
             "(transformers loads its folder as it is)"
         )
     if kind == "onnx":
-        has_names = names != "id"
-        refused = (
-            in_place,
-            style,
-            trigger,
-            absolute,
-            has_names,
-            split,
-            images,
-            overwrite,
-            append,
-            skip_existing,
-        )
-        if any(refused):
+        if any((style, trigger, absolute, names != "id", split, images)):
             raise BadParameter("--format onnx accepts only --out and --json", param_hint="--format")
         if data is None:
             raise BadParameter("name a captioner: synth export CAPTIONER --format onnx", param_hint="DATASET")
         export_captioner(data, out, as_json=as_json)
         return
-    existing = read_existing(
-        "--in-place", in_place is not None, skip=skip_existing, append=append, overwrite=overwrite
-    )
-    if in_place is not None and (kind not in (None, "sidecar") or out or split or absolute or names != "id"):
-        excluded = "--format, --out, --split, --absolute and --names"
-        raise BadParameter(f"--in-place excludes {excluded}", param_hint="--in-place")
     if (kind := kind or "imagefolder") not in (PARQUET, *FORMATS):
         known = did_you_mean(kind, FORMATS, f"formats: {', '.join([PARQUET, *FORMATS])}")
         raise BadParameter(f"no format {kind}; {known}", param_hint="--format")
     require_split(split)
     version = open_data(data, images)
-    folder = in_place or out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
+    folder = out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
     with show_progress() as progress, translate_disk_errors(folder):
-        if in_place is not None:
-            done = write_beside(
-                version, in_place, style=style, trigger=trigger, existing=existing, progress=progress
-            )
-        else:
-            splits = (split,) if split else SPLITS
-            choices: dict[str, Any] = {"style": style, "splits": splits, "source_names": names == "source"}
-            choices |= {"absolute": absolute, "trigger": trigger}
-            done = export_version(version, kind, folder, **choices, progress=progress)
+        splits = (split,) if split else SPLITS
+        choices: dict[str, Any] = {"style": style, "splits": splits, "source_names": names == "source"}
+        choices |= {"absolute": absolute, "trigger": trigger}
+        done = export_version(version, kind, folder, **choices, progress=progress)
     without_text = f"; skipped {done.without_text:,} images without a text" if done.without_text else ""
-    say(f"wrote {done.images:,} {'text files' if in_place is not None else 'images'}{without_text}")
+    say(f"wrote {done.images:,} images{without_text}")
     show(
         {"path": str(done.folder), "images": done.images, "without_text": done.without_text}, as_json, "path"
     )

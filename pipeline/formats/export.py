@@ -1,10 +1,8 @@
-"""Export a version in a format for another tool, or write its captions next to the user's own images.
+"""Export a version in a format for another tool.
 
 An export is written to a hidden folder next to its destination, and renamed when it is complete.
 """
 
-import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +14,10 @@ from pipeline.digests import file_digest
 from pipeline.errors import ConfigError
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES, Format
 from pipeline.formats.items import ALL, Item, no_pixels_error, read_items, select_captions
-from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
 from pipeline.storage.lock import hold_lock
-from pipeline.storage.sidecars import OWN_LINES, Existing, images_to_write, write_sidecar
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.storage.sidecars import OWN_LINES
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
@@ -132,60 +128,6 @@ def _choose_texts(
         human_texts = item.human_texts | {f"{begin}{text}" for text in item.human_texts}
         pairs = [(style, f"{begin}{best}", f"{begin}{worst}") for style, best, worst in item.pairs]
         yield replace(item, captions=captions, human_texts=human_texts, pairs=pairs)
-
-
-def write_beside(
-    version: Version,
-    folder: Path,
-    *,
-    style: str | None = None,
-    trigger: str = "",
-    existing: Existing = "refuse",
-    progress: Progress | None = None,
-) -> Exported:
-    """Write captions as text files next to the user's own images, after checking the bytes of the images.
-
-    Raises ConfigError, before any write, if an image has changed, or text files exist and must not change.
-    """
-    report = progress or NullProgress()
-    captions = list(_read_own_images(version, folder, style, trigger))
-    if not captions:
-        raise _no_text_error(version, style, "sidecar")
-    to_write = set(images_to_write([image for image, _, _ in captions], existing))
-    for number, (image, lines, own) in enumerate(captions, start=1):
-        if image in to_write:
-            write_sidecar(image, lines, existing, own)
-        report("export", number, len(captions))
-    return Exported(folder, len(to_write), version.num_rows - len(captions))
-
-
-def _read_own_images(
-    version: Version, folder: Path, style: str | None, trigger: str
-) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield each image with its captions, and those of them that a model wrote."""
-    for item in _choose_texts(read_items(version), style, trigger, only_one=True):
-        if not item.captions:
-            continue
-        path = _path_of_row(folder, item.source_row)
-        try:
-            is_same = image_id(read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES)) == item.sample_id
-        except (OSError, ValueError, UnsafeFileError) as error:
-            hint = "pass the folder that the images came from: --in-place DIR"
-            raise ConfigError(f"cannot read {path}: {error}", hint=hint) from None
-        if not is_same:
-            hint = "run `synth generate` again, or restore the original image"
-            raise ConfigError(f"{path} differs from the image that the version describes", hint=hint)
-        texts = [text for _, text in item.captions]
-        yield path, texts, [text for text in texts if text not in item.human_texts]
-
-
-def _path_of_row(folder: Path, name: str) -> Path:
-    r"""Return the file of a row from a folder source. In `name`, \xNN stands for a byte that is not UTF-8."""
-    path = folder / name
-    if os.path.lexists(path):
-        return path
-    raw = re.sub(rb"\\x([0-9a-f]{2})", lambda escape: bytes([int(escape[1], 16)]), name.encode())
-    return folder / os.fsdecode(raw)
 
 
 def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:

@@ -20,11 +20,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from pipeline.config.files import resolve
-from pipeline.dataset.builder import Rows
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
 from pipeline.formats import formats
-from pipeline.formats.export import CHECKSUMS, export_version, write_beside
+from pipeline.formats.export import CHECKSUMS, export_version
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES
 from pipeline.formats.items import Item, read_items
 from pipeline.progress import NullProgress
@@ -71,7 +70,7 @@ def version(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> 
     batches = sample_table(samples).to_batches()
     folder = tmp_path_factory.mktemp("data")
     extras = Extras(("rejected",), own=(BOXES, NOTE))
-    made, _ = publish_rows(folder, [table], batches, rows=Rows(), extras=extras)
+    made, _ = publish_rows(folder, [table], batches, extras=extras)
     return replace(made, manifest=made.manifest | {"measured": {"captions": {"brief": {}, "detailed": {}}}})
 
 
@@ -431,105 +430,6 @@ def test_unsupported_export_is_refused(version: Version, samples: list[Sample], 
         export_version(decks, "csv", tmp_path / "out")
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> tuple[Path, Version]:
-    """Return a folder of photos, and a version made from it."""
-    folder, samples = tmp_path / "photos", []
-    for number, sample in enumerate(scene_samples(4)):
-        name = f"{'deep/' if number % 2 else ''}my photo {number}.png"
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(sample.images[0])
-        samples.append(replace(sample, source_row=name))
-    return folder, make_version(tmp_path / "d", samples)[0]
-
-
-def test_captions_are_written_next_to_images_in_each_mode(photos: tuple[Path, Version]) -> None:
-    folder, version = photos
-    assert write_beside(version, folder, style="brief").images == 4
-    texts = {item.source_row: dict(item.captions)["brief"] for item in read_items(version)}
-    for name, text in texts.items():
-        assert (folder / name).with_suffix(".txt").read_text() == f"{text}\n"
-    first = (folder / next(iter(texts))).with_suffix(".txt")
-    first.write_text("by hand\n")
-    with pytest.raises(ConfigError, match="4 of 4 text files already exist"):
-        write_beside(version, folder)
-    write_beside(version, folder, style="brief", existing="skip")
-    assert first.read_text() == "by hand\n"
-    for _ in range(2):  # the second call adds nothing
-        write_beside(version, folder, style="brief", existing="append")
-        assert first.read_text() == f"by hand\n{texts[next(iter(texts))]}\n"
-    write_beside(version, folder, style="brief", existing="overwrite")
-    assert first.read_text() == f"{texts[next(iter(texts))]}\n"
-
-
-def test_exported_captions_are_not_read_as_human_captions(photos: tuple[Path, Version]) -> None:
-    folder, version = photos
-    write_beside(version, folder, style="brief")
-    images = sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))
-    changed, added, *_ = (path.with_suffix(".txt") for path in images)
-    changed.write_text("By hand.\n")
-    added.write_text(f"{added.read_text()}One more.\n")
-    source = open_folder(folder)
-    references = {row.references for row in source.rows if isinstance(row, Sample)}
-    assert references == {(), ("By hand.",), ("One more.",)}
-    assert "human captions: 2 for 2 of 4 images" in source.messages
-    assert "skipped 3 model-written texts" in source.messages
-    assert not any("not read" in message for message in source.messages)
-
-
-def test_human_captions_stay_human_after_in_place_export(tmp_path: Path) -> None:
-    folder = tmp_path / "own"
-    folder.mkdir()
-    sample = replace(scene_samples(1)[0], source_row="a.png", references=("A ring.",))
-    (folder / "a.png").write_bytes(sample.images[0])
-    (folder / "a.txt").write_text("A ring.\n")
-    text = {"task": "caption", "style": "human", "text": "A ring.", "prompt_id": "human", "split": "train"}
-    text |= {"sample_id": sample.id, "annotation_id": "a" * 64}
-    table = pa.table({name: pa.array([value], STRING) for name, value in text.items()})
-    version, _ = publish_rows(tmp_path / "d", [table], sample_table([sample]).to_batches(), rows=Rows())
-    for existing in ("append", "overwrite"):
-        write_beside(version, folder, existing=existing)
-        (row,) = open_folder(folder).rows
-        assert isinstance(row, Sample) and row.references == ("A ring.",)
-
-
-def test_image_named_like_text_file_is_not_overwritten(photos: tuple[Path, Version], tmp_path: Path) -> None:
-    folder, _ = photos
-    image = (folder / "my photo 0.png").read_bytes()
-    (folder / "odd.txt").write_bytes(image)
-    odd, _ = make_version(tmp_path / "odd", [replace(scene_samples(1)[0], source_row="odd.txt")])
-    with pytest.raises(ConfigError, match="has the same name as its text file"):
-        write_beside(odd, folder, existing="overwrite")
-    assert (folder / "odd.txt").read_bytes() == image
-
-
-def test_changed_or_missing_image_is_refused_before_captions_are_saved(photos: tuple[Path, Version]) -> None:
-    folder, version = photos
-    out = io.BytesIO()
-    Image.new("RGB", (9, 9)).save(out, "PNG")
-    (folder / "my photo 2.png").write_bytes(out.getvalue())
-    with pytest.raises(
-        ConfigError, match=r"my photo 2\.png differs from the image that the version describes"
-    ):
-        write_beside(version, folder)
-    assert not [*folder.rglob("*.txt")]
-    (folder / "my photo 2.png").unlink()
-    with pytest.raises(ConfigError, match=r"cannot read .*my photo 2\.png"):
-        write_beside(version, folder)
-
-
-@pytest.mark.parametrize("row", ["../outside.png", "/etc/passwd", "link.png", "a\0b"])
-def test_source_row_outside_the_folder_is_refused_without_writing(row: str, tmp_path: Path) -> None:
-    sample = scene_samples(1)[0]
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "outside.png").write_bytes(sample.images[0])
-    (tmp_path / "photos/link.png").symlink_to(tmp_path / "outside.png")
-    version, _ = make_version(tmp_path / "d", [replace(sample, source_row=row)])
-    with pytest.raises(ConfigError):
-        write_beside(version, tmp_path / "photos")
-    assert not [*tmp_path.glob("*.txt"), *tmp_path.glob("photos/*.txt")]
-
-
 def test_imagefolder_loads_if_a_split_has_no_references(tmp_path: Path) -> None:
     first, *others = scene_samples(12)
     without = [replace(sample, references=()) for sample in others]
@@ -566,7 +466,7 @@ def test_conversations_of_images_without_captions_have_values_of_custom_tasks(
     rows = [row | note | {"annotation_id": f"{number:064x}"} for number, row in enumerate(captions)]
     table = pa.table({name: pa.array([row.get(name) for row in rows], STRING) for name in rows[0]})
     batches, extras = sample_table(samples).to_batches(), Extras(own=(NOTE,))
-    version, _ = publish_rows(tmp_path / "d", [table], batches, rows=Rows(), extras=extras)
+    version, _ = publish_rows(tmp_path / "d", [table], batches, extras=extras)
     with pytest.raises(ConfigError, match="has a text for this format"):
         export_version(version, "csv", tmp_path / "out")
     export_version(version, "messages", tmp_path / "out")
@@ -615,22 +515,26 @@ def test_paligemma_export_has_a_line_for_each_text(version: Version, tmp_path: P
         assert (tmp_path / "out" / row["image"]).is_file()
 
 
-@pytest.mark.parametrize("in_place", [False, True])
 def test_sidecar_has_a_line_for_each_caption_that_begins_with_the_trigger(
-    photos: tuple[Path, Version], tmp_path: Path, *, in_place: bool
+    version: Version, tmp_path: Path
 ) -> None:
-    folder, version = photos
-    options: dict[str, Any] = {"style": "all", "trigger": "sks"}
-    if in_place:
-        write_beside(version, folder, **options)
-    else:
-        export_version(version, "sidecar", tmp_path / "out", source_names=True, **options)
-    for item in read_items(version, source_names=True):
-        path = folder / item.source_row if in_place else tmp_path / "out" / item.split / item.file_name
-        lines = path.with_suffix(".txt").read_text().splitlines()
-        assert lines == [f"sks, {text}" for _, text in item.captions]
-    rows = open_folder(folder if in_place else tmp_path / "out").rows
+    export_version(version, "sidecar", tmp_path / "out", style="all", trigger="sks")
+    for item in read_items(version):
+        path = tmp_path / "out" / item.split / f"{item.name}.txt"
+        assert path.read_text().splitlines() == [f"sks, {text}" for _, text in item.captions]
+    rows = open_folder(tmp_path / "out").rows
     assert not any(row.references for row in rows if isinstance(row, Sample))
+
+
+def test_human_captions_stay_human_in_exported_sidecars(version: Version, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    sidecar = FORMATS["sidecar"](tmp_path, "")
+    item, *_ = read_items(version, ["train"])
+    human = item.captions[0][1]
+    sidecar.add(replace(item, human_texts=frozenset([human])))
+    sidecar.close()
+    (row,) = open_folder(tmp_path).rows
+    assert isinstance(row, Sample) and row.references == (human,)
 
 
 def test_concurrent_export_to_the_same_folder_is_refused(version: Version, tmp_path: Path) -> None:
