@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataset import shards
-from pipeline.dataset.builder import Rows, with_split
+from pipeline.dataset.builder import with_split
 from pipeline.dataset.version import Version
 from pipeline.tables import ROW
 from tests.hub.server import RunningHub, running_hub
@@ -86,7 +86,6 @@ def make(
     new_images: Set[int] = frozenset(),
 ) -> Version:
     """Write the next version of a dataset. Rows in `new_texts` and `new_images` change."""
-    rows = Rows()
     words = " ".join(f"word{n}" for n in range(20))
 
     def tables() -> Iterator[pa.Table]:
@@ -101,10 +100,9 @@ def make(
                 for n in range(first, min(count, first + 100))
             ]
             table = pa.Table.from_pylist(batch, schema=with_split(ROW))
-            rows.add(table)
             yield table
 
-    version, _ = publish_tables(folder, tables(), rows)
+    version, _ = publish_tables(folder, tables())
     return version
 
 

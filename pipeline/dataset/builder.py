@@ -3,15 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.card import CARD_SAMPLES
-from pipeline.dataset.statistics import DatasetStatistics
 from pipeline.digests import canonical, digest
 from pipeline.errors import TableError
 from pipeline.tables import (
@@ -39,51 +36,26 @@ def with_split(schema: pa.Schema) -> pa.Schema:
     return schema.append(pa.field("split", pa.string()))
 
 
-@dataclass(slots=True)
-class Rows:
-    """The results of one pass over the rows of a version."""
-
-    digests: list[pa.Table] = field(default_factory=list)  # DIGESTS
-    rejected: list[str] = field(default_factory=list)  # ids of samples without any annotation
-    licenses: set[str] = field(default_factory=set)
-    statistics: DatasetStatistics = field(default_factory=DatasetStatistics)
-    examples: list[dict[str, Any]] = field(default_factory=list)  # the first rows, shown on the card
-
-    def add(self, rows: pa.Table) -> None:
-        """Add rows that `build_rows` yields."""
-        texts = rows.drop_columns(list(PIXELS)).to_pylist()
-        digests = [row_digest(row) for row in texts]
-        self.digests.append(pa.table([rows["sample_id"], pa.array(digests, pa.string())], schema=DIGESTS))
-        self.licenses.update(row["license"] for row in texts)
-        self.statistics.add(texts)
-        self.examples += texts[: CARD_SAMPLES - len(self.examples)]
-
-
 def build_rows(
     annotations: Iterable[pa.Table],
     samples: Iterable[pa.RecordBatch],
     source: str,
-    rows: Rows,
     extras: Extras = NO_EXTRAS,
     *,
     decks: bool = False,
 ) -> Iterator[pa.Table]:
     """Join samples (tables.LISTED_SAMPLE) with their annotations, and yield rows (tables.ROW) with `split`.
 
-    Columns in PIXELS hold True or null instead of images. With `decks`, even one-page samples are decks.
-    Raises TableError if the annotations are in a different order than the samples.
+    `split` is null for samples without annotations. Columns in PIXELS hold True or null instead of images.
+    With `decks`, even one-page samples are decks. Raises TableError if the annotations are in a different
+    order than the samples.
     """
     reader = _AnnotationReader(iter(annotations))
     schema = with_split(row_schema(extras.columns, extras))
     schema = pa.schema([field.with_type(pa.bool_()) if field.name in PIXELS else field for field in schema])
     for batch in samples:
         batch_annotations = reader.take(batch["sample_id"])
-        table = _join(pa.Table.from_batches([batch]), batch_annotations, source, schema, extras, decks=decks)
-        is_kept = pc.is_valid(table["split"])
-        rows.rejected += table.filter(pc.invert(is_kept))["sample_id"].to_pylist()
-        table = table.filter(is_kept).combine_chunks()
-        rows.add(table)
-        yield table
+        yield _join(pa.Table.from_batches([batch]), batch_annotations, source, schema, extras, decks=decks)
     if reader.next_table is not None and reader.next_table.num_rows:
         raise TableError("annotations and samples are in different orders", hint="please report this bug")
 
