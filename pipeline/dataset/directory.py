@@ -143,7 +143,7 @@ class DatasetDir:
                 name = manifest.parent.name
                 hint = f"move {manifest.parent} away, or run `synth versions rm {self.path}@{name}`"
                 raise StoreError(f"the version {name} cannot be read: {error}", hint=hint) from None
-        return sorted(versions)
+        return sorted(versions, key=lambda version: version.number)
 
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:
         """Return the version with a name, by default the newest. Raises StoreError if there is none.

@@ -22,7 +22,7 @@ from pipeline.errors import StoreError, SynthError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.storage.files import open_parquet, write_table
 from pipeline.storage.object_store import is_remote
-from pipeline.tables import IMAGE, IMAGE_DIGESTS, PIXELS, SAMPLE_IMAGES, STORED_IMAGES
+from pipeline.tables import IMAGE, IMAGE_DIGESTS, SAMPLE_IMAGES, STORED_IMAGES
 
 FOLDER = "images"
 FILE_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
@@ -174,21 +174,14 @@ def hash_images(path: Path) -> dict[str, str]:
     return digests
 
 
-def as_pixels(images: pa.ListArray, columns: Sequence[str]) -> dict[str, pa.Array]:
-    """Return images from the store as the columns `image` and `pages`, if they are in `columns`.
-
-    With both columns, `image` has single images and `pages` has decks. A column on its own has all images.
-    """
+def as_pixels(images: pa.ListArray, column: str) -> pa.Array:
+    """Return images from the store as the column `image` (the first of each row) or `pages` (all of them)."""
     offsets = images.offsets.to_numpy() - images.offsets[0].as_py()
     pages = images.flatten()
     stored = pa.StructArray.from_arrays([pages, pa.nulls(len(pages), pa.string())], fields=[*IMAGE])
-    is_deck = np.diff(offsets) > 1 if "image" in columns else np.ones(len(images), bool)
-    decks = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
-    pixels = {
-        "image": stored.take(pa.array(offsets[:-1], pa.int32(), mask=is_deck)),
-        "pages": pc.if_else(pa.array(is_deck), decks, pa.scalar(None, decks.type)),
-    }
-    return {name: pixels[name] for name in PIXELS if name in columns}
+    if column == "image":
+        return stored.take(pa.array(offsets[:-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
 
 
 def _groups_by_id(path: Path) -> dict[str, _Group]:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import total_ordering
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,6 @@ VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 SplitBatch = tuple[str, pa.RecordBatch]  # a split and some of its rows
 
 
-@total_ordering
 @dataclass(frozen=True, slots=True)
 class Version:
     """One immutable version of a dataset, with its folder `path` and its manifest."""
@@ -119,9 +117,6 @@ class Version:
         num_bytes = sum(entry["bytes"] for entry in self.manifest["files"].values())
         return fields | {"bytes": num_bytes, "date": written.strftime("%Y-%m-%d %H:%M")}
 
-    def __lt__(self, other: "Version") -> bool:
-        return self.number < other.number
-
     def shards(self, split: str) -> list[Path]:
         """Return the Parquet files of a split, in order."""
         return [self.path / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
@@ -152,8 +147,7 @@ class Version:
                         require_values(batch)
                         if pixels and batch.num_rows:
                             images = store.read(batch["sample_id"].to_pylist())
-                            joined = as_pixels(images, self.manifest["columns"])
-                            arrays = [joined[n] if n in pixels else batch[n] for n in columns]
+                            arrays = [as_pixels(images, n) if n in pixels else batch[n] for n in columns]
                             batch = pa.record_batch(arrays, names=columns)
                         yield split, batch
                 except (OSError, ValueError, pa.ArrowException) as error:
