@@ -72,7 +72,7 @@ def check(
 
 
 def _check_all(data: str | None, *, repair: bool) -> Iterator["Checked"]:
-    from pipeline.check import check_dataset, check_version, check_version_folder
+    from pipeline.check import check_dataset, check_version
     from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
     from pipeline.dataset.version import MANIFEST
     from pipeline.hub.pull import is_hub_name, pull_version
@@ -84,12 +84,10 @@ def _check_all(data: str | None, *, repair: bool) -> Iterator["Checked"]:
     folder = dataset_path(data)
     with translate_disk_errors(folder):
         has_run = DatasetDir(folder).run_file.exists()
-        if split_version(folder)[1]:
+        if split_version(folder)[1] or (folder / MANIFEST).exists():
             yield check_version(open_dataset(folder))
         elif not has_run and any((folder / name).exists() for name in CHECKPOINT_FILES):
             yield _check_checkpoint(folder)
-        elif (folder / MANIFEST).exists():
-            yield check_version_folder(folder)
         else:
             yield from check_dataset(DatasetDir(folder), repair=repair)
             for settings in sorted(folder.glob("checkpoints/*/train.json"), key=str):
