@@ -87,13 +87,8 @@ class DatasetDir:
 
     @property
     def reviews(self) -> Path:
-        """The file where `synth review apply` stores human reviews."""
+        """The file where `synth review apply` stores human reviews, and the verdicts of audits."""
         return self.path / "review" / "reviews.jsonl"
-
-    @property
-    def audit(self) -> Path:
-        """The file where `synth review apply` stores the verdicts of an audit."""
-        return self.path / "review" / "audit.jsonl"
 
     @property
     def cost(self) -> Path:

@@ -1,6 +1,5 @@
 """One immutable version of a dataset: a folder with Parquet shards, a manifest and a card."""
 
-import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -76,12 +75,9 @@ class Version:
         """The folder for outputs from this version: its dataset folder, or else the parent of its folder."""
         if self.repo:
             return dataset_folder(self.repo)
-        if is_remote(self.path):
-            return dataset_dir_of(self.path)
-        path = Path(os.path.normpath(self.path.absolute()))
         # A link in `versions` belongs to that dataset. Other links belong to the dataset that they lead to.
-        home = dataset_dir_of(path if path.parent.name == "versions" else self.path.resolve())
-        return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
+        is_named = is_remote(self.path) or self.path.parent.name == "versions"
+        return dataset_dir_of(self.path if is_named else self.path.resolve())
 
     @property
     def is_preview(self) -> bool:

@@ -39,7 +39,7 @@ def write_audit_page(version: Version, dataset: DatasetDir, number: int, seed: i
             for text in row["texts"]:
                 if text["content"] == contents[row["id"]]:
                     items[row["id"]] = {"id": row["id"], "from": row["from"], "images": images, "text": text}
-    verdicts = read_verdicts(dataset.audit)
+    verdicts = read_verdicts(dataset.reviews)
     settings = {
         "digest": manifest["digest"],
         "version": version.name,

@@ -93,7 +93,7 @@ class WriteStep(Step):
             for step in names
             for file in OUTPUTS
         ]
-        if verdicts := read_verdicts(dataset.audit):
+        if verdicts := read_verdicts(dataset.reviews):
             inputs.append(digest(format_lines(verdicts)))
         key = step_key(NAME, [provenance, source], (), [*inputs, output_digest(first_shard, before)])
         newest = dataset.versions()[-1:]
@@ -179,7 +179,7 @@ def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
 
 def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras) -> dict[str, Any]:
     """Return the manifest field with the error rates of the rows, or {} without verdicts of an audit."""
-    verdicts = read_verdicts(dataset.audit)
+    verdicts = read_verdicts(dataset.reviews)
     if not verdicts:
         return {}
     own = {column.name: column.describe() for column in extras.own}
