@@ -42,7 +42,6 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
         scores=SCORES_IN_WORDS,
         audit_in_words=audit_in_words(manifest.get("audit")),
         writers=_writers(manifest),
-        texts=_text_kinds(manifest),
         configs=_configs(manifest),
     )
 
@@ -168,14 +167,6 @@ def _writers(manifest: dict[str, Any]) -> str:
         return PEOPLE
     has_human = any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
     return PEOPLE_AND_MODEL if has_human else MODEL
-
-
-def _text_kinds(manifest: dict[str, Any]) -> str:
-    """Return "captions and questions", or the custom task columns of a dataset without such texts."""
-    measured, own = manifest["measured"], manifest.get("own_columns", {})
-    kinds = ("captions", "answers", "human_captions", "human_questions")
-    has_texts = any(measured.get(kind) for kind in kinds)
-    return "captions and questions" if has_texts or not own else ", ".join(own)
 
 
 def _categories(manifest: dict[str, Any]) -> list[str]:

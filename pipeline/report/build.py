@@ -32,7 +32,6 @@ SMALL_REPORT_THUMBNAIL_BYTES, THUMBNAIL_BYTES = 16_384, 4_096
 SCRIPT_ROWS = 1000
 BATCH_ROWS = 64
 MAX_REJECTED_PICTURES = 50  # per reason
-PROVENANCE = '<meta name="generator" content="synth report">'  # only pages with this tag are overwritten
 
 
 def write_report(
@@ -41,15 +40,11 @@ def write_report(
     """Write `report.html` into the dataset folder, and return its path.
 
     At most `max_rows` images are shown: the ones with the lowest ids. Ids are digests, so this is a random
-    sample. Raises ConfigError if the checkpoint has no finished training run, or if `report.html` is not a
-    report. Raises StoreError if the version or a step file is damaged.
+    sample. Raises ConfigError if the checkpoint has no finished training run, and StoreError if the version
+    or a step file is damaged.
     """
     metrics = _read_metrics(checkpoint) if checkpoint else None
     page = folder / "report.html"
-    if page.exists() and not _is_report(page):
-        raise ConfigError(
-            f"{page} is not a report written by synth", hint="move it away: the report would overwrite it"
-        )
     write_text(page, _Report(version, folder, metrics, min(version.num_rows, max_rows)).render())
     return page
 
@@ -128,7 +123,7 @@ class _Report:
             manifest=manifest,
             images=self.version.num_rows,
             shown=self.num_shown,
-            funnel=funnel_of(manifest),
+            funnel=manifest.get("funnel", []),
             in_words=in_words,
             audit_in_words=audit_in_words(manifest.get("audit")),
             scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],
@@ -136,34 +131,14 @@ class _Report:
             has_steps=self.has_steps,
             cost=DatasetDir(self.folder).read_cost() or None,
             metrics=self.metrics,
-            provenance=PROVENANCE,
             first_images=first_images,
             scripts=scripts,
             script_hashes=[script_hash(script) for script in scripts],
         )
 
 
-def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the funnel of a manifest. `adds_up` is true if no row was lost in the step or just before it."""
-    kept_before: dict[str, int] = {}
-    steps = []
-    for step in manifest.get("funnel", []):
-        is_complete = step["input"] == step["kept"] + sum(step["rejected"].values())
-        follows = step["unit"] != "annotations" or step["input"] == kept_before.get(
-            "annotations", step["input"]
-        )
-        steps.append(step | {"adds_up": is_complete and follows})
-        kept_before[step["unit"]] = step["kept"]
-    return steps
-
-
 def _call(kind: str, rows: list[dict[str, Any]]) -> str:
     return f'add("{kind}", {script_literal(rows)});\n'
-
-
-def _is_report(page: Path) -> bool:
-    with page.open(encoding="utf-8", errors="replace") as file:
-        return PROVENANCE in file.read(4096)
 
 
 def _read_metrics(checkpoint: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_card_states_license_of_the_model() -> None:
 def test_card_states_results_of_human_review() -> None:
     assert "checked automatically only" in render_card(MANIFEST, [])
     card = render_card(MANIFEST | {"review": {"good": 5, "bad": 2, "edited": 1}}, [])
-    assert "**All but 1 captions" in card
+    assert "**All but 1 texts are machine-generated" in card
     assert "automatically only" not in card
     assert "reviewed 8 texts: 5 were good, 2 were removed and 1 were edited" in card
 

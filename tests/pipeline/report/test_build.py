@@ -5,7 +5,6 @@ import json
 import re
 from base64 import b64decode
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from pipeline.config import DECKS
 from pipeline.errors import ConfigError
 from pipeline.report import build
-from pipeline.report.build import THUMBNAIL_BYTES, funnel_of, newest_checkpoint, write_report
+from pipeline.report.build import THUMBNAIL_BYTES, newest_checkpoint, write_report
 from pipeline.report.html import script_hash
 from pipeline.sources.scenes import draw_sample
 from tests.scene_data import make_version, scene_samples, true_captions
@@ -54,16 +53,6 @@ def test_rows_of_a_large_report_are_in_several_scripts(
         b64decode(image.partition(",")[2]) for rows in parts for row in rows for image in row["images"]
     ]
     assert len(thumbnails) == 40 and max(map(len, thumbnails)) <= THUMBNAIL_BYTES
-
-
-def test_file_that_synth_did_not_write_is_not_replaced(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(4))
-    page = write_report(version, tmp_path)
-    assert write_report(version, tmp_path) == page
-    page.write_text("<h1>my report</h1>")
-    with pytest.raises(ConfigError, match=r"report\.html is not a report written by synth"):
-        write_report(version, tmp_path)
-    assert page.read_text() == "<h1>my report</h1>"
 
 
 def test_folder_without_a_finished_training_run_is_refused(tmp_path: Path) -> None:
@@ -118,18 +107,3 @@ def test_deck_is_shown_with_all_its_pages(tmp_path: Path) -> None:
     page = write_report(version, tmp_path).read_text()
     assert page.count("data:image/webp;base64,") == 12
     assert page.count('"evidence_pages":[2]') == 3
-
-
-def test_funnel_shows_step_whose_counts_do_not_add_up() -> None:
-    def step(**numbers: Any) -> dict[str, Any]:
-        return {"step": "x", "unit": "annotations", "rejected": {}} | numbers
-
-    good = [step(input=9, kept=7, rejected={"a": 2}), step(input=7, kept=7)]
-    lost_within = [step(input=9, kept=7, rejected={"a": 1})]
-    lost_between = [step(input=9, kept=9), step(input=8, kept=8)]
-    other_units = [step(input=9, kept=9, unit="images"), step(input=30, kept=30)]
-    sums = [
-        [row["adds_up"] for row in funnel_of({"funnel": steps})]
-        for steps in (good, lost_within, lost_between, other_units)
-    ]
-    assert sums == [[True, True], [False], [True, False], [True, True]]
