@@ -102,11 +102,11 @@ def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
 
     With `is_only`, raises StoreError if several datasets were made here, instead of choosing the last.
     """
-    from pipeline.dataset.directory import newest_dataset, only_dataset
+    from pipeline.dataset.directory import newest_dataset
 
     if name and not is_version_name(name):
         return parse_dataset_path(name)
-    folder = only_dataset() if is_only else newest_dataset()
+    folder = newest_dataset(is_only=is_only)
     say(f"dataset: {folder}", "dim")
     return folder.with_name(f"{folder.name}@{name}") if name else folder
 

@@ -23,7 +23,6 @@ from pipeline.dataset.version import (
     VERSION_NAME,
     OtherReleaseError,
     Version,
-    dataset_dir_of,
     parse_version,
     read_version,
 )
@@ -219,29 +218,20 @@ def split_version(path: Path) -> tuple[Path, str | None]:
     return path.parent / folder, name
 
 
-def find_dataset(path: Path) -> Path:
-    """Return the dataset folder for the path of a dataset or version. The path may be FOLDER@VERSION."""
-    folder, _ = split_version(path)
-    is_version = not is_remote(folder) and (folder / MANIFEST).exists()
-    return dataset_dir_of(folder.absolute()) if is_version else folder
+def newest_dataset(*, is_only: bool = False) -> Path:
+    """Return the dataset folder with the newest version. Raises StoreError if there is none.
 
-
-def newest_dataset() -> Path:
-    """Return the dataset folder with the newest version. Raises StoreError if there is none."""
+    With `is_only`, raises StoreError if there are several datasets, instead of guessing.
+    """
     manifests = sorted(DATA.glob(f"*/versions/v*/{MANIFEST}"))
     if not manifests:
         hint = "make one with `synth generate --source scenes`, or pass its folder"
         raise StoreError(f"no dataset under {DATA}/", hint=hint)
-    return max(manifests, key=lambda path: path.stat().st_mtime_ns).parents[2]
-
-
-def only_dataset() -> Path:
-    """Return the only dataset folder. Raises StoreError if there are several, instead of guessing."""
-    folders = sorted({path.parents[2] for path in DATA.glob(f"*/versions/v*/{MANIFEST}")})
-    if len(folders) > 1:
+    folders = dict.fromkeys(path.parents[2] for path in manifests)
+    if is_only and len(folders) > 1:
         problem = f"{DATA}/ has {len(folders)} datasets"
-        raise StoreError(problem, hint=f"pass one: {', '.join(map(str, folders[:8]))}")
-    return folders[0] if folders else newest_dataset()
+        raise StoreError(problem, hint=f"pass one: {', '.join(map(str, [*folders][:8]))}")
+    return max(manifests, key=lambda path: path.stat().st_mtime_ns).parents[2]
 
 
 def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:

@@ -9,7 +9,6 @@ import pytest
 from pipeline.dataset.directory import (
     DatasetDir,
     newest_dataset,
-    only_dataset,
     open_dataset,
     split_version,
 )
@@ -112,7 +111,7 @@ def test_linked_lock_file_is_refused_and_its_target_is_unchanged(tmp_path: Path)
     assert victim.read_text() == "private"
 
 
-def test_only_dataset_raises_if_there_are_two_datasets(
+def test_newest_dataset_that_must_be_the_only_one_is_refused_if_there_are_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -123,4 +122,4 @@ def test_only_dataset_raises_if_there_are_two_datasets(
     os.utime("data/secret/versions/v1.0.0/manifest.json", (1 << 33, 1 << 33))  # a wrong clock
     assert newest_dataset() == Path("data/secret")
     with pytest.raises(StoreError, match="data/ has 2 datasets"):
-        only_dataset()
+        newest_dataset(is_only=True)
