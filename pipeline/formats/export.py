@@ -3,8 +3,9 @@
 An export is written to a hidden folder next to its destination, and renamed when it is complete.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline.dataset.pixels import lacks_pixels
@@ -13,7 +14,7 @@ from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES, Format
-from pipeline.formats.items import ALL, Item, no_pixels_error, read_items, select_captions
+from pipeline.formats.items import ALL, Item, choose_texts, read_items
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
 from pipeline.storage.lock import hold_lock
@@ -69,8 +70,8 @@ def export_version(
         if kind == PARQUET:
             write_self_contained(version, draft, splits)
         else:
-            items = read_items(version, splits, source_names=source_names)
-            items = _choose_texts(items, style, trigger, only_one=kind == "sidecar")
+            choose = partial(choose_texts, style=style, trigger=trigger, only_one=kind == "sidecar")
+            items = map(choose, read_items(version, splits, source_names=source_names))
             image_root = f"{out.absolute().as_posix()}/" if absolute else ""
             written = _write_items(items, FORMATS[kind](draft, image_root), num_rows, report)
             without_text = num_rows - written
@@ -100,8 +101,8 @@ def _check_export(
     if kind == PARQUET and (style or trigger):
         hint = "leave out --style and --trigger"
         raise ConfigError(f"the format {PARQUET} always has all captions as they are", hint=hint)
-    if kind == PARQUET and lacks_pixels(version):
-        raise no_pixels_error(version)
+    if lacks_pixels(version):
+        raise ConfigError(f"{version.name} has no images", hint="pass --images FOLDER")
     num_rows: int = sum(version.manifest["rows"].get(split, 0) for split in splits)
     if not num_rows:
         raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave out --split")
@@ -115,19 +116,6 @@ def _write_items(items: Iterable[Item], writer: Format, num_rows: int, report: P
         report("export", number, num_rows)
     writer.close()
     return written
-
-
-def _choose_texts(
-    items: Iterable[Item], style: str | None, trigger: str, *, only_one: bool
-) -> Iterator[Item]:
-    """Yield items with the captions of a style (`select_captions`), which begin with `trigger`."""
-    begin = f"{trigger}, " if trigger else ""
-    for item in items:
-        item = select_captions(item, style, only_one=only_one)
-        captions = [(style, f"{begin}{text}") for style, text in item.captions]
-        human_texts = item.human_texts | {f"{begin}{text}" for text in item.human_texts}
-        pairs = [(style, f"{begin}{best}", f"{begin}{worst}") for style, best, worst in item.pairs]
-        yield replace(item, captions=captions, human_texts=human_texts, pairs=pairs)
 
 
 def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:

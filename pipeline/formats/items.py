@@ -75,8 +75,8 @@ class Item:
         return [*turns(self.captions, self.questions), *self.value_turns]
 
 
-def select_captions(item: Item, style: str | None, *, only_one: bool) -> Item:
-    """Return an item with its captions and pairs in a style, by default all of them.
+def choose_texts(item: Item, *, style: str | None, trigger: str, only_one: bool) -> Item:
+    """Return an item with its captions and pairs in a style, by default all, which begin with `trigger`.
 
     With `only_one`, the preferred caption remains, unless the style is ALL.
     """
@@ -84,23 +84,31 @@ def select_captions(item: Item, style: str | None, *, only_one: bool) -> Item:
     if only_one and style != ALL:
         preferred = preferred_caption(captions)
         captions = [caption for caption in captions if caption[1] == preferred][:1]
-    return replace(item, captions=captions, pairs=[p for p in item.pairs if style in (None, ALL, p[0])])
+    begin = f"{trigger}, " if trigger else ""
+    return replace(
+        item,
+        captions=[(name, f"{begin}{text}") for name, text in captions],
+        human_texts=item.human_texts | {f"{begin}{text}" for text in item.human_texts},
+        pairs=[
+            (name, f"{begin}{best}", f"{begin}{worst}")
+            for name, best, worst in item.pairs
+            if style in (None, ALL, name)
+        ],
+    )
 
 
 def read_items(
     version: Version, splits: Iterable[str] = SPLITS, *, source_names: bool = False
 ) -> Iterator[Item]:
-    """Yield the images of a version, in order. Raises ConfigError if it has no pixels, or holds decks.
+    """Yield the images of a version, in order. Raises ConfigError if it holds decks.
 
     With `source_names`, files have the names of the source where these are safe and unique, without folders.
     Other files, and all files by default, are named by id.
     """
     columns = version.manifest["columns"]
-    if "image" not in columns and "pages" in columns:
+    if "image" not in columns:
         hint = "use a version of single images"
         raise ConfigError(f"{version.name} consists of decks, which this format does not support", hint=hint)
-    if "image" not in columns:
-        raise no_pixels_error(version)
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
     prompts = value_prompts(version.manifest)
     unused = ("pages", "source", "context")
@@ -128,11 +136,6 @@ def file_name_of(source_row: str) -> str:
     if not stem.isprintable() or _UNSAFE_NAME.fullmatch(stem) or len(stem.encode()) > MAX_NAME_BYTES:
         return ""
     return stem.replace(".", "_")
-
-
-def no_pixels_error(version: Version) -> ConfigError:
-    """Return the error to raise for a version without images."""
-    return ConfigError(f"{version.name} has no images", hint="pass --images FOLDER")
 
 
 def _make_item(row: dict[str, Any], split: str, own: dict[str, str], name: str) -> Item:

@@ -18,7 +18,6 @@ from pipeline.errors import ImageError, StoreError
 from pipeline.images.decode import prepare_image
 
 THUMBNAIL_PIXELS = 320 * 320
-LOSSLESS_PIXELS = 128 * 128  # images up to this size are stored losslessly if the result is small enough
 PIXELS_PER_BYTE = 12  # upper bound for WebP photos, which sets the first size to try
 QUALITY = 70
 
@@ -53,11 +52,6 @@ def render_page(template: str, **values: Any) -> str:
 def thumbnail(data: bytes, max_bytes: int, max_pixels: int = THUMBNAIL_PIXELS) -> bytes:
     """Return an image as WebP without metadata, at most `max_bytes` long. Raises ImageError if unreadable."""
     image = prepare_image(data, max_pixels=min(max_pixels, PIXELS_PER_BYTE * max_bytes))
-    if (
-        image.width * image.height <= LOSSLESS_PIXELS
-        and len(webp := _webp(image, lossless=True)) <= max_bytes
-    ):
-        return webp
     while len(webp := _webp(image)) > max_bytes and min(image.size) > 1:
         # The file size shrinks more slowly than the number of pixels.
         scale = min(0.9, (0.9 * max_bytes / len(webp)) ** 0.5)
@@ -84,7 +78,7 @@ def script_hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _webp(image: Image.Image, *, lossless: bool = False) -> bytes:
+def _webp(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=lossless, quality=QUALITY, method=2)
+    image.save(buffer, "WEBP", quality=QUALITY, method=2)
     return buffer.getvalue()

@@ -8,7 +8,6 @@ from PIL import Image
 
 from pipeline.errors import ImageError
 from pipeline.report.html import thumbnail
-from pipeline.sources.scenes import draw_sample
 
 
 def noise(width_px: int, height_px: int) -> bytes:
@@ -27,12 +26,6 @@ def test_thumbnail_of_any_image_is_within_the_byte_limit(size: tuple[int, int], 
         assert image.format == "WEBP"
         assert image.width <= size[0] and image.height <= size[1]
         assert image.width / image.height == pytest.approx(size[0] / size[1], rel=0.5)
-
-
-def test_thumbnail_of_a_drawing_is_lossless() -> None:
-    (drawn,) = draw_sample(0, 0).images
-    with Image.open(io.BytesIO(thumbnail(drawn, 4096))) as small, Image.open(io.BytesIO(drawn)) as image:
-        assert np.array_equal(np.asarray(small.convert("RGB")), np.asarray(image.convert("RGB")))
 
 
 def test_thumbnail_of_a_non_image_is_refused() -> None:
