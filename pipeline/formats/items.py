@@ -84,13 +84,13 @@ def choose_texts(item: Item, *, style: str | None, trigger: str, only_one: bool)
     if only_one and style != ALL:
         preferred = preferred_caption(captions)
         captions = [caption for caption in captions if caption[1] == preferred][:1]
-    begin = f"{trigger}, " if trigger else ""
+    prefix = f"{trigger}, " if trigger else ""
     return replace(
         item,
-        captions=[(name, f"{begin}{text}") for name, text in captions],
-        human_texts=item.human_texts | {f"{begin}{text}" for text in item.human_texts},
+        captions=[(name, f"{prefix}{text}") for name, text in captions],
+        human_texts=item.human_texts | {f"{prefix}{text}" for text in item.human_texts},
         pairs=[
-            (name, f"{begin}{best}", f"{begin}{worst}")
+            (name, f"{prefix}{best}", f"{prefix}{worst}")
             for name, best, worst in item.pairs
             if style in (None, ALL, name)
         ],

@@ -169,14 +169,6 @@ def test_push_removes_shards_of_earlier_version(client: Pusher, version: Version
     assert published < {*larger.manifest["files"], *EXTRA}
 
 
-@pytest.mark.parametrize("status", [409, 412, 429, 503])
-@BOTH
-def test_push_retries_if_hub_is_busy(client: Pusher, version: Version, status: int) -> None:
-    client.hub.hub.faults.append(Fault("POST", "/commit/main", status))
-    assert client.push(version)["is_new"]
-    assert client.hub.hub.faults == []
-
-
 def test_push_after_missing_tag_adds_only_the_tag(client: Pusher, version: Version) -> None:
     client.hub.hub.faults.append(Fault("POST", "/tag/", 400))
     assert "the Hub refused the push (400)" in client.push(version)["error"]
