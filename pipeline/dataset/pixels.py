@@ -42,18 +42,11 @@ def join_images(version: Version, images: Iterable[Images]) -> Version:
     return joined
 
 
-def images_of_dataset(folder: Path) -> Iterator[Images]:
-    """Yield the images of a local version. Raises StoreError if it has no images."""
-    version = open_dataset(folder)
-    if lacks_pixels(version):
-        raise StoreError(
-            f"{folder} has no images either", hint="pass a folder of image files: --images FOLDER"
-        )
-    columns = ["sample_id", *(name for name in PIXELS if name in version.manifest["columns"])]
-    for _, batch in version.batches(columns, BATCH_ROWS):
-        for row in batch.to_pylist():
-            pages = row.get("pages") or [row["image"]]
-            yield row["sample_id"], tuple(page["bytes"] for page in pages)
+def images_of_dataset(folder: Path, sample_ids: Iterable[str]) -> Iterator[Images]:
+    """Yield the images of those samples that the store of a dataset folder has."""
+    store = open_dataset(folder).store
+    for sample_id in store.in_order(sample_ids):
+        yield sample_id, tuple(store.read([sample_id])[0].as_py())
 
 
 def _with_pixel_columns(version: Version) -> Version:

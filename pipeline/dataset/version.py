@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class Version:
     @property
     def schema(self) -> pa.Schema:
         """The schema of the rows."""
-        return schema_of(self.manifest)
+        return row_schema(self.manifest["columns"], extras_of(self.manifest))
 
     def summary(self) -> dict[str, Any]:
         """Return the entry for a list of versions. `date` is when the manifest was last written."""
@@ -192,11 +193,6 @@ def slugify(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
 
 
-def schema_of(manifest: dict[str, Any]) -> pa.Schema:
-    """Return the schema of the rows that a manifest describes."""
-    return row_schema(manifest["columns"], extras_of(manifest))
-
-
 def extras_of(manifest: dict[str, Any]) -> Extras:
     """Return the scores, context columns and custom task columns that a manifest describes."""
     entries = manifest.get("own_columns", {})
@@ -270,9 +266,5 @@ def read_version(folder: Path) -> Version:
 def first_rows(version: Version, count: int) -> list[dict[str, Any]]:
     """Return the first `count` rows without their pixels."""
     columns = [column for column in version.manifest["columns"] if column not in PIXELS]
-    rows: list[dict[str, Any]] = []
-    for _, batch in version.batches(columns, count):
-        rows += batch.to_pylist()
-        if len(rows) >= count:
-            break
-    return rows[:count]
+    rows = (row for _, batch in version.batches(columns, count) for row in batch.to_pylist())
+    return list(islice(rows, count))

@@ -27,5 +27,5 @@ def with_pixels(version: Version, images: str | None) -> Version:
             raise ConfigError(f"{name} has no images", hint="pass its images: --images FOLDER")
         folder = Path(images)
         if (folder / "versions").is_dir() or (folder / "manifest.json").exists():
-            return join_images(version, images_of_dataset(folder))
+            return join_images(version, images_of_dataset(folder, version.sample_ids()))
         return join_images(version, read_images(f"folder:{folder}" if folder.is_dir() else images))

@@ -9,6 +9,7 @@ from pipeline.dataset.pixels import Images, find_joined, images_of_dataset, join
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from pipeline.images.decode import deck_id
+from pipeline.sources.join import with_pixels
 from pipeline.tables import Extras
 from pipeline.types import Sample
 from tests.scene_data import SCORED, make_version, pulled, scene_samples, scored_captions, true_captions
@@ -52,6 +53,15 @@ def test_missing_images_are_counted_and_joined_later(texts: Version) -> None:
     assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
 
 
+def test_images_are_joined_from_a_folder_of_files(texts: Version, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "notes.txt").write_text("no image")
+    for number, sample in enumerate(SAMPLES):
+        (tmp_path / "files" / f"{number}.png").write_bytes(sample.images[0])
+    joined = with_pixels(texts, str(tmp_path / "files"))
+    assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
+
+
 def test_decks_are_joined_from_version_with_pages(tmp_path: Path) -> None:
     pages = [sample.images[0] for sample in SAMPLES[:4]]
     deck = replace(SAMPLES[0], id=deck_id([sample.id for sample in SAMPLES[:4]]), images=tuple(pages))
@@ -60,6 +70,6 @@ def test_decks_are_joined_from_version_with_pages(tmp_path: Path) -> None:
     captions = captions.set_column(ids, "sample_id", [[deck.id] * captions.num_rows])
     whole, _ = make_version(tmp_path / "whole", [deck], captions)
     texts = pulled(whole, tmp_path / "home" / "texts", images=False)
-    joined = join_images(texts, images_of_dataset(whole.path))
+    joined = join_images(texts, images_of_dataset(whole.path, [deck.id]))
     split = next(split for split, count in whole.manifest["rows"].items() if count)
     assert [page["bytes"] for page in joined.read(split)["pages"].to_pylist()[0]] == pages
