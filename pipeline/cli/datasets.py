@@ -171,7 +171,7 @@ def report(
     On the page, you can mark texts as good, bad or edited. `synth review apply` applies these reviews.
     """
     from pipeline.hub.pull import open_or_download
-    from pipeline.report.build import newest_checkpoint, write_report
+    from pipeline.report.build import write_report
     from pipeline.report.rows import write_rejected
     from pipeline.storage.files import translate_disk_errors
 
@@ -182,7 +182,7 @@ def report(
             write_rejected(folder, rejected)
         say(f"wrote {rejected}")
     with translate_disk_errors(folder):
-        echo(write_report(version, folder, newest_checkpoint(folder), rows))
+        echo(write_report(version, folder, rows))
 
 
 def review_sample(
