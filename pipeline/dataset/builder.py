@@ -50,34 +50,28 @@ def build_rows(
     With `decks`, even one-page samples are decks. Raises TableError if the annotations are in a different
     order than the samples.
     """
-    reader = _AnnotationReader(iter(annotations))
     schema = with_split(row_schema(extras.columns, extras))
     schema = pa.schema([field.with_type(pa.bool_()) if field.name in PIXELS else field for field in schema])
-    for batch in samples:
-        batch_annotations = reader.take(batch["sample_id"])
+    for batch, batch_annotations in _align(samples, annotations):
         yield _join(pa.Table.from_batches([batch]), batch_annotations, source, schema, extras, decks=decks)
-    if reader.next_table is not None and reader.next_table.num_rows:
+
+
+def _align(
+    samples: Iterable[pa.RecordBatch], annotations: Iterable[pa.Table]
+) -> Iterator[tuple[pa.RecordBatch, pa.Table]]:
+    """Yield each batch of samples with its annotations. Raises TableError if their orders differ."""
+    tables = iter(annotations)
+    pending = next(tables, None)
+    for batch in samples:
+        parts: list[pa.Table] = []
+        end = -1  # position of the first annotation of a later batch
+        while pending is not None and end < 0:
+            end = pc.index(pc.is_in(pending["sample_id"], batch["sample_id"]), False).as_py()
+            parts.append(pending if end < 0 else pending.slice(0, end))
+            pending = next(tables, None) if end < 0 else pending.slice(end)
+        yield batch, pa.concat_tables(parts) if parts else pa.table({"sample_id": pa.array([], pa.string())})
+    if pending is not None and pending.num_rows:
         raise TableError("annotations and samples are in different orders", hint="please report this bug")
-
-
-class _AnnotationReader:
-    def __init__(self, tables: Iterator[pa.Table]) -> None:
-        self._tables = tables
-        self.next_table: pa.Table | None = next(tables, None)
-
-    def take(self, sample_ids: pa.Array) -> pa.Table:
-        """Return the next annotations, up to the first one whose sample is not in `sample_ids`."""
-        tables: list[pa.Table] = []
-        while self.next_table is not None:
-            is_other = pc.invert(pc.is_in(self.next_table["sample_id"], sample_ids))
-            end = pc.index(is_other, True).as_py()
-            if end >= 0:
-                tables.append(self.next_table.slice(0, end))
-                self.next_table = self.next_table.slice(end)
-                break
-            tables.append(self.next_table)
-            self.next_table = next(self._tables, None)
-        return pa.concat_tables(tables) if tables else pa.table({"sample_id": pa.array([], pa.string())})
 
 
 def _join(

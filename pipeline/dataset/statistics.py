@@ -50,8 +50,7 @@ class DatasetStatistics:
     images_by_task: Counter[str] = field(default_factory=Counter)  # by custom task
     labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by custom task
     true_captions: dict[str, CaptionScore] = field(default_factory=lambda: defaultdict(CaptionScore))
-    true_answers: dict[str, AnswerScore] = field(default_factory=lambda: defaultdict(AnswerScore))
-    true_deck_answers: dict[str, DeckScore] = field(default_factory=lambda: defaultdict(DeckScore))
+    true_answers: dict[str, AnswerScore | DeckScore] = field(default_factory=dict)  # by answer type
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows of a version."""
@@ -85,15 +84,14 @@ class DatasetStatistics:
                 self.true_captions[caption["style"]].add(caption["text"], scenes[0], caption["style"])
         for pair in row["qa"] if scenes else ():
             kind = pair["answer_type"] or "other"
-            if len(scenes) == 1:
-                self.true_answers[kind].add(pair["question"], pair["answer"], scenes[0])
+            score = self.true_answers.setdefault(kind, AnswerScore() if len(scenes) == 1 else DeckScore())
+            if isinstance(score, AnswerScore):
+                score.add(pair["question"], pair["answer"], scenes[0])
             else:
-                self.true_deck_answers[kind].add(pair, scenes)
+                score.add(pair, scenes)
 
     def result(self) -> dict[str, Any]:
         """Return all statistics that have data, by name."""
-        answer_scores: list[Any] = sorted(self.true_answers.items())
-        answer_scores += sorted(self.true_deck_answers.items())
         captions = sorted(self.caption_words.items())
         parts: dict[str, Any] = {
             "captions": {
@@ -116,7 +114,7 @@ class DatasetStatistics:
             },
             "true_answers": {
                 kind: {"accuracy": round(score.accuracy, 4), "majority": round(score.majority, 4)}
-                for kind, score in answer_scores
+                for kind, score in sorted(self.true_answers.items())
             },
         }
         return {name: part for name, part in parts.items() if part}

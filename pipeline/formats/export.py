@@ -13,8 +13,8 @@ from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError
-from pipeline.formats.formats import FORMATS, PARQUET, TABLES, Format
-from pipeline.formats.items import ALL, Item, choose_texts, read_items
+from pipeline.formats.formats import FORMATS, PARQUET, TABLES
+from pipeline.formats.items import ALL, choose_texts, read_items
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
 from pipeline.storage.lock import hold_lock
@@ -73,7 +73,11 @@ def export_version(
             choose = partial(choose_texts, style=style, trigger=trigger, only_one=kind == "sidecar")
             items = map(choose, read_items(version, splits, source_names=source_names))
             image_root = f"{out.absolute().as_posix()}/" if absolute else ""
-            written = _write_items(items, FORMATS[kind](draft, image_root), num_rows, report)
+            writer, written = FORMATS[kind](draft, image_root), 0
+            for number, item in enumerate(items, start=1):
+                written += writer.add(item)
+                report("export", number, num_rows)
+            writer.close()
             without_text = num_rows - written
         if not written:
             remove(draft)
@@ -107,15 +111,6 @@ def _check_export(
     if not num_rows:
         raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave out --split")
     return num_rows
-
-
-def _write_items(items: Iterable[Item], writer: Format, num_rows: int, report: Progress) -> int:
-    written = 0
-    for number, item in enumerate(items, start=1):
-        written += writer.add(item)
-        report("export", number, num_rows)
-    writer.close()
-    return written
 
 
 def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:

@@ -7,11 +7,9 @@ import base64
 import hashlib
 import io
 import json
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined, TemplateError
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from PIL import Image
 
 from pipeline.errors import ImageError, StoreError
@@ -22,26 +20,19 @@ PIXELS_PER_BYTE = 12  # upper bound for WebP photos, which sets the first size t
 QUALITY = 70
 
 
-@cache
-def _environment() -> Environment:
-    """Return the template environment of the pages."""
-
-    def read(name: str) -> str:
-        return (files("pipeline.report") / name).read_text(encoding="utf-8")
-
-    return Environment(
-        loader=FunctionLoader(read),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+_PAGES = Environment(
+    loader=PackageLoader("pipeline.report", ""),
+    undefined=StrictUndefined,
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def render_page(template: str, **values: Any) -> str:
     """Render a template."""
     try:
-        return _environment().get_template(template).render(**values)
+        return _PAGES.get_template(template).render(**values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:  # the manifest is untrusted
         raise StoreError(
             f"cannot write the page: the manifest is invalid: {error}",
