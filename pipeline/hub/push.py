@@ -101,19 +101,14 @@ def _retry(attempt: Callable[[], PushResult]) -> PushResult:
     for number in range(1, MAX_ATTEMPTS):
         try:
             return attempt()
-        except (HfHubHTTPError, OSError, httpx2.TransportError) as error:
-            if not _is_transient(error):
+        except (HfHubHTTPError, ConnectionError, TimeoutError, httpx2.TransportError) as error:
+            is_http = isinstance(error, HfHubHTTPError)
+            is_refused = is_http and error.response.status_code not in RETRIED_STATUSES
+            # A ConnectError means that no server is listening.
+            if is_refused or isinstance(error, httpx2.ConnectError):
                 raise
             time.sleep(_pause_s(error, number))
     return attempt()
-
-
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in RETRIED_STATUSES
-    # A ConnectError means that no server is listening.
-    is_broken = isinstance(error, ConnectionError | TimeoutError | httpx2.TransportError)
-    return is_broken and not isinstance(error, httpx2.ConnectError)
 
 
 def _pause_s(error: Exception, number: int) -> float:
