@@ -75,7 +75,8 @@ def write_report(version: Version, folder: Path, max_rows: int = 10_000) -> Path
         scripts=scripts,
         script_hashes=[script_hash(script) for script in scripts],
     )
-    write_text(page := folder / "report.html", text)
+    page = folder / "report.html"
+    write_text(page, text)
     return page
 
 
