@@ -147,10 +147,10 @@ def publish_version(
     if not digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"
         raise TableError("no rows are left, so no version was made", hint=hint)
-    first, *others = [part.columns for part in written if part.columns]
-    if any(columns != first for columns in others):
+    columns, *others = [part.columns for part in written if part.columns]
+    if any(other != columns for other in others):
         raise TableError("some samples have columns that others lack", hint=SAME_COLUMNS)
-    columns, extras = first, written[0].extras
+    extras = written[0].extras
     versions = dataset.versions()
     parent = versions[-1] if versions else None
     pairs = zip(*digests.to_pydict().values(), strict=True)
@@ -176,7 +176,7 @@ def publish_version(
         **({"own_columns": {column.name: column.describe() for column in extras.own}} if extras.own else {}),
         "features": features(schema),
         "pixels": STORED,
-        "licenses": sorted({name for part in written for name in part.licenses}),
+        "licenses": sorted({license_name for part in written for license_name in part.licenses}),
         "rows": {split: sum(part.counts[split] for part in written) for split in SPLITS},
         **provenance,
         "files": {file: entry for _, file, entry in sorted(files, key=lambda entry: entry[1])},
