@@ -8,12 +8,7 @@ import pyarrow as pa
 
 from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
 from pipeline.dataset.images import UNREADABLE, ImageStore, hash_images
-from pipeline.dataset.version import (
-    IMAGES_FILE,
-    REJECTIONS_FILE,
-    Version,
-    extras_of,
-)
+from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE, Version, extras_of
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
 from pipeline.storage.files import read_table

@@ -204,10 +204,7 @@ def _number_files(written: Sequence[RowWriter]) -> list[tuple[Path, str, dict[st
 
 
 def next_version(
-    parent: Version | None,
-    sample_ids: pa.ChunkedArray,
-    schema: pa.Schema,
-    taken: Sequence[tuple[int, ...]],
+    parent: Version | None, sample_ids: pa.ChunkedArray, schema: pa.Schema, taken: Sequence[tuple[int, ...]]
 ) -> str:
     """Return the next version name, with a higher number than all in `taken`.
 

@@ -12,15 +12,7 @@ from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.publishing import write_self_contained
-from pipeline.dataset.version import (
-    LEFT_OUT,
-    LOCK,
-    PUSHED,
-    REJECTIONS_FILE,
-    Version,
-    file_entry,
-    first_rows,
-)
+from pipeline.dataset.version import LEFT_OUT, LOCK, PUSHED, REJECTIONS_FILE, Version, file_entry, first_rows
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
 from pipeline.hub_errors import HUB_NAME

@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.directory import (
-    DatasetDir,
-    newest_dataset,
-    open_dataset,
-    split_version,
-)
+from pipeline.dataset.directory import DatasetDir, newest_dataset, open_dataset, split_version
 from pipeline.dataset.version import dataset_folder
 from pipeline.errors import StoreError
 from pipeline.storage.files import atomic_write, write_text
