@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataset import shards
-from pipeline.dataset.builder import Rows, with_split
+from pipeline.dataset.builder import with_split
 from pipeline.dataset.version import Version
 from pipeline.tables import ROW
 from tests.hub.server import RunningHub, running_hub
@@ -48,9 +48,7 @@ OURS = {
     "    push_package(package, sys.argv[2])",
 }
 THEIRS = {
-    "imports": "import datasets, huggingface_hub.hf_api\n"
-    "files = sorted(map(str, Path(sys.argv[1]).glob('train-*.parquet')))\n"
-    "dataset = datasets.load_dataset('parquet', data_files=files, split='train')",
+    "imports": "import huggingface_hub.hf_api, pipeline\ndataset = pipeline.load(sys.argv[1])['train']",
     "push": "dataset.push_to_hub(sys.argv[2])",
 }
 
@@ -88,7 +86,6 @@ def make(
     new_images: Set[int] = frozenset(),
 ) -> Version:
     """Write the next version of a dataset. Rows in `new_texts` and `new_images` change."""
-    rows = Rows()
     words = " ".join(f"word{n}" for n in range(20))
 
     def tables() -> Iterator[pa.Table]:
@@ -103,10 +100,9 @@ def make(
                 for n in range(first, min(count, first + 100))
             ]
             table = pa.Table.from_pylist(batch, schema=with_split(ROW))
-            rows.add(table)
             yield table
 
-    version, _ = publish_tables(folder, tables(), rows)
+    version, _ = publish_tables(folder, tables())
     return version
 
 
@@ -132,8 +128,7 @@ def main() -> None:
     parser.add_argument("--shard-megabytes", type=float, help="end shards at this size")
     arguments = parser.parse_args()
     if arguments.shard_megabytes:
-        shards.MIN_SHARD_BYTES = round(arguments.shard_megabytes * 500_000)
-        shards.MAX_SHARD_BYTES = 2 * shards.MIN_SHARD_BYTES
+        shards.SHARD_BYTES = round(arguments.shard_megabytes * 1_000_000)
     image_bytes = 1000 * arguments.image_kilobytes
     count = arguments.megabytes * 1_000_000 // image_bytes
     changed_rows = set(random.Random(0).sample(range(count), max(1, int(count * CHANGED))))

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.dataset.builder import Rows, with_split
+from pipeline.dataset.builder import with_split
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import Version
 from pipeline.scenes.scene import Scene, Thing, scenes_of
@@ -59,18 +59,16 @@ def with_captions(row: dict[str, Any], draw: random.Random) -> dict[str, Any]:
 
 def with_rows(version: Version, change: Callable[[dict[str, Any]], dict[str, Any]], folder: Path) -> Version:
     """Write a copy of a version, with `change` applied to each row."""
-    rows = Rows()
 
     def tables() -> Iterator[pa.Table]:
         for split in SPLITS:
             batch = [change(row) | {"split": split} for row in version.read(split).to_pylist()]
             table = pa.Table.from_pylist(batch, schema=with_split(ROW))
-            rows.add(table)
             yield table
 
     names = ("source", "model", "prompts", "schemas", "config", "funnel", "measured")
     provenance = {name: version.manifest[name] for name in names}
-    return publish_tables(folder, tables(), rows, funnel=provenance["funnel"], provenance=provenance)[0]
+    return publish_tables(folder, tables(), funnel=provenance["funnel"], provenance=provenance)[0]
 
 
 def main() -> None:

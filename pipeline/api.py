@@ -99,14 +99,8 @@ def load(name: str | Path) -> "DatasetDict":
     version = _open(name)
     if lacks_pixels(version) and (joined := find_joined(version)):
         version = joined
-    if not version.holds_pixels:
-        ids = (
-            sample_id
-            for _, batch in version.batches(["sample_id"])
-            for sample_id in batch["sample_id"].to_pylist()
-        )
-        if missing := version.store.find_missing(ids):
-            raise missing_error(missing, version.store.folder)
+    if not version.holds_pixels and (missing := version.store.find_missing(version.sample_ids())):
+        raise missing_error(missing, version.store.folder)
     return DatasetDict({split: _load_split(version, split) for split in SPLITS if version.shards(split)})
 
 

@@ -54,36 +54,24 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
             yield _check_file(path, _read_json, RUN_AGAIN)
     for path in sorted((dataset.path / "versions").glob("v*"), key=str):
         if (path / MANIFEST).exists():
-            yield check_version_folder(path, dataset, stored)
+            try:
+                yield check_version(read_version(path), stored)
+            except SynthError as error:
+                yield Checked(str(path), str(error), False, error.hint)
         elif VERSION_NAME.fullmatch(path.name):
             yield Checked(str(path), f"it has no {MANIFEST}", False, f"move {path} away and {RUN_AGAIN}")
 
 
-def check_version_folder(
-    path: Path, dataset: DatasetDir | None = None, stored: Mapping[str, str] | None = None
-) -> Checked:
-    """Return the state of the version in a folder. See check_version."""
-    try:
-        return check_version(read_version(path), dataset, stored)
-    except SynthError as error:
-        return Checked(str(path), str(error), False, error.hint)
-
-
-def check_version(
-    version: Version, dataset: DatasetDir | None = None, stored: Mapping[str, str] | None = None
-) -> Checked:
+def check_version(version: Version, stored: Mapping[str, str] | None = None) -> Checked:
     """Return the state of a version, after checking its files, its row digest and its images.
 
     `stored` maps sample ids to image digests for all images in the store. By default, the images are hashed.
     """
-    if not (damage := find_damage(version, stored)):
-        summary = f"{version.num_rows:,} rows in {len(version.manifest['files'])} files match the digest"
-        return Checked(str(version.path), summary)
-    pushed = [push for push in dataset.pushed() if push["version"] == version.name] if dataset else []
-    hint = f"move {version.path} away and {RUN_AGAIN}: equal rows have the same digest"
-    if pushed:
-        hint = f"fetch it: {pushed[0]['repo']}@{pushed[0]['commit']}; or {hint}"
-    return Checked(str(version.path), "; ".join(damage), False, hint)
+    if damage := find_damage(version, stored):
+        hint = f"move {version.path} away and {RUN_AGAIN}: equal rows have the same digest; or pull it again"
+        return Checked(str(version.path), "; ".join(damage), False, hint)
+    summary = f"{version.num_rows:,} rows in {len(version.manifest['files'])} files match the digest"
+    return Checked(str(version.path), summary)
 
 
 def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:

@@ -16,7 +16,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
-from pipeline.report.html import data_uri, render_page, thumbnail
+from pipeline.report.html import render_page, thumbnail_uri
 from pipeline.steps.ask import AskSettings
 from pipeline.steps.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
@@ -181,7 +181,7 @@ def _judge_texts(table: pa.Table, plan: Plan) -> dict[str, list[JudgedText]]:
 def write_preview(preview: Preview) -> Path:
     """Write a preview as an HTML page in its dataset folder, and return the path."""
     path = preview.folder / "preview.html"
-    pictures = [data_uri(thumbnail(image.image, THUMBNAIL_BYTES)) for image in preview.images]
+    pictures = [thumbnail_uri(image.image, THUMBNAIL_BYTES) for image in preview.images]
     page = render_page("preview.html.j2", preview=preview, pictures=pictures)
     with translate_disk_errors(path.parent):
         write_text(path, page)

@@ -12,13 +12,10 @@ from pipeline.dataset.reviews import (
     Review,
     Verdict,
     check_edits,
-    format_reviews,
-    format_verdicts,
+    format_lines,
     merge_reviews,
     merge_verdicts,
     read_lines,
-    read_reviews,
-    read_verdicts,
     text_name,
 )
 from pipeline.errors import ConfigError
@@ -56,17 +53,17 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             paths = dataset.step_files(SPLIT)
             if not paths:
                 raise ConfigError(f"{dataset.path} has no finished run to review", hint=RUN_FIRST)
-            before = read_reviews(dataset.reviews)
-            verdicts_before = read_verdicts(dataset.audit)
-            verdicts = [*verdicts_before, *(line for line, _ in lines if isinstance(line, Verdict))]
-            samples = {line.sample_id for line in [*before, *(line for line, _ in lines)]}
+            before = read_lines(dataset.reviews) if dataset.reviews.exists() else []
+            all_lines = [*before, *(line for line, _ in lines)]
+            samples = {line.sample_id for line in all_lines}
             rows = {text_name(row): row for row in read_texts(AllRows(paths), samples, "sample_id")}
-            known = {*rows, *(edit.resulting_name for edit in before)}
+            reviews = [line for line in before if isinstance(line, Review)]
+            known = {*rows, *(edit.resulting_name for edit in reviews)}
             if not any(line.name in known for line, _ in lines):
                 problem = f"none of the {len(lines)} reviews matches a text in {dataset.path}"
                 hint = "pass the dataset folder that the report shows; the report may show an older version"
                 raise ConfigError(problem, hint=hint)
-            merged = merge_reviews(before, [edit for edit, _ in new], rows)
+            merged = merge_reviews(reviews, [edit for edit, _ in new], rows)
             origins = {edit.resulting_name: path for edit, path in new}
             for name, flaw in check_edits(merged, rows, plan.tasks).items():
                 edit = merged[name]
@@ -76,9 +73,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                     f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}",
                     hint="edit the text again",
                 )
-            write_text(dataset.reviews, format_reviews(merged.values()))
-            if verdicts:
-                write_text(dataset.audit, format_verdicts(merge_verdicts(verdicts)))
+            verdicts = merge_verdicts(line for line in all_lines if isinstance(line, Verdict))
+            write_text(dataset.reviews, format_lines([*merged.values(), *verdicts]))
             try:
                 if dataset.step_file(SPLIT).exists():
                     require_records([dataset], plan)
@@ -90,9 +86,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 require_records(executor.shards, plan)
                 return run(plan, executor, RequestStats(), progress, first=review.STEP.name)
             except Exception:
-                write_text(dataset.reviews, format_reviews(before))
-                if verdicts:
-                    write_text(dataset.audit, format_verdicts(verdicts_before))
+                write_text(dataset.reviews, format_lines(before))
                 raise
 
 

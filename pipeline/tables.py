@@ -235,7 +235,7 @@ ROW = pa.schema(
         *fields(pa.list_(QA_PAIR), "qa"),
     ]
 )
-# The rejections by all steps, so that a diff can explain missing rows. Holds no text from the model.
+# The rejections by all steps, which explain missing rows. Holds no text from the model.
 REJECTIONS = pa.schema(fields(STRING, "step", "reason", "source_row", "sample_id", "task", "content_digest"))
 
 # Columns of ROW that are stored as `sample_id` only. The pixels are in the image store.

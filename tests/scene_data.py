@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 
 from pipeline.config import SCENES, Config
 from pipeline.config.sections import SplitConfig
-from pipeline.dataset.builder import DIGESTS, Rows, build_rows
+from pipeline.dataset.builder import DIGESTS, build_rows
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import ImageStore
-from pipeline.dataset.publishing import Content, RowWriter, publish_version
+from pipeline.dataset.publishing import RowWriter, publish_version
 from pipeline.dataset.version import Version, read_version
 from pipeline.hub.package import build_package
 from pipeline.inference.requests import build_requests, with_images
@@ -141,25 +141,22 @@ def publish_rows(
     extras: Extras = NO_EXTRAS,
     *,
     decks: bool = False,
-    rows: Rows | None = None,
 ) -> tuple[Version, bool]:
     """Store the images of samples (tables.SAMPLE), and write the next version of a dataset."""
-    rows = Rows() if rows is None else rows
     store, batches = ImageStore(folder), list(batches)
     store.add(pa.Table.from_batches([batch]).select(SAMPLE_IMAGES.names) for batch in batches)
-    tables = build_rows(annotations, map(listed, batches), source, rows, extras, decks=decks)
-    return publish_tables(folder, tables, rows, funnel, provenance, extras)
+    tables = build_rows(annotations, map(listed, batches), source, extras, decks=decks)
+    return publish_tables(folder, tables, funnel, provenance, extras)
 
 
 def publish_tables(
     folder: Path,
     tables: Iterable[pa.Table],
-    rows: Rows,
     funnel: Sequence[dict[str, Any]] = (),
     provenance: dict[str, Any] = PROVENANCE,
     extras: Extras = NO_EXTRAS,
 ) -> tuple[Version, bool]:
-    """Write tables as the next version, and store their images. Iterating `tables` fills `rows`."""
+    """Write tables as the next version, and store their images."""
     store = ImageStore(folder)
     with scratch_folder(folder / "versions") as draft:
         writer = RowWriter(draft / "rows", extras)
@@ -167,13 +164,11 @@ def publish_tables(
         for table in tables:
             is_stored = pa.types.is_boolean(table.schema.field("image").type)
             writer.add(table if is_stored else _store(store, table))
-        files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
-        digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
-        licenses = sorted(rows.licenses)
-        content = Content(writer.columns, extras, digests, writer.counts(), files, licenses, rows.examples)
+        writer.close()
+        digests = pa.concat_tables([DIGESTS.empty_table(), *writer.digests]).sort_by("sample_id")
         rejections = [REJECTIONS.empty_table()]
         provenance = provenance | {"funnel": list(funnel)}
-        return publish_version(DatasetDir(folder), draft, content, provenance, rejections)
+        return publish_version(DatasetDir(folder), draft, [writer], digests, provenance, rejections)
 
 
 def _store(store: ImageStore, rows: pa.Table) -> pa.Table:

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli import generate
 from pipeline.cli.captioners import caption, serve_captioner
-from pipeline.cli.datasets import check, diff, export, report, review_apply, review_sample
+from pipeline.cli.datasets import check, export, report, review_apply, review_sample
 from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
@@ -57,7 +57,7 @@ EXAMPLES = {
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
     "export": (
         "synth export data/folder-photos --format webdataset",
-        "synth export --in-place photos --style plain",
+        "synth export --format sidecar --names source --style plain",
     ),
     "check": ("synth check data/folder-photos", "synth check ORG/NAME@v1.0.0"),
     "train": ("synth train data/folder-photos --encoder clip --decoder scratch",),
@@ -127,7 +127,7 @@ app.add_typer(versions, name="versions", rich_help_panel=USE)
 versions.command("list")(versions_list)
 versions.command("rm")(versions_rm)
 versions.command("gc")(versions_gc)
-add(USE, diff, check, push, export)
+add(USE, check, push, export)
 add(TRAIN, train, evaluate, caption, serve_captioner)
 
 

@@ -1,4 +1,4 @@
-"""Commands for existing datasets: check, diff, export, report, review."""
+"""Commands for existing datasets: check, export, report, review."""
 
 import json
 from collections.abc import Iterator
@@ -10,20 +10,14 @@ from typer import Argument, BadParameter, Exit, Option
 
 from pipeline.cli.options import (
     LAST_MADE,
-    Append,
     AsJson,
     Dataset,
     Images,
-    Overwrite,
-    SkipExisting,
     dataset_argument,
     dataset_path,
-    is_version_name,
     open_data,
-    open_version,
     option,
     path_option,
-    read_existing,
     require_split,
 )
 from pipeline.cli.output import echo, print_run_result, say, show
@@ -78,7 +72,7 @@ def check(
 
 
 def _check_all(data: str | None, *, repair: bool) -> Iterator["Checked"]:
-    from pipeline.check import check_dataset, check_version, check_version_folder
+    from pipeline.check import check_dataset, check_version
     from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
     from pipeline.dataset.version import MANIFEST
     from pipeline.hub.pull import is_hub_name, pull_version
@@ -90,12 +84,10 @@ def _check_all(data: str | None, *, repair: bool) -> Iterator["Checked"]:
     folder = dataset_path(data)
     with translate_disk_errors(folder):
         has_run = DatasetDir(folder).run_file.exists()
-        if split_version(folder)[1]:
+        if split_version(folder)[1] or (folder / MANIFEST).exists():
             yield check_version(open_dataset(folder))
         elif not has_run and any((folder / name).exists() for name in CHECKPOINT_FILES):
             yield _check_checkpoint(folder)
-        elif (folder / MANIFEST).exists():
-            yield check_version_folder(folder)
         else:
             yield from check_dataset(DatasetDir(folder), repair=repair)
             for settings in sorted(folder.glob("checkpoints/*/train.json"), key=str):
@@ -115,32 +107,10 @@ def _check_checkpoint(folder: Path) -> "Checked":
         )
 
 
-def diff(
-    first: Annotated[str, dataset_argument("DIR@VERSION, ORG/NAME@VERSION (Hub)")],
-    second: Annotated[str, Argument(metavar="DATASET", help="The same, or VERSION of the same dataset.")],
-    rows: Annotated[int, option("Number of changed rows to print.", min=0)] = 10,
-    as_json: AsJson = False,
-) -> None:
-    """Show the differences between two versions, field by field."""
-    from pipeline.dataset.diff import diff_versions
-    from pipeline.dataset.directory import split_version
-
-    if is_version_name(second) and not is_version_name(first):
-        second = f"{first.removesuffix(f'@{split_version(Path(first))[1]}')}@{second}"
-    before, after = open_version(first), open_version(second)
-    difference = diff_versions(before, after, None if as_json else rows)
-    if not as_json:
-        for line in difference.lines(rows):
-            echo(line)
-        return
-    echo(json.dumps(asdict(difference)))
-
-
 def export(
     data: Annotated[str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub)")] = None,
     kind: Annotated[str | None, FORMAT] = None,
     out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
-    in_place: Annotated[Path | None, path_option("Image folder to write text files into.")] = None,
     style: Annotated[
         str | None, option("Caption style, or all: a line each.", "all, or the first of plain, brief, ...")
     ] = None,
@@ -149,43 +119,29 @@ def export(
     names: Annotated[Literal["id", "source"], option("Name files by id, or as in the source.")] = "id",
     split: Annotated[str | None, option("Split: train, validation or test.", "all")] = None,
     images: Images = None,
-    overwrite: Overwrite = False,
-    append: Append = False,
-    skip_existing: SkipExisting = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a version to another format, or write captions next to your images."""
-    from pipeline.formats.export import export_version, write_beside
+    """Convert a version to another format."""
+    from pipeline.formats.export import export_version
     from pipeline.formats.formats import FORMATS, PARQUET
     from pipeline.storage.files import translate_disk_errors
     from pipeline.tables import SPLITS
 
     if data is not None and (Path(data) / "train.json").exists():
         raise BadParameter("transformers loads the folder of a captioner as it is", param_hint="DATASET")
-    existing = read_existing(
-        "--in-place", in_place is not None, skip=skip_existing, append=append, overwrite=overwrite
-    )
-    if in_place is not None and (kind not in (None, "sidecar") or out or split or absolute or names != "id"):
-        excluded = "--format, --out, --split, --absolute and --names"
-        raise BadParameter(f"--in-place excludes {excluded}", param_hint="--in-place")
     if (kind := kind or "imagefolder") not in (PARQUET, *FORMATS):
         known = did_you_mean(kind, FORMATS, f"formats: {', '.join([PARQUET, *FORMATS])}")
         raise BadParameter(f"no format {kind}; {known}", param_hint="--format")
     require_split(split)
     version = open_data(data, images)
-    folder = in_place or out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
+    folder = out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
     with show_progress() as progress, translate_disk_errors(folder):
-        if in_place is not None:
-            done = write_beside(
-                version, in_place, style=style, trigger=trigger, existing=existing, progress=progress
-            )
-        else:
-            splits = (split,) if split else SPLITS
-            choices: dict[str, Any] = {"style": style, "splits": splits, "source_names": names == "source"}
-            choices |= {"absolute": absolute, "trigger": trigger}
-            done = export_version(version, kind, folder, **choices, progress=progress)
+        splits = (split,) if split else SPLITS
+        choices: dict[str, Any] = {"style": style, "splits": splits, "source_names": names == "source"}
+        choices |= {"absolute": absolute, "trigger": trigger}
+        done = export_version(version, kind, folder, **choices, progress=progress)
     without_text = f"; skipped {done.without_text:,} images without a text" if done.without_text else ""
-    say(f"wrote {done.images:,} {'text files' if in_place is not None else 'images'}{without_text}")
+    say(f"wrote {done.images:,} images{without_text}")
     show(
         {"path": str(done.folder), "images": done.images, "without_text": done.without_text}, as_json, "path"
     )
@@ -201,7 +157,7 @@ def report(
     On the page, you can mark texts as good, bad or edited. `synth review apply` applies these reviews.
     """
     from pipeline.hub.pull import open_or_download
-    from pipeline.report.build import newest_checkpoint, write_report
+    from pipeline.report.build import write_report
     from pipeline.report.rows import write_rejected
     from pipeline.storage.files import translate_disk_errors
 
@@ -212,7 +168,7 @@ def report(
             write_rejected(folder, rejected)
         say(f"wrote {rejected}")
     with translate_disk_errors(folder):
-        echo(write_report(version, folder, newest_checkpoint(folder), rows))
+        echo(write_report(version, folder, rows))
 
 
 def review_sample(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from typer import Argument, BadParameter, Context, Option
 
 from pipeline.cli.output import note_previews, say
+from pipeline.errors import did_you_mean
 from pipeline.storage.object_store import parse_dataset_path, parse_local_path
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def require_split(split: str | None) -> None:
     from pipeline.tables import SPLITS
 
     if split is not None and split not in SPLITS:
-        raise BadParameter(f"{split} is not one of {', '.join(SPLITS)}", param_hint="--split")
+        known = did_you_mean(split, SPLITS, f"splits: {', '.join(SPLITS)}")
+        raise BadParameter(f"no split {split}; {known}", param_hint="--split")
 
 
 def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
@@ -100,11 +102,11 @@ def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
 
     With `is_only`, raises StoreError if several datasets were made here, instead of choosing the last.
     """
-    from pipeline.dataset.directory import newest_dataset, only_dataset
+    from pipeline.dataset.directory import newest_dataset
 
     if name and not is_version_name(name):
         return parse_dataset_path(name)
-    folder = only_dataset() if is_only else newest_dataset()
+    folder = newest_dataset(is_only=is_only)
     say(f"dataset: {folder}", "dim")
     return folder.with_name(f"{folder.name}@{name}") if name else folder
 

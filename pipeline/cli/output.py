@@ -53,7 +53,7 @@ def note_previews(version: "Version", path: Path | None = None) -> None:
     if path is not None and (split_version(path)[1] or path.name == version.name):
         return
     versions = DatasetDir(version.dataset_dir).versions()
-    if later := [other for other in versions if other > version and other.is_preview]:
+    if later := [other for other in versions if other.number > version.number and other.is_preview]:
         preview = later[-1].name
         name = f"{version.dataset_dir}@{preview}"
         say(f"note: uses {version.name}; {preview} is newer, but a preview (to use it, pass {name})", WARNING)

@@ -1,15 +1,14 @@
 """The command `push`: send a version, a captioner or a captioner's demo page to the Hub."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import BadParameter, Option
 
-from pipeline.cli.options import ONLY_MADE, AsJson, dataset_argument, dataset_path, option, read_names
+from pipeline.cli.options import ONLY_MADE, AsJson, dataset_argument, dataset_path, option
 from pipeline.cli.output import note_previews, say, show
 from pipeline.errors import SynthError
 from pipeline.progress import WARNING, show_progress, size
@@ -57,17 +56,12 @@ def push(
     space: Annotated[
         str | None, option("Space for a demo page of the captioner.", metavar="ORG/NAME")
     ] = None,
-    also: Annotated[
-        str | None,
-        option("Also push these formats: webdataset, cauldron, messages, dpo.", metavar="FORMAT,..."),
-    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files, but send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Push a version or a captioner to the Hugging Face Hub as one commit with a permanent tag."""
     from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.dataset.manifest import describe_data
-    from pipeline.formats.formats import OF_FEW_FILES
     from pipeline.hub.pull import open_or_download
     from pipeline.hub.push import check_repo_name
     from pipeline.storage.files import translate_disk_errors
@@ -77,7 +71,7 @@ def push(
         check_repo_name(space)
     data = dataset_path(name, is_only=True)
     if not is_remote(data) and (data / "train.json").exists():
-        if images is not None or any((license_, license_link, title, language, acknowledge, also)):
+        if images is not None or any((license_, license_link, title, language, acknowledge)):
             raise BadParameter(
                 f"{data} is a captioner; only --space, --private, --public, --dry-run and --json apply"
             )
@@ -86,9 +80,6 @@ def push(
         return
     if space:
         raise BadParameter("a Space needs a captioner: pass its folder", param_hint="--space")
-    formats = read_names(also) or []
-    if unknown := [name for name in formats if name not in OF_FEW_FILES]:
-        raise BadParameter(f"{unknown[0]} is not one of {', '.join(OF_FEW_FILES)}", param_hint="--also")
     _require_card_values(license_, license_link, language)
     chosen_version = open_or_download(data, previews=False)
     note_previews(chosen_version, data)
@@ -97,7 +88,7 @@ def push(
         "acknowledged": acknowledge or (),
         "stated": describe_data(license_, title, language, license_link),
     }
-    with _packed(chosen_version, repo, formats, choices) as package:
+    with _packed(chosen_version, repo, choices) as package:
         pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
     if not pushed:
         return
@@ -125,24 +116,14 @@ def _require_card_values(license_: str | None, license_link: str | None, languag
 
 
 @contextmanager
-def _packed(
-    version: "Version", repo: str, formats: Sequence[str], choices: dict[str, Any]
-) -> Iterator["Package"]:
-    """Yield the package of a version, including exports in other formats. Print its rows and licenses."""
+def _packed(version: "Version", repo: str, choices: dict[str, Any]) -> Iterator["Package"]:
+    """Yield the package of a version. Print its rows and licenses."""
     from pipeline.dataset.card import card_licenses
-    from pipeline.formats.export import export_version
     from pipeline.hub.package import build_package
     from pipeline.types import non_redistributable
 
     restricted = ", ".join(non_redistributable(version.manifest["licenses"]))
-    with ExitStack() as stack:
-        exports = {}
-        if formats:
-            folder = Path(stack.enter_context(TemporaryDirectory()))
-            progress = stack.enter_context(show_progress())
-            for name in formats:
-                exports[name] = export_version(version, name, folder / name, progress=progress).folder
-        package = stack.enter_context(build_package(version, repo, exports=exports, **choices))
+    with build_package(version, repo, **choices) as package:
         rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
         say(f"dataset: {version.dataset_dir}")
         say(f"version: {version.name}, {rows}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def _open_dataset(name: str | None, *, for_removal: bool = False) -> tuple["DatasetDir", str | None]:
     """Return a dataset, and the version if `name` contains one. Raises StoreError if there is no dataset."""
-    from pipeline.dataset.directory import DatasetDir, find_dataset, split_version
+    from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.errors import StoreError
 
     path = dataset_path(name, is_only=for_removal)
@@ -24,12 +24,11 @@ def _open_dataset(name: str | None, *, for_removal: bool = False) -> tuple["Data
         raise StoreError(
             f"{path} is in an object store", hint="remove its objects with the tools of the object store"
         )
-    named, version = split_version(path)
-    folder = find_dataset(path)
+    folder, version = split_version(path)
     if not is_remote(folder) and not (folder / "versions").is_dir():
         hint = "`synth generate` makes one; if it was interrupted, run it again"
         raise StoreError(f"no dataset at {folder}", hint=hint)
-    return DatasetDir(folder), version or (None if folder == named else named.name)
+    return DatasetDir(folder), version
 
 
 def _open_whole(name: str | None, *, for_removal: bool = False) -> "DatasetDir":

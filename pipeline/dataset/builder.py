@@ -3,15 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.card import CARD_SAMPLES
-from pipeline.dataset.statistics import DatasetStatistics
 from pipeline.digests import canonical, digest
 from pipeline.errors import TableError
 from pipeline.tables import (
@@ -39,73 +36,42 @@ def with_split(schema: pa.Schema) -> pa.Schema:
     return schema.append(pa.field("split", pa.string()))
 
 
-@dataclass(slots=True)
-class Rows:
-    """The results of one pass over the rows of a version."""
-
-    digests: list[pa.Table] = field(default_factory=list)  # DIGESTS
-    rejected: list[str] = field(default_factory=list)  # ids of samples without any annotation
-    licenses: set[str] = field(default_factory=set)
-    statistics: DatasetStatistics = field(default_factory=DatasetStatistics)
-    examples: list[dict[str, Any]] = field(default_factory=list)  # the first rows, shown on the card
-
-    def add(self, rows: pa.Table) -> None:
-        """Add rows that `build_rows` yields."""
-        texts = rows.drop_columns(list(PIXELS)).to_pylist()
-        digests = [row_digest(row) for row in texts]
-        self.digests.append(pa.table([rows["sample_id"], pa.array(digests, pa.string())], schema=DIGESTS))
-        self.licenses.update(row["license"] for row in texts)
-        self.statistics.add(texts)
-        self.examples += texts[: CARD_SAMPLES - len(self.examples)]
-
-
 def build_rows(
     annotations: Iterable[pa.Table],
     samples: Iterable[pa.RecordBatch],
     source: str,
-    rows: Rows,
     extras: Extras = NO_EXTRAS,
     *,
     decks: bool = False,
 ) -> Iterator[pa.Table]:
     """Join samples (tables.LISTED_SAMPLE) with their annotations, and yield rows (tables.ROW) with `split`.
 
-    Columns in PIXELS hold True or null instead of images. With `decks`, even one-page samples are decks.
-    Raises TableError if the annotations are in a different order than the samples.
+    `split` is null for samples without annotations. Columns in PIXELS hold True or null instead of images.
+    With `decks`, even one-page samples are decks. Raises TableError if the annotations are in a different
+    order than the samples.
     """
-    reader = _AnnotationReader(iter(annotations))
     schema = with_split(row_schema(extras.columns, extras))
     schema = pa.schema([field.with_type(pa.bool_()) if field.name in PIXELS else field for field in schema])
+    for batch, batch_annotations in _align(samples, annotations):
+        yield _join(pa.Table.from_batches([batch]), batch_annotations, source, schema, extras, decks=decks)
+
+
+def _align(
+    samples: Iterable[pa.RecordBatch], annotations: Iterable[pa.Table]
+) -> Iterator[tuple[pa.RecordBatch, pa.Table]]:
+    """Yield each batch of samples with its annotations. Raises TableError if their orders differ."""
+    tables = iter(annotations)
+    pending = next(tables, None)
     for batch in samples:
-        batch_annotations = reader.take(batch["sample_id"])
-        table = _join(pa.Table.from_batches([batch]), batch_annotations, source, schema, extras, decks=decks)
-        is_kept = pc.is_valid(table["split"])
-        rows.rejected += table.filter(pc.invert(is_kept))["sample_id"].to_pylist()
-        table = table.filter(is_kept).combine_chunks()
-        rows.add(table)
-        yield table
-    if reader.next_table is not None and reader.next_table.num_rows:
+        parts: list[pa.Table] = []
+        end = -1  # position of the first annotation of a later batch
+        while pending is not None and end < 0:
+            end = pc.index(pc.is_in(pending["sample_id"], batch["sample_id"]), False).as_py()
+            parts.append(pending if end < 0 else pending.slice(0, end))
+            pending = next(tables, None) if end < 0 else pending.slice(end)
+        yield batch, pa.concat_tables(parts) if parts else pa.table({"sample_id": pa.array([], pa.string())})
+    if pending is not None and pending.num_rows:
         raise TableError("annotations and samples are in different orders", hint="please report this bug")
-
-
-class _AnnotationReader:
-    def __init__(self, tables: Iterator[pa.Table]) -> None:
-        self._tables = tables
-        self.next_table: pa.Table | None = next(tables, None)
-
-    def take(self, sample_ids: pa.Array) -> pa.Table:
-        """Return the next annotations, up to the first one whose sample is not in `sample_ids`."""
-        tables: list[pa.Table] = []
-        while self.next_table is not None:
-            is_other = pc.invert(pc.is_in(self.next_table["sample_id"], sample_ids))
-            end = pc.index(is_other, True).as_py()
-            if end >= 0:
-                tables.append(self.next_table.slice(0, end))
-                self.next_table = self.next_table.slice(end)
-                break
-            tables.append(self.next_table)
-            self.next_table = next(self._tables, None)
-        return pa.concat_tables(tables) if tables else pa.table({"sample_id": pa.array([], pa.string())})
 
 
 def _join(

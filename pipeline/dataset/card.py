@@ -2,10 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from math import isfinite
 from typing import Any
 
 import yaml
@@ -21,16 +20,10 @@ from pipeline.text.reasons import SCORES_IN_WORDS, in_short
 from pipeline.types import KNOWN_LICENSES, UNKNOWN
 
 CARD_SAMPLES = 5
-# Scores of a captioner, with the metric's id on the Hub and its name.
-METRICS = {"bleu_4": ("bleu", "BLEU-4"), "rouge_l": ("rouge", "ROUGE-L"), "cider_d": ("cider", "CIDEr-D")}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MESSAGES = "messages"  # name of a column, and of the config that reads it
-# Who wrote the texts, and how the metadata of dataset cards on the Hub names these writers.
-MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"
-_GENERATED, _FOUND = "machine-generated", "found"
-_CREATORS = {MODEL: [_GENERATED], PEOPLE: [_FOUND], PEOPLE_AND_MODEL: [_FOUND, _GENERATED]}
+MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"  # who wrote the texts
 PLACEHOLDER = "ORG/NAME"  # repository name in the card of a version that was not pushed
-_SIZE_BOUNDS = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B")
 
 
 def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: str = PLACEHOLDER) -> str:
@@ -49,7 +42,6 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
         scores=SCORES_IN_WORDS,
         audit_in_words=audit_in_words(manifest.get("audit")),
         writers=_writers(manifest),
-        texts=_text_kinds(manifest),
         configs=_configs(manifest),
     )
 
@@ -76,7 +68,6 @@ def render_model_card(
         "tags": ["image-captioning", "synthetic", "synth"],
         **({"datasets": [dataset]} if dataset else {}),
         **({"base_model": hub_models} if hub_models else {}),
-        **_evaluation(about["metrics"], repo, dataset or data["source"]["name"]),
     }
     values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
     values["train"] = about["train"] | about["metrics"].get("settings", {})  # with derived values
@@ -95,24 +86,6 @@ def list_training_data(data: Any) -> list[dict[str, Any]]:
         init = data.get("init")
         data = init.get("data") if isinstance(init, dict) else None
     return found
-
-
-def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, Any]:
-    """Return the fields `metrics` and `model-index` of a model card."""
-    from huggingface_hub import EvalResult
-    from huggingface_hub.repocard_data import eval_results_to_model_index
-
-    task, split = ("image-to-text", dataset, dataset), metrics["split"]
-    results = []
-    for name, (kind, title) in METRICS.items():
-        score = metrics["scores"].get(name)
-        if isinstance(score, int | float) and isfinite(score):
-            score = round(float(score), 4)
-            results.append(EvalResult(*task, kind, score, dataset_split=split, metric_name=title))
-    if not results:
-        return {}
-    types = [result.metric_type for result in results]
-    return {"metrics": types, "model-index": eval_results_to_model_index(repo.rpartition("/")[2], results)}
 
 
 @cache
@@ -166,60 +139,18 @@ def _as_json(value: Any) -> Markdown:
 
 def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the YAML header of a dataset card, with keys from the Hub's specification."""
-    total = sum(manifest["rows"].values())
     splits = [split for split, count in manifest["rows"].items() if count]
     configs, writers, language = _configs(manifest), _writers(manifest), language_of(manifest)
     data_files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
-    has_edits = manifest.get("review", {}).get("edited")
-    creators = [*_CREATORS[writers], *(["expert-generated"] if has_edits else [])]
-    has_configs = len(configs) > 1
-    info = [_config_info(manifest, splits, name if has_configs else None, configs[name]) for name in configs]
-    # The name of a Hub source ends with ORG/NAME or ORG/NAME:CONFIG.
-    upstream = re.search(r"([^:/\s]+/[^:/\s]+)(:[^:/\s]+)?$", manifest["source"]["name"])
     return {
         "pretty_name": manifest.get("title") or f"synth {manifest['source']['name']} {manifest['version']}",
         **_license_fields(card_licenses(manifest), manifest.get("license_link")),
         **({"language": [language]} if language else {}),
         "task_categories": _categories(manifest),
-        "size_categories": [_size_category(total)],
-        "annotations_creators": creators,
-        "language_creators": [*creators],
-        "source_datasets": [upstream[1] if upstream else "original"],
         "tags": [*(["synthetic"] if writers != PEOPLE else []), "synth"],
         "configs": [
-            *(
-                {"config_name": name, "data_files": data_files, **columns}
-                for name, columns in configs.items()
-            ),
-            *_export_configs(manifest, splits),
+            {"config_name": name, "data_files": data_files, **columns} for name, columns in configs.items()
         ],
-        "dataset_info": info[0] if len(info) == 1 else info,
-    }
-
-
-def _size_category(rows: int) -> str:
-    index = min(max(0, len(str(rows)) - 3), len(_SIZE_BOUNDS) - 1)
-    return "n<1K" if index == 0 else f"{_SIZE_BOUNDS[index - 1]}<n<{_SIZE_BOUNDS[index]}"
-
-
-def _config_info(
-    manifest: dict[str, Any], splits: Sequence[str], name: str | None, config: dict[str, list[str]]
-) -> dict[str, Any]:
-    features, files = manifest["features"], manifest["files"].items()
-    num_bytes = {s: sum(e["bytes"] for file, e in files if file.startswith(f"{s}-")) for s in splits}
-    return {
-        **({"config_name": name} if name else {}),
-        "features": [
-            {"name": column, **_feature(kind)}
-            for column, kind in features.items()
-            if column in config.get("columns", features)
-        ],
-        "splits": [
-            {"name": split, "num_bytes": num_bytes[split], "num_examples": manifest["rows"][split]}
-            for split in splits
-        ],
-        "download_size": sum(num_bytes.values()),
-        "dataset_size": sum(num_bytes.values()),
     }
 
 
@@ -227,19 +158,8 @@ def _configs(manifest: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
     """Return the configs of a dataset by name. All read the same files, but may read different columns."""
     if MESSAGES not in manifest.get("reader_columns", []):
         return {"default": {}}
-    default = {"default": {"columns": [name for name in manifest["features"] if name != MESSAGES]}}
-    # The exported format of this name has the same conversations, with `images` as a list.
-    if MESSAGES in manifest.get("exports", {}):
-        return default
-    return default | {MESSAGES: {"columns": ["image", MESSAGES]}}
-
-
-def _export_configs(manifest: dict[str, Any], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for name, entries in manifest.get("exports", {}).items():
-        exported = [s for s in splits if any(re.fullmatch(rf"{s}-\d+\.parquet", file) for file in entries)]
-        if exported:
-            data_files = [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in exported]
-            yield {"config_name": name, "data_files": data_files}
+    columns = [name for name in manifest["features"] if name != MESSAGES]
+    return {"default": {"columns": columns}, MESSAGES: {"columns": ["image", MESSAGES]}}
 
 
 def _writers(manifest: dict[str, Any]) -> str:
@@ -247,14 +167,6 @@ def _writers(manifest: dict[str, Any]) -> str:
         return PEOPLE
     has_human = any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
     return PEOPLE_AND_MODEL if has_human else MODEL
-
-
-def _text_kinds(manifest: dict[str, Any]) -> str:
-    """Return "captions and questions", or the custom task columns of a dataset without such texts."""
-    measured, own = manifest["measured"], manifest.get("own_columns", {})
-    kinds = ("captions", "answers", "human_captions", "human_questions")
-    has_texts = any(measured.get(kind) for kind in kinds)
-    return "captions and questions" if has_texts or not own else ", ".join(own)
 
 
 def _categories(manifest: dict[str, Any]) -> list[str]:
@@ -295,13 +207,3 @@ def _license_fields(licenses: list[str], link: str | None) -> dict[str, str]:
         return {"license": licenses[0]}
     name = "-and-".join(re.sub(r"[^a-z0-9.]+", "-", license_name.lower()) for license_name in licenses)
     return {"license": "other", "license_name": name, **({"license_link": link} if link else {})}
-
-
-def _feature(kind: Any) -> dict[str, Any]:
-    """Convert an entry of tables.features to its YAML form in cards."""
-    if "_type" not in kind:
-        return {"struct": [{"name": name, **_feature(inner)} for name, inner in kind.items()]}
-    if kind["_type"] == "List":
-        inner = _feature(kind["feature"])
-        return {"list": inner.get("struct") or inner.get("dtype") or [inner]}
-    return {"dtype": "image" if kind["_type"] == "Image" else kind["dtype"]}

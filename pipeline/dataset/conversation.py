@@ -43,7 +43,8 @@ def turns(
 ) -> Iterator[tuple[str, str]]:
     """Yield (question, answer) turns: captions (style, text) in the order of QUESTIONS, then `questions`."""
     last = None
-    for style, text in sorted(captions, key=lambda caption: _rank(caption[0])):
+    ranks = {style: rank for rank, style in enumerate(QUESTIONS)}
+    for style, text in sorted(captions, key=lambda caption: (ranks.get(caption[0], len(ranks)), caption[0])):
         question = QUESTIONS.get(style, f"Write a caption of this image in the style {style}.")
         yield REPHRASE if style == last else question, text
         last = style
@@ -74,11 +75,6 @@ def value_turns(row: dict[str, Any], prompts: dict[str, tuple[str, str]]) -> Ite
             ]
         if value is not None:
             yield prompt, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _rank(style: str) -> tuple[int, str]:
-    styles = [*QUESTIONS]
-    return (styles.index(style) if style in styles else len(styles), style)
 
 
 def messages(asked: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:

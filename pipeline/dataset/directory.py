@@ -20,10 +20,9 @@ from pipeline.dataset.images import BATCH_SAMPLES, ImageStore
 from pipeline.dataset.version import (
     DATA,
     MANIFEST,
-    OTHER_RELEASE,
     VERSION_NAME,
+    OtherReleaseError,
     Version,
-    dataset_dir_of,
     parse_version,
     read_version,
 )
@@ -87,13 +86,8 @@ class DatasetDir:
 
     @property
     def reviews(self) -> Path:
-        """The file where `synth review apply` stores human reviews."""
+        """The file where `synth review apply` stores human reviews, and the verdicts of audits."""
         return self.path / "review" / "reviews.jsonl"
-
-    @property
-    def audit(self) -> Path:
-        """The file where `synth review apply` stores the verdicts of an audit."""
-        return self.path / "review" / "audit.jsonl"
 
     @property
     def cost(self) -> Path:
@@ -137,12 +131,13 @@ class DatasetDir:
         for manifest in (self.path / "versions").glob(f"v*/{MANIFEST}"):
             try:
                 versions.append(read_version(manifest.parent))
+            except OtherReleaseError:
+                raise
             except StoreError as error:
                 name = manifest.parent.name
                 hint = f"move {manifest.parent} away, or run `synth versions rm {self.path}@{name}`"
-                hint = error.hint if error.hint == OTHER_RELEASE else hint
                 raise StoreError(f"the version {name} cannot be read: {error}", hint=hint) from None
-        return sorted(versions)
+        return sorted(versions, key=lambda version: version.number)
 
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:
         """Return the version with a name, by default the newest. Raises StoreError if there is none.
@@ -223,29 +218,20 @@ def split_version(path: Path) -> tuple[Path, str | None]:
     return path.parent / folder, name
 
 
-def find_dataset(path: Path) -> Path:
-    """Return the dataset folder for the path of a dataset or version. The path may be FOLDER@VERSION."""
-    folder, _ = split_version(path)
-    is_version = not is_remote(folder) and (folder / MANIFEST).exists()
-    return dataset_dir_of(folder.absolute()) if is_version else folder
+def newest_dataset(*, is_only: bool = False) -> Path:
+    """Return the dataset folder with the newest version. Raises StoreError if there is none.
 
-
-def newest_dataset() -> Path:
-    """Return the dataset folder with the newest version. Raises StoreError if there is none."""
+    With `is_only`, raises StoreError if there are several datasets, instead of guessing.
+    """
     manifests = sorted(DATA.glob(f"*/versions/v*/{MANIFEST}"))
     if not manifests:
         hint = "make one with `synth generate --source scenes`, or pass its folder"
         raise StoreError(f"no dataset under {DATA}/", hint=hint)
-    return max(manifests, key=lambda path: path.stat().st_mtime_ns).parents[2]
-
-
-def only_dataset() -> Path:
-    """Return the only dataset folder. Raises StoreError if there are several, instead of guessing."""
-    folders = sorted({path.parents[2] for path in DATA.glob(f"*/versions/v*/{MANIFEST}")})
-    if len(folders) > 1:
+    folders = dict.fromkeys(path.parents[2] for path in manifests)
+    if is_only and len(folders) > 1:
         problem = f"{DATA}/ has {len(folders)} datasets"
-        raise StoreError(problem, hint=f"pass one: {', '.join(map(str, folders[:8]))}")
-    return folders[0] if folders else newest_dataset()
+        raise StoreError(problem, hint=f"pass one: {', '.join(map(str, [*folders][:8]))}")
+    return max(manifests, key=lambda path: path.stat().st_mtime_ns).parents[2]
 
 
 def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:

@@ -22,7 +22,7 @@ from pipeline.errors import StoreError, SynthError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.storage.files import open_parquet, write_table
 from pipeline.storage.object_store import is_remote
-from pipeline.tables import IMAGE, IMAGE_DIGESTS, PIXELS, SAMPLE_IMAGES, STORED_IMAGES
+from pipeline.tables import IMAGE, IMAGE_DIGESTS, SAMPLE_IMAGES, STORED_IMAGES
 
 FOLDER = "images"
 FILE_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
@@ -95,19 +95,19 @@ class ImageStore:
 
     def add(self, samples: Iterable[pa.Table]) -> None:
         """Write images (tables.SAMPLE_IMAGES) that the store lacks, in files of about FILE_BYTES."""
-        pending, num_bytes = list[pa.Table](), 0
-        pending_ids = set[str]()
+        pending, num_bytes, ids = list[pa.Table](), 0, set[str]()
         for table in samples:
-            table = self._without_known(table, pending_ids)
-            if table.num_rows:
-                pending.append(table)
-                num_bytes += table.nbytes
+            names = table["sample_id"].to_pylist()
+            new = {name: n for n, name in enumerate(names) if name not in self._group_of and name not in ids}
+            ids |= new.keys()
+            rows = pa.array(sorted(new.values()), pa.int64())
+            pending.append(table.take(rows) if len(new) < len(names) else table)
+            num_bytes += pending[-1].nbytes
             if num_bytes >= FILE_BYTES:
-                self._group_of |= _groups_by_id(self._write_file(pending))
-                pending, num_bytes = [], 0
-                pending_ids.clear()
-        if pending:
-            self._group_of |= _groups_by_id(self._write_file(pending))
+                self._group_of |= _groups_by_id(_write_file(self.folder, pending))
+                pending, num_bytes, ids = [], 0, set()
+        if ids:
+            self._group_of |= _groups_by_id(_write_file(self.folder, pending))
 
     def add_from(self, other: "ImageStore", sample_ids: Iterable[str]) -> None:
         """Copy the images of samples from another store. Raises StoreError if any are missing there."""
@@ -121,27 +121,19 @@ class ImageStore:
     def keep_only(self, wanted: Collection[str], *, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
         """Remove the images of samples that are not `wanted`. Yield changed files with the bytes freed.
 
-        Duplicates in one folder, which killed processes may leave, are removed too. With `dry_run`, nothing
-        is changed. Raises StoreError before any removal if a file is damaged.
+        With `dry_run`, nothing is changed. Raises StoreError before any removal if a file is damaged.
         """
-        kept, written = set[tuple[Path, str]](), set[Path]()
         for path, ids in [(path, _read_ids(path)) for path in self.paths()]:
-            # An earlier iteration has just rewritten this file, which a killed process had left here.
-            if path in written:
-                continue
-            num_bytes = path.stat().st_size
-            is_wanted = [name in wanted and (path.parent, name) not in kept for name in ids]
-            kept.update((path.parent, name) for name, keep in zip(ids, is_wanted, strict=True) if keep)
+            is_wanted = [name in wanted for name in ids]
             if all(is_wanted):
                 continue
+            num_bytes = path.stat().st_size
             if dry_run:
-                yield path, num_bytes * is_wanted.count(False) // max(1, len(ids))
+                yield path, num_bytes * is_wanted.count(False) // len(ids)
                 continue
             if any(is_wanted):
-                store = ImageStore(path.parent.parent)
-                new = store._write_file(_select_rows(open_parquet(path), is_wanted))
-                written.add(new)
-                num_bytes -= new.stat().st_size
+                kept = _write_file(path.parent.parent, _select_rows(open_parquet(path), is_wanted))
+                num_bytes -= kept.stat().st_size
             path.unlink()
             yield path, num_bytes
 
@@ -152,23 +144,6 @@ class ImageStore:
         for path in reversed(self.paths()):
             groups |= _groups_by_id(path)
         return groups
-
-    def _without_known(self, table: pa.Table, pending_ids: set[str]) -> pa.Table:
-        """Return the rows of samples that are new, and add all ids to `pending_ids`."""
-        is_new: list[bool] = []
-        for sample_id in table["sample_id"].to_pylist():
-            is_new.append(sample_id not in self._group_of and sample_id not in pending_ids)
-            pending_ids.add(sample_id)
-        return table if all(is_new) else table.filter(pa.array(is_new, pa.bool_()))
-
-    def _write_file(self, samples: Iterable[pa.Table]) -> Path:
-        samples = list(samples)
-        ids = [sample_id for table in samples for sample_id in table["sample_id"].to_pylist()]
-        name = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:32]
-        path = self.folder / FOLDER / f"{name}.parquet"
-        groups = (_with_digests(group) for table in samples for group in _split_into_groups(table))
-        write_table(path, groups, STORED_IMAGES)
-        return path
 
 
 def missing_error(sample_ids: Sequence[str], folder: Path) -> StoreError:
@@ -199,21 +174,14 @@ def hash_images(path: Path) -> dict[str, str]:
     return digests
 
 
-def as_pixels(images: pa.ListArray, columns: Sequence[str]) -> dict[str, pa.Array]:
-    """Return images from the store as the columns `image` and `pages`, if they are in `columns`.
-
-    With both columns, `image` has single images and `pages` has decks. A column on its own has all images.
-    """
+def as_pixels(images: pa.ListArray, column: str) -> pa.Array:
+    """Return images from the store as the column `image` (the first of each row) or `pages` (all of them)."""
     offsets = images.offsets.to_numpy() - images.offsets[0].as_py()
     pages = images.flatten()
     stored = pa.StructArray.from_arrays([pages, pa.nulls(len(pages), pa.string())], fields=[*IMAGE])
-    is_deck = np.diff(offsets) > 1 if "image" in columns else np.ones(len(images), bool)
-    decks = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
-    pixels = {
-        "image": stored.take(pa.array(offsets[:-1], pa.int32(), mask=is_deck)),
-        "pages": pc.if_else(pa.array(is_deck), decks, pa.scalar(None, decks.type)),
-    }
-    return {name: pixels[name] for name in PIXELS if name in columns}
+    if column == "image":
+        return stored.take(pa.array(offsets[:-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
 
 
 def _groups_by_id(path: Path) -> dict[str, _Group]:
@@ -235,6 +203,17 @@ def _read_ids(path: Path) -> list[str]:
         return list(open_parquet(path).read(["sample_id"])["sample_id"].to_pylist())
     except UNREADABLE as error:
         raise damage_error(path, error) from None
+
+
+def _write_file(folder: Path, samples: Iterable[pa.Table]) -> Path:
+    """Write images to a file of the store in `folder`, which is named after their ids. Return its path."""
+    samples = list(samples)
+    ids = [sample_id for table in samples for sample_id in table["sample_id"].to_pylist()]
+    name = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:32]
+    path = folder / FOLDER / f"{name}.parquet"
+    groups = (_with_digests(group) for table in samples for group in _split_into_groups(table))
+    write_table(path, groups, STORED_IMAGES)
+    return path
 
 
 def _with_digests(samples: pa.Table) -> pa.Table:

@@ -8,12 +8,7 @@ import pyarrow as pa
 
 from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
 from pipeline.dataset.images import UNREADABLE, ImageStore, hash_images
-from pipeline.dataset.version import (
-    IMAGES_FILE,
-    REJECTIONS_FILE,
-    Version,
-    extras_of,
-)
+from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE, Version, extras_of
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
 from pipeline.storage.files import read_table
@@ -68,8 +63,9 @@ def damaged_images(version: Version, stored: Mapping[str, str]) -> list[str]:
         return []
     table = read_table(version.path / IMAGES_FILE, IMAGE_DIGESTS.names)
     expected = dict(zip(*table.to_pydict().values(), strict=True))
-    ids = (name for _, batch in version.batches(["sample_id"]) for name in batch["sample_id"].to_pylist())
-    return [name for name in ids if name not in expected or stored.get(name) != expected[name]]
+    return [
+        name for name in version.sample_ids() if name not in expected or stored.get(name) != expected[name]
+    ]
 
 
 def find_damage(version: Version, stored: Mapping[str, str] | None = None) -> list[str]:

@@ -1,10 +1,17 @@
 """The schema of a manifest. Versions may be untrusted, so every key that is read is checked here."""
 
-import re
 from typing import Annotated, Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.tables import ADDED_FIELDS, PIXELS, ROW, SPLITS, arrow_type_of
@@ -14,15 +21,35 @@ Name = Annotated[str, StringConstraints(max_length=1000)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 VersionName = Annotated[str, StringConstraints(pattern=r"^v\d{1,9}\.\d{1,9}\.\d{1,9}$")]
 OwnColumnName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+Split = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(SPLITS)})$")]
+# A file with another name must not be read or published.
+ShardName = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(SPLITS)})-\d{{5}}\.parquet$")]
+PixelColumn = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(PIXELS)})$")]
+Score = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(ADDED_FIELDS)})$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Share = Annotated[float, Field(ge=0, le=1)]
-_SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 
 
 class _Part(BaseModel):
     """The base class for all parts of a manifest. Parts may have additional keys."""
 
     model_config = ConfigDict(extra="allow", strict=True)
+
+
+def _check_feature(kind: Any) -> Any:
+    """Return a value that has the form of `tables.features`. Raises ValueError for any other value."""
+    if not isinstance(kind, dict):
+        raise ValueError("is not a feature")
+    if "_type" not in kind:
+        return {name: _check_feature(inner) for name, inner in kind.items()}
+    if kind["_type"] == "List":
+        _check_feature(kind.get("feature"))
+    elif kind["_type"] != "Image" and (kind["_type"] != "Value" or not isinstance(kind.get("dtype"), str)):
+        raise ValueError("is not a feature")
+    return kind
+
+
+Feature = Annotated[Any, AfterValidator(_check_feature)]
 
 
 class FileEntry(_Part):
@@ -110,9 +137,9 @@ class Manifest(_Part):
     parent: VersionName | None
     table_version: Count
     columns: list[Name]
-    features: dict[Name, Any]
+    features: dict[Name, Feature]
     licenses: list[Name]
-    rows: dict[Name, Count]
+    rows: dict[Split, Count]
     source: Origin
     model: Writer
     prompts: dict[Name, str]
@@ -120,7 +147,7 @@ class Manifest(_Part):
     config: Settings
     funnel: list[Step]
     measured: dict[Name, Any]
-    files: dict[Name, FileEntry]
+    files: dict[ShardName, FileEntry]
     rejections: FileEntry
     images: FileEntry | None = None
     license: Name = ""
@@ -128,8 +155,8 @@ class Manifest(_Part):
     title: Name = ""
     language: Name = ""
     pixels: Name = ""
-    pixel_columns: list[Name] = []
-    scores: list[Name] = []
+    pixel_columns: list[PixelColumn] = []
+    scores: list[Score] = []
     context: list[Name] = []
     own_columns: dict[OwnColumnName, OwnColumnEntry] = {}
     reader_columns: list[Name] = []
@@ -138,53 +165,20 @@ class Manifest(_Part):
     audit: Audit | None = None
 
     @model_validator(mode="after")
-    def _check_names(self) -> "Manifest":
-        row_columns = {*ROW.names, *self.own_columns}
-        # A file with another name must not be read or published.
-        invalid_by_kind = {
-            "a file that is not a shard": [name for name in self.files if not _SHARD.fullmatch(name)],
-            "an invalid feature": [name for name, kind in self.features.items() if not _is_feature(kind)],
-            "an invalid column of a custom task": [
-                name
-                for name in self.own_columns
-                if name in (*ROW.names, "split") or name not in self.features or name not in self.columns
-            ],
-            "an unknown column": [
-                *(name for name in self.columns if name not in row_columns),
-                *(name for name in self.pixel_columns if name not in PIXELS),
-                *(
-                    name
-                    for name in self.reader_columns
-                    if name not in {*READER_COLUMNS.names} & {*self.features}
-                ),
-            ],
-            "an unknown score": [name for name in self.scores if name not in ADDED_FIELDS],
-            "an unknown split": sorted({*self.rows} - {*SPLITS}),
-        }
-        for kind, names in invalid_by_kind.items():
-            if names:
-                raise ValueError(f"has {kind}: {names[0]!r}")
+    def _check_columns(self) -> "Manifest":
+        known, columns = {*ROW.names, *self.own_columns}, {*self.columns}
+        if unknown := columns - known or {*self.reader_columns} - {*READER_COLUMNS.names} & {*self.features}:
+            raise ValueError(f"has an unknown column: {min(unknown)!r}")
+        if len(columns) < len(self.columns) or "sample_id" not in columns:
+            raise ValueError("has duplicate columns, or no column sample_id")
         for name, own in self.own_columns.items():
+            if name in (*ROW.names, "split") or name not in columns & {*self.features}:
+                raise ValueError(f"has an invalid column of a custom task: {name!r}")
             if own.is_list and not pa.types.is_list(arrow_type_of(self.features[name])):
                 raise ValueError(f"has a list column whose type is not a list: {name!r}")
-        if len({*self.columns}) < len(self.columns) or "sample_id" not in self.columns:
-            raise ValueError(
-                f"has {'no column sample_id' if 'sample_id' not in self.columns else 'a duplicate column'}"
-            )
-        if ("context" in self.columns) != bool(self.context) or len({*self.context}) < len(self.context):
+        if ("context" in columns) != bool(self.context) or len({*self.context}) < len(self.context):
             raise ValueError("has context names that do not match its columns")
         return self
-
-
-def _is_feature(kind: Any) -> bool:
-    """Return whether a value has the form that `tables.features` returns."""
-    if not isinstance(kind, dict):
-        return False
-    if "_type" not in kind:
-        return all(map(_is_feature, kind.values()))
-    if kind["_type"] == "List":
-        return _is_feature(kind.get("feature"))
-    return kind["_type"] == "Image" or (kind["_type"] == "Value" and isinstance(kind.get("dtype"), str))
 
 
 def check_manifest(values: Any) -> None:

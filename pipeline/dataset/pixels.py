@@ -9,9 +9,7 @@ import pyarrow as pa
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import JOINED, Version, extras_of
 from pipeline.errors import StoreError
-from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.images.metadata import strip_metadata
-from pipeline.storage.untrusted import read_regular
 from pipeline.tables import PIXELS, SAMPLE_IMAGES, features, row_schema
 
 BATCH_ROWS = 64
@@ -26,7 +24,7 @@ def lacks_pixels(version: Version) -> bool:
 def find_joined(version: Version) -> Version | None:
     """Return the version with the images that `join_images` stored, or None if any image is missing."""
     joined = _with_pixel_columns(version)
-    return None if joined.store.find_missing(_sample_ids(version)) else joined
+    return None if joined.store.find_missing(version.sample_ids()) else joined
 
 
 def join_images(version: Version, images: Iterable[Images]) -> Version:
@@ -34,7 +32,7 @@ def join_images(version: Version, images: Iterable[Images]) -> Version:
 
     Raises StoreError if any image is missing. Images that were found stay stored.
     """
-    joined, ids = _with_pixel_columns(version), _sample_ids(version)
+    joined, ids = _with_pixel_columns(version), version.sample_ids()
     wanted, store = {*ids}, joined.store
     store.add(_batches((name, pages) for name, pages in images if name in wanted))
     if missing := store.find_missing(ids):
@@ -44,26 +42,11 @@ def join_images(version: Version, images: Iterable[Images]) -> Version:
     return joined
 
 
-def images_of_files(folder: Path) -> Iterator[Images]:
-    """Yield every file in a folder, with the SHA-256 of its bytes as the sample id."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    for path in sorted(path for path in files if path.stat().st_size <= MAX_IMAGE_BYTES):
-        data = read_regular(path, max_bytes=MAX_IMAGE_BYTES)
-        yield image_id(data), (data,)
-
-
-def images_of_dataset(folder: Path) -> Iterator[Images]:
-    """Yield the images of a local version. Raises StoreError if it has no images."""
-    version = open_dataset(folder)
-    if lacks_pixels(version):
-        raise StoreError(
-            f"{folder} has no images either", hint="pass a folder of image files: --images FOLDER"
-        )
-    columns = ["sample_id", *(name for name in PIXELS if name in version.manifest["columns"])]
-    for _, batch in version.batches(columns, BATCH_ROWS):
-        for row in batch.to_pylist():
-            pages = row.get("pages") or [row["image"]]
-            yield row["sample_id"], tuple(page["bytes"] for page in pages)
+def images_of_dataset(folder: Path, sample_ids: Iterable[str]) -> Iterator[Images]:
+    """Yield the images of those samples that the store of a dataset folder has."""
+    store = open_dataset(folder).store
+    for sample_id in store.in_order(sample_ids):
+        yield sample_id, tuple(store.read([sample_id])[0].as_py())
 
 
 def _with_pixel_columns(version: Version) -> Version:
@@ -72,10 +55,6 @@ def _with_pixel_columns(version: Version) -> Version:
     columns = [name for name in extras.columns if name in names]
     described = {"columns": columns, "features": features(row_schema(columns, extras)), "pixels": JOINED}
     return Version(version.path, version.manifest | described, version.repo)
-
-
-def _sample_ids(version: Version) -> list[str]:
-    return [name for _, batch in version.batches(["sample_id"]) for name in batch["sample_id"].to_pylist()]
 
 
 def _batches(images: Iterator[Images]) -> Iterator[pa.Table]:

@@ -1,6 +1,7 @@
 """Write the files of a version, and publish them atomically under the name of the version."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.builder import version_digest
-from pipeline.dataset.card import render_card
+from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
+from pipeline.dataset.card import CARD_SAMPLES, render_card
 from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, value_prompts, with_reader_columns
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import ImageStore, missing_error
 from pipeline.dataset.shards import TEXT_GROUP_ROWS, SplitWriter
+from pipeline.dataset.statistics import DatasetStatistics
 from pipeline.dataset.version import (
     ABOUT,
     CARD_FILE,
@@ -51,46 +53,61 @@ from pipeline.tables import (
 )
 
 FIRST = "v1.0.0"
+SAME_COLUMNS = "a source must fill a column for all samples, or for none"
 PIXEL_BATCH_ROWS = 16  # number of rows with images in memory at once
 
 
 @dataclass(slots=True)
 class RowWriter:
-    """Writes rows without images to Parquet files in a folder, one series of files per split."""
+    """Writes rows of a shard without images to Parquet files in `path`, and collects facts about them."""
 
     path: Path
     extras: Extras = NO_EXTRAS
     columns: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # rows by split
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # manifest entries by file name
+    digests: list[pa.Table] = field(default_factory=list)  # DIGESTS
+    rejected: list[str] = field(default_factory=list)  # ids of samples without any annotation
+    licenses: set[str] = field(default_factory=set)
+    statistics: DatasetStatistics = field(default_factory=DatasetStatistics)
+    examples: list[dict[str, Any]] = field(default_factory=list)  # the first rows, shown on the card
     _writers: dict[str, SplitWriter] = field(default_factory=dict)
 
     def add(self, table: pa.Table) -> None:
-        """Write rows. Raises TableError if they fill an optional column that the first rows left empty."""
+        """Write rows of `build_rows` that have a split, and note the other ones as rejected.
+
+        Raises TableError if they fill an optional column that the first rows left empty.
+        """
+        has_split = pc.is_valid(table["split"])
+        self.rejected += table.filter(pc.invert(has_split))["sample_id"].to_pylist()
+        table = table.filter(has_split)
         if not table.num_rows:
             return
         empty = {name for name in OPTIONAL if table[name].null_count == table.num_rows}
         self.columns = self.columns or [name for name in self.extras.columns if name not in empty]
         if lost := [name for name in OPTIONAL if name not in empty and name not in self.columns]:
-            hint = "a source must fill a column for all samples, or for none"
-            raise TableError(
-                f"some samples have the columns {', '.join(lost)}, but the first samples do not", hint=hint
-            )
+            problem = f"some samples have the columns {', '.join(lost)}, but the first samples do not"
+            raise TableError(problem, hint=SAME_COLUMNS)
+        texts = table.drop_columns(list(PIXELS)).to_pylist()
+        digests = pa.array(map(row_digest, texts), pa.string())
+        self.digests.append(pa.table([table["sample_id"], digests], schema=DIGESTS))
+        self.licenses.update(row["license"] for row in texts)
+        self.statistics.add(texts)
+        self.examples += texts[: CARD_SAMPLES - len(self.examples)]
         schema = row_schema([name for name in self.columns if name not in PIXELS], self.extras)
-        for split in SPLITS:
+        for split in pc.unique(table["split"]).to_pylist():
             rows = table.filter(pc.equal(table["split"], split))
-            if rows.num_rows:
-                if split not in self._writers:
-                    self._writers[split] = SplitWriter(self.path, split, schema, TEXT_GROUP_ROWS)
-                self._writers[split].add(rows)
+            if split not in self._writers:
+                self._writers[split] = SplitWriter(self.path, split, schema, TEXT_GROUP_ROWS)
+            self._writers[split].add(rows)
+            self.counts[split] += rows.num_rows
 
-    def counts(self) -> dict[str, int]:
-        """Return the number of rows in each split."""
-        return {split: self._writers[split].rows if split in self._writers else 0 for split in SPLITS}
-
-    def close(self) -> dict[str, Any]:
-        """Finish all files, and return their manifest entries by file name."""
+    def close(self) -> None:
+        """Finish all files."""
         for writer in self._writers.values():
             writer.close()
-        return {path.name: describe_file(path) for path in sorted(self.path.iterdir())}
+        self._writers = {}
+        self.files = {path.name: describe_file(path) for path in sorted(self.path.iterdir())}
 
 
 def write_self_contained(version: Version, folder: Path, splits: Iterable[str] = SPLITS) -> dict[str, Any]:
@@ -111,101 +128,95 @@ def write_self_contained(version: Version, folder: Path, splits: Iterable[str] =
     return manifest | ({"reader_columns": readers} if readers else {})
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """The content of a version whose files are not published yet."""
-
-    columns: list[str]
-    extras: Extras
-    digests: pa.Table  # DIGESTS, sorted by id
-    rows: dict[str, int]  # by split
-    files: list[tuple[Path, str, dict[str, Any]]]  # path, file name in the version, and manifest entry
-    licenses: list[str]
-    examples: list[dict[str, Any]]
-
-
 def publish_version(
     dataset: DatasetDir,
     draft: Path,
-    content: Content,
+    written: Sequence[RowWriter],
+    digests: pa.Table,
     provenance: dict[str, Any],
     rejections: Iterable[pa.Table],
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Version, bool]:
-    """Publish rows as the next version. Return it, and whether it is new.
+    """Publish the rows of all shards as the next version. Return it, and whether it is new.
 
-    If the newest version has the same rows and audit, it is returned. `draft` is a scratch folder next to the
-    versions, and `provenance` has the manifest fields about the run. `check` raises StoreError if another
-    command has taken over the folder. Raises TableError if no row is left, and StoreError if images are
-    missing.
+    If the newest version has the same rows and audit, it is returned, unless only it is a preview. `draft` is
+    a scratch folder next to the versions. `digests` (DIGESTS) is sorted by id. `provenance` has the manifest
+    fields about the run. `check` raises StoreError if another command has taken over the folder. Raises
+    TableError if no row is left or the shards have different columns, and StoreError if images are missing.
     """
-    if not content.digests.num_rows:
+    if not digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"
         raise TableError("no rows are left, so no version was made", hint=hint)
+    columns, *others = [part.columns for part in written if part.columns]
+    if any(other != columns for other in others):
+        raise TableError("some samples have columns that others lack", hint=SAME_COLUMNS)
+    extras = written[0].extras
     versions = dataset.versions()
     parent = versions[-1] if versions else None
-    digests = zip(*content.digests.to_pydict().values(), strict=True)
-    content_digest = version_digest(digests, content.columns, content.extras.scores)
-    is_same = parent is not None and parent.manifest["digest"] == content_digest
-    if parent is not None and is_same and parent.manifest.get("audit") == provenance.get("audit"):
-        # A preview is complete if all images after the limit are copies of earlier images.
-        if parent.is_preview and not provenance["source"].get("preview"):
-            parent = Version(parent.path, parent.manifest | {"source": provenance["source"]})
-            write_json(parent.path / MANIFEST, parent.manifest)
-        return parent, False
-    extras = content.extras
-    schema = row_schema(content.columns, extras)
-    name = next_version(
-        parent, content.digests["sample_id"], schema, dataset.taken_numbers(), provenance.get("config", {})
-    )
+    pairs = zip(*digests.to_pydict().values(), strict=True)
+    content_digest = version_digest(pairs, columns, extras.scores)
+    if parent is not None and parent.manifest["digest"] == content_digest:
+        has_same_audit = parent.manifest.get("audit") == provenance.get("audit")
+        is_as_complete = not parent.is_preview or provenance["source"].get("preview")
+        if has_same_audit and is_as_complete:
+            return parent, False
+    schema = row_schema(columns, extras)
+    name = next_version(parent, digests["sample_id"], schema, dataset.taken_numbers())
+    files = _number_files(written)
     write_table(draft / REJECTIONS_FILE, rejections, REJECTIONS)
-    write_table(draft / IMAGES_FILE, [_image_digests(dataset, content.digests["sample_id"])], IMAGE_DIGESTS)
+    write_table(draft / IMAGES_FILE, [_image_digests(dataset, digests["sample_id"])], IMAGE_DIGESTS)
     manifest = {
         "version": name,
         "digest": content_digest,
         "parent": parent.name if parent else None,
         "table_version": TABLE_VERSION,
-        "columns": content.columns,
+        "columns": columns,
         **({"scores": [*extras.scores]} if extras.scores else {}),
         **({"context": [*extras.context]} if extras.context else {}),
         **({"own_columns": {column.name: column.describe() for column in extras.own}} if extras.own else {}),
         "features": features(schema),
         "pixels": STORED,
-        "licenses": content.licenses,
-        "rows": content.rows,
+        "licenses": sorted({license_name for part in written for license_name in part.licenses}),
+        "rows": {split: sum(part.counts[split] for part in written) for split in SPLITS},
         **provenance,
-        "files": {file: entry for _, file, entry in sorted(content.files, key=lambda entry: entry[1])},
+        "files": {file: entry for _, file, entry in sorted(files, key=lambda entry: entry[1])},
         "rejections": describe_file(draft / REJECTIONS_FILE),
         "images": describe_file(draft / IMAGES_FILE),
     }
-    write_text(draft / CARD_FILE, render_card(manifest, content.examples))
+    examples = [row for part in written for row in part.examples][:CARD_SAMPLES]
+    write_text(draft / CARD_FILE, render_card(manifest, examples))
     write_json(draft / MANIFEST, manifest)
     check()
     final = dataset.path / "versions" / name
-    publish(draft, final, [(path, file) for path, file, _ in content.files])
+    publish(draft, final, [(path, file) for path, file, _ in files])
     return Version(final, manifest), True
 
 
+def _number_files(written: Sequence[RowWriter]) -> list[tuple[Path, str, dict[str, Any]]]:
+    """Return each file with its name in the version, numbered within its split, and its manifest entry."""
+    files, numbers = [], Counter[str]()
+    for part in written:
+        for name, entry in part.files.items():
+            split = name.rpartition("-")[0]
+            files.append((part.path / name, f"{split}-{numbers[split]:05d}.parquet", entry))
+            numbers[split] += 1
+    return files
+
+
 def next_version(
-    parent: Version | None,
-    sample_ids: pa.ChunkedArray,
-    schema: pa.Schema,
-    taken: Sequence[tuple[int, ...]],
-    config: Mapping[str, Any],
+    parent: Version | None, sample_ids: pa.ChunkedArray, schema: pa.Schema, taken: Sequence[tuple[int, ...]]
 ) -> str:
     """Return the next version name, with a higher number than all in `taken`.
 
-    The major number increases if columns or scores change, the minor if rows are added or other tasks or
-    caption styles were asked, else the patch.
+    The major number increases if columns or scores change, the minor if rows are added, else the patch.
     """
     if parent is None and not taken:
         return FIRST
     major, minor, patch = max([*taken, *([parent.number] if parent else [])])
     if parent is None or parent.schema != schema:
         return f"v{major + 1}.0.0"
-    ids = [batch["sample_id"] for _, batch in parent.batches(["sample_id"])]
-    has_new_rows = not pc.all(pc.is_in(sample_ids, pa.chunked_array(ids, pa.string()))).as_py()
-    if has_new_rows or _asked_texts(config) != _asked_texts(parent.manifest.get("config", {})):
+    is_old = pc.is_in(sample_ids, pa.array(parent.sample_ids(), pa.string()))
+    if not pc.all(is_old).as_py():
         return f"v{major}.{minor + 1}.0"
     return f"v{major}.{minor}.{patch + 1}"
 
@@ -248,8 +259,3 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
             flush_file(path)
     draft.rename(final)
     flush_folder(final.parent)
-
-
-def _asked_texts(config: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """Return the tasks and the caption styles of a run."""
-    return {*(config.get("tasks") or ())}, {*config.get("generate", {}).get("caption_styles", ())}

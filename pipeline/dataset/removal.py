@@ -57,8 +57,7 @@ def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftove
     """
     needed = set[str]()
     for version in dataset.versions():
-        for _, batch in version.batches(["sample_id"]):
-            needed.update(batch["sample_id"].to_pylist())
+        needed.update(version.sample_ids())
     lists = [path for which in ("kept", NEAR_DUPLICATES_FILE) for path in dataset.step_files("read", which)]
     for path in [*lists, *dataset.step_file("read").parent.glob("parts/*.parquet")]:
         needed.update(open_table(path, "sample_id").read(["sample_id"])["sample_id"].to_pylist())

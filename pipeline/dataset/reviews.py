@@ -124,9 +124,9 @@ def read_lines(path: Path) -> list[Review | Verdict]:
     return lines
 
 
-def format_reviews(reviews: Iterable[Review]) -> str:
-    """Return reviews as JSON lines, sorted by the name of the text."""
-    return _format(sorted(reviews, key=lambda review: review.name))
+def format_lines(lines: Iterable[Review | Verdict]) -> str:
+    """Return reviews or verdicts as JSON lines."""
+    return "".join(f"{json.dumps(line.model_dump(mode='json', exclude_defaults=True))}\n" for line in lines)
 
 
 def merge_verdicts(verdicts: Iterable[Verdict]) -> list[Verdict]:
@@ -140,19 +140,10 @@ def merge_verdicts(verdicts: Iterable[Verdict]) -> list[Verdict]:
     return [merged[key] for seed in seeds for key in sorted(merged) if key[0] == seed]
 
 
-def format_verdicts(verdicts: Iterable[Verdict]) -> str:
-    """Return verdicts as JSON lines."""
-    return _format(verdicts)
-
-
-def _format(lines: Iterable[_NamedText]) -> str:
-    return "".join(f"{json.dumps(line.model_dump(mode='json', exclude_defaults=True))}\n" for line in lines)
-
-
 def merge_reviews(
     before: Iterable[Review], new: Iterable[Review], rows: Annotations
 ) -> dict[TextName, Review]:
-    """Return all reviews by text name. A later review of a text replaces an earlier one.
+    """Return all reviews by text name, sorted. A later review of a text replaces an earlier one.
 
     A review of an edited text is stored under the name of the original text, so no review depends on another
     one. `rows` has the annotations before the review step, by name.
@@ -171,7 +162,7 @@ def merge_reviews(
         if is_edit and all(value == final_value(rows[name], key) for key, value in renamed.words):
             renamed = Review(sample_id=name[0], content=name[1], verdict="good")
         merged[name] = renamed
-    return merged
+    return dict(sorted(merged.items()))
 
 
 def check_edits(

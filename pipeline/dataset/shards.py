@@ -1,9 +1,7 @@
-"""Write the Parquet files of a version, with row group and shard boundaries that depend on the rows.
+"""Write the Parquet files of a version in row groups and shards of bounded size.
 
-A row group or shard ends before a row whose `sample_id` (a SHA-256) is a multiple of some number. An added or
-removed row therefore moves only the next boundary. All other shards keep their bytes and are not uploaded
-again. For large groups, the number is smaller. Pixels are not compressed, so that Xet, which deduplicates
-content-defined chunks, recognizes each image.
+Pages of texts end where the content says so, and pixels are not compressed. So Xet, which deduplicates
+content-defined chunks, sends only the changed rows of a later version.
 """
 
 from pathlib import Path
@@ -14,12 +12,9 @@ import pyarrow.parquet as pq
 from pipeline.storage.files import open_writer
 from pipeline.tables import with_features
 
-GROUP_ROWS = 64  # mean number of rows in a row group with images
-TEXT_GROUP_ROWS = 4_096  # mean number of rows in a row group without images
-SHARD_GROUPS = 8  # mean number of row groups in a shard after it reaches MIN_SHARD_BYTES
-LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # (minimum bytes, mean rows until the group ends)
-GROUP_BYTES = 16_000_000  # a larger group ends at the next call of `add`
-MIN_SHARD_BYTES, MAX_SHARD_BYTES = 150_000_000, 300_000_000
+# A row group ends after so many rows (with or without images) or bytes, a shard after so many bytes.
+GROUP_ROWS, TEXT_GROUP_ROWS, GROUP_BYTES = 64, 4_096, 16_000_000
+SHARD_BYTES = 300_000_000
 # Parquet column names of the pixels in a version and in an image store.
 IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 
@@ -27,58 +22,37 @@ IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 class SplitWriter:
     """Writes the rows of a split to `folder/SPLIT-00000.parquet` and so on. Keeps one row group in memory."""
 
-    def __init__(self, folder: Path, split: str, schema: pa.Schema, group_rows: int | None = None) -> None:
+    def __init__(self, folder: Path, split: str, schema: pa.Schema, group_rows: int = GROUP_ROWS) -> None:
         self.folder, self.split, self.schema = folder, split, with_features(schema)
-        self.group_rows = group_rows or GROUP_ROWS
-        self.rows = 0
-        self._shards = 0
+        self.group_rows, self.rows = group_rows, 0
         self._group: list[pa.Table] = []
         self._writer: pq.ParquetWriter | None = None
-        self._shard_bytes = 0
+        self._shards, self._shard_bytes = 0, 0
 
     def add(self, table: pa.Table) -> None:
-        """Add rows, and write each row group that is complete."""
-        table = table.select(self.schema.names).cast(self.schema)
+        """Add rows, and write the row group if it is complete."""
         self.rows += table.num_rows
-        if self._group_bytes() >= GROUP_BYTES:
-            self._flush(may_end_shard=False)
-        start = 0
-        # Most groups stay small, so their size need not be computed for each row.
-        is_large = self._group_bytes() + table.nbytes >= LARGE_GROUPS[0][0]
-        for index, sample_id in enumerate(table["sample_id"].to_pylist()):
-            draw = int(sample_id[-12:], 16)
-            if draw % self.group_rows and not (
-                is_large and any(draw % rows == 0 for _, rows in LARGE_GROUPS)
-            ):
-                continue
-            self._group.append(table.slice(start, index - start))
-            start = index
-            num_bytes = self._group_bytes()
-            ends_early = any(num_bytes >= least and draw % rows == 0 for least, rows in LARGE_GROUPS)
-            if draw % self.group_rows == 0 or ends_early:
-                self._flush(may_end_shard=draw % (self.group_rows * SHARD_GROUPS) == 0)
-        self._group.append(table.slice(start))
+        self._group.append(table.select(self.schema.names).cast(self.schema))
+        num_rows = sum(part.num_rows for part in self._group)
+        if num_rows >= self.group_rows or sum(part.nbytes for part in self._group) >= GROUP_BYTES:
+            self._write_group()
 
     def close(self) -> None:
         """Write the rows still in memory, and finish the last shard."""
-        self._flush(may_end_shard=False)
+        if any(part.num_rows for part in self._group):
+            self._write_group()
         self._end_shard()
 
-    def _group_bytes(self) -> int:
-        return sum(part.nbytes for part in self._group)
-
-    def _flush(self, *, may_end_shard: bool) -> None:
-        group = pa.concat_tables(self._group) if self._group else None
+    def _write_group(self) -> None:
+        group = pa.concat_tables(self._group).combine_chunks()
         self._group = []
-        if group is not None and group.num_rows:
-            if self._writer is None:
-                path = self.folder / f"{self.split}-{self._shards:05d}.parquet"
-                self._writer = open_writer(path, self.schema)
-                self._shards, self._shard_bytes = self._shards + 1, 0
-            self._writer.write_table(group.combine_chunks())
-            self._shard_bytes += group.nbytes
-        is_large = self._shard_bytes >= MIN_SHARD_BYTES
-        if self._shard_bytes >= MAX_SHARD_BYTES or (may_end_shard and is_large):
+        if self._writer is None:
+            path = self.folder / f"{self.split}-{self._shards:05d}.parquet"
+            self._writer = open_writer(path, self.schema, by_content=True)
+            self._shards, self._shard_bytes = self._shards + 1, 0
+        self._writer.write_table(group)
+        self._shard_bytes += group.nbytes
+        if self._shard_bytes >= SHARD_BYTES:
             self._end_shard()
 
     def _end_shard(self) -> None:

@@ -1,8 +1,6 @@
 """Statistics of the rows of a version, for the manifest and the card.
 
-For drawn scenes, whose content is known, they include how much of the text is true. If the source has human
-captions (references), they include the share of a caption's words that occur in these. For comparison, they
-include the same share for one reference against the others.
+For drawn scenes, whose content is known, they include how much of the text is true.
 """
 
 import re
@@ -51,11 +49,8 @@ class DatasetStatistics:
     human_questions: int = 0
     images_by_task: Counter[str] = field(default_factory=Counter)  # by custom task
     labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by custom task
-    # By style. The key "references" compares references with each other.
-    shared_words: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     true_captions: dict[str, CaptionScore] = field(default_factory=lambda: defaultdict(CaptionScore))
-    true_answers: dict[str, AnswerScore] = field(default_factory=lambda: defaultdict(AnswerScore))
-    true_deck_answers: dict[str, DeckScore] = field(default_factory=lambda: defaultdict(DeckScore))
+    true_answers: dict[str, AnswerScore | DeckScore] = field(default_factory=dict)  # by answer type
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows of a version."""
@@ -73,7 +68,6 @@ class DatasetStatistics:
                         self.scores[name].add(annotation[name])
             for task in row.keys() - {*ROW.names, "split"}:
                 self._add_value(task, row[task])
-            self._compare_with_references(row)
             self._compare_with_scenes(row)
 
     def _add_value(self, task: str, value: Any) -> None:
@@ -83,16 +77,6 @@ class DatasetStatistics:
             if isinstance(label, str) and len(label) <= MAX_LABEL_CHARACTERS:
                 self.labels[task][label] += 1
 
-    def _compare_with_references(self, row: dict[str, Any]) -> None:
-        references = [_word_counts(text) for text in row["references"]]
-        for caption in row["captions"]:
-            # Human captions are themselves the references.
-            if references and not _is_human(caption):
-                share = _share_of_words(_word_counts(caption["text"]), references)
-                self.shared_words[caption["style"]].add(share)
-        if len(references) > 1:
-            self.shared_words["references"].add(_share_of_words(references[0], references[1:]))
-
     def _compare_with_scenes(self, row: dict[str, Any]) -> None:
         scenes = scenes_of(row["source"], row["source_row"])
         if len(scenes) == 1:
@@ -100,15 +84,14 @@ class DatasetStatistics:
                 self.true_captions[caption["style"]].add(caption["text"], scenes[0], caption["style"])
         for pair in row["qa"] if scenes else ():
             kind = pair["answer_type"] or "other"
-            if len(scenes) == 1:
-                self.true_answers[kind].add(pair["question"], pair["answer"], scenes[0])
+            score = self.true_answers.setdefault(kind, AnswerScore() if len(scenes) == 1 else DeckScore())
+            if isinstance(score, AnswerScore):
+                score.add(pair["question"], pair["answer"], scenes[0])
             else:
-                self.true_deck_answers[kind].add(pair, scenes)
+                score.add(pair, scenes)
 
     def result(self) -> dict[str, Any]:
         """Return all statistics that have data, by name."""
-        answer_scores: list[Any] = sorted(self.true_answers.items())
-        answer_scores += sorted(self.true_deck_answers.items())
         captions = sorted(self.caption_words.items())
         parts: dict[str, Any] = {
             "captions": {
@@ -125,14 +108,13 @@ class DatasetStatistics:
                 task: {"images": images, "labels": dict(self.labels[task].most_common(MAX_LABELS))}
                 for task, images in sorted(self.images_by_task.items())
             },
-            "words_shared_with_references": {n: mean.value for n, mean in sorted(self.shared_words.items())},
             "true_captions": {
                 style: {"precision": round(score.precision, 4), "recall": round(score.recall, 4)}
                 for style, score in sorted(self.true_captions.items())
             },
             "true_answers": {
                 kind: {"accuracy": round(score.accuracy, 4), "majority": round(score.majority, 4)}
-                for kind, score in answer_scores
+                for kind, score in sorted(self.true_answers.items())
             },
         }
         return {name: part for name, part in parts.items() if part}
@@ -157,18 +139,6 @@ def _summarize_answers(counts: Counter[str]) -> dict[str, Any]:
     answer, times = min(counts.items(), key=lambda item: (-item[1], item[0]))
     total = counts.total()
     return {"count": total, "most_common": answer, "share": round(times / total, 4)}
-
-
-def _word_counts(text: str) -> Counter[str]:
-    return Counter(_WORD.findall(text.lower()))
-
-
-def _share_of_words(words: Counter[str], references: list[Counter[str]]) -> float:
-    """Return the share of words that occur in the references (clipped unigram precision, as in BLEU)."""
-    max_counts: Counter[str] = Counter()
-    for reference in references:
-        max_counts |= reference
-    return (words & max_counts).total() / max(1, words.total())
 
 
 def wilson_interval(hits: float, trials: float) -> tuple[float, float]:

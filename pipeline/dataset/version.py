@@ -1,11 +1,10 @@
 """One immutable version of a dataset: a folder with Parquet shards, a manifest and a card."""
 
-import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import total_ordering
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,6 @@ VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 SplitBatch = tuple[str, pa.RecordBatch]  # a split and some of its rows
 
 
-@total_ordering
 @dataclass(frozen=True, slots=True)
 class Version:
     """One immutable version of a dataset, with its folder `path` and its manifest."""
@@ -78,12 +76,9 @@ class Version:
         """The folder for outputs from this version: its dataset folder, or else the parent of its folder."""
         if self.repo:
             return dataset_folder(self.repo)
-        if is_remote(self.path):
-            return dataset_dir_of(self.path)
-        path = Path(os.path.normpath(self.path.absolute()))
         # A link in `versions` belongs to that dataset. Other links belong to the dataset that they lead to.
-        home = dataset_dir_of(path if path.parent.name == "versions" else self.path.resolve())
-        return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
+        is_named = is_remote(self.path) or self.path.parent.name == "versions"
+        return dataset_dir_of(self.path if is_named else self.path.resolve())
 
     @property
     def is_preview(self) -> bool:
@@ -110,7 +105,7 @@ class Version:
     @property
     def schema(self) -> pa.Schema:
         """The schema of the rows."""
-        return schema_of(self.manifest)
+        return row_schema(self.manifest["columns"], extras_of(self.manifest))
 
     def summary(self) -> dict[str, Any]:
         """Return the entry for a list of versions. `date` is when the manifest was last written."""
@@ -118,9 +113,6 @@ class Version:
         fields = {name: self.manifest[name] for name in ("version", "parent", "digest", "rows")}
         num_bytes = sum(entry["bytes"] for entry in self.manifest["files"].values())
         return fields | {"bytes": num_bytes, "date": written.strftime("%Y-%m-%d %H:%M")}
-
-    def __lt__(self, other: "Version") -> bool:
-        return self.number < other.number
 
     def shards(self, split: str) -> list[Path]:
         """Return the Parquet files of a split, in order."""
@@ -137,18 +129,30 @@ class Version:
 
         Raises StoreError if any rows or images are missing or damaged.
         """
-        join = _ImageJoin(self, columns)
+        pixels = [] if self.holds_pixels else [name for name in columns if name in PIXELS]
+        stored = [name for name in columns if name not in pixels]
+        if pixels:
+            stored, batch_rows = [*dict.fromkeys(["sample_id", *stored])], min(batch_rows, IMAGE_BATCH_ROWS)
+        store = self.store
         wanted = None if sample_ids is None else pa.array(sample_ids, pa.string())
         for split in splits:
             for shard in self.shards(split):
                 try:
-                    for batch in self.open_shard(shard).iter_batches(batch_rows, columns=join.file_columns):
+                    for batch in self.open_shard(shard).iter_batches(batch_rows, columns=stored):
                         if wanted is not None:
                             batch = batch.filter(pc.is_in(batch["sample_id"], wanted))
                         require_values(batch)
-                        yield from ((split, joined) for joined in join.add_images(batch))
+                        if pixels and batch.num_rows:
+                            images = store.read(batch["sample_id"].to_pylist())
+                            arrays = [as_pixels(images, n) if n in pixels else batch[n] for n in columns]
+                            batch = pa.record_batch(arrays, names=columns)
+                        yield split, batch
                 except (OSError, ValueError, pa.ArrowException) as error:
                     raise self.damage_error(error) from None
+
+    def sample_ids(self) -> list[str]:
+        """Return the ids of all rows, in order. Raises StoreError if a file is missing or damaged."""
+        return [name for _, batch in self.batches(["sample_id"]) for name in batch["sample_id"].to_pylist()]
 
     def read(self, split: str, columns: list[str] | None = None) -> pa.Table:
         """Read all rows of a split. Raises StoreError if the split is empty, missing or damaged."""
@@ -176,28 +180,6 @@ class Version:
         return StoreError(f"{self.path} is damaged: {error}", hint=DAMAGE_HINT)
 
 
-class _ImageJoin:
-    """Adds images from the store to rows whose files have no images."""
-
-    def __init__(self, version: Version, columns: Sequence[str]) -> None:
-        self.columns = columns
-        pixels = [] if version.holds_pixels else [name for name in columns if name in PIXELS]
-        stored = [name for name in columns if name not in pixels]
-        self.file_columns = ["sample_id", *stored] if pixels and "sample_id" not in stored else stored
-        self._all_columns = version.manifest["columns"]
-        self._store = version.store if pixels else None
-
-    def add_images(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        if self._store is None:
-            yield batch
-            return
-        for start in range(0, batch.num_rows, IMAGE_BATCH_ROWS):
-            rows = batch.slice(start, IMAGE_BATCH_ROWS)
-            pixels = as_pixels(self._store.read(rows["sample_id"].to_pylist()), self._all_columns)
-            columns = {name: pixels[name] if name in pixels else rows[name] for name in self.columns}
-            yield pa.record_batch(list(columns.values()), names=list(columns))
-
-
 def dataset_folder(source: str) -> Path:
     """Return the default dataset folder for a source: a folder below `data/` named after the source."""
     name = slugify(source) or "dataset"
@@ -209,11 +191,6 @@ def dataset_folder(source: str) -> Path:
 def slugify(text: str) -> str:
     """Turn a text into a folder name of letters, digits, dots and dashes."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
-
-
-def schema_of(manifest: dict[str, Any]) -> pa.Schema:
-    """Return the schema of the rows that a manifest describes."""
-    return row_schema(manifest["columns"], extras_of(manifest))
 
 
 def extras_of(manifest: dict[str, Any]) -> Extras:
@@ -252,7 +229,8 @@ def parse_version(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups())
 
 
-OTHER_RELEASE = "upgrade synth, or use the release that wrote the version"
+class OtherReleaseError(StoreError):
+    """Raised for a version that another release of synth wrote."""
 
 
 def read_version(folder: Path) -> Version:
@@ -261,7 +239,8 @@ def read_version(folder: Path) -> Version:
         manifest = read_json(folder / MANIFEST)
         if manifest["table_version"] != TABLE_VERSION:
             problem = f"another release of synth wrote table_version {manifest['table_version']!r}"
-            raise StoreError(f"not a version: {folder} ({problem})", hint=OTHER_RELEASE)
+            hint = "upgrade synth, or use the release that wrote the version"
+            raise OtherReleaseError(f"not a version: {folder} ({problem})", hint=hint)
         check_manifest(manifest)
         files = () if is_remote(folder) else (*manifest["files"], REJECTIONS_FILE, IMAGES_FILE)
         root = folder.parents[1] if folder.parent.name == "snapshots" else folder
@@ -287,9 +266,5 @@ def read_version(folder: Path) -> Version:
 def first_rows(version: Version, count: int) -> list[dict[str, Any]]:
     """Return the first `count` rows without their pixels."""
     columns = [column for column in version.manifest["columns"] if column not in PIXELS]
-    rows: list[dict[str, Any]] = []
-    for _, batch in version.batches(columns, count):
-        rows += batch.to_pylist()
-        if len(rows) >= count:
-            break
-    return rows[:count]
+    rows = (row for _, batch in version.batches(columns, count) for row in batch.to_pylist())
+    return list(islice(rows, count))

@@ -1,13 +1,11 @@
-"""Export a version in a format for another tool, or write its captions next to the user's own images.
+"""Export a version in a format for another tool.
 
 An export is written to a hidden folder next to its destination, and renamed when it is complete.
 """
 
-import os
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline.dataset.pixels import lacks_pixels
@@ -15,18 +13,15 @@ from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError
-from pipeline.formats.formats import ALL, FORMATS, PARQUET, TABLES, ExportOptions, Format, captions_of
-from pipeline.formats.items import Item, no_pixels_error, read_items
-from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
+from pipeline.formats.formats import FORMATS, PARQUET, TABLES
+from pipeline.formats.items import ALL, choose_texts, read_items
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
 from pipeline.storage.lock import hold_lock
-from pipeline.storage.sidecars import OWN_LINES, Existing, images_to_write, write_sidecar
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.storage.sidecars import OWN_LINES
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
-PHRASE_WORDS, SHARED_FRAC, MAX_SHOWN_PHRASES = 3, 0.8, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +48,7 @@ def export_version(
     """Write a version to a new folder, as PARQUET or in one of FORMATS. `style` selects captions.
 
     `source_names` names files as in the source (`read_items`). `absolute` writes absolute paths of images.
-    `trigger` is a word that begins each caption: phrases that most captions share are then reported.
+    `trigger` is a word that begins each caption, for a LoRA.
     Raises ConfigError if the folder exists or is in use, or there is nothing to write in this format.
     """
     report, splits = progress or NullProgress(), tuple(splits)
@@ -75,10 +70,14 @@ def export_version(
         if kind == PARQUET:
             write_self_contained(version, draft, splits)
         else:
-            items = read_items(version, splits, source_names=source_names)
-            items = _add_trigger(items, trigger, report) if trigger else items
-            options = ExportOptions(style, f"{out.absolute().as_posix()}/" if absolute else "")
-            written = _write_items(items, FORMATS[kind](draft, options), num_rows, report)
+            choose = partial(choose_texts, style=style, trigger=trigger, only_one=kind == "sidecar")
+            items = map(choose, read_items(version, splits, source_names=source_names))
+            image_root = f"{out.absolute().as_posix()}/" if absolute else ""
+            writer, written = FORMATS[kind](draft, image_root), 0
+            for number, item in enumerate(items, start=1):
+                written += writer.add(item)
+                report("export", number, num_rows)
+            writer.close()
             without_text = num_rows - written
         if not written:
             remove(draft)
@@ -106,96 +105,12 @@ def _check_export(
     if kind == PARQUET and (style or trigger):
         hint = "leave out --style and --trigger"
         raise ConfigError(f"the format {PARQUET} always has all captions as they are", hint=hint)
-    if kind == PARQUET and lacks_pixels(version):
-        raise no_pixels_error(version)
+    if lacks_pixels(version):
+        raise ConfigError(f"{version.name} has no images", hint="pass --images FOLDER")
     num_rows: int = sum(version.manifest["rows"].get(split, 0) for split in splits)
     if not num_rows:
         raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave out --split")
     return num_rows
-
-
-def _write_items(items: Iterable[Item], writer: Format, num_rows: int, report: Progress) -> int:
-    written = 0
-    for number, item in enumerate(items, start=1):
-        written += writer.add(item)
-        report("export", number, num_rows)
-    writer.close()
-    return written
-
-
-def _add_trigger(items: Iterable[Item], trigger: str, report: Progress) -> Iterator[Item]:
-    """Yield items whose captions begin with `trigger`, the word that a LoRA learns.
-
-    Warns of phrases that most images share, since the LoRA would not learn what they describe.
-    """
-    phrases, images = Counter[str](), 0
-    for item in items:
-        images += bool(item.captions)
-        words = [re.findall(r"\w+", text.lower()) for _, text in item.captions]
-        starts = [(caption, n) for caption in words for n in range(len(caption) - PHRASE_WORDS + 1)]
-        phrases.update({" ".join(caption[n : n + PHRASE_WORDS]) for caption, n in starts})
-        captions = [(style, f"{trigger}, {text}") for style, text in item.captions]
-        human_texts = item.human_texts | {f"{trigger}, {text}" for text in item.human_texts}
-        pairs = [(style, f"{trigger}, {best}", f"{trigger}, {worst}") for style, best, worst in item.pairs]
-        yield replace(item, captions=captions, human_texts=human_texts, pairs=pairs)
-    shared = [(phrase, count) for phrase, count in phrases.most_common() if count > SHARED_FRAC * images]
-    for phrase, count in shared[:MAX_SHOWN_PHRASES]:
-        report.warn(f'{count} of {images} images have the phrase "{phrase}" in their captions')
-
-
-def write_beside(
-    version: Version,
-    folder: Path,
-    *,
-    style: str | None = None,
-    trigger: str = "",
-    existing: Existing = "refuse",
-    progress: Progress | None = None,
-) -> Exported:
-    """Write captions as text files next to the user's own images, after checking the bytes of the images.
-
-    Raises ConfigError, before any write, if an image has changed, or text files exist and must not change.
-    """
-    report = progress or NullProgress()
-    captions = list(_read_own_images(version, folder, style, trigger, report))
-    if not captions:
-        raise _no_text_error(version, style, "sidecar")
-    to_write = set(images_to_write([image for image, _, _ in captions], existing))
-    for number, (image, lines, own) in enumerate(captions, start=1):
-        if image in to_write:
-            write_sidecar(image, lines, existing, own)
-        report("export", number, len(captions))
-    return Exported(folder, len(to_write), version.num_rows - len(captions))
-
-
-def _read_own_images(
-    version: Version, folder: Path, style: str | None, trigger: str, report: Progress
-) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield each image with its captions, and those of them that a model wrote."""
-    items = read_items(version)
-    for item in _add_trigger(items, trigger, report) if trigger else items:
-        texts = captions_of(item, style)
-        if not texts:
-            continue
-        path = _path_of_row(folder, item.source_row)
-        try:
-            is_same = image_id(read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES)) == item.sample_id
-        except (OSError, ValueError, UnsafeFileError) as error:
-            hint = "pass the folder that the images came from: --in-place DIR"
-            raise ConfigError(f"cannot read {path}: {error}", hint=hint) from None
-        if not is_same:
-            hint = "run `synth generate` again, or restore the original image"
-            raise ConfigError(f"{path} differs from the image that the version describes", hint=hint)
-        yield path, texts, [text for text in texts if text not in item.human_texts]
-
-
-def _path_of_row(folder: Path, name: str) -> Path:
-    r"""Return the file of a row from a folder source. In `name`, \xNN stands for a byte that is not UTF-8."""
-    path = folder / name
-    if os.path.lexists(path):
-        return path
-    raw = re.sub(rb"\\x([0-9a-f]{2})", lambda escape: bytes([int(escape[1], 16)]), name.encode())
-    return folder / os.fsdecode(raw)
 
 
 def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:
@@ -204,10 +119,7 @@ def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigErro
         return ConfigError(
             f"{version.name} has no preference pairs (chosen and rejected captions)", hint=hint
         )
-    own, captions = version.manifest.get("own_columns"), version.manifest["measured"].get("captions", {})
-    if own and not captions and not style:
-        hint = f"export its columns ({', '.join(own)}) with --format imagefolder or webdataset"
-        return ConfigError(f"{version.name} has no captions for this format", hint=hint)
     text = f"a caption of the style {style}" if style not in (None, ALL) else "a text"
-    hint = f"its captions have the styles: {', '.join(captions) or 'none'}"
+    captions = version.manifest["measured"].get("captions", {})
+    hint = f"its captions have the styles: {', '.join(captions) or 'none'}; imagefolder has all columns"
     return ConfigError(f"no image of {version.name} has {text} for this format", hint=hint)

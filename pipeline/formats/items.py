@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.dataset.conversation import preferred_caption, value_prompts, value_turns
+from pipeline.dataset.conversation import preferred_caption, turns, value_prompts, value_turns
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import open_image, upright_file
@@ -22,6 +22,7 @@ MAX_NAME_BYTES = 200  # file systems allow 255, including the suffix
 _UNSAFE_NAME = re.compile(
     r"""|con|prn|aux|nul|com\d|lpt\d|[0-9a-f]{64}|[-. ].*|.*[. ]|.*[\\:*?"<>|].*""", re.IGNORECASE
 )
+ALL = "all"  # the style that stands for every caption
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: several JPEGs of a camera in one file
 
 
@@ -44,9 +45,8 @@ class Item:
     references: Sequence[str]
     reference_qa: Sequence[dict[str, Any]] = ()  # human questions with all answers
     values: dict[str, Any] = field(default_factory=dict)  # values of custom tasks, by name
-    boxes: Sequence[dict[str, Any]] | None = (
-        None  # boxes from custom tasks, or None if the model answered no such task
-    )
+    # Boxes from custom tasks, or None if the model answered no such task.
+    boxes: Sequence[dict[str, Any]] | None = None
     value_turns: Sequence[tuple[str, str]] = ()  # (prompt, value) of custom tasks
     pairs: Sequence[tuple[str, str, str]] = ()  # (style, best caption, worst caption)
 
@@ -64,27 +64,51 @@ class Item:
         """Return the writer of a caption or question: BY_MODEL or BY_HUMAN."""
         return BY_HUMAN if text in self.human_texts else BY_MODEL
 
-    def caption(self, style: str | None) -> str | None:
-        """Return the caption in a style (None: the preferred one), or None if there is no such caption."""
-        if style:
-            return next((text for name, text in self.captions if name == style), None)
+    @property
+    def caption(self) -> str | None:
+        """The preferred caption, or None without captions."""
         return preferred_caption(self.captions)
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """(question, answer) for all texts and values of the image."""
+        return [*turns(self.captions, self.questions), *self.value_turns]
+
+
+def choose_texts(item: Item, *, style: str | None, trigger: str, only_one: bool) -> Item:
+    """Return an item with its captions and pairs in a style, by default all, which begin with `trigger`.
+
+    With `only_one`, the preferred caption remains, unless the style is ALL.
+    """
+    captions = [caption for caption in item.captions if style in (None, ALL, caption[0])]
+    if only_one and style != ALL:
+        preferred = preferred_caption(captions)
+        captions = [caption for caption in captions if caption[1] == preferred][:1]
+    prefix = f"{trigger}, " if trigger else ""
+    return replace(
+        item,
+        captions=[(name, f"{prefix}{text}") for name, text in captions],
+        human_texts=item.human_texts | {f"{prefix}{text}" for text in item.human_texts},
+        pairs=[
+            (name, f"{prefix}{best}", f"{prefix}{worst}")
+            for name, best, worst in item.pairs
+            if style in (None, ALL, name)
+        ],
+    )
 
 
 def read_items(
     version: Version, splits: Iterable[str] = SPLITS, *, source_names: bool = False
 ) -> Iterator[Item]:
-    """Yield the images of a version, in order. Raises ConfigError if it has no pixels, or holds decks.
+    """Yield the images of a version, in order. Raises ConfigError if it holds decks.
 
     With `source_names`, files have the names of the source where these are safe and unique, without folders.
     Other files, and all files by default, are named by id.
     """
     columns = version.manifest["columns"]
-    if "image" not in columns and "pages" in columns:
+    if "image" not in columns:
         hint = "use a version of single images"
         raise ConfigError(f"{version.name} consists of decks, which this format does not support", hint=hint)
-    if "image" not in columns:
-        raise no_pixels_error(version)
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
     prompts = value_prompts(version.manifest)
     unused = ("pages", "source", "context")
@@ -112,11 +136,6 @@ def file_name_of(source_row: str) -> str:
     if not stem.isprintable() or _UNSAFE_NAME.fullmatch(stem) or len(stem.encode()) > MAX_NAME_BYTES:
         return ""
     return stem.replace(".", "_")
-
-
-def no_pixels_error(version: Version) -> ConfigError:
-    """Return the error to raise for a version without images."""
-    return ConfigError(f"{version.name} has no images", hint="pass --images FOLDER")
 
 
 def _make_item(row: dict[str, Any], split: str, own: dict[str, str], name: str) -> Item:

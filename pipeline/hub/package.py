@@ -6,32 +6,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card, render_model_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.publishing import write_self_contained
-from pipeline.dataset.version import (
-    LEFT_OUT,
-    LOCK,
-    PUSHED,
-    REJECTIONS_FILE,
-    Version,
-    file_entry,
-    first_rows,
-    schema_of,
-)
+from pipeline.dataset.version import LEFT_OUT, LOCK, PUSHED, REJECTIONS_FILE, Version, file_entry, first_rows
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
-from pipeline.storage.files import json_text, open_parquet, open_writer, read_json
+from pipeline.hub_errors import HUB_NAME
+from pipeline.storage.files import json_text, read_json
 from pipeline.storage.lock import lock_file
 from pipeline.storage.untrusted import require_regular
-from pipeline.tables import PIXELS, features, with_features
+from pipeline.tables import PIXELS
 from pipeline.types import non_redistributable
 
-NO_EXPORTS: Mapping[str, Path] = MappingProxyType({})
 CHECKPOINT_FILES = (
     "config.json",
     "tokenizer.json",
@@ -63,17 +53,6 @@ class Package:
         return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files}
 
 
-def exported_files(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the valid entries for exported files in a manifest, keyed by path in the repository."""
-    exports = manifest.get("exports")
-    files = {}
-    for name, entries in exports.items() if isinstance(exports, dict) else ():
-        for file, entry in entries.items() if isinstance(entries, dict) else ():
-            if isinstance(entry, dict) and isinstance(entry.get("sha256"), str):
-                files[f"{name}/{file}"] = entry
-    return files
-
-
 @contextmanager
 def build_package(
     version: Version,
@@ -81,15 +60,13 @@ def build_package(
     *,
     images: bool | None = None,
     acknowledged: Sequence[str] = (),
-    stated: dict[str, str] | None = None,
-    exports: Mapping[str, Path] = NO_EXPORTS,
+    stated: dict[str, Any] | None = None,
 ) -> Iterator[Package]:
     """Yield the package to push to `repo`. Its files may exist only within the context.
 
     `images` states whether to include the images. None includes them if their licenses allow it. The user has
     the right to publish under the restrictive licenses in `acknowledged`. `stated` overrides manifest keys.
-    `exports` maps formats to folders with the same rows. Raises PushError if the images may not be published,
-    and StoreError if a file is damaged.
+    Raises PushError if the images may not be published, and StoreError if a file is damaged.
     """
     require_intact_files(version)
     restricted = non_redistributable(version.manifest["licenses"])
@@ -99,65 +76,44 @@ def build_package(
         hint = f"if you have that right, pass {options}: the card will state it"
         raise PushError(f"images under {', '.join(refused)} may not be redistributed", hint=hint)
     pixel_columns = [column for column in PIXELS if column in version.manifest["columns"]]
+    stated = stated or {}
+    if pixel_columns and (images is False or (images is None and restricted)):
+        yield _pack(version, repo, without_pixels(version) | stated, version.path)
+        return
+    if pixel_columns and restricted:
+        stated = {"acknowledged": restricted} | stated
+    if version.holds_pixels:
+        yield _pack(version, repo, version.manifest | stated, version.path)
+        return
     with _scratch_folder(version) as folder:
-        if pixel_columns and (images is False or (images is None and restricted)):
-            if exports:
-                problem = f"{', '.join(exports)} would contain the images, which are not pushed"
-                raise PushError(problem, hint="leave out --also")
-            yield _pack(version, repo, without_pixels(version, folder) | (stated or {}), folder)
-            return
-        if version.holds_pixels:
-            manifest, folder = version.manifest, version.path
-        else:
-            manifest = write_self_contained(version, folder)
-        acknowledgement = {"acknowledged": restricted} if pixel_columns and restricted else {}
-        yield _pack(version, repo, manifest | acknowledgement | (stated or {}), folder, exports)
+        yield _pack(version, repo, write_self_contained(version, folder) | stated, folder)
 
 
 @contextmanager
 def _scratch_folder(version: Version) -> Iterator[Path]:
-    """Yield an empty folder for shards, on the same disk as the image store if the version uses one."""
-    home = None if version.holds_pixels else version.dataset_dir / PUSHED
-    if home is not None:
-        home.mkdir(parents=True, exist_ok=True)
+    """Yield an empty folder for shards, on the same disk as the image store."""
+    home = version.dataset_dir / PUSHED
+    home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as name, lock_file(Path(name) / LOCK, lambda: None, PushError):
         yield Path(name)
 
 
-def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
-    """Write a copy of each shard without the image columns, and return the manifest of the copies."""
-    columns = [column for column in version.manifest["columns"] if column not in PIXELS]
-    files, schema = {}, schema_of(version.manifest | {"columns": columns})
-    for name, entry in version.manifest["files"].items():
-        source = open_parquet(version.path / name)
-        with open_writer(folder / name, with_features(schema)) as writer:
-            # Keep the boundaries of the row groups: they depend on the rows.
-            for group in range(source.num_row_groups):
-                rows = source.read_row_group(group, columns=columns).select(columns)
-                writer.write_table(rows.cast(writer.schema))
-        files[name] = entry | file_entry(folder / name)
+def without_pixels(version: Version) -> dict[str, Any]:
+    """Return the manifest for the files of a version without their image store: ids and texts."""
+    if version.holds_pixels:
+        hint = "push the dataset folder that the version was made in"
+        raise PushError(f"the files of {version.path} contain the images", hint=hint)
+    columns = version.manifest["columns"]
     manifest = {key: value for key, value in version.manifest.items() if key != "images"}
-    pixel_columns = [column for column in version.manifest["columns"] if column in PIXELS]
-    described = {"columns": columns, "features": features(schema), "files": files, "reader_columns": []}
-    return manifest | described | {"pixels": LEFT_OUT, "pixel_columns": pixel_columns}
+    return manifest | {
+        "columns": [column for column in columns if column not in PIXELS],
+        "features": {name: kind for name, kind in manifest["features"].items() if name not in PIXELS},
+        "pixels": LEFT_OUT,
+        "pixel_columns": [column for column in columns if column in PIXELS],
+    }
 
 
-def _pack(
-    version: Version,
-    repo: str,
-    manifest: dict[str, Any],
-    folder: Path,
-    exports: Mapping[str, Path] = NO_EXPORTS,
-) -> Package:
-    exported: dict[str, Path | bytes] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    for name, export in exports.items():
-        for path in sorted(path for path in export.rglob("*") if path.is_file()):
-            file = path.relative_to(export).as_posix()
-            exported[f"{name}/{file}"] = path
-            entries.setdefault(name, {})[file] = file_entry(path)
-    manifest = {key: value for key, value in manifest.items() if key != "exports"}
-    manifest |= {"exports": entries} if entries else {}
+def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -> Package:
     return Package(
         kind="dataset",
         name=version.name,
@@ -165,7 +121,6 @@ def _pack(
         manifest=manifest,
         files={
             **{name: folder / name for name in sorted(manifest["files"])},
-            **exported,
             REJECTIONS_FILE: version.path / REJECTIONS_FILE,
             "README.md": render_card(manifest, first_rows(version, CARD_SAMPLES), repo).encode(),
             "manifest.json": json_text(manifest).encode(),
@@ -195,7 +150,8 @@ def build_checkpoint_package(
     # Publish no local paths.
     for part in ("encoder", "decoder"):
         saved["train"][part] = without_folders(str(saved["train"][part]))
-    if init := saved["train"].get("init"):
+    init = str(saved["train"].get("init") or "")
+    if init and (Path(init).exists() or not HUB_NAME.fullmatch(init)):
         saved["train"]["init"] = Path(init).name
     written = {"train.json": json_text(saved["train"]).encode(), **extra_files(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
@@ -205,8 +161,7 @@ def build_checkpoint_package(
     data = saved["config"]["data"]
     name = f"{data['version']}-{content_digest[:8]}"
     manifest = {"version": name, "digest": content_digest, "data": data, "files": files}
-    version, pushed_to = _version_of(folder, data)
-    dataset = data.get("repo") or pushed_to
+    dataset = data.get("repo") or _pushed_to(folder, data["version"])
     card = render_model_card(saved | {"digest": content_digest}, repo, dataset, models)
     return Package(
         kind="model",
@@ -219,9 +174,7 @@ def build_checkpoint_package(
             "README.md": card.encode(),
             "manifest.json": json_text(manifest).encode(),
         },
-        has_unknown_license=data.get(
-            "has_unknown_license", version is None or has_unknown_license(version.manifest)
-        ),
+        has_unknown_license=bool(data.get("has_unknown_license", True)),
     )
 
 
@@ -251,11 +204,7 @@ def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
     )
 
 
-def _version_of(folder: Path, data: dict[str, Any]) -> tuple[Version | None, str | None]:
-    """Return the version that a checkpoint was trained on, and the repository that it was pushed to."""
-    dataset = DatasetDir(folder.resolve().parent.parent)
-    version = next((v for v in dataset.versions() if v.manifest["digest"] == data["digest"]), None)
-    if version is None:
-        return None, None
-    repos = (push["repo"] for push in dataset.pushed() if push["version"] == version.name)
-    return version, next(repos, None)
+def _pushed_to(folder: Path, version: str) -> str | None:
+    """Return the repository that the version of a captioner's data was pushed to, if it is known."""
+    pushes = DatasetDir(folder.resolve().parent.parent).pushed()
+    return next((push["repo"] for push in pushes if push["version"] == version), None)

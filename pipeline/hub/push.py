@@ -6,7 +6,6 @@ the repository, and resumes an interrupted attempt.
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # missing in its __all__
+from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
 
 from pipeline.dataset.version import REJECTIONS_FILE, parse_version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, PushError, one_line
-from pipeline.hub.package import Package, exported_files
+from pipeline.hub.package import Package
 from pipeline.progress import NullProgress, Progress
 
 MAX_ATTEMPTS = 6
@@ -102,27 +101,20 @@ def _retry(attempt: Callable[[], PushResult]) -> PushResult:
     for number in range(1, MAX_ATTEMPTS):
         try:
             return attempt()
-        except (HfHubHTTPError, OSError, httpx2.TransportError) as error:
-            if not _is_transient(error):
+        except (HfHubHTTPError, ConnectionError, TimeoutError, httpx2.TransportError) as error:
+            is_http = isinstance(error, HfHubHTTPError)
+            is_refused = is_http and error.response.status_code not in RETRIED_STATUSES
+            # A ConnectError means that no server is listening.
+            if is_refused or isinstance(error, httpx2.ConnectError):
                 raise
             time.sleep(_pause_s(error, number))
     return attempt()
 
 
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in RETRIED_STATUSES
-    # A ConnectError means that no server is listening.
-    is_broken = isinstance(error, ConnectionError | TimeoutError | httpx2.TransportError)
-    return is_broken and not isinstance(error, httpx2.ConnectError)
-
-
 def _pause_s(error: Exception, number: int) -> float:
-    # This header of a 429 response ends with the seconds until the window resets: "api";r=0;t=1
-    header = error.response.headers.get("ratelimit", "") if isinstance(error, HfHubHTTPError) else ""
-    reset = header.rpartition("t=")[2]
-    if re.fullmatch("[0-9]{1,9}", reset):
-        return min(float(reset) + 1, MAX_PAUSE_S)
+    limit = parse_ratelimit_headers(error.response.headers) if isinstance(error, HfHubHTTPError) else None
+    if limit is not None:
+        return min(limit.reset_in_seconds + 1.0, MAX_PAUSE_S)
     return min(2.0 ** (number - 2), 8.0)
 
 
@@ -141,18 +133,16 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
     if is_new:
         message = f"digest {package.manifest['digest']}"
         api.create_tag(repo, repo_type=package.kind, tag=name, revision=commit, tag_message=message)
-    warning = "" if is_new else _changed_statements(package, remote)
+    warning = ""
+    if not is_new and (changed := _changed_statements(package, remote)):
+        keys = ", ".join(changed)
+        warning = f"the published {name} has another {keys}: tags never move, push a new version"
     return PushResult(repo, str(created), commit, name, is_new, is_private, warning)
 
 
-def _changed_statements(package: Package, remote: dict[str, Any]) -> str:
-    """Return a warning if values of STATED_KEYS differ on the Hub for this version, or "" if not."""
-    names = [n for n in STATED_KEYS if n in package.manifest and package.manifest[n] != remote.get(n)]
-    if not names or package.kind != "dataset":
-        return ""
-    changes = ", ".join(f"{n} {remote.get(n) or 'not stated'}, now {package.manifest[n]}" for n in names)
-    hint = "Tags never move: push a new version, or to another repository"
-    return f"the card of the published {package.name} differs ({changes}). {hint}"
+def _changed_statements(package: Package, remote: dict[str, Any]) -> list[str]:
+    """Return which of STATED_KEYS the package states differently from a manifest on the Hub."""
+    return [key for key in STATED_KEYS if package.manifest.get(key, remote.get(key)) != remote.get(key)]
 
 
 def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
@@ -183,8 +173,7 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
         progress("push", done, len(large))
         api.preupload_lfs_files(repo, [addition], repo_type=package.kind, free_memory=False)
     progress("push", len(large), len(large))
-    published = [*remote.get("files", ()), *exported_files(remote)]
-    stale = [path for path in published if path in files and path not in package.files]
+    stale = [path for path in remote.get("files", ()) if path in files and path not in package.files]
     commit = api.create_commit(
         repo,
         [*additions, *map(CommitOperationDelete, stale)],
@@ -200,8 +189,6 @@ def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:
     name = package.name
     if remote.get("digest") != package.manifest["digest"]:
         raise PushError(f"{repo} already has a different {name}", hint=_TAG_HINT)
-    if missing := sorted({*package.manifest.get("exports", {})} - {*remote.get("exports", {})}):
-        raise PushError(f"{repo} already has {name} without {', '.join(missing)}", hint=_TAG_HINT)
     if remote.get("pixels") != package.manifest.get("pixels"):
         images = "without its images" if remote.get("pixels") else "with its images"
         raise PushError(f"{repo} already has {name} {images}", hint=_TAG_HINT)
@@ -227,8 +214,7 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, A
     manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
     rejections = {REJECTIONS_FILE: manifest["rejections"]} if "rejections" in manifest else {}
-    files = manifest["files"] | rejections | exported_files(manifest)
-    expected = {name: file["sha256"] for name, file in files.items()}
+    expected = {name: file["sha256"] for name, file in (manifest["files"] | rejections).items()}
     actual: dict[str, str] = {}
     for entry in api.get_paths_info(repo, list(expected), repo_type=package.kind, revision=commit):
         if isinstance(entry, RepoFile):

@@ -10,8 +10,7 @@ from pipeline.dataset.audit import COLUMNS, Frame
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import read_verdicts
 from pipeline.dataset.version import Version
-from pipeline.report.build import script_literal, thumbnail_uri
-from pipeline.report.html import render_page, script_hash
+from pipeline.report.html import render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import read_rows
 from pipeline.storage.files import write_text
 from pipeline.tables import SPLITS
@@ -40,7 +39,7 @@ def write_audit_page(version: Version, dataset: DatasetDir, number: int, seed: i
             for text in row["texts"]:
                 if text["content"] == contents[row["id"]]:
                     items[row["id"]] = {"id": row["id"], "from": row["from"], "images": images, "text": text}
-    verdicts = read_verdicts(dataset.audit)
+    verdicts = read_verdicts(dataset.reviews)
     settings = {
         "digest": manifest["digest"],
         "version": version.name,

@@ -7,6 +7,7 @@ import csv
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
+from pipeline.dataset.images import ImageStore
 from pipeline.dataset.reviews import record_name, text_name
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
@@ -177,3 +179,21 @@ def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[st
     if any(len(text) > MAX_SHOWN_CHARACTERS for text in fields.values()):
         entry["cut"] = True
     return entry
+
+
+def steps_match(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Return whether the step files in a dataset folder have the row counts in the manifest of a version."""
+    dataset = DatasetDir(folder)
+    steps = [step for step in manifest.get("funnel", []) if step["unit"] == "annotations"]
+    return bool(steps) and all(
+        sum(open_table(path).metadata.num_rows for path in dataset.step_files(step["step"])) == step["kept"]
+        for step in steps
+    )
+
+
+def images_of(folder: Path, ids: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield (sample id, first image) for samples, including rejected ones. Skip missing images."""
+    store = ImageStore(folder)
+    for sample_id in store.in_order(ids) if ids else ():
+        with suppress(StoreError):
+            yield sample_id, store.read([sample_id])[0].as_py()[0]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_images, lacks_pixels
+from pipeline.dataset.pixels import find_joined, images_of_dataset, join_images, lacks_pixels
 from pipeline.dataset.version import JOINED, Version
 from pipeline.errors import ConfigError
 from pipeline.sources import read_images
@@ -26,7 +26,6 @@ def with_pixels(version: Version, images: str | None) -> Version:
             name = version.repo or version.path
             raise ConfigError(f"{name} has no images", hint="pass its images: --images FOLDER")
         folder = Path(images)
-        if not folder.is_dir():
-            return join_images(version, read_images(images))
-        is_dataset = (folder / "versions").is_dir() or (folder / "manifest.json").exists()
-        return join_images(version, images_of_dataset(folder) if is_dataset else images_of_files(folder))
+        if (folder / "versions").is_dir() or (folder / "manifest.json").exists():
+            return join_images(version, images_of_dataset(folder, version.sample_ids()))
+        return join_images(version, read_images(f"folder:{folder}" if folder.is_dir() else images))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataset.audit import COLUMNS, Frame, estimate_errors
-from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Rows, build_rows
-from pipeline.dataset.card import CARD_SAMPLES
+from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, build_rows
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
-from pipeline.dataset.publishing import Content, RowWriter, publish_version
+from pipeline.dataset.publishing import RowWriter, publish_version
 from pipeline.dataset.records import is_done, output_digest, read_record, step_key, write_record
-from pipeline.dataset.reviews import format_verdicts, read_verdicts
+from pipeline.dataset.reviews import format_lines, read_verdicts
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest, digest
@@ -24,7 +23,7 @@ from pipeline.errors import TableError
 from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
-from pipeline.tables import NO_EXTRAS, REJECTIONS, SPLITS, STRING, Extras, fields
+from pipeline.tables import NO_EXTRAS, REJECTIONS, STRING, Extras, fields
 
 NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
@@ -36,38 +35,25 @@ SELECT count(*) FROM (
 """
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenRows:
-    """The rows of one shard, as Parquet files in the folder `path`.
-
-    `counts` has row counts by split. `files` maps file names to manifest entries. `rows.digests` is empty.
-    """
-
-    path: Path
-    columns: list[str]
-    counts: dict[str, int]
-    files: dict[str, Any]
-    rows: Rows
-
-
 def write_rows(
     shard: DatasetDir, path: Path, steps: Sequence[str], source: dict[str, Any], extras: Extras = NO_EXTRAS
-) -> WrittenRows:
+) -> RowWriter:
     """Write the rows of a shard to an empty folder. Write row digests and rejections to step files.
 
     `steps` are the names of all earlier steps that reject rows. `source` is the provenance of the images.
     """
-    rows, writer, has_decks = Rows(), RowWriter(path, extras), bool(source.get("decks"))
+    writer, has_decks = RowWriter(path, extras), bool(source.get("decks"))
     annotations, samples = read_batches(shard.step_file("review")), read_samples(shard)
-    for table in build_rows(annotations, samples, source["name"], rows, extras, decks=has_decks):
+    for table in build_rows(annotations, samples, source["name"], extras, decks=has_decks):
         writer.add(table)
-    files = writer.close()
-    rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
+    writer.close()
+    rejected = pa.table([writer.rejected, [NO_ANNOTATION] * len(writer.rejected)], schema=REJECTED)
     write_table(shard.step_file(NAME, "rejected"), [rejected], REJECTED)
     rejections = [*_read_rejections(shard, steps), list_rejections(NAME, rejected)]
     write_table(shard.step_file(NAME, "rejections"), rejections, REJECTIONS)
-    write_table(shard.step_file(NAME, "digests"), rows.digests, DIGESTS)
-    return WrittenRows(path, writer.columns, writer.counts(), files, replace(rows, digests=[]))
+    write_table(shard.step_file(NAME, "digests"), writer.digests, DIGESTS)
+    writer.digests.clear()
+    return writer
 
 
 def _read_rejections(shard: DatasetDir, steps: Iterable[str]) -> Iterator[pa.Table]:
@@ -107,8 +93,8 @@ class WriteStep(Step):
             for step in names
             for file in OUTPUTS
         ]
-        if verdicts := read_verdicts(dataset.audit):
-            inputs.append(digest(format_verdicts(verdicts)))
+        if verdicts := read_verdicts(dataset.reviews):
+            inputs.append(digest(format_lines(verdicts)))
         key = step_key(NAME, [provenance, source], (), [*inputs, output_digest(first_shard, before)])
         newest = dataset.versions()[-1:]
         folders = list(dict.fromkeys([*executor.shards, dataset]))
@@ -136,7 +122,7 @@ class WriteStep(Step):
 
 def publish_shards(
     work: Work,
-    written: Sequence[WrittenRows],
+    written: Sequence[RowWriter],
     draft: Path,
     source: dict[str, Any],
     provenance: dict[str, Any],
@@ -144,21 +130,15 @@ def publish_shards(
     """Publish the rows of all shards as one version. Return it, and whether it is new.
 
     If the newest version has the same rows, it is returned. The files in `written` are below `draft`, a
-    scratch folder next to the versions. `provenance` describes the run in the manifest. Raises TableError if
-    the shards have different columns, and StoreError if another command has written the version or taken over
-    the folder.
+    scratch folder next to the versions. `provenance` describes the run in the manifest. Raises the errors of
+    `publish_version`.
     """
     plan, shards = work.plan, work.executor.shards
-    counts = {split: sum(part.counts[split] for part in written) for split in SPLITS}
-    results = [part.rows for part in written]
-    funnel = [*work.summaries, _summarize(sum(counts.values()), sum(len(rows.rejected) for rows in results))]
+    num_rows = sum(sum(part.counts.values()) for part in written)
+    funnel = [*work.summaries, _summarize(num_rows, sum(len(part.rejected) for part in written))]
     if funnel[-1].input != funnel[0].kept:
         problem = f"the step write received {funnel[0].kept} images and returned {funnel[-1]}"
         raise TableError(problem, hint=BUG_HINT)
-    columns = {tuple(part.columns) for part in written if part.columns}
-    if len(columns) > 1:
-        hint = "a source must fill a column for all samples, or for none"
-        raise TableError("some samples have columns that others lack", hint=hint)
     all_rows = AllRows([shard.step_file("review") for shard in shards])
     with open_database(plan.dataset.path) as db:
         load(db, "images", all_rows.batches("image_group", "sample_id"), IMAGES)
@@ -169,7 +149,7 @@ def publish_shards(
     contaminated = sum(
         table.num_rows - table["contaminated_by"].null_count for table in all_rows.batches("contaminated_by")
     )
-    statistics = reduce(merge, (rows.statistics for rows in results), DatasetStatistics())
+    statistics = reduce(merge, (part.statistics for part in written), DatasetStatistics())
     provenance = provenance | {
         "funnel": [asdict(summary) for summary in funnel],
         "measured": statistics.result(),
@@ -177,17 +157,8 @@ def publish_shards(
         "review": count_reviews(shards),
         **audit_rows(plan.dataset, written, row_extras(plan.config, plan.tasks)),
     }
-    content = Content(
-        columns=list(columns.pop()) if columns else [],
-        extras=row_extras(plan.config, plan.tasks),
-        digests=digests,
-        rows=counts,
-        files=_number_files(written),
-        licenses=sorted({name for rows in results for name in rows.licenses}),
-        examples=[row for rows in results for row in rows.examples][:CARD_SAMPLES],
-    )
     rejections = (table for shard in shards for table in read_batches(shard.step_file(NAME, "rejections")))
-    return publish_version(plan.dataset, draft, content, provenance, rejections, work.executor.check)
+    return publish_version(plan.dataset, draft, written, digests, provenance, rejections, work.executor.check)
 
 
 def _summarize(rows: int, without_annotation: int) -> StepSummary:
@@ -206,9 +177,9 @@ def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
     return {verdict: counts[verdict] for verdict in ("good", "bad", "edited")} if counts else {}
 
 
-def audit_rows(dataset: DatasetDir, written: Sequence[WrittenRows], extras: Extras) -> dict[str, Any]:
+def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras) -> dict[str, Any]:
     """Return the manifest field with the error rates of the rows, or {} without verdicts of an audit."""
-    verdicts = read_verdicts(dataset.audit)
+    verdicts = read_verdicts(dataset.reviews)
     if not verdicts:
         return {}
     own = {column.name: column.describe() for column in extras.own}
@@ -219,19 +190,6 @@ def audit_rows(dataset: DatasetDir, written: Sequence[WrittenRows], extras: Extr
         for table in read_batches(part.path / name, [c for c in (*COLUMNS, *own) if c in part.columns])
     )
     return {"audit": estimate_errors(Frame.of(tables, own, verdicts[-1].seed), verdicts)}
-
-
-def _number_files(written: Sequence[WrittenRows]) -> list[tuple[Path, str, dict[str, Any]]]:
-    """Return each file with its name in the version and its manifest entry. Files are numbered within each
-    split."""
-    files = []
-    numbers: Counter[str] = Counter()
-    for part in written:
-        for name, entry in part.files.items():
-            split = name.rpartition("-")[0]
-            files.append((part.path / name, f"{split}-{numbers[split]:05d}.parquet", entry))
-            numbers[split] += 1
-    return files
 
 
 STEP = WriteStep(NAME, unit="images")

@@ -158,8 +158,13 @@ def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def open_writer(target: Path | pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
-    """Return a Parquet writer. Pixel columns are written without compression, dictionary and statistics."""
+def open_writer(
+    target: Path | pa.NativeFile, schema: pa.Schema, *, by_content: bool = False
+) -> pq.ParquetWriter:
+    """Return a Parquet writer. Pixel columns are written without compression, dictionary and statistics.
+
+    With `by_content`, pages end at content-defined boundaries, which inserted rows do not move.
+    """
     leaves = _leaf_columns(schema)
     pixels = (*PIXELS, "images")  # columns of versions, and the column of the store and of exports
     texts = [path for path in leaves if path.split(".")[0] not in pixels]
@@ -170,6 +175,7 @@ def open_writer(target: Path | pa.NativeFile, schema: pa.Schema) -> pq.ParquetWr
         use_dictionary=texts,
         write_statistics=texts,
         write_page_checksum=True,
+        use_content_defined_chunking=by_content,
     )
 
 

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -84,18 +84,12 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
     return [image for target, image in targets.items() if existing != "skip" or not os.path.lexists(target)]
 
 
-def write_sidecar(
-    image: Path, texts: Sequence[str], existing: Existing, own: Collection[str] | None = None
-) -> None:
-    """Write captions next to an image, one per line. With "append", existing lines are kept.
-
-    The texts in `own` are recorded as written by a model. If `own` is None, all `texts` are recorded.
-    """
+def write_sidecar(image: Path, texts: Sequence[str], existing: Existing) -> None:
+    """Write captions of a model next to an image, one per line. With "append", existing lines are kept."""
     target = image.with_suffix(".txt")
     lines = _read_lines(target) if existing == "append" and target.exists() else []
     new = [line for line in map(as_line, texts) if line not in lines]
-    own_lines = new if own is None else {*map(as_line, own)}
-    note_own_lines(target, [line for line in new if line in own_lines])
+    note_own_lines(target, new)
     write_text(target, "\n".join([*lines, *new]) + "\n")
 
 

@@ -33,7 +33,6 @@ FULL = MANIFEST | {
         "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6}},
         "true_captions": {"brief": {"precision": 0.99, "recall": 0.98}},
         "true_answers": {"number": {"accuracy": 0.9, "majority": 0.4}},
-        "words_shared_with_references": {"brief": 0.7},
     },
     "leakage": {
         "compared_as": "photos", "near_bits": 70, "groups_of_images": 7, "near_held_out_annotations": 3,
@@ -182,7 +181,7 @@ def test_commands_escape_control_characters_for_terminal(tmp_path: Path) -> None
         chat.script = lambda times, body: refusal
         require_printable("generate", *source, "--seed", "7", "--title", "x")
     for arguments in (
-        ("versions", "list", data), ("check", data), ("report", data), ("diff", data, "v1.0.0", "v1.0.0"),
+        ("versions", "list", data), ("check", data), ("report", data),
         ("push", data, "--repo", "me/x", "--dry-run"), ("push", data, "--repo", EVIL),
         ("review", "apply", data, f"reviews{EVIL}"), ("generate", "--source", EVIL),
         ("generate", "--config", EVIL),

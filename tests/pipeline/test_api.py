@@ -59,7 +59,7 @@ def test_missing_images_raise_with_a_hint(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", SAMPLES)
     texts = pulled(version, tmp_path / "home" / "texts", images=False)
     assert "image" not in pipeline.load(texts.path)["train"].column_names
-    join_images(texts, images_of_dataset(version.path))
+    join_images(texts, images_of_dataset(version.path, texts.sample_ids()))
     assert "image" in pipeline.load(texts.path)["train"].column_names
     for path in version.store.paths():
         path.unlink()

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.reviews import Review, format_reviews, text_name
+from pipeline.dataset.reviews import Review, format_lines, text_name
 from pipeline.dataset.version import Version, dataset_folder
 from pipeline.executors.ray.shards import scratch_root
 from pipeline.storage.object_store import parse_dataset_path
@@ -108,7 +108,7 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledRun]:
         chat.times.clear()
         kill_worker_and_driver(folder, chat)
         good = Review(sample_id="0" * 64, content="0" * 16, verdict="good")
-        (folder / "m.jsonl").write_text(format_reviews([good]))
+        (folder / "m.jsonl").write_text(format_lines([good]))
         review = run_synth("review", "apply", "many", "m.jsonl", cwd=folder)
         require_success(run_process(*flags_of(chat), "--out", "many", "--executor", "ray", cwd=folder))
         yield KilledRun(folder, chat, undisturbed, review)
@@ -146,7 +146,7 @@ def write_review(folder: Path) -> None:
     rows = pq.read_table(folder / "one" / "steps" / "split" / "kept.parquet").to_pylist()
     sample_id, content = text_name(rows[0])
     review = Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")
-    (folder / "reviews.jsonl").write_text(format_reviews([review]))
+    (folder / "reviews.jsonl").write_text(format_lines([review]))
 
 
 def latest_version(folder: Path) -> Version:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.reviews import Review, format_reviews, read_reviews, text_name
+from pipeline.dataset.reviews import Review, format_lines, read_reviews, text_name
 from tests.commands import require_success
 from tests.whole.conftest import Run, read_failure
 
@@ -27,7 +27,7 @@ def write_reviews(synth: Run, tmp_path: Path) -> Callable[..., Path]:
             review = {"sample_id": sample_id, "content": content, "verdict": verdict}
             reviews.append(Review.model_validate(review | fields))
         path = tmp_path / "reviews.jsonl"
-        path.write_text(format_reviews(reviews))
+        path.write_text(format_lines(reviews))
         return path
 
     return write
@@ -38,7 +38,7 @@ def test_invalid_reviews_are_reported_and_change_nothing(
 ) -> None:
     edit = {"question": "How many are there?", "answer": "How many are there?"}
     other = Review(sample_id="0" * 64, content="0" * 16, verdict="good")
-    (tmp_path / "other.jsonl").write_text(format_reviews([other]))
+    (tmp_path / "other.jsonl").write_text(format_lines([other]))
     (tmp_path / "empty.jsonl").write_text("\n")
     write_reviews(("number", "edited", edit))
     text = "the edited text 'How many are there? How many are there?'"
@@ -63,7 +63,7 @@ def test_reviews_that_leave_no_row_are_refused_and_not_stored(synth: Run, tmp_pa
 
     def bad(texts: list[tuple[str, str]]) -> str:
         reviews = [Review(sample_id=id_, content=text, verdict="bad", reason="other") for id_, text in texts]
-        (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
+        (tmp_path / "m.jsonl").write_text(format_lines(reviews))
         return synth("review", "apply", "d", "m.jsonl").stderr
 
     assert "review: 1 reviews applied" in bad(names[:1])
@@ -94,5 +94,5 @@ def test_review_stays_pending_while_its_text_is_missing(
     )  # fmt: skip
     update = {"verdict": "edited", "reason": None, "note": "", "text": other["clean_text"]}
     edited = review.model_copy(update=update)
-    folder.reviews.write_text(format_reviews([edited]))
+    folder.reviews.write_text(format_lines([edited]))
     assert "review: 0 reviews applied; 1 match no text of this run" in synth(*again).stderr

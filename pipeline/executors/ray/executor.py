@@ -13,6 +13,7 @@ from typing import TypeVar
 from uuid import uuid4
 
 from pipeline.dataset.directory import OUTPUTS, DatasetDir
+from pipeline.dataset.publishing import RowWriter
 from pipeline.dataset.records import code_digest, output_digest
 from pipeline.digests import digest
 from pipeline.errors import ClusterError, ConfigError
@@ -39,7 +40,6 @@ from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources.read import SourceReader
 from pipeline.steps.base import Services
-from pipeline.steps.write import WrittenRows
 from pipeline.storage.files import read_json, remove, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote, upload_folder
 from pipeline.types import Engine
@@ -208,7 +208,7 @@ def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], T], draft: 
         if is_remote(draft):
             upload_folder(path, draft / name)
             remove(path)
-            assert isinstance(written, WrittenRows)
+            assert isinstance(written, RowWriter)
             return replace(written, path=draft / name)
         return written
 

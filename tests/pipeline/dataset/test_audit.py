@@ -4,7 +4,6 @@ from collections import Counter
 from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
 
 from pipeline.dataset.audit import (
@@ -12,7 +11,6 @@ from pipeline.dataset.audit import (
     Frame,
     Stratum,
     audit_in_words,
-    combine_rates,
     estimate_errors,
     krippendorff_alpha,
 )
@@ -73,25 +71,6 @@ def test_intervals_cover_the_true_error_rates_in_95_percent_of_audits() -> None:
                 covered[stratum] += rate["low"] <= true_rate <= rate["high"]
     for stratum in true_rates:
         assert 0.93 <= covered[stratum] / (60 * 25) <= 0.97, covered
-
-
-@pytest.mark.parametrize("error_rate", [0.02, 0.1, 0.3])
-@pytest.mark.parametrize("reviewed", [200, 2000])
-def test_interval_of_a_stratified_share_covers_it_in_95_percent_of_samples(
-    error_rate: float, reviewed: int
-) -> None:
-    random = np.random.default_rng(reviewed)
-    texts, ratios = np.array([7000, 2000, 1000]), np.array([0.8, 1.1, 2.2])
-    rates = error_rate * ratios
-    truth = float(texts @ rates / texts.sum())
-    trials = np.array([reviewed // 2, reviewed // 4, reviewed // 4])
-    covered = 0
-    for wrong in random.binomial(trials, rates, size=(2000, 3)):
-        _, low, high = combine_rates(
-            [*zip(texts.tolist(), (wrong / trials).tolist(), trials.tolist(), strict=True)]
-        )
-        covered += low <= truth <= high
-    assert 0.93 <= covered / 2000 <= 0.97
 
 
 def test_sample_has_one_text_per_image_and_equal_numbers_of_each_stratum() -> None:

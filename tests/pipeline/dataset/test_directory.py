@@ -6,13 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.directory import (
-    DatasetDir,
-    newest_dataset,
-    only_dataset,
-    open_dataset,
-    split_version,
-)
+from pipeline.dataset.directory import DatasetDir, newest_dataset, open_dataset, split_version
 from pipeline.dataset.version import dataset_folder
 from pipeline.errors import StoreError
 from pipeline.storage.files import atomic_write, write_text
@@ -59,7 +53,7 @@ def test_dataset_folder_name_has_only_safe_characters(source: str, name: str) ->
 def test_manifest_with_paths_outside_the_version_is_refused(tmp_path: Path, name: str) -> None:
     files = {name: {"sha256": "a" * 64, "bytes": 1}}
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"files": files}))
-    with pytest.raises(StoreError, match="not a shard"):
+    with pytest.raises(StoreError, match="should match pattern"):
         open_dataset(tmp_path)
 
 
@@ -112,7 +106,7 @@ def test_linked_lock_file_is_refused_and_its_target_is_unchanged(tmp_path: Path)
     assert victim.read_text() == "private"
 
 
-def test_only_dataset_raises_if_there_are_two_datasets(
+def test_newest_dataset_that_must_be_the_only_one_is_refused_if_there_are_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -123,4 +117,4 @@ def test_only_dataset_raises_if_there_are_two_datasets(
     os.utime("data/secret/versions/v1.0.0/manifest.json", (1 << 33, 1 << 33))  # a wrong clock
     assert newest_dataset() == Path("data/secret")
     with pytest.raises(StoreError, match="data/ has 2 datasets"):
-        only_dataset()
+        newest_dataset(is_only=True)

@@ -13,7 +13,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset import images
-from pipeline.dataset.directory import DatasetDir, page_counts, sample_batches
+from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import ImageStore, hash_images, images_digest
 from pipeline.dataset.integrity import find_damage
 from pipeline.errors import StoreError
@@ -24,7 +24,7 @@ from pipeline.tables import SAMPLE_IMAGES
 from pipeline.types import Sample
 from tests.notes import Notes
 from tests.pipeline.sources.test_read import photo
-from tests.scene_data import make_version, sample_table, scene_samples, write_samples
+from tests.scene_data import make_version, sample_table, scene_samples
 
 SAMPLES = scene_samples(12)
 PAGES = tuple(sample.images[0] for sample in SAMPLES[:3])
@@ -132,19 +132,6 @@ def test_link_and_pipe_in_store_are_ignored(tmp_path: Path) -> None:
     assert ImageStore(tmp_path / "d").find_missing(IDS) == IDS
 
 
-def test_second_copies_of_images_are_removed(tmp_path: Path) -> None:
-    filled(tmp_path)
-    other = ImageStore(tmp_path / "other")
-    other.add(tables(SAMPLES[:2]))
-    (path,) = other.paths()
-    path.rename(tmp_path / "images" / path.name)
-    store = ImageStore(tmp_path)
-    assert len(store.paths()) == 2
-    ((removed, size),) = store.keep_only({*IDS})
-    assert size > 0 and len(store.paths()) == 1 and not removed.exists()
-    assert store.find_missing(IDS) == []
-
-
 @pytest.mark.parametrize("count", range(1, 13))
 def test_killed_removal_keeps_all_needed_images(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -159,17 +146,6 @@ def test_killed_removal_keeps_all_needed_images(
     list(ImageStore(tmp_path).keep_only({*IDS[:count]}))
     store = ImageStore(tmp_path)
     assert len(store.paths()) == 1 and store.find_missing(IDS) == IDS[count:]
-
-
-def test_samples_are_read_with_their_images(tmp_path: Path) -> None:
-    dataset = DatasetDir(tmp_path)
-    write_samples(dataset, [*SAMPLES, DECK])
-    batches = [(batch.ids, batch.read_images()) for batch in sample_batches(dataset)]
-    assert [name for ids, _ in batches for name in ids] == IDS
-    assert [pages for _, images in batches for pages in images] == [
-        sample.images for sample in [*SAMPLES, DECK]
-    ]
-    assert list(page_counts(dataset)) == [1] * len(SAMPLES) + [3]
 
 
 @pytest.fixture
@@ -265,11 +241,3 @@ def test_image_whose_bytes_do_not_match_its_id_is_reported_as_damage(tmp_path: P
     ImageStore(tmp_path).add(tables([replace(SAMPLES[0], images=SAMPLES[1].images), *SAMPLES[1:]]))
     problem = f"the images of 1 samples are missing or damaged, such as {SAMPLES[0].id[:12]}"
     assert find_damage(version) == [problem]
-
-
-def test_gc_keeps_copies_of_images_in_other_shards(tmp_path: Path) -> None:
-    shard = tmp_path / "shards" / "00001"
-    for folder in (tmp_path, shard):
-        write_samples(DatasetDir(folder), SAMPLES[:5])
-    assert list(ImageStore(tmp_path).keep_only({sample.id for sample in SAMPLES[:5]})) == []
-    assert ImageStore(shard).find_missing(sample.id for sample in SAMPLES[:5]) == []

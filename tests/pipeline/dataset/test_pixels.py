@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_images, lacks_pixels
+from pipeline.dataset.pixels import Images, find_joined, images_of_dataset, join_images, lacks_pixels
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from pipeline.images.decode import deck_id
-from pipeline.storage.files import write_text
+from pipeline.sources.join import with_pixels
 from pipeline.tables import Extras
 from pipeline.types import Sample
 from tests.scene_data import SCORED, make_version, pulled, scene_samples, scored_captions, true_captions
@@ -27,19 +27,14 @@ def texts(whole: Version, tmp_path: Path) -> Version:
     return pulled(whole, tmp_path / "home" / "texts", images=False)
 
 
-def files(folder: Path, samples: list[Sample]) -> Path:
-    for number, sample in enumerate(samples):
-        path = folder / f"{number % 3}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(sample.images[0])
-    write_text(folder / "notes.txt", "no image")
-    return folder
+def images_of(samples: list[Sample]) -> list[Images]:
+    return [(sample.id, sample.images) for sample in samples]
 
 
-def test_joined_image_files_complete_the_version(whole: Version, texts: Version, tmp_path: Path) -> None:
+def test_joined_images_complete_the_version(whole: Version, texts: Version) -> None:
     assert lacks_pixels(texts)
     assert find_joined(texts) is None
-    joined = join_images(texts, images_of_files(files(tmp_path / "files", SAMPLES)))
+    joined = join_images(texts, images_of(SAMPLES))
     assert find_joined(texts) == joined and joined.path == texts.path
     assert not lacks_pixels(joined)
     assert joined.manifest["columns"] == whole.manifest["columns"]
@@ -49,13 +44,21 @@ def test_joined_image_files_complete_the_version(whole: Version, texts: Version,
         assert by_id[0] == by_id[1]
 
 
-def test_missing_images_are_counted_and_joined_from_other_folder(texts: Version, tmp_path: Path) -> None:
-    images = images_of_files(files(tmp_path / "files", SAMPLES[4:]))
+def test_missing_images_are_counted_and_joined_later(texts: Version) -> None:
     with pytest.raises(StoreError, match=r"4 of 30 images of v1\.0\.0 are missing") as refused:
-        join_images(texts, images)
+        join_images(texts, images_of(SAMPLES[4:]))
     assert "the original, unchanged image files" in refused.value.hint
     assert find_joined(texts) is None
-    joined = join_images(texts, images_of_files(files(tmp_path / "others", SAMPLES[:4])))
+    joined = join_images(texts, images_of(SAMPLES[:4]))
+    assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
+
+
+def test_images_are_joined_from_a_folder_of_files(texts: Version, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "notes.txt").write_text("no image")
+    for number, sample in enumerate(SAMPLES):
+        (tmp_path / "files" / f"{number}.png").write_bytes(sample.images[0])
+    joined = with_pixels(texts, str(tmp_path / "files"))
     assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
 
 
@@ -67,6 +70,6 @@ def test_decks_are_joined_from_version_with_pages(tmp_path: Path) -> None:
     captions = captions.set_column(ids, "sample_id", [[deck.id] * captions.num_rows])
     whole, _ = make_version(tmp_path / "whole", [deck], captions)
     texts = pulled(whole, tmp_path / "home" / "texts", images=False)
-    joined = join_images(texts, images_of_dataset(whole.path))
+    joined = join_images(texts, images_of_dataset(whole.path, [deck.id]))
     split = next(split for split, count in whole.manifest["rows"].items() if count)
     assert [page["bytes"] for page in joined.read(split)["pages"].to_pylist()[0]] == pages

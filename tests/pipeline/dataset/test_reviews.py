@@ -10,8 +10,9 @@ from pipeline.dataset.reviews import (
     TextName,
     check_edit,
     check_edits,
-    format_reviews,
+    format_lines,
     merge_reviews,
+    read_lines,
     read_reviews,
     text_name,
 )
@@ -47,9 +48,8 @@ def test_written_reviews_are_read_back_unchanged(tmp_path: Path) -> None:
         review("A dog.", "bad", reason="not_true", note="it is a cat\u2028or \x1e not \x85\r"),
         review("A.", "edited", text="B.\u2029C\u0085"),
     ]
-    (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
-    by_name = sorted(reviews, key=lambda review: review.name)
-    assert read_reviews(tmp_path / "m.jsonl") == by_name
+    (tmp_path / "m.jsonl").write_text(format_lines(reviews))
+    assert read_reviews(tmp_path / "m.jsonl") == reviews
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_written_reviews_are_read_back_unchanged(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_review_error_shows_line_number_and_reason(tmp_path: Path, line: str, what: str) -> None:
-    (tmp_path / "m.jsonl").write_text(format_reviews([review("A cat.", "good")]) + line + "\n")
+    (tmp_path / "m.jsonl").write_text(format_lines([review("A cat.", "good")]) + line + "\n")
     with pytest.raises(ConfigError, match="line 2 is not a review") as caught:
         read_reviews(tmp_path / "m.jsonl")
     assert what in str(caught.value)
@@ -80,7 +80,7 @@ def test_missing_or_binary_review_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe")
     for name in ("m.jsonl", "none.jsonl"):
         with pytest.raises(ConfigError, match=f"cannot read .*{name}"):
-            read_reviews(tmp_path / name)
+            read_lines(tmp_path / name)
 
 
 def test_review_of_edited_text_is_stored_under_the_original_text() -> None:
@@ -110,7 +110,10 @@ def test_reviews_in_one_file_refer_to_the_texts_before_any_edit() -> None:
     rows = captions("A cat.", "A dog.")
     swapped = [review("A cat.", "edited", text="A dog."), review("A dog.", "edited", text="A cat.")]
     merged = merge_reviews([], swapped, rows)
-    assert [m.text for m in merged.values()] == ["A dog.", "A cat."]
+    assert {merged[name].text: rows[name]["text"] for name in rows} == {
+        "A dog.": "A cat.",
+        "A cat.": "A dog.",
+    }
     assert check_edits(merged, rows) == {}
     edit_and_rejection = [swapped[0], review("A dog.", "bad", reason="unclear")]
     moved = merge_reviews([], edit_and_rejection, rows)

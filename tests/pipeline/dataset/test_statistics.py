@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.dataset.statistics import DatasetStatistics, merge
+from pipeline.dataset.statistics import DatasetStatistics, merge, wilson_interval
 from tests.scene_data import make_version, scene_samples
 
 
@@ -16,4 +16,11 @@ def test_merged_statistics_equal_statistics_of_all_rows(tmp_path_factory: pytest
         part.add(rows[number::3] if number < 2 else rows[2::3])
     total = merge(merge(parts[0], parts[1]), parts[2])
     assert total.result() == whole.result()
-    assert {"captions", "words_shared_with_references", "true_captions"} <= total.result().keys()
+    assert {"captions", "true_captions"} <= total.result().keys()
+
+
+def test_interval_of_the_error_share_narrows_with_more_reviews() -> None:
+    assert wilson_interval(7, 93) == pytest.approx((0.037, 0.147), abs=0.001)
+    assert wilson_interval(70, 930) == pytest.approx((0.060, 0.094), abs=0.001)
+    assert wilson_interval(0, 20) == pytest.approx((0, 0.161), abs=0.001)
+    assert wilson_interval(20, 20) == pytest.approx((0.839, 1), abs=0.001)

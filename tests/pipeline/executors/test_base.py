@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir
 from pipeline.dataset.records import write_record
-from pipeline.dataset.reviews import Review, format_reviews, text_name
+from pipeline.dataset.reviews import Review, format_lines, text_name
 from pipeline.digests import digest
 from pipeline.images.near_duplicates import COMPARED_COLUMNS, compare_samples
 from pipeline.plan import Plan
@@ -186,7 +186,7 @@ def test_rows_have_the_same_outcome_for_any_number_of_shards(
     unpaired = next(row for row in kept if not row["pair_id"])
     edit = {"verdict": "edited", "question": "Which one is it?", "answer": paired["clean_answer"]}
     reviews = [reviewed(unpaired, verdict="bad", reason="unclear"), reviewed(paired, **edit)]
-    write_text(world.dataset.reviews, format_reviews(reviews))
+    write_text(world.dataset.reviews, format_lines(reviews))
     world.compare()
     outcome = world.outcome()
     assert hashlib.sha256(json.dumps(outcome, sort_keys=True).encode()).hexdigest()[:16] == OUTCOMES[seed]

@@ -4,11 +4,10 @@ import csv
 import hashlib
 import io
 import json
-import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +19,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from pipeline.config.files import resolve
-from pipeline.dataset.builder import Rows
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
-from pipeline.formats.export import CHECKSUMS, export_version, write_beside
-from pipeline.formats.formats import DEFAULTS, FORMATS, PARQUET, TABLES, WebDataset
+from pipeline.formats import formats
+from pipeline.formats.export import CHECKSUMS, export_version
+from pipeline.formats.formats import FORMATS, PARQUET, TABLES
 from pipeline.formats.items import Item, read_items
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
@@ -70,7 +69,7 @@ def version(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> 
     batches = sample_table(samples).to_batches()
     folder = tmp_path_factory.mktemp("data")
     extras = Extras(("rejected",), own=(BOXES, NOTE))
-    made, _ = publish_rows(folder, [table], batches, rows=Rows(), extras=extras)
+    made, _ = publish_rows(folder, [table], batches, extras=extras)
     return replace(made, manifest=made.manifest | {"measured": {"captions": {"brief": {}, "detailed": {}}}})
 
 
@@ -93,7 +92,7 @@ def test_imagefolder_loads_with_all_texts_and_values(version: Version, tmp_path:
     assert {split: len(part) for split, part in loaded.items()} == counts
     row = loaded["train"][0]
     item = next(item for item in items.values() if item.source_row == row["source_row"])
-    assert row["image"].size == (item.width_px, item.height_px) and row["text"] == item.caption(None)
+    assert row["image"].size == (item.width_px, item.height_px) and row["text"] == item.caption
     assert [(caption["style"], caption["text"]) for caption in row["captions"]] == item.captions
     assert [(style, row[f"caption_{style}"]) for style in ("brief", "detailed")] == sorted(item.captions)
     assert (row["width"], row["height"]) == row["image"].size
@@ -118,34 +117,17 @@ def test_parquet_export_has_rows_with_images_and_equal_bytes(version: Version, t
         export_version(version, "parquet", tmp_path / "brief", style="brief")
 
 
-def source_rows_of(folder: Path, kind: str) -> list[str]:
-    """Return the source rows in the files of an export."""
-    if kind == "webdataset":
-        tars = map(tarfile.open, folder.glob("*.tar"))
-        files = [
-            cast(Any, tar.extractfile(member)) for tar in tars for member in tar if ".json" in member.name
-        ]
-        return [json.load(file)["source_row"] for file in files]
-    if kind == "coco":
-        files = [*folder.glob("annotations/captions_*.json")]
-        return [image["source_row"] for path in files for image in json.loads(path.read_text())["images"]]
-    rows: list[dict[str, str]] = []
-    for path in folder.rglob("*"):
-        if path.suffix == ".parquet":
-            rows += pq.read_table(path, columns=["source_row"]).to_pylist()
-        elif path.suffix == ".csv":
-            rows += csv.DictReader(path.open(encoding="utf-8", newline=""))
-        elif path.suffix == ".json" and path.name != "dataset_info.json":
-            rows += json.loads(path.read_text())
-        elif path.suffix == ".jsonl":
-            rows += map(json.loads, path.read_text().splitlines())
-    return [row["source_row"] for row in rows]
-
-
 @pytest.mark.parametrize("kind", [*FORMATS, PARQUET])
 def test_each_format_has_the_source_row_of_each_image(kind: str, version: Version, tmp_path: Path) -> None:
     export_version(version, kind, tmp_path / "out")
-    assert {*source_rows_of(tmp_path / "out", kind)} == {item.source_row for item in read_items(version)}
+    source_rows = {item.source_row for item in read_items(version)}
+    if tables := [*(tmp_path / "out").rglob("*.parquet")]:
+        read = [pq.read_table(path, columns=["source_row"]).to_pylist() for path in tables]
+        assert {row["source_row"] for rows in read for row in rows} == source_rows
+        return
+    content = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*.[jct]*"))
+    form = ",{}\r\n" if kind in ("csv", "sidecar") else '"source_row": "{}"'
+    assert all(form.format(row).encode() in content for row in source_rows)
 
 
 SOURCE_NAMES = {
@@ -185,28 +167,13 @@ def test_source_names_are_kept_where_they_are_safe_and_unique(kind: str, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"d", "out"}
 
 
-@pytest.mark.parametrize("kind", TABLES)
-def test_source_names_option_is_refused_for_formats_without_image_files(
-    kind: str, version: Version, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=f"the format {kind} has no files of images"):
-        export_version(version, kind, tmp_path / "out", source_names=True)
-
-
-@pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
-def test_custom_value_with_taken_name_gets_an_underscore(kind: str, version: Version, tmp_path: Path) -> None:
+def test_custom_value_with_taken_name_gets_an_underscore(version: Version, tmp_path: Path) -> None:
     item = replace(next(read_items(version)), values={"text": "EXIT", "license": "plate", "note": "x"})
-    writer = FORMATS[kind](tmp_path, DEFAULTS)
+    writer = FORMATS["imagefolder"](tmp_path, "")
     assert writer.add(item)
     writer.close()
-    if kind == "imagefolder":
-        (row,) = pq.read_table(next(tmp_path.glob("*/metadata.parquet"))).to_pylist()
-        assert (row["text"], row["text_"]) == (item.caption(None), "EXIT")
-    else:
-        with tarfile.open(next(tmp_path.glob("*.tar"))) as tar:
-            file = next(tar.extractfile(member) for member in tar if member.name.endswith(".json"))
-            row = json.loads(cast(Any, file).read())
-        assert row["text"] == "EXIT"  # a value, because the caption is in the .txt file
+    (row,) = pq.read_table(next(tmp_path.glob("*/metadata.parquet"))).to_pylist()
+    assert (row["text"], row["text_"]) == (item.caption, "EXIT")
     assert (row["license"], row["license_"], row["note"]) == (item.license, "plate", "x")
 
 
@@ -217,7 +184,7 @@ def test_exported_sidecars_have_captions_that_folder_source_ignores(version: Ver
     assert len(images) == version.manifest["rows"]["train"] and not (tmp_path / "out/test").exists()
     for path in images:
         assert path.read_bytes() == items[path.stem].image
-        assert path.with_suffix(".txt").read_text() == items[path.stem].caption("detailed") + "\n"
+        assert path.with_suffix(".txt").read_text() == dict(items[path.stem].captions)["detailed"] + "\n"
     rows = [row for row in open_folder(tmp_path / "out").rows if isinstance(row, Sample)]
     assert rows and not any(row.references for row in rows)
 
@@ -225,15 +192,15 @@ def test_exported_sidecars_have_captions_that_folder_source_ignores(version: Ver
 def test_webdataset_package_reads_all_shards(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(WebDataset.__init__, "__defaults__", (DEFAULTS, 6000))
+    monkeypatch.setattr(formats, "SHARD_BYTES", 6000)
     export_version(version, "webdataset", tmp_path / "out")
     shards = sorted(map(str, (tmp_path / "out").glob("train-*.tar")))
     assert len(shards) > 2
     items, seen = by_id(version), 0
     for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("pil"):
         item = items[sample["__key__"].rpartition("/")[2]]
-        assert sample["txt"] == item.caption(None) and sample["json"]["note"] == item.values["note"]
-        assert sample["json"]["caption_detailed"] == item.caption("detailed")
+        assert sample["txt"] == item.caption and sample["json"]["note"] == item.values["note"]
+        assert sample["json"]["caption_detailed"] == dict(item.captions)["detailed"]
         assert sample["png"].size == (item.width_px, item.height_px)
         seen += 1
     assert seen == version.manifest["rows"]["train"]
@@ -252,7 +219,7 @@ SOURCES_OF_EXPORTS: dict[str, tuple[str, str]] = {
 def test_source_reads_only_human_written_texts_from_an_export(
     kind: str, version: Version, tmp_path: Path
 ) -> None:
-    writer = FORMATS[kind](tmp_path, DEFAULTS)
+    writer = FORMATS[kind](tmp_path, "")
     items = {}
     for number, item in enumerate(read_items(version, ["train"])):
         question_texts = {question for question, _ in item.questions}
@@ -297,10 +264,10 @@ def test_written_by_is_model_if_a_custom_value_has_the_name_of_a_text_column(
     version: Version, tmp_path: Path, values: dict[str, Any], writer: str
 ) -> None:
     (item, *_) = read_items(version, ["train"])
-    text = item.caption(None) or ""
+    text = item.caption or ""
     asked = [{"question": "What?", "answers": ["a dog", "dog"], "answer_type": None}]
     item = replace(item, human_texts=frozenset([text]), values=values, reference_qa=asked)
-    export = FORMATS["imagefolder"](tmp_path, DEFAULTS)
+    export = FORMATS["imagefolder"](tmp_path, "")
     export.add(item)
     export.close()
     (row,) = pq.read_table(tmp_path / "train/metadata.parquet").to_pylist()
@@ -386,16 +353,22 @@ def test_export_after_interrupted_export_is_complete(version: Version, kind: str
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_cauldron_rows_have_images_and_turns(version: Version, tmp_path: Path) -> None:
-    export_version(version, "cauldron", tmp_path / "out")
+@pytest.mark.parametrize("kind", ["cauldron", "messages"])
+def test_parquet_conversations_have_a_list_of_images_and_all_turns(
+    kind: str, version: Version, tmp_path: Path
+) -> None:
+    export_version(version, kind, tmp_path / "out")
     loaded = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     items = by_id(version)
     assert len(loaded) == version.manifest["rows"]["train"]
     for row in loaded:
         item = items[row["sample_id"]]
         assert [image.size for image in row["images"]] == [(item.width_px, item.height_px)]
-        assert [turn["assistant"] for turn in row["texts"]] == answers_of(item)
-        assert all(turn["user"] for turn in row["texts"])
+        if kind == "cauldron":
+            answers = [turn["assistant"] for turn in row["texts"] if turn["user"]]
+        else:
+            answers = [turn["content"][0]["text"] for turn in row["messages"] if turn["role"] == "assistant"]
+        assert answers == answers_of(item)
     (file,) = (tmp_path / "out").glob("train-*.parquet")
     group = pq.ParquetFile(file).metadata.row_group(0)
     columns = [group.column(n) for n in range(group.num_columns)]
@@ -415,7 +388,8 @@ def test_dpo_rows_are_conversations_with_better_and_worse_caption(version: Versi
         (asked,), (better,), (worse,) = row["prompt"], row["chosen"], row["rejected"]
         assert [part["type"] for part in asked["content"]] == ["image", "text"] and asked["role"] == "user"
         texts = [better["content"][0]["text"], worse["content"][0]["text"]]
-        assert texts == [item.caption("brief"), f"Not: {item.caption('brief')}"]
+        brief = dict(item.captions)["brief"]
+        assert texts == [brief, f"Not: {brief}"]
         assert {better["role"], worse["role"]} == {"assistant"}
     none = tmp_path / "none"
     with pytest.raises(ConfigError, match="has a caption of the style detailed"):
@@ -429,6 +403,9 @@ def test_unsupported_export_is_refused(version: Version, samples: list[Sample], 
     with pytest.raises(ConfigError, match=r"no caption of v1\.0\.0 has the style breif") as raised:
         export_version(version, "csv", tmp_path / "out", style="breif")
     assert "brief" in raised.value.hint
+    for kind in TABLES:
+        with pytest.raises(ConfigError, match=f"the format {kind} has no files of images"):
+            export_version(version, kind, tmp_path / "out", source_names=True)
     without_rows = version.manifest | {"rows": version.manifest["rows"] | {"test": 0}}
     with pytest.raises(ConfigError, match="has no rows in test"):
         export_version(replace(version, manifest=without_rows), "csv", tmp_path / "out", splits=("test",))
@@ -443,105 +420,6 @@ def test_unsupported_export_is_refused(version: Version, samples: list[Sample], 
     )
     with pytest.raises(ConfigError, match="consists of decks"):
         export_version(decks, "csv", tmp_path / "out")
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> tuple[Path, Version]:
-    """Return a folder of photos, and a version made from it."""
-    folder, samples = tmp_path / "photos", []
-    for number, sample in enumerate(scene_samples(4)):
-        name = f"{'deep/' if number % 2 else ''}my photo {number}.png"
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(sample.images[0])
-        samples.append(replace(sample, source_row=name))
-    return folder, make_version(tmp_path / "d", samples)[0]
-
-
-def test_captions_are_written_next_to_images_in_each_mode(photos: tuple[Path, Version]) -> None:
-    folder, version = photos
-    assert write_beside(version, folder, style="brief").images == 4
-    texts = {item.source_row: item.caption("brief") for item in read_items(version)}
-    for name, text in texts.items():
-        assert (folder / name).with_suffix(".txt").read_text() == f"{text}\n"
-    first = (folder / next(iter(texts))).with_suffix(".txt")
-    first.write_text("by hand\n")
-    with pytest.raises(ConfigError, match="4 of 4 text files already exist"):
-        write_beside(version, folder)
-    write_beside(version, folder, style="brief", existing="skip")
-    assert first.read_text() == "by hand\n"
-    for _ in range(2):  # the second call adds nothing
-        write_beside(version, folder, style="brief", existing="append")
-        assert first.read_text() == f"by hand\n{texts[next(iter(texts))]}\n"
-    write_beside(version, folder, style="brief", existing="overwrite")
-    assert first.read_text() == f"{texts[next(iter(texts))]}\n"
-
-
-def test_exported_captions_are_not_read_as_human_captions(photos: tuple[Path, Version]) -> None:
-    folder, version = photos
-    write_beside(version, folder, style="brief")
-    images = sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))
-    changed, added, *_ = (path.with_suffix(".txt") for path in images)
-    changed.write_text("By hand.\n")
-    added.write_text(f"{added.read_text()}One more.\n")
-    source = open_folder(folder)
-    references = {row.references for row in source.rows if isinstance(row, Sample)}
-    assert references == {(), ("By hand.",), ("One more.",)}
-    assert "human captions: 2 for 2 of 4 images" in source.messages
-    assert "skipped 3 model-written texts" in source.messages
-    assert not any("not read" in message for message in source.messages)
-
-
-def test_human_captions_stay_human_after_in_place_export(tmp_path: Path) -> None:
-    folder = tmp_path / "own"
-    folder.mkdir()
-    sample = replace(scene_samples(1)[0], source_row="a.png", references=("A ring.",))
-    (folder / "a.png").write_bytes(sample.images[0])
-    (folder / "a.txt").write_text("A ring.\n")
-    text = {"task": "caption", "style": "human", "text": "A ring.", "prompt_id": "human", "split": "train"}
-    text |= {"sample_id": sample.id, "annotation_id": "a" * 64}
-    table = pa.table({name: pa.array([value], STRING) for name, value in text.items()})
-    version, _ = publish_rows(tmp_path / "d", [table], sample_table([sample]).to_batches(), rows=Rows())
-    for existing in ("append", "overwrite"):
-        write_beside(version, folder, existing=existing)
-        (row,) = open_folder(folder).rows
-        assert isinstance(row, Sample) and row.references == ("A ring.",)
-
-
-def test_image_named_like_text_file_is_not_overwritten(photos: tuple[Path, Version], tmp_path: Path) -> None:
-    folder, _ = photos
-    image = (folder / "my photo 0.png").read_bytes()
-    (folder / "odd.txt").write_bytes(image)
-    odd, _ = make_version(tmp_path / "odd", [replace(scene_samples(1)[0], source_row="odd.txt")])
-    with pytest.raises(ConfigError, match="has the same name as its text file"):
-        write_beside(odd, folder, existing="overwrite")
-    assert (folder / "odd.txt").read_bytes() == image
-
-
-def test_changed_or_missing_image_is_refused_before_captions_are_saved(photos: tuple[Path, Version]) -> None:
-    folder, version = photos
-    out = io.BytesIO()
-    Image.new("RGB", (9, 9)).save(out, "PNG")
-    (folder / "my photo 2.png").write_bytes(out.getvalue())
-    with pytest.raises(
-        ConfigError, match=r"my photo 2\.png differs from the image that the version describes"
-    ):
-        write_beside(version, folder)
-    assert not [*folder.rglob("*.txt")]
-    (folder / "my photo 2.png").unlink()
-    with pytest.raises(ConfigError, match=r"cannot read .*my photo 2\.png"):
-        write_beside(version, folder)
-
-
-@pytest.mark.parametrize("row", ["../outside.png", "/etc/passwd", "link.png", "a\0b"])
-def test_source_row_outside_the_folder_is_refused_without_writing(row: str, tmp_path: Path) -> None:
-    sample = scene_samples(1)[0]
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "outside.png").write_bytes(sample.images[0])
-    (tmp_path / "photos/link.png").symlink_to(tmp_path / "outside.png")
-    version, _ = make_version(tmp_path / "d", [replace(sample, source_row=row)])
-    with pytest.raises(ConfigError):
-        write_beside(version, tmp_path / "photos")
-    assert not [*tmp_path.glob("*.txt"), *tmp_path.glob("photos/*.txt")]
 
 
 def test_imagefolder_loads_if_a_split_has_no_references(tmp_path: Path) -> None:
@@ -580,8 +458,8 @@ def test_conversations_of_images_without_captions_have_values_of_custom_tasks(
     rows = [row | note | {"annotation_id": f"{number:064x}"} for number, row in enumerate(captions)]
     table = pa.table({name: pa.array([row.get(name) for row in rows], STRING) for name in rows[0]})
     batches, extras = sample_table(samples).to_batches(), Extras(own=(NOTE,))
-    version, _ = publish_rows(tmp_path / "d", [table], batches, rows=Rows(), extras=extras)
-    with pytest.raises(ConfigError, match="has no captions for this format"):
+    version, _ = publish_rows(tmp_path / "d", [table], batches, extras=extras)
+    with pytest.raises(ConfigError, match="has a text for this format"):
         export_version(version, "csv", tmp_path / "out")
     export_version(version, "messages", tmp_path / "out")
     for kind in ("messages", PARQUET):
@@ -592,29 +470,19 @@ def test_conversations_of_images_without_captions_have_values_of_custom_tasks(
         assert answer["content"] == [{"type": "text", "text": "A note"}]
 
 
-def test_messages_export_has_a_list_of_images_and_all_turns(version: Version, tmp_path: Path) -> None:
-    export_version(version, "messages", tmp_path / "out")
-    loaded = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
-    items = by_id(version)
-    for row in loaded:
-        item = items[row["sample_id"]]
-        assert [image.size for image in row["images"]] == [(item.width_px, item.height_px)]
-        answers = [turn["content"][0]["text"] for turn in row["messages"] if turn["role"] == "assistant"]
-        assert answers == answers_of(item)
-
-
 def test_sharegpt_export_has_pairs_and_boxes_for_ms_swift_and_llama_factory(
     version: Version, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    export_version(version, "sharegpt", out, absolute=True)
+    export_version(version, "sharegpt", out, absolute=True, trigger="sks")
     pairs, boxes = (
         [json.loads(line) for line in (out / f"train_{kind}.jsonl").read_text().splitlines()]
         for kind in ("dpo", "boxes")
     )
     for pair in pairs:
         brief = pair["messages"][1]["content"]
-        assert pair["rejected_response"] == pair["worse"]["content"] == f"Not: {brief}"
+        assert brief.startswith("sks, ")
+        assert pair["rejected_response"] == pair["worse"]["content"] == f"sks, Not: {brief[len('sks, ') :]}"
         assert pair["prompt"] == pair["messages"][:1] and pair["better"] == pair["messages"][1]
         assert pair["prompt"][0]["content"].startswith("<image>")
         assert Path(pair["images"][0]).is_relative_to(out) and Path(pair["images"][0]).is_file()
@@ -629,13 +497,6 @@ def test_sharegpt_export_has_pairs_and_boxes_for_ms_swift_and_llama_factory(
         assert {*entry["columns"].values()} <= {*rows[0]}
 
 
-def test_both_captions_of_a_pair_begin_with_the_trigger(version: Version, tmp_path: Path) -> None:
-    export_version(version, "sharegpt", tmp_path / "out", trigger="sks")
-    pairs = [json.loads(line) for line in (tmp_path / "out/train_dpo.jsonl").read_text().splitlines()]
-    texts = [text for pair in pairs for text in (pair["better"]["content"], pair["worse"]["content"])]
-    assert texts and all(text.startswith("sks, ") for text in texts)
-
-
 def test_paligemma_export_has_a_line_for_each_text(version: Version, tmp_path: Path) -> None:
     export_version(version, "paligemma", tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
@@ -646,26 +507,26 @@ def test_paligemma_export_has_a_line_for_each_text(version: Version, tmp_path: P
         assert (tmp_path / "out" / row["image"]).is_file()
 
 
-@pytest.mark.parametrize("in_place", [False, True])
 def test_sidecar_has_a_line_for_each_caption_that_begins_with_the_trigger(
-    photos: tuple[Path, Version], tmp_path: Path, *, in_place: bool
+    version: Version, tmp_path: Path
 ) -> None:
-    folder, version = photos
-    warnings: list[str] = []
-    progress = NullProgress()
-    progress.warn = warnings.append  # type: ignore[method-assign, assignment]
-    options: dict[str, Any] = {"style": "all", "trigger": "sks", "progress": progress}
-    if in_place:
-        write_beside(version, folder, **options)
-    else:
-        export_version(version, "sidecar", tmp_path / "out", source_names=True, **options)
-    for item in read_items(version, source_names=True):
-        path = folder / item.source_row if in_place else tmp_path / "out" / item.split / item.file_name
-        lines = path.with_suffix(".txt").read_text().splitlines()
-        assert lines == [f"sks, {text}" for _, text in item.captions]
-    rows = open_folder(folder if in_place else tmp_path / "out").rows
+    export_version(version, "sidecar", tmp_path / "out", style="all", trigger="sks")
+    for item in read_items(version):
+        path = tmp_path / "out" / item.split / f"{item.name}.txt"
+        assert path.read_text().splitlines() == [f"sks, {text}" for _, text in item.captions]
+    rows = open_folder(tmp_path / "out").rows
     assert not any(row.references for row in rows if isinstance(row, Sample))
-    assert warnings and all(" of 4 images have the phrase " in text for text in warnings)
+
+
+def test_human_captions_stay_human_in_exported_sidecars(version: Version, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    sidecar = FORMATS["sidecar"](tmp_path, "")
+    item, *_ = read_items(version, ["train"])
+    human = item.captions[0][1]
+    sidecar.add(replace(item, human_texts=frozenset([human])))
+    sidecar.close()
+    (row,) = open_folder(tmp_path).rows
+    assert isinstance(row, Sample) and row.references == (human,)
 
 
 def test_concurrent_export_to_the_same_folder_is_refused(version: Version, tmp_path: Path) -> None:
@@ -698,7 +559,7 @@ def test_coco_export_includes_images_with_no_boxes_and_omits_unanswered_images(t
     made, _ = make_version(tmp_path / "d", scene_samples(3))
     first = next(read_items(made))
     (tmp_path / "out").mkdir()
-    coco = FORMATS["coco"](tmp_path / "out", DEFAULTS)
+    coco = FORMATS["coco"](tmp_path / "out", "")
     labels_of_images = [["zebra"], [], None, None, ["ant", "zebra"]]
     added = [coco.add(item(number, labels)) for number, labels in enumerate(labels_of_images)]
     assert added == [True, True, False, True, True]

@@ -74,7 +74,6 @@ def test_package_with_restricted_license_has_no_pixels(restricted: Version, imag
         assert "The images are not included" in str(package.files["README.md"])
         assert json.loads(package.files["manifest.json"])["pixels"] == "left out"  # type: ignore[arg-type]
         assert package.manifest["digest"] == restricted.manifest["digest"]
-    assert not path.exists()
 
 
 def test_restricted_pixels_need_acknowledged_license(restricted: Version) -> None:
@@ -155,15 +154,23 @@ def captioner_of(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_card_of_a_captioner_has_derived_settings_and_no_folders(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("init", "published"), [("private/folders/first", "first"), ("ORG/first", "ORG/first"), ("own/a", "a")]
+)
+def test_card_of_a_captioner_has_derived_settings_and_no_folders(
+    init: str, published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own/a").mkdir(parents=True)
     values = captioner_of({"source": {"name": "scenes"}, "version": "v1.0.0", "digest": "d"})
-    values["train"]["init"] = "private/folders/first"
+    values["train"]["init"] = init
     for name in CHECKPOINT_FILES:
         (tmp_path / name).write_text(json.dumps(values.get(name.removesuffix(".json"), {})))
     package = build_checkpoint_package(tmp_path, "me/captioner", lambda _: {}, {})
     card, train = (package.files[name] for name in ("README.md", "train.json"))
-    assert isinstance(card, bytes) and isinstance(train, bytes)
-    assert b'"steps": 70' in card and b'"init": "first"' in card and b'"init": "first"' in train
+    assert isinstance(card, bytes) and b'"steps": 70' in card
+    assert isinstance(train, bytes) and json.loads(train)["init"] == published
+    assert f'"init": "{published}"'.encode() in card
 
 
 def test_card_of_a_continued_captioner_has_the_data_of_all_trainings() -> None:

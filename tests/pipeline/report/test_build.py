@@ -10,9 +10,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import DECKS
-from pipeline.errors import ConfigError
 from pipeline.report import build
-from pipeline.report.build import THUMBNAIL_BYTES, newest_checkpoint, write_report
+from pipeline.report.build import THUMBNAIL_BYTES, write_report
 from pipeline.report.html import script_hash
 from pipeline.sources.scenes import draw_sample
 from tests.scene_data import make_version, scene_samples, true_captions
@@ -55,22 +54,6 @@ def test_rows_of_a_large_report_are_in_several_scripts(
     assert len(thumbnails) == 40 and max(map(len, thumbnails)) <= THUMBNAIL_BYTES
 
 
-def test_file_that_synth_did_not_write_is_not_replaced(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(4))
-    page = write_report(version, tmp_path)
-    assert write_report(version, tmp_path) == page
-    page.write_text("<h1>my report</h1>")
-    with pytest.raises(ConfigError, match=r"report\.html is not a report written by synth"):
-        write_report(version, tmp_path)
-    assert page.read_text() == "<h1>my report</h1>"
-
-
-def test_folder_without_a_finished_training_run_is_refused(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(4))
-    with pytest.raises(ConfigError, match="nosuch has no finished training"):
-        write_report(version, tmp_path, tmp_path / "nosuch")
-
-
 def test_report_of_too_many_images_shows_the_images_with_the_lowest_ids(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(40))
     page = write_report(version, tmp_path, max_rows=15).read_text()
@@ -83,8 +66,6 @@ def test_training_section_shows_scores_for_matching_and_shuffled_images(tmp_path
     version, _ = make_version(tmp_path, scene_samples(12))
     checkpoint = tmp_path / "checkpoints" / "one"
     checkpoint.mkdir(parents=True)
-    lines = [{"step": 20, "loss": 2.0}, {"step": 40, "loss": 1.0}, {"step": 40, "validation_loss": 1.5}]
-    (checkpoint / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     metrics = {
         "images": 3,
         "against": "references of the source",
@@ -93,11 +74,9 @@ def test_training_section_shows_scores_for_matching_and_shuffled_images(tmp_path
         "shown": [{"sample_id": "abc", "caption": HOSTILE, "references": [HOSTILE]}],
     }
     (checkpoint / "metrics.json").write_text(json.dumps(metrics))
-    assert newest_checkpoint(tmp_path) == checkpoint
-    page = write_report(version, tmp_path, checkpoint).read_text()
+    page = write_report(version, tmp_path).read_text()
     assert "4.250" in page
     assert "0.500" in page
-    assert 'points="280.0,0.0 560.0,80.0"' in page
     assert page.count("<script") == 3
 
 

@@ -1,15 +1,25 @@
 """Report rows: texts with their names in reviews, and rejections."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.dataset.images import ImageStore
 from pipeline.dataset.reviews import text_name
 from pipeline.errors import StoreError
-from pipeline.report.rows import MAX_REJECTED, read_rejected, read_rows, to_pylist, write_rejected
-from pipeline.tables import SPLITS
+from pipeline.report.rows import (
+    MAX_REJECTED,
+    images_of,
+    read_rejected,
+    read_rows,
+    steps_match,
+    to_pylist,
+    write_rejected,
+)
+from pipeline.tables import SAMPLE_IMAGES, SPLITS
 from tests.scene_data import make_version, scene_samples
 
 
@@ -88,3 +98,24 @@ def test_rejected_image_names_the_image_that_it_repeats(tmp_path: Path) -> None:
         ("small.jpg", "repeats laptop.jpg", "b", "a"),
         ("x.jpg", "a", "", ""),
     ]
+
+
+def test_step_files_of_another_run_are_detected_by_row_counts(tmp_path: Path) -> None:
+    def manifest(**kept: int) -> dict[str, Any]:
+        return {"funnel": [{"step": step, "unit": "annotations", "kept": n} for step, n in kept.items()]}
+
+    path = tmp_path / "steps" / "dedupe" / "kept.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"sample_id": ["a"]}), path)
+    assert steps_match(tmp_path, manifest(dedupe=1))
+    for other in (manifest(dedupe=2), manifest(dedupe=1, balance=1), {}):
+        assert not steps_match(tmp_path, other)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match=r"dedupe/kept\.parquet is damaged"):
+        steps_match(tmp_path, manifest(dedupe=1))
+
+
+def test_images_of_samples_without_a_version_are_read_from_the_store(tmp_path: Path) -> None:
+    rows = [{"sample_id": f"s{n}", "images": [bytes([n])]} for n in range(9)]
+    ImageStore(tmp_path).add([pa.Table.from_pylist(rows, schema=SAMPLE_IMAGES)])
+    assert dict(images_of(tmp_path, {"s3", "s8", "none"})) == {"s3": b"\x03", "s8": b"\x08"}

@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset import records
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.reviews import Review, format_reviews, text_name
+from pipeline.dataset.reviews import Review, format_lines, text_name
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference import requests
 from pipeline.plan import Plan
@@ -297,7 +297,7 @@ def write_review(path: Path, dataset: DatasetDir) -> None:
     """Write a review that rejects the first text."""
     sample_id, content = text_name(read_table(dataset.step_file("split")).to_pylist()[0])
     review = Review(sample_id=sample_id, content=content, verdict="bad", reason="not_true")
-    path.write_text(format_reviews([review]))
+    path.write_text(format_lines([review]))
 
 
 def test_next_run_applies_reviews(copied: tuple[Path, RunResult], tmp_path: Path, ran: list[str]) -> None:

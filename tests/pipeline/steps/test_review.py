@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.reviews import Review, format_reviews, text_name
+from pipeline.dataset.reviews import Review, format_lines, text_name
 from pipeline.steps.review import STEP
 from pipeline.steps.write import count_reviews
 from pipeline.storage.files import write_table, write_text
@@ -47,7 +47,7 @@ class Reviewed:
         for n, review in reviews:
             sample_id, content = text_name(self.rows[n])
             all_reviews.append(Review.model_validate({"sample_id": sample_id, "content": content, **review}))
-        write_text(self.dataset.reviews, format_reviews(all_reviews))
+        write_text(self.dataset.reviews, format_lines(all_reviews))
         run_on(STEP, self.shards, plan_of(self.dataset.path))
         ids = [row["annotation_id"] for row in self.rows]
         rows: list[dict[str, Any]] = rows_after(STEP, self.shards, ids).to_pylist()
