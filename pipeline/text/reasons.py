@@ -43,6 +43,7 @@ IN_WORDS = {
     "other_language": "in another language",
     "cut_off": "ends in the middle of a sentence",
     "too_general": "fits any image",
+    "unwanted_phrase": "has a phrase that the settings reject",
     "not_visible": "asks about thoughts, or about the time after the picture",
     "count_not_a_number": 'the answer to "How many?" is not a number',
     "answer_off_type": "yes or no does not answer the question",

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.dataset.content import Content
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from tests.scene_data import make_version, scene_samples
 
@@ -17,3 +18,16 @@ def test_merged_statistics_equal_statistics_of_all_rows(tmp_path_factory: pytest
     total = merge(merge(parts[0], parts[1]), parts[2])
     assert total.result() == whole.result()
     assert {"captions", "words_shared_with_references", "true_captions"} <= total.result().keys()
+
+
+def test_content_has_lengths_openings_phrases_and_people() -> None:
+    first, second = Content(), Content()
+    first.add("A woman possibly sits near a dog.")
+    first.add("A woman possibly stands.")
+    for number in range(30):
+        second.add(f"Kite number {number} flies over {'a bay ' * number}.")
+    result = merge(first, second).result()
+    assert (result["count"], result["quantiles_words"]) == (32, [5, 31, 59])
+    assert result["frequent_openings"] == round(21 / 32, 4)
+    assert result["phrases"] == {"hedge": round(2 / 32, 4), "mood": 0, "absence": 0, "image": 0}
+    assert result["people"] == {"female": 2, "male": 0, "child": 0, "old": 0}
