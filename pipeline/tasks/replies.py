@@ -9,6 +9,7 @@ from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 from pipeline.tasks.base import Task
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.custom import NOTHING_FOUND
+from pipeline.text.artifacts import opens_chat
 from pipeline.types import Reply, Request
 
 MAX_BRACES = 32  # number of opening braces at which parsing is tried
@@ -70,7 +71,7 @@ def read_fields(
         value = object_within(reply.text)
     if task.plain_field and not (isinstance(value, dict) and task.plain_field in value):
         text = value if isinstance(value, str) else plain_text(reply.text)
-        if not text or text.startswith(_NOT_PLAIN) or isinstance(value, dict | list):
+        if not text or text.startswith(_NOT_PLAIN) or opens_chat(text) or isinstance(value, dict | list):
             return [({}, "not_plain_text")]
         value = {task.plain_field: " / ".join(text.splitlines()) if style == "ocr" else text}
     elif value is None:
@@ -96,8 +97,11 @@ def _value(row: dict[str, Any]) -> Any:
 
 
 def plain_text(text: str) -> str:
-    """Return a reply without thoughts before it, and without a code fence or a pair of quotes around it."""
+    """Return a reply without its thoughts, a line like "Here is a caption:", and a code fence or quotes."""
     text = text.rpartition("</think>")[2].strip()
+    first, _, rest = text.partition("\n")
+    if first.rstrip().endswith(":") and opens_chat(first):
+        text = rest.strip()
     if fenced := _FENCE.fullmatch(text):
         text = fenced[1].strip()
     for begin, end in _QUOTES:

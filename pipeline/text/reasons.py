@@ -15,7 +15,7 @@ IN_WORDS = {
     "too_many_pixels": "the image has too many pixels",
     # replies, and validate
     "not_json": "the reply has no JSON object",
-    "not_plain_text": "the reply is empty or has no plain text",
+    "not_plain_text": "the reply is not the text alone",
     "off_schema": "the reply does not match the schema",
     "column_empty": "a column that the task requires has no value",
     "cut_short": "the reply was cut off",
