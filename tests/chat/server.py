@@ -179,8 +179,10 @@ def task_name(body: dict[str, Any]) -> str:
     """Return the task of a request from its schema, or else from its prompt, or "probe"."""
     if schema := body.get("response_format", {}).get("json_schema"):
         return str(schema["name"])
+    if isinstance(body["messages"][0]["content"], str) and len(body["messages"]) == 1:
+        return "probe"
     found = re.search(r"Task: (\w+)", json.dumps(body["messages"]))
-    return found[1] if found else "probe"
+    return found[1] if found else "caption"
 
 
 def uuid_of(body: dict[str, Any]) -> str:
