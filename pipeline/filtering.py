@@ -5,7 +5,6 @@ to new columns (`clean_*`).
 """
 
 import json
-import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -32,6 +31,7 @@ from pipeline.tasks.prompts import NOTES, prompt_texts
 from pipeline.text import artifacts, language
 from pipeline.text.language import count_words
 from pipeline.text.normalize import strip_opening, words_of
+from pipeline.text.phrases import PHRASES
 from pipeline.text.pii import redact
 
 # Cache size for judged questions and records, which repeat often.
@@ -41,11 +41,6 @@ MAX_RECORD_WORDS = 20_000
 COUNTED_WORDS = 100
 # A custom task whose prompt has one of these words copies text from the image.
 _COPYING = frozenset(("copy", "read", "transcribe", "transcription", "ocr"))
-# Expects text in lower case.
-_HEDGE = re.compile(
-    r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to"
-    r"|(?:it is|it's) (?:unclear|difficult|hard to))\b"
-)
 Judgement = tuple[Scores, str | None]
 
 
@@ -203,7 +198,7 @@ def _measure(text: str, words: Words, language_code: str | None) -> dict[str, An
     return {
         "duplicate_trigram_frac": 1 - len(trigrams) / (len(words) - 2) if is_long else 0.0,
         "distinct_word_frac": len(set(start := words[:COUNTED_WORDS])) / len(start) if is_long else 1.0,
-        "hedge_count": len(_HEDGE.findall(text.lower())),
+        "hedge_count": len(PHRASES["hedge"].findall(text.lower())),
         "language": detected,
         "language_score": score,
         "non_latin_frac": language.non_latin_frac(text),

@@ -164,9 +164,10 @@ class Request:
     """One question to a model about one sample. `id` is a digest of all that its reply depends on.
 
     An unusable reply is retried with other sampling settings under the same id. `attempt` starts at 0.
-    `schema` is the JSON schema of the reply. `images` are attached only when the request is sent. `pages` has
-    the numbers of the pages that the model sees, starting at 1, or is None for all pages. `failed` is an
-    earlier reply with feedback on it, which the model also sees. Images are scaled down to `max_pixels`.
+    `schema` is the JSON schema of the reply, or "" for a reply in plain text. `images` are attached only when
+    the request is sent. `pages` has the numbers of the pages that the model sees, starting at 1, or is None
+    for all pages. `failed` is an earlier reply with feedback on it, which the model also sees. Images are
+    scaled down to `max_pixels`.
     """
 
     id: str

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pipeline.text.language_codes import RECOGNISED
+from pipeline.text.phrases import PhraseKind
 
 TASK, STYLE = r"^[a-z][a-z0-9_]*$", r"^[a-z][a-z0-9-]*$"
 ANY_LANGUAGE = "any"
@@ -378,6 +379,10 @@ class FilterConfig(Section):
     """Maximum share of repeated trigrams, in texts of twelve words or more."""
     min_distinct_word_frac: float = Field(default=0.35, ge=0, le=1)
     """Minimum share of distinct words, in texts of twelve words or more."""
+    reject_phrases: Distinct[PhraseKind] = ()
+    """Reject English captions with these phrases: `hedge` (possibly, appears to be), `mood` (a sense of
+    calm), `absence` (there are no cars), `image` (the image). The manifest always counts them.
+    """
     language: Annotated[
         Language | None, BeforeValidator(lambda code: None if code == ANY_LANGUAGE else code)
     ] = "en"

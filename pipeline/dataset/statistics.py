@@ -3,20 +3,19 @@
 For drawn scenes, whose content is known, they include how much of the text is true.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from math import sqrt
 from typing import Any
 
+from pipeline.dataset.content import Content
 from pipeline.scenes.scene import scenes_of
 from pipeline.scenes.text import AnswerScore, CaptionScore, DeckScore
 from pipeline.tables import HUMAN, ROW, SCORE_NAMES
 from pipeline.tasks.checks import REPAIR
 
 MAX_LABELS, MAX_LABEL_CHARACTERS = 50, 100
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(slots=True)
@@ -41,7 +40,7 @@ class Mean:
 class DatasetStatistics:
     """Counts and means over rows without pixels."""
 
-    caption_words: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by style
+    captions: dict[str, Content] = field(default_factory=lambda: defaultdict(Content))  # by style
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by answer type
     scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (SCORE_NAMES)
     repaired_captions: int = 0
@@ -56,7 +55,7 @@ class DatasetStatistics:
         """Add rows of a version."""
         for row in rows:
             for caption in row["captions"]:
-                self.caption_words[caption["style"]].add(len(_WORD.findall(caption["text"])))
+                self.captions[caption["style"]].add(caption["text"])
                 self.repaired_captions += caption["prompt_id"].startswith(f"{REPAIR.name}/")
             self.human_captions += sum(map(_is_human, row["captions"]))
             self.human_questions += sum(pair["prompt_id"] == HUMAN for pair in row["qa"])
@@ -92,11 +91,8 @@ class DatasetStatistics:
 
     def result(self) -> dict[str, Any]:
         """Return all statistics that have data, by name."""
-        captions = sorted(self.caption_words.items())
         parts: dict[str, Any] = {
-            "captions": {
-                style: {"count": words.count, "mean_words": words.value} for style, words in captions
-            },
+            "captions": {style: content.result() for style, content in sorted(self.captions.items())},
             "answers": {kind: _summarize_answers(counts) for kind, counts in sorted(self.answers.items())},
             "scores": {
                 n: {"mean": mean.value, "count": mean.count} for n, mean in sorted(self.scores.items())

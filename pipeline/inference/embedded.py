@@ -29,6 +29,7 @@ from pipeline.tasks.prompts import Prompt
 from pipeline.types import Reply, Request, RequestSource
 
 Messages = list[dict[str, Any]]
+PLAIN_TEXT = r"[\s\S]+"  # a grammar never allows special tokens, such as those that begin an image
 MAX_FLOAT32_BYTES = 1_000_000_000
 BATCH_PIXELS = 8_000_000  # of all images in a batch, which bounds the memory of activations
 
@@ -204,9 +205,13 @@ class Grammars:
         self._prototypes: dict[str, LLMatcher] = {}
 
     def matcher(self, schema: str) -> LLMatcher:
-        """Return a new matcher for a JSON schema."""
+        """Return a new matcher for a JSON schema, or for plain text if it is empty."""
         if schema not in self._prototypes:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+            if schema:
+                options = {"whitespace_flexible": False}
+                grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+            else:
+                grammar = LLMatcher.grammar_from_regex(PLAIN_TEXT)
             self._prototypes[schema] = LLMatcher(self._tokenizer, grammar)
         return self._prototypes[schema].deep_copy()
 

@@ -157,7 +157,8 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
     if not dialect.is_vllm:
         images = _UUID.sub(b"", images)
     turns = [b'{"role":"system","content":%s}' % _quoted(request.system)] if request.system else []
-    schema = "" if dialect.format == "json_schema" else SCHEMA_INSTRUCTION.format(request.schema)
+    states_schema = request.schema and dialect.format != "json_schema"
+    schema = SCHEMA_INSTRUCTION.format(request.schema) if states_schema else ""
     text = b'{"type":"text","text":%s}' % _quoted(request.text + schema)
     turns.append(b'{"role":"user","content":[%s]}' % b",".join([images, text] if images else [text]))
     if request.failed:
@@ -204,7 +205,7 @@ def _quoted(text: str) -> bytes:
 
 @lru_cache(256)
 def _response_format(name: str, schema: str, kind: str) -> bytes:
-    if kind == "text":
+    if kind == "text" or not schema:
         return b""
     form: dict[str, Any] = {"type": kind}
     if kind == "json_schema":

@@ -335,4 +335,4 @@ def _shared_fields(
 
 @cache
 def _schema_text(task: Task) -> str:
-    return json.dumps(wire_schema(task))
+    return "" if task.plain_field else json.dumps(wire_schema(task))

@@ -35,6 +35,7 @@ TASK = Task(
     row=Caption,
     tidy_row=tidy_caption,
     text_field="caption",
+    plain_field="caption",
     has_styles=True,
     temperature_key="caption_temperature",
     card_category="image-to-text",

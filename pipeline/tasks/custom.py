@@ -40,6 +40,7 @@ NOTHING_FOUND = "nothing_found"  # error for an empty list of rows
 NOTHING = "[]"  # `record` for an empty list of rows
 JOINING = ("caption", "question")  # kinds that add to the captions or questions of built-in tasks
 TEMPLATE = "{prompt}\nReply as {{{{ reply }}}}.\nTask: {name}\n"
+PLAIN_TEMPLATE = "{prompt}\nReply with the text alone.\nTask: {name}\n"
 CARD_CATEGORIES = {  # task categories on the Hub
     "caption": "image-to-text",
     "question": "visual-question-answering",
@@ -84,7 +85,7 @@ class CustomTask(Task):
 
     def wire_schema(self) -> Schema:
         """See Task."""
-        return dict(strip_schema(self.whole))
+        return {} if self.plain_field else dict(strip_schema(self.whole))
 
     def temperature(self, generate: GenerateConfig) -> float:  # noqa: ARG002
         """See Task."""
@@ -247,11 +248,14 @@ def _build(settings: TaskConfig) -> CustomTask:
         whole = whole | {"properties": whole["properties"] | {rows: listed}}
     value = item["properties"][field] if field else item
     box_field = _check_kind(settings, value)
+    plain_field = field if settings.output is None and kind in ("caption", "text") else None
+    template = PLAIN_TEMPLATE if plain_field else TEMPLATE
     return CustomTask(
         name=settings.name,
         output=Output,
         row=ROW_MODELS.get(kind, Output),
         rows_field=rows,
+        plain_field=plain_field,
         text_field="caption" if kind == "caption" else None,
         card_category=CARD_CATEGORIES.get(kind),
         require=settings.require,
@@ -259,7 +263,7 @@ def _build(settings: TaskConfig) -> CustomTask:
         shows_image=settings.show_image,
         max_tokens=settings.max_tokens,
         language=settings.language,
-        own_prompt=TEMPLATE.format(prompt=settings.prompt.strip(), name=settings.name),
+        own_prompt=template.format(prompt=settings.prompt.strip(), name=settings.name),
         settings=settings,
         whole=whole if rows else item,
         item=output_schema.validator_of(item),

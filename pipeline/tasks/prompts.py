@@ -31,7 +31,7 @@ StyleTexts = Sequence[tuple[str, str]]  # pairs of a custom caption style's name
 SYSTEM, TEXT_SYSTEM = "system/v1", "system_text/v1"  # TEXT_SYSTEM is for requests without an image
 STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "dense")
 DRAWS = 24  # number of values of `draw`, which selects wordings and question types
-STYLE_TEMPLATE = '{text} Reply as {{"caption": "..."}}.\nTask: caption, {style}\n'
+STYLE_TEMPLATE = "{text} Reply with the text alone.\nTask: caption, {style}\n"
 MAX_PROMPT_BYTES = 1_000_000
 MAX_NOTE_CHARACTERS = 1000
 # A title or alternative text may contain instructions to the model (prompt injection).
@@ -153,7 +153,7 @@ def _system_of(task: Task) -> str:
 @cache
 def _reply_shape(task: Task) -> dict[str, str]:
     """Return the template variable `reply` for a custom task, which is an example of a reply."""
-    return {"reply": shape_of(wire_schema(task))} if task.own_prompt else {}
+    return {"reply": shape_of(wire_schema(task))} if task.own_prompt and not task.plain_field else {}
 
 
 def _source_of(task: Task, folders: Folders, own_styles: StyleTexts, style: str | None) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Parse replies into annotations. An unreadable reply becomes a row with an error."""
 
 import json
+import re
 from typing import Any
 
 from pipeline.digests import digest
@@ -8,11 +9,15 @@ from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 from pipeline.tasks.base import Task
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.custom import NOTHING_FOUND
+from pipeline.text.artifacts import opens_chat
 from pipeline.types import Reply, Request
 
 MAX_BRACES = 32  # number of opening braces at which parsing is tried
 _DECODER = json.JSONDecoder()
 _COLUMNS = ("text", "question", "answer", "answer_type", "evidence_pages", "expression", "record")
+_FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
+_NOT_PLAIN = ("{", "```", "<think>")
+_QUOTES = (('"', '"'), ("\u201c", "\u201d"))
 _UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
 
 
@@ -37,7 +42,7 @@ def parse_reply(
             "reply_error": error,
             "reply_text": reply.text if error else None,
         }
-        for position, (values, error) in enumerate(read_fields(task, reply, frame))
+        for position, (values, error) in enumerate(read_fields(task, reply, frame, request.style))
     ]
 
 
@@ -46,23 +51,31 @@ def find_flaw(
 ) -> str | None:
     """Return the first error in a reply, or None if it has a valid annotation or an allowed empty list."""
     task, pages = tasks[request.task], max(1, len(request.images))
-    rows = read_fields(task, reply, frame)
+    rows = read_fields(task, reply, frame, request.style)
     flaws = [error or find_broken_rule(task, values, pages) for values, error in rows]
     return None if None in flaws or NOTHING_FOUND in flaws else flaws[0]
 
 
 def read_fields(
-    task: Task, reply: Reply, frame: Frame | None = None
+    task: Task, reply: Reply, frame: Frame | None = None, style: str = ""
 ) -> list[tuple[dict[str, Any], str | None]]:
-    """Return the columns of each annotation in a reply, each with an error or None."""
+    """Return the columns of each annotation in a reply, each with an error or None.
+
+    A plain text may also come as JSON, since many models write JSON out of habit.
+    """
     if reply.finish_reason != "stop":
         return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]
     try:
         value = json.loads(reply.text)
     except (ValueError, RecursionError):
         value = object_within(reply.text)
-        if value is None:
-            return [({}, "not_json")]
+    if task.plain_field and not (isinstance(value, dict) and task.plain_field in value):
+        text = value if isinstance(value, str) else plain_text(reply.text)
+        if not text or text.startswith(_NOT_PLAIN) or opens_chat(text) or isinstance(value, dict | list):
+            return [({}, "not_plain_text")]
+        value = {task.plain_field: " / ".join(text.splitlines()) if style == "ocr" else text}
+    elif value is None:
+        return [({}, "not_json")]
     rows = task.rows_of(value)
     return [task.nothing_found()] if rows == [] else [task.read_row(row, frame) for row in rows or [None]]
 
@@ -70,7 +83,7 @@ def read_fields(
 def read_result(request: Request, reply: Reply, tasks: Tasks = BUILT_IN) -> Any:
     """Return the text, value or rows in a reply, for use by other tasks, or None if the reply is unusable."""
     task = tasks[request.task]
-    rows = read_fields(task, reply)
+    rows = read_fields(task, reply, style=request.style)
     values = [_value(row) for row, error in rows if not error and not find_broken_rule(task, row)]
     if task.rows_field:
         return [value for value in values if value != []] if values or rows[0][1] == NOTHING_FOUND else None
@@ -81,6 +94,22 @@ def _value(row: dict[str, Any]) -> Any:
     if row.get("record"):
         return json.loads(row["record"])
     return row.get("text") or {name: value for name, value in row.items() if value is not None}
+
+
+def plain_text(text: str) -> str:
+    """Return a reply without its thoughts, a line like "Here is a caption:", and a code fence or quotes."""
+    text = text.rpartition("</think>")[2].strip()
+    first, _, rest = text.partition("\n")
+    if first.rstrip().endswith(":") and opens_chat(first):
+        text = rest.strip()
+    if fenced := _FENCE.fullmatch(text):
+        text = fenced[1].strip()
+    for begin, end in _QUOTES:
+        inner = text[1:-1]
+        is_quoted = text.startswith(begin) and text.endswith(end) and begin not in inner and end not in inner
+        if inner and is_quoted:
+            return inner.strip()
+    return text
 
 
 def object_within(text: str) -> dict[str, Any] | None:

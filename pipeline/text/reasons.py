@@ -14,7 +14,8 @@ IN_WORDS = {
     "one_color_image": "the image has one color",
     "too_many_pixels": "the image has too many pixels",
     # replies, and validate
-    "not_json": "the reply is not JSON",
+    "not_json": "the reply has no JSON object",
+    "not_plain_text": "the reply is not the text alone",
     "off_schema": "the reply does not match the schema",
     "column_empty": "a column that the task requires has no value",
     "cut_short": "the reply was cut off",
@@ -42,6 +43,7 @@ IN_WORDS = {
     "other_language": "in another language",
     "cut_off": "ends in the middle of a sentence",
     "too_general": "fits any image",
+    "unwanted_phrase": "has a phrase that the settings reject",
     "not_visible": "asks about thoughts, or about the time after the picture",
     "count_not_a_number": 'the answer to "How many?" is not a number',
     "answer_off_type": "yes or no does not answer the question",

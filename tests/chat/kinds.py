@@ -46,13 +46,6 @@ class ServerKind:
             return refuse("'messages' must contain the word 'json' in some form")
         return self.extra(body)
 
-    def task_in_words(self, body: dict[str, Any]) -> str:
-        """Return the task of a request without `response_format`, from the schema in its text."""
-        text = json.dumps(body["messages"])
-        if SCHEMA_IN_WORDS not in text:
-            return "probe"
-        return "qa" if "answer_type" in text else "caption"
-
 
 def refuse(message: str, status: int = 400) -> Refusal:
     return status, {"error": {"message": message, "type": "invalid_request_error"}}

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import re
 import threading
 from base64 import b64decode
 from collections import Counter
@@ -17,7 +18,7 @@ from tests.chat.kinds import SCHEMA_IN_WORDS, VLLM, ServerKind
 
 REPLIES = {
     "answer": '{"answer":"1"}',
-    "caption": '{"caption":"A small red ring on a white background."}',
+    "caption": "A small red ring on a white background.",
     "claims": '{"claims":[{"claim":"a ring","question":"Is there a ring?","opposite":"Is there a star?"}]}',
     "deck_qa": '{"qa":[{"answer_type":"arithmetic","evidence_pages":[1,2],"question":"How many together?",'
     '"expression":"1 + 2","answer":"3"}]}',
@@ -114,12 +115,13 @@ class ChatServer:
         if refusal := self.kind.refusal_of(body):
             self.refused.append(body)
             return web.json_response(refusal[1], status=refusal[0])
-        schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
-        if schema["name"] == "probe":
+        schema = body.get("response_format", {}).get("json_schema", {})
+        task = task_name(body)
+        if task == "probe":
             self.probes.append(body)
             if self.probe_answer is not None:
                 return web.Response(body=self.probe_answer, content_type="application/json")
-            proof = schema["schema"]["properties"]["word"]["enum"][0] if "schema" in schema else "hello"
+            proof = schema["schema"]["properties"]["word"]["enum"][0] if schema else "hello"
             return web.json_response(self._answer(json.dumps({"word": proof}) if self.schemas else "Hello!"))
         self.bodies.append(body)
         name = _name(body)
@@ -129,7 +131,7 @@ class ChatServer:
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
             act = self.script(times, body) or Act()
-            return await self._act(request, act, REPLIES.get(schema["name"], ""))
+            return await self._act(request, act, REPLIES.get(task, ""))
         finally:
             self.in_flight -= 1
 
@@ -171,6 +173,16 @@ def task_of(body: dict[str, Any]) -> str:
     first = next(message for message in body["messages"] if message["role"] == "user")
     lines = first["content"][-1]["text"].splitlines()
     return str(next(line for line in reversed(lines) if not line.startswith(SCHEMA_IN_WORDS)))
+
+
+def task_name(body: dict[str, Any]) -> str:
+    """Return the task of a request from its schema, or else from its prompt, or "probe"."""
+    if schema := body.get("response_format", {}).get("json_schema"):
+        return str(schema["name"])
+    if isinstance(body["messages"][0]["content"], str) and len(body["messages"]) == 1:
+        return "probe"
+    found = re.search(r"Task: (\w+)", json.dumps(body["messages"]))
+    return found[1] if found else "caption"
 
 
 def uuid_of(body: dict[str, Any]) -> str:

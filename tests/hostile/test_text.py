@@ -18,18 +18,22 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from pipeline.dataset.card import metadata, render_card, render_model_card
+from pipeline.dataset.content import Content
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.commands import run_synth
 from tests.hostile import LONG
 from tests.hostile.vectors import ALL
 from tests.pipeline.dataset.test_card import MANIFEST, sample
 
+content = Content()
+content.add("A ring.")
+CONTENT = content.result()
 FULL = MANIFEST | {
     "title": "A title",
     "acknowledged": ["flickr-terms"],
     "review": {"good": 1, "bad": 1, "edited": 1},
     "measured": {
-        "captions": {"brief": {"count": 9, "mean_words": 7.5}},
+        "captions": {"brief": CONTENT},
         "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6}},
         "true_captions": {"brief": {"precision": 0.99, "recall": 0.98}},
         "true_answers": {"number": {"accuracy": 0.9, "majority": 0.4}},
@@ -143,7 +147,7 @@ def test_texts_and_keys_are_escaped_in_the_card() -> None:
         keys = FULL | {
             "prompts": {vector: vector}, "schemas": {vector: {vector: vector}},
             "funnel": [{"step": vector, "unit": vector, "input": 9, "kept": 8, "rejected": {vector: 1}}],
-            "measured": {"captions": {vector: {"count": 9, "mean_words": 7.5}}},
+            "measured": {"captions": {vector: CONTENT}},
         }  # fmt: skip
         require_harmless(render_card(keys, [texts]), plain)
         names = {"name": vector, "revision": vector}

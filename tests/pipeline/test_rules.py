@@ -410,3 +410,22 @@ def test_several_questions_or_choices_are_detected(question: str, *, is_one: boo
 )
 def test_answer_in_question_is_detected(question: str, answer: str, *, gives_away: bool) -> None:
     assert gives_answer_away(question, answer) == gives_away
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("A kite that appears to be red flies over a harbour.", "hedge"),
+        ("A kite flies over a harbour, possibly in Spain.", "hedge"),
+        ("A kite over a harbour adds a sense of calm.", "mood"),
+        ("A kite flies over a harbour where there are no boats.", "absence"),
+        ("A kite flies on the left of the image.", "image"),
+        ("A woman appears in a mirror near a red kite.", None),
+        ("A man with a good sense of direction holds a kite.", None),
+        ("A man without a hat holds a photo of a kite.", None),
+    ],
+)
+def test_phrase_is_rejected_only_if_its_kind_is_listed(text: str, kind: str | None) -> None:
+    kinds = ("hedge", "mood", "absence", "image")
+    assert reasons(text) == reasons(text, reject_phrases=[k for k in kinds if k != kind]) == [None]
+    assert reasons(text, reject_phrases=kinds) == ["unwanted_phrase" if kind else None]

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.chat.server import Act, ChatServer, running_chat, task_of, uuid_of
+from tests.chat.server import Act, ChatServer, running_chat, task_name, task_of, uuid_of
 from tests.commands import Done, read_result, run_synth
 from tests.whole.conftest import load_rows, read_failure, save_photos
 
@@ -53,7 +53,7 @@ class Model:
         self.refutes_colors = False
 
     def __call__(self, times: int, body: dict[str, Any]) -> Act:
-        task = body["response_format"]["json_schema"]["name"]
+        task = task_name(body)
         prompt = body["messages"][-1]["content"][-1]["text"]
         self.requests[task] += 1
         if task in ("claims", "covers", "repair"):

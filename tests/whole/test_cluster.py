@@ -25,7 +25,7 @@ from pipeline.dataset.reviews import Review, format_lines, text_name
 from pipeline.dataset.version import Version, dataset_folder
 from pipeline.executors.ray.shards import scratch_root
 from pipeline.storage.object_store import parse_dataset_path
-from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.chat.server import Act, ChatServer, running_chat, task_name, uuid_of
 from tests.commands import require_success, run_process, run_synth
 from tests.hostile import LONG
 from tests.hub import datasets
@@ -42,7 +42,7 @@ def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Ac
     def script(times: int, body: dict[str, Any]) -> Act:
         draws = hashlib.sha256(uuid_of(body).encode()).digest()
         thing, color = THINGS[draws[0] % 5], ("red", "blue")[draws[1] % 2]
-        task = body["response_format"]["json_schema"]["name"]
+        task = task_name(body)
         if task == "answer":
             is_boolean = "Is there" in json.dumps(body["messages"])
             text = json.dumps({"answer": "yes" if is_boolean else str(draws[4] % 3)})

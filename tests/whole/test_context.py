@@ -117,7 +117,7 @@ def test_style_defined_in_settings_has_a_separate_prompt(shop: Path, server: Cha
     command = ["generate", "--source", "folder:photos", "--tasks", "caption", "--out", "d"]
     command += ["--base-url", server.url]
     done = require_success(run_synth(*command, *arguments, cwd=shop))
-    ending = 'Reply as {"caption": "..."}.\nTask: caption, product'
+    ending = "Reply with the text alone.\nTask: caption, product"
     asked = [body for body in server.bodies if text_of(body).endswith(ending)]
     # photographs also get the styles plain and detailed
     assert len(asked) == COUNT and len(server.bodies) == 3 * COUNT

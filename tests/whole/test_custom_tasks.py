@@ -18,7 +18,7 @@ import pytest
 from datasets import List, Value
 from PIL import Image
 
-from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.chat.server import Act, ChatServer, running_chat, task_name, uuid_of
 from tests.commands import Done, require_success, run_synth
 from tests.hub.server import running_hub
 from tests.whole.conftest import ROOT, load_rows, save_photos
@@ -55,7 +55,7 @@ class Model:
         self.replies: dict[str, Any] = {}  # by task, in place of the methods below
 
     def __call__(self, times: int, body: dict[str, Any]) -> Act:
-        task = body["response_format"]["json_schema"]["name"]
+        task = task_name(body)
         prompt = body["messages"][1]["content"][-1]["text"]
         self.requests[task] += 1
         self.prompts.setdefault(task, []).append(prompt)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.chat.server import Act, ChatServer, running_chat, task_name, uuid_of
 from tests.commands import Done, run_process, run_synth
 from tests.whole.conftest import save_photos
 
@@ -33,7 +33,7 @@ class Model:
         self.images: dict[str, set[str]] = {"caption": set(), "qa": set()}
 
     def __call__(self, times: int, body: dict[str, Any]) -> Act:
-        task = body["response_format"]["json_schema"]["name"]
+        task = task_name(body)
         self.requests[task] += 1
         self.images[task].add(uuid_of(body))
         word = WORDS[self.requests[task] % COUNT]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.inference.model_licenses import UNKNOWN_LICENSE
 from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401  # fixtures
-from tests.chat.server import Act, ChatServer, running_chat, task_of
+from tests.chat.server import Act, ChatServer, running_chat, task_name, task_of
 from tests.commands import Done, require_success, run_synth
 from tests.whole.conftest import save_photos
 
@@ -24,9 +24,9 @@ def server() -> Iterator[ChatServer]:
     numbers = count()
 
     def script(times: int, body: dict[str, Any]) -> Act | None:
-        name, number = body["response_format"]["json_schema"]["name"], next(numbers)
+        name, number = task_name(body), next(numbers)
         if number == 0:
-            return Act("not JSON")
+            return Act('{"caption"')
         if name == "caption":
             view = "<b>view</b>" if number % 4 == 1 else "view"
             text = f"A {view} of place number {number} with trees near a lake."

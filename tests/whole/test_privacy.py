@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.images.decode import image_id, prepare_image
-from tests.chat.server import Act, ChatServer, running_chat
+from tests.chat.server import Act, ChatServer, running_chat, task_name
 from tests.commands import Done, require_success, run_synth
 from tests.hub.server import RunningHub
 from tests.hub.storage import File
@@ -44,7 +44,7 @@ def server() -> Iterator[ChatServer]:
     numbers = count()
 
     def script(times: int, body: dict[str, Any]) -> Act | None:
-        is_caption = body["response_format"]["json_schema"]["name"] == "caption"
+        is_caption = task_name(body) == "caption"
         text = f"A view of place number {next(numbers)} with trees near a lake."
         return Act(json.dumps({"caption": text})) if is_caption else None
 

@@ -41,8 +41,8 @@ def test_section_with_only_comments_has_the_defaults(file: Path) -> None:
             "temperature",
         ),
         (
-            "source: scenes\nfilter: {shortest: 3}\n",
-            "unknown config key: filter.shortest",
+            "source: scenes\nfilter: {unknown: 3}\n",
+            "unknown config key: filter.unknown",
             "known keys: filter.",
         ),
         ("sources: scenes\n", "unknown config key: sources", "did you mean source"),

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from pipeline.dataset.card import metadata, render_card
+from pipeline.dataset.content import Content
 from pipeline.tables import ROW, TABLE_VERSION, features
 from pipeline.text.escape import markdown
 
@@ -84,8 +85,11 @@ def test_card_states_results_of_human_review() -> None:
 
 
 def test_card_shows_measurements_with_baselines() -> None:
+    content = Content()
+    for text in ("A red ring.", "A red ring seems to be in the image.", "A red ring and a blue star."):
+        content.add(text)
     measured = {
-        "captions": {"brief": {"count": 9, "mean_words": 7.5}},
+        "captions": {"brief": content.result()},
         "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6}},
         "true_captions": {"brief": {"precision": 0.99, "recall": 0.98}},
         "true_answers": {"number": {"accuracy": 0.9, "majority": 0.4}},
@@ -93,7 +97,8 @@ def test_card_shows_measurements_with_baselines() -> None:
     card = render_card(MANIFEST | {"measured": measured}, [])
     assert "| objects in captions, brief | 0.99 | 0.98 of the drawn objects are named |" in card
     assert "| answers, number | 0.9 | the most frequent answer: 0.4 |" in card
-    assert "| answers, yes/no | 9 | yes: 0.6 of all |" in card
+    assert "| brief | 3 | 6.3 (3, 7) | 33.3 % | 0.0 % | 0.0 % | 33.3 % | 100.0 % |" in card
+    assert "| yes/no | 9 | yes: 60.0 % |" in card
 
 
 @pytest.mark.parametrize(

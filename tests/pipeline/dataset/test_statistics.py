@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.dataset.content import Content
 from pipeline.dataset.statistics import DatasetStatistics, merge, wilson_interval
 from tests.scene_data import make_version, scene_samples
 
@@ -24,3 +25,16 @@ def test_interval_of_the_error_share_narrows_with_more_reviews() -> None:
     assert wilson_interval(70, 930) == pytest.approx((0.060, 0.094), abs=0.001)
     assert wilson_interval(0, 20) == pytest.approx((0, 0.161), abs=0.001)
     assert wilson_interval(20, 20) == pytest.approx((0.839, 1), abs=0.001)
+
+
+def test_content_has_lengths_openings_phrases_and_people() -> None:
+    first, second = Content(), Content()
+    first.add("A woman possibly sits near a dog.")
+    first.add("A woman possibly stands.")
+    for number in range(30):
+        second.add(f"Kite number {number} flies over {'a bay ' * number}.")
+    result = merge(first, second).result()
+    assert (result["count"], result["quantiles_words"]) == (32, [5, 31, 59])
+    assert result["frequent_openings"] == round(21 / 32, 4)
+    assert result["phrases"] == {"hedge": round(2 / 32, 4), "mood": 0, "absence": 0, "image": 0}
+    assert result["people"] == {"female": 2, "male": 0, "child": 0, "old": 0}

@@ -122,7 +122,7 @@ def test_user_templates_replace_built_in_ones_and_change_the_id(tmp_path: Path) 
 def test_custom_style_has_a_separate_prompt_and_id() -> None:
     own = (("haiku", "Write a haiku{{ ' in ' ~ language if language }}. "),)
     prompt = render(TASKS["caption"], own_styles=own, style="haiku", language="German")
-    assert prompt.text == 'Write a haiku in German. Reply as {"caption": "..."}.\nTask: caption, haiku'
+    assert prompt.text == "Write a haiku in German. Reply with the text alone.\nTask: caption, haiku"
     assert prompt.id in prompt_texts([TASKS["caption"]], own_styles=own)
     other = render(TASKS["caption"], own_styles=(("haiku", "Write a poem."),), style="haiku")
     assert other.id != prompt.id and {other.id, prompt.id}.isdisjoint(prompt_texts([TASKS["caption"]]))

@@ -29,11 +29,26 @@ def test_caption_is_one_row() -> None:
     )
 
 
-def test_caption_of_several_lines_becomes_one_line() -> None:
-    (row,) = parse_reply(BRIEF, reply('{"caption":" A red ring.\\n\\nIt is big. "}'))
-    assert row["text"] == "A red ring. It is big."
-    (row,) = parse_reply(BRIEF, reply('{"caption":"A red ring.\\nQuestion 1: What is red?"}'))
-    assert row["text"] == "A red ring."
+@pytest.mark.parametrize(
+    ("style", "text", "caption"),
+    [
+        ("plain", " A red ring.\n\nIt is big. ", "A red ring. It is big."),
+        ("plain", "A red ring.\nQuestion 1: What is red?", "A red ring."),
+        ("plain", '"A red ring."', "A red ring."),
+        ("plain", "\u201cA red ring.\u201d", "A red ring."),
+        ("plain", 'A sign that says "STOP"', 'A sign that says "STOP"'),
+        ("plain", '"STOP" and "GO" on signs: "STOP"', '"STOP" and "GO" on signs: "STOP"'),
+        ("plain", "```\nA red ring.\n```", "A red ring."),
+        ("plain", "I see a ring.</think>\nA red ring.", "A red ring."),
+        ("plain", 'Sure! Here is a caption:\n\n"A red ring."', "A red ring."),
+        ("ocr", "Ingredients:\nmilk", "Ingredients: / milk"),
+        ("ocr", "STOP\nMain St", "STOP / Main St"),
+        ("ocr", "12", "12"),
+    ],
+)
+def test_plain_reply_is_the_caption(style: str, text: str, caption: str) -> None:
+    (row,) = parse_reply(replace(BRIEF, style=style), reply(text))
+    assert (row["text"], row["reply_error"]) == (caption, None)
 
 
 @pytest.mark.parametrize("answer", ["Yes.", "YES", " yes!"])
@@ -60,18 +75,23 @@ def test_invalid_question_does_not_reject_the_others() -> None:
 @pytest.mark.parametrize(
     ("request_", "text", "error"),
     [
-        (BRIEF, '{"caption":"A red', "not_json"),
-        (BRIEF, "", "not_json"),
-        (BRIEF, "[1]", "off_schema"),
+        (BRIEF, '{"caption":"A red', "not_plain_text"),
+        (BRIEF, "", "not_plain_text"),
+        (BRIEF, "[1]", "not_plain_text"),
+        (BRIEF, "Sure! A red ring.", "not_plain_text"),
+        (BRIEF, "Here is a caption:", "not_plain_text"),
+        (BRIEF, '{"text":"A red ring."}', "not_plain_text"),
+        (BRIEF, "half a pair: \ud83d", "off_schema"),
         (BRIEF, '{"caption":[3]}', "off_schema"),
         (BRIEF, '{"caption":"half a pair: \\ud83d"}', "off_schema"),
-        (BRIEF, "[" * 100_000, "not_json"),
+        (QA, "[" * 100_000, "not_json"),
+        (QA, "no object at all", "not_json"),
         (QA, '{"qa":[]}', "off_schema"),
         (QA, '{"qa":["x"]}', "off_schema"),
         (QA, '["x"]', "off_schema"),
         (QA, "[]", "off_schema"),
         (QA, '{"caption":"x"}', "off_schema"),
-        (QA, "null", "off_schema"),
+        (QA, "null", "not_json"),
     ],
 )
 def test_unreadable_reply_is_one_row_with_its_reason(request_: Request, text: str, error: str) -> None:
@@ -110,6 +130,7 @@ def test_reply_with_one_valid_question_has_no_flaw() -> None:
     assert find_flaw(QA, reply(f'{{"qa":[{bad},{good}]}}')) is None
     assert find_flaw(QA, reply(f'{{"qa":[{bad},{bad}]}}')) == "answer_not_yes_or_no"
     assert find_flaw(BRIEF, reply('{"caption":""}')) == "caption_string_too_short"
+    assert find_flaw(BRIEF, reply("```")) == "not_plain_text"
 
 
 @pytest.mark.parametrize(("value", "answer"), [("true", "yes"), ("false", "no"), ("3", "3"), ("2.5", "2.5")])
@@ -127,7 +148,6 @@ def test_answer_as_json_number_or_boolean_is_read(value: str, answer: str) -> No
         ('<think>{"caption": "A dog."} or {}?</think>\nHere: {"caption": "A cat."} Anything else?', "A cat."),
         ('I see {} first.</think>\n{"caption":"A cat."}', "A cat."),
         ('a } and { b {"caption": "A cat."}', "A cat."),
-        ("no object at all", None),
         ("{" * 200_000, None),
         (" " * 200_000 + "<think>" * 20_000, None),
         ('["caption"]', None),

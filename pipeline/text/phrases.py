@@ -1,0 +1,34 @@
+"""Phrases that some users do not want in captions: hedges, moods, absent things, and mentions of the image.
+
+They are measured in every version (`measured` in the manifest). `filter.reject_phrases` rejects captions that
+have one. The patterns expect text in lower case.
+"""
+
+import re
+from typing import Literal
+
+PhraseKind = Literal["hedge", "mood", "absence", "image"]
+PHRASES: dict[PhraseKind, re.Pattern[str]] = {
+    "hedge": re.compile(
+        r"\b(?:appears?|seems?) (?:to|as|like)\b|\b(?:possibly|perhaps|maybe|presumably|probably|likely)\b"
+        r"|\b(?:might|may|could) be\b|\b(?:suggest(?:s|ing)|impl(?:ies|ying)) (?:that|a|an|the)\b"
+        r"|\b(?:it is|it's) (?:unclear|difficult|hard) to\b"
+    ),
+    "mood": re.compile(
+        r"\b(?:atmosphere|ambiance|ambience|mood|vibes?)\b"
+        r"|\b(?:sense|feeling|air) of (?!(?:direction|humou?r|smell)\b)[a-z]+"
+        r"|\b(?:exud(?:es|ing)|evok(?:es|ing))\b"
+    ),
+    "absence": re.compile(
+        r"\b(?:there (?:is|are) no|there (?:isn't|aren't)|no (?:other )?\w+ (?:is|are|can be) "
+        r"(?:visible|seen|present))\b"
+        r"|\b(?:is|are) (?:not|n't) (?:visible|shown|present|seen)\b|\bwithout any (?:visible )?\w+"
+    ),
+    "image": re.compile(r"\b(?:the|this) (?:image|picture|photo|photograph)\b"),
+}
+
+
+def phrases_in(text: str) -> tuple[PhraseKind, ...]:
+    """Return the kinds of phrases in a text."""
+    lower = text.lower()
+    return tuple(kind for kind, pattern in PHRASES.items() if pattern.search(lower))
