@@ -162,14 +162,8 @@ DEDUPED = pa.schema(
 )
 
 # balance: `question_type` is the first two words of a question. `pair_id` is common to two equal questions
-# about two images with different answers. `entries` are positions in the list of caption entries.
-BALANCED = pa.schema(
-    [
-        *fields(STRING, "question_type", "pair_id"),
-        *fields(pa.list_(INT32), "entries"),
-        *fields(FLOAT64, "keep_probability"),
-    ]
-)
+# about two images with different answers.
+BALANCED = pa.schema(fields(STRING, "question_type", "pair_id"))
 
 # `prompt_id` of a text that was edited in a review.
 REVIEWED = "review"

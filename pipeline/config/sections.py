@@ -465,7 +465,7 @@ class DedupeConfig(Section):
 
 
 class BalanceConfig(Section):
-    """Limits on over-represented answers and captions."""
+    """Limits on over-represented answers."""
 
     max_answer_frac: float = Field(default=0.4, gt=0, le=1)
     """Maximum share of one answer among the questions of one type."""
@@ -473,15 +473,6 @@ class BalanceConfig(Section):
     """The same for yes and no, and for types with two answers."""
     min_questions_per_type: int = Field(default=50, ge=1)
     """Types with fewer questions are balanced together."""
-    tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """MetaCLIP's p for balancing captions, such as `0.06`. Null keeps all captions."""
-    keep_best_caption: bool = True
-    """Always keep one caption of each image: the one that names the rarest entries."""
-    entries: Path | None = None
-    """Text file of entries, one per line, by which captions are balanced. Null uses the words of the captions
-    and names of WordNet.
-    """
-
     def max_share(self, answers: Collection[str]) -> float:
         """Return the largest share that one of these answers to one type of question may have."""
         return (

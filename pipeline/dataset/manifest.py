@@ -120,8 +120,6 @@ def publishable_settings(config: Config, tasks: Tasks, source: str, model: str) 
         settings["split_list"] = file_digest(config.split_list)
     if config.generate.prompt_dir:
         settings["generate"]["prompt_dir"] = config.generate.prompt_dir.name
-    if config.balance.entries:
-        settings["balance"]["entries"] = file_digest(config.balance.entries)
     settings["verify"]["clip_model"] = public_name(config.verify.clip_model)
     judge = config.verify.judge
     settings["verify"]["judge"] = judge and without_folders(judge.partition(AT_SERVER)[0])

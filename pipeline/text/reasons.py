@@ -65,7 +65,6 @@ IN_WORDS = {
     "duplicate": "duplicate of another text of this image",
     "caption_of_many_images": "the same caption on too many images",
     "answer_too_common": "too many similar questions have this answer",
-    "concepts_too_common": "has only concepts that are common in other captions",
     "beyond_images": "more images than requested",
     "no_annotation_left": "all texts of this image were rejected",
 }
