@@ -406,8 +406,10 @@ class VerifyConfig(Section):
 
     checks: Distinct[Check] = ()
     """Checks: `round_trip`, `claims`, `covers`, `blind`, `evidence`, `alignment`, `references`."""
-    min_claims_supported: float = Field(default=1.0, ge=0, le=1)
-    """Minimum share of confirmed claims of a caption."""
+    calibration: int = Field(default=200, ge=0)
+    """Maximum images about which claims and a judge are also asked known truths and falsehoods."""
+    max_true_captions_lost: float = Field(default=0.1, ge=0, le=1)
+    """Maximum share of true captions that the check `claims` may reject, as estimated from known truths."""
     repair: bool = False
     """Rewrite captions that have a false claim. Needs the check `claims`."""
     judge: Annotated[str, Field(pattern=JUDGE)] | None = None
@@ -473,6 +475,7 @@ class BalanceConfig(Section):
     """The same for yes and no, and for types with two answers."""
     min_questions_per_type: int = Field(default=50, ge=1)
     """Types with fewer questions are balanced together."""
+
     def max_share(self, answers: Collection[str]) -> float:
         """Return the largest share that one of these answers to one type of question may have."""
         return (

@@ -134,10 +134,10 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish rows as the next version. Return it, and whether it is new.
 
-    If the newest version has the same rows and audit, it is returned. `draft` is a scratch folder next to the
-    versions, and `provenance` has the manifest fields about the run. `check` raises StoreError if another
-    command has taken over the folder. Raises TableError if no row is left, and StoreError if images are
-    missing.
+    If the newest version has the same rows, audit and errors of checks, it is returned. `draft` is a scratch
+    folder next to the versions, and `provenance` has the manifest fields about the run. `check` raises
+    StoreError if another command has taken over the folder. Raises TableError if no row is left, and
+    StoreError if images are missing.
     """
     if not content.digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"
@@ -147,7 +147,7 @@ def publish_version(
     digests = zip(*content.digests.to_pydict().values(), strict=True)
     content_digest = version_digest(digests, content.columns, content.extras.scores)
     is_same = parent is not None and parent.manifest["digest"] == content_digest
-    if parent is not None and is_same and parent.manifest.get("audit") == provenance.get("audit"):
+    if parent is not None and is_same and _measured(parent.manifest) == _measured(provenance):
         # A preview is complete if all images after the limit are copies of earlier images.
         if parent.is_preview and not provenance["source"].get("preview"):
             parent = Version(parent.path, parent.manifest | {"source": provenance["source"]})
@@ -253,3 +253,8 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
 def _asked_texts(config: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     """Return the tasks and the caption styles of a run."""
     return {*(config.get("tasks") or ())}, {*config.get("generate", {}).get("caption_styles", ())}
+
+
+def _measured(manifest: dict[str, Any]) -> list[Any]:
+    """Return the fields that may change while the rows stay the same."""
+    return [manifest.get("audit"), manifest.get("checks")]

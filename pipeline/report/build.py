@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.audit import audit_in_words
+from pipeline.dataset.calibration import checks_in_words
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import REASONS
 from pipeline.dataset.version import Version
@@ -143,6 +144,7 @@ class _Report:
             funnel=funnel_of(manifest),
             in_words=in_words,
             audit_in_words=audit_in_words(manifest.get("audit")),
+            checks_in_words=checks_in_words(manifest),
             scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],
             scores_in_words=SCORES_IN_WORDS,
             has_steps=self.has_steps,

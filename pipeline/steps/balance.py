@@ -60,7 +60,7 @@ def balance(comparison: Comparison) -> duckdb.DuckDBPyRelation:
                row_number() OVER (PARTITION BY question_type, answer ORDER BY partner IS NULL, {chance}, row)
                    > max_count AS is_surplus
         {typed} JOIN limits USING (question_type) LEFT JOIN pairs USING (row);
-        """  # noqa: S608
+        """
     )
     return db.sql(
         """

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline.dataset.audit import COLUMNS, Frame, estimate_errors
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Rows, build_rows
+from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, read_findings
 from pipeline.dataset.card import CARD_SAMPLES
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
@@ -21,6 +22,7 @@ from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest, digest
 from pipeline.errors import TableError
+from pipeline.plan import Plan
 from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
@@ -176,6 +178,7 @@ def publish_shards(
         "leakage": describe_decontamination(source, funnel, group_count, contaminated),
         "review": count_reviews(shards),
         **audit_rows(plan.dataset, written, row_extras(plan.config, plan.tasks)),
+        **describe_checks(plan, shards),
     }
     content = Content(
         columns=list(columns.pop()) if columns else [],
@@ -219,6 +222,25 @@ def audit_rows(dataset: DatasetDir, written: Sequence[WrittenRows], extras: Extr
         for table in read_batches(part.path / name, [c for c in (*COLUMNS, *own) if c in part.columns])
     )
     return {"audit": estimate_errors(Frame.of(tables, own, verdicts[-1].seed), verdicts)}
+
+
+def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
+    """Return the manifest field with the errors of the checks, or {} without checks."""
+    verify = plan.config.verify
+    if not verify.is_asked:
+        return {}
+    files = [require_file(shard.step_file("verify", "prepared")) for shard in shards]
+    findings = read_findings(table for file in files for table in read_batches(file, FINDINGS))
+    is_writer = {CLAIMS: True, JUDGE: plan.judge_revision == plan.requests.revision}
+    checks = [
+        {
+            "check": check,
+            "judges_itself": is_writer[check] and found.by_model > 0,
+            **found.describe(found.choose_level(verify.max_true_captions_lost)),
+        }
+        for check, found in findings.items()
+    ]
+    return {"checks": checks} if checks else {}
 
 
 def _number_files(written: Sequence[WrittenRows]) -> list[tuple[Path, str, dict[str, Any]]]:

@@ -50,7 +50,7 @@ IN_WORDS = {
     "speaks_of_elsewhere": "refers to another text or image",
     # verify
     "answer_not_confirmed": "the model gave another answer when asked again",
-    "claims_not_confirmed": "the model did not confirm all claims of the caption",
+    "false_claim": "the model refuted a claim of the caption",
     "low_rating": "low rating by the judge",
     "low_coverage": "the caption answers too few questions about its image",
     "unlike_source_captions": "shares too few words with the human captions",

@@ -76,9 +76,10 @@ def kind_of_answer(answer: str) -> str:
 
 
 # Words that do not change an answer: "in the kitchen", "blue color", "3 dogs there".
-_EMPTY = frozenset("in on at of to by from with it is are there color colored colour its his her their".split())
+_EMPTY_WORDS = "in on at of to by from with it is are there color colored colour its his her their"
+_EMPTY = frozenset(_EMPTY_WORDS.split())
 # An answer with one of these words differs from its parts: "red and white", "not red".
-_JOINING = frozenset("and or not no without never".split())
+_JOINING = frozenset(("and", "or", "not", "no", "without", "never"))
 _IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "person", "feet": "foot"}
 
 

@@ -1,0 +1,241 @@
+"""Measure how often a check errs, and correct its findings by these errors.
+
+The verify step asks a check about texts that are known to be true (human captions of the image) or false
+(captions of other images, and claims in which one word was replaced). The check's false alarms and misses
+state how much its findings about the other texts are worth. They also set the evidence from which a claim
+counts as false: the lowest at which no more than a given share of true captions is lost.
+
+Claims of one image are not independent. The effective number of claims, from which intervals are computed,
+is that of a simple random sample with the same variance between images.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import sqrt
+from operator import itemgetter
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.dataset.statistics import wilson_interval
+from pipeline.tables import HUMAN
+
+CLAIMS, JUDGE = "claims", "judge"
+TRUE = "reference"  # the kind of texts that are known to be true
+LEVELS = (2, 3, 4)  # possible values of the least evidence that refutes a claim
+NEVER = 5  # no claim has so much evidence against it
+JUDGED = 4  # the evidence of a judge, who answers once
+FINDINGS = ("sample_id", "prompt_id", "claim_evidence", "judged_wrong", "calibration")
+Z = 1.96
+MIN_GAIN = 0.1  # a check whose errors add up to more than 1 - MIN_GAIN tells nothing
+
+
+@dataclass(slots=True)
+class Share:
+    """A share of claims, with sums over clusters (images) of x matching claims and n claims."""
+
+    x: float = 0
+    n: float = 0
+    xx: float = 0
+    xn: float = 0
+    nn: float = 0
+    clusters: int = 0
+
+    def add(self, hits: int, count: int) -> None:
+        """Add a cluster."""
+        self.x, self.n, self.clusters = self.x + hits, self.n + count, self.clusters + 1
+        self.xx, self.xn, self.nn = self.xx + hits**2, self.xn + hits * count, self.nn + count**2
+
+    def __add__(self, other: "Share") -> "Share":
+        return Share(*(getattr(self, name) + getattr(other, name) for name in Share.__slots__))
+
+    @property
+    def value(self) -> float:
+        """The share."""
+        return self.x / self.n if self.n else 0.0
+
+    @property
+    def trials(self) -> float:
+        """The effective number of claims."""
+        # The linearized variance of a ratio of sums over clusters (Cochran, Sampling Techniques, 6.3).
+        share, few = self.value, self.clusters / max(1, self.clusters - 1)
+        variance = few * (self.xx - 2 * share * self.xn + share**2 * self.nn) / max(1, self.n) ** 2
+        return min(self.n, share * (1 - share) / variance) if variance > 0 else self.n
+
+    def inverted(self) -> "Share":
+        """Return the share of the claims that do not match."""
+        xx, xn = self.nn - 2 * self.xn + self.xx, self.nn - self.xn
+        return Share(self.n - self.x, self.n, xx, xn, self.nn, self.clusters)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the share with its 95 % Wilson interval."""
+        low, high = wilson_interval(self.value * self.trials, self.trials)
+        return {"count": int(self.n), **_rounded(share=self.value, low=low, high=high)}
+
+
+Levels = dict[int, Share]  # the share of refuted claims by the least evidence that refutes a claim
+
+
+def _levels() -> Levels:
+    return {level: Share() for level in LEVELS}
+
+
+@dataclass(slots=True)
+class Findings:
+    """The findings of one check about known texts by kind, and about the texts of the dataset."""
+
+    known: dict[str, Levels] = field(default_factory=lambda: defaultdict(_levels))
+    found: Levels = field(default_factory=_levels)
+    claims: Counter[int] = field(default_factory=Counter)  # captions by number of claims
+    by_model: int = 0  # checked texts that a model wrote
+
+    def add(self, levels: Levels, evidence: Sequence[int]) -> None:
+        """Add the evidence against the claims of one image."""
+        for level, share in levels.items():
+            share.add(sum(against >= level for against in evidence), len(evidence))
+
+    def alarms(self, level: int) -> Share | None:
+        """Return the share of true texts that are refuted, or None if no texts are known to be true."""
+        return self.known[TRUE][level] if TRUE in self.known else None
+
+    def missed(self, level: int) -> Share:
+        """Return the share of false texts that are not refuted."""
+        return sum((self.known[kind][level] for kind in self.falsehoods), Share()).inverted()
+
+    @property
+    def falsehoods(self) -> list[str]:
+        """The kinds of false texts."""
+        return sorted(self.known.keys() - {TRUE})
+
+    def lost_share(self, level: int) -> float | None:
+        """Return the share of true captions with a refuted claim if errors are independent, or None."""
+        if level == NEVER:
+            return 0.0
+        alarms = self.alarms(level)
+        if alarms is None or not self.claims:
+            return None
+        lost = sum(count * (1 - (1 - alarms.value) ** claims) for claims, count in self.claims.items())
+        return lost / self.claims.total()
+
+    def choose_level(self, max_lost: float) -> int:
+        """Return the least evidence that refutes a claim and loses at most this share of true captions."""
+        return next((level for level in LEVELS if (self.lost_share(level) or 0.0) <= max_lost), NEVER)
+
+    def describe(self, level: int) -> dict[str, Any]:
+        """Return the errors of the check, and the corrected share of true texts before any rejection."""
+        shown = min(level, LEVELS[-1])  # at NEVER, the errors of the strictest level
+        found, alarms, missed = self.found[shown].inverted(), self.alarms(shown), self.missed(shown)
+        lost = self.lost_share(level)
+        return {
+            "min_evidence": level,
+            "lost": None if lost is None else round(lost, 4),
+            "passed": found.describe(),
+            "true": correct_share(found, alarms, missed),
+            "false_alarms": alarms.describe() if alarms else None,
+            "missed": missed.describe() if missed.n else None,
+            "kinds": {kind: self.known[kind][shown].inverted().describe() for kind in self.falsehoods},
+        }
+
+
+def read_findings(tables: Iterable[pa.Table]) -> dict[str, Findings]:
+    """Return the findings of each check in rows of the verify step. Rows of one image must be adjacent."""
+    findings = {CLAIMS: Findings(), JUDGE: Findings()}
+    rows = (row for table in tables for row in table.select(FINDINGS).to_pylist())
+    for _, group in groupby(rows, itemgetter("sample_id")):
+        of_image = list(group)
+        # Human captions are the known truths about model-written texts, so their own share is not measured.
+        is_by_model = any(row["prompt_id"] != HUMAN for row in of_image)
+        evidence: dict[str, list[int]] = {CLAIMS: [], JUDGE: []}
+        known: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for row in of_image:
+            of_row = {CLAIMS: row["claim_evidence"] or [], JUDGE: _judged(row["judged_wrong"])}
+            for check, against in of_row.items():
+                if is_by_model == (row["prompt_id"] != HUMAN):
+                    evidence[check] += against
+                    findings[check].by_model += is_by_model and bool(against)
+            if of_row[CLAIMS]:
+                findings[CLAIMS].claims[len(of_row[CLAIMS])] += 1
+            for text in row["calibration"] or ():
+                known[text["check"], text["kind"]].append(text["evidence"])
+        for check, against in evidence.items():
+            findings[check].add(findings[check].found, against)
+        for (check, kind), against in known.items():
+            findings[check].add(findings[check].known[kind], against)
+    return {check: one for check, one in findings.items() if one.found[LEVELS[0]].n}
+
+
+def _judged(is_wrong: Any) -> list[int]:
+    return [] if is_wrong is None else [JUDGED if is_wrong else -JUDGED]
+
+
+def correct_share(found: Share, alarms: Share | None, missed: Share) -> dict[str, float | None] | None:
+    """Return the share of true texts with its 95 % interval, from the share that the check did not refute.
+
+    A check passes true texts except false alarms, and the false texts that it misses: the true share is
+    (passed - missed) / (1 - alarms - missed), by Rogan and Gladen (1978), with the interval of Lang and
+    Reiczigel (2014). If no texts are known to be true, only a lower bound is known. Returns None if nothing
+    is known, or if the check does not tell true texts from false ones.
+    """
+    if not missed.n or not found.n:
+        return None
+    alarm, true_trials = (alarms.value, alarms.trials) if alarms else (0.0, float("inf"))
+    if alarm + missed.value >= 1 - MIN_GAIN:
+        return None
+    share = min(1.0, max(0.0, (found.value - missed.value) / (1 - alarm - missed.value)))
+    # Add pseudo-counts, since no error in a small sample does not mean that there are none.
+    n, true_n, false_n = found.trials + Z**2, true_trials + 2, missed.trials + 2
+    passed = (found.value * found.trials + Z**2 / 2) / n
+    hits = ((1 - alarm) * true_trials + 1) / true_n if alarms else 1.0
+    refuted = ((1 - missed.value) * missed.trials + 1) / false_n
+    gain = hits + refuted - 1
+    center = (passed + refuted - 1) / gain
+    of_hits, of_refuted = hits * (1 - hits) / true_n, refuted * (1 - refuted) / false_n
+    variance = passed * (1 - passed) / n + center**2 * of_hits + (1 - center) ** 2 * of_refuted
+    middle = center + 2 * Z**2 * (center * of_hits - (1 - center) * of_refuted)
+    half = Z * sqrt(variance) / gain
+    low, high = (min(1.0, max(0.0, bound)) for bound in (middle - half, middle + half))
+    if alarms is None:
+        return {"share": None, **_rounded(low=min(low, share), high=1.0)}
+    return _rounded(share=share, low=min(low, share), high=max(high, share))
+
+
+def _rounded(**values: float) -> dict[str, Any]:
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+def checks_in_words(manifest: Mapping[str, Any]) -> list[str]:
+    """Return a line for each check: the corrected share of true texts, and the errors of the check."""
+    own = f"; {manifest['model']['name']} judges its own texts"
+    return [
+        f"{check['check']}: {_true_in_words(check)}; {_errors_in_words(check)}{own * check['judges_itself']}"
+        for check in manifest.get("checks", [])
+    ]
+
+
+def _true_in_words(check: Mapping[str, Any]) -> str:
+    unit, true = {CLAIMS: "claims of captions"}.get(check["check"], "texts"), check["true"]
+    passed = f"{_percent(check['passed']['share'])} % of {check['passed']['count']:,} {unit} passed"
+    if true is None:
+        return f"{passed}; how many are true is not known"
+    interval = f"[{_percent(true['low'])}, {_percent(true['high'])}]"
+    if true["share"] is None:
+        return f"{passed}; at least {_percent(true['low'])} % are true, corrected for misses"
+    return f"{passed}; {_percent(true['share'])} % {interval} are true, corrected for the errors of the check"
+
+
+def _errors_in_words(check: Mapping[str, Any]) -> str:
+    parts = []
+    for name, what in (("false_alarms", "true texts were refuted"), ("missed", "false texts were missed")):
+        if rate := check[name]:
+            interval = f"[{_percent(rate['low'])}, {_percent(rate['high'])}]"
+            parts.append(f"{_percent(rate['share'])} % {interval} of {rate['count']:,} {what}")
+        else:
+            parts.append(f"no {what.partition(' were')[0]} were known")
+    never = "; it errs too often, so no text was rejected" if check["min_evidence"] == NEVER else ""
+    return f"{', '.join(parts)}{never}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
