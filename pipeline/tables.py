@@ -113,7 +113,6 @@ FILTERED = pa.schema(
 # answered_blind: whether the model gave the same answer without the image
 # sufficient, necessary: whether the answer was found from the evidence pages alone, and not from the others
 # coverage: share of the questions about the image that the caption answers
-# shared_words: share of the caption's content words that occur in any human caption of the image
 # judged_wrong: whether a judge found a wrong statement
 # RUBRIC: scores from the judge, from 1 to 5
 RUBRIC = ("relevance", "grounding", "correctness", "form")
@@ -122,7 +121,7 @@ VERIFIED = pa.schema(
     [
         *fields(FLOAT64, "agreement"),
         *fields(BOOL, "answered_blind", "sufficient", "necessary"),
-        *fields(FLOAT64, "coverage", "shared_words"),
+        *fields(FLOAT64, "coverage"),
         *fields(INT32, "evidence"),
         *fields(BOOL, "judged_wrong"),
         *fields(INT32, *RUBRIC),
@@ -212,9 +211,7 @@ QA_PAIR = pa.struct(
 REJECTED = pa.field("rejected", STRING)
 # Optional fields of annotations in `captions` and `qa`: scores and rejected texts.
 ADDED = {
-    "captions": pa.schema(
-        [*fields(FLOAT64, "precision", "coverage", "shared_words"), *fields(INT32, *RUBRIC), REJECTED]
-    ),
+    "captions": pa.schema([*fields(FLOAT64, "precision", "coverage"), *fields(INT32, *RUBRIC), REJECTED]),
     "qa": pa.schema(fields(INT32, *RUBRIC)),
 }
 ADDED_FIELDS = tuple(dict.fromkeys(name for schema in ADDED.values() for name in schema.names))

@@ -398,14 +398,14 @@ class FilterConfig(Section):
         return self
 
 
-Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignment", "references"]
+Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignment"]
 
 
 class VerifyConfig(Section):
     """Checks that ask the model about annotations again. A null threshold only measures."""
 
     checks: Distinct[Check] = ()
-    """Checks: `round_trip`, `claims`, `covers`, `blind`, `evidence`, `alignment`, `references`."""
+    """Checks: `round_trip`, `claims`, `covers`, `blind`, `evidence`, `alignment`."""
     calibration: int = Field(default=200, ge=0)
     """Maximum images about which claims and a judge are also asked known truths and falsehoods."""
     max_true_captions_lost: float = Field(default=0.1, ge=0, le=1)
@@ -420,8 +420,6 @@ class VerifyConfig(Section):
     """Minimum of each score of the judge, from 1 to 5. Null rejects no text."""
     min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None
     """Minimum share of the image's questions that a caption answers. Null rejects no text."""
-    min_shared_words: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Minimum share of a caption's content words that a caption of the source has. Null rejects no text."""
     min_blind_frac: float = Field(default=0.8, gt=0, le=1)
     """A question counts as answerable without an image if this share of its images has the same answer."""
     max_answer_frequency: float = Field(default=0.1, ge=0, le=1)

@@ -50,7 +50,6 @@ def row_extras(config: Config, tasks: Tasks) -> Extras:
     is_measured = {
         "precision": config.splits_claims,
         "coverage": "covers" in checks,
-        "shared_words": "references" in checks,
         **dict.fromkeys(RUBRIC, bool(config.verify.judge)),
         REJECTED.name: config.select.pairs,
     }

@@ -1,8 +1,8 @@
 """Step: verify. Check annotations with further questions to the model, and reject those that fail.
 
 The first checks ask the model about the image. Captions with false claims are repaired and checked again.
-Then captions are compared with the questions about the image, the image itself (CLIP), and its human
-captions. Last, a judge rates all texts. A check that is off or has no readable reply rejects nothing.
+Then captions are compared with the questions about the image, and with the image itself (CLIP). Last, a judge
+rates all texts. A check that is off or has no readable reply rejects nothing.
 
 The claims check and the judge are also asked about known truths and falsehoods (dataset/calibration.py). The
 evidence from which a claim counts as false depends on their answers.
@@ -111,7 +111,6 @@ SELECT row, CASE
     WHEN NOT is_caption AND agreement < 1 THEN 'answer_not_confirmed'
     WHEN evidence >= {min_evidence} THEN 'false_claim'
     WHEN coverage < {min_coverage} THEN 'low_coverage'
-    WHEN shared_words < {min_shared_words} THEN 'unlike_source_captions'
     WHEN least(relevance, grounding, correctness, form) < {min_rating} THEN 'low_rating'
     WHEN answered_blind AND (question, answer) IN (SELECT (question, answer) FROM answerable_blind)
         THEN 'answerable_without_image'
@@ -284,8 +283,6 @@ class AnnotationChecker:
         self._check_coverage(subjects)
         if self.settings.clip_model:
             self._align(captions)
-        if "references" in config.checks:
-            self._compare_with_references(captions)
         if config.judge:
             self._rate([subject for subject in subjects if not self._is_contradicted(subject)])
             self._calibrate_judge(captions)
@@ -491,17 +488,6 @@ class AnnotationChecker:
                     caption.scores["alignment"] = cosine
                 done += len(part)
                 self.services.progress("align", done, len(by_sample))
-
-    def _compare_with_references(self, captions: Subjects) -> None:
-        """Set `shared_words`: share of a caption's content words in any human caption of the image."""
-        by_sample = _by_sample(captions)
-        for batch in read_samples(self.shard, ["sample_id", "references"]):
-            for row in batch.to_pylist():
-                known = {word for text in row["references"] for word in _facts(text)}
-                for caption in by_sample.get(row["sample_id"], ()):
-                    words = _facts(caption.row["clean_text"])
-                    shared = len(words & known) / len(words) if words and known else None
-                    caption.scores["shared_words"] = shared
 
     def _rate(self, subjects: Subjects) -> None:
         """Let the judge rate annotations by the criteria in tables.RUBRIC."""
@@ -729,7 +715,6 @@ STEP = RowStep(
         "answer_not_confirmed": "ask a stronger model, or leave round_trip out of --verify",
         "false_claim": "lower verify.max_true_captions_lost, use --repair, or leave claims out of --verify",
         "low_coverage": "lower verify.min_coverage, or leave covers out of --verify",
-        "unlike_source_captions": "lower verify.min_shared_words, or leave references out of --verify",
         "answerable_without_image": "raise verify.min_blind_frac, or leave blind out of --verify",
         "evidence_not_sufficient": "leave evidence out of --verify",
         "evidence_not_necessary": "leave evidence out of --verify",

@@ -2,30 +2,15 @@
 
 from collections.abc import Callable, Collection, Iterator
 
+from pipeline.text import WORDS
 from pipeline.text.normalize import words_of
 
 _COLORS = "red orange yellow green blue purple pink black white gray brown"
 _NUMBERS = ("two three four five six", "2 3 4 5 6")
-_OBJECTS = """
-man woman boy girl
-men women boys girls children
-dog cat horse cow sheep elephant giraffe zebra bear
-car truck bus train bicycle motorcycle boat airplane
-chair table bed sofa desk bench shelf
-shirt jacket dress coat hat helmet scarf
-pizza sandwich cake apple banana salad soup
-ball kite frisbee skateboard surfboard umbrella
-kitchen bedroom bathroom office
-beach street park forest field river
-cup bottle plate bowl vase
-phone laptop camera book
-tree flower bush
-circle square triangle cross ring star
-"""
 _SIZES = "small large"
 _OPPOSITES = "left right\nabove below\nunder over\ninside outside\nopen closed\nstanding sitting\nday night"
 GROUPS = {
-    "object": [line.split() for line in _OBJECTS.strip().splitlines()],
+    "object": [line.split() for line in WORDS["objects"].strip().splitlines()],
     "color": [_COLORS.split()],
     "number": [line.split() for line in _NUMBERS],
     "relation": [line.split() for line in (*_OPPOSITES.splitlines(), _SIZES)],

@@ -6,6 +6,7 @@ apostrophe, and punctuation is kept only in numbers. `is_same_answer` compares a
 
 import re
 
+from pipeline.text import WORDS
 from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 from pipeline.text.wordnet import dictionary_words, synonyms
 
@@ -21,21 +22,11 @@ _PERIOD = re.compile(r"\.(?!\d)")
 # The value of re.UNICODE, which the official code passes as the argument `count` by mistake.
 _MAX_REMOVED_PERIODS = 32
 
-# Contractions in the official table. Spellings that lack one apostrophe are mapped to these contractions.
-_CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
-needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
-somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
-there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't
-what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
-why're why's won't would've wouldn't wouldn't've y'all y'all'll you'd you'd've you'll you're you've
-"""
-
+# Spellings that lack one apostrophe are mapped to these contractions.
 
 _CONTRACTION_OF = {
     word[: mark.start()] + word[mark.end() :]: word
-    for word in _CONTRACTIONS.split()
+    for word in WORDS["contractions"].split()
     for mark in re.finditer("'", word)
 } | {
     "ow's'at": "'ow's'at",
