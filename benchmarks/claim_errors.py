@@ -11,12 +11,13 @@ questions confirm.
 """
 
 import argparse
+from collections import Counter
 from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.calibration import LEVELS, NEVER, TRUE, Findings, Share, correct_share
+from pipeline.dataset.calibration import LEVELS, NEVER, TRUE, Evidence, Findings, Share, correct_share
 from pipeline.dataset.statistics import wilson_interval
 
 IMAGES, KNOWN, MAX_LOST = 200, 3, 0.1
@@ -41,9 +42,12 @@ def evidence_of(answers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 def share_of(refuted: Array) -> Share:
     """Return the share of refuted claims. Shape of `refuted`: (images, claims)."""
-    hits, count = refuted.sum(1), refuted.shape[1]
-    n = refuted.size
-    return Share(hits.sum(), n, (hits**2).sum(), (hits * count).sum(), n * count, len(refuted))
+    return Share.of(refuted.sum(1), np.full(len(refuted), refuted.shape[1]))
+
+
+def evidence_by_image(evidence: npt.NDArray[np.int64]) -> Evidence:
+    """Return the evidence against the claims of each image. Shape of `evidence`: (images, claims)."""
+    return Counter(map(tuple, evidence.tolist()))
 
 
 def simulate(
@@ -66,10 +70,10 @@ def simulate(
         findings.claims[claims] = texts
         for kind, truth in ((TRUE, True), ("color", False)):
             known = evidence_of(ask(np.full((IMAGES, KNOWN), truth), wrong, always_yes, draw))
-            findings.known[kind] = {level: share_of(known >= level) for level in LEVELS}
+            findings.known[kind] = evidence_by_image(known)
         level = findings.choose_level(MAX_LOST)
         shown = min(level, LEVELS[-1])
-        found = share_of(evidence >= shown).inverted()
+        found = share_of(evidence >= shown).rest
         true = correct_share(found, findings.alarms(shown), findings.missed(shown))
         goal = 1 - error / claims
         low, high = wilson_interval(found.value * found.trials, found.trials)

@@ -10,13 +10,14 @@ is that of a simple random sample with the same variance between images.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import sqrt
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.dataset.statistics import wilson_interval
@@ -32,77 +33,58 @@ Z = 1.96
 MIN_GAIN = 0.1  # a check whose errors add up to more than 1 - MIN_GAIN tells nothing
 
 
-@dataclass(slots=True)
-class Share:
-    """A share of claims, with sums over clusters (images) of x matching claims and n claims."""
+Evidence = Counter[tuple[int, ...]]  # images by the evidence against each of their claims
 
-    x: float = 0
-    n: float = 0
-    xx: float = 0
-    xn: float = 0
-    nn: float = 0
-    clusters: int = 0
 
-    def add(self, hits: int, count: int) -> None:
-        """Add a cluster."""
-        self.x, self.n, self.clusters = self.x + hits, self.n + count, self.clusters + 1
-        self.xx, self.xn, self.nn = self.xx + hits**2, self.xn + hits * count, self.nn + count**2
+class Share(NamedTuple):
+    """A share of `count` claims. `trials` is the effective number of claims."""
 
-    def __add__(self, other: "Share") -> "Share":
-        return Share(*(getattr(self, name) + getattr(other, name) for name in Share.__slots__))
+    count: int
+    value: float
+    trials: float
 
-    @property
-    def value(self) -> float:
-        """The share."""
-        return self.x / self.n if self.n else 0.0
-
-    @property
-    def trials(self) -> float:
-        """The effective number of claims."""
+    @classmethod
+    def of(cls, hits: Any, counts: Any, images: Any = 1) -> "Share":
+        """Return the share of claims that hit, from arrays of hits and claims, and of images with these."""
+        n = int(np.sum(counts * images))
+        value = float(np.sum(hits * images)) / max(1, n)
         # The linearized variance of a ratio of sums over clusters (Cochran, Sampling Techniques, 6.3).
-        share, few = self.value, self.clusters / max(1, self.clusters - 1)
-        variance = few * (self.xx - 2 * share * self.xn + share**2 * self.nn) / max(1, self.n) ** 2
-        return min(self.n, share * (1 - share) / variance) if variance > 0 else self.n
+        variance = float(np.sum((hits - value * counts) ** 2 * images)) / max(1, n) ** 2
+        return cls(n, value, min(n, value * (1 - value) / variance) if variance > 0 else n)
 
-    def inverted(self) -> "Share":
-        """Return the share of the claims that do not match."""
-        xx, xn = self.nn - 2 * self.xn + self.xx, self.nn - self.xn
-        return Share(self.n - self.x, self.n, xx, xn, self.nn, self.clusters)
+    @property
+    def rest(self) -> "Share":
+        """The share of the other claims."""
+        return self._replace(value=1 - self.value)
 
     def describe(self) -> dict[str, Any]:
         """Return the share with its 95 % Wilson interval."""
         low, high = wilson_interval(self.value * self.trials, self.trials)
-        return {"count": int(self.n), **_rounded(share=self.value, low=low, high=high)}
+        return {"count": self.count, **_rounded(share=self.value, low=low, high=high)}
 
 
-Levels = dict[int, Share]  # the share of refuted claims by the least evidence that refutes a claim
-
-
-def _levels() -> Levels:
-    return {level: Share() for level in LEVELS}
+def share_refuted(evidence: Evidence, level: int) -> Share:
+    """Return the share of claims with at least this evidence against them."""
+    hits = [sum(against >= level for against in claims) for claims in evidence]
+    return Share.of(*map(np.array, (hits, [len(claims) for claims in evidence], [*evidence.values()])))
 
 
 @dataclass(slots=True)
 class Findings:
     """The findings of one check about known texts by kind, and about the texts of the dataset."""
 
-    known: dict[str, Levels] = field(default_factory=lambda: defaultdict(_levels))
-    found: Levels = field(default_factory=_levels)
+    known: dict[str, Evidence] = field(default_factory=lambda: defaultdict(Counter))
+    found: Evidence = field(default_factory=Counter)
     claims: Counter[int] = field(default_factory=Counter)  # captions by number of claims
     by_model: int = 0  # checked texts that a model wrote
 
-    def add(self, levels: Levels, evidence: Sequence[int]) -> None:
-        """Add the evidence against the claims of one image."""
-        for level, share in levels.items():
-            share.add(sum(against >= level for against in evidence), len(evidence))
-
     def alarms(self, level: int) -> Share | None:
         """Return the share of true texts that are refuted, or None if no texts are known to be true."""
-        return self.known[TRUE][level] if TRUE in self.known else None
+        return share_refuted(self.known[TRUE], level) if TRUE in self.known else None
 
     def missed(self, level: int) -> Share:
         """Return the share of false texts that are not refuted."""
-        return sum((self.known[kind][level] for kind in self.falsehoods), Share()).inverted()
+        return share_refuted(sum((self.known[kind] for kind in self.falsehoods), Counter()), level).rest
 
     @property
     def falsehoods(self) -> list[str]:
@@ -126,7 +108,7 @@ class Findings:
     def describe(self, level: int) -> dict[str, Any]:
         """Return the errors of the check, and the corrected share of true texts before any rejection."""
         shown = min(level, LEVELS[-1])  # at NEVER, the errors of the strictest level
-        found, alarms, missed = self.found[shown].inverted(), self.alarms(shown), self.missed(shown)
+        found, alarms, missed = share_refuted(self.found, shown).rest, self.alarms(shown), self.missed(shown)
         lost = self.lost_share(level)
         return {
             "min_evidence": level,
@@ -134,8 +116,8 @@ class Findings:
             "passed": found.describe(),
             "true": correct_share(found, alarms, missed),
             "false_alarms": alarms.describe() if alarms else None,
-            "missed": missed.describe() if missed.n else None,
-            "kinds": {kind: self.known[kind][shown].inverted().describe() for kind in self.falsehoods},
+            "missed": missed.describe() if missed.count else None,
+            "kinds": {k: share_refuted(self.known[k], shown).rest.describe() for k in self.falsehoods},
         }
 
 
@@ -160,10 +142,10 @@ def read_findings(tables: Iterable[pa.Table]) -> dict[str, Findings]:
             for text in row["calibration"] or ():
                 known[text["check"], text["kind"]].append(text["evidence"])
         for check, against in evidence.items():
-            findings[check].add(findings[check].found, against)
+            findings[check].found[tuple(against)] += bool(against)
         for (check, kind), against in known.items():
-            findings[check].add(findings[check].known[kind], against)
-    return {check: one for check, one in findings.items() if one.found[LEVELS[0]].n}
+            findings[check].known[kind][tuple(against)] += 1
+    return {check: one for check, one in findings.items() if one.found.total()}
 
 
 def _judged(is_wrong: Any) -> list[int]:
@@ -178,7 +160,7 @@ def correct_share(found: Share, alarms: Share | None, missed: Share) -> dict[str
     Reiczigel (2014). If no texts are known to be true, only a lower bound is known. Returns None if nothing
     is known, or if the check does not tell true texts from false ones.
     """
-    if not missed.n or not found.n:
+    if not missed.count or not found.count:
         return None
     alarm, true_trials = (alarms.value, alarms.trials) if alarms else (0.0, float("inf"))
     if alarm + missed.value >= 1 - MIN_GAIN:

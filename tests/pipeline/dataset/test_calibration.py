@@ -21,10 +21,7 @@ SCHEMA = pa.schema([*fields(STRING, "sample_id", "prompt_id"), *CALIBRATION, *fi
 
 
 def share(hits: int, count: int) -> Share:
-    one = Share()
-    for number in range(count):
-        one.add(int(number < hits), 1)
-    return one
+    return Share.of(np.arange(count) < hits, np.ones(count))
 
 
 def row(sample_id: str, *evidence: int, human: bool = False, **known: int) -> dict[str, Any]:
@@ -47,7 +44,7 @@ def test_share_of_true_texts_is_corrected_for_false_alarms_and_misses() -> None:
     without_truths = correct_share(share(875, 1000), None, share(40, 200))
     assert without_truths == {"share": None, "low": pytest.approx(0.82, abs=0.01), "high": 1.0}
     assert correct_share(share(1000, 1000), share(0, 200), share(200, 200)) is None  # a model that says yes
-    assert correct_share(share(1000, 1000), share(0, 200), Share()) is None
+    assert correct_share(share(1000, 1000), share(0, 200), share(0, 0)) is None
 
 
 def test_interval_contains_the_true_share_in_95_of_100_samples() -> None:
@@ -63,12 +60,10 @@ def test_interval_contains_the_true_share_in_95_of_100_samples() -> None:
 
 
 def test_claims_of_one_image_count_less_if_they_are_wrong_together() -> None:
-    together, apart = Share(), Share()
-    for number in range(100):
-        together.add(10 * (number % 10 == 0), 10)
-        apart.add(1, 10)
+    together = Share.of(np.array([10, 0]), np.array([10, 10]), np.array([10, 90]))
+    apart = Share.of(np.array([1]), np.array([10]), np.array([100]))
     assert together.value == apart.value == 0.1
-    assert together.trials == pytest.approx(99) and apart.trials == 1000
+    assert (together.trials, apart.trials) == (pytest.approx(100), 1000)
 
 
 def test_rows_give_errors_by_kind_and_the_share_before_rejection() -> None:
