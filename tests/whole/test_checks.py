@@ -72,7 +72,8 @@ class Model:
                 return Act(json.dumps({"answer": "purple" if wrong else truth_of(number)[kind]}))
         if task == "confirm":
             asked = task_of(body).removeprefix("Question: ")
-            is_true = all(detail in truth_of(number) for detail, _ in details_in(asked))
+            details = [detail for detail, _ in details_in(asked)]
+            is_true = bool(details) and set(details) <= {*truth_of(number)}
             is_yes = is_true != asked.startswith(("Is it false", "Is it wrong"))
             is_yes ^= hash_to_unit(number, asked) < self.wrong_share
             return Act(json.dumps({"answer": "Yes." if is_yes else "No."}))
