@@ -522,7 +522,8 @@ class AnnotationChecker:
             rank = partial(hash_to_unit, self.settings.seed, caption.sample_id)
             texts = (*known.captions[:1], caption.row["clean_text"])
             found = [(TRUE, text) for text in known.captions[:1]]
-            found += list(plant_falsehoods(texts[0], said, rank))[:MAX_FALSEHOODS]
+            planted = plant_falsehoods(texts[0], said, rank)
+            found += sorted(planted, key=lambda one: rank(one[0]))[:MAX_FALSEHOODS]
             found += [("other_image", text) for text in (known.foreign,) if text]
             asked += [(caption, kind, text) for kind, text in found]
         rows = [caption.row | {"clean_text": text} for caption, _, text in asked]

@@ -40,7 +40,7 @@ KEPT_COLUMNS = (
     "final_text", "final_question", "agreement", "answered_blind",
 )  # fmt: skip
 # Digests by seed. A change means that other rows are kept, or rejected for other reasons.
-OUTCOMES = {1: "309514153f751507", 3: "3b251921cfdecc56", 8: "3f0746b89ad95e81"}
+OUTCOMES = {1: "9683a86f15edeaa8", 3: "a64b5b6442c646fd", 8: "0f5f297088dc6831"}
 
 
 def settings() -> Config:
