@@ -1,6 +1,6 @@
 """Simulate the claims check with known truth: coverage of its intervals, and captions lost and found.
 
-    python benchmarks/claim_errors.py [--rounds 300] [--texts 200] [--claims 8]
+    python benchmarks/claim_errors.py [--rounds 300] [--texts 200] [--claims 8] [--seed 0]
 
 In a share of the captions, one claim is false. The model gives a wrong answer with one probability, and says
 "yes" to any question with another. Errors are independent. 200 images have three known truths and three known
@@ -105,9 +105,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--texts", type=int, nargs="*", default=[200, 2000])
     parser.add_argument("--claims", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for texts, error, wrong, always_yes in product(options.texts, ERRORS, WRONG, ALWAYS_YES):
-        draw = np.random.default_rng(0)
+        draw = np.random.default_rng([options.seed, *(round(100 * x) for x in (error, wrong, always_yes))])
         values = simulate(texts, options.claims, error, wrong, always_yes, options.rounds, draw)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(

@@ -358,7 +358,8 @@ class AnnotationChecker:
                         # The human captions are the texts to check, so they are not known to be true.
                         known = replace(known, captions=())
                     texts = (*known.captions, *(caption.row["clean_text"] for caption in of_sample))
-                    yield of_sample[0], known, {word for text in texts for word in words_of(text)}
+                    words = {word for text in texts for word in (*words_of(text), *content_words(text))}
+                    yield of_sample[0], known, words
 
     def _calibrate_claims(self, captions: Subjects) -> None:
         """Ask about known truths and falsehoods, and add the evidence against them to `calibration`."""
