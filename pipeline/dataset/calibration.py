@@ -12,6 +12,7 @@ is that of a simple random sample with the same variance between images.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from itertools import groupby
 from math import sqrt
 from operator import itemgetter
@@ -21,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.dataset.statistics import wilson_interval
+from pipeline.digests import hash_to_unit
 from pipeline.tables import HUMAN
 
 CLAIMS, JUDGE = "claims", "judge"
@@ -31,6 +33,25 @@ JUDGED = 4  # the evidence of a judge, who answers once
 FINDINGS = ("sample_id", "prompt_id", "claim_evidence", "judged_wrong", "calibration")
 Z = 1.96
 MIN_GAIN = 0.1  # a check whose errors add up to more than 1 - MIN_GAIN tells nothing
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTexts:
+    """Human captions of a sample, and a caption of another sample. Empty if the source has none."""
+
+    captions: tuple[str, ...]
+    foreign: str | None
+
+
+def choose_known_texts(samples: Iterable[pa.RecordBatch], number: int, seed: int) -> dict[str, KnownTexts]:
+    """Return the known texts of the samples with the least hashes, by sample id."""
+    rows = (row for batch in samples for row in batch.to_pylist())
+    chosen = nsmallest(number, rows, key=lambda row: hash_to_unit(seed, row["sample_id"]))
+    others = [*chosen[1:], *chosen[:1]] if len(chosen) > 1 else [{"references": []}]
+    return {
+        row["sample_id"]: KnownTexts(tuple(row["references"]), next(iter(other["references"]), None))
+        for row, other in zip(chosen, others, strict=False)
+    }
 
 
 Evidence = Counter[tuple[int, ...]]  # images by the evidence against each of their claims

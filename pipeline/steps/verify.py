@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +22,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.sections import FilterConfig, ServerConfig, VerifyConfig
-from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, JUDGED, NEVER, TRUE, read_findings
+from pipeline.dataset.calibration import (
+    CLAIMS,
+    FINDINGS,
+    JUDGE,
+    JUDGED,
+    NEVER,
+    TRUE,
+    KnownTexts,
+    choose_known_texts,
+    read_findings,
+)
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.dataset.records import described, read_record
 from pipeline.digests import hash_to_unit, weights_revision
@@ -230,14 +239,6 @@ class AskedClaim:
         return verification.evidence_against(self.answers)
 
 
-@dataclass(frozen=True, slots=True)
-class KnownTexts:
-    """Human captions of a sample, and of another sample. Empty if the source has none."""
-
-    captions: tuple[str, ...]
-    foreign: str | None
-
-
 @dataclass
 class AnnotationChecker:
     """Runs all checks on the annotations of a shard. Closing `stack` closes the judge."""
@@ -335,19 +336,8 @@ class AnnotationChecker:
 
     @cached_property
     def _known_texts(self) -> dict[str, KnownTexts]:
-        """The samples about which known truths and falsehoods are asked: those with the least hashes."""
-
-        def ranked() -> Iterator[tuple[float, str, list[str]]]:
-            for batch in read_samples(self.services.dataset, ["sample_id", "references"]):
-                for row in batch.to_pylist():
-                    yield hash_to_unit(self.settings.seed, row["sample_id"]), *row.values()
-
-        chosen = nsmallest(self.settings.verify.calibration, ranked())
-        others = [*chosen[1:], *chosen[:1]]
-        return {
-            sample_id: KnownTexts(tuple(texts), next(iter(foreign), None) if sample_id != other else None)
-            for (_, sample_id, texts), (_, other, foreign) in zip(chosen, others, strict=True)
-        }
+        batches = read_samples(self.services.dataset, ["sample_id", "references"])
+        return choose_known_texts(batches, self.settings.verify.calibration, self.settings.seed)
 
     def _known_of(self, captions: Subjects) -> Iterator[tuple[CheckedAnnotation, KnownTexts, set[str]]]:
         """Yield the first caption of each chosen sample, its known texts, and all words about the sample."""

@@ -12,6 +12,7 @@ from pipeline.dataset.calibration import (
     Findings,
     Share,
     checks_in_words,
+    choose_known_texts,
     correct_share,
     read_findings,
 )
@@ -97,3 +98,15 @@ def test_summary_states_share_errors_and_self_judgement() -> None:
         "m judges its own texts"
     )
     assert checks_in_words({"model": {"name": "m"}}) == []
+
+
+def test_known_texts_are_drawn_by_the_seed_and_do_not_depend_on_the_order_of_samples() -> None:
+    names = [f"{number:064x}" for number in range(20)]
+    rows = [{"sample_id": name, "references": [f"Text {name}."] * (name != names[3])} for name in names]
+    forward, backward = (
+        choose_known_texts([pa.RecordBatch.from_pylist(ordered)], 8, 0) for ordered in (rows, rows[::-1])
+    )
+    assert forward == backward and len(forward) == 8
+    assert forward.keys() != choose_known_texts([pa.RecordBatch.from_pylist(rows)], 8, 1).keys()
+    assert all(known.foreign not in known.captions for known in forward.values())
+    assert choose_known_texts([pa.RecordBatch.from_pylist(rows[:1])], 8, 0)[names[0]].foreign is None
