@@ -96,12 +96,20 @@ class Audit(_Part):
 
 
 class Rate(_Part):
-    """A share of texts, with its 95 % interval. The share is null if only bounds are known."""
+    """A share of texts, with its 95 % interval."""
+
+    count: Count
+    share: Share
+    low: Share
+    high: Share
+
+
+class CorrectedShare(_Part):
+    """A share that is corrected for the errors of a check. It is null if only bounds are known."""
 
     share: Share | None
     low: Share
     high: Share
-    count: Count = 0
 
 
 class CheckErrors(_Part):
@@ -112,7 +120,7 @@ class CheckErrors(_Part):
     min_evidence: Count
     lost: Share | None
     passed: Rate
-    true: Rate | None
+    true: CorrectedShare | None
     false_alarms: Rate | None
     missed: Rate | None
     kinds: dict[Name, Rate]
