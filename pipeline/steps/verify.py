@@ -247,6 +247,7 @@ class AnnotationChecker:
     settings: VerifySettings
     services: Services
     stack: ExitStack
+    _claims: dict[str, list[str]] = field(default_factory=dict)  # by caption
 
     @property
     def plan(self) -> RequestPlan:
@@ -270,6 +271,7 @@ class AnnotationChecker:
 
         `rows` must hold every annotation of each sample. Records of custom tasks are not checked.
         """
+        self._claims.clear()
         config, annotations = self.settings.verify, [CheckedAnnotation(row) for row in rows]
         subjects = [subject for subject in annotations if subject.row["clean_record"] is None]
         captions = [subject for subject in subjects if subject.caption is not None]
@@ -315,16 +317,17 @@ class AnnotationChecker:
         """
         if not self.settings.splits_claims:
             return {text: verification.rule_checks(text) for text in captions}
+        new = {text: sample_id for text, sample_id in captions.items() if text not in self._claims}
         build = partial(verification.build_claims, plan=self.plan)
-        requests = (build(text, sample_id) for text, sample_id in captions.items())
+        requests = (build(text, sample_id) for text, sample_id in new.items())
 
         def read(journal: Journal) -> dict[str, list[str]]:
-            return {text: verification.read_claims(text, self.plan, journal) for text in captions}
+            return {text: verification.read_claims(text, self.plan, journal) for text in new}
 
-        claims = self._ask("claims", _chunks(requests), len(captions), read)
-        unread = sum(not of_caption for of_caption in claims.values())
-        self._warn_of_unread(unread, len(captions), "captions", "unchecked")
-        return {text: list(map(verification.claim_checks, found)) for text, found in claims.items()}
+        self._claims |= self._ask("claims", _chunks(requests), len(new), read)
+        unread = sum(not self._claims[text] for text in new)
+        self._warn_of_unread(unread, len(new), "captions", "unchecked")
+        return {text: list(map(verification.claim_checks, self._claims[text])) for text in captions}
 
     def _ask_claims(self, claims: Sequence[AskedClaim]) -> None:
         """Ask the first two questions about each claim, and the others if these do not confirm the claim."""
