@@ -37,7 +37,8 @@ def ask(is_true: Array, wrong: float, always_yes: float, draw: np.random.Generat
 def evidence_of(answers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return the evidence against each claim. The first pair may confirm the claim."""
     first = answers[..., :2].sum(-1)
-    return np.where(first > -2, answers.sum(-1), first)
+    evidence: npt.NDArray[np.int64] = np.where(first > -2, answers.sum(-1), first)
+    return evidence
 
 
 def share_of(refuted: Array) -> Share:

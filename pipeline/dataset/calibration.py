@@ -11,12 +11,12 @@ is that of a simple random sample with the same variance between images.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import nsmallest
 from itertools import groupby
 from math import sqrt
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +57,8 @@ def choose_known_texts(samples: Iterable[pa.RecordBatch], number: int, seed: int
 Evidence = Counter[tuple[int, ...]]  # images by the evidence against each of their claims
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Share:
     """A share of `count` claims. `trials` is the effective number of claims."""
 
     count: int
@@ -76,7 +77,7 @@ class Share(NamedTuple):
     @property
     def rest(self) -> "Share":
         """The share of the other claims."""
-        return self._replace(value=1 - self.value)
+        return replace(self, value=1 - self.value)
 
     def describe(self) -> dict[str, Any]:
         """Return the share with its 95 % Wilson interval."""
@@ -173,7 +174,7 @@ def _judged(is_wrong: Any) -> list[int]:
     return [] if is_wrong is None else [JUDGED if is_wrong else -JUDGED]
 
 
-def correct_share(found: Share, alarms: Share | None, missed: Share) -> dict[str, float | None] | None:
+def correct_share(found: Share, alarms: Share | None, missed: Share) -> dict[str, Any] | None:
     """Return the share of true texts with its 95 % interval, from the share that the check did not refute.
 
     A check passes true texts except false alarms, and the false texts that it misses: the true share is

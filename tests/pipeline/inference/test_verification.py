@@ -90,7 +90,7 @@ def test_each_claim_has_questions_that_expect_yes_and_no() -> None:
 
 
 def test_rules_find_the_claims_about_drawn_scenes() -> None:
-    claims = [(check.question, check.expected) for (check,) in rule_checks(CAPTION["clean_text"])]
+    claims = [(check.question, check.expected) for (check,) in rule_checks("Two dogs on a gray background.")]
     assert claims == [("How many dogs are there?", "2"), ("What color is the background?", "gray")]
 
 
