@@ -86,8 +86,8 @@ def is_same_answer(one: str, other: str) -> bool:
     words, more = sorted((_answer_words(first), _answer_words(second)), key=len)
     is_part = bool(words) and all(any(_is_synonym(word, found) for found in more) for word in words)
     has_same_numbers = _numbers_in(words) == _numbers_in(more)
-    is_list = not _JOINING.isdisjoint({*words, *more}) and len(words) < len(more)
-    return is_part and has_same_numbers and not is_list
+    is_list = not _JOINING.isdisjoint({*words, *more}) or any(mark in one + other for mark in "/,&")
+    return is_part and has_same_numbers and not (is_list and len(words) < len(more))
 
 
 def _comparable(answer: str) -> str:

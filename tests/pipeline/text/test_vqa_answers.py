@@ -64,6 +64,7 @@ def test_yes_and_no_are_recognised_in_all_languages_with_their_marks(answer: str
         ("2 dogs", "dogs", False),
         ("red and white", "white and red", True),
         ("red and white", "red", False),
+        ("green/white", "green", False),
         ("red", "not red", False),
         ("left", "right", False),
         ("red", "unknown", False),
