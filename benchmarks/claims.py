@@ -6,7 +6,7 @@ FOLDER contains several human captions per image (`captions_human.jsonl.gz`: `im
 image is checked by `--verify claims`, unchanged and with each kind of error that fits: another object, color,
 number or relation, or a negation. A script replaces the model, so that only the check is measured. It
 splits a caption into clauses, and answers questions from all captions of the image. A second script answers
-yes to all questions and must confirm nothing. A third gives a wrong answer to one question in ten.
+yes to all questions and must refute nothing. A third gives a wrong answer to one question in ten.
 """
 
 import argparse
@@ -44,7 +44,9 @@ RELATIONS = {
     "right": "left",
 }
 JOINTS = re.compile(r"\s*(?:,|\.|;|\band\b|\bwhile\b|\bwith\b(?!out))\s*")
-ASKED = re.compile(r"Does the picture (show|lack) this: (.*)\?")
+ASKED = re.compile(
+    r"(Is it true that|Is it false that|Does the image show that|Is it wrong to say that) (.*)\?"
+)
 
 
 def plant(caption: str, kind: str, said: set[str], others: list[str], draw: random.Random) -> str | None:
@@ -122,18 +124,12 @@ def script_of(said_of: dict[str, set[str]], model: str, draw: random.Random) -> 
                 "Caption: "
             )
             parts = split_claims(json.loads(caption) if caption.startswith('"') else caption)
-            shown = [
-                {
-                    "claim": part,
-                    "question": f"Does the picture show this: {part}?",
-                    "opposite": f"Does the picture lack this: {part}?",
-                }
-                for part in parts
-            ]
-            return Act(json.dumps({"claims": shown}))
+            return Act(json.dumps({"claims": parts}))
         asked = ASKED.search(text)
         assert asked, text
-        is_right = holds(asked[2], said_of[uuid_of(body)]) == (asked[1] == "show")
+        is_right = holds(asked[2], said_of[uuid_of(body)]) == (
+            "false" not in asked[1] and "wrong" not in asked[1]
+        )
         if model == "wrong one time in ten" and draw.random() < 0.1:
             is_right = not is_right
         return Act(json.dumps({"answer": "yes" if is_right or model == "says yes" else "no"}))

@@ -12,25 +12,30 @@ from pathlib import Path
 
 LISTS = Path(__file__).parents[1] / "pipeline/text/wordnet"
 PARTS = ("noun", "verb", "adj", "adv")
+# Lexicographer files of what an image may show: acts, animals, artifacts, attributes, bodies, food, places,
+# objects, persons, phenomena, plants, shapes, substances and times, and all adjectives.
+VISIBLE = {"noun": {4, 5, 6, 7, 8, 13, 15, 17, 18, 19, 20, 25, 27, 28}, "adj": {0, 1, 44}}
 
 
 def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
     """Write the lists deterministically. Returns the number of lines in each."""
-    names: set[str] = set()
-    words: set[str] = set()
-    for part in PARTS:
+    words = {
+        line.split(" ", 1)[0]
+        for part in PARTS
+        for name in (f"index.{part}", f"{part}.exc")
+        for line in _lines(folder / name)
+    }
+    synonyms: set[str] = set()
+    for part, numbers in VISIBLE.items():
         # Fields of a data line: offset, file number, type, number of words (hexadecimal), first word, ...
-        first = (
-            line.split(" ", 5)[4].partition("(")[0] for line in _lines(folder / f"data.{part}")
-        )  # adjectives may have a marker: "afraid(p)"
-        names |= {name.lower().partition(".")[0].replace("_", " ") for name in first}
-        words |= {
-            line.split(" ", 1)[0]
-            for name in (f"index.{part}", f"{part}.exc")
-            for line in _lines(folder / name)
-        }
+        for fields in (line.split(" ") for line in _lines(folder / f"data.{part}")):
+            # Adjectives may have a marker: "afraid(p)".
+            names = {name.partition("(")[0].lower() for name in fields[4 : 4 + 2 * int(fields[3], 16) : 2]}
+            names = {name.replace("_", " ") for name in names if name.replace("_", "").isalpha()}
+            if int(fields[1]) in numbers and len(names) > 1:
+                synonyms.add("|".join(sorted(names)))
     lists = {
-        "names": sorted(names - {""}),
+        "synonyms": sorted(synonyms),
         "words": sorted({word.lower() for word in words if word.isalpha()}),
     }
     for name, lines in lists.items():

@@ -3,6 +3,7 @@
 The trial has its own folder. Its replies are kept in the journal of the dataset, for the real run.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,7 +53,12 @@ def estimate_run(config: Config, out: Path | None = None, progress: Progress | N
             sample = _sample_rows(source, AskSettings.of(plan), config.limit, journal)
         trial.journal.parent.symlink_to(folder.journal.parent.absolute(), target_is_directory=True)
         # Exclusions are skipped, because their source may be large. Only the real run reads it.
-        trial_config = config.model_copy(update={"exclude": (), "limit": None, "images": None})
+        # Known texts are asked about the same share of images as in the real run.
+        images = config.images or config.limit or source.count() or SAMPLED_IMAGES
+        calibration = min(1.0, SAMPLED_IMAGES / images) * config.verify.calibration
+        verify = config.verify.model_copy(update={"calibration": math.ceil(calibration)})
+        changes = {"exclude": (), "limit": None, "images": None, "verify": verify}
+        trial_config = config.model_copy(update=changes)
         rows = replace(source, read=lambda start: iter(sample.rows[start:]), count=lambda: None)
         trial_plan = replace(Plan.resolve(trial_config, trial), source=rows).with_engine(engine)
         try:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pipeline.config.sections import FilterConfig
 from pipeline.tables import HUMAN
-from pipeline.text import artifacts, language
+from pipeline.text import WORDS, artifacts, language
 from pipeline.text.normalize import text_key, words_of
 from pipeline.text.phrases import phrases_in
 from pipeline.text.refusals import is_refusal as says_refusal
@@ -69,11 +69,7 @@ _ELSEWHERE = re.compile(
     rf"|(?<!this )(?<!the ){_PICTURE}s? (?:number |no\. ?)?\d+)\b"
 )
 # Nearly every match of _ELSEWHERE has one of these words, or the number of an image.
-_ELSEWHERE_WORDS = """
-above below provided following previous preceding earlier previously already as first second third fourth
-number no
-"""
-_ELSEWHERE_HINTS = frozenset([*_ELSEWHERE_WORDS.split(), *map(str, range(100))])
+_ELSEWHERE_HINTS = frozenset([*WORDS["elsewhere"].split(), *map(str, range(100))])
 _ELSEWHERE_IN_QUESTION = re.compile(
     rf"\b(?:text (?:above|below|provided)\b{_IN_IMAGE}|(?:above|below|following|previous) (?:text|sentence)s?"
     rf"|shown (?:earlier|previously)|based (?:only )?on (?:the|this) (?:text|passage|context|information"

@@ -109,9 +109,6 @@ def generate_dataset(
     if cluster is not None and config.images is not None:
         hint = "set how many images to read instead: --limit N"
         raise ConfigError("--images is not supported by --executor ray", hint=hint)
-    if config.balance.entries:
-        # Report an unreadable file before any request is sent.
-        balance.read_entries(config.balance.entries)
     plan = Plan.open(config, out, progress)
     progress.message(describe_start(plan))
     stats = RequestStats()

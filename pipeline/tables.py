@@ -109,20 +109,29 @@ FILTERED = pa.schema(
 # verify: the results of the checks (inference/verification.py).
 # agreement: for a question, 1 if the model repeated the answer, else 0. For a caption, share of its claims
 #     that the model confirmed
+# evidence: of the most refuted claim of a caption: answers that refute it, less answers that confirm it
 # answered_blind: whether the model gave the same answer without the image
 # sufficient, necessary: whether the answer was found from the evidence pages alone, and not from the others
 # coverage: share of the questions about the image that the caption answers
-# shared_words: share of the caption's content words that occur in any human caption of the image
-# RUBRIC: scores from a judge, from 1 to 5
+# judged_wrong: whether a judge found a wrong statement
+# RUBRIC: scores from the judge, from 1 to 5
 RUBRIC = ("relevance", "grounding", "correctness", "form")
-CHECK = pa.struct(fields(STRING, "kind", "question", "expected", "answer"))
+CHECK = pa.struct(fields(STRING, "kind", "claim", "question", "expected", "answer"))
 VERIFIED = pa.schema(
     [
         *fields(FLOAT64, "agreement"),
         *fields(BOOL, "answered_blind", "sufficient", "necessary"),
-        *fields(FLOAT64, "coverage", "shared_words"),
+        *fields(FLOAT64, "coverage"),
+        *fields(INT32, "evidence"),
+        *fields(BOOL, "judged_wrong"),
         *fields(INT32, *RUBRIC),
     ]
+)
+# A text that is known to be true (kind `reference`) or false, with a check's evidence against it.
+CALIBRATED = pa.struct([*fields(STRING, "check", "kind"), *fields(INT32, "evidence")])
+# verify: the evidence against each claim of a caption as it was before a repair, and the known texts.
+CALIBRATION = pa.schema(
+    [*fields(pa.list_(INT32), "claim_evidence"), *fields(pa.list_(CALIBRATED), "calibration")]
 )
 
 # Images and texts that must not be used for training (sources/exclusions.py). `name` is SOURCE#SPLIT.
@@ -162,14 +171,8 @@ DEDUPED = pa.schema(
 )
 
 # balance: `question_type` is the first two words of a question. `pair_id` is common to two equal questions
-# about two images with different answers. `entries` are positions in the list of caption entries.
-BALANCED = pa.schema(
-    [
-        *fields(STRING, "question_type", "pair_id"),
-        *fields(pa.list_(INT32), "entries"),
-        *fields(FLOAT64, "keep_probability"),
-    ]
-)
+# about two images with different answers.
+BALANCED = pa.schema(fields(STRING, "question_type", "pair_id"))
 
 # `prompt_id` of a text that was edited in a review.
 REVIEWED = "review"
@@ -208,9 +211,7 @@ QA_PAIR = pa.struct(
 REJECTED = pa.field("rejected", STRING)
 # Optional fields of annotations in `captions` and `qa`: scores and rejected texts.
 ADDED = {
-    "captions": pa.schema(
-        [*fields(FLOAT64, "precision", "coverage", "shared_words"), *fields(INT32, *RUBRIC), REJECTED]
-    ),
+    "captions": pa.schema([*fields(FLOAT64, "precision", "coverage"), *fields(INT32, *RUBRIC), REJECTED]),
     "qa": pa.schema(fields(INT32, *RUBRIC)),
 }
 ADDED_FIELDS = tuple(dict.fromkeys(name for schema in ADDED.values() for name in schema.names))

@@ -56,14 +56,17 @@ def run_step(
 
 def with_results(table: pa.Table) -> pa.Table:
     """Append the results of `checks` (tables.VERIFIED)."""
-    rows = table.select(["clean_question", "checks"]).to_pylist()
+    rows = table.to_pylist()
     results = [verify.results_of(row["checks"], is_caption=row["clean_question"] is None) for row in rows]
-    return append_columns(table, pa.Table.from_pylist(results, schema=VERIFIED))
+    for row, result in zip(rows, results, strict=True):
+        result["evidence"] = row.get("evidence") or result["evidence"]
+    given = table.drop_columns([name for name in VERIFIED.names if name in table.column_names])
+    return append_columns(given, pa.Table.from_pylist(results, schema=VERIFIED))
 
 
 def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
     """Run the verify step on rows with `checks` and `alignment`."""
-    settings = {"checks": ["round_trip"], **settings}
+    settings = {"checks": ["round_trip", "claims"], **settings}
     return run_step(verify.STEP, with_results(table), shards, StepFile("verify", "prepared"), verify=settings)
 
 

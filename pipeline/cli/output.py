@@ -144,6 +144,7 @@ def print_run_result(
     The JSON also contains the warnings in `shown`, which were printed during the run.
     """
     from pipeline.config import NO_MODEL
+    from pipeline.dataset.calibration import checks_in_words
     from pipeline.dataset.integrity import missing_files
     from pipeline.sources.base import first_names
     from pipeline.tables import SPLITS
@@ -166,6 +167,8 @@ def print_run_result(
         else f"nothing new: {version.name} already has exactly these rows"
     )
     note_previews(version, version.path)
+    for text in checks_in_words(version.manifest):
+        say(text)
     is_trainable = not {"captions", "qa"}.isdisjoint(version.manifest["columns"])
     is_trainable &= all(version.manifest["rows"].get(split) for split in SPLITS)
     train = f", synth train {folder}" if is_trainable else ""

@@ -144,7 +144,7 @@ OPTIONS = (
     RunOption("--pairs", bool, TEXTS, "Also keep the worst of --samples, for preference training.",
         "select.pairs"),
     RunOption("--verify", str, TEXTS,
-        "Checks: round_trip, claims, covers, blind, evidence, alignment, references.", "verify.checks",
+        "Checks: round_trip, claims, covers, blind, evidence, alignment.", "verify.checks",
         metavar="CHECKS", default="nothing", read=read_names, is_common=True),
     RunOption("--repair", bool, TEXTS, "Rewrite captions that have false claims (--verify claims).",
         "verify.repair"),

@@ -193,8 +193,7 @@ def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[
         problem = f"the manifest {file} sets a judge: its server would get your images and your API key"
         raise ConfigError(problem, hint=hint)
     missing = [key for key in ("split_list", "captions") if settings.get(key) and not options.get(key)]
-    for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
-        missing += [f"{section}.{key}"] if sections.get(section, {}).get(key) else []
+    missing += ["generate.prompt_dir"] if sections.get("generate", {}).get("prompt_dir") else []
     if missing:
         raise ConfigError(f"{file} refers to a file that does not exist here: {missing[0]}", hint=hint)
 

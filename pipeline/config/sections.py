@@ -403,16 +403,18 @@ class FilterConfig(Section):
         return self
 
 
-Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignment", "references"]
+Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignment"]
 
 
 class VerifyConfig(Section):
     """Checks that ask the model about annotations again. A null threshold only measures."""
 
     checks: Distinct[Check] = ()
-    """Checks: `round_trip`, `claims`, `covers`, `blind`, `evidence`, `alignment`, `references`."""
-    min_claims_supported: float = Field(default=1.0, ge=0, le=1)
-    """Minimum share of confirmed claims of a caption."""
+    """Checks: `round_trip`, `claims`, `covers`, `blind`, `evidence`, `alignment`."""
+    calibration: int = Field(default=200, ge=0)
+    """Maximum images about which claims and a judge are also asked known truths and falsehoods."""
+    max_true_captions_lost: float = Field(default=0.1, ge=0, le=1)
+    """Maximum share of true captions that the check `claims` may reject, as estimated from known truths."""
     repair: bool = False
     """Rewrite captions that have a false claim. Needs the check `claims`."""
     judge: Annotated[str, Field(pattern=JUDGE)] | None = None
@@ -423,8 +425,6 @@ class VerifyConfig(Section):
     """Minimum of each score of the judge, from 1 to 5. Null rejects no text."""
     min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None
     """Minimum share of the image's questions that a caption answers. Null rejects no text."""
-    min_shared_words: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Minimum share of a caption's content words that a caption of the source has. Null rejects no text."""
     min_blind_frac: float = Field(default=0.8, gt=0, le=1)
     """A question counts as answerable without an image if this share of its images has the same answer."""
     max_answer_frequency: float = Field(default=0.1, ge=0, le=1)
@@ -470,7 +470,7 @@ class DedupeConfig(Section):
 
 
 class BalanceConfig(Section):
-    """Limits on over-represented answers and captions."""
+    """Limits on over-represented answers."""
 
     max_answer_frac: float = Field(default=0.4, gt=0, le=1)
     """Maximum share of one answer among the questions of one type."""
@@ -478,14 +478,6 @@ class BalanceConfig(Section):
     """The same for yes and no, and for types with two answers."""
     min_questions_per_type: int = Field(default=50, ge=1)
     """Types with fewer questions are balanced together."""
-    tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """MetaCLIP's p for balancing captions, such as `0.06`. Null keeps all captions."""
-    keep_best_caption: bool = True
-    """Always keep one caption of each image: the one that names the rarest entries."""
-    entries: Path | None = None
-    """Text file of entries, one per line, by which captions are balanced. Null uses the words of the captions
-    and names of WordNet.
-    """
 
     def max_share(self, answers: Collection[str]) -> float:
         """Return the largest share that one of these answers to one type of question may have."""

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined, Template, TemplateError
 
 from pipeline.config import NO_MODEL
 from pipeline.dataset.audit import audit_in_words
+from pipeline.dataset.calibration import checks_in_words
 from pipeline.errors import StoreError
 from pipeline.tasks import TASKS
 from pipeline.tasks.custom import CARD_CATEGORIES
@@ -41,6 +42,7 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
         repo=repo,
         scores=SCORES_IN_WORDS,
         audit_in_words=audit_in_words(manifest.get("audit")),
+        checks_in_words=checks_in_words(manifest),
         writers=_writers(manifest),
         configs=_configs(manifest),
     )

@@ -12,7 +12,7 @@ from pipeline.digests import file_digest, public_name, without_folders
 from pipeline.tables import REJECTED, RUBRIC, Extras
 from pipeline.tasks import Tasks, wire_schema
 from pipeline.tasks.base import Task
-from pipeline.tasks.checks import ANSWER, CLAIMS, COVERS, RATE, REPAIR
+from pipeline.tasks.checks import ANSWER, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
 from pipeline.tasks.custom import own_columns, publishable_task
 from pipeline.tasks.prompts import prompt_texts
 
@@ -31,9 +31,11 @@ class StepSummary:
 def asked_tasks(config: Config, tasks: Tasks) -> tuple[Task, ...]:
     """Return the tasks that a run asks the model, including the tasks for its checks."""
     checks = set(config.verify.checks)
+    has_rules = "claims" in checks and not config.splits_claims
     asked = {
-        ANSWER: checks & {"round_trip", "claims", "blind", "evidence"},
+        ANSWER: checks & {"round_trip", "blind", "evidence"} or has_rules,
         CLAIMS: config.splits_claims,
+        CONFIRM: config.splits_claims,
         REPAIR: config.verify.repair,
         COVERS: "covers" in checks,
         RATE: config.verify.judge,
@@ -48,7 +50,6 @@ def row_extras(config: Config, tasks: Tasks) -> Extras:
     is_measured = {
         "precision": config.splits_claims,
         "coverage": "covers" in checks,
-        "shared_words": "references" in checks,
         **dict.fromkeys(RUBRIC, bool(config.verify.judge)),
         REJECTED.name: config.select.pairs,
     }
@@ -120,8 +121,6 @@ def publishable_settings(config: Config, tasks: Tasks, source: str, model: str) 
         settings["split_list"] = file_digest(config.split_list)
     if config.generate.prompt_dir:
         settings["generate"]["prompt_dir"] = config.generate.prompt_dir.name
-    if config.balance.entries:
-        settings["balance"]["entries"] = file_digest(config.balance.entries)
     settings["verify"]["clip_model"] = public_name(config.verify.clip_model)
     judge = config.verify.judge
     settings["verify"]["judge"] = judge and without_folders(judge.partition(AT_SERVER)[0])

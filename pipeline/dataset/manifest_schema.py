@@ -122,6 +122,37 @@ class Audit(_Part):
     rates: list[AuditRate]
 
 
+class Rate(_Part):
+    """A share of texts, with its 95 % interval."""
+
+    count: Count
+    share: Share
+    low: Share
+    high: Share
+
+
+class CorrectedShare(_Part):
+    """A share that is corrected for the errors of a check. It is null if only bounds are known."""
+
+    share: Share | None
+    low: Share
+    high: Share
+
+
+class CheckErrors(_Part):
+    """The errors of a check, and the share of true texts before any rejection, corrected by them."""
+
+    check: Name
+    judges_itself: bool
+    min_evidence: Count
+    lost: Share | None
+    passed: Rate
+    true: CorrectedShare | None
+    false_alarms: Rate | None
+    missed: Rate | None
+    kinds: dict[Name, Rate]
+
+
 class Settings(_Part):
     """The settings that cards, checks and conversations read."""
 
@@ -163,6 +194,7 @@ class Manifest(_Part):
     acknowledged: list[Name] = []
     review: dict[Name, Count] = {}
     audit: Audit | None = None
+    checks: list[CheckErrors] = []
 
     @model_validator(mode="after")
     def _check_columns(self) -> "Manifest":

@@ -1,7 +1,7 @@
 """Write the files of a version, and publish them atomically under the name of the version."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,11 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish the rows of all shards as the next version. Return it, and whether it is new.
 
-    If the newest version has the same rows and audit, it is returned, unless only it is a preview. `draft` is
-    a scratch folder next to the versions. `digests` (DIGESTS) is sorted by id. `provenance` has the manifest
-    fields about the run. `check` raises StoreError if another command has taken over the folder. Raises
-    TableError if no row is left or the shards have different columns, and StoreError if images are missing.
+    If the newest version has the same rows, audit and errors of checks, it is returned, unless only it is a
+    preview. `draft` is a scratch folder next to the versions. `digests` (DIGESTS) is sorted by id.
+    `provenance` has the manifest fields about the run. `check` raises StoreError if another command has taken
+    over the folder. Raises TableError if no row is left or the shards have different columns, and StoreError
+    if images are missing.
     """
     if not digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"
@@ -156,12 +157,12 @@ def publish_version(
     pairs = zip(*digests.to_pydict().values(), strict=True)
     content_digest = version_digest(pairs, columns, extras.scores)
     if parent is not None and parent.manifest["digest"] == content_digest:
-        has_same_audit = parent.manifest.get("audit") == provenance.get("audit")
         is_as_complete = not parent.is_preview or provenance["source"].get("preview")
-        if has_same_audit and is_as_complete:
+        if is_as_complete and _measured(parent.manifest) == _measured(provenance):
             return parent, False
     schema = row_schema(columns, extras)
-    name = next_version(parent, digests["sample_id"], schema, dataset.taken_numbers())
+    taken, config = dataset.taken_numbers(), provenance.get("config", {})
+    name = next_version(parent, digests["sample_id"], schema, taken, config)
     files = _number_files(written)
     write_table(draft / REJECTIONS_FILE, rejections, REJECTIONS)
     write_table(draft / IMAGES_FILE, [_image_digests(dataset, digests["sample_id"])], IMAGE_DIGESTS)
@@ -204,11 +205,16 @@ def _number_files(written: Sequence[RowWriter]) -> list[tuple[Path, str, dict[st
 
 
 def next_version(
-    parent: Version | None, sample_ids: pa.ChunkedArray, schema: pa.Schema, taken: Sequence[tuple[int, ...]]
+    parent: Version | None,
+    sample_ids: pa.ChunkedArray,
+    schema: pa.Schema,
+    taken: Sequence[tuple[int, ...]],
+    config: Mapping[str, Any],
 ) -> str:
     """Return the next version name, with a higher number than all in `taken`.
 
-    The major number increases if columns or scores change, the minor if rows are added, else the patch.
+    The major number increases if columns or scores change, the minor if rows are added or other tasks or
+    caption styles were asked, else the patch.
     """
     if parent is None and not taken:
         return FIRST
@@ -216,7 +222,8 @@ def next_version(
     if parent is None or parent.schema != schema:
         return f"v{major + 1}.0.0"
     is_old = pc.is_in(sample_ids, pa.array(parent.sample_ids(), pa.string()))
-    if not pc.all(is_old).as_py():
+    asks_others = _asked_texts(config) != _asked_texts(parent.manifest.get("config", {}))
+    if asks_others or not pc.all(is_old).as_py():
         return f"v{major}.{minor + 1}.0"
     return f"v{major}.{minor}.{patch + 1}"
 
@@ -259,3 +266,13 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
             flush_file(path)
     draft.rename(final)
     flush_folder(final.parent)
+
+
+def _asked_texts(config: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Return the tasks and the caption styles of a run."""
+    return {*(config.get("tasks") or ())}, {*config.get("generate", {}).get("caption_styles", ())}
+
+
+def _measured(manifest: dict[str, Any]) -> list[Any]:
+    """Return the fields that may change while the rows stay the same."""
+    return [manifest.get("audit"), manifest.get("checks")]

@@ -24,7 +24,7 @@ from pipeline.storage.object_store import is_remote
 
 DONE, PREPARED = "done", "prepared"  # names of records
 INTERNAL_FILES = ("prepared", "compared")  # tables that are read only by the step that writes them
-CODE = {"pipeline": (".py", ".gz"), "prompts": (".j2", ".yaml")}  # suffixes of code files, by folder
+CODE = {"pipeline": (".py", ".gz", ".toml"), "prompts": (".j2", ".yaml")}  # suffixes of code files, by folder
 
 
 def step_key(name: str, settings: Any, files: Sequence[Path], inputs: Sequence[str]) -> str:

@@ -63,7 +63,8 @@ class DatasetStatistics:
                 self.answers[pair["answer_type"] or "other"][pair["answer"].lower()] += 1
             for annotation in (*row["captions"], *row["qa"]):
                 for name in SCORE_NAMES:
-                    if annotation.get(name) is not None:
+                    # Captions with refuted claims were rejected, so a mean precision would state nothing.
+                    if annotation.get(name) is not None and name != "precision":
                         self.scores[name].add(annotation[name])
             for task in row.keys() - {*ROW.names, "split"}:
                 self._add_value(task, row[task])

@@ -19,7 +19,7 @@ from pipeline.sources.duplicates import REPEATED
 from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
 from pipeline.tasks.base import MAX_QA_PAIRS
-from pipeline.tasks.checks import MAX_CLAIMS
+from pipeline.tasks.checks import MAX_CLAIMS, PHRASINGS
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
@@ -76,7 +76,7 @@ def describe_requests(plan: Plan) -> str:
     asked = [(plan.tasks[name], requests.count_replies(plan.tasks[name])) for name, _ in requests.pairs]
     captions = sum(replies for task, replies in asked if task.text_field)
     questions = sum(MAX_QA_PAIRS for task, _ in asked if task.rows_field == "qa")
-    per_caption = {"claims": 1 + 2 * MAX_CLAIMS, "covers": questions}
+    per_caption = {"claims": 1 + len(PHRASINGS) * MAX_CLAIMS, "covers": questions}
     per_question = {"round_trip": 1, "blind": 1, "evidence": 2}
     checks = sum(
         captions * per_caption.get(check, 0) + questions * per_question.get(check, 0)

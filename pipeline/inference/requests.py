@@ -17,7 +17,7 @@ from pipeline.sources import find_source
 from pipeline.tasks import TASKS, Tasks, tasks_making, wire_schema
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
 from pipeline.tasks.caption import max_tokens_of
-from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR
+from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
 from pipeline.tasks.custom import CustomTask
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, prompt_texts, render
 from pipeline.text.language_codes import language_name
@@ -235,10 +235,11 @@ def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
             render(task, folders, context, styles, _empty_results(plan, task, nulls=nulls), style=style)
     if has_checks:
         render(ANSWER, folders, question="?")
-        render(CLAIMS, folders, caption="")
+        render(CLAIMS, folders, caption="", count=1)
+        render(CONFIRM, folders, question="?")
         render(COVERS, folders, caption="", question="?")
         render(RATE, folders, caption="", question="?", answer="")
-        render(REPAIR, folders, caption="", answers=())
+        render(REPAIR, folders, caption="", claims=())
 
 
 def result_name(name: str, style: str) -> str:

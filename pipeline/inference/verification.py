@@ -2,11 +2,14 @@
 
 Each check asks the model that wrote the annotation a question, with greedy decoding and without showing the
 earlier answer. Blind checks show no image, evidence checks show only some pages of a deck, and `covers` shows
-a caption instead of the image. To check the claims of a caption, the model first splits the caption into
-questions that expect "yes" or "no", without seeing the image.
+a caption instead of the image. To check a caption, the model first splits it into claims without seeing the
+image. A rule turns each claim into pairs of questions, of which a true claim answers one with yes and one
+with no. The second pair is asked only if the first does not confirm the claim.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from pipeline.config.sections import VerifyConfig
@@ -14,46 +17,55 @@ from pipeline.digests import digest
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import last_reply
 from pipeline.inference.requests import RequestPlan
-from pipeline.scenes.claims import Claim, extract_claims
+from pipeline.scenes.claims import extract_claims
 from pipeline.tables import RUBRIC
 from pipeline.tasks import find_broken_rule
-from pipeline.tasks.checks import ANSWER, BLIND, CLAIMS, COVERS, RATE, REPAIR
+from pipeline.tasks.base import Task
+from pipeline.tasks.checks import (
+    ANSWER,
+    BLIND,
+    CANNOT_TELL,
+    CLAIMS,
+    CONFIRM,
+    COVERS,
+    MAX_CLAIMS,
+    PHRASINGS,
+    RATE,
+    REPAIR,
+    count_claims,
+    questions_about,
+)
 from pipeline.tasks.replies import parse_reply, read_fields
-from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
-from pipeline.text.vqa_answers import is_negative, normalize_answer
+from pipeline.text.vqa_answers import is_same_answer
 from pipeline.types import Request, SampleBatch
 
 # From template variables to columns.
 _RATED = {"caption": "clean_text", "question": "clean_question", "answer": "clean_answer"}
-MIN_CLAIMS_TOKENS = 800  # eight claims with two questions each take about 350 tokens
+MIN_CLAIMS_TOKENS = 800  # 24 claims take about 350 tokens
+# The evidence of a claim is the number of answers that refute it, less the number of those that confirm it.
+MAX_EVIDENCE = len(PHRASINGS)
+# Evidence from which a claim counts as refuted: both orders of a question, or three of four answers.
+REFUTED = 2
 
 
 class Check(NamedTuple):
-    """One question about an annotation."""
+    """One question about an annotation, or about one of its claims."""
 
     kind: str
     question: str
     expected: str
     pages: tuple[int, ...] | None = None  # page numbers to show, counted from 1, or None for all
     caption: str | None = None  # the caption to show instead of the image
+    task: Task = ANSWER
+    claim: str | None = None
 
 
-def checks_of(
-    row: dict[str, Any], config: VerifyConfig, claims: Sequence[Claim] | None = None
-) -> list[Check]:
-    """Return the checks of an annotation, in order. `row` has the columns of tables.ANNOTATION and FILTERED.
-
-    `claims` are a caption's claims as split by the model. If None, rules for drawn scenes extract the claims.
-    """
-    if row["clean_text"] is not None:
-        if "claims" not in config.checks:
-            return []
-        claims = extract_claims(row["clean_text"]) if claims is None else claims
-        return [Check("claims", claim.question, claim.expected) for claim in claims]
+def question_checks(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
+    """Return the checks of a question, in order. `row` has the columns of tables.ANNOTATION and FILTERED."""
     question, answer = row["clean_question"], row["clean_answer"]
     checks = [Check("round_trip", question, answer)] if "round_trip" in config.checks else []
     if "blind" in config.checks:
-        checks.append(Check("blind", question, answer, ()))
+        checks.append(Check("blind", question, answer, (), task=BLIND))
     evidence = tuple(row["evidence_pages"] or ())
     other_pages = tuple(page for page in range(1, row["pages"] + 1) if page not in evidence)
     if "evidence" in config.checks and evidence and other_pages:
@@ -68,13 +80,31 @@ def coverage_checks(
     """Return one check per (question, expected answer) pair: whether the caption answers the question."""
     if caption is None or "covers" not in config.checks:
         return []
-    return [Check("covers", question, answer, (), caption) for question, answer in questions]
+    return [Check("covers", question, answer, (), caption, COVERS) for question, answer in questions]
+
+
+def claim_checks(claim: str) -> list[Check]:
+    """Return the questions about a claim that the model found, in pairs."""
+    return [
+        Check("claims", question, expected, task=CONFIRM, claim=claim)
+        for question, expected in questions_about(claim)
+    ]
+
+
+def rule_checks(caption: str) -> list[list[Check]]:
+    """Return one question for each claim of a caption about a drawn scene. Rules find the claims."""
+    return [
+        [Check("claims", one.question, one.expected, claim=f"{one.question} {one.expected}")]
+        for one in extract_claims(caption)
+    ]
 
 
 def build_claims(caption: str, sample_id: str, plan: RequestPlan) -> Request:
     """Return the request that asks the model to split a caption into claims."""
     max_tokens = max(plan.generate.max_tokens, MIN_CLAIMS_TOKENS)
-    fields, shared_digest = plan.fields(CLAIMS, max_tokens=max_tokens, caption=caption)
+    fields, shared_digest = plan.fields(
+        CLAIMS, max_tokens=max_tokens, caption=caption, count=count_claims(caption)
+    )
     return _text_request(fields, shared_digest, sample_id, "claims")
 
 
@@ -84,23 +114,17 @@ def _text_request(fields: dict[str, Any], shared_digest: str, sample_id: str, st
     return Request(id=request_id, sample_id=sample_id, style=style, pages=(), **fields)
 
 
-def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[Claim]:
-    """Return the claims that the model found, each as two questions that expect "yes" and "no"."""
+def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[str]:
+    """Return the distinct claims that the model found in a caption."""
     reply = last_reply(build_claims(caption, "", plan), journal)
     usable = [fields for fields, error in read_fields(CLAIMS, reply) if not error]
     rows = [fields for fields in usable if not find_broken_rule(CLAIMS, fields)]
-    return [
-        Claim(row[name], expected)
-        for row in rows
-        for name, expected in (("question", "yes"), ("opposite", "no"))
-    ]
+    return list(dict.fromkeys(row["claim"] for row in rows))[:MAX_CLAIMS]
 
 
-def build_repair(
-    caption: str, answers: Sequence[tuple[str, str]], sample_id: str, plan: RequestPlan
-) -> Request:
-    """Return the request that asks the model to remove claims that contradict (question, answer) pairs."""
-    fields, shared_digest = plan.fields(REPAIR, caption=caption, answers=tuple(answers))
+def build_repair(caption: str, claims: Sequence[str], sample_id: str, plan: RequestPlan) -> Request:
+    """Return the request that asks the model to remove these claims from a caption."""
+    fields, shared_digest = plan.fields(REPAIR, caption=caption, claims=tuple(claims))
     return _text_request(fields, shared_digest, sample_id, "repair")
 
 
@@ -120,19 +144,18 @@ def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
     return Request(id=request_id, sample_id=row["sample_id"], style="rate", **fields)
 
 
-def read_rating(row: dict[str, Any], plan: RequestPlan, journal: Journal) -> dict[str, int | None]:
-    """Return the score of an annotation for each criterion. All scores are None if the reply is unusable."""
+def read_rating(row: dict[str, Any], plan: RequestPlan, journal: Journal) -> dict[str, Any]:
+    """Return `judged_wrong` and the score for each criterion. All are None if the reply is unusable."""
     fields, error = read_fields(RATE, last_reply(build_rating(row, plan), journal))[0]
-    is_usable = not error and not find_broken_rule(RATE, fields)
-    return {name: int(fields[name]) if is_usable else None for name in RUBRIC}
+    if error or find_broken_rule(RATE, fields):
+        return dict.fromkeys(("judged_wrong", *RUBRIC))
+    return {"judged_wrong": fields["is_wrong"] == "yes"} | {name: int(fields[name]) for name in RUBRIC}
 
 
 def build_check(check: Check, sample_id: str, plan: RequestPlan) -> Request:
     """Return the request for a check. `with_images` adds the images."""
-    if check.caption is None:
-        fields, shared_digest = plan.fields(BLIND if check.pages == () else ANSWER, question=check.question)
-    else:
-        fields, shared_digest = plan.fields(COVERS, question=check.question, caption=check.caption)
+    shown: dict[str, Any] = {} if check.caption is None else {"caption": check.caption}
+    fields, shared_digest = plan.fields(check.task, question=check.question, **shown)
     image = sample_id if check.pages != () else None
     request_id = digest({"image": image, "pages": check.pages, "about": shared_digest})
     return Request(id=request_id, sample_id=sample_id, style=check.kind, pages=check.pages, **fields)
@@ -159,39 +182,41 @@ def read_checks(
     for check in checks:
         request = build_check(check, sample_id, plan)
         row = parse_reply(request, last_reply(request, journal))[0]
-        answer = None if row["reply_error"] else row["answer"]
-        rows.append(
-            {"kind": check.kind, "question": check.question, "expected": check.expected, "answer": answer}
-        )
+        answer = None if row["reply_error"] or find_broken_rule(check.task, row) else row["answer"]
+        asked = {name: getattr(check, name) for name in ("kind", "claim", "question", "expected")}
+        rows.append(asked | {"answer": answer})
     return rows
 
 
 def share_confirmed(checks: Iterable[Mapping[str, Any]], kind: str) -> float | None:
-    """Return the share of confirmed checks (tables.CHECK) of one kind, or None if no answer is usable.
-
-    For claims, a question that expects "no" counts as one check together with the preceding question.
-    """
-    groups: list[list[Mapping[str, Any]]] = []
-    for check in checks:
-        if check["kind"] == kind:
-            if kind == "claims" and check["expected"] == "no" and groups:
-                groups[-1].append(check)
-            else:
-                groups.append([check])
-    answered = [[check for check in group if check["answer"] is not None] for group in groups]
-    results = [all(map(is_confirmed, group)) for group in answered if group]
+    """Return the share of confirmed checks (tables.CHECK) of one kind, or None if no answer is usable."""
+    answered = (check for check in checks if check["kind"] == kind and check["answer"] is not None)
+    results = list(map(is_confirmed, answered))
     return sum(results) / len(results) if results else None
 
 
 def is_confirmed(check: Mapping[str, Any]) -> bool:
-    """Return whether the answer to a check (tables.CHECK) is the expected one."""
-    return _normalized(check["answer"]) == _normalized(check["expected"])
+    """Return whether the answer to a check (tables.CHECK) means the same as the expected one."""
+    return is_same_answer(check["answer"], check["expected"])
 
 
-def _normalized(answer: str) -> str:
-    """Return the normalized answer, with yes and no translated to English from any language."""
-    answer = answer.rstrip(SENTENCE_ENDS)
-    normal = normalize_answer(answer)
-    return (
-        f"-{normalize_answer(answer.strip()[1:])}" if is_negative(answer) else YES_OR_NO.get(normal, normal)
-    )
+def claims_in(checks: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the evidence against each claim in checks (tables.CHECK), without claims that got no answer."""
+    answered = (check for check in checks if check["kind"] == "claims" and check["answer"] is not None)
+    return {claim: evidence_against(group) for claim, group in groupby(answered, itemgetter("claim"))}
+
+
+def evidence_against(checks: Iterable[Mapping[str, Any]]) -> int:
+    """Return the number of answers that refute a claim, less the number of answers that confirm it."""
+    evidence = 0
+    for check in checks:
+        if check["answer"] not in (None, CANNOT_TELL):
+            # The only question about a claim of a drawn scene (`rule_checks`) decides.
+            weight = MAX_EVIDENCE if check["claim"].startswith(check["question"]) else 1
+            evidence += -weight if is_confirmed(check) else weight
+    return evidence
+
+
+def share_of_confirmed_claims(evidence: Sequence[int]) -> float | None:
+    """Return the share of claims that more answers confirm than refute, or None without claims."""
+    return sum(against <= -REFUTED for against in evidence) / len(evidence) if evidence else None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.audit import audit_in_words
+from pipeline.dataset.calibration import checks_in_words
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import REASONS
 from pipeline.dataset.version import Version
@@ -66,6 +67,7 @@ def write_report(version: Version, folder: Path, max_rows: int = 10_000) -> Path
         funnel=manifest.get("funnel", []),
         in_words=in_words,
         audit_in_words=audit_in_words(manifest.get("audit")),
+        checks_in_words=checks_in_words(manifest),
         scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],
         scores_in_words=SCORES_IN_WORDS,
         has_steps=has_steps,

@@ -1,49 +1,32 @@
-"""Step: balance. Down-sample over-represented answers and captions.
+"""Step: balance. Down-sample over-represented answers.
 
-Questions: at most a given share of the questions of one type ("how many", "is there") may have the same
+At most a given share of the questions of one type ("how many", "is there") may have the same
 answer, so that a model cannot score by guessing, as in VQAv2 (Goyal et al., 2017). Questions that form a pair
 are kept first. A pair is the same question about two similar images with different answers.
-
-Captions are balanced only if the settings ask for it, with MetaCLIP's algorithm (Xu et al., 2023): count how
-many captions mention each entry of a list, then keep each caption with a probability that depends on the
-rarest entries it mentions. By default, each image keeps its caption with the highest probability.
-The list comes from a file. By default it holds all words of the captions except function words, and names of
-several words from WordNet. Base forms alone would miss "A waterskier performs tricks".
 
 The result depends on ids and the seed, but not on the row order.
 """
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
-from typing import Any
 
-import ahocorasick
 import duckdb
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.sections import BalanceConfig
-from pipeline.digests import hash_to_unit
-from pipeline.errors import ConfigError
 from pipeline.steps.base import ROW, AllRows, Comparison, RowStep, whole_groups
 from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, read
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BALANCED, INT64, STRING, fields
 from pipeline.text.content_keys import content_words
-from pipeline.text.language import FUNCTION_WORDS
 from pipeline.text.normalize import map_distinct, text_key, words_of
 from pipeline.text.vqa_answers import normalize_answer
-from pipeline.text.wordnet import names
 
 # Questions of rare types are balanced together under this type.
 RARE = "(rare)"
-MAX_ENTRIES_BYTES = 256_000_000
 # Number of images that are searched for a partner. VQAv2's annotators saw the same number.
 NEIGHBOURS = 24
 IDS = ("annotation_id", "sample_id")
@@ -52,25 +35,12 @@ CAPTION_TEXTS = pa.schema([ROW, *fields(STRING, "sample_id", "clean_text")])
 SAMPLE_WORDS = pa.schema({"sample_id": STRING, "words": pa.list_(STRING)})
 PAIRS = pa.schema(fields(INT64, "row", "partner"))
 LIMITS = pa.schema({"question_type": STRING, "max_count": INT64})
-CAPTIONS = pa.schema([ROW, *fields(STRING, *IDS), *fields(pa.list_(pa.int32()), "entries")])
 ADDS = pa.schema([*BALANCED, *fields(STRING, "reason")])
-FINDINGS = pa.schema([ROW, *ADDS])
-_SPACED = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`'\"()[]{}-/"})
 
 
 def balance(comparison: Comparison) -> duckdb.DuckDBPyRelation:
-    """Return findings about all questions, and about captions if the settings ask for balanced captions."""
-    db, (config, seed) = comparison.db, comparison.settings
-    _balance_questions(db, comparison.rows, config, seed)
-    if config.tail_frac is None:
-        return db.table("balanced_questions")
-    _balance_captions(db, comparison.rows, config, seed)
-    return db.sql("SELECT * FROM balanced_questions UNION ALL SELECT * FROM balanced_captions")
-
-
-def _balance_questions(
-    db: duckdb.DuckDBPyConnection, rows: AllRows, config: BalanceConfig, seed: int
-) -> None:
+    """Return findings about all questions."""
+    db, rows, (config, seed) = comparison.db, comparison.rows, comparison.settings
     load(db, "questions", _questions(rows), QUESTIONS)
     db.execute(
         "CREATE TABLE types AS FROM questions "
@@ -90,17 +60,18 @@ def _balance_questions(
                row_number() OVER (PARTITION BY question_type, answer ORDER BY partner IS NULL, {chance}, row)
                    > max_count AS is_surplus
         {typed} JOIN limits USING (question_type) LEFT JOIN pairs USING (row);
-
-        CREATE TABLE balanced_questions AS
+        """
+    )
+    return db.sql(
+        """
         SELECT placed.row, placed.question_type,
                CASE WHEN NOT placed.is_surplus AND NOT other.is_surplus THEN
                    substr(sha256('["' || least(placed.annotation_id, other.annotation_id) || '","'
                                  || greatest(placed.annotation_id, other.annotation_id) || '"]'), 1, 16)
                END AS pair_id,
-               NULL::INTEGER[] AS entries, NULL::DOUBLE AS keep_probability,
                CASE WHEN placed.is_surplus THEN 'answer_too_common' END AS reason
         FROM placed LEFT JOIN placed AS other ON placed.partner = other.row
-        """  # noqa: S608
+        """
     )
 
 
@@ -207,112 +178,10 @@ def max_answer_count(kind: str, answers: dict[str, int], config: BalanceConfig) 
     )
 
 
-def _balance_captions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: BalanceConfig, seed: int) -> None:
-    assert config.tail_frac is not None
-    entries = read_entries(config.entries) if config.entries else vocabulary(rows)
-    load(db, "captions", _captions(rows, entries), CAPTIONS)
-    mentions = "SELECT unnest(entries) AS entry FROM captions"
-    counts = dict(db.sql(f"SELECT entry, count(*) FROM ({mentions}) GROUP BY entry").fetchall())  # noqa: S608
-    threshold = count_of_tail(list(counts.values()), config.tail_frac)
-    load(db, "balanced_captions", _judge_captions(open_cursor(db), counts, threshold, config, seed), FINDINGS)
-
-
-def _judge_captions(
-    db: duckdb.DuckDBPyConnection, counts: dict[int, int], threshold: int, config: BalanceConfig, seed: int
-) -> Iterator[pa.Table]:
-    """Yield findings about the captions. Captions of one sample must be adjacent."""
-    for table in whole_groups(read(db.sql("FROM captions ORDER BY row")), "sample_id", 1):
-        rows = table.to_pylist()
-        best: dict[str, tuple[float, str]] = {}
-        for row in rows:
-            row["keep_probability"] = keep_probability([counts[entry] for entry in row["entries"]], threshold)
-            sample, rank = row["sample_id"], (row["keep_probability"], row["annotation_id"])
-            best[sample] = max(best.get(sample, rank), rank)
-        for row in rows:
-            is_best = config.keep_best_caption and best[row["sample_id"]][1] == row["annotation_id"]
-            is_kept = hash_to_unit("balance", seed, row["annotation_id"]) < row["keep_probability"]
-            row["reason"] = None if is_kept or is_best else "concepts_too_common"
-        yield pa.Table.from_pylist(rows, schema=FINDINGS)
-
-
-def _captions(rows: AllRows, entries: tuple[str, ...]) -> Iterator[pa.Table]:
-    for table in rows.batches(*IDS, "clean_text"):
-        table = table.filter(pc.is_valid(table["clean_text"]))
-        mentioned = match_entries(table["clean_text"].to_pylist(), entries)
-        columns = [table[name] for name in ("row", *IDS)]
-        yield pa.table([*columns, mentioned], schema=CAPTIONS)
-
-
-def vocabulary(rows: AllRows) -> tuple[str, ...]:
-    """Return all words in captions except function words, and all multi-word names from WordNet."""
-    words: set[str] = set()
-    for table in rows.batches("clean_text"):
-        for text in table["clean_text"].drop_null().to_pylist():
-            words.update(spaced(text).split())
-    content = sorted(word for word in words - FUNCTION_WORDS if word[0].isalnum())
-    return (*content, *(name for name in names() if " " in name))
-
-
-def match_entries(texts: Iterable[str], entries: tuple[str, ...]) -> list[list[int]]:
-    """Return the sorted positions in `entries` that each text contains as whole words.
-
-    Case is ignored, and punctuation separates words. MetaCLIP is case-sensitive and separates fewer marks.
-    """
-    automaton = _automaton(entries)
-    return [sorted({entry for _, entry in automaton.iter(spaced(text))}) for text in texts]
-
-
-def count_of_tail(counts: Sequence[int], share: float) -> int:
-    """Return the count t such that entries with fewer mentions make up the given share of all mentions."""
-    if not counts:
-        return 1
-    ordered = np.sort(np.asarray(counts))
-    return int(ordered[np.abs(np.cumsum(ordered) / ordered.sum() - share).argmin()])
-
-
-def keep_probability(counts: Sequence[int], threshold: int) -> float:
-    """Return the probability of keeping a caption. Each entry keeps it with p = min(1, threshold / count)."""
-    rejected = 1.0
-    for count in counts:
-        rejected *= 1 - min(1.0, threshold / count)
-    return 1 - rejected if counts else 1.0
-
-
-def read_entries(path: Path) -> tuple[str, ...]:
-    """Return the lines of a file of caption entries. Raises ConfigError if it is unreadable or empty."""
-    hint = "balance.entries is a text file, one entry per line"
-    try:
-        lines = read_regular(path, max_bytes=MAX_ENTRIES_BYTES).decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", hint=hint) from None
-    entries = tuple(sorted({" ".join(line.lower().split()) for line in lines} - {""}))
-    if not entries:
-        raise ConfigError(f"{path} has no entries", hint=hint)
-    return entries
-
-
-def spaced(text: str) -> str:
-    """Return a text in lower case, with one space around each word and each punctuation mark."""
-    return f" {' '.join(text.lower().translate(_SPACED).split())} "
-
-
-@cache
-def _automaton(entries: tuple[str, ...]) -> Any:
-    automaton = ahocorasick.Automaton()
-    for number, entry in enumerate(entries):
-        automaton.add_word(spaced(entry), number)
-    automaton.make_automaton()
-    return automaton
-
-
 STEP = RowStep(
     "balance",
     settings=lambda plan: (plan.config.balance, plan.config.seed),
     compare=balance,
     adds=ADDS,
-    reads=lambda plan: [path] if (path := plan.config.balance.entries) else (),
-    advice={
-        "answer_too_common": "raise balance.max_answer_frac or balance.max_yes_no_frac",
-        "concepts_too_common": "raise balance.tail_frac, or leave it out",
-    },
+    advice={"answer_too_common": "raise balance.max_answer_frac or balance.max_yes_no_frac"},
 )

@@ -1,12 +1,15 @@
 """Step: verify. Check annotations with further questions to the model, and reject those that fail.
 
 The first checks ask the model about the image. Captions with false claims are repaired and checked again.
-Then captions are compared with the questions about the image, the image itself (CLIP), and its human
-captions. Last, a judge rates all texts. A check that is off or has no readable reply rejects nothing.
+Then captions are compared with the questions about the image, and with the image itself (CLIP). Last, a judge
+rates all texts. A check that is off or has no readable reply rejects nothing.
+
+The claims check and the judge are also asked about known truths and falsehoods (dataset/calibration.py). The
+evidence from which a claim counts as false depends on their answers.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -19,9 +22,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.sections import FilterConfig, ServerConfig, VerifyConfig
+from pipeline.dataset.calibration import (
+    CLAIMS,
+    FINDINGS,
+    JUDGE,
+    JUDGED,
+    NEVER,
+    TRUE,
+    KnownTexts,
+    choose_known_texts,
+    read_findings,
+)
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
-from pipeline.dataset.records import described
-from pipeline.digests import weights_revision
+from pipeline.dataset.records import described, read_record
+from pipeline.digests import hash_to_unit, weights_revision
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.images.decode import prepare_image
 from pipeline.inference import verification
@@ -29,14 +43,15 @@ from pipeline.inference.engines import EngineChoice, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_SAMPLES, Chunk, ask_all
 from pipeline.inference.requests import RequestPlan
+from pipeline.inference.verification import MAX_EVIDENCE, REFUTED
 from pipeline.plan import Plan
 from pipeline.progress import Progress
-from pipeline.scenes.claims import Claim
 from pipeline.steps.base import ROW, AllRows, Comparison, RowStep, Services, record_cost, whole_groups
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
 from pipeline.tables import (
     BOOL,
+    CALIBRATION,
     CHECK,
     FILTERED,
     FLOAT64,
@@ -49,8 +64,9 @@ from pipeline.tables import (
 )
 from pipeline.tasks.checks import CHECKING, REPAIR
 from pipeline.text.content_keys import content_words
+from pipeline.text.falsehoods import plant_falsehoods
 from pipeline.text.language import FUNCTION_WORDS
-from pipeline.text.normalize import map_distinct, text_key
+from pipeline.text.normalize import map_distinct, text_key, words_of
 from pipeline.text.vqa_answers import normalize_answer
 from pipeline.types import Engine, Request
 
@@ -69,10 +85,15 @@ COLUMNS = ("sample_id", "task", "style", "prompt_id", *CLEAN, "evidence_pages", 
 BATCH_ANNOTATIONS = 50_000
 ALIGNMENT = fields(FLOAT64, "alignment")
 CHECKED = pa.schema(
-    [*fields(pa.list_(CHECK), "checks"), *ALIGNMENT, *VERIFIED, *fields(STRING, "unrepaired_text")]
-)
+    [
+        *fields(pa.list_(CHECK), "checks"), *ALIGNMENT, *VERIFIED, *fields(STRING, "unrepaired_text"),
+        *CALIBRATION,
+    ]
+)  # fmt: skip
+# Known truths of an image, and falsehoods made from claims of its captions. More would cost more requests.
+MAX_TRUTHS, MAX_FALSEHOODS = 3, 2
 KEYS = fields(STRING, "style", "question", "answer", "answer_type")
-JUDGED = pa.schema([ROW, *fields(BOOL, "is_caption"), *KEYS, *VERIFIED, *ALIGNMENT])
+COMPARED = pa.schema([ROW, *fields(BOOL, "is_caption"), *KEYS, *VERIFIED, *ALIGNMENT])
 # "yes" and "no" are right by chance half of the time, so `blind` ignores them. The balance step handles them.
 QUERY = """
 WITH answers_to_question AS (
@@ -97,9 +118,8 @@ WITH answers_to_question AS (
 )
 SELECT row, CASE
     WHEN NOT is_caption AND agreement < 1 THEN 'answer_not_confirmed'
-    WHEN is_caption AND agreement < {min_claims_supported} THEN 'claims_not_confirmed'
+    WHEN evidence >= {min_evidence} THEN 'false_claim'
     WHEN coverage < {min_coverage} THEN 'low_coverage'
-    WHEN shared_words < {min_shared_words} THEN 'unlike_source_captions'
     WHEN least(relevance, grounding, correctness, form) < {min_rating} THEN 'low_rating'
     WHEN answered_blind AND (question, answer) IN (SELECT (question, answer) FROM answerable_blind)
         THEN 'answerable_without_image'
@@ -111,6 +131,10 @@ END AS reason
 FROM judged LEFT JOIN floors USING (style) WHERE reason IS NOT NULL
 """
 
+TOO_MANY_ERRORS = (
+    "verify: the model refutes too many true claims, so no caption was rejected for a claim; "
+    "ask a stronger model, or raise verify.max_true_captions_lost"
+)
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -120,7 +144,8 @@ class VerifySettings:
     """The settings of the verify step. `server` does not affect the replies, so it is not part of the key.
 
     `bounds` apply to repaired captions. With `splits_claims`, the model splits captions into claims.
-    `clip_model` is None if captions are not compared with images.
+    `clip_model` is None if captions are not compared with images. `seed` and `samples`, a digest of the list
+    of all samples, decide about which images known truths are asked.
     """
 
     verify: VerifyConfig
@@ -131,6 +156,8 @@ class VerifySettings:
     server: ServerConfig
     judge_revision: str
     choose_judge: Callable[[Progress], EngineChoice]
+    seed: int
+    samples: str
 
     @classmethod
     def of(cls, plan: Plan) -> "VerifySettings":
@@ -145,6 +172,8 @@ class VerifySettings:
             server=config.server,
             judge_revision=plan.judge_revision,
             choose_judge=plan.choose_judge,
+            seed=config.seed,
+            samples=read_record(plan.dataset, "read").get("files", {}).get("kept", {}).get("sha256", ""),
         )
 
     def describe(self) -> list[Any]:
@@ -154,7 +183,13 @@ class VerifySettings:
         clip = Path(self.clip_model or "")
         weights = weights_revision(clip) if self.clip_model and clip.is_dir() else self.clip_model
         asked = [self.splits_claims, weights, self.judge_revision, self.requests.describe(*CHECKING)]
-        return [described(self.verify), described(self.bounds), *asked]
+        chosen = [self.seed, self.samples] if self.is_calibrated else []
+        return [described(self.verify), described(self.bounds), *asked, *chosen]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a check is asked about known truths and falsehoods."""
+        return self.verify.calibration > 0 and ("claims" in self.verify.checks or bool(self.verify.judge))
 
 
 @dataclass(slots=True)
@@ -166,7 +201,7 @@ class CheckedAnnotation:
 
     row: Row
     checks: list[dict[str, str | None]] = field(default_factory=list)
-    scores: dict[str, float | int | None] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
     rewritten: Row | None = None
 
     @property
@@ -181,12 +216,27 @@ class CheckedAnnotation:
         return text
 
     @property
-    def confirmed_claims(self) -> float | None:
-        """The share of claims that the model confirmed, or None if no claim was checked."""
-        return verification.share_confirmed(self.checks, "claims")
+    def refuted_claims(self) -> list[str]:
+        """The claims that the model refuted."""
+        claims = verification.claims_in(self.checks)
+        return [claim for claim, evidence in claims.items() if evidence >= REFUTED]
 
 
 Subjects = Sequence[CheckedAnnotation]
+
+
+@dataclass(slots=True)
+class AskedClaim:
+    """A claim about a sample, with the questions about it and the answers (tables.CHECK)."""
+
+    sample_id: str
+    questions: list[verification.Check]
+    answers: list[dict[str, str | None]] = field(default_factory=list)
+
+    @property
+    def evidence(self) -> int:
+        """The number of answers that refute the claim, less the number of those that confirm it."""
+        return verification.evidence_against(self.answers)
 
 
 @dataclass
@@ -197,6 +247,7 @@ class AnnotationChecker:
     settings: VerifySettings
     services: Services
     stack: ExitStack
+    _claims: dict[str, list[str]] = field(default_factory=dict)  # by caption
 
     @property
     def plan(self) -> RequestPlan:
@@ -220,47 +271,125 @@ class AnnotationChecker:
 
         `rows` must hold every annotation of each sample. Records of custom tasks are not checked.
         """
+        self._claims.clear()
         config, annotations = self.settings.verify, [CheckedAnnotation(row) for row in rows]
         subjects = [subject for subject in annotations if subject.row["clean_record"] is None]
         captions = [subject for subject in subjects if subject.caption is not None]
-        self._check_against_images(subjects)
+        questions = [subject for subject in subjects if subject.caption is None]
+        self._answer(questions, [verification.question_checks(one.row, config) for one in questions])
+        if "claims" in config.checks:
+            self._check_claims(captions)
+            self._calibrate_claims(captions)
         if config.repair:
             by_model = [caption for caption in captions if caption.row["prompt_id"] != HUMAN]
-            self._repair([caption for caption in by_model if caption.confirmed_claims not in (None, 1)])
+            self._repair([caption for caption in by_model if caption.refuted_claims])
         self._check_coverage(subjects)
         if self.settings.clip_model:
             self._align(captions)
-        if "references" in config.checks:
-            self._compare_with_references(captions)
         if config.judge:
             self._rate([subject for subject in subjects if not self._is_contradicted(subject)])
+            self._calibrate_judge(captions)
         return annotations
 
     def _is_contradicted(self, subject: CheckedAnnotation) -> bool:
         if subject.caption is None:
             return verification.share_confirmed(subject.checks, "round_trip") == 0
-        share = subject.confirmed_claims
-        return share is not None and share < self.settings.verify.min_claims_supported
+        return max(verification.claims_in(subject.checks).values(), default=0) >= MAX_EVIDENCE
 
-    def _check_against_images(self, subjects: Subjects) -> None:
-        captions = {s.caption: s.sample_id for s in subjects if s.caption is not None}
-        claims = self._split_claims(captions) if self.settings.splits_claims else {}
-        verify = self.settings.verify
-        checks = [verification.checks_of(s.row, verify, claims.get(s.caption)) for s in subjects]
-        self._answer(subjects, checks)
+    # --- claims
 
-    def _split_claims(self, captions: dict[str, str]) -> dict[str | None, list[Claim]]:
-        """Return the claims in each caption. `captions` maps each text to the id of one of its samples."""
+    def _check_claims(self, captions: Subjects) -> None:
+        """Ask about each claim of the captions, and set `claim_evidence`."""
+        claims = self._split({caption.row["clean_text"]: caption.sample_id for caption in captions})
+        asked = [
+            [AskedClaim(caption.sample_id, questions) for questions in claims[caption.row["clean_text"]]]
+            for caption in captions
+        ]
+        self._ask_claims([claim for of_caption in asked for claim in of_caption])
+        for caption, of_caption in zip(captions, asked, strict=True):
+            caption.checks += [answer for claim in of_caption for answer in claim.answers]
+            caption.scores["claim_evidence"] = list(verification.claims_in(caption.checks).values())
+
+    def _split(self, captions: dict[str, str]) -> dict[str, list[list[verification.Check]]]:
+        """Return the questions about each claim in each caption.
+
+        `captions` maps each text to the id of one of its samples.
+        """
+        if not self.settings.splits_claims:
+            return {text: verification.rule_checks(text) for text in captions}
+        new = {text: sample_id for text, sample_id in captions.items() if text not in self._claims}
         build = partial(verification.build_claims, plan=self.plan)
-        requests = (build(text, sample_id) for text, sample_id in captions.items())
+        requests = (build(text, sample_id) for text, sample_id in new.items())
 
-        def read(journal: Journal) -> dict[str | None, list[Claim]]:
-            return {text: verification.read_claims(text, self.plan, journal) for text in captions}
+        def read(journal: Journal) -> dict[str, list[str]]:
+            return {text: verification.read_claims(text, self.plan, journal) for text in new}
 
-        claims = self._ask("claims", _chunks(requests), len(captions), read)
-        unread = sum(not of_caption for of_caption in claims.values())
-        self._warn_of_unread(unread, len(captions), "captions", "unchecked")
-        return claims
+        self._claims |= self._ask("claims", _chunks(requests), len(new), read)
+        unread = sum(not self._claims[text] for text in new)
+        self._warn_of_unread(unread, len(new), "captions", "unchecked")
+        return {text: list(map(verification.claim_checks, self._claims[text])) for text in captions}
+
+    def _ask_claims(self, claims: Sequence[AskedClaim]) -> None:
+        """Ask the first two questions about each claim, and the others if these do not confirm the claim."""
+        for part in (slice(2), slice(2, None)):
+            unclear = [claim for claim in claims if claim.evidence > -REFUTED and claim.questions[part]]
+            answers = self._ask_checks([(claim.sample_id, claim.questions[part]) for claim in unclear])
+            for claim, more in zip(unclear, answers, strict=True):
+                claim.answers += more
+
+    @cached_property
+    def _known_texts(self) -> dict[str, KnownTexts]:
+        batches = read_samples(self.services.dataset, ["sample_id", "references"])
+        return choose_known_texts(batches, self.settings.verify.calibration, self.settings.seed)
+
+    def _known_of(self, captions: Subjects) -> Iterator[tuple[CheckedAnnotation, KnownTexts, set[str]]]:
+        """Yield the first caption of each chosen sample, its known texts, and all words about the sample."""
+        if self.settings.is_calibrated:
+            for sample_id, of_sample in _by_sample(captions).items():
+                if known := self._known_texts.get(sample_id):
+                    if all(caption.row["prompt_id"] == HUMAN for caption in of_sample):
+                        # The human captions are the texts to check, so they are not known to be true.
+                        known = replace(known, captions=())
+                    texts = (*known.captions, *(caption.row["clean_text"] for caption in of_sample))
+                    words = {word for text in texts for word in (*words_of(text), *content_words(text))}
+                    yield of_sample[0], known, words
+
+    def _calibrate_claims(self, captions: Subjects) -> None:
+        """Ask about known truths and falsehoods, and add the evidence against them to `calibration`."""
+        known = list(self._known_of(captions))
+        texts = {text: one.sample_id for one, of_one, _ in known for text in _texts_to_split(one, of_one)}
+        claims = self._split(texts)
+        asked: list[tuple[CheckedAnnotation, str, AskedClaim]] = []
+        for caption, of_sample, said in known:
+            base = claims[(*of_sample.captions, caption.row["clean_text"])[0]]
+            found = [(TRUE, claim) for claim in base[:MAX_TRUTHS] if of_sample.captions]
+            found += self._plant(base, said, caption.sample_id)
+            if of_sample.foreign and self.settings.splits_claims:
+                found += [("other_image", claim) for claim in _unsaid(claims[of_sample.foreign], said)][:1]
+            asked += [(caption, kind, AskedClaim(caption.sample_id, claim)) for kind, claim in found]
+        self._ask_claims([claim for _, _, claim in asked])
+        for caption, kind, claim in asked:
+            if any(answer["answer"] is not None for answer in claim.answers):
+                result = {"check": CLAIMS, "kind": kind, "evidence": claim.evidence}
+                caption.scores.setdefault("calibration", []).append(result)
+
+    def _plant(
+        self, claims: Sequence[list[verification.Check]], said: set[str], sample_id: str
+    ) -> list[tuple[str, list[verification.Check]]]:
+        """Return the kinds and questions of falsehoods: claims in which one word is replaced."""
+        rank = partial(hash_to_unit, self.settings.seed, sample_id)
+        found: dict[str, list[verification.Check]] = {}
+        for first in claims:
+            if self.settings.splits_claims:
+                for kind, text in plant_falsehoods(str(first[0].claim), said, rank):
+                    found.setdefault(kind, verification.claim_checks(text))
+            else:
+                for kind, answer in plant_falsehoods(first[0].expected, (), rank):
+                    claim = f"{first[0].question} {answer}"
+                    found.setdefault(kind, [first[0]._replace(expected=answer, claim=claim)])
+        return sorted(found.items(), key=lambda item: rank(item[0]))[:MAX_FALSEHOODS]
+
+    # --- questions
 
     def _check_coverage(self, subjects: Subjects) -> None:
         # The distinct questions about each sample.
@@ -276,34 +405,35 @@ class AnnotationChecker:
 
     def _answer(self, subjects: Subjects, checks: Sequence[list[verification.Check]]) -> None:
         """Ask the model the questions in `checks` about each subject, and add the answered checks to it."""
-        counts = Counter(check.kind for checks_of_one in checks for check in checks_of_one)
+        asked = zip((subject.sample_id for subject in subjects), checks, strict=True)
+        for subject, answers in zip(subjects, self._ask_checks(list(asked)), strict=True):
+            subject.checks += answers
+
+    def _ask_checks(
+        self, asked: Sequence[tuple[str, Sequence[verification.Check]]]
+    ) -> list[list[dict[str, str | None]]]:
+        """Ask the model questions about samples, and return the answered checks (tables.CHECK)."""
+        counts = Counter(check.kind for _, checks in asked for check in checks)
         if not counts:
-            return
+            return [[] for _ in asked]
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
         self.services.progress.message(f"verify asks at most {counts.total():,} questions: {kinds}")
         by_sample: dict[str, list[verification.Check]] = defaultdict(list)
-        for subject, checks_of_one in zip(subjects, checks, strict=True):
-            by_sample[subject.sample_id] += checks_of_one
+        for sample_id, checks in asked:
+            by_sample[sample_id] += checks
 
-        def read(journal: Journal) -> None:
-            for subject, checks_of_one in zip(subjects, checks, strict=True):
-                answered = verification.read_checks(subject.sample_id, checks_of_one, self.plan, journal)
-                subject.checks += answered
+        def read(journal: Journal) -> list[list[dict[str, str | None]]]:
+            return [verification.read_checks(*checks, self.plan, journal) for checks in asked]
 
         requests = verification.build_all(sample_batches(self.shard), by_sample, self.plan)
-        self._ask("verify", requests, counts.total(), read)
+        return self._ask("verify", requests, counts.total(), read)
 
     def _repair(self, subjects: Subjects) -> None:
-        """Let the model rewrite captions with false claims. Keep rewrites whose claims are all confirmed."""
-        requests = []
-        for subject in subjects:
-            contradicted = [
-                (check["question"] or "", check["answer"])
-                for check in subject.checks
-                if check["answer"] is not None and not verification.is_confirmed(check)
-            ]
-            text = subject.row["clean_text"]
-            requests.append(verification.build_repair(text, contradicted, subject.sample_id, self.plan))
+        """Let the model rewrite captions with false claims, and check that only false claims were removed."""
+        requests = [
+            verification.build_repair(one.row["clean_text"], one.refuted_claims, one.sample_id, self.plan)
+            for one in subjects
+        ]
         distinct = {request.id: request for request in requests}
 
         def read(journal: Journal) -> list[str]:
@@ -312,11 +442,11 @@ class AnnotationChecker:
         texts = self._ask("repair", _chunks(iter(distinct.values())), len(distinct), read)
         drafts = []
         for subject, request, clean in zip(subjects, requests, self._filter(subjects, texts), strict=True):
-            if clean and clean["clean_text"] not in ("", subject.caption):
+            if clean and clean["clean_text"] != subject.caption and _keeps_other_claims(subject, clean):
                 rewritten = clean | {"prompt_id": request.prompt_id}
                 drafts.append((subject, CheckedAnnotation(subject.row | clean, rewritten=rewritten)))
-        self._check_against_images([draft for _, draft in drafts])
-        repaired = [(subject, draft) for subject, draft in drafts if draft.confirmed_claims == 1]
+        self._check_claims([draft for _, draft in drafts])
+        repaired = [(subject, draft) for subject, draft in drafts if not draft.refuted_claims]
         for subject, draft in repaired:
             subject.row, subject.checks, subject.rewritten = draft.row, draft.checks, draft.rewritten
         count = f"{len(repaired):,} of {len(subjects):,}"
@@ -353,36 +483,49 @@ class AnnotationChecker:
                 done += len(part)
                 self.services.progress("align", done, len(by_sample))
 
-    def _compare_with_references(self, captions: Subjects) -> None:
-        """Set `shared_words`: share of a caption's content words in any human caption of the image."""
-        by_sample = _by_sample(captions)
-        for batch in read_samples(self.shard, ["sample_id", "references"]):
-            for row in batch.to_pylist():
-                known = {word for text in row["references"] for word in _facts(text)}
-                for caption in by_sample.get(row["sample_id"], ()):
-                    words = _facts(caption.row["clean_text"])
-                    shared = len(words & known) / len(words) if words and known else None
-                    caption.scores["shared_words"] = shared
-
     def _rate(self, subjects: Subjects) -> None:
         """Let the judge rate annotations by the criteria in tables.RUBRIC."""
+        ratings = self._ask_judge([subject.row for subject in subjects])
+        for subject, rating in zip(subjects, ratings, strict=True):
+            subject.scores |= rating
+        unread = sum(subject.scores["form"] is None for subject in subjects)
+        self._warn_of_unread(unread, len(subjects), "texts", "unrated")
+
+    def _ask_judge(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         judge, engine = self._judge
         plan = replace(self.plan, revision=judge.revision)
-        by_sample = _by_sample(subjects)
+        by_sample: dict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            by_sample[row["sample_id"]].append(row)
 
         def requests() -> Iterator[Chunk]:
             for batch in sample_batches(self.shard):
-                rows = (subject.row for sample_id in batch.ids for subject in by_sample.get(sample_id, ()))
-                built = (verification.build_rating(row, plan) for row in rows)
+                of_batch = (row for sample_id in batch.ids for row in by_sample.get(sample_id, ()))
+                built = (verification.build_rating(row, plan) for row in of_batch)
                 yield list({request.id: request for request in built}.values()), batch
 
-        def read(journal: Journal) -> None:
-            for subject in subjects:
-                subject.scores |= verification.read_rating(subject.row, plan, journal)
+        def read(journal: Journal) -> list[dict[str, Any]]:
+            return [verification.read_rating(row, plan, journal) for row in rows]
 
-        self._ask("judge", requests(), len(subjects), read, engine)
-        unread = sum(subject.scores["form"] is None for subject in subjects)
-        self._warn_of_unread(unread, len(subjects), "texts", "unrated")
+        return self._ask("judge", requests(), len(rows), read, engine)
+
+    def _calibrate_judge(self, captions: Subjects) -> None:
+        """Let the judge rate known truths and falsehoods, and add the results to `calibration`."""
+        asked: list[tuple[CheckedAnnotation, str, str]] = []
+        for caption, known, said in self._known_of(captions):
+            rank = partial(hash_to_unit, self.settings.seed, caption.sample_id)
+            texts = (*known.captions[:1], caption.row["clean_text"])
+            found = [(TRUE, text) for text in known.captions[:1]]
+            planted = plant_falsehoods(texts[0], said, rank)
+            found += sorted(planted, key=lambda one: rank(one[0]))[:MAX_FALSEHOODS]
+            found += [("other_image", text) for text in (known.foreign,) if text]
+            asked += [(caption, kind, text) for kind, text in found]
+        rows = [caption.row | {"clean_text": text} for caption, _, text in asked]
+        for (caption, kind, _), rating in zip(asked, self._ask_judge(rows), strict=True):
+            if rating["judged_wrong"] is not None:
+                evidence = JUDGED if rating["judged_wrong"] else -JUDGED
+                result = {"check": JUDGE, "kind": kind, "evidence": evidence}
+                caption.scores.setdefault("calibration", []).append(result)
 
     def _warn_of_unread(self, count: int, total: int, unit: str, state: str) -> None:
         if count:
@@ -415,6 +558,25 @@ def _by_sample(subjects: Subjects) -> dict[str, list[CheckedAnnotation]]:
     for subject in subjects:
         by_sample[subject.sample_id].append(subject)
     return by_sample
+
+
+def _texts_to_split(caption: CheckedAnnotation, known: KnownTexts) -> list[str]:
+    """Return the caption whose claims are known or changed, and the caption of another sample."""
+    return [(*known.captions, caption.row["clean_text"])[0], *filter(None, (known.foreign,))]
+
+
+def _unsaid(claims: Iterable[list[verification.Check]], said: set[str]) -> Iterator[list[verification.Check]]:
+    """Yield the claims with an object, or another word, that no text about the sample has."""
+    return (claim for claim in claims if not said.issuperset(_facts(str(claim[0].claim))))
+
+
+def _keeps_other_claims(subject: CheckedAnnotation, clean: Row) -> bool:
+    """Return whether a repaired caption adds no word, and has all words of the claims that are true."""
+    before, after = _facts(subject.row["clean_text"]), _facts(clean["clean_text"])
+    refuted = subject.refuted_claims
+    others = [claim for claim in verification.claims_in(subject.checks) if claim not in refuted]
+    kept = {word for claim in others for word in _facts(claim)} & before
+    return bool(after) and kept <= after <= before
 
 
 def _chunks(requests: Iterator[Request]) -> Iterator[Chunk]:
@@ -477,8 +639,14 @@ def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     config: VerifyConfig = comparison.settings.verify
     if not config.is_asked:
         return None
-    load(comparison.db, "judged", _judged(comparison.rows), JUDGED)
+    load(comparison.db, "judged", _judged(comparison.rows), COMPARED)
     limits = {name: -1.0 if value is None else value for name, value in config.model_dump().items()}
+    limits["min_evidence"] = REFUTED
+    tables = comparison.rows.batches(*FINDINGS) if "claims" in config.checks else ()
+    if claims := read_findings(tables).get(CLAIMS):
+        limits["min_evidence"] = claims.choose_level(config.max_true_captions_lost)
+        if limits["min_evidence"] == NEVER:
+            comparison.progress.warn(TOO_MANY_ERRORS)
     return comparison.db.sql(QUERY.format(**limits))
 
 
@@ -506,14 +674,18 @@ def _judged(rows: AllRows) -> Iterator[pa.Table]:
             "answer": map_distinct(table["clean_answer"], normalize_answer),
             "answer_type": pc.fill_null(table["answer_type"], ""),
         }
-        yield pa.table({name: known[name] for name in JUDGED.names})
+        yield pa.table({name: known[name] for name in COMPARED.names})
 
 
 def results_of(checks: Sequence[dict[str, str | None]], *, is_caption: bool) -> dict[str, Any]:
     """Return the results (tables.VERIFIED) of the checks of one annotation."""
     same_without = _is_confirmed(checks, "necessary")
+    claims = list(verification.claims_in(checks).values())
     return {
-        "agreement": verification.share_confirmed(checks, "claims" if is_caption else "round_trip"),
+        "agreement": verification.share_of_confirmed_claims(claims)
+        if is_caption
+        else verification.share_confirmed(checks, "round_trip"),
+        "evidence": max(claims, default=None),
         "answered_blind": _is_confirmed(checks, "blind"),
         "sufficient": _is_confirmed(checks, "sufficient"),
         "necessary": None if same_without is None else not same_without,
@@ -536,9 +708,8 @@ STEP = RowStep(
     adds=pa.schema({"reason": STRING}),
     advice={
         "answer_not_confirmed": "ask a stronger model, or leave round_trip out of --verify",
-        "claims_not_confirmed": "lower verify.min_claims_supported, or leave claims out of --verify",
+        "false_claim": "lower verify.max_true_captions_lost, use --repair, or leave claims out of --verify",
         "low_coverage": "lower verify.min_coverage, or leave covers out of --verify",
-        "unlike_source_captions": "lower verify.min_shared_words, or leave references out of --verify",
         "answerable_without_image": "raise verify.min_blind_frac, or leave blind out of --verify",
         "evidence_not_sufficient": "leave evidence out of --verify",
         "evidence_not_necessary": "leave evidence out of --verify",

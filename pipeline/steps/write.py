@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline.dataset.audit import COLUMNS, Frame, estimate_errors
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, build_rows
+from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, read_findings
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import RowWriter, publish_version
@@ -20,6 +21,7 @@ from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest, digest
 from pipeline.errors import TableError
+from pipeline.plan import Plan
 from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
@@ -156,6 +158,7 @@ def publish_shards(
         "leakage": describe_decontamination(source, funnel, group_count, contaminated),
         "review": count_reviews(shards),
         **audit_rows(plan.dataset, written, row_extras(plan.config, plan.tasks)),
+        **describe_checks(plan, shards),
     }
     rejections = (table for shard in shards for table in read_batches(shard.step_file(NAME, "rejections")))
     return publish_version(plan.dataset, draft, written, digests, provenance, rejections, work.executor.check)
@@ -190,6 +193,25 @@ def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras
         for table in read_batches(part.path / name, [c for c in (*COLUMNS, *own) if c in part.columns])
     )
     return {"audit": estimate_errors(Frame.of(tables, own, verdicts[-1].seed), verdicts)}
+
+
+def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
+    """Return the manifest field with the errors of the checks, or {} without checks."""
+    verify = plan.config.verify
+    if not verify.is_asked:
+        return {}
+    files = [require_file(shard.step_file("verify", "prepared")) for shard in shards]
+    findings = read_findings(table for file in files for table in read_batches(file, FINDINGS))
+    is_writer = {CLAIMS: True, JUDGE: plan.judge_revision == plan.requests.revision}
+    checks = [
+        {
+            "check": check,
+            "judges_itself": is_writer[check] and found.by_model > 0,
+            **found.describe(found.choose_level(verify.max_true_captions_lost)),
+        }
+        for check, found in findings.items()
+    ]
+    return {"checks": checks} if checks else {}
 
 
 STEP = WriteStep(NAME, unit="images")

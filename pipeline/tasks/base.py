@@ -105,6 +105,8 @@ class Task:
 
     def read_row(self, item: Any, frame: Frame | None = None) -> tuple[dict[str, Any], str | None]:  # noqa: ARG002
         """Return the columns of one row of a reply, and an error or None. `frame` is for converting boxes."""
+        if isinstance(item, str) and len(self.row.model_fields) == 1:
+            item = dict.fromkeys(self.row.model_fields, item)
         item = _with_texts(item)
         if not _is_readable(item):
             return {}, "off_schema"

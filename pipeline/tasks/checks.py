@@ -1,17 +1,31 @@
 """Tasks of the step `verify`, which checks annotations by further requests. Users cannot select these tasks.
 
-`answer` and `rate` show the image. `claims`, `covers`, `repair` and blind questions show only text.
+`answer`, `confirm` and `rate` show the image. `claims`, `covers`, `repair` and blind questions do not.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, StringConstraints
 
-from pipeline.tasks.base import QUESTION_MARKS, Line, Output, Task
+from pipeline.rules import says_nothing
+from pipeline.tasks.base import Line, Output, Task
 from pipeline.tasks.caption import Caption, tidy_caption
+from pipeline.text.language import FUNCTION_WORDS
+from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
+from pipeline.text.normalize import words_of
 
-MAX_CLAIMS = 8
+MAX_CLAIMS = 24  # per caption
+# People who listed the facts in long captions found one for 3.6 words (DeCapBench, 2025).
+WORDS_PER_CLAIM = 3.6
+CANNOT_TELL = "cannot tell"
+# Questions about a claim, with the answers of a true one. Each pair has one question for either answer, so
+# that a model that always gives the same answer neither confirms nor refutes a claim.
+PHRASINGS = (
+    ("Is it true that {}?", "yes"),
+    ("Is it false that {}?", "no"),
+    ("Does the image show that {}?", "yes"),
+    ("Is it wrong to say that {}?", "no"),
+)
 Score = Literal["1", "2", "3", "4", "5"]
 
 
@@ -21,48 +35,65 @@ class Answer(Output):
     answer: Line
 
 
-class ClaimProbes(Output):
-    """One claim, with a question that expects "yes" and an opposite one that exposes constant answers."""
+class Verdict(Output):
+    """The answer to a question about a claim."""
+
+    answer: Literal["yes", "no", "cannot tell"]
+
+
+class ClaimText(Output):
+    """One claim of a caption."""
 
     claim: Line
-    question: Line
-    opposite: Line
-
-    @model_validator(mode="after")
-    def _check_questions(self) -> "ClaimProbes":
-        if not (self.question.endswith(QUESTION_MARKS) and self.opposite.endswith(QUESTION_MARKS)):
-            raise PydanticCustomError(
-                "question_without_mark", "the question does not end with a question mark"
-            )
-        if self.question.casefold() == self.opposite.casefold():
-            raise PydanticCustomError(
-                "opposite_repeats_question", "the opposite question repeats the question"
-            )
-        return self
 
 
-class ClaimSet(Output):
+class ClaimList(Output):
     """The claims of one caption."""
 
-    claims: Annotated[list[ClaimProbes], Field(min_length=1, max_length=MAX_CLAIMS)]
+    claims: Annotated[list[Line], Field(min_length=1, max_length=MAX_CLAIMS)]
 
 
 class Rating(Output):
-    """A judge's rating of a text: the problem in a few words, and one score per criterion."""
+    """A judge's rating of a text: the wrong words in it, whether it is wrong, and one score per criterion."""
 
-    flaw: Annotated[str, StringConstraints(max_length=2000)]  # empty if nothing is wrong
+    wrong_words: Annotated[str, StringConstraints(max_length=2000)]  # empty if nothing is wrong
+    is_wrong: Literal["yes", "no"]
     relevance: Score
     grounding: Score
     correctness: Score
     form: Score
 
 
+def tidy_verdict(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a verdict with `yes`, `no` or `cannot tell` for answers that begin so."""
+    answer = fields.get("answer")
+    if not isinstance(answer, str):
+        return fields
+    first = next(iter(words_of(answer)), answer.rstrip(SENTENCE_ENDS))
+    return fields | {"answer": CANNOT_TELL if says_nothing(answer) else YES_OR_NO.get(first, answer)}
+
+
+def questions_about(claim: str) -> list[tuple[str, str]]:
+    """Return a question about a claim for each of PHRASINGS, with the answer that confirms it."""
+    clause = claim.rstrip(SENTENCE_ENDS)
+    first = clause.partition(" ")[0].lower()
+    if first in FUNCTION_WORDS:
+        clause = clause[:1].lower() + clause[1:]
+    return [(phrasing.format(clause), expected) for phrasing, expected in PHRASINGS]
+
+
+def count_claims(caption: str) -> int:
+    """Return how many claims a caption of this length has, by rule of thumb."""
+    return max(1, min(MAX_CLAIMS, round(len(caption.split()) / WORDS_PER_CLAIM)))
+
+
 ANSWER = Task(name="answer", output=Answer, row=Answer)
 BLIND = Task(name="answer", output=Answer, row=Answer, shows_image=False)
-CLAIMS = Task(name="claims", output=ClaimSet, row=ClaimProbes, rows_field="claims", shows_image=False)
+CLAIMS = Task(name="claims", output=ClaimList, row=ClaimText, rows_field="claims", shows_image=False)
+CONFIRM = Task(name="confirm", output=Verdict, row=Verdict, tidy_row=tidy_verdict)
 COVERS = Task(name="covers", output=Answer, row=Answer, shows_image=False)
 RATE = Task(name="rate", output=Rating, row=Rating)
 REPAIR = Task(  # removes false claims
     name="repair", output=Caption, row=Caption, tidy_row=tidy_caption, shows_image=False
 )
-CHECKING = (ANSWER, CLAIMS, COVERS, RATE, REPAIR)
+CHECKING = (ANSWER, CLAIMS, CONFIRM, COVERS, RATE, REPAIR)

@@ -6,6 +6,7 @@ The rules were measured on captions by humans and models (docs/measurements.md),
 import re
 from collections.abc import Collection, Iterable, Iterator
 
+from pipeline.text import WORDS
 from pipeline.text.language import begins_longer_word, unquoted
 from pipeline.text.normalize import contains_any, text_key, words_of
 
@@ -121,13 +122,7 @@ _LENGTH = re.compile(
 )
 _LENGTH_WORDS = frozenset(("words", "characters", "tokens", "sentence", "sentences"))
 # Every match of _CHAT has one of these words.
-_CHAT_HINTS = """
-hope let free anything you you'd you've your happy please i i'm i\u2019m reply respond answer return
-output json prompt instructions alt alternative caption
-description response buy shop order shipping click cart lorem error request rate traceback content stock
-royalty rights canon nikon sony iphone 4k 8k conclusion summary reminding reminds
-"""
-_CHAT_WORDS = frozenset(_CHAT_HINTS.split())
+_CHAT_WORDS = frozenset(WORDS["chat"].split())
 _PLACEHOLDER = re.compile(
     r"(?:(?:insert )?(?:your |an? |the |example |no |empty |some )?(?:image |alt )?"
     r"(?:caption|text|question|answer|description|string|title|image|output|response|placeholder)"
@@ -152,16 +147,7 @@ MAX_WORDS_WITHOUT_END = 30
 _END_MARKS = ".!?\"')\u201d\u2019\u00bb"
 _LAST_WORD = re.compile(r"\s([a-z]{3,4})$")
 # Words that could describe any image.
-_GENERAL_WORDS = """
-a an the this that these those it its is are was were be been there here of in on at with and or to for from
-by as some any many several various multiple few different certain one two image images picture pictures photo
-photos photograph photographs photography scene scenes view shot snapshot visual depiction thing things
-something someone somebody anything object objects item items stuff content contents element elements detail
-details people person background foreground subject subjects kind type sort place shown showing shows show
-depicts depicting seen visible present displayed featuring features containing contains taken which what
-general
-"""
-_GENERAL = frozenset(_GENERAL_WORDS.split())
+_GENERAL = frozenset(WORDS["general"].split())
 _NAMES_OF_ANYTHING = (
     "image picture photo photograph scene something thing things object objects items elements"
 )
@@ -169,11 +155,7 @@ _ANYTHING = frozenset(_NAMES_OF_ANYTHING.split())
 # A text echoes the prompt if it repeats this many consecutive words, one of which belongs to an instruction.
 ECHO_WORDS = 5
 _EXAMPLE = re.compile(r'Example: "([^"]+)"')
-_INSTRUCTING = """
-answer answers caption choose copy describe json list name names omit question questions reader reply sentence
-sentences tags words write
-"""
-_INSTRUCTION_WORDS = frozenset(_INSTRUCTING.split())
+_INSTRUCTION_WORDS = frozenset(WORDS["instructing"].split())
 
 
 def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:

@@ -2,24 +2,17 @@
 
 import pyarrow as pa
 
+from pipeline.text import WORDS
 from pipeline.text.normalize import strip_opening, text_key, words_of
 
 # Words that carry no fact. Prepositions carry facts. "Is" carries a fact unless a verb follows: "the ring is
 # red, the star blue" differs from "a blue ring, red star", but "a man is running" equals "a man running".
 # "There" carries a fact only in a question: "Is there a window?" differs from "Is this a window?".
-_EMPTY_WORDS = """
-very really quite just also indeed clearly simply a an the this that these those there here some it its and
-while with there's
-"""
-_EMPTY = frozenset(_EMPTY_WORDS.split())
+_EMPTY = frozenset(WORDS["empty"].split())
 _IS = {"is", "are", "was", "were"}
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS.split())}
-_NOUNS_IN_ING = """
-thing something nothing anything everything king ring string wing spring building ceiling morning evening
-clothing wedding painting
-"""
-_NO_VERBS = frozenset(_NOUNS_IN_ING.split())
+_NO_VERBS = frozenset(WORDS["nouns_in_ing"].split())
 
 
 def content_words(text: str) -> tuple[str, ...]:

@@ -5,34 +5,15 @@ import re
 from bisect import bisect_left
 from functools import cache, lru_cache
 
+from pipeline.text import WORDS
 from pipeline.text.wordnet import dictionary_words
 
 # For texts with fewer words, the detector only guesses.
 MIN_WORDS = 4
 # Minimum share of English words in an English text, which may have some foreign words ("a cafe au lait").
 MIN_ENGLISH_FRAC = 0.75
-# English words that describe nothing in an image. Numbers are not included: an image may show three dogs.
-_FUNCTION_WORDS = """
-a about above across after against all along alongside also although am among amongst an and another any are
-aren't around as at be because been before behind being below beneath beside besides between beyond both but
-by can cannot could did do does doing down during each either else etc even ever every except few for from had
-has have having he her here hers herself him himself his how i if in indeed inside into is isn't it it's its
-itself just like many may me might mine more most much must my near neither no nor not of off on once only
-onto opposite or other others our ours out outside over own past per perhaps quite rather really same shall
-she should simply since so some such than that that's the their theirs them themselves then there there's
-therefore these they this those though through throughout thus to too toward towards under underneath unless
-until unto up upon us versus very via was we were what when where whereas whether which while who whom whose
-why will with within without would yet you your yours yourself
-"""
-FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
-# Words that are frequent in other languages and rare in English, although WordNet has most of them.
-_FOREIGN = """
-der das dem des ein eine einen einem einer und mit im am auf ist sind von zu bei nach aus vor zwei
-drei een het de met op en bij naar voor aan zijn twee il lo la gli le un uno una di del della su due
-tre che el los las dos para por que les une du et aux dans sur avec deux trois um uma da em dois duas ett
-och med av det og af er cu pe egy bir ve yang amb
-"""
-_FOREIGN_WORDS = frozenset(_FOREIGN.split())
+FUNCTION_WORDS = frozenset(WORDS["function"].split())
+_FOREIGN_WORDS = frozenset(WORDS["foreign"].split())
 _LATIN = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 LATIN = frozenset(_LATIN.split())
 # Languages that the detector confuses with each other.
@@ -112,11 +93,7 @@ def _is_english(word: str) -> bool:
 
 
 # Words that WordNet lacks, and that begin a word of WordNet.
-_WITHOUT_ENTRY = """
-app audi bao bro bros chai chia dosa emo fam feta gif glam idli keto kia merc mic moto nana nori pdf pho promo
-rec roti sim ska uber usb vid
-"""
-_WORDS_WITHOUT_ENTRY = frozenset(_WITHOUT_ENTRY.split())
+_WORDS_WITHOUT_ENTRY = frozenset(WORDS["without_entry"].split())
 
 
 def begins_longer_word(word: str) -> bool:

@@ -52,10 +52,9 @@ IN_WORDS = {
     "speaks_of_elsewhere": "refers to another text or image",
     # verify
     "answer_not_confirmed": "the model gave another answer when asked again",
-    "claims_not_confirmed": "the model did not confirm all claims of the caption",
+    "false_claim": "the model refuted a claim of the caption",
     "low_rating": "low rating by the judge",
     "low_coverage": "the caption answers too few questions about its image",
-    "unlike_source_captions": "shares too few words with the human captions",
     "answerable_without_image": "can be answered without the image",
     "evidence_not_sufficient": "the named pages are not enough",
     "evidence_not_necessary": "the named pages are not needed",
@@ -67,7 +66,6 @@ IN_WORDS = {
     "duplicate": "duplicate of another text of this image",
     "caption_of_many_images": "the same caption on too many images",
     "answer_too_common": "too many similar questions have this answer",
-    "concepts_too_common": "has only concepts that are common in other captions",
     "beyond_images": "more images than requested",
     "no_annotation_left": "all texts of this image were rejected",
 }
@@ -77,7 +75,6 @@ IN_WORDS = {
 SCORES_IN_WORDS = {
     "precision": "share of the caption's claims that the model confirmed when asked about the image",
     "coverage": "share of the questions about the image that the caption alone answers correctly",
-    "shared_words": "share of the caption's content words that occur in any human caption of the image",
     "relevance": "judge's score, 1 to 5: describes the important parts of the image",
     "grounding": "judge's score, 1 to 5: everything stated is visible",
     "correctness": "judge's score, 1 to 5: objects, numbers, colors, places and actions are correct",

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Collection
 
+from pipeline.text import WORDS
+
 # Requests with matching replies are sent again, so the pattern is narrow. Changing it may repeat requests.
 _DECLINED = re.compile(
     r"\s*(?:i(?:'m| am) (?:sorry|unable|not able)|sorry,|i apologi[sz]e|as an ai|i (?:can(?:no|')t|won't))\b",
@@ -99,15 +101,7 @@ _BEGINS = re.compile(rf"\s*(?:unfortunately,? )?(?:{'|'.join(_BEGINNINGS)})")
 _SAYS = re.compile("|".join(_ANYWHERE))
 # Both expect text in lower case. Every match has one of these words. Few captions have them, so testing for
 # them first makes the search 9 times faster.
-_HINTS = """
-sorry afraid unable able apology apologies apologize apologise can can't can\u2019t cant cannot could couldn't
-couldn\u2019t won't won\u2019t don't don\u2019t doesn't doesn\u2019t didn't didn\u2019t hasn't hasn\u2019t not
-no please would impossible possible enough insufficient quality ai artificial language assistant decline
-failed broken missing corrupt corrupted unavailable inaccessible policy policies guidelines standards terms
-inappropriate upload attach share send provide without rather prefer choose wish refuse need too blank
-empty completely entirely totally fully solid withheld redacted omitted blocked nothing
-"""
-_HINT_WORDS = frozenset(_HINTS.split())
+_HINT_WORDS = frozenset(WORDS["refusing"].split())
 _ON_A_SIGN = ("afraid", "sorry", "please")
 
 

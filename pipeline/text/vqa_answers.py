@@ -1,12 +1,14 @@
 """Normalize VQA answers by the rules of the official evaluation (Antol et al., 2015), including its quirks.
 
 Answers become lower case. Number words become digits, articles are removed, contractions get their
-apostrophe, and punctuation is kept only in numbers.
+apostrophe, and punctuation is kept only in numbers. `is_same_answer` compares answers by their meaning.
 """
 
 import re
 
+from pipeline.text import WORDS
 from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
+from pipeline.text.wordnet import dictionary_words, synonyms
 
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*\s?%?")
 # Matches -5 % and -$5.
@@ -20,21 +22,11 @@ _PERIOD = re.compile(r"\.(?!\d)")
 # The value of re.UNICODE, which the official code passes as the argument `count` by mistake.
 _MAX_REMOVED_PERIODS = 32
 
-# Contractions in the official table. Spellings that lack one apostrophe are mapped to these contractions.
-_CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
-needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
-somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
-there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't
-what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
-why're why's won't would've wouldn't wouldn't've y'all y'all'll you'd you'd've you'll you're you've
-"""
-
+# Spellings that lack one apostrophe are mapped to these contractions.
 
 _CONTRACTION_OF = {
     word[: mark.start()] + word[mark.end() :]: word
-    for word in _CONTRACTIONS.split()
+    for word in WORDS["contractions"].split()
     for mark in re.finditer("'", word)
 } | {
     "ow's'at": "'ow's'at",
@@ -72,3 +64,56 @@ def kind_of_answer(answer: str) -> str:
     if answer.rstrip(SENTENCE_ENDS).casefold() in YES_OR_NO:
         return "yes/no"
     return "number" if _NUMBER.fullmatch(answer) else "other"
+
+
+# Words that do not change an answer: "in the kitchen", "blue color", "3 dogs there".
+_EMPTY_WORDS = "in on at of to by from with it is are there color colored colour its his her their"
+_EMPTY = frozenset(_EMPTY_WORDS.split())
+# An answer with one of these words differs from its parts: "red and white", "not red".
+_JOINING = frozenset(("and", "or", "not", "no", "without", "never"))
+_IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "person", "feet": "foot"}
+
+
+def is_same_answer(one: str, other: str) -> bool:
+    """Return whether two answers to the same question mean the same.
+
+    Yes and no are compared in all languages. Numbers must be equal. Other answers are equal if the words of
+    one, or their synonyms, are among those of the other: "kitchen", "in the kitchen".
+    """
+    first, second = _comparable(one), _comparable(other)
+    if _is_synonym(first, second):
+        return True
+    words, more = sorted((_answer_words(first), _answer_words(second)), key=len)
+    is_part = bool(words) and all(any(_is_synonym(word, found) for found in more) for word in words)
+    has_same_numbers = _numbers_in(words) == _numbers_in(more)
+    is_list = not _JOINING.isdisjoint({*words, *more}) or any(mark in one + other for mark in "/,&")
+    return is_part and has_same_numbers and not (is_list and len(words) < len(more))
+
+
+def _comparable(answer: str) -> str:
+    answer = answer.rstrip(SENTENCE_ENDS)
+    if is_negative(answer):
+        return f"-{normalize_answer(answer.strip()[1:])}"
+    normal = normalize_answer(answer)
+    return YES_OR_NO.get(normal, normal)
+
+
+def _answer_words(answer: str) -> list[str]:
+    return [_singular(word) for word in answer.split() if word not in _EMPTY]
+
+
+def _numbers_in(words: list[str]) -> list[str]:
+    return [word for word in words if any(map(str.isdigit, word))]
+
+
+def _singular(word: str) -> str:
+    """Return the singular of a plural noun, or the word itself."""
+    if word in _IRREGULAR or len(word) < 4 or not word.endswith("s") or word.endswith("ss"):
+        return _IRREGULAR.get(word, word)
+    candidates = (f"{word[:-3]}y" if word.endswith("ies") else "", word[:-1], word[:-2])
+    return next((name for name in candidates if name in dictionary_words()), word)
+
+
+def _is_synonym(one: str, other: str) -> bool:
+    concepts = synonyms()
+    return one == other or not concepts.get(one, set()).isdisjoint(concepts.get(other, set()))

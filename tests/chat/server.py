@@ -19,7 +19,8 @@ from tests.chat.kinds import SCHEMA_IN_WORDS, VLLM, ServerKind
 REPLIES = {
     "answer": '{"answer":"1"}',
     "caption": "A small red ring on a white background.",
-    "claims": '{"claims":[{"claim":"a ring","question":"Is there a ring?","opposite":"Is there a star?"}]}',
+    "claims": '{"claims":["There is a ring."]}',
+    "confirm": '{"answer":"yes"}',
     "deck_qa": '{"qa":[{"answer_type":"arithmetic","evidence_pages":[1,2],"question":"How many together?",'
     '"expression":"1 + 2","answer":"3"}]}',
     "qa": '{"qa":[{"answer_type":"number","question":"How many rings are there?","answer":"1"}]}',

@@ -40,7 +40,7 @@ def test_annotations_are_verified_and_changed_thresholds_send_no_request(verifie
         assert row["agreement"] == 1.0
         assert (row["alignment"] is not None) == (row["task"] == "caption")
     config = verified.parent / "loose.yaml"
-    thresholds = "{min_claims_supported: 0.1, lowest_alignment_frac: 0.0}"
+    thresholds = "{max_true_captions_lost: 0.5, lowest_alignment_frac: 0.0}"
     config.write_text(f"verify: {thresholds}\nfilter: {{max_caption_words: 12}}\n")
     done = run(*GENERATE, "--config", str(config), cwd=verified.parent)
     assert "sent 0 requests" in done.stderr

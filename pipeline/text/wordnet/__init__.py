@@ -1,19 +1,22 @@
 """Word lists from WordNet 3.0 (Princeton University, see LICENSE), created by benchmarks/wordnet_lists.py.
 
-`names` are the concepts over which captions are balanced. `dictionary_words` are used to recognize English.
+`synonyms` are used to compare answers. `dictionary_words` are used to recognize English.
 """
 
 import gzip
+from collections import defaultdict
 from functools import cache
 from importlib.resources import files
 
-NUMBERS = tuple(str(number) for number in range(100))
-
 
 @cache
-def names() -> tuple[str, ...]:
-    """Return "0" to "99" and the first name of every synset, as in the WordNet part of MetaCLIP's entries."""
-    return (*NUMBERS, *_read("names"))
+def synonyms() -> dict[str, set[int]]:
+    """Return the numbers of the concepts that each noun or adjective may mean. Synonyms share a number."""
+    concepts: dict[str, set[int]] = defaultdict(set)
+    for number, names in enumerate(_read("synonyms")):
+        for name in names.split("|"):
+            concepts[name].add(number)
+    return dict(concepts)
 
 
 @cache

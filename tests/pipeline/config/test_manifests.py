@@ -26,7 +26,6 @@ def manifest_with(tmp_path: Path, **settings: Any) -> Path:
         ({"verify": {"judge": "x@http://evil.example/v1"}}, "sets a judge: its server"),
         ({"verify": {"judge": "org/x@https://evil.example/v1"}}, "sets a judge: its server"),
         ({"generate": {"prompt_dir": "prompts"}}, "a file that does not exist here: generate.prompt_dir"),
-        ({"balance": {"entries": "d" * 64}}, "a file that does not exist here: balance.entries"),
         ({"split_list": "d" * 64}, "a file that does not exist here: split_list"),
         ({"generate": [1]}, "bad value for generate"),
         ({"generate": "x"}, "bad value for generate"),

@@ -93,7 +93,7 @@ def test_damaged_version_stops_a_run_before_the_first_request(tmp_path: Path) ->
         ({"tasks": ["qa"]}, "; 1 request per image"),
         ({"generate": {"samples": 4}}, "; 9 requests per image"),
         # 2 * (1 + 2 * 8)
-        ({"verify": {"checks": ["claims"]}}, "3 requests per image, and up to 34 to check"),
+        ({"verify": {"checks": ["claims"]}}, "3 requests per image, and up to 194 to check"),
         ({"verify": {"checks": ["round_trip", "covers"]}}, "and up to 24 to check"),  # 8 + 2 * 8
         ({"verify": {"judge": "j@http://h/v1"}}, "and up to 10 to check"),  # 2 captions, 8 questions
     ],

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.inference.journal import Journal
@@ -16,15 +18,17 @@ from pipeline.inference.verification import (
     build_claims,
     build_rating,
     build_repair,
-    checks_of,
+    claim_checks,
     coverage_checks,
+    question_checks,
     read_checks,
     read_claims,
     read_rating,
     read_repair,
+    rule_checks,
 )
-from pipeline.scenes.claims import Claim
 from pipeline.tables import RUBRIC
+from pipeline.tasks.checks import BLIND
 from pipeline.types import Request, SampleBatch
 from tests.plans import request_plan
 
@@ -59,11 +63,13 @@ def read_with_reply(path: Path, request: Request, reply: Any, read: Callable[[Jo
 
 def test_each_check_request_shows_only_the_pages_for_its_kind() -> None:
     all_pages = ROW | {"evidence_pages": [1, 2, 3]}
-    assert checks_of(ROW, config().verify) == checks_of(all_pages, config("evidence").verify) == []
+    assert (
+        question_checks(ROW, config().verify) == question_checks(all_pages, config("evidence").verify) == []
+    )
     settings = config("round_trip", "blind", "evidence", "claims")
     plan = request_plan(settings)
     requests = with_images(
-        [build_check(check, "s", plan) for check in checks_of(ROW, settings.verify)], SAMPLE
+        [build_check(check, "s", plan) for check in question_checks(ROW, settings.verify)], SAMPLE
     )
     assert [(request.style, request.images) for request in requests] == [
         ("round_trip", PAGES), ("blind", ()), ("sufficient", (b"two",)), ("necessary", (b"one", b"three")),
@@ -73,13 +79,35 @@ def test_each_check_request_shows_only_the_pages_for_its_kind() -> None:
     assert all(request.sampling.temperature == 0 and "2" not in request.text for request in requests)
 
 
-def test_caption_claims_come_from_rules_or_from_the_model() -> None:
-    settings = config("claims").verify
-    claims = [Claim(check.question, check.expected) for check in checks_of(CAPTION, settings)]
-    assert claims == [Claim("How many dogs are there?", "2"), Claim("What color is the background?", "gray")]
-    model_claims = [Claim("Is it a dog?", "yes"), Claim("Is it a cat?", "no")]
-    checks = checks_of(CAPTION, settings, model_claims)
-    assert [Claim(check.question, check.expected) for check in checks] == model_claims
+def test_each_claim_has_questions_that_expect_yes_and_no() -> None:
+    checks = claim_checks("A man wears a hat.")
+    assert [(check.question, check.expected) for check in checks[:2]] == [
+        ("Is it true that a man wears a hat?", "yes"), ("Is it false that a man wears a hat?", "no"),
+    ]  # fmt: skip
+    assert [check.expected for check in checks[2:]] == ["yes", "no"]
+    request = build_check(checks[0], "s", request_plan(config("claims")))
+    assert json.loads(request.schema)["properties"]["answer"]["enum"] == ["yes", "no", "cannot tell"]
+
+
+def test_rules_find_the_claims_about_drawn_scenes() -> None:
+    claims = [(check.question, check.expected) for (check,) in rule_checks("Two dogs on a gray background.")]
+    assert claims == [("How many dogs are there?", "2"), ("What color is the background?", "gray")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        ("Yes, it is.", "yes"), ("no", "no"), ("Nein", "no"), ("No idea.", "cannot tell"), ("A dog.", None),
+        ("It is not visible.", "cannot tell"), (True, "yes"),
+    ],
+)  # fmt: skip
+def test_answer_about_a_claim_is_yes_no_or_cannot_tell(tmp_path: Path, answer: Any, read: str | None) -> None:
+    plan, (check, *_) = request_plan(config("claims")), claim_checks("A dog runs.")
+    request = build_check(check, "s", plan)
+    results = read_with_reply(
+        tmp_path / "j", request, {"answer": answer}, lambda journal: read_checks("s", [check], plan, journal)
+    )
+    assert [result["answer"] for result in results] == [read]
 
 
 def test_claims_request_shows_no_image_and_is_shared_by_equal_captions(tmp_path: Path) -> None:
@@ -88,12 +116,12 @@ def test_claims_request_shows_no_image_and_is_shared_by_equal_captions(tmp_path:
     assert (request.id, request.images, request.pages) == (other.id, (), ())
     assert request.id != build_claims("Two cats.", "a", plan).id
     assert "Caption: Two dogs.\n" in request.text
-    good = {"claim": "dogs", "question": "Are there dogs?", "opposite": "Are there cats?"}
-    mixed = {"claims": [good, good | {"opposite": "Are there dogs?"}, {"claim": "x"}]}
-    for reply, expected in ((mixed, ["yes", "no"]), ({"claims": []}, []), ("no JSON", [])):
+    mixed = {"claims": ["There are dogs.", " ", "There are dogs.", {"claim": "They run."}]}
+    for reply, expected in ((mixed, ["There are dogs.", "They run."]), ({"claims": []}, []), ("no JSON", [])):
         read = lambda journal: read_claims("Two dogs.", plan, journal)  # noqa: E731
-        claims = read_with_reply(tmp_path / "j", request, reply, read)
-        assert [claim.expected for claim in claims] == expected
+        assert read_with_reply(tmp_path / "j", request, reply, read) == expected
+    long = "word " * 60
+    assert "about 17 statements" in build_claims(long, "a", plan).text
 
 
 def test_coverage_shows_the_caption_instead_of_the_image() -> None:
@@ -103,14 +131,14 @@ def test_coverage_shows_the_caption_instead_of_the_image() -> None:
     request, other = (build_check(check, sample_id, plan) for sample_id in "st")
     assert (request.images, request.id) == ((), other.id)
     assert request.text.endswith("Caption: Two dogs.\nQuestion: How many dogs?")
-    assert request.id != build_check(Check("blind", "How many dogs?", "2", ()), "s", plan).id
+    assert request.id != build_check(Check("blind", "How many dogs?", "2", (), task=BLIND), "s", plan).id
     assert coverage_checks("Two dogs.", config("claims").verify, pairs) == []
     assert coverage_checks(None, settings.verify, pairs) == []
 
 
-def test_repair_shows_the_answers_and_no_image(tmp_path: Path) -> None:
-    request = build_repair("A red kite.", [("Is it red?", "no")], "s", request_plan(config("claims")))
-    assert request.images == () and "Question: Is it red? Answer: no\n" in request.text
+def test_repair_shows_false_claims_and_no_image(tmp_path: Path) -> None:
+    request = build_repair("A red kite.", ["The kite is red."], "s", request_plan(config("claims")))
+    assert request.images == () and "False: The kite is red.\n" in request.text
     for reply, repaired in (({"caption": "A\nkite."}, "A kite."), ({"caption": ""}, None), ("{]", None)):
         read = lambda journal: read_repair(request, journal)  # noqa: E731
         assert read_with_reply(tmp_path / "j", request, reply, read) == repaired
@@ -123,8 +151,8 @@ def test_rating_shows_image_and_text_and_needs_all_scores(tmp_path: Path) -> Non
     assert with_images([pair], SAMPLE)[0].images == PAGES
     assert pair.text.endswith("Question: How many? Answer: 2")
     assert caption.text.endswith("Caption: Two dogs.") and caption.id != pair.id
-    scores, flaw = dict.fromkeys(RUBRIC, "4"), {"flaw": "nothing"}
-    numbers = {"flaw": "", **dict.fromkeys(RUBRIC, 4)}  # from a server without schemas
+    scores, flaw = dict.fromkeys(RUBRIC, "4"), {"wrong_words": "", "is_wrong": "no"}
+    numbers = {**flaw, "is_wrong": False, **dict.fromkeys(RUBRIC, 4)}  # from a server without schemas
     for reply, score in (
         (flaw | scores, 4),
         (numbers, 4),
@@ -132,7 +160,8 @@ def test_rating_shows_image_and_text_and_needs_all_scores(tmp_path: Path) -> Non
         (flaw | scores | {"form": "6"}, None),
     ):
         read = lambda journal: read_rating(row, plan, journal)  # noqa: E731
-        assert read_with_reply(tmp_path / "j", pair, reply, read) == dict.fromkeys(RUBRIC, score)
+        wrong = {"judged_wrong": None if score is None else False}
+        assert read_with_reply(tmp_path / "j", pair, reply, read) == wrong | dict.fromkeys(RUBRIC, score)
 
 
 def test_request_id_of_a_check_depends_on_question_pages_and_model() -> None:
@@ -152,7 +181,7 @@ def test_request_id_of_a_check_depends_on_question_pages_and_model() -> None:
 
 
 def test_blind_question_is_asked_once_for_all_images() -> None:
-    checks = {name: [Check("blind", "How many?", "2", ())] for name in "stu"}
+    checks = {name: [Check("blind", "How many?", "2", (), task=BLIND)] for name in "stu"}
     batches = [SampleBatch.of([("s", (b"1",)), ("t", (b"2",))]), SampleBatch.of([("u", (b"3",))])]
     built = [with_images(*chunk) for chunk in build_all(batches, checks, request_plan(config()))]
     assert [[request.images for request in requests] for requests in built] == [[()], []]
@@ -160,7 +189,7 @@ def test_blind_question_is_asked_once_for_all_images() -> None:
 
 def test_read_checks_returns_answers_and_null_for_unreadable_replies(tmp_path: Path) -> None:
     settings = config("round_trip", "blind")
-    plan, checks = request_plan(settings), checks_of(ROW, settings.verify)
+    plan, checks = request_plan(settings), question_checks(ROW, settings.verify)
     with Journal(tmp_path / "j.sqlite") as journal:
         for check, text in zip(checks, ('{"answer":"2"}', "{]"), strict=True):
             request = build_check(check, "s", plan)

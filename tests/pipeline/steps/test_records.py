@@ -255,7 +255,6 @@ def test_changed_prompt_rewrites_annotations(photos: Path, tmp_path: Path, ran: 
 FROM_DEDUPE = ["dedupe", "balance", "split", "review", "write"]
 # Changed settings, each with the steps that run again.
 STEPS_OF_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"balance": {"tail_frac": 0.4}}, ["balance", "split", "review", "write"]),
     # It keeps the same rows.
     ({"balance": {"max_answer_frac": 0.9}}, ["balance", "write"]),
     ({"dedupe": {"max_images_per_caption": 1}}, FROM_DEDUPE),
@@ -309,16 +308,6 @@ def test_next_run_applies_reviews(copied: tuple[Path, RunResult], tmp_path: Path
     assert ran == ["review", "write"]
     assert marked.is_new and marked.funnel[-2].rejected == {"reviewed_not_true": 1}
     assert run(photos, dataset.path, ran).version.name == marked.version.name and ran == []
-
-
-def test_changed_entry_file_reruns_balance(photos: Path, tmp_path: Path, ran: list[str]) -> None:
-    entries = tmp_path / "entries.txt"
-    entries.write_text("bus\n")
-    balance = {"entries": str(entries), "tail_frac": 0.5}
-    run(photos, tmp_path / "d", ran, balance=balance)
-    entries.write_text("dogs\nbus\n")
-    run(photos, tmp_path / "d", ran, balance=balance)
-    assert ran[0] == "balance"
 
 
 def test_run_after_adding_near_duplicates_equals_run_in_a_new_folder(

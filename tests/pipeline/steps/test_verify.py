@@ -15,21 +15,24 @@ from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
 from pipeline.steps import verify
 from pipeline.storage.files import read_table
-from pipeline.tables import CHECK, FLOAT64, STRING, fields
+from pipeline.tables import CALIBRATION, CHECK, FLOAT64, INT32, STRING, fields
 from tests.chat.server import ChatServer, running_chat
 from tests.plans import request_plan
 from tests.step_runs import numbered_table, verify_rows, with_results
 
 QUESTION = {"task": "qa", "style": "", "clean_question": "What color is the ring?", "clean_answer": "red"}
 CAPTION = {"task": "caption", "style": "brief", "clean_text": "A red ring."}
-TEXTS = ("annotation_id", "task", "style", "clean_text", "clean_question", "clean_answer", "answer_type")
+TEXTS = ("task", "style", "clean_text", "clean_question", "clean_answer", "answer_type", "prompt_id")
 SCHEMA = pa.schema(
-    [*fields(STRING, *TEXTS), *fields(pa.list_(CHECK), "checks"), *fields(FLOAT64, "alignment")]
-)
+    [
+        *fields(STRING, "annotation_id", "sample_id", *TEXTS), *fields(pa.list_(CHECK), "checks"),
+        *fields(FLOAT64, "alignment"), *fields(INT32, "evidence"), *CALIBRATION,
+    ]
+)  # fmt: skip
 
 
 def check(kind: str, answer: str | None, expected: str = "red") -> dict[str, str | None]:
-    return {"kind": kind, "question": "?", "expected": expected, "answer": answer}
+    return {"kind": kind, "claim": None, "question": "?", "expected": expected, "answer": answer}
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
@@ -60,27 +63,63 @@ def test_question_is_kept_or_rejected_with_reason(checks: list[dict[str, Any]], 
     assert reasons(QUESTION | {"checks": checks}) == [reason]
 
 
-def test_caption_needs_minimum_share_of_confirmed_claims() -> None:
-    checks = [check("claims", "red"), check("claims", "red"), check("claims", "blue"), check("claims", None)]
+def claim_checks(number: int, *answers: str | None) -> list[dict[str, str | None]]:
+    """Return the checks of one claim. A true claim is confirmed by yes, no, yes and no, in this order."""
+    claim = f"Claim {number}."
+    pairs = zip(answers, ("yes", "no", "yes", "no"), strict=False)
+    return [check("claims", answer, expected) | {"claim": claim} for answer, expected in pairs]
+
+
+TRUE_CLAIM, FALSE_CLAIM = ("yes", "no"), ("no", "yes", "no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("claims", "evidence", "confirmed"),
+    [
+        ([TRUE_CLAIM], -2, 1),
+        ([FALSE_CLAIM], 4, 0),
+        ([TRUE_CLAIM, FALSE_CLAIM], 4, 0.5),
+        ([("yes", "yes", "yes", "yes")], 0, 0),
+        ([("no", "no", "yes", "no")], -2, 1),
+        ([("no", "cannot tell", "no", "yes")], 3, 0),
+        ([("Ja", "Nein.")], -2, 1),
+        ([(None, None)], None, None),
+        ([(None, "yes", None, "yes"), TRUE_CLAIM], 2, 0.5),
+    ],
+)
+def test_evidence_is_refuting_answers_less_confirming_ones(
+    claims: list[tuple[str | None, ...]], evidence: int | None, confirmed: float | None
+) -> None:
+    checks = [one for number, answers in enumerate(claims) for one in claim_checks(number, *answers)]
     rows = with_results(table(CAPTION | {"checks": checks}))
-    assert rows["agreement"].to_pylist() == [pytest.approx(2 / 3)]
-    assert reasons(CAPTION | {"checks": checks}) == ["claims_not_confirmed"]
-    assert reasons(CAPTION | {"checks": checks}, min_claims_supported=0.6) == [None]
+    assert (rows["evidence"].to_pylist(), rows["agreement"].to_pylist()) == ([evidence], [confirmed])
+    assert reasons(CAPTION | {"checks": checks}) == [
+        "false_claim" if evidence is not None and evidence >= 2 else None
+    ]
 
 
-def test_claim_is_confirmed_by_both_of_its_questions() -> None:
-    def agreement(*answers: str | None) -> float | None:
-        pairs = zip(answers, ("yes", "no") * (len(answers) // 2), strict=True)
-        checks = [check("claims", answer, expected) for answer, expected in pairs]
-        share: float | None = with_results(table(CAPTION | {"checks": checks}))["agreement"].to_pylist()[0]
-        return share
+def known(*evidence: int, kind: str = "reference") -> list[dict[str, Any]]:
+    return [{"check": "claims", "kind": kind, "evidence": one} for one in evidence]
 
-    assert (agreement("yes", "no"), agreement("Ja", "Nein.")) == (1, 1)
-    assert (agreement("yes", "yes"), agreement("no", "no")) == (0, 0)
-    assert agreement("yes", "no", "yes", "yes") == 0.5
-    # The second claim is false, not the first.
-    assert agreement("yes", "no", None, "yes") == 0.5
-    assert (agreement("yes", "no", None, None), agreement(None, None)) == (1, None)
+
+@pytest.mark.parametrize(
+    ("alarms", "max_lost", "evidence", "is_kept"),
+    [
+        ([-2] * 9 + [2], 0.1, 2, False),  # one claim for each caption: 1 of 10 true captions is lost
+        ([-2] * 9 + [2], 0.05, 2, True),
+        ([-2] * 9 + [2], 0.05, 3, False),
+        ([-2] * 9 + [4], 0.05, 4, True),  # the model errs too often at any evidence
+    ],
+)
+def test_least_evidence_follows_from_false_alarms_about_known_truths(
+    alarms: list[int], max_lost: float, evidence: int, *, is_kept: bool
+) -> None:
+    row = CAPTION | {
+        "checks": [], "evidence": evidence, "claim_evidence": [evidence], "calibration": known(*alarms)
+    }  # fmt: skip
+    for shards in (1, 3):
+        found = reasons(row, CAPTION, CAPTION, shards=shards, max_true_captions_lost=max_lost)
+        assert found == [None if is_kept else "false_claim", None, None]
 
 
 def test_question_answered_blind_is_rejected_only_if_most_images_share_the_answer() -> None:
@@ -118,7 +157,7 @@ def test_frequent_answers_are_exempt_from_the_necessary_check() -> None:
     assert reasons(row("3", "number")) == ["evidence_not_necessary"]
 
 
-CHECKS = ["round_trip", "blind", "claims", "covers", "references", "alignment"]
+CHECKS = ["round_trip", "blind", "claims", "covers", "alignment"]
 
 
 def checked(folder: Path) -> tuple[list[dict[str, Any]], int, int]:

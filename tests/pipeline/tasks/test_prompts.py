@@ -35,10 +35,10 @@ def test_all_tasks_share_the_system_text() -> None:
 
 def test_requests_without_an_image_have_a_separate_system_text() -> None:
     for task in (CLAIMS, COVERS, REPAIR, BLIND):
-        system = render(task, caption="", question="?", answers=()).system
+        system = render(task, caption="", question="?", claims=(), count=1).system
         assert system == template("system_text/v1").strip() and "Look at" not in system
         folders = (SCENE_PROMPTS,)
-        scenes = render(task, folders, caption="", question="?", answers=()).system
+        scenes = render(task, folders, caption="", question="?", claims=(), count=1).system
         assert scenes == render(TASKS["qa"], folders).system
 
 
@@ -169,4 +169,4 @@ def test_special_tokens_and_directions_do_not_reach_a_prompt(value: str, shown: 
     notes = render(TASKS["caption"], row=(("title", value),), style="plain").text
     assert f"title: {json.dumps(shown, ensure_ascii=False)}" in notes
     assert shown in render(TASKS["answer"], question=value).text
-    assert shown in render(REPAIR, caption="A lamp.", answers=((value, "no"),)).text
+    assert shown in render(REPAIR, caption="A lamp.", claims=(value,)).text

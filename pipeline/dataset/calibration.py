@@ -1,0 +1,245 @@
+"""Measure how often a check errs, and correct its findings by these errors.
+
+The verify step asks a check about texts that are known to be true (human captions of the image) or false
+(captions of other images, and claims in which one word was replaced). The check's false alarms and misses
+state how much its findings about the other texts are worth. They also set the evidence from which a claim
+counts as false: the lowest at which no more than a given share of true captions is lost.
+
+Claims of one image are not independent. The effective number of claims, from which intervals are computed,
+is that of a simple random sample with the same variance between images.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from heapq import nsmallest
+from itertools import groupby
+from math import sqrt
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.dataset.statistics import wilson_interval
+from pipeline.digests import hash_to_unit
+from pipeline.tables import HUMAN
+
+CLAIMS, JUDGE = "claims", "judge"
+TRUE = "reference"  # the kind of texts that are known to be true
+LEVELS = (2, 3, 4)  # possible values of the least evidence that refutes a claim
+NEVER = 5  # no claim has so much evidence against it
+JUDGED = 4  # the evidence of a judge, who answers once
+FINDINGS = ("sample_id", "prompt_id", "claim_evidence", "judged_wrong", "calibration")
+Z = 1.96
+MIN_GAIN = 0.1  # a check whose errors add up to more than 1 - MIN_GAIN tells nothing
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTexts:
+    """Human captions of a sample, and a caption of another sample. Empty if the source has none."""
+
+    captions: tuple[str, ...]
+    foreign: str | None
+
+
+def choose_known_texts(samples: Iterable[pa.RecordBatch], number: int, seed: int) -> dict[str, KnownTexts]:
+    """Return the known texts of the samples with the least hashes, by sample id."""
+    rows = (row for batch in samples for row in batch.to_pylist())
+    chosen = nsmallest(number, rows, key=lambda row: hash_to_unit(seed, row["sample_id"]))
+    others = [*chosen[1:], *chosen[:1]] if len(chosen) > 1 else [{"references": []}]
+    return {
+        row["sample_id"]: KnownTexts(tuple(row["references"]), next(iter(other["references"]), None))
+        for row, other in zip(chosen, others, strict=False)
+    }
+
+
+Evidence = Counter[tuple[int, ...]]  # images by the evidence against each of their claims
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A share of `count` claims. `trials` is the effective number of claims."""
+
+    count: int
+    value: float
+    trials: float
+
+    @classmethod
+    def of(cls, hits: Any, counts: Any, images: Any = 1) -> "Share":
+        """Return the share of claims that hit, from arrays of hits and claims, and of images with these."""
+        n = int(np.sum(counts * images))
+        value = float(np.sum(hits * images)) / max(1, n)
+        # The linearized variance of a ratio of sums over clusters (Cochran, Sampling Techniques, 6.3).
+        variance = float(np.sum((hits - value * counts) ** 2 * images)) / max(1, n) ** 2
+        return cls(n, value, min(n, value * (1 - value) / variance) if variance > 0 else n)
+
+    @property
+    def rest(self) -> "Share":
+        """The share of the other claims."""
+        return replace(self, value=1 - self.value)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the share with its 95 % Wilson interval."""
+        low, high = wilson_interval(self.value * self.trials, self.trials)
+        return {"count": self.count, **_rounded(share=self.value, low=low, high=high)}
+
+
+def share_refuted(evidence: Evidence, level: int) -> Share:
+    """Return the share of claims with at least this evidence against them."""
+    hits = [sum(against >= level for against in claims) for claims in evidence]
+    return Share.of(*map(np.array, (hits, [len(claims) for claims in evidence], [*evidence.values()])))
+
+
+@dataclass(slots=True)
+class Findings:
+    """The findings of one check about known texts by kind, and about the texts of the dataset."""
+
+    known: dict[str, Evidence] = field(default_factory=lambda: defaultdict(Counter))
+    found: Evidence = field(default_factory=Counter)
+    claims: Counter[int] = field(default_factory=Counter)  # captions by number of claims
+    by_model: int = 0  # checked texts that a model wrote
+
+    def alarms(self, level: int) -> Share | None:
+        """Return the share of true texts that are refuted, or None if no texts are known to be true."""
+        return share_refuted(self.known[TRUE], level) if TRUE in self.known else None
+
+    def missed(self, level: int) -> Share:
+        """Return the share of false texts that are not refuted."""
+        return share_refuted(sum((self.known[kind] for kind in self.falsehoods), Counter()), level).rest
+
+    @property
+    def falsehoods(self) -> list[str]:
+        """The kinds of false texts."""
+        return sorted(self.known.keys() - {TRUE})
+
+    def lost_share(self, level: int) -> float | None:
+        """Return the share of true captions with a refuted claim if errors are independent, or None."""
+        if level == NEVER:
+            return 0.0
+        alarms = self.alarms(level)
+        if alarms is None or not self.claims:
+            return None
+        lost = sum(count * (1 - (1 - alarms.value) ** claims) for claims, count in self.claims.items())
+        return lost / self.claims.total()
+
+    def choose_level(self, max_lost: float) -> int:
+        """Return the least evidence that refutes a claim and loses at most this share of true captions."""
+        return next((level for level in LEVELS if (self.lost_share(level) or 0.0) <= max_lost), NEVER)
+
+    def describe(self, level: int) -> dict[str, Any]:
+        """Return the errors of the check, and the corrected share of true texts before any rejection."""
+        shown = min(level, LEVELS[-1])  # at NEVER, the errors of the strictest level
+        found, alarms, missed = share_refuted(self.found, shown).rest, self.alarms(shown), self.missed(shown)
+        lost = self.lost_share(level)
+        return {
+            "min_evidence": level,
+            "lost": None if lost is None else round(lost, 4),
+            "passed": found.describe(),
+            "true": correct_share(found, alarms, missed),
+            "false_alarms": alarms.describe() if alarms else None,
+            "missed": missed.describe() if missed.count else None,
+            "kinds": {k: share_refuted(self.known[k], shown).rest.describe() for k in self.falsehoods},
+        }
+
+
+def read_findings(tables: Iterable[pa.Table]) -> dict[str, Findings]:
+    """Return the findings of each check in rows of the verify step. Rows of one image must be adjacent."""
+    findings = {CLAIMS: Findings(), JUDGE: Findings()}
+    rows = (row for table in tables for row in table.select(FINDINGS).to_pylist())
+    for _, group in groupby(rows, itemgetter("sample_id")):
+        of_image = list(group)
+        # Human captions are the known truths about model-written texts, so their own share is not measured.
+        is_by_model = any(row["prompt_id"] != HUMAN for row in of_image)
+        evidence: dict[str, list[int]] = {CLAIMS: [], JUDGE: []}
+        known: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for row in of_image:
+            of_row = {CLAIMS: row["claim_evidence"] or [], JUDGE: _judged(row["judged_wrong"])}
+            for check, against in of_row.items():
+                if is_by_model == (row["prompt_id"] != HUMAN):
+                    evidence[check] += against
+                    findings[check].by_model += is_by_model and bool(against)
+            if of_row[CLAIMS]:
+                findings[CLAIMS].claims[len(of_row[CLAIMS])] += 1
+            for text in row["calibration"] or ():
+                known[text["check"], text["kind"]].append(text["evidence"])
+        for check, against in evidence.items():
+            findings[check].found[tuple(against)] += bool(against)
+        for (check, kind), against in known.items():
+            findings[check].known[kind][tuple(against)] += 1
+    return {check: one for check, one in findings.items() if one.found.total()}
+
+
+def _judged(is_wrong: Any) -> list[int]:
+    return [] if is_wrong is None else [JUDGED if is_wrong else -JUDGED]
+
+
+def correct_share(found: Share, alarms: Share | None, missed: Share) -> dict[str, Any] | None:
+    """Return the share of true texts with its 95 % interval, from the share that the check did not refute.
+
+    A check passes true texts except false alarms, and the false texts that it misses: the true share is
+    (passed - missed) / (1 - alarms - missed), by Rogan and Gladen (1978), with the interval of Lang and
+    Reiczigel (2014). If no texts are known to be true, only a lower bound is known. Returns None if nothing
+    is known, or if the check does not tell true texts from false ones.
+    """
+    if not missed.count or not found.count:
+        return None
+    alarm, true_trials = (alarms.value, alarms.trials) if alarms else (0.0, float("inf"))
+    if alarm + missed.value >= 1 - MIN_GAIN:
+        return None
+    share = min(1.0, max(0.0, (found.value - missed.value) / (1 - alarm - missed.value)))
+    # Add pseudo-counts, since no error in a small sample does not mean that there are none.
+    n, true_n, false_n = found.trials + Z**2, true_trials + 2, missed.trials + 2
+    passed = (found.value * found.trials + Z**2 / 2) / n
+    hits = ((1 - alarm) * true_trials + 1) / true_n if alarms else 1.0
+    refuted = ((1 - missed.value) * missed.trials + 1) / false_n
+    gain = hits + refuted - 1
+    center = (passed + refuted - 1) / gain
+    of_hits, of_refuted = hits * (1 - hits) / true_n, refuted * (1 - refuted) / false_n
+    variance = passed * (1 - passed) / n + center**2 * of_hits + (1 - center) ** 2 * of_refuted
+    middle = center + 2 * Z**2 * (center * of_hits - (1 - center) * of_refuted)
+    half = Z * sqrt(variance) / gain
+    low, high = (min(1.0, max(0.0, bound)) for bound in (middle - half, middle + half))
+    if alarms is None:
+        return {"share": None, **_rounded(low=min(low, share), high=1.0)}
+    return _rounded(share=share, low=min(low, share), high=max(high, share))
+
+
+def _rounded(**values: float) -> dict[str, Any]:
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+def checks_in_words(manifest: Mapping[str, Any]) -> list[str]:
+    """Return a line for each check: the corrected share of true texts, and the errors of the check."""
+    own = f"; {manifest['model']['name']} judges its own texts"
+    return [
+        f"{check['check']}: {_true_in_words(check)}; {_errors_in_words(check)}{own * check['judges_itself']}"
+        for check in manifest.get("checks", [])
+    ]
+
+
+def _true_in_words(check: Mapping[str, Any]) -> str:
+    unit, true = {CLAIMS: "claims of captions"}.get(check["check"], "texts"), check["true"]
+    passed = f"{_percent(check['passed']['share'])} % of {check['passed']['count']:,} {unit} passed"
+    if true is None:
+        return f"{passed}; how many are true is not known"
+    interval = f"[{_percent(true['low'])}, {_percent(true['high'])}]"
+    if true["share"] is None:
+        return f"{passed}; at least {_percent(true['low'])} % are true, corrected for misses"
+    return f"{passed}; {_percent(true['share'])} % {interval} are true, corrected for the errors of the check"
+
+
+def _errors_in_words(check: Mapping[str, Any]) -> str:
+    parts = []
+    for name, what in (("false_alarms", "true texts were refuted"), ("missed", "false texts were missed")):
+        if rate := check[name]:
+            interval = f"[{_percent(rate['low'])}, {_percent(rate['high'])}]"
+            parts.append(f"{_percent(rate['share'])} % {interval} of {rate['count']:,} {what}")
+        else:
+            parts.append(f"no {what.partition(' were')[0]} were known")
+    never = "; it errs too often, so no text was rejected" if check["min_evidence"] == NEVER else ""
+    return f"{', '.join(parts)}{never}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

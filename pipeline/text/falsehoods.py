@@ -1,0 +1,55 @@
+"""Turn true statements into false ones: replace an object, color, number or relation by another one."""
+
+from collections.abc import Callable, Collection, Iterator
+
+from pipeline.text import WORDS
+from pipeline.text.normalize import words_of
+
+_COLORS = "red orange yellow green blue purple pink black white gray brown"
+_NUMBERS = ("two three four five six", "2 3 4 5 6")
+_SIZES = "small large"
+_OPPOSITES = "left right\nabove below\nunder over\ninside outside\nopen closed\nstanding sitting\nday night"
+GROUPS = {
+    "object": [line.split() for line in WORDS["objects"].strip().splitlines()],
+    "color": [_COLORS.split()],
+    "number": [line.split() for line in _NUMBERS],
+    "relation": [line.split() for line in (*_OPPOSITES.splitlines(), _SIZES)],
+}
+
+
+def plant_falsehoods(
+    statement: str, said: Collection[str], rank: Callable[[str], float]
+) -> Iterator[tuple[str, str]]:
+    """Yield (kind, false statement) for each kind of falsehood that fits.
+
+    `said` has the words of all texts about the image: none of them replaces a word, since it may be true
+    too. `rank` orders the candidates.
+    """
+    words = statement.split(" ")
+    keys = ["".join(words_of(word)) for word in words]
+    for kind, groups in GROUPS.items():
+        places = [(n, swap) for n, key in enumerate(keys) if (swap := _swap(key, groups, said, rank))]
+        if places:
+            place, new = min(places, key=lambda found: rank(f"{kind} {found[0]}"))
+            old = keys[place]
+            changed = [*words]
+            changed[place] = words[place].lower().replace(old, new)
+            if place and keys[place - 1] in ("a", "an"):
+                article = "an" if new[0] in "aeiou" else "a"
+                changed[place - 1] = article.capitalize() if place == 1 else article
+            text = " ".join(changed)
+            yield kind, text[:1].upper() + text[1:] if statement[:1].isupper() else text
+
+
+def _swap(
+    word: str, groups: list[list[str]], said: Collection[str], rank: Callable[[str], float]
+) -> str | None:
+    """Return another word of the group of a word, also in the plural, or None."""
+    is_plural = not any(word in group for group in groups) and word.endswith("s")
+    singular = word[:-1] if is_plural else word
+    group = next((group for group in groups if singular in group), [])
+    candidates = [name for name in group if name != singular and not {name, f"{name}s"} & {*said}]
+    if not candidates:
+        return None
+    best = min(candidates, key=rank)
+    return best + ("es" if best.endswith(("s", "ch", "sh")) else "s") * is_plural

@@ -1,0 +1,112 @@
+"""Errors of checks: shares are corrected, intervals contain the truth, and the least evidence is chosen."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.dataset.calibration import (
+    FINDINGS,
+    NEVER,
+    Findings,
+    Share,
+    checks_in_words,
+    choose_known_texts,
+    correct_share,
+    read_findings,
+)
+from pipeline.tables import BOOL, CALIBRATION, STRING, fields
+
+SCHEMA = pa.schema([*fields(STRING, "sample_id", "prompt_id"), *CALIBRATION, *fields(BOOL, "judged_wrong")])
+
+
+def share(hits: int, count: int) -> Share:
+    return Share.of(np.arange(count) < hits, np.ones(count))
+
+
+def row(sample_id: str, *evidence: int, human: bool = False, **known: int) -> dict[str, Any]:
+    known_texts = [{"check": "claims", "kind": kind, "evidence": one} for kind, one in known.items()]
+    return {
+        "sample_id": sample_id, "prompt_id": "human" if human else "caption/v1@1",
+        "claim_evidence": evidence, "calibration": known_texts, "judged_wrong": None,
+    }  # fmt: skip
+
+
+def findings(*rows: dict[str, Any]) -> dict[str, Findings]:
+    return read_findings([pa.Table.from_pylist(rows, schema=SCHEMA).select(FINDINGS)])
+
+
+def test_share_of_true_texts_is_corrected_for_false_alarms_and_misses() -> None:
+    # 90 % are true: .9 x .95 + .1 x .2 = 87.5 % pass.
+    true = correct_share(share(875, 1000), share(10, 200), share(40, 200))
+    assert true is not None and true["share"] == pytest.approx(0.9, abs=1e-3)
+    assert true["low"] < 0.87 and 0.93 < true["high"] < 1
+    without_truths = correct_share(share(875, 1000), None, share(40, 200))
+    assert without_truths == {"share": None, "low": pytest.approx(0.82, abs=0.01), "high": 1.0}
+    assert correct_share(share(1000, 1000), share(0, 200), share(200, 200)) is None  # a model that says yes
+    assert correct_share(share(1000, 1000), share(0, 200), share(0, 0)) is None
+
+
+def test_interval_contains_the_true_share_in_95_of_100_samples() -> None:
+    draw, truth, alarm, miss = np.random.default_rng(0), 0.85, 0.05, 0.2
+    covered = 0
+    for _ in range(400):
+        passed = int(draw.binomial(500, truth * (1 - alarm) + (1 - truth) * miss))
+        alarms, missed = int(draw.binomial(200, alarm)), int(draw.binomial(200, miss))
+        true = correct_share(share(passed, 500), share(alarms, 200), share(missed, 200))
+        assert true is not None
+        covered += true["low"] <= truth <= true["high"]
+    assert 0.93 <= covered / 400 <= 0.975
+
+
+def test_claims_of_one_image_count_less_if_they_are_wrong_together() -> None:
+    together = Share.of(np.array([10, 0]), np.array([10, 10]), np.array([10, 90]))
+    apart = Share.of(np.array([1]), np.array([10]), np.array([100]))
+    assert together.value == apart.value == 0.1
+    assert together.trials == pytest.approx(100) and apart.trials == 1000
+
+
+def test_rows_give_errors_by_kind_and_the_share_before_rejection() -> None:
+    found = findings(
+        row("a", -2, -2, 4, reference=-2, color=4),
+        row("a", -2, human=True),  # a known truth, which does not count for the model's texts
+        row("b", -2, -2, reference=2, color=-2),
+    )
+    assert found.keys() == {"claims"}
+    values = found["claims"].describe(2)
+    assert (values["passed"]["share"], values["passed"]["count"]) == (0.8, 5)
+    assert (values["false_alarms"]["share"], values["kinds"]["color"]["share"]) == (0.5, 0.5)
+    assert found["claims"].describe(NEVER)["lost"] == 0
+
+
+def test_least_evidence_loses_at_most_the_given_share_of_captions() -> None:
+    rows = [row(str(n), *[-2] * 8, reference=4 if n == 0 else 2 if n < 5 else -2) for n in range(100)]
+    found = findings(*rows)["claims"]
+    assert found.lost_share(2) == pytest.approx(1 - 0.95**8)
+    assert found.lost_share(3) == pytest.approx(1 - 0.99**8)
+    assert [found.choose_level(lost) for lost in (0.5, 0.1, 0.05)] == [2, 3, NEVER]
+    assert findings(row("a", 4))["claims"].choose_level(0.0) == 2  # nothing is known about false alarms
+
+
+def test_summary_states_share_errors_and_self_judgement() -> None:
+    check = findings(*[row(str(n), -2, reference=-2, color=4) for n in range(50)])["claims"].describe(2)
+    manifest = {"model": {"name": "m"}, "checks": [{"check": "claims", "judges_itself": True, **check}]}
+    (text,) = checks_in_words(manifest)
+    assert text.startswith("claims: 100.0 % of 50 claims of captions passed; 100.0 % [")
+    assert "0.0 % [0.0, 7.1] of 50 true texts were refuted" in text and text.endswith(
+        "m judges its own texts"
+    )
+    assert checks_in_words({"model": {"name": "m"}}) == []
+
+
+def test_known_texts_are_drawn_by_the_seed_and_do_not_depend_on_the_order_of_samples() -> None:
+    names = [f"{number:064x}" for number in range(20)]
+    rows = [{"sample_id": name, "references": [f"Text {name}."] * (name != names[3])} for name in names]
+    forward, backward = (
+        choose_known_texts([pa.RecordBatch.from_pylist(ordered)], 8, 0) for ordered in (rows, rows[::-1])
+    )
+    assert forward == backward and len(forward) == 8
+    assert forward.keys() != choose_known_texts([pa.RecordBatch.from_pylist(rows)], 8, 1).keys()
+    assert all(known.foreign not in known.captions for known in forward.values())
+    assert choose_known_texts([pa.RecordBatch.from_pylist(rows[:1])], 8, 0)[names[0]].foreign is None
