@@ -1,8 +1,8 @@
 """The image store of a dataset folder: files `images/*.parquet`, which hold each image once.
 
 The read step adds images. All other steps, and versions, refer to them by sample id. A file is written
-atomically, never changed, and named after the ids in it. On a cluster, each shard folder has its own store.
-Only `synth versions gc` removes images (dataset/removal.py).
+atomically, never changed, and named after the ids in it. Only `synth versions gc` removes images
+(dataset/removal.py).
 """
 
 import hashlib
@@ -41,10 +41,14 @@ class _Group(NamedTuple):
 
 
 class ImageStore:
-    """The images of a dataset folder or shard. Writing requires the lock of the folder."""
+    """The images of a dataset folder. Writing requires the lock of the folder.
 
-    def __init__(self, folder: Path) -> None:
+    With `ids`, only these samples can be read, and row groups without them are skipped.
+    """
+
+    def __init__(self, folder: Path, ids: pa.Array | pa.ChunkedArray | None = None) -> None:
         self.folder = folder
+        self._id_range = ("", "g") if ids is None else tuple(pc.min_max(ids).as_py().values())
         open_file = lru_cache(MAX_OPEN_FILES)(open_parquet)
 
         def read_group(group: _Group) -> pa.Table:
@@ -53,9 +57,8 @@ class ImageStore:
         self._read_group = lru_cache(MAX_CACHED_GROUPS)(read_group)
 
     def paths(self) -> list[Path]:
-        """Return the files in this store and in the stores of all shards, except links and pipes."""
-        patterns = (f"{FOLDER}/*.parquet", f"shards/*/{FOLDER}/*.parquet")
-        paths = (path for pattern in patterns for path in self.folder.glob(pattern))
+        """Return the files in this store, except links and pipes."""
+        paths = self.folder.glob(f"{FOLDER}/*.parquet")
         named = (path for path in paths if FILE_NAME.fullmatch(path.name))
         return sorted((path for path in named if is_remote(path) or S_ISREG(path.lstat().st_mode)), key=str)
 
@@ -121,25 +124,24 @@ class ImageStore:
     def keep_only(self, wanted: Collection[str], *, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
         """Remove the images of samples that are not `wanted`. Yield changed files with the bytes freed.
 
-        Duplicates in one folder, which killed processes may leave, are removed too. With `dry_run`, nothing
-        is changed. Raises StoreError before any removal if a file is damaged.
+        Duplicates, which killed processes may leave, are removed too. With `dry_run`, nothing is changed.
+        Raises StoreError before any removal if a file is damaged.
         """
-        kept, written = set[tuple[Path, str]](), set[Path]()
+        kept, written = set[str](), set[Path]()
         for path, ids in [(path, _read_ids(path)) for path in self.paths()]:
             # An earlier iteration has just rewritten this file, which a killed process had left here.
             if path in written:
                 continue
             num_bytes = path.stat().st_size
-            is_wanted = [name in wanted and (path.parent, name) not in kept for name in ids]
-            kept.update((path.parent, name) for name, keep in zip(ids, is_wanted, strict=True) if keep)
+            is_wanted = [name in wanted and name not in kept for name in ids]
+            kept.update(name for name, keep in zip(ids, is_wanted, strict=True) if keep)
             if all(is_wanted):
                 continue
             if dry_run:
                 yield path, num_bytes * is_wanted.count(False) // max(1, len(ids))
                 continue
             if any(is_wanted):
-                store = ImageStore(path.parent.parent)
-                new = store._write_file(_select_rows(open_parquet(path), is_wanted))
+                new = self._write_file(_select_rows(open_parquet(path), is_wanted))
                 written.add(new)
                 num_bytes -= new.stat().st_size
             path.unlink()
@@ -150,7 +152,7 @@ class ImageStore:
         groups: dict[str, _Group] = {}
         # Reversed, so that an image in two files is read from the first file.
         for path in reversed(self.paths()):
-            groups |= _groups_by_id(path)
+            groups |= _groups_by_id(path, *self._id_range)
         return groups
 
     def _without_known(self, table: pa.Table, pending_ids: set[str]) -> pa.Table:
@@ -216,17 +218,22 @@ def as_pixels(images: pa.ListArray, columns: Sequence[str]) -> dict[str, pa.Arra
     return {name: pixels[name] for name in PIXELS if name in columns}
 
 
-def _groups_by_id(path: Path) -> dict[str, _Group]:
-    """Return the row group of each sample in a file, or {} if the file cannot be read."""
+def _groups_by_id(path: Path, first_id: str = "", last_id: str = "g") -> dict[str, _Group]:
+    """Return the row group of each sample in a file, or {} if the file cannot be read.
+
+    Row groups in which all ids are below `first_id` or above `last_id` are left out.
+    """
     try:
         file = open_parquet(path)
-        # Reading the column once for the whole file is faster than once per row group.
-        ids = file.read(["sample_id"])["sample_id"].to_pylist()
-    except UNREADABLE:
+        metadata = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        # `sample_id` is the first column.
+        ranges = [group.column(0).statistics for group in metadata]
+        numbers = [n for n, ids in enumerate(ranges) if ids.min <= last_id and ids.max >= first_id]
+        # Reading the column once for all row groups is faster than once per row group.
+        ids = file.read_row_groups(numbers, ["sample_id"])["sample_id"].to_pylist()
+    except (*UNREADABLE, AttributeError, TypeError):  # a damaged file may have no statistics
         return {}
-    groups = [_Group(path, number) for number in range(file.num_row_groups)]
-    num_rows = [file.metadata.row_group(group.number).num_rows for group in groups]
-    repeated = (group for group, count in zip(groups, num_rows, strict=True) for _ in range(count))
+    repeated = (_Group(path, number) for number in numbers for _ in range(metadata[number].num_rows))
     return dict(zip(ids, repeated, strict=True))
 
 

@@ -21,6 +21,7 @@ from pipeline.executors.ray.cluster import (
     ClusterOptions,
     WorkerPlan,
     map_on_cluster,
+    map_on_workers,
     open_cluster,
     plan_workers,
 )
@@ -113,11 +114,13 @@ class RayExecutor:
 
     def _fill(self, works: Sequence[ShardWork]) -> None:
         run, progress = self.run, self.progress
-        results = map_on_cluster(
+        assert self.workers is not None
+        results = map_on_workers(
             run.shard_count,
             ShardWorker(run, works),
             self.workers,
             lambda done: progress("ask", done, run.shard_count, {"unit": "shards"}),
+            progress.warn,
         )
         if cost := add_fill_results(results, self.stats):
             write_json(run.plan.dataset.cost, cost)
@@ -125,7 +128,7 @@ class RayExecutor:
             filled = tuple(result.folder for result in results)
             # Remove the folders of earlier runs and abandoned workers.
             for path in (run.root / "shards").glob("*/*"):
-                is_used = path.name in ("journal", "images") or f"{path.parent.name}/{path.name}" in filled
+                is_used = path.name == "journal" or f"{path.parent.name}/{path.name}" in filled
                 if path.is_dir() and not is_used:
                     remove(path)
             self.run = replace(run, filled=filled)

@@ -33,6 +33,7 @@ def no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "open_cluster", lambda address: nullcontext())
     monkeypatch.setattr(executor, "plan_workers", lambda *_, **__: WorkerPlan(1, 1, 0))
     monkeypatch.setattr(executor, "map_on_cluster", map_here)
+    monkeypatch.setattr(executor, "map_on_workers", map_here)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
