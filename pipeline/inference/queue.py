@@ -352,12 +352,6 @@ def _not_asked(
     for name, style in wanted:
         if (name, style) not in asked:
             flaw = COLUMN_EMPTY if lacks_column(plan.tasks[name], context) else RESULT_MISSING
-            empty = {"request_id": "", "position": 0, "prompt_id": "", "reply_error": flaw}
-            annotation_id = digest([sample_id, name])
-            yield {
-                "annotation_id": annotation_id,
-                "sample_id": sample_id,
-                "task": name,
-                "style": style,
-                **empty,
-            }
+            ids = {"annotation_id": digest([sample_id, name]), "sample_id": sample_id, "request_id": ""}
+            empty = {"position": 0, "prompt_id": "", "reply_error": flaw}
+            yield {**ids, "task": name, "style": style, **empty}

@@ -17,6 +17,7 @@ from pipeline.inference.requests import RequestPlan
 from pipeline.scenes.claims import Claim, extract_claims
 from pipeline.tables import RUBRIC
 from pipeline.tasks import find_broken_rule
+from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, BLIND, CLAIMS, COVERS, RATE, REPAIR
 from pipeline.tasks.replies import parse_reply, read_fields
 from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
@@ -86,14 +87,17 @@ def _text_request(fields: dict[str, Any], shared_digest: str, sample_id: str, st
 
 def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[Claim]:
     """Return the claims that the model found, each as two questions that expect "yes" and "no"."""
-    reply = last_reply(build_claims(caption, "", plan), journal)
-    usable = [fields for fields, error in read_fields(CLAIMS, reply) if not error]
-    rows = [fields for fields in usable if not find_broken_rule(CLAIMS, fields)]
+    rows = _usable_rows(CLAIMS, build_claims(caption, "", plan), journal)
     return [
         Claim(row[name], expected)
         for row in rows
         for name, expected in (("question", "yes"), ("opposite", "no"))
     ]
+
+
+def _usable_rows(task: Task, request: Request, journal: Journal) -> list[dict[str, Any]]:
+    rows = [fields for fields, error in read_fields(task, last_reply(request, journal)) if not error]
+    return [fields for fields in rows if not find_broken_rule(task, fields)]
 
 
 def build_repair(
@@ -106,8 +110,8 @@ def build_repair(
 
 def read_repair(request: Request, journal: Journal) -> str | None:
     """Return the repaired caption, or None if the reply is unusable."""
-    fields, error = read_fields(REPAIR, last_reply(request, journal))[0]
-    return None if error or find_broken_rule(REPAIR, fields) else str(fields["caption"])
+    rows = _usable_rows(REPAIR, request, journal)
+    return str(rows[0]["caption"]) if rows else None
 
 
 def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
@@ -122,9 +126,8 @@ def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
 
 def read_rating(row: dict[str, Any], plan: RequestPlan, journal: Journal) -> dict[str, int | None]:
     """Return the score of an annotation for each criterion. All scores are None if the reply is unusable."""
-    fields, error = read_fields(RATE, last_reply(build_rating(row, plan), journal))[0]
-    is_usable = not error and not find_broken_rule(RATE, fields)
-    return {name: int(fields[name]) if is_usable else None for name in RUBRIC}
+    rows = _usable_rows(RATE, build_rating(row, plan), journal)
+    return {name: int(rows[0][name]) if rows else None for name in RUBRIC}
 
 
 def build_check(check: Check, sample_id: str, plan: RequestPlan) -> Request:

@@ -108,7 +108,10 @@ def map_on_cluster(count: int, work: Callable[[int], T]) -> list[T]:
     shared = ray.put(work)
     with _translate_deaths():
         outcomes = ray.get([apply.remote(shared, index) for index in range(count)])
-    return [_result_of(outcome) for _, outcome in outcomes]
+    for _, _, error in outcomes:
+        if error:
+            raise error
+    return [result for _, result, _ in outcomes]
 
 
 def map_on_workers(
@@ -130,23 +133,26 @@ def map_on_workers(
     worker: Any = ray.remote(max_restarts=-1, max_task_retries=MAX_DEATHS, **options)(_Worker)
     actors = [worker.remote(work) for _ in range(min(workers.workers, count))]
     pool: Any = ActorPool(actors)
+    call: Callable[[Any, int], Any] = lambda actor, index: actor.apply.remote(index)  # noqa: E731
     waiting = list(reversed(range(count)))
     results: dict[int, T] = {}
     errors: list[SynthError] = []
     try:
         for _ in actors:
-            pool.submit(_apply_on_actor, waiting.pop())
+            pool.submit(call, waiting.pop())
         while pool.has_next():
             try:
                 with _translate_deaths():
-                    index, outcome = pool.get_next_unordered()
-                results[index] = _result_of(outcome)
+                    index, result, error = pool.get_next_unordered()
+                if error:
+                    raise error
+                results[index] = result
                 report(len(results))
             except SynthError as error:
                 errors.append(error)
                 warn(f"a worker failed: {error}; the others finish their shards")
             if waiting and not errors:
-                pool.submit(_apply_on_actor, waiting.pop())
+                pool.submit(call, waiting.pop())
         if errors:
             raise errors[0]
         ray.get([actor.close.remote() for actor in actors])
@@ -162,7 +168,7 @@ class _Worker:
     def __init__(self, work: Callable[[int], Any]) -> None:
         self.work = work
 
-    def apply(self, index: int) -> tuple[int, Any]:
+    def apply(self, index: int) -> tuple[int, Any, SynthError | None]:
         return _apply(self.work, index)
 
     def close(self) -> None:
@@ -170,22 +176,12 @@ class _Worker:
             self.work.__exit__(None, None, None)
 
 
-def _apply_on_actor(actor: Any, index: int) -> Any:
-    return actor.apply.remote(index)
-
-
-def _apply(work: Callable[[int], T], index: int) -> tuple[int, T | SynthError]:
+def _apply(work: Callable[[int], Any], index: int) -> tuple[int, Any, SynthError | None]:
     """Return an index with its result or error. Ray would change the type of a raised error."""
     try:
-        return index, work(index)
+        return index, work(index), None
     except SynthError as error:
-        return index, error
-
-
-def _result_of(outcome: T | SynthError) -> T:
-    if isinstance(outcome, SynthError):
-        raise outcome
-    return outcome
+        return index, None, error
 
 
 @contextmanager

@@ -101,7 +101,7 @@ class RayExecutor:
             self.is_filled = True
             self.check()
         elif works:
-            self._map(partial(_work_on_shard, self.run, partial(_apply_all, works)))
+            self._map(partial(_apply_to_shard, self.run, works))
 
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
         """See Executor."""
@@ -184,20 +184,19 @@ def _filled_folders(run: ShardedRun) -> tuple[str, ...]:
     return tuple(read_filled(run, n).get("folder", f"{n:05d}") for n in range(run.shard_count))
 
 
-def _apply_all(works: Sequence[ShardWork], shard: DatasetDir) -> None:
-    services = Services(shard, _no_engine, RequestStats(), NullProgress())
-    for work in works:
-        work(shard, services)
+def _apply_to_shard(run: ShardedRun, works: Sequence[ShardWork], index: int) -> None:
+    def apply() -> None:
+        services = Services(run.shard(index), _no_engine, RequestStats(), NullProgress())
+        for work in works:
+            work(run.shard(index), services)
+
+    run_exclusively(run, index, apply)
 
 
 def _no_engine() -> Engine:
     raise ClusterError(
         "internal error: a step called a model after asking was finished", hint="please report this bug"
     )
-
-
-def _work_on_shard(run: ShardedRun, work: Callable[[DatasetDir], T], index: int) -> T:
-    return run_exclusively(run, index, lambda: work(run.shard(index)))
 
 
 def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], T], draft: Path, index: int) -> T:

@@ -22,12 +22,15 @@ from pipeline.progress import NullProgress
 FLAGS_OF_NEWEST = Path(__file__).parents[2] / "vllm-0.33.0-flags.txt"
 
 
+@pytest.fixture(autouse=True)
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "gpu_memory_gib", lambda gpus: (12.0, 11.0) if gpus else None)
+
+
 def plan(tmp_path: Path, *flags: str, gpu: bool = False, decks: bool = False, **settings: Any) -> VllmCommand:
-    server = ServerConfig(flags=flags, **settings)
-    share: dict[str, Any] = {"gpus": ("3",) if gpu else (), "cores": 16, "memory_gib": 64}
     return plan_vllm_command(
-        "python", "me/model", TINY_WEIGHTS, "c0ffee", server, tmp_path / "log",
-        max_pixels=1_003_520, decks=decks, gpu_gib=(12.0, 11.0) if gpu else None, **share,
+        "python", "me/model", TINY_WEIGHTS, "c0ffee", ServerConfig(flags=flags, **settings), tmp_path / "log",
+        max_pixels=1_003_520, decks=decks, gpus=("3",) if gpu else (), cores=16, memory_gib=64,
     )  # fmt: skip
 
 
