@@ -120,7 +120,6 @@ class InFlight:
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
     sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # tasks waiting for an answer
     replies: list[Reply] = field(default_factory=list)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
     error: BaseException | None = None  # the fatal error
     ends_at: float | None = None  # deadline for the requests in flight after an error
 
@@ -274,10 +273,7 @@ class Client:
         while in_flight.running and not in_flight.replies:
             if in_flight.ends_at is not None and loop.time() > in_flight.ends_at:
                 break
-            in_flight.wake.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await in_flight.wake.wait()
+            await asyncio.wait(in_flight.running, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
         if in_flight.running:
             await asyncio.sleep(GROUP_SECONDS)
         if in_flight.error and not in_flight.replies:  # replies are first yielded, so that they are stored
@@ -299,7 +295,6 @@ class Client:
 
     def _done(self, task: "asyncio.Task[Reply]", in_flight: InFlight) -> None:
         in_flight.running.discard(task)
-        in_flight.wake.set()
         if task.cancelled():
             return
         try:

@@ -193,8 +193,12 @@ async def learn_dialect(
 
 def _report_dialect(endpoint: Endpoint, progress: Progress) -> None:
     dialect = endpoint.dialect
-    if left_out := dialect.describe():
-        progress.message(f"{endpoint.url} rejects some request fields, which are left out: {left_out}")
+    left_out = sorted(dialect.left_out)
+    if dialect.limit_name != protocol.LIMIT_FIELDS[0]:
+        left_out.append(f"{protocol.LIMIT_FIELDS[0]} ({dialect.limit_name} is sent instead)")
+    if left_out:
+        fields = ", ".join(left_out)
+        progress.message(f"{endpoint.url} rejects some request fields, which are left out: {fields}")
     if "temperature" in dialect.left_out:
         progress.warn(f"{endpoint.url} uses its own sampling temperature: replies are not greedy")
     if dialect.format != "json_schema":

@@ -139,12 +139,6 @@ class Dialect:
         position = FORMATS.index(self.format) + 1
         return replace(self, format=FORMATS[position]) if position < len(FORMATS) else None
 
-    def describe(self) -> str:
-        """Return the names of the fields that are left out or renamed as one string, which may be empty."""
-        is_renamed = self.limit_name != LIMIT_FIELDS[0]
-        renamed = [f"{LIMIT_FIELDS[0]} ({self.limit_name} is sent instead)"] if is_renamed else []
-        return ", ".join([*sorted(self.left_out), *renamed])
-
 
 PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
 

@@ -3,22 +3,7 @@
 import pytest
 
 from pipeline.inference import protocol
-from pipeline.inference.protocol import MAX_CRASHES, MAX_FAULTS, RetryState, parse_retry_after
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [
-        ("7", 7.0),
-        ("1.5", 1.5),
-        ("", None),
-        ("soon", None),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", None),
-        ("-3", None),
-    ],
-)
-def test_retry_after_is_a_number_of_seconds(header: str, seconds: float | None) -> None:
-    assert parse_retry_after(header) == seconds
+from pipeline.inference.protocol import MAX_CRASHES, MAX_FAULTS, RetryState
 
 
 def test_request_is_abandoned_after_max_faults_or_crashes() -> None:

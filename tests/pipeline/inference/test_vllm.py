@@ -18,6 +18,7 @@ from pipeline.inference.endpoints import status_of
 from pipeline.inference.engines import OUTPUT_NEUTRAL_FLAGS, TINY_WEIGHTS
 from pipeline.inference.vllm import VllmCommand, plan_vllm_command, run_servers
 from pipeline.progress import NullProgress
+from tests.notes import Notes
 
 FLAGS_OF_NEWEST = Path(__file__).parents[2] / "vllm-0.33.0-flags.txt"
 
@@ -136,49 +137,27 @@ def test_failed_start_of_one_server_stops_the_other_servers(tmp_path: Path) -> N
         assert subprocess.run(["pgrep", "-f", str(tmp_path / "stub.py")], capture_output=True).returncode == 1
 
 
-def test_dead_server_is_restarted_max_restarts_times(tmp_path: Path) -> None:
-    async def die_often() -> tuple[int, str]:
-        async with run_servers([stub(tmp_path, SERVES, max_restarts=2)], NullProgress()) as (running,):
-            address = running.root
-            while not running.gave_up.is_set():
-                await status_of(f"{running.root}/die")
-                await asyncio.sleep(0.05)
-            assert running.root == address
-            assert running._process is None  # the system may reuse its number
-            return running.restarted, str(running.failure)
-
-    restarted, failure = asyncio.run(asyncio.wait_for(die_often(), 60))
-    assert restarted == 2
-    assert "died 3 times, the last time with exit code 7" in failure
-
-
-def test_one_dead_server_restarts_alone_with_its_last_error(tmp_path: Path) -> None:
-    warnings: list[str] = []
-    folders: list[Path] = []
-
-    class Warnings(NullProgress):
-        def warn(self, text: str) -> None:
-            warnings.append(text)
-
+def test_dead_server_restarts_alone_until_max_restarts_with_its_last_error(tmp_path: Path) -> None:
+    notes = Notes()
     fails = SERVES.replace("import os;", "import os; print('RuntimeError: out of memory', flush=True);")
 
-    async def serve() -> None:
-        async with run_servers([stub(tmp_path, fails)] * 2, Warnings()) as (first, second):
-            assert first.root != second.root and first._folder == second._folder
-            folders.append(first._folder)
-            assert first._folder.stat().st_mode & 0o777 == 0o700
-            await status_of(f"{first.root}/die")
-            while not first.restarted:
+    async def serve() -> Path:
+        commands = [stub(tmp_path, fails, max_restarts=1)] * 2
+        async with run_servers(commands, notes) as (first, second):
+            address, folder = first.root, first._folder
+            assert folder == second._folder and folder.stat().st_mode & 0o777 == 0o700
+            while not first.gave_up.is_set():
+                await status_of(f"{first.root}/die")
                 await asyncio.sleep(0.05)
-            assert await status_of(f"{second.root}/health") == 200
-            assert second.restarted == 0
+            assert await status_of(f"{second.root}/health") == 200 and second.root != first.root == address
+            assert (first.restarted, second.restarted) == (1, 0)
+            assert "died 2 times, the last time with exit code 7" in str(first.failure)
+            assert first._process is None  # the system may reuse its number
+            return folder
 
-    asyncio.run(asyncio.wait_for(serve(), 60))
-    assert not folders[0].exists()
-    (warning,) = warnings
-    assert (
-        warning.startswith("vLLM died (exit code 7): RuntimeError: out of memory") and "restart 1" in warning
-    )
+    assert not asyncio.run(asyncio.wait_for(serve(), 60)).exists()
+    (warning,) = [text for text in notes.texts if "restart 1" in text]
+    assert warning.startswith("warning: vLLM died (exit code 7): RuntimeError: out of memory")
 
 
 @pytest.mark.parametrize("gpu", [False, True])
