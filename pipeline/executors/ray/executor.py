@@ -83,10 +83,10 @@ class RayExecutor:
             reader.finish()
         finally:
             reader.close()
-        samples = digest([run.shard_count, *(output_digest(plan.dataset, "read", name) for name in OUTPUTS)])
-        revisions = [plan.requests.revision, plan.judge_revision]
-        fill_key = digest([samples, code_digest(), plan.config.recorded(), revisions, run.files])
-        self.run = replace(run, samples=samples, fill_key=fill_key)
+        samples = [output_digest(plan.dataset, "read", name) for name in OUTPUTS]
+        model = [plan.requests.revision, plan.judge_revision, run.files]
+        key = digest([run.shard_count, samples, code_digest(), plan.config.recorded(), model])
+        self.run = replace(run, key=key)
         return has_more
 
     def each(self, work: ShardWork) -> None:

@@ -38,8 +38,8 @@ class ShardedRun:
     workers can access the dataset folder, on a shared file system or in an object store. Paths in the
     settings are relative to `working_dir`.
 
-    `files` is a digest of the files that workers read. `samples` is a digest of the list of samples. In
-    an object store, `fill_key` is the key of filled shards, and `filled` are their folders.
+    `files` is a digest of the files that workers read. `key` is a digest of everything that the content of
+    filled shards depends on. In an object store, `filled` are their folders.
     """
 
     plan: Plan
@@ -47,8 +47,7 @@ class ShardedRun:
     shard_count: int
     engine: str
     files: str
-    samples: str = ""
-    fill_key: str = ""
+    key: str = ""
     filled: tuple[str, ...] = ()
 
     @property
@@ -118,7 +117,7 @@ class ShardedImageStore(ImageStore):
         self._run = run
 
     def add(self, samples: Iterable[pa.Table]) -> None:
-        """See ImageStore. All images of `samples` are in memory at once."""
+        """See ImageStore. All images of `samples` are in memory twice."""
         table = pa.concat_tables(samples)
         shards = self._run.shard_of(table["sample_id"].to_pylist())
         super().add(table.filter(pa.array(shards == index)) for index in np.unique(shards))

@@ -62,13 +62,13 @@ def take_samples(run: ShardedRun, index: int, shard: DatasetDir) -> None:
     If the folder is to have its own images, download them from the dataset folder.
     """
     dataset = run.plan.dataset
-    if not is_done(shard, "read", run.samples):
+    if not is_done(shard, "read", run.key):
         tables = (run.rows_of(index, pa.Table.from_batches([batch])) for batch in read_samples(dataset))
         write_table(shard.step_file("read"), tables, LISTED_SAMPLE)
         rejected = [read_table(dataset.step_file("read", "rejected"))] if index == 0 else []
         write_table(shard.step_file("read", "rejected"), rejected, SOURCE_REJECTED)
         kept, reasons = count_rows(shard, "read")
-        write_record(shard, "read", run.samples, kept=kept, rejected=reasons)
+        write_record(shard, "read", run.key, kept=kept, rejected=reasons)
     if shard.image_folder is None:
         ids = read_table(shard.step_file("read"), ["sample_id"])["sample_id"]
         ImageStore(shard.path).add_from(ImageStore(run.root, ids), ids.to_pylist())
@@ -98,7 +98,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         if not is_remote(run.root):
             return self._fill(index, run.shard(index))
         record = read_filled(run, index)
-        if record.get("key") == run.fill_key:
+        if record.get("key") == run.key:
             return FillResult(record["folder"], RequestStats(total=record["total"]), record["cost"])
         with scratch_shard(run, index) as shard:
             result = self._fill(index, shard)
@@ -106,7 +106,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
             result = replace(result, folder=f"{index:05d}/{uuid4().hex[:8]}")
             upload_folder(shard.path / "steps", run.root / "shards" / result.folder / "steps")
         # If requests are unanswered, an empty key makes the next run fill the shard again.
-        key = "" if result.stats.unanswered else run.fill_key
+        key = "" if result.stats.unanswered else run.key
         record = {"key": key, "folder": result.folder, "total": result.stats.total, "cost": result.cost}
         write_json(run.folder(index) / FILLED, record)
         return result
