@@ -377,7 +377,7 @@ class Client:
         in_flight.sent.add(asyncio.current_task())
         in_flight.unsent.pop(request.id, None)
         try:
-            async with endpoint.post_chat(body) as answer:
+            async with endpoint.send(protocol.CHAT, body) as answer:
                 text = await protocol.read_body(answer, max_bytes)
         except protocol.CONNECTION_ERRORS as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):

@@ -36,10 +36,9 @@ HOW_TO_CHOOSE = (
 OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but not their content
     f"--{name}"
     for name in (
-        "api-server-count", "block-size", "data-parallel-size", "enforce-eager", "gpu-memory-utilization",
-        "kv-cache-memory-bytes", "max-model-len", "max-num-batched-tokens", "max-num-seqs",
-        "performance-mode", "pipeline-parallel-size", "swap-space", "tensor-parallel-size",
-        "uvicorn-log-level",
+        "api-server-count", "block-size", "enforce-eager", "gpu-memory-utilization", "kv-cache-memory-bytes",
+        "max-model-len", "max-num-batched-tokens", "max-num-seqs", "performance-mode",
+        "pipeline-parallel-size", "swap-space", "tensor-parallel-size", "uvicorn-log-level",
     )
 )  # fmt: skip
 

@@ -87,7 +87,8 @@ async def list_models(endpoint: Endpoint) -> dict[str, ServedModel] | None:
     Raises ServerFaultError if the server fails to answer, and EngineError if it denies access.
     """
     try:
-        async with endpoint.get(f"{endpoint.url}/models", MODELS_SECONDS) as answer:
+        timeout = aiohttp.ClientTimeout(total=MODELS_SECONDS)
+        async with endpoint.send("/models", timeout=timeout) as answer:
             text = await read_body(answer, MAX_BODY_BYTES)
         if answer.status in (404, 405, 501):
             return None
@@ -214,7 +215,7 @@ async def _probe(
     failures = protocol.RetryState(server.startup_timeout_s)
     while True:
         try:
-            async with endpoint.post_chat(body) as answer:
+            async with endpoint.send(protocol.CHAT, body) as answer:
                 text = await read_body(answer, MAX_BODY_BYTES)
             raise_for_access(answer, endpoint, text)
             if answer.status not in (*protocol.BUSY_STATUSES, *protocol.GATEWAY_STATUSES):

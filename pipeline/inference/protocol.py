@@ -27,6 +27,7 @@ from pipeline.images.decode import ORIENTATION, open_image, prepare_image, sent_
 from pipeline.tasks.prompts import user_content
 from pipeline.types import Reply, Request
 
+CHAT = "/chat/completions"  # path below the base URL
 MAX_BODY_BYTES = 8_000_000  # for lists of models and replies to the probe
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000

@@ -48,9 +48,8 @@ class RequestStats:
     total: int = 0
     done: int = 0
     asked: int = 0  # sent by this run, including retries
-    attempts: Counter[int] = field(
-        default_factory=Counter
-    )  # requests by number of attempts until a reply was usable or the last attempt failed
+    # requests by number of attempts until a reply was usable or the last attempt failed
+    attempts: Counter[int] = field(default_factory=Counter)
     flaws: Counter[str] = field(default_factory=Counter)  # unusable replies of this run by reason
     prompt_tokens: int = 0  # in this run
     reply_tokens: int = 0
@@ -58,9 +57,7 @@ class RequestStats:
     judge_reply_tokens: int = 0
     uncounted: int = 0  # replies with estimated tokens
     asking_s: float = 0.0
-    seconds: dict[str, float] | None = (
-        None  # duration of the last reply by request id, or None to record no durations
-    )
+    seconds: dict[str, float] | None = None  # time of the last reply by request id, if recorded
 
     def begin_pass(self) -> None:
         """Reset the request counts before a pass over more images. Token counts are kept."""
