@@ -498,7 +498,8 @@ async def run_servers(
         folder = Path(name)
         servers = []
         for number, (launch, port) in enumerate(zip(launches, free_ports(len(launches)), strict=True), 1):
-            address = folder / f"server-{number}.sock" if on_sockets else launch.port or port
+            socket_path = folder / f"server-{number}.sock"
+            address: int | Path = socket_path if on_sockets else launch.port or port
             servers.append(Server(launch, progress, folder, address))
         async with contextlib.AsyncExitStack() as stack:
             try:

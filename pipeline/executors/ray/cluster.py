@@ -129,7 +129,7 @@ def map_on_workers(
     import ray
     from ray.util import ActorPool
 
-    options = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
+    options: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
     worker: Any = ray.remote(max_restarts=-1, max_task_retries=MAX_DEATHS, **options)(_Worker)
     actors = [worker.remote(work) for _ in range(min(workers.workers, count))]
     pool: Any = ActorPool(actors)

@@ -9,6 +9,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,9 +112,12 @@ def test_prompt_is_complete_and_has_one_bos_token(
     processor, model = engine._loaded
     seen: list[list[int]] = []
     generate = model.generate
-    monkeypatch.setattr(
-        model, "generate", lambda **inputs: seen.append(inputs["input_ids"][0].tolist()) or generate(**inputs)
-    )
+
+    def noted(**inputs: Any) -> Any:
+        seen.append(inputs["input_ids"][0].tolist())
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", noted)
     (one_page,), (two_pages,) = engine._answer([shown]), engine._answer([two])
     assert [ids.count(processor.tokenizer.bos_token_id) for ids in seen] == [1, 1]
     assert (
