@@ -30,8 +30,7 @@ test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests
 
 # The full sweeps; `test` runs a part of them.
-LONG := tests/hostile tests/whole tests/pipeline/hub/test_push_faults.py tests/pipeline/executors/test_base.py \
-	tests/trainer/runtime/test_resume.py
+LONG := tests/hostile tests/whole tests/pipeline/hub/test_push_faults.py tests/trainer/runtime/test_resume.py
 test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
 	SYNTH_LONG=1 $(BIN)/pytest -n 2 --dist loadfile $(LONG)
 

@@ -13,7 +13,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress
 from pipeline.steps import verify
-from pipeline.steps.base import Executor, RowStep, StepFile, compare_shards, judge_shard
+from pipeline.steps.base import RowStep, StepFile, compare_shards, judge_shard
 from pipeline.storage.files import read_table, write_table
 from pipeline.tables import VERIFIED, append_columns
 
@@ -88,30 +88,3 @@ def rows_after(step: RowStep, shards: Sequence[DatasetDir], ids: Sequence[str]) 
     return rows.take(
         pa.array(sorted(range(len(row_ids)), key=lambda index: first[row_ids[index]]), pa.int64())
     )
-
-
-class ShardList(Executor):
-    """Applies functions to shards one after another in this process."""
-
-    def __init__(self, shards: Sequence[DatasetDir]) -> None:
-        self._shards = shards
-
-    @property
-    def shards(self) -> Sequence[DatasetDir]:
-        return self._shards
-
-    def each(self, work: Any) -> None:
-        for shard in self._shards:
-            work(shard, None)
-
-    def wait(self) -> None:
-        pass
-
-    def read(self, limit: int | None) -> bool:
-        raise NotImplementedError
-
-    def map_with_scratch(self, work: Any, draft: Path) -> Any:
-        raise NotImplementedError
-
-    def check(self) -> None:
-        raise NotImplementedError

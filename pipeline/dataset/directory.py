@@ -45,9 +45,13 @@ _DAMAGED_JSON = (ValueError, LookupError, TypeError, RecursionError, UnsafeFileE
 
 @dataclass(frozen=True, slots=True)
 class DatasetDir:
-    """A dataset folder, on disk or in an object store."""
+    """A dataset folder, or a shard of one, on disk or in an object store.
+
+    `image_folder` is the folder with the image store, if it is another one.
+    """
 
     path: Path
+    image_folder: Path | None = None
 
     @property
     def run_file(self) -> Path:
@@ -243,13 +247,14 @@ def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterato
 
 def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
     """Yield all samples in batches, which read their images on demand."""
-    store = ImageStore(shard.path)
+    sample_ids = open_table(shard.step_file("read")).read(["sample_id"])["sample_id"]
+    store = ImageStore(shard.image_folder or shard.path, sample_ids)
 
     def read_images(ids: list[str]) -> list[tuple[bytes, ...]]:
         return list(map(tuple, store.read(ids).to_pylist()))
 
-    for batch in open_table(shard.step_file("read")).iter_batches(BATCH_SAMPLES, columns=["sample_id"]):
-        ids = batch["sample_id"].to_pylist()
+    for start in range(0, len(sample_ids), BATCH_SAMPLES):
+        ids = sample_ids.slice(start, BATCH_SAMPLES).to_pylist()
         yield SampleBatch(ids, partial(read_images, ids))
 
 

@@ -1,8 +1,8 @@
 """The image store of a dataset folder: files `images/*.parquet`, which hold each image once.
 
 The read step adds images. All other steps, and versions, refer to them by sample id. A file is written
-atomically, never changed, and named after the ids in it. On a cluster, each shard folder has its own store.
-Only `synth versions gc` removes images (dataset/removal.py).
+atomically, never changed, and named after the ids in it. Only `synth versions gc` removes images
+(dataset/removal.py).
 """
 
 import hashlib
@@ -41,10 +41,14 @@ class _Group(NamedTuple):
 
 
 class ImageStore:
-    """The images of a dataset folder or shard. Writing requires the lock of the folder."""
+    """The images of a dataset folder. Writing requires the lock of the folder.
 
-    def __init__(self, folder: Path) -> None:
+    With `ids`, only these samples can be read, and row groups without them are skipped.
+    """
+
+    def __init__(self, folder: Path, ids: pa.Array | pa.ChunkedArray | None = None) -> None:
         self.folder = folder
+        self._id_range = ("", "g") if ids is None else tuple(pc.min_max(ids).as_py().values())
         open_file = lru_cache(MAX_OPEN_FILES)(open_parquet)
 
         def read_group(group: _Group) -> pa.Table:
@@ -53,9 +57,8 @@ class ImageStore:
         self._read_group = lru_cache(MAX_CACHED_GROUPS)(read_group)
 
     def paths(self) -> list[Path]:
-        """Return the files in this store and in the stores of all shards, except links and pipes."""
-        patterns = (f"{FOLDER}/*.parquet", f"shards/*/{FOLDER}/*.parquet")
-        paths = (path for pattern in patterns for path in self.folder.glob(pattern))
+        """Return the files in this store, except links and pipes."""
+        paths = self.folder.glob(f"{FOLDER}/*.parquet")
         named = (path for path in paths if FILE_NAME.fullmatch(path.name))
         return sorted((path for path in named if is_remote(path) or S_ISREG(path.lstat().st_mode)), key=str)
 
@@ -132,7 +135,7 @@ class ImageStore:
                 yield path, num_bytes * is_wanted.count(False) // len(ids)
                 continue
             if any(is_wanted):
-                kept = _write_file(path.parent.parent, _select_rows(open_parquet(path), is_wanted))
+                kept = _write_file(self.folder, _select_rows(open_parquet(path), is_wanted))
                 num_bytes -= kept.stat().st_size
             path.unlink()
             yield path, num_bytes
@@ -142,7 +145,7 @@ class ImageStore:
         groups: dict[str, _Group] = {}
         # Reversed, so that an image in two files is read from the first file.
         for path in reversed(self.paths()):
-            groups |= _groups_by_id(path)
+            groups |= _groups_by_id(path, *self._id_range)
         return groups
 
 
@@ -184,17 +187,22 @@ def as_pixels(images: pa.ListArray, column: str) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
 
 
-def _groups_by_id(path: Path) -> dict[str, _Group]:
-    """Return the row group of each sample in a file, or {} if the file cannot be read."""
+def _groups_by_id(path: Path, first_id: str = "", last_id: str = "g") -> dict[str, _Group]:
+    """Return the row group of each sample in a file, or {} if the file cannot be read.
+
+    Row groups in which all ids are below `first_id` or above `last_id` are left out.
+    """
     try:
         file = open_parquet(path)
-        # Reading the column once for the whole file is faster than once per row group.
-        ids = file.read(["sample_id"])["sample_id"].to_pylist()
-    except UNREADABLE:
+        metadata = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        # `sample_id` is the first column.
+        ranges = [group.column(0).statistics for group in metadata]
+        numbers = [n for n, ids in enumerate(ranges) if ids.min <= last_id and ids.max >= first_id]
+        # Reading the column once for all row groups is faster than once per row group.
+        ids = file.read_row_groups(numbers, ["sample_id"])["sample_id"].to_pylist()
+    except (*UNREADABLE, AttributeError, TypeError):  # a damaged file may have no statistics
         return {}
-    groups = [_Group(path, number) for number in range(file.num_row_groups)]
-    num_rows = [file.metadata.row_group(group.number).num_rows for group in groups]
-    repeated = (group for group, count in zip(groups, num_rows, strict=True) for _ in range(count))
+    repeated = (_Group(path, number) for number in numbers for _ in range(metadata[number].num_rows))
     return dict(zip(ids, repeated, strict=True))
 
 

@@ -21,7 +21,6 @@ LEFTOVERS = (
     f"steps/*/**/{TEMPORARY_FILES}",
     f"shards/*/steps/*/**/{TEMPORARY_FILES}",
     f"images/{TEMPORARY_FILES}",
-    f"shards/*/images/{TEMPORARY_FILES}",
 )
 
 

@@ -12,7 +12,7 @@ from pipeline.dataset.version import Version
 from pipeline.digests import public_name
 from pipeline.errors import one_line
 from pipeline.images.decode import PATCH_PX
-from pipeline.inference.engines import EngineChoice, find_family
+from pipeline.inference.engines import EngineChoice, box_unit_of
 from pipeline.inference.model_licenses import license_of
 from pipeline.plan import Plan
 from pipeline.sources.duplicates import REPEATED
@@ -91,11 +91,11 @@ def describe_requests(plan: Plan) -> str:
 
 def describe_boxes(config: Config, model: str) -> Iterator[str]:
     """Yield a note for each task that expects box coordinates in a unit that the model does not write."""
-    family = find_family(model)
-    for task in config.custom_tasks if family else ():
-        if family and task.kind == "boxes" and task.coordinates != family.boxes:
+    unit = box_unit_of(model)
+    for task in config.custom_tasks if unit else ():
+        if task.kind == "boxes" and task.coordinates != unit:
             expected = f"but the task {task.name} reads {task.coordinates}: set coordinates in the task"
-            yield f"{family.name} writes boxes in {family.boxes}, {expected}"
+            yield f"{public_name(model)} writes boxes in {unit}, {expected}"
 
 
 def describe_warnings(

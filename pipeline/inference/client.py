@@ -11,7 +11,6 @@ import logging
 import os
 import resource
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -116,27 +115,28 @@ class InFlight:
     """Requests that were taken from a source and are not yet answered, and replies not yet yielded."""
 
     source: RequestSource
-    taken: deque[Request] = field(default_factory=deque)
-    recorded: deque[Request] = field(default_factory=deque)
+    upcoming: Iterator[Request | None] = field(init=False)
     unsent: dict[str, Request] = field(default_factory=dict)  # recorded as sent, but not yet sent
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
     sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # tasks waiting for an answer
     replies: list[Reply] = field(default_factory=list)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
     error: BaseException | None = None  # the fatal error
     ends_at: float | None = None  # deadline for the requests in flight after an error
 
-    def next_request(self) -> Request | None:
-        """Return the next request, or None if the source has no request now. Records requests as sent."""
-        if not self.recorded:
-            if not self.taken:
-                self.taken.extend(self.source.take())
-            requests = [self.taken.popleft() for _ in range(min(SENT_BATCH, len(self.taken)))]
-            if requests:
-                self.source.sending(requests)
-                self.recorded.extend(requests)
-                self.unsent |= {request.id: request for request in requests}
-        return self.recorded.popleft() if self.recorded else None
+    def __post_init__(self) -> None:
+        self.upcoming = self._take_requests()
+
+    def _take_requests(self) -> Iterator[Request | None]:
+        """Yield the next request, or None if the source has no request now. Records requests as sent."""
+        while True:
+            taken = self.source.take()
+            for start in range(0, len(taken), SENT_BATCH):
+                batch = taken[start : start + SENT_BATCH]
+                self.source.sending(batch)
+                self.unsent |= {request.id: request for request in batch}
+                yield from batch
+            if not taken:
+                yield None
 
     def fail(self, error: BaseException) -> None:
         """Stop sending requests, and wait FINISH_SECONDS for pending replies. Keeps only the first error."""
@@ -273,10 +273,7 @@ class Client:
         while in_flight.running and not in_flight.replies:
             if in_flight.ends_at is not None and loop.time() > in_flight.ends_at:
                 break
-            in_flight.wake.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await in_flight.wake.wait()
+            await asyncio.wait(in_flight.running, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
         if in_flight.running:
             await asyncio.sleep(GROUP_SECONDS)
         if in_flight.error and not in_flight.replies:  # replies are first yielded, so that they are stored
@@ -289,7 +286,7 @@ class Client:
         limit = self._limit
         self._images.keep = limit + 64
         while len(in_flight.running) + len(in_flight.replies) < limit and not in_flight.error:
-            request = in_flight.next_request()
+            request = next(in_flight.upcoming)
             if request is None:
                 return
             task = asyncio.create_task(self._answer(request, in_flight))
@@ -298,7 +295,6 @@ class Client:
 
     def _done(self, task: "asyncio.Task[Reply]", in_flight: InFlight) -> None:
         in_flight.running.discard(task)
-        in_flight.wake.set()
         if task.cancelled():
             return
         try:
@@ -317,63 +313,44 @@ class Client:
         """Send a request until a server answers it. After too many failures, return an error as the reply."""
         failures = RetryState(self._settings.request_timeout_s)
         while True:
-            if in_flight.error:
-                raise in_flight.error
             async with self._suspects if failures.is_suspect else contextlib.nullcontext():
                 endpoint = await self._endpoints.pick(request.sample_id, self._images.keep)
                 endpoint.outstanding += 1
                 try:
-                    answer = await self._try(endpoint, request, in_flight, failures)
+                    return await self._post(endpoint, request, in_flight)
+                except ServerBusyError as busy:
+                    problem, pause_s = str(busy), self._after_busy(endpoint, busy.wait_s, failures)
+                except ServerFaultError as fault:
+                    problem, pause_s = str(fault), await self._after_fault(endpoint, failures)
+                    log.info("%s failed at request %s: %s", endpoint.url, request.id, fault)
                 finally:
                     endpoint.outstanding -= 1
-            if isinstance(answer, Reply):
-                return answer
-            if answer is None:
-                continue
+            if pause_s is None:
+                return request.reply(problem, SERVER_ERROR)
             if in_flight.error:
                 raise in_flight.error
-            await asyncio.sleep(answer)
+            await asyncio.sleep(pause_s)
 
-    async def _try(
-        self, endpoint: Endpoint, request: Request, in_flight: InFlight, failures: RetryState
-    ) -> Reply | float | None:
-        """Send a request to a server. Return the reply, or the number of seconds to wait before a retry.
+    async def _after_fault(self, endpoint: Endpoint, failures: RetryState) -> float | None:
+        """Return the seconds to wait after a failure, or None to give up."""
+        if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
+            if self._endpoints.mark_down(endpoint):
+                self._progress.warn(f"{endpoint.url} does not answer: waiting for it")
+            return failures.after_crash()
+        endpoint.rest()
+        pause_s = failures.after_fault()
+        return 0.0 if pause_s and self._endpoints.has_free else pause_s
 
-        Returns None to retry immediately with another server if the request did not cause the failure.
-        """
-        try:
-            return await self._post(endpoint, request, in_flight)
-        except ServerBusyError as busy:
-            return self._after_busy(endpoint, request, busy.args[0], failures)
-        except ServerFaultError as fault:
-            if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
-                if self._endpoints.mark_down(endpoint):
-                    self._progress.warn(f"{endpoint.url} does not answer: waiting for it")
-                gives_up = failures.after_crash()
-                return (
-                    request.reply(f"the server died each time: {fault}", SERVER_ERROR) if gives_up else None
-                )
-            endpoint.rest()
-            pause_s = failures.after_fault()
-            if pause_s is None:
-                return request.reply(str(fault), SERVER_ERROR)
-            log.info(
-                "%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault
-            )
-            return 0.0 if self._endpoints.has_free else pause_s
-
-    def _after_busy(
-        self, endpoint: Endpoint, request: Request, stated_s: float | None, failures: RetryState
-    ) -> Reply | float:
+    def _after_busy(self, endpoint: Endpoint, stated_s: float | None, failures: RetryState) -> float | None:
+        """Return the seconds to wait after a busy answer, which may state a wait, or None to give up."""
         has_other = any(one is not endpoint and one.is_up.is_set() for one in self._endpoints)
         if stated_s and stated_s > protocol.MAX_RETRY_AFTER_S and not has_other:
+            problem = f"{endpoint.url} asks clients to wait for {duration(stated_s)}"
             hint = "run the same command after that time: it resumes"
-            raise EngineError(
-                f"{endpoint.url} asks clients to wait for {duration(stated_s)}", hint=hint
-            ) from None
+            raise EngineError(problem, hint=hint) from None
         pause_s = failures.after_busy(stated_s)
         if pause_s is None:
-            return request.reply("the server is too busy", SERVER_ERROR)
+            return None
         endpoint.rest(max(pause_s, stated_s or 0.0))
         if self._endpoints.has_free:
             return 0.0
@@ -400,7 +377,7 @@ class Client:
         in_flight.sent.add(asyncio.current_task())
         in_flight.unsent.pop(request.id, None)
         try:
-            async with endpoint.post_chat(body) as answer:
+            async with endpoint.send(protocol.CHAT, body) as answer:
                 text = await protocol.read_body(answer, max_bytes)
         except protocol.CONNECTION_ERRORS as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):

@@ -28,7 +28,6 @@ from pipeline.images.decode import prepare_image, sent_size, upright_size
 from pipeline.tasks.prompts import Prompt
 from pipeline.types import Reply, Request, RequestSource
 
-Messages = list[dict[str, Any]]
 PLAIN_TEXT = r"[\s\S]+"  # a grammar never allows special tokens, such as those that begin an image
 MAX_FLOAT32_BYTES = 1_000_000_000
 BATCH_PIXELS = 8_000_000  # of all images in a batch, which bounds the memory of activations
@@ -85,22 +84,21 @@ class EmbeddedEngine:
         return [self._reply(request, ids, prompt) for request, ids, prompt in replies]
 
     def _chat(self, request: Request) -> str:
-        """Render the chat in the first message format that the model's template renders completely."""
+        """Render the chat. Raises EngineError if the model's template leaves out a part of the prompt."""
         prompt = Prompt(id=request.prompt_id, system=request.system, text=request.text)
         messages = prompt.messages(len(request.images), request.pages)
         if request.failed:
             reply_text, feedback = request.failed
             messages += [{"role": "assistant", "content": reply_text}, {"role": "user", "content": feedback}]
-        for form in (_with_parts, list, _without_system):
-            formed = form(messages)
-            try:
-                chat = str(self._loaded[0].apply_chat_template(formed, add_generation_prompt=True))
-            except (TemplateError, TypeError):  # the template does not support this message format
-                continue
-            parts = [part for one in formed for part in one["content"] if isinstance(part, dict)]
-            shows_python = any(str(part) in chat for part in parts)
-            if prompt.system.strip() in chat and prompt.text.strip() in chat and not shows_python:
-                return chat
+        for message in messages:  # templates of vision-language models expect lists of parts
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        try:
+            chat = str(self._loaded[0].apply_chat_template(messages, add_generation_prompt=True))
+        except (TemplateError, TypeError):
+            chat = ""
+        if prompt.system.strip() in chat and prompt.text.strip() in chat:
+            return chat
         raise EngineError(
             f"the chat template of {self.model} leaves out the system prompt or the task",
             hint="use an instruction-tuned variant of the model, or a server: --base-url",
@@ -157,24 +155,6 @@ class EmbeddedEngine:
 
 def _vocab_size(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
-
-
-def _with_parts(messages: Messages) -> Messages:
-    """Convert string contents to lists of parts, the format that most chat templates support."""
-    return [
-        {**one, "content": [{"type": "text", "text": one["content"]}]}
-        if isinstance(one["content"], str)
-        else one
-        for one in messages
-    ]
-
-
-def _without_system(messages: Messages) -> Messages:
-    """Move the system prompt to the beginning of the first user message."""
-    if messages[0]["role"] != "system":
-        return messages
-    system, first, *rest = _with_parts(messages)
-    return [{**first, "content": [*system["content"], *first["content"]]}, *rest]
 
 
 def batch_requests(requests: list[Request], size: int) -> Iterator[list[Request]]:

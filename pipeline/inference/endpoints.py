@@ -107,21 +107,17 @@ class Endpoint:
         ) as self.session:
             yield
 
-    def get(self, url: str, seconds: float) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """Send a GET request to this server."""
-        assert self.session, "the session is not open"
-        timeout = aiohttp.ClientTimeout(total=seconds)
-        return self.session.get(
-            url, headers=self.headers, proxy=self.proxy, allow_redirects=False, timeout=timeout
-        )
+    def send(
+        self, path: str, body: bytes | None = None, **options: Any
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Send a POST request with a body, or a GET request.
 
-    def post_chat(self, body: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """Send a chat request. Does not follow redirects, since the images would go to another address."""
+        Redirects are not followed, since the images would go to another address.
+        """
         assert self.session, "the session is not open"
-        url = f"{self.url}/chat/completions"
-        return self.session.post(
-            url, data=body, headers=self.headers, proxy=self.proxy, allow_redirects=False
-        )
+        method, url = "GET" if body is None else "POST", f"{self.url}{path}"
+        options |= {"headers": self.headers, "proxy": self.proxy, "allow_redirects": False}
+        return self.session.request(method, url, data=body, **options)
 
     async def is_healthy(self) -> bool:
         """Return whether /health answers 2xx. After 3xx or 4xx, /models must answer with status < 500."""

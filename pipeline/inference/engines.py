@@ -36,33 +36,24 @@ HOW_TO_CHOOSE = (
 OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but not their content
     f"--{name}"
     for name in (
-        "api-server-count", "block-size", "data-parallel-size", "enforce-eager", "gpu-memory-utilization",
-        "kv-cache-memory-bytes", "max-model-len", "max-num-batched-tokens", "max-num-seqs",
-        "performance-mode", "pipeline-parallel-size", "swap-space", "tensor-parallel-size",
-        "uvicorn-log-level",
+        "api-server-count", "block-size", "enforce-eager", "gpu-memory-utilization", "kv-cache-memory-bytes",
+        "max-model-len", "max-num-batched-tokens", "max-num-seqs", "performance-mode",
+        "pipeline-parallel-size", "swap-space", "tensor-parallel-size", "uvicorn-log-level",
     )
 )  # fmt: skip
 
 
-class ModelFamily(NamedTuple):
-    """Models with the same architecture, which write bounding boxes in the same coordinates."""
-
-    name: str
-    pattern: str  # regular expression for lower-case model names without the organization
-    boxes: BoxUnit
-
-
-FAMILIES = (  # source: model cards
-    ModelFamily("Qwen2.5-VL", r"qwen2[._]?5[-_]?vl|caprl-3b", "pixels"),
-    ModelFamily("Qwen3-VL", r"qwen3[-_]?vl", "thousandths"),
-    ModelFamily("InternVL3", r"internvl[-_]?3(?![._]?5)", "thousandths"),
-)
+# The unit of bounding boxes by a regular expression for lower-case model names. Source: model cards.
+BOX_UNITS: dict[str, BoxUnit] = {
+    r"qwen2[._]?5[-_]?vl|caprl-3b": "pixels",
+    r"qwen3[-_]?vl|internvl[-_]?3(?![._]?5)": "thousandths",
+}
 
 
-def find_family(model: str) -> ModelFamily | None:
-    """Return the family that matches a model's name, or None."""
+def box_unit_of(model: str) -> BoxUnit | None:
+    """Return the unit in which a model writes bounding boxes, or None if it is unknown."""
     name = model.casefold().rstrip("/").rpartition("/")[2]
-    return next((family for family in FAMILIES if re.search(family.pattern, name)), None)
+    return next((unit for pattern, unit in BOX_UNITS.items() if re.search(pattern, name)), None)
 
 
 class EngineChoice(NamedTuple):

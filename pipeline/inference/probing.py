@@ -87,7 +87,8 @@ async def list_models(endpoint: Endpoint) -> dict[str, ServedModel] | None:
     Raises ServerFaultError if the server fails to answer, and EngineError if it denies access.
     """
     try:
-        async with endpoint.get(f"{endpoint.url}/models", MODELS_SECONDS) as answer:
+        timeout = aiohttp.ClientTimeout(total=MODELS_SECONDS)
+        async with endpoint.send("/models", timeout=timeout) as answer:
             text = await read_body(answer, MAX_BODY_BYTES)
         if answer.status in (404, 405, 501):
             return None
@@ -193,8 +194,12 @@ async def learn_dialect(
 
 def _report_dialect(endpoint: Endpoint, progress: Progress) -> None:
     dialect = endpoint.dialect
-    if left_out := dialect.describe():
-        progress.message(f"{endpoint.url} rejects some request fields, which are left out: {left_out}")
+    left_out = sorted(dialect.left_out)
+    if dialect.limit_name != protocol.LIMIT_FIELDS[0]:
+        left_out.append(f"{protocol.LIMIT_FIELDS[0]} ({dialect.limit_name} is sent instead)")
+    if left_out:
+        fields = ", ".join(left_out)
+        progress.message(f"{endpoint.url} rejects some request fields, which are left out: {fields}")
     if "temperature" in dialect.left_out:
         progress.warn(f"{endpoint.url} uses its own sampling temperature: replies are not greedy")
     if dialect.format != "json_schema":
@@ -210,7 +215,7 @@ async def _probe(
     failures = protocol.RetryState(server.startup_timeout_s)
     while True:
         try:
-            async with endpoint.post_chat(body) as answer:
+            async with endpoint.send(protocol.CHAT, body) as answer:
                 text = await read_body(answer, MAX_BODY_BYTES)
             raise_for_access(answer, endpoint, text)
             if answer.status not in (*protocol.BUSY_STATUSES, *protocol.GATEWAY_STATUSES):

@@ -27,6 +27,7 @@ from pipeline.images.decode import ORIENTATION, open_image, prepare_image, sent_
 from pipeline.tasks.prompts import user_content
 from pipeline.types import Reply, Request
 
+CHAT = "/chat/completions"  # path below the base URL
 MAX_BODY_BYTES = 8_000_000  # for lists of models and replies to the probe
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000
@@ -56,7 +57,6 @@ BUSY_STATUSES = (408, 409, 425, 429, 503)
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose server may be down for minutes
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run
-MAX_LONG_WAITS = 3  # per request
 MAX_FAULTS = 5  # a request is abandoned after this many errors from healthy servers
 MAX_CRASHES = 2  # a request is abandoned if more servers crash while it is in flight
 FIRST_BACKOFF_SECONDS = 0.5
@@ -75,7 +75,11 @@ class ServerFaultError(Exception):
 
 
 class ServerBusyError(Exception):
-    """Raised when a server is busy. The argument is the number of seconds that it asks to wait, or None."""
+    """Raised when a server is busy. `wait_s` is the number of seconds that it asks to wait, or None."""
+
+    def __init__(self, wait_s: float | None = None) -> None:
+        super().__init__("the server is too busy")
+        self.wait_s = wait_s
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
@@ -135,12 +139,6 @@ class Dialect:
         """Return the dialect with the next less strict response format, or None after the last one."""
         position = FORMATS.index(self.format) + 1
         return replace(self, format=FORMATS[position]) if position < len(FORMATS) else None
-
-    def describe(self) -> str:
-        """Return the names of the fields that are left out or renamed as one string, which may be empty."""
-        is_renamed = self.limit_name != LIMIT_FIELDS[0]
-        renamed = [f"{LIMIT_FIELDS[0]} ({self.limit_name} is sent instead)"] if is_renamed else []
-        return ", ".join([*sorted(self.left_out), *renamed])
 
 
 PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
@@ -385,13 +383,12 @@ def backoff_s(failures: int) -> float:
 
 @dataclass(slots=True)
 class RetryState:
-    """Counts the failures of one request, and decides when to retry it."""
+    """Counts the failures of one request. Methods return the seconds until a retry, or None to give up."""
 
-    patience_s: float  # give up this long after the first busy answer, or after a longer wait
+    patience_s: float  # give up this long after the first busy answer, and after the wait that it stated
     faults: int = 0  # errors from healthy servers
     crashes: int = 0  # servers that crashed while the request was in flight
     busy: int = 0
-    long_waits: int = 0  # waits that are longer than `patience_s`
     _gives_up_at: float | None = field(default=None)
 
     @property
@@ -400,30 +397,25 @@ class RetryState:
         return self.crashes >= MAX_CRASHES
 
     def after_busy(self, stated_s: float | None) -> float | None:
-        """Return the seconds to wait after a busy answer, which may state a wait, or None to give up."""
+        """Count a busy answer, which may state a wait."""
         now = monotonic()
-        self._gives_up_at = self._gives_up_at or now + self.patience_s
-        if now > self._gives_up_at:
-            return None
+        wait_s = min(stated_s or backoff_s(self.busy + 1), MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
+        self._gives_up_at = self._gives_up_at or now + wait_s + self.patience_s
         self.busy += 1
-        wait_s = min(stated_s or backoff_s(self.busy), MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
-        if wait_s > self.patience_s and self.long_waits < MAX_LONG_WAITS:
-            self.long_waits += 1
-            self._gives_up_at = now + wait_s + self.patience_s
-        return wait_s
+        return wait_s if now <= self._gives_up_at else None
 
     def after_fault(self) -> float | None:
-        """Return the seconds to wait after an error from a healthy server, or None to give up."""
+        """Count an error from a healthy server."""
         self.faults += 1
         if self.faults == MAX_FAULTS:
             return None
         # Retry immediately the first time, since another request's error may have closed the connection.
         return 0.0 if self.faults == 1 else backoff_s(self.faults - 2) * random.uniform(0.5, 1.5)
 
-    def after_crash(self) -> bool:
-        """Count a server crash while the request was in flight. Return whether to give up."""
+    def after_crash(self) -> float | None:
+        """Count a server crash while the request was in flight."""
         self.crashes += 1
-        return self.crashes > MAX_CRASHES
+        return None if self.crashes > MAX_CRASHES else 0.0
 
 
 def parse_retry_after(header: str) -> float | None:

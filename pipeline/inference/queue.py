@@ -48,9 +48,8 @@ class RequestStats:
     total: int = 0
     done: int = 0
     asked: int = 0  # sent by this run, including retries
-    attempts: Counter[int] = field(
-        default_factory=Counter
-    )  # requests by number of attempts until a reply was usable or the last attempt failed
+    # requests by number of attempts until a reply was usable or the last attempt failed
+    attempts: Counter[int] = field(default_factory=Counter)
     flaws: Counter[str] = field(default_factory=Counter)  # unusable replies of this run by reason
     prompt_tokens: int = 0  # in this run
     reply_tokens: int = 0
@@ -58,9 +57,7 @@ class RequestStats:
     judge_reply_tokens: int = 0
     uncounted: int = 0  # replies with estimated tokens
     asking_s: float = 0.0
-    seconds: dict[str, float] | None = (
-        None  # duration of the last reply by request id, or None to record no durations
-    )
+    seconds: dict[str, float] | None = None  # time of the last reply by request id, if recorded
 
     def begin_pass(self) -> None:
         """Reset the request counts before a pass over more images. Token counts are kept."""
@@ -352,12 +349,6 @@ def _not_asked(
     for name, style in wanted:
         if (name, style) not in asked:
             flaw = COLUMN_EMPTY if lacks_column(plan.tasks[name], context) else RESULT_MISSING
-            empty = {"request_id": "", "position": 0, "prompt_id": "", "reply_error": flaw}
-            annotation_id = digest([sample_id, name])
-            yield {
-                "annotation_id": annotation_id,
-                "sample_id": sample_id,
-                "task": name,
-                "style": style,
-                **empty,
-            }
+            ids = {"annotation_id": digest([sample_id, name]), "sample_id": sample_id, "request_id": ""}
+            empty = {"position": 0, "prompt_id": "", "reply_error": flaw}
+            yield {**ids, "task": name, "style": style, **empty}

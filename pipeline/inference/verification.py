@@ -116,10 +116,13 @@ def _text_request(fields: dict[str, Any], shared_digest: str, sample_id: str, st
 
 def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[str]:
     """Return the distinct claims that the model found in a caption."""
-    reply = last_reply(build_claims(caption, "", plan), journal)
-    usable = [fields for fields, error in read_fields(CLAIMS, reply) if not error]
-    rows = [fields for fields in usable if not find_broken_rule(CLAIMS, fields)]
+    rows = _usable_rows(CLAIMS, build_claims(caption, "", plan), journal)
     return list(dict.fromkeys(row["claim"] for row in rows))[:MAX_CLAIMS]
+
+
+def _usable_rows(task: Task, request: Request, journal: Journal) -> list[dict[str, Any]]:
+    rows = [fields for fields, error in read_fields(task, last_reply(request, journal)) if not error]
+    return [fields for fields in rows if not find_broken_rule(task, fields)]
 
 
 def build_repair(caption: str, claims: Sequence[str], sample_id: str, plan: RequestPlan) -> Request:
@@ -130,8 +133,8 @@ def build_repair(caption: str, claims: Sequence[str], sample_id: str, plan: Requ
 
 def read_repair(request: Request, journal: Journal) -> str | None:
     """Return the repaired caption, or None if the reply is unusable."""
-    fields, error = read_fields(REPAIR, last_reply(request, journal))[0]
-    return None if error or find_broken_rule(REPAIR, fields) else str(fields["caption"])
+    rows = _usable_rows(REPAIR, request, journal)
+    return str(rows[0]["caption"]) if rows else None
 
 
 def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
@@ -146,10 +149,10 @@ def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
 
 def read_rating(row: dict[str, Any], plan: RequestPlan, journal: Journal) -> dict[str, Any]:
     """Return `judged_wrong` and the score for each criterion. All are None if the reply is unusable."""
-    fields, error = read_fields(RATE, last_reply(build_rating(row, plan), journal))[0]
-    if error or find_broken_rule(RATE, fields):
+    rows = _usable_rows(RATE, build_rating(row, plan), journal)
+    if not rows:
         return dict.fromkeys(("judged_wrong", *RUBRIC))
-    return {"judged_wrong": fields["is_wrong"] == "yes"} | {name: int(fields[name]) for name in RUBRIC}
+    return {"judged_wrong": rows[0]["is_wrong"] == "yes"} | {name: int(rows[0][name]) for name in RUBRIC}
 
 
 def build_check(check: Check, sample_id: str, plan: RequestPlan) -> Request:

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -54,12 +55,16 @@ MAX_DECK_TOKENS = 16_384  # enough for 20 pages of 700 x 850 px (larger pages ar
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Python interpreter with vLLM
 _GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # an entry in CUDA_VISIBLE_DEVICES
 _PARALLEL = re.compile(  # flags that give several GPUs to one server
-    r"(?:^| )(?:-([tpd])p|--(t|p|d)(?:ensor|ipeline|ata)[-_]parallel[-_]size)[= ]([1-9]\d*)\b"
+    r"(?:^| )(?:-[tp]p|--(?:tensor|pipeline)[-_]parallel[-_]size)[= ]([1-9]\d*)\b"
 )
 _USER_SEQS = re.compile(r"--max[-_]num[-_]seqs[= ](\d+)\b")
 _USER_MEMORY = re.compile(  # flags that change how much memory a model needs
     r"(?:^| )(?:-q\b|--(?:quantization|gpu[-_]memory[-_]utilization|cpu[-_]offload|kv[-_]cache))"
 )
+_SIGNS_OF_FULL_MEMORY = (  # in vLLM's log
+    "out of memory", "no available memory for the cache blocks", "kv cache is needed",
+    "less than desired gpu memory utilization",
+)  # fmt: skip
 STOP_SECONDS = 15
 MAX_TAIL_BYTES = 20_000  # size of the part at the end of the log that is searched for errors
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
@@ -78,7 +83,7 @@ class VllmCommand:
     arguments: tuple[str, ...]
     environment: dict[str, str]
     log: Path
-    max_num_seqs: int  # of all copies of the model
+    max_num_seqs: int
     max_restarts: int
     startup_timeout_s: float
     api_key: str = field(
@@ -106,9 +111,8 @@ def plan_servers(
     """Return the commands that start vLLM servers on this machine, one per GPU or per group of GPUs.
 
     The user's parallel flags set the size of a group. `find_folder` may download the model. Independent
-    servers are better than vLLM's data parallelism. Each server restarts alone, and all requests about an
-    image go to the server that has cached it. Raises EngineError if vLLM is not installed, if groups would
-    leave GPUs idle, or if the model does not fit.
+    servers are better than vLLM's data parallelism, since each one restarts alone. Raises EngineError if vLLM
+    is not installed, if groups would leave GPUs idle, or if the model does not fit.
     """
     python = vllm_python()
     if python is None:
@@ -116,7 +120,7 @@ def plan_servers(
             f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or pass a server: --base-url"
         )
         raise EngineError("vLLM is not installed here", hint=hint)
-    gpus, size = visible_gpus(), prod(parallel_sizes(server.flags))
+    gpus, size = visible_gpus(), count_gpus(server.flags)
     if len(gpus) % size:
         problem = f"a server with these flags uses {size} GPUs, but {len(gpus)} are visible"
         raise EngineError(problem, hint="change the parallel flags after --, or set CUDA_VISIBLE_DEVICES")
@@ -130,10 +134,8 @@ def plan_servers(
     }
     logs = [log if n == 0 else log.with_name(f"{log.stem}-{n + 1}{log.suffix}") for n in range(len(groups))]
     commands = [
-        plan_vllm_command(
-            python, model, folder, revision, server, file, gpus=gpus, gpu_gib=gpu_memory_gib(gpus), **share
-        )
-        for gpus, file in zip(groups, logs, strict=True)
+        plan_vllm_command(python, model, folder, revision, server, file, gpus=group, **share)
+        for group, file in zip(groups, logs, strict=True)
     ]
     return [replace(command, api_key=commands[0].api_key) for command in commands]
 
@@ -149,20 +151,19 @@ def plan_vllm_command(
     max_pixels: int | None,
     decks: bool = False,
     gpus: Sequence[str],
-    gpu_gib: tuple[float, float] | None = None,
     cores: int,
     memory_gib: float,
 ) -> VllmCommand:
     """Choose the flags for serving the model in `folder`. The user's flags override them.
 
     Images have at most `max_pixels`. With `decks`, a request may show up to MAX_PAGES images instead of one.
-    `gpus` are entries of CUDA_VISIBLE_DEVICES, or () for a CPU server. `gpu_gib` is the total and the free
-    memory of one GPU, if known. `cores` and `memory_gib` are the server's share.
+    `gpus` are entries of CUDA_VISIBLE_DEVICES, or () for a CPU server. `cores` and `memory_gib` are the
+    server's share.
     """
+    gpu_gib = gpu_memory_gib(gpus)
     name = f"{Path(model).name}@{revision}"
     shape, context = _read_model(folder)
     max_model_len = min(context, MAX_DECK_TOKENS if decks else MAX_TOKENS)
-    _, copies = parallel_sizes(server.flags)
     utilization, batched_tokens, max_num_seqs = MAX_UTILIZATION, BATCHED_TOKENS[0], 256 if gpus else 32
     if shape and gpu_gib:
         plan = _plan_gpu(model, shape, gpu_gib, max_pixels or PROCESSOR_PIXELS, max_model_len, server.flags)
@@ -215,7 +216,7 @@ def plan_vllm_command(
         arguments=(*entry, *flags, *switches, *server.flags),
         environment=environment,
         log=log,
-        max_num_seqs=copies * (int(user_seqs[1]) if user_seqs else max_num_seqs),
+        max_num_seqs=int(user_seqs[1]) if user_seqs else max_num_seqs,
         max_restarts=server.max_restarts,
         startup_timeout_s=server.startup_timeout_s,
     )
@@ -242,8 +243,7 @@ def _plan_gpu(
     flags: Sequence[str],
 ) -> MemoryPlan:
     """Plan a GPU's memory. Raises EngineError if the model does not fit, unless the user's flags help."""
-    shared_gpus, _ = parallel_sizes(flags)
-    shape = shape.divide(shared_gpus)
+    shape = shape.divide(count_gpus(flags))
     plan = plan_memory(shape, *gpu_gib, pixels, context)
     if not plan.fits and not _USER_MEMORY.search(" ".join(flags)):
         problem = f"{model} needs {needed_gib(shape, pixels):g} GiB of free memory on each GPU"
@@ -252,11 +252,9 @@ def _plan_gpu(
     return plan
 
 
-def parallel_sizes(flags: Sequence[str]) -> tuple[int, int]:
-    """Return how many GPUs share one copy of the model, and how many copies a server has."""
-    found = _PARALLEL.findall(" ".join(flags))
-    sizes = {short or long: int(size) for short, long, size in found}
-    return sizes.get("t", 1) * sizes.get("p", 1), sizes.get("d", 1)
+def count_gpus(flags: Sequence[str]) -> int:
+    """Return how many GPUs share one copy of the model."""
+    return prod(map(int, _PARALLEL.findall(" ".join(flags))))
 
 
 def vllm_python() -> str | None:
@@ -306,7 +304,7 @@ def _nvidia_smi(*arguments: str) -> str:
 
 
 class Server:
-    """Runs a vLLM server as an async context manager. The server is ready when the context is entered."""
+    """Runs and restarts a vLLM server."""
 
     def __init__(self, launch: VllmCommand, progress: Progress, folder: Path, address: int | Path) -> None:
         """Prepare a server. `folder` is for sockets, and `address` is a port or Unix socket."""
@@ -319,7 +317,6 @@ class Server:
         self._port = address if isinstance(address, int) else 0
         self._progress = progress
         self._process: asyncio.subprocess.Process | None = None
-        self._watcher: asyncio.Task[None] | None = None
         self._reaper_pipe: int | None = None
         self._log_start = 0
 
@@ -328,21 +325,19 @@ class Server:
         """The base URL without `/v1`."""
         return f"http://{self.socket.stem}.localhost" if self.socket else f"http://127.0.0.1:{self._port}"
 
-    async def __aenter__(self) -> "Server":
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["Server"]:
+        """Start the server, and restart it when it dies. It is ready when the context is entered."""
         try:
             await self._start()
-        except BaseException:
+            watcher = asyncio.create_task(self._watch())
+            try:
+                yield self
+            finally:
+                watcher.cancel()
+                await asyncio.gather(watcher, return_exceptions=True)
+        finally:
             await self._stop()
-            raise
-        self._watcher = asyncio.create_task(self._watch())
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        if self._watcher:
-            self._watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watcher
-        await self._stop()
 
     async def _watch(self) -> None:
         """Restart the server when it dies, up to `max_restarts` times. After that, set `failure`."""
@@ -391,17 +386,13 @@ class Server:
                     start_new_session=True,
                 )
             except OSError as error:
-                problem = f"cannot run {self.launch.python}: {error.strerror}"
-                raise EngineError(
-                    problem, hint=f"set {VLLM_PYTHON} to an interpreter that has vLLM"
-                ) from None
+                hint = f"set {VLLM_PYTHON} to an interpreter that has vLLM"
+                raise EngineError(f"cannot run {self.launch.python}: {error.strerror}", hint=hint) from None
         self._reaper_pipe = _start_reaper(self._process.pid)
-        loop = asyncio.get_running_loop()
-        started = loop.time()
+        started = time.monotonic()
         while await status_of(f"{self.root}/health", socket_path=self.socket) != 200:
-            seconds = loop.time() - started
-            if self._process.returncode is not None:
-                code = self._process.returncode
+            seconds = time.monotonic() - started
+            if (code := self._process.returncode) is not None:
                 raise self._error(f"vLLM exited with code {code} while it was starting")
             if seconds > self.launch.startup_timeout_s:
                 raise self._error(f"vLLM did not start within {self.launch.startup_timeout_s:.0f} s")
@@ -410,11 +401,9 @@ class Server:
             )
             await asyncio.sleep(0.5)
         if self.socket is None and not is_listener(self._port, self._process.pid):
-            problem = (
-                f"another program listens on port {self._port}, which vLLM was to use. Nothing was sent to it"
-            )
+            problem = f"another program listens on port {self._port}. Nothing was sent to it"
             raise EngineError(problem, hint="run the same command again: it takes another port")
-        self._progress.message(f"vLLM is ready after {loop.time() - started:.0f} s")
+        self._progress.message(f"vLLM is ready after {time.monotonic() - started:.0f} s")
 
     async def _stop(self) -> None:
         if self._process and self._process.returncode is None:
@@ -476,17 +465,11 @@ def is_listener(port: int, group: int) -> bool:
 
 def _advice(log: str) -> str:
     log = log.lower()
-    if any(
-        sign in log
-        for sign in (
-            "out of memory", "no available memory for the cache blocks", "kv cache is needed",
-            "less than desired gpu memory utilization",
-        )
-    ):  # fmt: skip
+    if any(sign in log for sign in _SIGNS_OF_FULL_MEMORY):
         return "end other programs on the GPU, or use a smaller or quantized model (`synth doctor`); "
     if "execute_model timed out" in log:
         return "send fewer or smaller images at once: -- --max-num-batched-tokens 512 --max-num-seqs 4; "
-    if "no module named vllm" in log or "no module named 'vllm'" in log:
+    if re.search("no module named '?vllm", log):
         return f"install vLLM here, or set {VLLM_PYTHON} to an interpreter that has it; "
     if "unrecognized arguments" in log:
         return "a flag after -- is not a flag of vLLM; "
@@ -513,20 +496,16 @@ async def run_servers(
     parent = SOCKET_FOLDER if os.access(SOCKET_FOLDER, os.W_OK) else None
     with TemporaryDirectory(prefix="synth-", dir=parent) as name:
         folder = Path(name)
-        ports = free_ports(len(launches))
-        addresses: list[int | Path] = [
-            launch.port or port for launch, port in zip(launches, ports, strict=True)
-        ]
-        if on_sockets:
-            addresses = [folder / f"server-{number + 1}.sock" for number in range(len(launches))]
-        servers = [
-            Server(launch, progress, folder, one) for launch, one in zip(launches, addresses, strict=True)
-        ]
+        servers = []
+        for number, (launch, port) in enumerate(zip(launches, free_ports(len(launches)), strict=True), 1):
+            socket_path = folder / f"server-{number}.sock"
+            address: int | Path = socket_path if on_sockets else launch.port or port
+            servers.append(Server(launch, progress, folder, address))
         async with contextlib.AsyncExitStack() as stack:
             try:
                 async with asyncio.TaskGroup() as starts:
                     for server in servers:
-                        starts.create_task(stack.enter_async_context(server))
+                        starts.create_task(stack.enter_async_context(server.running()))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
             yield servers

@@ -12,7 +12,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, cast
@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError, SynthError, TableError
 from pipeline.storage.object_store import (
     arrow_location,
+    filesystem_of,
     is_remote,
-    move_all,
-    remove_folder,
+    key_of,
     translate_store_errors,
     upload,
 )
@@ -214,7 +214,8 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 def remove(folder: Path) -> None:
     """Remove a folder with its content, if it exists."""
     if is_remote(folder):
-        remove_folder(folder)
+        with suppress(FileNotFoundError):
+            filesystem_of(folder).rm(key_of(folder), recursive=True)
         return
     try:
         shutil.rmtree(folder)
@@ -227,8 +228,10 @@ def remove(folder: Path) -> None:
 
 def move(files: list[tuple[Path, Path]]) -> None:
     """Rename files, given as (old, new). Both must be on the same file system or in the same store."""
-    if files and is_remote(files[0][0]):
-        move_all(files)
+    if files and is_remote(files[0][0]):  # copied in parallel
+        fs = filesystem_of(files[0][0])
+        fs.copy([key_of(old) for old, _ in files], [key_of(new) for _, new in files])
+        fs.rm([key_of(old) for old, _ in files])
         return
     for old, new in files:
         old.rename(new)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -108,20 +109,19 @@ def _acquire(path: Path, holder_id: str, timeout_s: float, say: Callable[[str], 
     seen = _read_lease(path)
     say(f"{path.parent} is in use, or was a moment ago: waiting {timeout_s:.0f} s to find out")
     time.sleep(timeout_s)
-    is_alive = _read_lease(path) not in ([], seen)
-    if not is_alive:
+    if _read_lease(path) in ([], seen):
         path.write_bytes(_beat(holder_id, 0))
         # If several commands have waited, the last one to write gets the lease.
         time.sleep(timeout_s / HEARTBEATS_PER_TIMEOUT)
-    if is_alive or not _is_holder(path, holder_id):
+    if not _is_holder(path, holder_id):
         hint = "wait for it, or use another --out"
         raise StoreError(f"another command is writing to {path.parent}", hint=hint)
 
 
 def _renew(path: Path, holder_id: str, interval_s: float, ended: threading.Event) -> None:
-    beats = 0
-    while not ended.wait(interval_s):
-        beats += 1
+    for beats in count(1):
+        if ended.wait(interval_s):
+            return
         try:
             if not _is_holder(path, holder_id):
                 log.warning("the lease of %s was taken over: this process was paused too long", path.parent)

@@ -7,7 +7,7 @@ credentials and endpoint.
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -103,19 +103,6 @@ def upload_folder(folder: Path, path: Path) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     keys = [key_of(path / file.relative_to(folder).as_posix()) for file in files]
     filesystem_of(path).put([str(file) for file in files], keys)
-
-
-def move_all(moves: list[tuple[Path, Path]]) -> None:
-    """Move objects, given as (old, new), within one store. They are copied in parallel."""
-    fs = filesystem_of(moves[0][0])
-    fs.copy([key_of(old) for old, _ in moves], [key_of(new) for _, new in moves])
-    fs.rm([key_of(old) for old, _ in moves])
-
-
-def remove_folder(path: Path) -> None:
-    """Remove all objects in a folder, if there are any."""
-    with suppress(FileNotFoundError):
-        filesystem_of(path).rm(key_of(path), recursive=True)
 
 
 def filesystem_of(path: Path) -> Any:

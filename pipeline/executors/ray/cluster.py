@@ -96,51 +96,66 @@ def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> 
     return WorkerPlan(workers, math.floor(100 * min(1.0, cpus / workers)) / 100, 1.0 if on_gpus else 0.0)
 
 
-def map_on_cluster(
-    count: int,
-    work: Callable[[int], T],
-    workers: WorkerPlan | None = None,
-    report: Callable[[int], None] = lambda done: None,
-) -> list[T]:
+def map_on_cluster(count: int, work: Callable[[int], T]) -> list[T]:
     """Apply a function to every index below `count` on the cluster, and return the results in order.
 
-    `work` is pickled, and called again if its worker dies. With `workers`, each worker keeps a copy of `work`
-    for all its indices, and exits it at the end if it is a context manager. `report` gets the number of
-    finished indices. Raises the first SynthError of a worker, or ClusterError if workers die repeatedly.
+    `work` is pickled, and called again if its worker dies. Raises the first SynthError of a worker, or
+    ClusterError if workers die repeatedly.
     """
     import ray
-    import ray.exceptions as lost
+
+    apply: Any = ray.remote(max_retries=MAX_DEATHS)(_apply)
+    shared = ray.put(work)
+    with _translate_deaths():
+        outcomes = ray.get([apply.remote(shared, index) for index in range(count)])
+    for _, _, error in outcomes:
+        if error:
+            raise error
+    return [result for _, result, _ in outcomes]
+
+
+def map_on_workers(
+    count: int,
+    work: Callable[[int], T],
+    workers: WorkerPlan,
+    report: Callable[[int], None],
+    warn: Callable[[str], None],
+) -> list[T]:
+    """Apply a function like `map_on_cluster`, on workers that each keep a copy of it for all their indices.
+
+    The copy is exited at the end if it is a context manager. After an error, no further index is started, but
+    all workers finish theirs. `report` gets the number of finished indices.
+    """
+    import ray
     from ray.util import ActorPool
 
-    actors: list[Any] = []
-    outcomes: Iterator[tuple[int, T, SynthError | None]]
-    if workers:
-        cpus, gpus = workers.cpus, workers.gpus
-        options: dict[str, Any] = {
-            "num_cpus": cpus,
-            "num_gpus": gpus,
-            "max_restarts": -1,
-            "max_task_retries": MAX_DEATHS,
-        }
-        worker: Any = ray.remote(**options)(_Worker)
-        actors = [worker.remote(work) for _ in range(min(workers.workers, count))]
-        pool: Any = ActorPool(actors)
-        outcomes = pool.map_unordered(lambda actor, index: actor.apply.remote(index), range(count))
-    else:
-        apply: Any = ray.remote(max_retries=MAX_DEATHS)(_apply)
-        shared = ray.put(work)
-        outcomes = map(ray.get, [apply.remote(shared, index) for index in range(count)])
+    options: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
+    worker: Any = ray.remote(max_restarts=-1, max_task_retries=MAX_DEATHS, **options)(_Worker)
+    actors = [worker.remote(work) for _ in range(min(workers.workers, count))]
+    pool: Any = ActorPool(actors)
+    call: Callable[[Any, int], Any] = lambda actor, index: actor.apply.remote(index)  # noqa: E731
+    waiting = list(reversed(range(count)))
     results: dict[int, T] = {}
+    errors: list[SynthError] = []
     try:
-        for index, result, error in outcomes:
-            if error:
-                raise error
-            results[index] = result
-            report(len(results))
+        for _ in actors:
+            pool.submit(call, waiting.pop())
+        while pool.has_next():
+            try:
+                with _translate_deaths():
+                    index, result, error = pool.get_next_unordered()
+                if error:
+                    raise error
+                results[index] = result
+                report(len(results))
+            except SynthError as error:
+                errors.append(error)
+                warn(f"a worker failed: {error}; the others finish their shards")
+            if waiting and not errors:
+                pool.submit(call, waiting.pop())
+        if errors:
+            raise errors[0]
         ray.get([actor.close.remote() for actor in actors])
-    except (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError) as died:
-        hint = "look for out-of-memory kills, then run the same command to resume"
-        raise ClusterError(f"workers died repeatedly: {one_line(died)}", hint=hint) from None
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -162,7 +177,19 @@ class _Worker:
 
 
 def _apply(work: Callable[[int], Any], index: int) -> tuple[int, Any, SynthError | None]:
+    """Return an index with its result or error. Ray would change the type of a raised error."""
     try:
         return index, work(index), None
     except SynthError as error:
         return index, None, error
+
+
+@contextmanager
+def _translate_deaths() -> Iterator[None]:
+    import ray.exceptions as lost
+
+    try:
+        yield
+    except (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError) as died:
+        hint = "look for out-of-memory kills, then run the same command to resume"
+        raise ClusterError(f"workers died repeatedly: {one_line(died)}", hint=hint) from None

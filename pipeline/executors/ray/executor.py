@@ -22,6 +22,7 @@ from pipeline.executors.ray.cluster import (
     ClusterOptions,
     WorkerPlan,
     map_on_cluster,
+    map_on_workers,
     open_cluster,
     plan_workers,
 )
@@ -82,10 +83,10 @@ class RayExecutor:
             reader.finish()
         finally:
             reader.close()
-        samples = digest([run.shard_count, *(output_digest(plan.dataset, "read", name) for name in OUTPUTS)])
-        revisions = [plan.requests.revision, plan.judge_revision]
-        fill_key = digest([samples, code_digest(), plan.config.recorded(), revisions, run.files])
-        self.run = replace(run, samples=samples, fill_key=fill_key)
+        samples = [output_digest(plan.dataset, "read", name) for name in OUTPUTS]
+        model = [plan.requests.revision, plan.judge_revision, run.files]
+        key = digest([run.shard_count, samples, code_digest(), plan.config.recorded(), model])
+        self.run = replace(run, key=key)
         return has_more
 
     def each(self, work: ShardWork) -> None:
@@ -100,7 +101,7 @@ class RayExecutor:
             self.is_filled = True
             self.check()
         elif works:
-            self._map(partial(_work_on_shard, self.run, partial(_apply_all, works)))
+            self._map(partial(_apply_to_shard, self.run, works))
 
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
         """See Executor."""
@@ -113,11 +114,13 @@ class RayExecutor:
 
     def _fill(self, works: Sequence[ShardWork]) -> None:
         run, progress = self.run, self.progress
-        results = map_on_cluster(
+        assert self.workers is not None
+        results = map_on_workers(
             run.shard_count,
             ShardWorker(run, works),
             self.workers,
             lambda done: progress("ask", done, run.shard_count, {"unit": "shards"}),
+            progress.warn,
         )
         if cost := add_fill_results(results, self.stats):
             write_json(run.plan.dataset.cost, cost)
@@ -125,7 +128,7 @@ class RayExecutor:
             filled = tuple(result.folder for result in results)
             # Remove the folders of earlier runs and abandoned workers.
             for path in (run.root / "shards").glob("*/*"):
-                is_used = path.name in ("journal", "images") or f"{path.parent.name}/{path.name}" in filled
+                is_used = path.name == "journal" or f"{path.parent.name}/{path.name}" in filled
                 if path.is_dir() and not is_used:
                     remove(path)
             self.run = replace(run, filled=filled)
@@ -181,20 +184,19 @@ def _filled_folders(run: ShardedRun) -> tuple[str, ...]:
     return tuple(read_filled(run, n).get("folder", f"{n:05d}") for n in range(run.shard_count))
 
 
-def _apply_all(works: Sequence[ShardWork], shard: DatasetDir) -> None:
-    services = Services(shard, _no_engine, RequestStats(), NullProgress())
-    for work in works:
-        work(shard, services)
+def _apply_to_shard(run: ShardedRun, works: Sequence[ShardWork], index: int) -> None:
+    def apply() -> None:
+        services = Services(run.shard(index), _no_engine, RequestStats(), NullProgress())
+        for work in works:
+            work(run.shard(index), services)
+
+    run_exclusively(run, index, apply)
 
 
 def _no_engine() -> Engine:
     raise ClusterError(
         "internal error: a step called a model after asking was finished", hint="please report this bug"
     )
-
-
-def _work_on_shard(run: ShardedRun, work: Callable[[DatasetDir], T], index: int) -> T:
-    return run_exclusively(run, index, lambda: work(run.shard(index)))
 
 
 def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], T], draft: Path, index: int) -> T:

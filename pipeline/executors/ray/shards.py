@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import ImageStore
 from pipeline.dataset.manifest import asked_tasks
@@ -35,12 +34,12 @@ _CHECKED_FILES = set[str]()
 class ShardedRun:
     """A run over shards. Each shard is a dataset folder with its own samples, journal and step files.
 
-    The first digits of a sample id select the shard. Ids are digests, so shards have similar sizes, and ids
-    are ordered across shards. All workers can access the dataset folder, on a shared file system or in an
-    object store. Paths in the settings are relative to `working_dir`.
+    The first digits of a sample id select the shard. Ids are digests, so shards have similar sizes. All
+    workers can access the dataset folder, on a shared file system or in an object store. Paths in the
+    settings are relative to `working_dir`.
 
-    `files` is a digest of the files that workers read. `samples` is a digest of the list of samples. In
-    an object store, `fill_key` is the key of filled shards, and `filled` are their folders.
+    `files` is a digest of the files that workers read. `key` is a digest of everything that the content of
+    filled shards depends on. In an object store, `filled` are their folders.
     """
 
     plan: Plan
@@ -48,14 +47,8 @@ class ShardedRun:
     shard_count: int
     engine: str
     files: str
-    samples: str = ""
-    fill_key: str = ""
+    key: str = ""
     filled: tuple[str, ...] = ()
-
-    @property
-    def config(self) -> Config:
-        """The settings."""
-        return self.plan.config
 
     @property
     def root(self) -> Path:
@@ -80,25 +73,22 @@ class ShardedRun:
 
     @property
     def shards(self) -> list[DatasetDir]:
-        """The dataset folders of all shards."""
+        """The folders of all shards."""
         return [self.shard(index) for index in range(self.shard_count)]
 
-    def shard(self, index: int) -> DatasetDir:
-        """Return the dataset folder of one shard."""
-        return DatasetDir(self.root / "shards" / (self.filled[index] if self.filled else f"{index:05d}"))
-
-    def home(self, index: int) -> Path:
-        """Return the folder with the images of one shard, and in an object store with its journals."""
+    def folder(self, index: int) -> Path:
+        """Return the folder of one shard. In an object store, it holds journals and folders with steps."""
         return self.root / "shards" / f"{index:05d}"
+
+    def shard(self, index: int) -> DatasetDir:
+        """Return the folder with the steps of one shard. Its images are in the dataset folder."""
+        folder = self.root / "shards" / self.filled[index] if self.filled else self.folder(index)
+        return DatasetDir(folder, self.root)
 
     @property
     def scratch(self) -> Path:
         """A folder on this node for files that cannot be in an object store."""
         return scratch_root(self.root)
-
-    def scratch_shard(self, index: int) -> DatasetDir:
-        """Return the folder on this node in which one shard is filled."""
-        return DatasetDir(self.scratch / "shards" / f"{index:05d}")
 
     def shard_of(self, sample_ids: Iterable[str]) -> npt.NDArray[np.int64]:
         """Return the shard index of each sample."""
@@ -116,18 +106,21 @@ class ShardedRun:
 
 
 class ShardedImageStore(ImageStore):
-    """The image store of a dataset folder. New images are stored in the folders of their shards."""
+    """The image store of a dataset folder, in which each row group has images of one shard.
+
+    A worker reads only the row groups of its shard, and the number of files does not depend on the number of
+    shards.
+    """
 
     def __init__(self, run: ShardedRun) -> None:
         super().__init__(run.root)
         self._run = run
-        self._stores = [ImageStore(run.home(index)) for index in range(run.shard_count)]
 
     def add(self, samples: Iterable[pa.Table]) -> None:
-        """See ImageStore. All images of `samples` are in memory at once."""
-        tables = list(samples)
-        for index, store in enumerate(self._stores):
-            store.add(self._run.rows_of(index, table) for table in tables)
+        """See ImageStore. All images of `samples` are in memory twice."""
+        table = pa.concat_tables(samples)
+        shards = self._run.shard_of(table["sample_id"].to_pylist())
+        super().add(table.filter(pa.array(shards == index)) for index in np.unique(shards))
 
 
 def named_files(plan: Plan) -> dict[str, Any]:

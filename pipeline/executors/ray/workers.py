@@ -35,7 +35,7 @@ from pipeline.steps.base import Services
 from pipeline.storage.files import read_json, read_table, remove, write_json, write_table
 from pipeline.storage.object_store import is_remote, local_copy, upload, upload_folder
 from pipeline.tables import LISTED_SAMPLE, SOURCE_REJECTED
-from pipeline.types import UNANSWERED, Engine
+from pipeline.types import Engine
 
 FILLED = "filled.json"
 # Interval for saving the journal to an object store. If a node is lost, later replies are lost too.
@@ -56,35 +56,27 @@ class FillResult:
     cost: dict[str, float] = field(default_factory=dict)
 
 
-def sample_ids(shard: DatasetDir) -> Iterator[str]:
-    """Yield the ids of the samples of a shard."""
-    for batch in read_samples(shard, ["sample_id"]):
-        yield from batch["sample_id"].to_pylist()
-
-
 def take_samples(run: ShardedRun, index: int, shard: DatasetDir) -> None:
-    """Write the list of a shard's samples to a folder, and store their images there.
+    """Write the list of a shard's samples to a folder. The first shard lists all rejected rows.
 
-    The first shard lists all rejected rows of the source.
+    If the folder is to have its own images, download them from the dataset folder.
     """
     dataset = run.plan.dataset
-    if not is_done(shard, "read", run.samples):
+    if not is_done(shard, "read", run.key):
         tables = (run.rows_of(index, pa.Table.from_batches([batch])) for batch in read_samples(dataset))
         write_table(shard.step_file("read"), tables, LISTED_SAMPLE)
         rejected = [read_table(dataset.step_file("read", "rejected"))] if index == 0 else []
         write_table(shard.step_file("read", "rejected"), rejected, SOURCE_REJECTED)
         kept, reasons = count_rows(shard, "read")
-        write_record(shard, "read", run.samples, kept=kept, rejected=reasons)
-    stored = ImageStore(run.home(index))
-    # An earlier run in one process may have stored images in the dataset folder itself.
-    stored.add_from(ImageStore(run.root), sample_ids(shard))
-    if shard.path != stored.folder:
-        ImageStore(shard.path).add_from(stored, sample_ids(shard))
+        write_record(shard, "read", run.key, kept=kept, rejected=reasons)
+    if shard.image_folder is None:
+        ids = read_table(shard.step_file("read"), ["sample_id"])["sample_id"]
+        ImageStore(shard.path).add_from(ImageStore(run.root, ids), ids.to_pylist())
 
 
 def read_filled(run: ShardedRun, index: int) -> dict[str, Any]:
     """Return the record of a filled shard in an object store, or {} if the shard is not filled."""
-    path = run.home(index) / FILLED
+    path = run.folder(index) / FILLED
     return dict(read_json(path)) if path.exists() else {}
 
 
@@ -106,8 +98,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         if not is_remote(run.root):
             return self._fill(index, run.shard(index))
         record = read_filled(run, index)
-        if record.get("key") == run.fill_key:
-            forget_scratch(run.scratch_shard(index))
+        if record.get("key") == run.key:
             return FillResult(record["folder"], RequestStats(total=record["total"]), record["cost"])
         with scratch_shard(run, index) as shard:
             result = self._fill(index, shard)
@@ -115,9 +106,9 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
             result = replace(result, folder=f"{index:05d}/{uuid4().hex[:8]}")
             upload_folder(shard.path / "steps", run.root / "shards" / result.folder / "steps")
         # If requests are unanswered, an empty key makes the next run fill the shard again.
-        key = run.fill_key if not any(result.stats.flaws[reason] for reason in UNANSWERED) else ""
+        key = "" if result.stats.unanswered else run.key
         record = {"key": key, "folder": result.folder, "total": result.stats.total, "cost": result.cost}
-        write_json(run.home(index) / FILLED, record)
+        write_json(run.folder(index) / FILLED, record)
         return result
 
     def _fill(self, index: int, shard: DatasetDir) -> FillResult:
@@ -144,7 +135,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
 
     def _choose_engine(self) -> EngineChoice:
         run = self.run
-        config = run.config.model_copy(update={"engine": run.engine})
+        config = run.plan.config.model_copy(update={"engine": run.engine})
         log = run.scratch / "servers" / f"{socket.gethostname()}-{os.getpid()}.log"
         choice, revision = choose_engine(config, log, NullProgress()), run.plan.requests.revision
         if choice.revision != revision:
@@ -160,8 +151,8 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
     A lock keeps other workers on this node out, and the files of a killed worker are reused. Each worker
     uploads its journal under a new name, since an abandoned worker may still run on another node.
     """
-    stored = DatasetDir(run.home(index)).journal.parent
-    shard, saved = run.scratch_shard(index), stored / f"{uuid4().hex[:8]}.sqlite"
+    stored = run.folder(index) / "journal"
+    shard, saved = DatasetDir(run.scratch / "shards" / f"{index:05d}"), stored / f"{uuid4().hex[:8]}.sqlite"
     with shard.lock(wait=True):
         journals = sorted(stored.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
         for path in journals:
@@ -173,24 +164,16 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
         saving.start()
         try:
             yield shard
-        except BaseException:
+        finally:
             ended.set()
             saving.join()
-            _try_to_save(shard, saved)
-            raise
-        ended.set()
-        saving.join()
-        save_journal(shard, saved)
+            save_journal(shard, saved)
         # The saved journal includes the replies from the fetched journals.
         for path in journals:
             path.unlink(missing_ok=True)
-        forget_scratch(shard)
-
-
-def forget_scratch(shard: DatasetDir) -> None:
-    """Remove the files of a filled shard from this node. The lock stays, since workers may wait for it."""
-    for folder in (shard.journal.parent, shard.path / "steps", shard.path / FOLDER):
-        remove(folder)
+        # The lock file stays, since workers may wait for it.
+        for folder in (shard.journal.parent, shard.path / "steps", shard.path / FOLDER):
+            remove(folder)
 
 
 def save_journal(shard: DatasetDir, path: Path) -> None:
@@ -203,6 +186,14 @@ def save_journal(shard: DatasetDir, path: Path) -> None:
         upload(copy, path)
 
 
+def _save_periodically(shard: DatasetDir, path: Path, ended: threading.Event) -> None:
+    while not ended.wait(SAVE_INTERVAL_S):
+        try:
+            save_journal(shard, path)
+        except Exception as error:  # noqa: BLE001  # the next attempt may succeed
+            log.warning("the journal of %s was not copied to the object store: %s", shard.path, error)
+
+
 def _fetch_journal(path: Path, shard: DatasetDir) -> None:
     with local_copy(path) as copy:
         if shard.journal.exists():
@@ -211,18 +202,6 @@ def _fetch_journal(path: Path, shard: DatasetDir) -> None:
         else:
             shard.journal.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(copy, shard.journal)
-
-
-def _save_periodically(shard: DatasetDir, path: Path, ended: threading.Event) -> None:
-    while not ended.wait(SAVE_INTERVAL_S):
-        _try_to_save(shard, path)
-
-
-def _try_to_save(shard: DatasetDir, path: Path) -> None:
-    try:
-        save_journal(shard, path)
-    except Exception as error:  # noqa: BLE001
-        log.warning("the journal of %s was not copied to the object store: %s", shard.path, error)
 
 
 def add_fill_results(results: Sequence[FillResult], stats: RequestStats) -> Counter[str]:

@@ -95,17 +95,17 @@ def test_stored_digest_equals_digest_of_bytes(tmp_path: Path) -> None:
     assert images_digest(PAGES) != images_digest(PAGES[::-1])
 
 
-def test_dataset_store_finds_images_of_all_shards(tmp_path: Path) -> None:
-    for number in range(3):
-        ImageStore(tmp_path / "shards" / f"0000{number}").add(tables(SAMPLES[4 * number : 4 * number + 4]))
-    store = ImageStore(tmp_path)
-    assert store.find_missing(IDS) == [DECK.id]
-    assert pages_of(store, IDS[:-1]) == [sample.images for sample in SAMPLES]
-    store.add(tables([SAMPLES[0], DECK]))
-    assert not (tmp_path / "shards" / "00000" / "images" / store.paths()[0].name).exists()
-    assert pq.read_metadata(tmp_path / "images" / store.paths()[0].name).num_rows == 1
-    with pytest.raises(StoreError, match="the images of 1 samples are not in"):
-        ImageStore(tmp_path / "shards" / "00001").read([SAMPLES[0].id])
+def test_store_for_some_ids_lists_only_row_groups_that_may_hold_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "GROUP_ROWS", 3)
+    samples = sorted(SAMPLES, key=lambda sample: sample.id)
+    ImageStore(tmp_path).add(tables(samples))
+    wanted = [sample.id for sample in samples[4:6]]
+    store = ImageStore(tmp_path, pa.array(wanted))
+    assert pages_of(store, wanted) == [sample.images for sample in samples[4:6]]
+    others = [sample.id for sample in (*samples[:3], *samples[8:])]
+    assert store.find_missing(others) == others
 
 
 def test_damaged_image_is_an_error_and_unreadable_file_counts_as_missing(tmp_path: Path) -> None:

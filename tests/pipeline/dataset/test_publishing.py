@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow.compute as pc
@@ -12,6 +13,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
 from pipeline.tables import Extras
 from tests.scene_data import (
+    PROVENANCE,
     SCORED,
     make_version,
     publish_rows,

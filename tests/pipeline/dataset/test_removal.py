@@ -118,9 +118,9 @@ def test_removal_of_links_keeps_their_targets(dataset: DatasetDir, tmp_path: Pat
     for name in (".next", f"{REMOVING}v9.9.9", "v1.0.0"):
         (dataset.path / "versions" / name).symlink_to(outside)
     remove_versions(dataset, ["v1.0.0"])
-    (dataset.path / "shards" / "0").mkdir(parents=True)
+    (dataset.path / "shards" / "0" / "steps").mkdir(parents=True)
     (outside / ".mine.tmp").write_text("mine")
-    (dataset.path / "shards" / "0" / "images").symlink_to(outside)
+    (dataset.path / "shards" / "0" / "steps" / "ask").symlink_to(outside)
     assert len(remove_leftovers(dataset)) == 2
     assert remove_leftovers(dataset) == []
     assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]

@@ -95,21 +95,16 @@ def test_each_request_is_sent_once_with_its_image_between_system_text_and_task(t
         Act(status=429),
         Act(cut=True),
         Act(raw=b'{"choices":[{"mess'),
+        Act(seconds=1.5),
     ],
-    ids=lambda act: f"{act.status} {act.raw!r} {act.cut=}",
+    ids=lambda act: f"{act.status} {act.raw!r} {act.cut=} {act.seconds=}",
 )
 def test_failed_request_is_sent_again_and_counts_as_one_attempt(tmp_path: Path, act: Act) -> None:
     with running_chat(ChatServer(always(act, times=1))) as chat:
-        counts, errors = run(tmp_path / "j", chat.url)
+        counts, errors = run(tmp_path / "j", chat.url, server={"request_timeout_s": 0.5})
     assert errors == {None: ASKED}
     assert counts.attempts == {1: ASKED}
     assert len(chat.bodies) == ASKED + len(SAMPLES)
-
-
-def test_request_after_timeout_is_sent_again(tmp_path: Path) -> None:
-    with running_chat(ChatServer(always(Act(seconds=1.5), times=1))) as chat:
-        _, errors = run(tmp_path / "j", chat.url, server={"request_timeout_s": 0.5})
-    assert errors == {None: ASKED}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pipeline.digests import weights_revision
 from pipeline.errors import ConfigError, EngineError
 from pipeline.executors.messages import describe_boxes
 from pipeline.inference import engines, vllm
-from pipeline.inference.engines import TINY_WEIGHTS, choose_engine, find_family, pick_engine, serve_model
+from pipeline.inference.engines import TINY_WEIGHTS, box_unit_of, choose_engine, pick_engine, serve_model
 from pipeline.inference.vllm import VLLM_PYTHON
 from pipeline.progress import NullProgress
 from tests.chat.server import ChatServer, running_chat
@@ -82,27 +82,26 @@ def test_ports_of_several_servers_must_exist(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("model", "family"),
+    ("model", "unit"),
     [
-        ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL"),
-        ("qwen2.5vl:3b", "Qwen2.5-VL"),
-        ("internlm/CapRL-3B", "Qwen2.5-VL"),
-        ("/models/Qwen3-VL-4B/", "Qwen3-VL"),
-        ("OpenGVLab/InternVL3-8B-hf", "InternVL3"),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "pixels"),
+        ("qwen2.5vl:3b", "pixels"),
+        ("internlm/CapRL-3B", "pixels"),
+        ("/models/Qwen3-VL-4B/", "thousandths"),
+        ("OpenGVLab/InternVL3-8B-hf", "thousandths"),
         ("OpenGVLab/InternVL3_5-8B", None),
         ("/data/qwen3-vl-exp/llama", None),
     ],
 )
-def test_model_family_is_recognized_by_the_model_name(model: str, family: str | None) -> None:
-    result = find_family(model)
-    assert (result and result.name) == family
+def test_box_unit_follows_the_model_name(model: str, unit: str | None) -> None:
+    assert box_unit_of(model) == unit
 
 
 def test_model_whose_box_unit_differs_from_the_task_is_reported() -> None:
     task = {"name": "things", "kind": "boxes", "prompt": "Find things."}
     config = resolve(source="folder:x", custom_tasks=[task])
     (note,) = describe_boxes(config, "Qwen/Qwen3-VL-8B-Instruct")
-    assert "Qwen3-VL writes boxes in thousandths, but the task things reads pixels" in note
+    assert "Qwen3-VL-8B-Instruct writes boxes in thousandths, but the task things reads pixels" in note
     assert not [*describe_boxes(config, "Qwen/Qwen2.5-VL-3B-Instruct"), *describe_boxes(config, "gpt-5")]
     assert not [*describe_boxes(resolve(source="folder:x"), "Qwen/Qwen3-VL-8B-Instruct")]
     right = resolve(source="folder:x", custom_tasks=[task | {"coordinates": "thousandths"}])

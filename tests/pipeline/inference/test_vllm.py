@@ -18,16 +18,20 @@ from pipeline.inference.endpoints import status_of
 from pipeline.inference.engines import OUTPUT_NEUTRAL_FLAGS, TINY_WEIGHTS
 from pipeline.inference.vllm import VllmCommand, plan_vllm_command, run_servers
 from pipeline.progress import NullProgress
+from tests.notes import Notes
 
 FLAGS_OF_NEWEST = Path(__file__).parents[2] / "vllm-0.33.0-flags.txt"
 
 
+@pytest.fixture(autouse=True)
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "gpu_memory_gib", lambda gpus: (12.0, 11.0) if gpus else None)
+
+
 def plan(tmp_path: Path, *flags: str, gpu: bool = False, decks: bool = False, **settings: Any) -> VllmCommand:
-    server = ServerConfig(flags=flags, **settings)
-    share: dict[str, Any] = {"gpus": ("3",) if gpu else (), "cores": 16, "memory_gib": 64}
     return plan_vllm_command(
-        "python", "me/model", TINY_WEIGHTS, "c0ffee", server, tmp_path / "log",
-        max_pixels=1_003_520, decks=decks, gpu_gib=(12.0, 11.0) if gpu else None, **share,
+        "python", "me/model", TINY_WEIGHTS, "c0ffee", ServerConfig(flags=flags, **settings), tmp_path / "log",
+        max_pixels=1_003_520, decks=decks, gpus=("3",) if gpu else (), cores=16, memory_gib=64,
     )  # fmt: skip
 
 
@@ -133,49 +137,27 @@ def test_failed_start_of_one_server_stops_the_other_servers(tmp_path: Path) -> N
         assert subprocess.run(["pgrep", "-f", str(tmp_path / "stub.py")], capture_output=True).returncode == 1
 
 
-def test_dead_server_is_restarted_max_restarts_times(tmp_path: Path) -> None:
-    async def die_often() -> tuple[int, str]:
-        async with run_servers([stub(tmp_path, SERVES, max_restarts=2)], NullProgress()) as (running,):
-            address = running.root
-            while not running.gave_up.is_set():
-                await status_of(f"{running.root}/die")
-                await asyncio.sleep(0.05)
-            assert running.root == address
-            assert running._process is None  # the system may reuse its number
-            return running.restarted, str(running.failure)
-
-    restarted, failure = asyncio.run(asyncio.wait_for(die_often(), 60))
-    assert restarted == 2
-    assert "died 3 times, the last time with exit code 7" in failure
-
-
-def test_one_dead_server_restarts_alone_with_its_last_error(tmp_path: Path) -> None:
-    warnings: list[str] = []
-    folders: list[Path] = []
-
-    class Warnings(NullProgress):
-        def warn(self, text: str) -> None:
-            warnings.append(text)
-
+def test_dead_server_restarts_alone_until_max_restarts_with_its_last_error(tmp_path: Path) -> None:
+    notes = Notes()
     fails = SERVES.replace("import os;", "import os; print('RuntimeError: out of memory', flush=True);")
 
-    async def serve() -> None:
-        async with run_servers([stub(tmp_path, fails)] * 2, Warnings()) as (first, second):
-            assert first.root != second.root and first._folder == second._folder
-            folders.append(first._folder)
-            assert first._folder.stat().st_mode & 0o777 == 0o700
-            await status_of(f"{first.root}/die")
-            while not first.restarted:
+    async def serve() -> Path:
+        commands = [stub(tmp_path, fails, max_restarts=1)] * 2
+        async with run_servers(commands, notes) as (first, second):
+            address, folder = first.root, first._folder
+            assert folder == second._folder and folder.stat().st_mode & 0o777 == 0o700
+            while not first.gave_up.is_set():
+                await status_of(f"{first.root}/die")
                 await asyncio.sleep(0.05)
-            assert await status_of(f"{second.root}/health") == 200
-            assert second.restarted == 0
+            assert await status_of(f"{second.root}/health") == 200 and second.root != first.root == address
+            assert (first.restarted, second.restarted) == (1, 0)
+            assert "died 2 times, the last time with exit code 7" in str(first.failure)
+            assert first._process is None  # the system may reuse its number
+            return folder
 
-    asyncio.run(asyncio.wait_for(serve(), 60))
-    assert not folders[0].exists()
-    (warning,) = warnings
-    assert (
-        warning.startswith("vLLM died (exit code 7): RuntimeError: out of memory") and "restart 1" in warning
-    )
+    assert not asyncio.run(asyncio.wait_for(serve(), 60)).exists()
+    (warning,) = [text for text in notes.texts if "restart 1" in text]
+    assert warning.startswith("warning: vLLM died (exit code 7): RuntimeError: out of memory")
 
 
 @pytest.mark.parametrize("gpu", [False, True])

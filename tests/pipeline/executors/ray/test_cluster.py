@@ -1,11 +1,14 @@
-"""Ray cluster: the number of workers."""
+"""Ray cluster: the number of workers, and failed workers."""
+
+import time
+from pathlib import Path
 
 import pytest
 import ray
 
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, EngineError
 from pipeline.executors.ray import cluster
-from pipeline.executors.ray.cluster import WorkerPlan, plan_workers
+from pipeline.executors.ray.cluster import WorkerPlan, map_on_workers, open_cluster, plan_workers
 from pipeline.install import install_command
 
 
@@ -51,3 +54,19 @@ def test_missing_ray_is_an_error_with_the_install_command(monkeypatch: pytest.Mo
     ):
         pass
     assert caught.value.hint == install_command("ray")
+
+
+def test_other_workers_finish_their_shards_after_a_failure(tmp_path: Path) -> None:
+    def work(index: int) -> None:
+        if index == 0:
+            raise EngineError("no credit", hint="add credit")
+        (tmp_path / f"begun-{index}").touch()
+        time.sleep(3)
+        (tmp_path / f"finished-{index}").touch()
+
+    warnings: list[str] = []
+    plan = WorkerPlan(2, 0.5, 0)
+    with open_cluster("local"), pytest.raises(EngineError, match="no credit"):
+        map_on_workers(5, work, plan, lambda done: None, warnings.append)
+    assert {path.name for path in tmp_path.iterdir()} == {"begun-1", "finished-1"}
+    assert warnings == ["a worker failed: no credit; the others finish their shards"]

@@ -18,6 +18,7 @@ from pipeline.storage.files import remove
 from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import ChatServer, running_chat
 from tests.hub import datasets
+from tests.whole.test_cluster import scripted_replies
 
 
 def map_here(count: int, work: Callable[[int], Any], *_: Any) -> list[Any]:
@@ -33,15 +34,16 @@ def no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "open_cluster", lambda address: nullcontext())
     monkeypatch.setattr(executor, "plan_workers", lambda *_, **__: WorkerPlan(1, 1, 0))
     monkeypatch.setattr(executor, "map_on_cluster", map_here)
+    monkeypatch.setattr(executor, "map_on_workers", map_here)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Return a folder with copies, broken images and near-duplicates."""
+    """Return a folder with copies and broken images."""
     (tmp_path / "photos").mkdir()
     for number in range(24):
-        data = b"no image" if number % 7 == 6 else datasets.photo(number % 20)
+        data = b"no image" if number % 7 == 6 else datasets.photo(number - number % 5 // 4)
         (tmp_path / "photos" / f"{number:02d}.jpg").write_bytes(data)
     return tmp_path / "photos"
 
@@ -51,7 +53,15 @@ def rows_of(version: Version) -> dict[str, dict[str, Any]]:
     return {row["sample_id"]: row for _, batch in batches for row in batch.to_pylist()}
 
 
-@pytest.mark.parametrize(("shards", "is_remote"), [(1, False), (3, False), (8, False), (3, True)])
+SETTINGS: dict[str, Any] = {
+    "tasks": ["caption", "qa"],
+    "verify": {"checks": ["round_trip"]},
+    "dedupe": {"images": "photos", "max_images_per_caption": 2},
+    "balance": {"min_questions_per_type": 2, "max_answer_frac": 0.3},
+}
+
+
+@pytest.mark.parametrize(("shards", "is_remote"), [(1, False), (3, False), (64, False), (3, True)])
 def test_version_of_shards_equals_version_of_one_process(
     shards: int,
     is_remote: bool,  # noqa: FBT001
@@ -60,8 +70,8 @@ def test_version_of_shards_equals_version_of_one_process(
 ) -> None:
     out = parse_dataset_path(f"memory://{uuid4().hex}") if is_remote else tmp_path / "many"
     options = ClusterOptions(shards=shards)
-    with running_chat(ChatServer()) as chat:
-        config = resolve(source=f"folder:{photos}", limit=15, base_url=[chat.url], model="model")
+    with running_chat(ChatServer(scripted_replies())) as chat:
+        config = resolve(source=f"folder:{photos}", limit=15, base_url=[chat.url], model="model", **SETTINGS)
         one = generate_dataset(config, tmp_path / "one")
         sent = sorted(chat.times.items())
         chat.times.clear()
@@ -76,5 +86,7 @@ def test_version_of_shards_equals_version_of_one_process(
         assert many.version.manifest[name] == one.version.manifest[name], name
     rows = rows_of(many.version)
     assert rows == rows_of(one.version) and len(rows) > 5
+    reasons = {reason for step in many.funnel for reason in step.rejected}
+    assert reasons >= {"duplicate_image", "duplicate", "caption_of_many_images", "answer_not_confirmed"}
     if is_remote:
         remove(out)

@@ -73,7 +73,19 @@ def wait_for(is_true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_replies_are_uploaded_before_their_shard_is_complete(run: ShardedRun, tmp_path: Path) -> None:
+def test_replies_are_uploaded_before_their_shard_is_complete(
+    run: ShardedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[int] = []
+    upload = object_store.upload
+
+    def fail_twice(file: Path, path: Path) -> None:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise OSError("away")
+        upload(file, path)
+
+    monkeypatch.setattr(workers, "upload", fail_twice)
     with scratch_shard(run, 2) as folder:
         keep(folder, 0)
         wait_for(lambda: stored(run) == 1)
@@ -101,23 +113,6 @@ def test_replies_from_a_killed_worker_are_used_on_the_same_node(run: ShardedRun,
     with scratch_shard(run, 2) as folder:
         assert replies(folder.journal) == 2
     assert stored(run) == 2
-
-
-def test_failed_upload_is_retried(run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attempts: list[int] = []
-    upload = object_store.upload
-
-    def fail_twice(file: Path, path: Path) -> None:
-        attempts.append(1)
-        if len(attempts) < 3:
-            raise OSError("away")
-        upload(file, path)
-
-    monkeypatch.setattr(workers, "upload", fail_twice)
-    with scratch_shard(run, 2) as folder:
-        keep(folder, 0)
-        wait_for(lambda: len(attempts) >= 3)
-    assert stored(run) == 1
 
 
 def test_link_in_place_of_the_scratch_folder_is_refused(
