@@ -272,16 +272,17 @@ def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) 
 
     Verdicts of an audit change no text: the next version states the error rates. Later runs apply all again.
     """
-    from pipeline.dataset.audit import audit_in_words
     from pipeline.dataset.directory import DatasetDir, split_version
-    from pipeline.executors.messages import describe_losses
-    from pipeline.reviewing import apply_reviews
-    from pipeline.run import STEPS
 
     has_dataset = len(names) > 1 and not (names[0].endswith(".jsonl") or Path(names[0]).is_file())
     folder, version = split_version(dataset_path(names.pop(0) if has_dataset else None))
     if version:
         raise BadParameter(f"reviews apply to the last run: name {folder}", param_hint="DATASET")
+    from pipeline.dataset.audit import audit_in_words
+    from pipeline.executors.messages import describe_losses
+    from pipeline.reviewing import apply_reviews
+    from pipeline.run import STEPS
+
     dataset = DatasetDir(folder)
     with show_progress() as progress:
         result = apply_reviews(dataset, list(map(Path, names)), progress)

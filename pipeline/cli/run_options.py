@@ -44,7 +44,6 @@ class RunOption:
     metavar: str | None = None
     default: str | None = None  # describes the default in the help. The value is in the settings.
     min: int | None = None
-    max: int | None = None
     value: Any = None
     read: Callable[[Any], Any] = lambda argument: argument
     is_common: bool = False  # shown by --help
@@ -66,7 +65,6 @@ class RunOption:
             self.flag,
             help=self.help,
             min=self.min,
-            max=self.max,
             metavar=self.metavar or METAVARS.get(self.kind),
             show_default=self.default or False,
             rich_help_panel=self.group,
@@ -114,7 +112,6 @@ OPTIONS = (
         default="all that were read"),
     RunOption("--every", float, IMAGES, "Seconds between two frames of a video.", "frame_seconds",
         metavar="SECONDS", default="5"),
-    RunOption("--drop-context", bool, IMAGES, "Use context columns in prompts only; do not store them."),
     RunOption("--license", str, IMAGES, "License of your own images, such as cc-by-4.0.", metavar="NAME"),
     RunOption("--group-by", str, IMAGES, "Keep images of a folder or numbered series (prefix) in one split.",
         "split.group_by", metavar="folder|prefix"),
@@ -172,9 +169,6 @@ OPTIONS = (
         "server.max_total_tokens", min=1),
     RunOption("--max-cost", float, BUDGET, "Stop when the tokens have cost PRICE.", "server.max_cost",
         metavar="PRICE"),
-    RunOption("--max-failures", float, BUDGET,
-        "Stop if more than this share of the last 100 replies is unusable; 1: never.",
-        "server.max_failure_frac", metavar="SHARE", min=0, max=1, default="0.9"),
     RunOption("--title", str, DATASET, "Title of the dataset card.", metavar="TEXT",
         default="named after the source"),
 )  # fmt: skip
