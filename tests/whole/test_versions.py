@@ -111,10 +111,3 @@ def test_run_without_limit_that_finds_nothing_more_completes_preview(synth: Run,
     assert synth(*source, "--limit", "50", "--out", "all").returncode == 0
     listed = json.loads(synth("versions", "list", "all", "--json").stdout)
     assert [row["preview"] for row in listed] == [False]
-
-
-@pytest.mark.parametrize("command", ["gc typo", "rm typo@v1.0.0", "list typo"])
-def test_versions_command_creates_no_missing_dataset(synth: Run, tmp_path: Path, command: str) -> None:
-    done = synth("versions", *command.split())
-    assert (done.returncode, "no dataset at typo" in done.stderr) == (1, True)
-    assert list(tmp_path.iterdir()) == []
