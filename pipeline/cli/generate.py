@@ -3,15 +3,17 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Context, Option
 
 from pipeline.cli.options import DATASET_PATH, LOCAL_PATH, AsJson, option, path_option, vllm_flags
 from pipeline.cli.output import echo, print_estimate, print_preview, print_run_result, say, show
-from pipeline.cli.run_options import CLUSTER, DATASET, NO_MODEL, RunSettings, with_run_settings
-from pipeline.errors import ConfigError
+from pipeline.cli.run_options import CLUSTER, DATASET, with_run_settings
 from pipeline.progress import show_progress
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 
 def _cluster_option(text: str, default: str | bool = True, **more: Any) -> Any:
@@ -32,7 +34,7 @@ JSON = Option("--json", help="Print JSON to stdout.", hidden=True)
 
 @with_run_settings
 def generate(
-    settings: RunSettings,
+    config: "Config",
     out: Annotated[Path | None, OUT] = None,
     estimate: Annotated[bool, ESTIMATE] = False,
     as_json: Annotated[bool, JSON] = False,
@@ -54,14 +56,10 @@ def generate(
     from pipeline.executors.ray.cluster import ClusterOptions
     from pipeline.plan import Plan
 
-    config = settings.config
     if executor == "local" and (shards or workers):
         raise BadParameter("--shards and --workers need --executor ray", param_hint="--executor")
     if executor == "ray" and estimate:
         raise BadParameter("--estimate needs --executor local", param_hint="--executor")
-    if NO_MODEL in settings.options.values() and config.asks_model:
-        asked = ", ".join((*config.tasks, *config.verify.checks))
-        raise ConfigError(f"{NO_MODEL} excludes a model, but the settings request {asked}", hint="remove one")
     cluster = ClusterOptions(shards=shards, workers=workers) if executor == "ray" else None
     with show_progress() as progress:
         plan = Plan.open(config, out, progress, is_trial=estimate, in_cluster=cluster is not None)
@@ -83,7 +81,7 @@ def generate(
 
 @with_run_settings
 def preview(
-    settings: RunSettings,
+    config: "Config",
     number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Number of images to show.")] = 4,
     out: Annotated[Path | None, path_option("Dataset folder, as for `generate`.", "data/SOURCE")] = None,
     as_json: AsJson = False,
@@ -94,7 +92,6 @@ def preview(
     """
     from pipeline.plan import Plan
 
-    config = settings.config
     with show_progress() as progress:
         plan = Plan.open(config, out, progress, is_trial=True)
         from pipeline.preview import preview_run, write_preview

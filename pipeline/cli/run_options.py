@@ -175,15 +175,7 @@ OPTIONS = (
 CONFIG = Option(metavar="FILE", help="YAML file of settings; options override it.", rich_help_panel=DATASET)
 
 
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """The settings of a run, and the option that set each key."""
-
-    config: "Config"
-    options: dict[str, str]
-
-
-def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOption, Any]) -> RunSettings:
+def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOption, Any]) -> "Config":
     """Merge options, file and defaults. Raises ConfigError if a setting is invalid."""
     from pipeline.config.files import resolve
 
@@ -202,7 +194,11 @@ def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOpt
         target = settings.setdefault(section, {}) if section else settings
         target[name] = option.read(argument) if option.value is None else option.value
         origins[option.key] = option.flag
-    return RunSettings(resolve(file, **settings), origins)
+    config = resolve(file, **settings)
+    if NO_MODEL in origins.values() and config.asks_model:
+        asked = ", ".join((*config.tasks, *config.verify.checks))
+        raise ConfigError(f"{NO_MODEL} excludes a model, but the settings request {asked}", hint="remove one")
+    return config
 
 
 def _show_all_options(context: Context, value: bool) -> None:
@@ -218,14 +214,14 @@ HELP_ALL = Option("--help-all", is_eager=True, callback=_show_all_options, help=
 
 
 def with_run_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command that has the options of a run, and gets the merged settings as `settings`."""
+    """Return a command that has the options of a run, and gets the merged settings as `config`."""
     parameters = inspect.signature(command).parameters
-    own = [parameter for name, parameter in parameters.items() if name != "settings"]
+    own = [parameter for name, parameter in parameters.items() if name != "config"]
 
     def run(**values: Any) -> None:
         arguments = {option: values[option.name] for option in OPTIONS}
-        settings = read_settings(values["context"], values["config"], arguments)
-        command(settings=settings, **{parameter.name: values[parameter.name] for parameter in own})
+        config = read_settings(values["context"], values["config"], arguments)
+        command(config=config, **{parameter.name: values[parameter.name] for parameter in own})
 
     all_parameters = [
         _parameter("context", Context),
