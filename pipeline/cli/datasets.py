@@ -220,12 +220,12 @@ def export(
 
 def report(
     data: Dataset = None,
-    rows: Annotated[int, option("Number of images, drawn at random.", min=1)] = 10_000,
     rejected: Annotated[Path | None, path_option("CSV file for all rejections of the last run.")] = None,
 ) -> None:
     """Write an HTML report on a dataset and its last captioner: one file that opens without a server.
 
-    On the page, you can mark texts as good, bad or edited. `synth review apply` applies these reviews.
+    The page shows at most 10,000 images, drawn at random. You can mark texts as good, bad or edited.
+    `synth review apply` applies these reviews.
     """
     from pipeline.hub.pull import open_or_download
     from pipeline.report.build import newest_checkpoint, write_report
@@ -239,7 +239,7 @@ def report(
             write_rejected(folder, rejected)
         say(f"wrote {rejected}")
     with translate_disk_errors(folder):
-        echo(write_report(version, folder, newest_checkpoint(folder), rows))
+        echo(write_report(version, folder, newest_checkpoint(folder)))
 
 
 def review_sample(
