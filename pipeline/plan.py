@@ -110,7 +110,9 @@ class Plan:
         for text in source.messages:
             progress.message(text)
         engine = _choose_engine(plan.config, dataset, progress)
-        plan = replace(plan, source=source).with_engine(engine)
+        requests = replace(plan.requests, revision=engine.revision)
+        model = public_name(engine.model)
+        plan = replace(plan, source=source, engine=engine, model=model, requests=requests)
         if plan.needs_clip:
             from pipeline.images.clip import require_clip
 
@@ -119,11 +121,6 @@ class Plan:
             judge = plan.choose_judge(progress)
             plan = replace(plan, judge=judge, judge_revision=judge.revision)
         return plan
-
-    def with_engine(self, engine: EngineChoice) -> "Plan":
-        """Return the plan with a chosen engine."""
-        requests = replace(self.requests, revision=engine.revision)
-        return replace(self, engine=engine, model=public_name(engine.model), requests=requests)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan.resolve, (
