@@ -29,8 +29,19 @@ class Progress(Protocol):
         """Show a warning."""
 
 
-class NullProgress(Progress):
+class NullProgress:
     """A Progress that shows nothing."""
+
+    def __call__(
+        self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /
+    ) -> None:
+        """See Progress."""
+
+    def message(self, text: str, *, transient: bool = False) -> None:
+        """See Progress."""
+
+    def warn(self, text: str) -> None:
+        """See Progress."""
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_different_spelling_of_one_folder_is_the_same_source(
     ],
 )
 def test_option_of_another_executor_is_refused(
-    settings: dict[str, int], out: str, *, in_cluster: bool, problem: str
+    settings: dict[str, Any], out: str, *, in_cluster: bool, problem: str
 ) -> None:
     config = resolve(source="scenes", **settings)
     folder = parse_dataset_path(out)

@@ -138,8 +138,8 @@ def test_visitor_uploads_photo_and_gets_caption_answer_or_error(
         page.get_by_role("button", name="Write").click()
         expect(written).not_to_have_value(expected, timeout=60_000)
         page.reload()
-        broken = {"name": "broken.png", "mimeType": "image/png", "buffer": b"not an image"}
-        page.locator("input[type=file]").first.set_input_files(broken)
+        (tmp_path / "broken.png").write_bytes(b"not an image")
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
         expect(page.get_by_text("This file is not an image that can be read.")).to_be_visible(timeout=60_000)
         page.close()
 

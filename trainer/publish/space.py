@@ -25,7 +25,7 @@ def build_page(title: str, styles: list[str], answers: bool, caption: Caption) -
             raise gradio.Error("Drop a photo first.")
         return caption(photo, style, question.strip()[:MAX_QUESTION_CHARACTERS])
 
-    def read(upload: Any) -> Image.Image | None:
+    def read(upload: Any) -> Any:
         try:
             return read_upload(upload)
         except Exception as error:  # Pillow raises errors of many types
