@@ -28,8 +28,9 @@ def build_page(title: str, styles: list[str], answers: bool, caption: Caption) -
     def read(upload: Any) -> Any:
         try:
             return read_upload(upload)
-        except Exception as error:  # Pillow raises errors of many types
-            raise gradio.Error("This file is not an image that can be read. Drop another one.") from error
+        except Exception:  # noqa: BLE001  # Pillow raises errors of many types
+            text = "This file is not an image that can be read. Drop another one."
+            raise gradio.Error(text, print_exception=False) from None
 
     with gradio.Blocks(title=title, analytics_enabled=False) as page:
         gradio.Markdown(f"# {title.rpartition('/')[2]}\nDrop a photo and read its caption.")
