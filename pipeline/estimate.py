@@ -33,18 +33,15 @@ BYTES_PER_TOKEN = 4
 FOLDER = ".estimate"
 
 
-def estimate_run(config: Config, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
     """Return the likely hours, requests, tokens, money, bytes and kept rows of a run.
 
     `sampled_*` were spent on the sample, whose replies the run reuses. `remaining_*`, hours, tokens and
     `cost` are for the rest. Replies in the journal cannot be timed, so images with such replies come last in
     the sample. Raises SynthError as `generate_dataset` does.
     """
-    progress = progress or NullProgress()
-    plan = Plan.open(config, out, progress, is_trial=True)
-    config, folder, source, engine = plan.config, plan.dataset, plan.source, plan.engine
+    config, folder, source = plan.config, plan.dataset, plan.source
     assert source is not None
-    assert engine is not None
     progress.message(describe_start(plan))
     trial = DatasetDir(folder.path / FOLDER)
     stats = RequestStats()
@@ -60,7 +57,7 @@ def estimate_run(config: Config, out: Path | None = None, progress: Progress | N
         changes = {"exclude": (), "limit": None, "images": None, "verify": verify}
         trial_config = config.model_copy(update=changes)
         rows = replace(source, read=lambda start: iter(sample.rows[start:]), count=lambda: None)
-        trial_plan = replace(Plan.resolve(trial_config, trial), source=rows).with_engine(engine)
+        trial_plan = replace(plan, config=trial_config, dataset=trial, source=rows)
         try:
             funnel = run_here(trial_plan, stats, StepsOnly(progress)).funnel
         except NoRowsError as error:

@@ -23,6 +23,7 @@ from pipeline.sources import find_source, holds_decks, open_source, with_source_
 from pipeline.sources.base import SourceSpec
 from pipeline.sources.source_files import skip_digests
 from pipeline.storage.files import translate_disk_errors
+from pipeline.storage.object_store import is_remote
 from pipeline.tasks import Tasks
 from pipeline.types import Engine, Source
 
@@ -75,13 +76,28 @@ class Plan:
         )
 
     @classmethod
-    def open(cls, config: Config, out: Path | None, progress: Progress, *, is_trial: bool = False) -> "Plan":
+    def open(
+        cls,
+        config: Config,
+        out: Path | None,
+        progress: Progress,
+        *,
+        is_trial: bool = False,
+        in_cluster: bool = False,
+    ) -> "Plan":
         """Resolve the settings, open the source and choose the model. Raises SynthError if any of this fails.
 
-        `out` is the dataset folder, by default `data/SOURCE`. A trial does not hash the source files.
+        `out` is the dataset folder, by default `data/SOURCE`. Only a cluster supports one in an object store.
+        A trial does not hash the source files.
         """
         dataset = DatasetDir(out or dataset_folder(config.source))
         require_utf8_path(dataset.path)
+        if is_remote(dataset.path) and not in_cluster:
+            hint = "pass a local folder, or --executor ray without --estimate"
+            raise ConfigError(f"only --executor ray can write to {out}", hint=hint)
+        if in_cluster and config.images is not None:
+            hint = "set how many images to read instead: --limit N"
+            raise ConfigError("--images is not supported by --executor ray", hint=hint)
         plan = cls.resolve(config, dataset)
         check_prompts(plan.requests, has_checks=plan.config.verify.is_asked)
         with translate_disk_errors(dataset.path):
@@ -94,7 +110,9 @@ class Plan:
         for text in source.messages:
             progress.message(text)
         engine = _choose_engine(plan.config, dataset, progress)
-        plan = replace(plan, source=source).with_engine(engine)
+        requests = replace(plan.requests, revision=engine.revision)
+        model = public_name(engine.model)
+        plan = replace(plan, source=source, engine=engine, model=model, requests=requests)
         if plan.needs_clip:
             from pipeline.images.clip import require_clip
 
@@ -103,11 +121,6 @@ class Plan:
             judge = plan.choose_judge(progress)
             plan = replace(plan, judge=judge, judge_revision=judge.revision)
         return plan
-
-    def with_engine(self, engine: EngineChoice) -> "Plan":
-        """Return the plan with a chosen engine."""
-        requests = replace(self.requests, revision=engine.revision)
-        return replace(self, engine=engine, model=public_name(engine.model), requests=requests)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan.resolve, (

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import Config
 from pipeline.errors import SourceError
 from pipeline.executors.messages import describe_engine
 from pipeline.filtering import filter_annotations, own_prompt_grams
@@ -15,7 +14,7 @@ from pipeline.inference.engines import open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.plan import Plan
-from pipeline.progress import NullProgress, Progress
+from pipeline.progress import Progress
 from pipeline.report.html import render_page, thumbnail_uri
 from pipeline.steps.ask import AskSettings
 from pipeline.steps.validate import validate_annotations
@@ -78,16 +77,12 @@ class Preview:
         return {"source": self.source, "model": self.model, "images": images, "skipped": self.skipped}
 
 
-def preview_run(
-    config: Config, number: int, out: Path | None = None, progress: Progress | None = None
-) -> Preview:
+def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
     """Ask about the first `number` images of a source, and return the replies.
 
     Raises SynthError as `run.generate_dataset` does, and SourceError if the source has no usable image.
     """
-    progress = progress or NullProgress()
-    plan = Plan.open(config, out, progress, is_trial=True)
-    folder, choice, settings = plan.dataset, plan.engine, AskSettings.of(plan)
+    config, folder, choice, settings = plan.config, plan.dataset, plan.engine, AskSettings.of(plan)
     assert choice is not None
     server = settings.server
     samples, skipped = _first_samples(plan, number)

@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError, TableError
+from pipeline.errors import TableError
 from pipeline.executors.local import LocalExecutor, forget_other_steps
 from pipeline.executors.messages import describe_losses, describe_start, describe_unanswered
 from pipeline.executors.ray.cluster import ClusterOptions
@@ -22,7 +22,6 @@ from pipeline.steps import ask, balance, dedupe, read, review, select, split, tr
 from pipeline.steps import filter as filter_
 from pipeline.steps.base import BUG_HINT, Executor, RowStep, Step, Work
 from pipeline.storage.files import read_batches, translate_disk_errors, write_json
-from pipeline.storage.object_store import is_remote
 
 STEPS: tuple[Step, ...] = (
     read.STEP,
@@ -103,13 +102,11 @@ def generate_dataset(
     Raises SynthError on failure.
     """
     progress = progress or NullProgress()
-    if out is not None and is_remote(out) and cluster is None:
-        hint = "pass a local folder, or --executor ray"
-        raise ConfigError(f"only --executor ray can write to {out}", hint=hint)
-    if cluster is not None and config.images is not None:
-        hint = "set how many images to read instead: --limit N"
-        raise ConfigError("--images is not supported by --executor ray", hint=hint)
-    plan = Plan.open(config, out, progress)
+    return run_plan(Plan.open(config, out, progress, in_cluster=cluster is not None), progress, cluster)
+
+
+def run_plan(plan: Plan, progress: Progress, cluster: ClusterOptions | None = None) -> RunResult:
+    """Run an open plan, on a cluster if one is given. See generate_dataset."""
     progress.message(describe_start(plan))
     stats = RequestStats()
     if cluster is not None:

@@ -19,14 +19,6 @@ prints the log.
 
 `make docs` writes this page.
 """
-METAVARS = {
-    "integer": "N",
-    "integer range": "N",
-    "float": "X",
-    "float range": "X",
-    "text": "TEXT",
-    "path": "PATH",
-}
 RUN_OPTIONS = {option.name for option in OPTIONS} | {"config"}
 
 

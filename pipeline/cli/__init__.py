@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import monotonic
 from types import FrameType
 from typing import Annotated, Any
 
@@ -42,8 +41,6 @@ INTERRUPTED = {  # command -> what Ctrl-C keeps, and how to resume
 }
 # The extras of the commands that need more than `train`. Other modules name their extra themselves.
 EXTRAS = {"serve-captioner": ("train", "serve")}
-SIGTERM_RETRY_S = 0.02
-MAX_IMPORT_S = 10.0
 # Groups of commands in --help.
 MAKE, USE, TRAIN = "Make a dataset", "Review and publish it", "Train a captioner"
 # Shown below the options of a command.
@@ -161,7 +158,7 @@ def main() -> None:
         gc.freeze()  # without it, the exit takes a second longer once torch is loaded
 
 
-def _run(terminated: list[float]) -> None:
+def _run(terminated: list[int]) -> None:
     """Run the command. Exit with 130 after Ctrl-C, or with 143 if `terminated` records a SIGTERM."""
     try:
         app()
@@ -191,26 +188,17 @@ def _exit_with(problem: str, hint: str) -> None:
 
 
 @contextmanager
-def sigterm_as_ctrl_c() -> Iterator[list[float]]:
-    """Raise KeyboardInterrupt on SIGTERM. Yield a list that collects the times of SIGTERMs.
-
-    During an import, the exception is delayed, because some importers would swallow it.
-    """
-    arrived: list[float] = []
+def sigterm_as_ctrl_c() -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt on SIGTERM. Yield a list that collects the numbers of these signals."""
+    arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield arrived
         return
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        arrived.append(monotonic())
-        if _is_importing(frame) and arrived[-1] - arrived[0] < MAX_IMPORT_S:
-            timer = threading.Timer(SIGTERM_RETRY_S, signal.raise_signal, (number,))
-            timer.daemon = True
-            timer.start()
-            return
-        if (
-            signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        ):  # the shell started this process in the background
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        arrived.append(number)
+        # A shell ignores SIGINT in background jobs.
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
             raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)  # calls asyncio's handler, if there is one
 
@@ -219,11 +207,3 @@ def sigterm_as_ctrl_c() -> Iterator[list[float]]:
         yield arrived
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False

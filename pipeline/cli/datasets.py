@@ -149,12 +149,12 @@ def export(
 
 def report(
     data: Dataset = None,
-    rows: Annotated[int, option("Number of images, drawn at random.", min=1)] = 10_000,
     rejected: Annotated[Path | None, path_option("CSV file for all rejections of the last run.")] = None,
 ) -> None:
     """Write an HTML report on a dataset and its last captioner: one file that opens without a server.
 
-    On the page, you can mark texts as good, bad or edited. `synth review apply` applies these reviews.
+    The page shows at most 10,000 images, drawn at random. You can mark texts as good, bad or edited.
+    `synth review apply` applies these reviews.
     """
     from pipeline.hub.pull import open_or_download
     from pipeline.report.build import write_report
@@ -168,7 +168,7 @@ def report(
             write_rejected(folder, rejected)
         say(f"wrote {rejected}")
     with translate_disk_errors(folder):
-        echo(write_report(version, folder, rows))
+        echo(write_report(version, folder))
 
 
 def review_sample(
@@ -201,16 +201,17 @@ def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) 
 
     Verdicts of an audit change no text: the next version states the error rates. Later runs apply all again.
     """
-    from pipeline.dataset.audit import audit_in_words
     from pipeline.dataset.directory import DatasetDir, split_version
-    from pipeline.executors.messages import describe_losses
-    from pipeline.reviewing import apply_reviews
-    from pipeline.run import STEPS
 
     has_dataset = len(names) > 1 and not (names[0].endswith(".jsonl") or Path(names[0]).is_file())
     folder, version = split_version(dataset_path(names.pop(0) if has_dataset else None))
     if version:
         raise BadParameter(f"reviews apply to the last run: name {folder}", param_hint="DATASET")
+    from pipeline.dataset.audit import audit_in_words
+    from pipeline.executors.messages import describe_losses
+    from pipeline.reviewing import apply_reviews
+    from pipeline.run import STEPS
+
     dataset = DatasetDir(folder)
     with show_progress() as progress:
         result = apply_reviews(dataset, list(map(Path, names)), progress)

@@ -3,16 +3,17 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Context, Option
 
 from pipeline.cli.options import DATASET_PATH, LOCAL_PATH, AsJson, option, path_option, vllm_flags
 from pipeline.cli.output import echo, print_estimate, print_preview, print_run_result, say, show
-from pipeline.cli.run_options import CLUSTER, DATASET, NO_MODEL, RunSettings, with_run_settings
-from pipeline.errors import ConfigError
+from pipeline.cli.run_options import CLUSTER, DATASET, with_run_settings
 from pipeline.progress import show_progress
-from pipeline.storage.object_store import is_remote
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 
 def _cluster_option(text: str, default: str | bool = True, **more: Any) -> Any:
@@ -33,16 +34,16 @@ JSON = Option("--json", help="Print JSON to stdout.", hidden=True)
 
 @with_run_settings
 def generate(
-    settings: RunSettings,
+    config: "Config",
     out: Annotated[Path | None, OUT] = None,
     estimate: Annotated[bool, ESTIMATE] = False,
     as_json: Annotated[bool, JSON] = False,
     executor: Annotated[
-        Literal["local", "ray"], _cluster_option("local: this process; ray: a Ray cluster, in shards.")
+        Literal["local", "ray"],
+        _cluster_option(
+            "local: this process; ray: shards on the cluster of RAY_ADDRESS, or on this machine."
+        ),
     ] = "local",
-    ray_address: Annotated[
-        str | None, _cluster_option("Address of the Ray cluster.", "a new cluster on this machine")
-    ] = None,
     shards: Annotated[int | None, _cluster_option("Number of shards.", "16", min=1)] = None,
     workers: Annotated[
         int | None, _cluster_option("Shards processed in parallel.", "one per GPU, node or CPU", min=1)
@@ -52,38 +53,35 @@ def generate(
 
     Arguments after -- go to the vLLM server: synth generate --engine vllm -- --max-num-seqs 64
     """
-    from pipeline.estimate import estimate_run
-    from pipeline.executors.messages import describe_warnings
     from pipeline.executors.ray.cluster import ClusterOptions
-    from pipeline.run import STEPS, generate_dataset
+    from pipeline.plan import Plan
 
-    config = settings.config
-    if executor == "local" and (ray_address, shards, workers) != (None, None, None):
-        raise BadParameter(
-            "--ray-address, --shards and --workers need --executor ray", param_hint="--executor"
-        )
+    if executor == "local" and (shards or workers):
+        raise BadParameter("--shards and --workers need --executor ray", param_hint="--executor")
     if executor == "ray" and estimate:
         raise BadParameter("--estimate needs --executor local", param_hint="--executor")
-    if executor == "local" and out and is_remote(out):
-        raise BadParameter(f"{out} needs --executor ray, without --estimate", param_hint="--out")
-    if NO_MODEL in settings.options.values() and config.asks_model:
-        asked = ", ".join((*config.tasks, *config.verify.checks))
-        raise ConfigError(f"{NO_MODEL} excludes a model, but the settings request {asked}", hint="remove one")
+    cluster = ClusterOptions(shards=shards, workers=workers) if executor == "ray" else None
+    with show_progress() as progress:
+        plan = Plan.open(config, out, progress, is_trial=estimate, in_cluster=cluster is not None)
+        # The steps import DuckDB. Wrong settings are reported before that.
+        from pipeline.estimate import estimate_run
+        from pipeline.executors.messages import describe_warnings
+        from pipeline.run import STEPS, run_plan
+
+        if estimate:
+            values = estimate_run(plan, progress)
+        else:
+            result = run_plan(plan, progress, cluster)
     if estimate:
-        with show_progress() as progress:
-            values = estimate_run(config, out, progress)
         print_estimate(values, as_json=as_json)
         return
-    cluster = ClusterOptions(ray_address, shards, workers) if executor == "ray" else None
-    with show_progress() as progress:
-        result = generate_dataset(config, out, progress, cluster)
-    warnings = describe_warnings(STEPS, result.plan, result.version, result.funnel)
+    warnings = describe_warnings(STEPS, plan, result.version, result.funnel)
     print_run_result(result, warnings, config.server, shown=progress.warnings, as_json=as_json)
 
 
 @with_run_settings
 def preview(
-    settings: RunSettings,
+    config: "Config",
     number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Number of images to show.")] = 4,
     out: Annotated[Path | None, path_option("Dataset folder, as for `generate`.", "data/SOURCE")] = None,
     as_json: AsJson = False,
@@ -92,10 +90,13 @@ def preview(
 
     A later run reuses the replies. Arguments after -- go to the vLLM server.
     """
-    from pipeline.preview import preview_run, write_preview
+    from pipeline.plan import Plan
 
     with show_progress() as progress:
-        result = preview_run(settings.config, min(number, settings.config.limit or number), out, progress)
+        plan = Plan.open(config, out, progress, is_trial=True)
+        from pipeline.preview import preview_run, write_preview
+
+        result = preview_run(plan, min(number, config.limit or number), progress)
     path = write_preview(result)
     if as_json:
         echo(json.dumps(result.describe() | {"page": str(path)}))
@@ -122,36 +123,34 @@ def serve(
         str, option("Model to serve: a folder, a Hub id, or tiny.")
     ] = "Qwen/Qwen2.5-VL-3B-Instruct",
     port: Annotated[int | None, option("Port.", "any free one", min=1, max=65535)] = None,
-    log: Annotated[Path, option("File to write vLLM's output to.")] = Path("vllm.log"),
 ) -> None:
     """Run a vLLM server on this machine, for `synth generate --base-url`, until Ctrl-C.
 
-    It listens on loopback. The API key is SYNTH_API_KEY, or a random key. Arguments after -- go to vLLM.
+    It listens on loopback, and its output is in vllm.log. The API key is SYNTH_API_KEY, or a random key.
+    Arguments after -- go to vLLM.
     """
     from pipeline.config.sections import ServerConfig
     from pipeline.inference.engines import serve_model
 
     server = ServerConfig(flags=tuple(vllm_flags(context, "--model")))
     with show_progress() as progress:
-        serve_model(model, server, port, log, progress, lambda values: show(values, False, "url"))
+        serve_model(
+            model, server, port, Path("vllm.log"), progress, lambda values: show(values, False, "url")
+        )
 
 
 def doctor(
-    model: Annotated[str | None, option("Model to check for: a folder or a Hub id.", metavar="MODEL")] = None,
-    base_url: Annotated[list[str] | None, option("Only check this server.", metavar="URL")] = None,
     task: Annotated[list[Path] | None, option("Only check this file of a custom task.", **LOCAL_PATH)] = None,
     list_sources: Annotated[bool, Option("--sources", help="List the sources of `synth generate`.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check packages, engines, memory, disk and network of this machine, or a server, or custom tasks."""
+    """Check packages, engines, memory, disk and network of this machine, or custom tasks."""
     if list_sources:
         _print_sources(as_json=as_json)
         return
-    from pipeline.doctor import check_server, check_tasks, examine
+    from pipeline.doctor import check_tasks, examine
 
-    findings = [check_server(base_url, model)] if base_url else []
-    findings += [check_tasks(task)] if task else []
-    findings = findings or examine(model)
+    findings = [check_tasks(task)] if task else examine()
     if as_json:
         echo(json.dumps([asdict(finding) for finding in findings]))
         return

@@ -44,7 +44,6 @@ class RunOption:
     metavar: str | None = None
     default: str | None = None  # describes the default in the help. The value is in the settings.
     min: int | None = None
-    max: int | None = None
     value: Any = None
     read: Callable[[Any], Any] = lambda argument: argument
     is_common: bool = False  # shown by --help
@@ -66,7 +65,6 @@ class RunOption:
             self.flag,
             help=self.help,
             min=self.min,
-            max=self.max,
             metavar=self.metavar or METAVARS.get(self.kind),
             show_default=self.default or False,
             rich_help_panel=self.group,
@@ -114,7 +112,6 @@ OPTIONS = (
         default="all that were read"),
     RunOption("--every", float, IMAGES, "Seconds between two frames of a video.", "frame_seconds",
         metavar="SECONDS", default="5"),
-    RunOption("--drop-context", bool, IMAGES, "Use context columns in prompts only; do not store them."),
     RunOption("--license", str, IMAGES, "License of your own images, such as cc-by-4.0.", metavar="NAME"),
     RunOption("--group-by", str, IMAGES, "Keep images of a folder or numbered series (prefix) in one split.",
         "split.group_by", metavar="folder|prefix"),
@@ -172,24 +169,13 @@ OPTIONS = (
         "server.max_total_tokens", min=1),
     RunOption("--max-cost", float, BUDGET, "Stop when the tokens have cost PRICE.", "server.max_cost",
         metavar="PRICE"),
-    RunOption("--max-failures", float, BUDGET,
-        "Stop if more than this share of the last 100 replies is unusable; 1: never.",
-        "server.max_failure_frac", metavar="SHARE", min=0, max=1, default="0.9"),
     RunOption("--title", str, DATASET, "Title of the dataset card.", metavar="TEXT",
         default="named after the source"),
 )  # fmt: skip
 CONFIG = Option(metavar="FILE", help="YAML file of settings; options override it.", rich_help_panel=DATASET)
 
 
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """The settings of a run, and the option that set each key."""
-
-    config: "Config"
-    options: dict[str, str]
-
-
-def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOption, Any]) -> RunSettings:
+def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOption, Any]) -> "Config":
     """Merge options, file and defaults. Raises ConfigError if a setting is invalid."""
     from pipeline.config.files import resolve
 
@@ -208,7 +194,11 @@ def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOpt
         target = settings.setdefault(section, {}) if section else settings
         target[name] = option.read(argument) if option.value is None else option.value
         origins[option.key] = option.flag
-    return RunSettings(resolve(file, **settings), origins)
+    config = resolve(file, **settings)
+    if NO_MODEL in origins.values() and config.asks_model:
+        asked = ", ".join((*config.tasks, *config.verify.checks))
+        raise ConfigError(f"{NO_MODEL} excludes a model, but the settings request {asked}", hint="remove one")
+    return config
 
 
 def _show_all_options(context: Context, value: bool) -> None:
@@ -224,14 +214,14 @@ HELP_ALL = Option("--help-all", is_eager=True, callback=_show_all_options, help=
 
 
 def with_run_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command that has the options of a run, and gets the merged settings as `settings`."""
+    """Return a command that has the options of a run, and gets the merged settings as `config`."""
     parameters = inspect.signature(command).parameters
-    own = [parameter for name, parameter in parameters.items() if name != "settings"]
+    own = [parameter for name, parameter in parameters.items() if name != "config"]
 
     def run(**values: Any) -> None:
         arguments = {option: values[option.name] for option in OPTIONS}
-        settings = read_settings(values["context"], values["config"], arguments)
-        command(settings=settings, **{parameter.name: values[parameter.name] for parameter in own})
+        config = read_settings(values["context"], values["config"], arguments)
+        command(config=config, **{parameter.name: values[parameter.name] for parameter in own})
 
     all_parameters = [
         _parameter("context", Context),

@@ -66,7 +66,6 @@ def versions_list(data: Dataset = None, as_json: AsJson = False) -> None:
 
 def versions_rm(
     names: Annotated[list[str], Argument(metavar="DATASET@VERSION...", help="Versions of one dataset.")],
-    as_json: AsJson = False,
 ) -> None:
     """Remove versions from this machine. Replies stay in the journal, and pushed versions stay on the Hub.
 
@@ -83,10 +82,6 @@ def versions_rm(
     with translate_disk_errors(dataset.path), dataset.lock():
         pushes = dataset.pushed()
         removed = remove_versions(dataset, [version, *others])
-    if as_json:
-        freed_bytes = sum(folder.num_bytes for folder in removed)
-        echo(json.dumps({"removed": [folder.path.name for folder in removed], "bytes": freed_bytes}))
-        return
     for folder in removed:
         echo(f"removed {folder.path.name}, which frees {size(folder.num_bytes)}")
         for repo in dict.fromkeys(push["repo"] for push in pushes if push["version"] == folder.path.name):
@@ -97,7 +92,6 @@ def versions_rm(
 def versions_gc(
     data: Annotated[str | None, dataset_argument(default=ONLY_MADE)] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files, but remove nothing.")] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Remove unused images, files of killed commands, and stored hidden states (`train` recomputes them)."""
     from pipeline.dataset.removal import remove_images, remove_leftovers, remove_temporary_folders
@@ -108,11 +102,7 @@ def versions_gc(
         leftovers = remove_leftovers(dataset, dry_run=dry_run)
         leftovers += remove_temporary_folders(dataset, dry_run=dry_run)
         leftovers += remove_images(dataset, dry_run=dry_run)
-    freed_bytes = sum(leftover.num_bytes for leftover in leftovers)
-    if as_json:
-        paths = [str(leftover.path) for leftover in leftovers]
-        echo(json.dumps({"removed": paths, "bytes": freed_bytes, "dry_run": dry_run}))
-        return
     for leftover in leftovers:
         say(f"{'would remove' if dry_run else 'removed'} {leftover.path}, {size(leftover.num_bytes)}")
-    echo(f"{'would free' if dry_run else 'freed'} {size(freed_bytes)} in {dataset.path}")
+    freed = size(sum(leftover.num_bytes for leftover in leftovers))
+    echo(f"{'would free' if dry_run else 'freed'} {freed} in {dataset.path}")

@@ -3,9 +3,6 @@
 from functools import partial
 from pathlib import Path
 
-import httpx2
-from huggingface_hub import HfApi, constants, errors, scan_cache_dir, snapshot_download
-
 from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
 from pipeline.dataset.images import ImageStore
 from pipeline.dataset.integrity import find_damage
@@ -43,6 +40,9 @@ def pull_version(name: str) -> Version:
     VERSION is a tag, a branch or a commit. The default is the newest tag. Raises StoreError if the version
     does not exist, is damaged, or is neither reachable nor in the cache.
     """
+    # Commands on local versions do not need this slow import.
+    from huggingface_hub import errors, snapshot_download
+
     if not (match := HUB_NAME.fullmatch(name)):
         raise StoreError(f"not a dataset name on the Hub: {name}", hint="use ORG/NAME@v1.0.0")
     repo, requested = match[1], match[2]
@@ -109,6 +109,9 @@ def _download(remote: Version, home: DatasetDir, final: Path) -> None:
 
 def _tags(repo: str) -> list[str]:
     """Return the version tags on the Hub, oldest first. Without a connection, use the tags in the cache."""
+    import httpx2
+    from huggingface_hub import HfApi, constants, errors, scan_cache_dir
+
     try:
         names = [ref.name for ref in HfApi().list_repo_refs(repo, repo_type="dataset").tags]
     except (errors.OfflineModeIsEnabled, httpx2.TransportError):

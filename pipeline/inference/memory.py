@@ -12,9 +12,6 @@ from math import ceil, floor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import ConfigError
-from pipeline.hub_errors import translate_hub_errors
-
 GIB = 2**30
 CARDS_GIB = (8, 12, 16, 24, 40, 80)
 MAX_UTILIZATION = 0.92
@@ -139,19 +136,6 @@ def plan_memory(
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the values of a model's config.json."""
     return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-
-
-def find_shape(model: str, weights_bytes: int) -> ModelShape | None:
-    """Return the shape of a model in a folder or on the Hub, or None if it is unknown."""
-    from huggingface_hub import hf_hub_download
-
-    with translate_hub_errors(model, "model", ConfigError, "check the network", or_folder=True):
-        is_folder = Path(model).is_dir()
-        folder = Path(model) if is_folder else Path(hf_hub_download(model, "config.json")).parent
-    try:
-        return ModelShape.of(read_config(folder), weights_bytes)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
 
 
 def needed_gib(shape: ModelShape, max_pixels: int) -> float:

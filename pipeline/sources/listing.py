@@ -17,7 +17,6 @@ from pipeline.config import Config
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError, did_you_mean
 from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
-from pipeline.sources.image_urls import fetch_ahead, fetch_image
 from pipeline.sources.source_files import digest_or_fault, read_image
 from pipeline.sources.splits import read_split, stored_split
 from pipeline.sources.text_files import parse_rows, read_text, translate_file_errors
@@ -150,7 +149,11 @@ def open_list(
         return RawSample(source_row=image.name, images=(data,), license=license, fields=fields)
 
     def read_all(images: Sequence[ListedImage]) -> Iterator[RawSample | Rejected]:
-        return fetch_ahead(images, read) if any(image.is_url for image in images) else map(read, images)
+        if not any(image.is_url for image in images):
+            return map(read, images)
+        from pipeline.sources.image_urls import fetch_ahead  # imports aiohttp
+
+        return fetch_ahead(images, read)
 
     @cache  # a list of questions may name the same file many times
     def file_digest(path: Path) -> str:
@@ -176,6 +179,8 @@ def _read_image(image: ListedImage, root: Path, bound: Path | None, *, allow_url
     if image.is_url and not allow_urls:
         raise ImageError("image_not_embedded", "the line has a URL: pass --allow-urls to download it")
     if image.is_url:
+        from pipeline.sources.image_urls import fetch_image  # imports aiohttp
+
         return fetch_image(image.address)
     return read_image(root / image.address, bound)
 

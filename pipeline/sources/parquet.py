@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ImageError, SourceError, one_line
 from pipeline.images.decode import MAX_IMAGE_BYTES
-from pipeline.sources.image_urls import fetch_image
 from pipeline.types import Rejected
 
 BATCH_ROWS = 16  # maximum number of rows without images to decode at once
@@ -208,6 +207,8 @@ def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
     if not isinstance(value, bytes) and path:
         is_url = str(path).startswith(("http://", "https://"))
         if is_url and allow_urls:
+            from pipeline.sources.image_urls import fetch_image  # imports aiohttp
+
             return fetch_image(str(path))
         if is_url:
             raise ImageError("image_not_embedded", "the row has a URL: pass --allow-urls to download it")

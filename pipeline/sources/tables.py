@@ -20,7 +20,6 @@ from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE
 from pipeline.errors import ImageError, SourceError, did_you_mean
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.sources.base import SourceSpec, as_text, check_samples
-from pipeline.sources.image_urls import MAX_PARALLEL_FETCHES, fetch_ahead
 from pipeline.sources.parquet import Tables, embedded_bytes, is_binary, is_list, is_text
 from pipeline.sources.source_files import find_source_files
 from pipeline.sources.splits import (
@@ -111,9 +110,12 @@ def open_mapped(
 
     def read(start: int) -> Iterator[Sample | Rejected]:
         todo = jobs(row_number(split_column, start) if split_column and split else start)
+        if not config.allow_urls:
+            return check_samples(map(_run_job, todo))
+        from pipeline.sources.image_urls import MAX_PARALLEL_FETCHES, fetch_ahead  # imports aiohttp
+
         parallel = min(MAX_PARALLEL_FETCHES, config.limit or MAX_PARALLEL_FETCHES)
-        rows = fetch_ahead(todo, _run_job, parallel) if config.allow_urls else map(_run_job, todo)
-        return check_samples(rows)
+        return check_samples(fetch_ahead(todo, _run_job, parallel))
 
     messages = [PARTIAL_MESSAGE.format(name=tables.name)] if tables.is_partial else []
     messages += [] if split or split_column else describe_held_out(tables.files)

@@ -1,13 +1,18 @@
-"""A run refuses the folder of another tool."""
+"""The plan of a run: refused folders and settings."""
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError
-from pipeline.plan import refuse_other_source
+from pipeline.plan import Plan, refuse_other_source
+from pipeline.progress import NullProgress
+from pipeline.storage.object_store import parse_dataset_path
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"source": 3, "lr": 0.1}', '{"runs": []}'])
@@ -15,3 +20,39 @@ def test_run_file_of_another_tool_is_refused(content: str, tmp_path: Path) -> No
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ConfigError, match="was not written by synth"):
         refuse_other_source(DatasetDir(tmp_path), resolve(source="scenes"))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_same"),
+    [
+        ("folder:photos", "folder:./photos/", True),
+        ("folder:photos", "folder:{here}/photos", True),
+        ("folder:photos", "folder:other", False),
+        ("parquet:s3://a/b", "parquet:s3://a/./b", False),
+    ],
+)
+def test_different_spelling_of_one_folder_is_the_same_source(
+    before: str, now: str, *, is_same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = resolve(source=now.format(here=tmp_path))
+    (tmp_path / "run.json").write_text(json.dumps(config.recorded() | {"source": before}))
+    refusal = f"pass it as before: --source {before}|has data from"
+    with nullcontext() if is_same else pytest.raises(ConfigError, match=refusal):
+        refuse_other_source(DatasetDir(tmp_path), config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "out", "in_cluster", "problem"),
+    [
+        ({}, "s3://bucket/name", False, "only --executor ray can write to s3://bucket/name"),
+        ({"images": 5}, "d", True, "--images is not supported by --executor ray"),
+    ],
+)
+def test_option_of_another_executor_is_refused(
+    settings: dict[str, Any], out: str, *, in_cluster: bool, problem: str
+) -> None:
+    config = resolve(source="scenes", **settings)
+    folder = parse_dataset_path(out)
+    with pytest.raises(ConfigError, match=problem):
+        Plan.open(config, folder, NullProgress(), in_cluster=in_cluster)

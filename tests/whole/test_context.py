@@ -87,9 +87,9 @@ def test_prompt_template_uses_named_columns(shop: Path, server: ChatServer) -> N
     (shop / "prompts/caption").mkdir(parents=True)
     template = 'Describe what is sold as\ntitle: {{ row["title"] | tojson }}\nReply as {"caption": "..."}.\n'
     (shop / "prompts/caption/v1.j2").write_text(template)
-    (shop / "synth.yaml").write_text("generate: {prompt_dir: prompts}\n")
+    (shop / "synth.yaml").write_text("drop_context: true\ngenerate: {prompt_dir: prompts}\n")
     columns = ("--columns", "context=title,price")
-    require_success(generate(shop, server, "--config", "synth.yaml", *columns, "--drop-context"))
+    require_success(generate(shop, server, "--config", "synth.yaml", *columns))
     assert 'title: "Lamp 7"\nReply' in "".join(map(text_of, server.bodies))
     assert "Notes" not in text_of(server.bodies[0])
     assert "context" not in load_rows(shop / "d").features

@@ -269,18 +269,6 @@ def test_task_with_unusable_needed_result_is_not_asked(shop: Path, server: ChatS
     assert {(row["size"]["n"], row["more"]) for row in load_rows(shop / "e")} == {(0, "more"), (1, None)}
 
 
-def test_empty_result_is_kept_and_unreadable_is_null(shop: Path, server: ChatServer, model: Model) -> None:
-    replies = [{"boxes": []}, {"boxes": [{"bbox_2d": [0, 0, 9000, 9], "label": "dog"}]}, {"boxes": "none"}]
-    model.replies["boxes"] = lambda prompt, image: replies[int(image[:8], 16) % 3]
-    generate(shop, server, *tasks("boxes", "finding"))
-    cells = {int(row["sample_id"][:8], 16) % 3: row["boxes"] for row in load_rows(shop / "d")}
-    assert cells == {0: [], 1: None, 2: None}
-    generate(shop, server, *tasks("boxes"), "--out", "alone")  # an empty list of boxes is a valid example
-    version = json.loads((shop / "alone/versions/v1.0.0/manifest.json").read_text())
-    empty = [row for row in load_rows(shop / "d") if int(row["sample_id"][:8], 16) % 3 == 0]
-    assert sum(version["rows"].values()) == len(empty) > 0
-
-
 def test_custom_task_values_are_shown_in_the_report_and_reviewed(shop: Path, server: ChatServer) -> None:
     generate(shop, server, *tasks("boxes", "finding"))
     assert synth(shop, "report", "d").returncode == 0

@@ -1,41 +1,12 @@
 """Mistakes: one line with the problem and one with a hint, and no partial files."""
 
-import json
 import os
 import subprocess
-from contextlib import nullcontext
 from pathlib import Path
 
-import pytest
-
-from pipeline.config.files import resolve
-from pipeline.dataset.directory import DatasetDir
-from pipeline.errors import ConfigError
-from pipeline.plan import refuse_other_source
 from tests.commands import Done
 from tests.hub.datasets import photo
 from tests.whole.conftest import SYNTH, Run, read_failure
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "is_same"),
-    [
-        ("folder:photos", "folder:./photos/", True),
-        ("folder:photos", "folder:{here}/photos", True),
-        ("folder:photos", "folder:other", False),
-        ("parquet:s3://a/b", "parquet:s3://a/./b", False),
-    ],
-)
-def test_different_spelling_of_one_folder_is_the_same_source(
-    before: str, now: str, *, is_same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = resolve(source=now.format(here=tmp_path))
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "run.json").write_text(json.dumps(config.recorded() | {"source": before}))
-    refusal = f"pass it as before: --source {before}|has data from"
-    with nullcontext() if is_same else pytest.raises(ConfigError, match=refusal):
-        refuse_other_source(DatasetDir(tmp_path / "d"), config)
 
 
 def test_folder_name_that_is_not_utf8_is_refused_before_any_request(synth: Run, tmp_path: Path) -> None:
@@ -49,16 +20,6 @@ def test_folder_name_that_is_not_utf8_is_refused_before_any_request(synth: Run, 
     assert r"the name of the folder caf\xe9 is not UTF-8" in error
     error, _ = read_failure(synth("report", odd))
     assert r"the name of the folder caf\xe9 is not UTF-8" in error
-
-
-def test_dataset_name_that_looks_like_a_url_is_accepted(synth: Run, tmp_path: Path) -> None:
-    name = "file:1/x"
-    options = ("--source", "scenes", "--limit", "3", "--engine", "embedded", "--model", "tiny", "--out", name)
-    assert synth("generate", *options).returncode == 0
-    for command in (("report", name), ("check", name), ("versions", "list", name)):
-        done = synth(*command)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert len(DatasetDir(tmp_path / name).versions()) == 1
 
 
 def test_unwritable_output_is_one_error(tmp_path: Path) -> None:

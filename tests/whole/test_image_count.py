@@ -11,9 +11,9 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError, TableError
+from pipeline.errors import TableError
 from pipeline.estimate import estimate_run
-from pipeline.executors.ray.cluster import ClusterOptions
+from pipeline.plan import Plan
 from pipeline.progress import NullProgress
 from pipeline.reviewing import apply_reviews
 from pipeline.run import RunResult, generate_dataset, next_limit
@@ -154,18 +154,9 @@ def test_bad_review_does_not_continue_reading(tmp_path: Path) -> None:
 
 def test_dry_run_predicts_images_to_read(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.5)) as chat:
-        predicted = estimate_run(settings(chat, images=500), tmp_path)
-        many = estimate_run(settings(chat, images=3000), tmp_path)
+        plans = [Plan.open(settings(chat, images=n), tmp_path, NullProgress()) for n in (500, 3000)]
+        predicted, many = [estimate_run(plan, NullProgress()) for plan in plans]
     assert predicted["kept_images"] == pytest.approx(500, abs=2)
     assert 700 < predicted["images"] < 1600
     # drawn scenes are unlimited
     assert many["kept_images"] == pytest.approx(3000, abs=2) and many["images"] > 3600
-
-
-def test_impossible_image_count_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="images: 20 is more than limit: 10"):
-        resolve(source="scenes", images=20, limit=10)
-    config = resolve(source="scenes", images=5)
-    refusal = "--images is not supported by --executor ray"
-    with pytest.raises(ConfigError, match=refusal):
-        generate_dataset(config, tmp_path, cluster=ClusterOptions())

@@ -116,15 +116,6 @@ def test_slidevqa_deck_is_one_request_with_all_pages(hub: RunningHub, tmp_path: 
     assert [part["text"] for part in parts[:-1:2]] == [f"Page {number}:" for number in range(1, 21)]
 
 
-def test_hub_dataset_is_streamed_and_keeps_its_license(hub: RunningHub, tmp_path: Path) -> None:
-    datasets.seed_flickr30k_without_split(hub.hub.storage, 6, repo="me/photos")
-    version = generate_version(hub, tmp_path, "--source", "hub:me/photos", "--limit", "4", *TRY)
-    assert sum(version.manifest["rows"].values()) == 4
-    assert version.manifest["licenses"] == ["undeclared"]  # so its images are not pushed
-    assert version.manifest["source"]["name"] == "hub:me/photos"
-    assert version.manifest["rows"]["test"] == 4  # the split of the upstream files
-
-
 def test_image_in_two_splits_is_held_out(hub: RunningHub, tmp_path: Path) -> None:
     rows_ = datasets.flickr_rows(4)
     # a copy of the first image, which is in `train`

@@ -112,7 +112,7 @@ def published(files: dict[str, bytes], folder: Path, environment: dict[str, str]
 
 
 @pytest.mark.parametrize("where", ["space", "demo"])
-def test_visitor_uploads_photo_and_gets_caption_and_answer(
+def test_visitor_uploads_photo_and_gets_caption_answer_or_error(
     request: pytest.FixtureRequest, hub: RunningHub, home: Path, tmp_path: Path, browser: Browser, where: str
 ) -> None:
     environment = hub.env(tmp_path / "home") | {"GRADIO_ANALYTICS_ENABLED": "False"}
@@ -137,6 +137,10 @@ def test_visitor_uploads_photo_and_gets_caption_and_answer(
         page.get_by_label("Question").fill("How many?")
         page.get_by_role("button", name="Write").click()
         expect(written).not_to_have_value(expected, timeout=60_000)
+        page.reload()
+        (tmp_path / "broken.png").write_bytes(b"not an image")
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
+        expect(page.get_by_text("This file is not an image that can be read.")).to_be_visible(timeout=60_000)
         page.close()
 
 

@@ -60,17 +60,16 @@ def test_versions_are_listed_and_removed(synth: Run, photos: Path) -> None:
     assert synth("versions", "list", str(data)).stdout == synth("versions", "list").stdout
     chosen = synth("push", "--repo", "ORG/NAME", "--dry-run", "v1.0.0", "--json")
     assert json.loads(chosen.stdout)["version"] == "v1.0.0"
-    removed = synth("versions", "rm", "v1.0.0", "--json")
-    assert json.loads(removed.stdout)["removed"] == ["v1.0.0"]
+    assert synth("versions", "rm", "v1.0.0").stdout.startswith("removed v1.0.0, which frees ")
     assert [row["version"] for row in json.loads(synth("versions", "list", "--json").stdout)] == ["v1.1.0"]
     for command in ("list", "gc"):
         refused = synth("versions", command, f"{data}@v9.9.9")
         assert refused.returncode == 2 and "name the dataset without a version" in refused.stderr
-    assert json.loads(synth("versions", "gc", "--json").stdout)["removed"] == []
+    assert synth("versions", "gc").stdout.startswith("freed 0 kB in ")
     done = synth("versions", "rm", "v1.1.0")
     assert "images stay until `synth versions gc" in done.stderr
-    collected = synth("versions", "gc", str(data), "--json")
-    assert json.loads(collected.stdout)["removed"] == []  # the next run needs the images
+    # The next run needs the images.
+    assert synth("versions", "gc", str(data)).stdout == f"freed 0 kB in {data}\n"
     again = synth("generate", "--no-model", "--source", source)
     assert "images were read by an earlier run" in again.stderr and "made v1.0.0" in again.stderr
     assert len([*(data / "images").iterdir()]) == 2  # each image once
@@ -108,10 +107,3 @@ def test_run_without_limit_that_finds_nothing_more_makes_a_complete_version(synt
     assert synth(*source, "--limit", "50", "--out", "all").returncode == 0
     listed = json.loads(synth("versions", "list", "all", "--json").stdout)
     assert [row["preview"] for row in listed] == [False]
-
-
-@pytest.mark.parametrize("command", ["gc typo", "rm typo@v1.0.0", "list typo"])
-def test_versions_command_creates_no_missing_dataset(synth: Run, tmp_path: Path, command: str) -> None:
-    done = synth("versions", *command.split())
-    assert (done.returncode, "no dataset at typo" in done.stderr) == (1, True)
-    assert list(tmp_path.iterdir()) == []

@@ -25,10 +25,19 @@ def build_page(title: str, styles: list[str], answers: bool, caption: Caption) -
             raise gradio.Error("Drop a photo first.")
         return caption(photo, style, question.strip()[:MAX_QUESTION_CHARACTERS])
 
+    def read(upload: Any) -> Any:
+        try:
+            return read_upload(upload)
+        except Exception:  # noqa: BLE001  # Pillow raises errors of many types
+            text = "This file is not an image that can be read. Drop another one."
+            raise gradio.Error(text, print_exception=False) from None
+
     with gradio.Blocks(title=title, analytics_enabled=False) as page:
         gradio.Markdown(f"# {title.rpartition('/')[2]}\nDrop a photo and read its caption.")
         with gradio.Row():
             photo = gradio.Image(type="pil", label="Photo", sources=["upload", "clipboard", "webcam"])
+            # Without this, the page would show an error of Pillow with a path of the server.
+            read_upload, photo.preprocess = photo.preprocess, read
             with gradio.Column():
                 style = gradio.Dropdown(styles, value=styles[0], label="Style", visible=len(styles) > 1)
                 hint = "Leave empty for a caption"

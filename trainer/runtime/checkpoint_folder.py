@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from pipeline.dataset.card import list_training_data
 from pipeline.dataset.directory import LOCK_FILE, DatasetDir
 from pipeline.errors import ConfigError, TrainError, did_you_mean, one_line
@@ -31,6 +29,8 @@ def find_captioner(name: str | Path) -> Path:
         folder = Path(name).expanduser()
         require_checkpoint(folder)
         return folder
+    from huggingface_hub import snapshot_download  # a folder does not need this slow import
+
     repo, revision = match[1], match[2]
     hint = "check the name and the network, then try again"
     with translate_hub_errors(str(name), "model", TrainError, hint, or_folder=True):

@@ -1,5 +1,6 @@
 """Ctrl-C names only the way to resume that the interrupted command has."""
 
+import signal
 import sys
 
 import pytest
@@ -29,7 +30,7 @@ def test_interrupted_command_states_how_to_resume_it(
     monkeypatch.setattr(pipeline.cli, "app", interrupt)
     monkeypatch.setattr(sys, "argv", ["synth", command])
     with pytest.raises(SystemExit) as ended:
-        pipeline.cli._run([0.0] if exit_code == 143 else [])
+        pipeline.cli._run([signal.SIGTERM] if exit_code == 143 else [])
     assert ended.value.code == exit_code
     message = capsys.readouterr().err
     assert advice in message

@@ -78,6 +78,13 @@ def test_judge_without_a_model_or_with_a_bad_address_is_refused(judge: str) -> N
         ),
         ({"generate": {"samples": 2}, "select": {"pairs": True}}, "so neither can be chosen: --samples 3"),
         ({"base_url": ["http://h:1/v1", "http://H:1/v1/"]}, "twice, in two spellings"),
+        (
+            {"tasks": "none", "human_texts": "fill"},
+            "human_texts: fill needs a model to write the missing texts",
+        ),
+        ({"tasks": ["none", "caption"]}, "tasks: none excludes other tasks"),
+        ({"generate": {"style_prompts": {"human": "Say it."}}}, "human is the style of human captions"),
+        ({"images": 20, "limit": 10}, "images: 20 is more than limit: 10"),
     ],
 )
 def test_contradicting_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
