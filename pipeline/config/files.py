@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # The keys that a manifest may set. Only the user may set the others.
 MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds",
+    ("source", "source_split", "columns", "drop_context", "limit", "images", "frame_seconds",
      "seed", "exclude", "human_texts", "tasks", "custom_tasks", "engine", "model", "generate", "filter",
      "image_filter", "verify", "select", "dedupe", "balance", "split")
 )  # fmt: skip
@@ -192,7 +192,7 @@ def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[
     if AT_SERVER in str(sections.get("verify", {}).get("judge")):
         problem = f"the manifest {file} sets a judge: its server would get your images and your API key"
         raise ConfigError(problem, hint=hint)
-    missing = [key for key in ("split_list", "captions") if settings.get(key) and not options.get(key)]
+    missing = ["captions"] if settings.get("captions") and not options.get("captions") else []
     for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
         missing += [f"{section}.{key}"] if sections.get(section, {}).get(key) else []
     if missing:

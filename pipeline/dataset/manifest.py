@@ -116,8 +116,6 @@ def publishable_settings(config: Config, tasks: Tasks, source: str, model: str) 
     if tasks.custom:
         settings["custom_tasks"] = [publishable_task(task) for task in tasks.custom]
     settings["exclude"] = [name for name in config.exclude if name.partition(":")[0] not in LOCAL_SOURCES]
-    if config.split_list:
-        settings["split_list"] = file_digest(config.split_list)
     if config.generate.prompt_dir:
         settings["generate"]["prompt_dir"] = config.generate.prompt_dir.name
     if config.balance.entries:

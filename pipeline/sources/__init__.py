@@ -8,7 +8,6 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.config.sections import ImageFilterConfig
-from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, SourceError, did_you_mean
 from pipeline.images import rendering
 from pipeline.images.near_duplicates import ImageKind
@@ -97,17 +96,6 @@ def choose_image_kind(config: Config) -> ImageKind | None:
         return config.dedupe.images
     spec = find_source(config.source)
     return "graphics" if spec.image_kind and holds_decks(config) else spec.image_kind
-
-
-def files_of_source(config: Config) -> dict[str, Any]:
-    """Return the digests of the split list and the caption files, by setting name."""
-    split_list, captions = config.split_list, config.captions
-    digests: dict[str, Any] = {"split_list": None}
-    if split_list and split_list.exists():
-        digests["split_list"] = file_digest(split_list)
-    if captions:
-        digests["captions"] = [file_digest(path) for path in captions if path.exists()]
-    return digests
 
 
 def holds_decks(config: Config) -> bool:

@@ -70,8 +70,6 @@ def open_folder(
         hint = did_you_mean(unknown[0], known, columns_hint)
         raise SourceError(f"no column is named {unknown[0]}", hint=hint)
 
-    has_questions = any(one.questions for one in texts.texts.values())
-
     def texts_of(path: Path) -> ImageTexts:
         return texts.texts.get(path) or ImageTexts()
 
@@ -89,7 +87,7 @@ def open_folder(
             data = read_image(path, bound)
         except ImageError as error:
             return Rejected(source_row=name, reason=error.reason, detail=str(error))
-        fields = texts_of(path).sample_fields(has_questions=has_questions) | {"context": context_of(path)}
+        fields = texts_of(path).sample_fields() | {"context": context_of(path)}
         return RawSample(source_row=name, images=(data,), license=license, fields=fields)
 
     contents = [

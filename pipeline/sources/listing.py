@@ -136,7 +136,6 @@ def open_list(
             f"{file} has no line with the split {split}", hint=f"set the split in the column {SPLIT}"
         )
     bound = None if follow_links else root
-    has_questions = any(image.texts.questions for image in all_images)
 
     def read(image: ListedImage) -> RawSample | Rejected:
         if image.fault:
@@ -145,8 +144,8 @@ def open_list(
             data = _read_image(image, root, bound, allow_urls=allow_urls)
         except ImageError as error:
             return Rejected(source_row=image.name, reason=error.reason, detail=str(error))
-        fields = image.texts.sample_fields(has_questions=has_questions)
-        fields |= {"context": image.context, "split": stored_split(image.texts.split, split)}
+        texts_split = stored_split(image.texts.split, split)
+        fields = image.texts.sample_fields() | {"context": image.context, "split": texts_split}
         return RawSample(source_row=image.name, images=(data,), license=license, fields=fields)
 
     def read_all(images: Sequence[ListedImage]) -> Iterator[RawSample | Rejected]:

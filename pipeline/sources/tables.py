@@ -47,7 +47,9 @@ if TYPE_CHECKING:
 
 ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
 NO_COLUMN = "none"  # maps the split or the question to no column
-PARTIAL_MESSAGE = "the Hub has converted only the first part of {name} to Parquet: the rest is not read"
+PARTIAL_MESSAGE = (
+    "the Hub has converted only the first part of {name} to Parquet: to read the rest, download the dataset"
+)
 OFFLINE = "check the network; without one, --source scenes and folder:PATH work"
 DEFAULT_CONFIG = "default"
 CONVERSION_BRANCH = "refs/convert/parquet"
@@ -63,21 +65,15 @@ FilesBySplit = dict[str | None, list[str]]
 RowJob = Rejected | partial[RawSample | Rejected]  # a rejection, or a call that may fetch images
 
 
-def open_mapped(
-    tables: Tables, columns: Columns, config: Config, name: str, split_names: dict[str, str] = SPLIT_OF_WORD
-) -> Source:
-    """Return a source with the rows of one split or all splits.
-
-    `split_names` maps the values in a split column to train, validation or test. Raises SourceError if the
-    split does not exist.
-    """
+def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> Source:
+    """Return a source with the rows of one split or all splits. Raises SourceError for a missing split."""
     split = config.source_split
     split_column = columns["split"][0] if "split" in columns else None
     if not split_column:
         check_split(tables, split)
 
     def split_of(value: object) -> str | None:
-        return split_names.get(str(value).strip().casefold())
+        return SPLIT_OF_WORD.get(str(value).strip().casefold())
 
     def count() -> int:
         if split is None or not split_column:
@@ -376,10 +372,10 @@ PARQUET = SourceSpec(
 # --- the Hub
 
 
-def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
+def open_hub(name: str) -> Tables:
     """Return the tables of ORG/NAME[:CONFIG][@REVISION], pinned to a commit.
 
-    Raises SourceError if they cannot be read, or if the conversion is partial and `allow_partial` is not set.
+    Raises SourceError if they cannot be read.
     """
     # At module level, this import would double the start time of commands that do not need it.
     from huggingface_hub import HfApi, HfFileSystem
@@ -405,11 +401,6 @@ def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
     else:
         files = _default_files(repo, declared, paths)
     is_partial = any(PARTIAL_FILE.search(path) for split_paths in files.values() for path in split_paths)
-    if is_partial and not allow_partial:
-        hint = (
-            "to read only this part: --allow-partial; for all rows, download the dataset and use parquet:PATH"
-        )
-        raise SourceError(f"the Hub has converted only the first part of {repo} to Parquet", hint=hint)
     license = card.get("license")
     license = ", ".join(license) if isinstance(license, list) else license or UNDECLARED
     license = f"{GATED}, {license}" if info.gated else license
@@ -508,7 +499,7 @@ def _default_files(repo: str, declared: dict[str, FilesBySplit], paths: list[str
 
 
 def _open_repository(config: Config, repo: str) -> Source:
-    tables = open_hub(repo, allow_partial=config.allow_partial)
+    tables = open_hub(repo)
     name = f"hub:{repo.partition('@')[0]}"
     return open_mapped(tables, read_mapping(tables.schema, config.columns), config, name)
 
@@ -520,5 +511,5 @@ HUB = SourceSpec(
     needs="the Hub, a vision-language model",
     example="synth generate --source hub:ORG/NAME --split train --limit 1000",
     open=_open_repository,
-    options=frozenset({"source_split", "columns", "allow_urls", "allow_partial"}),
+    options=frozenset({"source_split", "columns", "allow_urls"}),
 )

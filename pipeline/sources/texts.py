@@ -9,12 +9,10 @@ of `datasets`, and from caption files. A caption file may be gzipped, and has on
 | Karpathy | JSON with `images`: `filename`, `split`, and `sentences` with `raw` |
 | a JSON object | image names with their captions |
 | rows | a JSON list, JSON lines, or CSV with a header: a name, with captions or a question and answers |
-| Flickr30k | lines `NAME#0<tab>CAPTION` |
 
 An image is named by its path, or by its file name if that is unique. Model-written texts are skipped.
 """
 
-import io
 import json
 import os
 import re
@@ -61,11 +59,6 @@ from pipeline.types import ReferenceQA
 
 TEXT_KEYS = ("raw", "caption", "text", "answer")  # keys under which an object may hold its text
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")
-# Possessive quantifiers (`*+`) never try another split, so that the time is linear.
-_QUOTED = r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
-_PYTHON_LIST = re.compile(rf"\[\s*+{_QUOTED}(?:\s*+,\s*+{_QUOTED})*+\s*+,?+\s*+\]")
-_ESCAPE, _ESCAPED = re.compile(r"\\(.)"), {"n": "\n", "t": "\t"}
-_FLICKR30K_LINE = re.compile(r"(.+)#\d+\t(.*)")
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
 FORMATS_HINT = "use COCO or Karpathy JSON, or CSV or JSON lines with file_name and caption, in UTF-8"
@@ -175,16 +168,12 @@ def extract_texts(
 
 
 def parse_list(text: str) -> list[Any] | None:
-    """Parse a JSON list of strings or objects, or a Python list of strings. Return None for other cells."""
-    if not (text[:1] == "[" and text[-1:] == "]"):
-        return None
-    with suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        return value if value and all(isinstance(item, str | dict) for item in value) else None
-    if not _PYTHON_LIST.fullmatch(text):
-        return None
-    quoted = re.findall(_QUOTED, text)
-    return [_ESCAPE.sub(lambda match: _ESCAPED.get(match[1], match[1]), item[1:-1]) for item in quoted]
+    """Parse a JSON list of strings or objects. Return None for other cells."""
+    if text[:1] == "[" and text[-1:] == "]":
+        with suppress(ValueError, RecursionError):
+            value = json.loads(text)
+            return value if value and all(isinstance(item, str | dict) for item in value) else None
+    return None
 
 
 def _answer_text(value: Any) -> str:
@@ -220,9 +209,9 @@ class ImageTexts:
         self.split = most_held_out(other.split, self.split)
         self.num_by_model += other.num_by_model
 
-    def sample_fields(self, *, has_questions: bool) -> dict[str, Any]:
-        """Return fields for a Sample. Set `has_questions` if the source has questions about any image."""
-        questions = tuple(self.questions) if has_questions else None
+    def sample_fields(self) -> dict[str, Any]:
+        """Return fields for a Sample."""
+        questions = tuple(self.questions)
         return {"references": tuple(self.captions), "split": self.split, "reference_qa": questions}
 
     def as_json(self) -> list[Any]:
@@ -255,10 +244,6 @@ def _parse_captions(text: str) -> Iterator[NamedTexts]:
     if text.startswith("{"):
         with suppress(json.JSONDecodeError):
             return _parse_whole_object(parse_json(text))
-    lines = io.StringIO(text, newline="\n")  # other line separators may be part of a text
-    if _FLICKR30K_LINE.fullmatch(lines.readline().rstrip()):
-        lines.seek(0)
-        return (_parse_flickr30k(line.rstrip("\r\n")) for line in lines if line.strip())
     return (_parse_row({name.lower(): value for name, value in row.items()}) for row in parse_rows(text))
 
 
@@ -280,13 +265,6 @@ def _parse_whole_object(value: dict[str, Any]) -> Iterator[NamedTexts]:
     if any(name in value for name in NAMES):  # JSON lines with a single row
         return iter([_parse_row(value)])
     return ((str(name), ImageTexts(extract_texts(captions))) for name, captions in value.items())
-
-
-def _parse_flickr30k(line: str) -> NamedTexts:
-    match = _FLICKR30K_LINE.fullmatch(line)
-    if not match:
-        raise ValueError(f"a line is not of the form NAME#0<tab>CAPTION: {line[:80]!r}")
-    return match[1], ImageTexts(extract_texts(match[2]))
 
 
 def _parse_row(row: Mapping[str, Any]) -> NamedTexts:

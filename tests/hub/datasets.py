@@ -71,11 +71,6 @@ def seed_flickr30k_without_split(storage: Storage, count: int = 10, repo: str = 
     storage.seed("dataset", repo, {"data/test-00000-of-00001.parquet": parquet(rows, schema)})
 
 
-def karpathy_list(count: int) -> str:
-    rows = flickr_rows(count)
-    return json.dumps({"images": [{name: row[name] for name in ("filename", "split")} for row in rows]})
-
-
 ANSWER = pa.struct({"answer": pa.string(), "answer_confidence": pa.string(), "answer_id": pa.int64()})
 VQA = pa.schema(
     {

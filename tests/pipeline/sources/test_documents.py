@@ -150,7 +150,7 @@ def test_missing_document_is_an_error(files: Path, tmp_path: Path, monkeypatch: 
     for name in ("none.pdf", ""):
         with pytest.raises(SourceError, match="no pdf file at"):
             opened(f"pdf:{tmp_path / name}")
-    with pytest.raises(ConfigError, match="has no frames, but --every was given"):
+    with pytest.raises(ConfigError, match="does not support --every"):
         opened(f"pdf:{files}", frame_seconds=2)
     with pytest.raises(ConfigError, match="consists of decks of pages"):
         opened(f"pdf:{files}", tasks=["caption"])
