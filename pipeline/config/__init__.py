@@ -86,8 +86,8 @@ class Config(Section):
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()
     """Sources whose images and near-duplicates are rejected, such as `flickr30k#test`."""
     captions: Distinct[Annotated[Path, AfterValidator(Path.expanduser)]] = ()
-    """Files with human captions or questions about the images of a folder: COCO, Karpathy, JSON, JSON lines,
-    CSV, or Flickr30k's lines, also compressed (`.gz`).
+    """Files with human captions or questions about the images of a folder: COCO, Karpathy, JSON, JSON lines
+    or CSV, also compressed (`.gz`).
     """
     human_texts: HumanTexts = "compare"
     """Use of human texts: `compare` stores them as references, `keep` also makes them annotations, `fill`

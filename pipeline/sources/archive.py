@@ -400,17 +400,18 @@ def _index_texts(files: SourceFiles, name: str) -> ArchiveTexts:
     return index
 
 
-def open_archives(
-    files: SourceFiles,
-    license: str = UNKNOWN,
-    columns: Sequence[str] = (),
-    split: str | None = None,
-) -> Source:
-    """Open the images in archives. `columns` (JSON values) become the context.
+def _open(config: Config, path: str) -> Source:
+    """Open the images in archives. Values of JSON files next to the images become the context.
 
-    Raises SourceError if no archive belongs to `split`, or if the first images lack one of the columns.
+    Raises SourceError if no archive belongs to the split, or if the first images lack one of the columns.
     Reading the source raises SourceError if an archive is damaged or no archive has an image.
     """
+    refuse_roles(config, "an archive", "to use values of NAME.json in prompts: --columns context=A,B")
+    files = find_source_files(path, SUFFIXES, follow_links=config.follow_links)
+    if not files.names:
+        hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
+        raise SourceError(f"no archive at {path}", hint=hint)
+    license, columns, split = config.license or UNKNOWN, config.context, config.source_split
     names_by_split: dict[str | None, list[str]] = {}
     for name in files.names:
         names_by_split.setdefault(_split_of(name), []).append(name)
@@ -495,15 +496,6 @@ def _row(
 def _split_of(archive: str) -> str | None:
     suffix = next(suffix for suffix in SUFFIXES if archive.lower().endswith(suffix))
     return split_of_path(archive[: -len(suffix)])
-
-
-def _open(config: Config, path: str) -> Source:
-    refuse_roles(config, "an archive", "to use values of NAME.json in prompts: --columns context=A,B")
-    files = find_source_files(path, SUFFIXES, follow_links=config.follow_links)
-    if not files.names:
-        hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
-        raise SourceError(f"no archive at {path}", hint=hint)
-    return open_archives(files, config.license or UNKNOWN, config.context, config.source_split)
 
 
 SPEC = SourceSpec(

@@ -112,28 +112,6 @@ ADVICE = {  # rejection reason -> what the user can change
 _REJECTED_FOR_ANOTHER_IMAGE = ("near_duplicate_image", "near_held_out_image", "banned_image")
 
 
-def describe_source(
-    source: Source,
-    excluded: list[dict[str, Any]],
-    kind: ImageKind | None,
-    captions: Sequence[Path] = (),
-    *,
-    preview: bool = False,
-) -> dict[str, Any]:
-    """Return the provenance of a source. Set `preview` if only some of its images were read."""
-    return {
-        "name": source.name,
-        "revision": source.revision,
-        "decks": source.decks,
-        **({"partial": True} if source.is_partial else {}),
-        **({"preview": True} if preview else {}),
-        "never": excluded,
-        "compared_as": kind,
-        "near_bits": MAX_NEAR_BITS.get(kind or ""),
-        **({"captions": [file_digest(path) for path in captions]} if captions else {}),
-    }
-
-
 def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion]) -> str:
     """Return a digest of everything that determines the samples, or a random key if a revision is missing."""
     revisions = [source.revision, *(exclusion.source.revision for exclusion in exclusions)]
@@ -186,13 +164,27 @@ class SourceReader:
         else:
             result = self._read_rows(limit)
         self._require_samples()
-        kind, preview = choose_image_kind(self.config), result["has_more"] and self.config.images is None
-        described = describe_source(self.source, self._excluded, kind, self.config.captions, preview=preview)
+        described = self._describe(is_preview=result["has_more"] and self.config.images is None)
         is_recorded = is_done(self.dataset, "read", self._key)
         if not is_recorded or read_record(self.dataset, "read").get("source") != described:
             kept, rejected = count_rows(self.dataset, "read")
             write_record(self.dataset, "read", self._key, kept=kept, rejected=rejected, source=described)
         return bool(result["has_more"])
+
+    def _describe(self, *, is_preview: bool) -> dict[str, Any]:
+        """Return the provenance of the source. In a preview, only some of its images were read."""
+        source, kind, captions = self.source, choose_image_kind(self.config), self.config.captions
+        return {
+            "name": source.name,
+            "revision": source.revision,
+            "decks": source.decks,
+            **({"partial": True} if source.is_partial else {}),
+            **({"preview": True} if is_preview else {}),
+            "never": self._excluded,
+            "compared_as": kind,
+            "near_bits": MAX_NEAR_BITS.get(kind or ""),
+            **({"captions": [file_digest(path) for path in captions]} if captions else {}),
+        }
 
     def finish(self) -> None:
         """Record the result, so that the next run can use the files."""

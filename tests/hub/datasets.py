@@ -1,7 +1,6 @@
 """Tiny repositories with the columns, types, file names and branches of the built-in benchmark datasets."""
 
 import io
-import json
 import random
 from typing import Any
 

@@ -90,16 +90,6 @@ def test_flickr30k_without_flags_uses_large_model(hub: RunningHub, tmp_path: Pat
     assert "nothing to do" in repeated.stderr
 
 
-def test_vqav2_keeps_human_questions_next_to_model_questions(hub: RunningHub, tmp_path: Path) -> None:
-    version = generate_version(hub, tmp_path, "--source", "vqav2", "--split", "validation", *TRY)
-    assert_counts_add_up(version, 5)
-    assert version.manifest["rows"] == {"train": 0, "validation": 5, "test": 0}
-    for row in rows(version):
-        assert len(row["reference_qa"]) == 3
-        assert row["reference_qa"][0]["answers"] == ["2", "2", "2"]
-        assert row["license"] == "flickr-terms"
-
-
 def test_slidevqa_deck_is_one_request_with_all_pages(hub: RunningHub, tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         source = ("--source", "slidevqa", "--split", "train")
@@ -114,15 +104,6 @@ def test_slidevqa_deck_is_one_request_with_all_pages(hub: RunningHub, tmp_path: 
     parts = body["messages"][1]["content"]
     assert [part["type"] for part in parts] == ["text", "image_url"] * 20 + ["text"]
     assert [part["text"] for part in parts[:-1:2]] == [f"Page {number}:" for number in range(1, 21)]
-
-
-def test_hub_dataset_is_streamed_and_keeps_its_license(hub: RunningHub, tmp_path: Path) -> None:
-    datasets.seed_flickr30k_without_split(hub.hub.storage, 6, repo="me/photos")
-    version = generate_version(hub, tmp_path, "--source", "hub:me/photos", "--limit", "4", *TRY)
-    assert sum(version.manifest["rows"].values()) == 4
-    assert version.manifest["licenses"] == ["undeclared"]  # so its images are not pushed
-    assert version.manifest["source"]["name"] == "hub:me/photos"
-    assert version.manifest["rows"]["test"] == 4  # the split of the upstream files
 
 
 def test_image_in_two_splits_is_held_out(hub: RunningHub, tmp_path: Path) -> None:
