@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
-from pipeline.sources import documents, find_source, open_source, with_source_defaults
+from pipeline.sources import documents, open_source, with_source_defaults
 from pipeline.steps.split import name_key
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import Rejected, Sample, Source
@@ -152,11 +152,6 @@ def test_missing_document_is_an_error(files: Path, tmp_path: Path, monkeypatch: 
         opened(f"pdf:{files}", frame_seconds=2)
     with pytest.raises(ConfigError, match="consists of decks of pages"):
         opened(f"pdf:{files}", tasks=["caption"])
-    for name, kind in (("a.pdf", "pdf"), ("a.mp4", "video")):
-        (tmp_path / name).write_bytes(b"")
-        with pytest.raises(ConfigError) as caught:
-            find_source(str(tmp_path / name))
-        assert f"did you mean {kind}:{tmp_path / name}?" in caught.value.hint
     monkeypatch.setattr(documents, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="need the package pypdfium2") as caught:
         opened(f"pdf:{files}")
