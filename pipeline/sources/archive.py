@@ -128,8 +128,8 @@ def read_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
             packed = _CountedFile(file)
             # GzipFile reads concatenated streams, and never returns more bytes than requested.
             unpacked = gzip.GzipFile(fileobj=cast(Any, packed)) if magic == b"\x1f\x8b" else packed
-            check = lambda size: _require_no_bomb(name, size, packed.num_bytes)  # noqa: E731
-            yield from _read_tar(_CountedFile(unpacked, check), name)
+            counted = _CountedFile(unpacked, lambda size: _require_no_bomb(name, size, packed.num_bytes))
+            yield from _read_tar(counted, name)
     except (OSError, *_DAMAGES) as error:
         if isinstance(error, OSError) and error.errno is not None:  # an error of the disk, not of a decoder
             raise

@@ -238,7 +238,8 @@ def _open(config: Config, path: str) -> Source:
         hint = f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))} are read, also in subfolders"
         raise SourceError("; ".join([f"no images in {root}", *describe_unread(content, ())]), hint=hint)
     images = {row_name(file, root): file for file in content.images}
-    rows = sorted([*images.items(), *((row.source_row, row) for row in content.rejected)])
+    all_rows: dict[str, Path | Rejected] = {**images, **{row.source_row: row for row in content.rejected}}
+    rows = sorted(all_rows.items())
     bound = None if config.follow_links else root
     texts = FolderTexts(root, images, bound, config.context, config.captions)
     read_files = {file.resolve() for file in texts.files}

@@ -279,9 +279,7 @@ def test_metadata_columns_are_context_in_every_slice(tmp_path: Path) -> None:
         Image.new("RGB", (8, 6 + number), "red").save(tmp_path / f"{number % 2}" / f"{number}.png")
     (tmp_path / "0" / "metadata.csv").write_text("file_name;title\n0.png;A\n2.png;C\n")
     columns = {"context": "title,folder"}
-    whole = {
-        row.source_row: row.context for row in samples_of(open_folder(tmp_path, columns=columns))
-    }
+    whole = {row.source_row: row.context for row in samples_of(open_folder(tmp_path, columns=columns))}
     assert not any("no captions" in text for text in open_folder(tmp_path, columns=columns).messages)
     assert whole == {
         "0/0.png": (("title", "A"), ("folder", "0")),
