@@ -21,7 +21,7 @@ _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # 00 and D0 to D7 are
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = frozenset(b"IHDR PLTE IDAT IEND tRNS cHRM gAMA sBIT sRGB cICP mDCV cLLI bKGD pHYs".split())
 _WEBP_CHUNKS = frozenset({b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ICCP"})
-_LOSSY_FORMATS = ("AVIF", "HEIF", "JPEG", "WEBP")
+_LOSSY_FORMATS = ("AVIF", "HEIF", "JPEG")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _JPEG_QUALITY = 95
 # For a photo of 6 megapixels, this level is 2.6 times as fast as the default, and the file is 4 % larger.

@@ -123,7 +123,7 @@ def test_metadata_is_removed_and_pixels_are_unchanged(make: Maker) -> None:
         assert {"exif", "xmp", "comment", "photoshop"} & image.info.keys() == set()
         if make not in (gif, avif, tiff):
             assert image.info["icc_profile"] == PROFILE
-    if make not in (avif, webp):  # encoded again, with loss
+    if make is not avif:  # encoded again, with loss
         assert prepare_image(clean).tobytes() == prepare_image(data).tobytes()
     assert strip_metadata(clean) == clean
 
@@ -139,7 +139,7 @@ def test_each_orientation_is_kept(make: Maker, orientation: int) -> None:
         upright = ImageOps.exif_transpose(image).convert("RGB")  # as `datasets` decodes
     expected = prepare_image(data)
     assert upright.size == expected.size
-    if make in (avif, webp):
+    if make is avif:
         assert bits_apart(clean, data) <= 8
     else:
         assert upright.tobytes() == expected.tobytes()
