@@ -103,7 +103,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
         """Return the index of the table row that follows the first `start` rows in the requested split."""
         rows = enumerate((row for _, _, row in tables.rows([column])), 1)
         numbers = (n for n, row in rows if isinstance(row, Rejected) or is_in_split(row[column]))
-        return next(islice(numbers, start - 1, None), 0) if start else 0
+        return next(islice(numbers, start - 1, None), tables.count()) if start else 0
 
     def read(start: int) -> Iterator[Sample | Rejected]:
         todo = jobs(row_number(split_column, start) if split_column and split else start)
