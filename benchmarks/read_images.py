@@ -25,8 +25,9 @@ from pathlib import Path
 from photos import noise_jpeg
 from PIL import Image
 
+from pipeline.config.files import resolve
 from pipeline.inference.protocol import reencode, sendable_format
-from pipeline.sources.folder import open_folder
+from pipeline.sources import open_source
 
 
 def make(folder: Path, count: int) -> None:
@@ -51,7 +52,7 @@ def convert(folder: Path) -> None:
 
 def source(folder: Path) -> None:
     """Read images through the folder source."""
-    for _ in open_folder(folder).rows:
+    for _ in open_source(resolve(source=f"folder:{folder}")).rows:
         pass
 
 

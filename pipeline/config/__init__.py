@@ -73,12 +73,8 @@ class Config(Section):
     """Use the columns of `context` in prompts only, and do not store them in versions."""
     allow_urls: bool = False
     """Download images that rows name by URL, from public addresses."""
-    allow_partial: bool = False
-    """Read a Hub dataset of which only the first part is converted to Parquet."""
     follow_links: bool = False
     """Read files outside of the folder that links in it lead to. They are published with the dataset."""
-    split_list: Path | None = None
-    """Karpathy's `dataset_flickr30k.json`, for a copy of Flickr30k without splits."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Stop after reading this many images. Null reads all images (`scenes`: 1000)."""
     images: Annotated[int, Field(ge=1)] | None = None
@@ -90,8 +86,8 @@ class Config(Section):
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()
     """Sources whose images and near-duplicates are rejected, such as `flickr30k#test`."""
     captions: Distinct[Annotated[Path, AfterValidator(Path.expanduser)]] = ()
-    """Files with human captions or questions about the images of a folder: COCO, Karpathy, JSON, JSON lines,
-    CSV, or Flickr30k's lines, also compressed (`.gz`).
+    """Files with human captions or questions about the images of a folder: COCO, Karpathy, JSON, JSON lines
+    or CSV, also compressed (`.gz`).
     """
     human_texts: HumanTexts = "compare"
     """Use of human texts: `compare` stores them as references, `keep` also makes them annotations, `fill`

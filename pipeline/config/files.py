@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # The keys that a manifest may set. Only the user may set the others.
 MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds",
+    ("source", "source_split", "columns", "drop_context", "limit", "images", "frame_seconds",
      "seed", "exclude", "human_texts", "tasks", "custom_tasks", "engine", "model", "generate", "filter",
      "image_filter", "verify", "select", "dedupe", "balance", "split")
 )  # fmt: skip
@@ -192,7 +192,7 @@ def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[
     if AT_SERVER in str(sections.get("verify", {}).get("judge")):
         problem = f"the manifest {file} sets a judge: its server would get your images and your API key"
         raise ConfigError(problem, hint=hint)
-    missing = [key for key in ("split_list", "captions") if settings.get(key) and not options.get(key)]
+    missing = ["captions"] if settings.get("captions") and not options.get("captions") else []
     missing += ["generate.prompt_dir"] if sections.get("generate", {}).get("prompt_dir") else []
     if missing:
         raise ConfigError(f"{file} refers to a file that does not exist here: {missing[0]}", hint=hint)

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config import NO_MODEL, Config
 from pipeline.config.files import LOCAL_SOURCES
 from pipeline.config.sections import AT_SERVER, TITLE
-from pipeline.digests import file_digest, public_name, without_folders
+from pipeline.digests import public_name, without_folders
 from pipeline.tables import REJECTED, RUBRIC, Extras
 from pipeline.tasks import Tasks, wire_schema
 from pipeline.tasks.base import Task
@@ -117,8 +117,6 @@ def publishable_settings(config: Config, tasks: Tasks, source: str, model: str) 
     if tasks.custom:
         settings["custom_tasks"] = [publishable_task(task) for task in tasks.custom]
     settings["exclude"] = [name for name in config.exclude if name.partition(":")[0] not in LOCAL_SOURCES]
-    if config.split_list:
-        settings["split_list"] = file_digest(config.split_list)
     if config.generate.prompt_dir:
         settings["generate"]["prompt_dir"] = config.generate.prompt_dir.name
     settings["verify"]["clip_model"] = public_name(config.verify.clip_model)

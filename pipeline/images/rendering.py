@@ -44,7 +44,6 @@ DEMUXERS = {
     ".wmv": "asf",
 }
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"pdf": (".pdf",), "video": tuple(DEMUXERS)}
-COUNT = "count"
 _PR_SET_PDEATHSIG = 1
 MAX_PACKETS = 3_000_000  # over 24 hours of video
 MAX_DAMAGED_PACKETS = 1_000  # number of damaged packets to skip
@@ -72,35 +71,19 @@ def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> It
     Raises ImageError if the file is damaged or encrypted, or takes too much time or memory. Images may have
     been yielded before the error.
     """
-    for header, data in _answers(file, [kind, suffix, str(every_s)]):
-        if "place" in header:
-            yield Rendered(int(header["place"]), data or b"", str(header.get("fault", ""))[:200])
-
-
-def count_images(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> int:
-    """Return the number of pages, or the number of frames according to the video's stated length.
-
-    Raises ImageError as `render` does.
-    """
-    answers = _answers(file, [kind, suffix, str(every_s), COUNT])
-    return sum(int(header.get("count", 0)) for header, _ in answers)
-
-
-def _answers(file: IO[bytes], arguments: list[str]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
-    """Yield (header, image or None) for each answer of a process that renders a file."""
-    worker = Worker(_SERVE, file, arguments)
+    worker = Worker(_SERVE, file, [kind, suffix, str(every_s)])
     try:
         while True:
             with worker.limited(isolation.WALL_SECONDS):
                 header = worker.receive_header()
-                reason = stated_reason(header)
-                has_data = "place" in header and "fault" not in header
-                data = worker.receive(MAX_IMAGE_BYTES) if has_data else None
+                reason, fault = stated_reason(header), str(header.get("fault", ""))[:200]
+                data = worker.receive(MAX_IMAGE_BYTES) if "place" in header and not fault else None
             if reason:
                 raise reason
             if "end" in header:
                 return
-            yield header, data
+            if "place" in header:
+                yield Rendered(int(header["place"]), data or b"", fault)
     finally:
         worker.kill()
 
@@ -108,16 +91,13 @@ def _answers(file: IO[bytes], arguments: list[str]) -> Iterator[tuple[dict[str, 
 def serve() -> None:
     """Render the file on stdin to stdout. This is the main function of the process."""
     _end_with_parent()
-    kind, suffix, every_s, *wanted = sys.argv[1:]
+    kind, suffix, every_s = sys.argv[1:]
     file, every_ms = os.fdopen(os.dup(0), "rb"), max(1, round(1000 * float(every_s)))
     answers = _open_pdf(file) if kind == "pdf" else _open_video(file, DEMUXERS[suffix], every_ms)
     out = sys.stdout.buffer
     try:
         for header, data in _limited(answers):
-            if COUNT in header or not wanted:
-                send_messages(out, [json.dumps(header).encode(), *([data] if data else [])])
-            if COUNT in header and wanted:
-                break
+            send_messages(out, [json.dumps(header).encode(), *([data] if data else [])])
         end: dict[str, Any] = {"end": True}
     except ImageError as error:
         end = {"reason": error.reason, "what": str(error)}
@@ -166,7 +146,6 @@ def _pages(pdfium: Any, data: bytes) -> Iterator[Answer]:
     if len(document) == 0:
         raise ImageError("empty_file", "it has no pages")
     document.init_forms()  # renders filled forms
-    yield {COUNT: len(document)}, None
     for number in range(len(document)):
         try:
             page = document[number]
@@ -206,7 +185,6 @@ def _frames(av: Any, file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[A
         if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
             raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels")
         stated_ms = (container.duration or 0) // 1000  # FFmpeg counts microseconds
-        yield {COUNT: max(1, -(-stated_ms // every_ms))}, None
         width_by_height = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
         first_s, due_ms, has_any = None, 0, False
         for frame in _decoded(av, container, stream):

@@ -8,9 +8,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.config.sections import ImageFilterConfig
-from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, SourceError, did_you_mean
-from pipeline.images import rendering
 from pipeline.images.near_duplicates import ImageKind
 from pipeline.sources import archive, benchmarks, documents, folder, listing, scenes, tables
 from pipeline.sources.base import SourceSpec
@@ -43,21 +41,11 @@ def find_source(name: str) -> SourceSpec:
     if Path(name).is_dir():
         hint = f"did you mean folder:{name}?"
     elif Path(name).is_file():
-        hint = f"did you mean {_source_of_file(name)}?"
+        hint = f"write the kind of the source before the path, such as archive:{name}"
     else:
         known = f"known sources: {', '.join(spec.name for spec in SOURCES)}"
         hint = did_you_mean(name, [spec.kind for spec in SOURCES]) or known
     raise ConfigError(f"unknown source: {name}", hint=hint)
-
-
-def _source_of_file(path: str) -> str:
-    """Return the source to suggest for a file."""
-    if path.lower().endswith(archive.SUFFIXES):
-        return f"archive:{path}"
-    kinds = {".parquet": "parquet", **dict.fromkeys(listing.SUFFIXES, "list")}
-    kinds |= {suffix: kind for kind, suffixes in rendering.SUFFIXES.items() for suffix in suffixes}
-    kind = kinds.get(Path(path).suffix.lower())
-    return f"{kind}:{path}" if kind else f"folder:{Path(path).parent}"
 
 
 def with_source_defaults(config: Config) -> Config:
@@ -99,17 +87,6 @@ def choose_image_kind(config: Config) -> ImageKind | None:
     return "graphics" if spec.image_kind and holds_decks(config) else spec.image_kind
 
 
-def files_of_source(config: Config) -> dict[str, Any]:
-    """Return the digests of the split list and the caption files, by setting name."""
-    split_list, captions = config.split_list, config.captions
-    digests: dict[str, Any] = {"split_list": None}
-    if split_list and split_list.exists():
-        digests["split_list"] = file_digest(split_list)
-    if captions:
-        digests["captions"] = [file_digest(path) for path in captions if path.exists()]
-    return digests
-
-
 def holds_decks(config: Config) -> bool:
     """Return whether the samples are decks, judged by the settings alone."""
     return asks_about_decks(config.tasks or find_source(config.source).default_tasks(config))
@@ -145,14 +122,12 @@ def filter_image(row: Sample | Rejected, settings: ImageFilterConfig) -> Sample 
     if isinstance(row, Rejected) or not settings.enabled:
         return row
     short_px, long_px = sorted((row.width_px, row.height_px))
-    size = f"{row.width_px} x {row.height_px} px"
+    size, ratio = f"{row.width_px} x {row.height_px} px", settings.max_aspect_ratio
     if short_px < settings.min_side_px:
-        reason, detail = (
-            "image_too_small",
-            f"{size}: the shorter side has less than {settings.min_side_px} px",
-        )
-    elif long_px > settings.max_aspect_ratio * short_px:
-        reason, detail = "extreme_aspect_ratio", f"{size}: the ratio is over {settings.max_aspect_ratio:g}"
+        reason = "image_too_small"
+        detail = f"{size}: the shorter side has less than {settings.min_side_px} px"
+    elif long_px > ratio * short_px:
+        reason, detail = "extreme_aspect_ratio", f"{size}: the ratio is over {ratio:g}"
     elif row.contrast < settings.min_contrast:
         reason, detail = "one_color_image", f"its contrast is {row.contrast:.2f}"
     else:

@@ -8,9 +8,7 @@ Archives are untrusted. Links, devices, encrypted entries, oversized entries and
 archive are rejected. A damaged archive or a decompression bomb raises SourceError.
 """
 
-import bz2
 import gzip
-import lzma
 import posixpath
 import re
 import stat
@@ -23,19 +21,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, BinaryIO, cast
 
 from pipeline.config import Config
 from pipeline.errors import SourceError, did_you_mean, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from pipeline.sources.base import (
-    SourceSpec,
-    as_text,
-    check_samples,
-    first_names,
-    refuse_roles,
-)
+from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.source_files import UNREAD_SUFFIXES, SourceFiles, find_source_files
 from pipeline.sources.splits import describe_held_out, read_split, split_of_path, stored_split
 from pipeline.sources.text_files import decode_text, parse_json
@@ -54,7 +46,7 @@ from pipeline.storage.untrusted import is_hidden
 from pipeline.tables import SPLIT
 from pipeline.types import UNKNOWN, RawSample, Rejected, Source
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 TEXT_SUFFIXES = (".txt", ".json")
 MAX_TEXT_BYTES = 1_000_000  # per text file
 MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # all text files in one archive
@@ -66,25 +58,17 @@ MAX_DIRECTORY_BYTES = 64_000_000
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000
 # Limits for consecutive tar entries with the same key, which are held in memory together.
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000
-QUESTION_ARCHIVES = 16  # number of archives searched for questions before any image is read
 COLUMN_IMAGES = 20  # number of images whose texts are searched for the context columns
 BLOCK_BYTES = 1 << 20
 MAX_NAME_CHARACTERS = 1_000
-MAGIC_BYTES = 6
+UNPACK_HINT = "unpack it, and pass the folder: --source folder:DIR"
 _DRIVE = re.compile(r"[A-Za-z]:")
-# Decoders by magic bytes. Each can read concatenated streams, and never returns more bytes than requested.
-_DECODERS: dict[bytes, Callable[[Any], Any]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
-    b"BZh": lambda file: bz2.BZ2File(file, "rb"),
-    b"\xfd7zXZ": lambda file: lzma.LZMAFile(file, "rb"),  # noqa: SIM115  # closed with the file below it
-}
 # With any other method, zipfile unpacks an entry all at once, whatever size the directory states.
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DAMAGES = (
     tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,
-    lzma.LZMAError,
     EOFError,
     MemoryError,
     struct.error,
@@ -116,35 +100,41 @@ class Entry:
     reason: str = ""
 
     @property
-    def stem(self) -> str:
-        """The name without its suffix."""
-        return posixpath.splitext(self.name)[0]
+    def key(self) -> str:
+        """WebDataset's sample key: the path up to the first dot in the file name."""
+        folder, base = posixpath.split(normalize_path(self.name))
+        return posixpath.join(folder, base.partition(".")[0])
+
+    @property
+    def text(self) -> str | None:
+        """The decoded text, or None if the entry is too large or not UTF-8."""
+        try:
+            return None if self.data is None else decode_text(self.data)
+        except ValueError:
+            return None
 
 
 def read_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
-    """Yield the images, text files and metadata files (without their data) in an archive.
+    """Yield the images and text files in an archive.
 
     Raises SourceError if the archive is damaged or a decompression bomb.
     """
     try:
-        magic = file.read(MAGIC_BYTES)
+        magic = file.read(2)
         file.seek(0)
-        if magic.startswith(b"PK"):
+        if magic == b"PK":
             yield from _read_zip(file, name)
         else:
             packed = _CountedFile(file)
-            decoders = (decoder for start, decoder in _DECODERS.items() if magic.startswith(start))
-            decode = next(decoders, lambda stream: stream)
-            unpacked = _CountedFile(
-                decode(packed), lambda size: _require_no_bomb(name, size, packed.num_bytes)
-            )
-            yield from _read_tar(unpacked, name)
-    except OSError as error:
-        if error.errno is not None:  # disk errors have an errno, decoder errors do not
+            # GzipFile reads concatenated streams, and never returns more bytes than requested.
+            unpacked = gzip.GzipFile(fileobj=cast(Any, packed)) if magic == b"\x1f\x8b" else packed
+            counted = _CountedFile(unpacked, lambda size: _require_no_bomb(name, size, packed.num_bytes))
+            yield from _read_tar(counted, name)
+    except (OSError, *_DAMAGES) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # an error of the disk, not of a decoder
             raise
-        raise _damage_error(name, error) from None
-    except _DAMAGES as error:
-        raise _damage_error(name, error) from None
+        hint = "download it again, or remove it"
+        raise SourceError(f"{name} is damaged: {one_line(error)}", hint=hint) from None
 
 
 class _CountedFile:
@@ -210,11 +200,12 @@ def _read_tar(stream: _CountedFile, name: str) -> Iterator[Entry]:
             _require_few_members(name, number)
             is_file = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
             content = tar.extractfile(member) if is_file else None
-            if _is_wanted(member.name):
+            entry_name = _normalize(member.name)
+            if _is_wanted(entry_name):
                 if content is None or not member.isreg():
-                    yield Entry(_as_text(member.name), None, "not_a_file")
+                    yield Entry(entry_name, None, "not_a_file")
                 else:
-                    yield _read_entry(member.name, member.size, content.read)
+                    yield _read_entry(entry_name, member.size, content.read)
             # Read to the end: tarfile would skip the remaining bytes without noticing a truncated file.
             while content is not None and content.read(BLOCK_BYTES):
                 pass
@@ -231,45 +222,42 @@ def _read_zip(file: BinaryIO, name: str) -> Iterator[Entry]:
         raise _size_error(f"the file list of {name} has more than {MAX_DIRECTORY_BYTES:,} bytes")
     with zipfile.ZipFile(file) as archive:
         _require_few_members(name, len(archive.infolist()))
-        files = [info for info in archive.infolist() if not info.is_dir()]
-        infos = {info.filename: info for info in files if _is_wanted(info.filename)}
-        _require_no_bomb(name, sum(info.file_size for info in infos.values()), size)
-        yield from (_read_zip_entry(archive, info) for info in infos.values())
+        files = {_normalize(info.filename): info for info in archive.infolist() if not info.is_dir()}
+        wanted = {entry_name: info for entry_name, info in files.items() if _is_wanted(entry_name)}
+        _require_no_bomb(name, sum(info.file_size for info in wanted.values()), size)
+        yield from (_read_zip_entry(archive, entry_name, info) for entry_name, info in wanted.items())
 
 
-def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
+def _read_zip_entry(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> Entry:
     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-        return Entry(_as_text(info.filename), None, "not_a_file")
+        return Entry(name, None, "not_a_file")
     if info.flag_bits & 1:
-        return Entry(_as_text(info.filename), None, "encrypted")
-    if info.compress_type not in _ZIP_METHODS:
-        return Entry(_as_text(info.filename), None, "unreadable_entry")
+        return Entry(name, None, "encrypted")
 
     def read(max_bytes: int) -> bytes:
         with archive.open(info) as content:
             return content.read(max_bytes)
 
     try:
-        return _read_entry(info.filename, info.file_size, read)
+        if info.compress_type in _ZIP_METHODS:
+            return _read_entry(name, info.file_size, read)
     except _DAMAGES:
-        return Entry(_as_text(info.filename), None, "unreadable_entry")
+        pass
+    return Entry(name, None, "unreadable_entry")
 
 
 def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
-    text = _as_text(name)
-    if len(text) > MAX_NAME_CHARACTERS:
-        return Entry(text[-MAX_NAME_CHARACTERS:], None, "name_too_long")
-    if text.startswith("/") or ".." in text.split("/") or _DRIVE.match(text):
-        return Entry(text, None, "outside_archive")
-    if _has_suffix(name, UNREAD_SUFFIXES):
-        return Entry(text, None, "unsupported_format")
-    if is_metadata(name):
-        return Entry(text, b"")
+    if len(name) > MAX_NAME_CHARACTERS:
+        return Entry(name[-MAX_NAME_CHARACTERS:], None, "name_too_long")
+    if name.startswith("/") or ".." in name.split("/") or _DRIVE.match(name):
+        return Entry(name, None, "outside_archive")
+    if _suffix(name) in UNREAD_SUFFIXES:
+        return Entry(name, None, "unsupported_format")
     max_bytes = MAX_TEXT_BYTES if is_text(name) else MAX_IMAGE_BYTES
     data = read(max_bytes + 1) if size <= max_bytes else b""
     if size > max_bytes or len(data) > max_bytes:
-        return Entry(text, None, "file_too_large")
-    return Entry(text, data)
+        return Entry(name, None, "file_too_large")
+    return Entry(name, data)
 
 
 def _require_few_members(name: str, number: int) -> None:
@@ -283,38 +271,25 @@ def _require_no_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
 
 
 def _size_error(message: str) -> SourceError:
-    return SourceError(
-        message,
-        hint="it may be a zip bomb; if you trust it, unpack it and pass the folder: --source folder:DIR",
-    )
+    return SourceError(message, hint=f"it may be a zip bomb; if you trust it, {UNPACK_HINT}")
 
 
-def _damage_error(name: str, error: Exception) -> SourceError:
-    return SourceError(f"{name} is damaged: {one_line(error)}", hint="download it again, or remove it")
+def _normalize(name: str) -> str:
+    """Return an entry's name with forward slashes, and with characters escaped that UTF-8 cannot encode."""
+    return name.replace("\\", "/").encode("utf-8", "backslashreplace").decode().removeprefix("./")
 
 
-def _has_suffix(name: str, suffixes: Sequence[str] | frozenset[str]) -> bool:
-    text = _as_text(name)
-    return not is_hidden(text) and posixpath.splitext(text)[1].lower() in suffixes
+def _suffix(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
 
 
 def is_text(name: str) -> bool:
-    """Return whether an entry is a text file, judged by its name."""
-    return _has_suffix(name, TEXT_SUFFIXES)
-
-
-def is_metadata(name: str) -> bool:
-    """Return whether an entry is a metadata file, judged by its name. Metadata in archives is not read."""
-    return posixpath.basename(_as_text(name)) in METADATA_FILES
+    """Return whether an entry holds texts. Metadata tables do too, but belong to no image of an archive."""
+    return _suffix(name) in TEXT_SUFFIXES or posixpath.basename(name) in METADATA_FILES
 
 
 def _is_wanted(name: str) -> bool:
-    return _has_suffix(name, (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES, *TEXT_SUFFIXES)) or is_metadata(name)
-
-
-def _as_text(name: str) -> str:
-    """Return an entry's name with forward slashes, and with characters escaped that UTF-8 cannot encode."""
-    return name.replace("\\", "/").encode("utf-8", "backslashreplace").decode().removeprefix("./")
+    return not is_hidden(name) and (_suffix(name) in IMAGE_SUFFIXES | UNREAD_SUFFIXES or is_text(name))
 
 
 # --- texts of images
@@ -326,30 +301,27 @@ class ArchiveTexts:
 
     texts: dict[str, list[Entry]] = field(default_factory=dict)
     images: Counter[str] = field(default_factory=Counter)
-    tables: list[str] = field(default_factory=list)  # names of metadata files
 
     def add(self, entry: Entry) -> None:
-        """Store a text file or the name of a metadata file, or count an image for its key."""
-        if is_metadata(entry.name):
-            self.tables.append(entry.name)
-        elif is_text(entry.name):
-            self.texts.setdefault(key_of(entry.name), []).append(entry)
+        """Store a text file, or count an image for its key."""
+        if is_text(entry.name):
+            self.texts.setdefault(entry.key, []).append(entry)
         else:
-            self.images[key_of(entry.name)] += 1
+            self.images[entry.key] += 1
 
     def pair(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, list[Entry]]]:
-        """Yield the images among the entries, each with its text files."""
-        for entry in entries:
-            if not is_text(entry.name) and not is_metadata(entry.name):
-                yield entry, self._texts_of(entry)
+        """Yield the images among the entries, each with the text files that have its key.
 
-    def _texts_of(self, image: Entry) -> list[Entry]:
-        """Return the text files with an image's key. If several images have it, the full name must match."""
-        key, names = key_of(image.name), (normalize_path(image.stem), normalize_path(image.name))
-        texts = self.texts.get(key, [])
-        if self.images[key] == 1:
-            return texts
-        return [text for text in texts if normalize_path(text.stem) in names]
+        If several images have the same key, the full name must match.
+        """
+        for image in entries:
+            if is_text(image.name):
+                continue
+            texts = self.texts.get(image.key, [])
+            if self.images[image.key] != 1:
+                names = (normalize_path(posixpath.splitext(image.name)[0]), normalize_path(image.name))
+                texts = [one for one in texts if normalize_path(posixpath.splitext(one.name)[0]) in names]
+            yield image, texts
 
 
 def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry]]]:
@@ -357,31 +329,18 @@ def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry
 
     Groups above a size limit are split.
     """
-    for group in _group_neighbors(entries):
-        index = ArchiveTexts()
-        for entry in group:
-            index.add(entry)
-        yield from index.pair(group)
-
-
-def _group_neighbors(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
-    group: list[Entry] = []
-    num_bytes = 0
-    for entry in entries:
+    group, num_bytes = list[Entry](), 0
+    for entry in chain(entries, [None]):
         is_full = len(group) >= MAX_GROUP_ENTRIES or num_bytes >= MAX_GROUP_BYTES
-        if group and (key_of(entry.name) != key_of(group[0].name) or is_full):
-            yield group
+        if group and (entry is None or entry.key != group[0].key or is_full):
+            index = ArchiveTexts()
+            for one in group:
+                index.add(one)
+            yield from index.pair(group)
             group, num_bytes = [], 0
-        group.append(entry)
-        num_bytes += len(entry.data or b"")
-    if group:
-        yield group
-
-
-def key_of(name: str) -> str:
-    """Return WebDataset's sample key for an entry: the path up to the first dot in the file name."""
-    folder, base = posixpath.split(normalize_path(name))
-    return posixpath.join(folder, base.partition(".")[0])
+        if entry is not None:
+            group.append(entry)
+            num_bytes += len(entry.data or b"")
 
 
 def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
@@ -389,7 +348,7 @@ def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
 
     Lines of NAME.txt are skipped if NAME.json lists them as written by a model.
     """
-    rows = {entry.name: _read_json(entry) for entry in texts if not entry.name.lower().endswith(".txt")}
+    rows = {entry.name: _read_json(entry) for entry in texts if _suffix(entry.name) != ".txt"}
     skipped = "\n".join(text for row in rows.values() for text in model_texts(row))
     by_model = {line.strip() for line in skipped.splitlines()}
     captions: list[str] = []
@@ -399,7 +358,7 @@ def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
             values |= rows[entry.name]
             captions += human_captions(rows[entry.name])
         else:
-            lines = (line.strip()[:MAX_TEXT_CHARACTERS] for line in (_decode(entry) or "").splitlines())
+            lines = (line.strip()[:MAX_TEXT_CHARACTERS] for line in (entry.text or "").splitlines())
             captions += [line for line in lines if line and line not in by_model]
     return list(dict.fromkeys(captions)), values
 
@@ -407,18 +366,10 @@ def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
 def _read_json(entry: Entry) -> dict[str, Any]:
     """Return the object in a JSON file, or {} if the file holds anything else."""
     try:
-        row = parse_json(_decode(entry) or "")
+        row = parse_json(entry.text or "")
     except (ValueError, RecursionError, MemoryError):
         return {}
     return row if isinstance(row, dict) else {}
-
-
-def _decode(entry: Entry) -> str | None:
-    """Return the text of an entry, or None if it is too large or not UTF-8."""
-    try:
-        return None if entry.data is None else decode_text(entry.data)
-    except ValueError:
-        return None
 
 
 def _describe_texts(archive: str, index: ArchiveTexts) -> Iterator[str]:
@@ -427,85 +378,40 @@ def _describe_texts(archive: str, index: ArchiveTexts) -> Iterator[str]:
     if num_captions := sum(len(captions) for captions, _ in parsed):
         yield f"human captions in {archive}: {num_captions:,} for {sum(index.images.values()):,} images"
     yield from describe_model_texts(sum(len(model_texts(values)) for _, values in parsed), f" in {archive}")
-    if index.tables:
-        hint = "unpack the archive, and pass the folder: --source folder:DIR"
-        yield f"metadata files in {archive} were not read: {first_names(index.tables)} ({hint})"
-    unread = [text.name for texts in index.texts.values() for text in texts if _decode(text) is None]
-    if unread:
-        yield f"texts in {archive} that are too large or not UTF-8: {len(unread):,} ({first_names(unread)})"
-    unused = [text.name for key, texts in index.texts.items() if not index.images[key] for text in texts]
-    if unused:
-        yield f"{len(unused):,} texts in {archive} belong to no image ({first_names(sorted(unused))})"
+    texts = [(text, bool(index.images[key])) for key, texts in index.texts.items() for text in texts]
+    if unused := sorted(text.name for text, has_image in texts if text.text is None or not has_image):
+        problem = "belong to no image, are too large or are not UTF-8"
+        yield f"{len(unused):,} texts in {archive} {problem} ({first_names(unused)})"
 
 
 # --- the source
 
 
-class Archives:
-    """Reads the archives of a source, and keeps the texts of the last local archive in memory."""
-
-    def __init__(self, files: SourceFiles) -> None:
-        self.files = files
-        self.text_index = lru_cache(1)(self._read_text_index)
-
-    def read_images(self, name: str) -> Generator[tuple[Entry, list[Entry]]]:
-        """Yield the images in an archive, each with its text files."""
-        with self.files.translate_errors():
-            index = self.text_index(name) if self.files.is_local else None
-            with self.files.open(name) as file:
-                if index is None:
-                    yield from pair_neighbors(read_entries(file, name))
-                else:
-                    yield from index.pair(read_entries(file, name))
-
-    def _read_text_index(self, name: str) -> ArchiveTexts:
-        index, num_bytes = ArchiveTexts(), 0
-        with self.files.open(name) as file:
-            for entry in read_entries(file, name):
-                num_bytes += len(entry.data or b"") if is_text(entry.name) else 0
-                if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
-                    problem = f"{name} has more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts"
-                    raise SourceError(problem, hint="unpack it, and pass the folder: --source folder:DIR")
-                index.add(entry)
-        return index
-
-    def have_questions(self, names: Sequence[str]) -> bool:
-        """Return whether the first archives have questions. For remote archives, only one image is read."""
-        if self.files.is_local:
-            with self.files.translate_errors():
-                indexes = (self.text_index(name) for name in names[:QUESTION_ARCHIVES])
-                groups = (texts for index in indexes for texts in index.texts.values())
-                return any(human_questions(_parse_texts(texts)[1]) for texts in groups)
-        with closing(self.read_images(names[0])) as images:
-            return any(human_questions(_parse_texts(texts)[1]) for _, texts in islice(images, 1))
-
-    def require_columns(self, names: Sequence[str], columns: Sequence[str]) -> None:
-        """Check that the first images' texts have these columns. Raises SourceError if one is missing."""
-        known = {*PATH_COLUMNS}
-        for name in names:
-            if known.issuperset(columns):
-                return
-            with closing(self.read_images(name)) as images:
-                for _, texts in islice(images, COLUMN_IMAGES):
-                    known |= {*_parse_texts(texts)[1]}
-            if len(known) > len(PATH_COLUMNS):
-                break
-        if unknown := [column for column in columns if column not in known]:
-            hint = did_you_mean(unknown[0], known, f"the first images have {', '.join(sorted(known))}")
-            raise SourceError(f"no column is named {unknown[0]}", hint=hint)
+def _index_texts(files: SourceFiles, name: str) -> ArchiveTexts:
+    """Return the text files of an archive. Raises SourceError if they are too large together."""
+    index, num_bytes = ArchiveTexts(), 0
+    with files.open(name) as file:
+        for entry in read_entries(file, name):
+            num_bytes += len(entry.data or b"") if is_text(entry.name) else 0
+            if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
+                problem = f"{name} has more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts"
+                raise SourceError(problem, hint=UNPACK_HINT)
+            index.add(entry)
+    return index
 
 
-def open_archives(
-    files: SourceFiles,
-    license: str = UNKNOWN,
-    columns: Sequence[str] = (),
-    split: str | None = None,
-) -> Source:
-    """Open the images in archives. `columns` (JSON values) become the context.
+def _open(config: Config, path: str) -> Source:
+    """Open the images in archives. Values of JSON files next to the images become the context.
 
-    Raises SourceError if no archive belongs to `split`, or if the first images lack one of the columns.
+    Raises SourceError if no archive belongs to the split, or if the first images lack one of the columns.
     Reading the source raises SourceError if an archive is damaged or no archive has an image.
     """
+    refuse_roles(config, "an archive", "to use values of NAME.json in prompts: --columns context=A,B")
+    files = find_source_files(path, SUFFIXES, follow_links=config.follow_links)
+    if not files.names:
+        hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
+        raise SourceError(f"no archive at {path}", hint=hint)
+    license, columns, split = config.license or UNKNOWN, config.context, config.source_split
     names_by_split: dict[str | None, list[str]] = {}
     for name in files.names:
         names_by_split.setdefault(_split_of(name), []).append(name)
@@ -513,30 +419,39 @@ def open_archives(
     if not names:
         hint = f"name the archives of this split like {split}-0.tar"
         raise SourceError(f"no archive is named after the split {split}", hint=hint)
-    archives = Archives(files)
-    archives.require_columns(names, columns)
-    has_questions = archives.have_questions(names)
+    text_index = lru_cache(1)(lambda name: _index_texts(files, name))
+
+    def read_images() -> Generator[tuple[str, Entry, list[Entry]]]:
+        for name in names:
+            with files.translate_errors():
+                index = text_index(name) if files.is_local else None
+                with files.open(name) as file:
+                    entries = read_entries(file, name)
+                    for image, texts in index.pair(entries) if index else pair_neighbors(entries):
+                        yield name, image, texts
 
     def read() -> Iterator[RawSample | Rejected]:
         is_empty = True
-        for name in names:
-            for image, texts in archives.read_images(name):
-                is_empty = False
-                row = _row(name, image, texts, license, columns, has_questions=has_questions)
-                if isinstance(row, Rejected):
-                    yield row
-                elif split in (None, row.fields["split"]):
-                    row_split = stored_split(row.fields["split"], split)
-                    yield replace(row, fields=row.fields | {"split": row_split})
+        for name, image, texts in read_images():
+            is_empty = False
+            row = _row(name, image, texts, license, columns)
+            if isinstance(row, Rejected):
+                yield row
+            elif split in (None, row.fields["split"]):
+                row_split = stored_split(row.fields["split"], split)
+                yield replace(row, fields=row.fields | {"split": row_split})
         if is_empty:
             hint = "PNG, JPEG, WebP and other images are read, also in subfolders"
             raise SourceError(f"no images in {', '.join(names)[:200]}", hint=hint)
 
+    if not {*PATH_COLUMNS}.issuperset(columns):
+        with closing(read_images()) as images:
+            _require_columns(images, columns)
     messages = [*files.messages]
     if files.is_local:
         with files.translate_errors():
             first = names[0] if len(names) == 1 else f"the first of {len(names):,} archives, {names[0]}"
-            messages += _describe_texts(first, archives.text_index(names[0]))
+            messages += _describe_texts(first, text_index(names[0]))
     messages += [] if split else describe_held_out(names_by_split)
     return Source(
         name="archive",
@@ -546,14 +461,18 @@ def open_archives(
     )
 
 
+def _require_columns(images: Iterator[tuple[str, Entry, list[Entry]]], columns: Sequence[str]) -> None:
+    """Check that the texts of the first images have these columns. Raises SourceError if one is missing."""
+    known = {*PATH_COLUMNS}
+    for _, _, texts in islice(images, COLUMN_IMAGES):
+        known |= {*_parse_texts(texts)[1]}
+    if unknown := [column for column in columns if column not in known]:
+        hint = did_you_mean(unknown[0], known, f"the first images have {', '.join(sorted(known))}")
+        raise SourceError(f"no column is named {unknown[0]}", hint=hint)
+
+
 def _row(
-    archive: str,
-    image: Entry,
-    texts: Sequence[Entry],
-    license: str,
-    columns: Sequence[str],
-    *,
-    has_questions: bool,
+    archive: str, image: Entry, texts: Sequence[Entry], license: str, columns: Sequence[str]
 ) -> RawSample | Rejected:
     name = f"{archive}/{image.name}"
     if image.data is None:
@@ -568,23 +487,15 @@ def _row(
         context = tuple((column, as_text(values.get(column))) for column in columns)
     except SourceError as error:
         return Rejected(source_row=name, reason="unusable_column", detail=str(error))
-    image_texts = ImageTexts(captions, list(human_questions(values)), split)
-    fields = image_texts.sample_fields(has_questions=has_questions) | {"context": context}
-    return RawSample(source_row=name, images=(image.data,), license=license, fields=fields)
+    fields = ImageTexts(captions, list(human_questions(values)), split).sample_fields()
+    return RawSample(
+        source_row=name, images=(image.data,), license=license, fields=fields | {"context": context}
+    )
 
 
 def _split_of(archive: str) -> str | None:
     suffix = next(suffix for suffix in SUFFIXES if archive.lower().endswith(suffix))
     return split_of_path(archive[: -len(suffix)])
-
-
-def _open(config: Config, path: str) -> Source:
-    refuse_roles(config, "an archive", "to use values of NAME.json in prompts: --columns context=A,B")
-    files = find_source_files(path, SUFFIXES, follow_links=config.follow_links)
-    if not files.names:
-        hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
-        raise SourceError(f"no archive at {path}", hint=hint)
-    return open_archives(files, config.license or UNKNOWN, config.context, config.source_split)
 
 
 SPEC = SourceSpec(

@@ -16,27 +16,16 @@ from pipeline.types import RawSample, Rejected, Sample, Source
 DECK_TASKS = ("deck_qa",)
 LICENSE_FROM_OPTION = "unknown, unless --license states it; unknown images are pushed to a private repository"
 NAMED_ROWS = 3  # number of names that a message lists
-# Options that only some sources support. Values: the error message for other sources, and its hint.
+# Settings that only some sources support, with their options.
 OPTIONS = {
-    "source_split": ("has no splits, but --split {value} was given", "leave out --split"),
-    "columns": ("has fixed columns, but --columns was given", "leave out --columns, or use hub:ORG/NAME"),
-    "allow_urls": ("contains its images, but --allow-urls was given", "leave out --allow-urls"),
-    "allow_partial": ("is read as a whole, but --allow-partial was given", "leave out --allow-partial"),
-    "follow_links": ("has no folder, but --follow-links was given", "leave out --follow-links"),
-    "license": (
-        "states the license of its images, but --license was given",
-        "use --license only with your own images: folder:, archive:, list:, parquet:, pdf: and video:",
-    ),
-    "frame_seconds": ("has no frames, but --every was given", "use --every only with --source video:PATH"),
-    "captions": (
-        "has its own captions, but --captions was given",
-        "use --captions only with --source folder:",
-    ),
-    "split.group_by": (
-        "has no folders of images, but --group-by was given",
-        "use --group-by only with folder:, pdf:, pdf-pages: and video:",
-    ),
-    "split_list": ("has its own splits, but --split-list was given", "use --split-list only with flickr30k"),
+    "source_split": "--split",
+    "columns": "--columns",
+    "allow_urls": "--allow-urls",
+    "follow_links": "--follow-links",
+    "license": "--license",
+    "frame_seconds": "--every",
+    "captions": "--captions",
+    "split.group_by": "--group-by",
 }
 
 
@@ -77,9 +66,11 @@ class SourceSpec:
 
     def check_options(self, config: Config) -> None:
         """Check the options that are set. Raises ConfigError if this source does not support one of them."""
-        for name, (message, hint) in OPTIONS.items():
-            if (value := attrgetter(name)(config)) and name not in self.options:
-                raise ConfigError(f"source {self.kind} {message.format(value=value)}", hint=hint)
+        for name, option in OPTIONS.items():
+            if attrgetter(name)(config) and name not in self.options:
+                supported = ", ".join(option for name, option in OPTIONS.items() if name in self.options)
+                hint = f"leave it out; {self.kind} supports {supported or 'no option of this kind'}"
+                raise ConfigError(f"source {self.kind} does not support {option}", hint=hint)
 
 
 def check_samples(rows: Iterator[RawSample | Rejected]) -> Iterator[Sample | Rejected]:

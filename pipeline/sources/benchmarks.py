@@ -2,7 +2,7 @@
 
 - Flickr30k: 31,014 photos with five captions each, with the splits of Karpathy and Fei-Fei (2015). The
   original Hub repository is a loading script. Its Parquet conversion has all rows under `test`, and the true
-  split in a column. A copy without that column needs a split list. The test split has 1,000 images.
+  split in a column. The test split has 1,000 images.
 - VQAv2: COCO photos with questions and ten answers per question. One sample is one photo with all its
   questions. The questions and answers are CC-BY-4.0, and the photos are under Flickr's terms.
 - SlideVQA: decks of up to 20 slides with questions, evidence pages and arithmetic. One sample is one deck.
@@ -11,14 +11,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import SourceError
 from pipeline.sources.base import DECK_TASKS, SourceSpec, check_samples
 from pipeline.sources.parquet import Tables
-from pipeline.sources.splits import SPLIT_OF_WORD, stored_split
+from pipeline.sources.splits import stored_split
 from pipeline.sources.tables import (
     PARTIAL_MESSAGE,
     build_sample,
@@ -28,7 +27,6 @@ from pipeline.sources.tables import (
     open_mapped,
     read_mapping,
 )
-from pipeline.sources.text_files import parse_json, read_text, translate_file_errors
 from pipeline.text.vqa_answers import normalize_answer
 from pipeline.types import FLICKR_TERMS, NTT_EVALUATION, RawSample, ReferenceQA, Rejected, Source
 
@@ -48,30 +46,15 @@ _SLIDEVQA_COLUMNS = (
 # --- Flickr30k
 
 
-def read_split_list(path: Path) -> dict[str, str]:
-    """Return the split of each file name in Karpathy's JSON. Raises SourceError if the file is unusable."""
-    hint = 'it must look like {"images": [{"filename": ..., "split": ...}]}'
-    with translate_file_errors(path, hint):
-        images = parse_json(read_text(path))["images"]
-        return {image["filename"]: SPLIT_OF_WORD[image["split"]] for image in images}
-
-
 def _open_flickr30k(config: Config, repo: str) -> Source:
-    """Open the photos with their captions and true splits.
-
-    Raises SourceError if neither the tables nor a split list states the splits.
-    """
-    tables = open_hub(repo or FLICKR30K_REPO, allow_partial=config.allow_partial)
-    tables = replace(tables, license=FLICKR_TERMS)
-    split, split_list = config.source_split, config.split_list
-    columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
+    """Open the photos with their captions and true splits. Raises SourceError if no table has splits."""
+    tables = replace(open_hub(repo or FLICKR30K_REPO), license=FLICKR_TERMS)
+    columns = read_mapping(tables.schema, {})
     has_splits = "split" in columns or len(tables.files) >= NUM_KARPATHY_SPLITS
-    if not has_splits and not (split == "test" and split in tables.files):
+    if not has_splits and (config.source_split != "test" or "test" not in tables.files):
         problem = f"{tables.name} has no split column: all rows are in {', '.join(map(str, tables.files))}"
-        hint = f"use {FLICKR30K_REPO}, or pass Karpathy's dataset_flickr30k.json: --split-list FILE"
-        raise SourceError(problem, hint=hint)
-    names = read_split_list(split_list) if split_list else SPLIT_OF_WORD
-    return open_mapped(tables, columns, config, config.source.partition("@")[0], names)
+        raise SourceError(problem, hint=f"use {FLICKR30K_REPO}, or read the rows as hub:{tables.name}")
+    return open_mapped(tables, columns, config, config.source.partition("@")[0])
 
 
 FLICKR30K = SourceSpec(
@@ -81,7 +64,7 @@ FLICKR30K = SourceSpec(
     needs="the Hub, a vision-language model",
     example="synth generate --source flickr30k",
     open=_open_flickr30k,
-    options=frozenset({"allow_partial", "source_split", "split_list"}),
+    options=frozenset({"source_split"}),
     scored_split="test",
 )
 
@@ -152,7 +135,7 @@ def _vqav2_question(row: dict[str, Any]) -> ReferenceQA:
 
 
 def _open_vqav2(config: Config, repo: str) -> Source:
-    tables = open_hub(repo or VQAV2_REPO, allow_partial=config.allow_partial)
+    tables = open_hub(repo or VQAV2_REPO)
     tables.require("image", *_VQAV2_COLUMNS)
     columns, license = _VQAV2_COLUMNS, FLICKR_TERMS
     return open_questions(config, tables, "image_id", ["image"], columns, _vqav2_question, license)
@@ -165,7 +148,7 @@ VQAV2 = SourceSpec(
     needs="the Hub, a vision-language model",
     example="synth generate --source vqav2 --split validation --limit 1000",
     open=_open_vqav2,
-    options=frozenset({"allow_partial", "source_split"}),
+    options=frozenset({"source_split"}),
     scored_split="validation",
 )
 
@@ -185,7 +168,7 @@ def _optional(value: Any) -> str | None:
 
 
 def _open_slidevqa(config: Config, repo: str) -> Source:
-    tables = open_hub(repo or SLIDEVQA_REPO, allow_partial=config.allow_partial)
+    tables = open_hub(repo or SLIDEVQA_REPO)
     pages = named_columns(tables.require("page_1", *_SLIDEVQA_COLUMNS), "pages", "page_*")
     columns, license = _SLIDEVQA_COLUMNS, NTT_EVALUATION
     read = _slidevqa_question
@@ -200,6 +183,6 @@ SLIDEVQA = SourceSpec(
     example="synth generate --source slidevqa --split validation --limit 50",
     open=_open_slidevqa,
     tasks=DECK_TASKS,
-    options=frozenset({"allow_partial", "source_split"}),
+    options=frozenset({"source_split"}),
     scored_split="test",
 )

@@ -5,25 +5,23 @@ each page. Video frames are `frame_seconds` apart. By default, all images from a
 because neighboring frames are similar. Worker processes render the files (images/rendering.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain, islice
-from math import ceil
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
-from pipeline.images.rendering import PACKAGES, SUFFIXES, Kind, Rendered, count_images, render
+from pipeline.images.rendering import PACKAGES, SUFFIXES, Kind, Rendered, render
 from pipeline.install import install_command
 from pipeline.sources.base import DECK_TASKS, SourceSpec, check_samples
 from pipeline.sources.source_files import (
     REFUSALS,
     UNREADABLE_FOLDER,
     FolderContent,
-    count_by_suffix,
     describe_unread,
     digest_or_fault,
     list_files,
@@ -78,66 +76,41 @@ def _open(kind: Kind, make_rows: RowMaker, config: Config, path: str, *, decks: 
     every_s = config.frame_seconds or FRAME_SECONDS
     bound = None if config.follow_links or not given.is_dir() else root
     license = config.license or UNKNOWN
-    read = partial(_read, kind, root=root, bound=bound, make_rows=make_rows, license=license, every_s=every_s)
     unreadable = [row for row in content.rejected if row.reason == UNREADABLE_FOLDER]
 
-    def read_from(start: int) -> Iterator[Sample | Rejected]:
-        rows = chain(unreadable, chain.from_iterable(map(read, files)))
-        return check_samples(islice(rows, start, None))
+    def read_file(file: Path) -> Iterator[RawSample | Rejected]:
+        """Yield the rows from a file. If rendering fails midway, the last item is a rejection."""
+        name, max_bytes = row_name(file, root), MAX_PDF_BYTES if kind == "pdf" else None
+        try:
+            with open_regular(file, bound, max_bytes) as opened:
+                for suffix, images, fault in make_rows(render(kind, opened, file.suffix.lower(), every_s)):
+                    if fault:
+                        yield Rejected(source_row=name + suffix, reason="unreadable_image", detail=fault)
+                    else:
+                        yield RawSample(source_row=name + suffix, images=images, license=license, fields={})
+        except ImageError as error:
+            yield Rejected(source_row=name, reason=error.reason, detail=str(error))
+        except UnsafeFileError as error:
+            is_large = error.reason == TOO_LARGE
+            detail = f"more than {MAX_PDF_BYTES:,} bytes" if is_large else REFUSALS[error.reason]
+            yield Rejected(source_row=name, reason=error.reason, detail=detail)
+        except OSError as error:
+            yield Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
+
+    def read(start: int) -> Iterator[Sample | Rejected]:
+        return check_samples(
+            islice(chain(unreadable, chain.from_iterable(map(read_file, files))), start, None)
+        )
 
     renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]
     contents = [[row_name(file, root), digest_or_fault(file, bound, max_bytes=None)] for file in files]
-    messages = describe_unread(content) + ([f"not read: {count_by_suffix(others)}"] if others else [])
     return Source(
         name=kind,
         revision=digest([*contents, *renderer]),
-        read=read_from,
-        count=partial(_count_rows, kind, files, bound, every_s, MAX_PAGES if decks else 1),
-        messages=tuple(messages),
+        read=read,
+        messages=tuple(describe_unread(content, others)),
         decks=decks,
     )
-
-
-def _count_rows(
-    kind: Kind, files: Sequence[Path], bound: Path | None, every_s: float, images_per_row: int
-) -> int:
-    """Return the approximate number of rows in files. A file that cannot be opened counts as one row."""
-    count = 0
-    for path in files:
-        try:
-            with open_regular(path, bound) as file:
-                count += ceil(count_images(kind, file, path.suffix.lower(), every_s) / images_per_row)
-        except (OSError, ImageError, UnsafeFileError):
-            count += 1
-    return count
-
-
-def _read(
-    kind: Kind,
-    path: Path,
-    *,
-    root: Path,
-    bound: Path | None,
-    make_rows: RowMaker,
-    license: str,
-    every_s: float,
-) -> Iterator[RawSample | Rejected]:
-    """Yield the rows from a file. If rendering fails midway, the last item is a rejection."""
-    name = row_name(path, root)
-    try:
-        with open_regular(path, bound, MAX_PDF_BYTES if kind == "pdf" else None) as file:
-            for suffix, images, fault in make_rows(render(kind, file, path.suffix.lower(), every_s)):
-                if fault:
-                    yield Rejected(source_row=name + suffix, reason="unreadable_image", detail=fault)
-                else:
-                    yield RawSample(source_row=name + suffix, images=images, license=license, fields={})
-    except ImageError as error:
-        yield Rejected(source_row=name, reason=error.reason, detail=str(error))
-    except UnsafeFileError as error:
-        detail = f"more than {MAX_PDF_BYTES:,} bytes" if error.reason == TOO_LARGE else REFUSALS[error.reason]
-        yield Rejected(source_row=name, reason=error.reason, detail=detail)
-    except OSError as error:
-        yield Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
 
 
 _OPTIONS = frozenset({"split.group_by", "license", "follow_links"})

@@ -168,7 +168,7 @@ def open_exclusions(config: Config) -> list[Exclusion]:
     exclusions = []
     for option in config.exclude:
         name, split = parse_exclusion(option)
-        shared = find_source(name).options & {"allow_urls", "allow_partial", "frame_seconds"}
+        shared = find_source(name).options & {"allow_urls", "frame_seconds"}
         settings: dict[str, Any] = {setting: getattr(config, setting) for setting in shared}
         settings["image_filter"] = {"enabled": False}
         source = open_source(resolve(source=name, source_split=split, **settings))

@@ -18,9 +18,9 @@ from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError, did_you_mean
 from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
 from pipeline.sources.source_files import digest_or_fault, read_image
-from pipeline.sources.splits import read_split, stored_split
+from pipeline.sources.splits import stored_split
 from pipeline.sources.text_files import parse_rows, read_text, translate_file_errors
-from pipeline.sources.texts import FILE_NAMES, ImageTexts, human_captions, human_questions
+from pipeline.sources.texts import FILE_NAMES, ImageTexts
 from pipeline.tables import CAPTION_COLUMNS, CAPTIONS, SPLIT, WRITTEN_BY
 from pipeline.types import UNKNOWN, Context, RawSample, Rejected, Source
 
@@ -81,30 +81,23 @@ def _read_rows(text: str, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _parse_row(number: int, row: dict[str, Any], columns: Sequence[str], file: Path) -> ListedImage:
     values = {name.lower(): value for name, value in row.items()}
     address = next((str(values[name]).strip() for name in IMAGE_COLUMNS if values.get(name)), "")
-    spellings = _spellings(address) if not _URL.match(address) else ()
-    path = next((spelling for spelling in spellings if _is_file(file.parent, spelling)), None)
+    # Windows and macOS write other forms of a path.
+    forward = address.replace("\\", "/")
+    spellings = (address, *(unicodedata.normalize(form, forward) for form in ("NFC", "NFD")))
+    is_url = _URL.match(address)
+    path = next((one for one in spellings if not is_url and _is_file(file.parent, one)), None)
     # The name is published. A URL may hold a key, and a path to another folder may hold a user's name.
     is_inside = path is not None and not Path(path).is_absolute() and ".." not in Path(path).parts
     address = path or address
     name = (address if is_inside else f"{file.name}:{number}").encode("utf-8", "backslashreplace").decode()
-    try:
-        split, fault = read_split(values.get(SPLIT)), ""
-    except ValueError as error:
-        split, fault = None, str(error)
     where = f"{file}, row {number}: the column"
     context = tuple((column, as_text(row.get(column), f"{where} {column}")) for column in columns)
     # In an export of synth, `title` is a caption.
-    captions = human_captions(values, CAPTIONS if WRITTEN_BY in values else CAPTION_COLUMNS)
-    texts = ImageTexts(captions, list(human_questions(values)), split)
-    return ListedImage(name, address, texts, context, fault)
-
-
-def _spellings(path: str) -> Iterator[str]:
-    """Yield a path as written, then with forward slashes (Windows) and in both Unicode forms (macOS)."""
-    yield path
-    for spelling in dict.fromkeys((path, path.replace("\\", "/"))):
-        for form in ("NFC", "NFD"):
-            yield unicodedata.normalize(form, spelling)
+    caption_columns = CAPTIONS if WRITTEN_BY in values else CAPTION_COLUMNS
+    try:
+        return ListedImage(name, address, ImageTexts.of_row(values, caption_columns), context)
+    except ValueError as error:
+        return ListedImage(name, address, ImageTexts(), context, fault=str(error))
 
 
 def _is_file(root: Path, path: str) -> bool:
@@ -114,38 +107,33 @@ def _is_file(root: Path, path: str) -> bool:
         return False
 
 
-def open_list(
-    file: Path,
-    license: str = UNKNOWN,
-    columns: Sequence[str] = (),
-    split: str | None = None,
-    *,
-    allow_urls: bool = False,
-    follow_links: bool = False,
-) -> Source:
+def _open(config: Config, path: str) -> Source:
     """Open the images that a list names.
 
-    `columns` of the list become the context. Files outside the list's folder are
-    rejected unless `follow_links` is set. Raises SourceError as `read_list` does, or if `split` has no line.
+    Files outside the list's folder are rejected unless `follow_links` is set. Raises SourceError as
+    `read_list` does, or if the requested split has no line.
     """
-    all_images, root = read_list(file, columns), file.parent
+    refuse_roles(config, "a list", "to use columns in prompts: --columns context=A,B")
+    if _URL.match(path):
+        address = path.partition("?")[0]
+        raise ConfigError(f"a list must be a local file, not {address}", hint="download it first")
+    file, split, license = Path(path).expanduser(), config.source_split, config.license or UNKNOWN
+    all_images, root = read_list(file, config.context), file.parent
     images = [image for image in all_images if split in (None, image.texts.split)]
     if not images:
-        raise SourceError(
-            f"{file} has no line with the split {split}", hint=f"set the split in the column {SPLIT}"
-        )
-    bound = None if follow_links else root
-    has_questions = any(image.texts.questions for image in all_images)
+        hint = f"set the split in the column {SPLIT}"
+        raise SourceError(f"{file} has no line with the split {split}", hint=hint)
+    bound = None if config.follow_links else root
 
     def read(image: ListedImage) -> RawSample | Rejected:
         if image.fault:
             return Rejected(source_row=image.name, reason="unknown_split", detail=image.fault)
         try:
-            data = _read_image(image, root, bound, allow_urls=allow_urls)
+            data = _read_image(image, root, bound, allow_urls=config.allow_urls)
         except ImageError as error:
             return Rejected(source_row=image.name, reason=error.reason, detail=str(error))
-        fields = image.texts.sample_fields(has_questions=has_questions)
-        fields |= {"context": image.context, "split": stored_split(image.texts.split, split)}
+        texts_split = stored_split(image.texts.split, split)
+        fields = image.texts.sample_fields() | {"context": image.context, "split": texts_split}
         return RawSample(source_row=image.name, images=(data,), license=license, fields=fields)
 
     def read_all(images: Sequence[ListedImage]) -> Iterator[RawSample | Rejected]:
@@ -195,16 +183,6 @@ def _describe(images: Sequence[ListedImage]) -> Iterator[str]:
     for content, count in counts.items():
         if count:
             yield f"{content}: {count:,} of {len(images):,} lines"
-
-
-def _open(config: Config, path: str) -> Source:
-    refuse_roles(config, "a list", "to use columns in prompts: --columns context=A,B")
-    if _URL.match(path):
-        address = path.partition("?")[0]
-        raise ConfigError(f"a list must be a local file, not {address}", hint="download it first")
-    options = {"allow_urls": config.allow_urls, "follow_links": config.follow_links}
-    file, license = Path(path).expanduser(), config.license or UNKNOWN
-    return open_list(file, license, config.context, config.source_split, **options)
 
 
 SPEC = SourceSpec(

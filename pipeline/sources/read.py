@@ -2,15 +2,15 @@
 
 A download may take hours, so SourceReader writes rows in parts, and the next run resumes after the last part.
 `read.json` records what was read. If the source and the files have not changed, the next run uses the files.
-If rows failed for temporary reasons, such as a host that did not answer, the next run reads all rows again.
-Later runs do so only while the number of failures falls.
+If rows failed for temporary reasons, such as a host that did not answer, the next run reads all rows again,
+as long as the number of failures falls.
 """
 
 import secrets
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, 
 from pipeline.dataset.images import FILE_BYTES, ImageStore
 from pipeline.dataset.records import count_rows, is_done, read_record, write_record
 from pipeline.digests import digest, file_digest
-from pipeline.errors import SourceError, SynthError
+from pipeline.errors import ImageError, SourceError, SynthError
 from pipeline.images.decode import has_heif
 from pipeline.images.near_duplicates import (
     COMPARED_COLUMNS,
@@ -34,19 +34,23 @@ from pipeline.images.near_duplicates import (
     compare_samples,
 )
 from pipeline.progress import Progress
-from pipeline.sources import choose_image_kind, files_of_source, find_source
+from pipeline.sources import choose_image_kind, find_source
 from pipeline.sources.base import NAMED_ROWS, first_names
 from pipeline.sources.duplicates import (
     IS_COPY,
     POSITION,
     READ_SAMPLE,
     REPEATED,
-    ReadBatch,
-    RejectedRow,
-    SampleDeduplicator,
+    DuplicateImages,
     without_copies,
 )
-from pipeline.sources.exclusions import Exclusion, ExclusionIndex, open_exclusions, write_exclusions
+from pipeline.sources.exclusions import (
+    Exclusion,
+    ExclusionIndex,
+    hash_images,
+    open_exclusions,
+    write_exclusions,
+)
 from pipeline.storage.files import (
     open_parquet,
     open_table,
@@ -56,12 +60,19 @@ from pipeline.storage.files import (
     write_json,
     write_table,
 )
-from pipeline.tables import IMAGE_GROUPS, LISTED_SAMPLE, NEAR_DUPLICATE, SOURCE_REJECTED
+from pipeline.tables import (
+    IMAGE_GROUPS,
+    LISTED_SAMPLE,
+    NEAR_DUPLICATE,
+    NUM_PAGES,
+    SAMPLE_IMAGES,
+    SOURCE_REJECTED,
+)
 from pipeline.types import Rejected, Sample, Source
 
 READING_FILE, PARTS_FOLDER = "read.json", "parts"  # in the folder of the step
 PART_SECONDS = 30.0  # a stopped run on a slow source loses at most this much reading time
-BATCH_ROWS = 16_384  # rows, without images, to read from a part at once
+PART_ROWS = 16_384
 # Rows rejected for these reasons may be readable in another run or on another machine.
 PASSING_REASONS = frozenset(
     ("url_unreachable", "host_given_up", "too_slow", "too_much_memory", "decoder_died")
@@ -75,7 +86,6 @@ READ_SETTINGS = (
     "license",
     "columns",
     "allow_urls",
-    "allow_partial",
     "follow_links",
     "frame_seconds",
     "image_filter",
@@ -102,28 +112,6 @@ ADVICE = {  # rejection reason -> what the user can change
 _REJECTED_FOR_ANOTHER_IMAGE = ("near_duplicate_image", "near_held_out_image", "banned_image")
 
 
-def describe_source(
-    source: Source,
-    excluded: list[dict[str, Any]],
-    kind: ImageKind | None,
-    captions: Sequence[Path] = (),
-    *,
-    preview: bool = False,
-) -> dict[str, Any]:
-    """Return the provenance of a source. Set `preview` if only some of its images were read."""
-    return {
-        "name": source.name,
-        "revision": source.revision,
-        "decks": source.decks,
-        **({"partial": True} if source.is_partial else {}),
-        **({"preview": True} if preview else {}),
-        "never": excluded,
-        "compared_as": kind,
-        "near_bits": MAX_NEAR_BITS.get(kind or ""),
-        **({"captions": [file_digest(path) for path in captions]} if captions else {}),
-    }
-
-
 def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion]) -> str:
     """Return a digest of everything that determines the samples, or a random key if a revision is missing."""
     revisions = [source.revision, *(exclusion.source.revision for exclusion in exclusions)]
@@ -134,8 +122,8 @@ def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion])
     if find_source(config.source).is_endless:
         limit = config.limit if config.images is None else "images"
     compared = [config.keeps_human_texts, choose_image_kind(config), list(config.exclude)]
-    files = files_of_source(config)
-    facts = [source.name, source.license, revisions, settings, files, limit, compared, has_heif()]
+    captions = [file_digest(path) for path in config.captions if path.exists()]
+    facts = [source.name, source.license, revisions, settings, captions, limit, compared, has_heif()]
     return digest([READING, *facts])
 
 
@@ -158,10 +146,11 @@ class SourceReader:
         self._exclusions = open_exclusions(config)
         self._key = reading_key(config, source, self._exclusions)
         self._path = dataset.step_file("read").with_name(READING_FILE)
-        self._deduplicator: SampleDeduplicator | None = None
+        self._parts: SourceParts | None = None
         self._part_rows: Iterator[dict[str, Any]] = iter(())
         self._opened: Iterator[Sample | Rejected] = iter(())
         self._new_rows = self._opened  # rows that are not in the parts
+        self._num_rows = 0  # source rows up to the last kept sample
 
     def read(self, limit: int | None) -> bool:
         """Write up to `limit` samples, and return whether the source has more.
@@ -175,21 +164,33 @@ class SourceReader:
         else:
             result = self._read_rows(limit)
         self._require_samples()
-        kind, preview = choose_image_kind(self.config), result["has_more"] and self.config.images is None
-        described = describe_source(self.source, self._excluded, kind, self.config.captions, preview=preview)
+        described = self._describe(is_preview=result["has_more"] and self.config.images is None)
         is_recorded = is_done(self.dataset, "read", self._key)
         if not is_recorded or read_record(self.dataset, "read").get("source") != described:
             kept, rejected = count_rows(self.dataset, "read")
             write_record(self.dataset, "read", self._key, kept=kept, rejected=rejected, source=described)
         return bool(result["has_more"])
 
+    def _describe(self, *, is_preview: bool) -> dict[str, Any]:
+        """Return the provenance of the source. In a preview, only some of its images were read."""
+        source, kind, captions = self.source, choose_image_kind(self.config), self.config.captions
+        return {
+            "name": source.name,
+            "revision": source.revision,
+            "decks": source.decks,
+            **({"partial": True} if source.is_partial else {}),
+            **({"preview": True} if is_preview else {}),
+            "never": self._excluded,
+            "compared_as": kind,
+            "near_bits": MAX_NEAR_BITS.get(kind or ""),
+            **({"captions": [file_digest(path) for path in captions]} if captions else {}),
+        }
+
     def finish(self) -> None:
         """Record the result, so that the next run can use the files."""
         self.close()
-        if self._deduplicator is not None:
-            earlier = self._earlier_failures
-            before = earlier.get("may_pass") if earlier.get("limit") == self._result["limit"] else None
-            result = self._result | {"may_pass": count_passing(self.dataset), "may_pass_before": before}
+        if self._parts is not None:
+            result = self._result | {"failures": count_failures(self.dataset)}
             write_json(self._path, self._state() | {"result": result})
 
     def close(self) -> None:
@@ -222,17 +223,12 @@ class SourceReader:
             listed = open_table(self.dataset.step_file("read")).read(["sample_id"])["sample_id"]
             if self._store.find_missing(listed.to_pylist()):
                 return None
-            is_final = not is_worth_another_try(count_passing(self.dataset), result.get("may_pass_before"))
+            # Temporary failures are retried until a retry recovers nothing.
+            before = self._earlier["failures_before"]
+            is_final = not result["failures"] or (before is not None and result["failures"] >= before)
             return dict(result) if is_final else None
         except (OSError, LookupError, TypeError, AttributeError, SynthError):
             return None
-
-    @cached_property
-    def _earlier_failures(self) -> dict[str, Any]:
-        """The temporary failure count and the limit of the last complete reading, or {} if there is none."""
-        result = self._earlier.get("result", self._earlier)
-        names = ("may_pass", "limit") if isinstance(result, dict) else ()
-        return {name: result[name] for name in names if name in result}
 
     @cached_property
     def _excluded(self) -> list[dict[str, Any]]:
@@ -244,45 +240,65 @@ class SourceReader:
     def _state(self) -> dict[str, Any]:
         excluded = self._excluded  # may write the file that is hashed next
         sha256 = file_digest(self.dataset.step_file("read", "exclusions"))
-        return {"key": self._key, "exclusions": excluded, "excluded_sha256": sha256}
+        state = {"key": self._key, "exclusions": excluded, "excluded_sha256": sha256}
+        return state | {"failures_before": self._failures_before}
 
     def _read_rows(self, limit: int | None) -> dict[str, Any]:
         """Read rows from the parts and the source, write the step's files, and return the result."""
-        deduplicator = self._deduplicator = self._deduplicator or self._open_source()
-        kept = deduplicator.images.kept
+        parts = self._parts = self._parts or self._open_source(limit)
+        kept = self._images.kept
         while (limit is None or len(kept) < limit) and (row := next(self._part_rows, None)) is not None:
-            deduplicator.is_copy(row)
-            deduplicator.num_rows = row[POSITION] + 1
+            self._images.add(row)
+            self._num_rows = row[POSITION] + 1
         if limit is None or len(kept) < limit:
-            deduplicator.num_rows = self._parts.num_rows
+            self._num_rows = parts.num_rows
         try:
-            for batch in deduplicator.batches(self._new_rows, limit):
-                self._parts.add(batch)
+            while limit is None or len(kept) < limit:
+                if (new := next(self._new_rows, None)) is None:
+                    break
+                parts.add(self._check(new), self._images)
+                self._num_rows = parts.num_rows
                 self.progress("read", len(kept), limit)
         finally:
-            self._parts.write()
-        has_more = deduplicator.num_rows < self._parts.num_rows
+            parts.write()
+        has_more = self._num_rows < parts.num_rows
         if not has_more and (following := next(self._new_rows, None)) is not None:
             has_more, self._new_rows = True, chain([following], self._new_rows)
         self.progress("read", len(kept), limit and len(kept))
-        self._write_step(deduplicator)
+        self._write_step(parts)
         self._result = {"limit": limit, "images": len(kept), "has_more": has_more}
         return self._result
 
-    def _open_source(self) -> SampleDeduplicator:
-        """Open the source, skip the rows in the parts, and return an empty deduplicator.
+    def _check(self, row: Sample | Rejected) -> Sample | Rejected:
+        """Return the sample with perceptual hashes where needed, or a rejection if the sample is excluded."""
+        if isinstance(row, Rejected):
+            return row
+        if self._exclusion_index.kind is not None:
+            try:
+                row = replace(row, pdq_hashes=hash_images(row))
+            except ImageError as error:
+                return Rejected(source_row=row.source_row, reason=error.reason, detail=str(error))
+        name = self._exclusion_index.find(row)
+        return Rejected(source_row=row.source_row, reason="banned_image", detail=name) if name else row
+
+    def _open_source(self, limit: int | None) -> "SourceParts":
+        """Open the source, skip the rows in the parts, and return the parts.
 
         If the last of these rows is not in the same place, or if the last complete reading had temporary
         failures, remove the parts (but not their images), and read all rows again.
         """
+        folder, result = self._path.with_name(PARTS_FOLDER), self._earlier.get("result")
+        self._failures_before = self._earlier.get("failures_before")
+        if result:
+            self._failures_before = result["failures"] if result["limit"] == limit else None
+            if result["failures"]:
+                remove(folder)
         state = self._state()
-        folder = self._path.with_name(PARTS_FOLDER)
-        if self._earlier_failures.get("may_pass") and "result" in self._earlier:
-            remove(folder)
-        write_json(self._path, state | self._earlier_failures)
-        # With --images, no reading is recorded as complete, so parts with temporary failures are read again.
-        keeps_failures = self.config.images is None
-        parts = self._parts = SourceParts(folder, digest(state), self._store, keeps_failures)
+        write_json(self._path, state)
+        self._exclusion_index = ExclusionIndex.of(
+            read_exclusions(self.dataset), choose_image_kind(self.config)
+        )
+        parts = SourceParts(folder, digest([self._key, state["excluded_sha256"]]), self._store)
         self._opened = self.source.read(max(0, parts.num_rows - 1))
         if parts.num_rows:
             last = next(self._opened, None)
@@ -290,30 +306,31 @@ class SourceReader:
                 self.progress.message(f"read: resumes after {parts.num_rows:,} rows read by an earlier run")
             else:
                 self.close()
-                parts.remove_all()
+                remove(folder)
+                parts = SourceParts(folder, parts.key, self._store)
                 self._opened = self.source.read(0)
         self._new_rows = self._opened
         self._part_rows = (row for table in parts.tables() for row in table.to_pylist())
-        kind = choose_image_kind(self.config)
-        return SampleDeduplicator(ExclusionIndex.of(read_exclusions(self.dataset), kind))
+        self._images = DuplicateImages()
+        return parts
 
-    def _write_step(self, deduplicator: SampleDeduplicator) -> None:
+    def _write_step(self, parts: "SourceParts") -> None:
         """Write the kept samples, the near-duplicates and all rejected rows."""
         kind = choose_image_kind(self.config)
         if kind is None:
             for name in (IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE):
                 self.dataset.step_file("read", name).unlink(missing_ok=True)
-        groups = IMAGE_GROUPS.empty_table() if kind is None else self._compare(deduplicator, kind)
+        groups = IMAGE_GROUPS.empty_table() if kind is None else self._compare(parts, kind)
         near_groups = groups.filter(pc.is_valid(groups["image_reason"])).to_pylist()
         near = {row["sample_id"]: row for row in near_groups}
         near_ids, near_rejected = pa.array(near, pa.string()), list[dict[str, str]]()
 
         def samples(*, is_near: bool) -> Iterator[pa.Table]:
-            for table in self._parts.tables():
-                table = without_copies(table, deduplicator.num_rows)
+            for table in parts.tables():
+                table = without_copies(table, self._num_rows)
                 table = table.filter(pc.equal(pc.is_in(table["sample_id"], near_ids), is_near))
                 if table.num_rows:
-                    yield deduplicator.images.apply(table)
+                    yield self._images.apply(table)
 
         def near_duplicates() -> Iterator[pa.Table]:
             for table in samples(is_near=True):
@@ -329,15 +346,18 @@ class SourceReader:
         else:
             near_file.unlink(missing_ok=True)
         write_table(self.dataset.step_file("read"), samples(is_near=False), LISTED_SAMPLE)
-        rejected = [row for position, row in self._parts.rejected if position < deduplicator.num_rows]
-        write_rejected(self.dataset, [*rejected, *deduplicator.copies, *near_rejected])
+        rejected = [row for position, row in parts.rejected if position < self._num_rows]
+        rejected = sorted(
+            [*rejected, *self._images.copies, *near_rejected], key=lambda row: row["source_row"]
+        )
+        table = pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)
+        write_table(self.dataset.step_file("read", "rejected"), [table], SOURCE_REJECTED)
 
-    def _compare(self, deduplicator: SampleDeduplicator, kind: ImageKind) -> pa.Table:
+    def _compare(self, parts: "SourceParts", kind: ImageKind) -> pa.Table:
         """Find groups of similar samples, write them, and return them (tables.IMAGE_GROUPS)."""
         columns = [*COMPARED_COLUMNS, POSITION, IS_COPY]
-        tables = [READ_SAMPLE.empty_table().select(columns), *self._parts.tables(columns)]
-        samples = pa.concat_tables([without_copies(table, deduplicator.num_rows) for table in tables])
-        splits = [deduplicator.images.kept[sample_id][1] for sample_id in samples["sample_id"].to_pylist()]
+        samples = pa.concat_tables([without_copies(table, self._num_rows) for table in parts.tables(columns)])
+        splits = [self._images.kept[sample_id][1] for sample_id in samples["sample_id"].to_pylist()]
         column = samples.schema.get_field_index("split")
         groups = compare_samples(samples.set_column(column, "split", pa.array(splits, pa.string())), kind)
         write_table(self.dataset.step_file("read", IMAGE_GROUPS_FILE), [groups], IMAGE_GROUPS)
@@ -366,18 +386,21 @@ class SourceParts:
     A part is a Parquet file with samples in source order and a JSON file, which is written last. The JSON
     file holds the rejected rows, the number of source rows so far, and the last row's name. At the start, the
     first unusable part and all later parts are removed. A part is unusable if it has another key, is damaged,
-    lacks images, or has temporary failures (with `keeps_failures`, in more than half of its rows).
+    lacks images, or has temporary failures in more than half of its rows.
     """
 
     folder: Path
     key: str  # digest of what determines the samples
     store: ImageStore
-    keeps_failures: bool = True
     num_rows: int = 0  # source rows so far
     last_row: str = ""
-    rejected: list[RejectedRow] = field(default_factory=list)
+    rejected: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # (position, SOURCE_REJECTED)
     _count: int = 0
-    _pending: list[ReadBatch] = field(default_factory=list)
+    # Rows that are not in a part yet.
+    _samples: list[dict[str, Any]] = field(default_factory=list)
+    _images: dict[str, Sequence[bytes]] = field(default_factory=dict)
+    _num_bytes: int = 0
+    _first_row: int = 0
     _written_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -385,44 +408,54 @@ class SourceParts:
             self.num_rows, self.last_row = record["rows"], record["last_row"]
             self.rejected += [(position, row) for position, row in record["rejected"]]
             self._count += 1
+        self._first_row = self.num_rows
         for path in self.folder.glob("*"):
             if path.stem.isdecimal() and int(path.stem) >= self._count:
                 path.unlink()
 
-    def add(self, batch: ReadBatch) -> None:
-        """Add rows. Write a part if the images are large enough or PART_SECONDS have passed."""
-        self._pending.append(batch)
-        self.num_rows += batch.num_rows
-        self.rejected += batch.rejected
-        self.last_row = batch.last_row
-        is_due = time.monotonic() - self._written_at >= PART_SECONDS
-        if is_due or sum(waiting.num_bytes for waiting in self._pending) >= FILE_BYTES:
+    def add(self, row: Sample | Rejected, duplicates: DuplicateImages) -> None:
+        """Add a row, and write a part if a limit is reached. Images of copies are not stored."""
+        if isinstance(row, Rejected):
+            self.rejected.append((self.num_rows, asdict(row)))
+        else:
+            values = row.to_row()
+            images = values.pop("images")
+            values |= {NUM_PAGES: len(images), POSITION: self.num_rows}
+            values[IS_COPY] = duplicates.add(values)
+            self._samples.append(values)
+            if not values[IS_COPY]:
+                self._images[row.id] = images
+                self._num_bytes += sum(map(len, images))
+        self.num_rows, self.last_row = self.num_rows + 1, row.source_row
+        is_large = self._num_bytes >= FILE_BYTES or self.num_rows - self._first_row >= PART_ROWS
+        if is_large or time.monotonic() - self._written_at >= PART_SECONDS:
             self.write()
 
     def write(self) -> None:
         """Write the rows since the last part, if there are any, as a new part. Images are stored first."""
-        if self._pending:
-            self.store.add(batch.image_table() for batch in self._pending)
-            samples = [batch.sample_table() for batch in self._pending]
-            write_table(self._samples_path(self._count), samples, READ_SAMPLE)
-            rejected = [row for batch in self._pending for row in batch.rejected]
+        if self.num_rows > self._first_row:
+            images = pa.table([[*self._images], [*self._images.values()]], schema=SAMPLE_IMAGES)
+            self.store.add([images])
+            samples = pa.Table.from_pylist(self._samples, schema=READ_SAMPLE)
+            write_table(self._samples_path(self._count), [samples], READ_SAMPLE)
+            rejected = [[position, row] for position, row in self.rejected if position >= self._first_row]
             record = {"key": self.key, "rows": self.num_rows, "last_row": self.last_row, "rejected": rejected}
             sha256 = file_digest(self._samples_path(self._count))
             write_json(self._record_path(self._count), record | {"sha256": sha256})
-            self._count, self._pending = self._count + 1, []
+            self._count, self._first_row = self._count + 1, self.num_rows
+            self._samples, self._images, self._num_bytes = [], {}, 0
         self._written_at = time.monotonic()
 
     def tables(self, columns: Sequence[str] = READ_SAMPLE.names) -> Iterator[pa.Table]:
-        """Yield tables of the samples (READ_SAMPLE) in the order in which they were read."""
+        """Yield the samples (READ_SAMPLE) in source order, in tables of the same size for any parts."""
+        table = READ_SAMPLE.empty_table().select(columns)
         for number in range(self._count):
-            file = open_parquet(self._samples_path(number))
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
-                yield pa.Table.from_batches([batch])
-
-    def remove_all(self) -> None:
-        """Remove all parts."""
-        remove(self.folder)
-        self.num_rows, self.last_row, self.rejected, self._count, self._pending = 0, "", [], 0, []
+            part = open_parquet(self._samples_path(number)).read(list(columns))
+            table = pa.concat_tables([table, part])
+            for _ in range(table.num_rows // PART_ROWS):
+                yield table.slice(0, PART_ROWS).combine_chunks()
+                table = table.slice(PART_ROWS)
+        yield table.combine_chunks()
 
     def _read_record(self, number: int) -> dict[str, Any] | None:
         """Return the record of a part, or None if the part is missing or unusable."""
@@ -432,8 +465,7 @@ class SourceParts:
             is_valid = record["key"] == self.key and record["sha256"] == sha256
             num_rows = record["rows"] - self.num_rows
             failures = sum(row["reason"] in PASSING_REASONS for _, row in record["rejected"])
-            max_failures = num_rows // 2 if self.keeps_failures else 0
-            is_usable = is_valid and num_rows > 0 and failures <= max_failures and self._has_images(number)
+            is_usable = is_valid and num_rows > 0 and 2 * failures <= num_rows and self._has_images(number)
             return record if is_usable else None
         except (OSError, ValueError, LookupError, TypeError, SynthError):
             return None
@@ -449,21 +481,10 @@ class SourceParts:
         return self.folder / f"{number:05d}.json"
 
 
-def write_rejected(shard: DatasetDir, rows: list[dict[str, str]]) -> None:
-    """Write the rejected rows of a source, sorted by row name."""
-    table = pa.Table.from_pylist(sorted(rows, key=lambda row: row["source_row"]), schema=SOURCE_REJECTED)
-    write_table(shard.step_file("read", "rejected"), [table], SOURCE_REJECTED)
-
-
-def count_passing(shard: DatasetDir) -> int:
+def count_failures(shard: DatasetDir) -> int:
     """Return the number of rows that were rejected for temporary reasons."""
     reasons = read_table(shard.step_file("read", "rejected"), ["reason"])["reason"]
     return sum(reason in PASSING_REASONS for reason in reasons.to_pylist())
-
-
-def is_worth_another_try(may_pass: int, before: int | None) -> bool:
-    """Return whether to retry temporary failures: if any remain, and fewer than before the last retry."""
-    return may_pass > 0 and (before is None or may_pass < before)
 
 
 def describe_rejected(shard: DatasetDir) -> Iterator[str]:

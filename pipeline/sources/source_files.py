@@ -97,23 +97,15 @@ def list_files(root: Path) -> FolderContent:
     return content
 
 
-def count_by_suffix(paths: Iterable[Path]) -> str:
-    """Describe how many files have each suffix, such as `2 .mp4 (a.mp4, b.mp4), 1 .txt (a.txt)`."""
-    names_by_suffix: dict[str, list[str]] = {}
-    for path in paths:
-        names_by_suffix.setdefault(path.suffix.lower() or "without a suffix", []).append(path.name)
-    most_first = sorted(names_by_suffix.items(), key=lambda item: (-len(item[1]), item[0]))
-    return ", ".join(f"{len(names):,} {suffix} ({first_names(names)})" for suffix, names in most_first)
-
-
-def describe_unread(content: FolderContent) -> list[str]:
-    """Return messages about unreadable folders, links to folders, and hidden files."""
+def describe_unread(content: FolderContent, others: Iterable[Path]) -> list[str]:
+    """Return messages about unreadable folders, links to folders, hidden files and other unread files."""
     names_by_kind = {
         "unreadable folders": [row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER],
         "links to folders, which are not followed": [path.name for path in content.links],
         "hidden files and folders, which are not read": [
             path.name for path in content.hidden if path.name != OWN_LINES
         ],
+        "not read": [path.name for path in others],
     }
     return [
         f"{kind}: {len(names):,} ({first_names(sorted(names))})"
@@ -209,7 +201,7 @@ def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: boo
         revision=digest(contents),
         open=lambda name: open_regular(path_of[name], bound),
         translate_errors=translate,
-        messages=tuple(describe_unread(content)),
+        messages=tuple(describe_unread(content, ())),
     )
 
 

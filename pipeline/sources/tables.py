@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 
 ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
 NO_COLUMN = "none"  # maps the split or the question to no column
-PARTIAL_MESSAGE = "the Hub has converted only the first part of {name} to Parquet: the rest is not read"
+PARTIAL_MESSAGE = (
+    "the Hub has converted only the first part of {name} to Parquet: to read the rest, download the dataset"
+)
 OFFLINE = "check the network; without one, --source scenes and folder:PATH work"
 DEFAULT_CONFIG = "default"
 CONVERSION_BRANCH = "refs/convert/parquet"
@@ -62,21 +64,19 @@ FilesBySplit = dict[str | None, list[str]]
 RowJob = Rejected | partial[RawSample | Rejected]  # a rejection, or a call that may fetch images
 
 
-def open_mapped(
-    tables: Tables, columns: Columns, config: Config, name: str, split_names: dict[str, str] = SPLIT_OF_WORD
-) -> Source:
-    """Return a source with the rows of one split or all splits.
-
-    `split_names` maps the values in a split column to train, validation or test. Raises SourceError if the
-    split does not exist.
-    """
+def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> Source:
+    """Return a source with the rows of one split or all splits. Raises SourceError for a missing split."""
     split = config.source_split
     split_column = columns["split"][0] if "split" in columns else None
     if not split_column:
         check_split(tables, split)
 
     def split_of(value: object) -> str | None:
-        return split_names.get(str(value).strip().casefold())
+        return SPLIT_OF_WORD.get(str(value).strip().casefold())
+
+    def is_in_split(value: object) -> bool:
+        # A row with an unknown split is rejected, for any split.
+        return split_of(value) == split or not (split_of(value) or _is_missing(value))
 
     def count() -> int:
         if split is None or not split_column:
@@ -100,13 +100,9 @@ def open_mapped(
 
     def row_number(column: str, start: int) -> int:
         """Return the index of the table row that follows the first `start` rows in the requested split."""
-        num_rows_of_split = number = 0
-        for _, _, row in tables.rows([column]):
-            if num_rows_of_split == start:
-                break
-            num_rows_of_split += isinstance(row, Rejected) or split_of(row[column]) in (None, split)
-            number += 1
-        return number
+        rows = enumerate((row for _, _, row in tables.rows([column])), 1)
+        numbers = (n for n, row in rows if isinstance(row, Rejected) or is_in_split(row[column]))
+        return next(islice(numbers, start - 1, None), tables.count()) if start else 0
 
     def read(start: int) -> Iterator[Sample | Rejected]:
         todo = jobs(row_number(split_column, start) if split_column and split else start)
@@ -146,13 +142,9 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
 
     Raises SourceError if the column for a role is missing or does not fit.
     """
-    unmapped = {
-        role
-        for role in ("split", QUESTION)
-        if mapping.get(role) == NO_COLUMN and NO_COLUMN not in schema.names
-    }
-    roles = {role: name for role, name in mapping.items() if role != CONTEXT and role not in unmapped}
-    columns = {role: named_columns(schema, role, name) for role, name in roles.items()}
+    ignored = [(CONTEXT, mapping.get(CONTEXT)), ("split", NO_COLUMN), (QUESTION, NO_COLUMN)]
+    roles = [item for item in mapping.items() if item not in ignored]
+    columns = {role: named_columns(schema, role, name) for role, name in roles}
     if CONTEXT in mapping:
         columns[CONTEXT] = _context_columns(schema, mapping[CONTEXT])
     if "image" not in columns and "pages" not in columns:
@@ -168,13 +160,10 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
         columns["reference_qa"] = ["reference_qa"]
     if "question" not in mapping and "answer" not in mapping:
         columns |= _guess_questions(schema)
-    if len(columns.get("question", ())) != len(columns.get("answer", ())):
+    num_questions, num_answers = (len(columns.get(role, ())) for role in ("question", "answer"))
+    if num_questions != num_answers:
         hint = "pass both columns: --columns question=COLUMN,answer=COLUMN"
-        raise SourceError(
-            f"columns found: question {len(columns.get('question', ()))}, "
-            f"answer {len(columns.get('answer', ()))}",
-            hint=hint,
-        )
+        raise SourceError(f"columns found: question {num_questions}, answer {num_answers}", hint=hint)
     if len(columns.get("split", ())) > 1:
         problem = f"several columns match split: {', '.join(columns['split'])}"
         raise SourceError(problem, hint="pass one: --columns split=COLUMN")
@@ -353,8 +342,6 @@ def _open_parquet(config: Config, path: str) -> Source:
     files = find_source_files(path, (".parquet",), follow_links=config.follow_links)
     if not files.names:
         hint = "pass a Parquet file, or a folder on this disk or in an object store: --source parquet:PATH"
-        if files.is_local and any(Path(path).expanduser().rglob("*.arrow")):
-            hint = f"load it with datasets.load_from_disk({path!r}), and write it with to_parquet"
         raise SourceError(f"no Parquet file at {path}", hint=hint)
     if all(any(name.endswith(file) for name in files.names) for file in (IMAGES_FILE, REJECTIONS_FILE)):
         hint = f"`synth export {path} --format parquet --out FOLDER` writes files that contain the images"
@@ -378,10 +365,10 @@ PARQUET = SourceSpec(
 # --- the Hub
 
 
-def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
+def open_hub(name: str) -> Tables:
     """Return the tables of ORG/NAME[:CONFIG][@REVISION], pinned to a commit.
 
-    Raises SourceError if they cannot be read, or if the conversion is partial and `allow_partial` is not set.
+    Raises SourceError if they cannot be read.
     """
     # At module level, this import would double the start time of commands that do not need it.
     from huggingface_hub import HfApi, HfFileSystem
@@ -402,16 +389,8 @@ def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
         raise SourceError(f"{repo} has no Parquet files, and the Hub has not converted it", hint=hint)
     card: Any = info.card_data or {}
     declared = {} if is_converted else _declared_configs(card.get("configs"), paths)
-    if config:
-        files = _files_of_config(repo, config, declared, paths)
-    else:
-        files = _default_files(repo, declared, paths)
+    files = _choose_files(repo, config, declared, paths)
     is_partial = any(PARTIAL_FILE.search(path) for split_paths in files.values() for path in split_paths)
-    if is_partial and not allow_partial:
-        hint = (
-            "to read only this part: --allow-partial; for all rows, download the dataset and use parquet:PATH"
-        )
-        raise SourceError(f"the Hub has converted only the first part of {repo} to Parquet", hint=hint)
     license = card.get("license")
     license = ", ".join(license) if isinstance(license, list) else license or UNDECLARED
     license = f"{GATED}, {license}" if info.gated else license
@@ -477,29 +456,24 @@ def _compile_glob(pattern: str) -> re.Pattern[str]:
         return re.compile(re.escape(pattern))
 
 
-def _files_of_config(
+def _choose_files(
     repo: str, config: str, declared: dict[str, FilesBySplit], paths: list[str]
 ) -> FilesBySplit:
-    """Return the files of a declared config, or of a folder. Raises SourceError if neither exists."""
-    if config in declared:
-        return declared[config]
-    in_folder = [path for path in paths if path.startswith(f"{config}/") or f"/{config}/" in path]
-    if not in_folder:
-        known = sorted({*declared, *(path.partition("/")[0] for path in paths if "/" in path)})
+    """Return the files of a config, which the card declares or which is a folder.
+
+    Without a name, return those of the default or only config. Raises SourceError if there is none.
+    """
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        folders.setdefault(path.partition("/")[0] if path.count("/") > 1 else "", []).append(path)
+    configs = declared or {name: group_by_split(files) for name, files in folders.items()}
+    if config:
+        in_folder = (path for path in paths if f"/{config}/" in f"/{path}")
+        if files := configs.get(config) or group_by_split(in_folder):
+            return files
+        known = sorted(filter(None, configs))
         hint = did_you_mean(config, known, f"it has {', '.join(known) or 'one table'}")
         raise SourceError(f"{repo} has no config {config}", hint=hint)
-    return group_by_split(in_folder)
-
-
-def _default_files(repo: str, declared: dict[str, FilesBySplit], paths: list[str]) -> FilesBySplit:
-    """Return the files of the default or only config. Raises SourceError if there are several configs."""
-    configs = declared
-    if not declared:
-        configs = {}
-        for split, split_paths in group_by_split(paths).items():
-            for path in split_paths:
-                folder = path.partition("/")[0] if path.count("/") > 1 else ""
-                configs.setdefault(folder, {}).setdefault(split, []).append(path)
     if DEFAULT_CONFIG in configs:
         return configs[DEFAULT_CONFIG]
     first, *others = configs.values()
@@ -510,7 +484,7 @@ def _default_files(repo: str, declared: dict[str, FilesBySplit], paths: list[str
 
 
 def _open_repository(config: Config, repo: str) -> Source:
-    tables = open_hub(repo, allow_partial=config.allow_partial)
+    tables = open_hub(repo)
     name = f"hub:{repo.partition('@')[0]}"
     return open_mapped(tables, read_mapping(tables.schema, config.columns), config, name)
 
@@ -522,5 +496,5 @@ HUB = SourceSpec(
     needs="the Hub, a vision-language model",
     example="synth generate --source hub:ORG/NAME --split train --limit 1000",
     open=_open_repository,
-    options=frozenset({"source_split", "columns", "allow_urls", "allow_partial"}),
+    options=frozenset({"source_split", "columns", "allow_urls"}),
 )

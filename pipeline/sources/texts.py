@@ -9,41 +9,29 @@ of `datasets`, and from caption files. A caption file may be gzipped, and has on
 | Karpathy | JSON with `images`: `filename`, `split`, and `sentences` with `raw` |
 | a JSON object | image names with their captions |
 | rows | a JSON list, JSON lines, or CSV with a header: a name, with captions or a question and answers |
-| Flickr30k | lines `NAME#0<tab>CAPTION` |
 
 An image is named by its path, or by its file name if that is unique. Model-written texts are skipped.
 """
 
-import io
 import json
-import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.errors import SourceError
-from pipeline.sources.base import as_text, first_names
-from pipeline.sources.parquet import read_plain_rows
-from pipeline.sources.splits import SPLIT_OF_WORD, most_held_out, read_split, split_of_path, splits_of_names
+from pipeline.sources.splits import most_held_out, read_split
 from pipeline.sources.text_files import (
-    MAX_FILE_BYTES,
-    decode_text,
     parse_json,
     parse_rows,
     read_text,
     translate_file_errors,
 )
-from pipeline.storage.sidecars import OWN_LINES, is_own_line, read_own_lines
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import (
     ANSWER_TYPE,
     ANSWERS,
@@ -61,17 +49,11 @@ from pipeline.types import ReferenceQA
 
 TEXT_KEYS = ("raw", "caption", "text", "answer")  # keys under which an object may hold its text
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")
-# Possessive quantifiers (`*+`) never try another split, so that the time is linear.
-_QUOTED = r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
-_PYTHON_LIST = re.compile(rf"\[\s*+{_QUOTED}(?:\s*+,\s*+{_QUOTED})*+\s*+,?+\s*+\]")
-_ESCAPE, _ESCAPED = re.compile(r"\\(.)"), {"n": "\n", "t": "\t"}
-_FLICKR30K_LINE = re.compile(r"(.+)#\d+\t(.*)")
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
 FORMATS_HINT = "use COCO or Karpathy JSON, or CSV or JSON lines with file_name and caption, in UTF-8"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PATH_COLUMNS = ("folder", "file_name")  # context columns that every image has
-MAX_SIDECAR_BYTES = 1_000_000
 MAX_DEPTH = 8  # lists and objects around a text
 MAX_TEXT_CHARACTERS = 20_000  # of longer texts, the filter sees the beginning, and rejects them
 
@@ -175,16 +157,12 @@ def extract_texts(
 
 
 def parse_list(text: str) -> list[Any] | None:
-    """Parse a JSON list of strings or objects, or a Python list of strings. Return None for other cells."""
-    if not (text[:1] == "[" and text[-1:] == "]"):
-        return None
-    with suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        return value if value and all(isinstance(item, str | dict) for item in value) else None
-    if not _PYTHON_LIST.fullmatch(text):
-        return None
-    quoted = re.findall(_QUOTED, text)
-    return [_ESCAPE.sub(lambda match: _ESCAPED.get(match[1], match[1]), item[1:-1]) for item in quoted]
+    """Parse a JSON list of strings or objects. Return None for other cells."""
+    if text[:1] == "[" and text[-1:] == "]":
+        with suppress(ValueError, RecursionError):
+            value = json.loads(text)
+            return value if value and all(isinstance(item, str | dict) for item in value) else None
+    return None
 
 
 def _answer_text(value: Any) -> str:
@@ -213,6 +191,12 @@ class ImageTexts:
     split: str | None = None
     num_by_model: int = 0
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any], names: Sequence[str] = CAPTION_COLUMNS) -> "ImageTexts":
+        """Return the human texts in a row. Raises ValueError if its split is unknown."""
+        captions, questions = human_captions(row, names), [*human_questions(row)]
+        return cls(captions, questions, read_split(row.get(SPLIT)), len(model_texts(row)))
+
     def merge(self, other: "ImageTexts") -> None:
         """Add the texts of `other`, and keep the more held-out split."""
         self.captions += other.captions
@@ -220,9 +204,9 @@ class ImageTexts:
         self.split = most_held_out(other.split, self.split)
         self.num_by_model += other.num_by_model
 
-    def sample_fields(self, *, has_questions: bool) -> dict[str, Any]:
-        """Return fields for a Sample. Set `has_questions` if the source has questions about any image."""
-        questions = tuple(self.questions) if has_questions else None
+    def sample_fields(self) -> dict[str, Any]:
+        """Return fields for a Sample."""
+        questions = tuple(self.questions)
         return {"references": tuple(self.captions), "split": self.split, "reference_qa": questions}
 
     def as_json(self) -> list[Any]:
@@ -255,10 +239,6 @@ def _parse_captions(text: str) -> Iterator[NamedTexts]:
     if text.startswith("{"):
         with suppress(json.JSONDecodeError):
             return _parse_whole_object(parse_json(text))
-    lines = io.StringIO(text, newline="\n")  # other line separators may be part of a text
-    if _FLICKR30K_LINE.fullmatch(lines.readline().rstrip()):
-        lines.seek(0)
-        return (_parse_flickr30k(line.rstrip("\r\n")) for line in lines if line.strip())
     return (_parse_row({name.lower(): value for name, value in row.items()}) for row in parse_rows(text))
 
 
@@ -282,22 +262,11 @@ def _parse_whole_object(value: dict[str, Any]) -> Iterator[NamedTexts]:
     return ((str(name), ImageTexts(extract_texts(captions))) for name, captions in value.items())
 
 
-def _parse_flickr30k(line: str) -> NamedTexts:
-    match = _FLICKR30K_LINE.fullmatch(line)
-    if not match:
-        raise ValueError(f"a line is not of the form NAME#0<tab>CAPTION: {line[:80]!r}")
-    return match[1], ImageTexts(extract_texts(match[2]))
-
-
 def _parse_row(row: Mapping[str, Any]) -> NamedTexts:
     name = next((row[key] for key in NAMES if row.get(key) not in (None, "")), None)
     if name is None:
         raise ValueError(f"a row has no file name of an image; it has {', '.join(map(str, row))[:200]}")
-    question = read_question(row)
-    questions = [question] if question else []
-    captions, split = human_captions(row, CAPTIONS), read_split(row.get(SPLIT))
-    texts = ImageTexts(captions, questions, split, len(model_texts(row)))
-    return str(name).strip(), texts
+    return str(name).strip(), ImageTexts.of_row(row, CAPTIONS)
 
 
 def match_images(
@@ -331,171 +300,3 @@ def normalize_path(name: str) -> str:
 
 def _file_name(name: str) -> str:
     return normalize_path(name).rpartition("/")[2]
-
-
-# --- folders
-
-
-@dataclass(slots=True)
-class FolderTexts:
-    """The texts in a folder by image path, and messages about texts that were not used."""
-
-    texts: defaultdict[Path, ImageTexts] = field(default_factory=lambda: defaultdict(ImageTexts))
-    values: dict[Path, dict[str, str]] = field(default_factory=dict)  # requested columns of metadata files
-    columns: set[str] = field(default_factory=set)  # all columns of metadata files
-    files: set[Path] = field(default_factory=set)  # the files that were read
-    num_by_model: int = 0
-    messages: list[str] = field(default_factory=list)
-
-
-def add_splits_of_folders(folder_texts: FolderTexts, images: Mapping[str, Path]) -> None:
-    """Set the split of images whose folder is named after a split, unless a file states their split."""
-    folders = _first_folders(images)
-    splits = splits_of_names(folders)
-    for name, split in splits.items():
-        texts = folder_texts.texts[images[name]]
-        texts.split = texts.split or split
-    unnamed = [name for name, folder in folders.items() if folder.casefold() not in SPLIT_OF_WORD]
-    if splits and unnamed:
-        message = f"{len(unnamed):,} images are in no folder named after a split: a hash assigns their split"
-        folder_texts.messages.append(f"{message} ({first_names(unnamed)})")
-
-
-def _first_folders(names: Collection[str]) -> dict[str, str]:
-    """Return the first folder in each path, relative to the innermost folder of all images, or ""."""
-    shared = os.path.commonpath(names) if len(names) > 1 else ""
-    return {name: name.removeprefix(f"{shared}/").rpartition("/")[0].partition("/")[0] for name in names}
-
-
-def add_caption_files(
-    folder_texts: FolderTexts, files: Sequence[Path], root: Path, images: Mapping[str, Path]
-) -> None:
-    """Add the texts in caption files. Raises SourceError if a file names no image in the folder."""
-    # A file name may state a split, such as captions_val2017.json.
-    splits = splits_of_names({str(file): split_of_path(file.stem) or "" for file in files})
-    known_files = {path.resolve() for path in folder_texts.files}
-    for file in (path for path in files if path.resolve() not in known_files):
-        matched, unknown = match_images(read_captions(file), list(images))
-        if not matched:
-            hint = f"use the file names of the folder, such as {next(iter(images))}"
-            raise SourceError(
-                f"no file name in {file} is an image in {root}; it has {first_names(unknown)}", hint=hint
-            )
-        folder_texts.files.add(file)
-        folder_texts.messages += _describe_unknown(file, unknown)
-        for name, texts in matched.items():
-            texts.split = texts.split or splits.get(str(file))
-            folder_texts.texts[images[name]].merge(texts)
-            folder_texts.num_by_model += texts.num_by_model
-
-
-def read_folder_texts(
-    root: Path, paths: Sequence[Path], images: Sequence[Path], columns: Sequence[str], *, follow_links: bool
-) -> FolderTexts:
-    """Return the texts in metadata files about `images`, and in text files next to `paths`.
-
-    `columns` of the metadata files are read too. Raises SourceError if a metadata file is unusable.
-    """
-    folder_texts, bound = FolderTexts(), None if follow_links else root
-    parents = {path.parent for path in images}
-    folders = {folder for path in parents for folder in (path, *path.parents) if folder.is_relative_to(root)}
-    image_of = {normalize_path(str(path)): path for path in images} | {str(path): path for path in images}
-    for file in (folder / name for folder in sorted(folders) for name in METADATA_FILES):
-        if file.is_file() or file.is_symlink():
-            _add_metadata_file(folder_texts, file, bound, image_of, columns)
-    _add_sidecars(folder_texts, paths, bound)
-    return folder_texts
-
-
-def _add_metadata_file(
-    folder_texts: FolderTexts,
-    file: Path,
-    bound: Path | None,
-    image_of: dict[str, Path],
-    columns: Sequence[str],
-) -> None:
-    rows = _read_metadata(file, bound)
-    folder_texts.files.add(file)
-    names = {str(name) for row in rows for name in row}
-    folder_texts.columns |= names
-    if not (rows and names & {*columns}):  # a file with context columns needs no captions
-        folder_texts.messages += _describe_metadata(file, rows)
-    try:
-        splits = [read_split(row.get(SPLIT)) for row in rows]
-    except ValueError as error:
-        folder_texts.messages.append(f"{file}: the column {SPLIT} is not read: {error}")
-        splits = [None] * len(rows)
-    # Without a validation split, some of the training images will be held out for validation.
-    keeps_train = "validation" in splits
-    unknown = list[str]()
-    for row, split in zip(rows, splits, strict=True):
-        name = str(row["file_name"])
-        folder_texts.num_by_model += len(model_texts(row))
-        path = str(file.parent / name)
-        image = image_of.get(path) or image_of.get(normalize_path(path))
-        if image is None:
-            unknown.append(name)
-            continue
-        split = split if split != "train" or keeps_train else None
-        texts = ImageTexts(human_captions(row), list(human_questions(row)), split)
-        folder_texts.texts[image].merge(texts)
-        where = f"{file}, {name}: the column"
-        values = {column: as_text(row[column], f"{where} {column}") for column in columns if column in row}
-        folder_texts.values.setdefault(image, {}).update(values)
-    folder_texts.messages += _describe_unknown(file, unknown)
-
-
-def _add_sidecars(folder_texts: FolderTexts, paths: Sequence[Path], bound: Path | None) -> None:
-    """Add the captions in `NAME.txt` files next to images, without lines that synth wrote."""
-    own_lines, unread = dict[Path, frozenset[str]](), list[str]()
-    for path in paths:
-        file, folder = path.with_suffix(".txt"), path.parent
-        if not file.is_file():
-            continue
-        folder_texts.files |= {file, folder / OWN_LINES}
-        try:
-            text = decode_text(read_regular(file, bound, max_bytes=MAX_SIDECAR_BYTES))
-            if folder not in own_lines:
-                own_lines[folder] = read_own_lines(folder, bound)
-        except ValueError:
-            unread.append(f"{file} is not UTF-8")
-            continue
-        except (OSError, UnsafeFileError) as error:
-            unread.append(str(error))
-            continue
-        lines = [line.strip()[:MAX_TEXT_CHARACTERS] for line in text.splitlines() if line.strip()]
-        human = [line for line in lines if not is_own_line(file, line, own_lines[folder])]
-        folder_texts.texts[path].captions += human
-        folder_texts.num_by_model += len(lines) - len(human)
-    if unread:
-        folder_texts.messages.append(
-            f"text files that cannot be read: {len(unread):,} ({first_names(unread)})"
-        )
-
-
-def _describe_unknown(file: Path, names: Sequence[str]) -> list[str]:
-    return [f"{file} lists {len(names):,} images that do not exist: {first_names(names)}"] if names else []
-
-
-def _describe_metadata(file: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a message if a metadata file has no rows about images, or no captions."""
-    if not rows:
-        return [f"{file} was not used: no row has a file_name"]
-    if any(column in row for row in rows for column in (*CAPTION_COLUMNS, QUESTION)):
-        return []
-    columns = ", ".join(str(name) for name in rows[0])
-    return [f"{file} has no captions: they are read from {', '.join(CAPTION_COLUMNS)}, and it has {columns}"]
-
-
-def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
-    """Return the metadata rows that have a `file_name`. Raises SourceError if the file cannot be read."""
-    hint = f"it needs file_name and one of {', '.join(CAPTION_COLUMNS)}, in UTF-8"
-    with translate_file_errors(file, hint):
-        if file.suffix != ".parquet":
-            rows = parse_rows(read_text(file, bound), "CSV" if file.suffix == ".csv" else "JSON")
-        else:
-            data = read_regular(file, bound, max_bytes=MAX_FILE_BYTES)
-            # A file without this column is another program's table, and is not about images.
-            has_names = "file_name" in pq.read_schema(pa.BufferReader(data)).names
-            rows = read_plain_rows(data, MAX_FILE_BYTES) if has_names else iter(())
-        return [row for row in rows if row.get("file_name")]

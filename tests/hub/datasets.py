@@ -1,7 +1,6 @@
 """Tiny repositories with the columns, types, file names and branches of the built-in benchmark datasets."""
 
 import io
-import json
 import random
 from typing import Any
 
@@ -69,11 +68,6 @@ def seed_flickr30k_without_split(storage: Storage, count: int = 10, repo: str = 
     schema = FLICKR.remove(FLICKR.get_field_index("split"))
     rows = [{k: v for k, v in row.items() if k != "split"} for row in flickr_rows(count)]
     storage.seed("dataset", repo, {"data/test-00000-of-00001.parquet": parquet(rows, schema)})
-
-
-def karpathy_list(count: int) -> str:
-    rows = flickr_rows(count)
-    return json.dumps({"images": [{name: row[name] for name in ("filename", "split")} for row in rows]})
 
 
 ANSWER = pa.struct({"answer": pa.string(), "answer_confidence": pa.string(), "answer_id": pa.int64()})

@@ -8,10 +8,10 @@ import pytest
 
 from pipeline.errors import ConfigError, ImageError
 from pipeline.progress import NullProgress
-from pipeline.sources.folder import open_folder
 from pipeline.storage.sidecars import Existing
 from pipeline.types import Sample
 from tests.pipeline.images.test_similarity import photo
+from tests.pipeline.sources.reading import open_folder
 from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner
 from trainer.caption_files import CaptionTask, caption_images, find_images, open_captions

@@ -200,7 +200,7 @@ def test_missing_captions_and_contradicting_options_are_one_error(photos: Path) 
     assert "--captions FILE" in done.stderr
     source = ("--source", "scenes", "--captions", "coco.json", "--out", "e")
     done = synth(photos, "generate", "--no-model", *source, code=1)
-    assert "source scenes has its own captions, but --captions was given" in done.stderr
+    assert "source scenes does not support --captions" in done.stderr
     done = synth(photos, "generate", *folder, "--captions", "gone.json", "--tasks", "none", code=1)
     assert "cannot read gone.json" in done.stderr and "Traceback" not in done.stderr
     (photos / "s.yaml").write_text("captions: [coco.json]\nverify: {checks: [claims]}")

@@ -26,7 +26,6 @@ def manifest_with(tmp_path: Path, **settings: Any) -> Path:
         ({"verify": {"judge": "x@http://evil.example/v1"}}, "sets a judge: its server"),
         ({"verify": {"judge": "org/x@https://evil.example/v1"}}, "sets a judge: its server"),
         ({"generate": {"prompt_dir": "prompts"}}, "a file that does not exist here: generate.prompt_dir"),
-        ({"split_list": "d" * 64}, "a file that does not exist here: split_list"),
         ({"generate": [1]}, "bad value for generate"),
         ({"generate": "x"}, "bad value for generate"),
         ({"generate": 3}, "bad value for generate"),
@@ -119,7 +118,7 @@ def test_config_json_that_is_not_a_manifest_is_refused(tmp_path: Path) -> None:
 
 
 def test_each_setting_comes_either_from_the_manifest_or_from_the_user() -> None:
-    own = {"license", "title", "allow_urls", "follow_links", "split_list", "captions", "base_url", "server"}
+    own = {"license", "title", "allow_urls", "follow_links", "captions", "base_url", "server"}
     assert {*Config.model_fields} - MANIFEST_KEYS == own
     assert {*Config.model_fields} > MANIFEST_KEYS
 

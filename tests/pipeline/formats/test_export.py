@@ -27,11 +27,11 @@ from pipeline.formats.formats import FORMATS, PARQUET, TABLES
 from pipeline.formats.items import Item, read_items
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
-from pipeline.sources.folder import open_folder
 from pipeline.tables import STRING, Extras, OwnColumn
 from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.tasks.output_schema import arrow_type, close_schema
 from pipeline.types import Sample
+from tests.pipeline.sources.reading import open_folder
 from tests.scene_data import make_version, publish_rows, sample_table, scene_samples, true_captions
 
 COUNT = 30

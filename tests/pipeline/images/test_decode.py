@@ -105,20 +105,6 @@ def test_large_sideways_photo_is_rotated(large: Image.Image) -> None:
     assert distance(info.pdq_hash, upright.pdq_hash) <= MAX_COPY_BITS
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"keep_rgb": True}])
-def test_jpeg_decoded_as_gray_and_in_color_has_nearly_equal_hashes(options: dict[str, Any]) -> None:
-    for number in range(4):
-        data = encoded(photo(number), "JPEG", **options)
-        assert distance(check_image(data).pdq_hash, pdq_hash(prepare_image(data))) <= 4
-
-
-def test_jpeg_with_detail_only_in_chroma_has_a_hash() -> None:
-    blue, red = (photo(number).convert("L") for number in (3, 5))
-    flat = Image.merge("YCbCr", [Image.new("L", blue.size, 20), blue, red])
-    assert check_image(encoded(flat, "JPEG", quality=95, subsampling=0)).pdq_hash
-    assert not check_image(encoded(Image.new("RGB", (80, 60), "red"), "JPEG")).pdq_hash
-
-
 @pytest.mark.parametrize(
     "sampling", [(0x31, 0x21, 0x11), (0x13, 0x12, 0x11)], ids=["in a row", "in a column"]
 )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.errors import ImageError
 from pipeline.images import isolation, rendering
-from pipeline.images.rendering import Kind, Rendered, count_images, render
+from pipeline.images.rendering import Kind, Rendered, render
 from tests.media import text_pdf, write_pdf, write_video
 
 
@@ -68,8 +68,6 @@ def test_small_and_large_frame_intervals_work(every_s: float, count: int, tmp_pa
     places = [frame.place for frame in rendered(tmp_path / "a.mp4", "video", every_s)]
     assert len(places) == count
     assert all(place >= number * round(1000 * every_s) for number, place in enumerate(places))
-    with (tmp_path / "a.mp4").open("rb") as file:
-        assert count_images("video", file, ".mp4", every_s) == count
 
 
 def test_damage_in_a_video_is_reported_and_skipped(tmp_path: Path) -> None:
@@ -148,7 +146,6 @@ from pipeline.images import isolation, rendering
 pages = rendering._pages
 def patched(pdfium, data):
     answers = pages(pdfium, data)
-    yield next(answers)
     yield next(answers)
     {attack}
 rendering._pages = patched

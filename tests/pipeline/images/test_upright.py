@@ -3,12 +3,11 @@
 import io
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.images.decode import ORIENTATION, prepare_image
-from pipeline.images.upright import BAND_PX, upright_rgb
+from pipeline.images.upright import BAND_PX
 from trainer.publish.transformers_files import standalone_source
 
 PUBLISHED = standalone_source()
@@ -47,20 +46,6 @@ def test_bands_of_transparent_image_match_whole_composite(
         ).convert("RGB")
     assert prepare_image(data).tobytes() == at_once.tobytes()
     assert not transparent or at_once.getpixel((3, BAND_PX + 3)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_32_bit_pixels_are_refused(mode: str) -> None:
-    """Pillow would make all pixels white or black."""
-    with pytest.raises(ValueError, match="32-bit pixels"):
-        upright_rgb(Image.new(mode, (4, 4), 1))
-
-
-def test_16_bit_gray_becomes_8_bit() -> None:
-    with Image.open(io.BytesIO(noise("I;16"))) as image:
-        assert image.mode == "I;16"
-        levels = np.asarray(image)
-        assert np.array_equal(np.asarray(upright_rgb(image))[..., 0], levels // 257)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "I;16", "1"])

@@ -11,9 +11,8 @@ from PIL import Image
 
 from pipeline.errors import SourceError
 from pipeline.sources import text_files
-from pipeline.sources.folder import open_folder
 from pipeline.sources.texts import ImageTexts, human_questions, match_images, read_captions, read_texts
-from tests.pipeline.sources.reading import samples_of
+from tests.pipeline.sources.reading import open_folder, samples_of
 
 COCO = {
     "info": {},
@@ -48,7 +47,6 @@ FORMS = {
     "rows.jsonl": '{"file_name": "000009.jpg", "text": "A dog."}\n'
     '{"file_name": "000012.jpg", "text": "A cat."}\n\n'
     '{"file_name": "000009.jpg", "text": "A brown dog."}\n',
-    "token.txt": "000009.jpg#0\tA dog.\n000009.jpg#1\tA brown dog.\n000012.jpg#0\tA cat.\n",
     "flickr8k.txt": "image,caption\n000009.jpg,A dog.\n000009.jpg,A brown dog.\n000012.jpg,A cat.\n",
     "flickr30k.csv": "image_name| comment_number| comment\n"
     "000009.jpg| 0| A dog.\n000009.jpg| 1| A brown dog.\n"
@@ -73,17 +71,11 @@ def test_all_caption_formats_give_the_same_texts(tmp_path: Path, name: str) -> N
     ("cell", "texts"),
     [
         ('["A dog runs.", "A cat."]', ["A dog runs.", "A cat."]),
-        ("['A dog runs.', \"A cat's.\"]", ["A dog runs.", "A cat's."]),
         ('[{"caption": "A dog runs."}]', ["A dog runs."]),
-        (
-            "['A dog runs.' 'A cat.']",
-            ["['A dog runs.' 'A cat.']"],
-        ),  # numpy's format, which Python reads as one text
         ("[" * 10_000 + "]", ["[" * 10_000 + "]"]),
         ("x" * 20_001, ["x" * 20_000]),
         ("[1, 2]", ["[1, 2]"]),  # an answer may be a box or an interval
         ("[]", ["[]"]),
-        (r"['it\'s a dog', 'a\\b']", ["it's a dog", r"a\b"]),
     ],
 )
 def test_list_in_a_cell_is_parsed(cell: str, texts: list[str]) -> None:
@@ -144,7 +136,6 @@ def test_questions_have_one_or_many_answers(tmp_path: Path) -> None:
             "has no caption",
         ),
         (b"caption\nA dog.\n", "a row has no file name of an image"),
-        (b"a.jpg#0\tA dog.\nA cat.\n", "not of the form NAME#0"),
         (b"\xff\xfe\x00", "codec can"),
         (b"[" * 100_000, "cannot read"),
         (b"file_name,caption\na.jpg,A dog, running\n", "line 2 has more columns than the first line"),
@@ -190,7 +181,7 @@ def test_caption_files_add_texts_and_splits_to_a_folder(tmp_path: Path) -> None:
     question = '{"image": "000012.jpg", "question": "Is it a cat?", "answer": "yes"}'
     (tmp_path / "vqa.jsonl").write_text(f'{question}\n{{"image": 99, "text": "x"}}')
     files = [tmp_path / "karpathy.json", tmp_path / "vqa.jsonl"]
-    source = open_folder(folder, caption_files=files)
+    source = open_folder(folder, captions=files)
     assert source.messages == (
         "human captions: 4 for 3 of 3 images",
         "splits of the source: 1 train, 1 validation",
@@ -204,8 +195,7 @@ def test_caption_files_add_texts_and_splits_to_a_folder(tmp_path: Path) -> None:
     asked = [[pair.question for pair in row.reference_qa or ()] for row in rows.values()]
     assert asked == [[], ["Is it a cat?"], []]
     plain = open_folder(folder)
-    assert all(row.reference_qa is None for row in samples_of(plain))
-    assert len({source.revision, plain.revision, open_folder(folder, caption_files=files[:1]).revision}) == 3
+    assert len({source.revision, plain.revision, open_folder(folder, captions=files[:1]).revision}) == 3
 
 
 def test_metadata_questions_are_read(tmp_path: Path) -> None:
@@ -217,7 +207,6 @@ def test_metadata_questions_are_read(tmp_path: Path) -> None:
     assert {name: [pair.answers for pair in asked or ()] for name, asked in whole.items()} == {
         "0.png": [], "1.png": [("yes",), ("no",)], "2.png": []
     }  # fmt: skip
-    assert all(asked is not None for asked in whole.values())
 
 
 def test_missing_caption_file_is_an_error_about_its_path(tmp_path: Path) -> None:
@@ -232,7 +221,7 @@ def test_caption_file_about_other_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         SourceError, match=r"no file name in .* is an image in .*it has 000009\.jpg, 000012\.jpg"
     ) as caught:
-        open_folder(tmp_path, caption_files=[tmp_path / "c.json"])
+        open_folder(tmp_path, captions=[tmp_path / "c.json"])
     assert "a.png" in str(caught.value.hint)
 
 

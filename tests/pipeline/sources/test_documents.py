@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
-from pipeline.sources import documents, find_source, open_source, with_source_defaults
+from pipeline.sources import documents, open_source, with_source_defaults
 from pipeline.steps.split import name_key
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import Rejected, Sample, Source
@@ -54,7 +54,7 @@ def test_long_document_becomes_several_decks(files: Path) -> None:
     assert source.decks and source.name == "pdf"
     hidden, others = source.messages
     assert hidden == "hidden files and folders, which are not read: 1 (._short.pdf)"
-    assert "1 .m3u8 (list.m3u8)" in others and ".txt" in others
+    assert others.startswith("not read: 4 (") and "list.m3u8" in others
 
 
 def test_pdf_pages_are_single_images(files: Path) -> None:
@@ -103,7 +103,6 @@ def test_unreadable_folders_and_other_files_are_reported(tmp_path: Path) -> None
     (tmp_path / "elsewhere").symlink_to(tmp_path.parent)
     write_video(tmp_path / "a.mp4", 3)
     source = opened(f"video:{tmp_path}", frame_seconds=1)
-    assert source.count() == 4
     assert "links to folders, which are not followed: 1 (elsewhere)" in source.messages
     outcome_of = rows(source)
     assert [name for name, row in outcome_of.items() if isinstance(row, Rejected)] == ["000.mp4"] and len(
@@ -119,7 +118,6 @@ def test_damaged_page_rejects_only_its_row(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_bytes(
         data.replace(broken + b" R", b"9999 0 R"[: len(broken) + 2].ljust(len(broken) + 2), 1)
     )
-    assert opened(f"pdf:{tmp_path}").count() == 3 and opened(f"pdf-pages:{tmp_path}").count() == 45
     decks = rows(opened(f"pdf:{tmp_path}"))
     assert [*decks] == ["a.pdf/0001-0020", "a.pdf/0021-0040", "a.pdf/0041-0045"]
     (bad,) = (row for row in decks.values() if isinstance(row, Rejected))
@@ -150,15 +148,10 @@ def test_missing_document_is_an_error(files: Path, tmp_path: Path, monkeypatch: 
     for name in ("none.pdf", ""):
         with pytest.raises(SourceError, match="no pdf file at"):
             opened(f"pdf:{tmp_path / name}")
-    with pytest.raises(ConfigError, match="has no frames, but --every was given"):
+    with pytest.raises(ConfigError, match="does not support --every"):
         opened(f"pdf:{files}", frame_seconds=2)
     with pytest.raises(ConfigError, match="consists of decks of pages"):
         opened(f"pdf:{files}", tasks=["caption"])
-    for name, kind in (("a.pdf", "pdf"), ("a.mp4", "video")):
-        (tmp_path / name).write_bytes(b"")
-        with pytest.raises(ConfigError) as caught:
-            find_source(str(tmp_path / name))
-        assert f"did you mean {kind}:{tmp_path / name}?" in caught.value.hint
     monkeypatch.setattr(documents, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="need the package pypdfium2") as caught:
         opened(f"pdf:{files}")

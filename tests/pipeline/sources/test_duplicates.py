@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.sources.duplicates import DuplicateImages
 from pipeline.tables import SAMPLE
-from pipeline.types import Sample
+from pipeline.types import ReferenceQA, Sample
 from tests.scene_data import scene_samples
 
 COPIED, SINGLE = scene_samples(2)
@@ -22,12 +22,11 @@ COPIES = (
 
 
 def add(samples: tuple[Sample, ...]) -> tuple[list[dict[str, Any]], set[tuple[str, str]]]:
-    copies = DuplicateImages()
+    images = DuplicateImages()
     rows = [sample.to_row() for sample in samples]
-    rejections = [copies.add(row) for row in rows]
-    kept_rows = [row for row, rejection in zip(rows, rejections, strict=True) if rejection is None]
-    rows = copies.apply(pa.Table.from_pylist(kept_rows, schema=SAMPLE)).to_pylist()
-    rejected = {(rejection.source_row, rejection.detail) for rejection in rejections if rejection}
+    kept_rows = [row for row in rows if not images.add(row)]
+    rows = images.apply(pa.Table.from_pylist(kept_rows, schema=SAMPLE)).to_pylist()
+    rejected = {(copy["source_row"], copy["detail"]) for copy in images.copies}
     return sorted(rows, key=lambda row: str(row["source_row"])), rejected
 
 
@@ -41,10 +40,11 @@ def test_merged_duplicates_do_not_depend_on_row_order(samples: tuple[Sample, ...
     assert rejected == {("b", COPIED.id), ("c", COPIED.id)}
 
 
-def test_merged_copies_keep_an_empty_list_of_questions() -> None:
-    # A version has the column for all samples or for none.
-    (first, _), _ = add(tuple(replace(sample, reference_qa=()) for sample in COPIES))
-    assert first["reference_qa"] == []
+@pytest.mark.parametrize("asked", [(), (ReferenceQA(question="Is it red?", answers=("yes",)),)])
+def test_questions_are_null_for_all_samples_or_for_none(asked: tuple[ReferenceQA, ...]) -> None:
+    rows, _ = add((replace(COPIED, reference_qa=()), replace(COPIED, reference_qa=asked), SINGLE))
+    assert {row["reference_qa"] is None for row in rows} == {not asked}
+    assert sum(len(row["reference_qa"] or ()) for row in rows) == len(asked)
 
 
 @pytest.mark.parametrize(

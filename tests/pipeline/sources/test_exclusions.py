@@ -102,42 +102,19 @@ def test_exclusion_names_source_and_split(name: str, source_and_split: tuple[str
     assert parse_exclusion(name) == source_and_split
 
 
-WHO = [
-    "firefighter",
-    "gardener",
-    "toddler",
-    "violinist",
-    "surfer",
-    "welder",
-    "nun",
-    "referee",
-    "juggler",
-    "beekeeper",
-]
-DOES = ["leans against", "walks past", "points toward", "stares at", "kneels before", "climbs over"]
-WHAT = [
-    "a rusted gate",
-    "the marble fountain",
-    "a striped awning",
-    "an overturned canoe",
-    "the tiled oven",
-    "a wooden step",
-]
-WHEN = [
-    "at dawn near the harbor",
-    "under heavy gray clouds",
-    "during a crowded parade",
-    "beside two sleeping cats",
-]
+WHO = ("firefighter", "gardener", "toddler", "violinist", "surfer", "welder", "referee", "juggler")
+DOES = ("leans against", "walks past", "points toward", "stares at", "kneels before", "climbs over")
+WHAT = ("a rusted gate", "the marble fountain", "a striped awning", "an overturned canoe", "a wooden step")
+WHEN = ("at dawn near the harbor", "under heavy gray clouds", "during a crowded parade", "in a quiet alley")
 
 
 def test_planted_leaks_are_found_and_clean_texts_pass() -> None:
     rng = random.Random("leaks")
     endings = [" ".join(parts) for parts in itertools.product(DOES, WHAT, WHEN)]
     rng.shuffle(endings)
-    test = rng.sample([f"A {who} {ending}." for who, ending in itertools.product(WHO, endings[:72])], 500)
+    test = rng.sample([f"A {who} {ending}." for who, ending in itertools.product(WHO, endings[:60])], 400)
     clean = [
-        f"One {who} {ending}." for who, ending in itertools.product(WHO, endings[72:])
+        f"One {who} {ending}." for who, ending in itertools.product(WHO, endings[60:])
     ]  # same subjects, other actions
     table = text_table("x#test", *test)
     planted = {

@@ -10,18 +10,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
 from PIL import Image
 
-from pipeline.config.files import resolve
 from pipeline.errors import ImageError, SourceError
 from pipeline.images import decode
-from pipeline.sources import open_source, texts
-from pipeline.sources.folder import open_folder
+from pipeline.sources import folder
 from pipeline.types import Rejected, Sample
 from tests.hostile import bounded_memory
 from tests.hub.datasets import photo
-from tests.pipeline.sources.reading import rejected_of, samples_of
+from tests.pipeline.sources.reading import open_folder, rejected_of, samples_of
 
 
 def fill(root: Path) -> None:
@@ -80,7 +77,7 @@ def test_unread_files_are_counted_and_named(tmp_path: Path) -> None:
     assert source.messages == (
         "links to folders, which are not followed: 1 (loop)",
         "hidden files and folders, which are not read: 3 (.DS_Store, ._a.JPG, .thumbnails)",
-        "not read: 2 .mp4 (other.mp4, clip.mp4), 1 .txt (notes.txt)",
+        "not read: 3 (clip.mp4, notes.txt, other.mp4)",
     )
 
 
@@ -237,7 +234,7 @@ def test_context_value_that_is_not_text_is_refused(tmp_path: Path, value: str) -
     (tmp_path / "a.png").write_bytes(photo(1))
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "title": {value}}}\n')
     with pytest.raises(SourceError, match=r"cannot read|a\.png: the column title contains objects"):
-        open_folder(tmp_path, columns=("title",))
+        open_folder(tmp_path, columns={"context": "title"})
     assert open_folder(tmp_path).revision
 
 
@@ -281,10 +278,8 @@ def test_metadata_columns_are_context_in_every_slice(tmp_path: Path) -> None:
         (tmp_path / f"{number % 2}").mkdir(exist_ok=True)
         Image.new("RGB", (8, 6 + number), "red").save(tmp_path / f"{number % 2}" / f"{number}.png")
     (tmp_path / "0" / "metadata.csv").write_text("file_name;title\n0.png;A\n2.png;C\n")
-    columns = ("title", "folder")
-    whole = {
-        row.source_row: row.context for row in samples_of(open_folder(tmp_path, columns=("title", "folder")))
-    }
+    columns = {"context": "title,folder"}
+    whole = {row.source_row: row.context for row in samples_of(open_folder(tmp_path, columns=columns))}
     assert not any("no captions" in text for text in open_folder(tmp_path, columns=columns).messages)
     assert whole == {
         "0/0.png": (("title", "A"), ("folder", "0")),
@@ -292,15 +287,7 @@ def test_metadata_columns_are_context_in_every_slice(tmp_path: Path) -> None:
         "1/1.png": (("title", ""), ("folder", "1")),
     }
     with pytest.raises(SourceError, match="no column is named size"):
-        open_folder(tmp_path, columns=("size",))
-
-
-def test_arrow_dataset_error_explains_conversion(tmp_path: Path) -> None:
-    Dataset.from_dict({"text": ["A dog."]}).save_to_disk(tmp_path / "saved")
-    for source in ("folder", "parquet"):
-        with pytest.raises(SourceError) as refused:
-            open_source(resolve(source=f"{source}:{tmp_path / 'saved'}"))
-        assert "load_from_disk" in refused.value.hint and "to_parquet" in refused.value.hint
+        open_folder(tmp_path, columns={"context": "size"})
 
 
 def test_metadata_names_match_any_path_spelling(tmp_path: Path) -> None:
@@ -367,6 +354,6 @@ def test_metadata_table_bomb_takes_no_memory(tmp_path: Path, monkeypatch: pytest
     table = pa.table({"file_name": names, "caption": large})
     pq.write_table(table, tmp_path / "metadata.parquet", store_schema=False)
     assert (tmp_path / "metadata.parquet").stat().st_size < 100_000
-    monkeypatch.setattr(texts, "MAX_FILE_BYTES", 10_000_000)
+    monkeypatch.setattr(folder, "MAX_FILE_BYTES", 10_000_000)
     with bounded_memory(150_000_000), pytest.raises(SourceError, match="unpacks to more than"):
         open_folder(tmp_path)

@@ -78,29 +78,14 @@ def test_flickr30k_conversion_has_karpathys_split(hub: RunningHub) -> None:
     assert (opened("flickr30k").count(), opened("flickr30k", source_split="test").count()) == (20, 4)
 
 
-def test_flickr30k_copy_without_split_needs_a_split_list(hub: RunningHub, tmp_path: Path) -> None:
+def test_flickr30k_copy_without_split_column_is_refused(hub: RunningHub) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, 10)
     for split in (None, "train"):
         with pytest.raises(SourceError, match="has no split column") as caught:
             opened("flickr30k:lmms-lab/flickr30k", source_split=split)
-        assert "--split-list" in caught.value.hint
-    assert {sample.split for sample in read("flickr30k:lmms-lab/flickr30k", source_split="test")[0]} == {
-        "test"
-    }
-    schema = datasets.FLICKR.remove(datasets.FLICKR.get_field_index("split"))
-    rows = [{k: v for k, v in row.items() if k != "split"} for row in datasets.flickr_rows(5)]
-    hub.hub.storage.seed(
-        "dataset", "me/copy", {"data/train-00000-of-00001.parquet": datasets.parquet(rows, schema)}
-    )
-    with pytest.raises(SourceError, match="has no split column"):
-        opened("flickr30k:me/copy", source_split="test")
-    (tmp_path / "list.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"cannot read .*: an object has no .images"):
-        opened("flickr30k:lmms-lab/flickr30k", split_list=str(tmp_path / "list.json"))
-    (tmp_path / "list.json").write_text(datasets.karpathy_list(8))
-    samples, rejected = read("flickr30k:lmms-lab/flickr30k", split_list=str(tmp_path / "list.json"))
-    assert Counter(sample.split for sample in samples) == {"train": 6, "validation": 1, "test": 1}
-    assert reasons(rejected) == {"unknown_split": 2}  # missing in the list
+        assert "hub:lmms-lab/flickr30k" in caught.value.hint
+    samples, _ = read("flickr30k:lmms-lab/flickr30k", source_split="test")
+    assert {sample.split for sample in samples} == {"test"}
 
 
 # --- VQAv2
@@ -281,7 +266,7 @@ def test_config_is_a_folder_or_declared_on_the_card(
     assert len(rows) == len(expected)
 
 
-def test_partial_conversion_is_refused_without_allow_partial(hub: RunningHub, tmp_path: Path) -> None:
+def test_partial_conversion_is_read_and_stated_on_the_card(hub: RunningHub, tmp_path: Path) -> None:
     table = datasets.parquet(
         [{"photo": datasets.cell(n), "alt_text": f"Two red boats near pier {n}."} for n in range(3)], PLAIN
     )
@@ -292,18 +277,13 @@ def test_partial_conversion_is_refused_without_allow_partial(hub: RunningHub, tm
     }
     hub.hub.storage.seed("dataset", "me/large", files, branch="refs/convert/parquet")
     columns = {"image": "photo", "references": "alt_text"}
-    with pytest.raises(SourceError, match="converted only the first part of me/large") as caught:
-        opened("hub:me/large", columns=columns)
-    assert "--allow-partial" in caught.value.hint
-    source = opened("hub:me/large", columns=columns, allow_partial=True)
-    assert source.is_partial and "the rest is not read" in source.messages[0]
+    source = opened("hub:me/large", columns=columns)
+    assert source.is_partial and "to read the rest" in source.messages[0]
     assert [row.split for row in source.rows if isinstance(row, Sample)] == ["train"] * 3
-    config = resolve(source="hub:me/large", columns=columns, allow_partial=True, tasks="none")
+    config = resolve(source="hub:me/large", columns=columns, tasks="none")
     version = generate_dataset(config, tmp_path / "d").version
     assert version.manifest["source"]["partial"] is True
     assert "**only the first part of it**" in (version.path / "README.md").read_text()
-    with pytest.raises(ConfigError, match="is read as a whole, but --allow-partial was given"):
-        open_source(resolve(source="scenes", allow_partial=True))
 
 
 def test_gated_repository_marks_images_not_redistributable(hub: RunningHub) -> None:
@@ -372,9 +352,8 @@ def test_unreachable_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unsupported_options_are_refused() -> None:
     for settings, what in (
-        ({"columns": {"image": "x"}, "source": "flickr30k"}, "--columns was given"),
-        ({"split_list": "x.json", "source": "vqav2"}, "--split-list was given"),
-        ({"source_split": "train", "source": "scenes-deck"}, "has no splits"),
+        ({"columns": {"image": "x"}, "source": "flickr30k"}, "flickr30k does not support --columns"),
+        ({"source_split": "train", "source": "scenes-deck"}, "does not support --split"),
         ({"source": "hub:"}, "--source hub needs an argument: hub:ORG/NAME"),
         ({"source": "folder"}, "--source folder needs an argument: folder:PATH"),
         ({"source": "scenes", "tasks": ["deck_qa"]}, "consists of single images"),

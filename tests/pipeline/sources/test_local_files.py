@@ -4,8 +4,6 @@ import hashlib
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.files import resolve
@@ -14,26 +12,17 @@ from pipeline.sources.source_files import skip_digests
 from tests.hub.datasets import photo
 
 
-def write_source(kind: str, folder: Path) -> str:
-    """Write three photos as a source of this kind, and return its name."""
-    folder.mkdir()
-    for number in range(3):
-        (folder / f"{number}.jpg").write_bytes(photo(number))
-    if kind == "archive":
-        shutil.make_archive(str(folder / "photos"), "zip", folder)
-    if kind == "parquet":
-        pq.write_table(pa.table({"image": [photo(number) for number in range(3)]}), folder / "photos.parquet")
-    if kind == "list":
-        (folder / "list.csv").write_text("image\n0.jpg\n1.jpg\n2.jpg\n")
-    name = {"folder": "", "archive": "photos.zip", "parquet": "photos.parquet", "list": "list.csv"}[kind]
-    return f"{kind}:{folder / name}"
-
-
-@pytest.mark.parametrize("kind", ["folder", "archive", "parquet", "list"])
+@pytest.mark.parametrize("kind", ["folder", "archive"])
 def test_source_computes_no_file_digests_within_skip_digests(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = resolve(source=write_source(kind, tmp_path / "photos"))
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / f"photos/{number}.jpg").write_bytes(photo(number))
+    path = tmp_path / "photos"
+    if kind == "archive":
+        path = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", path))
+    config = resolve(source=f"{kind}:{path}")
     revision = open_source(config).revision
     monkeypatch.setattr(hashlib, "file_digest", None)
     with skip_digests():

@@ -27,7 +27,7 @@ REASONS = {"unreadable_image", "unsupported_depth", "too_many_pixels", "too_narr
 READ = """
 import json, resource, sys
 from pathlib import Path
-from pipeline.sources.folder import open_folder
+from tests.pipeline.sources.reading import open_folder
 from pipeline.types import Sample
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows = list(open_folder(Path(sys.argv[1])).rows)
