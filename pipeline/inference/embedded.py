@@ -188,8 +188,7 @@ class Grammars:
         """Return a new matcher for a JSON schema, or for plain text if it is empty."""
         if schema not in self._prototypes:
             if schema:
-                options = {"whitespace_flexible": False}
-                grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+                grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
             else:
                 grammar = LLMatcher.grammar_from_regex(PLAIN_TEXT)
             self._prototypes[schema] = LLMatcher(self._tokenizer, grammar)

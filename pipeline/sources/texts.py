@@ -13,6 +13,7 @@ of `datasets`, and from caption files. A caption file may be gzipped, and has on
 An image is named by its path, or by its file name if that is unique. Model-written texts are skipped.
 """
 
+import ast
 import json
 import re
 import unicodedata
@@ -48,6 +49,7 @@ from pipeline.tables import (
 from pipeline.types import ReferenceQA
 
 TEXT_KEYS = ("raw", "caption", "text", "answer")  # keys under which an object may hold its text
+_ADJACENT = re.compile(r"['\"]\s+['\"]")  # two strings without a comma
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
@@ -157,11 +159,14 @@ def extract_texts(
 
 
 def parse_list(text: str) -> list[Any] | None:
-    """Parse a JSON list of strings or objects. Return None for other cells."""
-    if text[:1] == "[" and text[-1:] == "]":
-        with suppress(ValueError, RecursionError):
-            value = json.loads(text)
-            return value if value and all(isinstance(item, str | dict) for item in value) else None
+    """Parse a list of strings or objects in JSON, or as Python prints it. Return None for other cells."""
+    if not (text[:1] == "[" and text[-1:] == "]"):
+        return None
+    # NumPy prints no commas between strings, and Python would join them.
+    for parse in (json.loads,) if _ADJACENT.search(text) else (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = parse(text)
+            return list(value) if value and all(isinstance(item, str | dict) for item in value) else None
     return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin
 
 from pipeline.errors import ImageError
 from pipeline.images import metadata
@@ -163,6 +163,19 @@ def test_file_without_metadata_is_unchanged(plain: bytes) -> None:
     assert strip_metadata(plain) == plain
 
 
+@pytest.mark.parametrize(("kind", "more"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_all_frames_of_an_animation_are_kept(kind: str, more: dict[str, Any]) -> None:
+    frames = [photo(n) for n in (1, 2, 3)]
+    more = more | {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
+    data = encoded(kind, frames[0], exif=exif_of(), **more)
+    clean = strip_metadata(data)
+    assert leaked(data) and leaked(clean) == []
+    with Image.open(io.BytesIO(data)) as before, Image.open(io.BytesIO(clean)) as after:
+        pairs = zip(ImageSequence.Iterator(before), ImageSequence.Iterator(after), strict=True)
+        assert all(old.convert("RGB").tobytes() == new.convert("RGB").tobytes() for old, new in pairs)
+        assert getattr(after, "n_frames", 1) == 3 and after.info.get("loop") == before.info.get("loop")
+
+
 @pytest.mark.parametrize(
     ("data", "mode"),
     [
@@ -245,3 +258,14 @@ def test_profile_name_and_trailing_data_in_icc_chunk_are_removed() -> None:
     assert leaked(clean) == []
     with Image.open(io.BytesIO(clean)) as image:
         assert image.info["icc_profile"] == PROFILE
+
+
+def test_unneeded_chunks_of_a_frame_are_removed() -> None:
+    data = encoded("WEBP", photo(1), save_all=True, append_images=[photo(2)], lossless=True)
+    start = data.index(b"ANMF")
+    (length,) = struct.unpack_from("<I", data, start + 4)
+    inner = b"XMP " + struct.pack("<I", 16) + b"PhotoSerial-4711"
+    frame = b"ANMF" + struct.pack("<I", length + len(inner)) + data[start + 8 : start + 8 + length] + inner
+    body = data[12:start] + frame + data[start + 8 + length + length % 2 :]
+    clean = strip_metadata(b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body)
+    assert clean == data

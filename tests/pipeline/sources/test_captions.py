@@ -72,6 +72,10 @@ def test_all_caption_formats_give_the_same_texts(tmp_path: Path, name: str) -> N
     [
         ('["A dog runs.", "A cat."]', ["A dog runs.", "A cat."]),
         ('[{"caption": "A dog runs."}]', ["A dog runs."]),
+        ("['A dog runs.', \"A cat's.\"]", ["A dog runs.", "A cat's."]),
+        ("['A dog runs.' 'A cat.']", ["['A dog runs.' 'A cat.']"]),  # as NumPy prints it
+        (r"['it\'s a dog', 'a\\b']", ["it's a dog", r"a\b"]),
+        ("['a'" + " " * 400_000 + "]", ["a"]),
         ("[" * 10_000 + "]", ["[" * 10_000 + "]"]),
         ("x" * 20_001, ["x" * 20_000]),
         ("[1, 2]", ["[1, 2]"]),  # an answer may be a box or an interval

@@ -128,7 +128,7 @@ def test_lists_in_cells_are_parsed(tmp_path: Path) -> None:
     table = {
         "caption": ['["A dog runs.", "A brown dog."]'],
         "question": ["What?"],
-        "answer": ['["dog", "dog", "cat"]'],
+        "answer": ["['dog', 'dog', 'cat']"],
     }
     row = first_row(tmp_path, table)
     assert row.references == ("A dog runs.", "A brown dog.")
