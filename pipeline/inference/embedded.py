@@ -62,7 +62,7 @@ class EmbeddedEngine:
         return {"reply tokens": f"{self._tokens:,}"}
 
     def _answer(self, requests: list[Request]) -> list[Reply]:
-        """Answer a batch. If it fails, answer its halves, until the request that causes the failure is alone."""
+        """Answer a batch. If it fails, answer its halves, until only the request that fails is refused."""
         processor, model = self._loaded
         try:
             return self._generate(requests, processor, model)
