@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def main() -> None:
     for path in sorted(folder.iterdir()):
         results, watch.violations, started = {}, [], time.process_time()
         with watch.reading(folder, out, *more):
-            results["open"], acts = attempt(lambda path=path: acts_on(path, out))
+            results["open"], acts = attempt(partial(acts_on, path, out))
             for name, act in (acts or {}).items():
                 results[name], _ = attempt(act)
         seconds = time.process_time() - started
