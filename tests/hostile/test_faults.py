@@ -45,6 +45,15 @@ def generate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ..
 
 
 @pytest.fixture(scope="module")
+def human(generate: Command, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """Return the command that makes a dataset from human captions."""
+    captions = tmp_path_factory.mktemp("captions") / "captions.jsonl"
+    rows = [{"file_name": f"{n}.png", "caption": f"A grey wall with {n} spots in a room."} for n in range(6)]
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (*generate[:3], "--captions", str(captions), "--no-model", "--out", "data", "--language", "any")
+
+
+@pytest.fixture(scope="module")
 def made(generate: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a finished dataset and a file of reviews."""
     folder = tmp_path_factory.mktemp("made")
@@ -116,8 +125,11 @@ def sweep(
 
 
 @pytest.mark.parametrize("mode", ["crash", "full", "broken"])
-def test_generate_after_fault_equals_undisturbed_run(mode: str, generate: Command, tmp_path: Path) -> None:
-    assert len(sweep(None, tmp_path, generate, mode, sound_digests)) == 1
+@pytest.mark.parametrize("command", ["generate", "human"])
+def test_generate_after_fault_equals_undisturbed_run(
+    command: str, mode: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    assert len(sweep(None, tmp_path, request.getfixturevalue(command), mode, sound_digests)) == 1
 
 
 @pytest.mark.parametrize("mode", ["crash", "full"])
