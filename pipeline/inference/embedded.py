@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from pipeline.errors import EngineError, one_line
 from pipeline.images.decode import prepare_image, sent_size, upright_size
 from pipeline.tasks.prompts import Prompt
-from pipeline.types import Reply, Request, RequestSource
+from pipeline.types import REFUSED_BY_SERVER, Reply, Request, RequestSource
 
 PLAIN_TEXT = r"[\s\S]+"  # a grammar never allows special tokens, such as those that begin an image
 MAX_FLOAT32_BYTES = 1_000_000_000
@@ -62,7 +62,19 @@ class EmbeddedEngine:
         return {"reply tokens": f"{self._tokens:,}"}
 
     def _answer(self, requests: list[Request]) -> list[Reply]:
+        """Answer a batch. If it fails, answer its halves, until only the request that fails is refused."""
         processor, model = self._loaded
+        try:
+            return self._generate(requests, processor, model)
+        except EngineError:
+            raise
+        except Exception as error:  # noqa: BLE001  # processors and models raise anything for unusual inputs
+            if len(requests) == 1:
+                return [requests[0].reply(f"the model cannot read it: {one_line(error)}", REFUSED_BY_SERVER)]
+        half = len(requests) // 2
+        return self._answer(requests[:half]) + self._answer(requests[half:])
+
+    def _generate(self, requests: list[Request], processor: Any, model: Any) -> list[Reply]:
         images = [
             [prepare_image(image, request.max_pixels, for_model=True) for image in request.images]
             for request in requests

@@ -3,13 +3,16 @@
 `make test` runs a fixed sample of the long sweeps, `make test-long` (SYNTH_LONG=1) all cases.
 """
 
+import json
 import os
 import random
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 LONG = bool(os.environ.get("SYNTH_LONG"))
 T = TypeVar("T")
@@ -58,6 +61,24 @@ def pipe(name: str) -> Damage:
         os.mkfifo(folder / name)
 
     return damage
+
+
+def read_audited(kind: str, folder: Path, out: Path) -> dict[str, Any]:
+    """Read all versions or checkpoints of a folder in an audited process. Return the outcomes by name."""
+    command = [sys.executable, "-m", "tests.hostile.read_audited", kind, str(folder), str(out)]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcomes: dict[str, Any] = json.loads(done.stdout)
+    return outcomes
+
+
+def require_harmless(name: str, outcome: dict[str, Any], max_s: float) -> None:
+    """Assert that reading gave a result or one error in `max_s`, and that the good example gave results."""
+    assert outcome["violations"] == []
+    assert not [result for result in outcome["results"].values() if result.startswith("TRACEBACK")], outcome
+    assert name != "good" or set(outcome["results"].values()) == {"done"}
+    assert outcome["seconds"] < max_s
 
 
 def memory_bytes(name: str = "VmHWM") -> int:

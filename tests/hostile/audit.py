@@ -19,7 +19,7 @@ _FETCHES = {
     "ftplib.connect",
 }  # fmt: skip
 _UNPICKLES = {"pickle.find_class"}
-_PYTHON = (*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix)
+_PYTHON = (*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, *sys.path)
 _TRUSTED = tuple(map(os.path.realpath, (*_PYTHON, str(Path(__file__).parents[2]), "/usr", "/lib")))
 _OPENED = ("/proc/", "/sys/", "/dev/null", "/dev/urandom", "/etc/localtime", "/etc/mime.types", "/dev/shm/")
 

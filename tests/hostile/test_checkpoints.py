@@ -5,8 +5,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.hostile import Damage, link, pipe
+from tests.hostile import Damage, link, pipe, read_audited, require_harmless
 from tests.trainer.tiny_models import save_vit
 from trainer.model.caption_model import build_captioner
 from trainer.model.checkpoint import Checkpoint
@@ -164,26 +162,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         shutil.copytree(good, folder / name)
         damage(folder / name)
     Path("/tmp/synth-was-here").unlink(missing_ok=True)
-    photo = tmp_path_factory.mktemp("photo") / "photo.png"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.hostile.load_checkpoints", str(folder), str(photo)],
-        capture_output=True, text=True, timeout=280, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    loaded = json.loads(done.stdout)["outcomes"]
-    assert isinstance(loaded, dict)
-    return loaded
+    return read_audited("checkpoints", folder, tmp_path_factory.mktemp("out"))
 
 
-def test_good_checkpoint_loads_without_violation(outcomes: dict[str, Any]) -> None:
-    assert outcomes["good"]["outcome"] == "a text of True"
-    assert outcomes["good"]["violations"] == []
-
-
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("name", ["good", *DAMAGES])
 def test_hostile_checkpoint_is_refused_once_or_is_harmless(name: str, outcomes: dict[str, Any]) -> None:
-    assert outcomes[name]["violations"] == []
-    assert not outcomes[name]["outcome"].startswith("TRACEBACK"), outcomes[name]
-    assert outcomes[name]["seconds"] < 30
+    require_harmless(name, outcomes[name], max_s=30)
     assert not Path("/tmp/synth-was-here").exists()

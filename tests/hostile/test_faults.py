@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.dataset.integrity import find_damage
 from pipeline.dataset.removal import REMOVING
 from pipeline.dataset.reviews import text_name
 from tests.chat.server import Act, ChatServer, running_chat
-from tests.hostile import part_of
+from tests.hostile import damaged, part_of
 from tests.hostile.faults import KILLED, run
 from tests.hub.server import running_hub
 from tests.scene_data import make_version, scene_samples
@@ -42,6 +43,15 @@ def generate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ..
     with running_chat(ChatServer(script)) as chat:
         images = ("--source", f"folder:{photos}", "--tasks", "caption", "--out", "data", "--language", "any")
         yield ("generate", *images, "--base-url", chat.url, "--json")
+
+
+@pytest.fixture(scope="module")
+def human(generate: Command, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """Return the command that makes a dataset from human captions."""
+    captions = tmp_path_factory.mktemp("captions") / "captions.jsonl"
+    rows = [{"file_name": f"{n}.png", "caption": f"A grey wall with {n} spots in a room."} for n in range(6)]
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (*generate[:3], "--captions", str(captions), "--no-model", "--out", "data", "--language", "any")
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +126,28 @@ def sweep(
 
 
 @pytest.mark.parametrize("mode", ["crash", "full", "broken"])
-def test_generate_after_fault_equals_undisturbed_run(mode: str, generate: Command, tmp_path: Path) -> None:
-    assert len(sweep(None, tmp_path, generate, mode, sound_digests)) == 1
+@pytest.mark.parametrize("command", ["generate", "human"])
+def test_generate_after_fault_equals_undisturbed_run(
+    command: str, mode: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    assert len(sweep(None, tmp_path, request.getfixturevalue(command), mode, sound_digests)) == 1
+
+
+@pytest.mark.parametrize("seed", part_of(range(300), 3))
+def test_damaged_journal_is_repaired_or_reported(
+    seed: int, generate: Command, made: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made, tmp_path / "folder"))
+    journal = folder / "data" / "journal" / "local.sqlite"
+    journal.write_bytes(damaged(journal.read_bytes(), random.Random(seed)))
+    shutil.rmtree(folder / "data" / "steps")  # the run reads the replies again
+    for arguments in (generate, ("check", "data"), ("check", "data", "--repair")):
+        outcome = run(folder, *arguments)
+        assert outcome.code in (0, 1) and "Traceback" not in outcome.output, outcome
+    after = run(folder, *generate)
+    assert "Traceback" not in after.output, after
+    assert (after.code == 0) == (outcome.code == 0), (outcome, after)
+    assert after.code or sound_digests(folder) == sound_digests(made)
 
 
 @pytest.mark.parametrize("mode", ["crash", "full"])

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count as count_from
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -14,12 +16,16 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, expect
 
+from pipeline.hub import push as pushing
 from pipeline.sources.scenes import draw_sample
 from tests.commands import Done, run_synth
+from tests.hostile import LONG
+from tests.hub.app import Fault
 from tests.hub.server import RunningHub
 from tests.whole.conftest import ROOT, SYNTH
 
 GRADIO = ROOT / ".venv-gradio"
+REPO_NUMBERS = count_from(1)  # a new repository for each interrupted push
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,41 @@ def test_space_names_commit_and_requirements(space: dict[str, bytes], hub: Runni
     assert set(captioner.tags) == set(hub.hub.storage.repos["space", "me/page"].tags)
     again = synth(hub, home, "push", "captioner", "--repo", "me/captioner", "--space", "me/page")
     assert again.stderr.count("nothing to do") == 2
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 412}, {}, {"after": True}])
+def test_push_of_space_after_fault_at_any_request_is_completed_by_next_push(
+    fault: dict[str, Any],
+    hub: RunningHub,
+    home: Path,
+    space: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pushing, "_pause_s", lambda error, number: 0.0)
+
+    def push(number: int) -> Done:
+        repos = ("--repo", f"me/captioner{number}", "--space", f"me/page{number}")
+        return run_synth("push", "captioner", *repos, cwd=home, env=hub.env(home / "home"))
+
+    hub.hub.log.clear()
+    assert push(next(REPO_NUMBERS)).returncode == 0
+    count = len(hub.hub.log)
+    assert count > 20
+    for skip in range(count) if LONG else range(len(fault), count, 7):
+        number = next(REPO_NUMBERS)
+        hub.hub.faults.append(Fault(".*", ".*", skip=skip, **fault))
+        first = push(number)
+        hub.hub.faults.clear()
+        assert first.returncode == 0 or "hint" in first.stderr, (skip, first.stderr)
+        assert "Traceback" not in first.stderr, (skip, first.stderr)
+        assert push(number).returncode == 0
+        model = hub.hub.storage.repos["model", f"me/captioner{number}"]
+        page = hub.hub.storage.repos["space", f"me/page{number}"]
+        assert len(model.commits) == len(page.commits) == 2  # empty, and whole
+        assert model.tags.keys() == page.tags.keys()
+        files = files_of(hub, "space", f"me/page{number}")
+        assert json.loads(files["space.json"])["revision"] == model.branches["main"]
+        assert files.keys() == space.keys()
 
 
 @pytest.mark.parametrize("arguments", [("--space", "me/page"), ("captioner", "--space", "not a name")])

@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.config import DECKS
 from pipeline.config.files import resolve
 from pipeline.digests import weights_revision
+from pipeline.images.decode import prepare_image
 from pipeline.inference import embedded
 from pipeline.inference.embedded import EmbeddedEngine, batch_requests
 from pipeline.inference.engines import TINY_DECK_WEIGHTS, TINY_WEIGHTS, choose_engine
@@ -18,7 +19,7 @@ from pipeline.scenes.text import AnswerScore, CaptionScore
 from pipeline.sources.scenes import draw_sample
 from pipeline.tasks import TASKS
 from pipeline.tasks.replies import parse_reply
-from pipeline.types import Engine, Reply, Request, Sampling
+from pipeline.types import REFUSED_BY_SERVER, Engine, Reply, Request, Sampling
 from tests.scene_data import (
     batch_of,
     requests_to_send,
@@ -139,6 +140,25 @@ def test_reply_at_the_token_limit_is_cut_short(engine: Engine) -> None:
     reply_of = replies(engine, short)
     assert {reply.finish_reason for reply in reply_of.values()} == {"length"}
     assert {row["reply_error"] for r in short for row in parse_reply(r, reply_of[r.id])} == {"cut_short"}
+
+
+def test_failure_of_one_image_refuses_only_the_requests_about_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = requests(3)
+    expected = replies(engine, batch)
+    (bad,) = batch[-1].images
+
+    def prepare(image: bytes, *more: int | None, for_model: bool) -> Image.Image:
+        if image == bad:
+            raise StopIteration("no grid")
+        return prepare_image(image, *more, for_model=for_model)
+
+    monkeypatch.setattr(embedded, "prepare_image", prepare)
+    reply_of = replies(engine, batch)
+    for request in batch:
+        is_refused = reply_of[request.id].finish_reason == REFUSED_BY_SERVER
+        assert is_refused if request.images == (bad,) else reply_of[request.id] == expected[request.id]
 
 
 def test_large_model_is_loaded_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipeline.images.decode import has_heif
+
 FORMATS = {
     "PNG": (".png", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
     "JPEG": (".jpg", ("L", "RGB", "CMYK")),
@@ -18,6 +20,7 @@ FORMATS = {
     "GIF": (".gif", ("L", "P", "RGB")),
     "BMP": (".bmp", ("1", "L", "P", "RGB")),
     "TIFF": (".tif", ("1", "L", "RGB", "RGBA", "CMYK", "F", "I;16")),
+    "HEIF": (".heic", ("L", "RGB", "RGBA")),
 }
 DAMAGE = (
     "none", "empty", "cut in half", "first bytes only", "bits flipped", "zeros in the middle",
@@ -61,6 +64,7 @@ def odd(kind: str, mode: str, damage: str, rng: random.Random) -> bytes:
 
 def test_each_odd_image_is_read_or_rejected_silently(tmp_path: Path) -> None:
     rng = random.Random(0)
+    assert has_heif()  # registers the encoder
     for kind, (suffix, modes) in FORMATS.items():
         for mode, damage in itertools.product(modes, DAMAGE):
             name = f"{kind}-{mode.replace(';', '')}-{damage.replace(' ', '_')}"
