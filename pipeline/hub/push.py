@@ -102,11 +102,10 @@ def _retry(attempt: Callable[[], PushResult]) -> PushResult:
         try:
             return attempt()
         except (HfHubHTTPError, ConnectionError, TimeoutError, httpx2.TransportError) as error:
-            is_refused = (
-                isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRIED_STATUSES
-            )
+            if isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRIED_STATUSES:
+                raise
             # A ConnectError means that no server is listening.
-            if is_refused or isinstance(error, httpx2.ConnectError):
+            if isinstance(error, httpx2.ConnectError):
                 raise
             time.sleep(_pause_s(error, number))
     return attempt()

@@ -31,7 +31,7 @@ Acts = dict[str, Callable[[], Any]]
 
 def acts_on_version(path: Path, out: Path) -> Acts:
     """Return all operations on a version, by name."""
-    version, good = open_dataset(path), open_dataset(path.with_name("good"))
+    version = open_dataset(path)
 
     def pack() -> None:
         with build_package(version, "me/x", acknowledged=version.manifest["licenses"]) as package:

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import SourceError
-from pipeline.sources import image_urls, open_source, parquet
+from pipeline.sources import image_urls, open_source
 from pipeline.sources.tables import read_mapping
 from pipeline.types import Rejected, Sample
 from tests.hub.datasets import photo
@@ -30,7 +30,8 @@ def web() -> Iterator[str]:
 def test_table_urls_are_fetched_in_parallel_and_in_order(
     tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet, "fetch_image", lambda url: image_urls.fetch_image(url, lambda address: True))
+    fetch_image = image_urls.fetch_image
+    monkeypatch.setattr(image_urls, "fetch_image", lambda url: fetch_image(url, lambda address: True))
     Together.first.reset()
     images = [{"bytes": None, "path": f"{web}/{name}"} for name in NAMES]
     captions = [f"Image {name}." for name in NAMES]
