@@ -13,7 +13,7 @@ from pipeline.config.sections import FilterConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
-from pipeline.steps import verify
+from pipeline.steps import verify_checks
 from pipeline.storage.files import read_table
 from pipeline.tables import CALIBRATION, CHECK, FLOAT64, INT32, STRING, fields
 from tests.chat.server import ChatServer, running_chat
@@ -174,14 +174,14 @@ def test_checks_in_batches_equal_checks_of_all_rows(tmp_path: Path, monkeypatch:
     whole, sent, distinct = checked(tmp_path / "whole")
     assert len(whole) == 36 and all(row["checks"] for row in whole if row["question"] is not None)
     held: list[int] = []
-    ask = verify.AnnotationChecker.ask_all_checks
+    ask = verify_checks.AnnotationChecker.ask_all_checks
 
-    def noted(self: verify.AnnotationChecker, rows: list[dict[str, Any]]) -> Any:
+    def noted(self: verify_checks.AnnotationChecker, rows: list[dict[str, Any]]) -> Any:
         held.append(len(rows))
         return ask(self, rows)
 
-    monkeypatch.setattr(verify.AnnotationChecker, "ask_all_checks", noted)
-    monkeypatch.setattr(verify, "BATCH_ANNOTATIONS", 4)
+    monkeypatch.setattr(verify_checks.AnnotationChecker, "ask_all_checks", noted)
+    monkeypatch.setattr(verify_checks, "BATCH_ANNOTATIONS", 4)
     monkeypatch.setattr("pipeline.storage.files.BATCH_ROWS", 2)
     parts, sent_in_parts, distinct_in_parts = checked(tmp_path / "parts")
     # Each batch has all three rows of its samples.
@@ -205,10 +205,10 @@ def test_missing_clip_is_refused_before_any_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("style", "is_kept"), [("dense", True), ("plain", True), ("alt", False)])
 def test_repaired_caption_has_the_bounds_of_its_style(style: str, *, is_kept: bool) -> None:
     settings: Any = SimpleNamespace(bounds=FilterConfig(), requests=request_plan(resolve(source="scenes")))
-    checker = verify.AnnotationChecker(settings, settings, settings, ExitStack())
+    checker = verify_checks.AnnotationChecker(settings, settings, settings, ExitStack())
     text = (
         "An old man in a blue coat sits on a wooden bench beside a brown dog, while two children with red "
         "kites run along the wet beach toward a small white boat that lies under a gray and cloudy sky."
     )
-    (row,) = checker._filter([verify.CheckedAnnotation(CAPTION | {"style": style})], [text])
+    (row,) = checker._filter([verify_checks.CheckedAnnotation(CAPTION | {"style": style})], [text])
     assert (row is not None) == is_kept
