@@ -69,7 +69,7 @@ def describe_provenance(
         },
         "model": model,
         "prompts": prompt_texts(asked, config.prompt_dirs, config.generate.style_prompts) if asked else {},
-        "schemas": {task.name: wire_schema(task) for task in asked if not task.plain_field},
+        "schemas": {task.name: wire_schema(task) for task in asked},
         # The digests of caption files are from the read step, since a later run may not have the files.
         "config": settings | {"captions": source.get("captions", [])},
         **describe_data(config.license, config.title or _folder_name(config.source), config.filter.language),

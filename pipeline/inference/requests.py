@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -314,9 +314,10 @@ def _shared_fields(
     """
     max_pixels = plan.max_pixels(task, values.get("style", ""))
     prompt = render(task, plan.prompt_dirs, own_styles=plan.generate.style_prompts, **values)
+    schema = wire_schema(task) if task.asks_for_json(prompt.text) else None
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
-        "schema": wire_schema(task),
+        "schema": schema,
         "model": plan.revision,  # equal weights give equal replies, whatever the name
         "sampling": [temperature, max_tokens],
         "max_pixels": max_pixels,
@@ -327,13 +328,8 @@ def _shared_fields(
         "prompt_id": prompt.id,
         "system": prompt.system,
         "text": prompt.text,
-        "schema": _schema_text(task),
+        "schema": json.dumps(schema) if schema else "",
         "sampling": Sampling(temperature=temperature, max_tokens=max_tokens),
         "max_pixels": max_pixels,
     }
     return fields, digest(identity)
-
-
-@cache
-def _schema_text(task: Task) -> str:
-    return "" if task.plain_field else json.dumps(wire_schema(task))

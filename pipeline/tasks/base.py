@@ -54,7 +54,7 @@ class Task:
     output: type[Output]  # model of a whole reply
     row: type[Output]  # model of one annotation
     rows_field: str | None = None  # field of a reply that lists the rows, or None if the reply is one row
-    plain_field: str | None = None  # field that holds the whole reply, if a reply is plain text without JSON
+    plain_field: str | None = None  # field of a reply that may be plain text without JSON
     tidy_row: Callable[[dict[str, Any]], dict[str, Any]] = tidy_texts  # called before the row model
     text_field: str | None = None  # field of a row that fills the column `text`
     asks_about_decks: bool = False  # whether requests show all pages of a deck
@@ -71,8 +71,12 @@ class Task:
     shows_detail: bool = False  # whether images have up to MAX_DETAIL_PIXELS
 
     def wire_schema(self) -> dict[str, Any]:
-        """Return the JSON schema that the decoder enforces, which is empty for a plain text."""
-        return {} if self.plain_field else dict(strip_schema(self.output.model_json_schema()))
+        """Return the JSON schema that the decoder enforces, unless the prompt asks for a plain text."""
+        return dict(strip_schema(self.output.model_json_schema()))
+
+    def asks_for_json(self, prompt: str) -> bool:
+        """Return whether a prompt asks for JSON. A template may do so for a task with plain replies."""
+        return self.plain_field is None or f'{{"{self.plain_field}":' in prompt
 
     def max_pixels(self, style: str = "") -> int:
         """Return the default bound on the pixels of an image."""

@@ -85,7 +85,7 @@ class CustomTask(Task):
 
     def wire_schema(self) -> Schema:
         """See Task."""
-        return {} if self.plain_field else dict(strip_schema(self.whole))
+        return dict(strip_schema(self.whole))
 
     def temperature(self, generate: GenerateConfig) -> float:  # noqa: ARG002
         """See Task."""

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from pipeline.config.files import resolve
+from pipeline.inference import protocol
+from pipeline.inference.protocol import Dialect
 from pipeline.inference.requests import build_requests
 from pipeline.sources import with_source_defaults
 from pipeline.tasks.checks import ANSWER, BLIND, CLAIMS, COVERS, REPAIR
@@ -71,11 +73,33 @@ def test_pixel_limit_depends_on_the_task(
     assert plan.fields(ANSWER, question="?")[0]["max_pixels"] == plan.largest_pixels == check_pixels
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_plain"),
+    [
+        ({"source": "folder:x"}, [True, True, False]),
+        ({"source": "scenes"}, [False] * 3),  # the prompts that the tiny model knows ask for JSON
+        ({"tasks": ["own"], "custom_tasks": [{"name": "own", "kind": "text", "prompt": "Read."}]}, [True]),
+        ({"tasks": ["find"], "custom_tasks": [BOXES]}, [False]),
+    ],
+)
+def test_prompt_without_json_gets_no_schema(settings: dict[str, Any], is_plain: list[bool]) -> None:
+    plan = request_plan(with_source_defaults(resolve(**{"source": "folder:x", **settings})))
+    requests = list(build_requests(SAMPLE, plan))
+    assert [request.schema == "" for request in requests] == is_plain
+    for request in requests:
+        for dialect in (protocol.VLLM, Dialect(format="json_object")):
+            sent = protocol.body(request, b"", "model", dialect).decode()
+            assert ("response_format" in sent) == (request.schema != "")
+            assert ("follows this JSON schema" in sent) == bool(
+                request.schema and dialect.format == "json_object"
+            )
+
+
 @pytest.mark.parametrize("generate", [{"caption_styles": ["brief", "ocr"]}, {"max_pixels": 5000}], ids=str)
 def test_ids_of_checks_without_an_image_do_not_depend_on_styles_or_pixel_limits(
     generate: dict[str, Any],
 ) -> None:
-    values: dict[str, Any] = {"question": "?", "caption": "A cup.", "answers": ()}
+    values: dict[str, Any] = {"question": "?", "caption": "A cup.", "count": 1, "claims": ()}
     digests = [
         [request_plan(resolve(source="folder:x", **settings)).fields(task, **values)[1] for task in checks]
         for checks in ((BLIND, CLAIMS, COVERS, REPAIR), (ANSWER,))
