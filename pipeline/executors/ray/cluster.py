@@ -150,7 +150,8 @@ def map_on_workers(
                 report(len(results))
             except SynthError as error:
                 errors.append(error)
-                warn(f"a worker failed: {error}; the others finish their shards")
+                if len(errors) == 1 and pool.has_next():
+                    warn(f"a worker failed: {error}; the others finish their shards")
             if waiting and not errors:
                 pool.submit(call, waiting.pop())
         if errors:
