@@ -78,6 +78,10 @@ MISTAKES = (
         "did you mean folder:photos?",
     ),
     Mistake(
+        "file without a kind", "generate --source slides.pdf", "unknown source: slides.pdf",
+        "such as KIND:slides.pdf", add("slides.pdf x"),
+    ),
+    Mistake(
         "source misspelled", "generate --source flickr30", "unknown source: flickr30",
         "did you mean flickr30k?",
     ),

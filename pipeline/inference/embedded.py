@@ -30,6 +30,7 @@ from pipeline.types import REFUSED_BY_SERVER, Reply, Request, RequestSource
 
 PLAIN_TEXT = r"[\s\S]+"  # a grammar never allows special tokens, such as those that begin an image
 MAX_FLOAT32_BYTES = 1_000_000_000
+MAX_SAME_FAILURES = 3  # if more requests in a row fail with one error, the images are not its cause
 BATCH_PIXELS = 8_000_000  # of all images in a batch, which bounds the memory of activations
 
 
@@ -42,6 +43,7 @@ class EmbeddedEngine:
         self._find_folder = find_folder
         self._batch_size = batch_size
         self._tokens = 0
+        self._failures: list[str] = []  # of the last requests, until one is answered
 
     def __enter__(self) -> "EmbeddedEngine":
         return self
@@ -62,19 +64,36 @@ class EmbeddedEngine:
         return {"reply tokens": f"{self._tokens:,}"}
 
     def _answer(self, requests: list[Request]) -> list[Reply]:
-        """Answer a batch. If it fails, answer its halves, until only the request that fails is refused."""
+        """Answer a batch. If it fails, answer its halves, until only the request that fails is refused.
+
+        Raises EngineError if more than MAX_SAME_FAILURES requests in a row fail with the same error.
+        """
         processor, model = self._loaded
+        grammars = self._grammars
         try:
-            return self._generate(requests, processor, model)
-        except EngineError:
+            replies = self._generate(requests, processor, model, grammars)
+            self._failures.clear()
+            return replies
+        except (EngineError, OSError, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001  # processors and models raise anything for unusual inputs
             if len(requests) == 1:
-                return [requests[0].reply(f"the model cannot read it: {one_line(error)}", REFUSED_BY_SERVER)]
+                return [self._refuse(requests[0], one_line(error))]
         half = len(requests) // 2
         return self._answer(requests[:half]) + self._answer(requests[half:])
 
-    def _generate(self, requests: list[Request], processor: Any, model: Any) -> list[Reply]:
+    def _refuse(self, request: Request, error: str) -> Reply:
+        self._failures = [*(failure for failure in self._failures if failure == error), error]
+        if len(self._failures) > MAX_SAME_FAILURES:
+            hint = (
+                "check the GPU and its free memory; if the model supports no such images, use another --model"
+            )
+            raise EngineError(f"{self.model} fails for each image: {error}", hint=hint)
+        return request.reply(f"the model cannot read it: {error}", REFUSED_BY_SERVER)
+
+    def _generate(
+        self, requests: list[Request], processor: Any, model: Any, grammars: "Grammars"
+    ) -> list[Reply]:
         images = [
             [prepare_image(image, request.max_pixels, for_model=True) for image in request.images]
             for request in requests
@@ -85,7 +104,7 @@ class EmbeddedEngine:
         options: dict[str, Any] = {"add_special_tokens": False} if bos and chats[0].startswith(bos) else {}
         options |= {"images": images if any(images) else None, "padding": True, "return_tensors": "pt"}
         inputs = processor(text=chats, **options).to(model.device, dtype=model.dtype)
-        chooser = LogitsProcessorList([GrammarChooser(requests, self._grammars, _vocab_size(model))])
+        chooser = LogitsProcessorList([GrammarChooser(requests, grammars, _vocab_size(model))])
         settings: dict[str, Any] = {"max_new_tokens": requests[0].sampling.max_tokens, "do_sample": False}
         settings |= {"eos_token_id": [*self._eos_ids], "pad_token_id": self._pad_id}
         with torch.inference_mode():
@@ -109,7 +128,8 @@ class EmbeddedEngine:
             chat = str(self._loaded[0].apply_chat_template(messages, add_generation_prompt=True))
         except (TemplateError, TypeError):
             chat = ""
-        if prompt.system.strip() in chat and prompt.text.strip() in chat:
+        is_whole = prompt.system.strip() in chat and prompt.text.strip() in chat
+        if is_whole and "{'type':" not in chat:  # some templates print lists of parts as Python does
             return chat
         raise EngineError(
             f"the chat template of {self.model} leaves out the system prompt or the task",

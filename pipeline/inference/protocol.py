@@ -58,6 +58,7 @@ GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose serve
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run
 MAX_FAULTS = 5  # a request is abandoned after this many errors from healthy servers
+MAX_LONG_WAITS = 3  # per request
 MAX_CRASHES = 2  # a request is abandoned if more servers crash while it is in flight
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
@@ -385,10 +386,11 @@ def backoff_s(failures: int) -> float:
 class RetryState:
     """Counts the failures of one request. Methods return the seconds until a retry, or None to give up."""
 
-    patience_s: float  # give up this long after the first busy answer, and after the wait that it stated
+    patience_s: float  # give up this long after the first busy answer, or after a longer wait
     faults: int = 0  # errors from healthy servers
     crashes: int = 0  # servers that crashed while the request was in flight
     busy: int = 0
+    long_waits: int = 0  # waits that are longer than `patience_s`
     _gives_up_at: float | None = field(default=None)
 
     @property
@@ -399,10 +401,15 @@ class RetryState:
     def after_busy(self, stated_s: float | None) -> float | None:
         """Count a busy answer, which may state a wait."""
         now = monotonic()
-        wait_s = min(stated_s or backoff_s(self.busy + 1), MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
-        self._gives_up_at = self._gives_up_at or now + wait_s + self.patience_s
+        self._gives_up_at = self._gives_up_at or now + self.patience_s
+        if now > self._gives_up_at:
+            return None
         self.busy += 1
-        return wait_s if now <= self._gives_up_at else None
+        wait_s = min(stated_s or backoff_s(self.busy), MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
+        if wait_s > self.patience_s and self.long_waits < MAX_LONG_WAITS:
+            self.long_waits += 1
+            self._gives_up_at = now + wait_s + self.patience_s
+        return wait_s
 
     def after_fault(self) -> float | None:
         """Count an error from a healthy server."""

@@ -55,7 +55,7 @@ MAX_DECK_TOKENS = 16_384  # enough for 20 pages of 700 x 850 px (larger pages ar
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Python interpreter with vLLM
 _GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # an entry in CUDA_VISIBLE_DEVICES
 _PARALLEL = re.compile(  # flags that give several GPUs to one server
-    r"(?:^| )(?:-[tp]p|--(?:tensor|pipeline)[-_]parallel[-_]size)[= ]([1-9]\d*)\b"
+    r"(?:^| )(?:-([tpd])p|--(t|p|d)(?:ensor|ipeline|ata)[-_]parallel[-_]size)[= ]([1-9]\d*)\b"
 )
 _USER_SEQS = re.compile(r"--max[-_]num[-_]seqs[= ](\d+)\b")
 _USER_MEMORY = re.compile(  # flags that change how much memory a model needs
@@ -111,8 +111,8 @@ def plan_servers(
     """Return the commands that start vLLM servers on this machine, one per GPU or per group of GPUs.
 
     The user's parallel flags set the size of a group. `find_folder` may download the model. Independent
-    servers are better than vLLM's data parallelism, since each one restarts alone. Raises EngineError if vLLM
-    is not installed, if groups would leave GPUs idle, or if the model does not fit.
+    servers replace vLLM's data parallelism, since each one restarts alone. Raises EngineError if vLLM is not
+    installed, if groups would leave GPUs idle, if flags are not supported, or if the model does not fit.
     """
     python = vllm_python()
     if python is None:
@@ -253,8 +253,12 @@ def _plan_gpu(
 
 
 def count_gpus(flags: Sequence[str]) -> int:
-    """Return how many GPUs share one copy of the model."""
-    return prod(map(int, _PARALLEL.findall(" ".join(flags))))
+    """Return how many GPUs share one copy of the model. Raises EngineError if a server has several copies."""
+    sizes = {short or long: int(size) for short, long, size in _PARALLEL.findall(" ".join(flags))}
+    if sizes.pop("d", 1) > 1:
+        hint = "leave out --data-parallel-size: synth starts one server per GPU, or per group of GPUs"
+        raise EngineError("vLLM's data parallelism is not supported", hint=hint)
+    return prod(sizes.values())
 
 
 def vllm_python() -> str | None:

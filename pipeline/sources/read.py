@@ -298,7 +298,10 @@ class SourceReader:
         self._exclusion_index = ExclusionIndex.of(
             read_exclusions(self.dataset), choose_image_kind(self.config)
         )
-        parts = SourceParts(folder, digest([self._key, state["excluded_sha256"]]), self._store)
+        # With --images, no reading is recorded as complete, so parts with temporary failures are read again.
+        keeps_failures = self.config.images is None
+        key = digest([self._key, state["excluded_sha256"]])
+        parts = SourceParts(folder, key, self._store, keeps_failures)
         self._opened = self.source.read(max(0, parts.num_rows - 1))
         if parts.num_rows:
             last = next(self._opened, None)
@@ -307,7 +310,7 @@ class SourceReader:
             else:
                 self.close()
                 remove(folder)
-                parts = SourceParts(folder, parts.key, self._store)
+                parts = SourceParts(folder, key, self._store, keeps_failures)
                 self._opened = self.source.read(0)
         self._new_rows = self._opened
         self._part_rows = (row for table in parts.tables() for row in table.to_pylist())
@@ -386,12 +389,13 @@ class SourceParts:
     A part is a Parquet file with samples in source order and a JSON file, which is written last. The JSON
     file holds the rejected rows, the number of source rows so far, and the last row's name. At the start, the
     first unusable part and all later parts are removed. A part is unusable if it has another key, is damaged,
-    lacks images, or has temporary failures in more than half of its rows.
+    lacks images, or has temporary failures in more than half of its rows, or any without `keeps_failures`.
     """
 
     folder: Path
     key: str  # digest of what determines the samples
     store: ImageStore
+    keeps_failures: bool
     num_rows: int = 0  # source rows so far
     last_row: str = ""
     rejected: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # (position, SOURCE_REJECTED)
@@ -432,13 +436,18 @@ class SourceParts:
             self.write()
 
     def write(self) -> None:
-        """Write the rows since the last part, if there are any, as a new part. Images are stored first."""
+        """Write the rows since the last part, if there are any, as a new part. Images are stored first.
+
+        A row whose addition was interrupted is left out, since the next run reads it again.
+        """
         if self.num_rows > self._first_row:
             images = pa.table([[*self._images], [*self._images.values()]], schema=SAMPLE_IMAGES)
             self.store.add([images])
-            samples = pa.Table.from_pylist(self._samples, schema=READ_SAMPLE)
+            added = [row for row in self._samples if row[POSITION] < self.num_rows]
+            samples = pa.Table.from_pylist(added, schema=READ_SAMPLE)
             write_table(self._samples_path(self._count), [samples], READ_SAMPLE)
-            rejected = [[position, row] for position, row in self.rejected if position >= self._first_row]
+            new = range(self._first_row, self.num_rows)
+            rejected = [[position, row] for position, row in self.rejected if position in new]
             record = {"key": self.key, "rows": self.num_rows, "last_row": self.last_row, "rejected": rejected}
             sha256 = file_digest(self._samples_path(self._count))
             write_json(self._record_path(self._count), record | {"sha256": sha256})
@@ -465,7 +474,8 @@ class SourceParts:
             is_valid = record["key"] == self.key and record["sha256"] == sha256
             num_rows = record["rows"] - self.num_rows
             failures = sum(row["reason"] in PASSING_REASONS for _, row in record["rejected"])
-            is_usable = is_valid and num_rows > 0 and 2 * failures <= num_rows and self._has_images(number)
+            max_failures = num_rows // 2 if self.keeps_failures else 0
+            is_usable = is_valid and num_rows > 0 and failures <= max_failures and self._has_images(number)
             return record if is_usable else None
         except (OSError, ValueError, LookupError, TypeError, SynthError):
             return None

@@ -471,7 +471,8 @@ def _choose_files(
         in_folder = (path for path in paths if f"/{config}/" in f"/{path}")
         if files := configs.get(config) or group_by_split(in_folder):
             return files
-        known = sorted(filter(None, configs))
+        folders_of_files = (path.rpartition("/")[0].partition("/")[0] for path in paths)
+        known = sorted({*configs, *folders_of_files} - {""})
         hint = did_you_mean(config, known, f"it has {', '.join(known) or 'one table'}")
         raise SourceError(f"{repo} has no config {config}", hint=hint)
     if DEFAULT_CONFIG in configs:

@@ -49,7 +49,10 @@ from pipeline.tables import (
 from pipeline.types import ReferenceQA
 
 TEXT_KEYS = ("raw", "caption", "text", "answer")  # keys under which an object may hold its text
-_ADJACENT = re.compile(r"['\"]\s+['\"]")  # two strings without a comma
+MAX_LITERAL_CHARACTERS = 100_000  # parsing a Python literal takes up to 345 times its size in memory
+# A Python string without a prefix. An unclosed string extends to the end, so that the search is linear.
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'?|"(?:[^"\\]|\\.)*+"?""", re.DOTALL)
+_ADJACENT = re.compile(r"''\s*+\w*+''")  # two strings without a comma; their contents are removed
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
@@ -162,8 +165,10 @@ def parse_list(text: str) -> list[Any] | None:
     """Parse a list of strings or objects in JSON, or as Python prints it. Return None for other cells."""
     if not (text[:1] == "[" and text[-1:] == "]"):
         return None
+    is_short = len(text) < MAX_LITERAL_CHARACTERS
     # NumPy prints no commas between strings, and Python would join them.
-    for parse in (json.loads,) if _ADJACENT.search(text) else (json.loads, ast.literal_eval):
+    is_literal = is_short and not _ADJACENT.search(_QUOTED.sub("''", text))
+    for parse in (json.loads, ast.literal_eval) if is_literal else (json.loads,):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             value = parse(text)
             return list(value) if value and all(isinstance(item, str | dict) for item in value) else None

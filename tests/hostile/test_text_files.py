@@ -4,6 +4,8 @@ import gzip
 import json
 import subprocess
 import sys
+import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import SourceError
-from pipeline.sources.texts import read_captions
+from pipeline.sources.texts import parse_list, read_captions
 from pipeline.types import Source
 from tests.pipeline.sources.reading import open_folder, open_path, samples_of
 
@@ -84,6 +86,24 @@ def test_deep_value_is_no_caption_or_one_error(
         assert sample.references in ((), ("A wall.",))
     except SourceError as error:
         assert levels > 600 and "nested too deeply" in str(error)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["'a', ", "'a' ", "'\\", "'", "\"'", "[", " ", "{'a': '", "1, "],
+    ids=lambda part: part.replace(" ", "_"),
+)
+def test_list_in_a_long_cell_takes_little_time_and_memory(part: str) -> None:
+    text = "['a'" + part * (2_000_000 // len(part)) + "x]"
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        parse_list(text)
+        parse_list(text[:90_000] + "]")
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - began < 5
 
 
 def test_captions_in_another_encoding_are_reported_by_name(tmp_path: Path) -> None:

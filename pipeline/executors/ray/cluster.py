@@ -96,24 +96,6 @@ def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> 
     return WorkerPlan(workers, math.floor(100 * min(1.0, cpus / workers)) / 100, 1.0 if on_gpus else 0.0)
 
 
-def map_on_cluster(count: int, work: Callable[[int], T]) -> list[T]:
-    """Apply a function to every index below `count` on the cluster, and return the results in order.
-
-    `work` is pickled, and called again if its worker dies. Raises the first SynthError of a worker, or
-    ClusterError if workers die repeatedly.
-    """
-    import ray
-
-    apply: Any = ray.remote(max_retries=MAX_DEATHS)(_apply)
-    shared = ray.put(work)
-    with _translate_deaths():
-        outcomes = ray.get([apply.remote(shared, index) for index in range(count)])
-    for _, _, error in outcomes:
-        if error:
-            raise error
-    return [result for _, result, _ in outcomes]
-
-
 def map_on_workers(
     count: int,
     work: Callable[[int], T],
@@ -121,10 +103,12 @@ def map_on_workers(
     report: Callable[[int], None],
     warn: Callable[[str], None],
 ) -> list[T]:
-    """Apply a function like `map_on_cluster`, on workers that each keep a copy of it for all their indices.
+    """Apply a function to every index below `count` on workers, and return the results in order.
 
-    The copy is exited at the end if it is a context manager. After an error, no further index is started, but
-    all workers finish theirs. `report` gets the number of finished indices.
+    `work` is pickled. Each worker keeps a copy for all its indices, and exits it at the end if it is a
+    context manager. An index is started again if its worker dies. After an error, no further index is
+    started, but all workers finish theirs. `report` gets the number of finished indices. Raises the first
+    SynthError of a worker, or ClusterError if workers die repeatedly.
     """
     import ray
     from ray.util import ActorPool
@@ -150,7 +134,8 @@ def map_on_workers(
                 report(len(results))
             except SynthError as error:
                 errors.append(error)
-                warn(f"a worker failed: {error}; the others finish their shards")
+                if len(errors) == 1 and pool.has_next():
+                    warn(f"a worker failed: {error}; the others finish their shards")
             if waiting and not errors:
                 pool.submit(call, waiting.pop())
         if errors:
@@ -169,19 +154,15 @@ class _Worker:
         self.work = work
 
     def apply(self, index: int) -> tuple[int, Any, SynthError | None]:
-        return _apply(self.work, index)
+        """Return an index with its result or error. Ray would change the type of a raised error."""
+        try:
+            return index, self.work(index), None
+        except SynthError as error:
+            return index, None, error
 
     def close(self) -> None:
         if isinstance(self.work, AbstractContextManager):
             self.work.__exit__(None, None, None)
-
-
-def _apply(work: Callable[[int], Any], index: int) -> tuple[int, Any, SynthError | None]:
-    """Return an index with its result or error. Ray would change the type of a raised error."""
-    try:
-        return index, work(index), None
-    except SynthError as error:
-        return index, None, error
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from pipeline.executors.local import forget_other_steps
 from pipeline.executors.ray.cluster import (
     ClusterOptions,
     WorkerPlan,
-    map_on_cluster,
     map_on_workers,
     open_cluster,
     plan_workers,
@@ -110,7 +109,10 @@ class RayExecutor:
 
     def _map(self, work: Callable[[int], T]) -> list[T]:
         count = self.run.shard_count
-        return map_on_cluster(count, work) if self.workers else [work(index) for index in range(count)]
+        if self.workers is None:
+            return [work(index) for index in range(count)]
+        workers = plan_workers(None, loads_model=False, own_server=False)
+        return map_on_workers(count, work, workers, lambda done: None, self.progress.warn)
 
     def _fill(self, works: Sequence[ShardWork]) -> None:
         run, progress = self.run, self.progress

@@ -99,6 +99,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
             return self._fill(index, run.shard(index))
         record = read_filled(run, index)
         if record.get("key") == run.key:
+            forget_scratch(scratch_folder(run, index))
             return FillResult(record["folder"], RequestStats(total=record["total"]), record["cost"])
         with scratch_shard(run, index) as shard:
             result = self._fill(index, shard)
@@ -152,7 +153,7 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
     uploads its journal under a new name, since an abandoned worker may still run on another node.
     """
     stored = run.folder(index) / "journal"
-    shard, saved = DatasetDir(run.scratch / "shards" / f"{index:05d}"), stored / f"{uuid4().hex[:8]}.sqlite"
+    shard, saved = scratch_folder(run, index), stored / f"{uuid4().hex[:8]}.sqlite"
     with shard.lock(wait=True):
         journals = sorted(stored.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
         for path in journals:
@@ -164,16 +165,29 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
         saving.start()
         try:
             yield shard
-        finally:
+        except BaseException:
             ended.set()
             saving.join()
-            save_journal(shard, saved)
+            _try_to_save(shard, saved)
+            raise
+        ended.set()
+        saving.join()
+        save_journal(shard, saved)
         # The saved journal includes the replies from the fetched journals.
         for path in journals:
             path.unlink(missing_ok=True)
-        # The lock file stays, since workers may wait for it.
-        for folder in (shard.journal.parent, shard.path / "steps", shard.path / FOLDER):
-            remove(folder)
+        forget_scratch(shard)
+
+
+def scratch_folder(run: ShardedRun, index: int) -> DatasetDir:
+    """Return the folder on this node for a shard of an object store."""
+    return DatasetDir(run.scratch / "shards" / f"{index:05d}")
+
+
+def forget_scratch(shard: DatasetDir) -> None:
+    """Remove the files of a filled shard from this node. The lock stays, since workers may wait for it."""
+    for folder in (shard.journal.parent, shard.path / "steps", shard.path / FOLDER):
+        remove(folder)
 
 
 def save_journal(shard: DatasetDir, path: Path) -> None:
@@ -188,10 +202,14 @@ def save_journal(shard: DatasetDir, path: Path) -> None:
 
 def _save_periodically(shard: DatasetDir, path: Path, ended: threading.Event) -> None:
     while not ended.wait(SAVE_INTERVAL_S):
-        try:
-            save_journal(shard, path)
-        except Exception as error:  # noqa: BLE001  # the next attempt may succeed
-            log.warning("the journal of %s was not copied to the object store: %s", shard.path, error)
+        _try_to_save(shard, path)
+
+
+def _try_to_save(shard: DatasetDir, path: Path) -> None:
+    try:
+        save_journal(shard, path)
+    except Exception as error:  # noqa: BLE001  # the next attempt may succeed
+        log.warning("the journal of %s was not copied to the object store: %s", shard.path, error)
 
 
 def _fetch_journal(path: Path, shard: DatasetDir) -> None:

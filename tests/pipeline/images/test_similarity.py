@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
+from pipeline.images import near_duplicates
 from pipeline.images.decode import pdq_hash
 from pipeline.images.near_duplicates import (
     BLOCK_HASHES,
@@ -173,6 +174,25 @@ def test_all_near_pairs_are_found_across_blocks() -> None:
     assert list(zip(*near_hashes(hashes, "graphics"), strict=True)) == [
         (bits, BLOCK_HASHES + bits, bits) for bits in range(9)
     ]
+
+
+@pytest.mark.parametrize("kind", ["photos", "graphics"])
+def test_near_pairs_in_tiles_equal_those_of_a_plain_comparison(
+    kind: ImageKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(near_duplicates, "BLOCK_HASHES", 100)
+    monkeypatch.setattr(near_duplicates, "TILE_HASHES", 300)
+    rng = np.random.default_rng(0)
+    hashes = np.repeat(rng.integers(0, 2**64, (12, 4), dtype=np.uint64), 60, axis=0)
+    for row in hashes:
+        for bit in rng.choice(256, rng.integers(0, 40), replace=False).tolist():
+            row[bit // 64] ^= np.uint64(1 << bit % 64)
+    hashes[::2] ^= np.array([2**64 - 1, 2**64 - 1, 0, 0], np.uint64)  # mirrored
+    hashes = rng.permutation(hashes)
+    bits = image_distances(hashes, hashes, mirrored=kind == "photos")
+    near = np.argwhere(MAX_NEAR_BITS[kind] >= bits.T)
+    expected = [(first, second, bits[first, second]) for second, first in near if first < second]
+    assert list(zip(*near_hashes(hashes, kind), strict=True)) == expected and len(expected) > 1000
 
 
 def test_mirrored_photo_is_a_copy_and_the_larger_one_is_kept(photos: list[Image.Image]) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.config import DECKS
 from pipeline.config.files import resolve
 from pipeline.digests import weights_revision
+from pipeline.errors import EngineError
 from pipeline.images.decode import prepare_image
 from pipeline.inference import embedded
 from pipeline.inference.embedded import EmbeddedEngine, batch_requests
@@ -159,6 +160,30 @@ def test_failure_of_one_image_refuses_only_the_requests_about_it(
     for request in batch:
         is_refused = reply_of[request.id].finish_reason == REFUSED_BY_SERVER
         assert is_refused if request.images == (bad,) else reply_of[request.id] == expected[request.id]
+
+
+@pytest.mark.parametrize(
+    ("error", "error_type", "max_calls"),
+    [
+        (RuntimeError("CUDA error: no kernel image is available"), EngineError, 12),
+        (OSError(28, "No space left on device"), OSError, 1),
+        (MemoryError("cannot allocate 2 GiB"), MemoryError, 1),
+    ],
+)
+def test_failure_of_all_requests_ends_the_run(
+    error: Exception, error_type: type[Exception], max_calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def generate(requests: list[Request], *_: object) -> list[Reply]:
+        calls.append(len(requests))
+        raise error
+
+    failing = EmbeddedEngine("tiny", lambda: TINY_WEIGHTS, "r", 16)
+    monkeypatch.setattr(failing, "_generate", generate)
+    with pytest.raises(error_type, match=str(error.args[-1])):
+        replies(failing, requests(16))
+    assert len(calls) <= max_calls
 
 
 def test_large_model_is_loaded_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,7 @@ def test_two_gpus_run_two_servers_that_share_the_cores(tmp_path: Path) -> None:
         (("--tensor_parallel_size", "4"), ["1,2,3,4"], 4),
         (("-tp=2",), ["1,2", "3,4"], 2),
         (("-tp", "2", "--pipeline-parallel-size=2"), ["1,2,3,4"], 4),
+        (("-tp", "4", "--tensor-parallel-size", "2"), ["1,2", "3,4"], 2),  # the last one counts
     ],
 )
 def test_parallel_flags_set_the_gpus_of_a_server_and_the_share_of_each_gpu(
@@ -105,6 +106,14 @@ def test_parallel_flags_set_the_gpus_of_a_server_and_the_share_of_each_gpu(
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("1", "2", "3", "4", "5"))
     with pytest.raises(EngineError, match="but 5 are visible"):
         plan(tmp_path, *flags)
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize("flags", [("-dp", "2"), ("--data-parallel-size=2",)])
+def test_data_parallelism_of_vllm_is_refused(flags: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="data parallelism is not supported") as caught:
+        plan(tmp_path, *flags)
+    assert "one server per GPU" in caught.value.hint
 
 
 @pytest.mark.usefixtures("fake_vllm")

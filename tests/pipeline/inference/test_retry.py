@@ -3,7 +3,22 @@
 import pytest
 
 from pipeline.inference import protocol
-from pipeline.inference.protocol import MAX_CRASHES, MAX_FAULTS, RetryState
+from pipeline.inference.protocol import MAX_CRASHES, MAX_FAULTS, RetryState, parse_retry_after
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("7", 7.0),
+        ("1.5", 1.5),
+        ("", None),
+        ("soon", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", None),
+        ("-3", None),
+    ],
+)
+def test_retry_after_is_a_number_of_seconds(header: str, seconds: float | None) -> None:
+    assert parse_retry_after(header) == seconds
 
 
 def test_request_is_abandoned_after_max_faults_or_crashes() -> None:
@@ -15,15 +30,17 @@ def test_request_is_abandoned_after_max_faults_or_crashes() -> None:
     assert state.is_suspect and state.after_crash() is None
 
 
-def test_busy_request_is_abandoned_after_its_patience_and_the_stated_wait(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_long_retry_after_waits_extend_the_patience_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(protocol, "monotonic", lambda: now[0])
     state = RetryState(patience_s=10)
-    wait = state.after_busy(1800.0)
-    assert wait is not None and 1800 <= wait <= 2160
-    now[0] += wait + 9
     assert 4 <= (state.after_busy(4.0) or 0) <= 4.8
+    now[0] += 9
+    for _ in range(protocol.MAX_LONG_WAITS):
+        wait = state.after_busy(1800.0)
+        assert wait is not None and 1800 <= wait <= 2160
+        now[0] += wait
+    now[0] += 9
+    assert state.after_busy(None) is not None
     now[0] += 2
-    assert state.after_busy(4.0) is None
+    assert state.after_busy(1800.0) is None

@@ -162,7 +162,7 @@ def test_dead_server_restarts_alone_until_max_restarts_with_its_last_error(tmp_p
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_newest_vllm_supports_the_flags(tmp_path: Path, gpu: bool) -> None:  # noqa: FBT001
-    """Flags of 0.33.0; tests/whole/test_vllm.py uses the parser of the installed vLLM."""
+    """The file lists flags of 0.33.0. tests/whole/test_vllm.py uses the parser of the installed vLLM."""
     known = set(FLAGS_OF_NEWEST.read_text(encoding="utf-8").split())
     assert {word for word in plan(tmp_path, gpu=gpu).command(1) if word.startswith("--")} <= known
     assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # removed from vLLM

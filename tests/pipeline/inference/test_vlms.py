@@ -125,13 +125,20 @@ def test_prompt_is_complete_and_has_one_bos_token(
     )
 
 
-@pytest.mark.parametrize("template", ["{{ 'hello' }}", "{{ raise_exception('no system text') }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'hello' }}",
+        "{{ raise_exception('no system text') }}",
+        "{% for message in messages %}{{ message.content }}{% endfor %}",  # prints lists of parts
+    ],
+)
 def test_template_that_leaves_out_the_prompt_is_refused(
     template: str, engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine._loaded[0], "chat_template", template)
     with pytest.raises(EngineError, match="leaves out the system prompt or the task"):
-        engine._answer(requests()[:1])
+        engine._answer([replace(requests()[0], system="Be exact.", text="Describe the image.")])
 
 
 def test_model_without_chat_template_is_refused(engine: EmbeddedEngine, tmp_path: Path) -> None:

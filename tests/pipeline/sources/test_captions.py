@@ -74,8 +74,11 @@ def test_all_caption_formats_give_the_same_texts(tmp_path: Path, name: str) -> N
         ('[{"caption": "A dog runs."}]', ["A dog runs."]),
         ("['A dog runs.', \"A cat's.\"]", ["A dog runs.", "A cat's."]),
         ("['A dog runs.' 'A cat.']", ["['A dog runs.' 'A cat.']"]),  # as NumPy prints it
+        ("['A dog''A cat.']", ["['A dog''A cat.']"]),
         (r"['it\'s a dog', 'a\\b']", ["it's a dog", r"a\b"]),
-        ("['a'" + " " * 400_000 + "]", ["a"]),
+        (r"""['', 'so "" or \'\'', "it's ''"]""", ["so \"\" or ''", "it's ''"]),
+        ("['a'" + " " * 90_000 + "]", ["a"]),
+        ("['a'" + " " * 99_999 + "]", [("['a'" + " " * 99_999)[:20_000]]),  # too long for a Python list
         ("[" * 10_000 + "]", ["[" * 10_000 + "]"]),
         ("x" * 20_001, ["x" * 20_000]),
         ("[1, 2]", ["[1, 2]"]),  # an answer may be a box or an interval

@@ -217,6 +217,8 @@ FILES = (
     "fr/test/0.parquet",
     "data/train-0.parquet",
     "data/train-more/train-0.parquet",
+    "en/0.parquet",
+    "fr/0.parquet",
 )
 EN_AND_FR = FILES[:3]
 FOLDER_AND_GLOB = "- {config_name: a, data_dir: ./en}\n- {config_name: b, data_files: ./fr/test/*}\n"
@@ -230,6 +232,7 @@ SEVERAL = (
     [
         (EN_AND_FR, "", ":fr", {1: "train", 2: "test"}),
         (EN_AND_FR, "", ":de", "has no config de .*it has en, fr"),
+        (FILES[5:], "", ":de", "has no config de .*it has en, fr"),
         (EN_AND_FR, "", "", "has several configs: en, fr .*--source hub:me/mixed:en"),
         (EN_AND_FR, SEVERAL, "", "has several configs: english, french .*--source hub:me/mixed:english"),
         (EN_AND_FR, SEVERAL, ":french", {1: "train"}),
@@ -240,7 +243,7 @@ SEVERAL = (
         (EN_AND_FR,
          "- config_name: x\n  data_files: [{split: testA, path: [fr/train/*, fr/test/*]}]\n- nonsense\n", "",
          {1: "test", 2: "test"}),  # the card's split overrides the path
-        (FILES[3:],
+        (FILES[3:5],
          "- config_name: default\n"
          "  data_files: [{split: train, path: data/train-*}, {path: ./data/*.parquet}]\n",
          "", {3: "train"}),  # a star stays within a folder; a file is read once

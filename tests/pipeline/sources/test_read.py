@@ -148,6 +148,31 @@ def test_interrupted_reading_resumes_and_gives_the_same_bytes(
     assert reasons == {"duplicate_image", "near_duplicate_image", "unreadable_image"}
 
 
+class InterruptedBytes(bytes):
+    """Image bytes whose size cannot be read, because the user presses Ctrl-C."""
+
+    def __len__(self) -> int:
+        raise KeyboardInterrupt
+
+
+class Interrupted(Reading):
+    """A reading that is interrupted while row 9 is added to a part."""
+
+    def _rows(self, source: Source, start: int, stop_at: int | None) -> Iterator[Sample | Rejected]:
+        for number, row in enumerate(super()._rows(source, start, stop_at), start):
+            if number == 9 and isinstance(row, Sample):
+                row = replace(row, images=tuple(map(InterruptedBytes, row.images)))
+            yield row
+
+
+def test_interrupt_while_a_row_is_added_records_it_once(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(tmp_path / "d", settings(photos))
+    assert Reading(tmp_path / "d", settings(photos)).starts == [8]
+    Reading(tmp_path / "whole", settings(photos))
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+
+
 def test_unchanged_source_is_not_read_again(photos: Path, tmp_path: Path) -> None:
     Reading(tmp_path / "d", settings(photos))
     before = contents(tmp_path / "d")
@@ -258,6 +283,14 @@ def test_temporary_failures_are_retried_by_the_next_run(photos: Path, tmp_path: 
     Unreachable(tmp_path / "d", settings(photos))
     assert Reading(tmp_path / "d", settings(photos)).starts == [0]
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+
+
+def test_temporary_failures_are_retried_with_a_number_of_images(photos: Path, tmp_path: Path) -> None:
+    config = settings(photos, images=20)
+    Reading(tmp_path / "whole", config)
+    Unreachable(tmp_path / "d", config)
+    assert Reading(tmp_path / "d", config).starts == [11]  # the first three parts have no failure
+    assert all(rows(tmp_path / "d", name) == rows(tmp_path / "whole", name) for name in FILES)
 
 
 def test_repeated_failures_are_not_retried_a_third_time(photos: Path, tmp_path: Path) -> None:

@@ -56,17 +56,19 @@ def test_missing_ray_is_an_error_with_the_install_command(monkeypatch: pytest.Mo
     assert caught.value.hint == install_command("ray")
 
 
-def test_other_workers_finish_their_shards_after_a_failure(tmp_path: Path) -> None:
+def test_other_workers_finish_their_shards_after_failures(tmp_path: Path) -> None:
     def work(index: int) -> None:
-        if index == 0:
+        if index != 1:
+            time.sleep(index / 2)
             raise EngineError("no credit", hint="add credit")
         (tmp_path / f"begun-{index}").touch()
         time.sleep(3)
         (tmp_path / f"finished-{index}").touch()
 
     warnings: list[str] = []
-    plan = WorkerPlan(2, 0.5, 0)
-    with open_cluster("local"), pytest.raises(EngineError, match="no credit"):
-        map_on_workers(5, work, plan, lambda done: None, warnings.append)
+    with open_cluster("local"):
+        for workers in (3, 1):
+            with pytest.raises(EngineError, match="no credit"):
+                map_on_workers(5, work, WorkerPlan(workers, 0.3, 0), lambda done: None, warnings.append)
     assert {path.name for path in tmp_path.iterdir()} == {"begun-1", "finished-1"}
     assert warnings == ["a worker failed: no credit; the others finish their shards"]

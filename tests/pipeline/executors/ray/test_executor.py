@@ -18,6 +18,7 @@ from pipeline.storage.files import remove
 from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import ChatServer, running_chat
 from tests.hub import datasets
+from tests.pipeline.images import test_similarity
 from tests.whole.test_cluster import scripted_replies
 
 
@@ -33,18 +34,23 @@ def no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the work of all shards in this process."""
     monkeypatch.setattr(executor, "open_cluster", lambda address: nullcontext())
     monkeypatch.setattr(executor, "plan_workers", lambda *_, **__: WorkerPlan(1, 1, 0))
-    monkeypatch.setattr(executor, "map_on_cluster", map_here)
     monkeypatch.setattr(executor, "map_on_workers", map_here)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Return a folder with copies and broken images."""
+    """Return a folder with copies, near-duplicates, a held-out photo, and broken images."""
     (tmp_path / "photos").mkdir()
     for number in range(24):
         data = b"no image" if number % 7 == 6 else datasets.photo(number - number % 5 // 4)
         (tmp_path / "photos" / f"{number:02d}.jpg").write_bytes(data)
+    near = {"01-large": (1, 160), "01-small": (1, 120), "02": (2, 160), "03-test": (2, 120)}
+    for name, (number, width) in near.items():
+        image = test_similarity.photo(number).resize((width, width * 3 // 4))
+        image.save(tmp_path / "photos" / f"{name}.jpg")
+    rows = '{"file_name": "03-test.jpg", "split": "test"}'
+    (tmp_path / "photos" / "metadata.jsonl").write_text(rows)
     return tmp_path / "photos"
 
 
@@ -57,7 +63,7 @@ SETTINGS: dict[str, Any] = {
     "tasks": ["caption", "qa"],
     "verify": {"checks": ["round_trip"]},
     "dedupe": {"images": "photos", "max_images_per_caption": 2},
-    "balance": {"min_questions_per_type": 2, "max_answer_frac": 0.3},
+    "balance": {"min_questions_per_type": 2, "max_answer_frac": 0.34},
 }
 
 
@@ -87,6 +93,14 @@ def test_version_of_shards_equals_version_of_one_process(
     rows = rows_of(many.version)
     assert rows == rows_of(one.version) and len(rows) > 5
     reasons = {reason for step in many.funnel for reason in step.rejected}
-    assert reasons >= {"duplicate_image", "duplicate", "caption_of_many_images", "answer_not_confirmed"}
+    assert reasons >= {
+        "duplicate_image",
+        "near_duplicate_image",
+        "near_held_out_image",
+        "duplicate",
+        "caption_of_many_images",
+        "answer_not_confirmed",
+        "answer_too_common",
+    }
     if is_remote:
         remove(out)

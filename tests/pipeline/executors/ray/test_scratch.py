@@ -16,11 +16,11 @@ from pipeline.digests import digest
 from pipeline.errors import ClusterError
 from pipeline.executors.ray import workers
 from pipeline.executors.ray.shards import ShardedRun, named_files, scratch_root
-from pipeline.executors.ray.workers import save_journal, scratch_shard
+from pipeline.executors.ray.workers import FILLED, ShardWorker, save_journal, scratch_folder, scratch_shard
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests
 from pipeline.storage import object_store
-from pipeline.storage.files import remove
+from pipeline.storage.files import remove, write_json
 from pipeline.storage.object_store import local_copy, parse_dataset_path
 from pipeline.types import Reply
 from tests.plans import request_plan
@@ -113,6 +113,28 @@ def test_replies_from_a_killed_worker_are_used_on_the_same_node(run: ShardedRun,
     with scratch_shard(run, 2) as folder:
         assert replies(folder.journal) == 2
     assert stored(run) == 2
+
+
+def test_failed_upload_does_not_replace_the_error(run: ShardedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: Path, path: Path) -> None:
+        raise OSError("away")
+
+    monkeypatch.setattr(workers, "upload", fail)
+    with pytest.raises(ClusterError, match="no credit"), scratch_shard(run, 2) as folder:
+        keep(folder, 0)
+        raise ClusterError("no credit", hint="add credit")
+    with pytest.raises(OSError, match="away"), scratch_shard(run, 2) as folder:
+        pass
+    assert folder.journal.exists()
+
+
+def test_files_of_a_shard_that_another_node_filled_are_removed(run: ShardedRun) -> None:
+    leftover = scratch_folder(run, 2)
+    keep(leftover, 0)
+    record = {"key": run.key, "folder": "00002/a", "total": 1, "cost": {}}
+    write_json(run.folder(2) / FILLED, record)
+    assert ShardWorker(run, [])(2).folder == "00002/a"
+    assert not leftover.journal.exists()
 
 
 def test_link_in_place_of_the_scratch_folder_is_refused(
