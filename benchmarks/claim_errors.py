@@ -17,8 +17,9 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.calibration import LEVELS, NEVER, TRUE, Evidence, Findings, Share, correct_share
+from pipeline.dataset.calibration import NEVER, TRUE, Evidence, Findings, Share, correct_share
 from pipeline.dataset.statistics import wilson_interval
+from pipeline.tasks.checks import MAX_EVIDENCE
 
 IMAGES, KNOWN, MAX_LOST = 200, 3, 0.1
 ERRORS, WRONG, ALWAYS_YES = (0.02, 0.1, 0.3), (0.0, 0.05, 0.1, 0.2), (0.0, 0.3)
@@ -73,7 +74,7 @@ def simulate(
             known = evidence_of(ask(np.full((IMAGES, KNOWN), truth), wrong, always_yes, draw))
             findings.known[kind] = evidence_by_image(known)
         level = findings.choose_level(MAX_LOST)
-        shown = min(level, LEVELS[-1])
+        shown = min(level, MAX_EVIDENCE)
         found = share_of(evidence >= shown).rest
         true = correct_share(found, findings.alarms(shown), findings.missed(shown))
         goal = 1 - error / claims

@@ -2,8 +2,8 @@
 
     python -m benchmarks.wordnet_lists FOLDER
 
-FOLDER contains data.noun, index.noun, noun.exc and so on, such as `usr/share/wordnet` in Debian's package
-wordnet-base.
+FOLDER contains data.noun, index.noun, noun.exc, cntlist.rev and so on, such as `usr/share/wordnet` in
+Debian's package wordnet-base.
 """
 
 import gzip
@@ -16,6 +16,9 @@ PARTS = ("noun", "verb", "adj", "adv")
 # objects, persons, phenomena, plants, shapes, substances and times, and all adjectives.
 VISIBLE = {"noun": {4, 5, 6, 7, 8, 13, 15, 17, 18, 19, 20, 25, 27, 28}, "adj": {0, 1, 44}}
 
+TYPES = {"noun": "1", "adj": "35"}  # the types of meanings in cntlist.rev
+MAX_MEANINGS, MIN_FRAC = 3, 0.1  # of a word
+
 
 def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
     """Write the lists deterministically. Returns the number of lines in each."""
@@ -26,11 +29,13 @@ def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
         for line in _lines(folder / name)
     }
     synonyms: set[str] = set()
+    frequent = {part: _frequent_senses(folder, part) for part in VISIBLE}
     for part, numbers in VISIBLE.items():
         # Fields of a data line: offset, file number, type, number of words (hexadecimal), first word, ...
         for fields in (line.split(" ") for line in _lines(folder / f"data.{part}")):
             # Adjectives may have a marker: "afraid(p)".
             names = {name.partition("(")[0].lower() for name in fields[4 : 4 + 2 * int(fields[3], 16) : 2]}
+            names = {name for name in names if (name, fields[0]) in frequent[part]}
             names = {name.replace("_", " ") for name in names if name.replace("_", "").isalpha()}
             if int(fields[1]) in numbers and len(names) > 1:
                 synonyms.add("|".join(sorted(names)))
@@ -41,6 +46,27 @@ def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
     for name, lines in lists.items():
         (out / f"{name}.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
     return {name: len(lines) for name, lines in lists.items()}
+
+
+def _frequent_senses(folder: Path, part: str) -> set[tuple[str, str]]:
+    """Return the words of a part of speech with the offsets of their frequent meanings.
+
+    These are the first meaning, and the next ones that are not much rarer in WordNet's tagged texts.
+    """
+    counts: dict[tuple[str, int], int] = {}
+    for key, number, count in (line.split(" ") for line in _lines(folder / "cntlist.rev")):
+        word, _, rest = key.partition("%")
+        if rest[0] in TYPES[part]:
+            counts[word, int(number)] = int(count)
+    frequent = set()
+    for word, _, number, *others in map(str.split, _lines(folder / f"index.{part}")):
+        offsets = others[-int(number) :]
+        times = [1 + counts.get((word, n), 0) for n in range(1, len(offsets) + 1)]
+        pairs = zip(offsets[:MAX_MEANINGS], times, strict=False)
+        frequent |= {
+            (word, offset) for offset, n in pairs if offset == offsets[0] or n >= MIN_FRAC * max(times)
+        }
+    return frequent
 
 
 def _lines(path: Path) -> list[str]:

@@ -13,6 +13,7 @@ After an interruption, the same command resumes from the last checkpoint, with t
 """
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ from examples.scenes.tiny_vlm import TEXT_WIDTH, build_model, build_processor, t
 from pipeline.scenes.scene import PLACES, Scene, draw, sample_deck, sample_scene
 from pipeline.scenes.text import STYLES, answer, answer_deck, caption
 from pipeline.tasks import TASKS
-from pipeline.tasks.base import dump
+from pipeline.tasks.base import Output
 from pipeline.tasks.caption import Caption
 from pipeline.tasks.checks import Answer
 from pipeline.tasks.deck_qa import DeckQAPair, DeckQASet
@@ -141,6 +142,11 @@ def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndar
     return [
         (deck := sample_deck(rng)[:pages], [np.array(draw(page, rng)) for page in deck], rng) for rng in rngs
     ]
+
+
+def dump(output: Output) -> str:
+    """Return an output as JSON without white space, with the keys in schema order."""
+    return json.dumps(output.model_dump(), ensure_ascii=False, separators=(",", ":"))
 
 
 def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[TrainingTask]:

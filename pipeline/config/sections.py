@@ -381,7 +381,8 @@ class FilterConfig(Section):
     """Minimum share of distinct words, in texts of twelve words or more."""
     reject_phrases: Distinct[PhraseKind] = ()
     """Reject English captions with these phrases: `hedge` (possibly, appears to be), `mood` (a sense of
-    calm), `absence` (there are no cars), `image` (the image). The manifest always counts them.
+    calm), `absence` (there are no cars), `image` (the image). The manifest counts them if the
+    language is English or `any`.
     """
     language: Annotated[
         Language | None, BeforeValidator(lambda code: None if code == ANY_LANGUAGE else code)

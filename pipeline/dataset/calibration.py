@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from heapq import nsmallest
-from itertools import groupby
+from itertools import chain, groupby
 from math import sqrt
 from operator import itemgetter
 from typing import Any
@@ -24,12 +24,12 @@ import pyarrow as pa
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.digests import hash_to_unit
 from pipeline.tables import HUMAN
+from pipeline.tasks.checks import MAX_EVIDENCE, REFUTED
 
 CLAIMS, JUDGE = "claims", "judge"
 TRUE = "reference"  # the kind of texts that are known to be true
-LEVELS = (2, 3, 4)  # possible values of the least evidence that refutes a claim
-NEVER = 5  # no claim has so much evidence against it
-JUDGED = 4  # the evidence of a judge, who answers once
+LEVELS = range(REFUTED, MAX_EVIDENCE + 1)  # possible values of the least evidence that refutes a claim
+NEVER = MAX_EVIDENCE + 1
 FINDINGS = ("sample_id", "prompt_id", "claim_evidence", "judged_wrong", "calibration")
 Z = 1.96
 MIN_GAIN = 0.1  # a check whose errors add up to more than 1 - MIN_GAIN tells nothing
@@ -37,7 +37,7 @@ MIN_GAIN = 0.1  # a check whose errors add up to more than 1 - MIN_GAIN tells no
 
 @dataclass(frozen=True, slots=True)
 class KnownTexts:
-    """Human captions of a sample, and a caption of another sample. Empty if the source has none."""
+    """All human captions of a sample, and one of another sample, or None if that sample has none."""
 
     captions: tuple[str, ...]
     foreign: str | None
@@ -80,9 +80,14 @@ class Share:
         return replace(self, value=1 - self.value)
 
     def describe(self) -> dict[str, Any]:
-        """Return the share with its 95 % Wilson interval."""
-        low, high = wilson_interval(self.value * self.trials, self.trials)
+        """Return the share with its interval."""
+        low, high = self.interval
         return {"count": self.count, **_rounded(share=self.value, low=low, high=high)}
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval."""
+        return wilson_interval(self.value * self.trials, self.trials)
 
 
 def share_refuted(evidence: Evidence, level: int) -> Share:
@@ -118,18 +123,26 @@ class Findings:
         if level == NEVER:
             return 0.0
         alarms = self.alarms(level)
-        if alarms is None or not self.claims:
-            return None
-        lost = sum(count * (1 - (1 - alarms.value) ** claims) for claims, count in self.claims.items())
+        return self._lost(alarms.value) if alarms and self.claims else None
+
+    def _lost(self, alarm: float) -> float:
+        lost = sum(count * (1 - (1 - alarm) ** claims) for claims, count in self.claims.items())
         return lost / self.claims.total()
 
     def choose_level(self, max_lost: float) -> int:
-        """Return the least evidence that refutes a claim and loses at most this share of true captions."""
-        return next((level for level in LEVELS if (self.lost_share(level) or 0.0) <= max_lost), NEVER)
+        """Return the least evidence that refutes a claim and loses at most this share of true captions.
+
+        If each loses more, return NEVER if the strictest surely does, and else the strictest.
+        """
+        for level in LEVELS:
+            if (self.lost_share(level) or 0.0) <= max_lost:
+                return level
+        alarms = self.alarms(MAX_EVIDENCE)
+        return NEVER if alarms and self._lost(alarms.interval[0]) > max_lost else MAX_EVIDENCE
 
     def describe(self, level: int) -> dict[str, Any]:
         """Return the errors of the check, and the corrected share of true texts before any rejection."""
-        shown = min(level, LEVELS[-1])  # at NEVER, the errors of the strictest level
+        shown = min(level, MAX_EVIDENCE)  # at NEVER, the errors of the strictest level
         found, alarms, missed = share_refuted(self.found, shown).rest, self.alarms(shown), self.missed(shown)
         lost = self.lost_share(level)
         return {
@@ -149,29 +162,29 @@ def read_findings(tables: Iterable[pa.Table]) -> dict[str, Findings]:
     rows = (row for table in tables for row in table.select(FINDINGS).to_pylist())
     for _, group in groupby(rows, itemgetter("sample_id")):
         of_image = list(group)
-        # Human captions are the known truths about model-written texts, so their own share is not measured.
-        is_by_model = any(row["prompt_id"] != HUMAN for row in of_image)
-        evidence: dict[str, list[int]] = {CLAIMS: [], JUDGE: []}
         known: dict[tuple[str, str], list[int]] = defaultdict(list)
         for row in of_image:
-            of_row = {CLAIMS: row["claim_evidence"] or [], JUDGE: _judged(row["judged_wrong"])}
-            for check, against in of_row.items():
-                if is_by_model == (row["prompt_id"] != HUMAN):
-                    evidence[check] += against
-                    findings[check].by_model += is_by_model and bool(against)
-            if of_row[CLAIMS]:
-                findings[CLAIMS].claims[len(of_row[CLAIMS])] += 1
+            if row["claim_evidence"]:
+                findings[CLAIMS].claims[len(row["claim_evidence"])] += 1
             for text in row["calibration"] or ():
                 known[text["check"], text["kind"]].append(text["evidence"])
-        for check, against in evidence.items():
-            findings[check].found[tuple(against)] += bool(against)
+        for check, one in findings.items():
+            # The evidence against texts of people (False) and of a model (True). If the check has texts of a
+            # model, the human captions of the image are known truths, and their share is not measured.
+            evidence: dict[bool, list[list[int]]] = {False: [], True: []}
+            for row in of_image:
+                if against := row["claim_evidence"] if check == CLAIMS else _judged(row["judged_wrong"]):
+                    evidence[row["prompt_id"] != HUMAN].append(against)
+            one.by_model += len(evidence[True])
+            if texts := evidence[True] or evidence[False]:
+                one.found[tuple(chain(*texts))] += 1
         for (check, kind), against in known.items():
             findings[check].known[kind][tuple(against)] += 1
     return {check: one for check, one in findings.items() if one.found.total()}
 
 
 def _judged(is_wrong: Any) -> list[int]:
-    return [] if is_wrong is None else [JUDGED if is_wrong else -JUDGED]
+    return [] if is_wrong is None else [MAX_EVIDENCE if is_wrong else -MAX_EVIDENCE]
 
 
 def correct_share(found: Share, alarms: Share | None, missed: Share) -> dict[str, Any] | None:
@@ -194,6 +207,8 @@ def correct_share(found: Share, alarms: Share | None, missed: Share) -> dict[str
     hits = ((1 - alarm) * true_trials + 1) / true_n if alarms else 1.0
     refuted = ((1 - missed.value) * missed.trials + 1) / false_n
     gain = hits + refuted - 1
+    if gain <= MIN_GAIN:
+        return None
     center = (passed + refuted - 1) / gain
     of_hits, of_refuted = hits * (1 - hits) / true_n, refuted * (1 - refuted) / false_n
     variance = passed * (1 - passed) / n + center**2 * of_hits + (1 - center) ** 2 * of_refuted
@@ -237,8 +252,11 @@ def _errors_in_words(check: Mapping[str, Any]) -> str:
             parts.append(f"{_percent(rate['share'])} % {interval} of {rate['count']:,} {what}")
         else:
             parts.append(f"no {what.partition(' were')[0]} were known")
-    never = "; it errs too often, so no text was rejected" if check["min_evidence"] == NEVER else ""
-    return f"{', '.join(parts)}{never}"
+    if check["min_evidence"] == NEVER:
+        parts.append("too many, so no text was rejected")
+    elif check["check"] == CLAIMS and check["lost"] is not None:
+        parts.append(f"so about {_percent(check['lost'])} % of true captions are lost")
+    return ", ".join(parts)
 
 
 def _percent(share: float) -> str:

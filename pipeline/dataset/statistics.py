@@ -90,10 +90,10 @@ class DatasetStatistics:
             else:
                 score.add(pair, scenes)
 
-    def result(self) -> dict[str, Any]:
-        """Return all statistics that have data, by name."""
+    def result(self, language: str | None = None) -> dict[str, Any]:
+        """Return all statistics that have data, by name. `language` is that of the captions, if known."""
         parts: dict[str, Any] = {
-            "captions": {style: content.result() for style, content in sorted(self.captions.items())},
+            "captions": {style: one.result(language) for style, one in sorted(self.captions.items())},
             "answers": {kind: _summarize_answers(counts) for kind, counts in sorted(self.answers.items())},
             "scores": {
                 n: {"mean": mean.value, "count": mean.count} for n, mean in sorted(self.scores.items())

@@ -29,8 +29,9 @@ from pipeline.tasks.checks import (
     CONFIRM,
     COVERS,
     MAX_CLAIMS,
-    PHRASINGS,
+    MAX_EVIDENCE,
     RATE,
+    REFUTED,
     REPAIR,
     count_claims,
     questions_about,
@@ -42,10 +43,6 @@ from pipeline.types import Request, SampleBatch
 # From template variables to columns.
 _RATED = {"caption": "clean_text", "question": "clean_question", "answer": "clean_answer"}
 MIN_CLAIMS_TOKENS = 800  # 24 claims take about 350 tokens
-# The evidence of a claim is the number of answers that refute it, less the number of those that confirm it.
-MAX_EVIDENCE = len(PHRASINGS)
-# Evidence from which a claim counts as refuted: both orders of a question, or three of four answers.
-REFUTED = 2
 
 
 class Check(NamedTuple):
@@ -221,5 +218,5 @@ def evidence_against(checks: Iterable[Mapping[str, Any]]) -> int:
 
 
 def share_of_confirmed_claims(evidence: Sequence[int]) -> float | None:
-    """Return the share of claims that more answers confirm than refute, or None without claims."""
+    """Return the share of claims with at least REFUTED more confirming than refuting answers, or None."""
     return sum(against <= -REFUTED for against in evidence) / len(evidence) if evidence else None

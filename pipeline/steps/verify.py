@@ -17,7 +17,6 @@ from pipeline.dataset.calibration import (
     NEVER,
     read_findings,
 )
-from pipeline.inference.verification import REFUTED
 from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
 from pipeline.steps.verify_checks import ALIGNMENT, CHECKED, VerifySettings, ask_checks
 from pipeline.storage.database import load
@@ -29,6 +28,7 @@ from pipeline.tables import (
     fields,
     is_caption,
 )
+from pipeline.tasks.checks import REFUTED
 from pipeline.text.normalize import map_distinct, text_key
 from pipeline.text.vqa_answers import normalize_answer
 

@@ -22,7 +22,6 @@ from pipeline.config.sections import FilterConfig, ServerConfig, VerifyConfig
 from pipeline.dataset.calibration import (
     CLAIMS,
     JUDGE,
-    JUDGED,
     TRUE,
     KnownTexts,
     choose_known_texts,
@@ -37,7 +36,6 @@ from pipeline.inference.engines import EngineChoice, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_SAMPLES, Chunk, ask_all
 from pipeline.inference.requests import RequestPlan
-from pipeline.inference.verification import MAX_EVIDENCE, REFUTED
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.steps.base import Services, record_cost, whole_groups
@@ -53,7 +51,7 @@ from pipeline.tables import (
     append_columns,
     fields,
 )
-from pipeline.tasks.checks import CHECKING, REPAIR
+from pipeline.tasks.checks import CHECKING, MAX_EVIDENCE, REFUTED, REPAIR
 from pipeline.text.content_keys import content_words
 from pipeline.text.falsehoods import plant_falsehoods
 from pipeline.text.language import FUNCTION_WORDS
@@ -82,6 +80,7 @@ CHECKED = pa.schema(
 )  # fmt: skip
 # Known truths of an image, and falsehoods made from claims of its captions. More would cost more requests.
 MAX_TRUTHS, MAX_FALSEHOODS = 3, 2
+_ARTICLES = {"an": "a"}
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -168,6 +167,11 @@ class CheckedAnnotation:
         claims = verification.claims_in(self.checks)
         return [claim for claim, evidence in claims.items() if evidence >= REFUTED]
 
+    def add_known(self, check: str, kind: str, evidence: int) -> None:
+        """Add the evidence of a check against a text whose truth is known (tables.CALIBRATED)."""
+        result = {"check": check, "kind": kind, "evidence": evidence}
+        self.scores.setdefault("calibration", []).append(result)
+
 
 Subjects = Sequence[CheckedAnnotation]
 
@@ -248,6 +252,9 @@ class AnnotationChecker:
     def _check_claims(self, captions: Subjects) -> None:
         """Ask about each claim of the captions, and set `claim_evidence`."""
         claims = self._split({caption.row["clean_text"]: caption.sample_id for caption in captions})
+        if self.settings.splits_claims:
+            unread = sum(not claims[caption.row["clean_text"]] for caption in captions)
+            self._warn_of_unread(unread, len(captions), "captions", "unchecked")
         asked = [
             [AskedClaim(caption.sample_id, questions) for questions in claims[caption.row["clean_text"]]]
             for caption in captions
@@ -272,8 +279,6 @@ class AnnotationChecker:
             return {text: verification.read_claims(text, self.plan, journal) for text in new}
 
         self._claims |= self._ask("claims", _chunks(requests), len(new), read)
-        unread = sum(not self._claims[text] for text in new)
-        self._warn_of_unread(unread, len(new), "captions", "unchecked")
         return {text: list(map(verification.claim_checks, self._claims[text])) for text in captions}
 
     def _ask_claims(self, claims: Sequence[AskedClaim]) -> None:
@@ -299,13 +304,21 @@ class AnnotationChecker:
                         known = replace(known, captions=())
                     texts = (*known.captions, *(caption.row["clean_text"] for caption in of_sample))
                     words = {word for text in texts for word in (*words_of(text), *content_words(text))}
+                    if words.issuperset(_facts(known.foreign or "")):  # the caption may be true
+                        known = replace(known, foreign=None)
                     yield of_sample[0], known, words
 
     def _calibrate_claims(self, captions: Subjects) -> None:
         """Ask about known truths and falsehoods, and add the evidence against them to `calibration`."""
         known = list(self._known_of(captions))
-        texts = {text: one.sample_id for one, of_one, _ in known for text in _texts_to_split(one, of_one)}
-        claims = self._split(texts)
+        claims = self._split(
+            {
+                text: caption.sample_id
+                for caption, of_sample, _ in known
+                for text in ((*of_sample.captions, caption.row["clean_text"])[0], of_sample.foreign)
+                if text
+            }
+        )
         asked: list[tuple[CheckedAnnotation, str, AskedClaim]] = []
         for caption, of_sample, said in known:
             base = claims[(*of_sample.captions, caption.row["clean_text"])[0]]
@@ -317,8 +330,7 @@ class AnnotationChecker:
         self._ask_claims([claim for _, _, claim in asked])
         for caption, kind, claim in asked:
             if any(answer["answer"] is not None for answer in claim.answers):
-                result = {"check": CLAIMS, "kind": kind, "evidence": claim.evidence}
-                caption.scores.setdefault("calibration", []).append(result)
+                caption.add_known(CLAIMS, kind, claim.evidence)
 
     def _plant(
         self, claims: Sequence[list[verification.Check]], said: set[str], sample_id: str
@@ -470,9 +482,7 @@ class AnnotationChecker:
         rows = [caption.row | {"clean_text": text} for caption, _, text in asked]
         for (caption, kind, _), rating in zip(asked, self._ask_judge(rows), strict=True):
             if rating["judged_wrong"] is not None:
-                evidence = JUDGED if rating["judged_wrong"] else -JUDGED
-                result = {"check": JUDGE, "kind": kind, "evidence": evidence}
-                caption.scores.setdefault("calibration", []).append(result)
+                caption.add_known(JUDGE, kind, MAX_EVIDENCE if rating["judged_wrong"] else -MAX_EVIDENCE)
 
     def _warn_of_unread(self, count: int, total: int, unit: str, state: str) -> None:
         if count:
@@ -507,23 +517,24 @@ def _by_sample(subjects: Subjects) -> dict[str, list[CheckedAnnotation]]:
     return by_sample
 
 
-def _texts_to_split(caption: CheckedAnnotation, known: KnownTexts) -> list[str]:
-    """Return the caption whose claims are known or changed, and the caption of another sample."""
-    return [(*known.captions, caption.row["clean_text"])[0], *filter(None, (known.foreign,))]
-
-
 def _unsaid(claims: Iterable[list[verification.Check]], said: set[str]) -> Iterator[list[verification.Check]]:
     """Yield the claims with an object, or another word, that no text about the sample has."""
     return (claim for claim in claims if not said.issuperset(_facts(str(claim[0].claim))))
 
 
 def _keeps_other_claims(subject: CheckedAnnotation, clean: Row) -> bool:
-    """Return whether a repaired caption adds no word, and has all words of the claims that are true."""
+    """Return whether a repair only leaves out words, but none of the claims that are true.
+
+    The articles a and an may change.
+    """
+    rest = (_ARTICLES.get(word, word) for word in words_of(subject.row["clean_text"]))
+    if not all(_ARTICLES.get(word, word) in rest for word in words_of(clean["clean_text"])):
+        return False
     before, after = _facts(subject.row["clean_text"]), _facts(clean["clean_text"])
     refuted = subject.refuted_claims
     others = [claim for claim in verification.claims_in(subject.checks) if claim not in refuted]
     kept = {word for claim in others for word in _facts(claim)} & before
-    return bool(after) and kept <= after <= before
+    return bool(after) and kept <= after
 
 
 def _chunks(requests: Iterator[Request]) -> Iterator[Chunk]:

@@ -154,7 +154,7 @@ def publish_shards(
     statistics = reduce(merge, (part.statistics for part in written), DatasetStatistics())
     provenance = provenance | {
         "funnel": [asdict(summary) for summary in funnel],
-        "measured": statistics.result(),
+        "measured": statistics.result(plan.config.filter.language),
         "leakage": describe_decontamination(source, funnel, group_count, contaminated),
         "review": count_reviews(shards),
         **audit_rows(plan.dataset, written, row_extras(plan.config, plan.tasks)),

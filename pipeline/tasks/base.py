@@ -174,11 +174,6 @@ def check_question(question: str, answer: str) -> None:
         raise PydanticCustomError("answer_repeats_question", "the answer repeats the question")
 
 
-def dump(output: Output) -> str:
-    """Return an output as JSON without white space, with the keys in schema order."""
-    return json.dumps(output.model_dump(), ensure_ascii=False, separators=(",", ":"))
-
-
 def strip_schema(node: Any, *, is_properties: bool = False) -> Any:
     """Return a JSON schema without keywords that decoders need not enforce. The row model checks them."""
     if isinstance(node, dict):

@@ -3,6 +3,7 @@
 `answer`, `confirm` and `rate` show the image. `claims`, `covers`, `repair` and blind questions do not.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
@@ -10,7 +11,7 @@ from pydantic import Field, StringConstraints
 from pipeline.rules import says_nothing
 from pipeline.tasks.base import Line, Output, Task
 from pipeline.tasks.caption import Caption, tidy_caption
-from pipeline.text.language import FUNCTION_WORDS
+from pipeline.text.language import FUNCTION_WORDS, count_words
 from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 from pipeline.text.normalize import words_of
 
@@ -18,6 +19,7 @@ MAX_CLAIMS = 24  # per caption
 # People who listed the facts in long captions found one for 3.6 words (DeCapBench, 2025).
 WORDS_PER_CLAIM = 3.6
 CANNOT_TELL = "cannot tell"
+_FIRST_WORD_ALONE = re.compile(r"\W*\w+\s*(?:[^\w\s]|$)")
 # Questions about a claim, with the answers of a true one. Each pair has one question for either answer, so
 # that a model that always gives the same answer neither confirms nor refutes a claim.
 PHRASINGS = (
@@ -26,6 +28,10 @@ PHRASINGS = (
     ("Does the image show that {}?", "yes"),
     ("Is it wrong to say that {}?", "no"),
 )
+# The evidence of a claim is the number of answers that refute it, less the number of those that confirm it.
+MAX_EVIDENCE = len(PHRASINGS)
+# Least evidence that may refute a claim: both orders of a question, or three of four answers.
+REFUTED = 2
 Score = Literal["1", "2", "3", "4", "5"]
 
 
@@ -70,7 +76,10 @@ def tidy_verdict(fields: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(answer, str):
         return fields
     first = next(iter(words_of(answer)), answer.rstrip(SENTENCE_ENDS))
-    return fields | {"answer": CANNOT_TELL if says_nothing(answer) else YES_OR_NO.get(first, answer)}
+    # "No, it is not visible." refutes a claim, and "No idea." says nothing.
+    begins_verdict = first in YES_OR_NO and _FIRST_WORD_ALONE.match(answer)
+    is_unknown = says_nothing(answer) and not begins_verdict
+    return fields | {"answer": CANNOT_TELL if is_unknown else YES_OR_NO.get(first, answer)}
 
 
 def questions_about(claim: str) -> list[tuple[str, str]]:
@@ -84,7 +93,7 @@ def questions_about(claim: str) -> list[tuple[str, str]]:
 
 def count_claims(caption: str) -> int:
     """Return how many claims a caption of this length has, by rule of thumb."""
-    return max(1, min(MAX_CLAIMS, round(len(caption.split()) / WORDS_PER_CLAIM)))
+    return max(1, min(MAX_CLAIMS, round(count_words(caption, words_of(caption)) / WORDS_PER_CLAIM)))
 
 
 ANSWER = Task(name="answer", output=Answer, row=Answer)

@@ -8,6 +8,7 @@ from pipeline.digests import digest
 from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 from pipeline.tasks.base import Task
 from pipeline.tasks.boxes import Frame
+from pipeline.tasks.caption import Caption
 from pipeline.tasks.custom import NOTHING_FOUND
 from pipeline.text.artifacts import opens_chat
 from pipeline.types import Reply, Request
@@ -16,7 +17,7 @@ MAX_BRACES = 32  # number of opening braces at which parsing is tried
 _DECODER = json.JSONDecoder()
 _COLUMNS = ("text", "question", "answer", "answer_type", "evidence_pages", "expression", "record")
 _FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
-_NOT_PLAIN = ("{", "```", "<think>")
+_NOT_PLAIN = ("```", "<think>")
 _QUOTES = (('"', '"'), ("\u201c", "\u201d"))
 _UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
 
@@ -61,23 +62,34 @@ def read_fields(
 ) -> list[tuple[dict[str, Any], str | None]]:
     """Return the columns of each annotation in a reply, each with an error or None.
 
-    A plain text may also come as JSON, since many models write JSON out of habit.
+    A plain text may also come as JSON, since many models write JSON out of habit. Only captions must not be
+    JSON of another form, since a text that is read from an image may be code.
     """
     if reply.finish_reason != "stop":
         return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]
-    try:
-        value = json.loads(reply.text)
-    except (ValueError, RecursionError):
+    value = _parse(reply.text)
+    if value is None:
         value = object_within(reply.text)
     if task.plain_field and not (isinstance(value, dict) and task.plain_field in value):
         text = value if isinstance(value, str) else plain_text(reply.text)
-        if not text or text.startswith(_NOT_PLAIN) or opens_chat(text) or isinstance(value, dict | list):
+        is_caption = task.row is Caption and style != "ocr"
+        is_json = is_caption and (text.startswith("{") or isinstance(_parse(text), dict | list))
+        if not text or text.startswith(_NOT_PLAIN) or opens_chat(text) or is_json:
             return [({}, "not_plain_text")]
-        value = {task.plain_field: " / ".join(text.splitlines()) if style == "ocr" else text}
+        lines = filter(None, map(str.strip, text.splitlines()))
+        value = {task.plain_field: " / ".join(lines) if style == "ocr" else text}
     elif value is None:
         return [({}, "not_json")]
     rows = task.rows_of(value)
     return [task.nothing_found()] if rows == [] else [task.read_row(row, frame) for row in rows or [None]]
+
+
+def _parse(text: str) -> Any:
+    """Return a text as a JSON value, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_result(request: Request, reply: Reply, tasks: Tasks = BUILT_IN) -> Any:

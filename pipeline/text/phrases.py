@@ -11,7 +11,8 @@ PhraseKind = Literal["hedge", "mood", "absence", "image"]
 PHRASES: dict[PhraseKind, re.Pattern[str]] = {
     "hedge": re.compile(
         r"\b(?:appears?|seems?) (?:to|as|like)\b|\b(?:possibly|perhaps|maybe|presumably|probably|likely)\b"
-        r"|\b(?:might|may|could) be\b|\b(?:suggest(?:s|ing)|impl(?:ies|ying)) (?:that|a|an|the)\b"
+        r"|\b(?:might|may|could) be\b(?! (?:found|seen)\b)"
+        r"|\b(?:suggest(?:s|ing)|impl(?:ies|ying)) (?:that|a|an|the)\b"
         r"|\b(?:it is|it's) (?:unclear|difficult|hard) to\b"
     ),
     "mood": re.compile(
@@ -20,9 +21,9 @@ PHRASES: dict[PhraseKind, re.Pattern[str]] = {
         r"|\b(?:exud(?:es|ing)|evok(?:es|ing))\b"
     ),
     "absence": re.compile(
-        r"\b(?:there (?:is|are) no|there (?:isn't|aren't)|no (?:other )?\w+ (?:is|are|can be) "
+        r"\b(?:there (?:is|are) no|there (?:is|are)n['\u2019]t|no (?:other )?\w+ (?:is|are|can be) "
         r"(?:visible|seen|present))\b"
-        r"|\b(?:is|are) (?:not|n't) (?:visible|shown|present|seen)\b|\bwithout any (?:visible )?\w+"
+        r"|\b(?:is|are)(?: not|n['\u2019]t) (?:visible|shown|present|seen)\b|\bwithout any (?:visible )?\w+"
     ),
     "image": re.compile(r"\b(?:the|this) (?:image|picture|photo|photograph)\b"),
 }

@@ -184,6 +184,17 @@ def test_precision_is_measured_before_rejection_and_corrected(
     assert texts <= {f"A {c} {t} stands {p} all day long." for c, t, p in map(caption_of, range(COUNT))}
 
 
+def test_no_known_texts_are_asked_without_calibration(
+    tmp_path: Path, model: Model, server: ChatServer
+) -> None:
+    (tmp_path / "synth.yaml").write_text("verify: {calibration: 0}\n")
+    generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--verify", "claims")
+    assert model.requests["confirm"] == 3 * 2 * COUNT + COUNT  # a false claim gets two questions more
+    check = checks_of(tmp_path)["claims"]
+    assert (check["false_alarms"], check["missed"], check["true"], check["kinds"]) == (None, None, None, {})
+    assert "kind of false text" not in (tmp_path / "d/versions/v1.0.0/README.md").read_text()
+
+
 def test_model_that_always_answers_yes_rejects_nothing_and_states_no_share(
     tmp_path: Path, model: Model, server: ChatServer
 ) -> None:
@@ -289,6 +300,14 @@ def test_judge_gets_only_its_key(tmp_path: Path, model: Model, server: ChatServe
     steps = generate(tmp_path, server, "--config", "synth.yaml", *rated, **keys)["steps"]
     red = sum(caption_of(number)[0] == "red" for number in range(COUNT))
     assert steps["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == num_requests
+
+
+def test_false_alarms_of_judge_are_in_manifest(tmp_path: Path, server: ChatServer, judge: ChatServer) -> None:
+    for number, path in enumerate(sorted((tmp_path / "photos").glob("*.png"))):
+        path.with_suffix(".txt").write_text(f"A {' '.join(truth_of(number))} can be seen.")
+    generate(tmp_path, server, *CAPTIONS, "--judge", f"judge-7b@{judge.url}")
+    alarms = checks_of(tmp_path)["judge"]["false_alarms"]
+    assert (alarms["count"], alarms["share"]) == (COUNT, 0.25)  # a quarter of the objects is red
 
 
 def test_invalid_judge_is_refused_without_request(tmp_path: Path, model: Model, server: ChatServer) -> None:

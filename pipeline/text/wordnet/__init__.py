@@ -11,7 +11,7 @@ from importlib.resources import files
 
 @cache
 def synonyms() -> dict[str, set[int]]:
-    """Return the numbers of the concepts that each noun or adjective may mean. Synonyms share a number."""
+    """Return the numbers of the concepts that each noun or adjective often means. Synonyms share a number."""
     concepts: dict[str, set[int]] = defaultdict(set)
     for number, names in enumerate(_read("synonyms")):
         for name in names.split("|"):

@@ -1,5 +1,6 @@
 """Errors of checks: shares are corrected, intervals contain the truth, and the least evidence is chosen."""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,21 @@ def test_share_of_true_texts_is_corrected_for_false_alarms_and_misses() -> None:
     assert correct_share(share(1000, 1000), share(0, 200), share(0, 0)) is None
 
 
+def test_corrected_share_is_inside_its_interval_or_unknown() -> None:
+    assert correct_share(Share(50, 0.9, 50), Share(1, 0, 1), Share(4, 0.75, 4)) is None
+    values = (0, 0.1, 0.5, 0.79, 0.89, 1)
+    for found, alarm, miss, count in product(values, values, values, (0.5, 1, 4, 100)):
+        true = correct_share(Share(50, found, 50), Share(1, alarm, count), Share(1, miss, count))
+        assert true is None or 0 <= true["low"] <= true["share"] <= true["high"] <= 1
+
+
+def test_human_captions_are_measured_if_the_model_wrote_only_questions() -> None:
+    question = row("a") | {"claim_evidence": None, "judged_wrong": False}
+    found = findings(row("a", -2, 4, human=True) | {"judged_wrong": True}, question)
+    assert found["claims"].found == {(-2, 4): 1} and found["claims"].by_model == 0
+    assert found["judge"].found == {(-4,): 1} and found["judge"].by_model == 1
+
+
 def test_interval_contains_the_true_share_in_95_of_100_samples() -> None:
     draw, truth, alarm, miss = np.random.default_rng(0), 0.85, 0.05, 0.2
     covered = 0
@@ -85,8 +101,16 @@ def test_least_evidence_loses_at_most_the_given_share_of_captions() -> None:
     found = findings(*rows)["claims"]
     assert found.lost_share(2) == pytest.approx(1 - 0.95**8)
     assert found.lost_share(3) == pytest.approx(1 - 0.99**8)
-    assert [found.choose_level(lost) for lost in (0.5, 0.1, 0.05)] == [2, 3, NEVER]
+    assert [found.choose_level(lost) for lost in (0.5, 0.1, 0.05)] == [2, 3, 4]
     assert findings(row("a", 4))["claims"].choose_level(0.0) == 2  # nothing is known about false alarms
+
+
+@pytest.mark.parametrize(("alarms", "count", "level"), [(1, 72, 4), (40, 400, NEVER)])
+def test_no_claim_is_refuted_only_if_the_check_surely_errs_too_often(
+    alarms: int, count: int, level: int
+) -> None:
+    rows = [row(str(n), *[-2] * 8, reference=4 if n < alarms else -2) for n in range(count)]
+    assert findings(*rows)["claims"].choose_level(0.1) == level
 
 
 def test_summary_states_share_errors_and_self_judgement() -> None:
@@ -94,9 +118,10 @@ def test_summary_states_share_errors_and_self_judgement() -> None:
     manifest = {"model": {"name": "m"}, "checks": [{"check": "claims", "judges_itself": True, **check}]}
     (text,) = checks_in_words(manifest)
     assert text.startswith("claims: 100.0 % of 50 claims of captions passed; 100.0 % [")
-    assert "0.0 % [0.0, 7.1] of 50 true texts were refuted" in text and text.endswith(
-        "m judges its own texts"
-    )
+    assert "0.0 % [0.0, 7.1] of 50 true texts were refuted" in text
+    assert text.endswith("so about 0.0 % of true captions are lost; m judges its own texts")
+    checks = [{"check": "claims", "judges_itself": False, **check, "min_evidence": NEVER}]
+    assert "too many, so no text was rejected" in checks_in_words(manifest | {"checks": checks})[0]
     assert checks_in_words({"model": {"name": "m"}}) == []
 
 

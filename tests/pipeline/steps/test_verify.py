@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.config.sections import FilterConfig
+from pipeline.dataset.calibration import KnownTexts
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
@@ -63,9 +64,9 @@ def test_question_is_kept_or_rejected_with_reason(checks: list[dict[str, Any]], 
     assert reasons(QUESTION | {"checks": checks}) == [reason]
 
 
-def claim_checks(number: int, *answers: str | None) -> list[dict[str, str | None]]:
+def claim_checks(number: int, *answers: str | None, claim: str = "") -> list[dict[str, str | None]]:
     """Return the checks of one claim. A true claim is confirmed by yes, no, yes and no, in this order."""
-    claim = f"Claim {number}."
+    claim = claim or f"Claim {number}."
     pairs = zip(answers, ("yes", "no", "yes", "no"), strict=False)
     return [check("claims", answer, expected) | {"claim": claim} for answer, expected in pairs]
 
@@ -108,7 +109,8 @@ def known(*evidence: int, kind: str = "reference") -> list[dict[str, Any]]:
         ([-2] * 9 + [2], 0.1, 2, False),  # one claim for each caption: 1 of 10 true captions is lost
         ([-2] * 9 + [2], 0.05, 2, True),
         ([-2] * 9 + [2], 0.05, 3, False),
-        ([-2] * 9 + [4], 0.05, 4, True),  # the model errs too often at any evidence
+        ([-2] * 9 + [4], 0.05, 4, False),  # 1 of 10 may be by chance
+        ([-2] * 6 + [4] * 4, 0.05, 4, True),  # the model errs too often at any evidence
     ],
 )
 def test_least_evidence_follows_from_false_alarms_about_known_truths(
@@ -191,6 +193,49 @@ def test_checks_in_batches_equal_checks_of_all_rows(tmp_path: Path, monkeypatch:
         assert one.pop("alignment") == pytest.approx(other.pop("alignment"), abs=1e-5)
     assert parts == whole
     assert (sent_in_parts, distinct_in_parts) == (sent, distinct)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_kept"),
+    [
+        ("A man with a hat sits", "A man without a hat sits", False),
+        ("A dog chases a cat", "A cat chases a dog", False),
+        ("A red car and a blue bus.", "A blue car and a red bus.", False),
+        ("A man sits on a bench.", "A man sits on no bench.", False),
+        ("An old man in a red hat sits.", "A man in a red hat sits.", True),
+        ("There is a man who wears a red hat.", "A man wears a hat.", True),
+        ("A man sits near a red car.", "A red car.", False),  # a true claim is left out
+    ],
+)
+def test_repair_only_leaves_out_words_of_refuted_claims(before: str, after: str, *, is_kept: bool) -> None:
+    checks = claim_checks(0, *TRUE_CLAIM, claim="A man is there.") if "man" in before else []
+    subject = verify_checks.CheckedAnnotation(CAPTION | {"clean_text": before}, checks)
+    assert verify_checks._keeps_other_claims(subject, {"clean_text": after}) == is_kept
+
+
+def checker_of(**settings: Any) -> verify_checks.AnnotationChecker:
+    stub: Any = SimpleNamespace(is_calibrated=True, splits_claims=True, seed=0, **settings)
+    return verify_checks.AnnotationChecker(stub, stub, stub, ExitStack())
+
+
+@pytest.mark.parametrize(
+    ("foreign", "is_used"), [("A red ring.", False), ("The ring is red", False), ("A blue car.", True)]
+)
+def test_caption_of_another_image_is_not_used_if_it_may_be_true(foreign: str, *, is_used: bool) -> None:
+    checker = checker_of()
+    checker.__dict__["_known_texts"] = {"a": KnownTexts((), foreign)}
+    caption = verify_checks.CheckedAnnotation(CAPTION | {"sample_id": "a", "prompt_id": "caption/v1@1"})
+    ((_, known_texts, _),) = checker._known_of([caption])
+    assert known_texts.foreign == (foreign if is_used else None)
+
+
+def test_warning_counts_captions_of_rows_without_known_texts() -> None:
+    warnings: list[str] = []
+    checker = checker_of(requests=None, progress=SimpleNamespace(warn=warnings.append))
+    checker.__dict__["_ask"] = lambda *_: {"A caption of another image.": [], "A red ring.": []}
+    checker._split({"A caption of another image.": "a"})
+    checker._check_claims([verify_checks.CheckedAnnotation(CAPTION | {"sample_id": "a"})])
+    assert warnings == ["verify: no usable reply for 1 of 1 captions, which are kept unchecked"]
 
 
 def test_missing_clip_is_refused_before_any_request(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 
 from pipeline.config.files import resolve
+from pipeline.config.sections import TaskConfig
 from pipeline.inference.requests import build_requests
 from pipeline.tasks import TASKS
+from pipeline.tasks.custom import build_task
 from pipeline.tasks.replies import find_flaw, parse_reply, read_fields
 from pipeline.types import Reply, Request
 from tests.plans import request_plan
@@ -44,11 +46,22 @@ def test_caption_is_one_row() -> None:
         ("ocr", "Ingredients:\nmilk", "Ingredients: / milk"),
         ("ocr", "STOP\nMain St", "STOP / Main St"),
         ("ocr", "12", "12"),
+        ("ocr", "function f() {}", "function f() {}"),
+        ("ocr", "[1]", "[1]"),
+        ("ocr", "Line one\n\n Line two", "Line one / Line two"),
+        ("detailed", 'A screen shows "if (x) {}" in green.', 'A screen shows "if (x) {}" in green.'),
     ],
 )
 def test_plain_reply_is_the_caption(style: str, text: str, caption: str) -> None:
     (row,) = parse_reply(replace(BRIEF, style=style), reply(text))
     assert (row["text"], row["reply_error"]) == (caption, None)
+
+
+@pytest.mark.parametrize("text", ["def f(): return {}", '{"a": 1}'])
+def test_custom_text_may_be_code(text: str) -> None:
+    task = build_task(TaskConfig(name="code", kind="text", prompt="Copy the code."))
+    ((fields, error),) = read_fields(task, BRIEF.reply(text, "stop"))
+    assert (json.loads(fields["record"]), error) == (text, None)
 
 
 @pytest.mark.parametrize("answer", ["Yes.", "YES", " yes!"])
@@ -78,6 +91,7 @@ def test_invalid_question_does_not_reject_the_others() -> None:
         (BRIEF, '{"caption":"A red', "not_plain_text"),
         (BRIEF, "", "not_plain_text"),
         (BRIEF, "[1]", "not_plain_text"),
+        (BRIEF, "```json\n[1]\n```", "not_plain_text"),
         (BRIEF, "Sure! A red ring.", "not_plain_text"),
         (BRIEF, "Here is a caption:", "not_plain_text"),
         (BRIEF, '{"text":"A red ring."}', "not_plain_text"),

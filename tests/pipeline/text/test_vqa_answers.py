@@ -67,6 +67,11 @@ def test_yes_and_no_are_recognised_in_all_languages_with_their_marks(answer: str
         ("green/white", "green", False),
         ("red", "not red", False),
         ("left", "right", False),
+        ("bike", "bicycle", True),
+        ("taxi", "cab", True),
+        ("cat", "guy", False),
+        ("man", "world", False),
+        ("black", "dark", False),
         ("red", "unknown", False),
     ],
 )
