@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
-from pipeline.sources import image_urls, listing, open_source
+from pipeline.sources import image_urls, open_source
 from pipeline.types import ReferenceQA, Rejected, Sample, Source
 from tests.hub.datasets import photo
 from tests.pipeline.sources.reading import samples_of
@@ -213,10 +213,9 @@ def test_list_urls_are_fetched_in_order_with_allow_urls(
     refused = opened(home / "list.csv", text)
     assert set(outcomes(refused).values()) == {"image_not_embedded"}
     assert refused.messages[-1] == "URLs: 9 of 9 lines"
+    fetch_image = image_urls.fetch_image
     monkeypatch.setattr(
-        listing,
-        "fetch_image",
-        lambda url: image_urls.fetch_image(url.partition("?")[0], lambda address: True),
+        image_urls, "fetch_image", lambda url: fetch_image(url.partition("?")[0], lambda address: True)
     )
     read = list(opened(home / "list.csv", text, allow_urls=True).rows)
     assert not Together.first.broken
