@@ -1,7 +1,7 @@
-"""Write the Parquet files of a version in row groups and shards that end where the content of the rows says so.
+"""Write the Parquet files of a version in row groups and shards whose ends depend on the rows.
 
-A row group or shard ends before a row whose checksum of `sample_id` is a multiple of some number. So an added
-or removed row moves only the next boundary, and Xet, which deduplicates content-defined chunks, sends only the
+A row group or shard ends before a row whose checksum of `sample_id` is a multiple of some number. An added or
+removed row moves only the next boundary. So Xet, which deduplicates content-defined chunks, sends only the
 row groups with changes. Pages of texts end by content too, and pixels are not compressed.
 """
 
