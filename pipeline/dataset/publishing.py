@@ -140,8 +140,8 @@ def publish_version(
     """Publish the rows of all shards as the next version. Return it, and whether it is new.
 
     If the newest version has the same rows, audit and errors of checks, it is returned, unless it is a
-    preview and the new one is complete. `draft` is a scratch folder next to the versions. `digests` (DIGESTS) is
-    sorted by id. `provenance` has the manifest fields about the run. `check` raises StoreError if another
+    preview and the new one is complete. `draft` is a scratch folder next to the versions. `digests` (DIGESTS)
+    is sorted by id. `provenance` has the manifest fields about the run. `check` raises StoreError if another
     command has taken over the folder. Raises TableError if no row is left or the shards have different
     columns, and StoreError if images are missing.
     """
