@@ -26,7 +26,7 @@ from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import SPLITS
 from pipeline.text.reasons import SCORES_IN_WORDS, in_words
 
-SMALL_REPORT_IMAGES = 500
+MAX_IMAGES, SMALL_REPORT_IMAGES = 10_000, 500
 SMALL_REPORT_THUMBNAIL_BYTES, THUMBNAIL_BYTES = 16_384, 4_096
 SCRIPT_ROWS = 1000
 BATCH_ROWS = 64
@@ -34,13 +34,13 @@ MAX_REJECTED_PICTURES = 50  # per reason
 GENERATOR = '<meta name="generator" content="synth report">'  # only pages with this tag are overwritten
 
 
-def write_report(version: Version, folder: Path, max_rows: int = 10_000) -> Path:
+def write_report(version: Version, folder: Path) -> Path:
     """Write `report.html` into the dataset folder, and return its path.
 
-    At most `max_rows` images are shown: the ones with the lowest ids. Ids are digests, so this is a random
+    At most MAX_IMAGES images are shown: the ones with the lowest ids. Ids are digests, so this is a random
     sample. Raises StoreError if the version, a step file or the scores of the last captioner are damaged.
     """
-    manifest, num_shown = version.manifest, min(version.num_rows, max_rows)
+    manifest, num_shown = version.manifest, min(version.num_rows, MAX_IMAGES)
     rows = list(_read_rows(version, num_shown))
     first_images = {row["id"]: row["images"][0] for row in rows}
     has_steps = steps_match(folder, manifest)
