@@ -160,6 +160,13 @@ def test_checkpoint_file_that_links_outside_is_not_packaged(name: str, tmp_path:
         build_checkpoint_package(folder, "me/captioner", lambda _: {}, {})
 
 
+def test_interrupted_training_is_not_packaged_and_named_in_the_hint(tmp_path: Path) -> None:
+    (tmp_path / "resume.pt").touch()
+    with pytest.raises(PushError, match="not a finished training run") as refused:
+        build_checkpoint_package(tmp_path, "me/captioner", lambda _: {}, {})
+    assert f"`synth train --resume --out {tmp_path}`" in refused.value.hint
+
+
 def test_card_of_a_captioner_names_the_repository_of_its_own_data(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(4))
     DatasetDir(tmp_path).record_push(version.name, "me/scenes", "c")
