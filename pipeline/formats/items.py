@@ -76,9 +76,9 @@ class Item:
 
 
 def choose_texts(item: Item, *, style: str | None, trigger: str, only_one: bool) -> Item:
-    """Return an item with its captions and pairs in a style, by default all, which begin with `trigger`.
+    """Return an item with only the captions and pairs of a style, and prepend `trigger` to their texts.
 
-    With `only_one`, the preferred caption remains, unless the style is ALL.
+    By default, all styles are kept. With `only_one`, only the preferred caption is, unless the style is ALL.
     """
     captions = [caption for caption in item.captions if style in (None, ALL, caption[0])]
     if only_one and style != ALL:
