@@ -24,9 +24,9 @@ IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 class SplitWriter:
     """Writes the rows of a split to `folder/SPLIT-00000.parquet` and so on. Keeps one row group in memory."""
 
-    def __init__(self, folder: Path, split: str, schema: pa.Schema, group_rows: int = GROUP_ROWS) -> None:
+    def __init__(self, folder: Path, split: str, schema: pa.Schema, group_rows: int = 0) -> None:
         self.folder, self.split, self.schema = folder, split, with_features(schema)
-        self.group_rows, self._group_bytes = group_rows, 0
+        self.group_rows, self._group_bytes = group_rows or GROUP_ROWS, 0
         self._group: list[pa.Table] = []
         self._writer: pq.ParquetWriter | None = None
         self._shards, self._shard_bytes = 0, 0
@@ -36,7 +36,7 @@ class SplitWriter:
         table, start = table.select(self.schema.names).cast(self.schema), 0
         for index, sample_id in enumerate(table["sample_id"].cast(pa.binary()).to_pylist()):
             draw = crc32(sample_id)
-            if draw % (self.group_rows // 16) == 0:
+            if draw % max(1, self.group_rows // 16) == 0:
                 self._extend_group(table.slice(start, index - start))
                 start = index
                 if draw % self.group_rows == 0 or self._group_bytes >= GROUP_BYTES // 2:
