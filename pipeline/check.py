@@ -68,7 +68,7 @@ def check_version(version: Version, stored: Mapping[str, str] | None = None) -> 
     `stored` maps sample ids to image digests for all images in the store. By default, the images are hashed.
     """
     if damage := find_damage(version, stored):
-        hint = f"move {version.path} away and {RUN_AGAIN}: equal rows have the same digest; or pull it again"
+        hint = f"move {version.path} away and {RUN_AGAIN}: equal rows have the same digest"
         return Checked(str(version.path), "; ".join(damage), False, hint)
     summary = f"{version.num_rows:,} rows in {len(version.manifest['files'])} files match the digest"
     return Checked(str(version.path), summary)

@@ -15,7 +15,7 @@ UV = str(Path(sys.executable).with_name("uv"))
 PYTHONS = ("3.11", "3.12", "3.13")
 RESOLUTIONS = ("highest", "lowest-direct")
 # core, all without vLLM, all
-EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve,export")
+EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve")
 SHOWN = ("vllm", "torch", "transformers", "numpy", "pillow", "pyarrow", "huggingface-hub", "ray")
 PLATFORM = "x86_64-manylinux_2_31"  # platform of the wheels of llguidance
 

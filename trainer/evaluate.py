@@ -143,6 +143,7 @@ def evaluate(
         "shuffled_scores": score(shuffled, references, shuffled_scores),
         "intervals": bootstrap(own_scores) if options.questions else {},
         "gain": bootstrap({"cider_d": gains}) if options.questions else {},
+        "shown": _best_and_worst(each),
         "each": each,
     }
     if options.clip:
@@ -155,6 +156,13 @@ def evaluate(
         for index, image_result in enumerate(each):
             image_result["questions"] = quiz.results(index)
     return result
+
+
+def _best_and_worst(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the results of a few images for the card and the report."""
+    ranked = sorted(results, key=lambda result: -result["cider_d"])
+    shown = [*ranked[:5], *ranked[5:][-5:]]
+    return [result | {"references": result["references"][:5]} for result in shown]
 
 
 def evaluate_version(

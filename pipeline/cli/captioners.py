@@ -50,7 +50,7 @@ def caption(
     from trainer.caption_files import SIDECARS, find_images, require_caption_file
     from trainer.runtime.checkpoint_folder import require_prompt
 
-    existing = read_existing("--out", out is not None, skip=skip, append=append, overwrite=overwrite)
+    existing = read_existing(out is not None, skip=skip, append=append, overwrite=overwrite)
     if question is not None and not question.strip():
         raise BadParameter(
             "the question is empty; leave out --question to get captions", param_hint="--question"

@@ -84,10 +84,11 @@ def _check_all(data: str | None, *, repair: bool) -> Iterator["Checked"]:
     folder = dataset_path(data)
     with translate_disk_errors(folder):
         has_run = DatasetDir(folder).run_file.exists()
-        if split_version(folder)[1] or (folder / MANIFEST).exists():
-            yield check_version(open_dataset(folder))
-        elif not has_run and any((folder / name).exists() for name in CHECKPOINT_FILES):
+        # A captioner from the Hub has a manifest too.
+        if not has_run and any((folder / name).exists() for name in CHECKPOINT_FILES):
             yield _check_checkpoint(folder)
+        elif split_version(folder)[1] or (folder / MANIFEST).exists():
+            yield check_version(open_dataset(folder))
         else:
             yield from check_dataset(DatasetDir(folder), repair=repair)
             for settings in sorted(folder.glob("checkpoints/*/train.json"), key=str):

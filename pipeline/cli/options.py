@@ -54,13 +54,13 @@ Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing caption
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 
 
-def read_existing(target: str, is_given: bool, **choices: bool) -> "Existing":
-    """Return how to treat existing texts. Raises BadParameter for several choices or a missing `target`."""
+def read_existing(is_given: bool, **choices: bool) -> "Existing":
+    """Return how to treat existing texts. Raises BadParameter for several choices or a missing --out."""
     chosen = [name for name, is_set in choices.items() if is_set]
     if len(chosen) > 1 or (chosen and not is_given):
         raise BadParameter(
-            f"pass only one of --skip-existing, --append and --overwrite, and only with {target}",
-            param_hint=target,
+            "pass only one of --skip-existing, --append and --overwrite, and only with --out",
+            param_hint="--out",
         )
     return cast("Existing", chosen[0] if chosen else "refuse")
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def _open_dataset(name: str | None, *, for_removal: bool = False) -> tuple["DatasetDir", str | None]:
     """Return a dataset, and the version if `name` contains one. Raises StoreError if there is no dataset."""
     from pipeline.dataset.directory import DatasetDir, split_version
+    from pipeline.dataset.version import MANIFEST, dataset_dir_of
     from pipeline.errors import StoreError
 
     path = dataset_path(name, is_only=for_removal)
@@ -27,6 +28,8 @@ def _open_dataset(name: str | None, *, for_removal: bool = False) -> tuple["Data
     folder, version = split_version(path)
     if not is_remote(folder) and not (folder / "versions").is_dir():
         hint = "`synth generate` makes one; if it was interrupted, run it again"
+        if (folder / MANIFEST).exists():
+            hint = f"name the dataset folder of this version: {dataset_dir_of(folder)}"
         raise StoreError(f"no dataset at {folder}", hint=hint)
     return DatasetDir(folder), version
 

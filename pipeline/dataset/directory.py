@@ -47,7 +47,7 @@ _DAMAGED_JSON = (ValueError, LookupError, TypeError, RecursionError, UnsafeFileE
 class DatasetDir:
     """A dataset folder, or a shard of one, on disk or in an object store.
 
-    `image_folder` is the folder with the image store, if it is another one.
+    `image_folder` is the folder with the image store, by default `path`.
     """
 
     path: Path

@@ -43,8 +43,16 @@ def join_images(version: Version, images: Iterable[Images]) -> Version:
 
 
 def images_of_dataset(folder: Path, sample_ids: Iterable[str]) -> Iterator[Images]:
-    """Yield the images of those samples that the store of a dataset folder has."""
-    store = open_dataset(folder).store
+    """Yield the images of those samples that a dataset folder, or a version with pixels, has."""
+    version = open_dataset(folder)
+    if version.holds_pixels:
+        pixels = [name for name in PIXELS if name in version.manifest["columns"]]
+        for _, batch in version.batches(["sample_id", *pixels], BATCH_ROWS, sample_ids=[*sample_ids]):
+            for row in batch.to_pylist() if pixels else ():
+                images = row.get("pages") or [row["image"]]
+                yield row["sample_id"], tuple(image["bytes"] for image in images)
+        return
+    store = version.store
     for sample_id in store.in_order(sample_ids):
         yield sample_id, tuple(store.read([sample_id])[0].as_py())
 

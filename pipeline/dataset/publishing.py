@@ -74,7 +74,7 @@ class RowWriter:
     _writers: dict[str, SplitWriter] = field(default_factory=dict)
 
     def add(self, table: pa.Table) -> None:
-        """Write rows of `build_rows` that have a split, and note the other ones as rejected.
+        """Write rows of `build_rows` that have a split, and record the ids of the other rows as rejected.
 
         Raises TableError if they fill an optional column that the first rows left empty.
         """
@@ -122,8 +122,8 @@ def write_self_contained(version: Version, folder: Path, splits: Iterable[str] =
             writer.add(with_reader_columns(rows, readers, prompts) if readers else rows)
         writer.close()
     files = {path.name: describe_file(path) for path in sorted(folder.glob("*.parquet"))}
-    store_keys = ("pixels", "pixel_columns", "images")
-    manifest = {key: value for key, value in version.manifest.items() if key not in store_keys}
+    replaced = ("pixels", "pixel_columns", "images", "reader_columns")
+    manifest = {key: value for key, value in version.manifest.items() if key not in replaced}
     manifest |= {"files": files, "features": features(schema)}
     return manifest | ({"reader_columns": readers} if readers else {})
 
@@ -139,11 +139,11 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish the rows of all shards as the next version. Return it, and whether it is new.
 
-    If the newest version has the same rows, audit and errors of checks, it is returned, unless only it is a
-    preview. `draft` is a scratch folder next to the versions. `digests` (DIGESTS) is sorted by id.
-    `provenance` has the manifest fields about the run. `check` raises StoreError if another command has taken
-    over the folder. Raises TableError if no row is left or the shards have different columns, and StoreError
-    if images are missing.
+    If the newest version has the same rows, audit and errors of checks, it is returned, unless it is a
+    preview and the new one is complete. `draft` is a scratch folder next to the versions. `digests` (DIGESTS)
+    is sorted by id. `provenance` has the manifest fields about the run. `check` raises StoreError if another
+    command has taken over the folder. Raises TableError if no row is left or the shards have different
+    columns, and StoreError if images are missing.
     """
     if not digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"

@@ -1,10 +1,12 @@
-"""Write the Parquet files of a version in row groups and shards of bounded size.
+"""Write the Parquet files of a version in row groups and shards whose ends depend on the rows.
 
-Pages of texts end where the content says so, and pixels are not compressed. So Xet, which deduplicates
-content-defined chunks, sends only the changed rows of a later version.
+A row group or shard ends before a row whose checksum of `sample_id` is a multiple of some number. An added or
+removed row moves only the next boundary. So Xet, which deduplicates content-defined chunks, sends only the
+row groups with changes. Pages of texts end by content too, and pixels are not compressed.
 """
 
 from pathlib import Path
+from zlib import crc32
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +14,9 @@ import pyarrow.parquet as pq
 from pipeline.storage.files import open_writer
 from pipeline.tables import with_features
 
-# A row group ends after so many rows (with or without images) or bytes, a shard after so many bytes.
-GROUP_ROWS, TEXT_GROUP_ROWS, GROUP_BYTES = 64, 4_096, 16_000_000
-SHARD_BYTES = 300_000_000
+GROUP_ROWS, TEXT_GROUP_ROWS = 64, 4_096  # mean number of rows in a row group with and without images
+GROUP_BYTES, SHARD_BYTES = 16_000_000, 300_000_000  # limits; from half of it on, the next cut is closer
+SHARD_GROUPS = 8  # mean number of row groups in a shard after it has half of SHARD_BYTES
 # Parquet column names of the pixels in a version and in an image store.
 IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 
@@ -22,37 +24,47 @@ IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 class SplitWriter:
     """Writes the rows of a split to `folder/SPLIT-00000.parquet` and so on. Keeps one row group in memory."""
 
-    def __init__(self, folder: Path, split: str, schema: pa.Schema, group_rows: int = GROUP_ROWS) -> None:
+    def __init__(self, folder: Path, split: str, schema: pa.Schema, group_rows: int = 0) -> None:
         self.folder, self.split, self.schema = folder, split, with_features(schema)
-        self.group_rows, self.rows = group_rows, 0
+        self.group_rows, self._group_bytes = group_rows or GROUP_ROWS, 0
         self._group: list[pa.Table] = []
         self._writer: pq.ParquetWriter | None = None
         self._shards, self._shard_bytes = 0, 0
 
     def add(self, table: pa.Table) -> None:
-        """Add rows, and write the row group if it is complete."""
-        self.rows += table.num_rows
-        self._group.append(table.select(self.schema.names).cast(self.schema))
-        num_rows = sum(part.num_rows for part in self._group)
-        if num_rows >= self.group_rows or sum(part.nbytes for part in self._group) >= GROUP_BYTES:
+        """Add rows, and write each row group that is complete."""
+        table, start = table.select(self.schema.names).cast(self.schema), 0
+        for index, sample_id in enumerate(table["sample_id"].cast(pa.binary()).to_pylist()):
+            draw = crc32(sample_id)
+            if draw % max(1, self.group_rows // 16) == 0:
+                self._extend_group(table.slice(start, index - start))
+                start = index
+                if draw % self.group_rows == 0 or self._group_bytes >= GROUP_BYTES // 2:
+                    self._write_group(may_end_shard=draw % (self.group_rows * SHARD_GROUPS) == 0)
+        self._extend_group(table.slice(start))
+        if self._group_bytes >= GROUP_BYTES:
             self._write_group()
 
     def close(self) -> None:
         """Write the rows still in memory, and finish the last shard."""
-        if any(part.num_rows for part in self._group):
-            self._write_group()
+        self._write_group()
         self._end_shard()
 
-    def _write_group(self) -> None:
-        group = pa.concat_tables(self._group).combine_chunks()
-        self._group = []
-        if self._writer is None:
-            path = self.folder / f"{self.split}-{self._shards:05d}.parquet"
-            self._writer = open_writer(path, self.schema, by_content=True)
-            self._shards, self._shard_bytes = self._shards + 1, 0
-        self._writer.write_table(group)
-        self._shard_bytes += group.nbytes
-        if self._shard_bytes >= SHARD_BYTES:
+    def _extend_group(self, rows: pa.Table) -> None:
+        if rows.num_rows:
+            self._group.append(rows)
+            self._group_bytes += rows.nbytes
+
+    def _write_group(self, *, may_end_shard: bool = False) -> None:
+        if self._group:
+            if self._writer is None:
+                path = self.folder / f"{self.split}-{self._shards:05d}.parquet"
+                self._writer = open_writer(path, self.schema, by_content=True)
+                self._shards, self._shard_bytes = self._shards + 1, 0
+            self._writer.write_table(pa.concat_tables(self._group).combine_chunks())
+            self._shard_bytes += self._group_bytes
+            self._group, self._group_bytes = [], 0
+        if self._shard_bytes >= (SHARD_BYTES // 2 if may_end_shard else SHARD_BYTES):
             self._end_shard()
 
     def _end_shard(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.dataset.conversation import preferred_caption, turns, value_prompts, value_turns
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
-from pipeline.images.decode import open_image, upright_file
+from pipeline.images.decode import upright_file
 from pipeline.tables import BY_HUMAN, BY_MODEL, HUMAN_PROMPTS, REFERENCE_QA, SPLITS
 
 ITEM_BATCH = 64  # images in memory
@@ -76,9 +76,9 @@ class Item:
 
 
 def choose_texts(item: Item, *, style: str | None, trigger: str, only_one: bool) -> Item:
-    """Return an item with its captions and pairs in a style, by default all, which begin with `trigger`.
+    """Return an item with only the captions and pairs of a style, and prepend `trigger` to their texts.
 
-    With `only_one`, the preferred caption remains, unless the style is ALL.
+    By default, all styles are kept. With `only_one`, only the preferred caption is, unless the style is ALL.
     """
     captions = [caption for caption in item.captions if style in (None, ALL, caption[0])]
     if only_one and style != ALL:
@@ -145,9 +145,7 @@ def _make_item(row: dict[str, Any], split: str, own: dict[str, str], name: str) 
         sample_id = hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
     try:
         # Many readers ignore the orientation in EXIF.
-        image = upright_file(row["image"]["bytes"])
-        with open_image(image, counts_scans=False) as header:
-            kind = header.format or ""
+        image, kind = upright_file(row["image"]["bytes"])
     except ImageError as error:
         problem = f"cannot read the image {sample_id[:12]}: {error}"
         raise ConfigError(problem, hint="find the damage with `synth check`") from None

@@ -78,7 +78,9 @@ def build_package(
     pixel_columns = [column for column in PIXELS if column in version.manifest["columns"]]
     stated = stated or {}
     if pixel_columns and (images is False or (images is None and restricted)):
-        yield _pack(version, repo, without_pixels(version) | stated, version.path)
+        with _scratch_folder(version) as folder:
+            manifest = without_pixels(version, folder) | stated
+            yield _pack(version, repo, manifest, folder if version.holds_pixels else version.path)
         return
     if pixel_columns and restricted:
         stated = {"acknowledged": restricted} | stated
@@ -98,15 +100,14 @@ def _scratch_folder(version: Version) -> Iterator[Path]:
         yield Path(name)
 
 
-def without_pixels(version: Version) -> dict[str, Any]:
-    """Return the manifest for the files of a version without their image store: ids and texts."""
-    if version.holds_pixels:
-        hint = "push the dataset folder that the version was made in"
-        raise PushError(f"the files of {version.path} contain the images", hint=hint)
+def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
+    """Return a manifest without images. If the files hold images, write files without them to `folder`."""
     columns = version.manifest["columns"]
-    manifest = {key: value for key, value in version.manifest.items() if key != "images"}
+    texts = {"columns": [column for column in columns if column not in PIXELS]}
+    manifest = {key: value for key, value in version.manifest.items() if key != "images"} | texts
+    if version.holds_pixels:
+        manifest = write_self_contained(Version(version.path, manifest), folder)
     return manifest | {
-        "columns": [column for column in columns if column not in PIXELS],
         "features": {name: kind for name, kind in manifest["features"].items() if name not in PIXELS},
         "pixels": LEFT_OUT,
         "pixel_columns": [column for column in columns if column in PIXELS],
@@ -140,7 +141,9 @@ def build_checkpoint_package(
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
         is_interrupted = (folder / "resume.pt").exists()
         hint = (
-            "run `synth train --resume`" if is_interrupted else "pass the folder that `synth train` printed"
+            f"run `synth train --resume --out {folder}`"
+            if is_interrupted
+            else "pass the folder that `synth train` printed"
         )
         raise PushError(f"{folder} is not a finished training run: it lacks {missing[0]}", hint=hint)
     for name in CHECKPOINT_FILES:
@@ -161,7 +164,7 @@ def build_checkpoint_package(
     data = saved["config"]["data"]
     name = f"{data['version']}-{content_digest[:8]}"
     manifest = {"version": name, "digest": content_digest, "data": data, "files": files}
-    dataset = data.get("repo") or _pushed_to(folder, data["version"])
+    dataset = data.get("repo") or _pushed_to(folder, data)
     card = render_model_card(saved | {"digest": content_digest}, repo, dataset, models)
     return Package(
         kind="model",
@@ -204,7 +207,8 @@ def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
     )
 
 
-def _pushed_to(folder: Path, version: str) -> str | None:
+def _pushed_to(folder: Path, data: Mapping[str, Any]) -> str | None:
     """Return the repository that the version of a captioner's data was pushed to, if it is known."""
-    pushes = DatasetDir(folder.resolve().parent.parent).pushed()
-    return next((push["repo"] for push in pushes if push["version"] == version), None)
+    dataset = DatasetDir(folder.resolve().parent.parent)
+    names = [version.name for version in dataset.versions() if version.manifest["digest"] == data["digest"]]
+    return next((push["repo"] for push in dataset.pushed() if push["version"] in names), None)

@@ -71,15 +71,15 @@ def pull_version(name: str) -> Version:
     return Version(version.path, version.manifest, repo)
 
 
-def open_or_download(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
+def open_or_download(path: Path | None, *, previews: bool = True) -> Version:
     """Open a local version as `open_dataset` does, or download a version from an object store once.
 
     Raises StoreError if the version does not exist or is damaged, or the store denies access.
     """
     if path is None or not is_remote(path):
-        return open_dataset(path, version, previews=previews)
+        return open_dataset(path, previews=previews)
     with translate_store_errors(path):
-        remote = open_dataset(path, version, previews=previews)
+        remote = open_dataset(path, previews=previews)
         home = DatasetDir(dataset_folder(str(dataset_dir_of(remote.path))))
         final = home.path / "versions" / remote.name
         with translate_disk_errors(home.path), home.lock(wait=True):

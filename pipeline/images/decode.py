@@ -118,14 +118,14 @@ def prepare_image(
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
 
 
-def upright_file(data: bytes) -> bytes:
-    """Return an image file unchanged, or encoded again in the same format if EXIF rotates it.
+def upright_file(data: bytes) -> tuple[bytes, str]:
+    """Return an image file and its format. The file is encoded again in this format if EXIF rotates it.
 
     Raises ImageError as `check_image` does.
     """
     with open_image(data, counts_scans=False) as header:
         if header.getexif().get(ORIENTATION, 1) not in range(2, 9) or header.format == "TIFF":
-            return data
+            return data, header.format or ""
     with open_image(data) as image:
         kind, profile = ("JPEG" if image.format == "MPO" else image.format), image.info.get("icc_profile")
         file = io.BytesIO()
@@ -135,7 +135,7 @@ def upright_file(data: bytes) -> bytes:
         }
         upright = ImageOps.exif_transpose(image)
         upright.save(file, kind, icc_profile=profile, exif=b"", **options.get(kind or "", {}))
-        return file.getvalue()
+        return file.getvalue(), kind or ""
 
 
 def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:

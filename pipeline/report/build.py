@@ -18,7 +18,7 @@ from pipeline.dataset.calibration import checks_in_words
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import REASONS
 from pipeline.dataset.version import Version
-from pipeline.errors import StoreError
+from pipeline.errors import ConfigError, StoreError
 from pipeline.report.html import render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import images_of, read_rejected, read_rows, steps_match
 from pipeline.storage.files import read_json, write_text
@@ -26,20 +26,21 @@ from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import SPLITS
 from pipeline.text.reasons import SCORES_IN_WORDS, in_words
 
-SMALL_REPORT_IMAGES = 500
+MAX_IMAGES, SMALL_REPORT_IMAGES = 10_000, 500
 SMALL_REPORT_THUMBNAIL_BYTES, THUMBNAIL_BYTES = 16_384, 4_096
 SCRIPT_ROWS = 1000
 BATCH_ROWS = 64
 MAX_REJECTED_PICTURES = 50  # per reason
+GENERATOR = '<meta name="generator" content="synth report">'  # only pages with this tag are overwritten
 
 
-def write_report(version: Version, folder: Path, max_rows: int = 10_000) -> Path:
+def write_report(version: Version, folder: Path) -> Path:
     """Write `report.html` into the dataset folder, and return its path.
 
-    At most `max_rows` images are shown: the ones with the lowest ids. Ids are digests, so this is a random
+    At most MAX_IMAGES images are shown: the ones with the lowest ids. Ids are digests, so this is a random
     sample. Raises StoreError if the version, a step file or the scores of the last captioner are damaged.
     """
-    manifest, num_shown = version.manifest, min(version.num_rows, max_rows)
+    manifest, num_shown = version.manifest, min(version.num_rows, MAX_IMAGES)
     rows = list(_read_rows(version, num_shown))
     first_images = {row["id"]: row["images"][0] for row in rows}
     has_steps = steps_match(folder, manifest)
@@ -74,12 +75,21 @@ def write_report(version: Version, folder: Path, max_rows: int = 10_000) -> Path
         cost=DatasetDir(folder).read_cost() or None,
         metrics=_read_last_metrics(folder),
         first_images=first_images,
+        generator=GENERATOR,
         scripts=scripts,
         script_hashes=[script_hash(script) for script in scripts],
     )
     page = folder / "report.html"
+    if page.exists() and not _is_report(page):
+        hint = "move it away: the report would overwrite it"
+        raise ConfigError(f"{page} is not a report written by synth", hint=hint)
     write_text(page, text)
     return page
+
+
+def _is_report(page: Path) -> bool:
+    with page.open(encoding="utf-8", errors="replace") as file:
+        return GENERATOR in file.read(4096)
 
 
 def _read_rows(version: Version, num_shown: int) -> Iterator[dict[str, Any]]:
@@ -114,6 +124,9 @@ def _read_last_metrics(folder: Path) -> dict[str, Any] | None:
     if (newest := max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)) is None:
         return None
     try:
-        return read_json(newest)
-    except (OSError, ValueError, RecursionError, UnsafeFileError) as error:
+        metrics = read_json(newest)
+        return {key: metrics[key] for key in ("images", "against", "scores", "shuffled_scores", "shown")}
+    except KeyError as error:
+        raise StoreError(f"{newest} is damaged: it has no {error.args[0]}", hint="move it away") from None
+    except (OSError, ValueError, TypeError, RecursionError, UnsafeFileError) as error:
         raise StoreError(f"{newest} is damaged: {error}", hint="move it away") from None

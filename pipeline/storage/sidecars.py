@@ -67,7 +67,7 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
             problem = f"two images would have the text file {target}"
             if target == image:
                 problem = f"{image} has the same name as its text file"
-            raise ConfigError(problem, hint="rename an image, or choose another --out or --format")
+            raise ConfigError(problem, hint="rename an image, or choose another --out")
         targets[target] = image
     present = [target for target in targets if os.path.lexists(target)]
     if existing == "append" and (links := [target for target in present if target.is_symlink()]):

@@ -20,7 +20,7 @@ from trainer.image_index import StoredImage, map_images
 def version(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
     """A version with several image files of several row groups, in the image store or in shards."""
     monkeypatch.setattr(pipeline.dataset.shards, "GROUP_ROWS", 4)
-    monkeypatch.setattr(pipeline.dataset.shards, "MIN_SHARD_BYTES", 1)
+    monkeypatch.setattr(pipeline.dataset.shards, "SHARD_BYTES", 40_000)
     monkeypatch.setattr(pipeline.dataset.images, "GROUP_ROWS", 4)
     version, _ = make_version(tmp_path / "d", scene_samples(200))
     version.store.add([sample_table(scene_samples(300)).select(SAMPLE_IMAGES.names)])

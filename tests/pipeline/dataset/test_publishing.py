@@ -35,6 +35,19 @@ def test_same_rows_return_the_existing_version(tmp_path: Path) -> None:
     assert [version.name for version in DatasetDir(tmp_path).versions()] == ["v1.0.0"]
 
 
+AUDIT = {"seed": 0, "reviewed": 0, "reviewers": 0, "agreement": None, "rates": []}
+
+
+@pytest.mark.parametrize("measured", [{"checks": []}, {"audit": AUDIT}])
+def test_other_measurements_of_the_same_rows_make_a_new_version(
+    tmp_path: Path, measured: dict[str, Any]
+) -> None:
+    make_version(tmp_path, scene_samples(20))
+    measured = PROVENANCE | measured
+    versions = [make_version(tmp_path, scene_samples(20), provenance=measured) for _ in range(2)]
+    assert [(version.name, is_new) for version, is_new in versions] == [("v1.0.1", True), ("v1.0.1", False)]
+
+
 def test_added_rows_raise_minor_and_other_changes_raise_patch_number(tmp_path: Path) -> None:
     make_version(tmp_path, scene_samples(20))
     assert make_version(tmp_path, scene_samples(25))[0].name == "v1.1.0"

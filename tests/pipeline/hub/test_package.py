@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.card import render_model_card
+from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import describe_data
 from pipeline.dataset.version import REJECTIONS_FILE, Version, read_version
 from pipeline.errors import PushError, StoreError
@@ -76,6 +77,23 @@ def test_package_with_restricted_license_has_no_pixels(restricted: Version, imag
         assert package.manifest["digest"] == restricted.manifest["digest"]
 
 
+@pytest.mark.parametrize("images", [None, False])
+def test_restricted_version_that_holds_pixels_is_packaged_without_them(
+    restricted: Version, tmp_path: Path, images: Any
+) -> None:
+    whole = pulled(restricted, tmp_path / "home" / "x", images=True, acknowledged=["flickr-terms"])
+    assert whole.holds_pixels
+    with (
+        build_package(whole, REPO, images=images) as package,
+        build_package(restricted, REPO, images=False) as original,
+    ):
+        for key in ("columns", "features", "pixels", "pixel_columns", "digest", "rows"):
+            assert package.manifest[key] == original.manifest[key]
+        assert "reader_columns" not in package.manifest
+        tables = [pq.read_table(part.files["train-00000.parquet"]) for part in (package, original)]
+        assert tables[0].equals(tables[1])
+
+
 def test_restricted_pixels_need_acknowledged_license(restricted: Version) -> None:
     with (
         pytest.raises(PushError, match="flickr-terms may not be redistributed") as refused,
@@ -140,6 +158,26 @@ def test_checkpoint_file_that_links_outside_is_not_packaged(name: str, tmp_path:
     (folder / name).symlink_to("../secret")
     with pytest.raises(UnsafeFileError, match="a link to a file outside"):
         build_checkpoint_package(folder, "me/captioner", lambda _: {}, {})
+
+
+def test_interrupted_training_is_not_packaged_and_named_in_the_hint(tmp_path: Path) -> None:
+    (tmp_path / "resume.pt").touch()
+    with pytest.raises(PushError, match="not a finished training run") as refused:
+        build_checkpoint_package(tmp_path, "me/captioner", lambda _: {}, {})
+    assert f"`synth train --resume --out {tmp_path}`" in refused.value.hint
+
+
+def test_card_of_a_captioner_names_the_repository_of_its_own_data(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(4))
+    DatasetDir(tmp_path).record_push(version.name, "me/scenes", "c")
+    folder = tmp_path / "checkpoints" / "one"
+    folder.mkdir(parents=True)
+    for digest, is_named in ((version.manifest["digest"], True), ("of other data", False)):
+        values = captioner_of({"source": {"name": "scenes"}, "version": version.name, "digest": digest})
+        for name in CHECKPOINT_FILES:
+            (folder / name).write_text(json.dumps(values.get(name.removesuffix(".json"), {})))
+        package = build_checkpoint_package(folder, "me/captioner", lambda _: {}, {})
+        assert ("me/scenes" in str(package.files["README.md"])) == is_named
 
 
 def captioner_of(data: dict[str, Any]) -> dict[str, Any]:

@@ -150,9 +150,13 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     remove(path)
 
 
+def at(bucket: Path, version: str) -> Path:
+    return bucket.with_name(f"{bucket.name}@{version}")
+
+
 def test_version_in_object_store_is_downloaded_once(bucket: Path) -> None:
     assert open_dataset(bucket).dataset_dir == bucket
-    old, new = open_or_download(bucket, "v1.0.0"), open_or_download(bucket)
+    old, new = open_or_download(at(bucket, "v1.0.0")), open_or_download(bucket)
     assert (old.num_rows, new.num_rows) == (20, 24)
     assert new.path == Path("data") / new.dataset_dir.name / "versions" / "v1.1.0"
     assert sum(new.read(split).num_rows for split in new.manifest["rows"] if new.shards(split)) == 24
@@ -161,25 +165,23 @@ def test_version_in_object_store_is_downloaded_once(bucket: Path) -> None:
     assert open_or_download(bucket / "versions" / "v1.1.0").path == new.path
     assert shard.stat().st_ino == before
     with pytest.raises(StoreError, match=r"has no version v7\.0\.0"):
-        open_or_download(bucket, "v7.0.0")
-    with pytest.raises(StoreError, match=r"is the version v1\.1\.0, not v1\.0\.0"):
-        open_or_download(bucket / "versions" / "v1.1.0", "v1.0.0")
+        open_or_download(at(bucket, "v7.0.0"))
 
 
 def test_damaged_version_in_object_store_is_refused(bucket: Path) -> None:
-    name = open_or_download(bucket, "v1.0.0").shards("train")[0].name
+    name = open_or_download(at(bucket, "v1.0.0")).shards("train")[0].name
     (bucket / "versions" / "v1.1.0" / name).write_bytes(b"?")
     with pytest.raises(StoreError, match=f"memory://.* is damaged: {name} does not match the manifest"):
         open_or_download(bucket)
-    assert open_or_download(bucket, "v1.0.0").num_rows == 20
+    assert open_or_download(at(bucket, "v1.0.0")).num_rows == 20
     (bucket / "versions" / "v1.1.0" / name).unlink()
     with pytest.raises(StoreError, match=r"memory://.*versions"):
         open_or_download(bucket)
 
 
 def test_version_changed_in_object_store_after_download_is_refused(bucket: Path) -> None:
-    open_or_download(bucket, "v1.0.0")
+    open_or_download(at(bucket, "v1.0.0"))
     manifest = bucket / "versions" / "v1.0.0" / MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "0" * 64}))
     with pytest.raises(StoreError, match=r"exists, but differs from v1\.0\.0 in memory"):
-        open_or_download(bucket, "v1.0.0")
+        open_or_download(at(bucket, "v1.0.0"))

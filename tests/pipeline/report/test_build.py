@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import DECKS
+from pipeline.errors import ConfigError, StoreError
 from pipeline.report import build
 from pipeline.report.build import THUMBNAIL_BYTES, write_report
 from pipeline.report.html import script_hash
@@ -54,12 +55,44 @@ def test_rows_of_a_large_report_are_in_several_scripts(
     assert len(thumbnails) == 40 and max(map(len, thumbnails)) <= THUMBNAIL_BYTES
 
 
-def test_report_of_too_many_images_shows_the_images_with_the_lowest_ids(tmp_path: Path) -> None:
+def test_report_of_too_many_images_shows_the_images_with_the_lowest_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "MAX_IMAGES", 15)
     version, _ = make_version(tmp_path, scene_samples(40))
-    page = write_report(version, tmp_path, max_rows=15).read_text()
+    page = write_report(version, tmp_path).read_text()
     assert "15 of 40 images, drawn at random, are in this report" in page
     ids = {sample.id for sample in scene_samples(40)}
     assert set(re.findall(r'"id":"([0-9a-f]{64})"', page)) == set(sorted(ids)[:15])
+
+
+def test_file_that_synth_did_not_write_is_not_replaced(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(4))
+    page = write_report(version, tmp_path)
+    assert write_report(version, tmp_path) == page
+    page.write_text("<h1>my report</h1>")
+    with pytest.raises(ConfigError, match=r"report\.html is not a report written by synth"):
+        write_report(version, tmp_path)
+    assert page.read_text() == "<h1>my report</h1>"
+
+
+def test_step_with_lost_rows_is_marked(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(4))
+    counts = {"unit": "images", "kept": 3, "rejected": {"too_small": 1}}
+    funnel = [{"step": "read", "input": 4, **counts}, {"step": "filter", "input": 5, **counts}]
+    version.manifest["funnel"] = funnel
+    assert write_report(version, tmp_path).read_text().count("rows are missing") == 1
+
+
+@pytest.mark.parametrize("missing", ["images", "shown"])
+def test_metrics_without_a_needed_key_are_damaged(missing: str, tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(4))
+    metrics = {"images": 3, "against": "", "scores": {}, "shuffled_scores": {}, "shown": []}
+    path = tmp_path / "checkpoints" / "one" / "metrics.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({name: value for name, value in metrics.items() if name != missing}))
+    with pytest.raises(StoreError, match=rf"metrics\.json is damaged: it has no {missing}"):
+        write_report(version, tmp_path)
 
 
 def test_training_section_shows_scores_for_matching_and_shuffled_images(tmp_path: Path) -> None:
