@@ -176,6 +176,10 @@ def test_finished_training_is_neither_repeated_nor_overwritten(
         train_captioner(others, replace(encoder=clip), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     print_scores(first)
+    for text in ("{", "[" * 100_000, "[]", "{}"):
+        (tmp_path / "metrics.json").write_text(text)
+        with pytest.raises(TrainError, match=r"metrics\.json is damaged"):
+            train_captioner(version, replace(encoder=clip), tmp_path)
 
 
 def test_texts_longer_than_the_position_embeddings_are_refused(

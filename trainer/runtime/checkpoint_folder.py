@@ -16,7 +16,7 @@ from trainer.config import TrainConfig
 
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 MAX_CONFIG_BYTES = 10_000_000
-READ_ERRORS = (OSError, ValueError, LookupError, TypeError, UnsafeFileError)
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError)
 
 
 def find_captioner(name: str | Path) -> Path:
