@@ -32,6 +32,7 @@ from trainer.tokenizer import TargetText, scored_prompt
 CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 to 1
 HUMAN_REFERENCES = "references of the source"
 TEACHER_CAPTIONS = "captions of the teacher"
+SHOWN_IMAGES = 12  # in the report and in the card of a captioner
 HELD_IMAGES = 256  # images whose states are in memory at the same time, 155 MB for ViT-B/16
 
 
@@ -143,6 +144,7 @@ def evaluate(
         "shuffled_scores": score(shuffled, references, shuffled_scores),
         "intervals": bootstrap(own_scores) if options.questions else {},
         "gain": bootstrap({"cider_d": gains}) if options.questions else {},
+        "shown": _best_and_worst(each),
         "each": each,
     }
     if options.clip:
@@ -155,6 +157,12 @@ def evaluate(
         for index, image_result in enumerate(each):
             image_result["questions"] = quiz.results(index)
     return result
+
+
+def _best_and_worst(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ranked = sorted(results, key=lambda result: -result["cider_d"])
+    half = SHOWN_IMAGES // 2
+    return [*ranked[:half], *ranked[half:][-half:]]
 
 
 def evaluate_version(

@@ -54,7 +54,7 @@ MODEL = {
     "metrics": {
         "parameters": 7, "images": 3, "split": "test", "style": "brief", "against": "references",
         "scores": {"cider_d": 1.0},
-        "shuffled_scores": {"cider_d": 0.5},
+        "shuffled_scores": {"cider_d": 0.5}, "shown": [{"caption": "a", "references": ["b"]}],
     },
     "digest": "d" * 64,
 }  # fmt: skip

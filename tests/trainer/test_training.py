@@ -165,6 +165,8 @@ def test_finished_training_is_neither_repeated_nor_overwritten(
     version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = train_captioner(version, replace(encoder=clip), tmp_path)
+    # The report and the card of a captioner show these captions.
+    assert first["shown"] and {"sample_id", "caption", "references"} <= first["shown"][0].keys()
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(trainer.training, "store_features", lambda *_: pytest.fail("it is trained already"))
     for resume in (False, True):

@@ -144,7 +144,7 @@ def test_checkpoint_file_that_links_outside_is_not_packaged(name: str, tmp_path:
 
 def captioner_of(data: dict[str, Any]) -> dict[str, Any]:
     """Return the files of a captioner that its card shows."""
-    scores: dict[str, Any] = {"scores": {}, "shuffled_scores": {}, "settings": {"steps": 70}}
+    scores: dict[str, Any] = {"scores": {}, "shuffled_scores": {}, "shown": [], "settings": {"steps": 70}}
     scores |= {"parameters": 7, "images": 3, "split": "test", "style": "brief", "against": "references"}
     config = {"prompts": [["synthetic", "brief"]], "data": data}
     return {

@@ -71,6 +71,7 @@ def test_training_section_shows_scores_for_matching_and_shuffled_images(tmp_path
         "against": "references of the source",
         "scores": {"cider_d": 4.25},
         "shuffled_scores": {"cider_d": 0.5},
+        "shown": [{"sample_id": "abc", "caption": HOSTILE, "references": [HOSTILE]}],
     }
     (checkpoint / "metrics.json").write_text(json.dumps(metrics))
     page = write_report(version, tmp_path).read_text()
