@@ -100,18 +100,19 @@ def open_captions(
 def _read_draft(draft: Path, path: Path, settings: dict[str, Any], existing: Existing) -> list[Row]:
     """Return the complete rows of an interrupted run. Raises ConfigError if it had other settings."""
     text = read_regular(draft, max_bytes=MAX_TEXT_BYTES).decode("utf-8", "replace")
-    complete_lines = text.split("\n")[:-1]
+    header, *lines = text.split("\n")[:-1] or [""]
+    if not lines:
+        return []
     try:
-        header, *rows = map(json.loads, complete_lines)
-        if not rows or header["settings"] == settings:
+        rows = _parse_rows(lines)
+        if json.loads(header)["settings"] == settings:
             return rows
-    except JSON_ERRORS:
-        pass
+        problem = f"{path} was started with a different captioner or different settings"
+    except JSON_ERRORS as error:
+        problem = f"{draft} is damaged: {error}"
     if existing == "overwrite":
         return []
-    hint = f"use the same settings, remove {draft}, or choose another --out"
-    problem = f"{path} was started with a different captioner or different settings"
-    raise ConfigError(problem, hint=hint)
+    raise ConfigError(problem, hint=f"use the same settings, remove {draft}, or choose another --out")
 
 
 def _key(row: Row) -> Key:
@@ -127,12 +128,17 @@ def _read_rows(path: Path) -> list[Row]:
     try:
         text = read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8-sig")
         # Not splitlines(): a caption may contain other line separators.
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        if not all(isinstance(value, str | None) for row in rows for value in (*_key(row), *row.values())):
-            raise ValueError("a value is not a string")
+        return _parse_rows(text.split("\n"))
     except (OSError, *JSON_ERRORS) as error:
         hint = "choose another --out, or use --overwrite"
         raise ConfigError(f"{path} is not a valid caption file: {error}", hint=hint) from None
+
+
+def _parse_rows(lines: list[str]) -> list[Row]:
+    """Parse the rows of a caption file. Raises one of JSON_ERRORS if a row is invalid."""
+    rows = [json.loads(line) for line in lines if line.strip()]
+    if not all(isinstance(value, str | None) for row in rows for value in (*_key(row), *row.values())):
+        raise ValueError("a value is not a string")
     return rows
 
 
@@ -173,9 +179,9 @@ class CaptionTask:
         return set(map(_key, self.rows(path, [""] * len(self.styles))))
 
     def run(
-        self, images: list[Path], write: Callable[[Path, list[str]], None], progress: Progress
+        self, images: list[Path], write: Callable[[Path, list[str]], int], progress: Progress
     ) -> CaptionedImages:
-        """Call `write` with each readable image and its texts, one per style."""
+        """Call `write` with each readable image and its texts, one per style. It returns the number added."""
         result, pairs = CaptionedImages(), ((path, path) for path in images)
         styles = [style or None for style in self.styles]
         progress("caption", 0, len(images))
@@ -184,8 +190,7 @@ class CaptionTask:
             if isinstance(texts, ImageError):
                 result.unread.append((path, texts))
             else:
-                write(path, texts)
-                result.num_written += len(texts)
+                result.num_written += write(path, texts)
             progress("caption", count, len(images))
         return result
 
@@ -204,9 +209,10 @@ def caption_images(
     `existing` is "refuse" and files exist.
     """
 
-    def show_rows(path: Path, texts: list[str]) -> None:
+    def show_rows(path: Path, texts: list[str]) -> int:
         for row in task.rows(path, texts):
             show(row)
+        return len(texts)
 
     if out is None:
         return task.run(task.images, show_rows, progress)
@@ -217,10 +223,11 @@ def caption_images(
     settings = {"captioner": digest(files), "question": task.question, "styles": [*task.styles]}
     with open_captions(out, settings | {"num_beams": task.num_beams}, existing) as (done, add):
 
-        def add_rows(path: Path, texts: list[str]) -> None:
-            for row in task.rows(path, texts):
-                if _key(row) not in done:
-                    add(row)
+        def add_rows(path: Path, texts: list[str]) -> int:
+            new = [row for row in task.rows(path, texts) if _key(row) not in done]
+            for row in new:
+                add(row)
+            return len(new)
 
         images = [path for path in task.images if not task.keys(path) <= done]
         return task.run(images, add_rows, progress)

@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from trainer.tokenizer import TargetText, scored_prompt
 BATCH_SIZE = 32
 PREPARED_BATCHES = 2  # batches that are prepared ahead
 READERS = 2  # threads, each of which holds one full-size image
-LOADING = Lock()  # the same PIL image may occur twice, and two threads must not load it
 Picture = Image.Image | str | PathLike[str] | bytes
 
 
@@ -109,8 +107,8 @@ class Captioner:
     ) -> Iterator[tuple[Any, list[str] | ImageError]]:
         """Yield (key, texts) for each (key, image), in order, with one text per style.
 
-        For an unreadable image, an error is yielded instead of the texts. Threads read and resize images a
-        few batches ahead. Each image is encoded once for all styles.
+        For an unreadable image, an error is yielded instead of the texts. Threads read and resize files a few
+        batches ahead. Each image is encoded once for all styles.
         """
         num_beams = self.usual_beams if num_beams is None else num_beams
         if batch_size < 1 or num_beams < 1:
@@ -166,10 +164,17 @@ class Captioner:
         """Yield batches of images while threads prepare the next batches."""
         remaining = iter(images)
 
+        def prepare(picture: Picture) -> Future[Tensor | ImageError]:
+            if not isinstance(picture, Image.Image):
+                return pool.submit(self.prepare, picture)
+            # Not in a thread: the caller may close the image or select its next frame, and the same image may
+            # occur twice.
+            done: Future[Tensor | ImageError] = Future()
+            done.set_result(self.prepare(picture))
+            return done
+
         def next_batch() -> list[tuple[Any, Future[Tensor | ImageError]]]:
-            return [
-                (key, pool.submit(self.prepare, picture)) for key, picture in islice(remaining, batch_size)
-            ]
+            return [(key, prepare(picture)) for key, picture in islice(remaining, batch_size)]
 
         pending = deque(next_batch() for _ in range(PREPARED_BATCHES))
         while batch := pending.popleft():
@@ -181,11 +186,7 @@ class Captioner:
         try:
             if isinstance(picture, str | PathLike):
                 picture = read_regular(Path(picture).expanduser(), max_bytes=MAX_IMAGE_BYTES)
-            if isinstance(picture, Image.Image):
-                with LOADING:
-                    image = upright_rgb(picture)
-            else:
-                image = prepare_image(picture)
+            image = upright_rgb(picture) if isinstance(picture, Image.Image) else prepare_image(picture)
         except UnsafeFileError as error:
             return ImageError(error.reason, str(error))
         except OSError as error:

@@ -155,7 +155,7 @@ class TrainConfig(Section):
     batch_size: int = Field(default=32, ge=1)
     """Images per step."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Micro-batches per step. On a GPU, it is doubled until a step fits into memory."""
+    """Micro-batches per step. If a GPU runs out of memory, their number is doubled."""
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     lr_floor_frac: float = Field(default=0.1, ge=0, le=1)

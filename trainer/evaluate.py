@@ -32,6 +32,7 @@ from trainer.tokenizer import TargetText, scored_prompt
 CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 to 1
 HUMAN_REFERENCES = "references of the source"
 TEACHER_CAPTIONS = "captions of the teacher"
+SHOWN_IMAGES = 12  # in the report and in the card of a captioner
 HELD_IMAGES = 256  # images whose states are in memory at the same time, 155 MB for ViT-B/16
 
 
@@ -159,10 +160,9 @@ def evaluate(
 
 
 def _best_and_worst(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the results of a few images for the card and the report."""
     ranked = sorted(results, key=lambda result: -result["cider_d"])
-    shown = [*ranked[:5], *ranked[5:][-5:]]
-    return [result | {"references": result["references"][:5]} for result in shown]
+    half = SHOWN_IMAGES // 2
+    return [*ranked[:half], *ranked[half:][-half:]]
 
 
 def evaluate_version(

@@ -86,9 +86,10 @@ def train(
 
     If the same run has already finished in `out`, its result is returned.
 
-    Raises ConfigError for an invalid setting or a folder with another captioner, StoreError if the data does
-    not exist or is damaged, and TrainError if there is nothing to learn or to resume, a model is missing, or
-    the loss diverges. All are subclasses of SynthError, whose `hint` states the next step.
+    Raises ConfigError for an invalid setting, or if `out` has other files or an interrupted run. Raises
+    StoreError if the data does not exist or is damaged. Raises TrainError if there is nothing to learn or to
+    resume, a model is missing, `out` has another captioner, or the loss diverges. All are subclasses of
+    SynthError, whose `hint` states the next step.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     progress = progress or NullProgress()

@@ -59,7 +59,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The micro-batches that this process computes in a step. The other fields include all processes."""
+    """The micro-batches of this process in a step. The other fields describe the batch of all processes."""
 
     micro_batches: list[MicroBatch]
     examples: list[Example]

@@ -167,13 +167,13 @@ def _clipped_cosine(hypothesis: NgramWeights, reference: NgramWeights) -> float:
 
 def bootstrap(per_image: Mapping[str, Sequence[float]], draws: int = 1000) -> dict[str, tuple[float, float]]:
     """Return 95 % bootstrap intervals of mean scores. Images are resampled with a fixed seed."""
-    num_images = len(next(iter(per_image.values())))
-    drawn = np.random.default_rng(0).integers(num_images, size=(draws, num_images))
-    intervals = {}
-    for name, values in per_image.items():
-        low, high = np.quantile(np.array(values)[drawn].mean(1), (0.025, 0.975)).tolist()
-        intervals[name] = (low, high)
-    return intervals
+    scores = [np.array(values) for values in per_image.values()]
+    num_images, random = len(scores[0]), np.random.default_rng(0)
+    # One draw at a time, because a matrix of all draws takes 8 GB for a million images.
+    drawn = (random.integers(num_images, size=num_images) for _ in range(draws))
+    means = [[values[indices].mean() for values in scores] for indices in drawn]
+    lows, highs = np.quantile(means, (0.025, 0.975), axis=0).tolist()
+    return dict(zip(per_image, zip(lows, highs, strict=True), strict=True))
 
 
 def derangement(names: Sequence[str]) -> list[int]:

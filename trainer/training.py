@@ -15,7 +15,7 @@ import torch
 from pipeline.dataset.card import list_training_data
 from pipeline.dataset.version import FEATURES, Version
 from pipeline.digests import digest, file_digest
-from pipeline.errors import TrainError
+from pipeline.errors import TrainError, one_line
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import read_json, write_json
 from trainer.caption_files import write_captions
@@ -111,12 +111,14 @@ def _run_digest(
 
 def _read_finished(out: Path, config: TrainConfig, run: str) -> dict[str, Any]:
     """Return the metrics of the run that finished in `out`. Raises TrainError if it was another run."""
+    path = out / "metrics.json"
     try:
-        metrics = read_json(out / "metrics.json")
+        metrics = read_json(path)
         if metrics["run"] == run:
             return metrics
-    except READ_ERRORS:
-        pass
+    except READ_ERRORS as error:
+        hint = f"choose a new folder (--out DIR), or remove {path} and train again"
+        raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
     problem = f"{out} has a captioner trained with {describe_difference(out, config)}"
     raise TrainError(problem, hint="choose a new folder: --out DIR")
 
@@ -171,15 +173,13 @@ def _describe(trainer: Trainer) -> str:
     config, captioner = trainer.config, trainer.checkpoint.captioner
     groups = parameter_groups(captioner, config)
     trained = sum(weights.numel() for group in groups if group["rate"] for weights in group["params"])
-    weights, num_images = (
-        sum(weights.numel() for weights in captioner.parameters()),
-        len(trainer.loader.examples),
-    )
+    num_weights = sum(weights.numel() for weights in captioner.parameters())
+    num_images = len(trainer.loader.examples)
     size = min(config.batch_size, num_images)
     preset = f"preset {config.preset}: " if config.preset else ""
     epochs = config.total_steps * size / num_images
     return (
-        f"{preset}{weights:,} parameters, {trained:,} of them trainable. "
+        f"{preset}{num_weights:,} parameters, {trained:,} of them trainable. "
         f"At most {config.total_steps:,} steps of {size} images ({epochs:.1f} epochs)"
     )
 

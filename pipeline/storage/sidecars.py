@@ -84,13 +84,17 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
     return [image for target, image in targets.items() if existing != "skip" or not os.path.lexists(target)]
 
 
-def write_sidecar(image: Path, texts: Sequence[str], existing: Existing) -> None:
-    """Write captions of a model next to an image, one per line. With "append", existing lines are kept."""
+def write_sidecar(image: Path, texts: Sequence[str], existing: Existing) -> int:
+    """Write captions of a model next to an image, one per line. Returns the number of added lines.
+
+    With "append", existing lines are kept.
+    """
     target = image.with_suffix(".txt")
     lines = _read_lines(target) if existing == "append" and target.exists() else []
     new = [line for line in map(as_line, texts) if line not in lines]
     note_own_lines(target, new)
     write_text(target, "\n".join([*lines, *new]) + "\n")
+    return len(new)
 
 
 def as_line(text: str) -> str:

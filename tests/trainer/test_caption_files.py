@@ -1,6 +1,7 @@
 """Captions of many images, in one file or next to the images: resuming, appending and overwriting."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,46 @@ def test_each_style_and_question_has_its_own_row(model: Path, photos: Path, tmp_
     assert [row["style"] for row in rows] == ["brief", "detailed"] * COUNT
     _, answers, _ = run(model, [str(photos / "0.png")], None, styles=("",), question="How many?")
     assert [{*row} for row in answers] == [{"image", "question", "answer"}]
+
+
+def test_only_added_texts_are_counted(model: Path, photos: Path, tmp_path: Path) -> None:
+    captioner = Captioner.from_pretrained(model, device="cpu")
+    images = find_images([str(photos)])
+    for out in (tmp_path / "c.jsonl", Path("txt")):
+        counts = []
+        for styles in (("brief",), ("brief", "detailed"), ("brief", "detailed")):
+            task = CaptionTask(captioner, images, styles)
+            result = caption_images(task, out, "append", model, NullProgress(), print)
+            counts.append(result.num_written)
+        files = [out] if out.exists() else photos.rglob("*.txt")
+        num_lines = sum(len(file.read_text().splitlines()) for file in files)
+        assert counts == [COUNT, num_lines - COUNT, 0] and num_lines > COUNT
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (["{}"], None),
+        ([""], None),
+        (['{"settings": {}}'], None),
+        (['{"settings": 1}', '{"image": "a", "caption": "x"}'], "started with a different captioner"),
+        (["{}", '{"image": "a", "caption": "x"}'], "is damaged: 'settings'"),
+        (['{"settings": {}}', "{}"], "is damaged: 'image'"),
+        (['{"settings": {}}', "[]"], "is damaged"),
+        (['{"settings": {}}', '{"image": ["a"]}'], "is damaged: a value is not a string"),
+        (['{"settings": {}}', '{"image": "a", "caption": 3}'], "is damaged: a value is not a string"),
+        (["[" * 100_000, "{}"], "is damaged"),
+    ],
+)
+def test_damaged_draft_is_reported_or_replaced(lines: list[str], problem: str | None, tmp_path: Path) -> None:
+    out, draft = tmp_path / "c.jsonl", tmp_path / ".c.jsonl.unfinished"
+    draft.write_text("".join(f"{line}\n" for line in lines))
+    refused = nullcontext() if problem is None else pytest.raises(ConfigError, match=problem)
+    with refused, open_captions(out, {}) as (done, _):
+        assert done == set()
+    draft.write_text("".join(f"{line}\n" for line in lines))
+    with open_captions(out, {}, "overwrite") as (done, _):
+        assert done == set()
 
 
 def test_existing_text_files_are_refused_or_extended_or_replaced(model: Path, photos: Path) -> None:

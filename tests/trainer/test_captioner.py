@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import trainer
 from pipeline.errors import ImageError, TrainError
@@ -114,6 +114,24 @@ def test_same_pil_image_can_occur_several_times(captioner: Captioner, tmp_path: 
     texts = captioner.caption([Image.open(tmp_path / "a.jpg")] * 8, batch_size=3)
     opened = Image.open(tmp_path / "a.jpg")
     assert captioner.caption([opened] * 8, batch_size=3) == texts == captioner.caption(tmp_path / "a.jpg") * 8
+
+
+def test_image_may_change_after_it_was_passed(captioner: Captioner, tmp_path: Path) -> None:
+    """A generator may close an image, or select the next frame of an animation."""
+    images = [photo(number).convert("RGB") for number in range(5)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    texts = captioner.caption(images)
+    images[0].save(tmp_path / "a.png", save_all=True, append_images=images[1:])
+
+    def opened() -> Iterator[Image.Image]:
+        for number in range(5):
+            with Image.open(tmp_path / f"{number}.png") as image:
+                yield image
+
+    assert captioner.caption(opened(), batch_size=2) == texts
+    with Image.open(tmp_path / "a.png") as animation:
+        assert captioner.caption(ImageSequence.Iterator(animation), batch_size=2) == texts
 
 
 def test_captioner_without_captions_or_invalid_number_is_refused(

@@ -165,6 +165,8 @@ def test_finished_training_is_neither_repeated_nor_overwritten(
     version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = train_captioner(version, replace(encoder=clip), tmp_path)
+    # The report and the card of a captioner show these captions.
+    assert first["shown"] and {"sample_id", "caption", "references"} <= first["shown"][0].keys()
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(trainer.training, "store_features", lambda *_: pytest.fail("it is trained already"))
     for resume in (False, True):
@@ -176,6 +178,10 @@ def test_finished_training_is_neither_repeated_nor_overwritten(
         train_captioner(others, replace(encoder=clip), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     print_scores(first)
+    for text in ("{", "[" * 100_000, "[]", "{}"):
+        (tmp_path / "metrics.json").write_text(text)
+        with pytest.raises(TrainError, match=r"metrics\.json is damaged"):
+            train_captioner(version, replace(encoder=clip), tmp_path)
 
 
 def test_texts_longer_than_the_position_embeddings_are_refused(

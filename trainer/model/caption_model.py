@@ -22,6 +22,10 @@ from trainer.tokenizer import TextBatch
 MAX_GENERATION_BATCH = 1 << 16  # images per call of `decoder.generate`, halved if a GPU runs out of memory
 
 
+class GenerationMemoryError(TrainError):
+    """Raised when generating a text for a single image does not fit in GPU memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class CaptionerConfig:
     """Everything needed to rebuild a captioner.
@@ -76,7 +80,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         """Generate one text per image, up to EOS or `max_caption_tokens`.
 
         Returns token ids without prompt and EOS. If a GPU runs out of memory, the batch is halved. Raises
-        TrainError if a single image does not fit.
+        GenerationMemoryError if a single image does not fit.
         """
         device = self.device
         max_tokens, eos_id = self.config.max_caption_tokens, self.config.eos_id
@@ -89,10 +93,11 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
                 texts += self.decoder.generate(memory_BND, prompt_CT, decoding, max_tokens, eos_id)
                 continue
             torch.cuda.empty_cache()  # the tensors of the failed call are not freed earlier
-            self._generation_batch = len(states_BNV[part]) // 2
-            if not self._generation_batch:
+            if len(states_BNV[part]) == 1:
                 hint = "use fewer beams (--num-beams) or a smaller max_caption_tokens"
-                raise TrainError("generating a text for one image does not fit in GPU memory", hint=hint)
+                problem = "generating a text for one image does not fit in GPU memory"
+                raise GenerationMemoryError(problem, hint=hint)
+            self._generation_batch = len(states_BNV[part]) // 2
         return texts
 
     @property

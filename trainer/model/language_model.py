@@ -236,6 +236,8 @@ class PretrainedDecoder(nn.Module):
         options = {name: value for name, value in asdict(decoding).items() if value != getattr(GREEDY, name)}
         if decoding.num_beams > 1:
             options["early_stopping"] = "never"  # a longer text may have a better mean log-probability
+        else:
+            options.pop("length_penalty", None)  # transformers warns of it
         if decoding.temperature > 0:
             options |= {"do_sample": True, "top_k": 0}
         embeds_BLD = self._embed(prefix_BPD, prompt_BT)

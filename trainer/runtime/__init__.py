@@ -1,1 +1,1 @@
-"""Devices, processes, memory estimates, and the files of a training run."""
+"""Devices, processes, and the files of a training run."""

@@ -16,7 +16,7 @@ from trainer.config import TrainConfig
 
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 MAX_CONFIG_BYTES = 10_000_000
-READ_ERRORS = (OSError, ValueError, LookupError, TypeError, UnsafeFileError)
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError)
 
 
 def find_captioner(name: str | Path) -> Path:
@@ -90,7 +90,7 @@ def read_models(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _config_of(folder: Path) -> Iterator[dict[str, Any]]:
-    """Read the config.json of a captioner. Raises TrainError if it is damaged or lacks a used key."""
+    """Yield the config.json of a captioner. Raises TrainError if it is damaged or the block misses a key."""
     try:
         yield json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
     except READ_ERRORS as error:

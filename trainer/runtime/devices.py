@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from pipeline.errors import TrainError, one_line
 from trainer.config import Precision, Preset
 
 # The other processes wait while the first one scores the validation split. NCCL's default is ten minutes.
@@ -45,7 +46,8 @@ def join_processes() -> tuple[int, int]:
 def leave_processes() -> None:
     """Wait for all processes, and leave their group, if there is one."""
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        with translate_peer_errors():
+            torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
@@ -53,13 +55,30 @@ def all_reduce_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     """Sum the loss and the gradients over all processes in place. Returns the loss."""
     if not torch.distributed.is_initialized():
         return loss
-    torch.distributed.all_reduce(loss)
-    for weights in model.parameters():
-        if weights.requires_grad:
-            if weights.grad is None:  # this process had no images
-                weights.grad = torch.zeros_like(weights)
-            torch.distributed.all_reduce(weights.grad)
+    learning = [weights for weights in model.parameters() if weights.requires_grad]
+    num_gradients = loss.new_tensor([float(weights.grad is not None) for weights in learning])
+    with translate_peer_errors():
+        for tensor in (loss, num_gradients):
+            torch.distributed.all_reduce(tensor)
+        for weights, count in zip(learning, num_gradients.tolist(), strict=True):
+            # If no process has a gradient, the optimizer must skip the weight, including weight decay.
+            if count:
+                weights.grad = torch.zeros_like(weights) if weights.grad is None else weights.grad
+                torch.distributed.all_reduce(weights.grad)
     return loss
+
+
+@contextmanager
+def translate_peer_errors() -> Iterator[None]:
+    """Translate errors in communication with other processes to TrainError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise
+        problem = "this process lost contact with the other processes of the training run"
+        hint = "read the output of the other processes, then resume from the last saved state with --resume"
+        raise TrainError(f"{problem}: {one_line(error)[:200]}", hint=hint) from error
 
 
 def max_over_processes(number: int, device: torch.device) -> int:
@@ -67,8 +86,9 @@ def max_over_processes(number: int, device: torch.device) -> int:
     if not torch.distributed.is_initialized():
         return number
     value = torch.tensor([number], device=device)
-    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
-    return int(value.item())
+    with translate_peer_errors():  # on a GPU, a failure is raised only when a value is read
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        return int(value.item())
 
 
 @contextmanager

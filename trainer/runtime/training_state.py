@@ -142,7 +142,7 @@ def describe_checkpoint(folder: Path) -> str:
         try:
             if (folder / name).exists():
                 read_json(folder / name)
-        except (*READ_ERRORS, RecursionError) as error:
+        except READ_ERRORS as error:
             raise no_captioner(folder, f"{name} is damaged: {one_line(error)}") from None
     steps = max((entry["step"] for entry in read_log(folder / "log.jsonl")), default=0)
     return ", ".join([*parts, f"{steps:,} steps logged"])

@@ -45,7 +45,7 @@ class _ImageUrl(_Model):
 class _Part(_Model):
     type: Literal["text", "image_url"]
     text: str = ""
-    image_url: _ImageUrl | None = None
+    image_url: _ImageUrl | str | None = None
 
 
 class _Message(_Model):
@@ -57,11 +57,11 @@ class _Body(_Model):
     messages: list[_Message] = Field(min_length=1)
     model: str | None = None
     n: Literal[1] | None = None
-    stop: Literal[""] | list[None] | None = None  # stop words are not supported
+    stop: Any = None
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(None, ge=0, le=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: float | None = Field(None, ge=1)  # a JSON number like 16.0 is also an integer
+    max_completion_tokens: float | None = Field(None, ge=1)
     stream: bool | None = None
     response_format: Any = None
 
@@ -96,8 +96,12 @@ def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
         values = _Body.model_validate_json(body)
     except ValidationError as error:
         problem = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
-        name = ".".join(map(str, problem["loc"])) or "the body"
+        # Pydantic adds the types of a union to the path.
+        path = [str(part) for part in problem["loc"] if part not in ("str", "_ImageUrl", "list[_Part]")]
+        name = ".".join(path) or "the body"
         raise RefusedError(f"{name}: {problem['msg']}"[:180]) from None
+    if values.stop:
+        raise RefusedError("stop is not supported")
     text, image_url = _last_turn(values.messages)
     field, only = _read_schema(values.response_format)
     if image_url is None and only is None:
@@ -113,7 +117,7 @@ def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
         model=values.model,
         image=read_image(image_url) if image_url is not None and only is None else None,
         prompt=prompt,
-        max_tokens=values.max_completion_tokens or values.max_tokens or MAX_CAPTION_TOKENS,
+        max_tokens=int(values.max_completion_tokens or values.max_tokens or MAX_CAPTION_TOKENS),
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_p=max(MIN_TOP_P, 1.0 if values.top_p is None else values.top_p),
         field=field,
@@ -173,7 +177,8 @@ def _last_turn(messages: list[_Message]) -> tuple[str, str | None]:
             content = message.content or ""
             parts = [_Part(type="text", text=content)] if isinstance(content, str) else content
             text = "\n".join(part.text for part in parts if part.type == "text")
-            url = next((part.image_url.url for part in reversed(parts) if part.image_url), url)
+            images = [part.image_url for part in parts if part.image_url is not None]
+            url = next((image if isinstance(image, str) else image.url for image in reversed(images)), url)
     if len(text) > MAX_TEXT_CHARACTERS:
         raise RefusedError(f"a text may have at most {MAX_TEXT_CHARACTERS:,} characters")
     return text, url

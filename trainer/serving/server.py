@@ -27,7 +27,8 @@ from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipeline.errors import ImageError, TrainError
-from trainer.captioner import READERS, Captioner
+from trainer.captioner import BATCH_SIZE, READERS, Captioner
+from trainer.model.caption_model import GenerationMemoryError
 from trainer.model.decoding import DecodingConfig
 from trainer.serving.address import is_loopback, listen, url_of
 from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
@@ -35,7 +36,7 @@ from trainer.serving.protocol import RefusedError, answer_text, chunks, completi
 # Enough for a photo of 32 MB in base64.
 MAX_BODY_BYTES = 48_000_000
 BODY_TIMEOUT_S = 30.0
-# Limit for the bodies of all unanswered requests. A body counts as at least MIN_HELD_BYTES: 400 requests.
+# Limits the bodies of all unanswered requests. Each counts as at least MIN_HELD_BYTES, so 400 requests fit.
 MAX_HELD_BYTES, MIN_HELD_BYTES = 1_000_000_000, 2_500_000
 SHUTDOWN_TIMEOUT_S = 5
 # A header must arrive in this time. Linux allows 1,024 open files by default.
@@ -117,7 +118,6 @@ class CaptionServer:
     name: str
     key: str = ""
     host: str = "127.0.0.1"
-    batch_size: int = 32
     num_beams: int = 1
     texts: int = 0
     held_bytes: int = 0
@@ -128,7 +128,7 @@ class CaptionServer:
 
     def __post_init__(self) -> None:
         self.num_states = self.captioner.checkpoint.captioner.encoder.count_states()
-        self.batcher = Batcher(self._write, self.batch_size, self.model_thread)
+        self.batcher = Batcher(self._write, BATCH_SIZE, self.model_thread)
 
     def application(self) -> Starlette:
         """Build the ASGI application. Its threads start and stop with the server."""
@@ -211,6 +211,8 @@ class CaptionServer:
             try:
                 prompt = self.captioner.prompt_ids(*request.prompt)
                 ids = await self.batcher.submit(GenerationRequest(pixels_CHW, prompt, decoding))
+            except GenerationMemoryError:
+                raise  # not the fault of the request
             except TrainError as error:
                 raise RefusedError(str(error)) from None
             kept = ids[: request.max_tokens]

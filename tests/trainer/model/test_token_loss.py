@@ -35,7 +35,7 @@ def test_loss_and_gradients_equal_cross_entropy(
     scores_at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(text_loss, "MAX_LOGITS", scores_at_once)
+    monkeypatch.setitem(text_loss.MAX_LOGITS_PER_PART, "cpu", scores_at_once)
     monkeypatch.setattr(text_loss, "MIN_TOKENS_PER_PART", 1)
     of, states = words(kind), torch.randn(TOKENS, WIDTH, requires_grad=True)
     labels = torch.randint(VOCABULARY, (TOKENS,))

@@ -1,10 +1,39 @@
-"""Devices: the precision of matrix products."""
+"""Devices: matrix precision, and gradients summed over processes."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from pipeline.errors import TrainError
 from trainer.config import Precision, Preset
-from trainer.runtime.devices import default_precision, matmul_precision
+from trainer.runtime.devices import (
+    all_reduce_gradients,
+    default_precision,
+    matmul_precision,
+    translate_peer_errors,
+)
+
+
+def test_all_reduce_adds_no_gradient_to_weights_without_gradient(tmp_path: Path) -> None:
+    """With a zero gradient, weight decay would change them, unlike in one process."""
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    model["used"](torch.ones(1, 2)).sum().backward()
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        assert all_reduce_gradients(model, torch.tensor(1.5)) == 1.5
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [weights.grad is None for weights in model.parameters()] == [False, False, True, True]
+
+
+def test_failed_communication_is_an_error_with_a_hint() -> None:
+    with pytest.raises(TrainError, match="lost contact with the other processes"), translate_peer_errors():
+        raise RuntimeError("Connection closed")
+    with pytest.raises(RuntimeError, match="CUDA error"), translate_peer_errors():
+        raise RuntimeError("CUDA error: device-side assert")
 
 
 @pytest.mark.parametrize(("precision", "setting"), [("fp32", "highest"), ("tf32", "high"), ("bf16", "high")])

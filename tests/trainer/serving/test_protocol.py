@@ -2,9 +2,12 @@
 
 import base64
 import json
+import re
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.inference import protocol
 from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
@@ -65,6 +68,8 @@ def test_sampling_and_length_settings_of_a_request_are_read() -> None:
     nulls: dict[str, Any] = dict.fromkeys(names)
     assert read_request(chat(max_tokens=5, **nulls), PROMPTS).max_tokens == 5
     assert read_request(chat(top_p=0), PROMPTS).top_p < 0.01
+    max_tokens = read_request(chat(max_tokens=16.0), PROMPTS).max_tokens
+    assert max_tokens == 16 and isinstance(max_tokens, int)
     # transformers accepts only floats.
     assert isinstance(read_request(chat(temperature=2), PROMPTS).temperature, float)
 
@@ -91,6 +96,9 @@ BAD: dict[str, bytes] = {
     "long question": chat("why " * 1000 + "?"),
     "two properties": chat(response_format=schema_of(a={"type": "string"}, b={"type": "string"})),
     "stop": chat(stop="dog"),
+    "URL is a number": body_of([{"type": "image_url", "image_url": 3}]),
+    "address as a string": body_of([{"type": "image_url", "image_url": "http://169.254.169.254/"}]),
+    "tokens are a text": chat(max_tokens="5"),
     "half of a surrogate": b'{"messages": [{"role": "user", "content": "\\ud800?"}]}',
     "long text": chat("Question: x" + " " * 100_000 + "y"),
     "no schema": chat(response_format={"type": "json_schema"}),
@@ -103,7 +111,34 @@ def test_bad_request_is_refused_with_a_reason(name: str) -> None:
         read_request(BAD[name], PROMPTS)
     assert 400 <= refused.value.status < 500
     assert 5 < len(str(refused.value)) < 200
+    # Names of pydantic models and types.
+    assert not re.search(r"\b_[A-Z]|\[", str(refused.value))
     assert error_body(str(refused.value), 400)["error"]["type"] == "invalid_request_error"
+
+
+KEYS = st.sampled_from(["role", "content", "type", "text", "image_url", "url"])
+FIELDS = st.sampled_from(["n", "messages", "model", "stop", "temperature", "response_format", "max_tokens"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(FIELDS, JSON))
+def test_random_request_is_read_or_refused_without_another_error(values: dict[str, Any]) -> None:
+    try:
+        read_request(json.dumps(json.loads(chat()) | values).encode(), PROMPTS)
+    except RefusedError as refused:
+        assert str(refused)
+
+
+def test_stop_is_refused_and_a_plain_string_is_an_image_url() -> None:
+    with pytest.raises(RefusedError, match=r"^stop is not supported$"):
+        read_request(chat(stop=["dog"]), PROMPTS)
+    body = body_of([{"type": "image_url", "image_url": IMAGE_URL}], stop=[])
+    assert read_request(body, PROMPTS).image == b"pixels"
 
 
 def test_tool_turn_and_folded_base64_are_read() -> None:
