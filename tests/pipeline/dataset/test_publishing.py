@@ -35,7 +35,7 @@ def test_same_rows_return_the_existing_version(tmp_path: Path) -> None:
     assert [version.name for version in DatasetDir(tmp_path).versions()] == ["v1.0.0"]
 
 
-AUDIT = {"seed": 0, "reviewed": 0, "reviewers": 0, "agreement": None, "rates": []}
+AUDIT: dict[str, Any] = {"seed": 0, "reviewed": 0, "reviewers": 0, "agreement": None, "rates": []}
 
 
 @pytest.mark.parametrize("measured", [{"checks": []}, {"audit": AUDIT}])
