@@ -62,8 +62,7 @@ def read_fields(
 ) -> list[tuple[dict[str, Any], str | None]]:
     """Return the columns of each annotation in a reply, each with an error or None.
 
-    A plain text may also come as JSON, since many models write JSON out of habit. Only captions must not be
-    JSON of another form, since a text that is read from an image may be code.
+    A plain text may also come as JSON, since many models write JSON out of habit.
     """
     if reply.finish_reason != "stop":
         return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]
@@ -72,9 +71,7 @@ def read_fields(
         value = object_within(reply.text)
     if task.plain_field and not (isinstance(value, dict) and task.plain_field in value):
         text = value if isinstance(value, str) else plain_text(reply.text)
-        is_caption = task.row is Caption and style != "ocr"
-        is_json = is_caption and (text.startswith("{") or isinstance(_parse(text), dict | list))
-        if not text or text.startswith(_NOT_PLAIN) or opens_chat(text) or is_json:
+        if not _is_plain(text, may_be_code=style == "ocr" or task.row is not Caption):
             return [({}, "not_plain_text")]
         lines = filter(None, map(str.strip, text.splitlines()))
         value = {task.plain_field: " / ".join(lines) if style == "ocr" else text}
@@ -122,6 +119,13 @@ def plain_text(text: str) -> str:
         if inner and is_quoted:
             return inner.strip()
     return text
+
+
+def _is_plain(text: str, *, may_be_code: bool) -> bool:
+    """Return whether a reply is the text alone. Text that is read from an image may be code."""
+    if not text or text.startswith(_NOT_PLAIN) or opens_chat(text):
+        return False
+    return may_be_code or not (text.startswith("{") or isinstance(_parse(text), dict | list))
 
 
 def object_within(text: str) -> dict[str, Any] | None:
