@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from pipeline.config import NO_MODEL
 from pipeline.dataset.audit import audit_in_words
 from pipeline.dataset.calibration import checks_in_words
+from pipeline.digests import digest
 from pipeline.errors import StoreError
 from pipeline.tasks import TASKS
 from pipeline.tasks.custom import CARD_CATEGORIES
@@ -144,6 +145,9 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     splits = [split for split, count in manifest["rows"].items() if count]
     configs, writers, language = _configs(manifest), _writers(manifest), language_of(manifest)
     data_files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
+    # `datasets` caches a local folder by its name and this header alone. Without a digest, it would return
+    # the rows of another dataset whose folder has the same name.
+    description = f"files {digest(manifest['files'])[:16]}"
     return {
         "pretty_name": manifest.get("title") or f"synth {manifest['source']['name']} {manifest['version']}",
         **_license_fields(card_licenses(manifest), manifest.get("license_link")),
@@ -151,7 +155,8 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
         "task_categories": _categories(manifest),
         "tags": [*(["synthetic"] if writers != PEOPLE else []), "synth"],
         "configs": [
-            {"config_name": name, "data_files": data_files, **columns} for name, columns in configs.items()
+            {"config_name": name, "description": description, "data_files": data_files, **columns}
+            for name, columns in configs.items()
         ],
     }
 

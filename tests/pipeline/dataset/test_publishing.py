@@ -68,6 +68,13 @@ def test_other_tasks_or_styles_raise_minor_number(tmp_path: Path, asked: dict[st
     assert version.name == "v1.1.0"
 
 
+def test_datasets_does_not_mix_up_versions_of_equal_names(tmp_path: Path) -> None:
+    for number in (20, 25):
+        version, _ = make_version(tmp_path / str(number), scene_samples(number))
+        loaded = load_dataset(str(version.path), cache_dir=str(tmp_path / "cache"))
+        assert sum(part.num_rows for part in loaded.values()) == number
+
+
 def test_version_without_rows_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="no rows are left"):
         make_version(tmp_path, scene_samples(3), true_captions(scene_samples(3)).slice(0, 0))
