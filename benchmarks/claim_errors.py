@@ -17,9 +17,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.calibration import NEVER, TRUE, Evidence, Findings, Share, correct_share
-from pipeline.dataset.statistics import wilson_interval
-from pipeline.tasks.checks import MAX_EVIDENCE
+from pipeline.dataset.calibration import NEVER, TRUE, Evidence, Findings
 
 IMAGES, KNOWN, MAX_LOST = 200, 3, 0.1
 ERRORS, WRONG, ALWAYS_YES = (0.02, 0.1, 0.3), (0.0, 0.05, 0.1, 0.2), (0.0, 0.3)
@@ -40,11 +38,6 @@ def evidence_of(answers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     first = answers[..., :2].sum(-1)
     evidence: npt.NDArray[np.int64] = np.where(first > -2, answers.sum(-1), first)
     return evidence
-
-
-def share_of(refuted: Array) -> Share:
-    """Return the share of refuted claims. Shape of `refuted`: (images, claims)."""
-    return Share.of(refuted.sum(1), np.full(len(refuted), refuted.shape[1]))
 
 
 def evidence_by_image(evidence: npt.NDArray[np.int64]) -> Evidence:
@@ -73,19 +66,18 @@ def simulate(
         for kind, truth in ((TRUE, True), ("color", False)):
             known = evidence_of(ask(np.full((IMAGES, KNOWN), truth), wrong, always_yes, draw))
             findings.known[kind] = evidence_by_image(known)
+        findings.found = evidence_by_image(evidence)
         level = findings.choose_level(MAX_LOST)
-        shown = min(level, MAX_EVIDENCE)
-        found = share_of(evidence >= shown).rest
-        true = correct_share(found, findings.alarms(shown), findings.missed(shown))
+        summary = findings.describe(level)
+        true, passed = summary["true"], summary["passed"]
         goal = 1 - error / claims
-        low, high = wilson_interval(found.value * found.trials, found.trials)
         is_good, confirmed = is_true.all(1), (answers[..., :2].sum(-1) == -2).mean(1)
-        kept = {"new": (evidence < level).all(1), "share 1": confirmed >= 1, "share .8": confirmed >= 0.8}
+        kept = {"check": (evidence < level).all(1), "share 1": confirmed >= 1, "share .8": confirmed >= 0.8}
         results.append(
             {
                 "covered": float(true is not None and true["low"] <= goal <= true["high"]),
                 "width": true["high"] - true["low"] if true else 1.0,
-                "plain width": high - low,
+                "plain width": passed["high"] - passed["low"],
                 "no level": float(level == NEVER),
                 **{f"kept, {name}": rows[is_good].mean() for name, rows in kept.items()},
                 **{

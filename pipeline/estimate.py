@@ -64,6 +64,8 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
             funnel = error.summaries
     is_endless = config.images is not None and plan.spec.is_endless
     total = None if is_endless else source.count()
+    if total is None and not (config.limit or config.images) and sample.new == SAMPLED_IMAGES:
+        progress.warn("the number of images is unknown: this estimates the sample only; pass --limit N")
     choices = {step.name for step in steps_of(trial_plan) if step.is_choice}
     return _scale_counts(sample, funnel, total, config, stats, choices)
 

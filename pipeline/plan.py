@@ -87,7 +87,7 @@ class Plan:
     ) -> "Plan":
         """Resolve the settings, open the source and choose the model. Raises SynthError if any of this fails.
 
-        `out` is the dataset folder, by default `data/SOURCE`. Only a cluster supports one in an object store.
+        `out` is the dataset folder, by default `data/SOURCE`. Only a cluster can write to an object store.
         A trial does not hash the source files.
         """
         dataset = DatasetDir(out or dataset_folder(config.source))

@@ -14,7 +14,7 @@ from pipeline.config.sections import FilterConfig
 from pipeline.tables import HUMAN
 from pipeline.text import WORDS, artifacts, language
 from pipeline.text.normalize import text_key, words_of
-from pipeline.text.phrases import phrases_in
+from pipeline.text.phrases import PHRASES
 from pipeline.text.refusals import is_refusal as says_refusal
 
 
@@ -460,9 +460,7 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "cut_off": lambda row: row.is_caption and artifacts.is_cut_off(row.main, row.words),
     "too_general": is_general,
     "unwanted_phrase": lambda row: (
-        row.is_caption
-        and bool(row.config.reject_phrases)
-        and not {*row.config.reject_phrases}.isdisjoint(phrases_in(row.main))
+        row.is_caption and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
     ),
     "not_visible": lambda row: row.is_question and bool(_NOT_VISIBLE.search(row.main.lower())),
     "no_single_question": lambda row: row.is_question and not is_one_question(row.main),

@@ -109,7 +109,7 @@ FILTERED = pa.schema(
 # verify: the results of the checks (inference/verification.py).
 # agreement: for a question, 1 if the model repeated the answer, else 0. For a caption, share of its claims
 #     that the model confirmed
-# evidence: of the most refuted claim of a caption: answers that refute it, less answers that confirm it
+# evidence: answers that refute the most refuted claim of a caption, minus answers that confirm it
 # answered_blind: whether the model gave the same answer without the image
 # sufficient, necessary: whether the answer was found from the evidence pages alone, and not from the others
 # coverage: share of the questions about the image that the caption answers

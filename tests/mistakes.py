@@ -79,7 +79,7 @@ MISTAKES = (
     ),
     Mistake(
         "file without a kind", "generate --source slides.pdf", "unknown source: slides.pdf",
-        "such as KIND:slides.pdf", add("slides.pdf x"),
+        "the path: KIND:slides.pdf", add("slides.pdf x"),
     ),
     Mistake(
         "source misspelled", "generate --source flickr30", "unknown source: flickr30",

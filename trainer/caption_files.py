@@ -112,7 +112,7 @@ def _read_draft(draft: Path, path: Path, settings: dict[str, Any], existing: Exi
         problem = f"{draft} is damaged: {error}"
     if existing == "overwrite":
         return []
-    raise ConfigError(problem, hint=f"use the same settings, remove {draft}, or choose another --out")
+    raise ConfigError(problem, hint=f"use --overwrite, remove {draft}, or choose another --out")
 
 
 def _key(row: Row) -> Key:
@@ -181,7 +181,7 @@ class CaptionTask:
     def run(
         self, images: list[Path], write: Callable[[Path, list[str]], int], progress: Progress
     ) -> CaptionedImages:
-        """Call `write` with each readable image and its texts, one per style. It returns the number added."""
+        """Call `write` with each image and its texts, one per style. It returns how many texts it added."""
         result, pairs = CaptionedImages(), ((path, path) for path in images)
         styles = [style or None for style in self.styles]
         progress("caption", 0, len(images))

@@ -175,8 +175,8 @@ class TrainConfig(Section):
     checkpoint_blocks: bool = False
     """Recompute the blocks of a language model in the backward pass, which saves memory."""
     precision: Precision = "fp32"
-    """Precision of matrix products on a GPU: `fp32`, `tf32` or `bf16`. Presets use `bf16`, for scenes
-    `tf32`.
+    """Precision of matrix products on a GPU: `fp32`, `tf32` or `bf16`. Presets use `bf16` on a GPU, and
+    `tf32` for scenes or without support of bfloat16.
     """
     compile: bool = False
     """Compile the decoder with `torch.compile`."""

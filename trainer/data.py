@@ -83,9 +83,15 @@ def _weighted_examples(examples: list[Example], config: TrainConfig) -> list[Exa
 
 
 def read_split_examples(version: Version, split: str, config: TrainConfig) -> list[Example]:
-    """Return the examples of a split. The limits in the settings are not applied."""
-    options: dict[str, Any] = {"questions": config.questions, "styles": config.styles}
-    return examples_in(version, split, config.text_source, to_score=split != "train", **options)
+    """Return the examples of a split. `text_weights` and `evaluate_images` are not applied."""
+    return examples_in(
+        version,
+        split,
+        config.text_source,
+        to_score=split != "train",
+        questions=config.questions,
+        styles=config.styles,
+    )
 
 
 def examples_in(

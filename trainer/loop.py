@@ -231,7 +231,7 @@ class Trainer:
                 raise TrainError("a step of one image does not fit in GPU memory", hint=hint)
             self.checkpoint.captioner.zero_grad()
             torch.cuda.empty_cache()  # the tensors of the failed step are not freed earlier
-            self.loader.micro_batches = 2 * len(batch.micro_batches)
+            self.loader.micro_batches = max(self.loader.micro_batches, 2 * len(batch.micro_batches))
             batch = self.loader.load(batch.examples)
         return all_reduce_gradients(self.checkpoint.captioner, loss)
 
@@ -241,7 +241,8 @@ class Trainer:
         for loaded, texts, examples in batch.micro_batches:
             with autocast(self.config.precision, self.device):
                 states_BNV = self.loader.features.states(loaded, self.device)
-                if rewarded and self.critic:
+                if rewarded:
+                    assert self.critic
                     sampled, rewards = self.critic.sample(states_BNV.detach(), examples)
                     self.rewards += rewards
                     loss = captioner.loss(states_BNV, sampled)

@@ -53,10 +53,8 @@ def train_captioner(
     Raises StoreError if the version lacks a split, and TrainError if there is nothing to learn or to resume,
     `out` has another captioner, a model is missing, or the loss diverges.
     """
-    report = progress or NullProgress()
     rank, processes = join_processes()
-    if rank:
-        report = NullProgress()
+    report = NullProgress() if rank or progress is None else progress
     device = best_device(rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -129,7 +129,7 @@ def export(
     from pipeline.tables import SPLITS
 
     if data is not None and (Path(data) / "train.json").exists():
-        raise BadParameter("transformers loads the folder of a captioner as it is", param_hint="DATASET")
+        raise BadParameter("a captioner needs no export: transformers loads its folder", param_hint="DATASET")
     if (kind := kind or "imagefolder") not in (PARQUET, *FORMATS):
         known = did_you_mean(kind, FORMATS, f"formats: {', '.join([PARQUET, *FORMATS])}")
         raise BadParameter(f"no format {kind}; {known}", param_hint="--format")

@@ -126,8 +126,8 @@ def serve(
 ) -> None:
     """Run a vLLM server on this machine, for `synth generate --base-url`, until Ctrl-C.
 
-    It listens on loopback, and its output is in vllm.log. The API key is SYNTH_API_KEY, or a random key.
-    Arguments after -- go to vLLM.
+    It listens on loopback, and writes its output to vllm.log (further GPUs: vllm-2.log, ...). The API key is
+    SYNTH_API_KEY, or a random key. Arguments after -- go to vLLM.
     """
     from pipeline.config.sections import ServerConfig
     from pipeline.inference.engines import serve_model

@@ -73,7 +73,7 @@ def train(
 ) -> None:
     """Train a captioner on a version, and score it on the test split.
 
-    Before the first step, it prints the numbers of trainable parameters and of steps.
+    Before the first step, it prints the number of trainable parameters and the maximum number of steps.
     """
     from trainer.config import resolve
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.dataset.statistics import wilson_interval
+from pipeline.dataset.statistics import Z, wilson_interval
 from pipeline.digests import hash_to_unit
 from pipeline.tables import HUMAN
 from pipeline.tasks.checks import MAX_EVIDENCE, REFUTED
@@ -31,8 +31,8 @@ TRUE = "reference"  # the kind of texts that are known to be true
 LEVELS = range(REFUTED, MAX_EVIDENCE + 1)  # possible values of the least evidence that refutes a claim
 NEVER = MAX_EVIDENCE + 1
 FINDINGS = ("sample_id", "prompt_id", "claim_evidence", "judged_wrong", "calibration")
-Z = 1.96
-MIN_GAIN = 0.1  # a check whose errors add up to more than 1 - MIN_GAIN tells nothing
+# If the errors of a check add up to 1 - MIN_GAIN or more, no corrected share is stated.
+MIN_GAIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,8 @@ class Findings:
     def choose_level(self, max_lost: float) -> int:
         """Return the least evidence that refutes a claim and loses at most this share of true captions.
 
-        If each loses more, return NEVER if the strictest surely does, and else the strictest.
+        If every level loses more, return NEVER if the strictest level does so even at the lower bound of its
+        false alarms, and else the strictest level.
         """
         for level in LEVELS:
             if (self.lost_share(level) or 0.0) <= max_lost:
@@ -169,8 +170,8 @@ def read_findings(tables: Iterable[pa.Table]) -> dict[str, Findings]:
             for text in row["calibration"] or ():
                 known[text["check"], text["kind"]].append(text["evidence"])
         for check, one in findings.items():
-            # The evidence against texts of people (False) and of a model (True). If the check has texts of a
-            # model, the human captions of the image are known truths, and their share is not measured.
+            # Evidence against texts by humans (False) and by a model (True). Human captions are measured only
+            # if the image has no text by a model. Otherwise they are known truths.
             evidence: dict[bool, list[list[int]]] = {False: [], True: []}
             for row in of_image:
                 if against := row["claim_evidence"] if check == CLAIMS else _judged(row["judged_wrong"]):
@@ -246,12 +247,12 @@ def _true_in_words(check: Mapping[str, Any]) -> str:
 
 def _errors_in_words(check: Mapping[str, Any]) -> str:
     parts = []
-    for name, what in (("false_alarms", "true texts were refuted"), ("missed", "false texts were missed")):
+    for name, texts, verb in (("false_alarms", "true texts", "refuted"), ("missed", "false texts", "missed")):
         if rate := check[name]:
             interval = f"[{_percent(rate['low'])}, {_percent(rate['high'])}]"
-            parts.append(f"{_percent(rate['share'])} % {interval} of {rate['count']:,} {what}")
+            parts.append(f"{_percent(rate['share'])} % {interval} of {rate['count']:,} {texts} were {verb}")
         else:
-            parts.append(f"no {what.partition(' were')[0]} were known")
+            parts.append(f"no {texts} were known")
     if check["min_evidence"] == NEVER:
         parts.append("too many, so no text was rejected")
     elif check["check"] == CLAIMS and check["lost"] is not None:

@@ -190,14 +190,12 @@ def require_utf8_path(path: Path) -> None:
         raise ConfigError(f"the name of the folder {shown} is not UTF-8", hint="rename it") from None
 
 
-def open_dataset(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
+def open_dataset(path: Path | None, *, previews: bool = True) -> Version:
     """Open a version folder, or a version in a dataset folder. By default, open the version made last.
 
     `path` may be FOLDER@VERSION. Raises StoreError if the dataset or version does not exist.
     """
-    path = path or newest_dataset()
-    if not version:
-        path, version = split_version(path)
+    path, version = split_version(path or newest_dataset())
     require_utf8_path(path)
     if (path / MANIFEST).exists():
         opened = read_version(path)

@@ -31,6 +31,7 @@ FILE_BYTES = 256_000_000  # held in memory until the file is written
 GROUP_BYTES, GROUP_ROWS = 4_000_000, 64
 MAX_CACHED_GROUPS, MAX_OPEN_FILES = 4, 16
 BATCH_SAMPLES = 64  # number of samples whose images are read at once
+ALL_IDS = ("", "g")  # ids are hexadecimal, so all of them sort before "g"
 READ_AGAIN = "run `synth generate` again, which reads the images from the source"
 UNREADABLE = (OSError, ValueError, pa.ArrowException, SynthError)
 
@@ -43,12 +44,12 @@ class _Group(NamedTuple):
 class ImageStore:
     """The images of a dataset folder. Writing requires the lock of the folder.
 
-    With `ids`, only these samples can be read, and row groups without them are skipped.
+    With `ids`, row groups outside of their range are skipped, so other samples may count as missing.
     """
 
     def __init__(self, folder: Path, ids: pa.Array | pa.ChunkedArray | None = None) -> None:
         self.folder = folder
-        self._id_range = ("", "g") if ids is None else tuple(pc.min_max(ids).as_py().values())
+        self._id_range = ALL_IDS if ids is None else tuple(pc.min_max(ids).as_py().values())
         open_file = lru_cache(MAX_OPEN_FILES)(open_parquet)
 
         def read_group(group: _Group) -> pa.Table:
@@ -187,7 +188,7 @@ def as_pixels(images: pa.ListArray, column: str) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
 
 
-def _groups_by_id(path: Path, first_id: str = "", last_id: str = "g") -> dict[str, _Group]:
+def _groups_by_id(path: Path, first_id: str = ALL_IDS[0], last_id: str = ALL_IDS[1]) -> dict[str, _Group]:
     """Return the row group of each sample in a file, or {} if the file cannot be read.
 
     Row groups in which all ids are below `first_id` or above `last_id` are left out.

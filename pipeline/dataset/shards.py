@@ -15,7 +15,7 @@ from pipeline.storage.files import open_writer
 from pipeline.tables import with_features
 
 GROUP_ROWS, TEXT_GROUP_ROWS = 64, 4_096  # mean number of rows in a row group with and without images
-GROUP_BYTES, SHARD_BYTES = 16_000_000, 300_000_000  # limits; from half of it on, the next cut is closer
+GROUP_BYTES, SHARD_BYTES = 16_000_000, 300_000_000  # maximum sizes
 SHARD_GROUPS = 8  # mean number of row groups in a shard after it has half of SHARD_BYTES
 # Parquet column names of the pixels in a version and in an image store.
 IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"

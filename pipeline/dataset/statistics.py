@@ -15,6 +15,7 @@ from pipeline.scenes.text import AnswerScore, CaptionScore, DeckScore
 from pipeline.tables import HUMAN, ROW, SCORE_NAMES
 from pipeline.tasks.checks import REPAIR
 
+Z = 1.96  # of 95 % intervals
 MAX_LABELS, MAX_LABEL_CHARACTERS = 50, 100
 
 
@@ -142,7 +143,7 @@ def wilson_interval(hits: float, trials: float) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion, which is valid even for small counts."""
     if trials == 0:
         return 0.0, 1.0
-    share, spread = hits / trials, 1.96**2 / trials
+    share, spread = hits / trials, Z**2 / trials
     center = (share + spread / 2) / (1 + spread)
-    half = 1.96 / (1 + spread) * sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    half = Z / (1 + spread) * sqrt(share * (1 - share) / trials + spread / (4 * trials))
     return max(0.0, center - half), min(1.0, center + half)

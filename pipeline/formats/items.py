@@ -78,7 +78,7 @@ class Item:
 def choose_texts(item: Item, *, style: str | None, trigger: str, only_one: bool) -> Item:
     """Return an item with only the captions and pairs of a style, and prepend `trigger` to their texts.
 
-    By default, all styles are kept. With `only_one`, only the preferred caption is, unless the style is ALL.
+    Without a style, all captions are kept, or with `only_one` the preferred caption. The style ALL keeps all.
     """
     captions = [caption for caption in item.captions if style in (None, ALL, caption[0])]
     if only_one and style != ALL:

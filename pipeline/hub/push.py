@@ -136,7 +136,7 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
     warning = ""
     if not is_new and (changed := _changed_statements(package, remote)):
         keys = ", ".join(changed)
-        warning = f"the published {name} has another {keys}: tags never move, push a new version"
+        warning = f"the published {name} has other values of {keys}: {_TAG_HINT}"
     return PushResult(repo, str(created), commit, name, is_new, is_private, warning)
 
 

@@ -43,7 +43,7 @@ class EmbeddedEngine:
         self._find_folder = find_folder
         self._batch_size = batch_size
         self._tokens = 0
-        self._failures: list[str] = []  # of the last requests, until one is answered
+        self._failures: list[str] = []  # equal errors of the last requests; cleared when a batch is answered
 
     def __enter__(self) -> "EmbeddedEngine":
         return self

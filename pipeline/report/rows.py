@@ -1,5 +1,6 @@
-"""Read the rows of a report: the texts of a version with their ids for reviews, and each step's rejections.
+"""Read the rows of a report: the texts of a version with their ids for reviews, and the rejections.
 
+Rejections are shown only if the step files match the version. Their images come from the image store.
 All text is untrusted: long text is cut, and control characters are escaped.
 """
 

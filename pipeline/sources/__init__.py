@@ -41,7 +41,7 @@ def find_source(name: str) -> SourceSpec:
     if Path(name).is_dir():
         hint = f"did you mean folder:{name}?"
     elif Path(name).is_file():
-        hint = f"write the kind of the source before the path, such as KIND:{name}"
+        hint = f"write the kind of the source before the path: KIND:{name}"
     else:
         known = f"known sources: {', '.join(spec.name for spec in SOURCES)}"
         hint = did_you_mean(name, [spec.kind for spec in SOURCES]) or known

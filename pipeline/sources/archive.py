@@ -200,7 +200,7 @@ def _read_tar(stream: _CountedFile, name: str) -> Iterator[Entry]:
             _require_few_members(name, number)
             is_file = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
             content = tar.extractfile(member) if is_file else None
-            entry_name = _normalize(member.name)
+            entry_name = _readable_name(member.name)
             if _is_wanted(entry_name):
                 if content is None or not member.isreg():
                     yield Entry(entry_name, None, "not_a_file")
@@ -222,7 +222,7 @@ def _read_zip(file: BinaryIO, name: str) -> Iterator[Entry]:
         raise _size_error(f"the file list of {name} has more than {MAX_DIRECTORY_BYTES:,} bytes")
     with zipfile.ZipFile(file) as archive:
         _require_few_members(name, len(archive.infolist()))
-        files = {_normalize(info.filename): info for info in archive.infolist() if not info.is_dir()}
+        files = {_readable_name(info.filename): info for info in archive.infolist() if not info.is_dir()}
         wanted = {entry_name: info for entry_name, info in files.items() if _is_wanted(entry_name)}
         _require_no_bomb(name, sum(info.file_size for info in wanted.values()), size)
         yield from (_read_zip_entry(archive, entry_name, info) for entry_name, info in wanted.items())
@@ -274,7 +274,7 @@ def _size_error(message: str) -> SourceError:
     return SourceError(message, hint=f"it may be a zip bomb; if you trust it, {UNPACK_HINT}")
 
 
-def _normalize(name: str) -> str:
+def _readable_name(name: str) -> str:
     """Return an entry's name with forward slashes, and with characters escaped that UTF-8 cannot encode."""
     return name.replace("\\", "/").encode("utf-8", "backslashreplace").decode().removeprefix("./")
 

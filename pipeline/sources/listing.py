@@ -81,7 +81,7 @@ def _read_rows(text: str, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _parse_row(number: int, row: dict[str, Any], columns: Sequence[str], file: Path) -> ListedImage:
     values = {name.lower(): value for name, value in row.items()}
     address = next((str(values[name]).strip() for name in IMAGE_COLUMNS if values.get(name)), "")
-    # Windows and macOS write other forms of a path.
+    # Windows writes backslashes, and macOS writes decomposed characters.
     forward = address.replace("\\", "/")
     spellings = (address, *(unicodedata.normalize(form, forward) for form in ("NFC", "NFD")))
     is_url = _URL.match(address)

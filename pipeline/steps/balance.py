@@ -29,8 +29,9 @@ from pipeline.text.vqa_answers import normalize_answer
 RARE = "(rare)"
 # Number of images that are searched for a partner. VQAv2's annotators saw the same number.
 NEIGHBOURS = 24
-IDS = ("annotation_id", "sample_id")
-QUESTIONS = pa.schema([ROW, *fields(STRING, *IDS, "image", "key", "prefix", "answer")])
+QUESTIONS = pa.schema(
+    [ROW, *fields(STRING, "annotation_id", "sample_id", "image", "key", "prefix", "answer")]
+)
 CAPTION_TEXTS = pa.schema([ROW, *fields(STRING, "sample_id", "clean_text")])
 SAMPLE_WORDS = pa.schema({"sample_id": STRING, "words": pa.list_(STRING)})
 PAIRS = pa.schema(fields(INT64, "row", "partner"))

@@ -78,7 +78,7 @@ CHECKED = pa.schema(
         *CALIBRATION,
     ]
 )  # fmt: skip
-# Known truths of an image, and falsehoods made from claims of its captions. More would cost more requests.
+# Maximum known truths and planted falsehoods per image. Each costs up to four requests.
 MAX_TRUTHS, MAX_FALSEHOODS = 3, 2
 _ARTICLES = {"an": "a"}
 Row = dict[str, Any]
@@ -294,8 +294,8 @@ class AnnotationChecker:
         batches = read_samples(self.services.dataset, ["sample_id", "references"])
         return choose_known_texts(batches, self.settings.verify.calibration, self.settings.seed)
 
-    def _known_of(self, captions: Subjects) -> Iterator[tuple[CheckedAnnotation, KnownTexts, set[str]]]:
-        """Yield the first caption of each chosen sample, its known texts, and all words about the sample."""
+    def _known_of(self, captions: Subjects) -> Iterator[tuple[CheckedAnnotation, KnownTexts, str, set[str]]]:
+        """Yield each chosen sample: its first caption, known texts, the text to change, and all words."""
         if self.settings.is_calibrated:
             for sample_id, of_sample in _by_sample(captions).items():
                 if known := self._known_texts.get(sample_id):
@@ -306,7 +306,7 @@ class AnnotationChecker:
                     words = {word for text in texts for word in (*words_of(text), *content_words(text))}
                     if words.issuperset(_facts(known.foreign or "")):  # the caption may be true
                         known = replace(known, foreign=None)
-                    yield of_sample[0], known, words
+                    yield of_sample[0], known, texts[0], words
 
     def _calibrate_claims(self, captions: Subjects) -> None:
         """Ask about known truths and falsehoods, and add the evidence against them to `calibration`."""
@@ -314,16 +314,15 @@ class AnnotationChecker:
         claims = self._split(
             {
                 text: caption.sample_id
-                for caption, of_sample, _ in known
-                for text in ((*of_sample.captions, caption.row["clean_text"])[0], of_sample.foreign)
+                for caption, of_sample, base, _ in known
+                for text in (base, of_sample.foreign)
                 if text
             }
         )
         asked: list[tuple[CheckedAnnotation, str, AskedClaim]] = []
-        for caption, of_sample, said in known:
-            base = claims[(*of_sample.captions, caption.row["clean_text"])[0]]
-            found = [(TRUE, claim) for claim in base[:MAX_TRUTHS] if of_sample.captions]
-            found += self._plant(base, said, caption.sample_id)
+        for caption, of_sample, base, said in known:
+            found = [(TRUE, claim) for claim in claims[base][:MAX_TRUTHS] if of_sample.captions]
+            found += self._plant(claims[base], said, caption.sample_id)
             if of_sample.foreign and self.settings.splits_claims:
                 found += [("other_image", claim) for claim in _unsaid(claims[of_sample.foreign], said)][:1]
             asked += [(caption, kind, AskedClaim(caption.sample_id, claim)) for kind, claim in found]
@@ -471,11 +470,10 @@ class AnnotationChecker:
     def _calibrate_judge(self, captions: Subjects) -> None:
         """Let the judge rate known truths and falsehoods, and add the results to `calibration`."""
         asked: list[tuple[CheckedAnnotation, str, str]] = []
-        for caption, known, said in self._known_of(captions):
+        for caption, known, base, said in self._known_of(captions):
             rank = partial(hash_to_unit, self.settings.seed, caption.sample_id)
-            texts = (*known.captions[:1], caption.row["clean_text"])
             found = [(TRUE, text) for text in known.captions[:1]]
-            planted = plant_falsehoods(texts[0], said, rank)
+            planted = plant_falsehoods(base, said, rank)
             found += sorted(planted, key=lambda one: rank(one[0]))[:MAX_FALSEHOODS]
             found += [("other_image", text) for text in (known.foreign,) if text]
             asked += [(caption, kind, text) for kind, text in found]

@@ -228,7 +228,7 @@ def remove(folder: Path) -> None:
 
 def move(files: list[tuple[Path, Path]]) -> None:
     """Rename files, given as (old, new). Both must be on the same file system or in the same store."""
-    if files and is_remote(files[0][0]):  # copied in parallel
+    if files and is_remote(files[0][0]):  # one call copies all files in parallel
         fs = filesystem_of(files[0][0])
         fs.copy([key_of(old) for old, _ in files], [key_of(new) for _, new in files])
         fs.rm([key_of(old) for old, _ in files])

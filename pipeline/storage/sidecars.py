@@ -85,7 +85,7 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
 
 
 def write_sidecar(image: Path, texts: Sequence[str], existing: Existing) -> int:
-    """Write captions of a model next to an image, one per line. Returns the number of added lines.
+    """Write captions of a model next to an image, one per line, and return the number of added lines.
 
     With "append", existing lines are kept.
     """

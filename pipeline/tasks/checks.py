@@ -16,7 +16,7 @@ from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 from pipeline.text.normalize import words_of
 
 MAX_CLAIMS = 24  # per caption
-# People who listed the facts in long captions found one for 3.6 words (DeCapBench, 2025).
+# Annotators listed one fact per 3.6 words of long captions (DeCapBench, 2025).
 WORDS_PER_CLAIM = 3.6
 CANNOT_TELL = "cannot tell"
 _FIRST_WORD_ALONE = re.compile(r"\W*\w+\s*(?:[^\w\s]|$)")
@@ -92,7 +92,7 @@ def questions_about(claim: str) -> list[tuple[str, str]]:
 
 
 def count_claims(caption: str) -> int:
-    """Return how many claims a caption of this length has, by rule of thumb."""
+    """Return how many claims a caption of this length has, estimated from its number of words."""
     return max(1, min(MAX_CLAIMS, round(count_words(caption, words_of(caption)) / WORDS_PER_CLAIM)))
 
 

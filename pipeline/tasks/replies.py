@@ -8,7 +8,6 @@ from pipeline.digests import digest
 from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 from pipeline.tasks.base import Task
 from pipeline.tasks.boxes import Frame
-from pipeline.tasks.caption import Caption
 from pipeline.tasks.custom import NOTHING_FOUND
 from pipeline.text.artifacts import opens_chat
 from pipeline.types import Reply, Request
@@ -71,7 +70,7 @@ def read_fields(
         value = object_within(reply.text)
     if task.plain_field and not (isinstance(value, dict) and task.plain_field in value):
         text = value if isinstance(value, str) else plain_text(reply.text)
-        if not _is_plain(text, may_be_code=style == "ocr" or task.row is not Caption):
+        if not _is_plain(text, may_be_code=style == "ocr" or task.text_field is None):
             return [({}, "not_plain_text")]
         lines = filter(None, map(str.strip, text.splitlines()))
         value = {task.plain_field: " / ".join(lines) if style == "ocr" else text}

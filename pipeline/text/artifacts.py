@@ -121,7 +121,6 @@ _LENGTH = re.compile(
     r"|in (?:one|two|three|a single|\d) (?:\w+ )?sentence"
 )
 _LENGTH_WORDS = frozenset(("words", "characters", "tokens", "sentence", "sentences"))
-# Every match of _CHAT has one of these words.
 _CHAT_WORDS = frozenset(WORDS["chat"].split())
 _PLACEHOLDER = re.compile(
     r"(?:(?:insert )?(?:your |an? |the |example |no |empty |some )?(?:image |alt )?"
@@ -146,7 +145,6 @@ MAX_END_CHARACTERS = 24
 MAX_WORDS_WITHOUT_END = 30
 _END_MARKS = ".!?\"')\u201d\u2019\u00bb"
 _LAST_WORD = re.compile(r"\s([a-z]{3,4})$")
-# Words that could describe any image.
 _GENERAL = frozenset(WORDS["general"].split())
 _NAMES_OF_ANYTHING = (
     "image picture photo photograph scene something thing things object objects items elements"

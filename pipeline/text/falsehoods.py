@@ -7,13 +7,21 @@ from pipeline.text.normalize import words_of
 
 _COLORS = "red orange yellow green blue purple pink black white gray brown"
 _NUMBERS = ("two three four five six", "2 3 4 5 6")
-_SIZES = "small large"
-_OPPOSITES = "left right\nabove below\nunder over\ninside outside\nopen closed\nstanding sitting\nday night"
+_OPPOSITES = """
+left right
+above below
+under over
+inside outside
+open closed
+standing sitting
+day night
+small large
+"""
 GROUPS = {
     "object": [line.split() for line in WORDS["objects"].strip().splitlines()],
     "color": [_COLORS.split()],
     "number": [line.split() for line in _NUMBERS],
-    "relation": [line.split() for line in (*_OPPOSITES.splitlines(), _SIZES)],
+    "relation": [line.split() for line in _OPPOSITES.strip().splitlines()],
 }
 
 
@@ -48,8 +56,12 @@ def _swap(
     is_plural = not any(word in group for group in groups) and word.endswith("s")
     singular = word[:-1] if is_plural else word
     group = next((group for group in groups if singular in group), [])
-    candidates = [name for name in group if name != singular and not {name, f"{name}s"} & {*said}]
+    candidates = [name for name in group if name != singular and not {name, _plural(name)} & {*said}]
     if not candidates:
         return None
     best = min(candidates, key=rank)
-    return best + ("es" if best.endswith(("s", "ch", "sh")) else "s") * is_plural
+    return _plural(best) if is_plural else best
+
+
+def _plural(name: str) -> str:
+    return name + ("es" if name.endswith(("s", "ch", "sh")) else "s")

@@ -92,7 +92,6 @@ def _is_english(word: str) -> bool:
     return any(not dictionary.isdisjoint(_base_forms(stem, ending)) for stem, ending in stems if stem)
 
 
-# Words that WordNet lacks, and that begin a word of WordNet.
 _WORDS_WITHOUT_ENTRY = frozenset(WORDS["without_entry"].split())
 
 

@@ -63,7 +63,7 @@ def pipe(name: str) -> Damage:
     return damage
 
 
-def read_audited(kind: str, folder: Path, out: Path) -> dict[str, Any]:
+def outcomes_of(kind: str, folder: Path, out: Path) -> dict[str, Any]:
     """Read all versions or checkpoints of a folder in an audited process. Return the outcomes by name."""
     command = [sys.executable, "-m", "tests.hostile.read_audited", kind, str(folder), str(out)]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -73,7 +73,7 @@ def read_audited(kind: str, folder: Path, out: Path) -> dict[str, Any]:
     return outcomes
 
 
-def require_harmless(name: str, outcome: dict[str, Any], max_s: float) -> None:
+def require_harmless_outcome(name: str, outcome: dict[str, Any], max_s: float) -> None:
     """Assert that reading gave a result or one error in `max_s`, and that the good example gave results."""
     assert outcome["violations"] == []
     assert not [result for result in outcome["results"].values() if result.startswith("TRACEBACK")], outcome

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.hostile import Damage, link, pipe, read_audited, require_harmless
+from tests.hostile import Damage, link, outcomes_of, pipe, require_harmless_outcome
 from tests.trainer.tiny_models import save_vit
 from trainer.model.caption_model import build_captioner
 from trainer.model.checkpoint import Checkpoint
@@ -162,10 +162,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         shutil.copytree(good, folder / name)
         damage(folder / name)
     Path("/tmp/synth-was-here").unlink(missing_ok=True)
-    return read_audited("checkpoints", folder, tmp_path_factory.mktemp("out"))
+    return outcomes_of("checkpoints", folder, tmp_path_factory.mktemp("out"))
 
 
 @pytest.mark.parametrize("name", ["good", *DAMAGES])
 def test_hostile_checkpoint_is_refused_once_or_is_harmless(name: str, outcomes: dict[str, Any]) -> None:
-    require_harmless(name, outcomes[name], max_s=30)
+    require_harmless_outcome(name, outcomes[name], max_s=30)
     assert not Path("/tmp/synth-was-here").exists()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.dataset.version import file_entry
 from pipeline.tables import features
-from tests.hostile import Damage, link, pipe, read_audited, require_harmless
+from tests.hostile import Damage, link, outcomes_of, pipe, require_harmless_outcome
 from tests.hostile.vectors import ALL
 from tests.scene_data import make_version, pulled, scene_samples
 
@@ -185,9 +185,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, damage in DAMAGES.items():
         shutil.copytree(version.path, folder / name)
         damage(folder / name)
-    return read_audited("versions", folder, out)
+    return outcomes_of("versions", folder, out)
 
 
 @pytest.mark.parametrize("name", ["good", *DAMAGES])
 def test_hostile_version_gives_result_or_one_error(name: str, outcomes: dict[str, Any]) -> None:
-    require_harmless(name, outcomes[name], max_s=20)
+    require_harmless_outcome(name, outcomes[name], max_s=20)

@@ -166,7 +166,7 @@ def test_two_processes_have_same_losses_as_one_process(version: Version, tmp_pat
 
 
 def limit_images(monkeypatch: pytest.MonkeyPatch, small_trainer: Trainer, most: int) -> list[list[int]]:
-    """Let micro-batches of more than `most` images run out of memory; return the sizes of each try."""
+    """Make micro-batches of more than `most` images run out of memory. Returns the sizes of each try."""
     tried: list[list[int]] = []
     load = small_trainer.loader.features.states
 

@@ -296,7 +296,7 @@ def test_exported_reviews_make_next_version(opened: Open, synth: Run, tmp_path: 
     assert json.loads(done.stdout)["version"] == "v1.0.1", done.stderr
     assert "review: 3 reviews applied" in done.stderr
     assert "sent 0 requests" in done.stderr
-    old, new = (open_dataset(tmp_path / "data" / "scenes", name) for name in ("v1.0.0", "v1.0.1"))
+    old, new = (open_dataset(tmp_path / "data" / f"scenes@{name}") for name in ("v1.0.0", "v1.0.1"))
     before, after = (read_texts(version) for version in (old, new))
     assert new.manifest["review"] == {"good": 1, "bad": 1, "edited": 1}
     assert [text for text in before if text not in after and text.startswith("A")] == [removed]

@@ -41,3 +41,14 @@ def test_documents_are_decks_with_all_pages(tmp_path: Path) -> None:
     page = decks["short.pdf/0001-0003"][0]
     image = page if isinstance(page, Image.Image) else Image.open(io.BytesIO(page["bytes"]))
     assert image.size == (1536, 864)
+
+
+def test_estimate_warns_if_the_number_of_images_is_unknown(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "long.pdf", 33)
+    with running_chat(ChatServer()) as chat:
+        for options, warns in (((), True), (("--limit", "33"), False)):
+            server = ("--base-url", chat.url, "--model", "model", "--out", f"d{len(options)}")
+            source = ("--source", "pdf-pages:long.pdf", "--tasks", "caption", "--estimate")
+            done = run_synth("generate", *source, *server, *options, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert ("the number of images is unknown" in done.stderr) == warns

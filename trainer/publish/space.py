@@ -36,7 +36,7 @@ def build_page(title: str, styles: list[str], answers: bool, caption: Caption) -
         gradio.Markdown(f"# {title.rpartition('/')[2]}\nDrop a photo and read its caption.")
         with gradio.Row():
             photo = gradio.Image(type="pil", label="Photo", sources=["upload", "clipboard", "webcam"])
-            # Without this, the page would show an error of Pillow with a path of the server.
+            # Gradio would show Pillow's error, which contains a path of the server.
             read_upload, photo.preprocess = photo.preprocess, read
             with gradio.Column():
                 style = gradio.Dropdown(styles, value=styles[0], label="Style", visible=len(styles) > 1)

@@ -90,7 +90,7 @@ def read_models(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _config_of(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the config.json of a captioner. Raises TrainError if it is damaged or the block misses a key."""
+    """Yield the config.json of a captioner. Raises TrainError if it is damaged or lacks a key."""
     try:
         yield json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
     except READ_ERRORS as error:

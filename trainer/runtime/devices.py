@@ -44,7 +44,7 @@ def join_processes() -> tuple[int, int]:
 
 
 def leave_processes() -> None:
-    """Wait for all processes, and leave their group, if there is one."""
+    """Wait for the other processes and leave the process group, if one exists."""
     if torch.distributed.is_initialized():
         with translate_peer_errors():
             torch.distributed.barrier()

@@ -36,7 +36,10 @@ def load_resume(folder: Path, config: TrainConfig, run_digest: Callable[[int], s
     """
     path = folder / "resume.pt"
     if not path.exists():
-        raise TrainError(f"nothing to resume in {folder}", hint="leave out --resume, or pass --out FOLDER")
+        raise TrainError(
+            f"nothing to resume in {folder}",
+            hint="repeat --encoder and --decoder, pass --out FOLDER, or leave out --resume",
+        )
     state = read_resume(path)
     if state["run"] != run_digest(state.get("processes", 1)):
         hint = f"use the same, choose another folder (--out DIR), or remove {path} and start without --resume"

@@ -23,8 +23,8 @@ def run_demo(
     captioner = Captioner.from_pretrained(folder)
 
     def caption(photo: Image.Image, style: str, question: str) -> str:
-        style_or_none = None if question else style or None
-        return captioner.caption(photo, style_or_none, question, num_beams=num_beams)[0]
+        chosen_style = None if question else style or None
+        return captioner.caption(photo, chosen_style, question, num_beams=num_beams)[0]
 
     page = build_page(title, *page_options(captioner.checkpoint.captioner.config.prompts), caption)
     # Reject requests for other host names (DNS rebinding).

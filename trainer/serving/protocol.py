@@ -60,7 +60,7 @@ class _Body(_Model):
     stop: Any = None
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(None, ge=0, le=1)
-    max_tokens: float | None = Field(None, ge=1)  # a JSON number like 16.0 is also an integer
+    max_tokens: float | None = Field(None, ge=1)  # not int, because some clients send 16.0
     max_completion_tokens: float | None = Field(None, ge=1)
     stream: bool | None = None
     response_format: Any = None

@@ -36,7 +36,7 @@ from trainer.serving.protocol import RefusedError, answer_text, chunks, completi
 # Enough for a photo of 32 MB in base64.
 MAX_BODY_BYTES = 48_000_000
 BODY_TIMEOUT_S = 30.0
-# Limits the bodies of all unanswered requests. Each counts as at least MIN_HELD_BYTES, so 400 requests fit.
+# Maximum size of all unanswered bodies. A body counts as at least MIN_HELD_BYTES, so at most 400 wait.
 MAX_HELD_BYTES, MIN_HELD_BYTES = 1_000_000_000, 2_500_000
 SHUTDOWN_TIMEOUT_S = 5
 # A header must arrive in this time. Linux allows 1,024 open files by default.
@@ -101,7 +101,7 @@ class Batcher:
                         future.set_exception(outcome) if is_error else future.set_result(outcome)
 
     def _next_batch(self) -> list[Pending]:
-        # The future is cancelled if the client has disconnected.
+        # Skip requests whose client has disconnected: their futures are cancelled.
         waiting = [pending for pending in self.pending if not pending[1].done()]
         group = waiting[0][0].group if waiting else None
         batch = [pending for pending in waiting if pending[0].group == group][: self.batch_size]

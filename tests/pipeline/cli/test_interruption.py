@@ -1,4 +1,4 @@
-"""Ctrl-C names only the way to resume that the interrupted command has."""
+"""Ctrl-C and SIGTERM interrupt every command, and name only the way to resume that the command has."""
 
 import importlib
 import signal

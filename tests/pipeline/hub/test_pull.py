@@ -166,6 +166,8 @@ def test_version_in_object_store_is_downloaded_once(bucket: Path) -> None:
     assert shard.stat().st_ino == before
     with pytest.raises(StoreError, match=r"has no version v7\.0\.0"):
         open_or_download(at(bucket, "v7.0.0"))
+    with pytest.raises(StoreError, match=r"is the version v1\.1\.0, not v1\.0\.0"):
+        open_or_download(at(bucket / "versions" / "v1.1.0", "v1.0.0"))
 
 
 def test_damaged_version_in_object_store_is_refused(bucket: Path) -> None:

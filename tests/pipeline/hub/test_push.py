@@ -221,7 +221,7 @@ def test_second_push_with_a_changed_license_or_title_warns(client: Pusher, versi
     client.push(version, "me/stated", stated={"license": "mit"})
     again = client.push(version, "me/stated", stated={"license": "cc-by-4.0", "title": "Mine"})
     assert not again["is_new"]
-    assert "the published v1.0.0 has another license, title: tags never move" in again["warning"]
+    assert "the published v1.0.0 has other values of license, title: tags never move" in again["warning"]
     assert client.push(version, "me/stated", stated={"license": "mit"})["warning"] == ""
     repo = repo_of(client, "me/stated")
     repo.tags.clear()
@@ -308,6 +308,7 @@ LIMITED = {"ratelimit": '"api";r=0;t=55'}
     ("status", "headers", "pauses_s"),
     [
         (409, {}, [0.5, 1.0]),
+        (412, {}, [0.5, 1.0]),
         (429, LIMITED, [56.0, 56.0]),
         (429, {"ratelimit": '"api";r=0;t=9000'}, [MAX_PAUSE_S, MAX_PAUSE_S]),
         (503, {}, [0.5, 1.0]),

@@ -98,7 +98,8 @@ def test_rules_find_the_claims_about_drawn_scenes() -> None:
     ("answer", "read"),
     [
         ("Yes, it is.", "yes"), ("no", "no"), ("Nein", "no"), ("No idea.", "cannot tell"), ("A dog.", None),
-        ("It is not visible.", "cannot tell"), (True, "yes"),
+        ("It is not visible.", "cannot tell"), (True, "yes"), ("No, it is not visible.", "no"),
+        ("Yes. The rest is unclear.", "yes"), ("Yes", "yes"),
     ],
 )  # fmt: skip
 def test_answer_about_a_claim_is_yes_no_or_cannot_tell(tmp_path: Path, answer: Any, read: str | None) -> None:

@@ -189,7 +189,7 @@ def test_missing_or_invalid_archive_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
     with pytest.raises(ConfigError) as refused:
         open_source(resolve(source=str(tmp_path / "p.zip")))
-    assert f"such as KIND:{tmp_path / 'p.zip'}" in refused.value.hint
+    assert f"the path: KIND:{tmp_path / 'p.zip'}" in refused.value.hint
 
 
 # --- malicious archives

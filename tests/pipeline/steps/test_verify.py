@@ -225,7 +225,7 @@ def test_caption_of_another_image_is_not_used_if_it_may_be_true(foreign: str, *,
     checker = checker_of()
     checker.__dict__["_known_texts"] = {"a": KnownTexts((), foreign)}
     caption = verify_checks.CheckedAnnotation(CAPTION | {"sample_id": "a", "prompt_id": "caption/v1@1"})
-    ((_, known_texts, _),) = checker._known_of([caption])
+    ((_, known_texts, _, _),) = checker._known_of([caption])
     assert known_texts.foreign == (foreign if is_used else None)
 
 

@@ -8,7 +8,7 @@ from llguidance import LLMatcher
 from pydantic import ValidationError
 
 from pipeline.tasks import TASKS, find_broken_rule, tasks_making, wire_schema
-from pipeline.tasks.checks import count_claims, tidy_verdict
+from pipeline.tasks.checks import count_claims
 from pipeline.tasks.qa import QAPair
 
 # Keywords that guidance enforces (vLLM 0.32 with llguidance 1.7).
@@ -105,20 +105,6 @@ def test_invalid_deck_question_gives_the_broken_rule(fields: dict[str, Any], rea
 
 def test_tasks_that_make_captions_or_questions_are_listed() -> None:
     assert tasks_making("captions") == {"caption"} and tasks_making("questions") == {"qa", "deck_qa"}
-
-
-@pytest.mark.parametrize(
-    ("answer", "verdict"),
-    [
-        ("No, it is not visible.", "no"),
-        ("Yes. The rest is unclear.", "yes"),
-        ("Yes", "yes"),
-        ("No idea.", "cannot tell"),
-        ("It is not visible.", "cannot tell"),
-    ],
-)
-def test_verdict_begins_with_yes_or_no(answer: str, verdict: str) -> None:
-    assert tidy_verdict({"answer": answer}) == {"answer": verdict}
 
 
 def test_number_of_claims_follows_from_words_also_in_scripts_without_spaces() -> None:

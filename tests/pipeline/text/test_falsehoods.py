@@ -35,6 +35,9 @@ def test_words_in_texts_about_the_image_are_not_planted() -> None:
     said = {*colors} - {"pink"}
     assert dict(plant_falsehoods("A red car.", said, rank))["color"] == "A pink car."
     assert "color" not in dict(plant_falsehoods("A red car.", {*colors}, rank))
+    prefers_bench = lambda word: word != "bench"  # noqa: E731
+    assert dict(plant_falsehoods("A chair.", set(), prefers_bench))["object"] == "A bench."
+    assert "bench" not in dict(plant_falsehoods("A chair.", {"benches"}, prefers_bench))["object"]
 
 
 def test_article_fits_the_new_word() -> None:
