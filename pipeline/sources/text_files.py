@@ -114,11 +114,11 @@ def _parse_csv(text: str) -> Iterator[dict[str, Any]]:
     names = Counter(name for name in table.fieldnames or () if name.strip())
     if repeated := next((name for name, count in names.items() if count > 1), None):
         raise ValueError(f"two columns are named {repeated}")
+    # A short row gets an empty value for each missing column.
+    if max(map(text.count, "\n\r")) * len(names) > MAX_VALUES:
+        raise ValueError(f"it has more than {MAX_VALUES:,} values")
     values: dict[str, Any] = {}
-    for number, row in enumerate(table, start=1):
-        # A short row gets an empty value for each missing column.
-        if number * len(names) > MAX_VALUES:
-            raise ValueError(f"it has more than {MAX_VALUES:,} values")
+    for row in table:
         if any(row.pop(None, None) or ()):  # values beyond the last column
             problem = f"line {table.line_num} has more columns than the first line"
             raise ValueError(f"{problem}: put texts with commas in quotes")

@@ -93,7 +93,7 @@ def test_push_of_space_after_fault_at_any_request_is_completed_by_next_push(
     assert push(next(REPO_NUMBERS)).returncode == 0
     count = len(hub.hub.log)
     assert count > 20
-    for skip in range(count) if LONG else range(len(fault), count, 7):
+    for skip in range(count) if LONG else range(len(fault), count, 14):
         number = next(REPO_NUMBERS)
         hub.hub.faults.append(Fault(".*", ".*", skip=skip, **fault))
         first = push(number)

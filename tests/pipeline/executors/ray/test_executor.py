@@ -67,7 +67,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("shards", "is_remote"), [(1, False), (3, False), (64, False), (3, True)])
+@pytest.mark.parametrize(("shards", "is_remote"), [(1, False), (3, False), (16, False), (3, True)])
 def test_version_of_shards_equals_version_of_one_process(
     shards: int,
     is_remote: bool,  # noqa: FBT001
