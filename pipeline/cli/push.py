@@ -68,7 +68,7 @@ def push(
         if images is not None or any((license_, license_link, title, language, acknowledge)):
             raise BadParameter(f"{data} is a captioner; only --private, --public, --dry-run and --json apply")
         say(f"captioner: {data}")
-        from trainer.publish.transformers_files import package_captioner
+        from trainer.publish.captioner_package import package_captioner
 
         package = package_captioner(data, repo)
         send(package, repo, private=private, dry_run=dry_run, as_json=as_json)

@@ -40,8 +40,6 @@ TensorPair = tuple[Tensor, Tensor]
 # The tokens that a token attends to. A mask of shape (T, S) or (C, 1, T, S) is True for visible tokens. The
 # pair (`place_CT`, `origin_BS`) limits attention to earlier tokens of the same text. None means all tokens.
 Seen = Tensor | TensorPair | None
-
-
 # Cached keys and values of one block, for the words (C, H, S, K) and for the image (B, H, N, K).
 BlockCache = tuple[DynamicLayer, DynamicLayer]
 
@@ -65,8 +63,10 @@ class CrossAttentionDecoder(nn.Module):
         With a cache, `ids_CT` holds only new tokens, and `memory_BND` is None if the image is cached.
         `mask_CS` is 0 for padding before the text.
         """
-        cache, depth = DynamicCache() if cache is None else cache, len(self.blocks)
-        while len(cache.layers) < 2 * depth:  # one layer of each block for the words, and one for the image
+        cache = DynamicCache() if cache is None else cache
+        depth = len(self.blocks)
+        # Each block has two layers of the cache: one for the words, and one for the image.
+        while len(cache.layers) < 2 * depth:
             cache.layers.append(DynamicLayer())
         T, S = ids_CT.shape[1], mask_CS.shape[1]
         causal_TS = torch.ones(T, S, dtype=torch.bool, device=ids_CT.device).tril(S - T)
@@ -95,7 +95,7 @@ class CrossAttentionDecoder(nn.Module):
 
 
 class ScratchDecoder(CrossAttentionDecoder):
-    """A decoder to train: with initial weights and a loss."""
+    """A CrossAttentionDecoder with initial weights and a loss."""
 
     max_positions = math.inf
 

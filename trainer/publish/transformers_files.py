@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TrainError
-from pipeline.hub.package import Package, build_checkpoint_package
 from pipeline.storage.files import json_text, read_json
-from trainer.config import DECODERS, ENCODERS
 from trainer.runtime.checkpoint_folder import require_checkpoint
 
 PROJECT_DIR = Path(__file__).parents[2]
@@ -94,15 +92,6 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
     files = {name: json_text(value).encode() for name, value in values.items()}
     files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
     return files | {f"{MODULE}.py": (HEADER + standalone_source()).encode()}
-
-
-def package_captioner(folder: Path, repo: str) -> Package:
-    """Return the package to push for a checkpoint folder. Raises TrainError if the captioner is damaged."""
-    if (folder / "model.safetensors").is_file():
-        from trainer.model.checkpoint import load_checkpoint  # imports torch, and this module
-
-        load_checkpoint(folder)
-    return build_checkpoint_package(folder, repo, transformers_files, {**ENCODERS, **DECODERS})
 
 
 def standalone_source() -> str:
