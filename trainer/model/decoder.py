@@ -11,6 +11,7 @@ ones, N hidden states per image, D width, H heads, K = D / H, V vocabulary.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class CrossAttentionDecoder(nn.Module):
         itself_TS = torch.eye(S, dtype=torch.bool, device=ids_CT.device)[S - T :]
         seen_C1TS = (causal_TS & mask_CS[:, None, None].bool()) | itself_TS
         rope = rope_table(torch.arange(S - T, S, device=ids_CT.device), self.head_width)
-        caches = list(zip(cache.layers[:depth], cache.layers[depth:], strict=True))
+        caches: list[Any] = list(zip(cache.layers[:depth], cache.layers[depth:], strict=True))
         states_CTD = self.states(ids_CT, memory_BND, rope, seen_C1TS, caches)
         return functional.linear(states_CTD, self.embedding.weight)
 
@@ -104,6 +105,7 @@ class ScratchDecoder(CrossAttentionDecoder):
         self.apply(_init_weights)
         # Each block has three residual branches. Their last layers start with small weights, as in GPT-2.
         for block in self.blocks:
+            assert isinstance(block, Block)
             for layer in (block.attend_words.out, block.attend_image.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / (3 * config.depth) ** 0.5)
 
@@ -163,7 +165,7 @@ class Block(nn.Module):
             if cache is not None:
                 cache[1].update(k_BHNK, v_BHNK)
         else:
-            assert cache is not None
+            assert cache is not None and cache[1].keys is not None and cache[1].values is not None
             k_BHNK, v_BHNK = cache[1].keys, cache[1].values
         # Rows about one image are adjacent. Joined to one long row, they share its keys and values.
         joined_BXD = x_CTD.reshape(len(k_BHNK), -1, x_CTD.shape[-1])
