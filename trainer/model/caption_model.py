@@ -107,8 +107,8 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
             return self.decoder.generate(memory_BND, prompt_BT, decoding, max_tokens, eos_id)
         with no_init_weights():  # keeps the weights of the decoder
             model = SynthCaptioner(SynthCaptionerConfig(decoder=self.config.decoder), self.decoder)
-        inputs = {"input_ids": prompt_BT, "image_states": memory_BND}
-        return generate_texts(model, decoding, max_tokens, eos_id, **inputs)
+        inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
+        return generate_texts(model, decoding, max_tokens, eos_id, image_states=memory_BND, **inputs)
 
     @property
     def device(self) -> torch.device:
