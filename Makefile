@@ -23,7 +23,7 @@ demo: .stamps/demo
 
 # Three workers on two cores: some tests wait for servers and processes.
 # Workers are not restarted: xdist would run a hanging test again.
-test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
+test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -31,7 +31,7 @@ test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
 
 # Sweeps with 20 times as many cases as in `test`. A sweep is one test, which may take longer than a test of `test`.
 LONG := tests/hostile tests/whole tests/pipeline/hub/test_push_faults.py tests/trainer/runtime/test_resume.py
-test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
+test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl
 	SYNTH_LONG=1 $(BIN)/pytest -n 2 --dist loadfile -o faulthandler_timeout=3600 $(LONG)
 
 # Metadata only: the versions of each set of extras together with vLLM, oldest and newest, for each Python.
@@ -82,13 +82,6 @@ rehearse: .stamps/venv .stamps/vllm
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-trl 'trl==1.16.0' 'accelerate==1.15.0' psutil
 	@touch $@
 
-# Gradio for the page of a Space, with its dependencies that .venv lacks.
-.stamps/gradio: .stamps/venv
-	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-gradio 'gradio==6.31.0' 'gradio_client==2.7.2' \
-		'fastapi==0.165.0' 'starlette<2' 'httpx==0.28.1' httpcore brotli groovy hf-gradio orjson pydub python-multipart pytz \
-		safehttpx semantic-version tomlkit opentelemetry-api uvicorn
-	@touch $@
-
 # A browser for the tests of pages: an installed one, else a package of the system, else that of Playwright.
 .stamps/browser: .stamps/venv
 	@if command -v chromium > /dev/null \
@@ -97,6 +90,6 @@ rehearse: .stamps/venv .stamps/vllm
 	then touch $@; else echo "no Chromium can be installed here: $$(tail -n 1 .stamps/browser.log)"; fi
 
 clean:
-	rm -rf .venv .venv-vllm .venv-trl .venv-gradio .stamps demo check-real rehearsal build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-trl .stamps demo check-real rehearsal build dist *.egg-info
 
 .PHONY: help demo test test-long resolve format docs teacher check-real rehearse clean

@@ -58,6 +58,18 @@ def interval(scores_SI: Scores, base_SI: Scores | None = None) -> tuple[float, f
     return float(low), float(high)
 
 
+def print_comparison(title: str, arms: dict[str, Scores]) -> None:
+    """Print the mean score of each arm, and the difference of each later arm from the first."""
+    base = next(iter(arms))
+    for name, scores_SI in arms.items():
+        low, high = interval(scores_SI)
+        line = f"{name}: {title} {scores_SI.mean():.3f} [{low:.3f}, {high:.3f}], {len(scores_SI)} seeds"
+        if name != base:
+            low, high = interval(scores_SI, arms[base])
+            line += f"; {scores_SI.mean() - arms[base].mean():+.3f} [{low:+.3f}, {high:+.3f}] to {base}"
+        print(line, flush=True)
+
+
 def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -66,14 +78,7 @@ def main() -> None:
     for arm in parser.parse_args().arms:
         name, _, folders = arm.partition("=")
         arms[name] = read_scores([Path(folder) for folder in folders.split(",")])
-    base = next(iter(arms))
-    for name, scores_SI in arms.items():
-        low, high = interval(scores_SI)
-        line = f"{name}: CIDEr-D {scores_SI.mean():.3f} [{low:.3f}, {high:.3f}], {len(scores_SI)} seeds"
-        if name != base:
-            low, high = interval(scores_SI, arms[base])
-            line += f"; {scores_SI.mean() - arms[base].mean():+.3f} [{low:+.3f}, {high:+.3f}] to {base}"
-        print(line)
+    print_comparison("CIDEr-D", arms)
 
 
 if __name__ == "__main__":

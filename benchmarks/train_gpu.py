@@ -196,13 +196,11 @@ def captions_per_s(
 ) -> tuple[float, float]:
     """Return the number of 20-token captions per second, and their time as a multiple of the floor."""
     captioner = build(name, device).eval()
-    memory_BND = captioner.connector(torch.randn(images, states, WIDTH, device=device))
+    states_BNV = torch.randn(images, states, WIDTH, device=device)
     prompt_BT = torch.full((images, 2), 2, device=device)
 
     def write() -> None:
-        captioner.decoder.generate(
-            memory_BND, prompt_BT, decoding, 20, VOCABULARY * 2 if name in SCRATCH else 1
-        )
+        captioner.generate(states_BNV, prompt_BT, decoding)
         _wait(device)
 
     seconds = []

@@ -109,7 +109,7 @@ class TrainConfig(Section):
     vocab_size: int = Field(default=4096, ge=300)
     """Maximum size of the vocabulary of a decoder from scratch."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Dropout of the decoder `scratch`."""
+    """Dropout of a decoder from scratch."""
     text_source: Mixture = "synthetic"
     """Captions to learn: `synthetic`, `human` or `mixed`. The command uses those of the version."""
     styles: tuple[str, ...] = ()

@@ -125,7 +125,7 @@ class Validation:
     loader: BatchLoader
     device: torch.device
     best_score: float = -math.inf
-    best_cider_d: float | None = None  # None if there is only one validation image
+    best_cider_d: float = 0.0
     best_loss: float = math.inf
     evaluations_without_gain: int = 0  # consecutive
     shown: dict[str, str] = field(default_factory=dict)  # the latest scores, for the progress display
@@ -145,15 +145,13 @@ class Validation:
         losses = {} if loss is None else {"validation_loss": loss}
         scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled_cider_d}
         log.write(step=done, **losses, **scores)
-        # Early captions all score about 0. With a single image, CIDEr-D is always 0, because no word is rarer
-        # than others. In these cases, the lower loss wins. Without validation texts, the later step wins.
-        tie_breaker = float(done) if loss is None else -loss
-        is_single = result["images"] == 1
-        score = tie_breaker if is_single else round(cider_d, SCORE_DIGITS)
+        # Early captions all score about 0, and a single image always does, because none of its words is rarer
+        # than others. Then the lower loss wins or, without validation texts, the later step.
+        score, tie_breaker = round(cider_d, SCORE_DIGITS), float(done) if loss is None else -loss
         if (score, tie_breaker) > (self.best_score, -self.best_loss):
             self.checkpoint.save(out)
             self.best_score, self.best_loss, self.evaluations_without_gain = score, -tie_breaker, 0
-            self.best_cider_d = None if is_single else cider_d
+            self.best_cider_d = cider_d
         else:
             self.evaluations_without_gain += 1
 

@@ -16,103 +16,48 @@ QUESTION_LINE = re.compile(r"^\s*(?:question|q): *([^\n]+)", re.MULTILINE | re.I
 # Words that request a style, in order of precedence. Other styles are requested by their names.
 STYLE_WORDS = {
     "human": r"^what does this image show(?=\W*$)",
-    "ocr": r"ocr(?! tokens?)|transcribe"
-    r"|(what|which|all|any|the) (text|words)\b.*\b(read|written|seen|visible|image)",
+    "ocr": r"ocr(?! tokens?)|transcribe|text (can be|is|are) (read|seen|visible)",
     "tags": r"(hash)?tags|keywords",
-    "alt": r"alt|alternative text|screen ?readers?|blind|visually impaired",
+    "alt": r"alt|alternative text|screen ?readers?|blind",
     "plain": r"(one|a single|1)[ -]sentence",
-    "brief": r"brief(ly)?|short|concise(ly)?|succinct(ly)?|terse|compact|few words|one line",
-    "detailed": r"details?|detailed|thorough(ly)?|comprehensive(ly)?|in depth|long|paragraphs?|everything"
-    r"|elaborate|exhaustive(ly)?|extensive(ly)?|as much as",
+    "brief": r"brief(ly)?|short|concise(ly)?|few words",
+    "detailed": r"details?|detailed|thorough(ly)?|in depth|long|paragraphs?",
 }
-# Questions that request the style `human` or `ocr` instead of an answer.
-STYLE_QUESTION = re.compile(
-    r"(what does this image show|(what|which) (text|words) (can be|is|are) (read|written|seen|visible|shown)"
-    r" (in|on) (the|this) (image|picture|photo))\W*"
-)
 QUESTION_START = re.compile(
-    r"(what|which|who|whose|whom|where|when|why|how|is|are|am|was|were|do|does|did|can|could|has|have|had|will"
-    r"|would|should|isn't|aren't|doesn't|count|name|identify|guess|estimate|in (what|which))\b|what's|who's"
-    r"|tell me (if|whether|the (color|colour|number|name|time|type|kind))\b"
+    r"(what|which|who|whose|where|when|why|how|is|are|does|do|did|can|has|count|name|identify|estimate"
+    r"|tell me (how|if|the|whether))\b"
 )
-CAPTION_START = re.compile(
-    r"(describe|description|caption|summari[sz]e|write|give|provide|generate|create|compose|narrate|depict"
-    r"|elaborate|walk me|tell me about|talk about|share|offer|explain (the|this|that|my))\b"
+CAPTION_WORD = re.compile(r"\b(describe|caption|description|summari[sz]e)\b")
+# A question about the whole image, such as "What do you see here?", requests a caption.
+WHOLE_IMAGE = re.compile(
+    r"(?=.*\b(see|shown?|shows|depicts?|happening|going|image|picture|photo|photograph|scene)\b)"
+    r"(what|what's|can|could)( (what|is|do|does|can|you|please|tell|me|see|shown?|shows|depicts?|happening"
+    r"|going|on|here|in|of|about|the|this|image|picture|photo|photograph|scene))*"
 )
-POLITE = re.compile(
-    r"((please|kindly|hi|hello|hey|ok|okay|now|so|(can|could|would|will) (you|i|we)"
-    r"|how (can|could|would|do) you|i (want|need|would like) (you )?to|i'd like (you )?to|help me( to)?"
-    r"|let's|briefly|shortly"
-    r"|((tell|show) me|explain|describe|say)( to me)?(?= (what|how|which|who|where)))\b[ ,!.:]*)+"
-)
-# A question that begins with "what" and has only these words, one of them in VIEWED, requests a caption.
-VIEWED = (
-    "see|seen|shows?|shown|showing|depicts?|depicted|visible|happening|happens|going|here"
-    "|images?|pictures?|photos?|photographs?|scene|screenshot|snapshot|frame|drawing|painting|illustration"
-    "|pic|figure|observe|perceive|notice"
-)
-GENERIC = re.compile(
-    rf"what('?s)?( ({VIEWED}|what|is|are|was|be|being|do|does|can|could|would|you|i|we|think|tell|me|on|in"
-    "|inside|within|of|at|from|by|to|the|this|that|an?|it|there|all|about|for|and|please|contains?|contents?"
-    "|present|presented|represents?|represented|captured|your|my|given|provided|attached|above|following|key"
-    "|main|displays?|displayed|elements|features|details|exactly|currently|overall))*"
-)
-DESCRIPTION = re.compile(
-    r"\b((caption|description) (of|for)|describe (what you|(this|the) (image|photo|picture|scene)))\b"
-)
-ANSWER_FORM = re.compile(
-    r"\b(answer|respond|reply)\b.*\b(words?|phrases?|yes|letter|option|number|directly|concisely|question)\b"
-    r"|^\(?a[.):] ",
-    re.MULTILINE,
-)
+# Instructions of benchmarks, such as "Answer the question using a single word or phrase."
+ANSWER_FORM = re.compile(r"\b(answer|respond|reply)\b")
 
 
 def find_question(text: str) -> str:
     """Return the question in a text, or "" if the text requests a caption.
 
     A question is a line `Question: ...`, or the last sentence that ends in a question mark, or else a first
-    sentence that begins like a question. Instructions about the form of the answer are left out.
+    sentence that begins like a question.
     """
-    text = text[-MAX_CHARACTERS:].replace("\N{FULLWIDTH QUESTION MARK}", "?")
-    text = text.replace("<image>", "").replace("?.", "?").strip()
+    text = text[-MAX_CHARACTERS:].replace("\N{FULLWIDTH QUESTION MARK}", "?").replace("?.", "?")
     if lines := QUESTION_LINE.findall(text):
         question = str(lines[-1]).strip()
         return question[: question.rindex("?") + 1] if "?" in question else question
-    parts = [part.strip(" \t\"'*") for part in re.split(r"\n+|(?<=[.!?:])[\"')]*\s+", text)]
-    sentences = [part for part in parts if part]
-    asked = [number for number, part in enumerate(sentences) if part.endswith("?")]
+    sentences = [part.strip() for part in re.split(r"\n+|(?<=[.!?:>])\s+", text.replace("<image>", ""))]
+    sentences = [sentence for sentence in sentences if sentence]
+    asked = [sentence for sentence in sentences if sentence.endswith("?")]
     is_answer = ANSWER_FORM.search(text.lower())
-    if not sentences or not (asked or is_answer or _kind(sentences[0]) == "question"):
+    if not sentences or not (asked or is_answer or QUESTION_START.match(sentences[0].lower())):
         return ""
-    last = asked[-1] if asked else 0
-    question, kind, before = sentences[last], _kind(sentences[last]), sentences[last - 1]
-    # "Is this Mr. Smith?" is one sentence.
-    if last and not kind and before.endswith(".") and _kind(before) == "question":
-        question = f"{before} {question}"
-    is_request = kind == "caption" or (
-        not is_answer and (_is_generic(question) or DESCRIPTION.search(question))
-    )
+    question = asked[-1] if asked else sentences[0]
+    words = _normalized(question).rstrip("?.! ")
+    is_request = CAPTION_WORD.search(words) or (WHOLE_IMAGE.fullmatch(words) and not is_answer)
     return "" if is_request else question
-
-
-def _kind(sentence: str) -> str:
-    """Return "caption" or "question" if a sentence begins as such a request, else ""."""
-    request = _without_address(sentence)
-    if CAPTION_START.match(request):
-        return "caption"
-    return "question" if QUESTION_START.match(request) else ""
-
-
-def _is_generic(question: str) -> bool:
-    words = " ".join(re.findall(r"[\w']+", _without_address(question)))
-    return bool(GENERIC.fullmatch(words) and re.search(rf"\b({VIEWED})\b", words))
-
-
-def _without_address(sentence: str) -> str:
-    """Return a sentence in lower case without words that address the model, such as "Please" or "Can you"."""
-    sentence = _normalized(sentence)
-    address = POLITE.match(sentence)
-    return sentence[address.end() :] if address else sentence
 
 
 def _normalized(text: str) -> str:
@@ -146,7 +91,7 @@ def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, 
         raise ValueError(f"this captioner was not trained on the style {named[0][:40]}, only on {learned}")
     words = _normalized(text[-MAX_CHARACTERS:].replace("<image>", ""))
     requested = style or _requested_style(styles, words)
-    is_request = style or (requested in ("human", "ocr") and STYLE_QUESTION.fullmatch(words))
+    is_request = style or (requested in ("human", "ocr") and not ANSWER_FORM.search(words))
     question = "" if is_request else find_question(text)
     if answers is not None and (question or (text and not styles)):
         return answers, "", question or text

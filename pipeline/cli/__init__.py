@@ -63,10 +63,7 @@ EXAMPLES = {
         "synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photos --out captions.jsonl",
         "synth caption ORG/NAME photos --out txt --skip-existing",
     ),
-    "serve-captioner": (
-        "synth serve-captioner ORG/NAME --port 8200",
-        "synth serve-captioner ORG/NAME --demo",
-    ),
+    "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200",),
     "init": ("synth init my-captions",),
 }
 

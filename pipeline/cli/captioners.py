@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, BadParameter, Option
+from typer import Argument, BadParameter
 
 from pipeline.cli.options import (
     BY_STYLE,
@@ -23,7 +23,7 @@ from pipeline.cli.options import (
     read_existing,
 )
 from pipeline.cli.output import echo, find_checkpoint, say
-from pipeline.errors import ConfigError, TrainError
+from pipeline.errors import TrainError
 from pipeline.progress import WARNING, show_progress
 
 
@@ -99,17 +99,14 @@ def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool
 
 def serve_captioner(
     captioner: CaptionerName,
-    demo: Annotated[
-        bool, Option("--demo", help="Serve a web page instead of the API; needs Gradio.")
-    ] = False,
     host: Annotated[str, option("Address to listen on; 0.0.0.0: all addresses.")] = "127.0.0.1",
     port: Annotated[int, option("Port to listen on; 0: any free one.", min=0, max=65535)] = 8200,
     name: Annotated[str | None, option("Name of the model in requests.", "the folder's")] = None,
     num_beams: NumBeams = None,
 ) -> None:
-    """Serve a captioner over an OpenAI-compatible API, or as a web page (--demo).
+    """Serve a captioner over an OpenAI-compatible API.
 
-    If SYNTH_API_KEY is set, all requests except /health need this key. The page needs no key, and is local.
+    If SYNTH_API_KEY is set, all requests except /health need this key.
     """
     folder = find_checkpoint(captioner)
     title = name or (
@@ -119,10 +116,6 @@ def serve_captioner(
 
     with _translate_listen_errors(host, port):
         listen(host, port).close()  # report a wrong address before the captioner is loaded
-    if demo:
-        _serve_demo(folder, title, host, port, num_beams)
-        return
-
     from concurrent.futures import ThreadPoolExecutor
 
     from trainer.captioner import Captioner  # imports torch, which takes seconds
@@ -148,13 +141,3 @@ def _translate_listen_errors(host: str, port: int) -> Iterator[None]:
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         hint = "name an address of this machine (--host 127.0.0.1) or another port (--port 0: any free one)"
         raise TrainError(f"cannot listen on {host}:{port}: {reason}", hint=hint) from None
-
-
-def _serve_demo(folder: Path, title: str, host: str, port: int, num_beams: int | None) -> None:
-    if host not in ("127.0.0.1", "localhost"):
-        hint = "leave out --host; to publish the page: synth push CAPTIONER --repo ORG/NAME --space ORG/PAGE"
-        raise ConfigError("the page of --demo can be opened on this machine only", hint=hint)
-    from trainer.serving.demo import run_demo  # imports torch, which takes seconds
-
-    with _translate_listen_errors(host, port):
-        run_demo(folder, title, port, num_beams, say)

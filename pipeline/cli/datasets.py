@@ -31,7 +31,6 @@ REVIEWS = Argument(
     metavar="[DATASET] FILE...",
     help=f"Review files that a report of the dataset ({LAST_MADE}) exported; later ones win.",
 )
-CHECKPOINT_FILES = ("train.json", "model.safetensors", "resume.pt")
 FORMAT = Option(
     "--format",
     metavar="FORMAT",
@@ -42,13 +41,11 @@ FORMAT = Option(
 
 
 def check(
-    data: Annotated[
-        str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub), a captioner")
-    ] = None,
+    data: Annotated[str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub)")] = None,
     repair: Annotated[bool, Option("--repair", help="Remove damaged replies from journals.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check the replies, step files, versions and captioners of a dataset for damage.
+    """Check the replies, step files and versions of a dataset for damage.
 
     Exits with 1 if anything is damaged.
     """
@@ -83,29 +80,10 @@ def _check_all(data: str | None, *, repair: bool) -> Iterator["Checked"]:
         return
     folder = dataset_path(data)
     with translate_disk_errors(folder):
-        has_run = DatasetDir(folder).run_file.exists()
-        # A captioner from the Hub has a manifest too.
-        if not has_run and any((folder / name).exists() for name in CHECKPOINT_FILES):
-            yield _check_checkpoint(folder)
-        elif split_version(folder)[1] or (folder / MANIFEST).exists():
+        if split_version(folder)[1] or (folder / MANIFEST).exists():
             yield check_version(open_dataset(folder))
         else:
             yield from check_dataset(DatasetDir(folder), repair=repair)
-            for settings in sorted(folder.glob("checkpoints/*/train.json"), key=str):
-                yield _check_checkpoint(settings.parent)
-
-
-def _check_checkpoint(folder: Path) -> "Checked":
-    from pipeline.check import Checked
-    from pipeline.errors import SynthError
-    from trainer.runtime.training_state import describe_checkpoint
-
-    try:
-        return Checked(str(folder), describe_checkpoint(folder))
-    except SynthError as error:
-        return Checked(
-            str(folder), str(error), False, "train or download it again; resume.pt may still be intact"
-        )
 
 
 def export(

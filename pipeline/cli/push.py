@@ -1,9 +1,8 @@
-"""The command `push`: send a version, a captioner or a captioner's demo page to the Hub."""
+"""The command `push`: send a version or a captioner to the Hub."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import BadParameter, Option
@@ -53,9 +52,6 @@ def push(
     language: Annotated[
         str | None, option("Language of the texts: en, de, ...", "the language of the run")
     ] = None,
-    space: Annotated[
-        str | None, option("Space for a demo page of the captioner.", metavar="ORG/NAME")
-    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files, but send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -67,19 +63,16 @@ def push(
     from pipeline.storage.files import translate_disk_errors
 
     check_repo_name(repo)
-    if space:
-        check_repo_name(space)
     data = dataset_path(name, is_only=True)
     if not is_remote(data) and (data / "train.json").exists():
         if images is not None or any((license_, license_link, title, language, acknowledge)):
-            raise BadParameter(
-                f"{data} is a captioner; only --space, --private, --public, --dry-run and --json apply"
-            )
+            raise BadParameter(f"{data} is a captioner; only --private, --public, --dry-run and --json apply")
         say(f"captioner: {data}")
-        push_captioner(data, repo, space, private=private, dry_run=dry_run, as_json=as_json)
+        from trainer.publish.captioner_package import package_captioner
+
+        package = package_captioner(data, repo)
+        send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
         return
-    if space:
-        raise BadParameter("a Space needs a captioner: pass its folder", param_hint="--space")
     _require_card_values(license_, license_link, language)
     chosen_version = open_or_download(data, previews=False)
     note_previews(chosen_version, data)
@@ -135,26 +128,10 @@ def _packed(version: "Version", repo: str, choices: dict[str, Any]) -> Iterator[
         yield package
 
 
-def push_captioner(
-    folder: Path, repo: str, space: str | None, *, private: bool | None, dry_run: bool, as_json: bool
-) -> None:
-    """Push a captioner and, if `space` is given, a Space that loads exactly the pushed commit."""
-    from trainer.publish.captioner_package import package_captioner, package_space
-
-    package = package_captioner(folder, repo)
-    pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
-    if space:
-        page = package_space(package, folder, repo, pushed.commit if pushed else package.name)
-        send(page, space, private=private, dry_run=dry_run)
-
-
 def send(
-    package: "Package", repo: str, *, private: bool | None, dry_run: bool, as_json: bool | None = None
+    package: "Package", repo: str, *, private: bool | None, dry_run: bool, as_json: bool
 ) -> "PushResult | None":
-    """Push a package, and print its files and its URL. With `dry_run`, send nothing.
-
-    The result goes to stdout. If `as_json` is None, it goes to stderr, because stdout gets another result.
-    """
+    """Push a package, and print its files and its URL. With `dry_run`, send nothing."""
     from pipeline.hub.push import push_package
     from pipeline.inference.model_licenses import NO_COMMERCIAL_USE
 
@@ -171,8 +148,7 @@ def send(
         say(f"warning: the texts are of {model['name']} ({model['license']}); the card states this", WARNING)
     if dry_run:
         say("dry run: nothing was sent")
-        if as_json is not None:
-            show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")
+        show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")
         return None
     with show_progress() as progress:
         pushed = push_package(package, repo, private=private, progress=progress)
@@ -185,9 +161,6 @@ def send(
         if pushed.is_new
         else f"nothing to do: {pushed.tag} already exists"
     )
-    if as_json is None:
-        say(f"page: {pushed.url}")
-    else:
-        result = {"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}
-        show(result, as_json, "url")
+    result = {"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}
+    show(result, as_json, "url")
     return pushed

@@ -34,13 +34,13 @@ CHECKPOINT_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """The files to upload for a dataset version, a model or a Space.
+    """The files to upload for a dataset version or a model.
 
     `name` is the tag, and `title` is the commit message. `files` maps repository paths to local files or
     content. `manifest` has the digests and sizes of the files. `has_unknown_license` refers to the images.
     """
 
-    kind: Literal["dataset", "model", "space"]
+    kind: Literal["dataset", "model"]
     name: str
     title: str
     manifest: dict[str, Any]
@@ -190,21 +190,6 @@ def base_models(train: Mapping[str, Any], hub_ids: Mapping[str, str]) -> list[st
     """Return the Hub ids of a captioner's encoder and decoder. A model from a local folder has none."""
     given = [str(train[part]) for part in ("encoder", "decoder")]
     return [hub_ids.get(name, name) for name in given if name in hub_ids or without_folders(name) == name]
-
-
-def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
-    """Return the package of a Space with these `files`. It has the same tag as the model."""
-    entries = _content_entries(files)
-    content_digest = digest([[name, entry["sha256"]] for name, entry in sorted(entries.items())])
-    manifest = {"version": model.name, "digest": content_digest, "files": entries}
-    return Package(
-        kind="space",
-        name=model.name,
-        title=f"A page for {model.name}",
-        manifest=manifest,
-        files={**files, "manifest.json": json_text(manifest).encode()},
-        has_unknown_license=model.has_unknown_license,
-    )
 
 
 def _pushed_to(folder: Path, data: Mapping[str, Any]) -> str | None:

@@ -119,8 +119,7 @@ def _pause_s(error: Exception, number: int) -> float:
 
 
 def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: Progress) -> PushResult:
-    sdk = "gradio" if package.kind == "space" else None
-    created = api.create_repo(repo, repo_type=package.kind, private=private, exist_ok=True, space_sdk=sdk)
+    created = api.create_repo(repo, repo_type=package.kind, private=private, exist_ok=True)
     repo, name = created.repo_id, package.name
     is_private = bool(api.repo_info(repo, repo_type=package.kind).private)
     if private and not is_private:

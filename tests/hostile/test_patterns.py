@@ -49,7 +49,7 @@ def patterns() -> dict[str, re.Pattern[Any]]:
     found: dict[re.Pattern[Any], str] = {}
     for package in (pipeline, trainer):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if module.name.rpartition(".")[2] not in ("__main__", "space", "demo"):
+            if module.name.rpartition(".")[2] != "__main__":
                 content = vars(importlib.import_module(module.name))
                 for name, value in content.items():
                     for _, pattern in walk(value, name):

@@ -10,7 +10,6 @@ import pytest
 
 import trainer
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError, StoreError, SynthError
 from pipeline.progress import NullProgress
 from pipeline.storage.files import read_json
 from tests.scene_data import make_version, scene_samples
@@ -76,16 +75,3 @@ def test_settings_override_config_and_the_result_has_all_settings(version: Versi
     assert any(text.startswith("training on ") for text in progress.texts)
     again = trainer.train(version, config, out=tmp_path, steps=2, seed=4)
     assert again.metrics == result.metrics
-
-
-def test_invalid_arguments_raise_errors_with_a_hint(version: Version, tmp_path: Path) -> None:
-    cases: list[tuple[type[SynthError], str, dict[str, Any]]] = [
-        (ConfigError, "unknown config key: epoch", {"epoch": 1}),
-        (ConfigError, "bad value for epochs", {"epochs": "many"}),
-        (StoreError, "no dataset at", {"data": str(tmp_path / "nowhere")}),
-        (ConfigError, "has other files", {"out": version.path, "encoder": "tiny-vit"}),
-    ]
-    for kind, problem, arguments in cases:
-        with pytest.raises(kind, match=problem) as raised:
-            trainer.train(**({"data": version} | arguments))
-        assert raised.value.hint

@@ -83,23 +83,6 @@ def test_long_text_is_cut_after_the_last_sentence_that_fits_and_ends(tokenizer: 
     assert whole == tokenizer.target(long) == tokenizer.encode(long, len(whole)).target.tolist()
 
 
-def test_text_of_thousands_of_sentences_is_cut_in_one_pass(
-    tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoded: list[str] = []
-    encode = CaptionTokenizer._ids
-
-    def record(self: CaptionTokenizer, text: str) -> list[int]:
-        encoded.append(text)
-        return encode(self, text)
-
-    monkeypatch.setattr(CaptionTokenizer, "_ids", record)
-    for text in ("a. " * 2_000, "\u3002" * 2_000):
-        encoded.clear()
-        target = tokenizer.encode(TargetText("human", text, style="brief"), 96).target
-        assert (len(encoded), target[-1], 90 <= len(target) <= 96) == (1, EOS_ID, True)
-
-
 def test_default_text_limit_fits_99_percent_of_the_style_with_the_longest_texts(
     tokenizer: CaptionTokenizer,
 ) -> None:

@@ -1,8 +1,6 @@
 """Trainings: settings, errors before the first step, and the final test of the best captioner."""
 
 import json
-import os
-import signal
 from collections.abc import Sequence
 from dataclasses import replace as data_replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples
-from tests.trainer.small_trainings import CPU, LORA, SMALL, losses, replace, weights
+from tests.trainer.small_trainings import CPU, LORA, SMALL, losses, replace
 from tests.trainer.tiny_models import save_language_model
 from trainer.data import Example, Question, examples_in
 from trainer.evaluate import EvalOptions, evaluate, evaluate_version
@@ -195,26 +193,6 @@ def test_texts_longer_than_the_position_embeddings_are_refused(
         train_captioner(version, config, tmp_path / "c")
     assert "--encoder-states" in refused.value.hint
     assert not (tmp_path / "c").exists()
-
-
-def test_prefix_decoder_trains_and_resumes(version: Version, clip: str, tmp_path: Path) -> None:
-    config = replace(encoder=clip, decoder="prefix", encoder_states="2x2", steps=6, decoder_width=48)
-    metrics = train_captioner(version, config, tmp_path / "whole")
-    loaded = load_checkpoint(tmp_path / "whole").captioner
-    assert isinstance(loaded.decoder, PretrainedDecoder)
-    sizes = loaded.config.decoder["language_model"]
-    assert (sizes["model_type"], sizes["hidden_size"], sizes["num_hidden_layers"]) == ("qwen3", 48, 1)
-    assert metrics["parameters"] < 200_000 and "best_validation" in metrics
-
-    class Stop(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
-            if (stage, done) == ("train", 4):
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(KeyboardInterrupt):
-        train_captioner(version, config, tmp_path / "cut", progress=Stop())
-    assert train_captioner(version, config, tmp_path / "cut", resume=True) == metrics
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 def test_tiny_clip_is_the_offline_fallback_for_drawn_scenes_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,11 +117,6 @@ def test_pushed_captioner_has_card_with_its_data(maker: User, hub: RunningHub) -
     caption = maker.synth("caption", "me/captioner", "scene.png", "--json").stdout
     assert maker.json("evaluate", "me/captioner")["images"] > 0
     assert json.loads(caption)["caption"] in printed[0] and json.loads(caption)["caption"] in printed[1]
-    for name, file in files.items():
-        path = maker.folder / "downloaded" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(hub.hub.storage.path(file.sha256).read_bytes())
-    assert "ok  downloaded" in maker.synth("check", "downloaded").stdout
     repeated = maker.synth("push", checkpoint, "--repo", "me/captioner")
     assert "nothing to do" in repeated.stderr and "me/captioner, public\n" in repeated.stderr
     assert len(repo.commits) == 2

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from pipeline.errors import TrainError
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
-from trainer.model.decoding import DecodingConfig
+from trainer.model.decoding import DecodingConfig, generate_texts
 from trainer.model.encoder import Encoder, EncoderConfig
 from trainer.model.language_model import PretrainedDecoder, merged_state
+from trainer.publish.modeling import SynthCaptioner, SynthCaptionerConfig
 from trainer.tokenizer import TextBatch
 
-MAX_GENERATION_BATCH = 1 << 16  # images per call of `decoder.generate`, halved if a GPU runs out of memory
+MAX_GENERATION_BATCH = 1 << 16  # images per call of `generate_texts`, halved if a GPU runs out of memory
 
 
 class GenerationMemoryError(TrainError):
@@ -83,14 +85,13 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         GenerationMemoryError if a single image does not fit.
         """
         device = self.device
-        max_tokens, eos_id = self.config.max_caption_tokens, self.config.eos_id
         texts: list[list[int]] = []
         while len(texts) < len(states_BNV):
             part = slice(len(texts), len(texts) + self._generation_batch)
             with suppress(torch.OutOfMemoryError):
                 memory_BND = self.connector(states_BNV[part].to(device))
                 prompt_CT = prompt_BT[part].to(device)
-                texts += self.decoder.generate(memory_BND, prompt_CT, decoding, max_tokens, eos_id)
+                texts += self._generate(memory_BND, prompt_CT, decoding)
                 continue
             torch.cuda.empty_cache()  # the tensors of the failed call are not freed earlier
             if len(states_BNV[part]) == 1:
@@ -99,6 +100,15 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
                 raise GenerationMemoryError(problem, hint=hint)
             self._generation_batch = len(states_BNV[part]) // 2
         return texts
+
+    def _generate(self, memory_BND: Tensor, prompt_BT: Tensor, decoding: DecodingConfig) -> list[list[int]]:
+        max_tokens, eos_id = self.config.max_caption_tokens, self.config.eos_id
+        if isinstance(self.decoder, PretrainedDecoder):
+            return self.decoder.generate(memory_BND, prompt_BT, decoding, max_tokens, eos_id)
+        with no_init_weights():  # keeps the weights of the decoder
+            model = SynthCaptioner(SynthCaptionerConfig(decoder=self.config.decoder), self.decoder)
+        inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
+        return generate_texts(model, decoding, max_tokens, eos_id, image_states=memory_BND, **inputs)
 
     @property
     def device(self) -> torch.device:

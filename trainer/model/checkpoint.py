@@ -197,6 +197,8 @@ def build_checkpoint(
         data["has_unknown_license"] |= bool(before.data.get("has_unknown_license"))
     else:
         encoder, decoder, tokenizer = _new_parts(config, texts)
+    if config.decoder == PREFIX:
+        decoder.add_dropout(config.dropout)
     if not config.is_scratch:
         if config.lora_rank:
             decoder.add_adapters(config.lora_rank, config.lora_dropout)

@@ -2,20 +2,22 @@
 
 Each block has self-attention with rotary embeddings, cross-attention to the image, and an MLP. In training,
 all texts about an image are packed into one row (text_loss.py), so its keys and values are computed once. In
-generation, they are cached and shared by all beams.
+generation, they are cached.
 
 Shapes: B images, C rows of tokens (C / B adjacent rows per image), T new tokens, S tokens including cached
 ones, N hidden states per image, D width, H heads, K = D / H, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from trainer.model.decoding import DecodingConfig, beam_search, decode
 from trainer.model.text_loss import pack, token_loss
 from trainer.tokenizer import TextBatch
 
@@ -39,109 +41,81 @@ TensorPair = tuple[Tensor, Tensor]
 # The tokens that a token attends to. A mask of shape (T, S) or (C, 1, T, S) is True for visible tokens. The
 # pair (`place_CT`, `origin_BS`) limits attention to earlier tokens of the same text. None means all tokens.
 Seen = Tensor | TensorPair | None
+# Cached keys and values of one block, for the words (C, H, S, K) and for the image (B, H, N, K).
+BlockCache = tuple[DynamicLayer, DynamicLayer]
 
 
-@dataclass(slots=True)
-class BlockCache:
-    """Cached keys and values of one block: `image` (B, H, N, K) is constant, `words` (C, H, S, K) grows."""
-
-    image: TensorPair | None = None
-    words: TensorPair | None = None
-
-
-@dataclass(slots=True)
-class Cache:
-    """Key-value cache for one generation. It is empty before the first call and passed to all calls."""
-
-    blocks: list[BlockCache] = field(default_factory=list)
-    length: int = 0
-
-    def reorder(self, rows_C: Tensor) -> None:
-        """Let each row i continue the cached tokens of row rows_C[i], which must have the same image."""
-        for block in self.blocks:
-            assert block.words is not None
-            block.words = block.words[0][rows_C], block.words[1][rows_C]
-
-    def keep_images(self, images_B: Tensor) -> None:
-        """Keep only the keys and values of these images."""
-        for block in self.blocks:
-            assert block.image is not None
-            block.image = block.image[0][images_B], block.image[1][images_B]
-
-    def keep(self, rows_C: Tensor) -> None:
-        """Keep only these rows and their images. Requires one row per image."""
-        self.reorder(rows_C)
-        self.keep_images(rows_C)
-
-
-class ScratchDecoder(nn.Module):
-    """Maps token ids and image states to hidden states. The output head is tied to the embedding."""
-
-    max_positions = math.inf
+class CrossAttentionDecoder(nn.Module):
+    """Maps token ids and image states to logits. The output head is tied to the embedding."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.width, self.head_width = config.width, config.width // config.heads
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        blocks = [Block(config) for _ in range(config.depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.RMSNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.apply(_init_weights)
-        # Each block has three residual branches. Their last layers start with small weights, as in GPT-2.
-        for block in blocks:
-            for layer in (block.attend_words.out, block.attend_image.out, block.down):
-                nn.init.normal_(layer.weight, std=0.02 / (3 * config.depth) ** 0.5)
 
-    def forward(self, ids_CT: Tensor, memory_BND: Tensor | None, cache: Cache | None = None) -> Tensor:
-        """Return the states (C, T, D) that predict the token after each of `ids_CT`.
-
-        With a cache, `ids_CT` holds only new tokens. `memory_BND` is None if there is no image, or if
-        its keys and values are cached.
-        """
-        start, T = cache.length if cache else 0, ids_CT.shape[1]
-        if cache is not None:
-            cache.blocks = cache.blocks or [BlockCache() for _ in self.blocks]
-            cache.length += T
-        # New token t has position start + t, and attends to itself and all earlier tokens.
-        rope = rope_table(torch.arange(start, start + T, device=ids_CT.device), self.head_width)
-        seen_TS = torch.ones(T, start + T, dtype=torch.bool, device=ids_CT.device).tril(start)
-        return self._states(ids_CT, memory_BND, rope, seen_TS if T > 1 else None, cache)
-
-    def _states(
-        self, ids_CT: Tensor, memory_BND: Tensor | None, rope: TensorPair, seen: Seen, cache: Cache | None
+    def forward(
+        self, ids_CT: Tensor, memory_BND: Tensor | None, mask_CS: Tensor, cache: Cache | None = None
     ) -> Tensor:
+        """Return the logits of the token after each of `ids_CT`: (C, T, V).
+
+        With a cache, `ids_CT` holds only new tokens, and `memory_BND` is None if the image is cached.
+        `mask_CS` is 0 for padding before the text.
+        """
+        cache = DynamicCache() if cache is None else cache
+        depth = len(self.blocks)
+        # Each block has two layers of the cache: one for the words, and one for the image.
+        while len(cache.layers) < 2 * depth:
+            cache.layers.append(DynamicLayer())
+        T, S = ids_CT.shape[1], mask_CS.shape[1]
+        causal_TS = torch.ones(T, S, dtype=torch.bool, device=ids_CT.device).tril(S - T)
+        # Let padding attend to itself: a fully masked row would be NaN.
+        itself_TS = torch.eye(S, dtype=torch.bool, device=ids_CT.device)[S - T :]
+        seen_C1TS = (causal_TS & mask_CS[:, None, None].bool()) | itself_TS
+        rope = rope_table(torch.arange(S - T, S, device=ids_CT.device), self.head_width)
+        caches: list[Any] = list(zip(cache.layers[:depth], cache.layers[depth:], strict=True))
+        states_CTD = self.states(ids_CT, memory_BND, rope, seen_C1TS, caches)
+        return functional.linear(states_CTD, self.embedding.weight)
+
+    def states(
+        self,
+        ids_CT: Tensor,
+        memory_BND: Tensor | None,
+        rope: TensorPair,
+        seen: Seen,
+        caches: Sequence[BlockCache] = (),
+    ) -> Tensor:
+        """Return the hidden states from which the head predicts the next tokens: (C, T, D)."""
         x_CTD = self.dropout(self.embedding(ids_CT))
         for index, block in enumerate(self.blocks):
-            x_CTD = block(x_CTD, memory_BND, rope, seen, cache.blocks[index] if cache else None)
+            x_CTD = block(x_CTD, memory_BND, rope, seen, caches[index] if caches else None)
         normed_CTD: Tensor = self.norm(x_CTD)
         return normed_CTD
 
-    def head(self, states_ND: Tensor) -> Tensor:
-        """Return logits over the vocabulary: (N, D) -> (N, V)."""
-        return functional.linear(states_ND, self.embedding.weight)
+
+class ScratchDecoder(CrossAttentionDecoder):
+    """A CrossAttentionDecoder with initial weights and a loss."""
+
+    max_positions = math.inf
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.apply(_init_weights)
+        # Each block has three residual branches. Their last layers start with small weights, as in GPT-2.
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for layer in (block.attend_words.out, block.attend_image.out, block.down):
+                nn.init.normal_(layer.weight, std=0.02 / (3 * config.depth) ** 0.5)
 
     def loss(self, memory_BND: Tensor, texts: TextBatch, label_smoothing: float = 0) -> Tensor:
         """Return the summed loss (see CaptionerModel.loss)."""
         packed = pack(texts, len(memory_BND)).to(memory_BND.device)
         rope = rope_table(packed.positions_BS[:, None], self.head_width)
-        states_BSD = self._states(packed.ids_BS, memory_BND, rope, (packed.place_CT, packed.origin_BS), None)
+        states_BSD = self.states(packed.ids_BS, memory_BND, rope, (packed.place_CT, packed.origin_BS))
         states_KD = packed.learned(states_BSD)
         return token_loss(states_KD, self.embedding, packed.labels_K, packed.weight_K, label_smoothing)
-
-    def generate(
-        self, memory_BND: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
-    ) -> list[list[int]]:
-        """Generate one text per image (see CaptionerModel.generate)."""
-        cache = Cache()
-
-        def step(new_CT: Tensor) -> Tensor:
-            return self.head(self(new_CT, None if cache.blocks else memory_BND, cache)[:, -1])
-
-        if decoding.num_beams > 1:
-            reorder, keep = cache.reorder, cache.keep_images
-            return beam_search(step, reorder, keep, prompt_BT, decoding, max_tokens, eos_id)
-        return decode(step, cache.keep, prompt_BT, decoding, max_tokens, eos_id)
 
     def repeated_parts(self) -> list[nn.Module]:
         """Return the modules to compile, one for each block."""
@@ -169,8 +143,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the updated residual stream: (C, T, D). `rope` is the result of `rope_table`."""
         x_CTD = x_CTD + self.dropout(self._self_attention(self.norm_words(x_CTD), rope, seen, cache))
-        if memory_BND is not None or (cache is not None and cache.image is not None):
-            x_CTD = x_CTD + self.dropout(self._cross_attention(self.norm_image(x_CTD), memory_BND, cache))
+        x_CTD = x_CTD + self.dropout(self._cross_attention(self.norm_image(x_CTD), memory_BND, cache))
         out_CTD: Tensor = x_CTD + self.dropout(self.down(functional.gelu(self.up(self.norm_mlp(x_CTD)))))
         return out_CTD
 
@@ -182,21 +155,18 @@ class Block(nn.Module):
         k_CHSK, v_CHSK = attention.keys_values(x_CTD)
         k_CHSK = apply_rope(k_CHSK, rope)
         if cache is not None:
-            if cache.words is not None:
-                k_CHSK = torch.cat([cache.words[0], k_CHSK], 2)
-                v_CHSK = torch.cat([cache.words[1], v_CHSK], 2)
-            cache.words = k_CHSK, v_CHSK
+            k_CHSK, v_CHSK = cache[0].update(k_CHSK, v_CHSK)
         return attention.attend(q_CHTK, k_CHSK, v_CHSK, seen)
 
     def _cross_attention(self, x_CTD: Tensor, memory_BND: Tensor | None, cache: BlockCache | None) -> Tensor:
         attention = self.attend_image
-        if cache is not None and cache.image is not None:
-            k_BHNK, v_BHNK = cache.image
-        else:
-            assert memory_BND is not None
+        if memory_BND is not None:
             k_BHNK, v_BHNK = attention.keys_values(memory_BND)
-        if cache is not None:
-            cache.image = k_BHNK, v_BHNK
+            if cache is not None:
+                cache[1].update(k_BHNK, v_BHNK)
+        else:
+            assert cache is not None and cache[1].keys is not None and cache[1].values is not None
+            k_BHNK, v_BHNK = cache[1].keys, cache[1].values
         # Rows about one image are adjacent. Joined to one long row, they share its keys and values.
         joined_BXD = x_CTD.reshape(len(k_BHNK), -1, x_CTD.shape[-1])
         out_BXD = attention.attend(attention.heads(attention.query(joined_BXD)), k_BHNK, v_BHNK, None)

@@ -13,7 +13,6 @@ V vocabulary.
 
 import math
 from contextlib import suppress
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -34,7 +33,7 @@ from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
 from trainer.config import DECODERS
 from trainer.model import pretrained, text_loss
-from trainer.model.decoding import GREEDY, DecodingConfig
+from trainer.model.decoding import DecodingConfig, generate_texts
 from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 
 ADAPTER = "default"  # adapter name in peft
@@ -94,6 +93,16 @@ class PretrainedDecoder(nn.Module):
         except ValueError as error:
             hint = "train the whole model: --lora-rank 0"
             raise TrainError(f"this model does not support LoRA adapters: {error}", hint=hint) from None
+
+    def add_dropout(self, rate: float) -> None:
+        """Add dropout to the embedding and to the outputs of attention and MLP. For Qwen3 models."""
+
+        def drop(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+            return nn.functional.dropout(output, rate, layer.training)
+
+        for name, layer in self.model.named_modules():
+            if layer is self.embedding or name.endswith(("o_proj", "down_proj")):
+                layer.register_forward_hook(drop)
 
     def frozen_names(self) -> set[str]:
         """Return the names of all weights except adapters, or an empty set without adapters."""
@@ -233,23 +242,11 @@ class PretrainedDecoder(nn.Module):
         """Generate one text per image (see CaptionerModel.generate)."""
         P, T = prefix_BPD.shape[1], prompt_BT.shape[1]
         self.require_positions(P, T + 1, hint="ask a shorter question")
-        options = {name: value for name, value in asdict(decoding).items() if value != getattr(GREEDY, name)}
-        if decoding.num_beams > 1:
-            options["early_stopping"] = "never"  # a longer text may have a better mean log-probability
-        else:
-            options.pop("length_penalty", None)  # transformers warns of it
-        if decoding.temperature > 0:
-            options |= {"do_sample": True, "top_k": 0}
         embeds_BLD = self._embed(prefix_BPD, prompt_BT)
-        ids_BT: Any = self.model.generate(
-            inputs_embeds=embeds_BLD,
-            attention_mask=torch.ones(embeds_BLD.shape[:2], dtype=torch.long, device=embeds_BLD.device),
-            max_new_tokens=int(min(max_tokens, self.max_positions - P - T)),
-            eos_token_id=eos_id,
-            pad_token_id=eos_id,
-            **options,
-        )
-        return [row[: row.index(eos_id)] if eos_id in row else row for row in ids_BT.tolist()]
+        mask_BL = torch.ones(embeds_BLD.shape[:2], dtype=torch.long, device=embeds_BLD.device)
+        max_tokens = int(min(max_tokens, self.max_positions - P - T))
+        inputs = {"inputs_embeds": embeds_BLD, "attention_mask": mask_BL}
+        return generate_texts(self.model, decoding, max_tokens, eos_id, **inputs)
 
     def require_beams(self, num_beams: int) -> None:
         """Raise TrainError if the model does not support beam search, like some recurrent models."""

@@ -3,9 +3,8 @@
 Packing: all texts about an image share one row, so the decoder reads the image once. Positions restart with
 each text, and a token attends only to its own text, so the loss is the same as for separate texts.
 
-Parts: with a vocabulary of 150,000 tokens, `cross_entropy` would hold the logits and gradients of all tokens
-at once. Here, the forward pass computes loss and gradient for one part of the tokens at a time, and frees its
-logits before the next part.
+Parts: with a vocabulary of 150,000 tokens, the logits of all tokens would fill the memory. They are computed
+for one part of the tokens at a time, freed, and computed again in the backward pass.
 
 Shapes: B images, C texts, T tokens per text, S tokens per packed row, K target tokens, D width, V vocabulary.
 """
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from trainer.tokenizer import TextBatch
 
@@ -113,11 +113,6 @@ class LogitTransform(NamedTuple):
         logits_KV = logits_KV if self.scale == 1 else logits_KV * self.scale
         return logits_KV if self.cap is None else self.cap * torch.tanh(logits_KV / self.cap)
 
-    def gradient(self, error_KV: Tensor, logits_KV: Tensor) -> Tensor:
-        """Return the gradient of the input of `apply`, given the output `logits_KV` and its gradient."""
-        error_KV = error_KV if self.cap is None else error_KV * (1 - (logits_KV / self.cap) ** 2)
-        return error_KV if self.scale == 1 else error_KV * self.scale
-
 
 IDENTITY = LogitTransform()
 
@@ -130,79 +125,20 @@ def token_loss(
     label_smoothing: float = 0,
     transform: LogitTransform = IDENTITY,
 ) -> Tensor:
-    """Return the weighted sum of the tokens' negative log-likelihoods. Supports one backward pass.
-
-    With label smoothing e (Szegedy et al., 2016), the target probability is 1 - e for the label, plus e / V
-    for every token.
-    """
+    """Return the weighted sum of the tokens' negative log-likelihoods."""
     bias_V = head.bias if isinstance(head, nn.Linear) else None
-    needs_gradient = torch.is_grad_enabled()
-    loss: Tensor = _TokenLoss.apply(  # type: ignore[no-untyped-call]
-        states_KD, head.weight, bias_V, labels_K, weight_K, label_smoothing, transform, needs_gradient
-    )
-    return loss
 
+    def part_loss(states_KD: Tensor, labels_K: Tensor, weight_K: Tensor) -> Tensor:
+        logits_KV = transform.apply(functional.linear(states_KD, head.weight, bias_V)).float()
+        losses_K = functional.cross_entropy(
+            logits_KV, labels_K, reduction="none", label_smoothing=label_smoothing
+        )
+        return (losses_K * weight_K).sum()
 
-class _TokenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states_KD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        labels_K: Tensor,
-        weight_K: Tensor,
-        label_smoothing: float,
-        transform: LogitTransform,
-        needs_gradient: bool,  # noqa: FBT001
-    ) -> Tensor:
-        device, V = states_KD.device.type, len(weight_VD)
-        # Cast the head once. Autocast would cast it again for each part.
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-        cast_KD, cast_VD = states_KD.to(dtype), weight_VD.to(dtype)
-        cast_V = None if bias_V is None else bias_V.to(dtype)
-        states_need, weight_needs, bias_needs = (n and needs_gradient for n in ctx.needs_input_grad[:3])
-        grad_KD = torch.empty_like(states_KD) if states_need else None
-        grad_VD = torch.zeros_like(weight_VD) if weight_needs else None
-        grad_V = torch.zeros_like(bias_V) if bias_needs and bias_V is not None else None
-        total = torch.zeros((), device=states_KD.device)
-        size = max(MIN_TOKENS_PER_PART, MAX_LOGITS_PER_PART.get(device, MAX_LOGITS_PER_PART["cpu"]) // V)
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(labels_K), size):
-                part = slice(start, start + size)
-                label_K1, weight_K1 = labels_K[part, None], weight_K[part, None]
-                logits_KV = transform.apply(nn.functional.linear(cast_KD[part], cast_VD, cast_V))
-                log_probs_KV = torch.log_softmax(logits_KV, -1, dtype=torch.float32)
-                losses_K = (label_smoothing - 1) * log_probs_KV.gather(1, label_K1)[:, 0]
-                if label_smoothing:
-                    losses_K -= label_smoothing * log_probs_KV.mean(-1)
-                total += (losses_K * weight_K[part]).sum()
-                if not (states_need or weight_needs or bias_needs):
-                    continue
-                # The gradient of the logits is softmax - target.
-                error_KV = log_probs_KV.exp_()
-                if label_smoothing:
-                    error_KV -= label_smoothing / V
-                minus_target = torch.full_like(label_K1, label_smoothing - 1, dtype=torch.float32)
-                error_KV.scatter_add_(1, label_K1, minus_target)
-                error_KV = transform.gradient(error_KV, logits_KV).to(dtype)
-                # Weigh the narrow factors of the products, not the wide error.
-                if grad_KD is not None:
-                    grad_KD[part] = (error_KV @ cast_VD) * weight_K1
-                weighted_KD = (cast_KD[part] * weight_K1).to(dtype)
-                if grad_VD is not None and grad_VD.dtype == dtype:
-                    grad_VD.addmm_(error_KV.T, weighted_KD)
-                elif grad_VD is not None:
-                    grad_VD += error_KV.T @ weighted_KD
-                if grad_V is not None:
-                    grad_V += (error_KV * weight_K1).sum(0)
-        ctx.save_for_backward(grad_KD, grad_VD, grad_V)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Scale in place, because the gradient of the head may be large. Autograd therefore rejects a second
-        # backward pass.
-        scaled = (None if gradient is None else gradient.mul_(grads[0]) for gradient in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None)
+    max_logits = MAX_LOGITS_PER_PART.get(states_KD.device.type, MAX_LOGITS_PER_PART["cpu"])
+    size = max(MIN_TOKENS_PER_PART, max_logits // len(head.weight))
+    if len(labels_K) <= size:
+        return part_loss(states_KD, labels_K, weight_K)
+    parts = zip(*(tensor.split(size) for tensor in (states_KD, labels_K, weight_K)), strict=True)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.stack([checkpoint(part_loss, *part, **options) for part in parts]).sum()

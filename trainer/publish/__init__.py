@@ -1,1 +1,1 @@
-"""Publish a captioner for transformers, or as a Space."""
+"""Publish a captioner for transformers."""

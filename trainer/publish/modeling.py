@@ -29,12 +29,12 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.image_utils import load_image
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.images.upright import upright_rgb
-from trainer.model.decoder import Block, BlockCache, DecoderConfig, rope_table
+from trainer.model.decoder import CrossAttentionDecoder, DecoderConfig
 from trainer.model.encoder import choose_states, layer_states
 from trainer.prompts import choose_prompt, prompt_ids, prompt_parts
 
@@ -85,50 +85,6 @@ class _Tower(nn.Module):
         """Return the hidden states of images (B, N, V), rounded as in training with a frozen encoder."""
         states_BNV = choose_states(layer_states(self.tower, pixels_BCHW, self.layer), self.states)
         return states_BNV.bfloat16().to(states_BNV.dtype) if self.is_rounded else states_BNV
-
-
-def _read(layer: Any) -> tuple[Tensor, Tensor] | None:
-    return (layer.keys, layer.values) if layer.get_seq_length() else None
-
-
-def _write(layer: Any, pair: Any) -> None:
-    if not layer.is_initialized:
-        layer.lazy_initialization(*pair)
-    layer.keys, layer.values = pair
-
-
-class _CrossAttending(nn.Module):
-    """A decoder trained from scratch, with cross-attention to the image states."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        config = DecoderConfig(**settings)
-        self.width, self.head_width = config.width, config.width // config.heads
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
-        self.norm = nn.RMSNorm(config.width)
-
-    def forward(
-        self, ids_BT: Tensor, states_BND: Tensor | None, mask_BS: Tensor, cache: Cache | None, _: int
-    ) -> Tensor:
-        """Return logits (B, T, vocabulary). `states_BND` is None if the cache has the image."""
-        cache = DynamicCache() if cache is None else cache
-        depth = len(self.blocks)
-        while len(cache.layers) < 2 * depth:
-            cache.layers.append(DynamicLayer())
-        T, S = ids_BT.shape[1], mask_BS.shape[1]
-        causal_TS = torch.ones(T, S, dtype=torch.bool, device=ids_BT.device).tril(S - T)
-        # Let padding attend to itself: a fully masked row would be NaN.
-        itself_TS = torch.eye(S, dtype=torch.bool, device=ids_BT.device)[S - T :]
-        seen_B1TS = (causal_TS & mask_BS[:, None, None].bool()) | itself_TS
-        x_BTD = self.embedding(ids_BT)
-        table = rope_table(torch.arange(S - T, S, device=ids_BT.device), self.head_width)
-        for block, words, image in zip(self.blocks, cache.layers[:depth], cache.layers[depth:], strict=True):
-            block_cache = BlockCache(image=_read(image), words=_read(words))
-            x_BTD = block(x_BTD, states_BND, table, seen_B1TS, block_cache)
-            _write(words, block_cache.words)
-            _write(image, block_cache.image)
-        return nn.functional.linear(self.norm(x_BTD), self.embedding.weight)
 
 
 class _Prefixed(nn.Module):
@@ -198,18 +154,22 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "text")  # type: ignore[assignment]
     _supports_sdpa = True
 
-    def __init__(self, config: SynthCaptionerConfig) -> None:
+    def __init__(self, config: SynthCaptionerConfig, decoder: CrossAttentionDecoder | None = None) -> None:
+        """Build a captioner or, with a `decoder`, a model that only generates from `image_states`."""
         super().__init__(config)
-        self.encoder = _Tower(config.encoder)
-        V = self.encoder.width
-        self.decoder: _CrossAttending | _Prefixed
-        if "language_model" in config.decoder:
-            self.decoder = _Prefixed(config.decoder["language_model"])
-            D = self.decoder.width
-            self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, D), nn.GELU(), nn.Linear(D, D))
+        self.decoder: CrossAttentionDecoder | _Prefixed
+        if decoder is not None:
+            self.decoder = decoder
         else:
-            self.decoder = _CrossAttending(config.decoder)
-            self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
+            self.encoder = _Tower(config.encoder)
+            V = self.encoder.width
+            if "language_model" in config.decoder:
+                self.decoder = _Prefixed(config.decoder["language_model"])
+                D = self.decoder.width
+                self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, D), nn.GELU(), nn.Linear(D, D))
+            else:
+                self.decoder = CrossAttentionDecoder(DecoderConfig(**config.decoder))
+                self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -255,7 +215,8 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         if image_states is None and not past:
             raise ValueError("a captioner needs an image: pass pixel_values")
         shown = None if past else image_states
-        logits = self.decoder(input_ids, shown, attention_mask, past_key_values, prefix)
+        extra = (prefix,) if isinstance(self.decoder, _Prefixed) else ()
+        logits = self.decoder(input_ids, shown, attention_mask, past_key_values, *extra)
         loss = None
         if labels is not None:
             next_logits, next_labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()

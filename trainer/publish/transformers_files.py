@@ -14,7 +14,8 @@ MODULE = "modeling_synth_captioner"
 DEFINITIONS = {
     "pipeline.images.upright": "BAND_PX upright_rgb over_white",
     "trainer.model.decoder": (
-        "DecoderConfig TensorPair Seen BlockCache Block Attention attend_apart rope_table apply_rope"
+        "DecoderConfig TensorPair Seen BlockCache CrossAttentionDecoder Block Attention attend_apart"
+        " rope_table apply_rope"
     ),
     "trainer.model.encoder": "BEFORE_PATCHES layer_states choose_states patch_grid",
     "trainer.prompts": "",  # all definitions
@@ -24,7 +25,8 @@ NEEDED_IMPORTS = {
     "trainer.prompts": "import re\nfrom collections.abc import Callable\n",
     "pipeline.images.upright": "from PIL import ImageOps\n",
     "trainer.model.decoder": (
-        "import math\nfrom dataclasses import dataclass, field\nfrom torch.nn import functional\n"
+        "import math\nfrom collections.abc import Sequence\nfrom dataclasses import dataclass\n"
+        "from torch.nn import functional\nfrom transformers.cache_utils import DynamicLayer\n"
     ),
 }
 # Writes the last text of the user. The processor finds the style or the question in it.

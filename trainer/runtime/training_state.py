@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import TrainError, one_line
-from pipeline.storage.files import atomic_write, read_json, write_text
+from pipeline.storage.files import atomic_write, write_text
 from pipeline.storage.untrusted import read_regular
 from trainer.config import TrainConfig
-from trainer.model.checkpoint import load_checkpoint
-from trainer.runtime.checkpoint_folder import CAPTIONER_FILES, READ_ERRORS, describe_difference, no_captioner
+from trainer.runtime.checkpoint_folder import describe_difference
 
 MAX_LOG_BYTES = 1_000_000_000
 
@@ -40,15 +39,6 @@ def load_resume(folder: Path, config: TrainConfig, run_digest: Callable[[int], s
             f"nothing to resume in {folder}",
             hint="repeat --encoder and --decoder, pass --out FOLDER, or leave out --resume",
         )
-    state = read_resume(path)
-    if state["run"] != run_digest(state.get("processes", 1)):
-        hint = f"use the same, choose another folder (--out DIR), or remove {path} and start without --resume"
-        raise TrainError(f"{folder} was trained with {describe_difference(folder, config)}", hint=hint)
-    return state
-
-
-def read_resume(path: Path) -> dict[str, Any]:
-    """Load a resume.pt file without comparing digests. Raises TrainError if it is damaged."""
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         if not {"run", "step"} <= state.keys() or not isinstance(state["step"], int):
@@ -58,6 +48,9 @@ def read_resume(path: Path) -> dict[str, Any]:
         reason = one_line(error) if is_known else "it is not a saved training state"
         hint = f"remove {path} and start without --resume"
         raise TrainError(f"{path} is damaged: {reason}", hint=hint) from None
+    if state["run"] != run_digest(state.get("processes", 1)):
+        hint = f"use the same, choose another folder (--out DIR), or remove {path} and start without --resume"
+        raise TrainError(f"{folder} was trained with {describe_difference(folder, config)}", hint=hint)
     return state
 
 
@@ -130,22 +123,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         hint = "move it away: only the curves are lost"
         raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
     return entries
-
-
-def describe_checkpoint(folder: Path) -> str:
-    """Check all files of a checkpoint folder and return a summary. Raises TrainError if one is damaged."""
-    parts = []
-    if (folder / "resume.pt").exists():
-        parts.append(f"a state to resume from at step {read_resume(folder / 'resume.pt')['step']:,}")
-    if any((folder / name).exists() for name in CAPTIONER_FILES):
-        captioner = load_checkpoint(folder, torch.device("cpu")).captioner
-        num_weights = sum(weights.numel() for weights in captioner.parameters())
-        parts.append(f"a captioner with {num_weights:,} weights")
-    for name in ("train.json", "metrics.json"):
-        try:
-            if (folder / name).exists():
-                read_json(folder / name)
-        except READ_ERRORS as error:
-            raise no_captioner(folder, f"{name} is damaged: {one_line(error)}") from None
-    steps = max((entry["step"] for entry in read_log(folder / "log.jsonl")), default=0)
-    return ", ".join([*parts, f"{steps:,} steps logged"])

@@ -85,7 +85,7 @@ def test_loss_is_the_negative_log_likelihood_of_next_tokens(build: Build, kind: 
     for position in range(2, len(row)):
         before = torch.tensor([row[:position]])
         if isinstance(captioner.decoder, ScratchDecoder):
-            scores = captioner.decoder.head(captioner.decoder(before, memory)[:, -1])
+            scores = captioner.decoder(before, memory, torch.ones_like(before))[:, -1]
         else:
             words = captioner.decoder.model.get_input_embeddings()(before)
             scores = captioner.decoder.model(inputs_embeds=torch.cat([memory, words], 1)).logits[:, -1]
@@ -122,18 +122,12 @@ def test_greedy_tokens_have_the_lowest_loss_without_a_cache(build: Build, kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_beam_search_is_at_least_as_likely_as_greedy(build: Build, kind: str) -> None:
-    captioner, states = build(kind), torch.randn(2, N, V)
-    prompt = torch.tensor([[2, 3]] * 2)
-    greedy = captioner.generate(states, prompt, GREEDY)
-    beams = captioner.generate(states, prompt, DecodingConfig(num_beams=3))
-
-    def mean_nll(row: int, ids: list[int]) -> float:
-        whole = [2, 3, *ids, *([captioner.config.eos_id] if len(ids) < 8 else [])]
-        return captioner.loss(states[[row]], texts([whole], [2], [0])).item() / (len(whole) - 2)
-
-    for row in range(2):
-        assert mean_nll(row, beams[row]) <= mean_nll(row, greedy[row]) + 1e-4
+def test_sampling_may_draw_every_token(build: Build, kind: str) -> None:
+    """By default, transformers samples one of the 50 likeliest tokens."""
+    captioner, states = build(kind), torch.zeros(1, N, V).expand(400, -1, -1)
+    vocabulary = WORDS if kind == "scratch" else 258
+    texts = captioner.generate(states, torch.tensor([[2, 3]] * 400), DecodingConfig(temperature=1.0))
+    assert len({text[0] for text in texts if text}) > 0.6 * vocabulary
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +145,7 @@ def test_generation_halves_its_batch_when_memory_is_full(
 ) -> None:
     captioner, tried = build("scratch"), list[int]()
     states, prompts = torch.randn(7, N, V), torch.tensor([[2, 3]] * 7)
-    whole, generate, fitting = captioner.generate(states, prompts, GREEDY), captioner.decoder.generate, 2
+    whole, generate, fitting = captioner.generate(states, prompts, GREEDY), captioner._generate, 2
 
     def limited(memory_BND: torch.Tensor, *rest: Any) -> list[list[int]]:
         tried.append(len(memory_BND))
@@ -159,7 +153,7 @@ def test_generation_halves_its_batch_when_memory_is_full(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return generate(memory_BND, *rest)
 
-    monkeypatch.setattr(captioner.decoder, "generate", limited)
+    monkeypatch.setattr(captioner, "_generate", limited)
     assert captioner.generate(states, prompts, GREEDY) == whole
     assert tried == [7, 3, *[1] * 7]
     tried.clear()

@@ -3,12 +3,10 @@
 import random
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionModel,
@@ -26,7 +24,7 @@ from transformers import (
 
 from pipeline.errors import TrainError
 from tests.trainer.tiny_models import IMAGE, SIDE_PX, TOWER, save_clip, save_vit
-from trainer.model.encoder import choose_states, layer_states, load_encoder, patch_grid
+from trainer.model.encoder import choose_states, load_encoder, patch_grid
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -120,24 +118,6 @@ def test_encoder_with_varying_image_sizes_is_refused(tmp_path: Path) -> None:
     CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, do_center_crop=False).save_pretrained(folder)
     with pytest.raises(TrainError, match="cannot be used as an encoder"):
         load_encoder(folder)
-
-
-class Tower(nn.Module):
-    """A tower that returns given layers."""
-
-    def __init__(self, *layers: Tensor) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, pixels_BCHW: Tensor, *, output_hidden_states: bool = False) -> SimpleNamespace:
-        below = self.layers[:-1] if output_hidden_states else None
-        return SimpleNamespace(last_hidden_state=self.layers[-1], hidden_states=below)
-
-
-def test_layer_minus_1_selects_the_output_of_the_tower() -> None:
-    below, last = torch.randn(2, 5, 8), 100 * torch.randn(2, 5, 8)
-    tower, pixels = Tower(torch.zeros(2, 5, 8), below, last), torch.zeros(2, 3, 4, 4)
-    assert layer_states(tower, pixels, -1) is last and layer_states(tower, pixels, 1) is below
 
 
 @pytest.mark.parametrize("before", [0, 1, 5])

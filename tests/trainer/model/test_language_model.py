@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import only
-from trainer.model.decoding import GREEDY, DecodingConfig
+from trainer.model.decoding import GREEDY
 from trainer.model.language_model import PretrainedDecoder
 from trainer.model.pretrained import config_of, settings_of
 from trainer.tokenizer import TextBatch
@@ -111,17 +111,14 @@ def test_texts_longer_than_the_attention_window_are_not_packed() -> None:
     assert decoder.loss(prefix, texts).item() == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-def test_length_penalty_is_passed_only_to_beam_search(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers warns of a length penalty without beams."""
-    decoder, used = decoder_of("llama"), dict[str, Any]()
-    generate = decoder.model.generate
-    monkeypatch.setattr(
-        decoder.model, "generate", lambda **options: used.update(options) or generate(**options)
-    )
-    decoding = DecodingConfig(num_beams=beams, length_penalty=0.5)
-    decoder.generate(torch.zeros(1, 4, decoder.width), torch.zeros(1, 2, dtype=torch.long), decoding, 3, 127)
-    assert used.get("length_penalty") == (0.5 if beams > 1 else None)
+def test_dropout_changes_the_loss_in_training_only() -> None:
+    plain, decoder = decoder_of("qwen3").eval(), decoder_of("qwen3").eval()
+    decoder.add_dropout(0.5)
+    texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
+    expected = plain.loss(prefix, texts)
+    assert torch.equal(decoder.loss(prefix, texts), expected)
+    losses = [decoder.train().loss(prefix, texts).item() for _ in range(2)]
+    assert len({*losses, expected.item()}) == 3
 
 
 def test_model_that_changes_logits_in_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,16 +48,3 @@ def test_error_without_peft_names_the_package_to_install(monkeypatch: pytest.Mon
     with pytest.raises(TrainError, match="lora_rank needs the package peft") as refused:
         decoder_of("llama").add_adapters(4, 0.0)
     assert refused.value.hint == "pip install 'peft>=0.18'"
-
-
-def test_gradient_checkpointing_has_the_same_gradients() -> None:
-    decoder, other = decoder_of("qwen3").train(), decoder_of("qwen3").train()
-    other.enable_checkpointing()
-    texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
-    for each in (decoder, other):
-        each.loss(prefix, texts).backward()
-    for one, two in zip(decoder.parameters(), other.parameters(), strict=True):
-        assert (one.grad is None) == (two.grad is None)
-        if one.grad is not None and two.grad is not None:
-            torch.testing.assert_close(one.grad, two.grad)
-    assert other.model.is_gradient_checkpointing

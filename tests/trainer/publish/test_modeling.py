@@ -313,9 +313,7 @@ def test_saved_captioner_writes_the_same_tokens_with_its_decoding_settings(
     tokens = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
     eos_id = captioner.checkpoint.captioner.config.eos_id
     tokens = [row[: row.index(eos_id)] if eos_id in row else row for row in tokens]
-    # transformers counts n-grams of the prompt, too. Only random weights write tokens of the prompt.
-    pairs = [pair for pair in zip(tokens, rows, strict=True) if not {*captioner.prompt()} & {*pair[1]}]
-    assert len(pairs) >= 6 and all(written == expected for written, expected in pairs)
+    assert tokens == rows
     assert min(map(len, rows)) >= 5
     assert all(len({*itertools.pairwise(row)}) == len(row) - 1 for row in rows)
     greedy = captioner.write(pixels_BCHW, [captioner.prompt()] * len(images))

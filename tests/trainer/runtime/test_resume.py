@@ -51,9 +51,12 @@ def test_resuming_with_other_settings_is_refused(
         train_captioner(version, replace(steps=3), tmp_path, resume=True)
 
 
-def test_resuming_is_refused_if_no_training_was_interrupted(version: Version, tmp_path: Path) -> None:
+def test_resuming_without_an_intact_state_is_refused(version: Version, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="nothing to resume"):
-        train_captioner(version, SMALL, tmp_path / "new", resume=True)
+        train_captioner(version, SMALL, tmp_path, resume=True)
+    (tmp_path / "resume.pt").write_bytes(b"half")
+    with pytest.raises(TrainError, match=r"resume\.pt is damaged"):
+        train_captioner(version, SMALL, tmp_path, resume=True)
 
 
 def test_signal_to_one_process_ends_all_after_saving(version: Version, tmp_path: Path, clip: str) -> None:

@@ -8,14 +8,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-import torch
 
 from pipeline.dataset.version import read_version
 from pipeline.errors import TrainError
@@ -23,10 +21,10 @@ from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner
 from trainer.model.caption_model import GenerationMemoryError
-from trainer.model.decoding import GREEDY, DecodingConfig
+from trainer.model.decoding import DecodingConfig
 from trainer.serving import server as serving
 from trainer.serving.address import listen, url_of
-from trainer.serving.server import Batcher, CaptionServer, GenerationRequest, make_server
+from trainer.serving.server import CaptionServer, make_server
 from trainer.tokenizer import CaptionTokenizer
 
 NAME = "student"
@@ -179,43 +177,6 @@ def test_request_over_the_limit_is_told_to_retry_later(
         assert request(url, "/health")[0] == 200
 
 
-def test_request_of_disconnected_client_is_not_generated(
-    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first text is held back until the other clients have disconnected."""
-    begun, released, batch_sizes = threading.Event(), threading.Event(), list[int]()
-    write = Captioner.write
-
-    def hold(self: Captioner, pixels_BCHW: Any, *arguments: Any) -> list[list[int]]:
-        begun.set()
-        assert released.wait(30)
-        batch_sizes.append(len(pixels_BCHW))
-        return write(self, pixels_BCHW, *arguments)
-
-    monkeypatch.setattr(Captioner, "write", hold)
-    server = CaptionServer(captioner, NAME)
-    server.batcher.batch_size = 1
-
-    async def disconnect(url: str) -> None:
-        first = asyncio.create_task(send(url, CHAT, chat(png(1))))
-        await asyncio.to_thread(begun.wait, 30)
-        others = [asyncio.create_task(send(url, CHAT, chat(png(number)))) for number in range(4)]
-        while len(server.batcher.pending) < 4:
-            await asyncio.sleep(0.01)
-        for other in others:
-            other.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        while server.held_bytes > serving.MIN_HELD_BYTES:
-            await asyncio.sleep(0.01)
-        released.set()
-        assert (await first)[0] == 200
-
-    with running(server) as url:
-        asyncio.run(disconnect(url))
-        assert request(url, CHAT, chat(png(1)))[0] == 200
-    assert batch_sizes == [1, 1]
-
-
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -232,34 +193,6 @@ def test_only_errors_of_the_request_have_a_client_error_status(
 
     monkeypatch.setattr(Captioner, "write", fail)
     assert request(url, CHAT, chat(png(1)))[0] == status
-
-
-@pytest.mark.parametrize(
-    ("arrived", "batches"),
-    [
-        ("", []),
-        ("aaa", ["aa", "a"]),
-        ("abab", ["aa", "bb"]),
-        ("baaab", ["bb", "aa", "a"]),
-        ("a-ba-", ["aa", "b"]),
-        ("--", []),
-    ],
-)
-def test_batch_has_the_oldest_request_and_others_of_its_group(arrived: str, batches: list[str]) -> None:
-    """Letters are groups, and `-` is a request whose client has disconnected."""
-    groups = {"a": GREEDY, "b": DecodingConfig(num_beams=3), "-": GREEDY}
-
-    async def take() -> list[str]:
-        batcher = Batcher(lambda _: [], 2, ThreadPoolExecutor(1))
-        for letter in arrived:
-            future = asyncio.get_running_loop().create_future()
-            if letter == "-":
-                future.cancel()
-            batcher.pending.append((GenerationRequest(torch.zeros(3, 1, 1), [1], groups[letter]), future))
-        taken = iter(batcher._next_batch, [])
-        return ["".join("a" if r.decoding == GREEDY else "b" for r, _ in batch) for batch in taken]
-
-    assert asyncio.run(take()) == batches
 
 
 @pytest.mark.parametrize(
