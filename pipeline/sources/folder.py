@@ -34,7 +34,6 @@ from pipeline.sources.texts import (
     METADATA_FILES,
     PATH_COLUMNS,
     ImageTexts,
-    describe_model_texts,
     match_images,
     normalize_path,
     read_captions,
@@ -108,7 +107,8 @@ class FolderTexts:
             yield f"splits of the source: {', '.join(counts)}"
         if questions:
             yield f"human questions: {sum(map(len, questions)):,} about {len(questions):,} {of_all}"
-        yield from describe_model_texts(self._num_by_model)
+        if self._num_by_model:
+            yield f"skipped {self._num_by_model:,} model-written texts"
         yield from self._messages
 
     def _add_metadata_file(self, file: Path) -> None:
