@@ -96,21 +96,22 @@ def open_questions(
         name, file_split, values = row
         return name if isinstance(values, Rejected) else (file_split, values[key])
 
-    def grouped(columns: Sequence[str], first_row: int = 0) -> Iterator[list[TableRow]]:
-        return (list(group) for _, group in groupby(tables.rows(columns, split, first_row), key_of))
+    def grouped(columns: Sequence[str], first_row: int = 0) -> Iterator[Iterator[TableRow]]:
+        return (group for _, group in groupby(tables.rows(columns, split, first_row), key_of))
 
     def samples(start: int) -> Iterator[RawSample | Rejected]:
         # Only the keys of the skipped rows are read, not their images.
-        first_row = sum(map(len, islice(grouped([key]), start))) if start else 0
+        first_row = sum(1 for group in islice(grouped([key]), start) for _ in group) if start else 0
         for group in grouped([*image_columns, *text_columns], first_row):
-            name, file_split, row = group[0]
+            name, file_split, row = next(group)
             if isinstance(row, Rejected):
                 yield row
                 continue
             pages = [row[column] for column in image_columns]
-            asked = tuple(read_question(values) for *_, values in group if not isinstance(values, Rejected))
+            asked = [read_question(row)]
+            asked += [read_question(values) for *_, values in group if not isinstance(values, Rejected)]
             row_split = stored_split(file_split, split)
-            yield build_sample(name, pages, license, row_split, reference_qa=asked)
+            yield build_sample(name, pages, license, row_split, reference_qa=tuple(asked))
 
     return Source(
         name=config.source.partition("@")[0],
