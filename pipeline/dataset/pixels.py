@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import JOINED, Version, extras_of
 from pipeline.errors import StoreError
 from pipeline.images.metadata import strip_metadata
@@ -40,21 +38,6 @@ def join_images(version: Version, images: Iterable[Images]) -> Version:
         hint = "use the original, unchanged image files: sample_id is the SHA-256 of the file"
         raise StoreError(problem, hint=hint)
     return joined
-
-
-def images_of_dataset(folder: Path, sample_ids: Iterable[str]) -> Iterator[Images]:
-    """Yield the images of those samples that a dataset folder, or a version with pixels, has."""
-    version = open_dataset(folder)
-    if version.holds_pixels:
-        pixels = [name for name in PIXELS if name in version.manifest["columns"]]
-        for _, batch in version.batches(["sample_id", *pixels], BATCH_ROWS, sample_ids=[*sample_ids]):
-            for row in batch.to_pylist() if pixels else ():
-                images = row.get("pages") or [row["image"]]
-                yield row["sample_id"], tuple(image["bytes"] for image in images)
-        return
-    store = version.store
-    for sample_id in store.in_order(sample_ids):
-        yield sample_id, tuple(store.read([sample_id])[0].as_py())
 
 
 def _with_pixel_columns(version: Version) -> Version:

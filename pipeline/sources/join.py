@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.pixels import find_joined, images_of_dataset, join_images, lacks_pixels
+from pipeline.dataset.pixels import find_joined, join_images, lacks_pixels
 from pipeline.dataset.version import JOINED, Version
 from pipeline.errors import ConfigError
 from pipeline.sources import read_images
@@ -13,8 +13,8 @@ from pipeline.storage.files import translate_disk_errors
 def with_pixels(version: Version, images: str | None) -> Version:
     """Return the version if it has pixels, else a copy of it with the pixels from `images`.
 
-    `images` is a folder of image files, a dataset folder, or a source. Raises ConfigError if `images` is
-    needed but None, and StoreError if images are missing.
+    `images` is a folder of image files, or a source. Raises ConfigError if `images` is needed but None, and
+    StoreError if images are missing.
     """
     if not lacks_pixels(version):
         return version
@@ -25,7 +25,4 @@ def with_pixels(version: Version, images: str | None) -> Version:
         if images is None:
             name = version.repo or version.path
             raise ConfigError(f"{name} has no images", hint="pass its images: --images FOLDER")
-        folder = Path(images)
-        if (folder / "versions").is_dir() or (folder / "manifest.json").exists():
-            return join_images(version, images_of_dataset(folder, version.sample_ids()))
-        return join_images(version, read_images(f"folder:{folder}" if folder.is_dir() else images))
+        return join_images(version, read_images(f"folder:{images}" if Path(images).is_dir() else images))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.pixels import Images, find_joined, images_of_dataset, join_images, lacks_pixels
+from pipeline.dataset.pixels import Images, find_joined, join_images, lacks_pixels
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from pipeline.images.decode import deck_id
@@ -62,16 +62,7 @@ def test_images_are_joined_from_a_folder_of_files(texts: Version, tmp_path: Path
     assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
 
 
-def test_images_are_joined_from_a_version_that_contains_them(
-    whole: Version, texts: Version, tmp_path: Path
-) -> None:
-    downloaded = pulled(whole, tmp_path / "downloaded", images=True)
-    assert downloaded.holds_pixels
-    joined = with_pixels(texts, str(downloaded.path))
-    assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
-
-
-def test_decks_are_joined_from_version_with_pages(tmp_path: Path) -> None:
+def test_joined_deck_has_all_pages(tmp_path: Path) -> None:
     pages = [sample.images[0] for sample in SAMPLES[:4]]
     deck = replace(SAMPLES[0], id=deck_id([sample.id for sample in SAMPLES[:4]]), images=tuple(pages))
     captions = true_captions(SAMPLES[:1])
@@ -79,8 +70,6 @@ def test_decks_are_joined_from_version_with_pages(tmp_path: Path) -> None:
     captions = captions.set_column(ids, "sample_id", [[deck.id] * captions.num_rows])
     whole, _ = make_version(tmp_path / "whole", [deck], captions)
     texts = pulled(whole, tmp_path / "home" / "texts", images=False)
-    downloaded = pulled(whole, tmp_path / "downloaded", images=True)
-    assert [*images_of_dataset(downloaded.path, [deck.id])] == [(deck.id, tuple(pages))]
-    joined = join_images(texts, images_of_dataset(whole.path, [deck.id]))
+    joined = join_images(texts, [(deck.id, tuple(pages))])
     split = next(split for split, count in whole.manifest["rows"].items() if count)
     assert [page["bytes"] for page in joined.read(split)["pages"].to_pylist()[0]] == pages
