@@ -12,7 +12,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import boto3
 import pytest
 import webdataset
 
@@ -22,7 +21,6 @@ from pipeline.sources import archive, open_source
 from pipeline.types import Rejected, Sample
 from tests.hostile import bounded_memory
 from tests.hub.datasets import photo
-from tests.s3 import running_s3
 
 Files = dict[str, bytes]
 FILES: Files = {
@@ -444,46 +442,6 @@ def test_linked_archive_is_refused_without_follow_links(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="outside of"):
         rows(tmp_path / "home")
     assert len(rows(tmp_path / "home", follow_links=True)) == 1
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Any:
-    with running_s3("archives") as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield boto3.client("s3")
-
-
-def test_remote_archive_is_streamed(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {f"{number:03}.jpg": photo(number) + bytes(200_000) for number in range(60)}
-    store.put_object(Bucket="archives", Key="mine/train-0.tar", Body=tar_of(files))
-    store.put_object(Bucket="archives", Key="mine/test.zip", Body=zip_of({"z.jpg": photo(99)}))
-    read: list[int] = []
-    count = archive._CountedFile.read
-
-    def noted(self: Any, size: int = -1) -> bytes:
-        data = count(self, size)
-        read.append(len(data))
-        return data
-
-    monkeypatch.setattr(archive._CountedFile, "read", noted)
-    source = open_source(resolve(source="archive:s3://archives/mine"))
-    splits = [row.split for row in source.rows if isinstance(row, Sample)]
-    assert source.revision and splits.count("train") == 60
-    whole = sum(read)
-    read.clear()
-    few = open_source(resolve(source="archive:s3://archives/mine/train-0.tar")).rows
-    assert [next(few).source_row for _ in range(3)] == [f"train-0.tar/{n:03}.jpg" for n in range(3)]
-    assert sum(read) < whole / 4
-    with pytest.raises(SourceError, match="no file at"):
-        open_source(resolve(source="archive:s3://archives/other/"))
-
-
-def test_held_out_archives_are_reported(tmp_path: Path) -> None:
-    for name, is_reported in (("shop-test.tar", True), ("shop-train.tar", False)):
-        (tmp_path / name).write_bytes(tar_of({f"{name}.jpg": photo(len(name))}))
-        messages = open_source(resolve(source=f"archive:{tmp_path}")).messages
-        assert any("all rows are in the split test" in text for text in messages) == is_reported
 
 
 def test_unusable_column_value_rejects_one_image(tmp_path: Path) -> None:
