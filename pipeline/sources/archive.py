@@ -22,9 +22,9 @@ from itertools import islice
 from typing import Any, BinaryIO, cast
 
 from pipeline.config import Config
-from pipeline.errors import SourceError, did_you_mean, one_line
+from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
+from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles, require_columns
 from pipeline.sources.source_files import UNREAD_SUFFIXES, find_source_files
 from pipeline.sources.splits import describe_held_out, read_split, split_of_path, stored_split
 from pipeline.sources.text_files import decode_text, parse_json
@@ -402,7 +402,10 @@ def _open(config: Config, path: str) -> Source:
             raise SourceError(f"no images in {', '.join(names)[:200]}", hint=hint)
 
     if not {*PATH_COLUMNS}.issuperset(columns):
-        _require_columns((group for _, group in read_groups()), columns)
+        known = [*PATH_COLUMNS]
+        for _, group in islice(read_groups(), COLUMN_GROUPS):
+            known += sorted(_parse_texts([entry for entry in group if is_text(entry.name)])[1])
+        require_columns(columns, dict.fromkeys(known), "columns of the first images")
     messages = [*files.messages, *([] if split else describe_held_out(names_by_split))]
     return Source(
         name="archive",
@@ -410,16 +413,6 @@ def _open(config: Config, path: str) -> Source:
         read=lambda start: check_samples(islice(read(), start, None)),
         messages=tuple(messages),
     )
-
-
-def _require_columns(groups: Iterator[list[Entry]], columns: Sequence[str]) -> None:
-    """Check that the texts of the first images have these columns. Raises SourceError if one is missing."""
-    known = {*PATH_COLUMNS}
-    for group in islice(groups, COLUMN_GROUPS):
-        known |= {*_parse_texts([entry for entry in group if is_text(entry.name)])[1]}
-    if unknown := [column for column in columns if column not in known]:
-        hint = did_you_mean(unknown[0], known, f"the first images have {', '.join(sorted(known))}")
-        raise SourceError(f"no column is named {unknown[0]}", hint=hint)
 
 
 def _reject(archive: str, entry: Entry, reason: str) -> Rejected:

@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.digests import digest
-from pipeline.errors import ConfigError, ImageError, SourceError, did_you_mean
-from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
+from pipeline.errors import ConfigError, ImageError, SourceError
+from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles, require_columns
 from pipeline.sources.source_files import digest_or_fault, read_image
 from pipeline.sources.splits import SPLIT_OF_WORD, stored_split
 from pipeline.sources.text_files import parse_rows, read_text, translate_file_errors
@@ -62,9 +62,7 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
     if not {name.lower() for name in names} & {*IMAGE_COLUMNS}:
         hint = f"in the first line, call the column of paths {IMAGE_COLUMNS[0]}, or the column of URLs url"
         raise SourceError(f"{file} has no column of images: it has {', '.join(names)[:200]}", hint=hint)
-    if unknown := [name for name in columns if name not in names]:
-        hint = did_you_mean(unknown[0], names, f"columns: {', '.join(names)}")
-        raise SourceError(f"no column is named {unknown[0]}", hint=hint)
+    require_columns(columns, names)
     hint = f"in the column {SPLIT}, use {', '.join(SPLIT_OF_WORD)}, or rename the column"
     with translate_file_errors(file, hint):
         return [_parse_row(number, row, columns, file) for number, row in rows]
