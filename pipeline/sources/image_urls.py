@@ -42,6 +42,7 @@ _INTERNAL_NETWORKS = tuple(map(ipaddress.ip_network, (
 )))  # fmt: skip
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TEMPORARY_CLIENT_ERRORS = (408, 425, 429)
+BUSY_STATUSES, BUSY_PAUSE_S = (429, 503), 2.0
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -86,13 +87,6 @@ class HostCost:
 
 _costs_lock = threading.Lock()
 _costs: dict[URL, HostCost] = {}  # by scheme, host and port
-
-
-def _cost_of(url: URL) -> HostCost:
-    """Return the cost so far of a URL's host. The caller must hold `_costs_lock`."""
-    if len(_costs) > MAX_HOSTS:
-        _costs.clear()
-    return _costs.setdefault(url.origin(), HostCost())
 
 
 # --- requests
@@ -174,7 +168,9 @@ async def _get_within_budget(
     """Call `_get`, and record its cost. Raises ImageError if the host is not allowed or is given up."""
     _require_allowed_host(url, allowed)
     with _costs_lock:
-        cost = _cost_of(url)
+        if len(_costs) > MAX_HOSTS:
+            _costs.clear()
+        cost = _costs.setdefault(url.origin(), HostCost())
     started = time.monotonic()
     if cost.is_given_up():
         wasted = f"{cost.wasted_seconds:.0f} s, {cost.wasted_bytes:,} bytes"
@@ -198,6 +194,9 @@ async def _get(session: aiohttp.ClientSession, url: URL, timeout_s: float) -> tu
         if response.status in _REDIRECTS and response.headers.get("Location"):
             return response.headers["Location"], b""
         if response.status != 200:
+            if response.status in BUSY_STATUSES:
+                # The pause counts as wasted time, so a host that stays busy is given up.
+                await asyncio.sleep(BUSY_PAUSE_S)
             is_final = 400 <= response.status < 500 and response.status not in _TEMPORARY_CLIENT_ERRORS
             reason = "url_not_found" if is_final else "url_unreachable"
             raise ImageError(reason, f"{url.host} answers {response.status}")

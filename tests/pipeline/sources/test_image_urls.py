@@ -78,6 +78,7 @@ def refused(url: str, allowed: image_urls.Allowed = is_public) -> str:
 @pytest.fixture(autouse=True)
 def no_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_urls, "_costs", {})
+    monkeypatch.setattr(image_urls, "BUSY_PAUSE_S", 0.2)
 
 
 @pytest.mark.parametrize("path", ["photo", "loop/loop/photo", "K%C3%B6ln", "moved"])
@@ -229,6 +230,12 @@ def test_slowly_failing_host_is_given_up_unless_mostly_useful() -> None:
     assert refused("http://127.0.0.1:9/x.jpg", anywhere) == "host_given_up"
     cost.useful_seconds = 500.0
     assert refused("http://127.0.0.1:9/x.jpg", anywhere) == "url_unreachable"
+
+
+def test_pause_of_a_busy_host_is_wasted_time(server: str) -> None:
+    assert refused(f"{server}/busy", anywhere) == "url_unreachable"
+    (cost,) = image_urls._costs.values()
+    assert cost.wasted_seconds >= 0.2
 
 
 def test_process_that_ends_early_does_not_wait_for_fetches() -> None:
