@@ -133,7 +133,6 @@ def _vqav2_question(row: dict[str, Any]) -> ReferenceQA:
 
 def _open_vqav2(config: Config, repo: str) -> Source:
     tables = open_hub(repo or VQAV2_REPO)
-    tables.require("image", *_VQAV2_COLUMNS)
     columns, license = _VQAV2_COLUMNS, FLICKR_TERMS
     return open_questions(config, tables, "image_id", ["image"], columns, _vqav2_question, license)
 
@@ -166,7 +165,7 @@ def _optional(value: Any) -> str | None:
 
 def _open_slidevqa(config: Config, repo: str) -> Source:
     tables = open_hub(repo or SLIDEVQA_REPO)
-    pages = named_columns(tables.require("page_1", *_SLIDEVQA_COLUMNS), "pages", "page_*")
+    pages = named_columns(tables.schema, "pages", "page_*")
     columns, license = _SLIDEVQA_COLUMNS, NTT_EVALUATION
     read = _slidevqa_question
     return open_questions(config, tables, "deck_name", pages, columns, read, license, decks=True)
