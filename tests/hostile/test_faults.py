@@ -173,7 +173,7 @@ def test_pull_after_fault_equals_undisturbed_run(mode: str, made: Path, tmp_path
 
 
 @pytest.fixture(scope="module")
-def three_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def versions_with_leftovers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with versions and unused images, and leftovers of killed commands."""
     folder = tmp_path_factory.mktemp("versions")
     samples = scene_samples(12)
@@ -187,7 +187,7 @@ def three_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("mode", "count"), [("crash", 3), ("full", 1)])
 def test_interrupted_removal_leaves_versions_whole(
-    three_versions: Path, tmp_path: Path, mode: str, count: int
+    versions_with_leftovers: Path, tmp_path: Path, mode: str, count: int
 ) -> None:
     def versions(folder: Path) -> list[str]:
         """Check all versions, and return their names."""
@@ -205,4 +205,4 @@ def test_interrupted_removal_leaves_versions_whole(
     def after_fault(folder: Path) -> None:
         assert versions(folder) == ["v1.0.0", "v1.0.1"]
 
-    sweep(three_versions, tmp_path, GC, mode, state, count=count, after_fault=after_fault)
+    sweep(versions_with_leftovers, tmp_path, GC, mode, state, count=count, after_fault=after_fault)
