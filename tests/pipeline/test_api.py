@@ -12,10 +12,10 @@ import pytest
 from datasets import Features, Image, List
 
 import pipeline
-from pipeline.dataset.pixels import join_images
 from pipeline.errors import ConfigError, StoreError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.install import installed_version
+from pipeline.sources.join import join_images
 from tests.chat.server import ChatServer, running_chat
 from tests.hub.pusher import Pusher
 from tests.hub.server import running_hub

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.pixels import Images, find_joined, join_images, lacks_pixels
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from pipeline.images.decode import deck_id
-from pipeline.sources.join import with_pixels
+from pipeline.sources.join import Images, find_joined, join_images, with_pixels
 from pipeline.tables import Extras
 from pipeline.types import Sample
 from tests.scene_data import SCORED, make_version, pulled, scene_samples, scored_captions, true_captions
@@ -32,11 +31,11 @@ def images_of(samples: list[Sample]) -> list[Images]:
 
 
 def test_joined_images_complete_the_version(whole: Version, texts: Version) -> None:
-    assert lacks_pixels(texts)
+    assert texts.lacks_pixels
     assert find_joined(texts) is None
     joined = join_images(texts, images_of(SAMPLES))
     assert find_joined(texts) == joined and joined.path == texts.path
-    assert not lacks_pixels(joined)
+    assert not joined.lacks_pixels
     assert joined.manifest["columns"] == whole.manifest["columns"]
     assert joined.manifest["digest"] == whole.manifest["digest"]
     for split in (split for split, count in whole.manifest["rows"].items() if count):
