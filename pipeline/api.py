@@ -13,7 +13,6 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import missing_error
 from pipeline.dataset.manifest import describe_data
-from pipeline.dataset.pixels import find_joined, lacks_pixels
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError
 from pipeline.formats.export import Exported, export_version
@@ -22,6 +21,7 @@ from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
 from pipeline.hub.push import PushResult, check_repo_name, push_package
 from pipeline.progress import Progress
 from pipeline.run import RunResult, generate_dataset
+from pipeline.sources.join import find_joined
 from pipeline.storage.files import translate_disk_errors
 from pipeline.storage.object_store import parse_dataset_path
 from pipeline.tables import SPLITS
@@ -97,7 +97,7 @@ def load(name: str | Path) -> "DatasetDict":
     except ImportError:
         raise ConfigError("pipeline.load needs the package datasets", hint="pip install datasets") from None
     version = _open(name)
-    if lacks_pixels(version) and (joined := find_joined(version)):
+    if version.lacks_pixels and (joined := find_joined(version)):
         version = joined
     if not version.holds_pixels and (missing := version.store.find_missing(version.sample_ids())):
         raise missing_error(missing, version.store.folder)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, Protocol
 
 # Names of mapped source columns, with their values in one row.
@@ -64,9 +64,11 @@ class Sample:
 
     def to_row(self) -> dict[str, Any]:
         """Return the sample as a row of tables.SAMPLE."""
-        values = asdict(self)
-        del values["contrast"]
-        return {"sample_id": values.pop("id"), **values}
+        # `asdict(self)` would copy every value.
+        names = (field.name for field in fields(self) if field.name not in ("id", "contrast"))
+        values = {name: getattr(self, name) for name in names}
+        questions = self.reference_qa and [asdict(question) for question in self.reference_qa]
+        return {"sample_id": self.id, **values, "reference_qa": questions}
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
 from pipeline.cli.training import evaluate, train
-from pipeline.cli.versions import versions_gc, versions_list, versions_rm
+from pipeline.cli.versions import versions_gc, versions_list
 from pipeline.errors import SynthError
 from pipeline.install import PACKAGES, install_command, installed_version
 from pipeline.logs import show_log
@@ -120,7 +120,6 @@ review.command("sample")(review_sample)
 review.command("apply")(review_apply)
 app.add_typer(versions, name="versions", rich_help_panel=USE)
 versions.command("list")(versions_list)
-versions.command("rm")(versions_rm)
 versions.command("gc")(versions_gc)
 add(USE, check, push, export)
 add(TRAIN, train, evaluate, caption, serve_captioner)

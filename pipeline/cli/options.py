@@ -42,7 +42,7 @@ def dataset_argument(text: str = "DIR, DIR@VERSION", default: str = LAST_MADE) -
 
 Dataset = Annotated[str | None, dataset_argument()]
 AnyDataset = Annotated[str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub)")]
-Images = Annotated[str | None, option("Folder, dataset or source with the images, if the version has none.")]
+Images = Annotated[str | None, option("Folder or source with the images, if the version has none.")]
 CaptionerName = Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME on the Hub.")]
 NumBeams = Annotated[
     int | None, option("Beams of the beam search; 1: greedy.", "as in the final test", min=1, max=64)

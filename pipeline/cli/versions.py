@@ -1,9 +1,9 @@
-"""Commands for the versions of a dataset: versions list, rm, gc."""
+"""Commands for the versions of a dataset: versions list, gc."""
 
 import json
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, BadParameter, Option
+from typer import BadParameter, Option
 
 from pipeline.cli.options import ONLY_MADE, AsJson, Dataset, dataset_argument, dataset_path
 from pipeline.cli.output import echo, say
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pipeline.dataset.directory import DatasetDir
 
 
-def _open_dataset(name: str | None, *, for_removal: bool = False) -> tuple["DatasetDir", str | None]:
-    """Return a dataset, and the version if `name` contains one. Raises StoreError if there is no dataset."""
+def _open_dataset(name: str | None, *, for_removal: bool = False) -> "DatasetDir":
+    """Return a dataset. Raises StoreError if there is none, and BadParameter if `name` contains a version."""
     from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.dataset.version import MANIFEST, dataset_dir_of
     from pipeline.errors import StoreError
@@ -31,21 +31,16 @@ def _open_dataset(name: str | None, *, for_removal: bool = False) -> tuple["Data
         if (folder / MANIFEST).exists():
             hint = f"name the dataset folder of this version: {dataset_dir_of(folder)}"
         raise StoreError(f"no dataset at {folder}", hint=hint)
-    return DatasetDir(folder), version
-
-
-def _open_whole(name: str | None, *, for_removal: bool = False) -> "DatasetDir":
-    dataset, version = _open_dataset(name, for_removal=for_removal)
     if version is not None:
-        raise BadParameter(f"name the dataset without a version: {dataset.path}", param_hint="DATASET")
-    return dataset
+        raise BadParameter(f"name the dataset without a version: {folder}", param_hint="DATASET")
+    return DatasetDir(folder)
 
 
 def versions_list(data: Dataset = None, as_json: AsJson = False) -> None:
     """List the versions of a dataset with rows, size, parent, digest and pushes, oldest first."""
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _open_whole(data)
+    dataset = _open_dataset(data)
     with translate_disk_errors(dataset.path):
         # If there is no version, `version` raises an error that gives the reason.
         versions = dataset.versions() or [dataset.version()]
@@ -67,31 +62,6 @@ def versions_list(data: Dataset = None, as_json: AsJson = False) -> None:
             echo(f"          pushed to {repo}")
 
 
-def versions_rm(
-    names: Annotated[list[str], Argument(metavar="DATASET@VERSION...", help="Versions of one dataset.")],
-) -> None:
-    """Remove versions from this machine. Replies stay in the journal, and pushed versions stay on the Hub.
-
-    The dataset may be named once: synth versions rm DIR@v1.0.0 v1.0.1
-    """
-    from pipeline.dataset.removal import remove_versions
-    from pipeline.storage.files import translate_disk_errors
-
-    dataset, version = _open_dataset(names[0], for_removal=True)
-    if version is None:
-        raise BadParameter(f"{names[0]} names no version: {dataset.path}@v1.0.0", param_hint="VERSION")
-    prefix = names[0].rpartition("@")[0]
-    others = [name.removeprefix(f"{prefix}@") for name in names[1:]]
-    with translate_disk_errors(dataset.path), dataset.lock():
-        pushes = dataset.pushed()
-        removed = remove_versions(dataset, [version, *others])
-    for folder in removed:
-        echo(f"removed {folder.path.name}, which frees {size(folder.num_bytes)}")
-        for repo in dict.fromkeys(push["repo"] for push in pushes if push["version"] == folder.path.name):
-            echo(f"          was pushed to {repo}")
-    say(f"images stay until `synth versions gc {dataset.path}` removes the unused ones")
-
-
 def versions_gc(
     data: Annotated[str | None, dataset_argument(default=ONLY_MADE)] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files, but remove nothing.")] = False,
@@ -100,7 +70,7 @@ def versions_gc(
     from pipeline.dataset.removal import remove_images, remove_leftovers, remove_temporary_folders
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _open_whole(data, for_removal=True)
+    dataset = _open_dataset(data, for_removal=True)
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = remove_leftovers(dataset, dry_run=dry_run)
         leftovers += remove_temporary_folders(dataset, dry_run=dry_run)

@@ -138,9 +138,8 @@ class DatasetDir:
             except OtherReleaseError:
                 raise
             except StoreError as error:
-                name = manifest.parent.name
-                hint = f"move {manifest.parent} away, or run `synth versions rm {self.path}@{name}`"
-                raise StoreError(f"the version {name} cannot be read: {error}", hint=hint) from None
+                problem = f"the version {manifest.parent.name} cannot be read: {error}"
+                raise StoreError(problem, hint=f"move {manifest.parent} away, or remove it") from None
         return sorted(versions, key=lambda version: version.number)
 
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:

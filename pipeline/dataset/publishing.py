@@ -1,7 +1,7 @@
 """Write the files of a version, and publish them atomically under the name of the version."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,8 +161,7 @@ def publish_version(
         if is_as_complete and _measured(parent.manifest) == _measured(provenance):
             return parent, False
     schema = row_schema(columns, extras)
-    taken, config = dataset.taken_numbers(), provenance.get("config", {})
-    name = next_version(parent, digests["sample_id"], schema, taken, config)
+    name = next_version(parent, digests["sample_id"], schema, dataset.taken_numbers())
     files = _number_files(written)
     write_table(draft / REJECTIONS_FILE, rejections, REJECTIONS)
     write_table(draft / IMAGES_FILE, [_image_digests(dataset, digests["sample_id"])], IMAGE_DIGESTS)
@@ -209,12 +208,10 @@ def next_version(
     sample_ids: pa.ChunkedArray,
     schema: pa.Schema,
     taken: Sequence[tuple[int, ...]],
-    config: Mapping[str, Any],
 ) -> str:
     """Return the next version name, with a higher number than all in `taken`.
 
-    The major number increases if columns or scores change, the minor if rows are added or other tasks or
-    caption styles were asked, else the patch.
+    The major number increases if columns or scores change, the minor if images are added, else the patch.
     """
     if parent is None and not taken:
         return FIRST
@@ -222,8 +219,7 @@ def next_version(
     if parent is None or parent.schema != schema:
         return f"v{major + 1}.0.0"
     is_old = pc.is_in(sample_ids, pa.array(parent.sample_ids(), pa.string()))
-    asks_others = _asked_texts(config) != _asked_texts(parent.manifest.get("config", {}))
-    if asks_others or not pc.all(is_old).as_py():
+    if not pc.all(is_old).as_py():
         return f"v{major}.{minor + 1}.0"
     return f"v{major}.{minor}.{patch + 1}"
 
@@ -266,11 +262,6 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
             flush_file(path)
     draft.rename(final)
     flush_folder(final.parent)
-
-
-def _asked_texts(config: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """Return the tasks and the caption styles of a run."""
-    return {*(config.get("tasks") or ())}, {*config.get("generate", {}).get("caption_styles", ())}
 
 
 def _measured(manifest: dict[str, Any]) -> list[Any]:

@@ -1,21 +1,18 @@
-"""Remove versions, unused images, hidden states, and files left by killed commands."""
+"""Remove unused images, hidden states, and files left by killed commands."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.dataset.images import ImageStore
-from pipeline.dataset.version import FEATURES, LOCK, MANIFEST, PUSHED, VERSION_NAME
+from pipeline.dataset.version import FEATURES, LOCK, PUSHED
 from pipeline.errors import StoreError
-from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, open_table, remove
+from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, open_table, remove
 from pipeline.storage.lock import lock_file
 
 TEMPORARY_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
-REMOVING = ".removing-"  # prefix of the folder name while a version is removed
 # Patterns of files left by killed commands. All commands that write to these folders hold the dataset's lock.
 LEFTOVERS = (
-    f"versions/{REMOVING}*",
     f"versions/{SCRATCH}",
     f"versions/v*/{TEMPORARY_FILES}",
     f"steps/*/**/{TEMPORARY_FILES}",
@@ -32,23 +29,6 @@ class Leftover:
     num_bytes: int
 
 
-def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]:
-    """Remove versions atomically, and return their folders. The caller holds the lock of the dataset folder.
-
-    Raises StoreError if a version is missing (before any removal), or if files cannot be removed.
-    """
-    folders = list(dict.fromkeys(_find_version(dataset, name) for name in names))
-    removed = []
-    for folder in folders:
-        removed.append(_measure(folder))
-        aside = folder.with_name(f"{REMOVING}{folder.name}")
-        _remove(aside)  # may have been left by a killed removal
-        folder.rename(aside)
-        flush_folder(folder.parent)
-        _remove(aside)
-    return removed
-
-
 def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
     """Remove images that are neither in a version nor in the last read samples. Return the changed files.
 
@@ -62,13 +42,6 @@ def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftove
         needed.update(open_table(path, "sample_id").read(["sample_id"])["sample_id"].to_pylist())
     changes = ImageStore(dataset.path).keep_only(needed, dry_run=dry_run)
     return [Leftover(path, num_bytes) for path, num_bytes in changes]
-
-
-def _find_version(dataset: DatasetDir, name: str) -> Path:
-    """Return the folder of a version, which may be damaged. Raises StoreError if it does not exist."""
-    folder = dataset.path / "versions" / name
-    exists = VERSION_NAME.fullmatch(name) and (folder / MANIFEST).exists()
-    return folder if exists else dataset.version(name).path
 
 
 def remove_leftovers(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:

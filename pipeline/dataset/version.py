@@ -91,6 +91,11 @@ class Version:
         return self.manifest.get("pixels") not in (STORED, JOINED)
 
     @property
+    def lacks_pixels(self) -> bool:
+        """Whether the version has ids and texts but no images."""
+        return not {*PIXELS} & {*self.manifest["columns"]}
+
+    @property
     def store(self) -> ImageStore:
         """The image store of the version. If the version's folder is a link, the link is followed."""
         if self.manifest.get("pixels") == JOINED:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipeline.dataset.pixels import lacks_pixels
 from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
@@ -105,7 +104,7 @@ def _check_export(
     if kind == PARQUET and (style or trigger):
         hint = "leave out --style and --trigger"
         raise ConfigError(f"the format {PARQUET} always has all captions as they are", hint=hint)
-    if lacks_pixels(version):
+    if version.lacks_pixels:
         raise ConfigError(f"{version.name} has no images", hint="pass --images FOLDER")
     num_rows: int = sum(version.manifest["rows"].get(split, 0) for split in splits)
     if not num_rows:

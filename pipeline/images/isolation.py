@@ -12,7 +12,6 @@ import logging
 import os
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -41,7 +41,7 @@ MEMORY_BYTES = 1_500_000_000  # in addition to the memory of an idle worker
 CPU_SECONDS = 30
 MAX_HEADER_BYTES = 1_000_000
 MAX_STRIPPED_BYTES = 400_000_000  # a TIFF may become a larger PNG
-_LENGTH = struct.Struct(">q")  # prefix of each message: its length, or -1 for an unchanged image
+UNCHANGED = b""  # the message for an image without metadata
 
 
 # --- this process
@@ -94,19 +94,20 @@ def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]]) -> Iterator[tuple[T, Re
 class Worker:
     """A process that decodes untrusted files, without credentials in its environment.
 
-    `code` is the program to run. Its stdin is `file`, or a pipe if `file` is None. The process's answers are
-    parsed, never unpickled. Raises SourceError if the process cannot be started.
+    `code` is the program to run. Its stdin is `file`, or else the connection on which it answers. Answers are
+    bytes that are parsed, never unpickled. Raises SourceError if the process cannot be started.
     """
 
     def __init__(self, code: str, file: IO[bytes] | None = None, arguments: Sequence[str] = ()) -> None:
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         root = str(Path(__file__).parents[2])
         single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        self._connection, theirs = Pipe()
         try:
             self._process = subprocess.Popen(  # noqa: S603  # our own module
                 [sys.executable, "-c", code, *arguments],
-                stdin=subprocess.PIPE if file is None else file,
-                stdout=subprocess.PIPE,
+                stdin=theirs.fileno() if file is None else file,
+                stdout=theirs.fileno(),
                 stderr=subprocess.DEVNULL,
                 env=kept | single | {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)])},
                 cwd="/",
@@ -114,6 +115,8 @@ class Worker:
             )
         except OSError as error:
             raise SourceError(f"cannot start an image decoder: {error}", hint="free some memory") from None
+        finally:
+            theirs.close()
         self._is_overdue = False
 
     def is_alive(self) -> bool:
@@ -121,14 +124,11 @@ class Worker:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """Kill the process, and close its pipes."""
+        """Kill the process, and close the connection to it."""
         with suppress(OSError):
             self._process.kill()
             self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):
-                if pipe:
-                    pipe.close()
+        self._connection.close()
 
     @contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
@@ -147,18 +147,17 @@ class Worker:
 
     def send(self, *messages: bytes) -> None:
         """Send messages. If the process has ended, `receive` fails later."""
-        assert self._process.stdin
-        with suppress(BrokenPipeError):
-            send_messages(self._process.stdin, messages)
+        with suppress(OSError):
+            for message in messages:
+                self._connection.send_bytes(message)
 
-    def receive(self, max_bytes: int) -> bytes | None:
-        """Return the next message (see `receive_message`)."""
-        assert self._process.stdout
-        return receive_message(self._process.stdout, max_bytes)
+    def receive(self, max_bytes: int) -> bytes:
+        """Return the next message. Raises EOFError at the end, and OSError if the message is too large."""
+        return self._connection.recv_bytes(max_bytes)
 
     def receive_header(self) -> dict[str, Any]:
         """Return the next message, which must be a JSON object."""
-        header = json.loads(self.receive(MAX_HEADER_BYTES) or b"")
+        header = json.loads(self.receive(MAX_HEADER_BYTES))
         if not isinstance(header, dict):
             raise TypeError("a header is not a JSON object")
         return header
@@ -227,7 +226,7 @@ def _ask(worker: Worker, images: tuple[bytes, ...]) -> Result:
     for original, (width_px, height_px, pdq_hash, contrast) in zip(images, answer["images"], strict=True):
         data = worker.receive(max(2 * len(original), MAX_STRIPPED_BYTES))
         info = ImageInfo(int(width_px), int(height_px), bytes.fromhex(pdq_hash), float(contrast))
-        checked.append(CheckedImage(original if data is None else data, info))
+        checked.append(CheckedImage(original if data == UNCHANGED else data, info))
     return checked
 
 
@@ -249,44 +248,22 @@ def end_workers() -> None:
         _pool.cache_clear()
 
 
-# --- a worker: its messages, its limits and its loop
-
-
-def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
-    """Send each message, preceded by its length. None means an unchanged image."""
-    for message in messages:
-        target.write(_LENGTH.pack(-1 if message is None else len(message)))
-        if message:
-            target.write(message)
-    target.flush()
-
-
-def receive_message(source: IO[bytes], max_bytes: int) -> bytes | None:
-    """Return a message, or None for an unchanged image. Raises EOFError at the end of the stream."""
-    (length,) = _LENGTH.unpack(_read_exactly(source, _LENGTH.size))
-    if length > max_bytes:
-        raise ValueError("a message is too large")
-    return None if length < 0 else _read_exactly(source, length)
-
-
-def _read_exactly(source: IO[bytes], count: int) -> bytes:
-    data = source.read(count)
-    if len(data) < count:
-        raise EOFError
-    return data
+# --- a worker: its loop and its limits
 
 
 def serve() -> None:
     """Answer the requests on stdin until it ends. This is the main function of a worker."""
-    source, target = sys.stdin.buffer, sys.stdout.buffer
+    requests = Connection(sys.stdin.fileno(), writable=False)
+    answers = Connection(sys.stdout.fileno(), readable=False)
     limit_resources()
     while True:
         try:
-            request = json.loads(receive_message(source, MAX_HEADER_BYTES) or b"")
-            images = [receive_message(source, 1 << 40) or b"" for _ in range(request["images"])]
+            request = json.loads(requests.recv_bytes())
+            images = [requests.recv_bytes() for _ in range(request["images"])]
         except EOFError:
             return
-        send_messages(target, _check(images))
+        for message in _check(images):
+            answers.send_bytes(message)
 
 
 def limit_resources() -> None:
@@ -306,8 +283,8 @@ def allow_cpu() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
 
-def _check(images: list[bytes]) -> list[bytes | None]:
-    """Return the answer to a request: a JSON header and each image (None if it is unchanged)."""
+def _check(images: list[bytes]) -> list[bytes]:
+    """Return the answer to a request: a JSON header and each image, or UNCHANGED."""
     try:
         stripped, infos = [], []
         for image in images:
@@ -320,5 +297,5 @@ def _check(images: list[bytes]) -> list[bytes | None]:
         reason = {"reason": "too_much_memory", "what": f"decoding it needs more than {MEMORY_BYTES:,} bytes"}
         return [json.dumps(reason).encode()]
     facts = [[info.width_px, info.height_px, info.pdq_hash.hex(), info.contrast] for info in infos]
-    changed = [None if new is old else new for new, old in zip(stripped, images, strict=True)]
+    changed = [UNCHANGED if new is old else new for new, old in zip(stripped, images, strict=True)]
     return [json.dumps({"images": facts}).encode(), *changed]

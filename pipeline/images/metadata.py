@@ -1,16 +1,15 @@
 """Remove metadata from image files: EXIF, XMP, IPTC, comments, thumbnails, and data after the image.
 
-JPEG, PNG and WebP files lose only these parts. Their compressed pixels, color profile and orientation do not
-change. Other files are encoded again: TIFF, BMP and GIF have metadata between the pixels, many readers do not
-support AVIF and HEIC, and some files have an unexpected structure. Only the first frame of an animated GIF is
-kept.
+JPEG and PNG files lose only these parts. Their compressed pixels, color profile and orientation do not
+change. Other formats, and files with an unexpected structure, are encoded again. Only the first frame of an
+animated GIF or WebP is kept.
 """
 
 import io
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import ImageOps
@@ -19,13 +18,12 @@ from pipeline.images.decode import MAX_SCANS, ORIENTATION, open_image, too_many_
 
 _ICC_PROFILE = b"ICC_PROFILE\0"
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # 00 and D0 to D7 are part of the scan
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks that are needed to decode pixels and their colors. The last three (acTL, fcTL and fdAT) hold the
 # frames of animations.
 _PNG_NAMES = b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD pHYs acTL fcTL fdAT"
 _PNG_CHUNKS = frozenset(_PNG_NAMES.split())
-_WEBP_CHUNKS = frozenset({b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF", b"ICCP"})
-_VP8X_EXIF, _VP8X_XMP = 0x08, 0x04
 _LOSSY_FORMATS = ("AVIF", "HEIF", "JPEG", "WEBP")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _JPEG_QUALITY = 95
@@ -38,9 +36,9 @@ def strip_metadata(data: bytes) -> bytes:
 
     Raises ImageError if the file must be decoded but cannot be, or if it has too many scans.
     """
-    strip = next((strip for signature, strip in _FORMATS.items() if signature.match(data)), None)
-    if strip is None:
+    if not data.startswith((_JPEG_SIGNATURE, _PNG_SIGNATURE)):
         return _encode(data)
+    strip = _strip_jpeg if data.startswith(_JPEG_SIGNATURE) else _strip_png
     try:
         parts = b"".join(strip(data))
     except (ValueError, IndexError, struct.error):  # damage that a decoder may tolerate
@@ -128,50 +126,6 @@ def _png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def _strip_webp(data: bytes) -> Iterator[bytes]:
-    """Yield a WebP file with only the chunks that are needed to decode its pixels (RFC 9649)."""
-    (size,) = struct.unpack_from("<I", data, 4)
-    chunks = list(_webp_chunks(data, 12, 8 + size))
-    has_metadata = any(kind in (b"EXIF", b"XMP ") for kind, _ in chunks)
-    orientation = _orientation(data) if has_metadata else 1
-    parts: list[bytes] = []
-    for kind, chunk in chunks:
-        if kind == b"VP8X":
-            flags = chunk[8] & ~(_VP8X_EXIF | _VP8X_XMP) | (_VP8X_EXIF if orientation != 1 else 0)
-            parts.append(chunk[:8] + bytes([flags]) + chunk[9:])
-        elif kind == b"ANMF":  # a frame: a 16-byte header and chunks
-            frame_chunks = (
-                inner for name, inner in _webp_chunks(chunk, 24, len(chunk)) if name in _WEBP_CHUNKS
-            )
-            frame = chunk[8:24] + b"".join(frame_chunks)
-            parts.append(b"ANMF" + struct.pack("<I", len(frame)) + frame)
-        elif kind in _WEBP_CHUNKS:
-            parts.append(chunk)
-    if orientation != 1:
-        exif = _tiff_orientation(orientation)
-        parts.append(b"EXIF" + struct.pack("<I", len(exif)) + exif)
-    content = b"".join(parts)
-    yield b"RIFF" + struct.pack("<I", 4 + len(content)) + b"WEBP" + content
-
-
-def _webp_chunks(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (kind, chunk with header and padding) for each chunk."""
-    while start < end:
-        kind, length = struct.unpack_from("<4sI", data, start)
-        if start + 8 + length > len(data):
-            raise ValueError("a chunk is cut off")
-        chunk = data[start : start + 8 + length]
-        yield kind, chunk + b"\0" * (length % 2)
-        start += 8 + length + length % 2
-
-
-_FORMATS: dict[re.Pattern[bytes], Callable[[bytes], Iterator[bytes]]] = {
-    re.compile(rb"\xff\xd8\xff"): _strip_jpeg,
-    re.compile(re.escape(_PNG_SIGNATURE)): _strip_png,
-    re.compile(rb"RIFF....WEBP", re.DOTALL): _strip_webp,
-}
-
-
 def _orientation(data: bytes) -> int:
     """Return the EXIF orientation of an image (2 to 8), or 1 if it is upright or the value is invalid."""
     with open_image(data) as image:
@@ -197,7 +151,9 @@ def _encode(data: bytes) -> bytes:
         info = upright.info.items()
         transparency: dict[Any, Any] = {name: value for name, value in info if name == "transparency"}
         upright.info = transparency  # encoders would write comments from this dict
-        if image.format in _LOSSY_FORMATS and not transparency and upright.mode in ("L", "RGB"):
+        # A lossless WebP has a chunk of this name.
+        is_lossy = image.format in _LOSSY_FORMATS and b"VP8L" not in data
+        if is_lossy and not transparency and upright.mode in ("L", "RGB"):
             upright.save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0, icc_profile=profile)
         else:
             upright.save(out, "PNG", icc_profile=profile, compress_level=_PNG_COMPRESS_LEVEL)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from multiprocessing.connection import Connection
 from pkgutil import walk_packages
 from typing import IO, Any, Literal
 
@@ -23,7 +24,7 @@ from PIL import Image
 from pipeline.errors import ImageError, one_line
 from pipeline.images import isolation
 from pipeline.images.decode import MAX_IMAGE_BYTES, MAX_PIXELS
-from pipeline.images.isolation import Worker, allow_cpu, limit_resources, send_messages, stated_reason
+from pipeline.images.isolation import Worker, allow_cpu, limit_resources, stated_reason
 
 Kind = Literal["pdf", "video"]
 PACKAGES = {"pdf": "pypdfium2", "video": "av"}  # the extras are named after the kinds
@@ -77,13 +78,13 @@ def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> It
             with worker.limited(isolation.WALL_SECONDS):
                 header = worker.receive_header()
                 reason, fault = stated_reason(header), str(header.get("fault", ""))[:200]
-                data = worker.receive(MAX_IMAGE_BYTES) if "place" in header and not fault else None
+                data = worker.receive(MAX_IMAGE_BYTES) if "place" in header and not fault else b""
             if reason:
                 raise reason
             if "end" in header:
                 return
             if "place" in header:
-                yield Rendered(int(header["place"]), data or b"", fault)
+                yield Rendered(int(header["place"]), data, fault)
     finally:
         worker.kill()
 
@@ -94,10 +95,12 @@ def serve() -> None:
     kind, suffix, every_s = sys.argv[1:]
     file, every_ms = os.fdopen(os.dup(0), "rb"), max(1, round(1000 * float(every_s)))
     answers = _open_pdf(file) if kind == "pdf" else _open_video(file, DEMUXERS[suffix], every_ms)
-    out = sys.stdout.buffer
+    out = Connection(sys.stdout.fileno(), readable=False)
     try:
         for header, data in _limited(answers):
-            send_messages(out, [json.dumps(header).encode(), *([data] if data else [])])
+            out.send_bytes(json.dumps(header).encode())
+            if data:
+                out.send_bytes(data)
         end: dict[str, Any] = {"end": True}
     except ImageError as error:
         end = {"reason": error.reason, "what": str(error)}
@@ -105,7 +108,7 @@ def serve() -> None:
         end = {"reason": "too_much_memory", "what": "not enough memory to decode it"}
     except Exception as error:  # noqa: BLE001  # decoders raise any exception on damaged files
         end = {"reason": "unreadable_file", "what": one_line(error)}
-    send_messages(out, [json.dumps(end).encode()])
+    out.send_bytes(json.dumps(end).encode())
 
 
 def _end_with_parent() -> None:

@@ -1,8 +1,8 @@
 """Source: images in zip and tar archives, including WebDataset shards (`archive:PATH`).
 
-Nothing is unpacked to disk. `NAME.txt` holds captions of an image, one per line. `NAME.json` may hold
-captions, questions, a split and columns for prompts. In a local archive, these files may be anywhere, because
-they are read before the images. A remote archive is read once, so the files must be next to their image.
+Nothing is unpacked to disk, and each archive is read once. As in WebDataset, texts are next to their image:
+`NAME.txt` holds captions of an image, one per line. `NAME.json` may hold captions, questions, a split and
+columns for prompts. Texts without an image next to them are rejected.
 
 Archives are untrusted. Links, devices, encrypted entries, oversized entries and names that lead out of the
 archive are rejected. A damaged archive or a decompression bomb raises SourceError.
@@ -16,19 +16,16 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, BinaryIO, cast
 
 from pipeline.config import Config
-from pipeline.errors import SourceError, did_you_mean, one_line
+from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
-from pipeline.sources.source_files import UNREAD_SUFFIXES, SourceFiles, find_source_files
+from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles, require_columns
+from pipeline.sources.source_files import UNREAD_SUFFIXES, find_source_files
 from pipeline.sources.splits import describe_held_out, read_split, split_of_path, stored_split
 from pipeline.sources.text_files import decode_text, parse_json
 from pipeline.sources.texts import (
@@ -36,7 +33,6 @@ from pipeline.sources.texts import (
     METADATA_FILES,
     PATH_COLUMNS,
     ImageTexts,
-    describe_model_texts,
     human_captions,
     human_questions,
     model_texts,
@@ -49,16 +45,15 @@ from pipeline.types import UNKNOWN, RawSample, Rejected, Source
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 TEXT_SUFFIXES = (".txt", ".json")
 MAX_TEXT_BYTES = 1_000_000  # per text file
-MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # all text files in one archive
 MAX_HEADER_BYTES = 1_000_000  # tar header that holds a long name
 MAX_MEMBERS = 1_000_000
 # Central directory of a zip file. zipfile uses up to 20 times as much memory.
 MAX_DIRECTORY_BYTES = 64_000_000
 # An archive of N bytes may unpack to N * MAX_UNPACK_RATIO + FREE_UNPACKED_BYTES bytes.
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000
-# Limits for consecutive tar entries with the same key, which are held in memory together.
+# Limits for consecutive entries with the same key, which are held in memory together.
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000
-COLUMN_IMAGES = 20  # number of images whose texts are searched for the context columns
+COLUMN_GROUPS = 20  # number of groups whose texts are searched for the context columns
 BLOCK_BYTES = 1 << 20
 MAX_NAME_CHARACTERS = 1_000
 UNPACK_HINT = "unpack it, and pass the folder: --source folder:DIR"
@@ -85,6 +80,7 @@ REASONS = {
     "encrypted": "it is encrypted",
     "unreadable_entry": "it is damaged, or not compressed with deflate",
     "unsupported_format": "this format is not supported: convert the file to JPEG or PNG",
+    "unused_text": "no image of its name is next to it, or it is too large or not UTF-8",
 }
 
 
@@ -102,8 +98,7 @@ class Entry:
     @property
     def key(self) -> str:
         """WebDataset's sample key: the path up to the first dot in the file name."""
-        folder, base = posixpath.split(normalize_path(self.name))
-        return posixpath.join(folder, base.partition(".")[0])
+        return _key(self.name)
 
     @property
     def text(self) -> str | None:
@@ -112,6 +107,11 @@ class Entry:
             return None if self.data is None else decode_text(self.data)
         except ValueError:
             return None
+
+
+def _key(name: str) -> str:
+    folder, base = posixpath.split(normalize_path(name))
+    return posixpath.join(folder, base.partition(".")[0])
 
 
 def read_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
@@ -215,7 +215,7 @@ def _read_tar(stream: _CountedFile, name: str) -> Iterator[Entry]:
 
 
 def _read_zip(file: BinaryIO, name: str) -> Iterator[Entry]:
-    """Yield the wanted entries of a zip file. If entries have the same name, only the last one is read."""
+    """Yield the wanted entries of a zip file by key. Of entries with equal names, only the last is read."""
     size = file.seek(0, 2)
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
@@ -223,7 +223,7 @@ def _read_zip(file: BinaryIO, name: str) -> Iterator[Entry]:
     with zipfile.ZipFile(file) as archive:
         _require_few_members(name, len(archive.infolist()))
         files = {_readable_name(info.filename): info for info in archive.infolist() if not info.is_dir()}
-        wanted = {entry_name: info for entry_name, info in files.items() if _is_wanted(entry_name)}
+        wanted = {name: files[name] for name in sorted(files, key=_key) if _is_wanted(name)}
         _require_no_bomb(name, sum(info.file_size for info in wanted.values()), size)
         yield from (_read_zip_entry(archive, entry_name, info) for entry_name, info in wanted.items())
 
@@ -295,52 +295,40 @@ def _is_wanted(name: str) -> bool:
 # --- texts of images
 
 
-@dataclass(slots=True)
-class ArchiveTexts:
-    """Text files and number of images for each key, in an archive or in a group of consecutive entries."""
-
-    texts: dict[str, list[Entry]] = field(default_factory=dict)
-    images: Counter[str] = field(default_factory=Counter)
-
-    def add(self, entry: Entry) -> None:
-        """Store a text file, or count an image for its key."""
-        if is_text(entry.name):
-            self.texts.setdefault(entry.key, []).append(entry)
-        else:
-            self.images[entry.key] += 1
-
-    def pair(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, list[Entry]]]:
-        """Yield the images among the entries, each with the text files that have its key.
-
-        If several images have the same key, the full name must match.
-        """
-        for image in entries:
-            if is_text(image.name):
-                continue
-            texts = self.texts.get(image.key, [])
-            if self.images[image.key] != 1:
-                names = (normalize_path(posixpath.splitext(image.name)[0]), normalize_path(image.name))
-                texts = [one for one in texts if normalize_path(posixpath.splitext(one.name)[0]) in names]
-            yield image, texts
-
-
-def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry]]]:
-    """Yield each image with the adjacent text files that share its key, as in WebDataset.
-
-    Groups above a size limit are split.
-    """
+def group_by_key(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
+    """Yield groups of adjacent entries with the same key. A group above a size limit is split."""
     group, num_bytes = list[Entry](), 0
-    for entry in chain(entries, [None]):
+    for entry in entries:
         is_full = len(group) >= MAX_GROUP_ENTRIES or num_bytes >= MAX_GROUP_BYTES
-        if group and (entry is None or entry.key != group[0].key or is_full):
-            index = ArchiveTexts()
-            for one in group:
-                index.add(one)
-            yield from index.pair(group)
+        if group and (entry.key != group[0].key or is_full):
+            yield group
             group, num_bytes = [], 0
-        if entry is not None:
-            group.append(entry)
-            num_bytes += len(entry.data or b"")
+        group.append(entry)
+        num_bytes += len(entry.data or b"")
+    if group:
+        yield group
+
+
+def pair_texts(group: Sequence[Entry]) -> tuple[list[tuple[Entry, list[Entry]]], list[Entry]]:
+    """Return the images in a group, each with its texts, and the texts that cannot be used.
+
+    If several images have the same key, a text must have the full name of its image, with another suffix.
+    """
+    images = [entry for entry in group if not is_text(entry.name)]
+    texts = [entry for entry in group if is_text(entry.name) and entry.text is not None]
+    pairs = [(image, texts) for image in images]
+    if len(images) > 1:
+        pairs = [(image, [text for text in texts if _stem(text) in _names(image)]) for image in images]
+    used = {text.name for _, image_texts in pairs for text in image_texts}
+    return pairs, [entry for entry in group if is_text(entry.name) and entry.name not in used]
+
+
+def _stem(entry: Entry) -> str:
+    return normalize_path(posixpath.splitext(entry.name)[0])
+
+
+def _names(image: Entry) -> tuple[str, str]:
+    return _stem(image), normalize_path(image.name)
 
 
 def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
@@ -372,34 +360,6 @@ def _read_json(entry: Entry) -> dict[str, Any]:
     return row if isinstance(row, dict) else {}
 
 
-def _describe_texts(archive: str, index: ArchiveTexts) -> Iterator[str]:
-    """Yield messages about the captions in an archive, and about text files that are not used."""
-    parsed = [_parse_texts(texts) for key, texts in index.texts.items() if index.images[key]]
-    if num_captions := sum(len(captions) for captions, _ in parsed):
-        yield f"human captions in {archive}: {num_captions:,} for {sum(index.images.values()):,} images"
-    yield from describe_model_texts(sum(len(model_texts(values)) for _, values in parsed), f" in {archive}")
-    texts = [(text, bool(index.images[key])) for key, texts in index.texts.items() for text in texts]
-    if unused := sorted(text.name for text, has_image in texts if text.text is None or not has_image):
-        problem = "belong to no image, are too large or are not UTF-8"
-        yield f"{len(unused):,} texts in {archive} {problem} ({first_names(unused)})"
-
-
-# --- the source
-
-
-def _index_texts(files: SourceFiles, name: str) -> ArchiveTexts:
-    """Return the text files of an archive. Raises SourceError if they are too large together."""
-    index, num_bytes = ArchiveTexts(), 0
-    with files.open(name) as file:
-        for entry in read_entries(file, name):
-            num_bytes += len(entry.data or b"") if is_text(entry.name) else 0
-            if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
-                problem = f"{name} has more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts"
-                raise SourceError(problem, hint=UNPACK_HINT)
-            index.add(entry)
-    return index
-
-
 def _open(config: Config, path: str) -> Source:
     """Open the images in archives. Values of JSON files next to the images become the context.
 
@@ -419,40 +379,34 @@ def _open(config: Config, path: str) -> Source:
     if not names:
         hint = f"name the archives of this split like {split}-0.tar"
         raise SourceError(f"no archive is named after the split {split}", hint=hint)
-    text_index = lru_cache(1)(lambda name: _index_texts(files, name))
 
-    def read_images() -> Generator[tuple[str, Entry, list[Entry]]]:
+    def read_groups() -> Iterator[tuple[str, list[Entry]]]:
         for name in names:
-            with files.translate_errors():
-                index = text_index(name) if files.is_local else None
-                with files.open(name) as file:
-                    entries = read_entries(file, name)
-                    for image, texts in index.pair(entries) if index else pair_neighbors(entries):
-                        yield name, image, texts
+            with files.translate_errors(), files.open(name) as file:
+                yield from ((name, group) for group in group_by_key(read_entries(file, name)))
 
     def read() -> Iterator[RawSample | Rejected]:
         is_empty = True
-        for name, image, texts in read_images():
-            is_empty = False
-            row = _row(name, image, texts, license, columns)
-            if isinstance(row, Rejected):
-                yield row
-            elif split in (None, row.fields["split"]):
-                row_split = stored_split(row.fields["split"], split)
-                yield replace(row, fields=row.fields | {"split": row_split})
+        for name, group in read_groups():
+            pairs, unused = pair_texts(group)
+            is_empty = is_empty and not pairs
+            for row in (_row(name, image, texts, license, columns) for image, texts in pairs):
+                if isinstance(row, Rejected):
+                    yield row
+                elif split in (None, row.fields["split"]):
+                    row_split = stored_split(row.fields["split"], split)
+                    yield replace(row, fields=row.fields | {"split": row_split})
+            yield from (_reject(name, text, "unused_text") for text in unused)
         if is_empty:
             hint = "PNG, JPEG, WebP and other images are read, also in subfolders"
             raise SourceError(f"no images in {', '.join(names)[:200]}", hint=hint)
 
     if not {*PATH_COLUMNS}.issuperset(columns):
-        with closing(read_images()) as images:
-            _require_columns(images, columns)
-    messages = [*files.messages]
-    if files.is_local:
-        with files.translate_errors():
-            first = names[0] if len(names) == 1 else f"the first of {len(names):,} archives, {names[0]}"
-            messages += _describe_texts(first, text_index(names[0]))
-    messages += [] if split else describe_held_out(names_by_split)
+        known = [*PATH_COLUMNS]
+        for _, group in islice(read_groups(), COLUMN_GROUPS):
+            known += sorted(_parse_texts([entry for entry in group if is_text(entry.name)])[1])
+        require_columns(columns, dict.fromkeys(known), "columns of the first images")
+    messages = [*files.messages, *([] if split else describe_held_out(names_by_split))]
     return Source(
         name="archive",
         revision=files.revision,
@@ -461,22 +415,16 @@ def _open(config: Config, path: str) -> Source:
     )
 
 
-def _require_columns(images: Iterator[tuple[str, Entry, list[Entry]]], columns: Sequence[str]) -> None:
-    """Check that the texts of the first images have these columns. Raises SourceError if one is missing."""
-    known = {*PATH_COLUMNS}
-    for _, _, texts in islice(images, COLUMN_IMAGES):
-        known |= {*_parse_texts(texts)[1]}
-    if unknown := [column for column in columns if column not in known]:
-        hint = did_you_mean(unknown[0], known, f"the first images have {', '.join(sorted(known))}")
-        raise SourceError(f"no column is named {unknown[0]}", hint=hint)
+def _reject(archive: str, entry: Entry, reason: str) -> Rejected:
+    return Rejected(source_row=f"{archive}/{entry.name}", reason=reason, detail=REASONS[reason])
 
 
 def _row(
     archive: str, image: Entry, texts: Sequence[Entry], license: str, columns: Sequence[str]
 ) -> RawSample | Rejected:
-    name = f"{archive}/{image.name}"
     if image.data is None:
-        return Rejected(source_row=name, reason=image.reason, detail=REASONS[image.reason])
+        return _reject(archive, image, image.reason)
+    name = f"{archive}/{image.name}"
     captions, values = _parse_texts(texts)
     try:
         split = read_split(values.get(SPLIT)) or _split_of(archive)

@@ -1,12 +1,12 @@
 """Specification of a source: name, description, supported options, and the function that opens it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
 from pipeline.config import CONTEXT, LARGE, Config
-from pipeline.errors import ConfigError, ImageError, SourceError
+from pipeline.errors import ConfigError, ImageError, SourceError, did_you_mean
 from pipeline.images.decode import deck_id, image_id
 from pipeline.images.isolation import check_all
 from pipeline.images.near_duplicates import ImageKind
@@ -104,6 +104,14 @@ def refuse_roles(config: Config, source: str, hint: str) -> None:
     if roles := [role for role in config.columns if role != CONTEXT]:
         problem = f"{source} has no columns for roles, but --columns has the role {roles[0]}"
         raise ConfigError(problem, hint=hint)
+
+
+def require_columns(columns: Iterable[str], known: Iterable[str], place: str = "columns") -> None:
+    """Raise SourceError if a column is not `known`. The hint lists the known ones after `place`."""
+    known = list(known)
+    if unknown := [column for column in columns if column not in known]:
+        hint = did_you_mean(unknown[0], known, f"{place}: {', '.join(known)}")
+        raise SourceError(f"no column is named {unknown[0]}", hint=hint)
 
 
 def as_text(value: Any, name: str = "a context column") -> str:

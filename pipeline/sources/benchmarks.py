@@ -11,12 +11,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby, islice
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import SourceError
 from pipeline.sources.base import DECK_TASKS, SourceSpec, check_samples
-from pipeline.sources.parquet import Tables
+from pipeline.sources.parquet import TableRow, Tables
 from pipeline.sources.splits import stored_split
 from pipeline.sources.tables import (
     PARTIAL_MESSAGE,
@@ -83,43 +84,39 @@ def open_questions(
     *,
     decks: bool = False,
 ) -> Source:
-    """Return a source with one sample per value of `key`. It has the questions in all rows with that value.
+    """Return a source with one sample per run of rows with equal values of `key`, with all their questions.
 
-    The tables are read twice. The first pass reads `text_columns` (which include `key`) in all rows, and the
-    second pass reads the images in the first row for each key. Raises SourceError if the split is missing.
+    Rows with the same image that are not adjacent are joined by the read step, like those of any table.
+    Raises SourceError if the split is missing.
     """
     split = config.source_split
     check_split(tables, split)
 
-    def rows(start: int) -> Iterator[RawSample | Rejected]:
-        questions: dict[tuple[str | None, Any], list[ReferenceQA]] = {}
-        num_rows = first_row = 0
-        for _, file_split, row in tables.rows(text_columns, split):
-            if isinstance(row, Rejected):
-                num_rows += 1
-                if num_rows > start:
-                    yield row
-                continue
-            questions.setdefault((file_split, row[key]), []).append(read_question(row))
-        if num_rows < start:  # read only the keys of the skipped rows, not their images
-            for _, file_split, row in tables.rows((key,), split):
-                if num_rows == start:
-                    break
-                if isinstance(row, Rejected) or questions.pop((file_split, row[key]), []):
-                    num_rows += 1
-                first_row += 1
-        for name, file_split, row in tables.rows((key, *image_columns), split, first_row):
+    def key_of(row: TableRow) -> Any:
+        name, file_split, values = row
+        return name if isinstance(values, Rejected) else (file_split, values[key])
+
+    def grouped(columns: Sequence[str], first_row: int = 0) -> Iterator[Iterator[TableRow]]:
+        return (group for _, group in groupby(tables.rows(columns, split, first_row), key_of))
+
+    def samples(start: int) -> Iterator[RawSample | Rejected]:
+        # Only the keys of the skipped rows are read, not their images.
+        first_row = sum(1 for group in islice(grouped([key]), start) for _ in group) if start else 0
+        for group in grouped([*image_columns, *text_columns], first_row):
+            name, file_split, row = next(group)
             if isinstance(row, Rejected):
                 yield row
-            elif reference_qa := questions.pop((file_split, row[key]), None):  # first row for this key
-                pages = [row[column] for column in image_columns]
-                row_split = stored_split(file_split, split)
-                yield build_sample(name, pages, license, row_split, reference_qa=tuple(reference_qa))
+                continue
+            pages = [row[column] for column in image_columns]
+            asked = [read_question(row)]
+            asked += [read_question(values) for *_, values in group if not isinstance(values, Rejected)]
+            row_split = stored_split(file_split, split)
+            yield build_sample(name, pages, license, row_split, reference_qa=tuple(asked))
 
     return Source(
         name=config.source.partition("@")[0],
         revision=tables.revision,
-        read=lambda start: check_samples(rows(start)),
+        read=lambda start: check_samples(samples(start)),
         count=lambda: len(set(tables.values(key, split))),
         decks=decks,
         is_partial=tables.is_partial,
@@ -136,7 +133,6 @@ def _vqav2_question(row: dict[str, Any]) -> ReferenceQA:
 
 def _open_vqav2(config: Config, repo: str) -> Source:
     tables = open_hub(repo or VQAV2_REPO)
-    tables.require("image", *_VQAV2_COLUMNS)
     columns, license = _VQAV2_COLUMNS, FLICKR_TERMS
     return open_questions(config, tables, "image_id", ["image"], columns, _vqav2_question, license)
 
@@ -169,7 +165,7 @@ def _optional(value: Any) -> str | None:
 
 def _open_slidevqa(config: Config, repo: str) -> Source:
     tables = open_hub(repo or SLIDEVQA_REPO)
-    pages = named_columns(tables.require("page_1", *_SLIDEVQA_COLUMNS), "pages", "page_*")
+    pages = named_columns(tables.schema, "pages", "page_*")
     columns, license = _SLIDEVQA_COLUMNS, NTT_EVALUATION
     read = _slidevqa_question
     return open_questions(config, tables, "deck_name", pages, columns, read, license, decks=True)

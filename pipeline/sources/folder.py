@@ -16,9 +16,16 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Config
 from pipeline.digests import digest
-from pipeline.errors import ImageError, SourceError, did_you_mean
+from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES
-from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
+from pipeline.sources.base import (
+    SourceSpec,
+    as_text,
+    check_samples,
+    first_names,
+    refuse_roles,
+    require_columns,
+)
 from pipeline.sources.parquet import read_plain_rows
 from pipeline.sources.source_files import describe_unread, digest_or_fault, list_files, read_image, row_name
 from pipeline.sources.splits import SPLIT_OF_WORD, read_split, split_of_path, splits_of_names
@@ -34,7 +41,6 @@ from pipeline.sources.texts import (
     METADATA_FILES,
     PATH_COLUMNS,
     ImageTexts,
-    describe_model_texts,
     match_images,
     normalize_path,
     read_captions,
@@ -81,10 +87,7 @@ class FolderTexts:
         for file in (path for path in caption_files if path.resolve() not in known_files):
             self._add_caption_file(file, splits.get(str(file)))
         self._add_splits_of_folders()
-        if unknown := [name for name in columns if name not in self._known_columns]:
-            known = f"columns of {' and '.join(METADATA_FILES)}: {', '.join(sorted(self._known_columns))}"
-            hint = did_you_mean(unknown[0], self._known_columns, known)
-            raise SourceError(f"no column is named {unknown[0]}", hint=hint)
+        require_columns(columns, sorted(self._known_columns), f"columns of {' and '.join(METADATA_FILES)}")
 
     def texts_of(self, name: str) -> ImageTexts:
         """Return the texts about an image."""
@@ -108,7 +111,8 @@ class FolderTexts:
             yield f"splits of the source: {', '.join(counts)}"
         if questions:
             yield f"human questions: {sum(map(len, questions)):,} about {len(questions):,} {of_all}"
-        yield from describe_model_texts(self._num_by_model)
+        if self._num_by_model:
+            yield f"skipped {self._num_by_model:,} model-written texts"
         yield from self._messages
 
     def _add_metadata_file(self, file: Path) -> None:

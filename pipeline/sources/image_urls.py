@@ -40,10 +40,9 @@ _INTERNAL_NETWORKS = tuple(map(ipaddress.ip_network, (
     "::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16", "3fff::/20", "5f00::/16",
     "fec0::/10", "168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24",
 )))  # fmt: skip
-_REDIRECTS, _BUSY = (301, 302, 303, 307, 308), (429, 503)
-_TEMPORARY_CLIENT_ERRORS = (408, 425)
-# Pause before the next request to a busy host: Retry-After or DEFAULT_PAUSE_S, but at least MIN_PAUSE_S.
-MIN_PAUSE_S, DEFAULT_PAUSE_S = 0.5, 2.0
+_REDIRECTS = (301, 302, 303, 307, 308)
+_TEMPORARY_CLIENT_ERRORS = (408, 425, 429)
+BUSY_STATUSES, BUSY_PAUSE_S = (429, 503), 2.0
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -90,18 +89,11 @@ _costs_lock = threading.Lock()
 _costs: dict[URL, HostCost] = {}  # by scheme, host and port
 
 
-def _cost_of(url: URL) -> HostCost:
-    """Return the cost so far of a URL's host. The caller must hold `_costs_lock`."""
-    if len(_costs) > MAX_HOSTS:
-        _costs.clear()
-    return _costs.setdefault(url.origin(), HostCost())
-
-
 # --- requests
 
 
 def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
-    """Return the bytes at an http or https URL. If the host is busy, retry within MAX_SECONDS.
+    """Return the bytes at an http or https URL.
 
     Raises ImageError if the host is not public, or if the response is an error, too large or too slow.
     """
@@ -113,8 +105,7 @@ def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
 
 
 async def _fetch(text: str, allowed: Allowed) -> bytes:
-    started, redirects, url = time.monotonic(), 0, URL(text)
-    deadline = started + MAX_SECONDS
+    deadline, url = time.monotonic() + MAX_SECONDS, URL(text)
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(resolver=_PublicResolver(allowed)),
         headers={
@@ -126,19 +117,11 @@ async def _fetch(text: str, allowed: Allowed) -> bytes:
         cookie_jar=aiohttp.DummyCookieJar(),
     )
     async with session:
-        while redirects <= MAX_REDIRECTS:
-            try:
-                location, data = await _get_within_budget(session, url, allowed, deadline - time.monotonic())
-            except _BusyError as busy:
-                if busy.pause_s >= deadline - time.monotonic():
-                    with _costs_lock:  # pauses are wasted time too
-                        _cost_of(url).add(started, is_useful=False)
-                    raise ImageError("url_unreachable", str(busy)) from None
-                await asyncio.sleep(busy.pause_s)
-                continue
+        for _ in range(MAX_REDIRECTS + 1):
+            location, data = await _get_within_budget(session, url, allowed, deadline - time.monotonic())
             if location is None:
                 return data
-            url, redirects = url.join(URL(location)), redirects + 1
+            url = url.join(URL(location))
     raise ImageError("url_refused", f"more than {MAX_REDIRECTS} redirects")
 
 
@@ -179,21 +162,15 @@ def _require_allowed_host(url: URL, allowed: Allowed) -> None:
             raise ImageError("url_refused", f"{host} is neither a name nor a complete address") from None
 
 
-class _BusyError(Exception):
-    """Raised when a host asks its clients to wait."""
-
-    def __init__(self, host: str | None, status: int, pause_s: float) -> None:
-        super().__init__(f"{host} answers {status}")
-        self.pause_s = pause_s
-
-
 async def _get_within_budget(
     session: aiohttp.ClientSession, url: URL, allowed: Allowed, timeout_s: float
 ) -> tuple[str | None, bytes]:
     """Call `_get`, and record its cost. Raises ImageError if the host is not allowed or is given up."""
     _require_allowed_host(url, allowed)
     with _costs_lock:
-        cost = _cost_of(url)
+        if len(_costs) > MAX_HOSTS:
+            _costs.clear()
+        cost = _costs.setdefault(url.origin(), HostCost())
     started = time.monotonic()
     if cost.is_given_up():
         wasted = f"{cost.wasted_seconds:.0f} s, {cost.wasted_bytes:,} bytes"
@@ -216,9 +193,10 @@ async def _get(session: aiohttp.ClientSession, url: URL, timeout_s: float) -> tu
     async with session.get(url, timeout=timeout, allow_redirects=False) as response:
         if response.status in _REDIRECTS and response.headers.get("Location"):
             return response.headers["Location"], b""
-        if response.status in _BUSY:
-            raise _BusyError(url.host, response.status, _pause_s(response.headers.get("Retry-After")))
         if response.status != 200:
+            if response.status in BUSY_STATUSES:
+                # The pause counts as wasted time, so a host that stays busy is given up.
+                await asyncio.sleep(BUSY_PAUSE_S)
             is_final = 400 <= response.status < 500 and response.status not in _TEMPORARY_CLIENT_ERRORS
             reason = "url_not_found" if is_final else "url_unreachable"
             raise ImageError(reason, f"{url.host} answers {response.status}")
@@ -228,14 +206,6 @@ async def _get(session: aiohttp.ClientSession, url: URL, timeout_s: float) -> tu
             if len(data) > MAX_BYTES:
                 raise ImageError("file_too_large", f"more than {MAX_BYTES:,} bytes")
     return None, bytes(data)
-
-
-def _pause_s(retry_after: str | None) -> float:
-    """Return the seconds in a Retry-After header, or the default if it is missing or a date."""
-    try:
-        return max(MIN_PAUSE_S, float(retry_after or DEFAULT_PAUSE_S))
-    except ValueError:
-        return DEFAULT_PAUSE_S
 
 
 # --- threads

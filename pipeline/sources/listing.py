@@ -15,10 +15,10 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.digests import digest
-from pipeline.errors import ConfigError, ImageError, SourceError, did_you_mean
-from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
+from pipeline.errors import ConfigError, ImageError, SourceError
+from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles, require_columns
 from pipeline.sources.source_files import digest_or_fault, read_image
-from pipeline.sources.splits import stored_split
+from pipeline.sources.splits import SPLIT_OF_WORD, stored_split
 from pipeline.sources.text_files import parse_rows, read_text, translate_file_errors
 from pipeline.sources.texts import FILE_NAMES, ImageTexts
 from pipeline.tables import CAPTION_COLUMNS, CAPTIONS, SPLIT, WRITTEN_BY
@@ -38,7 +38,6 @@ class ListedImage:
     address: str
     texts: ImageTexts
     context: Context = ()
-    fault: str = ""  # why the line is rejected, or ""
 
     @property
     def is_url(self) -> bool:
@@ -49,7 +48,8 @@ class ListedImage:
 def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
     """Return the lines of a list, with the values of `columns` as their context.
 
-    Raises SourceError if the list cannot be read, if no column names an image, or if a column is missing.
+    Raises SourceError if the list cannot be read, if no column names an image, if a column is missing, or if
+    a split is unknown.
     """
     hint = f"use a text, CSV, TSV or JSON file in UTF-8: {', '.join(SUFFIXES)}"
     if not file.exists():
@@ -62,10 +62,10 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
     if not {name.lower() for name in names} & {*IMAGE_COLUMNS}:
         hint = f"in the first line, call the column of paths {IMAGE_COLUMNS[0]}, or the column of URLs url"
         raise SourceError(f"{file} has no column of images: it has {', '.join(names)[:200]}", hint=hint)
-    if unknown := [name for name in columns if name not in names]:
-        hint = did_you_mean(unknown[0], names, f"columns: {', '.join(names)}")
-        raise SourceError(f"no column is named {unknown[0]}", hint=hint)
-    return [_parse_row(number, row, columns, file) for number, row in rows]
+    require_columns(columns, names)
+    hint = f"in the column {SPLIT}, use {', '.join(SPLIT_OF_WORD)}, or rename the column"
+    with translate_file_errors(file, hint):
+        return [_parse_row(number, row, columns, file) for number, row in rows]
 
 
 def _read_rows(text: str, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -94,10 +94,7 @@ def _parse_row(number: int, row: dict[str, Any], columns: Sequence[str], file: P
     context = tuple((column, as_text(row.get(column), f"{where} {column}")) for column in columns)
     # In an export of synth, `title` is a caption.
     caption_columns = CAPTIONS if WRITTEN_BY in values else CAPTION_COLUMNS
-    try:
-        return ListedImage(name, address, ImageTexts.of_row(values, caption_columns), context)
-    except ValueError as error:
-        return ListedImage(name, address, ImageTexts(), context, fault=str(error))
+    return ListedImage(name, address, ImageTexts.of_row(values, caption_columns), context)
 
 
 def _is_file(root: Path, path: str) -> bool:
@@ -118,16 +115,14 @@ def _open(config: Config, path: str) -> Source:
         address = path.partition("?")[0]
         raise ConfigError(f"a list must be a local file, not {address}", hint="download it first")
     file, split, license = Path(path).expanduser(), config.source_split, config.license or UNKNOWN
-    all_images, root = read_list(file, config.context), file.parent
-    images = [image for image in all_images if split in (None, image.texts.split)]
+    root = file.parent
+    images = [image for image in read_list(file, config.context) if split in (None, image.texts.split)]
     if not images:
         hint = f"set the split in the column {SPLIT}"
         raise SourceError(f"{file} has no line with the split {split}", hint=hint)
     bound = None if config.follow_links else root
 
     def read(image: ListedImage) -> RawSample | Rejected:
-        if image.fault:
-            return Rejected(source_row=image.name, reason="unknown_split", detail=image.fault)
         try:
             data = _read_image(image, root, bound, allow_urls=config.allow_urls)
         except ImageError as error:
@@ -150,14 +145,13 @@ def _open(config: Config, path: str) -> Source:
     def content(image: ListedImage) -> list[Any]:
         url = image.address.encode("utf-8", "replace").decode()
         data = url if image.is_url else file_digest(root / image.address)
-        return [image.name, data, *image.texts.as_json(), image.context, image.fault]
+        return [image.name, data, *image.texts.as_json(), image.context]
 
     return Source(
         name="list",
         revision=digest([content(image) for image in images]),
         read=lambda start: check_samples(read_all(images[start:])),
         count=lambda: len(images),
-        messages=tuple(_describe(all_images)),
     )
 
 
@@ -171,18 +165,6 @@ def _read_image(image: ListedImage, root: Path, bound: Path | None, *, allow_url
 
         return fetch_image(image.address)
     return read_image(root / image.address, bound)
-
-
-def _describe(images: Sequence[ListedImage]) -> Iterator[str]:
-    """Yield messages that state how many lines have captions, questions and URLs."""
-    counts = {
-        "human captions": sum(bool(image.texts.captions) for image in images),
-        "human questions": sum(bool(image.texts.questions) for image in images),
-        "URLs": sum(image.is_url for image in images),
-    }
-    for content, count in counts.items():
-        if count:
-            yield f"{content}: {count:,} of {len(images):,} lines"
 
 
 SPEC = SourceSpec(

@@ -107,14 +107,6 @@ class Tables:
         """Return the values of a column in one split or all splits, without unreadable rows."""
         return [row[column] for _, _, row in self.rows((column,), split) if not isinstance(row, Rejected)]
 
-    def require(self, *columns: str) -> pa.Schema:
-        """Return the schema. Raises SourceError if one of these columns is missing."""
-        schema = self.schema
-        if missing := [column for column in columns if column not in schema.names]:
-            problem = f"{self.name} has no column {', '.join(missing)}; it has {', '.join(schema.names)}"
-            raise SourceError(problem, hint="for other columns, use --source hub:ORG/NAME with --columns")
-        return schema
-
 
 def read_plain_rows(data: bytes, max_bytes: int) -> Iterator[dict[str, Any]]:
     """Yield the rows of a small table. Raises ValueError if they unpack to more than `max_bytes`."""

@@ -172,7 +172,6 @@ class SourceFiles:
     revision: str
     open: Callable[[str], BinaryIO]
     translate_errors: Callable[[], AbstractContextManager[None]]  # raises SourceError
-    is_local: bool = True
     messages: tuple[str, ...] = ()  # about folders that were not read
 
 
@@ -246,7 +245,7 @@ def find_remote_files(url: str, suffixes: tuple[str, ...]) -> SourceFiles:
 
     name = folder.rstrip("/").rpartition("/")[2] or folder
     translate = partial(translate_store_errors, url)
-    return SourceFiles(name, [*paths], revision, open_file, translate, is_local=False)
+    return SourceFiles(name, [*paths], revision, open_file, translate)
 
 
 def _without_query(path: str) -> str:

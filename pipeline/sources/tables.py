@@ -19,7 +19,7 @@ from pipeline.config import CONTEXT, Config
 from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE
 from pipeline.errors import ImageError, SourceError, did_you_mean
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.sources.base import SourceSpec, as_text, check_samples
+from pipeline.sources.base import SourceSpec, as_text, check_samples, require_columns
 from pipeline.sources.parquet import Tables, embedded_bytes, is_binary, is_list, is_text
 from pipeline.sources.source_files import find_source_files
 from pipeline.sources.splits import (
@@ -182,13 +182,8 @@ def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
     pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
     matches = [match for column in schema.names if (match := pattern.fullmatch(column))]
     if not matches:
-        raise _no_column_error(schema, name)
+        require_columns([name], schema.names)
     return [match[0] for match in sorted(matches, key=lambda match: int(match[1]) if match.groups() else 0)]
-
-
-def _no_column_error(schema: pa.Schema, name: str) -> SourceError:
-    hint = did_you_mean(name, schema.names, f"columns: {', '.join(schema.names)}")
-    return SourceError(f"no column is named {name}", hint=hint)
 
 
 def _context_columns(schema: pa.Schema, names: str) -> list[str]:
@@ -197,9 +192,8 @@ def _context_columns(schema: pa.Schema, names: str) -> list[str]:
     Raises SourceError if a column is missing, or if prompts cannot use its type.
     """
     columns = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    require_columns(columns, schema.names)
     for name in columns:
-        if name not in schema.names:
-            raise _no_column_error(schema, name)
         kind = schema.field(name).type
         if is_binary(kind) or pa.types.is_struct(kind) or (is_list(kind) and not is_text(kind.value_type)):
             problem = f"the column {name} contains {kind}, which prompts cannot use"

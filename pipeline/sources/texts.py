@@ -113,11 +113,6 @@ def model_texts(row: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
 
 
-def describe_model_texts(count: int, place: str = "") -> list[str]:
-    """Return a message about skipped texts, or [] if no text was skipped."""
-    return [f"skipped {count:,} model-written texts{place}"] if count else []
-
-
 def _is_by_model(row: Mapping[str, Any]) -> bool:
     # In rows that synth wrote, the prompt id ends with a digest. Other files may have any value there.
     prompt_id = row.get("prompt_id")

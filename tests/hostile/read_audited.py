@@ -16,9 +16,9 @@ from PIL import Image
 
 from pipeline.check import check_version
 from pipeline.dataset.directory import open_dataset
-from pipeline.dataset.pixels import join_images, lacks_pixels
 from pipeline.hub.package import build_package
 from pipeline.report.build import write_report
+from pipeline.sources.join import join_images
 from pipeline.storage.untrusted import read_regular
 from tests.hostile import limit_more_memory
 from tests.hostile.audit import Watch, attempt
@@ -48,7 +48,7 @@ def acts_on_version(path: Path, out: Path) -> Acts:
         "report": lambda: write_report(version, out),
         "push": pack,
         "train": train,
-        "join": lambda: join_images(version, []) if lacks_pixels(version) else None,
+        "join": lambda: join_images(version, []) if version.lacks_pixels else None,
     }
 
 

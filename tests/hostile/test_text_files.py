@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.errors import SourceError
 from pipeline.sources.texts import parse_list, read_captions
 from pipeline.types import Source
-from tests.pipeline.sources.reading import open_folder, open_path, samples_of
+from tests.pipeline.sources.reading import open_folder, open_path, rejected_of, samples_of
 
 BOMBS = {
     "lists.json.gz": gzip.compress(b"[" + b"[]," * 21_000_000 + b"[]]"),
@@ -117,7 +117,7 @@ def test_captions_in_another_encoding_are_reported_by_name(tmp_path: Path) -> No
         file.write(tmp_path / "a.png", "a.png")
         file.write(tmp_path / "a.txt", "a.txt")
     opened = open_path("archive", tmp_path / "a.zip")
-    assert "1 texts in a.zip belong to no image, are too large or are not UTF-8 (a.txt)" in opened.messages
+    assert [(row.source_row, row.reason) for row in rejected_of(opened)] == [("a.zip/a.txt", "unused_text")]
     (sample,) = samples_of(opened)
     assert sample.references == ()
 

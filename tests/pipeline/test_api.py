@@ -12,10 +12,10 @@ import pytest
 from datasets import Features, Image, List
 
 import pipeline
-from pipeline.dataset.pixels import images_of_dataset, join_images
 from pipeline.errors import ConfigError, StoreError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.install import installed_version
+from pipeline.sources.join import join_images
 from tests.chat.server import ChatServer, running_chat
 from tests.hub.pusher import Pusher
 from tests.hub.server import running_hub
@@ -59,7 +59,8 @@ def test_missing_images_raise_with_a_hint(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", SAMPLES)
     texts = pulled(version, tmp_path / "home" / "texts", images=False)
     assert "image" not in pipeline.load(texts.path)["train"].column_names
-    join_images(texts, images_of_dataset(version.path, texts.sample_ids()))
+    images = ((name, tuple(version.store.read([name])[0].as_py())) for name in texts.sample_ids())
+    join_images(texts, images)
     assert "image" in pipeline.load(texts.path)["train"].column_names
     for path in version.store.paths():
         path.unlink()

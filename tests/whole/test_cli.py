@@ -23,7 +23,7 @@ from tests.whole.conftest import SYNTH, Run, read_failure
 
 COMMANDS = (  # in the order of a user's work
     "init", "doctor", "preview", "generate", "serve", "report", "review sample", "review apply",
-    "versions list", "versions rm", "versions gc", "check", "push", "export", "train", "evaluate",
+    "versions list", "versions gc", "check", "push", "export", "train", "evaluate",
     "caption", "serve-captioner",
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ PHOTOS = {  # no near-duplicates
     "upright.jpg": jpeg(),
     "turned.jpg": jpeg(6, image=photo(4)),
     "screen.png": png(3, image=photo(5)),
-    "web.webp": webp(image=photo(6)),
+    "web.webp": webp(image=photo(6), lossless=True),
     "moving.gif": gif(photo(7)),
     "scan.tif": tiff(8, image=photo(8)),
 }

@@ -22,9 +22,8 @@ MAX_DEATHS = 3
 
 
 class ClusterOptions(NamedTuple):
-    """Options for a run on a cluster. Without an address, uses RAY_ADDRESS or starts a local cluster."""
+    """Options for a run on a cluster. None chooses the default number."""
 
-    address: str | None = None
     shards: int | None = None
     workers: int | None = None
 
@@ -38,8 +37,8 @@ class WorkerPlan(NamedTuple):
 
 
 @contextmanager
-def open_cluster(address: str | None) -> Iterator[None]:
-    """Connect to the cluster at an address, or start one on this machine that ends with this process.
+def open_cluster() -> Iterator[None]:
+    """Connect to the cluster at RAY_ADDRESS, or start one on this machine that ends with this process.
 
     Raises ClusterError if Ray is not installed or no cluster answers.
     """
@@ -52,7 +51,7 @@ def open_cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_task_oom_retries", str(MAX_DEATHS))
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = os.environ.get("RAY_ADDRESS") or "local"
     host, _, port = address.rpartition(":")
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:

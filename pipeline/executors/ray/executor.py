@@ -154,7 +154,7 @@ def open_executor(
     with translate_disk_errors(dataset.path):
         shard_count = _count_shards(dataset, options.shards)
     lock, log = dataset.lock(say=progress.message), log_to(scratch_root(dataset.path))
-    with open_cluster(options.address), translate_disk_errors(dataset.path), lock as check, log:
+    with open_cluster(), translate_disk_errors(dataset.path), lock as check, log:
         workers = plan_workers(
             options.workers, loads_model=not config.base_url, own_server=engine.name == "vllm"
         )

@@ -57,17 +57,6 @@ def test_added_rows_raise_minor_and_other_changes_raise_patch_number(tmp_path: P
     assert (version.name, version.manifest["parent"]) == ("v1.1.2", "v1.1.1")
 
 
-@pytest.mark.parametrize(
-    "asked", [{"tasks": ["caption"]}, {"tasks": ["caption", "qa"], "generate": {"caption_styles": ["alt"]}}]
-)
-def test_other_tasks_or_styles_raise_minor_number(tmp_path: Path, asked: dict[str, Any]) -> None:
-    config = {"tasks": ["qa", "caption"], "generate": {"caption_styles": ["brief", "detailed"]}}
-    make_version(tmp_path, scene_samples(20), provenance=PROVENANCE | {"config": config})
-    fewer = true_captions(scene_samples(20)).filter(pc.field("style") == "brief")
-    version, _ = make_version(tmp_path, scene_samples(20), fewer, provenance=PROVENANCE | {"config": asked})
-    assert version.name == "v1.1.0"
-
-
 def test_datasets_does_not_mix_up_versions_of_equal_names(tmp_path: Path) -> None:
     for number in (20, 25):
         version, _ = make_version(tmp_path / str(number), scene_samples(number))

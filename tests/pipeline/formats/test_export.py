@@ -245,7 +245,7 @@ def test_source_reads_only_human_written_texts_from_an_export(
         # The other sources here read one split.
         assert row.split == (item.split if kind == "webdataset" else None)
     messages = [message for message in opened.messages if "model-written texts" in message]
-    assert len(messages) == 1 and not messages[0].startswith("skipped 0 ")
+    assert len(messages) == (kind != "webdataset")  # an archive is not read before its rows
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "coco", "webdataset"])

@@ -15,7 +15,7 @@ from pipeline.images.metadata import strip_metadata
 from tests.pipeline.images.test_metadata import jpeg
 
 PATCHED = """
-import os, signal, sys
+import os, signal, struct, sys
 from pipeline.images import isolation
 check = isolation.check_image
 def patched(data, **options):
@@ -97,15 +97,15 @@ def test_source_error_is_raised_after_the_images_before_it() -> None:
         ("while True: pass", "isolation.CPU_SECONDS = 1", "too_slow"),
         ("x = bytearray(10**9)", "isolation.MEMORY_BYTES = 200_000_000", "too_much_memory"),
         ("sys.stdout.buffer.write(b'x' * 999); sys.stdout.flush(); os._exit(0)", "", "decoder_died"),
-        ("os.write(1, isolation._LENGTH.pack(1 << 50))", "", "decoder_died"),
+        ("os.write(1, struct.pack('!iQ', -1, 1 << 50))", "", "decoder_died"),
         ("raise ValueError('odd')", "", "decoder_died"),
         (
-            "d = b'[' * 900_000; os.write(1, isolation._LENGTH.pack(len(d))); sys.stdout.buffer.write(d)",
+            "d = b'[' * 900_000; os.write(1, struct.pack('!i', len(d))); sys.stdout.buffer.write(d)",
             "",
             "decoder_died",
         ),
         (
-            'd = b\'{"images": [[Infinity, 1, ""]]}\'; os.write(1, isolation._LENGTH.pack(len(d)) + d)',
+            'd = b\'{"images": [[Infinity, 1, ""]]}\'; os.write(1, struct.pack("!i", len(d)) + d)',
             "",
             "decoder_died",
         ),

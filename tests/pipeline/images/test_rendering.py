@@ -129,7 +129,7 @@ def test_script_in_a_document_is_not_run(tmp_path: Path) -> None:
         ("while True: pass", "isolation.CPU_SECONDS = 1", "too_slow"),
         ("x = bytearray(10**9)", "isolation.MEMORY_BYTES = 300_000_000", "too_much_memory"),
         ("os.kill(os.getpid(), 11)", "", "decoder_died"),
-        ("os.write(1, isolation._LENGTH.pack(1 << 50))", "", "decoder_died"),
+        ("os.write(1, struct.pack('!iQ', -1, 1 << 50))", "", "decoder_died"),
         ("open('/etc/hostname')", "", "unreadable_file"),
         ("__import__('socket').create_connection(('127.0.0.1', 9))", "", "unreadable_file"),
         ("os.close(0); os.close(2); open('/etc/hostname')", "", "unreadable_file"),
@@ -140,7 +140,7 @@ def test_compromised_document_decoder_is_stopped_and_cannot_open_files_or_socket
     attack: str, settings: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = f"""
-import os, socket
+import os, socket, struct
 from pipeline.images import isolation, rendering
 {settings}
 pages = rendering._pages

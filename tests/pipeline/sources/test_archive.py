@@ -12,7 +12,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import boto3
 import pytest
 import webdataset
 
@@ -22,7 +21,6 @@ from pipeline.sources import archive, open_source
 from pipeline.types import Rejected, Sample
 from tests.hostile import bounded_memory
 from tests.hub.datasets import photo
-from tests.s3 import running_s3
 
 Files = dict[str, bytes]
 FILES: Files = {
@@ -126,21 +124,18 @@ def test_json_questions_are_read(tmp_path: Path) -> None:
     assert questions == {name: expected if name == "a.tar/a/1.jpg" else [] for name in kept}
 
 
-def test_messages_report_used_and_unused_texts(tmp_path: Path) -> None:
-    table = b"file_name,text\nIMG.001.jpg,A cup.\n"
-    files = FILES | {
-        "a/9.txt": b"A boat.",
-        "b/IMG.001.json": b"{odd",
-        "c.json": b"[1]",
-        "b/metadata.csv": table,
-    }
-    (tmp_path / "p.zip").write_bytes(zip_of(files))
-    assert open_source(resolve(source=f"archive:{tmp_path}")).messages == (
-        "human captions in p.zip: 3 for 4 images",
-        "3 texts in p.zip belong to no image, are too large or are not UTF-8 "
-        "(a/9.txt, b/metadata.csv, c.json)",
-    )
-    assert samples(tmp_path)["p.zip/b/IMG.001.jpg"].references == ()
+@pytest.mark.parametrize("make", [tar_of, zip_of])
+def test_texts_without_an_image_next_to_them_are_rejected(
+    tmp_path: Path, make: Callable[[Files], bytes]
+) -> None:
+    """`tar cf` writes files in the order of the disk. Entries of a zip file are sorted first."""
+    files = {"0.jpg": photo(0), "1.a.jpg": photo(1), "1.b.jpg": photo(2), "2.jpg": photo(3)}
+    texts = {"1.txt": b"A cup.", "0.caption.txt": b"A bowl.", "9.txt": b"A boat.", "metadata.csv": b"x"}
+    (tmp_path / "p.zip").write_bytes(make(files | {"2.txt": b"\xff"} | texts))
+    kept = [row for row in rows(tmp_path) if isinstance(row, Sample)]
+    assert [row.references for row in kept] == [("A bowl.",) if make is zip_of else (), (), (), ()]
+    unused = {name.removeprefix("p.zip/") for name, reason in reasons(tmp_path).items() if reason}
+    assert unused == {"2.txt", *texts} - ({"0.caption.txt"} if make is zip_of else set())
 
 
 def test_webdataset_shards_are_grouped_by_key(tmp_path: Path) -> None:
@@ -236,8 +231,7 @@ def test_tar_links_pipes_and_devices_are_rejected(tmp_path: Path, kind: bytes) -
     (tmp_path / "secret.jpg").write_bytes(photo(7))
     link = special("x.jpg", kind, str(tmp_path / "secret.jpg"))
     (tmp_path / "p.tar").write_bytes(tar_with(link, special("x.txt", kind, "/proc/self/environ")))
-    (row,) = rows(tmp_path / "p.tar")
-    assert isinstance(row, Rejected) and (row.source_row, row.reason) == ("p.tar/x.jpg", "not_a_file")
+    assert reasons(tmp_path / "p.tar") == {"p.tar/x.jpg": "not_a_file", "p.tar/x.txt": "unused_text"}
 
 
 def test_zip_links_and_encrypted_entries_are_rejected(tmp_path: Path) -> None:
@@ -415,17 +409,6 @@ def test_requested_split_filters_images(tmp_path: Path) -> None:
     assert [row.split for row in samples(tmp_path).values()] == ["test", "train", "train"]
 
 
-@pytest.mark.parametrize("make", [tar_of, zip_of])
-def test_texts_far_from_their_image_are_matched_by_key(
-    tmp_path: Path, make: Callable[[Files], bytes]
-) -> None:
-    """`tar cf` writes files in the order of the disk. The only image of a key gets all texts of the key."""
-    files = {"0.jpg": photo(0), "1.a.jpg": photo(1), "1.b.jpg": photo(2), "2.jpg": photo(3)}
-    texts = {"2.txt": b"A cat.", "1.txt": b"A cup.", "0.caption.txt": b"A bowl."}
-    (tmp_path / "p").with_suffix(".zip" if make is zip_of else ".tar").write_bytes(make(files | texts))
-    assert [row.references for row in samples(tmp_path).values()] == [("A bowl.",), (), (), ("A cat.",)]
-
-
 @pytest.mark.parametrize("packed", [bytes, gzip.compress])
 def test_concatenated_streams_are_read_but_concatenated_archives_fail(
     tmp_path: Path, packed: Callable[[bytes], bytes]
@@ -459,46 +442,6 @@ def test_linked_archive_is_refused_without_follow_links(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="outside of"):
         rows(tmp_path / "home")
     assert len(rows(tmp_path / "home", follow_links=True)) == 1
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Any:
-    with running_s3("archives") as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield boto3.client("s3")
-
-
-def test_remote_archive_is_streamed(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {f"{number:03}.jpg": photo(number) + bytes(200_000) for number in range(60)}
-    store.put_object(Bucket="archives", Key="mine/train-0.tar", Body=tar_of(files))
-    store.put_object(Bucket="archives", Key="mine/test.zip", Body=zip_of({"z.jpg": photo(99)}))
-    read: list[int] = []
-    count = archive._CountedFile.read
-
-    def noted(self: Any, size: int = -1) -> bytes:
-        data = count(self, size)
-        read.append(len(data))
-        return data
-
-    monkeypatch.setattr(archive._CountedFile, "read", noted)
-    source = open_source(resolve(source="archive:s3://archives/mine"))
-    splits = [row.split for row in source.rows if isinstance(row, Sample)]
-    assert source.revision and splits.count("train") == 60
-    whole = sum(read)
-    read.clear()
-    few = open_source(resolve(source="archive:s3://archives/mine/train-0.tar")).rows
-    assert [next(few).source_row for _ in range(3)] == [f"train-0.tar/{n:03}.jpg" for n in range(3)]
-    assert sum(read) < whole / 4
-    with pytest.raises(SourceError, match="no file at"):
-        open_source(resolve(source="archive:s3://archives/other/"))
-
-
-def test_held_out_archives_are_reported(tmp_path: Path) -> None:
-    for name, is_reported in (("shop-test.tar", True), ("shop-train.tar", False)):
-        (tmp_path / name).write_bytes(tar_of({f"{name}.jpg": photo(len(name))}))
-        messages = open_source(resolve(source=f"archive:{tmp_path}")).messages
-        assert any("all rows are in the split test" in text for text in messages) == is_reported
 
 
 def test_unusable_column_value_rejects_one_image(tmp_path: Path) -> None:

@@ -98,18 +98,6 @@ def test_revision_depends_on_files_and_frame_interval(tmp_path: Path) -> None:
     assert opened(f"video:{tmp_path}").revision == first
 
 
-def test_unreadable_folders_and_other_files_are_reported(tmp_path: Path) -> None:
-    (tmp_path / "000.mp4").symlink_to(tmp_path / "missing")
-    (tmp_path / "elsewhere").symlink_to(tmp_path.parent)
-    write_video(tmp_path / "a.mp4", 3)
-    source = opened(f"video:{tmp_path}", frame_seconds=1)
-    assert "links to folders, which are not followed: 1 (elsewhere)" in source.messages
-    outcome_of = rows(source)
-    assert [name for name, row in outcome_of.items() if isinstance(row, Rejected)] == ["000.mp4"] and len(
-        outcome_of
-    ) == 4
-
-
 def test_damaged_page_rejects_only_its_row(tmp_path: Path) -> None:
     write_pdf(tmp_path / "a.pdf", 45, (160, 90))
     data = (tmp_path / "a.pdf").read_bytes()

@@ -299,18 +299,6 @@ def test_repeated_failures_are_not_retried_a_third_time(photos: Path, tmp_path: 
     assert Reading(folder, config).starts == []
 
 
-def test_samples_without_image_hashes_are_hashed_and_compared(photos: Path, tmp_path: Path) -> None:
-    config = settings(photos)
-    source = open_source(config)
-
-    def read(start: int) -> Iterator[Sample | Rejected]:
-        return (replace(row, pdq_hashes=()) if isinstance(row, Sample) else row for row in source.read(start))
-
-    SourceReader(DatasetDir(tmp_path / "d"), config, replace(source, read=read), Notes()).read(None)
-    Reading(tmp_path / "whole", config)
-    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
-
-
 def test_source_without_revision_is_read_each_time(photos: Path, tmp_path: Path) -> None:
     config = settings(photos)
     source = replace(open_source(config), revision="")

@@ -17,6 +17,7 @@ from pipeline.types import Sample, Source
 from tests.hub import datasets
 from tests.hub.server import running_hub
 from tests.pipeline.sources.reading import samples_of
+from tests.pipeline.sources.test_archive import tar_of
 from tests.s3 import running_s3
 
 PLAIN = pa.schema([("photo", datasets.IMAGE)])
@@ -77,6 +78,14 @@ def test_revision_depends_on_contents() -> None:
     replacement = datasets.parquet([{"photo": datasets.cell(9)}], PLAIN)
     boto3.client("s3").put_object(Bucket="photos", Key="mine/test/0.parquet", Body=replacement)
     assert opened("s3://photos/mine").revision != before
+
+
+def test_remote_archive_is_read() -> None:
+    archive = tar_of({"0.jpg": datasets.photo(0), "0.txt": b"A bowl."})
+    boto3.client("s3").put_object(Bucket="photos", Key="mine/train-0.tar", Body=archive)
+    source = open_source(resolve(source="archive:s3://photos/mine"))
+    rows = [(row.source_row, row.references, row.split) for row in samples_of(source)]
+    assert source.revision and rows == [("train-0.tar/0.jpg", ("A bowl.",), "train")]
 
 
 def test_source_has_no_revision_if_the_store_lists_no_digest_or_time() -> None:

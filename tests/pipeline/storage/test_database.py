@@ -29,12 +29,6 @@ def test_database_is_removed_after_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_queries_show_no_progress_bar(tmp_path: Path) -> None:
-    with open_database(tmp_path) as db:
-        for one in (db, open_cursor(db)):
-            assert one.sql("SELECT current_setting('enable_progress_bar')").fetchall() == [(False,)]
-
-
 def test_sql_hash_equals_python_hash(tmp_path: Path) -> None:
     with open_database(tmp_path) as db:
         load(db, "numbers", [numbers(0, 100)], NUMBERS)

@@ -50,7 +50,7 @@ def test_missing_ray_is_an_error_with_the_install_command(monkeypatch: pytest.Mo
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     with (
         pytest.raises(ClusterError, match="--executor ray needs the package ray") as caught,
-        cluster.open_cluster(None),
+        cluster.open_cluster(),
     ):
         pass
     assert caught.value.hint == install_command("ray")
@@ -66,7 +66,7 @@ def test_other_workers_finish_their_shards_after_failures(tmp_path: Path) -> Non
         (tmp_path / f"finished-{index}").touch()
 
     warnings: list[str] = []
-    with open_cluster("local"):
+    with open_cluster():
         for workers in (3, 1):
             with pytest.raises(EngineError, match="no credit"):
                 map_on_workers(5, work, WorkerPlan(workers, 0.3, 0), lambda done: None, warnings.append)

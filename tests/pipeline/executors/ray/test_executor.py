@@ -32,7 +32,7 @@ def map_here(count: int, work: Callable[[int], Any], *_: Any) -> list[Any]:
 @pytest.fixture(autouse=True)
 def no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the work of all shards in this process."""
-    monkeypatch.setattr(executor, "open_cluster", lambda address: nullcontext())
+    monkeypatch.setattr(executor, "open_cluster", nullcontext)
     monkeypatch.setattr(executor, "plan_workers", lambda *_, **__: WorkerPlan(1, 1, 0))
     monkeypatch.setattr(executor, "map_on_workers", map_here)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.pixels import Images, find_joined, images_of_dataset, join_images, lacks_pixels
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from pipeline.images.decode import deck_id
-from pipeline.sources.join import with_pixels
+from pipeline.sources.join import Images, find_joined, join_images, with_pixels
 from pipeline.tables import Extras
 from pipeline.types import Sample
 from tests.scene_data import SCORED, make_version, pulled, scene_samples, scored_captions, true_captions
@@ -32,11 +31,11 @@ def images_of(samples: list[Sample]) -> list[Images]:
 
 
 def test_joined_images_complete_the_version(whole: Version, texts: Version) -> None:
-    assert lacks_pixels(texts)
+    assert texts.lacks_pixels
     assert find_joined(texts) is None
     joined = join_images(texts, images_of(SAMPLES))
     assert find_joined(texts) == joined and joined.path == texts.path
-    assert not lacks_pixels(joined)
+    assert not joined.lacks_pixels
     assert joined.manifest["columns"] == whole.manifest["columns"]
     assert joined.manifest["digest"] == whole.manifest["digest"]
     for split in (split for split, count in whole.manifest["rows"].items() if count):
@@ -62,16 +61,7 @@ def test_images_are_joined_from_a_folder_of_files(texts: Version, tmp_path: Path
     assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
 
 
-def test_images_are_joined_from_a_version_that_contains_them(
-    whole: Version, texts: Version, tmp_path: Path
-) -> None:
-    downloaded = pulled(whole, tmp_path / "downloaded", images=True)
-    assert downloaded.holds_pixels
-    joined = with_pixels(texts, str(downloaded.path))
-    assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
-
-
-def test_decks_are_joined_from_version_with_pages(tmp_path: Path) -> None:
+def test_joined_deck_has_all_pages(tmp_path: Path) -> None:
     pages = [sample.images[0] for sample in SAMPLES[:4]]
     deck = replace(SAMPLES[0], id=deck_id([sample.id for sample in SAMPLES[:4]]), images=tuple(pages))
     captions = true_captions(SAMPLES[:1])
@@ -79,8 +69,6 @@ def test_decks_are_joined_from_version_with_pages(tmp_path: Path) -> None:
     captions = captions.set_column(ids, "sample_id", [[deck.id] * captions.num_rows])
     whole, _ = make_version(tmp_path / "whole", [deck], captions)
     texts = pulled(whole, tmp_path / "home" / "texts", images=False)
-    downloaded = pulled(whole, tmp_path / "downloaded", images=True)
-    assert [*images_of_dataset(downloaded.path, [deck.id])] == [(deck.id, tuple(pages))]
-    joined = join_images(texts, images_of_dataset(whole.path, [deck.id]))
+    joined = join_images(texts, [(deck.id, tuple(pages))])
     split = next(split for split, count in whole.manifest["rows"].items() if count)
     assert [page["bytes"] for page in joined.read(split)["pages"].to_pylist()[0]] == pages
