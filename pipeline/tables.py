@@ -116,7 +116,9 @@ FILTERED = pa.schema(
 # judged_wrong: whether a judge found a wrong statement
 # RUBRIC: scores from the judge, from 1 to 5
 RUBRIC = ("relevance", "grounding", "correctness", "form")
-CHECK = pa.struct(fields(STRING, "kind", "claim", "question", "expected", "answer"))
+CHECK = pa.struct(
+    [*fields(STRING, "kind", "claim", "question", "expected", "answer"), *fields(INT32, "weight")]
+)
 VERIFIED = pa.schema(
     [
         *fields(FLOAT64, "agreement"),

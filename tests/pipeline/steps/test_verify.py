@@ -15,6 +15,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
 from pipeline.steps import verify_checks
+from pipeline.steps.verify_known_texts import KnownSample
 from pipeline.storage.files import read_table
 from pipeline.tables import CALIBRATION, CHECK, FLOAT64, INT32, STRING, fields
 from tests.chat.server import ChatServer, running_chat
@@ -32,8 +33,9 @@ SCHEMA = pa.schema(
 )  # fmt: skip
 
 
-def check(kind: str, answer: str | None, expected: str = "red") -> dict[str, str | None]:
-    return {"kind": kind, "claim": None, "question": "?", "expected": expected, "answer": answer}
+def check(kind: str, answer: str | None, expected: str = "red") -> dict[str, Any]:
+    asked = {"kind": kind, "claim": None, "question": "?", "expected": expected, "weight": 1}
+    return asked | {"answer": answer}
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
@@ -64,7 +66,7 @@ def test_question_is_kept_or_rejected_with_reason(checks: list[dict[str, Any]], 
     assert reasons(QUESTION | {"checks": checks}) == [reason]
 
 
-def claim_checks(number: int, *answers: str | None, claim: str = "") -> list[dict[str, str | None]]:
+def claim_checks(number: int, *answers: str | None, claim: str = "") -> list[dict[str, Any]]:
     """Return the checks of one claim. A true claim is confirmed by yes, no, yes and no, in this order."""
     claim = claim or f"Claim {number}."
     pairs = zip(answers, ("yes", "no", "yes", "no"), strict=False)
@@ -222,11 +224,9 @@ def checker_of(**settings: Any) -> verify_checks.AnnotationChecker:
     ("foreign", "is_used"), [("A red ring.", False), ("The ring is red", False), ("A blue car.", True)]
 )
 def test_caption_of_another_image_is_not_used_if_it_may_be_true(foreign: str, *, is_used: bool) -> None:
-    checker = checker_of()
-    checker.__dict__["_known_texts"] = {"a": KnownTexts((), foreign)}
-    caption = verify_checks.CheckedAnnotation(CAPTION | {"sample_id": "a", "prompt_id": "caption/v1@1"})
-    ((_, known_texts, _, _),) = checker._known_of([caption])
-    assert known_texts.foreign == (foreign if is_used else None)
+    caption = CAPTION | {"sample_id": "a", "prompt_id": "caption/v1@1"}
+    kinds = dict(KnownSample.of(KnownTexts((), foreign), [caption], seed=0).texts)
+    assert kinds.get("other_image") == (foreign if is_used else None)
 
 
 def test_warning_counts_captions_of_rows_without_known_texts() -> None:
