@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.dataset.review_tools import read_verdicts_of_tools
 from pipeline.digests import annotation_digest
 from pipeline.errors import ConfigError
 from pipeline.storage.files import read_file
@@ -104,10 +105,15 @@ def read_verdicts(path: Path) -> list[Verdict]:
 
 
 def read_lines(path: Path) -> list[Review | Verdict]:
-    """Read a file of reviews and verdicts. Raises ConfigError with the number of a line that is neither."""
+    """Read a file of reviews and verdicts, or the JSON that Label Studio or Argilla exported.
+
+    Raises ConfigError with the number of a line that is neither a review nor a verdict.
+    """
     try:
         text = read_file(path, MAX_REVIEWS_BYTES).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
+        if text.lstrip().startswith("["):
+            text = "\n".join(map(json.dumps, read_verdicts_of_tools(text)))
+    except (OSError, ValueError, UnsafeFileError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="export reviews from `synth report`") from None
     lines: list[Review | Verdict] = []
     # `splitlines` would also split at other line separators, which texts may contain.

@@ -13,15 +13,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset.audit import audit_in_words
+from pipeline.dataset.audit import SCORED, audit_in_words, score_curves
 from pipeline.dataset.calibration import checks_in_words
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.reviews import REASONS
+from pipeline.dataset.reviews import REASONS, read_verdicts
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.report.html import render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import images_of, read_rejected, read_rows, steps_match
-from pipeline.storage.files import read_json, write_text
+from pipeline.storage.files import read_batches, read_json, write_text
 from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import SPLITS
 from pipeline.text.reasons import SCORES_IN_WORDS, in_words
@@ -71,6 +71,7 @@ def write_report(version: Version, folder: Path) -> Path:
         checks_in_words=checks_in_words(manifest),
         scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],
         scores_in_words=SCORES_IN_WORDS,
+        score_curves=_score_curves(DatasetDir(folder)) if has_steps else {},
         has_steps=has_steps,
         cost=DatasetDir(folder).read_cost() or None,
         metrics=_read_last_metrics(folder),
@@ -85,6 +86,12 @@ def write_report(version: Version, folder: Path) -> Path:
         raise ConfigError(f"{page} is not a report written by synth", hint=hint)
     write_text(page, text)
     return page
+
+
+def _score_curves(dataset: DatasetDir) -> dict[str, Any]:
+    verdicts, paths = read_verdicts(dataset.reviews), dataset.step_files("review")
+    tables = (table for path in paths for table in read_batches(path, SCORED))
+    return score_curves(tables if verdicts else (), verdicts)
 
 
 def _is_report(page: Path) -> bool:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pipeline.dataset.audit import COLUMNS, Frame, estimate_errors
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, build_rows
 from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, read_findings
+from pipeline.dataset.changes import describe_changes
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import RowWriter, publish_version
@@ -110,6 +111,8 @@ class WriteStep(Step):
             write = partial(write_rows, steps=names, source=source, extras=extras)
             written = executor.map_with_scratch(write, draft)
             work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
+        for line in describe_changes(newest[0], work.version, verdicts) if newest and work.is_new else ():
+            work.progress.message(line)
         for folder in folders:
             # The version holds the contents of these files.
             for name in ("digests", "rejections"):
