@@ -6,7 +6,7 @@ For drawn scenes, whose content is known, they include how much of the text is t
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
-from math import sqrt
+from math import log2, sqrt
 from typing import Any
 
 from pipeline.dataset.content import Content
@@ -56,7 +56,7 @@ class DatasetStatistics:
         """Add rows of a version."""
         for row in rows:
             for caption in row["captions"]:
-                self.captions[caption["style"]].add(caption["text"])
+                self.captions[caption["style"]].add(caption["text"], row["sample_id"])
                 self.repaired_captions += caption["prompt_id"].startswith(f"{REPAIR.name}/")
             self.human_captions += sum(map(_is_human, row["captions"]))
             self.human_questions += sum(pair["prompt_id"] == HUMAN for pair in row["qa"])
@@ -136,7 +136,9 @@ def _is_human(caption: dict[str, Any]) -> bool:
 def _summarize_answers(counts: Counter[str]) -> dict[str, Any]:
     answer, times = min(counts.items(), key=lambda item: (-item[1], item[0]))
     total = counts.total()
-    return {"count": total, "most_common": answer, "share": round(times / total, 4)}
+    entropy = -sum(count / total * log2(count / total) for count in sorted(counts.values()))
+    share = round(times / total, 4)
+    return {"count": total, "most_common": answer, "share": share, "entropy_bits": round(abs(entropy), 4)}
 
 
 def wilson_interval(hits: float, trials: float) -> tuple[float, float]:

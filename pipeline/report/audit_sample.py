@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.dataset.audit import COLUMNS, Frame
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.review_tools import audit_files
-from pipeline.dataset.reviews import read_verdicts
+from pipeline.dataset.reviews import Verdict, read_stored
 from pipeline.dataset.version import Version
 from pipeline.report.html import render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import read_rows
@@ -51,7 +51,7 @@ def write_audit(version: Version, dataset: DatasetDir, number: int, seed: int, t
         "items": items,
         "verdicts": [
             verdict.model_dump(mode="json")
-            for verdict in read_verdicts(dataset.reviews)
+            for verdict in read_stored(dataset.reviews, Verdict)
             if verdict.seed == seed
         ],
     }

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.dataset.audit import SCORED, audit_in_words, score_curves
 from pipeline.dataset.calibration import checks_in_words
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.reviews import REASONS, read_verdicts
+from pipeline.dataset.reviews import REASONS, Verdict, read_stored
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.report.html import render_page, script_hash, script_literal, thumbnail_uri
@@ -89,7 +89,7 @@ def write_report(version: Version, folder: Path) -> Path:
 
 
 def _score_curves(dataset: DatasetDir) -> dict[str, Any]:
-    verdicts, paths = read_verdicts(dataset.reviews), dataset.step_files("review")
+    verdicts, paths = read_stored(dataset.reviews, Verdict), dataset.step_files("review")
     tables = (table for path in paths for table in read_batches(path, SCORED))
     return score_curves(tables if verdicts else (), verdicts)
 
