@@ -43,7 +43,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
     progress = progress or NullProgress()
     with translate_disk_errors(dataset.path):
         plan = Plan.resolve(_recorded_settings(dataset), dataset)
-        new = [line for path in files for line in read_lines(path)]
+        sources = {path: read_lines(path) for path in files}
+        new = [line for lines in sources.values() for line in lines]
         if not new:
             raise ConfigError(f"no reviews in {', '.join(map(str, files))}", hint=REVIEW_FIRST)
         with dataset.lock() as check:
@@ -62,8 +63,10 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 raise ConfigError(problem, hint=hint)
             for edit, problem in AppliedReviews.of(reviews, rows, plan.tasks).unusable:
                 text = edit.text or f"{edit.question} {edit.answer}"
+                path = next((path for path, lines in sources.items() if edit in lines), dataset.reviews)
                 raise ConfigError(
-                    f"the edited text {text[:80]!r} cannot be used: {problem}", hint="edit the text again"
+                    f"{path}: the edited text {text[:80]!r} cannot be used: {problem}",
+                    hint="edit the text again",
                 )
             write_text(dataset.reviews, format_lines(merged))
             try:

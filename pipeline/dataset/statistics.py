@@ -20,30 +20,13 @@ MAX_LABELS, MAX_LABEL_CHARACTERS = 50, 100
 
 
 @dataclass(slots=True)
-class Mean:
-    """A running mean."""
-
-    count: int = 0
-    total: float = 0
-
-    def add(self, number: float) -> None:
-        """Add a number."""
-        self.count += 1
-        self.total += number
-
-    @property
-    def value(self) -> float:
-        """The mean so far, rounded to four decimal places."""
-        return round(self.total / max(1, self.count), 4)
-
-
-@dataclass(slots=True)
 class DatasetStatistics:
     """Counts and means over rows without pixels."""
 
     captions: dict[str, Content] = field(default_factory=lambda: defaultdict(Content))  # by style
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by answer type
-    scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (SCORE_NAMES)
+    score_counts: Counter[str] = field(default_factory=Counter)  # by name (SCORE_NAMES)
+    score_totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     repaired_captions: int = 0
     human_captions: int = 0
     human_questions: int = 0
@@ -66,7 +49,8 @@ class DatasetStatistics:
                 for name in SCORE_NAMES:
                     # Captions with refuted claims were rejected, so a mean precision would state nothing.
                     if annotation.get(name) is not None and name != "precision":
-                        self.scores[name].add(annotation[name])
+                        self.score_counts[name] += 1
+                        self.score_totals[name] += annotation[name]
             for task in row.keys() - {*ROW.names, "split"}:
                 self._add_value(task, row[task])
             self._compare_with_scenes(row)
@@ -97,7 +81,8 @@ class DatasetStatistics:
             "captions": {style: one.result(language) for style, one in sorted(self.captions.items())},
             "answers": {kind: _summarize_answers(counts) for kind, counts in sorted(self.answers.items())},
             "scores": {
-                n: {"mean": mean.value, "count": mean.count} for n, mean in sorted(self.scores.items())
+                name: {"mean": round(self.score_totals[name] / count, 4), "count": count}
+                for name, count in sorted(self.score_counts.items())
             },
             "repaired_captions": self.repaired_captions,
             "human_captions": self.human_captions,

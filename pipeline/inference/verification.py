@@ -65,10 +65,8 @@ def question_checks(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
     if "blind" in config.checks:
         checks.append(Check("blind", question, answer, (), task=BLIND))
     evidence = tuple(row["evidence_pages"] or ())
-    other_pages = tuple(page for page in range(1, row["pages"] + 1) if page not in evidence)
-    if "evidence" in config.checks and evidence and other_pages:
+    if "evidence" in config.checks and 0 < len(evidence) < row["pages"]:
         checks.append(Check("sufficient", question, answer, evidence))
-        checks.append(Check("necessary", question, answer, other_pages))
     return checks
 
 

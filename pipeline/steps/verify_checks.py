@@ -465,7 +465,6 @@ def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Ta
 
 def results_of(checks: Sequence[Row], *, is_caption: bool) -> dict[str, Any]:
     """Return the results (tables.VERIFIED) of the checks of one annotation."""
-    same_without = _is_confirmed(checks, "necessary")
     claims = list(verification.claims_in(checks).values())
     return {
         "agreement": verification.share_of_confirmed_claims(claims)
@@ -474,7 +473,6 @@ def results_of(checks: Sequence[Row], *, is_caption: bool) -> dict[str, Any]:
         "evidence": max(claims, default=None),
         "answered_blind": _is_confirmed(checks, "blind"),
         "sufficient": _is_confirmed(checks, "sufficient"),
-        "necessary": None if same_without is None else not same_without,
         "coverage": verification.share_confirmed(checks, "covers"),
     }
 

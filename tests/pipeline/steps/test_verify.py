@@ -56,9 +56,8 @@ def reasons(*rows: dict[str, Any], shards: int = 1, **settings: Any) -> list[str
         ([check("round_trip", None)], None),
         ([check("blind", "red")], "answerable_without_image"),
         ([check("blind", "blue")], None),
-        ([check("sufficient", "red"), check("necessary", "blue")], None),
-        ([check("sufficient", "blue"), check("necessary", "blue")], "evidence_not_sufficient"),
-        ([check("sufficient", "red"), check("necessary", "red")], "evidence_not_necessary"),
+        ([check("sufficient", "red")], None),
+        ([check("sufficient", "blue")], "evidence_not_sufficient"),
         ([check("round_trip", "blue"), check("blind", "red")], "answer_not_confirmed"),
     ],
 )
@@ -134,8 +133,8 @@ def test_question_answered_blind_is_rejected_only_if_most_images_share_the_answe
     assert reasons(*map(asked, ["red"] * 9 + ["blue"])) == ["answerable_without_image"] * 9 + [None]
 
 
-def test_yes_and_no_answers_are_exempt_from_blind_and_necessary_checks() -> None:
-    checks = [check("blind", "yes", "yes"), check("necessary", "yes", "yes")]
+def test_yes_and_no_answers_are_exempt_from_the_blind_check() -> None:
+    checks = [check("blind", "yes", "yes")]
     assert reasons(QUESTION | {"clean_answer": "yes", "checks": checks}) == [None]
 
 
@@ -146,19 +145,6 @@ def test_worst_aligned_captions_of_each_style_are_rejected() -> None:
     assert row_reasons == ["low_alignment"] * 5 + [None] * 98
     assert reasons(*rows, lowest_alignment_frac=0.0, min_alignment=0.5).count("low_alignment") == 50
     assert set(reasons(CAPTION, CAPTION)) == {None}
-
-
-def test_frequent_answers_are_exempt_from_the_necessary_check() -> None:
-    def row(answer: str, kind: str) -> dict[str, Any]:
-        checks = [check("sufficient", answer, answer), check("necessary", answer, answer)]
-        return QUESTION | {"clean_answer": answer, "answer_type": kind, "checks": checks}
-
-    rows = [row(str(n % 4), "number") for n in range(20)] + [row(f"word {n}", "span") for n in range(20)]
-    assert reasons(*rows) == [None] * 20 + ["evidence_not_necessary"] * 20
-    assert reasons(*rows, shards=3) == reasons(*rows)
-    assert reasons(*rows, max_answer_frequency=0.5) == ["evidence_not_necessary"] * 40
-    # An answer that occurs once is not frequent, however few rows there are.
-    assert reasons(row("3", "number")) == ["evidence_not_necessary"]
 
 
 CHECKS = ["round_trip", "blind", "claims", "covers", "alignment"]
