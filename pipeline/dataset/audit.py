@@ -6,26 +6,20 @@ texts before the first unreviewed one count. The counted texts are a random samp
 stop. The audit of a later version asks only for texts without a verdict.
 """
 
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
-from itertools import pairwise, takewhile
-from math import inf
+from itertools import takewhile
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.dataset.reviews import TextName, Verdict, record_name, text_name
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.digests import hash_to_unit
-from pipeline.tables import FINAL, RUBRIC
 
 COLUMNS = ("sample_id", "captions", "qa")  # and the columns of custom tasks
-SCORES = ("agreement", "coverage", "alignment", *RUBRIC)
-SCORED = ("sample_id", "task", *FINAL.names, *SCORES)
 MAX_TEXTS = 5000  # per stratum
 Stratum = tuple[str, str]  # task ("captions", "questions", or a custom task) and style ("" without styles)
 NOT_MEASURED = "not measured (`synth review sample` draws texts to review)"
@@ -164,48 +158,6 @@ def wrong_shares(verdicts: Iterable[Verdict]) -> dict[TextName, float]:
         by_text[verdict.name].append(verdict)
     shares = {name: _share_wrong(of_text) for name, of_text in by_text.items()}
     return {name: share for name, share in shares.items() if share is not None}
-
-
-def wrong_in_words(shares: Collection[float]) -> str:
-    """Return the share of wrong texts among reviewed ones with its 95 % Wilson interval, in percent."""
-    if not shares:
-        return "none reviewed"
-    low, high = wilson_interval(sum(shares), len(shares))
-    share = 100 * sum(shares) / len(shares)
-    return f"{share:.1f} % wrong [{100 * low:.1f}, {100 * high:.1f}], {len(shares)} reviewed"
-
-
-def score_curves(
-    tables: Iterable[pa.Table], verdicts: Iterable[Verdict]
-) -> dict[str, list[tuple[float, float, str, str]]]:
-    """Return, by score, the share of wrong texts in each tenth of the texts, ordered by this score.
-
-    `tables` have the columns SCORED. A row has the lowest score of a tenth, the share of texts that this
-    score as a limit would keep, and the wrong texts in the tenth and among the kept texts, in words. Scores
-    without reviewed texts are left out.
-    """
-    shares = wrong_shares(verdicts)
-    reviewed = pa.array({sample_id for sample_id, _ in shares}, pa.string())
-    values: dict[str, list[float]] = defaultdict(list)
-    known: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for table in tables:
-        for score in SCORES:
-            values[score] += table[score].drop_null().to_pylist()
-        for row in table.filter(pc.is_in(table["sample_id"], reviewed)).to_pylist():
-            if (wrong := shares.get(text_name(row))) is not None:
-                for score in SCORES:
-                    known[score] += [] if row[score] is None else [(row[score], wrong)]
-    return {score: list(_curve(sorted(values[score]), pairs)) for score, pairs in known.items() if pairs}
-
-
-def _curve(
-    values: Sequence[float], known: Sequence[tuple[float, float]]
-) -> Iterator[tuple[float, float, str, str]]:
-    limits = sorted({values[len(values) * n // 10] for n in range(10)})
-    for limit, end in pairwise([*limits, inf]):
-        kept = 1 - bisect_left(values, limit) / len(values)
-        tenth = [wrong for value, wrong in known if limit <= value < end]
-        yield limit, kept, wrong_in_words(tenth), wrong_in_words([w for value, w in known if limit <= value])
 
 
 def _describe(task: str, style: str, rates: Sequence[_Rate]) -> dict[str, Any]:

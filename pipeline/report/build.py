@@ -13,9 +13,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset.audit import SCORED, audit_in_words, score_curves
+from pipeline.dataset.audit import audit_in_words
 from pipeline.dataset.calibration import checks_in_words
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.limits import SCORED, score_curves
 from pipeline.dataset.reviews import REASONS, Verdict, read_stored
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, StoreError

@@ -12,8 +12,8 @@ import pyarrow as pa
 from pipeline.dataset.audit import COLUMNS, Frame, estimate_errors
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, build_rows
 from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, read_findings
-from pipeline.dataset.changes import describe_changes
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
+from pipeline.dataset.limits import describe_changes
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import RowWriter, publish_version
 from pipeline.dataset.records import is_done, output_digest, read_record, step_key, write_record
