@@ -177,7 +177,7 @@ def review_sample(
     texts: Annotated[int, Option("-n", "--texts", help="Number of texts.", min=1)] = 200,
     seed: Annotated[int, option("Seed. Another seed begins another audit.", min=0)] = 0,
     tool: Annotated[
-        Literal["page", "label-studio", "argilla"], option("Page, or tasks to import into another tool.")
+        Literal["page", "label-studio", "argilla"], option("page, or tasks for label-studio or argilla.")
     ] = "page",
 ) -> None:
     """Draw texts of a version at random, for reviewers to judge them as right or wrong.

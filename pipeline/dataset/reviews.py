@@ -82,14 +82,6 @@ class Review(_NamedText):
         return self
 
     @property
-    def words(self) -> list[tuple[str, Any]]:
-        """The edited fields with their new values."""
-        values = {name: getattr(self, name) for name in EDITABLE}
-        if self.evidence_pages is not None:
-            values["evidence_pages"] = list(self.evidence_pages)
-        return [(name, value) for name, value in values.items() if value is not None]
-
-    @property
     def resulting_name(self) -> TextName:
         """The name of the text after this review has been applied."""
         return self.name if self.verdict != "edited" else text_name(self.model_dump())
@@ -184,7 +176,8 @@ def check_edit(review: Review, row: dict[str, Any], tasks: Tasks = BUILT_IN) -> 
     is_caption = final_value(row, "text") is not None
     if (review.text is None) == is_caption:
         return f"the reviewed text is a {'caption' if is_caption else 'question'}, but the edit is not"
-    fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | dict(review.words)
+    edited = review.model_dump(mode="json", include=set(EDITABLE), exclude_none=True)
+    fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | edited
     return find_broken_rule(tasks[row["task"]], fields, row["pages"])
 
 
