@@ -4,7 +4,6 @@ The page shows one text at a time next to its image, and makes no network reques
 the script never parses it as HTML.
 """
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.review_tools import audit_files
 from pipeline.dataset.reviews import Verdict, read_stored
 from pipeline.dataset.version import Version
-from pipeline.report.html import render_page, script_hash, script_literal, thumbnail_uri
+from pipeline.report.html import page_script, render_page, script_hash, thumbnail_uri
 from pipeline.report.rows import read_rows
 from pipeline.storage.files import write_text
 from pipeline.tables import SPLITS
@@ -55,8 +54,7 @@ def write_audit(version: Version, dataset: DatasetDir, number: int, seed: int, t
             if verdict.seed == seed
         ],
     }
-    code = (files("pipeline.report") / "audit.js").read_text(encoding="utf-8")
-    script = f"const audit = {script_literal(settings)};\n{code}"
+    script = page_script("audit.js", audit=settings)
     page = dataset.path / "audit.html"
     text = render_page(
         "audit.html.j2",

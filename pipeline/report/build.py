@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from heapq import nsmallest
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pipeline.dataset.limits import SCORED, score_curves
 from pipeline.dataset.reviews import REASONS, Verdict, read_stored
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, StoreError
-from pipeline.report.html import render_page, script_hash, script_literal, thumbnail_uri
+from pipeline.report.html import page_script, render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import images_of, read_rejected, read_rows, steps_match
 from pipeline.storage.files import read_batches, read_json, write_text
 from pipeline.storage.untrusted import UnsafeFileError
@@ -54,10 +53,9 @@ def write_report(version: Version, folder: Path) -> Path:
         "reasons": REASONS,
         "pictures": {sample_id: thumbnail_uri(image, THUMBNAIL_BYTES) for sample_id, image in others},
     }
-    script = (files("pipeline.report") / "report.js").read_text(encoding="utf-8")
     parts = [rows[start : start + SCRIPT_ROWS] for start in range(0, len(rows), SCRIPT_ROWS)]
     scripts = [
-        f"const report = {script_literal(settings)};\n{script}",
+        page_script("report.js", report=settings),
         *(f'add("images", {script_literal(part)});\n' for part in parts),
         f'add("rejected", {script_literal(rejected)});\n',
     ]

@@ -37,10 +37,12 @@ def test_changes_state_wrong_share_of_reviewed_texts_that_are_kept_or_left_out(t
     captions = true_captions(samples)
     before, _ = make_version(tmp_path, samples, captions)
     after, _ = make_version(tmp_path, samples, captions.slice(4))
+    for version, count in ((before, 12), (after, 8)):
+        version.manifest["measured"] = {"captions": {"plain": {"count": count}}}
     names = [text_name(row) for row in captions.to_pylist()]
     verdicts = [judge(name, is_wrong=n < 3) for n, name in enumerate(names[:8])]
     assert list(describe_changes(before, after, verdicts)) == [
-        f"v1.0.1 has {len(names) - 4} captions and questions, v1.0.0 {len(names)}",
+        "v1.0.1 has 8 captions and questions, v1.0.0 12",
         "  texts of v1.0.0 that are kept: 0.0 % wrong [0.0, 49.0], 4 reviewed",
         "  texts of v1.0.0 that are left out: 75.0 % wrong [30.1, 95.4], 4 reviewed",
     ]
