@@ -56,8 +56,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             reviews = [line for line in merged if isinstance(line, Review)]
             samples = {line.sample_id for line in merged}
             rows = {text_name(row): row for row in read_texts(AllRows(paths), samples, "sample_id")}
-            known = {*rows, *(review.resulting_name for review in reviews)}
-            if not any(line.name in known for line in new):
+            edited = {line.resulting_name for line in before if isinstance(line, Review)}
+            if not any(line.name in rows or line.name in edited for line in new):
                 problem = f"none of the {len(new)} reviews matches a text in {dataset.path}"
                 hint = "pass the dataset folder that the report shows; the report may show an older version"
                 raise ConfigError(problem, hint=hint)

@@ -85,13 +85,12 @@ def read_verdicts_of_tools(exported: str) -> Iterator[dict[str, Any]]:
 
 def _label_studio_answers(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for annotation in task["annotations"]:
-        values = {result["type"]: [] for result in annotation["result"]}
-        for result in annotation["result"]:
-            values[result["type"]].append(result["value"])
-        for choice in values.get("choices", ()):
-            words = [value["text"] for value in values.get("labels", ())]
-            reviewer = f"Label Studio user {annotation['completed_by']}"
-            yield {"reviewer": reviewer, "verdict": choice["choices"][0], "words": words}
+        reviewer = f"Label Studio user {annotation['completed_by']}"
+        results = [(result["type"], result["value"]) for result in annotation["result"]]
+        words = [value["text"] for kind, value in results if kind == "labels"]
+        for kind, value in results:
+            if kind == "choices":
+                yield {"reviewer": reviewer, "verdict": value["choices"][0], "words": words}
 
 
 def _argilla_answers(record: dict[str, Any]) -> Iterator[dict[str, Any]]:

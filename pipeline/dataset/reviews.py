@@ -28,7 +28,7 @@ MAX_REVIEWS_BYTES = 64_000_000  # about 400,000 reviews
 CONTENT_HEX = 16  # hexadecimal digits of a digest, enough to distinguish the texts about one sample
 TextName = tuple[str, str]  # (sample_id, first CONTENT_HEX digits of the text's digest)
 Annotations = dict[TextName, dict[str, Any]]
-T = TypeVar("T")
+T = TypeVar("T", bound="Review | Verdict")
 
 
 class _NamedText(BaseModel):
@@ -126,9 +126,9 @@ def format_lines(lines: Iterable[Line]) -> str:
     return "".join(f"{json.dumps(line.model_dump(mode='json', exclude_defaults=True))}\n" for line in lines)
 
 
-def merge_lines(lines: Iterable[Line]) -> list[Line]:
+def merge_lines(lines: Iterable[T]) -> list[T]:
     """Keep the last review of each text, and the last verdict of each reviewer in each audit, in order."""
-    merged: dict[tuple[object, ...], Line] = {}
+    merged: dict[tuple[object, ...], T] = {}
     for line in lines:
         key = (line.name, line.seed, line.reviewer) if isinstance(line, Verdict) else line.name
         merged.pop(key, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.reviews import MAX_REVIEWS_BYTES, read_lines
+from pipeline.dataset.reviews import MAX_REVIEWS_BYTES, Review, read_lines, read_stored
 from pipeline.errors import ConfigError
 from pipeline.text.pii import redact
 from tests.hostile import bounded_memory
@@ -83,5 +83,5 @@ def test_hostile_notes_and_edits_are_read_without_personal_data(tmp_path: Path) 
     texts = [vector for vector in ALL if vector.isprintable()]
     reviews = [GOOD | {"verdict": "edited", "text": text, "note": text} for text in texts]
     (tmp_path / "reviews.jsonl").write_bytes(lines(*reviews))
-    read_back = [(review.text, review.note) for review in read_lines(tmp_path / "reviews.jsonl")]
+    read_back = [(review.text, review.note) for review in read_stored(tmp_path / "reviews.jsonl", Review)]
     assert read_back == [(redact(text)[0], text) for text in texts]
