@@ -6,7 +6,7 @@ SEED-SAMPLE_ID-CONTENT, which identifies the text.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 AUDIT_VERDICTS = ("right", "wrong", "cannot_tell")
@@ -23,7 +23,7 @@ LABELING_INTERFACE = f"""<View>
 """
 
 
-def audit_files(tool: str, items: Sequence[dict[str, Any]], seed: int, title: str) -> dict[str, str]:
+def audit_files(tool: str, items: Iterable[dict[str, Any]], seed: int, title: str) -> dict[str, str]:
     """Return the files to import, by path. Each item has an `id`, a `text` and `images` as data URIs."""
     tasks = [
         {
@@ -35,35 +35,32 @@ def audit_files(tool: str, items: Sequence[dict[str, Any]], seed: int, title: st
         }
         for item in items
     ]
-    if tool == "label-studio":
-        return {"interface.xml": LABELING_INTERFACE, "tasks.json": json.dumps([{"data": t} for t in tasks])}
+    if tool == "argilla":
+        return _argilla_files(tasks, re.sub(r"\W+", "-", title.lower()))
+    return {"interface.xml": LABELING_INTERFACE, "tasks.json": json.dumps([{"data": task} for task in tasks])}
+
+
+def _argilla_files(tasks: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
     pages = [f"page_{n + 1}" for n in range(max((len(task["images"]) for task in tasks), default=0))]
-    records = [
-        {
-            "id": task.pop("id"),
-            "fields": {"text": task.pop("text")} | dict(zip(pages, task.pop("images"), strict=False)),
-            "metadata": task,
-        }
-        for task in tasks
-    ]
+    records = []
+    for task in tasks:
+        fields = {"text": task.pop("text")} | dict(zip(pages, task.pop("images"), strict=False))
+        records.append({"id": task.pop("id"), "fields": fields, "metadata": task})
     labels = {"type": "label_selection", "options": _options(*AUDIT_VERDICTS)}
     span = {"type": "span", "field": "text", "options": _options(WORDS)}
-    settings = {
-        "allow_extra_metadata": True,
-        "fields": [
-            {"name": "text", "settings": {"type": "text"}},
-            *({"name": page, "settings": {"type": "image"}, "required": False} for page in pages),
-        ],
-        "questions": [
-            {"name": "verdict", "settings": labels},
-            {"name": "words", "settings": span, "required": False},
-        ],
+    questions = [
+        {"name": "verdict", "settings": labels},
+        {"name": "words", "settings": span, "required": False},
+    ]
+    images = [{"name": page, "settings": {"type": "image"}, "required": False} for page in pages]
+    shown = [{"name": "text", "settings": {"type": "text"}}, *images]
+    settings = {"allow_extra_metadata": True, "fields": shown, "questions": questions}
+    files = {
+        ".argilla/dataset.json": {"name": name},
+        ".argilla/settings.json": settings,
+        "records.json": records,
     }
-    return {
-        ".argilla/dataset.json": json.dumps({"name": re.sub(r"\W+", "-", title.lower())}),
-        ".argilla/settings.json": json.dumps(settings),
-        "records.json": json.dumps(records),
-    }
+    return {path: json.dumps(content) for path, content in files.items()}
 
 
 def _options(*names: str) -> list[dict[str, str]]:

@@ -130,9 +130,7 @@ def _read_last_metrics(folder: Path) -> dict[str, Any] | None:
     if (newest := max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)) is None:
         return None
     try:
-        metrics = read_json(newest)
-        return {key: metrics[key] for key in ("images", "against", "scores", "shuffled_scores", "shown")}
-    except KeyError as error:
-        raise StoreError(f"{newest} is damaged: it has no {error.args[0]}", hint="move it away") from None
-    except (OSError, ValueError, TypeError, RecursionError, UnsafeFileError) as error:
+        metrics: dict[str, Any] = read_json(newest)
+        return metrics
+    except (OSError, ValueError, RecursionError, UnsafeFileError) as error:
         raise StoreError(f"{newest} is damaged: {error}", hint="move it away") from None

@@ -36,7 +36,7 @@ def render_page(template: str, **values: Any) -> str:
         return _PAGES.get_template(template).render(**values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:  # the manifest is untrusted
         raise StoreError(
-            f"cannot write the page: the manifest is invalid: {error}",
+            f"cannot write the page: the manifest, or metrics.json of a captioner, is invalid: {error}",
             hint="check it with `synth check`, or use another version",
         ) from None
 
