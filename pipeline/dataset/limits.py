@@ -58,7 +58,12 @@ def _curve(
 
 
 def describe_changes(before: Version, after: Version, verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """Yield lines about the number of texts in two versions, and about the reviewed texts in `before`."""
+    """Yield lines about the number of texts in two versions, and about the reviewed texts in `before`.
+
+    Nothing is yielded for equal rows: after an audit, the new version states only other error rates.
+    """
+    if before.manifest["digest"] == after.manifest["digest"]:
+        return
     counts = f"{_count_texts(after):,} captions and questions, {before.name} {_count_texts(before):,}"
     yield f"{after.name} has {counts}"
     wrong = wrong_shares(verdicts)

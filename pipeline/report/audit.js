@@ -87,7 +87,7 @@ function update() {
     if (isWrong) left.splice(left.indexOf(button.textContent), 1);
     button.setAttribute("aria-pressed", String(isWrong));
   });
-  byId("hint").textContent = made?.verdict === "wrong" ? "Select the wrong words (arrow keys and space), then press Enter."
+  byId("hint").textContent = made?.verdict === "wrong" ? "Select the wrong words, then Next (keys: arrows, space, Enter)."
     : done === total ? "All texts are reviewed: export your verdicts." : `Text ${state.at + 1} of ${total}`;
   byId("undo").disabled = !state.undo.length;
   byId("export").disabled = !done;

@@ -47,3 +47,4 @@ def test_changes_state_wrong_share_of_reviewed_texts_that_are_kept_or_left_out(t
         "  texts of v1.0.0 that are left out: 75.0 % wrong [30.1, 95.4], 4 reviewed",
     ]
     assert len(list(describe_changes(before, after, []))) == 1
+    assert list(describe_changes(after, after, verdicts)) == []
