@@ -1,4 +1,4 @@
-"""Count the good texts that the text rules reject, and the bad texts that they find.
+"""Count the good texts that the text rules reject, the bad texts that they find, and unwanted phrases.
 
     python benchmarks/real_text.py FOLDER [--examples N]
 
@@ -23,6 +23,7 @@ from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.steps.validate import validate_annotations
 from pipeline.tables import ANNOTATION
 from pipeline.tasks.replies import parse_reply
+from pipeline.text.phrases import PHRASES, phrases_in
 from pipeline.types import Reply, Request, Sampling
 
 BATCH = 10_000
@@ -102,6 +103,17 @@ def lines(name: str, rows: list[dict[str, Any]], examples: int) -> Iterator[str]
         yield from (f"      {row.get('text') or row['question'] + ' - ' + row['answer']!r}" for row in shown)
 
 
+def phrase_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line with the shares of captions that have unwanted phrases, for each model."""
+    by_model: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        by_model[row.get("model", "humans")].append(row["text"])
+    for model, texts in by_model.items():
+        counts = Counter(kind for text in texts for kind in phrases_in(text))
+        shares = ", ".join(f"{kind} {counts[kind] / len(texts):.2%}" for kind in PHRASES)
+        yield f"  {model}, {len(texts):,} captions: {shares}"
+
+
 def main() -> None:
     """Print all results."""
     parser = argparse.ArgumentParser()
@@ -109,7 +121,10 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=0)
     options = parser.parse_args()
     for name in ("captions_human", "captions_vlm", "vqa"):
-        print(*lines(name, read(options.folder, name), options.examples), sep="\n")
+        rows = read(options.folder, name)
+        print(*lines(name, rows, options.examples), sep="\n")
+        if name != "vqa":
+            print(*phrase_lines(rows), sep="\n")
     failures = read(options.folder, "failures")
     reasons, _ = judge(failures)
     of_kind: dict[str, list[bool]] = defaultdict(list)

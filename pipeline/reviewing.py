@@ -9,12 +9,10 @@ from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.records import read_record
 from pipeline.dataset.reviews import (
+    AppliedReviews,
     Review,
-    Verdict,
-    check_edits,
     format_lines,
-    merge_reviews,
-    merge_verdicts,
+    merge_lines,
     read_lines,
     text_name,
 )
@@ -45,36 +43,32 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
     progress = progress or NullProgress()
     with translate_disk_errors(dataset.path):
         plan = Plan.resolve(_recorded_settings(dataset), dataset)
-        lines = [(line, path) for path in files for line in read_lines(path)]
-        new = [(line, path) for line, path in lines if isinstance(line, Review)]
-        if not lines:
+        sources = {path: read_lines(path) for path in files}
+        new = [line for lines in sources.values() for line in lines]
+        if not new:
             raise ConfigError(f"no reviews in {', '.join(map(str, files))}", hint=REVIEW_FIRST)
         with dataset.lock() as check:
             paths = dataset.step_files(SPLIT)
             if not paths:
                 raise ConfigError(f"{dataset.path} has no finished run to review", hint=RUN_FIRST)
             before = read_lines(dataset.reviews) if dataset.reviews.exists() else []
-            all_lines = [*before, *(line for line, _ in lines)]
-            samples = {line.sample_id for line in all_lines}
+            merged = merge_lines([*before, *new])
+            reviews = [line for line in merged if isinstance(line, Review)]
+            samples = {line.sample_id for line in merged}
             rows = {text_name(row): row for row in read_texts(AllRows(paths), samples, "sample_id")}
-            reviews = [line for line in before if isinstance(line, Review)]
-            known = {*rows, *(edit.resulting_name for edit in reviews)}
-            if not any(line.name in known for line, _ in lines):
-                problem = f"none of the {len(lines)} reviews matches a text in {dataset.path}"
+            edited = {line.resulting_name for line in before if isinstance(line, Review)}
+            if not any(line.name in rows or line.name in edited for line in new):
+                problem = f"none of the {len(new)} reviews matches a text in {dataset.path}"
                 hint = "pass the dataset folder that the report shows; the report may show an older version"
                 raise ConfigError(problem, hint=hint)
-            merged = merge_reviews(reviews, [edit for edit, _ in new], rows)
-            origins = {edit.resulting_name: path for edit, path in new}
-            for name, flaw in check_edits(merged, rows, plan.tasks).items():
-                edit = merged[name]
-                text = f"{edit.question} {edit.answer}" if edit.text is None else edit.text
-                path = origins.get(edit.resulting_name, dataset.reviews)
+            for edit, problem in AppliedReviews.of(reviews, rows, plan.tasks).unusable:
+                text = edit.text or f"{edit.question} {edit.answer}"
+                path = next((path for path, lines in sources.items() if edit in lines), dataset.reviews)
                 raise ConfigError(
-                    f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}",
+                    f"{path}: the edited text {text[:80]!r} cannot be used: {problem}",
                     hint="edit the text again",
                 )
-            verdicts = merge_verdicts(line for line in all_lines if isinstance(line, Verdict))
-            write_text(dataset.reviews, format_lines([*merged.values(), *verdicts]))
+            write_text(dataset.reviews, format_lines(merged))
             try:
                 if dataset.step_file(SPLIT).exists():
                     require_records([dataset], plan)

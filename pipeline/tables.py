@@ -111,16 +111,18 @@ FILTERED = pa.schema(
 #     that the model confirmed
 # evidence: answers that refute the most refuted claim of a caption, minus answers that confirm it
 # answered_blind: whether the model gave the same answer without the image
-# sufficient, necessary: whether the answer was found from the evidence pages alone, and not from the others
+# sufficient: whether the answer was found from the evidence pages alone
 # coverage: share of the questions about the image that the caption answers
 # judged_wrong: whether a judge found a wrong statement
 # RUBRIC: scores from the judge, from 1 to 5
 RUBRIC = ("relevance", "grounding", "correctness", "form")
-CHECK = pa.struct(fields(STRING, "kind", "claim", "question", "expected", "answer"))
+CHECK = pa.struct(
+    [*fields(STRING, "kind", "claim", "question", "expected", "answer"), *fields(INT32, "weight")]
+)
 VERIFIED = pa.schema(
     [
         *fields(FLOAT64, "agreement"),
-        *fields(BOOL, "answered_blind", "sufficient", "necessary"),
+        *fields(BOOL, "answered_blind", "sufficient"),
         *fields(FLOAT64, "coverage"),
         *fields(INT32, "evidence"),
         *fields(BOOL, "judged_wrong"),

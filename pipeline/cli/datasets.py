@@ -154,25 +154,26 @@ def review_sample(
     data: Dataset = None,
     texts: Annotated[int, Option("-n", "--texts", help="Number of texts.", min=1)] = 200,
     seed: Annotated[int, option("Seed. Another seed begins another audit.", min=0)] = 0,
+    tool: Annotated[
+        Literal["page", "label-studio", "argilla"], option("page, or tasks for label-studio or argilla.")
+    ] = "page",
 ) -> None:
-    """Draw texts of a version at random, and write a page to judge them as right or wrong.
+    """Draw texts of a version at random, for reviewers to judge them as right or wrong.
 
     `synth review apply` reads the exported verdicts, and the next version states the share of wrong texts.
     """
     from pipeline.dataset.directory import DatasetDir, split_version
-    from pipeline.report.audit_page import write_audit_page
+    from pipeline.report.audit_sample import write_audit
     from pipeline.storage.files import translate_disk_errors
 
     folder, name = split_version(dataset_path(data))
     dataset = DatasetDir(folder)
     version = dataset.version(name, previews=False)
     with translate_disk_errors(dataset.path):
-        page, drawn = write_audit_page(version, dataset, texts, seed)
+        path, drawn = write_audit(version, dataset, texts, seed, tool)
     fewer = "" if drawn == texts else " (at most one of each image)"
-    say(
-        f"drew {drawn} texts of {version.name}{fewer}; judge them on this page, then apply the exported file:"
-    )
-    echo(page)
+    say(f"drew {drawn} texts of {version.name}{fewer}; judge them, then apply the exported file:")
+    echo(path)
 
 
 def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) -> None:

@@ -132,7 +132,7 @@ OPTIONS = (
         default="by style"),
     RunOption("--samples", int, TEXTS, "Candidates per caption style; the best is kept.", "generate.samples",
         min=1, default="1"),
-    RunOption("--select", str, TEXTS, "How to choose among --samples: consistency, clip, judge or longest.",
+    RunOption("--select", str, TEXTS, "How to choose among --samples: consistency, clip or judge.",
         "select.by", metavar="HOW", default="consistency"),
     RunOption("--pairs", bool, TEXTS, "Also keep the worst of --samples, for preference training.",
         "select.pairs"),

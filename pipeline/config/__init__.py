@@ -169,8 +169,6 @@ class Config(Section):
             yield "select.by clip needs the check alignment: --verify alignment"
         if by == "judge" and not self.verify.judge:
             yield "select.by judge needs the scores of a judge: --judge MODEL@URL"
-        if by == "longest" and "claims" not in checks:
-            yield "select.by longest needs the check claims: --verify claims"
 
     def _server_contradictions(self) -> Iterator[str]:
         if url := _first_repeated(map(address_of, self.server.endpoints)):

@@ -428,8 +428,6 @@ class VerifyConfig(Section):
     """Minimum share of the image's questions that a caption answers. Null rejects no text."""
     min_blind_frac: float = Field(default=0.8, gt=0, le=1)
     """A question counts as answerable without an image if this share of its images has the same answer."""
-    max_answer_frequency: float = Field(default=0.1, ge=0, le=1)
-    """More frequent answers are not rejected as `evidence_not_necessary`: they may be right by chance."""
     clip_model: str = "auto"
     """CLIP of the check `alignment`: `auto`, `clip`, `metaclip`, `tiny-clip`, a folder or a Hub id."""
     min_alignment: Annotated[float, Field(ge=-1, le=1)] | None = None
@@ -452,9 +450,8 @@ class VerifyConfig(Section):
 class SelectConfig(Section):
     """How the best of several captions of one image and style is chosen (generate.samples)."""
 
-    by: Literal["consistency", "clip", "judge", "longest"] = "consistency"
-    """Rule that chooses the best of `generate.samples` captions: `consistency`, `clip`, `judge` or `longest`.
-    """
+    by: Literal["consistency", "clip", "judge"] = "consistency"
+    """Rule that chooses the best of `generate.samples` captions: `consistency`, `clip` or `judge`."""
     pairs: bool = False
     """Store the worst caption next to the best, as `captions[].rejected`."""
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 import pyarrow as pa
@@ -48,7 +48,7 @@ class Frame:
         frame = cls(seed)
         for table in tables:
             for row in table.to_pylist():
-                frame._add(row["sample_id"], list(_named_texts(row, own)))
+                frame._add(row["sample_id"], list(named_texts(row, own)))
         frame.drawn = {stratum: nsmallest(MAX_TEXTS, drawn) for stratum, drawn in frame.drawn.items()}
         return frame
 
@@ -75,7 +75,8 @@ class Frame:
         return [name for _, _, name in sorted(chosen)]
 
 
-def _named_texts(row: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[Stratum, TextName]]:
+def named_texts(row: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[Stratum, TextName]]:
+    """Yield the stratum and the name of each text in a row of a version. See `Frame.of` for `own`."""
     for caption in row.get("captions") or ():
         yield ("captions", caption["style"] or ""), text_name(caption | {"sample_id": row["sample_id"]})
     for pair in row.get("qa") or ():
@@ -98,8 +99,8 @@ class _Rate:
     trials: float
 
     @classmethod
-    def of(cls, texts: int, reviewed: Sequence[tuple[Drawn, Sequence[Verdict]]]) -> "_Rate":
-        shares = {text: share for text, verdicts in reviewed if (share := _share_wrong(verdicts)) is not None}
+    def of(cls, texts: int, reviewed: Sequence[Drawn], wrong_shares: Mapping[TextName, float]) -> "_Rate":
+        shares = {text: wrong_shares[text.name] for text in reviewed if text.name in wrong_shares}
         total = sum(text.weight for text in shares)
         wrong = sum(text.weight * share for text, share in shares.items()) / max(1, total)
         # Unequal weights widen the interval, more so if texts of large weight are wrong more often: Kish's
@@ -121,13 +122,13 @@ def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, An
     for verdict in verdicts:
         if verdict.seed == frame.seed:
             by_text[verdict.name].append(verdict)
+    shares = wrong_shares(chain(*by_text.values()))
     rates: dict[Stratum, _Rate] = {}
     used: list[list[Verdict]] = []
     for stratum in sorted(frame.texts):
-        drawn = takewhile(lambda text: text.name in by_text, frame.drawn.get(stratum, []))
-        reviewed = [(text, by_text[text.name]) for text in drawn]
-        used += [verdicts for _, verdicts in reviewed]
-        rates[stratum] = _Rate.of(frame.texts[stratum], reviewed)
+        reviewed = list(takewhile(lambda text: text.name in by_text, frame.drawn.get(stratum, [])))
+        used += [by_text[text.name] for text in reviewed]
+        rates[stratum] = _Rate.of(frame.texts[stratum], reviewed, shares)
     clear = [[v.verdict for v in verdicts if v.verdict != "cannot_tell"] for verdicts in used]
     alpha = krippendorff_alpha(clear)
     entries = []
@@ -145,9 +146,13 @@ def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, An
     }
 
 
-def _share_wrong(verdicts: Iterable[Verdict]) -> float | None:
-    clear = [verdict.verdict == "wrong" for verdict in verdicts if verdict.verdict != "cannot_tell"]
-    return sum(clear) / len(clear) if clear else None
+def wrong_shares(verdicts: Iterable[Verdict]) -> dict[TextName, float]:
+    """Return the share of reviewers who found a text wrong, for each text with a clear verdict."""
+    votes: dict[TextName, list[bool]] = defaultdict(list)
+    for verdict in verdicts:
+        if verdict.verdict != "cannot_tell":
+            votes[verdict.name].append(verdict.verdict == "wrong")
+    return {name: sum(of_text) / len(of_text) for name, of_text in votes.items()}
 
 
 def _describe(task: str, style: str, rates: Sequence[_Rate]) -> dict[str, Any]:

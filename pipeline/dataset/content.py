@@ -1,19 +1,39 @@
-"""Measure the wording of captions: lengths, openings and phrases that users often do not want.
+"""Measure captions: lengths, openings, unwanted phrases, word pairs, and the objects and people they name.
 
 A model that begins half of its captions with the same words, or hedges in every second one, teaches that to a
 captioner. The counts of many shards can be added.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from heapq import nsmallest
+from itertools import pairwise
 from typing import Any
 
+from pipeline.digests import hash_to_unit
+from pipeline.text import WORDS
 from pipeline.text.normalize import words_of
 from pipeline.text.phrases import PHRASES, phrases_in
 
 OPENING_WORDS = 3
 FREQUENT_OPENINGS = 20
 QUANTILES = (0.05, 0.5, 0.95)
+# Shares of distinct word pairs depend on the number of captions, so they are measured on at most this many.
+PAIR_CAPTIONS = 1000
+
+
+def _read_groups(name: str) -> dict[str, set[str]]:
+    """Return, by word and its plural, the names of its groups in a word list."""
+    groups: dict[str, set[str]] = defaultdict(set)
+    for line in WORDS[name].strip().splitlines():
+        group, _, words = line.partition(": ")
+        for word in words.split():
+            for form in (word, f"{word}s", f"{word}es"):
+                groups[form].add(group)
+    return dict(groups)
+
+
+OBJECTS, PEOPLE = _read_groups("objects"), _read_groups("people")
 
 
 @dataclass(slots=True)
@@ -23,10 +43,18 @@ class Content:
     lengths: Counter[int] = field(default_factory=Counter)  # number of captions by number of words
     openings: Counter[str] = field(default_factory=Counter)  # by the first words
     phrases: Counter[str] = field(default_factory=Counter)  # number of captions by kind of phrase
+    objects: Counter[str] = field(default_factory=Counter)  # number of captions by class of an object
+    people: Counter[str] = field(default_factory=Counter)  # number of captions by gender or age of a person
+    sampled: list[tuple[float, list[str]]] = field(default_factory=list)  # words of captions, by hash
 
-    def add(self, text: str) -> None:
-        """Add a caption."""
+    def add(self, text: str, sample_id: str) -> None:
+        """Add a caption of a sample."""
         words = words_of(text)
+        for counts, groups in ((self.objects, OBJECTS), (self.people, PEOPLE)):
+            counts.update({group for word in words for group in groups.get(word, ())})
+        self.sampled.append((hash_to_unit(sample_id, text), words))
+        if len(self.sampled) >= 2 * PAIR_CAPTIONS:
+            self.sampled = nsmallest(PAIR_CAPTIONS, self.sampled)
         self.lengths[len(words)] += 1
         self.openings[" ".join(words[:OPENING_WORDS])] += 1
         self.phrases.update(phrases_in(text))
@@ -34,15 +62,22 @@ class Content:
     def result(self, language: str | None = None) -> dict[str, Any]:
         """Return the number of captions, quantiles of their length in words, and shares of captions.
 
-        The phrases are English, so other languages have no share of them. None is an unknown language.
+        `distinct_pairs` is the share of distinct pairs among the pairs of adjacent words. Phrases, objects
+        and people are found by English words, so other languages lack them. None is an unknown language.
         """
         total = self.lengths.total()
         lengths = sorted(self.lengths.elements())
-        phrases = {kind: round(self.phrases[kind] / total, 4) for kind in PHRASES}
+        pairs = [pair for _, words in nsmallest(PAIR_CAPTIONS, self.sampled) for pair in pairwise(words)]
+        english = {
+            "phrases": {kind: round(self.phrases[kind] / total, 4) for kind in PHRASES},
+            "objects": dict(sorted(self.objects.items())),
+            "people": dict(sorted(self.people.items())),
+        }
         frequent = sum(count for _, count in self.openings.most_common(FREQUENT_OPENINGS))
         return {
             "count": total,
             "mean_words": round(sum(lengths) / total, 4),
             "quantiles_words": [lengths[int(share * (total - 1))] for share in QUANTILES],
             "frequent_openings": round(frequent / total, 4),
-        } | ({"phrases": phrases} if language in (None, "en") else {})
+            "distinct_pairs": round(len(set(pairs)) / max(1, len(pairs)), 4),
+        } | (english if language in (None, "en") else {})

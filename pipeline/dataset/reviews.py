@@ -5,13 +5,14 @@ Verdicts of an audit judge texts that were drawn at random. They change no text.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.dataset.review_tools import read_verdicts_of_tools
 from pipeline.digests import annotation_digest
 from pipeline.errors import ConfigError
 from pipeline.storage.files import read_file
@@ -27,6 +28,7 @@ MAX_REVIEWS_BYTES = 64_000_000  # about 400,000 reviews
 CONTENT_HEX = 16  # hexadecimal digits of a digest, enough to distinguish the texts about one sample
 TextName = tuple[str, str]  # (sample_id, first CONTENT_HEX digits of the text's digest)
 Annotations = dict[TextName, dict[str, Any]]
+T = TypeVar("T", bound="Review | Verdict")
 
 
 class _NamedText(BaseModel):
@@ -80,36 +82,31 @@ class Review(_NamedText):
         return self
 
     @property
-    def words(self) -> list[tuple[str, Any]]:
-        """The edited fields with their new values."""
-        values = {name: getattr(self, name) for name in EDITABLE}
-        if self.evidence_pages is not None:
-            values["evidence_pages"] = list(self.evidence_pages)
-        return [(name, value) for name, value in values.items() if value is not None]
-
-    @property
     def resulting_name(self) -> TextName:
         """The name of the text after this review has been applied."""
         return self.name if self.verdict != "edited" else text_name(self.model_dump())
 
 
-def read_reviews(path: Path) -> list[Review]:
-    """Read the reviews in a file, as `read_lines` does. Returns [] without a file."""
-    return [line for line in read_lines(path) if isinstance(line, Review)] if path.exists() else []
+Line = Review | Verdict
 
 
-def read_verdicts(path: Path) -> list[Verdict]:
-    """Read the verdicts of an audit in a file, as `read_lines` does. Returns [] without a file."""
-    return [line for line in read_lines(path) if isinstance(line, Verdict)] if path.exists() else []
+def read_stored(path: Path, kind: type[T]) -> list[T]:
+    """Read the reviews, or the verdicts, that are stored in a dataset folder. Returns [] without a file."""
+    return [line for line in read_lines(path) if isinstance(line, kind)] if path.exists() else []
 
 
-def read_lines(path: Path) -> list[Review | Verdict]:
-    """Read a file of reviews and verdicts. Raises ConfigError with the number of a line that is neither."""
+def read_lines(path: Path) -> list[Line]:
+    """Read a file of reviews and verdicts, or the JSON that Label Studio or Argilla exported.
+
+    Raises ConfigError with the number of a line that is neither a review nor a verdict.
+    """
     try:
         text = read_file(path, MAX_REVIEWS_BYTES).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
+        if text.lstrip().startswith("["):
+            text = "\n".join(map(json.dumps, read_verdicts_of_tools(text)))
+    except (OSError, ValueError, UnsafeFileError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="export reviews from `synth report`") from None
-    lines: list[Review | Verdict] = []
+    lines: list[Line] = []
     # `splitlines` would also split at other line separators, which texts may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         kind = Verdict if '"reviewer":' in line else Review
@@ -124,57 +121,52 @@ def read_lines(path: Path) -> list[Review | Verdict]:
     return lines
 
 
-def format_lines(lines: Iterable[Review | Verdict]) -> str:
+def format_lines(lines: Iterable[Line]) -> str:
     """Return reviews or verdicts as JSON lines."""
     return "".join(f"{json.dumps(line.model_dump(mode='json', exclude_defaults=True))}\n" for line in lines)
 
 
-def merge_verdicts(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Keep the last verdict per text, reviewer and seed. Seeds are in the order of their last verdicts."""
-    merged: dict[tuple[int, TextName, str], Verdict] = {}
-    seeds: dict[int, None] = {}
-    for verdict in verdicts:
-        merged[verdict.seed, verdict.name, verdict.reviewer] = verdict
-        seeds.pop(verdict.seed, None)
-        seeds[verdict.seed] = None
-    return [merged[key] for seed in seeds for key in sorted(merged) if key[0] == seed]
+def merge_lines(lines: Iterable[T]) -> list[T]:
+    """Keep the last review of each text, and the last verdict of each reviewer in each audit, in order."""
+    merged: dict[tuple[object, ...], T] = {}
+    for line in lines:
+        key = (line.name, line.seed, line.reviewer) if isinstance(line, Verdict) else line.name
+        merged.pop(key, None)
+        merged[key] = line
+    return list(merged.values())
 
 
-def merge_reviews(
-    before: Iterable[Review], new: Iterable[Review], rows: Annotations
-) -> dict[TextName, Review]:
-    """Return all reviews by text name, sorted. A later review of a text replaces an earlier one.
+@dataclass(slots=True)
+class AppliedReviews:
+    """The review of each annotation, by its name before any edit, and the reviews that were not applied.
 
-    A review of an edited text is stored under the name of the original text, so no review depends on another
-    one. `rows` has the annotations before the review step, by name.
+    Reviews are applied in order. A later review of the same text replaces an earlier one, and an edited text
+    is known by its old and its new name. Reviews in `pending` match no annotation.
     """
-    merged = {review.name: review for review in before}
-    edits = [review for review in merged.values() if review.verdict == "edited"]
-    # If an edit results in the text of another annotation, later reviews refer to the other annotation.
-    is_unique = [edit.resulting_name == edit.name or edit.resulting_name not in rows for edit in edits]
-    original_names = {e.resulting_name: e.name for e, unique in zip(edits, is_unique, strict=True) if unique}
-    for review in new:
-        if review.verdict == "good" and review.name in original_names:
-            continue  # approves the edit, which is kept
-        name = original_names.get(review.name, review.name)
-        renamed = review.model_copy(update={"sample_id": name[0], "content": name[1]})
-        is_edit = name in rows and review.verdict == "edited"
-        if is_edit and all(value == final_value(rows[name], key) for key, value in renamed.words):
-            renamed = Review(sample_id=name[0], content=name[1], verdict="good")
-        merged[name] = renamed
-    return dict(sorted(merged.items()))
 
+    by_name: dict[TextName, Review] = field(default_factory=dict)
+    pending: list[Review] = field(default_factory=list)
+    unusable: list[tuple[Review, str]] = field(default_factory=list)  # edits with their problems
 
-def check_edits(
-    reviews: dict[TextName, Review], rows: Annotations, tasks: Tasks = BUILT_IN
-) -> dict[TextName, str]:
-    """Return the problems of edited texts by name: a broken rule of the task, or a repeated text."""
-    edits = {name: review for name, review in reviews.items() if review.verdict == "edited" and name in rows}
-    flaws = {name: flaw for name, review in edits.items() if (flaw := check_edit(review, rows[name], tasks))}
-    kept = (name for name in rows if name not in reviews or reviews[name].verdict != "bad")
-    counts = Counter(edits[name].resulting_name if name in edits else name for name in kept)
-    repeated = [name for name, review in edits.items() if counts[review.resulting_name] > 1]
-    return flaws | dict.fromkeys(repeated, "another text of this image is the same")
+    @classmethod
+    def of(cls, reviews: Iterable[Review], rows: Annotations, tasks: Tasks = BUILT_IN) -> "AppliedReviews":
+        """Apply reviews to the annotations of some samples."""
+        applied = cls()
+        original_names = {name: name for name in rows}
+        for review in reviews:
+            name = original_names.get(review.name)
+            if name is None:
+                applied.pending.append(review)
+            elif review.verdict == "good" and review.name != name:
+                pass  # approves an edit, which is kept
+            elif original_names.get(review.resulting_name, name) != name:
+                applied.unusable.append((review, "another text of this image is the same"))
+            elif review.verdict == "edited" and (problem := check_edit(review, rows[name], tasks)):
+                applied.unusable.append((review, problem))
+            else:
+                applied.by_name[name] = review
+                original_names[review.resulting_name] = name
+        return applied
 
 
 def check_edit(review: Review, row: dict[str, Any], tasks: Tasks = BUILT_IN) -> str | None:
@@ -184,7 +176,8 @@ def check_edit(review: Review, row: dict[str, Any], tasks: Tasks = BUILT_IN) -> 
     is_caption = final_value(row, "text") is not None
     if (review.text is None) == is_caption:
         return f"the reviewed text is a {'caption' if is_caption else 'question'}, but the edit is not"
-    fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | dict(review.words)
+    edited = review.model_dump(mode="json", include=set(EDITABLE), exclude_none=True)
+    fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | edited
     return find_broken_rule(tasks[row["task"]], fields, row["pages"])
 
 

@@ -6,7 +6,7 @@ For drawn scenes, whose content is known, they include how much of the text is t
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
-from math import sqrt
+from math import log2, sqrt
 from typing import Any
 
 from pipeline.dataset.content import Content
@@ -20,30 +20,13 @@ MAX_LABELS, MAX_LABEL_CHARACTERS = 50, 100
 
 
 @dataclass(slots=True)
-class Mean:
-    """A running mean."""
-
-    count: int = 0
-    total: float = 0
-
-    def add(self, number: float) -> None:
-        """Add a number."""
-        self.count += 1
-        self.total += number
-
-    @property
-    def value(self) -> float:
-        """The mean so far, rounded to four decimal places."""
-        return round(self.total / max(1, self.count), 4)
-
-
-@dataclass(slots=True)
 class DatasetStatistics:
     """Counts and means over rows without pixels."""
 
     captions: dict[str, Content] = field(default_factory=lambda: defaultdict(Content))  # by style
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by answer type
-    scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (SCORE_NAMES)
+    score_counts: Counter[str] = field(default_factory=Counter)  # by name (SCORE_NAMES)
+    score_totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     repaired_captions: int = 0
     human_captions: int = 0
     human_questions: int = 0
@@ -56,7 +39,7 @@ class DatasetStatistics:
         """Add rows of a version."""
         for row in rows:
             for caption in row["captions"]:
-                self.captions[caption["style"]].add(caption["text"])
+                self.captions[caption["style"]].add(caption["text"], row["sample_id"])
                 self.repaired_captions += caption["prompt_id"].startswith(f"{REPAIR.name}/")
             self.human_captions += sum(map(_is_human, row["captions"]))
             self.human_questions += sum(pair["prompt_id"] == HUMAN for pair in row["qa"])
@@ -66,7 +49,8 @@ class DatasetStatistics:
                 for name in SCORE_NAMES:
                     # Captions with refuted claims were rejected, so a mean precision would state nothing.
                     if annotation.get(name) is not None and name != "precision":
-                        self.scores[name].add(annotation[name])
+                        self.score_counts[name] += 1
+                        self.score_totals[name] += annotation[name]
             for task in row.keys() - {*ROW.names, "split"}:
                 self._add_value(task, row[task])
             self._compare_with_scenes(row)
@@ -97,7 +81,8 @@ class DatasetStatistics:
             "captions": {style: one.result(language) for style, one in sorted(self.captions.items())},
             "answers": {kind: _summarize_answers(counts) for kind, counts in sorted(self.answers.items())},
             "scores": {
-                n: {"mean": mean.value, "count": mean.count} for n, mean in sorted(self.scores.items())
+                name: {"mean": round(self.score_totals[name] / count, 4), "count": count}
+                for name, count in sorted(self.score_counts.items())
             },
             "repaired_captions": self.repaired_captions,
             "human_captions": self.human_captions,
@@ -136,7 +121,9 @@ def _is_human(caption: dict[str, Any]) -> bool:
 def _summarize_answers(counts: Counter[str]) -> dict[str, Any]:
     answer, times = min(counts.items(), key=lambda item: (-item[1], item[0]))
     total = counts.total()
-    return {"count": total, "most_common": answer, "share": round(times / total, 4)}
+    entropy = -sum(count / total * log2(count / total) for count in sorted(counts.values()))
+    share = round(times / total, 4)
+    return {"count": total, "most_common": answer, "share": share, "entropy_bits": round(abs(entropy), 4)}
 
 
 def wilson_interval(hits: float, trials: float) -> tuple[float, float]:

@@ -77,7 +77,7 @@ def describe_requests(plan: Plan) -> str:
     captions = sum(replies for task, replies in asked if task.text_field)
     questions = sum(MAX_QA_PAIRS for task, _ in asked if task.rows_field == "qa")
     per_caption = {"claims": 1 + len(PHRASINGS) * MAX_CLAIMS, "covers": questions}
-    per_question = {"round_trip": 1, "blind": 1, "evidence": 2}
+    per_question = {"round_trip": 1, "blind": 1, "evidence": 1}
     checks = sum(
         captions * per_caption.get(check, 0) + questions * per_question.get(check, 0)
         for check in verify.checks

@@ -55,6 +55,7 @@ class Check(NamedTuple):
     caption: str | None = None  # the caption to show instead of the image
     task: Task = ANSWER
     claim: str | None = None
+    weight: int = 1  # evidence of the answer for or against the claim
 
 
 def question_checks(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
@@ -64,10 +65,8 @@ def question_checks(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
     if "blind" in config.checks:
         checks.append(Check("blind", question, answer, (), task=BLIND))
     evidence = tuple(row["evidence_pages"] or ())
-    other_pages = tuple(page for page in range(1, row["pages"] + 1) if page not in evidence)
-    if "evidence" in config.checks and evidence and other_pages:
+    if "evidence" in config.checks and 0 < len(evidence) < row["pages"]:
         checks.append(Check("sufficient", question, answer, evidence))
-        checks.append(Check("necessary", question, answer, other_pages))
     return checks
 
 
@@ -89,11 +88,12 @@ def claim_checks(claim: str) -> list[Check]:
 
 
 def rule_checks(caption: str) -> list[list[Check]]:
-    """Return one question for each claim of a caption about a drawn scene. Rules find the claims."""
-    return [
-        [Check("claims", one.question, one.expected, claim=f"{one.question} {one.expected}")]
-        for one in extract_claims(caption)
-    ]
+    """Return one question for each claim of a caption about a drawn scene, which decides about the claim.
+
+    Rules find the claims.
+    """
+    pairs = [(one.question, one.expected) for one in extract_claims(caption)]
+    return [[Check("claims", *pair, claim=" ".join(pair), weight=MAX_EVIDENCE)] for pair in pairs]
 
 
 def build_claims(caption: str, sample_id: str, plan: RequestPlan) -> Request:
@@ -176,14 +176,14 @@ def build_all(
 
 def read_checks(
     sample_id: str, checks: Iterable[Check], plan: RequestPlan, journal: Journal
-) -> list[dict[str, str | None]]:
+) -> list[dict[str, Any]]:
     """Return the checks of a sample with their answers (tables.CHECK). Unusable answers are None."""
     rows = []
     for check in checks:
         request = build_check(check, sample_id, plan)
         row = parse_reply(request, last_reply(request, journal))[0]
         answer = None if row["reply_error"] or find_broken_rule(check.task, row) else row["answer"]
-        asked = {name: getattr(check, name) for name in ("kind", "claim", "question", "expected")}
+        asked = {name: getattr(check, name) for name in ("kind", "claim", "question", "expected", "weight")}
         rows.append(asked | {"answer": answer})
     return rows
 
@@ -207,14 +207,9 @@ def claims_in(checks: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def evidence_against(checks: Iterable[Mapping[str, Any]]) -> int:
-    """Return the number of answers that refute a claim, less the number of answers that confirm it."""
-    evidence = 0
-    for check in checks:
-        if check["answer"] not in (None, CANNOT_TELL):
-            # The only question about a claim of a drawn scene (`rule_checks`) decides.
-            weight = MAX_EVIDENCE if check["claim"].startswith(check["question"]) else 1
-            evidence += -weight if is_confirmed(check) else weight
-    return evidence
+    """Return the weight of the answers that refute a claim, less the weight of those that confirm it."""
+    clear = (check for check in checks if check["answer"] not in (None, CANNOT_TELL))
+    return sum(-check["weight"] if is_confirmed(check) else check["weight"] for check in clear)
 
 
 def share_of_confirmed_claims(evidence: Sequence[int]) -> float | None:

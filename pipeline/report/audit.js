@@ -1,4 +1,3 @@
-"use strict";
 // Shows the texts of an audit one at a time. Verdicts are stored in this browser, by reviewer, until they are exported.
 // Untrusted text is only assigned to textContent.
 
@@ -10,12 +9,6 @@ let isStored = true; // whether this browser stores verdicts
 
 function keyOf(item) { return `synth-audit-${audit.digest}-${audit.seed} ${state.reviewer} ${nameOf(item)}`; }
 function nameOf(item) { return `${item.id} ${item.text.content}`; }
-
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
 
 /** Read or write a value of this browser's storage, which may be unavailable. */
 function stored(key, value) {
@@ -94,7 +87,7 @@ function update() {
     if (isWrong) left.splice(left.indexOf(button.textContent), 1);
     button.setAttribute("aria-pressed", String(isWrong));
   });
-  byId("hint").textContent = made?.verdict === "wrong" ? "Select the wrong words (arrow keys and space), then press Enter."
+  byId("hint").textContent = made?.verdict === "wrong" ? "Select the wrong words, then Next (keys: arrows, space, Enter)."
     : done === total ? "All texts are reviewed: export your verdicts." : `Text ${state.at + 1} of ${total}`;
   byId("undo").disabled = !state.undo.length;
   byId("export").disabled = !done;
@@ -123,14 +116,13 @@ function undo() {
 }
 
 function exportVerdicts() {
-  const lines = audit.items.flatMap(item => {
+  const verdicts = audit.items.flatMap(item => {
     const made = state.verdicts.get(nameOf(item));
-    return made ? [JSON.stringify({seed: audit.seed, reviewer: state.reviewer, sample_id: item.id, content: item.text.content, verdict: made.verdict, words: made.words}) + "\n"] : [];
+    return made ? [{seed: audit.seed, reviewer: state.reviewer, sample_id: item.id, content: item.text.content, verdict: made.verdict, words: made.words}] : [];
   });
-  const link = element("a", {href: URL.createObjectURL(new Blob(lines, {type: "application/jsonl"})), download: `audit-${audit.version}-${state.reviewer.replace(/[^\p{L}\p{N}]+/gu, "-")}.jsonl`});
-  link.click();
-  URL.revokeObjectURL(link.href);
-  byId("hint").textContent = `exported; apply with: synth review apply ${link.download}`;
+  const name = `audit-${audit.version}-${state.reviewer.replace(/[^\p{L}\p{N}]+/gu, "-")}.jsonl`;
+  download(verdicts, name);
+  byId("hint").textContent = `exported; apply with: synth review apply ${name}`;
 }
 
 function moveWord(by) {

@@ -9,19 +9,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from heapq import nsmallest
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.audit import audit_in_words
 from pipeline.dataset.calibration import checks_in_words
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.reviews import REASONS
+from pipeline.dataset.limits import SCORED, score_curves
+from pipeline.dataset.reviews import REASONS, Verdict, read_stored
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, StoreError
-from pipeline.report.html import render_page, script_hash, script_literal, thumbnail_uri
+from pipeline.report.html import page_script, render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import images_of, read_rejected, read_rows, steps_match
-from pipeline.storage.files import read_json, write_text
+from pipeline.storage.files import read_batches, read_json, write_text
 from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import SPLITS
 from pipeline.text.reasons import SCORES_IN_WORDS, in_words
@@ -53,10 +53,9 @@ def write_report(version: Version, folder: Path) -> Path:
         "reasons": REASONS,
         "pictures": {sample_id: thumbnail_uri(image, THUMBNAIL_BYTES) for sample_id, image in others},
     }
-    script = (files("pipeline.report") / "report.js").read_text(encoding="utf-8")
     parts = [rows[start : start + SCRIPT_ROWS] for start in range(0, len(rows), SCRIPT_ROWS)]
     scripts = [
-        f"const report = {script_literal(settings)};\n{script}",
+        page_script("report.js", report=settings),
         *(f'add("images", {script_literal(part)});\n' for part in parts),
         f'add("rejected", {script_literal(rejected)});\n',
     ]
@@ -71,6 +70,7 @@ def write_report(version: Version, folder: Path) -> Path:
         checks_in_words=checks_in_words(manifest),
         scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],
         scores_in_words=SCORES_IN_WORDS,
+        score_curves=_score_curves(DatasetDir(folder)) if has_steps else {},
         has_steps=has_steps,
         cost=DatasetDir(folder).read_cost() or None,
         metrics=_read_last_metrics(folder),
@@ -85,6 +85,12 @@ def write_report(version: Version, folder: Path) -> Path:
         raise ConfigError(f"{page} is not a report written by synth", hint=hint)
     write_text(page, text)
     return page
+
+
+def _score_curves(dataset: DatasetDir) -> dict[str, Any]:
+    verdicts, paths = read_stored(dataset.reviews, Verdict), dataset.step_files("review")
+    tables = (table for path in paths for table in read_batches(path, SCORED))
+    return score_curves(tables if verdicts else (), verdicts)
 
 
 def _is_report(page: Path) -> bool:
@@ -124,9 +130,7 @@ def _read_last_metrics(folder: Path) -> dict[str, Any] | None:
     if (newest := max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)) is None:
         return None
     try:
-        metrics = read_json(newest)
-        return {key: metrics[key] for key in ("images", "against", "scores", "shuffled_scores", "shown")}
-    except KeyError as error:
-        raise StoreError(f"{newest} is damaged: it has no {error.args[0]}", hint="move it away") from None
-    except (OSError, ValueError, TypeError, RecursionError, UnsafeFileError) as error:
+        metrics: dict[str, Any] = read_json(newest)
+        return metrics
+    except (OSError, ValueError, RecursionError, UnsafeFileError) as error:
         raise StoreError(f"{newest} is damaged: {error}", hint="move it away") from None

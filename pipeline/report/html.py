@@ -7,6 +7,7 @@ import base64
 import hashlib
 import io
 import json
+from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
@@ -35,7 +36,7 @@ def render_page(template: str, **values: Any) -> str:
         return _PAGES.get_template(template).render(**values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:  # the manifest is untrusted
         raise StoreError(
-            f"cannot write the page: the manifest is invalid: {error}",
+            f"cannot write the page: the manifest, or metrics.json of a captioner, is invalid: {error}",
             hint="check it with `synth check`, or use another version",
         ) from None
 
@@ -57,6 +58,13 @@ def thumbnail_uri(image: bytes, max_bytes: int, max_pixels: int = THUMBNAIL_PIXE
     except ImageError:
         return ""  # an untrusted version may contain broken images, which the page shows as "no picture"
     return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
+
+
+def page_script(name: str, **settings: Any) -> str:
+    """Return a script of this folder, with constants and the functions that all pages share before it."""
+    constants = [f"const {key} = {script_literal(value)};\n" for key, value in settings.items()]
+    code = [(files("pipeline.report") / file).read_text(encoding="utf-8") for file in ("page.js", name)]
+    return "".join([*constants, *code])
 
 
 def script_literal(value: Any) -> str:

@@ -1,4 +1,3 @@
-"use strict";
 // Shows the rows that `add` receives, page by page, and stores reviews in this browser until they are exported.
 // Untrusted text is only assigned to textContent and value.
 
@@ -84,12 +83,6 @@ class List {
       button.disabled = Number(button.dataset.turn) < 0 ? this.page === 0 : this.page === this.pages - 1;
     }
   }
-}
-
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children.filter(child => child !== null));
-  return made;
 }
 
 function drawImage(row) {
@@ -298,11 +291,9 @@ function count() {
 
 function exportReviews() {
   for (const form of document.querySelectorAll("#images form.edit")) form.requestSubmit(); // save open edits
-  const lines = [...reviews.values()].map(made => JSON.stringify(made) + "\n");
-  const link = element("a", {href: URL.createObjectURL(new Blob(lines, {type: "application/jsonl"})), download: `reviews-${report.version}.jsonl`});
-  link.click();
-  URL.revokeObjectURL(link.href);
-  document.getElementById("reviewed").textContent = `exported; apply them with: synth review apply ${link.download}`;
+  const name = `reviews-${report.version}.jsonl`;
+  download([...reviews.values()], name);
+  document.getElementById("reviewed").textContent = `exported; apply them with: synth review apply ${name}`;
 }
 
 function drawRejected(row) {

@@ -4,19 +4,17 @@ It is the last step before a version is written, so that a review affects no oth
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.reviews import EDITABLE, Review, TextName, check_edits, read_reviews, text_name
+from pipeline.dataset.reviews import EDITABLE, AppliedReviews, Review, read_stored, text_name
 from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, STRING, append_columns, with_reason
-from pipeline.text.normalize import text_key
-from pipeline.text.vqa_answers import normalize_answer
 
 # Fields whose final text is the cleaned text of the filter step, unless a review edits it.
 CLEANED = ("text", "question", "answer", "record")
@@ -32,26 +30,24 @@ FINDINGS = pa.schema([ROW, ("review", REVIEW), ("is_pair_broken", BOOL), ("is_re
 def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     """Return findings about rows whose text, question pair or `rejected_text` is affected by a review."""
     rows = comparison.rows
-    reviews = {review.name: review for review in read_reviews(comparison.dataset.reviews)}
+    reviews = read_stored(comparison.dataset.reviews, Review)
     if not reviews:
         return None
-    texts = read_texts(rows, {sample_id for sample_id, _ in reviews}, "sample_id")
+    texts = read_texts(rows, {review.sample_id for review in reviews}, "sample_id")
     by_name = {text_name(row): row for row in texts}
-    unusable = check_edits(reviews, by_name, comparison.settings)
-    used = {name: review for name, review in reviews.items() if name in by_name and name not in unusable}
-    unmatched = len(reviews) - len(used)
+    applied = AppliedReviews.of(reviews, by_name, comparison.settings)
+    unmatched = len(applied.pending) + len(applied.unusable)
     note = f"; {unmatched} match no text of this run" if unmatched else ""
-    comparison.progress.message(f"review: {len(used)} reviews applied{note}")
+    comparison.progress.message(f"review: {len(applied.by_name)} reviews applied{note}")
     findings: dict[int, dict[str, Any]] = defaultdict(dict)
-    for row in texts:
-        if review := used.get(text_name(row)):
-            findings[row["row"]]["review"] = review.model_dump(include=set(REVIEW.names))
-    paired = read_texts(rows, {by_name[name]["pair_id"] for name in used} - {None}, "pair_id")
-    broken = broken_pairs(paired, used)
-    for row in paired:
-        if row["pair_id"] in broken:
-            findings[row["row"]]["is_pair_broken"] = True
-    bad = {name for name, review in reviews.items() if review.verdict == "bad"}
+    changed_pairs = set()
+    for name, review in applied.by_name.items():
+        findings[by_name[name]["row"]]["review"] = review.model_dump(include=set(REVIEW.names))
+        if review.verdict != "good":
+            changed_pairs.add(by_name[name]["pair_id"])
+    for row in read_texts(rows, changed_pairs - {None}, "pair_id"):
+        findings[row["row"]]["is_pair_broken"] = True
+    bad = {review.name for review in reviews if review.verdict == "bad"}
     if REJECTED_TEXT in rows.columns():
         for row in read_texts(rows, {sample_id for sample_id, _ in bad}, "sample_id", REJECTED_TEXT):
             # A text reviewed as bad in an earlier version may now be the rejected text of another caption.
@@ -71,28 +67,6 @@ def read_texts(rows: AllRows, values: Collection[str], column: str, *more: str) 
         table.filter(pc.is_in(table[column], value_set)) for table in rows.batches(*TEXT_COLUMNS, *more)
     )
     return [row for table in tables for row in table.to_pylist()]
-
-
-def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Review]) -> set[str]:
-    """Return the ids of question pairs that reviews break.
-
-    An intact pair has two kept, equal questions with different answers. `rows` must hold both questions.
-    """
-    kept: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for row in rows:
-        kept_of_pair = kept[row["pair_id"]]
-        review = reviews.get(text_name(row))
-        if review and review.verdict == "bad":
-            continue
-        question, answer = row["clean_question"], row["clean_answer"]
-        if review and review.verdict == "edited":
-            question, answer = review.question or question, review.answer or answer
-        kept_of_pair.append((text_key(question), normalize_answer(answer)))
-    return {
-        pair
-        for pair, texts in kept.items()
-        if len({question for question, _ in texts}) != 1 or len({answer for _, answer in texts}) < 2
-    }
 
 
 def review_annotations(table: pa.Table, _: Any = None) -> pa.Table:

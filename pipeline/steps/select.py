@@ -5,7 +5,6 @@
 consistency   mean F1 between the content words of this caption and of each other caption
 clip          cosine similarity of caption and image, as in the check `alignment`
 judge         mean of the scores from another model
-longest       number of words, if the check `claims` confirmed all claims of the caption
 
 F1 compares the content words as sets. It works because invented details differ from caption to caption.
 Choosing the highest mean F1 is minimum Bayes risk decoding (Kumar and Byrne, 2004) with F1 as the gain.
@@ -21,12 +20,12 @@ import pyarrow.compute as pc
 from pipeline.plan import Plan
 from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
-from pipeline.tables import FLOAT64, HUMAN, RUBRIC, SELECTED, STRING, fields, is_caption
+from pipeline.tables import FLOAT64, HUMAN, INT32, RUBRIC, SELECTED, STRING, fields, is_caption
 from pipeline.text.content_keys import content_keys
 
 NAMES = fields(STRING, "sample_id", "task", "style", "clean_text", "words")
-CANDIDATES = pa.schema([ROW, *NAMES, *fields(FLOAT64, "alignment", "rating", "length")])
-_MEASURES = {"clip": "alignment", "judge": "rating", "longest": "length", "consistency": "agreed"}
+CANDIDATES = pa.schema([ROW, *NAMES, *fields(FLOAT64, "alignment"), *fields(INT32, *RUBRIC)])
+_MEASURES = {"clip": "alignment", "judge": f"({' + '.join(RUBRIC)}) / {len(RUBRIC)}", "consistency": "agreed"}
 # `agreed` is rounded, because the last digit of a sum of floats depends on the order of the summands.
 QUERY = """
 WITH worded AS (
@@ -77,39 +76,13 @@ def find_best(comparison: Comparison) -> duckdb.DuckDBPyRelation:
 
 
 def _candidates(rows: AllRows, sampled: Sequence[str]) -> Iterator[pa.Table]:
-    scores = [name for name in RUBRIC if name in rows.columns()]
-    columns = (
-        "sample_id",
-        "task",
-        "style",
-        "prompt_id",
-        "clean_text",
-        "word_count",
-        "alignment",
-        "agreement",
-    )
-    for table in rows.batches(*columns, *scores):
+    columns = ("sample_id", "task", "style", "prompt_id", "clean_text", "alignment", *RUBRIC)
+    for table in rows.batches(*columns):
         is_sampled = pc.is_in(table["task"], pa.array(sampled, STRING))
         is_candidate = pc.and_(is_sampled, pc.not_equal(table["prompt_id"], HUMAN))
         table = table.filter(pc.and_(is_caption(table), is_candidate))
-        is_confirmed = pc.fill_null(pc.equal(table["agreement"].cast(FLOAT64), 1.0), False)
-        columns_of_scores = {
-            "words": content_keys(table["clean_text"].combine_chunks()),
-            "length": pc.if_else(is_confirmed, table["word_count"].cast(FLOAT64), None),
-            "rating": _mean(table.select(scores)),
-        }
-        known = {name: table[name] for name in table.column_names} | columns_of_scores
-        yield pa.table({name: known[name] for name in CANDIDATES.names})
-
-
-def _mean(scores: pa.Table) -> pa.Array:
-    """Return the mean of each row, or null if the row has a null or the table has no columns."""
-    if not scores.num_columns:
-        return pa.nulls(scores.num_rows, FLOAT64)
-    total = scores[0].cast(FLOAT64)
-    for column in scores.columns[1:]:
-        total = pc.add(total, column.cast(FLOAT64))
-    return pc.divide(total, float(scores.num_columns))
+        words = content_keys(table["clean_text"].combine_chunks())
+        yield table.append_column("words", words).select(CANDIDATES.names)
 
 
 STEP = RowStep(

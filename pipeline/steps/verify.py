@@ -8,31 +8,19 @@ from collections.abc import Iterator
 
 import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.config.sections import VerifyConfig
-from pipeline.dataset.calibration import (
-    CLAIMS,
-    FINDINGS,
-    NEVER,
-    read_findings,
-)
+from pipeline.dataset.calibration import CLAIMS, FINDINGS, NEVER, read_findings
 from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
-from pipeline.steps.verify_checks import ALIGNMENT, CHECKED, VerifySettings, ask_checks
+from pipeline.steps.verify_checks import ALIGNMENT, CHECKED, ask_checks
+from pipeline.steps.verify_settings import VerifySettings
 from pipeline.storage.database import load
-from pipeline.tables import (
-    BOOL,
-    STRING,
-    VERIFIED,
-    append_columns,
-    fields,
-    is_caption,
-)
+from pipeline.tables import BOOL, STRING, VERIFIED, append_columns, fields, is_caption
 from pipeline.tasks.checks import REFUTED
 from pipeline.text.normalize import map_distinct, text_key
 from pipeline.text.vqa_answers import normalize_answer
 
-KEYS = fields(STRING, "style", "question", "answer", "answer_type")
+KEYS = fields(STRING, "style", "question", "answer")
 COMPARED = pa.schema([ROW, *fields(BOOL, "is_caption"), *KEYS, *VERIFIED, *ALIGNMENT])
 # "yes" and "no" are right by chance half of the time, so `blind` ignores them. The balance step handles them.
 QUERY = """
@@ -42,12 +30,6 @@ WITH answers_to_question AS (
 ), answerable_blind AS (  -- most images with this question have this answer
     SELECT question, answer FROM answers_to_question
     WHERE answer NOT IN ('yes', 'no') AND times >= {min_blind_frac}::DOUBLE * asked
-), answers_of_type AS (
-    SELECT answer_type, answer, count(*) AS times, sum(count(*)) OVER (PARTITION BY answer_type) AS asked
-    FROM judged WHERE question IS NOT NULL GROUP BY answer_type, answer
-), frequent_answers AS (  -- answers of many questions of that type, which may be right without the pages
-    SELECT answer_type, answer FROM answers_of_type
-    WHERE answer IN ('yes', 'no') OR times - 1 > {max_answer_frequency}::DOUBLE * (asked - 1)
 ), ranked AS (
     SELECT style, alignment, row_number() OVER (PARTITION BY style ORDER BY alignment) AS place,
            count(*) OVER (PARTITION BY style) AS count
@@ -64,8 +46,6 @@ SELECT row, CASE
     WHEN answered_blind AND (question, answer) IN (SELECT (question, answer) FROM answerable_blind)
         THEN 'answerable_without_image'
     WHEN NOT sufficient THEN 'evidence_not_sufficient'
-    WHEN NOT necessary AND (answer_type, answer) NOT IN (SELECT (answer_type, answer) FROM frequent_answers)
-        THEN 'evidence_not_necessary'
     WHEN alignment < floor THEN 'low_alignment'
 END AS reason
 FROM judged LEFT JOIN floors USING (style) WHERE reason IS NOT NULL
@@ -101,21 +81,12 @@ def judge_verified(table: pa.Table, settings: VerifySettings) -> pa.Table:
 
 
 def _judged(rows: AllRows) -> Iterator[pa.Table]:
-    columns = [
-        "clean_text",
-        "style",
-        "clean_question",
-        "clean_answer",
-        "answer_type",
-        *VERIFIED.names,
-        "alignment",
-    ]
+    columns = ["clean_text", "style", "clean_question", "clean_answer", *VERIFIED.names, "alignment"]
     for table in rows.batches(*columns):
         known = {name: table[name] for name in table.column_names} | {
             "is_caption": is_caption(table),
             "question": map_distinct(table["clean_question"], text_key),
             "answer": map_distinct(table["clean_answer"], normalize_answer),
-            "answer_type": pc.fill_null(table["answer_type"], ""),
         }
         yield pa.table({name: known[name] for name in COMPARED.names})
 
@@ -134,7 +105,6 @@ STEP = RowStep(
         "low_coverage": "lower verify.min_coverage, or leave covers out of --verify",
         "answerable_without_image": "raise verify.min_blind_frac, or leave blind out of --verify",
         "evidence_not_sufficient": "leave evidence out of --verify",
-        "evidence_not_necessary": "leave evidence out of --verify",
         "low_rating": "lower verify.min_rating, or leave out --judge",
         "low_alignment": "lower verify.min_alignment, or choose another CLIP: verify.clip_model",
     },

@@ -8,7 +8,7 @@ The claims check and the judge are also asked about known truths and falsehoods 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -18,17 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
-from pipeline.config.sections import FilterConfig, ServerConfig, VerifyConfig
-from pipeline.dataset.calibration import (
-    CLAIMS,
-    JUDGE,
-    TRUE,
-    KnownTexts,
-    choose_known_texts,
-)
+from pipeline.dataset.calibration import CLAIMS, JUDGE, KnownTexts, choose_known_texts
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
-from pipeline.dataset.records import described, read_record
-from pipeline.digests import hash_to_unit, weights_revision
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.images.decode import prepare_image
 from pipeline.inference import verification
@@ -36,9 +27,9 @@ from pipeline.inference.engines import EngineChoice, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_SAMPLES, Chunk, ask_all
 from pipeline.inference.requests import RequestPlan
-from pipeline.plan import Plan
-from pipeline.progress import Progress
 from pipeline.steps.base import Services, record_cost, whole_groups
+from pipeline.steps.verify_known_texts import KnownSample, facts_in
+from pipeline.steps.verify_settings import VerifySettings
 from pipeline.storage.files import read_batches
 from pipeline.tables import (
     CALIBRATION,
@@ -51,20 +42,15 @@ from pipeline.tables import (
     append_columns,
     fields,
 )
-from pipeline.tasks.checks import CHECKING, MAX_EVIDENCE, REFUTED, REPAIR
-from pipeline.text.content_keys import content_words
-from pipeline.text.falsehoods import plant_falsehoods
-from pipeline.text.language import FUNCTION_WORDS
+from pipeline.tasks.checks import MAX_EVIDENCE, REFUTED, REPAIR
 from pipeline.text.normalize import words_of
 from pipeline.types import Engine, Request
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from pipeline.images.clip import ClipScorer
 
-# Maximum number of pixels that are decoded at once.
-MAX_DECODED_PIXELS = 64_000_000
+# A CLIP sees about 100,000 pixels. Larger images need not be kept in memory.
+CLIP_PIXELS = 1_000_000
 # Number of requests without images that are built at once.
 CHUNK_REQUESTS = 256
 CLEAN = ("clean_text", "clean_question", "clean_answer", "clean_record")
@@ -78,64 +64,9 @@ CHECKED = pa.schema(
         *CALIBRATION,
     ]
 )  # fmt: skip
-# Maximum known truths and planted falsehoods per image. Each costs up to four requests.
-MAX_TRUTHS, MAX_FALSEHOODS = 3, 2
 _ARTICLES = {"an": "a"}
 Row = dict[str, Any]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class VerifySettings:
-    """The settings of the verify step. `server` does not affect the replies, so it is not part of the key.
-
-    `bounds` apply to repaired captions. With `splits_claims`, the model splits captions into claims.
-    `clip_model` is None if captions are not compared with images. `seed` and `samples`, a digest of the list
-    of all samples, decide about which images known truths are asked.
-    """
-
-    verify: VerifyConfig
-    bounds: FilterConfig
-    requests: RequestPlan
-    splits_claims: bool
-    clip_model: str | None
-    server: ServerConfig
-    judge_revision: str
-    choose_judge: Callable[[Progress], EngineChoice]
-    seed: int
-    samples: str
-
-    @classmethod
-    def of(cls, plan: Plan) -> "VerifySettings":
-        """Resolve the settings of a run."""
-        config = plan.config
-        return cls(
-            verify=config.verify,
-            bounds=config.filter,
-            requests=plan.requests,
-            splits_claims=config.splits_claims,
-            clip_model=plan.clip_model if plan.needs_clip else None,
-            server=config.server,
-            judge_revision=plan.judge_revision,
-            choose_judge=plan.choose_judge,
-            seed=config.seed,
-            samples=read_record(plan.dataset, "read").get("files", {}).get("kept", {}).get("sha256", ""),
-        )
-
-    def describe(self) -> list[Any]:
-        """Return everything that the results of the checks depend on, except the rows and the images."""
-        if not self.verify.is_asked:
-            return []
-        clip = Path(self.clip_model or "")
-        weights = weights_revision(clip) if self.clip_model and clip.is_dir() else self.clip_model
-        asked = [self.splits_claims, weights, self.judge_revision, self.requests.describe(*CHECKING)]
-        chosen = [self.seed, self.samples] if self.is_calibrated else []
-        return [described(self.verify), described(self.bounds), *asked, *chosen]
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether a check is asked about known truths and falsehoods."""
-        return self.verify.calibration > 0 and ("claims" in self.verify.checks or bool(self.verify.judge))
 
 
 @dataclass(slots=True)
@@ -146,7 +77,7 @@ class CheckedAnnotation:
     """
 
     row: Row
-    checks: list[dict[str, str | None]] = field(default_factory=list)
+    checks: list[Row] = field(default_factory=list)
     scores: dict[str, Any] = field(default_factory=dict)
     rewritten: Row | None = None
 
@@ -182,7 +113,7 @@ class AskedClaim:
 
     sample_id: str
     questions: list[verification.Check]
-    answers: list[dict[str, str | None]] = field(default_factory=list)
+    answers: list[Row] = field(default_factory=list)
 
     @property
     def evidence(self) -> int:
@@ -294,58 +225,28 @@ class AnnotationChecker:
         batches = read_samples(self.services.dataset, ["sample_id", "references"])
         return choose_known_texts(batches, self.settings.verify.calibration, self.settings.seed)
 
-    def _known_of(self, captions: Subjects) -> Iterator[tuple[CheckedAnnotation, KnownTexts, str, set[str]]]:
-        """Yield each chosen sample: its first caption, known texts, the text to change, and all words."""
-        if self.settings.is_calibrated:
-            for sample_id, of_sample in _by_sample(captions).items():
-                if known := self._known_texts.get(sample_id):
-                    if all(caption.row["prompt_id"] == HUMAN for caption in of_sample):
-                        # The human captions are the texts to check, so they are not known to be true.
-                        known = replace(known, captions=())
-                    texts = (*known.captions, *(caption.row["clean_text"] for caption in of_sample))
-                    words = {word for text in texts for word in (*words_of(text), *content_words(text))}
-                    if words.issuperset(_facts(known.foreign or "")):  # the caption may be true
-                        known = replace(known, foreign=None)
-                    yield of_sample[0], known, texts[0], words
+    def _known_samples(self, captions: Subjects) -> list[tuple[CheckedAnnotation, KnownSample]]:
+        """Return the samples whose known texts are asked about, each with its first caption."""
+        seed = self.settings.seed
+        return [
+            (group[0], KnownSample.of(self._known_texts[sample_id], [one.row for one in group], seed))
+            for sample_id, group in (_by_sample(captions) if self.settings.is_calibrated else {}).items()
+            if sample_id in self._known_texts
+        ]
 
     def _calibrate_claims(self, captions: Subjects) -> None:
-        """Ask about known truths and falsehoods, and add the evidence against them to `calibration`."""
-        known = list(self._known_of(captions))
-        claims = self._split(
-            {
-                text: caption.sample_id
-                for caption, of_sample, base, _ in known
-                for text in (base, of_sample.foreign)
-                if text
-            }
-        )
-        asked: list[tuple[CheckedAnnotation, str, AskedClaim]] = []
-        for caption, of_sample, base, said in known:
-            found = [(TRUE, claim) for claim in claims[base][:MAX_TRUTHS] if of_sample.captions]
-            found += self._plant(claims[base], said, caption.sample_id)
-            if of_sample.foreign and self.settings.splits_claims:
-                found += [("other_image", claim) for claim in _unsaid(claims[of_sample.foreign], said)][:1]
-            asked += [(caption, kind, AskedClaim(caption.sample_id, claim)) for kind, claim in found]
+        """Ask about claims that are known to be true or false, and add the evidence to `calibration`."""
+        samples, splits = self._known_samples(captions), self.settings.splits_claims
+        claims = self._split({text: one.sample_id for one, known in samples for text in known.to_split})
+        asked = [
+            (caption, kind, AskedClaim(caption.sample_id, questions))
+            for caption, known in samples
+            for kind, questions in known.claims(claims, splits=splits)
+        ]
         self._ask_claims([claim for _, _, claim in asked])
         for caption, kind, claim in asked:
             if any(answer["answer"] is not None for answer in claim.answers):
                 caption.add_known(CLAIMS, kind, claim.evidence)
-
-    def _plant(
-        self, claims: Sequence[list[verification.Check]], said: set[str], sample_id: str
-    ) -> list[tuple[str, list[verification.Check]]]:
-        """Return the kinds and questions of falsehoods: claims in which one word is replaced."""
-        rank = partial(hash_to_unit, self.settings.seed, sample_id)
-        found: dict[str, list[verification.Check]] = {}
-        for first in claims:
-            if self.settings.splits_claims:
-                for kind, text in plant_falsehoods(str(first[0].claim), said, rank):
-                    found.setdefault(kind, verification.claim_checks(text))
-            else:
-                for kind, answer in plant_falsehoods(first[0].expected, (), rank):
-                    claim = f"{first[0].question} {answer}"
-                    found.setdefault(kind, [first[0]._replace(expected=answer, claim=claim)])
-        return sorted(found.items(), key=lambda item: rank(item[0]))[:MAX_FALSEHOODS]
 
     # --- questions
 
@@ -367,9 +268,7 @@ class AnnotationChecker:
         for subject, answers in zip(subjects, self._ask_checks(list(asked)), strict=True):
             subject.checks += answers
 
-    def _ask_checks(
-        self, asked: Sequence[tuple[str, Sequence[verification.Check]]]
-    ) -> list[list[dict[str, str | None]]]:
+    def _ask_checks(self, asked: Sequence[tuple[str, Sequence[verification.Check]]]) -> list[list[Row]]:
         """Ask the model questions about samples, and return the answered checks (tables.CHECK)."""
         counts = Counter(check.kind for _, checks in asked for check in checks)
         if not counts:
@@ -380,7 +279,7 @@ class AnnotationChecker:
         for sample_id, checks in asked:
             by_sample[sample_id] += checks
 
-        def read(journal: Journal) -> list[list[dict[str, str | None]]]:
+        def read(journal: Journal) -> list[list[Row]]:
             return [verification.read_checks(*checks, self.plan, journal) for checks in asked]
 
         requests = verification.build_all(sample_batches(self.shard), by_sample, self.plan)
@@ -430,16 +329,19 @@ class AnnotationChecker:
         for batch in sample_batches(self.shard):
             if by_sample.keys().isdisjoint(batch.ids):
                 continue
-            pages = zip(batch.ids, batch.read_images(), strict=True)
-            images = ((name, prepare_image(images[0])) for name, images in pages if name in by_sample)
-            for part in _limit_pixels(images):
-                pairs = [(caption, image) for sample_id, image in part for caption in by_sample[sample_id]]
-                texts = [caption.row["clean_text"] for caption, _ in pairs]
-                cosines = self._scorer.cosines([image for _, image in pairs], texts)
-                for (caption, _), cosine in zip(pairs, cosines, strict=True):
-                    caption.scores["alignment"] = cosine
-                done += len(part)
-                self.services.progress("align", done, len(by_sample))
+            pages = dict(zip(batch.ids, batch.read_images(), strict=True))
+            shown = [caption for sample_id in pages for caption in by_sample.get(sample_id, ())]
+            images = {
+                sample_id: prepare_image(images[0], max_pixels=CLIP_PIXELS)
+                for sample_id, images in pages.items()
+                if sample_id in by_sample
+            }
+            texts = [caption.row["clean_text"] for caption in shown]
+            cosines = self._scorer.cosines([images[caption.sample_id] for caption in shown], texts)
+            for caption, cosine in zip(shown, cosines, strict=True):
+                caption.scores["alignment"] = cosine
+            done += len(images)
+            self.services.progress("align", done, len(by_sample))
 
     def _rate(self, subjects: Subjects) -> None:
         """Let the judge rate annotations by the criteria in tables.RUBRIC."""
@@ -469,14 +371,8 @@ class AnnotationChecker:
 
     def _calibrate_judge(self, captions: Subjects) -> None:
         """Let the judge rate known truths and falsehoods, and add the results to `calibration`."""
-        asked: list[tuple[CheckedAnnotation, str, str]] = []
-        for caption, known, base, said in self._known_of(captions):
-            rank = partial(hash_to_unit, self.settings.seed, caption.sample_id)
-            found = [(TRUE, text) for text in known.captions[:1]]
-            planted = plant_falsehoods(base, said, rank)
-            found += sorted(planted, key=lambda one: rank(one[0]))[:MAX_FALSEHOODS]
-            found += [("other_image", text) for text in (known.foreign,) if text]
-            asked += [(caption, kind, text) for kind, text in found]
+        samples = self._known_samples(captions)
+        asked = [(caption, kind, text) for caption, known in samples for kind, text in known.texts]
         rows = [caption.row | {"clean_text": text} for caption, _, text in asked]
         for (caption, kind, _), rating in zip(asked, self._ask_judge(rows), strict=True):
             if rating["judged_wrong"] is not None:
@@ -515,11 +411,6 @@ def _by_sample(subjects: Subjects) -> dict[str, list[CheckedAnnotation]]:
     return by_sample
 
 
-def _unsaid(claims: Iterable[list[verification.Check]], said: set[str]) -> Iterator[list[verification.Check]]:
-    """Yield the claims with an object, or another word, that no text about the sample has."""
-    return (claim for claim in claims if not said.issuperset(_facts(str(claim[0].claim))))
-
-
 def _keeps_other_claims(subject: CheckedAnnotation, clean: Row) -> bool:
     """Return whether a repair only leaves out words, but none of the claims that are true.
 
@@ -528,10 +419,10 @@ def _keeps_other_claims(subject: CheckedAnnotation, clean: Row) -> bool:
     rest = (_ARTICLES.get(word, word) for word in words_of(subject.row["clean_text"]))
     if not all(_ARTICLES.get(word, word) in rest for word in words_of(clean["clean_text"])):
         return False
-    before, after = _facts(subject.row["clean_text"]), _facts(clean["clean_text"])
+    before, after = facts_in(subject.row["clean_text"]), facts_in(clean["clean_text"])
     refuted = subject.refuted_claims
     others = [claim for claim in verification.claims_in(subject.checks) if claim not in refuted]
-    kept = {word for claim in others for word in _facts(claim)} & before
+    kept = {word for claim in others for word in facts_in(claim)} & before
     return bool(after) and kept <= after
 
 
@@ -539,24 +430,6 @@ def _chunks(requests: Iterator[Request]) -> Iterator[Chunk]:
     """Yield chunks of requests that need no images."""
     for chunk in iter(lambda: list(islice(requests, CHUNK_REQUESTS)), []):
         yield chunk, NO_SAMPLES
-
-
-def _limit_pixels(images: "Iterator[tuple[str, Image]]") -> "Iterator[list[tuple[str, Image]]]":
-    """Yield lists of named images with at most MAX_DECODED_PIXELS in total. A larger image comes alone."""
-    held: list[tuple[str, Image]] = []
-    pixels = 0
-    for name, image in images:
-        if held and pixels + image.width * image.height > MAX_DECODED_PIXELS:
-            yield held
-            held, pixels = [], 0
-        held.append((name, image))
-        pixels += image.width * image.height
-    if held:
-        yield held
-
-
-def _facts(text: str) -> set[str]:
-    return set(content_words(text)) - FUNCTION_WORDS
 
 
 def ask_checks(
@@ -590,9 +463,8 @@ def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Ta
     return append_columns(table, pa.Table.from_pylist(results, schema=CHECKED))
 
 
-def results_of(checks: Sequence[dict[str, str | None]], *, is_caption: bool) -> dict[str, Any]:
+def results_of(checks: Sequence[Row], *, is_caption: bool) -> dict[str, Any]:
     """Return the results (tables.VERIFIED) of the checks of one annotation."""
-    same_without = _is_confirmed(checks, "necessary")
     claims = list(verification.claims_in(checks).values())
     return {
         "agreement": verification.share_of_confirmed_claims(claims)
@@ -601,11 +473,10 @@ def results_of(checks: Sequence[dict[str, str | None]], *, is_caption: bool) -> 
         "evidence": max(claims, default=None),
         "answered_blind": _is_confirmed(checks, "blind"),
         "sufficient": _is_confirmed(checks, "sufficient"),
-        "necessary": None if same_without is None else not same_without,
         "coverage": verification.share_confirmed(checks, "covers"),
     }
 
 
-def _is_confirmed(checks: Sequence[dict[str, str | None]], kind: str) -> bool | None:
+def _is_confirmed(checks: Sequence[Row], kind: str) -> bool | None:
     share = verification.share_confirmed(checks, kind)
     return None if share is None else share == 1

@@ -13,10 +13,11 @@ from pipeline.dataset.audit import COLUMNS, Frame, estimate_errors
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, build_rows
 from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, read_findings
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
+from pipeline.dataset.limits import describe_changes
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import RowWriter, publish_version
 from pipeline.dataset.records import is_done, output_digest, read_record, step_key, write_record
-from pipeline.dataset.reviews import format_lines, read_verdicts
+from pipeline.dataset.reviews import Verdict, format_lines, read_stored
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest, digest
@@ -95,7 +96,7 @@ class WriteStep(Step):
             for step in names
             for file in OUTPUTS
         ]
-        if verdicts := read_verdicts(dataset.reviews):
+        if verdicts := read_stored(dataset.reviews, Verdict):
             inputs.append(digest(format_lines(verdicts)))
         key = step_key(NAME, [provenance, source], (), [*inputs, output_digest(first_shard, before)])
         newest = dataset.versions()[-1:]
@@ -110,6 +111,8 @@ class WriteStep(Step):
             write = partial(write_rows, steps=names, source=source, extras=extras)
             written = executor.map_with_scratch(write, draft)
             work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
+        for line in describe_changes(newest[0], work.version, verdicts) if newest and work.is_new else ():
+            work.progress.message(line)
         for folder in folders:
             # The version holds the contents of these files.
             for name in ("digests", "rejections"):
@@ -182,7 +185,7 @@ def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
 
 def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras) -> dict[str, Any]:
     """Return the manifest field with the error rates of the rows, or {} without verdicts of an audit."""
-    verdicts = read_verdicts(dataset.reviews)
+    verdicts = read_stored(dataset.reviews, Verdict)
     if not verdicts:
         return {}
     own = {column.name: column.describe() for column in extras.own}

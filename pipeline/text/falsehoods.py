@@ -18,7 +18,7 @@ day night
 small large
 """
 GROUPS = {
-    "object": [line.split() for line in WORDS["objects"].strip().splitlines()],
+    "object": [line.split()[1:] for line in WORDS["objects"].strip().splitlines()],
     "color": [_COLORS.split()],
     "number": [line.split() for line in _NUMBERS],
     "relation": [line.split() for line in _OPPOSITES.strip().splitlines()],

@@ -57,7 +57,6 @@ IN_WORDS = {
     "low_coverage": "the caption answers too few questions about its image",
     "answerable_without_image": "can be answered without the image",
     "evidence_not_sufficient": "the named pages are not enough",
-    "evidence_not_necessary": "the named pages are not needed",
     "low_alignment": "fits its image less well than other texts",
     # select
     "same_as_the_best": "equals the best caption of this image and style",

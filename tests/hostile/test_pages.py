@@ -7,7 +7,7 @@ import pyarrow as pa
 from playwright.sync_api import Page, expect
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.report.audit_page import write_audit_page
+from pipeline.report.audit_sample import PAGE, write_audit
 from pipeline.report.build import write_report
 from pipeline.types import ReferenceQA
 from tests.browser import Open
@@ -54,7 +54,7 @@ def test_strings_from_a_version_are_escaped_in_the_report(opened: Open, tmp_path
     assert page.locator("#images article").count() == min(48, len(TEXTS))
     page.get_by_role("button", name="Next", exact=True).first.click()
     require_untouched(page)
-    audit, number = write_audit_page(version, DatasetDir(tmp_path), 100, 0)
+    audit, number = write_audit(version, DatasetDir(tmp_path), 100, 0, PAGE)
     page = opened(audit)
     page.get_by_label("Your name").fill(TEXTS[0])
     page.keyboard.press("Enter")

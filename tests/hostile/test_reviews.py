@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.reviews import MAX_REVIEWS_BYTES, read_reviews
+from pipeline.dataset.reviews import MAX_REVIEWS_BYTES, Review, read_lines, read_stored
 from pipeline.errors import ConfigError
 from pipeline.text.pii import redact
 from tests.hostile import bounded_memory
@@ -24,7 +24,8 @@ def lines(*values: object) -> bytes:
 
 BAD: dict[str, bytes] = {
     "unclosed object": b"{",
-    "list": b"[]\n",
+    "list": b"[1]\n",
+    "task without annotations": b'[{"data": {"id": "0-a-b"}}]',
     "null": b"null\n",
     "NUL": b"\0\n",
     "UTF-16": json.dumps(GOOD).encode("utf-16"),
@@ -61,7 +62,7 @@ def test_invalid_review_gives_error_with_its_line(name: str, tmp_path: Path) -> 
     (tmp_path / "reviews.jsonl").write_bytes(BAD[name])
     refusal = r"line \d+ is not a review|cannot read"
     with bounded_memory(300_000_000), pytest.raises(ConfigError, match=refusal):
-        read_reviews(tmp_path / "reviews.jsonl")
+        read_lines(tmp_path / "reviews.jsonl")
 
 
 def too_large(path: Path) -> None:
@@ -75,12 +76,12 @@ def too_large(path: Path) -> None:
 def test_path_without_regular_file_is_refused(make: Callable[[Path], object], tmp_path: Path) -> None:
     make(tmp_path / "reviews.jsonl")
     with pytest.raises(ConfigError, match="cannot read"):
-        read_reviews(tmp_path / "reviews.jsonl")
+        read_lines(tmp_path / "reviews.jsonl")
 
 
 def test_hostile_notes_and_edits_are_read_without_personal_data(tmp_path: Path) -> None:
     texts = [vector for vector in ALL if vector.isprintable()]
     reviews = [GOOD | {"verdict": "edited", "text": text, "note": text} for text in texts]
     (tmp_path / "reviews.jsonl").write_bytes(lines(*reviews))
-    read_back = [(review.text, review.note) for review in read_reviews(tmp_path / "reviews.jsonl")]
+    read_back = [(review.text, review.note) for review in read_stored(tmp_path / "reviews.jsonl", Review)]
     assert read_back == [(redact(text)[0], text) for text in texts]

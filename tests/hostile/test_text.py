@@ -26,7 +26,7 @@ from tests.hostile.vectors import ALL
 from tests.pipeline.dataset.test_card import MANIFEST, sample
 
 content = Content()
-content.add("A ring.")
+content.add("A ring.", "a")
 CONTENT = content.result()
 FULL = MANIFEST | {
     "title": "A title",
@@ -34,7 +34,7 @@ FULL = MANIFEST | {
     "review": {"good": 1, "bad": 1, "edited": 1},
     "measured": {
         "captions": {"brief": CONTENT},
-        "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6}},
+        "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6, "entropy_bits": 1.0}},
         "true_captions": {"brief": {"precision": 0.99, "recall": 0.98}},
         "true_answers": {"number": {"accuracy": 0.9, "majority": 0.4}},
     },

@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.reviews import read_verdicts
+from pipeline.dataset.reviews import read_lines
 from tests.browser import PHONE, WIDE, Open, violations
 from tests.commands import require_success
 from tests.whole.conftest import Run
@@ -54,7 +54,7 @@ def test_verdicts_of_two_reviewers_give_the_next_version_an_error_rate(
                 page.keyboard.press("c" if number == 5 else "r")
         expect(page.locator(state)).to_contain_text("12 of 12 reviewed (10 right, 1 wrong, 1 cannot tell)")
         export(page, tmp_path / f"{reviewer[:3]}.jsonl")
-    assert [len(verdict.words) for verdict in read_verdicts(tmp_path / "Ben.jsonl")].count(1) == 1
+    assert [len(verdict.words) for verdict in read_lines(tmp_path / "Ben.jsonl")].count(1) == 1
     applied = require_success(synth("review", "apply", "Ann.jsonl", "Ben.jsonl", "--json"))
     result = json.loads(applied.stdout)
     assert result["version"] == "v1.0.1" and "sent 0 requests" in applied.stderr
@@ -71,10 +71,16 @@ def test_verdicts_of_two_reviewers_give_the_next_version_an_error_rate(
     assert "% of captions are wrong" in card and "not measured" not in card
     assert "Anna" not in card and "Anna" not in (new.path / "manifest.json").read_text()
     assert "Share of wrong texts: not measured" in (old.path / "README.md").read_text()
+    sampled = require_success(synth("review", "sample", "-n", "12", "--tool", "label-studio"))
+    tasks = json.loads((tmp_path / sampled.stdout.strip() / "tasks.json").read_text())
+    result = [{"type": "choices", "value": {"choices": ["right"]}}]
+    exported = [task | {"annotations": [{"completed_by": 1, "result": result}]} for task in tasks]
+    (tmp_path / "export.json").write_text(json.dumps(exported))
+    assert "by 3 reviewers" in require_success(synth("review", "apply", "export.json")).stderr
     report = opened(tmp_path / require_success(synth("report")).stdout.strip())
     expect(report.get_by_role("region", name="Share of wrong texts")).to_contain_text("captions")
     rerun = require_success(synth(*SCENES))
-    assert "nothing new: v1.0.1" in rerun.stderr
+    assert "nothing new: v1.0.2" in rerun.stderr
 
 
 def test_reviewer_undoes_verdicts_resumes_and_sees_only_own_verdicts(

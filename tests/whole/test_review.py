@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.reviews import Review, format_lines, read_reviews, text_name
+from pipeline.dataset.reviews import Review, format_lines, read_stored, text_name
 from tests.commands import require_success
 from tests.whole.conftest import Run, read_failure
 
@@ -86,7 +86,7 @@ def test_review_stays_pending_while_its_text_is_missing(
     assert "review: 2 reviews applied\n" in synth(*again).stderr
     folder = DatasetDir(tmp_path / "d")
     assert "too easy" in folder.reviews.read_text()
-    review = next(review for review in read_reviews(folder.reviews) if review.reason == "unclear")
+    review = next(review for review in read_stored(folder.reviews, Review) if review.reason == "unclear")
     rows = pq.read_table(folder.step_file("split")).to_pylist()
     other = next(
         row for row in rows

@@ -14,7 +14,7 @@ from pipeline.dataset.audit import (
     estimate_errors,
     krippendorff_alpha,
 )
-from pipeline.dataset.reviews import TextName, Verdict, merge_verdicts
+from pipeline.dataset.reviews import TextName, Verdict, merge_lines
 
 PLAIN, DETAILED, QUESTIONS = ("captions", "plain"), ("captions", "detailed"), ("questions", "")
 Texts = list[tuple[Stratum, TextName]]
@@ -122,12 +122,8 @@ def test_unclear_verdicts_are_left_out_and_reviewers_share_a_text() -> None:
 def test_last_verdict_of_a_reviewer_counts_and_the_last_seed_is_the_current_audit() -> None:
     name = ("a" * 64, "b" * 16)
     before = [judge(name, "wrong", seed=2), judge(name, "wrong", seed=1), judge(name, "right", "b", seed=1)]
-    merged = merge_verdicts([*before, judge(name, "right", seed=2)])
-    assert [(v.seed, v.reviewer, v.verdict) for v in merged] == [
-        (1, "a", "wrong"),
-        (1, "b", "right"),
-        (2, "a", "right"),
-    ]
+    merged = merge_lines([*before, judge(name, "right", seed=2)])
+    assert merged == [*before[1:], judge(name, "right", seed=2)]
 
 
 def test_krippendorff_alpha_equals_published_example() -> None:

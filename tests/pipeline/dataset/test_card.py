@@ -87,7 +87,7 @@ def test_card_states_results_of_human_review() -> None:
 def test_card_shows_measurements_with_baselines() -> None:
     content = Content()
     for text in ("A red ring.", "A red ring seems to be in the image.", "A red ring and a blue star."):
-        content.add(text)
+        content.add(text, "a")
     measured = {
         "captions": {"brief": content.result()},
         "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6}},

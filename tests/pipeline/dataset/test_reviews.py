@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 
 from pipeline.dataset.reviews import (
+    AppliedReviews,
     Review,
     TextName,
     check_edit,
-    check_edits,
     format_lines,
-    merge_reviews,
+    merge_lines,
     read_lines,
-    read_reviews,
     text_name,
 )
 from pipeline.errors import ConfigError
@@ -49,7 +48,7 @@ def test_written_reviews_are_read_back_unchanged(tmp_path: Path) -> None:
         review("A.", "edited", text="B.\u2029C\u0085"),
     ]
     (tmp_path / "m.jsonl").write_text(format_lines(reviews))
-    assert read_reviews(tmp_path / "m.jsonl") == reviews
+    assert read_lines(tmp_path / "m.jsonl") == reviews
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_written_reviews_are_read_back_unchanged(tmp_path: Path) -> None:
 def test_invalid_review_error_shows_line_number_and_reason(tmp_path: Path, line: str, what: str) -> None:
     (tmp_path / "m.jsonl").write_text(format_lines([review("A cat.", "good")]) + line + "\n")
     with pytest.raises(ConfigError, match="line 2 is not a review") as caught:
-        read_reviews(tmp_path / "m.jsonl")
+        read_lines(tmp_path / "m.jsonl")
     assert what in str(caught.value)
 
 
@@ -83,50 +82,35 @@ def test_missing_or_binary_review_file_is_refused(tmp_path: Path) -> None:
             read_lines(tmp_path / name)
 
 
-def test_review_of_edited_text_is_stored_under_the_original_text() -> None:
-    rows = captions("A cat.")
-    first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
-    second = merge_reviews(first.values(), [review("A dog.", "edited", text="A fox.")], rows)
-    assert {name: m.text for name, m in second.items()} == {review("A cat.", "good").name: "A fox."}
-    third = merge_reviews(second.values(), [review("A fox.", "bad", reason="not_true")], rows)
-    assert {name: m.reason for name, m in third.items()} == {review("A cat.", "good").name: "not_true"}
+EDIT, FOX = review("A cat.", "edited", text="A dog."), review("A dog.", "edited", text="A fox.")
+BAD = review("A dog.", "bad", reason="not_true")
 
 
-def test_edit_stays_after_good_verdict() -> None:
-    rows = captions("A cat.")
-    first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
-    merged = merge_reviews(first.values(), [review("A dog.", "good")], rows)
-    assert merged[review("A cat.", "good").name].text == "A dog."
+@pytest.mark.parametrize(
+    ("reviews", "verdict", "text"),
+    [
+        ([EDIT], "edited", "A dog."),
+        ([EDIT, FOX], "edited", "A fox."),
+        ([EDIT, BAD], "bad", None),
+        ([EDIT, review("A dog.", "good")], "edited", "A dog."),  # approves the edit
+        ([EDIT, review("A cat.", "good")], "good", None),  # from an older report: removes the edit
+        ([EDIT, review("A cat.", "edited", text="A cow.")], "edited", "A cow."),
+        ([EDIT, review("A dog.", "edited", text="A cat.")], "edited", "A cat."),
+    ],
+)
+def test_later_review_of_a_text_or_of_its_edit_replaces_earlier_one(
+    reviews: list[Review], verdict: str, text: str | None
+) -> None:
+    applied = AppliedReviews.of(merge_lines(reviews), captions("A cat."))
+    assert not applied.unusable and not applied.pending
+    assert {name: (m.verdict, m.text) for name, m in applied.by_name.items()} == {EDIT.name: (verdict, text)}
 
 
-def test_edit_back_to_the_original_text_becomes_good_verdict() -> None:
-    rows = captions("A cat.")
-    first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
-    back = merge_reviews(first.values(), [review("A dog.", "edited", text="A cat.")], rows)
-    assert {name: m.verdict for name, m in back.items()} == {review("A cat.", "good").name: "good"}
-
-
-def test_reviews_in_one_file_refer_to_the_texts_before_any_edit() -> None:
-    rows = captions("A cat.", "A dog.")
-    swapped = [review("A cat.", "edited", text="A dog."), review("A dog.", "edited", text="A cat.")]
-    merged = merge_reviews([], swapped, rows)
-    assert {merged[name].text: rows[name]["text"] for name in rows} == {
-        "A dog.": "A cat.",
-        "A cat.": "A dog.",
-    }
-    assert check_edits(merged, rows) == {}
-    edit_and_rejection = [swapped[0], review("A dog.", "bad", reason="unclear")]
-    moved = merge_reviews([], edit_and_rejection, rows)
-    assert {m.verdict for m in moved.values()} == {"edited", "bad"}
-    assert check_edits(moved, rows) == {}
-
-
-def test_edit_that_repeats_another_text_of_the_image_is_invalid() -> None:
-    rows = captions("A cat.", "A dog.", "A fox.")
-    onto_another = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
-    assert list(check_edits(onto_another, rows).values()) == ["another text of this image is the same"]
-    onto_each_other = [review("A cat.", "edited", text="A bird."), review("A dog.", "edited", text="A bird.")]
-    assert len(check_edits(merge_reviews([], onto_each_other, rows), rows)) == 2
+def test_edit_that_repeats_another_text_of_the_image_is_unusable() -> None:
+    bird = [review(text, "edited", text="A bird.") for text in ("A cat.", "A dog.")]
+    for edits, first in (([EDIT], EDIT), (bird, bird[1])):
+        applied = AppliedReviews.of(edits, captions("A cat.", "A dog."))
+        assert applied.unusable == [(first, "another text of this image is the same")]
 
 
 @pytest.mark.parametrize(

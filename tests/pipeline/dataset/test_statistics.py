@@ -27,14 +27,17 @@ def test_interval_of_the_error_share_narrows_with_more_reviews() -> None:
     assert wilson_interval(20, 20) == pytest.approx((0.839, 1), abs=0.001)
 
 
-def test_content_has_lengths_openings_and_english_phrases() -> None:
+def test_content_has_lengths_openings_word_pairs_and_english_words() -> None:
     first, second = Content(), Content()
-    first.add("A woman possibly sits near a dog.")
-    first.add("A woman possibly stands.")
+    first.add("A woman possibly sits near a dog and a cat.", "a")
+    first.add("A woman possibly stands.", "b")
     for number in range(30):
-        second.add(f"Kite number {number} flies over {'a bay ' * number}.")
+        second.add(f"Kite number {number} flies over {'a bay ' * number}.", str(number))
     result = merge(first, second).result()
     assert (result["count"], result["quantiles_words"]) == (32, [5, 31, 59])
     assert result["frequent_openings"] == round(21 / 32, 4)
     assert result["phrases"] == {"hedge": round(2 / 32, 4), "mood": 0, "absence": 0, "image": 0}
-    assert "phrases" not in second.result("de")
+    assert (result["objects"], result["people"]) == ({"sports": 30, "people": 2, "animals": 1}, {"female": 2})
+    # "a woman" and "woman possibly" repeat.
+    assert first.result()["distinct_pairs"] == round(10 / 12, 4) > 2 * result["distinct_pairs"]
+    assert {"phrases", "objects", "people"}.isdisjoint(second.result("de"))

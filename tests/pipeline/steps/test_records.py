@@ -22,7 +22,7 @@ from pipeline.run import RunResult, generate_dataset, steps_of
 from pipeline.steps import ask as ask_step
 from pipeline.steps import base, write
 from pipeline.steps.base import RowStep
-from pipeline.steps.verify_checks import VerifySettings
+from pipeline.steps.verify_settings import VerifySettings
 from pipeline.storage.files import read_table
 from pipeline.tasks import prompts
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of

@@ -75,12 +75,10 @@ def test_edit_sets_final_text_and_prompt_id(tmp_path: Path) -> None:
     [
         ({"verdict": "good"}, "1"),
         (BAD, None),
-        ({"verdict": "edited", "question": "Is it a cat?", "answer": "no"}, None),
         ({"verdict": "edited", "question": "Is it a dog?", "answer": "yes"}, None),
-        ({"verdict": "edited", "question": "is it a cat?", "answer": "yes"}, "1"),
     ],
 )
-def test_pair_is_kept_only_if_both_questions_stay_and_answers_differ(
+def test_pair_is_kept_only_if_no_review_changes_its_questions(
     tmp_path: Path, shards: int, review: dict[str, Any], pair_id: str | None
 ) -> None:
     pair = question("Is it a cat?", "yes", "1"), question("Is it a cat?", "no", "1", sample=1)

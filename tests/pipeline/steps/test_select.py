@@ -17,8 +17,8 @@ TEXTS = ("annotation_id", "sample_id", "task", "style", "prompt_id", "clean_text
 SCHEMA = pa.schema(
     [
         *fields(STRING, *TEXTS),
-        *fields(FLOAT64, "alignment", "agreement"),
-        *fields(INT32, "word_count", *RUBRIC),
+        *fields(FLOAT64, "alignment"),
+        *fields(INT32, *RUBRIC),
     ]
 )
 
@@ -28,16 +28,15 @@ def captions(*texts: str, **columns: Any) -> pa.Table:
     rows = []
     for n, text in enumerate(texts):
         values = {name: value[n] if isinstance(value, list) else value for name, value in columns.items()}
-        rows.append({"clean_text": text, "word_count": len(text.split()), **values})
+        rows.append({"clean_text": text, **values})
     return numbered_table(
         SCHEMA, rows, **{"sample_id": "s", "task": "caption", "style": "plain", "prompt_id": "p"}
     )
 
 
 def selected(rows: pa.Table, by: str = "consistency", shards: int = 1, **settings: Any) -> pa.Table:
-    checks = {"clip": ["alignment"], "longest": ["claims"]}
-    verify = {"judge": "m@http://h/v1"} if by == "judge" else {"checks": checks.get(by, [])}
-    settings = {"verify": verify, "generate": {"samples": 4}, **settings}
+    needed = {"clip": {"checks": ["alignment"]}, "judge": {"judge": "m@http://h/v1"}}
+    settings = {"verify": needed.get(by, {}), "generate": {"samples": 4}, **settings}
     return run_step(STEP, rows, shards, select={"by": by}, **settings)
 
 
@@ -62,14 +61,9 @@ def test_most_consistent_caption_is_kept() -> None:
     assert kept(captions("A dog.", repeated, repeated)) == [repeated]
 
 
-def test_best_caption_is_kept_by_clip_score_length_or_judge() -> None:
+def test_best_caption_is_kept_by_clip_score_or_judge() -> None:
     rows = captions("A dog here.", "A dog on grass.", "A dog.", alignment=[0.2, 0.1, 0.3])
     assert kept(rows, by="clip") == ["A dog."]
-    # The longest caption has an unconfirmed claim.
-    long = captions("A dog here.", "A dog on grass.", "A dog and a horse on grass.", agreement=[1, 1, 0.5])
-    assert kept(long, by="longest") == ["A dog on grass."]
-    unread = captions("A dog on grass.", "A dog.", agreement=[None, 1.0])
-    assert kept(unread, by="longest") == ["A dog."]
     marks = {name: [4, 5, 3] for name in RUBRIC} | {"form": [5, 1, 5]}
     assert kept(captions("One.", "Two.", "Three.", **marks), by="judge") == ["One."]
 
@@ -125,7 +119,6 @@ def test_only_captions_of_one_image_and_style_compete(shards: int) -> None:
         ({"select": {"pairs": True}}, "chooses among several captions: --samples 4"),
         ({"select": {"by": "clip"}, "generate": {"samples": 2}}, "--verify alignment"),
         ({"select": {"by": "judge"}, "generate": {"samples": 2}}, "--judge MODEL@URL"),
-        ({"select": {"by": "longest"}, "generate": {"samples": 2}}, "--verify claims"),
     ],
 )
 def test_selection_rule_without_the_check_it_needs_is_refused(settings: dict[str, Any], what: str) -> None:

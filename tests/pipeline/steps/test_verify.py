@@ -15,6 +15,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
 from pipeline.steps import verify_checks
+from pipeline.steps.verify_known_texts import KnownSample
 from pipeline.storage.files import read_table
 from pipeline.tables import CALIBRATION, CHECK, FLOAT64, INT32, STRING, fields
 from tests.chat.server import ChatServer, running_chat
@@ -32,8 +33,9 @@ SCHEMA = pa.schema(
 )  # fmt: skip
 
 
-def check(kind: str, answer: str | None, expected: str = "red") -> dict[str, str | None]:
-    return {"kind": kind, "claim": None, "question": "?", "expected": expected, "answer": answer}
+def check(kind: str, answer: str | None, expected: str = "red") -> dict[str, Any]:
+    asked = {"kind": kind, "claim": None, "question": "?", "expected": expected, "weight": 1}
+    return asked | {"answer": answer}
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
@@ -54,9 +56,8 @@ def reasons(*rows: dict[str, Any], shards: int = 1, **settings: Any) -> list[str
         ([check("round_trip", None)], None),
         ([check("blind", "red")], "answerable_without_image"),
         ([check("blind", "blue")], None),
-        ([check("sufficient", "red"), check("necessary", "blue")], None),
-        ([check("sufficient", "blue"), check("necessary", "blue")], "evidence_not_sufficient"),
-        ([check("sufficient", "red"), check("necessary", "red")], "evidence_not_necessary"),
+        ([check("sufficient", "red")], None),
+        ([check("sufficient", "blue")], "evidence_not_sufficient"),
         ([check("round_trip", "blue"), check("blind", "red")], "answer_not_confirmed"),
     ],
 )
@@ -64,7 +65,7 @@ def test_question_is_kept_or_rejected_with_reason(checks: list[dict[str, Any]], 
     assert reasons(QUESTION | {"checks": checks}) == [reason]
 
 
-def claim_checks(number: int, *answers: str | None, claim: str = "") -> list[dict[str, str | None]]:
+def claim_checks(number: int, *answers: str | None, claim: str = "") -> list[dict[str, Any]]:
     """Return the checks of one claim. A true claim is confirmed by yes, no, yes and no, in this order."""
     claim = claim or f"Claim {number}."
     pairs = zip(answers, ("yes", "no", "yes", "no"), strict=False)
@@ -132,8 +133,8 @@ def test_question_answered_blind_is_rejected_only_if_most_images_share_the_answe
     assert reasons(*map(asked, ["red"] * 9 + ["blue"])) == ["answerable_without_image"] * 9 + [None]
 
 
-def test_yes_and_no_answers_are_exempt_from_blind_and_necessary_checks() -> None:
-    checks = [check("blind", "yes", "yes"), check("necessary", "yes", "yes")]
+def test_yes_and_no_answers_are_exempt_from_the_blind_check() -> None:
+    checks = [check("blind", "yes", "yes")]
     assert reasons(QUESTION | {"clean_answer": "yes", "checks": checks}) == [None]
 
 
@@ -144,19 +145,6 @@ def test_worst_aligned_captions_of_each_style_are_rejected() -> None:
     assert row_reasons == ["low_alignment"] * 5 + [None] * 98
     assert reasons(*rows, lowest_alignment_frac=0.0, min_alignment=0.5).count("low_alignment") == 50
     assert set(reasons(CAPTION, CAPTION)) == {None}
-
-
-def test_frequent_answers_are_exempt_from_the_necessary_check() -> None:
-    def row(answer: str, kind: str) -> dict[str, Any]:
-        checks = [check("sufficient", answer, answer), check("necessary", answer, answer)]
-        return QUESTION | {"clean_answer": answer, "answer_type": kind, "checks": checks}
-
-    rows = [row(str(n % 4), "number") for n in range(20)] + [row(f"word {n}", "span") for n in range(20)]
-    assert reasons(*rows) == [None] * 20 + ["evidence_not_necessary"] * 20
-    assert reasons(*rows, shards=3) == reasons(*rows)
-    assert reasons(*rows, max_answer_frequency=0.5) == ["evidence_not_necessary"] * 40
-    # An answer that occurs once is not frequent, however few rows there are.
-    assert reasons(row("3", "number")) == ["evidence_not_necessary"]
 
 
 CHECKS = ["round_trip", "blind", "claims", "covers", "alignment"]
@@ -222,11 +210,9 @@ def checker_of(**settings: Any) -> verify_checks.AnnotationChecker:
     ("foreign", "is_used"), [("A red ring.", False), ("The ring is red", False), ("A blue car.", True)]
 )
 def test_caption_of_another_image_is_not_used_if_it_may_be_true(foreign: str, *, is_used: bool) -> None:
-    checker = checker_of()
-    checker.__dict__["_known_texts"] = {"a": KnownTexts((), foreign)}
-    caption = verify_checks.CheckedAnnotation(CAPTION | {"sample_id": "a", "prompt_id": "caption/v1@1"})
-    ((_, known_texts, _, _),) = checker._known_of([caption])
-    assert known_texts.foreign == (foreign if is_used else None)
+    caption = CAPTION | {"sample_id": "a", "prompt_id": "caption/v1@1"}
+    kinds = dict(KnownSample.of(KnownTexts((), foreign), [caption], seed=0).texts)
+    assert kinds.get("other_image") == (foreign if is_used else None)
 
 
 def test_warning_counts_captions_of_rows_without_known_texts() -> None:

@@ -1,0 +1,98 @@
+"""Audits in Label Studio and Argilla: write texts as their tasks, and read the verdicts that they export.
+
+Both tools export each task as it was imported, with the answers of all reviewers. The id of a task is
+SEED-SAMPLE_ID-CONTENT, which identifies the text.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+AUDIT_VERDICTS = ("right", "wrong", "cannot_tell")
+TEXT_FIELDS = ("text", "question", "answer", "value", "expression")
+WORDS = "wrong words"
+LABELING_INTERFACE = f"""<View>
+  <Text name="text" value="$text"/>
+  <Choices name="verdict" toName="text" required="true" showInline="true">
+    {"".join(f'<Choice value="{verdict}" hotkey="{verdict[0]}"/>' for verdict in AUDIT_VERDICTS)}
+  </Choices>
+  <Labels name="words" toName="text"><Label value="{WORDS}" background="red"/></Labels>
+  <Image name="image" valueList="$images"/>
+</View>
+"""
+
+
+def audit_files(tool: str, items: Iterable[dict[str, Any]], seed: int, title: str) -> dict[str, str]:
+    """Return the files to import, by path. Each item has an `id`, a `text` and `images` as data URIs."""
+    tasks = [
+        {
+            "id": f"{seed}-{item['id']}-{item['text']['content']}",
+            "images": [image for image in item["images"] if image],
+            "text": "\n".join(item["text"][name] for name in TEXT_FIELDS if item["text"].get(name)),
+            "kind": item["text"]["kind"],
+            **item["text"].get("scores", {}),
+        }
+        for item in items
+    ]
+    if tool == "argilla":
+        return _argilla_files(tasks, re.sub(r"\W+", "-", title.lower()))
+    return {"interface.xml": LABELING_INTERFACE, "tasks.json": json.dumps([{"data": task} for task in tasks])}
+
+
+def _argilla_files(tasks: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
+    pages = [f"page_{n + 1}" for n in range(max((len(task["images"]) for task in tasks), default=0))]
+    records = []
+    for task in tasks:
+        fields = {"text": task.pop("text")} | dict(zip(pages, task.pop("images"), strict=False))
+        records.append({"id": task.pop("id"), "fields": fields, "metadata": task})
+    labels = {"type": "label_selection", "options": _options(*AUDIT_VERDICTS)}
+    span = {"type": "span", "field": "text", "options": _options(WORDS)}
+    questions = [
+        {"name": "verdict", "settings": labels},
+        {"name": "words", "settings": span, "required": False},
+    ]
+    images = [{"name": page, "settings": {"type": "image"}, "required": False} for page in pages]
+    shown = [{"name": "text", "settings": {"type": "text"}}, *images]
+    settings = {"allow_extra_metadata": True, "fields": shown, "questions": questions}
+    files = {
+        ".argilla/dataset.json": {"name": name},
+        ".argilla/settings.json": settings,
+        "records.json": records,
+    }
+    return {path: json.dumps(content) for path, content in files.items()}
+
+
+def _options(*names: str) -> list[dict[str, str]]:
+    return [{"value": name, "text": name} for name in names]
+
+
+def read_verdicts_of_tools(exported: str) -> Iterator[dict[str, Any]]:
+    """Yield the verdicts in the JSON that a tool exported. Raises ValueError for any other file."""
+    try:
+        for task in json.loads(exported):
+            is_record = "fields" in task
+            seed, sample_id, content = (task if is_record else task["data"])["id"].split("-")
+            name = {"seed": int(seed), "sample_id": sample_id, "content": content}
+            for answer in _argilla_answers(task) if is_record else _label_studio_answers(task):
+                yield name | answer
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not exported by Label Studio or Argilla: {error!r}") from None
+
+
+def _label_studio_answers(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for annotation in task["annotations"]:
+        reviewer = f"Label Studio user {annotation['completed_by']}"
+        results = [(result["type"], result["value"]) for result in annotation["result"]]
+        words = [value["text"] for kind, value in results if kind == "labels"]
+        for kind, value in results:
+            if kind == "choices":
+                yield {"reviewer": reviewer, "verdict": value["choices"][0], "words": words}
+
+
+def _argilla_answers(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    text, responses = record["fields"]["text"], record["responses"]
+    spans = {answer["user_id"]: answer["value"] for answer in responses.get("words", ())}
+    for answer in responses.get("verdict", ()):
+        words = [text[span["start"] : span["end"]] for span in spans.get(answer["user_id"], ())]
+        yield {"reviewer": f"Argilla user {answer['user_id']}", "verdict": answer["value"], "words": words}

@@ -1,0 +1,82 @@
+"""Draw the texts of an audit, and write them for the reviewers: as a page, or as tasks of another tool.
+
+The page shows one text at a time next to its image, and makes no network requests. Model text is untrusted:
+the script never parses it as HTML.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.dataset.audit import COLUMNS, Frame
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.review_tools import audit_files
+from pipeline.dataset.reviews import Verdict, read_stored
+from pipeline.dataset.version import Version
+from pipeline.report.html import page_script, render_page, script_hash, thumbnail_uri
+from pipeline.report.rows import read_rows
+from pipeline.storage.files import write_text
+from pipeline.tables import SPLITS
+
+# With base64, a page has at most 60 MB, and so have the tasks that a tool exports again.
+MAX_IMAGE_BYTES, MAX_IMAGES_BYTES = 80_000, 45_000_000
+IMAGE_PIXELS = 900 * 900
+BATCH_ROWS = 64
+PAGE = "page"
+
+
+def write_audit(version: Version, dataset: DatasetDir, number: int, seed: int, tool: str) -> tuple[Path, int]:
+    """Draw `number` texts of a version, and return the page or folder for `tool`, and the number of texts.
+
+    `tool` is PAGE, or a tool of `audit_files`. Verdicts that were applied before are shown to their reviewers
+    on the page.
+    """
+    manifest = version.manifest
+    own = manifest.get("own_columns", {})
+    columns = [name for name in (*COLUMNS, *own) if name in manifest["columns"]]
+    frame = Frame.of((batch for _, batch in version.batches(columns)), own, seed)
+    names = frame.first(number)
+    by_id = _read_items(version, dict(names))
+    items = [by_id[sample_id] for sample_id, _ in names]
+    title = f"{manifest.get('title') or manifest['source']['name']} {version.name}"
+    if tool != PAGE:
+        folder = dataset.path / f"audit-{tool}"
+        for path, text in audit_files(tool, items, seed, title).items():
+            write_text(folder / path, text)
+        return folder, len(names)
+    settings = {
+        "digest": manifest["digest"],
+        "version": version.name,
+        "seed": seed,
+        "items": items,
+        "verdicts": [
+            verdict.model_dump(mode="json")
+            for verdict in read_stored(dataset.reviews, Verdict)
+            if verdict.seed == seed
+        ],
+    }
+    script = page_script("audit.js", audit=settings)
+    page = dataset.path / "audit.html"
+    text = render_page(
+        "audit.html.j2",
+        title=title,
+        drawn=len(names),
+        texts=frame.texts.total(),
+        seed=seed,
+        script=script,
+        script_hash=script_hash(script),
+    )
+    write_text(page, text)
+    return page, len(names)
+
+
+def _read_items(version: Version, contents: dict[str, str]) -> dict[str, Any]:
+    """Return the texts to judge with their images, by sample id. `contents` has the content of each text."""
+    max_bytes = min(MAX_IMAGE_BYTES, MAX_IMAGES_BYTES // max(1, len(contents)))
+    items = {}
+    for rows in read_rows(version, SPLITS, {*contents}, BATCH_ROWS):
+        for row in rows:
+            images = [thumbnail_uri(image, max_bytes, IMAGE_PIXELS) for image in row["images"]]
+            for text in row["texts"]:
+                if text["content"] == contents[row["id"]]:
+                    items[row["id"]] = {"id": row["id"], "from": row["from"], "images": images, "text": text}
+    return items

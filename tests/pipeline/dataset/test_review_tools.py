@@ -1,0 +1,74 @@
+"""Audits in Label Studio 1.23 and Argilla 2.8. The exports were written by these tools, and shortened."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.dataset.review_tools import audit_files
+from pipeline.dataset.reviews import Verdict, read_lines
+
+SAMPLE, CONTENT = "a" * 64, "b" * 16
+NAME = f"7-{SAMPLE}-{CONTENT}"
+IMAGE = "data:image/webp;base64,UklGRhoBAABXRUJQ"
+TEXT = {"content": CONTENT, "kind": "plain", "text": "A <b>red</b> ring.", "scores": {"coverage": 0.5}}
+ITEM = {"id": SAMPLE, "images": [IMAGE, IMAGE], "text": TEXT}
+CHOICES = {"from_name": "verdict", "to_name": "text", "type": "choices", "origin": "manual"}
+LABELS = {"from_name": "words", "to_name": "text", "type": "labels"}
+
+
+def label_studio_export() -> list[dict[str, Any]]:
+    words = {"start": 2, "end": 5, "text": "red", "labels": ["wrong words"]}
+    wrong = [CHOICES | {"value": {"choices": ["wrong"]}}, LABELS | {"value": words}]
+    skipped: dict[str, Any] = {"completed_by": 3, "result": [], "was_cancelled": True}
+    annotations = [{"completed_by": 1, "result": wrong, "was_cancelled": False}, skipped]
+    return [{"id": 1, "data": {"id": NAME, "text": "A red ring."}, "annotations": annotations}]
+
+
+def argilla_export() -> list[dict[str, Any]]:
+    user, other = (f"00000000-0000-0000-0000-00000000000{n}" for n in (1, 2))
+    verdicts = [{"value": "wrong", "user_id": user}, {"value": "right", "user_id": other}]
+    words = [{"value": [{"start": 2, "end": 5, "label": "wrong words"}], "user_id": user}]
+    responses = {"verdict": verdicts, "words": words}
+    return [{"id": NAME, "fields": {"text": "A red ring."}, "responses": responses, "status": "pending"}]
+
+
+@pytest.mark.parametrize(
+    ("exported", "expected"),
+    [
+        (label_studio_export(), [("Label Studio user 1", "wrong", ("red",))]),
+        (
+            argilla_export(),
+            [
+                ("Argilla user 00000000-0000-0000-0000-000000000001", "wrong", ("red",)),
+                ("Argilla user 00000000-0000-0000-0000-000000000002", "right", ()),
+            ],
+        ),
+    ],
+)
+def test_verdicts_are_read_from_exports_of_other_tools(
+    tmp_path: Path, exported: list[dict[str, Any]], expected: list[tuple[str, str, tuple[str, ...]]]
+) -> None:
+    (tmp_path / "export.json").write_text(json.dumps(exported))
+    verdicts = read_lines(tmp_path / "export.json")
+    assert {(verdict.name, verdict.seed) for verdict in verdicts if isinstance(verdict, Verdict)} == {
+        ((SAMPLE, CONTENT), 7)
+    }
+    assert [(v.reviewer, v.verdict, v.words) for v in verdicts if isinstance(v, Verdict)] == expected
+
+
+def test_label_studio_task_has_text_images_and_scores() -> None:
+    tasks = json.loads(audit_files("label-studio", [ITEM], 7, "Title")["tasks.json"])
+    values = {"id": NAME, "text": "A <b>red</b> ring.", "kind": "plain", "coverage": 0.5}
+    assert tasks == [{"data": values | {"images": [IMAGE, IMAGE]}}]
+
+
+def test_argilla_record_has_a_field_for_each_page_and_scores_as_metadata() -> None:
+    files = {name: json.loads(text) for name, text in audit_files("argilla", [ITEM], 7, "My data v1").items()}
+    fields = {"text": "A <b>red</b> ring.", "page_1": IMAGE, "page_2": IMAGE}
+    record = {"id": NAME, "fields": fields, "metadata": {"kind": "plain", "coverage": 0.5}}
+    assert files["records.json"] == [record]
+    settings = files[".argilla/settings.json"]
+    assert [field["name"] for field in settings["fields"]] == [*fields]
+    assert files[".argilla/dataset.json"] == {"name": "my-data-v1"}
