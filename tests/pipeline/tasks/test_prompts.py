@@ -11,7 +11,8 @@ from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.scenes.text import STYLES as KNOWN_STYLES
 from pipeline.tasks import TASKS
-from pipeline.tasks.checks import BLIND, CLAIMS, COVERS, REPAIR
+from pipeline.tasks.base import Task
+from pipeline.tasks.checks import BLIND, CHECKING, CLAIMS, COVERS, REPAIR
 from pipeline.tasks.prompts import DRAWS, STYLES, prompt_texts, render, template
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -31,6 +32,12 @@ def test_prompt_ends_with_its_task_line(case: tuple[str, dict[str, Any]], last: 
 
 def test_all_tasks_share_the_system_text() -> None:
     assert {render(TASKS[task], **values).system for task, values in CASES} == {template("system/v1").strip()}
+
+
+@pytest.mark.parametrize("task", [TASKS["qa"], TASKS["deck_qa"], *CHECKING], ids=lambda task: task.name)
+def test_reply_example_in_a_prompt_has_no_space_that_the_grammar_forbids(task: Task) -> None:
+    text = render(task, caption="", question="?", answer="", claims=(), count=1).text
+    assert '{"' in text and '": ' not in text and '", "' not in text
 
 
 def test_requests_without_an_image_have_a_separate_system_text() -> None:
