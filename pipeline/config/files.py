@@ -10,14 +10,12 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Config
 from pipeline.config.sections import (
-    LANGUAGE,
     PATTERNS,
     AnySection,
     TaskConfig,
     task_names,
 )
 from pipeline.errors import ConfigError, did_you_mean, one_line
-from pipeline.text.language_codes import LANGUAGES
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -162,16 +160,11 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
     shown = "it" if is_secret else re.sub(r"://.*@", "://***@", repr(value))[:MAX_SHOWN_CHARACTERS]
     if flaw["type"] == "string_pattern_mismatch":
         pattern = str(context["pattern"])
-        names = {name.lower(): code for code, (name, *_) in LANGUAGES.items() if pattern == LANGUAGE}
-        close = f": did you mean {names[value.lower()]}?" if str(value).lower() in names else ""
-        return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}{close}"
+        return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}"
     message = flaw["msg"].removeprefix("Value error, ")
-    yaml_hint = "; YAML reads yes, no, on and off as true and false"
-    if flaw["type"] != "bool_for_number":
-        yaml_hint += ": put a string in quotes"
     close = did_you_mean(str(value), re.findall("'([^']+)'", str(context.get("expected", ""))))
     if isinstance(value, bool):
-        shown += yaml_hint
+        shown += "; YAML reads yes, no, on and off as true and false: put a string in quotes"
     elif close:
         shown += f"; {close}"
     return message if is_secret else f"{message} ({shown})"

@@ -14,11 +14,8 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from pipeline.text.language_codes import RECOGNISED
 from pipeline.text.phrases import PhraseKind
@@ -79,17 +76,6 @@ class Section(BaseModel):
     """Base of all sections: frozen, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_true_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false for numbers: pydantic would read them as 1 and 0."""
-        items = value if isinstance(value, list | tuple) else [value]
-        annotation = str(cls.model_fields[info.field_name or ""].annotation)
-        kinds = re.findall(r"\b(?:int|float|bool)\b", annotation)
-        if any(isinstance(item, bool) for item in items) and kinds and "bool" not in kinds:
-            raise PydanticCustomError("bool_for_number", "true is not a number")
-        return value
 
 
 # --- addresses of servers
