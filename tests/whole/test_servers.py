@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chat.kinds import DEEPSEEK, KINDS
+from tests.chat.kinds import DEEPSEEK
 from tests.chat.server import ChatServer, running_chat
 from tests.commands import Done, require_success, run_synth
 from tests.whole.conftest import save_photos
@@ -20,20 +20,6 @@ def photos(tmp_path: Path) -> Path:
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> Done:
     command = ("generate", "--source", "folder:photos", "--base-url", chat.url, "--out", "d", *arguments)
     return run_synth(*command, cwd=folder, env=os.environ | {"SYNTH_API_KEY": chat.key or ""})
-
-
-def test_strict_server_answers_all_requests_and_repeated_run_sends_none(photos: Path) -> None:
-    chat = ChatServer(kind=next(kind for kind in KINDS if kind.name == "openai that thinks"))
-    chat.key = "secret"
-    with running_chat(chat):
-        done = require_success(generate(photos, chat, "--model", "model", "--json"))
-        steps = json.loads(done.stdout)["steps"]
-        assert steps["ask"]["kept"] == 60 and "temperature" in done.stderr
-        num_requests = len(chat.bodies)
-        assert generate(photos, chat, "--model", "model").returncode == 0
-        assert len(chat.bodies) == num_requests == 60
-    assert chat.authorizations == {"Bearer secret"}
-    assert "was not required to enforce" not in (photos / "d/versions/v1.0.0/README.md").read_text()
 
 
 def test_card_names_server_without_enforced_schemas(photos: Path) -> None:
