@@ -107,12 +107,11 @@ def split_context(context_tokens: int, request: Request, reply_tokens: int) -> t
 
 
 def raise_file_limit() -> int:
-    """Raise the limit on open files to at most MAX_FILES, and return it. Each connection needs one file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    target = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    if soft != resource.RLIM_INFINITY and soft < target:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
-    return target if soft == resource.RLIM_INFINITY else max(soft, target)
+    """Set the limit on open files to at most MAX_FILES, and return it. Each connection needs one file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit
 
 
 @dataclass(slots=True)
