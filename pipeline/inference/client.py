@@ -49,7 +49,7 @@ GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
 SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
 FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
 MIN_PROMPT_TOKENS = 640  # more than built-in prompts need, so that all tasks send the same image
-BYTES_PER_TOKEN = 2  # fewer than tokenizers need for text in any language
+BYTES_PER_TOKEN = 2  # words have more in any script; numbers may have 1
 FINISH_SECONDS = 60.0  # after a fatal error, wait this long for replies in flight, which are already paid for
 log = logging.getLogger(__name__)
 

@@ -70,6 +70,8 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     assert f"asks caption of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); prompts: " in done.stderr
     assert done.stdout.strip() == "data/folder-photos/preview.html"
     assert not (photos / "data/folder-photos/.trial").exists()
+    page = (photos / "data/folder-photos/preview.html").read_text()
+    assert ".trial" not in page and str(photos) not in page
     made = json.loads(run(photos, "generate", *source, "--json").stdout)
     assert made["version"] == "v1.0.0"
     assert made["requests"]["total"] == 24
