@@ -63,8 +63,9 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
                 preview.images.setdefault(loss["where"], []).append((loss["what"], reason))
         settings = AskSettings.of(trial.plan)
         with Journal(folder.journal) as journal:
-            for row in rows:
-                for request in settings.requests_about(row, journal) if isinstance(row, Sample) else ():
+            for sample in rows:
+                requests = settings.requests_about(sample, journal) if isinstance(sample, Sample) else []
+                for request in requests:
                     preview.prompts.setdefault(f"{request.task} {request.style}".rstrip(), request.text)
     return preview
 

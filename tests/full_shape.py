@@ -74,7 +74,8 @@ def write_model(folder: Path, layers: int = LAYERS, vision_layers: int = VISION_
     tokenizer = build_tokenizer(download_ranks(folder.parent))
     full_attention = [layer for layer in (7, 15, 23, 31) if layer < vision_layers] or [vision_layers - 1]
     vision = {**VISION, "depth": vision_layers, "fullatt_block_indexes": full_attention}
-    config = Qwen2_5_VLConfig(text_config=TEXT | {"num_hidden_layers": layers}, vision_config=vision, **IDS)
+    sections: dict[str, Any] = {"text_config": TEXT | {"num_hidden_layers": layers}, "vision_config": vision}
+    config = Qwen2_5_VLConfig(**sections | IDS)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     ids = [token for word in ENDINGS if (token := tokenizer.token_to_id(word)) is not None]
@@ -98,9 +99,13 @@ def write_model(folder: Path, layers: int = LAYERS, vision_layers: int = VISION_
 
 def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
     """Return the fast tokenizer with these ranks of byte sequences."""
-    converter = TikTokenConverter(pattern=PATTERN, extra_special_tokens=SPECIAL)
-    converter.load_tiktoken_bpe = lambda _: ranks
-    tokenizer = converter.converted()
+
+    class Converter(TikTokenConverter):
+        @staticmethod
+        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:  # called by converted
+            return ranks
+
+    tokenizer = Converter(pattern=PATTERN, extra_special_tokens=SPECIAL).converted()
     tokenizer.normalizer = normalizers.NFC()
     assert tokenizer.token_to_id(SPECIAL[-1]) == NUM_RANKS + len(SPECIAL) - 1
     return tokenizer
