@@ -1,6 +1,7 @@
 """Prompts: a shared system text, the task line at the end, and an id that changes with the wording."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def test_all_tasks_share_the_system_text() -> None:
 @pytest.mark.parametrize("task", [TASKS["qa"], TASKS["deck_qa"], *CHECKING], ids=lambda task: task.name)
 def test_reply_example_in_a_prompt_has_no_space_that_the_grammar_forbids(task: Task) -> None:
     text = render(task, caption="", question="?", answer="", claims=(), count=1).text
-    assert '{"' in text and '": ' not in text and '", "' not in text
+    (example,) = re.findall(r'Reply as (\{".*\})', text)
+    assert '": ' not in example and ', "' not in example
 
 
 def test_requests_without_an_image_have_a_separate_system_text() -> None:
