@@ -105,7 +105,8 @@ def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
         def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:  # called by converted
             return ranks
 
-    tokenizer = Converter(pattern=PATTERN, extra_special_tokens=SPECIAL).converted()
+    options: dict[str, Any] = {"pattern": PATTERN, "extra_special_tokens": SPECIAL}
+    tokenizer = Converter(**options).converted()  # type: ignore[no-untyped-call]
     tokenizer.normalizer = normalizers.NFC()
     assert tokenizer.token_to_id(SPECIAL[-1]) == NUM_RANKS + len(SPECIAL) - 1
     return tokenizer
