@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.inference.engines import pick_engine
 from pipeline.inference.memory import GIB, QWEN_3B, memory_table, needed_gib
 from pipeline.inference.model_licenses import license_of
 from pipeline.inference.requests import check_prompts
-from pipeline.inference.vllm import MAX_TOKENS, VLLM_PYTHON, has_gpu, vllm_python
+from pipeline.inference.vllm import MAX_TOKENS, VLLM_PYTHON, gpu_memory_gib, visible_gpus, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.plan import Plan
 from pipeline.sources import find_source
@@ -120,26 +121,15 @@ def _vllm() -> Finding:
 
 
 def _gpu() -> Finding:
-    if not has_gpu():
+    gpus = visible_gpus()
+    if not gpus:
         return Finding("gpu", False, "none", "the default model needs a GPU, or a server: --base-url")
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)  # noqa: S603
-        return judge_gpus(done.stdout)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("gpu", False, f"nvidia-smi failed: {error}", "check the NVIDIA driver")
-
-
-def judge_gpus(listed: str) -> Finding:
-    """Return a finding about the output lines of nvidia-smi: `name, total MiB, free MiB`."""
-    lines = [[part.strip() for part in line.split(",")] for line in listed.splitlines()]
-    valid = [line for line in lines if len(line) == 3 and line[1].isdigit() and line[2].isdigit()]
-    cards = [(name, int(total), int(free)) for name, total, free in valid]
-    if not cards:
-        return Finding("gpu", False, "nvidia-smi lists no GPU", "check the NVIDIA driver")
-    name, total_mib, free_mib = max(cards, key=lambda card: card[2])
-    summary = f"{len(cards)} x {name}, {free_mib / 1024:.0f} of {total_mib / 1024:.0f} GiB free"
-    is_enough = free_mib >= LARGE_GIB * 1024
+    sizes = [size for gpu in gpus if (size := gpu_memory_gib((gpu,)))]
+    if not sizes:
+        return Finding("gpu", False, "nvidia-smi states no memory", "check the NVIDIA driver")
+    total_gib, free_gib = max(sizes, key=itemgetter(1))
+    summary = f"{len(gpus)} visible, at best {free_gib:.0f} of {total_gib:.0f} GiB free"
+    is_enough = free_gib >= LARGE_GIB
     hint = f"{LARGE} needs {LARGE_GIB:g} GiB of free GPU memory: end other programs that use the GPU"
     return Finding("gpu", is_enough, summary, "" if is_enough else hint)
 

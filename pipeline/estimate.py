@@ -1,27 +1,24 @@
 """`synth generate --estimate`: run all steps on a few images, and estimate the cost of the whole run.
 
-The trial has its own folder. Its replies are kept in the journal of the dataset, for the real run.
+Its replies are kept in the journal of the dataset, for the real run.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.executors.messages import describe_start
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
-from pipeline.progress import NullProgress, Progress
-from pipeline.run import NoRowsError, run_here, steps_of
+from pipeline.progress import Progress
+from pipeline.run import run_trial, steps_of
 from pipeline.steps.ask import AskSettings
-from pipeline.storage.files import remove, translate_disk_errors
+from pipeline.storage.files import translate_disk_errors
 from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32
@@ -29,8 +26,6 @@ SAMPLED_IMAGES = 32
 MAX_COMPLETE_IMAGES = 512
 # For English text.
 BYTES_PER_TOKEN = 4
-# Name of the trial's folder in the dataset folder.
-FOLDER = ".estimate"
 
 
 def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
@@ -43,48 +38,22 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
     config, folder, source = plan.config, plan.dataset, plan.source
     assert source is not None
     progress.message(describe_start(plan))
-    trial = DatasetDir(folder.path / FOLDER)
     stats = RequestStats()
-    with translate_disk_errors(folder.path), folder.lock(), _empty_folder(trial.path):
+    # Known texts are asked about the same share of images as in the real run.
+    images = config.images or config.limit or source.count() or SAMPLED_IMAGES
+    calibration = math.ceil(min(1.0, SAMPLED_IMAGES / images) * config.verify.calibration)
+    changes = {"verify": config.verify.model_copy(update={"calibration": calibration})}
+    with translate_disk_errors(folder.path), folder.lock():
         with Journal(folder.journal) as journal:
             sample = _sample_rows(source, AskSettings.of(plan), config.limit, journal)
-        trial.journal.parent.symlink_to(folder.journal.parent.absolute(), target_is_directory=True)
-        # Exclusions are skipped, because their source may be large. Only the real run reads it.
-        # Known texts are asked about the same share of images as in the real run.
-        images = config.images or config.limit or source.count() or SAMPLED_IMAGES
-        calibration = min(1.0, SAMPLED_IMAGES / images) * config.verify.calibration
-        verify = config.verify.model_copy(update={"calibration": math.ceil(calibration)})
-        changes = {"exclude": (), "limit": None, "images": None, "verify": verify}
-        trial_config = config.model_copy(update=changes)
-        rows = replace(source, read=lambda start: iter(sample.rows[start:]), count=lambda: None)
-        trial_plan = replace(plan, config=trial_config, dataset=trial, source=rows)
-        try:
-            funnel = run_here(trial_plan, stats, StepsOnly(progress)).funnel
-        except NoRowsError as error:
-            funnel = error.summaries
+        with run_trial(plan, sample.rows, stats, progress, changes) as trial:
+            funnel = trial.funnel
     is_endless = config.images is not None and plan.spec.is_endless
     total = None if is_endless else source.count()
     if total is None and not (config.limit or config.images) and sample.new == SAMPLED_IMAGES:
         progress.warn("the number of images is unknown: this estimates the sample only; pass --limit N")
-    choices = {step.name for step in steps_of(trial_plan) if step.is_choice}
+    choices = {step.name for step in steps_of(plan) if step.is_choice}
     return _scale_counts(sample, funnel, total, config, stats, choices)
-
-
-class StepsOnly(NullProgress):
-    """Forwards progress and warnings, but not messages, because they would mention the trial's folder."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def __call__(
-        self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None
-    ) -> None:
-        """See Progress."""
-        self._progress(step, done, total, metrics)
-
-    def warn(self, text: str) -> None:
-        """See Progress."""
-        self._progress.warn(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +68,6 @@ class SampledRows:
     new: int
     answered: int
     complete: int
-
-
-@contextmanager
-def _empty_folder(folder: Path) -> Iterator[None]:
-    """Create an empty folder, and remove it on exit. A link to a journal is removed, but not the journal."""
-    remove(folder)
-    folder.mkdir(parents=True)
-    try:
-        yield
-    finally:
-        remove(folder)
 
 
 def _sample_rows(source: Source, settings: AskSettings, limit: int | None, journal: Journal) -> SampledRows:

@@ -1,183 +1,84 @@
-"""`synth preview`: ask about a few images, and show the images with the replies. A run reuses the replies."""
+"""`synth preview`: run all steps on a few images, and show their texts. A run reuses the replies."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-
-from pipeline.errors import SourceError
-from pipeline.executors.messages import describe_engine
-from pipeline.filtering import filter_annotations, own_prompt_grams
-from pipeline.inference.engines import open_engine
+from pipeline.executors.messages import describe_start
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
 from pipeline.progress import Progress
-from pipeline.report.html import render_page, thumbnail_uri
+from pipeline.report.build import write_report
+from pipeline.report.rows import read_rejected, read_rows
+from pipeline.run import run_trial
 from pipeline.steps.ask import AskSettings
-from pipeline.steps.validate import validate_annotations
-from pipeline.storage.files import translate_disk_errors, write_text
-from pipeline.tables import HUMAN
-from pipeline.tasks.prompts import describe_prompts
-from pipeline.text.escape import visible
-from pipeline.text.reasons import in_short
-from pipeline.types import Rejected, Request, Sample, SampleBatch
+from pipeline.storage.files import translate_disk_errors
+from pipeline.tables import SPLITS
+from pipeline.types import Rejected, Sample
 
-THUMBNAIL_BYTES = 40_000
-# A text, and the reason if a run would reject it.
-JudgedText = tuple[str, str | None]
+# The fields of a text on a report page.
+TEXT_FIELDS = ("text", "question", "answer", "value")
 
 
-@dataclass(frozen=True, slots=True)
-class PreviewReply:
-    """The texts in one reply. `seconds` is None if the reply was already in the journal."""
-
-    task: str
-    style: str
-    texts: list[JudgedText]
-    prompt_tokens: int
-    reply_tokens: int
-    seconds: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class PreviewImage:
-    """One image with the replies about it."""
-
-    name: str
-    image: bytes
-    width_px: int
-    height_px: int
-    replies: list[PreviewReply]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Preview:
-    """The replies about a few images. `prompts` maps "task style" to the system text and the prompt."""
+    """The texts of a few images, each with the reason if it was rejected, by image name.
 
-    source: str
-    model: str
-    engine: str
-    prompt_sources: str
-    prompts: dict[str, tuple[str, str]]
-    images: list[PreviewImage]
-    folder: Path
-    skipped: list[str]
+    `prompts` maps "task style" to a prompt. `page` is the report page, or None if no text is left.
+    """
 
-    def describe(self) -> dict[str, Any]:
-        """Return the preview as JSON values, without images."""
-        images = []
-        for image in self.images:
-            replies = [asdict(reply) for reply in image.replies]
-            for reply in replies:
-                reply["texts"] = [{"text": text, "rejected": reason} for text, reason in reply["texts"]]
-            images.append({"name": image.name, "replies": replies})
-        return {"source": self.source, "model": self.model, "images": images, "skipped": self.skipped}
+    images: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
+    page: Path | None = None
 
 
 def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
-    """Ask about the first `number` images of a source, and return the replies.
+    """Run all steps on the first `number` images of a source, and write a report page about them.
 
-    Raises SynthError as `run.generate_dataset` does, and SourceError if the source has no usable image.
+    Known texts are not asked about, and no answer is rejected for its frequency, since few images show
+    little about the whole dataset. Raises SynthError as `run.generate_dataset` does.
     """
-    config, folder, choice, settings = plan.config, plan.dataset, plan.engine, AskSettings.of(plan)
-    assert choice is not None
-    server = settings.server
-    samples, skipped = _first_samples(plan, number)
-    stats = RequestStats(seconds={})
+    folder, config, preview = plan.dataset, plan.config, Preview()
+    rows = _first_rows(plan, number)
+    progress.message(describe_start(plan))
+    balance = config.balance.model_copy(update={"max_answer_frac": 1.0, "max_yes_no_frac": 1.0})
+    changes = {"verify": config.verify.model_copy(update={"calibration": 0}), "balance": balance}
     with (
         translate_disk_errors(folder.path),
         folder.lock(),
-        Journal(folder.journal) as journal,
-        open_engine(lambda: choice) as start,
+        run_trial(plan, rows, RequestStats(), progress, changes) as trial,
     ):
-        batch = SampleBatch.of((sample.id, sample.images) for sample in samples)
-        texts = {sample.id: settings.source_texts(sample.to_row()) for sample in samples}
-        for round_number in range(len(plan.requests.rounds)):
-            for engine in ask_about(
-                iter([batch]), plan.requests, server, start, journal, stats, texts, round_number
-            ):
-                progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(server))
-        requests = {sample.id: settings.requests_about(sample, journal) for sample in samples}
-        images = [_read_replies(sample, requests[sample.id], plan, journal, stats) for sample in samples]
-    prompts: dict[str, tuple[str, str]] = {}
-    for request in (request for sample in samples for request in requests[sample.id]):
-        prompts.setdefault(f"{request.task} {request.style}".strip(), (request.system, request.text))
-    return Preview(
-        source=config.source,
-        model=plan.model,
-        engine=describe_engine(plan, choice),
-        prompt_sources=describe_prompts(
-            plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts
-        ),
-        prompts=prompts,
-        images=images,
-        folder=folder.path,
-        skipped=skipped,
-    )
+        if trial.version:
+            preview.page = folder.path / "preview.html"
+            write_report(trial.version, trial.plan.dataset.path).replace(preview.page)
+            for row in chain.from_iterable(read_rows(trial.version, SPLITS, None, number)):
+                texts = [
+                    " ".join(text[name] for name in TEXT_FIELDS if name in text) for text in row["texts"]
+                ]
+                preview.images.setdefault(row["from"], []).extend((text, None) for text in texts)
+        for loss in read_rejected(trial.plan.dataset.path):
+            if loss["what"]:
+                reason = f"{loss['step']}: {loss['reason']}"
+                preview.images.setdefault(loss["where"], []).append((loss["what"], reason))
+        settings = AskSettings.of(trial.plan)
+        with Journal(folder.journal) as journal:
+            for sample in rows:
+                requests = settings.requests_about(sample, journal) if isinstance(sample, Sample) else []
+                for request in requests:
+                    preview.prompts.setdefault(f"{request.task} {request.style}".rstrip(), request.text)
+    return preview
 
 
-def _first_samples(plan: Plan, number: int) -> tuple[list[Sample], list[str]]:
-    """Return the first usable images of a source, and messages about unusable rows before them."""
+def _first_rows(plan: Plan, number: int) -> list[Sample | Rejected]:
+    """Return the first rows of a source, up to the last of `number` usable images."""
     assert plan.source is not None
-    samples: dict[str, Sample] = {}
-    skipped: list[str] = []
+    rows: list[Sample | Rejected] = []
+    ids: set[str] = set()
     for row in plan.source.rows:
-        if isinstance(row, Rejected):
-            skipped.append(f"{visible(row.source_row)}: {row.reason.replace('_', ' ')} ({row.detail})")
-        else:
-            samples.setdefault(row.id, row)
-        if len(samples) == number:
-            break
-    if not samples:
-        problem = f"no image of {plan.config.source} can be used; {'; '.join(skipped[:3])}"
-        raise SourceError(problem, hint="choose another source")
-    return list(samples.values()), skipped
-
-
-def _read_replies(
-    sample: Sample, requests: list[Request], plan: Plan, journal: Journal, stats: RequestStats
-) -> PreviewImage:
-    settings, row = AskSettings.of(plan), sample.to_row()
-    info = settings.sample_info(row, len(sample.images))
-    texts_by_id = {sample.id: settings.source_texts(row)}
-    (table,) = read_annotations([[info]], plan.requests, journal, texts_by_id)
-    texts = _judge_texts(table, plan)
-    human_tasks = {human["request_id"]: human["task"] for human in info.human}
-    replies = [PreviewReply(task, HUMAN, texts[name], 0, 0, None) for name, task in human_tasks.items()]
-    for request in requests:
-        last = journal.last(request.id)
-        assert last is not None
-        tokens = last[0].prompt_tokens, last[0].reply_tokens
-        seconds = (stats.seconds or {}).get(request.id)
-        replies.append(PreviewReply(request.task, request.style, texts[request.id], *tokens, seconds))
-    name = visible(sample.source_row)
-    return PreviewImage(name, sample.images[0], sample.width_px, sample.height_px, replies)
-
-
-def _judge_texts(table: pa.Table, plan: Plan) -> dict[str, list[JudgedText]]:
-    """Return the texts by request id, each with the reason if the validate or filter step would reject it."""
-    validated = validate_annotations(table, plan.tasks)
-    grams = own_prompt_grams(tuple(task.name for task in plan.tasks.asked))
-    kept, words = validated.drop_columns(["reason"]), plan.config.generate.caption_words
-    filtered = filter_annotations(kept, plan.config.filter, grams, plan.tasks, words)
-    reasons = zip(validated["reason"].to_pylist(), filtered["reason"].to_pylist(), strict=True)
-    texts: dict[str, list[JudgedText]] = {}
-    for row, (invalid, filtered_reason) in zip(table.to_pylist(), reasons, strict=True):
-        record = in_short(json.loads(row["record"])) if row["record"] else None
-        question = " ".join(filter(None, (row["question"], row["answer"])))
-        text = row["text"] or question or record or row["reply_text"] or ""
-        texts.setdefault(row["request_id"], []).append((visible(text), invalid or filtered_reason))
-    return texts
-
-
-def write_preview(preview: Preview) -> Path:
-    """Write a preview as an HTML page in its dataset folder, and return the path."""
-    path = preview.folder / "preview.html"
-    pictures = [thumbnail_uri(image.image, THUMBNAIL_BYTES) for image in preview.images]
-    page = render_page("preview.html.j2", preview=preview, pictures=pictures)
-    with translate_disk_errors(path.parent):
-        write_text(path, page)
-    return path
+        rows.append(row)
+        if isinstance(row, Sample):
+            ids.add(row.id)
+        if len(ids) == number:
+            return rows
+    return rows

@@ -1,10 +1,12 @@
 """Run all steps in order, from the images of a source to a version of a dataset."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
@@ -21,7 +23,8 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.steps import ask, balance, dedupe, read, review, select, split, trim, validate, verify, write
 from pipeline.steps import filter as filter_
 from pipeline.steps.base import BUG_HINT, Executor, RowStep, Step, Work
-from pipeline.storage.files import read_batches, translate_disk_errors, write_json
+from pipeline.storage.files import read_batches, remove, translate_disk_errors, write_json
+from pipeline.types import Rejected, Sample
 
 STEPS: tuple[Step, ...] = (
     read.STEP,
@@ -41,6 +44,8 @@ STEPS: tuple[Step, ...] = (
 MIN_YIELD = 0.05
 # Factor for the number of further images to read, so that fewer rounds are needed.
 SURPLUS = 1.1
+# Name of the folder of a trial in the dataset folder.
+TRIAL_FOLDER = ".trial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +133,47 @@ def run_here(
     write_json(plan.dataset.run_file, plan.config.recorded())
     with LocalExecutor(plan, stats, progress) as executor:
         return run(plan, executor, stats, progress, first=first)
+
+
+class Trial(NamedTuple):
+    """A finished run on a few rows, in a folder that will be removed. `version` is None if no row is left."""
+
+    plan: Plan
+    funnel: list[StepSummary]
+    version: Version | None
+
+
+@contextmanager
+def run_trial(
+    plan: Plan,
+    rows: Sequence[Sample | Rejected],
+    stats: RequestStats,
+    progress: Progress,
+    changes: Mapping[str, Any],
+) -> Iterator[Trial]:
+    """Run all steps on a few rows in a folder of its own, with the journal of the dataset.
+
+    `changes` are other settings for the trial. Exclusions are skipped, because their source may be large. The
+    caller holds the lock of the dataset folder.
+    """
+    assert plan.source is not None
+    trial = DatasetDir(plan.dataset.path / TRIAL_FOLDER)
+    remove(trial.path)
+    trial.path.mkdir(parents=True)
+    try:
+        plan.dataset.journal.parent.mkdir(exist_ok=True)
+        trial.journal.parent.symlink_to(plan.dataset.journal.parent.absolute(), target_is_directory=True)
+        config = plan.config.model_copy(update={"exclude": (), "limit": None, "images": None, **changes})
+        source = replace(plan.source, read=lambda start: iter(rows[start:]), count=lambda: None)
+        plan = replace(plan, config=config, dataset=trial, source=source)
+        try:
+            result = run_here(plan, stats, progress)
+            done = Trial(plan, result.funnel, result.version)
+        except NoRowsError as error:
+            done = Trial(plan, error.summaries, None)
+        yield done
+    finally:
+        remove(trial.path)
 
 
 def _next_limit(work: Work) -> int | None:

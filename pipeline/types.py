@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
 # Names of mapped source columns, with their values in one row.
@@ -210,8 +210,7 @@ class Request:
 class Reply:
     """The reply of a model. If `finish_reason` is not "stop", the text is incomplete.
 
-    `max_pixels` is the size to which images were scaled down, or None for the size in the request. `seconds`
-    is the time from sending the request to receiving the reply. It is not written to the journal.
+    `max_pixels` is the size to which images were scaled down, or None for the size in the request.
     """
 
     request_id: str
@@ -221,7 +220,6 @@ class Reply:
     prompt_tokens: int
     reply_tokens: int
     max_pixels: int | None = None
-    seconds: float = field(default=0.0, compare=False)
 
 
 # Finish reasons of requests that the model did not answer. The reply text is the server's message. A later
@@ -239,9 +237,6 @@ class RequestSource(Protocol):
 
     def sending(self, requests: Sequence[Request]) -> None:
         """Record that these requests are about to be sent."""
-
-    def withdraw(self, requests: Sequence[Request]) -> None:
-        """Undo `sending` for requests that have no reply, because the run ends before they are sent."""
 
 
 class Engine(Protocol):

@@ -160,7 +160,7 @@ MISTAKES = (
     ),
     Mistake("no such dataset", "push nope --repo me/x", "no dataset at nope", "synth generate"),
     Mistake("no such captioner", "caption nope photos/0.png", "no captioner in nope", "synth train"),
-    Mistake("split misspelled", "export --split valid", "did you mean validation?", "--split", code=2),
+    Mistake("split misspelled", "export --split valid", "'valid' is not one of", "--split", code=2),
     Mistake("no splits", "generate --source scenes --split train", "scenes does not support --split"),
     Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
     Mistake("style without a prompt", "generate --source scenes --styles sonnet", "no caption style sonnet",

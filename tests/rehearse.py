@@ -9,7 +9,6 @@ disk, all layers (36 + 32) need 8 GB of disk and 15 GB of memory.
 
 import argparse
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import yaml
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -61,7 +59,7 @@ def write_photos(folder: Path) -> None:
 
 
 def generate(folder: Path, model: Path, minutes: float) -> int | None:
-    """Run `synth generate`, and return its exit code, or None if it was interrupted after some minutes."""
+    """Run `synth generate`, and return its exit code, or None if it was killed after some minutes."""
     (folder / "settings.yaml").write_text(SETTINGS)
     for name, text in TASKS.items():
         (folder / f"{name}.yaml").write_text(text)
@@ -71,23 +69,18 @@ def generate(folder: Path, model: Path, minutes: float) -> int | None:
         *(part for name in TASKS for part in ("--task", f"{name}.yaml")), "--", *FLAGS,
     ]  # fmt: skip
     environment = os.environ | {"SYNTH_VLLM_PYTHON": str(VLLM_PYTHON), "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=folder, env=environment) as process:
-        try:
-            return process.wait(minutes * 60)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            return None
+    try:
+        return subprocess.run(command, cwd=folder, env=environment, timeout=minutes * 60).returncode
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def report_tokens(folder: Path, model: Path) -> None:
     """Print the prompt tokens of each image, as computed and as reported by the server."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     os.chdir(folder)
-    custom_tasks = [yaml.safe_load(text) for text in TASKS.values()]
-    tasks = ["caption", "qa", *TASKS]
-    settings = resolve(Path("settings.yaml"), source="folder:photos", tasks=tasks, custom_tasks=custom_tasks)
-    config = with_source_defaults(settings)
+    own = {"tasks": ["caption", "qa"], "custom_tasks": [Path(f"{name}.yaml") for name in TASKS]}
+    config = with_source_defaults(resolve(Path("settings.yaml"), source="folder:photos", **own))
     plan = RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), weights_revision(model))
     print("size        task          computed  server")
     with Journal(DatasetDir(Path("d")).journal) as journal:

@@ -40,11 +40,8 @@ filter: {language: de}
 verify: {checks: [alignment]}
 ```
 
-`synth init` writes a `synth.yaml` with all settings of `generate`. `synth generate --config
-versions/v1.0.0/manifest.json` uses the settings of a version, and `synth train --config
-CHECKPOINT/train.json` those of a captioner. From a manifest, only settings that decide the rows are
-read: no servers, paths, permissions, license or title. Name a local source again (`--source
-folder:PATH`).
+`synth init` writes a `synth.yaml` with all settings of `generate`. `config` in the manifest of a version
+has its settings. `synth train --config CHECKPOINT/train.json` uses the settings of a captioner.
 
 ## `synth generate`
 """

@@ -41,7 +41,6 @@ INTERRUPTED = {  # command -> what Ctrl-C keeps, and how to resume
 }
 # The extras of the commands that need more than `train`. Other modules name their extra themselves.
 EXTRAS = {"serve-captioner": ("train", "serve")}
-SIGTERM_RETRY_S, MAX_DELAYS = 0.02, 500  # a SIGTERM during an import is repeated for up to 10 s
 # Groups of commands in --help.
 MAKE, USE, TRAIN = "Make a dataset", "Review and publish it", "Train a captioner"
 # Shown below the options of a command.
@@ -186,20 +185,14 @@ def _exit_with(problem: str, hint: str) -> None:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt on SIGTERM. Yield a list that collects the numbers of these signals.
-
-    During an import, the exception is delayed, because some importers would swallow it.
-    """
+    """Raise KeyboardInterrupt on SIGTERM. Yield a list that collects the numbers of these signals."""
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield arrived
         return
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, _: FrameType | None) -> None:
         arrived.append(number)
-        if _is_importing(frame) and len(arrived) < MAX_DELAYS:
-            threading.Timer(SIGTERM_RETRY_S, signal.raise_signal, (number,)).start()
-            return
         # A shell ignores SIGINT in background jobs.
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
             raise KeyboardInterrupt
@@ -210,9 +203,3 @@ def sigterm_as_ctrl_c() -> Iterator[list[int]]:
         yield arrived
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
-        frame = frame.f_back
-    return frame is not None

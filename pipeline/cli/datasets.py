@@ -13,12 +13,12 @@ from pipeline.cli.options import (
     AsJson,
     Dataset,
     Images,
+    Split,
     dataset_argument,
     dataset_path,
     open_data,
     option,
     path_option,
-    require_split,
 )
 from pipeline.cli.output import echo, print_run_result, say, show
 from pipeline.errors import did_you_mean
@@ -96,7 +96,7 @@ def export(
     trigger: Annotated[str, Option(help="Word that begins each caption, for a LoRA.")] = "",
     absolute: Annotated[bool, Option("--absolute", help="Write absolute paths of images.")] = False,
     names: Annotated[Literal["id", "source"], option("Name files by id, or as in the source.")] = "id",
-    split: Annotated[str | None, option("Split: train, validation or test.", "all")] = None,
+    split: Annotated[Split | None, option("Split.", "all")] = None,
     images: Images = None,
     as_json: AsJson = False,
 ) -> None:
@@ -111,7 +111,6 @@ def export(
     if (kind := kind or "imagefolder") not in (PARQUET, *FORMATS):
         known = did_you_mean(kind, FORMATS, f"formats: {', '.join([PARQUET, *FORMATS])}")
         raise BadParameter(f"no format {kind}; {known}", param_hint="--format")
-    require_split(split)
     version = open_data(data, images)
     folder = out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
     with show_progress() as progress, translate_disk_errors(folder):

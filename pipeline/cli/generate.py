@@ -86,7 +86,7 @@ def preview(
     out: Annotated[Path | None, path_option("Dataset folder, as for `generate`.", "data/SOURCE")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Caption a few images, and show the texts and prompts on a small page.
+    """Run all steps on a few images, print prompts and texts, and write a report page.
 
     A later run reuses the replies. Arguments after -- go to the vLLM server.
     """
@@ -94,15 +94,12 @@ def preview(
 
     with show_progress() as progress:
         plan = Plan.open(config, out, progress, is_trial=True)
-        from pipeline.preview import preview_run, write_preview
+        from pipeline.preview import preview_run
 
         result = preview_run(plan, min(number, config.limit or number), progress)
-    path = write_preview(result)
-    if as_json:
-        echo(json.dumps(result.describe() | {"page": str(path)}))
-        return
     print_preview(result)
-    echo(path)
+    values = {"images": result.images, "prompts": result.prompts, "page": str(result.page or "")}
+    show(values, as_json, "page")
 
 
 def init(
@@ -120,23 +117,31 @@ def init(
 def serve(
     context: Context,
     model: Annotated[
-        str, option("Model to serve: a folder, a Hub id, or tiny.")
-    ] = "Qwen/Qwen2.5-VL-3B-Instruct",
+        str | None,
+        option("Model to serve: a folder, a Hub id, or tiny.", "--config, else Qwen2.5-VL-3B-Instruct"),
+    ] = None,
     port: Annotated[int | None, option("Port.", "any free one", min=1, max=65535)] = None,
+    config: Annotated[
+        Path | None, option("YAML file with the settings model and server, as for `generate`.", False)
+    ] = None,
 ) -> None:
     """Run a vLLM server on this machine, for `synth generate --base-url`, until Ctrl-C.
 
     It listens on loopback, and writes its output to vllm.log (further GPUs: vllm-2.log, ...). The API key is
     SYNTH_API_KEY, or a random key. Arguments after -- go to vLLM.
     """
+    from pipeline.config import LARGE
+    from pipeline.config.files import read_yaml, validate
     from pipeline.config.sections import ServerConfig
     from pipeline.inference.engines import serve_model
 
-    server = ServerConfig(flags=tuple(vllm_flags(context, "--model")))
+    flags = vllm_flags(context, "--model")
+    settings = read_yaml(config, "it needs lines such as `model: NAME`") if config else {}
+    server = validate(ServerConfig, settings.get("server") or {}, "server: ")
+    server = server.model_copy(update={"flags": (*server.flags, *flags)})
+    name = model or settings.get("model") or LARGE
     with show_progress() as progress:
-        serve_model(
-            model, server, port, Path("vllm.log"), progress, lambda values: show(values, False, "url")
-        )
+        serve_model(name, server, port, Path("vllm.log"), progress, lambda values: show(values, False, "url"))
 
 
 def doctor(

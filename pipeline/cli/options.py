@@ -3,12 +3,11 @@
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from typer import Argument, BadParameter, Context, Option
 
 from pipeline.cli.output import note_previews, say
-from pipeline.errors import did_you_mean
 from pipeline.storage.object_store import parse_dataset_path, parse_local_path
 
 if TYPE_CHECKING:
@@ -51,6 +50,7 @@ BatchSize = Annotated[int, option("Images per batch.", min=1)]
 SkipExisting = Annotated[bool, Option("--skip-existing", help="Keep existing caption files.")]
 Append = Annotated[bool, Option("--append", help="Append to existing caption files.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing caption files.")]
+Split = Literal["train", "validation", "test"]
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 
 
@@ -86,15 +86,6 @@ def read_pairs(text: str, option: str) -> dict[str, str]:
     if not all(name and equals and value for name, equals, value in pairs):
         raise BadParameter(f"{text} does not look like NAME=VALUE,NAME=VALUE", param_hint=option)
     return {name: value for name, _, value in pairs}
-
-
-def require_split(split: str | None) -> None:
-    """Raise BadParameter if `split` is not the name of a split."""
-    from pipeline.tables import SPLITS
-
-    if split is not None and split not in SPLITS:
-        known = did_you_mean(split, SPLITS, f"splits: {', '.join(SPLITS)}")
-        raise BadParameter(f"no split {split}; {known}", param_hint="--split")
 
 
 def dataset_path(name: str | None, *, is_only: bool = False) -> Path:

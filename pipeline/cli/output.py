@@ -88,26 +88,16 @@ def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def print_preview(preview: "Preview") -> None:
-    """Print the texts of a preview."""
-    from pipeline.config import NO_MODEL
-    from pipeline.tables import HUMAN
-
-    for image in preview.images:
-        say(f"\n{image.name}  {image.width_px} x {image.height_px} px")
-        for reply in image.replies:
-            origin = "written by a human"
-            if reply.style != HUMAN:
-                time = "stored reply" if reply.seconds is None else f"{reply.seconds:.1f} s"
-                origin = f"{reply.prompt_tokens} input tokens, {reply.reply_tokens} written, {time}"
-            say(f"  {reply.task} {reply.style}".rstrip() + f" ({origin})", "dim")
-            for text, reason in reply.texts:
-                say(f"    {text}")
-                if reason:
-                    say(f"      would be rejected: {reason.replace('_', ' ')}", LOSS)
-    for text in preview.skipped:
-        say(f"skipped: {text}", WARNING)
-    model = f"{preview.model} ({preview.engine}); prompts: {preview.prompt_sources}"
-    say(f"\nmodel: {'none' if preview.model == NO_MODEL else model}", "dim")
+    """Print the prompts and texts of a preview."""
+    for name, prompt in preview.prompts.items():
+        say(f"\nprompt of {name}:", "dim")
+        say(prompt)
+    for name, texts in preview.images.items():
+        say(f"\n{name}", "dim")
+        for text, reason in texts:
+            say(f"  {text}")
+            if reason:
+                say(f"    rejected by {reason}", LOSS)
 
 
 def print_scores(metrics: Mapping[str, Any]) -> None:

@@ -12,10 +12,10 @@ from pipeline.cli.options import (
     CaptionerName,
     Images,
     NumBeams,
+    Split,
     open_data,
     option,
     path_option,
-    require_split,
 )
 from pipeline.cli.output import find_checkpoint, note_training_data, print_scores, show
 from pipeline.progress import show_progress
@@ -104,7 +104,7 @@ def evaluate(
     captioner: CaptionerName,
     data: AnyDataset = None,
     images: Images = None,
-    split: Annotated[str, option("Split: train, validation or test.")] = "test",
+    split: Annotated[Split, option("Split.")] = "test",
     style: Annotated[str | None, option("Caption style.", BY_STYLE)] = None,
     num_beams: NumBeams = None,
     clip_score: Annotated[
@@ -118,7 +118,6 @@ def evaluate(
     from pipeline.storage.files import translate_disk_errors
     from trainer.runtime.checkpoint_folder import require_prompt
 
-    require_split(split)
     checkpoint = find_checkpoint(captioner)
     require_prompt(checkpoint, style)
     if clip_score:

@@ -28,7 +28,6 @@ from pipeline.config.sections import (
     judge_address,
     task_names,
 )
-from pipeline.text.escape import without_passwords
 
 CONTEXT = "context"  # the role of columns that prompts may use
 SCENES, DECKS = "scenes", "scenes-deck"  # sources of drawn images
@@ -173,18 +172,12 @@ class Config(Section):
     def _server_contradictions(self) -> Iterator[str]:
         if url := _first_repeated(map(address_of, self.server.endpoints)):
             yield f"server.endpoints lists {url} twice"
-        # Two logins at one server are two addresses: they have separate limits.
         if url := _first_repeated(map(address_of, self.base_url)):
-            yield f"base_url lists the server {without_passwords(url)} twice, in two spellings"
+            yield f"base_url lists the server {url} twice, in two spellings"
 
     def recorded(self) -> dict[str, Any]:
-        """Return the settings as `run.json` stores them: without passwords in the addresses of servers."""
-        values = self.model_dump(mode="json")
-        values["base_url"] = [without_passwords(url) for url in self.base_url]
-        endpoints = values["server"]["endpoints"]
-        values["server"]["endpoints"] = {without_passwords(url): value for url, value in endpoints.items()}
-        values["verify"]["judge"] = self.verify.judge and without_passwords(self.verify.judge)
-        return values
+        """Return the settings as `run.json` stores them."""
+        return self.model_dump(mode="json")
 
     @property
     def judge_url(self) -> str:

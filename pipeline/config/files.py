@@ -1,11 +1,7 @@
-"""Read settings from files, merge them with options, and report the first invalid key or value.
-
-A manifest is untrusted. It may decide which rows a version has, but not paths, servers or permissions.
-"""
+"""Read settings from files, merge them with options, and report the first invalid key or value."""
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,32 +10,18 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Config
 from pipeline.config.sections import (
-    AT_SERVER,
-    LANGUAGE,
     PATTERNS,
     AnySection,
     TaskConfig,
     task_names,
 )
 from pipeline.errors import ConfigError, did_you_mean, one_line
-from pipeline.text.language_codes import LANGUAGES
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-# The keys that a manifest may set. Only the user may set the others.
-MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "columns", "drop_context", "limit", "images", "frame_seconds",
-     "seed", "exclude", "human_texts", "tasks", "custom_tasks", "engine", "model", "generate", "filter",
-     "image_filter", "verify", "select", "dedupe", "balance", "split")
-)  # fmt: skip
 LOCAL_SOURCES = ("folder", "archive", "list", "parquet", "pdf", "pdf-pages", "video")
-PUBLIC_SOURCE = re.compile(
-    rf"(?!(?:{'|'.join(LOCAL_SOURCES)})(?::|$))[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?"
-)
-PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MAX_SHOWN_CHARACTERS = 80
-MAX_SETTINGS_CHARACTERS = 10_000_000
 SECRET_KEYS = frozenset(("key_env", "headers"))  # users put keys of servers there by mistake
 
 
@@ -48,13 +30,12 @@ SECRET_KEYS = frozenset(("key_env", "headers"))  # users put keys of servers the
 
 def resolve(config_file: Path | None = None, **options: Any) -> Config:
     """Merge defaults, the file and the options that are not None, in this order. Raises ConfigError."""
-    values, is_manifest = _read_settings(config_file) if config_file else ({}, False)
-    if config_file and is_manifest:
-        refuse_foreign_files(config_file, values, options)
-        values = public_settings(values)
-    elif isinstance(
-        values.get("custom_tasks"), list
-    ):  # the tasks of a manifest are complete, and name no files
+    values: dict[str, Any] = {}
+    if config_file:
+        content = read_yaml(config_file, "it needs lines such as `limit: 100`")
+        # YAML returns null for a section whose lines are all comments.
+        values = {key: value for key, value in content.items() if value is not None}
+    if isinstance(values.get("custom_tasks"), list):
         values["custom_tasks"] = [_complete_task(task) for task in values["custom_tasks"]]
     if (custom_tasks := options.pop("custom_tasks", None)) is not None:
         values["custom_tasks"] = _merge_tasks(custom_tasks, values.get("custom_tasks"))
@@ -108,12 +89,6 @@ def _with_texts(task: Any, folder: Path) -> Any:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse aliases: a file of 500 bytes may repeat a value billions of times."""
-        if self.check_event(yaml.AliasEvent):
-            raise ConfigError(f"{self.name} has an alias (*NAME)", hint="repeat the value")
-        return super().compose_node(parent, index)
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001
         """Refuse a key that appears twice: YAML would use the last one."""
         seen = set[tuple[str, str]]()
@@ -134,12 +109,8 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_SETTINGS_CHARACTERS + 1)
-            if len(text) > MAX_SETTINGS_CHARACTERS:
-                raise OSError(f"it has more than {MAX_SETTINGS_CHARACTERS:,} characters")
-            file.seek(0)
             is_json = path.suffix == ".json"
-            values = (json.loads(text) if is_json else yaml.load(file, _UniqueKeyLoader)) or {}  # noqa: S506
+            values = (json.load(file) if is_json else yaml.load(file, _UniqueKeyLoader)) or {}  # noqa: S506
     except RecursionError:
         raise ConfigError(f"config file {path} is nested too deeply", hint=example) from None
     except json.JSONDecodeError as error:
@@ -154,74 +125,6 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path} must contain keys and values", hint=example)
     return values
-
-
-def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
-    """Return the settings in a file, and whether it is the manifest of a version."""
-    values = read_yaml(file, "it needs lines such as `limit: 100`")
-    # YAML returns null for a section whose lines are all comments.
-    values = {key: value for key, value in values.items() if value is not None}
-    if isinstance(values.get("config"), dict) and "version" in values:
-        return values["config"], True
-    # Cards show a command with this file name. It must not run untrusted settings that are not a manifest.
-    if file.name == "manifest.json":
-        problem = f"{file} is not a manifest of a version"
-        raise ConfigError(
-            problem, hint="if it is your settings file, give it another name, such as synth.yaml"
-        )
-    return values, False
-
-
-# --- untrusted manifests
-
-
-def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a manifest names servers or code, or if its rows depend on its author's files."""
-    hint = "copy the settings that you want into your own file, and name your files and servers there"
-    for key in ("base_url", "server"):
-        if settings.get(key):
-            problem = f"the manifest {file} sets {key}: that server would get your images and your API key"
-            raise ConfigError(problem, hint=hint)
-    custom_tasks = settings.get("custom_tasks")
-    for task in custom_tasks if isinstance(custom_tasks, list) else ():
-        if not isinstance(task, dict) or isinstance(task.get("output"), str):
-            raise ConfigError(
-                f"the manifest {file} names Python code as the output of a task, which is not run", hint=hint
-            )
-    sections = {name: value for name, value in settings.items() if isinstance(value, dict)}
-    if AT_SERVER in str(sections.get("verify", {}).get("judge")):
-        problem = f"the manifest {file} sets a judge: its server would get your images and your API key"
-        raise ConfigError(problem, hint=hint)
-    missing = ["captions"] if settings.get("captions") and not options.get("captions") else []
-    missing += ["generate.prompt_dir"] if sections.get("generate", {}).get("prompt_dir") else []
-    if missing:
-        raise ConfigError(f"{file} refers to a file that does not exist here: {missing[0]}", hint=hint)
-
-
-def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of an untrusted manifest that decide which rows its version has.
-
-    Permissions and local paths are left out. The user has to pass them again.
-    """
-    kept = {key: value for key, value in settings.items() if key in MANIFEST_KEYS and value is not None}
-    if isinstance(kept.get("exclude"), list):
-        kept["exclude"] = [
-            name for name in kept["exclude"] if PUBLIC_SOURCE.fullmatch(str(name).partition("#")[0])
-        ]
-    verify = kept.get("verify")
-    if isinstance(verify, dict) and not _is_public_model(verify.get("clip_model", "auto")):
-        kept["verify"] = {key: value for key, value in verify.items() if key != "clip_model"}
-    if "model" in kept and not _is_public_model(kept["model"]):
-        del kept["model"]
-    if not PUBLIC_SOURCE.fullmatch(str(kept.get("source", ""))):
-        kept.pop("source", None)
-    return kept
-
-
-def _is_public_model(name: Any) -> bool:
-    """Return whether a name is a Hub id or a keyword (tiny, auto), and not an existing local path."""
-    text = str(name)
-    return bool(PUBLIC_MODEL.fullmatch(text)) and not ("/" in text and Path(text).exists())
 
 
 # --- keys and values
@@ -257,16 +160,11 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
     shown = "it" if is_secret else re.sub(r"://.*@", "://***@", repr(value))[:MAX_SHOWN_CHARACTERS]
     if flaw["type"] == "string_pattern_mismatch":
         pattern = str(context["pattern"])
-        names = {name.lower(): code for code, (name, *_) in LANGUAGES.items() if pattern == LANGUAGE}
-        close = f": did you mean {names[value.lower()]}?" if str(value).lower() in names else ""
-        return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}{close}"
+        return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}"
     message = flaw["msg"].removeprefix("Value error, ")
-    yaml_hint = "; YAML reads yes, no, on and off as true and false"
-    if flaw["type"] != "bool_for_number":
-        yaml_hint += ": put a string in quotes"
     close = did_you_mean(str(value), re.findall("'([^']+)'", str(context.get("expected", ""))))
     if isinstance(value, bool):
-        shown += yaml_hint
+        shown += "; YAML reads yes, no, on and off as true and false: put a string in quotes"
     elif close:
         shown += f"; {close}"
     return message if is_secret else f"{message} ({shown})"

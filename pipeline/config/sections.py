@@ -14,22 +14,19 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from pipeline.text.language_codes import RECOGNISED
 from pipeline.text.phrases import PhraseKind
 
 TASK, STYLE = r"^[a-z][a-z0-9_]*$", r"^[a-z][a-z0-9-]*$"
 ANY_LANGUAGE = "any"
-JUDGE = r"^/?[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s?#]+(/[^\s?#]*)?)?$"
+JUDGE = r"^/?[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s?#@]+(/[^\s?#]*)?)?$"
 LANGUAGE = r"^[a-z]{2,3}$"
 FIELD = r"^[A-Za-z][A-Za-z0-9_]*$"
 NEED = r"^[a-z][a-z0-9_-]*$"
-BASE_URL = r"^https?://[^/\s?#]+(/[^\s?#]*)?$"
+BASE_URL = r"^https?://[^/\s?#@]+(/[^\s?#]*)?$"
 HEADER = r"^[A-Za-z0-9-]+$"
 HEADER_VALUE = r"^[^\x00-\x08\x0a-\x1f\x7f]*$"
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
@@ -41,7 +38,7 @@ PATTERNS = {
     STYLE: "the name of a caption style, in lower case",
     LANGUAGE: "a language code of two or three letters, such as de",
     JUDGE: "a model and its server, such as MODEL@http://HOST:8000/v1",
-    BASE_URL: "an address with http:// or https:// and without a query, such as http://HOST:8000/v1 "
+    BASE_URL: "an address with http:// or https://, without a login or a query, such as http://HOST:8000/v1 "
     "(Azure: https://NAME.openai.azure.com/openai/v1)",
     HEADER: "a header name",
     HEADER_VALUE: "a header value on one line",
@@ -80,17 +77,6 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_true_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false for numbers: pydantic would read them as 1 and 0."""
-        items = value if isinstance(value, list | tuple) else [value]
-        annotation = str(cls.model_fields[info.field_name or ""].annotation)
-        kinds = re.findall(r"\b(?:int|float|bool)\b", annotation)
-        if any(isinstance(item, bool) for item in items) and kinds and "bool" not in kinds:
-            raise PydanticCustomError("bool_for_number", "true is not a number")
-        return value
-
 
 # --- addresses of servers
 
@@ -99,10 +85,9 @@ def address_of(url: str) -> str:
     """Return the normalized URL of a server, with the path /v1 if it has none. Raises ValueError."""
     parts = urlsplit(url.rstrip("/").removesuffix("/chat/completions"))
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    user, at, _ = parts.netloc.rpartition("@")
     default_port = {"http": 80, "https": 443}[parts.scheme]
     port = "" if parts.port in (None, default_port) else f":{parts.port}"
-    return f"{parts.scheme}://{user}{at}{host}{port}{parts.path.rstrip('/') or '/v1'}"
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/') or '/v1'}"
 
 
 def judge_address(judge: str | None) -> str:
@@ -114,7 +99,7 @@ def judge_address(judge: str | None) -> str:
 def origin_of(url: str) -> tuple[str, str]:
     """Return the scheme of a server's URL, and the host with the port."""
     parts = urlsplit(address_of(url))
-    return parts.scheme, parts.netloc.rpartition("@")[2]
+    return parts.scheme, parts.netloc
 
 
 # --- tasks

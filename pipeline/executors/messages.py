@@ -1,6 +1,5 @@
 """Messages about a run: the opening line, and warnings about rejected rows with reasons and remedies."""
 
-import re
 from collections.abc import Iterator, Sequence
 
 import pyarrow.compute as pc
@@ -39,7 +38,7 @@ def describe_engine(plan: Plan, choice: EngineChoice) -> str:
     """Return the model's engine or server URLs, its license, and the maximum size of images."""
     place = "vLLM, started here" if choice.name == "vllm" else "in this process"
     if plan.config.base_url:
-        place = ", ".join(re.sub("//[^/@]*@", "//", url) for url in plan.config.base_url)
+        place = ", ".join(plan.config.base_url)
     bound = plan.requests.largest_pixels
     tokens = f"; images: at most {bound:,} px, about {bound // PATCH_PX**2:,} tokens" if bound else ""
     return f"{place}; {license_of(public_name(choice.model))}{tokens}"

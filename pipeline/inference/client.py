@@ -6,7 +6,6 @@ inference/queue.py retries the request with other sampling parameters.
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import resource
@@ -49,7 +48,8 @@ RESERVED_FILES = 128  # file descriptors that are not used for connections
 GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
 SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
 FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
-PROMPT_TOKENS = 512  # reserved for the prompt text of a request with images
+MIN_PROMPT_TOKENS = 640  # more than built-in prompts need, so that all tasks send the same image
+BYTES_PER_TOKEN = 2  # words have more in any script; numbers may have 1
 FINISH_SECONDS = 60.0  # after a fatal error, wait this long for replies in flight, which are already paid for
 log = logging.getLogger(__name__)
 
@@ -94,20 +94,24 @@ class Concurrency:
             self.limit = self._usual = min(self.limit + max(1, self.limit // 8), self._max)
 
 
-def split_context(context_tokens: int, reply_tokens: int) -> tuple[int, int]:
-    """Return the most tokens for images and for a reply. A retry may double `reply_tokens` if they fit."""
+def split_context(context_tokens: int, request: Request, reply_tokens: int) -> tuple[int, int]:
+    """Return the most tokens for the images of a request and for its reply.
+
+    The prompt is counted by its bytes. A retry may double `reply_tokens` if they fit.
+    """
+    prompt = "".join((request.system, request.text, *(request.failed or ())))
+    prompt_tokens = max(MIN_PROMPT_TOKENS, len(prompt.encode()) // BYTES_PER_TOKEN)
     least = context_tokens // 4
-    image_tokens = max(context_tokens - PROMPT_TOKENS - 2 * reply_tokens, least)
-    return image_tokens, max(context_tokens - PROMPT_TOKENS - image_tokens, least)
+    image_tokens = max(context_tokens - prompt_tokens - 2 * reply_tokens, least) if request.images else 0
+    return image_tokens, max(context_tokens - prompt_tokens - image_tokens, least)
 
 
 def raise_file_limit() -> int:
-    """Raise the limit on open files to at most MAX_FILES, and return it. Each connection needs one file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    target = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    if soft != resource.RLIM_INFINITY and soft < target:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
-    return target if soft == resource.RLIM_INFINITY else max(soft, target)
+    """Set the limit on open files to at most MAX_FILES, and return it. Each connection needs one file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit
 
 
 @dataclass(slots=True)
@@ -116,7 +120,6 @@ class InFlight:
 
     source: RequestSource
     upcoming: Iterator[Request | None] = field(init=False)
-    unsent: dict[str, Request] = field(default_factory=dict)  # recorded as sent, but not yet sent
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
     sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # tasks waiting for an answer
     replies: list[Reply] = field(default_factory=list)
@@ -133,7 +136,6 @@ class InFlight:
             for start in range(0, len(taken), SENT_BATCH):
                 batch = taken[start : start + SENT_BATCH]
                 self.source.sending(batch)
-                self.unsent |= {request.id: request for request in batch}
                 yield from batch
             if not taken:
                 yield None
@@ -177,7 +179,7 @@ class Client:
         self._launches = launches
         self._max_tokens = max_tokens
         self._image_reply_tokens = max(max_tokens, image_reply_tokens)
-        self._reply_room: int | None = None  # maximum tokens of a reply in this context
+        self._context_tokens: int | None = None  # the smallest context of the servers, if one is known
         self._servers: list[Server] = []
         self._progress: Progress = progress or NullProgress()
         self._served_name = launches[0].name if launches else model
@@ -210,8 +212,6 @@ class Client:
             raise
         finally:
             self._runner.run(cancel_tasks(in_flight.running))
-            if in_flight.unsent:
-                work.withdraw([*in_flight.unsent.values()])
 
     def metrics(self) -> dict[str, str]:
         """See types.Engine."""
@@ -244,12 +244,9 @@ class Client:
         stack.push_async_callback(self._endpoints.close)
         await asyncio.gather(*map(self._learn, self._endpoints))
         contexts = [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
-        max_sample_pixels = None
-        if contexts:  # all images of one request must fit into the context
-            image_tokens, self._reply_room = split_context(min(contexts), self._image_reply_tokens)
-            max_sample_pixels = image_tokens * PATCH_PX**2
+        self._context_tokens = min(contexts, default=None)
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
-        self._images = RequestImages(max_sample_pixels, pool)
+        self._images = RequestImages(self._max_image_pixels, pool)
         self._started = time.monotonic()
         self._connections = max(1, raise_file_limit() - RESERVED_FILES)
         batch_size = sum(launch.max_num_seqs for launch in self._launches) or None
@@ -300,9 +297,7 @@ class Client:
         try:
             if error := task.exception():
                 raise error
-            reply = task.result()
-            in_flight.unsent.pop(reply.request_id, None)  # still there if the image could not be encoded
-            in_flight.replies.append(reply)
+            in_flight.replies.append(task.result())
             self._fill(in_flight)
         except Exception as error:  # noqa: BLE001  # raised by _next_group
             in_flight.fail(error)
@@ -370,19 +365,17 @@ class Client:
         except Exception as error:  # noqa: BLE001  # a decoder may raise anything, for this image alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
         started = time.monotonic()
-        if self._reply_room and request.sampling.max_tokens > self._reply_room:
-            request = replace(request, sampling=replace(request.sampling, max_tokens=self._reply_room))
+        if self._context_tokens:
+            _, reply_tokens = split_context(self._context_tokens, request, self._image_reply_tokens)
+            max_tokens = min(request.sampling.max_tokens, reply_tokens)
+            request = replace(request, sampling=replace(request.sampling, max_tokens=max_tokens))
         body = protocol.body(request, images, self._served_name, endpoint.dialect)
         max_bytes = protocol.MAX_ENVELOPE_BYTES + protocol.MAX_TOKEN_BYTES * request.sampling.max_tokens
         in_flight.sent.add(asyncio.current_task())
-        in_flight.unsent.pop(request.id, None)
         try:
             async with endpoint.send(protocol.CHAT, body) as answer:
                 text = await protocol.read_body(answer, max_bytes)
         except protocol.CONNECTION_ERRORS as error:
-            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                log.warning("too many open files to open another connection: %s", error)
-                raise ServerBusyError(None) from None
             raise ServerFaultError(one_line(error, 1000)) from None
         finally:
             in_flight.sent.discard(asyncio.current_task())
@@ -401,10 +394,16 @@ class Client:
         reply = protocol.read_reply(request, text, endpoint.keys)
         endpoint.failures = 0
         self._reply_tokens += reply.reply_tokens
-        seconds = time.monotonic() - started
-        self._concurrency.add_reply(seconds)
+        self._concurrency.add_reply(time.monotonic() - started)
         max_pixels = self._images.max_pixels(request) if request.images else None
-        return replace(reply, max_pixels=max_pixels, seconds=seconds)
+        return replace(reply, max_pixels=max_pixels)
+
+    def _max_image_pixels(self, request: Request) -> int | None:
+        """Return how many pixels all images of a request may have together, or None if it is unknown."""
+        if self._context_tokens is None:
+            return None
+        image_tokens, _ = split_context(self._context_tokens, request, self._image_reply_tokens)
+        return image_tokens * PATCH_PX**2
 
     async def _learn(self, endpoint: Endpoint) -> None:
         """Find the model on a server, and find out which request fields the server supports."""

@@ -7,13 +7,12 @@ import math
 import os
 import re
 import time
-from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -287,26 +286,18 @@ def named_endpoints(urls: Sequence[str], server: ServerConfig, key_name: str | N
     """Return the servers at these addresses, with their settings and keys.
 
     The key is in an environment variable. The server's own settings, `key_name` or the settings for all
-    servers (in this order) name the variable, or else it is KEY or OPENAI_KEY. A user name and password in
-    the address replace the key. Raises EngineError if a header names a variable that is not set.
+    servers (in this order) name the variable, or else it is KEY or OPENAI_KEY. Raises EngineError if a header
+    names a variable that is not set.
     """
     endpoints = []
     for url in urls:
-        parts, settings = urlsplit(address_of(url)), server.endpoint(url)
-        is_openai = f".{parts.hostname or ''}".endswith(".openai.com")
+        address, settings = address_of(url), server.endpoint(url)
+        is_openai = f".{urlsplit(address).hostname or ''}".endswith(".openai.com")
         default = OPENAI_KEY if is_openai and KEY not in os.environ and OPENAI_KEY in os.environ else KEY
         name = settings.key_env or key_name or server.key_env or default
         key = os.environ.get(name, "").strip()
-        login, _, host = parts.netloc.rpartition("@")
-        user, _, password = (unquote(part) for part in login.partition(":"))
-        # Move the login to a header (RFC 7617), since messages show the address.
-        basic = (
-            {"Authorization": f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"} if login else {}
-        )
         headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
-        address = parts._replace(netloc=host).geturl()
-        endpoint = Endpoint(address, request_headers(key) | basic | headers, name)
-        endpoint.keys += [secret for secret in (password or user,) if len(secret) >= MIN_KEY_CHARACTERS]
+        endpoint = Endpoint(address, request_headers(key) | headers, name)
         endpoints.append(endpoint)
     return endpoints
 

@@ -1,8 +1,8 @@
 """The journal stores every raw reply under its request id before the reply is parsed.
 
-An answered request is never sent again. A request that was sent but has no reply was in flight when the
-process died. Only the process that holds the folder's lock writes to a journal. Each reply has a checksum,
-since SQLite does not detect changed bytes.
+An answered request is never sent again. A request that was sent but has no reply was in flight, or about to
+be sent, when the run ended. Only the process that holds the folder's lock writes to a journal. Each reply
+has a checksum, since SQLite does not detect changed bytes.
 """
 
 import hashlib
@@ -87,13 +87,6 @@ class Journal:
         upsert = "INSERT INTO asked VALUES (?, 1) ON CONFLICT (request_id) DO UPDATE SET times = times + 1"
         with self._db:
             self._db.executemany(upsert, [(request.id,) for request in requests])
-
-    def record_unsent(self, requests: Iterable[Request]) -> None:
-        """Undo `record_sent` for requests that were not sent after all."""
-        ids = [(request.id,) for request in requests]
-        with self._db:
-            self._db.executemany("UPDATE asked SET times = times - 1 WHERE request_id = ?", ids)
-            self._db.executemany("DELETE FROM asked WHERE request_id = ? AND times <= 0", ids)
 
     def keep(self, answered: Iterable[tuple[Request, Reply, str | None]]) -> None:
         """Store tuples of (request, reply, reason why the reply is unusable or None) durably.

@@ -12,7 +12,7 @@ import io
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -298,12 +298,13 @@ def without_keys(text: str, keys: Sequence[str]) -> str:
 class RequestImages:
     """Encodes the images of requests in flight, only once for all requests about the same images.
 
-    Caches the last `keep` sets of images. All images of a request have at most `max_sample_pixels`.
+    Caches the last `keep` sets of images. `total_pixels` returns how many pixels all images of a request may
+    have together, or None without a limit.
     """
 
-    def __init__(self, max_sample_pixels: int | None, pool: Executor) -> None:
+    def __init__(self, total_pixels: Callable[[Request], int | None], pool: Executor) -> None:
         self.keep = 256
-        self._max_sample_pixels = max_sample_pixels
+        self._total_pixels = total_pixels
         self._pool = pool
         self._encoded: dict[tuple[str, int | None], asyncio.Future[bytes]] = {}
         self._encoded_count = self._encoded_bytes = 0
@@ -318,7 +319,7 @@ class RequestImages:
 
         Each part has a uuid, by which vLLM caches processed images: the SHA-256 of the bytes that are sent.
         """
-        key = request.shown, request.max_pixels
+        key = request.shown, self.max_pixels(request)
         future = self._encoded.pop(key, None)  # stored again below, so that unused images are dropped first
         if future is None or (future.done() and future.exception()):
             future = asyncio.ensure_future(self._encode_all(request))
@@ -329,7 +330,8 @@ class RequestImages:
 
     def max_pixels(self, request: Request) -> int | None:
         """Return the maximum size of each image of a request in pixels, or None without a limit."""
-        share = self._max_sample_pixels and self._max_sample_pixels // max(1, len(request.images))
+        total_pixels = self._total_pixels(request)
+        share = total_pixels and total_pixels // max(1, len(request.images))
         return min((limit for limit in (request.max_pixels, share) if limit), default=None)
 
     async def _encode_all(self, request: Request) -> bytes:

@@ -57,7 +57,6 @@ class RequestStats:
     judge_reply_tokens: int = 0
     uncounted: int = 0  # replies with estimated tokens
     asking_s: float = 0.0
-    seconds: dict[str, float] | None = None  # time of the last reply by request id, if recorded
 
     def begin_pass(self) -> None:
         """Reset the request counts before a pass over more images. Token counts are kept."""
@@ -77,8 +76,6 @@ class RequestStats:
         self.prompt_tokens += read
         self.reply_tokens += written
         self.uncounted += is_uncounted(reply)
-        if self.seconds is not None:
-            self.seconds[reply.request_id] = reply.seconds
 
     @property
     def unanswered(self) -> int:
@@ -166,11 +163,6 @@ class RequestQueue:
         """See types.RequestSource."""
         self._journal.record_sent(requests)
         self._counts.asked += len(requests)
-
-    def withdraw(self, requests: Sequence[Request]) -> None:
-        """See types.RequestSource."""
-        self._journal.record_unsent(requests)
-        self._counts.asked -= len(requests)
 
     def keep(self, replies: list[Reply]) -> None:
         """Store replies, and retry unusable ones later. Raises EngineError if too many are unusable."""

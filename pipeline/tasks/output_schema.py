@@ -318,16 +318,19 @@ def arrow_type(schema: Schema) -> pa.DataType:
 
 
 def shape_of(schema: Schema) -> str:
-    """Return an example of a value for a prompt, such as `{"tags": ["cat" or "dog", ...]}`."""
+    """Return an example of a value for a prompt, such as `{"tags":["cat" or "dog",...]}`.
+
+    It has no white space between tokens, because the grammar of replies allows none.
+    """
     inner = without_null(schema)
     if "enum" in inner:
         shape = " or ".join(json.dumps(value, ensure_ascii=False) for value in inner["enum"])
     elif inner["type"] == "object":
         fields = inner["properties"].items()
-        shapes = (f"{json.dumps(name, ensure_ascii=False)}: {shape_of(value)}" for name, value in fields)
-        shape = f"{{{', '.join(shapes)}}}"
+        shapes = (f"{json.dumps(name, ensure_ascii=False)}:{shape_of(value)}" for name, value in fields)
+        shape = f"{{{','.join(shapes)}}}"
     elif inner["type"] == "array":
-        shape = f"[{shape_of(inner['items'])}, ...]"
+        shape = f"[{shape_of(inner['items'])},...]"
     else:
         shape = {"string": '"..."', "integer": "1", "number": "0.5", "boolean": "true or false"}[
             inner["type"]

@@ -100,22 +100,6 @@ def test_prompt_contains_language_of_its_task() -> None:
         assert request.text.startswith(f"Write in [{words}].")
 
 
-def test_files_named_in_manifest_tasks_are_not_read(tmp_path: Path) -> None:
-    (tmp_path / "secret.j2").write_text("a private key")
-    (tmp_path / "mine.yaml").write_text("{name: mine, kind: text, prompt: Look.}")
-    task = TEXT | {"prompt": str(tmp_path / "secret.j2")}
-    manifest = tmp_path / "manifest.json"
-    settings = {"tasks": ["t"], "custom_tasks": [task], "source": "flickr30k"}
-    manifest.write_text(json.dumps({"version": "v1.0.0", "config": settings}))
-    config = resolve(manifest, custom_tasks=[tmp_path / "mine.yaml"])
-    assert [task.name for task in config.custom_tasks] == ["t", "mine"]
-    assert config.custom_tasks[0].prompt == str(tmp_path / "secret.j2")
-    for odd in (5, True, "x.yaml", ["x.yaml"], [5], [TEXT | {"output": "os:system"}]):
-        manifest.write_text(json.dumps({"version": "v1.0.0", "config": settings | {"custom_tasks": odd}}))
-        with pytest.raises(ConfigError):
-            resolve(manifest)
-
-
 def test_option_replaces_task_with_the_same_name(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("{name: t, kind: text, prompt: New.}")
     (tmp_path / "synth.yaml").write_text(

@@ -2,24 +2,38 @@
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.doctor import check_tasks, examine, judge_gpus
+from pipeline import doctor
+from pipeline.doctor import check_tasks, examine
 from pipeline.inference.vllm import VLLM_PYTHON
 from pipeline.install import installed_version
 
 
 @pytest.mark.parametrize(
-    ("listed", "is_ok", "result"),
+    ("sizes", "is_ok", "result"),
     [
-        ("NVIDIA H100, 81559, 2000\nNVIDIA H100, 81559, 81000\n", True, "2 x NVIDIA H100, 79 of 80 GiB free"),
-        ("NVIDIA T4, 15360, 3000\n", False, "1 x NVIDIA T4, 3 of 15 GiB free"),
-        ("NVIDIA GB10, [N/A], [N/A]\n", False, "nvidia-smi lists no GPU"),
+        (
+            {"0": (80.0, 2.0), "1": (80.0, 79.0)},
+            True,
+            "2 visible, at best 79 of 80 GiB free",
+        ),
+        ({"0": (15.0, 3.0)}, False, "1 visible, at best 3 of 15 GiB free"),
+        ({"0": None}, False, "nvidia-smi states no memory"),
+        ({}, False, "none"),
     ],
 )
-def test_doctor_judges_the_gpu_with_most_free_memory(listed: str, is_ok: bool, result: str) -> None:  # noqa: FBT001
-    finding = judge_gpus(listed)
+def test_doctor_judges_the_gpu_with_most_free_memory(
+    sizes: dict[str, Any],
+    is_ok: bool,  # noqa: FBT001
+    result: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "visible_gpus", lambda: tuple(sizes))
+    monkeypatch.setattr(doctor, "gpu_memory_gib", lambda gpus: sizes[gpus[0]])
+    finding = doctor._gpu()
     assert (finding.is_ok, finding.result, bool(finding.hint)) == (is_ok, result, not is_ok)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.inference.journal import Journal
@@ -18,8 +17,7 @@ from pipeline.storage.files import read_json
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.commands import require_success, run_synth
 from tests.hostile import LONG
-from tests.scene_data import make_version, scene_samples
-from tests.whole.conftest import SYNTH, Run, ignore_sigint, restore_sigint
+from tests.whole.conftest import SYNTH, ignore_sigint, restore_sigint
 
 SCENES = 56
 GENERATE = ("generate", "--source", "scenes", "--limit", str(SCENES), "--json")
@@ -134,47 +132,3 @@ def test_signal_ends_run_with_hint_to_resume(
     assert process.returncode == code, progress
     assert "run the same command to resume" in progress
     assert "Traceback" not in progress
-
-
-def test_sigterm_ends_training_with_exit_code_143(tmp_path: Path) -> None:
-    make_version(tmp_path / "d", scene_samples(40))
-    command = [str(SYNTH), "train", "d", "--encoder", "tiny-vit", "--out", "captioner"]
-    command += ["--steps", "500", "--batch-size", "4"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint
-    )
-    log = tmp_path / "captioner" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, progress = process.communicate(timeout=600)
-    assert (process.returncode, (tmp_path / "captioner" / "resume.pt").exists()) == (143, True), progress
-    assert "add --resume to the same command" in progress.replace("\n", " ")
-
-
-def test_folder_source_gives_version_without_local_paths(synth: Run, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for number, color in enumerate(["red", "green", "blue"]):
-        image = Image.new("RGB", (120 + number, 90), color)
-        image.paste("white", (10, 10, 40, 40))
-        image.save(pictures / f"{color}.jpg")
-    (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    (pictures / "copy.jpg").write_bytes((pictures / "red.jpg").read_bytes())
-    engine = ("--engine", "embedded", "--model", "tiny")
-    done = require_success(synth("generate", "--source", "folder:pictures", *engine, "--json"))
-    assert "1 unreadable_image" in done.stderr
-    assert "1 duplicate_image" in done.stderr
-    result = json.loads(done.stdout)
-    manifest = json.loads((tmp_path / result["path"] / "manifest.json").read_text())
-    assert (manifest["source"]["name"], manifest["title"]) == ("folder", "pictures")
-    card = (tmp_path / result["path"] / "README.md").read_text()
-    assert "pretty_name: pictures\n" in card and "# pictures\n" in card
-    report = synth("report").stdout.strip()
-    assert f"<h1>pictures {result['version']}</h1>" in (tmp_path / report).read_text()
-    assert sum(manifest["rows"].values()) == 3
-    everything = "".join(
-        path.read_text(errors="replace") for path in (tmp_path / result["path"]).rglob("*") if path.is_file()
-    )
-    assert str(tmp_path) not in everything
-    assert "pictures/" not in everything

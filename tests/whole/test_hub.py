@@ -146,12 +146,14 @@ def test_invalid_push_is_refused_and_dry_run_sends_nothing(maker: User, hub: Run
     assert "has a captioner trained with other settings" in refused
 
 
-def test_version_is_made_again_from_manifest_and_journal(maker: User, tmp_path: Path) -> None:
+def test_settings_in_manifest_and_journal_make_the_same_version(maker: User, tmp_path: Path) -> None:
     data = maker.folder / "data" / "scenes"
-    manifest = DatasetDir(data).version("v1.0.0").path / "manifest.json"
+    manifest = DatasetDir(data).version("v1.0.0").manifest
+    (tmp_path / "settings.json").write_text(json.dumps(manifest["config"]))
     shutil.copytree(data / "journal", tmp_path / "again" / "journal")
-    done = maker.synth("generate", "--config", str(manifest), "--out", str(tmp_path / "again"), "--json")
+    options = ("--config", str(tmp_path / "settings.json"), "--out", str(tmp_path / "again"), "--json")
+    done = maker.synth("generate", *options)
     assert "sent 0 requests" in done.stderr
-    assert json.loads(done.stdout)["digest"] == json.loads(manifest.read_text())["digest"]
+    assert json.loads(done.stdout)["digest"] == manifest["digest"]
     report = maker.folder / maker.synth("report").stdout.strip()
     assert "hf_loopback" not in report.read_text() and str(maker.folder) not in report.read_text()

@@ -11,7 +11,6 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version
-from pipeline.errors import TableError
 from pipeline.estimate import estimate_run
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress
@@ -99,28 +98,6 @@ def test_killed_run_with_image_count_resumes(tmp_path: Path) -> None:
         assert len(chat.bodies) == num_requests + result.stats.asked and max(chat.times.values()) == 1
 
 
-@pytest.mark.parametrize(
-    ("share", "more", "rows", "message"),
-    [
-        (0.4, {"images": 20, "limit": 20}, range(6, 19), "--limit allows no more"),
-        (0.99, {"images": 300}, range(1, 15), "too few to read more"),
-        (1.0, {"images": 20}, None, None),
-    ],
-)
-def test_run_ends_at_limit_or_if_almost_nothing_is_kept(
-    share: float, more: dict[str, Any], rows: range | None, message: str | None, tmp_path: Path
-) -> None:
-    with running_chat(refuse_some(share)) as chat:
-        if rows is None or message is None:
-            with pytest.raises(TableError, match="no rows are left"):
-                run(tmp_path, chat, **more)
-        else:
-            result, notes = run(tmp_path, chat, **more)
-            assert [message in note for note in notes if "images were kept" in note] == [True]
-            assert result.version.num_rows in rows
-    assert len(chat.bodies) == more["images"]
-
-
 def test_next_limit_follows_share_of_kept_images() -> None:
     notes = Notes()
     config = resolve(source="scenes", images=10)
@@ -130,7 +107,10 @@ def test_next_limit_follows_share_of_kept_images() -> None:
     assert next_limit(config, 10, 5, notes, has_more=True) == 10 + 11
     assert next_limit(resolve(source="scenes", images=10, limit=12), 10, 5, notes, has_more=True) == 12
     assert next_limit(config, 10, 0, notes, has_more=True) is None
+    assert "too few to read more" in notes.texts[-1]
     assert next_limit(config, 10, 10, notes, has_more=True) is None
+    assert next_limit(resolve(source="scenes", images=10, limit=12), 12, 5, notes, has_more=True) is None
+    assert "--limit allows no more" in notes.texts[-1]
 
 
 def test_bad_review_does_not_continue_reading(tmp_path: Path) -> None:

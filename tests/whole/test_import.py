@@ -124,12 +124,6 @@ def test_human_captions_and_questions_become_version_and_captioner_without_model
     assert "- visual-question-answering" in card and "- image-to-text" in card
     again = generate_json(photos, "generate", "--tasks", "none", "--captions", "vqa.jsonl")
     assert (again["is_new"], again["digest"]) == (False, result["digest"])
-    manifest_path = f"{result['path']}/manifest.json"
-    config = ("--config", manifest_path, "--out", "e", "--source", "folder:photos", "--json")
-    refused = synth(photos, "generate", *config, code=1)
-    assert "refers to a file that does not exist here: captions" in refused.stderr
-    repeated = synth(photos, "generate", *config, "--captions", "coco.json", "--captions", "vqa.jsonl")
-    assert json.loads(repeated.stdout)["digest"] == result["digest"]
     training = ("--encoder", "tiny-vit", "--steps", "2", "--out", "captioner")
     trained = synth(photos, "train", "d", *training)
     assert "human texts" in trained.stderr

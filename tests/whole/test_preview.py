@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from pipeline.inference.model_licenses import UNKNOWN_LICENSE
-from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401  # fixtures
 from tests.chat.server import Act, ChatServer, running_chat, task_name, task_of
 from tests.commands import Done, require_success, run_synth
 from tests.whole.conftest import save_photos
@@ -53,38 +52,38 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     source = ("--source", "folder:photos", "--base-url", server.url, "--tasks", "caption")
     command = ("preview", *source, "-n", "7")
     described = json.loads(run(photos, *command, "--json").stdout)
-    assert [image["name"] for image in described["images"]] == [f"{number:02}.jpg" for number in range(7)]
-    assert described["skipped"] == ["05b.jpg: unreadable image (unknown image format)"]
-    texts = [text for image in described["images"] for reply in image["replies"] for text in reply["texts"]]
-    assert {text["rejected"] for text in texts} == {None, "too_short", "junk"}
-    assert all(reply["seconds"] > 0 for image in described["images"] for reply in image["replies"])
+    images = described["images"]
+    assert {*images} == {"05b.jpg", *(f"{number:02}.jpg" for number in range(7))}
+    assert images["05b.jpg"] == [["unknown image format", "read: the image cannot be read"]]
+    texts = [text for name, texts in images.items() if name != "05b.jpg" for text in texts]
+    assert len(texts) == 14
+    assert {reason for _, reason in texts} == {
+        None,
+        "filter: too few words",
+        "filter: markup, code or coordinates in the text",
+    }
+    assert {*described["prompts"]} == {"caption plain", "caption detailed"}
     num_requests = len(server.bodies)
     done = run(photos, *command)
     assert len(server.bodies) == num_requests  # the replies are reused
-    assert "would be rejected: too short" in done.stderr
-    assert "stored reply" in done.stderr
-    assert f"model: model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); prompts: " in done.stderr
-    assert UNKNOWN_LICENSE in (photos / done.stdout.strip()).read_text()
+    assert "rejected by filter: too few words" in done.stderr
+    assert f"asks caption of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); prompts: " in done.stderr
     assert done.stdout.strip() == "data/folder-photos/preview.html"
+    assert not (photos / "data/folder-photos/.trial").exists()
+    page = (photos / "data/folder-photos/preview.html").read_text()
+    assert ".trial" not in page and str(photos) not in page
     made = json.loads(run(photos, "generate", *source, "--json").stdout)
+    assert made["version"] == "v1.0.0"
     assert made["requests"]["total"] == 24
     assert made["requests"]["asked"] == 10  # requests for the five other images
 
 
-def test_preview_page_is_accessible_and_escapes_replies(
-    photos: Path,
-    server: ChatServer,
-    opened: Open,  # noqa: F811
-) -> None:
-    run(photos, "preview", "--source", "folder:photos", "--base-url", server.url, "-n", "3")
-    for options in ({}, {"viewport": PHONE}, {"color_scheme": "dark"}):
-        page = opened(photos / "data/folder-photos/preview.html", **options)
-        assert page.locator("section.item").count() == 3
-        assert page.locator("section.item img").first.evaluate("image => image.naturalWidth") > 100
-        assert page.locator("p b").count() == 1  # the model's name, not text of a model
-        assert page.get_by_text("A <b>view</b> of place number").count() > 0
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        assert violations(page) == []
+def test_preview_without_a_usable_text_states_each_reason(photos: Path, server: ChatServer) -> None:
+    server.script = lambda times, body: Act(json.dumps({"caption": "A dog."}))
+    source = ("--source", "folder:photos", "--base-url", server.url, "--tasks", "caption")
+    done = run(photos, "preview", *source, "-n", "1")
+    assert done.stderr.count("rejected by filter: too few words") == 2
+    assert done.stdout.strip() == "" and not (photos / "data/folder-photos/preview.html").exists()
 
 
 def test_estimate_counts_verification_retries_rejections_and_cost(photos: Path, server: ChatServer) -> None:
@@ -100,7 +99,7 @@ def test_estimate_counts_verification_retries_rejections_and_cost(photos: Path, 
     assert predicted["sampled_cost"] > 2 * 40 * predicted["asked"] / 1e6 and predicted["cost"] == 0
     assert predicted["lost_by"]["filter: too_short"] == 6
     assert "6 too short" in done.stderr or "6 filter: too short" in done.stderr
-    assert not (photos / "data/folder-photos/.estimate").exists()
+    assert not (photos / "data/folder-photos/.trial").exists()
     num_requests = len(server.bodies)
     made = json.loads(run(photos, *command, "--json").stdout)
     assert len(server.bodies) == num_requests

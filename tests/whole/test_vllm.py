@@ -16,7 +16,7 @@ import pytest
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
 from pipeline.inference.engines import TINY_WEIGHTS
-from tests.commands import require_success, run_process, run_synth
+from tests.commands import require_success, run_synth
 from tests.hostile import LONG
 from tests.scene_data import scene_samples, scenes_by_id, score_annotations
 from tests.whole.conftest import SYNTH, descendants, is_alive, restore_sigint, wait_until
@@ -218,13 +218,3 @@ def test_server_ends_with_killed_run(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     wait_until(lambda: not any(map(is_alive, family)), "the server is gone")
-
-
-def test_unknown_vllm_flag_is_one_error_with_hint(tmp_path: Path) -> None:
-    command = generate(tmp_path / "d", "--engine", "vllm", "--", "--warp-speed", "9")
-    done = run_process(*command, cwd=tmp_path, env=environment())
-    assert done.returncode == 1
-    error, hint = done.stderr.strip().splitlines()[-2:]
-    assert error.startswith("synth: vLLM exited with code")
-    assert "a flag after -- is not a flag of vLLM" in hint
-    assert "vllm.log" in hint

@@ -1,26 +1,11 @@
 """Ctrl-C and SIGTERM interrupt every command, and name only the way to resume that the command has."""
 
-import importlib
 import signal
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 import pipeline.cli
-
-
-def test_sigterm_that_an_import_would_swallow_is_delayed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = "import signal\ntry:\n    signal.raise_signal(signal.SIGTERM)\nexcept BaseException:\n    pass\n"
-    (tmp_path / "swallowing.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pipeline.cli.sigterm_as_ctrl_c() as terminated, pytest.raises(KeyboardInterrupt):
-        importlib.import_module("swallowing")
-        time.sleep(10)
-    assert terminated
 
 
 @pytest.mark.parametrize(

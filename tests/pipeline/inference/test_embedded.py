@@ -58,9 +58,6 @@ class Once:
     def sending(self, requests: Sequence[Request]) -> None:
         pass
 
-    def withdraw(self, requests: Sequence[Request]) -> None:
-        pass
-
 
 def replies(engine: Engine, batch: Iterable[Request]) -> dict[str, Reply]:
     return {reply.request_id: reply for group in engine.ask(Once(batch)) for reply in group}

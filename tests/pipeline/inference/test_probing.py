@@ -2,7 +2,6 @@
 
 import json
 import re
-from base64 import b64encode
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -216,18 +215,6 @@ def test_revision_is_read_from_the_model_name_or_hashed_from_name_and_root() -> 
 
 
 # --- addresses, keys and headers
-
-
-def test_login_in_a_server_address_is_sent_but_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SYNTH_API_KEY", "of-another-server")
-    with running_chat(ChatServer(model="llama")) as chat:
-        config = config_of(chat.url.replace("://", "://me:s%40cret-word@"), model="qwen")
-        with pytest.raises(EngineError, match="does not serve qwen") as caught:
-            model_of(config)
-        assert "cret" not in str(caught.value)
-        login = b64encode(b"me:s@cret-word").decode()
-        assert [sent["Authorization"] for sent in chat.headers] == [f"Basic {login}"]
-    assert "s@cret-word" in endpoints_of(config)[0].keys
 
 
 def test_api_key_from_the_environment_is_sent_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

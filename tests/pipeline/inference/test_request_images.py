@@ -68,7 +68,8 @@ def request(image: bytes, name: str = "a", max_pixels: int | None = None) -> Req
 @pytest.mark.parametrize("image", [encoded(), turned()], ids=["unchanged", "re-encoded"])
 def test_uuid_is_the_hash_of_the_sent_bytes(image: bytes) -> None:
     with ThreadPoolExecutor(1) as pool:
-        part: dict[str, Any] = json.loads(asyncio.run(RequestImages(None, pool).parts(request(image))))
+        images = RequestImages(lambda request: None, pool)
+        part: dict[str, Any] = json.loads(asyncio.run(images.parts(request(image))))
     head, _, data = part["image_url"]["url"].partition(",")
     assert head == "data:image/jpeg;base64"
     assert part["uuid"] == hashlib.sha256(base64.b64decode(data)).hexdigest()
@@ -79,7 +80,7 @@ def test_requests_of_an_image_share_one_encoding_and_unused_images_are_dropped()
 
     async def send() -> list[bytes]:
         with ThreadPoolExecutor(1) as pool:
-            request_images = RequestImages(None, pool)
+            request_images = RequestImages(lambda request: None, pool)
             request_images.keep = 2
             return [await request_images.parts(request(images[name], name)) for name in "abacab"]
 
@@ -91,7 +92,7 @@ def test_requests_of_an_image_share_one_encoding_and_unused_images_are_dropped()
 def test_image_has_the_pixels_of_its_request_and_its_share_of_the_context() -> None:
     image = encoded(size=(600, 400))
     with ThreadPoolExecutor(1) as pool:
-        request_images = RequestImages(100_000, pool)
+        request_images = RequestImages(lambda request: 100_000, pool)
         sizes = []
         for max_pixels in (None, 60_000):
             part = json.loads(asyncio.run(request_images.parts(request(image, max_pixels=max_pixels))))

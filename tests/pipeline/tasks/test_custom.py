@@ -138,7 +138,7 @@ def test_wire_schema_has_no_lengths_and_keeps_field_names() -> None:
 
 def test_prompt_ends_with_reply_example_and_task_name() -> None:
     own = task("labels", labels=["{{ a }}", "b"])
-    assert render(own).text == 'Look.\nReply as {"labels": ["{{ a }}" or "b", ...]}.\nTask: own'
+    assert render(own).text == 'Look.\nReply as {"labels":["{{ a }}" or "b",...]}.\nTask: own'
     assert render(own).id.startswith("own@")
 
 

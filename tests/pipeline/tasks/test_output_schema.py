@@ -98,8 +98,8 @@ def test_validator_checks_all_keywords() -> None:
 
 def test_schema_shape_shows_an_example_and_empty_value_matches_the_schema() -> None:
     assert shape_of(close_schema(WHOLE)) == (
-        '{"view": "front" or "side", "count": 1, "sure": true or false or null, "size": 0.5 or null, '
-        '"note": "..." or null, "parts": [{"class": "..."}, ...]}'
+        '{"view":"front" or "side","count":1,"sure":true or false or null,"size":0.5 or null,'
+        '"note":"..." or null,"parts":[{"class":"..."},...]}'
     )
     empty = {"view": "", "count": 0, "sure": False, "size": 0.0, "note": "", "parts": []}
     assert empty_value(close_schema(WHOLE)) == empty

@@ -1,6 +1,7 @@
 """Prompts: a shared system text, the task line at the end, and an id that changes with the wording."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.scenes.text import STYLES as KNOWN_STYLES
 from pipeline.tasks import TASKS
-from pipeline.tasks.checks import BLIND, CLAIMS, COVERS, REPAIR
+from pipeline.tasks.base import Task
+from pipeline.tasks.checks import BLIND, CHECKING, CLAIMS, COVERS, REPAIR
 from pipeline.tasks.prompts import DRAWS, STYLES, prompt_texts, render, template
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -31,6 +33,13 @@ def test_prompt_ends_with_its_task_line(case: tuple[str, dict[str, Any]], last: 
 
 def test_all_tasks_share_the_system_text() -> None:
     assert {render(TASKS[task], **values).system for task, values in CASES} == {template("system/v1").strip()}
+
+
+@pytest.mark.parametrize("task", [TASKS["qa"], TASKS["deck_qa"], *CHECKING], ids=lambda task: task.name)
+def test_reply_example_in_a_prompt_has_no_space_that_the_grammar_forbids(task: Task) -> None:
+    text = render(task, caption="", question="?", answer="", claims=(), count=1).text
+    (example,) = re.findall(r'Reply as (\{".*\})', text)
+    assert '": ' not in example and ', "' not in example
 
 
 def test_requests_without_an_image_have_a_separate_system_text() -> None:

@@ -1,0 +1,33 @@
+"""`synth serve`: settings of the server come from a file and from the arguments after --."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.cli.generate import serve
+from pipeline.errors import ConfigError
+
+
+def test_serve_reads_model_and_server_from_the_settings_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("pipeline.inference.engines.serve_model", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("sys.argv", ["synth", "serve", "--"])
+    context: Any = SimpleNamespace(args=["--seed", "1"])
+    file = tmp_path / "synth.yaml"
+    file.write_text(
+        "limit: 3\nmodel: org/model\nserver: {startup_timeout_s: 1800, flags: [--max-num-seqs=8]}\n"
+    )
+    for model, expected in ((None, "org/model"), ("org/other", "org/other")):
+        serve(context, model, None, file)
+        name, server, *_ = calls[-1]
+        assert (name, server.startup_timeout_s) == (expected, 1800)
+        assert server.flags == ("--max-num-seqs=8", "--seed", "1")
+    serve(context, None, None, None)
+    assert calls[-1][0] == "Qwen/Qwen2.5-VL-3B-Instruct"
+    file.write_text("server: {startup_timeout: 1800}\n")
+    with pytest.raises(ConfigError, match="server: unknown config key: startup_timeout"):
+        serve(context, None, None, file)
