@@ -51,9 +51,14 @@ MIN_WORDS_FOR_REPETITION = 12
 MIN_WORDS_OF_SENTENCE = 4
 # Maximum share of repeated trigrams in a text that was read from the image.
 MAX_DUPLICATE_FRAC_OF_READ_TEXT = 0.7
-_NO_TAGS = frozenset(("none", "n/a", "no tags", "unknown", "etc", "", "other", "misc", "various", "yes", "no", "maybe"))
+_NO_TAGS = frozenset(
+    ("none", "n/a", "no tags", "unknown", "etc", "", "other", "misc", "various", "yes", "no", "maybe")
+)
 # Absent objects, numbered tags, and tags with a value or a group.
-_ODD_TAG = re.compile(r"no (?!parking|smoking|entry)|tags? ?\d|[^,]*(?:[=;:(]| - )")
+_ODD_TAG = re.compile(
+    r"no (?!parking|smoking|entry)|tags? ?\d|(?:the|this) (?:image|picture|photo)\b|there |[48]k$"
+    r"|[^,]*(?:[=;:(]| - | is | are )|masterpiece$|best quality$|(?:ultra|highly) detailed$"
+)
 # Maximum number of equal parts in a list such as "a cat on the left, a cat on the right, ...".
 MAX_EQUAL_PARTS = 5
 
@@ -65,7 +70,9 @@ _ANSWER_ELSEWHERE = pattern("answer_elsewhere", re.IGNORECASE)
 _ANSWER_LABEL = pattern("answer_label", re.IGNORECASE)
 _GENERAL_QUESTION = pattern("general_question")
 _NOT_VISIBLE = pattern("not_visible", before=r"\b", after=r"\b")
+_OTHER_KIND = pattern("other_kind", re.IGNORECASE)
 _ALTERNATIVES = pattern("alternatives", re.IGNORECASE)
+_TAUTOLOGY = pattern("tautology", re.IGNORECASE)
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 _SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++\s+")
 
@@ -87,7 +94,7 @@ _HOW_MANY = re.compile(
     r"\b(?:how many|(?:what is|what's|count) the (?:total )?number of(?! (?:the|this|that)\b))\b",
     re.IGNORECASE,
 )
-_COUNT = pattern("count", re.IGNORECASE, before=r"\W*", after=r"(?: [\w-]+)?\W*")
+_COUNT = pattern("count", re.IGNORECASE, before=r"[~\"'\s]*", after=r"(?: [\w-]+)?[.!\"'\s]*")
 # A number has digits or is spelled out. The question may ask for a height or for words with numbers.
 _NUMBER = re.compile(
     rf"\d|\b(?:{expression('number_word')}|noon|midnight|first|second|third)\b", re.IGNORECASE
@@ -95,7 +102,9 @@ _NUMBER = re.compile(
 _NO_COUNT = re.compile(r"\bhow (?!many)\w+|\b(?:time|say|letter)\b", re.IGNORECASE)
 # A sentence of more than five words is too long for an answer to a built-in prompt.
 _SENTENCE_ANSWER = re.compile(
-    r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b(?:\s+\S+){5,}(?<=\.)$", re.IGNORECASE
+    r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b(?:(?:\s+\S+){5,}(?<=\.)$|"
+    r"\s+(?:\S+\s+)?(?:is|are|has|was)\b(?:\s+\S+){3,})",
+    re.IGNORECASE,
 )
 DEFAULT_ANSWER_WORDS = FilterConfig().max_answer_words
 _NAMING_WORDS = frozenset(
@@ -105,8 +114,26 @@ _CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.{0,300}\(?\b[B-Db-d2-4][).]\s")
 _OFFERS_ANSWER = re.compile(r"\bor (?:something|anything|someone) else\b", re.IGNORECASE)
 _REPEATED_ANSWER = re.compile(r"([a-z]+)(?:(?:,? and |, )\1)+|([a-z]+)(?: \2){2,}", re.IGNORECASE)
 # Answers of these words fit any question.
-_VAGUE = frozenset(("something", "somebody", "someone", "somewhere", "thing", "things", "stuff", "object", "objects"))
-_ANY_ANSWER = _VAGUE | {"a", "an", "the", "some", "various", "several", "different", "many", "other", "doing", "of"}
+# The kind that a question asks for, instead of an answer.
+_KINDS = frozenset(
+    ("action", "activity", "location", "object", "answer", "weather", "description", "attribute")
+)
+_VAGUE = frozenset(
+    ("something", "somebody", "someone", "somewhere", "thing", "things", "stuff", "object", "objects")
+)
+_ANY_ANSWER = _VAGUE | {
+    "a",
+    "an",
+    "the",
+    "some",
+    "various",
+    "several",
+    "different",
+    "many",
+    "other",
+    "doing",
+    "of",
+}
 _ARTICLES = frozenset(("a", "an", "the", "some"))
 _FILLERS = frozenset(("in", "color", "colored", "colour", "coloured", "of", "to"))
 
@@ -226,6 +253,7 @@ def is_repetitive(row: RuleInput) -> bool:
         or artifacts.has_run(row.main)
         or (len(row.words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(row.main))
         or artifacts.counts_on(row.words)
+        or artifacts.stutters(row.main, row.words)
         or (row.answer is not None and not asks_to_read(row) and bool(_REPEATED_ANSWER.fullmatch(row.answer)))
     )
 
@@ -297,9 +325,13 @@ def has_answer_label(row: RuleInput) -> bool:
 
 
 def is_off_type(row: RuleInput) -> bool:
-    """Return True if yes or no answers a question for something else, or for one of two alternatives."""
-    is_other = bool(_WH_QUESTION.match(row.main)) and not asks_to_read(row)
-    return row.answer in ("yes", "no") and (is_other or bool(_ALTERNATIVES.fullmatch(row.main)))
+    """Return True if an answer is of another kind than the question asks for, such as a color for a place."""
+    if not row.is_question or asks_to_read(row):
+        return False
+    if row.answer not in ("yes", "no"):
+        return bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
+    is_trivial = row.answer == "yes" and _TAUTOLOGY.fullmatch(row.main)
+    return bool(is_trivial or _WH_QUESTION.match(row.main) or _ALTERNATIVES.fullmatch(row.main))
 
 
 def is_no_number(row: RuleInput) -> bool:
@@ -386,7 +418,9 @@ def is_general(row: RuleInput) -> bool:
     if row.is_caption:
         return artifacts.is_too_general(row.words)
     return bool(_GENERAL_QUESTION.match(row.main.lower())) or (
-        bool(row.answer) and _ANY_ANSWER.issuperset(words := row.texts[-1][1]) and not _VAGUE.isdisjoint(words)
+        bool(row.answer)
+        and (words := row.texts[-1][1])
+        and (words[0] in _KINDS or (_ANY_ANSWER.issuperset(words) and not _VAGUE.isdisjoint(words)))
     )
 
 
@@ -448,7 +482,7 @@ RECORD_RULES = {
     name: RULES[name] for name in ("refusal", "prompt_echo", "too_short", "too_long", "other_language")
 }
 # The rules for texts of custom tasks that do not copy text from an image.
-TEXT_RULES = {name: RULES[name] for name in ("junk", "placeholder", "label")} | RECORD_RULES
+TEXT_RULES = {name: RULES[name] for name in ("junk", "placeholder", "label", "repetitive")} | RECORD_RULES
 
 
 def _repeats_parts(text: str) -> bool:

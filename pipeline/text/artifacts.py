@@ -6,6 +6,7 @@ The rules were measured on captions by humans and models (docs/measurements.md),
 import re
 from collections.abc import Collection, Iterable, Iterator
 from itertools import pairwise
+from operator import eq
 
 from pipeline.text import WORDS, pattern
 from pipeline.text.language import begins_longer_word, unquoted
@@ -16,7 +17,7 @@ from pipeline.text.normalize import contains_any, text_key, words_of
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;:()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]")
 _SPECIAL_PARTS = (
     *("_", ":", "--", "$$", "addCriterion", "ounding box", "bbox"),
-    *("oordinate", "pixel", " / ", " OR "),
+    *("oordinate", "pixel", " / ", " OR ", "XXX", "..."),
 )
 _ENDING_EMOJI = re.compile(r"[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]{1,2}$")
 _MARKUP = pattern("markup")
@@ -77,7 +78,7 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
         return True
     if (":" in text and _JSON_KEYS.search(text)) or ("(" in text and _POINTS.search(text)):
         return True
-    if text.count(".") > text.count(". ") + 1 and _GLUED.search(unquoted(text)):
+    if text.count(".", 0, -1) > text.count(". ") and _GLUED.search(unquoted(text)):
         return True
     may_match = not text.isascii() or contains_any(text, _SPECIAL_PARTS) or _SPECIAL.search(text)
     return bool(may_match and _MARKUP.search(unquoted(text)))
@@ -105,7 +106,7 @@ def has_label(text: str) -> bool:
 
 
 def has_caption_label(text: str) -> bool:
-    """Return whether a caption has labels, begins like an instruction or a thought, or ends with a question."""
+    """Return whether a caption has labels, begins as no description does, or ends with a question."""
     if (":" in text and _CAPTION_LABEL.match(text)) or _INSTRUCTION.match(text) or _CAPTION_START.match(text):
         return True
     return "?" in text[-3:] and bool(_QUESTION_AT_END.search(text))
@@ -142,6 +143,14 @@ def without_afterthoughts(text: str) -> str:
 def has_run(text: str) -> bool:
     """Return whether a word repeats a few characters many times in a row, as in 0000000000."""
     return max(map(len, text.split()), default=0) >= MIN_RUN_CHARACTERS and bool(_RUN.search(text))
+
+
+def stutters(text: str, words: list[str]) -> bool:
+    """Return whether more than one word outside of quotes is followed by itself, as in "on on the the"."""
+    if sum(map(eq, words, words[1:])) < 2:
+        return False
+    words = words_of(unquoted(text))
+    return sum(one == other and not one.isdigit() for one, other in pairwise(words)) > 1
 
 
 def counts_on(words: list[str]) -> bool:

@@ -18,7 +18,7 @@ _FOREIGN_WORDS = frozenset(WORDS["foreign"].split())
 _CLEARLY_FOREIGN = _FOREIGN_WORDS - {"de", "la", "le", "di", "un", "du", "del", "das", "des", "im", "am"}
 MIN_JOINED_LETTERS = 16
 # Texts with more words that are neither English nor names are nonsense.
-MIN_UNKNOWN_WORDS, MAX_UNKNOWN_FRAC = 3, 0.4
+MAX_UNKNOWN_WORDS, MAX_UNKNOWN_FRAC = 4, 0.5
 _LATIN = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 LATIN = frozenset(_LATIN.split())
 # Languages that the detector confuses with each other.
@@ -78,7 +78,7 @@ def has_odd_words(text: str, words: list[str], *, is_english: bool) -> bool:
     found = _lower_words(text)
     unknown = [word for word in found if not _is_english(word)]
     is_joined = any(len(word) >= MIN_JOINED_LETTERS for word in unknown)
-    is_nonsense = len(unknown) >= max(MIN_UNKNOWN_WORDS, MAX_UNKNOWN_FRAC * len(found))
+    is_nonsense = len(unknown) > max(MAX_UNKNOWN_WORDS, MAX_UNKNOWN_FRAC * len(found))
     is_mixed = len({*unknown} - _CLEARLY_FOREIGN) >= 2 and not _CLEARLY_FOREIGN.isdisjoint(found)
     return is_joined or is_nonsense or is_mixed
 
