@@ -459,6 +459,8 @@ def test_answer_in_question_is_detected(question: str, answer: str, *, gives_awa
         ("A kite that appears to be red flies over a harbour.", "hedge"),
         ("A kite flies over a harbour, possibly in Spain.", "hedge"),
         ("A kite over a harbour adds a sense of calm.", "mood"),
+        ("A kite flies over a harbour, adding a touch of color.", "mood"),
+        ("A kite over a harbour creates a calm and joyful scene.", "mood"),
         ("A kite flies over a harbour where there are no boats.", "absence"),
         ("A kite whose string isn't visible flies over a harbour.", "absence"),
         ("A kite whose string isn\u2019t visible flies over a harbour.", "absence"),
