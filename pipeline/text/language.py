@@ -33,7 +33,7 @@ _WORD = re.compile(r"\w+")
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 # Letters in Thai, Lao, Burmese and Khmer, which are written without spaces between words.
 _UNSPACED_LETTERS = re.compile(r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
-_FULL_WIDTH = re.compile(r"[\u3000-\u303f\uff01-\uff60]")
+_FULL_WIDTH = re.compile(r"[\u0964\u3000-\u303f\uff01-\uff60]")
 _GREEK_SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")
 
 

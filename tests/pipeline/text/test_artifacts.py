@@ -59,8 +59,10 @@ ENDS = (
 CAPTION_LABELS = (
     "Weather: a kite flies.", "A kite. Subject: a kite. Action: it flies.", "Describe the kite in the image.",
     "Please write a caption for a kite.", "Okay, a kite flies.", "First, I see a kite.", "Yes, a kite flies.",
-    "To summarize, a kite flies.", "(a) a kite over a bay", "B. A kite flies", "As you can see, a kite flies.",
-    "Same as before, a kite", "Look at this kite!", "Perfect for children, this kite flies.", "I think it is a kite.",
+    "To summarize, a kite flies.", "(a) a kite over a bay", "B. A kite flies",
+    "As you can see, a kite flies.",
+    "Same as before, a kite", "Look at this kite!", "Perfect for children, this kite flies.",
+    "I think it is a kite.",
     "Region caption a kite", "Detected a kite and a bay.", "2x kite, 1x boat", "kite 0.98, boat 0.95",
     "What flies over the bay?", "A kite flies. Which color should I name?", "It is unclear what flies.",
     "2. A kite flies.", "Image may contain: kite, sea", "Photo by John Smith", "A kite flies. Words: 3",
@@ -72,8 +74,10 @@ CHATS = (
     "Reply as JSON: a kite", "A kite in 20 words.",
     "A kite. Confidence 0.92", "A kite, with 95% confident", "The best caption is a kite", "A kite (3 words)",
     "A kite as instructed.", "A kite (continued)", "A kite. Hmm, what else?", "A kite; alternatively, a bird",
-    "This headline highlights a kite", "A kite, I mean a bird", "A kite, courtesy of NASA", "An AI-generated kite",
-    "A kite. It is important to wear gloves.", "A kite of 72 dpi", "A highly detailed kite", "A kite. Subscribe to it",
+    "This headline highlights a kite", "A kite, I mean a bird", "A kite, courtesy of NASA",
+    "An AI-generated kite",
+    "A kite. It is important to wear gloves.", "A kite of 72 dpi", "A highly detailed kite",
+    "A kite. Subscribe to it",
     "Alt text for a kite", "A kite. Buy now!", "In conclusion, a kite flies.", "Internal Server Error",
 )  # fmt: skip
 NO_CHATS = (
@@ -82,7 +86,8 @@ NO_CHATS = (
     "The instructions of a kite", "A kite is described in a class.", "A sure hand holds a kite.",
 )  # fmt: skip
 NO_CAPTION_LABELS = (
-    "First base at a ball game", "Noticeboards hang on a wall.", "No one sits on the bench.", "A I love kites sign",
+    "First base at a ball game", "Noticeboards hang on a wall.", "No one sits on the bench.",
+    "A I love kites sign",
     "Ideal kite weather at sea", 'A boy asks "who flies it?" of a man',
 )  # fmt: skip
 NO_LABELS = (
