@@ -1,7 +1,6 @@
 """Artifacts: markup, labels, placeholders, runs and unfinished ends, and good texts that resemble them."""
 
 from collections.abc import Callable
-from time import process_time
 
 import pytest
 
@@ -118,20 +117,6 @@ def test_markup_and_labels_are_detected_but_not_punctuation(
     detects: Callable[[str], bool], text: str, *, expected: bool
 ) -> None:
     assert detects(text) == expected
-
-
-@pytest.mark.parametrize(
-    "part", ["*a ", "'a", "-", ". ", "...", "a: ", "A: ", "[", "#a ", "1,", "\n ", "the "]
-)
-def test_long_text_is_judged_in_linear_time(part: str) -> None:
-    text = part * (100_000 // len(part))
-    words = words_of(text)
-    start = process_time()
-    for detects in (has_label, has_caption_label, has_markup, has_run, without_afterthoughts):
-        detects(text)
-    is_cut_off(text, words)
-    is_chat(text, ["you"])
-    assert process_time() - start < 5
 
 
 def test_placeholder_is_detected() -> None:
