@@ -12,8 +12,8 @@ from pipeline.text import WORDS, pattern
 from pipeline.text.language import begins_longer_word, unquoted
 from pipeline.text.normalize import contains_any, text_key, words_of
 
-# Every match of _MARKUP has one of these characters or parts. They are rare in captions, so testing for them
-# first makes the search 10 times faster.
+# Every match of _MARKUP in ASCII has one of these characters or parts. They are rare in captions, so testing
+# for them first makes the search 10 times faster.
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;:()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]")
 _SPECIAL_PARTS = (
     *("_", ":", "--", "$$", "addCriterion", "ounding box", "bbox"),
