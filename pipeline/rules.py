@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pipeline.config.sections import FilterConfig
 from pipeline.tables import HUMAN
-from pipeline.text import WORDS, artifacts, language
+from pipeline.text import WORDS, artifacts, expression, language, pattern
 from pipeline.text.normalize import text_key, words_of
 from pipeline.text.phrases import PHRASES
 from pipeline.text.refusals import is_refusal as says_refusal
@@ -51,48 +51,28 @@ MIN_WORDS_FOR_REPETITION = 12
 MIN_WORDS_OF_SENTENCE = 4
 # Maximum share of repeated trigrams in a text that was read from the image.
 MAX_DUPLICATE_FRAC_OF_READ_TEXT = 0.7
-_NO_TAGS = frozenset(("none", "n/a", "no tags", "unknown", "etc", ""))
+_NO_TAGS = frozenset(
+    ("none", "n/a", "no tags", "unknown", "etc", "", "other", "misc", "various", "yes", "no", "maybe")
+)
+# Absent objects, numbered tags, and tags with a value or a group.
+_ODD_TAG = re.compile(
+    r"no (?!parking|smoking|entry)|tags? ?\d|(?:the|this) (?:image|picture|photo)\b|there |[48]k$"
+    r"|[^,]*(?:[=;:(]| - | is | are )|masterpiece$|best quality$|(?:ultra|highly) detailed$"
+)
 # Maximum number of equal parts in a list such as "a cat on the left, a cat on the right, ...".
 MAX_EQUAL_PARTS = 5
 
-# "The text above the door" refers to text in the image, not in the prompt.
-_IN_IMAGE = r"(?!\s+(?:the|an?|his|her|its|their|this|that|it|them|him|each)\b)"
-_PICTURE = r"(?:image|picture|photo(?:graph)?)"
-# Match references to other texts, images, conversation turns or layouts. Expect text in lower case.
-_ELSEWHERE = re.compile(
-    rf"\b(?:(?:{_PICTURE}|passage|example)s? (?:above|below|provided)\b{_IN_IMAGE}"
-    rf"|(?:above|below|following|previous|preceding) (?:{_PICTURE}|passage|caption|description|question"
-    rf"|answer)s?"
-    r"|(?:mentioned|described|stated|listed|provided|discussed) (?:above|below|earlier|previously)"
-    r"|(?:as|previously|already) (?:described|mentioned|stated|discussed)"
-    rf"|(?:first|second|third|fourth|previous) {_PICTURE}(?! frame)"
-    rf"|(?<!this )(?<!the ){_PICTURE}s? (?:number |no\. ?)?\d+)\b"
-)
+_ELSEWHERE = pattern("elsewhere", before=r"\b", after=r"\b")
 # Nearly every match of _ELSEWHERE has one of these words, or the number of an image.
 _ELSEWHERE_HINTS = frozenset([*WORDS["elsewhere"].split(), *map(str, range(100))])
-_ELSEWHERE_IN_QUESTION = re.compile(
-    rf"\b(?:text (?:above|below|provided)\b{_IN_IMAGE}|(?:above|below|following|previous) (?:text|sentence)s?"
-    rf"|shown (?:earlier|previously)|based (?:only )?on (?:the|this) (?:text|passage|context|information"
-    rf"|{_PICTURE})"
-    r"|according to the (?:passage|caption|description|prompt|text\b(?! (?:in|on|at|of|above|below)\b))"
-    r"|in the (?:caption|description|prompt)|(?:does|do|did) the (?:caption|description|prompt)s?"
-    r"|which (?:option|choice|statement|of the following)|options? [a-d1-4]|true or false"
-    r"|(?:last|next|other|left|right) (?:image|photo|slide))\b"
-)
-# Questions that fit any image, and questions about what an image cannot show. Expect text in lower case.
-_GENERAL_QUESTION = re.compile(
-    rf"what (?:(?:is|are|can be) (?:being )?(?:shown|seen|visible|depicted|displayed|described) in|(?:does"
-    rf"|do|is|are)) "
-    rf"(?:the|this) (?:given |provided )?(?:{_PICTURE}|scene)"
-    r"(?: (?:show|depict|contain|about|of|represent|portray|feature))?\?"
-    rf"|(?:can you |please )?(?:describe|caption) (?:the|this) (?:{_PICTURE}|scene)"
-    rf"|what is the main (?:subject|topic|theme) of (?:the|this) {_PICTURE}"
-)
-_NOT_VISIBLE = re.compile(
-    rf"\b(?:(?:is|are) \w+(?: \w+)? thinking|(?:happens?|happened|happen) next|make you feel"
-    rf"|(?:mood|atmosphere) of (?:the|this) (?:{_PICTURE}|scene)|do you feel"
-    r"|(?:man|woman|boy|girl|person|child|dog|cat)'s (?:name|age|personality|phone number))\b"
-)
+_ELSEWHERE_IN_QUESTION = pattern("elsewhere_in_question", before=r"\b", after=r"\b")
+_ANSWER_ELSEWHERE = pattern("answer_elsewhere", re.IGNORECASE)
+_ANSWER_LABEL = pattern("answer_label", re.IGNORECASE)
+_GENERAL_QUESTION = pattern("general_question")
+_NOT_VISIBLE = pattern("not_visible", before=r"\b", after=r"\b")
+_OTHER_KIND = pattern("other_kind", re.IGNORECASE)
+_ALTERNATIVES = pattern("alternatives", re.IGNORECASE)
+_TAUTOLOGY = pattern("tautology", re.IGNORECASE)
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 _SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++\s+")
 
@@ -102,75 +82,29 @@ _READING = (
 )
 _READING_WORDS = frozenset([*_READING.split(), "label", "name"])
 
-_IT_IS = r"(?:(?:it(?:'s| is)|that(?:'s| is)|this is|they are|i am|i'm|the \w+(?: \w+)? (?:is|are)) )?"
-_NOT_GIVEN = (
-    r"visible|shown|specified|given|clear|clearly|sure|enough|known|possible|available|mentioned|provided"
-    r"|stated|legible"
-    r"|readable|discernible|determinable|determined|identifiable|certain|able|applicable|answerable"
-    r"|pictured|depicted"
-    r"|indicated|in (?:the )?(?:image|picture|photo|view)"
-)
-_WHO = r"(?:i |we |you |one )?"
-_CANNOT = (
-    r"(?:do not|don't|dont|does not|can ?not|can't|cant|could not|couldn't"
-    r"|unable|impossible|not able|hard|difficult)"
-)
-_TELL = (
-    r"(?:know|tell|say|see|seen|determined?|answer(?:ed)?|make out|identify|identified|read|be sure"
-    r"|discern(?:ed)?|assess)"
-)
-_NAMES = r"(?:clock|text|sign|name|label|number|brand|date|logo|image|people|person)"
-# Matches the beginning of answers that say nothing.
-_SAYS_NOTHING = (
-    r"(?:unknown|unclear|uncertain|unsure|undetermined|undeterminable|indetermina(?:te|ble)|unidentifi(?:ed"
-    r"|able))\b",
-    r"(?:unspecified|unreadable|illegible|unanswerable|inconclusive|idk|n/?a|insufficient|nobody knows)\b",
-    r"none of the (?:above|options)\b",
-    r"(?:n\.a\.|null$|cannot$|not$)",
-    rf"not (?:really )?(?:{_NOT_GIVEN})\b",
-    rf"{_WHO}{_CANNOT} (?:to )?(?:be |really )?{_TELL}\b",
-    r"no (?:idea|clue|information|answer|way to (?:tell|know|say))\b",
-    rf"no {_NAMES} (?:is )?(?:visible|shown|in view|present|there)\b",
-    r"there(?: is|'s| are) (?:no|not)\b",
-    r"too (?:blurry|blurred|unclear|fuzzy|faint)\b|too (?:small|dark|far|distant|low)(?: away)? to\b",
-)
-_NO_ANSWER = re.compile(rf"\W*{_IT_IS}(?:{'|'.join(_SAYS_NOTHING)})", re.IGNORECASE)
-# Matches such words anywhere in an answer, as in "age unknown" and "brand not shown in the image".
-_NOT_KNOWN = re.compile(
-    rf"\bnot (?:{_NOT_GIVEN})\b(?! for\b)|\b(?:cannot|can't|can not) (?:be )?(?:really |clearly )?"
-    r"(?:determined?|tell|told|identif(?:y|ied)|seen?|read|discern(?:ed)?|confirm(?:ed)?|inferred?)\b"
-    r"|\b(?:un(?:known|clear|identified|identifiable|specified|determined|readable)|illegible|indeterminate"
-    r"|(?:impossible|difficult|hard) to (?:tell|say|determine|see|identify|read))\b",
-    re.IGNORECASE,
-)
+# Answers that say nothing: their beginnings, and words anywhere, as in "age unknown".
+_NO_ANSWER = pattern("says_nothing", re.IGNORECASE, before=rf"\W*{expression('it_is')}")
+_NOT_KNOWN = pattern("not_known", re.IGNORECASE)
 # Words on signs and forms that resemble such answers.
-_ON_SIGN = re.compile(rf"(?!{_NAMES}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
+_ON_SIGN = re.compile(rf"(?!{expression('name')}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
 _NO_WORDS = re.compile(r"[\W_]*")
-_ASKING = r"what|where|who|which|how|why|when|whose"
-_ANOTHER_QUESTION = re.compile(
-    rf"\?\s+(?:(?:and|so|if so|also),? |(?:{_ASKING}|is|are|do|does|can)\b).*\?"
-    rf"|,? and (?:(?:{_ASKING}) (?!(?:other|else)\b)|why\?)",
-    re.IGNORECASE,
-)
-_WH_QUESTION = re.compile(rf"\s*(?:{_ASKING})\b", re.IGNORECASE)
+_ANOTHER_QUESTION = pattern("another_question", re.IGNORECASE)
+_WH_QUESTION = pattern("asking", re.IGNORECASE, before=r"\s*", after=r"\b")
 _HOW_MANY = re.compile(
     r"\b(?:how many|(?:what is|what's|count) the (?:total )?number of(?! (?:the|this|that)\b))\b",
     re.IGNORECASE,
 )
-_NUMBER_WORDS = (
-    r"zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh"
-    r"|nine)teen"
-    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty(?:[- ]\w+)?|(?:a |one )?(?:hundred|thousand|dozen)s?"
-    r"|none|no|nobody"
-    r"|both|half|once|twice|many|(?:a )?lots?|a (?:couple|pair)(?: of)?"
-)
-_COUNT = re.compile(rf"\W*(?:\d[\d.,]*\+?|{_NUMBER_WORDS})(?: [\w-]+)?\W*", re.IGNORECASE)
+_COUNT = pattern("count", re.IGNORECASE, before=r"[~\"'\s]*", after=r"(?: [\w-]+)?[.!\"'\s]*")
 # A number has digits or is spelled out. The question may ask for a height or for words with numbers.
-_NUMBER = re.compile(rf"\d|\b(?:{_NUMBER_WORDS}|noon|midnight|first|second|third)\b", re.IGNORECASE)
+_NUMBER = re.compile(
+    rf"\d|\b(?:{expression('number_word')}|noon|midnight|first|second|third)\b", re.IGNORECASE
+)
 _NO_COUNT = re.compile(r"\bhow (?!many)\w+|\b(?:time|say|letter)\b", re.IGNORECASE)
 # A sentence of more than five words is too long for an answer to a built-in prompt.
 _SENTENCE_ANSWER = re.compile(
-    r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b(?:\s+\S+){5,}(?<=\.)$", re.IGNORECASE
+    r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b(?:(?:\s+\S+){5,}(?<=\.)$|"
+    r"\s+(?:\S+\s+)?(?:is|are|has|was)\b(?:\s+\S+){3,})",
+    re.IGNORECASE,
 )
 DEFAULT_ANSWER_WORDS = FilterConfig().max_answer_words
 _NAMING_WORDS = frozenset(
@@ -178,6 +112,28 @@ _NAMING_WORDS = frozenset(
 )
 _CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.{0,300}\(?\b[B-Db-d2-4][).]\s")
 _OFFERS_ANSWER = re.compile(r"\bor (?:something|anything|someone) else\b", re.IGNORECASE)
+_REPEATED_ANSWER = re.compile(r"([a-z]+)(?:(?:,? and |, )\1)+|([a-z]+)(?: \2){2,}", re.IGNORECASE)
+# Answers of these words fit any question.
+# The kind that a question asks for, instead of an answer.
+_KINDS = frozenset(
+    ("action", "activity", "location", "object", "answer", "weather", "description", "attribute")
+)
+_VAGUE = frozenset(
+    ("something", "somebody", "someone", "somewhere", "thing", "things", "stuff", "object", "objects")
+)
+_ANY_ANSWER = _VAGUE | {
+    "a",
+    "an",
+    "the",
+    "some",
+    "various",
+    "several",
+    "different",
+    "many",
+    "other",
+    "doing",
+    "of",
+}
 _ARTICLES = frozenset(("a", "an", "the", "some"))
 _FILLERS = frozenset(("in", "color", "colored", "colour", "coloured", "of", "to"))
 
@@ -259,7 +215,10 @@ class RuleInput(NamedTuple):
 
 def is_refusal(row: RuleInput) -> bool:
     """Return True if the model declined to answer."""
-    return any(says_refusal(text, words, is_answer=text is row.answer) for text, words in row.texts)
+    may_quote = row.style == "ocr"
+    return any(
+        says_refusal(text, words, may_quote_sign=may_quote or text is row.answer) for text, words in row.texts
+    )
 
 
 def is_too_short(row: RuleInput) -> bool:
@@ -293,6 +252,9 @@ def is_repetitive(row: RuleInput) -> bool:
         or scores.distinct_word_frac < config.min_distinct_word_frac
         or artifacts.has_run(row.main)
         or (len(row.words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(row.main))
+        or artifacts.counts_on(row.words)
+        or artifacts.stutters(row.main, row.words)
+        or (row.answer is not None and not asks_to_read(row) and bool(_REPEATED_ANSWER.fullmatch(row.answer)))
     )
 
 
@@ -314,6 +276,10 @@ def is_other_language(row: RuleInput) -> bool:
             return True
         if row.answer and not is_read and config.language == "en" and _is_foreign_answer(row):
             return True
+    if config.language == "en" and language.has_odd_words(
+        row.main, row.words, is_english=scores.language_score == 1
+    ):
+        return True
     if scores.language in (None, config.language):
         return False
     min_score = config.min_language_score
@@ -348,7 +314,24 @@ def says_nothing(answer: str) -> bool:
 def is_unanswered(row: RuleInput) -> bool:
     """Return True if an answer says nothing, unless it may be the text on a sign."""
     is_on_sign = asks_to_read(row) and _ON_SIGN.fullmatch(row.answer or "")
-    return row.answer is not None and not is_on_sign and says_nothing(row.answer)
+    asks_back = (row.answer or "").endswith("?") and not asks_to_read(row)
+    return row.answer is not None and not is_on_sign and (asks_back or says_nothing(row.answer))
+
+
+def has_answer_label(row: RuleInput) -> bool:
+    """Return True if an answer has a label or an explanation, as in "the answer is red"."""
+    is_free = asks_to_read(row) or row.words[:1] == ["why"]
+    return bool(row.answer) and not is_free and bool(_ANSWER_LABEL.match(row.answer or ""))
+
+
+def is_off_type(row: RuleInput) -> bool:
+    """Return True if an answer is of another kind than the question asks for, such as a color for a place."""
+    if not row.is_question or asks_to_read(row):
+        return False
+    if row.answer not in ("yes", "no"):
+        return bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
+    is_trivial = row.answer == "yes" and _TAUTOLOGY.fullmatch(row.main)
+    return bool(is_trivial or _WH_QUESTION.match(row.main) or _ALTERNATIVES.fullmatch(row.main))
 
 
 def is_no_number(row: RuleInput) -> bool:
@@ -400,7 +383,7 @@ def _stem(word: str) -> str:
 def is_no_tag_list(row: RuleInput) -> bool:
     """Return True if tags are long, repeated, too many, or not in the configured script."""
     parts = _parts(row)
-    is_odd = not _NO_TAGS.isdisjoint(parts) or len(parts) > MAX_TAGS or "(" in row.main
+    is_odd = not _NO_TAGS.isdisjoint(parts) or len(parts) > MAX_TAGS or any(map(_ODD_TAG.match, parts))
     is_latin = row.config.language in language.LATIN
     is_odd = is_odd or (is_latin and row.scores.non_latin_frac > row.config.max_non_latin_frac)
     return is_odd or 4 * len(set(parts)) < 3 * len(parts) or _is_longer(parts, MAX_WORDS_OF_TAG)
@@ -426,14 +409,19 @@ def is_elsewhere(row: RuleInput) -> bool:
     for text, words in row.texts:
         if not _ELSEWHERE_HINTS.isdisjoint(words) and _ELSEWHERE.search(language.unquoted(text).lower()):
             return True
-    return row.is_question and bool(_ELSEWHERE_IN_QUESTION.search(row.main.lower()))
+    is_in_question = row.is_question and bool(_ELSEWHERE_IN_QUESTION.search(row.main.lower()))
+    return is_in_question or (not asks_to_read(row) and bool(_ANSWER_ELSEWHERE.match(row.answer or "")))
 
 
 def is_general(row: RuleInput) -> bool:
     """Return True if a caption or question fits nearly any image."""
     if row.is_caption:
         return artifacts.is_too_general(row.words)
-    return bool(_GENERAL_QUESTION.match(row.main.lower()))
+    return bool(_GENERAL_QUESTION.match(row.main.lower())) or (
+        bool(row.answer)
+        and (words := row.texts[-1][1])
+        and (words[0] in _KINDS or (_ANY_ANSWER.issuperset(words) and not _VAGUE.isdisjoint(words)))
+    )
 
 
 # Placeholders that replace personal data.
@@ -448,6 +436,7 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
         any(artifacts.has_label(text) for text, _ in row.texts)
         or any(artifacts.is_chat(text, words) for text, words in row.texts[row.is_question :])
         or (row.is_caption and artifacts.has_caption_label(row.main))
+        or has_answer_label(row)
     ),
     "prompt_echo": lambda row: artifacts.echoes_prompt(row.words, row.prompt_grams),
     "unanswerable": is_unanswered,
@@ -466,9 +455,7 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "no_single_question": lambda row: row.is_question and not is_one_question(row.main),
     "count_not_a_number": lambda row: row.is_question and is_no_count(row.main, row.answer or ""),
     "answer_not_a_number": is_no_number,
-    "answer_off_type": lambda row: (
-        row.answer in ("yes", "no") and bool(_WH_QUESTION.match(row.main)) and not asks_to_read(row)
-    ),
+    "answer_off_type": is_off_type,
     "answer_in_question": lambda row: row.is_question and gives_answer_away(row.main, row.answer or ""),
     "speaks_of_elsewhere": is_elsewhere,
 }
@@ -495,7 +482,7 @@ RECORD_RULES = {
     name: RULES[name] for name in ("refusal", "prompt_echo", "too_short", "too_long", "other_language")
 }
 # The rules for texts of custom tasks that do not copy text from an image.
-TEXT_RULES = {name: RULES[name] for name in ("junk", "placeholder", "label")} | RECORD_RULES
+TEXT_RULES = {name: RULES[name] for name in ("junk", "placeholder", "label", "repetitive")} | RECORD_RULES
 
 
 def _repeats_parts(text: str) -> bool:

@@ -136,14 +136,13 @@ CALIBRATION = pa.schema(
     [*fields(pa.list_(INT32), "claim_evidence"), *fields(pa.list_(CALIBRATED), "calibration")]
 )
 
-# Images and texts that must not be used for training (sources/exclusions.py). `name` is SOURCE#SPLIT.
+# Images that must not be used for training (sources/exclusions.py). `name` is SOURCE#SPLIT.
 # `crop_hashes` has hashes of the center crop, which is what many models see.
 EXCLUSIONS = pa.schema(
     [
         *fields(STRING, "name", "image_id", nullable=False),
         *fields(pa.binary(), "pdq_hash", nullable=False),
         *fields(pa.list_(pa.binary()), "crop_hashes"),
-        *fields(pa.list_(STRING), "texts", nullable=False),
     ]
 )
 

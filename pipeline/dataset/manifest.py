@@ -92,12 +92,9 @@ def describe_data(
 
 
 def describe_decontamination(
-    source: dict[str, Any], funnel: list[StepSummary], groups: int, contaminated: int
+    source: dict[str, Any], funnel: list[StepSummary], groups: int
 ) -> dict[str, Any]:
-    """Return the manifest fields about near-duplicate images and about texts from excluded datasets.
-
-    `groups` is the number of groups of near-duplicate images, `contaminated` the number of such texts.
-    """
+    """Return the manifest fields about near-duplicate images. `groups` is the number of their groups."""
     rejected = {summary.step: summary.rejected for summary in funnel}
     return {
         "compared_as": source["compared_as"],
@@ -106,7 +103,6 @@ def describe_decontamination(
         "near_held_out_annotations": rejected["dedupe"].get("near_held_out_image", 0),
         "never": source["never"],
         "banned_images": rejected["read"].get("banned_image", 0),
-        "repeated_texts": contaminated,
     }
 
 

@@ -1,11 +1,9 @@
-"""Decontamination: find images and texts that occur in other datasets, such as a benchmark's test set.
+"""Decontamination: find images that occur in other datasets, such as a benchmark's test set.
 
 Images match by their bytes, or by the PDQ hash of the whole excluded image or of its center crops. Mirrored
-photos match too. A caption that equals an excluded one is only marked, because a caption such as "A man rides
-a bike." fits many images.
+photos match too. Texts are not compared, because a caption such as "A man rides a bike." fits many images.
 """
 
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +21,8 @@ from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source, open_source
 from pipeline.storage.files import write_table
 from pipeline.tables import EXCLUSIONS
-from pipeline.text.content_keys import content_words
-from pipeline.text.normalize import strip_opening, words_of
 from pipeline.types import Rejected, Sample, Source
 
-NGRAM_WORDS = 5
-MIN_WORDS = 8  # shorter texts are compared only as a whole
-MIN_SHARE = 0.7  # minimum share of the shorter text's n-grams that both texts have
 CROPS = (1.0, 224 / 256)  # side lengths of square center crops, relative to the image's shorter side
 
 
@@ -41,21 +34,19 @@ def hash_images(sample: Sample) -> tuple[bytes, ...]:
 def exclusion_rows(
     name: str, samples: Iterable[Sample], kind: ImageKind | None = "photos"
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row (tables.EXCLUSIONS) per image. The row for a deck's first page holds the deck's texts.
+    """Yield one row (tables.EXCLUSIONS) per image.
 
     `kind` is the kind of images that will be compared with these rows. Crops are hashed only for photos.
     """
     for sample in samples:
         is_photo = kind == "photos" and len(sample.images) == 1
-        texts = [*sample.references, *(pair.question for pair in sample.reference_qa or ())]
         hashes = hash_images(sample) if kind else [b""] * len(sample.images)
-        for page, (image, page_hash) in enumerate(zip(sample.images, hashes, strict=True)):
+        for image, page_hash in zip(sample.images, hashes, strict=True):
             yield {
                 "name": name,
                 "image_id": image_id(image),
                 "pdq_hash": page_hash,
                 "crop_hashes": _crop_hashes(image) if is_photo else [],
-                "texts": texts if page == 0 else [],
             }
 
 
@@ -85,7 +76,7 @@ class ExclusionIndex:
     @classmethod
     def of(cls, table: pa.Table, kind: ImageKind | None) -> "ExclusionIndex":
         """Index the images in a table, for lookups of images of one kind."""
-        rows = table.drop_columns(["texts"]).to_pylist()
+        rows = table.to_pylist()
         hashes, datasets = list[bytes](), list[str]()
         for row in rows if kind else ():
             crops = row["crop_hashes"] if kind == "photos" else []
@@ -105,47 +96,6 @@ class ExclusionIndex:
         distances = image_distances(as_hashes(pdq_hashes), self.hashes, mirrored=self.kind == "photos")
         near = np.argwhere(distances <= MAX_NEAR_BITS[self.kind])
         return self.dataset_of_hash[int(near[0][1])] if len(near) else None
-
-
-@dataclass(slots=True)
-class TextIndex:
-    """Texts to keep out of the training data (tables.EXCLUSIONS), by content words and by word 5-grams."""
-
-    datasets: list[str] = field(default_factory=list)  # dataset of each text
-    ngram_counts: list[int] = field(default_factory=list)  # number of 5-grams in each text
-    dataset_of_words: dict[tuple[str, ...], str] = field(default_factory=dict)  # content words -> dataset
-    texts_of_ngram: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))
-
-    @classmethod
-    def of(cls, table: pa.Table) -> "TextIndex":
-        """Index the texts in a table."""
-        index = cls()
-        rows = table.select(["name", "texts"]).to_pylist()
-        for name, text in ((row["name"], text) for row in rows for text in row["texts"]):
-            index.dataset_of_words.setdefault(content_words(text), name)
-            ngrams = _ngrams(text) if len(words_of(text)) >= MIN_WORDS else set()
-            for ngram in ngrams:
-                index.texts_of_ngram[ngram].add(len(index.datasets))
-            index.datasets.append(name)
-            index.ngram_counts.append(len(ngrams))
-        return index
-
-    def find(self, text: str) -> str | None:
-        """Return the dataset with a text that has the same content words or enough 5-grams, or None."""
-        if (words := content_words(text)) and words in self.dataset_of_words:
-            return self.dataset_of_words[words]
-        if len(words_of(text)) < MIN_WORDS:
-            return None
-        ngrams = _ngrams(text)
-        shared = Counter(n for ngram in ngrams for n in self.texts_of_ngram.get(ngram, ()))
-        counts, own = self.ngram_counts, len(ngrams)
-        repeated = [n for n, count in shared.items() if count >= MIN_SHARE * min(own, counts[n])]
-        return self.datasets[min(repeated)] if repeated else None
-
-
-def _ngrams(text: str) -> set[tuple[str, ...]]:
-    words = words_of(strip_opening(text))
-    return {tuple(words[start : start + NGRAM_WORDS]) for start in range(len(words) - NGRAM_WORDS + 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +129,7 @@ def open_exclusions(config: Config) -> list[Exclusion]:
 def write_exclusions(
     dataset: DatasetDir, config: Config, exclusions: Sequence[Exclusion], progress: Progress
 ) -> list[dict[str, Any]]:
-    """Write the images and texts of the sources of --exclude to a table, and describe each source.
+    """Write the images of the sources of --exclude to a table, and describe each source.
 
     Raises SourceError if no image in a source can be read.
     """
@@ -201,7 +151,7 @@ def write_exclusions(
                 )
             if unread:
                 progress.warn(f"exclude {label}: {unread} rows could not be read, and were not excluded")
-            counts = {"images": len(rows), "texts": sum(len(row["texts"]) for row in rows), "unread": unread}
+            counts = {"images": len(rows), "unread": unread}
             described.append({"name": label, "revision": exclusion.source.revision, **counts})
             yield pa.Table.from_pylist(rows, schema=EXCLUSIONS)
 

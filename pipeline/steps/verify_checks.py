@@ -457,8 +457,7 @@ def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Ta
         rows = table.to_pylist()
         for row, subject in zip(rows, subjects, strict=True):
             if subject.rewritten:
-                # The new text has not been compared with the excluded datasets.
-                row |= subject.rewritten | {"contaminated_by": None}
+                row |= subject.rewritten
         table = pa.Table.from_pylist(rows, schema=table.schema)
     return append_columns(table, pa.Table.from_pylist(results, schema=CHECKED))
 

@@ -151,14 +151,11 @@ def publish_shards(
         parts = (part for shard in shards for part in read_batches(shard.step_file(NAME, "digests")))
         load(db, "digests", parts, DIGESTS)
         digests = pa.concat_tables([DIGESTS.empty_table(), *read(db.sql("FROM digests ORDER BY sample_id"))])
-    contaminated = sum(
-        table.num_rows - table["contaminated_by"].null_count for table in all_rows.batches("contaminated_by")
-    )
     statistics = reduce(merge, (part.statistics for part in written), DatasetStatistics())
     provenance = provenance | {
         "funnel": [asdict(summary) for summary in funnel],
         "measured": statistics.result(plan.config.filter.language),
-        "leakage": describe_decontamination(source, funnel, group_count, contaminated),
+        "leakage": describe_decontamination(source, funnel, group_count),
         "review": count_reviews(shards),
         **audit_rows(plan.dataset, written, row_extras(plan.config, plan.tasks)),
         **describe_checks(plan, shards),

@@ -5,145 +5,59 @@ The rules were measured on captions by humans and models (docs/measurements.md),
 
 import re
 from collections.abc import Collection, Iterable, Iterator
+from itertools import pairwise
+from operator import eq
 
-from pipeline.text import WORDS
+from pipeline.text import WORDS, pattern
 from pipeline.text.language import begins_longer_word, unquoted
 from pipeline.text.normalize import contains_any, text_key, words_of
 
-# Every match of _MARKUP has one of these characters or parts. They are rare in captions, so testing for them
-# first makes the search 10 times faster.
+# Every match of _MARKUP in ASCII has one of these characters or parts. They are rare in captions, so testing
+# for them first makes the search 10 times faster.
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;:()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]")
-_SPECIAL_PARTS = ("_", ":", "--", "$$", "addCriterion", "ounding box", "bbox", "oordinate", "pixel")
-_EMOJI = r"\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff"
-_ENDING_EMOJI = re.compile(rf"[{_EMOJI}]{{1,2}}$")
-_NUMBER = r"\d{1,4}(?:\.\d+)?"
-_MARKUP = re.compile(
-    # tags, template tokens, characters that change the text direction, emoji
-    r"<\|?/?[A-Za-z][^<>]{0,60}>|<\||\|>|<!--|[\u202d\u202e\ufffd]|addCriterion"
-    rf"|\b(?:USER|ASSISTANT|HUMAN|SYSTEM)\s*:|[{_EMOJI}]"
-    # Markdown, brackets other than those of redacted data, LaTeX, escape sequences, two hashtags
-    r"|[*]{2}|(?<!\w)[*_](?=\w)[^*_]+[*_](?!\w)|^\s*(?:[*\u2022|>]|\#{1,6}\s(?!\d))|\|[^|]*\||\#\#"
-    r"|(?<!\w)`|~~|={2}|[-=]>|-{3}|\$\$|\\|\[(?!(?:email|url|iban|phone|card|illegible|sic)\])"
-    r"|\#[A-Za-z][^#]*\#[A-Za-z]"
-    # JSON, names of files and of variables
-    r"|[{}]|[A-Za-z0-9]_[A-Za-z0-9]"
-    # boxes and points
-    rf"|\b[Bb]ounding box|bbox|<\s*{_NUMBER}\s*,\s*\d|\b[xywh]\d?\s*[=:]\s*\d|\b\d+ pixels"
-    r"|\bcoordinates?\s*(?:\w+\s*)?[:=]?\s*[(\[]?\s*\d"
+_SPECIAL_PARTS = (
+    *("_", ":", "--", "$$", "addCriterion", "ounding box", "bbox"),
+    *("oordinate", "pixel", " / ", " OR ", "XXX", "..."),
 )
+_ENDING_EMOJI = re.compile(r"[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]{1,2}$")
+_MARKUP = pattern("markup")
 _JSON_KEYS = re.compile(r"[\"']\s*[:,]\s*[\"']\s*\w+[\"']\s*:")
-_POINTS = re.compile(
-    rf"\(\s*{_NUMBER}%?\s*,(?:\s+|(?!\d{{3}}\b)){_NUMBER}%?\s*[,)]"
-    rf"|\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*(?:\)\s*,\s*\(\s*\d|,\s*{_NUMBER}\s*,)"
-)
-_TOKEN = re.compile(
-    r"<\|[^<>|]{1,40}\|>|</?s>|\[/?INST\]|\ufffd|addCriterion|bbox_2d|<image>|```|\|\s*-{3}|\\[a-z]+\{"
-)
-_UNREAD = re.compile(
-    r"^\W*(?:there (?:is|are)|no) (?:no )?(?:any )?(?:\w+ )?(?:text|words?|writing|letters)\b"
-    r"(?! (?:me|messag\w+|while)\b)"
-    r"|\btoo (?:small|blurry|blurred|dark|far|faint) to (?:be )?(?:read|made out)|\b(?:illegible"
-    r"|unreadable)\b"
-    r"|\b(?:translat(?:ed|es) (?:as|from|into|to)\b|translation\s*[:)])|\bcannot be read\b"
-    r"|\bin english\s*[:,)]|\bmeans?\b.{0,80}\bin english\b",
-    re.IGNORECASE,
-)
+_POINTS = pattern("points")
+_TOKEN = pattern("token")
+_GLUED = re.compile(r"[a-z]{3}\.[a-z]{3}")
+_UNREAD = pattern("unread", re.IGNORECASE)
 _FILE_NAME = re.compile(r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg)\b", re.IGNORECASE)
 _LIST_OR_ROLE = re.compile(r"\s*(?:-\s|1[.)]\s|(?:assistant|user|system)[:\s]\s*[A-Z])")
-_NAMES = (
-    r"caption|output|answer|question|title|description|response|result|reply|summary|headline|heading|version"
-    r"|alt(?:ernative)?(?:[ -]?text)?|text|scene|image|photo|picture|objects?|subject|tags?|keywords?|labels?"
-    r"|translation|option|analysis|observation|explanation|reasoning|thought|name|message"
+_LABEL = pattern("label", re.IGNORECASE)
+# A caption rarely begins with one or two words and a colon, and rarely has two labels or ends with one.
+_CAPTION_LABEL = re.compile(
+    r"\W*\w[\w'-]*(?: [\w'-]+)?\s?:\s|.*?\b[A-Z]\w+(?: \w+)?:\s[^:]*\b[A-Z]\w+(?: \w+)?:\s"
+    r"|.*[.!?]\s\(?[A-Z][\w-]*(?: \w+)?:\s"
 )
-_LABEL = re.compile(
-    r"^\W*(?:(?:the|a|an|my|your|short|brief|plain|detailed|image|photo|picture|possible|final|suggested"
-    r"|example)"
-    r"\s+){0,3}"
-    rf"(?:{_NAMES})(?:\s+(?:\d+|text|description|caption))?\W{{0,3}}[:=]\W*\S"
-    r"|[.!?\"]\s+\(?(?:(?:image|photo|detailed|short|possible(?=\s+c))\s+)?"
-    r"(?:caption|description|possible\s+prompt|answer|question|output|response|note|instruction|context"
-    r"|translation|explanation|tag|keyword|user|assistant|human|q|a)s?\s*\d*\s*:"
-    r"|^\s*\(?(?:note|question|instruction|context|q|a)s?\s*\d*\s*:",
-    re.IGNORECASE,
-)
-# A caption rarely begins with one or two words and a colon, and rarely has two words with a colon.
-_CAPTION_LABEL = re.compile(r"\W*\w[\w'-]*(?: [\w'-]+)?\s?:\s|.*?\b[A-Z]\w+:\s[^:]*\b[A-Z]\w+:\s")
-_CHAT_START = re.compile(
-    r"\s*(?:(?:sure|certainly|absolutely|of course|okay|ok|alright|great question|no problem)\b"
-    r"\s*(?:thing)?\s*[!,.:;-]|as (?:you )?requested\s*[,:]"
-    r"|the user (?:wants|asks|asked|requested|is asking)(?: me)?(?: for| to \w+)? (?:an?|the|this) "
-    rf"(?:\w+ )?(?:{_NAMES})\b"
-    r"|(?:here(?:'s|\u2019s| is| are)|th(?:is|e following|ese) (?:is|are)|below (?:is|are))\s+"
-    rf"(?:(?:a|an|the|your|my|one|some)\s+)?(?:\w+[ -]){{0,3}}(?:{_NAMES})s?\b[^.]{{0,40}}:"
-    r"|the (?:caption|tag|keyword|title|headline|answer|description|alt(?:ernative)? text)s? (?:for"
-    r"|of) (?:this|the) (?:image|picture|photo)s? (?:is|are)\b)",
-    re.IGNORECASE,
-)
-# An instruction at the start of a text is a copied prompt.
-_INSTRUCTION = re.compile(
-    r"\s*(?:please )?(?:describe|write|generate|provide|give|create|summari[sz]e|answer|list|return|output"
-    r"|reply"
-    r"|respond|explain|identify|use)\s+(?:the|an?|this|in|as|with|only|one|all|your|me|what|to|no|exactly)\b",
-    re.IGNORECASE,
-)
-# Matches sentences about the reply, its writer or its reader. Expects lower case and plain apostrophes.
-_CHAT = re.compile(
-    r"hope th(?:is|at) helps|let me know|feel free to|is there anything (?:else|specific|in particular)"
-    r"|\b(?:would|do|could|can|did) you (?:like|want|need|please|provide|share|upload|tell|prefer)\b"
-    r"|(?<!\bask )(?<!\basks )(?<!\basking )"
-    r"\bif you(?:'d)? (?:have|need|want|would|could|can|provide|share|upload|like)\b"
-    r"|\bhappy to (?:help|assist)\b(?! (?:an?|the|his|her|their|each)\b)"
-    r"|\byou (?:have |'ve )?(?:asked|provided|uploaded|shared|requested|sent)\b"
-    r"|\byour (?:request|query|question|input|prompt|instructions)\b|\bplease (?:note|let|provide|ensure)\b"
-    r"|\bi(?:'m| am)(?: not|n't) (?:sure|certain|able)\b|\bi (?:would|can|will) (?:describe|help|suggest"
-    r"|assume)\b"
-    # the request
-    r"|\byou are (?:an? |the )?(?:\w+[ -]){0,4}(?:assistant|ai|chatbot|model|captioner|annotator|expert)\b"
-    r"|\b(?:reply|respond|answer|return|output) (?:only |briefly |concisely )?(?:in|as|with"
-    r"|using) (?:\w+ ){0,3}"
-    r"(?:json|format|sentences?|words?|object|english|line|markdown|list|digits|phrase)\b|\bjson\b"
-    r"|\b(?:(?:the|this|my) prompt|(?:these|following) instructions)\b"
-    # the reply
-    r"|\balt(?:ernative)?[- ]text\b|\b(?:the|this|my|your|possible|suggested) (?:caption|alt tag)\b"
-    r"|\b(?:this|my|above|following) (?:description|response|reply|answer)\b"
-    # advertising, talk about cameras, essays, errors of servers
-    r"|\bstock photo(?! (?:studio|shoot|booth|agency)\b)"
-    r"|\broyalty[- ]free\b|\ball rights reserved\b|\bshot (?:on|with) an? (?:canon|nikon|sony"
-    r"|iphone)\b"
-    r"|\b[48]k (?:photo|image|resolution)|\bin conclusion\b|\bin summary\b|\breminding us\b|\breminds us\b"
-    r"|\b(?:buy|shop|order) now\b|\bfree shipping\b|\bclick here\b|\badd to cart\b|\blorem ipsum\b"
-    r"|\b(?:internal server error|request timed out|rate limit|traceback|content (?:policy|filter|warning))\b"
-)
-# "A sign with ten words" is frequent in captions.
-_LENGTH = re.compile(
-    r"\b(?:in|of|to|under|about|around|most|least|than|exactly|maximum|limit) "
-    r"(?:\d\d|ten|fifteen|twenty|thirty) (?:words|characters|tokens)\b|\(\d\d (?:words|characters|tokens)\b"
-    r"|in (?:one|two|three|a single|\d) (?:\w+ )?sentence"
-)
-_LENGTH_WORDS = frozenset(("words", "characters", "tokens", "sentence", "sentences"))
+_CHAT_START = pattern("chat_start", re.IGNORECASE, before=r"\s*")
+_CAPTION_START = pattern("caption_start", re.IGNORECASE, before=r"\W*")
+_INSTRUCTION = pattern("instruction", re.IGNORECASE)
+_CHAT = pattern("chat", before=r"\b")
+_LENGTH = pattern("length")
+_LENGTH_WORDS = frozenset(("words", "word", "characters", "tokens", "sentence", "sentences"))
 _CHAT_WORDS = frozenset(WORDS["chat"].split())
-_PLACEHOLDER = re.compile(
-    r"(?:(?:insert )?(?:your |an? |the |example |no |empty |some )?(?:image |alt )?"
-    r"(?:caption|text|question|answer|description|string|title|image|output|response|placeholder)"
-    r"(?: (?:here|text|goes here|available|provided|of the image|for the image))?"
-    r"|null|none|nil|nan|undefined|todo|tbd|n ?a|empty|unknown|not applicable|test|example)"
+_QUESTION_AT_END = re.compile(
+    r"(?:^|[.!?]\s)\W*(?:what|who|where|how|why|which|is|are|do|does|did|can|could|would|should|anything)\b"
+    r"[^.?!]*\?\W*$",
+    re.IGNORECASE,
 )
-_RUN = re.compile(r"(\S)\1{7}|(\S\S)\2{5}")
+_PLACEHOLDER = pattern("placeholder")
+_RUN = re.compile(r"(\S)\1{7}|(\S{2,8}?)\2{3}|\d{20}")
 MIN_RUN_CHARACTERS = 16
-# Words that cannot end a sentence, and words that cannot end it without a period. They are matched only in
-# lower case, since "Gate A" is complete.
-_CUT_OFF = re.compile(
-    r"(?:\b(?:an?|the|and|or|their|its|whose|than|because|next to)\s*[.,]?|\u2026|\.\.\."
-    r"|\b(?:of|with|that|which|who|is|are|was|were|while|into|from|for|at|to|as|his|my|this|these|very"
-    r"|there|has"
-    r"|have|containing|featuring|including|wearing|if|but|so|where|when|through|against|between|near"
-    r"|(?:that|which|sign|board|banner|shirt|label|text|lettering) (?:says?|reads?)\s*[\"']?))\s*$"
-)
+# Lists of more numbers, most of which continue the count, are loops.
+MAX_COUNTED = 15
+_CUT_OFF = pattern("cut_off", after=r"\s*$")
 # Length of the longest match of _CUT_OFF, including the preceding word.
 MAX_END_CHARACTERS = 24
 # Texts with more words end with a full stop, a quote or a bracket unless they are cut off.
 MAX_WORDS_WITHOUT_END = 30
 _END_MARKS = ".!?\"')\u201d\u2019\u00bb"
+_QUOTE_MARK = re.compile(r'(?<!\d)"')
 _LAST_WORD = re.compile(r"\s([a-z]{3,4})$")
 _GENERAL = frozenset(WORDS["general"].split())
 _NAMES_OF_ANYTHING = (
@@ -164,13 +78,15 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
         return True
     if (":" in text and _JSON_KEYS.search(text)) or ("(" in text and _POINTS.search(text)):
         return True
-    may_match = contains_any(text, _SPECIAL_PARTS) or _SPECIAL.search(text)
+    if text.count(".", 0, -1) > text.count(". ") and _GLUED.search(unquoted(text)):
+        return True
+    may_match = not text.isascii() or contains_any(text, _SPECIAL_PARTS) or _SPECIAL.search(text)
     return bool(may_match and _MARKUP.search(unquoted(text)))
 
 
 def has_token(text: str) -> bool:
     """Return whether a text has template tokens, boxes, tables or LaTeX, which no text on a sign has."""
-    return bool(_TOKEN.search(text))
+    return bool(_TOKEN.search(text) or ("(" in text and _POINTS.search(text)))
 
 
 def is_unread(text: str) -> bool:
@@ -190,8 +106,10 @@ def has_label(text: str) -> bool:
 
 
 def has_caption_label(text: str) -> bool:
-    """Return whether a caption begins with an instruction or any label, or consists of labeled parts."""
-    return bool((":" in text and _CAPTION_LABEL.match(text)) or _INSTRUCTION.match(text))
+    """Return whether a caption has labels, begins as no description does, or ends with a question."""
+    if (":" in text and _CAPTION_LABEL.match(text)) or _INSTRUCTION.match(text) or _CAPTION_START.match(text):
+        return True
+    return "?" in text[-3:] and bool(_QUESTION_AT_END.search(text))
 
 
 def is_chat(text: str, words: list[str]) -> bool:
@@ -223,14 +141,32 @@ def without_afterthoughts(text: str) -> str:
 
 
 def has_run(text: str) -> bool:
-    """Return whether a text repeats one or two characters many times in a row, as in 0000000000."""
+    """Return whether a word repeats a few characters many times in a row, as in 0000000000."""
     return max(map(len, text.split()), default=0) >= MIN_RUN_CHARACTERS and bool(_RUN.search(text))
+
+
+def stutters(text: str, words: list[str]) -> bool:
+    """Return whether more than one word outside of quotes is followed by itself, as in "on on the the"."""
+    if sum(map(eq, words, words[1:])) < 2:
+        return False
+    words = words_of(unquoted(text))
+    return sum(one == other and not one.isdigit() for one, other in pairwise(words)) > 1
+
+
+def counts_on(words: list[str]) -> bool:
+    """Return whether a text has a long list of numbers that mostly continue the count, as in 1 2 3 4."""
+    numbers = [int(word) for word in words if word.isdecimal() and len(word) <= MAX_END_CHARACTERS]
+    is_long = len(numbers) > MAX_COUNTED
+    return is_long and 4 * sum(b - a == 1 for a, b in pairwise(numbers)) > 3 * len(numbers)
 
 
 def is_cut_off(text: str, words: list[str]) -> bool:
     """Return whether a caption ends in the middle of a sentence: with "a", "and", three dots or the like."""
     text = text.rstrip()
-    if _CUT_OFF.search(text, max(0, len(text) - MAX_END_CHARACTERS)):
+    if _CUT_OFF.search(text, max(0, len(text) - MAX_END_CHARACTERS)) or text.count("(") > text.count(")"):
+        return True
+    # A quote mark after a number may stand for inches.
+    if text.count('"') % 2 and len(_QUOTE_MARK.findall(text)) % 2:
         return True
     if not text or text[-1] in _END_MARKS:
         return False

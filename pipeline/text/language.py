@@ -14,6 +14,11 @@ MIN_WORDS = 4
 MIN_ENGLISH_FRAC = 0.75
 FUNCTION_WORDS = frozenset(WORDS["function"].split())
 _FOREIGN_WORDS = frozenset(WORDS["foreign"].split())
+# Others are also in names of dishes and places, as in "pico de gallo".
+_CLEARLY_FOREIGN = _FOREIGN_WORDS - {"de", "la", "le", "di", "un", "du", "del", "das", "des", "im", "am"}
+MIN_JOINED_LETTERS = 16
+# Texts with more words that are neither English nor names are nonsense.
+MAX_UNKNOWN_WORDS, MAX_UNKNOWN_FRAC = 4, 0.5
 _LATIN = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 LATIN = frozenset(_LATIN.split())
 # Languages that the detector confuses with each other.
@@ -28,7 +33,7 @@ _WORD = re.compile(r"\w+")
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 # Letters in Thai, Lao, Burmese and Khmer, which are written without spaces between words.
 _UNSPACED_LETTERS = re.compile(r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
-_FULL_WIDTH = re.compile(r"[\u3000-\u303f\uff01-\uff60]")
+_FULL_WIDTH = re.compile(r"[\u0964\u3000-\u303f\uff01-\uff60]")
 _GREEK_SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")
 
 
@@ -62,12 +67,33 @@ def detect_short(text: str, words: list[str]) -> float:
     return 0.0 if code == "en" else score
 
 
+def has_odd_words(text: str, words: list[str], *, is_english: bool) -> bool:
+    """Return whether a text has words of another language among English ones, joined words or nonsense.
+
+    `is_english` is the result of `detect_language`. Names are not counted.
+    """
+    longest = max(map(len, words), default=0)
+    if is_english and longest < MIN_JOINED_LETTERS and _CLEARLY_FOREIGN.isdisjoint(words):
+        return False
+    found = _lower_words(text)
+    unknown = [word for word in found if not _is_english(word)]
+    is_joined = any(len(word) >= MIN_JOINED_LETTERS for word in unknown)
+    is_nonsense = len(unknown) > max(MAX_UNKNOWN_WORDS, MAX_UNKNOWN_FRAC * len(found))
+    is_mixed = len({*unknown} - _CLEARLY_FOREIGN) >= 2 and not _CLEARLY_FOREIGN.isdisjoint(found)
+    return is_joined or is_nonsense or is_mixed
+
+
 def is_foreign(text: str) -> bool:
     """Return whether a text has too few English words, apart from quotes and names, to be English."""
-    words = _WORD.findall(unquoted(text))
-    words = [word.lower() for n, word in enumerate(words) if n == 0 or not word[0].isupper()]
+    words = _lower_words(text)
     has_foreign = not _FOREIGN_WORDS.isdisjoint(words)
     return not _are_english(words) and (has_foreign or FUNCTION_WORDS.isdisjoint(words))
+
+
+def _lower_words(text: str) -> list[str]:
+    """Return the words outside of quotes, except words with a capital within a sentence, which are names."""
+    words = _WORD.findall(unquoted(text))
+    return [word.lower() for n, word in enumerate(words) if n == 0 or not word[0].isupper()]
 
 
 def _are_english(words: list[str]) -> bool:
@@ -77,7 +103,7 @@ def _are_english(words: list[str]) -> bool:
 @lru_cache(1 << 16)
 def _is_english(word: str) -> bool:
     """Return whether a word is a number, or is in WordNet with or without its ending."""
-    if word in FUNCTION_WORDS or word.isdigit():
+    if word in FUNCTION_WORDS or word[0].isdigit():
         return True
     if not word.isascii():
         return False

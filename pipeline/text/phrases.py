@@ -18,7 +18,8 @@ PHRASES: dict[PhraseKind, re.Pattern[str]] = {
     "mood": re.compile(
         r"\b(?:atmosphere|ambiance|ambience|mood|vibes?)\b"
         r"|\b(?:sense|feeling|air) of (?!(?:direction|humou?r|smell)\b)[a-z]+"
-        r"|\b(?:exud(?:es|ing)|evok(?:es|ing))\b"
+        r"|\b(?:exud(?:es|ing)|evok(?:es|ing))\b|\badd(?:s|ing) an? (?:\w+ )?(?:touch|element|charm)\b"
+        r"|\bcreat(?:es|ing) an? (?:\w+,? (?:and )?){0,3}(?:scene|experience|look|space|setting)\b"
     ),
     "absence": re.compile(
         r"\b(?:there (?:is|are) no|there (?:is|are)n['\u2019]t|no (?:other )?\w+ (?:is|are|can be) "

@@ -11,7 +11,7 @@ import pytest
 from examples.scenes.questions import ASK
 from pipeline.config.sections import FilterConfig, TaskConfig
 from pipeline.filtering import filter_annotations, own_prompt_grams
-from pipeline.rules import RULES, gives_answer_away, is_one_question, says_nothing
+from pipeline.rules import gives_answer_away, is_one_question, says_nothing
 from pipeline.scenes.scene import sample_scene
 from pipeline.scenes.text import STYLES, caption
 from pipeline.tables import STRING, fields
@@ -160,6 +160,37 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         (("What is the number of the bus?", "X7"), None),
         (("What is the number of buses?", "X7"), "count_not_a_number"),
         (("How many kites are there?", "a couple"), None),
+        (("How many kites are there?", "-1"), "count_not_a_number"),
+        (("How many kites are there?", "2.5"), "count_not_a_number"),
+        (("How many kites are there?", "1,200"), None),
+        (("Is the kite red or blue?", "yes"), "answer_off_type"),
+        (("Is there a kite or a bird?", "yes"), None),
+        (("Is the red kite red?", "yes"), "answer_off_type"),
+        (("Is the flag a British flag?", "yes"), None),
+        (("What color is the kite?", "flying"), "answer_off_type"),
+        (("Who flies the kite?", "on the beach"), "answer_off_type"),
+        (("Where is the kite?", "red"), "answer_off_type"),
+        (("Is the kite red?", "possibly"), "unanswerable"),
+        (("What is behind the bay?", "which bay?"), "unanswerable"),
+        (("What does the sign say?", "who?"), None),
+        (("What color is the kite?", "the answer is red"), "label"),
+        (("What color is the kite?", "red, because of the paint"), "label"),
+        (("Why does the kite fly?", "because of the wind"), None),
+        (("What flies over the harbour?", "something"), "too_general"),
+        (("What does the man do?", "action"), "too_general"),
+        (("Is this a picture?", "yes"), "too_general"),
+        (("What flies over the harbour?", "see image"), "speaks_of_elsewhere"),
+        (("What animals are there?", "dog, dog"), "repetitive"),
+        (("What time does the clock show?", "10:10"), None),
+        (("What is the name of the dog?", "Rex"), "not_visible"),
+        (("What is the capital of France?", "Paris"), "not_visible"),
+        (("The kite is red, right?", "yes"), "no_single_question"),
+        (("Tell me the color of the kite?", "red"), "no_single_question"),
+        (("Where is the dog?", "the dog is running on a beach"), "too_long"),
+        ("A man con un sombrero rides una bicicleta por la playa.", "other_language"),
+        ("A blorp with frunty dringles zints the vassock.", "other_language"),
+        ("A woman in a reddressisstandingnextto a car.", "other_language"),
+        ("A plate of dulce de leche on a table.", None),
     ],
 )
 def test_text_is_kept_or_rejected_with_reason(row: str | tuple[str, str], reason: str | None) -> None:
@@ -182,6 +213,16 @@ STYLED = (
     ("tags", "kite harbour sand running dog", "keywords"),
     ("tags", "kite, a harbour with many boats in it", "keywords"),
     ("tags", "none, none", "keywords"),
+    ("tags", "kite, no people, harbour", "keywords"),
+    ("tags", "kite, no parking, harbour", None),
+    ("tags", "kite = toy, harbour = place", "keywords"),
+    ("tags", "the kite is red, the sea is blue", "keywords"),
+    ("ocr", "Sorry, we're closed", None),
+    ("ocr", "STOP (partially visible)", "unanswerable"),
+    ("ocr", "Top left: STOP", "unanswerable"),
+    ("ocr", "The sign says STOP", "unanswerable"),
+    ("ocr", "The text of this agreement is binding.", None),
+    ("ocr", "STOP (120, 40, 300, 90)", "junk"),
     ("ocr", "EXIT", None),
     ("ocr", "SALE | 50% | *today* SALE | 50% | *today*", None),
     ("ocr", "| Kite | 1 | | --- | --- |", "junk"),
@@ -323,13 +364,6 @@ def test_texts_of_drawn_scenes_pass_all_rules() -> None:
     assert set(reasons(*rows)) == {None}
 
 
-def test_filter_adds_loses_or_reorders_no_row() -> None:
-    rows = table(GOOD, "kite " * 300, ("Why?", "no"), GOOD)
-    marked = filter_annotations(rows, FilterConfig())
-    assert marked["annotation_id"].to_pylist() == rows["annotation_id"].to_pylist()
-    assert set(marked["reason"].to_pylist()) - {None} <= set(RULES)
-
-
 def test_allowed_label_of_custom_task_is_not_a_prompt_echo() -> None:
     label = "a sign with words across the grass"
     prompt = f"Choose the labels that are true of this picture, such as {label}."
@@ -418,6 +452,8 @@ def test_answer_in_question_is_detected(question: str, answer: str, *, gives_awa
         ("A kite that appears to be red flies over a harbour.", "hedge"),
         ("A kite flies over a harbour, possibly in Spain.", "hedge"),
         ("A kite over a harbour adds a sense of calm.", "mood"),
+        ("A kite flies over a harbour, adding a touch of color.", "mood"),
+        ("A kite over a harbour creates a calm and joyful scene.", "mood"),
         ("A kite flies over a harbour where there are no boats.", "absence"),
         ("A kite whose string isn't visible flies over a harbour.", "absence"),
         ("A kite whose string isn\u2019t visible flies over a harbour.", "absence"),

@@ -117,9 +117,8 @@ def test_card_states_results_of_decontamination() -> None:
         "compared_as": "photos",
         "groups_of_images": 7,
         "near_held_out_annotations": 3,
-        "never": [{"name": "flickr30k#test", "revision": "abc", "images": 1000, "texts": 5000, "unread": 0}],
+        "never": [{"name": "flickr30k#test", "revision": "abc", "images": 1000, "unread": 0}],
         "banned_images": 2,
-        "repeated_texts": 4,
     }
     card = render_card(MANIFEST | {"leakage": leakage | {"near_bits": 70}}, [])
     assert "7 groups" in card and "3 annotations" in card

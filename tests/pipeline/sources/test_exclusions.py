@@ -1,9 +1,6 @@
-"""Decontamination: images and texts of excluded datasets are found, and clean ones pass."""
+"""Decontamination: images of excluded datasets are found, and clean ones pass."""
 
 import io
-import itertools
-import random
-from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -11,9 +8,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline.images.decode import check_image, image_id
-from pipeline.sources.exclusions import ExclusionIndex, TextIndex, exclusion_rows, parse_exclusion
+from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows, parse_exclusion
 from pipeline.tables import EXCLUSIONS
-from pipeline.types import ReferenceQA, Sample
+from pipeline.types import Sample
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 
 
@@ -31,16 +28,6 @@ def sample(*images: Image.Image, kind: str = "PNG", **more: object) -> Sample:
         pdq_hashes=tuple(page.pdq_hash for page in checked),
         **(defaults | more),
     )
-
-
-def contaminated(texts: Sequence[str], table: pa.Table) -> list[str | None]:
-    index = TextIndex.of(table)
-    return [index.find(text) for text in texts]
-
-
-def text_table(name: str, *texts: str) -> pa.Table:
-    row = {"name": name, "image_id": "i", "pdq_hash": b"", "texts": list(texts)}
-    return pa.Table.from_pylist([row], schema=EXCLUSIONS)
 
 
 def exclusion_table(*samples: Sample) -> pa.Table:
@@ -79,14 +66,6 @@ def test_one_excluded_page_excludes_a_deck() -> None:
     assert index.find(sample(photo(5), photo(6))) is None
 
 
-def test_exclusion_texts_are_captions_and_questions() -> None:
-    questions = (ReferenceQA(question="How many?", answers=("2",)),)
-    rows = list(
-        exclusion_rows("x", [sample(photo(1), photo(2), references=("A dog.",), reference_qa=questions)])
-    )
-    assert [row["texts"] for row in rows] == [["A dog.", "How many?"], []]
-
-
 @pytest.mark.parametrize(
     ("name", "source_and_split"),
     [
@@ -100,41 +79,3 @@ def test_exclusion_texts_are_captions_and_questions() -> None:
 )
 def test_exclusion_names_source_and_split(name: str, source_and_split: tuple[str, str | None]) -> None:
     assert parse_exclusion(name) == source_and_split
-
-
-WHO = ("firefighter", "gardener", "toddler", "violinist", "surfer", "welder", "referee", "juggler")
-DOES = ("leans against", "walks past", "points toward", "stares at", "kneels before", "climbs over")
-WHAT = ("a rusted gate", "the marble fountain", "a striped awning", "an overturned canoe", "a wooden step")
-WHEN = ("at dawn near the harbor", "under heavy gray clouds", "during a crowded parade", "in a quiet alley")
-
-
-def test_planted_leaks_are_found_and_clean_texts_pass() -> None:
-    rng = random.Random("leaks")
-    endings = [" ".join(parts) for parts in itertools.product(DOES, WHAT, WHEN)]
-    rng.shuffle(endings)
-    test = rng.sample([f"A {who} {ending}." for who, ending in itertools.product(WHO, endings[:60])], 400)
-    clean = [
-        f"One {who} {ending}." for who, ending in itertools.product(WHO, endings[60:])
-    ]  # same subjects, other actions
-    table = text_table("x#test", *test)
-    planted = {
-        "verbatim": test,
-        "case": [text.upper() for text in test],
-        "opening": [f"The image shows {text[0].lower()}{text[1:]}" for text in test],
-        "suffix": [f"{text[:-1]} in this view." for text in test],
-    }
-    for kind, changed in planted.items():
-        names = contaminated(changed, table)
-        assert sum(name == "x#test" for name in names) >= 0.99 * len(changed), kind
-    assert sum(name is not None for name in contaminated(clean, table)) <= 0.002 * len(clean)
-
-
-def test_contained_and_containing_texts_are_found() -> None:
-    short, sentence = (
-        "A painter leans against the marble fountain at dawn.",
-        "Two sleeping cats lie beside a rusted gate in the sun.",
-    )
-    table = text_table("x", short)
-    assert contaminated([f"{sentence} {short} {sentence}", sentence], table) == ["x", None]
-    table = text_table("x", f"{sentence} {short}")
-    assert contaminated([short], table) == ["x"]

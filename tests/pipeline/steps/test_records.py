@@ -191,17 +191,6 @@ def test_missing_annotations_are_rewritten_without_requests(
         assert len(server.bodies) == asked
 
 
-def test_run_with_all_replies_opens_no_engine(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with running_chat(ChatServer()) as server:
-        ask(photos, tmp_path / "d", server)
-        enter = "pipeline.inference.client.Client.__enter__"
-        monkeypatch.setattr(enter, lambda self: pytest.fail("an engine was opened"))
-        DatasetDir(tmp_path / "d").step_file("ask").unlink()
-        assert not ask(photos, tmp_path / "d", server).is_new
-
-
 def test_run_without_missing_replies_needs_no_server(photos: Path, tmp_path: Path) -> None:
     with running_chat(ChatServer()) as server:
         first = ask(photos, tmp_path / "d", server)
