@@ -19,12 +19,13 @@ from pipeline.errors import SynthError
 from pipeline.inference.engines import pick_engine
 from pipeline.inference.memory import GIB, QWEN_3B, memory_table, needed_gib
 from pipeline.inference.model_licenses import license_of
-from pipeline.inference.requests import check_prompts
+from pipeline.inference.requests import IMAGE_SIZE, check_prompts
 from pipeline.inference.vllm import MAX_TOKENS, VLLM_PYTHON, has_gpu, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.plan import Plan
 from pipeline.sources import find_source
 from pipeline.tasks.base import MAX_PIXELS
+from pipeline.tasks.conditions import ConditionError, parse_condition
 from pipeline.tasks.prompts import STYLES, names_in
 
 # Free GPU memory that the default model needs.
@@ -84,10 +85,12 @@ def check_tasks(paths: Sequence[Path]) -> Finding:
 
 
 def _columns_of(task: dict[str, Any]) -> set[str]:
-    """Return the columns that a task uses. check_prompts reports an invalid template."""
+    """Return the columns that a task uses. check_prompts reports an invalid template or condition."""
     try:
-        return {*names_in(task["prompt"], "row"), *task.get("require", ())}
-    except TemplateError:
+        conditions = [parse_condition(task[key]) for key in ("when", "keep_if") if key in task]
+        used = frozenset[str]().union(*(condition.names_in("row") for condition in conditions))
+        return {*names_in(task["prompt"], "row"), *(used - {*IMAGE_SIZE})}
+    except (TemplateError, ConditionError):
         return set()
 
 

@@ -140,6 +140,9 @@ StyleText = Annotated[str, Field(pattern=r"\S", max_length=20_000)]
 StylePrompts = Annotated[
     tuple[tuple[Style, StyleText], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)
 ]
+# A condition such as `row.width_px >= 256`, which tasks/conditions.py reads.
+Expression = Annotated[str, Field(pattern=r"\S", max_length=1000)]
+Conditions = Annotated[tuple[tuple[str, Expression], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)]
 # A JSON schema, whose fields keep their order, or the name of a pydantic model (`module:Model`).
 OutputSchema = Annotated[str, BeforeValidator(_as_json), PlainSerializer(_from_json)]
 BoxUnit = Literal["pixels", "thousandths"]  # pixels of the resized image, or thousandths of its sides
@@ -158,7 +161,8 @@ class TaskConfig(Section):
     rows: Annotated[str, Field(pattern=FIELD)] | None = None
     labels: Distinct[Label] = ()
     needs: Distinct[Annotated[str, Field(pattern=NEED)]] = ()
-    require: Distinct[Annotated[str, Field(min_length=1)]] = ()  # columns that need a value
+    when: Expression | None = None  # asks the task only about some images
+    keep_if: Expression | None = None  # drops all other images before other tasks are asked
     show_image: bool = True
     temperature: float = Field(default=0.0, ge=0, le=2)
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -198,6 +202,10 @@ class GenerateConfig(Section):
     """
     style_prompts: StylePrompts = ()
     """Instructions of your own caption styles by name, such as `{product: "Describe the product ..."}`."""
+    when: Conditions = ()
+    """Conditions of built-in tasks and caption styles, such as `{qa: row.width_px >= 256}`. Other images are
+    skipped for the task. docs/conditions.md explains them.
+    """
     caption_words: Annotated[int, Field(ge=1, le=400)] | None = None
     """Approximate number of words per caption. Null uses the length of the style."""
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
@@ -412,6 +420,10 @@ class VerifyConfig(Section):
 
     checks: Distinct[Check] = ()
     """Checks: `round_trip`, `claims`, `covers`, `blind`, `evidence`, `alignment`."""
+    when: Conditions = ()
+    """Conditions of checks, `repair` and `judge`, such as `{judge: scores.precision < 0.8}`. Other texts are
+    kept without the check.
+    """
     calibration: int = Field(default=200, ge=0)
     """Maximum images about which claims and a judge are also asked known truths and falsehoods."""
     max_true_captions_lost: float = Field(default=0.1, ge=0, le=1)

@@ -20,6 +20,7 @@ from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
 from pipeline.tasks.base import MAX_QA_PAIRS
 from pipeline.tasks.checks import MAX_CLAIMS, PHRASINGS
+from pipeline.tasks.conditions import is_wanted
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
@@ -124,9 +125,11 @@ def describe_losses(
             )
         if step and step.is_choice:
             continue
-        # Repeated images are not counted, since their texts are kept.
-        rows = summary.input - rejected.pop(REPEATED, 0)
-        lost = sum(rejected.values())
+        # Repeated images are not counted, since their texts are kept, and conditions of the user are choices.
+        chosen = sum(
+            rejected.pop(reason) for reason in [*rejected] if reason == REPEATED or is_wanted(reason)
+        )
+        rows, lost = summary.input - chosen, sum(rejected.values())
         if 2 * lost > rows:
             reason, count = max(rejected.items(), key=lambda item: item[1])
             hint = step.advice.get(reason, default_hint) if step else default_hint

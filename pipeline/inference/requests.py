@@ -18,15 +18,27 @@ from pipeline.tasks import TASKS, Tasks, tasks_making, wire_schema
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
 from pipeline.tasks.caption import max_tokens_of
 from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
+from pipeline.tasks.conditions import (
+    COLUMN,
+    INTEGER,
+    Condition,
+    ConditionError,
+    Names,
+    drop_reason,
+    parse_condition,
+)
 from pipeline.tasks.custom import CustomTask
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, prompt_texts, render
 from pipeline.text.language_codes import language_name
-from pipeline.types import Context, Reply, Request, SampleBatch, Sampling, SourceTexts
+from pipeline.types import Reply, Request, SampleBatch, Sampling, SourceTexts
 
+NO_INPUTS = SourceTexts()
 NO_RESULTS: Mapping[str, str] = MappingProxyType({})
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
 FILTER_KEYS = ("min_words", "max_words")  # settings of a custom task that do not change its requests
+RESULT_MISSING = "result_missing"  # reply_error of a task that was not asked, since it needs a missing result
+IMAGE_SIZE = ("width_px", "height_px")  # names in `row` of conditions, besides the columns of the source
 Pair = tuple[str, str]  # task and style, which is "" for most tasks
 
 
@@ -91,23 +103,48 @@ class RequestPlan:
         return max(limits, default=self.generate.max_tokens)
 
     @cached_property
+    def dropping(self) -> tuple[CustomTask, ...]:
+        """The tasks with `keep_if`, which may drop an image."""
+        return tuple(task for task in self.tasks.custom if task.keep_if)
+
+    def conditions(self, name: str, style: str) -> tuple[Condition, ...]:
+        """Return the conditions under which a task is asked for a style. All must be true."""
+        task = self.tasks[name]
+        if isinstance(task, CustomTask):
+            return (parse_condition(task.settings.when),) if task.settings.when else ()
+        return tuple(parse_condition(text) for key, text in self.generate.when if key in (name, style))
+
+    def _inputs_of(self, name: str, style: str) -> set[str]:
+        """Return the names of the results that must be known before a task is asked."""
+        first = () if self.tasks[name].keep_if else self.dropping
+        compared = (condition.names_in("results") for condition in self.conditions(name, style))
+        return {*self.tasks[name].needs, *(task.name for task in first)}.union(*compared)
+
+    @cached_property
+    def has_conditions(self) -> bool:
+        """Whether a task is asked only about some images."""
+        return bool(self.dropping) or any(self.conditions(*pair) for pair in self.pairs)
+
+    @cached_property
     def needed(self) -> frozenset[str]:
-        """The names of the results that custom tasks need."""
-        return frozenset(need for task in self.tasks.custom for need in task.needs)
+        """The names of the results that prompts or conditions need."""
+        dropping = (task.name for task in self.dropping)
+        return frozenset(dropping).union(*(self._inputs_of(*pair) for pair in self.pairs))
 
     @cached_property
     def rounds(self) -> tuple[tuple[Pair, ...], ...]:
         """The pairs of each round. A task is asked in a later round than the tasks whose results it needs.
 
-        Raises ConfigError if tasks need each other's results in a circle.
+        Tasks with `keep_if` are asked in the first round. Raises ConfigError if tasks need each other's
+        results in a circle.
         """
         waiting, done = [*self.pairs], set[str]()
         rounds = []
         while waiting:
-            ready = tuple(pair for pair in waiting if done.issuperset(self.tasks[pair[0]].needs))
+            ready = tuple(pair for pair in waiting if done.issuperset(self._inputs_of(*pair)))
             if not ready:
-                names = ", ".join(name for name, _ in waiting)
-                hint = "remove one name from the `needs` of one of them"
+                names = ", ".join(dict.fromkeys(name for name, _ in waiting))
+                hint = "remove one name from the `needs` or `when` of one of them"
                 raise ConfigError(f"circular dependency between tasks: {names}", hint=hint)
             rounds.append(ready)
             done |= {result_name(*pair) for pair in ready}
@@ -156,20 +193,21 @@ class RequestPlan:
 def build_requests(
     sample_id: str,
     plan: RequestPlan,
-    context: Context = (),
+    inputs: SourceTexts = NO_INPUTS,
     results: Mapping[str, str] = NO_RESULTS,
     pairs: Sequence[Pair] | None = None,
 ) -> Iterator[Request]:
     """Yield the requests about one sample, or only those for `pairs`. `with_images` adds the images.
 
-    Prompts may use source columns (`context`) and other tasks' results (JSON by name). A task is left out if
-    a column that it requires is empty, if a result that it needs is missing, or if its prompt cannot be
-    rendered with the result.
+    Prompts may use source columns and other tasks' results (JSON by name). A task is left out if
+    `find_skipped` returns it, or if its prompt cannot be rendered with a result.
     """
-    row = {"row": tuple(map(tuple, context))} if context else {}
-    for name, style in plan.pairs if pairs is None else pairs:
+    row = {"row": tuple(map(tuple, inputs.context))} if inputs.context else {}
+    pairs = plan.pairs if pairs is None else pairs
+    skipped = find_skipped(plan, inputs, results, pairs)
+    for name, style in pairs:
         task = plan.tasks[name]
-        if lacks_column(task, context) or any(need not in results for need in task.needs):
+        if (name, style) in skipped:
             continue
         used = {"results": tuple((need, results[need]) for need in task.needs)} if task.needs else {}
         values = row | used | _values_of(sample_id, plan, task)
@@ -191,9 +229,55 @@ def build_requests(
             yield Request(id=digest(identity), sample_id=sample_id, style=style, **pages, **fields)
 
 
-def lacks_column(task: Task, context: Context) -> bool:
-    """Return whether a column that a task requires is empty for a sample."""
-    return bool(task.require) and not all(dict(context).get(name, "").strip() for name in task.require)
+def find_skipped(
+    plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, str], pairs: Sequence[Pair]
+) -> dict[Pair, str]:
+    """Return the tasks and styles that are not asked about a sample, with their reasons.
+
+    A task that needs the result of a skipped task is skipped for the same reason.
+    """
+    if not plan.needed and not plan.has_conditions:
+        return {}
+    values = _decode(inputs, results)
+    dropped = find_dropped(plan, inputs, results)
+    skipped: dict[Pair, str] = {}
+    reasons: dict[str, str] = {}  # by the name of the missing result
+    for pair in (pair for of_round in plan.rounds for pair in of_round if pair in pairs):
+        task = plan.tasks[pair[0]]
+        missing = [need for need in task.needs if need not in results]
+        reason = None if task.keep_if else dropped
+        reason = reason or _find_unmet(plan.conditions(*pair), values)
+        if missing and not reason:
+            reason = next((reasons[need] for need in missing if need in reasons), RESULT_MISSING)
+        if reason:
+            skipped[pair] = reasons[result_name(*pair)] = reason
+    return skipped
+
+
+def find_dropped(plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, str]) -> str | None:
+    """Return the reason why a task with `keep_if` drops a sample, or None. A skipped task drops no sample."""
+    values = _decode(inputs, results) if plan.dropping else {}
+    for task in plan.dropping:
+        if not _find_unmet(plan.conditions(task.name, ""), values):
+            assert task.keep_if
+            if unmet := parse_condition(task.keep_if).find_unmet(values):
+                return drop_reason(task.name, unmet)
+    return None
+
+
+def _decode(inputs: SourceTexts, results: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    return condition_values(inputs, {name: json.loads(value) for name, value in results.items()})
+
+
+def _find_unmet(conditions: Sequence[Condition], values: Mapping[str, Mapping[str, Any]]) -> str | None:
+    return next(filter(None, (condition.find_unmet(values) for condition in conditions)), None)
+
+
+def condition_values(inputs: SourceTexts, results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the values that conditions read, by namespace. An empty column has no value."""
+    columns = {name: value.strip() or None for name, value in inputs.context}
+    size = {"width_px": inputs.width_px, "height_px": inputs.height_px}
+    return {"row": columns | size, "results": results}
 
 
 def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request]:
@@ -258,12 +342,6 @@ def check_needs(plan: RequestPlan) -> None:
             problem = f"the task {task.name} has no input: it uses no image, no result and no column"
             hint = "name tasks in `needs` and use their results, or use columns: --columns context=NAME"
             raise ConfigError(problem, hint=hint)
-        if unmapped := [name for name in task.require if name not in plan.context]:
-            problem = f"the task {task.name} requires {unmapped[0]}, which is not a context column"
-            columns = ",".join([*plan.context, *unmapped])
-            raise ConfigError(
-                problem, hint=did_you_mean(unmapped[0], plan.context, f"map it: --columns context={columns}")
-            )
         for need in task.needs:
             if need not in available:
                 names = sorted(available - {task.name})
@@ -275,7 +353,47 @@ def check_needs(plan: RequestPlan) -> None:
                 raise ConfigError(
                     f"the task {task.name} needs {need}, which this run does not have", hint=hint
                 )
+    check_conditions(plan)
     _ = plan.rounds  # raises ConfigError for circular needs
+
+
+def check_conditions(plan: RequestPlan) -> None:
+    """Raise ConfigError if a condition of a task is invalid."""
+    names = condition_names(plan)
+    known = [*dict.fromkeys(name for pair in plan.pairs for name in pair if name and pair[0] in TASKS)]
+    for key, text in plan.generate.when:
+        if key not in known:
+            problem = f"generate.when has {key}, which is not a built-in task or caption style of this run"
+            hint = did_you_mean(key, known, "a custom task has the key `when` in its own file")
+            raise ConfigError(problem, hint=hint)
+        check_condition(f"generate.when of {key}", text, names)
+    for task in plan.tasks.custom:
+        if task.settings.when:
+            read = {"row": names["row"]} if task.keep_if else names
+            check_condition(f"`when` of the task {task.name}", task.settings.when, read)
+        if task.keep_if:
+            own = names | {"results": {task.name: task.result_schema}}
+            check_condition(f"`keep_if` of the task {task.name}", task.keep_if, own)
+            if task.needs:
+                problem = f"the task {task.name} has `needs` and `keep_if`, but it is asked before all others"
+                raise ConfigError(problem, hint="leave out one of them")
+
+
+def condition_names(plan: RequestPlan) -> dict[str, dict[str, Any]]:
+    """Return the names that conditions may use, with their schemas, by namespace (conditions.Names)."""
+    row = dict.fromkeys(plan.context, COLUMN) | dict.fromkeys(IMAGE_SIZE, INTEGER)
+    return {
+        "row": row,
+        "results": {result_name(*pair): plan.tasks[pair[0]].result_schema for pair in plan.pairs},
+    }
+
+
+def check_condition(where: str, text: str, names: Names) -> None:
+    """Raise ConfigError with the place of the condition if it is invalid."""
+    try:
+        parse_condition(text).check(names)
+    except ConditionError as error:
+        raise ConfigError(f"{where}, {error}", hint=error.hint) from None
 
 
 def _empty_results(plan: RequestPlan, task: Task, *, nulls: bool) -> Results:

@@ -12,7 +12,7 @@ from pipeline.dataset.records import output_digest, read_record, step_key
 from pipeline.inference.journal import Journal
 from pipeline.inference.model_licenses import license_of
 from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations, read_results
-from pipeline.inference.requests import RequestPlan, build_requests
+from pipeline.inference.requests import IMAGE_SIZE, RequestPlan, build_requests
 from pipeline.plan import Plan
 from pipeline.steps.base import Services, Step, Work, ask_once, record_cost
 from pipeline.storage.files import write_table
@@ -42,17 +42,17 @@ class AskSettings:
         return [self.requests.describe(), self.keeps_human_texts, self.has_decks]
 
     def source_texts(self, row: Mapping[str, Any]) -> SourceTexts:
-        """Return the context of a sample (a row of tables.SAMPLE), and which human texts it has."""
-        context = tuple(row["context"] or ())
-        if not self.keeps_human_texts:
-            return SourceTexts(context)
-        return SourceTexts(context, *has_texts(row["references"], row["reference_qa"] or ()))
+        """Return the inputs of the requests about a sample (a row of tables.SAMPLE)."""
+        has_human = (False, False)
+        if self.keeps_human_texts:
+            has_human = has_texts(row["references"], row["reference_qa"] or ())
+        return SourceTexts(tuple(row["context"] or ()), *has_human, row["width_px"], row["height_px"])
 
     def requests_about(self, sample: Sample, journal: Journal) -> list[Request]:
         """Return the requests about a sample that can be built from the replies in the journal so far."""
-        pairs = self.requests.wanted(self.source_texts(sample.to_row()))
-        results = read_results(sample.id, self.requests, journal, sample.context)
-        return list(build_requests(sample.id, self.requests, sample.context, results, pairs))
+        inputs = self.source_texts(sample.to_row())
+        results = read_results(sample.id, self.requests, journal, inputs)
+        return list(build_requests(sample.id, self.requests, inputs, results, self.requests.wanted(inputs)))
 
     def sample_info(self, row: Mapping[str, Any], pages: int) -> SampleInfo:
         """Return the properties of a sample (a row of tables.SAMPLE) that its annotations depend on."""
@@ -118,9 +118,10 @@ def write_annotations(shard: DatasetDir, settings: AskSettings) -> None:
 
 
 def _read_source_texts(shard: DatasetDir, settings: AskSettings) -> TextsById:
-    if not settings.requests.context and not settings.requests.is_filling:
+    plan = settings.requests
+    if not plan.context and not plan.is_filling and not plan.has_conditions:
         return NO_TEXTS
-    batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa"])
+    batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa", *IMAGE_SIZE])
     return {row["sample_id"]: settings.source_texts(row) for batch in batches for row in batch.to_pylist()}
 
 

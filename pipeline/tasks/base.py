@@ -61,7 +61,7 @@ class Task:
     has_styles: bool = False  # whether there is one request for each of `generate.caption_styles`
     temperature_key: str = "qa_temperature"  # name of a setting in `generate`
     card_category: str | None = None  # task category on the Hub
-    require: tuple[str, ...] = ()  # columns of the source without whose values the task is not asked
+    keep_if: str | None = None  # condition of the images to which other tasks are applied
     needs: tuple[str, ...] = ()  # names of tasks or caption styles whose results the prompt uses
     shows_image: bool = True
     max_tokens: int | None = None  # None: use generate.max_tokens
@@ -90,6 +90,11 @@ class Task:
     def prompt(self) -> str:
         """The name of a built-in task's prompt template."""
         return f"{self.name}/v1"
+
+    @property
+    def result_schema(self) -> dict[str, Any]:
+        """The closed schema (output_schema.py) of the result that conditions use."""
+        return {"type": "array", "items": {"type": "object"}} if self.rows_field else {"type": "string"}
 
     def fields_of(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the values of the row model's fields from the columns of an annotation."""

@@ -158,6 +158,11 @@ class CustomTask(Task):
         is_list = self.rows_field is not None
         return OwnColumn(self.name, pa.list_(kind) if is_list else kind, self.settings.kind, is_list)
 
+    @property
+    def result_schema(self) -> Schema:
+        """See Task."""
+        return {"type": "array", "items": self.value} if self.rows_field else self.value
+
     def empty_result(self, *, nulls: bool = False) -> Any:
         """Return an empty result for testing prompts that use it. With `nulls`, optional values are null."""
         return [] if self.rows_field else output_schema.empty_value(self.value, nulls=nulls)
@@ -258,7 +263,7 @@ def _build(settings: TaskConfig) -> CustomTask:
         plain_field=plain_field,
         text_field="caption" if kind == "caption" else None,
         card_category=CARD_CATEGORIES.get(kind),
-        require=settings.require,
+        keep_if=settings.keep_if,
         needs=settings.needs,
         shows_image=settings.show_image,
         max_tokens=settings.max_tokens,

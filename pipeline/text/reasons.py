@@ -17,7 +17,8 @@ IN_WORDS = {
     "not_json": "the reply has no JSON object",
     "not_plain_text": "the reply is not the text alone",
     "off_schema": "the reply does not match the schema",
-    "column_empty": "a column that the task requires has no value",
+    "condition_false": "not asked: the condition of the task (`when`) is false",
+    "condition_without_value": "not asked: the condition of the task (`when`) needs a missing value",
     "cut_short": "the reply was cut off",
     "repeats_itself": "the reply runs in a loop",
     "refused_by_server": "the server refused the request",
@@ -83,7 +84,7 @@ SCORES_IN_WORDS = {
 
 
 def in_words(reason: str) -> str:
-    """Return a reason code in words. Unknown codes get spaces instead of underscores."""
+    """Return a reason code in words. Unknown codes, such as `dropped_by_TASK`, get spaces instead of `_`."""
     return IN_WORDS.get(reason, reason.replace("_", " "))
 
 

@@ -34,7 +34,9 @@ def test_interpreter_without_vllm_fails_the_check(monkeypatch: pytest.MonkeyPatc
 
 def test_custom_tasks_are_checked_without_source(tmp_path: Path) -> None:
     files = [tmp_path / "offer.yaml", tmp_path / "short.yaml"]
-    files[0].write_text("{name: offer, kind: text, require: [id], prompt: 'Say what {{ row.title }} is.'}")
+    files[0].write_text(
+        "{name: offer, kind: text, when: row.id is not null, prompt: 'Say what {{ row.title }} is.'}"
+    )
     files[1].write_text("{name: short, kind: text, needs: [offer], prompt: '{{ results.offer }}'}")
     finding = check_tasks(files)
     assert (finding.is_ok, finding.result) == (
