@@ -275,4 +275,4 @@ def _asked_texts(config: Mapping[str, Any]) -> tuple[set[str], set[str]]:
 
 def _measured(manifest: dict[str, Any]) -> list[Any]:
     """Return the fields that may change while the rows stay the same."""
-    return [manifest.get("audit"), manifest.get("checks")]
+    return [manifest.get(name) for name in ("audit", "checks", "skipped_checks")]

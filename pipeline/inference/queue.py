@@ -57,6 +57,7 @@ class RequestStats:
     judge_prompt_tokens: int = 0  # the judge's share of the tokens, which may have its own price
     judge_reply_tokens: int = 0
     uncounted: int = 0  # replies with estimated tokens
+    spent: Counter[str] = field(default_factory=Counter)  # see Journal.spent
     asking_s: float = 0.0
     seconds: dict[str, float] | None = None  # time of the last reply by request id, if recorded
 
@@ -321,9 +322,10 @@ def read_annotations(
 
 
 def last_reply(request: Request, journal: Journal) -> Reply:
-    """Return the last reply to a request. The journal must have one."""
+    """Return the last reply to a request, and count its tokens. The journal must have a reply."""
     last = journal.last(request.id)
     assert last is not None, f"no reply to {request.id}: the engine skipped the request"
+    journal.spend(request.task, last[0])
     return last[0]
 
 

@@ -1,5 +1,6 @@
 """Step: ask. Send the model requests about each sample of a shard, and write its replies as annotations."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -78,7 +79,7 @@ def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) ->
     def ask() -> dict[str, Any]:
         total = services.stats.total
         _send_requests(shard, settings, services)
-        write_annotations(shard, settings)
+        services.stats.spent += write_annotations(shard, settings)
         model = {"name": plan.model, "revision": plan.requests.revision}
         model |= {"license": license_of(plan.model)} if plan.model != NO_MODEL else {}
         return {"kept": services.stats.total - total, "rejected": {}, "model": model}
@@ -109,12 +110,16 @@ def _send_requests(shard: DatasetDir, settings: AskSettings, services: Services)
         progress("ask", samples, samples)
 
 
-def write_annotations(shard: DatasetDir, settings: AskSettings) -> None:
-    """Write the annotations of a shard (tables.ANNOTATION) from its journal and the human texts."""
+def write_annotations(shard: DatasetDir, settings: AskSettings) -> Counter[str]:
+    """Write the annotations of a shard (tables.ANNOTATION) from its journal and the human texts.
+
+    Return the requests and tokens that they needed (Journal.spent).
+    """
     texts = _read_source_texts(shard, settings)
     with Journal(shard.journal) as journal:
         annotations = read_annotations(_sample_infos(shard, settings), settings.requests, journal, texts)
         write_table(shard.step_file(NAME), annotations, ANNOTATION)
+        return journal.spent
 
 
 def _read_source_texts(shard: DatasetDir, settings: AskSettings) -> TextsById:

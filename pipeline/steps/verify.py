@@ -18,7 +18,8 @@ from pipeline.dataset.calibration import (
     read_findings,
 )
 from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
-from pipeline.steps.verify_checks import ALIGNMENT, CHECKED, VerifySettings, ask_checks
+from pipeline.steps.verify_checks import VerifySettings, ask_checks
+from pipeline.steps.verify_results import ALIGNMENT, CHECKED
 from pipeline.storage.database import load
 from pipeline.tables import (
     BOOL,

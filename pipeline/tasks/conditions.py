@@ -1,8 +1,8 @@
 """Conditions of tasks and checks: comparisons such as `row.width_px >= 256 and results.kind == "document"`.
 
 Python's parser reads a condition. Only comparisons, `and`, `or`, `not`, constants, lists of constants and the
-names in `Names` are accepted, so a condition calls no function and reaches no other object. Its cost is linear
-in its length and in the size of the values.
+names in `Names` are accepted, so a condition calls no function and reaches no other object. Its cost is
+linear in its length and in the size of the values.
 """
 
 import ast

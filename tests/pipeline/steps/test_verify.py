@@ -15,6 +15,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
 from pipeline.steps import verify_checks
+from pipeline.steps.verify_results import CheckedAnnotation
 from pipeline.storage.files import read_table
 from pipeline.tables import CALIBRATION, CHECK, FLOAT64, INT32, STRING, fields
 from tests.chat.server import ChatServer, running_chat
@@ -209,7 +210,7 @@ def test_checks_in_batches_equal_checks_of_all_rows(tmp_path: Path, monkeypatch:
 )
 def test_repair_only_leaves_out_words_of_refuted_claims(before: str, after: str, *, is_kept: bool) -> None:
     checks = claim_checks(0, *TRUE_CLAIM, claim="A man is there.") if "man" in before else []
-    subject = verify_checks.CheckedAnnotation(CAPTION | {"clean_text": before}, checks)
+    subject = CheckedAnnotation(CAPTION | {"clean_text": before}, checks)
     assert verify_checks._keeps_other_claims(subject, {"clean_text": after}) == is_kept
 
 
@@ -224,7 +225,7 @@ def checker_of(**settings: Any) -> verify_checks.AnnotationChecker:
 def test_caption_of_another_image_is_not_used_if_it_may_be_true(foreign: str, *, is_used: bool) -> None:
     checker = checker_of()
     checker.__dict__["_known_texts"] = {"a": KnownTexts((), foreign)}
-    caption = verify_checks.CheckedAnnotation(CAPTION | {"sample_id": "a", "prompt_id": "caption/v1@1"})
+    caption = CheckedAnnotation(CAPTION | {"sample_id": "a", "prompt_id": "caption/v1@1"})
     ((_, known_texts, _, _),) = checker._known_of([caption])
     assert known_texts.foreign == (foreign if is_used else None)
 
@@ -233,8 +234,8 @@ def test_warning_counts_captions_of_rows_without_known_texts() -> None:
     warnings: list[str] = []
     checker = checker_of(requests=None, progress=SimpleNamespace(warn=warnings.append))
     checker.__dict__["_ask"] = lambda *_: {"A caption of another image.": [], "A red ring.": []}
-    checker._split({"A caption of another image.": "a"})
-    checker._check_claims([verify_checks.CheckedAnnotation(CAPTION | {"sample_id": "a"})])
+    checker._split([("A caption of another image.", "a")])
+    checker._check_claims([CheckedAnnotation(CAPTION | {"sample_id": "a"})])
     assert warnings == ["verify: no usable reply for 1 of 1 captions, which are kept unchecked"]
 
 
@@ -255,5 +256,5 @@ def test_repaired_caption_has_the_bounds_of_its_style(style: str, *, is_kept: bo
         "An old man in a blue coat sits on a wooden bench beside a brown dog, while two children with red "
         "kites run along the wet beach toward a small white boat that lies under a gray and cloudy sky."
     )
-    (row,) = checker._filter([verify_checks.CheckedAnnotation(CAPTION | {"style": style})], [text])
+    (row,) = checker._filter([CheckedAnnotation(CAPTION | {"style": style})], [text])
     assert (row is not None) == is_kept
