@@ -109,9 +109,7 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
         source=config.source,
         model=plan.model,
         engine=describe_engine(plan, choice),
-        prompt_sources=describe_prompts(
-            plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts
-        ),
+        prompt_sources=describe_prompts(plan.tasks.asked, config.generate.prompt_dir),
         prompts=prompts,
         images=images,
         folder=folder.path,

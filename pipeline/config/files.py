@@ -184,10 +184,8 @@ def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[
             raise ConfigError(problem, hint=hint)
     custom_tasks = settings.get("custom_tasks")
     for task in custom_tasks if isinstance(custom_tasks, list) else ():
-        if not isinstance(task, dict) or isinstance(task.get("output"), str):
-            raise ConfigError(
-                f"the manifest {file} names Python code as the output of a task, which is not run", hint=hint
-            )
+        if not isinstance(task, dict):
+            raise ConfigError(f"the manifest {file} has a task that is not defined in it", hint=hint)
     sections = {name: value for name, value in settings.items() if isinstance(value, dict)}
     if AT_SERVER in str(sections.get("verify", {}).get("judge")):
         problem = f"the manifest {file} sets a judge: its server would get your images and your API key"

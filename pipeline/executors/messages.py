@@ -60,7 +60,7 @@ def describe_start(plan: Plan) -> str:
     asked = f"{tasks} of {public_name(choice.model)} ({describe_engine(plan, choice)})"
     human = f"{kept}, and " if config.keeps_human_texts else ""
     missing = " for missing texts:" if config.human_texts == "fill" else ""
-    prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts)
+    prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir)
     rated = f"; rated by {plan.choose_judge().model}" if config.verify.judge else ""
     notes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
     return f"{start}: {human}asks{missing} {asked}{rated}; prompts: {prompts}{describe_requests(plan)}{notes}"

@@ -153,7 +153,7 @@ class RequestPlan:
 
     def describe(self, *checks: Task) -> list[Any]:
         """Return everything that replies depend on, except the image. Includes the prompts of `checks`."""
-        prompts = prompt_texts([*self.tasks.asked, *checks], self.prompt_dirs, self.generate.style_prompts)
+        prompts = prompt_texts([*self.tasks.asked, *checks], self.prompt_dirs)
         values = [self.context, self.language, self.seed, self.is_filling, self.revision]
         return [self.tasks.describe(FILTER_KEYS), self.generate.model_dump(mode="json"), prompts, values]
 
@@ -306,7 +306,7 @@ def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
     """Render every prompt once (also for checks if `has_checks`). Raises ConfigError if one fails."""
     if plan.generate.prompt_dir:
         check_prompt_dir(plan.generate.prompt_dir, [*plan.tasks.asked, *(CHECKING if has_checks else ())])
-    folders, styles = plan.prompt_dirs, plan.generate.style_prompts
+    folders = plan.prompt_dirs
     context = tuple((name, "") for name in plan.context)
     check_needs(plan)
     if plan.generate.samples > 1 and max(map(plan.count_replies, plan.tasks.asked), default=1) == 1:
@@ -314,9 +314,9 @@ def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
         raise ConfigError(problem, hint="leave out --samples")
     for name, style in plan.pairs:
         task = plan.tasks[name]
-        check_names(task, folders, plan.context, styles, style)
+        check_names(task, folders, plan.context)
         for nulls in (False, True):
-            render(task, folders, context, styles, _empty_results(plan, task, nulls=nulls), style=style)
+            render(task, folders, context, _empty_results(plan, task, nulls=nulls), style=style)
     if has_checks:
         render(ANSWER, folders, question="?")
         render(CLAIMS, folders, caption="", count=1)
@@ -431,7 +431,7 @@ def _shared_fields(
     Renaming the keys of the digest would change all request ids, and all replies would be paid for again.
     """
     max_pixels = plan.max_pixels(task, values.get("style", ""))
-    prompt = render(task, plan.prompt_dirs, own_styles=plan.generate.style_prompts, **values)
+    prompt = render(task, plan.prompt_dirs, **values)
     schema = wire_schema(task) if task.asks_for_json(prompt.text) else None
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),

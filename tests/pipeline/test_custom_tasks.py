@@ -75,7 +75,7 @@ def text_task(prompt: str) -> str:
         (text_task("{% if %}"), "the prompt t is not a valid template"),
         ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
         ("{name: t, kind: text, prompt: a, show_image: false}", "the task t has no input"),
-        ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "cannot load the output no_module:X"),
+        ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "neither a JSON schema nor"),
     ],
 )
 def test_invalid_task_is_refused_with_hint(text: str, complaint: str, tmp_path: Path) -> None:

@@ -73,14 +73,15 @@ def test_documented_example_asks_only_what_its_conditions_allow(folder: Path) ->
         refused = run_synth("generate", "--config", "synth.yaml", cwd=folder)
         assert "`keep_if` of the task kind, character 17: 'blnk' is not a possible value" in refused.stderr
         assert "did you mean blank?" in refused.stderr and model.requests["kind"] == 21
-    rows = load_rows(folder / "data/photos")
+    (dataset,) = (folder / "data").iterdir()
+    rows = load_rows(dataset)
     assert len(rows) == 11 and {row["kind"] for row in rows} == {"photo", "document"}
     for row in rows:
         styles = {caption["style"] for caption in row["captions"]}
         is_photo = row["kind"] == "photo"
         assert styles == {"plain"} | ({"detailed"} if is_photo and row["width_px"] >= 256 else set())
         assert bool(row["reading"]) == (not is_photo)
-    (path,) = (folder / "data/photos/versions").glob("*/manifest.json")
+    (path,) = dataset.glob("versions/*/manifest.json")
     manifest = json.loads(path.read_text())
     funnel = {step["step"]: step for step in manifest["funnel"]}
     # All five texts of a blank image, and the tasks that a condition skips.
@@ -88,7 +89,7 @@ def test_documented_example_asks_only_what_its_conditions_allow(folder: Path) ->
     assert funnel["write"]["rejected"] == {"no_annotation_left": 10}
     assert manifest["skipped_checks"] == {"claims": {"condition_false": 11}}
     check_price(manifest, lines)
-    card, page = ((path.parent / "README.md").read_text(), (folder / "data/photos/report.html").read_text())
+    card, page = ((path.parent / "README.md").read_text(), (dataset / "report.html").read_text())
     assert "claims: not made for 11 texts (11 condition false)" in card and "not made for 11 texts" in page
     assert "tokens, cost" in card and "s per kept text" in page and "s per kept text" not in card
     assert "dropped by kind" in page
