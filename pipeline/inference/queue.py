@@ -262,9 +262,7 @@ def ask_about(
             for sample_id in samples.ids:
                 inputs = texts.get(sample_id, NO_INPUTS)
                 results = read_results(sample_id, plan, journal, inputs) if round_number else NO_RESULTS
-                wanted = plan.wanted(inputs)
-                now = [pair for pair in pairs if pair in wanted]
-                built += build_requests(sample_id, plan, inputs, results, now)
+                built += build_requests(sample_id, plan, inputs, results, pairs)
             yield built, samples
 
     return ask_all(requests(), plan, server, engine, journal, counts)
@@ -305,16 +303,13 @@ def read_annotations(
         for sample_id, pages, split, width_px, height_px, human in chunk:
             inputs = texts.get(sample_id, NO_INPUTS)
             results = read_results(sample_id, plan, journal, inputs)
-            wanted = plan.wanted(inputs)
-            requests = list(build_requests(sample_id, plan, inputs, results, wanted))
+            requests = list(build_requests(sample_id, plan, inputs, results))
             annotations = [*human]
             for request in requests:
                 reply = last_reply(request, journal)
                 frame = Frame(width_px, height_px, reply.max_pixels or request.max_pixels)
                 annotations += parse_reply(request, reply, plan.tasks, frame)
-            annotations += _not_asked(
-                sample_id, wanted, requests, find_skipped(plan, inputs, results, wanted)
-            )
+            annotations += _not_asked(sample_id, plan, requests, find_skipped(plan, inputs, results))
             if reason := find_dropped(plan, inputs, results):
                 annotations = [row | {"reply_error": reason} for row in annotations]
             rows += [row | {"pages": pages, "source_split": split} for row in annotations]
@@ -348,11 +343,11 @@ def read_results(
 
 
 def _not_asked(
-    sample_id: str, wanted: Sequence[Pair], requests: Sequence[Request], skipped: Mapping[Pair, str]
+    sample_id: str, plan: RequestPlan, requests: Sequence[Request], skipped: Mapping[Pair, str]
 ) -> Iterator[dict[str, object]]:
     """Yield an annotation with an error for each task that was not asked."""
     asked = {(request.task, request.style) for request in requests}
-    for name, style in wanted:
+    for name, style in plan.pairs:
         if (name, style) not in asked:
             flaw = skipped.get((name, style), RESULT_MISSING)
             ids = {"annotation_id": digest([sample_id, name]), "sample_id": sample_id, "request_id": ""}

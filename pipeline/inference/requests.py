@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,7 @@ from pipeline.config.sections import ANY_LANGUAGE, GenerateConfig
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.sources import find_source
-from pipeline.tasks import TASKS, Tasks, tasks_making, wire_schema
+from pipeline.tasks import TASKS, Tasks, wire_schema
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
 from pipeline.tasks.caption import max_tokens_of
 from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
@@ -52,7 +53,7 @@ class RequestPlan:
     context: tuple[str, ...]  # names of the source columns that prompts may use
     language: str | None
     seed: int
-    is_filling: bool  # ask only for captions or questions that the source lacks
+    is_filling: bool  # whether built-in tasks are asked only about images without human texts
     revision: str  # digest or commit of the model
     shows_detail: bool = False  # whether the images are pages
 
@@ -112,7 +113,11 @@ class RequestPlan:
         task = self.tasks[name]
         if isinstance(task, CustomTask):
             return (parse_condition(task.settings.when),) if task.settings.when else ()
-        return tuple(parse_condition(text) for key, text in self.generate.when if key in (name, style))
+        texts = [text for key, text in self.generate.when if key in (name, style)]
+        is_needed = any(result_name(name, style) in other.needs for other in self.tasks.custom)
+        if self.is_filling and not is_needed:
+            texts.append("not row.has_captions" if task.text_field else "not row.has_questions")
+        return tuple(map(parse_condition, texts))
 
     def _inputs_of(self, name: str, style: str) -> set[str]:
         """Return the names of the results that must be known before a task is asked."""
@@ -157,18 +162,6 @@ class RequestPlan:
         values = [self.context, self.language, self.seed, self.is_filling, self.revision]
         return [self.tasks.describe(FILTER_KEYS), self.generate.model_dump(mode="json"), prompts, values]
 
-    def wanted(self, texts: SourceTexts) -> tuple[Pair, ...]:
-        """Return the task and style of each request about a sample, in order.
-
-        If the model only fills gaps, leaves out captions or questions that the source has, unless a custom
-        task needs them.
-        """
-        if not self.is_filling:
-            return self.pairs
-        done = tasks_making("captions") if texts.has_captions else frozenset[str]()
-        done |= tasks_making("questions") if texts.has_questions else frozenset()
-        return tuple(pair for pair in self.pairs if pair[0] not in done or result_name(*pair) in self.needed)
-
     def count_replies(self, task: Task) -> int:
         """Return the number of requests per sample and style, which is greater than 1 only for captions."""
         return self.generate.samples if task.text_field and not task.rows_field else 1
@@ -203,9 +196,8 @@ def build_requests(
     `find_skipped` returns it, or if its prompt cannot be rendered with a result.
     """
     row = {"row": tuple(map(tuple, inputs.context))} if inputs.context else {}
-    pairs = plan.pairs if pairs is None else pairs
-    skipped = find_skipped(plan, inputs, results, pairs)
-    for name, style in pairs:
+    skipped = find_skipped(plan, inputs, results)
+    for name, style in plan.pairs if pairs is None else pairs:
         task = plan.tasks[name]
         if (name, style) in skipped:
             continue
@@ -229,9 +221,7 @@ def build_requests(
             yield Request(id=digest(identity), sample_id=sample_id, style=style, **pages, **fields)
 
 
-def find_skipped(
-    plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, str], pairs: Sequence[Pair]
-) -> dict[Pair, str]:
+def find_skipped(plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, str]) -> dict[Pair, str]:
     """Return the tasks and styles that are not asked about a sample, with their reasons.
 
     A task that needs the result of a skipped task is skipped for the same reason.
@@ -242,7 +232,7 @@ def find_skipped(
     dropped = find_dropped(plan, inputs, results)
     skipped: dict[Pair, str] = {}
     reasons: dict[str, str] = {}  # by the name of the missing result
-    for pair in (pair for of_round in plan.rounds for pair in of_round if pair in pairs):
+    for pair in chain.from_iterable(plan.rounds):
         task = plan.tasks[pair[0]]
         missing = [need for need in task.needs if need not in results]
         reason = None if task.keep_if else dropped
@@ -276,8 +266,8 @@ def _find_unmet(conditions: Sequence[Condition], values: Mapping[str, Mapping[st
 def condition_values(inputs: SourceTexts, results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the values that conditions read, by namespace. An empty column has no value."""
     columns = {name: value.strip() or None for name, value in inputs.context}
-    size = {"width_px": inputs.width_px, "height_px": inputs.height_px}
-    return {"row": columns | size, "results": results}
+    others = {name: value for name, value in inputs._asdict().items() if name != "context"}
+    return {"row": columns | others, "results": results}
 
 
 def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request]:

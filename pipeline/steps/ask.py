@@ -53,7 +53,7 @@ class AskSettings:
         """Return the requests about a sample that can be built from the replies in the journal so far."""
         inputs = self.source_texts(sample.to_row())
         results = read_results(sample.id, self.requests, journal, inputs)
-        return list(build_requests(sample.id, self.requests, inputs, results, self.requests.wanted(inputs)))
+        return list(build_requests(sample.id, self.requests, inputs, results))
 
     def sample_info(self, row: Mapping[str, Any], pages: int) -> SampleInfo:
         """Return the properties of a sample (a row of tables.SAMPLE) that its annotations depend on."""
@@ -91,7 +91,7 @@ def _send_requests(shard: DatasetDir, settings: AskSettings, services: Services)
     samples = read_record(shard, "read")["kept"]
     stats, progress = services.stats, services.progress
     texts = _read_source_texts(shard, settings)
-    per_sample = max(1, _count_wanted(settings.requests, samples, texts)) / max(1, samples)
+    per_sample = max(1, settings.requests.count(settings.requests.pairs))
     with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
 
         def start_engine() -> Engine:
@@ -124,16 +124,10 @@ def write_annotations(shard: DatasetDir, settings: AskSettings) -> Counter[str]:
 
 def _read_source_texts(shard: DatasetDir, settings: AskSettings) -> TextsById:
     plan = settings.requests
-    if not plan.context and not plan.is_filling and not plan.has_conditions:
+    if not plan.context and not plan.has_conditions:
         return NO_TEXTS
     batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa", *IMAGE_SIZE])
     return {row["sample_id"]: settings.source_texts(row) for batch in batches for row in batch.to_pylist()}
-
-
-def _count_wanted(plan: RequestPlan, samples: int, texts: TextsById) -> int:
-    if not texts:
-        return samples * plan.count(plan.pairs)
-    return sum(plan.count(plan.wanted(source_texts)) for source_texts in texts.values())
 
 
 def _sample_infos(shard: DatasetDir, settings: AskSettings) -> Iterator[list[SampleInfo]]:

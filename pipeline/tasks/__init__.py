@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -44,13 +44,6 @@ class Tasks:
 
 
 BUILT_IN = Tasks()
-
-
-@cache
-def tasks_making(kind: Literal["captions", "questions"]) -> frozenset[str]:
-    """Return the names of the built-in tasks that write captions, or of those that write questions."""
-    makes_captions = kind == "captions"
-    return frozenset(task.name for task in SELECTABLE if (task.text_field is not None) == makes_captions)
 
 
 def asks_about_decks(names: Iterable[str]) -> bool:

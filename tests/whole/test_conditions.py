@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.chat.server import Act, ChatServer, running_chat, task_name, uuid_of
+from tests.chat.server import Act, ChatServer, running_chat, task_name, task_of, uuid_of
 from tests.commands import require_success, run_synth
 from tests.whole.conftest import ROOT, load_rows
 
@@ -36,7 +36,8 @@ class Model:
         if task == "reading":
             return Act(f"Invoice {image[:6]}")
         if task == "caption":
-            return Act(f"A lamp stands on a desk beside a stack of books, and its number is {image[:8]}.")
+            ending = "in the rain" if task_of(body).endswith("detailed") else "at night"
+            return Act(f"A lamp stands on a desk beside a stack of books {ending}, with number {image[:8]}.")
         return None
 
 
