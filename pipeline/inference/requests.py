@@ -104,12 +104,17 @@ class RequestPlan:
         return max(limits, default=self.generate.max_tokens)
 
     @cached_property
-    def dropping(self) -> tuple[CustomTask, ...]:
-        """The tasks with `keep_if`, which may drop an image."""
-        return tuple(task for task in self.tasks.custom if task.keep_if)
+    def dropping(self) -> dict[Pair, Condition]:
+        """The condition `keep_if` of each task that has one. An image for which it is not true is dropped."""
+        texts = ((pair, self.tasks[pair[0]].keep_if) for pair in self.pairs)
+        return {pair: parse_condition(text) for pair, text in texts if text}
 
-    def conditions(self, name: str, style: str) -> tuple[Condition, ...]:
-        """Return the conditions under which a task is asked for a style. All must be true."""
+    @cached_property
+    def conditions(self) -> dict[Pair, tuple[Condition, ...]]:
+        """The conditions under which each task is asked for a style. All must be true."""
+        return {pair: self._conditions_of(*pair) for pair in self.pairs}
+
+    def _conditions_of(self, name: str, style: str) -> tuple[Condition, ...]:
         task = self.tasks[name]
         if isinstance(task, CustomTask):
             return (parse_condition(task.settings.when),) if task.settings.when else ()
@@ -122,18 +127,18 @@ class RequestPlan:
     def _inputs_of(self, name: str, style: str) -> set[str]:
         """Return the names of the results that must be known before a task is asked."""
         first = () if self.tasks[name].keep_if else self.dropping
-        compared = (condition.names_in("results") for condition in self.conditions(name, style))
-        return {*self.tasks[name].needs, *(task.name for task in first)}.union(*compared)
+        compared = (condition.names_in("results") for condition in self.conditions[name, style])
+        return {*self.tasks[name].needs, *(task for task, _ in first)}.union(*compared)
 
     @cached_property
     def has_conditions(self) -> bool:
         """Whether a task is asked only about some images."""
-        return bool(self.dropping) or any(self.conditions(*pair) for pair in self.pairs)
+        return bool(self.dropping) or any(self.conditions.values())
 
     @cached_property
     def needed(self) -> frozenset[str]:
         """The names of the results that prompts or conditions need."""
-        dropping = (task.name for task in self.dropping)
+        dropping = (task for task, _ in self.dropping)
         return frozenset(dropping).union(*(self._inputs_of(*pair) for pair in self.pairs))
 
     @cached_property
@@ -236,7 +241,7 @@ def find_skipped(plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, s
         task = plan.tasks[pair[0]]
         missing = [need for need in task.needs if need not in results]
         reason = None if task.keep_if else dropped
-        reason = reason or _find_unmet(plan.conditions(*pair), values)
+        reason = reason or _find_unmet(plan.conditions[pair], values)
         if missing and not reason:
             reason = next((reasons[need] for need in missing if need in reasons), RESULT_MISSING)
         if reason:
@@ -247,11 +252,10 @@ def find_skipped(plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, s
 def find_dropped(plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, str]) -> str | None:
     """Return the reason why a task with `keep_if` drops a sample, or None. A skipped task drops no sample."""
     values = _decode(inputs, results) if plan.dropping else {}
-    for task in plan.dropping:
-        if not _find_unmet(plan.conditions(task.name, ""), values):
-            assert task.keep_if
-            if unmet := parse_condition(task.keep_if).find_unmet(values):
-                return drop_reason(task.name, unmet)
+    for pair, keep_if in plan.dropping.items():
+        is_asked = not _find_unmet(plan.conditions[pair], values)
+        if is_asked and (unmet := keep_if.find_unmet(values)):
+            return drop_reason(pair[0], unmet)
     return None
 
 

@@ -9,19 +9,21 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.files import resolve
-from pipeline.config.sections import FilterConfig
+from pipeline.config.sections import FilterConfig, TaskConfig
 from pipeline.dataset.calibration import KnownTexts
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
 from pipeline.steps import verify_checks
-from pipeline.steps.verify_results import CheckedAnnotation
+from pipeline.steps.verify_results import CheckConditions, CheckedAnnotation
 from pipeline.storage.files import read_table
 from pipeline.tables import CALIBRATION, CHECK, FLOAT64, INT32, STRING, fields
+from pipeline.tasks import Tasks
 from tests.chat.server import ChatServer, running_chat
 from tests.plans import request_plan
 from tests.step_runs import numbered_table, verify_rows, with_results
 
+SHARD = DatasetDir(Path("shard"))
 QUESTION = {"task": "qa", "style": "", "clean_question": "What color is the ring?", "clean_answer": "red"}
 CAPTION = {"task": "caption", "style": "brief", "clean_text": "A red ring."}
 TEXTS = ("task", "style", "clean_text", "clean_question", "clean_answer", "answer_type", "prompt_id")
@@ -98,6 +100,34 @@ def test_evidence_is_refuting_answers_less_confirming_ones(
     assert reasons(CAPTION | {"checks": checks}) == [
         "false_claim" if evidence is not None and evidence >= 2 else None
     ]
+
+
+@pytest.mark.parametrize(
+    ("condition", "unmet"),
+    [
+        ("scores.precision < 0.8", None),
+        ("scores.precision < 0.5", "condition_false"),
+        ("scores.coverage < 0.5", "condition_without_value"),
+        ("scores.alignment < 0.2 and text.style == 'brief'", None),
+        ("'lamp' in results.tags and results.brief == 'A red ring.'", None),
+        ("results.boxes is null or results.other is not null", "condition_false"),
+    ],
+)
+def test_condition_of_a_check_reads_scores_and_results(condition: str, unmet: str | None) -> None:
+    labels = TaskConfig(name="tags", kind="labels", prompt="What is it?")
+    boxes = TaskConfig(name="boxes", kind="boxes", prompt="Where is it?")
+    conditions = CheckConditions(SHARD, [("judge", condition)], Tasks((), (labels, boxes)))
+    shared = {"sample_id": "a", "prompt_id": "x", "clean_record": None}
+    rows = [CAPTION | shared]
+    rows += [
+        {"task": name, "style": "", **shared, "clean_text": None, "clean_record": record}
+        for name, record in (("tags", '["lamp"]'), ("boxes", "{}"))
+    ]
+    conditions.read_results(rows)
+    checks = [one for n, answers in enumerate((TRUE_CLAIM, FALSE_CLAIM)) for one in claim_checks(n, *answers)]
+    annotation = CheckedAnnotation(rows[0], checks, {"alignment": 0.1})
+    assert conditions.find_unmet("judge", annotation) == unmet
+    assert conditions.find_unmet("covers", annotation) is None
 
 
 def known(*evidence: int, kind: str = "reference") -> list[dict[str, Any]]:
