@@ -148,7 +148,7 @@ class Journal:
         """Add the request with this last reply to `spent`."""
         tokens = likely_tokens(last)
         if last.attempt:
-            tokens = self._sum_tokens("? = request_id", last.request_id)
+            tokens = self._sum_tokens("request_id = ?", last.request_id)
         for unit, number in zip(UNITS, (1, *tokens), strict=True):
             self.spent[f"{task}.{unit}"] += number
 

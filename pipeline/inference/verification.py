@@ -45,12 +45,12 @@ from pipeline.types import Request, SampleBatch
 # From template variables to columns.
 _RATED = {"caption": "clean_text", "question": "clean_question", "answer": "clean_answer"}
 MIN_CLAIMS_TOKENS = 800  # 24 claims take about 350 tokens
-# The checks in the order in which they are made, with the score of each that conditions of later checks read.
-QUESTION_CHECKS = ("round_trip", "blind", "evidence")
-SCORES = {
-    **dict.fromkeys(QUESTION_CHECKS, "agreement"), "claims": "precision", "repair": "", "covers": "coverage",
-    "alignment": "alignment", "judge": "",
+QUESTION_CHECKS = ("round_trip", "blind", "evidence")  # made together, before all others
+ORDER = dict.fromkeys(QUESTION_CHECKS, 0) | {
+    "claims": 1, "repair": 2, "covers": 3, "alignment": 4, "judge": 5
 }  # fmt: skip
+# Scores that conditions of later checks read.
+SCORES = {"round_trip": "agreement", "claims": "precision", "covers": "coverage", "alignment": "alignment"}
 # Columns of annotations that conditions of all checks read as scores.
 LOG_PROBABILITIES = tuple(name for name in ANNOTATION.names if name.startswith("logprob"))
 
@@ -70,13 +70,12 @@ class Check(NamedTuple):
 def check_conditions(verify: VerifyConfig, plan: RequestPlan) -> None:
     """Raise ConfigError if a condition of a check is invalid, or reads the score of a later check."""
     asked = [*verify.checks, *["repair"] * verify.repair, *["judge"] * bool(verify.judge)]
-    order = [QUESTION_CHECKS, *((check,) for check in SCORES if check not in QUESTION_CHECKS)]
     for name, text in verify.when:
         if name not in asked:
             problem = f"verify.when has {name}, which is not a check of this run"
             raise ConfigError(problem, hint=did_you_mean(name, asked, f"this run has {', '.join(asked)}"))
-        earlier = order[: next(n for n, checks in enumerate(order) if name in checks)]
-        scores = [SCORES[check] for checks in earlier for check in checks if check in asked and SCORES[check]]
+        earlier = (check for check in SCORES if check in asked and ORDER[check] < ORDER[name])
+        scores = map(SCORES.__getitem__, earlier)
         names = condition_names(plan) | {
             "scores": dict.fromkeys((*scores, *LOG_PROBABILITIES), NUMBER),
             "text": {"task": TEXT, "style": TEXT},

@@ -173,7 +173,7 @@ def _holds(left: ast.expr, op: ast.cmpop, right: ast.expr, values: Mapping[str, 
 def _as_number(value: Any) -> float:
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise _MissingValueError from None
     if not math.isfinite(number):
         raise _MissingValueError
@@ -226,7 +226,7 @@ class _Checker:
         if name not in known:
             near = self.names.get(path[0], known)
             more = f"known here: {', '.join(known)}"
-            self.fail(node, f"unknown name {name}", did_you_mean(path[-1], near, more))
+            self.fail(node, f"unknown name {name}", did_you_mean(path[-1][:100], near, more))
         schema = without_null(self.names[path[0]][path[1]])
         for part in path[2:]:
             fields = schema.get("properties", {})

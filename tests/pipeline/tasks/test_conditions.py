@@ -95,6 +95,7 @@ def test_value_of_a_task_without_a_result_is_missing() -> None:
     assert evaluate("results.offer.is_new", {"row": {}, "results": {}}) == CONDITION_WITHOUT_VALUE
     assert evaluate("results.offer.is_new is null", {}) is None
     assert evaluate("row.price > 1", {"row": {"price": "nan"}}) == CONDITION_WITHOUT_VALUE
+    assert evaluate(f"row.width_px < {'9' * 400}") == CONDITION_WITHOUT_VALUE
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,14 @@ def test_hostile_condition_is_refused_at_once(text: str) -> None:
     started = time.process_time()
     with pytest.raises(ConditionError):
         evaluate(text)
+    assert time.process_time() - started < 0.5
+
+
+def test_misspelling_of_a_hostile_name_is_refused_at_once() -> None:
+    names = {"row": {"a" * 60: TEXT}}
+    started = time.process_time()
+    with pytest.raises(ConditionError, match="unknown name row"):
+        parse_condition(f"row.{'a' * 25}b == ''").check(names)
     assert time.process_time() - started < 0.5
 
 
