@@ -6,7 +6,7 @@ from a judge, corrected for the errors of the judge.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config.sections import ServerConfig
 from pipeline.dataset.audit import whole_tasks
@@ -18,6 +18,15 @@ from pipeline.tasks.checks import CHECKING, RATE
 CAPTIONS, QUESTIONS, CHECKS = "captions", "questions", ""
 _HUMAN = {CAPTIONS: "human_captions", QUESTIONS: "human_questions"}
 Entry = Mapping[str, Any]
+
+
+class RightShare(NamedTuple):
+    """The estimated share of right texts, with its 95 % interval and the source of the estimate."""
+
+    share: float
+    low: float
+    high: float
+    source: str
 
 
 def describe_price(
@@ -78,25 +87,24 @@ def _amounts_in_words(entries: list[Entry], manifest: Mapping[str, Any]) -> str:
     kept = sum(entry["kept"] for entry in entries)
     tokens = sum(entry["prompt_tokens"] + entry["reply_tokens"] for entry in entries)
     cost = sum(entry.get("cost", 0.0) for entry in entries)
-    shares = [(entry["kept"], right_share(entry["texts"], manifest)) for entry in entries if entry["kept"]]
     words = f"{_rate(tokens, cost, kept)} per kept text ({kept:,} kept)"
-    known = [(number, *share) for number, share in shares if share]
-    if len(known) < len(shares):
+    numbers = [(entry["kept"], right_share(entry["texts"], manifest)) for entry in entries if entry["kept"]]
+    measured = [(number, share) for number, share in numbers if share]
+    right = sum(number * share.share for number, share in measured)
+    if len(measured) < len(numbers) or not right:
         return f"{words}; per right text: not measured"
-    share, low, high = (sum(one[0] * one[place] for one in known) / kept for place in (1, 2, 3))
-    most = f"{tokens / low / kept:,.0f}" if low else "no upper bound"
-    interval = f"[{tokens / high / kept:,.0f}, {most}]" if high else "[no bound]"
-    sources = " and ".join(sorted({one[4] for one in known}))
-    right = _rate(tokens, cost, share * kept) if share else "no text is right"
-    return f"{words}; {right} per right text, tokens {interval} ({sources})"
+    low, high = (sum(number * share[place] for number, share in measured) for place in (1, 2))
+    bounds = f"[{tokens / high:,.0f}, {f'{tokens / low:,.0f}' if low else 'no upper bound'}]"
+    sources = " and ".join(sorted({share.source for _, share in measured}))
+    return f"{words}; {_rate(tokens, cost, right)} per right text, tokens {bounds} ({sources})"
 
 
 def _rate(tokens: int, cost: float, number: float) -> str:
     return f"{tokens / number:,.0f} tokens{f', cost {cost / number:,.3g}' if cost else ''}"
 
 
-def right_share(kind: str, manifest: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
-    """Return the share of right texts of a kind, its 95 % interval, and the source. None if not measured.
+def right_share(kind: str, manifest: Mapping[str, Any]) -> RightShare | None:
+    """Return the share of right texts of a kind, or None if it was not measured.
 
     The estimates cover all texts, so nothing is known about the texts of a model if human texts were kept.
     """
@@ -104,11 +112,11 @@ def right_share(kind: str, manifest: Mapping[str, Any]) -> tuple[float, float, f
         return None
     for rate in whole_tasks(manifest.get("audit")):
         if rate["task"] == kind and rate["wrong"] is not None:
-            return 1 - rate["wrong"], 1 - rate["high"], 1 - rate["low"], "audit"
+            return RightShare(1 - rate["wrong"], 1 - rate["high"], 1 - rate["low"], "audit")
     judge = next((check for check in manifest.get("checks", []) if check["check"] == JUDGE), None)
     # A judge that rated only some texts states nothing about the others.
     if judge and kind in _HUMAN and JUDGE not in manifest.get("skipped_checks", {}):
         true = judge["true"]
         if true and true["share"] is not None:
-            return true["share"], true["low"], true["high"], "judge, before rejection"
+            return RightShare(true["share"], true["low"], true["high"], "judge, before rejection")
     return None
