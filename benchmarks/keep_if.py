@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.files import resolve
 from pipeline.inference.journal import Journal
@@ -58,7 +59,8 @@ def main() -> None:
     keep_if = {} if options.without_conditions else {"keep_if": '"blank" not in results.kind'}
     styles = {"caption_styles": ["plain"]}
     config = resolve(source="folder:x", tasks=["caption"], custom_tasks=[task | keep_if], generate=styles)
-    plan, engine, stats = request_plan(config), Engine(options.dropped), RequestStats()
+    engine: Any = Engine(options.dropped)
+    plan, stats = request_plan(config), RequestStats()
     ids = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(options.images)]
     batches = [ids[first : first + BATCH_IMAGES] for first in range(0, len(ids), BATCH_IMAGES)]
     reasons: Counter[str | None] = Counter()

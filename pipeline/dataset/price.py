@@ -62,7 +62,7 @@ def _count_kept(kind: str, measured: Mapping[str, Any]) -> int:
     """Return the number of kept texts that a model wrote. Of a custom task, these are images with a value."""
     if kind in _HUMAN:
         parts = measured.get("captions" if kind == CAPTIONS else "answers", {}).values()
-        return sum(part["count"] for part in parts) - measured.get(_HUMAN[kind], 0)
+        return int(sum(part["count"] for part in parts) - measured.get(_HUMAN[kind], 0))
     return int(measured.get("custom_tasks", {}).get(kind, {"images": 0})["images"])
 
 
