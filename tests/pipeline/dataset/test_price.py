@@ -72,6 +72,7 @@ JUDGE = {"check": "judge", "true": {"share": 0.5, "low": 0.4, "high": 0.8}}
             {"audit": {"rates": [rate("captions", None)]}, "checks": [JUDGE]},
             "20 tokens per right text, tokens [12, 25] (judge, ",
         ),
+        ({"audit": {"rates": [rate("captions", 0.5, 1.0, 1.0)]}}, "per right text: not measured"),
         ({"checks": [JUDGE], "skipped_checks": {"judge": {"condition_false": 3}}}, "not measured"),
         ({"checks": [{"check": "claims", "true": {"share": 0.9, "low": 0.8, "high": 1}}]}, "not measured"),
         ({"checks": [{"check": "judge", "true": {"share": None, "low": 0.8, "high": 1}}]}, "not measured"),
