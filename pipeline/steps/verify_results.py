@@ -12,7 +12,16 @@ import pyarrow as pa
 from pipeline.dataset.directory import DatasetDir, read_samples
 from pipeline.inference import verification
 from pipeline.inference.requests import IMAGE_SIZE, condition_values, result_name
-from pipeline.tables import CALIBRATION, CHECK, FLOAT64, STRING, VERIFIED, append_columns, fields
+from pipeline.tables import (
+    CALIBRATION,
+    CHECK,
+    FLOAT64,
+    SKIPPED_CHECKS,
+    STRING,
+    VERIFIED,
+    append_columns,
+    fields,
+)
 from pipeline.tasks import Tasks
 from pipeline.tasks.checks import REFUTED
 from pipeline.tasks.conditions import parse_condition
@@ -24,12 +33,10 @@ COLUMNS = (
     *verification.LOG_PROBABILITIES,
 )  # fmt: skip
 ALIGNMENT = fields(FLOAT64, "alignment")
-# The checks whose condition is not true, each with the reason, such as `judge.condition_false`.
-SKIPPED = "skipped_checks"
 CHECKED = pa.schema(
     [
         *fields(pa.list_(CHECK), "checks"), *ALIGNMENT, *VERIFIED, *fields(STRING, "unrepaired_text"),
-        *CALIBRATION, *fields(pa.list_(STRING), SKIPPED),
+        *CALIBRATION, SKIPPED_CHECKS,
     ]
 )  # fmt: skip
 Row = dict[str, Any]
@@ -40,7 +47,7 @@ class CheckedAnnotation:
     """An annotation with its checks (tables.CHECK), and its scores by column name.
 
     `row` has COLUMNS. `rewritten` has tables.FILTERED and `prompt_id` of a repaired caption, or is None.
-    `skipped` has the values of the column SKIPPED.
+    `skipped` has the value of tables.SKIPPED_CHECKS.
     """
 
     row: Row
@@ -128,7 +135,7 @@ def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Ta
         {
             "checks": subject.checks,
             "unrepaired_text": text if subject.rewritten else None,
-            SKIPPED: subject.skipped or None,
+            SKIPPED_CHECKS.name: subject.skipped or None,
             **subject.scores,
             **results_of(subject.checks, is_caption=subject.caption is not None),
         }

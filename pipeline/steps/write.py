@@ -33,10 +33,9 @@ from pipeline.digests import annotation_digest, digest
 from pipeline.errors import TableError
 from pipeline.plan import Plan
 from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
-from pipeline.steps.verify_results import SKIPPED
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
-from pipeline.tables import NO_EXTRAS, REJECTIONS, STRING, Extras, fields
+from pipeline.tables import NO_EXTRAS, REJECTIONS, SKIPPED_CHECKS, STRING, Extras, fields
 
 NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
@@ -227,8 +226,8 @@ def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
     findings = read_findings(table for file in files for table in read_batches(file, FINDINGS))
     is_writer = {CLAIMS: True, JUDGE: plan.judge_revision == plan.requests.revision}
     skipped: dict[str, Counter[str]] = defaultdict(Counter)
-    for table in (table for file in files for table in read_batches(file, [SKIPPED])):
-        for entry in chain.from_iterable(table[SKIPPED].drop_null().to_pylist()):
+    for table in (table for file in files for table in read_batches(file, [SKIPPED_CHECKS.name])):
+        for entry in chain.from_iterable(table[SKIPPED_CHECKS.name].drop_null().to_pylist()):
             check, _, reason = entry.partition(".")
             skipped[check][reason] += 1
     checks = [
