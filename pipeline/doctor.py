@@ -4,29 +4,19 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
-from jinja2 import TemplateError
-
-from pipeline.config import CONTEXT, LARGE, Config
-from pipeline.config.files import read_task, resolve
-from pipeline.dataset.directory import DatasetDir
-from pipeline.errors import SynthError
+from pipeline.config import LARGE, Config
 from pipeline.inference.engines import pick_engine
 from pipeline.inference.memory import GIB, QWEN_3B, memory_table, needed_gib
 from pipeline.inference.model_licenses import license_of
-from pipeline.inference.requests import check_prompts
 from pipeline.inference.vllm import MAX_TOKENS, VLLM_PYTHON, gpu_memory_gib, visible_gpus, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
-from pipeline.plan import Plan
 from pipeline.sources import find_source
 from pipeline.tasks.base import MAX_PIXELS
-from pipeline.tasks.prompts import STYLES, names_in
 
 # Free GPU memory that the default model needs.
 LARGE_GIB = needed_gib(QWEN_3B, MAX_PIXELS)
@@ -63,33 +53,6 @@ def examine() -> list[Finding]:
         _hub(),
         _disk(),
     ]
-
-
-def check_tasks(paths: Sequence[Path]) -> Finding:
-    """Check custom tasks and their prompts without a source. All columns that they use count as mapped."""
-    try:
-        tasks = [read_task(path) for path in paths]
-        columns = ",".join(sorted({name for task in tasks for name in _columns_of(task)}))
-        config = resolve(
-            source="folder:.",
-            columns={CONTEXT: columns},
-            tasks=["caption", "qa"],
-            custom_tasks=tasks,
-            generate={"caption_styles": STYLES},
-        )
-        check_prompts(Plan.resolve(config, DatasetDir(Path())).requests, has_checks=False)
-    except SynthError as error:
-        return Finding("tasks", False, str(error), error.hint)
-    names = ", ".join(f"{task['name']} ({task['kind']})" for task in tasks)
-    return Finding("tasks", True, names + (f"; needs --columns context={columns}" if columns else ""))
-
-
-def _columns_of(task: dict[str, Any]) -> set[str]:
-    """Return the columns that a task uses. check_prompts reports an invalid template."""
-    try:
-        return {*names_in(task["prompt"], "row"), *task.get("require", ())}
-    except TemplateError:
-        return set()
 
 
 def _extra(name: str) -> Finding:

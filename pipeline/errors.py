@@ -1,6 +1,5 @@
 """All errors that this project raises for users."""
 
-import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -66,5 +65,11 @@ def did_you_mean(name: str, known: Iterable[str], more: str = "") -> str:
     names = list(known)
     close = get_close_matches(name, names, n=3)
     if not close and len(name) > 1:  # wds is short for webdataset
-        close = [other for other in names if re.match(".*".join(map(re.escape, name)), other)][:3]
+        close = [other for other in names if other[:1] == name[0] and _is_within(name, other)][:3]
     return " ".join(filter(None, (f"did you mean {' or '.join(close)}?" if close else "", more)))
+
+
+def _is_within(name: str, other: str) -> bool:
+    """Return whether `other` has all characters of `name` in this order."""
+    rest = iter(other)
+    return all(character in rest for character in name)

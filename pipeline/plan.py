@@ -18,6 +18,7 @@ from pipeline.digests import public_name
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference.engines import EngineChoice, choose_engine, choose_judge
 from pipeline.inference.requests import RequestPlan, check_prompts
+from pipeline.inference.verification import check_conditions
 from pipeline.progress import Progress
 from pipeline.sources import find_source, holds_decks, open_source, with_source_defaults
 from pipeline.sources.base import SourceSpec
@@ -100,6 +101,7 @@ class Plan:
             raise ConfigError("--images is not supported by --executor ray", hint=hint)
         plan = cls.resolve(config, dataset)
         check_prompts(plan.requests, has_checks=plan.config.verify.is_asked)
+        check_conditions(plan.config.verify, plan.requests)
         with translate_disk_errors(dataset.path):
             refuse_other_source(dataset, plan.config)
             # Report a damaged version now, not at the end of the run.

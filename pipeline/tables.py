@@ -136,6 +136,9 @@ CALIBRATION = pa.schema(
     [*fields(pa.list_(INT32), "claim_evidence"), *fields(pa.list_(CALIBRATED), "calibration")]
 )
 
+# verify: the checks whose condition is not true, each with the reason, such as `judge.condition_false`.
+SKIPPED_CHECKS = pa.field("skipped_checks", pa.list_(STRING))
+
 # Images that must not be used for training (sources/exclusions.py). `name` is SOURCE#SPLIT.
 # `crop_hashes` has hashes of the center crop, which is what many models see.
 EXCLUSIONS = pa.schema(

@@ -101,11 +101,16 @@ class SampleInfo(NamedTuple):
 
 
 class SourceTexts(NamedTuple):
-    """The context of a sample, and which human texts it has. Requests about the sample depend on both."""
+    """The context of a sample, which human texts it has, and the size of its first page.
+
+    Requests about the sample depend on them.
+    """
 
     context: Context = ()
     has_captions: bool = False
     has_questions: bool = False
+    width_px: int = 0
+    height_px: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress
-from pipeline.steps import verify, verify_checks
+from pipeline.steps import verify, verify_results
 from pipeline.steps.base import RowStep, StepFile, compare_shards, judge_shard
 from pipeline.storage.files import read_table, write_table
 from pipeline.tables import VERIFIED, append_columns
@@ -58,7 +58,7 @@ def with_results(table: pa.Table) -> pa.Table:
     """Append the results of `checks` (tables.VERIFIED)."""
     rows = table.to_pylist()
     results = [
-        verify_checks.results_of(row["checks"], is_caption=row["clean_question"] is None) for row in rows
+        verify_results.results_of(row["checks"], is_caption=row["clean_question"] is None) for row in rows
     ]
     for row, result in zip(rows, results, strict=True):
         result["evidence"] = row.get("evidence") or result["evidence"]

@@ -145,17 +145,16 @@ def serve(
 
 
 def doctor(
-    task: Annotated[list[Path] | None, option("Only check this file of a custom task.", **LOCAL_PATH)] = None,
     list_sources: Annotated[bool, Option("--sources", help="List the sources of `synth generate`.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check packages, engines, memory, disk and network of this machine, or custom tasks."""
+    """Check packages, engines, memory, disk and network of this machine."""
     if list_sources:
         _print_sources(as_json=as_json)
         return
-    from pipeline.doctor import check_tasks, examine
+    from pipeline.doctor import examine
 
-    findings = [check_tasks(task)] if task else examine()
+    findings = examine()
     if as_json:
         echo(json.dumps([asdict(finding) for finding in findings]))
         return

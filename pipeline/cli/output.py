@@ -135,7 +135,9 @@ def print_run_result(
     """
     from pipeline.config import NO_MODEL
     from pipeline.dataset.calibration import checks_in_words
+    from pipeline.dataset.directory import DatasetDir
     from pipeline.dataset.integrity import missing_files
+    from pipeline.dataset.price import price_in_words
     from pipeline.sources.base import first_names
     from pipeline.tables import SPLITS
 
@@ -159,6 +161,9 @@ def print_run_result(
     note_previews(version, version.path)
     for text in checks_in_words(version.manifest):
         say(text)
+    asking_s = DatasetDir(folder).read_cost().get("asking_s", 0.0)
+    for text in price_in_words(version.manifest, asking_s):
+        say(f"price of {text}")
     is_trainable = not {"captions", "qa"}.isdisjoint(version.manifest["columns"])
     is_trainable &= all(version.manifest["rows"].get(split) for split in SPLITS)
     train = f", synth train {folder}" if is_trainable else ""

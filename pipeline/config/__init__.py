@@ -138,8 +138,7 @@ class Config(Section):
         return self
 
     def _contradictions(self) -> Iterator[str]:
-        styles = (*self.generate.caption_styles, *(name for name, _ in self.generate.style_prompts))
-        if HUMAN_STYLE in (*styles, *(task.name for task in self.custom_tasks)):
+        if HUMAN_STYLE in (*self.generate.caption_styles, *(task.name for task in self.custom_tasks)):
             yield f"{HUMAN_STYLE} is the style of human captions: choose another name"
         if NO_TASKS in self.tasks:
             yield f"tasks: {NO_TASKS} excludes other tasks"

@@ -110,23 +110,18 @@ def _as_pairs(values: Any) -> Any:
 
 
 def _as_json(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        raise ValueError("this is neither a JSON schema nor the path of a file that ends in .json")
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _from_json(text: str | None) -> Any:
-    try:
-        return json.loads(text) if text and text.startswith("{") else text
-    except ValueError:
-        return text
-
-
-StyleText = Annotated[str, Field(pattern=r"\S", max_length=20_000)]
-# Styles are pairs and output schemas are strings, since prompt settings must be hashable for caches.
-StylePrompts = Annotated[
-    tuple[tuple[Style, StyleText], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)
-]
-# A JSON schema, whose fields keep their order, or the name of a pydantic model (`module:Model`).
-OutputSchema = Annotated[str, BeforeValidator(_as_json), PlainSerializer(_from_json)]
+PromptText = Annotated[str, Field(pattern=r"\S", max_length=20_000)]
+# A condition such as `row.width_px >= 256`, which tasks/conditions.py reads. Conditions are pairs and output
+# schemas are strings, since settings of prompts must be hashable for caches.
+Expression = Annotated[str, Field(pattern=r"\S", max_length=1000)]
+Conditions = Annotated[tuple[tuple[str, Expression], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)]
+# A JSON schema, whose fields keep their order.
+OutputSchema = Annotated[str, BeforeValidator(_as_json), PlainSerializer(json.loads)]
 BoxUnit = Literal["pixels", "thousandths"]  # pixels of the resized image, or thousandths of its sides
 Kind = Literal["caption", "question", "labels", "boxes", "text", "record"]
 Label = Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)]
@@ -137,13 +132,14 @@ class TaskConfig(Section):
 
     name: Task
     kind: Kind
-    prompt: StyleText  # a task file may give the path of a template (.j2)
+    prompt: PromptText  # a task file may give the path of a template (.j2)
     output: OutputSchema | None = None
     field: Annotated[str, Field(pattern=FIELD)] | None = None
     rows: Annotated[str, Field(pattern=FIELD)] | None = None
     labels: Distinct[Label] = ()
     needs: Distinct[Annotated[str, Field(pattern=NEED)]] = ()
-    require: Distinct[Annotated[str, Field(min_length=1)]] = ()  # columns that need a value
+    when: Expression | None = None  # asks the task only about some images
+    keep_if: Expression | None = None  # drops all other images before other tasks are asked
     show_image: bool = True
     temperature: float = Field(default=0.0, ge=0, le=2)
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -179,10 +175,12 @@ class GenerateConfig(Section):
 
     caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)
     """Caption styles, one request each: `plain`, `detailed`, `dense`, `brief`, `alt`, `tags`, `ocr`, or
-    your own. Drawn scenes use `brief` and `detailed`.
+    those of your template in `prompt_dir`. Drawn scenes use `brief` and `detailed`.
     """
-    style_prompts: StylePrompts = ()
-    """Instructions of your own caption styles by name, such as `{product: "Describe the product ..."}`."""
+    when: Conditions = ()
+    """Conditions of built-in tasks and caption styles, such as `{qa: row.width_px >= 256}`. Other images are
+    skipped for the task. docs/conditions.md explains them.
+    """
     caption_words: Annotated[int, Field(ge=1, le=400)] | None = None
     """Approximate number of words per caption. Null uses the length of the style."""
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
@@ -397,6 +395,10 @@ class VerifyConfig(Section):
 
     checks: Distinct[Check] = ()
     """Checks: `round_trip`, `claims`, `covers`, `blind`, `evidence`, `alignment`."""
+    when: Conditions = ()
+    """Conditions of checks, `repair` and `judge`, such as `{judge: scores.precision < 0.8}`. Other texts are
+    kept without the check.
+    """
     calibration: int = Field(default=200, ge=0)
     """Maximum images about which claims and a judge are also asked known truths and falsehoods."""
     max_true_captions_lost: float = Field(default=0.1, ge=0, le=1)

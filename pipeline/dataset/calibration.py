@@ -226,12 +226,19 @@ def _rounded(**values: float) -> dict[str, Any]:
 
 
 def checks_in_words(manifest: Mapping[str, Any]) -> list[str]:
-    """Return a line for each check: the corrected share of true texts, and the errors of the check."""
+    """Return a line for each check: the corrected share of true texts, and the errors of the check.
+
+    A line for each check with a condition has the number of texts that it skipped.
+    """
     own = f"; {manifest['model']['name']} judges its own texts"
-    return [
+    lines = [
         f"{check['check']}: {_true_in_words(check)}; {_errors_in_words(check)}{own * check['judges_itself']}"
         for check in manifest.get("checks", [])
     ]
+    for check, counts in manifest.get("skipped_checks", {}).items():
+        reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items())
+        lines.append(f"{check}: not made for {sum(counts.values()):,} texts ({reasons})")
+    return lines
 
 
 def _true_in_words(check: Mapping[str, Any]) -> str:

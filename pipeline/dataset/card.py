@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from pipeline.config import NO_MODEL
 from pipeline.dataset.audit import audit_in_words
 from pipeline.dataset.calibration import checks_in_words
+from pipeline.dataset.price import price_in_words
 from pipeline.digests import digest
 from pipeline.errors import StoreError
 from pipeline.tasks import TASKS
@@ -44,6 +45,7 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
         scores=SCORES_IN_WORDS,
         audit_in_words=audit_in_words(manifest.get("audit")),
         checks_in_words=checks_in_words(manifest),
+        price_in_words=price_in_words(manifest),
         writers=_writers(manifest),
         configs=_configs(manifest),
     )

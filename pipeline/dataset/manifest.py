@@ -13,7 +13,7 @@ from pipeline.tables import REJECTED, RUBRIC, Extras
 from pipeline.tasks import Tasks, wire_schema
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
-from pipeline.tasks.custom import own_columns, publishable_task
+from pipeline.tasks.custom import own_columns
 from pipeline.tasks.prompts import prompt_texts
 
 
@@ -68,7 +68,7 @@ def describe_provenance(
             name: source[name] for name in ("name", "revision", "partial", "preview") if name in source
         },
         "model": model,
-        "prompts": prompt_texts(asked, config.prompt_dirs, config.generate.style_prompts) if asked else {},
+        "prompts": prompt_texts(asked, config.prompt_dirs) if asked else {},
         "schemas": {task.name: wire_schema(task) for task in asked},
         # The digests of caption files are from the read step, since a later run may not have the files.
         "config": settings | {"captions": source.get("captions", [])},
@@ -111,7 +111,8 @@ def publishable_settings(config: Config, tasks: Tasks, source: str, model: str) 
     settings = config.model_dump(mode="json", exclude={"base_url", "server", "custom_tasks"})
     settings |= {"source": source, "model": None if model == NO_MODEL else model}
     if tasks.custom:
-        settings["custom_tasks"] = [publishable_task(task) for task in tasks.custom]
+        own = [task.settings.model_dump(mode="json", exclude_defaults=True) for task in tasks.custom]
+        settings["custom_tasks"] = own
     settings["exclude"] = [name for name in config.exclude if name.partition(":")[0] not in LOCAL_SOURCES]
     if config.generate.prompt_dir:
         settings["generate"]["prompt_dir"] = config.generate.prompt_dir.name

@@ -153,6 +153,17 @@ class CheckErrors(_Part):
     kinds: dict[Name, Rate]
 
 
+class Price(_Part):
+    """The use of a model for one kind of text, or for all checks."""
+
+    texts: Name
+    kept: Count
+    requests: Count
+    prompt_tokens: Count
+    reply_tokens: Count
+    cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
 class Settings(_Part):
     """The settings that cards, checks and conversations read."""
 
@@ -195,6 +206,8 @@ class Manifest(_Part):
     review: dict[Name, Count] = {}
     audit: Audit | None = None
     checks: list[CheckErrors] = []
+    skipped_checks: dict[Name, dict[Name, Count]] = {}
+    price: list[Price] = []
 
     @model_validator(mode="after")
     def _check_columns(self) -> "Manifest":

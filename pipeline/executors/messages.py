@@ -19,6 +19,7 @@ from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
 from pipeline.tasks.base import MAX_QA_PAIRS
 from pipeline.tasks.checks import MAX_CLAIMS, PHRASINGS
+from pipeline.tasks.conditions import is_wanted
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
@@ -58,7 +59,7 @@ def describe_start(plan: Plan) -> str:
     asked = f"{tasks} of {public_name(choice.model)} ({describe_engine(plan, choice)})"
     human = f"{kept}, and " if config.keeps_human_texts else ""
     missing = " for missing texts:" if config.human_texts == "fill" else ""
-    prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts)
+    prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir)
     rated = f"; rated by {plan.choose_judge().model}" if config.verify.judge else ""
     notes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
     return f"{start}: {human}asks{missing} {asked}{rated}; prompts: {prompts}{describe_requests(plan)}{notes}"
@@ -123,9 +124,11 @@ def describe_losses(
             )
         if step and step.is_choice:
             continue
-        # Repeated images are not counted, since their texts are kept.
-        rows = summary.input - rejected.pop(REPEATED, 0)
-        lost = sum(rejected.values())
+        # Repeated images are not counted, since their texts are kept, and conditions of the user are choices.
+        chosen = sum(
+            rejected.pop(reason) for reason in [*rejected] if reason == REPEATED or is_wanted(reason)
+        )
+        rows, lost = summary.input - chosen, sum(rejected.values())
         if 2 * lost > rows:
             reason, count = max(rejected.items(), key=lambda item: item[1])
             hint = step.advice.get(reason, default_hint) if step else default_hint

@@ -8,6 +8,7 @@ has a checksum, since SQLite does not detect changed bytes.
 import hashlib
 import os
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 
 from pipeline.digests import canonical
 from pipeline.errors import StoreError
-from pipeline.inference.budget import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN
+from pipeline.inference.budget import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN, likely_tokens
+from pipeline.tasks.base import UNITS
 from pipeline.types import UNANSWERED, Reply, Request
 
 FORMAT = 5  # increase when a table or the checksum changes
@@ -51,6 +53,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
+        # The requests whose replies were used, and the tokens of all their attempts, by TASK.UNIT. A reply
+        # that several samples use counts for each, so that the sums do not depend on the number of shards.
+        self.spent = Counter[str]()
         self._db = sqlite3.connect(path.absolute())
         self._db.text_factory = _decode
         (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
@@ -132,8 +137,19 @@ class Journal:
             )
         return self.totals()["replies"]
 
+    def spend(self, task: str, last: Reply) -> None:
+        """Add the request with this last reply to `spent`."""
+        tokens = likely_tokens(last)
+        if last.attempt:
+            tokens = self._sum_tokens("request_id = ?", last.request_id)
+        for unit, number in zip(UNITS, (1, *tokens), strict=True):
+            self.spent[f"{task}.{unit}"] += number
+
     def likely_tokens(self, task: str = "") -> tuple[int, int]:
         """Return the sum of `budget.likely_tokens` over all replies, or over the replies of one task."""
+        return self._sum_tokens("? IN ('', task)", task)
+
+    def _sum_tokens(self, where: str, value: str) -> tuple[int, int]:
         is_uncounted = f"prompt_tokens = 0 AND finish_reason NOT IN {UNANSWERED}"
         likely_written = f"MAX(reply_tokens, LENGTH(text) / {CHARACTERS_PER_TOKEN})"
         sums = ", ".join(
@@ -143,8 +159,8 @@ class Journal:
                 (likely_written, "reply_tokens"),
             )
         )
-        query = f"SELECT {sums} FROM replies WHERE ? IN ('', task)"  # noqa: S608
-        read, written = self._db.execute(query, (task,)).fetchone()
+        query = f"SELECT {sums} FROM replies WHERE {where}"  # noqa: S608
+        read, written = self._db.execute(query, (value,)).fetchone()
         return read, written
 
     def totals(self) -> dict[str, int]:

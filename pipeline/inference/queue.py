@@ -18,12 +18,15 @@ from pipeline.images.decode import upright_size
 from pipeline.inference.budget import Budget, CircuitBreaker, is_uncounted, likely_tokens
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import (
+    NO_INPUTS,
     NO_RESULTS,
+    RESULT_MISSING,
     Pair,
     RequestPlan,
     build_requests,
     build_retry,
-    lacks_column,
+    find_dropped,
+    find_skipped,
     result_name,
     with_images,
 )
@@ -31,10 +34,8 @@ from pipeline.tables import ANNOTATION
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.checks import RATE
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
-from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo, SourceTexts
+from pipeline.types import UNANSWERED, Engine, Reply, Request, SampleBatch, SampleInfo, SourceTexts
 
-# reply_error of a task that was not asked, since it needs a missing result, or an empty column
-RESULT_MISSING, COLUMN_EMPTY = "result_missing", "column_empty"
 Chunk = tuple[Sequence[Request], SampleBatch]  # requests without images, and the samples they are about
 NO_SAMPLES = SampleBatch((), tuple)
 TextsById = Mapping[str, SourceTexts]  # by sample id
@@ -56,6 +57,7 @@ class RequestStats:
     judge_prompt_tokens: int = 0  # the judge's share of the tokens, which may have its own price
     judge_reply_tokens: int = 0
     uncounted: int = 0  # replies with estimated tokens
+    spent: Counter[str] = field(default_factory=Counter)  # see Journal.spent
     asking_s: float = 0.0
 
     def begin_pass(self) -> None:
@@ -250,12 +252,9 @@ def ask_about(
         for samples in chunks:
             built: list[Request] = []
             for sample_id in samples.ids:
-                source_texts = texts.get(sample_id, SourceTexts())
-                context = source_texts.context
-                results = read_results(sample_id, plan, journal, context) if round_number else NO_RESULTS
-                wanted = plan.wanted(source_texts)
-                now = [pair for pair in pairs if pair in wanted]
-                built += build_requests(sample_id, plan, context, results, now)
+                inputs = texts.get(sample_id, NO_INPUTS)
+                results = read_results(sample_id, plan, journal, inputs) if round_number else NO_RESULTS
+                built += build_requests(sample_id, plan, inputs, results, pairs)
             yield built, samples
 
     return ask_all(requests(), plan, server, engine, journal, counts)
@@ -294,35 +293,37 @@ def read_annotations(
     for chunk in samples:
         rows = []
         for sample_id, pages, split, width_px, height_px, human in chunk:
-            source_texts = texts.get(sample_id, SourceTexts())
-            results = read_results(sample_id, plan, journal, source_texts.context)
-            wanted = plan.wanted(source_texts)
-            requests = list(build_requests(sample_id, plan, source_texts.context, results, wanted))
+            inputs = texts.get(sample_id, NO_INPUTS)
+            results = read_results(sample_id, plan, journal, inputs)
+            requests = list(build_requests(sample_id, plan, inputs, results))
             annotations = [*human]
             for request in requests:
                 reply = last_reply(request, journal)
                 frame = Frame(width_px, height_px, reply.max_pixels or request.max_pixels)
                 annotations += parse_reply(request, reply, plan.tasks, frame)
-            annotations += _not_asked(sample_id, wanted, requests, plan, source_texts.context)
+            annotations += _not_asked(sample_id, plan, requests, find_skipped(plan, inputs, results))
+            if reason := find_dropped(plan, inputs, results):
+                annotations = [row | {"reply_error": reason} for row in annotations]
             rows += [row | {"pages": pages, "source_split": split} for row in annotations]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)
 
 
 def last_reply(request: Request, journal: Journal) -> Reply:
-    """Return the last reply to a request. The journal must have one."""
+    """Return the last reply to a request, and count its tokens. The journal must have a reply."""
     last = journal.last(request.id)
     assert last is not None, f"no reply to {request.id}: the engine skipped the request"
+    journal.spend(request.task, last[0])
     return last[0]
 
 
 def read_results(
-    sample_id: str, plan: RequestPlan, journal: Journal, context: Context = ()
+    sample_id: str, plan: RequestPlan, journal: Journal, inputs: SourceTexts = NO_INPUTS
 ) -> dict[str, str]:
-    """Return the results that custom tasks need for a sample from the journal, as JSON by result name."""
+    """Return the results that tasks and conditions need for a sample from the journal, as JSON by name."""
     results: dict[str, str] = {}
     for pairs in plan.rounds if plan.needed else ():
         needed = [pair for pair in pairs if result_name(*pair) in plan.needed]
-        for request in build_requests(sample_id, plan, context, results, needed):
+        for request in build_requests(sample_id, plan, inputs, results, needed):
             name = result_name(request.task, request.style)
             if name in results:  # use the first usable caption if there are several
                 continue
@@ -334,13 +335,13 @@ def read_results(
 
 
 def _not_asked(
-    sample_id: str, wanted: Sequence[Pair], requests: Sequence[Request], plan: RequestPlan, context: Context
+    sample_id: str, plan: RequestPlan, requests: Sequence[Request], skipped: Mapping[Pair, str]
 ) -> Iterator[dict[str, object]]:
-    """Yield an annotation with an error for each task that was not asked, since it lacks an input."""
+    """Yield an annotation with an error for each task that was not asked."""
     asked = {(request.task, request.style) for request in requests}
-    for name, style in wanted:
+    for name, style in plan.pairs:
         if (name, style) not in asked:
-            flaw = COLUMN_EMPTY if lacks_column(plan.tasks[name], context) else RESULT_MISSING
+            flaw = skipped.get((name, style), RESULT_MISSING)
             ids = {"annotation_id": digest([sample_id, name]), "sample_id": sample_id, "request_id": ""}
             empty = {"position": 0, "prompt_id": "", "reply_error": flaw}
             yield {**ids, "task": name, "style": style, **empty}

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,19 +15,31 @@ from pipeline.config.sections import ANY_LANGUAGE, GenerateConfig
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.sources import find_source
-from pipeline.tasks import TASKS, Tasks, tasks_making, wire_schema
+from pipeline.tasks import TASKS, Tasks, wire_schema
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
 from pipeline.tasks.caption import max_tokens_of
 from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
+from pipeline.tasks.conditions import (
+    COLUMN,
+    INTEGER,
+    Condition,
+    ConditionError,
+    Names,
+    drop_reason,
+    parse_condition,
+)
 from pipeline.tasks.custom import CustomTask
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, prompt_texts, render
 from pipeline.text.language_codes import language_name
-from pipeline.types import Context, Reply, Request, SampleBatch, Sampling, SourceTexts
+from pipeline.types import Reply, Request, SampleBatch, Sampling, SourceTexts
 
+NO_INPUTS = SourceTexts()
 NO_RESULTS: Mapping[str, str] = MappingProxyType({})
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
 FILTER_KEYS = ("min_words", "max_words")  # settings of a custom task that do not change its requests
+RESULT_MISSING = "result_missing"  # reply_error of a task that was not asked, since it needs a missing result
+IMAGE_SIZE = ("width_px", "height_px")  # names in `row` of conditions, besides the columns of the source
 Pair = tuple[str, str]  # task and style, which is "" for most tasks
 
 
@@ -40,7 +53,7 @@ class RequestPlan:
     context: tuple[str, ...]  # names of the source columns that prompts may use
     language: str | None
     seed: int
-    is_filling: bool  # ask only for captions or questions that the source lacks
+    is_filling: bool  # whether built-in tasks are asked only about images without human texts
     revision: str  # digest or commit of the model
     shows_detail: bool = False  # whether the images are pages
 
@@ -91,23 +104,57 @@ class RequestPlan:
         return max(limits, default=self.generate.max_tokens)
 
     @cached_property
+    def dropping(self) -> dict[Pair, Condition]:
+        """The condition `keep_if` of each task that has one. An image for which it is not true is dropped."""
+        texts = ((pair, self.tasks[pair[0]].keep_if) for pair in self.pairs)
+        return {pair: parse_condition(text) for pair, text in texts if text}
+
+    @cached_property
+    def conditions(self) -> dict[Pair, tuple[Condition, ...]]:
+        """The conditions under which each task is asked for a style. All must be true."""
+        return {pair: self._conditions_of(*pair) for pair in self.pairs}
+
+    def _conditions_of(self, name: str, style: str) -> tuple[Condition, ...]:
+        task = self.tasks[name]
+        if isinstance(task, CustomTask):
+            return (parse_condition(task.settings.when),) if task.settings.when else ()
+        texts = [text for key, text in self.generate.when if key in (name, style)]
+        is_needed = any(result_name(name, style) in other.needs for other in self.tasks.custom)
+        if self.is_filling and not is_needed:
+            texts.append("not row.has_captions" if task.text_field else "not row.has_questions")
+        return tuple(map(parse_condition, texts))
+
+    def _inputs_of(self, name: str, style: str) -> set[str]:
+        """Return the names of the results that must be known before a task is asked."""
+        first = () if self.tasks[name].keep_if else self.dropping
+        compared = (condition.names_in("results") for condition in self.conditions[name, style])
+        return {*self.tasks[name].needs, *(task for task, _ in first)}.union(*compared)
+
+    @cached_property
+    def has_conditions(self) -> bool:
+        """Whether a task is asked only about some images."""
+        return bool(self.dropping) or any(self.conditions.values())
+
+    @cached_property
     def needed(self) -> frozenset[str]:
-        """The names of the results that custom tasks need."""
-        return frozenset(need for task in self.tasks.custom for need in task.needs)
+        """The names of the results that prompts or conditions need."""
+        dropping = (task for task, _ in self.dropping)
+        return frozenset(dropping).union(*(self._inputs_of(*pair) for pair in self.pairs))
 
     @cached_property
     def rounds(self) -> tuple[tuple[Pair, ...], ...]:
         """The pairs of each round. A task is asked in a later round than the tasks whose results it needs.
 
-        Raises ConfigError if tasks need each other's results in a circle.
+        Tasks with `keep_if` are asked in the first round. Raises ConfigError if tasks need each other's
+        results in a circle.
         """
         waiting, done = [*self.pairs], set[str]()
         rounds = []
         while waiting:
-            ready = tuple(pair for pair in waiting if done.issuperset(self.tasks[pair[0]].needs))
+            ready = tuple(pair for pair in waiting if done.issuperset(self._inputs_of(*pair)))
             if not ready:
-                names = ", ".join(name for name, _ in waiting)
-                hint = "remove one name from the `needs` of one of them"
+                names = ", ".join(dict.fromkeys(name for name, _ in waiting))
+                hint = "remove one name from the `needs` or `when` of one of them"
                 raise ConfigError(f"circular dependency between tasks: {names}", hint=hint)
             rounds.append(ready)
             done |= {result_name(*pair) for pair in ready}
@@ -116,21 +163,9 @@ class RequestPlan:
 
     def describe(self, *checks: Task) -> list[Any]:
         """Return everything that replies depend on, except the image. Includes the prompts of `checks`."""
-        prompts = prompt_texts([*self.tasks.asked, *checks], self.prompt_dirs, self.generate.style_prompts)
+        prompts = prompt_texts([*self.tasks.asked, *checks], self.prompt_dirs)
         values = [self.context, self.language, self.seed, self.is_filling, self.revision]
         return [self.tasks.describe(FILTER_KEYS), self.generate.model_dump(mode="json"), prompts, values]
-
-    def wanted(self, texts: SourceTexts) -> tuple[Pair, ...]:
-        """Return the task and style of each request about a sample, in order.
-
-        If the model only fills gaps, leaves out captions or questions that the source has, unless a custom
-        task needs them.
-        """
-        if not self.is_filling:
-            return self.pairs
-        done = tasks_making("captions") if texts.has_captions else frozenset[str]()
-        done |= tasks_making("questions") if texts.has_questions else frozenset()
-        return tuple(pair for pair in self.pairs if pair[0] not in done or result_name(*pair) in self.needed)
 
     def count_replies(self, task: Task) -> int:
         """Return the number of requests per sample and style, which is greater than 1 only for captions."""
@@ -156,20 +191,20 @@ class RequestPlan:
 def build_requests(
     sample_id: str,
     plan: RequestPlan,
-    context: Context = (),
+    inputs: SourceTexts = NO_INPUTS,
     results: Mapping[str, str] = NO_RESULTS,
     pairs: Sequence[Pair] | None = None,
 ) -> Iterator[Request]:
     """Yield the requests about one sample, or only those for `pairs`. `with_images` adds the images.
 
-    Prompts may use source columns (`context`) and other tasks' results (JSON by name). A task is left out if
-    a column that it requires is empty, if a result that it needs is missing, or if its prompt cannot be
-    rendered with the result.
+    Prompts may use source columns and other tasks' results (JSON by name). A task is left out if
+    `find_skipped` returns it, or if its prompt cannot be rendered with a result.
     """
-    row = {"row": tuple(map(tuple, context))} if context else {}
+    row = {"row": tuple(map(tuple, inputs.context))} if inputs.context else {}
+    skipped = find_skipped(plan, inputs, results)
     for name, style in plan.pairs if pairs is None else pairs:
         task = plan.tasks[name]
-        if lacks_column(task, context) or any(need not in results for need in task.needs):
+        if (name, style) in skipped:
             continue
         used = {"results": tuple((need, results[need]) for need in task.needs)} if task.needs else {}
         values = row | used | _values_of(sample_id, plan, task)
@@ -191,9 +226,52 @@ def build_requests(
             yield Request(id=digest(identity), sample_id=sample_id, style=style, **pages, **fields)
 
 
-def lacks_column(task: Task, context: Context) -> bool:
-    """Return whether a column that a task requires is empty for a sample."""
-    return bool(task.require) and not all(dict(context).get(name, "").strip() for name in task.require)
+def find_skipped(plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, str]) -> dict[Pair, str]:
+    """Return the tasks and styles that are not asked about a sample, with their reasons.
+
+    A task that needs the result of a skipped task is skipped for the same reason.
+    """
+    if not plan.needed and not plan.has_conditions:
+        return {}
+    values = _decode(inputs, results)
+    dropped = find_dropped(plan, inputs, results)
+    skipped: dict[Pair, str] = {}
+    reasons: dict[str, str] = {}  # by the name of the missing result
+    for pair in chain.from_iterable(plan.rounds):
+        task = plan.tasks[pair[0]]
+        missing = [need for need in task.needs if need not in results]
+        reason = None if task.keep_if else dropped
+        reason = reason or _find_unmet(plan.conditions[pair], values)
+        if missing and not reason:
+            reason = next((reasons[need] for need in missing if need in reasons), RESULT_MISSING)
+        if reason:
+            skipped[pair] = reasons[result_name(*pair)] = reason
+    return skipped
+
+
+def find_dropped(plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, str]) -> str | None:
+    """Return the reason why a task with `keep_if` drops a sample, or None. A skipped task drops no sample."""
+    values = _decode(inputs, results) if plan.dropping else {}
+    for pair, keep_if in plan.dropping.items():
+        is_asked = not _find_unmet(plan.conditions[pair], values)
+        if is_asked and (unmet := keep_if.find_unmet(values)):
+            return drop_reason(pair[0], unmet)
+    return None
+
+
+def _decode(inputs: SourceTexts, results: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    return condition_values(inputs, {name: json.loads(value) for name, value in results.items()})
+
+
+def _find_unmet(conditions: Sequence[Condition], values: Mapping[str, Mapping[str, Any]]) -> str | None:
+    return next(filter(None, (condition.find_unmet(values) for condition in conditions)), None)
+
+
+def condition_values(inputs: SourceTexts, results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the values that conditions read, by namespace. An empty column has no value."""
+    columns = {name: value.strip() or None for name, value in inputs.context}
+    others = {name: value for name, value in inputs._asdict().items() if name != "context"}
+    return {"row": columns | others, "results": results}
 
 
 def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request]:
@@ -222,7 +300,7 @@ def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
     """Render every prompt once (also for checks if `has_checks`). Raises ConfigError if one fails."""
     if plan.generate.prompt_dir:
         check_prompt_dir(plan.generate.prompt_dir, [*plan.tasks.asked, *(CHECKING if has_checks else ())])
-    folders, styles = plan.prompt_dirs, plan.generate.style_prompts
+    folders = plan.prompt_dirs
     context = tuple((name, "") for name in plan.context)
     check_needs(plan)
     if plan.generate.samples > 1 and max(map(plan.count_replies, plan.tasks.asked), default=1) == 1:
@@ -230,9 +308,9 @@ def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
         raise ConfigError(problem, hint="leave out --samples")
     for name, style in plan.pairs:
         task = plan.tasks[name]
-        check_names(task, folders, plan.context, styles, style)
+        check_names(task, folders, plan.context)
         for nulls in (False, True):
-            render(task, folders, context, styles, _empty_results(plan, task, nulls=nulls), style=style)
+            render(task, folders, context, _empty_results(plan, task, nulls=nulls), style=style)
     if has_checks:
         render(ANSWER, folders, question="?")
         render(CLAIMS, folders, caption="", count=1)
@@ -258,12 +336,6 @@ def check_needs(plan: RequestPlan) -> None:
             problem = f"the task {task.name} has no input: it uses no image, no result and no column"
             hint = "name tasks in `needs` and use their results, or use columns: --columns context=NAME"
             raise ConfigError(problem, hint=hint)
-        if unmapped := [name for name in task.require if name not in plan.context]:
-            problem = f"the task {task.name} requires {unmapped[0]}, which is not a context column"
-            columns = ",".join([*plan.context, *unmapped])
-            raise ConfigError(
-                problem, hint=did_you_mean(unmapped[0], plan.context, f"map it: --columns context={columns}")
-            )
         for need in task.needs:
             if need not in available:
                 names = sorted(available - {task.name})
@@ -275,7 +347,47 @@ def check_needs(plan: RequestPlan) -> None:
                 raise ConfigError(
                     f"the task {task.name} needs {need}, which this run does not have", hint=hint
                 )
+    check_conditions(plan)
     _ = plan.rounds  # raises ConfigError for circular needs
+
+
+def check_conditions(plan: RequestPlan) -> None:
+    """Raise ConfigError if a condition of a task is invalid."""
+    names = condition_names(plan)
+    known = [*dict.fromkeys(name for pair in plan.pairs for name in pair if name and pair[0] in TASKS)]
+    for key, text in plan.generate.when:
+        if key not in known:
+            problem = f"generate.when has {key}, which is not a built-in task or caption style of this run"
+            hint = did_you_mean(key, known, "a custom task has the key `when` in its own file")
+            raise ConfigError(problem, hint=hint)
+        check_condition(f"generate.when of {key}", text, names)
+    for task in plan.tasks.custom:
+        if task.settings.when:
+            read = {"row": names["row"]} if task.keep_if else names
+            check_condition(f"`when` of the task {task.name}", task.settings.when, read)
+        if task.keep_if:
+            own = names | {"results": {task.name: task.result_schema}}
+            check_condition(f"`keep_if` of the task {task.name}", task.keep_if, own)
+            if task.needs:
+                problem = f"the task {task.name} has `needs` and `keep_if`, but it is asked before all others"
+                raise ConfigError(problem, hint="leave out one of them")
+
+
+def condition_names(plan: RequestPlan) -> dict[str, dict[str, Any]]:
+    """Return the names that conditions may use, with their schemas, by namespace (conditions.Names)."""
+    row = dict.fromkeys(plan.context, COLUMN) | dict.fromkeys(IMAGE_SIZE, INTEGER)
+    return {
+        "row": row,
+        "results": {result_name(*pair): plan.tasks[pair[0]].result_schema for pair in plan.pairs},
+    }
+
+
+def check_condition(where: str, text: str, names: Names) -> None:
+    """Raise ConfigError with the place of the condition if it is invalid."""
+    try:
+        parse_condition(text).check(names)
+    except ConditionError as error:
+        raise ConfigError(f"{where}, {error}", hint=error.hint) from None
 
 
 def _empty_results(plan: RequestPlan, task: Task, *, nulls: bool) -> Results:
@@ -313,7 +425,7 @@ def _shared_fields(
     Renaming the keys of the digest would change all request ids, and all replies would be paid for again.
     """
     max_pixels = plan.max_pixels(task, values.get("style", ""))
-    prompt = render(task, plan.prompt_dirs, own_styles=plan.generate.style_prompts, **values)
+    prompt = render(task, plan.prompt_dirs, **values)
     schema = wire_schema(task) if task.asks_for_json(prompt.text) else None
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),

@@ -7,18 +7,19 @@ image. A rule turns each claim into pairs of questions, of which a true claim an
 with no. The second pair is asked only if the first does not confirm the claim.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from pipeline.config.sections import VerifyConfig
 from pipeline.digests import digest
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import last_reply
-from pipeline.inference.requests import RequestPlan
+from pipeline.inference.requests import RequestPlan, check_condition, condition_names
 from pipeline.scenes.claims import extract_claims
-from pipeline.tables import RUBRIC
+from pipeline.tables import ANNOTATION, RUBRIC
 from pipeline.tasks import find_broken_rule
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import (
@@ -36,6 +37,7 @@ from pipeline.tasks.checks import (
     count_claims,
     questions_about,
 )
+from pipeline.tasks.conditions import NUMBER, TEXT
 from pipeline.tasks.replies import parse_reply, read_fields
 from pipeline.text.vqa_answers import is_same_answer
 from pipeline.types import Request, SampleBatch
@@ -43,6 +45,14 @@ from pipeline.types import Request, SampleBatch
 # From template variables to columns.
 _RATED = {"caption": "clean_text", "question": "clean_question", "answer": "clean_answer"}
 MIN_CLAIMS_TOKENS = 800  # 24 claims take about 350 tokens
+QUESTION_CHECKS = ("round_trip", "blind", "evidence")  # made together, before all others
+ORDER = dict.fromkeys(QUESTION_CHECKS, 0) | {
+    "claims": 1, "repair": 2, "covers": 3, "alignment": 4, "judge": 5
+}  # fmt: skip
+# Scores that conditions of later checks read.
+SCORES = {"round_trip": "agreement", "claims": "precision", "covers": "coverage", "alignment": "alignment"}
+# Columns of annotations that conditions of all checks read as scores.
+LOG_PROBABILITIES = tuple(name for name in ANNOTATION.names if name.startswith("logprob"))
 
 
 class Check(NamedTuple):
@@ -58,14 +68,30 @@ class Check(NamedTuple):
     weight: int = 1  # evidence of the answer for or against the claim
 
 
-def question_checks(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
+def check_conditions(verify: VerifyConfig, plan: RequestPlan) -> None:
+    """Raise ConfigError if a condition of a check is invalid, or reads the score of a later check."""
+    asked = [*verify.checks, *["repair"] * verify.repair, *["judge"] * bool(verify.judge)]
+    for name, text in verify.when:
+        if name not in asked:
+            problem = f"verify.when has {name}, which is not a check of this run"
+            raise ConfigError(problem, hint=did_you_mean(name, asked, f"this run has {', '.join(asked)}"))
+        earlier = (check for check in SCORES if check in asked and ORDER[check] < ORDER[name])
+        scores = map(SCORES.__getitem__, earlier)
+        names = condition_names(plan) | {
+            "scores": dict.fromkeys((*scores, *LOG_PROBABILITIES), NUMBER),
+            "text": {"task": TEXT, "style": TEXT},
+        }
+        check_condition(f"verify.when of {name}", text, names)
+
+
+def question_checks(row: dict[str, Any], enabled: Collection[str]) -> list[Check]:
     """Return the checks of a question, in order. `row` has the columns of tables.ANNOTATION and FILTERED."""
     question, answer = row["clean_question"], row["clean_answer"]
-    checks = [Check("round_trip", question, answer)] if "round_trip" in config.checks else []
-    if "blind" in config.checks:
+    checks = [Check("round_trip", question, answer)] if "round_trip" in enabled else []
+    if "blind" in enabled:
         checks.append(Check("blind", question, answer, (), task=BLIND))
     evidence = tuple(row["evidence_pages"] or ())
-    if "evidence" in config.checks and 0 < len(evidence) < row["pages"]:
+    if "evidence" in enabled and 0 < len(evidence) < row["pages"]:
         checks.append(Check("sufficient", question, answer, evidence))
     return checks
 

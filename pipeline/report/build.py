@@ -16,6 +16,7 @@ from pipeline.dataset.audit import audit_in_words
 from pipeline.dataset.calibration import checks_in_words
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.limits import SCORED, score_curves
+from pipeline.dataset.price import price_in_words
 from pipeline.dataset.reviews import REASONS, Verdict, read_stored
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, StoreError
@@ -41,6 +42,7 @@ def write_report(version: Version, folder: Path) -> Path:
     sample. Raises StoreError if the version, a step file or the scores of the last captioner are damaged.
     """
     manifest, num_shown = version.manifest, min(version.num_rows, MAX_IMAGES)
+    cost = DatasetDir(folder).read_cost()
     rows = list(_read_rows(version, num_shown))
     first_images = {row["id"]: row["images"][0] for row in rows}
     has_steps = steps_match(folder, manifest)
@@ -72,7 +74,8 @@ def write_report(version: Version, folder: Path) -> Path:
         scores_in_words=SCORES_IN_WORDS,
         score_curves=_score_curves(DatasetDir(folder)) if has_steps else {},
         has_steps=has_steps,
-        cost=DatasetDir(folder).read_cost() or None,
+        cost=cost or None,
+        price_in_words=price_in_words(manifest, cost.get("asking_s", 0.0)),
         metrics=_read_last_metrics(folder),
         first_images=first_images,
         generator=GENERATOR,

@@ -51,7 +51,7 @@ def find_source(name: str) -> SourceSpec:
 def with_source_defaults(config: Config) -> Config:
     """Return the config with the source's defaults for tasks, caption styles, pixels and grouping.
 
-    Raises ConfigError if a caption length is set for drawn scenes, or if an unused style has a prompt.
+    Raises ConfigError if a caption length is set for drawn scenes.
     """
     spec, changes = find_source(config.source), dict[str, Any]()
     if "tasks" not in config.model_fields_set:
@@ -59,18 +59,11 @@ def with_source_defaults(config: Config) -> Config:
     if config.generate.caption_words and config.has_scene_prompts:
         problem = "--words was given, but the prompts of the tiny model have no length"
         raise ConfigError(problem, hint="leave out --words")
-    custom_styles = [name for name, _ in config.generate.style_prompts]
-    styles = config.generate.caption_styles
-    if "caption_styles" not in config.generate.model_fields_set:
-        defaults = styles if config.has_scene_prompts else PHOTO_STYLES
-        styles = (*defaults, *(name for name in custom_styles if name not in defaults))
-    elif unused := [name for name in custom_styles if name not in styles]:
-        problem = f"generate.style_prompts has a prompt for {unused[0]}, but that style is not used"
-        hint = f"add it to generate.caption_styles (--styles), as in {','.join([*styles, unused[0]])}"
-        raise ConfigError(problem, hint=hint)
     if spec.default_grouping and "group_by" not in config.split.model_fields_set:
         changes["split"] = config.split.model_copy(update={"group_by": spec.default_grouping})
-    asking: dict[str, Any] = {"caption_styles": styles}
+    asking: dict[str, Any] = {}
+    if "caption_styles" not in config.generate.model_fields_set and not config.has_scene_prompts:
+        asking["caption_styles"] = PHOTO_STYLES
     if spec.is_endless and "max_pixels" not in config.generate.model_fields_set:
         asking["max_pixels"] = None  # drawn images are small
     changes["generate"] = config.generate.model_copy(update=asking)

@@ -1,5 +1,6 @@
 """Step: ask. Send the model requests about each sample of a shard, and write its replies as annotations."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from pipeline.dataset.records import output_digest, read_record, step_key
 from pipeline.inference.journal import Journal
 from pipeline.inference.model_licenses import license_of
 from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations, read_results
-from pipeline.inference.requests import RequestPlan, build_requests
+from pipeline.inference.requests import IMAGE_SIZE, RequestPlan, build_requests
 from pipeline.plan import Plan
 from pipeline.steps.base import Services, Step, Work, ask_once, record_cost
 from pipeline.storage.files import write_table
@@ -42,17 +43,17 @@ class AskSettings:
         return [self.requests.describe(), self.keeps_human_texts, self.has_decks]
 
     def source_texts(self, row: Mapping[str, Any]) -> SourceTexts:
-        """Return the context of a sample (a row of tables.SAMPLE), and which human texts it has."""
-        context = tuple(row["context"] or ())
-        if not self.keeps_human_texts:
-            return SourceTexts(context)
-        return SourceTexts(context, *has_texts(row["references"], row["reference_qa"] or ()))
+        """Return the inputs of the requests about a sample (a row of tables.SAMPLE)."""
+        has_human = (False, False)
+        if self.keeps_human_texts:
+            has_human = has_texts(row["references"], row["reference_qa"] or ())
+        return SourceTexts(tuple(row["context"] or ()), *has_human, row["width_px"], row["height_px"])
 
     def requests_about(self, sample: Sample, journal: Journal) -> list[Request]:
         """Return the requests about a sample that can be built from the replies in the journal so far."""
-        pairs = self.requests.wanted(self.source_texts(sample.to_row()))
-        results = read_results(sample.id, self.requests, journal, sample.context)
-        return list(build_requests(sample.id, self.requests, sample.context, results, pairs))
+        inputs = self.source_texts(sample.to_row())
+        results = read_results(sample.id, self.requests, journal, inputs)
+        return list(build_requests(sample.id, self.requests, inputs, results))
 
     def sample_info(self, row: Mapping[str, Any], pages: int) -> SampleInfo:
         """Return the properties of a sample (a row of tables.SAMPLE) that its annotations depend on."""
@@ -78,7 +79,7 @@ def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) ->
     def ask() -> dict[str, Any]:
         total = services.stats.total
         _send_requests(shard, settings, services)
-        write_annotations(shard, settings)
+        services.stats.spent += write_annotations(shard, settings)
         model = {"name": plan.model, "revision": plan.requests.revision}
         model |= {"license": license_of(plan.model)} if plan.model != NO_MODEL else {}
         return {"kept": services.stats.total - total, "rejected": {}, "model": model}
@@ -90,7 +91,7 @@ def _send_requests(shard: DatasetDir, settings: AskSettings, services: Services)
     samples = read_record(shard, "read")["kept"]
     stats, progress = services.stats, services.progress
     texts = _read_source_texts(shard, settings)
-    per_sample = max(1, _count_wanted(settings.requests, samples, texts)) / max(1, samples)
+    per_sample = max(1, settings.requests.count(settings.requests.pairs))
     with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
 
         def start_engine() -> Engine:
@@ -109,25 +110,24 @@ def _send_requests(shard: DatasetDir, settings: AskSettings, services: Services)
         progress("ask", samples, samples)
 
 
-def write_annotations(shard: DatasetDir, settings: AskSettings) -> None:
-    """Write the annotations of a shard (tables.ANNOTATION) from its journal and the human texts."""
+def write_annotations(shard: DatasetDir, settings: AskSettings) -> Counter[str]:
+    """Write the annotations of a shard (tables.ANNOTATION) from its journal and the human texts.
+
+    Return the requests and tokens that they needed (Journal.spent).
+    """
     texts = _read_source_texts(shard, settings)
     with Journal(shard.journal) as journal:
         annotations = read_annotations(_sample_infos(shard, settings), settings.requests, journal, texts)
         write_table(shard.step_file(NAME), annotations, ANNOTATION)
+        return journal.spent
 
 
 def _read_source_texts(shard: DatasetDir, settings: AskSettings) -> TextsById:
-    if not settings.requests.context and not settings.requests.is_filling:
+    plan = settings.requests
+    if not plan.context and not plan.has_conditions:
         return NO_TEXTS
-    batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa"])
+    batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa", *IMAGE_SIZE])
     return {row["sample_id"]: settings.source_texts(row) for batch in batches for row in batch.to_pylist()}
-
-
-def _count_wanted(plan: RequestPlan, samples: int, texts: TextsById) -> int:
-    if not texts:
-        return samples * plan.count(plan.pairs)
-    return sum(plan.count(plan.wanted(source_texts)) for source_texts in texts.values())
 
 
 def _sample_infos(shard: DatasetDir, settings: AskSettings) -> Iterator[list[SampleInfo]]:

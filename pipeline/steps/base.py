@@ -267,8 +267,8 @@ def ask_once(
     if is_done(shard, name, key, record):
         stats.add_known(read_record(shard, name, record)["requests"])
         return
-    total, unanswered = stats.total, stats.unanswered
-    facts = ask()
+    total, unanswered, spent = stats.total, stats.unanswered, stats.spent.copy()
+    facts = ask() | {"spent": stats.spent - spent}
     is_complete = stats.unanswered == unanswered
     write_record(shard, name, key if is_complete else "", record, requests=stats.total - total, **facts)
 
@@ -367,7 +367,7 @@ def _write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> t
 @contextmanager
 def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> Iterator[None]:
     """Update the cost record of the dataset after the context."""
-    asked = stats.asked
+    asked, earlier_s = stats.asked, stats.asking_s
     try:
         yield
     finally:
@@ -376,7 +376,8 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
         if stats.asked > asked or totals["asked"] != dataset.read_cost().get("asked", 0):
             read_tokens, written_tokens = journal.likely_tokens()
             tokens = {"prompt_tokens": read_tokens, "reply_tokens": written_tokens}
-            write_json(dataset.cost, {**totals, **tokens})
+            asking_s = dataset.read_cost().get("asking_s", 0.0) + stats.asking_s - earlier_s
+            write_json(dataset.cost, {**totals, **tokens, "asking_s": round(asking_s, 3)})
 
 
 class _InOrder:

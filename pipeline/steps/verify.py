@@ -12,7 +12,8 @@ import pyarrow as pa
 from pipeline.config.sections import VerifyConfig
 from pipeline.dataset.calibration import CLAIMS, FINDINGS, NEVER, read_findings
 from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
-from pipeline.steps.verify_checks import ALIGNMENT, CHECKED, ask_checks
+from pipeline.steps.verify_checks import ask_checks
+from pipeline.steps.verify_results import ALIGNMENT, CHECKED
 from pipeline.steps.verify_settings import VerifySettings
 from pipeline.storage.database import load
 from pipeline.tables import BOOL, STRING, VERIFIED, append_columns, fields, is_caption

@@ -29,18 +29,13 @@ from pipeline.inference.queue import NO_SAMPLES, Chunk, ask_all
 from pipeline.inference.requests import RequestPlan
 from pipeline.steps.base import Services, record_cost, whole_groups
 from pipeline.steps.verify_known_texts import KnownSample, facts_in
+from pipeline.steps.verify_results import COLUMNS, CheckConditions, CheckedAnnotation, Row, add_results
 from pipeline.steps.verify_settings import VerifySettings
 from pipeline.storage.files import read_batches
 from pipeline.tables import (
-    CALIBRATION,
-    CHECK,
     FILTERED,
-    FLOAT64,
     HUMAN,
     STRING,
-    VERIFIED,
-    append_columns,
-    fields,
 )
 from pipeline.tasks.checks import MAX_EVIDENCE, REFUTED, REPAIR
 from pipeline.text.normalize import words_of
@@ -53,55 +48,10 @@ if TYPE_CHECKING:
 CLIP_PIXELS = 1_000_000
 # Number of requests without images that are built at once.
 CHUNK_REQUESTS = 256
-CLEAN = ("clean_text", "clean_question", "clean_answer", "clean_record")
-COLUMNS = ("sample_id", "task", "style", "prompt_id", *CLEAN, "evidence_pages", "pages")
 # Number of annotations in memory at once. Each takes some kilobytes with its checks.
 BATCH_ANNOTATIONS = 50_000
-ALIGNMENT = fields(FLOAT64, "alignment")
-CHECKED = pa.schema(
-    [
-        *fields(pa.list_(CHECK), "checks"), *ALIGNMENT, *VERIFIED, *fields(STRING, "unrepaired_text"),
-        *CALIBRATION,
-    ]
-)  # fmt: skip
 _ARTICLES = {"an": "a"}
-Row = dict[str, Any]
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class CheckedAnnotation:
-    """An annotation with its checks (tables.CHECK), and its scores by column name.
-
-    `row` has COLUMNS. `rewritten` has tables.FILTERED and `prompt_id` of a repaired caption, or is None.
-    """
-
-    row: Row
-    checks: list[Row] = field(default_factory=list)
-    scores: dict[str, Any] = field(default_factory=dict)
-    rewritten: Row | None = None
-
-    @property
-    def sample_id(self) -> str:
-        """The id of the annotated sample."""
-        return str(self.row["sample_id"])
-
-    @property
-    def caption(self) -> str | None:
-        """The caption, or None for a question."""
-        text: str | None = self.row["clean_text"]
-        return text
-
-    @property
-    def refuted_claims(self) -> list[str]:
-        """The claims that the model refuted."""
-        claims = verification.claims_in(self.checks)
-        return [claim for claim, evidence in claims.items() if evidence >= REFUTED]
-
-    def add_known(self, check: str, kind: str, evidence: int) -> None:
-        """Add the evidence of a check against a text whose truth is known (tables.CALIBRATED)."""
-        result = {"check": check, "kind": kind, "evidence": evidence}
-        self.scores.setdefault("calibration", []).append(result)
 
 
 Subjects = Sequence[CheckedAnnotation]
@@ -137,6 +87,10 @@ class AnnotationChecker:
         return self.settings.requests
 
     @cached_property
+    def _conditions(self) -> CheckConditions:
+        return CheckConditions(self.shard, self.settings.verify.when, self.plan.tasks)
+
+    @cached_property
     def _judge(self) -> tuple[EngineChoice, Callable[[], Engine]]:
         judge = self.settings.choose_judge(self.services.progress)
         return judge, self.stack.enter_context(open_engine(lambda: judge))
@@ -154,24 +108,36 @@ class AnnotationChecker:
         `rows` must hold every annotation of each sample. Records of custom tasks are not checked.
         """
         self._claims.clear()
+        self._conditions.read_results(rows)
         config, annotations = self.settings.verify, [CheckedAnnotation(row) for row in rows]
         subjects = [subject for subject in annotations if subject.row["clean_record"] is None]
         captions = [subject for subject in subjects if subject.caption is not None]
         questions = [subject for subject in subjects if subject.caption is None]
-        self._answer(questions, [verification.question_checks(one.row, config) for one in questions])
+        enabled = [check for check in verification.QUESTION_CHECKS if check in config.checks]
+        of_question = ([check for check in enabled if self._is_asked(check, one)] for one in questions)
+        self._answer(
+            questions, list(map(verification.question_checks, (one.row for one in questions), of_question))
+        )
         if "claims" in config.checks:
-            self._check_claims(captions)
+            self._check_claims([caption for caption in captions if self._is_asked("claims", caption)])
             self._calibrate_claims(captions)
         if config.repair:
-            by_model = [caption for caption in captions if caption.row["prompt_id"] != HUMAN]
-            self._repair([caption for caption in by_model if caption.refuted_claims])
+            refuted = (one for one in captions if one.row["prompt_id"] != HUMAN and one.refuted_claims)
+            self._repair([caption for caption in refuted if self._is_asked("repair", caption)])
         self._check_coverage(subjects)
         if self.settings.clip_model:
-            self._align(captions)
+            self._align([caption for caption in captions if self._is_asked("alignment", caption)])
         if config.judge:
-            self._rate([subject for subject in subjects if not self._is_contradicted(subject)])
+            rated = (subject for subject in subjects if not self._is_contradicted(subject))
+            self._rate([subject for subject in rated if self._is_asked("judge", subject)])
             self._calibrate_judge(captions)
         return annotations
+
+    def _is_asked(self, check: str, subject: CheckedAnnotation) -> bool:
+        """Return whether the condition of a check is true, or note in the annotation why it is not."""
+        unmet = self._conditions.find_unmet(check, subject)
+        subject.skipped += [f"{check}.{unmet}"] if unmet else []
+        return unmet is None
 
     def _is_contradicted(self, subject: CheckedAnnotation) -> bool:
         if subject.caption is None:
@@ -182,7 +148,7 @@ class AnnotationChecker:
 
     def _check_claims(self, captions: Subjects) -> None:
         """Ask about each claim of the captions, and set `claim_evidence`."""
-        claims = self._split({caption.row["clean_text"]: caption.sample_id for caption in captions})
+        claims = self._split([(caption.row["clean_text"], caption.sample_id) for caption in captions])
         if self.settings.splits_claims:
             unread = sum(not claims[caption.row["clean_text"]] for caption in captions)
             self._warn_of_unread(unread, len(captions), "captions", "unchecked")
@@ -195,22 +161,19 @@ class AnnotationChecker:
             caption.checks += [answer for claim in of_caption for answer in claim.answers]
             caption.scores["claim_evidence"] = list(verification.claims_in(caption.checks).values())
 
-    def _split(self, captions: dict[str, str]) -> dict[str, list[list[verification.Check]]]:
-        """Return the questions about each claim in each caption.
-
-        `captions` maps each text to the id of one of its samples.
-        """
+    def _split(self, captions: Sequence[tuple[str, str]]) -> dict[str, list[list[verification.Check]]]:
+        """Return the questions about each claim in each caption. `captions` are texts with sample ids."""
         if not self.settings.splits_claims:
-            return {text: verification.rule_checks(text) for text in captions}
-        new = {text: sample_id for text, sample_id in captions.items() if text not in self._claims}
+            return {text: verification.rule_checks(text) for text, _ in captions}
+        new = {text: sample_id for text, sample_id in captions if text not in self._claims}
         build = partial(verification.build_claims, plan=self.plan)
         requests = (build(text, sample_id) for text, sample_id in new.items())
 
         def read(journal: Journal) -> dict[str, list[str]]:
-            return {text: verification.read_claims(text, self.plan, journal) for text in new}
+            return {text: verification.read_claims(text, self.plan, journal) for text, _ in captions}
 
         self._claims |= self._ask("claims", _chunks(requests), len(new), read)
-        return {text: list(map(verification.claim_checks, self._claims[text])) for text in captions}
+        return {text: list(map(verification.claim_checks, self._claims[text])) for text, _ in captions}
 
     def _ask_claims(self, claims: Sequence[AskedClaim]) -> None:
         """Ask the first two questions about each claim, and the others if these do not confirm the claim."""
@@ -237,7 +200,7 @@ class AnnotationChecker:
     def _calibrate_claims(self, captions: Subjects) -> None:
         """Ask about claims that are known to be true or false, and add the evidence to `calibration`."""
         samples, splits = self._known_samples(captions), self.settings.splits_claims
-        claims = self._split({text: one.sample_id for one, known in samples for text in known.to_split})
+        claims = self._split([(text, one.sample_id) for one, known in samples for text in known.to_split])
         asked = [
             (caption, kind, AskedClaim(caption.sample_id, questions))
             for caption, known in samples
@@ -258,9 +221,11 @@ class AnnotationChecker:
                 question = subject.row["clean_question"], subject.row["clean_answer"]
                 questions[subject.sample_id][question] = None
         verify = self.settings.verify
-        asked = [questions.get(subject.sample_id, ()) for subject in subjects]
-        pairs = zip(subjects, asked, strict=True)
-        self._answer(subjects, [verification.coverage_checks(s.caption, verify, q) for s, q in pairs])
+        if "covers" in verify.checks:
+            captions = [one for one in subjects if one.caption is not None and self._is_asked("covers", one)]
+            asked = (questions.get(caption.sample_id, ()) for caption in captions)
+            pairs = zip(captions, asked, strict=True)
+            self._answer(captions, [verification.coverage_checks(c.caption, verify, q) for c, q in pairs])
 
     def _answer(self, subjects: Subjects, checks: Sequence[list[verification.Check]]) -> None:
         """Ask the model the questions in `checks` about each subject, and add the answered checks to it."""
@@ -401,7 +366,9 @@ class AnnotationChecker:
             if done := stats.done - before:
                 # Lines are printed at intervals, so the last update may not have been shown.
                 progress(name, done, done)
-            return read(journal)
+            result = read(journal)
+            stats.spent += journal.spent
+            return result
 
 
 def _by_sample(subjects: Subjects) -> dict[str, list[CheckedAnnotation]]:
@@ -440,42 +407,3 @@ def ask_checks(
         checker = AnnotationChecker(shard, settings, services, stack)
         for table in whole_groups(read_batches(path), "sample_id", BATCH_ANNOTATIONS):
             yield add_results(table, checker.ask_all_checks(table.select(COLUMNS).to_pylist()))
-
-
-def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Table:
-    """Append the columns in CHECKED, and replace each repaired caption."""
-    results = [
-        {
-            "checks": subject.checks,
-            "unrepaired_text": text if subject.rewritten else None,
-            **subject.scores,
-            **results_of(subject.checks, is_caption=subject.caption is not None),
-        }
-        for subject, text in zip(subjects, table["clean_text"].to_pylist(), strict=True)
-    ]
-    if any(subject.rewritten for subject in subjects):
-        rows = table.to_pylist()
-        for row, subject in zip(rows, subjects, strict=True):
-            if subject.rewritten:
-                row |= subject.rewritten
-        table = pa.Table.from_pylist(rows, schema=table.schema)
-    return append_columns(table, pa.Table.from_pylist(results, schema=CHECKED))
-
-
-def results_of(checks: Sequence[Row], *, is_caption: bool) -> dict[str, Any]:
-    """Return the results (tables.VERIFIED) of the checks of one annotation."""
-    claims = list(verification.claims_in(checks).values())
-    return {
-        "agreement": verification.share_of_confirmed_claims(claims)
-        if is_caption
-        else verification.share_confirmed(checks, "round_trip"),
-        "evidence": max(claims, default=None),
-        "answered_blind": _is_confirmed(checks, "blind"),
-        "sufficient": _is_confirmed(checks, "sufficient"),
-        "coverage": verification.share_confirmed(checks, "covers"),
-    }
-
-
-def _is_confirmed(checks: Sequence[Row], kind: str) -> bool | None:
-    share = verification.share_confirmed(checks, kind)
-    return None if share is None else share == 1

@@ -1,9 +1,10 @@
 """Step: write. Write the rows of all shards as one immutable version."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial, reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,17 @@ from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, read_findings
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
 from pipeline.dataset.limits import describe_changes
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
+from pipeline.dataset.price import describe_price
 from pipeline.dataset.publishing import RowWriter, publish_version
-from pipeline.dataset.records import is_done, output_digest, read_record, step_key, write_record
+from pipeline.dataset.records import (
+    DONE,
+    PREPARED,
+    is_done,
+    output_digest,
+    read_record,
+    step_key,
+    write_record,
+)
 from pipeline.dataset.reviews import Verdict, format_lines, read_stored
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
@@ -26,7 +36,7 @@ from pipeline.plan import Plan
 from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
-from pipeline.tables import NO_EXTRAS, REJECTIONS, STRING, Extras, fields
+from pipeline.tables import NO_EXTRAS, REJECTIONS, SKIPPED_CHECKS, STRING, Extras, fields
 
 NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
@@ -154,7 +164,8 @@ def publish_shards(
     statistics = reduce(merge, (part.statistics for part in written), DatasetStatistics())
     provenance = provenance | {
         "funnel": [asdict(summary) for summary in funnel],
-        "measured": statistics.result(plan.config.filter.language),
+        "measured": (measured := statistics.result(plan.config.filter.language)),
+        **price_texts(plan, shards, measured),
         "leakage": describe_decontamination(source, funnel, group_count),
         "review": count_reviews(shards),
         **audit_rows(plan.dataset, written, row_extras(plan.config, plan.tasks)),
@@ -195,14 +206,30 @@ def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras
     return {"audit": estimate_errors(Frame.of(tables, own, verdicts[-1].seed), verdicts)}
 
 
+def price_texts(plan: Plan, shards: Sequence[DatasetDir], measured: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest field with the price of the texts, or {} if no model was asked."""
+    records = [("ask", DONE), *[("verify", PREPARED)] * plan.config.verify.is_asked]
+    spent = Counter[str]()
+    for shard in shards:
+        for step, which in records:
+            spent.update(read_record(shard, step, which).get("spent", {}))
+    price = describe_price(spent, measured, plan.tasks, plan.config.server)
+    return {"price": price} if price else {}
+
+
 def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
-    """Return the manifest field with the errors of the checks, or {} without checks."""
+    """Return the manifest fields with the errors of the checks, and the texts that each check skipped."""
     verify = plan.config.verify
     if not verify.is_asked:
         return {}
     files = [require_file(shard.step_file("verify", "prepared")) for shard in shards]
     findings = read_findings(table for file in files for table in read_batches(file, FINDINGS))
     is_writer = {CLAIMS: True, JUDGE: plan.judge_revision == plan.requests.revision}
+    skipped: dict[str, Counter[str]] = defaultdict(Counter)
+    for table in (table for file in files for table in read_batches(file, [SKIPPED_CHECKS.name])):
+        for entry in chain.from_iterable(table[SKIPPED_CHECKS.name].drop_null().to_pylist()):
+            check, _, reason = entry.partition(".")
+            skipped[check][reason] += 1
     checks = [
         {
             "check": check,
@@ -211,7 +238,11 @@ def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
         }
         for check, found in findings.items()
     ]
-    return {"checks": checks} if checks else {}
+    described = {
+        "checks": checks,
+        "skipped_checks": {check: dict(sorted(counts.items())) for check, counts in sorted(skipped.items())},
+    }
+    return {name: value for name, value in described.items() if value}
 
 
 STEP = WriteStep(NAME, unit="images")

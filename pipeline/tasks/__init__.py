@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -12,7 +12,6 @@ from pipeline.tasks import caption, deck_qa, qa
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import CHECKING
 from pipeline.tasks.custom import build_task
-from pipeline.tasks.output_schema import code_digest
 
 SELECTABLE = (caption.TASK, qa.TASK, deck_qa.TASK)
 TASKS: dict[str, Task] = {task.name: task for task in (*SELECTABLE, *CHECKING)}
@@ -39,23 +38,12 @@ class Tasks:
         return self._by_name[name]
 
     def describe(self, exclude: Iterable[str] = ()) -> list[Any]:
-        """Return the names of asked tasks, and the settings, schemas and code digests of custom tasks."""
+        """Return the names of asked tasks, and the settings and schemas of custom tasks."""
         settings = [task.settings.model_dump(mode="json", exclude={*exclude}) for task in self.custom]
-        outputs = [
-            [wire_schema(task), task.settings.output and code_digest(task.settings.output)]
-            for task in self.custom
-        ]
-        return [[task.name for task in self.asked], settings, outputs]
+        return [[task.name for task in self.asked], settings, list(map(wire_schema, self.custom))]
 
 
 BUILT_IN = Tasks()
-
-
-@cache
-def tasks_making(kind: Literal["captions", "questions"]) -> frozenset[str]:
-    """Return the names of the built-in tasks that write captions, or of those that write questions."""
-    makes_captions = kind == "captions"
-    return frozenset(task.name for task in SELECTABLE if (task.text_field is not None) == makes_captions)
 
 
 def asks_about_decks(names: Iterable[str]) -> bool:

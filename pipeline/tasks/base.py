@@ -24,6 +24,7 @@ _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
 MAX_LINE_CHARACTERS = 100_000  # protects later steps; a token limit ends replies far earlier
 Line = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LINE_CHARACTERS, pattern=_LINE)]
 MAX_QA_PAIRS = 8
+UNITS = ("requests", "prompt_tokens", "reply_tokens")  # in which the use of a model is counted
 QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # ASCII, Chinese or Japanese, and Arabic
 MAX_PAGES = 20  # per deck, as in SlideVQA
 # Default bounds on the pixels of an image: 1,280 tokens of 28 x 28 px, as Qwen's model card recommends, and
@@ -61,7 +62,7 @@ class Task:
     has_styles: bool = False  # whether there is one request for each of `generate.caption_styles`
     temperature_key: str = "qa_temperature"  # name of a setting in `generate`
     card_category: str | None = None  # task category on the Hub
-    require: tuple[str, ...] = ()  # columns of the source without whose values the task is not asked
+    keep_if: str | None = None  # condition of the images to which other tasks are applied
     needs: tuple[str, ...] = ()  # names of tasks or caption styles whose results the prompt uses
     shows_image: bool = True
     max_tokens: int | None = None  # None: use generate.max_tokens
@@ -90,6 +91,11 @@ class Task:
     def prompt(self) -> str:
         """The name of a built-in task's prompt template."""
         return f"{self.name}/v1"
+
+    @property
+    def result_schema(self) -> dict[str, Any]:
+        """The closed schema (output_schema.py) of the result that conditions use."""
+        return {"type": "array", "items": {"type": "object"}} if self.rows_field else {"type": "string"}
 
     def fields_of(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the values of the row model's fields from the columns of an annotation."""

@@ -5,15 +5,14 @@ has the task's name. Until a version is written, its values are JSON in `record`
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError, model_validator
 
 from pipeline.config.sections import GenerateConfig, TaskConfig
 from pipeline.errors import ConfigError
@@ -35,7 +34,6 @@ from pipeline.tasks.caption import Caption, tidy_caption
 from pipeline.tasks.output_schema import Schema, UnusableSchemaError, require_field, without_null
 from pipeline.text.normalize import tidy
 
-log = logging.getLogger(__name__)
 NOTHING_FOUND = "nothing_found"  # error for an empty list of rows
 NOTHING = "[]"  # `record` for an empty list of rows
 JOINING = ("caption", "question")  # kinds that add to the captions or questions of built-in tasks
@@ -74,12 +72,11 @@ ROW_MODELS: dict[str, type[Output]] = {"caption": Caption, "question": OwnPair}
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CustomTask(Task):
-    """A custom task, which validates replies by a closed schema and optionally by the user's model."""
+    """A custom task, which validates replies by a closed schema."""
 
     settings: TaskConfig
     whole: Schema  # closed schema of a whole reply
     item: TypeAdapter[Any]  # validates one annotation
-    model: TypeAdapter[Any] | None  # the user's pydantic model of one annotation
     field: str | None  # field of an annotation that holds its text or value, or None for the whole annotation
     value: Schema  # closed schema of this text or value
 
@@ -115,15 +112,8 @@ class CustomTask(Task):
         try:
             item = self._normalize(item)
             fields = self.item.dump_python(self.item.validate_python(item), mode="json", by_alias=True)
-            if self.model:
-                self.model.validate_python(fields)
         except ValidationError as error:
             return {}, _reason(error)
-        except Exception:  # the user's model may raise anything
-            log.warning(
-                "the pydantic model of the task %s raised an error for a reply", self.name, exc_info=True
-            )
-            return {}, "check_failed"
         coordinates = self.settings.coordinates
         if self.box_field and frame and (flaw := place_box(fields, self.box_field, frame, coordinates)):
             return {}, flaw
@@ -157,6 +147,11 @@ class CustomTask(Task):
         kind = output_schema.arrow_type(self.value)
         is_list = self.rows_field is not None
         return OwnColumn(self.name, pa.list_(kind) if is_list else kind, self.settings.kind, is_list)
+
+    @property
+    def result_schema(self) -> Schema:
+        """See Task."""
+        return {"type": "array", "items": self.value} if self.rows_field else self.value
 
     def empty_result(self, *, nulls: bool = False) -> Any:
         """Return an empty result for testing prompts that use it. With `nulls`, optional values are null."""
@@ -204,12 +199,6 @@ def own_columns(tasks: Sequence[CustomTask]) -> list[OwnColumn]:
     return [column for task in tasks if (column := task.column)]
 
 
-def publishable_task(task: CustomTask) -> dict[str, Any]:
-    """Return the settings of a task for a manifest. The output schema replaces the name of a user's model."""
-    schema = {"output": task.whole} if task.settings.output else {}
-    return task.settings.model_dump(mode="json", exclude_defaults=True) | schema
-
-
 @lru_cache(256)
 def build_task(settings: TaskConfig) -> CustomTask:
     """Return the task with these settings. Raises ConfigError if the settings contradict each other."""
@@ -222,8 +211,7 @@ def build_task(settings: TaskConfig) -> CustomTask:
 
 def _build(settings: TaskConfig) -> CustomTask:
     kind = settings.kind
-    default = None if settings.output else _default_output(settings)
-    schema, model = output_schema.load_output(settings.output) if settings.output else (default, None)
+    schema = json.loads(settings.output) if settings.output else _default_output(settings)
     if settings.output and settings.labels:
         raise UnusableSchemaError(
             "labels cannot be combined with output: write an enum in the output instead"
@@ -258,7 +246,7 @@ def _build(settings: TaskConfig) -> CustomTask:
         plain_field=plain_field,
         text_field="caption" if kind == "caption" else None,
         card_category=CARD_CATEGORIES.get(kind),
-        require=settings.require,
+        keep_if=settings.keep_if,
         needs=settings.needs,
         shows_image=settings.show_image,
         max_tokens=settings.max_tokens,
@@ -267,7 +255,6 @@ def _build(settings: TaskConfig) -> CustomTask:
         settings=settings,
         whole=whole if rows else item,
         item=output_schema.validator_of(item),
-        model=_item_of(model, rows) if model else None,
         field=field,
         value=value,
         box_field=box_field,
@@ -368,18 +355,6 @@ def _box_field(settings: TaskConfig, names: Schema) -> str:
     if box["items"].get("type") != "integer":
         raise UnusableSchemaError("the corners of a box must be integers: their unit is pixels")
     return corners[0]
-
-
-def _item_of(model: type[BaseModel], rows: str | None) -> TypeAdapter[Any]:
-    """Return a validator for one annotation: the user's model, or the item type of its list field `rows`."""
-    if rows is None:
-        return TypeAdapter(model)
-    field = next(field for name, field in model.model_fields.items() if rows in (name, field.alias))
-    options = [field.annotation, *get_args(field.annotation)]  # the annotation may be `list[Item] | None`
-    listed = next((option for option in options if get_origin(option) in (list, tuple, Sequence)), None)
-    if listed is None:
-        raise UnusableSchemaError(f"{rows} of {model.__name__} is not a list")
-    return TypeAdapter(get_args(listed)[0])
 
 
 def _reason(error: ValidationError) -> str:

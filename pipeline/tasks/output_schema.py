@@ -6,12 +6,9 @@ optional fields become required fields that may be null, as strict servers deman
 the column type and the example in a prompt are derived from the closed schema.
 """
 
-import importlib
 import json
 import re
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -19,8 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 from pydantic.errors import PydanticUserError
 from pydantic_core import SchemaError
 
-from pipeline.digests import file_digest
-from pipeline.errors import ConfigError, one_line
 from pipeline.tables import BOOL, FLOAT64, INT64, STRING
 
 Schema = dict[str, Any]
@@ -60,33 +55,6 @@ _CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=F
 
 class UnusableSchemaError(ValueError):
     """Raised when a schema cannot be used. The message names the part of the schema and the reason."""
-
-
-def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
-    """Return the schema of an output, and its pydantic model or None. Raises ConfigError if loading fails."""
-    try:
-        if output.lstrip().startswith("{"):
-            return json.loads(output), None
-        module, _, name = output.partition(":")
-        folder = str(Path.cwd())
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-        model = getattr(importlib.import_module(module), name)
-        return model.model_json_schema(mode="serialization"), model
-    except Exception as error:  # noqa: BLE001  # runs the user's code
-        problem = f"cannot load the output {output[:80]}: {type(error).__name__}: {one_line(error)}"
-        raise ConfigError(
-            problem, hint="give a pydantic model as module:Model, or write a JSON schema"
-        ) from None
-
-
-def code_digest(output: str) -> str | None:
-    """Return a digest of the source file of a `module:Model`, which checks replies, or None for a schema."""
-    if output.lstrip().startswith("{"):
-        return None
-    load_output(output)
-    file = getattr(sys.modules[output.partition(":")[0]], "__file__", None)
-    return file_digest(Path(file)) if file else None
 
 
 @dataclass(slots=True)

@@ -27,11 +27,9 @@ from pipeline.types import Context
 
 Folders = tuple[Path, ...]  # template folders, which are searched in this order
 Results = Sequence[tuple[str, str]]  # pairs of another task's name and its result as JSON
-StyleTexts = Sequence[tuple[str, str]]  # pairs of a custom caption style's name and its prompt
 SYSTEM, TEXT_SYSTEM = "system/v1", "system_text/v1"  # TEXT_SYSTEM is for requests without an image
 STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "dense")
 DRAWS = 24  # number of values of `draw`, which selects wordings and question types
-STYLE_TEMPLATE = "{text} Reply with the text alone.\nTask: caption, {style}\n"
 MAX_PROMPT_BYTES = 1_000_000
 MAX_NOTE_CHARACTERS = 1000
 # A title or alternative text may contain instructions to the model (prompt injection).
@@ -110,7 +108,6 @@ def render(
     task: Task,
     folders: Folders = (),
     row: Context = (),
-    own_styles: StyleTexts = (),
     results: Results = (),
     **values: Any,
 ) -> Prompt:
@@ -122,7 +119,7 @@ def render(
     prepended to the text as notes. Templates in `folders` override the built-in ones. Raises ConfigError if
     the template is invalid or does not support a value.
     """
-    name, source = _source_of(task, folders, own_styles, values.get("style"))
+    name, source = _source_of(task, folders)
     try:
         notes = {column: _as_note(value) for column, value in row}
         parsed = {result: json.loads(value) for result, value in results}
@@ -138,7 +135,7 @@ def render(
             raise ConfigError(problem, hint="fix the template") from None
         if f"no attribute {style!r}" in str(error):  # the template maps styles to texts
             problem = f"no caption style {style} in the prompt {name}"
-        others = "other styles need your text (generate.style_prompts) or template (generate.prompt_dir)"
+        others = "for your own, write a task of the kind caption, or a template (generate.prompt_dir)"
         hint = did_you_mean(style, STYLES, f"built-in styles: {', '.join(STYLES)}; {others}")
         raise ConfigError(problem, hint=hint) from None
     return Prompt(
@@ -156,12 +153,9 @@ def _reply_shape(task: Task) -> dict[str, str]:
     return {"reply": shape_of(wire_schema(task))} if task.own_prompt and not task.plain_field else {}
 
 
-def _source_of(task: Task, folders: Folders, own_styles: StyleTexts, style: str | None) -> tuple[str, str]:
+def _source_of(task: Task, folders: Folders) -> tuple[str, str]:
     if task.own_prompt:
         return task.name, task.own_prompt
-    text = dict(own_styles).get(style or "") if task.has_styles else None
-    if text is not None:
-        return f"{task.name}/{style}", STYLE_TEMPLATE.format(text=text.strip(), style=style)
     return task.prompt, template(task.prompt, folders)
 
 
@@ -178,15 +172,9 @@ def names_in(source: str, variable: str) -> frozenset[str]:
     return frozenset(names | {key.value for key in keys if isinstance(key, nodes.Const)})
 
 
-def check_names(
-    task: Task,
-    folders: Folders,
-    columns: Sequence[str],
-    own_styles: StyleTexts = (),
-    style: str | None = None,
-) -> None:
+def check_names(task: Task, folders: Folders, columns: Sequence[str]) -> None:
     """Raise ConfigError if a prompt uses unmapped columns, or if its results are not exactly `task.needs`."""
-    name, source = _source_of(task, folders, own_styles, style)
+    name, source = _source_of(task, folders)
     try:
         unknown, results = sorted(names_in(source, "row") - {*columns}), names_in(source, "results")
     except TemplateError as error:
@@ -291,7 +279,7 @@ def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
         raise ConfigError(f"{folder} has no prompt for the tasks {names}", hint=hint)
 
 
-def describe_prompts(tasks: Sequence[Task], folder: Path | None, styles: StyleTexts = ()) -> str:
+def describe_prompts(tasks: Sequence[Task], folder: Path | None) -> str:
     """Return where the prompts come from, such as `caption from prompts/caption/v1.j2; qa built in`."""
     built_in = [task for task in tasks if not task.own_prompt]
     sources = {task.name: folder and (folder / f"{task.prompt}.j2") for task in built_in}
@@ -299,17 +287,16 @@ def describe_prompts(tasks: Sequence[Task], folder: Path | None, styles: StyleTe
     parts = [f"{name} from {path}" for name, path in sources.items() if path and path.exists()]
     if defaults := [name for name, path in sources.items() if not (path and path.exists())]:
         parts.append(f"{', '.join(defaults)} built in")
-    if own := [name for name, _ in styles] + [task.name for task in tasks if task.own_prompt]:
+    if own := [task.name for task in tasks if task.own_prompt]:
         parts.append(f"{', '.join(own)} from the settings")
     return "; ".join(parts)
 
 
-def prompt_texts(tasks: Iterable[Task], folders: Folders = (), own_styles: StyleTexts = ()) -> dict[str, str]:
-    """Return the templates of tasks and custom styles by prompt id, and the system templates by name."""
+def prompt_texts(tasks: Iterable[Task], folders: Folders = ()) -> dict[str, str]:
+    """Return the templates of tasks by prompt id, and the system templates by name."""
     texts = {SYSTEM: template(SYSTEM, folders)}
     for task in tasks:
         texts |= {_system_of(task): template(_system_of(task), folders)}
-        for style in (None, *(name for name, _ in own_styles if task.has_styles)):
-            name, source = _source_of(task, folders, own_styles, style)
-            texts[_prompt_id(task, name, source, folders)] = source
+        name, source = _source_of(task, folders)
+        texts[_prompt_id(task, name, source, folders)] = source
     return texts

@@ -2,36 +2,27 @@
 
 from typing import Any
 
+# Codes that are not clear as words.
 IN_WORDS = {
     # source
     "duplicate_image": "the same image as another",
     "near_duplicate_image": "looks like another image",
     "near_held_out_image": "looks like an image of a held-out split",
     "banned_image": "also in an excluded dataset",
-    "unreadable_image": "the image cannot be read",
-    "image_too_small": "the image is too small",
     "extreme_aspect_ratio": "the image is too narrow",
-    "one_color_image": "the image has one color",
-    "too_many_pixels": "the image has too many pixels",
     # replies, and validate
     "not_json": "the reply has no JSON object",
     "not_plain_text": "the reply is not the text alone",
     "off_schema": "the reply does not match the schema",
-    "column_empty": "a column that the task requires has no value",
+    "condition_false": "not asked: the condition of the task (`when`) is false",
+    "condition_without_value": "not asked: the condition of the task (`when`) needs a missing value",
     "cut_short": "the reply was cut off",
     "repeats_itself": "the reply runs in a loop",
-    "refused_by_server": "the server refused the request",
     "caption_string_pattern_mismatch": "the caption has control characters",
-    "caption_string_too_short": "the caption is empty",
-    "caption_string_too_long": "the caption is far too long",
-    "question_without_mark": "the question has no question mark",
-    "answer_repeats_question": "the answer repeats the question",
     "answer_not_yes_or_no": "the answer to a yes/no question is neither yes nor no",
-    "answer_not_a_number": "the answer to a number question is not a number",
     # filter
     "refusal": "the model declined, or saw no image",
     "junk": "markup, code or coordinates in the text",
-    "placeholder": "a placeholder instead of text",
     "label": "a label, or a remark to the reader, in the text",
     "prompt_echo": "repeats the prompt",
     "unanswerable": "the answer says that there is no answer",
@@ -39,21 +30,16 @@ IN_WORDS = {
     "too_short": "too few words",
     "too_long": "too many words",
     "keywords": "a list of keywords, or invalid tags",
-    "repetitive": "repeats itself",
-    "other_language": "in another language",
     "cut_off": "ends in the middle of a sentence",
     "too_general": "fits any image",
     "unwanted_phrase": "has a phrase that the settings reject",
     "not_visible": "asks about thoughts, or about the time after the picture",
-    "count_not_a_number": 'the answer to "How many?" is not a number',
     "answer_off_type": "yes or no does not answer the question",
     "no_single_question": "several questions in one, or a choice by letters",
-    "answer_in_question": "the question contains its answer",
     "speaks_of_elsewhere": "refers to another text or image",
     # verify
     "answer_not_confirmed": "the model gave another answer when asked again",
     "false_claim": "the model refuted a claim of the caption",
-    "low_rating": "low rating by the judge",
     "low_coverage": "the caption answers too few questions about its image",
     "answerable_without_image": "can be answered without the image",
     "evidence_not_sufficient": "the named pages are not enough",
@@ -63,7 +49,6 @@ IN_WORDS = {
     "not_the_best": "another caption of this image and style is better",
     # dedupe, balance, trim, version
     "duplicate": "duplicate of another text of this image",
-    "caption_of_many_images": "the same caption on too many images",
     "answer_too_common": "too many similar questions have this answer",
     "beyond_images": "more images than requested",
     "no_annotation_left": "all texts of this image were rejected",
@@ -82,7 +67,7 @@ SCORES_IN_WORDS = {
 
 
 def in_words(reason: str) -> str:
-    """Return a reason code in words. Unknown codes get spaces instead of underscores."""
+    """Return a reason code in words. Unknown codes, such as `dropped_by_TASK`, get spaces instead of `_`."""
     return IN_WORDS.get(reason, reason.replace("_", " "))
 
 

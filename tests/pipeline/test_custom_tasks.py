@@ -9,6 +9,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.inference.requests import build_requests, check_prompts
+from pipeline.inference.verification import check_conditions
 from tests.plans import request_plan
 
 TEXT = {"name": "t", "kind": "text", "prompt": "Look."}
@@ -50,8 +51,47 @@ def test_task_is_asked_one_round_after_the_tasks_it_needs() -> None:
     check_prompts(plan, has_checks=True)
 
 
-def text_task(prompt: str) -> str:
-    return f"{{name: t, kind: text, prompt: '{prompt}'}}"
+def test_tasks_with_keep_if_are_asked_first_and_conditions_before_their_tasks() -> None:
+    kind = TEXT | {"name": "kind", "keep_if": "results.kind != 'blank'"}
+    late = TEXT | {"name": "late", "when": "'a' in results.brief"}
+    when = {"qa": "results.detailed is not null"}
+    config = resolve(
+        source="folder:x", custom_tasks=[late, kind], tasks=["caption", "qa"], generate={"when": when}
+    )
+    plan = request_plan(config)
+    rounds = [[*dict.fromkeys(name for name, _ in part)] for part in plan.rounds]
+    assert rounds == [["kind"], ["caption"], ["qa", "late"]]
+    assert plan.needed == {"kind", "brief", "detailed"}
+    check_prompts(plan, has_checks=True)
+    assert resolve(**config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "when", "complaint"),
+    [
+        ("generate", {"qq": "true"}, "generate.when has qq, which is not a built-in task"),
+        ("generate", {"t": "true"}, "generate.when has t, which is not a built-in task"),
+        ("generate", {"brief": "row.w > 1"}, "generate.when of brief, character 1: unknown name row.w"),
+        ("generate", {"brief": "results.brief != 'a'"}, "circular dependency between tasks: caption"),
+        ("verify", {"covers": "true"}, "verify.when has covers, which is not a check of this run"),
+        ("verify", {"claims": "scores.precision < 1"}, "unknown name scores.precision"),
+        ("verify", {"round_trip": "scores.agreement < 1"}, "unknown name scores.agreement"),
+        ("verify", {"judge": "scores.precision < 1 and results.brief == 1"}, "a text and a number cannot"),
+    ],
+)
+def test_invalid_condition_in_settings_is_refused(section: str, when: dict[str, str], complaint: str) -> None:
+    verify: dict[str, Any] = {"checks": ["round_trip", "claims"], "judge": "m@http://h/v1"}
+    sections: dict[str, Any] = {"verify": verify, "generate": {}}
+    sections[section] = sections[section] | {"when": when}
+    config = resolve(source="folder:x", custom_tasks=[TEXT], tasks=["caption", "qa"], **sections)
+    with pytest.raises(ConfigError) as raised:
+        check_prompts(request_plan(config), has_checks=True)
+        check_conditions(config.verify, request_plan(config))
+    assert complaint in str(raised.value) and raised.value.hint
+
+
+def text_task(prompt: str, **keys: Any) -> str:
+    return json.dumps({"name": "t", "kind": "text", "prompt": prompt} | keys)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +107,17 @@ def text_task(prompt: str) -> str:
         (text_task("{{ results.ocr }}"), "uses results.ocr, which is not in the needs of its task"),
         ("{name: t, kind: text, prompt: a, needs: [ocr]}", "t needs ocr, which this run does not have"),
         ("{name: t, kind: text, prompt: a, needs: [t]}", "circular dependency between tasks: t"),
+        (
+            text_task("a", when="results.u == 'x'"),
+            "`when` of the task t, character 1: unknown name results.u",
+        ),
+        (text_task("a", when="results.t == 'x'"), "circular dependency between tasks: t"),
+        (
+            text_task("a", keep_if="results.plain == 'x'"),
+            "`keep_if` of the task t, character 1: unknown name",
+        ),
+        (text_task("a", keep_if="results.t == 'x'", when="results.plain == 'x'"), "`when` of the task t, "),
+        (text_task("a", keep_if="true", needs=["t"]), "it is asked before all others"),
         (text_task("{{ row }}"), "cannot be rendered: use one of its values"),
         (text_task("{{ [1, 2] | random }}"), "the prompt t cannot be rendered: No filter named 'random'"),
         (text_task("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), "maximum recursion depth"),
@@ -75,7 +126,7 @@ def text_task(prompt: str) -> str:
         (text_task("{% if %}"), "the prompt t is not a valid template"),
         ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
         ("{name: t, kind: text, prompt: a, show_image: false}", "the task t has no input"),
-        ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "cannot load the output no_module:X"),
+        ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "neither a JSON schema nor"),
     ],
 )
 def test_invalid_task_is_refused_with_hint(text: str, complaint: str, tmp_path: Path) -> None:

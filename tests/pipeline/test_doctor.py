@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline import doctor
-from pipeline.doctor import check_tasks, examine
+from pipeline.doctor import examine
 from pipeline.inference.vllm import VLLM_PYTHON
 from pipeline.install import installed_version
 
@@ -44,22 +44,6 @@ def test_interpreter_without_vllm_fails_the_check(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(VLLM_PYTHON, "/does/not/exist")
     (vllm,) = [finding for finding in examine() if finding.name == "vllm"]
     assert "cannot run " in vllm.result
-
-
-def test_custom_tasks_are_checked_without_source(tmp_path: Path) -> None:
-    files = [tmp_path / "offer.yaml", tmp_path / "short.yaml"]
-    files[0].write_text("{name: offer, kind: text, require: [id], prompt: 'Say what {{ row.title }} is.'}")
-    files[1].write_text("{name: short, kind: text, needs: [offer], prompt: '{{ results.offer }}'}")
-    finding = check_tasks(files)
-    assert (finding.is_ok, finding.result) == (
-        True,
-        "offer (text), short (text); needs --columns context=id,title",
-    )
-    missing = check_tasks(files[1:])
-    assert not missing.is_ok and missing.result.startswith("the task short needs offer")
-    files[1].write_text("{name: short, kind: text, prompt: 'Go on {{ row.x }.'}")
-    invalid = check_tasks(files)
-    assert not invalid.is_ok and "not a valid template: line 1" in invalid.result and invalid.hint
 
 
 def test_failures_have_hints_and_the_default_model_its_license(

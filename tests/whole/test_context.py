@@ -109,39 +109,14 @@ def test_prompt_template_uses_named_columns(shop: Path, server: ChatServer) -> N
         assert complaint in refused.stderr
 
 
-def test_style_defined_in_settings_has_a_separate_prompt(shop: Path, server: ChatServer) -> None:
-    shop_text = "for {{ 'a' if draw % 2 else 'the' }} shop."
-    text = f"Describe what is sold as title: {{{{ row.title | tojson }}}}\n {shop_text}"
-    (shop / "synth.yaml").write_text(json.dumps({"generate": {"style_prompts": {"product": text}}}))
-    arguments = ("--config", "synth.yaml", "--columns", "context=title")
-    command = ["generate", "--source", "folder:photos", "--tasks", "caption", "--out", "d"]
-    command += ["--base-url", server.url]
-    done = require_success(run_synth(*command, *arguments, cwd=shop))
-    ending = "Reply with the text alone.\nTask: caption, product"
-    asked = [body for body in server.bodies if text_of(body).endswith(ending)]
-    # photographs also get the styles plain and detailed
-    assert len(asked) == COUNT and len(server.bodies) == 3 * COUNT
-    assert "prompts: caption built in; product from the settings" in done.stderr
-    assert all("Notes" not in text_of(body) for body in asked)
-    captions = [caption for row in load_rows(shop / "d") for caption in row["captions"]]
-    captions = [caption for caption in captions if caption["style"] == "product"]
-    assert captions and all(caption["prompt_id"].startswith("caption/product@") for caption in captions)
-    manifest = shop / "d/versions/v1.0.0/manifest.json"
-    assert text in json.loads(manifest.read_text())["prompts"][captions[0]["prompt_id"]]
-    assert "Describe what is sold" in (manifest.parent / "README.md").read_text()
-    refused = generate(shop, server, *arguments)  # with --styles plain
-    assert refused.returncode == 1
-    assert "has a prompt for product, but that style is not used" in refused.stderr
-
-
 def test_hostile_context_names_and_values_stay_inside_prompt_notes(shop: Path, server: ChatServer) -> None:
     title = [f'R\u00e4der & "Tom\'s" <{n}>' for n in range(COUNT)]
     evil = [EVIL + f" {n}" + "x" * 5000 for n in range(COUNT)]
     write_metadata(shop, items=title, copy=["gut"] * COUNT, title=evil, **{"der Preis": ["3 \u20ac"] * COUNT})
     text = "title: {{ row.items | tojson }}\n({{ row.copy }}, {{ row['der Preis'] }})"
-    settings = {"caption_styles": ["x"], "style_prompts": {"x": text}}
-    (shop / "synth.yaml").write_text(json.dumps({"generate": settings}))
-    command = ["generate", "--source", "folder:photos", "--tasks", "caption", "--config", "synth.yaml"]
+    task = {"name": "x", "kind": "caption", "prompt": text}
+    (shop / "synth.yaml").write_text(json.dumps({"custom_tasks": [task]}))
+    command = ["generate", "--source", "folder:photos", "--config", "synth.yaml"]
     command += ["--columns", "context=items,copy,der Preis", "--base-url", server.url, "--out", "e"]
     require_success(run_synth(*command, cwd=shop))
     shown = {f"title: {json.dumps(text, ensure_ascii=False)}" for text in title}

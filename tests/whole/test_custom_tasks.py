@@ -32,17 +32,6 @@ loaded = datasets.load_dataset("me/shop")
 rows = {split: part.remove_columns(["image"]).to_list() for split, part in loaded.items()}
 pickle.dump((loaded["train"].features, rows), sys.stdout.buffer)
 """
-SHAPES = """
-from pydantic import BaseModel, model_validator
-class Range(BaseModel):
-    low: int
-    high: int
-    @model_validator(mode='after')
-    def _in_order(self):
-        if self.low > self.high:
-            raise ValueError('not in order')
-        return {7: self}[self.low] if self.low == 5 else self
-"""
 TITLE = re.compile(r'sold as "(?:Lamp|Chair) (\d+)"')
 
 
@@ -219,22 +208,24 @@ def test_requests_cover_only_new_tasks_and_changed_rows(shop: Path, server: Chat
     assert {row["shout"] for row in load_rows(shop / "d", "v2.0.1")} >= {"ABOUT CHAIR 3", "ABOUT LAMP 20"}
 
 
-def test_task_skips_images_without_a_required_value(shop: Path, server: ChatServer, model: Model) -> None:
+def test_task_with_a_condition_skips_images_and_tasks_that_need_it(
+    shop: Path, server: ChatServer, model: Model
+) -> None:
     write_titles(shop, ["" if n < 3 else " " if n == 3 else f"Lamp {n}" for n in range(COUNT)])
     model.replies["words"] = {"text": "a lamp"}
     model.replies["more"] = {"text": "more"}
-    task = "{name: words, kind: text, require: [title], prompt: 'Say what {{ row.title }} is.'}"
+    task = "{name: words, kind: text, when: row.title is not null, prompt: 'Say what {{ row.title }} is.'}"
     (shop / "words.yaml").write_text(task)
     more = "{name: more, kind: text, show_image: false, needs: [words], prompt: '{{ results.words }}'}"
     (shop / "more.yaml").write_text(more)
     both = ("--task", "words.yaml", "--task", "more.yaml")
     result = generate(shop, server, "--columns", "context=title", *both)
     assert model.requests == {"words": COUNT - 4, "more": COUNT - 4}
-    assert result["steps"]["validate"]["rejected"] == {"column_empty": 4, "result_missing": 4}
+    assert result["steps"]["validate"]["rejected"] == {"condition_false": 8}
     assert len(load_rows(shop / "d")) == COUNT - 4
-    (shop / "words.yaml").write_text(task.replace("require: [title]", "require: [titel]"))
+    (shop / "words.yaml").write_text(task.replace("when: row.title", "when: row.titel"))
     refused = synth(shop, "generate", "--config", "d/run.json", *both)
-    assert "the task words requires titel, which is not a context column" in refused.stderr
+    assert "`when` of the task words, character 1: unknown name row.titel" in refused.stderr
     assert "did you mean title?" in refused.stderr
 
 
@@ -286,19 +277,6 @@ def test_custom_task_values_are_shown_in_the_report_and_reviewed(shop: Path, ser
     (shop / "reviews.jsonl").write_text(json.dumps(edit) + "\n")
     refused = synth(shop, "review", "apply", "d", "reviews.jsonl")
     assert refused.returncode == 1 and "not edited" in refused.stderr
-
-
-def test_pydantic_model_checks_beyond_schema(shop: Path, server: ChatServer, model: Model) -> None:
-    (shop / "shapes.py").write_text(SHAPES)
-    model.replies["span"] = lambda prompt, image: {"low": int(image[0], 16), "high": 7}
-    (shop / "span.yaml").write_text("{name: span, kind: record, output: 'shapes:Range', prompt: Guess.}")
-    generate(shop, server, "--task", "span.yaml")
-    rows = load_rows(shop / "d")
-    assert 0 < len(rows) < COUNT and all(row["span"]["low"] <= row["span"]["high"] == 7 for row in rows)
-    manifest = json.loads((shop / "d/versions/v1.0.0/manifest.json").read_text())
-    (task,) = manifest["config"]["custom_tasks"]
-    assert task["output"]["required"] == ["low", "high"]
-    assert "shapes" not in json.dumps(manifest["config"])
 
 
 def test_documented_example_runs_as_written(shop: Path, server: ChatServer, model: Model) -> None:

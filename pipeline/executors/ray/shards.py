@@ -130,7 +130,7 @@ def named_files(plan: Plan) -> dict[str, Any]:
     asked = asked_tasks(config, plan.tasks)
     return {
         "tasks": plan.tasks.describe(),
-        "prompts": prompt_texts(asked, config.prompt_dirs, config.generate.style_prompts),
+        "prompts": prompt_texts(asked, config.prompt_dirs),
         "clip": weights_revision(clip) if clip.is_dir() else None,
     }
 

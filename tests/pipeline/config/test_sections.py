@@ -83,7 +83,7 @@ def test_judge_without_a_model_or_with_a_bad_address_is_refused(judge: str) -> N
             "human_texts: fill needs a model to write the missing texts",
         ),
         ({"tasks": ["none", "caption"]}, "tasks: none excludes other tasks"),
-        ({"generate": {"style_prompts": {"human": "Say it."}}}, "human is the style of human captions"),
+        ({"generate": {"caption_styles": ["human"]}}, "human is the style of human captions"),
         ({"images": 20, "limit": 10}, "images: 20 is more than limit: 10"),
     ],
 )

@@ -64,13 +64,11 @@ def read_with_reply(path: Path, request: Request, reply: Any, read: Callable[[Jo
 
 def test_each_check_request_shows_only_the_pages_for_its_kind() -> None:
     all_pages = ROW | {"evidence_pages": [1, 2, 3]}
-    assert (
-        question_checks(ROW, config().verify) == question_checks(all_pages, config("evidence").verify) == []
-    )
+    assert question_checks(ROW, ()) == question_checks(all_pages, ("evidence",)) == []
     settings = config("round_trip", "blind", "evidence", "claims")
     plan = request_plan(settings)
     requests = with_images(
-        [build_check(check, "s", plan) for check in question_checks(ROW, settings.verify)], SAMPLE
+        [build_check(check, "s", plan) for check in question_checks(ROW, settings.verify.checks)], SAMPLE
     )
     assert [(request.style, request.images) for request in requests] == [
         ("round_trip", PAGES), ("blind", ()), ("sufficient", (b"two",)),
@@ -194,7 +192,7 @@ def test_blind_question_is_asked_once_for_all_images() -> None:
 
 def test_read_checks_returns_answers_and_null_for_unreadable_replies(tmp_path: Path) -> None:
     settings = config("round_trip", "blind")
-    plan, checks = request_plan(settings), question_checks(ROW, settings.verify)
+    plan, checks = request_plan(settings), question_checks(ROW, settings.verify.checks)
     with Journal(tmp_path / "j.sqlite") as journal:
         for check, text in zip(checks, ('{"answer":"2"}', "{]"), strict=True):
             request = build_check(check, "s", plan)

@@ -9,19 +9,22 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.files import resolve
-from pipeline.config.sections import FilterConfig
+from pipeline.config.sections import FilterConfig, TaskConfig
 from pipeline.dataset.calibration import KnownTexts
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
 from pipeline.steps import verify_checks
 from pipeline.steps.verify_known_texts import KnownSample
+from pipeline.steps.verify_results import CheckConditions, CheckedAnnotation
 from pipeline.storage.files import read_table
 from pipeline.tables import CALIBRATION, CHECK, FLOAT64, INT32, STRING, fields
+from pipeline.tasks import Tasks
 from tests.chat.server import ChatServer, running_chat
 from tests.plans import request_plan
 from tests.step_runs import numbered_table, verify_rows, with_results
 
+SHARD = DatasetDir(Path("shard"))
 QUESTION = {"task": "qa", "style": "", "clean_question": "What color is the ring?", "clean_answer": "red"}
 CAPTION = {"task": "caption", "style": "brief", "clean_text": "A red ring."}
 TEXTS = ("task", "style", "clean_text", "clean_question", "clean_answer", "answer_type", "prompt_id")
@@ -98,6 +101,34 @@ def test_evidence_is_refuting_answers_less_confirming_ones(
     assert reasons(CAPTION | {"checks": checks}) == [
         "false_claim" if evidence is not None and evidence >= 2 else None
     ]
+
+
+@pytest.mark.parametrize(
+    ("condition", "unmet"),
+    [
+        ("scores.precision < 0.8", None),
+        ("scores.precision < 0.5", "condition_false"),
+        ("scores.coverage < 0.5", "condition_without_value"),
+        ("scores.alignment < 0.2 and text.style == 'brief'", None),
+        ("'lamp' in results.tags and results.brief == 'A red ring.'", None),
+        ("results.boxes is null or results.other is not null", "condition_false"),
+    ],
+)
+def test_condition_of_a_check_reads_scores_and_results(condition: str, unmet: str | None) -> None:
+    labels = TaskConfig(name="tags", kind="labels", prompt="What is it?")
+    boxes = TaskConfig(name="boxes", kind="boxes", prompt="Where is it?")
+    conditions = CheckConditions(SHARD, [("judge", condition)], Tasks((), (labels, boxes)))
+    shared = {"sample_id": "a", "prompt_id": "x", "clean_record": None}
+    rows = [CAPTION | shared]
+    rows += [
+        {"task": name, "style": "", **shared, "clean_text": None, "clean_record": record}
+        for name, record in (("tags", '["lamp"]'), ("boxes", "{}"))
+    ]
+    conditions.read_results(rows)
+    checks = [one for n, answers in enumerate((TRUE_CLAIM, FALSE_CLAIM)) for one in claim_checks(n, *answers)]
+    annotation = CheckedAnnotation(rows[0], checks, {"alignment": 0.1})
+    assert conditions.find_unmet("judge", annotation) == unmet
+    assert conditions.find_unmet("covers", annotation) is None
 
 
 def known(*evidence: int, kind: str = "reference") -> list[dict[str, Any]]:
@@ -197,7 +228,7 @@ def test_checks_in_batches_equal_checks_of_all_rows(tmp_path: Path, monkeypatch:
 )
 def test_repair_only_leaves_out_words_of_refuted_claims(before: str, after: str, *, is_kept: bool) -> None:
     checks = claim_checks(0, *TRUE_CLAIM, claim="A man is there.") if "man" in before else []
-    subject = verify_checks.CheckedAnnotation(CAPTION | {"clean_text": before}, checks)
+    subject = CheckedAnnotation(CAPTION | {"clean_text": before}, checks)
     assert verify_checks._keeps_other_claims(subject, {"clean_text": after}) == is_kept
 
 
@@ -219,8 +250,8 @@ def test_warning_counts_captions_of_rows_without_known_texts() -> None:
     warnings: list[str] = []
     checker = checker_of(requests=None, progress=SimpleNamespace(warn=warnings.append))
     checker.__dict__["_ask"] = lambda *_: {"A caption of another image.": [], "A red ring.": []}
-    checker._split({"A caption of another image.": "a"})
-    checker._check_claims([verify_checks.CheckedAnnotation(CAPTION | {"sample_id": "a"})])
+    checker._split([("A caption of another image.", "a")])
+    checker._check_claims([CheckedAnnotation(CAPTION | {"sample_id": "a"})])
     assert warnings == ["verify: no usable reply for 1 of 1 captions, which are kept unchecked"]
 
 
@@ -241,5 +272,5 @@ def test_repaired_caption_has_the_bounds_of_its_style(style: str, *, is_kept: bo
         "An old man in a blue coat sits on a wooden bench beside a brown dog, while two children with red "
         "kites run along the wet beach toward a small white boat that lies under a gray and cloudy sky."
     )
-    (row,) = checker._filter([verify_checks.CheckedAnnotation(CAPTION | {"style": style})], [text])
+    (row,) = checker._filter([CheckedAnnotation(CAPTION | {"style": style})], [text])
     assert (row is not None) == is_kept

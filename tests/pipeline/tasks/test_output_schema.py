@@ -8,14 +8,12 @@ import pytest
 from datasets import Features
 from pydantic import ValidationError
 
-from pipeline.errors import ConfigError
 from pipeline.tables import BOOL, FLOAT64, INT64, STRING, arrow_type_of, features
 from pipeline.tasks.output_schema import (
     UnusableSchemaError,
     arrow_type,
     close_schema,
     empty_value,
-    load_output,
     shape_of,
     validator_of,
 )
@@ -142,16 +140,3 @@ def test_unsupported_schema_error_names_the_part(schema: Any, flaw: str) -> None
 def test_invalid_schema_pattern_is_refused() -> None:
     with pytest.raises(UnusableSchemaError, match="regex parse error"):
         validator_of({"type": "string", "pattern": "(["})
-
-
-def test_pydantic_model_is_loaded_as_output_schema(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "shop_models.py").write_text(
-        "from pydantic import BaseModel\nclass Item(BaseModel):\n    name: str\n    price: float | None\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    schema, model = load_output("shop_models:Item")
-    assert model is not None and [*close_schema(schema)["properties"]] == ["name", "price"]
-    assert close_schema(schema)["properties"]["price"]["anyOf"][0] == {"type": "number"}
-    for wrong in ("shop_models:Thing", "no_such_module:Item", "shop_models"):
-        with pytest.raises(ConfigError, match=f"cannot load the output {wrong}"):
-            load_output(wrong)

@@ -14,7 +14,7 @@ from pipeline.scenes.text import STYLES as KNOWN_STYLES
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import BLIND, CHECKING, CLAIMS, COVERS, REPAIR
-from pipeline.tasks.prompts import DRAWS, STYLES, prompt_texts, render, template
+from pipeline.tasks.prompts import DRAWS, STYLES, render, template
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("caption", {"style": "brief"}),
@@ -126,26 +126,6 @@ def test_user_templates_replace_built_in_ones_and_change_the_id(tmp_path: Path) 
     assert own.id != render(TASKS["caption"], style="brief").id
     assert own.text == render(TASKS["caption"], (tmp_path, SCENE_PROMPTS), style="sonnet").text
     assert render(TASKS["qa"], (tmp_path,)) == render(TASKS["qa"])
-
-
-def test_custom_style_has_a_separate_prompt_and_id() -> None:
-    own = (("haiku", "Write a haiku{{ ' in ' ~ language if language }}. "),)
-    prompt = render(TASKS["caption"], own_styles=own, style="haiku", language="German")
-    assert prompt.text == "Write a haiku in German. Reply with the text alone.\nTask: caption, haiku"
-    assert prompt.id in prompt_texts([TASKS["caption"]], own_styles=own)
-    other = render(TASKS["caption"], own_styles=(("haiku", "Write a poem."),), style="haiku")
-    assert other.id != prompt.id and {other.id, prompt.id}.isdisjoint(prompt_texts([TASKS["caption"]]))
-    assert render(TASKS["caption"], own_styles=own, style="plain") == render(TASKS["caption"], style="plain")
-    assert render(TASKS["qa"], own_styles=own) == render(TASKS["qa"])
-    for mistake in (
-        "{{ nothing }}",
-        "{{ 1 // (row.price | int) }}",
-        "{{ row.price + 1 }}",
-        "{% include 'x' %}",
-        "{{ row.x.y }}",
-    ):
-        with pytest.raises(ConfigError, match="caption/haiku cannot be rendered"):
-            render(TASKS["caption"], row=(("price", ""),), own_styles=(("haiku", mistake),), style="haiku")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from llguidance import LLMatcher
 from pydantic import ValidationError
 
-from pipeline.tasks import TASKS, find_broken_rule, tasks_making, wire_schema
+from pipeline.tasks import TASKS, find_broken_rule, wire_schema
 from pipeline.tasks.checks import count_claims
 from pipeline.tasks.qa import QAPair
 
@@ -101,10 +101,6 @@ SUM = DECK_PAIR | {
 )
 def test_invalid_deck_question_gives_the_broken_rule(fields: dict[str, Any], reason: str | None) -> None:
     assert find_broken_rule(TASKS["deck_qa"], fields, pages=4) == reason
-
-
-def test_tasks_that_make_captions_or_questions_are_listed() -> None:
-    assert tasks_making("captions") == {"caption"} and tasks_making("questions") == {"qa", "deck_qa"}
 
 
 def test_number_of_claims_follows_from_words_also_in_scripts_without_spaces() -> None:

@@ -1,0 +1,121 @@
+"""Compute what the texts of a version cost in tokens and money, per kept text and per right text.
+
+The tokens are those of all attempts at the replies that the version used. A reply that several images use
+counts for each of them. The share of right texts is an estimate that the version has: from an audit, or else
+from a judge, corrected for the errors of the judge.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pipeline.config.sections import ServerConfig
+from pipeline.dataset.audit import whole_tasks
+from pipeline.dataset.calibration import JUDGE
+from pipeline.tasks import Tasks
+from pipeline.tasks.base import UNITS
+from pipeline.tasks.checks import CHECKING, RATE
+
+CAPTIONS, QUESTIONS, CHECKS = "captions", "questions", ""
+_HUMAN = {CAPTIONS: "human_captions", QUESTIONS: "human_questions"}
+Entry = Mapping[str, Any]
+
+
+class RightShare(NamedTuple):
+    """The estimated share of right texts, with its 95 % interval and the source of the estimate."""
+
+    share: float
+    low: float
+    high: float
+    source: str
+
+
+def describe_price(
+    spent: Mapping[str, int], measured: Mapping[str, Any], tasks: Tasks, server: ServerConfig
+) -> list[dict[str, Any]]:
+    """Return the manifest entries of the price: one for each kind of text, and one for all checks.
+
+    `spent` has requests and tokens by TASK.UNIT (Journal.spent), and `measured` the statistics of the rows.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for name in sorted({key.partition(".")[0] for key in spent}):
+        kind = _kind_of(name, tasks)
+        entry = entries.setdefault(kind, {"texts": kind, "kept": _count_kept(kind, measured)})
+        tokens = spent[f"{name}.prompt_tokens"], spent[f"{name}.reply_tokens"]
+        cost = server.price(*tokens, *(tokens if name == RATE.name else ()))
+        amounts = {unit: spent[f"{name}.{unit}"] for unit in UNITS}
+        for unit, amount in (amounts | ({} if cost is None else {"cost": cost})).items():
+            entry[unit] = entry.get(unit, 0) + amount
+    return [entries[kind] for kind in sorted(entries, reverse=True)]
+
+
+def _kind_of(name: str, tasks: Tasks) -> str:
+    """Return the kind of texts that a task writes: captions, questions, or the column of a custom task."""
+    task = tasks[name]
+    if task in CHECKING:
+        return CHECKS
+    if task.text_field:
+        return CAPTIONS
+    return QUESTIONS if "question" in task.row.model_fields else name
+
+
+def _count_kept(kind: str, measured: Mapping[str, Any]) -> int:
+    """Return the number of kept texts that a model wrote. Of a custom task, these are images with a value."""
+    if kind in _HUMAN:
+        parts = measured.get("captions" if kind == CAPTIONS else "answers", {}).values()
+        return int(sum(part["count"] for part in parts) - measured.get(_HUMAN[kind], 0))
+    return int(measured.get("custom_tasks", {}).get(kind, {"images": 0})["images"])
+
+
+def price_in_words(manifest: Mapping[str, Any], asking_s: float = 0.0) -> list[str]:
+    """Return a line for each kind of text, and one for all texts with their checks.
+
+    `asking_s` is the time that all requests took. It is not in the manifest, which has no clock.
+    """
+    entries: list[Entry] = manifest.get("price", [])
+    lines = [
+        f"{entry['texts']}: {_amounts_in_words([entry], manifest)}" for entry in entries if entry["kept"]
+    ]
+    kept = sum(entry["kept"] for entry in entries)
+    if len(entries) > 1 and kept:
+        lines.append(f"all texts with their checks: {_amounts_in_words(entries, manifest)}")
+    if asking_s and kept:
+        lines.append(f"time of all requests in this folder: {asking_s / kept:,.3g} s per kept text")
+    return lines
+
+
+def _amounts_in_words(entries: list[Entry], manifest: Mapping[str, Any]) -> str:
+    kept = sum(entry["kept"] for entry in entries)
+    tokens = sum(entry["prompt_tokens"] + entry["reply_tokens"] for entry in entries)
+    cost = sum(entry.get("cost", 0.0) for entry in entries)
+    words = f"{_rate(tokens, cost, kept)} per kept text ({kept:,} kept)"
+    numbers = [(entry["kept"], right_share(entry["texts"], manifest)) for entry in entries if entry["kept"]]
+    measured = [(number, share) for number, share in numbers if share]
+    right, low, high = (sum(number * share[n] for number, share in measured) for n in range(3))
+    if len(measured) < len(numbers) or not right or not high:
+        return f"{words}; per right text: not measured"
+    bounds = f"[{tokens / high:,.0f}, {f'{tokens / low:,.0f}' if low else 'no upper bound'}]"
+    sources = " and ".join(sorted({share.source for _, share in measured}))
+    return f"{words}; {_rate(tokens, cost, right)} per right text, tokens {bounds} ({sources})"
+
+
+def _rate(tokens: int, cost: float, number: float) -> str:
+    return f"{tokens / number:,.0f} tokens{f', cost {cost / number:,.3g}' if cost else ''}"
+
+
+def right_share(kind: str, manifest: Mapping[str, Any]) -> RightShare | None:
+    """Return the share of right texts of a kind, or None if it was not measured.
+
+    The estimates cover all texts, so nothing is known about the texts of a model if human texts were kept.
+    """
+    if manifest["measured"].get(_HUMAN.get(kind, "")):
+        return None
+    for rate in whole_tasks(manifest.get("audit")):
+        if rate["task"] == kind and rate["wrong"] is not None:
+            return RightShare(1 - rate["wrong"], 1 - rate["high"], 1 - rate["low"], "audit")
+    judge = next((check for check in manifest.get("checks", []) if check["check"] == JUDGE), None)
+    # A judge that rated only some texts states nothing about the others.
+    if judge and kind in _HUMAN and JUDGE not in manifest.get("skipped_checks", {}):
+        true = judge["true"]
+        if true and true["share"] is not None:
+            return RightShare(true["share"], true["low"], true["high"], "judge, before rejection")
+    return None

@@ -1,0 +1,101 @@
+"""The price of the texts of a version, per kept text and per right text."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.config.sections import ServerConfig, TaskConfig
+from pipeline.dataset.price import describe_price, price_in_words
+from pipeline.tasks import Tasks
+
+LABELS = TaskConfig(name="kind", kind="labels", prompt="What is it?")
+OWN = TaskConfig(name="kurz", kind="caption", prompt="Kurz.")
+TASKS = Tasks(("caption", "qa", "kind", "kurz"), (LABELS, OWN))
+MEASURED = {
+    "captions": {"plain": {"count": 60}, "kurz": {"count": 40}, "human": {"count": 7}},
+    "human_captions": 7,
+    "answers": {"number": {"count": 50}},
+    "custom_tasks": {"kind": {"images": 80, "labels": {}}},
+}
+
+
+def spent(**tokens: tuple[int, int, int]) -> dict[str, int]:
+    units = ("requests", "prompt_tokens", "reply_tokens")
+    return {
+        f"{name}.{unit}": n for name, counts in tokens.items() for unit, n in zip(units, counts, strict=True)
+    }
+
+
+def test_price_counts_tokens_by_kind_of_text_and_checks_apart() -> None:
+    counts = spent(
+        caption=(100, 1000, 100), kurz=(50, 500, 50), kind=(90, 900, 9), rate=(10, 100, 10), qa=(9, 9, 9)
+    )
+    server = ServerConfig(price_in=1, price_out=10, judge_price_in=3)
+    price = {entry.pop("texts"): entry for entry in describe_price(counts, MEASURED, TASKS, server)}
+    captions = {"kept": 100, "requests": 150, "prompt_tokens": 1500, "reply_tokens": 150}
+    assert price["captions"] == captions | {"cost": pytest.approx(3000 / 1e6)}
+    assert price[""] == {
+        "kept": 0, "requests": 10, "prompt_tokens": 100, "reply_tokens": 10, "cost": pytest.approx(400 / 1e6)
+    }  # fmt: skip
+    assert price["kind"]["kept"] == 80 and price["questions"]["kept"] == 50
+    assert all("cost" not in entry for entry in describe_price(counts, MEASURED, TASKS, ServerConfig()))
+
+
+def entry(texts: str, kept: int, tokens: int, cost: float = 0.0) -> dict[str, Any]:
+    return {
+        "texts": texts,
+        "kept": kept,
+        "requests": 1,
+        "prompt_tokens": tokens,
+        "reply_tokens": 0,
+        "cost": cost,
+    }
+
+
+def rate(task: str, wrong: float | None, low: float = 0.0, high: float = 1.0) -> dict[str, Any]:
+    return {"task": task, "style": "", "wrong": wrong, "low": low, "high": high}
+
+
+JUDGE = {"check": "judge", "true": {"share": 0.5, "low": 0.4, "high": 0.8}}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, "10 tokens per kept text (100 kept); per right text: not measured"),
+        (
+            {"audit": {"rates": [rate("captions", 0.2, 0.1, 0.5)]}, "checks": [JUDGE]},
+            "10 tokens per kept text (100 kept); 12 tokens per right text, tokens [11, 20] (audit)",
+        ),
+        ({"audit": {"rates": [rate("captions", 0.2, 0.1, 1.0)]}}, "tokens [11, no upper bound] (audit)"),
+        (
+            {"audit": {"rates": [rate("captions", None)]}, "checks": [JUDGE]},
+            "20 tokens per right text, tokens [12, 25] (judge, ",
+        ),
+        ({"audit": {"rates": [rate("captions", 0.5, 1.0, 1.0)]}}, "per right text: not measured"),
+        ({"checks": [JUDGE], "skipped_checks": {"judge": {"condition_false": 3}}}, "not measured"),
+        ({"checks": [{"check": "claims", "true": {"share": 0.9, "low": 0.8, "high": 1}}]}, "not measured"),
+        ({"checks": [{"check": "judge", "true": {"share": None, "low": 0.8, "high": 1}}]}, "not measured"),
+        ({"checks": [JUDGE], "measured": {"human_captions": 3}}, "not measured"),
+    ],
+)
+def test_right_texts_are_estimated_by_audit_or_else_by_the_judge(more: dict[str, Any], expected: str) -> None:
+    (line,) = price_in_words({"measured": {}, "price": [entry("captions", 100, 1000)], **more})
+    assert line.startswith("captions: ") and expected in line
+
+
+def test_total_includes_checks_and_needs_the_share_of_each_kind() -> None:
+    price = [entry("questions", 50, 500), entry("captions", 100, 1000, cost=0.5), entry("", 0, 600, cost=0.1)]
+    rates = [rate("captions", 0.0, 0.0, 0.1), rate("questions", 0.5, 0.4, 0.6)]
+    manifest = {"measured": {}, "price": price, "audit": {"rates": rates}}
+    *_, total, time = price_in_words(manifest, asking_s=30.0)
+    assert total.startswith("all texts with their checks: 14 tokens, cost 0.004 per kept text (150 kept); ")
+    assert "17 tokens, cost 0.0048 per right text, tokens [16, 19] (audit)" in total
+    assert time == "time of all requests in this folder: 0.2 s per kept text"
+    del rates[1]
+    assert "per right text: not measured" in price_in_words(manifest)[-1]
+
+
+def test_version_without_a_model_or_texts_has_no_price() -> None:
+    assert price_in_words({"measured": {}}) == []
+    assert price_in_words({"measured": {}, "price": [entry("captions", 0, 10)]}, 5.0) == []
