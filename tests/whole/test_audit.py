@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.reviews import read_lines
+from pipeline.dataset.reviews import Verdict, read_stored
 from tests.browser import PHONE, WIDE, Open, violations
 from tests.commands import require_success
 from tests.whole.conftest import Run
@@ -54,7 +54,7 @@ def test_verdicts_of_two_reviewers_give_the_next_version_an_error_rate(
                 page.keyboard.press("c" if number == 5 else "r")
         expect(page.locator(state)).to_contain_text("12 of 12 reviewed (10 right, 1 wrong, 1 cannot tell)")
         export(page, tmp_path / f"{reviewer[:3]}.jsonl")
-    assert [len(verdict.words) for verdict in read_lines(tmp_path / "Ben.jsonl")].count(1) == 1
+    assert [len(verdict.words) for verdict in read_stored(tmp_path / "Ben.jsonl", Verdict)].count(1) == 1
     applied = require_success(synth("review", "apply", "Ann.jsonl", "Ben.jsonl", "--json"))
     result = json.loads(applied.stdout)
     assert result["version"] == "v1.0.1" and "sent 0 requests" in applied.stderr

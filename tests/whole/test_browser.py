@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from pipeline.dataset.directory import DatasetDir, open_dataset
-from pipeline.dataset.reviews import read_lines
+from pipeline.dataset.reviews import Review, read_stored
 from pipeline.dataset.version import Version
 from pipeline.report.build import write_report
 from pipeline.tables import SPLITS, Extras
@@ -213,7 +213,7 @@ def test_edit_begins_with_unescaped_text(opened: Open, tmp_path: Path) -> None:
     with page.expect_download() as download:
         page.get_by_role("button", name="Export reviews").click()
     download.value.save_as(tmp_path / "reviews.jsonl")
-    (review,) = read_lines(tmp_path / "reviews.jsonl")
+    (review,) = read_stored(tmp_path / "reviews.jsonl", Review)
     assert review.text == "A \u202ereal\u202c dot."
 
 

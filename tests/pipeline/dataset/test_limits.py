@@ -10,8 +10,8 @@ from tests.scene_data import make_version, scene_samples, true_captions
 
 
 def judge(name: TextName, *, is_wrong: bool) -> Verdict:
-    verdict = "wrong" if is_wrong else "right"
-    return Verdict(sample_id=name[0], content=name[1], seed=0, reviewer="a", verdict=verdict)
+    values = {"sample_id": name[0], "content": name[1], "seed": 0, "reviewer": "a"}
+    return Verdict.model_validate(values | {"verdict": "wrong" if is_wrong else "right"})
 
 
 def test_curve_shows_kept_texts_and_wrong_ones_from_each_tenth_on() -> None:
