@@ -7,6 +7,7 @@ a rejected row is the first rule that matches, so the counts by reason add up to
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -114,26 +115,13 @@ _CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.{0,300}\(?\b[B-Db-d2-4][).]\s")
 _OFFERS_ANSWER = re.compile(r"\bor (?:something|anything|someone) else\b", re.IGNORECASE)
 _REPEATED_ANSWER = re.compile(r"([a-z]+)(?:(?:,? and |, )\1)+|([a-z]+)(?: \2){2,}", re.IGNORECASE)
 # Answers of these words fit any question.
-# The kind that a question asks for, instead of an answer.
-_KINDS = frozenset(
-    ("action", "activity", "location", "object", "answer", "weather", "description", "attribute")
+_VAGUE_WORDS = (
+    "something somebody someone somewhere thing things stuff object objects action activity location answer "
+    "weather description attribute"
 )
-_VAGUE = frozenset(
-    ("something", "somebody", "someone", "somewhere", "thing", "things", "stuff", "object", "objects")
-)
-_ANY_ANSWER = _VAGUE | {
-    "a",
-    "an",
-    "the",
-    "some",
-    "various",
-    "several",
-    "different",
-    "many",
-    "other",
-    "doing",
-    "of",
-}
+_VAGUE = frozenset(_VAGUE_WORDS.split())
+_EMPTY_WORDS = ("a", "an", "the", "some", "various", "several", "different", "many", "other", "doing", "of")
+_ANY_ANSWER = _VAGUE | frozenset(_EMPTY_WORDS)
 _ARTICLES = frozenset(("a", "an", "the", "some"))
 _FILLERS = frozenset(("in", "color", "colored", "colour", "coloured", "of", "to"))
 
@@ -163,6 +151,18 @@ class Scores(NamedTuple):
     non_latin_frac: float
 
 
+@lru_cache(256)
+def bounds_of(style: str, language_code: str | None, caption_words: int | None) -> Bounds:
+    """Return the bounds of a caption, which leave room for the number of words that the prompts ask for."""
+    bounds = STYLE_BOUNDS.get(style or "plain", OTHER_BOUNDS)
+    default = MIN_ENGLISH_WORDS if language_code in ("en", None) else MIN_OTHER_WORDS
+    min_words, max_words = bounds.min_words or default, bounds.max_words
+    if caption_words and style != HUMAN:
+        min_words = min(min_words, caption_words // 2)
+        max_words = max_words and max(max_words, 2 * caption_words)
+    return Bounds(min_words, max_words, bounds.max_characters)
+
+
 class RuleInput(NamedTuple):
     """The input of a rule: an annotation with its scores and caption style, and the settings of the filter.
 
@@ -184,13 +184,7 @@ class RuleInput(NamedTuple):
     @property
     def bounds(self) -> Bounds:
         """The bounds of a caption of this style."""
-        bounds = STYLE_BOUNDS.get(self.style or "plain", OTHER_BOUNDS)
-        default = MIN_ENGLISH_WORDS if self.config.language in ("en", None) else MIN_OTHER_WORDS
-        min_words, max_words = bounds.min_words or default, bounds.max_words
-        if self.caption_words and self.style != HUMAN:
-            min_words = min(min_words, self.caption_words // 2)
-            max_words = max_words and max(max_words, 2 * self.caption_words)
-        return Bounds(min_words, max_words, bounds.max_characters)
+        return bounds_of(self.style, self.config.language, self.caption_words)
 
     @property
     def main(self) -> str:
@@ -236,8 +230,9 @@ def is_too_long(row: RuleInput) -> bool:
             or row.scores.answer_word_count > row.config.max_answer_words
             or (is_limited and bool(_SENTENCE_ANSWER.match(row.answer or "")))
         )
-    max_words = row.config.max_caption_words or row.bounds.max_words
-    max_characters = row.config.max_caption_characters or row.bounds.max_characters
+    bounds = row.bounds
+    max_words = row.config.max_caption_words or bounds.max_words
+    max_characters = row.config.max_caption_characters or bounds.max_characters
     return bool(
         (max_words and row.scores.word_count > max_words)
         or (max_characters and len(row.main) > max_characters)
@@ -313,15 +308,33 @@ def says_nothing(answer: str) -> bool:
 
 def is_unanswered(row: RuleInput) -> bool:
     """Return True if an answer says nothing, unless it may be the text on a sign."""
-    is_on_sign = asks_to_read(row) and _ON_SIGN.fullmatch(row.answer or "")
-    asks_back = (row.answer or "").endswith("?") and not asks_to_read(row)
-    return row.answer is not None and not is_on_sign and (asks_back or says_nothing(row.answer))
+    if row.answer is None:
+        return False
+    if asks_to_read(row):
+        return not _ON_SIGN.fullmatch(row.answer) and says_nothing(row.answer)
+    return row.answer.endswith("?") or says_nothing(row.answer)
+
+
+def has_junk(row: RuleInput) -> bool:
+    """Return True if a text has markup. A human caption may end in an emoji."""
+    is_human = row.style == HUMAN
+    return any(artifacts.has_markup(text, may_end_in_emoji=is_human) for text, _ in row.texts)
+
+
+def is_labeled(row: RuleInput) -> bool:
+    """Return True if a text has a label, or speaks about the reply or to its reader."""
+    for text, words in row.texts:
+        is_asked = row.is_question and text is row.main
+        if artifacts.has_label(text) or (not is_asked and artifacts.is_chat(text, words)):
+            return True
+    return artifacts.has_caption_label(row.main) if row.is_caption else has_answer_label(row)
 
 
 def has_answer_label(row: RuleInput) -> bool:
     """Return True if an answer has a label or an explanation, as in "the answer is red"."""
-    is_free = asks_to_read(row) or row.words[:1] == ["why"]
-    return bool(row.answer) and not is_free and bool(_ANSWER_LABEL.match(row.answer or ""))
+    if not row.answer or row.words[:1] == ["why"] or asks_to_read(row):
+        return False
+    return bool(_ANSWER_LABEL.match(row.answer))
 
 
 def is_off_type(row: RuleInput) -> bool:
@@ -409,35 +422,28 @@ def is_elsewhere(row: RuleInput) -> bool:
     for text, words in row.texts:
         if not _ELSEWHERE_HINTS.isdisjoint(words) and _ELSEWHERE.search(language.unquoted(text).lower()):
             return True
-    is_in_question = row.is_question and bool(_ELSEWHERE_IN_QUESTION.search(row.main.lower()))
-    return is_in_question or (not asks_to_read(row) and bool(_ANSWER_ELSEWHERE.match(row.answer or "")))
+    if not row.is_question:
+        return False
+    is_in_answer = not asks_to_read(row) and _ANSWER_ELSEWHERE.match(row.answer or "")
+    return bool(is_in_answer or _ELSEWHERE_IN_QUESTION.search(row.main.lower()))
 
 
 def is_general(row: RuleInput) -> bool:
     """Return True if a caption or question fits nearly any image."""
     if row.is_caption:
         return artifacts.is_too_general(row.words)
-    return bool(_GENERAL_QUESTION.match(row.main.lower())) or (
-        bool(row.answer)
-        and (words := row.texts[-1][1])
-        and (words[0] in _KINDS or (_ANY_ANSWER.issuperset(words) and not _VAGUE.isdisjoint(words)))
-    )
+    answer_words = row.texts[-1][1] if row.answer else []
+    is_vague = _ANY_ANSWER.issuperset(answer_words) and not _VAGUE.isdisjoint(answer_words)
+    return is_vague or bool(_GENERAL_QUESTION.match(row.main.lower()))
 
 
 # Placeholders that replace personal data.
 PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
 RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
-    "junk": lambda row: any(
-        artifacts.has_markup(text, may_end_in_emoji=row.style == HUMAN) for text, _ in row.texts
-    ),
+    "junk": has_junk,
     "placeholder": lambda row: artifacts.is_placeholder(row.words),
-    "label": lambda row: (
-        any(artifacts.has_label(text) for text, _ in row.texts)
-        or any(artifacts.is_chat(text, words) for text, words in row.texts[row.is_question :])
-        or (row.is_caption and artifacts.has_caption_label(row.main))
-        or has_answer_label(row)
-    ),
+    "label": is_labeled,
     "prompt_echo": lambda row: artifacts.echoes_prompt(row.words, row.prompt_grams),
     "unanswerable": is_unanswered,
     "personal_answer": lambda row: row.scores.redaction_count > 0 and row.answer in PERSONAL,

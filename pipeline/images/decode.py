@@ -92,7 +92,9 @@ def _decode_reduced(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
     return rgb, upright_px if is_reduced else rgb.size
 
 
-def _small(image: Image.Image, box: tuple[float, ...] | None = None) -> "np.ndarray[Any, Any]":
+def _small(
+    image: Image.Image, box: tuple[float, float, float, float] | None = None
+) -> "np.ndarray[Any, Any]":
     """Return an RGB image, or a part of it, reduced to HASH_SIDE_PX by HASH_SIDE_PX, [64, 64, 3]."""
     return np.asarray(image.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.BOX, box))
 
@@ -104,8 +106,10 @@ def pdq_hash(image: Image.Image) -> bytes:
     and as stable (docs/measurements.md). A frame or a letterbox is left out.
     """
     small = _small(image)
-    if box := _within_frame(small):
-        small = _small(image, tuple(np.multiply(box, (*image.size, *image.size)) / HASH_SIDE_PX))
+    if frame := _within_frame(small):
+        left, top, right, bottom = frame
+        x, y = image.width / HASH_SIDE_PX, image.height / HASH_SIDE_PX
+        small = _small(image, (left * x, top * y, right * x, bottom * y))
     bits, quality = pdqhash.compute(small)
     return np.packbits(bits).tobytes() if quality >= MIN_PDQ_QUALITY else b""
 

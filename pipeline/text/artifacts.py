@@ -5,6 +5,7 @@ The rules were measured on captions by humans and models (docs/measurements.md),
 
 import re
 from collections.abc import Collection, Iterable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 from operator import eq
 
@@ -194,4 +195,10 @@ def prompt_grams(prompts: Iterable[str]) -> frozenset[tuple[str, ...]]:
 
 def echoes_prompt(words: list[str], grams: frozenset[tuple[str, ...]]) -> bool:
     """Return whether a text contains any of these word sequences (`prompt_grams`)."""
-    return not grams.isdisjoint(_word_grams(words))
+    # Few captions have these words, so testing for them first is faster.
+    return not _longest_words(grams).isdisjoint(words) and not grams.isdisjoint(_word_grams(words))
+
+
+@lru_cache(64)
+def _longest_words(grams: frozenset[tuple[str, ...]]) -> frozenset[str]:
+    return frozenset(max(gram, key=len) for gram in grams)

@@ -10,21 +10,21 @@ from typing import Literal
 PhraseKind = Literal["hedge", "mood", "absence", "image"]
 PHRASES: dict[PhraseKind, re.Pattern[str]] = {
     "hedge": re.compile(
-        r"\b(?:appears?|seems?) (?:to|as|like)\b|\b(?:possibly|perhaps|maybe|presumably|probably|likely)\b"
-        r"|\b(?:might|may|could) be\b(?! (?:found|seen)\b)"
-        r"|\b(?:suggest(?:s|ing)|impl(?:ies|ying)) (?:that|a|an|the)\b"
-        r"|\b(?:it is|it's) (?:unclear|difficult|hard) to\b"
+        r"\b(?:(?:appears?|seems?) (?:to|as|like)\b|(?:possibly|perhaps|maybe|presumably|probably|likely)\b"
+        r"|(?:might|may|could) be\b(?! (?:found|seen)\b)"
+        r"|(?:suggest(?:s|ing)|impl(?:ies|ying)) (?:that|a|an|the)\b"
+        r"|(?:it is|it's) (?:unclear|difficult|hard) to\b)"
     ),
     "mood": re.compile(
-        r"\b(?:atmosphere|ambiance|ambience|mood|vibes?)\b"
-        r"|\b(?:sense|feeling|air) of (?!(?:direction|humou?r|smell)\b)[a-z]+"
-        r"|\b(?:exud(?:es|ing)|evok(?:es|ing))\b|\badd(?:s|ing) an? (?:\w+ )?(?:touch|element|charm)\b"
-        r"|\bcreat(?:es|ing) an? (?:\w+,? (?:and )?){0,3}(?:scene|experience|look|space|setting)\b"
+        r"\b(?:(?:atmosphere|ambiance|ambience|mood|vibes?)\b"
+        r"|(?:sense|feeling|air) of (?!(?:direction|humou?r|smell)\b)[a-z]+"
+        r"|(?:exud(?:es|ing)|evok(?:es|ing))\b|add(?:s|ing) an? (?:\w+ )?(?:touch|element|charm)\b"
+        r"|creat(?:es|ing) an? (?:\w+,? (?:and )?){0,3}(?:scene|experience|look|space|setting)\b)"
     ),
     "absence": re.compile(
-        r"\b(?:there (?:is|are) no|there (?:is|are)n['\u2019]t|no (?:other )?\w+ (?:is|are|can be) "
+        r"\b(?:(?:there (?:is|are) no|there (?:is|are)n['\u2019]t|no (?:other )?\w+ (?:is|are|can be) "
         r"(?:visible|seen|present))\b"
-        r"|\b(?:is|are)(?: not|n['\u2019]t) (?:visible|shown|present|seen)\b|\bwithout any (?:visible )?\w+"
+        r"|(?:is|are)(?: not|n['\u2019]t) (?:visible|shown|present|seen)\b|without any (?:visible )?\w+)"
     ),
     "image": re.compile(r"\b(?:the|this) (?:image|picture|photo|photograph)\b"),
 }
