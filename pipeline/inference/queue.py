@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from types import MappingProxyType
 
 import pyarrow as pa
@@ -295,13 +296,14 @@ def read_annotations(
         for sample_id, pages, split, width_px, height_px, human in chunk:
             inputs = texts.get(sample_id, NO_INPUTS)
             results = read_results(sample_id, plan, journal, inputs)
-            requests = list(build_requests(sample_id, plan, inputs, results))
+            skipped = find_skipped(plan, inputs, results, chain.from_iterable(plan.rounds))
+            requests = list(build_requests(sample_id, plan, inputs, results, skipped=skipped))
             annotations = [*human]
             for request in requests:
                 reply = last_reply(request, journal)
                 frame = Frame(width_px, height_px, reply.max_pixels or request.max_pixels)
                 annotations += parse_reply(request, reply, plan.tasks, frame)
-            annotations += _not_asked(sample_id, plan, requests, find_skipped(plan, inputs, results))
+            annotations += _not_asked(sample_id, plan, requests, skipped)
             if reason := find_dropped(plan, inputs, results):
                 annotations = [row | {"reply_error": reason} for row in annotations]
             rows += [row | {"pages": pages, "source_split": split} for row in annotations]
@@ -321,8 +323,7 @@ def read_results(
 ) -> dict[str, str]:
     """Return the results that tasks and conditions need for a sample from the journal, as JSON by name."""
     results: dict[str, str] = {}
-    for pairs in plan.rounds if plan.needed else ():
-        needed = [pair for pair in pairs if result_name(*pair) in plan.needed]
+    for needed in plan.needed_rounds:
         for request in build_requests(sample_id, plan, inputs, results, needed):
             name = result_name(request.task, request.style)
             if name in results:  # use the first usable caption if there are several

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -161,6 +160,12 @@ class RequestPlan:
             waiting = [pair for pair in waiting if pair not in ready]
         return tuple(rounds)
 
+    @cached_property
+    def needed_rounds(self) -> tuple[tuple[Pair, ...], ...]:
+        """The rounds, each with those pairs only whose results are needed."""
+        rounds = (tuple(pair for pair in pairs if result_name(*pair) in self.needed) for pairs in self.rounds)
+        return tuple(filter(None, rounds))
+
     def describe(self, *checks: Task) -> list[Any]:
         """Return everything that replies depend on, except the image. Includes the prompts of `checks`."""
         prompts = prompt_texts([*self.tasks.asked, *checks], self.prompt_dirs)
@@ -194,15 +199,17 @@ def build_requests(
     inputs: SourceTexts = NO_INPUTS,
     results: Mapping[str, str] = NO_RESULTS,
     pairs: Sequence[Pair] | None = None,
+    skipped: Mapping[Pair, str] | None = None,
 ) -> Iterator[Request]:
     """Yield the requests about one sample, or only those for `pairs`. `with_images` adds the images.
 
-    Prompts may use source columns and other tasks' results (JSON by name). A task is left out if
-    `find_skipped` returns it, or if its prompt cannot be rendered with a result.
+    Prompts may use source columns and other tasks' results (JSON by name). A task is left out if it is in
+    `skipped` (by default, `find_skipped`), or if its prompt cannot be rendered with a result.
     """
     row = {"row": tuple(map(tuple, inputs.context))} if inputs.context else {}
-    skipped = find_skipped(plan, inputs, results)
-    for name, style in plan.pairs if pairs is None else pairs:
+    pairs = plan.pairs if pairs is None else pairs
+    skipped = find_skipped(plan, inputs, results, pairs) if skipped is None else skipped
+    for name, style in pairs:
         task = plan.tasks[name]
         if (name, style) in skipped:
             continue
@@ -226,18 +233,21 @@ def build_requests(
             yield Request(id=digest(identity), sample_id=sample_id, style=style, **pages, **fields)
 
 
-def find_skipped(plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, str]) -> dict[Pair, str]:
-    """Return the tasks and styles that are not asked about a sample, with their reasons.
+def find_skipped(
+    plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, str], pairs: Iterable[Pair]
+) -> dict[Pair, str]:
+    """Return those of the tasks and styles `pairs` that are not asked about a sample, with their reasons.
 
-    A task that needs the result of a skipped task is skipped for the same reason.
+    A task that needs the result of an earlier skipped task is skipped for the same reason.
     """
     if not plan.needed and not plan.has_conditions:
         return {}
-    values = _decode(inputs, results)
-    dropped = find_dropped(plan, inputs, results)
+    pairs = list(pairs)
+    dropped = None if plan.dropping.keys() >= {*pairs} else find_dropped(plan, inputs, results)
+    values = _decode(inputs, results) if any(plan.conditions[pair] for pair in pairs) else {}
     skipped: dict[Pair, str] = {}
     reasons: dict[str, str] = {}  # by the name of the missing result
-    for pair in chain.from_iterable(plan.rounds):
+    for pair in pairs:
         task = plan.tasks[pair[0]]
         missing = [need for need in task.needs if need not in results]
         reason = None if task.keep_if else dropped
