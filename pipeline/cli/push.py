@@ -60,7 +60,9 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push a version or a captioner to the Hugging Face Hub as one commit with a permanent tag."""
-    from pipeline.dataset.directory import DatasetDir, split_version
+    data = dataset_path(name, is_only=True)
+
+    from pipeline.dataset.directory import DatasetDir, split_version  # imports the client of the Hub
     from pipeline.dataset.manifest import describe_data
     from pipeline.hub.pull import open_or_download
     from pipeline.hub.push import check_repo_name
@@ -69,7 +71,6 @@ def push(
     check_repo_name(repo)
     if space:
         check_repo_name(space)
-    data = dataset_path(name, is_only=True)
     if not is_remote(data) and (data / "train.json").exists():
         if images is not None or any((license_, license_link, title, language, acknowledge)):
             raise BadParameter(
