@@ -12,7 +12,6 @@ from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import (
     BY_STYLE,
-    Append,
     AsJson,
     BatchSize,
     CaptionerName,
@@ -38,7 +37,6 @@ def caption(
     batch_size: BatchSize = 32,
     out: Annotated[Path | None, option("File (.jsonl); txt: one text file per image.", "stdout")] = None,
     skip: SkipExisting = False,
-    append: Append = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -50,7 +48,7 @@ def caption(
     from trainer.caption_files import SIDECARS, find_images, require_caption_file
     from trainer.runtime.checkpoint_folder import require_prompt
 
-    existing = read_existing(out is not None, skip=skip, append=append, overwrite=overwrite)
+    existing = read_existing(out is not None, skip=skip, overwrite=overwrite)
     if question is not None and not question.strip():
         raise BadParameter(
             "the question is empty; leave out --question to get captions", param_hint="--question"

@@ -48,8 +48,9 @@ NumBeams = Annotated[
     int | None, option("Beams of the beam search; 1: greedy.", "as in the final test", min=1, max=64)
 ]
 BatchSize = Annotated[int, option("Images per batch.", min=1)]
-SkipExisting = Annotated[bool, Option("--skip-existing", help="Keep existing caption files.")]
-Append = Annotated[bool, Option("--append", help="Append to existing caption files.")]
+SkipExisting = Annotated[
+    bool, Option("--skip-existing", help="Keep existing captions, and add missing ones.")
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing caption files.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 
@@ -59,8 +60,7 @@ def read_existing(is_given: bool, **choices: bool) -> "Existing":
     chosen = [name for name, is_set in choices.items() if is_set]
     if len(chosen) > 1 or (chosen and not is_given):
         raise BadParameter(
-            "pass only one of --skip-existing, --append and --overwrite, and only with --out",
-            param_hint="--out",
+            "pass only one of --skip-existing and --overwrite, and only with --out", param_hint="--out"
         )
     return cast("Existing", chosen[0] if chosen else "refuse")
 

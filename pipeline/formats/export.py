@@ -114,12 +114,10 @@ def _check_export(
 
 
 def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:
-    if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
-        hint = "generate pairs with `synth generate --samples 4 --pairs`"
-        return ConfigError(
-            f"{version.name} has no preference pairs (chosen and rejected captions)", hint=hint
-        )
-    text = f"a caption of the style {style}" if style not in (None, ALL) else "a text"
+    needed = "a pair of a chosen and a rejected caption" if kind == "dpo" else "a text for this format"
+    needed += "" if style in (None, ALL) else f" in the style {style}"
     captions = version.manifest["measured"].get("captions", {})
     hint = f"its captions have the styles: {', '.join(captions) or 'none'}; imagefolder has all columns"
-    return ConfigError(f"no image of {version.name} has {text} for this format", hint=hint)
+    if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
+        hint = "generate pairs with `synth generate --samples 4 --pairs`"
+    return ConfigError(f"no image of {version.name} has {needed}", hint=hint)
