@@ -126,7 +126,6 @@ def _packed(version: "Version", repo: str, choices: dict[str, Any]) -> Iterator[
     restricted = ", ".join(non_redistributable(version.manifest["licenses"]))
     with build_package(version, repo, **choices) as package:
         rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
-        say(f"dataset: {version.dataset_dir}")
         say(f"version: {version.name}, {rows}")
         say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
         if package.manifest.get("acknowledged"):

@@ -394,7 +394,7 @@ def test_dpo_rows_are_conversations_with_better_and_worse_caption(version: Versi
         assert texts == [brief, f"Not: {brief}"]
         assert {better["role"], worse["role"]} == {"assistant"}
     none = tmp_path / "none"
-    with pytest.raises(ConfigError, match="has a pair of .* in the style detailed"):
+    with pytest.raises(ConfigError, match=r"has a pair of .* in the style detailed"):
         export_version(version, "dpo", none, style="detailed")
 
 
