@@ -3,7 +3,7 @@
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Context, Option
 
@@ -13,7 +13,6 @@ from pipeline.storage.object_store import parse_dataset_path, parse_local_path
 
 if TYPE_CHECKING:
     from pipeline.dataset.version import Version
-    from pipeline.storage.sidecars import Existing
 
 DATASET_PATH: dict[str, Any] = {"parser": parse_dataset_path, "metavar": "PATH"}
 LOCAL_PATH: dict[str, Any] = {"parser": parse_local_path, "metavar": "PATH"}
@@ -48,21 +47,9 @@ NumBeams = Annotated[
     int | None, option("Beams of the beam search; 1: greedy.", "as in the final test", min=1, max=64)
 ]
 BatchSize = Annotated[int, option("Images per batch.", min=1)]
-SkipExisting = Annotated[
-    bool, Option("--skip-existing", help="Keep existing captions, and add missing ones.")
-]
+SkipExisting = Annotated[bool, Option("--skip-existing", help="Only add missing captions.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing caption files.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
-
-
-def read_existing(is_given: bool, **choices: bool) -> "Existing":
-    """Return how to treat existing texts. Raises BadParameter for several choices or a missing --out."""
-    chosen = [name for name, is_set in choices.items() if is_set]
-    if len(chosen) > 1 or (chosen and not is_given):
-        raise BadParameter(
-            "pass only one of --skip-existing and --overwrite, and only with --out", param_hint="--out"
-        )
-    return cast("Existing", chosen[0] if chosen else "refuse")
 
 
 def vllm_flags(context: Context, option: str) -> list[str]:

@@ -66,7 +66,7 @@ def export_version(
         draft = out.with_name(f".{out.name}.unfinished")
         remove(draft)
         draft.mkdir(parents=True)
-        written, without_text = num_rows, 0
+        written = num_rows
         if kind == PARQUET:
             write_self_contained(version, draft, splits)
         else:
@@ -78,7 +78,6 @@ def export_version(
                 written += writer.add(item)
                 report("export", number, num_rows)
             writer.close()
-            without_text = num_rows - written
         if not written:
             remove(draft)
             raise _no_text_error(version, style, kind)
@@ -86,7 +85,7 @@ def export_version(
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)
         draft.rename(out)
-    return Exported(out, written, without_text)
+    return Exported(out, written, num_rows - written)
 
 
 def _require_new(out: Path) -> None:
