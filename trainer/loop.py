@@ -128,7 +128,7 @@ class Validation:
     best_cider_d: float | None = None  # None if there is only one validation image
     best_loss: float = math.inf
     evaluations_without_gain: int = 0  # consecutive
-    # the latest scores, for the progress display: until then, its remaining time has no evaluations
+    # for the progress display: the latest scores, or a note that the remaining time has no evaluations
     shown: dict[str, str] = field(default_factory=lambda: {"evaluations": "not timed yet"})
 
     def score(self, out: Path, log: Log, done: int) -> None:

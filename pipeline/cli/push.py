@@ -62,9 +62,9 @@ def push(
     """Push a version or a captioner to the Hugging Face Hub as one commit with a permanent tag."""
     data = dataset_path(name, is_only=True)
 
-    from pipeline.dataset.directory import DatasetDir, split_version  # imports the client of the Hub
+    from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.dataset.manifest import describe_data
-    from pipeline.hub.pull import open_or_download
+    from pipeline.hub.pull import open_or_download  # imports the client of the Hub
     from pipeline.hub.push import check_repo_name
     from pipeline.storage.files import translate_disk_errors
 

@@ -326,11 +326,12 @@ class Csv(Format):
 
 
 class VlmEvalKit(Format):
-    """A TSV file per split: one line per text. Further lines of an image have the index of its first line."""
+    """A TSV file per split with a line per text. Only the first line of an image has its bytes."""
 
     _num_lines = 0
 
     def add(self, item: Item) -> bool:
+        # The reader finds the image of the other lines by the index of the first line.
         image, first = base64.b64encode(item.image).decode(), self._num_lines
         for index, (question, answer) in enumerate(item.single_turns, first):
             values = {"image": image if index == first else first, "question": question, "answer": answer}

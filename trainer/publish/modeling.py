@@ -273,7 +273,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> dict[str, Any]:
         """Return the inputs for the next step: the prompt in the first step, then the last token."""
-        # transformers 5.24 calls it `cache`.
+        # Its name is `cache` since transformers 5.24.
         past_key_values = cache if past_key_values is None else past_key_values
         is_first = past_key_values is None or not past_key_values.get_seq_length()
         return {
