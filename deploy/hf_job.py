@@ -19,7 +19,7 @@ OUT = Path("data") / "job"
 
 def main(source: str, repo: str, *options: str) -> None:
     """Generate a version, and push it to a private repository."""
-    synth = [sys.executable, "-m", "pipeline"]
+    synth = [Path(sys.executable).with_name("synth")]
     subprocess.run([*synth, "generate", "--source", source, "--out", str(OUT), *options], check=True)
     subprocess.run([*synth, "push", str(OUT), "--repo", repo, "--private"], check=True)
 

@@ -80,7 +80,7 @@ def open_captions(
         rows = _read_draft(draft, path, settings, existing) if draft.exists() else []
         if not rows and path.exists() and existing != "overwrite":
             if existing == "refuse":
-                hint = "use --append to add missing images, or --overwrite to replace the file"
+                hint = "use --skip-existing to add missing images, or --overwrite to replace the file"
                 raise ConfigError(f"{path} already exists", hint=hint)
             rows = _read_rows(path)
         write_text(draft, _lines([{"settings": settings}, *rows]))
@@ -191,7 +191,9 @@ class CaptionTask:
                 result.unread.append((path, texts))
             else:
                 result.num_written += write(path, texts)
-            progress("caption", count, len(images))
+            # The images of a batch arrive together, so a rate in the middle of a batch would be wrong.
+            if count % self.batch_size == 0 or count == len(images):
+                progress("caption", count, len(images))
         return result
 
 
@@ -218,7 +220,7 @@ def caption_images(
         return task.run(task.images, show_rows, progress)
     if out == SIDECARS:
         images = images_to_write(task.images, existing)
-        return task.run(images, lambda path, texts: write_sidecar(path, texts, existing), progress)
+        return task.run(images, write_sidecar, progress)
     files = [file_digest(checkpoint / name) for name in ("config.json", "model.safetensors")]
     settings = {"captioner": digest(files), "question": task.question, "styles": [*task.styles]}
     with open_captions(out, settings | {"num_beams": task.num_beams}, existing) as (done, add):

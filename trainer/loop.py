@@ -128,7 +128,8 @@ class Validation:
     best_cider_d: float = 0.0
     best_loss: float = math.inf
     evaluations_without_gain: int = 0  # consecutive
-    shown: dict[str, str] = field(default_factory=dict)  # the latest scores, for the progress display
+    # for the progress display: the latest scores, or a note that the remaining time has no evaluations
+    shown: dict[str, str] = field(default_factory=lambda: {"evaluations": "not timed yet"})
 
     def score(self, out: Path, log: Log, done: int) -> None:
         """Score the captioner after `done` steps. Raises TrainError if the loss is not a number."""
@@ -390,6 +391,7 @@ def run_steps(
                     raise TrainError(problem, hint="use lower learning rates (--lr)")
             if is_scored:
                 if log:
+                    progress.message("scoring the validation split", transient=True)
                     with trainer.averaged():
                         trainer.validation.score(out, log, done)
                     shown |= trainer.validation.shown

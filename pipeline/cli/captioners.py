@@ -6,13 +6,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, BadParameter
 
 from pipeline.cli.options import (
     BY_STYLE,
-    Append,
     AsJson,
     BatchSize,
     CaptionerName,
@@ -20,11 +19,13 @@ from pipeline.cli.options import (
     Overwrite,
     SkipExisting,
     option,
-    read_existing,
 )
 from pipeline.cli.output import echo, find_checkpoint, say
 from pipeline.errors import TrainError
 from pipeline.progress import WARNING, show_progress
+
+if TYPE_CHECKING:
+    from pipeline.storage.sidecars import Existing
 
 
 def caption(
@@ -38,7 +39,6 @@ def caption(
     batch_size: BatchSize = 32,
     out: Annotated[Path | None, option("File (.jsonl); txt: one text file per image.", "stdout")] = None,
     skip: SkipExisting = False,
-    append: Append = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -50,7 +50,9 @@ def caption(
     from trainer.caption_files import SIDECARS, find_images, require_caption_file
     from trainer.runtime.checkpoint_folder import require_prompt
 
-    existing = read_existing(out is not None, skip=skip, append=append, overwrite=overwrite)
+    if (skip or overwrite) and (out is None or (skip and overwrite)):
+        problem = "pass only one of --skip-existing and --overwrite, and only with --out"
+        raise BadParameter(problem, param_hint="--out")
     if question is not None and not question.strip():
         raise BadParameter(
             "the question is empty; leave out --question to get captions", param_hint="--question"
@@ -71,6 +73,7 @@ def caption(
     loaded = Captioner.from_pretrained(folder)
     styles = ("",) if question else tuple(loaded.styles) if style == "all" else (style or loaded.usual_style,)
     job = CaptionTask(loaded, paths, styles, question or "", num_beams or loaded.usual_beams, batch_size)
+    existing: Existing = "skip" if skip else "overwrite" if overwrite else "refuse"
     with show_progress() as progress, translate_disk_errors(out or Path()):
         names = ("image", "caption", "answer", *(["style"] if len(styles) > 1 else []))
         show_row = partial(_print_caption, names=names, as_json=as_json)

@@ -34,8 +34,8 @@ REVIEWS = Argument(
 FORMAT = Option(
     "--format",
     metavar="FORMAT",
-    help="Format: parquet, imagefolder, sidecar, webdataset, llava, sharegpt, messages, paligemma, coco, "
-    "csv, cauldron or dpo.",
+    help="Format: parquet, imagefolder, sidecar, webdataset, llava, sharegpt, messages, paligemma, "
+    "vlmevalkit, coco, csv, cauldron or dpo.",
     show_default="imagefolder",
 )
 

@@ -3,7 +3,7 @@
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Context, Option
 
@@ -12,7 +12,6 @@ from pipeline.storage.object_store import parse_dataset_path, parse_local_path
 
 if TYPE_CHECKING:
     from pipeline.dataset.version import Version
-    from pipeline.storage.sidecars import Existing
 
 DATASET_PATH: dict[str, Any] = {"parser": parse_dataset_path, "metavar": "PATH"}
 LOCAL_PATH: dict[str, Any] = {"parser": parse_local_path, "metavar": "PATH"}
@@ -47,22 +46,10 @@ NumBeams = Annotated[
     int | None, option("Beams of the beam search; 1: greedy.", "as in the final test", min=1, max=64)
 ]
 BatchSize = Annotated[int, option("Images per batch.", min=1)]
-SkipExisting = Annotated[bool, Option("--skip-existing", help="Keep existing caption files.")]
-Append = Annotated[bool, Option("--append", help="Append to existing caption files.")]
+SkipExisting = Annotated[bool, Option("--skip-existing", help="Only add missing captions.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing caption files.")]
 Split = Literal["train", "validation", "test"]
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
-
-
-def read_existing(is_given: bool, **choices: bool) -> "Existing":
-    """Return how to treat existing texts. Raises BadParameter for several choices or a missing --out."""
-    chosen = [name for name, is_set in choices.items() if is_set]
-    if len(chosen) > 1 or (chosen and not is_given):
-        raise BadParameter(
-            "pass only one of --skip-existing, --append and --overwrite, and only with --out",
-            param_hint="--out",
-        )
-    return cast("Existing", chosen[0] if chosen else "refuse")
 
 
 def vllm_flags(context: Context, option: str) -> list[str]:

@@ -56,14 +56,15 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push a version or a captioner to the Hugging Face Hub as one commit with a permanent tag."""
+    data = dataset_path(name, is_only=True)
+
     from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.dataset.manifest import describe_data
-    from pipeline.hub.pull import open_or_download
+    from pipeline.hub.pull import open_or_download  # imports the client of the Hub
     from pipeline.hub.push import check_repo_name
     from pipeline.storage.files import translate_disk_errors
 
     check_repo_name(repo)
-    data = dataset_path(name, is_only=True)
     if not is_remote(data) and (data / "train.json").exists():
         if images is not None or any((license_, license_link, title, language, acknowledge)):
             raise BadParameter(f"{data} is a captioner; only --private, --public, --dry-run and --json apply")
@@ -118,7 +119,6 @@ def _packed(version: "Version", repo: str, choices: dict[str, Any]) -> Iterator[
     restricted = ", ".join(non_redistributable(version.manifest["licenses"]))
     with build_package(version, repo, **choices) as package:
         rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
-        say(f"dataset: {version.dataset_dir}")
         say(f"version: {version.name}, {rows}")
         say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
         if package.manifest.get("acknowledged"):

@@ -65,7 +65,7 @@ def export_version(
         draft = out.with_name(f".{out.name}.unfinished")
         remove(draft)
         draft.mkdir(parents=True)
-        written, without_text = num_rows, 0
+        written = num_rows
         if kind == PARQUET:
             write_self_contained(version, draft, splits)
         else:
@@ -77,7 +77,6 @@ def export_version(
                 written += writer.add(item)
                 report("export", number, num_rows)
             writer.close()
-            without_text = num_rows - written
         if not written:
             remove(draft)
             raise _no_text_error(version, style, kind)
@@ -85,7 +84,7 @@ def export_version(
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)
         draft.rename(out)
-    return Exported(out, written, without_text)
+    return Exported(out, written, num_rows - written)
 
 
 def _require_new(out: Path) -> None:
@@ -113,12 +112,10 @@ def _check_export(
 
 
 def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:
-    if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
-        hint = "generate pairs with `synth generate --samples 4 --pairs`"
-        return ConfigError(
-            f"{version.name} has no preference pairs (chosen and rejected captions)", hint=hint
-        )
-    text = f"a caption of the style {style}" if style not in (None, ALL) else "a text"
+    needed = "a pair of a chosen and a rejected caption" if kind == "dpo" else "a text for this format"
+    needed += "" if style in (None, ALL) else f" in the style {style}"
     captions = version.manifest["measured"].get("captions", {})
     hint = f"its captions have the styles: {', '.join(captions) or 'none'}; imagefolder has all columns"
-    return ConfigError(f"no image of {version.name} has {text} for this format", hint=hint)
+    if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
+        hint = "generate pairs with `synth generate --samples 4 --pairs`"
+    return ConfigError(f"no image of {version.name} has {needed}", hint=hint)

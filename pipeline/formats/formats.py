@@ -3,6 +3,7 @@
 Each format receives the images one by one, and keeps few of them in memory.
 """
 
+import base64
 import csv
 import io
 import json
@@ -72,10 +73,10 @@ class Format:
         """Append a row to a file of JSON lines."""
         self.file(name).write(to_json(row) + "\n")
 
-    def add_csv_row(self, name: str, row: dict[str, Any]) -> None:
+    def add_csv_row(self, name: str, row: dict[str, Any], delimiter: str = ",") -> None:
         """Append a row to a CSV file, which begins with the names of the columns."""
         file = self.file(name)
-        writer = csv.DictWriter(file, row)
+        writer = csv.DictWriter(file, row, delimiter=delimiter)
         if file.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
@@ -237,7 +238,7 @@ class PaliGemma(Format):
 
     def add(self, item: Item) -> bool:
         image = self.put_image(item, "images") if item.turns else ""
-        for prefix, suffix in item.turns:
+        for prefix, suffix in item.single_turns:
             row = {"image": image, "prefix": prefix, "suffix": suffix, **item.origin}
             self.add_line(f"{item.split}.jsonl", row)
         return bool(item.turns)
@@ -322,6 +323,21 @@ class Csv(Format):
             row = {"filepath": path, "title": text, "style": style, WRITTEN_BY: item.writer(text)}
             self.add_csv_row(f"{item.split}.csv", row | {"source_row": item.source_row})
         return bool(item.captions)
+
+
+class VlmEvalKit(Format):
+    """A TSV file per split with a line per text. Only the first line of an image has its bytes."""
+
+    _num_lines = 0
+
+    def add(self, item: Item) -> bool:
+        # The reader finds the image of the other lines by the index of the first line.
+        image, first = base64.b64encode(item.image).decode(), self._num_lines
+        for index, (question, answer) in enumerate(item.single_turns, first):
+            values = {"image": image if index == first else first, "question": question, "answer": answer}
+            self.add_csv_row(f"{item.split}.tsv", {"index": index, **values, **item.origin}, delimiter="\t")
+            self._num_lines += 1
+        return self._num_lines > first
 
 
 class ParquetRows(Format):
@@ -435,6 +451,7 @@ FORMATS: dict[str, Callable[[Path, str], Format]] = {
         ParquetRows, columns={"images": _IMAGES, "messages": pa.list_(MESSAGE)}, rows_of=_message_rows
     ),
     "paligemma": PaliGemma,
+    "vlmevalkit": VlmEvalKit,
     "coco": Coco,
     "csv": Csv,
     "cauldron": partial(
@@ -444,4 +461,4 @@ FORMATS: dict[str, Callable[[Path, str], Format]] = {
 }
 
 PARQUET = "parquet"  # not in FORMATS: all columns are written at once (dataset/publishing.py)
-TABLES = (PARQUET, "cauldron", "messages", "dpo")  # images are in the rows
+TABLES = (PARQUET, "cauldron", "messages", "dpo", "vlmevalkit")  # images are in the rows

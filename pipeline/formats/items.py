@@ -74,6 +74,12 @@ class Item:
         """(question, answer) for all texts and values of the image."""
         return [*turns(self.captions, self.questions), *self.value_turns]
 
+    @property
+    def single_turns(self) -> list[tuple[str, str]]:
+        """(question, answer) for all texts and values. No question refers to an earlier answer."""
+        captions = (turn for caption in self.captions for turn in turns([caption], []))
+        return [*captions, *self.questions, *self.value_turns]
+
 
 def choose_texts(item: Item, *, style: str | None, trigger: str, only_one: bool) -> Item:
     """Return an item with only the captions and pairs of a style, and prepend `trigger` to their texts.

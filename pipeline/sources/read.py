@@ -159,12 +159,13 @@ class SourceReader:
         Raises SourceError if no sample is left.
         """
         result = self._find_result(limit) if self.config.images is None else None
+        is_new = result is None
         if result is not None:
             message = f"read: {result['images']:,} images were read by an earlier run and are not read again"
             self.progress.message(message)
         else:
             result = self._read_rows(limit)
-        self._require_samples()
+        self._require_samples(is_new=is_new)
         described = self._describe(is_preview=result["has_more"] and self.config.images is None)
         is_recorded = is_done(self.dataset, "read", self._key)
         if not is_recorded or read_record(self.dataset, "read").get("source") != described:
@@ -367,10 +368,10 @@ class SourceReader:
         write_table(self.dataset.step_file("read", IMAGE_GROUPS_FILE), [groups], IMAGE_GROUPS)
         return groups
 
-    def _require_samples(self) -> None:
-        """Report the rejected rows by reason. Raises SourceError if no sample is left."""
+    def _require_samples(self, *, is_new: bool) -> None:
+        """Report new rejected rows by reason. Raises SourceError if no sample is left."""
         described = list(describe_rejected(self.dataset))
-        for text in described:
+        for text in described if is_new else ():
             self.progress.message(text)
         if open_table(self.dataset.step_file("read")).metadata.num_rows:
             return

@@ -14,12 +14,12 @@ from typing import Literal
 
 from pipeline.errors import ConfigError
 from pipeline.storage.files import write_text
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.storage.untrusted import read_regular
 
 OWN_LINES = ".synth-captions"
 MAX_OWN_LINES_BYTES = 1_000_000_000
 MAX_SIDECAR_BYTES = 10_000_000
-Existing = Literal["refuse", "skip", "append", "overwrite"]  # how to handle existing text files
+Existing = Literal["refuse", "skip", "overwrite"]  # how to handle existing text files
 
 
 def note_own_lines(file: Path, lines: Iterable[str]) -> None:
@@ -70,41 +70,24 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
             raise ConfigError(problem, hint="rename an image, or choose another --out")
         targets[target] = image
     present = [target for target in targets if os.path.lexists(target)]
-    if existing == "append" and (links := [target for target in present if target.is_symlink()]):
-        raise ConfigError(f"{links[0]} is a symlink", hint="remove it, or pass --overwrite")
     if present and existing == "refuse":
-        hint = "choose --skip-existing, --append or --overwrite"
+        hint = "choose --skip-existing or --overwrite"
         problem = f"{len(present)} of {len(targets)} text files already exist, such as {present[0]}"
         raise ConfigError(problem, hint=hint)
     if folders := [target for target in present if target.is_dir()]:
         raise ConfigError(f"{folders[0]} is a folder", hint="rename the folder")
-    if existing == "append":
-        for target in present:
-            _read_lines(target)  # raises ConfigError before anything is written
     return [image for target, image in targets.items() if existing != "skip" or not os.path.lexists(target)]
 
 
-def write_sidecar(image: Path, texts: Sequence[str], existing: Existing) -> int:
-    """Write captions of a model next to an image, one per line, and return the number of added lines.
-
-    With "append", existing lines are kept.
-    """
+def write_sidecar(image: Path, texts: Sequence[str]) -> int:
+    """Write captions of a model next to an image, one per line, and return their number."""
     target = image.with_suffix(".txt")
-    lines = _read_lines(target) if existing == "append" and target.exists() else []
-    new = [line for line in map(as_line, texts) if line not in lines]
-    note_own_lines(target, new)
-    write_text(target, "\n".join([*lines, *new]) + "\n")
-    return len(new)
+    lines = [*map(as_line, texts)]
+    note_own_lines(target, lines)
+    write_text(target, "\n".join(lines) + "\n")
+    return len(lines)
 
 
 def as_line(text: str) -> str:
     """Return a text as one line, with single spaces."""
     return " ".join(text.split())
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return read_regular(path, max_bytes=MAX_SIDECAR_BYTES).decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
-        hint = "save it in UTF-8, or pass --skip-existing or --overwrite"
-        raise ConfigError(f"cannot append to {path}: {error}", hint=hint) from None

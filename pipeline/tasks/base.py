@@ -17,7 +17,6 @@ from pydantic_core import PydanticCustomError
 from pipeline.config.sections import GenerateConfig
 from pipeline.tasks.boxes import Frame
 from pipeline.text.normalize import tidy
-from pipeline.text.refusals import is_declined
 
 # One line of text without control characters that has at least one non-space character.
 _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
@@ -136,6 +135,8 @@ def texts_in(value: Any) -> Iterator[str]:
 
 def find_unusable(texts: Iterable[str]) -> str | None:
     """Return an error code if a text is a refusal or repeats itself in a loop, or else None."""
+    from pipeline.text.refusals import is_declined  # compiles large patterns
+
     texts = list(texts)
     if any(map(is_declined, texts)):
         return "refusal"

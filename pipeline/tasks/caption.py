@@ -3,7 +3,6 @@
 from typing import Any
 
 from pipeline.tasks.base import Line, Output, Task, tidy_texts
-from pipeline.text.artifacts import without_afterthoughts
 
 
 class Caption(Output):
@@ -16,6 +15,8 @@ def tidy_caption(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields with the caption on one line, without later paragraphs that do not belong to it."""
     text = fields.get("caption")
     if isinstance(text, str) and "\n" in text:
+        from pipeline.text.artifacts import without_afterthoughts  # compiles large patterns
+
         fields = {**fields, "caption": without_afterthoughts(text)}
     return tidy_texts(fields)
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from pipeline.rules import says_nothing
 from pipeline.tasks.base import Line, Output, Task
 from pipeline.tasks.caption import Caption, tidy_caption
 from pipeline.text.language import FUNCTION_WORDS, count_words
@@ -72,6 +71,8 @@ class Rating(Output):
 
 def tidy_verdict(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a verdict with `yes`, `no` or `cannot tell` for answers that begin so."""
+    from pipeline.rules import says_nothing  # compiles large patterns
+
     answer = fields.get("answer")
     if not isinstance(answer, str):
         return fields

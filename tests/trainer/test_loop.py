@@ -114,16 +114,20 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
 ) -> None:
     decoder = "scratch" if kind == "scratch" else language_model
     counts: list[int] = []
+    shown: list[dict[str, str]] = []
 
     class Note(NullProgress):
         def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
             if stage == "train":
                 counts.append(counter.reads)
+                shown.append(metrics)
 
     config = replace(encoder=clip, decoder=decoder, steps=12, evaluate_every=99, average_decay=0.9)
     with CountReads() as counter:  # type: ignore[no-untyped-call]
         train_captioner(version, config, tmp_path, progress=Note())
     assert counts[0] == counts[8] < counts[9] == counts[10]
+    # The remaining time has no evaluations before the first one.
+    assert "evaluations" in shown[10] and "evaluations" not in shown[11]
     assert len(losses(tmp_path)) == 12
 
 

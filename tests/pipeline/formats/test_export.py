@@ -1,5 +1,6 @@
 """Tests of exports: other packages read all images, texts and values, and no user file is overwritten."""
 
+import base64
 import csv
 import hashlib
 import io
@@ -126,7 +127,8 @@ def test_each_format_has_the_source_row_of_each_image(kind: str, version: Versio
         assert {row["source_row"] for rows in read for row in rows} == source_rows
         return
     content = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*.[jct]*"))
-    form = ",{}\r\n" if kind in ("csv", "sidecar") else '"source_row": "{}"'
+    forms = dict.fromkeys(("csv", "sidecar"), ",{}\r\n") | {"vlmevalkit": "\t{}\r\n"}
+    form = forms.get(kind, '"source_row": "{}"')
     assert all(form.format(row).encode() in content for row in source_rows)
 
 
@@ -392,7 +394,7 @@ def test_dpo_rows_are_conversations_with_better_and_worse_caption(version: Versi
         assert texts == [brief, f"Not: {brief}"]
         assert {better["role"], worse["role"]} == {"assistant"}
     none = tmp_path / "none"
-    with pytest.raises(ConfigError, match="has a caption of the style detailed"):
+    with pytest.raises(ConfigError, match=r"has a pair of .* in the style detailed"):
         export_version(version, "dpo", none, style="detailed")
 
 
@@ -497,14 +499,37 @@ def test_sharegpt_export_has_pairs_and_boxes_for_ms_swift_and_llama_factory(
         assert {*entry["columns"].values()} <= {*rows[0]}
 
 
-def test_paligemma_export_has_a_line_for_each_text(version: Version, tmp_path: Path) -> None:
-    export_version(version, "paligemma", tmp_path / "out")
-    rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
-    items = by_id(version)
-    assert len(rows) == 5 * version.manifest["rows"]["train"]
+@pytest.mark.parametrize("kind", ["paligemma", "vlmevalkit"])
+def test_export_has_a_line_for_each_text_with_its_own_question(
+    kind: str, version: Version, tmp_path: Path
+) -> None:
+    """Check the rules of VLMEvalKit's ImageBaseDataset: an image of up to 64 characters is an index."""
+    items = {item.source_row: item for item in read_items(version, ["train"])}
+    first = next(iter(items.values()))
+    style, text = first.captions[0]
+    export = FORMATS[kind](tmp_path, "")
+    # Another caption of the same style has the same question.
+    items[first.source_row] = replace(first, captions=[(style, text), (style, "Other."), *first.captions[1:]])
+    assert all(map(export.add, items.values()))
+    export.close()
+    reader, question, answer = (
+        ("json", "prefix", "suffix") if kind == "paligemma" else ("csv", "question", "answer")
+    )
+    options = {} if kind == "paligemma" else {"sep": "\t"}
+    (file,) = tmp_path.glob("train.*")
+    rows = load_dataset(reader, data_files=str(file), cache_dir=str(tmp_path / "cache"), **options)["train"]
+    lines = [(row["source_row"], row[question], row[answer]) for row in rows]
     for row in rows:
-        assert row["prefix"] and row["suffix"] in answers_of(items[Path(row["image"]).stem])
-        assert (tmp_path / "out" / row["image"]).is_file()
+        if kind == "paligemma":
+            image = (tmp_path / row["image"]).read_bytes()
+        else:
+            is_index = len(row["image"]) <= 64
+            image = base64.b64decode(rows[int(row["image"])]["image"] if is_index else row["image"])
+        assert image == items[row["source_row"]].image
+    assert kind == "paligemma" or rows["index"] == [*range(len(rows))]
+    expected = [(row, *turn) for row, item in items.items() for turn in item.single_turns]
+    assert lines == expected and len(lines) == 5 * len(items) + 1
+    assert lines[0][1] == lines[1][1] and lines[1][2] == "Other."
 
 
 def test_sidecar_has_a_line_for_each_caption_that_begins_with_the_trigger(

@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    DynamicCache,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -263,6 +264,16 @@ def test_padded_prompt_gives_the_same_tokens_and_logits_as_an_unpadded_prompt(fa
         assert together.sequences[number, longest:].tolist() == alone.sequences[0, len(row) :].tolist()
         for logits, logits_alone in zip(together.logits, alone.logits, strict=True):
             assert torch.allclose(logits[number], logits_alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_later_step_of_generation_has_only_the_last_token(name: str, tmp_path: Path) -> None:
+    """The name is `cache` since transformers 5.24."""
+    model, _ = load_with_transformers(save_captioner("scratch", tmp_path))
+    cache, keys = DynamicCache(), torch.zeros(1, 1, 3, 4)
+    cache.update(keys, keys, 0)
+    inputs = model.prepare_inputs_for_generation(torch.tensor([[5, 6, 7, 8]]), **{name: cache})
+    assert inputs["input_ids"].tolist() == [[8]] and inputs["past_key_values"] is cache
 
 
 def test_saved_captioner_stops_at_the_last_position_of_its_language_model(
