@@ -1,6 +1,6 @@
 """Attacks: with untrusted input, nothing runs, leaks, hangs or is lost. Each kind of input has a table.
 
-In `make test`, the long sweeps have a fixed sample of cases, in `make test-long` (SYNTH_LONG=1) 20 times as many.
+`make test` runs a fixed sample of the long sweeps, `make test-long` (SYNTH_LONG=1) 20 times as many cases.
 """
 
 import json
