@@ -7,10 +7,13 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.config.sections import Servers, cost_of
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.statistics import wilson_interval
@@ -58,8 +61,10 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
         trial_config = config.model_copy(update=changes)
         rows = replace(source, read=lambda start: iter(sample.rows[start:]), count=lambda: None)
         trial_plan = replace(plan, config=trial_config, dataset=trial, source=rows)
+        ladder: list[dict[str, Any]] = []
         try:
-            funnel = run_here(trial_plan, stats, StepsOnly(progress)).funnel
+            result = run_here(trial_plan, stats, StepsOnly(progress))
+            funnel, ladder = result.funnel, result.version.manifest.get("ladder", [])
         except NoRowsError as error:
             funnel = error.summaries
     is_endless = config.images is not None and plan.spec.is_endless
@@ -67,7 +72,9 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
     if total is None and not (config.limit or config.images) and sample.new == SAMPLED_IMAGES:
         progress.warn("the number of images is unknown: this estimates the sample only; pass --limit N")
     choices = {step.name for step in steps_of(trial_plan) if step.is_choice}
-    return _scale_counts(sample, funnel, total, config, stats, choices)
+    estimate = _scale_counts(sample, funnel, total, config, stats, choices)
+    scale = estimate["images"] / max(1, estimate["sampled_images"])
+    return estimate | {"ladders": forecast_ladders(ladder, config.servers, scale)}
 
 
 class StepsOnly(NullProgress):
@@ -139,6 +146,44 @@ def _sample_rows(source: Source, settings: AskSettings, limit: int | None, journ
     return SampledRows([*rows, *answered_rows[: SAMPLED_IMAGES - new]], new, answered, complete)
 
 
+def forecast_ladders(ladder: list[dict[str, Any]], servers: Servers, scale: float) -> list[dict[str, Any]]:
+    """Return the requests and cost of each model alone and of the ladder, for each task with a ladder.
+
+    `interval` is that of the share of texts of a model that pass all checks. Requests of checks are not
+    included. `ladder` has the counts of a sample (see `ladder.describe_ladder`). A model that the sample did
+    not ask is left out.
+    """
+    forecasts = []
+    for task, group in groupby(ladder, itemgetter("task")):
+        rungs = list(group)
+        first, choices = rungs[0]["requests"], []
+        for models in ([rung] for rung in rungs), [rungs]:
+            for asked in models:
+                # Alone, a model is asked as often as the first model of the ladder.
+                factors = [first / rung["requests"] if len(asked) == 1 else 1.0 for rung in asked]
+                tokens = {
+                    rung["model"]: (
+                        rung["prompt_tokens"] * factor * scale,
+                        rung["reply_tokens"] * factor * scale,
+                    )
+                    for rung, factor in zip(asked, factors, strict=True)
+                }
+                requests = sum(rung["requests"] * f for rung, f in zip(asked, factors, strict=True))
+                choices.append(
+                    {
+                        "models": ", ".join(tokens),
+                        "requests": round(requests * scale),
+                        "cost": cost_of(tokens, servers),
+                    }
+                )
+        passed = [
+            {"model": rung["model"], "interval": wilson_interval(rung["kept"], rung["texts"])}
+            for rung in rungs
+        ]
+        forecasts.append({"task": task, "choices": choices, "rungs": passed})
+    return forecasts
+
+
 def _scale_counts(
     sample: SampledRows,
     funnel: list[StepSummary],
@@ -161,7 +206,7 @@ def _scale_counts(
     # The requests about the sample are already paid for.
     remaining = max(0, round(max(0, images - sample.answered) * unanswered_frac) - sample.new)
     remaining_scale = remaining / sample.new if sample.new else 0.0
-    cost = stats.cost(config.server)
+    cost = stats.cost(config.servers)
     losses = [summary for summary in funnel if summary.step not in choices]
     not_chosen = sum(summary.input - summary.kept for summary in funnel if summary.step in choices)
     first_attempts = by_step["ask"].kept

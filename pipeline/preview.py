@@ -10,9 +10,9 @@ import pyarrow as pa
 from pipeline.errors import SourceError
 from pipeline.executors.messages import describe_engine
 from pipeline.filtering import filter_annotations, own_prompt_grams
-from pipeline.inference.engines import open_engine
+from pipeline.inference.engines import open_engines
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.queue import RequestStats, ask_in_rounds, read_annotations
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.report.html import render_page, thumbnail_uri
@@ -82,24 +82,22 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
 
     Raises SynthError as `run.generate_dataset` does, and SourceError if the source has no usable image.
     """
-    config, folder, choice, settings = plan.config, plan.dataset, plan.engine, AskSettings.of(plan)
-    assert choice is not None
-    server = settings.server
+    config, folder, settings = plan.config, plan.dataset, AskSettings.of(plan)
+    servers = settings.servers
     samples, skipped = _first_samples(plan, number)
     stats = RequestStats(seconds={})
     with (
         translate_disk_errors(folder.path),
         folder.lock(),
         Journal(folder.journal) as journal,
-        open_engine(lambda: choice) as start,
+        open_engines(plan.engines.__getitem__) as start,
     ):
         batch = SampleBatch.of((sample.id, sample.images) for sample in samples)
         texts = {sample.id: settings.source_texts(sample.to_row()) for sample in samples}
-        for round_number in range(len(plan.requests.rounds)):
-            for engine in ask_about(
-                iter([batch]), plan.requests, server, start, journal, stats, texts, round_number
-            ):
-                progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(server))
+        for engine in ask_in_rounds(
+            lambda: iter([batch]), plan.requests, servers, start, journal, stats, texts.__getitem__
+        ):
+            progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(servers))
         requests = {sample.id: settings.requests_about(sample, journal) for sample in samples}
         images = [_read_replies(sample, requests[sample.id], plan, journal, stats) for sample in samples]
     prompts: dict[str, tuple[str, str]] = {}
@@ -108,7 +106,7 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
     return Preview(
         source=config.source,
         model=plan.model,
-        engine=describe_engine(plan, choice),
+        engine=describe_engine(plan, plan.engine),
         prompt_sources=describe_prompts(
             plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts
         ),
@@ -142,8 +140,8 @@ def _read_replies(
 ) -> PreviewImage:
     settings, row = AskSettings.of(plan), sample.to_row()
     info = settings.sample_info(row, len(sample.images))
-    texts_by_id = {sample.id: settings.source_texts(row)}
-    (table,) = read_annotations([[info]], plan.requests, journal, texts_by_id)
+    source_texts = settings.source_texts(row)
+    (table,) = read_annotations([[info]], plan.requests, journal, lambda _: source_texts)
     texts = _judge_texts(table, plan)
     human_tasks = {human["request_id"]: human["task"] for human in info.human}
     replies = [PreviewReply(task, HUMAN, texts[name], 0, 0, None) for name, task in human_tasks.items()]

@@ -18,7 +18,20 @@ from pipeline.inference.queue import RequestStats
 from pipeline.logs import log_to
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
-from pipeline.steps import ask, balance, dedupe, read, review, select, split, trim, validate, verify, write
+from pipeline.steps import (
+    ask,
+    balance,
+    dedupe,
+    ladder,
+    read,
+    review,
+    select,
+    split,
+    trim,
+    validate,
+    verify,
+    write,
+)
 from pipeline.steps import filter as filter_
 from pipeline.steps.base import BUG_HINT, Executor, RowStep, Step, Work
 from pipeline.storage.files import read_batches, translate_disk_errors, write_json
@@ -64,15 +77,16 @@ def run(
     """
     steps = steps_of(plan)
     names = [step.name for step in steps]
-    row_steps = [step for step in steps if isinstance(step, RowStep)]
     todo = list(zip(["", *names], steps[:-1], strict=False))[names.index(first) :]
     limit = plan.config.limit if plan.config.images is None else plan.config.images
     work = Work(plan, executor, progress, limit)
     while True:
-        for before, step in todo:
-            step.run(work, before)
-            if isinstance(step, RowStep):
-                progress("curate", row_steps.index(step) + 1, len(row_steps), {"last": step.name})
+        rest = todo
+        if first == read.STEP.name and plan.requests.num_rungs > 1:
+            run_steps(work, todo[:1])
+            rest = todo[1:]
+            climb_ladder(work, rest, stats)
+        run_steps(work, rest)
         if first != read.STEP.name or (limit := _next_limit(work)) is None:
             break
         work.limit = limit
@@ -83,6 +97,36 @@ def run(
     steps[-1].run(work, names[-2])
     assert work.version
     return RunResult(plan, work.version, work.is_new, stats, [*work.summaries, steps[-1].summarize(work)])
+
+
+def run_steps(work: Work, todo: Sequence[tuple[str, Step]]) -> None:
+    """Run steps, each with the name of the step before it, unless their results are up to date."""
+    row_steps = [step for step in steps_of(work.plan) if isinstance(step, RowStep)]
+    for before, step in todo:
+        step.run(work, before)
+        if isinstance(step, RowStep):
+            work.progress("curate", row_steps.index(step) + 1, len(row_steps), {"last": step.name})
+
+
+def climb_ladder(work: Work, todo: Sequence[tuple[str, Step]], stats: RequestStats) -> None:
+    """Find the texts that each model of a ladder fails to write, by running the steps from ask to verify.
+
+    The next run of the ask step asks the next models about them. Does nothing if an earlier run with the same
+    inputs has found them.
+    """
+    plan, executor = work.plan, work.executor
+    repeated = todo[: [step.name for _, step in todo].index(verify.STEP.name) + 1]
+    key = ladder.ladder_key(plan, [step for _, step in repeated if isinstance(step, RowStep)])
+    if not ladder.is_complete(plan, key):
+        ladder.forget(plan.dataset)
+        for rung in range(1, plan.requests.num_rungs):
+            executor.begin_pass(ladder.state(plan))
+            run_steps(work, repeated)
+            stats.begin_pass()
+            if not ladder.escalate(work, rung):
+                break
+        ladder.finish(plan.dataset, key)
+    executor.begin_pass(ladder.state(plan))
 
 
 def steps_of(plan: Plan) -> list[Step]:

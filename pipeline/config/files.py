@@ -178,7 +178,7 @@ def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
 def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[str, Any]) -> None:
     """Raise ConfigError if a manifest names servers or code, or if its rows depend on its author's files."""
     hint = "copy the settings that you want into your own file, and name your files and servers there"
-    for key in ("base_url", "server"):
+    for key in ("base_url", "server", "models"):
         if settings.get(key):
             problem = f"the manifest {file} sets {key}: that server would get your images and your API key"
             raise ConfigError(problem, hint=hint)

@@ -15,7 +15,14 @@ from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, read_findings
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import RowWriter, publish_version
-from pipeline.dataset.records import is_done, output_digest, read_record, step_key, write_record
+from pipeline.dataset.records import (
+    PREPARED,
+    is_done,
+    output_digest,
+    read_record,
+    step_key,
+    write_record,
+)
 from pipeline.dataset.reviews import format_lines, read_verdicts
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
@@ -23,9 +30,11 @@ from pipeline.digests import annotation_digest, digest
 from pipeline.errors import TableError
 from pipeline.plan import Plan
 from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
+from pipeline.steps.ladder import describe_ladder
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
 from pipeline.tables import NO_EXTRAS, REJECTIONS, STRING, Extras, fields
+from pipeline.tasks.checks import CONFIRM, RATE
 
 NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
@@ -86,8 +95,9 @@ class WriteStep(Step):
         executor.wait()
         first_shard = executor.shards[0]
         source = read_record(dataset, "read")["source"]
-        model = read_record(first_shard, "ask")["model"]
-        provenance = describe_provenance(plan.config, plan.tasks, source, model)
+        models = read_models(plan, first_shard)
+        provenance = describe_provenance(plan.config, plan.tasks, source, models[plan.writers[0]])
+        provenance |= {"models": models} if len(models) > 1 else {}
         names = [summary.step for summary in work.summaries if summary.step != "ask"]
         inputs = [
             output_digest(shard, step, file)
@@ -106,7 +116,7 @@ class WriteStep(Step):
             return
         executor.check()
         with scratch_folder(dataset.path / "versions") as draft:
-            extras = row_extras(plan.config, plan.tasks)
+            extras = row_extras(plan.config, plan.tasks, plan.writers)
             write = partial(write_rows, steps=names, source=source, extras=extras)
             written = executor.map_with_scratch(write, draft)
             work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
@@ -159,6 +169,7 @@ def publish_shards(
         "review": count_reviews(shards),
         **audit_rows(plan.dataset, written, row_extras(plan.config, plan.tasks)),
         **describe_checks(plan, shards),
+        **({"ladder": describe_ladder(plan, shards)} if plan.requests.num_rungs > 1 else {}),
     }
     rejections = (table for shard in shards for table in read_batches(shard.step_file(NAME, "rejections")))
     return publish_version(plan.dataset, draft, written, digests, provenance, rejections, work.executor.check)
@@ -195,6 +206,16 @@ def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras
     return {"audit": estimate_errors(Frame.of(tables, own, verdicts[-1].seed), verdicts)}
 
 
+def read_models(plan: Plan, shard: DatasetDir) -> dict[str, dict[str, str]]:
+    """Return the models that the last runs of the steps ask and verify have used, by name."""
+    models = read_record(shard, "ask")["models"]
+    if plan.config.verify.is_asked:
+        models = read_record(shard, "verify", PREPARED)["models"] | {
+            name: models[name] for name in plan.writers
+        }
+    return {name: models[name] for name in plan.model_names}
+
+
 def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
     """Return the manifest field with the errors of the checks, or {} without checks."""
     verify = plan.config.verify
@@ -202,11 +223,14 @@ def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
         return {}
     files = [require_file(shard.step_file("verify", "prepared")) for shard in shards]
     findings = read_findings(table for file in files for table in read_batches(file, FINDINGS))
-    is_writer = {CLAIMS: True, JUDGE: plan.judge_revision == plan.requests.revision}
+    models = read_models(plan, shards[0])
+    written_by = {models[name]["revision"] for name in plan.writers}
+    tasks = {CLAIMS: CONFIRM.name, JUDGE: RATE.name}
     checks = [
         {
             "check": check,
-            "judges_itself": is_writer[check] and found.by_model > 0,
+            "judges_itself": found.by_model > 0
+            and models[plan.requests.model_of(tasks[check])]["revision"] in written_by,
             **found.describe(found.choose_level(verify.max_true_captions_lost)),
         }
         for check, found in findings.items()

@@ -205,9 +205,12 @@ def own_columns(tasks: Sequence[CustomTask]) -> list[OwnColumn]:
 
 
 def publishable_task(task: CustomTask) -> dict[str, Any]:
-    """Return the settings of a task for a manifest. The output schema replaces the name of a user's model."""
+    """Return the settings of a task for a manifest, without its models, which a manifest cannot choose.
+
+    The output schema replaces the name of a user's pydantic model.
+    """
     schema = {"output": task.whole} if task.settings.output else {}
-    return task.settings.model_dump(mode="json", exclude_defaults=True) | schema
+    return task.settings.model_dump(mode="json", exclude_defaults=True, exclude={"model"}) | schema
 
 
 @lru_cache(256)

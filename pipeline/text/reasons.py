@@ -28,6 +28,7 @@ IN_WORDS = {
     "answer_repeats_question": "the answer repeats the question",
     "answer_not_yes_or_no": "the answer to a yes/no question is neither yes nor no",
     "answer_not_a_number": "the answer to a number question is not a number",
+    "replaced_by_next_model": "the next model of the ladder was asked instead",
     # filter
     "refusal": "the model declined, or saw no image",
     "junk": "markup, code or coordinates in the text",
@@ -75,6 +76,7 @@ IN_WORDS = {
 SCORES_IN_WORDS = {
     "precision": "share of the caption's claims that the model confirmed when asked about the image",
     "coverage": "share of the questions about the image that the caption alone answers correctly",
+    "logprob_mean": "mean log-probability of the tokens of the model's reply",
     "relevance": "judge's score, 1 to 5: describes the important parts of the image",
     "grounding": "judge's score, 1 to 5: everything stated is visible",
     "correctness": "judge's score, 1 to 5: objects, numbers, colors, places and actions are correct",

@@ -23,6 +23,7 @@ def manifest_with(tmp_path: Path, **settings: Any) -> Path:
     [
         ({"base_url": ["http://evil.example/v1"]}, "sets base_url"),
         ({"server": {"flags": ["--trust-remote-code"]}}, "sets server"),
+        ({"models": {"judge": {"base_url": ["http://evil.example/v1"]}}}, "sets models: that server"),
         ({"verify": {"judge": "x@http://evil.example/v1"}}, "sets a judge: its server"),
         ({"verify": {"judge": "org/x@https://evil.example/v1"}}, "sets a judge: its server"),
         ({"generate": {"prompt_dir": "prompts"}}, "a file that does not exist here: generate.prompt_dir"),
@@ -118,8 +119,13 @@ def test_config_json_that_is_not_a_manifest_is_refused(tmp_path: Path) -> None:
 
 
 def test_each_setting_comes_either_from_the_manifest_or_from_the_user() -> None:
-    own = {"license", "title", "allow_urls", "follow_links", "captions", "base_url", "server"}
-    assert {*Config.model_fields} - MANIFEST_KEYS == own
+    places = {"captions", "base_url", "server", "models", "task_models"}
+    assert {*Config.model_fields} - MANIFEST_KEYS == {
+        "license",
+        "title",
+        "allow_urls",
+        "follow_links",
+    } | places
     assert {*Config.model_fields} > MANIFEST_KEYS
 
 

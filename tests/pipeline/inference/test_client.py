@@ -435,7 +435,7 @@ def test_interrupted_run_does_not_count_unsent_requests(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat, Journal(tmp_path / "j") as journal:
         chunks = iter([batch_of(scene_samples(20))])
         with client_of(config.model_copy(update={"base_url": (chat.url,)})) as asking:
-            groups = ask_about(chunks, request_plan(config), config.server, lambda: asking, journal, stats)
+            groups = ask_about(chunks, request_plan(config), config.servers, lambda: asking, journal, stats)
             next(groups)
             assert isinstance(groups, Generator)
             groups.close()

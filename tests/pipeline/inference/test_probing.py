@@ -12,9 +12,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import EngineError
-from pipeline.inference import client, probing, protocol
-from pipeline.inference.endpoints import named_endpoints
-from pipeline.inference.engines import choose_judge
+from pipeline.inference import client, protocol
 from pipeline.inference.journal import Journal
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind, refuse
 from tests.chat.server import Act, ChatServer, running_chat, task_of
@@ -309,34 +307,33 @@ def test_endpoint_key_and_headers_apply_to_each_spelling_of_the_server_address(
     assert example.url == "https://models.example.com/v1"
 
 
-def test_judge_at_the_writers_host_gets_neither_the_writers_key_nor_headers(
+def test_model_at_the_writers_host_gets_neither_the_writers_key_nor_headers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-all")
     monkeypatch.setenv("SYNTH_JUDGE_API_KEY", "of-judge")
+    monkeypatch.setenv("SYNTH_SMALL_API_KEY", "of-small")
     monkeypatch.setenv("WRITER_KEY", "of-writer")
-    asked: list[Any] = []
-
-    def find(urls: Any, name: str, server: Any, key_name: str | None) -> tuple[str, str]:
-        asked.extend(named_endpoints(urls, server, key_name))
-        return "big", "revision"
-
-    monkeypatch.setattr(probing, "find_model", find)
     writer, other = "http://127.0.0.1:1/w/v1", "http://127.0.0.1:1/j/v1"
     own = {"key_env": "WRITER_KEY", "headers": {"X-Team": "a"}}
 
-    def headers_for(address: str) -> dict[str, str]:
-        verify = {"judge": f"big@{address}", "judge_may_be_writer": True}
-        config = config_of(writer, model="m", server={"endpoints": {writer: own}}, verify=verify)
-        choose_judge(config, "r")
-        return dict(asked[-1].headers)
+    def headers_for(address: str, name: str) -> dict[str, str]:
+        config = config_of(
+            writer, model="m", server={"endpoints": {writer: own}, "headers": {"X-All": "b"}},
+            verify={"judge": f"big@{address}"}, models={"small": {"model": "s", "base_url": [address]}},
+        )  # fmt: skip
+        (endpoint,) = endpoints_of(config.of_model(name))
+        return dict(endpoint.headers)
 
-    for address, key, team in ((other, "of-judge", None), (writer, "of-writer", "a")):
-        headers = headers_for(address)
-        assert (headers["Authorization"], headers.get("X-Team")) == (f"Bearer {key}", team)
-    monkeypatch.delenv("SYNTH_JUDGE_API_KEY")
-    # The general key is not for a host with its own settings.
-    assert "Authorization" not in headers_for(other)
+    for name in ("judge", "small"):
+        for address, key, team in ((other, f"of-{name}", None), (writer, "of-writer", "a")):
+            headers = headers_for(address, name)
+            assert (headers["Authorization"], headers.get("X-Team")) == (f"Bearer {key}", team)
+        assert "X-All" not in headers_for("http://elsewhere:1/v1", name)
+        monkeypatch.delenv(f"SYNTH_{name.upper()}_API_KEY")
+        # The general key is not for a host with its own settings, nor for another host.
+        for address in (other, "http://elsewhere:1/v1"):
+            assert "Authorization" not in headers_for(address, name)
 
 
 def test_settings_of_unused_servers_are_ignored(tmp_path: Path) -> None:
