@@ -122,8 +122,8 @@ class Config(Section):
     `concurrency`, `price_in` and `price_out`.
     """
     task_models: dict[Task, Ladder] = Field(default_factory=dict)
-    """The model of each task, `checks` and `repair`: a name in `models`, or `default`. A list is a ladder: the
-    next model is asked for the texts that the last one failed to write.
+    """The model of each task, `checks` and `repair`: a name in `models`, or `default`. A list is a ladder:
+    the next model is asked for the texts that the last one failed to write.
     """
     generate: GenerateConfig = GenerateConfig()
     server: ServerConfig = ServerConfig()

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.chat.server import Act, ChatServer, answer, running_chat, task_name, uuid_of
-from tests.commands import SYNTH, read_result, run_synth
+from tests.commands import SYNTH, read_result, require_success, run_process, run_synth
 from tests.whole.conftest import load_rows, read_failure, save_photos
 from tests.whole.test_checks import COUNT, Model, caption_of, truth_of
 
@@ -178,6 +178,17 @@ def test_run_that_is_killed_at_the_second_model_ends_with_equal_files(servers: S
     assert servers.requests()[0] == 0  # the small model is not asked again
     whole, killed = (files_of(servers.folder / out / "versions/v1.0.0") for out in ("whole", "killed"))
     assert whole == killed
+
+
+def test_cluster_climbs_the_ladder_as_one_machine_does(servers: Servers) -> None:
+    servers.write({"caption": ["small", "large"]})
+    servers.generate("one")
+    sent = servers.requests()
+    command = ("generate", "--config", "synth.yaml", "--out", "many", "--executor", "ray")
+    require_success(run_process(*command, "--shards", "3", "--workers", "2", cwd=servers.folder))
+    assert servers.requests() == sent
+    one, many = servers.manifest("one"), servers.manifest("many")
+    assert (one["digest"], one["ladder"], one["funnel"]) == (many["digest"], many["ladder"], many["funnel"])
 
 
 def test_uncertain_texts_are_written_by_the_next_model(servers: Servers) -> None:

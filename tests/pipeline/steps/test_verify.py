@@ -215,7 +215,7 @@ def test_repair_only_leaves_out_words_of_refuted_claims(before: str, after: str,
 
 def checker_of(**settings: Any) -> verify_checks.AnnotationChecker:
     stub: Any = SimpleNamespace(is_calibrated=True, splits_claims=True, seed=0, **settings)
-    return verify_checks.AnnotationChecker(stub, stub, stub, ExitStack())
+    return verify_checks.AnnotationChecker(stub, stub, stub)
 
 
 @pytest.mark.parametrize(
