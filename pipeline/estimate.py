@@ -153,34 +153,25 @@ def forecast_ladders(ladder: list[dict[str, Any]], servers: Servers, scale: floa
     included. `ladder` has the counts of a sample (see `ladder.describe_ladder`). A model that the sample did
     not ask is left out.
     """
+
+    def choice(*rungs: dict[str, Any], factor: float = scale) -> dict[str, Any]:
+        tokens = {
+            rung["model"]: (rung["prompt_tokens"] * factor, rung["reply_tokens"] * factor) for rung in rungs
+        }
+        requests = round(sum(rung["requests"] for rung in rungs) * factor)
+        return {"models": ", ".join(tokens), "requests": requests, "cost": cost_of(tokens, servers)}
+
     forecasts = []
     for task, group in groupby(ladder, itemgetter("task")):
         rungs = list(group)
-        first, choices = rungs[0]["requests"], []
-        for models in ([rung] for rung in rungs), [rungs]:
-            for asked in models:
-                # Alone, a model is asked as often as the first model of the ladder.
-                factors = [first / rung["requests"] if len(asked) == 1 else 1.0 for rung in asked]
-                tokens = {
-                    rung["model"]: (
-                        rung["prompt_tokens"] * factor * scale,
-                        rung["reply_tokens"] * factor * scale,
-                    )
-                    for rung, factor in zip(asked, factors, strict=True)
-                }
-                requests = sum(rung["requests"] * f for rung, f in zip(asked, factors, strict=True))
-                choices.append(
-                    {
-                        "models": ", ".join(tokens),
-                        "requests": round(requests * scale),
-                        "cost": cost_of(tokens, servers),
-                    }
-                )
+        # Alone, each model is asked as often as the first model of the ladder.
+        factors = [scale * rungs[0]["requests"] / rung["requests"] for rung in rungs]
+        choices = [choice(rung, factor=factor) for rung, factor in zip(rungs, factors, strict=True)]
         passed = [
             {"model": rung["model"], "interval": wilson_interval(rung["kept"], rung["texts"])}
             for rung in rungs
         ]
-        forecasts.append({"task": task, "choices": choices, "rungs": passed})
+        forecasts.append({"task": task, "choices": [*choices, choice(*rungs)], "rungs": passed})
     return forecasts
 
 

@@ -166,13 +166,13 @@ class Plan:
         judge = self.models.get(self.config.judge_model or "")
         if judge is None or self.config.verify.judge_may_be_writer:
             return
-        for name in self.writers:
-            writer = self.models[name]
-            if judge.revision == writer.revision or _base_name(judge.name) == _base_name(writer.name):
-                problem = (
-                    f"the judge {judge.name} also writes the texts, and a model rates its own texts too high"
-                )
-                raise ConfigError(problem, hint="pass another model, or set verify.judge_may_be_writer: true")
+        writers = [self.models[name] for name in self.writers]
+        is_writer = judge.revision in {one.revision for one in writers}
+        if is_writer or _base_name(judge.name) in {_base_name(one.name) for one in writers}:
+            problem = (
+                f"the judge {judge.name} also writes the texts, and a model rates its own texts too high"
+            )
+            raise ConfigError(problem, hint="pass another model, or set verify.judge_may_be_writer: true")
 
     @property
     def clip_model(self) -> str:
@@ -212,8 +212,7 @@ def _choose_engine(config: Config, name: str, dataset: DatasetDir, progress: Pro
         raise problem
 
     progress.warn(f"{problem}: continuing with the stored replies; stops at the first new request")
-    reason = "the model of the last run"
-    return EngineChoice("vllm", model["name"], model["revision"], reason, fail, of_model.base_url)
+    return EngineChoice("vllm", model["name"], model["revision"], fail, of_model.base_url)
 
 
 def reading_settings(plan: Plan) -> Config:

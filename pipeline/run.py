@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,22 +19,10 @@ from pipeline.inference.queue import RequestStats
 from pipeline.logs import log_to
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
-from pipeline.steps import (
-    ask,
-    balance,
-    dedupe,
-    ladder,
-    read,
-    review,
-    select,
-    split,
-    trim,
-    validate,
-    verify,
-    write,
-)
+from pipeline.steps import ask, balance, dedupe, read, review, select, split, trim, validate, verify, write
 from pipeline.steps import filter as filter_
 from pipeline.steps.base import BUG_HINT, Executor, RowStep, Step, Work
+from pipeline.steps.ladder import climb
 from pipeline.storage.files import read_batches, translate_disk_errors, write_json
 
 STEPS: tuple[Step, ...] = (
@@ -85,7 +74,8 @@ def run(
         if first == read.STEP.name and plan.requests.num_rungs > 1:
             run_steps(work, todo[:1])
             rest = todo[1:]
-            climb_ladder(work, rest, stats)
+            repeated = rest[: names.index(verify.STEP.name)]
+            climb(work, [step for _, step in repeated], stats, partial(run_steps, work, repeated))
         run_steps(work, rest)
         if first != read.STEP.name or (limit := _next_limit(work)) is None:
             break
@@ -106,27 +96,6 @@ def run_steps(work: Work, todo: Sequence[tuple[str, Step]]) -> None:
         step.run(work, before)
         if isinstance(step, RowStep):
             work.progress("curate", row_steps.index(step) + 1, len(row_steps), {"last": step.name})
-
-
-def climb_ladder(work: Work, todo: Sequence[tuple[str, Step]], stats: RequestStats) -> None:
-    """Find the texts that each model of a ladder fails to write, by running the steps from ask to verify.
-
-    The next run of the ask step asks the next models about them. Does nothing if an earlier run with the same
-    inputs has found them.
-    """
-    plan, executor = work.plan, work.executor
-    repeated = todo[: [step.name for _, step in todo].index(verify.STEP.name) + 1]
-    key = ladder.ladder_key(plan, [step for _, step in repeated if isinstance(step, RowStep)])
-    if not ladder.is_complete(plan, key):
-        ladder.forget(plan.dataset)
-        for rung in range(1, plan.requests.num_rungs):
-            executor.begin_pass(ladder.state(plan))
-            run_steps(work, repeated)
-            stats.begin_pass()
-            if not ladder.escalate(work, rung):
-                break
-        ladder.finish(plan.dataset, key)
-    executor.begin_pass(ladder.state(plan))
 
 
 def steps_of(plan: Plan) -> list[Step]:

@@ -31,7 +31,6 @@ from pipeline.config.sections import (
     TaskConfig,
     VerifyConfig,
     address_of,
-    origin_of,
     task_names,
 )
 from pipeline.text.escape import without_passwords
@@ -220,7 +219,7 @@ class Config(Section):
     def of_model(self, name: str) -> "Config":
         """Return the settings with a model of `models`, or the judge, as the only model.
 
-        Its servers get a key of their own. They get the general key and headers only if they are servers of
+        Its servers get a key of their own. They get the general key and headers only if all of them are in
         `base_url`, and if the key of the model is not set.
         """
         if name == DEFAULT_MODEL:
@@ -231,19 +230,13 @@ class Config(Section):
             own = ModelConfig(model=model, base_url=(AT_SERVER.removeprefix("@") + rest,))
         own_key = own.key_env or f"SYNTH_{name.upper()}_API_KEY"
         access: dict[str, Any] = {"key_env": own_key, "headers": own.headers}
-        if not own.headers and own_key not in os.environ and all(map(self._is_default_server, own.base_url)):
+        shared = set(map(address_of, self.base_url)).issuperset(map(address_of, own.base_url))
+        if shared and not own.headers and own_key not in os.environ:
             access = {}
         changes = own.model_dump(include={"concurrency", "price_in", "price_out"}, exclude_unset=True)
         server = self.server.model_copy(update=access | changes | {"flags": own.flags})
         only = {"model": own.model, "base_url": own.base_url, "engine": own.engine, "server": server}
         return self.model_copy(update=only | {"models": {}})
-
-    def _is_default_server(self, url: str) -> bool:
-        """Return whether a URL is on a host of `base_url`, and has no settings of another URL."""
-        described, origin = self.server.endpoints, origin_of(url)
-        is_described = address_of(url) in map(address_of, described)
-        shares_settings = is_described or origin not in map(origin_of, described)
-        return shares_settings and origin in map(origin_of, self.base_url)
 
     @property
     def servers(self) -> dict[str, ServerConfig]:

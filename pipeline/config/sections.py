@@ -113,12 +113,6 @@ def address_of(url: str) -> str:
     return f"{parts.scheme}://{user}{at}{host}{port}{parts.path.rstrip('/') or '/v1'}"
 
 
-def origin_of(url: str) -> tuple[str, str]:
-    """Return the scheme of a server's URL, and the host with the port."""
-    parts = urlsplit(address_of(url))
-    return parts.scheme, parts.netloc.rpartition("@")[2]
-
-
 # --- tasks
 
 

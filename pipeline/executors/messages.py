@@ -58,16 +58,12 @@ def describe_start(plan: Plan) -> str:
     missing = " for missing texts:" if config.human_texts == "fill" else ""
     prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts)
     others = [name for name in plan.model_names if name not in (plan.writers[0], config.judge_model)]
-    more = "".join(f"; {name}: {_describe_model(plan.engines[name])}" for name in others)
+    models = ((name, plan.models[name].name) for name in others)
+    more = "".join(f"; {name}: {model} ({license_of(model)})" for name, model in models)
     rated = f"; rated by {plan.engines[config.judge_model].model}" if config.judge_model else ""
     notes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
     asked += f"{more}{rated}; prompts: {prompts}{describe_requests(plan)}{notes}"
     return f"{start}: {human}asks{missing} {asked}"
-
-
-def _describe_model(choice: EngineChoice) -> str:
-    name = public_name(choice.model)
-    return f"{name} ({license_of(name)})"
 
 
 def describe_requests(plan: Plan) -> str:

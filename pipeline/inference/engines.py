@@ -56,15 +56,11 @@ def box_unit_of(model: str) -> BoxUnit | None:
 
 
 class EngineChoice(NamedTuple):
-    """The chosen engine. `reason` explains the choice to the user, and `make` creates the engine.
-
-    `urls` are the running servers. Without them, the model runs on this machine.
-    """
+    """The chosen engine, which `make` creates. Without `urls` of servers, the model runs on this machine."""
 
     name: str
     model: str
     revision: str
-    reason: str
     make: Callable[[], Engine]
     urls: tuple[str, ...] = ()
 
@@ -78,8 +74,8 @@ def choose_engine(
     not answer.
     """
     if not config.asks_model:
-        return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, "no model is asked", _no_engine)
-    name, reason = pick_engine(config)
+        return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, _no_engine)
+    name, _ = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
         problem = "flags for vLLM were passed after --, but synth starts no server"
         raise EngineError(problem, hint="leave out -- and the flags after it")
@@ -94,7 +90,7 @@ def choose_engine(
             image_reply_tokens=_request_plan(config).largest_max_tokens,
             wants_logprobs=config.generate.wants_logprobs, progress=progress,
         )  # fmt: skip
-        return EngineChoice(name, served, revision, reason, make, config.base_url)
+        return EngineChoice(name, served, revision, make, config.base_url)
     model = _model(config)
     tiny_weights = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
     path = str(tiny_weights) if model == TINY else model
@@ -106,7 +102,7 @@ def choose_engine(
         start = partial(_start_vllm, model, find_folder, revision, config, log, progress)
     else:
         start = partial(_embedded, model, find_folder, revision, config.generate)
-    return EngineChoice(name, model, revision, reason, start)
+    return EngineChoice(name, model, revision, start)
 
 
 def _output_affecting_flags(flags: tuple[str, ...]) -> str:

@@ -81,13 +81,8 @@ def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) ->
         texts = _texts_by_rung(shard, settings, escalated)
         _send_requests(shard, settings, services, texts)
         write_annotations(shard, settings, texts)
-        rungs = {"rungs": count_requests(shard, plan)} if plan.requests.num_rungs > 1 else {}
-        return {
-            "kept": services.stats.total - total,
-            "rejected": {},
-            "models": plan.describe_models(),
-            **rungs,
-        }
+        facts = {"rejected": {}, "models": plan.describe_models(), "rungs": count_requests(shard, plan)}
+        return {"kept": services.stats.total - total, **facts}
 
     inputs = [output_digest(shard, before), *([digest(describe_escalated(escalated))] if escalated else ())]
     ask_once(shard, NAME, step_key(NAME, settings, (), inputs), services, ask)

@@ -1,13 +1,13 @@
 """Ladders: ask the next model about the texts that the last model failed to write.
 
-A run repeats the steps from ask to verify for each model of a ladder. After each repetition, `escalate` lists
-the pairs of task and style of each sample of which no text is left. The ask step then also asks the next
-model for these, and rejects the texts that it replaces. Replies come from the journal, so no request is sent
-twice.
+`climb` repeats the steps from ask to verify for each model of a ladder. After each repetition, `escalate`
+lists the pairs of task and style of each sample for which no text is left. The ask step then also asks the
+next model for these, and rejects the texts that it replaces. Replies come from the journal, so no request is
+sent twice.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.records import output_digest, read_record, step_key
 from pipeline.digests import digest
 from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats
 from pipeline.inference.requests import Pair
 from pipeline.plan import Plan
-from pipeline.steps.base import RowStep, Work
+from pipeline.steps.base import RowStep, Step, Work
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import open_table, read_batches, read_table, write_table
 from pipeline.tables import FLOAT64, INT32, STRING, fields
@@ -43,37 +44,37 @@ ORDER BY ALL
 Escalated = dict[str, frozenset[Pair]]  # pairs of task and style by sample id
 
 
+def climb(work: Work, steps: Sequence[Step], stats: RequestStats, run: Callable[[], None]) -> None:
+    """Find the texts that each model of a ladder fails to write. `run` runs `steps`: ask to verify.
+
+    The next run of the ask step asks the next models for them. Does nothing if an earlier run with the same
+    inputs has found them: the file of the escalations has a key like that of a step.
+    """
+    plan, path = work.plan, _file_of(work.plan.dataset)
+    row_steps = [step for step in steps if isinstance(step, RowStep)]
+    settings = [plan.requests, plan.config.keeps_human_texts, *(step.settings(plan) for step in row_steps)]
+    files = [file for step in row_steps for file in step.reads(plan)]
+    key = step_key("ladder", settings, files, [output_digest(plan.dataset, "read")]).encode()
+    if not path.exists() or (open_table(path).schema_arrow.metadata or {}).get(b"key") != key:
+        path.unlink(missing_ok=True)
+        for rung in range(1, plan.requests.num_rungs):
+            work.executor.begin_pass(_state(plan))
+            run()
+            stats.begin_pass()
+            if not escalate(work, rung):
+                break
+        write_table(path, [_read(plan.dataset)], ESCALATED.with_metadata({b"key": key}))
+    work.executor.begin_pass(_state(plan))
+
+
 def _file_of(dataset: DatasetDir) -> Path:
     """Return the file with the pairs that further models are asked for (ESCALATED)."""
     return dataset.path / "ladder.parquet"
 
 
-def ladder_key(plan: Plan, steps: Sequence[RowStep]) -> str:
-    """Return a digest of everything that the escalations depend on. `steps` reject texts."""
-    settings = [plan.requests, plan.config.keeps_human_texts, *(step.settings(plan) for step in steps)]
-    files = [path for step in steps for path in step.reads(plan)]
-    return step_key("ladder", settings, files, [output_digest(plan.dataset, "read")])
-
-
-def is_complete(plan: Plan, key: str) -> bool:
-    """Return whether an earlier run with the same key has finished all repetitions."""
-    path = _file_of(plan.dataset)
-    return path.exists() and dict(open_table(path).schema_arrow.metadata or {}).get(b"key") == key.encode()
-
-
-def forget(dataset: DatasetDir) -> None:
-    """Forget the escalations of an earlier run."""
-    _file_of(dataset).unlink(missing_ok=True)
-
-
-def state(plan: Plan) -> str:
+def _state(plan: Plan) -> str:
     """Return a digest of the escalations so far."""
     return digest(_read(plan.dataset).to_pydict())
-
-
-def finish(dataset: DatasetDir, key: str) -> None:
-    """Record that all repetitions are finished."""
-    write_table(_file_of(dataset), [_read(dataset)], ESCALATED.with_metadata({"key": key}))
 
 
 def escalate(work: Work, rung: int) -> bool:
@@ -131,6 +132,8 @@ def describe_escalated(escalated: Sequence[Escalated]) -> list[Any]:
 
 def count_requests(shard: DatasetDir, plan: Plan) -> list[dict[str, Any]]:
     """Return the requests of each model of a ladder, and the tokens of all their replies, by task."""
+    if plan.requests.num_rungs == 1:
+        return []
     counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
     seen = {""}
     with Journal(shard.journal) as journal:
@@ -149,7 +152,7 @@ def describe_ladder(plan: Plan, shards: Sequence[DatasetDir]) -> list[dict[str, 
     """
     counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
     for shard in shards:
-        for entry in read_record(shard, "ask").get("rungs", ()):
+        for entry in read_record(shard, "ask")["rungs"]:
             counts[entry["task"], entry["rung"]].update({name: entry[name] for name in COUNTED})
         for step, name in (("ask", "texts"), ("verify", "kept")):
             for row in _ladder_rows(shard, plan, step):

@@ -154,7 +154,8 @@ def ids_by_task(plan: RequestPlan) -> dict[str, list[str]]:
 
 def test_model_of_a_task_changes_only_the_request_ids_of_this_task() -> None:
     tasks = ["caption", "qa"]
-    without = ids_by_task(request_plan(resolve(source="folder:x", tasks=tasks), "r1"))
+    config = with_source_defaults(resolve(source="folder:x", tasks=tasks))
+    without = ids_by_task(request_plan(config, "r1"))
     ids = ids_by_task(plan_with_models(tasks=tasks, task_models={"qa": ["small", "large"]}))
     assert ids.keys() == {"caption by default", "qa by small", "notes by small"}
     assert ids["caption by default"] == without["caption by default"]
@@ -199,8 +200,8 @@ def test_unknown_or_contradictory_model_is_refused(settings: dict[str, Any], pro
 
 
 def test_task_with_a_ladder_cannot_be_needed_by_another_task() -> None:
-    needing = NOTES | {"needs": ["brief"]}
+    settings = {"tasks": ["caption"], "generate": {"caption_styles": ["brief"]}}
     ladder = {"caption": ["small", "large"]}
-    plan = plan_with_models(custom_tasks=[needing], tasks=["caption"], task_models=ladder)
+    plan = plan_with_models(custom_tasks=[NOTES | {"needs": ["brief"]}], task_models=ladder, **settings)
     with pytest.raises(ConfigError, match="caption has several models, but another task needs its result"):
         check_prompts(plan, has_checks=False)
