@@ -190,8 +190,6 @@ class Config(Section):
             yield "select.by longest needs the check claims: --verify claims"
 
     def _server_contradictions(self) -> Iterator[str]:
-        if url := _first_repeated(map(address_of, self.server.endpoints)):
-            yield f"server.endpoints lists {url} twice"
         # Two logins at one server are two addresses: they have separate limits.
         if url := _first_repeated(map(address_of, self.base_url)):
             yield f"base_url lists the server {without_passwords(url)} twice, in two spellings"
@@ -249,8 +247,6 @@ class Config(Section):
         values = self.model_dump(mode="json")
         for section in (values, *values["models"].values()):
             section["base_url"] = [without_passwords(url) for url in section["base_url"]]
-        endpoints = values["server"]["endpoints"]
-        values["server"]["endpoints"] = {without_passwords(url): value for url, value in endpoints.items()}
         values["verify"]["judge"] = self.verify.judge and without_passwords(self.verify.judge)
         return values
 

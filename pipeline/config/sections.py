@@ -260,13 +260,6 @@ Price = Annotated[float, Field(ge=0)]
 EngineName = Literal["auto", "embedded", "vllm"]
 
 
-class EndpointConfig(Section):
-    """Settings of one of several servers, which override those of ServerConfig."""
-
-    key_env: KeyVariable | None = None
-    headers: Headers = Field(default_factory=dict)
-
-
 class ServerConfig(Section):
     """How vLLM is started, and how servers are used. Only flags that change replies identify a dataset."""
 
@@ -288,8 +281,6 @@ class ServerConfig(Section):
     """Headers of each request. A value such as `$MY_KEY` is read from the environment. Other values are
     stored in `run.json`.
     """
-    endpoints: dict[BaseUrl, EndpointConfig] = Field(default_factory=dict)
-    """Settings of single servers by URL: `key_env` and `headers`."""
     enforced_schema: bool = True
     """Refuse a server that does not enforce JSON schemas."""
     # Prices of a million tokens.
@@ -311,18 +302,6 @@ class ServerConfig(Section):
     def has_budget(self) -> bool:
         """Whether requests, tokens or money are limited."""
         return (self.max_requests, self.max_total_tokens, self.max_cost) != (None, None, None)
-
-    def endpoint(self, url: str) -> EndpointConfig:
-        """Return the settings of one server. Headers default to the shared ones."""
-        address = address_of(url)
-        own = next(
-            (value for name, value in self.endpoints.items() if address_of(name) == address), EndpointConfig()
-        )
-        own_names = {name.lower() for name in own.headers}
-        shared_headers = {
-            name: value for name, value in self.headers.items() if name.lower() not in own_names
-        }
-        return EndpointConfig(key_env=own.key_env, headers=shared_headers | own.headers)
 
     def price(self, read: float, written: float) -> float | None:
         """Return the cost of tokens, or None if no price is known."""

@@ -283,18 +283,18 @@ def raise_for_access(
 
 
 def named_endpoints(urls: Sequence[str], server: ServerConfig) -> list[Endpoint]:
-    """Return the servers at these addresses, with their settings and keys.
+    """Return the servers at these addresses, with their keys and headers.
 
-    The key is in an environment variable. The server's own settings or the settings for all servers (in this
-    order) name the variable, or else it is KEY or OPENAI_KEY. A user name and password in the address replace
-    the key. Raises EngineError if a header names a variable that is not set.
+    The key is in the environment variable that the settings name, or else in KEY or OPENAI_KEY. A user name
+    and password in the address replace the key. Raises EngineError if a header names a variable that is not
+    set.
     """
     endpoints = []
     for url in urls:
-        parts, settings = urlsplit(address_of(url)), server.endpoint(url)
+        parts = urlsplit(address_of(url))
         is_openai = f".{parts.hostname or ''}".endswith(".openai.com")
         default = OPENAI_KEY if is_openai and KEY not in os.environ and OPENAI_KEY in os.environ else KEY
-        name = settings.key_env or server.key_env or default
+        name = server.key_env or default
         key = os.environ.get(name, "").strip()
         login, _, host = parts.netloc.rpartition("@")
         user, _, password = (unquote(part) for part in login.partition(":"))
@@ -302,7 +302,7 @@ def named_endpoints(urls: Sequence[str], server: ServerConfig) -> list[Endpoint]
         basic = (
             {"Authorization": f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"} if login else {}
         )
-        headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
+        headers = {header: _from_environment(header, value) for header, value in server.headers.items()}
         address = parts._replace(netloc=host).geturl()
         endpoint = Endpoint(address, request_headers(key) | basic | headers, name)
         endpoint.keys += [secret for secret in (password or user,) if len(secret) >= MIN_KEY_CHARACTERS]

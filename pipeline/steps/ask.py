@@ -122,11 +122,11 @@ def write_annotations(shard: DatasetDir, settings: AskSettings, texts: Sequence[
 def _texts_by_rung(shard: DatasetDir, settings: AskSettings, escalated: Sequence[Escalated]) -> list[TextsOf]:
     """Return the texts of samples for each model of a ladder, with the pairs that it is asked for."""
     first = _read_source_texts(shard, settings)
-    return [first, *(partial(_escalated_texts, first, pairs) for pairs in escalated)]
 
+    def only(pairs: Escalated) -> TextsOf:
+        return lambda sample_id: first(sample_id)._replace(escalated=pairs.get(sample_id, frozenset()))
 
-def _escalated_texts(first: TextsOf, escalated: Escalated, sample_id: str) -> SourceTexts:
-    return first(sample_id)._replace(escalated=escalated.get(sample_id, frozenset()))
+    return [first, *map(only, escalated)]
 
 
 def _read_source_texts(shard: DatasetDir, settings: AskSettings) -> TextsOf:

@@ -63,7 +63,8 @@ def climb(work: Work, steps: Sequence[Step], stats: RequestStats, run: Callable[
             stats.begin_pass()
             if not escalate(work, rung):
                 break
-        write_table(path, [_read(plan.dataset)], ESCALATED.with_metadata({b"key": key}))
+        if not stats.unanswered:  # otherwise the next run repeats the requests, and then the search
+            write_table(path, [_read(plan.dataset)], ESCALATED.with_metadata({b"key": key}))
     work.executor.begin_pass(_state(plan))
 
 
@@ -97,9 +98,8 @@ def escalate(work: Work, rung: int) -> bool:
     count = sum(table.num_rows for table in added)
     if count:
         write_table(_file_of(plan.dataset), [_read(plan.dataset), *added], ESCALATED)
-        work.progress.message(
-            f"asking the next model for {count:,} texts that were rejected or are uncertain"
-        )
+        texts = f"{count:,} texts that were rejected or are uncertain"
+        work.progress.message(f"asking the next model for {texts}")
     return count > 0
 
 
