@@ -100,7 +100,7 @@ def escalate(work: Work, rung: int) -> bool:
         write_table(_file_of(plan.dataset), [_read(plan.dataset), *added], ESCALATED)
         texts = f"{count:,} texts that were rejected or are uncertain"
         work.progress.message(f"asking the next model for {texts}")
-    return count > 0
+    return bool(count)
 
 
 def _read(dataset: DatasetDir) -> pa.Table:
@@ -152,8 +152,8 @@ def describe_ladder(plan: Plan, shards: Sequence[DatasetDir]) -> list[dict[str, 
     """
     counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
     for shard in shards:
-        for entry in read_record(shard, "ask")["rungs"]:
-            counts[entry["task"], entry["rung"]].update({name: entry[name] for name in COUNTED})
+        for counted in read_record(shard, "ask")["rungs"]:
+            counts[counted["task"], counted["rung"]].update({name: counted[name] for name in COUNTED})
         for step, name in (("ask", "texts"), ("verify", "kept")):
             for row in _ladder_rows(shard, plan, step):
                 counts[row["task"], row["rung"]][name] += 1

@@ -163,7 +163,7 @@ def test_run_that_is_killed_at_the_second_model_ends_with_equal_files(servers: S
     servers.write({"caption": ["small", "large"]})
     servers.generate("whole")
     servers.requests()
-    command = [SYNTH, "generate", "--config", "synth.yaml", "--out", "killed"]
+    command = [str(SYNTH), "generate", "--config", "synth.yaml", "--out", "killed"]
     with subprocess.Popen(command, cwd=servers.folder, stderr=subprocess.DEVNULL) as process:
 
         def kill() -> None:

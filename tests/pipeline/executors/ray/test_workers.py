@@ -37,7 +37,7 @@ def rows(folders: list[DatasetDir], which: str) -> list[dict[str, Any]]:
 def test_shards_have_the_samples_and_images_of_the_source(tmp_path: Path, photos: Path, shards: int) -> None:
     config = resolve(source=f"folder:{photos}")
     plan = plan_of(tmp_path / "many", config)
-    run = ShardedRun(plan, tmp_path, shards, "embedded", "files", "samples")
+    run = ShardedRun(plan, tmp_path, shards, {"default": "embedded"}, "files", "samples")
     reader = SourceReader(
         plan.dataset, config, open_source(config), NullProgress(), store := ShardedImageStore(run)
     )
