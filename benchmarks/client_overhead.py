@@ -131,16 +131,19 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
                     texts[name] = SourceTexts((("title", f"Lamp {number}"), ("tags", "brass, desk, green")))
             yield SampleBatch.of(chunk)
 
+    def text_of(sample_id: str) -> SourceTexts:
+        return texts.get(sample_id, SourceTexts())
+
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
         client = Client("model", "m", config.server, config.generate.max_tokens, urls=config.base_url)
         engine = lambda: stack.enter_context(client)  # noqa: E731
         for _ in ask_about(
-            chunks(), request_plan(config, "m"), config.server, engine, journal, RequestStats(), texts
+            chunks(), request_plan(config, "m"), config.servers, engine, journal, RequestStats(), text_of
         ):
             pass
         samples = ([SampleInfo(name, 1) for name in ids[start : start + 64]] for start in range(0, rows, 64))
         kept = 0
-        for table in read_annotations(samples, request_plan(config, "m"), journal, texts):
+        for table in read_annotations(samples, request_plan(config, "m"), journal, text_of):
             kept += validate_annotations(table)["reason"].null_count
     assert kept == rows, f"{kept} of {rows} captions are valid"
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.config.files import resolve
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.queue import RequestStats, ask_in_rounds, read_annotations
 from pipeline.types import Reply, RequestSource, SampleBatch, SampleInfo
 from tests.plans import request_plan
 
@@ -65,12 +65,12 @@ def main() -> None:
     batches = [ids[first : first + BATCH_IMAGES] for first in range(0, len(ids), BATCH_IMAGES)]
     reasons: Counter[str | None] = Counter()
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal.sqlite") as journal:
-        for number in range(len(plan.rounds)):
-            samples = (SampleBatch.of((name, (b"",)) for name in batch) for batch in batches)
-            for _ in ask_about(
-                samples, plan, config.server, lambda: engine, journal, stats, round_number=number
-            ):
-                pass
+
+        def samples() -> Iterator[SampleBatch]:
+            return (SampleBatch.of((name, (b"",)) for name in batch) for batch in batches)
+
+        for _ in ask_in_rounds(samples, plan, config.servers, lambda _: engine, journal, stats):
+            pass
         infos = ([SampleInfo(name, 1) for name in batch] for batch in batches)
         for table in read_annotations(infos, plan, journal):
             reasons.update(table["reply_error"].to_pylist())

@@ -88,7 +88,7 @@ def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> N
         for _ in ask_about(
             chunks,
             request_plan(config, client.revision),
-            config.server,
+            config.servers,
             lambda: client,
             journal,
             RequestStats(),

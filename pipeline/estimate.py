@@ -6,9 +6,12 @@ Its replies are kept in the journal of the dataset, for the real run.
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.config.sections import Servers, cost_of
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.executors.messages import describe_start
@@ -49,12 +52,15 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
             sample = _sample_rows(source, AskSettings.of(plan), config.limit, journal)
         with run_trial(plan, sample.rows, stats, progress, changes) as trial:
             funnel = trial.funnel
+            ladder = trial.version.manifest.get("ladder", []) if trial.version else []
     is_endless = config.images is not None and plan.spec.is_endless
     total = None if is_endless else source.count()
     if total is None and not (config.limit or config.images) and sample.new == SAMPLED_IMAGES:
         progress.warn("the number of images is unknown: this estimates the sample only; pass --limit N")
     choices = {step.name for step in steps_of(plan) if step.is_choice}
-    return _scale_counts(sample, funnel, total, config, stats, choices)
+    estimate = _scale_counts(sample, funnel, total, config, stats, choices)
+    scale = estimate["images"] / max(1, estimate["sampled_images"])
+    return estimate | {"ladders": forecast_ladders(ladder, config.servers, scale)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,35 @@ def _sample_rows(source: Source, settings: AskSettings, limit: int | None, journ
     return SampledRows([*rows, *answered_rows[: SAMPLED_IMAGES - new]], new, answered, complete)
 
 
+def forecast_ladders(ladder: list[dict[str, Any]], servers: Servers, scale: float) -> list[dict[str, Any]]:
+    """Return the requests and cost of each model alone and of the ladder, for each task with a ladder.
+
+    `interval` is that of the share of texts of a model that pass all checks. Requests of checks are not
+    included. `ladder` has the counts of a sample (see `ladder.describe_ladder`). A model that the sample did
+    not ask is left out.
+    """
+
+    def choice(*rungs: dict[str, Any], factor: float = scale) -> dict[str, Any]:
+        tokens = {
+            rung["model"]: (rung["prompt_tokens"] * factor, rung["reply_tokens"] * factor) for rung in rungs
+        }
+        requests = round(sum(rung["requests"] for rung in rungs) * factor)
+        return {"models": ", ".join(tokens), "requests": requests, "cost": cost_of(tokens, servers)}
+
+    forecasts = []
+    for task, group in groupby(ladder, itemgetter("task")):
+        rungs = list(group)
+        # Alone, each model is asked as often as the first model of the ladder.
+        factors = [scale * rungs[0]["requests"] / rung["requests"] for rung in rungs]
+        choices = [choice(rung, factor=factor) for rung, factor in zip(rungs, factors, strict=True)]
+        passed = [
+            {"model": rung["model"], "interval": wilson_interval(rung["kept"], rung["texts"])}
+            for rung in rungs
+        ]
+        forecasts.append({"task": task, "choices": [*choices, choice(*rungs)], "rungs": passed})
+    return forecasts
+
+
 def _scale_counts(
     sample: SampledRows,
     funnel: list[StepSummary],
@@ -120,7 +155,7 @@ def _scale_counts(
     # The requests about the sample are already paid for.
     remaining = max(0, round(max(0, images - sample.answered) * unanswered_frac) - sample.new)
     remaining_scale = remaining / sample.new if sample.new else 0.0
-    cost = stats.cost(config.server)
+    cost = stats.cost(config.servers)
     losses = [summary for summary in funnel if summary.step not in choices]
     not_chosen = sum(summary.input - summary.kept for summary in funnel if summary.step in choices)
     not_chosen += sum(count for reason, count in by_step["validate"].rejected.items() if is_wanted(reason))

@@ -5,19 +5,22 @@ model and its revision, and how images are compared. `Plan.open` makes every che
 anything is written. A run, `preview` and `--estimate` share it. No later code resolves a name.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline.config import Config
+from pipeline.config import NO_MODEL, Config
 from pipeline.dataset.directory import DatasetDir, require_utf8_path
+from pipeline.dataset.manifest import asked_tasks
 from pipeline.dataset.records import read_record
 from pipeline.dataset.version import dataset_folder
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError, EngineError
-from pipeline.inference.engines import EngineChoice, choose_engine, choose_judge
-from pipeline.inference.requests import RequestPlan, check_prompts
+from pipeline.inference.engines import EngineChoice, choose_engine
+from pipeline.inference.model_licenses import license_of
+from pipeline.inference.requests import RequestPlan, check_prompts, ladders_of
 from pipeline.inference.verification import check_conditions
 from pipeline.progress import Progress
 from pipeline.sources import find_source, holds_decks, open_source, with_source_defaults
@@ -30,7 +33,14 @@ from pipeline.types import Engine, Source
 
 # The image limit of an endless source, such as drawn scenes.
 ENDLESS = 1 << 31
-MODEL_SETTINGS = ("model", "base_url", "engine")
+MODEL_SETTINGS = ("model", "base_url", "engine", "models")
+
+
+class Model(NamedTuple):
+    """A model of a run: its publishable name and its revision."""
+
+    name: str
+    revision: str
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Plan:
     """Everything that a run needs to know. Pickling leaves out the open source and the engines.
 
     `config` includes the defaults of the source. With `has_decks`, samples are documents of several pages.
-    `model` is the publishable name of the model.
+    `models` and `engines` have the models of the run by their names in the settings.
     """
 
     config: Config
@@ -47,33 +57,32 @@ class Plan:
     tasks: Tasks
     requests: RequestPlan
     has_decks: bool
-    model: str = ""
-    judge_revision: str = ""
+    models: Mapping[str, Model] = field(default_factory=dict)
     source: Source | None = None
-    engine: EngineChoice | None = None
-    judge: EngineChoice | None = None
+    engines: Mapping[str, EngineChoice] = field(default_factory=dict)
 
     @classmethod
     def resolve(
-        cls,
-        config: Config,
-        dataset: DatasetDir,
-        model: str = "",
-        revision: str = "",
-        judge_revision: str = "",
+        cls, config: Config, dataset: DatasetDir, models: Mapping[str, Model] | None = None
     ) -> "Plan":
         """Resolve all names in the settings without access to the source or a server."""
         config = with_source_defaults(config)
         tasks = Tasks(config.tasks, config.custom_tasks)
+        revisions = {name: model.revision for name, model in (models or {}).items()}
+        requests = replace(
+            RequestPlan.of(config, tasks, revisions.get(config.default_model, "")),
+            default_model=config.default_model,
+            ladders=ladders_of(config, tasks),
+            revisions=tuple(revisions.items()),
+        )
         return cls(
             config=config,
             dataset=dataset,
             spec=find_source(config.source),
             tasks=tasks,
-            requests=RequestPlan.of(config, tasks, revision),
+            requests=requests,
             has_decks=holds_decks(config),
-            model=model,
-            judge_revision=judge_revision,
+            models=models or {},
         )
 
     @classmethod
@@ -86,7 +95,7 @@ class Plan:
         is_trial: bool = False,
         in_cluster: bool = False,
     ) -> "Plan":
-        """Resolve the settings, open the source and choose the model. Raises SynthError if any of this fails.
+        """Resolve the settings, open the source and choose the models. Raises SynthError on failure.
 
         `out` is the dataset folder, by default `data/SOURCE`. Only a cluster can write to an object store.
         A trial does not hash the source files.
@@ -111,27 +120,61 @@ class Plan:
             source = open_source(reading_settings(plan))
         for text in source.messages:
             progress.message(text)
-        engine = _choose_engine(plan.config, dataset, progress)
-        requests = replace(plan.requests, revision=engine.revision)
-        model = public_name(engine.model)
-        plan = replace(plan, source=source, engine=engine, model=model, requests=requests)
+        engines = {name: _choose_engine(plan.config, name, dataset, progress) for name in plan.model_names}
+        models = {name: Model(public_name(one.model), one.revision) for name, one in engines.items()}
+        plan = replace(cls.resolve(plan.config, dataset, models), source=source, engines=engines)
+        plan.refuse_writing_judge()
         if plan.needs_clip:
             from pipeline.images.clip import require_clip
 
             require_clip(plan.clip_model)
-        if plan.config.verify.judge:
-            judge = plan.choose_judge(progress)
-            plan = replace(plan, judge=judge, judge_revision=judge.revision)
         return plan
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Plan.resolve, (
-            self.config,
-            self.dataset,
-            self.model,
-            self.requests.revision,
-            self.judge_revision,
-        )
+        return Plan.resolve, (self.config, self.dataset, self.models)
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The names of the models that write texts. The first one is the main model of the run."""
+        names = (name for task in self.tasks.asked for name in self.requests.models_of(task.name))
+        return tuple(dict.fromkeys(names)) or (self.requests.default_model,)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names of the models of the run. The models that write texts come first."""
+        asked = asked_tasks(self.config, self.tasks)
+        names = (name for task in asked for name in self.requests.models_of(task.name))
+        return tuple(dict.fromkeys((*self.writers, *names)))
+
+    @property
+    def engine(self) -> EngineChoice:
+        """The engine of the main model."""
+        return self.engines[self.writers[0]]
+
+    @property
+    def model(self) -> str:
+        """The publishable name of the main model."""
+        return self.models[self.writers[0]].name
+
+    def describe_models(self) -> dict[str, dict[str, str]]:
+        """Return the name, revision and license of each model for the manifest."""
+        return {
+            name: model._asdict() | ({"license": license_of(model.name)} if model.name != NO_MODEL else {})
+            for name, model in self.models.items()
+        }
+
+    def refuse_writing_judge(self) -> None:
+        """Raise ConfigError if the judge also writes texts, by its revision or name, and must not."""
+        judge = self.models.get(self.config.judge_model or "")
+        if judge is None or self.config.verify.judge_may_be_writer:
+            return
+        writers = [self.models[name] for name in self.writers]
+        is_writer = judge.revision in {one.revision for one in writers}
+        if is_writer or _base_name(judge.name) in {_base_name(one.name) for one in writers}:
+            problem = (
+                f"the judge {judge.name} also writes the texts, and a model rates its own texts too high"
+            )
+            raise ConfigError(problem, hint="pass another model, or set verify.judge_may_be_writer: true")
 
     @property
     def clip_model(self) -> str:
@@ -144,25 +187,26 @@ class Plan:
         """Whether captions are compared with their images."""
         return "alignment" in self.config.verify.checks and not self.has_decks
 
-    def choose_judge(self, progress: Progress | None = None) -> EngineChoice:
-        """Return the judge. Raises ConfigError or EngineError if it is missing or is the captioning model."""
-        if self.judge is not None:
-            return self.judge
-        return choose_judge(self.config, self.requests.revision, progress, self.model or None)
+
+def _base_name(model: str) -> str:
+    """Return a model's name without its folder or organization, and without its revision."""
+    return model.partition("@")[0].rpartition("/")[2]
 
 
-def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> EngineChoice:
-    """Choose the engine. If its server does not answer, use the model of the last run in this folder.
+def _choose_engine(config: Config, name: str, dataset: DatasetDir, progress: Progress) -> EngineChoice:
+    """Choose the engine of a model. If its server does not answer, use the model of the last run here.
 
     A run with only new thresholds or splits needs no reply. Otherwise the first request raises the error.
     """
+    of_model = config.of_model(name)
+    log = dataset.server_log
     try:
-        return choose_engine(config, dataset.server_log, progress)
+        return choose_engine(of_model, log if of_model is config else log.with_stem(f"vllm-{name}"), progress)
     except EngineError as error:
-        model = read_record(dataset, "ask").get("model")
-        if not (model and config.base_url and dataset.run_file.exists()) or config.server.flags:
+        model = read_record(dataset, "ask").get("models", {}).get(name)
+        if not (model and of_model.base_url and dataset.run_file.exists()) or of_model.server.flags:
             raise
-        if any(config.recorded()[name] != dataset.settings()[name] for name in MODEL_SETTINGS):
+        if any(config.recorded()[key] != dataset.settings()[key] for key in MODEL_SETTINGS):
             raise
         problem = error
 
@@ -170,7 +214,7 @@ def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> E
         raise problem
 
     progress.warn(f"{problem}: continuing with the stored replies; stops at the first new request")
-    return EngineChoice("vllm", model["name"], model["revision"], "the model of the last run", fail)
+    return EngineChoice("vllm", model["name"], model["revision"], fail, of_model.base_url)
 
 
 def reading_settings(plan: Plan) -> Config:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.steps import ask, balance, dedupe, read, review, select, split, trim, validate, verify, write
 from pipeline.steps import filter as filter_
 from pipeline.steps.base import BUG_HINT, Executor, RowStep, Step, Work
+from pipeline.steps.ladder import climb
 from pipeline.storage.files import read_batches, remove, translate_disk_errors, write_json
 from pipeline.types import Rejected, Sample
 
@@ -69,15 +71,17 @@ def run(
     """
     steps = steps_of(plan)
     names = [step.name for step in steps]
-    row_steps = [step for step in steps if isinstance(step, RowStep)]
     todo = list(zip(["", *names], steps[:-1], strict=False))[names.index(first) :]
     limit = plan.config.limit if plan.config.images is None else plan.config.images
     work = Work(plan, executor, progress, limit)
     while True:
-        for before, step in todo:
-            step.run(work, before)
-            if isinstance(step, RowStep):
-                progress("curate", row_steps.index(step) + 1, len(row_steps), {"last": step.name})
+        rest = todo
+        if first == read.STEP.name and plan.requests.num_rungs > 1:
+            run_steps(work, todo[:1])
+            rest = todo[1:]
+            repeated = rest[: names.index(verify.STEP.name)]
+            climb(work, [step for _, step in repeated], stats, partial(run_steps, work, repeated))
+        run_steps(work, rest)
         if first != read.STEP.name or (limit := _next_limit(work)) is None:
             break
         work.limit = limit
@@ -88,6 +92,15 @@ def run(
     steps[-1].run(work, names[-2])
     assert work.version
     return RunResult(plan, work.version, work.is_new, stats, [*work.summaries, steps[-1].summarize(work)])
+
+
+def run_steps(work: Work, todo: Sequence[tuple[str, Step]]) -> None:
+    """Run steps, each with the name of the step before it, unless their results are up to date."""
+    row_steps = [step for step in steps_of(work.plan) if isinstance(step, RowStep)]
+    for before, step in todo:
+        step.run(work, before)
+        if isinstance(step, RowStep):
+            work.progress("curate", row_steps.index(step) + 1, len(row_steps), {"last": step.name})
 
 
 def steps_of(plan: Plan) -> list[Step]:

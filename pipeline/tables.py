@@ -80,7 +80,8 @@ SOURCE_REJECTED = pa.schema(fields(STRING, "source_row", "reason", "detail", nul
 # ask: `annotation_id` is the SHA-256 of the request and the position in its reply. `style` is empty for
 # questions. `prompt_id` is "caption/v1@<digest of the template>". `record` is the JSON value for a custom
 # task. `pages` is the number of pages in the sample. `reply_error` and `reply_text` are set only if the reply
-# could not be parsed.
+# could not be parsed. `model` is the name of the model in the settings, and `rung` its position in a ladder.
+# Both are null for human texts. The log-probabilities are over the tokens of the reply.
 ANNOTATION = pa.schema(
     [
         *fields(STRING, "annotation_id", "sample_id", "request_id", "task", "style", nullable=False),
@@ -90,7 +91,9 @@ ANNOTATION = pa.schema(
         *fields(PAGES, "evidence_pages"),
         *fields(STRING, "expression", "record"),
         *fields(INT32, "pages", nullable=False),
-        *fields(STRING, "source_split", "reply_error", "reply_text"),
+        *fields(STRING, "source_split", "reply_error", "reply_text", "model"),
+        *fields(INT32, "rung"),
+        *fields(FLOAT64, "logprob_mean", "logprob_min"),
     ]
 )
 
@@ -213,13 +216,16 @@ QA_PAIR = pa.struct(
 )
 # The worst of several captions for an image, stored with the best one.
 REJECTED = pa.field("rejected", STRING)
-# Optional fields of annotations in `captions` and `qa`: scores and rejected texts.
+# The name of the model that wrote a text, stored if several models write texts.
+MODEL = pa.field("model", STRING)
+# Optional fields of annotations in `captions` and `qa`: scores, models and rejected texts.
+_BOTH = [*fields(INT32, *RUBRIC), *fields(FLOAT64, "logprob_mean"), MODEL]
 ADDED = {
-    "captions": pa.schema([*fields(FLOAT64, "precision", "coverage"), *fields(INT32, *RUBRIC), REJECTED]),
-    "qa": pa.schema(fields(INT32, *RUBRIC)),
+    "captions": pa.schema([*fields(FLOAT64, "precision", "coverage"), *_BOTH, REJECTED]),
+    "qa": pa.schema(_BOTH),
 }
 ADDED_FIELDS = tuple(dict.fromkeys(name for schema in ADDED.values() for name in schema.names))
-SCORE_NAMES = tuple(name for name in ADDED_FIELDS if name != REJECTED.name)
+SCORE_NAMES = tuple(name for name in ADDED_FIELDS if name not in (REJECTED.name, MODEL.name))
 # Added fields that have another name in the annotation tables.
 ADDED_FROM = {"precision": "agreement", REJECTED.name: "rejected_text"}
 # An image in the encoding of `datasets`.

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
+# The name of the model that the settings `model`, `base_url` and `engine` choose.
+DEFAULT_MODEL = "default"
 # Names of mapped source columns, with their values in one row.
 Context = tuple[tuple[str, str], ...]
 
@@ -103,7 +105,8 @@ class SampleInfo(NamedTuple):
 class SourceTexts(NamedTuple):
     """The context of a sample, which human texts it has, and the size of its first page.
 
-    Requests about the sample depend on them.
+    Requests about the sample depend on them. `escalated` has the pairs of task and style that the next models
+    of their ladders are asked for.
     """
 
     context: Context = ()
@@ -111,6 +114,7 @@ class SourceTexts(NamedTuple):
     has_questions: bool = False
     width_px: int = 0
     height_px: int = 0
+    escalated: frozenset[tuple[str, str]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +178,7 @@ class Request:
     `schema` is the JSON schema of the reply, or "" for a reply in plain text. `images` are attached only when
     the request is sent. `pages` has the numbers of the pages that the model sees, starting at 1, or is None
     for all pages. `failed` is an earlier reply with feedback on it, which the model also sees. Images are
-    scaled down to `max_pixels`.
+    scaled down to `max_pixels`. `model` is the name of the model in the settings.
     """
 
     id: str
@@ -191,6 +195,8 @@ class Request:
     max_pixels: int | None = None
     attempt: int = 0
     failed: tuple[str, str] | None = None
+    model: str = DEFAULT_MODEL
+    wants_logprobs: bool = False
 
     @property
     def shows_image(self) -> bool:
@@ -216,6 +222,7 @@ class Reply:
     """The reply of a model. If `finish_reason` is not "stop", the text is incomplete.
 
     `max_pixels` is the size to which images were scaled down, or None for the size in the request.
+    `logprob_mean` and `logprob_min` are over the tokens, or None if the server states none.
     """
 
     request_id: str
@@ -225,6 +232,8 @@ class Reply:
     prompt_tokens: int
     reply_tokens: int
     max_pixels: int | None = None
+    logprob_mean: float | None = None
+    logprob_min: float | None = None
 
 
 # Finish reasons of requests that the model did not answer. The reply text is the server's message. A later

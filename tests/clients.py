@@ -29,5 +29,5 @@ def model_of(config: Config) -> tuple[str, str]:
     return find_model(config.base_url, config.model, config.server)
 
 
-def endpoints_of(config: Config, key_name: str | None = None) -> list[Endpoint]:
-    return named_endpoints(config.base_url, config.server, key_name)
+def endpoints_of(config: Config) -> list[Endpoint]:
+    return named_endpoints(config.base_url, config.server)

@@ -27,7 +27,7 @@ def ask(
 ) -> RequestStats:
     """Send all requests about samples; return the statistics."""
     stats = RequestStats() if stats is None else stats
-    for _ in ask_about(iter(chunks), request_plan(config, revision), config.server, engine, journal, stats):
+    for _ in ask_about(iter(chunks), request_plan(config, revision), config.servers, engine, journal, stats):
         pass
     return stats
 

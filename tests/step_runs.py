@@ -10,12 +10,13 @@ import pyarrow as pa
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
-from pipeline.plan import Plan
+from pipeline.plan import Model, Plan
 from pipeline.progress import NullProgress
 from pipeline.steps import verify, verify_results
 from pipeline.steps.base import RowStep, StepFile, compare_shards, judge_shard
 from pipeline.storage.files import read_table, write_table
 from pipeline.tables import VERIFIED, append_columns
+from pipeline.types import DEFAULT_MODEL
 
 BEFORE = "before"
 ROWS = StepFile(BEFORE)
@@ -31,7 +32,8 @@ def numbered_table(schema: pa.Schema, rows: Sequence[dict[str, Any]], **defaults
 
 
 def plan_of(folder: Path, config: Config | None = None) -> Plan:
-    return Plan.resolve(config or resolve(source="scenes"), DatasetDir(folder), "model", "revision")
+    models = {DEFAULT_MODEL: Model("model", "revision")}
+    return Plan.resolve(config or resolve(source="scenes"), DatasetDir(folder), models)
 
 
 def run_step(

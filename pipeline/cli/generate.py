@@ -76,7 +76,7 @@ def generate(
         print_estimate(values, as_json=as_json)
         return
     warnings = describe_warnings(STEPS, plan, result.version, result.funnel)
-    print_run_result(result, warnings, config.server, shown=progress.warnings, as_json=as_json)
+    print_run_result(result, warnings, config.servers, shown=progress.warnings, as_json=as_json)
 
 
 @with_run_settings

@@ -13,7 +13,7 @@ from pipeline.progress import LOSS, WARNING, duration, size
 from pipeline.text.escape import printable
 
 if TYPE_CHECKING:
-    from pipeline.config.sections import ServerConfig
+    from pipeline.config.sections import Servers
     from pipeline.dataset.version import Version
     from pipeline.inference.queue import RequestStats
     from pipeline.preview import Preview
@@ -78,6 +78,13 @@ def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
         f"kept: {e['kept_images']:,} images, {e['kept_annotations']:,} of {e['annotations']:,} annotations; "
         f"{low:.0%} to {high:.0%} are rejected (95 % interval), more if texts repeat each other"
     )
+    for ladder in e["ladders"]:
+        for choice in ladder["choices"]:
+            price = f", cost {choice['cost']:,.4g}" if choice["cost"] is not None else ""
+            show_line(f"{ladder['task']} by {choice['models']}: about {choice['requests']:,} requests{price}")
+        for rung in ladder["rungs"]:
+            low, high = rung["interval"]
+            show_line(f"{ladder['task']}: {low:.0%} to {high:.0%} of the texts of {rung['model']} pass")
     show_line(f"dataset: about {size(e['bytes'])}")
     reasons = sorted(e["lost_by"].items(), key=lambda item: -item[1])
     if reasons:
@@ -124,7 +131,7 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
 def print_run_result(
     result: "RunResult",
     warnings: Sequence[str] = (),
-    server: "ServerConfig | None" = None,
+    servers: "Servers | None" = None,
     *,
     shown: Sequence[str] = (),
     as_json: bool,
@@ -147,7 +154,7 @@ def print_run_result(
         say(f"{summary.step}: {summary.kept} of {summary.input} {summary.unit} kept{rejected}")
     version, folder = result.version, result.version.dataset_dir
     if version.manifest["model"]["name"] != NO_MODEL:
-        _print_requests(result.stats, server)
+        _print_requests(result.stats, servers)
     if not result.is_new and (missing := missing_files(version)):
         damage = f"{version.name} is damaged: {first_names(missing)} is missing or has the wrong size"
         warnings = [*warnings, f"{damage}; `synth check {folder}` shows how to repair it"]
@@ -185,14 +192,14 @@ def print_run_result(
     show(values, as_json, "path")
 
 
-def _print_requests(stats: "RequestStats", server: "ServerConfig | None") -> None:
+def _print_requests(stats: "RequestStats", servers: "Servers | None") -> None:
     num_answered = sum(stats.attempts.values())
     notes = [f"{stats.total - num_answered:,} reused from the journal"] if stats.total > num_answered else []
     notes += [f"{stats.asked - num_answered:,} retries"] if stats.asked > num_answered else []
     details = f" ({', '.join(notes)})" if notes else ""
     say(f"sent {stats.asked} requests for {stats.total} replies{details}")
     if stats.asked:
-        cost = stats.cost(server) if server else None
+        cost = stats.cost(servers) if servers else None
         paid = f"; cost: {cost:,.4g}" if cost is not None else ""
         say(f"tokens: {stats.shown_about}{stats.prompt_tokens:,} input, {stats.reply_tokens:,} output{paid}")
     if stats.flaws:

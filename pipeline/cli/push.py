@@ -143,8 +143,9 @@ def send(
     private = is_unknown if private is None else private
     say(f"files: {len(sizes)}, {size(sum(sizes.values()))}")
     say(f"repository: {repo}, {'private' if private else 'public'}{reason}")
-    model = package.manifest.get("model", {})
-    if not private and NO_COMMERCIAL_USE in model.get("license", ""):
+    models = package.manifest.get("models") or {"": package.manifest.get("model", {})}
+    restricted = [model for model in models.values() if NO_COMMERCIAL_USE in model.get("license", "")]
+    for model in [] if private else restricted:
         say(f"warning: the texts are of {model['name']} ({model['license']}); the card states this", WARNING)
     if dry_run:
         say("dry run: nothing was sent")

@@ -1,5 +1,6 @@
 """Settings of a run: options override a `--config` file, which overrides defaults."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,15 +9,20 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.sections import (
+    AT_SERVER,
     LICENSE,
     TITLE,
     BalanceConfig,
     BaseUrl,
     DedupeConfig,
     Distinct,
+    EngineName,
     FilterConfig,
     GenerateConfig,
     ImageFilterConfig,
+    Ladder,
+    ModelConfig,
+    ModelName,
     Section,
     SelectConfig,
     ServerConfig,
@@ -25,9 +31,9 @@ from pipeline.config.sections import (
     TaskConfig,
     VerifyConfig,
     address_of,
-    judge_address,
     task_names,
 )
+from pipeline.types import DEFAULT_MODEL
 
 CONTEXT = "context"  # the role of columns that prompts may use
 SCENES, DECKS = "scenes", "scenes-deck"  # sources of drawn images
@@ -35,6 +41,7 @@ TINY = "tiny"  # the model for drawn images
 LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
 SCENE_PROMPTS = Path(__file__).parents[1] / "scenes" / "prompts"  # the tiny model was trained on this wording
 NO_MODEL = "none"
+JUDGE_MODEL = "judge"  # the name of the model in `verify.judge: MODEL@URL`
 NO_TASKS = "none"
 HUMAN_STYLE = "human"
 # How human texts in the source are used. `compare`: as references for the model's texts. `keep`: also as
@@ -98,14 +105,24 @@ class Config(Section):
     """
     custom_tasks: tuple[TaskConfig, ...] = ()
     """Custom tasks: paths of their files, or their keys."""
-    engine: Literal["auto", "embedded", "vllm"] = "auto"
+    engine: EngineName = "auto"
     """`vllm` uses a server, `embedded` runs a model in this process, `auto` uses vLLM if it finds a GPU and
     vLLM.
     """
     model: str | None = None
-    """A folder, a Hub id, a name that the server offers, or `tiny`. Null chooses by source and engine."""
+    """A folder, a Hub id, a name that the server offers, a name in `models`, or `tiny`. Null chooses by
+    source and engine.
+    """
     base_url: Distinct[BaseUrl] = ()
     """URLs of running servers. A URL without a path gets `/v1`."""
+    models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
+    """Further models by name, each with `model`, `base_url`, `engine`, `key_env`, `headers`, `flags`,
+    `concurrency`, `price_in` and `price_out`.
+    """
+    task_models: dict[Task, Ladder] = Field(default_factory=dict)
+    """The model of each task, `checks` and `repair`: a name in `models`, or `default`. A list is a ladder:
+    the next model is asked for the texts that the last one failed to write.
+    """
     generate: GenerateConfig = GenerateConfig()
     server: ServerConfig = ServerConfig()
     image_filter: ImageFilterConfig = ImageFilterConfig()
@@ -169,19 +186,60 @@ class Config(Section):
             yield "select.by judge needs the scores of a judge: --judge MODEL@URL"
 
     def _server_contradictions(self) -> Iterator[str]:
-        if url := _first_repeated(map(address_of, self.server.endpoints)):
-            yield f"server.endpoints lists {url} twice"
         if url := _first_repeated(map(address_of, self.base_url)):
             yield f"base_url lists the server {url} twice, in two spellings"
+        if DEFAULT_MODEL in self.models:
+            yield f"models: {DEFAULT_MODEL} is the name of the model that `model` sets: choose another name"
+        if JUDGE_MODEL in self.models and AT_SERVER in (self.verify.judge or ""):
+            yield f"verify.judge has a server, but models has a {JUDGE_MODEL}: set verify.judge: judge"
+        priced: tuple[ServerConfig | ModelConfig, ...] = (self.server, *self.models.values())
+        if self.server.max_cost is not None and not any(
+            (one.price_in, one.price_out) != (None, None) for one in priced
+        ):
+            yield "server: max_cost needs a price: price_in, price_out or both"
+
+    @property
+    def default_model(self) -> str:
+        """The name of the model of tasks that name no model."""
+        return self.model if self.model in self.models and not self.base_url else DEFAULT_MODEL
+
+    @property
+    def judge_model(self) -> str | None:
+        """The name of the judge's model, or None without a judge."""
+        judge = self.verify.judge
+        return JUDGE_MODEL if AT_SERVER in (judge or "") else judge
+
+    def of_model(self, name: str) -> "Config":
+        """Return the settings with a model of `models`, or the judge, as the only model.
+
+        Its servers get a key of their own. They get the general key and headers only if all of them are in
+        `base_url`, and if the key of the model is not set.
+        """
+        if name == DEFAULT_MODEL:
+            return self
+        own = self.models.get(name)
+        if own is None:
+            model, _, rest = (self.verify.judge or "").partition(AT_SERVER)
+            own = ModelConfig(model=model, base_url=(AT_SERVER.removeprefix("@") + rest,))
+        own_key = own.key_env or f"SYNTH_{name.upper()}_API_KEY"
+        access: dict[str, Any] = {"key_env": own_key, "headers": own.headers}
+        shared = set(map(address_of, self.base_url)).issuperset(map(address_of, own.base_url))
+        if shared and not own.headers and own_key not in os.environ:
+            access = {}
+        changes = own.model_dump(include={"concurrency", "price_in", "price_out"}, exclude_unset=True)
+        server = self.server.model_copy(update=access | changes | {"flags": own.flags})
+        only = {"model": own.model, "base_url": own.base_url, "engine": own.engine, "server": server}
+        return self.model_copy(update=only | {"models": {}})
+
+    @property
+    def servers(self) -> dict[str, ServerConfig]:
+        """The settings of the servers of each model by its name."""
+        judge = (self.judge_model,) if self.judge_model == JUDGE_MODEL else ()
+        return {name: self.of_model(name).server for name in (DEFAULT_MODEL, *self.models, *judge)}
 
     def recorded(self) -> dict[str, Any]:
         """Return the settings as `run.json` stores them."""
         return self.model_dump(mode="json")
-
-    @property
-    def judge_url(self) -> str:
-        """The address of the judge's server, or ""."""
-        return judge_address(self.verify.judge)
 
     @property
     def context(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -19,6 +19,7 @@ from pydantic import (
 
 from pipeline.text.language_codes import RECOGNISED
 from pipeline.text.phrases import PhraseKind
+from pipeline.types import DEFAULT_MODEL
 
 TASK, STYLE = r"^[a-z][a-z0-9_]*$", r"^[a-z][a-z0-9-]*$"
 ANY_LANGUAGE = "any"
@@ -34,7 +35,7 @@ TITLE = r"^[^\x00-\x1f]+$"
 LICENSE = r"^[A-Za-z0-9][A-Za-z0-9 .,+-]*$"
 # Descriptions for error messages: "X is not ...".
 PATTERNS = {
-    TASK: "a task name in lower case",
+    TASK: "a name in lower case: letters, digits and _",
     STYLE: "the name of a caption style, in lower case",
     LANGUAGE: "a language code of two or three letters, such as de",
     JUDGE: "a model and its server, such as MODEL@http://HOST:8000/v1",
@@ -49,10 +50,15 @@ PATTERNS = {
     LICENSE: "the name of a license, such as cc-by-4.0",
 }
 Task = Annotated[str, Field(pattern=TASK, max_length=40)]
+ModelName = Annotated[str, Field(pattern=TASK, max_length=40)]
 Style = Annotated[str, Field(pattern=STYLE, max_length=40)]
 AT_SERVER = "@http"  # between the name of a judge and its address
 AnySection = TypeVar("AnySection", bound="Section")
 Item = TypeVar("Item")
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 def _require_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -70,6 +76,8 @@ def _require_known_language(code: str) -> str:
 _fix_norwegian = BeforeValidator(lambda code: "no" if code is False else code)  # YAML reads `no` as false
 Language = Annotated[str, _fix_norwegian, Field(pattern=LANGUAGE), AfterValidator(_require_known_language)]
 Distinct = Annotated[tuple[Item, ...], AfterValidator(_require_distinct)]
+# One model, or several that are asked one after another until a text passes all checks.
+Ladder = Annotated[Distinct[ModelName], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -88,18 +96,6 @@ def address_of(url: str) -> str:
     default_port = {"http": 80, "https": 443}[parts.scheme]
     port = "" if parts.port in (None, default_port) else f":{parts.port}"
     return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/') or '/v1'}"
-
-
-def judge_address(judge: str | None) -> str:
-    """Return the address in MODEL@URL, or ""."""
-    _, at, rest = (judge or "").partition(AT_SERVER)
-    return at.removeprefix("@") + rest
-
-
-def origin_of(url: str) -> tuple[str, str]:
-    """Return the scheme of a server's URL, and the host with the port."""
-    parts = urlsplit(address_of(url))
-    return parts.scheme, parts.netloc
 
 
 # --- tasks
@@ -147,6 +143,7 @@ class TaskConfig(Section):
     max_words: Annotated[int, Field(ge=1)] | None = None
     language: Language | None = None
     coordinates: BoxUnit = "pixels"
+    model: Ladder | None = None  # names in `models`; null uses `task_models`, or else the default model
 
     @model_validator(mode="after")
     def _require_possible_length(self) -> "TaskConfig":
@@ -210,6 +207,19 @@ class GenerateConfig(Section):
     """
     batch_size: int = Field(default=64, ge=1)
     """Requests that the embedded engine computes at once."""
+    logprobs: bool = False
+    """Store the mean and the minimum log-probability of the tokens of each reply, if the server returns them.
+    The mean becomes a score of captions and questions.
+    """
+    min_logprob: Annotated[float, Field(le=0)] | None = None
+    """With a ladder, ask the next model about texts whose tokens have a lower mean log-probability. Null asks
+    it only about rejected texts.
+    """
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether servers are asked for log-probabilities."""
+        return self.logprobs or self.min_logprob is not None
 
 
 def _require_valid_port(url: str) -> str:
@@ -230,13 +240,7 @@ BaseUrl = Annotated[str, Field(pattern=BASE_URL), AfterValidator(_require_valid_
 KeyVariable = Annotated[str, Field(pattern=VARIABLE), AfterValidator(_refuse_key)]
 Headers = dict[Annotated[str, Field(pattern=HEADER)], Annotated[str, Field(pattern=HEADER_VALUE)]]
 Price = Annotated[float, Field(ge=0)]
-
-
-class EndpointConfig(Section):
-    """Settings of one of several servers, which override those of ServerConfig."""
-
-    key_env: KeyVariable | None = None
-    headers: Headers = Field(default_factory=dict)
+EngineName = Literal["auto", "embedded", "vllm"]
 
 
 class ServerConfig(Section):
@@ -260,8 +264,6 @@ class ServerConfig(Section):
     """Headers of each request. A value such as `$MY_KEY` is read from the environment. Other values are
     stored in `run.json`.
     """
-    endpoints: dict[BaseUrl, EndpointConfig] = Field(default_factory=dict)
-    """Settings of single servers by URL: `key_env` and `headers`."""
     enforced_schema: bool = True
     """Refuse a server that does not enforce JSON schemas."""
     # Prices of a million tokens.
@@ -269,10 +271,6 @@ class ServerConfig(Section):
     """Price of a million prompt tokens."""
     price_out: Price | None = None
     """Price of a million reply tokens."""
-    judge_price_in: Price | None = None
-    """Price of a million prompt tokens of the judge. Null uses `price_in`."""
-    judge_price_out: Price | None = None
-    """Price of a million reply tokens of the judge. Null uses `price_out`."""
     # Limits of all runs in the dataset folder.
     max_requests: Annotated[int, Field(ge=1)] | None = None
     """Stop when all runs of the dataset folder have sent this many requests."""
@@ -283,45 +281,44 @@ class ServerConfig(Section):
     max_failure_frac: float = Field(default=0.9, ge=0, le=1)
     """Stop when more than this share of the last 100 first replies is unusable. 1 never stops."""
 
-    @model_validator(mode="after")
-    def _require_price_for_budget(self) -> "ServerConfig":
-        if self.max_cost is not None and not self._has_prices:
-            raise ValueError("max_cost needs a price: price_in, price_out or both")
-        return self
-
     @property
     def has_budget(self) -> bool:
         """Whether requests, tokens or money are limited."""
         return (self.max_requests, self.max_total_tokens, self.max_cost) != (None, None, None)
 
-    @property
-    def _has_prices(self) -> bool:
-        prices = (self.price_in, self.price_out, self.judge_price_in, self.judge_price_out)
-        return any(price is not None for price in prices)
-
-    def endpoint(self, url: str) -> EndpointConfig:
-        """Return the settings of one server. Headers default to the shared ones."""
-        address = address_of(url)
-        own = next(
-            (value for name, value in self.endpoints.items() if address_of(name) == address), EndpointConfig()
-        )
-        own_names = {name.lower() for name in own.headers}
-        shared_headers = {
-            name: value for name, value in self.headers.items() if name.lower() not in own_names
-        }
-        return EndpointConfig(key_env=own.key_env, headers=shared_headers | own.headers)
-
-    def price(
-        self, read: float, written: float, judge_read: float = 0, judge_written: float = 0
-    ) -> float | None:
-        """Return the cost of all tokens, including the judge's, or None if no price is known."""
-        if not self._has_prices:
+    def price(self, read: float, written: float) -> float | None:
+        """Return the cost of tokens, or None if no price is known."""
+        if self.price_in is None and self.price_out is None:
             return None
-        price_in, price_out = self.price_in or 0, self.price_out or 0
-        judge_in = price_in if self.judge_price_in is None else self.judge_price_in
-        judge_out = price_out if self.judge_price_out is None else self.judge_price_out
-        writer_cost = (read - judge_read) * price_in + (written - judge_written) * price_out
-        return (writer_cost + judge_read * judge_in + judge_written * judge_out) / 1e6
+        return (read * (self.price_in or 0) + written * (self.price_out or 0)) / 1e6
+
+
+Servers = Mapping[str, ServerConfig]  # by the name of the model
+
+
+def cost_of(tokens: Mapping[str, tuple[float, float]], servers: Servers) -> float | None:
+    """Return the cost of prompt and reply tokens by model, or None if no price is known."""
+    # A model that the settings no longer name may have replies in the journal.
+    costs = [
+        servers.get(name, servers[DEFAULT_MODEL]).price(read, written)
+        for name, (read, written) in tokens.items()
+    ]
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if known else None
+
+
+class ModelConfig(Section):
+    """A model of `models`, with its engine or servers. The other settings are those of `server`."""
+
+    model: str | None = None
+    base_url: Distinct[BaseUrl] = ()
+    engine: EngineName = "auto"
+    key_env: KeyVariable | None = None  # null: SYNTH_<NAME>_API_KEY
+    headers: Headers = Field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    price_in: Price | None = None
+    price_out: Price | None = None
 
 
 class ImageFilterConfig(Section):
@@ -406,7 +403,7 @@ class VerifyConfig(Section):
     repair: bool = False
     """Rewrite captions that have a false claim. Needs the check `claims`."""
     judge: Annotated[str, Field(pattern=JUDGE)] | None = None
-    """Second model that scores each text: `MODEL@URL`."""
+    """Second model that scores each text: a name in `models`, or `MODEL@URL`."""
     judge_may_be_writer: bool = False
     """Allow a judge that is the model that wrote the texts."""
     min_rating: Annotated[int, Field(ge=1, le=5)] | None = None

@@ -1,6 +1,7 @@
 """Describe the run that made a version, for the manifest of the version."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from pipeline.config import NO_MODEL, Config
 from pipeline.config.files import LOCAL_SOURCES
 from pipeline.config.sections import AT_SERVER, TITLE
 from pipeline.digests import public_name, without_folders
-from pipeline.tables import REJECTED, RUBRIC, Extras
+from pipeline.tables import MODEL, REJECTED, RUBRIC, Extras
 from pipeline.tasks import Tasks, wire_schema
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
@@ -43,14 +44,19 @@ def asked_tasks(config: Config, tasks: Tasks) -> tuple[Task, ...]:
     return (*tasks.asked, *(task for task, is_asked in asked.items() if is_asked))
 
 
-def row_extras(config: Config, tasks: Tasks) -> Extras:
-    """Return the scores, context columns and custom task columns that the rows of a run have."""
+def row_extras(config: Config, tasks: Tasks, writers: Sequence[str] = ()) -> Extras:
+    """Return the scores, context columns and custom task columns that the rows of a run have.
+
+    `writers` are the names of the models that write texts. If there are several, each text has the name.
+    """
     checks = config.verify.checks
     # For drawn scenes, claims are found by rules, which yields no precision.
     is_measured = {
         "precision": config.splits_claims,
         "coverage": "covers" in checks,
         **dict.fromkeys(RUBRIC, bool(config.verify.judge)),
+        "logprob_mean": config.generate.logprobs,
+        MODEL.name: len(writers) > 1,
         REJECTED.name: config.select.pairs,
     }
     added = tuple(name for name, measured in is_measured.items() if measured)
@@ -108,7 +114,7 @@ def describe_decontamination(
 
 def publishable_settings(config: Config, tasks: Tasks, source: str, model: str) -> dict[str, Any]:
     """Return the settings without server addresses, and with names or digests instead of local paths."""
-    settings = config.model_dump(mode="json", exclude={"base_url", "server", "custom_tasks"})
+    settings = config.model_dump(mode="json", exclude={"base_url", "server", "models", "custom_tasks"})
     settings |= {"source": source, "model": None if model == NO_MODEL else model}
     if tasks.custom:
         own = [task.settings.model_dump(mode="json", exclude_defaults=True) for task in tasks.custom]

@@ -68,9 +68,22 @@ class Origin(_Part):
 
 
 class Writer(Origin):
-    """The model that wrote the texts. `license` is empty if no model was asked."""
+    """A model that writes texts, or checks them. `license` is empty if no model was asked."""
 
     license: Name = ""
+
+
+class Rung(_Part):
+    """The requests and texts of one model of a ladder."""
+
+    task: Name
+    model: Name
+    requests: Count
+    prompt_tokens: Count
+    reply_tokens: Count
+    texts: Count
+    kept: Count
+    cost: float | None = None
 
 
 class Step(_Part):
@@ -208,6 +221,8 @@ class Manifest(_Part):
     checks: list[CheckErrors] = []
     skipped_checks: dict[Name, dict[Name, Count]] = {}
     price: list[Price] = []
+    models: dict[Name, Writer] = {}
+    ladder: list[Rung] = []
 
     @model_validator(mode="after")
     def _check_columns(self) -> "Manifest":

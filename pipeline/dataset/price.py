@@ -8,12 +8,12 @@ from a judge, corrected for the errors of the judge.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.config.sections import ServerConfig
+from pipeline.config.sections import Servers, cost_of
 from pipeline.dataset.audit import whole_tasks
 from pipeline.dataset.calibration import JUDGE
 from pipeline.tasks import Tasks
 from pipeline.tasks.base import UNITS
-from pipeline.tasks.checks import CHECKING, RATE
+from pipeline.tasks.checks import CHECKING
 
 CAPTIONS, QUESTIONS, CHECKS = "captions", "questions", ""
 _HUMAN = {CAPTIONS: "human_captions", QUESTIONS: "human_questions"}
@@ -30,19 +30,19 @@ class RightShare(NamedTuple):
 
 
 def describe_price(
-    spent: Mapping[str, int], measured: Mapping[str, Any], tasks: Tasks, server: ServerConfig
+    spent: Mapping[str, int], measured: Mapping[str, Any], tasks: Tasks, servers: Servers
 ) -> list[dict[str, Any]]:
     """Return the manifest entries of the price: one for each kind of text, and one for all checks.
 
-    `spent` has requests and tokens by TASK.UNIT (Journal.spent), and `measured` the statistics of the rows.
+    `spent` has requests and tokens by TASK.MODEL.UNIT (Journal.spent), and `measured` the statistics of the
+    rows.
     """
     entries: dict[str, dict[str, Any]] = {}
-    for name in sorted({key.partition(".")[0] for key in spent}):
+    for name, model in sorted({(*key.split(".")[:2],) for key in spent}):
         kind = _kind_of(name, tasks)
         entry = entries.setdefault(kind, {"texts": kind, "kept": _count_kept(kind, measured)})
-        tokens = spent[f"{name}.prompt_tokens"], spent[f"{name}.reply_tokens"]
-        cost = server.price(*tokens, *(tokens if name == RATE.name else ()))
-        amounts = {unit: spent[f"{name}.{unit}"] for unit in UNITS}
+        amounts = {unit: spent[f"{name}.{model}.{unit}"] for unit in UNITS}
+        cost = cost_of({model: (amounts["prompt_tokens"], amounts["reply_tokens"])}, servers)
         for unit, amount in (amounts | ({} if cost is None else {"cost": cost})).items():
             entry[unit] = entry.get(unit, 0) + amount
     return [entries[kind] for kind in sorted(entries, reverse=True)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.inference.engines import EngineChoice, open_engine
+from pipeline.inference.engines import open_engines
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
@@ -31,7 +31,7 @@ class LocalExecutor:
         self.shards = [plan.dataset]
         self._stack = ExitStack()
         self._engine = ExitStack()
-        engine = self._engine.enter_context(open_engine(self._choose_engine))
+        engine = self._engine.enter_context(open_engines(plan.engines.__getitem__))
         self._services = Services(plan.dataset, engine, stats, progress)
         self._reader: SourceReader | None = None
 
@@ -61,9 +61,12 @@ class LocalExecutor:
         work(self.dataset, self._services)
 
     def wait(self) -> None:
-        """See Executor. Unloads the model, unless more images may be read."""
-        if self.plan.config.images is None:
+        """See Executor. Unloads the models, unless more images or further models of a ladder may be asked."""
+        if self.plan.config.images is None and self.plan.requests.num_rungs == 1:
             self._engine.close()
+
+    def begin_pass(self, escalations: str) -> None:
+        """See Executor."""
 
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
         """See Executor."""
@@ -73,10 +76,6 @@ class LocalExecutor:
 
     def check(self) -> None:
         """See Executor."""
-
-    def _choose_engine(self) -> EngineChoice:
-        assert self.plan.engine is not None
-        return self.plan.engine
 
 
 def import_shard_replies(dataset: DatasetDir) -> None:

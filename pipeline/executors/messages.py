@@ -13,6 +13,7 @@ from pipeline.errors import one_line
 from pipeline.images.decode import PATCH_PX
 from pipeline.inference.engines import EngineChoice, box_unit_of
 from pipeline.inference.model_licenses import license_of
+from pipeline.inference.queue import REPLACED
 from pipeline.plan import Plan
 from pipeline.sources.duplicates import REPEATED
 from pipeline.steps.base import Step
@@ -38,20 +39,16 @@ UNANSWERED_MESSAGES = {
 def describe_engine(plan: Plan, choice: EngineChoice) -> str:
     """Return the model's engine or server URLs, its license, and the maximum size of images."""
     place = "vLLM, started here" if choice.name == "vllm" else "in this process"
-    if plan.config.base_url:
-        place = ", ".join(plan.config.base_url)
+    if choice.urls:
+        place = ", ".join(choice.urls)
     bound = plan.requests.largest_pixels
     tokens = f"; images: at most {bound:,} px, about {bound // PATCH_PX**2:,} tokens" if bound else ""
     return f"{place}; {license_of(public_name(choice.model))}{tokens}"
 
 
 def describe_start(plan: Plan) -> str:
-    """Return the opening line of a run: source, folder, tasks, model, prompts and requests per image.
-
-    Raises ConfigError or EngineError if the judge is not available, before any request is sent.
-    """
+    """Return the opening line of a run: source, folder, tasks, models, prompts and requests per image."""
     config, choice = plan.config, plan.engine
-    assert choice is not None
     start, kept = f"{config.source} to {plan.dataset.path}", "keeps human captions and questions"
     if choice.model == NO_MODEL:
         return f"{start}: {kept}; uses no model"
@@ -60,9 +57,13 @@ def describe_start(plan: Plan) -> str:
     human = f"{kept}, and " if config.keeps_human_texts else ""
     missing = " for missing texts:" if config.human_texts == "fill" else ""
     prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir)
-    rated = f"; rated by {plan.choose_judge().model}" if config.verify.judge else ""
+    others = [name for name in plan.model_names if name not in (plan.writers[0], config.judge_model)]
+    models = ((name, plan.models[name].name) for name in others)
+    more = "".join(f"; {name}: {model} ({license_of(model)})" for name, model in models)
+    rated = f"; rated by {plan.engines[config.judge_model].model}" if config.judge_model else ""
     notes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
-    return f"{start}: {human}asks{missing} {asked}{rated}; prompts: {prompts}{describe_requests(plan)}{notes}"
+    asked += f"{more}{rated}; prompts: {prompts}{describe_requests(plan)}{notes}"
+    return f"{start}: {human}asks{missing} {asked}"
 
 
 def describe_requests(plan: Plan) -> str:
@@ -124,9 +125,12 @@ def describe_losses(
             )
         if step and step.is_choice:
             continue
-        # Repeated images are not counted, since their texts are kept, and conditions of the user are choices.
+        # Repeated images are not counted, since their texts are kept. Replaced texts have another chance, and
+        # conditions of the user are choices.
         chosen = sum(
-            rejected.pop(reason) for reason in [*rejected] if reason == REPEATED or is_wanted(reason)
+            rejected.pop(reason)
+            for reason in [*rejected]
+            if reason in (REPEATED, REPLACED) or is_wanted(reason)
         )
         rows, lost = summary.input - chosen, sum(rejected.values())
         if 2 * lost > rows:

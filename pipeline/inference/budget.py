@@ -8,10 +8,9 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.config.sections import ServerConfig
+from pipeline.config.sections import ServerConfig, Servers, cost_of
 from pipeline.errors import EngineError
-from pipeline.tasks.checks import RATE
-from pipeline.types import UNANSWERED, Reply, Request
+from pipeline.types import DEFAULT_MODEL, UNANSWERED, Reply, Request
 
 WINDOW_REPLIES = 100
 ASSUMED_PROMPT_TOKENS = 1500  # a one-megapixel image and a prompt, if the server reports no token counts
@@ -45,7 +44,7 @@ class Budget:
     of prompts in flight that are longer than all earlier prompts.
     """
 
-    server: ServerConfig
+    servers: Servers
     requests: int
     tokens: int
     cost: float
@@ -96,9 +95,13 @@ class Budget:
                 return False
         return bool(self._longest_prompt_tokens) or len(self._reserved) < FIRST_REQUESTS
 
+    @property
+    def server(self) -> ServerConfig:
+        """The settings with the limits."""
+        return self.servers[DEFAULT_MODEL]
+
     def _price(self, request: Request, read: int, written: int) -> float:
-        judged = (read, written) if request.task == RATE.name else (0, 0)
-        return self.server.price(read, written, *judged) or 0.0
+        return cost_of({request.model: (read, written)}, self.servers) or 0.0
 
     def error(self) -> BudgetError:
         """Return the error to raise when the budget is used up."""

@@ -154,9 +154,8 @@ class Client:
     """Sends requests to the servers at `urls`, or to servers that it starts from `launches`.
 
     `max_tokens` is the token limit of the probe, `image_reply_tokens` the largest of replies about images.
-    `key_name` is the environment variable with the key for `urls`. Images are scaled down further if those of
-    a request would not fit the model's context. Raises EngineError if no server answers, or if all of them
-    serve another model or do not enforce schemas.
+    Images are scaled down further if those of a request would not fit the model's context. Raises EngineError
+    if no server answers, or if all of them serve another model or do not enforce schemas.
     """
 
     def __init__(
@@ -168,17 +167,18 @@ class Client:
         *,
         urls: Sequence[str] = (),
         launches: Sequence[VllmCommand] = (),
-        key_name: str | None = None,
         image_reply_tokens: int = 0,
+        wants_logprobs: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self.model = model
         self.revision = revision
         self._settings = settings
-        self._urls, self._key_name = urls, key_name
+        self._urls = urls
         self._launches = launches
         self._max_tokens = max_tokens
         self._image_reply_tokens = max(max_tokens, image_reply_tokens)
+        self._wants_logprobs = wants_logprobs
         self._context_tokens: int | None = None  # the smallest context of the servers, if one is known
         self._servers: list[Server] = []
         self._progress: Progress = progress or NullProgress()
@@ -236,7 +236,7 @@ class Client:
                 for server in self._servers
             ]
         else:
-            endpoints = named_endpoints(self._urls, settings, self._key_name)
+            endpoints = named_endpoints(self._urls, settings)
         timeout = aiohttp.ClientTimeout(total=settings.request_timeout_s, sock_connect=10)
         for endpoint in endpoints:
             await stack.enter_async_context(endpoint.open_session(timeout))
@@ -370,7 +370,8 @@ class Client:
             max_tokens = min(request.sampling.max_tokens, reply_tokens)
             request = replace(request, sampling=replace(request.sampling, max_tokens=max_tokens))
         body = protocol.body(request, images, self._served_name, endpoint.dialect)
-        max_bytes = protocol.MAX_ENVELOPE_BYTES + protocol.MAX_TOKEN_BYTES * request.sampling.max_tokens
+        token_bytes = protocol.MAX_TOKEN_BYTES + protocol.MAX_LOGPROB_BYTES * request.wants_logprobs
+        max_bytes = protocol.MAX_ENVELOPE_BYTES + token_bytes * request.sampling.max_tokens
         in_flight.sent.add(asyncio.current_task())
         try:
             async with endpoint.send(protocol.CHAT, body) as answer:
@@ -408,7 +409,10 @@ class Client:
     async def _learn(self, endpoint: Endpoint) -> None:
         """Find the model on a server, and find out which request fields the server supports."""
         await find_on_server(self._served_name, endpoint)
-        await learn_dialect(endpoint, self._served_name, self._settings, self._max_tokens, self._progress)
+        reply_tokens, progress = self._max_tokens, self._progress
+        await learn_dialect(
+            endpoint, self._served_name, self._settings, reply_tokens, progress, logprobs=self._wants_logprobs
+        )
 
     def _failure(self) -> EngineError | None:
         """Return a server's error if all servers that synth started have failed for good, or else None."""

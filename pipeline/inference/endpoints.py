@@ -26,8 +26,7 @@ from pipeline.text.escape import without_passwords
 POLL_SECONDS = 1.0  # interval for checking servers that are down
 HEALTH_SECONDS = 5
 KEEPALIVE_SECONDS = 4  # uvicorn closes idle connections after 5 s
-KEY = "SYNTH_API_KEY"  # environment variable, like the next two
-JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # separate, since a judge's server must not get the key of another server
+KEY = "SYNTH_API_KEY"  # environment variable, like the next one
 OPENAI_KEY = "OPENAI_API_KEY"  # sent only to OpenAI's own servers
 MIN_KEY_CHARACTERS = 8  # a shorter value may be an ordinary word, and is not removed from messages
 MAX_SHOWN_CHARACTERS = 200
@@ -282,21 +281,20 @@ def raise_for_access(
         raise EngineError(f"{url} answers 404: {message}", hint="check --base-url and --model")
 
 
-def named_endpoints(urls: Sequence[str], server: ServerConfig, key_name: str | None = None) -> list[Endpoint]:
-    """Return the servers at these addresses, with their settings and keys.
+def named_endpoints(urls: Sequence[str], server: ServerConfig) -> list[Endpoint]:
+    """Return the servers at these addresses, with their keys and headers.
 
-    The key is in an environment variable. The server's own settings, `key_name` or the settings for all
-    servers (in this order) name the variable, or else it is KEY or OPENAI_KEY. Raises EngineError if a header
-    names a variable that is not set.
+    The key is in the environment variable that the settings name, or else in KEY or OPENAI_KEY. Raises
+    EngineError if a header names a variable that is not set.
     """
     endpoints = []
     for url in urls:
-        address, settings = address_of(url), server.endpoint(url)
+        address = address_of(url)
         is_openai = f".{urlsplit(address).hostname or ''}".endswith(".openai.com")
         default = OPENAI_KEY if is_openai and KEY not in os.environ and OPENAI_KEY in os.environ else KEY
-        name = settings.key_env or key_name or server.key_env or default
+        name = server.key_env or default
         key = os.environ.get(name, "").strip()
-        headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
+        headers = {header: _from_environment(header, value) for header, value in server.headers.items()}
         endpoint = Endpoint(address, request_headers(key) | headers, name)
         endpoints.append(endpoint)
     return endpoints

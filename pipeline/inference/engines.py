@@ -1,17 +1,16 @@
 """Choose the engine and the model before anything is loaded. Request ids depend on the model's revision."""
 
 import asyncio
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config import NO_MODEL, TINY, Config
-from pipeline.config.sections import AT_SERVER, BoxUnit, GenerateConfig, ServerConfig, address_of, origin_of
+from pipeline.config.sections import BoxUnit, GenerateConfig, ServerConfig
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import ConfigError, EngineError
 from pipeline.hub_errors import translate_hub_errors
@@ -57,13 +56,13 @@ def box_unit_of(model: str) -> BoxUnit | None:
 
 
 class EngineChoice(NamedTuple):
-    """The chosen engine. `reason` explains the choice to the user, and `make` creates the engine."""
+    """The chosen engine, which `make` creates. Without `urls` of servers, the model runs on this machine."""
 
     name: str
     model: str
     revision: str
-    reason: str
     make: Callable[[], Engine]
+    urls: tuple[str, ...] = ()
 
 
 def choose_engine(
@@ -75,8 +74,8 @@ def choose_engine(
     not answer.
     """
     if not config.asks_model:
-        return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, "no model is asked", _no_engine)
-    name, reason = pick_engine(config)
+        return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, _no_engine)
+    name, _ = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
         problem = "flags for vLLM were passed after --, but synth starts no server"
         raise EngineError(problem, hint="leave out -- and the flags after it")
@@ -88,9 +87,10 @@ def choose_engine(
         served, revision = find_model(config.base_url, config.model, config.server)
         make = partial(
             Client, served, revision, config.server, max_tokens, urls=config.base_url,
-            image_reply_tokens=_request_plan(config).largest_max_tokens, progress=progress,
+            image_reply_tokens=_request_plan(config).largest_max_tokens,
+            wants_logprobs=config.generate.wants_logprobs, progress=progress,
         )  # fmt: skip
-        return EngineChoice(name, served, revision, reason, make)
+        return EngineChoice(name, served, revision, make, config.base_url)
     model = _model(config)
     tiny_weights = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
     path = str(tiny_weights) if model == TINY else model
@@ -102,50 +102,7 @@ def choose_engine(
         start = partial(_start_vllm, model, find_folder, revision, config, log, progress)
     else:
         start = partial(_embedded, model, find_folder, revision, config.generate)
-    return EngineChoice(name, model, revision, reason, start)
-
-
-def choose_judge(
-    config: Config, writer_revision: str, progress: Progress | None = None, writer: str | None = None
-) -> EngineChoice:
-    """Choose the judge that the setting `verify.judge` (MODEL@URL) names.
-
-    Raises ConfigError if it names no server, or if the judge is the writer (by revision or name) and must not
-    be. Raises EngineError if the server does not answer or does not serve the model.
-    """
-    from pipeline.inference.client import Client
-    from pipeline.inference.endpoints import JUDGE_KEY
-    from pipeline.inference.probing import find_model
-
-    name, url = (config.verify.judge or "").partition(AT_SERVER)[0], config.judge_url
-    if not url:
-        raise ConfigError(
-            f"the judge {name} has no server", hint=f"add its server: --judge {name}@http://HOST:8000/v1"
-        )
-    # The general key and headers must not go to a host that has its own settings (`server.endpoints`).
-    described, origin = config.server.endpoints, origin_of(url)
-    is_described = address_of(url) in map(address_of, described)
-    is_writers = origin in map(origin_of, config.base_url)
-    is_known = is_writers and (is_described or origin not in map(origin_of, described))
-    server = config.server if is_known else config.server.model_copy(update={"headers": {}, "key_env": None})
-    key_name = None if is_known and JUDGE_KEY not in os.environ else JUDGE_KEY
-    served, revision = find_model((url,), name, server, key_name)
-    is_writer = revision == writer_revision or (
-        writer is not None and _base_name(served) == _base_name(writer)
-    )
-    if is_writer and not config.verify.judge_may_be_writer:
-        problem = f"the judge {name} also writes the texts, and a model rates its own texts too high"
-        raise ConfigError(problem, hint="pass another model, or set verify.judge_may_be_writer: true")
-    max_tokens = config.generate.max_tokens
-    make = partial(
-        Client, served, revision, server, max_tokens, urls=(url,), key_name=key_name, progress=progress
-    )
-    return EngineChoice("vllm", served, revision, "--judge names a server", make)
-
-
-def _base_name(model: str) -> str:
-    """Return a model's name without its folder or organization, and without its revision."""
-    return model.partition("@")[0].rpartition("/")[2]
+    return EngineChoice(name, model, revision, start)
 
 
 def _output_affecting_flags(flags: tuple[str, ...]) -> str:
@@ -248,7 +205,8 @@ def _start_vllm(
     )
     return Client(
         model, revision, server, config.generate.max_tokens, launches=launches,
-        image_reply_tokens=plan.largest_max_tokens, progress=progress,
+        image_reply_tokens=plan.largest_max_tokens,
+        wants_logprobs=config.generate.wants_logprobs, progress=progress,
     )  # fmt: skip
 
 
@@ -299,7 +257,26 @@ def serve_model(
 
 
 @contextmanager
-def open_engine(choose: Callable[[], EngineChoice]) -> Iterator[Callable[[], Engine]]:
-    """Yield a function that creates the engine at its first call. The engine is closed at the end."""
-    with ExitStack() as stack:
-        yield cache(lambda: stack.enter_context(choose().make()))
+def open_engines(choose: Callable[[str], EngineChoice]) -> Iterator[Callable[[str], Engine]]:
+    """Yield a function that returns the engine of a model by name. The engine is created at its first call.
+
+    Only one model runs on this machine at a time: another one is closed first, to free its memory.
+    """
+    with ExitStack() as remote, ExitStack() as local:
+        opened: dict[str, tuple[ExitStack, Engine]] = {}
+
+        def engine_of(name: str) -> Engine:
+            if name not in opened:
+                choice = choose(name)
+                stack = remote if choice.urls else local
+                if stack is local:
+                    close(local)
+                opened[name] = stack, stack.enter_context(choice.make())
+            return opened[name][1]
+
+        def close(stack: ExitStack) -> None:
+            stack.close()
+            for name in [name for name, (owner, _) in opened.items() if owner is stack]:
+                del opened[name]
+
+        yield engine_of

@@ -18,23 +18,24 @@ from pipeline.digests import canonical
 from pipeline.errors import StoreError
 from pipeline.inference.budget import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN, likely_tokens
 from pipeline.tasks.base import UNITS
-from pipeline.types import UNANSWERED, Reply, Request
+from pipeline.types import DEFAULT_MODEL, UNANSWERED, Reply, Request
 
-FORMAT = 5  # increase when a table or the checksum changes
+FORMAT = 6  # increase when a table or the checksum changes
 _TABLES = """
 CREATE TABLE IF NOT EXISTS asked (request_id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
     request_id TEXT NOT NULL, attempt INTEGER NOT NULL,
     sample_id TEXT NOT NULL, task TEXT NOT NULL, style TEXT NOT NULL, prompt_id TEXT NOT NULL,
     text TEXT NOT NULL, finish_reason TEXT NOT NULL, flaw TEXT, prompt_tokens INTEGER NOT NULL, reply_tokens INTEGER NOT NULL,
-    max_pixels INTEGER, checksum INTEGER NOT NULL,
+    max_pixels INTEGER, checksum INTEGER NOT NULL, model TEXT, logprob_mean REAL, logprob_min REAL,
     PRIMARY KEY (request_id, attempt)
 ) WITHOUT ROWID;
 """  # noqa: E501  # SQLite stores this text in the file
 _NAMES = (
     "request_id", "attempt", "sample_id", "task", "style", "prompt_id", "text", "finish_reason", "flaw",
-    "prompt_tokens", "reply_tokens", "max_pixels", "checksum",
+    "prompt_tokens", "reply_tokens", "max_pixels", "checksum", "model", "logprob_mean", "logprob_min",
 )  # fmt: skip
+_NUM_REQUIRED = _NAMES.index("checksum")  # the columns after the checksum are null in most rows
 _COLUMNS = ", ".join(_NAMES)
 # A reply replaces an error, since a failed request that two samples share is sent again for the second one.
 _INSERT = (
@@ -84,8 +85,8 @@ class Journal:
         row = next(iter(_read_replies(self._db, where, (request_id,))), None)
         if row is None:
             return None
-        text, finish_reason, flaw, *counts = _require_intact(self._path, row)[6:-1]
-        return Reply(request_id, row[1], text, finish_reason, *counts), flaw
+        text, finish_reason, flaw, *counts = _require_intact(self._path, row)[6:_NUM_REQUIRED]
+        return Reply(request_id, row[1], text, finish_reason, *counts, *row[-2:]), flaw
 
     def record_sent(self, requests: Iterable[Request]) -> None:
         """Record that these requests are about to be sent."""
@@ -104,7 +105,9 @@ class Journal:
             text = (reply.text, reply.finish_reason, flaw)
             counts = (reply.prompt_tokens, reply.reply_tokens, reply.max_pixels)
             row = (request.id, reply.attempt, *about, *text, *counts)
-            rows.append((*row, _checksum(row)))
+            model = None if request.model == DEFAULT_MODEL else request.model
+            more = (model, reply.logprob_mean, reply.logprob_min)
+            rows.append((*row, _checksum(row, more), *more))
         self._insert(rows)
 
     def _insert(self, replies: Iterable[Sequence[Any]]) -> None:
@@ -137,30 +140,31 @@ class Journal:
             )
         return self.totals()["replies"]
 
-    def spend(self, task: str, last: Reply) -> None:
-        """Add the request with this last reply to `spent`."""
-        tokens = likely_tokens(last)
-        if last.attempt:
-            tokens = self._sum_tokens("request_id = ?", last.request_id)
+    def spend(self, request: Request, last: Reply) -> None:
+        """Add a request with its last reply to `spent`."""
+        tokens = self.tokens_of(request.id) if last.attempt else likely_tokens(last)
         for unit, number in zip(UNITS, (1, *tokens), strict=True):
-            self.spent[f"{task}.{unit}"] += number
+            self.spent[f"{request.task}.{request.model}.{unit}"] += number
 
-    def likely_tokens(self, task: str = "") -> tuple[int, int]:
-        """Return the sum of `budget.likely_tokens` over all replies, or over the replies of one task."""
-        return self._sum_tokens("? IN ('', task)", task)
-
-    def _sum_tokens(self, where: str, value: str) -> tuple[int, int]:
+    def likely_tokens(self) -> dict[str, tuple[int, int]]:
+        """Return the sums of `budget.likely_tokens` over all replies of each model, by its name."""
         is_uncounted = f"prompt_tokens = 0 AND finish_reason NOT IN {UNANSWERED}"
         likely_written = f"MAX(reply_tokens, LENGTH(text) / {CHARACTERS_PER_TOKEN})"
         sums = ", ".join(
-            f"COALESCE(SUM(CASE WHEN {is_uncounted} THEN {likely} ELSE {counted} END), 0)"
+            f"SUM(CASE WHEN {is_uncounted} THEN {likely} ELSE {counted} END)"
             for likely, counted in (
                 (ASSUMED_PROMPT_TOKENS, "prompt_tokens"),
                 (likely_written, "reply_tokens"),
             )
         )
-        query = f"SELECT {sums} FROM replies WHERE {where}"  # noqa: S608
-        read, written = self._db.execute(query, (value,)).fetchone()
+        query = f"SELECT COALESCE(model, ?), {sums} FROM replies GROUP BY model"  # noqa: S608
+        return {name: (read, written) for name, read, written in self._db.execute(query, (DEFAULT_MODEL,))}
+
+    def tokens_of(self, request_id: str) -> tuple[int, int]:
+        """Return the prompt and reply tokens of all attempts of a request."""
+        sums = "COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(reply_tokens), 0)"
+        query = f"SELECT {sums} FROM replies WHERE request_id = ?"  # noqa: S608
+        read, written = self._db.execute(query, (request_id,)).fetchone()
         return read, written
 
     def totals(self) -> dict[str, int]:
@@ -218,17 +222,17 @@ def _read_replies(
     return db.execute(f"SELECT {_COLUMNS} FROM replies {where}", values)  # noqa: S608
 
 
-def _checksum(row: Sequence[Any]) -> int:
-    """Return a checksum of a row without its checksum column, as a signed 64-bit integer."""
+def _checksum(row: Sequence[Any], more: Sequence[Any]) -> int:
+    """Return a checksum of the columns before and after the checksum, as a signed 64-bit integer."""
     try:
-        content = canonical([*row])
+        content = canonical([*row, *(more if any(value is not None for value in more) else ())])
     except (TypeError, ValueError):  # a damaged value may have another type
         return 0
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), signed=True)
 
 
 def _is_intact(row: Sequence[Any]) -> bool:
-    return bool(row[-1] == _checksum(row[:-1]))
+    return bool(row[_NUM_REQUIRED] == _checksum(row[:_NUM_REQUIRED], row[_NUM_REQUIRED + 1 :]))
 
 
 def _require_intact(path: Path, row: Sequence[Any]) -> Sequence[Any]:

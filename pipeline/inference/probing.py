@@ -36,16 +36,14 @@ class ServedModel(NamedTuple):
     owner: str = ""
 
 
-def find_model(
-    urls: Sequence[str], wanted: str | None, server: ServerConfig, key_name: str | None = None
-) -> tuple[str, str]:
+def find_model(urls: Sequence[str], wanted: str | None, server: ServerConfig) -> tuple[str, str]:
     """Return a model's served name and revision. `wanted` may be None if the server has only one model.
 
     `synth serve` appends the revision to the name. For other servers, the revision is a digest of name and
     root, since several models may share a suffix such as @q4_k_m. Raises EngineError if no server answers, or
     if the model is ambiguous or not served.
     """
-    name, root = asyncio.run(_find_model(named_endpoints(urls, server, key_name), wanted))
+    name, root = asyncio.run(_find_model(named_endpoints(urls, server), wanted))
     stated = _REVISION.search(name)
     revision = stated[1] if stated else digest([name, root])[:16]
     return name, revision if server.enforced_schema else f"{revision}+{UNENFORCED}"
@@ -149,7 +147,13 @@ async def find_on_server(name: str, endpoint: Endpoint) -> None:
 
 
 async def learn_dialect(
-    endpoint: Endpoint, model: str, server: ServerConfig, reply_tokens: int, progress: Progress
+    endpoint: Endpoint,
+    model: str,
+    server: ServerConfig,
+    reply_tokens: int,
+    progress: Progress,
+    *,
+    logprobs: bool = False,
 ) -> None:
     """Find out which request fields a server supports, and store them as its dialect.
 
@@ -159,7 +163,7 @@ async def learn_dialect(
     """
     url, max_tokens = endpoint.url, max(protocol.MIN_PROBE_TOKENS, reply_tokens)
     while True:
-        body = protocol.probe(model, endpoint.dialect, max_tokens)
+        body = protocol.probe(model, endpoint.dialect, max_tokens, logprobs=logprobs)
         status, text = await _probe(endpoint, body, server, progress)
         answer = protocol.parse_answer(text) if status == 200 else None
         message = endpoint.error_message(text) if answer is None else ""

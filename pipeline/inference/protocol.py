@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -34,11 +35,12 @@ MAX_QUOTED_BYTES = 2_000
 MAX_ENVELOPE_BYTES = 1_000_000  # for an answer without the reply text: ids, usage, reasoning
 # A token has about 4 characters. A reply with over 64 per token exceeds its limit. A JSON escape has 6 bytes.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
+MAX_LOGPROB_BYTES = 2048  # for a token with its bytes and log-probability
 MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
 MAX_SENT_BYTES = 1_000_000  # larger images are re-encoded here, since the server decodes on one thread
 JPEG_QUALITY = 92
-OPTIONAL_FIELDS = ("top_p", "temperature")  # without them, the server uses its own values
+OPTIONAL_FIELDS = ("top_p", "temperature", "logprobs")  # without them, the server uses its own values
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # in the order in which they are tried
 FORMATS = ("json_schema", "json_object", "text")  # response formats, from strict to loose
 # vLLM stops a reply when a pattern of 3 to 32 tokens is repeated 6 times. Each digit is a token, so a shorter
@@ -163,12 +165,15 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
     if request.failed:
         for role, content in zip((b"assistant", b"user"), request.failed, strict=True):
             turns.append(b'{"role":"%s","content":%s}' % (role, json.dumps(content).encode()))
-    sampling = _sampling(request.sampling.temperature, request.sampling.max_tokens, dialect)
+    limits = request.sampling.temperature, request.sampling.max_tokens
+    sampling = _sampling(*limits, dialect, logprobs=request.wants_logprobs)
     response_format = _response_format(request.task, request.schema, dialect.format)
     return b'{"model":%s,"messages":[%s]%s%s}' % (_quoted(model), b",".join(turns), sampling, response_format)
 
 
-def probe(model: str, dialect: Dialect = VLLM, max_tokens: int = MIN_PROBE_TOKENS) -> bytes:
+def probe(
+    model: str, dialect: Dialect = VLLM, max_tokens: int = MIN_PROBE_TOKENS, *, logprobs: bool = False
+) -> bytes:
     """Return the body of a text-only request that tests whether a server enforces schemas.
 
     The schema allows only one reply, which the prompt does not ask for. All optional fields are tested too.
@@ -178,7 +183,8 @@ def probe(model: str, dialect: Dialect = VLLM, max_tokens: int = MIN_PROBE_TOKEN
     ask = "Say hello." if dialect.format == "json_schema" else 'Say hello as a JSON object: {"word": "..."}.'
     values = {"model": model, "messages": [{"role": "user", "content": ask}]}
     response_format = _response_format("probe", json.dumps(schema), dialect.format)
-    return json.dumps(values).encode()[:-1] + _sampling(0.0, max_tokens, dialect) + response_format + b"}"
+    sampling = _sampling(0.0, max_tokens, dialect, logprobs=logprobs)
+    return json.dumps(values).encode()[:-1] + sampling + response_format + b"}"
 
 
 def is_probe_word(text: str) -> bool:
@@ -189,8 +195,9 @@ def is_probe_word(text: str) -> bool:
 
 
 @lru_cache(256)
-def _sampling(temperature: float, max_tokens: int, dialect: Dialect) -> bytes:
+def _sampling(temperature: float, max_tokens: int, dialect: Dialect, *, logprobs: bool) -> bytes:
     fields: dict[str, Any] = {"temperature": temperature, "top_p": 1, dialect.limit_name: max_tokens}
+    fields |= {"logprobs": True} if logprobs else {}
     if dialect.is_vllm:  # otherwise a server may apply the penalty in the model's generation_config.json
         fields |= {"repetition_detection": _REPETITION, "repetition_penalty": 1}
     sent = [(name, json.dumps(value)) for name, value in fields.items() if name not in dialect.left_out]
@@ -222,6 +229,7 @@ class Answer(NamedTuple):
     finish_reason: str
     prompt_tokens: int
     reply_tokens: int
+    logprobs: tuple[float, ...] = ()  # of the tokens
 
 
 def parse_answer(body: bytes) -> Answer | None:
@@ -236,8 +244,18 @@ def parse_answer(body: bytes) -> Answer | None:
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
     reason = FINISH_REASONS.get(reason, reason) if isinstance(reason, str) and reason else "stop"
-    counts = (_token_count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
-    return Answer(_encodable(text), _encodable(reason)[:MAX_REASON_CHARACTERS], *counts)
+    prompt_tokens, reply_tokens = (_token_count(usage, f"{name}_tokens") for name in ("prompt", "completion"))
+    reason = _encodable(reason)[:MAX_REASON_CHARACTERS]
+    return Answer(_encodable(text), reason, prompt_tokens, reply_tokens, _logprobs(choice))
+
+
+def _logprobs(choice: dict[str, Any]) -> tuple[float, ...]:
+    """Return the log-probabilities of the tokens of a reply, or () if they are missing or not numbers."""
+    try:
+        values = tuple(float(token["logprob"]) for token in choice["logprobs"]["content"])
+    except (ValueError, LookupError, TypeError):
+        return ()
+    return values if all(map(math.isfinite, values)) else ()
 
 
 def read_reply(request: Request, body: bytes, keys: Sequence[str] = ()) -> Reply:
@@ -249,7 +267,10 @@ def read_reply(request: Request, body: bytes, keys: Sequence[str] = ()) -> Reply
     if answer is None:
         quote = without_keys(body[:MAX_QUOTED_BYTES].decode(errors="replace"), keys)[:200]
         raise ServerFaultError(f"the response is not OpenAI-compatible: {quote}")
-    reply = request.reply(*answer)
+    reply = request.reply(*answer[:4])
+    if request.wants_logprobs and (values := answer.logprobs):
+        mean = round(math.fsum(values) / len(values), 6)
+        reply = replace(reply, logprob_mean=mean, logprob_min=round(min(values), 6))
     max_characters = MAX_TOKEN_CHARACTERS * request.sampling.max_tokens
     is_too_long = len(reply.text) > max_characters
     return replace(reply, text=reply.text[:max_characters], finish_reason="length") if is_too_long else reply

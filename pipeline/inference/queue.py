@@ -7,13 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
-from types import MappingProxyType
+from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.sections import ServerConfig
+from pipeline.config.sections import Servers, cost_of
 from pipeline.digests import digest
 from pipeline.images.decode import upright_size
 from pipeline.inference.budget import Budget, CircuitBreaker, is_uncounted, likely_tokens
@@ -33,14 +34,24 @@ from pipeline.inference.requests import (
 )
 from pipeline.tables import ANNOTATION
 from pipeline.tasks.boxes import Frame
-from pipeline.tasks.checks import RATE
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
-from pipeline.types import UNANSWERED, Engine, Reply, Request, SampleBatch, SampleInfo, SourceTexts
+from pipeline.types import (
+    DEFAULT_MODEL,
+    UNANSWERED,
+    Engine,
+    Reply,
+    Request,
+    SampleBatch,
+    SampleInfo,
+    SourceTexts,
+)
 
+# reply_error of a text that the next model of a ladder was asked to replace
+REPLACED = "replaced_by_next_model"
 Chunk = tuple[Sequence[Request], SampleBatch]  # requests without images, and the samples they are about
 NO_SAMPLES = SampleBatch((), tuple)
-TextsById = Mapping[str, SourceTexts]  # by sample id
-NO_TEXTS: TextsById = MappingProxyType({})
+TextsOf = Callable[[str], SourceTexts]  # by sample id
+NO_TEXTS: TextsOf = lambda _: NO_INPUTS  # noqa: E731
 
 
 @dataclass(slots=True)
@@ -53,10 +64,9 @@ class RequestStats:
     # requests by number of attempts until a reply was usable or the last attempt failed
     attempts: Counter[int] = field(default_factory=Counter)
     flaws: Counter[str] = field(default_factory=Counter)  # unusable replies of this run by reason
-    prompt_tokens: int = 0  # in this run
-    reply_tokens: int = 0
-    judge_prompt_tokens: int = 0  # the judge's share of the tokens, which may have its own price
-    judge_reply_tokens: int = 0
+    # Tokens of this run by model.
+    prompt_tokens_by_model: Counter[str] = field(default_factory=Counter)
+    reply_tokens_by_model: Counter[str] = field(default_factory=Counter)
     uncounted: int = 0  # replies with estimated tokens
     spent: Counter[str] = field(default_factory=Counter)  # see Journal.spent
     asking_s: float = 0.0
@@ -73,12 +83,19 @@ class RequestStats:
     def add_reply(self, request: Request, reply: Reply) -> None:
         """Count the tokens of a new reply."""
         read, written = likely_tokens(reply)
-        if request.task == RATE.name:
-            self.judge_prompt_tokens += read
-            self.judge_reply_tokens += written
-        self.prompt_tokens += read
-        self.reply_tokens += written
+        self.prompt_tokens_by_model[request.model] += read
+        self.reply_tokens_by_model[request.model] += written
         self.uncounted += is_uncounted(reply)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The prompt tokens of this run."""
+        return self.prompt_tokens_by_model.total()
+
+    @property
+    def reply_tokens(self) -> int:
+        """The reply tokens of this run."""
+        return self.reply_tokens_by_model.total()
 
     @property
     def unanswered(self) -> int:
@@ -90,14 +107,15 @@ class RequestStats:
         """The prefix "about " if some token counts are estimated, or else an empty string."""
         return "about " if self.uncounted else ""
 
-    def cost(self, server: ServerConfig) -> float | None:
+    def cost(self, servers: Servers) -> float | None:
         """Return the cost of this run's tokens, or None if no prices are set."""
-        judge = self.judge_prompt_tokens, self.judge_reply_tokens
-        return server.price(self.prompt_tokens, self.reply_tokens, *judge)
+        written = self.reply_tokens_by_model
+        tokens = {name: (read, written[name]) for name, read in self.prompt_tokens_by_model.items()}
+        return cost_of(tokens or {DEFAULT_MODEL: (0, 0)}, servers)
 
-    def metrics(self, server: ServerConfig) -> dict[str, str]:
+    def metrics(self, servers: Servers) -> dict[str, str]:
         """Return metrics for the progress display."""
-        cost = self.cost(server)
+        cost = self.cost(servers)
         return {
             "tokens": f"{self.shown_about}{self.prompt_tokens:,} read, {self.reply_tokens:,} written",
             **({"cost": f"{cost:,.4g}"} if cost is not None else {}),
@@ -112,7 +130,7 @@ class RequestQueue:
         self,
         chunks: Iterator[Chunk],
         plan: RequestPlan,
-        server: ServerConfig,
+        servers: Servers,
         journal: Journal,
         counts: RequestStats,
     ) -> None:
@@ -122,11 +140,12 @@ class RequestQueue:
         self._journal = journal
         self._counts = counts
         self._budget = None
-        if server.has_budget:
-            read, written = journal.likely_tokens()
-            cost = server.price(read, written, *journal.likely_tokens(RATE.name)) or 0.0
-            self._budget = Budget(server, journal.totals()["asked"], read + written, cost)
-        self._breaker = CircuitBreaker(server.max_failure_frac)
+        if servers[DEFAULT_MODEL].has_budget:
+            tokens = journal.likely_tokens()
+            total = sum(map(sum, tokens.values()))
+            cost = cost_of(tokens, servers) or 0.0
+            self._budget = Budget(servers, journal.totals()["asked"], total, cost)
+        self._breaker = CircuitBreaker(servers[DEFAULT_MODEL].max_failure_frac)
         self._new: list[Request] = []
         self._retries: list[Request] = []
         self._resumed: set[str] = set()  # ids of requests that retry an earlier run's reply, until answered
@@ -233,38 +252,65 @@ def defer_signals() -> Iterator[None]:
             signal.raise_signal(arrived_number)
 
 
+def ask_in_rounds(
+    chunks: Callable[[], Iterator[SampleBatch]],
+    plan: RequestPlan,
+    servers: Servers,
+    engine: Callable[[str], Engine],
+    journal: Journal,
+    counts: RequestStats,
+    texts: TextsOf = NO_TEXTS,
+) -> Iterator[Engine]:
+    """Send the requests of all rounds, one model after another. `chunks` returns all samples.
+
+    Yields as `ask_about` does.
+    """
+    for pairs in plan.rounds:
+        by_model: dict[str, list[Pair]] = {}
+        for name, style in pairs:
+            if plan.rung < len(plan.models_of(name)):
+                by_model.setdefault(plan.model_of(name), []).append((name, style))
+        for model, own in by_model.items():
+            start = partial(engine, model)
+            yield from ask_about(chunks(), plan, servers, start, journal, counts, texts, own)
+
+
 def ask_about(
     chunks: Iterator[SampleBatch],
     plan: RequestPlan,
-    server: ServerConfig,
+    servers: Servers,
     engine: Callable[[], Engine],
     journal: Journal,
     counts: RequestStats,
-    texts: TextsById = NO_TEXTS,
-    round_number: int = 0,
+    texts: TextsOf = NO_TEXTS,
+    pairs: Sequence[Pair] | None = None,
 ) -> Iterator[Engine]:
     """Send the requests of one round until all have a reply. Yield the engine after each group of replies.
 
-    The engine is created only if a request must be sent. Requests may use the results of earlier rounds.
+    The engine is created only if a request must be sent. `pairs` of task and style are those of the first
+    round by default. Requests may use the results of earlier rounds.
     """
-    pairs = plan.rounds[round_number]
+    asked = plan.rounds[0] if pairs is None else pairs
+    uses_results = any(plan.inputs_of(*pair) for pair in asked)
 
     def requests() -> Iterator[Chunk]:
         for samples in chunks:
             built: list[Request] = []
             for sample_id in samples.ids:
-                inputs = texts.get(sample_id, NO_INPUTS)
-                results = read_results(sample_id, plan, journal, inputs) if round_number else NO_RESULTS
-                built += build_requests(sample_id, plan, inputs, results, pairs)
+                inputs = texts(sample_id)
+                only = inputs.escalated
+                now = asked if only is None else [pair for pair in asked if pair in only]
+                results = read_results(sample_id, plan, journal, inputs) if uses_results else NO_RESULTS
+                built += build_requests(sample_id, plan, inputs, results, now)
             yield built, samples
 
-    return ask_all(requests(), plan, server, engine, journal, counts)
+    return ask_all(requests(), plan, servers, engine, journal, counts)
 
 
 def ask_all(
     chunks: Iterator[Chunk],
     plan: RequestPlan,
-    server: ServerConfig,
+    servers: Servers,
     engine: Callable[[], Engine],
     journal: Journal,
     counts: RequestStats,
@@ -273,7 +319,7 @@ def ask_all(
 
     Raises BudgetError if the budget is used up, and EngineError if too many replies are unusable.
     """
-    queue = RequestQueue(chunks, plan, server, journal, counts)
+    queue = RequestQueue(chunks, plan, servers, journal, counts)
     while queue.has_work():
         queue.require_room()
         ready = engine()
@@ -285,36 +331,59 @@ def ask_all(
 
 
 def read_annotations(
-    samples: Iterable[Sequence[SampleInfo]], plan: RequestPlan, journal: Journal, texts: TextsById = NO_TEXTS
+    samples: Iterable[Sequence[SampleInfo]],
+    plan: RequestPlan,
+    journal: Journal,
+    texts: TextsOf = NO_TEXTS,
+    *escalated: TextsOf,
 ) -> Iterator[pa.Table]:
     """Yield a table of annotations (tables.ANNOTATION) for each list of samples.
 
-    Human annotations of a sample come first. The journal must have a reply to every request.
+    Human annotations of a sample come first, then those of each model of a ladder. `escalated` has the texts
+    of a sample for the second and further models. The journal must have a reply to every request.
     """
+    rungs = [(replace(plan, rung=rung), of_rung) for rung, of_rung in enumerate((texts, *escalated))]
     for chunk in samples:
         rows = []
-        for sample_id, pages, split, width_px, height_px, human in chunk:
-            inputs = texts.get(sample_id, NO_INPUTS)
-            results = read_results(sample_id, plan, journal, inputs)
-            skipped = find_skipped(plan, inputs, results, chain.from_iterable(plan.rounds))
-            requests = list(build_requests(sample_id, plan, inputs, results, skipped=skipped))
-            annotations = [*human]
-            for request in requests:
-                reply = last_reply(request, journal)
-                frame = Frame(width_px, height_px, reply.max_pixels or request.max_pixels)
-                annotations += parse_reply(request, reply, plan.tasks, frame)
-            annotations += _not_asked(sample_id, plan, requests, skipped)
-            if reason := find_dropped(plan, inputs, results):
-                annotations = [row | {"reply_error": reason} for row in annotations]
-            rows += [row | {"pages": pages, "source_split": split} for row in annotations]
+        for info in chunk:
+            annotations = [*info.human]
+            for rung, (of_model, texts_of) in enumerate(rungs):
+                next_texts = rungs[rung + 1][1](info.sample_id) if rung + 1 < len(rungs) else NO_INPUTS
+                replaced = next_texts.escalated or frozenset()
+                for row in _read_rung(info, of_model, journal, texts_of(info.sample_id)):
+                    if (row["task"], row["style"]) in replaced:
+                        row["reply_error"] = REPLACED
+                    annotations.append(row | {"rung": rung})
+            if plan.dropping:
+                inputs = texts(info.sample_id)
+                results = read_results(info.sample_id, plan, journal, inputs)
+                if reason := find_dropped(plan, inputs, results):
+                    annotations = [row | {"reply_error": reason} for row in annotations]
+            rows += [row | {"pages": info.pages, "source_split": info.source_split} for row in annotations]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)
+
+
+def _read_rung(
+    info: SampleInfo, plan: RequestPlan, journal: Journal, inputs: SourceTexts
+) -> Iterator[dict[str, Any]]:
+    """Yield the annotations of a sample that one model of each ladder wrote."""
+    results = read_results(info.sample_id, plan, journal, inputs)
+    skipped = find_skipped(plan, inputs, results, chain.from_iterable(plan.rounds))
+    only = inputs.escalated
+    pairs = plan.pairs if only is None else [pair for pair in plan.pairs if pair in only]
+    requests = list(build_requests(info.sample_id, plan, inputs, results, pairs, skipped))
+    for request in requests:
+        reply = last_reply(request, journal)
+        frame = Frame(info.width_px, info.height_px, reply.max_pixels or request.max_pixels)
+        yield from parse_reply(request, reply, plan.tasks, frame)
+    yield from _not_asked(info.sample_id, pairs, requests, skipped)
 
 
 def last_reply(request: Request, journal: Journal) -> Reply:
     """Return the last reply to a request, and count its tokens. The journal must have a reply."""
     last = journal.last(request.id)
     assert last is not None, f"no reply to {request.id}: the engine skipped the request"
-    journal.spend(request.task, last[0])
+    journal.spend(request, last[0])
     return last[0]
 
 
@@ -336,11 +405,11 @@ def read_results(
 
 
 def _not_asked(
-    sample_id: str, plan: RequestPlan, requests: Sequence[Request], skipped: Mapping[Pair, str]
-) -> Iterator[dict[str, object]]:
-    """Yield an annotation with an error for each task that was not asked."""
+    sample_id: str, pairs: Sequence[Pair], requests: Sequence[Request], skipped: Mapping[Pair, str]
+) -> Iterator[dict[str, Any]]:
+    """Yield an annotation with an error for each of the tasks and styles `pairs` that was not asked."""
     asked = {(request.task, request.style) for request in requests}
-    for name, style in plan.pairs:
+    for name, style in pairs:
         if (name, style) not in asked:
             flaw = skipped.get((name, style), RESULT_MISSING)
             ids = {"annotation_id": digest([sample_id, name]), "sample_id": sample_id, "request_id": ""}

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import JUDGE_MODEL, Config
 from pipeline.config.sections import ANY_LANGUAGE, GenerateConfig
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.sources import find_source
-from pipeline.tasks import TASKS, Tasks, wire_schema
+from pipeline.tasks import SELECTABLE, TASKS, Tasks, wire_schema
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
 from pipeline.tasks.caption import max_tokens_of
 from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
@@ -30,15 +30,17 @@ from pipeline.tasks.conditions import (
 from pipeline.tasks.custom import CustomTask
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, prompt_texts, render
 from pipeline.text.language_codes import language_name
-from pipeline.types import Reply, Request, SampleBatch, Sampling, SourceTexts
+from pipeline.types import DEFAULT_MODEL, Reply, Request, SampleBatch, Sampling, SourceTexts
 
 NO_INPUTS = SourceTexts()
 NO_RESULTS: Mapping[str, str] = MappingProxyType({})
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
-FILTER_KEYS = ("min_words", "max_words")  # settings of a custom task that do not change its requests
+# Settings of a custom task that do not change its requests. The revision of the model is part of them.
+FILTER_KEYS = ("min_words", "max_words", "model")
 RESULT_MISSING = "result_missing"  # reply_error of a task that was not asked, since it needs a missing result
 IMAGE_SIZE = ("width_px", "height_px")  # names in `row` of conditions, besides the columns of the source
+CHECKS = "checks"  # the key of the tasks that check texts in `task_models`
 Pair = tuple[str, str]  # task and style, which is "" for most tasks
 
 
@@ -53,8 +55,12 @@ class RequestPlan:
     language: str | None
     seed: int
     is_filling: bool  # whether built-in tasks are asked only about images without human texts
-    revision: str  # digest or commit of the model
+    revision: str  # digest or commit of the default model
     shows_detail: bool = False  # whether the images are pages
+    default_model: str = DEFAULT_MODEL
+    ladders: tuple[tuple[str, tuple[str, ...]], ...] = ()  # names of the models of tasks, in order, by task
+    revisions: tuple[tuple[str, str], ...] = ()  # revisions of models by name
+    rung: int = 0  # the position of the models to ask in their ladders
 
     @classmethod
     def of(cls, config: Config, tasks: Tasks, revision: str) -> "RequestPlan":
@@ -65,6 +71,24 @@ class RequestPlan:
         return cls(
             tasks, config.generate, config.prompt_dirs, context, language, seed, fills, revision, pages
         )
+
+    def models_of(self, task: str) -> tuple[str, ...]:
+        """Return the names of the models of a task. The next one is asked about what the last one failed."""
+        return dict(self.ladders).get(task, (self.default_model,))
+
+    def model_of(self, task: str) -> str:
+        """Return the name of the model to ask. A task with fewer models keeps its last one."""
+        models = self.models_of(task)
+        return models[min(self.rung, len(models) - 1)]
+
+    def revision_of(self, task: str) -> str:
+        """Return the revision of the model to ask."""
+        return dict(self.revisions).get(self.model_of(task), self.revision)
+
+    @cached_property
+    def num_rungs(self) -> int:
+        """The largest number of models of any task that is asked about each sample."""
+        return max((len(self.models_of(task.name)) for task in self.tasks.asked), default=1)
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
@@ -123,7 +147,7 @@ class RequestPlan:
             texts.append("not row.has_captions" if task.text_field else "not row.has_questions")
         return tuple(map(parse_condition, texts))
 
-    def _inputs_of(self, name: str, style: str) -> set[str]:
+    def inputs_of(self, name: str, style: str) -> set[str]:
         """Return the names of the results that must be known before a task is asked."""
         first = () if self.tasks[name].keep_if else self.dropping
         compared = (condition.names_in("results") for condition in self.conditions[name, style])
@@ -138,7 +162,7 @@ class RequestPlan:
     def needed(self) -> frozenset[str]:
         """The names of the results that prompts or conditions need."""
         dropping = (task for task, _ in self.dropping)
-        return frozenset(dropping).union(*(self._inputs_of(*pair) for pair in self.pairs))
+        return frozenset(dropping).union(*(self.inputs_of(*pair) for pair in self.pairs))
 
     @cached_property
     def rounds(self) -> tuple[tuple[Pair, ...], ...]:
@@ -150,7 +174,7 @@ class RequestPlan:
         waiting, done = [*self.pairs], set[str]()
         rounds = []
         while waiting:
-            ready = tuple(pair for pair in waiting if done.issuperset(self._inputs_of(*pair)))
+            ready = tuple(pair for pair in waiting if done.issuperset(self.inputs_of(*pair)))
             if not ready:
                 names = ", ".join(dict.fromkeys(name for name, _ in waiting))
                 hint = "remove one name from the `needs` or `when` of one of them"
@@ -169,7 +193,12 @@ class RequestPlan:
     def describe(self, *checks: Task) -> list[Any]:
         """Return everything that replies depend on, except the image. Includes the prompts of `checks`."""
         prompts = prompt_texts([*self.tasks.asked, *checks], self.prompt_dirs)
-        values = [self.context, self.language, self.seed, self.is_filling, self.revision]
+        values: list[Any] = [self.context, self.language, self.seed, self.is_filling]
+        rungs = [replace(self, rung=rung) for rung in range(self.num_rungs)]
+        values += [
+            [task.name, *((plan.model_of(task.name), plan.revision_of(task.name)) for plan in rungs)]
+            for task in (*self.tasks.asked, *checks)
+        ]
         return [self.tasks.describe(FILTER_KEYS), self.generate.model_dump(mode="json"), prompts, values]
 
     def count_replies(self, task: Task) -> int:
@@ -191,6 +220,38 @@ class RequestPlan:
             return self.generate.caption_styles
         is_caption = isinstance(task, CustomTask) and task.settings.kind == "caption"
         return (task.name.replace("_", "-"),) if is_caption else ("",)
+
+
+def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return the names of the models of each task that does not use the default model.
+
+    Raises ConfigError for a task or a model that is unknown, and for a check with several models.
+    """
+    known = [*config.models, DEFAULT_MODEL]
+    names = [*(task.name for task in (*SELECTABLE, *tasks.custom)), CHECKS, REPAIR.name]
+    checks = {task.name: CHECKS for task in CHECKING} | {REPAIR.name: REPAIR.name}
+    ladders = dict(config.task_models)
+    ladders |= {task.name: task.settings.model for task in tasks.custom if task.settings.model}
+    for name, models in ladders.items():
+        if name not in names:
+            hint = did_you_mean(name, names, f"known tasks: {', '.join(names)}")
+            raise ConfigError(f"task_models names an unknown task: {name}", hint=hint)
+        for model in models:
+            if model not in known:
+                hint = did_you_mean(model, known, "add it to models, with its model and base_url")
+                raise ConfigError(f"the task {name} names an unknown model: {model}", hint=hint)
+        if name in (CHECKS, REPAIR.name) and len(models) > 1:
+            raise ConfigError(f"task_models: {name} can have one model only", hint="remove the others")
+    for task, group in checks.items():
+        if chosen := ladders.get(task) or ladders.get(group) or ladders.get(CHECKS):
+            ladders[task] = chosen
+    ladders.pop(CHECKS, None)
+    if judge := config.judge_model:
+        if judge not in (*known, JUDGE_MODEL):
+            hint = did_you_mean(judge, known, f"add its server: --judge {judge}@http://HOST:8000/v1")
+            raise ConfigError(f"the judge {judge} has no server", hint=hint)
+        ladders[RATE.name] = (judge,)
+    return tuple(sorted(ladders.items()))
 
 
 def build_requests(
@@ -230,7 +291,10 @@ def build_requests(
             identity = (
                 {"image": sample_id, "about": shared_digest} | pages | ({"number": number} if number else {})
             )
-            yield Request(id=digest(identity), sample_id=sample_id, style=style, **pages, **fields)
+            yield Request(
+                id=digest(identity), sample_id=sample_id, style=style,
+                wants_logprobs=plan.generate.wants_logprobs, **pages, **fields,
+            )  # fmt: skip
 
 
 def find_skipped(
@@ -280,7 +344,8 @@ def _find_unmet(conditions: Sequence[Condition], values: Mapping[str, Mapping[st
 def condition_values(inputs: SourceTexts, results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the values that conditions read, by namespace. An empty column has no value."""
     columns = {name: value.strip() or None for name, value in inputs.context}
-    others = {name: value for name, value in inputs._asdict().items() if name != "context"}
+    others = inputs._asdict()
+    del others["context"], others["escalated"]
     return {"row": columns | others, "results": results}
 
 
@@ -357,6 +422,10 @@ def check_needs(plan: RequestPlan) -> None:
                 raise ConfigError(
                     f"the task {task.name} needs {need}, which this run does not have", hint=hint
                 )
+    for name, style in plan.pairs:
+        if result_name(name, style) in plan.needed and len(plan.models_of(name)) > 1:
+            problem = f"the task {name} has several models, but another task needs its result"
+            raise ConfigError(problem, hint="name one model for it in task_models")
     check_conditions(plan)
     _ = plan.rounds  # raises ConfigError for circular needs
 
@@ -440,13 +509,14 @@ def _shared_fields(
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
         "schema": schema,
-        "model": plan.revision,  # equal weights give equal replies, whatever the name
+        "model": plan.revision_of(task.name),  # equal weights give equal replies, whatever the name
         "sampling": [temperature, max_tokens],
         "max_pixels": max_pixels,
     }
     identity |= {"seed": plan.seed} if temperature > 0 else {}  # a greedy reply does not depend on the seed
     fields = {
         "task": task.name,
+        "model": plan.model_of(task.name),
         "prompt_id": prompt.id,
         "system": prompt.system,
         "text": prompt.text,

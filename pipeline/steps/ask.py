@@ -1,21 +1,21 @@
 """Step: ask. Send the model requests about each sample of a shard, and write its replies as annotations."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pipeline.config import NO_MODEL
-from pipeline.config.sections import ServerConfig
+from pipeline.config.sections import Servers
 from pipeline.dataset.directory import DatasetDir, page_counts, read_samples, sample_batches
 from pipeline.dataset.records import output_digest, read_record, step_key
+from pipeline.digests import digest
 from pipeline.inference.journal import Journal
-from pipeline.inference.model_licenses import license_of
-from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations, read_results
+from pipeline.inference.queue import NO_TEXTS, TextsOf, ask_in_rounds, read_annotations, read_results
 from pipeline.inference.requests import IMAGE_SIZE, RequestPlan, build_requests
 from pipeline.plan import Plan
 from pipeline.steps.base import Services, Step, Work, ask_once, record_cost
+from pipeline.steps.ladder import Escalated, count_requests, describe_escalated, read_escalated
 from pipeline.storage.files import write_table
 from pipeline.tables import ANNOTATION
 from pipeline.tasks.human import has_texts, human_annotations
@@ -26,17 +26,17 @@ NAME = "ask"
 
 @dataclass(frozen=True, slots=True)
 class AskSettings:
-    """The settings of the ask step. `server` does not affect the replies, so it is not part of the key."""
+    """The settings of the ask step. `servers` do not affect the replies, so they are not part of the key."""
 
     requests: RequestPlan
     keeps_human_texts: bool
     has_decks: bool
-    server: ServerConfig
+    servers: Servers
 
     @classmethod
     def of(cls, plan: Plan) -> "AskSettings":
         """Resolve the settings of a run."""
-        return cls(plan.requests, plan.config.keeps_human_texts, plan.has_decks, plan.config.server)
+        return cls(plan.requests, plan.config.keeps_human_texts, plan.has_decks, plan.config.servers)
 
     def describe(self) -> list[Any]:
         """Return everything that the annotations depend on, except the samples."""
@@ -75,59 +75,72 @@ class AskStep(Step):
 def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) -> None:
     """Send the requests about the samples of a shard and write the annotations, unless already done."""
     settings = AskSettings.of(plan)
+    escalated = read_escalated(plan, shard)
 
     def ask() -> dict[str, Any]:
         total = services.stats.total
-        _send_requests(shard, settings, services)
-        services.stats.spent += write_annotations(shard, settings)
-        model = {"name": plan.model, "revision": plan.requests.revision}
-        model |= {"license": license_of(plan.model)} if plan.model != NO_MODEL else {}
-        return {"kept": services.stats.total - total, "rejected": {}, "model": model}
+        texts = _texts_by_rung(shard, settings, escalated)
+        _send_requests(shard, settings, services, texts)
+        services.stats.spent += write_annotations(shard, settings, texts)
+        facts = {"rejected": {}, "models": plan.describe_models(), "rungs": count_requests(shard, plan)}
+        return {"kept": services.stats.total - total, **facts}
 
-    ask_once(shard, NAME, step_key(NAME, settings, (), [output_digest(shard, before)]), services, ask)
+    inputs = [output_digest(shard, before), *([digest(describe_escalated(escalated))] if escalated else ())]
+    ask_once(shard, NAME, step_key(NAME, settings, (), inputs), services, ask)
 
 
-def _send_requests(shard: DatasetDir, settings: AskSettings, services: Services) -> None:
+def _send_requests(
+    shard: DatasetDir, settings: AskSettings, services: Services, texts: Sequence[TextsOf]
+) -> None:
     samples = read_record(shard, "read")["kept"]
     stats, progress = services.stats, services.progress
-    texts = _read_source_texts(shard, settings)
     per_sample = max(1, settings.requests.count(settings.requests.pairs))
     with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
 
-        def start_engine() -> Engine:
-            engine = services.engine()
+        def start_engine(model: str) -> Engine:
+            engine = services.engine(model)
             # The request rate is measured from here.
             progress("ask", int(stats.done / per_sample), samples)
             return engine
 
-        for round_number in range(len(settings.requests.rounds)):
-            batches = sample_batches(shard)
-            for engine in ask_about(
-                batches, settings.requests, settings.server, start_engine, journal, stats, texts, round_number
+        for rung, of_rung in enumerate(texts):
+            plan, batches = replace(settings.requests, rung=rung), partial(sample_batches, shard)
+            for engine in ask_in_rounds(
+                batches, plan, settings.servers, start_engine, journal, stats, of_rung
             ):
-                metrics = engine.metrics() | stats.metrics(settings.server)
+                metrics = engine.metrics() | stats.metrics(settings.servers)
                 progress("ask", int(stats.done / per_sample), samples, metrics)
         progress("ask", samples, samples)
 
 
-def write_annotations(shard: DatasetDir, settings: AskSettings) -> Counter[str]:
+def write_annotations(shard: DatasetDir, settings: AskSettings, texts: Sequence[TextsOf]) -> Counter[str]:
     """Write the annotations of a shard (tables.ANNOTATION) from its journal and the human texts.
 
     Return the requests and tokens that they needed (Journal.spent).
     """
-    texts = _read_source_texts(shard, settings)
     with Journal(shard.journal) as journal:
-        annotations = read_annotations(_sample_infos(shard, settings), settings.requests, journal, texts)
+        annotations = read_annotations(_sample_infos(shard, settings), settings.requests, journal, *texts)
         write_table(shard.step_file(NAME), annotations, ANNOTATION)
         return journal.spent
 
 
-def _read_source_texts(shard: DatasetDir, settings: AskSettings) -> TextsById:
+def _texts_by_rung(shard: DatasetDir, settings: AskSettings, escalated: Sequence[Escalated]) -> list[TextsOf]:
+    """Return the texts of samples for each model of a ladder, with the pairs that it is asked for."""
+    first = _read_source_texts(shard, settings)
+
+    def only(pairs: Escalated) -> TextsOf:
+        return lambda sample_id: first(sample_id)._replace(escalated=pairs.get(sample_id, frozenset()))
+
+    return [first, *map(only, escalated)]
+
+
+def _read_source_texts(shard: DatasetDir, settings: AskSettings) -> TextsOf:
     plan = settings.requests
     if not plan.context and not plan.has_conditions:
         return NO_TEXTS
     batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa", *IMAGE_SIZE])
-    return {row["sample_id"]: settings.source_texts(row) for batch in batches for row in batch.to_pylist()}
+    by_id = {row["sample_id"]: settings.source_texts(row) for batch in batches for row in batch.to_pylist()}
+    return by_id.__getitem__
 
 
 def _sample_infos(shard: DatasetDir, settings: AskSettings) -> Iterator[list[SampleInfo]]:

@@ -71,10 +71,13 @@ class StepFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The model, request counters and progress display for `prepare`. `dataset` is the folder of the run."""
+    """The models, request counters and progress display for `prepare`. `dataset` is the folder of the run.
+
+    `engine` returns the engine of a model by its name.
+    """
 
     dataset: DatasetDir
-    engine: Callable[[], Engine]
+    engine: Callable[[str], Engine]
     stats: RequestStats
     progress: Progress
 
@@ -91,6 +94,9 @@ class Executor(Protocol):
 
     def read(self, limit: int | None) -> bool:
         """Read the source until `limit` images are kept, and return whether the source has more images."""
+
+    def begin_pass(self, escalations: str) -> None:
+        """Allow requests to the next models of ladders. `escalations` is a digest of what they are asked."""
 
     def each(self, work: Callable[[DatasetDir, Services], None]) -> None:
         """Apply a function to every shard before `wait` returns."""
@@ -281,7 +287,7 @@ def _prepare_shard_once(
         tables = step.prepare(shard, require_file(shard.step_file(before)), step.settings(plan), services)
         first = next(tables)
         write_table(shard.step_file(step.name, "prepared"), chain([first], tables), first.schema)
-        return {}
+        return {"models": plan.describe_models()}
 
     ask_once(shard, step.name, step.key(plan, [shard], StepFile(before)), services, prepare, PREPARED)
 
@@ -374,7 +380,9 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
         totals = journal.totals()
         # An estimate may have added requests to the journal, and a killed run did not record its cost.
         if stats.asked > asked or totals["asked"] != dataset.read_cost().get("asked", 0):
-            read_tokens, written_tokens = journal.likely_tokens()
+            read_tokens, written_tokens = map(
+                sum, zip((0, 0), *journal.likely_tokens().values(), strict=True)
+            )
             tokens = {"prompt_tokens": read_tokens, "reply_tokens": written_tokens}
             asking_s = dataset.read_cost().get("asking_s", 0.0) + stats.asking_s - earlier_s
             write_json(dataset.cost, {**totals, **tokens, "asking_s": round(asking_s, 3)})

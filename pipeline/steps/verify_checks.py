@@ -9,8 +9,7 @@ The claims check and the judge are also asked about known truths and falsehoods 
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,6 @@ from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.images.decode import prepare_image
 from pipeline.inference import verification
-from pipeline.inference.engines import EngineChoice, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_SAMPLES, Chunk, ask_all
 from pipeline.inference.requests import RequestPlan
@@ -37,9 +35,11 @@ from pipeline.tables import (
     HUMAN,
     STRING,
 )
-from pipeline.tasks.checks import MAX_EVIDENCE, REFUTED, REPAIR
+from pipeline.tasks.base import Task
+from pipeline.tasks.checks import ANSWER, MAX_EVIDENCE, RATE, REFUTED, REPAIR
+from pipeline.tasks.checks import CLAIMS as CLAIMS_TASK
 from pipeline.text.normalize import words_of
-from pipeline.types import Engine, Request
+from pipeline.types import Request
 
 if TYPE_CHECKING:
     from pipeline.images.clip import ClipScorer
@@ -73,12 +73,11 @@ class AskedClaim:
 
 @dataclass
 class AnnotationChecker:
-    """Runs all checks on the annotations of a shard. Closing `stack` closes the judge."""
+    """Runs all checks on the annotations of a shard."""
 
     shard: DatasetDir
     settings: VerifySettings
     services: Services
-    stack: ExitStack
     _claims: dict[str, list[str]] = field(default_factory=dict)  # by caption
 
     @property
@@ -89,11 +88,6 @@ class AnnotationChecker:
     @cached_property
     def _conditions(self) -> CheckConditions:
         return CheckConditions(self.shard, self.settings.verify.when, self.plan.tasks)
-
-    @cached_property
-    def _judge(self) -> tuple[EngineChoice, Callable[[], Engine]]:
-        judge = self.settings.choose_judge(self.services.progress)
-        return judge, self.stack.enter_context(open_engine(lambda: judge))
 
     @cached_property
     def _scorer(self) -> "ClipScorer":
@@ -172,7 +166,7 @@ class AnnotationChecker:
         def read(journal: Journal) -> dict[str, list[str]]:
             return {text: verification.read_claims(text, self.plan, journal) for text, _ in captions}
 
-        self._claims |= self._ask("claims", _chunks(requests), len(new), read)
+        self._claims |= self._ask("claims", CLAIMS_TASK, _chunks(requests), len(new), read)
         return {text: list(map(verification.claim_checks, self._claims[text])) for text, _ in captions}
 
     def _ask_claims(self, claims: Sequence[AskedClaim]) -> None:
@@ -248,7 +242,7 @@ class AnnotationChecker:
             return [verification.read_checks(*checks, self.plan, journal) for checks in asked]
 
         requests = verification.build_all(sample_batches(self.shard), by_sample, self.plan)
-        return self._ask("verify", requests, counts.total(), read)
+        return self._ask("verify", ANSWER, requests, counts.total(), read)
 
     def _repair(self, subjects: Subjects) -> None:
         """Let the model rewrite captions with false claims, and check that only false claims were removed."""
@@ -261,11 +255,11 @@ class AnnotationChecker:
         def read(journal: Journal) -> list[str]:
             return [verification.read_repair(request, journal) or "" for request in requests]
 
-        texts = self._ask("repair", _chunks(iter(distinct.values())), len(distinct), read)
+        texts = self._ask("repair", REPAIR, _chunks(iter(distinct.values())), len(distinct), read)
         drafts = []
         for subject, request, clean in zip(subjects, requests, self._filter(subjects, texts), strict=True):
             if clean and clean["clean_text"] != subject.caption and _keeps_other_claims(subject, clean):
-                rewritten = clean | {"prompt_id": request.prompt_id}
+                rewritten = clean | {"prompt_id": request.prompt_id, "model": request.model}
                 drafts.append((subject, CheckedAnnotation(subject.row | clean, rewritten=rewritten)))
         self._check_claims([draft for _, draft in drafts])
         repaired = [(subject, draft) for subject, draft in drafts if not draft.refuted_claims]
@@ -317,8 +311,7 @@ class AnnotationChecker:
         self._warn_of_unread(unread, len(subjects), "texts", "unrated")
 
     def _ask_judge(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        judge, engine = self._judge
-        plan = replace(self.plan, revision=judge.revision)
+        plan = self.plan
         by_sample: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
             by_sample[row["sample_id"]].append(row)
@@ -332,7 +325,7 @@ class AnnotationChecker:
         def read(journal: Journal) -> list[dict[str, Any]]:
             return [verification.read_rating(row, plan, journal) for row in rows]
 
-        return self._ask("judge", requests(), len(rows), read, engine)
+        return self._ask("judge", RATE, requests(), len(rows), read)
 
     def _calibrate_judge(self, captions: Subjects) -> None:
         """Let the judge rate known truths and falsehoods, and add the results to `calibration`."""
@@ -349,19 +342,17 @@ class AnnotationChecker:
             self.services.progress.warn(f"verify: {problem}")
 
     def _ask(
-        self,
-        name: str,
-        requests: Iterator[Chunk],
-        total: int,
-        read: Callable[[Journal], T],
-        engine: Callable[[], Engine] | None = None,
+        self, name: str, task: Task, requests: Iterator[Chunk], total: int, read: Callable[[Journal], T]
     ) -> T:
-        """Send the requests that have no reply in the journal yet, and return the result of `read`."""
+        """Send the requests that have no reply in the journal yet, and return the result of `read`.
+
+        All requests go to the model of `task`.
+        """
         stats, progress = self.services.stats, self.services.progress
-        start = engine or self.services.engine
+        start = partial(self.services.engine, self.plan.model_of(task.name))
         with Journal(self.shard.journal) as journal, record_cost(self.shard, journal, stats):
             before = stats.done
-            for ready in ask_all(requests, self.plan, self.settings.server, start, journal, stats):
+            for ready in ask_all(requests, self.plan, self.settings.servers, start, journal, stats):
                 progress(name, stats.done - before, total, ready.metrics())
             if done := stats.done - before:
                 # Lines are printed at intervals, so the last update may not have been shown.
@@ -403,7 +394,6 @@ def ask_checks(
     shard: DatasetDir, path: Path, settings: VerifySettings, services: Services
 ) -> Iterator[pa.Table]:
     """Yield the annotations of a shard with the results of their checks (CHECKED) as further columns."""
-    with ExitStack() as stack:
-        checker = AnnotationChecker(shard, settings, services, stack)
-        for table in whole_groups(read_batches(path), "sample_id", BATCH_ANNOTATIONS):
-            yield add_results(table, checker.ask_all_checks(table.select(COLUMNS).to_pylist()))
+    checker = AnnotationChecker(shard, settings, services)
+    for table in whole_groups(read_batches(path), "sample_id", BATCH_ANNOTATIONS):
+        yield add_results(table, checker.ask_all_checks(table.select(COLUMNS).to_pylist()))

@@ -1,23 +1,20 @@
 """The settings of the verify step."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.sections import FilterConfig, ServerConfig, VerifyConfig
+from pipeline.config.sections import FilterConfig, Servers, VerifyConfig
 from pipeline.dataset.records import described, read_record
 from pipeline.digests import weights_revision
-from pipeline.inference.engines import EngineChoice
 from pipeline.inference.requests import RequestPlan
 from pipeline.plan import Plan
-from pipeline.progress import Progress
 from pipeline.tasks.checks import CHECKING
 
 
 @dataclass(frozen=True, slots=True)
 class VerifySettings:
-    """The settings of the verify step. `server` does not affect the replies, so it is not part of the key.
+    """The settings of the verify step. `servers` do not affect the replies, so they are not part of the key.
 
     `bounds` apply to repaired captions. With `splits_claims`, the model splits captions into claims.
     `clip_model` is None if captions are not compared with images. `seed` and `samples`, a digest of the list
@@ -29,9 +26,7 @@ class VerifySettings:
     requests: RequestPlan
     splits_claims: bool
     clip_model: str | None
-    server: ServerConfig
-    judge_revision: str
-    choose_judge: Callable[[Progress], EngineChoice]
+    servers: Servers
     seed: int
     samples: str
 
@@ -45,9 +40,7 @@ class VerifySettings:
             requests=plan.requests,
             splits_claims=config.splits_claims,
             clip_model=plan.clip_model if plan.needs_clip else None,
-            server=config.server,
-            judge_revision=plan.judge_revision,
-            choose_judge=plan.choose_judge,
+            servers=config.servers,
             seed=config.seed,
             samples=read_record(plan.dataset, "read").get("files", {}).get("kept", {}).get("sha256", ""),
         )
@@ -58,7 +51,7 @@ class VerifySettings:
             return []
         clip = Path(self.clip_model or "")
         weights = weights_revision(clip) if self.clip_model and clip.is_dir() else self.clip_model
-        asked = [self.splits_claims, weights, self.judge_revision, self.requests.describe(*CHECKING)]
+        asked = [self.splits_claims, weights, self.requests.describe(*CHECKING)]
         chosen = [self.seed, self.samples] if self.is_calibrated else []
         return [described(self.verify), described(self.bounds), *asked, *chosen]
 

@@ -34,9 +34,11 @@ from pipeline.digests import annotation_digest, digest
 from pipeline.errors import TableError
 from pipeline.plan import Plan
 from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
+from pipeline.steps.ladder import describe_ladder
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
 from pipeline.tables import NO_EXTRAS, REJECTIONS, SKIPPED_CHECKS, STRING, Extras, fields
+from pipeline.tasks.checks import CONFIRM, RATE
 
 NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
@@ -97,8 +99,9 @@ class WriteStep(Step):
         executor.wait()
         first_shard = executor.shards[0]
         source = read_record(dataset, "read")["source"]
-        model = read_record(first_shard, "ask")["model"]
-        provenance = describe_provenance(plan.config, plan.tasks, source, model)
+        models = read_models(plan, first_shard)
+        provenance = describe_provenance(plan.config, plan.tasks, source, models[plan.writers[0]])
+        provenance |= {"models": models} if len(models) > 1 else {}
         names = [summary.step for summary in work.summaries if summary.step != "ask"]
         inputs = [
             output_digest(shard, step, file)
@@ -117,7 +120,7 @@ class WriteStep(Step):
             return
         executor.check()
         with scratch_folder(dataset.path / "versions") as draft:
-            extras = row_extras(plan.config, plan.tasks)
+            extras = row_extras(plan.config, plan.tasks, plan.writers)
             write = partial(write_rows, steps=names, source=source, extras=extras)
             written = executor.map_with_scratch(write, draft)
             work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
@@ -170,6 +173,7 @@ def publish_shards(
         "review": count_reviews(shards),
         **audit_rows(plan.dataset, written, row_extras(plan.config, plan.tasks)),
         **describe_checks(plan, shards),
+        **({"ladder": describe_ladder(plan, shards)} if plan.requests.num_rungs > 1 else {}),
     }
     rejections = (table for shard in shards for table in read_batches(shard.step_file(NAME, "rejections")))
     return publish_version(plan.dataset, draft, written, digests, provenance, rejections, work.executor.check)
@@ -213,8 +217,18 @@ def price_texts(plan: Plan, shards: Sequence[DatasetDir], measured: dict[str, An
     for shard in shards:
         for step, which in records:
             spent.update(read_record(shard, step, which).get("spent", {}))
-    price = describe_price(spent, measured, plan.tasks, plan.config.server)
+    price = describe_price(spent, measured, plan.tasks, plan.config.servers)
     return {"price": price} if price else {}
+
+
+def read_models(plan: Plan, shard: DatasetDir) -> dict[str, dict[str, str]]:
+    """Return the models that the last runs of the steps ask and verify have used, by name."""
+    models = read_record(shard, "ask")["models"]
+    if plan.config.verify.is_asked:
+        models = read_record(shard, "verify", PREPARED)["models"] | {
+            name: models[name] for name in plan.writers
+        }
+    return {name: models[name] for name in plan.model_names}
 
 
 def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
@@ -224,7 +238,9 @@ def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
         return {}
     files = [require_file(shard.step_file("verify", "prepared")) for shard in shards]
     findings = read_findings(table for file in files for table in read_batches(file, FINDINGS))
-    is_writer = {CLAIMS: True, JUDGE: plan.judge_revision == plan.requests.revision}
+    models = read_models(plan, shards[0])
+    written_by = {models[name]["revision"] for name in plan.writers}
+    tasks = {CLAIMS: CONFIRM.name, JUDGE: RATE.name}
     skipped: dict[str, Counter[str]] = defaultdict(Counter)
     for table in (table for file in files for table in read_batches(file, [SKIPPED_CHECKS.name])):
         for entry in chain.from_iterable(table[SKIPPED_CHECKS.name].drop_null().to_pylist()):
@@ -233,7 +249,8 @@ def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
     checks = [
         {
             "check": check,
-            "judges_itself": is_writer[check] and found.by_model > 0,
+            "judges_itself": found.by_model > 0
+            and models[plan.requests.model_of(tasks[check])]["revision"] in written_by,
             **found.describe(found.choose_level(verify.max_true_captions_lost)),
         }
         for check, found in findings.items()

@@ -20,6 +20,7 @@ IN_WORDS = {
     "repeats_itself": "the reply runs in a loop",
     "caption_string_pattern_mismatch": "the caption has control characters",
     "answer_not_yes_or_no": "the answer to a yes/no question is neither yes nor no",
+    "replaced_by_next_model": "the next model of the ladder was asked instead",
     # filter
     "refusal": "the model declined, or saw no image",
     "junk": "markup, code or coordinates in the text",
@@ -59,6 +60,7 @@ IN_WORDS = {
 SCORES_IN_WORDS = {
     "precision": "share of the caption's claims that the model confirmed when asked about the image",
     "coverage": "share of the questions about the image that the caption alone answers correctly",
+    "logprob_mean": "mean log-probability of the tokens of the model's reply",
     "relevance": "judge's score, 1 to 5: describes the important parts of the image",
     "grounding": "judge's score, 1 to 5: everything stated is visible",
     "correctness": "judge's score, 1 to 5: objects, numbers, colors, places and actions are correct",

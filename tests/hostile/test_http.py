@@ -200,7 +200,7 @@ def ask(folder: Path, script: Script, **server: Any) -> list[str | None]:
         with Journal(path) as journal:
             with client_of(config) as engine:
                 batches = iter([batch_of(SAMPLES)])
-                for _ in ask_about(batches, plan, config.server, lambda: engine, journal, RequestStats()):
+                for _ in ask_about(batches, plan, config.servers, lambda: engine, journal, RequestStats()):
                     pass
             images = [SampleInfo(sample.id, 1) for sample in SAMPLES]
             (table,) = read_annotations([images], plan, journal)

@@ -25,7 +25,7 @@ images = scene_samples(1)[0].images
 chunk = SampleBatch.of((f"{n:064x}", images) for n in range(200))
 stats = RequestStats()
 with Journal(Path(folder) / "j.sqlite") as journal, client_of(config, progress=LineProgress()) as engine:
-    for _ in ask_about(iter([chunk]), request_plan(config), config.server, lambda: engine, journal, stats):
+    for _ in ask_about(iter([chunk]), request_plan(config), config.servers, lambda: engine, journal, stats):
         pass
 print(stats.done, dict(stats.flaws))
 """

@@ -64,6 +64,7 @@ class RayExecutor:
     progress: Progress
     check: Callable[[], None]
     is_filled: bool = False
+    _read_key: str = ""
     _pending: list[ShardWork] = field(default_factory=list)
 
     @property
@@ -83,10 +84,16 @@ class RayExecutor:
         finally:
             reader.close()
         samples = [output_digest(plan.dataset, "read", name) for name in OUTPUTS]
-        model = [plan.requests.revision, plan.judge_revision, run.files]
-        key = digest([run.shard_count, samples, code_digest(), plan.config.recorded(), model])
-        self.run = replace(run, key=key)
+        models = [plan.describe_models(), run.files]
+        self._read_key = digest([run.shard_count, samples, code_digest(), plan.config.recorded(), models])
+        self.run = replace(run, key=self._read_key)
         return has_more
+
+    def begin_pass(self, escalations: str) -> None:
+        """See Executor. The shards are filled again."""
+        key = digest([self._read_key, escalations])
+        if key != self.run.key:
+            self.run, self.is_filled = replace(self.run, key=key), False
 
     def each(self, work: ShardWork) -> None:
         """See Executor. No work may call a model after the first step that compares rows."""
@@ -144,8 +151,7 @@ def open_executor(
 
     The folder is in an object store or on a shared file system. Raises SynthError if the run cannot start.
     """
-    config, engine = plan.config, plan.engine
-    assert engine is not None
+    config, engines = plan.config, plan.engines.values()
     if config.server.has_budget:
         hint = "leave out --max-requests, --max-tokens and --max-cost, or --executor ray"
         raise ConfigError("the workers of a cluster cannot share a budget", hint=hint)
@@ -155,13 +161,13 @@ def open_executor(
         shard_count = _count_shards(dataset, options.shards)
     lock, log = dataset.lock(say=progress.message), log_to(scratch_root(dataset.path))
     with open_cluster(), translate_disk_errors(dataset.path), lock as check, log:
-        workers = plan_workers(
-            options.workers, loads_model=not config.base_url, own_server=engine.name == "vllm"
-        )
+        local = [engine.name for engine in engines if not engine.urls]
+        workers = plan_workers(options.workers, loads_model=bool(local), own_server="vllm" in local)
         write_json(dataset.path / "shards" / "shards.json", {"shards": shard_count})
         write_json(dataset.run_file, config.recorded())
         _forget_local_run(dataset, steps)
-        run = ShardedRun(plan, Path.cwd(), shard_count, engine.name, digest(named_files(plan)))
+        kinds = {name: engine.name for name, engine in plan.engines.items()}
+        run = ShardedRun(plan, Path.cwd(), shard_count, kinds, digest(named_files(plan)))
         for shard in (dataset, *run.shards):
             forget_other_steps(shard, steps)
         yield RayExecutor(replace(run, filled=_filled_folders(run)), workers, stats, progress, check)
@@ -174,7 +180,7 @@ def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> 
     """
     plan = replace(plan, dataset=DatasetDir(plan.dataset.path.absolute()))
     shard_count = _count_shards(plan.dataset, None)
-    run = ShardedRun(plan, Path.cwd(), shard_count, "", digest(named_files(plan)))
+    run = ShardedRun(plan, Path.cwd(), shard_count, {}, digest(named_files(plan)))
     run = replace(run, filled=_filled_folders(run))
     return RayExecutor(run, None, RequestStats(), progress, check, is_filled=True)
 
@@ -195,7 +201,7 @@ def _apply_to_shard(run: ShardedRun, works: Sequence[ShardWork], index: int) -> 
     run_exclusively(run, index, apply)
 
 
-def _no_engine() -> Engine:
+def _no_engine(_: str) -> Engine:
     raise ClusterError(
         "internal error: a step called a model after asking was finished", hint="please report this bug"
     )

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +38,15 @@ class ShardedRun:
     workers can access the dataset folder, on a shared file system or in an object store. Paths in the
     settings are relative to `working_dir`.
 
-    `files` is a digest of the files that workers read. `key` is a digest of everything that the content of
-    filled shards depends on. In an object store, `filled` are their folders.
+    `engines` has the kind of engine of each model. `files` is a digest of the files that workers read. `key`
+    is a digest of everything that the content of filled shards depends on. In an object store, `filled` are
+    their folders.
     """
 
     plan: Plan
     working_dir: Path
     shard_count: int
-    engine: str
+    engines: Mapping[str, str]
     files: str
     key: str = ""
     filled: tuple[str, ...] = ()

@@ -27,7 +27,7 @@ from pipeline.dataset.images import FOLDER, ImageStore
 from pipeline.dataset.records import count_rows, is_done, write_record
 from pipeline.errors import EngineError
 from pipeline.executors.ray.shards import ShardedRun, run_exclusively
-from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
+from pipeline.inference.engines import EngineChoice, choose_engine, open_engines
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import NullProgress
@@ -41,8 +41,7 @@ FILLED = "filled.json"
 # Interval for saving the journal to an object store. If a node is lost, later replies are lost too.
 SAVE_INTERVAL_S = 30.0
 ADDED_STATS = (
-    "asked", "attempts", "flaws", "prompt_tokens", "reply_tokens", "judge_prompt_tokens",
-    "judge_reply_tokens", "uncounted",
+    "asked", "attempts", "flaws", "prompt_tokens_by_model", "reply_tokens_by_model", "uncounted",
 )  # fmt: skip
 log = logging.getLogger(__name__)
 
@@ -127,20 +126,21 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         return FillResult(run.shard(index).path.name, stats, cost)
 
     @cached_property
-    def _engine(self) -> Callable[[], Engine]:
-        return self._stack.enter_context(open_engine(self._choose_engine))
+    def _engine(self) -> Callable[[str], Engine]:
+        return self._stack.enter_context(open_engines(self._choose_engine))
 
     @cached_property
     def _stack(self) -> ExitStack:
         return ExitStack()
 
-    def _choose_engine(self) -> EngineChoice:
+    def _choose_engine(self, name: str) -> EngineChoice:
         run = self.run
-        config = run.plan.config.model_copy(update={"engine": run.engine})
-        log = run.scratch / "servers" / f"{socket.gethostname()}-{os.getpid()}.log"
-        choice, revision = choose_engine(config, log, NullProgress()), run.plan.requests.revision
-        if choice.revision != revision:
-            problem = f"a worker has {choice.model} {choice.revision[:12]}, but the command {revision[:12]}"
+        config = run.plan.config.of_model(name).model_copy(update={"engine": run.engines[name]})
+        log = run.scratch / "servers" / f"{socket.gethostname()}-{os.getpid()}-{name}.log"
+        choice, expected = choose_engine(config, log, NullProgress()), run.plan.models[name]
+        if choice.revision != expected.revision:
+            revisions = f"{choice.revision[:12]}, but the command {expected.revision[:12]}"
+            problem = f"a worker has {choice.model} {revisions}"
             raise EngineError(problem, hint="use the same model on all nodes, or the same --base-url list")
         return choice
 

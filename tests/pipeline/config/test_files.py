@@ -1,6 +1,7 @@
 """Files of settings: precedence of options and files, and errors with a hint."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,18 +100,18 @@ def test_bad_file_error_names_the_problem_and_a_hint(
         {"key_env": "sk-SECRET-123456"},
         {"key_env": "hf_SECRET123456"},
         {"headers": {"X-Key": "SECRET\nX-Other: b"}},
-        {"endpoints": {"http://a/v1": {"key_env": "sk-SECRET-1"}}},
     ],
 )
-def test_error_does_not_show_a_key_that_was_pasted_into_the_settings(server: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"key_env|headers") as caught:
-        resolve(source="scenes", base_url=["http://a/v1"], server=server)
-    assert "SECRET" not in f"{caught.value} {caught.value.hint}"
+def test_error_does_not_show_a_key_that_was_pasted_into_the_settings(server: dict[str, Any]) -> None:
+    for settings in ({"server": server}, {"models": {"small": server}}):
+        with pytest.raises(ConfigError, match=r"key_env|headers") as caught:
+            resolve(source="scenes", base_url=["http://a/v1"], **settings)
+        assert "SECRET" not in f"{caught.value} {caught.value.hint}"
 
 
 def test_error_about_a_section_does_not_show_its_keys(file: Path) -> None:
     headers = "{Authorization: Bearer sk-secret-01}"
-    file.write_text(f"{SOURCE}server: {{headers: {headers}, concurrency: yes, endpoints: {{x: {{}}}}}}\n")
+    file.write_text(f"{SOURCE}server: {{headers: {headers}, concurrency: yes}}\n")
     with pytest.raises(ConfigError) as caught:
         resolve(file)
     assert "sk-secret" not in f"{caught.value} {caught.value.hint}"

@@ -19,26 +19,30 @@ MEASURED = {
 }
 
 
-def spent(**tokens: tuple[int, int, int]) -> dict[str, int]:
+def spent(model: str = "default", **tokens: tuple[int, int, int]) -> dict[str, int]:
     units = ("requests", "prompt_tokens", "reply_tokens")
     return {
-        f"{name}.{unit}": n for name, counts in tokens.items() for unit, n in zip(units, counts, strict=True)
+        f"{name}.{model}.{unit}": n
+        for name, counts in tokens.items()
+        for unit, n in zip(units, counts, strict=True)
     }
 
 
 def test_price_counts_tokens_by_kind_of_text_and_checks_apart() -> None:
-    counts = spent(
-        caption=(100, 1000, 100), kurz=(50, 500, 50), kind=(90, 900, 9), rate=(10, 100, 10), qa=(9, 9, 9)
-    )
-    server = ServerConfig(price_in=1, price_out=10, judge_price_in=3)
-    price = {entry.pop("texts"): entry for entry in describe_price(counts, MEASURED, TASKS, server)}
+    counts = spent(caption=(100, 1000, 100), kurz=(50, 500, 50), kind=(90, 900, 9), qa=(9, 9, 9))
+    counts |= spent("judge", rate=(10, 100, 10))
+    default = ServerConfig(price_in=1, price_out=10)
+    servers = {"default": default, "judge": default.model_copy(update={"price_in": 3.0})}
+    price = {entry.pop("texts"): entry for entry in describe_price(counts, MEASURED, TASKS, servers)}
     captions = {"kept": 100, "requests": 150, "prompt_tokens": 1500, "reply_tokens": 150}
     assert price["captions"] == captions | {"cost": pytest.approx(3000 / 1e6)}
     assert price[""] == {
         "kept": 0, "requests": 10, "prompt_tokens": 100, "reply_tokens": 10, "cost": pytest.approx(400 / 1e6)
     }  # fmt: skip
     assert price["kind"]["kept"] == 80 and price["questions"]["kept"] == 50
-    assert all("cost" not in entry for entry in describe_price(counts, MEASURED, TASKS, ServerConfig()))
+    assert all(
+        "cost" not in entry for entry in describe_price(counts, MEASURED, TASKS, {"default": ServerConfig()})
+    )
 
 
 def entry(texts: str, kept: int, tokens: int, cost: float = 0.0) -> dict[str, Any]:

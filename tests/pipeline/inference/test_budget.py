@@ -13,7 +13,7 @@ from pipeline.inference.budget import WINDOW_REPLIES, Budget, BudgetError, Circu
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestQueue, RequestStats
 from pipeline.inference.requests import build_requests
-from pipeline.types import Reply, Request, SampleBatch
+from pipeline.types import DEFAULT_MODEL, Reply, Request, SampleBatch
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.clients import client_of, config_of
 from tests.plans import ask, request_plan
@@ -48,8 +48,11 @@ def test_run_sends_exactly_max_requests(tmp_path: Path) -> None:
 
 def test_cost_of_earlier_runs_counts_toward_max_cost() -> None:
     server = ServerConfig(price_in=1.0, price_out=2.0, max_cost=1.0)
-    assert [Budget(server, 10, 700_000, spent).is_used_up() for spent in (0.99, 0.9)] == [True, False]
-    budget = Budget(server, 10, 700_000, 0.8)
+    assert [Budget({DEFAULT_MODEL: server}, 10, 700_000, spent).is_used_up() for spent in (0.99, 0.9)] == [
+        True,
+        False,
+    ]
+    budget = Budget({DEFAULT_MODEL: server}, 10, 700_000, 0.8)
     budget.add(REQUEST, reply(prompt_tokens=200_000, reply_tokens=0))
     assert budget.is_used_up()
     assert "1.00 of 1.00 cost" in str(budget.error())
@@ -60,7 +63,8 @@ def test_cost_of_earlier_runs_counts_toward_max_cost() -> None:
 def test_limit_is_exceeded_by_one_request_at_most_if_replies_become_longer(
     parallel: int, limit: dict[str, Any]
 ) -> None:
-    budget = Budget(ServerConfig(price_in=0.1, price_out=1.0, **limit), 0, 0, 0.0)
+    server = ServerConfig(price_in=0.1, price_out=1.0, **limit)
+    budget = Budget({DEFAULT_MODEL: server}, 0, 0, 0.0)
     in_flight: list[Request] = []
     answered = 0
     sampling = dataclasses.replace(REQUEST.sampling, max_tokens=1000)
@@ -77,44 +81,34 @@ def test_limit_is_exceeded_by_one_request_at_most_if_replies_become_longer(
     assert total - most <= used <= total + most
 
 
-def test_judge_has_its_own_prices() -> None:
-    server = ServerConfig(
-        price_in=1.0, price_out=2.0, judge_price_in=10.0, judge_price_out=20.0, max_cost=1.0
+def test_each_model_has_its_own_prices() -> None:
+    config = resolve(
+        source="scenes",
+        server={"price_in": 1.0, "price_out": 2.0, "max_cost": 1.0},
+        models={"large": {"price_in": 10.0}, "free": {"price_in": 0.0, "price_out": 0.0}},
     )
-    rating = dataclasses.replace(REQUEST, task="rate")
-    budget, stats = Budget(server, 0, 0, 0.0), RequestStats()
-    for request in (REQUEST, rating):
+    budget, stats = Budget(config.servers, 0, 0, 0.0), RequestStats()
+    for model in (DEFAULT_MODEL, "large", "free"):
+        request = dataclasses.replace(REQUEST, model=model)
         budget.add(request, reply(prompt_tokens=10_000, reply_tokens=1000))
         stats.add_reply(request, reply(prompt_tokens=10_000, reply_tokens=1000))
-    assert budget.cost == stats.cost(server) == pytest.approx(0.012 + 0.12)
-    assert (stats.prompt_tokens, stats.reply_tokens) == (20_000, 2000)
+    # A model without a price has the price of `server`.
+    assert budget.cost == stats.cost(config.servers) == pytest.approx((0.01 + 0.002) + (0.1 + 0.002))
+    assert (stats.prompt_tokens, stats.reply_tokens) == (30_000, 3000)
+    assert RequestStats().cost(config.servers) == 0
+    assert stats.cost(resolve(source="scenes").servers) is None
 
 
-@pytest.mark.parametrize(
-    ("prices", "expected"),
-    [
-        ({}, None),
-        ({"price_in": 1.0}, 3.0),  # the judge costs as much as the writer
-        ({"price_in": 1.0, "judge_price_in": 4.0}, 9.0),
-        ({"judge_price_in": 4.0}, 8.0),  # the writer costs nothing
-        ({"price_out": 1.0, "judge_price_out": 2.0}, 6.0),
-    ],
-)
-def test_judge_prices_default_to_those_of_the_writer(prices: dict[str, Any], expected: float | None) -> None:
-    """3 million prompt tokens and 5 million reply tokens; 2 and 1 million of these are the judge's."""
-    assert ServerConfig(**prices).price(3e6, 5e6, 2e6, 1e6) == expected
-
-
-def test_later_run_counts_the_cost_of_the_judge(tmp_path: Path) -> None:
-    server = ServerConfig(price_in=1.0, judge_price_in=10.0, max_cost=1.0)
+def test_later_run_counts_the_cost_of_each_model(tmp_path: Path) -> None:
+    judge = {"model": "j", "base_url": ["http://localhost:1/v1"], "price_in": 10.0}
+    server = {"price_in": 1.0, "max_cost": 0.21}
     with Journal(tmp_path / "j") as journal:
-        for task in ("caption", "rate", "rate"):
-            request = dataclasses.replace(REQUEST, id=f"{task}-{journal.totals()['replies']}", task=task)
+        for number, model in enumerate((DEFAULT_MODEL, "judge", "judge")):
+            request = dataclasses.replace(REQUEST, id=f"{number}", model=model)
             journal.keep([(request, request.reply("text", "stop", 10_000, 0), None)])
-        assert journal.likely_tokens() == (30_000, 0)
-        assert journal.likely_tokens("rate") == (20_000, 0)
-        config = resolve(source="scenes", server=server.model_dump(exclude_unset=True) | {"max_cost": 0.21})
-        queue = RequestQueue(iter(()), request_plan(config), config.server, journal, RequestStats())
+        assert journal.likely_tokens() == {DEFAULT_MODEL: (10_000, 0), "judge": (20_000, 0)}
+        config = resolve(source="scenes", server=server, models={"judge": judge})
+        queue = RequestQueue(iter(()), request_plan(config), config.servers, journal, RequestStats())
         with pytest.raises(BudgetError, match=r"0\.210000 of 0\.210000 cost"):
             queue.require_room()
 
@@ -128,9 +122,9 @@ def test_journal_estimates_uncounted_tokens_like_the_run(tmp_path: Path) -> None
         for request, one in zip(requests, replies, strict=True):
             journal.keep([(request, dataclasses.replace(one, request_id=request.id), None)])
             stats.add_reply(request, one)
-        assert journal.likely_tokens() == (1507, 3 + len(replies[0].text) // 4)
-        assert journal.likely_tokens() == (stats.prompt_tokens, stats.reply_tokens)
-    assert stats.metrics(ServerConfig(price_in=1.0))["tokens"].startswith("about 1,507 read")
+        assert journal.likely_tokens() == {DEFAULT_MODEL: (1507, 3 + len(replies[0].text) // 4)}
+        assert journal.likely_tokens() == {DEFAULT_MODEL: (stats.prompt_tokens, stats.reply_tokens)}
+    assert stats.metrics({DEFAULT_MODEL: ServerConfig(price_in=1.0)})["tokens"].startswith("about 1,507 read")
 
 
 def test_max_cost_without_prices_is_refused() -> None:

@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.files import resolve
 from pipeline.errors import EngineError
-from pipeline.inference import client, probing, protocol
-from pipeline.inference.endpoints import named_endpoints
-from pipeline.inference.engines import choose_judge
+from pipeline.inference import client, protocol
 from pipeline.inference.journal import Journal
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind, refuse
 from tests.chat.server import Act, ChatServer, running_chat, task_of
@@ -253,85 +250,32 @@ def test_key_and_headers_from_the_environment_are_sent_only_to_the_configured_se
     assert openai.headers["Authorization"] == "Bearer of-openai" and "Authorization" not in other.headers
 
 
-def test_two_servers_have_separate_keys_and_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SYNTH_API_KEY", "of-all")
-    monkeypatch.setenv("SECOND_KEY", "of-second")
-    slow = lambda times, body: Act(seconds=0.1)  # noqa: E731
-    with running_chat(ChatServer(slow)) as first, running_chat(ChatServer(slow)) as second:
-        own = {"key_env": "SECOND_KEY", "headers": {"X-Title": "mine"}}
-        described = {f"{second.url}/": own}
-        server = {"headers": {"X-All": "yes"}, "concurrency": 16, "endpoints": described}
-        config = config_of(first.url, second.url, server=server)
-        chunks = iter([batch_of(scene_samples(30))])
-        with client_of(config) as engine, Journal(tmp_path / "j") as journal:
-            ask(config, chunks, lambda: engine, journal)
-    assert (first.authorizations, second.authorizations) == ({"Bearer of-all"}, {"Bearer of-second"})
-    for chat, title in ((first, None), (second, "mine")):
-        assert {(sent.get("X-All"), sent.get("X-Title")) for sent in chat.headers} == {("yes", title)}
-    assert len(first.bodies) + len(second.bodies) == 90
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "https://models.example.com",
-        "https://MODELS.example.com/v1/",
-        "https://models.example.com:443/v1/chat/completions",
-    ],
-)
-def test_endpoint_key_and_headers_apply_to_each_spelling_of_the_server_address(
-    address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SYNTH_API_KEY", "of-local")
-    monkeypatch.setenv("EXAMPLE_KEY", "of-example")
-    own = {"key_env": "EXAMPLE_KEY", "headers": {"api-key": "example"}}
-    server = {"headers": {"Api-Key": "all"}, "endpoints": {"https://models.example.com/v1": own}}
-    config = config_of("http://localhost:8000/v1", address, model="m", server=server)
-    local, example = endpoints_of(config)
-    assert local.headers["Authorization"] == "Bearer of-local"
-    assert example.headers["Authorization"] == "Bearer of-example"
-    assert [item for item in example.headers.items() if item[0].lower() == "api-key"] == [
-        ("api-key", "example")
-    ]
-    assert example.url == "https://models.example.com/v1"
-
-
-def test_judge_at_the_writers_host_gets_neither_the_writers_key_nor_headers(
+def test_servers_of_another_model_get_neither_the_general_key_nor_headers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-all")
-    monkeypatch.setenv("SYNTH_JUDGE_API_KEY", "of-judge")
-    monkeypatch.setenv("WRITER_KEY", "of-writer")
-    asked: list[Any] = []
-
-    def find(urls: Any, name: str, server: Any, key_name: str | None) -> tuple[str, str]:
-        asked.extend(named_endpoints(urls, server, key_name))
-        return "big", "revision"
-
-    monkeypatch.setattr(probing, "find_model", find)
     writer, other = "http://127.0.0.1:1/w/v1", "http://127.0.0.1:1/j/v1"
-    own = {"key_env": "WRITER_KEY", "headers": {"X-Team": "a"}}
 
-    def headers_for(address: str) -> dict[str, str]:
-        verify = {"judge": f"big@{address}", "judge_may_be_writer": True}
-        config = config_of(writer, model="m", server={"endpoints": {writer: own}}, verify=verify)
-        choose_judge(config, "r")
-        return dict(asked[-1].headers)
+    def headers_for(address: str, name: str) -> tuple[str | None, str | None]:
+        config = config_of(
+            writer, model="m", server={"headers": {"X-All": "b"}},
+            verify={"judge": f"big@{address}"}, models={"small": {"model": "s", "base_url": [address]}},
+        )  # fmt: skip
+        (endpoint,) = endpoints_of(config.of_model(name))
+        return endpoint.headers.get("Authorization"), endpoint.headers.get("X-All")
 
-    for address, key, team in ((other, "of-judge", None), (writer, "of-writer", "a")):
-        headers = headers_for(address)
-        assert (headers["Authorization"], headers.get("X-Team")) == (f"Bearer {key}", team)
-    monkeypatch.delenv("SYNTH_JUDGE_API_KEY")
-    # The general key is not for a host with its own settings.
-    assert "Authorization" not in headers_for(other)
+    for name in ("judge", "small"):
+        assert headers_for(other, name) == (None, None)
+        # Another spelling of the writer's address is the same server.
+        assert headers_for("http://127.0.0.1:1/w/v1/", name) == ("Bearer of-all", "b")
+        monkeypatch.setenv(f"SYNTH_{name.upper()}_API_KEY", f"of-{name}")
+        for address in (writer, other):
+            assert headers_for(address, name) == (f"Bearer of-{name}", None)
 
 
-def test_settings_of_unused_servers_are_ignored(tmp_path: Path) -> None:
-    file = tmp_path / "s.yaml"
-    file.write_text(
-        "source: scenes\nbase_url: [http://a:1/v1, http://b:1/v1]\n"
-        "server: {endpoints: {http://a:1: {key_env: A_KEY}, http://b:1/v1: {key_env: B_KEY}}}\n"
-    )
-    assert resolve(file).server.endpoint("http://b:1/v1/").key_env == "B_KEY"
-    server = resolve(file, base_url=["http://a:1/v1"]).server
-    assert server.endpoint("http://a:1/v1").key_env == "A_KEY"
+def test_model_has_its_own_key_variable_and_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXAMPLE_KEY", "of-example")
+    own = {"base_url": ["https://a/v1"], "key_env": "EXAMPLE_KEY", "headers": {"X-Team": "a"}}
+    config = config_of("http://localhost:1/v1", model="m", models={"small": own})
+    (endpoint,) = endpoints_of(config.of_model("small"))
+    assert endpoint.headers["Authorization"] == "Bearer of-example" and endpoint.headers["X-Team"] == "a"

@@ -1,13 +1,18 @@
 """Requests: an id depends on everything that changes the reply, and on nothing else."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config.files import resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.errors import ConfigError
 from pipeline.inference import protocol
 from pipeline.inference.protocol import Dialect
-from pipeline.inference.requests import build_requests
+from pipeline.inference.requests import RequestPlan, build_requests, check_prompts
+from pipeline.plan import Model, Plan
 from pipeline.sources import with_source_defaults
 from pipeline.tasks.checks import ANSWER, BLIND, CLAIMS, COVERS, REPAIR
 from tests.plans import request_plan
@@ -128,3 +133,75 @@ def test_seed_changes_ids_of_sampled_requests_only() -> None:
     brief, detailed, qa = ids(seed=1)
     assert [brief, detailed] == ids()[:2]
     assert qa != ids()[2]
+
+
+MODELS = {"default": Model("d", "r1"), "small": Model("s", "r2"), "large": Model("l", "r3")}
+NAMED = {name: {"model": name} for name in ("small", "large")}
+NOTES = {"name": "notes", "kind": "text", "prompt": "Take notes.", "model": "small"}
+
+
+def plan_with_models(**settings: Any) -> RequestPlan:
+    config = resolve(**{"source": "folder:x", "models": NAMED, "custom_tasks": [NOTES], **settings})
+    return Plan.resolve(config, DatasetDir(Path("d")), MODELS).requests
+
+
+def ids_by_task(plan: RequestPlan) -> dict[str, list[str]]:
+    ids: dict[str, list[str]] = {}
+    for request in build_requests("a" * 64, plan):
+        ids.setdefault(f"{request.task} by {request.model}", []).append(request.id)
+    return ids
+
+
+def test_model_of_a_task_changes_only_the_request_ids_of_this_task() -> None:
+    tasks = ["caption", "qa"]
+    config = with_source_defaults(resolve(source="folder:x", tasks=tasks))
+    without = ids_by_task(request_plan(config, "r1"))
+    ids = ids_by_task(plan_with_models(tasks=tasks, task_models={"qa": ["small", "large"]}))
+    assert ids.keys() == {"caption by default", "qa by small", "notes by small"}
+    assert ids["caption by default"] == without["caption by default"]
+    assert ids["qa by small"] != without["qa by default"]
+    second = ids_by_task(replace(plan_with_models(task_models={"qa": ["small", "large"]}), rung=1))
+    assert second["notes by small"] == ids["notes by small"] and second["qa by large"] != ids["qa by small"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "models"),
+    [
+        ({}, ("default", "default", "default")),
+        ({"model": "large"}, ("large", "large", "large")),
+        ({"task_models": {"checks": "small"}}, ("default", "small", "small")),
+        ({"task_models": {"checks": "small", "repair": "large"}}, ("default", "small", "large")),
+        ({"task_models": {"repair": "large"}, "model": "small"}, ("small", "small", "large")),
+        ({"task_models": {"caption": "default", "qa": "small"}}, ("default", "default", "default")),
+    ],
+)
+def test_checks_and_repair_use_the_default_model_unless_they_name_one(
+    settings: dict[str, Any], models: tuple[str, ...]
+) -> None:
+    plan = plan_with_models(**settings)
+    assert tuple(map(plan.model_of, ("caption", "confirm", "repair"))) == models
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"task_models": {"caption": ["small", "larg"]}}, "unknown model: larg"),
+        ({"custom_tasks": [NOTES | {"model": "smal"}]}, "the task notes names an unknown model: smal"),
+        ({"task_models": {"captions": "small"}}, "unknown task: captions"),
+        ({"task_models": {"checks": ["small", "large"]}}, "checks can have one model only"),
+        ({"verify": {"judge": "larg"}}, "the judge larg has no server"),
+        ({"models": {"default": {}}}, "choose another name"),
+        ({"models": {"judge": {}}, "verify": {"judge": "j@http://h/v1"}}, "set verify.judge: judge"),
+    ],
+)
+def test_unknown_or_contradictory_model_is_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        plan_with_models(**settings)
+
+
+def test_task_with_a_ladder_cannot_be_needed_by_another_task() -> None:
+    settings = {"tasks": ["caption"], "generate": {"caption_styles": ["brief"]}}
+    ladder = {"caption": ["small", "large"]}
+    plan = plan_with_models(custom_tasks=[NOTES | {"needs": ["brief"]}], task_models=ladder, **settings)
+    with pytest.raises(ConfigError, match="caption has several models, but another task needs its result"):
+        check_prompts(plan, has_checks=False)

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_lines, text_name
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference import requests
-from pipeline.plan import Plan
+from pipeline.plan import Model, Plan
 from pipeline.reviewing import apply_reviews
 from pipeline.run import RunResult, generate_dataset, steps_of
 from pipeline.steps import ask as ask_step
@@ -25,6 +24,7 @@ from pipeline.steps.base import RowStep
 from pipeline.steps.verify_settings import VerifySettings
 from pipeline.storage.files import read_table
 from pipeline.tasks import prompts
+from pipeline.types import DEFAULT_MODEL
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.notes import Notes
 from tests.pipeline.sources.test_read import photo
@@ -318,9 +318,11 @@ def test_key_of_verify_step_changes_with_clip_weights_and_judge(tmp_path: Path) 
     clip.mkdir()
     (clip / "model.safetensors").write_bytes(b"one")
     verify = {"checks": ["alignment"], "clip_model": str(clip), "judge": "rater@http://localhost:1/v1"}
-    plan = Plan.resolve(settings(tmp_path, verify=verify), DatasetDir(tmp_path), "m", "r", "first")
-    keys = [records.step_key("verify", VerifySettings.of(plan), (), ())]
-    keys.append(records.step_key("verify", VerifySettings.of(replace(plan, judge_revision="second")), (), ()))
+    keys = []
+    for revision in ("first", "second"):
+        models = {DEFAULT_MODEL: Model("m", "r"), "judge": Model("rater", revision)}
+        plan = Plan.resolve(settings(tmp_path, verify=verify), DatasetDir(tmp_path), models)
+        keys.append(records.step_key("verify", VerifySettings.of(plan), (), ()))
     (clip / "model.safetensors").write_bytes(b"two")
     keys.append(records.step_key("verify", VerifySettings.of(plan), (), ()))
     assert len(set(keys)) == 3

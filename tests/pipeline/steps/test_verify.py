@@ -1,6 +1,6 @@
 """Each check rejects with its own reason, and checks without an answer reject nothing."""
 
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -234,7 +234,7 @@ def test_repair_only_leaves_out_words_of_refuted_claims(before: str, after: str,
 
 def checker_of(**settings: Any) -> verify_checks.AnnotationChecker:
     stub: Any = SimpleNamespace(is_calibrated=True, splits_claims=True, seed=0, **settings)
-    return verify_checks.AnnotationChecker(stub, stub, stub, ExitStack())
+    return verify_checks.AnnotationChecker(stub, stub, stub)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_missing_clip_is_refused_before_any_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("style", "is_kept"), [("dense", True), ("plain", True), ("alt", False)])
 def test_repaired_caption_has_the_bounds_of_its_style(style: str, *, is_kept: bool) -> None:
     settings: Any = SimpleNamespace(bounds=FilterConfig(), requests=request_plan(resolve(source="scenes")))
-    checker = verify_checks.AnnotationChecker(settings, settings, settings, ExitStack())
+    checker = verify_checks.AnnotationChecker(settings, settings, settings)
     text = (
         "An old man in a blue coat sits on a wooden bench beside a brown dog, while two children with red "
         "kites run along the wet beach toward a small white boat that lies under a gray and cloudy sky."

@@ -36,7 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardedRun]
     home = parse_dataset_path(f"memory://{uuid4().hex}")
     config = resolve(source="scenes")
     plan = plan_of(home, config)
-    yield ShardedRun(plan, tmp_path, 4, "embedded", digest(named_files(plan)))
+    yield ShardedRun(plan, tmp_path, 4, {"default": "embedded"}, digest(named_files(plan)))
     remove(home)
 
 

@@ -16,7 +16,7 @@ from tests.step_runs import plan_of
 
 def run_in(folder: Path, shards: int) -> ShardedRun:
     plan = plan_of(folder)
-    return ShardedRun(plan, folder, shards, "embedded", digest(named_files(plan)))
+    return ShardedRun(plan, folder, shards, {"default": "embedded"}, digest(named_files(plan)))
 
 
 @pytest.mark.parametrize("shards", [1, 3, 16, 1000])
@@ -34,7 +34,7 @@ def test_shards_have_similar_sizes_and_contiguous_ranges_of_ids(tmp_path: Path, 
 
 
 def test_worker_that_cannot_see_the_dataset_folder_raises(tmp_path: Path) -> None:
-    run = ShardedRun(plan_of(tmp_path), tmp_path / "elsewhere", 1, "embedded", "files")
+    run = ShardedRun(plan_of(tmp_path), tmp_path / "elsewhere", 1, {"default": "embedded"}, "files")
     with pytest.raises(ClusterError, match=r"a worker cannot see .*elsewhere"):
         run.enter()
 
@@ -46,7 +46,7 @@ def test_node_with_a_different_prompt_is_refused(tmp_path: Path) -> None:
     generate = {"prompt_dir": tmp_path / "prompts"}
     config = resolve(source="folder:x", tasks=["caption"], generate=generate)
     plan = plan_of(parse_dataset_path("memory://b"), config)
-    run = ShardedRun(plan, tmp_path / "elsewhere", 1, "embedded", digest(named_files(plan)))
+    run = ShardedRun(plan, tmp_path / "elsewhere", 1, {"default": "embedded"}, digest(named_files(plan)))
     assert "Describe it." in str(named_files(plan)["prompts"])
     run.enter()
     run.enter()

@@ -1,0 +1,175 @@
+"""Ladders: ask the next model about the texts that the last model failed to write.
+
+`climb` repeats the steps from ask to verify for each model of a ladder. After each repetition, `escalate`
+lists the pairs of task and style of each sample for which no text is left. The ask step then also asks the
+next model for these, and rejects the texts that it replaces. Replies come from the journal, so no request is
+sent twice.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config.sections import cost_of
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.records import output_digest, read_record, step_key
+from pipeline.digests import digest
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats
+from pipeline.inference.requests import Pair
+from pipeline.plan import Plan
+from pipeline.steps.base import RowStep, Step, Work
+from pipeline.storage.database import load, open_database, read
+from pipeline.storage.files import open_table, read_batches, read_table, write_table
+from pipeline.tables import FLOAT64, INT32, STRING, fields
+from pipeline.types import UNANSWERED
+
+COUNTED = ("requests", "prompt_tokens", "reply_tokens")
+KEYS = fields(STRING, "sample_id", "task", "style")
+ESCALATED = pa.schema([*KEYS, *fields(INT32, "rung")])
+ASKED = pa.schema([*ESCALATED, *fields(STRING, "model", "reply_error")])
+KEPT = pa.schema([*ESCALATED, *fields(FLOAT64, "logprob_mean")])
+# Requests that a server did not answer are sent again by the next run, not sent to another model.
+QUERY = """
+SELECT sample_id, task, style, rung + 1 AS rung FROM asked
+WHERE rung = {last} AND task IN {tasks} AND model IS NOT NULL
+    AND coalesce(reply_error, '') NOT IN {unanswered}
+EXCEPT
+SELECT sample_id, task, style, rung + 1 FROM kept WHERE coalesce(logprob_mean, 0) >= {min_logprob}
+ORDER BY ALL
+"""
+Escalated = dict[str, frozenset[Pair]]  # pairs of task and style by sample id
+
+
+def climb(work: Work, steps: Sequence[Step], stats: RequestStats, run: Callable[[], None]) -> None:
+    """Find the texts that each model of a ladder fails to write. `run` runs `steps`: ask to verify.
+
+    The next run of the ask step asks the next models for them. Does nothing if an earlier run with the same
+    inputs has found them: the file of the escalations has a key like that of a step.
+    """
+    plan, path = work.plan, _file_of(work.plan.dataset)
+    row_steps = [step for step in steps if isinstance(step, RowStep)]
+    settings = [plan.requests, plan.config.keeps_human_texts, *(step.settings(plan) for step in row_steps)]
+    files = [file for step in row_steps for file in step.reads(plan)]
+    key = step_key("ladder", settings, files, [output_digest(plan.dataset, "read")]).encode()
+    if not path.exists() or (open_table(path).schema_arrow.metadata or {}).get(b"key") != key:
+        path.unlink(missing_ok=True)
+        for rung in range(1, plan.requests.num_rungs):
+            work.executor.begin_pass(_state(plan))
+            run()
+            stats.begin_pass()
+            if not escalate(work, rung):
+                break
+        if not stats.unanswered:  # otherwise the next run repeats the requests, and then the search
+            write_table(path, [_read(plan.dataset)], ESCALATED.with_metadata({b"key": key}))
+    work.executor.begin_pass(_state(plan))
+
+
+def _file_of(dataset: DatasetDir) -> Path:
+    """Return the file with the pairs that further models are asked for (ESCALATED)."""
+    return dataset.path / "ladder.parquet"
+
+
+def _state(plan: Plan) -> str:
+    """Return a digest of the escalations so far."""
+    return digest(_read(plan.dataset).to_pydict())
+
+
+def escalate(work: Work, rung: int) -> bool:
+    """List the pairs for the model at position `rung` of each ladder. Return whether there are any."""
+    plan, shards = work.plan, work.executor.shards
+    work.executor.wait()
+    tasks = [task.name for task in plan.tasks.asked if len(plan.requests.models_of(task.name)) > rung]
+    min_logprob = plan.config.generate.min_logprob
+    query = QUERY.format(
+        last=rung - 1,
+        tasks=(*tasks, ""),
+        unanswered=UNANSWERED,
+        min_logprob=f"{-1e300 if min_logprob is None else min_logprob}::DOUBLE",
+    )
+    with open_database(plan.dataset.path) as db:
+        for name, step, schema in (("asked", "ask", ASKED), ("kept", "verify", KEPT)):
+            files = (shard.step_file(step) for shard in shards)
+            load(db, name, (part for file in files for part in read_batches(file, schema.names)), schema)
+        added = [table.cast(ESCALATED) for table in read(db.sql(query))]
+    count = sum(table.num_rows for table in added)
+    if count:
+        write_table(_file_of(plan.dataset), [_read(plan.dataset), *added], ESCALATED)
+        texts = f"{count:,} texts that were rejected or are uncertain"
+        work.progress.message(f"asking the next model for {texts}")
+    return bool(count)
+
+
+def _read(dataset: DatasetDir) -> pa.Table:
+    path = _file_of(dataset)
+    return read_table(path).cast(ESCALATED) if path.exists() else ESCALATED.empty_table()
+
+
+def read_escalated(plan: Plan, shard: DatasetDir) -> list[Escalated]:
+    """Return the pairs for the second and further models about the samples of a shard."""
+    if plan.requests.num_rungs == 1:
+        return []
+    ids = {
+        one for part in read_batches(shard.step_file("read"), ["sample_id"]) for one in part[0].to_pylist()
+    }
+    by_rung: dict[int, dict[str, set[Pair]]] = defaultdict(lambda: defaultdict(set))
+    for row in _read(plan.dataset).to_pylist():
+        if row["sample_id"] in ids:
+            by_rung[row["rung"]][row["sample_id"]].add((row["task"], row["style"]))
+    return [
+        {sample_id: frozenset(pairs) for sample_id, pairs in by_rung[rung].items()}
+        for rung in sorted(by_rung)
+    ]
+
+
+def describe_escalated(escalated: Sequence[Escalated]) -> list[Any]:
+    """Return escalations as JSON values, in order."""
+    return [sorted((name, sorted(pairs)) for name, pairs in of_rung.items()) for of_rung in escalated]
+
+
+def count_requests(shard: DatasetDir, plan: Plan) -> list[dict[str, Any]]:
+    """Return the requests of each model of a ladder, and the tokens of all their replies, by task."""
+    if plan.requests.num_rungs == 1:
+        return []
+    counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+    seen = {""}
+    with Journal(shard.journal) as journal:
+        for row in _ladder_rows(shard, plan, "ask", "request_id"):
+            if row["request_id"] not in seen:
+                seen.add(row["request_id"])
+                values = (1, *journal.tokens_of(row["request_id"]))
+                counts[row["task"], row["rung"]].update(dict(zip(COUNTED, values, strict=True)))
+    return [{"task": task, "rung": rung, **count} for (task, rung), count in sorted(counts.items())]
+
+
+def describe_ladder(plan: Plan, shards: Sequence[DatasetDir]) -> list[dict[str, Any]]:
+    """Return the requests, tokens, cost and texts of each model of a ladder, by task, for the manifest.
+
+    `texts` has all texts of a model, and `kept` those that passed all steps until verify.
+    """
+    counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+    for shard in shards:
+        for counted in read_record(shard, "ask")["rungs"]:
+            counts[counted["task"], counted["rung"]].update({name: counted[name] for name in COUNTED})
+        for step, name in (("ask", "texts"), ("verify", "kept")):
+            for row in _ladder_rows(shard, plan, step):
+                counts[row["task"], row["rung"]][name] += 1
+    entries = []
+    for (task, rung), of_model in sorted(counts.items()):
+        model = plan.requests.models_of(task)[rung]
+        tokens = {model: (of_model["prompt_tokens"], of_model["reply_tokens"])}
+        cost = cost_of(tokens, plan.config.servers)
+        entry: dict[str, Any] = {"task": task, "model": model}
+        entry |= {name: of_model[name] for name in (*COUNTED, "texts", "kept")}
+        entries.append(entry | ({} if cost is None else {"cost": cost}))
+    return entries
+
+
+def _ladder_rows(shard: DatasetDir, plan: Plan, step: str, *columns: str) -> Iterator[dict[str, Any]]:
+    """Yield the texts that models wrote for tasks with a ladder."""
+    tasks = {task.name for task in plan.tasks.asked if len(plan.requests.models_of(task.name)) > 1}
+    for part in read_batches(shard.step_file(step), ["task", "rung", "model", *columns]):
+        yield from (row for row in part.to_pylist() if row["task"] in tasks and row["model"] is not None)
