@@ -69,10 +69,7 @@ _END_MARKS = ".!?\"')\u201d\u2019\u00bb"
 _QUOTE_MARK = re.compile(r'(?<!\d)"')
 _LAST_WORD = re.compile(r"\s([a-z]{3,4})$")
 _GENERAL = frozenset(WORDS["general"].split())
-_NAMES_OF_ANYTHING = (
-    "image picture photo photograph scene something thing things object objects items elements"
-)
-_ANYTHING = frozenset(_NAMES_OF_ANYTHING.split())
+_ANYTHING = frozenset(WORDS["anything"].split())
 # A text echoes the prompt if it repeats this many consecutive words, one of which belongs to an instruction.
 ECHO_WORDS = 5
 _EXAMPLE = re.compile(r'Example: "([^"]+)"')
