@@ -78,10 +78,7 @@ _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|n
 _SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++\s+")
 
 # The answer to a question with one of these words may be in any script.
-_READING = (
-    "say says said read reads written write writes text word words letter letters character characters sign"
-)
-_READING_WORDS = frozenset([*_READING.split(), "label", "name"])
+_READING_WORDS = frozenset(WORDS["reading"].split())
 
 # Answers that say nothing: their beginnings, and words anywhere, as in "age unknown".
 _NO_ANSWER = pattern("says_nothing", re.IGNORECASE, before=rf"\W*{expression('it_is')}")
@@ -108,20 +105,13 @@ _SENTENCE_ANSWER = re.compile(
     re.IGNORECASE,
 )
 DEFAULT_ANSWER_WORDS = FilterConfig().max_answer_words
-_NAMING_WORDS = frozenset(
-    ("brand", "company", "make", "maker", "model", "logo", "kind", "type", "store", "restaurant", "team")
-)
+_NAMING_WORDS = frozenset(WORDS["naming"].split())
 _CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.{0,300}\(?\b[B-Db-d2-4][).]\s")
 _OFFERS_ANSWER = re.compile(r"\bor (?:something|anything|someone) else\b", re.IGNORECASE)
 _REPEATED_ANSWER = re.compile(r"([a-z]+)(?:(?:,? and |, )\1)+|([a-z]+)(?: \2){2,}", re.IGNORECASE)
 # Answers of these words fit any question.
-_VAGUE_WORDS = (
-    "something somebody someone somewhere thing things stuff object objects action activity location answer "
-    "weather description attribute"
-)
-_VAGUE = frozenset(_VAGUE_WORDS.split())
-_EMPTY_WORDS = ("a", "an", "the", "some", "various", "several", "different", "many", "other", "doing", "of")
-_ANY_ANSWER = _VAGUE | frozenset(_EMPTY_WORDS)
+_VAGUE = frozenset(WORDS["vague"].split())
+_ANY_ANSWER = _VAGUE | frozenset(WORDS["with_vague"].split())
 _ARTICLES = frozenset(("a", "an", "the", "some"))
 _FILLERS = frozenset(("in", "color", "colored", "colour", "coloured", "of", "to"))
 

@@ -11,14 +11,23 @@ from operator import eq
 
 from pipeline.text import WORDS, pattern
 from pipeline.text.language import begins_longer_word, unquoted
-from pipeline.text.normalize import contains_any, text_key, words_of
+from pipeline.text.normalize import contains_any, sentences_with, text_key, words_of
 
 # Every match of _MARKUP in ASCII has one of these characters or parts. They are rare in captions, so testing
 # for them first makes the search 10 times faster.
-_SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;:()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]")
+_SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]|_")
 _SPECIAL_PARTS = (
-    *("_", ":", "--", "$$", "addCriterion", "ounding box", "bbox"),
-    *("oordinate", "pixel", " / ", " OR ", "XXX", "..."),
+    "--",
+    "$$",
+    "..",
+    " / ",
+    "ounding",
+    "bbox",
+    "oordinate",
+    "pixel",
+    " OR ",
+    "XXX",
+    "addCriterion",
 )
 _ENDING_EMOJI = re.compile(r"[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]{1,2}$")
 _MARKUP = pattern("markup")
@@ -37,7 +46,6 @@ _CAPTION_LABEL = re.compile(
 )
 _CHAT_START = pattern("chat_start", re.IGNORECASE, before=r"\s*")
 _CAPTION_START = pattern("caption_start", re.IGNORECASE, before=r"\W*")
-_INSTRUCTION = pattern("instruction", re.IGNORECASE)
 _CHAT = pattern("chat", before=r"\b")
 _LENGTH = pattern("length")
 _LENGTH_WORDS = frozenset(("words", "word", "characters", "tokens", "sentence", "sentences"))
@@ -61,10 +69,7 @@ _END_MARKS = ".!?\"')\u201d\u2019\u00bb"
 _QUOTE_MARK = re.compile(r'(?<!\d)"')
 _LAST_WORD = re.compile(r"\s([a-z]{3,4})$")
 _GENERAL = frozenset(WORDS["general"].split())
-_NAMES_OF_ANYTHING = (
-    "image picture photo photograph scene something thing things object objects items elements"
-)
-_ANYTHING = frozenset(_NAMES_OF_ANYTHING.split())
+_ANYTHING = frozenset(WORDS["anything"].split())
 # A text echoes the prompt if it repeats this many consecutive words, one of which belongs to an instruction.
 ECHO_WORDS = 5
 _EXAMPLE = re.compile(r'Example: "([^"]+)"')
@@ -108,7 +113,7 @@ def has_label(text: str) -> bool:
 
 def has_caption_label(text: str) -> bool:
     """Return whether a caption has labels, begins as no description does, or ends with a question."""
-    if (":" in text and _CAPTION_LABEL.match(text)) or _INSTRUCTION.match(text) or _CAPTION_START.match(text):
+    if (":" in text and _CAPTION_LABEL.match(text)) or _CAPTION_START.match(text):
         return True
     return "?" in text[-3:] and bool(_QUESTION_AT_END.search(text))
 
@@ -119,7 +124,8 @@ def is_chat(text: str, words: list[str]) -> bool:
         return True
     if _CHAT_WORDS.isdisjoint(words):
         return False
-    return bool(_CHAT.search(unquoted(text).lower().replace("\u2019", "'")))
+    plain = unquoted(text).lower().replace("\u2019", "'")
+    return any(map(_CHAT.search, sentences_with(_CHAT_WORDS, plain)))
 
 
 def is_placeholder(words: list[str]) -> bool:
@@ -156,9 +162,10 @@ def stutters(text: str, words: list[str]) -> bool:
 
 def counts_on(words: list[str]) -> bool:
     """Return whether a text has a long list of numbers that mostly continue the count, as in 1 2 3 4."""
+    if len(words) <= MAX_COUNTED:
+        return False
     numbers = [int(word) for word in words if word.isdecimal() and len(word) <= MAX_END_CHARACTERS]
-    is_long = len(numbers) > MAX_COUNTED
-    return is_long and 4 * sum(b - a == 1 for a, b in pairwise(numbers)) > 3 * len(numbers)
+    return len(numbers) > MAX_COUNTED and 4 * sum(b - a == 1 for a, b in pairwise(numbers)) > 3 * len(numbers)
 
 
 def is_cut_off(text: str, words: list[str]) -> bool:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection
 
 from pipeline.text import WORDS, pattern
+from pipeline.text.normalize import sentences_with
 
 _DECLINED = pattern("declined", re.IGNORECASE)
 _BEGINS = pattern("refusal_start", before=r"\s*(?:unfortunately,? )?")
@@ -27,4 +28,4 @@ def is_refusal(text: str, words: Collection[str], *, may_quote_sign: bool = Fals
     if _HINT_WORDS.isdisjoint(words) or (may_quote_sign and text.lstrip().lower().startswith(_ON_A_SIGN)):
         return False
     text = text.lower()
-    return bool(_BEGINS.match(text) or _SAYS.search(text))
+    return bool(_BEGINS.match(text)) or any(map(_SAYS.search, sentences_with(_HINT_WORDS, text)))
