@@ -31,7 +31,7 @@ from pipeline.dataset.reviews import Verdict, format_lines, read_stored
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest, digest
-from pipeline.errors import TableError
+from pipeline.errors import StoreError, TableError
 from pipeline.plan import Plan
 from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
 from pipeline.steps.ladder import describe_ladder
@@ -124,13 +124,17 @@ class WriteStep(Step):
             write = partial(write_rows, steps=names, source=source, extras=extras)
             written = executor.map_with_scratch(write, draft)
             work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
-        for line in describe_changes(newest[0], work.version, verdicts) if newest and work.is_new else ():
-            work.progress.message(line)
         for folder in folders:
             # The version holds the contents of these files.
             for name in ("digests", "rejections"):
                 folder.step_file(NAME, name).unlink(missing_ok=True)
             write_record(folder, NAME, key, version=work.version.name)
+        if newest and work.is_new:
+            try:
+                for line in describe_changes(newest[0], work.version, verdicts):
+                    work.progress.message(line)
+            except StoreError as error:  # the earlier version is damaged, but the new one is not
+                work.progress.message(f"cannot compare with {newest[0].name}: {error}")
 
     def summarize(self, work: Work) -> StepSummary:
         """See Step."""
