@@ -313,7 +313,8 @@ def read_annotations(
                 annotations += parse_reply(request, reply, plan.tasks, frame)
             annotations += _not_asked(sample_id, plan, requests, skipped)
             if reason := find_dropped(plan, inputs, results):
-                annotations = [row | {"reply_error": reason} for row in annotations]
+                # An unusable reply keeps its own reason.
+                annotations = [row | {"reply_error": row.get("reply_error") or reason} for row in annotations]
             rows += [row | {"pages": pages, "source_split": split} for row in annotations]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)
 
