@@ -358,7 +358,10 @@ def read_annotations(
                 inputs = texts(info.sample_id)
                 results = read_results(info.sample_id, plan, journal, inputs)
                 if reason := find_dropped(plan, inputs, results):
-                    annotations = [row | {"reply_error": reason} for row in annotations]
+                    # An unusable reply keeps its own reason.
+                    annotations = [
+                        row | {"reply_error": row.get("reply_error") or reason} for row in annotations
+                    ]
             rows += [row | {"pages": info.pages, "source_split": info.source_split} for row in annotations]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)
 

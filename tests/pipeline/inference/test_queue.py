@@ -14,9 +14,10 @@ from pipeline.inference import journal as journal_module
 from pipeline.inference import queue
 from pipeline.inference.embedded import batch_requests
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats
-from pipeline.types import Engine, Reply, RequestSource, SampleBatch
-from tests.plans import ask, stored_annotations
+from pipeline.inference.queue import RequestStats, read_annotations, read_results
+from pipeline.inference.requests import build_requests
+from pipeline.types import Engine, Reply, RequestSource, SampleBatch, SampleInfo
+from tests.plans import ask, request_plan, stored_annotations
 from tests.scene_data import requests_to_send
 
 PNG = b64decode(
@@ -171,3 +172,32 @@ def test_batch_has_one_prompt_and_at_most_the_given_size() -> None:
     assert [len(group) for group in batches] == [4, 2] * 3
     assert all(len({request.text for request in group}) == 1 for group in batches)
     assert sorted(r.id for group in batches for r in group) == sorted(r.id for r in requests)
+
+
+def test_image_that_keep_if_drops_loses_all_texts_and_human_ones(tmp_path: Path) -> None:
+    task = {"name": "kind", "kind": "labels", "prompt": "Look.", "keep_if": "'blank' not in results.kind"}
+    styles = {"caption_styles": ["plain"]}
+    config = resolve(source="folder:x", tasks=["caption"], custom_tasks=[task], generate=styles)
+    plan = request_plan(config)
+    replies = dict(zip(IDS, ('{"labels":["dog"]}', '{"labels":["blank"]}', "A dog."), strict=False))
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        for sample_id, text in replies.items():
+            (kind,) = build_requests(sample_id, plan, pairs=plan.rounds[0])
+            journal.keep([(kind, kind.reply(text, "stop"), None)])
+            results = read_results(sample_id, plan, journal)
+            for caption in build_requests(sample_id, plan, results=results, pairs=plan.rounds[1]):
+                journal.keep([(caption, caption.reply("A red ring.", "stop"), None)])
+        ids = {"annotation_id": "h", "request_id": "h", "prompt_id": "human"}
+        human = ids | {"task": "qa", "style": "", "position": 0}
+        samples = [SampleInfo(name, 1, human=(human | {"sample_id": name},)) for name in replies]
+        (table,) = read_annotations([samples], plan, journal)
+        assert journal.totals()["replies"] == 4
+        assert journal.spent["kind.requests"] == 3 and journal.spent["caption.requests"] == 1
+    errors: dict[str, dict[str, str | None]] = {name: {} for name in replies}
+    for row in table.to_pylist():
+        errors[row["sample_id"]][row["task"]] = row["reply_error"]
+    assert [*errors.values()] == [
+        {"qa": None, "caption": None, "kind": None},
+        dict.fromkeys(("qa", "kind", "caption"), "dropped_by_kind"),
+        {"qa": "dropped_without_kind", "kind": "not_json", "caption": "dropped_without_kind"},
+    ]
