@@ -86,6 +86,7 @@ NO_CHATS = (
 )  # fmt: skip
 NO_CAPTION_LABELS = (
     "First base at a ball game", "Noticeboards hang on a wall.", "No one sits on the bench.",
+    "In one hand, a man holds a kite.", "In short sleeves, a man runs.",
     "A I love kites sign",
     "Ideal kite weather at sea", 'A boy asks "who flies it?" of a man',
 )  # fmt: skip
