@@ -75,8 +75,8 @@ CHATS = (
     "A kite as instructed.", "A kite (continued)", "A kite. Hmm, what else?", "A kite; alternatively, a bird",
     "This headline highlights a kite", "A kite, I mean a bird", "A kite, courtesy of NASA",
     "An AI-generated kite",
-    "A kite. It is important to wear gloves.", "A kite of 72 dpi", "A highly detailed kite",
-    "A kite. Subscribe to it",
+    "A kite. It is important to wear gloves.", "A kite of 72 dpi", "A kite, highly detailed, 8k",
+    "A kite. Subscribe to our page",
     "Alt text for a kite", "A kite. Buy now!", "In conclusion, a kite flies.", "Internal Server Error",
 )  # fmt: skip
 NO_CHATS = (
@@ -86,6 +86,7 @@ NO_CHATS = (
 )  # fmt: skip
 NO_CAPTION_LABELS = (
     "First base at a ball game", "Noticeboards hang on a wall.", "No one sits on the bench.",
+    "In one hand, a man holds a kite.", "In short sleeves, a man runs.",
     "A I love kites sign",
     "Ideal kite weather at sea", 'A boy asks "who flies it?" of a man',
 )  # fmt: skip
