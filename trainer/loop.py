@@ -394,7 +394,7 @@ def run_steps(
                     progress.message("scoring the validation split", transient=True)
                     with trainer.averaged():
                         trainer.validation.score(out, log, done)
-                    shown |= trainer.validation.shown
+                    shown = {"loss": shown["loss"], **trainer.validation.shown}
                 trainer.end_stage_early(done, progress)
             progress(stage, done, trainer.schedule.total_steps, shown)
             if log and (is_scored or is_interrupted or time.monotonic() - saved_at >= SAVE_EVERY_S):
