@@ -156,11 +156,12 @@ def test_model_of_a_task_changes_only_the_request_ids_of_this_task() -> None:
     tasks = ["caption", "qa"]
     config = with_source_defaults(resolve(source="folder:x", tasks=tasks))
     without = ids_by_task(request_plan(config, "r1"))
-    ids = ids_by_task(plan_with_models(tasks=tasks, task_models={"qa": ["small", "large"]}))
+    ladder = plan_with_models(tasks=tasks, task_models={"qa": ["small", "large"]})
+    ids = ids_by_task(ladder)
     assert ids.keys() == {"caption by default", "qa by small", "notes by small"}
     assert ids["caption by default"] == without["caption by default"]
     assert ids["qa by small"] != without["qa by default"]
-    second = ids_by_task(replace(plan_with_models(task_models={"qa": ["small", "large"]}), rung=1))
+    second = ids_by_task(replace(ladder, rung=1))
     assert second["notes by small"] == ids["notes by small"] and second["qa by large"] != ids["qa by small"]
 
 
