@@ -192,7 +192,7 @@ def test_image_that_keep_if_drops_loses_all_texts_and_human_ones(tmp_path: Path)
         samples = [SampleInfo(name, 1, human=(human | {"sample_id": name},)) for name in replies]
         (table,) = read_annotations([samples], plan, journal)
         assert journal.totals()["replies"] == 4
-        assert journal.spent["kind.requests"] == 3 and journal.spent["caption.requests"] == 1
+        assert journal.spent["kind.default.requests"] == 3 and journal.spent["caption.default.requests"] == 1
     errors: dict[str, dict[str, str | None]] = {name: {} for name in replies}
     for row in table.to_pylist():
         errors[row["sample_id"]][row["task"]] = row["reply_error"]
