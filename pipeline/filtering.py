@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipeline.config.sections import ANY_LANGUAGE, FilterConfig
 from pipeline.rules import (
+    CAPTION_RULES,
     MIN_WORDS_FOR_REPETITION,
     RECORD_RULES,
     RULES,
@@ -144,7 +145,7 @@ def _judge(
         row = RuleInput(
             scores, words, config, prompt_grams, texts, style or "", answer_type, is_built_in, caption_words
         )
-        rules = RULES_BY_STYLE.get(row.style, RULES)
+        rules = RULES_BY_STYLE.get(row.style, CAPTION_RULES) if row.is_caption else RULES
         return scores, next((name for name, rejects in rules.items() if rejects(row)), None)
 
     cached = lru_cache(CACHED_TEXTS)(judge)

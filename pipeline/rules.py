@@ -455,6 +455,11 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "answer_in_question": lambda row: row.is_question and gives_answer_away(row.main, row.answer or ""),
     "speaks_of_elsewhere": is_elsewhere,
 }
+_RULES_OF_PAIRS = (
+    *("unanswerable", "personal_answer", "not_visible", "no_single_question", "count_not_a_number"),
+    *("answer_not_a_number", "answer_off_type", "answer_in_question"),
+)
+CAPTION_RULES = {name: rule for name, rule in RULES.items() if name not in _RULES_OF_PAIRS}
 # Placeholders that are also signs.
 _SIGNS = (["test"], ["empty"], ["title"])
 # The rules of captions with the text on signs, which may have any form.
@@ -470,7 +475,9 @@ READ_TEXT_RULES: dict[str, Callable[[RuleInput], bool]] = {
 }
 # Tags need neither sentences nor a language that can be detected.
 TAG_RULES = {
-    name: rule for name, rule in RULES.items() if name not in ("other_language", "cut_off", "repetitive")
+    name: rule
+    for name, rule in CAPTION_RULES.items()
+    if name not in ("other_language", "cut_off", "repetitive")
 } | {"keywords": is_no_tag_list}
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
 # The rules for records of custom tasks, whose texts may be a word, a code, or the text on a sign.
