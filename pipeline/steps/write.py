@@ -31,7 +31,7 @@ from pipeline.dataset.reviews import Verdict, format_lines, read_stored
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest, digest
-from pipeline.errors import StoreError, TableError
+from pipeline.errors import TableError
 from pipeline.plan import Plan
 from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
 from pipeline.steps.ladder import describe_ladder
@@ -130,11 +130,8 @@ class WriteStep(Step):
                 folder.step_file(NAME, name).unlink(missing_ok=True)
             write_record(folder, NAME, key, version=work.version.name)
         if newest and work.is_new:
-            try:
-                for line in describe_changes(newest[0], work.version, verdicts):
-                    work.progress.message(line)
-            except StoreError as error:  # the earlier version is damaged, but the new one is not
-                work.progress.message(f"cannot compare with {newest[0].name}: {error}")
+            for line in describe_changes(newest[0], work.version, verdicts):
+                work.progress.message(line)
 
     def summarize(self, work: Work) -> StepSummary:
         """See Step."""
