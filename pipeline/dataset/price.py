@@ -1,8 +1,7 @@
 """Compute what the texts of a version cost in tokens and money, per kept text and per right text.
 
-The tokens are those of all attempts at the replies that the version used. A reply that several images use
-counts for each of them. The share of right texts is an estimate that the version has: from an audit, or else
-from a judge, corrected for the errors of the judge.
+Tokens of all attempts count. A reply that several images use counts for each of them. The share of right
+texts is an estimate that the version has: from an audit, or else from a judge, corrected for its errors.
 """
 
 from collections.abc import Mapping
