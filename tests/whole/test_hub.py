@@ -76,19 +76,17 @@ def test_training_downloads_version_from_hub_once(reader: User, hub: RunningHub,
     assert hub.hub.sent_bytes == sent_bytes  # read from the cache
 
 
-def test_images_that_were_not_pushed_are_joined_from_dataset_or_source(reader: User, maker: User) -> None:
+def test_images_that_were_not_pushed_are_joined_from_a_source(reader: User, maker: User) -> None:
     maker.synth("push", "--repo", "me/texts", "--no-images")
     refused = reader.synth(*TRAIN, "me/texts", code=1).stderr
     assert "me/texts has no images" in refused
     assert "--images" in refused
     images = ("--images", "folder:nowhere")
     assert "nowhere" in reader.synth(*TRAIN, "me/texts", *images, code=1).stderr
-    of_dataset = ("me/texts", "--images", str(maker.folder / "data" / "scenes"))
-    trained = reader.json(*TRAIN, *of_dataset)
+    of_source = ("me/texts", "--images", "scenes")
+    trained = reader.json(*TRAIN, *of_source)
     # The dataset is now in the cache.
-    assert reader.json("evaluate", trained["path"], *of_dataset)["images"] > 0
-    other = User(maker.hub, reader.folder / "other")
-    other.synth(*TRAIN, "me/texts", "--images", "scenes")
+    assert reader.json("evaluate", trained["path"], *of_source)["images"] > 0
 
 
 def test_pushed_captioner_has_card_with_its_data(maker: User, hub: RunningHub) -> None:
