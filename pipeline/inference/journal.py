@@ -45,6 +45,15 @@ _INSERT = (
 )
 
 
+# SQL for the sums of `budget.likely_tokens`.
+_IS_UNCOUNTED = f"prompt_tokens = 0 AND finish_reason NOT IN {UNANSWERED}"
+_LIKELY_WRITTEN = f"MAX(reply_tokens, LENGTH(text) / {CHARACTERS_PER_TOKEN})"
+_LIKELY_SUMS = ", ".join(
+    f"SUM(CASE WHEN {_IS_UNCOUNTED} THEN {likely} ELSE {counted} END)"
+    for likely, counted in ((ASSUMED_PROMPT_TOKENS, "prompt_tokens"), (_LIKELY_WRITTEN, "reply_tokens"))
+)
+
+
 class Journal:
     """Stores replies in a SQLite file, which is closed at the end of a `with` block. Writes are transactions.
 
@@ -54,8 +63,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        # The requests whose replies were used, and the tokens of all their attempts, by TASK.UNIT. A reply
-        # that several samples use counts for each, so that the sums do not depend on the number of shards.
+        # The requests whose replies were used, and the tokens of all their attempts, by TASK.MODEL.UNIT. A
+        # reply that several samples use counts for each, so that the sums do not depend on the number of shards.
         self.spent = Counter[str]()
         self._db = sqlite3.connect(path.absolute())
         self._db.text_factory = _decode
@@ -148,22 +157,12 @@ class Journal:
 
     def likely_tokens(self) -> dict[str, tuple[int, int]]:
         """Return the sums of `budget.likely_tokens` over all replies of each model, by its name."""
-        is_uncounted = f"prompt_tokens = 0 AND finish_reason NOT IN {UNANSWERED}"
-        likely_written = f"MAX(reply_tokens, LENGTH(text) / {CHARACTERS_PER_TOKEN})"
-        sums = ", ".join(
-            f"SUM(CASE WHEN {is_uncounted} THEN {likely} ELSE {counted} END)"
-            for likely, counted in (
-                (ASSUMED_PROMPT_TOKENS, "prompt_tokens"),
-                (likely_written, "reply_tokens"),
-            )
-        )
-        query = f"SELECT COALESCE(model, ?), {sums} FROM replies GROUP BY model"  # noqa: S608
+        query = f"SELECT COALESCE(model, ?), {_LIKELY_SUMS} FROM replies GROUP BY model"  # noqa: S608
         return {name: (read, written) for name, read, written in self._db.execute(query, (DEFAULT_MODEL,))}
 
     def tokens_of(self, request_id: str) -> tuple[int, int]:
-        """Return the prompt and reply tokens of all attempts of a request."""
-        sums = "COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(reply_tokens), 0)"
-        query = f"SELECT {sums} FROM replies WHERE request_id = ?"  # noqa: S608
+        """Return the sum of `budget.likely_tokens` over all replies to a request."""
+        query = f"SELECT {_LIKELY_SUMS} FROM replies WHERE request_id = ?"  # noqa: S608
         read, written = self._db.execute(query, (request_id,)).fetchone()
         return read, written
 

@@ -25,9 +25,9 @@ from pipeline.steps.base import RowStep, Step, Work
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import open_table, read_batches, read_table, write_table
 from pipeline.tables import FLOAT64, INT32, STRING, fields
+from pipeline.tasks.base import UNITS
 from pipeline.types import UNANSWERED
 
-COUNTED = ("requests", "prompt_tokens", "reply_tokens")
 KEYS = fields(STRING, "sample_id", "task", "style")
 ESCALATED = pa.schema([*KEYS, *fields(INT32, "rung")])
 ASKED = pa.schema([*ESCALATED, *fields(STRING, "model", "reply_error")])
@@ -141,7 +141,7 @@ def count_requests(shard: DatasetDir, plan: Plan) -> list[dict[str, Any]]:
             if row["request_id"] not in seen:
                 seen.add(row["request_id"])
                 values = (1, *journal.tokens_of(row["request_id"]))
-                counts[row["task"], row["rung"]].update(dict(zip(COUNTED, values, strict=True)))
+                counts[row["task"], row["rung"]].update(dict(zip(UNITS, values, strict=True)))
     return [{"task": task, "rung": rung, **count} for (task, rung), count in sorted(counts.items())]
 
 
@@ -153,7 +153,7 @@ def describe_ladder(plan: Plan, shards: Sequence[DatasetDir]) -> list[dict[str, 
     counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
     for shard in shards:
         for counted in read_record(shard, "ask")["rungs"]:
-            counts[counted["task"], counted["rung"]].update({name: counted[name] for name in COUNTED})
+            counts[counted["task"], counted["rung"]].update({name: counted[name] for name in UNITS})
         for step, name in (("ask", "texts"), ("verify", "kept")):
             for row in _ladder_rows(shard, plan, step):
                 counts[row["task"], row["rung"]][name] += 1
@@ -163,7 +163,7 @@ def describe_ladder(plan: Plan, shards: Sequence[DatasetDir]) -> list[dict[str, 
         tokens = {model: (of_model["prompt_tokens"], of_model["reply_tokens"])}
         cost = cost_of(tokens, plan.config.servers)
         entry: dict[str, Any] = {"task": task, "model": model}
-        entry |= {name: of_model[name] for name in (*COUNTED, "texts", "kept")}
+        entry |= {name: of_model[name] for name in (*UNITS, "texts", "kept")}
         entries.append(entry | ({} if cost is None else {"cost": cost}))
     return entries
 
