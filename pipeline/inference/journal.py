@@ -64,7 +64,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         # The requests whose replies were used, and the tokens of all their attempts, by TASK.MODEL.UNIT. A
-        # reply that several samples use counts for each, so that the sums do not depend on the number of shards.
+        # reply that several samples use counts for each of them, so the sums do not depend on the shards.
         self.spent = Counter[str]()
         self._db = sqlite3.connect(path.absolute())
         self._db.text_factory = _decode
