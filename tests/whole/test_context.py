@@ -42,7 +42,7 @@ def server() -> Iterator[ChatServer]:
         noted = next(
             (line.partition(": ")[2] for line in text.splitlines() if 'title: "' in line), '"nothing"'
         )
-        name = json.loads(noted)[:30]
+        name = json.loads(noted).partition('"')[0]
         return Act(json.dumps({"caption": f"A brass lamp that is known as {name} stands on a desk."}))
 
     with running_chat(ChatServer(script)) as chat:
