@@ -24,7 +24,7 @@ REFUSED = '{"caption":"I cannot see the image."}'
 
 def caption_of(body: dict[str, Any]) -> str:
     """Return a caption that is unique to the image."""
-    words = " ".join(f"word{digit}" for digit in uuid_of(body)[:6])
+    words = " ".join(f"word{place}{digit}" for place, digit in enumerate(uuid_of(body)[:6]))
     return f'{{"caption":"A small ring beside {words} on a white background."}}'
 
 

@@ -54,7 +54,7 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     described = json.loads(run(photos, *command, "--json").stdout)
     images = described["images"]
     assert {*images} == {"05b.jpg", *(f"{number:02}.jpg" for number in range(7))}
-    assert images["05b.jpg"] == [["unknown image format", "read: the image cannot be read"]]
+    assert images["05b.jpg"] == [["unknown image format", "read: unreadable image"]]
     texts = [text for name, texts in images.items() if name != "05b.jpg" for text in texts]
     assert len(texts) == 14
     assert {reason for _, reason in texts} == {

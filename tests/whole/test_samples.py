@@ -86,10 +86,10 @@ def test_text_reviewed_as_bad_is_not_used_as_worse_caption(chosen: Chosen, folde
 
 
 def test_changing_the_selection_rule_sends_no_request(chosen: Chosen, folder: Path) -> None:
-    checked = ("--samples", str(SAMPLES), "--verify", "claims")
+    checked = ("--samples", str(SAMPLES), "--verify", "alignment")
     generate(folder, *checked)
-    longest = generate(folder, *checked, "--select", "longest")
-    assert (longest["requests"]["asked"], longest["is_new"]) == (0, True)
+    aligned = generate(folder, *checked, "--select", "clip")
+    assert (aligned["requests"]["asked"], aligned["is_new"]) == (0, True)
     alone = generate(folder)
     first, last = read_version(folder / "d/versions/v1.0.0"), read_version(folder / alone["path"])
     assert (alone["requests"]["asked"], last.manifest["digest"]) == (0, first.manifest["digest"])
