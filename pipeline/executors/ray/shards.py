@@ -125,7 +125,7 @@ class ShardedImageStore(ImageStore):
 
 
 def named_files(plan: Plan) -> dict[str, Any]:
-    """Return the content or digest of each file that workers read, including code of custom tasks."""
+    """Return the content or digest of each file that workers read."""
     config = plan.config
     clip = Path(config.verify.clip_model)
     asked = asked_tasks(config, plan.tasks)

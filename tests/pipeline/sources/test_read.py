@@ -35,6 +35,8 @@ LATER_SETTINGS = [
     "drop_context",
     "tasks",
     "custom_tasks",
+    "models",
+    "task_models",
     "engine",
     "model",
     "base_url",

@@ -54,19 +54,3 @@ def test_node_with_a_different_prompt_is_refused(tmp_path: Path) -> None:
         ClusterError, match="a worker has different files than the node that runs the command"
     ):
         replace(run, files="other").enter()
-
-
-def test_changed_code_of_a_custom_task_changes_the_digest_of_tasks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its checks decide which rows are kept."""
-    code = "from pydantic import BaseModel\n\n\nclass Seen(BaseModel):\n    color: str\n"
-    (tmp_path / "own_checks.py").write_text(code)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    task = {"name": "color", "kind": "record", "prompt": "What color?", "output": "own_checks:Seen"}
-    config = resolve(source="scenes", custom_tasks=[task], tasks=["color"])
-    plan = plan_of(tmp_path, config)
-    before = named_files(plan)
-    (tmp_path / "own_checks.py").write_text(code + "    # changed\n")
-    assert named_files(plan)["tasks"] != before["tasks"]
