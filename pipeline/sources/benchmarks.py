@@ -99,8 +99,8 @@ def open_questions(
 
     def rows() -> Iterator[TableRow]:
         for name, file_split, row in tables.rows(columns, split):
-            is_read = isinstance(row, dict)
-            if is_read and sum(len(str(row[column])) for column in text_columns) > MAX_TEXT_BYTES:
+            texts = [str(row[column]) for column in text_columns] if isinstance(row, dict) else []
+            if sum(map(len, texts)) > MAX_TEXT_BYTES:
                 detail = f"texts of more than {MAX_TEXT_BYTES:,} characters"
                 row = Rejected(source_row=name, reason="row_too_large", detail=detail)
             yield name, file_split, row
