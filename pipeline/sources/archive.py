@@ -80,7 +80,9 @@ REASONS = {
     "encrypted": "it is encrypted",
     "unreadable_entry": "it is damaged, or not compressed with deflate",
     "unsupported_format": "this format is not supported: convert the file to JPEG or PNG",
-    "unused_text": "no image of its name is next to it, or it is too large or not UTF-8",
+    "text_too_large": f"more than {MAX_TEXT_BYTES:,} bytes",
+    "unreadable_text": "its characters are not in UTF-8",
+    "unused_text": "no image of its name is next to it",
 }
 
 
@@ -256,7 +258,7 @@ def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
     max_bytes = MAX_TEXT_BYTES if is_text(name) else MAX_IMAGE_BYTES
     data = read(max_bytes + 1) if size <= max_bytes else b""
     if size > max_bytes or len(data) > max_bytes:
-        return Entry(name, None, "file_too_large")
+        return Entry(name, None, "text_too_large" if is_text(name) else "file_too_large")
     return Entry(name, data)
 
 
@@ -396,7 +398,9 @@ def _open(config: Config, path: str) -> Source:
                 elif split in (None, row.fields["split"]):
                     row_split = stored_split(row.fields["split"], split)
                     yield replace(row, fields=row.fields | {"split": row_split})
-            yield from (_reject(name, text, "unused_text") for text in unused)
+            for text in unused:
+                reason = "unused_text" if text.text is not None else text.reason or "unreadable_text"
+                yield _reject(name, text, reason)
         if is_empty:
             hint = "PNG, JPEG, WebP and other images are read, also in subfolders"
             raise SourceError(f"no images in {', '.join(names)[:200]}", hint=hint)
