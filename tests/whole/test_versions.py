@@ -1,4 +1,4 @@
-"""Versions: list and remove, previews, and the default dataset."""
+"""Versions: list, previews, and the default dataset."""
 
 import json
 import shutil
