@@ -101,8 +101,7 @@ def open_questions(
         for name, file_split, row in tables.rows(columns, split):
             texts = [str(row[column]) for column in text_columns] if isinstance(row, dict) else []
             if sum(map(len, texts)) > MAX_TEXT_BYTES:
-                detail = f"texts of more than {MAX_TEXT_BYTES:,} characters"
-                row = Rejected(source_row=name, reason="row_too_large", detail=detail)
+                row = Rejected(source_row=name, reason="row_too_large", detail="over 1 MB of texts")
             yield name, file_split, row
 
     def samples() -> Iterator[RawSample | Rejected]:

@@ -63,8 +63,7 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
         hint = f"in the first line, call the column of paths {IMAGE_COLUMNS[0]}, or the column of URLs url"
         raise SourceError(f"{file} has no column of images: it has {', '.join(names)[:200]}", hint=hint)
     require_columns(columns, names)
-    with translate_file_errors(file, f"correct the column {SPLIT}, or rename it"):
-        return [_parse_row(number, row, columns, file) for number, row in rows]
+    return [_parse_row(number, row, columns, file) for number, row in rows]
 
 
 def _read_rows(text: str, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -93,10 +92,8 @@ def _parse_row(number: int, row: dict[str, Any], columns: Sequence[str], file: P
     context = tuple((column, as_text(row.get(column), f"{where} {column}")) for column in columns)
     # In an export of synth, `title` is a caption.
     caption_columns = CAPTIONS if WRITTEN_BY in values else CAPTION_COLUMNS
-    try:
+    with translate_file_errors(Path(f"{file}, row {number}"), f"correct the column {SPLIT}, or rename it"):
         return ListedImage(name, address, ImageTexts.of_row(values, caption_columns), context)
-    except ValueError as error:  # an unknown split
-        raise ValueError(f"row {number}: {error}") from None
 
 
 def _is_file(root: Path, path: str) -> bool:

@@ -109,8 +109,7 @@ def _parse_csv(text: str) -> Iterator[dict[str, Any]]:
     Raises ValueError if a column name is repeated, a row has too many values, or a quote is not closed.
     """
     _require_few_values(text, "CSV")
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t|", key=header.count)
+    delimiter = max(",;\t|", key=text.partition("\n")[0].count)
     file = io.StringIO(text, newline="")
     options: Any = {"delimiter": delimiter, "skipinitialspace": True}
     num_rows = sum(map(bool, csv.reader(file, **options))) - 1  # below the header
