@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import TRIAL, Version
 from pipeline.errors import TableError
 from pipeline.executors.local import LocalExecutor, forget_other_steps
 from pipeline.executors.messages import describe_losses, describe_start, describe_unanswered
@@ -46,8 +46,6 @@ STEPS: tuple[Step, ...] = (
 MIN_YIELD = 0.05
 # Factor for the number of further images to read, so that fewer rounds are needed.
 SURPLUS = 1.1
-# Name of the folder of a trial in the dataset folder.
-TRIAL_FOLDER = ".trial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +168,7 @@ def run_trial(
     caller holds the lock of the dataset folder.
     """
     assert plan.source is not None
-    trial = DatasetDir(plan.dataset.path / TRIAL_FOLDER)
+    trial = DatasetDir(plan.dataset.path / TRIAL)
     remove(trial.path)
     trial.path.mkdir(parents=True)
     try:

@@ -59,9 +59,8 @@ def check(
             if result.hint:
                 echo(f"      {result.hint}")
     if not results:
-        raise StoreError(
-            f"no dataset at {data}", hint="pass a dataset folder: `synth versions list` shows the last one"
-        )
+        hint = "`check` reads datasets, not captioners: `synth versions list` shows the last dataset"
+        raise StoreError(f"no dataset at {data}", hint=hint)
     if as_json:
         echo(json.dumps([asdict(result) for result in results]))
     if not all(result.is_ok for result in results):

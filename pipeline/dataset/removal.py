@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.dataset.images import ImageStore
-from pipeline.dataset.version import FEATURES, LOCK, PUSHED
+from pipeline.dataset.version import FEATURES, LOCK, PUSHED, TRIAL
 from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, open_table, remove
 from pipeline.storage.lock import lock_file
@@ -13,6 +13,7 @@ from pipeline.storage.lock import lock_file
 TEMPORARY_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
 # Patterns of files left by killed commands. All commands that write to these folders hold the dataset's lock.
 LEFTOVERS = (
+    TRIAL,
     f"versions/{SCRATCH}",
     f"versions/v*/{TEMPORARY_FILES}",
     f"steps/*/**/{TEMPORARY_FILES}",

@@ -47,6 +47,7 @@ DATA = Path("data")
 # Subfolders of a dataset folder for hidden states, and for the shards of a running push. Both can be made
 # again. A process that uses such a subfolder holds its lock file, LOCK.
 FEATURES, PUSHED, LOCK = "features", ".push", "lock"
+TRIAL = ".trial"  # subfolder of a dataset folder that a running preview uses
 MAX_NAME_CHARACTERS = 240  # file systems allow 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 

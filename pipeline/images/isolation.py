@@ -94,8 +94,8 @@ def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]]) -> Iterator[tuple[T, Re
 class Worker:
     """A process that decodes untrusted files, without credentials in its environment.
 
-    `code` is the program to run. Its stdin is `file`, or else the connection on which it answers. Answers are
-    bytes that are parsed, never unpickled. Raises SourceError if the process cannot be started.
+    `code` is the program to run. Its stdin is `file` or, without one, the connection to this process. It
+    answers with bytes that are parsed, never unpickled. Raises SourceError if the process cannot be started.
     """
 
     def __init__(self, code: str, file: IO[bytes] | None = None, arguments: Sequence[str] = ()) -> None:
@@ -117,7 +117,7 @@ class Worker:
             raise SourceError(f"cannot start an image decoder: {error}", hint="free some memory") from None
         finally:
             theirs.close()
-        self._is_overdue = False
+        self._is_overdue, self._lock = False, threading.Lock()
 
     def is_alive(self) -> bool:
         """Return whether the process is running."""
@@ -125,10 +125,10 @@ class Worker:
 
     def kill(self) -> None:
         """Kill the process, and close the connection to it."""
-        with suppress(OSError):
+        with self._lock, suppress(OSError):  # a pool and its thread may both end a worker
             self._process.kill()
             self._process.wait()
-        self._connection.close()
+            self._connection.close()
 
     @contextmanager
     def limited(self, seconds: float) -> Iterator[None]:

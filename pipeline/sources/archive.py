@@ -76,11 +76,12 @@ REASONS = {
     "outside_archive": "its name leads out of the archive",
     "name_too_long": "its name is too long",
     "not_a_file": "a link, a pipe or a device, not a regular file",
-    "file_too_large": f"more than {MAX_IMAGE_BYTES:,} bytes",
+    "file_too_large": f"more than {MAX_IMAGE_BYTES:,} bytes, or {MAX_TEXT_BYTES:,} in a text file",
     "encrypted": "it is encrypted",
     "unreadable_entry": "it is damaged, or not compressed with deflate",
     "unsupported_format": "this format is not supported: convert the file to JPEG or PNG",
-    "unused_text": "no image of its name is next to it, or it is too large or not UTF-8",
+    "unreadable_text": "its characters are not in UTF-8",
+    "unused_text": "no image of its name is next to it",
 }
 
 
@@ -89,24 +90,17 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An image or text file in an archive. If it is rejected, `data` is None and `reason` is set."""
+    """An image or text file in an archive. If it is rejected, only `name` and `reason` are set."""
 
     name: str
     data: bytes | None
     reason: str = ""
+    text: str | None = None  # of a text file
 
     @property
     def key(self) -> str:
         """WebDataset's sample key: the path up to the first dot in the file name."""
         return _key(self.name)
-
-    @property
-    def text(self) -> str | None:
-        """The decoded text, or None if the entry is too large or not UTF-8."""
-        try:
-            return None if self.data is None else decode_text(self.data)
-        except ValueError:
-            return None
 
 
 def _key(name: str) -> str:
@@ -215,7 +209,7 @@ def _read_tar(stream: _CountedFile, name: str) -> Iterator[Entry]:
 
 
 def _read_zip(file: BinaryIO, name: str) -> Iterator[Entry]:
-    """Yield the wanted entries of a zip file by key. Of entries with equal names, only the last is read."""
+    """Yield the wanted entries of a zip file, sorted by key. A repeated name stands for its last entry."""
     size = file.seek(0, 2)
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
@@ -257,7 +251,10 @@ def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
     data = read(max_bytes + 1) if size <= max_bytes else b""
     if size > max_bytes or len(data) > max_bytes:
         return Entry(name, None, "file_too_large")
-    return Entry(name, data)
+    try:
+        return Entry(name, data, text=decode_text(data) if is_text(name) else None)
+    except ValueError:
+        return Entry(name, None, "unreadable_text")
 
 
 def _require_few_members(name: str, number: int) -> None:
@@ -396,7 +393,7 @@ def _open(config: Config, path: str) -> Source:
                 elif split in (None, row.fields["split"]):
                     row_split = stored_split(row.fields["split"], split)
                     yield replace(row, fields=row.fields | {"split": row_split})
-            yield from (_reject(name, text, "unused_text") for text in unused)
+            yield from (_reject(name, text, text.reason or "unused_text") for text in unused)
         if is_empty:
             hint = "PNG, JPEG, WebP and other images are read, also in subfolders"
             raise SourceError(f"no images in {', '.join(names)[:200]}", hint=hint)

@@ -16,8 +16,8 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import SourceError
-from pipeline.sources.base import DECK_TASKS, SourceSpec, check_samples
-from pipeline.sources.parquet import TableRow, Tables
+from pipeline.sources.base import DECK_TASKS, SourceSpec, check_samples, require_columns
+from pipeline.sources.parquet import MAX_TEXT_BYTES, TableRow, Tables
 from pipeline.sources.splits import stored_split
 from pipeline.sources.tables import (
     PARTIAL_MESSAGE,
@@ -84,25 +84,28 @@ def open_questions(
     *,
     decks: bool = False,
 ) -> Source:
-    """Return a source with one sample per run of rows with equal values of `key`, with all their questions.
+    """Return a source with one sample, with all questions, for each group of adjacent rows with equal `key`.
 
-    Rows with the same image that are not adjacent are joined by the read step, like those of any table.
-    Raises SourceError if the split is missing.
+    `text_columns` includes `key`. Rows with the same image that are not adjacent are joined by the read step,
+    like those of any table. Raises SourceError if the split or a column is missing.
     """
-    split = config.source_split
+    split, columns = config.source_split, [*image_columns, *text_columns]
     check_split(tables, split)
+    require_columns(columns, tables.schema.names, "use hub:ORG/NAME with --columns; columns")
 
     def key_of(row: TableRow) -> Any:
         name, file_split, values = row
         return name if isinstance(values, Rejected) else (file_split, values[key])
 
-    def grouped(columns: Sequence[str], first_row: int = 0) -> Iterator[Iterator[TableRow]]:
-        return (group for _, group in groupby(tables.rows(columns, split, first_row), key_of))
+    def rows() -> Iterator[TableRow]:
+        for name, file_split, row in tables.rows(columns, split):
+            texts = [str(row[column]) for column in text_columns] if isinstance(row, dict) else []
+            if sum(map(len, texts)) > MAX_TEXT_BYTES:
+                row = Rejected(source_row=name, reason="row_too_large", detail="over 1 MB of texts")
+            yield name, file_split, row
 
-    def samples(start: int) -> Iterator[RawSample | Rejected]:
-        # Only the keys of the skipped rows are read, not their images.
-        first_row = sum(1 for group in islice(grouped([key]), start) for _ in group) if start else 0
-        for group in grouped([*image_columns, *text_columns], first_row):
+    def samples() -> Iterator[RawSample | Rejected]:
+        for group in (group for _, group in groupby(rows(), key_of)):
             name, file_split, row = next(group)
             if isinstance(row, Rejected):
                 yield row
@@ -116,7 +119,7 @@ def open_questions(
     return Source(
         name=config.source.partition("@")[0],
         revision=tables.revision,
-        read=lambda start: check_samples(samples(start)),
+        read=lambda start: check_samples(islice(samples(), start, None)),
         count=lambda: len(set(tables.values(key, split))),
         decks=decks,
         is_partial=tables.is_partial,

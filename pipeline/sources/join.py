@@ -33,6 +33,9 @@ def with_pixels(version: Version, images: str | None) -> Version:
         if images is None:
             name = version.repo or version.path
             raise ConfigError(f"{name} has no images", hint="pass its images: --images FOLDER")
+        if Path(images, "versions").is_dir():
+            hint = "pass the folder or source from which it was made, as in its run.json"
+            raise ConfigError(f"{images} is a dataset", hint=hint)
         return join_images(version, read_images(f"folder:{images}" if Path(images).is_dir() else images))
 
 

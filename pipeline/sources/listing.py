@@ -18,7 +18,7 @@ from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles, require_columns
 from pipeline.sources.source_files import digest_or_fault, read_image
-from pipeline.sources.splits import SPLIT_OF_WORD, stored_split
+from pipeline.sources.splits import stored_split
 from pipeline.sources.text_files import parse_rows, read_text, translate_file_errors
 from pipeline.sources.texts import FILE_NAMES, ImageTexts
 from pipeline.tables import CAPTION_COLUMNS, CAPTIONS, SPLIT, WRITTEN_BY
@@ -63,9 +63,7 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
         hint = f"in the first line, call the column of paths {IMAGE_COLUMNS[0]}, or the column of URLs url"
         raise SourceError(f"{file} has no column of images: it has {', '.join(names)[:200]}", hint=hint)
     require_columns(columns, names)
-    hint = f"in the column {SPLIT}, use {', '.join(SPLIT_OF_WORD)}, or rename the column"
-    with translate_file_errors(file, hint):
-        return [_parse_row(number, row, columns, file) for number, row in rows]
+    return [_parse_row(number, row, columns, file) for number, row in rows]
 
 
 def _read_rows(text: str, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -94,7 +92,8 @@ def _parse_row(number: int, row: dict[str, Any], columns: Sequence[str], file: P
     context = tuple((column, as_text(row.get(column), f"{where} {column}")) for column in columns)
     # In an export of synth, `title` is a caption.
     caption_columns = CAPTIONS if WRITTEN_BY in values else CAPTION_COLUMNS
-    return ListedImage(name, address, ImageTexts.of_row(values, caption_columns), context)
+    with translate_file_errors(Path(f"{file}, row {number}"), f"correct the column {SPLIT}, or rename it"):
+        return ListedImage(name, address, ImageTexts.of_row(values, caption_columns), context)
 
 
 def _is_file(root: Path, path: str) -> bool:

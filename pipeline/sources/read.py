@@ -96,6 +96,7 @@ ADVICE = {  # rejection reason -> what the user can change
     "unsupported_format": "convert the files to JPEG; HEIC needs the package pillow-heif (extra `heic`)",
     "several_images": "to read them as a deck: --columns pages=COLUMN",
     "too_many_pages": "split the decks into smaller ones",
+    "unreadable_text": "save the text files in UTF-8",
     "unused_text": "pack each text next to its image, for example with tar --sort=name",
     "unpaired_answers": "a list of questions needs an equally long list of answers",
     "unknown_split": "for tables: --columns split=none ignores this column, split=COLUMN uses another",

@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -108,26 +109,27 @@ def _parse_csv(text: str) -> Iterator[dict[str, Any]]:
     Raises ValueError if a column name is repeated, a row has too many values, or a quote is not closed.
     """
     _require_few_values(text, "CSV")
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t|", key=header.count)
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    names = Counter(name for name in table.fieldnames or () if name.strip())
-    if repeated := next((name for name, count in names.items() if count > 1), None):
+    delimiter = max(",;\t|", key=text.partition("\n")[0].count)
+    file = io.StringIO(text, newline="")
+    options: Any = {"delimiter": delimiter, "skipinitialspace": True}
+    num_rows = sum(map(bool, csv.reader(file, **options))) - 1  # below the header
+    file.seek(0)
+    table = csv.reader(file, **options)
+    names = [name.strip() for name in next(table, ())]
+    if repeated := next((name for name, count in Counter(names).items() if name and count > 1), None):
         raise ValueError(f"two columns are named {repeated}")
     # A short row gets an empty value for each missing column.
-    if max(map(text.count, "\n\r")) * len(names) > MAX_VALUES:
+    if num_rows * len(names) > MAX_VALUES:
         raise ValueError(f"it has more than {MAX_VALUES:,} values")
-    values: dict[str, Any] = {}
-    for row in table:
-        if any(row.pop(None, None) or ()):  # values beyond the last column
+    row: list[str] = []
+    for row in filter(None, table):
+        if any(row[len(names) :]):
             problem = f"line {table.line_num} has more columns than the first line"
             raise ValueError(f"{problem}: put texts with commas in quotes")
-        values = {str(name).strip(): value for name, value in row.items()}
-        texts = [str(value) for value in values.values()]
-        if delimiter in "\t|" and any("\n" in text and delimiter in text for text in texts):
+        if delimiter in "\t|" and any("\n" in value and delimiter in value for value in row):
             problem = f"a quote before line {table.line_num} is not closed"
             raise ValueError(f"{problem}: put a text that begins with a quote in quotes")
-        if any(row.values()):
-            yield values
-    if text.count('"') % 2 and any("\n" in str(value) for value in values.values()):
+        if any(row):
+            yield dict(zip_longest(names, row[: len(names)]))
+    if text.count('"') % 2 and any("\n" in value for value in row):
         raise ValueError(f"a quote before line {table.line_num} is not closed")

@@ -117,7 +117,9 @@ def test_captions_in_another_encoding_are_reported_by_name(tmp_path: Path) -> No
         file.write(tmp_path / "a.png", "a.png")
         file.write(tmp_path / "a.txt", "a.txt")
     opened = open_path("archive", tmp_path / "a.zip")
-    assert [(row.source_row, row.reason) for row in rejected_of(opened)] == [("a.zip/a.txt", "unused_text")]
+    assert [(row.source_row, row.reason) for row in rejected_of(opened)] == [
+        ("a.zip/a.txt", "unreadable_text")
+    ]
     (sample,) = samples_of(opened)
     assert sample.references == ()
 

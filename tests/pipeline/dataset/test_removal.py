@@ -82,7 +82,10 @@ def test_only_leftovers_of_killed_commands_are_removed(dataset: DatasetDir) -> N
     leftovers[0].mkdir()
     (leftovers[0] / "train-00000.parquet").write_bytes(bytes(200))
     (dataset.path / "steps").mkdir()
-    kept = [dataset.path / "steps" / ".mine.tmp", dataset.path / "versions" / "notes"]
+    kept = [dataset.path / name for name in ("steps/.mine.tmp", "versions/notes", "journal/local.sqlite")]
+    leftovers.append(dataset.path / ".trial")
+    leftovers[1].mkdir()
+    (leftovers[1] / "journal").symlink_to("../journal")
     names = (
         "images/.a.parquet.tmp",
         "steps/read/.kept.parquet.tmp",
@@ -91,7 +94,7 @@ def test_only_leftovers_of_killed_commands_are_removed(dataset: DatasetDir) -> N
         "versions/v1.0.0/.README.md.tmp",
     )
     leftovers += [dataset.path / name for name in names]
-    for file in (*kept, *leftovers[1:]):
+    for file in (*kept, *leftovers[2:]):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(bytes(10))
     removed = remove_leftovers(dataset, dry_run=True)

@@ -539,6 +539,8 @@ def test_sidecar_has_a_line_for_each_caption_that_begins_with_the_trigger(
     for item in read_items(version):
         path = tmp_path / "out" / item.split / f"{item.name}.txt"
         assert path.read_text().splitlines() == [f"sks, {text}" for _, text in item.captions]
+    rows = [row for row in open_folder(tmp_path / "out").rows if isinstance(row, Sample)]
+    assert rows and not any(row.references for row in rows)
 
 
 def test_human_captions_stay_human_in_exported_sidecars(version: Version, tmp_path: Path) -> None:

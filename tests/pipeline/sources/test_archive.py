@@ -163,6 +163,9 @@ def test_archive_name_sets_the_split(tmp_path: Path) -> None:
     assert list(samples(tmp_path, source_split="test")) == ["test.zip/2.jpg"]
     with pytest.raises(SourceError, match="named after the split validation"):
         rows(tmp_path, source_split="validation")
+    assert open_source(resolve(source=f"archive:{tmp_path}")).messages == ()
+    held_out = open_source(resolve(source=f"archive:{tmp_path / 'test.zip'}"))
+    assert "the split test because of the file name test.zip: rename" in held_out.messages[0]
 
 
 def test_revision_depends_on_contents(tmp_path: Path) -> None:
@@ -231,7 +234,7 @@ def test_tar_links_pipes_and_devices_are_rejected(tmp_path: Path, kind: bytes) -
     (tmp_path / "secret.jpg").write_bytes(photo(7))
     link = special("x.jpg", kind, str(tmp_path / "secret.jpg"))
     (tmp_path / "p.tar").write_bytes(tar_with(link, special("x.txt", kind, "/proc/self/environ")))
-    assert reasons(tmp_path / "p.tar") == {"p.tar/x.jpg": "not_a_file", "p.tar/x.txt": "unused_text"}
+    assert reasons(tmp_path / "p.tar") == {"p.tar/x.jpg": "not_a_file", "p.tar/x.txt": "not_a_file"}
 
 
 def test_zip_links_and_encrypted_entries_are_rejected(tmp_path: Path) -> None:
@@ -272,10 +275,12 @@ def test_large_archive_entry_is_rejected_without_reading_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archive, "MAX_IMAGE_BYTES", 5000)
-    for name, data in (("p.tar", tar_of({"x.jpg": bytes(6000)})), ("p.zip", zip_of({"x.jpg": bytes(6000)}))):
+    monkeypatch.setattr(archive, "MAX_TEXT_BYTES", 50)
+    files = {"x.jpg": bytes(6000), "y.jpg": photo(0), "y.txt": bytes(60), "z.txt": b"A bowl."}
+    for name, data in (("p.tar", tar_of(files)), ("p.zip", zip_of(files))):
         (tmp_path / name).write_bytes(data)
-        (row,) = rows(tmp_path / name)
-        assert isinstance(row, Rejected) and row.reason == "file_too_large"
+        found = [*reasons(tmp_path / name).values()]
+        assert found == ["file_too_large", None, "file_too_large", "unused_text"]
 
 
 BOMB_BYTES = 300_000_000

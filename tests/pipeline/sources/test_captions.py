@@ -267,10 +267,11 @@ def test_unclosed_csv_quote_is_refused(tmp_path: Path, text: str) -> None:
         read_captions(tmp_path / "c.tsv")
 
 
-@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
-def test_rows_that_lack_many_values_are_limited(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+@pytest.mark.parametrize("row", ["a\n", "a\r", "a\r\n", '"a\nb\nc"\n', "a\r\n\r\n"])
+@pytest.mark.parametrize("end", ["\n", "\r"])
+def test_rows_that_lack_many_values_are_limited(monkeypatch: pytest.MonkeyPatch, row: str, end: str) -> None:
     monkeypatch.setattr(text_files, "MAX_VALUES", 1000)
-    text = ",".join(f"c{n}" for n in range(100)) + end + f"a{end}" * 10
+    text = ",".join(f"c{n}" for n in range(100)) + end + row * 5 + f"a{end}" * 5
     assert len([*text_files.parse_rows(text, "CSV")]) == 10
     with pytest.raises(ValueError, match="more than 1,000 values"):
         [*text_files.parse_rows(f"{text}a{end}", "CSV")]

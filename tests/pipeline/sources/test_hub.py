@@ -1,5 +1,6 @@
 """Hub sources, read by the real client: each row is a sample in its true split, or is rejected."""
 
+import io
 import json
 import re
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
@@ -113,9 +115,35 @@ def test_vqav2_sample_is_a_photo_with_all_questions(hub: RunningHub) -> None:
     assert {qa.answers for sample in samples for qa in sample.reference_qa or ()} == {()}
 
 
-@pytest.mark.parametrize("start", [2, 9, 21])
+def seed_bad_vqav2(hub: RunningHub) -> None:
+    """Seed six photos with three questions each. One question is not UTF-8, and one is too long."""
+    table = pa.Table.from_pylist(datasets.vqa_rows(6, 3), schema=datasets.VQA)
+    questions = [b"How many boats of kind %d are there?" % n for n in range(18)]
+    questions[1], questions[16] = b"\xff\xfe", b"w" * 1_000_001
+    texts = pa.array(questions, pa.binary()).view(pa.string())
+    table = table.set_column(table.schema.names.index("question"), "question", texts)
+    pq.write_table(table, file := io.BytesIO(), row_group_size=5)
+    hub.hub.storage.seed("dataset", "lmms-lab/VQAv2", {"data/validation-0.parquet": file.getvalue()})
+
+
+def test_benchmark_rejects_only_rows_with_bad_texts(hub: RunningHub, tmp_path: Path) -> None:
+    seed_bad_vqav2(hub)
+    samples, rejected = read("vqav2")
+    assert [(row.source_row.partition(":")[2], row.reason) for row in rejected] == [
+        ("1", "unreadable_row"),
+        ("16", "row_too_large"),
+    ]
+    # A rejected row ends a group of adjacent rows.
+    assert [len(sample.reference_qa or ()) for sample in samples] == [1, 1, 3, 3, 3, 3, 1, 1]
+    # The read step joins rows that are not adjacent.
+    version = generate_dataset(resolve(source="vqav2", tasks="none"), tmp_path / "d").version
+    tables = [pq.read_table(file, columns=["reference_qa"]) for file in version.path.glob("*.parquet")]
+    assert Counter(len(row["reference_qa"]) for table in tables for row in table.to_pylist()) == {3: 4, 2: 2}
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 9, 21])
 def test_benchmarks_resume_at_any_row(hub: RunningHub, start: int) -> None:
-    datasets.seed_vqav2(hub.hub.storage, images=6, questions=3)
+    seed_bad_vqav2(hub)
     datasets.seed_flickr30k(hub.hub.storage, 20)
     for source, split in (
         ("vqav2", "validation"),
@@ -129,8 +157,9 @@ def test_benchmarks_resume_at_any_row(hub: RunningHub, start: int) -> None:
 
 def test_benchmark_with_other_columns_is_refused(hub: RunningHub) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, repo="me/other")
-    with pytest.raises(SourceError, match="of me/other lacks the column answer"):
-        read("vqav2:me/other")
+    with pytest.raises(SourceError, match="no column is named image_id") as caught:
+        opened("vqav2:me/other")
+    assert "use hub:ORG/NAME with --columns" in caught.value.hint
 
 
 # --- SlideVQA

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset.version import Version
-from pipeline.errors import StoreError
+from pipeline.errors import ConfigError, StoreError
 from pipeline.images.decode import deck_id
 from pipeline.sources.join import Images, find_joined, join_images, with_pixels
 from pipeline.tables import Extras
@@ -57,6 +57,8 @@ def test_images_are_joined_from_a_folder_of_files(texts: Version, tmp_path: Path
     (tmp_path / "files" / "notes.txt").write_text("no image")
     for number, sample in enumerate(SAMPLES):
         (tmp_path / "files" / f"{number}.png").write_bytes(sample.images[0])
+    with pytest.raises(ConfigError, match="whole is a dataset"):
+        with_pixels(texts, str(tmp_path / "whole"))
     joined = with_pixels(texts, str(tmp_path / "files"))
     assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
 

@@ -110,7 +110,7 @@ def test_pipes_and_folders_are_rejected_without_waiting(home: Path, place: str) 
         ("list.csv", "id,caption\n1,A bowl.\n", "has no column of images: it has id, caption"),
         ("list.txt", "# nothing\n", "lists no images"),
         ("list.csv", "", "lists no images"),
-        ("list.csv", "path,split\n0.jpg,fold2\n", "'fold2' is not a split"),
+        ("list.csv", "path,split\n0.jpg,test\n1.jpg,fold2\n", "row 2: 'fold2' is not a split"),
         ("list.jsonl", "[1]\n", "a row is not a JSON object"),
         ("list.jsonl", "{\n", "cannot read"),
     ],

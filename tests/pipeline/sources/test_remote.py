@@ -88,6 +88,23 @@ def test_remote_archive_is_read() -> None:
     assert source.revision and rows == [("train-0.tar/0.jpg", ("A bowl.",), "train")]
 
 
+def test_remote_archive_is_streamed(tmp_path: Path) -> None:
+    """Workers check up to 32 images ahead of the first."""
+    files = {f"{number:02}.jpg": datasets.photo(number) for number in range(40)}
+    archive = tar_of(files | {"pad.bin": bytes(20_000_000), "z.jpg": datasets.photo(40)})
+    with running_hub(tmp_path) as hub:
+        hub.hub.storage.seed("dataset", "me/open", {"photos.tar": archive})
+        source = open_source(
+            resolve(source=f"archive:{hub.endpoint}/datasets/me/open/resolve/main/photos.tar")
+        )
+        hub.hub.sent_bytes = 0
+        rows = source.read(0)
+        names = [next(rows).source_row]
+        assert hub.hub.sent_bytes < len(archive) / 4
+        names += [row.source_row for row in rows]
+    assert names == [f"photos.tar/{name}" for name in (*files, "z.jpg")]
+
+
 def test_source_has_no_revision_if_the_store_lists_no_digest_or_time() -> None:
     """The end of a tar file may stay equal when its images change."""
     memory = fsspec.filesystem("memory")
