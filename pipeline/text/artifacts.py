@@ -51,8 +51,8 @@ _LENGTH = pattern("length")
 _LENGTH_WORDS = frozenset(("words", "word", "characters", "tokens", "sentence", "sentences"))
 _CHAT_WORDS = frozenset(WORDS["chat"].split())
 _QUESTION_AT_END = re.compile(
-    r"(?:^|[.!?]\s)\W*(?:what|who|where|how|why|which|is|are|do|does|did|can|could|would|should|anything)\b"
-    r"[^.?!]*\?\W*$",
+    r"(?:^|[.!?]\s)[^\w.!?]*(?:what|who|where|how|why|which|is|are|do|does|did|can|could|would|should"
+    r"|anything)\b[^.?!]*\?\W{0,2}$",
     re.IGNORECASE,
 )
 _PLACEHOLDER = pattern("placeholder")
