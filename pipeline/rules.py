@@ -70,7 +70,11 @@ _ELSEWHERE_IN_QUESTION = pattern("elsewhere_in_question", before=r"\b", after=r"
 _ANSWER_ELSEWHERE = pattern("answer_elsewhere", re.IGNORECASE)
 _ANSWER_LABEL = pattern("answer_label", re.IGNORECASE)
 _GENERAL_QUESTION = pattern("general_question")
-_NOT_VISIBLE = pattern("not_visible", before=r"\b", after=r"\b")
+_NOT_VISIBLE = pattern(
+    "not_visible",
+    before=r"(?!.*\b(?:according to|charts?|graphs?|diagrams?|slides?|pages?|timeline)\b).*?\b",
+    after=r"\b",
+)
 _OTHER_KIND = pattern("other_kind", re.IGNORECASE)
 _ALTERNATIVES = pattern("alternatives", re.IGNORECASE)
 _TAUTOLOGY = pattern("tautology", re.IGNORECASE)
@@ -235,11 +239,17 @@ def is_repetitive(row: RuleInput) -> bool:
     return (
         scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
         or scores.distinct_word_frac < config.min_distinct_word_frac
-        or artifacts.has_run(row.main)
-        or (len(row.words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(row.main))
-        or artifacts.counts_on(row.words)
-        or artifacts.stutters(row.main, row.words)
+        or any(_is_loop(text, words) for text, words in (row.texts[:1] if row.main else row.texts))
         or (row.answer is not None and not asks_to_read(row) and bool(_REPEATED_ANSWER.fullmatch(row.answer)))
+    )
+
+
+def _is_loop(text: str, words: Words) -> bool:
+    return (
+        artifacts.has_run(text)
+        or (len(words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(text))
+        or artifacts.counts_on(words)
+        or artifacts.stutters(text, words)
     )
 
 
@@ -333,8 +343,9 @@ def is_off_type(row: RuleInput) -> bool:
         return False
     if row.answer not in ("yes", "no"):
         return bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
-    is_trivial = row.answer == "yes" and _TAUTOLOGY.fullmatch(row.main)
-    return bool(is_trivial or _WH_QUESTION.match(row.main) or _ALTERNATIVES.fullmatch(row.main))
+    if _WH_QUESTION.match(row.main):
+        return True
+    return row.answer == "yes" and bool(_TAUTOLOGY.fullmatch(row.main) or _ALTERNATIVES.fullmatch(row.main))
 
 
 def is_no_number(row: RuleInput) -> bool:
@@ -447,7 +458,7 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "unwanted_phrase": lambda row: (
         row.is_caption and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
     ),
-    "not_visible": lambda row: row.is_question and bool(_NOT_VISIBLE.search(row.main.lower())),
+    "not_visible": lambda row: row.is_question and bool(_NOT_VISIBLE.match(row.main.lower())),
     "no_single_question": lambda row: row.is_question and not is_one_question(row.main),
     "count_not_a_number": lambda row: row.is_question and is_no_count(row.main, row.answer or ""),
     "answer_not_a_number": is_no_number,

@@ -1,4 +1,6 @@
-"""Show what limits keep, with the share of wrong texts among the reviewed ones.
+"""Show how many texts a limit keeps, and the share of the reviewed texts among them that are wrong.
+
+The shares are not weighted, so they may differ from those of an audit (audit.py), and have no interval.
 
 A curve has possible limits of a score. After a limit was changed, the new version is compared with the
 version before it.
@@ -15,7 +17,6 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.audit import COLUMNS, named_texts, wrong_shares
 from pipeline.dataset.reviews import TextName, Verdict, text_name
-from pipeline.dataset.statistics import wilson_interval
 from pipeline.dataset.version import Version
 from pipeline.tables import FINAL, RUBRIC
 
@@ -89,6 +90,4 @@ def _reviewed_names(version: Version, sample_ids: set[str]) -> set[TextName]:
 def _wrong_in_words(shares: Collection[float]) -> str:
     if not shares:
         return "none reviewed"
-    low, high = wilson_interval(sum(shares), len(shares))
-    share = 100 * sum(shares) / len(shares)
-    return f"{share:.1f} % wrong [{100 * low:.1f}, {100 * high:.1f}], {len(shares)} reviewed"
+    return f"{100 * sum(shares) / len(shares):.1f} % wrong, {len(shares)} reviewed"

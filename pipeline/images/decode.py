@@ -38,7 +38,6 @@ _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
 UPRIGHT_QUALITY = 95  # JPEG quality of rotated images
 HASH_SIDE_PX = 64
 MIN_HASHED_SIDE_PX = 1024  # large JPEGs are decoded at reduced size for hashing, but not below this
-MAX_FRAME_CONTRAST = 16  # difference of a color channel (0 to 255) within a frame, such as noise of a JPEG
 MIN_PDQ_QUALITY = 50  # out of 100, as PDQ's authors recommend
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
@@ -92,43 +91,19 @@ def _decode_reduced(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
     return rgb, upright_px if is_reduced else rgb.size
 
 
-def _small(
-    image: Image.Image, box: tuple[float, float, float, float] | None = None
-) -> "np.ndarray[Any, Any]":
-    """Return an RGB image, or a part of it, reduced to HASH_SIDE_PX by HASH_SIDE_PX, [64, 64, 3]."""
-    return np.asarray(image.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.BOX, box))
+def _small(image: Image.Image) -> "np.ndarray[Any, Any]":
+    """Return an RGB image reduced to HASH_SIDE_PX by HASH_SIDE_PX, [64, 64, 3]."""
+    return np.asarray(image.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.BOX))
 
 
 def pdq_hash(image: Image.Image) -> bytes:
     """Return the PDQ hash (Facebook, 2019) of an RGB image (32 bytes), or b"" if it has little detail.
 
     The image is first reduced to 64 x 64 pixels, as in PDQ itself. This is four times as fast as 256 x 256,
-    and as stable (docs/measurements.md). A frame or a letterbox is left out.
+    and as stable (docs/measurements.md).
     """
-    small = _small(image)
-    if frame := _within_frame(small):
-        left, top, right, bottom = frame
-        x, y = image.width / HASH_SIDE_PX, image.height / HASH_SIDE_PX
-        small = _small(image, (left * x, top * y, right * x, bottom * y))
-    bits, quality = pdqhash.compute(small)
+    bits, quality = pdqhash.compute(_small(image))
     return np.packbits(bits).tobytes() if quality >= MIN_PDQ_QUALITY else b""
-
-
-def _within_frame(small: "np.ndarray[Any, Any]") -> tuple[int, int, int, int] | None:
-    """Return left, top, right and bottom of the part within a frame of one color, or None without a frame.
-
-    The frame is equally wide on opposite sides, and is at most half of the width and of the height.
-    """
-    corner = small[0, 0].astype(np.int16)
-    if np.abs(small[-1, -1] - corner).max() > MAX_FRAME_CONTRAST:
-        return None
-    is_content = (np.abs(small - corner) > MAX_FRAME_CONTRAST).any(axis=2)
-    columns, rows = (np.flatnonzero(is_content.any(axis=axis)) for axis in (0, 1))
-    if not len(rows) or min(np.ptp(rows), np.ptp(columns)) < HASH_SIDE_PX // 2:
-        return None
-    left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    is_even = max(abs(left + right - HASH_SIDE_PX), abs(top + bottom - HASH_SIDE_PX)) <= 1
-    return (left, top, right, bottom) if is_even and (left or top) else None
 
 
 def prepare_image(

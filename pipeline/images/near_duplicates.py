@@ -1,9 +1,9 @@
 """Near-duplicate images: choose which to keep, and group images that must be in the same split.
 
-Images are compared by their 256-bit PDQ hashes (images/decode.py), which leave out a frame or a letterbox.
-Photos at most 24 bits apart are copies of one photo. Up to 70 bits, one may be a crop of the other. Distinct
-photos are rarely less than 88 bits apart (docs/measurements.md). The same limits hold for mirrored photos.
-Slides and charts are never rejected as copies, because two charts that differ in one number look the same.
+Images are compared by their 256-bit PDQ hashes (images/decode.py). Photos at most 24 bits apart are copies of
+one photo. Up to 70 bits, one may be a crop of the other. Distinct photos are rarely less than 88 bits apart
+(docs/measurements.md). The same limits hold for mirrored photos. Slides and charts are never rejected as
+copies, because two charts that differ in one number look the same.
 """
 
 import os

@@ -39,7 +39,7 @@ _UNREAD = pattern("unread", re.IGNORECASE)
 _FILE_NAME = re.compile(r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg)\b", re.IGNORECASE)
 _LIST_OR_ROLE = re.compile(r"\s*(?:-\s|1[.)]\s|(?:assistant|user|system)[:\s]\s*[A-Z])")
 _LABEL = pattern("label", re.IGNORECASE)
-# A caption rarely begins with one or two words and a colon, and rarely has two labels or ends with one.
+# A caption rarely begins with one or two words and a colon, and rarely has two labels or ends with a label.
 _CAPTION_LABEL = re.compile(
     r"\W*\w[\w'-]*(?: [\w'-]+)?\s?:\s|.*?\b[A-Z]\w+(?: \w+)?:\s[^:]*\b[A-Z]\w+(?: \w+)?:\s"
     r"|.*[.!?]\s\(?[A-Z][\w-]*(?: \w+)?:\s"
@@ -51,8 +51,8 @@ _LENGTH = pattern("length")
 _LENGTH_WORDS = frozenset(("words", "word", "characters", "tokens", "sentence", "sentences"))
 _CHAT_WORDS = frozenset(WORDS["chat"].split())
 _QUESTION_AT_END = re.compile(
-    r"(?:^|[.!?]\s)\W*(?:what|who|where|how|why|which|is|are|do|does|did|can|could|would|should|anything)\b"
-    r"[^.?!]*\?\W*$",
+    r"(?:^|[.!?]\s)[^\w.!?]*(?:what|who|where|how|why|which|is|are|do|does|did|can|could|would|should"
+    r"|anything)\b[^.?!]*\?\W{0,2}$",
     re.IGNORECASE,
 )
 _PLACEHOLDER = pattern("placeholder")
@@ -60,6 +60,7 @@ _RUN = re.compile(r"(\S)\1{7}|(\S{2,8}?)\2{3}|\d{20}")
 MIN_RUN_CHARACTERS = 16
 # Lists of more numbers, most of which continue the count, are loops.
 MAX_COUNTED = 15
+MAX_DIGITS = 18  # longer numbers are not counted
 _CUT_OFF = pattern("cut_off", after=r"\s*$")
 # Length of the longest match of _CUT_OFF, including the preceding word.
 MAX_END_CHARACTERS = 24
@@ -153,24 +154,24 @@ def has_run(text: str) -> bool:
 
 
 def stutters(text: str, words: list[str]) -> bool:
-    """Return whether more than one word outside of quotes is followed by itself, as in "on on the the"."""
+    """Return whether two different words outside of quotes are doubled, as in "on on the the"."""
     if sum(map(eq, words, words[1:])) < 2:
         return False
     words = words_of(unquoted(text))
-    return sum(one == other and not one.isdigit() for one, other in pairwise(words)) > 1
+    return len({one for one, other in pairwise(words) if one == other and not one.isdigit()}) > 1
 
 
 def counts_on(words: list[str]) -> bool:
     """Return whether a text has a long list of numbers that mostly continue the count, as in 1 2 3 4."""
     if len(words) <= MAX_COUNTED:
         return False
-    numbers = [int(word) for word in words if word.isdecimal() and len(word) <= MAX_END_CHARACTERS]
+    numbers = [int(word) for word in words if word.isdecimal() and len(word) <= MAX_DIGITS]
     return len(numbers) > MAX_COUNTED and 4 * sum(b - a == 1 for a, b in pairwise(numbers)) > 3 * len(numbers)
 
 
 def is_cut_off(text: str, words: list[str]) -> bool:
     """Return whether a caption ends in the middle of a sentence: with "a", "and", three dots or the like."""
-    text = text.rstrip()
+    text = text.rstrip().removesuffix(":(").rstrip()
     if _CUT_OFF.search(text, max(0, len(text) - MAX_END_CHARACTERS)) or text.count("(") > text.count(")"):
         return True
     # A quote mark after a number may stand for inches.

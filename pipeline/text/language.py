@@ -14,7 +14,7 @@ MIN_WORDS = 4
 MIN_ENGLISH_FRAC = 0.75
 FUNCTION_WORDS = frozenset(WORDS["function"].split())
 _FOREIGN_WORDS = frozenset(WORDS["foreign"].split())
-# Others are also in names of dishes and places, as in "pico de gallo".
+# The other foreign words are also in names of dishes and places, such as "pico de gallo".
 _CLEARLY_FOREIGN = _FOREIGN_WORDS - {"de", "la", "le", "di", "un", "du", "del", "das", "des", "im", "am"}
 MIN_JOINED_LETTERS = 16
 # Texts with more words that are neither English nor names are nonsense.

@@ -116,7 +116,11 @@ def attacks(pattern: re.Pattern[Any]) -> set[tuple[str, str]]:
     tree: Any = re._parser.parse(pattern.pattern, pattern.flags & ~(0 if is_text else re.UNICODE))  # type: ignore[attr-defined]
     parts = {*repeated_parts(tree)}
     repeats = {repeat for _, repeat in parts} | {start + repeat for start, repeat in parts} | {example(tree)}
-    return {(start, repeat) for start, repeat in parts | {("", one) for one in {*repeats, *" a1,"}} if repeat}
+    return {
+        (start, repeat)
+        for start, repeat in parts | {("", one) for one in {*repeats, *" a1,", "? "}}
+        if repeat
+    }
 
 
 def calls(name: str, pattern: re.Pattern[Any]) -> Iterator[Callable[[Any], Any]]:

@@ -161,10 +161,17 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         (("What is the number of buses?", "X7"), "count_not_a_number"),
         (("How many kites are there?", "a couple"), None),
         (("How many kites are there?", "-1"), "count_not_a_number"),
-        (("How many kites are there?", "2.5"), "count_not_a_number"),
+        (("How many percent of the kites are red?", "45%"), None),
+        (("How many million dollars is the kite?", "$2.5 million"), None),
         (("How many kites are there?", "1,200"), None),
         (("Is the kite red or blue?", "yes"), "answer_off_type"),
         (("Is there a kite or a bird?", "yes"), None),
+        (("Was it taken in the morning or evening?", "no"), None),
+        (("Is he wearing a hat or cap?", "yes"), None),
+        (("What time of day is it?", "in the morning"), None),
+        (("What time is on the clock?", "in the tower"), "answer_off_type"),
+        (("What app is open on the phone?", "weather"), None),
+        (("Is the kite for military or private use?", "private"), None),
         (("Is the red kite red?", "yes"), "answer_off_type"),
         (("Is the flag a British flag?", "yes"), None),
         (("What color is the kite?", "flying"), "answer_off_type"),
@@ -184,6 +191,16 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         (("What time does the clock show?", "10:10"), None),
         (("What is the name of the dog?", "Rex"), "not_visible"),
         (("What is the capital of France?", "Paris"), "not_visible"),
+        (("What is the capital of the company?", "$5 million"), None),
+        (("When was the kite invented?", "in 1876"), "not_visible"),
+        (("When was the kite invented according to the slide?", "in 1876"), None),
+        (("How much does the man earn?", "$100"), "not_visible"),
+        (("Who earns the most in the chart?", "Anna"), None),
+        (("How many days are in a week?", "7"), "not_visible"),
+        (("How many days are in a sprint?", "7"), None),
+        (("What is the boy's favorite kite?", "red"), "not_visible"),
+        (("What do you think the man's name is?", "Rex"), "not_visible"),
+        (("Which site is a favorite in the browser?", "news"), None),
         (("The kite is red, right?", "yes"), "no_single_question"),
         (("Tell me the color of the kite?", "red"), "no_single_question"),
         (("Where is the dog?", "the dog is running on a beach"), "too_long"),
@@ -305,10 +322,10 @@ def test_markup_is_rejected_in_custom_texts_unless_they_are_read_from_the_image(
         TaskConfig(name="headline", kind="text", prompt="Write a headline with words for the text below."),
         TaskConfig(name="sign", kind="text", prompt="Copy all text in it."),
     ]
-    texts = ("**Kites**", "Headline: kites", "Sale: 50%")
+    texts = ("**Kites**", "Headline: kites", "Sale: 50%", "The the kite is is red")
     rows = records(*((task, text) for task in ("headline", "sign") for text in texts))
     marked = filter_annotations(rows, FilterConfig(), tasks=Tasks(custom=tasks))
-    assert marked["reason"].to_pylist() == ["junk", "label", None, None, None, None]
+    assert marked["reason"].to_pylist() == ["junk", "label", None, "repetitive", None, None, None, None]
 
 
 def test_clean_columns_lack_openings_and_personal_data() -> None:

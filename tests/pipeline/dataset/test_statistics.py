@@ -41,3 +41,10 @@ def test_content_has_lengths_openings_word_pairs_and_english_words() -> None:
     # "a woman" and "woman possibly" repeat.
     assert first.result()["distinct_pairs"] == round(10 / 12, 4) > 2 * result["distinct_pairs"]
     assert {"phrases", "objects", "people"}.isdisjoint(second.result("de"))
+
+
+def test_words_that_are_also_verbs_or_adjectives_are_not_counted_as_objects_or_people() -> None:
+    content = Content()
+    content.add("A phone rings as two men train an old male deer by the baby carrots.", "a")
+    result = content.result()
+    assert (result["objects"], result["people"]) == ({"devices": 1, "people": 1}, {"male": 1})

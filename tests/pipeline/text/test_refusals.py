@@ -18,6 +18,10 @@ from pipeline.text.refusals import is_declined, is_refusal
         ("Unable to fly, the penguin walks.", False, True),
         ("No image provided.", False, True),
         ("I am afraid of dogs.", False, True),
+        ("More context is needed.", False, True),
+        ("Further details are required.", False, True),
+        ("Additional information would be necessary.", False, True),
+        ("This photo is unreadable.", False, True),
         ("A sorry sight: a dog in the rain.", False, False),
     ],
 )
