@@ -422,11 +422,11 @@ def check_needs(plan: RequestPlan) -> None:
                 raise ConfigError(
                     f"the task {task.name} needs {need}, which this run does not have", hint=hint
                 )
+    check_conditions(plan)
     for name, style in plan.pairs:
         if result_name(name, style) in plan.needed and len(plan.models_of(name)) > 1:
             problem = f"the task {name} has several models, but another task needs its result"
             raise ConfigError(problem, hint="name one model for it in task_models")
-    check_conditions(plan)
     _ = plan.rounds  # raises ConfigError for circular needs
 
 

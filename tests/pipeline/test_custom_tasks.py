@@ -100,7 +100,7 @@ def text_task(prompt: str, **keys: Any) -> str:
         ("{name: t, kind: text}", "prompt is missing"),
         ("{name: t, kind: poem, prompt: a}", "bad value for kind: Input should be 'caption', "),
         ("{name: t, kind: text, prompt: a, min_word: 3}", "unknown config key: min_word"),
-        ("{name: T, kind: text, prompt: a}", "'T' is not a task name in lower case"),
+        ("{name: T, kind: text, prompt: a}", "'T' is not a name in lower case"),
         ("[1]", "must contain keys and values"),
         (text_task("lost.j2"), "lost.j2"),
         (text_task("{{ row.title }}"), "uses row.title, which is not a context column"),
@@ -111,6 +111,7 @@ def text_task(prompt: str, **keys: Any) -> str:
             text_task("a", when="results.u == 'x'"),
             "`when` of the task t, character 1: unknown name results.u",
         ),
+        (text_task("a", when="'a' == )"), "`when` of the task t, character 8: unmatched ')'"),
         (text_task("a", when="results.t == 'x'"), "circular dependency between tasks: t"),
         (
             text_task("a", keep_if="results.plain == 'x'"),
