@@ -137,9 +137,9 @@ def _text_request(fields: dict[str, Any], shared_digest: str, sample_id: str, st
     return Request(id=request_id, sample_id=sample_id, style=style, pages=(), **fields)
 
 
-def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[str]:
+def read_claims(caption: str, sample_id: str, plan: RequestPlan, journal: Journal) -> list[str]:
     """Return the distinct claims that the model found in a caption."""
-    rows = _usable_rows(CLAIMS, build_claims(caption, "", plan), journal)
+    rows = _usable_rows(CLAIMS, build_claims(caption, sample_id, plan), journal)
     return list(dict.fromkeys(row["claim"] for row in rows))[:MAX_CLAIMS]
 
 

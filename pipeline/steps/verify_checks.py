@@ -30,11 +30,7 @@ from pipeline.steps.verify_known_texts import KnownSample, facts_in
 from pipeline.steps.verify_results import COLUMNS, CheckConditions, CheckedAnnotation, Row, add_results
 from pipeline.steps.verify_settings import VerifySettings
 from pipeline.storage.files import read_batches
-from pipeline.tables import (
-    FILTERED,
-    HUMAN,
-    STRING,
-)
+from pipeline.tables import FILTERED, HUMAN, STRING
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, MAX_EVIDENCE, RATE, REFUTED, REPAIR
 from pipeline.tasks.checks import CLAIMS as CLAIMS_TASK
@@ -67,7 +63,7 @@ class AskedClaim:
 
     @property
     def evidence(self) -> int:
-        """The number of answers that refute the claim, less the number of those that confirm it."""
+        """See verification.evidence_against."""
         return verification.evidence_against(self.answers)
 
 
@@ -79,6 +75,7 @@ class AnnotationChecker:
     settings: VerifySettings
     services: Services
     _claims: dict[str, list[str]] = field(default_factory=dict)  # by caption
+    _counted: set[tuple[str, str]] = field(default_factory=set)  # see Journal.counted
 
     @property
     def plan(self) -> RequestPlan:
@@ -102,6 +99,7 @@ class AnnotationChecker:
         `rows` must hold every annotation of each sample. Records of custom tasks are not checked.
         """
         self._claims.clear()
+        self._counted.clear()
         self._conditions.read_results(rows)
         config, annotations = self.settings.verify, [CheckedAnnotation(row) for row in rows]
         subjects = [subject for subject in annotations if subject.row["clean_record"] is None]
@@ -164,7 +162,7 @@ class AnnotationChecker:
         requests = (build(text, sample_id) for text, sample_id in new.items())
 
         def read(journal: Journal) -> dict[str, list[str]]:
-            return {text: verification.read_claims(text, self.plan, journal) for text, _ in captions}
+            return {one[0]: verification.read_claims(*one, self.plan, journal) for one in captions}
 
         self._claims |= self._ask("claims", CLAIMS_TASK, _chunks(requests), len(new), read)
         return {text: list(map(verification.claim_checks, self._claims[text])) for text, _ in captions}
@@ -351,7 +349,7 @@ class AnnotationChecker:
         stats, progress = self.services.stats, self.services.progress
         start = partial(self.services.engine, self.plan.model_of(task.name))
         with Journal(self.shard.journal) as journal, record_cost(self.shard, journal, stats):
-            before = stats.done
+            before, journal.counted = stats.done, self._counted
             for ready in ask_all(requests, self.plan, self.settings.servers, start, journal, stats):
                 progress(name, stats.done - before, total, ready.metrics())
             if done := stats.done - before:

@@ -184,6 +184,17 @@ def test_precision_is_measured_before_rejection_and_corrected(
     assert texts <= {f"A {c} {t} stands {p} all day long." for c, t, p in map(caption_of, range(COUNT))}
 
 
+def test_price_of_checks_counts_each_request_about_an_image_once(
+    tmp_path: Path, model: Model, server: ChatServer
+) -> None:
+    limit = 16  # each of the first images has another caption
+    generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--limit", str(limit))
+    manifest = json.loads((tmp_path / "d/versions/v1.0.0/manifest.json").read_text())
+    price = {entry["texts"]: entry["requests"] for entry in manifest["price"]}
+    assert manifest["checks"][0]["kinds"]  # the claims of captions are read again for planted falsehoods
+    assert price == {"captions": limit, "": len(server.bodies) - limit}
+
+
 def test_no_known_texts_are_asked_without_calibration(
     tmp_path: Path, model: Model, server: ChatServer
 ) -> None:
