@@ -111,8 +111,9 @@ class AnnotationChecker:
             questions, list(map(verification.question_checks, (one.row for one in questions), of_question))
         )
         if "claims" in config.checks:
-            self._check_claims([caption for caption in captions if self._is_asked("claims", caption)])
-            self._calibrate_claims(captions)
+            asked = [caption for caption in captions if self._is_asked("claims", caption)]
+            self._check_claims(asked)
+            self._calibrate_claims(captions, asked)
         if config.repair:
             refuted = (one for one in captions if one.row["prompt_id"] != HUMAN and one.refuted_claims)
             self._repair([caption for caption in refuted if self._is_asked("repair", caption)])
@@ -120,9 +121,9 @@ class AnnotationChecker:
         if self.settings.clip_model:
             self._align([caption for caption in captions if self._is_asked("alignment", caption)])
         if config.judge:
-            rated = (subject for subject in subjects if not self._is_contradicted(subject))
-            self._rate([subject for subject in rated if self._is_asked("judge", subject)])
-            self._calibrate_judge(captions)
+            asked = [subject for subject in subjects if self._is_asked("judge", subject)]
+            self._rate([subject for subject in asked if not self._is_contradicted(subject)])
+            self._calibrate_judge(captions, asked)
         return annotations
 
     def _is_asked(self, check: str, subject: CheckedAnnotation) -> bool:
@@ -180,18 +181,20 @@ class AnnotationChecker:
         batches = read_samples(self.services.dataset, ["sample_id", "references"])
         return choose_known_texts(batches, self.settings.verify.calibration, self.settings.seed)
 
-    def _known_samples(self, captions: Subjects) -> list[tuple[CheckedAnnotation, KnownSample]]:
-        """Return the samples whose known texts are asked about, each with its first caption."""
-        seed = self.settings.seed
+    def _known_samples(
+        self, captions: Subjects, asked: Subjects
+    ) -> list[tuple[CheckedAnnotation, KnownSample]]:
+        """Return those samples of the annotations `asked` that have known texts, with their first captions."""
+        seed, groups = self.settings.seed, _by_sample(captions) if self.settings.is_calibrated else {}
         return [
             (group[0], KnownSample.of(self._known_texts[sample_id], [one.row for one in group], seed))
-            for sample_id, group in (_by_sample(captions) if self.settings.is_calibrated else {}).items()
-            if sample_id in self._known_texts
+            for sample_id in _by_sample(asked)
+            if (group := groups.get(sample_id)) and sample_id in self._known_texts
         ]
 
-    def _calibrate_claims(self, captions: Subjects) -> None:
+    def _calibrate_claims(self, captions: Subjects, checked: Subjects) -> None:
         """Ask about claims that are known to be true or false, and add the evidence to `calibration`."""
-        samples, splits = self._known_samples(captions), self.settings.splits_claims
+        samples, splits = self._known_samples(captions, checked), self.settings.splits_claims
         claims = self._split([(text, one.sample_id) for one, known in samples for text in known.to_split])
         asked = [
             (caption, kind, AskedClaim(caption.sample_id, questions))
@@ -325,9 +328,9 @@ class AnnotationChecker:
 
         return self._ask("judge", RATE, requests(), len(rows), read)
 
-    def _calibrate_judge(self, captions: Subjects) -> None:
+    def _calibrate_judge(self, captions: Subjects, rated: Subjects) -> None:
         """Let the judge rate known truths and falsehoods, and add the results to `calibration`."""
-        samples = self._known_samples(captions)
+        samples = self._known_samples(captions, rated)
         asked = [(caption, kind, text) for caption, known in samples for kind, text in known.texts]
         rows = [caption.row | {"clean_text": text} for caption, _, text in asked]
         for (caption, kind, _), rating in zip(asked, self._ask_judge(rows), strict=True):

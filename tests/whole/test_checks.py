@@ -206,6 +206,16 @@ def test_no_known_texts_are_asked_without_calibration(
     assert "kind of false text" not in (tmp_path / "d/versions/v1.0.0/README.md").read_text()
 
 
+def test_check_that_no_text_gets_is_not_calibrated(
+    tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer
+) -> None:
+    when = "{claims: row.width_px > 9999, judge: row.width_px > 9999}"
+    (tmp_path / "synth.yaml").write_text(f"verify: {{when: {when}}}\n")
+    settings = ("--config", "synth.yaml", "--verify", "claims", "--judge", f"judge-7b@{judge.url}")
+    generate(tmp_path, server, *CAPTIONS, *settings)
+    assert model.requests == {"caption": COUNT} and not judge.bodies
+
+
 def test_model_that_always_answers_yes_rejects_nothing_and_states_no_share(
     tmp_path: Path, model: Model, server: ChatServer
 ) -> None:
