@@ -26,7 +26,6 @@ COLUMN, TEXT, INTEGER, NUMBER = ({"type": kind} for kind in ("column", "string",
 CONDITION_FALSE, CONDITION_WITHOUT_VALUE = "condition_false", "condition_without_value"
 # Beginnings of the reasons of all texts of an image that a task with `keep_if` drops. Its name follows.
 _DROPPED = {CONDITION_FALSE: "dropped_by_", CONDITION_WITHOUT_VALUE: "dropped_without_"}
-_BOOLEAN: Schema = {"type": "boolean"}
 _WORDS = {"true": True, "false": False, "null": None}  # as YAML writes them
 _TYPES = {str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 _NUMERIC, _TEXTS = ("integer", "number", "column"), ("string", "column")
@@ -98,6 +97,9 @@ def parse_condition(text: str) -> Condition:
         raise ConditionError(error.offset or 1, error.msg) from None
     except (ValueError, RecursionError, MemoryError):
         raise ConditionError(1, "this cannot be read") from None
+    after = len(text.encode()[: tree.end_col_offset].decode())  # parentheses, spaces or a comment
+    if (position := text.find("#", after)) >= 0:
+        raise ConditionError(position + 1, "a condition has no comments", "leave out the text from # on")
     level: list[ast.AST] = [tree]
     for _ in range(MAX_DEPTH):
         level = [child for node in level for child in ast.iter_child_nodes(node)]
