@@ -6,8 +6,10 @@ linear in its length and in the size of the values.
 """
 
 import ast
+import keyword
 import math
 import operator
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -94,7 +96,9 @@ def parse_condition(text: str) -> Condition:
             warnings.simplefilter("ignore")
             tree = ast.parse(text, mode="eval").body
     except SyntaxError as error:
-        raise ConditionError(error.offset or 1, error.msg) from None
+        words = [part for part in re.findall(r"\.\s*(\w+)", text) if keyword.iskeyword(part)]
+        hint = f"{words[0]} is a keyword of Python: rename the column, task or field" if words else ""
+        raise ConditionError(error.offset or 1, error.msg, hint) from None
     except (ValueError, RecursionError, MemoryError):
         raise ConditionError(1, "this cannot be read") from None
     after = len(text.encode()[: tree.end_col_offset].decode())  # parentheses, spaces or a comment
