@@ -26,6 +26,7 @@ Names = Mapping[str, Mapping[str, Schema]]
 COLUMN, TEXT, INTEGER, NUMBER = ({"type": kind} for kind in ("column", "string", "integer", "number"))
 # Reasons why a task or check was not asked.
 CONDITION_FALSE, CONDITION_WITHOUT_VALUE = "condition_false", "condition_without_value"
+HAS_HUMAN_TEXT = "has_human_text"
 # Beginnings of the reasons of all texts of an image that a task with `keep_if` drops. Its name follows.
 _DROPPED = {CONDITION_FALSE: "dropped_by_", CONDITION_WITHOUT_VALUE: "dropped_without_"}
 _WORDS = {"true": True, "false": False, "null": None}  # as YAML writes them
@@ -41,9 +42,14 @@ def drop_reason(task: str, unmet: str) -> str:
     return _DROPPED[unmet] + task
 
 
+def is_dropped(reason: str) -> bool:
+    """Return whether a task dropped an image for this reason."""
+    return reason.startswith(tuple(_DROPPED.values()))
+
+
 def is_wanted(reason: str) -> bool:
-    """Return whether a reason states that a condition is false, so that the rejection is not a loss."""
-    return reason == CONDITION_FALSE or reason.startswith(_DROPPED[CONDITION_FALSE])
+    """Return whether the settings ask for a rejection with this reason, so that it is not a loss."""
+    return reason in (CONDITION_FALSE, HAS_HUMAN_TEXT) or reason.startswith(_DROPPED[CONDITION_FALSE])
 
 
 class ConditionError(ValueError):

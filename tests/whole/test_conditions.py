@@ -87,7 +87,7 @@ def test_documented_example_asks_only_what_its_conditions_allow(folder: Path) ->
     funnel = {step["step"]: step for step in manifest["funnel"]}
     # All five texts of a blank image, and the tasks that a condition skips.
     assert funnel["validate"]["rejected"] == {"dropped_by_kind": 50, "condition_false": 4 + 4 + 2 + 7}
-    assert funnel["write"]["rejected"] == {"no_annotation_left": 10}
+    assert funnel["write"]["rejected"] == {"dropped_by_kind": 10}
     assert manifest["skipped_checks"] == {"claims": {"condition_false": 11}}
     check_price(manifest, lines)
     card, page = ((path.parent / "README.md").read_text(), (dataset / "report.html").read_text())
