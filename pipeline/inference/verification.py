@@ -74,11 +74,13 @@ def check_conditions(verify: VerifyConfig, plan: RequestPlan) -> None:
     for name, text in verify.when:
         if name not in asked:
             problem = f"verify.when has {name}, which is not a check of this run"
-            raise ConfigError(problem, hint=did_you_mean(name, asked, f"this run has {', '.join(asked)}"))
+            raise ConfigError(
+                problem, hint=did_you_mean(name, asked, f"this run has {', '.join(asked) or 'no checks'}")
+            )
         earlier = (check for check in SCORES if check in asked and ORDER[check] < ORDER[name])
-        scores = map(SCORES.__getitem__, earlier)
+        scores = [*map(SCORES.__getitem__, earlier), *LOG_PROBABILITIES * plan.generate.wants_logprobs]
         names = condition_names(plan) | {
-            "scores": dict.fromkeys((*scores, *LOG_PROBABILITIES), NUMBER),
+            "scores": dict.fromkeys(scores, NUMBER),
             "text": {"task": TEXT, "style": TEXT},
         }
         check_condition(f"verify.when of {name}", text, names)

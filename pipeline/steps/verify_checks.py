@@ -184,7 +184,7 @@ class AnnotationChecker:
     def _known_samples(
         self, captions: Subjects, asked: Subjects
     ) -> list[tuple[CheckedAnnotation, KnownSample]]:
-        """Return those samples of the annotations `asked` that have known texts, with their first captions."""
+        """Return the samples of `asked` that have known texts, each with its first caption."""
         seed, groups = self.settings.seed, _by_sample(captions) if self.settings.is_calibrated else {}
         return [
             (group[0], KnownSample.of(self._known_texts[sample_id], [one.row for one in group], seed))
