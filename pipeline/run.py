@@ -26,6 +26,8 @@ from pipeline.steps import filter as filter_
 from pipeline.steps.base import BUG_HINT, Executor, RowStep, Step, Work
 from pipeline.steps.ladder import climb
 from pipeline.storage.files import read_batches, remove, translate_disk_errors, write_json
+from pipeline.tasks.conditions import is_wanted
+from pipeline.text.reasons import in_words
 from pipeline.types import Rejected, Sample
 
 STEPS: tuple[Step, ...] = (
@@ -256,9 +258,11 @@ def require_rows(plan: Plan, summaries: list[StepSummary]) -> None:
         return
     losses = [*describe_losses(STEPS, summaries, "see its rejected.parquet")]
     losses += describe_unanswered(plan.dataset, summaries)
+    chosen = {reason: count for reason, count in validated.rejected.items() if is_wanted(reason)}
+    losses += [f"{in_words(reason)}: {count:,} {validated.unit}" for reason, count in chosen.items()]
     folder = plan.dataset.path / "steps"
     hint = f"change that setting, then run the same command; all rows are in {folder}/*/rejected.parquet"
-    if config.tasks and 2 * validated.kept < validated.input:
+    if config.tasks and 2 * validated.kept < validated.input - sum(chosen.values()):
         attempts = f"generate: {{max_attempts: {config.generate.max_attempts}}}"
         hint += f"; to retry unusable replies more often, raise {attempts}"
     problem = "; ".join(losses) or "every step rejected some rows"

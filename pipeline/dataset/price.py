@@ -5,6 +5,7 @@ texts is an estimate that the version has: from an audit, or else from a judge, 
 """
 
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from pipeline.config.sections import Servers, cost_of
@@ -78,7 +79,7 @@ def price_in_words(manifest: Mapping[str, Any], asking_s: float = 0.0) -> list[s
     if len(entries) > 1 and kept:
         lines.append(f"all texts with their checks: {_amounts_in_words(entries, manifest)}")
     if asking_s and kept:
-        lines.append(f"time of all requests in this folder: {asking_s / kept:,.3g} s per kept text")
+        lines.append(f"all requests in this folder: {_plain(asking_s / kept)} s per kept text")
     return lines
 
 
@@ -90,15 +91,22 @@ def _amounts_in_words(entries: list[Entry], manifest: Mapping[str, Any]) -> str:
     numbers = [(entry["kept"], right_share(entry["texts"], manifest)) for entry in entries if entry["kept"]]
     measured = [(number, share) for number, share in numbers if share]
     right, low, high = (sum(number * share[n] for number, share in measured) for n in range(3))
-    if len(measured) < len(numbers) or not right or not high:
+    if len(measured) < len(numbers):
         return f"{words}; per right text: not measured"
+    if not right or not high:
+        return f"{words}; no right text"
     bounds = f"[{tokens / high:,.0f}, {f'{tokens / low:,.0f}' if low else 'no upper bound'}]"
     sources = " and ".join(sorted({share.source for _, share in measured}))
     return f"{words}; {_rate(tokens, cost, right)} per right text, tokens {bounds} ({sources})"
 
 
 def _rate(tokens: int, cost: float, number: float) -> str:
-    return f"{tokens / number:,.0f} tokens{f', cost {cost / number:,.3g}' if cost else ''}"
+    return f"{tokens / number:,.0f} tokens{f', cost {_plain(cost / number)}' if cost else ''}"
+
+
+def _plain(value: float) -> str:
+    """Return a number with three significant digits, without an exponent."""
+    return f"{Decimal(f'{value:.3g}'):,f}"
 
 
 def right_share(kind: str, manifest: Mapping[str, Any]) -> RightShare | None:

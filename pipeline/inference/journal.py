@@ -66,6 +66,7 @@ class Journal:
         # The requests whose replies were used, and the tokens of all their attempts, by TASK.MODEL.UNIT. A
         # reply that several samples use counts for each of them, so the sums do not depend on the shards.
         self.spent = Counter[str]()
+        self.counted: set[tuple[str, str]] = set()  # the sample and request ids of `spent`
         self._db = sqlite3.connect(path.absolute())
         self._db.text_factory = _decode
         (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
@@ -150,7 +151,10 @@ class Journal:
         return self.totals()["replies"]
 
     def spend(self, request: Request, last: Reply) -> None:
-        """Add a request with its last reply to `spent`."""
+        """Add a request with its last reply to `spent`, once for each sample."""
+        if (key := (request.sample_id, request.id)) in self.counted:
+            return
+        self.counted.add(key)
         tokens = self.tokens_of(request.id) if last.attempt else likely_tokens(last)
         for unit, number in zip(UNITS, (1, *tokens), strict=True):
             self.spent[f"{request.task}.{request.model}.{unit}"] += number

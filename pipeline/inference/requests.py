@@ -20,6 +20,7 @@ from pipeline.tasks.caption import max_tokens_of
 from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
 from pipeline.tasks.conditions import (
     COLUMN,
+    HAS_HUMAN_TEXT,
     INTEGER,
     Condition,
     ConditionError,
@@ -141,11 +142,14 @@ class RequestPlan:
         task = self.tasks[name]
         if isinstance(task, CustomTask):
             return (parse_condition(task.settings.when),) if task.settings.when else ()
-        texts = [text for key, text in self.generate.when if key in (name, style)]
-        is_needed = any(result_name(name, style) in other.needs for other in self.tasks.custom)
-        if self.is_filling and not is_needed:
-            texts.append("not row.has_captions" if task.text_field else "not row.has_questions")
-        return tuple(map(parse_condition, texts))
+        return tuple(parse_condition(text) for key, text in self.generate.when if key in (name, style))
+
+    def has_human_text(self, pair: Pair, inputs: SourceTexts) -> bool:
+        """Return whether a task is not asked, since there are human texts and no task needs its result."""
+        task = self.tasks[pair[0]]
+        if not self.is_filling or isinstance(task, CustomTask) or result_name(*pair) in self.needed:
+            return False
+        return inputs.has_captions if task.text_field else inputs.has_questions
 
     def inputs_of(self, name: str, style: str) -> set[str]:
         """Return the names of the results that must be known before a task is asked."""
@@ -156,7 +160,7 @@ class RequestPlan:
     @cached_property
     def has_conditions(self) -> bool:
         """Whether a task is asked only about some images."""
-        return bool(self.dropping) or any(self.conditions.values())
+        return self.is_filling or bool(self.dropping) or any(self.conditions.values())
 
     @cached_property
     def needed(self) -> frozenset[str]:
@@ -316,6 +320,8 @@ def find_skipped(
         missing = [need for need in task.needs if need not in results]
         reason = None if task.keep_if else dropped
         reason = reason or _find_unmet(plan.conditions[pair], values)
+        if not reason and plan.has_human_text(pair, inputs):
+            reason = HAS_HUMAN_TEXT
         if missing and not reason:
             reason = next((reasons[need] for need in missing if need in reasons), RESULT_MISSING)
         if reason:
@@ -344,9 +350,7 @@ def _find_unmet(conditions: Sequence[Condition], values: Mapping[str, Mapping[st
 def condition_values(inputs: SourceTexts, results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the values that conditions read, by namespace. An empty column has no value."""
     columns = {name: value.strip() or None for name, value in inputs.context}
-    others = inputs._asdict()
-    del others["context"], others["escalated"]
-    return {"row": columns | others, "results": results}
+    return {"row": columns | {name: getattr(inputs, name) for name in IMAGE_SIZE}, "results": results}
 
 
 def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request]:
@@ -422,16 +426,19 @@ def check_needs(plan: RequestPlan) -> None:
                 raise ConfigError(
                     f"the task {task.name} needs {need}, which this run does not have", hint=hint
                 )
+    check_conditions(plan)
     for name, style in plan.pairs:
         if result_name(name, style) in plan.needed and len(plan.models_of(name)) > 1:
             problem = f"the task {name} has several models, but another task needs its result"
             raise ConfigError(problem, hint="name one model for it in task_models")
-    check_conditions(plan)
     _ = plan.rounds  # raises ConfigError for circular needs
 
 
 def check_conditions(plan: RequestPlan) -> None:
     """Raise ConfigError if a condition of a task is invalid."""
+    if taken := [name for name in IMAGE_SIZE if name in plan.context]:
+        hint = "rename the column in the source: conditions read the size of the image by this name"
+        raise ConfigError(f"a context column cannot be named {taken[0]}", hint=hint)
     names = condition_names(plan)
     known = [*dict.fromkeys(name for pair in plan.pairs for name in pair if name and pair[0] in TASKS)]
     for key, text in plan.generate.when:

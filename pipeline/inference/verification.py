@@ -74,11 +74,13 @@ def check_conditions(verify: VerifyConfig, plan: RequestPlan) -> None:
     for name, text in verify.when:
         if name not in asked:
             problem = f"verify.when has {name}, which is not a check of this run"
-            raise ConfigError(problem, hint=did_you_mean(name, asked, f"this run has {', '.join(asked)}"))
+            raise ConfigError(
+                problem, hint=did_you_mean(name, asked, f"this run has {', '.join(asked) or 'no checks'}")
+            )
         earlier = (check for check in SCORES if check in asked and ORDER[check] < ORDER[name])
-        scores = map(SCORES.__getitem__, earlier)
+        scores = [*map(SCORES.__getitem__, earlier), *LOG_PROBABILITIES * plan.generate.wants_logprobs]
         names = condition_names(plan) | {
-            "scores": dict.fromkeys((*scores, *LOG_PROBABILITIES), NUMBER),
+            "scores": dict.fromkeys(scores, NUMBER),
             "text": {"task": TEXT, "style": TEXT},
         }
         check_condition(f"verify.when of {name}", text, names)
@@ -137,9 +139,9 @@ def _text_request(fields: dict[str, Any], shared_digest: str, sample_id: str, st
     return Request(id=request_id, sample_id=sample_id, style=style, pages=(), **fields)
 
 
-def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[str]:
+def read_claims(caption: str, sample_id: str, plan: RequestPlan, journal: Journal) -> list[str]:
     """Return the distinct claims that the model found in a caption."""
-    rows = _usable_rows(CLAIMS, build_claims(caption, "", plan), journal)
+    rows = _usable_rows(CLAIMS, build_claims(caption, sample_id, plan), journal)
     return list(dict.fromkeys(row["claim"] for row in rows))[:MAX_CLAIMS]
 
 

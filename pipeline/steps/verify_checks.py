@@ -30,11 +30,7 @@ from pipeline.steps.verify_known_texts import KnownSample, facts_in
 from pipeline.steps.verify_results import COLUMNS, CheckConditions, CheckedAnnotation, Row, add_results
 from pipeline.steps.verify_settings import VerifySettings
 from pipeline.storage.files import read_batches
-from pipeline.tables import (
-    FILTERED,
-    HUMAN,
-    STRING,
-)
+from pipeline.tables import FILTERED, HUMAN, STRING
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, MAX_EVIDENCE, RATE, REFUTED, REPAIR
 from pipeline.tasks.checks import CLAIMS as CLAIMS_TASK
@@ -67,7 +63,7 @@ class AskedClaim:
 
     @property
     def evidence(self) -> int:
-        """The number of answers that refute the claim, less the number of those that confirm it."""
+        """See verification.evidence_against."""
         return verification.evidence_against(self.answers)
 
 
@@ -79,6 +75,7 @@ class AnnotationChecker:
     settings: VerifySettings
     services: Services
     _claims: dict[str, list[str]] = field(default_factory=dict)  # by caption
+    _counted: set[tuple[str, str]] = field(default_factory=set)  # see Journal.counted
 
     @property
     def plan(self) -> RequestPlan:
@@ -102,6 +99,7 @@ class AnnotationChecker:
         `rows` must hold every annotation of each sample. Records of custom tasks are not checked.
         """
         self._claims.clear()
+        self._counted.clear()
         self._conditions.read_results(rows)
         config, annotations = self.settings.verify, [CheckedAnnotation(row) for row in rows]
         subjects = [subject for subject in annotations if subject.row["clean_record"] is None]
@@ -113,8 +111,9 @@ class AnnotationChecker:
             questions, list(map(verification.question_checks, (one.row for one in questions), of_question))
         )
         if "claims" in config.checks:
-            self._check_claims([caption for caption in captions if self._is_asked("claims", caption)])
-            self._calibrate_claims(captions)
+            asked = [caption for caption in captions if self._is_asked("claims", caption)]
+            self._check_claims(asked)
+            self._calibrate_claims(captions, asked)
         if config.repair:
             refuted = (one for one in captions if one.row["prompt_id"] != HUMAN and one.refuted_claims)
             self._repair([caption for caption in refuted if self._is_asked("repair", caption)])
@@ -122,9 +121,9 @@ class AnnotationChecker:
         if self.settings.clip_model:
             self._align([caption for caption in captions if self._is_asked("alignment", caption)])
         if config.judge:
-            rated = (subject for subject in subjects if not self._is_contradicted(subject))
-            self._rate([subject for subject in rated if self._is_asked("judge", subject)])
-            self._calibrate_judge(captions)
+            asked = [subject for subject in subjects if self._is_asked("judge", subject)]
+            self._rate([subject for subject in asked if not self._is_contradicted(subject)])
+            self._calibrate_judge(captions, asked)
         return annotations
 
     def _is_asked(self, check: str, subject: CheckedAnnotation) -> bool:
@@ -164,7 +163,7 @@ class AnnotationChecker:
         requests = (build(text, sample_id) for text, sample_id in new.items())
 
         def read(journal: Journal) -> dict[str, list[str]]:
-            return {text: verification.read_claims(text, self.plan, journal) for text, _ in captions}
+            return {one[0]: verification.read_claims(*one, self.plan, journal) for one in captions}
 
         self._claims |= self._ask("claims", CLAIMS_TASK, _chunks(requests), len(new), read)
         return {text: list(map(verification.claim_checks, self._claims[text])) for text, _ in captions}
@@ -182,18 +181,20 @@ class AnnotationChecker:
         batches = read_samples(self.services.dataset, ["sample_id", "references"])
         return choose_known_texts(batches, self.settings.verify.calibration, self.settings.seed)
 
-    def _known_samples(self, captions: Subjects) -> list[tuple[CheckedAnnotation, KnownSample]]:
-        """Return the samples whose known texts are asked about, each with its first caption."""
-        seed = self.settings.seed
+    def _known_samples(
+        self, captions: Subjects, asked: Subjects
+    ) -> list[tuple[CheckedAnnotation, KnownSample]]:
+        """Return the samples of `asked` that have known texts, each with its first caption."""
+        seed, groups = self.settings.seed, _by_sample(captions) if self.settings.is_calibrated else {}
         return [
             (group[0], KnownSample.of(self._known_texts[sample_id], [one.row for one in group], seed))
-            for sample_id, group in (_by_sample(captions) if self.settings.is_calibrated else {}).items()
-            if sample_id in self._known_texts
+            for sample_id in _by_sample(asked)
+            if (group := groups.get(sample_id)) and sample_id in self._known_texts
         ]
 
-    def _calibrate_claims(self, captions: Subjects) -> None:
+    def _calibrate_claims(self, captions: Subjects, checked: Subjects) -> None:
         """Ask about claims that are known to be true or false, and add the evidence to `calibration`."""
-        samples, splits = self._known_samples(captions), self.settings.splits_claims
+        samples, splits = self._known_samples(captions, checked), self.settings.splits_claims
         claims = self._split([(text, one.sample_id) for one, known in samples for text in known.to_split])
         asked = [
             (caption, kind, AskedClaim(caption.sample_id, questions))
@@ -327,9 +328,9 @@ class AnnotationChecker:
 
         return self._ask("judge", RATE, requests(), len(rows), read)
 
-    def _calibrate_judge(self, captions: Subjects) -> None:
+    def _calibrate_judge(self, captions: Subjects, rated: Subjects) -> None:
         """Let the judge rate known truths and falsehoods, and add the results to `calibration`."""
-        samples = self._known_samples(captions)
+        samples = self._known_samples(captions, rated)
         asked = [(caption, kind, text) for caption, known in samples for kind, text in known.texts]
         rows = [caption.row | {"clean_text": text} for caption, _, text in asked]
         for (caption, kind, _), rating in zip(asked, self._ask_judge(rows), strict=True):
@@ -351,7 +352,7 @@ class AnnotationChecker:
         stats, progress = self.services.stats, self.services.progress
         start = partial(self.services.engine, self.plan.model_of(task.name))
         with Journal(self.shard.journal) as journal, record_cost(self.shard, journal, stats):
-            before = stats.done
+            before, journal.counted = stats.done, self._counted
             for ready in ask_all(requests, self.plan, self.settings.servers, start, journal, stats):
                 progress(name, stats.done - before, total, ready.metrics())
             if done := stats.done - before:

@@ -39,6 +39,7 @@ from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
 from pipeline.tables import NO_EXTRAS, REJECTIONS, SKIPPED_CHECKS, STRING, Extras, fields
 from pipeline.tasks.checks import CONFIRM, RATE
+from pipeline.tasks.conditions import is_dropped
 
 NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
@@ -62,7 +63,12 @@ def write_rows(
     for table in build_rows(annotations, samples, source["name"], extras, decks=has_decks):
         writer.add(table)
     writer.close()
-    rejected = pa.table([writer.rejected, [NO_ANNOTATION] * len(writer.rejected)], schema=REJECTED)
+    dropped = {}  # reasons of images without annotations because of `keep_if`, by sample id
+    for table in read_batches(shard.step_file("validate", "rejected"), ["sample_id", "reason"]):
+        pairs = zip(*table.to_pydict().values(), strict=True)
+        dropped |= {sample_id: reason for sample_id, reason in pairs if is_dropped(reason)}
+    reasons = [dropped.get(sample_id, NO_ANNOTATION) for sample_id in writer.rejected]
+    rejected = pa.table([writer.rejected, reasons], schema=REJECTED)
     write_table(shard.step_file(NAME, "rejected"), [rejected], REJECTED)
     rejections = [*_read_rejections(shard, steps), list_rejections(NAME, rejected)]
     write_table(shard.step_file(NAME, "rejections"), rejections, REJECTIONS)
@@ -136,7 +142,7 @@ class WriteStep(Step):
     def summarize(self, work: Work) -> StepSummary:
         """See Step."""
         assert work.version
-        return _summarize(work.version.num_rows, work.summaries[0].kept - work.version.num_rows)
+        return _summarize(work.version.num_rows, work.executor.shards)
 
 
 def publish_shards(
@@ -154,7 +160,7 @@ def publish_shards(
     """
     plan, shards = work.plan, work.executor.shards
     num_rows = sum(sum(part.counts.values()) for part in written)
-    funnel = [*work.summaries, _summarize(num_rows, sum(len(part.rejected) for part in written))]
+    funnel = [*work.summaries, _summarize(num_rows, shards)]
     if funnel[-1].input != funnel[0].kept:
         problem = f"the step write received {funnel[0].kept} images and returned {funnel[-1]}"
         raise TableError(problem, hint=BUG_HINT)
@@ -180,10 +186,10 @@ def publish_shards(
     return publish_version(plan.dataset, draft, written, digests, provenance, rejections, work.executor.check)
 
 
-def _summarize(rows: int, without_annotation: int) -> StepSummary:
-    return summarize_step(
-        NAME, "images", rows, {NO_ANNOTATION: without_annotation} if without_annotation else {}
-    )
+def _summarize(rows: int, shards: Sequence[DatasetDir]) -> StepSummary:
+    parts = (part for shard in shards for part in read_batches(shard.step_file(NAME, "rejected"), ["reason"]))
+    counts = Counter(reason for part in parts for reason in part["reason"].to_pylist())
+    return summarize_step(NAME, "images", rows, dict(sorted(counts.items())))
 
 
 def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:

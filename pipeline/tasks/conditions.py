@@ -6,8 +6,10 @@ linear in its length and in the size of the values.
 """
 
 import ast
+import keyword
 import math
 import operator
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,9 +26,9 @@ Names = Mapping[str, Mapping[str, Schema]]
 COLUMN, TEXT, INTEGER, NUMBER = ({"type": kind} for kind in ("column", "string", "integer", "number"))
 # Reasons why a task or check was not asked.
 CONDITION_FALSE, CONDITION_WITHOUT_VALUE = "condition_false", "condition_without_value"
+HAS_HUMAN_TEXT = "has_human_text"
 # Beginnings of the reasons of all texts of an image that a task with `keep_if` drops. Its name follows.
 _DROPPED = {CONDITION_FALSE: "dropped_by_", CONDITION_WITHOUT_VALUE: "dropped_without_"}
-_BOOLEAN: Schema = {"type": "boolean"}
 _WORDS = {"true": True, "false": False, "null": None}  # as YAML writes them
 _TYPES = {str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 _NUMERIC, _TEXTS = ("integer", "number", "column"), ("string", "column")
@@ -40,9 +42,14 @@ def drop_reason(task: str, unmet: str) -> str:
     return _DROPPED[unmet] + task
 
 
+def is_dropped(reason: str) -> bool:
+    """Return whether a task dropped an image for this reason."""
+    return reason.startswith(tuple(_DROPPED.values()))
+
+
 def is_wanted(reason: str) -> bool:
-    """Return whether a reason states that a condition is false, so that the rejection is not a loss."""
-    return reason == CONDITION_FALSE or reason.startswith(_DROPPED[CONDITION_FALSE])
+    """Return whether the settings ask for a rejection with this reason, so that it is not a loss."""
+    return reason in (CONDITION_FALSE, HAS_HUMAN_TEXT) or reason.startswith(_DROPPED[CONDITION_FALSE])
 
 
 class ConditionError(ValueError):
@@ -95,9 +102,14 @@ def parse_condition(text: str) -> Condition:
             warnings.simplefilter("ignore")
             tree = ast.parse(text, mode="eval").body
     except SyntaxError as error:
-        raise ConditionError(error.offset or 1, error.msg) from None
+        words = [part for part in re.findall(r"\.\s*(\w+)", text) if keyword.iskeyword(part)]
+        hint = f"{words[0]} is a keyword of Python: rename the column, task or field" if words else ""
+        raise ConditionError(error.offset or 1, error.msg, hint) from None
     except (ValueError, RecursionError, MemoryError):
         raise ConditionError(1, "this cannot be read") from None
+    after = len(text.encode()[: tree.end_col_offset].decode())  # parentheses, spaces or a comment
+    if (position := text.find("#", after)) >= 0:
+        raise ConditionError(position + 1, "a condition has no comments", "leave out the text from # on")
     level: list[ast.AST] = [tree]
     for _ in range(MAX_DEPTH):
         level = [child for node in level for child in ast.iter_child_nodes(node)]

@@ -333,8 +333,8 @@ def _check_kind(settings: TaskConfig, value: Schema) -> str | None:
         forms = {name: without_null(names[name])["type"] for name in pair if name in names}
         if not {"question", "answer"} <= forms.keys() or {*forms.values()} != {"string"}:
             raise UnusableSchemaError("a question needs the fields question and answer, which are strings")
-    if kind not in JOINING and (settings.name in ROW.names or settings.name == "split"):
-        raise UnusableSchemaError(f"datasets already have a column {settings.name}: rename the task")
+    if kind not in JOINING and settings.name in (*ROW.names, "split", "questions"):
+        raise UnusableSchemaError(f"{settings.name} is a name of built-in columns or texts: rename the task")
     if kind not in ("caption", "question", "text") and (settings.min_words or settings.max_words):
         raise UnusableSchemaError(
             f"min_words and max_words are only for captions, questions and texts, not for {kind}"

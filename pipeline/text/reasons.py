@@ -16,6 +16,7 @@ IN_WORDS = {
     "off_schema": "the reply does not match the schema",
     "condition_false": "not asked: the condition of the task (`when`) is false",
     "condition_without_value": "not asked: the condition of the task (`when`) needs a missing value",
+    "has_human_text": "not asked: the image has human texts",
     "cut_short": "the reply was cut off",
     "repeats_itself": "the reply runs in a loop",
     "caption_string_pattern_mismatch": "the caption has control characters",

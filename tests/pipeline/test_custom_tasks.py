@@ -8,8 +8,9 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
-from pipeline.inference.requests import build_requests, check_prompts
+from pipeline.inference.requests import build_requests, check_prompts, find_skipped
 from pipeline.inference.verification import check_conditions
+from pipeline.types import SourceTexts
 from tests.plans import request_plan
 
 TEXT = {"name": "t", "kind": "text", "prompt": "Look."}
@@ -74,6 +75,7 @@ def test_tasks_with_keep_if_are_asked_first_and_conditions_before_their_tasks() 
         ("generate", {"brief": "row.w > 1"}, "generate.when of brief, character 1: unknown name row.w"),
         ("generate", {"brief": "results.brief != 'a'"}, "circular dependency between tasks: caption"),
         ("verify", {"covers": "true"}, "verify.when has covers, which is not a check of this run"),
+        ("verify", {"claims": "scores.logprob_mean < -1"}, "unknown name scores.logprob_mean"),
         ("verify", {"claims": "scores.precision < 1"}, "unknown name scores.precision"),
         ("verify", {"round_trip": "scores.agreement < 1"}, "unknown name scores.agreement"),
         ("verify", {"judge": "scores.precision < 1 and results.brief == 1"}, "a text and a number cannot"),
@@ -88,6 +90,29 @@ def test_invalid_condition_in_settings_is_refused(section: str, when: dict[str, 
         check_prompts(request_plan(config), has_checks=True)
         check_conditions(config.verify, request_plan(config))
     assert complaint in str(raised.value) and raised.value.hint
+
+
+def test_context_column_with_the_name_of_the_image_size_is_refused() -> None:
+    config = resolve(source="folder:x", tasks=["caption"], columns={"context": "width_px"})
+    with pytest.raises(ConfigError, match="cannot be named width_px") as raised:
+        check_prompts(request_plan(config), has_checks=False)
+    assert "rename the column" in str(raised.value.hint)
+
+
+def test_conditions_of_checks_read_log_probabilities_that_servers_are_asked_for() -> None:
+    verify = {"checks": ["claims"], "when": {"claims": "scores.logprob_mean < -1"}}
+    config = resolve(source="folder:x", tasks=["caption"], verify=verify, generate={"logprobs": True})
+    check_conditions(config.verify, request_plan(config))
+
+
+def test_image_with_human_texts_is_asked_only_for_results_that_other_tasks_read() -> None:
+    late = TEXT | {"name": "late", "when": "'a' in results.brief"}
+    tasks: dict[str, Any] = {"custom_tasks": [late], "tasks": ["caption", "qa"]}
+    plan = request_plan(resolve(source="folder:x", **tasks, human_texts="fill"))
+    inputs = SourceTexts((), has_captions=True, has_questions=True)
+    skipped = find_skipped(plan, inputs, {}, plan.rounds[0])
+    assert skipped == dict.fromkeys((("caption", "detailed"), ("qa", "")), "has_human_text")
+    assert not find_skipped(plan, SourceTexts(), {}, plan.rounds[0])
 
 
 def text_task(prompt: str, **keys: Any) -> str:
@@ -111,6 +136,7 @@ def text_task(prompt: str, **keys: Any) -> str:
             text_task("a", when="results.u == 'x'"),
             "`when` of the task t, character 1: unknown name results.u",
         ),
+        (text_task("a", when="'a' == )"), "`when` of the task t, character 8: unmatched ')'"),
         (text_task("a", when="results.t == 'x'"), "circular dependency between tasks: t"),
         (
             text_task("a", keep_if="results.plain == 'x'"),

@@ -184,6 +184,17 @@ def test_precision_is_measured_before_rejection_and_corrected(
     assert texts <= {f"A {c} {t} stands {p} all day long." for c, t, p in map(caption_of, range(COUNT))}
 
 
+def test_price_of_checks_counts_each_request_about_an_image_once(
+    tmp_path: Path, model: Model, server: ChatServer
+) -> None:
+    limit = 16  # each of the first images has another caption
+    generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--limit", str(limit))
+    manifest = json.loads((tmp_path / "d/versions/v1.0.0/manifest.json").read_text())
+    price = {entry["texts"]: entry["requests"] for entry in manifest["price"]}
+    assert manifest["checks"][0]["kinds"]  # the claims of captions are read again for planted falsehoods
+    assert price == {"captions": limit, "": len(server.bodies) - limit}
+
+
 def test_no_known_texts_are_asked_without_calibration(
     tmp_path: Path, model: Model, server: ChatServer
 ) -> None:
@@ -193,6 +204,16 @@ def test_no_known_texts_are_asked_without_calibration(
     check = checks_of(tmp_path)["claims"]
     assert (check["false_alarms"], check["missed"], check["true"], check["kinds"]) == (None, None, None, {})
     assert "kind of false text" not in (tmp_path / "d/versions/v1.0.0/README.md").read_text()
+
+
+def test_check_that_no_text_gets_is_not_calibrated(
+    tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer
+) -> None:
+    when = "{claims: row.width_px > 9999, judge: row.width_px > 9999}"
+    (tmp_path / "synth.yaml").write_text(f"verify: {{when: {when}}}\n")
+    settings = ("--config", "synth.yaml", "--verify", "claims", "--judge", f"judge-7b@{judge.url}")
+    generate(tmp_path, server, *CAPTIONS, *settings)
+    assert model.requests == {"caption": COUNT} and not judge.bodies
 
 
 def test_model_that_always_answers_yes_rejects_nothing_and_states_no_share(

@@ -87,7 +87,7 @@ def test_documented_example_asks_only_what_its_conditions_allow(folder: Path) ->
     funnel = {step["step"]: step for step in manifest["funnel"]}
     # All five texts of a blank image, and the tasks that a condition skips.
     assert funnel["validate"]["rejected"] == {"dropped_by_kind": 50, "condition_false": 4 + 4 + 2 + 7}
-    assert funnel["write"]["rejected"] == {"no_annotation_left": 10}
+    assert funnel["write"]["rejected"] == {"dropped_by_kind": 10}
     assert manifest["skipped_checks"] == {"claims": {"condition_false": 11}}
     check_price(manifest, lines)
     card, page = ((path.parent / "README.md").read_text(), (dataset / "report.html").read_text())
@@ -104,5 +104,5 @@ def check_price(manifest: dict[str, Any], lines: str) -> None:
     assert (kind["prompt_tokens"], kind["reply_tokens"]) == (21 * 40, 21 * 12)
     assert kind["cost"] == pytest.approx(21 * (40 * 0.2 + 12 * 0.6) / 1e6)
     per_text = 21 * 52 / 11
-    assert f"price of kind: {per_text:,.0f} tokens, cost 2.9e-05 per kept text (11 kept); per right" in lines
+    assert f"price of kind: {per_text:,.0f} tokens, cost 0.000029 per kept text (11 kept); per right" in lines
     assert "price of all texts with their checks: " in lines and "per right text: not measured" in lines

@@ -70,6 +70,16 @@ def test_card_begins_with_splits_and_samples_by_file_name() -> None:
     assert card.index("Task: qa") > card.index("<details><summary>Settings, prompts")
 
 
+@pytest.mark.parametrize("cost", [{}, {"cost": 0.5}])
+def test_table_of_a_ladder_has_as_many_cells_in_each_row(cost: dict[str, float]) -> None:
+    counts = dict.fromkeys(("requests", "prompt_tokens", "reply_tokens", "texts", "kept"), 3)
+    rungs = [{"task": "caption", "model": name} | counts | cost for name in ("small", "large")]
+    card = render_card(MANIFEST | {"ladder": rungs}, [])
+    table = card[card.index("| task | model |") :].split("\n\n")[0].splitlines()
+    assert [line.count("|") for line in table] == [8 + len(cost)] * 4, table
+    assert table[0].endswith(" cost |" if cost else " passed all checks |")
+
+
 def test_card_states_license_of_the_model() -> None:
     model = MANIFEST["model"] | {"license": "Qwen Research License: no commercial use"}
     card = render_card(MANIFEST | {"model": model}, [])

@@ -76,7 +76,7 @@ JUDGE = {"check": "judge", "true": {"share": 0.5, "low": 0.4, "high": 0.8}}
             {"audit": {"rates": [rate("captions", None)]}, "checks": [JUDGE]},
             "20 tokens per right text, tokens [12, 25] (judge, ",
         ),
-        ({"audit": {"rates": [rate("captions", 0.5, 1.0, 1.0)]}}, "per right text: not measured"),
+        ({"audit": {"rates": [rate("captions", 1.0, 0.7, 1.0)]}}, "(100 kept); no right text"),
         ({"checks": [JUDGE], "skipped_checks": {"judge": {"condition_false": 3}}}, "not measured"),
         ({"checks": [{"check": "claims", "true": {"share": 0.9, "low": 0.8, "high": 1}}]}, "not measured"),
         ({"checks": [{"check": "judge", "true": {"share": None, "low": 0.8, "high": 1}}]}, "not measured"),
@@ -95,9 +95,15 @@ def test_total_includes_checks_and_needs_the_share_of_each_kind() -> None:
     *_, total, time = price_in_words(manifest, asking_s=30.0)
     assert total.startswith("all texts with their checks: 14 tokens, cost 0.004 per kept text (150 kept); ")
     assert "17 tokens, cost 0.0048 per right text, tokens [16, 19] (audit)" in total
-    assert time == "time of all requests in this folder: 0.2 s per kept text"
+    assert time == "all requests in this folder: 0.2 s per kept text"
     del rates[1]
     assert "per right text: not measured" in price_in_words(manifest)[-1]
+
+
+@pytest.mark.parametrize(("cost", "shown"), [(2e5, "2,000"), (6.4e-3, "0.000064"), (123.0, "1.23")])
+def test_cost_has_no_exponent(cost: float, shown: str) -> None:
+    (line,) = price_in_words({"measured": {}, "price": [entry("captions", 100, 1000, cost)]})
+    assert f"10 tokens, cost {shown} per kept text" in line
 
 
 def test_version_without_a_model_or_texts_has_no_price() -> None:

@@ -121,7 +121,7 @@ def test_claims_request_shows_no_image_and_is_shared_by_equal_captions(tmp_path:
     assert "Caption: Two dogs.\n" in request.text
     mixed = {"claims": ["There are dogs.", " ", "There are dogs.", {"claim": "They run."}]}
     for reply, expected in ((mixed, ["There are dogs.", "They run."]), ({"claims": []}, []), ("no JSON", [])):
-        read = lambda journal: read_claims("Two dogs.", plan, journal)  # noqa: E731
+        read = lambda journal: read_claims("Two dogs.", "a", plan, journal)  # noqa: E731
         assert read_with_reply(tmp_path / "j", request, reply, read) == expected
     long = "word " * 60
     assert "about 17 statements" in build_claims(long, "a", plan).text

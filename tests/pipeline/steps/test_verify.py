@@ -118,13 +118,8 @@ def test_condition_of_a_check_reads_scores_and_results(condition: str, unmet: st
     labels = TaskConfig(name="tags", kind="labels", prompt="What is it?")
     boxes = TaskConfig(name="boxes", kind="boxes", prompt="Where is it?")
     conditions = CheckConditions(SHARD, [("judge", condition)], Tasks((), (labels, boxes)))
-    shared = {
-        "sample_id": "a",
-        "prompt_id": "x",
-        "clean_record": None,
-        "logprob_mean": None,
-        "logprob_min": None,
-    }
+    shared = {"sample_id": "a", "prompt_id": "x", "clean_record": None}
+    shared |= dict.fromkeys(("logprob_mean", "logprob_min"))
     rows = [CAPTION | shared]
     rows += [
         {"task": name, "style": "", **shared, "clean_text": None, "clean_record": record}

@@ -123,6 +123,10 @@ def test_value_of_a_task_without_a_result_is_missing() -> None:
         ("row.title.lower() == 'a'", 1, "row.title.lower() is not supported", ""),
         ("'é' == 'é' and row.x == 1", 16, "unknown name row.x", ""),
         ("row.width_px > )", 16, "unmatched ')'", ""),
+        ("('é' == 'é' # or row.x == 1\n) and true", 1, "'(' was never closed", ""),
+        ("('é' == '#') # or row.x == 1", 14, "a condition has no comments", "leave out the text from #"),
+        ("row.width_px > 1\n# wide\nand row.x == 1", 18, "a condition has no comments", ""),
+        ("row.class == 'a'", 5, "invalid syntax", "class is a keyword of Python: rename the column"),
         ("", 1, "invalid syntax", ""),
     ],
 )

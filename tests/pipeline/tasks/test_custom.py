@@ -169,7 +169,8 @@ def test_custom_task_is_found_by_name() -> None:
         ({"kind": "labels", "field": "n", "output": fields(n=INTEGER)}, "labels must be a string"),
         ({"kind": "boxes", "show_image": False}, "boxes need an image"),
         ({"kind": "labels", "min_words": 3}, "min_words and max_words are only for captions"),
-        ({"kind": "text", "name": "image"}, "already have a column image"),
+        ({"kind": "text", "name": "image"}, "image is a name of built-in columns or texts"),
+        ({"kind": "labels", "name": "questions"}, "questions is a name of built-in columns or texts"),
         ({"kind": "text", "output": fields(text=TEXT | {"pattern": "(["})}, "regex parse error"),
     ],
 )
