@@ -125,7 +125,7 @@ class Validation:
     loader: BatchLoader
     device: torch.device
     best_score: float = -math.inf
-    best_cider_d: float = 0.0
+    best_cider_d: float | None = None  # None with a single validation image
     best_loss: float = math.inf
     evaluations_without_gain: int = 0  # consecutive
     # for the progress display: the latest scores, or a note that the remaining time has no evaluations
@@ -152,7 +152,7 @@ class Validation:
         if (score, tie_breaker) > (self.best_score, -self.best_loss):
             self.checkpoint.save(out)
             self.best_score, self.best_loss, self.evaluations_without_gain = score, -tie_breaker, 0
-            self.best_cider_d = cider_d
+            self.best_cider_d = cider_d if result["images"] > 1 else None
         else:
             self.evaluations_without_gain += 1
 

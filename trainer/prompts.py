@@ -16,24 +16,28 @@ QUESTION_LINE = re.compile(r"^\s*(?:question|q): *([^\n]+)", re.MULTILINE | re.I
 # Words that request a style, in order of precedence. Other styles are requested by their names.
 STYLE_WORDS = {
     "human": r"^what does this image show(?=\W*$)",
-    "ocr": r"ocr(?! tokens?)|transcribe|text (can be|is|are) (read|seen|visible)",
+    "ocr": r"ocr(?! tokens?)|transcribe|read (all )?the text"
+    r"|(text|words) (can be|is|are) (read|seen|visible)",
     "tags": r"(hash)?tags|keywords",
     "alt": r"alt|alternative text|screen ?readers?|blind",
     "plain": r"(one|a single|1)[ -]sentence",
     "brief": r"brief(ly)?|short|concise(ly)?|few words",
-    "detailed": r"details?|detailed|thorough(ly)?|in depth|long|paragraphs?",
+    "detailed": r"details?|detailed|thorough(ly)?|in depth|long|paragraphs?|exhaustive|elaborate",
 }
 QUESTION_START = re.compile(
     r"(what|which|who|whose|where|when|why|how|is|are|does|do|did|can|has|count|name|identify|estimate"
-    r"|tell me (how|if|the|whether))\b"
+    r"|(please )?tell me (how|if|the|whether))\b"
 )
-CAPTION_WORD = re.compile(r"\b(describe|caption|description|summari[sz]e)\b")
+CAPTION_START = re.compile(r"(please )?(describe|caption|summari[sz]e)\b")
+CAPTION_WORD = re.compile(r"\b(describe|summari[sz]e|(caption|description) (of|for))\b")
 # A question about the whole image, such as "What do you see here?", requests a caption.
 WHOLE_IMAGE = re.compile(
-    r"(?=.*\b(see|shown?|shows|depicts?|happening|going|image|picture|photo|photograph|scene)\b)"
-    r"(what|what's|can|could)( (what|is|do|does|can|you|please|tell|me|see|shown?|shows|depicts?|happening"
-    r"|going|on|here|in|of|about|the|this|image|picture|photo|photograph|scene))*"
+    r"(?=.*\b(see|shown?|shows|depicts?|contains?|represents?|happening|going"
+    r"|image|picture|photo|photograph|scene)\b)"
+    r"(what|what's|can|could)( (what|is|do|does|can|you|please|tell|me|see|shown?|shows|depicts?|contains?"
+    r"|represents?|happening|going|on|here|in|of|about|the|this|image|picture|photo|photograph|scene))*"
 )
+SENTENCE_END = re.compile(r"\n+|(?<=[.!?:>])(?<!\bMrs\.)(?<!\b(?:Mr|Ms|Dr|St)\.)\s+")
 # Instructions of benchmarks, such as "Answer the question using a single word or phrase."
 ANSWER_FORM = re.compile(r"\b(answer|respond|reply)\b")
 
@@ -48,7 +52,7 @@ def find_question(text: str) -> str:
     if lines := QUESTION_LINE.findall(text):
         question = str(lines[-1]).strip()
         return question[: question.rindex("?") + 1] if "?" in question else question
-    sentences = [part.strip() for part in re.split(r"\n+|(?<=[.!?:>])\s+", text.replace("<image>", ""))]
+    sentences = [part.strip() for part in SENTENCE_END.split(text.replace("<image>", ""))]
     sentences = [sentence for sentence in sentences if sentence]
     asked = [sentence for sentence in sentences if sentence.endswith("?")]
     is_answer = ANSWER_FORM.search(text.lower())
@@ -56,8 +60,8 @@ def find_question(text: str) -> str:
         return ""
     question = asked[-1] if asked else sentences[0]
     words = _normalized(question).rstrip("?.! ")
-    is_request = CAPTION_WORD.search(words) or (WHOLE_IMAGE.fullmatch(words) and not is_answer)
-    return "" if is_request else question
+    is_about_image = CAPTION_WORD.search(words) or WHOLE_IMAGE.fullmatch(words)
+    return "" if CAPTION_START.match(words) or (is_about_image and not is_answer) else question
 
 
 def _normalized(text: str) -> str:

@@ -45,6 +45,47 @@ What text is on the shirt?#
 The picture was taken in a kitchen. ^What is on the stove?#
 Combien de chiens y a-t-il ?#
 """.strip().split("\n")
+# The rule was not written with these prompts.
+HELD_OUT = """
+Write one sentence about this photo.
+Give me a short caption for this.
+I need a caption for my post
+Make a caption for Instagram
+what's going on here?
+Tell me what you see in this picture.
+Summarize the picture in a few words
+I want you to describe the attached image.
+Could you summarise this photo?
+Would you please give a caption for the image?
+List keywords for the photo
+Describe this image as if I were blind.
+Describe the scene. Respond in one sentence.
+<image>|What is happening in this photograph?
+What does this photo depict?
+What does this picture contain?
+What does the image represent?
+Read all the text in the image.
+Is the cat black or white?#
+Are the two balls of the same size?#
+what's the man holding?#
+Whose car is this?#
+Why are they laughing?#
+Can this plane land on water?#
+What kind of image is this?#
+What color is the thing in the middle of the photo?#
+In which room was this photo taken?#
+Please tell me how many chairs there are.#
+Estimate the number of people.#
+Is this Mr. Smith?#
+Do they meet Mrs. Smith at St. Paul?#
+What does the caption say?#
+Who wrote the caption below the picture?#
+What is the job description?#
+How would you describe the mood?#|Answer the question using a single word or phrase.
+What is the capital of the highlighted country?#|A. Oslo|B. Rome|C. Paris|Answer with the letter only.
+Consider the image carefully. ^Is the man older than the woman?#
+Welche Farbe hat das Auto?#
+""".strip().split("\n")
 # Texts of benchmarks around the question.
 AROUND = """
 Question: # Short answer:
@@ -66,7 +107,7 @@ def as_prompts(lines: list[str]) -> list[tuple[str, str]]:
     return list(zip(prompts, questions, strict=True))
 
 
-@pytest.mark.parametrize(("prompt", "question"), as_prompts(CAPTIONS + ANSWERS))
+@pytest.mark.parametrize(("prompt", "question"), as_prompts(CAPTIONS + ANSWERS + HELD_OUT))
 def test_question_is_found_in_a_prompt_that_asks_one(prompt: str, question: str) -> None:
     assert find_question(prompt) == question
 
@@ -110,6 +151,10 @@ def test_question_for_a_style_in_conversations_requests_that_style(style: str) -
         ("Describe it for blind people.", "alt"),
         ("Transcribe the sign.", "ocr"),
         ("OCR this image.", "ocr"),
+        ("Read all the text in the image.", "ocr"),
+        ("Which words are visible in this image?", "ocr"),
+        ("Give an exhaustive description of everything in view.", "detailed"),
+        ("An elaborate caption, please.", "detailed"),
         ("Describe it briefly.\nReference OCR token: STOP", "brief"),
         ("Caption this.", "brief"),
     ],
@@ -117,7 +162,7 @@ def test_question_for_a_style_in_conversations_requests_that_style(style: str) -
 def test_words_for_captions_select_a_learned_style(text: str, style: str) -> None:
     assert choose_prompt(PROMPTS, text)[1:] == (style, "")
     without = [("human", "brief"), ("human", "")]
-    if text not in (" detailed ",) and "Task:" not in text:
+    if text != " detailed " and "Task:" not in text and not find_question(text):
         assert choose_prompt(without, text) == ("human", "brief", "")
 
 

@@ -61,6 +61,13 @@ def test_lower_loss_decides_between_equal_scores(
     assert len(saved) == 3
 
 
+def test_score_of_a_single_validation_image_is_not_reported(
+    version: Version, tmp_path: Path, clip: str
+) -> None:
+    metrics = train_captioner(version, replace(encoder=clip, evaluate_images=1), tmp_path)
+    assert metrics["best_validation"] is None
+
+
 def test_averaged_weights_are_scored_and_saved(version: Version, tmp_path: Path, clip: str) -> None:
     for name, decay in (("plain", 0.0), ("averaged", 0.99)):
         config = replace(encoder=clip, steps=9, evaluate_every=9, average_decay=decay)

@@ -101,10 +101,11 @@ class Batcher:
                         future.set_exception(outcome) if is_error else future.set_result(outcome)
 
     def _next_batch(self) -> list[Pending]:
-        group = self.pending[0][0].group if self.pending else None
-        batch = [pending for pending in self.pending if pending[0].group == group][: self.batch_size]
+        # The futures of requests whose client has disconnected are cancelled.
+        waiting = [pending for pending in self.pending if not pending[1].done()]
+        batch = [pending for pending in waiting if pending[0].group == waiting[0][0].group][: self.batch_size]
         taken = {future for _, future in batch}
-        self.pending = [pending for pending in self.pending if pending[1] not in taken]
+        self.pending = [pending for pending in waiting if pending[1] not in taken]
         return batch
 
 
@@ -166,7 +167,18 @@ class CaptionServer:
     async def chat(self, request: Request) -> Response:
         """Answer a chat request (see trainer/serving/protocol.py)."""
         with self._hold(request):
-            return await self._answer(await read_body(request))
+            answer = asyncio.create_task(self._answer(await read_body(request)))
+            # After the body, the only possible message is a disconnect of the client.
+            disconnect = asyncio.ensure_future(request.receive())
+            tasks: set[asyncio.Future[Any]] = {answer, disconnect}
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if not answer.done():
+                    raise ClientDisconnect
+                return answer.result()
+            finally:
+                answer.cancel()
+                disconnect.cancel()
 
     @contextmanager
     def _hold(self, request: Request) -> Iterator[None]:

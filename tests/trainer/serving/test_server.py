@@ -177,6 +177,43 @@ def test_request_over_the_limit_is_told_to_retry_later(
         assert request(url, "/health")[0] == 200
 
 
+def test_request_of_disconnected_client_is_not_generated(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first text is held back until the other clients have disconnected."""
+    begun, released, batch_sizes = threading.Event(), threading.Event(), list[int]()
+    write = Captioner.write
+
+    def hold(self: Captioner, pixels_BCHW: Any, *arguments: Any) -> list[list[int]]:
+        begun.set()
+        assert released.wait(30)
+        batch_sizes.append(len(pixels_BCHW))
+        return write(self, pixels_BCHW, *arguments)
+
+    monkeypatch.setattr(Captioner, "write", hold)
+    server = CaptionServer(captioner, NAME)
+    server.batcher.batch_size = 1
+
+    async def disconnect(url: str) -> None:
+        first = asyncio.create_task(send(url, CHAT, chat(png(1))))
+        await asyncio.to_thread(begun.wait, 30)
+        others = [asyncio.create_task(send(url, CHAT, chat(png(number)))) for number in range(4)]
+        while len(server.batcher.pending) < 4:
+            await asyncio.sleep(0.01)
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        while server.held_bytes > serving.MIN_HELD_BYTES:
+            await asyncio.sleep(0.01)
+        released.set()
+        assert (await first)[0] == 200
+
+    with running(server) as url:
+        asyncio.run(asyncio.wait_for(disconnect(url), 20))
+        assert request(url, CHAT, chat(png(1)))[0] == 200
+    assert batch_sizes == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
