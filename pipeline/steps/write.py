@@ -226,9 +226,8 @@ def read_models(plan: Plan, shard: DatasetDir) -> dict[str, dict[str, str]]:
     """Return the models that the last runs of the steps ask and verify have used, by name."""
     models = read_record(shard, "ask")["models"]
     if plan.config.verify.is_asked:
-        models = read_record(shard, "verify", PREPARED)["models"] | {
-            name: models[name] for name in plan.writers
-        }
+        checked = read_record(shard, "verify", PREPARED)["models"]
+        models = checked | {name: models[name] for name in plan.task_models}
     return {name: models[name] for name in plan.model_names}
 
 

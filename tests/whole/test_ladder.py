@@ -145,6 +145,20 @@ def test_ladder_is_as_good_as_the_large_model_for_half_of_its_requests(servers: 
     assert not servers.generate("ladder")["is_new"] and servers.requests() == (0, 0)
 
 
+def test_model_that_repairs_is_a_writer(servers: Servers) -> None:
+    models, verify = {"caption": "small", "repair": "large"}, {"checks": ["claims"], "repair": True}
+    servers.write(models, verify=verify | {"judge": "large"})
+    done = run_synth("generate", "--config", "synth.yaml", "--out", "d", cwd=servers.folder)
+    assert "the judge large also writes the texts" in read_failure(done)[0]
+    servers.write(models, verify=verify | {"calibration": 0})
+    servers.generate("d")
+    captions = [one for row in load_rows(servers.folder / "d") for one in row["captions"]]
+    written_by = {(one["prompt_id"].partition("/")[0], one["model"]) for one in captions}
+    assert written_by == {("caption", "small"), ("repair", "large")}
+    assert servers.manifest("d")["model"]["name"] == "small"
+    assert servers.manifest("d")["checks"][0]["judges_itself"]
+
+
 def test_estimate_states_requests_and_cost_of_each_model_and_of_the_ladder(servers: Servers) -> None:
     servers.write({"caption": ["small", "large"]})
     (ladder,) = servers.generate("d", "--estimate")["ladders"]
