@@ -212,7 +212,12 @@ def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras
 
 
 def price_texts(plan: Plan, shards: Sequence[DatasetDir], measured: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest field with the price of the texts, or {} if no model was asked."""
+    """Return the manifest field with the price of the texts, or {} if no model was asked.
+
+    A ladder has no price: the checks of the texts that were replaced are not in the records of the last pass.
+    """
+    if plan.requests.num_rungs > 1:
+        return {}
     records = [("ask", DONE), *[("verify", PREPARED)] * plan.config.verify.is_asked]
     spent = Counter[str]()
     for shard in shards:
