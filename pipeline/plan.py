@@ -124,6 +124,7 @@ class Plan:
         engines = {name: _choose_engine(plan, name, progress) for name in plan.model_names}
         models = {name: Model(public_name(one.model), one.revision) for name, one in engines.items()}
         plan = replace(cls.resolve(plan.config, dataset, models), source=source, engines=engines)
+        plan.refuse_equal_models()
         plan.refuse_writing_judge()
         if plan.needs_clip:
             from pipeline.images.clip import require_clip
@@ -164,6 +165,14 @@ class Plan:
             name: model._asdict() | ({"license": license_of(model.name)} if model.name != NO_MODEL else {})
             for name, model in self.models.items()
         }
+
+    def refuse_equal_models(self) -> None:
+        """Raise ConfigError if two models of a ladder have equal revisions: their replies would be equal."""
+        for task in self.tasks.asked:
+            names = self.requests.models_of(task.name)
+            if len({self.models[name].revision for name in names}) < len(names):
+                problem = f"the models of the task {task.name} ({', '.join(names)}) are not all different"
+                raise ConfigError(problem, hint="leave out all but one of the equal models in task_models")
 
     def refuse_writing_judge(self) -> None:
         """Raise ConfigError if the judge also writes texts, by its revision or name, and must not."""
