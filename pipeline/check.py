@@ -17,7 +17,7 @@ from pipeline.storage.object_store import is_remote
 
 RUN_AGAIN = "run `synth generate` again"
 AGAIN = "run `synth generate` with the same settings: it writes the file from the replies in the journal"
-STEP_FILES = ("steps/*/*.parquet", "steps/read/*/*.parquet", "shards/*/steps/*/*.parquet")
+STEP_FILES = ("steps/*/*.parquet", "steps/read/*/*.parquet", "shards/*/steps/*/*.parquet", "ladder.parquet")
 
 
 @dataclass(frozen=True, slots=True)

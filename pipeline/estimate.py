@@ -16,7 +16,7 @@ from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.executors.messages import describe_start
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats
+from pipeline.inference.queue import REPLACED, RequestStats
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.run import run_trial, steps_of
@@ -158,7 +158,8 @@ def _scale_counts(
     cost = stats.cost(config.servers)
     losses = [summary for summary in funnel if summary.step not in choices]
     not_chosen = sum(summary.input - summary.kept for summary in funnel if summary.step in choices)
-    not_chosen += sum(count for reason, count in by_step["validate"].rejected.items() if is_wanted(reason))
+    rejected = by_step["validate"].rejected.items()
+    not_chosen += sum(count for reason, count in rejected if is_wanted(reason) or reason == REPLACED)
     first_attempts = by_step["ask"].kept
     image_bytes = sum(len(image) for row in sample.rows if isinstance(row, Sample) for image in row.images)
     return {
@@ -186,6 +187,6 @@ def _scale_counts(
             f"{summary.step}: {reason}": count
             for summary in losses
             for reason, count in summary.rejected.items()
-            if not is_wanted(reason)
+            if not is_wanted(reason) and reason != REPLACED
         },
     }

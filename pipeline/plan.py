@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config import NO_MODEL, Config
+from pipeline.config import JUDGE_MODEL, NO_MODEL, Config
 from pipeline.dataset.directory import DatasetDir, require_utf8_path
 from pipeline.dataset.manifest import asked_tasks
-from pipeline.dataset.records import read_record
+from pipeline.dataset.records import DONE, PREPARED, read_record
 from pipeline.dataset.version import dataset_folder
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError, EngineError
@@ -29,6 +29,7 @@ from pipeline.sources.source_files import skip_digests
 from pipeline.storage.files import translate_disk_errors
 from pipeline.storage.object_store import is_remote
 from pipeline.tasks import Tasks
+from pipeline.tasks.checks import REPAIR
 from pipeline.types import Engine, Source
 
 # The image limit of an endless source, such as drawn scenes.
@@ -120,9 +121,10 @@ class Plan:
             source = open_source(reading_settings(plan))
         for text in source.messages:
             progress.message(text)
-        engines = {name: _choose_engine(plan.config, name, dataset, progress) for name in plan.model_names}
+        engines = {name: _choose_engine(plan, name, progress) for name in plan.model_names}
         models = {name: Model(public_name(one.model), one.revision) for name, one in engines.items()}
         plan = replace(cls.resolve(plan.config, dataset, models), source=source, engines=engines)
+        plan.refuse_equal_models()
         plan.refuse_writing_judge()
         if plan.needs_clip:
             from pipeline.images.clip import require_clip
@@ -134,10 +136,16 @@ class Plan:
         return Plan.resolve, (self.config, self.dataset, self.models)
 
     @property
-    def writers(self) -> tuple[str, ...]:
-        """The names of the models that write texts. The first one is the main model of the run."""
+    def task_models(self) -> tuple[str, ...]:
+        """The names of the models of tasks, without those of checks."""
         names = (name for task in self.tasks.asked for name in self.requests.models_of(task.name))
-        return tuple(dict.fromkeys(names)) or (self.requests.default_model,)
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The names of the models that write or repair texts. The first one is the main model of the run."""
+        repair = self.requests.models_of(REPAIR.name) if self.config.verify.repair else ()
+        return tuple(dict.fromkeys((*(self.task_models or (self.requests.default_model,)), *repair)))
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -151,17 +159,20 @@ class Plan:
         """The engine of the main model."""
         return self.engines[self.writers[0]]
 
-    @property
-    def model(self) -> str:
-        """The publishable name of the main model."""
-        return self.models[self.writers[0]].name
-
     def describe_models(self) -> dict[str, dict[str, str]]:
         """Return the name, revision and license of each model for the manifest."""
         return {
             name: model._asdict() | ({"license": license_of(model.name)} if model.name != NO_MODEL else {})
             for name, model in self.models.items()
         }
+
+    def refuse_equal_models(self) -> None:
+        """Raise ConfigError if two models of a ladder have equal revisions: their replies would be equal."""
+        for task in self.tasks.asked:
+            names = self.requests.models_of(task.name)
+            if len({self.models[name].revision for name in names}) < len(names):
+                problem = f"the models of the task {task.name} ({', '.join(names)}) are not all different"
+                raise ConfigError(problem, hint="leave out all but one of the equal models in task_models")
 
     def refuse_writing_judge(self) -> None:
         """Raise ConfigError if the judge also writes texts, by its revision or name, and must not."""
@@ -193,20 +204,23 @@ def _base_name(model: str) -> str:
     return model.partition("@")[0].rpartition("/")[2]
 
 
-def _choose_engine(config: Config, name: str, dataset: DatasetDir, progress: Progress) -> EngineChoice:
+def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
     """Choose the engine of a model. If its server does not answer, use the model of the last run here.
 
     A run with only new thresholds or splits needs no reply. Otherwise the first request raises the error.
     """
-    of_model = config.of_model(name)
-    log = dataset.server_log
+    config, dataset = plan.config, plan.dataset
+    of_model, log = config.of_model(name), dataset.server_log
     try:
         return choose_engine(of_model, log if of_model is config else log.with_stem(f"vllm-{name}"), progress)
     except EngineError as error:
-        model = read_record(dataset, "ask").get("models", {}).get(name)
+        last = ("ask", DONE) if name in plan.task_models else ("verify", PREPARED)
+        model = read_record(dataset, *last).get("models", {}).get(name)
         if not (model and of_model.base_url and dataset.run_file.exists()) or of_model.server.flags:
             raise
-        if any(config.recorded()[key] != dataset.settings()[key] for key in MODEL_SETTINGS):
+        old, new = dataset.settings(), config.recorded()
+        is_other_judge = name == JUDGE_MODEL and old["verify"]["judge"] != new["verify"]["judge"]
+        if is_other_judge or any(new[key] != old[key] for key in MODEL_SETTINGS):
             raise
         problem = error
 

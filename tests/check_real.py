@@ -26,7 +26,7 @@ def describe_run(result: RunResult, findings: list[Finding]) -> str:
     stats, choice = result.stats, result.plan.engine
     assert choice is not None
     lines = ["```", *(f"{finding.name}: {finding.result}" for finding in findings if finding.name != "hub")]
-    lines.append(f"model: {result.plan.model}, {describe_engine(result.plan, choice)}")
+    lines.append(f"model: {choice.model}, {describe_engine(result.plan, choice)}")
     seconds = max(stats.asking_s, 1e-9)
     lines.append(
         f"requests: {stats.asked:,} in {stats.asking_s:,.1f} s, {stats.asked / seconds:.2f} per second"

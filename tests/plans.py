@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.queue import NO_TEXTS, RequestStats, ask_about, read_annotations
 from pipeline.inference.requests import RequestPlan
 from pipeline.tasks import Tasks
 from pipeline.types import Engine, SampleBatch, SampleInfo
@@ -27,7 +27,9 @@ def ask(
 ) -> RequestStats:
     """Send all requests about samples; return the statistics."""
     stats = RequestStats() if stats is None else stats
-    for _ in ask_about(iter(chunks), request_plan(config, revision), config.servers, engine, journal, stats):
+    plan = request_plan(config, revision)
+    asked = (iter(chunks), plan, config.servers, engine, journal, stats)
+    for _ in ask_about(*asked, NO_TEXTS, plan.rounds[0]):
         pass
     return stats
 

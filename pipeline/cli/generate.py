@@ -131,15 +131,14 @@ def serve(
     SYNTH_API_KEY, or a random key. Arguments after -- go to vLLM.
     """
     from pipeline.config import LARGE
-    from pipeline.config.files import read_yaml, validate
-    from pipeline.config.sections import ServerConfig
+    from pipeline.config.files import resolve
     from pipeline.inference.engines import serve_model
 
     flags = vllm_flags(context, "--model")
-    settings = read_yaml(config, "it needs lines such as `model: NAME`") if config else {}
-    server = validate(ServerConfig, settings.get("server") or {}, "server: ")
-    server = server.model_copy(update={"flags": (*server.flags, *flags)})
-    name = model or settings.get("model") or LARGE
+    settings = resolve(config, model=model, source="folder:.")  # no image is read
+    settings = settings.of_model(settings.default_model)
+    server = settings.server.model_copy(update={"flags": (*settings.server.flags, *flags)})
+    name = settings.model or LARGE
     with show_progress() as progress:
         serve_model(name, server, port, Path("vllm.log"), progress, lambda values: show(values, False, "url"))
 

@@ -81,7 +81,8 @@ def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
     for ladder in e["ladders"]:
         for choice in ladder["choices"]:
             price = f", cost {choice['cost']:,.4g}" if choice["cost"] is not None else ""
-            show_line(f"{ladder['task']} by {choice['models']}: about {choice['requests']:,} requests{price}")
+            asked = f"about {choice['requests']:,} requests{price}, without checks"
+            show_line(f"{ladder['task']} by {choice['models']}: {asked}")
         for rung in ladder["rungs"]:
             low, high = rung["interval"]
             show_line(f"{ladder['task']}: {low:.0%} to {high:.0%} of the texts of {rung['model']} pass")

@@ -207,7 +207,8 @@ class Config(Section):
     def judge_model(self) -> str | None:
         """The name of the judge's model, or None without a judge."""
         judge = self.verify.judge
-        return JUDGE_MODEL if AT_SERVER in (judge or "") else judge
+        names = {DEFAULT_MODEL: self.default_model}
+        return JUDGE_MODEL if AT_SERVER in (judge or "") else names.get(judge or "", judge)
 
     def of_model(self, name: str) -> "Config":
         """Return the settings with a model of `models`, or the judge, as the only model.

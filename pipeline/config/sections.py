@@ -320,6 +320,14 @@ class ModelConfig(Section):
     price_in: Price | None = None
     price_out: Price | None = None
 
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> "ModelConfig":
+        if self.engine == "embedded" and self.base_url:
+            raise ValueError("base_url and engine: embedded exclude each other")
+        if self.flags and (self.base_url or self.engine == "embedded"):
+            raise ValueError("flags are for vLLM, but synth starts no server for this model")
+        return self
+
 
 class ImageFilterConfig(Section):
     """Bounds on images. Images outside of them are rejected before the model is asked."""

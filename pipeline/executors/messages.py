@@ -52,18 +52,23 @@ def describe_start(plan: Plan) -> str:
     start, kept = f"{config.source} to {plan.dataset.path}", "keeps human captions and questions"
     if choice.model == NO_MODEL:
         return f"{start}: {kept}; uses no model"
-    tasks = ", ".join(config.tasks) or "checks"
-    asked = f"{tasks} of {public_name(choice.model)} ({describe_engine(plan, choice)})"
+    main = plan.writers[0]
+    asked = f"{_tasks_of(plan, main)} of {public_name(choice.model)} ({describe_engine(plan, choice)})"
     human = f"{kept}, and " if config.keeps_human_texts else ""
     missing = " for missing texts:" if config.human_texts == "fill" else ""
     prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir)
-    others = [name for name in plan.model_names if name not in (plan.writers[0], config.judge_model)]
-    models = ((name, plan.models[name].name) for name in others)
-    more = "".join(f"; {name}: {model} ({license_of(model)})" for name, model in models)
+    others = [name for name in plan.model_names if name not in (main, config.judge_model)]
+    models = ((_tasks_of(plan, name), plan.models[name].name) for name in others)
+    more = "".join(f"; {tasks} of {model} ({license_of(model)})" for tasks, model in models)
     rated = f"; rated by {plan.engines[config.judge_model].model}" if config.judge_model else ""
     notes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
     asked += f"{more}{rated}; prompts: {prompts}{describe_requests(plan)}{notes}"
     return f"{start}: {human}asks{missing} {asked}"
+
+
+def _tasks_of(plan: Plan, model: str) -> str:
+    tasks = (task.name for task in plan.tasks.asked if model in plan.requests.models_of(task.name))
+    return ", ".join(tasks) or "checks"
 
 
 def describe_requests(plan: Plan) -> str:

@@ -6,6 +6,7 @@ inference/queue.py retries the request with other sampling parameters.
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -107,10 +108,11 @@ def split_context(context_tokens: int, request: Request, reply_tokens: int) -> t
 
 
 def raise_file_limit() -> int:
-    """Set the limit on open files to at most MAX_FILES, and return it. Each connection needs one file."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Raise the limit on open files to MAX_FILES if possible, and return how many files may be open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return limit
 
 
@@ -377,6 +379,8 @@ class Client:
             async with endpoint.send(protocol.CHAT, body) as answer:
                 text = await protocol.read_body(answer, max_bytes)
         except protocol.CONNECTION_ERRORS as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # no file for a connection
+                raise ServerBusyError(None) from None
             raise ServerFaultError(one_line(error, 1000)) from None
         finally:
             in_flight.sent.discard(asyncio.current_task())

@@ -282,16 +282,14 @@ def ask_about(
     engine: Callable[[], Engine],
     journal: Journal,
     counts: RequestStats,
-    texts: TextsOf = NO_TEXTS,
-    pairs: Sequence[Pair] | None = None,
+    texts: TextsOf,
+    pairs: Sequence[Pair],
 ) -> Iterator[Engine]:
-    """Send the requests of one round until all have a reply. Yield the engine after each group of replies.
+    """Send the requests for `pairs` until all have a reply. Yield the engine after each group of replies.
 
-    The engine is created only if a request must be sent. `pairs` of task and style are those of the first
-    round by default. Requests may use the results of earlier rounds.
+    The engine is created only if a request must be sent. Requests may use the results of earlier rounds.
     """
-    asked = plan.rounds[0] if pairs is None else pairs
-    uses_results = any(plan.inputs_of(*pair) for pair in asked)
+    uses_results = any(plan.inputs_of(*pair) for pair in pairs)
 
     def requests() -> Iterator[Chunk]:
         for samples in chunks:
@@ -299,7 +297,7 @@ def ask_about(
             for sample_id in samples.ids:
                 inputs = texts(sample_id)
                 only = inputs.escalated
-                now = asked if only is None else [pair for pair in asked if pair in only]
+                now = pairs if only is None else [pair for pair in pairs if pair in only]
                 results = read_results(sample_id, plan, journal, inputs) if uses_results else NO_RESULTS
                 built += build_requests(sample_id, plan, inputs, results, now)
             yield built, samples
@@ -369,7 +367,7 @@ def read_annotations(
 def _read_rung(
     info: SampleInfo, plan: RequestPlan, journal: Journal, inputs: SourceTexts
 ) -> Iterator[dict[str, Any]]:
-    """Yield the annotations of a sample that one model of each ladder wrote."""
+    """Yield the annotations of a sample by the models at position `plan.rung` of their ladders."""
     results = read_results(info.sample_id, plan, journal, inputs)
     skipped = find_skipped(plan, inputs, results, chain.from_iterable(plan.rounds))
     only = inputs.escalated
@@ -415,6 +413,6 @@ def _not_asked(
     for name, style in pairs:
         if (name, style) not in asked:
             flaw = skipped.get((name, style), RESULT_MISSING)
-            ids = {"annotation_id": digest([sample_id, name]), "sample_id": sample_id, "request_id": ""}
-            empty = {"position": 0, "prompt_id": "", "reply_error": flaw}
-            yield {**ids, "task": name, "style": style, **empty}
+            about = {"sample_id": sample_id, "task": name, "style": style}
+            empty = {"request_id": "", "position": 0, "prompt_id": "", "reply_error": flaw}
+            yield {"annotation_id": digest([*about.values()]), **about, **empty}

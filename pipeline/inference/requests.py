@@ -14,7 +14,7 @@ from pipeline.config.sections import ANY_LANGUAGE, GenerateConfig
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.sources import find_source
-from pipeline.tasks import SELECTABLE, TASKS, Tasks, wire_schema
+from pipeline.tasks import TASKS, Tasks, wire_schema
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
 from pipeline.tasks.caption import max_tokens_of
 from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
@@ -232,20 +232,23 @@ def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]
     Raises ConfigError for a task or a model that is unknown, and for a check with several models.
     """
     known = [*config.models, DEFAULT_MODEL]
-    names = [*(task.name for task in (*SELECTABLE, *tasks.custom)), CHECKS, REPAIR.name]
+    names = [*(task.name for task in tasks.asked), CHECKS, REPAIR.name]
     checks = {task.name: CHECKS for task in CHECKING} | {REPAIR.name: REPAIR.name}
     ladders = dict(config.task_models)
     ladders |= {task.name: task.settings.model for task in tasks.custom if task.settings.model}
     for name, models in ladders.items():
         if name not in names:
-            hint = did_you_mean(name, names, f"known tasks: {', '.join(names)}")
-            raise ConfigError(f"task_models names an unknown task: {name}", hint=hint)
+            hint = did_you_mean(name, names, f"use {', '.join(names)}")
+            raise ConfigError(f"task_models names a task that is not asked: {name}", hint=hint)
         for model in models:
             if model not in known:
                 hint = did_you_mean(model, known, "add it to models, with its model and base_url")
                 raise ConfigError(f"the task {name} names an unknown model: {model}", hint=hint)
         if name in (CHECKS, REPAIR.name) and len(models) > 1:
             raise ConfigError(f"task_models: {name} can have one model only", hint="remove the others")
+    if config.generate.min_logprob is not None and max(map(len, ladders.values()), default=1) == 1:
+        hint = "name several models of a task in task_models"
+        raise ConfigError("generate.min_logprob needs a ladder", hint=hint)
     for task, group in checks.items():
         if chosen := ladders.get(task) or ladders.get(group) or ladders.get(CHECKS):
             ladders[task] = chosen
@@ -255,7 +258,8 @@ def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]
             hint = did_you_mean(judge, known, f"add its server: --judge {judge}@http://HOST:8000/v1")
             raise ConfigError(f"the judge {judge} has no server", hint=hint)
         ladders[RATE.name] = (judge,)
-    return tuple(sorted(ladders.items()))
+    full = {DEFAULT_MODEL: config.default_model}
+    return tuple((task, tuple(full.get(name, name) for name in ladders[task])) for task in sorted(ladders))
 
 
 def build_requests(

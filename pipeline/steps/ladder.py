@@ -8,6 +8,7 @@ sent twice.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from pipeline.config.sections import cost_of
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.images import UNREADABLE
 from pipeline.dataset.records import output_digest, read_record, step_key
 from pipeline.digests import digest
 from pipeline.inference.journal import Journal
@@ -23,7 +25,7 @@ from pipeline.inference.requests import Pair
 from pipeline.plan import Plan
 from pipeline.steps.base import RowStep, Step, Work
 from pipeline.storage.database import load, open_database, read
-from pipeline.storage.files import open_table, read_batches, read_table, write_table
+from pipeline.storage.files import read_batches, read_table, write_table
 from pipeline.tables import FLOAT64, INT32, STRING, fields
 from pipeline.tasks.base import UNITS
 from pipeline.types import UNANSWERED
@@ -55,7 +57,10 @@ def climb(work: Work, steps: Sequence[Step], stats: RequestStats, run: Callable[
     settings = [plan.requests, plan.config.keeps_human_texts, *(step.settings(plan) for step in row_steps)]
     files = [file for step in row_steps for file in step.reads(plan)]
     key = step_key("ladder", settings, files, [output_digest(plan.dataset, "read")]).encode()
-    if not path.exists() or (open_table(path).schema_arrow.metadata or {}).get(b"key") != key:
+    metadata: dict[bytes, bytes] = {}
+    with suppress(*UNREADABLE):  # a missing or damaged file has no key
+        metadata = read_table(path).schema.metadata or {}
+    if metadata.get(b"key") != key:
         path.unlink(missing_ok=True)
         for rung in range(1, plan.requests.num_rungs):
             work.executor.begin_pass(_state(plan))

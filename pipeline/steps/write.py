@@ -218,7 +218,12 @@ def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras
 
 
 def price_texts(plan: Plan, shards: Sequence[DatasetDir], measured: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest field with the price of the texts, or {} if no model was asked."""
+    """Return the manifest field with the price of the texts, or {} if no model was asked.
+
+    A ladder has no price: the checks of the texts that were replaced are not in the records of the last pass.
+    """
+    if plan.requests.num_rungs > 1:
+        return {}
     records = [("ask", DONE), *[("verify", PREPARED)] * plan.config.verify.is_asked]
     spent = Counter[str]()
     for shard in shards:
@@ -232,9 +237,8 @@ def read_models(plan: Plan, shard: DatasetDir) -> dict[str, dict[str, str]]:
     """Return the models that the last runs of the steps ask and verify have used, by name."""
     models = read_record(shard, "ask")["models"]
     if plan.config.verify.is_asked:
-        models = read_record(shard, "verify", PREPARED)["models"] | {
-            name: models[name] for name in plan.writers
-        }
+        checked = read_record(shard, "verify", PREPARED)["models"]
+        models = checked | {name: models[name] for name in plan.task_models}
     return {name: models[name] for name in plan.model_names}
 
 

@@ -20,7 +20,7 @@ from pipeline.config.files import resolve
 from pipeline.errors import EngineError
 from pipeline.inference import endpoints, probing, protocol
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.queue import NO_TEXTS, RequestStats, ask_about, read_annotations
 from pipeline.steps.validate import validate_annotations
 from pipeline.types import SampleInfo
 from tests.clients import client_of, model_of
@@ -200,7 +200,8 @@ def ask(folder: Path, script: Script, **server: Any) -> list[str | None]:
         with Journal(path) as journal:
             with client_of(config) as engine:
                 batches = iter([batch_of(SAMPLES)])
-                for _ in ask_about(batches, plan, config.servers, lambda: engine, journal, RequestStats()):
+                asked = (batches, plan, config.servers, lambda: engine, journal, RequestStats())
+                for _ in ask_about(*asked, NO_TEXTS, plan.rounds[0]):
                     pass
             images = [SampleInfo(sample.id, 1) for sample in SAMPLES]
             (table,) = read_annotations([images], plan, journal)

@@ -12,11 +12,11 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
 from pathlib import Path
 from pipeline.config.files import resolve
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about
+from pipeline.inference.queue import RequestStats
 from pipeline.progress import LineProgress
 from pipeline.types import SampleBatch
 from tests.clients import client_of
-from tests.plans import request_plan
+from tests.plans import ask
 from tests.scene_data import scene_samples
 url, folder = sys.argv[1:]
 server = {"concurrency": 1000}
@@ -25,8 +25,7 @@ images = scene_samples(1)[0].images
 chunk = SampleBatch.of((f"{n:064x}", images) for n in range(200))
 stats = RequestStats()
 with Journal(Path(folder) / "j.sqlite") as journal, client_of(config, progress=LineProgress()) as engine:
-    for _ in ask_about(iter([chunk]), request_plan(config), config.servers, lambda: engine, journal, stats):
-        pass
+    ask(config, [chunk], lambda: engine, journal, stats)
 print(stats.done, dict(stats.flaws))
 """
 

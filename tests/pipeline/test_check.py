@@ -59,6 +59,7 @@ DAMAGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {
     "a damaged reply": (damage_reply, "journal/local.sqlite"),
     "an invalid journal": (lambda d: d.journal.write_bytes(b"x" * 9999), "journal/local.sqlite"),
     "a damaged page of a step": (lambda d: damage_page(d.step_file("filter")), "steps/filter/kept.parquet"),
+    "a damaged ladder": (lambda d: (d.path / "ladder.parquet").write_bytes(b"PAR1"), "ladder.parquet"),
     "invalid settings": (lambda d: d.run_file.write_text("{"), "run.json"),
     "a damaged shard": (lambda d: flip(d.version().shards("train")[0]), "versions/v1.0.0"),
     "an invalid manifest": (lambda d: manifest_of(d).write_text("[]"), "versions/v1.0.0"),

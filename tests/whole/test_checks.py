@@ -323,6 +323,16 @@ def test_judge_gets_only_its_key(tmp_path: Path, model: Model, server: ChatServe
     assert steps["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == num_requests
 
 
+def test_scores_are_reused_without_a_server_only_for_the_same_judge(
+    tmp_path: Path, server: ChatServer
+) -> None:
+    with running_chat(ChatServer(rate, "judge-7b")) as judge:
+        generate(tmp_path, server, *CAPTIONS, "--judge", f"judge-7b@{judge.url}")
+    assert not generate(tmp_path, server, *CAPTIONS, "--judge", f"judge-7b@{judge.url}")["is_new"]
+    done = run(tmp_path, server, *CAPTIONS, "--judge", f"other-7b@{judge.url}")
+    assert done.returncode == 1 and "no server answers" in done.stderr, done.stderr
+
+
 def test_false_alarms_of_judge_are_in_manifest(tmp_path: Path, server: ChatServer, judge: ChatServer) -> None:
     for number, path in enumerate(sorted((tmp_path / "photos").glob("*.png"))):
         path.with_suffix(".txt").write_text(f"A {' '.join(truth_of(number))} can be seen.")

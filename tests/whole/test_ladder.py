@@ -110,8 +110,11 @@ def test_ladder_is_as_good_as_the_large_model_for_half_of_its_requests(servers: 
     kept, sent = {}, {}
     for name, models in (("small", "small"), ("large", "large"), ("ladder", ["small", "large"])):
         servers.write({"caption": models})
-        kept[name] = servers.generate(name)["steps"]["verify"]["kept"]
+        result = servers.generate(name)
+        kept[name] = result["steps"]["verify"]["kept"]
         sent[name] = servers.requests()
+        assert result["requests"]["total"] == result["requests"]["asked"]  # checks of replaced texts, too
+        assert ("price" in servers.manifest(name)) == (name != "ladder")
     assert kept == {"small": COUNT // 2, "large": COUNT - 3, "ladder": COUNT - 3}
     assert sent == {"small": (COUNT, 0), "large": (0, COUNT), "ladder": (COUNT, COUNT // 2)}
 
@@ -143,11 +146,32 @@ def test_ladder_is_as_good_as_the_large_model_for_half_of_its_requests(servers: 
     assert {(ids[row["sample_id"]], row["model"]) for row in failed} == {(n, "large") for n in LARGE_WRONG}
     # A finished run is not repeated.
     assert not servers.generate("ladder")["is_new"] and servers.requests() == (0, 0)
+    # A damaged file of escalations is written again.
+    (servers.folder / "ladder/ladder.parquet").write_bytes(b"PAR1")
+    assert not servers.generate("ladder")["is_new"] and servers.requests() == (0, 0)
+
+
+def test_model_that_repairs_is_a_writer(servers: Servers) -> None:
+    models, verify = {"caption": "small", "repair": "large"}, {"checks": ["claims"], "repair": True}
+    servers.write(models, verify=verify | {"judge": "large"})
+    done = run_synth("generate", "--config", "synth.yaml", "--out", "d", cwd=servers.folder)
+    assert "the judge large also writes the texts" in read_failure(done)[0]
+    servers.write(models, verify=verify | {"calibration": 0})
+    servers.generate("d")
+    captions = [one for row in load_rows(servers.folder / "d") for one in row["captions"]]
+    written_by = {(one["prompt_id"].partition("/")[0], one["model"]) for one in captions}
+    assert written_by == {("caption", "small"), ("repair", "large")}
+    assert servers.manifest("d")["model"]["name"] == "small"
+    assert servers.manifest("d")["checks"][0]["judges_itself"]
 
 
 def test_estimate_states_requests_and_cost_of_each_model_and_of_the_ladder(servers: Servers) -> None:
     servers.write({"caption": ["small", "large"]})
-    (ladder,) = servers.generate("d", "--estimate")["ladders"]
+    estimate = servers.generate("d", "--estimate")
+    assert estimate["lost_by"] == {"verify: false_claim": 3, "write: no_annotation_left": 3}
+    assert estimate["lost_share"][0] < 3 / COUNT
+    assert estimate["requests"] + estimate["verify_requests"] == estimate["asked"]
+    (ladder,) = estimate["ladders"]
     assert [(choice["models"], choice["requests"]) for choice in ladder["choices"]] == [
         ("small", 24),
         ("large", 24),

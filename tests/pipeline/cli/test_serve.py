@@ -28,6 +28,14 @@ def test_serve_reads_model_and_server_from_the_settings_of_a_run(
         assert server.flags == ("--max-num-seqs=8", "--seed", "1")
     serve(context, None, None, None)
     assert calls[-1][0] == "Qwen/Qwen2.5-VL-3B-Instruct"
-    file.write_text("server: {startup_timeout: 1800}\n")
-    with pytest.raises(ConfigError, match="server: unknown config key: startup_timeout"):
-        serve(context, None, None, file)
+    file.write_text("models: {large: {model: org/large, flags: [--max-num-seqs=8]}}\nmodel: large\n")
+    serve(context, None, None, file)
+    assert calls[-1][0] == "org/large" and calls[-1][1].flags == ("--max-num-seqs=8", "--seed", "1")
+    for text, problem in (
+        ("server: {startup_timeout: 1800}", r"unknown config key: server\.startup_timeout"),
+        ("modle: org/model", "unknown config key: modle"),
+        ("model: 3", "bad value for model"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=problem):
+            serve(context, None, None, file)

@@ -68,6 +68,11 @@ def test_judge_without_a_model_or_with_a_bad_address_is_refused(judge: str) -> N
     ("settings", "problem"),
     [
         ({"verify": {"repair": True}}, "repair needs the check claims"),
+        ({"models": {"a": {"base_url": ["http://h"], "flags": ["--x"]}}}, "models.a: flags are for vLLM"),
+        (
+            {"models": {"a": {"base_url": ["http://h"], "engine": "embedded"}}},
+            "models.a: base_url and engine: embedded exclude",
+        ),
         (
             {"filter": {"min_caption_words": 20, "max_caption_words": 10}},
             "min_caption_words is 20, but max_caption_words is 10",

@@ -1,7 +1,9 @@
 """Messages report lost rows with their reasons and remedies."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -14,9 +16,11 @@ from pipeline.executors.messages import (
     describe_empty_splits,
     describe_losses,
     describe_requests,
+    describe_start,
     describe_warnings,
 )
-from pipeline.plan import Plan
+from pipeline.inference.engines import EngineChoice
+from pipeline.plan import Model, Plan
 from pipeline.run import STEPS, RunResult, generate_dataset
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
 from tests.scene_data import make_version, scene_samples, true_captions
@@ -84,6 +88,20 @@ def test_damaged_version_stops_a_run_before_the_first_request(tmp_path: Path) ->
         with pytest.raises(StoreError, match=r"the version v9\.0\.0 cannot be read"):
             generate_dataset(resolve(source="scenes", limit=2, base_url=[chat.url], model="model"), tmp_path)
         assert not chat.bodies
+
+
+def test_start_of_a_run_states_the_tasks_of_each_model(tmp_path: Path) -> None:
+    models = {name: Model(name, name) for name in ("default", "small", "large")}
+    config = resolve(
+        source="folder:x", tasks=["caption", "qa"], verify={"checks": ["claims"]},
+        models={"small": {}, "large": {}}, task_models={"qa": "small", "checks": "large"},
+    )  # fmt: skip
+    engines = {name: EngineChoice("vllm", name, name, Mock()) for name in models}
+    plan = replace(Plan.resolve(config, DatasetDir(tmp_path), models), engines=engines)
+    line = describe_start(plan)
+    assert all(
+        text in line for text in ("asks caption of default (", "; qa of small (", "; checks of large (")
+    )
 
 
 @pytest.mark.parametrize(

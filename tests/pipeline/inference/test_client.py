@@ -1,8 +1,10 @@
 """Client against a scripted server over real sockets: each request ends in one stored reply."""
 
+import errno
 import io
 import json
 import logging
+import resource
 import signal
 import threading
 import time
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import ClientOSError
 from PIL import Image
 
 from pipeline.errors import EngineError
@@ -108,6 +111,39 @@ def test_failed_request_is_sent_again_and_counts_as_one_attempt(tmp_path: Path, 
     assert errors == {None: ASKED}
     assert counts.attempts == {1: ASKED}
     assert len(chat.bodies) == ASKED + len(SAMPLES)
+
+
+def test_lack_of_file_descriptors_slows_requests_down_and_is_no_fault_of_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, failed = endpoints.Endpoint.send, list[str]()
+
+    def send_or_fail(endpoint: endpoints.Endpoint, path: str, *arguments: Any) -> Any:
+        if path == protocol.CHAT and len(failed) < 2 * protocol.MAX_FAULTS:
+            failed.append(path)
+            raise ClientOSError(errno.EMFILE, "Too many open files")
+        return send(endpoint, path, *arguments)
+
+    with running_chat(ChatServer()) as chat:
+        chat_client = client_of(config_of(chat.url, server={"concurrency": 1}))
+        with chat_client, Journal(tmp_path / "j") as journal:
+            monkeypatch.setattr(endpoints.Endpoint, "send", send_or_fail)
+            counts = ask(config_of(chat.url), [batch_of(SAMPLES[:1])], lambda: chat_client, journal)
+    assert len(failed) == 2 * protocol.MAX_FAULTS and not counts.unanswered
+
+
+@pytest.mark.parametrize(
+    ("limits", "changed"),
+    [((1024, -1), [(65_536, -1)]), ((1024, 4096), [(4096, 4096)]), ((100_000, -1), []), ((-1, -1), [])],
+)
+def test_limit_of_open_files_is_raised_and_never_lowered(
+    limits: tuple[int, int], changed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: sets.append(pair))
+    client.raise_file_limit()
+    assert sets == changed
 
 
 @pytest.mark.parametrize(

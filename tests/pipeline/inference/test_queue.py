@@ -176,7 +176,7 @@ def test_batch_has_one_prompt_and_at_most_the_given_size() -> None:
 
 def test_image_that_keep_if_drops_loses_all_texts_and_human_ones(tmp_path: Path) -> None:
     task = {"name": "kind", "kind": "labels", "prompt": "Look.", "keep_if": "'blank' not in results.kind"}
-    styles = {"caption_styles": ["plain"]}
+    styles = {"caption_styles": ["plain", "brief"]}
     config = resolve(source="folder:x", tasks=["caption"], custom_tasks=[task], generate=styles)
     plan = request_plan(config)
     replies = dict(zip(IDS, ('{"labels":["dog"]}', '{"labels":["blank"]}', "A dog."), strict=False))
@@ -191,8 +191,9 @@ def test_image_that_keep_if_drops_loses_all_texts_and_human_ones(tmp_path: Path)
         human = ids | {"task": "qa", "style": "", "position": 0}
         samples = [SampleInfo(name, 1, human=(human | {"sample_id": name},)) for name in replies]
         (table,) = read_annotations([samples], plan, journal)
-        assert journal.totals()["replies"] == 4
-        assert journal.spent["kind.default.requests"] == 3 and journal.spent["caption.default.requests"] == 1
+        assert journal.totals()["replies"] == 5
+        assert journal.spent["kind.default.requests"] == 3 and journal.spent["caption.default.requests"] == 2
+    assert len({(row["sample_id"], row["annotation_id"]) for row in table.to_pylist()}) == table.num_rows
     errors: dict[str, dict[str, str | None]] = {name: {} for name in replies}
     for row in table.to_pylist():
         errors[row["sample_id"]][row["task"]] = row["reply_error"]

@@ -141,7 +141,8 @@ NOTES = {"name": "notes", "kind": "text", "prompt": "Take notes.", "model": "sma
 
 
 def plan_with_models(**settings: Any) -> RequestPlan:
-    config = resolve(**{"source": "folder:x", "models": NAMED, "custom_tasks": [NOTES], **settings})
+    asked: dict[str, Any] = {"source": "folder:x", "tasks": ["caption", "qa"], "custom_tasks": [NOTES]}
+    config = resolve(**{**asked, "models": NAMED, **settings})
     return Plan.resolve(config, DatasetDir(Path("d")), MODELS).requests
 
 
@@ -174,6 +175,7 @@ def test_model_of_a_task_changes_only_the_request_ids_of_this_task() -> None:
         ({"task_models": {"checks": "small", "repair": "large"}}, ("default", "small", "large")),
         ({"task_models": {"repair": "large"}, "model": "small"}, ("small", "small", "large")),
         ({"task_models": {"caption": "default", "qa": "small"}}, ("default", "default", "default")),
+        ({"task_models": {"caption": "default", "checks": "default"}, "model": "large"}, ("large",) * 3),
     ],
 )
 def test_checks_and_repair_use_the_default_model_unless_they_name_one(
@@ -188,7 +190,9 @@ def test_checks_and_repair_use_the_default_model_unless_they_name_one(
     [
         ({"task_models": {"caption": ["small", "larg"]}}, "unknown model: larg"),
         ({"custom_tasks": [NOTES | {"model": "smal"}]}, "the task notes names an unknown model: smal"),
-        ({"task_models": {"captions": "small"}}, "unknown task: captions"),
+        ({"task_models": {"captions": "small"}}, "not asked: captions"),
+        ({"task_models": {"qa": "small"}, "tasks": ["caption"]}, "not asked: qa"),
+        ({"generate": {"min_logprob": -1}, "task_models": {"qa": "small"}}, "min_logprob needs a ladder"),
         ({"task_models": {"checks": ["small", "large"]}}, "checks can have one model only"),
         ({"verify": {"judge": "larg"}}, "the judge larg has no server"),
         ({"models": {"default": {}}}, "choose another name"),
@@ -198,6 +202,16 @@ def test_checks_and_repair_use_the_default_model_unless_they_name_one(
 def test_unknown_or_contradictory_model_is_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         plan_with_models(**settings)
+
+
+def test_ladder_of_equal_models_is_refused() -> None:
+    ladder = {"caption": ["small", "large"]}
+    config = resolve(source="folder:x", models=NAMED, tasks=["caption"], task_models=ladder)
+    Plan.resolve(config, DatasetDir(Path("d")), MODELS).refuse_equal_models()
+    with pytest.raises(ConfigError, match=r"the models of the task caption \(small, large\) are not all"):
+        Plan.resolve(
+            config, DatasetDir(Path("d")), dict.fromkeys(MODELS, MODELS["small"])
+        ).refuse_equal_models()
 
 
 def test_task_with_a_ladder_cannot_be_needed_by_another_task() -> None:
