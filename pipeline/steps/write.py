@@ -63,7 +63,7 @@ def write_rows(
     for table in build_rows(annotations, samples, source["name"], extras, decks=has_decks):
         writer.add(table)
     writer.close()
-    dropped = {}  # reasons of images without annotations because of `keep_if`, by sample id
+    dropped: dict[str, str] = {}  # reasons of images without annotations because of `keep_if`, by sample id
     for table in read_batches(shard.step_file("validate", "rejected"), ["sample_id", "reason"]):
         pairs = zip(*table.to_pydict().values(), strict=True)
         dropped |= {sample_id: reason for sample_id, reason in pairs if is_dropped(reason)}
