@@ -137,9 +137,8 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
         client = Client("model", "m", config.server, config.generate.max_tokens, urls=config.base_url)
         engine = lambda: stack.enter_context(client)  # noqa: E731
-        for _ in ask_about(
-            chunks(), request_plan(config, "m"), config.servers, engine, journal, RequestStats(), text_of
-        ):
+        plan, stats = request_plan(config, "m"), RequestStats()
+        for _ in ask_about(chunks(), plan, config.servers, engine, journal, stats, text_of, plan.rounds[0]):
             pass
         samples = ([SampleInfo(name, 1) for name in ids[start : start + 64]] for start in range(0, rows, 64))
         kept = 0

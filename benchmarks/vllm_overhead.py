@@ -32,13 +32,13 @@ from pipeline.config.files import resolve
 from pipeline.inference.client import Client
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.queue import read_annotations
 from pipeline.inference.requests import build_requests, with_images
 from pipeline.inference.vllm import plan_servers, run_servers
 from pipeline.progress import NullProgress
 from pipeline.sources.scenes import draw_sample
 from pipeline.types import Request, SampleBatch, SampleInfo
-from tests.plans import request_plan
+from tests.plans import ask, request_plan
 
 IMAGE_TOKENS = 256
 SIDE_PX = 448
@@ -85,15 +85,7 @@ def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> N
     """Run the generate step of `synth generate`: journal, reply validation and annotation table."""
     with Journal(folder / f"{random.getrandbits(64):x}.sqlite") as journal:
         chunks = (SampleBatch.of(images[start : start + 64]) for start in range(0, len(images), 64))
-        for _ in ask_about(
-            chunks,
-            request_plan(config, client.revision),
-            config.servers,
-            lambda: client,
-            journal,
-            RequestStats(),
-        ):
-            pass
+        ask(config, chunks, lambda: client, journal, revision=client.revision)
         list(
             read_annotations(
                 [[SampleInfo(name, 1) for name, _ in images]], request_plan(config, client.revision), journal

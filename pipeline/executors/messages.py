@@ -53,22 +53,21 @@ def describe_start(plan: Plan) -> str:
     if choice.model == NO_MODEL:
         return f"{start}: {kept}; uses no model"
     main = plan.writers[0]
-    asked = f"{_tasks_of(plan, main)} of {public_name(choice.model)} ({describe_engine(plan, choice)})"
+    asked = f"{_tasks_of(plan, main)} ({describe_engine(plan, choice)})"
     human = f"{kept}, and " if config.keeps_human_texts else ""
     missing = " for missing texts:" if config.human_texts == "fill" else ""
     prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir)
     others = [name for name in plan.model_names if name not in (main, config.judge_model)]
-    models = ((_tasks_of(plan, name), plan.models[name].name) for name in others)
-    more = "".join(f"; {tasks} of {model} ({license_of(model)})" for tasks, model in models)
+    more = "".join(f"; {_tasks_of(plan, name)} ({license_of(plan.models[name].name)})" for name in others)
     rated = f"; rated by {plan.engines[config.judge_model].model}" if config.judge_model else ""
     notes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
     asked += f"{more}{rated}; prompts: {prompts}{describe_requests(plan)}{notes}"
     return f"{start}: {human}asks{missing} {asked}"
 
 
-def _tasks_of(plan: Plan, model: str) -> str:
-    tasks = (task.name for task in plan.tasks.asked if model in plan.requests.models_of(task.name))
-    return ", ".join(tasks) or "checks"
+def _tasks_of(plan: Plan, name: str) -> str:
+    tasks = (task.name for task in plan.tasks.asked if name in plan.requests.models_of(task.name))
+    return f"{', '.join(tasks) or 'checks'} of {plan.models[name].name}"
 
 
 def describe_requests(plan: Plan) -> str:
