@@ -36,7 +36,7 @@ def audit_files(tool: str, items: Iterable[dict[str, Any]], seed: int, title: st
         for item in items
     ]
     if tool == "argilla":
-        return _argilla_files(tasks, re.sub(r"\W+", "-", title.lower()))
+        return _argilla_files(tasks, re.sub(r"[^a-z0-9_-]+", "-", title.lower()).lstrip("-"))
     return {"interface.xml": LABELING_INTERFACE, "tasks.json": json.dumps([{"data": task} for task in tasks])}
 
 
@@ -82,6 +82,8 @@ def read_verdicts_of_tools(exported: str) -> Iterator[dict[str, Any]]:
 
 def _label_studio_answers(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for annotation in task["annotations"]:
+        if annotation.get("was_cancelled"):  # skipped
+            continue
         reviewer = f"Label Studio user {annotation['completed_by']}"
         results = [(result["type"], result["value"]) for result in annotation["result"]]
         words = [value["text"] for kind, value in results if kind == "labels"]

@@ -105,7 +105,10 @@ def read_lines(path: Path) -> list[Line]:
         if text.lstrip().startswith("["):
             text = "\n".join(map(json.dumps, read_verdicts_of_tools(text)))
     except (OSError, ValueError, UnsafeFileError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", hint="export reviews from `synth report`") from None
+        raise ConfigError(
+            f"cannot read {path}: {error}",
+            hint="export the reviews again from `synth report` or the other tool",
+        ) from None
     lines: list[Line] = []
     # `splitlines` would also split at other line separators, which texts may contain.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -127,7 +130,7 @@ def format_lines(lines: Iterable[Line]) -> str:
 
 
 def merge_lines(lines: Iterable[T]) -> list[T]:
-    """Keep the last review of each text, and the last verdict of each reviewer in each audit, in order."""
+    """Keep the last review of each text, and the last verdict on it by each reviewer in each audit."""
     merged: dict[tuple[object, ...], T] = {}
     for line in lines:
         key = (line.name, line.seed, line.reviewer) if isinstance(line, Verdict) else line.name
@@ -153,18 +156,20 @@ class AppliedReviews:
         """Apply reviews to the annotations of some samples."""
         applied = cls()
         original_names = {name: name for name in rows}
+        rejected = set[TextName]()
         for review in reviews:
             name = original_names.get(review.name)
             if name is None:
                 applied.pending.append(review)
             elif review.verdict == "good" and review.name != name:
                 pass  # approves an edit, which is kept
-            elif original_names.get(review.resulting_name, name) != name:
+            elif original_names.get(review.resulting_name, name) not in (name, *rejected):
                 applied.unusable.append((review, "another text of this image is the same"))
             elif review.verdict == "edited" and (problem := check_edit(review, rows[name], tasks)):
                 applied.unusable.append((review, problem))
             else:
                 applied.by_name[name] = review
+                (rejected.add if review.verdict == "bad" else rejected.discard)(name)
                 original_names[review.resulting_name] = name
         return applied
 

@@ -71,10 +71,11 @@ def write_audit(version: Version, dataset: DatasetDir, number: int, seed: int, t
 
 def _read_items(version: Version, contents: dict[str, str]) -> dict[str, Any]:
     """Return the texts to judge with their images, by sample id. `contents` has the content of each text."""
-    max_bytes = min(MAX_IMAGE_BYTES, MAX_IMAGES_BYTES // max(1, len(contents)))
     items = {}
     for rows in read_rows(version, SPLITS, {*contents}, BATCH_ROWS):
         for row in rows:
+            num_images = len(contents) * max(1, len(row["images"]))
+            max_bytes = min(MAX_IMAGE_BYTES, MAX_IMAGES_BYTES // num_images)
             images = [thumbnail_uri(image, max_bytes, IMAGE_PIXELS) for image in row["images"]]
             for text in row["texts"]:
                 if text["content"] == contents[row["id"]]:

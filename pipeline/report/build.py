@@ -61,6 +61,7 @@ def write_report(version: Version, folder: Path) -> Path:
         *(f'add("images", {script_literal(part)});\n' for part in parts),
         f'add("rejected", {script_literal(rejected)});\n',
     ]
+    metrics_file, metrics = _read_last_metrics(folder)
     text = render_page(
         "report.html.j2",
         manifest=manifest,
@@ -76,7 +77,8 @@ def write_report(version: Version, folder: Path) -> Path:
         has_steps=has_steps,
         cost=cost or None,
         price_in_words=price_in_words(manifest, cost.get("asking_s", 0.0)),
-        metrics=_read_last_metrics(folder),
+        metrics_file=metrics_file and str(metrics_file),
+        metrics=metrics,
         first_images=first_images,
         generator=GENERATOR,
         scripts=scripts,
@@ -127,13 +129,12 @@ def _pictured_ids(rejected: Iterable[dict[str, str]]) -> set[str]:
     return ids - {""}
 
 
-def _read_last_metrics(folder: Path) -> dict[str, Any] | None:
-    """Return the scores of the captioner in a dataset folder that was scored last, or None."""
+def _read_last_metrics(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """Return the file with the last scores of a captioner in a dataset folder and its content, or None."""
     paths = (folder / "checkpoints").glob("*/metrics.json")
     if (newest := max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)) is None:
-        return None
+        return None, None
     try:
-        metrics: dict[str, Any] = read_json(newest)
-        return metrics
+        return newest, read_json(newest)
     except (OSError, ValueError, RecursionError, UnsafeFileError) as error:
         raise StoreError(f"{newest} is damaged: {error}", hint="move it away") from None

@@ -1,4 +1,3 @@
-"use strict";
 // Functions of all pages.
 
 function element(tag, properties = {}, ...children) {

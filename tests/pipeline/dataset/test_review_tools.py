@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.dataset.review_tools import audit_files
 from pipeline.dataset.reviews import Verdict, read_lines
+from pipeline.errors import ConfigError
 
 SAMPLE, CONTENT = "a" * 64, "b" * 16
 NAME = f"7-{SAMPLE}-{CONTENT}"
@@ -21,7 +22,7 @@ LABELS = {"from_name": "words", "to_name": "text", "type": "labels"}
 def label_studio_export() -> list[dict[str, Any]]:
     words = {"start": 2, "end": 5, "text": "red", "labels": ["wrong words"]}
     wrong = [CHOICES | {"value": {"choices": ["wrong"]}}, LABELS | {"value": words}]
-    skipped: dict[str, Any] = {"completed_by": 3, "result": [], "was_cancelled": True}
+    skipped: dict[str, Any] = {"completed_by": 3, "result": wrong, "was_cancelled": True}
     annotations = [{"completed_by": 1, "result": wrong, "was_cancelled": False}, skipped]
     return [{"id": 1, "data": {"id": NAME, "text": "A red ring."}, "annotations": annotations}]
 
@@ -72,3 +73,12 @@ def test_argilla_record_has_a_field_for_each_page_and_scores_as_metadata() -> No
     settings = files[".argilla/settings.json"]
     assert [field["name"] for field in settings["fields"]] == [*fields]
     assert files[".argilla/dataset.json"] == {"name": "my-data-v1"}
+    names = audit_files("argilla", [ITEM], 7, "- Фото: Straße_1 v1.0.0")
+    assert json.loads(names[".argilla/dataset.json"]) == {"name": "stra-e_1-v1-0-0"}
+
+
+def test_broken_export_error_names_the_tools(tmp_path: Path) -> None:
+    (tmp_path / "export.json").write_text('[{"id": 1}]')
+    with pytest.raises(ConfigError, match="not exported by Label Studio or Argilla") as caught:
+        read_lines(tmp_path / "export.json")
+    assert "the other tool" in (caught.value.hint or "")

@@ -113,6 +113,14 @@ def test_edit_that_repeats_another_text_of_the_image_is_unusable() -> None:
         assert applied.unusable == [(first, "another text of this image is the same")]
 
 
+def test_edit_may_repeat_a_text_of_the_image_that_an_earlier_review_rejected() -> None:
+    rows = captions("A cat.", "A dog.")
+    applied = AppliedReviews.of([BAD, EDIT], rows)
+    assert not applied.unusable and {*applied.by_name} == {*rows}
+    good = review("A dog.", "good")
+    assert AppliedReviews.of([BAD, good, EDIT], rows).unusable
+
+
 @pytest.mark.parametrize(
     ("words", "wrong"),
     [

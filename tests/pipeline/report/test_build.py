@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import DECKS
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StoreError
 from pipeline.report import build
 from pipeline.report.build import THUMBNAIL_BYTES, write_report
 from pipeline.report.html import script_hash
@@ -100,6 +100,9 @@ def test_training_section_shows_scores_for_matching_and_shuffled_images(tmp_path
     assert "4.250" in page
     assert "0.500" in page
     assert page.count("<script") == 3
+    (checkpoint / "metrics.json").write_text('{"scores": 1}')
+    with pytest.raises(StoreError, match=r"manifest or .*one/metrics\.json is invalid"):
+        write_report(version, tmp_path)
 
 
 def test_deck_is_shown_with_all_its_pages(tmp_path: Path) -> None:
