@@ -97,13 +97,9 @@ class Entry:
     reason: str = ""
     text: str | None = None  # of a text file
 
-    @property
-    def key(self) -> str:
-        """WebDataset's sample key: the path up to the first dot in the file name."""
-        return _key(self.name)
-
 
 def _key(name: str) -> str:
+    """Return WebDataset's sample key: the path up to the first dot in the file name."""
     folder, base = posixpath.split(normalize_path(name))
     return posixpath.join(folder, base.partition(".")[0])
 
@@ -297,7 +293,7 @@ def group_by_key(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
     group, num_bytes = list[Entry](), 0
     for entry in entries:
         is_full = len(group) >= MAX_GROUP_ENTRIES or num_bytes >= MAX_GROUP_BYTES
-        if group and (entry.key != group[0].key or is_full):
+        if group and (_key(entry.name) != _key(group[0].name) or is_full):
             yield group
             group, num_bytes = [], 0
         group.append(entry)
@@ -312,7 +308,7 @@ def pair_texts(group: Sequence[Entry]) -> tuple[list[tuple[Entry, list[Entry]]],
     If several images have the same key, a text must have the full name of its image, with another suffix.
     """
     images = [entry for entry in group if not is_text(entry.name)]
-    texts = [entry for entry in group if is_text(entry.name) and entry.text is not None]
+    texts = [entry for entry in group if entry.text is not None]
     pairs = [(image, texts) for image in images]
     if len(images) > 1:
         pairs = [(image, [text for text in texts if _stem(text) in _names(image)]) for image in images]

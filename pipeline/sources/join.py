@@ -34,8 +34,7 @@ def with_pixels(version: Version, images: str | None) -> Version:
             name = version.repo or version.path
             raise ConfigError(f"{name} has no images", hint="pass its images: --images FOLDER")
         if Path(images, "versions").is_dir():
-            hint = "pass the folder or source from which it was made, as in its run.json"
-            raise ConfigError(f"{images} is a dataset", hint=hint)
+            raise ConfigError(f"{images} is a dataset", hint="pass its source, which its run.json names")
         return join_images(version, read_images(f"folder:{images}" if Path(images).is_dir() else images))
 
 

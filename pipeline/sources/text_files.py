@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,9 @@ def _parse_csv(text: str) -> Iterator[dict[str, Any]]:
     """
     _require_few_values(text, "CSV")
     delimiter = max(",;\t|", key=text.partition("\n")[0].count)
-    file = io.StringIO(text, newline="")
-    options: Any = {"delimiter": delimiter, "skipinitialspace": True}
-    num_rows = sum(map(bool, csv.reader(file, **options))) - 1  # below the header
-    file.seek(0)
-    table = csv.reader(file, **options)
+    read = partial(csv.reader, delimiter=delimiter, skipinitialspace=True)
+    num_rows = sum(map(bool, read(io.StringIO(text, newline="")))) - 1  # below the header
+    table = read(io.StringIO(text, newline=""))
     names = [name.strip() for name in next(table, ())]
     if repeated := next((name for name, count in Counter(names).items() if name and count > 1), None):
         raise ValueError(f"two columns are named {repeated}")
