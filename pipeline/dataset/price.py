@@ -91,10 +91,9 @@ def _amounts_in_words(entries: list[Entry], manifest: Mapping[str, Any]) -> str:
     numbers = [(entry["kept"], right_share(entry["texts"], manifest)) for entry in entries if entry["kept"]]
     measured = [(number, share) for number, share in numbers if share]
     right, low, high = (sum(number * share[n] for number, share in measured) for n in range(3))
-    if len(measured) < len(numbers):
-        return f"{words}; per right text: not measured"
-    if not right or not high:
-        return f"{words}; no right text"
+    if len(measured) < len(numbers) or not right or not high:
+        problem = "per right text: not measured" if len(measured) < len(numbers) else "no right text"
+        return f"{words}; {problem}"
     bounds = f"[{tokens / high:,.0f}, {f'{tokens / low:,.0f}' if low else 'no upper bound'}]"
     sources = " and ".join(sorted({share.source for _, share in measured}))
     return f"{words}; {_rate(tokens, cost, right)} per right text, tokens {bounds} ({sources})"

@@ -144,12 +144,12 @@ class RequestPlan:
             return (parse_condition(task.settings.when),) if task.settings.when else ()
         return tuple(parse_condition(text) for key, text in self.generate.when if key in (name, style))
 
-    def has_human_text(self, pair: Pair, inputs: SourceTexts) -> bool:
-        """Return whether a task is not asked, since there are human texts and no task needs its result."""
+    def find_human_text(self, pair: Pair, inputs: SourceTexts) -> str | None:
+        """Return HAS_HUMAN_TEXT if there are human texts and no task needs the result, or else None."""
         task = self.tasks[pair[0]]
-        if not self.is_filling or isinstance(task, CustomTask) or result_name(*pair) in self.needed:
-            return False
-        return inputs.has_captions if task.text_field else inputs.has_questions
+        has_text = inputs.has_captions if task.text_field else inputs.has_questions
+        is_needed = not self.is_filling or isinstance(task, CustomTask) or result_name(*pair) in self.needed
+        return HAS_HUMAN_TEXT if has_text and not is_needed else None
 
     def inputs_of(self, name: str, style: str) -> set[str]:
         """Return the names of the results that must be known before a task is asked."""
@@ -323,9 +323,7 @@ def find_skipped(
         task = plan.tasks[pair[0]]
         missing = [need for need in task.needs if need not in results]
         reason = None if task.keep_if else dropped
-        reason = reason or _find_unmet(plan.conditions[pair], values)
-        if not reason and plan.has_human_text(pair, inputs):
-            reason = HAS_HUMAN_TEXT
+        reason = reason or _find_unmet(plan.conditions[pair], values) or plan.find_human_text(pair, inputs)
         if missing and not reason:
             reason = next((reasons[need] for need in missing if need in reasons), RESULT_MISSING)
         if reason:

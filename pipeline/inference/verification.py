@@ -74,9 +74,8 @@ def check_conditions(verify: VerifyConfig, plan: RequestPlan) -> None:
     for name, text in verify.when:
         if name not in asked:
             problem = f"verify.when has {name}, which is not a check of this run"
-            raise ConfigError(
-                problem, hint=did_you_mean(name, asked, f"this run has {', '.join(asked) or 'no checks'}")
-            )
+            known = f"this run has {', '.join(asked) or 'no checks'}"
+            raise ConfigError(problem, hint=did_you_mean(name, asked, known))
         earlier = (check for check in SCORES if check in asked and ORDER[check] < ORDER[name])
         scores = [*map(SCORES.__getitem__, earlier), *LOG_PROBABILITIES * plan.generate.wants_logprobs]
         names = condition_names(plan) | {
@@ -98,12 +97,8 @@ def question_checks(row: dict[str, Any], enabled: Collection[str]) -> list[Check
     return checks
 
 
-def coverage_checks(
-    caption: str | None, config: VerifyConfig, questions: Iterable[tuple[str, str]]
-) -> list[Check]:
+def coverage_checks(caption: str | None, questions: Iterable[tuple[str, str]]) -> list[Check]:
     """Return one check per (question, expected answer) pair: whether the caption answers the question."""
-    if caption is None or "covers" not in config.checks:
-        return []
     return [Check("covers", question, answer, (), caption, COVERS) for question, answer in questions]
 
 

@@ -48,8 +48,6 @@ CHUNK_REQUESTS = 256
 BATCH_ANNOTATIONS = 50_000
 _ARTICLES = {"an": "a"}
 T = TypeVar("T")
-
-
 Subjects = Sequence[CheckedAnnotation]
 
 
@@ -215,12 +213,11 @@ class AnnotationChecker:
             if subject.caption is None and not self._is_contradicted(subject):
                 question = subject.row["clean_question"], subject.row["clean_answer"]
                 questions[subject.sample_id][question] = None
-        verify = self.settings.verify
-        if "covers" in verify.checks:
+        if "covers" in self.settings.verify.checks:
             captions = [one for one in subjects if one.caption is not None and self._is_asked("covers", one)]
             asked = (questions.get(caption.sample_id, ()) for caption in captions)
-            pairs = zip(captions, asked, strict=True)
-            self._answer(captions, [verification.coverage_checks(c.caption, verify, q) for c, q in pairs])
+            texts = (caption.caption for caption in captions)
+            self._answer(captions, list(map(verification.coverage_checks, texts, asked)))
 
     def _answer(self, subjects: Subjects, checks: Sequence[list[verification.Check]]) -> None:
         """Ask the model the questions in `checks` about each subject, and add the answered checks to it."""

@@ -42,11 +42,6 @@ def drop_reason(task: str, unmet: str) -> str:
     return _DROPPED[unmet] + task
 
 
-def is_dropped(reason: str) -> bool:
-    """Return whether a task dropped an image for this reason."""
-    return reason.startswith(tuple(_DROPPED.values()))
-
-
 def is_wanted(reason: str) -> bool:
     """Return whether the settings ask for a rejection with this reason, so that it is not a loss."""
     return reason in (CONDITION_FALSE, HAS_HUMAN_TEXT) or reason.startswith(_DROPPED[CONDITION_FALSE])

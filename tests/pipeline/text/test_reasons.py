@@ -1,5 +1,6 @@
 """Reasons and scores in plain words."""
 
+from pipeline.rules import RULES
 from pipeline.tables import SCORE_NAMES
 from pipeline.text.reasons import IN_WORDS, SCORES_IN_WORDS, in_words
 
