@@ -111,7 +111,7 @@ def test_error_does_not_show_a_key_that_was_pasted_into_the_settings(server: dic
 
 def test_error_about_a_section_does_not_show_its_keys(file: Path) -> None:
     headers = "{Authorization: Bearer sk-secret-01}"
-    file.write_text(f"{SOURCE}server: {{headers: {headers}, concurrency: yes}}\n")
+    file.write_text(f"{SOURCE}server: {{headers: {headers}, concurrency: fast}}\n")
     with pytest.raises(ConfigError) as caught:
         resolve(file)
     assert "sk-secret" not in f"{caught.value} {caught.value.hint}"
