@@ -165,6 +165,15 @@ def test_loaded_captioner_equals_the_saved_one(build: Build, kind: str, tmp_path
     assert torch.equal(loaded.loss(states, batch), captioner.loss(states, batch))
 
 
+def test_later_generation_does_not_change_torch_in_other_threads(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner, states, prompt = build("scratch"), torch.randn(2, N, V), torch.tensor([[2, 3]] * 2)
+    texts = captioner.generate(states, prompt, GREEDY)
+    monkeypatch.setattr("trainer.model.caption_model.no_init_weights", None)
+    assert captioner.generate(states, prompt, GREEDY) == texts
+
+
 def test_generation_halves_its_batch_when_memory_is_full(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
