@@ -31,11 +31,10 @@ QUESTION_START = re.compile(
 CAPTION_START = re.compile(r"(please )?(describe|caption|summari[sz]e)\b")
 CAPTION_WORD = re.compile(r"\b(describe|summari[sz]e|(caption|description) (of|for))\b")
 # A question about the whole image, such as "What do you see here?", requests a caption.
+VIEW = "see|shown?|shows|depicts?|contains?|represents?|happening|going|image|picture|photo|photograph|scene"
 WHOLE_IMAGE = re.compile(
-    r"(?=.*\b(see|shown?|shows|depicts?|contains?|represents?|happening|going"
-    r"|image|picture|photo|photograph|scene)\b)"
-    r"(what|what's|can|could)( (what|is|do|does|can|you|please|tell|me|see|shown?|shows|depicts?|contains?"
-    r"|represents?|happening|going|on|here|in|of|about|the|this|image|picture|photo|photograph|scene))*"
+    rf"(?=.*\b({VIEW})\b)(what|what's|can|could)"
+    rf"( (what|is|do|does|can|you|please|tell|me|on|here|in|of|about|the|this|{VIEW}))*"
 )
 SENTENCE_END = re.compile(r"\n+|(?<=[.!?:>])(?<!\bMrs\.)(?<!\b(?:Mr|Ms|Dr|St)\.)\s+")
 # Instructions of benchmarks, such as "Answer the question using a single word or phrase."

@@ -210,7 +210,7 @@ HELP_ALL = Option("--help-all", is_eager=True, callback=_show_all_options, help=
 
 
 def with_run_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command that has the options of a run, and gets the merged settings as `config`."""
+    """Add the options of a run to a command, which receives the merged settings as `config`."""
     parameters = inspect.signature(command).parameters
     own = [parameter for name, parameter in parameters.items() if name != "config"]
 

@@ -37,7 +37,7 @@ MIN_GAIN = 0.1
 
 @dataclass(frozen=True, slots=True)
 class KnownTexts:
-    """All human captions of a sample, and one of another sample, or None if that sample has none."""
+    """All human captions of a sample, and one of another sample (None if there is none)."""
 
     captions: tuple[str, ...]
     foreign: str | None

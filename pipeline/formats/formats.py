@@ -91,7 +91,7 @@ class Format:
 
 
 class ImageFolder(Format):
-    """A folder per split with metadata.parquet. From JSON lines, `datasets` would guess the types."""
+    """A folder per split. Parquet keeps the types that `datasets` would guess from JSON lines."""
 
     def add(self, item: Item) -> bool:
         self.put_image(item, item.split)

@@ -331,7 +331,7 @@ class RequestImages:
         self._encoded_count = self._encoded_bytes = 0
 
     def max_requests(self, total_bytes: int) -> int:
-        """Return how many requests may be in flight for their images to take at most about `total_bytes`."""
+        """Return the maximum number of requests in flight whose images fit in about `total_bytes`."""
         mean_bytes = self._encoded_bytes / self._encoded_count if self._encoded_count else 1
         return max(4, int(total_bytes / max(mean_bytes, 1)))
 

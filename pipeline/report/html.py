@@ -62,7 +62,7 @@ def thumbnail_uri(image: bytes, max_bytes: int, max_pixels: int = THUMBNAIL_PIXE
 
 
 def page_script(name: str, **settings: Any) -> str:
-    """Return a script of this folder, with constants and the functions that all pages share before it."""
+    """Return a script of this folder, preceded by its constants and the shared functions."""
     constants = [f"const {key} = {script_literal(value)};\n" for key, value in settings.items()]
     code = [(files("pipeline.report") / file).read_text(encoding="utf-8") for file in ("page.js", name)]
     return "".join([*constants, *code])

@@ -301,7 +301,7 @@ class SourceReader:
         self._exclusion_index = ExclusionIndex.of(
             read_exclusions(self.dataset), choose_image_kind(self.config)
         )
-        # With --images, no reading is recorded as complete, so parts with temporary failures are read again.
+        # With --images, a reading is never recorded as complete. The next run reads failed parts again.
         keeps_failures = self.config.images is None
         key = digest([self._key, state["excluded_sha256"]])
         parts = SourceParts(folder, key, self._store, keeps_failures)

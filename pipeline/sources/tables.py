@@ -75,7 +75,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
         return SPLIT_OF_WORD.get(str(value).strip().casefold())
 
     def is_in_split(value: object) -> bool:
-        # A row with an unknown split is rejected, for any split.
+        # A row with an unknown split is rejected, whichever split is read.
         return split_of(value) == split or not (split_of(value) or _is_missing(value))
 
     def count() -> int:

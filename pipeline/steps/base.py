@@ -99,7 +99,7 @@ class Executor(Protocol):
         """Allow requests to the next models of ladders. `escalations` is a digest of what they are asked."""
 
     def each(self, work: Callable[[DatasetDir, Services], None]) -> None:
-        """Apply a function to every shard before `wait` returns."""
+        """Schedule a function for every shard. `wait` returns when all have finished."""
 
     def wait(self) -> None:
         """Wait until all functions passed to `each` have finished."""

@@ -122,7 +122,7 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
 
 
 def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the split group of each image group. `pairs` are pairs of an image group and a name key.
+    """Return the split group of each image group. Each pair holds an image group and a name key.
 
     Image groups that share a key, directly or through others, form one split group. Its name is the first of
     its keys in alphabetical order.

@@ -19,7 +19,7 @@ TEXTS = [vector.encode("utf-8", "replace").decode() or "-" for vector in ALL]
 
 
 def require_untouched(page: Page) -> None:
-    """Fail if an attack has become an element, an attribute or a change of the page."""
+    """Fail if an attack added an element or attribute, or changed the page."""
     names = "[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())"
     assert not [name for name in page.evaluate(names) if name.startswith("on")]
     elements = "iframe, object, embed, base, svg animate, math, meta[http-equiv=refresh]"

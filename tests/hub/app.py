@@ -20,7 +20,7 @@ from tests.hub.storage import Commit, Repo, Storage
 USER = "me"
 NAMESPACES = {USER, "ORG"}  # where the user may create repositories
 TOKEN, READ_TOKEN = "hf_loopback", "hf_loopback_read"  # tokens of the one user, not secret
-KINDS = {"datasets": "dataset", "models": "model", "spaces": "space"}
+KINDS = {"datasets": "dataset", "models": "model"}
 
 
 @dataclass
@@ -55,8 +55,8 @@ class HubError(Exception):
 
 Handler = Callable[..., Awaitable[Response]]
 ID = r"(?P<repo>[^/]+(?:/[^/]+)?)"
-API = rf"/api/(?P<kind>datasets|models|spaces)/{ID}"
-FILES = rf"/(?:(?P<kind>datasets|spaces)/)?{ID}"
+API = rf"/api/(?P<kind>datasets|models)/{ID}"
+FILES = rf"/(?:(?P<kind>datasets)/)?{ID}"
 
 
 class Hub:

@@ -78,7 +78,7 @@ def test_command_names_packages_of_the_extras_and_not_this_distribution() -> Non
 
 
 def test_package_without_extra_is_installed_by_name() -> None:
-    assert install_command("train", package="gradio") == "pip install gradio"
+    assert install_command("train", package="rich") == "pip install rich"
 
 
 def test_uninstalled_source_folder_is_installed_with_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Commands for captioners, called as functions, and the end of the server in a process."""
+"""Commands for captioners, called as functions, and signals to a server process."""
 
 import fcntl
 import json

@@ -68,7 +68,7 @@ def test_documented_example_asks_only_what_its_conditions_allow(folder: Path) ->
             if "generate" in command:
                 lines = done.stderr
         counts = {name: model.requests[name] for name in ("kind", "caption", "qa", "reading")}
-        # photos and small photos, documents: plain captions; photos: detailed captions
+        # plain captions of photos, small photos and documents, detailed captions of photos
         assert counts == {"kind": 21, "caption": 7 + 4 + 5, "qa": 7, "reading": 4}
         (folder / "kind.yaml").write_text((folder / "kind.yaml").read_text().replace('"blank"', '"blnk"'))
         refused = run_synth("generate", "--config", "synth.yaml", cwd=folder)

@@ -6,6 +6,7 @@ width, D decoder width.
 
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -105,10 +106,15 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         max_tokens, eos_id = self.config.max_caption_tokens, self.config.eos_id
         if isinstance(self.decoder, PretrainedDecoder):
             return self.decoder.generate(memory_BND, prompt_BT, decoding, max_tokens, eos_id)
-        with no_init_weights():  # keeps the weights of the decoder
-            model = SynthCaptioner(SynthCaptionerConfig(decoder=self.config.decoder), self.decoder)
         inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
-        return generate_texts(model, decoding, max_tokens, eos_id, image_states=memory_BND, **inputs)
+        return generate_texts(self._writer, decoding, max_tokens, eos_id, image_states=memory_BND, **inputs)
+
+    @cached_property
+    def _writer(self) -> SynthCaptioner:
+        assert isinstance(self.decoder, ScratchDecoder)
+        # Keeps the weights of the decoder, but changes torch.nn.init in all threads.
+        with no_init_weights():
+            return SynthCaptioner(SynthCaptionerConfig(decoder=self.config.decoder), self.decoder)
 
     @property
     def device(self) -> torch.device:

@@ -4,8 +4,8 @@ Each block has self-attention with rotary embeddings, cross-attention to the ima
 all texts about an image are packed into one row (text_loss.py), so its keys and values are computed once. In
 generation, they are cached.
 
-Shapes: B images, C rows of tokens (C / B adjacent rows per image), T new tokens, S tokens including cached
-ones, N hidden states per image, D width, H heads, K = D / H, V vocabulary.
+Shapes: B images, C rows of tokens, T new tokens, S tokens including cached ones, N hidden states per image,
+D width, H heads, K = D / H, V vocabulary.
 """
 
 import math
@@ -167,10 +167,7 @@ class Block(nn.Module):
         else:
             assert cache is not None and cache[1].keys is not None and cache[1].values is not None
             k_BHNK, v_BHNK = cache[1].keys, cache[1].values
-        # Rows about one image are adjacent. Joined to one long row, they share its keys and values.
-        joined_BXD = x_CTD.reshape(len(k_BHNK), -1, x_CTD.shape[-1])
-        out_BXD = attention.attend(attention.heads(attention.query(joined_BXD)), k_BHNK, v_BHNK, None)
-        return out_BXD.view_as(x_CTD)
+        return attention.attend(attention.heads(attention.query(x_CTD)), k_BHNK, v_BHNK, None)
 
 
 class Attention(nn.Module):

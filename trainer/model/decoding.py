@@ -24,6 +24,7 @@ def generate_texts(
 ) -> list[list[int]]:
     """Return the new token ids of each row, without EOS. `inputs` are those of `model.generate`."""
     options = {name: value for name, value in asdict(decoding).items() if value != getattr(GREEDY, name)}
+    options["min_new_tokens"] = min(decoding.min_new_tokens, max_tokens)
     if decoding.num_beams > 1:
         options["early_stopping"] = "never"  # a longer text may have a better mean log-probability
     else:

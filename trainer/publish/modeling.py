@@ -230,11 +230,10 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         image_states: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | None = None,  # transformers 5.24 renamed past_key_values to cache
         **_: Any,
     ) -> dict[str, Any]:
         """Return the inputs for the next step: the prompt in the first step, then the last token."""
-        # Its name is `cache` since transformers 5.24.
         past_key_values = cache if past_key_values is None else past_key_values
         is_first = past_key_values is None or not past_key_values.get_seq_length()
         return {

@@ -1,7 +1,7 @@
 """Parse chat requests with an image in OpenAI's protocol, and build the responses.
 
-A captioner does not follow instructions: the last text of the user selects a style or is a question
-(trainer/prompts.py), about the last image. A JSON schema must have exactly one property, which is a string.
+The last text of the user selects a style or asks about the last image (trainer/prompts.py). A JSON
+schema must have exactly one property, which is a string.
 """
 
 import base64

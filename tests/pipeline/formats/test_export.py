@@ -262,7 +262,7 @@ def test_source_reads_splits_of_an_export(kind: str, version: Version, tmp_path:
 @pytest.mark.parametrize(
     ("values", "writer"), [({}, "people"), ({"note": "It barks."}, "people"), ({"title": "Rex"}, "model")]
 )
-def test_written_by_is_model_if_a_custom_value_has_the_name_of_a_text_column(
+def test_custom_value_named_like_a_text_column_keeps_written_by_model(
     version: Version, tmp_path: Path, values: dict[str, Any], writer: str
 ) -> None:
     (item, *_) = read_items(version, ["train"])

@@ -166,7 +166,7 @@ def test_flat_images_are_near_nothing() -> None:
     assert compare_samples(samples(*rows), "photos")["image_group"].to_pylist() == ["s0", "s1", "s2"]
 
 
-def test_flat_image_among_near_photos_has_a_separate_group(photos: list[Image.Image]) -> None:
+def test_flat_image_is_not_grouped_with_near_duplicates(photos: list[Image.Image]) -> None:
     hashes = [hashes_of(photos[0]), [b""], hashes_of(cropped(photos[0])), hashes_of(photos[1])]
     groups = compare_samples(samples(*({"pdq_hashes": of_sample} for of_sample in hashes)), "photos")
     assert groups["image_group"].to_pylist() == ["s0", "s1", "s0", "s3"]

@@ -114,7 +114,7 @@ def test_rewording_is_a_duplicate_unless_a_content_word_differs(text: str, *, is
     assert (cluster[0] == cluster[1]) == is_same
 
 
-def test_cluster_name_is_its_first_id_whatever_the_row_order() -> None:
+def test_cluster_has_the_name_of_its_first_id_in_any_row_order() -> None:
     rows = captions("A yellow ring.", "A blue ring.", "the yellow ring", "Yellow ring")
     expected = {"000000": "000000", "000001": "000001", "000002": "000000", "000003": "000000"}
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):

@@ -130,6 +130,31 @@ def test_sampling_may_draw_every_token(build: Build, kind: str) -> None:
     assert len({text[0] for text in texts if text}) > 0.6 * vocabulary
 
 
+def test_decoding_options_have_their_meanings(build: Build, recwarn: pytest.WarningsRecorder) -> None:
+    captioner, states, prompt = build("scratch"), torch.randn(40, N, V), torch.tensor([[2, 3]] * 40)
+    for layer in captioner.decoder.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
+            torch.nn.init.normal_(layer.weight, std=0.3)  # with small weights, all texts repeat one token
+
+    def generate(**options: Any) -> list[list[int]]:
+        return captioner.generate(states, prompt, DecodingConfig(**options))
+
+    def score(rows: list[list[int]]) -> float:
+        """Return the sum of mean log-probabilities."""
+        rows = [row if len(row) == 8 else [*row, captioner.config.eos_id] for row in rows]
+        batches = [(states[[i]], texts([[2, 3, *row]], [2], [0]), len(row)) for i, row in enumerate(rows)]
+        return -sum(captioner.loss(state, batch).item() / length for state, batch, length in batches)
+
+    greedy = generate()
+    assert score(generate(num_beams=4)) > score(greedy)
+    short, long = (generate(num_beams=4, length_penalty=penalty) for penalty in (0.0, 9.0))
+    assert sum(map(len, short)) < sum(map(len, long))
+    assert generate(length_penalty=9.0) == greedy
+    assert generate(temperature=1.0, top_p=1e-4) == greedy != generate(temperature=1.0)
+    assert {len(text) for text in generate(min_new_tokens=20)} == {8}
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_loaded_captioner_equals_the_saved_one(build: Build, kind: str, tmp_path: Path) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
@@ -138,6 +163,15 @@ def test_loaded_captioner_equals_the_saved_one(build: Build, kind: str, tmp_path
     assert loaded.config == captioner.config
     batch = texts(ROWS, PROMPTS, IMAGES)
     assert torch.equal(loaded.loss(states, batch), captioner.loss(states, batch))
+
+
+def test_later_generation_does_not_change_torch_in_other_threads(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner, states, prompt = build("scratch"), torch.randn(2, N, V), torch.tensor([[2, 3]] * 2)
+    texts = captioner.generate(states, prompt, GREEDY)
+    monkeypatch.setattr("trainer.model.caption_model.no_init_weights", None)
+    assert captioner.generate(states, prompt, GREEDY) == texts
 
 
 def test_generation_halves_its_batch_when_memory_is_full(

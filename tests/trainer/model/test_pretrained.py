@@ -41,7 +41,7 @@ def without(folder: str | Path, *lost: str) -> None:
 
 
 def test_vision_tower_with_other_weight_names_is_refused(tmp_path: Path) -> None:
-    """Otherwise its weights would be random without an error."""
+    """If accepted, the tower would silently have random weights."""
     vision: Any = {"model_type": "clip_vision_model", **TOWER, **IMAGE}
     sizes: Any = {**TOWER, "vocab_size": 99, "num_key_value_heads": 1}
     config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**sizes), image_token_index=98)

@@ -115,7 +115,9 @@ def test_replies_from_a_killed_worker_are_used_on_the_same_node(run: ShardedRun,
     assert stored(run) == 2
 
 
-def test_failed_upload_does_not_replace_the_error(run: ShardedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_upload_does_not_hide_the_first_error(
+    run: ShardedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(file: Path, path: Path) -> None:
         raise OSError("away")
 
