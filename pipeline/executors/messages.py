@@ -131,12 +131,8 @@ def describe_losses(
             continue
         # Repeated images are not counted, since their texts are kept. Replaced texts have another chance, and
         # conditions of the user are choices.
-        chosen = sum(
-            rejected.pop(reason)
-            for reason in [*rejected]
-            if reason in (REPEATED, REPLACED) or is_wanted(reason)
-        )
-        rows, lost = summary.input - chosen, sum(rejected.values())
+        wanted = [reason for reason in rejected if reason in (REPEATED, REPLACED) or is_wanted(reason)]
+        rows, lost = summary.input - sum(map(rejected.pop, wanted)), sum(rejected.values())
         if 2 * lost > rows:
             reason, count = max(rejected.items(), key=lambda item: item[1])
             hint = step.advice.get(reason, default_hint) if step else default_hint

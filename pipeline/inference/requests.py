@@ -296,9 +296,8 @@ def build_requests(
                     raise
                 break  # the prompt cannot be rendered with this result
             pages: dict[str, Any] = {} if task.shows_image else {"pages": ()}
-            identity = (
-                {"image": sample_id, "about": shared_digest} | pages | ({"number": number} if number else {})
-            )
+            candidate = {"number": number} if number else {}
+            identity = {"image": sample_id, "about": shared_digest} | pages | candidate
             yield Request(
                 id=digest(identity), sample_id=sample_id, style=style,
                 wants_logprobs=plan.generate.wants_logprobs, **pages, **fields,
@@ -370,11 +369,8 @@ def _values_of(sample_id: str, plan: RequestPlan, task: Task) -> dict[str, Any]:
     """Return template values for a sample. `draw` varies wordings and question types between samples."""
     code = task.language or plan.language
     language = language_name(None if code == ANY_LANGUAGE else code)
-    return {
-        "draw": int(sample_id[:8], 16) % DRAWS,
-        "words": plan.generate.caption_words,
-        "language": language,
-    }
+    draw = int(sample_id[:8], 16) % DRAWS
+    return {"draw": draw, "words": plan.generate.caption_words, "language": language}
 
 
 def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
@@ -421,13 +417,9 @@ def check_needs(plan: RequestPlan) -> None:
             if need not in available:
                 names = sorted(available - {task.name})
                 asked = f"this run has {', '.join(names)}; " if names else ""
-                hint = (
-                    did_you_mean(need, names)
-                    or f"{asked}add built-in tasks with --tasks, such as --tasks caption"
-                )
-                raise ConfigError(
-                    f"the task {task.name} needs {need}, which this run does not have", hint=hint
-                )
+                more = f"{asked}add built-in tasks with --tasks, such as --tasks caption"
+                problem = f"the task {task.name} needs {need}, which this run does not have"
+                raise ConfigError(problem, hint=did_you_mean(need, names, more))
     check_conditions(plan)
     for name, style in plan.pairs:
         if result_name(name, style) in plan.needed and len(plan.models_of(name)) > 1:
@@ -464,10 +456,8 @@ def check_conditions(plan: RequestPlan) -> None:
 def condition_names(plan: RequestPlan) -> dict[str, dict[str, Any]]:
     """Return the names that conditions may use, with their schemas, by namespace (conditions.Names)."""
     row = dict.fromkeys(plan.context, COLUMN) | dict.fromkeys(IMAGE_SIZE, INTEGER)
-    return {
-        "row": row,
-        "results": {result_name(*pair): plan.tasks[pair[0]].result_schema for pair in plan.pairs},
-    }
+    results = {result_name(*pair): plan.tasks[pair[0]].result_schema for pair in plan.pairs}
+    return {"row": row, "results": results}
 
 
 def check_condition(where: str, text: str, names: Names) -> None:

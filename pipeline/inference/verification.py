@@ -78,11 +78,8 @@ def check_conditions(verify: VerifyConfig, plan: RequestPlan) -> None:
             raise ConfigError(problem, hint=did_you_mean(name, asked, known))
         earlier = (check for check in SCORES if check in asked and ORDER[check] < ORDER[name])
         scores = [*map(SCORES.__getitem__, earlier), *LOG_PROBABILITIES * plan.generate.wants_logprobs]
-        names = condition_names(plan) | {
-            "scores": dict.fromkeys(scores, NUMBER),
-            "text": {"task": TEXT, "style": TEXT},
-        }
-        check_condition(f"verify.when of {name}", text, names)
+        names = {"scores": dict.fromkeys(scores, NUMBER), "text": {"task": TEXT, "style": TEXT}}
+        check_condition(f"verify.when of {name}", text, condition_names(plan) | names)
 
 
 def question_checks(row: dict[str, Any], enabled: Collection[str]) -> list[Check]:
@@ -104,10 +101,7 @@ def coverage_checks(caption: str | None, questions: Iterable[tuple[str, str]]) -
 
 def claim_checks(claim: str) -> list[Check]:
     """Return the questions about a claim that the model found, in pairs."""
-    return [
-        Check("claims", question, expected, task=CONFIRM, claim=claim)
-        for question, expected in questions_about(claim)
-    ]
+    return [Check("claims", *pair, task=CONFIRM, claim=claim) for pair in questions_about(claim)]
 
 
 def rule_checks(caption: str) -> list[list[Check]]:

@@ -105,9 +105,8 @@ class AnnotationChecker:
         questions = [subject for subject in subjects if subject.caption is None]
         enabled = [check for check in verification.QUESTION_CHECKS if check in config.checks]
         of_question = ([check for check in enabled if self._is_asked(check, one)] for one in questions)
-        self._answer(
-            questions, list(map(verification.question_checks, (one.row for one in questions), of_question))
-        )
+        asked_rows = (question.row for question in questions)
+        self._answer(questions, list(map(verification.question_checks, asked_rows, of_question)))
         if "claims" in config.checks:
             asked = [caption for caption in captions if self._is_asked("claims", caption)]
             self._check_claims(asked)

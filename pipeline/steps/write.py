@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial, reduce
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,7 @@ class WriteStep(Step):
         provenance = describe_provenance(plan.config, plan.tasks, source, models[plan.writers[0]])
         provenance |= {"models": models} if len(models) > 1 else {}
         names = [summary.step for summary in work.summaries if summary.step != "ask"]
-        inputs = [
-            output_digest(shard, step, file)
-            for shard in executor.shards
-            for step in names
-            for file in OUTPUTS
-        ]
+        inputs = [output_digest(*output) for output in product(executor.shards, names, OUTPUTS)]
         if verdicts := read_stored(dataset.reviews, Verdict):
             inputs.append(digest(format_lines(verdicts)))
         key = step_key(NAME, [provenance, source], (), [*inputs, output_digest(first_shard, before)])

@@ -336,9 +336,8 @@ def _check_kind(settings: TaskConfig, value: Schema) -> str | None:
     if kind not in JOINING and settings.name in (*ROW.names, "split", "questions"):
         raise UnusableSchemaError(f"{settings.name} is a name of built-in columns or texts: rename the task")
     if kind not in ("caption", "question", "text") and (settings.min_words or settings.max_words):
-        raise UnusableSchemaError(
-            f"min_words and max_words are only for captions, questions and texts, not for {kind}"
-        )
+        problem = f"min_words and max_words are only for captions, questions and texts, not for {kind}"
+        raise UnusableSchemaError(problem)
     if settings.rows and form == "array":
         raise UnusableSchemaError("a field in rows cannot be a list")
     return _box_field(settings, names) if kind == "boxes" else None
