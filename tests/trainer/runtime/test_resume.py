@@ -21,7 +21,10 @@ from trainer.runtime.training_state import Log, save_resume
 from trainer.training import train_captioner
 
 
-@pytest.mark.parametrize("settings", [{"feature_storage": "none"}, {"align_steps": 3}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"feature_storage": "none"}, {"align_steps": 3}, {"decoder": "prefix", "encoder_states": "2x2"}],
+)
 def test_interrupted_training_resumes_to_the_same_bits(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, settings: dict[str, Any]
 ) -> None:
