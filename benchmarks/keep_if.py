@@ -1,6 +1,6 @@
 """Measure requests and CPU time of a run in which `keep_if` drops most images before they are captioned.
 
-    python benchmarks/keep_if.py [--images 100000] [--dropped 0.72] [--without-conditions]
+    PYTHONPATH=. python benchmarks/keep_if.py [--images 100000] [--dropped 0.72] [--without-conditions]
 
 An engine in this process answers every request at once, so the CPU time is that of requests, journal and
 annotations. The first task classifies each image, and the second one captions it.

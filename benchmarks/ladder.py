@@ -33,14 +33,12 @@ class Outcome:
 
     kept: int = 0
     wrong: int = 0
-    requests: int = 0
     price: float = 0.0
 
     def ask(self, setting: Setting, wrong_share: float, price: float, rng: random.Random) -> bool:
         """Write and check one text. Return whether it passed."""
         is_wrong = rng.random() < wrong_share
         passes = rng.random() < (setting.missed if is_wrong else 1 - setting.false_alarms)
-        self.requests += 2
         self.price += price + setting.check_price
         self.kept += passes
         self.wrong += passes and is_wrong
@@ -66,8 +64,8 @@ def simulate(setting: Setting, *, small: bool, large: bool) -> Outcome:
 
 def main() -> None:
     """Print a table for each setting."""
-    print("| setting | models | kept | wrong, 95 % interval | requests an image | price of a right text |")
-    print("|---|---|---|---|---|---|")
+    print("| setting | models | kept | wrong, 95 % interval | price of a right text |")
+    print("|---|---|---|---|---|")
     for setting in SETTINGS:
         for name, small, large in (("small", True, False), ("large", False, True), ("ladder", True, True)):
             outcome = simulate(setting, small=small, large=large)
@@ -75,7 +73,7 @@ def main() -> None:
             price = outcome.price / (outcome.kept - outcome.wrong)
             print(
                 f"| {setting.name} | {name} | {outcome.kept / IMAGES:.1%} | {low:.1%} to {high:.1%} "
-                f"| {outcome.requests / IMAGES:.2f} | {price:.2f} |"
+                f"| {price:.2f} |"
             )
 
 

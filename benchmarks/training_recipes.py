@@ -128,20 +128,22 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("experiment", choices=("stages", "decoders"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    taught = given.experiment == "stages"
-    arms, sizes = (ARMS, (TAUGHT,)) if taught else (DECODERS, DECODER_SCENES)
-    versions = {size: build_version(given.out, size, taught=taught) for size in sizes}
+    is_taught = arguments.experiment == "stages"
+    arms, sizes = (ARMS, (TAUGHT,)) if is_taught else (DECODERS, DECODER_SCENES)
+    versions = {size: build_version(arguments.out, size, taught=is_taught) for size in sizes}
     folders: dict[tuple[int, str], list[Path]] = {}
-    for seed, size, (name, arm) in product(given.seeds, sizes, arms.items()):
-        folder = train(versions[size], given.out / f"{name}-{size}", seed, arm)
+    for seed, size, (name, arm) in product(arguments.seeds, sizes, arms.items()):
+        folder = train(versions[size], arguments.out / f"{name}-{size}", seed, arm)
         folders.setdefault((size, name), []).append(folder)
     for size in sizes:
         print(f"{size} scenes")
-        found = {name: folders[size, name] for name in arms}
-        print_comparison("CIDEr-D", {name: read_scores(part) for name, part in found.items()})
-        print_comparison("true", {name: read_truth(versions[size], part) for name, part in found.items()})
+        captioners = {name: folders[size, name] for name in arms}
+        print_comparison("CIDEr-D", {name: read_scores(part) for name, part in captioners.items()})
+        print_comparison(
+            "true", {name: read_truth(versions[size], part) for name, part in captioners.items()}
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.executors.messages import describe_start
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import REPLACED, RequestStats
+from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.run import run_trial, steps_of
@@ -107,9 +107,9 @@ def _sample_rows(source: Source, settings: AskSettings, limit: int | None, journ
 def forecast_ladders(ladder: list[dict[str, Any]], servers: Servers, scale: float) -> list[dict[str, Any]]:
     """Return the requests and cost of each model alone and of the ladder, for each task with a ladder.
 
-    `interval` is that of the share of texts of a model that pass all checks. Requests of checks are not
-    included. `ladder` has the counts of a sample (see `ladder.describe_ladder`). A model that the sample did
-    not ask is left out.
+    `interval` is the 95 % interval of the share of a model's texts that pass all checks. Requests of checks
+    are not included. `ladder` has the counts of a sample (see `ladder.describe_ladder`). A model that the
+    sample did not ask is left out.
     """
 
     def choice(*rungs: dict[str, Any], factor: float = scale) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _scale_counts(
     losses = [summary for summary in funnel if summary.step not in choices]
     not_chosen = sum(summary.input - summary.kept for summary in funnel if summary.step in choices)
     rejected = by_step["validate"].rejected.items()
-    not_chosen += sum(count for reason, count in rejected if is_wanted(reason) or reason == REPLACED)
+    not_chosen += sum(count for reason, count in rejected if is_wanted(reason))
     first_attempts = by_step["ask"].kept
     image_bytes = sum(len(image) for row in sample.rows if isinstance(row, Sample) for image in row.images)
     return {
@@ -187,6 +187,6 @@ def _scale_counts(
             f"{summary.step}: {reason}": count
             for summary in losses
             for reason, count in summary.rejected.items()
-            if not is_wanted(reason) and reason != REPLACED
+            if not is_wanted(reason)
         },
     }

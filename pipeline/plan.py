@@ -175,7 +175,7 @@ class Plan:
                 raise ConfigError(problem, hint="leave out all but one of the equal models in task_models")
 
     def refuse_writing_judge(self) -> None:
-        """Raise ConfigError if the judge also writes texts, by its revision or name, and must not."""
+        """Raise ConfigError if the judge has the name or revision of a writer, unless that is allowed."""
         judge = self.models.get(self.config.judge_model or "")
         if judge is None or self.config.verify.judge_may_be_writer:
             return

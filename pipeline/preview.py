@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from pipeline.dataset.review_tools import TEXT_FIELDS
 from pipeline.executors.messages import describe_start
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
@@ -16,9 +17,6 @@ from pipeline.steps.ask import AskSettings
 from pipeline.storage.files import translate_disk_errors
 from pipeline.tables import SPLITS
 from pipeline.types import Rejected, Sample
-
-# The fields of a text on a report page.
-TEXT_FIELDS = ("text", "question", "answer", "value")
 
 
 @dataclass(slots=True)
@@ -36,8 +34,8 @@ class Preview:
 def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
     """Run all steps on the first `number` images of a source, and write a report page about them.
 
-    Known texts are not asked about, and no answer is rejected for its frequency, since few images show
-    little about the whole dataset. Raises SynthError as `run.generate_dataset` does.
+    Checks are not calibrated, and no answer is rejected for its frequency, since a few images show little
+    about the whole dataset. Raises SynthError as `run.generate_dataset` does.
     """
     folder, config, preview = plan.dataset, plan.config, Preview()
     rows = _first_rows(plan, number)

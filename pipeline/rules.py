@@ -339,7 +339,7 @@ def has_answer_label(row: RuleInput) -> bool:
 
 def is_off_type(row: RuleInput) -> bool:
     """Return True if an answer is of another kind than the question asks for, such as a color for a place."""
-    if not row.is_question or asks_to_read(row):
+    if asks_to_read(row):
         return False
     if row.answer not in ("yes", "no"):
         return bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
@@ -458,12 +458,12 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "unwanted_phrase": lambda row: (
         row.is_caption and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
     ),
-    "not_visible": lambda row: row.is_question and bool(_NOT_VISIBLE.match(row.main.lower())),
-    "no_single_question": lambda row: row.is_question and not is_one_question(row.main),
-    "count_not_a_number": lambda row: row.is_question and is_no_count(row.main, row.answer or ""),
+    "not_visible": lambda row: bool(_NOT_VISIBLE.match(row.main.lower())),
+    "no_single_question": lambda row: not is_one_question(row.main),
+    "count_not_a_number": lambda row: is_no_count(row.main, row.answer or ""),
     "answer_not_a_number": is_no_number,
     "answer_off_type": is_off_type,
-    "answer_in_question": lambda row: row.is_question and gives_answer_away(row.main, row.answer or ""),
+    "answer_in_question": lambda row: gives_answer_away(row.main, row.answer or ""),
     "speaks_of_elsewhere": is_elsewhere,
 }
 _RULES_OF_PAIRS = (

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 # The name of the model that the settings `model`, `base_url` and `engine` choose.
 DEFAULT_MODEL = "default"
+UNITS = ("requests", "prompt_tokens", "reply_tokens")  # counts of the use of a model
 # Names of mapped source columns, with their values in one row.
 Context = tuple[tuple[str, str], ...]
 

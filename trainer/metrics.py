@@ -165,12 +165,12 @@ def _clipped_cosine(hypothesis: NgramWeights, reference: NgramWeights) -> float:
     return dot / norm if norm else 0.0
 
 
-def bootstrap(per_image: Mapping[str, Sequence[float]], draws: int = 1000) -> dict[str, tuple[float, float]]:
+def bootstrap(per_image: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
     """Return 95 % bootstrap intervals of mean scores. Images are resampled with a fixed seed."""
     scores = [np.array(values) for values in per_image.values()]
     num_images, random = len(scores[0]), np.random.default_rng(0)
     # One draw at a time, because a matrix of all draws takes 8 GB for a million images.
-    drawn = (random.integers(num_images, size=num_images) for _ in range(draws))
+    drawn = (random.integers(num_images, size=num_images) for _ in range(1000))
     means = [[values[indices].mean() for values in scores] for indices in drawn]
     lows, highs = np.quantile(means, (0.025, 0.975), axis=0).tolist()
     return dict(zip(per_image, zip(lows, highs, strict=True), strict=True))

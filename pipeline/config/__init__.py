@@ -213,8 +213,8 @@ class Config(Section):
     def of_model(self, name: str) -> "Config":
         """Return the settings with a model of `models`, or the judge, as the only model.
 
-        Its servers get a key of their own. They get the general key and headers only if all of them are in
-        `base_url`, and if the key of the model is not set.
+        Its servers get its own key and headers. If it has neither, and all of its servers are in `base_url`,
+        they get the general ones.
         """
         if name == DEFAULT_MODEL:
             return self

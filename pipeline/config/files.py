@@ -20,7 +20,6 @@ from pipeline.errors import ConfigError, did_you_mean, one_line
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-LOCAL_SOURCES = ("folder", "archive", "list", "parquet", "pdf", "pdf-pages", "video")
 MAX_SHOWN_CHARACTERS = 80
 SECRET_KEYS = frozenset(("key_env", "headers"))  # users put keys of servers there by mistake
 

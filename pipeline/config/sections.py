@@ -50,7 +50,7 @@ PATTERNS = {
     LICENSE: "the name of a license, such as cc-by-4.0",
 }
 Task = Annotated[str, Field(pattern=TASK, max_length=40)]
-ModelName = Annotated[str, Field(pattern=TASK, max_length=40)]
+ModelName = Task
 Style = Annotated[str, Field(pattern=STYLE, max_length=40)]
 AT_SERVER = "@http"  # between the name of a judge and its address
 AnySection = TypeVar("AnySection", bound="Section")
@@ -225,6 +225,13 @@ class GenerateConfig(Section):
 def _require_valid_port(url: str) -> str:
     address_of(url)
     return url
+
+
+def _require_valid_judge(judge: str) -> str:
+    _, at, rest = judge.partition(AT_SERVER)
+    if at:
+        address_of(at.removeprefix("@") + rest)
+    return judge
 
 
 def _refuse_key(variable: str) -> str:
@@ -410,7 +417,7 @@ class VerifyConfig(Section):
     """Maximum share of true captions that the check `claims` may reject, as estimated from known truths."""
     repair: bool = False
     """Rewrite captions that have a false claim. Needs the check `claims`."""
-    judge: Annotated[str, Field(pattern=JUDGE)] | None = None
+    judge: Annotated[str, Field(pattern=JUDGE), AfterValidator(_require_valid_judge)] | None = None
     """Second model that scores each text: a name in `models`, or `MODEL@URL`."""
     judge_may_be_writer: bool = False
     """Allow a judge that is the model that wrote the texts."""

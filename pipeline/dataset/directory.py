@@ -262,7 +262,7 @@ def page_counts(shard: DatasetDir) -> Iterator[int]:
 
 
 def read_exclusions(dataset: DatasetDir) -> pa.Table:
-    """Return the excluded images and texts (tables.EXCLUSIONS)."""
+    """Return the excluded images (tables.EXCLUSIONS)."""
     return read_table(require_file(dataset.step_file("read", "exclusions")))
 
 

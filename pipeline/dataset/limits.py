@@ -2,8 +2,8 @@
 
 The shares are not weighted, so they may differ from those of an audit (audit.py), and have no interval.
 
-A curve has possible limits of a score. After a limit was changed, the new version is compared with the
-version before it.
+A curve lists possible limits of a score. After a limit is changed, the new version is compared with the
+previous one.
 """
 
 from bisect import bisect_left
@@ -20,7 +20,7 @@ from pipeline.dataset.reviews import TextName, Verdict, text_name
 from pipeline.dataset.version import Version
 from pipeline.tables import FINAL, RUBRIC
 
-SCORES = ("agreement", "coverage", "alignment", *RUBRIC)
+SCORES = ("coverage", "alignment", *RUBRIC)
 SCORED = ("sample_id", "task", *FINAL.names, *SCORES)
 
 

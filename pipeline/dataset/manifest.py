@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import NO_MODEL, Config
-from pipeline.config.files import LOCAL_SOURCES
 from pipeline.config.sections import AT_SERVER, TITLE
 from pipeline.digests import public_name, without_folders
 from pipeline.tables import MODEL, REJECTED, RUBRIC, Extras
@@ -16,6 +15,8 @@ from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
 from pipeline.tasks.custom import own_columns
 from pipeline.tasks.prompts import prompt_texts
+
+LOCAL_SOURCES = ("folder", "archive", "list", "parquet", "pdf", "pdf-pages", "video")
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ class Rung(_Part):
     reply_tokens: Count
     texts: Count
     kept: Count
-    cost: float | None = None
+    cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 class Step(_Part):

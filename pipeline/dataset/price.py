@@ -1,7 +1,7 @@
 """Compute what the texts of a version cost in tokens and money, per kept text and per right text.
 
 Tokens of all attempts count. A reply that several images use counts for each of them. The share of right
-texts is an estimate that the version has: from an audit, or else from a judge, corrected for its errors.
+texts comes from an audit, or else from a judge, corrected for the errors of the judge.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from pipeline.config.sections import Servers, cost_of
 from pipeline.dataset.audit import whole_tasks
 from pipeline.dataset.calibration import JUDGE
 from pipeline.tasks import Tasks
-from pipeline.tasks.base import UNITS
 from pipeline.tasks.checks import CHECKING
+from pipeline.types import UNITS
 
 CAPTIONS, QUESTIONS, CHECKS = "captions", "questions", ""
 _HUMAN = {CAPTIONS: "human_captions", QUESTIONS: "human_questions"}
 Entry = Mapping[str, Any]
 
 
-class RightShare(NamedTuple):
+class _RightShare(NamedTuple):
     """The estimated share of right texts, with its 95 % interval and the source of the estimate."""
 
     share: float
@@ -59,7 +59,7 @@ def _kind_of(name: str, tasks: Tasks) -> str:
 
 
 def _count_kept(kind: str, measured: Mapping[str, Any]) -> int:
-    """Return the number of kept texts that a model wrote. Of a custom task, these are images with a value."""
+    """Return the number of kept texts that a model wrote, or of images with a value of a custom task."""
     if kind in _HUMAN:
         parts = measured.get("captions" if kind == CAPTIONS else "answers", {}).values()
         return int(sum(part["count"] for part in parts) - measured.get(_HUMAN[kind], 0))
@@ -88,7 +88,7 @@ def _amounts_in_words(entries: list[Entry], manifest: Mapping[str, Any]) -> str:
     tokens = sum(entry["prompt_tokens"] + entry["reply_tokens"] for entry in entries)
     cost = sum(entry.get("cost", 0.0) for entry in entries)
     words = f"{_rate(tokens, cost, kept)} per kept text ({kept:,} kept)"
-    numbers = [(entry["kept"], right_share(entry["texts"], manifest)) for entry in entries if entry["kept"]]
+    numbers = [(entry["kept"], _right_share(entry["texts"], manifest)) for entry in entries if entry["kept"]]
     measured = [(number, share) for number, share in numbers if share]
     right, low, high = (sum(number * share[n] for number, share in measured) for n in range(3))
     if len(measured) < len(numbers) or not right or not high:
@@ -108,7 +108,7 @@ def _plain(value: float) -> str:
     return f"{Decimal(f'{value:.3g}'):,f}"
 
 
-def right_share(kind: str, manifest: Mapping[str, Any]) -> RightShare | None:
+def _right_share(kind: str, manifest: Mapping[str, Any]) -> _RightShare | None:
     """Return the share of right texts of a kind, or None if it was not measured.
 
     The estimates cover all texts, so nothing is known about the texts of a model if human texts were kept.
@@ -117,11 +117,11 @@ def right_share(kind: str, manifest: Mapping[str, Any]) -> RightShare | None:
         return None
     for rate in whole_tasks(manifest.get("audit")):
         if rate["task"] == kind and rate["wrong"] is not None:
-            return RightShare(1 - rate["wrong"], 1 - rate["high"], 1 - rate["low"], "audit")
+            return _RightShare(1 - rate["wrong"], 1 - rate["high"], 1 - rate["low"], "audit")
     judge = next((check for check in manifest.get("checks", []) if check["check"] == JUDGE), None)
     # A judge that rated only some texts states nothing about the others.
     if judge and kind in _HUMAN and JUDGE not in manifest.get("skipped_checks", {}):
         true = judge["true"]
         if true and true["share"] is not None:
-            return RightShare(true["share"], true["low"], true["high"], "judge, before rejection")
+            return _RightShare(true["share"], true["low"], true["high"], "judge, before rejection")
     return None

@@ -7,9 +7,10 @@ SEED-SAMPLE_ID-CONTENT, which identifies the text.
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
-AUDIT_VERDICTS = ("right", "wrong", "cannot_tell")
+AuditVerdict = Literal["right", "wrong", "cannot_tell"]
+AUDIT_VERDICTS: tuple[AuditVerdict, ...] = get_args(AuditVerdict)
 TEXT_FIELDS = ("text", "question", "answer", "value", "expression")
 WORDS = "wrong words"
 LABELING_INTERFACE = f"""<View>

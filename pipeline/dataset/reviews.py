@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipeline.dataset.review_tools import read_verdicts_of_tools
+from pipeline.dataset.review_tools import AuditVerdict, read_verdicts_of_tools
 from pipeline.digests import annotation_digest
 from pipeline.errors import ConfigError
 from pipeline.storage.files import read_file
@@ -50,7 +50,7 @@ class Verdict(_NamedText):
 
     seed: Annotated[int, Field(ge=0)]
     reviewer: Annotated[str, Field(min_length=1, max_length=100)]  # never published
-    verdict: Literal["right", "wrong", "cannot_tell"]
+    verdict: AuditVerdict
     words: Annotated[tuple[str, ...], Field(max_length=1000)] = ()  # never published
 
 

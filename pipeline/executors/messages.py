@@ -13,7 +13,6 @@ from pipeline.errors import one_line
 from pipeline.images.decode import PATCH_PX
 from pipeline.inference.engines import EngineChoice, box_unit_of
 from pipeline.inference.model_licenses import license_of
-from pipeline.inference.queue import REPLACED
 from pipeline.plan import Plan
 from pipeline.sources.duplicates import REPEATED
 from pipeline.steps.base import Step
@@ -59,7 +58,7 @@ def describe_start(plan: Plan) -> str:
     prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir)
     others = [name for name in plan.model_names if name not in (main, config.judge_model)]
     more = "".join(f"; {_tasks_of(plan, name)} ({license_of(plan.models[name].name)})" for name in others)
-    rated = f"; rated by {plan.engines[config.judge_model].model}" if config.judge_model else ""
+    rated = f"; rated by {plan.models[config.judge_model].name}" if config.judge_model else ""
     notes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
     asked += f"{more}{rated}; prompts: {prompts}{describe_requests(plan)}{notes}"
     return f"{start}: {human}asks{missing} {asked}"
@@ -131,7 +130,7 @@ def describe_losses(
             continue
         # Repeated images are not counted, since their texts are kept. Replaced texts have another chance, and
         # conditions of the user are choices.
-        wanted = [reason for reason in rejected if reason in (REPEATED, REPLACED) or is_wanted(reason)]
+        wanted = [reason for reason in rejected if reason == REPEATED or is_wanted(reason)]
         rows, lost = summary.input - sum(map(rejected.pop, wanted)), sum(rejected.values())
         if 2 * lost > rows:
             reason, count = max(rejected.items(), key=lambda item: item[1])

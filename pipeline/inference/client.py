@@ -108,7 +108,7 @@ def split_context(context_tokens: int, request: Request, reply_tokens: int) -> t
 
 
 def raise_file_limit() -> int:
-    """Raise the limit on open files to MAX_FILES if possible, and return how many files may be open."""
+    """Raise the limit on open files to MAX_FILES if possible. Return how many to use, at most MAX_FILES."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:

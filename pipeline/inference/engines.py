@@ -77,8 +77,8 @@ def choose_engine(
         return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, _no_engine)
     name, _ = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
-        problem = "flags for vLLM were passed after --, but synth starts no server"
-        raise EngineError(problem, hint="leave out -- and the flags after it")
+        problem = "there are flags for vLLM (after -- or in the settings), but synth starts no server"
+        raise EngineError(problem, hint="leave out the flags")
     max_tokens = config.generate.max_tokens
     if name == "vllm" and config.base_url:
         from pipeline.inference.client import Client

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from pipeline.digests import canonical
 from pipeline.errors import StoreError
 from pipeline.inference.budget import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN, likely_tokens
-from pipeline.tasks.base import UNITS
-from pipeline.types import DEFAULT_MODEL, UNANSWERED, Reply, Request
+from pipeline.types import DEFAULT_MODEL, UNANSWERED, UNITS, Reply, Request
 
 FORMAT = 6  # increase when a table or the checksum changes
 _TABLES = """

@@ -40,7 +40,7 @@ MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
 MAX_SENT_BYTES = 1_000_000  # larger images are re-encoded here, since the server decodes on one thread
 JPEG_QUALITY = 92
-OPTIONAL_FIELDS = ("top_p", "temperature", "logprobs")  # without them, the server uses its own values
+OPTIONAL_FIELDS = ("top_p", "temperature", "logprobs")  # left out for servers that refuse them
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # in the order in which they are tried
 FORMATS = ("json_schema", "json_object", "text")  # response formats, from strict to loose
 # vLLM stops a reply when a pattern of 3 to 32 tokens is repeated 6 times. Each digit is a token, so a shorter

@@ -34,6 +34,7 @@ from pipeline.inference.requests import (
 )
 from pipeline.tables import ANNOTATION
 from pipeline.tasks.boxes import Frame
+from pipeline.tasks.conditions import REPLACED
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
 from pipeline.types import (
     DEFAULT_MODEL,
@@ -46,8 +47,6 @@ from pipeline.types import (
     SourceTexts,
 )
 
-# reply_error of a text that the next model of a ladder was asked to replace
-REPLACED = "replaced_by_next_model"
 Chunk = tuple[Sequence[Request], SampleBatch]  # requests without images, and the samples they are about
 NO_SAMPLES = SampleBatch((), tuple)
 TextsOf = Callable[[str], SourceTexts]  # by sample id
@@ -72,7 +71,7 @@ class RequestStats:
     asking_s: float = 0.0
 
     def begin_pass(self) -> None:
-        """Reset the request counts before a pass over more images. Token counts are kept."""
+        """Reset the request counts before the steps are repeated. Token counts are kept."""
         self.total = self.done = 0
 
     def add_known(self, requests: int) -> None:

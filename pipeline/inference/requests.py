@@ -148,8 +148,8 @@ class RequestPlan:
         """Return HAS_HUMAN_TEXT if there are human texts and no task needs the result, or else None."""
         task = self.tasks[pair[0]]
         has_text = inputs.has_captions if task.text_field else inputs.has_questions
-        is_needed = not self.is_filling or isinstance(task, CustomTask) or result_name(*pair) in self.needed
-        return HAS_HUMAN_TEXT if has_text and not is_needed else None
+        is_asked = not self.is_filling or isinstance(task, CustomTask) or result_name(*pair) in self.needed
+        return HAS_HUMAN_TEXT if has_text and not is_asked else None
 
     def inputs_of(self, name: str, style: str) -> set[str]:
         """Return the names of the results that must be known before a task is asked."""
@@ -190,7 +190,7 @@ class RequestPlan:
 
     @cached_property
     def needed_rounds(self) -> tuple[tuple[Pair, ...], ...]:
-        """The rounds, each with those pairs only whose results are needed."""
+        """The rounds, with only the pairs whose results are needed."""
         rounds = (tuple(pair for pair in pairs if result_name(*pair) in self.needed) for pairs in self.rounds)
         return tuple(filter(None, rounds))
 
@@ -233,7 +233,6 @@ def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]
     """
     known = [*config.models, DEFAULT_MODEL]
     names = [*(task.name for task in tasks.asked), CHECKS, REPAIR.name]
-    checks = {task.name: CHECKS for task in CHECKING} | {REPAIR.name: REPAIR.name}
     ladders = dict(config.task_models)
     ladders |= {task.name: task.settings.model for task in tasks.custom if task.settings.model}
     for name, models in ladders.items():
@@ -249,9 +248,9 @@ def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]
     if config.generate.min_logprob is not None and max(map(len, ladders.values()), default=1) == 1:
         hint = "name several models of a task in task_models"
         raise ConfigError("generate.min_logprob needs a ladder", hint=hint)
-    for task, group in checks.items():
-        if chosen := ladders.get(task) or ladders.get(group) or ladders.get(CHECKS):
-            ladders[task] = chosen
+    for task in CHECKING:
+        if chosen := ladders.get(task.name) or ladders.get(CHECKS):
+            ladders[task.name] = chosen
     ladders.pop(CHECKS, None)
     if judge := config.judge_model:
         if judge not in (*known, JUDGE_MODEL):

@@ -205,7 +205,7 @@ def _read_tar(stream: _CountedFile, name: str) -> Iterator[Entry]:
 
 
 def _read_zip(file: BinaryIO, name: str) -> Iterator[Entry]:
-    """Yield the wanted entries of a zip file, sorted by key. A repeated name stands for its last entry."""
+    """Yield the wanted entries of a zip file, sorted by key. Only the last entry of a name is read."""
     size = file.seek(0, 2)
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]

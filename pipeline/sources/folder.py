@@ -45,10 +45,12 @@ from pipeline.sources.texts import (
     normalize_path,
     read_captions,
 )
-from pipeline.storage.sidecars import MAX_SIDECAR_BYTES, OWN_LINES, is_own_line, read_own_lines
+from pipeline.storage.sidecars import OWN_LINES, is_own_line, read_own_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import CAPTION_COLUMNS, QUESTION, SPLIT, SPLITS
 from pipeline.types import UNKNOWN, Context, RawSample, Rejected, Source
+
+MAX_SIDECAR_BYTES = 1_000_000
 
 
 class FolderTexts:

@@ -96,7 +96,7 @@ class Executor(Protocol):
         """Read the source until `limit` images are kept, and return whether the source has more images."""
 
     def begin_pass(self, escalations: str) -> None:
-        """Allow requests to the next models of ladders. `escalations` is a digest of what they are asked."""
+        """Prepare to repeat the steps. `escalations` is a digest of what further models are asked."""
 
     def each(self, work: Callable[[DatasetDir, Services], None]) -> None:
         """Schedule a function for every shard. `wait` returns when all have finished."""

@@ -27,8 +27,7 @@ from pipeline.steps.base import RowStep, Step, Work
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, read_table, write_table
 from pipeline.tables import FLOAT64, INT32, STRING, fields
-from pipeline.tasks.base import UNITS
-from pipeline.types import UNANSWERED
+from pipeline.types import UNANSWERED, UNITS
 
 KEYS = fields(STRING, "sample_id", "task", "style")
 ESCALATED = pa.schema([*KEYS, *fields(INT32, "rung")])

@@ -39,6 +39,7 @@ from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
 from pipeline.tables import NO_EXTRAS, REJECTIONS, SKIPPED_CHECKS, STRING, Extras, fields
 from pipeline.tasks.checks import CONFIRM, RATE
+from pipeline.tasks.conditions import is_dropped
 
 NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
@@ -65,7 +66,7 @@ def write_rows(
     dropped: dict[str, str] = {}  # reasons of images that `keep_if` drops, by sample id
     for table in read_batches(shard.step_file("validate", "rejected"), ["sample_id", "reason"]):
         pairs = zip(*table.to_pydict().values(), strict=True)
-        dropped |= {sample_id: reason for sample_id, reason in pairs if reason.startswith("dropped_")}
+        dropped |= {sample_id: reason for sample_id, reason in pairs if is_dropped(reason)}
     reasons = [dropped.get(sample_id, NO_ANNOTATION) for sample_id in writer.rejected]
     rejected = pa.table([writer.rejected, reasons], schema=REJECTED)
     write_table(shard.step_file(NAME, "rejected"), [rejected], REJECTED)

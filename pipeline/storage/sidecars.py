@@ -18,7 +18,6 @@ from pipeline.storage.untrusted import read_regular
 
 OWN_LINES = ".synth-captions"
 MAX_OWN_LINES_BYTES = 1_000_000_000
-MAX_SIDECAR_BYTES = 10_000_000
 Existing = Literal["refuse", "skip", "overwrite"]  # how to handle existing text files
 
 

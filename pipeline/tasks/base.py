@@ -23,7 +23,6 @@ _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
 MAX_LINE_CHARACTERS = 100_000  # protects later steps; a token limit ends replies far earlier
 Line = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LINE_CHARACTERS, pattern=_LINE)]
 MAX_QA_PAIRS = 8
-UNITS = ("requests", "prompt_tokens", "reply_tokens")  # in which the use of a model is counted
 QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # ASCII, Chinese or Japanese, and Arabic
 MAX_PAGES = 20  # per deck, as in SlideVQA
 # Default bounds on the pixels of an image: 1,280 tokens of 28 x 28 px, as Qwen's model card recommends, and

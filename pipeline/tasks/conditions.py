@@ -27,7 +27,9 @@ COLUMN, TEXT, INTEGER, NUMBER = ({"type": kind} for kind in ("column", "string",
 # Reasons why a task or check was not asked.
 CONDITION_FALSE, CONDITION_WITHOUT_VALUE = "condition_false", "condition_without_value"
 HAS_HUMAN_TEXT = "has_human_text"
-# Beginnings of the reasons of all texts of an image that a task with `keep_if` drops. Its name follows.
+# Reason of a text that the next model of a ladder was asked to replace.
+REPLACED = "replaced_by_next_model"
+# Prefixes of the rejection reasons of dropped images. The name of the task follows.
 _DROPPED = {CONDITION_FALSE: "dropped_by_", CONDITION_WITHOUT_VALUE: "dropped_without_"}
 _WORDS = {"true": True, "false": False, "null": None}  # as YAML writes them
 _TYPES = {str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
@@ -43,8 +45,14 @@ def drop_reason(task: str, unmet: str) -> str:
 
 
 def is_wanted(reason: str) -> bool:
-    """Return whether the settings ask for a rejection with this reason, so that it is not a loss."""
-    return reason in (CONDITION_FALSE, HAS_HUMAN_TEXT) or reason.startswith(_DROPPED[CONDITION_FALSE])
+    """Return whether a rejection is no loss: the settings ask for it, or the next model was asked."""
+    reasons = (CONDITION_FALSE, HAS_HUMAN_TEXT, REPLACED)
+    return reason in reasons or reason.startswith(_DROPPED[CONDITION_FALSE])
+
+
+def is_dropped(reason: str) -> bool:
+    """Return whether a task with `keep_if` dropped the image."""
+    return reason.startswith(tuple(_DROPPED.values()))
 
 
 class ConditionError(ValueError):
@@ -119,8 +127,9 @@ def _path_of(node: ast.AST) -> tuple[str, ...] | None:
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
         node = node.value
-    is_name = isinstance(node, ast.Name) and (parts or node.id not in _WORDS)
-    return (node.id, *reversed(parts)) if is_name and isinstance(node, ast.Name) else None
+    if isinstance(node, ast.Name) and (parts or node.id not in _WORDS):
+        return (node.id, *reversed(parts))
+    return None
 
 
 def _constant(node: ast.AST) -> Any:

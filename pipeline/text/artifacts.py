@@ -61,7 +61,7 @@ MIN_RUN_CHARACTERS = 16
 # Lists of more numbers, most of which continue the count, are loops.
 MAX_COUNTED = 15
 MAX_DIGITS = 18  # longer numbers are not counted
-_CUT_OFF = pattern("cut_off", after=r"\s*$")
+_CUT_OFF = pattern("cut_off", after="$")
 # Length of the longest match of _CUT_OFF, including the preceding word.
 MAX_END_CHARACTERS = 24
 # Texts with more words end with a full stop, a quote or a bracket unless they are cut off.

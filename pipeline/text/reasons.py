@@ -17,6 +17,8 @@ IN_WORDS = {
     "condition_false": "not asked: the condition of the task (`when`) is false",
     "condition_without_value": "not asked: the condition of the task (`when`) needs a missing value",
     "has_human_text": "not asked: the image has human texts",
+    "caption_string_too_short": "the caption is empty",
+    "caption_string_too_long": "the caption is far too long",
     "cut_short": "the reply was cut off",
     "repeats_itself": "the reply runs in a loop",
     "caption_string_pattern_mismatch": "the caption has control characters",

@@ -43,6 +43,12 @@ FULL = MANIFEST | {
         "banned_images": 2,
         "never": [{"name": "flickr30k#test", "revision": "abc", "images": 10, "unread": 1}],
     },
+    "models": {"small": {"name": "m", "revision": "r", "license": "x"}},
+    "ladder": [
+        {"task": "caption", "model": "small"}
+        | dict.fromkeys(("requests", "prompt_tokens", "reply_tokens", "texts", "kept"), 1)
+    ],
+    "price": [{"texts": "captions", "kept": 1, "requests": 1, "prompt_tokens": 1, "reply_tokens": 1}],
 }  # fmt: skip
 MODEL = {
     "config": {

@@ -40,7 +40,7 @@ def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path:
     """Such as the files of an encoder or a dataset."""
     for name in ("config.json", "photo.jpg"):
         folder = tmp_path / name.partition(".")[0]
-        (folder / name).parent.mkdir(parents=True)
+        folder.mkdir()
         (folder / name).write_text("{}")
         with pytest.raises(ConfigError, match="has other files"):
             plan(version, folder)

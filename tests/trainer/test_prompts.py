@@ -45,8 +45,8 @@ What text is on the shirt?#
 The picture was taken in a kitchen. ^What is on the stove?#
 Combien de chiens y a-t-il ?#
 """.strip().split("\n")
-# The rule was not written with these prompts.
-HELD_OUT = """
+# More kinds of prompts.
+MORE_PROMPTS = """
 Write one sentence about this photo.
 Give me a short caption for this.
 I need a caption for my post
@@ -107,7 +107,7 @@ def as_prompts(lines: list[str]) -> list[tuple[str, str]]:
     return list(zip(prompts, questions, strict=True))
 
 
-@pytest.mark.parametrize(("prompt", "question"), as_prompts(CAPTIONS + ANSWERS + HELD_OUT))
+@pytest.mark.parametrize(("prompt", "question"), as_prompts(CAPTIONS + ANSWERS + MORE_PROMPTS))
 def test_question_is_found_in_a_prompt_that_asks_one(prompt: str, question: str) -> None:
     assert find_question(prompt) == question
 

@@ -79,7 +79,7 @@ class Servers:
         return read_result(run_synth(*command, cwd=self.folder))
 
     def requests(self) -> tuple[int, int]:
-        """Return the requests for captions that the small and the large model got, and forget them."""
+        """Return the requests for captions that the small and the large model got since the last call."""
         return self.small.requests.pop("caption", 0), self.large.requests.pop("caption", 0)
 
     def manifest(self, out: str) -> dict[str, Any]:

@@ -57,11 +57,23 @@ def test_judge_is_a_model_with_an_optional_server_address(judge: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "judge", ["http://host/v1", "model@host:8000/v1", "a model@http://host/v1", "@http://host/v1", ""]
+    "judge",
+    [
+        "http://host/v1",
+        "model@host:8000/v1",
+        "a model@http://host/v1",
+        "@http://host/v1",
+        "",
+    ],
 )
 def test_judge_without_a_model_or_with_a_bad_address_is_refused(judge: str) -> None:
     with pytest.raises(ConfigError, match=r"verify\.judge: .* is not a model and its server"):
         resolve(source="scenes", verify={"judge": judge})
+
+
+def test_judge_with_an_impossible_port_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"verify\.judge: Port out of range"):
+        resolve(source="scenes", verify={"judge": "model@http://host:99999/v1"})
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_failed_request_is_sent_again_and_counts_as_one_attempt(tmp_path: Path, 
     assert len(chat.bodies) == ASKED + len(SAMPLES)
 
 
-def test_lack_of_file_descriptors_slows_requests_down_and_is_no_fault_of_the_server(
+def test_lack_of_file_descriptors_does_not_count_as_server_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send, failed = endpoints.Endpoint.send, list[str]()
