@@ -77,7 +77,9 @@ def price_in_words(manifest: Mapping[str, Any], asking_s: float = 0.0) -> list[s
     ]
     kept = sum(entry["kept"] for entry in entries)
     if len(entries) > 1 and kept:
-        lines.append(f"all texts with their checks: {_amounts_in_words(entries, manifest)}")
+        has_checks = any(entry["texts"] == CHECKS for entry in entries)
+        checks = " with their checks" if has_checks else ""
+        lines.append(f"all texts{checks}: {_amounts_in_words(entries, manifest)}")
     if asking_s and kept:
         lines.append(f"all requests in this folder: {_plain(asking_s / kept)} s per kept text")
     return lines

@@ -15,7 +15,7 @@ from pipeline.inference.queue import NO_TEXTS, TextsOf, ask_in_rounds, read_anno
 from pipeline.inference.requests import IMAGE_SIZE, RequestPlan, build_requests
 from pipeline.plan import Plan
 from pipeline.steps.base import Services, Step, Work, ask_once, record_cost
-from pipeline.steps.ladder import Escalated, count_requests, describe_escalated, read_escalated
+from pipeline.steps.ladder import Escalated, describe_escalated, read_escalated
 from pipeline.storage.files import write_table
 from pipeline.tables import ANNOTATION
 from pipeline.tasks.human import has_texts, human_annotations
@@ -82,8 +82,8 @@ def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) ->
         texts = _texts_by_rung(shard, settings, escalated)
         _send_requests(shard, settings, services, texts)
         services.stats.spent += write_annotations(shard, settings, texts)
-        facts = {"rejected": {}, "models": plan.describe_models(), "rungs": count_requests(shard, plan)}
-        return {"kept": services.stats.total - total, **facts}
+        kept = services.stats.total - total
+        return {"kept": kept, "rejected": {}, "models": plan.describe_models()}
 
     inputs = [output_digest(shard, before), *([digest(describe_escalated(escalated))] if escalated else ())]
     ask_once(shard, NAME, step_key(NAME, settings, (), inputs), services, ask)

@@ -7,7 +7,7 @@ sent twice.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import UNREADABLE
 from pipeline.dataset.records import output_digest, read_record, step_key
 from pipeline.digests import digest
-from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.inference.requests import Pair
 from pipeline.plan import Plan
@@ -134,46 +133,27 @@ def describe_escalated(escalated: Sequence[Escalated]) -> list[Any]:
     return [sorted((name, sorted(pairs)) for name, pairs in of_rung.items()) for of_rung in escalated]
 
 
-def count_requests(shard: DatasetDir, plan: Plan) -> list[dict[str, Any]]:
-    """Return the requests of each model of a ladder, and the tokens of all their replies, by task."""
-    if plan.requests.num_rungs == 1:
-        return []
-    counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
-    seen = {""}
-    with Journal(shard.journal) as journal:
-        for row in _ladder_rows(shard, plan, "ask", "request_id"):
-            if row["request_id"] not in seen:
-                seen.add(row["request_id"])
-                values = (1, *journal.tokens_of(row["request_id"]))
-                counts[row["task"], row["rung"]].update(dict(zip(UNITS, values, strict=True)))
-    return [{"task": task, "rung": rung, **count} for (task, rung), count in sorted(counts.items())]
-
-
 def describe_ladder(plan: Plan, shards: Sequence[DatasetDir]) -> list[dict[str, Any]]:
     """Return the requests, tokens, cost and texts of each model of a ladder, by task, for the manifest.
 
     `texts` has all texts of a model, and `kept` those that passed all steps until verify.
     """
+    tasks = {task.name for task in plan.tasks.asked if len(plan.requests.models_of(task.name)) > 1}
     counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+    spent = Counter[str]()
     for shard in shards:
-        for counted in read_record(shard, "ask")["rungs"]:
-            counts[counted["task"], counted["rung"]].update({name: counted[name] for name in UNITS})
+        spent.update(read_record(shard, "ask")["spent"])
         for step, name in (("ask", "texts"), ("verify", "kept")):
-            for row in _ladder_rows(shard, plan, step):
-                counts[row["task"], row["rung"]][name] += 1
+            for part in read_batches(shard.step_file(step), ["task", "rung", "model"]):
+                for task, rung, model in zip(*part.to_pydict().values(), strict=True):
+                    counts[task, rung][name] += task in tasks and model is not None
     entries = []
     for (task, rung), of_model in sorted(counts.items()):
-        model = plan.requests.models_of(task)[rung]
-        tokens = {model: (of_model["prompt_tokens"], of_model["reply_tokens"])}
-        cost = cost_of(tokens, plan.config.servers)
-        entry: dict[str, Any] = {"task": task, "model": model}
-        entry |= {name: of_model[name] for name in (*UNITS, "texts", "kept")}
-        entries.append(entry | ({} if cost is None else {"cost": cost}))
+        if of_model["texts"]:
+            model = plan.requests.models_of(task)[rung]
+            units = {unit: spent[f"{task}.{model}.{unit}"] for unit in UNITS}
+            cost = cost_of({model: (units["prompt_tokens"], units["reply_tokens"])}, plan.config.servers)
+            texts = {name: of_model[name] for name in ("texts", "kept")}
+            entries.append({"task": task, "model": model, **units, **texts})
+            entries[-1] |= {} if cost is None else {"cost": cost}
     return entries
-
-
-def _ladder_rows(shard: DatasetDir, plan: Plan, step: str, *columns: str) -> Iterator[dict[str, Any]]:
-    """Yield the texts that models wrote for tasks with a ladder."""
-    tasks = {task.name for task in plan.tasks.asked if len(plan.requests.models_of(task.name)) > 1}
-    for part in read_batches(shard.step_file(step), ["task", "rung", "model", *columns]):
-        yield from (row for row in part.to_pylist() if row["task"] in tasks and row["model"] is not None)

@@ -215,11 +215,11 @@ def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras
 def price_texts(plan: Plan, shards: Sequence[DatasetDir], measured: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest field with the price of the texts, or {} if no model was asked.
 
-    A ladder has no price: the checks of the texts that were replaced are not in the records of the last pass.
+    The price of a ladder leaves out all checks, because the last pass does not repeat the checks of the texts
+    that were replaced.
     """
-    if plan.requests.num_rungs > 1:
-        return {}
-    records = [("ask", DONE), *[("verify", PREPARED)] * plan.config.verify.is_asked]
+    has_checks = plan.config.verify.is_asked and plan.requests.num_rungs == 1
+    records = [("ask", DONE), *[("verify", PREPARED)] * has_checks]
     spent = Counter[str]()
     for shard in shards:
         for step, which in records:

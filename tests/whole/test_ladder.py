@@ -107,16 +107,20 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_ladder_is_as_good_as_the_large_model_for_half_of_its_requests(servers: Servers) -> None:
-    kept, sent = {}, {}
+    kept, sent, priced = {}, {}, {}
     for name, models in (("small", "small"), ("large", "large"), ("ladder", ["small", "large"])):
         servers.write({"caption": models})
         result = servers.generate(name)
         kept[name] = result["steps"]["verify"]["kept"]
         sent[name] = servers.requests()
         assert result["requests"]["total"] == result["requests"]["asked"]  # checks of replaced texts, too
-        assert ("price" in servers.manifest(name)) == (name != "ladder")
+        priced[name] = {entry["texts"]: entry for entry in servers.manifest(name)["price"]}
     assert kept == {"small": COUNT // 2, "large": COUNT - 3, "ladder": COUNT - 3}
     assert sent == {"small": (COUNT, 0), "large": (0, COUNT), "ladder": (COUNT, COUNT // 2)}
+    # The checks of replaced texts are not counted, so the price of a ladder has no checks.
+    assert priced["large"].keys() == {"captions", ""} and priced["ladder"].keys() == {"captions"}
+    costs = {name: entries["captions"]["cost"] * 1e6 for name, entries in priced.items()}
+    assert costs == pytest.approx({"small": 24 * 52, "large": 240 * 52, "ladder": (24 + 120) * 52})
 
     rows = load_rows(servers.folder / "ladder")
     ids = servers.small.ids
