@@ -26,6 +26,8 @@ from pipeline.tasks.conditions import is_wanted
 from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32
+# The cost of a ladder depends on pass rates, which 32 images measure too roughly.
+LADDER_IMAGES = 100
 # Stop after this many images that need no request.
 MAX_COMPLETE_IMAGES = 512
 # For English text.
@@ -44,18 +46,19 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
     progress.message(describe_start(plan))
     stats = RequestStats()
     # Known texts are asked about the same share of images as in the real run.
-    images = config.images or config.limit or source.count() or SAMPLED_IMAGES
-    calibration = math.ceil(min(1.0, SAMPLED_IMAGES / images) * config.verify.calibration)
+    size = LADDER_IMAGES if plan.requests.num_rungs > 1 else SAMPLED_IMAGES
+    images = config.images or config.limit or source.count() or size
+    calibration = math.ceil(min(1.0, size / images) * config.verify.calibration)
     changes = {"verify": config.verify.model_copy(update={"calibration": calibration})}
     with translate_disk_errors(folder.path), folder.lock():
         with Journal(folder.journal) as journal:
-            sample = _sample_rows(source, AskSettings.of(plan), config.limit, journal)
+            sample = _sample_rows(source, AskSettings.of(plan), size, config.limit, journal)
         with run_trial(plan, sample.rows, stats, progress, changes) as trial:
             funnel = trial.funnel
             ladder = trial.version.manifest.get("ladder", []) if trial.version else []
     is_endless = config.images is not None and plan.spec.is_endless
     total = None if is_endless else source.count()
-    if total is None and not (config.limit or config.images) and sample.new == SAMPLED_IMAGES:
+    if total is None and not (config.limit or config.images) and sample.new == size:
         progress.warn("the number of images is unknown: this estimates the sample only; pass --limit N")
     choices = {step.name for step in steps_of(plan) if step.is_choice}
     estimate = _scale_counts(sample, funnel, total, config, stats, choices)
@@ -77,8 +80,10 @@ class SampledRows:
     complete: int
 
 
-def _sample_rows(source: Source, settings: AskSettings, limit: int | None, journal: Journal) -> SampledRows:
-    """Return the first rows with SAMPLED_IMAGES new images. If there are fewer, add answered images."""
+def _sample_rows(
+    source: Source, settings: AskSettings, size: int, limit: int | None, journal: Journal
+) -> SampledRows:
+    """Return the first rows with `size` new images. If there are fewer, add answered images."""
     rows: list[Sample | Rejected] = []
     answered_rows: list[Sample | Rejected] = []
     ids: set[str] = set()
@@ -94,14 +99,14 @@ def _sample_rows(source: Source, settings: AskSettings, limit: int | None, journ
             rows.append(row)
         elif all(journal.last(request.id) for request in requests):
             answered += 1
-            if answered <= SAMPLED_IMAGES:
+            if answered <= size:
                 answered_rows.append(row)
         else:
             new += 1
             rows.append(row)
-        if new == SAMPLED_IMAGES or complete == MAX_COMPLETE_IMAGES or len(ids) == limit:
+        if new == size or complete == MAX_COMPLETE_IMAGES or len(ids) == limit:
             break
-    return SampledRows([*rows, *answered_rows[: SAMPLED_IMAGES - new]], new, answered, complete)
+    return SampledRows([*rows, *answered_rows[: size - new]], new, answered, complete)
 
 
 def forecast_ladders(ladder: list[dict[str, Any]], servers: Servers, scale: float) -> list[dict[str, Any]]:
