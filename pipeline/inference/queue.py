@@ -344,30 +344,27 @@ def read_annotations(
         rows = []
         for info in chunk:
             annotations = [*info.human]
+            # All models of a ladder have the same results, since a task whose result is needed has one model.
+            inputs = texts(info.sample_id)
+            results = read_results(info.sample_id, plan, journal, inputs)
             for rung, (of_model, texts_of) in enumerate(rungs):
                 next_texts = rungs[rung + 1][1](info.sample_id) if rung + 1 < len(rungs) else NO_INPUTS
                 replaced = next_texts.escalated or frozenset()
-                for row in _read_rung(info, of_model, journal, texts_of(info.sample_id)):
+                for row in _read_rung(info, of_model, journal, texts_of(info.sample_id), results):
                     if (row["task"], row["style"]) in replaced:
                         row["reply_error"] = REPLACED
                     annotations.append(row | {"rung": rung})
-            if plan.dropping:
-                inputs = texts(info.sample_id)
-                results = read_results(info.sample_id, plan, journal, inputs)
-                if reason := find_dropped(plan, inputs, results):
-                    # An unusable reply keeps its own reason.
-                    annotations = [
-                        row | {"reply_error": row.get("reply_error") or reason} for row in annotations
-                    ]
+            if reason := find_dropped(plan, inputs, results):
+                # An unusable reply keeps its own reason.
+                annotations = [row | {"reply_error": row.get("reply_error") or reason} for row in annotations]
             rows += [row | {"pages": info.pages, "source_split": info.source_split} for row in annotations]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)
 
 
 def _read_rung(
-    info: SampleInfo, plan: RequestPlan, journal: Journal, inputs: SourceTexts
+    info: SampleInfo, plan: RequestPlan, journal: Journal, inputs: SourceTexts, results: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
     """Yield the annotations of a sample by the models at position `plan.rung` of their ladders."""
-    results = read_results(info.sample_id, plan, journal, inputs)
     skipped = find_skipped(plan, inputs, results, chain.from_iterable(plan.rounds))
     only = inputs.escalated
     pairs = plan.pairs if only is None else [pair for pair in plan.pairs if pair in only]
