@@ -21,7 +21,7 @@ from pipeline.run import RunResult, generate_dataset, steps_of
 from pipeline.steps import ask as ask_step
 from pipeline.steps import base, write
 from pipeline.steps.base import RowStep
-from pipeline.steps.verify_settings import VerifySettings
+from pipeline.steps.verify import VerifySettings
 from pipeline.storage.files import read_table
 from pipeline.tasks import prompts
 from pipeline.types import DEFAULT_MODEL

@@ -14,9 +14,8 @@ from pipeline.dataset.calibration import KnownTexts
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
-from pipeline.steps import verify_checks
-from pipeline.steps.verify_known_texts import KnownSample
-from pipeline.steps.verify_results import CheckConditions, CheckedAnnotation
+from pipeline.steps import verify
+from pipeline.steps.verify_results import CheckConditions, CheckedAnnotation, KnownSample
 from pipeline.storage.files import read_table
 from pipeline.tables import CALIBRATION, CHECK, FLOAT64, INT32, STRING, fields
 from pipeline.tasks import Tasks
@@ -196,14 +195,14 @@ def test_checks_in_batches_equal_checks_of_all_rows(tmp_path: Path, monkeypatch:
     whole, sent, distinct = checked(tmp_path / "whole")
     assert len(whole) == 36 and all(row["checks"] for row in whole if row["question"] is not None)
     held: list[int] = []
-    ask = verify_checks.AnnotationChecker.ask_all_checks
+    ask = verify.AnnotationChecker.ask_all_checks
 
-    def noted(self: verify_checks.AnnotationChecker, rows: list[dict[str, Any]]) -> Any:
+    def noted(self: verify.AnnotationChecker, rows: list[dict[str, Any]]) -> Any:
         held.append(len(rows))
         return ask(self, rows)
 
-    monkeypatch.setattr(verify_checks.AnnotationChecker, "ask_all_checks", noted)
-    monkeypatch.setattr(verify_checks, "BATCH_ANNOTATIONS", 4)
+    monkeypatch.setattr(verify.AnnotationChecker, "ask_all_checks", noted)
+    monkeypatch.setattr(verify, "BATCH_ANNOTATIONS", 4)
     monkeypatch.setattr("pipeline.storage.files.BATCH_ROWS", 2)
     parts, sent_in_parts, distinct_in_parts = checked(tmp_path / "parts")
     # Each batch has all three rows of its samples.
@@ -230,12 +229,12 @@ def test_checks_in_batches_equal_checks_of_all_rows(tmp_path: Path, monkeypatch:
 def test_repair_only_leaves_out_words_of_refuted_claims(before: str, after: str, *, is_kept: bool) -> None:
     checks = claim_checks(0, *TRUE_CLAIM, claim="A man is there.") if "man" in before else []
     subject = CheckedAnnotation(CAPTION | {"clean_text": before}, checks)
-    assert verify_checks._keeps_other_claims(subject, {"clean_text": after}) == is_kept
+    assert verify._keeps_other_claims(subject, {"clean_text": after}) == is_kept
 
 
-def checker_of(**settings: Any) -> verify_checks.AnnotationChecker:
+def checker_of(**settings: Any) -> verify.AnnotationChecker:
     stub: Any = SimpleNamespace(is_calibrated=True, splits_claims=True, seed=0, **settings)
-    return verify_checks.AnnotationChecker(stub, stub, stub)
+    return verify.AnnotationChecker(stub, stub, stub)
 
 
 @pytest.mark.parametrize(
@@ -258,8 +257,8 @@ def test_warning_counts_captions_of_rows_without_known_texts() -> None:
 
 def test_missing_clip_is_refused_before_any_request(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
-        verify = {"checks": ["alignment"], "clip_model": "nobody/nothing"}
-        config = resolve(source="scenes", limit=3, model="model", base_url=[chat.url], verify=verify)
+        checks = {"checks": ["alignment"], "clip_model": "nobody/nothing"}
+        config = resolve(source="scenes", limit=3, model="model", base_url=[chat.url], verify=checks)
         with pytest.raises(EngineError, match="cannot load CLIP nobody/nothing"):
             generate_dataset(config, tmp_path / "d")
         assert not chat.bodies
@@ -268,7 +267,7 @@ def test_missing_clip_is_refused_before_any_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("style", "is_kept"), [("dense", True), ("plain", True), ("alt", False)])
 def test_repaired_caption_has_the_bounds_of_its_style(style: str, *, is_kept: bool) -> None:
     settings: Any = SimpleNamespace(bounds=FilterConfig(), requests=request_plan(resolve(source="scenes")))
-    checker = verify_checks.AnnotationChecker(settings, settings, settings)
+    checker = verify.AnnotationChecker(settings, settings, settings)
     text = (
         "An old man in a blue coat sits on a wooden bench beside a brown dog, while two children with red "
         "kites run along the wet beach toward a small white boat that lies under a gray and cloudy sky."
