@@ -20,7 +20,6 @@ from pipeline.storage.files import read_table
 from pipeline.tasks.base import MAX_QA_PAIRS
 from pipeline.tasks.checks import MAX_CLAIMS, PHRASINGS
 from pipeline.tasks.conditions import is_wanted
-from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
 # Smaller versions get no warning about empty splits.
@@ -55,7 +54,7 @@ def describe_start(plan: Plan) -> str:
     asked = f"{_tasks_of(plan, main)} ({describe_engine(plan, choice)})"
     human = f"{kept}, and " if config.keeps_human_texts else ""
     missing = " for missing texts:" if config.human_texts == "fill" else ""
-    prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir)
+    prompts = config.generate.prompt_dir or "built in"
     others = [name for name in plan.model_names if name not in (main, config.judge_model)]
     more = "".join(f"; {_tasks_of(plan, name)} ({license_of(plan.models[name].name)})" for name in others)
     rated = f"; rated by {plan.models[config.judge_model].name}" if config.judge_model else ""

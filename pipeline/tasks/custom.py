@@ -110,7 +110,9 @@ class CustomTask(Task):
         if flaw := find_unusable(texts_in(item)):
             return {}, flaw
         try:
-            item = self._normalize(item)
+            box = item.get(self.box_field) if self.box_field and isinstance(item, dict) else None
+            if isinstance(box, list) and _is_in_pixels(box):
+                item = item | {self.box_field: [round(side) for side in box]}
             fields = self.item.dump_python(self.item.validate_python(item), mode="json", by_alias=True)
         except ValidationError as error:
             return {}, _reason(error)
@@ -118,16 +120,6 @@ class CustomTask(Task):
         if self.box_field and frame and (flaw := place_box(fields, self.box_field, frame, coordinates)):
             return {}, flaw
         return self._columns(fields), None
-
-    def _normalize(self, item: Any) -> Any:
-        """Return an annotation with labels in the schema's spelling, and box corners rounded to pixels."""
-        if self.settings.kind not in ("labels", "boxes"):
-            return item
-        item = _respell(item, _spellings(self))
-        box = item.get(self.box_field) if self.box_field and isinstance(item, dict) else None
-        if isinstance(box, list) and _is_in_pixels(box):
-            return item | {self.box_field: [round(side) for side in box]}
-        return item
 
     def _columns(self, fields: Any) -> dict[str, Any]:
         if self.settings.kind == "question":
@@ -159,38 +151,12 @@ class CustomTask(Task):
 
     def allowed_texts(self) -> list[str]:
         """Return all strings in the enums of the schema."""
-        return _enum_texts(self.whole)
-
-
-@lru_cache(256)
-def _spellings(task: CustomTask) -> dict[str, str]:
-    return {text.casefold(): text for text in task.allowed_texts()}
-
-
-def _enum_texts(node: Any) -> list[str]:
-    if isinstance(node, list):
-        return [text for inner in node for text in _enum_texts(inner)]
-    if not isinstance(node, dict):
-        return []
-    own = [value for value in node.get("enum", ()) if isinstance(value, str)]
-    return own + _enum_texts([inner for key, inner in node.items() if key != "enum"])
-
-
-def _respell(value: Any, spellings: dict[str, str]) -> Any:
-    if isinstance(value, str):
-        return spellings.get(value.strip().casefold(), value)
-    if isinstance(value, list):
-        return [_respell(one, spellings) for one in value]
-    return (
-        {name: _respell(one, spellings) for name, one in value.items()} if isinstance(value, dict) else value
-    )
+        return output_schema.enum_texts(self.whole)
 
 
 def _is_in_pixels(box: list[Any]) -> bool:
     """Return whether the corners of a box are numbers, but not fractions of the image size."""
-    are_numbers = all(
-        isinstance(side, float | int) and not isinstance(side, bool) and isfinite(side) for side in box
-    )
+    are_numbers = all(type(side) in (int, float) and isfinite(side) for side in box)
     return bool(box) and are_numbers and max(box) >= 2
 
 
@@ -219,9 +185,8 @@ def _build(settings: TaskConfig) -> CustomTask:
     whole = without_null(output_schema.close_schema(schema))
     if whole["type"] != "object":
         raise UnusableSchemaError("output must be an object")
-    rows = settings.rows or (
-        {"question": "qa", "boxes": "boxes"}.get(kind) if settings.output is None else None
-    )
+    default_rows = {"question": "qa", "boxes": "boxes"} if settings.output is None else {}
+    rows = settings.rows or default_rows.get(kind)
     item = whole
     if rows:
         if without_null(whole["properties"].get(rows, _TEXT))["type"] != "array":
@@ -229,8 +194,9 @@ def _build(settings: TaskConfig) -> CustomTask:
         whole = require_field(whole, rows)
         item = without_null(whole["properties"][rows]["items"])
     field = _field_of(settings, item)
-    for name in _required_fields(kind, field):
-        item = require_field(item, name) if item["type"] == "object" and name in item["properties"] else item
+    required = {"question": ("question", "answer"), "boxes": BOX_FIELDS}.get(kind, (field,))
+    for name in required if item["type"] == "object" else ():
+        item = require_field(item, name) if name in item["properties"] else item
     if rows:
         listed = whole["properties"][rows] | {"items": item}
         whole = whole | {"properties": whole["properties"] | {rows: listed}}
@@ -260,12 +226,6 @@ def _build(settings: TaskConfig) -> CustomTask:
         box_field=box_field,
         shows_detail=kind in ("boxes", "text", "record"),
     )
-
-
-def _required_fields(kind: str, field: str | None) -> tuple[str, ...]:
-    if kind == "question":
-        return ("question", "answer")
-    return BOX_FIELDS if kind == "boxes" else (field,) if field else ()
 
 
 def _default_output(settings: TaskConfig) -> Schema:

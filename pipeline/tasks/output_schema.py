@@ -8,11 +8,19 @@ the column type and the example in a prompt are derived from the closed schema.
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    create_model,
+)
 from pydantic.errors import PydanticUserError
 from pydantic_core import SchemaError
 
@@ -26,17 +34,8 @@ MAX_ITEMS = 1000
 MAX_REQUIRED_VALUES = 10_000
 MAX_ENUM_VALUES = 2000
 _NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,100}")
-_IGNORED = {
-    "title",
-    "description",
-    "default",
-    "examples",
-    "$comment",
-    "$schema",
-    "$id",
-    "$defs",
-    "definitions",
-}
+_IGNORED = {"title", "description", "default", "examples"}
+_IGNORED |= {"$comment", "$schema", "$id", "$defs", "definitions"}
 _KEYWORDS = {
     "object": {"properties", "required", "additionalProperties"},
     "array": {"items", "minItems", "maxItems"},
@@ -64,9 +63,6 @@ class _Position:
     depth: int = 0
     references: tuple[str, ...] = ()  # names of the references that lead to this part
     num_nodes: list[int] = field(default_factory=lambda: [0])  # number of parts visited so far (shared)
-
-    def within(self, name: str) -> "_Position":
-        return _Position(self.defs, f"{self.path}{name}", self.depth + 1, self.references, self.num_nodes)
 
 
 def close_schema(schema: Any) -> Schema:
@@ -104,9 +100,7 @@ def _close(schema: Any, position: _Position) -> Schema:
             raise UnusableSchemaError(f"{path} refers to {schema['$ref']}, which does not exist")
         if name in position.references:
             raise UnusableSchemaError(f"{path} refers to itself through {schema['$ref']}")
-        references = (*position.references, name)
-        target = _Position(position.defs, path, position.depth, references, position.num_nodes)
-        return _close(position.defs[name], target)
+        return _close(position.defs[name], replace(position, references=(*position.references, name)))
     inner, is_nullable = _without_null(schema, path)
     if inner is not schema:
         closed = _close(inner, position)
@@ -115,8 +109,10 @@ def _close(schema: Any, position: _Position) -> Schema:
     if unknown := sorted(str(key) for key in schema.keys() - {"type", *_KEYWORDS[kind], *_IGNORED}):
         raise UnusableSchemaError(f"{path} has {unknown[0]}, which is not supported for {kind}")
     closed = {"type": kind} | {key: schema[key] for key in schema if key in _KEYWORDS[kind]}
-    if wrong := [key for key in closed if key in _NUMERIC_KEYWORDS and not _is_number(closed[key])]:
-        raise UnusableSchemaError(f"{path} has a {wrong[0]} that is not a number")
+    for key, value in closed.items():
+        is_number = type(value) in (int, float) and abs(value) <= _INT64_MAX
+        if key in _NUMERIC_KEYWORDS and not is_number:
+            raise UnusableSchemaError(f"{path} has a {key} that is not a number")
     if "const" in closed:
         closed["enum"] = [closed.pop("const")]
     if kind == "object":
@@ -131,16 +127,13 @@ def _close(schema: Any, position: _Position) -> Schema:
     if kind == "array":
         if "items" not in closed:
             raise UnusableSchemaError(f"{path} is a list without `items`")
-        return closed | {"items": _close(closed["items"], position.within("[]"))}
+        inside = replace(position, path=f"{path}[]", depth=position.depth + 1)
+        return closed | {"items": _close(closed["items"], inside)}
     if "enum" in closed and len({*closed["enum"]}) < len(closed["enum"]):
         raise UnusableSchemaError(f"{path} lists a value twice")
     if "pattern" in closed and not isinstance(closed["pattern"], str):
         raise UnusableSchemaError(f"{path} has a pattern that is not a string")
     return closed
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _INT64_MAX
 
 
 def _close_object(schema: Schema, position: _Position) -> Schema:
@@ -155,12 +148,13 @@ def _close_object(schema: Schema, position: _Position) -> Schema:
         )
     if unknown := [name for name in required if name not in properties]:
         raise UnusableSchemaError(f"{path} requires {unknown[0]!r}, which is not one of its fields")
-    closed = {str(name): _close(inner, position.within(f".{name}")) for name, inner in properties.items()}
+    closed = {}
+    for name, inner in properties.items():
+        field_schema = _close(inner, replace(position, path=f"{path}.{name}", depth=position.depth + 1))
+        closed[str(name)] = field_schema if name in required else nullable(field_schema)
     return {
         "type": "object",
-        "properties": {
-            name: inner if name in required else nullable(inner) for name, inner in closed.items()
-        },
+        "properties": closed,
         "required": [*closed],
         "additionalProperties": False,
     }
@@ -173,9 +167,8 @@ def _without_null(schema: Schema, path: str) -> tuple[Schema, bool]:
     """
     values = schema.get("enum")
     if isinstance(values, list) and None in values:
-        return _without_null(schema | {"enum": [value for value in values if value is not None]}, path)[
-            0
-        ], True
+        rest = schema | {"enum": [value for value in values if value is not None]}
+        return _without_null(rest, path)[0], True
     if isinstance(schema.get("type"), list):
         kinds = [kind for kind in schema["type"] if kind != "null"]
         if len(kinds) != 1:
@@ -197,26 +190,18 @@ def _kind_of(schema: Schema, path: str) -> str:
     kind = schema.get("type")
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if values is not None:
-        kinds = {_kind_of_value(value) for value in values} if isinstance(values, list) else {None}
-        if (
-            kinds not in ({"string"}, {"integer"})
-            or kind not in (None, *kinds)
-            or len(values) > MAX_ENUM_VALUES
-        ):
+        kinds = {type(value) for value in values} if isinstance(values, list) else {None}
+        stated = {str: "string", int: "integer"}.get(*kinds) if len(kinds) == 1 else None
+        is_large = stated == "integer" and max(map(abs, values)) > _INT64_MAX
+        if stated is None or is_large or kind not in (None, stated) or len(values) > MAX_ENUM_VALUES:
             problem = f"must list only strings, or only integers, and at most {MAX_ENUM_VALUES}"
             quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes"
-            raise UnusableSchemaError(f"{path} {problem}{quotes if None in kinds else ''}")
-        kind = kinds.pop()
+            raise UnusableSchemaError(f"{path} {problem}{quotes if bool in kinds else ''}")
+        kind = stated
     kind = kind or ("object" if "properties" in schema else None)
     if not isinstance(kind, str) or kind not in _KEYWORDS:
         raise UnusableSchemaError(f"{path} has no type: use one of {', '.join(_KEYWORDS)}")
     return kind
-
-
-def _kind_of_value(value: Any) -> str | None:
-    if type(value) is int and abs(value) <= _INT64_MAX:
-        return "integer"
-    return "string" if isinstance(value, str) else None
 
 
 def nullable(schema: Schema) -> Schema:
@@ -252,13 +237,18 @@ def _annotation(schema: Schema, name: str) -> Any:
         return _annotation(without_null(schema), name) | None
     kind = schema["type"]
     if "enum" in schema:
-        return Literal[tuple(schema["enum"])]
+        # Servers that enforce no schema may change the case.
+        spellings = {text.casefold(): text for text in schema["enum"] if kind == "string"}
+
+        def respell(value: Any) -> Any:
+            return spellings.get(value.strip().casefold(), value) if isinstance(value, str) else value
+
+        return Annotated[Literal[tuple(schema["enum"])], BeforeValidator(respell)]
     bounds = {_BOUNDS[key]: value for key, value in schema.items() if key in _BOUNDS}
     if kind == "object":
         fields = {}
-        for number, (key, inner) in enumerate(
-            schema["properties"].items()
-        ):  # the key may not be a valid Python name
+        # Fields have numbers, because a key may not be a valid Python name.
+        for number, (key, inner) in enumerate(schema["properties"].items()):
             default = Field(None, alias=key) if "anyOf" in inner else Field(alias=key)
             fields[f"f{number}"] = (_annotation(inner, f"{name}_{number}"), default)
         return create_model(name, __config__=_CONFIG, **fields)  # type: ignore[call-overload]
@@ -266,15 +256,22 @@ def _annotation(schema: Schema, name: str) -> Any:
         size = {"min_length": schema.get("minItems", 0), "max_length": schema.get("maxItems", MAX_ITEMS)}
         return Annotated[list[_annotation(schema["items"], f"{name}_")], Field(**size)]  # type: ignore[misc]
     if kind == "string":
-        size = {
-            "min_length": schema.get("minLength"),
-            "max_length": schema.get("maxLength", MAX_TEXT_CHARACTERS),
-        }
-        size["max_length"] = min(size["max_length"], MAX_TEXT_CHARACTERS)
+        longest = schema.get("maxLength", MAX_TEXT_CHARACTERS)
+        size = {"min_length": schema.get("minLength"), "max_length": longest}
         return Annotated[str, StringConstraints(pattern=schema.get("pattern"), **size)]
     if kind == "integer":
         return Annotated[int, Field(**{"ge": -_INT64_MAX, "le": _INT64_MAX} | bounds)]
     return Annotated[float, Field(**bounds)] if kind == "number" else bool
+
+
+def enum_texts(schema: Any) -> list[str]:
+    """Return all strings in the enums of a closed schema, or of a list of schemas."""
+    if isinstance(schema, list):
+        return [text for inner in schema for text in enum_texts(inner)]
+    if not isinstance(schema, dict):
+        return []
+    own = [value for value in schema.get("enum", ()) if isinstance(value, str)]
+    return own + enum_texts([inner for key, inner in schema.items() if key != "enum"])
 
 
 def arrow_type(schema: Schema) -> pa.DataType:
@@ -300,9 +297,8 @@ def shape_of(schema: Schema) -> str:
     elif inner["type"] == "array":
         shape = f"[{shape_of(inner['items'])},...]"
     else:
-        shape = {"string": '"..."', "integer": "1", "number": "0.5", "boolean": "true or false"}[
-            inner["type"]
-        ]
+        examples = {"string": '"..."', "integer": "1", "number": "0.5", "boolean": "true or false"}
+        shape = examples[inner["type"]]
     return f"{shape} or null" if "anyOf" in schema else shape
 
 

@@ -92,10 +92,9 @@ def user_content(images: Sequence[Any], text: str, pages: Sequence[int] | None =
     Images have page labels if there are several images, or if `pages` gives the page numbers.
     """
     parts: list[Any] = []
+    has_labels = len(images) > 1 or pages
     for number, image in zip(pages or range(1, len(images) + 1), images, strict=True):
-        parts += (
-            [{"type": "text", "text": page_label(number)}, image] if len(images) > 1 or pages else [image]
-        )
+        parts += [{"type": "text", "text": page_label(number)}, image] if has_labels else [image]
     return [*parts, {"type": "text", "text": text}]
 
 
@@ -126,8 +125,12 @@ def render(
         notes, parsed, values = map(plain_value, (notes, parsed, values))
         inputs = {"row": Values(notes), "results": Values(parsed)}
         text = _compiled(source).render(_DEFAULTS | inputs | _reply_shape(task) | values).strip()
-        if notes and not task.own_prompt and not names_in(source, "row"):
-            text = _notes_block(notes) + text
+        # Each note is quoted, so that it cannot imitate the end of the notes.
+        lines = [
+            f"- {tidy(name)}: {json.dumps(note, ensure_ascii=False)}" for name, note in notes.items() if note
+        ]
+        if lines and not task.own_prompt and not names_in(source, "row"):
+            text = NOTES.format(notes="\n".join(lines)) + text
     except RENDER_ERRORS as error:
         given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
         problem = f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}"
@@ -138,9 +141,8 @@ def render(
         others = "for your own, write a task of the kind caption, or a template (generate.prompt_dir)"
         hint = did_you_mean(style, STYLES, f"built-in styles: {', '.join(STYLES)}; {others}")
         raise ConfigError(problem, hint=hint) from None
-    return Prompt(
-        _prompt_id(task, name, source, folders), template(_system_of(task), folders).strip(), text=text
-    )
+    system = template(_system_of(task), folders).strip()
+    return Prompt(_prompt_id(task, name, source, folders), system, text)
 
 
 def _system_of(task: Task) -> str:
@@ -204,15 +206,6 @@ def _as_note(value: str) -> str:
     return line if len(line) <= MAX_NOTE_CHARACTERS else f"{line[: MAX_NOTE_CHARACTERS - 1]}\u2026"
 
 
-def _notes_block(notes: Mapping[str, str]) -> str:
-    """Return the notes as a block. Each note is quoted, so that it cannot imitate the end of the block."""
-    lines = (
-        f"- {tidy(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in notes.items() if value
-    )
-    joined = "\n".join(lines)
-    return NOTES.format(notes=joined) if joined else ""
-
-
 def _prompt_id(task: Task, name: str, source: str, folders: Folders) -> str:
     content = hashlib.sha256(f"{template(_system_of(task), folders)}\0{source}".encode()).hexdigest()
     return f"{name}@{content[:12]}"
@@ -235,9 +228,8 @@ class _PromptEnvironment(ImmutableSandboxedEnvironment):
     """Environment that reads `results.cart.items` as the field `items` if it exists, not as a dict method."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        return (
-            obj[attribute] if isinstance(obj, dict) and attribute in obj else super().getattr(obj, attribute)
-        )
+        is_field = isinstance(obj, dict) and attribute in obj
+        return obj[attribute] if is_field else super().getattr(obj, attribute)
 
 
 @cache
@@ -253,9 +245,9 @@ def _environment() -> Environment:
     return environment
 
 
-@cache
+@cache  # compiling takes ten times as long as rendering
 def _compiled(source: str) -> Template:
-    return _environment().from_string(source)  # compiling takes ten times as long as rendering
+    return _environment().from_string(source)
 
 
 def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
@@ -264,11 +256,9 @@ def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
         raise ConfigError(
             f"the prompt folder {folder} does not exist", hint="correct generate.prompt_dir, or leave it out"
         )
-    known = {f"{name}.j2" for name in (SYSTEM, TEXT_SYSTEM, *(task.prompt for task in TASKS.values()))}
-    used = {
-        f"{name}.j2"
-        for name in (SYSTEM, TEXT_SYSTEM, *(task.prompt for task in tasks if not task.own_prompt))
-    }
+    system = {f"{name}.j2" for name in (SYSTEM, TEXT_SYSTEM)}
+    known = system | {f"{task.prompt}.j2" for task in TASKS.values()}
+    used = system | {f"{task.prompt}.j2" for task in tasks if not task.own_prompt}
     paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*.j2")}
     if unknown := sorted(paths - known):
         hint = f"prompts must be named {', '.join(sorted(used))}"
@@ -277,19 +267,6 @@ def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
         names = ", ".join(task.name for task in tasks)
         hint = f"possible files: {', '.join(sorted(used))}; `synth init` writes them"
         raise ConfigError(f"{folder} has no prompt for the tasks {names}", hint=hint)
-
-
-def describe_prompts(tasks: Sequence[Task], folder: Path | None) -> str:
-    """Return where the prompts come from, such as `caption from prompts/caption/v1.j2; qa built in`."""
-    built_in = [task for task in tasks if not task.own_prompt]
-    sources = {task.name: folder and (folder / f"{task.prompt}.j2") for task in built_in}
-    sources |= {"system": folder / f"{SYSTEM}.j2"} if folder and (folder / f"{SYSTEM}.j2").exists() else {}
-    parts = [f"{name} from {path}" for name, path in sources.items() if path and path.exists()]
-    if defaults := [name for name, path in sources.items() if not (path and path.exists())]:
-        parts.append(f"{', '.join(defaults)} built in")
-    if own := [task.name for task in tasks if task.own_prompt]:
-        parts.append(f"{', '.join(own)} from the settings")
-    return "; ".join(parts)
 
 
 def prompt_texts(tasks: Iterable[Task], folders: Folders = ()) -> dict[str, str]:

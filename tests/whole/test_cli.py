@@ -102,6 +102,5 @@ def test_preview_in_a_project_from_init_uses_the_project_prompts(synth: Run, tmp
         settings.write("\ngenerate: {prompt_dir: prompts}\n")
     command = ("--config", "synth.yaml", "--engine", "embedded", "--model", "tiny", "--tasks", "caption")
     done = synth("preview", *command, "-n", "3", "--limit", "1")
-    prompts = "caption from prompts/caption/v1.j2; system from prompts/system/v1.j2"
-    assert f"prompts: {prompts}" in done.stderr, done.stderr
+    assert "prompts: prompts" in done.stderr, done.stderr
     assert "Be brief." in done.stderr

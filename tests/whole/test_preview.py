@@ -122,7 +122,7 @@ def test_near_duplicate_image_is_rejected_before_any_request(photos: Path, serve
     (photos / "none.yaml").write_text("dedupe: {images: none}")
     command = ("generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
     done = run(photos, *command)
-    asks = f"asks qa of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); prompts: qa built in"
+    asks = f"asks qa of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); prompts: built in"
     assert f"folder:photos to data/folder-photos: {asks}" in done.stderr
     assert "next: synth report data/folder-photos" in done.stderr
     result = json.loads(done.stdout)
