@@ -1,7 +1,7 @@
 """Step: ask. Send the model requests about each sample of a shard, and write its replies as annotations."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline.inference.queue import NO_TEXTS, TextsOf, ask_in_rounds, read_anno
 from pipeline.inference.requests import IMAGE_SIZE, RequestPlan, build_requests
 from pipeline.plan import Plan
 from pipeline.steps.base import Services, Step, Work, ask_once, record_cost
-from pipeline.steps.ladder import Escalated, describe_escalated, read_escalated
+from pipeline.steps.ladder import Escalated, read_escalated
 from pipeline.storage.files import write_table
 from pipeline.tables import ANNOTATION
 from pipeline.tasks.human import has_texts, human_annotations
@@ -85,7 +85,8 @@ def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) ->
         kept = services.stats.total - total
         return {"kept": kept, "rejected": {}, "models": plan.describe_models()}
 
-    inputs = [output_digest(shard, before), *([digest(describe_escalated(escalated))] if escalated else ())]
+    listed = [sorted((name, sorted(pairs)) for name, pairs in of_rung.items()) for of_rung in escalated]
+    inputs = [output_digest(shard, before), *([digest(listed)] if escalated else ())]
     ask_once(shard, NAME, step_key(NAME, settings, (), inputs), services, ask)
 
 
@@ -118,36 +119,28 @@ def write_annotations(shard: DatasetDir, settings: AskSettings, texts: Sequence[
 
     Return the requests and tokens that they needed (Journal.spent).
     """
+    names = ["references", "reference_qa"] if settings.keeps_human_texts else []
+    batches = read_samples(shard, ["sample_id", "split", *IMAGE_SIZE, *names])
+    pages = page_counts(shard)
+    infos = ([settings.sample_info(row, next(pages)) for row in batch.to_pylist()] for batch in batches)
     with Journal(shard.journal) as journal:
-        annotations = read_annotations(_sample_infos(shard, settings), settings.requests, journal, *texts)
+        annotations = read_annotations(infos, settings.requests, journal, *texts)
         write_table(shard.step_file(NAME), annotations, ANNOTATION)
         return journal.spent
 
 
 def _texts_by_rung(shard: DatasetDir, settings: AskSettings, escalated: Sequence[Escalated]) -> list[TextsOf]:
     """Return the texts of samples for each model of a ladder, with the pairs that it is asked for."""
-    first = _read_source_texts(shard, settings)
+    first = NO_TEXTS
+    if settings.requests.context or settings.requests.has_conditions:
+        batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa", *IMAGE_SIZE])
+        rows = (row for batch in batches for row in batch.to_pylist())
+        first = {row["sample_id"]: settings.source_texts(row) for row in rows}.__getitem__
 
     def only(pairs: Escalated) -> TextsOf:
         return lambda sample_id: first(sample_id)._replace(escalated=pairs.get(sample_id, frozenset()))
 
     return [first, *map(only, escalated)]
-
-
-def _read_source_texts(shard: DatasetDir, settings: AskSettings) -> TextsOf:
-    plan = settings.requests
-    if not plan.context and not plan.has_conditions:
-        return NO_TEXTS
-    batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa", *IMAGE_SIZE])
-    by_id = {row["sample_id"]: settings.source_texts(row) for batch in batches for row in batch.to_pylist()}
-    return by_id.__getitem__
-
-
-def _sample_infos(shard: DatasetDir, settings: AskSettings) -> Iterator[list[SampleInfo]]:
-    texts = ["references", "reference_qa"] if settings.keeps_human_texts else []
-    pages = page_counts(shard)
-    for batch in read_samples(shard, ["sample_id", "split", "width_px", "height_px", *texts]):
-        yield [settings.sample_info(row, next(pages)) for row in batch.to_pylist()]
 
 
 STEP = AskStep(NAME, unit="requests")

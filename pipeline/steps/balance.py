@@ -10,8 +10,6 @@ The result depends on ids and the seed, but not on the row order.
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import groupby
-from operator import itemgetter
 
 import duckdb
 import pyarrow as pa
@@ -51,7 +49,11 @@ def balance(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     _pair_questions(db, rows)
     typed = "FROM questions JOIN types USING (prefix)"
     counts = db.sql(f"SELECT question_type, answer, count(*) AS count {typed} GROUP BY ALL")
-    load(db, "limits", [_limit_answers(counts.to_arrow_table(), config)], LIMITS)
+    by_type: dict[str, dict[str, int]] = defaultdict(dict)
+    for kind, answer, count in counts.fetchall():
+        by_type[kind][answer] = count
+    limits = [max_answer_count(kind, answers, config) for kind, answers in by_type.items()]
+    load(db, "limits", [pa.table([list(by_type), limits], schema=LIMITS)], LIMITS)
     chance = hash_to_unit_sql("'balance'", f"'{seed}'", "annotation_id")
     # `pair_id` is the digest of the two sorted annotation ids (digests.digest).
     db.execute(
@@ -128,15 +130,10 @@ def _match_greedily(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
 def _sample_words(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
     """Yield the content words in the captions of each sample. Captions of one sample must be adjacent."""
     for table in whole_groups(read(db.sql("FROM caption_texts ORDER BY row")), "sample_id", 1):
-        samples = groupby(table.to_pylist(), itemgetter("sample_id"))
-        words = [
-            {
-                "sample_id": sample_id,
-                "words": sorted({word for row in rows for word in content_words(row["clean_text"])}),
-            }
-            for sample_id, rows in samples
-        ]
-        yield pa.Table.from_pylist(words, schema=SAMPLE_WORDS)
+        words: dict[str, set[str]] = defaultdict(set)
+        for row in table.to_pylist():
+            words[row["sample_id"]].update(content_words(row["clean_text"]))
+        yield pa.table([[*words], [*map(sorted, words.values())]], schema=SAMPLE_WORDS)
 
 
 def _questions(rows: AllRows) -> Iterator[pa.Table]:
@@ -145,23 +142,11 @@ def _questions(rows: AllRows) -> Iterator[pa.Table]:
         columns = {
             "image": table["image_group"],
             "key": map_distinct(table["clean_question"], text_key),
-            "prefix": map_distinct(table["clean_question"], _first_two_words),
+            "prefix": map_distinct(table["clean_question"], lambda text: " ".join(words_of(text)[:2])),
             "answer": map_distinct(table["clean_answer"], normalize_answer),
         }
         columns |= {name: table[name] for name in ("row", "annotation_id", "sample_id")}
         yield pa.table(columns).select(QUESTIONS.names)
-
-
-def _first_two_words(question: str) -> str:
-    return " ".join(words_of(question)[:2])
-
-
-def _limit_answers(counts: pa.Table, config: BalanceConfig) -> pa.Table:
-    by_type: dict[str, dict[str, int]] = defaultdict(dict)
-    for row in counts.to_pylist():
-        by_type[row["question_type"]][row["answer"]] = row["count"]
-    max_counts = [max_answer_count(kind, answers, config) for kind, answers in by_type.items()]
-    return pa.table({"question_type": list(by_type), "max_count": max_counts}, schema=LIMITS)
 
 
 def max_answer_count(kind: str, answers: dict[str, int], config: BalanceConfig) -> int:

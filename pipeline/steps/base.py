@@ -317,7 +317,7 @@ def compare_shards(
             parts = (findings.take_until(min(n + BATCH_ROWS, end)) for n in range(first, end, BATCH_ROWS))
             local = (part.set_column(0, ROW, pc.subtract(part["row"], first)) for part in parts)
             write_table(shard.step_file(step.name, "compared"), local, schema)
-        if not findings.is_empty():
+        if findings.take_until(np.iinfo(np.int64).max).num_rows:
             raise TableError(
                 f"the step {step.name} returned the number of a row that does not exist", hint=BUG_HINT
             )
@@ -405,10 +405,6 @@ class _InOrder:
             if self._pending.num_rows or (table := next(self._tables, None)) is None:
                 return pa.concat_tables(parts).combine_chunks()
             self._pending = table
-
-    def is_empty(self) -> bool:
-        """Return True if no rows remain."""
-        return self._pending.num_rows == 0 and next(self._tables, None) is None
 
 
 def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:

@@ -1,7 +1,5 @@
 """Step: filter. Reject texts that break a rule (pipeline/rules.py)."""
 
-from dataclasses import dataclass
-
 import pyarrow as pa
 
 from pipeline.config.sections import FilterConfig
@@ -10,25 +8,16 @@ from pipeline.steps.base import RowStep
 from pipeline.tasks import Tasks
 
 
-@dataclass(frozen=True, slots=True)
-class FilterSettings:
-    """The settings of the filter step."""
-
-    bounds: FilterConfig
-    tasks: Tasks
-    caption_words: int | None
-
-
-def judge_texts(table: pa.Table, settings: FilterSettings) -> pa.Table:
-    """Append scores and `reason`. See `filter_annotations`."""
-    names = tuple(task.name for task in settings.tasks.asked)
-    grams = own_prompt_grams(names)
-    return filter_annotations(table, settings.bounds, grams, settings.tasks, settings.caption_words)
+def judge_texts(table: pa.Table, settings: tuple[FilterConfig, Tasks, int | None]) -> pa.Table:
+    """Append scores and `reason`. `settings` are the last arguments of `filter_annotations`."""
+    config, tasks, caption_words = settings
+    grams = own_prompt_grams(tuple(task.name for task in tasks.asked))
+    return filter_annotations(table, config, grams, tasks, caption_words)
 
 
 STEP = RowStep(
     "filter",
-    settings=lambda plan: FilterSettings(plan.config.filter, plan.tasks, plan.config.generate.caption_words),
+    settings=lambda plan: (plan.config.filter, plan.tasks, plan.config.generate.caption_words),
     judge=judge_texts,
     advice={
         "other_language": "set the language of the texts: --language (filter.language)",

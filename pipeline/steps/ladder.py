@@ -61,24 +61,19 @@ def climb(work: Work, steps: Sequence[Step], stats: RequestStats, run: Callable[
     if metadata.get(b"key") != key:
         path.unlink(missing_ok=True)
         for rung in range(1, plan.requests.num_rungs):
-            work.executor.begin_pass(_state(plan))
+            work.executor.begin_pass(digest(_read(plan.dataset).to_pydict()))
             run()
             stats.begin_pass()
             if not escalate(work, rung):
                 break
         if not stats.unanswered:  # otherwise the next run repeats the requests, and then the search
             write_table(path, [_read(plan.dataset)], ESCALATED.with_metadata({b"key": key}))
-    work.executor.begin_pass(_state(plan))
+    work.executor.begin_pass(digest(_read(plan.dataset).to_pydict()))
 
 
 def _file_of(dataset: DatasetDir) -> Path:
     """Return the file with the pairs that further models are asked for (ESCALATED)."""
     return dataset.path / "ladder.parquet"
-
-
-def _state(plan: Plan) -> str:
-    """Return a digest of the escalations so far."""
-    return digest(_read(plan.dataset).to_pydict())
 
 
 def escalate(work: Work, rung: int) -> bool:
@@ -98,8 +93,7 @@ def escalate(work: Work, rung: int) -> bool:
             files = (shard.step_file(step) for shard in shards)
             load(db, name, (part for file in files for part in read_batches(file, schema.names)), schema)
         added = [table.cast(ESCALATED) for table in read(db.sql(query))]
-    count = sum(table.num_rows for table in added)
-    if count:
+    if count := sum(table.num_rows for table in added):
         write_table(_file_of(plan.dataset), [_read(plan.dataset), *added], ESCALATED)
         texts = f"{count:,} texts that were rejected or are uncertain"
         work.progress.message(f"asking the next model for {texts}")
@@ -126,11 +120,6 @@ def read_escalated(plan: Plan, shard: DatasetDir) -> list[Escalated]:
         {sample_id: frozenset(pairs) for sample_id, pairs in by_rung[rung].items()}
         for rung in sorted(by_rung)
     ]
-
-
-def describe_escalated(escalated: Sequence[Escalated]) -> list[Any]:
-    """Return escalations as JSON values, in order."""
-    return [sorted((name, sorted(pairs)) for name, pairs in of_rung.items()) for of_rung in escalated]
 
 
 def describe_ladder(plan: Plan, shards: Sequence[DatasetDir]) -> list[dict[str, Any]]:

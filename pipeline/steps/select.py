@@ -11,7 +11,6 @@ Choosing the highest mean F1 is minimum Bayes risk decoding (Kumar and Byrne, 20
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import duckdb
 import pyarrow as pa
@@ -54,25 +53,17 @@ FROM ranked
 """
 
 
-@dataclass(frozen=True, slots=True)
-class SelectSettings:
-    """The settings of the select step. `sampled` has the tasks with several captions per image and style."""
-
-    by: str
-    sampled: tuple[str, ...]
-
-    @classmethod
-    def of(cls, plan: Plan) -> "SelectSettings":
-        """Resolve the settings of a run."""
-        sampled = tuple(task.name for task in plan.tasks.asked if plan.requests.count_replies(task) > 1)
-        return cls(plan.config.select.by, sampled)
-
-
 def find_best(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     """Return the score of each caption that has alternatives, and a `reason` for all but the best."""
-    settings: SelectSettings = comparison.settings
-    load(comparison.db, "candidates", _candidates(comparison.rows, settings.sampled), CANDIDATES)
-    return comparison.db.sql(QUERY.format(measure=_MEASURES[settings.by]))
+    by, sampled = comparison.settings
+    load(comparison.db, "candidates", _candidates(comparison.rows, sampled), CANDIDATES)
+    return comparison.db.sql(QUERY.format(measure=_MEASURES[by]))
+
+
+def _settings_of(plan: Plan) -> tuple[str, list[str]]:
+    """Return `select.by`, and the tasks with several captions per image and style."""
+    sampled = [task.name for task in plan.tasks.asked if plan.requests.count_replies(task) > 1]
+    return plan.config.select.by, sampled
 
 
 def _candidates(rows: AllRows, sampled: Sequence[str]) -> Iterator[pa.Table]:
@@ -89,7 +80,7 @@ STEP = RowStep(
     "select",
     is_choice=True,
     is_wanted=lambda plan: plan.config.generate.samples > 1,
-    settings=SelectSettings.of,
+    settings=_settings_of,
     compare=find_best,
     adds=pa.schema([*SELECTED, *fields(STRING, "reason")]),
 )

@@ -21,7 +21,7 @@ from pipeline.digests import hash_to_unit
 from pipeline.steps.base import ROW, Comparison, RowStep
 from pipeline.storage.database import load, read
 from pipeline.storage.files import read_batches
-from pipeline.tables import INT64, SPLIT_RANK, SPLITS, STRING, fields, require_columns, with_reason
+from pipeline.tables import SPLITS, STRING, fields, require_columns, with_reason
 from pipeline.text.normalize import map_distinct
 
 STATED = pa.schema([ROW, *fields(STRING, "image_group", "source_split")])
@@ -29,28 +29,26 @@ NAMED_GROUPS = pa.schema(fields(STRING, "image_group", "split_group"))
 # `key` is the common part of the names of related source rows (name_key).
 NAMES = pa.schema(fields(STRING, "sample_id", "key"))
 MEMBERS = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
-RANKS = pa.schema([*fields(STRING, "source_split"), *fields(INT64, "rank")])
 ADDS = pa.schema([*fields(STRING, "stated_split", "split_group"), *fields(pa.list_(STRING), "held_out")])
-_NUMBER_WITHIN = re.compile(r"(.*[^\W\d_].*?)\d+(\D*)$")
-MAX_NAME_CHARACTERS = 255  # the pattern above takes cubic time
-_LAST_NUMBER = re.compile(r"[\W_]*\d+\W*$")
+_LAST_NUMBER = re.compile(r"\d+(\D*)$")
+MAX_NAME_CHARACTERS = 255  # the pattern above takes quadratic time
 # The settings, and the seed of the run.
 SplitSettings = tuple[SplitConfig, int]
-QUERY = """
+QUERY = f"""
 WITH grouped AS (
     SELECT row, source_split, coalesce(split_group, image_group) AS split_group
     FROM stated LEFT JOIN named_groups USING (image_group)
 ), of_source AS (
     SELECT list(DISTINCT source_split) FILTER (source_split <> 'train') AS held_out FROM stated
 ), groups AS (
-    SELECT split_group, arg_max(source_split, rank) AS source_split
-    FROM grouped JOIN ranks USING (source_split) GROUP BY split_group
+    SELECT split_group, arg_max(source_split, list_position({[*SPLITS]}, source_split)) AS source_split
+    FROM grouped WHERE source_split IS NOT NULL GROUP BY split_group
 )
 SELECT row, coalesce(grouped.source_split, groups.source_split) AS stated_split, split_group, held_out
 FROM of_source CROSS JOIN grouped LEFT JOIN groups USING (split_group)
 WHERE held_out IS NOT NULL OR groups.source_split IS NOT NULL
       OR split_group IN (SELECT split_group FROM named_groups)
-"""
+"""  # noqa: S608
 
 
 def split_of(group: str, config: SplitConfig, seed: int) -> str:
@@ -64,14 +62,13 @@ def split_of(group: str, config: SplitConfig, seed: int) -> str:
 def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     """Return the stated split of each row, its split group, and the splits that the source already has.
 
-    An image without a stated split gets the most held-out split (SPLIT_RANK) stated in its group, if any.
+    An image without a stated split gets the most held-out split stated in its group, if any.
     """
     db, rows, (config, _) = comparison.db, comparison.rows, comparison.settings
     is_stated = any(part["source_split"].null_count < part.num_rows for part in rows.batches("source_split"))
     if not is_stated and config.group_by is None:
         return None
     load(db, "stated", rows.batches("image_group", "source_split"), STATED)
-    load(db, "ranks", [pa.table([list(SPLITS), [SPLIT_RANK[name] for name in SPLITS]], schema=RANKS)], RANKS)
     groups = _group_by_name(comparison, config.group_by) if config.group_by else NAMED_GROUPS.empty_table()
     load(db, "named_groups", [groups], NAMED_GROUPS)
     return db.sql(QUERY)
@@ -105,20 +102,17 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
     """Return the part of a row name that related rows of the source share, or "" if the row is on its own.
 
     By folder, it is the folder of the file. By prefix, it is the name without its last number, as in
-    `clip1_0042.jpg`. If the name is only a number, the part is the folder too.
+    `clip1_0042_left.jpg`, if a letter precedes the number. For a name that is a number, it is the folder too.
     """
     path = PurePosixPath(source_row)
     folder = "" if path.parent == PurePosixPath() else str(path.parent)
     if by == "folder":
         return folder
     name = path.name.removesuffix(path.suffix)
-    prefix = _LAST_NUMBER.sub("", name)
-    if prefix not in ("", name):
-        return f"{folder}/{prefix}"
-    # The number may be inside the name, as in clip1_0042_left.jpg, if there is a letter before it.
-    if prefix == name and len(name) <= MAX_NAME_CHARACTERS and (within := _NUMBER_WITHIN.match(name)):
-        return f"{folder}/{within[1]}*{within[2]}"
-    return f"{folder}/" if folder and not prefix else ""
+    number = _LAST_NUMBER.search(name) if len(name) <= MAX_NAME_CHARACTERS else None
+    if number and any(map(str.isalpha, name[: number.start()])):
+        return f"{folder}/{name[: number.start()]}*{number[1]}"
+    return f"{folder}/" if folder and name.isdigit() else ""
 
 
 def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

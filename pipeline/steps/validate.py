@@ -1,7 +1,5 @@
 """Step: validate. Check each annotation against the output schema of its task."""
 
-from typing import Any
-
 import pyarrow as pa
 
 from pipeline.steps.base import RowStep
@@ -15,11 +13,9 @@ FIELDS = ("task", *TEXTS, "pages", "reply_error")
 def validate_annotations(table: pa.Table, tasks: Tasks = BUILT_IN) -> pa.Table:
     """Append `reason`: why the reply could not be parsed, or the first rule of the task that it breaks."""
     require_columns(table, *FIELDS)
-    return with_reason(table, [_reason(row, tasks) for row in table.select(FIELDS).to_pylist()])
-
-
-def _reason(row: dict[str, Any], tasks: Tasks) -> str | None:
-    return row["reply_error"] or find_broken_rule(tasks[row["task"]], row, row["pages"])
+    rows = table.select(FIELDS).to_pylist()
+    broken = (row["reply_error"] or find_broken_rule(tasks[row["task"]], row, row["pages"]) for row in rows)
+    return with_reason(table, [*broken])
 
 
 STEP = RowStep(

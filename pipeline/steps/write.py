@@ -1,7 +1,7 @@
 """Step: write. Write the rows of all shards as one immutable version."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial, reduce
 from itertools import chain, product
@@ -70,17 +70,15 @@ def write_rows(
     reasons = [dropped.get(sample_id, NO_ANNOTATION) for sample_id in writer.rejected]
     rejected = pa.table([writer.rejected, reasons], schema=REJECTED)
     write_table(shard.step_file(NAME, "rejected"), [rejected], REJECTED)
-    rejections = [*_read_rejections(shard, steps), list_rejections(NAME, rejected)]
+    files = {step: require_file(shard.step_file(step, "rejected")) for step in steps}
+    rejections = [
+        list_rejections(step, table) for step, file in files.items() for table in read_batches(file)
+    ]
+    rejections.append(list_rejections(NAME, rejected))
     write_table(shard.step_file(NAME, "rejections"), rejections, REJECTIONS)
     write_table(shard.step_file(NAME, "digests"), writer.digests, DIGESTS)
     writer.digests.clear()
     return writer
-
-
-def _read_rejections(shard: DatasetDir, steps: Iterable[str]) -> Iterator[pa.Table]:
-    for step in steps:
-        for table in read_batches(require_file(shard.step_file(step, "rejected"))):
-            yield list_rejections(step, table)
 
 
 def list_rejections(step: str, table: pa.Table) -> pa.Table:
