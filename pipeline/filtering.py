@@ -29,7 +29,7 @@ from pipeline.tasks import BUILT_IN, TASKS, Tasks
 from pipeline.tasks.base import texts_in
 from pipeline.tasks.custom import JOINING, NOTHING, CustomTask
 from pipeline.tasks.prompts import NOTES, prompt_texts
-from pipeline.text import artifacts, language
+from pipeline.text import WORDS, artifacts, language
 from pipeline.text.language import count_words
 from pipeline.text.normalize import strip_opening, words_of
 from pipeline.text.phrases import PHRASES
@@ -40,6 +40,7 @@ CACHED_TEXTS = 1 << 15
 MAX_RECORD_WORDS = 20_000
 # The share of distinct words is measured in the first words, because it falls as a text gets longer.
 COUNTED_WORDS = 100
+_HEDGES = frozenset(WORDS["hedging"].split())
 # A custom task whose prompt has one of these words copies text from the image.
 _COPYING = frozenset(("copy", "read", "transcribe", "transcription", "ocr"))
 Judgement = tuple[Scores, str | None]
@@ -199,7 +200,7 @@ def _measure(text: str, words: Words, language_code: str | None) -> dict[str, An
     return {
         "duplicate_trigram_frac": 1 - len(trigrams) / (len(words) - 2) if is_long else 0.0,
         "distinct_word_frac": len(set(start := words[:COUNTED_WORDS])) / len(start) if is_long else 1.0,
-        "hedge_count": len(PHRASES["hedge"].findall(text.lower())),
+        "hedge_count": 0 if _HEDGES.isdisjoint(words) else len(PHRASES["hedge"].findall(text.lower())),
         "language": detected,
         "language_score": score,
         "non_latin_frac": language.non_latin_frac(text),

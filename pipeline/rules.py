@@ -87,6 +87,8 @@ _READING_WORDS = frozenset(WORDS["reading"].split())
 # Answers that say nothing: their beginnings, and words anywhere, as in "age unknown".
 _NO_ANSWER = pattern("says_nothing", re.IGNORECASE, before=rf"\W*{expression('it_is')}")
 _NOT_KNOWN = pattern("not_known", re.IGNORECASE)
+# Transcriptions that state that the text cannot be read, or that contain a translation.
+_UNREAD = pattern("unread", re.IGNORECASE)
 # Words on signs and forms that resemble such answers.
 _ON_SIGN = re.compile(rf"(?!{expression('name')}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
 _NO_WORDS = re.compile(r"[\W_]*")
@@ -236,27 +238,16 @@ def is_too_long(row: RuleInput) -> bool:
 def is_repetitive(row: RuleInput) -> bool:
     """Return True if words, sentences or characters repeat too often."""
     scores, config = row.scores, row.config
-    return (
-        scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
-        or scores.distinct_word_frac < config.min_distinct_word_frac
-        or any(_is_loop(text, words) for text, words in (row.texts[:1] if row.main else row.texts))
-        or (row.answer is not None and not asks_to_read(row) and bool(_REPEATED_ANSWER.fullmatch(row.answer)))
-    )
-
-
-def _is_loop(text: str, words: Words) -> bool:
-    return (
-        artifacts.has_run(text)
-        or (len(words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(text))
-        or artifacts.counts_on(words)
-        or artifacts.stutters(text, words)
-    )
-
-
-def is_repetitive_read_text(row: RuleInput) -> bool:
-    """Return True if a text that was read from the image repeats itself more than packages and signs do."""
-    frac = row.scores.duplicate_trigram_frac
-    return artifacts.has_run(row.main) or frac > MAX_DUPLICATE_FRAC_OF_READ_TEXT
+    has_many_repeats = scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
+    if has_many_repeats or scores.distinct_word_frac < config.min_distinct_word_frac:
+        return True
+    for text, words in row.texts[:1] if row.main else row.texts:
+        if artifacts.has_run(text) or artifacts.counts_on(words) or artifacts.stutters(text, words):
+            return True
+        if len(words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(text):
+            return True
+    is_repeated = row.answer is not None and bool(_REPEATED_ANSWER.fullmatch(row.answer))
+    return is_repeated and not asks_to_read(row)
 
 
 def is_other_language(row: RuleInput) -> bool:
@@ -308,17 +299,9 @@ def says_nothing(answer: str) -> bool:
 
 def is_unanswered(row: RuleInput) -> bool:
     """Return True if an answer says nothing, unless it may be the text on a sign."""
-    if row.answer is None:
+    if row.answer is None or (asks_to_read(row) and _ON_SIGN.fullmatch(row.answer)):
         return False
-    if asks_to_read(row):
-        return not _ON_SIGN.fullmatch(row.answer) and says_nothing(row.answer)
-    return row.answer.endswith("?") or says_nothing(row.answer)
-
-
-def has_junk(row: RuleInput) -> bool:
-    """Return True if a text has markup. A human caption may end in an emoji."""
-    is_human = row.style == HUMAN
-    return any(artifacts.has_markup(text, may_end_in_emoji=is_human) for text, _ in row.texts)
+    return says_nothing(row.answer) or (row.answer.endswith("?") and not asks_to_read(row))
 
 
 def is_labeled(row: RuleInput) -> bool:
@@ -327,14 +310,10 @@ def is_labeled(row: RuleInput) -> bool:
         is_asked = row.is_question and text is row.main
         if artifacts.has_label(text) or (not is_asked and artifacts.is_chat(text, words)):
             return True
-    return artifacts.has_caption_label(row.main) if row.is_caption else has_answer_label(row)
-
-
-def has_answer_label(row: RuleInput) -> bool:
-    """Return True if an answer has a label or an explanation, as in "the answer is red"."""
-    if not row.answer or row.words[:1] == ["why"] or asks_to_read(row):
-        return False
-    return bool(_ANSWER_LABEL.match(row.answer))
+    if row.is_caption:
+        return artifacts.has_caption_label(row.main)
+    may_explain = row.words[:1] == ["why"] or asks_to_read(row)
+    return not may_explain and bool(_ANSWER_LABEL.match(row.answer or ""))
 
 
 def is_off_type(row: RuleInput) -> bool:
@@ -352,16 +331,6 @@ def is_no_number(row: RuleInput) -> bool:
     """Return True if the answer to an English question for a number has no number."""
     is_number = row.answer_type == "number" and row.config.language == "en"
     return is_number and not (_NUMBER.search(row.answer or "") or _NO_COUNT.search(row.main))
-
-
-def is_no_count(question: str, answer: str) -> bool:
-    """Return True if the answer to "How many?" is neither one number nor a word like "many"."""
-    return bool(_HOW_MANY.search(question)) and not _COUNT.fullmatch(answer)
-
-
-def is_one_question(question: str) -> bool:
-    """Return True if a text is a single question without lettered or numbered choices."""
-    return not (_ANOTHER_QUESTION.search(question) or _CHOICES.search(question))
 
 
 def gives_answer_away(question: str, answer: str) -> bool:
@@ -396,26 +365,22 @@ def _stem(word: str) -> str:
 
 def is_no_tag_list(row: RuleInput) -> bool:
     """Return True if tags are long, repeated, too many, or not in the configured script."""
-    parts = _parts(row)
-    is_odd = not _NO_TAGS.isdisjoint(parts) or len(parts) > MAX_TAGS or any(map(_ODD_TAG.match, parts))
+    tags = [tag.strip() for tag in row.main.lower().split(",")]
     is_latin = row.config.language in language.LATIN
-    is_odd = is_odd or (is_latin and row.scores.non_latin_frac > row.config.max_non_latin_frac)
-    return is_odd or 4 * len(set(parts)) < 3 * len(parts) or _is_longer(parts, MAX_WORDS_OF_TAG)
+    return (
+        not _NO_TAGS.isdisjoint(tags)
+        or len(tags) > MAX_TAGS
+        or any(_ODD_TAG.match(tag) or tag.count(" ") >= MAX_WORDS_OF_TAG for tag in tags)
+        or (is_latin and row.scores.non_latin_frac > row.config.max_non_latin_frac)
+        or 4 * len(set(tags)) < 3 * len(tags)
+    )
 
 
 def is_keyword_list(row: RuleInput) -> bool:
     """Return True if a caption is a list of keywords instead of a sentence."""
-    parts = _parts(row)
-    is_list = len(parts) > MAX_EQUAL_PARTS - 1 and language.FUNCTION_WORDS.isdisjoint(row.words)
-    return is_list and not _is_longer(parts, MAX_WORDS_OF_TAG - 1)
-
-
-def _parts(row: RuleInput) -> list[str]:
-    return [part.strip() for part in row.main.lower().split(",")]
-
-
-def _is_longer(parts: list[str], max_words: int) -> bool:
-    return any(part.count(" ") >= max_words for part in parts)
+    parts = [part.strip() for part in row.main.split(",")]
+    is_list = len(parts) >= MAX_EQUAL_PARTS and language.FUNCTION_WORDS.isdisjoint(row.words)
+    return is_list and all(part.count(" ") < MAX_WORDS_OF_TAG - 1 for part in parts)
 
 
 def is_elsewhere(row: RuleInput) -> bool:
@@ -442,7 +407,9 @@ def is_general(row: RuleInput) -> bool:
 PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
 RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
-    "junk": has_junk,
+    "junk": lambda row: any(
+        artifacts.has_markup(text, may_end_in_emoji=row.style == HUMAN) for text, _ in row.texts
+    ),
     "placeholder": lambda row: artifacts.is_placeholder(row.words),
     "label": is_labeled,
     "prompt_echo": lambda row: artifacts.echoes_prompt(row.words, row.prompt_grams),
@@ -459,8 +426,10 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
         row.is_caption and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
     ),
     "not_visible": lambda row: bool(_NOT_VISIBLE.match(row.main.lower())),
-    "no_single_question": lambda row: not is_one_question(row.main),
-    "count_not_a_number": lambda row: is_no_count(row.main, row.answer or ""),
+    "no_single_question": lambda row: bool(_ANOTHER_QUESTION.search(row.main) or _CHOICES.search(row.main)),
+    "count_not_a_number": lambda row: (
+        bool(_HOW_MANY.search(row.main)) and not _COUNT.fullmatch(row.answer or "")
+    ),
     "answer_not_a_number": is_no_number,
     "answer_off_type": is_off_type,
     "answer_in_question": lambda row: gives_answer_away(row.main, row.answer or ""),
@@ -478,11 +447,13 @@ READ_TEXT_RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
     "junk": lambda row: artifacts.has_token(row.main),
     "label": lambda row: artifacts.opens_chat(row.main),
-    "unanswerable": lambda row: artifacts.is_unread(row.main),
+    "unanswerable": lambda row: bool(_UNREAD.search(row.main)),
     "placeholder": lambda row: row.words not in _SIGNS and artifacts.is_placeholder(row.words),
     "too_short": is_too_short,
     "too_long": is_too_long,
-    "repetitive": is_repetitive_read_text,
+    "repetitive": lambda row: (
+        artifacts.has_run(row.main) or row.scores.duplicate_trigram_frac > MAX_DUPLICATE_FRAC_OF_READ_TEXT
+    ),
 }
 # Tags need neither sentences nor a language that can be detected.
 TAG_RULES = {
@@ -501,13 +472,12 @@ TEXT_RULES = {name: RULES[name] for name in ("junk", "placeholder", "label", "re
 
 def _repeats_parts(text: str) -> bool:
     """Return True if a sentence is repeated, or if too many parts of a list name the same object."""
-    sentences = _SENTENCE_END.split(text)
-    if len(sentences) > 1:
-        keys = [key for key in map(text_key, sentences) if key.count(" ") >= MIN_WORDS_OF_SENTENCE - 1]
-        if len(set(keys)) < len(keys):
-            return True
-    if len(sentences) > MAX_EQUAL_PARTS and len(text) < MAX_CHARACTERS_OF_STUB * len(sentences):
-        starts = Counter(" ".join(key.split()[:2]) for key in map(text_key, sentences))
+    keys = [*map(text_key, _SENTENCE_END.split(text))]
+    whole = [key for key in keys if key.count(" ") >= MIN_WORDS_OF_SENTENCE - 1]
+    if len(set(whole)) < len(whole):
+        return True
+    if len(keys) > MAX_EQUAL_PARTS and len(text) < MAX_CHARACTERS_OF_STUB * len(keys):
+        starts = Counter(" ".join(key.split()[:2]) for key in keys)
         if max(starts.values()) > MAX_EQUAL_PARTS:
             return True
     parts = text.lower().split(", ")

@@ -16,26 +16,14 @@ from pipeline.text.normalize import contains_any, sentences_with, text_key, word
 # Every match of _MARKUP in ASCII has one of these characters or parts. They are rare in captions, so testing
 # for them first makes the search 10 times faster.
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]|_")
-_SPECIAL_PARTS = (
-    "--",
-    "$$",
-    "..",
-    " / ",
-    "ounding",
-    "bbox",
-    "oordinate",
-    "pixel",
-    " OR ",
-    "XXX",
-    "addCriterion",
-)
+_SPECIAL_PARTS = ("--", "$$", "..", " / ", "ounding", "bbox", "oordinate", "pixel", " OR ", "XXX")
+_SPECIAL_PARTS += ("addCriterion",)
 _ENDING_EMOJI = re.compile(r"[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]{1,2}$")
 _MARKUP = pattern("markup")
 _JSON_KEYS = re.compile(r"[\"']\s*[:,]\s*[\"']\s*\w+[\"']\s*:")
 _POINTS = pattern("points")
 _TOKEN = pattern("token")
 _GLUED = re.compile(r"[a-z]{3}\.[a-z]{3}")
-_UNREAD = pattern("unread", re.IGNORECASE)
 _FILE_NAME = re.compile(r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg)\b", re.IGNORECASE)
 _LIST_OR_ROLE = re.compile(r"\s*(?:-\s|1[.)]\s|(?:assistant|user|system)[:\s]\s*[A-Z])")
 _LABEL = pattern("label", re.IGNORECASE)
@@ -62,6 +50,8 @@ MIN_RUN_CHARACTERS = 16
 MAX_COUNTED = 15
 MAX_DIGITS = 18  # longer numbers are not counted
 _CUT_OFF = pattern("cut_off", after="$")
+_UNFINISHED_WORDS = frozenset(WORDS["unfinished"].split())
+_UNFINISHED_MARKS = ("\u2026", "...", *":;([{&/+=-")
 # Length of the longest match of _CUT_OFF, including the preceding word.
 MAX_END_CHARACTERS = 24
 # Texts with more words end with a full stop, a quote or a bracket unless they are cut off.
@@ -94,11 +84,6 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
 def has_token(text: str) -> bool:
     """Return whether a text has template tokens, boxes, tables or LaTeX, which no text on a sign has."""
     return bool(_TOKEN.search(text) or ("(" in text and _POINTS.search(text)))
-
-
-def is_unread(text: str) -> bool:
-    """Return whether a transcription states that the text cannot be read, or contains a translation."""
-    return bool(_UNREAD.search(text))
 
 
 def opens_chat(text: str) -> bool:
@@ -172,7 +157,10 @@ def counts_on(words: list[str]) -> bool:
 def is_cut_off(text: str, words: list[str]) -> bool:
     """Return whether a caption ends in the middle of a sentence: with "a", "and", three dots or the like."""
     text = text.rstrip().removesuffix(":(").rstrip()
-    if _CUT_OFF.search(text, max(0, len(text) - MAX_END_CHARACTERS)) or text.count("(") > text.count(")"):
+    may_match = not _UNFINISHED_WORDS.isdisjoint(words[-1:]) or text.endswith(_UNFINISHED_MARKS)
+    if may_match and _CUT_OFF.search(text, max(0, len(text) - MAX_END_CHARACTERS)):
+        return True
+    if text.count("(") > text.count(")"):
         return True
     # A quote mark after a number may stand for inches.
     if text.count('"') % 2 and len(_QUOTE_MARK.findall(text)) % 2:

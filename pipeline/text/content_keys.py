@@ -20,17 +20,13 @@ def content_words(text: str) -> tuple[str, ...]:
     words = words_of(strip_opening(text))
     if _IS.isdisjoint(words):
         return tuple(_DIGITS.get(word, word) for word in words if word not in _EMPTY)
-    kept = [
-        _DIGITS.get(word, word)
-        for previous, word, following in zip(("", *words), words, (*words[1:], ""), strict=False)
-        if word not in _EMPTY and not (word in _IS and (previous == "there" or _is_verb(following)))
-    ]
+    kept = []
+    for previous, word, following in zip(("", *words), words, (*words[1:], ""), strict=False):
+        is_verb_next = following.endswith("ing") and following not in _NO_VERBS
+        if word not in _EMPTY and not (word in _IS and (previous == "there" or is_verb_next)):
+            kept.append(_DIGITS.get(word, word))
     asks_existence = words[0] in _IS and words[1:2] == ["there"]
     return (kept[0], "there", *kept[1:]) if asks_existence else tuple(kept)
-
-
-def _is_verb(word: str) -> bool:
-    return word.endswith("ing") and word not in _NO_VERBS
 
 
 def content_key(text: str) -> str:

@@ -108,11 +108,8 @@ def _is_english(word: str) -> bool:
     if not word.isascii():
         return False
     word, dictionary = word.removesuffix("'s"), dictionary_words()
-    if (
-        word in dictionary
-        or word in FUNCTION_WORDS
-        or (word.endswith("men") and f"{word[:-2]}an" in dictionary)
-    ):
+    is_man_in_plural = word.endswith("men") and f"{word[:-2]}an" in dictionary
+    if word in dictionary or word in FUNCTION_WORDS or is_man_in_plural:
         return True
     stems = [(word.removesuffix(ending), ending) for ending in _ENDINGS if word.endswith(ending)]
     return any(not dictionary.isdisjoint(_base_forms(stem, ending)) for stem, ending in stems if stem)

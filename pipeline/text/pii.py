@@ -18,10 +18,6 @@ def _iban(text: str) -> bool:
     return 15 <= len(letters) <= 34 and int("".join(str(int(letter, 36)) for letter in moved)) % 97 == 1
 
 
-def _phone(text: str) -> bool:
-    return 9 <= sum(letter.isdigit() for letter in text) <= 15
-
-
 # Kinds are redacted in this order. A match is redacted only if the function accepts it (`bool` always does).
 _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     "email": (re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+"), bool),
@@ -34,7 +30,7 @@ _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
             r"|\(\d{2,5}\)[ .-]?\d{2,8}(?:[ .-]\d{2,4}){0,3}"
             r"|0\d{1,4}[ /-]\d{3,10}(?:[ -]\d{2,6}){0,3}|(?:1[ .-])?\d{3}[ .-]\d{3}[ .-]\d{4})(?![\w.]*\d)"
         ),
-        _phone,
+        lambda text: 9 <= sum(map(str.isdigit, text)) <= 15,
     ),
     "card": (re.compile(r"(?<![\d+])\d(?:[ -]?\d){12,18}\b"), _luhn),
 }

@@ -53,11 +53,6 @@ def _without_punctuation(text: str) -> str:
     return _PERIOD.sub("", rest, count=_MAX_REMOVED_PERIODS)
 
 
-def is_negative(answer: str) -> bool:
-    """Return whether an answer is a negative number. `normalize_answer` removes the sign."""
-    return bool(_NEGATIVE.fullmatch(answer.strip()))
-
-
 def kind_of_answer(answer: str) -> str:
     """Return the type of an answer: yes/no, number or other."""
     if answer.rstrip(SENTENCE_ENDS).casefold() in YES_OR_NO:
@@ -90,9 +85,9 @@ def is_same_answer(one: str, other: str) -> bool:
 
 
 def _comparable(answer: str) -> str:
-    answer = answer.rstrip(SENTENCE_ENDS)
-    if is_negative(answer):
-        return f"-{normalize_answer(answer.strip()[1:])}"
+    answer = answer.rstrip(SENTENCE_ENDS).lstrip()
+    if _NEGATIVE.fullmatch(answer):  # normalize_answer removes the sign
+        return f"-{normalize_answer(answer[1:])}"
     normal = normalize_answer(answer)
     return YES_OR_NO.get(normal, normal)
 

@@ -11,7 +11,7 @@ import pytest
 from examples.scenes.questions import ASK
 from pipeline.config.sections import FilterConfig, TaskConfig
 from pipeline.filtering import filter_annotations, own_prompt_grams
-from pipeline.rules import gives_answer_away, is_one_question, says_nothing
+from pipeline.rules import gives_answer_away, says_nothing
 from pipeline.scenes.scene import sample_scene
 from pipeline.scenes.text import STYLES, caption
 from pipeline.tables import STRING, fields
@@ -131,6 +131,12 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         ("A kite flies over the grey harbour and the", "cut_off"),
         ("The image shows a photo of several objects and things.", "too_general"),
         (("What flies? Is it red?", "a kite"), "no_single_question"),
+        (("What color is it? (A) brown (B) black", "brown"), "no_single_question"),
+        (("What color is the dog? And the cat?", "brown"), "no_single_question"),
+        (("What is on the table, and why?", "a kite"), "no_single_question"),
+        (("What does the sign 'Who?' say?", "a name"), None),
+        (("Is the kite big? or small?", "big"), None),
+        (("It is red and what other color?", "green"), None),
         ("A kite flies over a bay. It is a red one. A kite flies over a bay.", "repetitive"),
         (f"{CATS}, a cat in a car, a cat at a bar.", "repetitive"),
         (
@@ -420,23 +426,6 @@ def test_answer_without_content_is_detected(answer: str) -> None:
 @pytest.mark.parametrize("answer", SAYS_SOMETHING.split(" | "))
 def test_short_meaningful_answer_is_not_empty(answer: str) -> None:
     assert not says_nothing(answer)
-
-
-@pytest.mark.parametrize(
-    ("question", "is_one"),
-    [
-        ("What color is the dog?", True),
-        ("What does the sign 'Who?' say?", True),
-        ("Is it big? or small?", True),
-        ("What color is the dog? What is it doing?", False),
-        ("What color is it? (A) brown (B) black", False),
-        ("What color is the dog? And the cat?", False),
-        ("What is on the table, and why?", False),
-        ("It is red and what other color?", True),
-    ],
-)
-def test_several_questions_or_choices_are_detected(question: str, *, is_one: bool) -> None:
-    assert is_one_question(question) == is_one
 
 
 @pytest.mark.parametrize(
