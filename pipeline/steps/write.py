@@ -139,11 +139,7 @@ class WriteStep(Step):
 
 
 def publish_shards(
-    work: Work,
-    written: Sequence[RowWriter],
-    draft: Path,
-    source: dict[str, Any],
-    provenance: dict[str, Any],
+    work: Work, written: Sequence[RowWriter], draft: Path, source: dict[str, Any], provenance: dict[str, Any]
 ) -> tuple[Version, bool]:
     """Publish the rows of all shards as one version. Return it, and whether it is new.
 

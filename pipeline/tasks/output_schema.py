@@ -152,12 +152,7 @@ def _close_object(schema: Schema, position: _Position) -> Schema:
     for name, inner in properties.items():
         field_schema = _close(inner, replace(position, path=f"{path}.{name}", depth=position.depth + 1))
         closed[str(name)] = field_schema if name in required else nullable(field_schema)
-    return {
-        "type": "object",
-        "properties": closed,
-        "required": [*closed],
-        "additionalProperties": False,
-    }
+    return {"type": "object", "properties": closed, "required": [*closed], "additionalProperties": False}
 
 
 def _without_null(schema: Schema, path: str) -> tuple[Schema, bool]:

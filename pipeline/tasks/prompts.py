@@ -104,11 +104,7 @@ def page_label(number: int) -> str:
 
 
 def render(
-    task: Task,
-    folders: Folders = (),
-    row: Context = (),
-    results: Results = (),
-    **values: Any,
+    task: Task, folders: Folders = (), row: Context = (), results: Results = (), **values: Any
 ) -> Prompt:
     """Render the prompt of a task. `values` are variables for the template, such as `style`.
 
