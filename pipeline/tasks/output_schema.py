@@ -236,7 +236,8 @@ def _annotation(schema: Schema, name: str) -> Any:
         spellings = {text.casefold(): text for text in schema["enum"] if kind == "string"}
 
         def respell(value: Any) -> Any:
-            return spellings.get(value.strip().casefold(), value) if isinstance(value, str) else value
+            is_known = value in schema["enum"] or not isinstance(value, str)
+            return value if is_known else spellings.get(value.strip().casefold(), value)
 
         return Annotated[Literal[tuple(schema["enum"])], BeforeValidator(respell)]
     bounds = {_BOUNDS[key]: value for key, value in schema.items() if key in _BOUNDS}

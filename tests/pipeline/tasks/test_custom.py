@@ -106,6 +106,8 @@ def test_each_invalid_row_has_a_reason(own: CustomTask, reply: Any, reasons: lis
         (task("boxes"), [box(1, 2, 30, 40)], {"boxes": [box(1, 2, 30, 40)]}),
         (task("labels"), ["lamp"], {"labels": ["lamp"]}),
         (task("labels", labels=["lamp", "TV"]), {"labels": ["Lamp ", "tv"]}, {"labels": ["lamp", "TV"]}),
+        (task("record", output=fields(v={"enum": ["A", "a", "B"]})), {"v": "A"}, {"v": "A"}),
+        (task("record", output=fields(v={"enum": ["A", "a", "B"]})), {"v": "b "}, {"v": "B"}),
         (task("boxes"), {"boxes": [box(1.4, 2, 30.0, 39.6)]}, {"boxes": [box(1, 2, 30, 40)]}),
         (task("question"), [WHO], {"qa": [WHO]}),
     ],
