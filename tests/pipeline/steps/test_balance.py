@@ -6,12 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.config.sections import BalanceConfig
-from pipeline.steps.balance import (
-    RARE,
-    STEP,
-    max_answer_count,
-)
+from pipeline.steps.balance import RARE, STEP
 from pipeline.tables import STRING, fields
 from tests.step_runs import numbered_table, run_step
 
@@ -36,12 +31,6 @@ def balance_rows(rows: pa.Table, seed: int = 0, shards: int = 1, **settings: Any
     return [row for row in rows.to_pylist() if row["reason"] is None]
 
 
-def largest(counts: list[int], share: float) -> int:
-    answers = {f"answer {n}": count for n, count in enumerate(counts)}
-    config = BalanceConfig(max_answer_frac=share, max_yes_no_frac=max(share, 0.5))
-    return max_answer_count("what is", answers, config)
-
-
 @pytest.mark.parametrize(("yes", "no"), [(900, 100), (100, 900), (520, 480)])
 def test_yes_and_no_are_balanced(yes: int, no: int) -> None:
     rows = table(*questions("Is there a dog?", *["yes"] * yes, *["no"] * no))
@@ -53,7 +42,7 @@ def test_common_answer_is_cut_to_its_share_and_rare_answers_stay() -> None:
     answers = [*["red"] * 500, *["blue"] * 60, *["green"] * 40, *["mauve"] * 3]
     rows = table(*questions("What color is the car?", *answers))
     counts = Counter(row["clean_answer"] for row in balance_rows(rows))
-    assert counts["red"] == largest([500, 60, 40, 3], 0.4) == 68
+    assert counts["red"] == 68
     assert counts["red"] <= 0.4 * counts.total()
     assert (counts["blue"], counts["green"], counts["mauve"]) == (60, 40, 3)
 
@@ -64,14 +53,6 @@ def test_question_types_with_one_answer_or_few_questions_are_not_reduced() -> No
     rare = [*questions("Are there cats?", "no"), *questions("Does it rain?", "yes")]
     rows = balance_rows(table(*questions("Is there a dog?", *["yes", "no"] * 30), *rare))
     assert [row["question_type"] for row in rows] == ["is there"] * 60 + [RARE] * 2
-
-
-@pytest.mark.parametrize(
-    ("counts", "share", "most"),
-    [([7], 0.4, 7), ([7, 7], 0.4, 7), ([9, 1], 0.55, 1), ([3, 3, 3], 0.4, 3), ([100, 50, 50], 0.4, 66)],
-)
-def test_max_answer_count_respects_the_configured_share(counts: list[int], share: float, most: int) -> None:
-    assert largest(counts, share) == most
 
 
 def test_pair_is_one_question_with_two_answers_about_similar_images() -> None:

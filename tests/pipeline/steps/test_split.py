@@ -91,35 +91,35 @@ def test_held_out_split_stated_by_source_gets_no_other_images(stated: set[str], 
 @pytest.mark.parametrize(
     ("name", "folder", "prefix"),
     [
-        ("day1/a.jpg", "day1", ""),
-        ("day1/clip1_0042.jpg", "day1", "day1/clip1_*"),
-        ("IMG_7.png", "", "/IMG_*"),
-        ("0042.jpg", "", ""),
-        ("day1/0042.jpg", "day1", "day1/"),
-        ("day1/clip1_0042_left.jpg", "day1", "day1/clip1_*_left"),
-        ("42_left.jpg", "", ""),
+        ("day1/a.jpg", "day1", ""), ("day1/clip1_0042.jpg", "day1", "day1/clip1_*"),
+        ("IMG_7.png", "", "/IMG_*"), ("0042.jpg", "", ""), ("day1/0042.jpg", "day1", "day1/"),
+        ("day1/clip1_0042_left.jpg", "day1", "day1/clip1_*_left"), ("42_left.jpg", "", ""),
         ("table.parquet:17", "", ""),
     ],
-)
+)  # fmt: skip
 def test_group_key_is_the_folder_or_the_name_prefix(name: str, folder: str, prefix: str) -> None:
     assert (name_key(name, "folder"), name_key(name, "prefix")) == (folder, prefix)
 
 
+def splits_by_folder(path: Path, rows: pa.Table, names: list[str], shards: int = 1) -> list[str]:
+    """Return the splits of rows whose images have these names in the source."""
+    directories = [DatasetDir(path / f"shard-{n}") for n in range(shards)]
+    size = len(names) // shards
+    for n, directory in enumerate(directories):
+        local = rows.slice(n * size, size)
+        write_table(directory.step_file(BEFORE), [local], rows.schema)
+        source = pa.table([local["sample_id"], names[n * size :][:size]], ["sample_id", "source_row"])
+        write_table(directory.step_file("read"), [source], source.schema)
+    run_on(STEP, directories, plan_of(path, resolve(source="folder:x", split={"group_by": "folder"})))
+    after = rows_after(STEP, directories, rows["annotation_id"].to_pylist())
+    return [*after["split"].to_pylist()]
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_group_by_folder_keeps_folders_together(tmp_path: Path, shards: int) -> None:
-    ids = IDS[:300]
     names = [f"day{n // 3}/{n}.jpg" for n in range(300)]
-    config = resolve(source="folder:x", split={"group_by": "folder"})
-    directories = [DatasetDir(tmp_path / f"shard-{n}") for n in range(shards)]
-    rows = table(ids).set_column(3, "source_split", pa.array(["test", *[None] * 299], pa.string()))
-    for n, directory in enumerate(directories):
-        part = slice(n * 300 // shards, (n + 1) * 300 // shards)
-        local = rows.slice(part.start, part.stop - part.start)
-        write_table(directory.step_file(BEFORE), [local], rows.schema)
-        source = pa.table({"sample_id": ids[part], "source_row": names[part]})
-        write_table(directory.step_file("read"), [source], source.schema)
-    run_on(STEP, directories, plan_of(tmp_path, config))
-    assigned = rows_after(STEP, directories, rows["annotation_id"].to_pylist())["split"].to_pylist()
+    rows = table(IDS[:300]).set_column(3, "source_split", pa.array(["test", *[None] * 299], pa.string()))
+    assigned = splits_by_folder(tmp_path, rows, names, shards)
     folders = {(name.partition("/")[0], split) for name, split in zip(names, assigned, strict=True)}
     assert len(folders) == 100 and {split for _, split in folders} == {"train", "validation", "test"}
     # The source holds out the first image of this folder.
@@ -131,13 +131,7 @@ def test_folders_with_common_near_duplicates_are_in_one_split(tmp_path: Path) ->
     ids = IDS[:200]
     names = [f"day{n // 4:02}/{n}.jpg" if n < 160 else f"{n}.jpg" for n in range(200)]
     groups = [ids[n - 3] if n < 160 and n % 8 == 4 else ids[n] for n in range(200)]
-    directory = DatasetDir(tmp_path / "shard")
-    rows = table(ids).set_column(2, "image_group", pa.array(groups))
-    write_table(directory.step_file(BEFORE), [rows], rows.schema)
-    source = pa.table({"sample_id": ids, "source_row": names})
-    write_table(directory.step_file("read"), [source], source.schema)
-    run_on(STEP, [directory], plan_of(tmp_path, resolve(source="folder:x", split={"group_by": "folder"})))
-    assigned = rows_after(STEP, [directory], rows["annotation_id"].to_pylist())["split"].to_pylist()
+    assigned = splits_by_folder(tmp_path, table(ids).set_column(2, "image_group", pa.array(groups)), names)
     of_pairs = [{*assigned[first : first + 8]} for first in range(0, 160, 8)]
     assert all(len(of_pair) == 1 for of_pair in of_pairs) and len(set.union(*of_pairs)) > 1
     alone = plan_of(tmp_path, resolve(source="folder:x")).config

@@ -29,6 +29,8 @@ def table(*rows: dict[str, Any]) -> pa.Table:
         (PAIR | {"question": "How many."}, "question_without_mark"),
         (PAIR | {"answer_type": "yes/no"}, "answer_not_yes_or_no"),
         (PAIR | {"answer_type": "maybe"}, "answer_type_literal_error"),
+        (PAIR | {"answer": "How many?"}, "answer_repeats_question"),
+        (PAIR | {"answer": ""}, "answer_string_too_short"),
     ],
 )
 def test_annotation_is_kept_or_rejected_with_reason(row: dict[str, Any], reason: str | None) -> None:

@@ -52,17 +52,13 @@ def reasons(*rows: dict[str, Any], shards: int = 1, **settings: Any) -> list[str
 @pytest.mark.parametrize(
     ("checks", "reason"),
     [
-        ([], None),
-        ([check("round_trip", "Red.")], None),
-        ([check("round_trip", "blue")], "answer_not_confirmed"),
-        ([check("round_trip", None)], None),
-        ([check("blind", "red")], "answerable_without_image"),
-        ([check("blind", "blue")], None),
-        ([check("sufficient", "red")], None),
-        ([check("sufficient", "blue")], "evidence_not_sufficient"),
+        ([], None), ([check("round_trip", "Red.")], None),
+        ([check("round_trip", "blue")], "answer_not_confirmed"), ([check("round_trip", None)], None),
+        ([check("blind", "red")], "answerable_without_image"), ([check("blind", "blue")], None),
+        ([check("sufficient", "red")], None), ([check("sufficient", "blue")], "evidence_not_sufficient"),
         ([check("round_trip", "blue"), check("blind", "red")], "answer_not_confirmed"),
     ],
-)
+)  # fmt: skip
 def test_question_is_kept_or_rejected_with_reason(checks: list[dict[str, Any]], reason: str | None) -> None:
     assert reasons(QUESTION | {"checks": checks}) == [reason]
 
@@ -80,17 +76,12 @@ TRUE_CLAIM, FALSE_CLAIM = ("yes", "no"), ("no", "yes", "no", "yes")
 @pytest.mark.parametrize(
     ("claims", "evidence", "confirmed"),
     [
-        ([TRUE_CLAIM], -2, 1),
-        ([FALSE_CLAIM], 4, 0),
-        ([TRUE_CLAIM, FALSE_CLAIM], 4, 0.5),
-        ([("yes", "yes", "yes", "yes")], 0, 0),
-        ([("no", "no", "yes", "no")], -2, 1),
-        ([("no", "cannot tell", "no", "yes")], 3, 0),
-        ([("Ja", "Nein.")], -2, 1),
-        ([(None, None)], None, None),
-        ([(None, "yes", None, "yes"), TRUE_CLAIM], 2, 0.5),
+        ([TRUE_CLAIM], -2, 1), ([FALSE_CLAIM], 4, 0), ([TRUE_CLAIM, FALSE_CLAIM], 4, 0.5),
+        ([("yes", "yes", "yes", "yes")], 0, 0), ([("no", "no", "yes", "no")], -2, 1),
+        ([("no", "cannot tell", "no", "yes")], 3, 0), ([("Ja", "Nein.")], -2, 1),
+        ([(None, None)], None, None), ([(None, "yes", None, "yes"), TRUE_CLAIM], 2, 0.5),
     ],
-)
+)  # fmt: skip
 def test_evidence_is_refuting_answers_less_confirming_ones(
     claims: list[tuple[str | None, ...]], evidence: int | None, confirmed: float | None
 ) -> None:

@@ -2,47 +2,21 @@
 
 import pytest
 
-from pipeline.tasks.deck_qa import equals_rounded, evaluate
-
-
-@pytest.mark.parametrize(
-    ("expression", "value"),
-    [
-        ("3 - 1", 2),
-        ("(1 + 2) * 4", 12),
-        ("-3 + 5", 2),
-        ("1,200 / 4", 300),
-        ("12.5% + 7.5%", 20),
-        ("$3 * 2", 6),
-        ("10 / 4", 2.5),
-    ],
-)
-def test_arithmetic_expression_is_evaluated(expression: str, value: float) -> None:
-    assert evaluate(expression) == pytest.approx(value)
-
+from pipeline.tasks.deck_qa import equals_rounded
 
 INVALID_EXPRESSIONS = "|1 +|1 / 0|9 ** 9 ** 9|__import__('os')|abs(3)|True + 1|[1]|a - b|1 if 1 else 2|1j"
-
-
-@pytest.mark.parametrize("expression", [*INVALID_EXPRESSIONS.split("|"), "(" * 300])
-def test_invalid_expression_has_no_value(expression: str) -> None:
-    assert evaluate(expression) is None
 
 
 @pytest.mark.parametrize(
     ("expression", "answer", "expected"),
     [
-        ("3 - 1", "2", True),
-        ("3 - 1", "3", False),
-        ("10 / 3", "3.33", True),
-        ("10 / 3", "3.34", False),
-        ("2 / 3", "1", True),
-        ("50 - 12.5", "37.5%", True),
-        ("600 + 600", "1,200 people", True),
-        ("3 - 1", "two", False),
-        ("x", "1", False),
+        ("3 - 1", "2", True), ("3 - 1", "3", False), ("3 - 1", "two", False), ("10 / 4", "2.5", True),
+        ("10 / 3", "3.33", True), ("10 / 3", "3.34", False), ("2 / 3", "1", True), ("-3 + 5", "2", True),
+        ("(1 + 2) * 4", "12", True), ("1,200 / 4", "300", True), ("$3 * 2", "6", True),
+        ("12.5% + 7.5%", "20", True), ("50 - 12.5", "37.5%", True), ("600 + 600", "1,200 people", True),
+        *((expression, "1", False) for expression in (*INVALID_EXPRESSIONS.split("|"), "(" * 300)),
     ],
-)
+)  # fmt: skip
 def test_answer_equals_the_value_rounded_to_its_decimal_places(
     expression: str, answer: str, expected: object
 ) -> None:

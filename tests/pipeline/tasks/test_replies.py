@@ -88,26 +88,17 @@ def test_invalid_question_does_not_reject_the_others() -> None:
 @pytest.mark.parametrize(
     ("request_", "text", "error"),
     [
-        (BRIEF, '{"caption":"A red', "not_plain_text"),
-        (BRIEF, "", "not_plain_text"),
-        (BRIEF, "[1]", "not_plain_text"),
-        (BRIEF, "```json\n[1]\n```", "not_plain_text"),
-        (BRIEF, "Sure! A red ring.", "not_plain_text"),
-        (BRIEF, "Here is a caption:", "not_plain_text"),
-        (BRIEF, '{"text":"A red ring."}', "not_plain_text"),
-        (BRIEF, "half a pair: \ud83d", "off_schema"),
+        (BRIEF, '{"caption":"A red', "not_plain_text"), (BRIEF, "", "not_plain_text"),
+        (BRIEF, "[1]", "not_plain_text"), (BRIEF, "```json\n[1]\n```", "not_plain_text"),
+        (BRIEF, "Sure! A red ring.", "not_plain_text"), (BRIEF, "Here is a caption:", "not_plain_text"),
+        (BRIEF, '{"text":"A red ring."}', "not_plain_text"), (BRIEF, "half a pair: \ud83d", "off_schema"),
         (BRIEF, '{"caption":[3]}', "off_schema"),
-        (BRIEF, '{"caption":"half a pair: \\ud83d"}', "off_schema"),
-        (QA, "[" * 100_000, "not_json"),
-        (QA, "no object at all", "not_json"),
-        (QA, '{"qa":[]}', "off_schema"),
-        (QA, '{"qa":["x"]}', "off_schema"),
-        (QA, '["x"]', "off_schema"),
-        (QA, "[]", "off_schema"),
-        (QA, '{"caption":"x"}', "off_schema"),
-        (QA, "null", "not_json"),
+        (BRIEF, '{"caption":"half a pair: \\ud83d"}', "off_schema"), (QA, "[" * 100_000, "not_json"),
+        (QA, "no object at all", "not_json"), (QA, '{"qa":[]}', "off_schema"),
+        (QA, '{"qa":["x"]}', "off_schema"), (QA, '["x"]', "off_schema"), (QA, "[]", "off_schema"),
+        (QA, '{"caption":"x"}', "off_schema"), (QA, "null", "not_json"),
     ],
-)
+)  # fmt: skip
 def test_unreadable_reply_is_one_row_with_its_reason(request_: Request, text: str, error: str) -> None:
     assert [(row["reply_error"], row["reply_text"]) for row in parse_reply(request_, reply(text))] == [
         (error, text)
@@ -122,17 +113,13 @@ def test_cut_reply_is_not_read() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("I'm sorry, but I cannot describe this.", "refusal"),
-        ("I can't help with that.", "refusal"),
-        ("As an AI, I see nothing.", "refusal"),
-        ("A sign says I'm sorry, in red.", None),
-        ("I canter on a horse.", None),
-        ("A cat and a cat and a cat and a cat and", "repeats_itself"),
-        ("red red red red", "repeats_itself"),
-        ("A big red ring, a big red disk, a big red star.", None),
+        ("I'm sorry, but I cannot describe this.", "refusal"), ("I can't help with that.", "refusal"),
+        ("As an AI, I see nothing.", "refusal"), ("A sign says I'm sorry, in red.", None),
+        ("I canter on a horse.", None), ("A cat and a cat and a cat and a cat and", "repeats_itself"),
+        ("red red red red", "repeats_itself"), ("A big red ring, a big red disk, a big red star.", None),
         ("Yes yes yes.", None),
     ],
-)
+)  # fmt: skip
 def test_refusal_or_loop_sets_reply_error(text: str, error: str | None) -> None:
     (row,) = parse_reply(BRIEF, reply(f'{{"caption":"{text}"}}'))
     assert row["reply_error"] == error

@@ -9,22 +9,16 @@ from pipeline.text.refusals import is_declined, is_refusal
 @pytest.mark.parametrize(
     ("text", "declined", "refusal"),
     [
-        ("I am sorry, but I cannot see it.", True, True),
-        ("Sorry, there is no image.", False, True),
-        ("I cannot help with that.", True, True),
-        ("As an AI, I have no eyes.", True, True),
-        ("I won't stop.", True, False),
-        ("It is not possible to tell.", False, True),
-        ("Unable to fly, the penguin walks.", False, True),
-        ("No image provided.", False, True),
-        ("I am afraid of dogs.", False, True),
-        ("More context is needed.", False, True),
+        ("I am sorry, but I cannot see it.", True, True), ("Sorry, there is no image.", False, True),
+        ("I cannot help with that.", True, True), ("As an AI, I have no eyes.", True, True),
+        ("I won't stop.", True, False), ("It is not possible to tell.", False, True),
+        ("Unable to fly, the penguin walks.", False, True), ("No image provided.", False, True),
+        ("I am afraid of dogs.", False, True), ("More context is needed.", False, True),
         ("Further details are required.", False, True),
         ("Additional information would be necessary.", False, True),
-        ("This photo is unreadable.", False, True),
-        ("A sorry sight: a dog in the rain.", False, False),
+        ("This photo is unreadable.", False, True), ("A sorry sight: a dog in the rain.", False, False),
     ],
-)
+)  # fmt: skip
 def test_refusals_and_declined_requests_are_detected(text: str, *, declined: bool, refusal: bool) -> None:
     assert (is_declined(text), is_refusal(text, words_of(text))) == (declined, refusal)
 
