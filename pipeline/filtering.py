@@ -28,6 +28,7 @@ from pipeline.tables import FILTERED, HUMAN_PROMPTS, append_columns, require_col
 from pipeline.tasks import BUILT_IN, TASKS, Tasks
 from pipeline.tasks.base import texts_in
 from pipeline.tasks.custom import JOINING, NOTHING, CustomTask
+from pipeline.tasks.output_schema import enum_texts
 from pipeline.tasks.prompts import NOTES, prompt_texts
 from pipeline.text import WORDS, artifacts, language
 from pipeline.text.language import count_words
@@ -83,8 +84,8 @@ def filter_annotations(
 @lru_cache(64)
 def _grams_of(task: CustomTask, prompt_grams: Grams) -> Grams:
     """Return `prompt_grams` and the n-grams of a custom task's prompt, except those of its allowed values."""
-    own_grams = artifacts.prompt_grams([task.settings.prompt]) - artifacts.prompt_grams(task.allowed_texts())
-    return prompt_grams | own_grams
+    own_grams = artifacts.prompt_grams([task.settings.prompt])
+    return prompt_grams | (own_grams - artifacts.prompt_grams(enum_texts(task.whole)))
 
 
 def _is_own_text(task: CustomTask) -> bool:

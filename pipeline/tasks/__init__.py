@@ -53,8 +53,10 @@ def asks_about_decks(names: Iterable[str]) -> bool:
 
 def find_broken_rule(task: Task, row: dict[str, Any], pages: int = 1) -> str | None:
     """Return a rejection reason for the first rule that an annotation breaks, or None if it is valid."""
+    columns = row if task.text_field is None else {**row, task.text_field: row.get("text")}
+    fields = {name: columns.get(name) for name in task.row.model_fields}
     try:
-        task.row.model_validate(task.fields_of(row), context={"pages": pages})
+        task.row.model_validate(fields, context={"pages": pages})
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         return "_".join([*(str(part) for part in first["loc"]), str(first["type"])])

@@ -95,11 +95,6 @@ class Task:
         """The closed schema (output_schema.py) of the result that conditions use."""
         return {"type": "array", "items": {"type": "object"}} if self.rows_field else {"type": "string"}
 
-    def fields_of(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the values of the row model's fields from the columns of an annotation."""
-        columns = row if self.text_field is None else {**row, self.text_field: row.get("text")}
-        return {name: columns.get(name) for name in self.row.model_fields}
-
     def rows_of(self, reply: Any) -> list[Any] | None:
         """Return the rows of a parsed reply, which may be a bare list, or None if the reply has no rows."""
         rows: Any = [reply]

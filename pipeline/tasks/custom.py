@@ -149,10 +149,6 @@ class CustomTask(Task):
         """Return an empty result for testing prompts that use it. With `nulls`, optional values are null."""
         return [] if self.rows_field else output_schema.empty_value(self.value, nulls=nulls)
 
-    def allowed_texts(self) -> list[str]:
-        """Return all strings in the enums of the schema."""
-        return output_schema.enum_texts(self.whole)
-
 
 def _is_in_pixels(box: list[Any]) -> bool:
     """Return whether the corners of a box are numbers, but not fractions of the image size."""

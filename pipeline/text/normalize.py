@@ -92,15 +92,15 @@ def has_marks(text: str) -> bool:
 @cache
 def combining_marks() -> str:
     """Return the ranges of combining marks, for use in a character set of a regular expression."""
-    marks = [code for code in range(0x300, sys.maxunicode + 1) if _is_mark(chr(code))]
+    # Variation selectors, which follow emoji, are not marks.
+    marks = [
+        code
+        for code in range(0x300, sys.maxunicode + 1)
+        if unicodedata.category(chr(code)) in ("Mn", "Mc")
+        and not unicodedata.name(chr(code), "").startswith("VARIATION")
+    ]
     runs = [[code for _, code in run] for _, run in groupby(enumerate(marks), lambda item: item[1] - item[0])]
     return "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)
-
-
-def _is_mark(character: str) -> bool:
-    """Return whether a character is a combining mark. Variation selectors, which follow emoji, are not."""
-    is_mark = unicodedata.category(character) in ("Mn", "Mc")
-    return is_mark and not unicodedata.name(character, "").startswith("VARIATION")
 
 
 @cache
