@@ -29,8 +29,8 @@ TEXT_SIZES, TEXT_MODULES = (
     (2_000, 20_000),
     ("pipeline.text", "pipeline.rules", "pipeline.scenes", "pipeline.tasks"),
 )
-# These patterns are used on names of files.
-BOUNDED_CHARACTERS = {"pipeline.steps.split._NUMBER_WITHIN": 255, "pipeline.steps.split._LAST_NUMBER": 1_000}
+# This pattern is used on names of files.
+BOUNDED_CHARACTERS = {"pipeline.steps.split._LAST_NUMBER": 255}
 MAX_S_PER_MB = {SIZES: 2.0, TEXT_SIZES: 25.0}  # of CPU time
 
 
