@@ -190,7 +190,7 @@ def _build(settings: TaskConfig) -> CustomTask:
         whole = require_field(whole, rows)
         item = without_null(whole["properties"][rows]["items"])
     field = _field_of(settings, item)
-    required = {"question": ("question", "answer"), "boxes": BOX_FIELDS}.get(kind, (field,))
+    required = {"question": ("question", "answer"), "boxes": BOX_FIELDS}.get(kind, (field or "",))
     for name in required if item["type"] == "object" else ():
         item = require_field(item, name) if name in item["properties"] else item
     if rows:

@@ -16,8 +16,9 @@ from pipeline.text.normalize import contains_any, sentences_with, text_key, word
 # Every match of _MARKUP in ASCII has one of these characters or parts. They are rare in captions, so testing
 # for them first makes the search 10 times faster.
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]|_")
-_SPECIAL_PARTS = ("--", "$$", "..", " / ", "ounding", "bbox", "oordinate", "pixel", " OR ", "XXX")
-_SPECIAL_PARTS += ("addCriterion",)
+_SPECIAL_PARTS = (
+    "--", "$$", "..", " / ", "ounding", "bbox", "oordinate", "pixel", " OR ", "XXX", "addCriterion",
+)  # fmt: skip
 _ENDING_EMOJI = re.compile(r"[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]{1,2}$")
 _MARKUP = pattern("markup")
 _JSON_KEYS = re.compile(r"[\"']\s*[:,]\s*[\"']\s*\w+[\"']\s*:")

@@ -96,11 +96,11 @@ def test_deck_question_gets_the_true_answer_or_none(question: str, truth: Truth 
 def test_caption_phrases_match_objects_one_to_one() -> None:
     score = CaptionScore()
     score.add("A small red ring, a small red ring and a small red ring.", TWO_RINGS, "brief")
-    assert (score.precision, score.recall) == (pytest.approx(2 / 3), 1)
+    assert [score.precision, score.recall] == pytest.approx([2 / 3, 1])
     score.add(
         "A small red ring is at the center. A large red ring is at the top left.", TWO_RINGS, "detailed"
     )
-    assert (score.precision, score.recall) == (pytest.approx(3 / 5), 3 / 4)
+    assert [score.precision, score.recall] == pytest.approx([3 / 5, 3 / 4])
 
 
 def test_question_without_a_true_answer_counts_as_wrong() -> None:
