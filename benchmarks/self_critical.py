@@ -20,10 +20,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from examples.scenes.facts import scenes_of
 from pipeline.dataset.builder import with_split
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import Version
-from pipeline.scenes.scene import Scene, Thing, scenes_of
+from pipeline.scenes.scene import Scene, Thing
 from pipeline.tables import ROW, SPLITS
 from tests.scene_data import publish_tables
 from trainer.config import resolve

@@ -26,10 +26,11 @@ import pyarrow.compute as pc
 import torch
 from compare_captioners import Scores, print_comparison, read_scores
 
+from examples.scenes.facts import CaptionScore, scenes_of
 from pipeline.dataset.builder import with_split
 from pipeline.dataset.version import Version, read_version
-from pipeline.scenes.scene import COLORS, SHAPES, Scene, Thing, scenes_of
-from pipeline.scenes.text import CaptionScore, caption
+from pipeline.scenes.scene import COLORS, SHAPES, Scene, Thing
+from pipeline.scenes.text import caption
 from pipeline.tables import ROW, SPLITS
 from tests.scene_data import make_version, publish_tables, scene_samples
 from trainer.config import resolve

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from examples.scenes.facts import AnswerScore, CaptionScore, DeckScore, scenes_of
 from pipeline.config import SCENES, Config
 from pipeline.config.sections import SplitConfig
 from pipeline.dataset.builder import DIGESTS, build_rows
@@ -18,8 +19,8 @@ from pipeline.dataset.publishing import RowWriter, publish_version
 from pipeline.dataset.version import Version, read_version
 from pipeline.hub.package import build_package
 from pipeline.inference.requests import build_requests, with_images
-from pipeline.scenes.scene import Scene, sample_scene, scenes_of
-from pipeline.scenes.text import STYLES, AnswerScore, CaptionScore, DeckScore, caption
+from pipeline.scenes.scene import Scene, sample_scene
+from pipeline.scenes.text import STYLES, caption
 from pipeline.sources.scenes import draw_sample
 from pipeline.steps.split import split_of
 from pipeline.storage.files import scratch_folder, write_table

@@ -4,8 +4,8 @@ import random
 import re
 from dataclasses import asdict
 
+from examples.scenes.facts import answer, answer_deck
 from pipeline.scenes.scene import BACKGROUNDS, PLACES, VALUES, Scene, Thing
-from pipeline.scenes.text import answer, answer_deck
 from pipeline.tasks.deck_qa import DeckAnswerType, DeckQAPair
 from pipeline.tasks.qa import QAPair
 

@@ -29,6 +29,7 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from examples.scenes import training_steps
+from examples.scenes.facts import answer, answer_deck
 from examples.scenes.packed_tasks import (
     VISION_TOKENS,
     DecidedSpan,
@@ -42,7 +43,7 @@ from examples.scenes.page_guide import DeckExample, PageGuide
 from examples.scenes.questions import ASK, ASK_DECK, END, Spot, decisive_spots, page_questions
 from examples.scenes.tiny_vlm import TEXT_WIDTH, build_model, build_processor, train_tokenizer
 from pipeline.scenes.scene import PLACES, Scene, draw, sample_deck, sample_scene
-from pipeline.scenes.text import STYLES, answer, answer_deck, caption
+from pipeline.scenes.text import STYLES, caption
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Output
 from pipeline.tasks.caption import Caption

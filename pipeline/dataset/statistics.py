@@ -10,8 +10,6 @@ from math import log2, sqrt
 from typing import Any
 
 from pipeline.dataset.content import Content
-from pipeline.scenes.scene import scenes_of
-from pipeline.scenes.text import AnswerScore, CaptionScore, DeckScore
 from pipeline.tables import HUMAN, ROW, SCORE_NAMES
 from pipeline.tasks.checks import REPAIR
 
@@ -32,8 +30,6 @@ class DatasetStatistics:
     human_questions: int = 0
     images_by_task: Counter[str] = field(default_factory=Counter)  # by custom task
     labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by custom task
-    true_captions: dict[str, CaptionScore] = field(default_factory=lambda: defaultdict(CaptionScore))
-    true_answers: dict[str, AnswerScore | DeckScore] = field(default_factory=dict)  # by answer type
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows of a version."""
@@ -53,7 +49,6 @@ class DatasetStatistics:
                         self.score_totals[name] += annotation[name]
             for task in row.keys() - {*ROW.names, "split"}:
                 self._add_value(task, row[task])
-            self._compare_with_scenes(row)
 
     def _add_value(self, task: str, value: Any) -> None:
         self.images_by_task[task] += value not in (None, [])
@@ -61,19 +56,6 @@ class DatasetStatistics:
             label = item.get("label") if isinstance(item, dict) else item
             if isinstance(label, str) and len(label) <= MAX_LABEL_CHARACTERS:
                 self.labels[task][label] += 1
-
-    def _compare_with_scenes(self, row: dict[str, Any]) -> None:
-        scenes = scenes_of(row["source"], row["source_row"])
-        if len(scenes) == 1:
-            for caption in row["captions"]:
-                self.true_captions[caption["style"]].add(caption["text"], scenes[0], caption["style"])
-        for pair in row["qa"] if scenes else ():
-            kind = pair["answer_type"] or "other"
-            score = self.true_answers.setdefault(kind, AnswerScore() if len(scenes) == 1 else DeckScore())
-            if isinstance(score, AnswerScore):
-                score.add(pair["question"], pair["answer"], scenes[0])
-            else:
-                score.add(pair, scenes)
 
     def result(self, language: str | None = None) -> dict[str, Any]:
         """Return all statistics that have data, by name. `language` is that of the captions, if known."""
@@ -90,14 +72,6 @@ class DatasetStatistics:
             "custom_tasks": {
                 task: {"images": images, "labels": dict(self.labels[task].most_common(MAX_LABELS))}
                 for task, images in sorted(self.images_by_task.items())
-            },
-            "true_captions": {
-                style: {"precision": round(score.precision, 4), "recall": round(score.recall, 4)}
-                for style, score in sorted(self.true_captions.items())
-            },
-            "true_answers": {
-                kind: {"accuracy": round(score.accuracy, 4), "majority": round(score.majority, 4)}
-                for kind, score in sorted(self.true_answers.items())
             },
         }
         return {name: part for name, part in parts.items() if part}

@@ -7,12 +7,11 @@ merging 2 x 2 patches of 14 px.
 
 import math
 import random
-import re
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from pipeline.config import DECKS, SCENES
+from pipeline.config import DECKS
 
 SIZES = ("small", "large")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
@@ -101,12 +100,6 @@ def sample_row(source: str, seed: int, index: int) -> tuple[tuple[Scene, ...], r
         return sample_deck(rng), rng
     rng = random.Random(f"{seed}:{index}")
     return (sample_scene(rng),), rng
-
-
-def scenes_of(source: str, source_row: str) -> tuple[Scene, ...]:
-    """Return the scenes of the row "SEED/INDEX", or () if the source has no drawn scenes."""
-    row = re.fullmatch(r"(-?\d+)/(\d+)", source_row) if source in (SCENES, DECKS) else None
-    return sample_row(source, int(row[1]), int(row[2]))[0] if row else ()
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:

@@ -29,7 +29,7 @@ def open_scenes(seed: int, limit: int | None, *, name: str = SCENES) -> Source:
 
 
 def draw_sample(seed: int, index: int, name: str = SCENES) -> Sample:
-    """Draw a scene with a brief caption, or a deck. `scenes_of` recomputes the facts from `source_row`."""
+    """Draw a scene with a brief caption, or a deck. `source_row` determines all facts."""
     scenes, rng = sample_row(name, seed, index)
     images = []
     for scene in scenes:

@@ -35,8 +35,6 @@ FULL = MANIFEST | {
     "measured": {
         "captions": {"brief": CONTENT},
         "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6, "entropy_bits": 1.0}},
-        "true_captions": {"brief": {"precision": 0.99, "recall": 0.98}},
-        "true_answers": {"number": {"accuracy": 0.9, "majority": 0.4}},
     },
     "leakage": {
         "compared_as": "photos", "near_bits": 70, "groups_of_images": 7, "near_held_out_annotations": 3,

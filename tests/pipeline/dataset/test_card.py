@@ -101,12 +101,8 @@ def test_card_shows_measurements_with_baselines() -> None:
     measured = {
         "captions": {"brief": content.result()},
         "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6}},
-        "true_captions": {"brief": {"precision": 0.99, "recall": 0.98}},
-        "true_answers": {"number": {"accuracy": 0.9, "majority": 0.4}},
     }
     card = render_card(MANIFEST | {"measured": measured}, [])
-    assert "| objects in captions, brief | 0.99 | 0.98 of the drawn objects are named |" in card
-    assert "| answers, number | 0.9 | the most frequent answer: 0.4 |" in card
     assert "| brief | 3 | 6.3 (3, 7) | 33.3 % | 0.0 % | 0.0 % | 33.3 % | 100.0 % |" in card
     assert "| yes/no | 9 | yes: 60.0 % |" in card
 

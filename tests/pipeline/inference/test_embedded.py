@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.scenes.facts import AnswerScore, CaptionScore
 from pipeline.config import DECKS
 from pipeline.config.files import resolve
 from pipeline.digests import weights_revision
@@ -16,7 +17,6 @@ from pipeline.images.decode import prepare_image
 from pipeline.inference import embedded
 from pipeline.inference.embedded import EmbeddedEngine, batch_requests
 from pipeline.inference.engines import TINY_DECK_WEIGHTS, TINY_WEIGHTS, choose_engine
-from pipeline.scenes.text import AnswerScore, CaptionScore
 from pipeline.sources.scenes import draw_sample
 from pipeline.tasks import TASKS
 from pipeline.tasks.replies import parse_reply

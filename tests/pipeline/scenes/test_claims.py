@@ -4,9 +4,10 @@ import random
 
 import pytest
 
+from examples.scenes.facts import answer
 from pipeline.scenes.claims import extract_claims
 from pipeline.scenes.scene import sample_scene
-from pipeline.scenes.text import STYLES, answer, caption
+from pipeline.scenes.text import STYLES, caption
 
 
 @pytest.mark.parametrize(

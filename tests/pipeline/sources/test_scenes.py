@@ -1,7 +1,7 @@
 """Scenes: a larger limit begins with the same scenes, and each reference states the facts of its scene."""
 
+from examples.scenes.facts import scenes_of
 from pipeline.config import SCENES
-from pipeline.scenes.scene import scenes_of
 from pipeline.scenes.text import caption
 from pipeline.sources.scenes import open_scenes
 from pipeline.types import Sample

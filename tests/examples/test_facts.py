@@ -1,11 +1,10 @@
-"""Scene texts: captions are parsed into facts, answers follow from the facts, and scores count both."""
+"""Facts of scenes: captions are parsed into facts, answers follow from the facts, and scores count both."""
 
 import random
 
 import pytest
 
-from pipeline.scenes.scene import Scene, Thing, sample_scene
-from pipeline.scenes.text import (
+from examples.scenes.facts import (
     AnswerScore,
     CaptionScore,
     Phrase,
@@ -13,9 +12,10 @@ from pipeline.scenes.text import (
     answer,
     answer_deck,
     background,
-    caption,
     phrases,
 )
+from pipeline.scenes.scene import Scene, Thing, sample_scene
+from pipeline.scenes.text import caption
 
 SCENE = Scene(
     "beige",
