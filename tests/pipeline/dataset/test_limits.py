@@ -1,12 +1,9 @@
 """Limits of scores: what they keep, and the share of wrong texts among the reviewed ones."""
 
-from pathlib import Path
-
 import pyarrow as pa
 
-from pipeline.dataset.limits import SCORED, SCORES, describe_changes, score_curves
+from pipeline.dataset.limits import SCORED, SCORES, score_curves
 from pipeline.dataset.reviews import TextName, Verdict, text_name
-from tests.scene_data import make_version, scene_samples, true_captions
 
 
 def judge(name: TextName, *, is_wrong: bool) -> Verdict:
@@ -30,21 +27,3 @@ def test_curve_shows_kept_texts_and_wrong_ones_from_each_tenth_on() -> None:
     assert tenth == "100.0 % wrong, 1 reviewed"
     assert from_limit == "11.1 % wrong, 9 reviewed"
     assert score_curves([table], []) == {}
-
-
-def test_changes_state_wrong_share_of_reviewed_texts_that_are_kept_or_left_out(tmp_path: Path) -> None:
-    samples = scene_samples(6)
-    captions = true_captions(samples)
-    before, _ = make_version(tmp_path, samples, captions)
-    after, _ = make_version(tmp_path, samples, captions.slice(4))
-    for version, count in ((before, 12), (after, 8)):
-        version.manifest["measured"] = {"captions": {"plain": {"count": count}}}
-    names = [text_name(row) for row in captions.to_pylist()]
-    verdicts = [judge(name, is_wrong=n < 3) for n, name in enumerate(names[:8])]
-    assert list(describe_changes(before, after, verdicts)) == [
-        "v1.0.1 has 8 captions and questions, v1.0.0 12",
-        "  texts of v1.0.0 that are kept: 0.0 % wrong, 4 reviewed",
-        "  texts of v1.0.0 that are left out: 75.0 % wrong, 4 reviewed",
-    ]
-    assert len(list(describe_changes(before, after, []))) == 1
-    assert list(describe_changes(after, after, verdicts)) == []
