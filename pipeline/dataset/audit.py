@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataset.reviews import TextName, Verdict, record_name, text_name
-from pipeline.dataset.statistics import wilson_interval
+from pipeline.dataset.statistics import percent, wilson_interval
 from pipeline.digests import hash_to_unit
 
 COLUMNS = ("sample_id", "captions", "qa")  # and the columns of custom tasks
@@ -203,7 +203,12 @@ def _unequal_pairs(counts: Counter[str]) -> int:
 
 def audit_in_words(audit: Mapping[str, Any] | None) -> str:
     """Return the shares of wrong texts by task, such as `4.1 % of captions are wrong [2.1, 7.2], ...`."""
-    rates = [rate_in_words(rate) for rate in whole_tasks(audit) if rate["wrong"] is not None]
+    rates = [
+        f"{percent(rate['wrong'])} % of {rate['task']} are wrong "
+        f"[{percent(rate['low'])}, {percent(rate['high'])}], {rate['reviewed']} reviewed"
+        for rate in whole_tasks(audit)
+        if rate["wrong"] is not None
+    ]
     if not audit or not rates:
         return NOT_MEASURED
     reviewers = f"{audit['reviewers']} reviewer{'s' if audit['reviewers'] > 1 else ''}"
@@ -215,9 +220,3 @@ def whole_tasks(audit: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     """Return the rate of each task, over all its styles."""
     rates: list[Mapping[str, Any]] = audit["rates"] if audit else []
     return list({rate["task"]: rate for rate in reversed(rates)}.values())[::-1]
-
-
-def rate_in_words(rate: Mapping[str, Any]) -> str:
-    """Return a rate in words, with its 95 % interval in percent."""
-    share, low, high = (f"{100 * rate[name]:.1f}" for name in ("wrong", "low", "high"))
-    return f"{share} % of {rate['task']} are wrong [{low}, {high}], {rate['reviewed']} reviewed"

@@ -69,14 +69,15 @@ def write_report(version: Version, folder: Path) -> Path:
         shown=num_shown,
         funnel=manifest.get("funnel", []),
         in_words=in_words,
-        audit_in_words=audit_in_words(manifest.get("audit")),
-        checks_in_words=checks_in_words(manifest),
+        audit_in_words=audit_in_words,
+        checks_in_words=checks_in_words,
         scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],
         scores_in_words=SCORES_IN_WORDS,
         score_curves=_score_curves(DatasetDir(folder)) if has_steps else {},
         has_steps=has_steps,
         cost=cost or None,
-        price_in_words=price_in_words(manifest, cost.get("asking_s", 0.0)),
+        price_in_words=price_in_words,
+        asking_s=cost.get("asking_s", 0.0),
         metrics_file=metrics_file and str(metrics_file),
         metrics=metrics,
         first_images=first_images,
@@ -85,7 +86,7 @@ def write_report(version: Version, folder: Path) -> Path:
         script_hashes=[script_hash(script) for script in scripts],
     )
     page = folder / "report.html"
-    if page.exists() and not _is_report(page):
+    if page.exists() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:4096]:
         hint = "move it away: the report would overwrite it"
         raise ConfigError(f"{page} is not a report written by synth", hint=hint)
     write_text(page, text)
@@ -96,11 +97,6 @@ def _score_curves(dataset: DatasetDir) -> dict[str, Any]:
     verdicts, paths = read_stored(dataset.reviews, Verdict), dataset.step_files("review")
     tables = (table for path in paths for table in read_batches(path, SCORED))
     return score_curves(tables if verdicts else (), verdicts)
-
-
-def _is_report(page: Path) -> bool:
-    with page.open(encoding="utf-8", errors="replace") as file:
-        return GENERATOR in file.read(4096)
 
 
 def _read_rows(version: Version, num_shown: int) -> Iterator[dict[str, Any]]:

@@ -10,9 +10,11 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from pipeline.dataset.card import INVALID
+from pipeline.dataset.statistics import percent
 from pipeline.errors import ImageError, StoreError
 from pipeline.images.decode import prepare_image
 
@@ -28,13 +30,14 @@ _PAGES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_PAGES.filters["percent"] = percent
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Render a template."""
+    """Render a template. Raises StoreError if a value is invalid, since manifests are untrusted."""
     try:
         return _PAGES.get_template(template).render(**values)
-    except (TypeError, AttributeError, LookupError, TemplateError) as error:  # the manifest is untrusted
+    except INVALID as error:
         source = " or ".join(filter(None, ("the manifest", values.get("metrics_file"))))
         raise StoreError(
             f"cannot write the page: {source} is invalid: {error}",
