@@ -1,5 +1,6 @@
 """Remove unused images, hidden states, and files left by killed commands."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, open_table, remove
 from pipeline.storage.lock import lock_file
 
-TEMPORARY_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
-# Patterns of files left by killed commands. All commands that write to these folders hold the dataset's lock.
+OWN_LOCK = (FEATURES, PUSHED)  # each folder in these folders has its own lock
+# Patterns of files left by killed commands, which hold the lock of the dataset or of the folder, and of
+# hidden states, which training can compute again.
 LEFTOVERS = (
+    *(f"{name}/*" for name in OWN_LOCK),
     TRIAL,
     f"versions/{SCRATCH}",
     f"versions/v*/{TEMPORARY_FILES}",
@@ -46,28 +49,20 @@ def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftove
 
 
 def remove_leftovers(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove files left by killed commands. The caller holds the lock, so no running command uses them."""
-    paths = (path for pattern in LEFTOVERS for path in sorted(dataset.path.glob(pattern)))
-    leftovers = [_measure(path) for path in paths if not _is_linked(dataset, path.parent)]
-    for leftover in () if dry_run else leftovers:
-        _remove(leftover.path)
-    return leftovers
-
-
-def remove_temporary_folders(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove cached hidden states, which training can compute again, and shards left by killed pushes.
+    """Remove files left by killed commands, and hidden states. The caller holds the lock of the dataset.
 
     Folders in use by another process are skipped. A training run that already reads a removed file continues.
     """
     removed = []
-    for folder in (path for pattern in TEMPORARY_FOLDERS for path in sorted(dataset.path.glob(pattern))):
-        if not folder.is_dir() or _is_linked(dataset, folder):
+    for path in [path for pattern in LEFTOVERS for path in sorted(dataset.path.glob(pattern))]:
+        if _is_linked(dataset, path.parent):
             continue
+        has_lock = path.parent.name in OWN_LOCK and path.is_dir() and not path.is_symlink()
         try:
-            with lock_file(folder / LOCK, _raise_busy, StoreError):
-                removed.append(_measure(folder))
+            with lock_file(path / LOCK, _raise_busy, StoreError) if has_lock else nullcontext():
+                removed.append(_measure(path))
                 if not dry_run:
-                    _remove(folder)
+                    _remove(path)
         except BlockingIOError:
             continue
     return removed

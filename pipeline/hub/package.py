@@ -103,8 +103,7 @@ def _scratch_folder(version: Version) -> Iterator[Path]:
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
     """Return a manifest without images. If the files hold images, write files without them to `folder`."""
     columns = version.manifest["columns"]
-    texts = {"columns": [column for column in columns if column not in PIXELS]}
-    manifest = {key: value for key, value in version.manifest.items() if key != "images"} | texts
+    manifest = version.manifest | {"columns": [column for column in columns if column not in PIXELS]}
     if version.holds_pixels:
         manifest = write_self_contained(Version(version.path, manifest), folder)
     return manifest | {
@@ -158,7 +157,8 @@ def build_checkpoint_package(
         saved["train"]["init"] = Path(init).name
     written = {"train.json": json_text(saved["train"]).encode(), **extra_files(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
-    files |= _content_entries(written)
+    for name, data in written.items():
+        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     names = (*CHECKPOINT_FILES, *sorted({*files} - {*CHECKPOINT_FILES}))
     content_digest = digest([files[name]["sha256"] for name in names])
     data = saved["config"]["data"]
@@ -179,11 +179,6 @@ def build_checkpoint_package(
         },
         has_unknown_license=bool(data.get("has_unknown_license", True)),
     )
-
-
-def _content_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    return {name: {"sha256": digests[name], "bytes": len(data)} for name, data in files.items()}
 
 
 def base_models(train: Mapping[str, Any], hub_ids: Mapping[str, str]) -> list[str]:

@@ -107,15 +107,10 @@ def _retry(attempt: Callable[[], PushResult]) -> PushResult:
             # A ConnectError means that no server is listening.
             if isinstance(error, httpx2.ConnectError):
                 raise
-            time.sleep(_pause_s(error, number))
+            headers = error.response.headers if isinstance(error, HfHubHTTPError) else {}
+            limit = parse_ratelimit_headers(headers)
+            time.sleep(min(limit.reset_in_seconds + 1.0, MAX_PAUSE_S) if limit else 2.0 ** (number - 2))
     return attempt()
-
-
-def _pause_s(error: Exception, number: int) -> float:
-    limit = parse_ratelimit_headers(error.response.headers) if isinstance(error, HfHubHTTPError) else None
-    if limit is not None:
-        return min(limit.reset_in_seconds + 1.0, MAX_PAUSE_S)
-    return min(2.0 ** (number - 2), 8.0)
 
 
 def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: Progress) -> PushResult:
