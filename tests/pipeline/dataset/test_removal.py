@@ -63,7 +63,7 @@ def test_gc_removes_images_without_version_or_sample_list(tmp_path: Path) -> Non
 def test_gc_keeps_all_images_if_a_version_is_damaged(dataset: DatasetDir) -> None:
     remove_versions(dataset, "v1.2.0")
     (dataset.path / "versions" / "v1.1.0" / "manifest.json").write_text("[")
-    with pytest.raises(StoreError, match=r"v1\.1\.0 cannot be read"):
+    with pytest.raises(StoreError, match=r"not a version: .*v1\.1\.0 "):
         remove_images(dataset)
     assert ImageStore(dataset.path).find_missing([one.id for one in SAMPLES]) == []
 
