@@ -74,7 +74,7 @@ def versions_gc(
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = remove_leftovers(dataset, dry_run=dry_run)
         leftovers += remove_images(dataset, dry_run=dry_run)
-    for leftover in leftovers:
-        say(f"{'would remove' if dry_run else 'removed'} {leftover.path}, {size(leftover.num_bytes)}")
-    freed = size(sum(leftover.num_bytes for leftover in leftovers))
+    for path, num_bytes in leftovers:
+        say(f"{'would remove' if dry_run else 'removed'} {path}, {size(num_bytes)}")
+    freed = size(sum(num_bytes for _, num_bytes in leftovers))
     echo(f"{'would free' if dry_run else 'freed'} {freed} in {dataset.path}")

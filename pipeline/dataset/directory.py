@@ -17,12 +17,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.dataset.images import BATCH_SAMPLES, ImageStore
-from pipeline.dataset.version import (
-    DATA,
-    MANIFEST,
-    Version,
-    read_version,
-)
+from pipeline.dataset.version import DATA, MANIFEST, Version, read_version
 from pipeline.errors import ConfigError, StoreError, did_you_mean
 from pipeline.storage.files import open_table, read_json, read_table, write_json
 from pipeline.storage.lock import lease, lock_file

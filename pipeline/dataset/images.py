@@ -13,7 +13,6 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -195,12 +194,12 @@ def _write_file(folder: Path, samples: Iterable[pa.Table]) -> Path:
 
 def _split_into_groups(samples: pa.Table) -> Iterator[pa.Table]:
     """Yield slices of at most GROUP_ROWS rows and at most GROUP_BYTES. A larger sample comes alone."""
-    images = samples["images"].combine_chunks()
-    bytes_before_page = np.r_[0, np.cumsum(pc.binary_length(images.flatten()).to_numpy())]
-    bytes_before_row = bytes_before_page[images.offsets.to_numpy() - images.offsets[0].as_py()]
-    start = 0
-    for end in range(1, samples.num_rows + 1):
-        is_full = end - start == GROUP_ROWS or end == samples.num_rows
-        if is_full or bytes_before_row[end + 1] - bytes_before_row[start] > GROUP_BYTES:
-            yield samples.slice(start, end - start)
-            start = end
+    start = num_bytes = 0
+    for row in range(samples.num_rows):
+        row_bytes = samples.slice(row, 1).nbytes
+        if row - start == GROUP_ROWS or (row > start and num_bytes + row_bytes > GROUP_BYTES):
+            yield samples.slice(start, row - start)
+            start, num_bytes = row, 0
+        num_bytes += row_bytes
+    if samples.num_rows:
+        yield samples.slice(start)

@@ -1,7 +1,6 @@
 """Remove unused images, hidden states, and files left by killed commands."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
@@ -25,15 +24,10 @@ LEFTOVERS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """An unused file or folder, and the number of bytes that its removal frees."""
-
-    path: Path
-    num_bytes: int
+Removed = list[tuple[Path, int]]  # unused files and folders, and the number of bytes that their removal frees
 
 
-def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
+def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
     """Remove images that are neither in a version nor in the last read samples. Return the changed files.
 
     The caller holds the lock. Raises StoreError before any removal if a version or sample list is damaged.
@@ -44,23 +38,22 @@ def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftove
     lists = [path for which in ("kept", NEAR_DUPLICATES_FILE) for path in dataset.step_files("read", which)]
     for path in [*lists, *dataset.step_file("read").parent.glob("parts/*.parquet")]:
         needed.update(open_table(path, "sample_id").read(["sample_id"])["sample_id"].to_pylist())
-    changes = ImageStore(dataset.path).keep_only(needed, dry_run=dry_run)
-    return [Leftover(path, num_bytes) for path, num_bytes in changes]
+    return list(ImageStore(dataset.path).keep_only(needed, dry_run=dry_run))
 
 
-def remove_leftovers(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
+def remove_leftovers(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
     """Remove files left by killed commands, and hidden states. The caller holds the lock of the dataset.
 
     Folders in use by another process are skipped. A training run that already reads a removed file continues.
     """
-    removed = []
+    removed: Removed = []
     for path in [path for pattern in LEFTOVERS for path in sorted(dataset.path.glob(pattern))]:
         if _is_linked(dataset, path.parent):
             continue
         has_lock = path.parent.name in OWN_LOCK and path.is_dir() and not path.is_symlink()
         try:
             with lock_file(path / LOCK, _raise_busy, StoreError) if has_lock else nullcontext():
-                removed.append(_measure(path))
+                removed.append((path, _size_bytes(path)))
                 if not dry_run:
                     _remove(path)
         except BlockingIOError:
@@ -88,8 +81,8 @@ def _remove(path: Path) -> None:
         raise StoreError(f"cannot remove {path}", hint=hint)
 
 
-def _measure(folder: Path) -> Leftover:
-    if folder.is_symlink() or folder.is_file():
-        return Leftover(folder, folder.lstat().st_size)
-    files = (file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
-    return Leftover(folder, sum(file.stat().st_size for file in files))
+def _size_bytes(path: Path) -> int:
+    if path.is_symlink() or path.is_file():
+        return path.lstat().st_size
+    files = (file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+    return sum(file.stat().st_size for file in files)

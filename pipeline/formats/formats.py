@@ -10,7 +10,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,6 +36,8 @@ from pipeline.tasks.boxes import BOX_FIELDS
 
 DRAFT, DRAFT_BATCH_LINES = ".metadata.jsonl", 10_000
 SHARD_BYTES = 500_000_000  # bytes of images and texts in a tar file
+# Ratings of FineVision (1 to 5), and the score of a judge that each of them is. Null without a judge.
+RATINGS = {"relevance": "relevance", "image_correspondence": "grounding", "formatting": "form"}
 
 
 class Format:
@@ -102,9 +104,12 @@ class ImageFolder(Format):
     def close(self) -> None:
         super().close()
         drafts = [self.folder / name for name in self._files]
-        # A list that is empty in all rows of a batch has no type in the schema of the batch, so merge the
-        # schemas of all batches.
-        schemas = [pa.Table.from_pylist(rows).schema for path in drafts for rows in _read_lines(path)]
+        # A list that is empty in all rows of a batch has no type in the schema of the batch, and not every
+        # image has captions of all styles, so merge the schemas of all batches and columns.
+        schemas = []
+        for rows in chain.from_iterable(map(_read_lines, drafts)):
+            columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain(*rows))}
+            schemas.append(pa.table(columns).schema)
         schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
         for path in drafts:
             with pq.ParquetWriter(path.with_name("metadata.parquet").absolute(), schema) as writer:
@@ -384,9 +389,14 @@ def _stored(item: Item) -> dict[str, Any]:
 
 
 def _cauldron_rows(item: Item) -> list[dict[str, Any]]:
-    """Return an image with its turns, as in The Cauldron and FineVision."""
+    """Return an image with its turns and the ratings of a judge, as in The Cauldron and FineVision."""
     texts = [{"user": question, "assistant": answer} for question, answer in item.turns]
-    return [{"images": [_stored(item)], "texts": texts}] if texts else []
+    scores = [item.scores.get(answer) or item.scores.get(question) or {} for question, answer in item.turns]
+    row: dict[str, Any] = {"images": [_stored(item)], "texts": texts}
+    for name, score in RATINGS.items():
+        ratings = [fields.get(score) for fields in scores]
+        row |= {f"{name}_ratings": ratings, f"{name}_min": min(filter(None, ratings), default=None)}
+    return [row] if texts else []
 
 
 def _message_rows(item: Item) -> list[dict[str, Any]]:
@@ -440,6 +450,8 @@ def to_json(value: Any) -> str:
 
 
 _IMAGES, _TURN = pa.list_(IMAGE), pa.struct(fields(STRING, "user", "assistant"))
+_RATED = {f"{name}_ratings": pa.list_(pa.int64()) for name in RATINGS}
+_RATED |= {f"{name}_min": pa.int64() for name in RATINGS}
 _DIALOG = dict.fromkeys(("prompt", "chosen", "rejected"), pa.list_(MESSAGE))
 FORMATS: dict[str, Callable[[Path, str], Format]] = {
     "imagefolder": ImageFolder,
@@ -455,7 +467,7 @@ FORMATS: dict[str, Callable[[Path, str], Format]] = {
     "coco": Coco,
     "csv": Csv,
     "cauldron": partial(
-        ParquetRows, columns={"images": _IMAGES, "texts": pa.list_(_TURN)}, rows_of=_cauldron_rows
+        ParquetRows, columns={"images": _IMAGES, "texts": pa.list_(_TURN), **_RATED}, rows_of=_cauldron_rows
     ),
     "dpo": partial(ParquetRows, columns={"image": IMAGE, **_DIALOG}, rows_of=_preference_rows),
 }

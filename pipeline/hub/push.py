@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id
 
 from pipeline.dataset.version import REJECTIONS_FILE, parse_version
 from pipeline.digests import file_digest
@@ -31,7 +31,6 @@ from pipeline.hub.package import Package
 from pipeline.progress import NullProgress, Progress
 
 MAX_ATTEMPTS = 6
-MAX_PAUSE_S = 330.0  # the Hub's rate limits apply to windows of five minutes
 RETRIED_STATUSES = (408, 409, 412, 429, 500, 502, 503, 504)
 # Manifest keys whose values the user states about the data.
 STATED_KEYS = ("license", "license_link", "title", "language", "acknowledged")
@@ -107,9 +106,7 @@ def _retry(attempt: Callable[[], PushResult]) -> PushResult:
             # A ConnectError means that no server is listening.
             if isinstance(error, httpx2.ConnectError):
                 raise
-            headers = error.response.headers if isinstance(error, HfHubHTTPError) else {}
-            limit = parse_ratelimit_headers(headers)
-            time.sleep(min(limit.reset_in_seconds + 1.0, MAX_PAUSE_S) if limit else 2.0 ** (number - 2))
+            time.sleep(2.0 ** (number - 2))
     return attempt()
 
 

@@ -9,13 +9,9 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
-import httpx2
 import pytest
-from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.dataset.version import Version
-from pipeline.hub import push
-from pipeline.hub.push import MAX_PAUSE_S, PushResult
 from tests.hub.app import READ_TOKEN, Fault
 from tests.hub.pusher import Pusher
 from tests.hub.server import RunningHub, running_hub
@@ -258,39 +254,3 @@ def test_debug_log_contains_no_token(hub: RunningHub, version: Version, tmp_path
     assert "/commit/main" in log  # debug logging is on
     assert "hf_loopback" not in log + str(answers)
     assert answers[1]["is_new"]
-
-
-LIMITED = {"ratelimit": '"api";r=0;t=55'}
-
-
-@pytest.mark.parametrize(
-    ("status", "headers", "pauses_s"),
-    [
-        (409, {}, [0.5, 1.0]),
-        (412, {}, [0.5, 1.0]),
-        (429, LIMITED, [56.0, 56.0]),
-        (429, {"ratelimit": '"api";r=0;t=9000'}, [MAX_PAUSE_S, MAX_PAUSE_S]),
-        (503, {}, [0.5, 1.0]),
-        (403, LIMITED, None),
-    ],
-)
-def test_temporary_refusals_are_retried_after_a_pause(
-    status: int, headers: dict[str, str], pauses_s: list[float] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pauses, attempts = list[float](), list[int]()
-    monkeypatch.setattr("time.sleep", pauses.append)
-    request = httpx2.Request("POST", "https://hub.example")
-    refusal = HfHubHTTPError("x", response=httpx2.Response(status, headers=headers, request=request))
-
-    def attempt() -> PushResult:
-        attempts.append(status)
-        if len(attempts) < 3:
-            raise refusal
-        return PushResult("me/x", "", "c", "v1.0.0", True, False)
-
-    if pauses_s is None:
-        with pytest.raises(HfHubHTTPError):
-            push._retry(attempt)
-        assert not pauses
-    else:
-        assert push._retry(attempt).commit == "c" and pauses == pauses_s
