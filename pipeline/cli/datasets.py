@@ -133,7 +133,7 @@ def report(
     data: Dataset = None,
     rejected: Annotated[Path | None, path_option("CSV file for all rejections of the last run.")] = None,
 ) -> None:
-    """Write an HTML report on a dataset and its last captioner: one file that opens without a server.
+    """Write an HTML report on a dataset: one file that opens without a server.
 
     The page shows at most 10,000 images, drawn at random. You can mark texts as good, bad or edited.
     `synth review apply` applies these reviews.

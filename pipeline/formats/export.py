@@ -93,7 +93,8 @@ def export_version(
             hint = "leave out --style" if style not in (None, ALL) else "imagefolder has all columns"
             if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
                 hint = "generate pairs with `synth generate --samples 4 --pairs`"
-            raise ConfigError(f"no image of {version.name} has a text for {kind} in this style", hint=hint)
+            chosen = "" if style in (None, ALL) else f" in the style {style}"
+            raise ConfigError(f"no image of {version.name} has a text for {kind}{chosen}", hint=hint)
         files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)

@@ -18,11 +18,10 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.price import price_in_words
 from pipeline.dataset.reviews import REASONS
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError, StoreError
+from pipeline.errors import ConfigError
 from pipeline.report.html import page_script, render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import images_of, read_rejected, read_rows, steps_match
-from pipeline.storage.files import read_json, write_text
-from pipeline.storage.untrusted import UnsafeFileError
+from pipeline.storage.files import write_text
 from pipeline.tables import SPLITS
 from pipeline.text.reasons import SCORES_IN_WORDS, in_words
 
@@ -38,15 +37,14 @@ def write_report(version: Version, folder: Path) -> Path:
     """Write `report.html` into the dataset folder, and return its path.
 
     At most MAX_IMAGES images are shown: the ones with the lowest ids. Ids are digests, so this is a random
-    sample. Raises StoreError if the version, a step file or the scores of the last captioner are damaged.
+    sample. Raises StoreError if the version or a step file is damaged.
     """
     manifest, num_shown = version.manifest, min(version.num_rows, MAX_IMAGES)
     cost = DatasetDir(folder).read_cost()
     rows = list(_read_rows(version, num_shown))
-    first_images = {row["id"]: row["images"][0] for row in rows}
     has_steps = steps_match(folder, manifest)
     rejected = list(read_rejected(folder)) if has_steps else []
-    others = images_of(folder, _pictured_ids(rejected) - first_images.keys())
+    others = images_of(folder, _pictured_ids(rejected) - {row["id"] for row in rows})
     settings = {
         "digest": manifest["digest"],
         "version": version.name,
@@ -60,7 +58,6 @@ def write_report(version: Version, folder: Path) -> Path:
         *(f'add("images", {script_literal(part)});\n' for part in parts),
         f'add("rejected", {script_literal(rejected)});\n',
     ]
-    metrics_file, metrics = _read_last_metrics(folder)
     text = render_page(
         "report.html.j2",
         manifest=manifest,
@@ -76,9 +73,6 @@ def write_report(version: Version, folder: Path) -> Path:
         cost=cost or None,
         price_in_words=price_in_words,
         asking_s=cost.get("asking_s", 0.0),
-        metrics_file=metrics_file and str(metrics_file),
-        metrics=metrics,
-        first_images=first_images,
         generator=GENERATOR,
         scripts=scripts,
         script_hashes=[script_hash(script) for script in scripts],
@@ -115,14 +109,3 @@ def _pictured_ids(rejected: Iterable[dict[str, str]]) -> set[str]:
         if counts[row["step"], row["reason"]] <= MAX_REJECTED_PICTURES:
             ids |= {row["id"], row["repeats"]}
     return ids - {""}
-
-
-def _read_last_metrics(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
-    """Return the file with the last scores of a captioner in a dataset folder and its content, or None."""
-    paths = (folder / "checkpoints").glob("*/metrics.json")
-    if (newest := max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)) is None:
-        return None, None
-    try:
-        return newest, read_json(newest)
-    except (OSError, ValueError, RecursionError, UnsafeFileError) as error:
-        raise StoreError(f"{newest} is damaged: {error}", hint="move it away") from None

@@ -38,9 +38,8 @@ def render_page(template: str, **values: Any) -> str:
     try:
         return _PAGES.get_template(template).render(**values)
     except INVALID as error:
-        source = " or ".join(filter(None, ("the manifest", values.get("metrics_file"))))
         raise StoreError(
-            f"cannot write the page: {source} is invalid: {error}",
+            f"cannot write the page: the manifest is invalid: {error}",
             hint="check it with `synth check`, or use another version",
         ) from None
 
