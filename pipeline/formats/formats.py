@@ -276,7 +276,13 @@ class Coco(Format):
             self._add_part(f"captions_{item.split}", image, captions)
         # If the model was asked for boxes, an image without boxes is a negative example.
         if item.boxes is not None:
-            self._add_part(f"instances_{item.split}", image, map(_coco_instance, item.boxes))
+            instances = []
+            for box in item.boxes:
+                left, top, right, bottom = _corners_of(box)
+                width, height = right - left, bottom - top
+                bounds = {"bbox": [left, top, width, height], "area": width * height}
+                instances.append({"category": _label_of(box), **bounds, "iscrowd": 0})
+            self._add_part(f"instances_{item.split}", image, instances)
         return True
 
     def _add_part(self, name: str, image: dict[str, Any], annotations: Iterable[dict[str, Any]]) -> None:
@@ -310,13 +316,6 @@ def _label_of(box: dict[str, Any]) -> str:
 def _corners_of(box: dict[str, Any]) -> list[int]:
     corners: list[int] = next(box[name] for name in BOX_FIELDS if name in box)
     return corners
-
-
-def _coco_instance(box: dict[str, Any]) -> dict[str, Any]:
-    left, top, right, bottom = _corners_of(box)
-    width, height = right - left, bottom - top
-    bounds = {"bbox": [left, top, width, height], "area": width * height}
-    return {"category": _label_of(box), **bounds, "iscrowd": 0}
 
 
 class Csv(Format):

@@ -164,7 +164,11 @@ def build_checkpoint_package(
     data = saved["config"]["data"]
     name = f"{data['version']}-{content_digest[:8]}"
     manifest = {"version": name, "digest": content_digest, "data": data, "files": files}
-    dataset = data.get("repo") or _pushed_to(folder, data)
+    dataset = data.get("repo")
+    if not dataset:
+        home = DatasetDir(folder.resolve().parent.parent)
+        names = {other.name for other in home.versions() if other.manifest["digest"] == data["digest"]}
+        dataset = next((push["repo"] for push in home.pushed() if push["version"] in names), None)
     card = render_model_card(saved | {"digest": content_digest}, repo, dataset, models)
     return Package(
         kind="model",
@@ -185,10 +189,3 @@ def base_models(train: Mapping[str, Any], hub_ids: Mapping[str, str]) -> list[st
     """Return the Hub ids of a captioner's encoder and decoder. A model from a local folder has none."""
     given = [str(train[part]) for part in ("encoder", "decoder")]
     return [hub_ids.get(name, name) for name in given if name in hub_ids or without_folders(name) == name]
-
-
-def _pushed_to(folder: Path, data: Mapping[str, Any]) -> str | None:
-    """Return the repository that the version of a captioner's data was pushed to, if it is known."""
-    dataset = DatasetDir(folder.resolve().parent.parent)
-    names = [version.name for version in dataset.versions() if version.manifest["digest"] == data["digest"]]
-    return next((push["repo"] for push in dataset.pushed() if push["version"] in names), None)
