@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
 from pipeline.dataset.images import ImageStore
-from pipeline.dataset.integrity import find_damage
+from pipeline.dataset.integrity import damaged_files, find_damage
 from pipeline.dataset.publishing import publish
 from pipeline.dataset.version import (
     CARD_FILE,
@@ -96,7 +96,7 @@ def _download(remote: Version, home: DatasetDir, final: Path) -> None:
         for name in (*remote.manifest["files"], REJECTIONS_FILE, CARD_FILE, MANIFEST):
             download(remote.path / name, draft / name)
         local = Version(draft, remote.manifest)
-        if not remote.holds_pixels:
+        if not remote.holds_pixels and not damaged_files(local):
             ImageStore(home.path).add_from(remote.store, local.sample_ids())
         if damage := find_damage(local):
             hint = f"upload {remote.path} again; if that does not help, do not use the dataset"

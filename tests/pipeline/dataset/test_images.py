@@ -143,28 +143,6 @@ def settings(photos: Path, **more: Any) -> Config:
     return resolve(source=f"folder:{photos}", tasks="none", human_texts="keep", **more)
 
 
-def size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def test_three_versions_store_photos_once(photos: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "d"
-    stored = set[Path]()
-    for style in ("waits at", "stands near", "leaves"):
-        for number in range(12):
-            (photos / f"{number}.txt").write_text(
-                "bad" if number == 3 else f"A bus of line {number} {style} a stop."
-            )
-        generate_dataset(settings(photos), folder)
-        stored = stored or {*(folder / "images").iterdir()}
-        assert stored == {*(folder / "images").iterdir()}
-    versions = DatasetDir(folder).versions()
-    assert len(versions) == 3 and [find_damage(version) for version in versions] == [[]] * 3
-    pixels = sum(path.stat().st_size for path in photos.glob("*.jpg"))
-    assert size(folder / "images") < 1.02 * pixels
-    assert size(folder) - size(folder / "images") < 700_000  # bytes of replies, texts and lists
-
-
 def stop(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
