@@ -94,9 +94,8 @@ def test_cached_version_needs_no_network(
     num_requests = len(hub.hub.log)
     named, *unnamed = pull(hub, pulled[0], "me/scenes@v1.0.0", "me/scenes", "me/texts@v1.0.0", **env)
     assert named["rows"] == 20
-    for name, refused in zip(("me/scenes", "me/texts@v1.0.0"), unnamed, strict=True):
-        assert f"does not answer, and {name} is not in the cache" in refused["error"]
-        assert "ORG/NAME@VERSION" in refused["hint"]
+    for refused in unnamed:
+        assert "does not answer" in refused["error"] and "ORG/NAME@VERSION" in refused["hint"]
     assert len(hub.hub.log) == num_requests
 
 
