@@ -36,7 +36,7 @@ from pipeline.tasks.boxes import BOX_FIELDS
 
 DRAFT, DRAFT_BATCH_LINES = ".metadata.jsonl", 10_000
 SHARD_BYTES = 500_000_000  # bytes of images and texts in a tar file
-# Ratings of FineVision (1 to 5), and the score of a judge that each of them is. Null without a judge.
+# The ratings of FineVision, from 1 to 5, and the scores of a judge that they are taken from
 RATINGS = {"relevance": "relevance", "image_correspondence": "grounding", "formatting": "form"}
 
 
@@ -108,8 +108,8 @@ class ImageFolder(Format):
         # image has captions of all styles, so merge the schemas of all batches and columns.
         schemas = []
         for rows in chain.from_iterable(map(_read_lines, drafts)):
-            columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain(*rows))}
-            schemas.append(pa.table(columns).schema)
+            names = dict.fromkeys(chain.from_iterable(rows))
+            schemas.append(pa.table({name: [row.get(name) for row in rows] for name in names}).schema)
         schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
         for path in drafts:
             with pq.ParquetWriter(path.with_name("metadata.parquet").absolute(), schema) as writer:
@@ -390,10 +390,10 @@ def _stored(item: Item) -> dict[str, Any]:
 def _cauldron_rows(item: Item) -> list[dict[str, Any]]:
     """Return an image with its turns and the ratings of a judge, as in The Cauldron and FineVision."""
     texts = [{"user": question, "assistant": answer} for question, answer in item.turns]
-    scores = [item.scores.get(answer) or item.scores.get(question) or {} for question, answer in item.turns]
+    rated = [item.scores.get(answer) or item.scores.get(question) or {} for question, answer in item.turns]
     row: dict[str, Any] = {"images": [_stored(item)], "texts": texts}
     for name, score in RATINGS.items():
-        ratings = [fields.get(score) for fields in scores]
+        ratings = [scores.get(score) for scores in rated]
         row |= {f"{name}_ratings": ratings, f"{name}_min": min(filter(None, ratings), default=None)}
     return [row] if texts else []
 

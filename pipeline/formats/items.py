@@ -86,7 +86,7 @@ def choose_texts(item: Item, *, style: str | None, trigger: str, opening: str, o
     """Return an item with only the captions and pairs of a style.
 
     Without a style, all captions are kept, or with `only_one` the preferred caption. The style ALL keeps all.
-    `opening` is removed from the beginning of their texts in any case, and then `trigger` is prepended.
+    `opening` is removed from the beginning of texts, in upper or lower case. Then `trigger` is prepended.
     """
 
     def edit(text: str) -> str:
