@@ -42,9 +42,7 @@ def pull_version(name: str) -> Version:
     # Commands on local versions do not need this slow import.
     from huggingface_hub import errors, snapshot_download
 
-    if not (match := HUB_NAME.fullmatch(name)):
-        raise StoreError(f"not a dataset name on the Hub: {name}", hint="use ORG/NAME@v1.0.0")
-    repo, requested = match[1], match[2]
+    repo, _, requested = name.partition("@")
     offline = "check the network, then try again; a downloaded version opens by its name, ORG/NAME@VERSION"
     with translate_hub_errors(name, "dataset", StoreError, offline, or_folder=True):
         revision = requested or next(reversed(_tags(repo)), None)
