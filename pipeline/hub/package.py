@@ -167,8 +167,8 @@ def build_checkpoint_package(
     dataset = data.get("repo")
     if not dataset:
         home = DatasetDir(folder.resolve().parent.parent)
-        names = {other.name for other in home.versions() if other.manifest["digest"] == data["digest"]}
-        dataset = next((push["repo"] for push in home.pushed() if push["version"] in names), None)
+        equal = {other.name for other in home.versions() if other.manifest["digest"] == data["digest"]}
+        dataset = next((push["repo"] for push in home.pushed() if push["version"] in equal), None)
     card = render_model_card(saved | {"digest": content_digest}, repo, dataset, models)
     return Package(
         kind="model",
