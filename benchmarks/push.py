@@ -1,6 +1,6 @@
 """Measure time, memory and traffic of a dataset push, compared with `Dataset.push_to_hub`.
 
-    PYTHONPATH=. python benchmarks/push.py [--megabytes 2000] [--image-kilobytes 90] [--mode xet|lfs]
+    PYTHONPATH=. python benchmarks/push.py [--megabytes 2000] [--image-kilobytes 90]
         [--shard-megabytes 2]
 
 Both push the same rows to the same local server with the Hub protocol, one after the other in separate
@@ -106,13 +106,11 @@ def make(
     return version
 
 
-def push(
-    hub: RunningHub, home: Path, code: dict[str, str], version: Version, repo: str, *, xet: bool
-) -> dict[str, float]:
+def push(hub: RunningHub, home: Path, code: dict[str, str], version: Version, repo: str) -> dict[str, float]:
     """Push in a new process. Returns seconds, peak memory, and the megabytes that the server received."""
     before = hub.hub.received_bytes
     command = [sys.executable, "-c", MEASURE.format(**code), str(version.path), repo]
-    done = subprocess.run(command, env=hub.env(home, xet=xet), capture_output=True, text=True)
+    done = subprocess.run(command, env=hub.env(home), capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -124,7 +122,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Push a dataset of images, beside Dataset.push_to_hub.")
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--image-kilobytes", type=int, default=90)
-    parser.add_argument("--mode", choices=("xet", "lfs"), default="xet")
     parser.add_argument("--shard-megabytes", type=float, help="end shards at this size")
     arguments = parser.parse_args()
     if arguments.shard_megabytes:
@@ -134,7 +131,7 @@ def main() -> None:
     changed_rows = set(random.Random(0).sample(range(count), max(1, int(count * CHANGED))))
     with tempfile.TemporaryDirectory() as name, running_hub(Path(name) / "hub") as hub:
         root = Path(name)
-        print(f"{count} rows, {arguments.megabytes} MB, {arguments.mode}; {len(changed_rows)} rows change")
+        print(f"{count} rows, {arguments.megabytes} MB; {len(changed_rows)} rows change")
         changes: dict[str, dict[str, set[int]]] = {
             "the first version": {},
             "1 % other captions": {"new_texts": changed_rows},
@@ -145,7 +142,7 @@ def main() -> None:
             size_mb = sum(path.stat().st_size for path in version.store.paths()) / 1e6
             print(f"{title}, {version.name}, {size_mb:.0f} MB of images")
             for client, code in (("synth", OURS), ("push_to_hub", THEIRS)):
-                result = push(hub, root / client, code, version, f"me/{client}", xet=arguments.mode == "xet")
+                result = push(hub, root / client, code, version, f"me/{client}")
                 print(
                     f"  {client:<12} {result['seconds']:7.1f} s   peak +{result['peak_mb']:7.0f} MB   "
                     f"sent {result['sent_mb']:8.1f} MB ({result['sent_mb'] / size_mb:6.1%})",

@@ -1,13 +1,13 @@
 """`synth check`: verify all files in a dataset folder, and report damage with hints on how to repair it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.images import READ_AGAIN, UNREADABLE, ImageStore, hash_images
+from pipeline.dataset.images import READ_AGAIN, UNREADABLE, ImageStore, read_intact_ids
 from pipeline.dataset.integrity import find_damage
 from pipeline.dataset.version import MANIFEST, VERSION_NAME, Version, read_version
 from pipeline.errors import StoreError, SynthError, one_line
@@ -45,7 +45,7 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
     for path in sorted((path for pattern in STEP_FILES for path in dataset.path.glob(pattern)), key=str):
         with suppress(FileNotFoundError):
             yield _check_file(path, _count_rows, READ_AGAIN if path.parent.parent.name == "read" else AGAIN)
-    stored: dict[str, str] = {}
+    stored = set[str]()
     for path in ImageStore(dataset.path).paths():
         with suppress(FileNotFoundError):
             yield _check_file(path, partial(_count_images, stored=stored), READ_AGAIN)
@@ -62,10 +62,10 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
             yield Checked(str(path), f"it has no {MANIFEST}", False, f"move {path} away and {RUN_AGAIN}")
 
 
-def check_version(version: Version, stored: Mapping[str, str] | None = None) -> Checked:
+def check_version(version: Version, stored: Collection[str] | None = None) -> Checked:
     """Return the state of a version, after checking its files, its row digest and its images.
 
-    `stored` maps sample ids to image digests for all images in the store. By default, the images are hashed.
+    `stored` has the ids of all intact images in the store. By default, all images of the store are read.
     """
     if damage := find_damage(version, stored):
         hint = f"move {version.path} away and {RUN_AGAIN}: equal rows have the same digest"
@@ -103,11 +103,11 @@ def _check_file(path: Path, describe: Callable[[Path], str], hint: str) -> Check
         return Checked(str(path), f"damaged: {one_line(error)}", False, f"move it away, and {hint}")
 
 
-def _count_images(path: Path, stored: dict[str, str]) -> str:
-    """Return the number of images in a file, and add their digests to `stored`."""
-    digests = hash_images(path)
-    stored.update(digests | stored)
-    return f"{len(digests):,} images"
+def _count_images(path: Path, stored: set[str]) -> str:
+    """Return the number of images in a file, and add their ids to `stored`."""
+    ids = read_intact_ids(path)
+    stored |= ids
+    return f"{len(ids):,} images"
 
 
 def _count_rows(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 from pipeline.errors import SynthError, one_line
 
 # ORG/NAME, or ORG/NAME@REVISION.
+LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 
 
@@ -46,6 +47,8 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
 
     repo, _, revision = name.partition("@")
     match error:
+        case errors.LocalTokenNotFoundError():
+            return "no Hub token", LOGIN_HINT
         case errors.GatedRepoError():
             page = f"{ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
             hint = f"accept them at {page}, then run `hf auth login` with the same account"
@@ -60,13 +63,22 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
             return f"no {kind} {repo} at {ENDPOINT}, or no access to it", hint
         case errors.HFValidationError():
             return f"not the name of a {kind}: {name}", "a name has the form ORG/NAME"
-        case errors.LocalEntryNotFoundError() | httpx2.TransportError() | ConnectionError() | TimeoutError():
+        case errors.LocalEntryNotFoundError():
             problem = f"the Hub at {ENDPOINT} does not answer, and {name} is not in the cache"
             return f"{problem}: {one_line(error.__cause__ or error)}", ""
+        case httpx2.TransportError() | ConnectionError() | TimeoutError():
+            return f"the Hub at {ENDPOINT} does not answer: {one_line(error)}", ""
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            return "the Hub rejects the token", LOGIN_HINT
+        case errors.HfHubHTTPError() if error.response.status_code == 403:
+            return f"the token has no access to {repo}", "use a token with access; a push needs write access"
         case errors.HfHubHTTPError():
             answer = f"{error.response.status_code}): {error.server_message or 'no message'}"
-            return f"the Hub refused {name} ({answer}", "check the name and the revision, or try again later"
+            return (
+                f"the Hub refused {name} ({answer}",
+                "check the name and the revision, or try again later: finished transfers are kept",
+            )
         case OSError():
             hint = "check that the disk is writable and has free space, then try again"
-            return f"cannot fetch {name}: {one_line(error)}", hint
+            return f"cannot read or write files of {name}: {one_line(error)}", hint
     return None

@@ -72,8 +72,6 @@ LISTED_SAMPLE = pa.schema(
     [*(field for field in SAMPLE if field.name != "images"), pa.field(NUM_PAGES, INT32, nullable=False)]
 )
 SAMPLE_IMAGES = pa.schema([SAMPLE.field("sample_id"), SAMPLE.field("images")])
-IMAGE_DIGESTS = pa.schema(fields(STRING, "sample_id", "sha256", nullable=False))
-STORED_IMAGES = pa.schema([*IMAGE_DIGESTS, SAMPLE.field("images")])
 
 SOURCE_REJECTED = pa.schema(fields(STRING, "source_row", "reason", "detail", nullable=False))
 

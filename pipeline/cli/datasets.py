@@ -93,6 +93,9 @@ def export(
         str | None, option("Caption style, or all: a line each.", "all, or the first of plain, brief, ...")
     ] = None,
     trigger: Annotated[str, Option(help="Word that begins each caption, for a LoRA.")] = "",
+    opening: Annotated[
+        str, Option("--remove-opening", help="Words to remove from the beginning of captions.")
+    ] = "",
     absolute: Annotated[bool, Option("--absolute", help="Write absolute paths of images.")] = False,
     names: Annotated[Literal["id", "source"], option("Name files by id, or as in the source.")] = "id",
     split: Annotated[Split | None, option("Split.", "all")] = None,
@@ -115,10 +118,12 @@ def export(
     with show_progress() as progress, translate_disk_errors(folder):
         splits = (split,) if split else SPLITS
         choices: dict[str, Any] = {"style": style, "splits": splits, "source_names": names == "source"}
-        choices |= {"absolute": absolute, "trigger": trigger}
+        choices |= {"absolute": absolute, "trigger": trigger, "opening": opening}
         done = export_version(version, kind, folder, **choices, progress=progress)
     without_text = f"; skipped {done.without_text:,} images without a text" if done.without_text else ""
     say(f"wrote {done.images:,} images{without_text}")
+    for phrase, share in done.phrases.items():
+        say(f"note: {100 * share:.0f} % of the captions have {phrase!r}, which a LoRA learns with {trigger}")
     show(
         {"path": str(done.folder), "images": done.images, "without_text": done.without_text}, as_json, "path"
     )
@@ -128,7 +133,7 @@ def report(
     data: Dataset = None,
     rejected: Annotated[Path | None, path_option("CSV file for all rejections of the last run.")] = None,
 ) -> None:
-    """Write an HTML report on a dataset and its last captioner: one file that opens without a server.
+    """Write an HTML report on a dataset: one file that opens without a server.
 
     The page shows at most 10,000 images, drawn at random. You can mark texts as good, bad or edited.
     `synth review apply` applies these reviews.

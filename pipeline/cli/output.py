@@ -144,7 +144,7 @@ def print_run_result(
     from pipeline.config import NO_MODEL
     from pipeline.dataset.calibration import checks_in_words
     from pipeline.dataset.directory import DatasetDir
-    from pipeline.dataset.integrity import missing_files
+    from pipeline.dataset.integrity import damaged_files
     from pipeline.dataset.price import price_in_words
     from pipeline.sources.base import first_names
     from pipeline.tables import SPLITS
@@ -156,7 +156,7 @@ def print_run_result(
     version, folder = result.version, result.version.dataset_dir
     if version.manifest["model"]["name"] != NO_MODEL:
         _print_requests(result.stats, servers)
-    if not result.is_new and (missing := missing_files(version)):
+    if not result.is_new and (missing := damaged_files(version, by_size=True)):
         damage = f"{version.name} is damaged: {first_names(missing)} is missing or has the wrong size"
         warnings = [*warnings, f"{damage}; `synth check {folder}` shows how to repair it"]
     for text in warnings:

@@ -67,15 +67,14 @@ def versions_gc(
     dry_run: Annotated[bool, Option("--dry-run", help="List the files, but remove nothing.")] = False,
 ) -> None:
     """Remove unused images, files of killed commands, and stored hidden states (`train` recomputes them)."""
-    from pipeline.dataset.removal import remove_images, remove_leftovers, remove_temporary_folders
+    from pipeline.dataset.removal import remove_images, remove_leftovers
     from pipeline.storage.files import translate_disk_errors
 
     dataset = _open_dataset(data, for_removal=True)
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = remove_leftovers(dataset, dry_run=dry_run)
-        leftovers += remove_temporary_folders(dataset, dry_run=dry_run)
         leftovers += remove_images(dataset, dry_run=dry_run)
-    for leftover in leftovers:
-        say(f"{'would remove' if dry_run else 'removed'} {leftover.path}, {size(leftover.num_bytes)}")
-    freed = size(sum(leftover.num_bytes for leftover in leftovers))
+    for path, num_bytes in leftovers:
+        say(f"{'would remove' if dry_run else 'removed'} {path}, {size(num_bytes)}")
+    freed = size(sum(num_bytes for _, num_bytes in leftovers))
     echo(f"{'would free' if dry_run else 'freed'} {freed} in {dataset.path}")

@@ -10,13 +10,13 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
-from itertools import chain, takewhile
+from itertools import takewhile
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.dataset.reviews import TextName, Verdict, record_name, text_name
-from pipeline.dataset.statistics import wilson_interval
+from pipeline.dataset.statistics import percent, wilson_interval
 from pipeline.digests import hash_to_unit
 
 COLUMNS = ("sample_id", "captions", "qa")  # and the columns of custom tasks
@@ -122,15 +122,18 @@ def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, An
     for verdict in verdicts:
         if verdict.seed == frame.seed:
             by_text[verdict.name].append(verdict)
-    shares = wrong_shares(chain(*by_text.values()))
+    clear = {
+        name: [verdict.verdict for verdict in of_text if verdict.verdict != "cannot_tell"]
+        for name, of_text in by_text.items()
+    }
+    shares = {name: votes.count("wrong") / len(votes) for name, votes in clear.items() if votes}
     rates: dict[Stratum, _Rate] = {}
     used: list[list[Verdict]] = []
     for stratum in sorted(frame.texts):
         reviewed = list(takewhile(lambda text: text.name in by_text, frame.drawn.get(stratum, [])))
         used += [by_text[text.name] for text in reviewed]
         rates[stratum] = _Rate.of(frame.texts[stratum], reviewed, shares)
-    clear = [[v.verdict for v in verdicts if v.verdict != "cannot_tell"] for verdicts in used]
-    alpha = krippendorff_alpha(clear)
+    alpha = krippendorff_alpha(clear[of_text[0].name] for of_text in used)
     entries = []
     for task in dict.fromkeys(task for task, _ in rates):
         of_task = {style: rate for (other, style), rate in rates.items() if other == task}
@@ -144,15 +147,6 @@ def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, An
         "agreement": None if alpha is None else round(alpha, 2),
         "rates": entries,
     }
-
-
-def wrong_shares(verdicts: Iterable[Verdict]) -> dict[TextName, float]:
-    """Return the share of reviewers who found a text wrong, for each text with a clear verdict."""
-    votes: dict[TextName, list[bool]] = defaultdict(list)
-    for verdict in verdicts:
-        if verdict.verdict != "cannot_tell":
-            votes[verdict.name].append(verdict.verdict == "wrong")
-    return {name: sum(of_text) / len(of_text) for name, of_text in votes.items()}
 
 
 def _describe(task: str, style: str, rates: Sequence[_Rate]) -> dict[str, Any]:
@@ -203,7 +197,12 @@ def _unequal_pairs(counts: Counter[str]) -> int:
 
 def audit_in_words(audit: Mapping[str, Any] | None) -> str:
     """Return the shares of wrong texts by task, such as `4.1 % of captions are wrong [2.1, 7.2], ...`."""
-    rates = [rate_in_words(rate) for rate in whole_tasks(audit) if rate["wrong"] is not None]
+    rates = [
+        f"{percent(rate['wrong'])} % of {rate['task']} are wrong "
+        f"[{percent(rate['low'])}, {percent(rate['high'])}], {rate['reviewed']} reviewed"
+        for rate in whole_tasks(audit)
+        if rate["wrong"] is not None
+    ]
     if not audit or not rates:
         return NOT_MEASURED
     reviewers = f"{audit['reviewers']} reviewer{'s' if audit['reviewers'] > 1 else ''}"
@@ -215,9 +214,3 @@ def whole_tasks(audit: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     """Return the rate of each task, over all its styles."""
     rates: list[Mapping[str, Any]] = audit["rates"] if audit else []
     return list({rate["task"]: rate for rate in reversed(rates)}.values())[::-1]
-
-
-def rate_in_words(rate: Mapping[str, Any]) -> str:
-    """Return a rate in words, with its 95 % interval in percent."""
-    share, low, high = (f"{100 * rate[name]:.1f}" for name in ("wrong", "low", "high"))
-    return f"{share} % of {rate['task']} are wrong [{low}, {high}], {rate['reviewed']} reviewed"

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.dataset.statistics import Z, wilson_interval
+from pipeline.dataset.statistics import Z, percent, wilson_interval
 from pipeline.digests import hash_to_unit
 from pipeline.tables import HUMAN
 from pipeline.tasks.checks import MAX_EVIDENCE, REFUTED
@@ -230,9 +230,9 @@ def checks_in_words(manifest: Mapping[str, Any]) -> list[str]:
 
     A line for each check with a condition has the number of texts that it skipped.
     """
-    own = f"; {manifest['model']['name']} judges its own texts"
     lines = [
-        f"{check['check']}: {_true_in_words(check)}; {_errors_in_words(check)}{own * check['judges_itself']}"
+        f"{check['check']}: {_true_in_words(check)}; {_errors_in_words(check)}"
+        + (f"; {manifest['model']['name']} judges its own texts" if check["judges_itself"] else "")
         for check in manifest.get("checks", [])
     ]
     for check, counts in manifest.get("skipped_checks", {}).items():
@@ -243,29 +243,25 @@ def checks_in_words(manifest: Mapping[str, Any]) -> list[str]:
 
 def _true_in_words(check: Mapping[str, Any]) -> str:
     unit, true = {CLAIMS: "claims of captions"}.get(check["check"], "texts"), check["true"]
-    passed = f"{_percent(check['passed']['share'])} % of {check['passed']['count']:,} {unit} passed"
+    passed = f"{percent(check['passed']['share'])} % of {check['passed']['count']:,} {unit} passed"
     if true is None:
         return f"{passed}; how many are true is not known"
-    interval = f"[{_percent(true['low'])}, {_percent(true['high'])}]"
+    interval = f"[{percent(true['low'])}, {percent(true['high'])}]"
     if true["share"] is None:
-        return f"{passed}; at least {_percent(true['low'])} % are true, corrected for misses"
-    return f"{passed}; {_percent(true['share'])} % {interval} are true, corrected for the errors of the check"
+        return f"{passed}; at least {percent(true['low'])} % are true, corrected for misses"
+    return f"{passed}; {percent(true['share'])} % {interval} are true, corrected for the errors of the check"
 
 
 def _errors_in_words(check: Mapping[str, Any]) -> str:
     parts = []
     for name, texts, verb in (("false_alarms", "true texts", "refuted"), ("missed", "false texts", "missed")):
         if rate := check[name]:
-            interval = f"[{_percent(rate['low'])}, {_percent(rate['high'])}]"
-            parts.append(f"{_percent(rate['share'])} % {interval} of {rate['count']:,} {texts} were {verb}")
+            interval = f"[{percent(rate['low'])}, {percent(rate['high'])}]"
+            parts.append(f"{percent(rate['share'])} % {interval} of {rate['count']:,} {texts} were {verb}")
         else:
             parts.append(f"no {texts} were known")
     if check["min_evidence"] == NEVER:
         parts.append("too many, so no text was rejected")
     elif check["check"] == CLAIMS and check["lost"] is not None:
-        parts.append(f"so about {_percent(check['lost'])} % of true captions are lost")
+        parts.append(f"so about {percent(check['lost'])} % of true captions are lost")
     return ", ".join(parts)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"

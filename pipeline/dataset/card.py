@@ -14,6 +14,7 @@ from pipeline.config import NO_MODEL
 from pipeline.dataset.audit import audit_in_words
 from pipeline.dataset.calibration import checks_in_words
 from pipeline.dataset.price import price_in_words
+from pipeline.dataset.statistics import percent
 from pipeline.digests import digest
 from pipeline.errors import StoreError
 from pipeline.tasks import TASKS
@@ -26,6 +27,7 @@ CARD_SAMPLES = 5
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MESSAGES = "messages"  # name of a column, and of the config that reads it
 MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"  # who wrote the texts
+INVALID = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, TemplateError)
 PLACEHOLDER = "ORG/NAME"  # repository name in the card of a version that was not pushed
 
 
@@ -33,7 +35,7 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
     """Return README.md for a manifest and some of its rows. Raises StoreError if the manifest is invalid."""
     try:
         header, licenses = metadata(manifest), card_licenses(manifest)
-    except (TypeError, AttributeError, LookupError) as error:
+    except INVALID as error:
         raise _manifest_error(error) from None
     return _render(
         "dataset.md.j2",
@@ -43,9 +45,9 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
         samples=samples,
         repo=repo,
         scores=SCORES_IN_WORDS,
-        audit_in_words=audit_in_words(manifest.get("audit")),
-        checks_in_words=checks_in_words(manifest),
-        price_in_words=price_in_words(manifest),
+        audit_in_words=audit_in_words,
+        checks_in_words=checks_in_words,
+        price_in_words=price_in_words,
         writers=_writers(manifest),
         configs=_configs(manifest),
     )
@@ -106,8 +108,9 @@ def _template(name: str) -> Template:
     jinja.filters |= {
         "code": markdown_code,
         "block": markdown_block,
-        "as_json": _as_json,
+        "as_json": lambda value: markdown_block(json.dumps(value, indent=1, ensure_ascii=False)),
         "in_short": in_short,
+        "percent": percent,
     }
     return jinja.from_string((files("data_cards") / name).read_text(encoding="utf-8"))
 
@@ -116,7 +119,7 @@ def _render(template: str, header: dict[str, Any], **values: Any) -> str:
     """Return a card: a YAML header and a rendered template from `data_cards/`."""
     try:
         body = _template(template).render(values)
-    except (TypeError, AttributeError, LookupError, TemplateError) as error:
+    except INVALID as error:
         raise _manifest_error(error) from None
     header_yaml = yaml.safe_dump(_without_line_breaks(header), sort_keys=False, allow_unicode=True)
     return f"---\n{header_yaml}---\n\n{body.strip()}\n".encode(errors="replace").decode()
@@ -136,10 +139,6 @@ def _without_line_breaks(value: Any) -> Any:
     if isinstance(value, list):
         return list(map(_without_line_breaks, value))
     return on_one_line(value) if isinstance(value, str) else value
-
-
-def _as_json(value: Any) -> Markdown:
-    return markdown_block(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def metadata(manifest: dict[str, Any]) -> dict[str, Any]:

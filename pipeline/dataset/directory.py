@@ -17,15 +17,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.dataset.images import BATCH_SAMPLES, ImageStore
-from pipeline.dataset.version import (
-    DATA,
-    MANIFEST,
-    VERSION_NAME,
-    OtherReleaseError,
-    Version,
-    parse_version,
-    read_version,
-)
+from pipeline.dataset.version import DATA, MANIFEST, Version, read_version
 from pipeline.errors import ConfigError, StoreError, did_you_mean
 from pipeline.storage.files import open_table, read_json, read_table, write_json
 from pipeline.storage.lock import lease, lock_file
@@ -124,22 +116,10 @@ class DatasetDir:
         earlier = [other for other in self.pushed() if other != push]
         write_json(self.path / "pushed.json", {"pushed": [*earlier, push]})
 
-    def taken_numbers(self) -> list[tuple[int, ...]]:
-        """Return the numbers of pushed versions, which stay taken after a removal."""
-        names = {push["version"] for push in self.pushed()}
-        return sorted(parse_version(name) for name in names if VERSION_NAME.fullmatch(name))
-
     def versions(self) -> list[Version]:
         """Return all finished versions, oldest first. Raises StoreError if one is damaged."""
-        versions: list[Version] = []
-        for manifest in (self.path / "versions").glob(f"v*/{MANIFEST}"):
-            try:
-                versions.append(read_version(manifest.parent))
-            except OtherReleaseError:
-                raise
-            except StoreError as error:
-                problem = f"the version {manifest.parent.name} cannot be read: {error}"
-                raise StoreError(problem, hint=f"move {manifest.parent} away, or remove it") from None
+        manifests = (self.path / "versions").glob(f"v*/{MANIFEST}")
+        versions = [read_version(manifest.parent) for manifest in manifests]
         return sorted(versions, key=lambda version: version.number)
 
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:
@@ -245,7 +225,7 @@ def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterato
 def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
     """Yield all samples in batches, which read their images on demand."""
     sample_ids = open_table(shard.step_file("read")).read(["sample_id"])["sample_id"]
-    store = ImageStore(shard.image_folder or shard.path, sample_ids)
+    store = ImageStore(shard.image_folder or shard.path)
 
     def read_images(ids: list[str]) -> list[tuple[bytes, ...]]:
         return list(map(tuple, store.read(ids).to_pylist()))

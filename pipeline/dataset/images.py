@@ -13,16 +13,13 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError, SynthError
-from pipeline.images.decode import deck_id, image_id
 from pipeline.storage.files import open_parquet, write_table
 from pipeline.storage.object_store import is_remote
-from pipeline.tables import IMAGE, IMAGE_DIGESTS, SAMPLE_IMAGES, STORED_IMAGES
+from pipeline.tables import IMAGE, SAMPLE_IMAGES
 
 FOLDER = "images"
 FILE_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
@@ -31,7 +28,6 @@ FILE_BYTES = 256_000_000  # held in memory until the file is written
 GROUP_BYTES, GROUP_ROWS = 4_000_000, 64
 MAX_CACHED_GROUPS, MAX_OPEN_FILES = 4, 16
 BATCH_SAMPLES = 64  # number of samples whose images are read at once
-ALL_IDS = ("", "g")  # ids are hexadecimal, so all of them sort before "g"
 READ_AGAIN = "run `synth generate` again, which reads the images from the source"
 UNREADABLE = (OSError, ValueError, pa.ArrowException, SynthError)
 
@@ -42,14 +38,10 @@ class _Group(NamedTuple):
 
 
 class ImageStore:
-    """The images of a dataset folder. Writing requires the lock of the folder.
+    """The images of a dataset folder. Writing requires the lock of the folder."""
 
-    With `ids`, row groups outside of their range are skipped, so other samples may count as missing.
-    """
-
-    def __init__(self, folder: Path, ids: pa.Array | pa.ChunkedArray | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._id_range = ALL_IDS if ids is None else tuple(pc.min_max(ids).as_py().values())
         open_file = lru_cache(MAX_OPEN_FILES)(open_parquet)
 
         def read_group(group: _Group) -> pa.Table:
@@ -87,16 +79,6 @@ class ImageStore:
         ids, images = (column.combine_chunks() for column in rows.columns)
         return images if ids.equals(wanted) else images.take(pc.index_in(wanted, ids))
 
-    def digests(self) -> pa.Table:
-        """Return the recorded digest of each sample's images (tables.IMAGE_DIGESTS)."""
-        tables = [IMAGE_DIGESTS.empty_table()]
-        for path in self.paths():
-            try:
-                tables.append(open_parquet(path).read(IMAGE_DIGESTS.names).cast(IMAGE_DIGESTS))
-            except UNREADABLE:
-                continue
-        return pa.concat_tables(tables)
-
     def add(self, samples: Iterable[pa.Table]) -> None:
         """Write images (tables.SAMPLE_IMAGES) that the store lacks, in files of about FILE_BYTES."""
         pending, num_bytes, ids = list[pa.Table](), 0, set[str]()
@@ -127,17 +109,25 @@ class ImageStore:
 
         With `dry_run`, nothing is changed. Raises StoreError before any removal if a file is damaged.
         """
-        for path, ids in [(path, _read_ids(path)) for path in self.paths()]:
-            is_wanted = [name in wanted for name in ids]
-            if all(is_wanted):
+        stored: dict[Path, list[str]] = {}
+        for path in self.paths():
+            try:
+                stored[path] = open_parquet(path).read(["sample_id"])["sample_id"].to_pylist()
+            except UNREADABLE as error:
+                raise damage_error(path, error) from None
+        for path, ids in stored.items():
+            kept_ids = pa.array([name for name in ids if name in wanted], pa.string())
+            if len(kept_ids) == len(ids):
                 continue
             num_bytes = path.stat().st_size
             if dry_run:
-                yield path, num_bytes * is_wanted.count(False) // len(ids)
+                yield path, num_bytes * (len(ids) - len(kept_ids)) // len(ids)
                 continue
-            if any(is_wanted):
-                kept = _write_file(self.folder, _select_rows(open_parquet(path), is_wanted))
-                num_bytes -= kept.stat().st_size
+            if len(kept_ids):
+                file = open_parquet(path)
+                groups = (file.read_row_group(number) for number in range(file.num_row_groups))
+                selected = (group.filter(pc.is_in(group["sample_id"], kept_ids)) for group in groups)
+                num_bytes -= _write_file(self.folder, selected).stat().st_size
             path.unlink()
             yield path, num_bytes
 
@@ -146,7 +136,7 @@ class ImageStore:
         groups: dict[str, _Group] = {}
         # Reversed, so that an image in two files is read from the first file.
         for path in reversed(self.paths()):
-            groups |= _groups_by_id(path, *self._id_range)
+            groups |= _groups_by_id(path)
         return groups
 
 
@@ -163,19 +153,10 @@ def damage_error(path: Path, error: Exception) -> StoreError:
     return StoreError(f"{path} is damaged: {error}", hint=f"move it away, and {READ_AGAIN}")
 
 
-def images_digest(pages: Sequence[bytes]) -> str:
-    """Return the SHA-256 of an image. For a deck, return the digest of the SHA-256 of each page."""
-    return deck_id([image_id(page) for page in pages])
-
-
-def hash_images(path: Path) -> dict[str, str]:
-    """Compute the digest of each sample's images in a file. Raises one of UNREADABLE if it is damaged."""
-    file = open_parquet(path)
-    digests: dict[str, str] = {}
-    for number in range(file.num_row_groups):
-        for row in file.read_row_group(number, SAMPLE_IMAGES.names).to_pylist():
-            digests[row["sample_id"]] = images_digest(row["images"])
-    return digests
+def read_intact_ids(path: Path) -> set[str]:
+    """Read all images of a file, and return their ids. Raises one of UNREADABLE if a checksum is wrong."""
+    batches = open_parquet(path).iter_batches(GROUP_ROWS, columns=SAMPLE_IMAGES.names)
+    return {sample_id for batch in batches for sample_id in batch["sample_id"].to_pylist()}
 
 
 def as_pixels(images: pa.ListArray, column: str) -> pa.Array:
@@ -188,30 +169,17 @@ def as_pixels(images: pa.ListArray, column: str) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
 
 
-def _groups_by_id(path: Path, first_id: str = ALL_IDS[0], last_id: str = ALL_IDS[1]) -> dict[str, _Group]:
-    """Return the row group of each sample in a file, or {} if the file cannot be read.
-
-    Row groups in which all ids are below `first_id` or above `last_id` are left out.
-    """
+def _groups_by_id(path: Path) -> dict[str, _Group]:
+    """Return the row group of each sample in a file, or {} if the file cannot be read."""
     try:
         file = open_parquet(path)
-        metadata = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-        # `sample_id` is the first column.
-        ranges = [group.column(0).statistics for group in metadata]
-        numbers = [n for n, ids in enumerate(ranges) if ids.min <= last_id and ids.max >= first_id]
         # Reading the column once for all row groups is faster than once per row group.
-        ids = file.read_row_groups(numbers, ["sample_id"])["sample_id"].to_pylist()
-    except (*UNREADABLE, AttributeError, TypeError):  # a damaged file may have no statistics
+        ids = file.read(["sample_id"])["sample_id"].to_pylist()
+        counts = (file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))
+        groups = (_Group(path, number) for number, count in enumerate(counts) for _ in range(count))
+        return dict(zip(ids, groups, strict=True))
+    except UNREADABLE:
         return {}
-    repeated = (_Group(path, number) for number in numbers for _ in range(metadata[number].num_rows))
-    return dict(zip(ids, repeated, strict=True))
-
-
-def _read_ids(path: Path) -> list[str]:
-    try:
-        return list(open_parquet(path).read(["sample_id"])["sample_id"].to_pylist())
-    except UNREADABLE as error:
-        raise damage_error(path, error) from None
 
 
 def _write_file(folder: Path, samples: Iterable[pa.Table]) -> Path:
@@ -220,34 +188,18 @@ def _write_file(folder: Path, samples: Iterable[pa.Table]) -> Path:
     ids = [sample_id for table in samples for sample_id in table["sample_id"].to_pylist()]
     name = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:32]
     path = folder / FOLDER / f"{name}.parquet"
-    groups = (_with_digests(group) for table in samples for group in _split_into_groups(table))
-    write_table(path, groups, STORED_IMAGES)
+    write_table(path, (group for table in samples for group in _split_into_groups(table)), SAMPLE_IMAGES)
     return path
-
-
-def _with_digests(samples: pa.Table) -> pa.Table:
-    digests = [images_digest(pages) for pages in samples["images"].to_pylist()]
-    return samples.append_column("sha256", pa.array(digests, pa.string()))
 
 
 def _split_into_groups(samples: pa.Table) -> Iterator[pa.Table]:
     """Yield slices of at most GROUP_ROWS rows and at most GROUP_BYTES. A larger sample comes alone."""
-    images = samples["images"].combine_chunks()
-    bytes_before_page = np.r_[0, np.cumsum(pc.binary_length(images.flatten()).to_numpy())]
-    bytes_before_row = bytes_before_page[images.offsets.to_numpy() - images.offsets[0].as_py()]
-    start = 0
-    for end in range(1, samples.num_rows + 1):
-        is_full = end - start == GROUP_ROWS or end == samples.num_rows
-        if is_full or bytes_before_row[end + 1] - bytes_before_row[start] > GROUP_BYTES:
-            yield samples.slice(start, end - start)
-            start = end
-
-
-def _select_rows(file: pq.ParquetFile, is_wanted: Sequence[bool]) -> Iterator[pa.Table]:
-    start = 0
-    for number in range(file.num_row_groups):
-        count = file.metadata.row_group(number).num_rows
-        mask = pa.array(is_wanted[start : start + count], pa.bool_())
-        start += count
-        if pc.any(mask).as_py():
-            yield file.read_row_group(number, SAMPLE_IMAGES.names).filter(mask)
+    start = num_bytes = 0
+    for row in range(samples.num_rows):
+        row_bytes = samples.slice(row, 1).nbytes
+        if row - start == GROUP_ROWS or (row > start and num_bytes + row_bytes > GROUP_BYTES):
+            yield samples.slice(start, row - start)
+            start, num_bytes = row, 0
+        num_bytes += row_bytes
+    if samples.num_rows:
+        yield samples.slice(start)

@@ -1,35 +1,33 @@
 """Check the files, rows and images of a version against its manifest."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
-from pipeline.dataset.images import UNREADABLE, ImageStore, hash_images
-from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE, Version, extras_of
+from pipeline.dataset.images import UNREADABLE, read_intact_ids
+from pipeline.dataset.version import REJECTIONS_FILE, Version, extras_of
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
-from pipeline.storage.files import read_table
-from pipeline.tables import IMAGE_DIGESTS, PIXELS
+from pipeline.tables import PIXELS
 
 
-def damaged_files(version: Version) -> list[str]:
-    """Return the names of files that are missing, or whose digest differs from the manifest."""
-    files = ((name, version.path / name, entry["sha256"]) for name, entry in _file_entries(version).items())
-    return [name for name, path, sha256 in files if not path.is_file() or file_digest(path) != sha256]
+def damaged_files(version: Version, *, by_size: bool = False) -> list[str]:
+    """Return the names of files that are missing, or whose digest differs from the manifest.
 
+    With `by_size`, only sizes are compared, and no file is read.
+    """
 
-def missing_files(version: Version) -> list[str]:
-    """Return the names of files that are missing, or whose size differs. File contents are not read."""
-    files = ((name, version.path / name, entry["bytes"]) for name, entry in _file_entries(version).items())
-    return [name for name, path, size in files if not path.is_file() or path.stat().st_size != size]
+    def is_intact(path: Path, entry: dict[str, Any]) -> bool:
+        if not path.is_file():
+            return False
+        return path.stat().st_size == entry["bytes"] and (by_size or file_digest(path) == entry["sha256"])
 
-
-def _file_entries(version: Version) -> dict[str, dict[str, Any]]:
-    images = {IMAGES_FILE: version.manifest["images"]} if version.manifest.get("images") else {}
-    return {**version.manifest["files"], REJECTIONS_FILE: version.manifest["rejections"], **images}
+    entries = {**version.manifest["files"], REJECTIONS_FILE: version.manifest["rejections"]}
+    return [name for name, entry in entries.items() if not is_intact(version.path / name, entry)]
 
 
 def content_digest(version: Version) -> str:
@@ -48,35 +46,23 @@ def content_digest(version: Version) -> str:
     return version_digest(zip(*ordered.to_pydict().values(), strict=True), columns, extras.scores)
 
 
-def hash_store(store: ImageStore) -> dict[str, str]:
-    """Compute the digest of each sample's images in a store. Damaged files are skipped."""
-    digests: dict[str, str] = {}
-    for path in store.paths():
-        with suppress(*UNREADABLE):
-            digests = hash_images(path) | digests
-    return digests
+def find_damage(version: Version, stored: Collection[str] | None = None) -> list[str]:
+    """Return messages about the damage in a version, if any.
 
-
-def damaged_images(version: Version, stored: Mapping[str, str]) -> list[str]:
-    """Return the ids of samples in a version whose image digest in `stored` is wrong or missing."""
-    if not version.manifest.get("images"):
-        return []
-    table = read_table(version.path / IMAGES_FILE, IMAGE_DIGESTS.names)
-    expected = dict(zip(*table.to_pydict().values(), strict=True))
-    return [
-        name for name in version.sample_ids() if name not in expected or stored.get(name) != expected[name]
-    ]
-
-
-def find_damage(version: Version, stored: Mapping[str, str] | None = None) -> list[str]:
-    """Return messages about the damage in a version, if any. `stored` is the result of `hash_store`."""
+    `stored` has the ids of all intact images in its store. By default, all images of the store are read.
+    """
     if files := damaged_files(version):
         return [f"{name} does not match the manifest" for name in files]
     try:
         is_intact = content_digest(version) == version.manifest["digest"]
-        if stored is None:
-            stored = hash_store(version.store) if version.manifest.get("images") else {}
-        damaged = damaged_images(version, stored)
+        damaged: list[str] = []
+        if not version.holds_pixels:
+            if stored is None:
+                stored = set[str]()
+                for path in version.store.paths():
+                    with suppress(*UNREADABLE):
+                        stored |= read_intact_ids(path)
+            damaged = [name for name in version.sample_ids() if name not in stored]
     except (StoreError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         return [f"its rows cannot be read: {error}"]
     if not is_intact:
@@ -92,8 +78,6 @@ def require_intact_files(version: Version) -> None:
     if files := damaged_files(version):
         names = ", ".join(files)
         raise StoreError(f"{version.path} is damaged: {names} does not match its manifest", hint=hint)
-    if version.manifest.get("images"):
-        stored = dict(zip(*version.store.digests().to_pydict().values(), strict=True))
-        if damaged := damaged_images(version, stored):
-            problem = f"{len(damaged)} images of {version.path} are not in {version.store.folder}"
-            raise StoreError(problem, hint=hint)
+    if not version.holds_pixels and (missing := version.store.find_missing(version.sample_ids())):
+        problem = f"{len(missing)} images of {version.path} are not in {version.store.folder}"
+        raise StoreError(problem, hint=hint)

@@ -1,4 +1,7 @@
-"""The schema of a manifest. Versions may be untrusted, so every key that is read is checked here."""
+"""The schema of a manifest. Versions may be untrusted, so every key that code decides by is checked here.
+
+Keys that are only shown, such as the results of an audit, are checked when a card or a report is rendered.
+"""
 
 from typing import Annotated, Any
 
@@ -27,7 +30,6 @@ ShardName = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(SPLITS)})-\d
 PixelColumn = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(PIXELS)})$")]
 Score = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(ADDED_FIELDS)})$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Part(BaseModel):
@@ -73,19 +75,6 @@ class Writer(Origin):
     license: Name = ""
 
 
-class Rung(_Part):
-    """The requests and texts of one model of a ladder."""
-
-    task: Name
-    model: Name
-    requests: Count
-    prompt_tokens: Count
-    reply_tokens: Count
-    texts: Count
-    kept: Count
-    cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-
-
 class Step(_Part):
     """The row counts of a step."""
 
@@ -112,71 +101,6 @@ class TaskSettings(_Part):
     prompt: str
 
 
-class AuditRate(_Part):
-    """The share of wrong texts of a task and style, with its interval. Null without verdicts."""
-
-    task: Name
-    style: Name
-    texts: Count
-    reviewed: Count
-    cannot_tell: Count
-    wrong: Share | None
-    low: Share = 0
-    high: Share = 1
-
-
-class Audit(_Part):
-    """The results of an audit."""
-
-    seed: int
-    reviewed: Count
-    reviewers: Count
-    agreement: Annotated[float, Field(ge=-1, le=1)] | None
-    rates: list[AuditRate]
-
-
-class Rate(_Part):
-    """A share of texts, with its 95 % interval."""
-
-    count: Count
-    share: Share
-    low: Share
-    high: Share
-
-
-class CorrectedShare(_Part):
-    """A share that is corrected for the errors of a check. It is null if only bounds are known."""
-
-    share: Share | None
-    low: Share
-    high: Share
-
-
-class CheckErrors(_Part):
-    """The errors of a check, and the share of true texts before any rejection, corrected by them."""
-
-    check: Name
-    judges_itself: bool
-    min_evidence: Count
-    lost: Share | None
-    passed: Rate
-    true: CorrectedShare | None
-    false_alarms: Rate | None
-    missed: Rate | None
-    kinds: dict[Name, Rate]
-
-
-class Price(_Part):
-    """The use of a model for one kind of text, or for all checks."""
-
-    texts: Name
-    kept: Count
-    requests: Count
-    prompt_tokens: Count
-    reply_tokens: Count
-    cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-
-
 class Settings(_Part):
     """The settings that cards, checks and conversations read."""
 
@@ -185,7 +109,7 @@ class Settings(_Part):
 
 
 class Manifest(_Part):
-    """All keys that are read from a manifest."""
+    """The keys of a manifest, except those that are only shown."""
 
     version: VersionName
     digest: Digest
@@ -204,7 +128,6 @@ class Manifest(_Part):
     measured: dict[Name, Any]
     files: dict[ShardName, FileEntry]
     rejections: FileEntry
-    images: FileEntry | None = None
     license: Name = ""
     license_link: Name = ""
     title: Name = ""
@@ -217,12 +140,7 @@ class Manifest(_Part):
     reader_columns: list[Name] = []
     acknowledged: list[Name] = []
     review: dict[Name, Count] = {}
-    audit: Audit | None = None
-    checks: list[CheckErrors] = []
-    skipped_checks: dict[Name, dict[Name, Count]] = {}
-    price: list[Price] = []
     models: dict[Name, Writer] = {}
-    ladder: list[Rung] = []
 
     @model_validator(mode="after")
     def _check_columns(self) -> "Manifest":

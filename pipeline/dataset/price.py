@@ -35,12 +35,17 @@ def describe_price(
     """Return the manifest entries of the price: one for each kind of text, and one for all checks.
 
     `spent` has requests and tokens by TASK.MODEL.UNIT (Journal.spent), and `measured` the statistics of the
-    rows.
+    rows. `kept` counts texts that a model wrote, or images with a value of a custom task.
     """
     entries: dict[str, dict[str, Any]] = {}
     for name, model in sorted({(*key.split(".")[:2],) for key in spent}):
         kind = _kind_of(name, tasks)
-        entry = entries.setdefault(kind, {"texts": kind, "kept": _count_kept(kind, measured)})
+        if kind in _HUMAN:
+            parts = measured.get("captions" if kind == CAPTIONS else "answers", {}).values()
+            kept = sum(part["count"] for part in parts) - measured.get(_HUMAN[kind], 0)
+        else:
+            kept = measured.get("custom_tasks", {}).get(kind, {"images": 0})["images"]
+        entry = entries.setdefault(kind, {"texts": kind, "kept": kept})
         amounts = {unit: spent[f"{name}.{model}.{unit}"] for unit in UNITS}
         cost = cost_of({model: (amounts["prompt_tokens"], amounts["reply_tokens"])}, servers)
         for unit, amount in (amounts | ({} if cost is None else {"cost": cost})).items():
@@ -56,14 +61,6 @@ def _kind_of(name: str, tasks: Tasks) -> str:
     if task.text_field:
         return CAPTIONS
     return QUESTIONS if "question" in task.row.model_fields else name
-
-
-def _count_kept(kind: str, measured: Mapping[str, Any]) -> int:
-    """Return the number of kept texts that a model wrote, or of images with a value of a custom task."""
-    if kind in _HUMAN:
-        parts = measured.get("captions" if kind == CAPTIONS else "answers", {}).values()
-        return int(sum(part["count"] for part in parts) - measured.get(_HUMAN[kind], 0))
-    return int(measured.get("custom_tasks", {}).get(kind, {"images": 0})["images"])
 
 
 def price_in_words(manifest: Mapping[str, Any], asking_s: float = 0.0) -> list[str]:

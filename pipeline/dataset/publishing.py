@@ -1,7 +1,7 @@
 """Write the files of a version, and publish them atomically under the name of the version."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from pipeline.dataset.statistics import DatasetStatistics
 from pipeline.dataset.version import (
     ABOUT,
     CARD_FILE,
-    IMAGES_FILE,
     MANIFEST,
     REJECTIONS_FILE,
     STORED,
+    VERSION_NAME,
     Version,
     extras_of,
     file_entry,
+    parse_version,
 )
 from pipeline.errors import StoreError, TableError
 from pipeline.storage.files import (
@@ -40,7 +41,6 @@ from pipeline.storage.files import (
 )
 from pipeline.storage.object_store import is_remote
 from pipeline.tables import (
-    IMAGE_DIGESTS,
     NO_EXTRAS,
     OPTIONAL,
     PIXELS,
@@ -122,7 +122,7 @@ def write_self_contained(version: Version, folder: Path, splits: Iterable[str] =
             writer.add(with_reader_columns(rows, readers, prompts) if readers else rows)
         writer.close()
     files = {path.name: describe_file(path) for path in sorted(folder.glob("*.parquet"))}
-    replaced = ("pixels", "pixel_columns", "images", "reader_columns")
+    replaced = ("pixels", "pixel_columns", "reader_columns")
     manifest = {key: value for key, value in version.manifest.items() if key not in replaced}
     manifest |= {"files": files, "features": features(schema)}
     return manifest | ({"reader_columns": readers} if readers else {})
@@ -151,6 +151,8 @@ def publish_version(
     columns, *others = [part.columns for part in written if part.columns]
     if any(other != columns for other in others):
         raise TableError("some samples have columns that others lack", hint=SAME_COLUMNS)
+    if missing := ImageStore(dataset.path).find_missing(digests["sample_id"].to_pylist()):
+        raise missing_error(missing, dataset.path)
     extras = written[0].extras
     versions = dataset.versions()
     parent = versions[-1] if versions else None
@@ -158,13 +160,19 @@ def publish_version(
     content_digest = version_digest(pairs, columns, extras.scores)
     if parent is not None and parent.manifest["digest"] == content_digest:
         is_as_complete = not parent.is_preview or provenance["source"].get("preview")
-        if is_as_complete and _measured(parent.manifest) == _measured(provenance):
+        # These fields may change while the rows stay the same.
+        measured = ("audit", "checks", "skipped_checks")
+        if is_as_complete and all(parent.manifest.get(key) == provenance.get(key) for key in measured):
             return parent, False
     schema = row_schema(columns, extras)
-    name = next_version(parent, digests["sample_id"], schema, dataset.taken_numbers())
-    files = _number_files(written)
+    name = next_version(parent, digests["sample_id"], schema, {push["version"] for push in dataset.pushed()})
+    files, numbers = [], Counter[str]()
+    for part in written:
+        for file, entry in part.files.items():
+            split = file.rpartition("-")[0]
+            files.append((part.path / file, f"{split}-{numbers[split]:05d}.parquet", entry))
+            numbers[split] += 1
     write_table(draft / REJECTIONS_FILE, rejections, REJECTIONS)
-    write_table(draft / IMAGES_FILE, [_image_digests(dataset, digests["sample_id"])], IMAGE_DIGESTS)
     manifest = {
         "version": name,
         "digest": content_digest,
@@ -181,7 +189,6 @@ def publish_version(
         **provenance,
         "files": {file: entry for _, file, entry in sorted(files, key=lambda entry: entry[1])},
         "rejections": describe_file(draft / REJECTIONS_FILE),
-        "images": describe_file(draft / IMAGES_FILE),
     }
     examples = [row for part in written for row in part.examples][:CARD_SAMPLES]
     write_text(draft / CARD_FILE, render_card(manifest, examples))
@@ -192,30 +199,18 @@ def publish_version(
     return Version(final, manifest), True
 
 
-def _number_files(written: Sequence[RowWriter]) -> list[tuple[Path, str, dict[str, Any]]]:
-    """Return each file with its name in the version, numbered within its split, and its manifest entry."""
-    files, numbers = [], Counter[str]()
-    for part in written:
-        for name, entry in part.files.items():
-            split = name.rpartition("-")[0]
-            files.append((part.path / name, f"{split}-{numbers[split]:05d}.parquet", entry))
-            numbers[split] += 1
-    return files
-
-
 def next_version(
-    parent: Version | None,
-    sample_ids: pa.ChunkedArray,
-    schema: pa.Schema,
-    taken: Sequence[tuple[int, ...]],
+    parent: Version | None, sample_ids: pa.ChunkedArray, schema: pa.Schema, pushed: Collection[str]
 ) -> str:
-    """Return the next version name, with a higher number than all in `taken`.
+    """Return the next version name. Names of `pushed` versions stay taken after a removal.
 
     The major number increases if columns or scores change, the minor if images are added, else the patch.
     """
-    if parent is None and not taken:
+    numbers = [parse_version(name) for name in pushed if VERSION_NAME.fullmatch(name)]
+    numbers += [parent.number] if parent else []
+    if not numbers:
         return FIRST
-    major, minor, patch = max([*taken, *([parent.number] if parent else [])])
+    major, minor, patch = max(numbers)
     if parent is None or parent.schema != schema:
         return f"v{major + 1}.0.0"
     is_old = pc.is_in(sample_ids, pa.array(parent.sample_ids(), pa.string()))
@@ -227,14 +222,6 @@ def next_version(
 def describe_file(path: Path) -> dict[str, Any]:
     """Return the manifest entry of a Parquet file: SHA-256, number of bytes, and number of rows."""
     return file_entry(path) | {"rows": open_parquet(path).metadata.num_rows}
-
-
-def _image_digests(dataset: DatasetDir, sample_ids: pa.ChunkedArray) -> pa.Table:
-    stored = ImageStore(dataset.path).digests()
-    indices = pc.index_in(sample_ids, stored["sample_id"].combine_chunks())
-    if indices.null_count:
-        raise missing_error(sample_ids.filter(pc.is_null(indices)).to_pylist(), dataset.path)
-    return stored.take(indices)
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
@@ -250,7 +237,7 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
         # A killed command may have left files there.
         remove(final)
         move([(path, final / name) for path, name in files])
-        move([(draft / name, final / name) for name in (REJECTIONS_FILE, IMAGES_FILE, CARD_FILE)])
+        move([(draft / name, final / name) for name in (REJECTIONS_FILE, CARD_FILE)])
         move([(draft / MANIFEST, final / MANIFEST)])
         return
     move([(path, draft / name) for path, name in files])
@@ -262,8 +249,3 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
             flush_file(path)
     draft.rename(final)
     flush_folder(final.parent)
-
-
-def _measured(manifest: dict[str, Any]) -> list[Any]:
-    """Return the fields that may change while the rows stay the same."""
-    return [manifest.get(name) for name in ("audit", "checks", "skipped_checks")]

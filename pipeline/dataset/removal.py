@@ -1,6 +1,6 @@
 """Remove unused images, hidden states, and files left by killed commands."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
@@ -10,9 +10,11 @@ from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, open_table, remove
 from pipeline.storage.lock import lock_file
 
-TEMPORARY_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
-# Patterns of files left by killed commands. All commands that write to these folders hold the dataset's lock.
+OWN_LOCK = (FEATURES, PUSHED)  # each folder in these folders has its own lock
+# Patterns of files left by killed commands, which hold the lock of the dataset or of the folder, and of
+# hidden states, which training can compute again.
 LEFTOVERS = (
+    *(f"{name}/*" for name in OWN_LOCK),
     TRIAL,
     f"versions/{SCRATCH}",
     f"versions/v*/{TEMPORARY_FILES}",
@@ -22,15 +24,10 @@ LEFTOVERS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """An unused file or folder, and the number of bytes that its removal frees."""
-
-    path: Path
-    num_bytes: int
+Removed = list[tuple[Path, int]]  # unused files and folders, and the number of bytes that their removal frees
 
 
-def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
+def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
     """Remove images that are neither in a version nor in the last read samples. Return the changed files.
 
     The caller holds the lock. Raises StoreError before any removal if a version or sample list is damaged.
@@ -41,33 +38,24 @@ def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftove
     lists = [path for which in ("kept", NEAR_DUPLICATES_FILE) for path in dataset.step_files("read", which)]
     for path in [*lists, *dataset.step_file("read").parent.glob("parts/*.parquet")]:
         needed.update(open_table(path, "sample_id").read(["sample_id"])["sample_id"].to_pylist())
-    changes = ImageStore(dataset.path).keep_only(needed, dry_run=dry_run)
-    return [Leftover(path, num_bytes) for path, num_bytes in changes]
+    return list(ImageStore(dataset.path).keep_only(needed, dry_run=dry_run))
 
 
-def remove_leftovers(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove files left by killed commands. The caller holds the lock, so no running command uses them."""
-    paths = (path for pattern in LEFTOVERS for path in sorted(dataset.path.glob(pattern)))
-    leftovers = [_measure(path) for path in paths if not _is_linked(dataset, path.parent)]
-    for leftover in () if dry_run else leftovers:
-        _remove(leftover.path)
-    return leftovers
-
-
-def remove_temporary_folders(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove cached hidden states, which training can compute again, and shards left by killed pushes.
+def remove_leftovers(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
+    """Remove files left by killed commands, and hidden states. The caller holds the lock of the dataset.
 
     Folders in use by another process are skipped. A training run that already reads a removed file continues.
     """
-    removed = []
-    for folder in (path for pattern in TEMPORARY_FOLDERS for path in sorted(dataset.path.glob(pattern))):
-        if not folder.is_dir() or _is_linked(dataset, folder):
+    removed: Removed = []
+    for path in [path for pattern in LEFTOVERS for path in sorted(dataset.path.glob(pattern))]:
+        if _is_linked(dataset, path.parent):
             continue
+        has_lock = path.parent.name in OWN_LOCK and path.is_dir() and not path.is_symlink()
         try:
-            with lock_file(folder / LOCK, _raise_busy, StoreError):
-                removed.append(_measure(folder))
+            with lock_file(path / LOCK, _raise_busy, StoreError) if has_lock else nullcontext():
+                removed.append((path, _size_bytes(path)))
                 if not dry_run:
-                    _remove(folder)
+                    _remove(path)
         except BlockingIOError:
             continue
     return removed
@@ -93,8 +81,8 @@ def _remove(path: Path) -> None:
         raise StoreError(f"cannot remove {path}", hint=hint)
 
 
-def _measure(folder: Path) -> Leftover:
-    if folder.is_symlink() or folder.is_file():
-        return Leftover(folder, folder.lstat().st_size)
-    files = (file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
-    return Leftover(folder, sum(file.stat().st_size for file in files))
+def _size_bytes(path: Path) -> int:
+    if path.is_symlink() or path.is_file():
+        return path.lstat().st_size
+    files = (file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+    return sum(file.stat().st_size for file in files)

@@ -1,7 +1,4 @@
-"""Statistics of the rows of a version, for the manifest and the card.
-
-For drawn scenes, whose content is known, they include how much of the text is true.
-"""
+"""Statistics of the rows of a version, for the manifest and the card."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -37,7 +34,7 @@ class DatasetStatistics:
             for caption in row["captions"]:
                 self.captions[caption["style"]].add(caption["text"], row["sample_id"])
                 self.repaired_captions += caption["prompt_id"].startswith(f"{REPAIR.name}/")
-            self.human_captions += sum(map(_is_human, row["captions"]))
+                self.human_captions += HUMAN in (caption["prompt_id"], caption["style"])
             self.human_questions += sum(pair["prompt_id"] == HUMAN for pair in row["qa"])
             for pair in row["qa"]:
                 self.answers[pair["answer_type"] or "other"][pair["answer"].lower()] += 1
@@ -88,16 +85,17 @@ def merge(left: Any, right: Any) -> Any:
     return left + right
 
 
-def _is_human(caption: dict[str, Any]) -> bool:
-    return HUMAN in (caption["prompt_id"], caption["style"])
-
-
 def _summarize_answers(counts: Counter[str]) -> dict[str, Any]:
     answer, times = min(counts.items(), key=lambda item: (-item[1], item[0]))
     total = counts.total()
     entropy = -sum(count / total * log2(count / total) for count in sorted(counts.values()))
     share = round(times / total, 4)
     return {"count": total, "most_common": answer, "share": share, "entropy_bits": round(abs(entropy), 4)}
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Return a share in percent, without the sign."""
+    return f"{100 * float(share):.{digits}f}"
 
 
 def wilson_interval(hits: float, trials: float) -> tuple[float, float]:

@@ -34,7 +34,6 @@ from pipeline.tables import (
 # The Parquet files next to the folder ABOUT hold the rows.
 ABOUT = "about"
 REJECTIONS_FILE = f"{ABOUT}/rejections.parquet"
-IMAGES_FILE = f"{ABOUT}/images.parquet"  # image digests of all rows (tables.IMAGE_DIGESTS)
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 DAMAGE_HINT = "move it away, and run `synth generate` again, which reuses all replies"
@@ -235,10 +234,6 @@ def parse_version(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups())
 
 
-class OtherReleaseError(StoreError):
-    """Raised for a version that another release of synth wrote."""
-
-
 def read_version(folder: Path) -> Version:
     """Open a version folder. Raises StoreError if it is not one, or holds pipes or links that lead out."""
     try:
@@ -246,9 +241,9 @@ def read_version(folder: Path) -> Version:
         if manifest["table_version"] != TABLE_VERSION:
             problem = f"another release of synth wrote table_version {manifest['table_version']!r}"
             hint = "upgrade synth, or use the release that wrote the version"
-            raise OtherReleaseError(f"not a version: {folder} ({problem})", hint=hint)
+            raise StoreError(f"not a version: {folder} ({problem})", hint=hint)
         check_manifest(manifest)
-        files = () if is_remote(folder) else (*manifest["files"], REJECTIONS_FILE, IMAGES_FILE)
+        files = () if is_remote(folder) else (*manifest["files"], REJECTIONS_FILE)
         root = folder.parents[1] if folder.parent.name == "snapshots" else folder
         for path in (folder / name for name in files):
             if path.exists() or path.is_symlink():
@@ -264,7 +259,7 @@ def read_version(folder: Path) -> Version:
         RecursionError,
         ConfigError,
     ) as error:
-        hint = "pass a dataset folder or one of its versions"
+        hint = f"pass a dataset folder or one of its versions; if it was a version, move {folder} away"
         raise StoreError(f"not a version: {folder} ({error})", hint=hint) from None
     return Version(folder, manifest)
 

@@ -3,11 +3,12 @@
 An export is written to a hidden folder next to its destination, and renamed when it is complete.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from pipeline.dataset.content import frequent_phrases
 from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
@@ -21,15 +22,20 @@ from pipeline.storage.sidecars import OWN_LINES
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
+MAX_COUNTED = 10_000  # captions in which phrases are counted
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The folder of an export, the number of exported images, and the number of images `without_text`."""
+    """The folder of an export, the number of exported images, and the number of images `without_text`.
+
+    `phrases` has the shares of phrases that most captions of a LoRA have in common.
+    """
 
     folder: Path
     images: int
     without_text: int
+    phrases: Mapping[str, float] = field(default_factory=dict)
 
 
 def export_version(
@@ -42,12 +48,13 @@ def export_version(
     source_names: bool = False,
     absolute: bool = False,
     trigger: str = "",
+    opening: str = "",
     progress: Progress | None = None,
 ) -> Exported:
     """Write a version to a new folder, as PARQUET or in one of FORMATS. `style` selects captions.
 
     `source_names` names files as in the source (`read_items`). `absolute` writes absolute paths of images.
-    `trigger` is a word that begins each caption, for a LoRA.
+    `trigger` is a word that begins each caption, for a LoRA. `opening` is removed from their beginning.
     Raises ConfigError if the folder exists or is in use, or there is nothing to write in this format.
     """
     report, splits = progress or NullProgress(), tuple(splits)
@@ -61,30 +68,38 @@ def export_version(
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
         _require_new(out)
-        num_rows = _check_export(version, kind, style, trigger, splits)
+        num_rows = _check_export(version, kind, style, trigger or opening, splits)
         draft = out.with_name(f".{out.name}.unfinished")
         remove(draft)
         draft.mkdir(parents=True)
-        written = num_rows
+        written, captions = num_rows, list[str]()
         if kind == PARQUET:
             write_self_contained(version, draft, splits)
         else:
-            choose = partial(choose_texts, style=style, trigger=trigger, only_one=kind == "sidecar")
+            choose = partial(
+                choose_texts, style=style, trigger=trigger, opening=opening, only_one=kind == "sidecar"
+            )
             items = map(choose, read_items(version, splits, source_names=source_names))
             image_root = f"{out.absolute().as_posix()}/" if absolute else ""
             writer, written = FORMATS[kind](draft, image_root), 0
             for number, item in enumerate(items, start=1):
                 written += writer.add(item)
+                if trigger and len(captions) < MAX_COUNTED:
+                    captions += [text.removeprefix(f"{trigger}, ") for _, text in item.captions]
                 report("export", number, num_rows)
             writer.close()
         if not written:
             remove(draft)
-            raise _no_text_error(version, style, kind)
+            hint = "leave out --style" if style not in (None, ALL) else "imagefolder has all columns"
+            if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
+                hint = "generate pairs with `synth generate --samples 4 --pairs`"
+            chosen = "" if style in (None, ALL) else f" in the style {style}"
+            raise ConfigError(f"no image of {version.name} has a text for {kind}{chosen}", hint=hint)
         files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)
         draft.rename(out)
-    return Exported(out, written, num_rows - written)
+    return Exported(out, written, num_rows - written, frequent_phrases(captions))
 
 
 def _require_new(out: Path) -> None:
@@ -92,16 +107,14 @@ def _require_new(out: Path) -> None:
         raise ConfigError(f"{out} already exists", hint="choose another folder: --out DIR")
 
 
-def _check_export(
-    version: Version, kind: str, style: str | None, trigger: str, splits: tuple[str, ...]
-) -> int:
+def _check_export(version: Version, kind: str, style: str | None, edit: str, splits: tuple[str, ...]) -> int:
     """Return the number of rows to export. Raises ConfigError if there is nothing to export."""
     captions = version.manifest["measured"].get("captions", {})
     if style not in (None, ALL, *captions):
         hint = f"styles of its captions: {', '.join(captions) or 'none'}"
         raise ConfigError(f"no caption of {version.name} has the style {style}", hint=hint)
-    if kind == PARQUET and (style or trigger):
-        hint = "leave out --style and --trigger"
+    if kind == PARQUET and (style or edit):
+        hint = "leave out --style, --trigger and --remove-opening"
         raise ConfigError(f"the format {PARQUET} always has all captions as they are", hint=hint)
     if version.lacks_pixels:
         raise ConfigError(f"{version.name} has no images", hint="pass --images FOLDER")
@@ -109,13 +122,3 @@ def _check_export(
     if not num_rows:
         raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave out --split")
     return num_rows
-
-
-def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:
-    needed = "a pair of a chosen and a rejected caption" if kind == "dpo" else "a text for this format"
-    needed += "" if style in (None, ALL) else f" in the style {style}"
-    captions = version.manifest["measured"].get("captions", {})
-    hint = f"its captions have the styles: {', '.join(captions) or 'none'}; imagefolder has all columns"
-    if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
-        hint = "generate pairs with `synth generate --samples 4 --pairs`"
-    return ConfigError(f"no image of {version.name} has {needed}", hint=hint)

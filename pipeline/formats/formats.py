@@ -10,7 +10,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,6 +36,8 @@ from pipeline.tasks.boxes import BOX_FIELDS
 
 DRAFT, DRAFT_BATCH_LINES = ".metadata.jsonl", 10_000
 SHARD_BYTES = 500_000_000  # bytes of images and texts in a tar file
+# The ratings of FineVision, from 1 to 5, and the scores of a judge that they are taken from
+RATINGS = {"relevance": "relevance", "image_correspondence": "grounding", "formatting": "form"}
 
 
 class Format:
@@ -102,9 +104,12 @@ class ImageFolder(Format):
     def close(self) -> None:
         super().close()
         drafts = [self.folder / name for name in self._files]
-        # A list that is empty in all rows of a batch has no type in the schema of the batch, so merge the
-        # schemas of all batches.
-        schemas = [pa.Table.from_pylist(rows).schema for path in drafts for rows in _read_lines(path)]
+        # A list that is empty in all rows of a batch has no type in the schema of the batch, and not every
+        # image has captions of all styles, so merge the schemas of all batches and columns.
+        schemas = []
+        for rows in chain.from_iterable(map(_read_lines, drafts)):
+            names = dict.fromkeys(chain.from_iterable(rows))
+            schemas.append(pa.table({name: [row.get(name) for row in rows] for name in names}).schema)
         schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
         for path in drafts:
             with pq.ParquetWriter(path.with_name("metadata.parquet").absolute(), schema) as writer:
@@ -271,7 +276,13 @@ class Coco(Format):
             self._add_part(f"captions_{item.split}", image, captions)
         # If the model was asked for boxes, an image without boxes is a negative example.
         if item.boxes is not None:
-            self._add_part(f"instances_{item.split}", image, map(_coco_instance, item.boxes))
+            instances = []
+            for box in item.boxes:
+                left, top, right, bottom = _corners_of(box)
+                width, height = right - left, bottom - top
+                bounds = {"bbox": [left, top, width, height], "area": width * height}
+                instances.append({"category": _label_of(box), **bounds, "iscrowd": 0})
+            self._add_part(f"instances_{item.split}", image, instances)
         return True
 
     def _add_part(self, name: str, image: dict[str, Any], annotations: Iterable[dict[str, Any]]) -> None:
@@ -305,13 +316,6 @@ def _label_of(box: dict[str, Any]) -> str:
 def _corners_of(box: dict[str, Any]) -> list[int]:
     corners: list[int] = next(box[name] for name in BOX_FIELDS if name in box)
     return corners
-
-
-def _coco_instance(box: dict[str, Any]) -> dict[str, Any]:
-    left, top, right, bottom = _corners_of(box)
-    width, height = right - left, bottom - top
-    bounds = {"bbox": [left, top, width, height], "area": width * height}
-    return {"category": _label_of(box), **bounds, "iscrowd": 0}
 
 
 class Csv(Format):
@@ -384,9 +388,14 @@ def _stored(item: Item) -> dict[str, Any]:
 
 
 def _cauldron_rows(item: Item) -> list[dict[str, Any]]:
-    """Return an image with its turns, as in The Cauldron and FineVision."""
+    """Return an image with its turns and the ratings of a judge, as in The Cauldron and FineVision."""
     texts = [{"user": question, "assistant": answer} for question, answer in item.turns]
-    return [{"images": [_stored(item)], "texts": texts}] if texts else []
+    rated = [item.scores.get(answer) or item.scores.get(question) or {} for question, answer in item.turns]
+    row: dict[str, Any] = {"images": [_stored(item)], "texts": texts}
+    for name, score in RATINGS.items():
+        ratings = [scores.get(score) for scores in rated]
+        row |= {f"{name}_ratings": ratings, f"{name}_min": min(filter(None, ratings), default=None)}
+    return [row] if texts else []
 
 
 def _message_rows(item: Item) -> list[dict[str, Any]]:
@@ -440,6 +449,8 @@ def to_json(value: Any) -> str:
 
 
 _IMAGES, _TURN = pa.list_(IMAGE), pa.struct(fields(STRING, "user", "assistant"))
+_RATED = {f"{name}_ratings": pa.list_(pa.int64()) for name in RATINGS}
+_RATED |= {f"{name}_min": pa.int64() for name in RATINGS}
 _DIALOG = dict.fromkeys(("prompt", "chosen", "rejected"), pa.list_(MESSAGE))
 FORMATS: dict[str, Callable[[Path, str], Format]] = {
     "imagefolder": ImageFolder,
@@ -455,7 +466,7 @@ FORMATS: dict[str, Callable[[Path, str], Format]] = {
     "coco": Coco,
     "csv": Csv,
     "cauldron": partial(
-        ParquetRows, columns={"images": _IMAGES, "texts": pa.list_(_TURN)}, rows_of=_cauldron_rows
+        ParquetRows, columns={"images": _IMAGES, "texts": pa.list_(_TURN), **_RATED}, rows_of=_cauldron_rows
     ),
     "dpo": partial(ParquetRows, columns={"image": IMAGE, **_DIALOG}, rows_of=_preference_rows),
 }

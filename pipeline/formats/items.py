@@ -4,7 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -42,6 +42,7 @@ class Item:
     captions: Sequence[tuple[str, str]]  # (style, text)
     questions: Sequence[tuple[str, str]]  # (question, answer)
     human_texts: frozenset[str]  # human captions and questions
+    scores: Mapping[str, Mapping[str, Any]]  # fields of captions and questions, by their text
     references: Sequence[str]
     reference_qa: Sequence[dict[str, Any]] = ()  # human questions with all answers
     values: dict[str, Any] = field(default_factory=dict)  # values of custom tasks, by name
@@ -81,25 +82,30 @@ class Item:
         return [*captions, *self.questions, *self.value_turns]
 
 
-def choose_texts(item: Item, *, style: str | None, trigger: str, only_one: bool) -> Item:
-    """Return an item with only the captions and pairs of a style, and prepend `trigger` to their texts.
+def choose_texts(item: Item, *, style: str | None, trigger: str, opening: str, only_one: bool) -> Item:
+    """Return an item with only the captions and pairs of a style.
 
     Without a style, all captions are kept, or with `only_one` the preferred caption. The style ALL keeps all.
+    `opening` is removed from the beginning of texts, in upper or lower case. Then `trigger` is prepended.
     """
+
+    def edit(text: str) -> str:
+        rest = text[len(opening) :]
+        if opening and text[: len(opening)].lower() == opening.lower() and not rest[:1].isalnum():
+            text = rest.lstrip(" ,.:;") or text
+        return f"{trigger}, {text}" if trigger else text
+
     captions = [caption for caption in item.captions if style in (None, ALL, caption[0])]
     if only_one and style != ALL:
         preferred = preferred_caption(captions)
         captions = [caption for caption in captions if caption[1] == preferred][:1]
-    prefix = f"{trigger}, " if trigger else ""
+    pairs = [pair for pair in item.pairs if style in (None, ALL, pair[0])]
     return replace(
         item,
-        captions=[(name, f"{prefix}{text}") for name, text in captions],
-        human_texts=item.human_texts | {f"{prefix}{text}" for text in item.human_texts},
-        pairs=[
-            (name, f"{prefix}{best}", f"{prefix}{worst}")
-            for name, best, worst in item.pairs
-            if style in (None, ALL, name)
-        ],
+        captions=[(name, edit(text)) for name, text in captions],
+        human_texts=item.human_texts | {edit(text) for text in item.human_texts},
+        scores={**item.scores, **{edit(text): scores for text, scores in item.scores.items()}},
+        pairs=[(name, edit(best), edit(worst)) for name, best, worst in pairs],
     )
 
 
@@ -169,7 +175,8 @@ def _make_item(row: dict[str, Any], split: str, own: dict[str, str], name: str) 
         sample_id=sample_id,
         captions=[(caption["style"] or "", caption["text"]) for caption in captions],
         questions=[(pair["question"], pair["answer"]) for pair in questions],
-        human_texts=frozenset(annotation.get("text") or annotation["question"] for annotation in human),
+        human_texts=frozenset(one.get("text") or one["question"] for one in human),
+        scores={one.get("text") or one["question"]: one for one in (*captions, *questions)},
         references=row.get("references") or (),
         reference_qa=row.get(REFERENCE_QA) or (),
         values={task: row[task] for task in own},

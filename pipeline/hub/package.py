@@ -103,8 +103,7 @@ def _scratch_folder(version: Version) -> Iterator[Path]:
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
     """Return a manifest without images. If the files hold images, write files without them to `folder`."""
     columns = version.manifest["columns"]
-    texts = {"columns": [column for column in columns if column not in PIXELS]}
-    manifest = {key: value for key, value in version.manifest.items() if key != "images"} | texts
+    manifest = version.manifest | {"columns": [column for column in columns if column not in PIXELS]}
     if version.holds_pixels:
         manifest = write_self_contained(Version(version.path, manifest), folder)
     return manifest | {
@@ -158,13 +157,18 @@ def build_checkpoint_package(
         saved["train"]["init"] = Path(init).name
     written = {"train.json": json_text(saved["train"]).encode(), **extra_files(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
-    files |= _content_entries(written)
+    for name, data in written.items():
+        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     names = (*CHECKPOINT_FILES, *sorted({*files} - {*CHECKPOINT_FILES}))
     content_digest = digest([files[name]["sha256"] for name in names])
     data = saved["config"]["data"]
     name = f"{data['version']}-{content_digest[:8]}"
     manifest = {"version": name, "digest": content_digest, "data": data, "files": files}
-    dataset = data.get("repo") or _pushed_to(folder, data)
+    dataset = data.get("repo")
+    if not dataset:
+        home = DatasetDir(folder.resolve().parent.parent)
+        equal = {other.name for other in home.versions() if other.manifest["digest"] == data["digest"]}
+        dataset = next((push["repo"] for push in home.pushed() if push["version"] in equal), None)
     card = render_model_card(saved | {"digest": content_digest}, repo, dataset, models)
     return Package(
         kind="model",
@@ -181,19 +185,7 @@ def build_checkpoint_package(
     )
 
 
-def _content_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    return {name: {"sha256": digests[name], "bytes": len(data)} for name, data in files.items()}
-
-
 def base_models(train: Mapping[str, Any], hub_ids: Mapping[str, str]) -> list[str]:
     """Return the Hub ids of a captioner's encoder and decoder. A model from a local folder has none."""
     given = [str(train[part]) for part in ("encoder", "decoder")]
     return [hub_ids.get(name, name) for name in given if name in hub_ids or without_folders(name) == name]
-
-
-def _pushed_to(folder: Path, data: Mapping[str, Any]) -> str | None:
-    """Return the repository that the version of a captioner's data was pushed to, if it is known."""
-    dataset = DatasetDir(folder.resolve().parent.parent)
-    names = [version.name for version in dataset.versions() if version.manifest["digest"] == data["digest"]]
-    return next((push["repo"] for push in dataset.pushed() if push["version"] in names), None)

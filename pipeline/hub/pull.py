@@ -5,11 +5,10 @@ from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
 from pipeline.dataset.images import ImageStore
-from pipeline.dataset.integrity import find_damage
+from pipeline.dataset.integrity import damaged_files, find_damage
 from pipeline.dataset.publishing import publish
 from pipeline.dataset.version import (
     CARD_FILE,
-    IMAGES_FILE,
     MANIFEST,
     REJECTIONS_FILE,
     VERSION_NAME,
@@ -21,7 +20,7 @@ from pipeline.dataset.version import (
 )
 from pipeline.errors import StoreError
 from pipeline.hub_errors import HUB_NAME, translate_hub_errors
-from pipeline.storage.files import read_table, scratch_folder, translate_disk_errors
+from pipeline.storage.files import scratch_folder, translate_disk_errors
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
 from pipeline.tables import SPLITS
 
@@ -37,16 +36,14 @@ def is_hub_name(text: str) -> bool:
 def pull_version(name: str) -> Version:
     """Download ORG/NAME@VERSION into the Hub's cache if it is not there, and check every file.
 
-    VERSION is a tag, a branch or a commit. The default is the newest tag. Raises StoreError if the version
-    does not exist, is damaged, or is neither reachable nor in the cache.
+    VERSION is a tag, a branch or a commit. The default is the newest tag, which needs a connection. Raises
+    StoreError if the version does not exist, is damaged, or is neither reachable nor in the cache.
     """
     # Commands on local versions do not need this slow import.
     from huggingface_hub import errors, snapshot_download
 
-    if not (match := HUB_NAME.fullmatch(name)):
-        raise StoreError(f"not a dataset name on the Hub: {name}", hint="use ORG/NAME@v1.0.0")
-    repo, requested = match[1], match[2]
-    offline = "check the network, then try again: downloaded files are kept"
+    repo, _, requested = name.partition("@")
+    offline = "check the network, then try again; a downloaded version opens by its name, ORG/NAME@VERSION"
     with translate_hub_errors(name, "dataset", StoreError, offline, or_folder=True):
         revision = requested or next(reversed(_tags(repo)), None)
         if revision is None:
@@ -93,30 +90,21 @@ def open_or_download(path: Path | None, *, previews: bool = True) -> Version:
 
 
 def _download(remote: Version, home: DatasetDir, final: Path) -> None:
-    has_store = bool(remote.manifest.get("images"))
-    images = [IMAGES_FILE] if has_store else []
     with scratch_folder(final.parent) as draft:
-        for name in (*remote.manifest["files"], REJECTIONS_FILE, *images, CARD_FILE, MANIFEST):
+        for name in (*remote.manifest["files"], REJECTIONS_FILE, CARD_FILE, MANIFEST):
             download(remote.path / name, draft / name)
-        if has_store:
-            ids = read_table(draft / IMAGES_FILE, ["sample_id"])["sample_id"].to_pylist()
-            ImageStore(home.path).add_from(remote.store, ids)
-        if damage := find_damage(Version(draft, remote.manifest)):
+        local = Version(draft, remote.manifest)
+        if not remote.holds_pixels and not damaged_files(local):
+            ImageStore(home.path).add_from(remote.store, local.sample_ids())
+        if damage := find_damage(local):
             hint = f"upload {remote.path} again; if that does not help, do not use the dataset"
             raise StoreError(f"{remote.path} is damaged: {damage[0]}", hint=hint)
         publish(draft, final)
 
 
 def _tags(repo: str) -> list[str]:
-    """Return the version tags on the Hub, oldest first. Without a connection, use the tags in the cache."""
-    import httpx2
-    from huggingface_hub import HfApi, constants, errors, scan_cache_dir
+    """Return the version tags on the Hub, oldest first."""
+    from huggingface_hub import HfApi
 
-    try:
-        names = [ref.name for ref in HfApi().list_repo_refs(repo, repo_type="dataset").tags]
-    except (errors.OfflineModeIsEnabled, httpx2.TransportError):
-        if not Path(constants.HF_HUB_CACHE).is_dir():
-            return []
-        cached = [entry for entry in scan_cache_dir().repos if entry.repo_id == repo]
-        names = [name for entry in cached if entry.repo_type == "dataset" for name in entry.refs]
+    names = (ref.name for ref in HfApi().list_repo_refs(repo, repo_type="dataset").tags)
     return sorted(filter(VERSION_NAME.fullmatch, names), key=parse_version)

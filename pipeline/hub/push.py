@@ -7,7 +7,6 @@ the repository, and resumes an interrupted attempt.
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,28 +14,22 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from pipeline.dataset.version import REJECTIONS_FILE, parse_version
 from pipeline.digests import file_digest
-from pipeline.errors import ConfigError, PushError, one_line
+from pipeline.errors import ConfigError, PushError
 from pipeline.hub.package import Package
+from pipeline.hub_errors import translate_hub_errors
 from pipeline.progress import NullProgress, Progress
 
-MAX_ATTEMPTS = 6
-MAX_PAUSE_S = 330.0  # the Hub's rate limits apply to windows of five minutes
+PAUSES_S = (0.5, 1, 2, 4, 8)  # between attempts
 RETRIED_STATUSES = (408, 409, 412, 429, 500, 502, 503, 504)
 # Manifest keys whose values the user states about the data.
 STATED_KEYS = ("license", "license_link", "title", "language", "acknowledged")
 NEW_REPO_FILES = (".gitattributes", "README.md")  # files that the Hub may add to a new repository
-_LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 _TAG_HINT = "tags never move: make a new version, or push to another repository"
 
 
@@ -82,40 +75,17 @@ def push_package(
             # LFS uploads wrap the error of the request in a RuntimeError.
             raise (error.__cause__ or error) from None
 
-    try:
-        return _retry(attempt)
-    except LocalTokenNotFoundError:
-        raise PushError("no Hub token", hint=_LOGIN_HINT) from None
-    except HfHubHTTPError as error:
-        raise _refusal(error, repo) from None
-    except (ConnectionError, TimeoutError, httpx2.TransportError) as error:
-        problem = f"cannot reach the Hub at {api.endpoint}: {error}"
-        raise PushError(problem, hint="check the network, then push again") from None
-    except OSError as error:
-        raise PushError(
-            f"cannot read or write a file: {error}", hint="check the disk, then push again"
-        ) from None
-
-
-def _retry(attempt: Callable[[], PushResult]) -> PushResult:
-    for number in range(1, MAX_ATTEMPTS):
-        try:
-            return attempt()
-        except (HfHubHTTPError, ConnectionError, TimeoutError, httpx2.TransportError) as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRIED_STATUSES:
-                raise
-            # A ConnectError means that no server is listening.
-            if isinstance(error, httpx2.ConnectError):
-                raise
-            time.sleep(_pause_s(error, number))
-    return attempt()
-
-
-def _pause_s(error: Exception, number: int) -> float:
-    limit = parse_ratelimit_headers(error.response.headers) if isinstance(error, HfHubHTTPError) else None
-    if limit is not None:
-        return min(limit.reset_in_seconds + 1.0, MAX_PAUSE_S)
-    return min(2.0 ** (number - 2), 8.0)
+    with translate_hub_errors(repo, package.kind, PushError, "check the network, then push again"):
+        for pause_s in PAUSES_S:
+            try:
+                return attempt()
+            except (HfHubHTTPError, ConnectionError, TimeoutError, httpx2.TransportError) as error:
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+                # A ConnectError means that no server is listening.
+                if status not in (0, *RETRIED_STATUSES) or isinstance(error, httpx2.ConnectError):
+                    raise
+                time.sleep(pause_s)
+        return attempt()
 
 
 def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: Progress) -> PushResult:
@@ -224,18 +194,3 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, A
         problem = f"{package.name} in {repo} is damaged: {', '.join(damaged)} does not match its manifest"
         raise PushError(problem, hint="tags never move: push to a new repository")
     return manifest
-
-
-def _refusal(error: HfHubHTTPError, repo: str) -> PushError:
-    status = error.response.status_code
-    if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return PushError("the Hub rejects the token", hint=_LOGIN_HINT)
-    if status == 403:
-        return PushError(f"the token has no write access to {repo}", hint="use a token with write access")
-    if status in (401, 404):
-        problem = f"the repository {repo} does not exist, or the token has no access"
-        return PushError(problem, hint="check the name and the permissions of the token")
-    message = error.server_message or one_line(error)
-    return PushError(
-        f"the Hub refused the push ({status}): {message}", hint="push again: finished uploads are kept"
-    )

@@ -15,15 +15,13 @@ from typing import Any
 from pipeline.dataset.audit import audit_in_words
 from pipeline.dataset.calibration import checks_in_words
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.limits import SCORED, score_curves
 from pipeline.dataset.price import price_in_words
-from pipeline.dataset.reviews import REASONS, Verdict, read_stored
+from pipeline.dataset.reviews import REASONS
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError, StoreError
+from pipeline.errors import ConfigError
 from pipeline.report.html import page_script, render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import images_of, read_rejected, read_rows, steps_match
-from pipeline.storage.files import read_batches, read_json, write_text
-from pipeline.storage.untrusted import UnsafeFileError
+from pipeline.storage.files import write_text
 from pipeline.tables import SPLITS
 from pipeline.text.reasons import SCORES_IN_WORDS, in_words
 
@@ -39,15 +37,14 @@ def write_report(version: Version, folder: Path) -> Path:
     """Write `report.html` into the dataset folder, and return its path.
 
     At most MAX_IMAGES images are shown: the ones with the lowest ids. Ids are digests, so this is a random
-    sample. Raises StoreError if the version, a step file or the scores of the last captioner are damaged.
+    sample. Raises StoreError if the version or a step file is damaged.
     """
     manifest, num_shown = version.manifest, min(version.num_rows, MAX_IMAGES)
     cost = DatasetDir(folder).read_cost()
     rows = list(_read_rows(version, num_shown))
-    first_images = {row["id"]: row["images"][0] for row in rows}
     has_steps = steps_match(folder, manifest)
     rejected = list(read_rejected(folder)) if has_steps else []
-    others = images_of(folder, _pictured_ids(rejected) - first_images.keys())
+    others = images_of(folder, _pictured_ids(rejected) - {row["id"] for row in rows})
     settings = {
         "digest": manifest["digest"],
         "version": version.name,
@@ -61,7 +58,6 @@ def write_report(version: Version, folder: Path) -> Path:
         *(f'add("images", {script_literal(part)});\n' for part in parts),
         f'add("rejected", {script_literal(rejected)});\n',
     ]
-    metrics_file, metrics = _read_last_metrics(folder)
     text = render_page(
         "report.html.j2",
         manifest=manifest,
@@ -69,38 +65,24 @@ def write_report(version: Version, folder: Path) -> Path:
         shown=num_shown,
         funnel=manifest.get("funnel", []),
         in_words=in_words,
-        audit_in_words=audit_in_words(manifest.get("audit")),
-        checks_in_words=checks_in_words(manifest),
+        audit_in_words=audit_in_words,
+        checks_in_words=checks_in_words,
         scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],
         scores_in_words=SCORES_IN_WORDS,
-        score_curves=_score_curves(DatasetDir(folder)) if has_steps else {},
         has_steps=has_steps,
         cost=cost or None,
-        price_in_words=price_in_words(manifest, cost.get("asking_s", 0.0)),
-        metrics_file=metrics_file and str(metrics_file),
-        metrics=metrics,
-        first_images=first_images,
+        price_in_words=price_in_words,
+        asking_s=cost.get("asking_s", 0.0),
         generator=GENERATOR,
         scripts=scripts,
         script_hashes=[script_hash(script) for script in scripts],
     )
     page = folder / "report.html"
-    if page.exists() and not _is_report(page):
+    if page.exists() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:4096]:
         hint = "move it away: the report would overwrite it"
         raise ConfigError(f"{page} is not a report written by synth", hint=hint)
     write_text(page, text)
     return page
-
-
-def _score_curves(dataset: DatasetDir) -> dict[str, Any]:
-    verdicts, paths = read_stored(dataset.reviews, Verdict), dataset.step_files("review")
-    tables = (table for path in paths for table in read_batches(path, SCORED))
-    return score_curves(tables if verdicts else (), verdicts)
-
-
-def _is_report(page: Path) -> bool:
-    with page.open(encoding="utf-8", errors="replace") as file:
-        return GENERATOR in file.read(4096)
 
 
 def _read_rows(version: Version, num_shown: int) -> Iterator[dict[str, Any]]:
@@ -127,14 +109,3 @@ def _pictured_ids(rejected: Iterable[dict[str, str]]) -> set[str]:
         if counts[row["step"], row["reason"]] <= MAX_REJECTED_PICTURES:
             ids |= {row["id"], row["repeats"]}
     return ids - {""}
-
-
-def _read_last_metrics(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
-    """Return the file with the last scores of a captioner in a dataset folder and its content, or None."""
-    paths = (folder / "checkpoints").glob("*/metrics.json")
-    if (newest := max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)) is None:
-        return None, None
-    try:
-        return newest, read_json(newest)
-    except (OSError, ValueError, RecursionError, UnsafeFileError) as error:
-        raise StoreError(f"{newest} is damaged: {error}", hint="move it away") from None

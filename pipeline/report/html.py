@@ -10,9 +10,11 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from pipeline.dataset.card import INVALID
+from pipeline.dataset.statistics import percent
 from pipeline.errors import ImageError, StoreError
 from pipeline.images.decode import prepare_image
 
@@ -28,16 +30,16 @@ _PAGES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_PAGES.filters["percent"] = percent
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Render a template."""
+    """Render a template. Raises StoreError if a value is invalid, since manifests are untrusted."""
     try:
         return _PAGES.get_template(template).render(**values)
-    except (TypeError, AttributeError, LookupError, TemplateError) as error:  # the manifest is untrusted
-        source = " or ".join(filter(None, ("the manifest", values.get("metrics_file"))))
+    except INVALID as error:
         raise StoreError(
-            f"cannot write the page: {source} is invalid: {error}",
+            f"cannot write the page: the manifest is invalid: {error}",
             hint="check it with `synth check`, or use another version",
         ) from None
 
@@ -45,11 +47,15 @@ def render_page(template: str, **values: Any) -> str:
 def thumbnail(data: bytes, max_bytes: int, max_pixels: int = THUMBNAIL_PIXELS) -> bytes:
     """Return an image as WebP without metadata, at most `max_bytes` long. Raises ImageError if unreadable."""
     image = prepare_image(data, max_pixels=min(max_pixels, PIXELS_PER_BYTE * max_bytes))
-    while len(webp := _webp(image)) > max_bytes and min(image.size) > 1:
+    while True:
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=QUALITY, method=2)
+        webp = buffer.getvalue()
+        if len(webp) <= max_bytes or min(image.size) == 1:
+            return webp
         # The file size shrinks more slowly than the number of pixels.
         scale = min(0.9, (0.9 * max_bytes / len(webp)) ** 0.5)
         image = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    return webp
 
 
 def thumbnail_uri(image: bytes, max_bytes: int, max_pixels: int = THUMBNAIL_PIXELS) -> str:
@@ -76,9 +82,3 @@ def script_literal(value: Any) -> str:
 def script_hash(script: str) -> str:
     """Return the hash of a script for a content security policy that allows only listed scripts."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def _webp(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=QUALITY, method=2)
-    return buffer.getvalue()

@@ -16,7 +16,7 @@ import pyarrow as pa
 from fsspec.utils import glob_translate
 
 from pipeline.config import CONTEXT, Config
-from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE
+from pipeline.dataset.version import REJECTIONS_FILE
 from pipeline.errors import ImageError, SourceError, did_you_mean
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.sources.base import SourceSpec, as_text, check_samples, require_columns
@@ -37,7 +37,7 @@ from pipeline.sources.texts import (
     read_question,
     read_texts,
 )
-from pipeline.tables import ANSWERS, CAPTION_COLUMNS, QUESTION
+from pipeline.tables import ANSWERS, CAPTION_COLUMNS, PIXELS, QUESTION
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import GATED, UNDECLARED, UNKNOWN, RawSample, Rejected, Sample, Source
 
@@ -337,12 +337,13 @@ def _open_parquet(config: Config, path: str) -> Source:
     if not files.names:
         hint = "pass a Parquet file, or a folder on this disk or in an object store: --source parquet:PATH"
         raise SourceError(f"no Parquet file at {path}", hint=hint)
-    if all(any(name.endswith(file) for name in files.names) for file in (IMAGES_FILE, REJECTIONS_FILE)):
-        hint = f"`synth export {path} --format parquet --out FOLDER` writes files that contain the images"
-        raise SourceError(f"{path} is a version of synth, whose images are stored elsewhere", hint=hint)
     by_split, license = group_by_split(files.names), config.license or UNKNOWN
     translate = files.translate_errors
     tables = Tables(files.name, files.revision, license, by_split, files.open, translate)
+    is_version = any(name.endswith(REJECTIONS_FILE) for name in files.names)
+    if is_version and not {*PIXELS} & {*tables.schema.names}:
+        hint = f"`synth export {path} --format parquet --out FOLDER` writes files that contain the images"
+        raise SourceError(f"{path} is a version of synth, whose images are stored elsewhere", hint=hint)
     source = open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")
     return replace(source, messages=(*files.messages, *source.messages))
 

@@ -147,7 +147,6 @@ DAMAGES: dict[str, Damage] = {
     "rejections that are a private file": link("about/rejections.parquet", "/etc/passwd"),
     "shard of other columns": rows(lambda t: pa.table({"evil": [1]})),
     "images that are said to be in a store": manifest(lambda m: m.update(pixels="stored")),
-    "digests of images that are a private file": link_and_name("about/images.parquet", "/etc/passwd"),
     "shard without images": rows(lambda t: t.drop_columns(["image"])),
     "empty shard": rows(lambda t: t.slice(0, 0)),
     "sample ids that are paths": column("sample_id", lambda t: ["../../evil"] * t.num_rows),

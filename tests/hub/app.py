@@ -1,4 +1,4 @@
-"""The Hub's protocol as used by huggingface_hub, hf_xet and datasets, over tests.hub.storage.
+"""The Hub's protocol as used by huggingface_hub and datasets, over tests.hub.storage.
 
 This file has access, faults and reading. Routes match the raw URL, because clients send
 `refs%2Fconvert%2Fparquet` as one segment.
@@ -63,7 +63,7 @@ class Hub:
     """The ASGI app. `log` lists (method, path) of all requests, `received_bytes` counts uploaded bytes."""
 
     def __init__(self, storage: Storage) -> None:
-        from tests.hub import write, xet
+        from tests.hub.write import ROUTES
 
         self.storage = storage
         self.faults: list[Fault] = []
@@ -72,7 +72,7 @@ class Hub:
         self.granted: set[str] = set()
         self.sent_bytes = 0
         self.received_bytes = 0
-        routes = [*READING, *write.ROUTES, *xet.ROUTES]
+        routes = (*READING, *ROUTES)
         self.routes = [(method, re.compile(path), handler) for method, path, handler in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -20,7 +20,7 @@ PARENT = """
 import importlib, json, os, sys, time, traceback
 from pathlib import Path
 # imported before the forks, because pyarrow and the client import them late
-import _strptime, hf_xet, pandas, pyarrow.dataset, pyarrow.pandas_compat, stringprep, tarfile
+import _strptime, pandas, pyarrow.dataset, pyarrow.pandas_compat, stringprep, tarfile
 import huggingface_hub.constants
 from huggingface_hub.utils import logging
 from pipeline.errors import SynthError
@@ -80,16 +80,14 @@ class Pusher:
 
     hub: RunningHub
     home: Path
-    xet: bool = False
     token: str = TOKEN
     debug: bool = False
     hasty: bool = False  # shorten the waits between retries
     pid: int = 0
 
     def __enter__(self) -> "Pusher":
-        env = self.hub.env(self.home, xet=self.xet) | {"HF_TOKEN": self.token}
+        env = self.hub.env(self.home) | {"HF_TOKEN": self.token}
         env |= {"HF_DEBUG": "1"} if self.debug else {}
-        env |= {"HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"} if self.hasty else {}
         log = self.home.with_name(f"{self.home.name}.stderr")
         self._settings = {"env": env, "log": str(log.absolute()), "hasty": self.hasty}
         self._process = _idle.pop() if _idle else _start_parent(env)

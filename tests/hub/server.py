@@ -21,7 +21,7 @@ class RunningHub:
     hub: Hub
     endpoint: str
 
-    def env(self, home: Path, *, xet: bool = False) -> dict[str, str]:
+    def env(self, home: Path) -> dict[str, str]:
         """Return an environment for new processes whose clients use this server, with caches in `home`."""
         return {
             **os.environ,
@@ -31,7 +31,7 @@ class RunningHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_XET": "0" if xet else "1",  # without Xet, large files are uploaded by LFS
+            "HF_HUB_DISABLE_XET": "1",  # large files are uploaded by LFS
             "NO_PROXY": "127.0.0.1",
         }
 

@@ -97,7 +97,7 @@ def test_import_loads_no_heavy_package() -> None:
 def test_readme_example_generates_exports_pushes_and_loads(tmp_path: Path) -> None:
     (block,) = (text for text in PYTHON_BLOCK.findall(README) if "pipeline.generate(" in text)
     code = f"{block}\nprint(dataset.num_rows, result.stats.asked)"
-    with running_hub(tmp_path / "hub") as hub, Pusher(hub, tmp_path / "home", xet=False) as client:
+    with running_hub(tmp_path / "hub") as hub, Pusher(hub, tmp_path / "home") as client:
         command, env = [sys.executable, "-c", code], hub.env(client.home)
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -12,8 +12,11 @@ from pipeline.hub_errors import translate_hub_errors
 NAME = "me/cats@v2"
 OFFLINE = "check the network"
 SILENT = f"does not answer, and {NAME} is not in the cache"
+UNREACHABLE = "does not answer: "
 REQUEST = httpx2.Request("GET", "https://hub.example")
-FORBIDDEN, NOT_FOUND, FAILED = (httpx2.Response(status, request=REQUEST) for status in (403, 404, 500))
+UNKNOWN, FORBIDDEN, NOT_FOUND, FAILED = (
+    httpx2.Response(status, request=REQUEST) for status in (401, 403, 404, 500)
+)
 GATED = errors.GatedRepoError("x", response=FORBIDDEN)
 MISSING = errors.RepositoryNotFoundError("x", response=NOT_FOUND)
 BROKEN = errors.HfHubHTTPError("x", response=FAILED, server_message="on fire")
@@ -29,10 +32,21 @@ FULL = OSError(errno.ENOSPC, "No space left")
         (BROKEN, f"refused {NAME} (500): on fire", "later"),
         (errors.HFValidationError("x"), f"not the name of a dataset: {NAME}", "ORG/NAME"),
         (errors.LocalEntryNotFoundError("x"), SILENT, OFFLINE),
-        (errors.OfflineModeIsEnabled("x"), SILENT, OFFLINE),
-        (httpx2.ConnectError("x"), SILENT, OFFLINE),
-        (TimeoutError(), SILENT, OFFLINE),
-        (FULL, f"cannot fetch {NAME}: [Errno 28] No space left", "the disk is writable and has free space"),
+        (errors.OfflineModeIsEnabled("x"), UNREACHABLE, OFFLINE),
+        (httpx2.ConnectError("x"), UNREACHABLE, OFFLINE),
+        (TimeoutError(), UNREACHABLE, OFFLINE),
+        (errors.LocalTokenNotFoundError("x"), "no Hub token", "hf auth login"),
+        (errors.HfHubHTTPError("x", response=UNKNOWN), "the Hub rejects the token", "hf auth login"),
+        (
+            errors.HfHubHTTPError("x", response=FORBIDDEN),
+            "the token has no access to me/cats",
+            "write access",
+        ),
+        (
+            FULL,
+            f"cannot read or write files of {NAME}: [Errno 28] No space left",
+            "the disk is writable and has free space",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.version import IMAGES_FILE
 from pipeline.sources.scenes import draw_sample
 from tests.commands import Done, run_synth
 from tests.hub.server import RunningHub
@@ -126,7 +125,7 @@ def test_invalid_push_is_refused_and_dry_run_sends_nothing(maker: User, hub: Run
     plan = maker.json("push", "--repo", "me/elsewhere", "--dry-run")
     version = DatasetDir(maker.folder / "data" / "scenes").version()
     files = {path.relative_to(version.path).as_posix() for path in version.path.rglob("*.*")}
-    assert {*plan["files"]} == files - {IMAGES_FILE}
+    assert {*plan["files"]} == files
     assert len(hub.hub.log) == request_count
     for option in ("--no-images", "--acknowledge x"):
         refused = maker.synth("push", checkpoint, "--repo", "me/x", *option.split(), code=2).stderr

@@ -70,7 +70,7 @@ def take_samples(run: ShardedRun, index: int, shard: DatasetDir) -> None:
         write_record(shard, "read", run.key, kept=kept, rejected=reasons)
     if shard.image_folder is None:
         ids = read_table(shard.step_file("read"), ["sample_id"])["sample_id"]
-        ImageStore(shard.path).add_from(ImageStore(run.root, ids), ids.to_pylist())
+        ImageStore(shard.path).add_from(ImageStore(run.root), ids.to_pylist())
 
 
 def read_filled(run: ShardedRun, index: int) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_manifest_with_paths_outside_the_version_is_refused(tmp_path: Path, name
 def test_damaged_version_error_names_its_folder(tmp_path: Path) -> None:
     (tmp_path / "versions/v2.0.0").mkdir(parents=True)
     (tmp_path / "versions/v2.0.0/manifest.json").write_text("{")
-    with pytest.raises(StoreError, match=r"the version v2\.0\.0 cannot be read: not a version") as refused:
+    with pytest.raises(StoreError, match=r"not a version: .*/versions/v2\.0\.0 ") as refused:
         DatasetDir(tmp_path).versions()
     assert f"move {tmp_path}/versions/v2.0.0 away" in refused.value.hint
     newer = {"version": "v2.0.0", "table_version": 99, "files": {}}

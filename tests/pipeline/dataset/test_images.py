@@ -1,4 +1,4 @@
-"""Tests of the image store: each image is stored once, by id, with a digest of its bytes."""
+"""Tests of the image store: each image is stored once, by id."""
 
 import os
 from dataclasses import replace
@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset import images
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.images import ImageStore, hash_images, images_digest
+from pipeline.dataset.images import ImageStore
 from pipeline.dataset.integrity import find_damage
 from pipeline.errors import StoreError
 from pipeline.images.decode import deck_id, image_id
@@ -84,28 +84,7 @@ def test_row_groups_stay_below_byte_limit(tmp_path: Path, monkeypatch: pytest.Mo
         num_bytes = sum(map(len, group["images"].combine_chunks().flatten().to_pylist()))
         assert group.num_rows == 1 or num_bytes <= images.GROUP_BYTES
     assert file.num_row_groups >= 4
-    assert file.metadata.row_group(0).column(2).compression == "UNCOMPRESSED"
-
-
-def test_stored_digest_equals_digest_of_bytes(tmp_path: Path) -> None:
-    store = filled(tmp_path)
-    digests = dict(zip(*store.digests().to_pydict().values(), strict=True))
-    assert digests == {name: digest for path in store.paths() for name, digest in hash_images(path).items()}
-    assert digests[SAMPLES[0].id] == image_id(SAMPLES[0].images[0]) and digests[DECK.id] == DECK.id
-    assert images_digest(PAGES) != images_digest(PAGES[::-1])
-
-
-def test_store_for_some_ids_lists_only_row_groups_that_may_hold_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(images, "GROUP_ROWS", 3)
-    samples = sorted(SAMPLES, key=lambda sample: sample.id)
-    ImageStore(tmp_path).add(tables(samples))
-    wanted = [sample.id for sample in samples[4:6]]
-    store = ImageStore(tmp_path, pa.array(wanted))
-    assert pages_of(store, wanted) == [sample.images for sample in samples[4:6]]
-    others = [sample.id for sample in (*samples[:3], *samples[8:])]
-    assert store.find_missing(others) == others
+    assert file.metadata.row_group(0).column(1).compression == "UNCOMPRESSED"
 
 
 def test_damaged_image_is_an_error_and_unreadable_file_counts_as_missing(tmp_path: Path) -> None:
@@ -119,7 +98,7 @@ def test_damaged_image_is_an_error_and_unreadable_file_counts_as_missing(tmp_pat
     assert "move it away" in raised.value.hint
     path.write_bytes(whole[:-20])
     store = ImageStore(tmp_path)
-    assert store.find_missing(IDS) == IDS and store.digests().num_rows == 0
+    assert store.find_missing(IDS) == IDS
     store.add(tables([*SAMPLES, DECK]))  # the same ids give the same file
     assert path.read_bytes() == whole
 
@@ -162,28 +141,6 @@ def photos(tmp_path: Path) -> Path:
 
 def settings(photos: Path, **more: Any) -> Config:
     return resolve(source=f"folder:{photos}", tasks="none", human_texts="keep", **more)
-
-
-def size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def test_three_versions_store_photos_once(photos: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "d"
-    stored = set[Path]()
-    for style in ("waits at", "stands near", "leaves"):
-        for number in range(12):
-            (photos / f"{number}.txt").write_text(
-                "bad" if number == 3 else f"A bus of line {number} {style} a stop."
-            )
-        generate_dataset(settings(photos), folder)
-        stored = stored or {*(folder / "images").iterdir()}
-        assert stored == {*(folder / "images").iterdir()}
-    versions = DatasetDir(folder).versions()
-    assert len(versions) == 3 and [find_damage(version) for version in versions] == [[]] * 3
-    pixels = sum(path.stat().st_size for path in photos.glob("*.jpg"))
-    assert size(folder / "images") < 1.02 * pixels
-    assert size(folder) - size(folder / "images") < 700_000  # bytes of replies, texts and lists
 
 
 def stop(*_: object, **__: object) -> None:
@@ -232,12 +189,3 @@ def test_linked_version_reads_images_of_its_target(tmp_path: Path) -> None:
     (tmp_path / "e" / "versions" / version.name).symlink_to(version.path)
     linked = DatasetDir(tmp_path / "e").version()
     assert find_damage(linked) == [] and linked.read("train") == version.read("train")
-
-
-def test_image_whose_bytes_do_not_match_its_id_is_reported_as_damage(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, SAMPLES)
-    (path,) = ImageStore(tmp_path).paths()
-    path.unlink()
-    ImageStore(tmp_path).add(tables([replace(SAMPLES[0], images=SAMPLES[1].images), *SAMPLES[1:]]))
-    problem = f"the images of 1 samples are missing or damaged, such as {SAMPLES[0].id[:12]}"
-    assert find_damage(version) == [problem]

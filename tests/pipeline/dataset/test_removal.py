@@ -45,12 +45,12 @@ def test_gc_removes_images_without_version_or_sample_list(tmp_path: Path) -> Non
     assert remove_images(dataset) == []
     remove_versions(dataset, "v1.0.0")
     size = sum(path.stat().st_size for path in store.paths())
-    freed = sum(one.num_bytes for one in remove_images(dataset, dry_run=True))
+    freed = sum(num_bytes for _, num_bytes in remove_images(dataset, dry_run=True))
     assert freed and size == sum(path.stat().st_size for path in store.paths())
     assert ImageStore(tmp_path).find_missing([sample.id for sample in SAMPLES]) == []
     removed = remove_images(dataset)
     new_size = sum(path.stat().st_size for path in store.paths())
-    assert sum(one.num_bytes for one in removed) == size - new_size > 0
+    assert sum(num_bytes for _, num_bytes in removed) == size - new_size > 0
     assert ImageStore(tmp_path).find_missing([one.id for one in SAMPLES]) == [one.id for one in SAMPLES[:5]]
     assert find_damage(second) == [] and remove_images(dataset) == []
     remove_versions(dataset, second.name)
@@ -63,7 +63,7 @@ def test_gc_removes_images_without_version_or_sample_list(tmp_path: Path) -> Non
 def test_gc_keeps_all_images_if_a_version_is_damaged(dataset: DatasetDir) -> None:
     remove_versions(dataset, "v1.2.0")
     (dataset.path / "versions" / "v1.1.0" / "manifest.json").write_text("[")
-    with pytest.raises(StoreError, match=r"v1\.1\.0 cannot be read"):
+    with pytest.raises(StoreError, match=r"not a version: .*v1\.1\.0 "):
         remove_images(dataset)
     assert ImageStore(dataset.path).find_missing([one.id for one in SAMPLES]) == []
 
@@ -99,8 +99,8 @@ def test_only_leftovers_of_killed_commands_are_removed(dataset: DatasetDir) -> N
         file.write_bytes(bytes(10))
     removed = remove_leftovers(dataset, dry_run=True)
     assert remove_leftovers(dataset) == removed
-    assert {leftover.path for leftover in removed} == set(leftovers)
-    assert sum(leftover.num_bytes for leftover in removed) == 250
+    assert {path for path, _ in removed} == set(leftovers)
+    assert sum(num_bytes for _, num_bytes in removed) == 250
     assert remove_leftovers(dataset) == []
     assert all(file.exists() for file in kept)
     assert len(dataset.versions()) == 3

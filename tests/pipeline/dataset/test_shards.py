@@ -1,8 +1,7 @@
-"""Tests of shards: rows keep their order, sizes are bounded, and boundaries depend on the rows."""
+"""Tests of shards: rows keep their order, sizes are bounded, and pages of texts end by content."""
 
 import hashlib
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 
 from pipeline.dataset import shards
 from pipeline.dataset.shards import SplitWriter
-from pipeline.digests import file_digest
 from pipeline.tables import ROW
 
 
@@ -41,39 +39,6 @@ def test_rows_are_read_back_in_order_from_files_of_bounded_size(
     assert read[7]["image"] == rows[7]["image"]
     groups = [pq.ParquetFile(path).metadata for path in paths]
     assert max(file.row_group(n).num_rows for file in groups for n in range(file.num_row_groups)) < 28
-
-
-CHANGES: dict[str, Callable[[list[Any]], list[Any]]] = {
-    "one row added in front": lambda rows: [row(-1), *rows],
-    "one row removed in the middle": lambda rows: rows[:1000] + rows[1001:],
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("group_bytes", [10**9, 30_000], ids=["many rows", "many bytes"])
-def test_changed_row_leaves_most_row_groups_and_shards_equal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, group_bytes: int
-) -> None:
-    monkeypatch.setattr(shards, "GROUP_BYTES", group_bytes)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 400_000)
-    monkeypatch.setattr(shards, "SHARD_GROUPS", 2)
-    rows = [row(number) for number in range(2000)]
-    before, after = write(tmp_path / "before", rows), write(tmp_path / "after", CHANGES[change](rows))
-    for old, new in zip(before, after, strict=True):
-        assert len(old) > 5 and len(old - new) <= len(old) // 3
-
-
-def write(folder: Path, rows: list[dict[str, Any]]) -> tuple[set[Any], set[Any]]:
-    """Write rows, and return the ids of each row group, and the digest of each shard."""
-    folder.mkdir()
-    writer = SplitWriter(folder, "train", ROW)
-    for start in range(0, len(rows), 16):
-        writer.add(pa.Table.from_pylist(rows[start : start + 16], schema=ROW))
-    writer.close()
-    files = [pq.ParquetFile(path) for path in sorted(folder.iterdir())]
-    groups = [file.read_row_group(n, ["sample_id"]) for file in files for n in range(file.num_row_groups)]
-    ids = {tuple(group["sample_id"].to_pylist()) for group in groups}
-    return ids, {file_digest(path) for path in folder.iterdir()}
 
 
 def test_pages_of_texts_end_by_content(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.formats import formats
 from pipeline.formats.export import CHECKSUMS, export_version
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES
-from pipeline.formats.items import Item, read_items
+from pipeline.formats.items import Item, choose_texts, read_items
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
 from pipeline.tables import STRING, Extras, OwnColumn
@@ -99,6 +99,16 @@ def test_imagefolder_loads_with_all_texts_and_values(version: Version, tmp_path:
     assert (row["width"], row["height"]) == row["image"].size
     assert row["things"] == item.values["things"] and row["note"] == item.values["note"]
     assert row["qa"] == [{"question": "How many?", "answer": item.questions[0][1], "written_by": "model"}]
+
+
+def test_imagefolder_has_styles_that_the_first_image_lacks(version: Version, tmp_path: Path) -> None:
+    first, second, *_ = read_items(version, ["train"])
+    export = FORMATS["imagefolder"](tmp_path, "")
+    assert export.add(replace(first, captions=first.captions[:1])) and export.add(second)
+    export.close()
+    rows = pq.read_table(tmp_path / "train/metadata.parquet").to_pylist()
+    style, text = second.captions[1]
+    assert [row[f"caption_{style}"] for row in rows] == [None, text]
 
 
 def test_parquet_export_has_rows_with_images_and_equal_bytes(version: Version, tmp_path: Path) -> None:
@@ -394,7 +404,7 @@ def test_dpo_rows_are_conversations_with_better_and_worse_caption(version: Versi
         assert texts == [brief, f"Not: {brief}"]
         assert {better["role"], worse["role"]} == {"assistant"}
     none = tmp_path / "none"
-    with pytest.raises(ConfigError, match=r"has a pair of .* in the style detailed"):
+    with pytest.raises(ConfigError, match="has a text for dpo"):
         export_version(version, "dpo", none, style="detailed")
 
 
@@ -461,7 +471,7 @@ def test_conversations_of_images_without_captions_have_values_of_custom_tasks(
     table = pa.table({name: pa.array([row.get(name) for row in rows], STRING) for name in rows[0]})
     batches, extras = sample_table(samples).to_batches(), Extras(own=(NOTE,))
     version, _ = publish_rows(tmp_path / "d", [table], batches, extras=extras)
-    with pytest.raises(ConfigError, match="has a text for this format"):
+    with pytest.raises(ConfigError, match="has a text for csv"):
         export_version(version, "csv", tmp_path / "out")
     export_version(version, "messages", tmp_path / "out")
     for kind in ("messages", PARQUET):
@@ -541,6 +551,48 @@ def test_sidecar_has_a_line_for_each_caption_that_begins_with_the_trigger(
         assert path.read_text().splitlines() == [f"sks, {text}" for _, text in item.captions]
     rows = [row for row in open_folder(tmp_path / "out").rows if isinstance(row, Sample)]
     assert rows and not any(row.references for row in rows)
+
+
+def test_lora_export_removes_an_opening_and_reports_frequent_phrases(tmp_path: Path) -> None:
+    samples = scene_samples(12)
+    captions = true_captions(samples).to_pylist()
+    for number, row in enumerate(captions):
+        row["text"] = f"A photo of {'a cup' if number < 2 else 'a cat'} number {number}."
+    table = pa.table({name: pa.array([row[name] for row in captions], STRING) for name in captions[0]})
+    version, _ = publish_rows(tmp_path / "d", [table], sample_table(samples).to_batches())
+    done = export_version(version, "sidecar", tmp_path / "out", style="all", trigger="sks")
+    assert {phrase: round(share, 2) for phrase, share in done.phrases.items()} == {
+        "a photo of a cat": 0.92,
+        "photo of a cat number": 0.92,
+    }
+    done = export_version(version, "csv", tmp_path / "short", trigger="sks", opening="a photo of")
+    assert [*done.phrases] == ["a cat number"]
+    with (tmp_path / "short/train.csv").open(newline="") as file:
+        titles = [row["title"] for row in csv.DictReader(file)]
+    assert titles and all(title.startswith("sks, a c") for title in titles)
+    assert not export_version(version, "csv", tmp_path / "plain", opening="a pho").phrases
+    assert "A photo of a c" in (tmp_path / "plain/train.csv").read_text()
+    with pytest.raises(ConfigError, match="always has all captions"):
+        export_version(version, "parquet", tmp_path / "parquet", opening="a photo of")
+
+
+def test_cauldron_has_the_ratings_of_a_judge(version: Version, tmp_path: Path) -> None:
+    item = next(read_items(version, ["train"]))
+    (_, text), *_ = item.captions
+    rated = {"relevance": 4, "grounding": 2, "correctness": 1, "form": 5}
+    scores = {text: rated, item.questions[0][0]: rated | {"relevance": 3}}
+    item = replace(item, scores=scores)
+    export = FORMATS["cauldron"](tmp_path, "")
+    export.add(choose_texts(item, style=None, trigger="sks", opening="", only_one=False))
+    export.close()
+    (row,) = pq.read_table(next(tmp_path.glob("*.parquet"))).to_pylist()
+    assert row["texts"][0]["assistant"] == f"sks, {text}"
+    assert row["relevance_ratings"] == [4, None, 3, None, None] and row["relevance_min"] == 3
+    assert row["image_correspondence_ratings"] == [2, None, 2, None, None]
+    assert row["formatting_min"] == 5
+    export_version(version, "cauldron", tmp_path / "unrated")
+    (path,) = (tmp_path / "unrated").glob("train-*.parquet")
+    assert {*pq.read_table(path)["relevance_min"].to_pylist()} == {None}
 
 
 def test_human_captions_stay_human_in_exported_sidecars(version: Version, tmp_path: Path) -> None:

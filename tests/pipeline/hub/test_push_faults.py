@@ -32,7 +32,6 @@ class World:
         for path in self.hub.storage.root.iterdir():
             if path.name not in self.kept:
                 path.unlink()
-        # Clients remember the blocks that they have sent.
         for client in (self.client, *others):
             shutil.rmtree(client.home, ignore_errors=True)
         self.hub.log.clear()
@@ -69,17 +68,10 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, Version
     return make_version(folder, scene_samples(20))[0], make_version(folder, scene_samples(24))[0]
 
 
-@pytest.fixture(scope="module", params=["lfs", "xet"] if LONG else ["xet"])
-def world(
-    request: pytest.FixtureRequest,
-    versions: tuple[Version, Version],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[World]:
+@pytest.fixture(scope="module")
+def world(versions: tuple[Version, Version], tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     root = tmp_path_factory.mktemp("world")
-    with (
-        running_hub(root / "hub") as hub,
-        Pusher(hub, root / "home", xet=request.param == "xet", hasty=True) as client,
-    ):
+    with running_hub(root / "hub") as hub, Pusher(hub, root / "home", hasty=True) as client:
         yield World(hub, client, *versions)
 
 
@@ -134,7 +126,7 @@ def test_second_of_two_racing_pushes_is_refused(world: World, tmp_path: Path) ->
     rival, _ = make_version(tmp_path / "rival", scene_samples(20) + scene_samples(4, seed=3))
     assert rival.name == world.new.name
     requests = requests_of_a_push(world, 0)
-    with Pusher(world.client.hub, tmp_path / "home", xet=world.client.xet, hasty=True) as rival_client:
+    with Pusher(world.client.hub, tmp_path / "home", hasty=True) as rival_client:
         for index, method, path in requests:
             world.reset(rival_client)
             answers: list[dict[str, object]] = []

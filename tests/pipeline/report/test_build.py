@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import DECKS
-from pipeline.errors import ConfigError, StoreError
+from pipeline.errors import ConfigError
 from pipeline.report import build
 from pipeline.report.build import THUMBNAIL_BYTES, write_report
 from pipeline.report.html import script_hash
@@ -82,27 +82,6 @@ def test_step_with_lost_rows_is_marked(tmp_path: Path) -> None:
     funnel = [{"step": "read", "input": 4, **counts}, {"step": "filter", "input": 5, **counts}]
     version.manifest["funnel"] = funnel
     assert write_report(version, tmp_path).read_text().count("rows are missing") == 1
-
-
-def test_training_section_shows_scores_for_matching_and_shuffled_images(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(12))
-    checkpoint = tmp_path / "checkpoints" / "one"
-    checkpoint.mkdir(parents=True)
-    metrics = {
-        "images": 3,
-        "against": "references of the source",
-        "scores": {"cider_d": 4.25},
-        "shuffled_scores": {"cider_d": 0.5},
-        "shown": [{"sample_id": "abc", "caption": HOSTILE, "references": [HOSTILE]}],
-    }
-    (checkpoint / "metrics.json").write_text(json.dumps(metrics))
-    page = write_report(version, tmp_path).read_text()
-    assert "4.250" in page
-    assert "0.500" in page
-    assert page.count("<script") == 3
-    (checkpoint / "metrics.json").write_text('{"scores": 1}')
-    with pytest.raises(StoreError, match=r"manifest or .*one/metrics\.json is invalid"):
-        write_report(version, tmp_path)
 
 
 def test_deck_is_shown_with_all_its_pages(tmp_path: Path) -> None:

@@ -33,16 +33,6 @@ def test_texts_of_a_row_have_the_names_that_reviews_use(tmp_path: Path) -> None:
             assert text["kind"] in ("brief", "detailed")
 
 
-def test_rows_are_read_in_the_order_of_the_given_splits(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(40))
-    all_rows = [row for chunk in read_rows(version, SPLITS[::-1], None, 7) for row in chunk]
-    assert [row["split"] for row in all_rows] == sorted(
-        (row["split"] for row in all_rows), key=SPLITS[::-1].index
-    )
-    chosen = {row["id"] for row in all_rows[::3]}
-    assert {row["id"] for chunk in read_rows(version, SPLITS, chosen, 7) for row in chunk} == chosen
-
-
 def test_report_shows_first_rejections_of_each_reason_and_csv_lists_all_rejections(tmp_path: Path) -> None:
     rows = [
         {"sample_id": "s", "text": f"text {n}", "reason": "too_long" if n else "too_short"}

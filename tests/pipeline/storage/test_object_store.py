@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.publishing import publish
-from pipeline.dataset.version import CARD_FILE, IMAGES_FILE, MANIFEST, REJECTIONS_FILE
+from pipeline.dataset.version import CARD_FILE, MANIFEST, REJECTIONS_FILE
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import (
     atomic_write,
@@ -88,12 +88,12 @@ def test_manifest_of_remote_version_is_moved_last(home: Path, monkeypatch: pytes
 
     monkeypatch.setattr(type(home.fs), "copy", noted)  # type: ignore[attr-defined]
     with scratch_folder(home / "versions") as draft:
-        for name in (MANIFEST, CARD_FILE, REJECTIONS_FILE, IMAGES_FILE, "00003-late/train-00000.parquet"):
+        for name in (MANIFEST, CARD_FILE, REJECTIONS_FILE, "00003-late/train-00000.parquet"):
             write_json(draft / name, {"of": name})
         publish(draft, final)
         left = [path.parent.name for path in draft.rglob("*.parquet")]
         assert left == ["00003-late"]  # left by an abandoned worker
-    assert moved == [Path(name).name for name in (REJECTIONS_FILE, IMAGES_FILE, CARD_FILE, MANIFEST)]
+    assert moved == [Path(name).name for name in (REJECTIONS_FILE, CARD_FILE, MANIFEST)]
     assert json.loads((final / CARD_FILE).read_text()) == {"of": CARD_FILE}
     assert [path.name for path in (home / "versions").iterdir()] == ["v1.0.0"]
 
