@@ -90,7 +90,7 @@ def main() -> None:
         f"{steps} and {rewarded} of likelihood": {"steps": steps + rewarded},
         f"{steps} of likelihood, {rewarded} of rewards": {
             "steps": steps,
-            "scst_steps": rewarded,
+            "scst_frac": rewarded / steps,
             "scst_lr": arguments.scst_lr,
         },
     }
@@ -101,7 +101,7 @@ def main() -> None:
         print(f"{version.manifest['rows']}, {arguments.encoder}, decoder from scratch")
         for seed in arguments.seeds:
             for number, (kind, options) in enumerate(kinds.items()):
-                config = resolve(encoder=arguments.encoder, seed=seed, questions=False, **options)
+                config = resolve(encoder=arguments.encoder, seed=seed, text_weights={"answer": 0}, **options)
                 metrics = train_captioner(version, config, Path(name) / f"{number}-{seed}")
                 scores, (low, high) = metrics["scores"], metrics["intervals"]["cider_d"]
                 shown = (

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 from photos import noise_jpeg
@@ -73,12 +73,11 @@ def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> Cap
         )
     if isinstance(captioner.decoder, PretrainedDecoder):
         captioner.decoder.add_adapters(32, 0.05)
-        captioner.decoder.enable_checkpointing()
     return captioner.to(device).train()
 
 
 def step_of(
-    captioner: CaptionerModel, images: int, precision: str, *, packed: bool, states: int = STATES
+    captioner: CaptionerModel, images: int, precision: Precision, *, packed: bool, states: int = STATES
 ) -> Callable[[], float]:
     """Return a function that runs a training step. It returns the seconds of the final synchronization."""
     device = next(captioner.connector.parameters()).device
@@ -95,12 +94,11 @@ def step_of(
         if weights.requires_grad
     ]
     optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=True)
-    products = precision_of(precision)
 
     def step() -> float:
         optimizer.zero_grad()
-        with matmul_precision(products):
-            with autocast(products, device):
+        with matmul_precision(precision):
+            with autocast(precision, device):
                 loss = captioner.loss(states_BNV.to(device, non_blocking=True), texts) / tokens
             loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -112,19 +110,13 @@ def step_of(
     return step
 
 
-def precision_of(name: str) -> Precision:
-    """Return the precision in a cell name, which may have a suffix for compilation."""
-    return cast(Precision, name.partition("+")[0])
-
-
 @cache
-def gemm_flops(device: torch.device, precision: str) -> float:
+def gemm_flops(device: torch.device, precision: Precision) -> float:
     """Measure the FLOP/s of one large matrix product."""
-    side, products = GEMM_SIDE[device.type], precision_of(precision)
-    is_cast = products == "bf16"
+    side, is_cast = GEMM_SIDE[device.type], precision == "bf16"
     one = torch.randn(side, side, device=device, dtype=torch.bfloat16 if is_cast else torch.float32)
     seconds = []
-    with matmul_precision(products):
+    with matmul_precision(precision):
         for _ in range(6):
             started = time.monotonic()
             for _ in range(5):
@@ -143,14 +135,18 @@ def flops_of_step(name: str, images: int, states: int, device: torch.device) -> 
 
 
 def cell(
-    name: str, precision: str, images: int, states: int, rounds: int, device: torch.device, *, packed: bool
+    name: str,
+    precision: Precision,
+    images: int,
+    states: int,
+    rounds: int,
+    device: torch.device,
+    *,
+    packed: bool,
 ) -> dict[str, Any]:
     """Measure one kind of step."""
     torch.manual_seed(0)
     captioner = build(name, device)
-    if precision.endswith("compile"):
-        for part in captioner.decoder.repeated_parts():
-            part.compile(dynamic=True)
     step = step_of(captioner, images, precision, packed=packed, states=states)
     for _ in range(2):
         step()
@@ -288,7 +284,7 @@ def main() -> None:
     device = torch.device("cpu" if arguments.cpu else "cuda")
     images = arguments.images or (8 if arguments.cpu else 64)
     names = list(SCRATCH) if arguments.cpu else [*SCRATCH, "Qwen3-0.6B, LoRA 32"]
-    precisions = ("fp32",) if arguments.cpu else ("fp32", "tf32", "bf16", "bf16+compile")
+    precisions: tuple[Precision, ...] = ("fp32",) if arguments.cpu else ("fp32", "tf32", "bf16")
     print(
         f"{'CPU' if arguments.cpu else torch.cuda.get_device_name()}, torch {torch.__version__}, {images} "
         "images a step"

@@ -117,7 +117,7 @@ def our_step(
 
 def vars_of(config: EncoderConfig) -> dict[str, Any]:
     """Return the config fields that a checkpoint stores."""
-    return {name: getattr(config, name) for name in ("model", "processor", "layer", "frozen", "made_from")}
+    return {name: getattr(config, name) for name in ("model", "processor", "frozen", "made_from")}
 
 
 def nanovlm_step(

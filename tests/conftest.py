@@ -15,7 +15,7 @@ __all__ = ["browser", "opened"]
 
 # The longest files first, so that no worker ends with one of them. The files of other folders are short.
 ORDER = (
-    "whole/test_vllm", "whole/test_cluster", "whole/test_browser", "whole/test_install", "trainer/publish",
+    "whole/test_vllm", "whole/test_cluster", "whole/test_browser", "whole/test_install", "trainer/model",
     "whole", "trainer", "hostile", "pipeline/hub", "pipeline/sources", "pipeline/inference",
 )  # fmt: skip
 

@@ -40,7 +40,7 @@ LAYERS = (
     ("pipeline.errors",),
     )  # fmt: skip
 TRAINER_IMPORTS = (
-    "config", "dataset", "digests", "errors", "hub.package", "hub.pull", "hub_errors", "images", "install",
+    "config", "dataset", "digests", "errors", "hub.pull", "hub_errors", "images", "install",
     "logs", "progress", "report.html", "sources.join", "storage", "tables", "text", "types",
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from pipeline.images.decode import IMAGE_SUFFIXES
 from pipeline.progress import Progress
 from pipeline.storage.files import write_text
 from pipeline.storage.lock import hold_lock
-from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
+from pipeline.storage.sidecars import images_without_text, write_sidecar
 from pipeline.storage.untrusted import is_hidden, read_regular
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 SIDECARS = Path("txt")  # the `out` value for one text file next to each image
 MAX_TEXT_BYTES = 8_000_000_000
 JSON_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-Key = tuple[str, str, str]  # image, style, question
 Row = dict[str, Any]
 
 
@@ -66,80 +65,60 @@ def require_caption_file(path: Path) -> None:
 
 @contextmanager
 def open_captions(
-    path: Path, settings: dict[str, Any], existing: Existing = "refuse"
-) -> Iterator[tuple[set[Key], Callable[[Row], None]]]:
-    """Yield the keys of existing rows, and a function that appends a row. Write the whole file at the end.
+    path: Path, settings: dict[str, Any]
+) -> Iterator[tuple[set[str], Callable[[list[Row]], None]]]:
+    """Yield the images of an interrupted run, and a function that adds the rows of an image.
 
-    Rows of an interrupted run with the same settings are kept.
+    The file `path` is written at the end. Raises ConfigError if it exists, or if the interrupted run had
+    other settings.
     """
     require_caption_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.unfinished")
     busy = ConfigError(f"another process is writing {path.name}", hint="wait, or choose another --out")
     with hold_lock(path.with_name(f".{path.name}.lock"), busy):
-        rows = _read_draft(draft, path, settings, existing) if draft.exists() else []
-        if not rows and path.exists() and existing != "overwrite":
-            if existing == "refuse":
-                hint = "use --skip-existing to add missing images, or --overwrite to replace the file"
-                raise ConfigError(f"{path} already exists", hint=hint)
-            rows = _read_rows(path)
+        if path.exists():
+            hint = "remove it, or choose another --out; for more images, pass only the new ones"
+            raise ConfigError(f"{path} already exists", hint=hint)
+        rows = _read_draft(draft, path, settings) if draft.exists() else []
         write_text(draft, _lines([{"settings": settings}, *rows]))
         with draft.open("a", encoding="utf-8") as file:
 
-            def add(row: Row) -> None:
-                file.write(_lines([row]))
+            def add(image_rows: list[Row]) -> None:
+                file.write(_lines(image_rows))
                 file.flush()
-                rows.append(row)
+                rows.extend(image_rows)
 
-            yield set(map(_key, rows)), add
+            yield {row["image"] for row in rows}, add
         if rows:
             write_captions(path, rows)
         draft.unlink()
 
 
-def _read_draft(draft: Path, path: Path, settings: dict[str, Any], existing: Existing) -> list[Row]:
-    """Return the complete rows of an interrupted run. Raises ConfigError if it had other settings."""
+def _read_draft(draft: Path, path: Path, settings: dict[str, Any]) -> list[Row]:
+    """Return the rows of an interrupted run. Raises ConfigError if it had other settings.
+
+    The rows of the last image are dropped, because some may be missing.
+    """
     text = read_regular(draft, max_bytes=MAX_TEXT_BYTES).decode("utf-8", "replace")
+    # Not splitlines(): a caption may contain other line separators.
     header, *lines = text.split("\n")[:-1] or [""]
     if not lines:
         return []
     try:
-        rows = _parse_rows(lines)
+        rows = [json.loads(line) for line in lines]
+        if not all(isinstance(value, str) for row in rows for value in (row["image"], *row.values())):
+            raise ValueError("a value is not a string")
         if json.loads(header)["settings"] == settings:
-            return rows
+            return [row for row in rows if row["image"] != rows[-1]["image"]]
         problem = f"{path} was started with a different captioner or different settings"
     except JSON_ERRORS as error:
         problem = f"{draft} is damaged: {error}"
-    if existing == "overwrite":
-        return []
-    raise ConfigError(problem, hint=f"use --overwrite, remove {draft}, or choose another --out")
-
-
-def _key(row: Row) -> Key:
-    return row["image"], row.get("style") or "", row.get("question") or ""
+    raise ConfigError(problem, hint=f"remove {draft}, or choose another --out")
 
 
 def _lines(rows: list[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _read_rows(path: Path) -> list[Row]:
-    """Read the rows of a caption file. Raises ConfigError if it is not a valid caption file."""
-    try:
-        text = read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8-sig")
-        # Not splitlines(): a caption may contain other line separators.
-        return _parse_rows(text.split("\n"))
-    except (OSError, *JSON_ERRORS) as error:
-        hint = "choose another --out, or use --overwrite"
-        raise ConfigError(f"{path} is not a valid caption file: {error}", hint=hint) from None
-
-
-def _parse_rows(lines: list[str]) -> list[Row]:
-    """Parse the rows of a caption file. Raises one of JSON_ERRORS if a row is invalid."""
-    rows = [json.loads(line) for line in lines if line.strip()]
-    if not all(isinstance(value, str | None) for row in rows for value in (*_key(row), *row.values())):
-        raise ValueError("a value is not a string")
-    return rows
 
 
 def write_captions(path: Path, rows: list[Row]) -> None:
@@ -168,15 +147,11 @@ class CaptionTask:
 
     def rows(self, path: Path, texts: list[str]) -> list[Row]:
         """Return one row per style for the texts about an image."""
-        image = os.fsencode(path).decode("utf-8", "backslashreplace")
+        image = _name_of(path)
         if self.question:
             return [{"image": image, "question": self.question, "answer": text} for text in texts]
         pairs = zip(self.styles, texts, strict=True)
         return [{"image": image, "style": style, "caption": text} for style, text in pairs]
-
-    def keys(self, path: Path) -> set[Key]:
-        """Return the keys of the rows for an image."""
-        return set(map(_key, self.rows(path, [""] * len(self.styles))))
 
     def run(
         self, images: list[Path], write: Callable[[Path, list[str]], int], progress: Progress
@@ -198,17 +173,12 @@ class CaptionTask:
 
 
 def caption_images(
-    task: CaptionTask,
-    out: Path | None,
-    existing: Existing,
-    checkpoint: Path,
-    progress: Progress,
-    show: Callable[[Row], None],
+    task: CaptionTask, out: Path | None, checkpoint: Path, progress: Progress, show: Callable[[Row], None]
 ) -> CaptionedImages:
     """Write captions to the file `out`, or to text files next to the images if `out` is SIDECARS.
 
-    If `out` is None, rows are passed to `show`. Rows of an interrupted run are kept. Raises ConfigError if
-    `existing` is "refuse" and files exist.
+    If `out` is None, rows are passed to `show`. Rows of an interrupted run and existing text files are kept.
+    Raises ConfigError if the file `out` exists.
     """
 
     def show_rows(path: Path, texts: list[str]) -> int:
@@ -219,17 +189,21 @@ def caption_images(
     if out is None:
         return task.run(task.images, show_rows, progress)
     if out == SIDECARS:
-        images = images_to_write(task.images, existing)
+        images = images_without_text(task.images)
+        if num_kept := len(task.images) - len(images):
+            progress.message(f"kept the existing text files of {num_kept:,} images")
         return task.run(images, write_sidecar, progress)
     files = [file_digest(checkpoint / name) for name in ("config.json", "model.safetensors")]
     settings = {"captioner": digest(files), "question": task.question, "styles": [*task.styles]}
-    with open_captions(out, settings | {"num_beams": task.num_beams}, existing) as (done, add):
+    with open_captions(out, settings | {"num_beams": task.num_beams}) as (done, add):
 
         def add_rows(path: Path, texts: list[str]) -> int:
-            new = [row for row in task.rows(path, texts) if _key(row) not in done]
-            for row in new:
-                add(row)
-            return len(new)
+            add(task.rows(path, texts))
+            return len(texts)
 
-        images = [path for path in task.images if not task.keys(path) <= done]
+        images = [path for path in task.images if _name_of(path) not in done]
         return task.run(images, add_rows, progress)
+
+
+def _name_of(path: Path) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -7,9 +7,8 @@ captioner.caption(["photo.jpg"], style="brief")
 captioner.caption(image, question="How many dogs are there?")
 """
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -30,7 +29,6 @@ from trainer.runtime.checkpoint_folder import find_captioner, require_learned
 from trainer.tokenizer import TargetText, scored_prompt
 
 BATCH_SIZE = 32
-PREPARED_BATCHES = 2  # batches that are prepared ahead
 READERS = 2  # threads, each of which holds one full-size image
 Picture = Image.Image | str | PathLike[str] | bytes
 
@@ -70,11 +68,6 @@ class Captioner:
         config = self.checkpoint.captioner.config
         return DecodingConfig(num_beams=num_beams) if question else config.decoding(num_beams)
 
-    @property
-    def answers(self) -> bool:
-        """Whether the captioner has learned to answer questions."""
-        return any(not style for _, style in self.checkpoint.captioner.config.prompts)
-
     def caption(
         self,
         images: Picture | Iterable[Picture],
@@ -107,17 +100,25 @@ class Captioner:
     ) -> Iterator[tuple[Any, list[str] | ImageError]]:
         """Yield (key, texts) for each (key, image), in order, with one text per style.
 
-        For an unreadable image, an error is yielded instead of the texts. Threads read and resize files a few
-        batches ahead. Each image is encoded once for all styles.
+        For an unreadable image, an error is yielded instead of the texts. Threads read and resize the files
+        of a batch. Each image is encoded once for all styles.
         """
         num_beams = self.usual_beams if num_beams is None else num_beams
         if batch_size < 1 or num_beams < 1:
             raise TrainError("batch_size and num_beams must be 1 or more", hint="leave them out")
         prompts = [self.prompt(style, question) for style in styles]
         decoding = self.decoding(num_beams, question)
+        remaining = iter(images)
         with ThreadPoolExecutor(READERS) as pool:
-            for batch in self._prepare_ahead(pool, images, batch_size):
-                prepared = [(key, pixels.result()) for key, pixels in batch]
+
+            def prepare(picture: Picture) -> Callable[[], Tensor | ImageError]:
+                if isinstance(picture, Image.Image):  # the caller may close it, or select its next frame
+                    pixels = self.prepare(picture)
+                    return lambda: pixels
+                return pool.submit(self.prepare, picture).result
+
+            while tasks := [(key, prepare(picture)) for key, picture in islice(remaining, batch_size)]:
+                prepared = [(key, task()) for key, task in tasks]
                 usable = [pixels for _, pixels in prepared if not isinstance(pixels, ImageError)]
                 texts = iter(self._describe(torch.stack(usable), prompts, decoding) if usable else ())
                 for key, pixels in prepared:
@@ -157,29 +158,6 @@ class Captioner:
         prompts_BT = [torch.tensor(ids).expand(B, -1) for ids in prompts]
         by_prompt = [captioner.generate(states_BNV, prompt_BT, decoding) for prompt_BT in prompts_BT]
         return [[tokenizer.decode(ids) for ids in texts] for texts in zip(*by_prompt, strict=True)]
-
-    def _prepare_ahead(
-        self, pool: ThreadPoolExecutor, images: Iterable[tuple[Any, Picture]], batch_size: int
-    ) -> Iterator[list[tuple[Any, Future[Tensor | ImageError]]]]:
-        """Yield batches of images while threads prepare the next batches."""
-        remaining = iter(images)
-
-        def prepare(picture: Picture) -> Future[Tensor | ImageError]:
-            if not isinstance(picture, Image.Image):
-                return pool.submit(self.prepare, picture)
-            # Not in a thread: the caller may close the image or select its next frame, and the same image may
-            # occur twice.
-            done: Future[Tensor | ImageError] = Future()
-            done.set_result(self.prepare(picture))
-            return done
-
-        def next_batch() -> list[tuple[Any, Future[Tensor | ImageError]]]:
-            return [(key, prepare(picture)) for key, picture in islice(remaining, batch_size)]
-
-        pending = deque(next_batch() for _ in range(PREPARED_BATCHES))
-        while batch := pending.popleft():
-            pending.append(next_batch())
-            yield batch
 
     def prepare(self, picture: Picture) -> Tensor | ImageError:
         """Return the preprocessed image (3, H, W), or an error if it cannot be read."""

@@ -38,27 +38,24 @@ FEW_IMAGES = 2_000  # with fewer images, a wide decoder memorizes the captions
 MAX_CAPTION_TOKENS = 8192  # also limits generation with untrusted checkpoints
 MAX_BEAMS, MAX_LENGTH_PENALTY = 64, 10.0  # with larger values, generation could take forever or overflow
 MAX_EPOCHS = 1_000_000
-MAX_EVALUATIONS = 20  # per run, if `evaluate_epochs` is set
-DEFAULT_EVALUATIONS = 4
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {},
     "photos-few": {
         "decoder_width": 256, "decoder_depth": 4, "decoder_heads": 4,
         "batch_size": 16, "connector_lr": 1e-3, "decoder_lr": 1e-3, "lr_floor_frac": 0.02,
-        "epochs": 40, "evaluate_epochs": 2.0, "evaluate_images": FEW_IMAGES, "patience": 5,
-        "label_smoothing": 0.1, "average_decay": 0.99, "num_beams": 3, "text_weights": {"detailed": 0.3},
+        "epochs": 40, "evaluations": 20, "evaluate_images": FEW_IMAGES, "patience": 5,
+        "label_smoothing": 0.1, "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
     "photos": {
         "decoder_width": 512, "decoder_depth": 6, "decoder_heads": 8, "vocab_size": 8192,
         "batch_size": 64, "connector_lr": 5e-4, "decoder_lr": 5e-4, "lr_floor_frac": 0.02,
-        "epochs": 20, "scst_epochs": 2.0, "evaluate_epochs": 1.0, "evaluate_images": 5_000, "patience": 4,
-        "label_smoothing": 0.1, "average_decay": 0.999, "num_beams": 3, "text_weights": {"detailed": 0.3},
+        "epochs": 20, "scst_frac": 0.1, "evaluations": 20, "evaluate_images": 5_000, "patience": 4,
+        "label_smoothing": 0.1, "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
     "photos-lm": {
-        "batch_size": 64, "align_epochs": 1.0, "align_lr": 1e-3, "connector_lr": 2e-4, "lr_floor_frac": 0.02,
-        "lora_rank": 32, "checkpoint_blocks": True,
-        "epochs": 3, "evaluate_epochs": 0.5, "evaluate_images": 1_000, "patience": 3,
+        "batch_size": 64, "align_frac": 0.33, "align_lr": 1e-3, "connector_lr": 2e-4, "lr_floor_frac": 0.02,
+        "lora_rank": 32, "epochs": 3, "evaluations": 8, "evaluate_images": 1_000, "patience": 3,
         "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
 }  # fmt: skip
@@ -92,10 +89,8 @@ class TrainConfig(Section):
     """`vit`, `clip`, `clip-large`, `siglip2`, `dinov2`, `metaclip`, `tiny-clip`, `tiny-vit`, a folder or a
     Hub id. The command uses `clip`, and `tiny-clip` for drawn scenes.
     """
-    encoder_layer: int = -1
-    """Layer whose hidden states are used. -1 is the last."""
     encoder_states: EncoderStates = "all"
-    """`all` states of the layer, or patches averaged `2x2`."""
+    """`all` states of the last layer, or patches averaged `2x2`."""
     feature_storage: FeatureStorage = "bf16"
     """Storage of the hidden states of a frozen encoder: `bf16`, or `none` to compute them in each step."""
     decoder: str = "scratch"
@@ -112,22 +107,17 @@ class TrainConfig(Section):
     """Dropout of a decoder from scratch."""
     text_source: Mixture = "synthetic"
     """Captions to learn: `synthetic`, `human` or `mixed`. The command uses those of the version."""
-    styles: tuple[str, ...] = ()
-    """Caption styles to learn. An empty list learns all styles."""
-    questions: bool = True
-    """Learn answers to questions."""
     text_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of tokens in the loss by style, by source (`human` or `synthetic`), or for answers (`answer`).
-    Weights of style and source are multiplied. Others have weight 1. Texts of weight 0 are not learned.
+    Weights of style and source are multiplied. Others have weight 1. Texts of weight 0 are not learned, for
+    example answers with `{answer: 0}`.
     """
     max_caption_tokens: int | None = Field(default=None, ge=4, le=MAX_CAPTION_TOKENS)
     """Maximum tokens of a text. Longer texts are cut after a sentence. Null uses a limit that 99 % of the
     texts of each style fit: a multiple of 16, at most 256.
     """
-    align_steps: int | None = Field(default=None, ge=0)
-    """Steps that train the connector only. Null uses `align_epochs`."""
-    align_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
-    """Epochs that train the connector only."""
+    align_frac: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
+    """Additional steps at the beginning that train the connector only, as a share of `steps`."""
     align_lr: float = Field(default=1e-3, gt=0)
     """Learning rate while only the connector is trained."""
     connector_lr: float | None = Field(default=None, ge=0)
@@ -141,13 +131,11 @@ class TrainConfig(Section):
     epochs: int = Field(default=16, ge=1, le=MAX_EPOCHS)
     """Epochs. Not used if `steps` is set."""
     steps: int = Field(default=0, ge=0)
-    """Optimizer steps after the alignment. 0 uses `epochs`."""
-    scst_steps: int | None = Field(default=None, ge=0)
-    """Steps of self-critical training at the end, which maximizes the CIDEr-D of sampled captions. Null uses
-    `scst_epochs`.
+    """Optimizer steps, without those of `align_frac` and `scst_frac`. 0 uses `epochs`."""
+    scst_frac: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
+    """Additional steps of self-critical training at the end, which maximizes the CIDEr-D of sampled captions,
+    as a share of `steps`.
     """
-    scst_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
-    """Epochs of self-critical training."""
     scst_lr: float = Field(default=5e-5, gt=0)
     """Learning rate of self-critical training."""
     scst_samples: int = Field(default=5, ge=2)
@@ -155,7 +143,7 @@ class TrainConfig(Section):
     batch_size: int = Field(default=32, ge=1)
     """Images per step."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Micro-batches per step. If a GPU runs out of memory, their number is doubled."""
+    """Micro-batches per step and process. More of them need less memory."""
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     lr_floor_frac: float = Field(default=0.1, ge=0, le=1)
@@ -166,24 +154,16 @@ class TrainConfig(Section):
     """Maximum norm of the gradient."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy loss."""
-    average_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of a moving average of the weights, which is scored and saved. 0 keeps no average."""
     lora_rank: int = Field(default=0, ge=0)
     """Rank of LoRA adapters for a language model. 0 trains all its weights."""
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout of the adapters."""
-    checkpoint_blocks: bool = False
-    """Recompute the blocks of a language model in the backward pass, which saves memory."""
     precision: Precision = "fp32"
     """Precision of matrix products on a GPU: `fp32`, `tf32` or `bf16`. Presets use `bf16` on a GPU, and
     `tf32` for scenes or without support of bfloat16.
     """
-    compile: bool = False
-    """Compile the decoder with `torch.compile`."""
-    evaluate_every: int = Field(default=0, ge=0)
-    """Steps between evaluations on the validation split. 0 uses `evaluate_epochs`."""
-    evaluate_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
-    """Epochs between evaluations, at most 20 evaluations. 0 evaluates four times."""
+    evaluations: int = Field(default=4, ge=1)
+    """Evaluations on the validation split, at equal intervals. Each stage also ends with one."""
     patience: int = Field(default=0, ge=0)
     """Evaluations without a better score after which the learning rate falls to its floor and training ends.
     0 never ends it.
@@ -203,18 +183,23 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _require_valid_decoder(self) -> "TrainConfig":
-        if self.is_scratch and (self.lora_rank or self.checkpoint_blocks):
-            name = "lora_rank" if self.lora_rank else "checkpoint_blocks"
-            raise ValueError(f"{name} needs a pretrained language model, such as --decoder qwen3")
+        if self.is_scratch and self.lora_rank:
+            raise ValueError("lora_rank needs a pretrained language model, such as --decoder qwen3")
         if self.is_scratch and self.decoder_width % (2 * self.decoder_heads):
             heads = f"{self.decoder_heads} heads of even width"
             raise ValueError(f"decoder_width {self.decoder_width} must divide into {heads}")
         return self
 
     @property
+    def stage_steps(self) -> dict[str, int]:
+        """The number of steps in each stage."""
+        shares = {"align": self.align_frac, "train": 1.0, "scst": self.scst_frac}
+        return {stage: round(share * self.steps) for stage, share in shares.items()}
+
+    @property
     def total_steps(self) -> int:
         """The number of steps in all stages."""
-        return (self.align_steps or 0) + self.steps + (self.scst_steps or 0)
+        return sum(self.stage_steps.values())
 
     @property
     def is_frozen(self) -> bool:
@@ -236,23 +221,13 @@ class TrainConfig(Section):
 
     def with_defaults(self, images: int) -> "TrainConfig":
         """Return a copy with derived values filled in for this number of training images."""
-        batch_size = min(self.batch_size, images)
-
-        def steps_of(epochs: float) -> int:
-            return math.ceil(epochs * images / batch_size)
-
         rates = {"connector_lr": 1e-3, "decoder_lr": 1e-3}
         if not self.is_scratch:
             rates = {"connector_lr": 2e-4, "decoder_lr": 2e-4 if self.lora_rank else 2e-5}
         rates["encoder_lr"] = 0.0 if self.is_frozen else 1e-3
-        derived: dict[str, Any] = {"align_steps": steps_of(self.align_epochs), **rates}
-        derived["scst_steps"] = steps_of(self.scst_epochs)
-        derived = {name: value for name, value in derived.items() if getattr(self, name) is None}
-        filled = self.model_copy(update=derived | {"steps": self.steps or steps_of(self.epochs)})
-        interval = steps_of(self.evaluate_epochs)
-        evaluations = MAX_EVALUATIONS if interval else DEFAULT_EVALUATIONS
-        every = self.evaluate_every or max(interval, -(-filled.total_steps // evaluations))
-        return filled.model_copy(update={"evaluate_every": every})
+        derived = {name: rate for name, rate in rates.items() if getattr(self, name) is None}
+        steps = self.steps or math.ceil(self.epochs * images / min(self.batch_size, images))
+        return self.model_copy(update=derived | {"steps": steps})
 
 
 def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
@@ -281,10 +256,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
         if needed and (needed == SCRATCH) != (decoder in SCRATCH_DECODERS):
             problem = f"the preset {preset} needs {needed}, but the decoder is {decoder}"
             raise ConfigError(problem, hint="choose another --preset or --decoder")
-        preset_values = dict(PRESETS.get(preset, {}))
-        if "steps" in {*values, *flags}:
-            preset_values.pop("scst_epochs", None)
-        values = {**preset_values, **values}
+        values = PRESETS.get(preset, {}) | values
     if "epochs" in flags:
         values.pop("steps", None)
     return validate(TrainConfig, values | flags)

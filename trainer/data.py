@@ -5,7 +5,7 @@ The order of batches depends only on the seed and the step.
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -58,7 +58,9 @@ def choose_examples(version: Version, config: TrainConfig) -> tuple[Sets, TrainC
 
     Raises TrainError if there is nothing to learn.
     """
-    sets = {split: read_split_examples(version, split, config) for split in SPLITS}
+    sets = {
+        split: examples_in(version, split, config.text_source, to_score=split != "train") for split in SPLITS
+    }
     sets["train"] = _weighted_examples(sets["train"], config)
     config = config.with_defaults(len(sets["train"]))
     # A few training images may lack a style. Validation must then not use this style.
@@ -82,26 +84,14 @@ def _weighted_examples(examples: list[Example], config: TrainConfig) -> list[Exa
     return [example for example in examples if example.texts]
 
 
-def read_split_examples(version: Version, split: str, config: TrainConfig) -> list[Example]:
-    """Return the examples of a split. `text_weights` and `evaluate_images` are not applied."""
-    return examples_in(
-        version,
-        split,
-        config.text_source,
-        to_score=split != "train",
-        questions=config.questions,
-        styles=config.styles,
-    )
-
-
 def examples_in(
-    version: Version, split: str, mixture: Mixture = "synthetic", **options: Any
+    version: Version, split: str, mixture: Mixture = "synthetic", *, to_score: bool = False
 ) -> list[Example]:
     """Return the examples of a split, sorted by id, with memory-mapped images.
 
     Raises StoreError if the split is empty.
     """
-    options |= {"keeps_human": keeps_human_texts(version.manifest)}
+    options = {"keeps_human": keeps_human_texts(version.manifest), "to_score": to_score}
     columns = [name for name in version.manifest["columns"] if name not in PIXELS]
     images = map_images(version, split) if "image" in version.manifest["columns"] else None
     examples = read_examples(version.read(split, columns), images, mixture, **options)
@@ -113,16 +103,13 @@ def read_examples(
     images: Mapping[str, bytes | StoredImage] | None,
     mixture: Mixture = "synthetic",
     *,
-    questions: bool = True,
-    styles: Sequence[str] = (),
     keeps_human: bool = False,
     to_score: bool = False,
 ) -> list[Example]:
     """Return one example for each row that has a training text or, with `to_score`, a reference.
 
     `images` maps sample ids to images, or is None if the samples are decks. With `keeps_human`, human texts
-    are read from the caption and question columns, otherwise from the reference columns. Other options are
-    fields of TrainConfig. `styles` applies only to synthetic captions.
+    are read from the caption and question columns, otherwise from the reference columns.
 
     Raises TrainError if the samples are decks, or if no row has a caption to learn.
     """
@@ -131,16 +118,7 @@ def read_examples(
         raise TrainError(problem, hint="choose another dataset")
     names = ["sample_id", "captions", "references", "qa", "reference_qa"]
     rows = table.select([name for name in names if name in table.column_names]).to_pylist()
-    options = {"questions": questions, "keeps_human": keeps_human}
-    examples = [_example(row, images[row["sample_id"]], mixture, **options) for row in rows]
-    if styles:
-        existing = {text.style for text in texts_of(examples) if text.style}
-        has_references = to_score and any(example.references for example in examples)
-        if existing and not existing.intersection(styles) and not has_references:
-            hint = f"set styles to some of {', '.join(sorted(existing))}"
-            raise TrainError(f"no captions of the styles {', '.join(styles)}", hint=hint)
-        chosen = {*styles, ""}  # answers have no style
-        examples = [_filter_texts(e, lambda t: t.style in chosen or t.source == "human") for e in examples]
+    examples = [_example(row, images[row["sample_id"]], mixture, keeps_human=keeps_human) for row in rows]
     examples = [example for example in examples if example.texts or (to_score and example.references)]
     if not any(text.style for text in texts_of(examples)) and not (to_score and examples):
         hint = "generate captions too: --tasks caption,qa"
@@ -151,10 +129,12 @@ def read_examples(
 
 
 def _example(
-    row: dict[str, Any], image: bytes | StoredImage, mixture: Mixture, *, questions: bool, keeps_human: bool
+    row: dict[str, Any], image: bytes | StoredImage, mixture: Mixture, *, keeps_human: bool
 ) -> Example:
     def is_human(item: dict[str, Any]) -> bool:
-        return keeps_human and is_human_text(item)
+        # A later review may have changed a human caption or question.
+        is_reviewed_question = "question" in item and item.get("prompt_id") == REVIEWED
+        return keeps_human and (HUMAN in (item.get("style"), item.get("prompt_id")) or is_reviewed_question)
 
     captions, pairs = row.get("captions") or [], row.get("qa") or []
     synthetic_qa = [(p["question"], (p["answer"],), p["answer_type"]) for p in pairs if not is_human(p)]
@@ -163,8 +143,7 @@ def _example(
     texts: list[TargetText] = []
     if mixture != "human":
         texts += [TargetText("synthetic", c["text"], style=c["style"]) for c in captions if not is_human(c)]
-        if questions:
-            texts += [TargetText("synthetic", answers[0], question=q) for q, answers, _ in synthetic_qa]
+        texts += [TargetText("synthetic", answers[0], question=q) for q, answers, _ in synthetic_qa]
     if mixture != "synthetic":
         if keeps_human:
             human_captions = [caption["text"] for caption in captions if is_human(caption)]
@@ -173,20 +152,13 @@ def _example(
             human_captions = row["references"]
             human_answers = [(q, most_common(answers)) for q, answers, _ in reference_qa if answers]
         texts += [TargetText("human", caption, style=REFERENCE_STYLE) for caption in human_captions]
-        if questions:
-            texts += [TargetText("human", answer, question=question) for question, answer in human_answers]
+        texts += [TargetText("human", answer, question=question) for question, answer in human_answers]
     asked = tuple(
         Question(question, answers, kind or kind_of_answer(most_common(answers)))
         for question, answers, kind in reference_qa or synthetic_qa
         if answers
     )
     return Example(row["sample_id"], image, tuple(texts), tuple(row["references"]), asked)
-
-
-def is_human_text(item: dict[str, Any]) -> bool:
-    """Return whether a human wrote a caption or question. A later review may have changed it."""
-    is_reviewed_question = "question" in item and item.get("prompt_id") == REVIEWED
-    return item.get("style") == HUMAN or item.get("prompt_id") == HUMAN or is_reviewed_question
 
 
 def _filter_texts(example: Example, keep: Callable[[TargetText], bool]) -> Example:

@@ -6,9 +6,9 @@ Shapes: B images, N hidden states, V encoder width, T tokens.
 """
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,87 +36,61 @@ SHOWN_IMAGES = 12  # in the report and in the card of a captioner
 HELD_IMAGES = 256  # images whose states are in memory at the same time, 155 MB for ViT-B/16
 
 
-@dataclass(frozen=True, slots=True)
-class EvalOptions:
-    """Options for `evaluate`. `questions` adds question scores and intervals. `clip` adds CLIPScore."""
+def score_answers(
+    examples: Sequence[Example], order: Sequence[int], answers: dict[tuple[int, int], list[str]]
+) -> dict[str, dict[str, float]]:
+    """Return VQA accuracy by answer type, also for shuffled images and for the most common answer.
 
-    prompt: tuple[str, str]
-    decoding: DecodingConfig = GREEDY
-    questions: bool = False
-    clip: str | None = None
-
-
-class Quiz:
-    """Asks each question about its own image and, as a control, about another image (shuffled)."""
-
-    def __init__(self, examples: Sequence[Example], order: Sequence[int]) -> None:
-        self.examples = examples
-        # For each image, the example whose questions are asked as a control. `order` is the inverse mapping.
-        self.shuffled_questions = {image: index for index, image in enumerate(order)}
-        # Keys: (example index, question index, whether the image is shuffled).
-        self.answers: dict[tuple[int, int, bool], str] = {}
-
-    def ask(self, checkpoint: Checkpoint, features: FeatureSource, images: Iterable[int]) -> None:
-        """Ask all questions about these images, including the shuffled ones."""
-        source = preferred_source(checkpoint.captioner.config.prompts, "") or ""
-        keys, pairs = [], []
-        for image in images:
-            for index, is_shuffled in ((image, False), (self.shuffled_questions[image], True)):
-                for number, question in enumerate(self.examples[index].questions):
-                    keys.append((index, number, is_shuffled))
-                    pairs.append((self.examples[image], question.question))
-        self.answers.update(zip(keys, answer_questions(checkpoint, features, pairs, source), strict=True))
-
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Return VQA accuracy by answer type, also for shuffled images and for the most common answer."""
-        asked = [(i, n, q) for i, e in enumerate(self.examples) for n, q in enumerate(e.questions)]
-        scores = {}
-        for kind in sorted({question.answer_type for _, _, question in asked}):
-            of_kind = [(i, n, question) for i, n, question in asked if question.answer_type == kind]
-            questions = [question for _, _, question in of_kind]
-            counts = Counter(normalize_answer(most_common(question.answers)) for question in questions)
-            answers = {
-                "accuracy": [self.answers[i, n, False] for i, n, _ in of_kind],
-                "shuffled": [self.answers[i, n, True] for i, n, _ in of_kind],
-                "majority": [counts.most_common(1)[0][0]] * len(questions),
-            }
-            means = {n: statistics.fmean(map(vqa_accuracy, texts, questions)) for n, texts in answers.items()}
-            scores[kind] = {"count": len(questions), **means}
-        return scores
-
-    def results(self, index: int) -> list[dict[str, Any]]:
-        """Return an example's questions with the answers given for its own image."""
-        return [
-            {
-                "question": question.question,
-                "type": question.answer_type,
-                "said": self.answers[index, number, False],
-                "answers": list(question.answers),
-                "accuracy": vqa_accuracy(self.answers[index, number, False], question),
-            }
-            for number, question in enumerate(self.examples[index].questions)
-        ]
+    `answers` holds the answers to the questions of an example about an image, by (image, example).
+    """
+    by_type: dict[str, list[tuple[Question, str, str]]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        answered = zip(example.questions, answers[index, index], answers[order[index], index], strict=True)
+        for question, own, shuffled in answered:
+            by_type[question.answer_type].append((question, own, shuffled))
+    scores = {}
+    for kind, rows in sorted(by_type.items()):
+        counts = Counter(normalize_answer(most_common(question.answers)) for question, *_ in rows)
+        majority = counts.most_common(1)[0][0]
+        scores[kind] = {
+            "count": len(rows),
+            "accuracy": statistics.fmean(vqa_accuracy(own, question) for question, own, _ in rows),
+            "shuffled": statistics.fmean(vqa_accuracy(shuffled, question) for question, _, shuffled in rows),
+            "majority": statistics.fmean(vqa_accuracy(majority, question) for question, *_ in rows),
+        }
+    return scores
 
 
 def evaluate(
-    checkpoint: Checkpoint, examples: list[Example], options: EvalOptions, features: FeatureSource
+    checkpoint: Checkpoint,
+    examples: list[Example],
+    features: FeatureSource,
+    prompt: tuple[str, str],
+    decoding: DecodingConfig = GREEDY,
+    *,
+    questions: bool = False,
+    clip: str | None = None,
 ) -> dict[str, Any]:
     """Score captions against the source's references or, if there are none, the teacher's captions.
 
+    `prompt` is source and style. `questions` adds scores of answers and intervals, and `clip` adds CLIPScore.
     `shuffled_scores` compares each image's references with another image's caption. `intervals` holds 95 %
     bootstrap intervals. `gain` is the interval of the difference in CIDEr-D between `scores` and
     `shuffled_scores`. If it includes 0, the captioner may ignore its images. `questions` holds the scores of
     answers. `each` holds the caption and scores of every image.
     """
     checkpoint.captioner.eval()
-    source, style = options.prompt
+    source, style = prompt
     against, examples, texts = choose_references(examples, style)
     # A caption depends only on its image, so shuffling the captions has the same effect.
     order = derangement([example.sample_id for example in examples])
-    quiz: Quiz | None = None
-    if options.questions and any(not style for _, style in checkpoint.captioner.config.prompts):
-        quiz = Quiz(examples, order)
-    captions = _generate(checkpoint, examples, options, features, quiz)
+    # The questions of an example are asked about its own image and, as a control, about another one.
+    asked: list[list[int]] = [[] for _ in examples]  # indices of examples by image
+    if questions and any(not style for _, style in checkpoint.captioner.config.prompts):
+        for index, shuffled_image in enumerate(order):
+            asked[index].append(index)
+            asked[shuffled_image].append(index)
+    captions, answers = _generate(checkpoint, examples, features, prompt, decoding, asked)
     hypotheses = [tokenize(caption) for caption in captions]
     references = [[tokenize(text) for text in group] for group in texts]
     shuffled = [hypotheses[index] for index in order]
@@ -134,35 +108,39 @@ def evaluate(
         }
         for index, (example, caption) in enumerate(zip(examples, captions, strict=True))
     ]
+    ranked, half = sorted(each, key=lambda image: -image["cider_d"]), SHOWN_IMAGES // 2
     result: dict[str, Any] = {
         "images": len(examples),
         "style": style,
         "source": source,
         "against": against,
-        "num_beams": options.decoding.num_beams,
+        "num_beams": decoding.num_beams,
         "scores": score(hypotheses, references, own_scores),
         "shuffled_scores": score(shuffled, references, shuffled_scores),
-        "intervals": bootstrap(own_scores) if options.questions else {},
-        "gain": bootstrap({"cider_d": gains}) if options.questions else {},
-        "shown": _best_and_worst(each),
+        "intervals": bootstrap(own_scores) if questions else {},
+        "gain": bootstrap({"cider_d": gains}) if questions else {},
+        "shown": [*ranked[:half], *ranked[half:][-half:]],
         "each": each,
     }
-    if options.clip:
+    if clip:
         images = (example.open() for example in examples)
-        own_clip, shuffled_clip = clip_scores(options.clip, images, captions, range(len(examples)), order)
+        own_clip, shuffled_clip = clip_scores(clip, images, captions, range(len(examples)), order)
         result["scores"]["clip_score"] = statistics.fmean(own_clip)
         result["shuffled_scores"]["clip_score"] = statistics.fmean(shuffled_clip)
-    if quiz:
-        result["questions"] = quiz.scores()
-        for index, image_result in enumerate(each):
-            image_result["questions"] = quiz.results(index)
+    if answers:
+        result["questions"] = score_answers(examples, order, answers)
+        for index, (example, image_result) in enumerate(zip(examples, each, strict=True)):
+            image_result["questions"] = [
+                {
+                    "question": question.question,
+                    "type": question.answer_type,
+                    "said": answer,
+                    "answers": list(question.answers),
+                    "accuracy": vqa_accuracy(answer, question),
+                }
+                for question, answer in zip(example.questions, answers[index, index], strict=True)
+            ]
     return result
-
-
-def _best_and_worst(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    ranked = sorted(results, key=lambda result: -result["cider_d"])
-    half = SHOWN_IMAGES // 2
-    return [*ranked[:half], *ranked[half:][-half:]]
 
 
 def evaluate_version(
@@ -191,9 +169,9 @@ def evaluate_version(
             raise
         examples = examples_in(version, split, existing, to_score=True)
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
-    prompt = scored_prompt(config.prompts, style)
-    options = EvalOptions(prompt, config.decoding(beams), questions=True, clip=clip)
-    return {"split": split, **evaluate(checkpoint, examples, options, features)}
+    prompt, decoding = scored_prompt(config.prompts, style), config.decoding(beams)
+    scores = evaluate(checkpoint, examples, features, prompt, decoding, questions=True, clip=clip)
+    return {"split": split, **scores}
 
 
 def choose_references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[str]]]:
@@ -217,26 +195,37 @@ def choose_references(examples: list[Example], style: str) -> tuple[str, list[Ex
 def _generate(
     checkpoint: Checkpoint,
     examples: list[Example],
-    options: EvalOptions,
     features: FeatureSource,
-    quiz: Quiz | None,
-) -> list[str]:
-    """Generate a caption for each example, and ask `quiz` while the image states are in memory."""
-    source, style = options.prompt
+    prompt: tuple[str, str],
+    decoding: DecodingConfig,
+    asked: list[list[int]],
+) -> tuple[list[str], dict[tuple[int, int], list[str]]]:
+    """Return the caption of each image, and the answers to the questions of the examples in `asked`.
+
+    The states of HELD_IMAGES images are in memory at the same time.
+    """
+    source, style = prompt
     prompt_T = torch.tensor(checkpoint.tokenizer.prompt(TargetText(source, "", style=style)))
+    answer_source = preferred_source(checkpoint.captioner.config.prompts, "") or ""
+    is_on_gpu = checkpoint.captioner.device.type == "cuda"
+    size = HELD_IMAGES // decoding.num_beams if is_on_gpu else BATCH_IMAGES
     captions: list[str] = []
+    answers: dict[tuple[int, int], list[str]] = {}
     for start in range(0, len(examples), HELD_IMAGES):
         part = examples[start : start + HELD_IMAGES]
         held = hold_features(features, part)
-        size = HELD_IMAGES if checkpoint.captioner.device.type == "cuda" else BATCH_IMAGES
         for first in range(0, len(part), size):
             states_BNV = held(part[first : first + size])
             prompt_BT = prompt_T.expand(len(states_BNV), -1)
-            texts = checkpoint.captioner.generate(states_BNV, prompt_BT, options.decoding)
+            texts = checkpoint.captioner.generate(states_BNV, prompt_BT, decoding)
             captions += [checkpoint.tokenizer.decode(ids) for ids in texts]
-        if quiz:
-            quiz.ask(checkpoint, held, range(start, start + len(part)))
-    return captions
+        keys = [(image, index) for image in range(start, start + len(part)) for index in asked[image]]
+        pairs = [
+            (examples[i], question.question) for i, index in keys for question in examples[index].questions
+        ]
+        remaining = iter(answer_questions(checkpoint, held, pairs, answer_source))
+        answers |= {key: list(islice(remaining, len(examples[key[1]].questions))) for key in keys}
+    return captions, answers
 
 
 def answer_questions(

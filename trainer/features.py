@@ -48,20 +48,17 @@ class Features:
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Return the hidden states for the images in `examples`: (B, N, V)."""
-        return self.states(self._read(examples), torch.device("cpu"))
+        return self.states(self.load(examples), torch.device("cpu"))
 
     def load(self, examples: Sequence[Example]) -> Tensor:
         """Read stored states as raw bytes (B, bytes), into pinned memory if there is a GPU."""
-        records = self._read(examples)
+        records = torch.from_numpy(self.stored[[self.rows[example.sample_id] for example in examples]])
         return records.pin_memory() if torch.cuda.is_available() else records
 
     def states(self, loaded: Tensor, device: torch.device) -> Tensor:
         """Convert the result of `load` to float32 states on a device: (B, N, V)."""
         states_BX = loaded.to(device, non_blocking=True).view(torch.bfloat16)
         return states_BX.view(-1, *self.shape).float()
-
-    def _read(self, examples: Sequence[Example]) -> Tensor:
-        return torch.from_numpy(self.stored[[self.rows[example.sample_id] for example in examples]])
 
 
 @dataclass(frozen=True, slots=True)

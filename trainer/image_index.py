@@ -27,71 +27,65 @@ READ_ERRORS = (OSError, ValueError, pa.ArrowException)
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """Location of an image: a row group and a position in it."""
+    """Location of an image: a row group of a file, and a position in it."""
 
-    group: "_RowGroup"
+    file: "_MappedFile"
+    group: int
     position: int
 
     def read(self) -> memoryview:
         """Return the bytes of the image. Raises StoreError if the file is damaged."""
-        return self.group.images()[self.position]
+        return self.file.group_images(self.group)[self.position]
 
 
 class _MappedFile:
     """A memory-mapped Parquet file with images. Holds no open file handle."""
 
     def __init__(self, path: Path, leaf: str, damage: Callable[[Exception], StoreError]) -> None:
-        self.leaf, self.damage, self.lock = leaf, damage, threading.Lock()
+        self._leaf, self._damage, self._lock = leaf, damage, threading.Lock()
         with path.open("rb") as handle:
-            self.mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        reader = pa.BufferReader(pa.py_buffer(self.mapped))
-        self.parquet = pq.ParquetFile(reader, page_checksum_verification=True)
+            self._mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        reader = pa.BufferReader(pa.py_buffer(self._mapped))
+        self._parquet = pq.ParquetFile(reader, page_checksum_verification=True)
+        self._groups: dict[int, list[memoryview]] = {}
 
     def images(self) -> Iterator[tuple[str, StoredImage]]:
         """Yield the sample id and the location of each image."""
         # One read of all ids is ten times faster than one per row group.
-        rows = self.parquet.read(columns=["sample_id"])
+        rows = self._parquet.read(columns=["sample_id"])
         require_values(rows)
         ids = iter(rows["sample_id"].to_pylist())
-        for number in range(self.parquet.num_row_groups):
-            group = _RowGroup(self, number)
-            num_rows = self.parquet.metadata.row_group(number).num_rows
+        for group in range(self._parquet.num_row_groups):
+            num_rows = self._parquet.metadata.row_group(group).num_rows
             for position, sample_id in enumerate(islice(ids, num_rows)):
-                yield sample_id, StoredImage(group, position)
+                yield sample_id, StoredImage(self, group, position)
 
-    def read_group(self, number: int) -> list[bytes]:
-        """Return all images of a row group. For decks, return the first page of each deck."""
-        column = self.leaf.partition(".")[0]
-        rows = self.parquet.read_row_group(number, columns=[column])
-        require_values(rows)
-        if self.leaf == IMAGE_LEAF:
-            return list(pc.struct_field(rows[column], "bytes").to_pylist())
-        return [pages[0] for pages in rows[column].to_pylist()]
+    def group_images(self, number: int) -> list[memoryview]:
+        """Return the bytes of the images of a row group, which are located at the first access.
 
-
-class _RowGroup:
-    """The images of one row group, located at the first access."""
-
-    def __init__(self, file: _MappedFile, number: int) -> None:
-        self._file, self._number = file, number
-        self._images: list[memoryview] | None = None
-
-    def images(self) -> list[memoryview]:
-        """Return the bytes of each image. Images in compressed columns are held in memory, not mapped."""
-        with self._file.lock:  # several threads may decode images of one file
-            if self._images is None:
+        Images in compressed columns are held in memory, not mapped.
+        """
+        with self._lock:  # several threads may decode images of one file
+            if number not in self._groups:
                 try:
-                    self._images = list(self._locate())
+                    self._groups[number] = list(self._locate(number))
                 except READ_ERRORS as error:
-                    raise self._file.damage(error) from None
-            return self._images
+                    raise self._damage(error) from None
+            return self._groups[number]
 
-    def _locate(self) -> Iterator[memoryview]:
-        chunk = pixel_chunk(self._file.parquet, self._number, self._file.leaf)
+    def _locate(self, number: int) -> Iterator[memoryview]:
+        column = self._leaf.partition(".")[0]
+        rows = self._parquet.read_row_group(number, columns=[column])
+        require_values(rows)
+        if self._leaf == IMAGE_LEAF:
+            images = pc.struct_field(rows[column], "bytes").to_pylist()
+        else:
+            images = [pages[0] for pages in rows[column].to_pylist()]
+        chunk = pixel_chunk(self._parquet, number, self._leaf)
         position, num_bytes = chunk or (0, 0)
-        end, mapped = position + num_bytes, memoryview(self._file.mapped)
-        for image in self._file.read_group(self._number):
-            start = self._file.mapped.find(image, position, end) if chunk else -1
+        end, mapped = position + num_bytes, memoryview(self._mapped)
+        for image in images:
+            start = self._mapped.find(image, position, end) if chunk else -1
             if start < 0:
                 yield memoryview(image)
             else:

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -25,21 +24,16 @@ from pipeline.errors import TrainError, one_line
 from pipeline.progress import Progress
 from trainer.config import TrainConfig
 from trainer.data import Example, batches
-from trainer.evaluate import EvalOptions, evaluate
+from trainer.evaluate import evaluate
 from trainer.features import LoadedFeatures
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.encoder import weights_digest
 from trainer.model.language_model import PretrainedDecoder
-from trainer.optimizer import Schedule, WeightAverage, build_optimizer
-from trainer.runtime.devices import (
-    all_reduce_gradients,
-    autocast,
-    max_over_processes,
-    memory_mb,
-)
+from trainer.optimizer import Schedule, build_optimizer
+from trainer.runtime.devices import all_reduce_gradients, autocast, max_over_processes
 from trainer.runtime.training_state import Log, delay_signals, save_resume
 from trainer.self_critical import SelfCritic
-from trainer.tokenizer import CaptionTokenizer, EncodedText, TargetText, TextBatch, collate, scored_prompt
+from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate, scored_prompt
 
 BATCHES_AHEAD = 4
 READ_EVERY = 10  # steps between reads of loss and norm, which wait for the device
@@ -62,7 +56,7 @@ class Batch:
     """The micro-batches of this process in a step. The other fields describe the batch of all processes."""
 
     micro_batches: list[MicroBatch]
-    examples: list[Example]
+    num_images: int
     num_tokens: int  # target tokens
     weight: float  # sum of the weights of the target tokens
 
@@ -77,17 +71,16 @@ class BatchLoader:
     features: LoadedFeatures
     rank: int = 0
     processes: int = 1
-    micro_batches: int = 1  # per process and step
     encoded: dict[str, list[EncodedText]] = field(default_factory=dict)  # by sample id
 
     def load(self, examples: list[Example]) -> Batch:
         """Load this process's part of the batch for a step. `examples` holds the whole batch."""
         # The mean loss needs the tokens of the whole batch.
         texts = self.collate(examples)
-        own = examples[self.rank :: self.processes]
-        parts = [part for first in range(self.micro_batches) if (part := own[first :: self.micro_batches])]
+        own, count = examples[self.rank :: self.processes], self.config.gradient_accumulation_steps
+        parts = [part for first in range(count) if (part := own[first::count])]
         loaded = [MicroBatch(self.features.load(part), self.collate(part), part) for part in parts]
-        return Batch(loaded, examples, int(texts.learned_CT.sum()), texts.total_weight)
+        return Batch(loaded, len(examples), int(texts.learned_CT.sum()), texts.total_weight)
 
     def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
         """Yield a batch for each list of example indices. A thread loads the next batches during a step."""
@@ -107,12 +100,10 @@ class BatchLoader:
         """Return a batch with all texts of the examples."""
         for example in examples:
             if example.sample_id not in self.encoded:
-                self.encoded[example.sample_id] = [self._encode(text) for text in example.texts]
+                pairs = [(text, self.config.text_weight(text.source, text.style)) for text in example.texts]
+                limit = self.config.max_caption_tokens
+                self.encoded[example.sample_id] = [self.tokenizer.encode(t, limit, w) for t, w in pairs]
         return collate([self.encoded[example.sample_id] for example in examples])
-
-    def _encode(self, text: TargetText) -> EncodedText:
-        weight = self.config.text_weight(text.source, text.style)
-        return self.tokenizer.encode(text, self.config.max_caption_tokens, weight)
 
 
 @dataclass(slots=True)
@@ -120,10 +111,8 @@ class Validation:
     """Scores the captioner on validation images, and saves it when the score improves."""
 
     checkpoint: Checkpoint
-    config: TrainConfig
     examples: list[Example]
     loader: BatchLoader
-    device: torch.device
     best_score: float = -math.inf
     best_cider_d: float | None = None  # None with a single validation image
     best_loss: float = math.inf
@@ -134,8 +123,8 @@ class Validation:
     def score(self, out: Path, log: Log, done: int) -> None:
         """Score the captioner after `done` steps. Raises TrainError if the loss is not a number."""
         config = self.checkpoint.captioner.config
-        options = EvalOptions(scored_prompt(config.prompts), config.decoding(num_beams=1))
-        result = evaluate(self.checkpoint, self.examples, options, self.loader.features)
+        prompt, decoding = scored_prompt(config.prompts), config.decoding(num_beams=1)
+        result = evaluate(self.checkpoint, self.examples, self.loader.features, prompt, decoding)
         cider_d, shuffled_cider_d = result["scores"]["cider_d"], result["shuffled_scores"]["cider_d"]
         loss = self.loss()
         if loss is not None and not math.isfinite(loss):
@@ -162,18 +151,14 @@ class Validation:
         captioner, total, weight = self.checkpoint.captioner.eval(), 0.0, 0.0
         examples = [example for example in self.examples if example.texts]
         # A batch of the same size as a micro-batch fits in memory.
-        size = math.ceil(self.config.batch_size / (self.loader.micro_batches * self.loader.processes))
+        config = self.loader.config
+        size = math.ceil(config.batch_size / (config.gradient_accumulation_steps * self.loader.processes))
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             texts = self.loader.collate(part)
-            total += captioner.loss(self.loader.features(part).to(self.device), texts).item()
+            total += captioner.loss(self.loader.features(part).to(captioner.device), texts).item()
             weight += texts.total_weight
         return total / weight if weight else None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the score has not improved in the last `patience` evaluations."""
-        return 0 < self.config.patience <= self.evaluations_without_gain
 
 
 @dataclass(slots=True)
@@ -188,7 +173,6 @@ class Trainer:
     schedule: Schedule
     skipped_steps: Tensor  # consecutive updates that were skipped, on the device
     frozen_key: str = ""  # digest of the frozen weights
-    average: WeightAverage | None = None
     critic: SelfCritic | None = None
     rewards: list[float] = field(default_factory=list)  # rewards of the captions sampled in the last step
 
@@ -206,11 +190,9 @@ class Trainer:
     def begin_step(self, optimizer: torch.optim.Optimizer, step: int) -> str:
         """Set learning rates and the seed of dropout. Returns the stage of the step."""
         self.checkpoint.captioner.train()
-        stage, first = self.schedule.stage(step)
+        _, first = self.schedule.stage(step)
         if step == first:
             self.validation.evaluations_without_gain = 0
-            if self.average and stage == "train":
-                self.average.clear()
         # Dropout depends only on seed, step and rank, so no generator state needs to be saved.
         torch.manual_seed(int(digest([self.config.seed, step, self.loader.rank])[:15], 16))
         return self.schedule.apply(optimizer, step)
@@ -218,39 +200,29 @@ class Trainer:
     def forward_backward(self, batch: Batch, *, rewarded: bool = False) -> Tensor:
         """Accumulate the gradients of all micro-batches, summed over all processes. Returns the loss.
 
-        The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. If a GPU
-        runs out of memory, micro-batches are halved. Raises TrainError if a single image does not fit.
+        The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. Raises
+        TrainError if a micro-batch does not fit in the memory of a GPU.
         """
-        while True:
-            with suppress(torch.OutOfMemoryError):
-                loss = self._accumulate(batch, rewarded=rewarded)
-                break
-            if max(len(part.examples) for part in batch.micro_batches) == 1:
-                hint = "set lora_rank and checkpoint_blocks, or a smaller max_caption_tokens or decoder"
-                raise TrainError("a step of one image does not fit in GPU memory", hint=hint)
-            self.checkpoint.captioner.zero_grad()
-            torch.cuda.empty_cache()  # the tensors of the failed step are not freed earlier
-            self.loader.micro_batches = max(self.loader.micro_batches, 2 * len(batch.micro_batches))
-            batch = self.loader.load(batch.examples)
-        return all_reduce_gradients(self.checkpoint.captioner, loss)
-
-    def _accumulate(self, batch: Batch, *, rewarded: bool) -> Tensor:
         captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
         self.rewards = []
-        for loaded, texts, examples in batch.micro_batches:
-            with autocast(self.config.precision, self.device):
-                states_BNV = self.loader.features.states(loaded, self.device)
-                if rewarded:
-                    assert self.critic
-                    sampled, rewards = self.critic.sample(states_BNV.detach(), examples)
-                    self.rewards += rewards
-                    loss = captioner.loss(states_BNV, sampled)
-                    loss = loss / (len(batch.examples) * self.critic.num_samples)
-                else:
-                    loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.weight
-            loss.backward()
-            total += loss.detach()
-        return total
+        try:
+            for loaded, texts, examples in batch.micro_batches:
+                with autocast(self.config.precision, self.device):
+                    states_BNV = self.loader.features.states(loaded, self.device)
+                    if rewarded:
+                        assert self.critic
+                        sampled, rewards = self.critic.sample(states_BNV.detach(), examples)
+                        self.rewards += rewards
+                        loss = captioner.loss(states_BNV, sampled)
+                        loss = loss / (batch.num_images * self.critic.num_samples)
+                    else:
+                        loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.weight
+                loss.backward()
+                total += loss.detach()
+        except torch.OutOfMemoryError:
+            hint = "set gradient_accumulation_steps, or a smaller batch_size, max_caption_tokens or decoder"
+            raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
+        return all_reduce_gradients(captioner, total)
 
     def clip_and_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
         """Clip the gradients and update the weights. Returns the gradient norm.
@@ -263,24 +235,19 @@ class Trainer:
         self.skipped_steps = (self.skipped_steps + 1) * is_skipped
         optimizer.found_inf = is_skipped.float()  # type: ignore[attr-defined]  # read by the fused kernel
         optimizer.step()
-        if self.average:
-            self.average.update(captioner)
         return norm
 
     def end_stage_early(self, done: int, progress: Progress) -> None:
         """End the stage early if the score did not improve in `patience` evaluations."""
+        is_over = 0 < self.config.patience <= self.validation.evaluations_without_gain
         # Only the first process scores the validation split.
-        if not max_over_processes(int(self.validation.is_over), self.device):
+        if not max_over_processes(int(is_over), self.device):
             return
         before = self.schedule.total_steps
         end = self.schedule.end_early(done)
         if self.schedule.total_steps < before:
             problem = f"the score did not improve in {self.config.patience} evaluations"
             progress.message(f"{problem}: the learning rate falls, and the stage ends at step {end:,}")
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Return a context in which the captioner uses averaged weights, if they are enabled."""
-        return self.average.swapped_into(self.checkpoint.captioner) if self.average else nullcontext()
 
     def frozen_names(self) -> frozenset[str]:
         """Return the names of frozen pretrained weights, which a saved state does not include."""
@@ -301,9 +268,7 @@ class Trainer:
             "validation": {name: getattr(self.validation, name) for name in VALIDATION_STATE},
             "schedule": [self.schedule.lengths, self.schedule.anneal_from],
             "skipped_steps": self.skipped_steps,
-            "processes": self.loader.processes,
             "frozen": self.frozen_key,
-            "average": [self.average.steps, self.average.weights_by_name] if self.average else None,
         }
 
     def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> int:
@@ -320,10 +285,6 @@ class Trainer:
                 setattr(self.validation, name, state["validation"][name])
             self.schedule = Schedule(self.config, *state["schedule"])
             self.skipped_steps = state["skipped_steps"].to(self.device)
-            if self.average:
-                self.average.steps, weights = state["average"]
-                on_device = {name: tensor.to(self.device) for name, tensor in weights.items()}
-                self.average.weights_by_name = on_device
             return int(state["step"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             hint = f"remove {path} and start without --resume"
@@ -335,12 +296,10 @@ def build_trainer(
 ) -> Trainer:
     """Build the trainer for one process."""
     config = loader.config
-    validation = Validation(checkpoint, config, validation_set, loader, device)
+    validation = Validation(checkpoint, validation_set, loader)
     skipped_steps = torch.zeros((), dtype=torch.long, device=device)
     trainer = Trainer(checkpoint, config, loader, validation, device, Schedule(config), skipped_steps)
-    if config.average_decay:
-        trainer.average = WeightAverage(config.average_decay)
-    if config.scst_steps:
+    if config.scst_frac:
         trainer.critic = SelfCritic(checkpoint, loader.examples, config.scst_samples)
     weights = checkpoint.captioner.state_dict()
     trainer.frozen_key = weights_digest(b"", {name: weights[name] for name in trainer.frozen_names()})
@@ -355,13 +314,11 @@ def run_steps(
     If `state` is not empty, resumes from it, then clears it to free memory. Only the first process has
     a log and writes files. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved.
     """
-    config, captioner = trainer.config, trainer.checkpoint.captioner
-    optimizer = build_optimizer(captioner, config)
+    config = trainer.config
+    evaluate_every = math.ceil(config.total_steps / config.evaluations)
+    optimizer = build_optimizer(trainer.checkpoint.captioner, config)
     done = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
     state.clear()  # frees a copy of all weights and moments
-    if config.compile:
-        for part in captioner.decoder.repeated_parts():
-            part.compile(dynamic=True)
     started, saved_at, is_interrupted = time.monotonic(), time.monotonic(), False
     earlier_s, shown = log.seconds if log else 0.0, dict[str, str]()
     with delay_signals() as signals:
@@ -372,16 +329,15 @@ def run_steps(
             norm = trainer.clip_and_step(optimizer, loss)
             done = step + 1
 
-            is_scored = done % config.evaluate_every == 0 or done in trainer.schedule.ends
+            is_scored = done % evaluate_every == 0 or done in trainer.schedule.ends
             # A signal may reach only one process, but all processes must stop at the same step.
             is_interrupted = bool(max_over_processes(len(signals), trainer.device))
             if log:
                 values: dict[str, Any] = {"step": done, "stage": stage, "loss": loss, "norm": norm}
                 values |= {"rate": max(group["lr"] for group in optimizer.param_groups)}
-                values |= {"images": len(batch.examples), "tokens": batch.num_tokens}
+                values |= {"images": batch.num_images, "tokens": batch.num_tokens}
                 values |= {"reward": statistics.fmean(trainer.rewards)} if trainer.rewards else {}
-                seconds = earlier_s + time.monotonic() - started
-                log.add(**values, seconds=seconds, memory_mb=memory_mb())
+                log.add(**values, seconds=earlier_s + time.monotonic() - started)
             if is_scored or is_interrupted or done % READ_EVERY == 0:  # reads wait for the device
                 if log:
                     log.flush()
@@ -392,8 +348,7 @@ def run_steps(
             if is_scored:
                 if log:
                     progress.message("scoring the validation split", transient=True)
-                    with trainer.averaged():
-                        trainer.validation.score(out, log, done)
+                    trainer.validation.score(out, log, done)
                     shown = {"loss": shown["loss"], **trainer.validation.shown}
                 trainer.end_stage_early(done, progress)
             progress(stage, done, trainer.schedule.total_steps, shown)

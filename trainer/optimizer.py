@@ -1,32 +1,28 @@
-"""Weight updates: parameter groups, learning-rate schedule, and weight averaging."""
+"""Weight updates: parameter groups and learning-rate schedule."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from trainer.config import TrainConfig
 from trainer.model.caption_model import CaptionerModel
-from trainer.model.language_model import PretrainedDecoder
 
 ANNEAL_FRAC = 0.15  # share of a stage that ended early
 
 
 def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return two parameter groups per part: one with weight decay, and one without for biases and norms."""
+    """Return two groups of trainable weights per part: matrices with weight decay, and biases and norms."""
     rates = {"encoder": config.encoder_lr, "connector": config.connector_lr, "decoder": config.decoder_lr}
-    parameters = {part: list(getattr(captioner, part).parameters()) for part in rates}
-    if isinstance(captioner.decoder, PretrainedDecoder):
-        parameters["decoder"] = captioner.decoder.trainable_weights()
     groups = []
     for part, rate in rates.items():
+        weights_of_part = [
+            weights for weights in getattr(captioner, part).parameters() if weights.requires_grad
+        ]
         for decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
-            if params := [weights for weights in parameters[part] if (weights.ndim >= 2) == is_matrix]:
+            if params := [weights for weights in weights_of_part if (weights.ndim >= 2) == is_matrix]:
                 groups.append({"params": params, "weight_decay": decay, "part": part, "rate": rate or 0.0})
     return groups
 
@@ -49,9 +45,7 @@ class Schedule:
     anneal_from: int = -1  # after `end_early`, the step from which the rate falls linearly to the floor
 
     def __post_init__(self) -> None:
-        config = self.config
-        planned = {"align": config.align_steps, "train": config.steps, "scst": config.scst_steps}
-        self.lengths = self.lengths or {stage: steps or 0 for stage, steps in planned.items()}
+        self.lengths = self.lengths or self.config.stage_steps
 
     @property
     def total_steps(self) -> int:
@@ -82,7 +76,7 @@ class Schedule:
         return floor + (start - floor) * (end - step) / (end - self.anneal_from)
 
     def _planned_factor(self, stage: str, stage_step: int) -> float:
-        steps: int = getattr(self.config, "steps" if stage == "train" else f"{stage}_steps")
+        steps = self.config.stage_steps[stage]
         warmup = max(1, round(self.config.warmup_frac * steps))
         if stage_step < warmup:
             return (stage_step + 1) / warmup
@@ -111,43 +105,3 @@ class Schedule:
             for parameter in group["params"]:
                 parameter.requires_grad_(rate > 0)
         return stage
-
-
-@dataclass(slots=True)
-class WeightAverage:
-    """Exponential moving average of the trainable weights."""
-
-    decay: float
-    weights_by_name: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Update the average with a model's weights. The decay is smaller in early steps."""
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        self.steps += 1
-        for name, weights in model.named_parameters():
-            average = self.weights_by_name.get(name)
-            if average is not None:
-                # Frozen weights no longer change, so the average copies them.
-                average.lerp_(weights, 1 - decay) if weights.requires_grad else average.copy_(weights)
-            elif weights.requires_grad:
-                self.weights_by_name[name] = weights.detach().clone()
-
-    def clear(self) -> None:
-        """Discard the average and start again."""
-        self.weights_by_name, self.steps = {}, 0
-
-    @contextmanager
-    def swapped_into(self, model: nn.Module) -> Iterator[None]:
-        """Replace a model's weights with their average within the context."""
-        self._swap(model)
-        try:
-            yield
-        finally:
-            self._swap(model)
-
-    def _swap(self, model: nn.Module) -> None:
-        by_name = dict(model.named_parameters())
-        for name, average in self.weights_by_name.items():
-            by_name[name].data, self.weights_by_name[name] = average, by_name[name].data

@@ -2,7 +2,7 @@
 
 A prompt consists of a source (human or synthetic) and either a caption style or a question. `prompts` lists
 the (source, style) pairs that a captioner has learned. The style of answers is "". Published captioners
-contain a copy of this file (trainer/publish/transformers_files.py), so it needs only the standard library.
+contain a copy of this file (trainer/model/transformers_files.py), so it needs only the standard library.
 """
 
 import re
@@ -93,7 +93,9 @@ def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, 
         learned = ", ".join(styles) or "questions"
         raise ValueError(f"this captioner was not trained on the style {named[0][:40]}, only on {learned}")
     words = _normalized(text[-MAX_CHARACTERS:].replace("<image>", ""))
-    requested = style or _requested_style(styles, words)
+    patterns = {**STYLE_WORDS, **{name: re.escape(name) for name in styles if name not in STYLE_WORDS}}
+    in_words = (name for name in patterns if name in styles and re.search(rf"\b({patterns[name]})\b", words))
+    requested = style or next(in_words, None)
     is_request = style or (requested in ("human", "ocr") and not ANSWER_FORM.search(words))
     question = "" if is_request else find_question(text)
     if answers is not None and (question or (text and not styles)):
@@ -102,14 +104,6 @@ def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, 
     if style is None:
         raise ValueError("this captioner was trained only on questions. Ask it a question")
     return preferred_source(prompts, style) or "", style, ""
-
-
-def _requested_style(styles: list[str], words: str) -> str | None:
-    patterns = {**STYLE_WORDS, **{style: re.escape(style) for style in styles if style not in STYLE_WORDS}}
-    return next(
-        (s for s, words_of in patterns.items() if s in styles and re.search(rf"\b({words_of})\b", words)),
-        None,
-    )
 
 
 def prompt_parts(kind: str, source: str, style: str, question: str) -> list[tuple[str, bool]]:

@@ -43,7 +43,8 @@ class SelfCritic:
         captioner, tokenizer = self.checkpoint.captioner.eval(), self.checkpoint.tokenizer
         prompt_CT = torch.tensor(self.prompt).expand(len(examples) * self.num_samples, -1)
         captions = captioner.generate(states_BNV.repeat_interleave(self.num_samples, 0), prompt_CT, SAMPLING)
-        max_tokens = captioner.most_tokens(states_BNV.shape[1], len(self.prompt))
+        num_positions_left = captioner.decoder.max_positions - states_BNV.shape[1] - len(self.prompt)
+        max_tokens = min(captioner.config.max_caption_tokens, num_positions_left)
         hypotheses: list[Tokens] = []
         texts: list[EncodedText] = []
         for ids in captions:
@@ -55,11 +56,8 @@ class SelfCritic:
         rewards = cider_d(hypotheses, references, rarity=self.rarity)
         starts = range(0, len(texts), self.num_samples)
         by_image = [texts[start : start + self.num_samples] for start in starts]
-        return replace(collate(by_image), weight_C=_advantages(rewards, self.num_samples)), rewards
-
-
-def _advantages(rewards: Sequence[float], num_samples: int) -> Tensor:
-    """Return each reward minus the mean reward of the other samples for the same image: (C,)."""
-    rewards_BS = torch.tensor(rewards).view(-1, num_samples)
-    advantages_BS = (rewards_BS - rewards_BS.mean(1, keepdim=True)) * num_samples / (num_samples - 1)
-    return advantages_BS.flatten()
+        # The advantage is the reward minus the mean reward of the other samples for the same image.
+        rewards_BS = torch.tensor(rewards).view(-1, self.num_samples)
+        gaps_BS = rewards_BS - rewards_BS.mean(1, keepdim=True)
+        advantages_BS = gaps_BS * self.num_samples / (self.num_samples - 1)
+        return replace(collate(by_image), weight_C=advantages_BS.flatten()), rewards

@@ -6,7 +6,6 @@ cosine decay. An interrupted run can be resumed. On a CPU, its results are bit-i
 """
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import read_json, write_json
 from trainer.caption_files import write_captions
 from trainer.config import TrainConfig
-from trainer.data import Example, Sets, choose_examples, texts_of
-from trainer.evaluate import EvalOptions, choose_references, evaluate
+from trainer.data import Example, choose_examples, texts_of
+from trainer.evaluate import choose_references, evaluate
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
 from trainer.loop import BatchLoader, Trainer, build_trainer, run_steps
 from trainer.model.checkpoint import Checkpoint, build_checkpoint, load_checkpoint
@@ -63,9 +62,10 @@ def train_captioner(
     settings = config  # without values that depend on the data
     sets, config = choose_examples(version, config)
     init = file_digest(find_captioner(config.init) / "model.safetensors") if config.init else ""
-    run_digest = partial(_run_digest, version, config, sets["train"], init)
+    ids = [example.sample_id for example in sets["train"]]
+    run = digest([config.digest_values(), version.manifest["digest"], init, ids])
     if not (resume and (out / "resume.pt").exists()) and (out / "metrics.json").exists():
-        metrics = _read_finished(out, settings, run_digest(1))
+        metrics = _read_finished(out, settings, run)
         report.message(f"{out} already has this captioner. To train again, use another --out")
         leave_processes()
         return {} if rank else metrics
@@ -78,33 +78,28 @@ def train_captioner(
     if isinstance(checkpoint.captioner.decoder, PretrainedDecoder):
         _ = checkpoint.captioner.decoder.probed  # measured before the precision is reduced
     _warn_of_unlearned(version, checkpoint, texts_of(sets["train"]), report)
-    state = load_resume(out, settings, run_digest) if resume else {}
+    state = load_resume(out, settings, run) if resume else {}
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
     for split in ("validation", "test"):
         choose_references(sets[split], style)
 
     out.mkdir(parents=True, exist_ok=True)
-    features = _open_features(version, config, checkpoint, sets, device, report)
-    parts = config.gradient_accumulation_steps
-    loader = BatchLoader(config, checkpoint.tokenizer, sets["train"], features, rank, processes, parts)
+    encoder = checkpoint.captioner.encoder
+    features: LoadedFeatures = OnlineFeatures(encoder, device)
+    if encoder.config.frozen and config.feature_storage != "none":
+        examples = [example for examples in sets.values() for example in examples]
+        features = store_features(encoder, examples, version.dataset_dir / FEATURES, device, report)
+    loader = BatchLoader(config, checkpoint.tokenizer, sets["train"], features, rank, processes)
     trainer = build_trainer(checkpoint, loader, sets["validation"], device)
     with matmul_precision(config.precision):
         report.message(_describe(trainer))
-        log = None if rank else _begin_log(out, settings, state.get("step", 0))
-        run_steps(trainer, out, run_digest(processes), log, report, state)
+        log: Log | None = None
+        if rank == 0:
+            write_json(out / "train.json", settings.model_dump(mode="json"))
+            log = Log(out / "log.jsonl", first_step=state.get("step", 0))
+        run_steps(trainer, out, run, log, report, state)
         leave_processes()
-        return _score_test_split(trainer, out, sets["test"], run_digest(1)) if log else {}
-
-
-def _run_digest(
-    version: Version, config: TrainConfig, train_set: list[Example], init: str, processes: int
-) -> str:
-    """Return a digest of all inputs of a run. A state can be resumed only with the same digest.
-
-    `init` is the digest of the weights that training starts from, or "".
-    """
-    ids = [example.sample_id for example in train_set]
-    return digest([config.digest_values(), version.manifest["digest"], processes, ids, init])
+        return _score_test_split(trainer, out, sets["test"], run) if log else {}
 
 
 def _read_finished(out: Path, config: TrainConfig, run: str) -> dict[str, Any]:
@@ -119,22 +114,6 @@ def _read_finished(out: Path, config: TrainConfig, run: str) -> dict[str, Any]:
         raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
     problem = f"{out} has a captioner trained with {describe_difference(out, config)}"
     raise TrainError(problem, hint="choose a new folder: --out DIR")
-
-
-def _open_features(
-    version: Version,
-    config: TrainConfig,
-    checkpoint: Checkpoint,
-    sets: Sets,
-    device: torch.device,
-    progress: Progress,
-) -> LoadedFeatures:
-    """Return stored hidden states of a frozen encoder, or an encoder that computes them in each step."""
-    encoder = checkpoint.captioner.encoder
-    if not encoder.config.frozen or config.feature_storage == "none":
-        return OnlineFeatures(encoder, device)
-    examples = [example for examples in sets.values() for example in examples]
-    return store_features(encoder, examples, version.dataset_dir / FEATURES, device, progress)
 
 
 def _warn_of_unlearned(
@@ -182,12 +161,6 @@ def _describe(trainer: Trainer) -> str:
     )
 
 
-def _begin_log(out: Path, config: TrainConfig, done: int) -> Log:
-    """Write the settings, and open a log that continues after step `done`."""
-    write_json(out / "train.json", config.model_dump(mode="json"))
-    return Log(out / "log.jsonl", done)
-
-
 def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dict[str, Any]:
     """Score the saved captioner on the test split. Writes and returns the metrics."""
     trainer.checkpoint.captioner.decoder.to("meta")  # free memory for the captioner loaded next
@@ -195,8 +168,7 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     captioner = checkpoint.captioner
     if not captioner.encoder.config.frozen:
         features = OnlineFeatures(captioner.encoder, trainer.device)
-    prompt = scored_prompt(captioner.config.prompts)
-    options = EvalOptions(prompt, captioner.config.decoding(), questions=True)
+    prompt, decoding = scored_prompt(captioner.config.prompts), captioner.config.decoding()
     metrics: dict[str, Any] = {
         "run": run,
         "data": captioner.config.data,
@@ -204,7 +176,7 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
         "split": "test",
         "parameters": sum(weights.numel() for weights in captioner.parameters()),
         "best_validation": trainer.validation.best_cider_d,
-        **evaluate(checkpoint, examples, options, features),
+        **evaluate(checkpoint, examples, features, prompt, decoding, questions=True),
     }
     write_captions(out / "captions.jsonl", metrics.pop("each"))
     write_json(out / "metrics.json", metrics)

@@ -37,7 +37,7 @@ INTERRUPTED = {  # command -> what Ctrl-C keeps, and how to resume
     "generate": REPLIES_KEPT,
     "preview": REPLIES_KEPT,
     "train": "add --resume to the same command to resume",
-    "caption": "with --out FILE, run the same command to resume; with --out txt, add --skip-existing",
+    "caption": "with --out, run the same command to resume",
 }
 # The extras of the commands that need more than `train`. Other modules name their extra themselves.
 EXTRAS = {"serve-captioner": ("train", "serve")}
@@ -60,7 +60,7 @@ EXAMPLES = {
     "train": ("synth train data/folder-photos --encoder clip --decoder scratch",),
     "caption": (
         "synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photos --out captions.jsonl",
-        "synth caption ORG/NAME photos --out txt --skip-existing",
+        "synth caption ORG/NAME photos --out txt",
     ),
     "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200",),
     "init": ("synth init my-captions",),

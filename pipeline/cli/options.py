@@ -46,8 +46,6 @@ NumBeams = Annotated[
     int | None, option("Beams of the beam search; 1: greedy.", "as in the final test", min=1, max=64)
 ]
 BatchSize = Annotated[int, option("Images per batch.", min=1)]
-SkipExisting = Annotated[bool, Option("--skip-existing", help="Only add missing captions.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing caption files.")]
 Split = Literal["train", "validation", "test"]
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 

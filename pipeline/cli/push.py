@@ -69,9 +69,15 @@ def push(
         if images is not None or any((license_, license_link, title, language, acknowledge)):
             raise BadParameter(f"{data} is a captioner; only --private, --public, --dry-run and --json apply")
         say(f"captioner: {data}")
-        from trainer.publish.captioner_package import package_captioner
+        from pipeline.hub.package import build_checkpoint_package
+        from trainer.config import DECODERS, ENCODERS
+        from trainer.model.transformers_files import transformers_files
 
-        package = package_captioner(data, repo)
+        if (data / "model.safetensors").is_file():
+            from trainer.model.checkpoint import load_checkpoint  # imports torch
+
+            load_checkpoint(data)  # raises TrainError if it is damaged
+        package = build_checkpoint_package(data, repo, transformers_files, {**ENCODERS, **DECODERS})
         send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
         return
     _require_card_values(license_, license_link, language)

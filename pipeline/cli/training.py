@@ -35,9 +35,6 @@ def train(
         str | None, option("Captioner to continue: a folder or a Hub id.", "a new captioner")
     ] = None,
     encoder: Annotated[str, option(f"Image encoder: {ENCODERS}.")] = "auto",
-    encoder_layer: Annotated[
-        int | None, option("Encoder layer whose hidden states are used; -1: the last.", "-1")
-    ] = None,
     encoder_states: Annotated[
         str | None, option("Patch states to use: all, or 2x2 (averages of 2x2 patches).", "all")
     ] = None,
@@ -78,15 +75,9 @@ def train(
     from trainer.config import resolve
 
     options: dict[str, Any] = {"encoder": encoder, "encoder_states": encoder_states, "decoder": decoder}
-    options |= {"encoder_layer": encoder_layer, "text_source": text_source}
-    options |= {
-        "epochs": epochs,
-        "steps": steps,
-        "batch_size": batch_size,
-        "connector_lr": lr,
-        "decoder_lr": lr,
-    }
-    options |= {"lora_rank": lora_rank, "seed": seed, "preset": preset, "init": init}
+    options |= {"text_source": text_source, "epochs": epochs, "steps": steps, "batch_size": batch_size}
+    options |= {"connector_lr": lr, "decoder_lr": lr, "lora_rank": lora_rank}
+    options |= {"seed": seed, "preset": preset, "init": init}
     if not resume:
         resolve(config, **options)  # report invalid settings before data is downloaded
     version = open_data(data, images)

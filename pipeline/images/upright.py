@@ -1,6 +1,6 @@
 """Convert an image to upright RGB over white, which is what every model sees.
 
-Published captioners contain this code (trainer/publish), so it needs only Pillow.
+Published captioners contain this code (trainer/model/transformers_files.py), so it needs only Pillow.
 """
 
 from PIL import Image, ImageOps

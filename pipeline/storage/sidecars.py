@@ -10,7 +10,6 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from pipeline.errors import ConfigError
 from pipeline.storage.files import write_text
@@ -18,7 +17,6 @@ from pipeline.storage.untrusted import read_regular
 
 OWN_LINES = ".synth-captions"
 MAX_OWN_LINES_BYTES = 1_000_000_000
-Existing = Literal["refuse", "skip", "overwrite"]  # how to handle existing text files
 
 
 def note_own_lines(file: Path, lines: Iterable[str]) -> None:
@@ -54,11 +52,8 @@ def _digest(name: str, line: str) -> str:
     return hashlib.sha256(os.fsencode(name) + b"\0" + line.strip().encode("utf-8", "replace")).hexdigest()
 
 
-def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
-    """Return the images whose text files should be written.
-
-    Raises ConfigError if a text file exists and must not be changed, or if two images would share one.
-    """
+def images_without_text(images: Sequence[Path]) -> list[Path]:
+    """Return the images without a text file. Raises ConfigError if two images would share a text file."""
     targets: dict[Path, Path] = {}
     for image in images:
         target = image.with_suffix(".txt")
@@ -68,14 +63,7 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
                 problem = f"{image} has the same name as its text file"
             raise ConfigError(problem, hint="rename an image, or choose another --out")
         targets[target] = image
-    present = [target for target in targets if os.path.lexists(target)]
-    if present and existing == "refuse":
-        hint = "choose --skip-existing or --overwrite"
-        problem = f"{len(present)} of {len(targets)} text files already exist, such as {present[0]}"
-        raise ConfigError(problem, hint=hint)
-    if folders := [target for target in present if target.is_dir()]:
-        raise ConfigError(f"{folders[0]} is a folder", hint="rename the folder")
-    return [image for target, image in targets.items() if existing != "skip" or not os.path.lexists(target)]
+    return [image for target, image in targets.items() if not os.path.lexists(target)]
 
 
 def write_sidecar(image: Path, texts: Sequence[str]) -> int:

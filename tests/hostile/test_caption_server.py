@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.serving.test_protocol import BAD
-from tests.trainer.serving.test_server import NAME, chat, png, running
 from tests.trainer.test_captioner import save_captioner
-from trainer import Captioner
-from trainer.serving import server as serving
-from trainer.serving.server import CaptionServer
+from tests.trainer.test_server import BAD, NAME, chat, png, running
+from trainer import Captioner, server
+from trainer.server import CaptionServer
 
 Address = tuple[str, int]
 CHAT, MODELS = "POST /v1/chat/completions", "GET /v1/models"
@@ -40,7 +38,7 @@ REQUESTS = {  # name: (request line, headers, body, status)
         f"image: {name}": (CHAT, JSON, json.dumps(chat(image)).encode(), 400)
         for name, image in IMAGES.items()
     },
-    # test_protocol.py has all bad bodies. These are the ones that could crash a server.
+    # tests/trainer/test_server.py has all bad bodies. These could crash a server.
     **{
         f"body: {name}": (CHAT, JSON, BAD[name], 400)
         for name in ("deep", "not UTF-8", "half of a surrogate", "an address")
@@ -93,7 +91,7 @@ def test_request_from_the_page_of_the_server_is_accepted(address: Address) -> No
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
 def test_large_body_is_refused(address: Address, monkeypatch: pytest.MonkeyPatch, *, declared: bool) -> None:
-    monkeypatch.setattr(serving, "MAX_BODY_BYTES", 100_000)
+    monkeypatch.setattr(server, "MAX_BODY_BYTES", 100_000)
     body = b"[" * 200_000
     if declared:
         assert send(address, CHAT, JSON, body)[0] == 413
@@ -106,14 +104,14 @@ def test_large_body_is_refused(address: Address, monkeypatch: pytest.MonkeyPatch
 
 
 def test_slow_body_is_refused(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(server, "BODY_TIMEOUT_S", 0.2)
     status, answer = send(address, CHAT, JSON | {"Content-Length": "200"}, b'{"model": ')
     assert status == 408 and b"did not arrive" in answer
 
 
 def test_half_sent_headers_do_not_block_the_server(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "HEADER_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(serving, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(server, "HEADER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
     whole = f"{MODELS} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     clients = [socket.create_connection(address, timeout=20) for _ in range(20)]
     for number, client in enumerate(clients):

@@ -126,7 +126,6 @@ DAMAGES: dict[str, Damage] = {
         lambda c: c.update(data={"decoding": {"no_repeat_ngram_size": 2.5}})
     ),
     "heads below zero": config(lambda c: c["decoder"].update(heads=-2)),
-    "a layer that is none": config(lambda c: c["encoder"].update(layer=99)),
     "config that is deep": file("config.json", b"[" * 100_000 + b"]" * 100_000),
     "config that is no JSON": file("config.json", b"\x80\x04K\x01."),
     "config that is a pipe": pipe("config.json"),

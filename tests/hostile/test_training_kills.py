@@ -24,8 +24,8 @@ from trainer.training import train_captioner
 
 SAVE_EVERY = 5
 CONFIG: dict[str, Any] = {
-    "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "steps": 15, "evaluate_every": SAVE_EVERY,
-    "evaluate_images": 4, "max_caption_tokens": 12, "batch_size": 8, "average_decay": 0.9,
+    "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "steps": 15, "evaluations": 15 // SAVE_EVERY,
+    "evaluate_images": 4, "max_caption_tokens": 12, "batch_size": 8,
 }  # fmt: skip
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 INTERRUPTED = 130  # exit code

@@ -24,7 +24,7 @@ NEEDS = [
     (("embedded",), ("pipeline.inference.embedded",), ["torchvision"]),
     (("train",), TRAIN, []),
     (("train",), (), ["torch", "safetensors", "transformers"]),  # pipeline/images/clip.py
-    (EXTRAS["serve-captioner"], ("trainer.serving.server",), []),
+    (EXTRAS["serve-captioner"], ("trainer.server",), []),
     (("lora",), (), ["peft"]),
     (("ray",), (), ["ray"]),
     (("s3",), (), ["s3fs", "aiobotocore"]),

@@ -17,12 +17,10 @@ from trainer.training import train_captioner
 
 SMALL = TrainConfig(
     decoder_width=64, decoder_depth=1, decoder_heads=2,
-    batch_size=8, steps=1, evaluate_every=3, evaluate_images=4,
+    batch_size=8, steps=1, evaluations=2, evaluate_images=4,
 )  # fmt: skip
 CPU = torch.device("cpu")
-LORA: dict[str, Any] = {
-    "lora_rank": 2, "checkpoint_blocks": True, "average_decay": 0.9, "steps": 4, "max_caption_tokens": 12,
-}  # fmt: skip
+LORA: dict[str, Any] = {"lora_rank": 2, "steps": 4, "max_caption_tokens": 12}
 
 
 def replace(**changes: Any) -> TrainConfig:

@@ -15,7 +15,6 @@ from pipeline.tasks import prompts as built_in
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.tiny_models import save_vit, strengthen
 from trainer import Captioner
-from trainer.captioner import PREPARED_BATCHES
 from trainer.model.caption_model import build_captioner
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.decoder import DecoderConfig
@@ -64,7 +63,7 @@ def test_pil_image_path_and_bytes_give_the_same_caption(captioner: Captioner, tm
 def test_styles_questions_and_beams_change_the_text(captioner: Captioner) -> None:
     images = [photo(number) for number in range(6)]
     assert captioner.styles == ["brief", "detailed"]
-    assert captioner.usual_style == "brief" and captioner.answers
+    assert captioner.usual_style == "brief"
     texts = [captioner.caption(images, style=style) for style in (None, "brief", "detailed")]
     assert texts[0] == texts[1] != texts[2]
     assert captioner.caption(images, question="How many?") != texts[0]
@@ -92,7 +91,7 @@ def test_batch_size_does_not_change_captions_and_few_images_are_read_ahead(capti
 
     stream = captioner.stream(images(), batch_size=4)
     first = next(stream)
-    assert len(read) <= 4 * (PREPARED_BATCHES + 1)
+    assert len(read) <= 4
     texts_of = dict([first, *stream])
     assert [*texts_of] == [*range(40)] == read
     captions = captioner.caption([photo(number) for number in range(40)], batch_size=32)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from trainer.config import FEW_IMAGES, MAX_EVALUATIONS, PRESETS, TrainConfig, choose_preset, resolve
+from trainer.config import FEW_IMAGES, PRESETS, TrainConfig, choose_preset, resolve
 from trainer.runtime.checkpoint_folder import describe_difference
 
 
@@ -69,7 +69,7 @@ def test_preset_is_valid_for_any_number_of_images(name: str) -> None:
     config = resolve(preset=name, decoder="qwen3" if name == "photos-lm" else "scratch")
     for images in (1, 20, 2_000, 1_000_000):
         filled = config.with_defaults(images)
-        assert filled.total_steps / filled.evaluate_every <= MAX_EVALUATIONS
+        assert filled.steps > 0
         assert filled.with_defaults(images) == filled
 
 
@@ -89,23 +89,10 @@ def test_epochs_flag_overrides_steps(tmp_path: Path) -> None:
     assert resolve(tmp_path / "train.json", epochs=2, steps=9).with_defaults(64).steps == 9
 
 
-@pytest.mark.parametrize("flags", [{"scst_steps": 0}, {"steps": 30}])
-def test_steps_flag_drops_the_rewarded_epochs_of_the_preset(flags: dict[str, Any], tmp_path: Path) -> None:
-    assert resolve(preset="photos").with_defaults(640).scst_steps == 20
-    assert resolve(preset="photos", **flags).with_defaults(640).scst_steps == 0
-    (tmp_path / "train.json").write_text(resolve(preset="photos").model_dump_json())
-    kept = resolve(tmp_path / "train.json", **flags).with_defaults(640).scst_steps
-    assert kept == (0 if "scst_steps" in flags else 20)
-
-
-def test_epochs_are_converted_to_steps() -> None:
-    epochs: dict[str, Any] = {"align_epochs": 0.5, "epochs": 2, "evaluate_epochs": 0.5}
-    config = TrainConfig(decoder="qwen3", batch_size=10, lora_rank=4, **epochs)
+def test_stages_are_shares_of_the_steps_and_epochs_become_steps() -> None:
+    config = TrainConfig(decoder="qwen3", batch_size=10, epochs=2, align_frac=0.25, scst_frac=0.1)
     filled = config.with_defaults(200)
-    assert (filled.align_steps, filled.steps, filled.evaluate_every) == (10, 40, 10)
-    assert filled.decoder_lr == 2e-4
-    assert config.model_copy(update={"align_steps": 3}).with_defaults(200).align_steps == 3
-    assert resolve(preset="photos-lm", decoder="qwen3", align_steps=0).with_defaults(200).align_steps == 0
+    assert filled.stage_steps == {"align": 10, "train": 40, "scst": 4} and filled.total_steps == 54
 
 
 def test_different_presets_in_file_and_flag_are_refused(tmp_path: Path) -> None:

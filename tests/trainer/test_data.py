@@ -78,26 +78,9 @@ def test_default_mixture_depends_on_the_version(measured: dict[str, int], model:
     assert default_texts({"measured": measured, "model": {"name": model}}) == expected
 
 
-def test_questions_are_scored_even_if_they_are_excluded_from_training() -> None:
-    (example,) = read_examples(table({}), IMAGES, questions=False)
-    assert [text.style for text in example.texts] == ["brief"]
-    assert [(q.question, q.answers) for q in example.questions] == [("What?", ("ring", "hoop", "ring"))]
-
-
 def test_synthetic_questions_are_scored_without_human_ones() -> None:
     (example,) = read_examples(table({"reference_qa": None}), IMAGES)
     assert example.questions == (Question("How many?", ("1",), "number"),)
-
-
-def test_styles_setting_limits_synthetic_captions() -> None:
-    two = [*ROW["captions"], {"text": "A red ring.", "style": "detailed", "prompt_id": "p"}]
-    (example,) = read_examples(table({"captions": two}), IMAGES, "mixed", styles=("brief",))
-    assert {text.text for text in example.texts if text.style} == {"A ring.", "One ring.", "A circle."}
-    (scored,) = read_examples(table({"captions": two}), IMAGES, styles=("alt",), to_score=True)
-    assert scored.references and not any(text.style for text in scored.texts)
-    with pytest.raises(TrainError, match="no captions of the styles alt") as caught:
-        read_examples(table({}), IMAGES, styles=("alt",))
-    assert caught.value.hint.endswith("set styles to some of brief")
 
 
 def test_dataset_without_texts_or_with_decks_is_refused() -> None:

@@ -57,18 +57,6 @@ def test_stored_states_equal_computed_ones(encoder: Encoder, examples: list[Exam
     assert torch.equal(stored.states(stored.load(chosen), CPU), stored(chosen))
 
 
-def test_only_missing_images_are_encoded(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
-    few = store_features(encoder, examples[5:9], tmp_path, CPU, QUIET)
-    added, read = Counted(), Counted()
-    everything = store_features(encoder, examples, tmp_path, CPU, added)
-    assert added.done == [(len(examples) - 4, len(examples) - 4)]
-    assert torch.equal(few(examples[5:9]), everything(examples[5:9]))
-    assert torch.equal(everything(examples), OnlineFeatures(encoder, CPU)(examples))
-    store_features(encoder, examples[::-2], tmp_path, CPU, read)
-    assert read.done == []
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_interrupted_build_resumes(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from trainer.training import train_captioner
 PLAIN = TargetText("synthetic", "", "brief")
 NEXT: dict[str, Any] = {
     "text_source": "human", "preset": "scenes", "precision": "fp32",
-    "steps": 2, "evaluate_every": 9, "evaluate_images": 4, "batch_size": 8,
+    "steps": 2, "evaluations": 1, "evaluate_images": 4, "batch_size": 8,
 }  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def started(
         "language_model": {**LORA, "decoder": language_model},
     }
     for kind, changes in kinds.items():
-        config = {"encoder": clip, "steps": 20, "decoder_lr": 3e-3, "evaluate_every": 99} | changes
+        config = {"encoder": clip, "steps": 20, "decoder_lr": 3e-3, "evaluations": 1} | changes
         train_captioner(version, replace(**config), folder / kind)
     return {kind: folder / kind for kind in kinds}
 
@@ -164,7 +164,9 @@ def test_note_before_scoring_considers_the_data_of_all_trainings(
 
 def test_default_style_is_learned_in_the_last_training(version: Version, started: dict[str, Path]) -> None:
     """A kept prompt of the first training must not become the prompt that is scored."""
-    checkpoint = build(version, init=str(started["scratch"]), text_source="synthetic", styles=["detailed"])
+    checkpoint = build(
+        version, init=str(started["scratch"]), text_source="synthetic", text_weights={"brief": 0}
+    )
     learned = [style for _, style in checkpoint.captioner.config.prompts]
     assert "detailed" in learned and "brief" not in learned
 

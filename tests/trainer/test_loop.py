@@ -14,10 +14,10 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.trainer.small_trainings import CPU, PROCESS, TWO_PROCESSES, losses, replace
-from trainer.data import choose_examples, examples_in, read_split_examples, texts_of
-from trainer.evaluate import EvalOptions, evaluate
+from trainer.data import choose_examples, examples_in, texts_of
+from trainer.evaluate import evaluate
 from trainer.features import OnlineFeatures
-from trainer.loop import Batch, BatchLoader, Trainer, build_trainer
+from trainer.loop import BatchLoader, Trainer, build_trainer
 from trainer.model.checkpoint import build_checkpoint, load_checkpoint
 from trainer.optimizer import build_optimizer
 from trainer.training import train_captioner
@@ -39,10 +39,10 @@ def test_four_images_are_memorized(version: Version, tmp_path: Path, monkeypatch
     four = examples_in(version, "train")[:4]
     monkeypatch.setattr(trainer.data, "examples_in", lambda version, split, mixture, **how: four)
     rates = {"connector_lr": 2e-3, "decoder_lr": 2e-3, "encoder_lr": 2e-3}
-    metrics = train_captioner(version, replace(steps=250, evaluate_every=250, dropout=0.0, **rates), tmp_path)
+    metrics = train_captioner(version, replace(steps=250, evaluations=1, dropout=0.0, **rates), tmp_path)
     loaded = load_checkpoint(tmp_path)
     features = OnlineFeatures(loaded.captioner.encoder, CPU)
-    evaluation = evaluate(loaded, four, EvalOptions(("synthetic", "brief")), features)
+    evaluation = evaluate(loaded, four, features, ("synthetic", "brief"))
     expected = {e.sample_id: next(t.text for t in e.texts if t.style == "brief") for e in four}
     assert {entry["sample_id"]: entry["caption"] for entry in evaluation["each"]} == expected
     assert metrics["scores"]["cider_d"] > 2 * metrics["shuffled_scores"]["cider_d"]
@@ -60,7 +60,7 @@ def test_micro_batches_do_not_change_the_loss(version: Version, tmp_path: Path, 
 def test_text_weights_depend_on_style_and_source(version: Version, clip: str) -> None:
     weights = {"detailed": 0.25, "human": 3.0, "answer": 0.0}
     config = replace(encoder=clip, text_source="mixed", text_weights=weights).with_defaults(40)
-    examples = read_split_examples(version, "train", config)
+    examples = examples_in(version, "train", "mixed")
     checkpoint = build_checkpoint(version, config, examples)
     loader = BatchLoader(
         config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU)
@@ -122,7 +122,7 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
                 counts.append(counter.reads)
                 shown.append(metrics)
 
-    config = replace(encoder=clip, decoder=decoder, steps=12, evaluate_every=99, average_decay=0.9)
+    config = replace(encoder=clip, decoder=decoder, steps=12, evaluations=1)
     with CountReads() as counter:  # type: ignore[no-untyped-call]
         train_captioner(version, config, tmp_path, progress=Note())
     assert counts[0] == counts[8] < counts[9] == counts[10]
@@ -159,7 +159,7 @@ def test_diverging_loss_ends_the_training(version: Version, tmp_path: Path) -> N
 
 
 def test_two_processes_have_same_losses_as_one_process(version: Version, tmp_path: Path, clip: str) -> None:
-    config = replace(encoder=clip, steps=6, dropout=0.0, evaluate_every=9)
+    config = replace(encoder=clip, steps=6, dropout=0.0, evaluations=1)
     train_captioner(version, config, tmp_path / "one")
     (tmp_path / "config.json").write_text(config.model_dump_json())
     (tmp_path / "process.py").write_text(PROCESS)
@@ -167,57 +167,3 @@ def test_two_processes_have_same_losses_as_one_process(version: Version, tmp_pat
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-
-
-def limit_images(monkeypatch: pytest.MonkeyPatch, small_trainer: Trainer, most: int) -> list[list[int]]:
-    """Make micro-batches of more than `most` images run out of memory. Returns the sizes of each try."""
-    tried: list[list[int]] = []
-    load = small_trainer.loader.features.states
-
-    def states(loaded: torch.Tensor, device: torch.device) -> torch.Tensor:
-        tried[-1].append(len(loaded))
-        if len(loaded) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return load(loaded, device)
-
-    accumulate = Trainer._accumulate
-
-    def note(self: Trainer, batch: Batch, *, rewarded: bool) -> torch.Tensor:
-        tried.append([])
-        return accumulate(self, batch, rewarded=rewarded)
-
-    monkeypatch.setattr(Trainer, "_accumulate", note)
-    monkeypatch.setattr(OnlineFeatures, "states", lambda _, *arguments: states(*arguments))
-    return tried
-
-
-def test_step_that_does_not_fit_in_memory_is_computed_in_smaller_parts(
-    small_trainer: Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    connector = small_trainer.checkpoint.captioner.connector
-    batch = small_trainer.loader.load(small_trainer.loader.examples[:8])
-    expected = small_trainer.forward_backward(batch)
-    gradients = [weights.grad for weights in connector.parameters()]
-    small_trainer.checkpoint.captioner.zero_grad()
-    tried = limit_images(monkeypatch, small_trainer, most=3)
-    torch.testing.assert_close(small_trainer.forward_backward(batch), expected)
-    assert tried == [[8], [4], [2, 2, 2, 2]] and small_trainer.loader.micro_batches == 4
-    torch.testing.assert_close([weights.grad for weights in connector.parameters()], gradients)
-    limit_images(monkeypatch, small_trainer, most=0)
-    with pytest.raises(TrainError, match="a step of one image does not fit") as refused:
-        small_trainer.forward_backward(batch)
-    assert refused.value.hint and "lora_rank" in refused.value.hint
-
-
-def test_batches_are_loaded_ahead_in_order(small_trainer: Trainer) -> None:
-    loader, order = small_trainer.loader, [[0, 1], [5, 2], [7]]
-    examples = loader.examples
-    ahead = list(loader.load_ahead(order))
-    for indices, batch in zip(order, ahead, strict=True):
-        (own,) = loader.load([examples[index] for index in indices]).micro_batches
-        assert torch.equal(batch.micro_batches[0][0], own[0])
-        assert torch.equal(batch.micro_batches[0][1].ids_CT, own[1].ids_CT)
-        assert batch.num_tokens == int(own[1].learned_CT.sum())
-        assert batch.examples == [examples[index] for index in indices]
-    with pytest.raises(IndexError):
-        list(loader.load_ahead([[0], [9999]]))

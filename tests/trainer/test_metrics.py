@@ -42,16 +42,6 @@ def test_scores_equal_those_of_pycocoevalcap(seed: int) -> None:
     assert cider_d(hypotheses, references) == pytest.approx(list(cider_by_image), abs=1e-12)
 
 
-def test_cider_d_is_10_for_a_perfect_caption_and_0_for_an_unrelated_caption() -> None:
-    references = [[["a", "red", "circle", "here"]], [["two", "blue", "rings", "there"]]]
-    assert cider_d([references[0][0], references[1][0]], references) == pytest.approx([10.0, 10.0])
-    assert cider_d([references[1][0], references[0][0]], references) == [0.0, 0.0]
-
-
-def test_tokens_are_lower_case_words_without_punctuation() -> None:
-    assert tokenize("A man's T-shirt, 3.5 m (red)!") == ["a", "man's", "t-shirt", "3.5", "m", "red"]
-
-
 @pytest.mark.parametrize(
     ("text", "tokens"),
     [
@@ -60,9 +50,10 @@ def test_tokens_are_lower_case_words_without_punctuation() -> None:
         ("รถสี", ["ร", "ถ", "สี"]),
         ("كَلْبٌ يَجْرِي", ["كَلْبٌ", "يَجْرِي"]),
         ("Two 狗 run 3.5 m_x", ["two", "狗", "run", "3.5", "m", "x"]),
+        ("A man's T-shirt, 3.5 m (red)!", ["a", "man's", "t-shirt", "3.5", "m", "red"]),
         ("Zwei Hunde, ein Café", ["zwei", "hunde", "ein", "café"]),
         ("A man\u2019s, man\u2018s or man\u02bcs dog", ["a", "man's", "man's", "or", "man's", "dog"]),
     ],
 )
-def test_scripts_with_marks_or_without_spaces_are_tokenized(text: str, tokens: list[str]) -> None:
+def test_text_is_split_into_words_or_characters(text: str, tokens: list[str]) -> None:
     assert tokenize(text) == tokens

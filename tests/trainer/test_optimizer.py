@@ -1,22 +1,20 @@
-"""Weight updates: parameter groups, schedule, and average of the weights."""
+"""Weight updates: parameter groups and schedule."""
 
 from math import isfinite
 
 import pytest
-import torch
-from torch import nn
 
 from pipeline.dataset.version import Version
 from tests.trainer.small_trainings import replace
 from trainer.config import TrainConfig
-from trainer.data import examples_in, read_split_examples
+from trainer.data import examples_in
 from trainer.model.checkpoint import build_checkpoint
-from trainer.optimizer import Schedule, WeightAverage, build_optimizer
+from trainer.optimizer import Schedule, build_optimizer
 
 
 def test_each_model_part_has_a_learning_rate_and_is_frozen_at_rate_0(version: Version, clip: str) -> None:
     config = TrainConfig(
-        encoder=clip, align_steps=5, steps=5, align_lr=1.0, connector_lr=0.1, decoder_lr=0.01, warmup_frac=0
+        encoder=clip, align_frac=1.0, steps=5, align_lr=1.0, connector_lr=0.1, decoder_lr=0.01, warmup_frac=0
     ).with_defaults(9)
     captioner = build_checkpoint(version, config, examples_in(version, "train")).captioner
     optimizer = build_optimizer(captioner, config)
@@ -30,7 +28,7 @@ def test_each_model_part_has_a_learning_rate_and_is_frozen_at_rate_0(version: Ve
 
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth_in_each_stage() -> None:
-    config = TrainConfig(steps=100, align_steps=50, warmup_frac=0.1)
+    config = TrainConfig(steps=100, align_frac=0.5, warmup_frac=0.1)
     shares = [Schedule(config).factor(step) for step in range(150)]
     for first, steps in ((0, 50), (50, 100)):
         stage = shares[first : first + steps]
@@ -42,8 +40,8 @@ def test_learning_rate_warms_up_and_decays_to_a_tenth_in_each_stage() -> None:
 
 def test_scst_learning_rate_is_capped_by_the_rate_of_each_part(version: Version, clip: str) -> None:
     rates = {"encoder_lr": 1e-6, "decoder_lr": 1e-3, "scst_lr": 5e-5}
-    config = replace(encoder=clip, steps=2, scst_steps=2, **rates).with_defaults(4)
-    captioner = build_checkpoint(version, config, read_split_examples(version, "train", config)).captioner
+    config = replace(encoder=clip, steps=2, scst_frac=1.0, **rates).with_defaults(4)
+    captioner = build_checkpoint(version, config, examples_in(version, "train")).captioner
     optimizer = build_optimizer(captioner, config)
     schedule = Schedule(config)
     assert schedule.apply(optimizer, 2) == "scst"
@@ -51,34 +49,8 @@ def test_scst_learning_rate_is_capped_by_the_rate_of_each_part(version: Version,
     assert found == {"encoder": 1e-6, "connector": 5e-5, "decoder": 5e-5}
 
 
-def test_weight_average_covers_trainable_weights_and_soon_forgets_their_first_values() -> None:
-    model = nn.Linear(1, 1)
-    model.bias.requires_grad_(False)
-    average, expected = WeightAverage(0.9, {}), 0.0
-    for step in range(40):
-        value = float(step)
-        with torch.no_grad():
-            model.weight.fill_(value)
-        average.update(model)
-        decay = min(0.9, (1 + step) / (10 + step))
-        expected = value if step == 0 else decay * expected + (1 - decay) * value
-        assert average.weights_by_name["weight"].item() == pytest.approx(expected)
-    assert list(average.weights_by_name) == ["weight"]
-    assert 25 < expected < 39
-
-
-def test_original_weights_are_restored_if_code_with_averaged_weights_raises() -> None:
-    model = nn.Linear(2, 2)
-    own, average = model.weight.detach().clone(), WeightAverage(0.5, {"weight": torch.zeros(2, 2)})
-    with pytest.raises(RuntimeError, match="an evaluation"), average.swapped_into(model):
-        assert model.weight.eq(0).all()
-        raise RuntimeError("an evaluation failed")
-    assert torch.equal(model.weight, own)
-    assert average.weights_by_name["weight"].eq(0).all()
-
-
 def test_early_end_anneals_the_rate_over_the_last_15_percent_of_the_stage() -> None:
-    config = TrainConfig(steps=200, align_steps=20, scst_steps=30, warmup_frac=0.1, lr_floor_frac=0.02)
+    config = TrainConfig(steps=200, align_frac=0.1, scst_frac=0.15, warmup_frac=0.1, lr_floor_frac=0.02)
     planned, schedule = Schedule(config), Schedule(config)
     assert schedule.end_early(20 + 85) == 20 + 100
     assert (schedule.ends, schedule.total_steps) == ([20, 120, 150], 150)

@@ -24,7 +24,7 @@ from tests.scene_data import make_version, scene_samples
 from tests.trainer.small_trainings import CPU, LORA, SMALL, losses, replace
 from tests.trainer.tiny_models import save_language_model
 from trainer.data import Example, Question, examples_in
-from trainer.evaluate import EvalOptions, evaluate, evaluate_version
+from trainer.evaluate import evaluate, evaluate_version
 from trainer.features import OnlineFeatures
 from trainer.launch import choose_encoder
 from trainer.metrics import derangement
@@ -36,7 +36,7 @@ from trainer.training import train_captioner
 
 def test_align_stage_changes_only_the_connector(version: Version, tmp_path: Path, clip: str) -> None:
     model = save_language_model(tmp_path / "llama", "llama")
-    lengths = {"align_steps": 2, "steps": 1, "evaluate_every": 9}
+    lengths = {"align_frac": 2.0, "steps": 1, "evaluations": 1}
     config = replace(encoder=clip, decoder=model, decoder_lr=0.0, connector_lr=1e-3, **lengths)
     train_captioner(version, config, tmp_path / "out")
     captioner = load_checkpoint(tmp_path / "out").captioner
@@ -68,11 +68,14 @@ def test_captions_file_has_one_row_per_test_image(version: Version, tmp_path: Pa
 
 
 def test_validation_excludes_untrained_styles(version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(version: Version, split: str, config: Any) -> list[Example]:
-        styles = ["brief"] if split == "train" else []
-        return examples_in(version, split, styles=styles)
+    def read(version: Version, split: str, *_: Any, **__: Any) -> list[Example]:
+        examples = examples_in(version, split)
+        if split != "train":
+            return examples
+        brief = [tuple(text for text in example.texts if text.style == "brief") for example in examples]
+        return [data_replace(example, texts=texts) for example, texts in zip(examples, brief, strict=True)]
 
-    monkeypatch.setattr(trainer.data, "read_split_examples", read)
+    monkeypatch.setattr(trainer.data, "examples_in", read)
     sets, _ = trainer.data.choose_examples(version, SMALL)
     assert {text.style for example in sets["test"] for text in example.texts} > {"brief"}
     assert {text.style for example in sets["validation"] for text in example.texts if text.style} == {"brief"}
@@ -119,8 +122,8 @@ def test_questions_are_asked_about_matching_and_shuffled_images(
 
     monkeypatch.setattr(trainer.evaluate, "HELD_IMAGES", 7)
     monkeypatch.setattr(trainer.evaluate, "answer_questions", answer)
-    options = EvalOptions(("synthetic", "brief"), questions=True)
-    scored = evaluate(loaded, examples, options, OnlineFeatures(loaded.captioner.encoder, CPU))
+    features = OnlineFeatures(loaded.captioner.encoder, CPU)
+    scored = evaluate(loaded, examples, features, ("synthetic", "brief"), questions=True)
     order = derangement([one.sample_id for one in examples])
     images = [(examples[n], example) for k, example in enumerate(examples) for n in (k, order[k])]
     asked = {(image.sample_id, example.questions[0].question) for image, example in images}

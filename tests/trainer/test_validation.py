@@ -4,15 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import trainer.loop
 import trainer.model.checkpoint
 import trainer.training
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
-from tests.trainer.small_trainings import losses, replace
+from tests.trainer.small_trainings import replace
 from trainer.loop import Validation
 from trainer.runtime.training_state import read_log
 from trainer.training import train_captioner
@@ -31,7 +29,7 @@ def test_training_ends_when_the_score_stops_improving(
     def scored(*_: Any) -> dict[str, Any]:
         return {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
 
-    config = replace(encoder=clip, steps=60, evaluate_every=2, patience=2)
+    config = replace(encoder=clip, steps=60, evaluations=30, patience=2)
     monkeypatch.setattr(trainer.loop, "evaluate", scored)
     monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {"tested": True})
     assert train_captioner(version, config, tmp_path) == {"tested": True}
@@ -56,7 +54,7 @@ def test_lower_loss_decides_between_equal_scores(
     saved: list[int] = []
     monkeypatch.setattr(trainer.model.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
     monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
-    train_captioner(version, replace(encoder=clip, steps=60, evaluate_every=2, patience=2), tmp_path)
+    train_captioner(version, replace(encoder=clip, steps=60, evaluations=30, patience=2), tmp_path)
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 15
     assert len(saved) == 3
 
@@ -68,24 +66,11 @@ def test_score_of_a_single_validation_image_is_not_reported(
     assert metrics["best_validation"] is None
 
 
-def test_averaged_weights_are_scored_and_saved(version: Version, tmp_path: Path, clip: str) -> None:
-    for name, decay in (("plain", 0.0), ("averaged", 0.99)):
-        config = replace(encoder=clip, steps=9, evaluate_every=9, average_decay=decay)
-        train_captioner(version, config, tmp_path / name)
-    assert losses(tmp_path / "plain") == losses(tmp_path / "averaged")
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "averaged"))
-    assert not torch.equal(one["connector.1.weight"], other["connector.1.weight"])
-    assert torch.equal(
-        one["encoder.tower.encoder.layers.0.mlp.fc1.weight"],
-        other["encoder.tower.encoder.layers.0.mlp.fc1.weight"],
-    )
-
-
 def test_nan_validation_loss_ends_the_training_before_saving(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Validation, "loss", lambda _: float("nan"))
     with pytest.raises(TrainError, match="the validation loss is nan") as ended:
-        train_captioner(version, replace(steps=2, evaluate_every=2), tmp_path)
+        train_captioner(version, replace(steps=2, evaluations=1), tmp_path)
     assert "--lr" in ended.value.hint and not (tmp_path / "metrics.json").exists()
     assert not (tmp_path / "model.safetensors").exists()

@@ -81,7 +81,7 @@ def interrupted(
         raise KeyboardInterrupt
 
     config = tmp_path / "c.yaml"
-    changes = {"steps": 3, "evaluate_every": 1, "preset": "photos-lm", "lora_rank": 2}
+    changes = {"steps": 3, "evaluations": 3, "preset": "photos-lm", "lora_rank": 2}
     config.write_text(json.dumps(SMALL | changes))
     monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
     with pytest.raises(KeyboardInterrupt):
@@ -179,7 +179,7 @@ def test_signal_ends_server_while_request_body_arrives(number: int, tmp_path: Pa
             client.sendall(f"{head}Content-Length: 200\r\n\r\n{{".encode())
             # this answer shows that the first request has arrived
             with socket.create_connection(("127.0.0.1", port)) as other:
-                other.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                other.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 assert b"200 OK" in other.recv(1000)
             server.send_signal(number)
             try:

@@ -51,7 +51,7 @@ def test_commands_of_readme_run_in_order(hub: RunningHub, tmp_path: Path) -> Non
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["against"] == "references of the source"
 
-    settings = "preset: auto\nalign_steps: 2\nsteps: 2\nbatch_size: 8\n"
+    settings = "preset: auto\nalign_frac: 1\nsteps: 2\nbatch_size: 8\n"
     (tmp_path / "user" / "two.yaml").write_text(settings)
     two_steps = synth("train", "--decoder", "qwen3", "--config", "two.yaml")
     assert "preset photos-lm: " in two_steps.stderr

@@ -4,7 +4,6 @@ Shapes: B images, C texts (several per image are possible), T tokens, N hidden s
 width, D decoder width.
 """
 
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,19 +13,12 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from pipeline.errors import TrainError
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import DecodingConfig, generate_texts
 from trainer.model.encoder import Encoder, EncoderConfig
 from trainer.model.language_model import PretrainedDecoder, merged_state
-from trainer.publish.modeling import SynthCaptioner, SynthCaptionerConfig
+from trainer.model.transformers_model import SynthCaptioner, SynthCaptionerConfig
 from trainer.tokenizer import TextBatch
-
-MAX_GENERATION_BATCH = 1 << 16  # images per call of `generate_texts`, halved if a GPU runs out of memory
-
-
-class GenerationMemoryError(TrainError):
-    """Raised when generating a text for a single image does not fit in GPU memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +59,6 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         else:
             self.decoder = ScratchDecoder(DecoderConfig(**config.decoder))
             self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
-        self._generation_batch = MAX_GENERATION_BATCH
 
     def loss(self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0) -> Tensor:
         """Return the negative log-likelihood summed over all target tokens, weighted by `texts.weight_C`.
@@ -82,27 +73,9 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
     def generate(self, states_BNV: Tensor, prompt_BT: Tensor, decoding: DecodingConfig) -> list[list[int]]:
         """Generate one text per image, up to EOS or `max_caption_tokens`.
 
-        Returns token ids without prompt and EOS. If a GPU runs out of memory, the batch is halved. Raises
-        GenerationMemoryError if a single image does not fit.
+        Returns token ids without prompt and EOS.
         """
-        device = self.device
-        texts: list[list[int]] = []
-        while len(texts) < len(states_BNV):
-            part = slice(len(texts), len(texts) + self._generation_batch)
-            with suppress(torch.OutOfMemoryError):
-                memory_BND = self.connector(states_BNV[part].to(device))
-                prompt_CT = prompt_BT[part].to(device)
-                texts += self._generate(memory_BND, prompt_CT, decoding)
-                continue
-            torch.cuda.empty_cache()  # the tensors of the failed call are not freed earlier
-            if len(states_BNV[part]) == 1:
-                hint = "use fewer beams (--num-beams) or a smaller max_caption_tokens"
-                problem = "generating a text for one image does not fit in GPU memory"
-                raise GenerationMemoryError(problem, hint=hint)
-            self._generation_batch = len(states_BNV[part]) // 2
-        return texts
-
-    def _generate(self, memory_BND: Tensor, prompt_BT: Tensor, decoding: DecodingConfig) -> list[list[int]]:
+        memory_BND, prompt_BT = self.connector(states_BNV.to(self.device)), prompt_BT.to(self.device)
         max_tokens, eos_id = self.config.max_caption_tokens, self.config.eos_id
         if isinstance(self.decoder, PretrainedDecoder):
             return self.decoder.generate(memory_BND, prompt_BT, decoding, max_tokens, eos_id)
@@ -120,11 +93,6 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self.connector.parameters()).device
-
-    def most_tokens(self, num_states: int, prompt_tokens: int) -> int:
-        """Return the maximum number of generated tokens, which a language model's positions may limit."""
-        left = self.decoder.max_positions - num_states - prompt_tokens
-        return int(min(self.config.max_caption_tokens, left))
 
     def without_adapters(self) -> "CaptionerModel":
         """Return a captioner with LoRA adapters merged into the weights, or `self` if it has no adapters."""

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
@@ -33,7 +33,7 @@ from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.encoder import Encoder, load_encoder
 from trainer.model.language_model import load_decoder, new_decoder
 from trainer.model.pretrained import require_few_layers
-from trainer.publish.transformers_files import transformers_files
+from trainer.model.transformers_files import transformers_files
 from trainer.runtime.checkpoint_folder import (
     CAPTIONER_FILES,
     MAX_CONFIG_BYTES,
@@ -87,16 +87,20 @@ def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> C
     folder = Path(folder)
     require_checkpoint(folder)
     try:
-        with without_network():
-            checkpoint = _load(folder, device)
+        # huggingface_hub prints to stdout, which commands use for data only.
+        with without_network(), redirect_stdout(StringIO()), no_init_weights():
+            config = read_config(folder)
+            require_shapes(config, folder / "model.safetensors")
+            tokenizer = read_tokenizer(folder / "tokenizer.json", config)
+            captioner = CaptionerModel.from_pretrained(str(folder), strict=True).eval()
     except TrainError:
         raise
     except Exception as error:  # noqa: BLE001  # transformers raises any exception for an unusual config
         raise no_captioner(folder, one_line(error)) from None
-    for name, weights in checkpoint.captioner.named_parameters():
+    for name, weights in captioner.named_parameters():
         if not torch.isfinite(weights.sum()):
             raise no_captioner(folder, f"{name} has weights that are NaN or infinite")
-    return checkpoint
+    return Checkpoint(captioner.to(device or best_device()), tokenizer)
 
 
 @contextmanager
@@ -108,16 +112,6 @@ def without_network() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def _load(folder: Path, device: torch.device | None) -> Checkpoint:
-    config = read_config(folder)
-    require_shapes(config, folder / "model.safetensors")
-    tokenizer = read_tokenizer(folder / "tokenizer.json", config)
-    # huggingface_hub prints to stdout, which commands use for data only.
-    with redirect_stdout(StringIO()), no_init_weights():
-        captioner = CaptionerModel.from_pretrained(str(folder), strict=True).eval()
-    return Checkpoint(captioner.to(device or best_device()), tokenizer)
 
 
 def read_config(folder: Path) -> CaptionerConfig:
@@ -144,11 +138,8 @@ def require_shapes(config: CaptionerConfig, weights: Path) -> None:
     with torch.device("meta"):
         captioner = CaptionerModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in captioner.state_dict().items()}
-    encoder = captioner.encoder
-    if encoder.config.layer not in range(-encoder.depth - 1, encoder.depth + 1):
-        raise ValueError(f"the encoder has no layer {encoder.config.layer!r}"[:100])
-    if encoder.config.states not in get_args(EncoderStates):
-        raise ValueError(f"the encoder has no states {encoder.config.states!r}")
+    if (states := captioner.encoder.config.states) not in get_args(EncoderStates):
+        raise ValueError(f"the encoder has no states {states!r}")
     # Tied tensors, such as embedding and head, are stored once, so names may be missing from `stored`.
     if wrong := [name for name, shape in stored.items() if expected.get(name) != shape]:
         raise ValueError(f"the weights do not match the config: {wrong[0]}")
@@ -199,13 +190,8 @@ def build_checkpoint(
         encoder, decoder, tokenizer = _new_parts(config, texts)
     if config.decoder == PREFIX:
         decoder.add_dropout(config.dropout)
-    if not config.is_scratch:
-        if config.lora_rank:
-            decoder.add_adapters(config.lora_rank, config.lora_dropout)
-        if config.checkpoint_blocks:
-            decoder.enable_checkpointing()
-        if config.num_beams > 1:
-            decoder.require_beams(config.num_beams)
+    if config.lora_rank:
+        decoder.add_adapters(config.lora_rank, config.lora_dropout)
     max_tokens = config.max_caption_tokens or tokenizer.choose_max_tokens(texts)
     if start and config.max_caption_tokens is None:
         max_tokens = max(max_tokens, start.captioner.config.max_caption_tokens)
@@ -233,8 +219,7 @@ def _describe_data(version: Version, config: TrainConfig) -> dict[str, Any]:
 
 def _new_parts(config: TrainConfig, texts: list[TargetText]) -> tuple[Encoder, Any, CaptionTokenizer]:
     """Return an encoder, a decoder (or the settings of a cross-attention decoder), and its tokenizer."""
-    chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
-    encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
+    encoder = load_encoder(config.encoder, states=config.encoder_states, frozen=config.encoder_lr == 0)
     if not config.is_scratch:
         return encoder, *load_decoder(config.decoder)
     tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -250,7 +235,8 @@ def _continued_parts(
 ) -> tuple[Encoder, Any, CaptionTokenizer]:
     """Return the parts of a captioner like `_new_parts`, with tokens for the prompts of `texts`."""
     captioner, tokenizer = start.captioner, start.tokenizer.with_prompts(texts)
-    encoder = captioner.encoder.with_frozen(config.encoder_lr == 0)
+    encoder = Encoder(replace(captioner.encoder.config, frozen=config.encoder_lr == 0))
+    encoder.load_state_dict(captioner.encoder.state_dict())
     if not isinstance(captioner.decoder, ScratchDecoder):
         return encoder, captioner.decoder, tokenizer
     settings = captioner.config.decoder

@@ -117,10 +117,6 @@ class ScratchDecoder(CrossAttentionDecoder):
         states_KD = packed.learned(states_BSD)
         return token_loss(states_KD, self.embedding, packed.labels_K, packed.weight_K, label_smoothing)
 
-    def repeated_parts(self) -> list[nn.Module]:
-        """Return the modules to compile, one for each block."""
-        return list(self.blocks)
-
 
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):

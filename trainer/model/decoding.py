@@ -10,7 +10,6 @@ class DecodingConfig:
 
     num_beams: int = 1
     temperature: float = 0.0
-    top_p: float = 1.0
     length_penalty: float = 1.0
     min_new_tokens: int = 0
     no_repeat_ngram_size: int = 0

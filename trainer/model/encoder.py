@@ -7,7 +7,7 @@ ViT-B/16 at 224 px has N = 197, CLIP ViT-B/32 has N = 50, and both have V = 768.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,19 @@ TINY_VIT_CONFIG: dict[str, Any] = {
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 _TEST_IMAGE = Image.linear_gradient("L").convert("RGB")
-PATCH_ENCODERS = "vit, clip, siglip2 or dinov2"
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:
     """Everything needed to rebuild an encoder.
 
-    `layer` is an index into transformers' `hidden_states` (-1 is the last layer). `states` selects hidden
-    states for the decoder (see `choose_states`). If `frozen`, they are rounded to bfloat16, as in the feature
-    store. `made_from` holds the name and the revision of the original model.
+    `states` selects hidden states of the last layer for the decoder (see `choose_states`). If `frozen`, they
+    are rounded to bfloat16, as in the feature store. `made_from` holds the name and the revision of the
+    original model.
     """
 
     model: dict[str, Any]
     processor: dict[str, Any]
-    layer: int = -1
     frozen: bool = False
     made_from: dict[str, str] = field(default_factory=dict)
     states: str = "all"
@@ -60,7 +58,6 @@ class Encoder(nn.Module):
         model_config = pretrained.config_of(config.model)
         self.tower: nn.Module = AutoModel.from_config(model_config, **_tower_options(model_config))
         self.width: int = model_config.hidden_size
-        self.depth: int = model_config.num_hidden_layers
         kind = _image_processor(config.processor)
         self.processor = kind(**pretrained.processor_settings(kind, config.processor))
         if config.frozen:
@@ -71,20 +68,13 @@ class Encoder(nn.Module):
         super().train(mode and not self.config.frozen)
         return self
 
-    def with_frozen(self, frozen: bool) -> "Encoder":  # noqa: FBT001
-        """Return a copy of the encoder that is frozen or trainable."""
-        encoder = Encoder(replace(self.config, frozen=frozen))
-        encoder.load_state_dict(self.state_dict())
-        return encoder
-
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the hidden states for the decoder: (B, 3, H, W) -> (B, M, V).
 
         Raises TrainError if the configured states are unavailable.
         """
-        states_BNV = layer_states(self.tower, pixels_BCHW, self.config.layer)
         try:
-            states_BMV = choose_states(states_BNV, self.config.states)
+            states_BMV = choose_states(self.tower(pixels_BCHW).last_hidden_state, self.config.states)
         except ValueError as error:
             hint = "use all states, or an encoder such as vit or clip"
             raise TrainError(f"no states {self.config.states!r}: {error}", hint=hint) from None
@@ -103,7 +93,7 @@ class Encoder(nn.Module):
 
     def key(self) -> str:
         """Return a digest of the settings and weights, which identifies stored features."""
-        settings = [self.config.model, self.config.processor, self.config.layer, self.config.states]
+        settings = [self.config.model, self.config.processor, self.config.states]
         return weights_digest(canonical(settings), self.tower.state_dict())
 
 
@@ -116,16 +106,16 @@ def weights_digest(prefix: bytes, weights: Mapping[str, Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def load_encoder(name: str, *, layer: int = -1, states: str = "all", frozen: bool | None = None) -> Encoder:
+def load_encoder(name: str, *, states: str = "all", frozen: bool | None = None) -> Encoder:
     """Load an encoder by a name in ENCODERS, a folder or a Hub id, or build tiny-vit with random weights.
 
     By default, all encoders except tiny-vit are frozen. Raises TrainError if the model cannot be loaded,
-    needs other inputs besides pixels, or does not have the layer or the states.
+    needs other inputs besides pixels, or does not have the states.
     """
     if name == TINY_VIT:
         side = {"height": TINY_VIT_CONFIG["image_size"], "width": TINY_VIT_CONFIG["image_size"]}
         processor = ViTImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).to_dict()
-        config = EncoderConfig(TINY_VIT_CONFIG, processor, layer, bool(frozen), {"name": TINY_VIT}, states)
+        config = EncoderConfig(TINY_VIT_CONFIG, processor, bool(frozen), {"name": TINY_VIT}, states)
         return _require_states(Encoder(config))
     model_id = ENCODERS.get(name, name)
     try:
@@ -144,7 +134,7 @@ def load_encoder(name: str, *, layer: int = -1, states: str = "all", frozen: boo
         tower, missing = pretrained.load_weights(tower_class, model_id, **options)
         shown = folder_name(Path(model_id)) if name not in ENCODERS and Path(model_id).exists() else name
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
-        encoder = Encoder(EncoderConfig(settings, processor, layer, frozen is not False, made_from, states))
+        encoder = Encoder(EncoderConfig(settings, processor, frozen is not False, made_from, states))
         encoder.tower.load_state_dict(tower.state_dict())
         _require_unused(encoder, missing)
     except pretrained.LOAD_ERRORS as error:
@@ -178,12 +168,8 @@ def _require_unused(encoder: Encoder, missing: Sequence[str]) -> None:
 
 
 def _require_states(encoder: Encoder) -> Encoder:
-    """Check an encoder and return it. Raises TrainError if its layer or its states are not usable."""
-    config, name = encoder.config, encoder.config.made_from["name"]
-    if not -encoder.depth - 1 <= config.layer <= encoder.depth:
-        hint = f"pass a layer from 0 (the embeddings) to {encoder.depth}, or -1 for the last"
-        raise TrainError(f"{name} has no layer {config.layer}", hint=hint)
-    was_training = encoder.training
+    """Check an encoder and return it. Raises TrainError if its states are not usable."""
+    name, was_training = encoder.config.made_from["name"], encoder.training
     try:
         with torch.inference_mode():
             # The two images differ in shape, so this fails if the processor does not resize to a fixed size.
@@ -195,7 +181,7 @@ def _require_states(encoder: Encoder) -> Encoder:
         raise TrainError(f"{name} cannot be used as an encoder: {one_line(error)}", hint=hint) from None
     encoder.train(was_training)
     shape = states_1MV.shape
-    hint = f"choose an encoder that returns one state per patch, such as {PATCH_ENCODERS}"
+    hint = "choose an encoder that returns one state per patch, such as vit, clip, siglip2 or dinov2"
     if shape != again_1MV.shape or not torch.allclose(states_1MV, again_1MV, atol=1e-3, rtol=1e-3):
         raise TrainError(f"{name} returns different states for the same image", hint=hint)
     if len(shape) != 3 or shape[2] != encoder.width:
@@ -217,22 +203,12 @@ def _tower_options(model_config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
 
 
-# The definitions below are copied into checkpoints (trainer/publish/transformers_files.py), so they may use
+# The definitions below are copied into checkpoints (trainer/model/transformers_files.py), so they may use
 # only torch.
 
 # Possible numbers of tokens before the patches: none, a class token, class and distillation tokens, or a
 # class token and four DINO registers.
 BEFORE_PATCHES = (0, 1, 2, 5)
-
-
-def layer_states(tower: nn.Module, pixels_BCHW: Tensor, layer: int) -> Tensor:
-    """Return the hidden states of a layer: (B, N, V). Layer -1 includes the final norm."""
-    states_BNV: Tensor
-    if layer == -1:
-        states_BNV = tower(pixels_BCHW).last_hidden_state
-    else:
-        states_BNV = tower(pixels_BCHW, output_hidden_states=True).hidden_states[layer]
-    return states_BNV
 
 
 def choose_states(states_BNV: Tensor, which: str) -> Tensor:

@@ -109,26 +109,6 @@ class PretrainedDecoder(nn.Module):
         names = set(self.state_dict())
         return {name for name in names if not is_adapter(name)} if any(map(is_adapter, names)) else set()
 
-    def trainable_weights(self) -> list[nn.Parameter]:
-        """Return the adapters, or all weights if there are no adapters."""
-        frozen = self.frozen_names()
-        return [weights for name, weights in self.named_parameters() if name not in frozen]
-
-    def enable_checkpointing(self) -> None:
-        """Enable gradient checkpointing, which saves memory but takes a third more time.
-
-        Raises TrainError if the model does not support it.
-        """
-        if not self.model.supports_gradient_checkpointing:
-            kind = self.model.config.model_type
-            hint = "set checkpoint_blocks: false"
-            raise TrainError(f"the decoder {kind} does not support gradient checkpointing", hint=hint)
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    def repeated_parts(self) -> list[nn.Module]:
-        """Return the modules to compile."""
-        return [self.model.get_decoder()]
-
     def loss(self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0) -> Tensor:
         """Return the summed loss (see CaptionerModel.loss)."""
         P = prefix_BPD.shape[1]
@@ -247,16 +227,6 @@ class PretrainedDecoder(nn.Module):
         max_tokens = int(min(max_tokens, self.max_positions - P - T))
         inputs = {"inputs_embeds": embeds_BLD, "attention_mask": mask_BL}
         return generate_texts(self.model, decoding, max_tokens, eos_id, **inputs)
-
-    def require_beams(self, num_beams: int) -> None:
-        """Raise TrainError if the model does not support beam search, like some recurrent models."""
-        states_11D = torch.zeros(1, 1, self.width, device=self.model.device)
-        prompt_11 = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-        try:
-            self.generate(states_11D, prompt_11, DecodingConfig(num_beams=num_beams), max_tokens=2, eos_id=0)
-        except MODEL_ERRORS as error:
-            problem = f"this decoder does not support {num_beams} beams: {one_line(error)[:200]}"
-            raise TrainError(problem, hint="set num_beams: 1, or choose another --decoder") from None
 
 
 def new_decoder(

@@ -82,7 +82,6 @@ def read_models(folder: Path) -> dict[str, Any]:
         encoder = config["encoder"]
         return {
             "encoder": str(encoder["made_from"]["name"]),
-            "encoder_layer": encoder["layer"],
             "encoder_states": encoder["states"],
             "decoder": str(config["data"]["decoder"]),
         }

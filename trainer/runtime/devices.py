@@ -1,7 +1,6 @@
 """Devices, matrix precision, and communication between training processes."""
 
 import os
-import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -94,24 +93,14 @@ def max_over_processes(number: int, device: torch.device) -> int:
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
     """Set the precision of float32 matrix products within the context: TF32 on a GPU unless it is `fp32`."""
-    before, conv_before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    # cuDNN has a separate setting for the convolution that embeds image patches.
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = conv_before
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the autocast context for a forward pass. It is active only for `bf16` on a GPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and device.type != "cpu")
-
-
-def memory_mb() -> float:
-    """Return the peak GPU memory of this process in MB, or its peak CPU memory if there is no GPU."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)

@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,8 @@ def save_resume(folder: Path, state: dict[str, Any]) -> None:
         torch.save(state, draft)
 
 
-def load_resume(folder: Path, config: TrainConfig, run_digest: Callable[[int], str]) -> dict[str, Any]:
-    """Load resume.pt. Raises TrainError if it is missing or damaged, or if the run had other inputs.
-
-    `run_digest` returns the digest of the current run for a given number of processes. It is called with the
-    number of processes in the saved state.
-    """
+def load_resume(folder: Path, config: TrainConfig, run: str) -> dict[str, Any]:
+    """Load resume.pt. Raises TrainError if it is missing or damaged, or if its run had another digest."""
     path = folder / "resume.pt"
     if not path.exists():
         raise TrainError(
@@ -48,7 +44,7 @@ def load_resume(folder: Path, config: TrainConfig, run_digest: Callable[[int], s
         reason = one_line(error) if is_known else "it is not a saved training state"
         hint = f"remove {path} and start without --resume"
         raise TrainError(f"{path} is damaged: {reason}", hint=hint) from None
-    if state["run"] != run_digest(state.get("processes", 1)):
+    if state["run"] != run:
         hint = f"use the same, choose another folder (--out DIR), or remove {path} and start without --resume"
         raise TrainError(f"{folder} was trained with {describe_difference(folder, config)}", hint=hint)
     return state

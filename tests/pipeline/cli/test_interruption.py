@@ -13,7 +13,7 @@ import pipeline.cli
     [
         ("generate", "run the same command to resume", 130),
         ("train", "add --resume to the same command", 130),
-        ("caption", "--skip-existing", 130),
+        ("caption", "with --out", 130),
         ("export", "run the same command again", 143),
     ],
 )
@@ -35,4 +35,4 @@ def test_interrupted_command_states_how_to_resume_it(
     message = capsys.readouterr().err
     assert advice in message
     assert ("--resume" in message) == (command == "train")
-    assert ("--skip-existing" in message) == (command == "caption")
+    assert ("--out" in message) == (command == "caption")

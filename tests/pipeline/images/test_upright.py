@@ -8,7 +8,7 @@ from PIL import Image
 
 from pipeline.images.decode import ORIENTATION, prepare_image
 from pipeline.images.upright import BAND_PX
-from trainer.publish.transformers_files import standalone_source
+from trainer.model.transformers_files import standalone_source
 
 PUBLISHED = standalone_source()
 

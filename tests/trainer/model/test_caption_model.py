@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.errors import TrainError
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
 from trainer.model.caption_model import CaptionerModel, build_captioner
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
@@ -155,16 +153,6 @@ def test_decoding_options_have_their_meanings(build: Build, recwarn: pytest.Warn
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_loaded_captioner_equals_the_saved_one(build: Build, kind: str, tmp_path: Path) -> None:
-    captioner, states = build(kind), torch.randn(2, N, V)
-    captioner.save_pretrained(tmp_path)
-    loaded = CaptionerModel.from_pretrained(str(tmp_path)).eval()
-    assert loaded.config == captioner.config
-    batch = texts(ROWS, PROMPTS, IMAGES)
-    assert torch.equal(loaded.loss(states, batch), captioner.loss(states, batch))
-
-
 def test_later_generation_does_not_change_torch_in_other_threads(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,36 +160,3 @@ def test_later_generation_does_not_change_torch_in_other_threads(
     texts = captioner.generate(states, prompt, GREEDY)
     monkeypatch.setattr("trainer.model.caption_model.no_init_weights", None)
     assert captioner.generate(states, prompt, GREEDY) == texts
-
-
-def test_generation_halves_its_batch_when_memory_is_full(
-    build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    captioner, tried = build("scratch"), list[int]()
-    states, prompts = torch.randn(7, N, V), torch.tensor([[2, 3]] * 7)
-    whole, generate, fitting = captioner.generate(states, prompts, GREEDY), captioner._generate, 2
-
-    def limited(memory_BND: torch.Tensor, *rest: Any) -> list[list[int]]:
-        tried.append(len(memory_BND))
-        if len(memory_BND) > fitting:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(memory_BND, *rest)
-
-    monkeypatch.setattr(captioner, "_generate", limited)
-    assert captioner.generate(states, prompts, GREEDY) == whole
-    assert tried == [7, 3, *[1] * 7]
-    tried.clear()
-    # The smaller batch size is kept.
-    assert captioner.generate(states[:2], prompts[:2], GREEDY) == whole[:2] and tried == [1, 1]
-    fitting = 0
-    with pytest.raises(TrainError, match="generating a text for one image does not fit in GPU memory"):
-        captioner.generate(states, prompts, GREEDY)
-    fitting = 1
-    assert captioner.generate(states, prompts, GREEDY) == whole
-
-
-def test_text_length_is_limited_by_the_positions_of_the_decoder(build: Build) -> None:
-    assert build("scratch").most_tokens(10_000, 2) == 8
-    captioner = build("qwen3")
-    assert captioner.decoder.max_positions == 256
-    assert (captioner.most_tokens(200, 2), captioner.most_tokens(250, 2)) == (8, 4)

@@ -22,9 +22,7 @@ def test_only_adapters_are_trained_and_they_start_as_identity(family: str) -> No
     loss.backward()
     with_gradient = {name for name, weights in decoder.named_parameters() if weights.grad is not None}
     assert with_gradient and all(map(is_adapter, with_gradient))
-    assert {id(weights) for weights in decoder.trainable_weights()} >= {
-        id(weights) for name, weights in decoder.named_parameters() if name in with_gradient
-    }
+    assert with_gradient <= {name for name, weights in decoder.named_parameters() if weights.requires_grad}
     assert decoder.frozen_names() == {name for name in decoder.state_dict() if not is_adapter(name)}
 
 
@@ -34,8 +32,9 @@ def test_merged_weights_have_the_loss_of_the_adapters(family: str) -> None:
     decoder.add_adapters(4, 0.1)
     torch.manual_seed(1)
     with torch.no_grad():
-        for weights in decoder.trainable_weights():
-            weights.normal_(std=0.1)
+        for weights in decoder.parameters():
+            if weights.requires_grad:
+                weights.normal_(std=0.1)
     plain.load_state_dict(merged_state(decoder))
     texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
     expected = decoder.loss(prefix, texts)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -13,8 +12,6 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    OpenAIGPTConfig,
-    OpenAIGPTLMHeadModel,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
@@ -25,7 +22,7 @@ from pipeline.images.clip import ClipScorer
 from tests.trainer.tiny_models import IMAGE, SIDE_PX, TOWER, save_clip, save_language_model, save_vit
 from trainer.model import pretrained
 from trainer.model.encoder import load_encoder
-from trainer.model.language_model import PretrainedDecoder, load_decoder
+from trainer.model.language_model import load_decoder
 
 
 def change(folder: str | Path, name: str, **values: Any) -> None:
@@ -61,8 +58,6 @@ def test_missing_weights_are_refused_only_if_a_state_depends_on_them(tmp_path: P
     without(tmp_path, "vision_model.encoder.layers.1.")
     with pytest.raises(TrainError, match="its files lack"):
         load_encoder(str(tmp_path))
-    # Layer 1 does not depend on the missing layer.
-    assert load_encoder(str(tmp_path), layer=1).width == TOWER["hidden_size"]
 
 
 def test_language_model_without_head_is_refused(tmp_path: Path) -> None:
@@ -132,16 +127,6 @@ def test_end_of_text_token_without_embedding_is_refused(tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     with pytest.raises(TrainError, match="its end-of-text token '<stop>' has no embedding"):
         load_decoder(folder)
-
-
-def test_unsupported_gradient_checkpointing_is_refused() -> None:
-    sizes: Any = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 99, "n_positions": 32}
-    torch.manual_seed(0)
-    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes))
-    decoder = PretrainedDecoder({"model_type": "openai-gpt", **sizes}, model)
-    with pytest.raises(TrainError, match="does not support gradient checkpointing") as refused:
-        decoder.enable_checkpointing()
-    assert "checkpoint_blocks: false" in refused.value.hint
 
 
 @pytest.mark.parametrize("name", ["/nowhere/vit", "./vit", "a/b/c", "~/vit"])

@@ -38,11 +38,10 @@ def test_failed_communication_is_an_error_with_a_hint() -> None:
 
 @pytest.mark.parametrize(("precision", "setting"), [("fp32", "highest"), ("tf32", "high"), ("bf16", "high")])
 def test_matrix_precision_is_set_within_the_context(precision: Precision, setting: str) -> None:
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    before = torch.get_float32_matmul_precision()
     with matmul_precision(precision):
         assert torch.get_float32_matmul_precision() == setting
-        assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
-    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_default_precision_depends_on_preset_and_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,13 @@ from pipeline.errors import TrainError
 from tests.scene_data import make_version, scene_samples
 from tests.trainer import small_trainings as small
 from tests.trainer.small_trainings import LORA, SMALL, losses, replace, train_until_saved, weights
-from trainer.runtime.training_state import Log, save_resume
+from trainer.runtime.training_state import Log
 from trainer.training import train_captioner
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"feature_storage": "none"}, {"align_steps": 3}, {"decoder": "prefix", "encoder_states": "2x2"}],
+    [{"feature_storage": "none"}, {"align_frac": 0.5}, {"decoder": "prefix", "encoder_states": "2x2"}],
 )
 def test_interrupted_training_resumes_to_the_same_bits(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, settings: dict[str, Any]
@@ -63,7 +63,7 @@ def test_resuming_without_an_intact_state_is_refused(version: Version, tmp_path:
 
 
 def test_signal_to_one_process_ends_all_after_saving(version: Version, tmp_path: Path, clip: str) -> None:
-    config = replace(encoder=clip, steps=60, evaluate_every=100)
+    config = replace(encoder=clip, steps=60, evaluations=1)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     (tmp_path / "process.py").write_text(small.IMPORTS + SIGNALLED)
     command = [*small.TWO_PROCESSES, "process.py", str(version.path), "config.json", "cut"]
@@ -78,14 +78,14 @@ def test_state_is_saved_periodically(
     saved: list[int] = []
     monkeypatch.setattr(trainer.loop, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(trainer.loop, "save_resume", lambda folder, state: saved.append(state["step"]))
-    train_captioner(version, replace(encoder=clip, steps=3, evaluate_every=100), tmp_path)
+    train_captioner(version, replace(encoder=clip, steps=3, evaluations=1), tmp_path)
     assert saved == [1, 2, 3]
 
 
 def test_training_with_adapters_and_average_resumes_to_the_same_bits(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, language_model: str
 ) -> None:
-    settings = {**LORA, "dropout": 0.2, "align_steps": 2, "label_smoothing": 0.1}
+    settings = {**LORA, "dropout": 0.2, "align_frac": 0.5, "label_smoothing": 0.1}
     config = replace(encoder=clip, decoder=language_model, **settings)
     whole = train_captioner(version, config, tmp_path / "whole")
     train_until_saved(version, config, tmp_path / "cut", monkeypatch)
@@ -105,28 +105,6 @@ def test_resuming_with_other_pretrained_weights_is_refused(
     save_file({name: weights * 1.01 for name, weights in load_file(path).items()}, path, {"format": "pt"})
     with pytest.raises(TrainError, match="cut started with different pretrained weights"):
         train_captioner(version, config, tmp_path / "cut", resume=True)
-
-
-def test_training_in_two_processes_resumes_in_one_process(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    config = replace(encoder=clip, steps=6, dropout=0.0)
-    asked: list[int] = []
-
-    def digest_of(values: list[Any]) -> str:
-        asked.append(values[2])
-        return f"run of {values[2]}"
-
-    monkeypatch.setattr(trainer.training, "digest", digest_of)
-    small.interrupt(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train_captioner(version, config, tmp_path / "cut")
-    state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
-    torch.save(state | {"processes": 2, "run": "run of 2"}, tmp_path / "cut/resume.pt")
-    monkeypatch.setattr(trainer.loop, "save_resume", save_resume)
-    metrics = train_captioner(version, config, tmp_path / "cut", resume=True)
-    assert metrics["best_validation"] >= state["validation"]["best_score"]
-    assert 2 in asked
 
 
 def test_nan_is_logged_as_null(tmp_path: Path) -> None:

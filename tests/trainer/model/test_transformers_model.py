@@ -30,8 +30,8 @@ from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
-from trainer.publish.modeling import SynthCaptioner, SynthCaptionerConfig
-from trainer.publish.transformers_files import transformers_files
+from trainer.model.transformers_files import transformers_files
+from trainer.model.transformers_model import SynthCaptioner, SynthCaptionerConfig
 from trainer.tokenizer import CaptionTokenizer, TargetText, train_tokenizer
 
 IMAGES = 100
@@ -120,7 +120,7 @@ def save_captioner(name: str, root: Path) -> Path:
     decoder: Any
     if name == "llama":
         decoder, tokenizer = load_decoder(save_language_model(root / "lm", name))
-        encoder = load_encoder(save_clip(root / "clip"), layer=-2, states="2x2")
+        encoder = load_encoder(save_clip(root / "clip"), states="2x2")
     else:
         prompts = [prompt for prompt in PROMPTS if prompt[1]]
         texts = [

@@ -35,7 +35,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.images.upright import upright_rgb
 from trainer.model.decoder import CrossAttentionDecoder, DecoderConfig
-from trainer.model.encoder import choose_states, layer_states
+from trainer.model.encoder import choose_states
 from trainer.prompts import choose_prompt, prompt_ids, prompt_parts
 
 
@@ -76,14 +76,14 @@ class _Tower(nn.Module):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         config = AutoConfig.for_model(**settings["model"])
-        self.layer, self.width = settings.get("layer", -1), config.hidden_size
+        self.width = config.hidden_size
         options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
         self.tower = AutoModel.from_config(config, **options)
         self.states, self.is_rounded = settings.get("states", "all"), settings.get("frozen", False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the hidden states of images (B, N, V), rounded as in training with a frozen encoder."""
-        states_BNV = choose_states(layer_states(self.tower, pixels_BCHW, self.layer), self.states)
+        states_BNV = choose_states(self.tower(pixels_BCHW).last_hidden_state, self.states)
         return states_BNV.bfloat16().to(states_BNV.dtype) if self.is_rounded else states_BNV
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
 from tests.trainer.tiny_models import IMAGE, SIDE_PX, TOWER
-from trainer.publish.modeling import SynthCaptioner, SynthCaptionerConfig
+from trainer.model.transformers_model import SynthCaptioner, SynthCaptionerConfig
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ DEFINITIONS = {
         "DecoderConfig TensorPair Seen BlockCache CrossAttentionDecoder Block Attention attend_apart"
         " rope_table apply_rope"
     ),
-    "trainer.model.encoder": "BEFORE_PATCHES layer_states choose_states patch_grid",
+    "trainer.model.encoder": "BEFORE_PATCHES choose_states patch_grid",
     "trainer.prompts": "",  # all definitions
 }
 # Imports that the copied definitions need, by source module.
@@ -95,8 +95,8 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
 
 
 def standalone_source() -> str:
-    """Return the source of modeling.py, with copied definitions instead of project imports."""
-    source = Path(__file__).with_name("modeling.py").read_text(encoding="utf-8")
+    """Return the source of transformers_model.py, with copied definitions instead of project imports."""
+    source = Path(__file__).with_name("transformers_model.py").read_text(encoding="utf-8")
     needed_imports = ""
     for module, names in DEFINITIONS.items():
         (line,) = [line for line in source.splitlines() if line.startswith(f"from {module} import")]

@@ -1,1 +1,0 @@
-"""Publish a captioner for transformers."""
