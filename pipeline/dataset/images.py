@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError, SynthError
@@ -49,7 +48,11 @@ class ImageStore:
 
     def __init__(self, folder: Path, ids: pa.Array | pa.ChunkedArray | None = None) -> None:
         self.folder = folder
-        self._id_range = ALL_IDS if ids is None else tuple(pc.min_max(ids).as_py().values())
+        self._id_range = ALL_IDS
+        if ids is not None:
+            import pyarrow.compute as pc
+
+            self._id_range = tuple(pc.min_max(ids).as_py().values())
         open_file = lru_cache(MAX_OPEN_FILES)(open_parquet)
 
         def read_group(group: _Group) -> pa.Table:
@@ -74,6 +77,8 @@ class ImageStore:
 
     def read(self, sample_ids: Sequence[str]) -> pa.ListArray:
         """Return each sample's images (list of binary). Raises StoreError if any is missing or damaged."""
+        import pyarrow.compute as pc  # a slow import that most commands do not need
+
         if missing := self.find_missing(sample_ids):
             raise missing_error(missing, self.folder)
         wanted, tables = pa.array(sample_ids, pa.string()), list[pa.Table]()
@@ -232,6 +237,8 @@ def _with_digests(samples: pa.Table) -> pa.Table:
 
 def _split_into_groups(samples: pa.Table) -> Iterator[pa.Table]:
     """Yield slices of at most GROUP_ROWS rows and at most GROUP_BYTES. A larger sample comes alone."""
+    import pyarrow.compute as pc
+
     images = samples["images"].combine_chunks()
     bytes_before_page = np.r_[0, np.cumsum(pc.binary_length(images.flatten()).to_numpy())]
     bytes_before_row = bytes_before_page[images.offsets.to_numpy() - images.offsets[0].as_py()]
@@ -249,5 +256,5 @@ def _select_rows(file: pq.ParquetFile, is_wanted: Sequence[bool]) -> Iterator[pa
         count = file.metadata.row_group(number).num_rows
         mask = pa.array(is_wanted[start : start + count], pa.bool_())
         start += count
-        if pc.any(mask).as_py():
+        if mask.true_count:
             yield file.read_row_group(number, SAMPLE_IMAGES.names).filter(mask)

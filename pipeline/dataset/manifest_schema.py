@@ -33,7 +33,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class _Part(BaseModel):
     """The base class for all parts of a manifest. Parts may have additional keys."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
 
 
 def _check_feature(kind: Any) -> Any:
@@ -99,7 +99,7 @@ class Step(_Part):
 class OwnColumnEntry(BaseModel):
     """The column of a custom task."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
     kind: Name
     is_list: bool

@@ -18,7 +18,6 @@ from pipeline.errors import ConfigError, did_you_mean
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import last_reply
 from pipeline.inference.requests import RequestPlan, check_condition, condition_names
-from pipeline.scenes.claims import extract_claims
 from pipeline.tables import ANNOTATION, RUBRIC
 from pipeline.tasks import find_broken_rule
 from pipeline.tasks.base import Task
@@ -109,6 +108,8 @@ def rule_checks(caption: str) -> list[list[Check]]:
 
     Rules find the claims.
     """
+    from pipeline.scenes.claims import extract_claims  # compiles large patterns
+
     pairs = [(one.question, one.expected) for one in extract_claims(caption)]
     return [[Check("claims", *pair, claim=" ".join(pair), weight=MAX_EVIDENCE)] for pair in pairs]
 

@@ -9,9 +9,8 @@ from pipeline.config import CONTEXT, LARGE, Config
 from pipeline.errors import ConfigError, ImageError, SourceError, did_you_mean
 from pipeline.images.decode import deck_id, image_id
 from pipeline.images.isolation import check_all
-from pipeline.images.near_duplicates import ImageKind
 from pipeline.text.escape import printable
-from pipeline.types import RawSample, Rejected, Sample, Source
+from pipeline.types import ImageKind, RawSample, Rejected, Sample, Source
 
 DECK_TASKS = ("deck_qa",)
 LICENSE_FROM_OPTION = "unknown, unless --license states it; unknown images are pushed to a private repository"

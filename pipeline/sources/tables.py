@@ -13,7 +13,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import pyarrow as pa
-from fsspec.utils import glob_translate
 
 from pipeline.config import CONTEXT, Config
 from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE
@@ -444,6 +443,8 @@ def _declared_configs(configs: Any, paths: list[str]) -> dict[str, FilesBySplit]
 
 def _compile_glob(pattern: str) -> re.Pattern[str]:
     """Compile a glob pattern from a card as `datasets` does: only `**` matches across folders."""
+    from fsspec.utils import glob_translate
+
     try:
         return re.compile(glob_translate(pattern))
     except (ValueError, re.error):  # `**` within a name
