@@ -1,4 +1,4 @@
-"""`synth generate --estimate`: run all steps on a few images, and estimate the cost of the whole run.
+"""`synth estimate`: run all steps on a few images, and estimate the cost of the whole run.
 
 Its replies are kept in the journal of the dataset, for the real run.
 """

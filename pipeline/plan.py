@@ -2,7 +2,7 @@
 
 `Config` is what the user wrote. `Plan` is what the run uses: the source, the tasks with their prompts, the
 model and its revision, and how images are compared. `Plan.open` makes every check that can fail before
-anything is written. A run, `preview` and `--estimate` share it. No later code resolves a name.
+anything is written. A run, `preview` and `estimate` share it. No later code resolves a name.
 """
 
 from collections.abc import Mapping
@@ -104,7 +104,7 @@ class Plan:
         dataset = DatasetDir(out or dataset_folder(config.source))
         require_utf8_path(dataset.path)
         if is_remote(dataset.path) and not in_cluster:
-            hint = "pass a local folder, or --executor ray without --estimate"
+            hint = "pass a local folder, or use --executor ray"
             raise ConfigError(f"only --executor ray can write to {out}", hint=hint)
         if in_cluster and config.images is not None:
             hint = "set how many images to read instead: --limit N"

@@ -88,7 +88,7 @@ def describe_requests(plan: Plan) -> str:
     )
     checks += captions * verify.repair + (captions + questions) * bool(verify.judge)
     unit = "deck" if plan.has_decks else "image"
-    more = f", and up to {checks:,} to check the texts (--estimate measures it)" if checks else ""
+    more = f", and up to {checks:,} to check the texts (`synth estimate` measures it)" if checks else ""
     count = requests.count(requests.pairs)
     return f"; {count:,} request{'s' if count > 1 else ''} per {unit}{more}"
 
