@@ -21,7 +21,7 @@ def _cluster_option(text: str, default: str | bool = True, **more: Any) -> Any:
 
 
 OUT = option(
-    "Dataset folder; run again to resume. With --executor ray also s3://BUCKET/NAME or gs://BUCKET/NAME.",
+    "Dataset folder. To resume, run again. With --executor ray also s3://BUCKET/NAME or gs://BUCKET/NAME.",
     "data/SOURCE",
     **DATASET_PATH,
     rich_help_panel=DATASET,
@@ -37,7 +37,7 @@ def generate(
     executor: Annotated[
         Literal["local", "ray"],
         _cluster_option(
-            "local: this process; ray: shards on the cluster of RAY_ADDRESS, or on this machine."
+            "local (this process), or ray (shards on the cluster of RAY_ADDRESS, or on this machine)."
         ),
     ] = "local",
     shards: Annotated[int | None, _cluster_option("Number of shards.", "16", min=1)] = None,

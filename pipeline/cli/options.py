@@ -43,7 +43,8 @@ AnyDataset = Annotated[str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@
 Images = Annotated[str | None, option("Folder or source with the images, if the version has none.")]
 CaptionerName = Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME on the Hub.")]
 NumBeams = Annotated[
-    int | None, option("Beams of the beam search; 1: greedy.", "as in the final test", min=1, max=64)
+    int | None,
+    option("Beams of the beam search, or 1 for greedy decoding.", "as in the final test", min=1, max=64),
 ]
 BatchSize = Annotated[int, option("Images per batch.", min=1)]
 SkipExisting = Annotated[bool, Option("--skip-existing", help="Only add missing captions.")]
