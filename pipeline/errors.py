@@ -5,11 +5,14 @@ from difflib import get_close_matches
 
 
 class SynthError(Exception):
-    """The base class of all errors shown to users. The message states the problem, `hint` a way to fix it."""
+    """The base class of all errors shown to users. The message states the problem, `hint` a way to fix it.
 
-    def __init__(self, what: str, *, hint: str = "") -> None:
+    The names in `known` that `unknown` misspells are added to the hint.
+    """
+
+    def __init__(self, what: str, *, hint: str = "", unknown: str = "", known: Iterable[str] = ()) -> None:
         super().__init__(what)
-        self.hint = hint
+        self.hint = did_you_mean(unknown, known, hint) if unknown else hint
 
 
 class ConfigError(SynthError):

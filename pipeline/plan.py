@@ -20,8 +20,8 @@ from pipeline.digests import public_name
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference.engines import EngineChoice, choose_engine
 from pipeline.inference.model_licenses import license_of
-from pipeline.inference.requests import RequestPlan, check_prompts, ladders_of
-from pipeline.inference.verification import check_conditions
+from pipeline.inference.request_checks import check_requests
+from pipeline.inference.requests import RequestPlan, ladders_of
 from pipeline.progress import Progress
 from pipeline.sources import find_source, holds_decks, open_source, with_source_defaults
 from pipeline.sources.base import SourceSpec
@@ -68,6 +68,7 @@ class Plan:
     ) -> "Plan":
         """Resolve all names in the settings without access to the source or a server."""
         config = with_source_defaults(config)
+        spec, has_decks = find_source(config.source), holds_decks(config)
         tasks = Tasks(config.tasks, config.custom_tasks)
         revisions = {name: model.revision for name, model in (models or {}).items()}
         requests = replace(
@@ -79,10 +80,10 @@ class Plan:
         return cls(
             config=config,
             dataset=dataset,
-            spec=find_source(config.source),
+            spec=spec,
             tasks=tasks,
             requests=requests,
-            has_decks=holds_decks(config),
+            has_decks=has_decks,
             models=models or {},
         )
 
@@ -110,8 +111,7 @@ class Plan:
             hint = "set how many images to read instead: --limit N"
             raise ConfigError("--images is not supported by --executor ray", hint=hint)
         plan = cls.resolve(config, dataset)
-        check_prompts(plan.requests, has_checks=plan.config.verify.is_asked)
-        check_conditions(plan.config.verify, plan.requests)
+        check_requests(plan.requests, plan.config.verify)
         with translate_disk_errors(dataset.path):
             refuse_other_source(dataset, plan.config)
             # Report a damaged version now, not at the end of the run.

@@ -26,7 +26,7 @@ from pipeline.steps import filter as filter_
 from pipeline.steps.base import BUG_HINT, Executor, RowStep, Step, Work
 from pipeline.steps.ladder import climb
 from pipeline.storage.files import read_batches, remove, translate_disk_errors, write_json
-from pipeline.tasks.conditions import is_wanted
+from pipeline.tasks.conditions import is_no_loss
 from pipeline.text.reasons import in_words
 from pipeline.types import Rejected, Sample
 
@@ -260,7 +260,7 @@ def require_rows(plan: Plan, summaries: list[StepSummary]) -> None:
         return
     losses = [*describe_losses(STEPS, summaries, "see its rejected.parquet")]
     losses += describe_unanswered(plan.dataset, summaries)
-    chosen = {reason: count for reason, count in validated.rejected.items() if is_wanted(reason)}
+    chosen = {reason: count for reason, count in validated.rejected.items() if is_no_loss(reason)}
     losses += [f"{in_words(reason)}: {count:,} {validated.unit}" for reason, count in chosen.items()]
     folder = plan.dataset.path / "steps"
     hint = f"change that setting, then run the same command; all rows are in {folder}/*/rejected.parquet"

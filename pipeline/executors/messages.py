@@ -19,7 +19,7 @@ from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
 from pipeline.tasks.base import MAX_QA_PAIRS
 from pipeline.tasks.checks import MAX_CLAIMS, PHRASINGS
-from pipeline.tasks.conditions import is_wanted
+from pipeline.tasks.conditions import is_no_loss
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
@@ -130,7 +130,7 @@ def describe_losses(
             continue
         # Repeated images are not counted, since their texts are kept. Replaced texts have another chance, and
         # conditions of the user are choices.
-        wanted = [reason for reason in rejected if reason == REPEATED or is_wanted(reason)]
+        wanted = [reason for reason in rejected if reason == REPEATED or is_no_loss(reason)]
         rows, lost = summary.input - sum(map(rejected.pop, wanted)), sum(rejected.values())
         if 2 * lost > rows:
             reason, count = max(rejected.items(), key=lambda item: item[1])

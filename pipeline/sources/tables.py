@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.config import CONTEXT, Config
 from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE
-from pipeline.errors import ImageError, SourceError, did_you_mean
+from pipeline.errors import ImageError, SourceError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.sources.base import SourceSpec, as_text, check_samples, require_columns
 from pipeline.sources.parquet import Tables, embedded_bytes, is_binary, is_list, is_text
@@ -468,8 +468,8 @@ def _choose_files(
             return files
         folders_of_files = (path.rpartition("/")[0].partition("/")[0] for path in paths)
         known = sorted({*configs, *folders_of_files} - {""})
-        hint = did_you_mean(config, known, f"it has {', '.join(known) or 'one table'}")
-        raise SourceError(f"{repo} has no config {config}", hint=hint)
+        hint = f"it has {', '.join(known) or 'one table'}"
+        raise SourceError(f"{repo} has no config {config}", unknown=config, known=known, hint=hint)
     if DEFAULT_CONFIG in configs:
         return configs[DEFAULT_CONFIG]
     first, *others = configs.values()
