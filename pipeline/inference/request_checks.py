@@ -8,10 +8,9 @@ from pipeline.errors import ConfigError
 from pipeline.inference.requests import IMAGE_SIZE, RequestPlan, result_name
 from pipeline.inference.verification import LOG_PROBABILITIES, ORDER, SCORES
 from pipeline.tasks import TASKS
-from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
 from pipeline.tasks.conditions import COLUMN, INTEGER, NUMBER, TEXT, ConditionError, Names, parse_condition
-from pipeline.tasks.prompts import Results, check_names, check_prompt_dir, render
+from pipeline.tasks.prompts import check_names, check_prompt_dir, render
 
 
 def check_requests(plan: RequestPlan, verify: VerifyConfig) -> None:
@@ -100,11 +99,15 @@ def render_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
     if plan.generate.prompt_dir:
         check_prompt_dir(plan.generate.prompt_dir, [*plan.tasks.asked, *(CHECKING if has_checks else ())])
     context = tuple((name, "") for name in plan.context)
-    for name, style in plan.pairs:
-        task = plan.tasks[name]
-        check_names(task, folders, plan.context)
-        for nulls in (False, True):
-            render(task, folders, context, _empty_results(plan, task, nulls=nulls), style=style)
+    lists: dict[str, Any] = {name: [] for name in TASKS if TASKS[name].rows_field}
+    for name, _ in plan.pairs:
+        check_names(plan.tasks[name], folders, plan.context)
+    for nulls in (False, True):  # whether optional values are null
+        empty = lists | {task.name: task.empty_result(nulls=nulls) for task in plan.tasks.custom}
+        for name, style in plan.pairs:
+            task = plan.tasks[name]
+            results = [(need, json.dumps(empty.get(need, ""))) for need in task.needs]
+            render(task, folders, context, results, style=style)
     if has_checks:
         render(ANSWER, folders, question="?")
         render(CLAIMS, folders, caption="", count=1)
@@ -112,10 +115,3 @@ def render_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
         render(COVERS, folders, caption="", question="?")
         render(RATE, folders, caption="", question="?", answer="")
         render(REPAIR, folders, caption="", claims=())
-
-
-def _empty_results(plan: RequestPlan, task: Task, *, nulls: bool) -> Results:
-    """Return empty results for testing a template. With `nulls`, optional values are null."""
-    own: dict[str, Any] = {one.name: one.empty_result(nulls=nulls) for one in plan.tasks.custom}
-    lists = {name for name in TASKS if TASKS[name].rows_field}
-    return [(need, json.dumps(own.get(need, [] if need in lists else ""))) for need in task.needs]
