@@ -14,6 +14,8 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    field_validator,
     model_validator,
 )
 
@@ -84,6 +86,14 @@ class Section(BaseModel):
     """Base of all sections: frozen, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _refuse_boolean_as_number(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        result = validate(value)
+        if isinstance(value, bool) and type(result) in (int, float):
+            raise ValueError("Input should be a number")
+        return result
 
 
 # --- addresses of servers

@@ -54,6 +54,12 @@ def test_section_with_only_comments_has_the_defaults(file: Path) -> None:
             "docs/settings.md explains limit",
         ),
         (
+            "source: scenes\nlimit: true\n",
+            "bad value for limit: Input should be a number (True;",
+            "explains limit",
+        ),
+        ("source: scenes\nsplit: {test_frac: no}\n", "bad value for split.test_frac", "explains split"),
+        (
             "source: scenes\ngenerate: {caption_styles: [A b]}\n",
             "bad value for generate.caption_styles",
             "docs",
