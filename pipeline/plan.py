@@ -125,7 +125,6 @@ class Plan:
         models = {name: Model(public_name(one.model), one.revision) for name, one in engines.items()}
         plan = replace(cls.resolve(plan.config, dataset, models), source=source, engines=engines)
         plan.refuse_equal_models()
-        plan.refuse_writing_judge()
         if plan.needs_clip:
             from pipeline.images.clip import require_clip
 
@@ -167,25 +166,19 @@ class Plan:
         }
 
     def refuse_equal_models(self) -> None:
-        """Raise ConfigError if two models of a ladder have equal revisions: their replies would be equal."""
+        """Raise ConfigError if two models of a ladder are equal, or the judge also writes texts."""
         for task in self.tasks.asked:
             names = self.requests.models_of(task.name)
             if len({self.models[name].revision for name in names}) < len(names):
                 problem = f"the models of the task {task.name} ({', '.join(names)}) are not all different"
                 raise ConfigError(problem, hint="leave out all but one of the equal models in task_models")
-
-    def refuse_writing_judge(self) -> None:
-        """Raise ConfigError if the judge has the name or revision of a writer, unless that is allowed."""
-        judge = self.models.get(self.config.judge_model or "")
-        if judge is None or self.config.verify.judge_may_be_writer:
+        if self.config.judge_model is None:
             return
-        writers = [self.models[name] for name in self.writers]
-        is_writer = judge.revision in {one.revision for one in writers}
-        if is_writer or _base_name(judge.name) in {_base_name(one.name) for one in writers}:
-            problem = (
-                f"the judge {judge.name} also writes the texts, and a model rates its own texts too high"
-            )
-            raise ConfigError(problem, hint="pass another model, or set verify.judge_may_be_writer: true")
+        judge = self.models[self.config.judge_model]
+        for writer in map(self.models.__getitem__, self.writers):
+            if judge.revision == writer.revision or _base_name(judge.name) == _base_name(writer.name):
+                problem = f"the judge {judge.name} also writes the texts, and rates its own texts too high"
+                raise ConfigError(problem, hint="pass another model")
 
     @property
     def clip_model(self) -> str:

@@ -429,8 +429,6 @@ class VerifyConfig(Section):
     """Rewrite captions that have a false claim. Needs the check `claims`."""
     judge: Annotated[str, Field(pattern=JUDGE), AfterValidator(_require_valid_judge)] | None = None
     """Second model that scores each text: a name in `models`, or `MODEL@URL`."""
-    judge_may_be_writer: bool = False
-    """Allow a judge that is the model that wrote the texts."""
     min_rating: Annotated[int, Field(ge=1, le=5)] | None = None
     """Minimum of each score of the judge, from 1 to 5. Null rejects no text."""
     min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None
