@@ -226,7 +226,10 @@ MISTAKES = (
             "output: {type: object, properties: {a: {enum: [yes, no]}}}}"
         ),
     ),
-    Mistake("format shortened", "export --format wds", "no format wds; did you mean webdataset?", code=2),
+    Mistake(
+        "format misspelled", "export --format webdatset",
+        "no format webdatset; did you mean webdataset?", code=2,
+    ),
 )  # fmt: skip
 
 

@@ -82,19 +82,13 @@ def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
     With `is_only`, raises StoreError if several datasets were made here, instead of choosing the last.
     """
     from pipeline.dataset.directory import newest_dataset
+    from pipeline.dataset.version import VERSION_NAME
 
-    if name and not is_version_name(name):
+    if name and (not VERSION_NAME.fullmatch(name) or Path(name).exists()):
         return parse_dataset_path(name)
     folder = newest_dataset(is_only=is_only)
     say(f"dataset: {folder}", "dim")
     return folder.with_name(f"{folder.name}@{name}") if name else folder
-
-
-def is_version_name(name: str) -> bool:
-    """Return whether a name is a version without a dataset, such as v1.0.0."""
-    from pipeline.dataset.version import VERSION_NAME
-
-    return VERSION_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def open_data(name: str | None, images: str | None) -> "Version":
