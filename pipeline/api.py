@@ -65,19 +65,16 @@ def generate(
     else:
         resolved = resolve(None if config is None else Path(config), **overrides)
     folder = None if out is None else parse_dataset_path(str(out))
-    # A notebook runs an event loop in this thread, and a run needs its own.
-    with ThreadPoolExecutor(1) if has_event_loop() else nullcontext() as pool:
-        run = partial(generate_dataset, resolved, folder, progress)
-        return pool.submit(run).result() if pool else run()
-
-
-def has_event_loop() -> bool:
-    """Return whether an event loop runs in this thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return False
-    return True
+        is_notebook = False
+    else:
+        is_notebook = True
+    # A notebook runs an event loop in this thread, and a run needs its own.
+    with ThreadPoolExecutor(1) if is_notebook else nullcontext() as pool:
+        run = partial(generate_dataset, resolved, folder, progress)
+        return pool.submit(run).result() if pool else run()
 
 
 def load(name: str | Path) -> "DatasetDict":

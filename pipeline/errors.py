@@ -5,11 +5,14 @@ from difflib import get_close_matches
 
 
 class SynthError(Exception):
-    """The base class of all errors shown to users. The message states the problem, `hint` a way to fix it."""
+    """The base class of all errors shown to users. The message states the problem, `hint` a way to fix it.
 
-    def __init__(self, what: str, *, hint: str = "") -> None:
+    The names in `known` that `unknown` misspells are added to the hint.
+    """
+
+    def __init__(self, what: str, *, hint: str = "", unknown: str = "", known: Iterable[str] = ()) -> None:
         super().__init__(what)
-        self.hint = hint
+        self.hint = did_you_mean(unknown, known, hint) if unknown else hint
 
 
 class ConfigError(SynthError):
@@ -61,15 +64,6 @@ def one_line(error: BaseException, max_characters: int = 200) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], more: str = "") -> str:
-    """Return a hint with the names that `name` misspells or shortens, and `more`. The hint may be ""."""
-    names = list(known)
-    close = get_close_matches(name, names, n=3)
-    if not close and len(name) > 1:  # wds is short for webdataset
-        close = [other for other in names if other[:1] == name[0] and _is_within(name, other)][:3]
+    """Return a hint with the names that `name` misspells, and `more`. The hint may be ""."""
+    close = get_close_matches(name, list(known), n=3)
     return " ".join(filter(None, (f"did you mean {' or '.join(close)}?" if close else "", more)))
-
-
-def _is_within(name: str, other: str) -> bool:
-    """Return whether `other` has all characters of `name` in this order."""
-    rest = iter(other)
-    return all(character in rest for character in name)

@@ -1,4 +1,4 @@
-"""`synth generate --estimate`: run all steps on a few images, and estimate the cost of the whole run.
+"""`synth estimate`: run all steps on a few images, and estimate the cost of the whole run.
 
 Its replies are kept in the journal of the dataset, for the real run.
 """
@@ -22,7 +22,7 @@ from pipeline.progress import Progress
 from pipeline.run import run_trial, steps_of
 from pipeline.steps.ask import AskSettings
 from pipeline.storage.files import translate_disk_errors
-from pipeline.tasks.conditions import is_wanted
+from pipeline.tasks.conditions import is_no_loss
 from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32
@@ -164,7 +164,7 @@ def _scale_counts(
     losses = [summary for summary in funnel if summary.step not in choices]
     not_chosen = sum(summary.input - summary.kept for summary in funnel if summary.step in choices)
     rejected = by_step["validate"].rejected.items()
-    not_chosen += sum(count for reason, count in rejected if is_wanted(reason))
+    not_chosen += sum(count for reason, count in rejected if is_no_loss(reason))
     first_attempts = by_step["ask"].kept
     image_bytes = sum(len(image) for row in sample.rows if isinstance(row, Sample) for image in row.images)
     return {
@@ -192,6 +192,6 @@ def _scale_counts(
             f"{summary.step}: {reason}": count
             for summary in losses
             for reason, count in summary.rejected.items()
-            if not is_wanted(reason)
+            if not is_no_loss(reason)
         },
     }

@@ -2,7 +2,7 @@
 
 `Config` is what the user wrote. `Plan` is what the run uses: the source, the tasks with their prompts, the
 model and its revision, and how images are compared. `Plan.open` makes every check that can fail before
-anything is written. A run, `preview` and `--estimate` share it. No later code resolves a name.
+anything is written. A run, `preview` and `estimate` share it. No later code resolves a name.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from pipeline.digests import public_name
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference.engines import EngineChoice, choose_engine
 from pipeline.inference.model_licenses import license_of
-from pipeline.inference.requests import RequestPlan, check_prompts, ladders_of
-from pipeline.inference.verification import check_conditions
+from pipeline.inference.request_checks import check_requests
+from pipeline.inference.requests import RequestPlan, ladders_of
 from pipeline.progress import Progress
 from pipeline.sources import find_source, holds_decks, open_source, with_source_defaults
 from pipeline.sources.base import SourceSpec
@@ -68,6 +68,7 @@ class Plan:
     ) -> "Plan":
         """Resolve all names in the settings without access to the source or a server."""
         config = with_source_defaults(config)
+        spec, has_decks = find_source(config.source), holds_decks(config)
         tasks = Tasks(config.tasks, config.custom_tasks)
         revisions = {name: model.revision for name, model in (models or {}).items()}
         requests = replace(
@@ -79,10 +80,10 @@ class Plan:
         return cls(
             config=config,
             dataset=dataset,
-            spec=find_source(config.source),
+            spec=spec,
             tasks=tasks,
             requests=requests,
-            has_decks=holds_decks(config),
+            has_decks=has_decks,
             models=models or {},
         )
 
@@ -104,14 +105,13 @@ class Plan:
         dataset = DatasetDir(out or dataset_folder(config.source))
         require_utf8_path(dataset.path)
         if is_remote(dataset.path) and not in_cluster:
-            hint = "pass a local folder, or --executor ray without --estimate"
+            hint = "pass a local folder, or use --executor ray"
             raise ConfigError(f"only --executor ray can write to {out}", hint=hint)
         if in_cluster and config.images is not None:
             hint = "set how many images to read instead: --limit N"
             raise ConfigError("--images is not supported by --executor ray", hint=hint)
         plan = cls.resolve(config, dataset)
-        check_prompts(plan.requests, has_checks=plan.config.verify.is_asked)
-        check_conditions(plan.config.verify, plan.requests)
+        check_requests(plan.requests, plan.config.verify)
         with translate_disk_errors(dataset.path):
             refuse_other_source(dataset, plan.config)
             # Report a damaged version now, not at the end of the run.
@@ -125,7 +125,6 @@ class Plan:
         models = {name: Model(public_name(one.model), one.revision) for name, one in engines.items()}
         plan = replace(cls.resolve(plan.config, dataset, models), source=source, engines=engines)
         plan.refuse_equal_models()
-        plan.refuse_writing_judge()
         if plan.needs_clip:
             from pipeline.images.clip import require_clip
 
@@ -167,25 +166,19 @@ class Plan:
         }
 
     def refuse_equal_models(self) -> None:
-        """Raise ConfigError if two models of a ladder have equal revisions: their replies would be equal."""
+        """Raise ConfigError if two models of a ladder are equal, or the judge also writes texts."""
         for task in self.tasks.asked:
             names = self.requests.models_of(task.name)
             if len({self.models[name].revision for name in names}) < len(names):
                 problem = f"the models of the task {task.name} ({', '.join(names)}) are not all different"
                 raise ConfigError(problem, hint="leave out all but one of the equal models in task_models")
-
-    def refuse_writing_judge(self) -> None:
-        """Raise ConfigError if the judge has the name or revision of a writer, unless that is allowed."""
-        judge = self.models.get(self.config.judge_model or "")
-        if judge is None or self.config.verify.judge_may_be_writer:
+        if self.config.judge_model is None:
             return
-        writers = [self.models[name] for name in self.writers]
-        is_writer = judge.revision in {one.revision for one in writers}
-        if is_writer or _base_name(judge.name) in {_base_name(one.name) for one in writers}:
-            problem = (
-                f"the judge {judge.name} also writes the texts, and a model rates its own texts too high"
-            )
-            raise ConfigError(problem, hint="pass another model, or set verify.judge_may_be_writer: true")
+        judge = self.models[self.config.judge_model]
+        for writer in map(self.models.__getitem__, self.writers):
+            if judge.revision == writer.revision or _base_name(judge.name) == _base_name(writer.name):
+                problem = f"the judge {judge.name} also writes the texts, and rates its own texts too high"
+                raise ConfigError(problem, hint="pass another model")
 
     @property
     def clip_model(self) -> str:

@@ -38,7 +38,13 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
     about the whole dataset. Raises SynthError as `run.generate_dataset` does.
     """
     folder, config, preview = plan.dataset, plan.config, Preview()
-    rows = _first_rows(plan, number)
+    assert plan.source is not None
+    rows: list[Sample | Rejected] = []
+    # Up to the last of `number` usable images.
+    for row in plan.source.rows:
+        rows.append(row)
+        if len({one.id for one in rows if isinstance(one, Sample)}) == number:
+            break
     progress.message(describe_start(plan))
     balance = config.balance.model_copy(update={"max_answer_frac": 1.0, "max_yes_no_frac": 1.0})
     changes = {"verify": config.verify.model_copy(update={"calibration": 0}), "balance": balance}
@@ -66,17 +72,3 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
                 for request in requests:
                     preview.prompts.setdefault(f"{request.task} {request.style}".rstrip(), request.text)
     return preview
-
-
-def _first_rows(plan: Plan, number: int) -> list[Sample | Rejected]:
-    """Return the first rows of a source, up to the last of `number` usable images."""
-    assert plan.source is not None
-    rows: list[Sample | Rejected] = []
-    ids: set[str] = set()
-    for row in plan.source.rows:
-        rows.append(row)
-        if isinstance(row, Sample):
-            ids.add(row.id)
-        if len(ids) == number:
-            return rows
-    return rows

@@ -1,4 +1,4 @@
-"""Progress displays for commands: a live bar on a terminal, and plain lines elsewhere."""
+"""Progress displays for commands: the current step on a terminal, and plain lines elsewhere."""
 
 import math
 import sys
@@ -105,27 +105,15 @@ class LineProgress:
 
 
 class LiveProgress(LineProgress):
-    """A Progress that draws a bar on a terminal, and prints one line for each finished step."""
+    """A Progress that shows the current step at the bottom of a terminal, above it the finished ones."""
 
     def __init__(self) -> None:
         super().__init__()
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bars
 
-        self.bars = Bars(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[count]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[details]}", style="dim", markup=False),
-            console=Console(stderr=True, highlight=False),
-            refresh_per_second=4,
-            transient=True,
-        )
-        self.task = self.bars.add_task("", total=None, visible=False, count="", details="")
+        self.status = Console(stderr=True, highlight=False).status("")
         self.count = ""
-        self.bars.start()
+        self.status.start()
 
     def __call__(
         self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /
@@ -134,21 +122,25 @@ class LiveProgress(LineProgress):
         if step != self.step:
             self.close_step()
             self.step, self.started, self.first = step, time.monotonic(), done
-            self.bars.reset(self.task, description=step, visible=True)
         self.count = f"{done:,}{f' of {total:,}' if total else ''}"
-        details = printable(self.describe(done, total, metrics))
-        self.bars.update(self.task, completed=done, total=total, count=self.count, details=details)
+        self.show(f"{step}: {self.count}  {self.describe(done, total, metrics)}")
 
     def message(self, text: str, *, transient: bool = False) -> None:
-        """See Progress. A transient message stays next to the bar until the next update."""
+        """See Progress. A transient message stays at the bottom until the next update."""
         if transient:
-            self.bars.update(self.task, visible=True, details=printable(text))
+            self.show(text)
         else:
             self.line(text)
 
+    def show(self, text: str) -> None:
+        """Show a text at the bottom, without interpreting its markup."""
+        from rich.text import Text
+
+        self.status.update(Text(printable(text)))
+
     def line(self, text: str, style: str = "") -> None:
-        """Print a line above the bar."""
-        self.bars.console.print(printable(text), markup=False, style=style)
+        """Print a line above the current step."""
+        self.status.console.print(printable(text), markup=False, style=style)
 
     def close_step(self) -> None:
         """Print one line about the finished step."""
@@ -159,7 +151,7 @@ class LiveProgress(LineProgress):
         """End the display."""
         self.close_step()
         self.step = ""
-        self.bars.stop()
+        self.status.stop()
 
 
 def size(num_bytes: float) -> str:

@@ -14,8 +14,8 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.version import TRIAL, Version
 from pipeline.errors import TableError
-from pipeline.executors.local import LocalExecutor, forget_other_steps
-from pipeline.executors.messages import describe_losses, describe_start, describe_unanswered
+from pipeline.executors.local import LocalExecutor
+from pipeline.executors.messages import NoRowsError, describe_start, require_rows
 from pipeline.executors.ray.cluster import ClusterOptions
 from pipeline.inference.queue import RequestStats
 from pipeline.logs import log_to
@@ -26,8 +26,6 @@ from pipeline.steps import filter as filter_
 from pipeline.steps.base import BUG_HINT, Executor, RowStep, Step, Work
 from pipeline.steps.ladder import climb
 from pipeline.storage.files import read_batches, remove, translate_disk_errors, write_json
-from pipeline.tasks.conditions import is_wanted
-from pipeline.text.reasons import in_words
 from pipeline.types import Rejected, Sample
 
 STEPS: tuple[Step, ...] = (
@@ -72,6 +70,7 @@ def run(
     steps = steps_of(plan)
     names = [step.name for step in steps]
     todo = list(zip(["", *names], steps[:-1], strict=False))[names.index(first) :]
+    write_json(plan.dataset.run_file, plan.config.recorded())
     limit = plan.config.limit if plan.config.images is None else plan.config.images
     work = Work(plan, executor, progress, limit)
     while True:
@@ -89,8 +88,11 @@ def run(
     # The last pass of a ladder has no checks of replaced texts.
     stats.total = max(stats.total, stats.attempts.total())
     work.summaries = [step.summarize(work) for step in steps[:-1]]
-    require_sums(work.summaries)
-    require_rows(plan, work.summaries)
+    for previous, summary in pairwise(work.summaries[2:]):
+        if summary.input != previous.kept:
+            problem = f"step {summary.step} received {summary.input} of {previous.kept} rows"
+            raise TableError(problem, hint=BUG_HINT)
+    require_rows(plan, steps, work.summaries)
     steps[-1].run(work, names[-2])
     assert work.version
     return RunResult(plan, work.version, work.is_new, stats, [*work.summaries, steps[-1].summarize(work)])
@@ -144,9 +146,7 @@ def run_here(
     plan: Plan, stats: RequestStats, progress: Progress, *, first: str = read.STEP.name
 ) -> RunResult:
     """Run all steps in this process. See `run`."""
-    forget_other_steps(plan.dataset, [step.name for step in steps_of(plan)])
-    write_json(plan.dataset.run_file, plan.config.recorded())
-    with LocalExecutor(plan, stats, progress) as executor:
+    with LocalExecutor(plan, [step.name for step in steps_of(plan)], stats, progress) as executor:
         return run(plan, executor, stats, progress, first=first)
 
 
@@ -195,8 +195,12 @@ def _next_limit(work: Work) -> int | None:
     config = work.plan.config
     if config.images is None or work.limit is None:
         return None
-    kept = _count_images(work.executor.shards)
-    return next_limit(config, work.limit, kept, work.progress, has_more=work.has_more)
+    # The review step may still reject some of these images.
+    ids: set[str] = set()
+    for shard in work.executor.shards:
+        for table in read_batches(shard.step_file(trim.STEP.name), ["sample_id"]):
+            ids.update(table["sample_id"].to_pylist())
+    return next_limit(config, work.limit, len(ids), work.progress, has_more=work.has_more)
 
 
 def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has_more: bool) -> int | None:
@@ -218,54 +222,3 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
         progress.message(f"{so_far}: reading more, up to image {next_images:,}")
         return next_images
     return None
-
-
-def _count_images(shards: Sequence[DatasetDir]) -> int:
-    """Return how many images are left after the trim step. The review step may still reject some of them."""
-    ids: set[str] = set()
-    for shard in shards:
-        for table in read_batches(shard.step_file(trim.STEP.name), ["sample_id"]):
-            ids.update(table["sample_id"].to_pylist())
-    return len(ids)
-
-
-def require_sums(summaries: Sequence[StepSummary]) -> None:
-    """Raise TableError unless each step kept or rejected every row that the previous step kept."""
-    for previous, summary in pairwise(summaries[2:]):
-        if summary.input != previous.kept:
-            problem = f"step {summary.step} received {summary.input} of {previous.kept} rows"
-            raise TableError(problem, hint=BUG_HINT)
-
-
-class NoRowsError(TableError):
-    """Raised when the steps have rejected every row. `summaries` has one entry per step."""
-
-    def __init__(self, message: str, hint: str, summaries: list[StepSummary]) -> None:
-        super().__init__(message, hint=hint)
-        self.summaries = summaries
-
-
-def require_rows(plan: Plan, summaries: list[StepSummary]) -> None:
-    """Raise NoRowsError if no row is left for a version, with a hint about what to change."""
-    config = plan.config
-    validated = next(summary for summary in summaries if summary.step == validate.STEP.name)
-    if not validated.input and config.keeps_human_texts:
-        hint = "to use a model: --tasks caption"
-        if "captions" in plan.spec.options:
-            hint = f"pass a file of captions: --captions FILE; {hint}"
-        elif plan.spec.kind in ("hub", "parquet"):
-            hint = f"pass a column of captions: --columns references=COLUMN; {hint}"
-        raise NoRowsError(f"{config.source} has no human captions and no human questions", hint, summaries)
-    if summaries[-1].kept:
-        return
-    losses = [*describe_losses(STEPS, summaries, "see its rejected.parquet")]
-    losses += describe_unanswered(plan.dataset, summaries)
-    chosen = {reason: count for reason, count in validated.rejected.items() if is_wanted(reason)}
-    losses += [f"{in_words(reason)}: {count:,} {validated.unit}" for reason, count in chosen.items()]
-    folder = plan.dataset.path / "steps"
-    hint = f"change that setting, then run the same command; all rows are in {folder}/*/rejected.parquet"
-    if config.tasks and 2 * validated.kept < validated.input - sum(chosen.values()):
-        attempts = f"generate: {{max_attempts: {config.generate.max_attempts}}}"
-        hint += f"; to retry unusable replies more often, raise {attempts}"
-    problem = "; ".join(losses) or "every step rejected some rows"
-    raise NoRowsError(f"no rows are left, so no version was made: {problem}", hint, summaries)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.errors import TableError
 
@@ -309,7 +308,7 @@ def require_columns(table: pa.Table, *names: str) -> None:
 
 def is_caption(table: pa.Table) -> pa.ChunkedArray:
     """Return a mask of the captions after the filter step. Other annotations are questions or records."""
-    return pc.is_valid(table["clean_text"])
+    return table["clean_text"].is_valid()
 
 
 def final_value(row: dict[str, Any], name: str) -> Any:

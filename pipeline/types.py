@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 # The name of the model that the settings `model`, `base_url` and `engine` choose.
 DEFAULT_MODEL = "default"
 UNITS = ("requests", "prompt_tokens", "reply_tokens")  # counts of the use of a model
+# How images are compared: near-duplicates of photos are rejected, and of graphics only grouped.
+ImageKind = Literal["photos", "graphics"]
 # Names of mapped source columns, with their values in one row.
 Context = tuple[tuple[str, str], ...]
 

@@ -165,7 +165,7 @@ MISTAKES = (
     Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
     Mistake("style without a prompt", "generate --source scenes --styles sonnet", "no caption style sonnet",
     ),
-    Mistake("no vLLM", "generate --source scenes --engine vllm --estimate", "vLLM is not installed here"),
+    Mistake("no vLLM", "generate --source scenes --engine vllm", "vLLM is not installed here"),
     Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher can only describe"),
     Mistake("nothing to push", "push --repo me/x", "no dataset under data/"),
     Mistake("nothing to review", "review apply a.jsonl", "no dataset under data/"),
@@ -226,7 +226,10 @@ MISTAKES = (
             "output: {type: object, properties: {a: {enum: [yes, no]}}}}"
         ),
     ),
-    Mistake("format shortened", "export --format wds", "no format wds; did you mean webdataset?", code=2),
+    Mistake(
+        "format misspelled", "export --format webdatset",
+        "no format webdatset; did you mean webdataset?", code=2,
+    ),
 )  # fmt: skip
 
 

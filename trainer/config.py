@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pipeline.config import NO_MODEL
 from pipeline.config.files import read_yaml, validate
 from pipeline.config.sections import Section
-from pipeline.errors import ConfigError, did_you_mean
+from pipeline.errors import ConfigError
 from pipeline.images.clip import CLIP_MODELS
 
 Preset = Literal["auto", "scenes", "photos-few", "photos", "photos-lm"]
@@ -268,8 +268,8 @@ def _require_known_models(flags: dict[str, Any]) -> None:
         name = str(flags.get(kind, names[0]))
         if name in names or "/" in name or Path(name).exists():
             continue
-        hint = did_you_mean(name, names, f"pass {', '.join(names)}, a folder, or ORG/NAME on the Hub")
-        raise ConfigError(f"no {kind} {name}", hint=hint)
+        hint = f"pass {', '.join(names)}, a folder, or ORG/NAME on the Hub"
+        raise ConfigError(f"no {kind} {name}", unknown=name, known=names, hint=hint)
 
 
 def keeps_human_texts(manifest: dict[str, Any]) -> bool:

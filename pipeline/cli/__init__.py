@@ -36,6 +36,7 @@ REPLIES_KEPT = "all replies are kept; run the same command to resume"
 INTERRUPTED = {  # command -> what Ctrl-C keeps, and how to resume
     "generate": REPLIES_KEPT,
     "preview": REPLIES_KEPT,
+    "estimate": REPLIES_KEPT,
     "train": "add --resume to the same command to resume",
     "caption": "with --out, run the same command to resume",
 }
@@ -48,9 +49,9 @@ EXAMPLES = {
     "generate": (
         "synth generate --source folder:photos --base-url http://localhost:8000/v1",
         "synth generate --source folder:photos --captions captions_val2017.json --no-model",
-        "synth generate --config synth.yaml --estimate",
     ),
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
+    "estimate": ("synth estimate --config synth.yaml",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
     "export": (
         "synth export data/folder-photos --format webdataset",
@@ -97,7 +98,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-versions = typer.Typer(no_args_is_help=True, help="List versions; free disk space.")
+versions = typer.Typer(no_args_is_help=True, help="List versions, or free disk space.")
 review = typer.Typer(
     no_args_is_help=True, help="Draw texts to judge, and make a new version from exported reviews."
 )
@@ -112,7 +113,14 @@ def add(group: str, *commands: Callable[..., None], **more: Any) -> None:
 
 
 add(MAKE, generate.init, generate.doctor)
-add(MAKE, generate.preview, generate.generate, generate.serve, context_settings=VLLM_FLAGS)
+add(
+    MAKE,
+    generate.preview,
+    generate.estimate,
+    generate.generate,
+    generate.serve,
+    context_settings=VLLM_FLAGS,
+)
 add(USE, report)
 app.add_typer(review, name="review", rich_help_panel=USE)
 review.command("sample")(review_sample)

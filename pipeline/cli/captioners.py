@@ -31,7 +31,9 @@ def caption(
     ] = None,
     num_beams: NumBeams = None,
     batch_size: BatchSize = 32,
-    out: Annotated[Path | None, option("File (.jsonl); txt: one text file per image.", "stdout")] = None,
+    out: Annotated[
+        Path | None, option("File (.jsonl), or txt for one text file per image.", "stdout")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a caption for each image, or the answer to a question.
@@ -88,8 +90,8 @@ def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool
 
 def serve_captioner(
     captioner: CaptionerName,
-    host: Annotated[str, option("Address to listen on; 0.0.0.0: all addresses.")] = "127.0.0.1",
-    port: Annotated[int, option("Port to listen on; 0: any free one.", min=0, max=65535)] = 8200,
+    host: Annotated[str, option("Address to listen on, or 0.0.0.0 for all addresses.")] = "127.0.0.1",
+    port: Annotated[int, option("Port to listen on, or 0 for any free one.", min=0, max=65535)] = 8200,
     name: Annotated[str | None, option("Name of the model in requests.", "the folder's")] = None,
     num_beams: NumBeams = None,
 ) -> None:

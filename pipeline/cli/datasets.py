@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 REVIEWS = Argument(
     metavar="[DATASET] FILE...",
-    help=f"Review files that a report of the dataset ({LAST_MADE}) exported; later ones win.",
+    help=f"Review files that a report of the dataset ({LAST_MADE}) exported. Later ones win.",
 )
 FORMAT = Option(
     "--format",

@@ -1,4 +1,4 @@
-"""Commands that make a dataset: init, doctor, preview, generate, serve."""
+"""Commands that make a dataset: init, doctor, preview, estimate, generate, serve."""
 
 import json
 from dataclasses import asdict
@@ -21,27 +21,23 @@ def _cluster_option(text: str, default: str | bool = True, **more: Any) -> Any:
 
 
 OUT = option(
-    "Dataset folder; run again to resume. With --executor ray also s3://BUCKET/NAME or gs://BUCKET/NAME.",
+    "Dataset folder. To resume, run again. With --executor ray also s3://BUCKET/NAME or gs://BUCKET/NAME.",
     "data/SOURCE",
     **DATASET_PATH,
     rich_help_panel=DATASET,
 )
-ESTIMATE = Option(
-    "--estimate", help="Ask about 32 images, and estimate time, cost and yield.", rich_help_panel=DATASET
-)
-JSON = Option("--json", help="Print JSON to stdout.", hidden=True)
+SAME_OUT = path_option("Dataset folder, as for `generate`.", "data/SOURCE")
 
 
 @with_run_settings
 def generate(
     config: "Config",
     out: Annotated[Path | None, OUT] = None,
-    estimate: Annotated[bool, ESTIMATE] = False,
-    as_json: Annotated[bool, JSON] = False,
+    as_json: AsJson = False,
     executor: Annotated[
         Literal["local", "ray"],
         _cluster_option(
-            "local: this process; ray: shards on the cluster of RAY_ADDRESS, or on this machine."
+            "local (this process), or ray (shards on the cluster of RAY_ADDRESS, or on this machine)."
         ),
     ] = "local",
     shards: Annotated[int | None, _cluster_option("Number of shards.", "16", min=1)] = None,
@@ -58,23 +54,14 @@ def generate(
 
     if executor == "local" and (shards or workers):
         raise BadParameter("--shards and --workers need --executor ray", param_hint="--executor")
-    if executor == "ray" and estimate:
-        raise BadParameter("--estimate needs --executor local", param_hint="--executor")
     cluster = ClusterOptions(shards=shards, workers=workers) if executor == "ray" else None
     with show_progress() as progress:
-        plan = Plan.open(config, out, progress, is_trial=estimate, in_cluster=cluster is not None)
+        plan = Plan.open(config, out, progress, in_cluster=cluster is not None)
         # The steps import DuckDB. Wrong settings are reported before that.
-        from pipeline.estimate import estimate_run
         from pipeline.executors.messages import describe_warnings
         from pipeline.run import STEPS, run_plan
 
-        if estimate:
-            values = estimate_run(plan, progress)
-        else:
-            result = run_plan(plan, progress, cluster)
-    if estimate:
-        print_estimate(values, as_json=as_json)
-        return
+        result = run_plan(plan, progress, cluster)
     warnings = describe_warnings(STEPS, plan, result.version, result.funnel)
     print_run_result(result, warnings, config.servers, shown=progress.warnings, as_json=as_json)
 
@@ -83,7 +70,7 @@ def generate(
 def preview(
     config: "Config",
     number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Number of images to show.")] = 4,
-    out: Annotated[Path | None, path_option("Dataset folder, as for `generate`.", "data/SOURCE")] = None,
+    out: Annotated[Path | None, SAME_OUT] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run all steps on a few images, print prompts and texts, and write a report page.
@@ -100,6 +87,22 @@ def preview(
     print_preview(result)
     values = {"images": result.images, "prompts": result.prompts, "page": str(result.page or "")}
     show(values, as_json, "page")
+
+
+@with_run_settings
+def estimate(config: "Config", out: Annotated[Path | None, SAME_OUT] = None, as_json: AsJson = False) -> None:
+    """Run all steps on 32 images, and estimate the time, cost and yield of the whole run.
+
+    `generate` reuses the replies. Arguments after -- go to the vLLM server.
+    """
+    from pipeline.plan import Plan
+
+    with show_progress() as progress:
+        plan = Plan.open(config, out, progress, is_trial=True)
+        from pipeline.estimate import estimate_run
+
+        values = estimate_run(plan, progress)
+    print_estimate(values, as_json=as_json)
 
 
 def init(

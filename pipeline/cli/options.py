@@ -43,7 +43,8 @@ AnyDataset = Annotated[str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@
 Images = Annotated[str | None, option("Folder or source with the images, if the version has none.")]
 CaptionerName = Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME on the Hub.")]
 NumBeams = Annotated[
-    int | None, option("Beams of the beam search; 1: greedy.", "as in the final test", min=1, max=64)
+    int | None,
+    option("Beams of the beam search, or 1 for greedy decoding.", "as in the final test", min=1, max=64),
 ]
 BatchSize = Annotated[int, option("Images per batch.", min=1)]
 Split = Literal["train", "validation", "test"]
@@ -79,19 +80,13 @@ def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
     With `is_only`, raises StoreError if several datasets were made here, instead of choosing the last.
     """
     from pipeline.dataset.directory import newest_dataset
+    from pipeline.dataset.version import VERSION_NAME
 
-    if name and not is_version_name(name):
+    if name and (not VERSION_NAME.fullmatch(name) or Path(name).exists()):
         return parse_dataset_path(name)
     folder = newest_dataset(is_only=is_only)
     say(f"dataset: {folder}", "dim")
     return folder.with_name(f"{folder.name}@{name}") if name else folder
-
-
-def is_version_name(name: str) -> bool:
-    """Return whether a name is a version without a dataset, such as v1.0.0."""
-    from pipeline.dataset.version import VERSION_NAME
-
-    return VERSION_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def open_data(name: str | None, images: str | None) -> "Version":

@@ -149,29 +149,25 @@ def print_run_result(
     from pipeline.sources.base import first_names
     from pipeline.tables import SPLITS
 
+    version, folder, warnings = result.version, result.version.dataset_dir, list(warnings)
+    if not result.is_new and (missing := damaged_files(version, by_size=True)):
+        damage = f"{version.name} is damaged: {first_names(missing)} is missing or has the wrong size"
+        warnings.append(f"{damage}; `synth check {folder}` shows how to repair it")
+    asking_s = DatasetDir(folder).read_cost().get("asking_s", 0.0)
+    facts = checks_in_words(version.manifest)
+    facts += [f"price of {text}" for text in price_in_words(version.manifest, asking_s)]
     for summary in result.funnel:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.rejected.items())
         rejected = f" (rejected: {reasons})" if reasons else ""
         say(f"{summary.step}: {summary.kept} of {summary.input} {summary.unit} kept{rejected}")
-    version, folder = result.version, result.version.dataset_dir
     if version.manifest["model"]["name"] != NO_MODEL:
         _print_requests(result.stats, servers)
-    if not result.is_new and (missing := damaged_files(version, by_size=True)):
-        damage = f"{version.name} is damaged: {first_names(missing)} is missing or has the wrong size"
-        warnings = [*warnings, f"{damage}; `synth check {folder}` shows how to repair it"]
     for text in warnings:
         say(f"warning: {text}", WARNING)
-    say(
-        f"made {version.name}"
-        if result.is_new
-        else f"nothing new: {version.name} already has exactly these rows"
-    )
+    say(f"made {version.name}" if result.is_new else f"nothing new: {version.name} already has these rows")
     note_previews(version, version.path)
-    for text in checks_in_words(version.manifest):
+    for text in facts:
         say(text)
-    asking_s = DatasetDir(folder).read_cost().get("asking_s", 0.0)
-    for text in price_in_words(version.manifest, asking_s):
-        say(f"price of {text}")
     is_trainable = not {"captions", "qa"}.isdisjoint(version.manifest["columns"])
     is_trainable &= all(version.manifest["rows"].get(split) for split in SPLITS)
     train = f", synth train {folder}" if is_trainable else ""

@@ -46,7 +46,7 @@ def train(
         str | None,
         option(
             "Settings preset: auto, scenes, photos-few, photos or photos-lm.",
-            "auto; with --config: the preset in the file",
+            "auto, with --config the preset in the file",
         ),
     ] = None,
     epochs: Annotated[int | None, _preset_option("Passes over the training images.", min=1)] = None,
@@ -58,10 +58,10 @@ def train(
         float | None, _preset_option("Learning rate of the decoder and the connector.", min=0)
     ] = None,
     lora_rank: Annotated[
-        int | None, _preset_option("LoRA rank for a language model; 0: train all weights.", min=0)
+        int | None, _preset_option("LoRA rank for a language model, or 0 to train all weights.", min=0)
     ] = None,
     seed: Annotated[int | None, option("Seed of initial weights, dropout and data order.", "0")] = None,
-    config: Annotated[Path | None, option("YAML file or train.json; options override it.", False)] = None,
+    config: Annotated[Path | None, option("YAML file or train.json, which options override.", False)] = None,
     out: Annotated[
         Path | None, path_option("Checkpoint folder.", "DATASET/checkpoints/VERSION-ENCODER-DECODER")
     ] = None,

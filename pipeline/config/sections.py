@@ -14,6 +14,8 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    field_validator,
     model_validator,
 )
 
@@ -84,6 +86,14 @@ class Section(BaseModel):
     """Base of all sections: frozen, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _refuse_boolean_as_number(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        result = validate(value)
+        if isinstance(value, bool) and type(result) in (int, float):
+            raise ValueError("Input should be a number")
+        return result
 
 
 # --- addresses of servers
@@ -419,8 +429,6 @@ class VerifyConfig(Section):
     """Rewrite captions that have a false claim. Needs the check `claims`."""
     judge: Annotated[str, Field(pattern=JUDGE), AfterValidator(_require_valid_judge)] | None = None
     """Second model that scores each text: a name in `models`, or `MODEL@URL`."""
-    judge_may_be_writer: bool = False
-    """Allow a judge that is the model that wrote the texts."""
     min_rating: Annotated[int, Field(ge=1, le=5)] | None = None
     """Minimum of each score of the judge, from 1 to 5. Null rejects no text."""
     min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pipeline.config import Config
 from pipeline.dataset.images import BATCH_SAMPLES, ImageStore
 from pipeline.dataset.version import DATA, MANIFEST, Version, read_version
-from pipeline.errors import ConfigError, StoreError, did_you_mean
+from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import open_table, read_json, read_table, write_json
 from pipeline.storage.lock import lease, lock_file
 from pipeline.storage.object_store import is_remote
@@ -185,9 +185,8 @@ def open_dataset(path: Path | None, *, previews: bool = True) -> Version:
             )
         return opened
     if not is_remote(path) and not path.is_dir():
-        close = did_you_mean(str(path), map(str, path.parent.glob("*/")))
-        hint = close or "`synth generate --source scenes` makes one"
-        raise StoreError(f"no dataset at {path}", hint=hint)
+        hint, known = "`synth generate` makes one", [str(folder) for folder in path.parent.glob("*/")]
+        raise StoreError(f"no dataset at {path}", unknown=str(path), known=known, hint=hint)
     return DatasetDir(path).version(version, previews=previews)
 
 

@@ -14,7 +14,6 @@ from stat import S_ISREG
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.errors import StoreError, SynthError
 from pipeline.storage.files import open_parquet, write_table
@@ -66,6 +65,8 @@ class ImageStore:
 
     def read(self, sample_ids: Sequence[str]) -> pa.ListArray:
         """Return each sample's images (list of binary). Raises StoreError if any is missing or damaged."""
+        import pyarrow.compute as pc  # a slow import that most commands do not need
+
         if missing := self.find_missing(sample_ids):
             raise missing_error(missing, self.folder)
         wanted, tables = pa.array(sample_ids, pa.string()), list[pa.Table]()
@@ -124,6 +125,8 @@ class ImageStore:
                 yield path, num_bytes * (len(ids) - len(kept_ids)) // len(ids)
                 continue
             if len(kept_ids):
+                import pyarrow.compute as pc
+
                 file = open_parquet(path)
                 groups = (file.read_row_group(number) for number in range(file.num_row_groups))
                 selected = (group.filter(pc.is_in(group["sample_id"], kept_ids)) for group in groups)

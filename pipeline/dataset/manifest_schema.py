@@ -35,7 +35,7 @@ Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 class _Part(BaseModel):
     """The base class for all parts of a manifest. Parts may have additional keys."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
 
 
 def _check_feature(kind: Any) -> Any:
@@ -88,7 +88,7 @@ class Step(_Part):
 class OwnColumnEntry(BaseModel):
     """The column of a custom task."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
     kind: Name
     is_list: bool

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import READER_COLUMNS
@@ -134,6 +133,8 @@ class Version:
 
         Raises StoreError if any rows or images are missing or damaged.
         """
+        import pyarrow.compute as pc  # a slow import that most commands do not need
+
         pixels = [] if self.holds_pixels else [name for name in columns if name in PIXELS]
         stored = [name for name in columns if name not in pixels]
         if pixels:
@@ -212,6 +213,8 @@ def require_values(rows: pa.Table | pa.RecordBatch) -> None:
         if name in REQUIRED and rows[name].null_count:
             raise ValueError(f"a row has no {name}")
     if "image" in rows.schema.names:
+        import pyarrow.compute as pc
+
         images = rows["image"]
         if pc.struct_field(images, "bytes").null_count > images.null_count:
             raise ValueError("an image has no bytes")

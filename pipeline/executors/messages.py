@@ -9,7 +9,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.version import Version
 from pipeline.digests import public_name
-from pipeline.errors import one_line
+from pipeline.errors import TableError, one_line
 from pipeline.images.decode import PATCH_PX
 from pipeline.inference.engines import EngineChoice, box_unit_of
 from pipeline.inference.model_licenses import license_of
@@ -19,7 +19,8 @@ from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
 from pipeline.tasks.base import MAX_QA_PAIRS
 from pipeline.tasks.checks import MAX_CLAIMS, PHRASINGS
-from pipeline.tasks.conditions import is_wanted
+from pipeline.tasks.conditions import is_no_loss
+from pipeline.text.reasons import in_words
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
 # Smaller versions get no warning about empty splits.
@@ -87,7 +88,7 @@ def describe_requests(plan: Plan) -> str:
     )
     checks += captions * verify.repair + (captions + questions) * bool(verify.judge)
     unit = "deck" if plan.has_decks else "image"
-    more = f", and up to {checks:,} to check the texts (--estimate measures it)" if checks else ""
+    more = f", and up to {checks:,} to check the texts (`synth estimate` measures it)" if checks else ""
     count = requests.count(requests.pairs)
     return f"; {count:,} request{'s' if count > 1 else ''} per {unit}{more}"
 
@@ -129,7 +130,7 @@ def describe_losses(
             continue
         # Repeated images are not counted, since their texts are kept. Replaced texts have another chance, and
         # conditions of the user are choices.
-        wanted = [reason for reason in rejected if reason == REPEATED or is_wanted(reason)]
+        wanted = [reason for reason in rejected if reason == REPEATED or is_no_loss(reason)]
         rows, lost = summary.input - sum(map(rejected.pop, wanted)), sum(rejected.values())
         if 2 * lost > rows:
             reason, count = max(rejected.items(), key=lambda item: item[1])
@@ -165,3 +166,37 @@ def _server_message(dataset: DatasetDir, reason: str) -> str:
         if len(messages):
             return f'; its message: "{one_line(messages[0].as_py(), 200)}"'
     return ""
+
+
+class NoRowsError(TableError):
+    """Raised when the steps have rejected every row. `summaries` has one entry per step."""
+
+    def __init__(self, message: str, hint: str, summaries: list[StepSummary]) -> None:
+        super().__init__(message, hint=hint)
+        self.summaries = summaries
+
+
+def require_rows(plan: Plan, steps: Sequence[Step], summaries: list[StepSummary]) -> None:
+    """Raise NoRowsError if no row is left for a version, with a hint about what to change."""
+    config = plan.config
+    validated = next(summary for summary in summaries if summary.step == "validate")
+    if not validated.input and config.keeps_human_texts:
+        hint = "to use a model: --tasks caption"
+        if "captions" in plan.spec.options:
+            hint = f"pass a file of captions: --captions FILE; {hint}"
+        elif plan.spec.kind in ("hub", "parquet"):
+            hint = f"pass a column of captions: --columns references=COLUMN; {hint}"
+        raise NoRowsError(f"{config.source} has no human captions and no human questions", hint, summaries)
+    if summaries[-1].kept:
+        return
+    losses = [*describe_losses(steps, summaries, "see its rejected.parquet")]
+    losses += describe_unanswered(plan.dataset, summaries)
+    chosen = {reason: count for reason, count in validated.rejected.items() if is_no_loss(reason)}
+    losses += [f"{in_words(reason)}: {count:,} {validated.unit}" for reason, count in chosen.items()]
+    folder = plan.dataset.path / "steps"
+    hint = f"change that setting, then run the same command; all rows are in {folder}/*/rejected.parquet"
+    if config.tasks and 2 * validated.kept < validated.input - sum(chosen.values()):
+        attempts = f"generate: {{max_attempts: {config.generate.max_attempts}}}"
+        hint += f"; to retry unusable replies more often, raise {attempts}"
+    problem = "; ".join(losses) or "every step rejected some rows"
+    raise NoRowsError(f"no rows are left, so no version was made: {problem}", hint, summaries)

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from pipeline.errors import EngineError, did_you_mean, one_line
+from pipeline.errors import EngineError, one_line
 from pipeline.install import install_command
 
 BATCH = 32
@@ -27,7 +27,7 @@ def require_clip(name: str) -> None:
     if Path(model_id).is_dir():
         return
     if "/" not in model_id:
-        raise EngineError(f"no CLIP {name}", hint=did_you_mean(name, CLIP_MODELS, CLIP_HINT))
+        raise EngineError(f"no CLIP {name}", unknown=name, known=CLIP_MODELS, hint=CLIP_HINT)
     import httpx2
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

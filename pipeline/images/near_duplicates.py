@@ -10,7 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.tables import IMAGE_GROUPS, SPLIT_RANK
+from pipeline.types import ImageKind
 
 HASH_BITS = 256
 WORD_BITS = 64
@@ -32,7 +33,6 @@ MAX_COPY_BITS = 24
 MIRRORED_WORDS = 2
 BIT_ORDER = [*range(1, HASH_BITS, 2), *range(0, HASH_BITS, 2)]
 
-ImageKind = Literal["photos", "graphics"]
 MAX_NEAR_BITS: dict[str, int] = {"photos": 70, "graphics": 31}
 BLOCK_HASHES, TILE_HASHES = 256, 512  # each hash of a block is compared with each of a tile at once
 MAX_NEIGHBORS = 128  # better images that each image is paired with

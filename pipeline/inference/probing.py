@@ -9,7 +9,7 @@ import aiohttp
 
 from pipeline.config.sections import ServerConfig
 from pipeline.digests import digest
-from pipeline.errors import EngineError, did_you_mean, one_line
+from pipeline.errors import EngineError, one_line
 from pipeline.inference import protocol
 from pipeline.inference.endpoints import (
     MAX_SHOWN_CHARACTERS,
@@ -124,7 +124,7 @@ def shown_models(models: Iterable[str]) -> str:
 def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineError:
     """Return the error to raise when a server does not serve a model."""
     hint = f"it serves {shown_models(models) or 'no model'}: choose one with --model or --judge MODEL@URL"
-    return EngineError(f"{endpoint.url} does not serve {name}", hint=did_you_mean(name, models, hint))
+    return EngineError(f"{endpoint.url} does not serve {name}", unknown=name, known=models, hint=hint)
 
 
 async def find_on_server(name: str, endpoint: Endpoint) -> None:

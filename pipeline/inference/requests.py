@@ -12,24 +12,20 @@ from typing import Any
 from pipeline.config import JUDGE_MODEL, Config
 from pipeline.config.sections import ANY_LANGUAGE, GenerateConfig
 from pipeline.digests import digest
-from pipeline.errors import ConfigError, did_you_mean
+from pipeline.errors import ConfigError
 from pipeline.sources import find_source
 from pipeline.tasks import TASKS, Tasks, wire_schema
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
 from pipeline.tasks.caption import max_tokens_of
-from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
+from pipeline.tasks.checks import CHECKING, RATE, REPAIR
 from pipeline.tasks.conditions import (
-    COLUMN,
     HAS_HUMAN_TEXT,
-    INTEGER,
     Condition,
-    ConditionError,
-    Names,
     drop_reason,
     parse_condition,
 )
 from pipeline.tasks.custom import CustomTask
-from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, prompt_texts, render
+from pipeline.tasks.prompts import DRAWS, prompt_texts, render
 from pipeline.text.language_codes import language_name
 from pipeline.types import DEFAULT_MODEL, Reply, Request, SampleBatch, Sampling, SourceTexts
 
@@ -237,12 +233,13 @@ def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]
     ladders |= {task.name: task.settings.model for task in tasks.custom if task.settings.model}
     for name, models in ladders.items():
         if name not in names:
-            hint = did_you_mean(name, names, f"use {', '.join(names)}")
-            raise ConfigError(f"task_models names a task that is not asked: {name}", hint=hint)
+            problem = f"task_models names a task that is not asked: {name}"
+            raise ConfigError(problem, unknown=name, known=names, hint=f"use {', '.join(names)}")
         for model in models:
             if model not in known:
-                hint = did_you_mean(model, known, "add it to models, with its model and base_url")
-                raise ConfigError(f"the task {name} names an unknown model: {model}", hint=hint)
+                problem = f"the task {name} names an unknown model: {model}"
+                hint = "add it to models, with its model and base_url"
+                raise ConfigError(problem, unknown=model, known=known, hint=hint)
         if name in (CHECKS, REPAIR.name) and len(models) > 1:
             raise ConfigError(f"task_models: {name} can have one model only", hint="remove the others")
     if config.generate.min_logprob is not None and max(map(len, ladders.values()), default=1) == 1:
@@ -254,8 +251,8 @@ def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]
     ladders.pop(CHECKS, None)
     if judge := config.judge_model:
         if judge not in (*known, JUDGE_MODEL):
-            hint = did_you_mean(judge, known, f"add its server: --judge {judge}@http://HOST:8000/v1")
-            raise ConfigError(f"the judge {judge} has no server", hint=hint)
+            hint = f"add its server: --judge {judge}@http://HOST:8000/v1"
+            raise ConfigError(f"the judge {judge} has no server", unknown=judge, known=known, hint=hint)
         ladders[RATE.name] = (judge,)
     full = {DEFAULT_MODEL: config.default_model}
     return tuple((task, tuple(full.get(name, name) for name in ladders[task])) for task in sorted(ladders))
@@ -372,106 +369,9 @@ def _values_of(sample_id: str, plan: RequestPlan, task: Task) -> dict[str, Any]:
     return {"draw": draw, "words": plan.generate.caption_words, "language": language}
 
 
-def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
-    """Render every prompt once (also for checks if `has_checks`). Raises ConfigError if one fails."""
-    if plan.generate.prompt_dir:
-        check_prompt_dir(plan.generate.prompt_dir, [*plan.tasks.asked, *(CHECKING if has_checks else ())])
-    folders = plan.prompt_dirs
-    context = tuple((name, "") for name in plan.context)
-    check_needs(plan)
-    if plan.generate.samples > 1 and max(map(plan.count_replies, plan.tasks.asked), default=1) == 1:
-        problem = "--samples chooses the best of several captions, but no task asks for captions"
-        raise ConfigError(problem, hint="leave out --samples")
-    for name, style in plan.pairs:
-        task = plan.tasks[name]
-        check_names(task, folders, plan.context)
-        for nulls in (False, True):
-            render(task, folders, context, _empty_results(plan, task, nulls=nulls), style=style)
-    if has_checks:
-        render(ANSWER, folders, question="?")
-        render(CLAIMS, folders, caption="", count=1)
-        render(CONFIRM, folders, question="?")
-        render(COVERS, folders, caption="", question="?")
-        render(RATE, folders, caption="", question="?", answer="")
-        render(REPAIR, folders, caption="", claims=())
-
-
 def result_name(name: str, style: str) -> str:
     """Return the name by which `needs` refers to a result: the caption style, or else the task."""
     return style if TASKS.get(name) and TASKS[name].has_styles else name
-
-
-def check_needs(plan: RequestPlan) -> None:
-    """Check the custom tasks. Raises ConfigError for a taken name, a missing input or an unknown result."""
-    available = {result_name(*pair) for pair in plan.pairs}
-    for task in plan.tasks.custom:
-        if task.name in TASKS or {task.name, task.name.replace("_", "-")} & {*plan.generate.caption_styles}:
-            problem = f"{task.name} is the name of a built-in task or of a caption style"
-            raise ConfigError(problem, hint="rename your task")
-        if not task.shows_image and not task.needs and not plan.context:
-            problem = f"the task {task.name} has no input: it uses no image, no result and no column"
-            hint = "name tasks in `needs` and use their results, or use columns: --columns context=NAME"
-            raise ConfigError(problem, hint=hint)
-        for need in task.needs:
-            if need not in available:
-                names = sorted(available - {task.name})
-                asked = f"this run has {', '.join(names)}; " if names else ""
-                more = f"{asked}add built-in tasks with --tasks, such as --tasks caption"
-                problem = f"the task {task.name} needs {need}, which this run does not have"
-                raise ConfigError(problem, hint=did_you_mean(need, names, more))
-    check_conditions(plan)
-    for name, style in plan.pairs:
-        if result_name(name, style) in plan.needed and len(plan.models_of(name)) > 1:
-            problem = f"the task {name} has several models, but another task needs its result"
-            raise ConfigError(problem, hint="name one model for it in task_models")
-    _ = plan.rounds  # raises ConfigError for circular needs
-
-
-def check_conditions(plan: RequestPlan) -> None:
-    """Raise ConfigError if a condition of a task is invalid."""
-    if taken := [name for name in IMAGE_SIZE if name in plan.context]:
-        hint = "rename the column in the source: conditions read the size of the image by this name"
-        raise ConfigError(f"a context column cannot be named {taken[0]}", hint=hint)
-    names = condition_names(plan)
-    known = [*dict.fromkeys(name for pair in plan.pairs for name in pair if name and pair[0] in TASKS)]
-    for key, text in plan.generate.when:
-        if key not in known:
-            problem = f"generate.when has {key}, which is not a built-in task or caption style of this run"
-            hint = did_you_mean(key, known, "a custom task has the key `when` in its own file")
-            raise ConfigError(problem, hint=hint)
-        check_condition(f"generate.when of {key}", text, names)
-    for task in plan.tasks.custom:
-        if task.settings.when:
-            read = {"row": names["row"]} if task.keep_if else names
-            check_condition(f"`when` of the task {task.name}", task.settings.when, read)
-        if task.keep_if:
-            own = names | {"results": {task.name: task.result_schema}}
-            check_condition(f"`keep_if` of the task {task.name}", task.keep_if, own)
-            if task.needs:
-                problem = f"the task {task.name} has `needs` and `keep_if`, but it is asked before all others"
-                raise ConfigError(problem, hint="leave out one of them")
-
-
-def condition_names(plan: RequestPlan) -> dict[str, dict[str, Any]]:
-    """Return the names that conditions may use, with their schemas, by namespace (conditions.Names)."""
-    row = dict.fromkeys(plan.context, COLUMN) | dict.fromkeys(IMAGE_SIZE, INTEGER)
-    results = {result_name(*pair): plan.tasks[pair[0]].result_schema for pair in plan.pairs}
-    return {"row": row, "results": results}
-
-
-def check_condition(where: str, text: str, names: Names) -> None:
-    """Raise ConfigError with the place of the condition if it is invalid."""
-    try:
-        parse_condition(text).check(names)
-    except ConditionError as error:
-        raise ConfigError(f"{where}, {error}", hint=error.hint) from None
-
-
-def _empty_results(plan: RequestPlan, task: Task, *, nulls: bool) -> Results:
-    """Return empty results for testing a template. With `nulls`, optional values are null."""
-    own = {task.name: task.empty_result(nulls=nulls) for task in plan.tasks.custom}
-    lists = {name for name in TASKS if TASKS[name].rows_field}
-    return [(need, json.dumps(own.get(need, [] if need in lists else ""))) for need in task.needs]
 
 
 def build_retry(request: Request, reply: Reply, flaw: str) -> Request:

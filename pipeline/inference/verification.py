@@ -12,13 +12,10 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from pipeline.config.sections import VerifyConfig
 from pipeline.digests import digest
-from pipeline.errors import ConfigError, did_you_mean
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import last_reply
-from pipeline.inference.requests import RequestPlan, check_condition, condition_names
-from pipeline.scenes.claims import extract_claims
+from pipeline.inference.requests import RequestPlan
 from pipeline.tables import ANNOTATION, RUBRIC
 from pipeline.tasks import find_broken_rule
 from pipeline.tasks.base import Task
@@ -37,7 +34,6 @@ from pipeline.tasks.checks import (
     count_claims,
     questions_about,
 )
-from pipeline.tasks.conditions import NUMBER, TEXT
 from pipeline.tasks.replies import parse_reply, read_fields
 from pipeline.text.vqa_answers import is_same_answer
 from pipeline.types import Request, SampleBatch
@@ -68,20 +64,6 @@ class Check(NamedTuple):
     weight: int = 1  # evidence of the answer for or against the claim
 
 
-def check_conditions(verify: VerifyConfig, plan: RequestPlan) -> None:
-    """Raise ConfigError if a condition of a check is invalid, or reads the score of a later check."""
-    asked = [*verify.checks, *["repair"] * verify.repair, *["judge"] * bool(verify.judge)]
-    for name, text in verify.when:
-        if name not in asked:
-            problem = f"verify.when has {name}, which is not a check of this run"
-            known = f"this run has {', '.join(asked) or 'no checks'}"
-            raise ConfigError(problem, hint=did_you_mean(name, asked, known))
-        earlier = (check for check in SCORES if check in asked and ORDER[check] < ORDER[name])
-        scores = [*map(SCORES.__getitem__, earlier), *LOG_PROBABILITIES * plan.generate.wants_logprobs]
-        names = {"scores": dict.fromkeys(scores, NUMBER), "text": {"task": TEXT, "style": TEXT}}
-        check_condition(f"verify.when of {name}", text, condition_names(plan) | names)
-
-
 def question_checks(row: dict[str, Any], enabled: Collection[str]) -> list[Check]:
     """Return the checks of a question, in order. `row` has the columns of tables.ANNOTATION and FILTERED."""
     question, answer = row["clean_question"], row["clean_answer"]
@@ -109,6 +91,8 @@ def rule_checks(caption: str) -> list[list[Check]]:
 
     Rules find the claims.
     """
+    from pipeline.scenes.claims import extract_claims  # compiles large patterns
+
     pairs = [(one.question, one.expected) for one in extract_claims(caption)]
     return [[Check("claims", *pair, claim=" ".join(pair), weight=MAX_EVIDENCE)] for pair in pairs]
 

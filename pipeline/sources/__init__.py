@@ -8,12 +8,11 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.config.sections import ImageFilterConfig
-from pipeline.errors import ConfigError, SourceError, did_you_mean
-from pipeline.images.near_duplicates import ImageKind
+from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import archive, benchmarks, documents, folder, listing, scenes, tables
 from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
-from pipeline.types import Rejected, Sample, Source
+from pipeline.types import ImageKind, Rejected, Sample, Source
 
 PHOTO_STYLES = ("plain", "detailed")  # default caption styles of photos
 SOURCES: tuple[SourceSpec, ...] = (
@@ -38,14 +37,12 @@ def find_source(name: str) -> SourceSpec:
     for spec in SOURCES:
         if spec.kind == name.partition(":")[0]:
             return spec
+    kinds, hint = [spec.kind for spec in SOURCES], "`synth doctor --sources` lists all sources"
     if Path(name).is_dir():
         hint = f"did you mean folder:{name}?"
     elif Path(name).is_file():
         hint = f"write the kind of the source before the path: KIND:{name}"
-    else:
-        known = f"known sources: {', '.join(spec.name for spec in SOURCES)}"
-        hint = did_you_mean(name, [spec.kind for spec in SOURCES]) or known
-    raise ConfigError(f"unknown source: {name}", hint=hint)
+    raise ConfigError(f"unknown source: {name}", unknown=name, known=kinds, hint=hint)
 
 
 def with_source_defaults(config: Config) -> Config:

@@ -6,12 +6,11 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from pipeline.config import CONTEXT, LARGE, Config
-from pipeline.errors import ConfigError, ImageError, SourceError, did_you_mean
+from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.images.isolation import check_all
-from pipeline.images.near_duplicates import ImageKind
 from pipeline.text.escape import printable
-from pipeline.types import RawSample, Rejected, Sample, Source
+from pipeline.types import ImageKind, RawSample, Rejected, Sample, Source
 
 DECK_TASKS = ("deck_qa",)
 LICENSE_FROM_OPTION = "unknown, unless --license states it; unknown images are pushed to a private repository"
@@ -110,8 +109,8 @@ def require_columns(columns: Iterable[str], known: Iterable[str], place: str = "
     """Raise SourceError if a column is not `known`. The hint lists the known ones after `place`."""
     known = list(known)
     if unknown := [column for column in columns if column not in known]:
-        hint = did_you_mean(unknown[0], known, f"{place}: {', '.join(known)}")
-        raise SourceError(f"no column is named {unknown[0]}", hint=hint)
+        hint = f"{place}: {', '.join(known)}"
+        raise SourceError(f"no column is named {unknown[0]}", unknown=unknown[0], known=known, hint=hint)
 
 
 def as_text(value: Any, name: str = "a context column") -> str:

@@ -16,12 +16,12 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import check_image, image_id, pdq_hash, prepare_image
-from pipeline.images.near_duplicates import MAX_NEAR_BITS, Hashes, ImageKind, as_hashes, image_distances
+from pipeline.images.near_duplicates import MAX_NEAR_BITS, Hashes, as_hashes, image_distances
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source, open_source
 from pipeline.storage.files import write_table
 from pipeline.tables import EXCLUSIONS
-from pipeline.types import Rejected, Sample, Source
+from pipeline.types import ImageKind, Rejected, Sample, Source
 
 CROPS = (1.0, 224 / 256)  # side lengths of square center crops, relative to the image's shorter side
 

@@ -30,7 +30,6 @@ from pipeline.images.near_duplicates import (
     COMPARED_COLUMNS,
     LOOK_ALIKE_ADVICE,
     MAX_NEAR_BITS,
-    ImageKind,
     compare_samples,
 )
 from pipeline.progress import Progress
@@ -68,7 +67,7 @@ from pipeline.tables import (
     SAMPLE_IMAGES,
     SOURCE_REJECTED,
 )
-from pipeline.types import Rejected, Sample, Source
+from pipeline.types import ImageKind, Rejected, Sample, Source
 
 READING_FILE, PARTS_FOLDER = "read.json", "parts"  # in the folder of the step
 PART_SECONDS = 30.0  # a stopped run on a slow source loses at most this much reading time

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from fsspec.core import url_to_fs
-
 from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
@@ -224,6 +222,8 @@ def find_remote_files(url: str, suffixes: tuple[str, ...]) -> SourceFiles:
 
     Raises SourceError if they cannot be listed.
     """
+    from fsspec.core import url_to_fs  # a slow import that local sources do not need
+
     with translate_store_errors(url):
         store, root = url_to_fs(url, skip_instance_cache=True)  # a cached listing may be stale
         infos: dict[str, dict[str, Any]] = {root: store.info(root)}

@@ -13,11 +13,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import pyarrow as pa
-from fsspec.utils import glob_translate
 
 from pipeline.config import CONTEXT, Config
 from pipeline.dataset.version import REJECTIONS_FILE
-from pipeline.errors import ImageError, SourceError, did_you_mean
+from pipeline.errors import ImageError, SourceError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.sources.base import SourceSpec, as_text, check_samples, require_columns
 from pipeline.sources.parquet import Tables, embedded_bytes, is_binary, is_list, is_text
@@ -445,6 +444,8 @@ def _declared_configs(configs: Any, paths: list[str]) -> dict[str, FilesBySplit]
 
 def _compile_glob(pattern: str) -> re.Pattern[str]:
     """Compile a glob pattern from a card as `datasets` does: only `**` matches across folders."""
+    from fsspec.utils import glob_translate
+
     try:
         return re.compile(glob_translate(pattern))
     except (ValueError, re.error):  # `**` within a name
@@ -468,8 +469,8 @@ def _choose_files(
             return files
         folders_of_files = (path.rpartition("/")[0].partition("/")[0] for path in paths)
         known = sorted({*configs, *folders_of_files} - {""})
-        hint = did_you_mean(config, known, f"it has {', '.join(known) or 'one table'}")
-        raise SourceError(f"{repo} has no config {config}", hint=hint)
+        hint = f"it has {', '.join(known) or 'one table'}"
+        raise SourceError(f"{repo} has no config {config}", unknown=config, known=known, hint=hint)
     if DEFAULT_CONFIG in configs:
         return configs[DEFAULT_CONFIG]
     first, *others = configs.values()

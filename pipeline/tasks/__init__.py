@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config.sections import TaskConfig
-from pipeline.errors import ConfigError, did_you_mean
+from pipeline.errors import ConfigError
 from pipeline.tasks import caption, deck_qa, qa
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import CHECKING
@@ -31,10 +31,8 @@ class Tasks:
     def __getitem__(self, name: str) -> Task:
         if name not in self._by_name:
             known = [task.name for task in self._by_name.values() if task not in CHECKING]
-            hint = (
-                did_you_mean(name, known) or f"known tasks: {', '.join(known)}; add your own with --task FILE"
-            )
-            raise ConfigError(f"unknown task: {name}", hint=hint)
+            hint = f"known tasks: {', '.join(known)}; add your own with --task FILE"
+            raise ConfigError(f"unknown task: {name}", unknown=name, known=known, hint=hint)
         return self._by_name[name]
 
     def describe(self, exclude: Iterable[str] = ()) -> list[Any]:

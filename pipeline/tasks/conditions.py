@@ -44,7 +44,7 @@ def drop_reason(task: str, unmet: str) -> str:
     return _DROPPED[unmet] + task
 
 
-def is_wanted(reason: str) -> bool:
+def is_no_loss(reason: str) -> bool:
     """Return whether a rejection is no loss: the settings ask for it, or the next model was asked."""
     reasons = (CONDITION_FALSE, HAS_HUMAN_TEXT, REPLACED)
     return reason in reasons or reason.startswith(_DROPPED[CONDITION_FALSE])

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pipeline.errors import ConfigError, did_you_mean
+from pipeline.errors import ConfigError
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tasks import TASKS, wire_schema
 from pipeline.tasks.base import Task
@@ -135,8 +135,8 @@ def render(
         if f"no attribute {style!r}" in str(error):  # the template maps styles to texts
             problem = f"no caption style {style} in the prompt {name}"
         others = "for your own, write a task of the kind caption, or a template (generate.prompt_dir)"
-        hint = did_you_mean(style, STYLES, f"built-in styles: {', '.join(STYLES)}; {others}")
-        raise ConfigError(problem, hint=hint) from None
+        hint = f"built-in styles: {', '.join(STYLES)}; {others}"
+        raise ConfigError(problem, unknown=style, known=STYLES, hint=hint) from None
     system = template(_system_of(task), folders).strip()
     return Prompt(_prompt_id(task, name, source, folders), system, text)
 
@@ -180,12 +180,10 @@ def check_names(task: Task, folders: Folders, columns: Sequence[str]) -> None:
         problem, hint = f"the prompt {name} is not a valid template: {line}{error}", "fix the template"
         raise ConfigError(problem, hint=hint) from None
     if unknown:
-        close = did_you_mean(f"row.{unknown[0]}", [f"row.{column}" for column in columns])
-        hint = f"map it: --columns context={','.join([*columns, *unknown])}"
-        hint = f"{close} if the column is {unknown[0]}: --columns context={unknown[0]}" if close else hint
-        raise ConfigError(
-            f"the prompt {name} uses row.{unknown[0]}, which is not a context column", hint=hint
-        )
+        problem = f"the prompt {name} uses row.{unknown[0]}, which is not a context column"
+        hint = f"to use the column {unknown[0]}: --columns context={','.join([*columns, *unknown])}"
+        known = [f"row.{column}" for column in columns]
+        raise ConfigError(problem, unknown=f"row.{unknown[0]}", known=known, hint=hint)
     if unneeded := sorted(results - {*task.needs}):
         hint = f"write `needs: [{', '.join([*task.needs, unneeded[0]])}]`"
         raise ConfigError(

@@ -9,7 +9,6 @@ from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 from pipeline.tasks.base import Task
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.custom import NOTHING_FOUND
-from pipeline.text.artifacts import opens_chat
 from pipeline.types import Reply, Request
 
 MAX_BRACES = 32  # number of opening braces at which parsing is tried
@@ -109,6 +108,8 @@ def _value(row: dict[str, Any]) -> Any:
 
 def plain_text(text: str) -> str:
     """Return a reply without its thoughts, a line like "Here is a caption:", and a code fence or quotes."""
+    from pipeline.text.artifacts import opens_chat  # compiles large patterns
+
     text = text.rpartition("</think>")[2].strip()
     first, _, rest = text.partition("\n")
     if first.rstrip().endswith(":") and opens_chat(first):
@@ -125,6 +126,8 @@ def plain_text(text: str) -> str:
 
 def _is_plain(text: str, *, may_be_code: bool) -> bool:
     """Return whether a reply is the text alone. Text that is read from an image may be code."""
+    from pipeline.text.artifacts import opens_chat
+
     if not text or text.startswith(_NOT_PLAIN) or opens_chat(text):
         return False
     return may_be_code or not (text.startswith("{") or isinstance(_parse(text), dict | list))

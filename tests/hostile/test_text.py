@@ -182,7 +182,7 @@ def test_commands_escape_control_characters_for_terminal(tmp_path: Path) -> None
         source = ("--source", f"folder:{photos.name}", *server)
         require_printable("generate", *source, "--language", "any")
         require_printable("preview", *source)
-        require_printable("generate", *source, "--estimate")
+        require_printable("estimate", *source)
         require_printable("generate", *source, "--model", "another")
         refusal = Act(status=400, raw=b'{"error":{"message":"no: \\u001b]52;c;AAAA\\u0007"}}')
         chat.script = lambda times, body: refusal

@@ -24,7 +24,7 @@ COMMANDS = {
     "generate": ("generate", *IMAGES),
     "generate again": ("generate", "--title", "Other", *IMAGES),
     "preview": ("preview", *IMAGES),
-    "estimate": ("generate", "--estimate", *IMAGES),
+    "estimate": ("estimate", *IMAGES),
     "check": ("check", "data"),
     "repair": ("check", "data", "--repair"),
     "report": ("report", "data"),

@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
-from pipeline.inference.requests import build_requests, check_prompts, find_skipped
-from pipeline.inference.verification import check_conditions
+from pipeline.inference.request_checks import check_requests
+from pipeline.inference.requests import build_requests, find_skipped
 from pipeline.types import SourceTexts
 from tests.plans import request_plan
 
@@ -49,7 +49,7 @@ def test_task_is_asked_one_round_after_the_tasks_it_needs() -> None:
     plan = request_plan(config)
     rounds = [sorted(name for name, _ in part) for part in plan.rounds]
     assert rounds == [["a", "caption", "caption"], ["b"], ["c"]]
-    check_prompts(plan, has_checks=True)
+    check_requests(plan, config.verify)
 
 
 def test_tasks_with_keep_if_are_asked_first_and_conditions_before_their_tasks() -> None:
@@ -63,7 +63,7 @@ def test_tasks_with_keep_if_are_asked_first_and_conditions_before_their_tasks() 
     rounds = [[*dict.fromkeys(name for name, _ in part)] for part in plan.rounds]
     assert rounds == [["kind"], ["caption"], ["qa", "late"]]
     assert plan.needed == {"kind", "brief", "detailed"}
-    check_prompts(plan, has_checks=True)
+    check_requests(plan, config.verify)
     assert resolve(**config.model_dump(mode="json")) == config
 
 
@@ -87,22 +87,21 @@ def test_invalid_condition_in_settings_is_refused(section: str, when: dict[str, 
     sections[section] = sections[section] | {"when": when}
     config = resolve(source="folder:x", custom_tasks=[TEXT], tasks=["caption", "qa"], **sections)
     with pytest.raises(ConfigError) as raised:
-        check_prompts(request_plan(config), has_checks=True)
-        check_conditions(config.verify, request_plan(config))
+        check_requests(request_plan(config), config.verify)
     assert complaint in str(raised.value) and raised.value.hint
 
 
 def test_context_column_with_the_name_of_the_image_size_is_refused() -> None:
     config = resolve(source="folder:x", tasks=["caption"], columns={"context": "width_px"})
     with pytest.raises(ConfigError, match="cannot be named width_px") as raised:
-        check_prompts(request_plan(config), has_checks=False)
+        check_requests(request_plan(config), config.verify)
     assert "rename the column" in str(raised.value.hint)
 
 
 def test_conditions_of_checks_read_log_probabilities_that_servers_are_asked_for() -> None:
     verify = {"checks": ["claims"], "when": {"claims": "scores.logprob_mean < -1"}}
     config = resolve(source="folder:x", tasks=["caption"], verify=verify, generate={"logprobs": True})
-    check_conditions(config.verify, request_plan(config))
+    check_requests(request_plan(config), config.verify)
 
 
 def test_image_with_human_texts_is_asked_only_for_results_that_other_tasks_read() -> None:
@@ -160,7 +159,7 @@ def test_invalid_task_is_refused_with_hint(text: str, complaint: str, tmp_path: 
     with pytest.raises(ConfigError) as raised:
         styles = {"caption_styles": ["plain", "alt-x"]}
         config = resolve(source="folder:x", custom_tasks=[tmp_path / "t.yaml"], generate=styles)
-        check_prompts(request_plan(config), has_checks=True)
+        check_requests(request_plan(config), config.verify)
     assert complaint in str(raised.value) and raised.value.hint
 
 

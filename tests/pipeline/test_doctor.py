@@ -15,21 +15,14 @@ from pipeline.install import installed_version
 @pytest.mark.parametrize(
     ("sizes", "is_ok", "result"),
     [
-        (
-            {"0": (80.0, 2.0), "1": (80.0, 79.0)},
-            True,
-            "2 visible, at best 79 of 80 GiB free",
-        ),
+        ({"0": (80.0, 2.0), "1": (80.0, 79.0)}, True, "2 visible, at best 79 of 80 GiB free"),
         ({"0": (15.0, 3.0)}, False, "1 visible, at best 3 of 15 GiB free"),
         ({"0": None}, False, "nvidia-smi states no memory"),
         ({}, False, "none"),
     ],
 )
 def test_doctor_judges_the_gpu_with_most_free_memory(
-    sizes: dict[str, Any],
-    is_ok: bool,  # noqa: FBT001
-    result: str,
-    monkeypatch: pytest.MonkeyPatch,
+    sizes: dict[str, Any], *, is_ok: bool, result: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "visible_gpus", lambda: tuple(sizes))
     monkeypatch.setattr(doctor, "gpu_memory_gib", lambda gpus: sizes[gpus[0]])

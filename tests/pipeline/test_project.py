@@ -9,7 +9,7 @@ import yaml
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
-from pipeline.inference.requests import check_prompts
+from pipeline.inference.request_checks import check_requests
 from pipeline.project import write_project
 from pipeline.sources import with_source_defaults
 from pipeline.tasks import TASKS
@@ -38,7 +38,7 @@ def test_unchanged_example_tasks_are_valid(tmp_path: Path) -> None:
     settings, _, tasks = write_project(tmp_path)
     files = sorted(tasks.glob("*.yaml"))
     config = resolve(settings, custom_tasks=files, tasks=("caption",), columns={"context": "title"})
-    check_prompts(request_plan(with_source_defaults(config)), has_checks=True)
+    check_requests(request_plan(with_source_defaults(config)), config.verify)
     assert config.tasks == ("caption", *(path.stem for path in files)) and len(files) == 6
 
 

@@ -11,9 +11,10 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.errors import ConfigError
+from pipeline.executors.messages import NoRowsError, require_rows
 from pipeline.plan import Plan, refuse_other_source
 from pipeline.progress import NullProgress
-from pipeline.run import NoRowsError, require_rows
+from pipeline.run import STEPS
 from pipeline.storage.object_store import parse_dataset_path
 
 
@@ -63,5 +64,5 @@ def test_option_of_another_executor_is_refused(
 def test_run_whose_images_are_all_dropped_names_the_condition(tmp_path: Path) -> None:
     plan = Plan.resolve(resolve(source="folder:x", tasks=["caption"]), DatasetDir(tmp_path))
     with pytest.raises(NoRowsError, match=r"no version was made: dropped by kind: 80 annotations$") as raised:
-        require_rows(plan, [StepSummary("validate", "annotations", 80, 0, {"dropped_by_kind": 80})])
+        require_rows(plan, STEPS, [StepSummary("validate", "annotations", 80, 0, {"dropped_by_kind": 80})])
     assert "max_attempts" not in str(raised.value.hint)

@@ -351,6 +351,3 @@ def test_invalid_judge_is_refused_without_request(tmp_path: Path, model: Model, 
         done = run(tmp_path, server, *CAPTIONS, "--judge", name)
         assert complaint in read_failure(done)[0], done.stderr
     assert not model.requests
-    (tmp_path / "synth.yaml").write_text("verify: {judge_may_be_writer: true}\n")
-    server.script = lambda times, body: (rate if "wrong_words" in json.dumps(body) else model)(times, body)
-    generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--judge", f"model@{server.url}")

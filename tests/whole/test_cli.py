@@ -63,14 +63,14 @@ def test_source_list_is_printed_as_json(synth: Run) -> None:
 
 
 def test_estimate_predicts_cost_and_keeps_paid_replies(synth: Run, tmp_path: Path) -> None:
-    command = ("generate", "--source", "scenes", "--limit", "40", "--tasks", "caption", "--out", "d")
-    estimate = read_result(synth(*command, "--estimate", "--json"))
+    options = ("--source", "scenes", "--limit", "40", "--tasks", "caption", "--out", "d")
+    estimate = read_result(synth("estimate", *options, "--json"))
     assert (estimate["sampled_images"], estimate["asked"], estimate["requests"]) == (32, 64, 80)
     assert 0 < estimate["hours"] < 1
     assert (estimate["remaining_images"], estimate["remaining_requests"]) == (8, 16)
     assert estimate["reply_tokens"] > 8 * 2 * 10
     assert not list(tmp_path.rglob("v1*"))
-    done = synth(*command)
+    done = synth("generate", *options)
     assert "sent 16 requests for 80 replies" in done.stderr
     written_bytes = sum(path.stat().st_size for path in (tmp_path / done.stdout.strip()).glob("*.parquet"))
     assert 0.3 < estimate["bytes"] / written_bytes < 3

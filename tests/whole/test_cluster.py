@@ -288,5 +288,5 @@ def test_unreachable_cluster_is_an_error(chat: ChatServer, tmp_path: Path) -> No
     error, hint = read_failure(run_synth(*command, "--out", "d", cwd=tmp_path, env=environment))
     assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint
     assert not chat.bodies
-    for flags in (("--executor", "local", "--shards", "3"), ("--estimate",)):
-        assert run_synth(*command, *flags, cwd=tmp_path).returncode == 2
+    local = ("--executor", "local", "--shards", "3")
+    assert run_synth(*command, *local, cwd=tmp_path).returncode == 2

@@ -48,7 +48,7 @@ def test_estimate_warns_if_the_number_of_images_is_unknown(tmp_path: Path) -> No
     with running_chat(ChatServer()) as chat:
         for options, warns in (((), True), (("--limit", "33"), False)):
             server = ("--base-url", chat.url, "--model", "model", "--out", f"d{len(options)}")
-            source = ("--source", "pdf-pages:long.pdf", "--tasks", "caption", "--estimate")
-            done = run_synth("generate", *source, *server, *options, cwd=tmp_path)
+            source = ("--source", "pdf-pages:long.pdf", "--tasks", "caption")
+            done = run_synth("estimate", *source, *server, *options, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
             assert ("the number of images is unknown" in done.stderr) == warns

@@ -163,7 +163,7 @@ def test_only_images_without_captions_are_asked(photos: Path, server: ChatServer
 
 def test_only_missing_captions_or_questions_are_asked(photos: Path, server: ChatServer, model: Model) -> None:
     options = ("--base-url", server.url, "--styles", "detailed", "--only-missing")
-    predicted = generate_json(photos, "generate", "--tasks", "caption", *options, "--estimate")
+    predicted = generate_json(photos, "estimate", "--tasks", "caption", *options)
     expected = {"images": COUNT, "requests": COUNT // 2, "sampled_images": COUNT}
     assert expected.items() <= predicted.items()
     model.requests.clear()

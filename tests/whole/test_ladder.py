@@ -73,10 +73,10 @@ class Servers:
         }  # fmt: skip
         (self.folder / "synth.yaml").write_text(yaml.safe_dump(values | settings))
 
-    def generate(self, out: str, *options: str) -> dict[str, Any]:
-        """Run with the written settings, and return the printed result."""
-        command = ("generate", "--config", "synth.yaml", "--out", out, "--json", *options)
-        return read_result(run_synth(*command, cwd=self.folder))
+    def generate(self, out: str, *options: str, command: str = "generate") -> dict[str, Any]:
+        """Run a command with the written settings, and return the printed result."""
+        arguments = ("--config", "synth.yaml", "--out", out, "--json", *options)
+        return read_result(run_synth(command, *arguments, cwd=self.folder))
 
     def requests(self) -> tuple[int, int]:
         """Return the requests for captions that the small and the large model got since the last call."""
@@ -171,7 +171,7 @@ def test_model_that_repairs_is_a_writer(servers: Servers) -> None:
 
 def test_estimate_states_requests_and_cost_of_each_model_and_of_the_ladder(servers: Servers) -> None:
     servers.write({"caption": ["small", "large"]})
-    estimate = servers.generate("d", "--estimate")
+    estimate = servers.generate("d", command="estimate")
     assert estimate["lost_by"] == {"verify: false_claim": 3, "write: no_annotation_left": 3}
     assert estimate["lost_share"][0] < 3 / COUNT
     assert estimate["requests"] + estimate["verify_requests"] == estimate["asked"]

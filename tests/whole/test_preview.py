@@ -1,4 +1,4 @@
-"""Before a run: `preview` shows replies, and `--estimate` predicts costs and rejections."""
+"""Before a run: `preview` shows replies, and `estimate` predicts costs and rejections."""
 
 import json
 from collections.abc import Iterator
@@ -88,8 +88,8 @@ def test_preview_without_a_usable_text_states_each_reason(photos: Path, server: 
 
 def test_estimate_counts_verification_retries_rejections_and_cost(photos: Path, server: ChatServer) -> None:
     data = ("--source", "folder:photos", "--base-url", server.url, "--tasks", "caption")
-    command = ("generate", *data, "--verify", "claims", "--price-in", "2", "--price-out", "4")
-    done = run(photos, *command, "--estimate", "--json")
+    options = (*data, "--verify", "claims", "--price-in", "2", "--price-out", "4")
+    done = run(photos, "estimate", *options, "--json")
     predicted = json.loads(done.stdout)
     assert (predicted["sampled_images"], predicted["images"], predicted["remaining_images"]) == (12, 12, 0)
     assert predicted["requests"] == 24
@@ -101,17 +101,17 @@ def test_estimate_counts_verification_retries_rejections_and_cost(photos: Path, 
     assert "6 too short" in done.stderr or "6 filter: too short" in done.stderr
     assert not (photos / "data/folder-photos/.trial").exists()
     num_requests = len(server.bodies)
-    made = json.loads(run(photos, *command, "--json").stdout)
+    made = json.loads(run(photos, "generate", *options, "--json").stdout)
     assert len(server.bodies) == num_requests
     assert made["requests"]["asked"] == 0
     kept = made["steps"]
     assert predicted["annotations"] == kept["validate"]["input"]
     assert predicted["kept_annotations"] == kept["review"]["kept"]
     assert predicted["kept_images"] == kept["write"]["kept"]
-    again = json.loads(run(photos, *command, "--estimate", "--json").stdout)
+    again = json.loads(run(photos, "estimate", *options, "--json").stdout)
     assert (again["asked"], again["remaining_images"], again["cost"]) == (0, 0, 0)
     assert again["kept_images"] == kept["write"]["kept"]
-    shown = run(photos, *command, "--estimate").stdout.splitlines()
+    shown = run(photos, "estimate", *options).stdout.splitlines()
     assert shown[0].startswith("sample: 12 images, 0 requests")
     assert shown[1].startswith("still to do: 0 images, about 0 requests, 0 s, cost 0 (")
     assert shown[2].startswith("all 12 images: about 24 requests and ")

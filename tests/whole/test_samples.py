@@ -107,7 +107,7 @@ def test_trl_trains_on_exported_pairs(chosen: Chosen, folder: Path) -> None:
 
 
 def test_estimate_does_not_count_selection_as_rejection(folder: Path) -> None:
-    command = ("generate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--out", "dry")
-    predicted = json.loads(run_synth(*command, "--estimate", "--json", cwd=folder).stdout)
+    command = ("estimate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--out", "dry")
+    predicted = json.loads(run_synth(*command, "--json", cwd=folder).stdout)
     assert not any(name.startswith("select") for name in predicted["lost_by"])
     assert predicted["lost_share"][0] < 0.3

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.card import list_training_data
 from pipeline.dataset.directory import LOCK_FILE, DatasetDir
-from pipeline.errors import ConfigError, TrainError, did_you_mean, one_line
+from pipeline.errors import ConfigError, TrainError, one_line
 from pipeline.hub_errors import HUB_NAME, translate_hub_errors
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
@@ -19,10 +20,12 @@ MAX_CONFIG_BYTES = 10_000_000
 READ_ERRORS = (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError)
 
 
+@cache
 def find_captioner(name: str | Path) -> Path:
     """Return a captioner's folder. Downloads its files (but no code) if `name` is a Hub repository.
 
-    Raises TrainError if there is no captioner, or if the Hub does not answer and the captioner is not cached.
+    Repeated calls return the same commit of a repository. Raises TrainError if there is no captioner, or if
+    the Hub does not answer and the captioner is not in its cache.
     """
     match = HUB_NAME.fullmatch(str(name))
     if not match or Path(name).exists():
@@ -65,8 +68,8 @@ def require_learned(prompts: Sequence[tuple[str, str]], style: str | None = None
     elif not styles:
         raise TrainError("the captioner was trained only on questions", hint="ask a question: --question")
     elif style and style not in styles:
-        hint = did_you_mean(style, styles, f"choose one of {', '.join(styles)}")
-        raise TrainError(f"the captioner was not trained on the style {style}", hint=hint)
+        problem = f"the captioner was not trained on the style {style}"
+        raise TrainError(problem, unknown=style, known=styles, hint=f"choose one of {', '.join(styles)}")
 
 
 def require_prompt(folder: Path, style: str | None, question: str = "") -> None:

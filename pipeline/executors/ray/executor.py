@@ -164,7 +164,6 @@ def open_executor(
         local = [engine.name for engine in engines if not engine.urls]
         workers = plan_workers(options.workers, loads_model=bool(local), own_server="vllm" in local)
         write_json(dataset.path / "shards" / "shards.json", {"shards": shard_count})
-        write_json(dataset.run_file, config.recorded())
         _forget_local_run(dataset, steps)
         kinds = {name: engine.name for name, engine in plan.engines.items()}
         run = ShardedRun(plan, Path.cwd(), shard_count, kinds, digest(named_files(plan)))

@@ -43,37 +43,27 @@ def test_undetectable_language_of_a_task_is_reported_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "judge",
+    ("judge", "problem"),
     [
-        "org/model@http://host:8000/v1",
-        "model@0123abcd@https://host/api/v1/",  # with a revision, as `synth serve` names a model
-        "model",
-        "llava:7b",
-        "/models/Qwen2.5-VL@http://host:8000/v1",
+        ("org/model@http://host:8000/v1", ""),
+        ("model@0123abcd@https://host/api/v1/", ""),  # with a revision, as `synth serve` names a model
+        ("model", ""),
+        ("llava:7b", ""),
+        ("/models/Qwen2.5-VL@http://host:8000/v1", ""),
+        ("http://host/v1", "is not a model and its server"),
+        ("model@host:8000/v1", "is not a model and its server"),
+        ("a model@http://host/v1", "is not a model and its server"),
+        ("@http://host/v1", "is not a model and its server"),
+        ("", "is not a model and its server"),
+        ("model@http://host:99999/v1", "Port out of range"),
     ],
 )
-def test_judge_is_a_model_with_an_optional_server_address(judge: str) -> None:
-    assert resolve(source="scenes", verify={"judge": judge}).verify.judge == judge
-
-
-@pytest.mark.parametrize(
-    "judge",
-    [
-        "http://host/v1",
-        "model@host:8000/v1",
-        "a model@http://host/v1",
-        "@http://host/v1",
-        "",
-    ],
-)
-def test_judge_without_a_model_or_with_a_bad_address_is_refused(judge: str) -> None:
-    with pytest.raises(ConfigError, match=r"verify\.judge: .* is not a model and its server"):
-        resolve(source="scenes", verify={"judge": judge})
-
-
-def test_judge_with_an_impossible_port_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"verify\.judge: Port out of range"):
-        resolve(source="scenes", verify={"judge": "model@http://host:99999/v1"})
+def test_judge_is_a_model_with_an_optional_server_address(judge: str, problem: str) -> None:
+    if problem:
+        with pytest.raises(ConfigError, match=rf"verify\.judge: .*{problem}"):
+            resolve(source="scenes", verify={"judge": judge})
+    else:
+        assert resolve(source="scenes", verify={"judge": judge}).verify.judge == judge
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,13 @@ from pipeline.images.near_duplicates import (
     COMPARED_COLUMNS,
     MAX_COPY_BITS,
     MAX_NEAR_BITS,
-    ImageKind,
     as_hashes,
     compare_samples,
     image_distances,
     near_hashes,
 )
 from pipeline.tables import SPLIT_RANK
+from pipeline.types import ImageKind
 
 COUNT = 60
 

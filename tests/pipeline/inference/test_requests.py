@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from pipeline.config.files import resolve
+from pipeline.config.sections import VerifyConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError
 from pipeline.inference import protocol
 from pipeline.inference.protocol import Dialect
-from pipeline.inference.requests import RequestPlan, build_requests, check_prompts
+from pipeline.inference.request_checks import check_requests
+from pipeline.inference.requests import RequestPlan, build_requests
 from pipeline.plan import Model, Plan
 from pipeline.sources import with_source_defaults
 from pipeline.tasks.checks import ANSWER, BLIND, CLAIMS, COVERS, REPAIR
@@ -219,4 +221,4 @@ def test_task_with_a_ladder_cannot_be_needed_by_another_task() -> None:
     ladder = {"caption": ["small", "large"]}
     plan = plan_with_models(custom_tasks=[NOTES | {"needs": ["brief"]}], task_models=ladder, **settings)
     with pytest.raises(ConfigError, match="caption has several models, but another task needs its result"):
-        check_prompts(plan, has_checks=False)
+        check_requests(plan, VerifyConfig())
