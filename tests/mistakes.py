@@ -98,13 +98,8 @@ MISTAKES = (
         "photo", add_table,
     ),
     Mistake(
-        "list of no images", "generate --source list:prices.csv", "prices.csv has no column of images",
-        "file_name",
-        add("prices.csv id,price\n1,2\n"),
-    ),
-    Mistake(
         "images by URL", f"generate --source parquet:urls.parquet --columns image=image {EMBEDDED}",
-        "2 image not embedded", "--allow-urls", add_urls,
+        "2 image not embedded", "docs/sources.md", add_urls,
     ),
     Mistake(
         "no network", f"{PHOTOS} --engine embedded --model Qwen/Nope", "127.0.0.1:9 does not answer",

@@ -98,7 +98,6 @@ OPTIONS = (
     RunOption("--captions", list[Path], IMAGES,
         "File of human captions or questions for a folder: COCO, Karpathy, CSV, JSON lines. Repeatable.",
         is_common=True),
-    RunOption("--allow-urls", bool, IMAGES, "Download images that rows name by URL."),
     RunOption("--follow-links", bool, IMAGES, "Follow symlinks to files outside of the folder."),
     RunOption("--exclude", list[str], IMAGES,
         "Leave out the images of this source, e.g. flickr30k#test. Repeatable.", metavar="SOURCE[#SPLIT]"),

@@ -77,8 +77,6 @@ class Config(Section):
     """
     drop_context: bool = False
     """Use the columns of `context` in prompts only, and do not store them in versions."""
-    allow_urls: bool = False
-    """Download images that rows name by URL, from public addresses."""
     follow_links: bool = False
     """Read files outside of the folder that links in it lead to. They are published with the dataset."""
     limit: Annotated[int, Field(ge=1)] | None = None

@@ -16,7 +16,7 @@ from pipeline.tasks.checks import ANSWER, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
 from pipeline.tasks.custom import own_columns
 from pipeline.tasks.prompts import prompt_texts
 
-LOCAL_SOURCES = ("folder", "archive", "list", "parquet", "pdf", "pdf-pages", "video")
+LOCAL_SOURCES = ("folder", "archive", "parquet", "pdf", "pdf-pages", "video")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.config.sections import ImageFilterConfig
 from pipeline.errors import ConfigError, SourceError
-from pipeline.sources import archive, benchmarks, documents, folder, listing, scenes, tables
+from pipeline.images.near_duplicates import ImageKind
+from pipeline.sources import archive, benchmarks, documents, folder, scenes, tables
 from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
 from pipeline.types import ImageKind, Rejected, Sample, Source
@@ -20,7 +21,6 @@ SOURCES: tuple[SourceSpec, ...] = (
     scenes.DECK_SPEC,
     folder.SPEC,
     archive.SPEC,
-    listing.SPEC,
     documents.PDF,
     documents.PDF_PAGES,
     documents.VIDEO,

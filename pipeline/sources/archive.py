@@ -1,25 +1,22 @@
-"""Source: images in zip and tar archives, including WebDataset shards (`archive:PATH`).
+"""Source: images in tar files, such as WebDataset shards (`archive:PATH`).
 
 Nothing is unpacked to disk, and each archive is read once. As in WebDataset, texts are next to their image:
 `NAME.txt` holds captions of an image, one per line. `NAME.json` may hold captions, questions, a split and
 columns for prompts. Texts without an image next to them are rejected.
 
-Archives are untrusted. Links, devices, encrypted entries, oversized entries and names that lead out of the
-archive are rejected. A damaged archive or a decompression bomb raises SourceError.
+Archives are untrusted. Links, devices, oversized entries and names that lead out of the archive are rejected.
+A damaged archive or a decompression bomb raises SourceError.
 """
 
 import gzip
 import posixpath
 import re
-import stat
-import struct
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from pipeline.config import Config
 from pipeline.errors import SourceError, one_line
@@ -42,13 +39,11 @@ from pipeline.storage.untrusted import is_hidden
 from pipeline.tables import SPLIT
 from pipeline.types import UNKNOWN, RawSample, Rejected, Source
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TEXT_SUFFIXES = (".txt", ".json")
 MAX_TEXT_BYTES = 1_000_000  # per text file
 MAX_HEADER_BYTES = 1_000_000  # tar header that holds a long name
 MAX_MEMBERS = 1_000_000
-# Central directory of a zip file. zipfile uses up to 20 times as much memory.
-MAX_DIRECTORY_BYTES = 64_000_000
 # An archive of N bytes may unpack to N * MAX_UNPACK_RATIO + FREE_UNPACKED_BYTES bytes.
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000
 # Limits for consecutive entries with the same key, which are held in memory together.
@@ -57,28 +52,15 @@ COLUMN_GROUPS = 20  # number of groups whose texts are searched for the context 
 BLOCK_BYTES = 1 << 20
 MAX_NAME_CHARACTERS = 1_000
 UNPACK_HINT = "unpack it, and pass the folder: --source folder:DIR"
+_BOMB_HINT = f"it may be a decompression bomb; if you trust it, {UNPACK_HINT}"
 _DRIVE = re.compile(r"[A-Za-z]:")
-# With any other method, zipfile unpacks an entry all at once, whatever size the directory states.
-_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_DAMAGES = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    MemoryError,
-    struct.error,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-)
+_GZIP_MAGIC = b"\x1f\x8b"
+_DAMAGES = (tarfile.TarError, zlib.error, EOFError, MemoryError, ValueError, LookupError)
 REASONS = {
     "outside_archive": "its name leads out of the archive",
     "name_too_long": "its name is too long",
     "not_a_file": "a link, a pipe or a device, not a regular file",
     "file_too_large": f"more than {MAX_IMAGE_BYTES:,} bytes, or {MAX_TEXT_BYTES:,} in a text file",
-    "encrypted": "it is encrypted",
-    "unreadable_entry": "it is damaged, or not compressed with deflate",
     "unsupported_format": "this format is not supported: convert the file to JPEG or PNG",
     "unreadable_text": "its characters are not in UTF-8",
     "unused_text": "no image of its name is next to it",
@@ -110,16 +92,18 @@ def read_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
     Raises SourceError if the archive is damaged or a decompression bomb.
     """
     try:
-        magic = file.read(2)
+        is_packed = file.read(2) == _GZIP_MAGIC
         file.seek(0)
-        if magic == b"PK":
-            yield from _read_zip(file, name)
-        else:
-            packed = _CountedFile(file)
-            # GzipFile reads concatenated streams, and never returns more bytes than requested.
-            unpacked = gzip.GzipFile(fileobj=cast(Any, packed)) if magic == b"\x1f\x8b" else packed
-            counted = _CountedFile(unpacked, lambda size: _require_no_bomb(name, size, packed.num_bytes))
-            yield from _read_tar(counted, name)
+        packed = _CountedFile(file)
+        # GzipFile reads concatenated streams, and never returns more bytes than requested.
+        unpacked = gzip.GzipFile(fileobj=cast(Any, packed)) if is_packed else packed
+
+        def require_no_bomb(unpacked_bytes: int) -> None:
+            if unpacked_bytes > MAX_UNPACK_RATIO * packed.num_bytes + FREE_UNPACKED_BYTES:
+                sizes = f"from {packed.num_bytes:,} to over {unpacked_bytes:,} bytes"
+                raise SourceError(f"{name} unpacks {sizes}", hint=_BOMB_HINT)
+
+        yield from _read_tar(_CountedFile(unpacked, require_no_bomb), name)
     except (OSError, *_DAMAGES) as error:
         if isinstance(error, OSError) and error.errno is not None:  # an error of the disk, not of a decoder
             raise
@@ -187,15 +171,17 @@ def _read_tar(stream: _CountedFile, name: str) -> Iterator[Entry]:
     with tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_StrictTarInfo) as tar:
         for number, member in enumerate(tar, 1):
             tar.members = []  # type: ignore[attr-defined]  # otherwise, tarfile keeps every header
-            _require_few_members(name, number)
-            is_file = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
-            content = tar.extractfile(member) if is_file else None
-            entry_name = _readable_name(member.name)
-            if _is_wanted(entry_name):
-                if content is None or not member.isreg():
-                    yield Entry(entry_name, None, "not_a_file")
-                else:
-                    yield _read_entry(entry_name, member.size, content.read)
+            if number > MAX_MEMBERS:
+                raise SourceError(f"{name} has more than {MAX_MEMBERS:,} members", hint=_BOMB_HINT)
+            has_content = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+            content = tar.extractfile(member) if has_content else None
+            # Windows writes backslashes, and a name may have characters that UTF-8 cannot encode.
+            forward = member.name.replace("\\", "/").removeprefix("./")
+            entry_name = forward.encode("utf-8", "backslashreplace").decode()
+            if content is not None and member.isreg() and _is_wanted(entry_name):
+                yield _read_entry(entry_name, member.size, content)
+            elif _is_wanted(entry_name):
+                yield Entry(entry_name, None, "not_a_file")
             # Read to the end: tarfile would skip the remaining bytes without noticing a truncated file.
             while content is not None and content.read(BLOCK_BYTES):
                 pass
@@ -204,39 +190,7 @@ def _read_tar(stream: _CountedFile, name: str) -> Iterator[Entry]:
             raise SourceError(f"{name} has data after its end, like concatenated archives", hint=hint)
 
 
-def _read_zip(file: BinaryIO, name: str) -> Iterator[Entry]:
-    """Yield the wanted entries of a zip file, sorted by key. Only the last entry of a name is read."""
-    size = file.seek(0, 2)
-    end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
-    if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
-        raise _size_error(f"the file list of {name} has more than {MAX_DIRECTORY_BYTES:,} bytes")
-    with zipfile.ZipFile(file) as archive:
-        _require_few_members(name, len(archive.infolist()))
-        files = {_readable_name(info.filename): info for info in archive.infolist() if not info.is_dir()}
-        wanted = {name: files[name] for name in sorted(files, key=_key) if _is_wanted(name)}
-        _require_no_bomb(name, sum(info.file_size for info in wanted.values()), size)
-        yield from (_read_zip_entry(archive, entry_name, info) for entry_name, info in wanted.items())
-
-
-def _read_zip_entry(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> Entry:
-    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-        return Entry(name, None, "not_a_file")
-    if info.flag_bits & 1:
-        return Entry(name, None, "encrypted")
-
-    def read(max_bytes: int) -> bytes:
-        with archive.open(info) as content:
-            return content.read(max_bytes)
-
-    try:
-        if info.compress_type in _ZIP_METHODS:
-            return _read_entry(name, info.file_size, read)
-    except _DAMAGES:
-        pass
-    return Entry(name, None, "unreadable_entry")
-
-
-def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
+def _read_entry(name: str, size: int, content: IO[bytes]) -> Entry:
     if len(name) > MAX_NAME_CHARACTERS:
         return Entry(name[-MAX_NAME_CHARACTERS:], None, "name_too_long")
     if name.startswith("/") or ".." in name.split("/") or _DRIVE.match(name):
@@ -244,32 +198,13 @@ def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
     if _suffix(name) in UNREAD_SUFFIXES:
         return Entry(name, None, "unsupported_format")
     max_bytes = MAX_TEXT_BYTES if is_text(name) else MAX_IMAGE_BYTES
-    data = read(max_bytes + 1) if size <= max_bytes else b""
-    if size > max_bytes or len(data) > max_bytes:
+    if size > max_bytes:
         return Entry(name, None, "file_too_large")
+    data = content.read()
     try:
         return Entry(name, data, text=decode_text(data) if is_text(name) else None)
     except ValueError:
         return Entry(name, None, "unreadable_text")
-
-
-def _require_few_members(name: str, number: int) -> None:
-    if number > MAX_MEMBERS:
-        raise _size_error(f"{name} has more than {MAX_MEMBERS:,} members")
-
-
-def _require_no_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
-    if unpacked_bytes > MAX_UNPACK_RATIO * packed_bytes + FREE_UNPACKED_BYTES:
-        raise _size_error(f"{name} unpacks from {packed_bytes:,} to over {unpacked_bytes:,} bytes")
-
-
-def _size_error(message: str) -> SourceError:
-    return SourceError(message, hint=f"it may be a zip bomb; if you trust it, {UNPACK_HINT}")
-
-
-def _readable_name(name: str) -> str:
-    """Return an entry's name with forward slashes, and with characters escaped that UTF-8 cannot encode."""
-    return name.replace("\\", "/").encode("utf-8", "backslashreplace").decode().removeprefix("./")
 
 
 def _suffix(name: str) -> str:
@@ -360,7 +295,9 @@ def _open(config: Config, path: str) -> Source:
     Reading the source raises SourceError if an archive is damaged or no archive has an image.
     """
     refuse_roles(config, "an archive", "to use values of NAME.json in prompts: --columns context=A,B")
-    files = find_source_files(path, SUFFIXES, follow_links=config.follow_links)
+    files = find_source_files(path, (*SUFFIXES, ".zip"), follow_links=config.follow_links)
+    if zips := [name for name in files.names if name.lower().endswith(".zip")]:
+        raise SourceError(f"{zips[0]} is a zip file, which is not read", hint=UNPACK_HINT)
     if not files.names:
         hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
         raise SourceError(f"no archive at {path}", hint=hint)
@@ -441,9 +378,8 @@ def _split_of(archive: str) -> str | None:
 
 SPEC = SourceSpec(
     name="archive:PATH",
-    what="images in a zip or tar file (WebDataset), or in all under a folder; also s3://, gs://, hf:// and "
-    "https://",
-    example="synth generate --source archive:photos.zip",
+    what="images in a tar file (WebDataset), or in all under a folder; also s3://, gs://, hf:// and https://",
+    example="synth generate --source archive:photos.tar",
     open=_open,
     options=frozenset({"source_split", "columns", "license", "follow_links"}),
 )

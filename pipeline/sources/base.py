@@ -19,7 +19,6 @@ NAMED_ROWS = 3  # number of names that a message lists
 OPTIONS = {
     "source_split": "--split",
     "columns": "--columns",
-    "allow_urls": "--allow-urls",
     "follow_links": "--follow-links",
     "license": "--license",
     "frame_seconds": "--every",

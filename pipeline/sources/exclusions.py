@@ -118,9 +118,9 @@ def open_exclusions(config: Config) -> list[Exclusion]:
     exclusions = []
     for option in config.exclude:
         name, split = parse_exclusion(option)
-        shared = find_source(name).options & {"allow_urls", "frame_seconds"}
-        settings: dict[str, Any] = {setting: getattr(config, setting) for setting in shared}
-        settings["image_filter"] = {"enabled": False}
+        settings: dict[str, Any] = {"image_filter": {"enabled": False}}
+        if "frame_seconds" in find_source(name).options:
+            settings["frame_seconds"] = config.frame_seconds
         source = open_source(resolve(source=name, source_split=split, **settings))
         exclusions.append(Exclusion(option, f"{source.name}#{split}" if split else source.name, source))
     return exclusions

@@ -1,6 +1,6 @@
 """Read rows from Parquet files on a disk, on the Hub or in an object store, in small batches.
 
-A path in a row is never opened. A URL is fetched only if the user allows it (sources/image_urls.py).
+A path or URL in a row is never opened.
 """
 
 from collections import Counter
@@ -21,6 +21,10 @@ BATCH_ROWS = 16  # maximum number of rows without images to decode at once
 MAX_ROW_BYTES = 256_000_000  # maximum size of a row that has images
 MAX_TEXT_BYTES = 1_000_000  # maximum size of a row without images
 BUFFER_BYTES = 1 << 20  # per column stream, because a row group of photos may be half a gigabyte
+NAMED_IMAGES_HINT = (
+    "save them to a folder with a metadata.csv (file_name, caption), and pass --source folder:PATH; "
+    "docs/sources.md has commands that download URLs"
+)
 TableRow = tuple[str, str | None, dict[str, Any] | Rejected]  # (row name, split of its file, values)
 
 
@@ -187,26 +191,13 @@ def is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
-    """Return the image bytes that a cell holds, or fetch them from its URL if that is allowed.
-
-    Raises ImageError if the image is missing or too large.
-    """
-    if isinstance(value, dict):
-        path, value = value.get("path"), value.get("bytes")
-    else:
-        path = value if isinstance(value, str) else None
-    if not isinstance(value, bytes) and path:
-        is_url = str(path).startswith(("http://", "https://"))
-        if is_url and allow_urls:
-            from pipeline.sources.image_urls import fetch_image  # imports aiohttp
-
-            return fetch_image(str(path))
-        if is_url:
-            raise ImageError("image_not_embedded", "the row has a URL: pass --allow-urls to download it")
-        raise ImageError("image_is_a_path", "the row has a path, which is never opened")
-    if not isinstance(value, bytes) or not value:
+def embedded_bytes(value: Any) -> bytes:
+    """Return the image bytes that a cell holds. Raises ImageError if they are missing or too large."""
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
+    if not isinstance(data, bytes) and path:
+        raise ImageError("image_not_embedded", "the row has a path or URL, which is never opened")
+    if not isinstance(data, bytes) or not data:
         raise ImageError("image_missing", "the row has no image")
-    if len(value) > MAX_IMAGE_BYTES:
+    if len(data) > MAX_IMAGE_BYTES:
         raise ImageError("file_too_large", f"more than {MAX_IMAGE_BYTES:,} bytes")
-    return value
+    return data

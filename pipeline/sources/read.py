@@ -1,9 +1,7 @@
 """The read step writes images to the store (dataset/images.py), and a list of samples to the step's folder.
 
 A download may take hours, so SourceReader writes rows in parts, and the next run resumes after the last part.
-`read.json` records what was read. If the source and the files have not changed, the next run uses the files.
-If rows failed for temporary reasons, such as a host that did not answer, the next run reads all rows again,
-as long as the number of failures falls.
+`read.json` records the result. If the source and the files have not changed, the next run uses the files.
 """
 
 import secrets
@@ -50,6 +48,7 @@ from pipeline.sources.exclusions import (
     open_exclusions,
     write_exclusions,
 )
+from pipeline.sources.parquet import NAMED_IMAGES_HINT
 from pipeline.storage.files import (
     open_parquet,
     open_table,
@@ -72,10 +71,6 @@ from pipeline.types import ImageKind, Rejected, Sample, Source
 READING_FILE, PARTS_FOLDER = "read.json", "parts"  # in the folder of the step
 PART_SECONDS = 30.0  # a stopped run on a slow source loses at most this much reading time
 PART_ROWS = 16_384
-# Rows rejected for these reasons may be readable in another run or on another machine.
-PASSING_REASONS = frozenset(
-    ("url_unreachable", "host_given_up", "too_slow", "too_much_memory", "decoder_died")
-)
 READING = 4  # increase it when a change makes the same source yield other samples
 # Settings that determine which samples a source yields. Other settings belong to later steps, or enter the
 # key in another form.
@@ -84,14 +79,12 @@ READ_SETTINGS = (
     "source_split",
     "license",
     "columns",
-    "allow_urls",
     "follow_links",
     "frame_seconds",
     "image_filter",
 )
 ADVICE = {  # rejection reason -> what the user can change
-    "image_not_embedded": "the rows name images by URL: --allow-urls fetches them",
-    "image_is_a_path": "a table must hold image bytes; list:FILE reads images that a CSV or JSON file names",
+    "image_not_embedded": f"if the table names its images: {NAMED_IMAGES_HINT}",
     "unsupported_format": "convert the files to JPEG; HEIC needs the package pillow-heif (extra `heic`)",
     "several_images": "to read them as a deck: --columns pages=COLUMN",
     "too_many_pages": "split the decks into smaller ones",
@@ -105,8 +98,10 @@ ADVICE = {  # rejection reason -> what the user can change
     ),
     **LOOK_ALIKE_ADVICE,
     "banned_image": "they are in a dataset passed to --exclude",
-    "url_unreachable": "check the network, and run the same command again: it retries all images once",
-    "url_not_found": "the hosts have removed or block these images; to try again, use another --out folder",
+    **dict.fromkeys(
+        ("too_slow", "too_much_memory", "decoder_died"),
+        "to try these images again, for example on a larger machine, remove the folder steps/read",
+    ),
     "unreadable_folder": "change the permissions of the folders",
 }
 # In these rejections, the detail is the id or name of another image.
@@ -192,8 +187,7 @@ class SourceReader:
         """Record the result, so that the next run can use the files."""
         self.close()
         if self._parts is not None:
-            result = self._result | {"failures": count_failures(self.dataset)}
-            write_json(self._path, self._state() | {"result": result})
+            write_json(self._path, self._state() | {"result": self._result})
 
     def close(self) -> None:
         """Stop reading the source, and end the processes that decode or render its files."""
@@ -223,12 +217,7 @@ class SourceReader:
             if not is_done(self.dataset, "read", self._key):
                 return None
             listed = open_table(self.dataset.step_file("read")).read(["sample_id"])["sample_id"]
-            if self._store.find_missing(listed.to_pylist()):
-                return None
-            # Temporary failures are retried until a retry recovers nothing.
-            before = self._earlier["failures_before"]
-            is_final = not result["failures"] or (before is not None and result["failures"] >= before)
-            return dict(result) if is_final else None
+            return None if self._store.find_missing(listed.to_pylist()) else dict(result)
         except (OSError, LookupError, TypeError, AttributeError, SynthError):
             return None
 
@@ -242,12 +231,11 @@ class SourceReader:
     def _state(self) -> dict[str, Any]:
         excluded = self._excluded  # may write the file that is hashed next
         sha256 = file_digest(self.dataset.step_file("read", "exclusions"))
-        state = {"key": self._key, "exclusions": excluded, "excluded_sha256": sha256}
-        return state | {"failures_before": self._failures_before}
+        return {"key": self._key, "exclusions": excluded, "excluded_sha256": sha256}
 
     def _read_rows(self, limit: int | None) -> dict[str, Any]:
         """Read rows from the parts and the source, write the step's files, and return the result."""
-        parts = self._parts = self._parts or self._open_source(limit)
+        parts = self._parts = self._parts or self._open_source()
         kept = self._images.kept
         while (limit is None or len(kept) < limit) and (row := next(self._part_rows, None)) is not None:
             self._images.add(row)
@@ -283,27 +271,19 @@ class SourceReader:
         name = self._exclusion_index.find(row)
         return Rejected(source_row=row.source_row, reason="banned_image", detail=name) if name else row
 
-    def _open_source(self, limit: int | None) -> "SourceParts":
+    def _open_source(self) -> "SourceParts":
         """Open the source, skip the rows in the parts, and return the parts.
 
-        If the last of these rows is not in the same place, or if the last complete reading had temporary
-        failures, remove the parts (but not their images), and read all rows again.
+        If the last of these rows is not in the same place, remove the parts (but not their images), and read
+        all rows again.
         """
-        folder, result = self._path.with_name(PARTS_FOLDER), self._earlier.get("result")
-        self._failures_before = self._earlier.get("failures_before")
-        if result:
-            self._failures_before = result["failures"] if result["limit"] == limit else None
-            if result["failures"]:
-                remove(folder)
-        state = self._state()
+        folder, state = self._path.with_name(PARTS_FOLDER), self._state()
         write_json(self._path, state)
         self._exclusion_index = ExclusionIndex.of(
             read_exclusions(self.dataset), choose_image_kind(self.config)
         )
-        # With --images, a reading is never recorded as complete. The next run reads failed parts again.
-        keeps_failures = self.config.images is None
         key = digest([self._key, state["excluded_sha256"]])
-        parts = SourceParts(folder, key, self._store, keeps_failures)
+        parts = SourceParts(folder, key, self._store)
         self._opened = self.source.read(max(0, parts.num_rows - 1))
         if parts.num_rows:
             last = next(self._opened, None)
@@ -312,7 +292,7 @@ class SourceReader:
             else:
                 self.close()
                 remove(folder)
-                parts = SourceParts(folder, key, self._store, keeps_failures)
+                parts = SourceParts(folder, key, self._store)
                 self._opened = self.source.read(0)
         self._new_rows = self._opened
         self._part_rows = (row for table in parts.tables() for row in table.to_pylist())
@@ -390,14 +370,13 @@ class SourceParts:
 
     A part is a Parquet file with samples in source order and a JSON file, which is written last. The JSON
     file holds the rejected rows, the number of source rows so far, and the last row's name. At the start, the
-    first unusable part and all later parts are removed. A part is unusable if it has another key, is damaged,
-    lacks images, or has temporary failures in more than half of its rows, or any without `keeps_failures`.
+    first unusable part and all later parts are removed. A part is unusable if it has another key, is damaged
+    or lacks images.
     """
 
     folder: Path
     key: str  # digest of what determines the samples
     store: ImageStore
-    keeps_failures: bool
     num_rows: int = 0  # source rows so far
     last_row: str = ""
     rejected: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # (position, SOURCE_REJECTED)
@@ -474,29 +453,19 @@ class SourceParts:
             record = read_json(self._record_path(number))
             sha256 = file_digest(self._samples_path(number))
             is_valid = record["key"] == self.key and record["sha256"] == sha256
-            num_rows = record["rows"] - self.num_rows
-            failures = sum(row["reason"] in PASSING_REASONS for _, row in record["rejected"])
-            max_failures = num_rows // 2 if self.keeps_failures else 0
-            is_usable = is_valid and num_rows > 0 and failures <= max_failures and self._has_images(number)
-            return record if is_usable else None
+            if not is_valid or record["rows"] <= self.num_rows:
+                return None
+            samples = open_parquet(self._samples_path(number)).read(["sample_id", POSITION, IS_COPY])
+            ids = without_copies(samples)["sample_id"].to_pylist()
+            return None if self.store.find_missing(ids) else record
         except (OSError, ValueError, LookupError, TypeError, SynthError):
             return None
-
-    def _has_images(self, number: int) -> bool:
-        samples = open_parquet(self._samples_path(number)).read(["sample_id", POSITION, IS_COPY])
-        return not self.store.find_missing(without_copies(samples)["sample_id"].to_pylist())
 
     def _samples_path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.parquet"
 
     def _record_path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.json"
-
-
-def count_failures(shard: DatasetDir) -> int:
-    """Return the number of rows that were rejected for temporary reasons."""
-    reasons = read_table(shard.step_file("read", "rejected"), ["reason"])["reason"]
-    return sum(reason in PASSING_REASONS for reason in reasons.to_pylist())
 
 
 def describe_rejected(shard: DatasetDir) -> Iterator[str]:

@@ -19,7 +19,7 @@ from pipeline.dataset.version import REJECTIONS_FILE
 from pipeline.errors import ImageError, SourceError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.sources.base import SourceSpec, as_text, check_samples, require_columns
-from pipeline.sources.parquet import Tables, embedded_bytes, is_binary, is_list, is_text
+from pipeline.sources.parquet import NAMED_IMAGES_HINT, Tables, embedded_bytes, is_binary, is_list, is_text
 from pipeline.sources.source_files import find_source_files
 from pipeline.sources.splits import (
     SPLIT_OF_WORD,
@@ -60,7 +60,6 @@ _MAPPING_HINT = "set the columns, for example: --columns image=COLUMN,references
 
 Columns = dict[str, list[str]]  # role -> columns
 FilesBySplit = dict[str | None, list[str]]
-RowJob = Rejected | partial[RawSample | Rejected]  # a rejection, or a call that may fetch images
 
 
 def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> Source:
@@ -82,7 +81,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
             return tables.count(split)
         return sum(split_of(value) == split for value in tables.values(split_column))
 
-    def jobs(start: int) -> Iterator[RowJob]:
+    def raw_samples(start: int) -> Iterator[RawSample | Rejected]:
         wanted = [column for role_columns in columns.values() for column in role_columns]
         for row_name, file_split, row in tables.rows(wanted, None if split_column else split, start):
             if isinstance(row, Rejected):
@@ -95,7 +94,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
                 yield Rejected(source_row=row_name, reason="unknown_split", detail=detail)
             elif split in (None, row_split):
                 fields = {"license": tables.license, "split": stored_split(row_split, split)}
-                yield _read_row(row_name, row, columns, allow_urls=config.allow_urls, **fields)
+                yield _read_row(row_name, row, columns, **fields)
 
     def row_number(column: str, start: int) -> int:
         """Return the index of the table row that follows the first `start` rows in the requested split."""
@@ -104,13 +103,9 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
         return next(islice(numbers, start - 1, None), tables.count()) if start else 0
 
     def read(start: int) -> Iterator[Sample | Rejected]:
-        todo = jobs(row_number(split_column, start) if split_column and split else start)
-        if not config.allow_urls:
-            return check_samples(map(_run_job, todo))
-        from pipeline.sources.image_urls import MAX_PARALLEL_FETCHES, fetch_ahead  # imports aiohttp
-
-        parallel = min(MAX_PARALLEL_FETCHES, config.limit or MAX_PARALLEL_FETCHES)
-        return check_samples(fetch_ahead(todo, _run_job, parallel))
+        return check_samples(
+            raw_samples(row_number(split_column, start) if split_column and split else start)
+        )
 
     messages = [PARTIAL_MESSAGE.format(name=tables.name)] if tables.is_partial else []
     messages += [] if split or split_column else describe_held_out(tables.files)
@@ -232,7 +227,7 @@ def _guess_images(schema: pa.Schema) -> Columns:
         raise SourceError(f"several columns contain images: {', '.join(candidates)} {columns}", hint=hint)
     names = (*_IMAGE_NAMES, *FILE_NAMES, "url")
     if texts := [name for name in names if name in schema.names and is_text(schema.field(name).type)]:
-        hint = f"for URLs: --columns image={texts[0]} --allow-urls; for file names: --source list:FILE.csv"
+        hint = f"if {texts[0]} names the images: {NAMED_IMAGES_HINT}"
     raise SourceError(f"no column contains images {columns}", hint=hint)
 
 
@@ -260,7 +255,7 @@ def _is_own_version(schema: pa.Schema) -> bool:
 
 
 def build_sample(
-    name: str, images: list[Any], license: str, split: str | None, *, allow_urls: bool = False, **fields: Any
+    name: str, images: list[Any], license: str, split: str | None, **fields: Any
 ) -> RawSample | Rejected:
     """Return the sample for a row, without empty pages at the end, or a rejection."""
     while len(images) > 1 and images[-1] is None:
@@ -269,14 +264,14 @@ def build_sample(
         detail = f"{len(images)} pages are more than {MAX_PAGES}"
         return Rejected(source_row=name, reason="too_many_pages", detail=detail)
     try:
-        pages = tuple(embedded_bytes(image, allow_urls=allow_urls) for image in images or [None])
+        pages = tuple(embedded_bytes(image) for image in images or [None])
     except ImageError as error:
         return Rejected(source_row=name, reason=error.reason, detail=str(error))
     return RawSample(source_row=name, images=pages, license=license, fields={"split": split, **fields})
 
 
-def _read_row(name: str, row: dict[str, Any], columns: Columns, *, allow_urls: bool, **fields: Any) -> RowJob:
-    """Read the texts in a row. Return a job that reads its images, or a rejection."""
+def _read_row(name: str, row: dict[str, Any], columns: Columns, **fields: Any) -> RawSample | Rejected:
+    """Return the sample for a row with its texts, or a rejection."""
     image_columns = columns.get("pages", columns.get("image", []))
     images = [image for column in image_columns for image in _as_list(row[column])]
     if "pages" not in columns and len(images) > 1:
@@ -297,11 +292,7 @@ def _read_row(name: str, row: dict[str, Any], columns: Columns, *, allow_urls: b
     elif "reference_qa" in columns:
         pairs = row[columns["reference_qa"][0]] or []
         fields["reference_qa"] = tuple(question for pair in pairs if (question := read_question(pair)))
-    return partial(build_sample, name, images, allow_urls=allow_urls, **fields)
-
-
-def _run_job(job: RowJob) -> RawSample | Rejected:
-    return job if isinstance(job, Rejected) else job()
+    return build_sample(name, images, **fields)
 
 
 def _is_missing(value: object) -> bool:
@@ -352,7 +343,7 @@ PARQUET = SourceSpec(
     what="images in a Parquet file, or in all files in a folder; also s3://, gs://, hf:// and https://",
     example="synth generate --source parquet:rows.parquet --columns image=photo,references=alt_text",
     open=_open_parquet,
-    options=frozenset({"source_split", "columns", "allow_urls", "follow_links", "license"}),
+    options=frozenset({"source_split", "columns", "follow_links", "license"}),
 )
 
 
@@ -493,5 +484,5 @@ HUB = SourceSpec(
     needs="the Hub, a vision-language model",
     example="synth generate --source hub:ORG/NAME --split train --limit 1000",
     open=_open_repository,
-    options=frozenset({"source_split", "columns", "allow_urls"}),
+    options=frozenset({"source_split", "columns"}),
 )

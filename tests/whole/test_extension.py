@@ -75,7 +75,7 @@ SPEC = SourceSpec(
 )
 ''',
     "pipeline/sources/__init__.py": [
-        ("listing, scenes, tables\n", "listing, scenes, stripes, tables\n"),
+        ("folder, scenes, tables\n", "folder, scenes, stripes, tables\n"),
         ("    benchmarks.SLIDEVQA,", "    benchmarks.SLIDEVQA,\n    stripes.SPEC,"),
     ],
 }  # fmt: skip

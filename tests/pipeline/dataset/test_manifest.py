@@ -16,7 +16,7 @@ from pipeline.tasks import Tasks
         ("folder:.", None, None),
         ("folder:..", None, None),
         ("folder:two\nlines", None, None),
-        ("list:photos/list.csv", None, None),
+        ("parquet:photos/a.parquet", None, None),
     ],
 )
 def test_title_defaults_to_the_name_of_the_source_folder(

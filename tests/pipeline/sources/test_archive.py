@@ -1,12 +1,9 @@
-"""Archives as a source: tar and zip files with texts next to their images, and malicious files."""
+"""Archives as a source: tar files with texts next to their images, and malicious files."""
 
 import gzip
 import io
 import json
-import stat
-import struct
 import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -45,14 +42,6 @@ def tar_of(files: Files, mode: str = "w") -> bytes:
     return out.getvalue()
 
 
-def zip_of(files: Files) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return out.getvalue()
-
-
 def rows(path: object, **settings: Any) -> list[Sample | Rejected]:
     return list(open_source(resolve(source=f"archive:{path}", **settings)).rows)
 
@@ -75,7 +64,6 @@ def reasons(path: object) -> dict[str, str | None]:
         ("p.tar.gz", lambda files: tar_of(files, "w:gz")),
         ("p.tgz", lambda files: tar_of(files, "w:gz")),
         ("p.TAR", tar_of),
-        ("p.zip", zip_of),
     ],
 )
 def test_images_get_the_texts_next_to_them(tmp_path: Path, name: str, make: Callable[[Files], bytes]) -> None:
@@ -94,17 +82,17 @@ def test_json_values_become_context(tmp_path: Path) -> None:
         "2.jpg": photo(2),
         "2.json": b"no JSON",
     }
-    (tmp_path / "p.zip").write_bytes(zip_of(files))
-    kept = samples(tmp_path / "p.zip", columns={"context": "title,tags,file_name"})
+    (tmp_path / "p.tar").write_bytes(tar_of(files))
+    kept = samples(tmp_path / "p.tar", columns={"context": "title,tags,file_name"})
     assert [dict(row.context) for row in kept.values()] == [
         {"title": "Cup", "tags": "red, small", "file_name": "1.jpg"},
         {"title": "", "tags": "", "file_name": "2.jpg"},
     ]
     with pytest.raises(SourceError, match="no column is named titel") as refused:
-        rows(tmp_path / "p.zip", columns={"context": "titel"})
+        rows(tmp_path / "p.tar", columns={"context": "titel"})
     assert "tags, title" in refused.value.hint
     with pytest.raises(ConfigError, match="--columns has the role image"):
-        rows(tmp_path / "p.zip", columns={"image": "title"})
+        rows(tmp_path / "p.tar", columns={"image": "title"})
 
 
 def test_json_questions_are_read(tmp_path: Path) -> None:
@@ -124,18 +112,16 @@ def test_json_questions_are_read(tmp_path: Path) -> None:
     assert questions == {name: expected if name == "a.tar/a/1.jpg" else [] for name in kept}
 
 
-@pytest.mark.parametrize("make", [tar_of, zip_of])
-def test_texts_without_an_image_next_to_them_are_rejected(
-    tmp_path: Path, make: Callable[[Files], bytes]
-) -> None:
-    """`tar cf` writes files in the order of the disk. Entries of a zip file are sorted first."""
+def test_texts_without_an_image_next_to_them_are_rejected(tmp_path: Path) -> None:
+    """`tar cf` writes files in the order of the disk."""
     files = {"0.jpg": photo(0), "1.a.jpg": photo(1), "1.b.jpg": photo(2), "2.jpg": photo(3)}
     texts = {"1.txt": b"A cup.", "0.caption.txt": b"A bowl.", "9.txt": b"A boat.", "metadata.csv": b"x"}
-    (tmp_path / "p.zip").write_bytes(make(files | {"2.txt": b"\xff"} | texts))
+    (tmp_path / "p.tar").write_bytes(tar_of(files | {"2.txt": b"\xff"} | texts))
     kept = [row for row in rows(tmp_path) if isinstance(row, Sample)]
-    assert [row.references for row in kept] == [("A bowl.",) if make is zip_of else (), (), (), ()]
-    unused = {name.removeprefix("p.zip/") for name, reason in reasons(tmp_path).items() if reason}
-    assert unused == {"2.txt", *texts} - ({"0.caption.txt"} if make is zip_of else set())
+    assert [row.references for row in kept] == [()] * 4
+    assert {name for name, reason in reasons(tmp_path).items() if reason} == {
+        f"p.tar/{name}" for name in ("2.txt", *texts)
+    }
 
 
 def test_webdataset_shards_are_grouped_by_key(tmp_path: Path) -> None:
@@ -152,42 +138,47 @@ def test_webdataset_shards_are_grouped_by_key(tmp_path: Path) -> None:
 
 
 def test_archive_name_sets_the_split(tmp_path: Path) -> None:
-    for number, name in enumerate(("train-0.tar", "train-1.tar", "test.zip")):
-        files = {f"{number}.jpg": photo(number)}
-        (tmp_path / name).write_bytes(zip_of(files) if name.endswith("zip") else tar_of(files))
+    for number, name in enumerate(("train-0.tar", "train-1.tar", "test.tar")):
+        (tmp_path / name).write_bytes(tar_of({f"{number}.jpg": photo(number)}))
     assert {name: row.split for name, row in samples(tmp_path).items()} == {
-        "test.zip/2.jpg": "test",
+        "test.tar/2.jpg": "test",
         "train-0.tar/0.jpg": "train",
         "train-1.tar/1.jpg": "train",
     }
-    assert list(samples(tmp_path, source_split="test")) == ["test.zip/2.jpg"]
+    assert list(samples(tmp_path, source_split="test")) == ["test.tar/2.jpg"]
     with pytest.raises(SourceError, match="named after the split validation"):
         rows(tmp_path, source_split="validation")
     assert open_source(resolve(source=f"archive:{tmp_path}")).messages == ()
-    held_out = open_source(resolve(source=f"archive:{tmp_path / 'test.zip'}"))
-    assert "the split test because of the file name test.zip: rename" in held_out.messages[0]
+    held_out = open_source(resolve(source=f"archive:{tmp_path / 'test.tar'}"))
+    assert "the split test because of the file name test.tar: rename" in held_out.messages[0]
 
 
 def test_revision_depends_on_contents(tmp_path: Path) -> None:
     def revision() -> str:
         return open_source(resolve(source=f"archive:{tmp_path}")).revision
 
-    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
+    (tmp_path / "p.tar").write_bytes(tar_of({"0.jpg": photo(0)}))
     before = revision()
     assert revision() == before
-    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(1)}))
+    (tmp_path / "p.tar").write_bytes(tar_of({"0.jpg": photo(1)}))
     assert revision() != before
 
 
 def test_missing_or_invalid_archive_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "nothing.zip"):
+    for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "nothing.tar"):
         with pytest.raises(SourceError, match="no archive at"):
             rows(path)
-    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
+    (tmp_path / "photos.ZIP").write_bytes(b"PK")
+    for path in (tmp_path, tmp_path / "photos.ZIP"):
+        with pytest.raises(SourceError, match=r"photos.ZIP is a zip file") as zipped:
+            rows(path)
+        assert "folder:DIR" in zipped.value.hint
+    (tmp_path / "photos.ZIP").unlink()
+    (tmp_path / "p.tar").write_bytes(tar_of({"0.jpg": photo(0)}))
     with pytest.raises(ConfigError) as refused:
-        open_source(resolve(source=str(tmp_path / "p.zip")))
-    assert f"the path: KIND:{tmp_path / 'p.zip'}" in refused.value.hint
+        open_source(resolve(source=str(tmp_path / "p.tar")))
+    assert f"the path: KIND:{tmp_path / 'p.tar'}" in refused.value.hint
 
 
 # --- malicious archives
@@ -208,23 +199,21 @@ def tar_with(*infos: tarfile.TarInfo, content: bytes = b"") -> bytes:
 
 
 def test_rejected_long_name_keeps_its_end(tmp_path: Path) -> None:
-    (tmp_path / "p.zip").write_bytes(zip_of({f"{'x' * 2000}.jpg": photo(0), "good.jpg": photo(1)}))
-    kept, rejected = sorted(reasons(tmp_path / "p.zip").items())
-    assert (kept, rejected[1]) == (("p.zip/good.jpg", None), "name_too_long")
+    (tmp_path / "p.tar").write_bytes(tar_of({f"{'x' * 2000}.jpg": photo(0), "good.jpg": photo(1)}))
+    kept, rejected = sorted(reasons(tmp_path / "p.tar").items())
+    assert (kept, rejected[1]) == (("p.tar/good.jpg", None), "name_too_long")
     assert rejected[0].endswith("xxx.jpg") and len(rejected[0]) == 1006
 
 
 @pytest.mark.parametrize(
     "name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "..\\x.jpg", "C:/x.jpg", "C:x.jpg"]
 )
-@pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_entry_name_outside_the_archive_is_rejected(tmp_path: Path, name: str, kind: str) -> None:
+def test_entry_name_outside_the_archive_is_rejected(tmp_path: Path, name: str) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    make = tar_of if kind == "tar" else zip_of
-    (home / f"p.{kind}").write_bytes(make({name: photo(0), "good.jpg": photo(1)}))
+    (home / "p.tar").write_bytes(tar_of({name: photo(0), "good.jpg": photo(1)}))
     assert sorted(map(str, reasons(home).values())) == ["None", "outside_archive"]
-    assert [path.name for path in tmp_path.rglob("*")] == ["home", f"p.{kind}"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["home", "p.tar"]
 
 
 @pytest.mark.parametrize(
@@ -237,58 +226,17 @@ def test_tar_links_pipes_and_devices_are_rejected(tmp_path: Path, kind: bytes) -
     assert reasons(tmp_path / "p.tar") == {"p.tar/x.jpg": "not_a_file", "p.tar/x.txt": "not_a_file"}
 
 
-def test_zip_links_and_encrypted_entries_are_rejected(tmp_path: Path) -> None:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        link = zipfile.ZipInfo("x.jpg")
-        link.external_attr = (stat.S_IFLNK | 0o777) << 16
-        archive.writestr(link, "/etc/passwd")
-        archive.writestr("locked.jpg", photo(1))
-        archive.writestr("odd.jpg", photo(2))
-        archive.writestr("good.jpg", photo(3))
-    data = bytearray(out.getvalue())
-    for name, field, value in (
-        (b"locked.jpg", 8, 1),
-        (b"odd.jpg", 10, 99),
-    ):  # flags and method in the directory
-        place = data.rindex(name) - 46
-        assert data[place : place + 4] == b"PK\x01\x02"
-        data[place + field : place + field + 2] = struct.pack("<H", value)
-    (tmp_path / "p.zip").write_bytes(data)
-    outcomes = reasons(tmp_path / "p.zip")
-    assert outcomes == {
-        "p.zip/x.jpg": "not_a_file",
-        "p.zip/locked.jpg": "encrypted",
-        "p.zip/odd.jpg": "unreadable_entry",
-        "p.zip/good.jpg": None,
-    }
-
-
-def test_damaged_zip_entry_is_rejected_alone(tmp_path: Path) -> None:
-    data = bytearray(zip_of({"bad.jpg": photo(0), "good.jpg": photo(1)}))
-    data[60:80] = bytes(20)
-    (tmp_path / "p.zip").write_bytes(data)
-    assert [getattr(row, "reason", None) for row in rows(tmp_path / "p.zip")] == ["unreadable_entry", None]
-
-
 def test_large_archive_entry_is_rejected_without_reading_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archive, "MAX_IMAGE_BYTES", 5000)
     monkeypatch.setattr(archive, "MAX_TEXT_BYTES", 50)
     files = {"x.jpg": bytes(6000), "y.jpg": photo(0), "y.txt": bytes(60), "z.txt": b"A bowl."}
-    for name, data in (("p.tar", tar_of(files)), ("p.zip", zip_of(files))):
-        (tmp_path / name).write_bytes(data)
-        found = [*reasons(tmp_path / name).values()]
-        assert found == ["file_too_large", None, "file_too_large", "unused_text"]
+    (tmp_path / "p.tar").write_bytes(tar_of(files))
+    assert [*reasons(tmp_path).values()] == ["file_too_large", None, "file_too_large", "unused_text"]
 
 
 BOMB_BYTES = 300_000_000
-
-
-def zip_bomb() -> bytes:
-    """Return a zip file with three entries of 100 MB."""
-    return zip_of({f"{number}.jpg": bytes(BOMB_BYTES // 3) for number in range(3)})
 
 
 def tar_bomb() -> bytes:
@@ -300,17 +248,6 @@ def header_bomb() -> bytes:
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, BOMB_BYTES
     return gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(BOMB_BYTES), 9)
-
-
-def test_zip_entry_without_deflate_is_rejected_alone(tmp_path: Path) -> None:
-    """zipfile unpacks such an entry at once, whatever size the directory states."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("x.jpg", bytes(BOMB_BYTES // 3), zipfile.ZIP_LZMA)
-        archive.writestr("good.jpg", photo(0))
-    (tmp_path / "p.zip").write_bytes(out.getvalue())
-    with bounded_memory(100_000_000):
-        assert reasons(tmp_path / "p.zip") == {"p.zip/x.jpg": "unreadable_entry", "p.zip/good.jpg": None}
 
 
 def sparse_tar(form: str) -> bytes:
@@ -344,7 +281,6 @@ PLACE = tar_of(FOUR).index(b"3.jpg")
 @pytest.mark.parametrize(
     ("name", "make", "problem"),
     [
-        ("p.zip", zip_bomb, "unpacks from .* to over"),
         ("p.tar.gz", tar_bomb, "unpacks from .* to over"),
         ("p.tgz", header_bomb, "a tar header has 300,000,000 bytes"),
         ("p.tar", lambda: sparse_tar("gnu"), "is a sparse file"),
@@ -352,10 +288,8 @@ PLACE = tar_of(FOUR).index(b"3.jpg")
         ("p.tar", lambda: tar_of(FOUR)[: PLACE + 20] + b"\xff" + tar_of(FOUR)[PLACE + 21 :], "is damaged"),
         ("p.tar", lambda: tar_of(FOUR)[:PLACE], "is damaged: the file is cut off"),
         ("p.tar.gz", lambda: tar_of(FOUR, "w:gz")[:-2000], "is damaged"),
-        ("p.zip", lambda: zip_of(FOUR)[:-2000], "is damaged"),
-        ("p.zip", lambda: zip_of({"x.jpg": photo(0)}).replace(b"x.jpg", b"\0.jpg"), "is damaged"),
-        *((name, lambda: Random(0).randbytes(3000), "is damaged") for name in ("p.tar", "p.zip")),
-        ("p.zip", lambda: zip_of({"notes.txt": b"x"}), "no images in"),
+        ("p.tar", lambda: Random(0).randbytes(3000), "is damaged"),
+        ("p.tar", lambda: tar_of({"notes.txt": b"x"}), "no images in"),
     ],
 )
 def test_damaged_archive_error_names_the_archive(
@@ -378,15 +312,15 @@ def test_names_with_colons_are_read_and_hidden_files_are_skipped(tmp_path: Path)
         "raw.cr2": b"x",
     }
     files |= {".git/2.jpg": photo(2)}
-    (tmp_path / "p.zip").write_bytes(zip_of(files))
+    (tmp_path / "p.tar").write_bytes(tar_of(files))
     (tmp_path / "._p.zip").write_bytes(b"attributes of a Mac")
     (tmp_path / ".trash").mkdir()
-    (tmp_path / ".trash" / "old.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
+    (tmp_path / ".trash" / "old.tar").write_bytes(tar_of({"0.jpg": photo(0)}))
     outcomes = reasons(tmp_path)
     assert outcomes == {
-        "p.zip/2024-01-01T10:30.jpg": None,
-        "p.zip/raw.cr2": "unsupported_format",
-        "p.zip/sub/1.jpg": None,
+        "p.tar/2024-01-01T10:30.jpg": None,
+        "p.tar/raw.cr2": "unsupported_format",
+        "p.tar/sub/1.jpg": None,
     }
 
 
@@ -397,8 +331,8 @@ def test_json_split_is_stored_and_unknown_split_is_rejected(tmp_path: Path) -> N
         "1.json": b'{"split": "nonsense"}',
         "2.json": b"[]",
     }
-    (tmp_path / "train.zip").write_bytes(zip_of(files))
-    first, second, third = rows(tmp_path / "train.zip")
+    (tmp_path / "train.tar").write_bytes(tar_of(dict(sorted(files.items()))))
+    first, second, third = rows(tmp_path / "train.tar")
     assert isinstance(first, Sample) and (first.split, first.references) == ("validation", ("A bowl.",))
     assert isinstance(second, Rejected) and second.reason == "unknown_split"
     assert isinstance(third, Sample) and third.split == "train"
@@ -408,9 +342,9 @@ def test_requested_split_filters_images(tmp_path: Path) -> None:
     """Requested training images have no split, because some of them will be held out."""
     files = {f"{n}.jpg": photo(n) for n in range(3)}
     files |= {"0.json": b'{"split": "test"}', "1.json": b'{"split": "train"}'}
-    (tmp_path / "train.zip").write_bytes(zip_of(files))
+    (tmp_path / "train.tar").write_bytes(tar_of(dict(sorted(files.items()))))
     splits = {name: row.split for name, row in samples(tmp_path, source_split="train").items()}
-    assert splits == {"train.zip/1.jpg": None, "train.zip/2.jpg": None}
+    assert splits == {"train.tar/1.jpg": None, "train.tar/2.jpg": None}
     assert [row.split for row in samples(tmp_path).values()] == ["test", "train", "train"]
 
 
@@ -428,22 +362,18 @@ def test_concatenated_streams_are_read_but_concatenated_archives_fail(
 
 
 def test_number_of_archive_members_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, make in (("p.tar", tar_of), ("p.zip", zip_of)):
-        (tmp_path / name).write_bytes(make({f"{n}.jpg": photo(n) for n in range(4)}))
-        monkeypatch.setattr(archive, "MAX_MEMBERS", 4)
-        assert len(samples(tmp_path / name)) == 4
-        monkeypatch.setattr(archive, "MAX_MEMBERS", 3)
-        with pytest.raises(SourceError, match="more than 3 members"):
-            rows(tmp_path / name)
-    monkeypatch.setattr(archive, "MAX_DIRECTORY_BYTES", 100)
-    with pytest.raises(SourceError, match=r"the file list of p\.zip has more than 100 bytes"):
-        rows(tmp_path / "p.zip")
+    (tmp_path / "p.tar").write_bytes(tar_of(FOUR))
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 4)
+    assert len(samples(tmp_path)) == 4
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 3)
+    with pytest.raises(SourceError, match="more than 3 members"):
+        rows(tmp_path)
 
 
 def test_linked_archive_is_refused_without_follow_links(tmp_path: Path) -> None:
-    (tmp_path / "private.zip").write_bytes(zip_of({"x.jpg": photo(0)}))
+    (tmp_path / "private.tar").write_bytes(tar_of({"x.jpg": photo(0)}))
     (tmp_path / "home").mkdir()
-    (tmp_path / "home/p.zip").symlink_to(tmp_path / "private.zip")
+    (tmp_path / "home/p.tar").symlink_to(tmp_path / "private.tar")
     with pytest.raises(SourceError, match="outside of"):
         rows(tmp_path / "home")
     assert len(rows(tmp_path / "home", follow_links=True)) == 1
@@ -453,8 +383,8 @@ def test_unusable_column_value_rejects_one_image(tmp_path: Path) -> None:
     titles = ["Cup", {"en": "Bowl"}, ["red", "blue"]]
     files = {f"{number}.jpg": photo(number) for number in range(3)}
     files |= {f"{number}.json": json.dumps({"title": title}).encode() for number, title in enumerate(titles)}
-    (tmp_path / "a.zip").write_bytes(zip_of(files))
-    rows = list(open_source(resolve(source=f"archive:{tmp_path}/a.zip", columns={"context": "title"})).rows)
+    (tmp_path / "a.tar").write_bytes(tar_of(dict(sorted(files.items()))))
+    rows = list(open_source(resolve(source=f"archive:{tmp_path}/a.tar", columns={"context": "title"})).rows)
     assert [row.reason if isinstance(row, Rejected) else row.context for row in rows] == [
         (("title", "Cup"),), "unusable_column", (("title", "red, blue"),),
     ]  # fmt: skip

@@ -1,7 +1,6 @@
-"""Columns of tables: mapping, guesses, and images named by URL."""
+"""Columns of tables: mapping and guesses."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,36 +11,11 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import SourceError
-from pipeline.sources import image_urls, open_source
+from pipeline.sources import open_source
 from pipeline.sources.tables import read_mapping
 from pipeline.types import Rejected, Sample
 from tests.hub.datasets import photo
-from tests.pipeline.sources.test_listing import Together, serve
 from tests.scene_data import make_version, pulled, scene_samples, true_captions
-
-NAMES = (*map(str, range(8)), "gone")
-
-
-@pytest.fixture
-def web() -> Iterator[str]:
-    yield from serve(Together)
-
-
-def test_table_urls_are_fetched_in_parallel_and_in_order(
-    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fetch_image = image_urls.fetch_image
-    monkeypatch.setattr(image_urls, "fetch_image", lambda url: fetch_image(url, lambda address: True))
-    Together.first.reset()
-    images = [{"bytes": None, "path": f"{web}/{name}"} for name in NAMES]
-    captions = [f"Image {name}." for name in NAMES]
-    pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "a.parquet")
-    source = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", allow_urls=True))
-    rows = list(source.rows)
-    assert not Together.first.broken  # three requests before the first response
-    assert [row.references for row in rows if isinstance(row, Sample)] == [(f"Image {n}.",) for n in range(8)]
-    assert isinstance(rows[-1], Rejected)
-    assert rows[-1].reason == "url_not_found"
 
 
 @pytest.mark.parametrize(
@@ -55,11 +29,7 @@ def test_table_urls_are_fetched_in_parallel_and_in_order(
             "several columns contain images: img, img_2 .* --columns image=COLUMN",
         ),
         ({"sha": b""}, "", "no column contains images .* --columns image=COLUMN"),
-        (
-            {"file_name": "a.jpg"},
-            "",
-            "no column contains images .* --columns image=file_name --allow-urls; .* list:FILE",
-        ),
+        ({"url": "a.jpg"}, "", "no column contains images .* if url names the images: .* folder:PATH"),
     ],
 )
 def test_image_column_is_guessed(columns: dict[str, Any], image: str, problem: str) -> None:

@@ -21,7 +21,7 @@ def test_source_computes_no_file_digests_within_skip_digests(
         (tmp_path / f"photos/{number}.jpg").write_bytes(photo(number))
     path = tmp_path / "photos"
     if kind == "archive":
-        path = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", path))
+        path = Path(shutil.make_archive(str(tmp_path / "photos"), "tar", path))
     config = resolve(source=f"{kind}:{path}")
     revision = open_source(config).revision
     monkeypatch.setattr(hashlib, "file_digest", None)

@@ -1,6 +1,6 @@
 """Sources resume at any row, and have default tasks and styles."""
 
-import zipfile
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,14 @@ def test_source_resumes_at_any_row(tmp_path: Path, start: int) -> None:
     (tmp_path / "f").mkdir()
     for number in range(14):
         (tmp_path / f"f/{number:02d}.jpg").write_bytes(datasets.photo(number))
-    (tmp_path / "list.txt").write_text("\n".join(f"f/{number:02d}.jpg" for number in range(15)))
-    with zipfile.ZipFile(tmp_path / "f.zip", "w") as archive:
+    with tarfile.open(tmp_path / "f.tar", "w") as archive:
         for path in sorted((tmp_path / "f").iterdir()):
-            archive.write(path, path.name)
+            archive.add(path, path.name)
     for settings in (
         {"source": "scenes", "limit": 14},
         {"source": "scenes-deck", "limit": 13},
         {"source": f"folder:{tmp_path / 'f'}"},
-        {"source": f"list:{tmp_path / 'list.txt'}"},
-        {"source": f"archive:{tmp_path / 'f.zip'}"},
+        {"source": f"archive:{tmp_path / 'f.tar'}"},
         {"source": f"parquet:{tmp_path / 'p'}"},
         # All rows are rejected: unknown split.
         {"source": f"parquet:{tmp_path / 'p'}", "columns": {"split": "caption"}},
