@@ -9,11 +9,10 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.config.sections import ImageFilterConfig
 from pipeline.errors import ConfigError, SourceError
-from pipeline.images.near_duplicates import ImageKind
 from pipeline.sources import archive, benchmarks, documents, folder, scenes, tables
 from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
-from pipeline.types import Rejected, Sample, Source
+from pipeline.types import ImageKind, Rejected, Sample, Source
 
 PHOTO_STYLES = ("plain", "detailed")  # default caption styles of photos
 SOURCES: tuple[SourceSpec, ...] = (
