@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 import pyarrow as pa
@@ -122,18 +122,15 @@ def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, An
     for verdict in verdicts:
         if verdict.seed == frame.seed:
             by_text[verdict.name].append(verdict)
-    clear = {
-        name: [verdict.verdict for verdict in of_text if verdict.verdict != "cannot_tell"]
-        for name, of_text in by_text.items()
-    }
-    shares = {name: votes.count("wrong") / len(votes) for name, votes in clear.items() if votes}
+    shares = wrong_shares(chain(*by_text.values()))
     rates: dict[Stratum, _Rate] = {}
     used: list[list[Verdict]] = []
     for stratum in sorted(frame.texts):
         reviewed = list(takewhile(lambda text: text.name in by_text, frame.drawn.get(stratum, [])))
         used += [by_text[text.name] for text in reviewed]
         rates[stratum] = _Rate.of(frame.texts[stratum], reviewed, shares)
-    alpha = krippendorff_alpha(clear[of_text[0].name] for of_text in used)
+    clear = [[v.verdict for v in verdicts if v.verdict != "cannot_tell"] for verdicts in used]
+    alpha = krippendorff_alpha(clear)
     entries = []
     for task in dict.fromkeys(task for task, _ in rates):
         of_task = {style: rate for (other, style), rate in rates.items() if other == task}
@@ -147,6 +144,15 @@ def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, An
         "agreement": None if alpha is None else round(alpha, 2),
         "rates": entries,
     }
+
+
+def wrong_shares(verdicts: Iterable[Verdict]) -> dict[TextName, float]:
+    """Return the share of reviewers who found a text wrong, for each text with a clear verdict."""
+    votes: dict[TextName, list[bool]] = defaultdict(list)
+    for verdict in verdicts:
+        if verdict.verdict != "cannot_tell":
+            votes[verdict.name].append(verdict.verdict == "wrong")
+    return {name: sum(of_text) / len(of_text) for name, of_text in votes.items()}
 
 
 def _describe(task: str, style: str, rates: Sequence[_Rate]) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from typing import Any
 from pipeline.dataset.audit import audit_in_words
 from pipeline.dataset.calibration import checks_in_words
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.limits import SCORED, score_curves
 from pipeline.dataset.price import price_in_words
-from pipeline.dataset.reviews import REASONS
+from pipeline.dataset.reviews import REASONS, Verdict, read_stored
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError
 from pipeline.report.html import page_script, render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import images_of, read_rejected, read_rows, steps_match
-from pipeline.storage.files import write_text
+from pipeline.storage.files import read_batches, write_text
 from pipeline.tables import SPLITS
 from pipeline.text.reasons import SCORES_IN_WORDS, in_words
 
@@ -69,6 +70,7 @@ def write_report(version: Version, folder: Path) -> Path:
         checks_in_words=checks_in_words,
         scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],
         scores_in_words=SCORES_IN_WORDS,
+        score_curves=_score_curves(DatasetDir(folder)) if has_steps else {},
         has_steps=has_steps,
         cost=cost or None,
         price_in_words=price_in_words,
@@ -83,6 +85,12 @@ def write_report(version: Version, folder: Path) -> Path:
         raise ConfigError(f"{page} is not a report written by synth", hint=hint)
     write_text(page, text)
     return page
+
+
+def _score_curves(dataset: DatasetDir) -> dict[str, Any]:
+    verdicts, paths = read_stored(dataset.reviews, Verdict), dataset.step_files("review")
+    tables = (table for path in paths for table in read_batches(path, SCORED))
+    return score_curves(tables if verdicts else (), verdicts)
 
 
 def _read_rows(version: Version, num_shown: int) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pipeline.dataset.audit import COLUMNS, Frame, estimate_errors
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, build_rows
 from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, read_findings
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
+from pipeline.dataset.limits import describe_changes
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.price import describe_price
 from pipeline.dataset.publishing import RowWriter, publish_version
@@ -127,6 +128,9 @@ class WriteStep(Step):
             for name in ("digests", "rejections"):
                 folder.step_file(NAME, name).unlink(missing_ok=True)
             write_record(folder, NAME, key, version=work.version.name)
+        if newest and work.is_new:
+            for line in describe_changes(newest[0], work.version, verdicts):
+                work.progress.message(line)
 
     def summarize(self, work: Work) -> StepSummary:
         """See Step."""
