@@ -123,10 +123,9 @@ def render(
         text = _compiled(source).render(_DEFAULTS | inputs | _reply_shape(task) | values).strip()
         if any(notes.values()) and not task.own_prompt and not names_in(source, "row"):
             # Each note is quoted, so that it cannot imitate the end of the notes.
-            quoted = (
-                (tidy(name), json.dumps(note, ensure_ascii=False)) for name, note in notes.items() if note
-            )
-            text = NOTES.format(notes="\n".join(f"- {name}: {note}" for name, note in quoted)) + text
+            shown = [(tidy(column), note) for column, note in notes.items() if note]
+            lines = (f"- {name}: {json.dumps(note, ensure_ascii=False)}" for name, note in shown)
+            text = NOTES.format(notes="\n".join(lines)) + text
     except RENDER_ERRORS as error:
         given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
         problem = f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}"
