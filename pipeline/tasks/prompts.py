@@ -121,11 +121,10 @@ def render(
         notes, parsed, values = map(plain_value, (notes, parsed, values))
         inputs = {"row": Values(notes), "results": Values(parsed)}
         text = _compiled(source).render(_DEFAULTS | inputs | _reply_shape(task) | values).strip()
-        # Each note is quoted, so that it cannot imitate the end of the notes.
-        lines = [
-            f"- {tidy(name)}: {json.dumps(note, ensure_ascii=False)}" for name, note in notes.items() if note
-        ]
-        if lines and not task.own_prompt and not names_in(source, "row"):
+        if any(notes.values()) and not task.own_prompt and not names_in(source, "row"):
+            # Each note is quoted, so that it cannot imitate the end of the notes.
+            shown = [(tidy(column), note) for column, note in notes.items() if note]
+            lines = (f"- {name}: {json.dumps(note, ensure_ascii=False)}" for name, note in shown)
             text = NOTES.format(notes="\n".join(lines)) + text
     except RENDER_ERRORS as error:
         given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
