@@ -97,7 +97,7 @@ def evaluate(
     rarity = Rarity(references)
     own_scores, shuffled_scores = (score_each(texts, references, rarity) for texts in (hypotheses, shuffled))
     gains = [a - b for a, b in zip(own_scores["cider_d"], shuffled_scores["cider_d"], strict=True)]
-    each: list[dict[str, Any]] = [
+    each = [
         {
             "sample_id": example.sample_id,
             "caption": caption,
@@ -105,6 +105,7 @@ def evaluate(
             "cider_d": round(own_scores["cider_d"][index], 4),
             "shuffled_cider_d": round(shuffled_scores["cider_d"][index], 4),
             "rouge_l": round(own_scores["rouge_l"][index], 4),
+            **({"questions": _answer_results(example, answers[index, index])} if answers else {}),
         }
         for index, (example, caption) in enumerate(zip(examples, captions, strict=True))
     ]
@@ -129,18 +130,20 @@ def evaluate(
         result["shuffled_scores"]["clip_score"] = statistics.fmean(shuffled_clip)
     if answers:
         result["questions"] = score_answers(examples, order, answers)
-        for index, (example, image_result) in enumerate(zip(examples, each, strict=True)):
-            image_result["questions"] = [
-                {
-                    "question": question.question,
-                    "type": question.answer_type,
-                    "said": answer,
-                    "answers": list(question.answers),
-                    "accuracy": vqa_accuracy(answer, question),
-                }
-                for question, answer in zip(example.questions, answers[index, index], strict=True)
-            ]
     return result
+
+
+def _answer_results(example: Example, answers: list[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": question.question,
+            "type": question.answer_type,
+            "said": answer,
+            "answers": list(question.answers),
+            "accuracy": vqa_accuracy(answer, question),
+        }
+        for question, answer in zip(example.questions, answers, strict=True)
+    ]
 
 
 def evaluate_version(
