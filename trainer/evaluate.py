@@ -30,8 +30,6 @@ from trainer.prompts import preferred_source
 from trainer.tokenizer import TargetText, scored_prompt
 
 CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 to 1
-HUMAN_REFERENCES = "references of the source"
-TEACHER_CAPTIONS = "captions of the teacher"
 SHOWN_IMAGES = 12  # in the report and in the card of a captioner
 HELD_IMAGES = 256  # images whose states are in memory at the same time, 155 MB for ViT-B/16
 
@@ -182,10 +180,10 @@ def choose_references(examples: list[Example], style: str) -> tuple[str, list[Ex
 
     Raises TrainError if no example has a reference or a caption in the style.
     """
-    against = HUMAN_REFERENCES
+    against = "references of the source"
     pairs = [(example, list(example.references)) for example in examples if example.references]
     if not pairs:
-        against = TEACHER_CAPTIONS
+        against = "captions of the teacher"
         captions = ((e, [text.text for text in e.texts if text.style == style]) for e in examples)
         pairs = [(example, texts) for example, texts in captions if texts]
     if not pairs:
