@@ -148,7 +148,7 @@ def test_decoding_options_have_their_meanings(build: Build, recwarn: pytest.Warn
     short, long = (generate(num_beams=4, length_penalty=penalty) for penalty in (0.0, 9.0))
     assert sum(map(len, short)) < sum(map(len, long))
     assert generate(length_penalty=9.0) == greedy
-    assert generate(temperature=1.0, top_p=1e-4) == greedy != generate(temperature=1.0)
+    assert generate(temperature=1.0) != greedy
     assert {len(text) for text in generate(min_new_tokens=20)} == {8}
     assert not recwarn.list
 
