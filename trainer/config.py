@@ -59,9 +59,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
 }  # fmt: skip
-# The kind of decoder that each preset needs. The preset `scenes` works with both.
-SCRATCH, LANGUAGE_MODEL = "a decoder from scratch", "a language model"
-DECODER_KINDS = {"photos-few": SCRATCH, "photos": SCRATCH, "photos-lm": LANGUAGE_MODEL}
 
 
 def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
@@ -251,10 +248,9 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
         problem = f"{config_file} has the preset {values['preset']}, but --preset is {preset}"
         raise ConfigError(problem, hint=hint)
     if isinstance(preset, str):
-        decoder = decoder or "scratch"
-        needed = DECODER_KINDS.get(preset)
-        if needed and (needed == SCRATCH) != (decoder in SCRATCH_DECODERS):
-            problem = f"the preset {preset} needs {needed}, but the decoder is {decoder}"
+        needs_lm = {"photos-few": False, "photos": False, "photos-lm": True}.get(preset)
+        if needs_lm is not None and needs_lm == ((decoder or "scratch") in SCRATCH_DECODERS):
+            problem = f"the preset {preset} does not fit the decoder {decoder or 'scratch'}"
             raise ConfigError(problem, hint="choose another --preset or --decoder")
         values = PRESETS.get(preset, {}) | values
     if "epochs" in flags:

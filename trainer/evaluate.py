@@ -30,8 +30,6 @@ from trainer.prompts import preferred_source
 from trainer.tokenizer import TargetText, scored_prompt
 
 CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 to 1
-HUMAN_REFERENCES = "references of the source"
-TEACHER_CAPTIONS = "captions of the teacher"
 SHOWN_IMAGES = 12  # in the report and in the card of a captioner
 HELD_IMAGES = 256  # images whose states are in memory at the same time, 155 MB for ViT-B/16
 
@@ -97,7 +95,7 @@ def evaluate(
     rarity = Rarity(references)
     own_scores, shuffled_scores = (score_each(texts, references, rarity) for texts in (hypotheses, shuffled))
     gains = [a - b for a, b in zip(own_scores["cider_d"], shuffled_scores["cider_d"], strict=True)]
-    each: list[dict[str, Any]] = [
+    each = [
         {
             "sample_id": example.sample_id,
             "caption": caption,
@@ -105,6 +103,7 @@ def evaluate(
             "cider_d": round(own_scores["cider_d"][index], 4),
             "shuffled_cider_d": round(shuffled_scores["cider_d"][index], 4),
             "rouge_l": round(own_scores["rouge_l"][index], 4),
+            **({"questions": _answer_results(example, answers[index, index])} if answers else {}),
         }
         for index, (example, caption) in enumerate(zip(examples, captions, strict=True))
     ]
@@ -129,18 +128,20 @@ def evaluate(
         result["shuffled_scores"]["clip_score"] = statistics.fmean(shuffled_clip)
     if answers:
         result["questions"] = score_answers(examples, order, answers)
-        for index, (example, image_result) in enumerate(zip(examples, each, strict=True)):
-            image_result["questions"] = [
-                {
-                    "question": question.question,
-                    "type": question.answer_type,
-                    "said": answer,
-                    "answers": list(question.answers),
-                    "accuracy": vqa_accuracy(answer, question),
-                }
-                for question, answer in zip(example.questions, answers[index, index], strict=True)
-            ]
     return result
+
+
+def _answer_results(example: Example, answers: list[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": question.question,
+            "type": question.answer_type,
+            "said": answer,
+            "answers": list(question.answers),
+            "accuracy": vqa_accuracy(answer, question),
+        }
+        for question, answer in zip(example.questions, answers, strict=True)
+    ]
 
 
 def evaluate_version(
@@ -179,10 +180,10 @@ def choose_references(examples: list[Example], style: str) -> tuple[str, list[Ex
 
     Raises TrainError if no example has a reference or a caption in the style.
     """
-    against = HUMAN_REFERENCES
+    against = "references of the source"
     pairs = [(example, list(example.references)) for example in examples if example.references]
     if not pairs:
-        against = TEACHER_CAPTIONS
+        against = "captions of the teacher"
         captions = ((e, [text.text for text in e.texts if text.style == style]) for e in examples)
         pairs = [(example, texts) for example, texts in captions if texts]
     if not pairs:

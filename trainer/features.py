@@ -34,8 +34,6 @@ READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 SAVE_EVERY_S = 1.0  # each save of states waits for the disk twice
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
-SPARE_BYTES = 1_000_000_000  # must stay free on the disk
-REPORTED_BYTES = 100_000_000  # for larger builds, the size is reported and the free space checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +112,7 @@ def store_features(
     with store.lock(progress):
         row_of = store.rows()
         missing = [key for key in example_of if key not in row_of]
-        store.require_room(len(missing), progress)
+        store.require_room(len(missing))
         pending: list[tuple[list[bytes], Tensor]] = []  # batches that are not on disk yet
         saved_at = time.monotonic()
         for start in range(0, len(missing), BATCH_IMAGES):
@@ -178,16 +176,13 @@ class _Store:
             rows[key] = row
         return rows
 
-    def require_room(self, count: int, progress: Progress) -> None:
-        """Report the size of a large build. Raises TrainError if the records do not fit on the disk."""
+    def require_room(self, count: int) -> None:
+        """Raise TrainError if `count` more records do not fit on the disk."""
         num_bytes, free_bytes = count * self.record_bytes, shutil.disk_usage(self.path).free
-        if num_bytes <= REPORTED_BYTES:
-            return
-        need = f"the hidden states of {count:,} images take {num_bytes / 1e9:.1f} GB in {self.path}"
-        if num_bytes + SPARE_BYTES > free_bytes:
+        if num_bytes > free_bytes:
+            need = f"the hidden states of {count:,} images take {num_bytes / 1e9:.1f} GB in {self.path}"
             hint = "use --encoder-states 2x2 for a quarter of it, or feature_storage: none to store nothing"
             raise TrainError(f"{need}, but {free_bytes / 1e9:.1f} GB are free", hint=hint)
-        progress.message(need)
 
     def append(self, count: int, records: np.ndarray, ids: Sequence[bytes]) -> None:
         """Write records (images, ...) after the first `count` records, and then their id digests."""

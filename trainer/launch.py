@@ -53,11 +53,6 @@ class TrainResult:
         """Scores on the test split: `bleu_1` to `bleu_4`, `rouge_l` and `cider_d`. Larger is better."""
         return dict(self.metrics["scores"])
 
-    @property
-    def shuffled_scores(self) -> dict[str, float]:
-        """Scores with shuffled images. A captioner that ignores its images scores equally well on these."""
-        return dict(self.metrics["shuffled_scores"])
-
 
 def train(
     data: str | Path | Version | None = None,

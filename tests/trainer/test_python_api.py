@@ -60,7 +60,7 @@ def test_readme_example_trains_a_captioner(
         assert result.path == Path("data/scenes/checkpoints/v1.0.0-tiny-clip-scratch")
         assert result.metrics == read_json(result.path / "metrics.json")
         assert capsys.readouterr().out.startswith(f"{result.path} ")
-    assert {"bleu_4", "rouge_l", "cider_d"} <= result.scores.keys() == result.shuffled_scores.keys()
+    assert {"bleu_4", "rouge_l", "cider_d"} <= result.scores.keys()
 
 
 def test_settings_override_config_and_the_result_has_all_settings(version: Version, tmp_path: Path) -> None:

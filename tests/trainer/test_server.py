@@ -183,21 +183,22 @@ def content_of(answer: Any) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-def test_concurrent_requests_are_answered_and_too_many_are_told_to_retry(captioner: Captioner) -> None:
-    images = [png(number) for number in range(60)]
+def test_concurrent_requests_get_the_captions_of_their_images(url: str, captioner: Captioner) -> None:
+    images = [png(number) for number in range(20)]
 
-    async def send_all(url: str) -> list[tuple[int, Any, Any]]:
+    async def send_all() -> list[tuple[int, Any, Any]]:
         return await asyncio.gather(*(send(url, CHAT, chat(image)) for image in images))
 
-    with running(CaptionServer(captioner, NAME)) as url:
-        answers = asyncio.run(send_all(url))
-    answered = {
-        number: content_of(answer) for number, (status, answer, _) in enumerate(answers) if status == 200
-    }
-    captions = captioner.caption([images[number] for number in answered], num_beams=1)
-    assert [*answered.values()] == captions and len(answered) >= server.MAX_WAITING
-    refused = [headers["Retry-After"] for status, _, headers in answers if status == 503]
-    assert refused and refused == ["1"] * (len(images) - len(answered))
+    captions = [content_of(answer) for _, answer, _ in asyncio.run(send_all())]
+    assert captions == captioner.caption(images, num_beams=3)
+
+
+def test_request_over_the_limit_is_told_to_retry_later(captioner: Captioner) -> None:
+    assert server.MAX_WAITING < server.MAX_CONNECTIONS
+    with running(CaptionServer(captioner, NAME, unanswered=asyncio.Semaphore(0))) as url:
+        status, _, headers = request(url, CHAT, chat(png(1)))
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert request(url, "/v1/models")[0] == 200
 
 
 def test_answer_counts_tokens_and_states_whether_it_was_cut(url: str, captioner: Captioner) -> None:

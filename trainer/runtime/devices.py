@@ -9,7 +9,6 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from pipeline.errors import TrainError, one_line
 from trainer.config import Precision, Preset
 
 # The other processes wait while the first one scores the validation split. NCCL's default is ten minutes.
@@ -45,8 +44,7 @@ def join_processes() -> tuple[int, int]:
 def leave_processes() -> None:
     """Wait for the other processes and leave the process group, if one exists."""
     if torch.distributed.is_initialized():
-        with translate_peer_errors():
-            torch.distributed.barrier()
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
@@ -56,28 +54,14 @@ def all_reduce_gradients(model: nn.Module, loss: Tensor) -> Tensor:
         return loss
     learning = [weights for weights in model.parameters() if weights.requires_grad]
     num_gradients = loss.new_tensor([float(weights.grad is not None) for weights in learning])
-    with translate_peer_errors():
-        for tensor in (loss, num_gradients):
-            torch.distributed.all_reduce(tensor)
-        for weights, count in zip(learning, num_gradients.tolist(), strict=True):
-            # If no process has a gradient, the optimizer must skip the weight, including weight decay.
-            if count:
-                weights.grad = torch.zeros_like(weights) if weights.grad is None else weights.grad
-                torch.distributed.all_reduce(weights.grad)
+    for tensor in (loss, num_gradients):
+        torch.distributed.all_reduce(tensor)
+    for weights, count in zip(learning, num_gradients.tolist(), strict=True):
+        # If no process has a gradient, the optimizer must skip the weight, including weight decay.
+        if count:
+            weights.grad = torch.zeros_like(weights) if weights.grad is None else weights.grad
+            torch.distributed.all_reduce(weights.grad)
     return loss
-
-
-@contextmanager
-def translate_peer_errors() -> Iterator[None]:
-    """Translate errors in communication with other processes to TrainError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
-            raise
-        problem = "this process lost contact with the other processes of the training run"
-        hint = "read the output of the other processes, then resume from the last saved state with --resume"
-        raise TrainError(f"{problem}: {one_line(error)[:200]}", hint=hint) from error
 
 
 def max_over_processes(number: int, device: torch.device) -> int:
@@ -85,9 +69,8 @@ def max_over_processes(number: int, device: torch.device) -> int:
     if not torch.distributed.is_initialized():
         return number
     value = torch.tensor([number], device=device)
-    with translate_peer_errors():  # on a GPU, a failure is raised only when a value is read
-        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
-        return int(value.item())
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return int(value.item())
 
 
 @contextmanager
