@@ -6,7 +6,7 @@ anything is written. A run, `preview` and `estimate` share it. No later code res
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from pipeline.inference.engines import EngineChoice, choose_engine
 from pipeline.inference.model_licenses import license_of
 from pipeline.inference.request_checks import check_requests
 from pipeline.inference.requests import RequestPlan, ladders_of
+from pipeline.inference.vllm import vllm_python
 from pipeline.progress import Progress
 from pipeline.sources import find_source, holds_decks, open_source, with_source_defaults
 from pipeline.sources.base import SourceSpec
@@ -116,12 +117,16 @@ class Plan:
             refuse_other_source(dataset, plan.config)
             # Report a damaged version now, not at the end of the run.
             dataset.versions()
-        digests: AbstractContextManager[None] = skip_digests() if is_trial else nullcontext()
-        with digests:
+        with skip_digests() if is_trial else nullcontext():
             source = open_source(reading_settings(plan))
         for text in source.messages:
             progress.message(text)
         engines = {name: _choose_engine(plan, name, progress) for name in plan.model_names}
+        starts_vllm = any(one.name == "vllm" and not one.urls for one in engines.values())
+        # A new dataset has no stored replies, so its run needs the server.
+        if starts_vllm and not vllm_python() and not (in_cluster or dataset.path.exists()):
+            hint = "`synth doctor` shows how to install it; or pass a running server: --base-url"
+            raise EngineError("vLLM is not installed here", hint=hint)
         models = {name: Model(public_name(one.model), one.revision) for name, one in engines.items()}
         plan = replace(cls.resolve(plan.config, dataset, models), source=source, engines=engines)
         plan.refuse_equal_models()

@@ -8,14 +8,7 @@ from pydantic import ValidationError
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.records import read_record
-from pipeline.dataset.reviews import (
-    AppliedReviews,
-    Review,
-    format_lines,
-    merge_lines,
-    read_lines,
-    text_name,
-)
+from pipeline.dataset.reviews import AppliedReviews, Review, format_lines, merge_lines, read_lines, text_name
 from pipeline.errors import ConfigError
 from pipeline.inference.queue import RequestStats
 from pipeline.logs import log_to

@@ -14,7 +14,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.version import TRIAL, Version
 from pipeline.errors import TableError
-from pipeline.executors.local import LocalExecutor
+from pipeline.executors.local import LocalExecutor, forget_other_steps
 from pipeline.executors.messages import NoRowsError, describe_start, require_rows
 from pipeline.executors.ray.cluster import ClusterOptions
 from pipeline.inference.queue import RequestStats
@@ -71,6 +71,8 @@ def run(
     names = [step.name for step in steps]
     todo = list(zip(["", *names], steps[:-1], strict=False))[names.index(first) :]
     write_json(plan.dataset.run_file, plan.config.recorded())
+    for shard in (plan.dataset, *executor.shards):
+        forget_other_steps(shard, names)
     limit = plan.config.limit if plan.config.images is None else plan.config.images
     work = Work(plan, executor, progress, limit)
     while True:
@@ -134,9 +136,7 @@ def run_plan(plan: Plan, progress: Progress, cluster: ClusterOptions | None = No
     if cluster is not None:
         from pipeline.executors.ray.executor import open_executor
 
-        with open_executor(
-            plan, [step.name for step in steps_of(plan)], cluster, stats, progress
-        ) as executor:
+        with open_executor(plan, cluster, stats, progress) as executor:
             return run(plan, executor, stats, progress)
     with translate_disk_errors(plan.dataset.path), plan.dataset.lock(), log_to(plan.dataset.path):
         return run_here(plan, stats, progress)
@@ -146,7 +146,7 @@ def run_here(
     plan: Plan, stats: RequestStats, progress: Progress, *, first: str = read.STEP.name
 ) -> RunResult:
     """Run all steps in this process. See `run`."""
-    with LocalExecutor(plan, [step.name for step in steps_of(plan)], stats, progress) as executor:
+    with LocalExecutor(plan, stats, progress) as executor:
         return run(plan, executor, stats, progress, first=first)
 
 

@@ -1,5 +1,6 @@
 """Render docs/cli.md from the commands: `make docs` writes it."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ def render_page() -> str:
     for option in group.commands["generate"].params:
         if isinstance(option, TyperOption):
             option.hidden = False
-    return HEADER + get_docs_for_click(obj=group, ctx=typer.Context(group), name="synth", title="Commands")
+    page = get_docs_for_click(obj=group, ctx=typer.Context(group), name="synth", title="Commands")
+    # Typer separates a default from the range of a number by a semicolon.
+    return HEADER + re.sub(r"; (?=x[<>]|\d+<)", ", ", page)
 
 
 if __name__ == "__main__":

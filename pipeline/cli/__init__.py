@@ -113,14 +113,7 @@ def add(group: str, *commands: Callable[..., None], **more: Any) -> None:
 
 
 add(MAKE, generate.init, generate.doctor)
-add(
-    MAKE,
-    generate.preview,
-    generate.estimate,
-    generate.generate,
-    generate.serve,
-    context_settings=VLLM_FLAGS,
-)
+add(MAKE, generate.preview, generate.estimate, generate.generate, generate.serve, context_settings=VLLM_FLAGS)
 add(USE, report)
 app.add_typer(review, name="review", rich_help_panel=USE)
 review.command("sample")(review_sample)

@@ -91,7 +91,7 @@ def preview(
 
 @with_run_settings
 def estimate(config: "Config", out: Annotated[Path | None, SAME_OUT] = None, as_json: AsJson = False) -> None:
-    """Run all steps on 32 images, and estimate the time, cost and yield of the whole run.
+    """Run all steps on a sample of the images, and estimate time, cost and yield of the whole run.
 
     `generate` reuses the replies. Arguments after -- go to the vLLM server.
     """

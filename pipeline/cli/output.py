@@ -173,8 +173,7 @@ def print_run_result(
     train = f", synth train {folder}" if is_trainable else ""
     say(f"next: synth report {folder}, synth push {folder} --repo ORG/NAME{train}", "dim")
     steps = {
-        step.step: {"input": step.input, "kept": step.kept, "rejected": step.rejected}
-        for step in result.funnel
+        one.step: {"input": one.input, "kept": one.kept, "rejected": one.rejected} for one in result.funnel
     }
     stats = result.stats
     values = {

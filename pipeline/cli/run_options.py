@@ -20,14 +20,8 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 # Groups of options in --help.
-IMAGES, TEXTS, MODEL, BUDGET, DATASET, CLUSTER = (
-    "Images",
-    "What to ask",
-    "Model",
-    "Budget",
-    "Dataset",
-    "Cluster",
-)
+IMAGES, TEXTS, MODEL = "Images", "What to ask", "Model"
+BUDGET, DATASET, CLUSTER = "Budget", "Dataset", "Cluster"
 NO_MODEL = "--no-model"
 METAVARS: dict[Any, str] = {int: "N", Path: "FILE", list[Path]: "FILE"}
 

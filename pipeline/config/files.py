@@ -9,12 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Config
-from pipeline.config.sections import (
-    PATTERNS,
-    AnySection,
-    TaskConfig,
-    task_names,
-)
+from pipeline.config.sections import PATTERNS, AnySection, TaskConfig, task_names
 from pipeline.errors import ConfigError, did_you_mean, one_line
 
 if TYPE_CHECKING:

@@ -23,11 +23,10 @@ ShardWork = Callable[[DatasetDir, Services], None]
 class LocalExecutor:
     """Applies functions in this process (see steps.base.Executor). Exiting it closes the source and engine.
 
-    `steps` are the names of all steps. The caller must hold the lock of the dataset folder.
+    The caller must hold the lock of the dataset folder.
     """
 
-    def __init__(self, plan: Plan, steps: Sequence[str], stats: RequestStats, progress: Progress) -> None:
-        forget_other_steps(plan.dataset, steps)
+    def __init__(self, plan: Plan, stats: RequestStats, progress: Progress) -> None:
         self.plan, self.dataset = plan, plan.dataset
         self.shards = [plan.dataset]
         self._stack = ExitStack()

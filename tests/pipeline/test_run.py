@@ -10,7 +10,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, EngineError
 from pipeline.executors.messages import NoRowsError, require_rows
 from pipeline.plan import Plan, refuse_other_source
 from pipeline.progress import NullProgress
@@ -59,6 +59,17 @@ def test_option_of_another_executor_is_refused(
     folder = parse_dataset_path(out)
     with pytest.raises(ConfigError, match=problem):
         Plan.open(config, folder, NullProgress(), in_cluster=in_cluster)
+
+
+def test_missing_vllm_is_an_error_before_a_dataset_is_begun_but_stored_replies_need_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.plan.vllm_python", lambda: None)
+    config = resolve(source="scenes", engine="vllm")
+    with pytest.raises(EngineError, match="vLLM is not installed here"):
+        Plan.open(config, tmp_path / "new", NullProgress())
+    assert not (tmp_path / "new").exists()
+    Plan.open(config, tmp_path, NullProgress())
 
 
 def test_run_whose_images_are_all_dropped_names_the_condition(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.commands import read_result
 from tests.whole.conftest import SYNTH, Run, read_failure
 
 COMMANDS = (  # in the order of a user's work
-    "init", "doctor", "preview", "generate", "serve", "report", "review sample", "review apply",
+    "init", "doctor", "preview", "estimate", "generate", "serve", "report", "review sample", "review apply",
     "versions list", "versions gc", "check", "push", "export", "train", "evaluate",
     "caption", "serve-captioner",
 )  # fmt: skip

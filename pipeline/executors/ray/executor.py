@@ -17,7 +17,6 @@ from pipeline.dataset.publishing import RowWriter
 from pipeline.dataset.records import code_digest, output_digest
 from pipeline.digests import digest
 from pipeline.errors import ClusterError, ConfigError
-from pipeline.executors.local import forget_other_steps
 from pipeline.executors.ray.cluster import (
     ClusterOptions,
     WorkerPlan,
@@ -145,9 +144,9 @@ class RayExecutor:
 
 @contextmanager
 def open_executor(
-    plan: Plan, steps: Sequence[str], options: ClusterOptions, stats: RequestStats, progress: Progress
+    plan: Plan, options: ClusterOptions, stats: RequestStats, progress: Progress
 ) -> Iterator[RayExecutor]:
-    """Open a cluster and the dataset folder for a run over shards. `steps` are the names of all steps.
+    """Open a cluster and the dataset folder for a run over shards.
 
     The folder is in an object store or on a shared file system. Raises SynthError if the run cannot start.
     """
@@ -164,11 +163,9 @@ def open_executor(
         local = [engine.name for engine in engines if not engine.urls]
         workers = plan_workers(options.workers, loads_model=bool(local), own_server="vllm" in local)
         write_json(dataset.path / "shards" / "shards.json", {"shards": shard_count})
-        _forget_local_run(dataset, steps)
-        kinds = {name: engine.name for name, engine in plan.engines.items()}
-        run = ShardedRun(plan, Path.cwd(), shard_count, kinds, digest(named_files(plan)))
-        for shard in (dataset, *run.shards):
-            forget_other_steps(shard, steps)
+        _forget_local_run(dataset)
+        kinds, files = {name: engine.name for name, engine in plan.engines.items()}, named_files(plan)
+        run = ShardedRun(plan, Path.cwd(), shard_count, kinds, digest(files))
         yield RayExecutor(replace(run, filled=_filled_folders(run)), workers, stats, progress, check)
 
 
@@ -224,11 +221,12 @@ def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], T], draft: 
     return run_exclusively(run, index, write)
 
 
-def _forget_local_run(dataset: DatasetDir, steps: Sequence[str]) -> None:
+def _forget_local_run(dataset: DatasetDir) -> None:
     """Remove the step files of an earlier run in one process, except of the read step. Keep its journal."""
-    for name in steps[1:]:
-        for which in OUTPUTS:
-            dataset.step_file(name, which).unlink(missing_ok=True)
+    for name in OUTPUTS:
+        for path in dataset.path.glob(f"steps/*/{name}.parquet"):
+            if path.parent.name != "read" and not path.parent.is_symlink():
+                path.unlink()
     if dataset.journal.exists() and not is_remote(dataset.path):
         # Merge the write-ahead log that a killed run may have left.
         with Journal(dataset.journal):
