@@ -17,8 +17,6 @@ from pipeline.plan import Plan
 from pipeline.sources.duplicates import REPEATED
 from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
-from pipeline.tasks.base import MAX_QA_PAIRS
-from pipeline.tasks.checks import MAX_CLAIMS, PHRASINGS
 from pipeline.tasks.conditions import is_wanted
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
@@ -70,26 +68,13 @@ def _tasks_of(plan: Plan, name: str) -> str:
 
 
 def describe_requests(plan: Plan) -> str:
-    """Return the number of requests per image, and the maximum number for --verify and --judge.
-
-    The model may write fewer questions and claims. Human texts and repeated requests are not included.
-    """
+    """Return the number of requests per image without those of --verify and --judge."""
     requests, verify = plan.requests, plan.config.verify
     if not requests.pairs:
         return ""
-    asked = [(plan.tasks[name], requests.count_replies(plan.tasks[name])) for name, _ in requests.pairs]
-    captions = sum(replies for task, replies in asked if task.text_field)
-    questions = sum(MAX_QA_PAIRS for task, _ in asked if task.rows_field == "qa")
-    per_caption = {"claims": 1 + len(PHRASINGS) * MAX_CLAIMS, "covers": questions}
-    per_question = {"round_trip": 1, "blind": 1, "evidence": 1}
-    checks = sum(
-        captions * per_caption.get(check, 0) + questions * per_question.get(check, 0)
-        for check in verify.checks
-    )
-    checks += captions * verify.repair + (captions + questions) * bool(verify.judge)
-    unit = "deck" if plan.has_decks else "image"
-    more = f", and up to {checks:,} to check the texts (--estimate measures it)" if checks else ""
-    count = requests.count(requests.pairs)
+    count, unit = requests.count(requests.pairs), "deck" if plan.has_decks else "image"
+    has_checks = verify.checks or verify.repair or verify.judge
+    more = ", and more to check the texts (--estimate measures them)" if has_checks else ""
     return f"; {count:,} request{'s' if count > 1 else ''} per {unit}{more}"
 
 
