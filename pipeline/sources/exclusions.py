@@ -62,7 +62,7 @@ class ExclusionIndex:
     def __init__(self, table: pa.Table, kind: ImageKind | None) -> None:
         rows, hashes = table.to_pylist(), list[bytes]()
         self.kind = kind
-        self.dataset_of_id = {row["image_id"]: row["name"] for row in rows}
+        self.dataset_of_id: dict[str, str] = {row["image_id"]: row["name"] for row in rows}
         self.dataset_of_hash: list[str] = []
         for row in rows if kind else ():
             crops = row["crop_hashes"] if kind == "photos" else []
