@@ -53,7 +53,7 @@ class LocalExecutor:
         assert self._reader is not None
         has_more = self._reader.read(limit)
         if self.plan.config.images is None:
-            self._reader.finish()
+            self._reader.close()
         return has_more
 
     def each(self, work: ShardWork) -> None:

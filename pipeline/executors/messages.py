@@ -70,10 +70,7 @@ def _tasks_of(plan: Plan, name: str) -> str:
 
 
 def describe_requests(plan: Plan) -> str:
-    """Return the number of requests per image, and the maximum number for --verify and --judge.
-
-    The model may write fewer questions and claims. Human texts and repeated requests are not included.
-    """
+    """Return the number of requests per image without those of --verify and --judge."""
     requests, verify = plan.requests, plan.config.verify
     if not requests.pairs:
         return ""

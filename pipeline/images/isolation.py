@@ -67,19 +67,18 @@ def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]]) -> Iterator[tuple[T, Re
     pool = _pool()
     waiting: deque[tuple[T, Future[Result], int]] = deque()
     error: Exception | None = None
+
+    def is_full() -> bool:
+        return len(waiting) >= 2 * pool.size or sum(size for *_, size in waiting) > AHEAD_BYTES
+
     try:
         while True:
-            while (
-                error is None
-                and len(waiting) < 2 * pool.size
-                and sum(size for *_, size in waiting) <= AHEAD_BYTES
-            ):
-                try:
+            try:
+                while not (error or is_full()):
                     key, images = next(jobs)
-                except Exception as raised:  # noqa: BLE001  # raised again below
-                    error = raised
-                else:
                     waiting.append((key, pool.submit(tuple(images)), sum(map(len, images))))
+            except Exception as raised:  # noqa: BLE001  # raised again below
+                error = raised
             if not waiting:
                 break
             key, future, _ = waiting.popleft()
@@ -87,7 +86,7 @@ def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]]) -> Iterator[tuple[T, Re
     finally:  # the caller may stop early
         for _, future, _ in waiting:
             future.cancel()
-    if error is not None and not isinstance(error, StopIteration):
+    if error and not isinstance(error, StopIteration):
         raise error
 
 
@@ -268,10 +267,9 @@ def serve() -> None:
 
 def limit_resources() -> None:
     """Limit this process to MEMORY_BYTES more than it uses now, and forbid it to write files."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
-    if pages:
-        max_bytes = pages * resource.getpagesize() + MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    max_bytes = num_pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

@@ -7,7 +7,6 @@ copies, because two charts that differ in one number look the same.
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -167,7 +166,7 @@ def _group_names(near: NearPairs, count: int) -> Rows:
 def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Rows) -> NearPairs:
     """Return the near pairs of samples. Near decks share at least half of the smaller deck's pages.
 
-    The distance between two decks is the median distance of the shared pages. An empty hash is near no other
+    The distance between two decks is the mean distance of the shared pages. An empty hash is near no other
     hash.
     """
     owners = pc.list_parent_indices(pdq_hashes).to_numpy().astype(np.int64)
@@ -181,30 +180,20 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
     first, second = owners[near.first], owners[near.second]
     is_single = (num_pages[first] == 1) & (num_pages[second] == 1)
     image_pairs = NearPairs(first[is_single], second[is_single], near.bits[is_single])
-    if is_single.all():
-        return image_pairs
-    deck_pairs = _near_decks(near, owners, np.flatnonzero(~is_single & (first != second)), num_pages)
+    is_deck = ~is_single & (first != second)
+    deck_pairs = _near_decks(NearPairs(*(part[is_deck] for part in near)), owners, num_pages)
     return NearPairs(*(np.concatenate(parts) for parts in zip(*[image_pairs, deck_pairs], strict=True)))
 
 
-def _near_decks(near: NearPairs, owners: Rows, pairs: Rows, num_pages: Rows) -> NearPairs:
-    """Return the near pairs of samples that have at least one deck. `pairs` selects page pairs of `near`."""
-    # Most decks with a common page are not near: leave them out before the slow loop.
-    _, index, counts = np.unique(
-        owners[near.first[pairs]] * len(num_pages) + owners[near.second[pairs]],
-        return_inverse=True,
-        return_counts=True,
-    )
-    fewest = np.minimum(num_pages[owners[near.first[pairs]]], num_pages[owners[near.second[pairs]]])
-    pairs = pairs[2 * counts[index] >= fewest]
-    closest: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = defaultdict(lambda: ({}, {}))
-    for p, q, bits in zip(*(part[pairs].tolist() for part in near), strict=True):
-        for page_bits, page in zip(closest[int(owners[p]), int(owners[q])], (p, q), strict=True):
-            page_bits[page] = min(bits, page_bits.get(page, bits))
-    decks = []
-    for (a, b), sides in closest.items():
-        if 2 * min(map(len, sides)) >= min(num_pages[a], num_pages[b]):
-            distances = sorted([*sides[0].values(), *sides[1].values()])
-            decks.append((a, b, distances[len(distances) // 2]))
-    first, second, bits_apart = np.array(decks, np.int64).reshape(-1, 3).T
-    return NearPairs(first, second, bits_apart.astype(np.uint16))
+def _near_decks(near: NearPairs, owners: Rows, num_pages: Rows) -> NearPairs:
+    """Return the near pairs of decks from pairs of near pages. `owners` are the decks of the pages."""
+    decks, pair_of = np.unique(owners[near.first] * len(num_pages) + owners[near.second], return_inverse=True)
+    first, second = decks // len(num_pages), decks % len(num_pages)
+    # For both decks of a pair, the number of pages that are near a page of the other deck.
+    shared = [
+        np.bincount(np.unique(pair_of * len(owners) + pages) // len(owners), minlength=len(decks))
+        for pages in (near.first, near.second)
+    ]
+    is_near = 2 * np.minimum(*shared) >= np.minimum(num_pages[first], num_pages[second])
+    bits = np.bincount(pair_of, near.bits) // np.bincount(pair_of)
+    return NearPairs(first[is_near], second[is_near], bits[is_near].astype(np.uint16))

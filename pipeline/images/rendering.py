@@ -91,7 +91,8 @@ def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> It
 
 def serve() -> None:
     """Render the file on stdin to stdout. This is the main function of the process."""
-    _end_with_parent()
+    # The system kills this process with its parent: a closed pipe is noticed only by the next write.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     kind, suffix, every_s = sys.argv[1:]
     file, every_ms = os.fdopen(os.dup(0), "rb"), max(1, round(1000 * float(every_s)))
     answers = _open_pdf(file) if kind == "pdf" else _open_video(file, DEMUXERS[suffix], every_ms)
@@ -109,12 +110,6 @@ def serve() -> None:
     except Exception as error:  # noqa: BLE001  # decoders raise any exception on damaged files
         end = {"reason": "unreadable_file", "what": one_line(error)}
     out.send_bytes(json.dumps(end).encode())
-
-
-def _end_with_parent() -> None:
-    """Let the system kill this process with its parent: it notices a closed pipe only when it writes."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _limited(answers: Iterator[Answer]) -> Iterator[Answer]:

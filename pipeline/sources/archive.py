@@ -246,17 +246,16 @@ def pair_texts(group: Sequence[Entry]) -> tuple[list[tuple[Entry, list[Entry]]],
     texts = [entry for entry in group if entry.text is not None]
     pairs = [(image, texts) for image in images]
     if len(images) > 1:
-        pairs = [(image, [text for text in texts if _stem(text) in _names(image)]) for image in images]
+        pairs = [
+            (image, [text for text in texts if _stem(text) in (_stem(image), normalize_path(image.name))])
+            for image in images
+        ]
     used = {text.name for _, image_texts in pairs for text in image_texts}
     return pairs, [entry for entry in group if is_text(entry.name) and entry.name not in used]
 
 
 def _stem(entry: Entry) -> str:
     return normalize_path(posixpath.splitext(entry.name)[0])
-
-
-def _names(image: Entry) -> tuple[str, str]:
-    return _stem(image), normalize_path(image.name)
 
 
 def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
@@ -304,8 +303,8 @@ def _open(config: Config, path: str) -> Source:
     license, columns, split = config.license or UNKNOWN, config.context, config.source_split
     names_by_split: dict[str | None, list[str]] = {}
     for name in files.names:
-        names_by_split.setdefault(_split_of(name), []).append(name)
-    names = [name for name in files.names if split in (None, _split_of(name))]
+        names_by_split.setdefault(split_of_path(name), []).append(name)
+    names = [name for name in files.names if split in (None, split_of_path(name))]
     if not names:
         hint = f"name the archives of this split like {split}-0.tar"
         raise SourceError(f"no archive is named after the split {split}", hint=hint)
@@ -357,7 +356,7 @@ def _row(
     name = f"{archive}/{image.name}"
     captions, values = _parse_texts(texts)
     try:
-        split = read_split(values.get(SPLIT)) or _split_of(archive)
+        split = read_split(values.get(SPLIT)) or split_of_path(archive)
     except ValueError as error:
         return Rejected(source_row=name, reason="unknown_split", detail=str(error))
     values = {"folder": posixpath.dirname(image.name), "file_name": image.name} | values
@@ -369,11 +368,6 @@ def _row(
     return RawSample(
         source_row=name, images=(image.data,), license=license, fields=fields | {"context": context}
     )
-
-
-def _split_of(archive: str) -> str | None:
-    suffix = next(suffix for suffix in SUFFIXES if archive.lower().endswith(suffix))
-    return split_of_path(archive[: -len(suffix)])
 
 
 SPEC = SourceSpec(

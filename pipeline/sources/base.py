@@ -115,14 +115,13 @@ def require_columns(columns: Iterable[str], known: Iterable[str], place: str = "
 def as_text(value: Any, name: str = "a context column") -> str:
     """Return a value as text for a prompt. List items are joined with commas, and null becomes "".
 
-    Raises SourceError if the value is an object or a list of lists. The message mentions `name`.
+    Raises SourceError if the value is an object, a list of lists, or bytes. The message mentions `name`.
     """
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return ", ".join(text for item in value if (text := as_text(item, name)))
-    if isinstance(value, dict | list):
-        raise SourceError(
-            f"{name} contains objects or nested lists", hint="use columns of strings or numbers"
-        )
+    if isinstance(value, dict | list | bytes):
+        problem = f"{name} contains objects, nested lists or bytes"
+        raise SourceError(problem, hint="use columns of strings or numbers")
     is_missing = value is None or value != value  # NaN
     # JSON may hold lone surrogates, which cannot be encoded.
     return "" if is_missing else str(value).encode("utf-8", "replace").decode()

@@ -11,13 +11,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby, islice
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import SourceError
 from pipeline.sources.base import DECK_TASKS, SourceSpec, check_samples, require_columns
-from pipeline.sources.parquet import MAX_TEXT_BYTES, TableRow, Tables
+from pipeline.sources.parquet import MAX_TEXT_BYTES, TableRow
 from pipeline.sources.splits import stored_split
 from pipeline.sources.tables import (
     PARTIAL_MESSAGE,
@@ -73,25 +74,26 @@ FLICKR30K = SourceSpec(
 # --- VQAv2 and SlideVQA
 
 
-def open_questions(
-    config: Config,
-    tables: Tables,
-    key: str,
-    image_columns: Sequence[str],
+def _open_questions(
+    default_repo: str,
     text_columns: Sequence[str],
     read_question: Callable[[dict[str, Any]], ReferenceQA],
     license: str,
+    config: Config,
+    repo: str,
     *,
     decks: bool = False,
 ) -> Source:
-    """Return a source with one sample, with all questions, for each group of adjacent rows with equal `key`.
+    """Return a source with one sample, with all questions, for each group of adjacent rows of one key.
 
-    `text_columns` includes `key`. Rows with the same image that are not adjacent are joined by the read step,
-    like those of any table. Raises SourceError if the split or a column is missing.
+    The first of `text_columns` is the key. The read step joins rows with the same image that are not
+    adjacent, as for any table. Raises SourceError if the split or a column is missing.
     """
-    split, columns = config.source_split, [*image_columns, *text_columns]
+    tables, split, key = open_hub(repo or default_repo), config.source_split, text_columns[0]
     check_split(tables, split)
-    require_columns(columns, tables.schema.names, "use hub:ORG/NAME with --columns; columns")
+    require_columns(text_columns, tables.schema.names, "use hub:ORG/NAME with --columns; columns")
+    image_columns = named_columns(tables.schema, "pages", "page_*" if decks else "image")
+    columns = [*image_columns, *text_columns]
 
     def key_of(row: TableRow) -> Any:
         name, file_split, values = row
@@ -134,19 +136,13 @@ def _vqav2_question(row: dict[str, Any]) -> ReferenceQA:
     return ReferenceQA(question=row["question"], answers=answers, answer_type=row["answer_type"])
 
 
-def _open_vqav2(config: Config, repo: str) -> Source:
-    tables = open_hub(repo or VQAV2_REPO)
-    columns, license = _VQAV2_COLUMNS, FLICKR_TERMS
-    return open_questions(config, tables, "image_id", ["image"], columns, _vqav2_question, license)
-
-
 VQAV2 = SourceSpec(
     name="vqav2",
     what="photos of COCO with questions and ten answers each (Goyal et al., 2017); one sample is a photo",
     license="CC-BY-4.0 texts, Flickr terms for the photos: images are not pushed",
     needs="the Hub, a vision-language model",
     example="synth generate --source vqav2 --split validation --limit 1000",
-    open=_open_vqav2,
+    open=partial(_open_questions, VQAV2_REPO, _VQAV2_COLUMNS, _vqav2_question, FLICKR_TERMS),
     options=frozenset({"source_split"}),
     scored_split="validation",
 )
@@ -166,21 +162,15 @@ def _optional(value: Any) -> str | None:
     return None if value in (None, "", "None") else str(value)
 
 
-def _open_slidevqa(config: Config, repo: str) -> Source:
-    tables = open_hub(repo or SLIDEVQA_REPO)
-    pages = named_columns(tables.schema, "pages", "page_*")
-    columns, license = _SLIDEVQA_COLUMNS, NTT_EVALUATION
-    read = _slidevqa_question
-    return open_questions(config, tables, "deck_name", pages, columns, read, license, decks=True)
-
-
 SLIDEVQA = SourceSpec(
     name="slidevqa",
     what="decks of up to 20 slides with questions and evidence (Tanaka et al., 2023); one sample is a deck",
     license="NTT's license for evaluation: images are not pushed",
     needs="the Hub, access granted there, a vision-language model",
     example="synth generate --source slidevqa --split validation --limit 50",
-    open=_open_slidevqa,
+    open=partial(
+        _open_questions, SLIDEVQA_REPO, _SLIDEVQA_COLUMNS, _slidevqa_question, NTT_EVALUATION, decks=True
+    ),
     tasks=DECK_TASKS,
     options=frozenset({"source_split"}),
     scored_split="test",

@@ -5,7 +5,7 @@ each page. Video frames are `frame_seconds` apart. By default, all images from a
 because neighboring frames are similar. Worker processes render the files (images/rendering.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -33,28 +33,19 @@ from pipeline.types import UNKNOWN, RawSample, Rejected, Sample, Source
 
 FRAME_SECONDS = 5.0  # default interval between frames
 MAX_PDF_BYTES = 500_000_000  # a document is held in memory
-RenderedRow = tuple[str, tuple[bytes, ...], str]  # (suffix for the row name, images, fault or "")
-RowMaker = Callable[[Iterator[Rendered]], Iterator[RenderedRow]]
 
 
-def split_into_decks(pages: Iterator[Rendered]) -> Iterator[RenderedRow]:
-    """Yield decks of at most MAX_PAGES pages. A deck is faulty if one of its pages is."""
-    while deck := list(islice(pages, MAX_PAGES)):
-        faults = "; ".join(page.fault for page in deck if page.fault)
-        yield f"/{deck[0].place:04d}-{deck[-1].place:04d}", tuple(page.data for page in deck), faults
+def _split_into_rows(
+    kind: Kind, rendered: Iterator[Rendered], pages_per_row: int
+) -> Iterator[tuple[str, list[Rendered]]]:
+    """Yield (suffix of the row name, images). The suffix has page numbers, or the seconds of a frame."""
+    while images := list(islice(rendered, pages_per_row)):
+        first, last = images[0].place, images[-1].place
+        number = f"{first:04d}" if kind == "pdf" else f"{first / 1000:09.3f}s"
+        yield f"/{number}-{last:04d}" if pages_per_row > 1 else f"/{number}", images
 
 
-def name_pages(pages: Iterator[Rendered]) -> Iterator[RenderedRow]:
-    """Yield one row per page, named after the page number."""
-    yield from ((f"/{page.place:04d}", (page.data,), page.fault) for page in pages)
-
-
-def name_frames(frames: Iterator[Rendered]) -> Iterator[RenderedRow]:
-    """Yield one row per frame, named after the time in seconds."""
-    yield from ((f"/{frame.place / 1000:09.3f}s", (frame.data,), frame.fault) for frame in frames)
-
-
-def _open(kind: Kind, make_rows: RowMaker, config: Config, path: str, *, decks: bool = False) -> Source:
+def _open(kind: Kind, config: Config, path: str, *, decks: bool = False) -> Source:
     """Open a file, or all files of this kind below a folder in path order.
 
     Raises SourceError if there is no such file, and ConfigError if the rendering package is missing.
@@ -63,12 +54,9 @@ def _open(kind: Kind, make_rows: RowMaker, config: Config, path: str, *, decks: 
         raise ConfigError(f"{kind} files need the package {PACKAGES[kind]}", hint=install_command(kind))
     suffixes, given = SUFFIXES[kind], Path(path).expanduser()
     root = given if given.is_dir() else given.parent
-    content = list_files(given) if given.is_dir() else FolderContent(others=[given])
-    files = [
-        file
-        for file in content.others
-        if file.suffix.lower() in suffixes and (given.is_dir() or file.exists())
-    ]
+    named = [given] if given.exists() else []
+    content = list_files(given) if given.is_dir() else FolderContent(others=named)
+    files = [file for file in content.others if file.suffix.lower() in suffixes]
     if not files:
         hint = f"pass a file, or a folder of files that end in {', '.join(suffixes)}"
         raise SourceError(f"no {kind} file at {given}", hint=hint)
@@ -83,11 +71,13 @@ def _open(kind: Kind, make_rows: RowMaker, config: Config, path: str, *, decks: 
         name, max_bytes = row_name(file, root), MAX_PDF_BYTES if kind == "pdf" else None
         try:
             with open_regular(file, bound, max_bytes) as opened:
-                for suffix, images, fault in make_rows(render(kind, opened, file.suffix.lower(), every_s)):
-                    if fault:
+                rendered = render(kind, opened, file.suffix.lower(), every_s)
+                for suffix, images in _split_into_rows(kind, rendered, MAX_PAGES if decks else 1):
+                    if fault := "; ".join(image.fault for image in images if image.fault):
                         yield Rejected(source_row=name + suffix, reason="unreadable_image", detail=fault)
                     else:
-                        yield RawSample(source_row=name + suffix, images=images, license=license, fields={})
+                        data = tuple(image.data for image in images)
+                        yield RawSample(source_row=name + suffix, images=data, license=license, fields={})
         except ImageError as error:
             yield Rejected(source_row=name, reason=error.reason, detail=str(error))
         except UnsafeFileError as error:
@@ -119,7 +109,7 @@ PDF = SourceSpec(
     what="PDF documents as decks: a file, or all files in a folder",
     needs="a vision-language model that accepts several images; the extra pdf",
     example="synth generate --source pdf:slides --model Qwen/Qwen2.5-VL-3B-Instruct",
-    open=partial(_open, "pdf", split_into_decks, decks=True),
+    open=partial(_open, "pdf", decks=True),
     tasks=DECK_TASKS,
     options=_OPTIONS,
     default_grouping="folder",
@@ -129,7 +119,7 @@ PDF_PAGES = SourceSpec(
     what="pages of PDF documents as single images",
     needs="a vision-language model; the extra pdf",
     example="synth generate --source pdf-pages:slides --styles detailed,ocr",
-    open=partial(_open, "pdf", name_pages),
+    open=partial(_open, "pdf"),
     options=_OPTIONS,
     image_kind="graphics",
     default_grouping="folder",
@@ -139,7 +129,7 @@ VIDEO = SourceSpec(
     what="frames of videos, every few seconds (--every): a file, or all files in a folder",
     needs="a vision-language model; the extra video",
     example="synth generate --source video:clips --every 10",
-    open=partial(_open, "video", name_frames),
+    open=partial(_open, "video"),
     options=_OPTIONS | {"frame_seconds"},
     default_grouping="folder",
 )

@@ -1,6 +1,5 @@
 """Remove duplicate images from a source. Each image is kept once, with the texts of all its rows."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,7 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.digests import canonical
-from pipeline.tables import LISTED_SAMPLE, NUM_PAGES, REFERENCE_QA, SPLIT_RANK
+from pipeline.sources.splits import most_held_out
+from pipeline.tables import LISTED_SAMPLE, REFERENCE_QA, REFERENCES
 from pipeline.types import Rejected
 
 POSITION = "position"  # row index in the source, from 0
@@ -20,46 +20,32 @@ READ_SAMPLE = pa.schema(
         pa.field(IS_COPY, pa.bool_(), nullable=False),
     ]
 )
-RowTexts = tuple[str, Sequence[str], Sequence[dict[str, Any]] | None]  # (source row, references, questions)
 REPEATED = "duplicate_image"  # rejection reason: another row has the same image, and gets this row's texts
 
 
 @dataclass(slots=True)
 class DuplicateImages:
-    """The samples kept so far, one per image. The result does not depend on the order of the rows.
+    """The samples kept so far: the first row of each image.
 
-    A kept sample gets the captions and questions of all copies, sorted by source row, because tables often
-    have one row per caption.
+    A kept sample gets the captions and questions of all copies, since tables often have one row per caption.
     """
 
-    kept: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # sample id -> (source row, split)
-    changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # sample id -> new column values
-    texts: dict[str, list[RowTexts]] = field(default_factory=dict)  # sample id -> texts of later copies
+    kept: dict[str, str | None] = field(default_factory=dict)  # sample id -> split
+    later: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # sample id -> rows of later copies
     copies: list[dict[str, str]] = field(default_factory=list)  # rows of SOURCE_REJECTED
     has_questions: bool = False
 
     def add(self, row: dict[str, Any]) -> bool:
-        """Add a row of LISTED_SAMPLE, and return whether an earlier row has the same image.
-
-        Of two rows with the same image, the row whose name sorts first is kept.
-        """
+        """Add a row of LISTED_SAMPLE, and return whether an earlier row has the same image."""
         self.has_questions = self.has_questions or bool(row[REFERENCE_QA])
-        sample_id, source_row, split = row["sample_id"], row["source_row"], row["split"]
+        sample_id = row["sample_id"]
         if sample_id not in self.kept:
-            self.kept[sample_id] = (source_row, split)
+            self.kept[sample_id] = row["split"]
             return False
-        kept_row, kept_split = self.kept[sample_id]
-        changes: dict[str, Any] = {}
-        self.texts.setdefault(sample_id, []).append((source_row, row["references"], row["reference_qa"]))
-        if source_row < kept_row:
-            unchanged = ("sample_id", "split", NUM_PAGES)
-            changes = {name: row[name] for name in LISTED_SAMPLE.names if name not in unchanged}
-        if SPLIT_RANK[split] > SPLIT_RANK[kept_split]:  # if one copy is held out, the image is held out
-            kept_split = changes["split"] = split
-        if changes:
-            self.changes.setdefault(sample_id, {}).update(changes)
-        self.kept[sample_id] = (min(kept_row, source_row), kept_split)
-        copy = Rejected(source_row=max(kept_row, source_row), reason=REPEATED, detail=sample_id)
+        # If one copy is held out, the image is held out.
+        self.kept[sample_id] = most_held_out(row["split"], self.kept[sample_id])
+        self.later.setdefault(sample_id, []).append({name: row[name] for name in (REFERENCES, REFERENCE_QA)})
+        copy = Rejected(source_row=row["source_row"], reason=REPEATED, detail=sample_id)
         self.copies.append(asdict(copy))
         return True
 
@@ -68,9 +54,8 @@ class DuplicateImages:
 
         The questions are null for all samples if no row has a question, and never null otherwise.
         """
-        if any(sample_id in self.texts for sample_id in samples["sample_id"].to_pylist()):
-            rows = samples.to_pylist()
-            rows = [row | self.changes.get(row["sample_id"], {}) | self._merged(row) for row in rows]
+        if any(sample_id in self.later for sample_id in samples["sample_id"].to_pylist()):
+            rows = [row | self._merged(row) for row in samples.to_pylist()]
             samples = pa.Table.from_pylist(rows, schema=samples.schema)
         questions = samples[REFERENCE_QA]
         empty = pa.scalar([] if self.has_questions else None, questions.type)
@@ -79,14 +64,14 @@ class DuplicateImages:
         return samples.set_column(column, samples.schema.field(column), filled)
 
     def _merged(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the distinct captions and questions of all copies of an image, or {} if it has no copy."""
-        if row["sample_id"] not in self.texts:
+        """Return the split, captions and questions of all copies of an image, or {} if it has no copy."""
+        if row["sample_id"] not in self.later:
             return {}
-        row_texts = (row["source_row"], row["references"], row[REFERENCE_QA])
-        copies = sorted([row_texts, *self.texts[row["sample_id"]]], key=lambda copy: copy[0])
-        references = dict.fromkeys(text for _, texts, _ in copies for text in texts)
-        questions = {canonical(one): one for _, _, copy_questions in copies for one in copy_questions or ()}
-        return {"references": list(references), REFERENCE_QA: list(questions.values())}
+        copies = [row, *self.later[row["sample_id"]]]
+        references = dict.fromkeys(text for copy in copies for text in copy[REFERENCES])
+        questions = {canonical(one): one for copy in copies for one in copy[REFERENCE_QA] or ()}
+        values = {REFERENCES: list(references), REFERENCE_QA: list(questions.values())}
+        return {"split": self.kept[row["sample_id"]], **values}
 
 
 def without_copies(samples: pa.Table, max_rows: int | None = None) -> pa.Table:

@@ -4,8 +4,8 @@ Images match by their bytes, or by the PDQ hash of the whole excluded image or o
 photos match too. Texts are not compared, because a caption such as "A man rides a bike." fits many images.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ import pyarrow as pa
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
-from pipeline.errors import ImageError, SourceError
+from pipeline.errors import SourceError
 from pipeline.images.decode import check_image, image_id, pdq_hash, prepare_image
-from pipeline.images.near_duplicates import MAX_NEAR_BITS, Hashes, as_hashes, image_distances
+from pipeline.images.near_duplicates import MAX_NEAR_BITS, as_hashes, image_distances
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source, open_source
 from pipeline.storage.files import write_table
@@ -31,32 +31,21 @@ def hash_images(sample: Sample) -> tuple[bytes, ...]:
     return sample.pdq_hashes or tuple(check_image(image).pdq_hash for image in sample.images)
 
 
-def exclusion_rows(
-    name: str, samples: Iterable[Sample], kind: ImageKind | None = "photos"
-) -> Iterator[dict[str, Any]]:
+def exclusion_rows(name: str, sample: Sample, kind: ImageKind | None = "photos") -> Iterator[dict[str, Any]]:
     """Yield one row (tables.EXCLUSIONS) per image.
 
     `kind` is the kind of images that will be compared with these rows. Crops are hashed only for photos.
     """
-    for sample in samples:
-        is_photo = kind == "photos" and len(sample.images) == 1
-        hashes = hash_images(sample) if kind else [b""] * len(sample.images)
-        for image, page_hash in zip(sample.images, hashes, strict=True):
-            yield {
-                "name": name,
-                "image_id": image_id(image),
-                "pdq_hash": page_hash,
-                "crop_hashes": _crop_hashes(image) if is_photo else [],
-            }
+    is_photo = kind == "photos" and len(sample.images) == 1
+    hashes = hash_images(sample) if kind else [b""] * len(sample.images)
+    for image, page_hash in zip(sample.images, hashes, strict=True):
+        crop_hashes = _crop_hashes(image) if is_photo else []
+        yield {"name": name, "image_id": image_id(image), "pdq_hash": page_hash, "crop_hashes": crop_hashes}
 
 
 def _crop_hashes(data: bytes) -> list[bytes]:
     """Return the PDQ hashes of an image's center crops, except crops with too little detail."""
-    try:
-        image = prepare_image(data)
-    except ImageError:
-        return []
-    hashes = []
+    image, hashes = prepare_image(data), list[bytes]()
     for share in CROPS:
         side = round(min(image.size) * share)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -64,30 +53,27 @@ def _crop_hashes(data: bytes) -> list[bytes]:
     return [crop_hash for crop_hash in hashes if crop_hash]
 
 
-@dataclass(slots=True)
 class ExclusionIndex:
-    """Images to keep out of the training data (tables.EXCLUSIONS), by sha256 and by PDQ hash."""
+    """Images to keep out of the training data (tables.EXCLUSIONS), by sha256 and by PDQ hash.
 
-    dataset_of_id: dict[str, str] = field(default_factory=dict)  # sha256 -> dataset
-    hashes: Hashes = field(default_factory=lambda: np.empty((0, 4), np.uint64))
-    dataset_of_hash: list[str] = field(default_factory=list)
-    kind: ImageKind | None = None  # kind of the images to look up, or None to compare only bytes
+    `kind` is the kind of the images to look up, or None to compare only bytes.
+    """
 
-    @classmethod
-    def of(cls, table: pa.Table, kind: ImageKind | None) -> "ExclusionIndex":
-        """Index the images in a table, for lookups of images of one kind."""
-        rows = table.to_pylist()
-        hashes, datasets = list[bytes](), list[str]()
+    def __init__(self, table: pa.Table, kind: ImageKind | None) -> None:
+        rows, hashes = table.to_pylist(), list[bytes]()
+        self.kind = kind
+        self.dataset_of_id: dict[str, str] = {row["image_id"]: row["name"] for row in rows}
+        self.dataset_of_hash: list[str] = []
         for row in rows if kind else ():
             crops = row["crop_hashes"] if kind == "photos" else []
             row_hashes = [one for one in (row["pdq_hash"], *crops) if one]
             hashes += row_hashes
-            datasets += [row["name"]] * len(row_hashes)
-        return cls({row["image_id"]: row["name"] for row in rows}, as_hashes(hashes), datasets, kind)
+            self.dataset_of_hash += [row["name"]] * len(row_hashes)
+        self.hashes = as_hashes(hashes)
 
     def find(self, sample: Sample) -> str | None:
         """Return the dataset that has an image in this sample or a near-duplicate of one, or None."""
-        for image in sample.images if self.dataset_of_id else ():
+        for image in sample.images if self.dataset_of_id else ():  # hashing takes time
             if name := self.dataset_of_id.get(image_id(image)):
                 return name
         pdq_hashes = [pdq_hash for pdq_hash in sample.pdq_hashes if pdq_hash]
@@ -143,7 +129,7 @@ def write_exclusions(
                 if isinstance(sample, Rejected):
                     unread += 1
                 else:
-                    rows += exclusion_rows(label, [sample], kind)
+                    rows += exclusion_rows(label, sample, kind)
                     progress(f"exclude {label}", len(rows), None)
             if not rows:
                 raise SourceError(

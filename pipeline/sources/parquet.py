@@ -173,17 +173,17 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Return whether a column has one of Arrow's binary types."""
-    if pa.types.is_dictionary(kind):
-        return is_binary(kind.value_type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+    """Return whether a column has one of Arrow's binary types, or a dictionary of one."""
+    return _value_type(kind) in (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column has one of Arrow's string types."""
-    if pa.types.is_dictionary(kind):
-        return is_text(kind.value_type)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    """Return whether a column has one of Arrow's string types, or a dictionary of one."""
+    return _value_type(kind) in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def is_list(kind: pa.DataType) -> bool:

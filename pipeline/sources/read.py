@@ -1,7 +1,7 @@
 """The read step writes images to the store (dataset/images.py), and a list of samples to the step's folder.
 
 A download may take hours, so SourceReader writes rows in parts, and the next run resumes after the last part.
-`read.json` records the result. If the source and the files have not changed, the next run uses the files.
+If the source and the files of the step have not changed, the next run uses the files.
 """
 
 import secrets
@@ -22,7 +22,7 @@ from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, 
 from pipeline.dataset.images import FILE_BYTES, ImageStore
 from pipeline.dataset.records import count_rows, is_done, read_record, write_record
 from pipeline.digests import digest, file_digest
-from pipeline.errors import ImageError, SourceError, SynthError
+from pipeline.errors import SourceError, SynthError
 from pipeline.images.decode import has_heif
 from pipeline.images.near_duplicates import (
     COMPARED_COLUMNS,
@@ -68,10 +68,10 @@ from pipeline.tables import (
 )
 from pipeline.types import ImageKind, Rejected, Sample, Source
 
-READING_FILE, PARTS_FOLDER = "read.json", "parts"  # in the folder of the step
+PARTS_FOLDER = "parts"  # in the folder of the step
 PART_SECONDS = 30.0  # a stopped run on a slow source loses at most this much reading time
 PART_ROWS = 16_384
-READING = 4  # increase it when a change makes the same source yield other samples
+READING = 5  # increase it when a change makes the same source yield other samples
 # Settings that determine which samples a source yields. Other settings belong to later steps, or enter the
 # key in another form.
 READ_SETTINGS = (
@@ -141,7 +141,6 @@ class SourceReader:
         self.dataset, self.config, self.source, self.progress = dataset, config, source, progress
         self._exclusions = open_exclusions(config)
         self._key = reading_key(config, source, self._exclusions)
-        self._path = dataset.step_file("read").with_name(READING_FILE)
         self._parts: SourceParts | None = None
         self._part_rows: Iterator[dict[str, Any]] = iter(())
         self._opened: Iterator[Sample | Rejected] = iter(())
@@ -153,19 +152,17 @@ class SourceReader:
 
         Raises SourceError if no sample is left.
         """
-        result = self._find_result(limit) if self.config.images is None else None
-        is_new = result is None
-        if result is not None:
-            message = f"read: {result['images']:,} images were read by an earlier run and are not read again"
+        earlier = self._find_result(limit) if self.config.images is None else None
+        result = earlier or self._read_rows(limit)
+        if earlier:
+            message = f"read: {earlier['images']:,} images were read by an earlier run and are not read again"
             self.progress.message(message)
-        else:
-            result = self._read_rows(limit)
-        self._require_samples(is_new=is_new)
+        self._require_samples(is_new=not earlier)
         described = self._describe(is_preview=result["has_more"] and self.config.images is None)
-        is_recorded = is_done(self.dataset, "read", self._key)
-        if not is_recorded or read_record(self.dataset, "read").get("source") != described:
+        if not earlier or read_record(self.dataset, "read")["source"] != described:
             kept, rejected = count_rows(self.dataset, "read")
-            write_record(self.dataset, "read", self._key, kept=kept, rejected=rejected, source=described)
+            facts: dict[str, Any] = {"kept": kept, "rejected": rejected, "source": described}
+            write_record(self.dataset, "read", self._key, **facts, result=result)
         return bool(result["has_more"])
 
     def _describe(self, *, is_preview: bool) -> dict[str, Any]:
@@ -183,55 +180,31 @@ class SourceReader:
             **({"captions": [file_digest(path) for path in captions]} if captions else {}),
         }
 
-    def finish(self) -> None:
-        """Record the result, so that the next run can use the files."""
-        self.close()
-        if self._parts is not None:
-            write_json(self._path, self._state() | {"result": self._result})
-
     def close(self) -> None:
         """Stop reading the source, and end the processes that decode or render its files."""
         if isinstance(self._opened, Generator):
             self._opened.close()
 
-    @cached_property
-    def _earlier(self) -> dict[str, Any]:
-        """The record of an earlier run, or {} if that run read other samples or missed excluded images."""
-        try:
-            record = read_json(self._path)
-            has_unread = any(one["unread"] for one in record["exclusions"])
-            exclusions = self.dataset.step_file("read", "exclusions")
-            is_valid = record["key"] == self._key and file_digest(exclusions) == record["excluded_sha256"]
-            return record if is_valid and not has_unread else {}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, SynthError):
-            return {}
-
     def _find_result(self, limit: int | None) -> dict[str, Any] | None:
         """Return the result of an earlier run if its files are unchanged and fit `limit`, else None."""
-        try:
-            result = self._earlier["result"]
-            is_below_limit = result["limit"] is None or result["images"] < result["limit"]
-            is_all = not result["has_more"] and is_below_limit
-            if limit != result["limit"] and not (is_all and (limit is None or limit >= result["images"])):
-                return None
-            if not is_done(self.dataset, "read", self._key):
-                return None
-            listed = open_table(self.dataset.step_file("read")).read(["sample_id"])["sample_id"]
-            return None if self._store.find_missing(listed.to_pylist()) else dict(result)
-        except (OSError, LookupError, TypeError, AttributeError, SynthError):
+        if not is_done(self.dataset, "read", self._key):
             return None
+        result: dict[str, Any] = read_record(self.dataset, "read")["result"]
+        is_below_limit = result["limit"] is None or result["images"] < result["limit"]
+        is_all = not result["has_more"] and is_below_limit
+        if limit != result["limit"] and not (is_all and (limit is None or limit >= result["images"])):
+            return None
+        listed = open_table(self.dataset.step_file("read")).read(["sample_id"])["sample_id"]
+        return None if self._store.find_missing(listed.to_pylist()) else result
 
     @cached_property
     def _excluded(self) -> list[dict[str, Any]]:
         """The descriptions of the excluded datasets. Reads their images unless an earlier run did."""
-        if self._earlier:
-            return list(self._earlier["exclusions"])
-        return write_exclusions(self.dataset, self.config, self._exclusions, self.progress)
-
-    def _state(self) -> dict[str, Any]:
-        excluded = self._excluded  # may write the file that is hashed next
-        sha256 = file_digest(self.dataset.step_file("read", "exclusions"))
-        return {"key": self._key, "exclusions": excluded, "excluded_sha256": sha256}
+        if is_done(self.dataset, "read", self._key, "exclusions"):
+            return list(read_record(self.dataset, "read", "exclusions")["described"])
+        described = write_exclusions(self.dataset, self.config, self._exclusions, self.progress)
+        write_record(self.dataset, "read", self._key, "exclusions", described=described)
+        return described
 
     def _read_rows(self, limit: int | None) -> dict[str, Any]:
         """Read rows from the parts and the source, write the step's files, and return the result."""
@@ -256,18 +229,14 @@ class SourceReader:
             has_more, self._new_rows = True, chain([following], self._new_rows)
         self.progress("read", len(kept), limit and len(kept))
         self._write_step(parts)
-        self._result = {"limit": limit, "images": len(kept), "has_more": has_more}
-        return self._result
+        return {"limit": limit, "images": len(kept), "has_more": has_more}
 
     def _check(self, row: Sample | Rejected) -> Sample | Rejected:
         """Return the sample with perceptual hashes where needed, or a rejection if the sample is excluded."""
         if isinstance(row, Rejected):
             return row
         if self._exclusion_index.kind is not None:
-            try:
-                row = replace(row, pdq_hashes=hash_images(row))
-            except ImageError as error:
-                return Rejected(source_row=row.source_row, reason=error.reason, detail=str(error))
+            row = replace(row, pdq_hashes=hash_images(row))
         name = self._exclusion_index.find(row)
         return Rejected(source_row=row.source_row, reason="banned_image", detail=name) if name else row
 
@@ -277,13 +246,11 @@ class SourceReader:
         If the last of these rows is not in the same place, remove the parts (but not their images), and read
         all rows again.
         """
-        folder, state = self._path.with_name(PARTS_FOLDER), self._state()
-        write_json(self._path, state)
-        self._exclusion_index = ExclusionIndex.of(
-            read_exclusions(self.dataset), choose_image_kind(self.config)
-        )
-        key = digest([self._key, state["excluded_sha256"]])
-        parts = SourceParts(folder, key, self._store)
+        _ = self._excluded  # writes the table that is read next
+        kind = choose_image_kind(self.config)
+        self._exclusion_index = ExclusionIndex(read_exclusions(self.dataset), kind)
+        folder = self.dataset.step_file("read").with_name(PARTS_FOLDER)
+        parts = SourceParts(folder, self._key, self._store)
         self._opened = self.source.read(max(0, parts.num_rows - 1))
         if parts.num_rows:
             last = next(self._opened, None)
@@ -292,7 +259,7 @@ class SourceReader:
             else:
                 self.close()
                 remove(folder)
-                parts = SourceParts(folder, key, self._store)
+                parts = SourceParts(folder, self._key, self._store)
                 self._opened = self.source.read(0)
         self._new_rows = self._opened
         self._part_rows = (row for table in parts.tables() for row in table.to_pylist())
@@ -342,7 +309,7 @@ class SourceReader:
         """Find groups of similar samples, write them, and return them (tables.IMAGE_GROUPS)."""
         columns = [*COMPARED_COLUMNS, POSITION, IS_COPY]
         samples = pa.concat_tables([without_copies(table, self._num_rows) for table in parts.tables(columns)])
-        splits = [self._images.kept[sample_id][1] for sample_id in samples["sample_id"].to_pylist()]
+        splits = [self._images.kept[sample_id] for sample_id in samples["sample_id"].to_pylist()]
         column = samples.schema.get_field_index("split")
         groups = compare_samples(samples.set_column(column, "split", pa.array(splits, pa.string())), kind)
         write_table(self.dataset.step_file("read", IMAGE_GROUPS_FILE), [groups], IMAGE_GROUPS)

@@ -145,7 +145,7 @@ def digest_or_fault(path: Path, bound: Path | None, max_bytes: int | None = MAX_
     """Return the sha256 of a file, or "unreadable" if it cannot be opened or read."""
     try:
         return digest_of_file(path, bound, max_bytes)
-    except (OSError, ValueError, UnsafeFileError):
+    except (OSError, UnsafeFileError):
         return "unreadable"
 
 
@@ -157,8 +157,6 @@ def read_image(path: Path, bound: Path | None) -> bytes:
         raise ImageError(error.reason, REFUSALS[error.reason]) from None
     except OSError as error:
         raise ImageError("unreadable_file", error.strerror or "unknown") from None
-    except ValueError:  # the path contains a zero byte
-        raise ImageError("unreadable_file", "an invalid file name") from None
 
 
 @dataclass(frozen=True, slots=True)

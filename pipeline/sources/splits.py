@@ -30,7 +30,7 @@ def read_split(value: Any) -> str | None:
 
 def split_of_path(path: str) -> str | None:
     """Return the split that a path names last, such as validation for default/val/0000.parquet, or None."""
-    for word in reversed(_WORD.findall(path.lower().removesuffix(".parquet"))):
+    for word in reversed(_WORD.findall(path.lower())):
         if split := SPLIT_OF_WORD.get(word) or SPLIT_OF_WORD.get(_VARIANT.sub(r"\1", word)):
             return split
     return None

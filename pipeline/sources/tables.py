@@ -28,14 +28,7 @@ from pipeline.sources.splits import (
     split_of_path,
     stored_split,
 )
-from pipeline.sources.texts import (
-    FILE_NAMES,
-    MAX_TEXT_CHARACTERS,
-    TEXT_KEYS,
-    parse_list,
-    read_question,
-    read_texts,
-)
+from pipeline.sources.texts import FILE_NAMES, TEXT_KEYS, extract_texts, read_question
 from pipeline.tables import ANSWERS, CAPTION_COLUMNS, PIXELS, QUESTION
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import GATED, UNDECLARED, UNKNOWN, RawSample, Rejected, Sample, Source
@@ -140,12 +133,14 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     roles = [item for item in mapping.items() if item not in ignored]
     columns = {role: named_columns(schema, role, name) for role, name in roles}
     if CONTEXT in mapping:
-        columns[CONTEXT] = _context_columns(schema, mapping[CONTEXT])
+        names = (name.strip() for name in mapping[CONTEXT].split(","))
+        columns[CONTEXT] = list(dict.fromkeys(name for name in names if name))
+        require_columns(columns[CONTEXT], schema.names)
     if "image" not in columns and "pages" not in columns:
         columns |= _guess_images(schema)
     if "references" not in mapping:
-        names = ("references",) if _is_own_version(schema) else CAPTION_COLUMNS
-        texts = [name for name in names if name in schema.names and _holds_texts(schema.field(name).type)]
+        known = ("references",) if _is_own_version(schema) else CAPTION_COLUMNS
+        texts = [name for name in known if name in schema.names and _holds_texts(schema.field(name).type)]
         columns["references"] = texts[:1]
     elif not _holds_texts(kind := schema.field(columns["references"][0]).type):
         problem = f"the column {mapping['references']} contains {kind}, not captions"
@@ -178,21 +173,6 @@ def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
     if not matches:
         require_columns([name], schema.names)
     return [match[0] for match in sorted(matches, key=lambda match: int(match[1]) if match.groups() else 0)]
-
-
-def _context_columns(schema: pa.Schema, names: str) -> list[str]:
-    """Return the columns in a comma-separated list.
-
-    Raises SourceError if a column is missing, or if prompts cannot use its type.
-    """
-    columns = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    require_columns(columns, schema.names)
-    for name in columns:
-        kind = schema.field(name).type
-        if is_binary(kind) or pa.types.is_struct(kind) or (is_list(kind) and not is_text(kind.value_type)):
-            problem = f"the column {name} contains {kind}, which prompts cannot use"
-            raise SourceError(problem, hint="use columns of strings or numbers")
-    return columns
 
 
 def _guess_questions(schema: pa.Schema) -> Columns:
@@ -257,7 +237,7 @@ def _is_own_version(schema: pa.Schema) -> bool:
 def build_sample(
     name: str, images: list[Any], license: str, split: str | None, **fields: Any
 ) -> RawSample | Rejected:
-    """Return the sample for a row, without empty pages at the end, or a rejection."""
+    """Return the sample for a row, or a rejection. Empty pages at the end are left out."""
     while len(images) > 1 and images[-1] is None:
         images = images[:-1]
     if len(images) > MAX_PAGES:
@@ -276,22 +256,19 @@ def _read_row(name: str, row: dict[str, Any], columns: Columns, **fields: Any) -
     images = [image for column in image_columns for image in _as_list(row[column])]
     if "pages" not in columns and len(images) > 1:
         return Rejected(source_row=name, reason="several_images", detail="for decks: --columns pages=COLUMN")
-    items = [item for column in columns["references"] for item in _as_list(row[column])]
-    texts = [text for item in items for text in _texts_of(item)]
-    fields["references"] = tuple(
-        text[:MAX_TEXT_CHARACTERS] for text in texts if isinstance(text, str) and text.strip()
-    )
-    fields["context"] = tuple((column, as_text(row[column])) for column in columns.get(CONTEXT, ()))
-    if "question" in columns:
-        questions, answers = _paired(row, columns)
+    texts = [text for column in columns["references"] for text in extract_texts(row[column])]
+    context = [(column, as_text(row[column], f"the column {column}")) for column in columns.get(CONTEXT, ())]
+    fields |= {"references": tuple(texts), "context": tuple(context)}
+    pairs = [pair for column in columns.get("reference_qa", ()) for pair in row[column] or ()]
+    question_columns = zip(columns.get("question", ()), columns.get("answer", ()), strict=True)
+    for question_column, answer_column in question_columns:
+        question, answer = row[question_column], row[answer_column]
+        questions, answers = _as_list(question), _as_list(answer) if isinstance(question, list) else [answer]
         if len(questions) != len(answers):
             detail = f"{len(questions)} questions, but {len(answers)} answers"
             return Rejected(source_row=name, reason="unpaired_answers", detail=detail)
-        pairs = [{"question": q, "answers": a} for q, a in zip(questions, answers, strict=True)]
-        fields["reference_qa"] = tuple(question for pair in pairs if (question := read_question(pair)))
-    elif "reference_qa" in columns:
-        pairs = row[columns["reference_qa"][0]] or []
-        fields["reference_qa"] = tuple(question for pair in pairs if (question := read_question(pair)))
+        pairs += [{"question": q, "answers": a} for q, a in zip(questions, answers, strict=True)]
+    fields["reference_qa"] = tuple(question for pair in pairs if (question := read_question(pair)))
     return build_sample(name, images, **fields)
 
 
@@ -299,24 +276,8 @@ def _is_missing(value: object) -> bool:
     return value is None or value != value or not str(value).strip()
 
 
-def _paired(row: dict[str, Any], columns: Columns) -> tuple[list[Any], list[Any]]:
-    """Return the questions in a row, and one answer or list of answers for each question."""
-    questions, answers = list[Any](), list[Any]()
-    for question_column, answer_column in zip(columns["question"], columns["answer"], strict=True):
-        question, answer = row[question_column], row[answer_column]
-        questions += _as_list(question)
-        answers += _as_list(answer) if isinstance(question, list) else [answer]
-    return questions, answers
-
-
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _texts_of(item: Any) -> list[Any]:
-    """Return the captions in one item of a caption column. A list or object may hold several."""
-    has_several = isinstance(item, dict) or (isinstance(item, str) and parse_list(item) is not None)
-    return read_texts({"": item}, ("",)) if has_several else [item]
 
 
 # --- Parquet files
@@ -389,9 +350,8 @@ def open_hub(name: str) -> Tables:
 
 
 def _list_parquet(api: "HfApi", repo: str, commit: str) -> list[str]:
-    paths = sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit))
-    tables = [path for path in paths if path.endswith(".parquet")]
-    return [path for path in tables if not path.endswith(REJECTIONS_FILE)]
+    paths = api.list_repo_files(repo, repo_type="dataset", revision=commit)
+    return sorted(path for path in paths if path.endswith(".parquet") and not path.endswith(REJECTIONS_FILE))
 
 
 def _find_conversion(api: "HfApi", repo: str) -> tuple[str, list[str]]:

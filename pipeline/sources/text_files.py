@@ -1,4 +1,4 @@
-"""Read untrusted text files: captions, metadata tables and lists, in JSON, JSON lines or CSV.
+"""Read untrusted text files: captions and metadata tables, in JSON, JSON lines or CSV.
 
 Every format has the same limits. A file of a few hundred kilobytes may unpack to millions of values, and each
 value takes at least 50 bytes of memory. Every problem becomes one error that names the file.

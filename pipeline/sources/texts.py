@@ -133,16 +133,13 @@ def read_question(row: Mapping[str, Any]) -> ReferenceQA | None:
     return ReferenceQA(question=_encodable(question.strip()), answers=tuple(answers), answer_type=answer_type)
 
 
-def _text_or_empty(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
 def extract_texts(
-    value: Any, text_of: Callable[[Any], str] = _text_or_empty, max_depth: int = MAX_DEPTH
+    value: Any, text_of: Callable[[Any], str] | None = None, max_depth: int = MAX_DEPTH
 ) -> list[str]:
     """Return the human texts in a value, which is a string, a list, or an object with one of TEXT_KEYS.
 
-    Values that are nested more than `max_depth` levels deep are not texts.
+    `text_of` returns the text of another value. Values that are nested more than `max_depth` levels deep are
+    not texts.
     """
     if isinstance(value, str) and (items := parse_list(value)) is not None:
         value = items
@@ -152,7 +149,9 @@ def extract_texts(
     if isinstance(value, list):
         inner = value if max_depth else ()
         return [text for item in inner for text in extract_texts(item, text_of, max_depth - 1)]
-    text = _encodable(text_of(value)).strip()[:MAX_TEXT_CHARACTERS]
+    if not isinstance(value, str):
+        value = text_of(value) if text_of else ""
+    text = _encodable(value).strip()[:MAX_TEXT_CHARACTERS]
     return [text] if text else []
 
 

@@ -217,13 +217,9 @@ def remove(folder: Path) -> None:
         with suppress(FileNotFoundError):
             filesystem_of(folder).rm(key_of(folder), recursive=True)
         return
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        log.warning("cannot remove %s: %s", folder, error)
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        log.warning("cannot remove the whole folder %s", folder)
 
 
 def move(files: list[tuple[Path, Path]]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from uuid import uuid4
 
 from pipeline.errors import StoreError, SynthError
-from pipeline.storage.object_store import filesystem_of, key_of, store_error_types
+from pipeline.storage.object_store import filesystem_of, key_of, translate_store_errors
 
 # O_NONBLOCK: opening a pipe must not block until its other end is opened.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -97,7 +97,7 @@ def lease(
     finally:
         ended.set()
         renewing.join()
-        with suppress(OSError, *store_error_types()):
+        with suppress(StoreError), translate_store_errors(path):
             if _is_holder(path, holder_id):
                 path.unlink(missing_ok=True)
 

@@ -5,7 +5,6 @@ credentials and endpoint.
 """
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +18,8 @@ from pipeline.install import install_command
 STORES = ("s3", "gs", "gcs", "memory")
 _GLOB_CHARACTER = re.compile(r"[*?\[\]#]")
 _URL = re.compile(r"[a-z][a-z0-9]+:/", re.IGNORECASE)
-# Exception types of store libraries that are not subclasses of OSError.
-STORE_ERRORS = (
-    ("botocore.exceptions", "BotoCoreError"),
-    ("botocore.exceptions", "ClientError"),
-    ("aiohttp", "ClientError"),
-    ("google.auth.exceptions", "GoogleAuthError"),
-    ("gcsfs.retry", "HttpError"),
-    ("gcsfs.retry", "ChecksumError"),
-)
+# Packages of stores, whose exceptions are not always subclasses of OSError.
+_STORE_PACKAGES = ("aiohttp", "botocore", "gcsfs", "google")
 
 
 def parse_dataset_path(name: str) -> Path:
@@ -89,10 +81,7 @@ def download(path: Path, file: Path) -> None:
 
 @contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-    """Yield a temporary local copy of an object, or the path itself if it is local."""
-    if not is_remote(path):
-        yield path
-        return
+    """Yield a temporary local copy of an object."""
     with TemporaryDirectory() as folder:
         download(path, Path(folder) / path.name)
         yield Path(folder) / path.name
@@ -121,13 +110,9 @@ def translate_store_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (OSError, *store_error_types())):
+        package = type(error).__module__.partition(".")[0]
+        if not isinstance(error, OSError) and package not in _STORE_PACKAGES:
             raise
         scheme = str(path).partition("://")[0]
         hint = f"check the address, the network and the keys of {scheme}, then run the same command"
         raise StoreError(f"{path}: {one_line(error)}", hint=hint) from None
-
-
-def store_error_types() -> tuple[type[Exception], ...]:
-    """Return the exception types of those store libraries that have been imported."""
-    return tuple(getattr(sys.modules[module], name) for module, name in STORE_ERRORS if module in sys.modules)

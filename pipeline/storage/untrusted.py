@@ -13,7 +13,7 @@ from pipeline.errors import SynthError
 
 OUTSIDE, NOT_A_FILE, TOO_LARGE = "outside_folder", "not_a_file", "file_too_large"
 # O_NONBLOCK: opening a pipe must not block until its other end is opened.
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class UnsafeFileError(SynthError):
@@ -55,26 +55,16 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
         if root is not None:
-            _require_below(root, path, handle)
+            # A folder in the path may have become a link since.
+            opened = os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115  # called for each image
+            if not _is_below(opened, os.path.realpath(root)):
+                raise UnsafeFileError(OUTSIDE, f"{path} is a link to a file outside of {root}")
         if max_bytes is not None and status.st_size > max_bytes:
             raise UnsafeFileError(TOO_LARGE, f"{path} has more than {max_bytes:,} bytes")
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
         raise
-
-
-def _require_below(root: Path, path: Path, handle: int) -> None:
-    """Raise UnsafeFileError unless an open file is below `root`. A folder may have become a link since."""
-    try:
-        name = os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115  # called for each image
-    except OSError:
-        # Without /proc, resolve the path again, and require that it still leads to the open file.
-        name = os.path.realpath(path)
-        if not os.path.samestat(os.fstat(handle), Path(name).lstat()):
-            raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened") from None
-    if not _is_below(name, os.path.realpath(root)):
-        raise UnsafeFileError(OUTSIDE, f"{path} is a link to a file outside of {root}")
 
 
 def _is_below(name: str, root: str) -> bool:

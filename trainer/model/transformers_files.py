@@ -12,7 +12,7 @@ PROJECT_DIR = Path(__file__).parents[2]
 MODULE = "modeling_synth_captioner"
 # The published file contains copies of these definitions instead of imports from this project.
 DEFINITIONS = {
-    "pipeline.images.upright": "BAND_PX upright_rgb over_white",
+    "pipeline.images.upright": "upright_rgb over_white",
     "trainer.model.decoder": (
         "DecoderConfig TensorPair Seen BlockCache CrossAttentionDecoder Block Attention attend_apart"
         " rope_table apply_rope"

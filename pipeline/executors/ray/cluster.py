@@ -110,6 +110,7 @@ def map_on_workers(
     SynthError of a worker, or ClusterError if workers die repeatedly.
     """
     import ray
+    import ray.exceptions as lost
     from ray.util import ActorPool
 
     options: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
@@ -125,16 +126,22 @@ def map_on_workers(
             pool.submit(call, waiting.pop())
         while pool.has_next():
             try:
-                with _translate_deaths():
-                    index, result, error = pool.get_next_unordered()
-                if error:
-                    raise error
-                results[index] = result
-                report(len(results))
-            except SynthError as error:
+                index, result, error = pool.get_next_unordered()
+            except (
+                lost.RayActorError,
+                lost.WorkerCrashedError,
+                lost.OutOfMemoryError,
+                lost.NodeDiedError,
+            ) as died:
+                hint = "look for out-of-memory kills, then run the same command to resume"
+                error = ClusterError(f"workers died repeatedly: {one_line(died)}", hint=hint)
+            if error:
                 errors.append(error)
                 if len(errors) == 1 and pool.has_next():
                     warn(f"a worker failed: {error}; the others finish their shards")
+            else:
+                results[index] = result
+                report(len(results))
             if waiting and not errors:
                 pool.submit(call, waiting.pop())
         if errors:
@@ -162,14 +169,3 @@ class _Worker:
     def close(self) -> None:
         if isinstance(self.work, AbstractContextManager):
             self.work.__exit__(None, None, None)
-
-
-@contextmanager
-def _translate_deaths() -> Iterator[None]:
-    import ray.exceptions as lost
-
-    try:
-        yield
-    except (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError) as died:
-        hint = "look for out-of-memory kills, then run the same command to resume"
-        raise ClusterError(f"workers died repeatedly: {one_line(died)}", hint=hint) from None

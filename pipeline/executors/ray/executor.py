@@ -79,7 +79,6 @@ class RayExecutor:
         reader = SourceReader(plan.dataset, plan.config, plan.source, self.progress, store)
         try:
             has_more = reader.read(limit)
-            reader.finish()
         finally:
             reader.close()
         samples = [output_digest(plan.dataset, "read", name) for name in OUTPUTS]

@@ -6,7 +6,6 @@ shard are done.
 
 import logging
 import os
-import shutil
 import socket
 import sqlite3
 import threading
@@ -23,7 +22,6 @@ from uuid import uuid4
 import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir, read_samples
-from pipeline.dataset.images import FOLDER, ImageStore
 from pipeline.dataset.records import count_rows, is_done, write_record
 from pipeline.errors import EngineError
 from pipeline.executors.ray.shards import ShardedRun, run_exclusively
@@ -56,21 +54,16 @@ class FillResult:
 
 
 def take_samples(run: ShardedRun, index: int, shard: DatasetDir) -> None:
-    """Write the list of a shard's samples to a folder. The first shard lists all rejected rows.
-
-    If the folder is to have its own images, download them from the dataset folder.
-    """
+    """Write the list of a shard's samples to a folder. The first shard lists all rejected rows."""
+    if is_done(shard, "read", run.key):
+        return
     dataset = run.plan.dataset
-    if not is_done(shard, "read", run.key):
-        tables = (run.rows_of(index, pa.Table.from_batches([batch])) for batch in read_samples(dataset))
-        write_table(shard.step_file("read"), tables, LISTED_SAMPLE)
-        rejected = [read_table(dataset.step_file("read", "rejected"))] if index == 0 else []
-        write_table(shard.step_file("read", "rejected"), rejected, SOURCE_REJECTED)
-        kept, reasons = count_rows(shard, "read")
-        write_record(shard, "read", run.key, kept=kept, rejected=reasons)
-    if shard.image_folder is None:
-        ids = read_table(shard.step_file("read"), ["sample_id"])["sample_id"]
-        ImageStore(shard.path).add_from(ImageStore(run.root), ids.to_pylist())
+    tables = (run.rows_of(index, pa.Table.from_batches([batch])) for batch in read_samples(dataset))
+    write_table(shard.step_file("read"), tables, LISTED_SAMPLE)
+    rejected = [read_table(dataset.step_file("read", "rejected"))] if index == 0 else []
+    write_table(shard.step_file("read", "rejected"), rejected, SOURCE_REJECTED)
+    kept, reasons = count_rows(shard, "read")
+    write_record(shard, "read", run.key, kept=kept, rejected=reasons)
 
 
 def read_filled(run: ShardedRun, index: int) -> dict[str, Any]:
@@ -117,8 +110,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         local_journal = run.plan.dataset.journal
         with Journal(shard.journal) as journal:
             if local_journal.exists():
-                with local_copy(local_journal) as copy:
-                    journal.import_replies(copy, *run.id_range(index))
+                journal.import_replies(local_journal, *run.id_range(index))
         services = Services(run.plan.dataset, self._engine, stats, NullProgress())
         for work in self.works:
             work(shard, services)
@@ -154,21 +146,32 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
     """
     stored = run.folder(index) / "journal"
     shard, saved = scratch_folder(run, index), stored / f"{uuid4().hex[:8]}.sqlite"
+    ended = threading.Event()
+
+    def try_to_save() -> None:
+        try:
+            save_journal(shard, saved)
+        except Exception as error:  # noqa: BLE001  # the next attempt may succeed
+            log.warning("the journal of %s was not copied to the object store: %s", shard.path, error)
+
+    def save_periodically() -> None:
+        while not ended.wait(SAVE_INTERVAL_S):
+            try_to_save()
+
     with shard.lock(wait=True):
-        journals = sorted(stored.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
-        for path in journals:
-            _fetch_journal(path, shard)
-        with Journal(shard.journal):
-            pass
-        ended = threading.Event()
-        saving = threading.Thread(target=_save_periodically, args=(shard, saved, ended), daemon=True)
+        journals = sorted(stored.glob("*.sqlite"))
+        with Journal(shard.journal) as journal:
+            for path in journals:
+                with local_copy(path) as copy:
+                    journal.import_replies(copy, "", "g")
+        saving = threading.Thread(target=save_periodically, daemon=True)
         saving.start()
         try:
             yield shard
         except BaseException:
             ended.set()
             saving.join()
-            _try_to_save(shard, saved)
+            try_to_save()
             raise
         ended.set()
         saving.join()
@@ -180,13 +183,13 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
 
 
 def scratch_folder(run: ShardedRun, index: int) -> DatasetDir:
-    """Return the folder on this node for a shard of an object store."""
-    return DatasetDir(run.scratch / "shards" / f"{index:05d}")
+    """Return the folder on this node for a shard of an object store, which has the images."""
+    return DatasetDir(run.scratch / "shards" / f"{index:05d}", run.root)
 
 
 def forget_scratch(shard: DatasetDir) -> None:
     """Remove the files of a filled shard from this node. The lock stays, since workers may wait for it."""
-    for folder in (shard.journal.parent, shard.path / "steps", shard.path / FOLDER):
+    for folder in (shard.journal.parent, shard.path / "steps"):
         remove(folder)
 
 
@@ -198,28 +201,6 @@ def save_journal(shard: DatasetDir, path: Path) -> None:
         with closing(source), closing(target):
             source.backup(target)
         upload(copy, path)
-
-
-def _save_periodically(shard: DatasetDir, path: Path, ended: threading.Event) -> None:
-    while not ended.wait(SAVE_INTERVAL_S):
-        _try_to_save(shard, path)
-
-
-def _try_to_save(shard: DatasetDir, path: Path) -> None:
-    try:
-        save_journal(shard, path)
-    except Exception as error:  # noqa: BLE001  # the next attempt may succeed
-        log.warning("the journal of %s was not copied to the object store: %s", shard.path, error)
-
-
-def _fetch_journal(path: Path, shard: DatasetDir) -> None:
-    with local_copy(path) as copy:
-        if shard.journal.exists():
-            with Journal(shard.journal) as journal:
-                journal.import_replies(copy, "", "g")
-        else:
-            shard.journal.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(copy, shard.journal)
 
 
 def add_fill_results(results: Sequence[FillResult], stats: RequestStats) -> Counter[str]:

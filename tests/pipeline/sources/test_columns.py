@@ -131,12 +131,6 @@ def test_all_arrow_string_types_are_text(tmp_path: Path) -> None:
     assert (row.split, row.references) == ("test", ("A bowl.",))
 
 
-def test_missing_column_error_lists_columns(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no column is named picture") as caught:
-        first_row(tmp_path, {"alt_text": ["x"]}, image="picture")
-    assert "image, alt_text" in caught.value.hint
-
-
 def test_split_column_is_case_insensitive(tmp_path: Path) -> None:
     words = ["Train", " TEST", "train ", None, "Val", "TRAIN"]
     images = [{"bytes": photo(number), "path": None} for number in range(len(words))]
