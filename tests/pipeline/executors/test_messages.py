@@ -110,8 +110,10 @@ def test_start_of_a_run_states_the_tasks_of_each_model(tmp_path: Path) -> None:
         ({}, "; 3 requests per image"),
         ({"tasks": ["qa"]}, "; 1 request per image"),
         ({"generate": {"samples": 4}}, "; 9 requests per image"),
-        ({"verify": {"checks": ["claims"]}}, "3 requests per image, and more to check"),
-        ({"verify": {"judge": "j@http://h/v1"}}, "3 requests per image, and more to check"),
+        # 2 * (1 + 2 * 8)
+        ({"verify": {"checks": ["claims"]}}, "3 requests per image, and up to 194 to check"),
+        ({"verify": {"checks": ["round_trip", "covers"]}}, "and up to 24 to check"),  # 8 + 2 * 8
+        ({"verify": {"judge": "j@http://h/v1"}}, "and up to 10 to check"),  # 2 captions, 8 questions
     ],
 )  # fmt: skip
 def test_start_of_a_run_states_requests_per_image(
