@@ -82,7 +82,7 @@ def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) ->
         texts = _texts_by_rung(shard, settings, escalated)
         _send_requests(shard, settings, services, texts)
         services.stats.spent += write_annotations(shard, settings, texts)
-        facts = {"rejected": {}, "models": plan.describe_models(), "rungs": count_requests(shard, plan)}
+        facts = {"rejected": {}, "rungs": count_requests(shard, plan), **plan.record_models()}
         return {"kept": services.stats.total - total, **facts}
 
     inputs = [output_digest(shard, before), *([digest(describe_escalated(escalated))] if escalated else ())]
