@@ -7,7 +7,7 @@ from pipeline.config.files import resolve
 from pipeline.inference.client import Client
 from pipeline.inference.endpoints import Endpoint, named_endpoints
 from pipeline.inference.probing import find_model
-from pipeline.progress import Progress
+from pipeline.progress import NullProgress, Progress
 from tests.plans import request_plan
 
 
@@ -21,7 +21,7 @@ def client_of(
 ) -> Client:
     return Client(
         model, revision, config.server, config.generate.max_tokens, urls=config.base_url,
-        image_reply_tokens=request_plan(config).largest_max_tokens, progress=progress,
+        image_reply_tokens=request_plan(config).largest_max_tokens, progress=progress or NullProgress(),
     )  # fmt: skip
 
 

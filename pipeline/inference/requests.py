@@ -29,7 +29,7 @@ from pipeline.tasks.conditions import (
     parse_condition,
 )
 from pipeline.tasks.custom import CustomTask
-from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, prompt_texts, render
+from pipeline.tasks.prompts import DRAWS, check_names, check_prompt_dir, prompt_texts, render
 from pipeline.text.language_codes import language_name
 from pipeline.types import DEFAULT_MODEL, Reply, Request, SampleBatch, Sampling, SourceTexts
 
@@ -94,7 +94,12 @@ class RequestPlan:
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
         """The task and style of each request about a sample, in order."""
-        return tuple((task.name, style) for task in self.tasks.asked for style in self._styles_of(task))
+        styles: dict[str, tuple[str, ...]] = {}
+        for task in self.tasks.asked:
+            is_caption = isinstance(task, CustomTask) and task.settings.kind == "caption"
+            own = task.name.replace("_", "-") if is_caption else ""
+            styles[task.name] = self.generate.caption_styles if task.has_styles else (own,)
+        return tuple((name, style) for name, own in styles.items() for style in own)
 
     @cached_property
     def largest_pixels(self) -> int | None:
@@ -136,20 +141,15 @@ class RequestPlan:
     @cached_property
     def conditions(self) -> dict[Pair, tuple[Condition, ...]]:
         """The conditions under which each task is asked for a style. All must be true."""
-        return {pair: self._conditions_of(*pair) for pair in self.pairs}
-
-    def _conditions_of(self, name: str, style: str) -> tuple[Condition, ...]:
-        task = self.tasks[name]
-        if isinstance(task, CustomTask):
-            return (parse_condition(task.settings.when),) if task.settings.when else ()
-        return tuple(parse_condition(text) for key, text in self.generate.when if key in (name, style))
-
-    def find_human_text(self, pair: Pair, inputs: SourceTexts) -> str | None:
-        """Return HAS_HUMAN_TEXT if there are human texts and no task needs the result, or else None."""
-        task = self.tasks[pair[0]]
-        has_text = inputs.has_captions if task.text_field else inputs.has_questions
-        is_asked = not self.is_filling or isinstance(task, CustomTask) or result_name(*pair) in self.needed
-        return HAS_HUMAN_TEXT if has_text and not is_asked else None
+        conditions = {}
+        for name, style in self.pairs:
+            task = self.tasks[name]
+            if isinstance(task, CustomTask):
+                texts = [task.settings.when] if task.settings.when else []
+            else:
+                texts = [text for key, text in self.generate.when if key in (name, style)]
+            conditions[name, style] = tuple(map(parse_condition, texts))
+        return conditions
 
     def inputs_of(self, name: str, style: str) -> set[str]:
         """Return the names of the results that must be known before a task is asked."""
@@ -219,12 +219,6 @@ class RequestPlan:
         """Call `_shared_fields` with the settings of the plan. `values` are passed to the prompt template."""
         return _shared_fields(self, task, temperature, max_tokens or self.generate.max_tokens, **values)
 
-    def _styles_of(self, task: Task) -> tuple[str, ...]:
-        if task.has_styles:
-            return self.generate.caption_styles
-        is_caption = isinstance(task, CustomTask) and task.settings.kind == "caption"
-        return (task.name.replace("_", "-"),) if is_caption else ("",)
-
 
 def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return the names of the models of each task that does not use the default model.
@@ -282,7 +276,16 @@ def build_requests(
         if (name, style) in skipped:
             continue
         used = {"results": tuple((need, results[need]) for need in task.needs)} if task.needs else {}
-        values = row | used | _values_of(sample_id, plan, task)
+        code = task.language or plan.language
+        values = (
+            row
+            | used
+            | {
+                "draw": int(sample_id[:8], 16) % DRAWS,  # varies wordings and question types between samples
+                "words": plan.generate.caption_words,
+                "language": language_name(None if code == ANY_LANGUAGE else code),
+            }
+        )
         temperature = task.temperature(plan.generate)
         max_tokens = plan.max_tokens(task, style)
         for number in range(plan.count_replies(task)):
@@ -321,7 +324,11 @@ def find_skipped(
         task = plan.tasks[pair[0]]
         missing = [need for need in task.needs if need not in results]
         reason = None if task.keep_if else dropped
-        reason = reason or _find_unmet(plan.conditions[pair], values) or plan.find_human_text(pair, inputs)
+        reason = reason or _find_unmet(plan.conditions[pair], values)
+        if plan.is_filling and not reason and not isinstance(task, CustomTask):
+            has_text = inputs.has_captions if task.text_field else inputs.has_questions
+            if has_text and result_name(*pair) not in plan.needed:
+                reason = HAS_HUMAN_TEXT
         if missing and not reason:
             reason = next((reasons[need] for need in missing if need in reasons), RESULT_MISSING)
         if reason:
@@ -364,14 +371,6 @@ def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request
     ]
 
 
-def _values_of(sample_id: str, plan: RequestPlan, task: Task) -> dict[str, Any]:
-    """Return template values for a sample. `draw` varies wordings and question types between samples."""
-    code = task.language or plan.language
-    language = language_name(None if code == ANY_LANGUAGE else code)
-    draw = int(sample_id[:8], 16) % DRAWS
-    return {"draw": draw, "words": plan.generate.caption_words, "language": language}
-
-
 def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
     """Render every prompt once (also for checks if `has_checks`). Raises ConfigError if one fails."""
     if plan.generate.prompt_dir:
@@ -382,11 +381,15 @@ def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
     if plan.generate.samples > 1 and max(map(plan.count_replies, plan.tasks.asked), default=1) == 1:
         problem = "--samples chooses the best of several captions, but no task asks for captions"
         raise ConfigError(problem, hint="leave out --samples")
+    # Empty results of built-in tasks.
+    defaults = {result_name(*pair): [] if plan.tasks[pair[0]].rows_field else "" for pair in plan.pairs}
     for name, style in plan.pairs:
         task = plan.tasks[name]
         check_names(task, folders, plan.context)
         for nulls in (False, True):
-            render(task, folders, context, _empty_results(plan, task, nulls=nulls), style=style)
+            results = {one.name: one.empty_result(nulls=nulls) for one in plan.tasks.custom}
+            needed = [(need, json.dumps(results.get(need, defaults[need]))) for need in task.needs]
+            render(task, folders, context, needed, style=style)
     if has_checks:
         render(ANSWER, folders, question="?")
         render(CLAIMS, folders, caption="", count=1)
@@ -465,13 +468,6 @@ def check_condition(where: str, text: str, names: Names) -> None:
         parse_condition(text).check(names)
     except ConditionError as error:
         raise ConfigError(f"{where}, {error}", hint=error.hint) from None
-
-
-def _empty_results(plan: RequestPlan, task: Task, *, nulls: bool) -> Results:
-    """Return empty results for testing a template. With `nulls`, optional values are null."""
-    own = {task.name: task.empty_result(nulls=nulls) for task in plan.tasks.custom}
-    lists = {name for name in TASKS if TASKS[name].rows_field}
-    return [(need, json.dumps(own.get(need, [] if need in lists else ""))) for need in task.needs]
 
 
 def build_retry(request: Request, reply: Reply, flaw: str) -> Request:

@@ -58,7 +58,7 @@ def test_probe_from_synth_generate_is_answered_with_the_only_allowed_value() -> 
     body = completion("1", "m", answer_text(request, request.only or ""), (0, 0), is_cut=False)
     assert request.image is None
     answer = protocol.parse_answer(json.dumps(body).encode())
-    assert answer and protocol.is_probe_word(answer.text)
+    assert answer and json.loads(answer.text) == {"word": protocol.PROBE_WORD}
 
 
 def test_sampling_and_length_settings_of_a_request_are_read() -> None:
