@@ -19,10 +19,9 @@ def config_of(*urls: str, model: str | None = "model", **settings: Any) -> Confi
 def client_of(
     config: Config, model: str = "model", revision: str = "r", progress: Progress | None = None
 ) -> Client:
-    return Client(
-        model, revision, config.server, config.generate.max_tokens, urls=config.base_url,
-        image_reply_tokens=request_plan(config).largest_max_tokens, progress=progress or NullProgress(),
-    )  # fmt: skip
+    max_tokens = max(config.generate.max_tokens, request_plan(config).largest_max_tokens)
+    progress = progress or NullProgress()
+    return Client(model, revision, config.server, max_tokens, urls=config.base_url, progress=progress)
 
 
 def model_of(config: Config) -> tuple[str, str]:

@@ -142,9 +142,9 @@ class InFlight:
 class Client:
     """Sends requests to the servers at `urls`, or to servers that it starts from `launches`.
 
-    `max_tokens` is the token limit of the probe, `image_reply_tokens` the largest of replies about images.
-    Images are scaled down further if those of a request would not fit the model's context. Raises EngineError
-    if no server answers, or if all of them serve another model or do not enforce schemas.
+    `max_tokens` is the largest token limit of first replies. Images are scaled down further if those of a
+    request would not fit the model's context. Raises EngineError if no server answers, or if all of them
+    serve another model or do not enforce schemas.
     """
 
     model: str
@@ -153,7 +153,6 @@ class Client:
     max_tokens: int
     urls: Sequence[str] = ()
     launches: Sequence[VllmCommand] = ()
-    image_reply_tokens: int = 0
     wants_logprobs: bool = False
     progress: Progress = field(default_factory=NullProgress)
     _servers: list[Server] = field(default_factory=list, init=False)
@@ -341,8 +340,7 @@ class Client:
         """
         try:
             if self._context_tokens:
-                reply_tokens = max(self.max_tokens, self.image_reply_tokens)
-                request = fit_context(request, self._context_tokens, reply_tokens)
+                request = fit_context(request, self._context_tokens, self.max_tokens)
             images = await self._images.parts(request)
         except OSError:  # such as a full disk
             raise

@@ -216,11 +216,9 @@ def _make_client(
 ) -> Engine:
     from pipeline.inference.client import Client
 
-    return Client(
-        model, revision, server, config.generate.max_tokens, progress=progress,
-        image_reply_tokens=_request_plan(config).largest_max_tokens,
-        wants_logprobs=config.generate.wants_logprobs, **servers,
-    )  # fmt: skip
+    max_tokens = max(config.generate.max_tokens, _request_plan(config).largest_max_tokens)
+    logprobs = config.generate.wants_logprobs
+    return Client(model, revision, server, max_tokens, progress=progress, wants_logprobs=logprobs, **servers)
 
 
 def _request_plan(config: Config) -> RequestPlan:
