@@ -105,7 +105,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
     from pipeline.config.files import resolve
     from pipeline.inference.client import Client
     from pipeline.inference.journal import Journal
-    from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+    from pipeline.inference.queue import RequestStats, ask_in_rounds, read_annotations
     from pipeline.steps.validate import validate_annotations
     from pipeline.types import SampleBatch, SampleInfo, SourceTexts
 
@@ -136,9 +136,9 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
 
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
         client = Client("model", "m", config.server, config.generate.max_tokens, urls=config.base_url)
-        engine = lambda: stack.enter_context(client)  # noqa: E731
+        engine = lambda _: stack.enter_context(client)  # noqa: E731
         plan, stats = request_plan(config, "m"), RequestStats()
-        for _ in ask_about(chunks(), plan, config.servers, engine, journal, stats, text_of, plan.rounds[0]):
+        for _ in ask_in_rounds(chunks, plan, config.servers, engine, journal, stats, text_of):
             pass
         samples = ([SampleInfo(name, 1) for name in ids[start : start + 64]] for start in range(0, rows, 64))
         kept = 0

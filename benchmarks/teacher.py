@@ -12,12 +12,15 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import DECKS, Config
 from pipeline.config.files import resolve
 from pipeline.dataset.images import BATCH_SAMPLES
-from pipeline.inference.engines import choose_engine
+from pipeline.digests import weights_revision
+from pipeline.inference.embedded import EmbeddedEngine
+from pipeline.inference.engines import TINY_DECK_WEIGHTS, TINY_WEIGHTS
 from pipeline.inference.requests import build_requests, with_images
 from pipeline.sources.scenes import draw_sample
 from pipeline.tasks.replies import parse_reply
@@ -63,18 +66,19 @@ class Rounds:
         return False
 
 
-def annotate(samples: list[Sample], config: Config, *, reworded: bool) -> tuple[list[dict[str, Any]], float]:
+def annotate(
+    samples: list[Sample], config: Config, weights: Path, *, reworded: bool
+) -> tuple[list[dict[str, Any]], float]:
     """Annotate all samples. Returns annotations and seconds, which do not include loading the model."""
-    choice = choose_engine(config)
+    engine = EmbeddedEngine(weights, weights_revision(weights))
 
     def requests(chunk: list[Sample]) -> list[Request]:
         built = [
-            r for sample in chunk for r in build_requests(sample.id, request_plan(config, choice.revision))
+            r for sample in chunk for r in build_requests(sample.id, request_plan(config, engine.revision))
         ]
         built = with_images(built, SampleBatch.of((sample.id, sample.images) for sample in chunk))
         return [reword(request) if reworded else request for request in built]
 
-    engine = choice.make()
     list(engine.ask(Rounds(iter([requests(samples[:1])]))))
     rows: list[dict[str, Any]] = []
     work = Rounds(
@@ -92,29 +96,27 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--decks", type=int, default=0, help="500 for a model that was trained on decks")
     parser.add_argument("--seed", type=int, default=7001)
-    parser.add_argument("--model", default="tiny", help="folder of other weights")
+    parser.add_argument("--model", type=Path, help="folder of other weights")
     arguments = parser.parse_args()
     print(
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, seed {arguments.seed}, "
-        f"{arguments.model}"
+        f"{arguments.model or 'the shipped weights'}"
     )
     scenes = [draw_sample(arguments.seed, index) for index in range(arguments.scenes)]
     decks = [draw_sample(arguments.seed, index, DECKS) for index in range(arguments.decks)]
     for reworded in (False, True):
         words = "reworded" if reworded else "as released"
         if scenes:
-            config = resolve(source="scenes", model=arguments.model)
-            rows, seconds = annotate(scenes, config, reworded=reworded)
+            weights = arguments.model or TINY_WEIGHTS
+            rows, seconds = annotate(scenes, resolve(source="scenes"), weights, reworded=reworded)
             print(
                 f"\nprompts {words}: {len(scenes)} scenes, {len(scenes) / seconds:.1f} scenes/s, "
                 f"{unread(rows)} rows unreadable"
             )
             show_scenes(rows, scenes)
         if decks:
-            config = resolve(
-                source="scenes-deck", tasks=["deck_qa"], model=arguments.model, engine="embedded"
-            )
-            rows, seconds = annotate(decks, config, reworded=reworded)
+            config = resolve(source="scenes-deck", tasks=["deck_qa"])
+            rows, seconds = annotate(decks, config, arguments.model or TINY_DECK_WEIGHTS, reworded=reworded)
             print(
                 f"\nprompts {words}: {len(decks)} decks, {len(decks) / seconds:.1f} decks/s, "
                 f"{unread(rows)} rows unreadable"

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import subprocess
 import tempfile
 import time
 import urllib.request
@@ -30,12 +31,12 @@ from photos import noise_jpeg
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.inference.client import Client
+from pipeline.inference.endpoints import status_of
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import read_annotations
 from pipeline.inference.requests import build_requests, with_images
-from pipeline.inference.vllm import plan_servers, run_servers
-from pipeline.progress import NullProgress
+from pipeline.inference.vllm import plan_servers
 from pipeline.sources.scenes import draw_sample
 from pipeline.types import Request, SampleBatch, SampleInfo
 from tests.plans import ask, request_plan
@@ -43,6 +44,7 @@ from tests.plans import ask, request_plan
 IMAGE_TOKENS = 256
 SIDE_PX = 448
 REVISION = "benchmark"
+PORT = 8133
 
 # A model with random weights gives no usable replies.
 UNUSABLE: dict[str, Any] = {
@@ -103,13 +105,22 @@ def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
     """Run a server. Yields its URL (without /v1) and model name. Sets SYNTH_API_KEY in the environment."""
     (command,) = plan_servers(model, lambda: Path(model), REVISION, config.server, log, max_pixels=None)
     os.environ["SYNTH_API_KEY"] = command.api_key
-    servers = run_servers([command], NullProgress())
-    with asyncio.Runner() as runner:
-        (server,) = runner.run(servers.__aenter__())
+    listens = ("--host", "127.0.0.1", "--port", str(PORT))
+    environment = os.environ | command.environment | {"VLLM_API_KEY": command.api_key}
+    root = f"http://127.0.0.1:{PORT}"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [command.python, *command.arguments, *listens], env=environment, stdout=output, stderr=output
+        ) as process,
+    ):
         try:
-            yield server.root, command.name
+            while asyncio.run(status_of(f"{root}/health")) != 200:
+                assert process.poll() is None, f"the server stopped: see {log}"
+                time.sleep(1)
+            yield root, command.name
         finally:
-            runner.run(servers.__aexit__(None, None, None))
+            process.terminate()
 
 
 def open_client(config: Config, revision: str) -> Client:

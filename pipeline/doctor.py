@@ -9,11 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from operator import itemgetter
 from pathlib import Path
 
-from pipeline.config import LARGE, Config
-from pipeline.inference.engines import pick_engine
-from pipeline.inference.memory import GIB, QWEN_3B, memory_table, needed_gib
+from pipeline.config import LARGE, TINY, Config
+from pipeline.inference.engines import HOW_TO_CHOOSE, pick_engine
+from pipeline.inference.memory import GIB, QWEN_3B, needed_gib
 from pipeline.inference.model_licenses import license_of
-from pipeline.inference.vllm import MAX_TOKENS, VLLM_PYTHON, gpu_memory_gib, visible_gpus, vllm_python
+from pipeline.inference.vllm import VLLM_PYTHON, gpu_memory_gib, visible_gpus, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
 from pipeline.tasks.base import MAX_PIXELS
@@ -47,7 +47,6 @@ def examine() -> list[Finding]:
         *(_extra(name) for name in EXTRAS),
         _vllm(),
         _gpu(),
-        _memory(),
         _engine("scenes"),
         _engine("folder:PATH"),
         _hub(),
@@ -97,20 +96,14 @@ def _gpu() -> Finding:
     return Finding("gpu", is_enough, summary, "" if is_enough else hint)
 
 
-def _memory() -> Finding:
-    title = f"GiB that {LARGE} takes on GPUs of several sizes, estimated from its shape"
-    lines = [title, *memory_table(QWEN_3B, MAX_PIXELS, MAX_TOKENS)]
-    return Finding("memory", True, f"\n{' ' * 18}".join(lines))
-
-
 def _engine(source: str) -> Finding:
     """Report which engine `--engine auto` would use. No request is sent to the Hub."""
     name, reason = pick_engine(Config(source=source))
     model = find_source(source).model
-    is_fast = name == "vllm" or model != LARGE
-    hint = "" if is_fast else "slow without a GPU: use a server (--base-url), or a smaller model (--model)"
-    choice = f"{source}: {name} with {model} ({license_of(model)}), because {reason}"
-    return Finding("auto", is_fast, choice, hint)
+    is_possible = name == "vllm" or model == TINY
+    engine = name if is_possible else "no engine"
+    choice = f"{source}: {engine} with {model} ({license_of(model)}), because {reason}"
+    return Finding("auto", is_possible, choice, "" if is_possible else HOW_TO_CHOOSE)
 
 
 def _hub() -> Finding:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config import JUDGE_MODEL, NO_MODEL, Config
+from pipeline.config import NO_MODEL, Config
 from pipeline.dataset.directory import DatasetDir, require_utf8_path
 from pipeline.dataset.manifest import asked_tasks
 from pipeline.dataset.records import DONE, PREPARED, read_record
 from pipeline.dataset.version import dataset_folder
-from pipeline.digests import public_name
+from pipeline.digests import digest, public_name
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference.engines import EngineChoice, choose_engine
 from pipeline.inference.model_licenses import license_of
@@ -35,7 +35,6 @@ from pipeline.types import Engine, Source
 
 # The image limit of an endless source, such as drawn scenes.
 ENDLESS = 1 << 31
-MODEL_SETTINGS = ("model", "base_url", "engine", "models")
 
 
 class Model(NamedTuple):
@@ -170,6 +169,11 @@ class Plan:
             for name, model in self.models.items()
         }
 
+    def record_models(self) -> dict[str, Any]:
+        """Return what the record of a step states about the models, with digests of their settings."""
+        settings = {name: _settings_digest(self, name) for name in self.models}
+        return {"models": self.describe_models(), "model_settings": settings}
+
     def refuse_equal_models(self) -> None:
         """Raise ConfigError if two models of a ladder are equal, or the judge also writes texts."""
         for task in self.tasks.asked:
@@ -202,8 +206,14 @@ def _base_name(model: str) -> str:
     return model.partition("@")[0].rpartition("/")[2]
 
 
+def _settings_digest(plan: Plan, name: str) -> str:
+    """Return a digest of the settings that choose a model."""
+    config = plan.config.of_model(name)
+    return digest([config.model, config.base_url, config.engine, config.server.flags])
+
+
 def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
-    """Choose the engine of a model. If its server does not answer, use the model of the last run here.
+    """Choose the engine of a model. If that fails, use the model of the last run here with equal settings.
 
     A run with only new thresholds or splits needs no reply. Otherwise the first request raises the error.
     """
@@ -213,14 +223,10 @@ def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
         return choose_engine(of_model, log if of_model is config else log.with_stem(f"vllm-{name}"), progress)
     except EngineError as error:
         last = ("ask", DONE) if name in plan.task_models else ("verify", PREPARED)
-        model = read_record(dataset, *last).get("models", {}).get(name)
-        if not (model and of_model.base_url and dataset.run_file.exists()) or of_model.server.flags:
+        record = read_record(dataset, *last)
+        if record.get("model_settings", {}).get(name) != _settings_digest(plan, name):
             raise
-        old, new = dataset.settings(), config.recorded()
-        is_other_judge = name == JUDGE_MODEL and old["verify"]["judge"] != new["verify"]["judge"]
-        if is_other_judge or any(new[key] != old[key] for key in MODEL_SETTINGS):
-            raise
-        problem = error
+        model, problem = record["models"][name], error
 
     def fail() -> Engine:
         raise problem

@@ -7,7 +7,7 @@ from pipeline.config.files import resolve
 from pipeline.inference.client import Client
 from pipeline.inference.endpoints import Endpoint, named_endpoints
 from pipeline.inference.probing import find_model
-from pipeline.progress import Progress
+from pipeline.progress import NullProgress, Progress
 from tests.plans import request_plan
 
 
@@ -19,10 +19,9 @@ def config_of(*urls: str, model: str | None = "model", **settings: Any) -> Confi
 def client_of(
     config: Config, model: str = "model", revision: str = "r", progress: Progress | None = None
 ) -> Client:
-    return Client(
-        model, revision, config.server, config.generate.max_tokens, urls=config.base_url,
-        image_reply_tokens=request_plan(config).largest_max_tokens, progress=progress,
-    )  # fmt: skip
+    max_tokens = max(config.generate.max_tokens, request_plan(config).largest_max_tokens)
+    progress = progress or NullProgress()
+    return Client(model, revision, config.server, max_tokens, urls=config.base_url, progress=progress)
 
 
 def model_of(config: Config) -> tuple[str, str]:

@@ -102,9 +102,10 @@ MISTAKES = (
         "2 image not embedded", "docs/sources.md", add_urls,
     ),
     Mistake(
-        "no network", f"{PHOTOS} --engine embedded --model Qwen/Nope", "127.0.0.1:9 does not answer",
+        "no network", f"{PHOTOS} --engine vllm --model Qwen/Nope", "127.0.0.1:9 does not answer",
         "--base-url",
     ),
+    Mistake("model without a server", f"{PHOTOS} --engine embedded", "needs a server", "--base-url"),
     Mistake(
         "server not started", f"{PHOTOS} --base-url {UNUSED_ADDRESS}",
         f"no server answers at {UNUSED_ADDRESS}", "synth serve",

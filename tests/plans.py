@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import NO_TEXTS, RequestStats, ask_about, read_annotations
+from pipeline.inference.queue import RequestStats, ask_in_rounds, read_annotations
 from pipeline.inference.requests import RequestPlan
 from pipeline.tasks import Tasks
 from pipeline.types import Engine, SampleBatch, SampleInfo
@@ -28,8 +28,8 @@ def ask(
     """Send all requests about samples; return the statistics."""
     stats = RequestStats() if stats is None else stats
     plan = request_plan(config, revision)
-    asked = (iter(chunks), plan, config.servers, engine, journal, stats)
-    for _ in ask_about(*asked, NO_TEXTS, plan.rounds[0]):
+    samples = iter(chunks)
+    for _ in ask_in_rounds(lambda: samples, plan, config.servers, lambda _: engine(), journal, stats):
         pass
     return stats
 

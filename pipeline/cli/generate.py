@@ -1,6 +1,7 @@
 """Commands that make a dataset: init, doctor, preview, estimate, generate, serve."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -123,27 +124,31 @@ def serve(
         str | None,
         option("Model to serve: a folder, a Hub id, or tiny.", "--config, else Qwen2.5-VL-3B-Instruct"),
     ] = None,
-    port: Annotated[int | None, option("Port.", "any free one", min=1, max=65535)] = None,
+    port: Annotated[int, option("Port.", "8000", min=1, max=65535)] = 8000,
     config: Annotated[
         Path | None, option("YAML file with the settings model and server, as for `generate`.", False)
     ] = None,
 ) -> None:
     """Run a vLLM server on this machine, for `synth generate --base-url`, until Ctrl-C.
 
-    It listens on loopback, and writes its output to vllm.log (further GPUs: vllm-2.log, ...). The API key is
-    SYNTH_API_KEY, or a random key. Arguments after -- go to vLLM.
+    It listens on loopback, and uses one GPU, or a group of GPUs. The API key is SYNTH_API_KEY, or a random
+    key. Arguments after -- go to vLLM.
     """
     from pipeline.config import LARGE
     from pipeline.config.files import resolve
-    from pipeline.inference.engines import serve_model
+    from pipeline.inference.engines import plan_server
 
     flags = vllm_flags(context, "--model")
     settings = resolve(config, model=model, source="folder:.")  # no image is read
     settings = settings.of_model(settings.default_model)
     server = settings.server.model_copy(update={"flags": (*settings.server.flags, *flags)})
-    name = settings.model or LARGE
     with show_progress() as progress:
-        serve_model(name, server, port, Path("vllm.log"), progress, lambda values: show(values, False, "url"))
+        command = plan_server(settings.model or LARGE, server, progress)
+    say(f"use the server with:\n  export SYNTH_API_KEY={command.api_key}")
+    say(f"  synth generate --base-url http://127.0.0.1:{port}/v1 --source ...")
+    arguments = [command.python, *command.arguments, "--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | command.environment | {"VLLM_API_KEY": command.api_key}
+    os.execvpe(command.python, arguments, environment)  # noqa: S606
 
 
 def doctor(

@@ -138,7 +138,7 @@ OPTIONS = (
         "verify.judge", metavar="MODEL@URL"),
     RunOption("--seed", int, TEXTS, "Seed of --source scenes, sampled replies, balancing and splits.",
         default="0"),
-    RunOption("--engine", str, MODEL, "Engine: auto, embedded (in this process) or vllm (a server).",
+    RunOption("--engine", str, MODEL, "Engine: auto, embedded (the tiny model) or vllm (a server).",
         metavar="ENGINE", default="auto"),
     RunOption("--model", str, MODEL,
         "Hub id or folder of a vision-language model, or tiny (only for --source scenes).", metavar="MODEL",

@@ -104,8 +104,8 @@ class Config(Section):
     custom_tasks: tuple[TaskConfig, ...] = ()
     """Custom tasks: paths of their files, or their keys."""
     engine: EngineName = "auto"
-    """`vllm` uses a server, `embedded` runs a model in this process, `auto` uses vLLM if it finds a GPU and
-    vLLM.
+    """`vllm` uses a server, `embedded` runs the tiny model in this process. `auto` uses vLLM if it finds a
+    GPU and vLLM.
     """
     model: str | None = None
     """A folder, a Hub id, a name that the server offers, a name in `models`, or `tiny`. Null chooses by

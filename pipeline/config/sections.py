@@ -215,8 +215,6 @@ class GenerateConfig(Section):
     """Folder of prompt templates, such as `caption/v1.j2`, that replace the built-in ones. `synth init`
     writes them.
     """
-    batch_size: int = Field(default=64, ge=1)
-    """Requests that the embedded engine computes at once."""
     logprobs: bool = False
     """Store the mean and the minimum log-probability of the tokens of each reply, if the server returns them.
     The mean becomes a score of captions and questions.
@@ -272,7 +270,9 @@ class ServerConfig(Section):
     request_timeout_s: float = Field(default=600, gt=0)
     """Seconds to wait for a reply."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
-    """Requests in flight. Null adapts to the speed of the servers."""
+    """Requests in flight. Null uses a quarter above `--max-num-seqs` of vLLM started here, 128 for another
+    vLLM server, and 32 for any other server.
+    """
     key_env: KeyVariable | None = None
     """Environment variable with the key of the servers. Null uses `SYNTH_API_KEY`, or `OPENAI_API_KEY` for
     openai.com.

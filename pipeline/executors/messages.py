@@ -59,7 +59,7 @@ def describe_start(plan: Plan) -> str:
     others = [name for name in plan.model_names if name not in (main, config.judge_model)]
     more = "".join(f"; {_tasks_of(plan, name)} ({license_of(plan.models[name].name)})" for name in others)
     rated = f"; rated by {plan.models[config.judge_model].name}" if config.judge_model else ""
-    notes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
+    notes = "".join(f"; note: {note}" for note in describe_boxes(plan))
     asked += f"{more}{rated}; prompts: {prompts}{describe_requests(plan)}{notes}"
     return f"{start}: {human}asks{missing} {asked}"
 
@@ -90,13 +90,15 @@ def describe_requests(plan: Plan) -> str:
     return f"; {count:,} request{'s' if count > 1 else ''} per {unit}{more}"
 
 
-def describe_boxes(config: Config, model: str) -> Iterator[str]:
-    """Yield a note for each task that expects box coordinates in a unit that the model does not write."""
-    unit = box_unit_of(model)
-    for task in config.custom_tasks if unit else ():
-        if task.kind == "boxes" and task.coordinates != unit:
-            expected = f"but the task {task.name} reads {task.coordinates}: set coordinates in the task"
-            yield f"{public_name(model)} writes boxes in {unit}, {expected}"
+def describe_boxes(plan: Plan) -> Iterator[str]:
+    """Yield a note for each model that does not write boxes in the unit that its task reads."""
+    for task in plan.config.custom_tasks:
+        for name in plan.requests.models_of(task.name) if task.kind == "boxes" else ():
+            model = plan.models[name].name
+            unit = box_unit_of(model)
+            if unit not in (None, task.coordinates):
+                expected = f"but the task {task.name} reads {task.coordinates}: set coordinates in the task"
+                yield f"{model} writes boxes in {unit}, {expected}"
 
 
 def describe_warnings(

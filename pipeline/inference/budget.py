@@ -79,10 +79,6 @@ class Budget:
         self.tokens += read + written
         self.cost += self._price(request, read, written)
 
-    def is_used_up(self) -> bool:
-        """Return whether no further request may be sent."""
-        return not self._reserved and not self._fits(0, 0.0)
-
     def _fits(self, tokens: int, cost: float) -> bool:
         if self.server.max_requests is not None and self.requests >= self.server.max_requests:
             return False
@@ -103,8 +99,10 @@ class Budget:
     def _price(self, request: Request, read: int, written: int) -> float:
         return cost_of({request.model: (read, written)}, self.servers) or 0.0
 
-    def error(self) -> BudgetError:
-        """Return the error to raise when the budget is used up."""
+    def require_room(self) -> None:
+        """Raise BudgetError if no further request may be sent."""
+        if self._reserved or self._fits(0, 0.0):
+            return
         digits = 2 if (self.server.max_cost or 1) >= 1 else 6
         limits = (
             ("{:,} of {:,} requests", self.requests, self.server.max_requests),
@@ -115,7 +113,7 @@ class Budget:
         hint = (
             "raise --max-requests, --max-tokens or --max-cost, and run the same command: replies are reused"
         )
-        return BudgetError(
+        raise BudgetError(
             f"the budget is used up: {', '.join(spent)} over all runs in this folder", hint=hint
         )
 

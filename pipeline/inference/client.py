@@ -6,7 +6,6 @@ inference/queue.py retries the request with other sampling parameters.
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import resource
@@ -14,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import aiohttp
 
@@ -29,7 +29,7 @@ from pipeline.inference.endpoints import (
     raise_for_access,
     request_headers,
 )
-from pipeline.inference.probing import find_on_server, learn_dialect
+from pipeline.inference.probing import probe_server
 from pipeline.inference.protocol import (
     RequestImages,
     RetryState,
@@ -40,9 +40,7 @@ from pipeline.inference.vllm import Server, VllmCommand, run_servers
 from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
-START_REQUESTS = 32  # initially in flight per server whose batch size is unknown
-MAX_REQUESTS = 1024  # in flight per server whose batch size is unknown
-FAST_SECONDS, SLOW_SECONDS = 20.0, 60.0  # replies that take less or more time raise or lower the limit
+VLLM_REQUESTS, OTHER_REQUESTS = 128, 32  # in flight per server whose batch size is unknown
 BUSY_SECONDS = 1.0  # busy answers within this time count once
 MAX_FILES = 65_536
 RESERVED_FILES = 128  # file descriptors that are not used for connections
@@ -56,20 +54,12 @@ log = logging.getLogger(__name__)
 
 
 class Concurrency:
-    """Limits the number of requests in flight, either to the user's value (`fixed`) or by the servers' speed.
+    """Limits the number of requests in flight. Busy answers lower the limit, and later replies restore it."""
 
-    All requests in flight are repeated after a crash, so a server should have few that wait. `batch_size` is
-    the total of the servers that synth started: a quarter more keeps the batches full.
-    """
-
-    def __init__(self, servers: int, fixed: int | None, batch_size: int | None) -> None:
-        full = batch_size and batch_size + max(4, batch_size // 4)
-        self._max = fixed or full or MAX_REQUESTS * servers
-        self._is_fixed = fixed is not None
+    def __init__(self, maximum: int) -> None:
+        self.limit = self._max = maximum
         self._busy_at = 0.0
         self._replies = 0
-        self.limit = fixed or full or START_REQUESTS * servers
-        self._usual = self.limit  # the limit without busy answers
 
     def slow_down(self) -> None:
         """Lower the limit by a quarter after a busy answer, at most once per BUSY_SECONDS."""
@@ -78,33 +68,29 @@ class Concurrency:
             self._busy_at = now
             self.limit = max(1, self.limit * 3 // 4)
 
-    def add_reply(self, seconds: float) -> None:
-        """Adapt the limit by the time of the last reply, after four replies for each request in flight.
-
-        The limit recovers fast from busy answers, and grows slowly beyond its usual value.
-        """
+    def add_reply(self) -> None:
+        """Count a reply. Raise the limit after four replies for each request in flight."""
         self._replies += 1
-        if self._replies < 4 * self.limit:
-            return
-        self._replies = 0
-        if seconds > SLOW_SECONDS and not self._is_fixed:
-            self.limit = self._usual = max(1, self.limit * 3 // 4)
-        elif self.limit < self._usual:
-            self.limit = min(self.limit + max(1, self.limit // 2), self._usual)
-        elif seconds < FAST_SECONDS:
-            self.limit = self._usual = min(self.limit + max(1, self.limit // 8), self._max)
+        if self._replies >= 4 * self.limit:
+            self._replies = 0
+            self.limit = min(self.limit + max(1, self.limit // 2), self._max)
 
 
-def split_context(context_tokens: int, request: Request, reply_tokens: int) -> tuple[int, int]:
-    """Return the most tokens for the images of a request and for its reply.
+def fit_context(request: Request, context_tokens: int, reply_tokens: int) -> Request:
+    """Return the request with fewer pixels and reply tokens if it would not fit the context of the server.
 
     The prompt is counted by its bytes. A retry may double `reply_tokens` if they fit.
     """
     prompt = "".join((request.system, request.text, *(request.failed or ())))
-    prompt_tokens = max(MIN_PROMPT_TOKENS, len(prompt.encode()) // BYTES_PER_TOKEN)
-    least = context_tokens // 4
-    image_tokens = max(context_tokens - prompt_tokens - 2 * reply_tokens, least) if request.images else 0
-    return image_tokens, max(context_tokens - prompt_tokens - image_tokens, least)
+    left = context_tokens - max(MIN_PROMPT_TOKENS, len(prompt.encode()) // BYTES_PER_TOKEN)
+    least, max_pixels = context_tokens // 4, request.max_pixels
+    if request.images:
+        image_tokens = max(left - 2 * reply_tokens, least)
+        left -= image_tokens
+        share_px = image_tokens * PATCH_PX**2 // len(request.images)
+        max_pixels = min(share_px, max_pixels or share_px)
+    max_tokens = min(request.sampling.max_tokens, max(left, least))
+    return replace(request, max_pixels=max_pixels, sampling=replace(request.sampling, max_tokens=max_tokens))
 
 
 def raise_file_limit() -> int:
@@ -152,41 +138,26 @@ class InFlight:
             task.cancel()
 
 
+@dataclass(eq=False, repr=False)
 class Client:
     """Sends requests to the servers at `urls`, or to servers that it starts from `launches`.
 
-    `max_tokens` is the token limit of the probe, `image_reply_tokens` the largest of replies about images.
-    Images are scaled down further if those of a request would not fit the model's context. Raises EngineError
-    if no server answers, or if all of them serve another model or do not enforce schemas.
+    `max_tokens` is the largest token limit of first replies. Images are scaled down further if those of a
+    request would not fit the model's context. Raises EngineError if no server answers, or if all of them
+    serve another model or do not enforce schemas.
     """
 
-    def __init__(
-        self,
-        model: str,
-        revision: str,
-        settings: ServerConfig,
-        max_tokens: int,
-        *,
-        urls: Sequence[str] = (),
-        launches: Sequence[VllmCommand] = (),
-        image_reply_tokens: int = 0,
-        wants_logprobs: bool = False,
-        progress: Progress | None = None,
-    ) -> None:
-        self.model = model
-        self.revision = revision
-        self._settings = settings
-        self._urls = urls
-        self._launches = launches
-        self._max_tokens = max_tokens
-        self._image_reply_tokens = max(max_tokens, image_reply_tokens)
-        self._wants_logprobs = wants_logprobs
-        self._context_tokens: int | None = None  # the smallest context of the servers, if one is known
-        self._servers: list[Server] = []
-        self._progress: Progress = progress or NullProgress()
-        self._served_name = launches[0].name if launches else model
-        self._reply_tokens = 0
-        self._suspects = asyncio.Lock()
+    model: str
+    revision: str
+    settings: ServerConfig
+    max_tokens: int
+    urls: Sequence[str] = ()
+    launches: Sequence[VllmCommand] = ()
+    wants_logprobs: bool = False
+    progress: Progress = field(default_factory=NullProgress)
+    _servers: list[Server] = field(default_factory=list, init=False)
+    _reply_tokens: int = field(default=0, init=False)
+    _suspects: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     def __enter__(self) -> "Client":
         self._runner = asyncio.Runner()
@@ -228,31 +199,38 @@ class Client:
     # --- opening
 
     async def _open(self) -> None:
-        stack, settings = self._stack, self._settings
-        if self._launches:
-            running = run_servers(self._launches, self._progress, on_sockets=True)
-            self._servers = await stack.enter_async_context(running)
-            headers = request_headers(self._launches[0].api_key)  # all servers have the same key
+        stack, settings, launches = self._stack, self.settings, self.launches
+        self._served_name = launches[0].name if launches else self.model
+        if launches:
+            self._servers = await stack.enter_async_context(run_servers(launches, self.progress))
+            headers = request_headers(launches[0].api_key)  # all servers have the same key
             endpoints = [
                 Endpoint(f"{server.root}/v1", headers, dialect=protocol.VLLM, socket_path=server.socket)
                 for server in self._servers
             ]
         else:
-            endpoints = named_endpoints(self._urls, settings)
+            endpoints = named_endpoints(self.urls, settings)
         timeout = aiohttp.ClientTimeout(total=settings.request_timeout_s, sock_connect=10)
         for endpoint in endpoints:
             await stack.enter_async_context(endpoint.open_session(timeout))
         self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
         stack.push_async_callback(self._endpoints.close)
-        await asyncio.gather(*map(self._learn, self._endpoints))
-        contexts = [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
-        self._context_tokens = min(contexts, default=None)
+        probe = partial(
+            probe_server, model=self._served_name, server=settings, reply_tokens=self.max_tokens,
+            progress=self.progress, logprobs=self.wants_logprobs,
+        )  # fmt: skip
+        await asyncio.gather(*map(probe, endpoints))
+        # the smallest context of the servers, if one is known
+        self._context_tokens = min((one.context_tokens for one in endpoints if one.context_tokens), default=0)
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
-        self._images = RequestImages(self._max_image_pixels, pool)
+        self._images = RequestImages(pool)
         self._started = time.monotonic()
         self._connections = max(1, raise_file_limit() - RESERVED_FILES)
-        batch_size = sum(launch.max_num_seqs for launch in self._launches) or None
-        self._concurrency = Concurrency(len(endpoints), settings.concurrency, batch_size)
+        usual = sum(VLLM_REQUESTS if one.dialect.is_vllm else OTHER_REQUESTS for one in endpoints)
+        if launches:  # all requests in flight are repeated after a crash, so few wait for a place in a batch
+            batch_size = sum(launch.max_num_seqs for launch in launches)
+            usual = batch_size + max(4, batch_size // 4)
+        self._concurrency = Concurrency(settings.concurrency or usual)
 
     @property
     def _limit(self) -> int:
@@ -308,7 +286,7 @@ class Client:
 
     async def _answer(self, request: Request, in_flight: InFlight) -> Reply:
         """Send a request until a server answers it. After too many failures, return an error as the reply."""
-        failures = RetryState(self._settings.request_timeout_s)
+        failures = RetryState(self.settings.request_timeout_s)
         while True:
             async with self._suspects if failures.is_suspect else contextlib.nullcontext():
                 endpoint = await self._endpoints.pick(request.sample_id, self._images.keep)
@@ -332,7 +310,7 @@ class Client:
         """Return the seconds to wait after a failure, or None to give up."""
         if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
             if self._endpoints.mark_down(endpoint):
-                self._progress.warn(f"{endpoint.url} does not answer: waiting for it")
+                self.progress.warn(f"{endpoint.url} does not answer: waiting for it")
             return failures.after_crash()
         endpoint.rest()
         pause_s = failures.after_fault()
@@ -361,16 +339,13 @@ class Client:
         request would get the same answer.
         """
         try:
+            if self._context_tokens:
+                request = fit_context(request, self._context_tokens, self.max_tokens)
             images = await self._images.parts(request)
         except OSError:  # such as a full disk
             raise
         except Exception as error:  # noqa: BLE001  # a decoder may raise anything, for this image alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
-        started = time.monotonic()
-        if self._context_tokens:
-            _, reply_tokens = split_context(self._context_tokens, request, self._image_reply_tokens)
-            max_tokens = min(request.sampling.max_tokens, reply_tokens)
-            request = replace(request, sampling=replace(request.sampling, max_tokens=max_tokens))
         body = protocol.body(request, images, self._served_name, endpoint.dialect)
         token_bytes = protocol.MAX_TOKEN_BYTES + protocol.MAX_LOGPROB_BYTES * request.wants_logprobs
         max_bytes = protocol.MAX_ENVELOPE_BYTES + token_bytes * request.sampling.max_tokens
@@ -379,8 +354,6 @@ class Client:
             async with endpoint.send(protocol.CHAT, body) as answer:
                 text = await protocol.read_body(answer, max_bytes)
         except protocol.CONNECTION_ERRORS as error:
-            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # no file for a connection
-                raise ServerBusyError(None) from None
             raise ServerFaultError(one_line(error, 1000)) from None
         finally:
             in_flight.sent.discard(asyncio.current_task())
@@ -390,7 +363,7 @@ class Client:
         # A gateway may fail briefly while the server behind it is healthy.
         is_gateway_alone = answer.status in protocol.GATEWAY_STATUSES and await endpoint.is_healthy()
         if answer.status in protocol.BUSY_STATUSES or is_gateway_alone:
-            endpoint.report_busy(answer.status, message, self._progress.warn)
+            endpoint.report_busy(answer.status, message, self.progress.warn)
             raise ServerBusyError(protocol.parse_retry_after(answer.headers.get("Retry-After", "")))
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {message}")
@@ -399,24 +372,8 @@ class Client:
         reply = protocol.read_reply(request, text, endpoint.keys)
         endpoint.failures = 0
         self._reply_tokens += reply.reply_tokens
-        self._concurrency.add_reply(time.monotonic() - started)
-        max_pixels = self._images.max_pixels(request) if request.images else None
-        return replace(reply, max_pixels=max_pixels)
-
-    def _max_image_pixels(self, request: Request) -> int | None:
-        """Return how many pixels all images of a request may have together, or None if it is unknown."""
-        if self._context_tokens is None:
-            return None
-        image_tokens, _ = split_context(self._context_tokens, request, self._image_reply_tokens)
-        return image_tokens * PATCH_PX**2
-
-    async def _learn(self, endpoint: Endpoint) -> None:
-        """Find the model on a server, and find out which request fields the server supports."""
-        await find_on_server(self._served_name, endpoint)
-        reply_tokens, progress = self._max_tokens, self._progress
-        await learn_dialect(
-            endpoint, self._served_name, self._settings, reply_tokens, progress, logprobs=self._wants_logprobs
-        )
+        self._concurrency.add_reply()
+        return replace(reply, max_pixels=request.max_pixels if request.images else None)
 
     def _failure(self) -> EngineError | None:
         """Return a server's error if all servers that synth started have failed for good, or else None."""

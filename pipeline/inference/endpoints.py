@@ -170,7 +170,17 @@ class Endpoints(list[Endpoint]):
         If all servers are down, waits up to `startup_timeout_s`, and raises EngineError if they stay down.
         """
         while not (up := [endpoint for endpoint in self if endpoint.is_up.is_set()]):
-            await self._wait_for_any()
+            waits = {asyncio.ensure_future(endpoint.is_up.wait()) for endpoint in self}
+            try:
+                done, _ = await asyncio.wait(
+                    waits, timeout=self._startup_timeout_s, return_when=asyncio.FIRST_COMPLETED
+                )
+            finally:
+                await cancel_tasks(waits)
+            if failure := self._failure():
+                raise failure
+            if not done:
+                raise no_server(self)
         endpoint = self._by_sample.get(sample_id)
         if endpoint is None or not endpoint.is_up.is_set() or endpoint.delay_s() > 0:
             # Compare delays first, since a server that fails immediately always has the least load.
@@ -194,19 +204,6 @@ class Endpoints(list[Endpoint]):
         self._waiters.add(waiter)
         waiter.add_done_callback(self._waiters.discard)
         return True
-
-    async def _wait_for_any(self) -> None:
-        waits = {asyncio.ensure_future(endpoint.is_up.wait()) for endpoint in self}
-        try:
-            done, _ = await asyncio.wait(
-                waits, timeout=self._startup_timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            await cancel_tasks(waits)
-        if failure := self._failure():
-            raise failure
-        if not done:
-            raise no_server(self)
 
     async def _revive(self, endpoint: Endpoint) -> None:
         while not await endpoint.is_healthy():
@@ -294,19 +291,14 @@ def named_endpoints(urls: Sequence[str], server: ServerConfig) -> list[Endpoint]
         default = OPENAI_KEY if is_openai and KEY not in os.environ and OPENAI_KEY in os.environ else KEY
         name = server.key_env or default
         key = os.environ.get(name, "").strip()
-        headers = {header: _from_environment(header, value) for header, value in server.headers.items()}
-        endpoint = Endpoint(address, request_headers(key) | headers, name)
-        endpoints.append(endpoint)
+        headers = request_headers(key)
+        for header, value in server.headers.items():
+            if value.startswith("$") and value[1:] not in os.environ:
+                problem = f"the header {header} uses {value}, but this environment variable is not set"
+                raise EngineError(problem, hint=f"export {value[1:]}=...")
+            headers[header] = os.environ[value[1:]].strip() if value.startswith("$") else value
+        endpoints.append(Endpoint(address, headers, name))
     return endpoints
-
-
-def _from_environment(header: str, value: str) -> str:
-    if not value.startswith("$"):
-        return value
-    if value[1:] not in os.environ:
-        problem = f"the header {header} uses {value}, but this environment variable is not set"
-        raise EngineError(problem, hint=f"export {value[1:]}=...")
-    return os.environ[value[1:]].strip()
 
 
 def request_headers(key: str) -> dict[str, str]:

@@ -1,22 +1,20 @@
 """Choose the engine and the model before anything is loaded. Request ids depend on the model's revision."""
 
-import asyncio
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.config import NO_MODEL, TINY, Config
-from pipeline.config.sections import BoxUnit, GenerateConfig, ServerConfig
+from pipeline.config.sections import BoxUnit, ServerConfig
 from pipeline.digests import digest, weights_revision
-from pipeline.errors import ConfigError, EngineError
+from pipeline.errors import EngineError
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.inference.download import download_model
 from pipeline.inference.requests import RequestPlan
-from pipeline.inference.vllm import has_gpu, plan_servers, run_servers, vllm_python
+from pipeline.inference.vllm import VllmCommand, has_gpu, plan_servers, vllm_python
 from pipeline.install import install_command
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources import find_source, holds_decks
@@ -26,12 +24,12 @@ from pipeline.types import Engine
 
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
-MAX_PORT = 65_535
-NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
-    "pass --model with the folder or Hub id of a vision-language model, or --base-url with a running server; "
-    "to try the pipeline itself on any image: --engine embedded --model tiny"
+    "pass --base-url with a running server (vLLM, Ollama, llama.cpp), or --engine vllm if vLLM is installed "
+    "here; to try the pipeline itself on any image: --engine embedded --model tiny"
 )
+# Formats that neither vLLM nor transformers loads here, or copies of the same weights.
+IGNORED_FILES = ["*.gguf", "*.bin", "*.pt*", "*.h5", "*.msgpack", "*.onnx*", "original/*", "consolidated*"]
 OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but not their content
     f"--{name}"
     for name in (
@@ -75,33 +73,30 @@ def choose_engine(
     """
     if not config.asks_model:
         return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, _no_engine)
-    name, _ = pick_engine(config)
+    progress = progress or NullProgress()
+    name, reason = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
         problem = "there are flags for vLLM (after -- or in the settings), but synth starts no server"
         raise EngineError(problem, hint="leave out the flags")
-    max_tokens = config.generate.max_tokens
     if name == "vllm" and config.base_url:
-        from pipeline.inference.client import Client
         from pipeline.inference.probing import find_model
 
         served, revision = find_model(config.base_url, config.model, config.server)
-        make = partial(
-            Client, served, revision, config.server, max_tokens, urls=config.base_url,
-            image_reply_tokens=_request_plan(config).largest_max_tokens,
-            wants_logprobs=config.generate.wants_logprobs, progress=progress,
-        )  # fmt: skip
+        make = partial(_make_client, config, served, revision, config.server, progress, urls=config.base_url)
         return EngineChoice(name, served, revision, make, config.base_url)
-    model = _model(config)
-    tiny_weights = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
-    path = str(tiny_weights) if model == TINY else model
-    revision = _revision(model, path, progress)
-    find_folder = _folder_finder(path, revision, progress)
-    start: Callable[[], Engine]
-    if name == "vllm":
-        revision += _output_affecting_flags(config.server.flags)
-        start = partial(_start_vllm, model, find_folder, revision, config, log, progress)
-    else:
-        start = partial(_embedded, model, find_folder, revision, config.generate)
+    model = config.model or find_source(config.source).model
+    if model == TINY:
+        _require_drawn_images(config)
+    if name == "embedded":
+        if model != TINY:
+            why = "--engine embedded runs only the tiny model" if config.engine == "embedded" else reason
+            raise EngineError(f"{model} needs a server: {why}", hint=HOW_TO_CHOOSE)
+        folder = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
+        revision = weights_revision(folder)
+        return EngineChoice(name, model, revision, partial(_embedded, folder, revision))
+    revision, find_folder = _find_weights(model, progress, decks=holds_decks(config))
+    revision += _output_affecting_flags(config.server.flags)
+    start = partial(_start_vllm, model, find_folder, revision, config, log, progress)
     return EngineChoice(name, model, revision, start)
 
 
@@ -136,56 +131,70 @@ def _no_engine() -> Engine:
     )
 
 
-def _model(config: Config) -> str:
-    source_model = find_source(config.source).model
-    model = config.model or source_model
-    if model == TINY != source_model and config.engine != "embedded":
+def _require_drawn_images(config: Config) -> None:
+    """Raise EngineError if the tiny model cannot do what the settings ask for."""
+    if find_source(config.source).model != TINY and config.engine != "embedded":
         problem = f"the tiny teacher can only describe --source scenes, not {config.source}"
         raise EngineError(problem, hint=HOW_TO_CHOOSE)
-    if model == TINY:
-        from pipeline.scenes.text import STYLES
+    from pipeline.scenes.text import STYLES
 
-        if "covers" in config.verify.checks or config.verify.repair:
-            hint = "leave out covers and --repair, or pass a larger model: --model, --base-url"
-            raise EngineError("the tiny teacher can neither read nor repair captions", hint=hint)
-        unknown = [style for style in config.generate.caption_styles if style not in STYLES]
-        if unknown:
-            problem = f"the tiny teacher does not support the caption style {unknown[0]}"
-            raise EngineError(problem, hint=f"use {', '.join(STYLES)}, or pass a larger model: --model")
-    return model
+    if "covers" in config.verify.checks or config.verify.repair:
+        hint = "leave out covers and --repair, or pass a larger model: --model, --base-url"
+        raise EngineError("the tiny teacher can neither read nor repair captions", hint=hint)
+    unknown = [style for style in config.generate.caption_styles if style not in STYLES]
+    if unknown:
+        problem = f"the tiny teacher does not support the caption style {unknown[0]}"
+        raise EngineError(problem, hint=f"use {', '.join(STYLES)}, or pass a larger model: --model")
 
 
-def _revision(model: str, path: str, progress: Progress | None) -> str:
-    if Path(path).is_dir():
-        if model != TINY and progress:
-            progress.message(f"computing the digest of {path}, which identifies the model")
-        return weights_revision(Path(path))
-    if model == TINY:
-        hint = "install synth again from a complete wheel or clone"
-        raise EngineError("the weights of the tiny teacher are missing", hint=hint)
+def _find_weights(model: str, progress: Progress, *, decks: bool = False) -> tuple[str, Callable[[], Path]]:
+    """Return the revision of a model, and a function that returns its folder after a download."""
+    tiny = TINY_DECK_WEIGHTS if decks else TINY_WEIGHTS
+    folder = tiny if model == TINY else Path(model)
+    if model == TINY or folder.is_dir():
+        if model != TINY:
+            progress.message(f"computing the digest of {folder}, which identifies the model")
+        return weights_revision(folder), lambda: folder
     from huggingface_hub import HfApi
 
     hint = "check the network, or pass a model folder (--model FOLDER) or a server (--base-url)"
-    with translate_hub_errors(
-        model, "model", EngineError, hint + ("" if has_gpu() else NO_GPU), or_folder=True
-    ):
-        return str(HfApi().model_info(model).sha)
+    with translate_hub_errors(model, "model", EngineError, hint, or_folder=True):
+        commit = str(HfApi().model_info(model).sha)
+    return commit, partial(download_model, model, commit, progress)
 
 
-def _folder_finder(path: str, revision: str, progress: Progress | None) -> Callable[[], Path]:
-    """Return a function that returns the folder of a model, after its download if `path` is a Hub id."""
-    if Path(path).is_dir():
-        return partial(Path, path)
-    return partial(download_model, path, revision, progress or NullProgress())
+def download_model(model: str, commit: str, progress: Progress) -> Path:
+    """Return the folder of a Hub model in the local cache. An interrupted download resumes.
+
+    A server loads the model after that, because its start has a time limit.
+
+    Raises EngineError if the Hub does not answer, or if the disk is too small.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    hint = "run the same command again: the download resumes"
+    with translate_hub_errors(model, "model", EngineError, hint, or_folder=True):
+        files = snapshot_download(model, revision=commit, ignore_patterns=IGNORED_FILES, dry_run=True)
+        missing = [file.file_size or 0 for file in files if file.will_download]
+        if missing:
+            cache = Path(HF_HUB_CACHE)
+            disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
+            free_gb, size_gb = shutil.disk_usage(disk).free / 1e9, sum(missing) / 1e9
+            if free_gb < size_gb:
+                problem = f"{model} needs {size_gb:.1f} GB in {cache}, but the disk has {free_gb:.1f} GB free"
+                raise EngineError(problem, hint="free some space, or set HF_HOME to a folder on another disk")
+            progress.message(f"downloading {model}: {len(missing)} files, {size_gb:.1f} GB, to {cache}")
+        return Path(snapshot_download(model, revision=commit, ignore_patterns=IGNORED_FILES))
 
 
-def _embedded(model: str, find_folder: Callable[[], Path], revision: str, generate: GenerateConfig) -> Engine:
+def _embedded(folder: Path, revision: str) -> Engine:
     try:
         from pipeline.inference.embedded import EmbeddedEngine
     except ModuleNotFoundError as error:
         problem = f"the embedded engine needs the package {error.name}"
         raise EngineError(problem, hint=install_command("embedded")) from None
-    return EmbeddedEngine(model, find_folder, revision, generate.batch_size)
+    return EmbeddedEngine(folder, revision)
 
 
 def _start_vllm(
@@ -194,66 +203,39 @@ def _start_vllm(
     revision: str,
     config: Config,
     log: Path,
-    progress: Progress | None,
+    progress: Progress,
+) -> Engine:
+    server = config.server.model_copy(update={"enforced_schema": True})
+    pixels, decks = _request_plan(config).largest_pixels, holds_decks(config)
+    launches = plan_servers(model, find_folder, revision, server, log, max_pixels=pixels, decks=decks)
+    return _make_client(config, model, revision, server, progress, launches=launches)
+
+
+def _make_client(
+    config: Config, model: str, revision: str, server: ServerConfig, progress: Progress, **servers: Any
 ) -> Engine:
     from pipeline.inference.client import Client
 
-    server = config.server.model_copy(update={"enforced_schema": True})
-    plan = _request_plan(config)
-    launches = plan_servers(
-        model, find_folder, revision, server, log, max_pixels=plan.largest_pixels, decks=holds_decks(config)
-    )
-    return Client(
-        model, revision, server, config.generate.max_tokens, launches=launches,
-        image_reply_tokens=plan.largest_max_tokens,
-        wants_logprobs=config.generate.wants_logprobs, progress=progress,
-    )  # fmt: skip
+    max_tokens = max(config.generate.max_tokens, _request_plan(config).largest_max_tokens)
+    logprobs = config.generate.wants_logprobs
+    return Client(model, revision, server, max_tokens, progress=progress, wants_logprobs=logprobs, **servers)
 
 
 def _request_plan(config: Config) -> RequestPlan:
     return RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), "")
 
 
-def serve_model(
-    model: str,
-    server: ServerConfig,
-    port: int | None,
-    log: Path,
-    progress: Progress,
-    ready: Callable[[dict[str, str]], None],
-) -> None:
-    """Run a server on each GPU, or one on the CPU, until interrupted.
-
-    `ready` is called with the addresses and the key. The servers listen on `port` and the following ports.
-    Raises EngineError if vLLM is not installed, cannot be started, or dies more than `max_restarts` times.
-    """
-    path = str(TINY_WEIGHTS) if model == TINY else model
-    commit = _revision(model, path, progress)
-    find_folder = _folder_finder(path, commit, progress)
-    revision = commit + _output_affecting_flags(server.flags)
-    launches = plan_servers(
-        model, find_folder, revision, server, log, max_pixels=MAX_DETAIL_PIXELS, decks=True
+def plan_server(model: str, server: ServerConfig, progress: Progress) -> VllmCommand:
+    """Return the command of `synth serve`, for the first GPU or group of GPUs."""
+    revision, find_folder = _find_weights(model, progress)
+    revision += _output_affecting_flags(server.flags)
+    command, *others = plan_servers(
+        model, find_folder, revision, server, Path("vllm.log"), max_pixels=MAX_DETAIL_PIXELS, decks=True
     )
-    if port and port + len(launches) - 1 > MAX_PORT:
-        problem = f"{len(launches)} servers from port {port} need ports above {MAX_PORT}"
-        raise ConfigError(problem, hint="pass a lower --port")
-    launches = [replace(launch, port=port and port + number) for number, launch in enumerate(launches)]
-
-    async def serve() -> None:
-        async with run_servers(launches, progress) as servers:
-            urls = [f"{server.root}/v1" for server in servers]
-            options = " ".join(f"--base-url {url}" for url in urls)
-            progress.message(
-                f"serving {launches[0].name}; use it with:\n  export SYNTH_API_KEY={launches[0].api_key}"
-            )
-            progress.message(f"  synth generate {options} --source ...")
-            ready({"url": "\n".join(urls), "key": launches[0].api_key})
-            ends = [asyncio.ensure_future(server.gave_up.wait()) for server in servers]
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            failure = next((server.failure for server in servers if server.failure), None)
-            raise failure or EngineError("the server stopped", hint=f"see its log: {log}")
-
-    asyncio.run(serve())
+    if others:
+        used = command.environment["CUDA_VISIBLE_DEVICES"]
+        progress.warn(f"uses GPU {used} only: start further servers with CUDA_VISIBLE_DEVICES and --port")
+    return command
 
 
 @contextmanager
@@ -263,20 +245,18 @@ def open_engines(choose: Callable[[str], EngineChoice]) -> Iterator[Callable[[st
     Only one model runs on this machine at a time: another one is closed first, to free its memory.
     """
     with ExitStack() as remote, ExitStack() as local:
-        opened: dict[str, tuple[ExitStack, Engine]] = {}
+        opened: dict[str, Engine] = {}
+        loaded = ""
 
         def engine_of(name: str) -> Engine:
+            nonlocal loaded
             if name not in opened:
                 choice = choose(name)
-                stack = remote if choice.urls else local
-                if stack is local:
-                    close(local)
-                opened[name] = stack, stack.enter_context(choice.make())
-            return opened[name][1]
-
-        def close(stack: ExitStack) -> None:
-            stack.close()
-            for name in [name for name, (owner, _) in opened.items() if owner is stack]:
-                del opened[name]
+                if not choice.urls:
+                    local.close()
+                    opened.pop(loaded, None)
+                    loaded = name
+                opened[name] = (remote if choice.urls else local).enter_context(choice.make())
+            return opened[name]
 
         yield engine_of

@@ -3,6 +3,8 @@
 import asyncio
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -91,17 +93,13 @@ async def list_models(endpoint: Endpoint) -> dict[str, ServedModel] | None:
         if answer.status in (404, 405, 501):
             return None
         raise_for_access(answer, endpoint, text)
-        if answer.status == 200:
-            return _models_in(text)
-        raise ServerFaultError(f"{answer.status}: {endpoint.error_message(text)}")
+        if answer.status != 200:
+            raise ServerFaultError(f"{answer.status}: {endpoint.error_message(text)}")
     except CONNECTION_ERRORS as error:
         raise ServerFaultError(one_line(error)) from None
-
-
-def _models_in(answer: bytes) -> dict[str, ServedModel] | None:
     try:
-        models = [model for model in protocol.parse_json(answer)["data"] if isinstance(model["id"], str)]
-        return {model["id"]: _served_model(model) for model in models}
+        listed = protocol.parse_json(text)["data"]
+        return {model["id"]: _served_model(model) for model in listed if isinstance(model["id"], str)}
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -127,40 +125,32 @@ def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineEr
     return EngineError(f"{endpoint.url} does not serve {name}", unknown=name, known=models, hint=hint)
 
 
-async def find_on_server(name: str, endpoint: Endpoint) -> None:
-    """Store the context length that a server lists for a model, and whether the server is vLLM.
+async def probe_server(
+    endpoint: Endpoint,
+    *,
+    model: str,
+    server: ServerConfig,
+    reply_tokens: int,
+    progress: Progress,
+    logprobs: bool = False,
+) -> None:
+    """Find a model on a server, and store its context length and the request fields that the server supports.
 
-    Raises EngineError if the server does not answer, or does not serve the model.
+    Sends `protocol.probe` repeatedly, leaving out refused fields, until the server accepts it. `reply_tokens`
+    is the token limit of replies in the run. Raises EngineError if the server does not answer, does not serve
+    the model, accepts no probe, or must enforce schemas and does not.
     """
     try:
         models = await list_models(endpoint)
     except ServerFaultError as fault:
         endpoint.fault = str(fault)
         raise no_server([endpoint]) from None
-    if models is None:
-        return
-    if name not in models:
-        raise not_served(endpoint, name, models)
-    if models[name].owner == "vllm":
-        endpoint.dialect = protocol.VLLM
-    endpoint.context_tokens = models[name].max_model_len
-
-
-async def learn_dialect(
-    endpoint: Endpoint,
-    model: str,
-    server: ServerConfig,
-    reply_tokens: int,
-    progress: Progress,
-    *,
-    logprobs: bool = False,
-) -> None:
-    """Find out which request fields a server supports, and store them as its dialect.
-
-    Sends `protocol.probe` repeatedly, leaving out refused fields, until the server accepts it. `reply_tokens`
-    is the token limit of replies in the run. Raises EngineError if the server accepts no probe, or if it must
-    enforce schemas and does not.
-    """
+    if models is not None:
+        if model not in models:
+            raise not_served(endpoint, model, models)
+        endpoint.context_tokens = models[model].max_model_len
+        if models[model].owner == "vllm":
+            endpoint.dialect = protocol.VLLM
     url, max_tokens = endpoint.url, max(protocol.MIN_PROBE_TOKENS, reply_tokens)
     while True:
         body = protocol.probe(model, endpoint.dialect, max_tokens, logprobs=logprobs)
@@ -174,26 +164,33 @@ async def learn_dialect(
             problem = f"the model at {url} uses more than {max_tokens:,} reasoning tokens before its reply"
             hint = "allow more (generate: {max_tokens: 4000}), or turn reasoning off on the server"
             raise EngineError(problem, hint=hint)
-        if answer and (endpoint.dialect.format != "json_schema" or protocol.is_probe_word(answer.text)):
+        if answer and (endpoint.dialect.states_schema or _follows_schema(answer.text)):
             break
         dialect = endpoint.dialect.after_refusal(message) if status in protocol.REFUSED_STATUSES else None
-        if dialect is None and message and not re.search("response_format|schema|json_object", message):
-            raise EngineError(
-                f"{url} rejects the first request: {message}", hint="check --base-url and --model"
-            )
-        if dialect is None and server.enforced_schema:
-            reason = f" ({status}: {message})" if message else ""
-            config = '{"backend":"guidance","disable_any_whitespace":true}'
-            raise EngineError(
-                f"{url} does not enforce JSON schemas, so its replies may be invalid{reason}",
-                hint="pass --no-enforced-schema: then synth checks each reply, and asks again for bad ones. "
-                f"Or start vLLM with --structured-outputs-config '{config}'",
-            )
-        dialect = dialect or endpoint.dialect.looser()
+        is_about_schema = not message or re.search("response_format|schema", message)
+        if dialect is None and is_about_schema and not endpoint.dialect.states_schema:
+            if server.enforced_schema:
+                raise _unenforced(url, f" ({status}: {message})" if message else "")
+            dialect = replace(endpoint.dialect, states_schema=True)
         if dialect is None:
-            raise EngineError(f"{url} rejects the first request: {message or status}", hint="look at its log")
+            hint = "check --base-url and --model, and the log of the server"
+            raise EngineError(f"{url} rejects the first request: {message or status}", hint=hint)
         endpoint.dialect = dialect
     _report_dialect(endpoint, progress)
+
+
+def _follows_schema(text: str) -> bool:
+    with suppress(ValueError):
+        return bool(protocol.parse_json(text) == {"word": protocol.PROBE_WORD})
+    return False
+
+
+def _unenforced(url: str, reason: str) -> EngineError:
+    config = '{"backend":"guidance","disable_any_whitespace":true}'
+    hint = "pass --no-enforced-schema: then synth checks each reply, and asks again for bad ones. "
+    hint += f"Or start vLLM with --structured-outputs-config '{config}'"
+    problem = f"{url} does not enforce JSON schemas, so its replies may be invalid{reason}"
+    return EngineError(problem, hint=hint)
 
 
 def _report_dialect(endpoint: Endpoint, progress: Progress) -> None:
@@ -206,7 +203,7 @@ def _report_dialect(endpoint: Endpoint, progress: Progress) -> None:
         progress.message(f"{endpoint.url} rejects some request fields, which are left out: {fields}")
     if "temperature" in dialect.left_out:
         progress.warn(f"{endpoint.url} uses its own sampling temperature: replies are not greedy")
-    if dialect.format != "json_schema":
+    if dialect.states_schema:
         progress.warn(
             f"{endpoint.url} does not enforce JSON schemas: synth checks each reply, and retries invalid ones"
         )

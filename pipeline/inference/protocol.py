@@ -13,7 +13,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -42,13 +42,12 @@ MAX_SENT_BYTES = 1_000_000  # larger images are re-encoded here, since the serve
 JPEG_QUALITY = 92
 OPTIONAL_FIELDS = ("top_p", "temperature", "logprobs")  # left out for servers that refuse them
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # in the order in which they are tried
-FORMATS = ("json_schema", "json_object", "text")  # response formats, from strict to loose
 # vLLM stops a reply when a pattern of 3 to 32 tokens is repeated 6 times. Each digit is a token, so a shorter
 # pattern may be a number such as 1000000.
 _REPETITION = {"min_pattern_size": 3, "max_pattern_size": 32, "min_count": 6}
 SCHEMA_INSTRUCTION = "\nYour whole reply is one JSON object, which follows this JSON schema: {}"
 MIN_PROBE_TOKENS = 256
-_PROBE_WORD = "synth-7f3a"  # the only reply that the probe's schema allows
+PROBE_WORD = "synth-7f3a"  # the only reply that the probe's schema allows
 FINISH_REASONS = {  # maps other servers' finish reasons to OpenAI's
     **dict.fromkeys(("max_tokens", "MAX_TOKENS", "model_length"), "length"),
     **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_sequence", "STOP"), "stop"),
@@ -60,7 +59,6 @@ GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose serve
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run
 MAX_FAULTS = 5  # a request is abandoned after this many errors from healthy servers
-MAX_LONG_WAITS = 3  # per request
 MAX_CRASHES = 2  # a request is abandoned if more servers crash while it is in flight
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
@@ -123,7 +121,7 @@ class Dialect:
     is_vllm: bool = False  # supports image uuids and `repetition_detection`
     left_out: frozenset[str] = frozenset()  # OPTIONAL_FIELDS that the server refuses
     limit_name: str = LIMIT_FIELDS[0]
-    format: str = FORMATS[0]
+    states_schema: bool = False  # state the schema in the prompt, since the server does not enforce it
 
     def after_refusal(self, message: str) -> "Dialect | None":
         """Return the dialect without the fields that a refusal message names, or None if it names none."""
@@ -137,11 +135,6 @@ class Dialect:
         if self.limit_name == LIMIT_FIELDS[0] and LIMIT_FIELDS[1] in message:
             return replace(self, limit_name=LIMIT_FIELDS[1])
         return None
-
-    def looser(self) -> "Dialect | None":
-        """Return the dialect with the next less strict response format, or None after the last one."""
-        position = FORMATS.index(self.format) + 1
-        return replace(self, format=FORMATS[position]) if position < len(FORMATS) else None
 
 
 PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
@@ -158,8 +151,7 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
     if not dialect.is_vllm:
         images = _UUID.sub(b"", images)
     turns = [b'{"role":"system","content":%s}' % _quoted(request.system)] if request.system else []
-    states_schema = request.schema and dialect.format != "json_schema"
-    schema = SCHEMA_INSTRUCTION.format(request.schema) if states_schema else ""
+    schema = SCHEMA_INSTRUCTION.format(request.schema) if request.schema and dialect.states_schema else ""
     text = b'{"type":"text","text":%s}' % _quoted(request.text + schema)
     turns.append(b'{"role":"user","content":[%s]}' % b",".join([images, text] if images else [text]))
     if request.failed:
@@ -167,7 +159,7 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
             turns.append(b'{"role":"%s","content":%s}' % (role, json.dumps(content).encode()))
     limits = request.sampling.temperature, request.sampling.max_tokens
     sampling = _sampling(*limits, dialect, logprobs=request.wants_logprobs)
-    response_format = _response_format(request.task, request.schema, dialect.format)
+    response_format = b"" if dialect.states_schema else _response_format(request.task, request.schema)
     return b'{"model":%s,"messages":[%s]%s%s}' % (_quoted(model), b",".join(turns), sampling, response_format)
 
 
@@ -178,20 +170,12 @@ def probe(
 
     The schema allows only one reply, which the prompt does not ask for. All optional fields are tested too.
     """
-    properties = {"word": {"type": "string", "enum": [_PROBE_WORD]}}
+    properties = {"word": {"type": "string", "enum": [PROBE_WORD]}}
     schema = {"type": "object", "properties": properties, "required": ["word"], "additionalProperties": False}
-    ask = "Say hello." if dialect.format == "json_schema" else 'Say hello as a JSON object: {"word": "..."}.'
-    values = {"model": model, "messages": [{"role": "user", "content": ask}]}
-    response_format = _response_format("probe", json.dumps(schema), dialect.format)
+    values = {"model": model, "messages": [{"role": "user", "content": "Say hello."}]}
+    response_format = b"" if dialect.states_schema else _response_format("probe", json.dumps(schema))
     sampling = _sampling(0.0, max_tokens, dialect, logprobs=logprobs)
     return json.dumps(values).encode()[:-1] + sampling + response_format + b"}"
-
-
-def is_probe_word(text: str) -> bool:
-    """Return whether a reply to `probe` is the one that the schema allows."""
-    with suppress(ValueError):
-        return bool(parse_json(text) == {"word": _PROBE_WORD})
-    return False
 
 
 @lru_cache(256)
@@ -210,13 +194,11 @@ def _quoted(text: str) -> bytes:
 
 
 @lru_cache(256)
-def _response_format(name: str, schema: str, kind: str) -> bytes:
-    if kind == "text" or not schema:
+def _response_format(name: str, schema: str) -> bytes:
+    if not schema:
         return b""
-    form: dict[str, Any] = {"type": kind}
-    if kind == "json_schema":
-        form["json_schema"] = {"name": name, "schema": json.loads(schema), "strict": True}
-    return b',"response_format":' + json.dumps(form).encode()
+    form = {"name": name, "schema": json.loads(schema), "strict": True}
+    return b',"response_format":' + json.dumps({"type": "json_schema", "json_schema": form}).encode()
 
 
 # --- answers
@@ -238,7 +220,10 @@ def parse_answer(body: bytes) -> Answer | None:
         value = parse_json(body)
         choice = value["choices"][0]
         message, usage = choice["message"], value.get("usage")
-        text, reason = _text_of(message), choice.get("finish_reason")
+        content, reason = message.get("content") or "", choice.get("finish_reason")
+        if isinstance(content, list):
+            content = "".join(str(part.get("text") or "") for part in content)
+        text = str(content)
         if not text and message.get("refusal"):
             text, reason = str(message["refusal"]), REFUSED
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -274,13 +259,6 @@ def read_reply(request: Request, body: bytes, keys: Sequence[str] = ()) -> Reply
     max_characters = MAX_TOKEN_CHARACTERS * request.sampling.max_tokens
     is_too_long = len(reply.text) > max_characters
     return replace(reply, text=reply.text[:max_characters], finish_reason="length") if is_too_long else reply
-
-
-def _text_of(message: dict[str, Any]) -> str:
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        return "".join(str(part.get("text") or "") for part in content)
-    return str(content)
 
 
 def _token_count(usage: Any, name: str) -> int:
@@ -319,13 +297,11 @@ def without_keys(text: str, keys: Sequence[str]) -> str:
 class RequestImages:
     """Encodes the images of requests in flight, only once for all requests about the same images.
 
-    Caches the last `keep` sets of images. `total_pixels` returns how many pixels all images of a request may
-    have together, or None without a limit.
+    Caches the last `keep` sets of images.
     """
 
-    def __init__(self, total_pixels: Callable[[Request], int | None], pool: Executor) -> None:
+    def __init__(self, pool: Executor) -> None:
         self.keep = 256
-        self._total_pixels = total_pixels
         self._pool = pool
         self._encoded: dict[tuple[str, int | None], asyncio.Future[bytes]] = {}
         self._encoded_count = self._encoded_bytes = 0
@@ -340,37 +316,32 @@ class RequestImages:
 
         Each part has a uuid, by which vLLM caches processed images: the SHA-256 of the bytes that are sent.
         """
-        key = request.shown, self.max_pixels(request)
+        key = request.shown, request.max_pixels
         future = self._encoded.pop(key, None)  # stored again below, so that unused images are dropped first
         if future is None or (future.done() and future.exception()):
-            future = asyncio.ensure_future(self._encode_all(request))
+            future = asyncio.ensure_future(self._encode(request))
         self._encoded[key] = future
         while len(self._encoded) > self.keep:
             del self._encoded[next(iter(self._encoded))]
         return await asyncio.shield(future)
 
-    def max_pixels(self, request: Request) -> int | None:
-        """Return the maximum size of each image of a request in pixels, or None without a limit."""
-        total_pixels = self._total_pixels(request)
-        share = total_pixels and total_pixels // max(1, len(request.images))
-        return min((limit for limit in (request.max_pixels, share) if limit), default=None)
-
-    async def _encode_all(self, request: Request) -> bytes:
-        max_pixels = self.max_pixels(request)
-        encoded = [await self._encode(image, max_pixels) for image in request.images]
+    async def _encode(self, request: Request) -> bytes:
+        loop, encoded = asyncio.get_running_loop(), list[bytes]()
+        for image in request.images:
+            kind, data = sendable_format(image, request.max_pixels), image
+            if kind is None:
+                data = await loop.run_in_executor(self._pool, reencode, image, request.max_pixels)
+            values = (
+                (kind or "jpeg").encode(),
+                base64.b64encode(data),
+                hashlib.sha256(data).hexdigest().encode(),
+            )
+            part = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
+            encoded.append(part)
         self._encoded_count += 1
+        self._encoded_bytes += sum(map(len, encoded))
         parts = user_content(encoded, "", request.pages)[:-1]
         return b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
-
-    async def _encode(self, image: bytes, max_pixels: int | None) -> bytes:
-        kind = sendable_format(image, max_pixels)
-        data = image
-        if kind is None:
-            data = await asyncio.get_running_loop().run_in_executor(self._pool, reencode, image, max_pixels)
-        values = (kind or "jpeg").encode(), base64.b64encode(data), hashlib.sha256(data).hexdigest().encode()
-        part = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
-        self._encoded_bytes += len(part)
-        return part
 
 
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
@@ -409,11 +380,10 @@ def backoff_s(failures: int) -> float:
 class RetryState:
     """Counts the failures of one request. Methods return the seconds until a retry, or None to give up."""
 
-    patience_s: float  # give up this long after the first busy answer, or after a longer wait
+    patience_s: float  # give up at a busy answer that comes this long after the first one
     faults: int = 0  # errors from healthy servers
     crashes: int = 0  # servers that crashed while the request was in flight
     busy: int = 0
-    long_waits: int = 0  # waits that are longer than `patience_s`
     _gives_up_at: float | None = field(default=None)
 
     @property
@@ -428,11 +398,7 @@ class RetryState:
         if now > self._gives_up_at:
             return None
         self.busy += 1
-        wait_s = min(stated_s or backoff_s(self.busy), MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
-        if wait_s > self.patience_s and self.long_waits < MAX_LONG_WAITS:
-            self.long_waits += 1
-            self._gives_up_at = now + wait_s + self.patience_s
-        return wait_s
+        return min(stated_s or backoff_s(self.busy), MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
 
     def after_fault(self) -> float | None:
         """Count an error from a healthy server."""

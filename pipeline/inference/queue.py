@@ -158,7 +158,17 @@ class RequestQueue:
             self._counts.add_known(len(requests) - len(distinct))
             for request in distinct.values():
                 assert request.id not in self._open, f"duplicate sample id: {request.sample_id}"
-                self._enqueue(request)
+                self._counts.total += 1
+                last = self._journal.last(request.id, answered=True)
+                if last is None:
+                    self._new.append(request)
+                    continue
+                reply, flaw = last
+                if flaw and reply.attempt + 1 < self._max_attempts:
+                    self._retries.append(build_retry(request, reply, flaw))
+                    self._resumed.add(request.id)
+                else:
+                    self._counts.done += 1
             num_new = len(self._new)
             shown = with_images([*self._new, *self._retries], samples)
             self._new, self._retries = shown[:num_new], shown[num_new:]
@@ -189,7 +199,12 @@ class RequestQueue:
         """Store replies, and retry unusable ones later. Raises EngineError if too many are unusable."""
         with defer_signals():
             pairs = [(self._open.pop(reply.request_id), reply) for reply in replies]
-            judged = [(request, reply, self._find_flaw(request, reply)) for request, reply in pairs]
+            judged = []
+            for request, reply in pairs:
+                has_boxes = self._tasks[request.task].box_field is not None and len(request.images) == 1
+                max_pixels = reply.max_pixels or request.max_pixels
+                frame = Frame(*upright_size(request.images[0]), max_pixels) if has_boxes else None
+                judged.append((request, reply, find_flaw(request, reply, self._tasks, frame)))
             self._journal.keep(judged)
         for request, reply, flaw in judged:
             self._counts.add_reply(request, reply)
@@ -210,27 +225,8 @@ class RequestQueue:
 
     def require_room(self) -> None:
         """Raise BudgetError if the budget is used up."""
-        if self._budget and self._budget.is_used_up():
-            raise self._budget.error()
-
-    def _find_flaw(self, request: Request, reply: Reply) -> str | None:
-        has_boxes = self._tasks[request.task].box_field is not None and len(request.images) == 1
-        max_pixels = reply.max_pixels or request.max_pixels
-        frame = Frame(*upright_size(request.images[0]), max_pixels) if has_boxes else None
-        return find_flaw(request, reply, self._tasks, frame)
-
-    def _enqueue(self, request: Request) -> None:
-        self._counts.total += 1
-        last = self._journal.last(request.id, answered=True)
-        if last is None:
-            self._new.append(request)
-            return
-        reply, flaw = last
-        if flaw and reply.attempt + 1 < self._max_attempts:
-            self._retries.append(build_retry(request, reply, flaw))
-            self._resumed.add(request.id)
-        else:
-            self._counts.done += 1
+        if self._budget:
+            self._budget.require_room()
 
 
 @contextmanager
@@ -260,38 +256,15 @@ def ask_in_rounds(
     counts: RequestStats,
     texts: TextsOf = NO_TEXTS,
 ) -> Iterator[Engine]:
-    """Send the requests of all rounds, one model after another. `chunks` returns all samples.
+    """Send the requests of all rounds, one model after another, until all have a reply.
 
-    Yields as `ask_about` does.
+    `chunks` returns all samples. `engine` returns the engine of a model by name, and is called only if a
+    request must be sent. Yields the engine after each group of replies.
     """
-    for pairs in plan.rounds:
-        by_model: dict[str, list[Pair]] = {}
-        for name, style in pairs:
-            if plan.rung < len(plan.models_of(name)):
-                by_model.setdefault(plan.model_of(name), []).append((name, style))
-        for model, own in by_model.items():
-            start = partial(engine, model)
-            yield from ask_about(chunks(), plan, servers, start, journal, counts, texts, own)
 
-
-def ask_about(
-    chunks: Iterator[SampleBatch],
-    plan: RequestPlan,
-    servers: Servers,
-    engine: Callable[[], Engine],
-    journal: Journal,
-    counts: RequestStats,
-    texts: TextsOf,
-    pairs: Sequence[Pair],
-) -> Iterator[Engine]:
-    """Send the requests for `pairs` until all have a reply. Yield the engine after each group of replies.
-
-    The engine is created only if a request must be sent. Requests may use the results of earlier rounds.
-    """
-    uses_results = any(plan.inputs_of(*pair) for pair in pairs)
-
-    def requests() -> Iterator[Chunk]:
-        for samples in chunks:
+    def requests(pairs: Sequence[Pair]) -> Iterator[Chunk]:
+        uses_results = any(plan.inputs_of(*pair) for pair in pairs)
+        for samples in chunks():
             built: list[Request] = []
             for sample_id in samples.ids:
                 inputs = texts(sample_id)
@@ -301,7 +274,13 @@ def ask_about(
                 built += build_requests(sample_id, plan, inputs, results, now)
             yield built, samples
 
-    return ask_all(requests(), plan, servers, engine, journal, counts)
+    for pairs in plan.rounds:
+        by_model: dict[str, list[Pair]] = {}
+        for name, style in pairs:
+            if plan.rung < len(plan.models_of(name)):
+                by_model.setdefault(plan.model_of(name), []).append((name, style))
+        for model, own in by_model.items():
+            yield from ask_all(requests(own), plan, servers, partial(engine, model), journal, counts)
 
 
 def ask_all(
@@ -312,7 +291,9 @@ def ask_all(
     journal: Journal,
     counts: RequestStats,
 ) -> Iterator[Engine]:
-    """Send requests until each has a usable reply or `max_attempts` unusable ones. Yield as `ask_about` does.
+    """Send requests until each has a usable reply or `max_attempts` unusable ones.
+
+    `engine` is called only if a request must be sent. Yields the engine after each group of replies.
 
     Raises BudgetError if the budget is used up, and EngineError if too many replies are unusable.
     """
@@ -364,7 +345,10 @@ def read_annotations(
 def _read_rung(
     info: SampleInfo, plan: RequestPlan, journal: Journal, inputs: SourceTexts, results: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the annotations of a sample by the models at position `plan.rung` of their ladders."""
+    """Yield the annotations of a sample by the models at position `plan.rung` of their ladders.
+
+    A task that was not asked has an annotation with the reason as its error.
+    """
     skipped = find_skipped(plan, inputs, results, chain.from_iterable(plan.rounds))
     only = inputs.escalated
     pairs = plan.pairs if only is None else [pair for pair in plan.pairs if pair in only]
@@ -373,7 +357,13 @@ def _read_rung(
         reply = last_reply(request, journal)
         frame = Frame(info.width_px, info.height_px, reply.max_pixels or request.max_pixels)
         yield from parse_reply(request, reply, plan.tasks, frame)
-    yield from _not_asked(info.sample_id, pairs, requests, skipped)
+    asked = {(request.task, request.style) for request in requests}
+    for name, style in pairs:
+        if (name, style) not in asked:
+            about = {"sample_id": info.sample_id, "task": name, "style": style}
+            flaw = skipped.get((name, style), RESULT_MISSING)
+            empty = {"request_id": "", "position": 0, "prompt_id": "", "reply_error": flaw}
+            yield {"annotation_id": digest([*about.values()]), **about, **empty}
 
 
 def last_reply(request: Request, journal: Journal) -> Reply:
@@ -399,16 +389,3 @@ def read_results(
             if value is not None:
                 results[name] = json.dumps(value, ensure_ascii=False)
     return results
-
-
-def _not_asked(
-    sample_id: str, pairs: Sequence[Pair], requests: Sequence[Request], skipped: Mapping[Pair, str]
-) -> Iterator[dict[str, Any]]:
-    """Yield an annotation with an error for each of the tasks and styles `pairs` that was not asked."""
-    asked = {(request.task, request.style) for request in requests}
-    for name, style in pairs:
-        if (name, style) not in asked:
-            flaw = skipped.get((name, style), RESULT_MISSING)
-            about = {"sample_id": sample_id, "task": name, "style": style}
-            empty = {"request_id": "", "position": 0, "prompt_id": "", "reply_error": flaw}
-            yield {"annotation_id": digest([*about.values()]), **about, **empty}

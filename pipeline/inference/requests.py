@@ -90,7 +90,12 @@ class RequestPlan:
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
         """The task and style of each request about a sample, in order."""
-        return tuple((task.name, style) for task in self.tasks.asked for style in self._styles_of(task))
+        styles: dict[str, tuple[str, ...]] = {}
+        for task in self.tasks.asked:
+            is_caption = isinstance(task, CustomTask) and task.settings.kind == "caption"
+            own = task.name.replace("_", "-") if is_caption else ""
+            styles[task.name] = self.generate.caption_styles if task.has_styles else (own,)
+        return tuple((name, style) for name, own in styles.items() for style in own)
 
     @cached_property
     def largest_pixels(self) -> int | None:
@@ -132,20 +137,15 @@ class RequestPlan:
     @cached_property
     def conditions(self) -> dict[Pair, tuple[Condition, ...]]:
         """The conditions under which each task is asked for a style. All must be true."""
-        return {pair: self._conditions_of(*pair) for pair in self.pairs}
-
-    def _conditions_of(self, name: str, style: str) -> tuple[Condition, ...]:
-        task = self.tasks[name]
-        if isinstance(task, CustomTask):
-            return (parse_condition(task.settings.when),) if task.settings.when else ()
-        return tuple(parse_condition(text) for key, text in self.generate.when if key in (name, style))
-
-    def find_human_text(self, pair: Pair, inputs: SourceTexts) -> str | None:
-        """Return HAS_HUMAN_TEXT if there are human texts and no task needs the result, or else None."""
-        task = self.tasks[pair[0]]
-        has_text = inputs.has_captions if task.text_field else inputs.has_questions
-        is_asked = not self.is_filling or isinstance(task, CustomTask) or result_name(*pair) in self.needed
-        return HAS_HUMAN_TEXT if has_text and not is_asked else None
+        conditions = {}
+        for name, style in self.pairs:
+            task = self.tasks[name]
+            if isinstance(task, CustomTask):
+                texts = [task.settings.when] if task.settings.when else []
+            else:
+                texts = [text for key, text in self.generate.when if key in (name, style)]
+            conditions[name, style] = tuple(map(parse_condition, texts))
+        return conditions
 
     def inputs_of(self, name: str, style: str) -> set[str]:
         """Return the names of the results that must be known before a task is asked."""
@@ -215,12 +215,6 @@ class RequestPlan:
         """Call `_shared_fields` with the settings of the plan. `values` are passed to the prompt template."""
         return _shared_fields(self, task, temperature, max_tokens or self.generate.max_tokens, **values)
 
-    def _styles_of(self, task: Task) -> tuple[str, ...]:
-        if task.has_styles:
-            return self.generate.caption_styles
-        is_caption = isinstance(task, CustomTask) and task.settings.kind == "caption"
-        return (task.name.replace("_", "-"),) if is_caption else ("",)
-
 
 def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return the names of the models of each task that does not use the default model.
@@ -279,7 +273,16 @@ def build_requests(
         if (name, style) in skipped:
             continue
         used = {"results": tuple((need, results[need]) for need in task.needs)} if task.needs else {}
-        values = row | used | _values_of(sample_id, plan, task)
+        code = task.language or plan.language
+        values = (
+            row
+            | used
+            | {
+                "draw": int(sample_id[:8], 16) % DRAWS,  # varies wordings and question types between samples
+                "words": plan.generate.caption_words,
+                "language": language_name(None if code == ANY_LANGUAGE else code),
+            }
+        )
         temperature = task.temperature(plan.generate)
         max_tokens = plan.max_tokens(task, style)
         for number in range(plan.count_replies(task)):
@@ -318,7 +321,11 @@ def find_skipped(
         task = plan.tasks[pair[0]]
         missing = [need for need in task.needs if need not in results]
         reason = None if task.keep_if else dropped
-        reason = reason or _find_unmet(plan.conditions[pair], values) or plan.find_human_text(pair, inputs)
+        reason = reason or _find_unmet(plan.conditions[pair], values)
+        if plan.is_filling and not reason and not isinstance(task, CustomTask):
+            has_text = inputs.has_captions if task.text_field else inputs.has_questions
+            if has_text and result_name(*pair) not in plan.needed:
+                reason = HAS_HUMAN_TEXT
         if missing and not reason:
             reason = next((reasons[need] for need in missing if need in reasons), RESULT_MISSING)
         if reason:
@@ -359,14 +366,6 @@ def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request
         replace(one, images=one.pages_of(images[one.sample_id])) if one.shows_image else one
         for one in requests
     ]
-
-
-def _values_of(sample_id: str, plan: RequestPlan, task: Task) -> dict[str, Any]:
-    """Return template values for a sample. `draw` varies wordings and question types between samples."""
-    code = task.language or plan.language
-    language = language_name(None if code == ANY_LANGUAGE else code)
-    draw = int(sample_id[:8], 16) % DRAWS
-    return {"draw": draw, "words": plan.generate.caption_words, "language": language}
 
 
 def result_name(name: str, style: str) -> str:

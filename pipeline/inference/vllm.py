@@ -1,7 +1,6 @@
 """Run vLLM: choose flags for this machine, start one server per GPU, restart dead servers, and stop them all.
 
-All servers require an API key. A server listens on a Unix socket in a private folder, or on a loopback port.
-Another program may take the port before vLLM binds it, so the listener is checked before anything is sent.
+All servers require an API key, and listen on Unix sockets in a private folder.
 """
 
 import asyncio
@@ -12,19 +11,17 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import takewhile
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError, one_line
@@ -32,8 +29,6 @@ from pipeline.inference.memory import (
     BATCHED_TOKENS,
     GIB,
     MAX_UTILIZATION,
-    VARIANTS,
-    MemoryPlan,
     ModelShape,
     choose_utilization,
     needed_gib,
@@ -50,6 +45,7 @@ STRUCTURED_OUTPUTS = {
     "disable_additional_properties": True,
 }
 MIN_TOKENS = 1024
+GPU_SEQS, CPU_SEQS = 256, 32  # sequences in a step, if the memory of the GPU is unknown, and on CPUs
 MAX_TOKENS = 8192  # prompt and reply
 MAX_DECK_TOKENS = 16_384  # enough for 20 pages of 700 x 850 px (larger pages are scaled down)
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Python interpreter with vLLM
@@ -61,16 +57,10 @@ _USER_SEQS = re.compile(r"--max[-_]num[-_]seqs[= ](\d+)\b")
 _USER_MEMORY = re.compile(  # flags that change how much memory a model needs
     r"(?:^| )(?:-q\b|--(?:quantization|gpu[-_]memory[-_]utilization|cpu[-_]offload|kv[-_]cache))"
 )
-_SIGNS_OF_FULL_MEMORY = (  # in vLLM's log
-    "out of memory", "no available memory for the cache blocks", "kv cache is needed",
-    "less than desired gpu memory utilization",
-)  # fmt: skip
 STOP_SECONDS = 15
 MAX_TAIL_BYTES = 20_000  # size of the part at the end of the log that is searched for errors
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
-TCP_LISTEN = "0A"  # state of a listening socket in /proc/net/tcp
 SOCKET_FOLDER = "/dev/shm"  # noqa: S108  # the path of a socket has at most 107 bytes, and TMPDIR may be long
-LARGE_GPU_GIB = 40  # such a GPU needs more than one process to prepare images
 CPU_STEP_TIMEOUT_S = 3600  # vLLM's default of 300 s is too short for a large model on a small CPU
 
 
@@ -84,18 +74,8 @@ class VllmCommand:
     environment: dict[str, str]
     log: Path
     max_num_seqs: int
-    max_restarts: int
-    startup_timeout_s: float
-    api_key: str = field(
-        default_factory=lambda: os.environ.get("SYNTH_API_KEY") or secrets.token_urlsafe(24), repr=False
-    )
-    port: int | None = None
-
-    def command(self, address: int | Path) -> list[str]:
-        """Return the command line of a server that listens on a port or Unix socket."""
-        is_socket = isinstance(address, Path)
-        listens = ["--uds", str(address)] if is_socket else ["--host", "127.0.0.1", "--port", str(address)]
-        return [self.python, *self.arguments, *listens]
+    server: ServerConfig
+    api_key: str = field(repr=False)
 
 
 def plan_servers(
@@ -126,26 +106,22 @@ def plan_servers(
         raise EngineError(problem, hint="change the parallel flags after --, or set CUDA_VISIBLE_DEVICES")
     groups = [gpus[start : start + size] for start in range(0, len(gpus), size)] or [()]
     folder = find_folder()
-    share: dict[str, Any] = {
-        "cores": max(1, len(os.sched_getaffinity(0)) // len(groups)),
-        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / len(groups),
-        "decks": decks,
-        "max_pixels": max_pixels,
-    }
-    logs = [log if n == 0 else log.with_name(f"{log.stem}-{n + 1}{log.suffix}") for n in range(len(groups))]
-    commands = [
-        plan_vllm_command(python, model, folder, revision, server, file, gpus=group, **share)
-        for group, file in zip(groups, logs, strict=True)
-    ]
-    return [replace(command, api_key=commands[0].api_key) for command in commands]
+    api_key = os.environ.get("SYNTH_API_KEY") or secrets.token_urlsafe(24)
+    plan = partial(
+        plan_vllm_command, python, f"{Path(model).name}@{revision}", folder, server, api_key,
+        max_pixels=max_pixels, decks=decks, cores=max(1, len(os.sched_getaffinity(0)) // len(groups)),
+        memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / len(groups),
+    )  # fmt: skip
+    others = (log.with_name(f"{log.stem}-{number}{log.suffix}") for number in range(2, len(groups) + 1))
+    return [plan(file, gpus=group) for file, group in zip((log, *others), groups, strict=True)]
 
 
 def plan_vllm_command(
     python: str,
-    model: str,
+    name: str,
     folder: Path,
-    revision: str,
     server: ServerConfig,
+    api_key: str,
     log: Path,
     *,
     max_pixels: int | None,
@@ -160,18 +136,11 @@ def plan_vllm_command(
     `gpus` are entries of CUDA_VISIBLE_DEVICES, or () for a CPU server. `cores` and `memory_gib` are the
     server's share.
     """
-    gpu_gib = gpu_memory_gib(gpus)
-    name = f"{Path(model).name}@{revision}"
-    shape, context = _read_model(folder)
-    max_model_len = min(context, MAX_DECK_TOKENS if decks else MAX_TOKENS)
-    utilization, batched_tokens, max_num_seqs = MAX_UTILIZATION, BATCHED_TOKENS[0], 256 if gpus else 32
-    if shape and gpu_gib:
-        plan = _plan_gpu(model, shape, gpu_gib, max_pixels or PROCESSOR_PIXELS, max_model_len, server.flags)
-        utilization, batched_tokens, max_num_seqs, max_model_len = plan[:4]
-    elif gpu_gib:
-        utilization = choose_utilization(*gpu_gib)
+    limits = _plan_limits(name, folder, server.flags, gpu_memory_gib(gpus), max_pixels, decks=decks)
+    is_qwen, utilization, batched_tokens, max_num_seqs, max_model_len = limits
+    max_num_seqs = max_num_seqs if gpus else CPU_SEQS
     options: dict[str, str] = {}
-    if shape and max_pixels:  # otherwise vLLM reserves memory for the largest image of the processor
+    if is_qwen and max_pixels:  # otherwise vLLM reserves memory for the largest image of the processor
         options["--mm-processor-kwargs"] = json.dumps({"max_pixels": max_pixels}, separators=(",", ":"))
     images_per_prompt = {"image": MAX_PAGES if decks else 1, "video": 0}
     options |= {
@@ -191,9 +160,6 @@ def plan_vllm_command(
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         options["--gpu-memory-utilization"] = str(utilization)
         options["--max-num-batched-tokens"] = str(batched_tokens)
-        # Each API server prepares images on one thread, and has its own cache of prepared images.
-        is_large = gpu_gib is None or gpu_gib[0] >= LARGE_GPU_GIB
-        options["--api-server-count"] = "2" if is_large and cores >= 8 else "1"
         entry = ["-m", "vllm.entrypoints.cli.main", "serve", path]
     else:
         # With the CPU default of 128 tokens per block, requests hardly share prefixes. Threads that are bound
@@ -217,39 +183,48 @@ def plan_vllm_command(
         environment=environment,
         log=log,
         max_num_seqs=int(user_seqs[1]) if user_seqs else max_num_seqs,
-        max_restarts=server.max_restarts,
-        startup_timeout_s=server.startup_timeout_s,
+        server=server,
+        api_key=api_key,
     )
 
 
-def _read_model(folder: Path) -> tuple[ModelShape | None, int]:
-    """Return the shape of a model, if it is known, and its context in tokens."""
+def _plan_limits(
+    name: str,
+    folder: Path,
+    flags: Sequence[str],
+    gpu_gib: tuple[float, float] | None,
+    max_pixels: int | None,
+    *,
+    decks: bool,
+) -> tuple[bool, float, int, int, int]:
+    """Return whether the model's shape is known, and its share of the GPU, step, sequences and context.
+
+    Raises EngineError if the model does not fit the GPU, unless the user's flags change its memory.
+    """
     try:
         config = read_config(folder)
         shape = ModelShape.of(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
         text = config.get("text_config") or config
-        return shape, int(text.get("max_position_embeddings") or MIN_TOKENS)
+        context = int(text.get("max_position_embeddings") or MIN_TOKENS)
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         problem = f"cannot read {folder / 'config.json'}: {one_line(error)}"
         raise EngineError(problem, hint="copy the model again") from None
-
-
-def _plan_gpu(
-    model: str,
-    shape: ModelShape,
-    gpu_gib: tuple[float, float],
-    pixels: int,
-    context: int,
-    flags: Sequence[str],
-) -> MemoryPlan:
-    """Plan a GPU's memory. Raises EngineError if the model does not fit, unless the user's flags help."""
-    shape = shape.divide(count_gpus(flags))
-    plan = plan_memory(shape, *gpu_gib, pixels, context)
+    context = min(context, MAX_DECK_TOKENS if decks else MAX_TOKENS)
+    if shape is None or gpu_gib is None:
+        utilization = choose_utilization(*gpu_gib) if gpu_gib else MAX_UTILIZATION
+        return shape is not None, utilization, BATCHED_TOKENS[0], GPU_SEQS, context
+    # Each GPU of a group holds a share of the weights and of the cache.
+    gpus, pixels = count_gpus(flags), max_pixels or PROCESSOR_PIXELS
+    share = shape._replace(
+        weights_bytes=shape.weights_bytes // gpus, kv_token_bytes=shape.kv_token_bytes // gpus
+    )
+    plan = plan_memory(share, *gpu_gib, pixels, context)
     if not plan.fits and not _USER_MEMORY.search(" ".join(flags)):
-        problem = f"{model} needs {needed_gib(shape, pixels):g} GiB of free memory on each GPU"
-        hint = f"free memory, or pass a model with {' or '.join(VARIANTS)} weights: --model"
-        raise EngineError(f"{problem}, but {gpu_gib[1]:.1f} GiB are free", hint=hint)
-    return plan
+        needed = f"{needed_gib(share, pixels):g} GiB of free memory on each GPU"
+        hint = "free memory, or pass a model with FP8 or AWQ weights: --model"
+        problem = f"{name.partition('@')[0]} needs {needed}, but {gpu_gib[1]:.1f} GiB are free"
+        raise EngineError(problem, hint=hint)
+    return True, *plan[:4]
 
 
 def count_gpus(flags: Sequence[str]) -> int:
@@ -310,24 +285,17 @@ def _nvidia_smi(*arguments: str) -> str:
 class Server:
     """Runs and restarts a vLLM server."""
 
-    def __init__(self, launch: VllmCommand, progress: Progress, folder: Path, address: int | Path) -> None:
-        """Prepare a server. `folder` is for sockets, and `address` is a port or Unix socket."""
+    def __init__(self, launch: VllmCommand, progress: Progress, socket: Path) -> None:
+        """Prepare a server. The folder of `socket` also gets the sockets of vLLM's own processes."""
         self.launch = launch
         self.restarted = 0
         self.failure: EngineError | None = None  # why the server is not restarted any more
-        self.gave_up = asyncio.Event()
-        self._folder = folder
-        self.socket = address if isinstance(address, Path) else None
-        self._port = address if isinstance(address, int) else 0
+        self.socket = socket
+        self.root = f"http://{socket.stem}.localhost"  # the base URL without `/v1`
         self._progress = progress
         self._process: asyncio.subprocess.Process | None = None
         self._reaper_pipe: int | None = None
         self._log_start = 0
-
-    @property
-    def root(self) -> str:
-        """The base URL without `/v1`."""
-        return f"http://{self.socket.stem}.localhost" if self.socket else f"http://127.0.0.1:{self._port}"
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Server"]:
@@ -341,7 +309,12 @@ class Server:
                 watcher.cancel()
                 await asyncio.gather(watcher, return_exceptions=True)
         finally:
-            await self._stop()
+            if self._process and self._process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.terminate()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+            await self._kill()
 
     async def _watch(self) -> None:
         """Restart the server when it dies, up to `max_restarts` times. After that, set `failure`."""
@@ -349,13 +322,13 @@ class Server:
             assert self._process
             code = await self._process.wait()
             await self._kill()
-            if self.restarted == self.launch.max_restarts:
+            if self.restarted == self.launch.server.max_restarts:
                 problem = f"vLLM died {self.restarted + 1} times, the last time with exit code {code}"
                 self.failure = self._error(problem)
                 self._process = None  # never signal this process again: its id may be reused
                 break
             self.restarted += 1
-            restart = f"restart {self.restarted} of {self.launch.max_restarts}"
+            restart = f"restart {self.restarted} of {self.launch.server.max_restarts}"
             died = self._error(f"vLLM died (exit code {code})")
             self._progress.warn(f"{died}; {died.hint}; {restart}")
             try:
@@ -367,22 +340,23 @@ class Server:
             except OSError as error:  # such as a full disk
                 hint = f"check the disk of {self.launch.log}"
                 self.failure = EngineError(f"cannot restart vLLM: {error.strerror or error}", hint=hint)
-        self.gave_up.set()
 
     async def _start(self) -> None:
         from pipeline.inference.endpoints import status_of  # imports aiohttp
 
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
         # Put vLLM's own sockets into the folder too, since a killed process leaves them behind.
-        environment = {"VLLM_RPC_BASE_PATH": str(self._folder)} | os.environ | self.launch.environment
+        environment = {"VLLM_RPC_BASE_PATH": str(self.socket.parent)} | os.environ | self.launch.environment
         self._process = None
-        if self.socket:
-            self.socket.unlink(missing_ok=True)
+        self.socket.unlink(missing_ok=True)
         with open_log(self.launch.log) as log:
             self._log_start = log.tell()
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *self.launch.command(self.socket or self._port),
+                    self.launch.python,
+                    *self.launch.arguments,
+                    "--uds",
+                    str(self.socket),
                     env=environment | {"VLLM_API_KEY": self.launch.api_key},
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
@@ -398,24 +372,13 @@ class Server:
             seconds = time.monotonic() - started
             if (code := self._process.returncode) is not None:
                 raise self._error(f"vLLM exited with code {code} while it was starting")
-            if seconds > self.launch.startup_timeout_s:
-                raise self._error(f"vLLM did not start within {self.launch.startup_timeout_s:.0f} s")
+            if seconds > self.launch.server.startup_timeout_s:
+                raise self._error(f"vLLM did not start within {self.launch.server.startup_timeout_s:.0f} s")
             self._progress.message(
                 f"vLLM is starting: {seconds:.0f} s; log: {self.launch.log}", transient=True
             )
             await asyncio.sleep(0.5)
-        if self.socket is None and not is_listener(self._port, self._process.pid):
-            problem = f"another program listens on port {self._port}. Nothing was sent to it"
-            raise EngineError(problem, hint="run the same command again: it takes another port")
         self._progress.message(f"vLLM is ready after {time.monotonic() - started:.0f} s")
-
-    async def _stop(self) -> None:
-        if self._process and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
-        await self._kill()
 
     async def _kill(self) -> None:
         """Kill the server's process group, which includes vLLM's engine process."""
@@ -436,9 +399,11 @@ class Server:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - MAX_TAIL_BYTES))
             tail = log.read().decode(errors="replace")
-        errors = [line for line in tail.splitlines() if "Error" in line and "Traceback" not in line]
+        lines = [line for line in tail.splitlines() if "Traceback" not in line]
+        errors = [line for line in lines if "Error" in line or "error:" in line]
         last_error = f": {' '.join(errors[-1].split())[-300:]}" if errors else ""
-        return EngineError(f"{problem}{last_error}", hint=f"{_advice(tail)}see the log {self.launch.log}")
+        hint = f"see the log {self.launch.log}; the usual cause is too little free GPU memory: `synth doctor`"
+        return EngineError(f"{problem}{last_error}", hint=hint)
 
 
 def open_log(path: Path) -> io.FileIO:
@@ -449,62 +414,18 @@ def open_log(path: Path) -> io.FileIO:
     return io.FileIO(handle, "ab")
 
 
-def is_listener(port: int, group: int) -> bool:
-    """Return whether only processes of one process group listen on a port, or True if there is no /proc."""
-    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
-    if not tables[0].exists():
-        return True
-    rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
-    listening = {
-        row[9] for row in rows if row[3] == TCP_LISTEN and int(row[1].rpartition(":")[2], 16) == port
-    }
-    own: set[str] = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.getpgid(int(process.name)) == group:
-                links = [str(handle.readlink()) for handle in (process / "fd").iterdir()]
-                own |= {link.removeprefix("socket:[").removesuffix("]") for link in links}
-    return bool(listening) and listening <= own
-
-
-def _advice(log: str) -> str:
-    log = log.lower()
-    if any(sign in log for sign in _SIGNS_OF_FULL_MEMORY):
-        return "end other programs on the GPU, or use a smaller or quantized model (`synth doctor`); "
-    if "execute_model timed out" in log:
-        return "send fewer or smaller images at once: -- --max-num-batched-tokens 512 --max-num-seqs 4; "
-    if re.search("no module named '?vllm", log):
-        return f"install vLLM here, or set {VLLM_PYTHON} to an interpreter that has it; "
-    if "unrecognized arguments" in log:
-        return "a flag after -- is not a flag of vLLM; "
-    return ""
-
-
-def free_ports(count: int) -> list[int]:
-    """Return `count` distinct free ports."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        return [int(free.getsockname()[1]) for free in sockets]
-
-
 @contextlib.asynccontextmanager
-async def run_servers(
-    launches: Sequence[VllmCommand], progress: Progress, *, on_sockets: bool = False
-) -> AsyncIterator[list[Server]]:
+async def run_servers(launches: Sequence[VllmCommand], progress: Progress) -> AsyncIterator[list[Server]]:
     """Start servers in parallel, yield them, and stop them at the end.
 
     The servers share a private folder for sockets. Raises EngineError if a server cannot be started.
     """
     parent = SOCKET_FOLDER if os.access(SOCKET_FOLDER, os.W_OK) else None
-    with TemporaryDirectory(prefix="synth-", dir=parent) as name:
-        folder = Path(name)
-        servers = []
-        for number, (launch, port) in enumerate(zip(launches, free_ports(len(launches)), strict=True), 1):
-            socket_path = folder / f"server-{number}.sock"
-            address: int | Path = socket_path if on_sockets else launch.port or port
-            servers.append(Server(launch, progress, folder, address))
+    with TemporaryDirectory(prefix="synth-", dir=parent) as folder:
+        servers = [
+            Server(launch, progress, Path(folder, f"server-{number}.sock"))
+            for number, launch in enumerate(launches, 1)
+        ]
         async with contextlib.AsyncExitStack() as stack:
             try:
                 async with asyncio.TaskGroup() as starts:

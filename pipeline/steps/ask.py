@@ -82,8 +82,7 @@ def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) ->
         texts = _texts_by_rung(shard, settings, escalated)
         _send_requests(shard, settings, services, texts)
         services.stats.spent += write_annotations(shard, settings, texts)
-        kept = services.stats.total - total
-        return {"kept": kept, "rejected": {}, "models": plan.describe_models()}
+        return {"kept": services.stats.total - total, "rejected": {}, **plan.record_models()}
 
     listed = [sorted((name, sorted(pairs)) for name, pairs in of_rung.items()) for of_rung in escalated]
     inputs = [output_digest(shard, before), *([digest(listed)] if escalated else ())]

@@ -287,7 +287,7 @@ def _prepare_shard_once(
         tables = step.prepare(shard, require_file(shard.step_file(before)), step.settings(plan), services)
         first = next(tables)
         write_table(shard.step_file(step.name, "prepared"), chain([first], tables), first.schema)
-        return {"models": plan.describe_models()}
+        return plan.record_models()
 
     ask_once(shard, step.name, step.key(plan, [shard], StepFile(before)), services, prepare, PREPARED)
 

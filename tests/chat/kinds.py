@@ -3,7 +3,6 @@
 Sources: the servers' documentation, and errors that their users have reported in public.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ class ServerKind:
     path: str = "/v1"
     # supported fields of a request body, which has no `uuid`; None: unknown fields are ignored
     fields: frozenset[str] | None = None
-    formats: tuple[str, ...] = ("json_schema", "json_object", "text")
     lists_models: bool = True
     model_prefix: str = ""
     model_fields: dict[str, Any]
@@ -39,11 +37,6 @@ class ServerKind:
             unknown = [*(body.keys() - self.fields), *("uuid" for part in parts if "uuid" in part)]
             if unknown:
                 return refuse(f"Unrecognized request argument supplied: {unknown[0]}")
-        kind = body.get("response_format", {"type": "text"})["type"]
-        if kind not in self.formats:
-            return refuse("This response_format type is unavailable now")
-        if kind == "json_object" and "json" not in json.dumps(body["messages"]).lower():
-            return refuse("'messages' must contain the word 'json' in some form")
         return self.extra(body)
 
 
@@ -75,20 +68,12 @@ KINDS = (
     THINKS,
     ServerKind(name="gemini", path="/v1beta/openai", model_fields={}, model_prefix="models/", fields=PLAIN),
 )
-# Servers that enforce no schema.
-DEEPSEEK = ServerKind(
-    name="deepseek",
-    model_fields={},
-    formats=("json_object", "text"),
-    wrap=lambda text: f"```json\n{text}\n```",
-)
+# A server that enforces no schema.
 PROXY = ServerKind(
     name="a proxy that lists nothing",
     path="/proxy/openai",
     lists_models=False,
     model_fields={},
     fields=PLAIN - {"response_format"},
-    formats=("text",),
     wrap=lambda text: f"<think>A picture. {{}} or [] perhaps.</think>\nHere you are:\n{text}\nAnything else?",
 )
-LOOSE = (DEEPSEEK, PROXY)

@@ -20,7 +20,7 @@ from pipeline.config.files import resolve
 from pipeline.errors import EngineError
 from pipeline.inference import endpoints, probing, protocol
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import NO_TEXTS, RequestStats, ask_about, read_annotations
+from pipeline.inference.queue import RequestStats, ask_in_rounds, read_annotations
 from pipeline.steps.validate import validate_annotations
 from pipeline.types import SampleInfo
 from tests.clients import client_of, model_of
@@ -199,9 +199,9 @@ def ask(folder: Path, script: Script, **server: Any) -> list[str | None]:
         plan, path = request_plan(config), folder / "journal" / "local.sqlite"
         with Journal(path) as journal:
             with client_of(config) as engine:
-                batches = iter([batch_of(SAMPLES)])
-                asked = (batches, plan, config.servers, lambda: engine, journal, RequestStats())
-                for _ in ask_about(*asked, NO_TEXTS, plan.rounds[0]):
+                batches = lambda: iter([batch_of(SAMPLES)])  # noqa: E731
+                asked = (batches, plan, config.servers, lambda _: engine, journal, RequestStats())
+                for _ in ask_in_rounds(*asked):
                     pass
             images = [SampleInfo(sample.id, 1) for sample in SAMPLES]
             (table,) = read_annotations([images], plan, journal)

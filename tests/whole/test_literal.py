@@ -1,4 +1,6 @@
-"""The three commands of the README. The Hub serves tiny models and data under the real names."""
+"""The three commands of the README, with a scripted model server. The Hub serves tiny encoders and decoders
+and small data under the real names.
+"""
 
 import json
 from collections.abc import Iterator
@@ -6,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import LARGE
-from pipeline.inference.engines import TINY_WEIGHTS
+from tests.chat.server import ChatServer, running_chat
 from tests.commands import Done, require_success, run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
@@ -23,7 +24,6 @@ def hub(tmp_path: Path) -> Iterator[RunningHub]:
         save_clip(tmp_path / "clip")
         save_language_model(tmp_path / "qwen3", "qwen3")
         for name, folder in (
-            (LARGE, TINY_WEIGHTS),
             (ENCODERS["clip"], tmp_path / "clip"),
             (DECODERS["qwen3"], tmp_path / "qwen3"),
         ):
@@ -38,7 +38,8 @@ def test_commands_of_readme_run_in_order(hub: RunningHub, tmp_path: Path) -> Non
     def synth(*arguments: str) -> Done:
         return require_success(run_synth(*arguments, cwd=tmp_path / "user", env=env))
 
-    synth("generate", "--source", "flickr30k")
+    with running_chat(ChatServer()) as chat:
+        synth("generate", "--source", "flickr30k", "--base-url", chat.url)
     assert "may not be redistributed" in synth("push", "--repo", "me/x").stderr
     # The 40 epochs of the preset would take minutes.
     trained = synth("train", "--epochs", "2")

@@ -1,9 +1,10 @@
 """A server that does not enforce schemas is refused, or accepted and named in the card."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from tests.chat.kinds import DEEPSEEK
+from tests.chat.kinds import PROXY
 from tests.chat.server import ChatServer, running_chat
 from tests.commands import run_synth
 from tests.whole.conftest import save_photos
@@ -12,7 +13,7 @@ from tests.whole.conftest import save_photos
 def test_card_names_server_without_enforced_schemas(tmp_path: Path) -> None:
     save_photos(tmp_path, 20)
     (tmp_path / "settings.yaml").write_text("server: {enforced_schema: false}\n")
-    with running_chat(ChatServer(kind=DEEPSEEK)) as chat:
+    with running_chat(ChatServer(kind=replace(PROXY, wrap=str, lists_models=True))) as chat:
         command = ("generate", "--source", "folder:photos", "--base-url", chat.url, "--out", "d")
         refused = run_synth(*command, cwd=tmp_path)
         assert refused.returncode == 1 and "--no-enforced-schema" in refused.stderr, refused.stderr

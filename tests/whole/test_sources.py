@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from examples.scenes.facts import answer_deck, scenes_of
+from examples.scenes.facts import answer_deck
 from pipeline.config import LARGE
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import REJECTIONS_FILE, Version
-from pipeline.inference.engines import TINY_WEIGHTS
+from pipeline.scenes.scene import scenes_of
 from tests.chat.server import ChatServer, running_chat
 from tests.commands import Done, require_success, run_synth
 from tests.hub import datasets
@@ -32,7 +32,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
         datasets.seed_vqav2(storage, images=5)
         datasets.seed_slidevqa(storage, decks=1)
         running.hub.granted.add("NTT-hil-insight/SlideVQA")
-        storage.seed("model", LARGE, {path.name: path.read_bytes() for path in TINY_WEIGHTS.iterdir()})
         yield running
 
 
@@ -62,12 +61,12 @@ def assert_counts_add_up(version: Version, upstream: int) -> None:
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
 
 
-def test_flickr30k_without_flags_uses_large_model(hub: RunningHub, tmp_path: Path) -> None:
-    require_success(synth(hub, tmp_path, "generate", "--source", "flickr30k"))
+def test_flickr30k_gets_texts_whose_license_push_states(hub: RunningHub, tmp_path: Path) -> None:
+    with running_chat(ChatServer(model=LARGE)) as chat:
+        require_success(synth(hub, tmp_path, "generate", "--source", "flickr30k", "--base-url", chat.url))
     version = DatasetDir(tmp_path / "data" / "flickr30k").version()
     assert_counts_add_up(version, 10)
     assert version.manifest["model"]["name"] == LARGE
-    assert version.manifest["model"]["revision"] == hub.hub.storage.repos["model", LARGE].branches["main"]
     assert version.manifest["model"]["license"] == "Qwen Research License: no commercial use"
     sizes = {split: version.read(split).num_rows for split in filled_splits(version)}
     assert sizes == {"train": 6, "validation": 2, "test": 2}

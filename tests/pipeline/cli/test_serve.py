@@ -14,7 +14,12 @@ def test_serve_reads_model_and_server_from_the_settings_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr("pipeline.inference.engines.serve_model", lambda *arguments: calls.append(arguments))
+    command = SimpleNamespace(python="python", arguments=("-m", "vllm"), environment={}, api_key="key-1")
+    monkeypatch.setattr(
+        "pipeline.inference.engines.plan_server", lambda *arguments: calls.append(arguments) or command
+    )
+    ran: list[Any] = []
+    monkeypatch.setattr("os.execvpe", lambda *arguments: ran.append(arguments))
     monkeypatch.setattr("sys.argv", ["synth", "serve", "--"])
     context: Any = SimpleNamespace(args=["--seed", "1"])
     file = tmp_path / "synth.yaml"
@@ -22,14 +27,17 @@ def test_serve_reads_model_and_server_from_the_settings_of_a_run(
         "limit: 3\nmodel: org/model\nserver: {startup_timeout_s: 1800, flags: [--max-num-seqs=8]}\n"
     )
     for model, expected in ((None, "org/model"), ("org/other", "org/other")):
-        serve(context, model, None, file)
+        serve(context, model, 8123, file)
         name, server, *_ = calls[-1]
         assert (name, server.startup_timeout_s) == (expected, 1800)
         assert server.flags == ("--max-num-seqs=8", "--seed", "1")
-    serve(context, None, None, None)
+    serve(context, None, 8123, None)
     assert calls[-1][0] == "Qwen/Qwen2.5-VL-3B-Instruct"
+    python, arguments, environment = ran[-1]
+    assert arguments == [python, "-m", "vllm", "--host", "127.0.0.1", "--port", "8123"]
+    assert environment["VLLM_API_KEY"] == "key-1"
     file.write_text("models: {large: {model: org/large, flags: [--max-num-seqs=8]}}\nmodel: large\n")
-    serve(context, None, None, file)
+    serve(context, None, 8123, file)
     assert calls[-1][0] == "org/large" and calls[-1][1].flags == ("--max-num-seqs=8", "--seed", "1")
     for text, problem in (
         ("server: {startup_timeout: 1800}", r"unknown config key: server\.startup_timeout"),
@@ -38,4 +46,4 @@ def test_serve_reads_model_and_server_from_the_settings_of_a_run(
     ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=problem):
-            serve(context, None, None, file)
+            serve(context, None, 8123, file)

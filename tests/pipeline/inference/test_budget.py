@@ -34,6 +34,14 @@ def reply(prompt_tokens: int = 100, reply_tokens: int = 10) -> Reply:
     return Reply("id", 0, "text", "stop", prompt_tokens, reply_tokens)
 
 
+def is_used_up(budget: Budget) -> bool:
+    try:
+        budget.require_room()
+    except BudgetError:
+        return True
+    return False
+
+
 def test_run_sends_exactly_max_requests(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         with pytest.raises(BudgetError, match="17 of 17 requests"):
@@ -48,14 +56,12 @@ def test_run_sends_exactly_max_requests(tmp_path: Path) -> None:
 
 def test_cost_of_earlier_runs_counts_toward_max_cost() -> None:
     server = ServerConfig(price_in=1.0, price_out=2.0, max_cost=1.0)
-    assert [Budget({DEFAULT_MODEL: server}, 10, 700_000, spent).is_used_up() for spent in (0.99, 0.9)] == [
-        True,
-        False,
-    ]
+    budgets = [Budget({DEFAULT_MODEL: server}, 10, 700_000, spent) for spent in (0.99, 0.9)]
+    assert [is_used_up(budget) for budget in budgets] == [True, False]
     budget = Budget({DEFAULT_MODEL: server}, 10, 700_000, 0.8)
     budget.add(REQUEST, reply(prompt_tokens=200_000, reply_tokens=0))
-    assert budget.is_used_up()
-    assert "1.00 of 1.00 cost" in str(budget.error())
+    with pytest.raises(BudgetError, match=r"1\.00 of 1\.00 cost"):
+        budget.require_room()
 
 
 @pytest.mark.parametrize("parallel", [1, 32, 500])
@@ -69,7 +75,7 @@ def test_limit_is_exceeded_by_one_request_at_most_if_replies_become_longer(
     answered = 0
     sampling = dataclasses.replace(REQUEST.sampling, max_tokens=1000)
     waiting = [dataclasses.replace(REQUEST, id=str(n), sampling=sampling) for n in range(3000)]
-    while not budget.is_used_up():
+    while not is_used_up(budget):
         taken = budget.reserve(waiting[: parallel - len(in_flight)])
         waiting, in_flight = waiting[len(taken) :], in_flight + taken
         budget.add(in_flight.pop(0), reply(100, 10 if answered < 40 else 1000))

@@ -1,6 +1,5 @@
 """Client against a scripted server over real sockets: each request ends in one stored reply."""
 
-import errno
 import io
 import json
 import logging
@@ -18,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiohttp import ClientOSError
 from PIL import Image
 
 from pipeline.errors import EngineError
@@ -29,7 +27,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.inference.requests import build_requests
 from pipeline.progress import Progress
-from pipeline.types import Sample
+from pipeline.types import Sample, Sampling
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
 from tests.clients import client_of, config_of
 from tests.notes import Notes
@@ -111,25 +109,6 @@ def test_failed_request_is_sent_again_and_counts_as_one_attempt(tmp_path: Path, 
     assert errors == {None: ASKED}
     assert counts.attempts == {1: ASKED}
     assert len(chat.bodies) == ASKED + len(SAMPLES)
-
-
-def test_lack_of_file_descriptors_does_not_count_as_server_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    send, failed = endpoints.Endpoint.send, list[str]()
-
-    def send_or_fail(endpoint: endpoints.Endpoint, path: str, *arguments: Any) -> Any:
-        if path == protocol.CHAT and len(failed) < 2 * protocol.MAX_FAULTS:
-            failed.append(path)
-            raise ClientOSError(errno.EMFILE, "Too many open files")
-        return send(endpoint, path, *arguments)
-
-    with running_chat(ChatServer()) as chat:
-        chat_client = client_of(config_of(chat.url, server={"concurrency": 1}))
-        with chat_client, Journal(tmp_path / "j") as journal:
-            monkeypatch.setattr(endpoints.Endpoint, "send", send_or_fail)
-            counts = ask(config_of(chat.url), [batch_of(SAMPLES[:1])], lambda: chat_client, journal)
-    assert len(failed) == 2 * protocol.MAX_FAULTS and not counts.unanswered
 
 
 @pytest.mark.parametrize(
@@ -248,8 +227,16 @@ def test_long_prompt_leaves_less_of_the_context_to_images(
     tokens: tuple[int, int],
 ) -> None:
     (request, *_) = build_requests("a" * 64, request_plan(config_of()))
-    request = replace(request, system="", text=text, images=(b"x",) if has_image else ())
-    assert client.split_context(8192, request, 256) == tokens
+    request = replace(
+        request, system="", text=text, images=(b"x",) if has_image else (), max_pixels=None,
+        sampling=Sampling(temperature=0, max_tokens=9999),
+    )  # fmt: skip
+    fitted = client.fit_context(request, 8192, 256)
+    assert ((fitted.max_pixels or 0) // PATCH_PX**2, fitted.sampling.max_tokens) == tokens
+    if has_image:
+        pages = client.fit_context(replace(request, images=(b"x", b"y")), 8192, 256)
+        assert pages.max_pixels == tokens[0] * PATCH_PX**2 // 2
+        assert client.fit_context(replace(request, max_pixels=5000), 8192, 256).max_pixels == 5000
 
 
 def test_only_request_that_crashes_its_server_is_abandoned(tmp_path: Path) -> None:

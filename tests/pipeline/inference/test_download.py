@@ -12,18 +12,18 @@ COMMAND = """
 import shutil, sys
 from huggingface_hub import HfApi
 from pipeline.errors import EngineError
-from pipeline.inference import download
+from pipeline.inference import engines
 from tests.notes import Notes
 folder, is_full = sys.argv[1], sys.argv[2] == "full"
 api = HfApi()
 api.create_repo("me/model", exist_ok=True)
 commit = api.upload_folder(repo_id="me/model", folder_path=folder).oid
 if is_full:
-    download.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)
+    engines.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)
 for attempt in range(2):
     notes = Notes()
     try:
-        found = download.download_model("me/model", commit, notes)
+        found = engines.download_model("me/model", commit, notes)
         print(*sorted(path.name for path in found.iterdir()), *notes.texts)
     except EngineError as error:
         print(error, error.hint)

@@ -5,22 +5,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
-import torch
 from PIL import Image
 
 from examples.scenes.facts import AnswerScore, CaptionScore
 from pipeline.config import DECKS
 from pipeline.config.files import resolve
 from pipeline.digests import weights_revision
-from pipeline.errors import EngineError
-from pipeline.images.decode import prepare_image
-from pipeline.inference import embedded
-from pipeline.inference.embedded import EmbeddedEngine, batch_requests
-from pipeline.inference.engines import TINY_DECK_WEIGHTS, TINY_WEIGHTS, choose_engine
+from pipeline.inference.embedded import batch_requests
+from pipeline.inference.engines import TINY_DECK_WEIGHTS, choose_engine
 from pipeline.sources.scenes import draw_sample
 from pipeline.tasks import TASKS
 from pipeline.tasks.replies import parse_reply
-from pipeline.types import REFUSED_BY_SERVER, Engine, Reply, Request, Sampling
+from pipeline.types import Engine, Reply, Request, Sampling
 from tests.scene_data import (
     batch_of,
     requests_to_send,
@@ -140,55 +136,6 @@ def test_reply_at_the_token_limit_is_cut_short(engine: Engine) -> None:
     assert {row["reply_error"] for r in short for row in parse_reply(r, reply_of[r.id])} == {"cut_short"}
 
 
-def test_failure_of_one_image_refuses_only_the_requests_about_it(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch = requests(3)
-    expected = replies(engine, batch)
-    (bad,) = batch[-1].images
-
-    def prepare(image: bytes, *more: int | None, for_model: bool) -> Image.Image:
-        if image == bad:
-            raise StopIteration("no grid")
-        return prepare_image(image, *more, for_model=for_model)
-
-    monkeypatch.setattr(embedded, "prepare_image", prepare)
-    reply_of = replies(engine, batch)
-    for request in batch:
-        is_refused = reply_of[request.id].finish_reason == REFUSED_BY_SERVER
-        assert is_refused if request.images == (bad,) else reply_of[request.id] == expected[request.id]
-
-
-@pytest.mark.parametrize(
-    ("error", "error_type", "max_calls"),
-    [
-        (RuntimeError("CUDA error: no kernel image is available"), EngineError, 12),
-        (OSError(28, "No space left on device"), OSError, 1),
-        (MemoryError("cannot allocate 2 GiB"), MemoryError, 1),
-    ],
-)
-def test_failure_of_all_requests_ends_the_run(
-    error: Exception, error_type: type[Exception], max_calls: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[int] = []
-
-    def generate(requests: list[Request], *_: object) -> list[Reply]:
-        calls.append(len(requests))
-        raise error
-
-    failing = EmbeddedEngine("tiny", lambda: TINY_WEIGHTS, "r", 16)
-    monkeypatch.setattr(failing, "_generate", generate)
-    with pytest.raises(error_type, match=str(error.args[-1])):
-        replies(failing, requests(16))
-    assert len(calls) <= max_calls
-
-
-def test_large_model_is_loaded_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "MAX_FLOAT32_BYTES", 0)
-    model = EmbeddedEngine("tiny", lambda: TINY_WEIGHTS, "r", 64)._loaded[1]
-    assert model.dtype == torch.bfloat16
-
-
 def test_batch_is_smaller_for_large_images_and_decks() -> None:
     asked = [replace(request, style="", task="caption") for request in requests(10)]
     cases: tuple[tuple[int | None, tuple[int, int], int, int], ...] = (
@@ -204,4 +151,4 @@ def test_batch_is_smaller_for_large_images_and_decks() -> None:
         image = io.BytesIO()
         Image.new("RGB", (width, height)).save(image, "PNG")
         shown = [replace(one, max_pixels=max_pixels, images=(image.getvalue(),) * images) for one in asked]
-        assert {len(batch) for batch in batch_requests(shown, 64)} <= {size, 30 % size}
+        assert {len(batch) for batch in batch_requests(shown)} <= {size, 30 % size}

@@ -1,19 +1,20 @@
 """Engine choice: by the settings and by the hardware of this machine."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.config.files import resolve
-from pipeline.config.sections import ServerConfig
+from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
-from pipeline.errors import ConfigError, EngineError
+from pipeline.errors import EngineError
 from pipeline.executors.messages import describe_boxes
-from pipeline.inference import engines, vllm
-from pipeline.inference.engines import TINY_WEIGHTS, box_unit_of, choose_engine, pick_engine, serve_model
+from pipeline.inference import engines
+from pipeline.inference.engines import TINY_WEIGHTS, box_unit_of, choose_engine, pick_engine
 from pipeline.inference.vllm import VLLM_PYTHON
-from pipeline.progress import NullProgress
+from pipeline.plan import Model, Plan
 from tests.chat.server import ChatServer, running_chat
 
 REVISION = "0123456789abcdef"  # `synth serve` appends it to the name
@@ -49,6 +50,8 @@ def test_auto_engine_is_the_given_server_or_vllm_on_a_gpu_or_embedded(
         ({"server": {"flags": ["--max-num-seqs", "7"]}}, "synth starts no server"),
         ({"engine": "embedded", "base_url": ["http://localhost:1/v1"]}, "exclude each other"),
         ({"generate": {"caption_styles": ["plain"]}}, "does not support the caption style plain"),
+        ({"source": "folder:x"}, "Qwen2.5-VL-3B-Instruct needs a server: no --base-url, and no GPU"),
+        ({"engine": "embedded", "model": "a/b"}, "a/b needs a server: --engine embedded runs only the tiny"),
     ],
 )
 def test_settings_that_fit_no_engine_are_refused(
@@ -56,6 +59,11 @@ def test_settings_that_fit_no_engine_are_refused(
 ) -> None:
     with pytest.raises(EngineError, match=problem):
         choose_engine(resolve(**{"source": "scenes", **settings}))
+
+
+def test_revision_of_a_hub_model_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda api, name: SimpleNamespace(sha=f"{name}1"))
+    assert choose_engine(resolve(source="folder:x", engine="vllm", model="me/a")).revision == "me/a1"
 
 
 def test_flags_that_may_change_replies_change_the_revision(no_gpu: None) -> None:
@@ -71,14 +79,6 @@ def test_missing_vllm_error_has_three_hints(no_gpu: None) -> None:
     with pytest.raises(EngineError, match="vLLM is not installed here") as caught:
         choice.make()
     assert all(way in caught.value.hint for way in ("pip install vllm", VLLM_PYTHON, "--base-url"))
-
-
-def test_ports_of_several_servers_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "visible_gpus", lambda: ("0", "1"))
-    monkeypatch.setattr(vllm, "gpu_memory_gib", lambda gpus: None)
-    monkeypatch.setenv(VLLM_PYTHON, "/opt/vllm/python")
-    with pytest.raises(ConfigError, match="2 servers from port 65535 need ports above 65535"):
-        serve_model("tiny", ServerConfig(), 65_535, Path("log"), NullProgress(), print)
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,17 @@ def test_box_unit_follows_the_model_name(model: str, unit: str | None) -> None:
 
 def test_model_whose_box_unit_differs_from_the_task_is_reported() -> None:
     task = {"name": "things", "kind": "boxes", "prompt": "Find things."}
-    config = resolve(source="folder:x", custom_tasks=[task])
-    (note,) = describe_boxes(config, "Qwen/Qwen3-VL-8B-Instruct")
-    assert "Qwen3-VL-8B-Instruct writes boxes in thousandths, but the task things reads pixels" in note
-    assert not [*describe_boxes(config, "Qwen/Qwen2.5-VL-3B-Instruct"), *describe_boxes(config, "gpt-5")]
-    assert not [*describe_boxes(resolve(source="folder:x"), "Qwen/Qwen3-VL-8B-Instruct")]
-    right = resolve(source="folder:x", custom_tasks=[task | {"coordinates": "thousandths"}])
-    assert not [*describe_boxes(right, "Qwen/Qwen3-VL-8B-Instruct")]
+    qwen3, qwen2 = "Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"
+
+    def notes(model: str, small: str = qwen2, **settings: Any) -> list[str]:
+        config = resolve(source="folder:x", models={"small": {"model": small}}, **settings)
+        models = {"default": Model(model, "1"), "small": Model(small, "2")}
+        return list(describe_boxes(Plan.resolve(config, DatasetDir(Path("d")), models)))
+
+    (note,) = notes(qwen3, custom_tasks=[task])
+    assert note.startswith(f"{qwen3} writes boxes in thousandths, but the task things reads pixels")
+    assert not notes(qwen2, custom_tasks=[task]) and not notes("gpt-5", custom_tasks=[task])
+    assert not notes(qwen3) and not notes(qwen3, custom_tasks=[task | {"coordinates": "thousandths"}])
+    ladder = {"task_models": {"things": ["default", "small"]}}
+    assert len(notes(qwen2, qwen3, custom_tasks=[task], **ladder)) == 1
+    assert not notes(qwen3, qwen2, custom_tasks=[task], task_models={"things": "small"})

@@ -1,6 +1,7 @@
 """GPUs: which GPUs a process may use, and how servers share them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError
 from pipeline.inference import vllm
 from pipeline.inference.engines import TINY_WEIGHTS
-from pipeline.inference.memory import QWEN_3B, ModelShape, read_config
+from pipeline.inference.memory import QWEN_3B, MemoryPlan, ModelShape, plan_memory, read_config
 from pipeline.inference.vllm import VllmCommand, plan_servers, visible_gpus
 
 LISTING = (
@@ -70,7 +71,6 @@ def test_two_gpus_run_two_servers_that_share_the_cores(tmp_path: Path) -> None:
     first, second = plan(tmp_path)
     assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in (first, second)] == ["5", "7"]
     assert [one.log.name for one in (first, second)] == ["vllm.log", "vllm-2.log"]
-    assert [value_of(one, "--api-server-count") for one in (first, second)] == ["2", "2"]
     assert first.api_key == second.api_key
 
 
@@ -91,18 +91,19 @@ def test_parallel_flags_set_the_gpus_of_a_server_and_the_share_of_each_gpu(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    divisors: list[int] = []
+    shares: set[int] = set()
 
-    def divide(shape: ModelShape, gpus: int) -> ModelShape:
-        divisors.append(gpus)
-        return shape
+    def plan_share(shape: ModelShape, *limits: Any) -> MemoryPlan:
+        shares.add(shape.weights_bytes)
+        return plan_memory(shape, *limits)
 
-    monkeypatch.setattr(ModelShape, "divide", divide)
+    monkeypatch.setattr(ModelShape, "of", lambda config, weights_bytes: QWEN_3B)
+    monkeypatch.setattr(vllm, "plan_memory", plan_share)
     monkeypatch.setattr(vllm, "gpu_memory_gib", lambda gpus: (24.0, 24.0))
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("1", "2", "3", "4"))
     commands = plan(tmp_path, *flags)
     assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in commands] == groups
-    assert {*divisors} == {divisor}
+    assert shares == {QWEN_3B.weights_bytes // divisor}
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("1", "2", "3", "4", "5"))
     with pytest.raises(EngineError, match="but 5 are visible"):
         plan(tmp_path, *flags)
@@ -128,13 +129,12 @@ def test_model_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("fake_vllm")
 @pytest.mark.parametrize(
-    ("memory", "utilization", "is_large"),
-    [("81559, 81000", "0.92", True), ("24564, 14000", "0.54", False), ("[N/A], [N/A]", "0.92", True)],
+    ("memory", "utilization"),
+    [("81559, 81000", "0.92"), ("24564, 14000", "0.54"), ("[N/A], [N/A]", "0.92")],
 )
 def test_flags_follow_the_free_memory_of_the_gpu(
     memory: str,
     utilization: str,
-    is_large: bool,  # noqa: FBT001
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -145,6 +145,5 @@ def test_flags_follow_the_free_memory_of_the_gpu(
     for shape in (ModelShape.of(read_config(TINY_WEIGHTS), 1), None):  # None: not a Qwen model
         monkeypatch.setattr(ModelShape, "of", lambda config, weights_bytes, shape=shape: shape)
         command, _ = plan(tmp_path)
-        assert value_of(command, "--api-server-count") == ("2" if is_large else "1")
         assert value_of(command, "--gpu-memory-utilization") == utilization
         assert value_of(command, "--max-num-batched-tokens") == "16384"

@@ -68,7 +68,7 @@ def request(image: bytes, name: str = "a", max_pixels: int | None = None) -> Req
 @pytest.mark.parametrize("image", [encoded(), turned()], ids=["unchanged", "re-encoded"])
 def test_uuid_is_the_hash_of_the_sent_bytes(image: bytes) -> None:
     with ThreadPoolExecutor(1) as pool:
-        images = RequestImages(lambda request: None, pool)
+        images = RequestImages(pool)
         part: dict[str, Any] = json.loads(asyncio.run(images.parts(request(image))))
     head, _, data = part["image_url"]["url"].partition(",")
     assert head == "data:image/jpeg;base64"
@@ -80,22 +80,10 @@ def test_requests_of_an_image_share_one_encoding_and_unused_images_are_dropped()
 
     async def send() -> list[bytes]:
         with ThreadPoolExecutor(1) as pool:
-            request_images = RequestImages(lambda request: None, pool)
+            request_images = RequestImages(pool)
             request_images.keep = 2
             return [await request_images.parts(request(images[name], name)) for name in "abacab"]
 
     a, b, a_again, _, a_kept, b_new = asyncio.run(send())
     assert a is a_again is a_kept
     assert b == b_new and b is not b_new
-
-
-def test_image_has_the_pixels_of_its_request_and_its_share_of_the_context() -> None:
-    image = encoded(size=(600, 400))
-    with ThreadPoolExecutor(1) as pool:
-        request_images = RequestImages(lambda request: 100_000, pool)
-        sizes = []
-        for max_pixels in (None, 60_000):
-            part = json.loads(asyncio.run(request_images.parts(request(image, max_pixels=max_pixels))))
-            with Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2]))) as sent:
-                sizes.append(sent.size)
-    assert sizes == [(364, 252), (280, 196)]

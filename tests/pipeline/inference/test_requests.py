@@ -94,12 +94,10 @@ def test_prompt_without_json_gets_no_schema(settings: dict[str, Any], is_plain: 
     requests = list(build_requests(SAMPLE, plan))
     assert [request.schema == "" for request in requests] == is_plain
     for request in requests:
-        for dialect in (protocol.VLLM, Dialect(format="json_object")):
+        for dialect in (protocol.VLLM, Dialect(states_schema=True)):
             sent = protocol.body(request, b"", "model", dialect).decode()
-            assert ("response_format" in sent) == (request.schema != "")
-            assert ("follows this JSON schema" in sent) == bool(
-                request.schema and dialect.format == "json_object"
-            )
+            assert ("response_format" in sent) == bool(request.schema and not dialect.states_schema)
+            assert ("follows this JSON schema" in sent) == bool(request.schema and dialect.states_schema)
 
 
 @pytest.mark.parametrize("generate", [{"caption_styles": ["brief", "ocr"]}, {"max_pixels": 5000}], ids=str)
@@ -123,7 +121,7 @@ def test_additional_captions_get_new_request_ids_and_the_first_id_is_unchanged()
         *(("brief", t) for t in (0.0, 0.8, 0.8)), *(("detailed", t) for t in (0.0, 0.8, 0.8)), ("", 0.3),
     ]  # fmt: skip
     assert len({r.id for r in requests}) == plan.count(plan.pairs) == 7
-    assert [requests[n].id for n in (0, 3, 6)] == ids() == ids(generate={"batch_size": 3}, limit=7)
+    assert [requests[n].id for n in (0, 3, 6)] == ids() == ids(limit=7)
     assert {*ids(generate={"samples": 2})} < {*ids(generate={"samples": 3})}
     assert ids(generate={"samples": 3}, seed=1)[1] != requests[1].id
     hot = {"samples": 2, "caption_temperature": 1.2}

@@ -16,7 +16,7 @@ from pipeline.errors import EngineError
 from pipeline.inference import vllm
 from pipeline.inference.endpoints import status_of
 from pipeline.inference.engines import OUTPUT_NEUTRAL_FLAGS, TINY_WEIGHTS
-from pipeline.inference.vllm import VllmCommand, plan_vllm_command, run_servers
+from pipeline.inference.vllm import VllmCommand, plan_servers, plan_vllm_command, run_servers
 from pipeline.progress import NullProgress
 from tests.notes import Notes
 
@@ -30,8 +30,9 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan(tmp_path: Path, *flags: str, gpu: bool = False, decks: bool = False, **settings: Any) -> VllmCommand:
     return plan_vllm_command(
-        "python", "me/model", TINY_WEIGHTS, "c0ffee", ServerConfig(flags=flags, **settings), tmp_path / "log",
-        max_pixels=1_003_520, decks=decks, gpus=("3",) if gpu else (), cores=16, memory_gib=64,
+        "python", "model@c0ffee", TINY_WEIGHTS, ServerConfig(flags=flags, **settings), "key-1",
+        tmp_path / "log", max_pixels=1_003_520, decks=decks, gpus=("3",) if gpu else (), cores=16,
+        memory_gib=64,
     )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def test_flags_depend_on_model_and_machine(tmp_path: Path) -> None:
     cpu, gpu = plan(tmp_path), plan(tmp_path, gpu=True)
     assert value_of(cpu, "--block-size") == "32" and value_of(cpu, "--kv-cache-memory-bytes") == str(8 << 30)
     assert cpu.environment["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] == "3600"
-    assert value_of(gpu, "--api-server-count") == "1" and "--block-size" not in gpu.arguments
+    assert "--block-size" not in gpu.arguments
     assert value_of(gpu, "--gpu-memory-utilization") == "0.87"  # 11 GiB are free, and 0.5 GiB stay free
     for command in (cpu, gpu):
         assert str(TINY_WEIGHTS) in command.arguments and command.environment["HF_HUB_OFFLINE"] == "1"
@@ -70,10 +71,13 @@ def test_user_flags_override_the_default(tmp_path: Path, flags: tuple[str, ...])
 
 def test_key_is_random_and_not_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SYNTH_API_KEY", raising=False)
-    first, second = plan(tmp_path), plan(tmp_path)
+    monkeypatch.setattr(vllm, "vllm_python", lambda: "python")
+    (first,), (second,) = (
+        plan_servers("a", lambda: TINY_WEIGHTS, "r", ServerConfig(), tmp_path / "log", max_pixels=None)
+        for _ in range(2)
+    )
     assert first.api_key != second.api_key
-    assert first.api_key not in " ".join(first.command(1)) + repr(first)
-    assert "127.0.0.1" in first.command(1)
+    assert first.api_key not in " ".join(first.arguments) + repr(first)
 
 
 def stub(tmp_path: Path, code: str, **settings: Any) -> VllmCommand:
@@ -91,36 +95,29 @@ async def start(*commands: VllmCommand) -> None:
 
 
 SERVES = """
-import sys, http.server
+import os, sys, http.server, socketserver
+class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    def get_request(self): return super().get_request()[0], ("synth", 0)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
-        if self.path == "/die": sys.stdout.flush(); import os; os._exit(7)
+        if self.path == "/die": sys.stdout.flush(); os._exit(7)
     def log_message(self, *args): pass
-port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+Server(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
 """
 
 
-@pytest.mark.parametrize(
-    ("printed", "what", "hint"),
-    [
-        ("ValueError: no such model", "starting: ValueError: no such model", "see the log"),
-        ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "quantized model"),
-        ("ValueError: Free memory is less than desired GPU memory utilization", "Free", "other programs"),
-        ("TimeoutError: RPC call to execute_model timed out.", "timed out", "--max-num-batched-tokens 512"),
-        ("ModuleNotFoundError: No module named 'vllm'", "No module named 'vllm'", "SYNTH_VLLM_PYTHON"),
-        ("error: unrecognized arguments: --warp", "with code 3", "a flag after -- is not a flag of vLLM"),
-    ],
-)
-def test_server_that_exits_at_start_is_reported_with_its_last_error(
-    tmp_path: Path, printed: str, what: str, hint: str
-) -> None:
+def test_server_that_exits_at_start_is_reported_with_its_last_error(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("TimeoutError: of an earlier run\n")
-    with pytest.raises(EngineError) as caught:
-        asyncio.run(start(stub(tmp_path, f"print({printed!r}); raise SystemExit(3)")))
-    assert what in str(caught.value) and "of an earlier run" not in str(caught.value)
-    assert hint in caught.value.hint and str(tmp_path / "log") in caught.value.hint
+    code = "print('ValueError: a'); print('ValueError: no such model'); raise SystemExit(3)"
+    with pytest.raises(EngineError, match="with code 3 while it was starting: ValueError: no such") as caught:
+        asyncio.run(start(stub(tmp_path, code)))
+    assert "of an earlier run" not in str(caught.value) and str(tmp_path / "log") in caught.value.hint
+    other = stub(tmp_path, "print('error: unrecognized arguments: --warp'); raise SystemExit(2)")
+    with pytest.raises(
+        EngineError, match="code 2 while it was starting: error: unrecognized arguments: --warp"
+    ):
+        asyncio.run(start(other))
 
 
 def test_failed_start_of_one_server_stops_the_other_servers(tmp_path: Path) -> None:
@@ -139,17 +136,18 @@ def test_failed_start_of_one_server_stops_the_other_servers(tmp_path: Path) -> N
 
 def test_dead_server_restarts_alone_until_max_restarts_with_its_last_error(tmp_path: Path) -> None:
     notes = Notes()
-    fails = SERVES.replace("import os;", "import os; print('RuntimeError: out of memory', flush=True);")
+    fails = SERVES.replace("os._exit", "print('RuntimeError: out of memory', flush=True); os._exit")
 
     async def serve() -> Path:
         commands = [stub(tmp_path, fails, max_restarts=1)] * 2
         async with run_servers(commands, notes) as (first, second):
-            address, folder = first.root, first._folder
-            assert folder == second._folder and folder.stat().st_mode & 0o777 == 0o700
-            while not first.gave_up.is_set():
-                await status_of(f"{first.root}/die")
+            folder = first.socket.parent
+            assert folder == second.socket.parent and folder.stat().st_mode & 0o777 == 0o700
+            while not first.failure:
+                await status_of(f"{first.root}/die", socket_path=first.socket)
                 await asyncio.sleep(0.05)
-            assert await status_of(f"{second.root}/health") == 200 and second.root != first.root == address
+            assert await status_of(f"{second.root}/health", socket_path=second.socket) == 200
+            assert first.socket != second.socket
             assert (first.restarted, second.restarted) == (1, 0)
             assert "died 2 times, the last time with exit code 7" in str(first.failure)
             assert first._process is None  # the system may reuse its number
@@ -164,36 +162,8 @@ def test_dead_server_restarts_alone_until_max_restarts_with_its_last_error(tmp_p
 def test_newest_vllm_supports_the_flags(tmp_path: Path, gpu: bool) -> None:  # noqa: FBT001
     """The file lists flags of 0.33.0. tests/whole/test_vllm.py uses the parser of the installed vLLM."""
     known = set(FLAGS_OF_NEWEST.read_text(encoding="utf-8").split())
-    assert {word for word in plan(tmp_path, gpu=gpu).command(1) if word.startswith("--")} <= known
+    assert {word for word in plan(tmp_path, gpu=gpu).arguments if word.startswith("--")} <= known
     assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # removed from vLLM
-
-
-THIEF = SERVES.replace(
-    "def do_GET(self):", "def do_GET(self):\n        print(self.path, self.headers, flush=True)"
-)
-
-
-def test_program_that_occupies_the_port_gets_neither_key_nor_images(tmp_path: Path) -> None:
-    """The program listens before vLLM does, and answers the health check, which has no key."""
-    port = vllm.free_ports(1)[0]
-    command = replace(stub(tmp_path, "import time; time.sleep(60)"), port=port)
-    thief = [sys.executable, "-c", THIEF, "--port", str(port)]
-    with (tmp_path / "requests").open("w") as requests, subprocess.Popen(thief, stdout=requests) as process:
-        try:
-
-            async def start_after_thief() -> None:
-                while await status_of(f"http://127.0.0.1:{port}/") is None:
-                    await asyncio.sleep(0.05)
-                await start(command)
-
-            with pytest.raises(EngineError, match=f"another program listens on port {port}"):
-                asyncio.run(start_after_thief())
-        finally:
-            process.kill()
-    text = (tmp_path / "requests").read_text()
-    assert "/health" in text
-    assert command.api_key not in text
-    assert "Authorization" not in text
 
 
 def test_server_log_is_private_and_does_not_follow_links(tmp_path: Path) -> None:

@@ -202,9 +202,13 @@ def test_run_without_missing_replies_needs_no_server(photos: Path, tmp_path: Pat
     (photos / "new.jpg").write_bytes(photo(77))
     with pytest.raises(EngineError):
         generate_dataset(config, tmp_path / "d")
-    # Not the model of the last run.
-    with pytest.raises(EngineError):
-        generate_dataset(config.model_copy(update={"model": "other"}), tmp_path / "d")
+    with running_chat(ChatServer(lambda times, body: Act(status=401), model="other")) as other:
+        changed = config.model_copy(update={"model": "other", "base_url": (other.url,)})
+        with pytest.raises(EngineError, match="401"):
+            generate_dataset(changed, tmp_path / "d")
+    # The interrupted run has no reply of the other model.
+    with pytest.raises(EngineError, match="no server answers"):
+        generate_dataset(changed, tmp_path / "d")
 
 
 def test_unanswered_requests_are_sent_again(photos: Path, tmp_path: Path) -> None:
