@@ -56,11 +56,11 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
         if trial.version:
             preview.page = folder.path / "preview.html"
             write_report(trial.version, trial.plan.dataset.path).replace(preview.page)
-            for row in chain.from_iterable(read_rows(trial.version, SPLITS, None, number)):
+            for shown in chain.from_iterable(read_rows(trial.version, SPLITS, None, number)):
                 texts = [
-                    " ".join(text[name] for name in TEXT_FIELDS if name in text) for text in row["texts"]
+                    " ".join(text[name] for name in TEXT_FIELDS if name in text) for text in shown["texts"]
                 ]
-                preview.images.setdefault(row["from"], []).extend((text, None) for text in texts)
+                preview.images.setdefault(shown["from"], []).extend((text, None) for text in texts)
         for loss in read_rejected(trial.plan.dataset.path):
             if loss["what"]:
                 reason = f"{loss['step']}: {loss['reason']}"

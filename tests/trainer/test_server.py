@@ -75,7 +75,7 @@ def test_probe_from_synth_generate_is_answered_with_the_only_allowed_value() -> 
     body = completion(request, "m", request.only or "", (0, 0), is_cut=False)
     assert request.image is None
     answer = protocol.parse_answer(json.dumps(body).encode())
-    assert answer and protocol.is_probe_word(answer.text)
+    assert answer and json.loads(answer.text) == {"word": protocol.PROBE_WORD}
 
 
 @pytest.mark.parametrize(

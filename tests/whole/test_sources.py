@@ -10,11 +10,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from examples.scenes.facts import answer_deck
+from examples.scenes.facts import answer_deck, scenes_of
 from pipeline.config import LARGE
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import REJECTIONS_FILE, Version
-from pipeline.scenes.scene import scenes_of
 from tests.chat.server import ChatServer, running_chat
 from tests.commands import Done, require_success, run_synth
 from tests.hub import datasets
