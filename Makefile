@@ -15,6 +15,7 @@ help:
 	@echo 'make docs    write docs/cli.md and docs/settings.md from the code'
 	@echo 'make teacher train the tiny teacher again (well over an hour on 2 cores; resumable)'
 	@echo 'make check-real REPO=ORG/NAME  run the main job on 64 photos with your GPU, network and Hub token'
+	@echo 'make rehearse  run all tasks with a model of the default shape, random weights and vLLM for CPUs'
 	@echo 'make clean   remove environments and build outputs'
 
 demo: .stamps/demo
@@ -53,6 +54,10 @@ check-real: .stamps/venv
 	@test -n "$(REPO)" || { echo 'name a repository: make check-real REPO=ORG/NAME'; exit 2; }
 	$(BIN)/python -m tests.check_real --repo $(REPO)
 
+# Needs 4 GB of disk and memory; all layers need 8 GB of disk and 15 GB of memory.
+rehearse: .stamps/venv .stamps/vllm
+	$(BIN)/python -m tests.rehearse $(if $(LAYERS),--layers $(LAYERS)) $(if $(VISION_LAYERS),--vision-layers $(VISION_LAYERS))
+
 # The packages that a user needs, and datasets, with which the demo loads the version back. pip shows its progress.
 .stamps/demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synth needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -85,6 +90,6 @@ check-real: .stamps/venv
 	then touch $@; else echo "no Chromium can be installed here: $$(tail -n 1 .stamps/browser.log)"; fi
 
 clean:
-	rm -rf .venv .venv-vllm .venv-trl .stamps demo check-real build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-trl .stamps demo check-real rehearsal build dist *.egg-info
 
-.PHONY: help demo test test-long resolve format docs teacher check-real clean
+.PHONY: help demo test test-long resolve format docs teacher check-real rehearse clean
