@@ -208,27 +208,6 @@ def test_requests_cover_only_new_tasks_and_changed_rows(shop: Path, server: Chat
     assert {row["shout"] for row in load_rows(shop / "d", "v2.0.1")} >= {"ABOUT CHAIR 3", "ABOUT LAMP 20"}
 
 
-def test_task_with_a_condition_skips_images_and_tasks_that_need_it(
-    shop: Path, server: ChatServer, model: Model
-) -> None:
-    write_titles(shop, ["" if n < 3 else " " if n == 3 else f"Lamp {n}" for n in range(COUNT)])
-    model.replies["words"] = {"text": "a lamp"}
-    model.replies["more"] = {"text": "more"}
-    task = "{name: words, kind: text, when: row.title is not null, prompt: 'Say what {{ row.title }} is.'}"
-    (shop / "words.yaml").write_text(task)
-    more = "{name: more, kind: text, show_image: false, needs: [words], prompt: '{{ results.words }}'}"
-    (shop / "more.yaml").write_text(more)
-    both = ("--task", "words.yaml", "--task", "more.yaml")
-    result = generate(shop, server, "--columns", "context=title", *both)
-    assert model.requests == {"words": COUNT - 4, "more": COUNT - 4}
-    assert result["steps"]["validate"]["rejected"] == {"condition_false": 8}
-    assert len(load_rows(shop / "d")) == COUNT - 4
-    (shop / "words.yaml").write_text(task.replace("when: row.title", "when: row.titel"))
-    refused = synth(shop, "generate", "--config", "d/run.json", *both)
-    assert "`when` of the task words, character 1: unknown name row.titel" in refused.stderr
-    assert "did you mean title?" in refused.stderr
-
-
 def test_task_with_unusable_needed_result_is_not_asked(shop: Path, server: ChatServer, model: Model) -> None:
     refusal = "I'm sorry, I can't help with that."
     model.replies["ocr"] = lambda prompt, image: {"text": "fine" if int(image[0], 16) % 2 else refusal}

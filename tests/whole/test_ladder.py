@@ -230,11 +230,3 @@ def test_uncertain_texts_are_written_by_the_next_model(servers: Servers) -> None
     }
     annotations = pq.read_table(servers.folder / "d/steps/ask/kept.parquet").to_pylist()
     assert {row["logprob_min"] for row in annotations} == {-3.0, -0.5, None}
-
-
-def test_unknown_model_is_refused_before_any_file_is_written(servers: Servers) -> None:
-    servers.write({"caption": ["smal", "large"]})
-    done = run_synth("generate", "--config", "synth.yaml", "--out", "d", cwd=servers.folder)
-    problem, hint = read_failure(done)
-    assert "the task caption names an unknown model: smal" in problem and "did you mean small?" in hint
-    assert not (servers.folder / "d").exists()
