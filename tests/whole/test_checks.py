@@ -151,13 +151,8 @@ def test_captions_with_false_claim_are_rejected(tmp_path: Path, model: Model, se
     assert sorted(model.ids[row["sample_id"]] for row in kept) == list(range(0, COUNT, 2))
     # Claims that both questions confirm get no further questions.
     assert {len(row["checks"]) for row in kept} == {2 * len(DETAILS)}
-    num_captions = len({caption_of(number) for number in range(COUNT)})
-    assert model.requests["claims"] == num_captions
+    assert model.requests["claims"] == len({caption_of(number) for number in range(COUNT)})
     num_requests = len(server.bodies)
-    manifest = json.loads((tmp_path / "d/versions/v1.0.0/manifest.json").read_text())
-    price = {entry["texts"]: entry["requests"] for entry in manifest["price"]}
-    # The claims of captions are read again for planted falsehoods. Each request is counted once.
-    assert manifest["checks"][0]["kinds"] and price == {"captions": COUNT, "": num_requests - COUNT}
     again = generate(tmp_path, server, *CAPTIONS, "--verify", "claims")
     assert (len(server.bodies), again["is_new"]) == (num_requests, False)
 
@@ -187,6 +182,17 @@ def test_precision_is_measured_before_rejection_and_corrected(
         assert "corrected for the errors of the check" in text and "judges its own texts" in text
     texts = {caption["text"] for caption in captions_of(tmp_path, model).values()}
     assert texts <= {f"A {c} {t} stands {p} all day long." for c, t, p in map(caption_of, range(COUNT))}
+
+
+def test_price_of_checks_counts_each_request_about_an_image_once(
+    tmp_path: Path, model: Model, server: ChatServer
+) -> None:
+    limit = 16  # each of the first images has another caption
+    generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--limit", str(limit))
+    manifest = json.loads((tmp_path / "d/versions/v1.0.0/manifest.json").read_text())
+    price = {entry["texts"]: entry["requests"] for entry in manifest["price"]}
+    assert manifest["checks"][0]["kinds"]  # the claims of captions are read again for planted falsehoods
+    assert price == {"captions": limit, "": len(server.bodies) - limit}
 
 
 def test_no_known_texts_are_asked_without_calibration(

@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import LARGE
+from pipeline.dataset.directory import DatasetDir
 from pipeline.inference.engines import TINY_WEIGHTS
 from tests.commands import Done, require_success, run_synth
 from tests.hub import datasets
@@ -39,7 +41,25 @@ def test_commands_of_readme_run_in_order(hub: RunningHub, tmp_path: Path) -> Non
         return require_success(run_synth(*arguments, cwd=tmp_path / "user", env=env))
 
     synth("generate", "--source", "flickr30k")
-    assert "may not be redistributed" in synth("push", "--repo", "me/x").stderr
+    version = DatasetDir(tmp_path / "user/data/flickr30k").version()
+    model, repos = version.manifest["model"], hub.hub.storage.repos
+    assert (model["name"], model["revision"]) == (LARGE, repos["model", LARGE].branches["main"])
+    assert model["license"] == "Qwen Research License: no commercial use"
+    assert version.manifest["rows"] == {"train": 6, "validation": 2, "test": 2}
+    assert all(len(one) == 5 for one in version.read("train")["references"].to_pylist())
+
+    pushed = synth("push", "--repo", "me/x").stderr
+    warning = f"warning: the texts are of {LARGE} (Qwen Research License: no commercial use)"
+    assert "may not be redistributed" in pushed and warning in pushed
+    assert warning not in synth("push", "--repo", "me/other", "--private", "--dry-run").stderr
+    commit = repos["dataset", "me/x"].resolve("main")
+    assert commit is not None
+    for name, file in commit.files.items():
+        path = hub.hub.storage.path(file.sha256)
+        assert datasets.photo(0)[20:200] not in path.read_bytes(), name
+        assert not name.endswith(".parquet") or "image" not in pq.read_schema(path).names
+    assert "nothing to do" in synth("push", "--repo", "me/x").stderr
+
     # The 40 epochs of the preset would take minutes.
     trained = synth("train", "--epochs", "2")
     assert "encoder clip, decoder scratch" in trained.stderr

@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import LARGE
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.version import REJECTIONS_FILE, Version
-from pipeline.inference.engines import TINY_WEIGHTS
+from pipeline.dataset.version import Version
 from pipeline.scenes.scene import scenes_of
 from tests.chat.server import ChatServer, running_chat
 from tests.commands import Done, require_success, run_synth
@@ -27,11 +24,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
     folder = tmp_path_factory.mktemp("hub")
     with running_hub(folder / "hub") as running:
         storage = running.hub.storage
-        datasets.seed_flickr30k(storage, 10)
-        datasets.seed_vqav2(storage, images=5)
         datasets.seed_slidevqa(storage, decks=1)
         running.hub.granted.add("NTT-hil-insight/SlideVQA")
-        storage.seed("model", LARGE, {path.name: path.read_bytes() for path in TINY_WEIGHTS.iterdir()})
         yield running
 
 
@@ -59,35 +53,6 @@ def assert_counts_add_up(version: Version, upstream: int) -> None:
     assert source["kept"] + sum(source["rejected"].values()) == source["input"] == upstream
     for step in version.manifest["funnel"]:
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
-
-
-def test_flickr30k_without_flags_uses_large_model(hub: RunningHub, tmp_path: Path) -> None:
-    require_success(synth(hub, tmp_path, "generate", "--source", "flickr30k"))
-    version = DatasetDir(tmp_path / "data" / "flickr30k").version()
-    assert_counts_add_up(version, 10)
-    assert version.manifest["model"]["name"] == LARGE
-    assert version.manifest["model"]["revision"] == hub.hub.storage.repos["model", LARGE].branches["main"]
-    assert version.manifest["model"]["license"] == "Qwen Research License: no commercial use"
-    sizes = {split: version.read(split).num_rows for split in filled_splits(version)}
-    assert sizes == {"train": 6, "validation": 2, "test": 2}
-    assert all(len(row["references"]) == 5 for row in rows(version))
-    pushed = require_success(synth(hub, tmp_path, "push", "--repo", "me/flickr", "--json"))
-    assert "may not be redistributed" in pushed.stderr
-    warning = f"warning: the texts are of {LARGE} (Qwen Research License: no commercial use)"
-    assert warning in pushed.stderr
-    private = synth(hub, tmp_path, "push", "--repo", "me/other", "--private", "--dry-run")
-    assert warning not in private.stderr
-    commit = hub.hub.storage.repos["dataset", "me/flickr"].resolve("main")
-    assert commit is not None
-    for name, file in commit.files.items():
-        data = hub.hub.storage.path(file.sha256).read_bytes()
-        assert datasets.photo(0)[20:200] not in data, name
-        if name.endswith(".parquet"):
-            table = pq.read_table(hub.hub.storage.path(file.sha256))
-            assert "image" not in table.column_names
-            assert {"sample_id", "step" if name == REJECTIONS_FILE else "captions"} <= set(table.column_names)
-    repeated = synth(hub, tmp_path, "push", "--repo", "me/flickr")
-    assert "nothing to do" in repeated.stderr
 
 
 def test_slidevqa_deck_is_one_request_with_all_pages(hub: RunningHub, tmp_path: Path) -> None:
