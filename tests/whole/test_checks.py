@@ -14,7 +14,7 @@ import pytest
 from pipeline.digests import hash_to_unit
 from tests.chat.server import Act, ChatServer, running_chat, task_name, task_of, uuid_of
 from tests.commands import Done, read_result, run_synth
-from tests.whole.conftest import load_rows, read_failure, save_photos
+from tests.whole.conftest import load_rows, read_card, read_failure, read_manifest, save_photos
 
 COLORS = ("red", "blue", "green", "black")
 THINGS = ("kite", "boat", "horse", "clock")
@@ -118,12 +118,6 @@ def model(tmp_path: Path) -> Model:
 
 
 @pytest.fixture
-def server(model: Model) -> Iterator[ChatServer]:
-    with running_chat(ChatServer(model)) as chat:
-        yield chat
-
-
-@pytest.fixture
 def judge() -> Iterator[ChatServer]:
     with running_chat(ChatServer(rate, "judge-7b")) as chat:
         yield chat
@@ -158,8 +152,7 @@ def test_captions_with_false_claim_are_rejected(tmp_path: Path, model: Model, se
 
 
 def checks_of(folder: Path, version: str = "v1.0.0") -> dict[str, dict[str, Any]]:
-    manifest = json.loads((folder / "d/versions" / version / "manifest.json").read_text())
-    return {check["check"]: check for check in manifest["checks"]}
+    return {check["check"]: check for check in read_manifest(folder / "d", version)["checks"]}
 
 
 def test_precision_is_measured_before_rejection_and_corrected(
@@ -178,7 +171,7 @@ def test_precision_is_measured_before_rejection_and_corrected(
     assert check["true"]["low"] < 1 - 1 / 6 < check["true"]["high"] < 1
     assert check["false_alarms"]["count"] == 3 * COUNT and check["false_alarms"]["share"] < 0.05
     assert check["kinds"].keys() >= {"color", "other_image"} and check["missed"]["share"] < 0.2
-    for text in (done.stderr, (tmp_path / "d/versions/v1.0.0/README.md").read_text()):
+    for text in (done.stderr, read_card(tmp_path / "d")):
         assert "corrected for the errors of the check" in text and "judges its own texts" in text
     texts = {caption["text"] for caption in captions_of(tmp_path, model).values()}
     assert texts <= {f"A {c} {t} stands {p} all day long." for c, t, p in map(caption_of, range(COUNT))}
@@ -189,7 +182,7 @@ def test_price_of_checks_counts_each_request_about_an_image_once(
 ) -> None:
     limit = 16  # each of the first images has another caption
     generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--limit", str(limit))
-    manifest = json.loads((tmp_path / "d/versions/v1.0.0/manifest.json").read_text())
+    manifest = read_manifest(tmp_path / "d")
     price = {entry["texts"]: entry["requests"] for entry in manifest["price"]}
     assert manifest["checks"][0]["kinds"]  # the claims of captions are read again for planted falsehoods
     assert price == {"captions": limit, "": len(server.bodies) - limit}
@@ -203,7 +196,7 @@ def test_no_known_texts_are_asked_without_calibration(
     assert model.requests["confirm"] == 3 * 2 * COUNT + COUNT  # a false claim gets two questions more
     check = checks_of(tmp_path)["claims"]
     assert (check["false_alarms"], check["missed"], check["true"], check["kinds"]) == (None, None, None, {})
-    assert "kind of false text" not in (tmp_path / "d/versions/v1.0.0/README.md").read_text()
+    assert "kind of false text" not in read_card(tmp_path / "d")
 
 
 def test_check_that_no_text_gets_is_not_calibrated(
@@ -234,11 +227,11 @@ def test_repair_removes_false_claim_from_caption(tmp_path: Path, model: Model, s
     num_requests = len(server.bodies)
     assert not generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--repair")["is_new"]
     assert len(server.bodies) == num_requests
-    manifest = json.loads((tmp_path / "d/versions/v1.0.0/manifest.json").read_text())
+    manifest = read_manifest(tmp_path / "d")
     assert any(name.startswith("repair/v1@") for name in manifest["prompts"])
     assert "repair" in manifest["schemas"]
     assert manifest["measured"]["repaired_captions"] == len(wrong)
-    card = (tmp_path / "d/versions/v1.0.0/README.md").read_text()
+    card = read_card(tmp_path / "d")
     assert f"{len(wrong)} captions had a false claim" in card
     assert "| precision |" not in card and "- `precision`: share of the caption" in card
     check = checks_of(tmp_path)["claims"]
@@ -298,8 +291,8 @@ def test_judge_gets_only_its_key(tmp_path: Path, model: Model, server: ChatServe
     check = checks_of(tmp_path)["judge"]
     assert check["passed"]["count"] == COUNT and not check["judges_itself"]
     assert check["kinds"].keys() >= {"color", "object"}
-    text = (tmp_path / "d/versions/v1.0.0/manifest.json").read_text()
-    assert json.loads(text)["config"]["verify"]["judge"] == "judge-7b" and judge.url not in text
+    manifest = read_manifest(tmp_path / "d")
+    assert manifest["config"]["verify"]["judge"] == "judge-7b" and judge.url not in json.dumps(manifest)
     num_requests = len(judge.bodies)
     assert not generate(tmp_path, server, "--config", "key.yaml", *rated, **keys)["is_new"]
     assert len(judge.bodies) == num_requests

@@ -9,6 +9,7 @@ import pytest
 
 from tests.commands import Done, require_success, run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
+from tests.whole.conftest import read_manifest
 
 CHECKS = "round_trip,claims,blind,alignment"
 GENERATE = ("generate", "--source", "scenes", "--limit", "8", "--out", "d", "--verify", CHECKS)
@@ -46,7 +47,7 @@ def test_annotations_are_verified_and_changed_thresholds_send_no_request(verifie
     assert "sent 0 requests" in done.stderr
     assert "too_long" in done.stderr
     assert len(read_kept(verified, "verify")) < len(rows)  # long captions are rejected
-    funnel = json.loads((verified / "versions" / "v1.0.1" / "manifest.json").read_text())["funnel"]
+    funnel = read_manifest(verified, "v1.0.1")["funnel"]
     for step in funnel:
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
     back = run(*GENERATE, cwd=verified.parent)
@@ -75,6 +76,6 @@ def test_copies_are_merged_and_crops_share_split_and_excluded_images_are_rejecte
     for row in read_kept(tmp_path / "d", "dedupe"):
         groups.setdefault(row["image_group"], set()).add(row["sample_id"])
     assert {samples["1.png"], samples["1-crop.png"]} in groups.values()
-    manifest = json.loads((tmp_path / "d" / "versions" / "v1.0.0" / "manifest.json").read_text())
+    manifest = read_manifest(tmp_path / "d")
     assert manifest["leakage"]["banned_images"] == 1
     assert str(tmp_path) not in json.dumps(manifest) and "folder:test" not in json.dumps(manifest)

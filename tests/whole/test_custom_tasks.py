@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from PIL import Image
 from tests.chat.server import Act, ChatServer, running_chat, task_name, uuid_of
 from tests.commands import Done, require_success, run_synth
 from tests.hub.server import running_hub
-from tests.whole.conftest import ROOT, load_rows, save_photos
+from tests.whole.conftest import ROOT, load_rows, read_card, save_photos
 
 COUNT = 24
 EXAMPLES = ROOT / "prompts/examples"
@@ -103,12 +102,6 @@ def model() -> Model:
     return Model()
 
 
-@pytest.fixture
-def server(model: Model) -> Iterator[ChatServer]:
-    with running_chat(ChatServer(model)) as chat:
-        yield chat
-
-
 def synth(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> Done:
     return run_synth(*arguments, cwd=folder, env=env)
 
@@ -159,7 +152,7 @@ def test_example_custom_tasks_become_typed_columns(shop: Path, server: ChatServe
         assert box["label"] == "dog" and 0 < box["bbox_2d"][0] < box["bbox_2d"][2] <= row["width_px"]
         assert row["finding"]["findings"] == [{"name": "opacity", "side": None}]
         assert row["finding"]["impression"] is None
-    card = (shop / "d/versions/v1.0.0/README.md").read_text()
+    card = read_card(shop / "d")
     assert "tags: indoors, text" in card and "| `boxes` | 24 | dog: 24 |" in card, card
 
 

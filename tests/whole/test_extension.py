@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.commands import require_success
-from tests.whole.conftest import ROOT
+from tests.whole.conftest import ROOT, read_manifest
 
 STEP = '''"""Step: quiet. Reject captions in capitals."""
 
@@ -65,8 +65,7 @@ def test_added_step_needs_one_new_file_and_its_place_in_the_order(tmp_path: Path
         command += ["--out", "data", "--tasks", "caption", "--base-url", chat.url]
         env = os.environ | {"PYTHONPATH": str(package)}
         require_success(subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True))
-    manifest = json.loads((tmp_path / "data/versions/v1.0.0/manifest.json").read_text())
-    funnel = {step["step"]: step for step in manifest["funnel"]}
+    funnel = {step["step"]: step for step in read_manifest(tmp_path / "data")["funnel"]}
     steps = ["validate", "filter", "quiet", "verify", "dedupe", "balance", "split", "review"]
     assert list(funnel) == ["read", "ask", *steps, "write"]
     assert funnel["quiet"]["rejected"] == {"in_capitals": 20}

@@ -3,7 +3,6 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from tests.chat.server import Act, ChatServer, running_chat, task_name, uuid_of
+from tests.chat.server import Act, ChatServer, task_name, uuid_of
 from tests.commands import Done, run_process, run_synth
 from tests.whole.conftest import save_photos
 
@@ -52,12 +51,6 @@ class Model:
 @pytest.fixture
 def model() -> Model:
     return Model()
-
-
-@pytest.fixture
-def server(model: Model) -> Iterator[ChatServer]:
-    with running_chat(ChatServer(model)) as chat:
-        yield chat
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import yaml
 
 from tests.chat.server import Act, ChatServer, answer, running_chat, task_name, uuid_of
 from tests.commands import SYNTH, read_result, require_success, run_process, run_synth
-from tests.whole.conftest import load_rows, read_failure, save_photos
+from tests.whole.conftest import load_rows, read_failure, read_manifest, save_photos
 from tests.whole.test_checks import COUNT, Model, caption_of, truth_of
 
 LARGE_WRONG = {number for number in range(COUNT) if number % 8 == 1}
@@ -83,9 +83,7 @@ class Servers:
         return self.small.requests.pop("caption", 0), self.large.requests.pop("caption", 0)
 
     def manifest(self, out: str) -> dict[str, Any]:
-        manifest: dict[str, Any] = json.loads(
-            (self.folder / out / "versions/v1.0.0/manifest.json").read_text()
-        )
+        manifest: dict[str, Any] = read_manifest(self.folder / out)
         return manifest
 
 
