@@ -10,7 +10,6 @@ import pytest
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version
-from pipeline.scenes.scene import scenes_of
 from tests.chat.server import ChatServer, running_chat
 from tests.commands import Done, require_success, run_synth
 from tests.hub import datasets
@@ -96,21 +95,6 @@ def test_published_files_name_no_local_path_or_server(hub: RunningHub, tmp_path:
     resplit = generate_version(hub, tmp_path, *arguments, "--base-url", chat.url)
     assert resplit.manifest["model"] == version.manifest["model"]
     assert resplit.manifest["digest"] == version.manifest["digest"]
-
-
-def test_drawn_decks_have_true_answers_and_one_page_per_background(hub: RunningHub, tmp_path: Path) -> None:
-    version = generate_version(hub, tmp_path, "--source", "scenes-deck", "--limit", "6", "--json")
-    assert_counts_add_up(version, 6)
-    assert version.manifest["model"]["name"] == "tiny"
-    for row in rows(version):
-        backgrounds = {page.background for page in scenes_of(row["source"], row["source_row"])}
-        assert len(row["pages"]) == len(backgrounds) == 4
-    pairs = [pair for row in rows(version) for pair in row["qa"]]
-    assert {pair["answer_type"] for pair in pairs} == {"span", "number", "arithmetic"}
-    for pair in pairs:
-        if pair["answer_type"] == "arithmetic":
-            assert len(pair["evidence_pages"]) == 2 and pair["expression"]
-    assert version.manifest["measured"]["true_answers"]["number"]["accuracy"] > 0.8
 
 
 def test_versions_from_archive_and_list_name_no_local_place(hub: RunningHub, tmp_path: Path) -> None:
