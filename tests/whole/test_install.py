@@ -27,9 +27,7 @@ def resolved() -> list[Resolved]:
         return list(pool.map(lambda values: resolve(*values), combinations))
 
 
-def test_all_extras_resolve_with_vllm_and_core_needs_no_torch(
-    resolved: list[Resolved],
-) -> None:
+def test_all_extras_resolve_with_vllm_and_core_needs_no_torch(resolved: list[Resolved]) -> None:
     assert [result for result in resolved if result.error] == []
     everything = [result.versions for result in resolved if "gpu" in result.extras]
     assert len(everything) == 2 * len(TRIED)
