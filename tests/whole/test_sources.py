@@ -1,4 +1,4 @@
-"""Named sources, from the Hub to a version and back. Captions of photos are by the tiny teacher."""
+"""Named sources, from the Hub to a version and back."""
 
 import json
 import zipfile
@@ -14,8 +14,6 @@ from tests.chat.server import ChatServer, running_chat
 from tests.commands import Done, require_success, run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
-
-TRY = ("--engine", "embedded", "--model", "tiny", "--json")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +73,9 @@ def test_image_in_two_splits_is_held_out(hub: RunningHub, tmp_path: Path) -> Non
     # a copy of the first image, which is in `train`
     rows_[3] = rows_[3] | {"image": rows_[0]["image"], "split": "test"}
     (tmp_path / "rows.parquet").write_bytes(datasets.parquet(rows_, datasets.FLICKR))
-    version = generate_version(hub, tmp_path, "--source", "parquet:rows.parquet", *TRY)
+    source = ("--source", "parquet:rows.parquet", "--json")
+    with running_chat(ChatServer()) as chat:
+        version = generate_version(hub, tmp_path, *source, "--base-url", chat.url)
     assert_counts_add_up(version, 4)
     (row,) = version.read("test").to_pylist()
     assert row["image"]["bytes"] == datasets.photo(0)
