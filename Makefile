@@ -21,13 +21,14 @@ help:
 demo: .stamps/demo
 	$(BIN)/python -m tests.demo
 
-# Three workers on two cores: some tests wait for servers and processes.
+# Three workers on two cores: some tests wait for servers and processes. mypy, which uses one core, runs meanwhile.
 # Workers are not restarted: xdist would run a hanging test again.
 test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests
+	$(BIN)/mypy > .stamps/mypy.log 2>&1 & mypy=$$!; \
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests; tests=$$?; \
+	wait $$mypy; types=$$?; cat .stamps/mypy.log; exit $$((tests || types))
 
 # Sweeps with 20 times as many cases as in `test`. A sweep is one test, which may take longer than a test of `test`.
 LONG := tests/hostile tests/whole tests/pipeline/hub/test_push_faults.py tests/trainer/runtime/test_resume.py
