@@ -30,8 +30,8 @@ test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests; tests=$$?; \
 	wait $$mypy; types=$$?; cat .stamps/mypy.log; exit $$((tests || types))
 
-# Sweeps with 20 times as many cases as in `test`. A sweep is one test, which may take longer than a test of `test`.
-LONG := tests/hostile tests/whole tests/pipeline/hub/test_push_faults.py tests/trainer/runtime/test_resume.py
+# The files with sweeps, which have 20 times as many cases as in `test`. A sweep may take longer than a test of `test`.
+LONG = $(shell grep -rlE --include='*.py' 'import .*\b(LONG|part_of)\b' tests)
 test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl
 	SYNTH_LONG=1 $(BIN)/pytest -n 2 --dist loadfile -o faulthandler_timeout=3600 $(LONG)
 

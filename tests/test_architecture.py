@@ -121,12 +121,3 @@ def test_heavy_packages_are_not_imported_early() -> None:
     code = f"import sys, {modules}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "datasets", "vllm"} & {*done.stdout.split()}
-
-
-def test_files_with_long_variants_are_in_make_test_long() -> None:
-    (named,) = re.findall(r"^LONG := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    paths = [ROOT / name for name in named.replace("\\\n", " ").split()]
-    paths_in_tests = [*(ROOT / "tests").rglob("*.py")]
-    files = [path for path in paths_in_tests if re.search(r"\bimport .*\bLONG\b", path.read_text())]
-    assert len(files) >= 10 and all(path.exists() for path in paths)
-    assert not [path for path in files if not any(path.is_relative_to(name) for name in paths)]
