@@ -94,8 +94,8 @@ def test_prompt_template_uses_named_columns(shop: Path, server: ChatServer) -> N
     assert "Notes" not in text_of(server.bodies[0])
     assert "context" not in load_rows(shop / "d").features
     num_requests = len(server.bodies)
-    for columns in ((), ("--columns", "context=price")):
-        refused = generate(shop, server, "--config", "synth.yaml", *columns)
+    for others in ([], ["--columns", "context=price"]):
+        refused = generate(shop, server, "--config", "synth.yaml", *others)
         assert (refused.returncode, len(server.bodies)) == (1, num_requests)
         assert "uses row.title, which is not a context column" in refused.stderr
 
