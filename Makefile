@@ -55,7 +55,7 @@ check-real: .stamps/venv
 	@test -n "$(REPO)" || { echo 'name a repository: make check-real REPO=ORG/NAME'; exit 2; }
 	$(BIN)/python -m tests.check_real --repo $(REPO)
 
-# Needs 4 GB of disk and memory; all layers need 8 GB of disk and 15 GB of memory.
+# Needs 2 GB of disk and 8 GB of memory; all layers need 8 GB of disk and 15 GB of memory.
 rehearse: .stamps/venv .stamps/vllm
 	$(BIN)/python -m tests.rehearse $(if $(LAYERS),--layers $(LAYERS)) $(if $(VISION_LAYERS),--vision-layers $(VISION_LAYERS))
 
