@@ -21,16 +21,17 @@ help:
 demo: .stamps/demo
 	$(BIN)/python -m tests.demo
 
-# Three workers on two cores: some tests wait for servers and processes.
+# Three workers on two cores: some tests wait for servers and processes. mypy, which uses one core, runs meanwhile.
 # Workers are not restarted: xdist would run a hanging test again.
 test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests
+	$(BIN)/mypy > .stamps/mypy.log 2>&1 & mypy=$$!; \
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests; tests=$$?; \
+	wait $$mypy; types=$$?; cat .stamps/mypy.log; exit $$((tests || types))
 
-# Sweeps with 20 times as many cases as in `test`. A sweep is one test, which may take longer than a test of `test`.
-LONG := tests/hostile tests/whole tests/pipeline/hub/test_push_faults.py tests/trainer/runtime/test_resume.py
+# The files with sweeps, which have 20 times as many cases as in `test`. A sweep may take longer than a test of `test`.
+LONG = $(shell grep -rlE --include='*.py' 'import .*\b(LONG|part_of)\b' tests)
 test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl
 	SYNTH_LONG=1 $(BIN)/pytest -n 2 --dist loadfile -o faulthandler_timeout=3600 $(LONG)
 
@@ -54,7 +55,7 @@ check-real: .stamps/venv
 	@test -n "$(REPO)" || { echo 'name a repository: make check-real REPO=ORG/NAME'; exit 2; }
 	$(BIN)/python -m tests.check_real --repo $(REPO)
 
-# Needs 4 GB of disk and memory; all layers need 8 GB of disk and 15 GB of memory.
+# Needs 2 GB of disk and 8 GB of memory; all layers need 8 GB of disk and 15 GB of memory.
 rehearse: .stamps/venv .stamps/vllm
 	$(BIN)/python -m tests.rehearse $(if $(LAYERS),--layers $(LAYERS)) $(if $(VISION_LAYERS),--vision-layers $(VISION_LAYERS))
 

@@ -2,7 +2,7 @@
 
 The tokenizer is the real one: its ranks come from the PyPI package `dashscope`. The configuration has the
 published values. With all layers, the weights have the published size. Some rows of the embedding are scaled,
-so that a reply ends after some ten tokens.
+so that a reply ends after some ten tokens, with and without a schema.
 """
 
 import base64
@@ -64,8 +64,8 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ENDINGS = ('"', '"}', '."}', '?"', '","', '"},', '"}]', '."')  # tokens that end a JSON string
-ENDING_FACTOR = 2.8
+# factors of the embeddings of tokens that end a JSON string, and of the token that ends a reply
+ENDINGS = dict.fromkeys(('"', '"}', '."}', '?"', '","', '"},', '"}]', '."'), 2.8) | {"<|im_end|>": 5.0}
 
 
 def write_model(folder: Path, layers: int = LAYERS, vision_layers: int = VISION_LAYERS) -> int:
@@ -78,9 +78,10 @@ def write_model(folder: Path, layers: int = LAYERS, vision_layers: int = VISION_
     config = Qwen2_5_VLConfig(**sections | IDS)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    ids = [token for word in ENDINGS if (token := tokenizer.token_to_id(word)) is not None]
     with torch.no_grad():
-        model.get_input_embeddings().weight[ids] *= ENDING_FACTOR
+        for word, factor in ENDINGS.items():
+            if (token := tokenizer.token_to_id(word)) is not None:
+                model.get_input_embeddings().weight[token] *= factor
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer_config = {

@@ -37,11 +37,7 @@ def plan_of(folder: Path, config: Config | None = None) -> Plan:
 
 
 def run_step(
-    step: RowStep,
-    table: pa.Table,
-    shards: int = 1,
-    given: StepFile = ROWS,
-    **settings: Any,
+    step: RowStep, table: pa.Table, shards: int = 1, given: StepFile = ROWS, **settings: Any
 ) -> pa.Table:
     """Run a step on a table in shards. Return all rows with `reason`, in the order of the table.
 

@@ -282,8 +282,7 @@ REASONS = ("cut_short", "caption_string_pattern_mismatch", "server_error")
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["x" * 700_000, f'{{"caption":"{"a" * 100_000}"}}', "\0" * 1000, "\x1b]52;c;AAAA\x07"],
+    "text", ["x" * 700_000, f'{{"caption":"{"a" * 100_000}"}}', "\0" * 1000, "\x1b]52;c;AAAA\x07"]
 )
 def test_reply_longer_than_its_token_limit_is_cut(text: str, tmp_path: Path) -> None:
     errors = ask(tmp_path, answering_images(lambda send: send(chat_answer(text))))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from datasets import load_dataset
 
+from tests.chat.server import ChatServer, Script, running_chat
 from tests.commands import SYNTH, run_synth
 from tests.hub.server import RunningHub, running_hub
 from tests.pipeline.images.test_similarity import photo
@@ -39,6 +40,13 @@ def synth(tmp_path: Path) -> Run:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
     with running_hub(tmp_path_factory.mktemp("hub")) as running:
         yield running
+
+
+@pytest.fixture
+def server(model: Script) -> Iterator[ChatServer]:
+    """Run a server whose replies are those of the module's `model`."""
+    with running_chat(ChatServer(model)) as chat:
+        yield chat
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +82,14 @@ def write_training_settings(folder: Path) -> None:
     """Write `small.yaml`: a training that takes about a second."""
     settings = SMALL_DECODER | {"steps": 2, "batch_size": 8, "evaluate_images": 4, "max_caption_tokens": 12}
     (folder / "small.yaml").write_text(json.dumps(settings))
+
+
+def read_manifest(dataset: Path, version: str = "v1.0.0") -> Any:
+    return json.loads((dataset / "versions" / version / "manifest.json").read_text())
+
+
+def read_card(dataset: Path, version: str = "v1.0.0") -> str:
+    return (dataset / "versions" / version / "README.md").read_text()
 
 
 def load_rows(dataset: Path, version: str = "v1.0.0") -> Any:

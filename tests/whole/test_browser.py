@@ -51,10 +51,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
     return version
 
 
+@pytest.fixture(scope="module")
+def report(dataset: Version) -> Path:
+    """Return the report of 120 scenes, in one file."""
+    return write_report(dataset, dataset.dataset_dir)
+
+
 @pytest.fixture
-def page(opened: Open, dataset: Version) -> Page:
-    """Open the report of 120 scenes, in one file."""
-    return opened(write_report(dataset, dataset.dataset_dir))
+def page(opened: Open, report: Path) -> Page:
+    return opened(report)
 
 
 def text_of(page: Page, number: int = 0) -> Any:
@@ -237,11 +242,11 @@ def test_two_tabs_keep_all_reviews(page: Page) -> None:
     assert page.get_by_label("Note").input_value() == "no ring"
 
 
-@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 900}, {"width": 390, "height": 844}])
+@pytest.mark.parametrize("viewport", [WIDE, PHONE])
 def test_first_image_and_its_name_are_on_the_first_screen(
-    opened: Open, dataset: Version, viewport: dict[str, int]
+    opened: Open, report: Path, dataset: Version, viewport: dict[str, int]
 ) -> None:
-    page = opened(write_report(dataset, dataset.dataset_dir), viewport=viewport)
+    page = opened(report, viewport=viewport)
     card = page.locator("#images article").first
     (bottom,) = (box["y"] + box["height"] for box in [card.locator(".about").bounding_box()] if box)
     assert bottom < viewport["height"]
@@ -264,8 +269,8 @@ LOOKS = [(viewport, scheme) for viewport in (WIDE, PHONE) for scheme in ("light"
 
 # wide and dark, narrow and light
 @pytest.mark.parametrize(("viewport", "scheme"), LOOKS if LONG else LOOKS[1:3])
-def test_report_is_accessible(opened: Open, dataset: Version, viewport: dict[str, int], scheme: str) -> None:
-    page = opened(write_report(dataset, dataset.dataset_dir), viewport=viewport, color_scheme=scheme)
+def test_report_is_accessible(opened: Open, report: Path, viewport: dict[str, int], scheme: str) -> None:
+    page = opened(report, viewport=viewport, color_scheme=scheme)
     text_of(page).get_by_role("button", name="Bad").click()
     text_of(page, 1).get_by_role("button", name="Edit").click()
     assert violations(page) == []

@@ -94,19 +94,10 @@ def test_prompt_template_uses_named_columns(shop: Path, server: ChatServer) -> N
     assert "Notes" not in text_of(server.bodies[0])
     assert "context" not in load_rows(shop / "d").features
     num_requests = len(server.bodies)
-    unmapped = "uses row.title, which is not a context column"
-    for options, complaint in (
-        (("--config", "synth.yaml", "--columns", "context=price"), unmapped),
-        (("--config", "synth.yaml"), unmapped),
-        (("--columns", "context=titel"), "no column is named titel"),
-        (
-            ("--columns", "image=title"),
-            "a folder has no columns for roles, but --columns has the role image",
-        ),
-    ):
-        refused = generate(shop, server, *options)
+    for others in ([], ["--columns", "context=price"]):
+        refused = generate(shop, server, "--config", "synth.yaml", *others)
         assert (refused.returncode, len(server.bodies)) == (1, num_requests)
-        assert complaint in refused.stderr
+        assert "uses row.title, which is not a context column" in refused.stderr
 
 
 def test_hostile_context_names_and_values_stay_inside_prompt_notes(shop: Path, server: ChatServer) -> None:

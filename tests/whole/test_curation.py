@@ -7,11 +7,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.commands import Done, require_success, run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
+from tests.whole.conftest import read_manifest
 
 CHECKS = "round_trip,claims,blind,alignment"
-GENERATE = ("generate", "--source", "scenes", "--limit", "8", "--out", "d", "--verify", CHECKS)
+GENERATE = ("generate", "--source", "scenes", "--limit", "4", "--out", "d", "--verify", CHECKS)
 
 
 def run(*arguments: str, cwd: Path) -> Done:
@@ -24,6 +26,10 @@ def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = require_success(run(*GENERATE, cwd=folder))
     assert "verify asks at most" in done.stderr
     return folder / "d"
+
+
+def caption_of(_: int, body: dict[str, Any]) -> Act:
+    return Act(json.dumps({"caption": f"A lamp stands near the door with number {uuid_of(body)[:8]}."}))
 
 
 def read_kept(folder: Path, step: str) -> list[dict[str, Any]]:
@@ -46,7 +52,7 @@ def test_annotations_are_verified_and_changed_thresholds_send_no_request(verifie
     assert "sent 0 requests" in done.stderr
     assert "too_long" in done.stderr
     assert len(read_kept(verified, "verify")) < len(rows)  # long captions are rejected
-    funnel = json.loads((verified / "versions" / "v1.0.1" / "manifest.json").read_text())["funnel"]
+    funnel = read_manifest(verified, "v1.0.1")["funnel"]
     for step in funnel:
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
     back = run(*GENERATE, cwd=verified.parent)
@@ -63,8 +69,9 @@ def test_copies_are_merged_and_crops_share_split_and_excluded_images_are_rejecte
     stored_again(images[0]).resize((200, 150)).save(tmp_path / "photos" / "0-copy.jpg")
     cropped(images[1]).save(tmp_path / "photos" / "1-crop.png")
     stored_again(images[7]).save(tmp_path / "test" / "7.jpg")
-    source = ("--source", "folder:photos", "--exclude", "folder:test", "--out", "d")
-    require_success(run("generate", *source, "--engine", "embedded", "--model", "tiny", cwd=tmp_path))
+    source = ("--source", "folder:photos", "--exclude", "folder:test", "--out", "d", "--tasks", "caption")
+    with running_chat(ChatServer(caption_of)) as chat:
+        require_success(run("generate", *source, "--base-url", chat.url, cwd=tmp_path))
     samples = {row["source_row"]: row["sample_id"] for row in read_kept(tmp_path / "d", "read")}
     rejected = pq.read_table(tmp_path / "d" / "steps" / "read" / "rejected.parquet").to_pylist()
     assert [(row["source_row"], row["reason"], row["detail"]) for row in rejected] == [
@@ -75,6 +82,6 @@ def test_copies_are_merged_and_crops_share_split_and_excluded_images_are_rejecte
     for row in read_kept(tmp_path / "d", "dedupe"):
         groups.setdefault(row["image_group"], set()).add(row["sample_id"])
     assert {samples["1.png"], samples["1-crop.png"]} in groups.values()
-    manifest = json.loads((tmp_path / "d" / "versions" / "v1.0.0" / "manifest.json").read_text())
+    manifest = read_manifest(tmp_path / "d")
     assert manifest["leakage"]["banned_images"] == 1
     assert str(tmp_path) not in json.dumps(manifest) and "folder:test" not in json.dumps(manifest)

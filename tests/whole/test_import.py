@@ -3,7 +3,6 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from tests.chat.server import Act, ChatServer, running_chat, task_name, uuid_of
+from tests.chat.server import Act, ChatServer, task_name, uuid_of
 from tests.commands import Done, run_process, run_synth
 from tests.whole.conftest import save_photos
 
@@ -26,7 +25,7 @@ def caption_of(number: int) -> str:
 
 
 class Model:
-    """A model that captions and asks. One of its captions equals a human one."""
+    """A model that captions and asks."""
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
@@ -44,20 +43,12 @@ class Model:
                 "answer": word,
             }
             return Act(json.dumps({"qa": [pair]}))
-        is_equal = self.requests[task] <= 2 * COUNT and "Task: caption, plain" in str(body)
-        other = f"The {word} bowl is near the window, {uuid_of(body)[:5]}."
-        return Act(json.dumps({"caption": caption_of(0) if is_equal else other}))
+        return Act(json.dumps({"caption": f"The {word} bowl is near the window, {uuid_of(body)[:5]}."}))
 
 
 @pytest.fixture
 def model() -> Model:
     return Model()
-
-
-@pytest.fixture
-def server(model: Model) -> Iterator[ChatServer]:
-    with running_chat(ChatServer(model)) as chat:
-        yield chat
 
 
 @pytest.fixture
@@ -176,15 +167,6 @@ def test_only_missing_captions_or_questions_are_asked(photos: Path, server: Chat
     result = generate_json(photos, "generate", *options, *to_all, captions="all.jsonl")
     assert model.requests["caption"] == COUNT
     assert result["steps"]["filter"]["rejected"] == {"too_short": COUNT}
-
-
-def test_human_caption_is_kept_over_equal_model_caption(photos: Path, server: ChatServer) -> None:
-    (photos / "one.jsonl").write_text(json.dumps({"file_name": "03.png", "caption": caption_of(0)}))
-    options = ("--base-url", server.url, "--styles", "plain", "--tasks", "caption", "--keep-human")
-    result = generate_json(photos, "generate", *options, captions="one.jsonl")
-    assert result["steps"]["dedupe"]["rejected"]["duplicate"] == 1
-    (kept,) = rows_of(photos, result)["03.png"]["captions"]
-    assert (kept["text"], kept["prompt_id"]) == (caption_of(0), "human")
 
 
 def test_missing_captions_and_contradicting_options_are_one_error(photos: Path) -> None:

@@ -14,22 +14,16 @@ from pipeline.install import DISTRIBUTION, PACKAGES
 from tests.chat.server import ChatServer, running_chat
 from tests.commands import Done, require_success
 from tests.hostile import LONG
-from tests.resolve import EXTRAS, PLATFORM, PYTHONS, RESOLUTIONS, ROOT, UV, Resolved, resolve
+from tests.resolve import EXTRAS, PLATFORM, PYTHONS, RESOLUTIONS, ROOT, UV, resolve
 from tests.whole.conftest import save_photos
 
 TRIED = PYTHONS if LONG else PYTHONS[-1:]  # `make resolve` tries all
 
 
-@pytest.fixture(scope="module")
-def resolved() -> list[Resolved]:
-    combinations = list(product(EXTRAS, TRIED, RESOLUTIONS))
+def test_all_extras_resolve_with_vllm_and_core_needs_no_torch() -> None:
     with ThreadPoolExecutor(4) as pool:  # they wait for metadata
-        return list(pool.map(lambda values: resolve(*values), combinations))
-
-
-def test_all_extras_resolve_with_vllm_and_core_needs_no_torch(
-    resolved: list[Resolved],
-) -> None:
+        combinations = product(EXTRAS, TRIED, RESOLUTIONS)
+        resolved = list(pool.map(lambda values: resolve(*values), combinations))
     assert [result for result in resolved if result.error] == []
     everything = [result.versions for result in resolved if "gpu" in result.extras]
     assert len(everything) == 2 * len(TRIED)

@@ -17,7 +17,7 @@ import yaml
 
 from tests.chat.server import Act, ChatServer, answer, running_chat, task_name, uuid_of
 from tests.commands import SYNTH, read_result, require_success, run_process, run_synth
-from tests.whole.conftest import load_rows, read_failure, save_photos
+from tests.whole.conftest import load_rows, read_failure, read_manifest, save_photos
 from tests.whole.test_checks import COUNT, Model, caption_of, truth_of
 
 LARGE_WRONG = {number for number in range(COUNT) if number % 8 == 1}
@@ -82,11 +82,8 @@ class Servers:
         """Return the requests for captions that the small and the large model got since the last call."""
         return self.small.requests.pop("caption", 0), self.large.requests.pop("caption", 0)
 
-    def manifest(self, out: str) -> dict[str, Any]:
-        manifest: dict[str, Any] = json.loads(
-            (self.folder / out / "versions/v1.0.0/manifest.json").read_text()
-        )
-        return manifest
+    def manifest(self, out: str) -> Any:
+        return read_manifest(self.folder / out)
 
 
 @pytest.fixture
@@ -234,11 +231,3 @@ def test_uncertain_texts_are_written_by_the_next_model(servers: Servers) -> None
     }
     annotations = pq.read_table(servers.folder / "d/steps/ask/kept.parquet").to_pylist()
     assert {row["logprob_min"] for row in annotations} == {-3.0, -0.5, None}
-
-
-def test_unknown_model_is_refused_before_any_file_is_written(servers: Servers) -> None:
-    servers.write({"caption": ["smal", "large"]})
-    done = run_synth("generate", "--config", "synth.yaml", "--out", "d", cwd=servers.folder)
-    problem, hint = read_failure(done)
-    assert "the task caption names an unknown model: smal" in problem and "did you mean small?" in hint
-    assert not (servers.folder / "d").exists()

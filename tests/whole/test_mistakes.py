@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.dataset.directory import DatasetDir
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.commands import run_process, run_synth
 from tests.mistakes import MISTAKES, PHOTOS, Mistake, add_photos, environment
@@ -26,10 +25,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "path").mkdir()
     (folder / "path" / "torch.py").write_text(NO_TORCH)
     env = os.environ | {"PYTHONPATH": f"{folder / 'path'}:{ROOT}"}
-    with running_chat(ChatServer()) as chat:
-        chat.key = "a key"
-        command = [sys.executable, "-m", "tests.mistakes", str(folder), chat.url]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.mistakes", str(folder)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded: dict[str, Any] = json.loads(done.stdout)
     return loaded
@@ -50,14 +47,6 @@ def test_mistake_gives_one_error_with_hint(mistake: Mistake, outcomes: dict[str,
 
 def run(folder: Path, command: str, **more: str) -> subprocess.CompletedProcess[str]:
     return run_synth(*command.split(), cwd=folder, env=environment(folder) | more)
-
-
-def test_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
-    add_photos(tmp_path)
-    with DatasetDir(tmp_path / "out").lock():
-        done = run(tmp_path, f"{PHOTOS} --engine embedded --model tiny --out out")
-    assert "another process is writing to out" in done.stderr
-    assert "wait for it, or choose another --out" in done.stderr
 
 
 def test_missing_language_option_is_a_warning(tmp_path: Path) -> None:

@@ -103,22 +103,14 @@ def test_pushed_images_are_upright_and_without_metadata(home: Path, hub: Running
         assert tags == 0
 
 
-def test_private_repository_stays_private(home: Path, hub: RunningHub) -> None:
-    assert "me/open, public" in run(hub, home, "push", "--repo", "me/open", "--public").stderr
-    assert not hub.hub.storage.repos["dataset", "me/open"].private
-    texts = run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
-    assert "me/texts, private" in texts
+def test_stated_license_title_and_language_are_used(home: Path, hub: RunningHub, server: ChatServer) -> None:
+    stated = ("--license", "cc-by-4.0", "--title", "My lakes", "--language", "de")
+    assert "me/lakes, public" in run(hub, home, "push", "--repo", "me/lakes", *stated).stderr
+    repo = hub.hub.storage.repos["dataset", "me/lakes"]
+    assert not repo.private
     run(hub, home, "push", "--repo", "me/closed", "--private")
     again = run(hub, home, "push", "--repo", "me/closed", "--public").stderr
     assert "the existing repository is private, and stays private" in again
-
-
-def test_stated_license_title_and_language_are_used(home: Path, hub: RunningHub, server: ChatServer) -> None:
-    stated = ("--license", "cc-by-4.0", "--title", "My lakes", "--language", "de")
-    message = run(hub, home, "push", "--repo", "me/lakes", *stated).stderr
-    assert "repository: me/lakes, public" in message
-    repo = hub.hub.storage.repos["dataset", "me/lakes"]
-    assert not repo.private
     files = repo.commits[repo.tags["v1.0.0"]].files
     card, manifest = (read(hub, files[name]).decode() for name in ("README.md", "manifest.json"))
     for line in ("license: cc-by-4.0", "- de", "# My lakes", "pretty_name: My lakes"):

@@ -1,13 +1,12 @@
 """A server that does not enforce schemas is refused, or accepted and named in the card."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from tests.chat.kinds import PROXY
 from tests.chat.server import ChatServer, running_chat
 from tests.commands import run_synth
-from tests.whole.conftest import save_photos
+from tests.whole.conftest import read_card, read_manifest, save_photos
 
 
 def test_card_names_server_without_enforced_schemas(tmp_path: Path) -> None:
@@ -23,7 +22,6 @@ def test_card_names_server_without_enforced_schemas(tmp_path: Path) -> None:
         num_requests = len(chat.bodies)
         assert run_synth(*command, "--config", "settings.yaml", cwd=tmp_path).returncode == 0
         assert len(chat.bodies) == num_requests
-    card = (tmp_path / "d/versions/v1.0.0/README.md").read_text()
+    card = read_card(tmp_path / "d")
     assert "The server was not required to enforce the JSON schema of the task" in card
-    manifest = json.loads((tmp_path / "d/versions/v1.0.0/manifest.json").read_text())
-    assert manifest["model"]["revision"].endswith("+unenforced")
+    assert read_manifest(tmp_path / "d")["model"]["revision"].endswith("+unenforced")

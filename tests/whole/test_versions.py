@@ -76,20 +76,6 @@ def test_versions_are_listed_and_removed(synth: Run, photos: Path) -> None:
     assert len([*(data / "images").iterdir()]) == 2  # each image once
 
 
-def test_destructive_command_asks_which_dataset_is_meant(synth: Run, photos: Path, tmp_path: Path) -> None:
-    for out in ("one", "two"):
-        source = ("--no-model", "--source", f"folder:{photos}")
-        assert synth("generate", *source, "--out", f"data/{out}").returncode == 0
-    for command in ("versions gc", "push --repo ORG/NAME"):
-        result = synth(*command.split())
-        assert result.returncode == 1
-        assert "data/ has 2 datasets" in result.stderr
-        assert "data/two" in result.stderr
-    (tmp_path / "reviews.jsonl").write_text("")
-    for command in ("versions list", "report", "export", "review apply reviews.jsonl"):
-        assert "dataset: data/two" in synth(*command.split()).stderr
-
-
 def test_run_without_limit_that_finds_nothing_more_makes_a_complete_version(synth: Run, photos: Path) -> None:
     (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     (photos / "again.jpg").write_bytes((photos / "0.jpg").read_bytes())
