@@ -49,9 +49,7 @@ def synth(hub: RunningHub, user: Path) -> Run:
     return lambda *arguments: require_success(run_synth(*arguments, cwd=user, env=env))
 
 
-def test_flickr30k_is_captioned_and_pushed_without_images(
-    synth: Run, hub: RunningHub, user: Path
-) -> None:
+def test_flickr30k_is_captioned_and_pushed_without_images(synth: Run, hub: RunningHub, user: Path) -> None:
     version = DatasetDir(user / "data/flickr30k").version()
     model, repos = version.manifest["model"], hub.hub.storage.repos
     assert model["name"] == LARGE
