@@ -95,7 +95,7 @@ def evaluate(
     rarity = Rarity(references)
     own_scores, shuffled_scores = (score_each(texts, references, rarity) for texts in (hypotheses, shuffled))
     gains = [a - b for a, b in zip(own_scores["cider_d"], shuffled_scores["cider_d"], strict=True)]
-    each = [
+    each: list[dict[str, Any]] = [
         {
             "sample_id": example.sample_id,
             "caption": caption,
