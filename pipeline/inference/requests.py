@@ -274,15 +274,13 @@ def build_requests(
             continue
         used = {"results": tuple((need, results[need]) for need in task.needs)} if task.needs else {}
         code = task.language or plan.language
-        values = (
-            row
-            | used
-            | {
-                "draw": int(sample_id[:8], 16) % DRAWS,  # varies wordings and question types between samples
-                "words": plan.generate.caption_words,
-                "language": language_name(None if code == ANY_LANGUAGE else code),
-            }
-        )
+        values: dict[str, Any] = {
+            **row,
+            **used,
+            "draw": int(sample_id[:8], 16) % DRAWS,  # varies wordings and question types between samples
+            "words": plan.generate.caption_words,
+            "language": language_name(None if code == ANY_LANGUAGE else code),
+        }
         temperature = task.temperature(plan.generate)
         max_tokens = plan.max_tokens(task, style)
         for number in range(plan.count_replies(task)):

@@ -15,9 +15,12 @@ def test_serve_reads_model_and_server_from_the_settings_of_a_run(
 ) -> None:
     calls: list[Any] = []
     command = SimpleNamespace(python="python", arguments=("-m", "vllm"), environment={}, api_key="key-1")
-    monkeypatch.setattr(
-        "pipeline.inference.engines.plan_server", lambda *arguments: calls.append(arguments) or command
-    )
+
+    def plan_server(*arguments: object) -> object:
+        calls.append(arguments)
+        return command
+
+    monkeypatch.setattr("pipeline.inference.engines.plan_server", plan_server)
     ran: list[Any] = []
     monkeypatch.setattr("os.execvpe", lambda *arguments: ran.append(arguments))
     monkeypatch.setattr("sys.argv", ["synth", "serve", "--"])

@@ -199,9 +199,6 @@ def test_run_without_missing_replies_needs_no_server(photos: Path, tmp_path: Pat
     again = generate_dataset(config, tmp_path / "d", notes)
     assert again.version.manifest["digest"] == first.version.manifest["digest"]
     assert any("continuing with the stored replies" in text for text in notes.texts)
-    (photos / "new.jpg").write_bytes(photo(77))
-    with pytest.raises(EngineError):
-        generate_dataset(config, tmp_path / "d")
     with running_chat(ChatServer(lambda times, body: Act(status=401), model="other")) as other:
         changed = config.model_copy(update={"model": "other", "base_url": (other.url,)})
         with pytest.raises(EngineError, match="401"):
@@ -209,6 +206,9 @@ def test_run_without_missing_replies_needs_no_server(photos: Path, tmp_path: Pat
     # The interrupted run has no reply of the other model.
     with pytest.raises(EngineError, match="no server answers"):
         generate_dataset(changed, tmp_path / "d")
+    (photos / "new.jpg").write_bytes(photo(77))
+    with pytest.raises(EngineError):
+        generate_dataset(config, tmp_path / "d")
 
 
 def test_unanswered_requests_are_sent_again(photos: Path, tmp_path: Path) -> None:
