@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pipeline.config import LARGE, TINY, Config
 from pipeline.inference.engines import HOW_TO_CHOOSE, pick_engine
-from pipeline.inference.memory import GIB, QWEN_3B, needed_gib
+from pipeline.inference.memory import GIB, QWEN_3B, memory_table, needed_gib
 from pipeline.inference.model_licenses import license_of
-from pipeline.inference.vllm import VLLM_PYTHON, gpu_memory_gib, visible_gpus, vllm_python
+from pipeline.inference.vllm import MAX_TOKENS, VLLM_PYTHON, gpu_memory_gib, visible_gpus, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
 from pipeline.tasks.base import MAX_PIXELS
@@ -47,6 +47,7 @@ def examine() -> list[Finding]:
         *(_extra(name) for name in EXTRAS),
         _vllm(),
         _gpu(),
+        _memory(),
         _engine("scenes"),
         _engine("folder:PATH"),
         _hub(),
@@ -94,6 +95,12 @@ def _gpu() -> Finding:
     is_enough = free_gib >= LARGE_GIB
     hint = f"{LARGE} needs {LARGE_GIB:g} GiB of free GPU memory: end other programs that use the GPU"
     return Finding("gpu", is_enough, summary, "" if is_enough else hint)
+
+
+def _memory() -> Finding:
+    title = f"GiB that {LARGE} takes on GPUs of several sizes, estimated from its shape"
+    lines = [title, *memory_table(QWEN_3B, MAX_PIXELS, MAX_TOKENS)]
+    return Finding("memory", True, f"\n{' ' * 18}".join(lines))
 
 
 def _engine(source: str) -> Finding:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 GIB = 2**30
+CARDS_GIB = (8, 12, 16, 24, 40, 80)
 MAX_UTILIZATION = 0.92
 FREE_GIB = 0.5  # left to other programs
 GRAPHS_GIB = 1.0  # CUDA graphs, CUDA's context, and buffers of libraries
@@ -21,6 +22,8 @@ BATCHED_TOKENS = (16_384, 8192, 4096, 2048)  # more tokens per step are faster, 
 MIN_SEQS, MAX_SEQS = 16, 512
 PROMPT_TOKENS = 512  # assumed for the text of a prompt and its reply
 MIN_CONTEXT = 4096
+# Quantized variants of a model, with the bits of a weight in the linear layers of the text model.
+VARIANTS = {"FP8": 8.0, "AWQ": 4.25}
 # Model types whose processor accepts `max_pixels`.
 QWEN_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -29,6 +32,7 @@ class ModelShape(NamedTuple):
     """The sizes of a model that decide how much memory it needs."""
 
     weights_bytes: int
+    linear_weights: int  # number of weights that quantized variants store with fewer bits
     hidden: int
     intermediate: int
     kv_token_bytes: int
@@ -48,28 +52,38 @@ class ModelShape(NamedTuple):
         )
         heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
         head = text.get("head_dim") or hidden // heads
+        linear = layers * hidden * (2 * heads * head + 2 * kv_heads * head + 3 * intermediate)
         vision_hidden = vision.get("hidden_size") or vision["embed_dim"]
         vision_intermediate = vision.get("intermediate_size") or 4 * vision_hidden
         return cls(
-            weights_bytes, hidden, intermediate, layers * 2 * kv_heads * head * 2, text["vocab_size"],
+            weights_bytes, linear, hidden, intermediate, layers * 2 * kv_heads * head * 2, text["vocab_size"],
             vision_hidden, vision_intermediate, vision["patch_size"] * vision.get("spatial_merge_size", 2),
         )  # fmt: skip
 
+    def quantized(self, bits: float) -> "ModelShape":
+        """Return the shape with this number of bits per weight in the linear layers of the text model."""
+        saved_bytes = self.linear_weights * (16 - bits) / 8
+        return self._replace(weights_bytes=int(self.weights_bytes - saved_bytes))
+
 
 QWEN_3B = ModelShape(  # Qwen2.5-VL-3B-Instruct, the default model
-    weights_bytes=7_509_245_952, hidden=2048, intermediate=11_008,
+    weights_bytes=7_509_245_952, linear_weights=2_774_532_096, hidden=2048, intermediate=11_008,
     kv_token_bytes=36_864, vocab=151_936, vision_hidden=1280, vision_intermediate=3420, token_px=28,
 )  # fmt: skip
 
 
 class MemoryPlan(NamedTuple):
-    """Limits for vLLM."""
+    """Limits for vLLM, and the memory in GiB that each part takes."""
 
     utilization: float
     batched_tokens: int
     num_seqs: int
     model_len: int
-    kv_tokens: int  # in the KV cache
+    weights_gib: float
+    vision_gib: float
+    text_gib: float
+    kv_gib: float
+    kv_tokens: int
 
     @property
     def fits(self) -> bool:
@@ -90,7 +104,8 @@ def plan_memory(
     The largest step is chosen that leaves MIN_KV_FRAC of the remaining memory to the KV cache.
     """
     utilization = choose_utilization(total_gib, free_gib)
-    room_gib = utilization * total_gib - shape.weights_bytes / GIB - GRAPHS_GIB
+    weights_gib = shape.weights_bytes / GIB
+    room_gib = utilization * total_gib - weights_gib - GRAPHS_GIB
     image_tokens = ceil(max_pixels / shape.token_px**2)
     sequences = room_gib * MIN_KV_FRAC * GIB / shape.kv_token_bytes / (image_tokens + PROMPT_TOKENS)
     num_seqs = MIN_SEQS
@@ -107,7 +122,9 @@ def plan_memory(
             break
     kv_tokens = max(0, int(kv_gib * GIB / shape.kv_token_bytes))
     model_len = min(context, kv_tokens) if kv_tokens >= MIN_CONTEXT else context
-    return MemoryPlan(utilization, batched_tokens, num_seqs, model_len, kv_tokens)
+    return MemoryPlan(
+        utilization, batched_tokens, num_seqs, model_len, weights_gib, vision_gib, text_gib, kv_gib, kv_tokens
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -119,3 +136,18 @@ def needed_gib(shape: ModelShape, max_pixels: int) -> float:
     """Return the free GPU memory that a model needs at least, in steps of a quarter GiB."""
     sizes = (number / 4 for number in count(1))
     return next(gib for gib in sizes if plan_memory(shape, gib, gib, max_pixels, MIN_CONTEXT).fits)
+
+
+def memory_table(shape: ModelShape, max_pixels: int, context: int) -> list[str]:
+    """Return the lines of a table of the memory that a model takes on each of CARDS_GIB, in GiB."""
+    lines = ["card  weights  vision step  text step  graphs  KV cache  cached tokens"]
+    for card in CARDS_GIB:
+        plan = plan_memory(shape, card, card, max_pixels, context)
+        cache = f"{plan.kv_gib:8.1f}  {plan.kv_tokens:13,}" if plan.fits else "does not fit"
+        steps = f"{plan.vision_gib:11.1f}  {plan.text_gib:9.1f}"
+        lines.append(f"{card:4}  {plan.weights_gib:7.1f}  {steps}  {GRAPHS_GIB:6.1f}  {cache}")
+    for variant, bits in VARIANTS.items():
+        smaller = shape.quantized(bits)
+        weights_gib, least_gib = smaller.weights_bytes / GIB, needed_gib(smaller, max_pixels)
+        lines.append(f"{variant}: {weights_gib:.1f} GiB of weights, needs {least_gib:g} GiB of free memory")
+    return lines

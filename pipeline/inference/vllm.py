@@ -49,6 +49,17 @@ GPU_SEQS, CPU_SEQS = 256, 32  # sequences in a step, if the memory of the GPU is
 MAX_TOKENS = 8192  # prompt and reply
 MAX_DECK_TOKENS = 16_384  # enough for 20 pages of 700 x 850 px (larger pages are scaled down)
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Python interpreter with vLLM
+# Patterns in vLLM's log, and what to do.
+ADVICE = {
+    "out of memory|no available memory for the cache|kv cache is needed|less than desired gpu memory": (
+        "end other programs on the GPU, or use a smaller or quantized model (`synth doctor`); "
+    ),
+    "execute_model timed out": (
+        "send fewer or smaller images at once: -- --max-num-batched-tokens 512 --max-num-seqs 4; "
+    ),
+    "no module named '?vllm": f"install vLLM here, or set {VLLM_PYTHON} to an interpreter that has it; ",
+    "unrecognized arguments": "a flag after -- is not a flag of vLLM; ",
+}
 _GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # an entry in CUDA_VISIBLE_DEVICES
 _PARALLEL = re.compile(  # flags that give several GPUs to one server
     r"(?:^| )(?:-([tpd])p|--(t|p|d)(?:ensor|ipeline|ata)[-_]parallel[-_]size)[= ]([1-9]\d*)\b"
@@ -402,8 +413,8 @@ class Server:
         lines = [line for line in tail.splitlines() if "Traceback" not in line]
         errors = [line for line in lines if "Error" in line or "error:" in line]
         last_error = f": {' '.join(errors[-1].split())[-300:]}" if errors else ""
-        hint = f"see the log {self.launch.log}; the usual cause is too little free GPU memory: `synth doctor`"
-        return EngineError(f"{problem}{last_error}", hint=hint)
+        advice = next((text for sign, text in ADVICE.items() if re.search(sign, tail, re.IGNORECASE)), "")
+        return EngineError(f"{problem}{last_error}", hint=f"{advice}see the log {self.launch.log}")
 
 
 def open_log(path: Path) -> io.FileIO:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.inference.memory import QWEN_3B, ModelShape, needed_gib, plan_memory
+from pipeline.inference.memory import CARDS_GIB, QWEN_3B, ModelShape, memory_table, needed_gib, plan_memory
 from pipeline.tasks.base import MAX_PIXELS
 
 # The published values of Qwen2.5-VL-3B-Instruct that decide its memory.
@@ -28,22 +28,27 @@ def test_shape_of_the_default_model_is_that_of_its_config() -> None:
 
 
 @pytest.mark.parametrize(
-    ("card_gib", "batched_tokens", "num_seqs", "kv_tokens"),
+    ("card_gib", "fits", "batched_tokens", "num_seqs"),
     [
-        (8, 2048, 16, 0),
-        (12, 4096, 32, 72_788),
-        (16, 8192, 64, 164_029),
-        (24, 16_384, 128, 346_511),
-        (40, 16_384, 256, 775_262),
-        (80, 16_384, 512, 1_845_326),
+        (8, False, 2048, 16),
+        (12, True, 4096, 32),
+        (16, True, 8192, 64),
+        (24, True, 16_384, 128),
+        (40, True, 16_384, 256),
+        (80, True, 16_384, 512),
     ],
 )
 def test_plan_of_the_default_model_grows_with_the_card(
-    card_gib: int, batched_tokens: int, num_seqs: int, kv_tokens: int
+    card_gib: int,
+    fits: bool,  # noqa: FBT001
+    batched_tokens: int,
+    num_seqs: int,
 ) -> None:
     plan = plan_memory(QWEN_3B, card_gib, card_gib, MAX_PIXELS, 8192)
-    assert (plan.batched_tokens, plan.num_seqs, plan.kv_tokens) == (batched_tokens, num_seqs, kv_tokens)
-    assert plan.fits == (kv_tokens > 0) and plan.model_len == 8192
+    assert (plan.fits, plan.batched_tokens, plan.num_seqs) == (fits, batched_tokens, num_seqs)
+    used_gib = plan.weights_gib + max(plan.vision_gib, plan.text_gib) + plan.kv_gib
+    assert used_gib < 0.92 * card_gib
+    assert not fits or plan.model_len == 8192
 
 
 def test_memory_of_other_programs_is_left_to_them() -> None:
@@ -57,5 +62,12 @@ def test_context_is_shortened_to_the_cache() -> None:
     assert 4096 <= plan.model_len == plan.kv_tokens < 128_000
 
 
-def test_default_model_needs_9_gib() -> None:
+def test_table_states_each_card_and_quantized_variants() -> None:
+    title, *lines = memory_table(QWEN_3B, MAX_PIXELS, 8192)
+    assert title.startswith("card  weights") and len(lines) == len(CARDS_GIB) + 2
+    assert ["does not fit" in line for line in lines] == [True, *[False] * 7]
+    assert lines[-2:] == [
+        "FP8: 4.4 GiB of weights, needs 6.5 GiB of free memory",
+        "AWQ: 3.2 GiB of weights, needs 5.25 GiB of free memory",
+    ]
     assert needed_gib(QWEN_3B, MAX_PIXELS) == 9.25

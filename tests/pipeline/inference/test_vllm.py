@@ -107,17 +107,33 @@ Server(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
 """
 
 
-def test_server_that_exits_at_start_is_reported_with_its_last_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("printed", "what", "hint"),
+    [
+        (
+            "ValueError: no such model",
+            "code 3 while it was starting: ValueError: no",
+            "see the log",
+        ),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "quantized model"),
+        ("ValueError: Free memory is less than desired GPU memory utilization", "Free", "other programs"),
+        ("TimeoutError: RPC call to execute_model timed out.", "timed out", "--max-num-batched-tokens"),
+        ("ModuleNotFoundError: No module named 'vllm'", "No module named 'vllm'", "SYNTH_VLLM_PYTHON"),
+        (
+            "error: unrecognized arguments: --warp",
+            "arguments: --warp",
+            "a flag after -- is not a flag of vLLM",
+        ),
+    ],
+)
+def test_server_that_exits_at_start_is_reported_with_its_last_error(
+    tmp_path: Path, printed: str, what: str, hint: str
+) -> None:
     (tmp_path / "log").write_text("TimeoutError: of an earlier run\n")
-    code = "print('ValueError: a'); print('ValueError: no such model'); raise SystemExit(3)"
-    with pytest.raises(EngineError, match="with code 3 while it was starting: ValueError: no such") as caught:
-        asyncio.run(start(stub(tmp_path, code)))
-    assert "of an earlier run" not in str(caught.value) and str(tmp_path / "log") in caught.value.hint
-    other = stub(tmp_path, "print('error: unrecognized arguments: --warp'); raise SystemExit(2)")
-    with pytest.raises(
-        EngineError, match="code 2 while it was starting: error: unrecognized arguments: --warp"
-    ):
-        asyncio.run(start(other))
+    with pytest.raises(EngineError) as caught:
+        asyncio.run(start(stub(tmp_path, f"print({printed!r}); raise SystemExit(3)")))
+    assert what in str(caught.value) and "of an earlier run" not in str(caught.value)
+    assert hint in caught.value.hint and str(tmp_path / "log") in caught.value.hint
 
 
 def test_failed_start_of_one_server_stops_the_other_servers(tmp_path: Path) -> None:
