@@ -48,21 +48,19 @@ class LocalExecutor:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def read(self, limit: int | None) -> bool:
+    def read(self) -> None:
         """See Executor."""
         assert self._reader is not None
-        has_more = self._reader.read(limit)
-        if self.plan.config.images is None:
-            self._reader.finish()
-        return has_more
+        self._reader.read(self.plan.config.limit)
+        self._reader.finish()
 
     def each(self, work: ShardWork) -> None:
         """See Executor."""
         work(self.dataset, self._services)
 
     def wait(self) -> None:
-        """See Executor. Unloads the models, unless more images or further models of a ladder may be asked."""
-        if self.plan.config.images is None and self.plan.requests.num_rungs == 1:
+        """See Executor. Unloads the models, unless further models of a ladder may be asked."""
+        if self.plan.requests.num_rungs == 1:
             self._engine.close()
 
     def begin_pass(self, escalations: str) -> None:

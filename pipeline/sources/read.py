@@ -119,9 +119,9 @@ def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion])
     if not all(revisions):
         return secrets.token_hex(32)
     settings = config.model_dump(mode="json", include={*READ_SETTINGS})
-    limit: int | str | None = None
+    limit: int | None = None
     if find_source(config.source).is_endless:
-        limit = config.limit if config.images is None else "images"
+        limit = config.limit
     compared = [config.keeps_human_texts, choose_image_kind(config), list(config.exclude)]
     captions = [file_digest(path) for path in config.captions if path.exists()]
     facts = [source.name, source.license, revisions, settings, captions, limit, compared, has_heif()]
@@ -129,10 +129,7 @@ def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion])
 
 
 class SourceReader:
-    """Reads the samples of a source into a dataset folder. The caller must hold the folder's lock.
-
-    With `--images N`, each run starts at the first image again, and takes known images from the parts.
-    """
+    """Reads the samples of a source into a dataset folder. The caller must hold the folder's lock."""
 
     def __init__(
         self,
@@ -158,7 +155,7 @@ class SourceReader:
 
         Raises SourceError if no sample is left.
         """
-        result = self._find_result(limit) if self.config.images is None else None
+        result = self._find_result(limit)
         is_new = result is None
         if result is not None:
             message = f"read: {result['images']:,} images were read by an earlier run and are not read again"
@@ -166,7 +163,7 @@ class SourceReader:
         else:
             result = self._read_rows(limit)
         self._require_samples(is_new=is_new)
-        described = self._describe(is_preview=result["has_more"] and self.config.images is None)
+        described = self._describe(is_preview=result["has_more"])
         is_recorded = is_done(self.dataset, "read", self._key)
         if not is_recorded or read_record(self.dataset, "read").get("source") != described:
             kept, rejected = count_rows(self.dataset, "read")
@@ -300,10 +297,8 @@ class SourceReader:
         self._exclusion_index = ExclusionIndex.of(
             read_exclusions(self.dataset), choose_image_kind(self.config)
         )
-        # With --images, a reading is never recorded as complete. The next run reads failed parts again.
-        keeps_failures = self.config.images is None
         key = digest([self._key, state["excluded_sha256"]])
-        parts = SourceParts(folder, key, self._store, keeps_failures)
+        parts = SourceParts(folder, key, self._store)
         self._opened = self.source.read(max(0, parts.num_rows - 1))
         if parts.num_rows:
             last = next(self._opened, None)
@@ -312,7 +307,7 @@ class SourceReader:
             else:
                 self.close()
                 remove(folder)
-                parts = SourceParts(folder, key, self._store, keeps_failures)
+                parts = SourceParts(folder, key, self._store)
                 self._opened = self.source.read(0)
         self._new_rows = self._opened
         self._part_rows = (row for table in parts.tables() for row in table.to_pylist())
@@ -391,13 +386,12 @@ class SourceParts:
     A part is a Parquet file with samples in source order and a JSON file, which is written last. The JSON
     file holds the rejected rows, the number of source rows so far, and the last row's name. At the start, the
     first unusable part and all later parts are removed. A part is unusable if it has another key, is damaged,
-    lacks images, or has temporary failures in more than half of its rows, or any without `keeps_failures`.
+    lacks images, or has temporary failures in more than half of its rows.
     """
 
     folder: Path
     key: str  # digest of what determines the samples
     store: ImageStore
-    keeps_failures: bool
     num_rows: int = 0  # source rows so far
     last_row: str = ""
     rejected: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # (position, SOURCE_REJECTED)
@@ -476,8 +470,7 @@ class SourceParts:
             is_valid = record["key"] == self.key and record["sha256"] == sha256
             num_rows = record["rows"] - self.num_rows
             failures = sum(row["reason"] in PASSING_REASONS for _, row in record["rejected"])
-            max_failures = num_rows // 2 if self.keeps_failures else 0
-            is_usable = is_valid and num_rows > 0 and failures <= max_failures and self._has_images(number)
+            is_usable = is_valid and num_rows > 0 and failures <= num_rows // 2 and self._has_images(number)
             return record if is_usable else None
         except (OSError, ValueError, LookupError, TypeError, SynthError):
             return None
