@@ -47,7 +47,7 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
     stats = RequestStats()
     # Known texts are asked about the same share of images as in the real run.
     size = LADDER_IMAGES if plan.requests.num_rungs > 1 else SAMPLED_IMAGES
-    images = config.images or config.limit or source.count() or size
+    images = config.limit or source.count() or size
     calibration = math.ceil(min(1.0, size / images) * config.verify.calibration)
     changes = {"verify": config.verify.model_copy(update={"calibration": calibration})}
     with translate_disk_errors(folder.path), folder.lock():
@@ -56,9 +56,8 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
         with run_trial(plan, sample.rows, stats, progress, changes) as trial:
             funnel = trial.funnel
             ladder = trial.version.manifest.get("ladder", []) if trial.version else []
-    is_endless = config.images is not None and plan.spec.is_endless
-    total = None if is_endless else source.count()
-    if total is None and not (config.limit or config.images) and sample.new == size:
+    total = source.count()
+    if total is None and not config.limit and sample.new == size:
         progress.warn("the number of images is unknown: this estimates the sample only; pass --limit N")
     choices = {step.name for step in steps_of(plan) if step.is_choice}
     estimate = _scale_counts(sample, funnel, total, config, stats, choices)
@@ -153,7 +152,6 @@ def _scale_counts(
     # --limit counts only images that the read step keeps, but `total` counts all rows.
     scales = [total / read.input] if total is not None and read.input else []
     scales += [config.limit / read.kept] if config.limit and read.kept else []
-    scales += [config.images / kept_images] if config.images and kept_images else []
     scale = min(scales, default=1.0)
     images = round(read.kept * scale)
     unanswered_frac = sample.new / (sample.new + sample.complete) if sample.new else 0.0

@@ -33,9 +33,6 @@ from pipeline.tasks import Tasks
 from pipeline.tasks.checks import REPAIR
 from pipeline.types import Engine, Source
 
-# The image limit of an endless source, such as drawn scenes.
-ENDLESS = 1 << 31
-
 
 class Model(NamedTuple):
     """A model of a run: its publishable name and its revision."""
@@ -107,9 +104,6 @@ class Plan:
         if is_remote(dataset.path) and not in_cluster:
             hint = "pass a local folder, or use --executor ray"
             raise ConfigError(f"only --executor ray can write to {out}", hint=hint)
-        if in_cluster and config.images is not None:
-            hint = "set how many images to read instead: --limit N"
-            raise ConfigError("--images is not supported by --executor ray", hint=hint)
         plan = cls.resolve(config, dataset)
         check_requests(plan.requests, plan.config.verify)
         with translate_disk_errors(dataset.path):
@@ -117,7 +111,7 @@ class Plan:
             # Report a damaged version now, not at the end of the run.
             dataset.versions()
         with skip_digests() if is_trial else nullcontext():
-            source = open_source(reading_settings(plan))
+            source = open_source(plan.config)
         for text in source.messages:
             progress.message(text)
         engines = {name: _choose_engine(plan, name, progress) for name in plan.model_names}
@@ -233,13 +227,6 @@ def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
 
     progress.warn(f"{problem}: continuing with the stored replies; stops at the first new request")
     return EngineChoice("vllm", model["name"], model["revision"], fail, of_model.base_url)
-
-
-def reading_settings(plan: Plan) -> Config:
-    """Return the settings for opening the source. With `--images N`, the source may be read to its end."""
-    if plan.config.images is None:
-        return plan.config
-    return plan.config.model_copy(update={"limit": ENDLESS if plan.spec.is_endless else None})
 
 
 def refuse_other_source(dataset: DatasetDir, config: Config) -> None:

@@ -41,8 +41,8 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
     assert plan.source is not None
     rows: list[Sample | Rejected] = []
     # Up to the last of `number` usable images.
-    for row in plan.source.rows:
-        rows.append(row)
+    for source_row in plan.source.rows:
+        rows.append(source_row)
         if len({one.id for one in rows if isinstance(one, Sample)}) == number:
             break
     progress.message(describe_start(plan))

@@ -1,6 +1,5 @@
 """Run all steps in order, from the images of a source to a version of a dataset."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,11 +20,11 @@ from pipeline.inference.queue import RequestStats
 from pipeline.logs import log_to
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
-from pipeline.steps import ask, balance, dedupe, read, review, select, split, trim, validate, verify, write
+from pipeline.steps import ask, balance, dedupe, read, review, select, split, validate, verify, write
 from pipeline.steps import filter as filter_
 from pipeline.steps.base import BUG_HINT, Executor, RowStep, Step, Work
 from pipeline.steps.ladder import climb
-from pipeline.storage.files import read_batches, remove, translate_disk_errors, write_json
+from pipeline.storage.files import remove, translate_disk_errors, write_json
 from pipeline.types import Rejected, Sample
 
 STEPS: tuple[Step, ...] = (
@@ -37,15 +36,10 @@ STEPS: tuple[Step, ...] = (
     select.STEP,
     dedupe.STEP,
     balance.STEP,
-    trim.STEP,
     split.STEP,
     review.STEP,
     write.STEP,
 )
-# A run with --images stops if it keeps a smaller share of the images, because every image costs requests.
-MIN_YIELD = 0.05
-# Factor for the number of further images to read, so that fewer rounds are needed.
-SURPLUS = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +58,8 @@ def run(
 ) -> RunResult:
     """Run every step whose inputs have changed, and return the version.
 
-    Steps before `first` are skipped. With --images N, more of the source is read until N images are kept. The
-    caller holds the lock of the dataset folder. Raises SynthError on failure. Finished work stays on disk.
+    Steps before `first` are skipped. The caller holds the lock of the dataset folder. Raises SynthError on
+    failure. Finished work stays on disk.
     """
     steps = steps_of(plan)
     names = [step.name for step in steps]
@@ -73,20 +67,13 @@ def run(
     write_json(plan.dataset.run_file, plan.config.recorded())
     for shard in (plan.dataset, *executor.shards):
         forget_other_steps(shard, names)
-    limit = plan.config.limit if plan.config.images is None else plan.config.images
-    work = Work(plan, executor, progress, limit)
-    while True:
-        rest = todo
-        if first == read.STEP.name and plan.requests.num_rungs > 1:
-            run_steps(work, todo[:1])
-            rest = todo[1:]
-            repeated = rest[: names.index(verify.STEP.name)]
-            climb(work, [step for _, step in repeated], stats, partial(run_steps, work, repeated))
-        run_steps(work, rest)
-        if first != read.STEP.name or (limit := _next_limit(work)) is None:
-            break
-        work.limit = limit
-        stats.begin_pass()
+    work = Work(plan, executor, progress)
+    if first == read.STEP.name and plan.requests.num_rungs > 1:
+        run_steps(work, todo[:1])
+        todo = todo[1:]
+        repeated = todo[: names.index(verify.STEP.name)]
+        climb(work, [step for _, step in repeated], stats, partial(run_steps, work, repeated))
+    run_steps(work, todo)
     # The last pass of a ladder has no checks of replaced texts.
     stats.total = max(stats.total, stats.attempts.total())
     work.summaries = [step.summarize(work) for step in steps[:-1]]
@@ -178,7 +165,7 @@ def run_trial(
     try:
         plan.dataset.journal.parent.mkdir(exist_ok=True)
         trial.journal.parent.symlink_to(plan.dataset.journal.parent.absolute(), target_is_directory=True)
-        config = plan.config.model_copy(update={"exclude": (), "limit": None, "images": None, **changes})
+        config = plan.config.model_copy(update={"exclude": (), "limit": None, **changes})
         source = replace(plan.source, read=lambda start: iter(rows[start:]), count=lambda: None)
         plan = replace(plan, config=config, dataset=trial, source=source)
         try:
@@ -189,36 +176,3 @@ def run_trial(
         yield done
     finally:
         remove(trial.path)
-
-
-def _next_limit(work: Work) -> int | None:
-    config = work.plan.config
-    if config.images is None or work.limit is None:
-        return None
-    # The review step may still reject some of these images.
-    ids: set[str] = set()
-    for shard in work.executor.shards:
-        for table in read_batches(shard.step_file(trim.STEP.name), ["sample_id"]):
-            ids.update(table["sample_id"].to_pylist())
-    return next_limit(config, work.limit, len(ids), work.progress, has_more=work.has_more)
-
-
-def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has_more: bool) -> int | None:
-    """Return how many images to read in total, or None to stop. `kept` of `limit` images read were kept."""
-    assert config.images is not None
-    if kept >= config.images:
-        return None
-    so_far = f"{kept:,} of {config.images:,} images were kept from {limit:,} images read"
-    if not has_more:
-        progress.warn(f"{kept:,} of {config.images:,} images were kept: {config.source} has no more images")
-    elif limit == config.limit:
-        progress.warn(f"{so_far}, and --limit allows no more")
-    elif kept < MIN_YIELD * limit:
-        advice = "find out why the others were rejected, fix the cause, and run the same command"
-        progress.warn(f"{so_far}, which is too few to read more. To continue, {advice}")
-    else:
-        missing = math.ceil((config.images - kept) * limit / kept * SURPLUS)
-        next_images = min(limit + missing, config.limit or limit + missing)
-        progress.message(f"{so_far}: reading more, up to image {next_images:,}")
-        return next_images
-    return None

@@ -97,8 +97,6 @@ OPTIONS = (
         "Leave out the images of this source, e.g. flickr30k#test. Repeatable.", metavar="SOURCE[#SPLIT]"),
     RunOption("--limit", int, IMAGES, "Stop after reading N images.", min=1, default="all, of scenes 1000",
         is_common=True),
-    RunOption("--images", int, IMAGES, "Read on until exactly N images are kept.", min=1,
-        default="all that were read"),
     RunOption("--every", float, IMAGES, "Seconds between two frames of a video.", "frame_seconds",
         metavar="SECONDS", default="5"),
     RunOption("--license", str, IMAGES, "License of your own images, such as cc-by-4.0.", metavar="NAME"),

@@ -81,8 +81,6 @@ class Config(Section):
     """Read files outside of the folder that links in it lead to. They are published with the dataset."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Stop after reading this many images. Null reads all images (`scenes`: 1000)."""
-    images: Annotated[int, Field(ge=1)] | None = None
-    """Keep exactly this many images, and read as many as that takes. Null keeps all images."""
     frame_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Seconds between two frames of a video. Null uses 5."""
     seed: int = 0
@@ -161,8 +159,6 @@ class Config(Section):
             yield "human_texts: fill needs a model to write the missing texts, but tasks: none uses no model"
         if not self.tasks and self.human_texts == "compare":
             yield "no texts would be made: set tasks, or keep human texts (human_texts: keep)"
-        if self.limit is not None and self.images is not None and self.limit < self.images:
-            yield f"images: {self.images} is more than limit: {self.limit}"
         if name := _first_repeated(task.name for task in self.custom_tasks):
             yield f"two custom tasks have the name {name}"
         if "_type" in self.context:

@@ -29,40 +29,31 @@ class LocalExecutor:
     def __init__(self, plan: Plan, stats: RequestStats, progress: Progress) -> None:
         self.plan, self.dataset = plan, plan.dataset
         self.shards = [plan.dataset]
-        self._stack = ExitStack()
         self._engine = ExitStack()
         engine = self._engine.enter_context(open_engines(plan.engines.__getitem__))
         self._services = Services(plan.dataset, engine, stats, progress)
-        self._reader: SourceReader | None = None
 
     def __enter__(self) -> "LocalExecutor":
         if self.plan.source is not None:
-            self._reader = SourceReader(
-                self.dataset, self.plan.config, self.plan.source, self._services.progress
-            )
-            self._stack.callback(self._reader.close)
             import_shard_replies(self.dataset)
-        self._stack.push(self._engine)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        self._engine.close()
 
-    def read(self, limit: int | None) -> bool:
+    def read(self) -> None:
         """See Executor."""
-        assert self._reader is not None
-        has_more = self._reader.read(limit)
-        if self.plan.config.images is None:
-            self._reader.close()
-        return has_more
+        plan = self.plan
+        assert plan.source is not None
+        SourceReader(self.dataset, plan.config, plan.source, self._services.progress).read(plan.config.limit)
 
     def each(self, work: ShardWork) -> None:
         """See Executor."""
         work(self.dataset, self._services)
 
     def wait(self) -> None:
-        """See Executor. Unloads the models, unless more images or further models of a ladder may be asked."""
-        if self.plan.config.images is None and self.plan.requests.num_rungs == 1:
+        """See Executor. Unloads the models, unless further models of a ladder may be asked."""
+        if self.plan.requests.num_rungs == 1:
             self._engine.close()
 
     def begin_pass(self, escalations: str) -> None:

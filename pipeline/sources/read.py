@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +113,9 @@ def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion])
     if not all(revisions):
         return secrets.token_hex(32)
     settings = config.model_dump(mode="json", include={*READ_SETTINGS})
-    limit: int | str | None = None
+    limit: int | None = None
     if find_source(config.source).is_endless:
-        limit = config.limit if config.images is None else "images"
+        limit = config.limit
     compared = [config.keeps_human_texts, choose_image_kind(config), list(config.exclude)]
     captions = [file_digest(path) for path in config.captions if path.exists()]
     facts = [source.name, source.license, revisions, settings, captions, limit, compared, has_heif()]
@@ -124,10 +123,7 @@ def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion])
 
 
 class SourceReader:
-    """Reads the samples of a source into a dataset folder. The caller must hold the folder's lock.
-
-    With `--images N`, each run starts at the first image again, and takes known images from the parts.
-    """
+    """Reads the samples of a source into a dataset folder. The caller must hold the folder's lock."""
 
     def __init__(
         self,
@@ -141,29 +137,22 @@ class SourceReader:
         self.dataset, self.config, self.source, self.progress = dataset, config, source, progress
         self._exclusions = open_exclusions(config)
         self._key = reading_key(config, source, self._exclusions)
-        self._parts: SourceParts | None = None
-        self._part_rows: Iterator[dict[str, Any]] = iter(())
-        self._opened: Iterator[Sample | Rejected] = iter(())
-        self._new_rows = self._opened  # rows that are not in the parts
+        self._images = DuplicateImages()
         self._num_rows = 0  # source rows up to the last kept sample
 
-    def read(self, limit: int | None) -> bool:
-        """Write up to `limit` samples, and return whether the source has more.
-
-        Raises SourceError if no sample is left.
-        """
-        earlier = self._find_result(limit) if self.config.images is None else None
+    def read(self, limit: int | None) -> None:
+        """Write up to `limit` samples. Raises SourceError if no sample is left."""
+        earlier = self._find_result(limit)
         result = earlier or self._read_rows(limit)
         if earlier:
             message = f"read: {earlier['images']:,} images were read by an earlier run and are not read again"
             self.progress.message(message)
         self._require_samples(is_new=not earlier)
-        described = self._describe(is_preview=result["has_more"] and self.config.images is None)
+        described = self._describe(is_preview=result["has_more"])
         if not earlier or read_record(self.dataset, "read")["source"] != described:
             kept, rejected = count_rows(self.dataset, "read")
             facts: dict[str, Any] = {"kept": kept, "rejected": rejected, "source": described}
             write_record(self.dataset, "read", self._key, **facts, result=result)
-        return bool(result["has_more"])
 
     def _describe(self, *, is_preview: bool) -> dict[str, Any]:
         """Return the provenance of the source. In a preview, only some of its images were read."""
@@ -179,11 +168,6 @@ class SourceReader:
             "near_bits": MAX_NEAR_BITS.get(kind or ""),
             **({"captions": [file_digest(path) for path in captions]} if captions else {}),
         }
-
-    def close(self) -> None:
-        """Stop reading the source, and end the processes that decode or render its files."""
-        if isinstance(self._opened, Generator):
-            self._opened.close()
 
     def _find_result(self, limit: int | None) -> dict[str, Any] | None:
         """Return the result of an earlier run if its files are unchanged and fit `limit`, else None."""
@@ -208,25 +192,25 @@ class SourceReader:
 
     def _read_rows(self, limit: int | None) -> dict[str, Any]:
         """Read rows from the parts and the source, write the step's files, and return the result."""
-        parts = self._parts = self._parts or self._open_source()
+        parts, new_rows = self._open_source()
         kept = self._images.kept
-        while (limit is None or len(kept) < limit) and (row := next(self._part_rows, None)) is not None:
+        part_rows = (row for table in parts.tables() for row in table.to_pylist())
+        while (limit is None or len(kept) < limit) and (row := next(part_rows, None)) is not None:
             self._images.add(row)
             self._num_rows = row[POSITION] + 1
-        if limit is None or len(kept) < limit:
-            self._num_rows = parts.num_rows
         try:
-            while limit is None or len(kept) < limit:
-                if (new := next(self._new_rows, None)) is None:
-                    break
-                parts.add(self._check(new), self._images)
+            if limit is None or len(kept) < limit:
                 self._num_rows = parts.num_rows
-                self.progress("read", len(kept), limit)
+                for new in new_rows:
+                    parts.add(self._check(new), self._images)
+                    self._num_rows = parts.num_rows
+                    self.progress("read", len(kept), limit)
+                    if len(kept) == limit:
+                        break
+            has_more = self._num_rows < parts.num_rows or next(new_rows, None) is not None
         finally:
             parts.write()
-        has_more = self._num_rows < parts.num_rows
-        if not has_more and (following := next(self._new_rows, None)) is not None:
-            has_more, self._new_rows = True, chain([following], self._new_rows)
+            new_rows.close()
         self.progress("read", len(kept), limit and len(kept))
         self._write_step(parts)
         return {"limit": limit, "images": len(kept), "has_more": has_more}
@@ -240,31 +224,32 @@ class SourceReader:
         name = self._exclusion_index.find(row)
         return Rejected(source_row=row.source_row, reason="banned_image", detail=name) if name else row
 
-    def _open_source(self) -> "SourceParts":
-        """Open the source, skip the rows in the parts, and return the parts.
+    def _open_source(self) -> tuple["SourceParts", Generator[Sample | Rejected]]:
+        """Open the source. Return the parts, and the rows that are not in the parts.
 
-        If the last of these rows is not in the same place, remove the parts (but not their images), and read
-        all rows again.
+        If the last row of the parts is not in the same place, remove the parts (but not their images), and
+        read all rows again.
         """
         _ = self._excluded  # writes the table that is read next
         kind = choose_image_kind(self.config)
         self._exclusion_index = ExclusionIndex(read_exclusions(self.dataset), kind)
         folder = self.dataset.step_file("read").with_name(PARTS_FOLDER)
         parts = SourceParts(folder, self._key, self._store)
-        self._opened = self.source.read(max(0, parts.num_rows - 1))
+        rows = self._rows_from(max(0, parts.num_rows - 1))
         if parts.num_rows:
-            last = next(self._opened, None)
+            last = next(rows, None)
             if last is not None and last.source_row == parts.last_row:
                 self.progress.message(f"read: resumes after {parts.num_rows:,} rows read by an earlier run")
             else:
-                self.close()
+                rows.close()
                 remove(folder)
                 parts = SourceParts(folder, self._key, self._store)
-                self._opened = self.source.read(0)
-        self._new_rows = self._opened
-        self._part_rows = (row for table in parts.tables() for row in table.to_pylist())
-        self._images = DuplicateImages()
-        return parts
+                rows = self._rows_from(0)
+        return parts, rows
+
+    def _rows_from(self, start: int) -> Generator[Sample | Rejected]:
+        """Yield the rows of the source. Closing it ends the processes that decode or render files."""
+        yield from self.source.read(start)
 
     def _write_step(self, parts: "SourceParts") -> None:
         """Write the kept samples, the near-duplicates and all rejected rows."""

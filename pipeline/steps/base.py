@@ -92,8 +92,8 @@ class Executor(Protocol):
     def shards(self) -> Sequence[DatasetDir]:
         """The dataset folders of all shards, in the order of their rows."""
 
-    def read(self, limit: int | None) -> bool:
-        """Read the source until `limit` images are kept, and return whether the source has more images."""
+    def read(self) -> None:
+        """Read the source, up to the limit of images in the settings."""
 
     def begin_pass(self, escalations: str) -> None:
         """Prepare to repeat the steps. `escalations` is a digest of what further models are asked."""
@@ -113,16 +113,11 @@ class Executor(Protocol):
 
 @dataclass(slots=True)
 class Work:
-    """The state of a run, which the steps read and update.
-
-    `limit` is the maximum number of images to read, or None. `summaries` has one entry per finished step.
-    """
+    """The state of a run, which the steps read and update. `summaries` has one entry per finished step."""
 
     plan: Plan
     executor: Executor
     progress: Progress
-    limit: int | None
-    has_more: bool = False
     summaries: list[StepSummary] = field(default_factory=list)
     version: Version | None = None
     is_new: bool = False

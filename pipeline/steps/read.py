@@ -9,7 +9,7 @@ class ReadStep(Step):
 
     def run(self, work: Work, before: str) -> None:  # noqa: ARG002
         """See Step."""
-        work.has_more = work.executor.read(work.limit)
+        work.executor.read()
 
 
 STEP = ReadStep("read", unit="images", advice=ADVICE)

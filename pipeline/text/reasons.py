@@ -52,10 +52,9 @@ IN_WORDS = {
     # select
     "same_as_the_best": "equals the best caption of this image and style",
     "not_the_best": "another caption of this image and style is better",
-    # dedupe, balance, trim, version
+    # dedupe, balance, version
     "duplicate": "duplicate of another text of this image",
     "answer_too_common": "too many similar questions have this answer",
-    "beyond_images": "more images than requested",
     "no_annotation_left": "all texts of this image were rejected",
 }
 

@@ -3,7 +3,6 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -45,20 +44,10 @@ def test_different_spelling_of_one_folder_is_the_same_source(
         refuse_other_source(DatasetDir(tmp_path), config)
 
 
-@pytest.mark.parametrize(
-    ("settings", "out", "in_cluster", "problem"),
-    [
-        ({}, "s3://bucket/name", False, "only --executor ray can write to s3://bucket/name"),
-        ({"images": 5}, "d", True, "--images is not supported by --executor ray"),
-    ],
-)
-def test_option_of_another_executor_is_refused(
-    settings: dict[str, Any], out: str, *, in_cluster: bool, problem: str
-) -> None:
-    config = resolve(source="scenes", **settings)
-    folder = parse_dataset_path(out)
-    with pytest.raises(ConfigError, match=problem):
-        Plan.open(config, folder, NullProgress(), in_cluster=in_cluster)
+def test_object_store_without_a_cluster_is_refused() -> None:
+    folder = parse_dataset_path("s3://bucket/name")
+    with pytest.raises(ConfigError, match="only --executor ray can write to s3://bucket/name"):
+        Plan.open(resolve(source="scenes"), folder, NullProgress())
 
 
 def test_missing_vllm_is_an_error_before_a_dataset_is_begun_but_stored_replies_need_none(

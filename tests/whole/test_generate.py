@@ -43,7 +43,7 @@ def test_repeated_run_sends_no_request_and_writes_nothing(whole: Whole) -> None:
     folder, printed = whole
     version = DatasetDir(folder).version()
     funnel = {step["step"]: step for step in version.manifest["funnel"]}
-    assert list(funnel) == [step.name for step in STEPS if step.name not in ("select", "trim")]
+    assert list(funnel) == [step.name for step in STEPS if step.name != "select"]
     for step in funnel.values():
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
     assert funnel["read"]["input"] == SCENES

@@ -71,21 +71,16 @@ class RayExecutor:
         """See Executor."""
         return self.run.shards
 
-    def read(self, limit: int | None) -> bool:
+    def read(self) -> None:
         """See Executor. The workers take the samples of their shards from the list of all samples."""
         run, plan = self.run, self.run.plan
         assert plan.source is not None
         store = ShardedImageStore(run)
-        reader = SourceReader(plan.dataset, plan.config, plan.source, self.progress, store)
-        try:
-            has_more = reader.read(limit)
-        finally:
-            reader.close()
+        SourceReader(plan.dataset, plan.config, plan.source, self.progress, store).read(plan.config.limit)
         samples = [output_digest(plan.dataset, "read", name) for name in OUTPUTS]
         models = [plan.describe_models(), run.files]
         self._read_key = digest([run.shard_count, samples, code_digest(), plan.config.recorded(), models])
         self.run = replace(run, key=self._read_key)
-        return has_more
 
     def begin_pass(self, escalations: str) -> None:
         """See Executor. The shards are filled again."""

@@ -19,7 +19,6 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir, sample_batches
 from pipeline.dataset.images import ImageStore
 from pipeline.errors import SourceError
-from pipeline.plan import Plan, reading_settings
 from pipeline.sources import open_source
 from pipeline.sources import read as read_step
 from pipeline.sources.read import READ_SETTINGS, SourceReader
@@ -29,7 +28,7 @@ from tests.notes import Notes
 from tests.pipeline.images import test_similarity
 
 # Settings that are part of the key in another form, such as digests of files.
-KEYED_OTHERWISE = ["limit", "images", "seed", "exclude", "captions", "human_texts", "dedupe"]
+KEYED_OTHERWISE = ["limit", "seed", "exclude", "captions", "human_texts", "dedupe"]
 LATER_SETTINGS = [
     "title",
     "drop_context",
@@ -91,10 +90,10 @@ class Reading:
     def __init__(self, dataset: Path, config: Config, *, stop_at: int | None = None) -> None:
         self.starts: list[int] = []
         self.notes = Notes()
-        source = open_source(reading_settings(Plan.resolve(config, DatasetDir(dataset))))
+        source = open_source(config)
         opened = replace(source, read=lambda start: self._rows(source, start, stop_at))
         self.reader = SourceReader(DatasetDir(dataset), config, opened, self.notes)
-        self.has_more = self.reader.read(config.limit if config.images is None else config.images)
+        self.reader.read(config.limit)
 
     def _rows(self, source: Source, start: int, stop_at: int | None) -> Iterator[Sample | Rejected]:
         self.starts.append(start)
@@ -178,7 +177,7 @@ def test_unchanged_source_is_not_read_again(photos: Path, tmp_path: Path) -> Non
     before = contents(tmp_path / "d")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*.*")}
     again = Reading(tmp_path / "d", settings(photos, generate={"caption_styles": ["alt"]}, title="Bowls"))
-    assert again.starts == [] and not again.has_more
+    assert again.starts == []
     assert again.notes.texts[0] == "read: 33 images were read by an earlier run and are not read again"
     assert contents(tmp_path / "d") == before
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*.*")} == written
@@ -193,8 +192,6 @@ def test_unchanged_source_is_not_read_again(photos: Path, tmp_path: Path) -> Non
         ({}, {"limit": 10}, [39]),  # only the last row is read, to compare it with the parts
         ({"limit": 10}, {"limit": 10}, []),
         ({"limit": 10}, {}, [11]),
-        ({"images": 10}, {"images": 8}, [11]),
-        ({"limit": 10}, {"images": 10}, [11]),
     ],
 )
 def test_reading_after_changed_settings_equals_a_new_reading(
@@ -250,20 +247,6 @@ def test_source_without_rows_is_an_error(tmp_path: Path) -> None:
     reader = SourceReader(DatasetDir(tmp_path / "d"), config, open_source(config), Notes())
     with pytest.raises(SourceError, match=r"no image of .* can be used; it is empty"):
         reader.read(None)
-
-
-def test_growing_images_limit_reads_each_row_once(photos: Path, tmp_path: Path) -> None:
-    config = settings(photos, images=8)
-    reading = Reading(tmp_path / "d", config)
-    assert reading.has_more and reading.reader.read(20) and not reading.reader.read(100)
-    assert reading.starts == [0]
-    Reading(tmp_path / "whole", settings(photos))
-    assert all(rows(tmp_path / "d", name) == rows(tmp_path / "whole", name) for name in FILES)
-    again = Reading(tmp_path / "d", config)  # begins with the first eight images again
-    assert again.starts == [39] and again.has_more
-    Reading(tmp_path / "first", settings(photos, images=8))
-    assert all(rows(tmp_path / "d", name) == rows(tmp_path / "first", name) for name in FILES)
-    assert again.reader.read(20) and again.starts == [39]
 
 
 def test_source_without_revision_is_read_each_time(photos: Path, tmp_path: Path) -> None:
