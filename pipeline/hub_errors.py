@@ -67,7 +67,7 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
             problem = f"the Hub at {ENDPOINT} does not answer, and {name} is not in the cache"
             return f"{problem}: {one_line(error.__cause__ or error)}", ""
         case httpx2.TransportError() | ConnectionError() | TimeoutError():
-            return f"the Hub at {ENDPOINT} does not answer: {one_line(error)}", ""
+            return f"the Hub at {ENDPOINT} does not answer: {one_line(error)} ({name})", ""
         case errors.HfHubHTTPError() if error.response.status_code == 401:
             return "the Hub rejects the token", LOGIN_HINT
         case errors.HfHubHTTPError() if error.response.status_code == 403:
