@@ -74,11 +74,11 @@ class Review(_NamedText):
     @model_validator(mode="after")
     def _check_fields_of_verdict(self) -> "Review":
         if (self.verdict == "bad") != (self.reason is not None):
-            raise ValueError("the verdict bad needs a reason, and no other verdict may have one")
+            raise ValueError("the verdict `bad` needs a reason, and no other verdict may have one")
         if self.verdict == "edited" and (self.text is None) == (self.question is None or self.answer is None):
-            raise ValueError("the verdict edited needs a new text, or a new question and answer")
+            raise ValueError("the verdict `edited` needs a new text, or a new question and answer")
         if self.verdict != "edited" and any(getattr(self, name) is not None for name in EDITABLE):
-            raise ValueError("only the verdict edited may have a new text")
+            raise ValueError("a new text is allowed only with the verdict `edited`")
         return self
 
     @property

@@ -63,7 +63,7 @@ def test_written_reviews_are_read_back_unchanged(tmp_path: Path) -> None:
         ),
         (
             review("A.", "edited", text="B.").model_dump_json().replace("edited", "good"),
-            "only the verdict edited may have a new text",
+            "a new text is allowed only with the verdict `edited`",
         ),
         (review("A.", "good").model_dump_json(exclude_defaults=True)[:-1] + ', "color": "red"}', "color"),
     ],

@@ -174,7 +174,7 @@ def test_batch_has_one_prompt_and_at_most_the_given_size() -> None:
     assert sorted(r.id for group in batches for r in group) == sorted(r.id for r in requests)
 
 
-def test_image_that_keep_if_drops_loses_all_texts_and_human_ones(tmp_path: Path) -> None:
+def test_image_rejected_by_keep_if_loses_model_and_human_texts(tmp_path: Path) -> None:
     task = {"name": "kind", "kind": "labels", "prompt": "Look.", "keep_if": "'blank' not in results.kind"}
     styles = {"caption_styles": ["plain", "brief"]}
     config = resolve(source="folder:x", tasks=["caption"], custom_tasks=[task], generate=styles)
