@@ -58,6 +58,7 @@ BUSY_STATUSES = (408, 409, 425, 429, 503)
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose server may be down for minutes
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run
+MAX_LONG_WAITS = 3  # a request is abandoned after more waits than this that are longer than its patience
 MAX_FAULTS = 5  # a request is abandoned after this many errors from healthy servers
 MAX_CRASHES = 2  # a request is abandoned if more servers crash while it is in flight
 FIRST_BACKOFF_SECONDS = 0.5
@@ -380,10 +381,11 @@ def backoff_s(failures: int) -> float:
 class RetryState:
     """Counts the failures of one request. Methods return the seconds until a retry, or None to give up."""
 
-    patience_s: float  # give up at a busy answer that comes this long after the first one
+    patience_s: float  # give up this long after the first busy answer, or after the end of a long wait
     faults: int = 0  # errors from healthy servers
     crashes: int = 0  # servers that crashed while the request was in flight
     busy: int = 0
+    long_waits: int = 0  # longer than `patience_s`
     _gives_up_at: float | None = field(default=None)
 
     @property
@@ -398,7 +400,11 @@ class RetryState:
         if now > self._gives_up_at:
             return None
         self.busy += 1
-        return min(stated_s or backoff_s(self.busy), MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
+        wait_s = min(stated_s or backoff_s(self.busy), MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
+        if wait_s > self.patience_s and self.long_waits < MAX_LONG_WAITS:
+            self.long_waits += 1
+            self._gives_up_at = now + wait_s + self.patience_s
+        return wait_s
 
     def after_fault(self) -> float | None:
         """Count an error from a healthy server."""
