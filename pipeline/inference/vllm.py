@@ -252,6 +252,12 @@ def vllm_python() -> str | None:
     return os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else None)
 
 
+def cannot_run(python: str, error: OSError) -> EngineError:
+    """Return the error to raise when an interpreter does not start."""
+    hint = f"set {VLLM_PYTHON} to an interpreter that has vLLM"
+    return EngineError(f"cannot run {python}: {error.strerror}", hint=hint)
+
+
 def has_gpu() -> bool:
     """Return whether this process can use an NVIDIA GPU."""
     return bool(visible_gpus())
@@ -375,8 +381,7 @@ class Server:
                     start_new_session=True,
                 )
             except OSError as error:
-                hint = f"set {VLLM_PYTHON} to an interpreter that has vLLM"
-                raise EngineError(f"cannot run {self.launch.python}: {error.strerror}", hint=hint) from None
+                raise cannot_run(self.launch.python, error) from None
         self._reaper_pipe = _start_reaper(self._process.pid)
         started = time.monotonic()
         while await status_of(f"{self.root}/health", socket_path=self.socket) != 200:
