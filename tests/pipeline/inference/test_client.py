@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import resource
 import signal
 import threading
 import time
@@ -110,20 +109,6 @@ def test_failed_request_is_sent_again_and_counts_as_one_attempt(tmp_path: Path, 
     assert errors == {None: ASKED}
     assert counts.attempts == {1: ASKED}
     assert len(chat.bodies) == ASKED + len(SAMPLES)
-
-
-@pytest.mark.parametrize(
-    ("limits", "changed"),
-    [((1024, -1), [(65_536, -1)]), ((1024, 4096), [(4096, 4096)]), ((100_000, -1), []), ((-1, -1), [])],
-)
-def test_limit_of_open_files_is_raised_and_never_lowered(
-    limits: tuple[int, int], changed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sets: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
-    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: sets.append(pair))
-    client.raise_file_limit()
-    assert sets == changed
 
 
 @pytest.mark.parametrize(("kind", "servers"), [(VLLM, 1), (VLLM, 2), (PROXY, 1)])
