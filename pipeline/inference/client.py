@@ -31,12 +31,7 @@ from pipeline.inference.endpoints import (
     request_headers,
 )
 from pipeline.inference.probing import probe_server
-from pipeline.inference.protocol import (
-    RequestImages,
-    RetryState,
-    ServerBusyError,
-    ServerFaultError,
-)
+from pipeline.inference.protocol import RequestImages, RetryState, ServerBusyError, ServerFaultError
 from pipeline.inference.vllm import Server, VllmCommand, run_servers
 from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource

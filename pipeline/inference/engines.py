@@ -201,12 +201,7 @@ def _embedded(folder: Path, revision: str) -> Engine:
 
 
 def _start_vllm(
-    model: str,
-    find_folder: Callable[[], Path],
-    revision: str,
-    config: Config,
-    log: Path,
-    progress: Progress,
+    model: str, find_folder: Callable[[], Path], revision: str, config: Config, log: Path, progress: Progress
 ) -> Engine:
     server = config.server.model_copy(update={"enforced_schema": True})
     pixels, decks = _request_plan(config).largest_pixels, holds_decks(config)
