@@ -148,13 +148,11 @@ def serve(
     server = settings.server.model_copy(update={"flags": (*settings.server.flags, *flags)})
     with show_progress() as progress:
         command = plan_server(settings.model or LARGE, server, progress)
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError as error:
-            problem = f"cannot listen on 127.0.0.1:{port}: {error.strerror}"
-            raise EngineError(problem, hint="choose another port: --port") from None
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        problem = f"port {port} cannot be used: {os.strerror(error.errno or 0)}"
+        raise EngineError(problem, hint="choose another port: --port") from None
     say(f"use the server with:\n  export SYNTH_API_KEY={command.api_key}")
     say(f"  synth generate --base-url http://127.0.0.1:{port}/v1 --source ...")
     arguments = [command.python, *command.arguments, "--host", "127.0.0.1", "--port", str(port)]

@@ -39,7 +39,6 @@ OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but 
     )
 )  # fmt: skip
 
-
 # The unit of bounding boxes by a regular expression for lower-case model names. Source: model cards.
 BOX_UNITS: dict[str, BoxUnit] = {
     r"qwen2[._]?5[-_]?vl|caprl-3b": "pixels",
@@ -126,9 +125,7 @@ def pick_engine(config: Config) -> tuple[str, str]:
 
 
 def _no_engine() -> Engine:
-    raise EngineError(
-        "internal error: a run without a model has a request to send", hint="please report this bug"
-    )
+    raise EngineError("internal error: a run without a model sends a request", hint="please report this bug")
 
 
 def _require_drawn_images(config: Config) -> None:

@@ -107,9 +107,7 @@ def plan_servers(
     """
     python = vllm_python()
     if python is None:
-        hint = (
-            f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or pass a server: --base-url"
-        )
+        hint = f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or use --base-url"
         raise EngineError("vLLM is not installed here", hint=hint)
     gpus, size = visible_gpus(), count_gpus(server.flags)
     if len(gpus) % size:

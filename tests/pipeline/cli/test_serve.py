@@ -59,7 +59,7 @@ def test_taken_port_and_missing_interpreter_end_serve_with_an_error(
     context: Any = SimpleNamespace(args=[])
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(EngineError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+        with pytest.raises(EngineError, match=f"port {port} cannot be used: Address already in use"):
             serve(context, "tiny", port)
     assert "SYNTH_API_KEY" not in capsys.readouterr().err
     with pytest.raises(EngineError, match="cannot run /nonexistent/python: No such file"):
