@@ -47,9 +47,8 @@ class ModelShape(NamedTuple):
         if config.get("model_type") not in QWEN_TYPES:
             return None
         text, vision = config.get("text_config") or config, config["vision_config"]
-        hidden, intermediate, layers = (
-            text[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
-        )
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+        hidden, intermediate, layers = (text[name] for name in names)
         heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
         head = text.get("head_dim") or hidden // heads
         linear = layers * hidden * (2 * heads * head + 2 * kv_heads * head + 3 * intermediate)

@@ -332,11 +332,8 @@ class RequestImages:
             kind, data = sendable_format(image, request.max_pixels), image
             if kind is None:
                 data = await loop.run_in_executor(self._pool, reencode, image, request.max_pixels)
-            values = (
-                (kind or "jpeg").encode(),
-                base64.b64encode(data),
-                hashlib.sha256(data).hexdigest().encode(),
-            )
+            uuid = hashlib.sha256(data).hexdigest().encode()
+            values = (kind or "jpeg").encode(), base64.b64encode(data), uuid
             part = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
             encoded.append(part)
         self._encoded_count += 1

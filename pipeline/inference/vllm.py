@@ -388,9 +388,8 @@ class Server:
                 raise self._error(f"vLLM exited with code {code} while it was starting")
             if seconds > self.launch.server.startup_timeout_s:
                 raise self._error(f"vLLM did not start within {self.launch.server.startup_timeout_s:.0f} s")
-            self._progress.message(
-                f"vLLM is starting: {seconds:.0f} s; log: {self.launch.log}", transient=True
-            )
+            state = f"vLLM is starting: {seconds:.0f} s; log: {self.launch.log}"
+            self._progress.message(state, transient=True)
             await asyncio.sleep(0.5)
         self._progress.message(f"vLLM is ready after {time.monotonic() - started:.0f} s")
 
