@@ -373,7 +373,7 @@ class Client:
         is_gateway_alone = answer.status in protocol.GATEWAY_STATUSES and await endpoint.is_healthy()
         if answer.status in protocol.BUSY_STATUSES or is_gateway_alone:
             endpoint.report_busy(answer.status, message, self.progress.warn)
-            raise ServerBusyError(protocol.parse_retry_after(answer.headers.get("Retry-After", "")))
+            raise ServerBusyError(answer.headers.get("Retry-After", ""))
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {message}")
         if answer.status >= 400:

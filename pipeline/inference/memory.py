@@ -5,11 +5,9 @@ CUDA graphs, and the larger peak of two profiling steps: one of the vision tower
 figures are estimates from shapes.
 """
 
-import json
 from collections.abc import Mapping
 from itertools import count
 from math import ceil, floor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 GIB = 2**30
@@ -124,11 +122,6 @@ def plan_memory(
     return MemoryPlan(
         utilization, batched_tokens, num_seqs, model_len, weights_gib, vision_gib, text_gib, kv_gib, kv_tokens
     )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the values of a model's config.json."""
-    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
 def needed_gib(shape: ModelShape, max_pixels: int) -> float:

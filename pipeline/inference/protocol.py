@@ -77,11 +77,11 @@ class ServerFaultError(Exception):
 
 
 class ServerBusyError(Exception):
-    """Raised when a server is busy. `wait_s` is the number of seconds that it asks to wait, or None."""
+    """Raised when a server is busy. `wait_s` are the seconds in its header Retry-After, or None."""
 
-    def __init__(self, wait_s: float | None = None) -> None:
+    def __init__(self, retry_after: str) -> None:
         super().__init__("the server is too busy")
-        self.wait_s = wait_s
+        self.wait_s = float(retry_after) if _SECONDS.fullmatch(retry_after) else None
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
@@ -415,8 +415,3 @@ class RetryState:
         """Count a server crash while the request was in flight."""
         self.crashes += 1
         return None if self.crashes > MAX_CRASHES else 0.0
-
-
-def parse_retry_after(header: str) -> float | None:
-    """Return the seconds to wait from a Retry-After header, or None if it states no number of seconds."""
-    return float(header) if _SECONDS.fullmatch(header) else None

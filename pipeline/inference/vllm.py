@@ -33,7 +33,6 @@ from pipeline.inference.memory import (
     choose_utilization,
     needed_gib,
     plan_memory,
-    read_config,
 )
 from pipeline.progress import Progress
 from pipeline.tasks.base import MAX_PAGES
@@ -211,7 +210,7 @@ def _plan_limits(
     Raises EngineError if the model does not fit the GPU, unless the user's flags change its memory.
     """
     try:
-        config = read_config(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         shape = ModelShape.of(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
         text = config.get("text_config") or config
         context = int(text.get("max_position_embeddings") or MIN_TOKENS)
