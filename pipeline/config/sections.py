@@ -270,8 +270,8 @@ class ServerConfig(Section):
     request_timeout_s: float = Field(default=600, gt=0)
     """Seconds to wait for a reply."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
-    """Requests in flight. Null uses a quarter above `--max-num-seqs` of vLLM started here, 128 for another
-    vLLM server, and 32 for any other server.
+    """Requests in flight. Null uses a quarter above `--max-num-seqs` of vLLM started here, and 32 to 128 for
+    another server, by its speed.
     """
     key_env: KeyVariable | None = None
     """Environment variable with the key of the servers. Null uses `SYNTH_API_KEY`, or `OPENAI_API_KEY` for

@@ -70,7 +70,7 @@ def _tasks_of(plan: Plan, name: str) -> str:
 
 
 def describe_requests(plan: Plan) -> str:
-    """Return the number of requests per image without those of --verify and --judge."""
+    """Return the number of requests per image, and the maximum number of those that check its texts."""
     requests, verify = plan.requests, plan.config.verify
     if not requests.pairs:
         return ""
