@@ -481,7 +481,7 @@ def _repeats_parts(text: str) -> bool:
         if max(starts.values()) > MAX_EQUAL_PARTS:
             return True
     parts = text.lower().split(", ")
-    # Parts that name the same object begin with the same letters, which are faster to compare.
+    # Parts that name the same object begin with the same two letters (objects of one letter are ignored).
     if max(Counter(part[:2] for part in parts).values()) <= MAX_EQUAL_PARTS:
         return False
     objects = Counter(_PLACE.split(part, maxsplit=1)[0] for part in parts)
