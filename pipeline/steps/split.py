@@ -78,23 +78,18 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None
 def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> pa.Table:
     """Return the split group of each image group. Images with related source names share a split group."""
     db = comparison.db
-    rows = (
-        table
-        for shard in comparison.shards
-        for table in read_batches(shard.step_file("read"), ("sample_id", "source_row"))
-    )
     key_of = partial(name_key, by=by)
     names = (
         pa.table([table["sample_id"], map_distinct(table["source_row"], key_of)], schema=NAMES)
-        for table in rows
+        for shard in comparison.shards
+        for table in read_batches(shard.step_file("read"), ("sample_id", "source_row"))
     )
     load(db, "names", names, NAMES)
     load(db, "members", comparison.rows.batches("image_group", "sample_id"), MEMBERS)
-    pairs = db.sql(
-        "SELECT DISTINCT image_group, key FROM members JOIN names USING (sample_id) WHERE key <> ''"
-    )
+    query = "SELECT DISTINCT image_group, key FROM members JOIN names USING (sample_id) WHERE key <> ''"
+    tables = read(db.sql(query))
     groups = join_groups(
-        pair for table in read(pairs) for pair in zip(*map(pa.ChunkedArray.to_pylist, table), strict=True)
+        pair for table in tables for pair in zip(*map(pa.ChunkedArray.to_pylist, table), strict=True)
     )
     return pa.table([list(groups), list(groups.values())], schema=NAMED_GROUPS)
 

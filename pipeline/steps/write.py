@@ -71,10 +71,8 @@ def write_rows(
     rejected = pa.table([writer.rejected, reasons], schema=REJECTED)
     write_table(shard.step_file(NAME, "rejected"), [rejected], REJECTED)
     files = {step: require_file(shard.step_file(step, "rejected")) for step in steps}
-    rejections = [
-        list_rejections(step, table) for step, file in files.items() for table in read_batches(file)
-    ]
-    rejections.append(list_rejections(NAME, rejected))
+    tables = ((step, table) for step, file in files.items() for table in read_batches(file))
+    rejections = [list_rejections(*one) for one in (*tables, (NAME, rejected))]
     write_table(shard.step_file(NAME, "rejections"), rejections, REJECTIONS)
     write_table(shard.step_file(NAME, "digests"), writer.digests, DIGESTS)
     writer.digests.clear()
