@@ -22,7 +22,7 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.output import echo, print_run_result, say, show
 from pipeline.errors import did_you_mean
-from pipeline.progress import show_progress
+from pipeline.progress import WARNING, show_progress
 
 if TYPE_CHECKING:
     from pipeline.check import Checked
@@ -122,6 +122,8 @@ def export(
         done = export_version(version, kind, folder, **choices, progress=progress)
     without_text = f"; skipped {done.without_text:,} images without a text" if done.without_text else ""
     say(f"wrote {done.images:,} images{without_text}")
+    if opening and not done.has_opening:
+        say(f"note: no caption begins with {opening.strip()!r}", WARNING)
     for phrase, share in done.phrases.items():
         say(f"note: {100 * share:.0f} % of the captions have {phrase!r}, which a LoRA learns with {trigger}")
     show(

@@ -390,7 +390,8 @@ def _stored(item: Item) -> dict[str, Any]:
 def _cauldron_rows(item: Item) -> list[dict[str, Any]]:
     """Return an image with its turns and the ratings of a judge, as in The Cauldron and FineVision."""
     texts = [{"user": question, "assistant": answer} for question, answer in item.turns]
-    rated = [item.scores.get(answer) or item.scores.get(question) or {} for question, answer in item.turns]
+    keys = [turn[0] if turn in item.questions else turn[1] for turn in item.turns]
+    rated = [item.scores.get(key) or {} for key in keys]
     row: dict[str, Any] = {"images": [_stored(item)], "texts": texts}
     for name, score in RATINGS.items():
         ratings = [scores.get(score) for scores in rated]
