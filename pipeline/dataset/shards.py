@@ -4,6 +4,7 @@ Pages of texts end by content and pixels are not compressed. So Xet, which dedup
 chunks, sends only the changed parts of a later version.
 """
 
+from bisect import bisect_right
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,8 @@ from pipeline.storage.files import open_writer
 from pipeline.tables import with_features
 
 GROUP_ROWS, TEXT_GROUP_ROWS = 64, 4_096  # rows in a row group with and without images
-GROUP_BYTES, SHARD_BYTES = 16_000_000, 300_000_000  # a row group or shard ends at these sizes
+# A row group of several rows has at most GROUP_BYTES, and a shard ends at SHARD_BYTES.
+GROUP_BYTES, SHARD_BYTES = 16_000_000, 300_000_000
 # Parquet column names of the pixels in a version and in an image store.
 IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 
@@ -31,9 +33,11 @@ class SplitWriter:
     def add(self, table: pa.Table) -> None:
         """Add rows, and write each row group that is complete."""
         rows = pa.concat_tables([self._group, table.select(self.schema.names).cast(self.schema)])
-        while rows.num_rows >= self.group_rows or rows.nbytes >= GROUP_BYTES:
-            self._write_group(rows.slice(0, self.group_rows))
-            rows = rows.slice(self.group_rows)
+        while rows.num_rows >= self.group_rows or rows.nbytes > GROUP_BYTES:
+            counts = range(1, min(self.group_rows, rows.num_rows) + 1)
+            count = max(1, bisect_right(counts, GROUP_BYTES, key=lambda count: rows.slice(0, count).nbytes))
+            self._write_group(rows.slice(0, count))
+            rows = rows.slice(count)
         self._group = rows
 
     def close(self) -> None:
