@@ -80,9 +80,11 @@ def write_report(version: Version, folder: Path) -> Path:
         script_hashes=[script_hash(script) for script in scripts],
     )
     page = folder / "report.html"
-    if page.exists() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:4096]:
-        hint = "move it away: the report would overwrite it"
-        raise ConfigError(f"{page} is not a report written by synth", hint=hint)
+    if page.exists():
+        with page.open(encoding="utf-8", errors="replace") as file:
+            if GENERATOR not in file.read(4096):
+                hint = "move it away: the report would overwrite it"
+                raise ConfigError(f"{page} is not a report written by synth", hint=hint)
     write_text(page, text)
     return page
 
