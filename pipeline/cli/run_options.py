@@ -114,7 +114,7 @@ OPTIONS = (
     RunOption("--only-missing", bool, TEXTS, "Keep human texts, and ask the model for the missing ones.",
         "human_texts", value="fill"),
     RunOption("--language", str, TEXTS,
-        "Language of prompts and texts. Others are rejected, unless it is any.", "filter.language",
+        "Language of prompts and texts, or any. Texts in other languages are rejected.", "filter.language",
         metavar="CODE", default="en"),
     RunOption("--styles", str, TEXTS, "Styles: plain, detailed, dense, brief, alt, tags, ocr, or your own.",
         "generate.caption_styles", metavar="NAME,...", read=read_names, is_common=True,

@@ -1,4 +1,4 @@
-"""The schema of a manifest. Versions may be untrusted, so every key that code computes with is checked here."""
+"""The schema of a manifest. Versions may be untrusted, so all names, counts and shares are checked here."""
 
 from typing import Annotated, Any
 

@@ -29,8 +29,8 @@ MAX_COUNTED = 1000  # captions in which phrases are counted
 class Exported:
     """The folder of an export, the number of exported images, and the number of images `without_text`.
 
-    `phrases` has the shares of phrases that most captions of a LoRA have in common. `has_opening` states whether
-    a caption had the opening to remove.
+    `phrases` has the shares of phrases that most captions of a LoRA have in common. `has_opening` states
+    whether a caption had the opening to remove.
     """
 
     folder: Path

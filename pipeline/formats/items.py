@@ -110,7 +110,7 @@ def choose_texts(item: Item, *, style: str | None, trigger: str, opening: str, o
 
 
 def remove_opening(text: str, opening: str) -> str:
-    """Return a text without these words at its beginning, in upper or lower case, unless nothing else is left."""
+    """Return a text without these words at its beginning, in upper or lower case, unless nothing is left."""
     rest = text[len(opening) :]
     if not opening or text[: len(opening)].lower() != opening.lower() or rest[:1].isalnum():
         return text
