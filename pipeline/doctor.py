@@ -42,12 +42,14 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Run all checks, in the order in which to fix failures."""
+    title = f"GiB that {LARGE} takes on GPUs of several sizes, estimated from its shape"
+    memory = [title, *memory_table(QWEN_3B, MAX_PIXELS, MAX_TOKENS)]
     return [
         Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}"),
         *(_extra(name) for name in EXTRAS),
         _vllm(),
         _gpu(),
-        _memory(),
+        Finding("memory", True, f"\n{' ' * 18}".join(memory)),
         _engine("scenes"),
         _engine("folder:PATH"),
         _hub(),
@@ -95,12 +97,6 @@ def _gpu() -> Finding:
     is_enough = free_gib >= LARGE_GIB
     hint = f"{LARGE} needs {LARGE_GIB:g} GiB of free GPU memory: end other programs that use the GPU"
     return Finding("gpu", is_enough, summary, "" if is_enough else hint)
-
-
-def _memory() -> Finding:
-    title = f"GiB that {LARGE} takes on GPUs of several sizes, estimated from its shape"
-    lines = [title, *memory_table(QWEN_3B, MAX_PIXELS, MAX_TOKENS)]
-    return Finding("memory", True, f"\n{' ' * 18}".join(lines))
 
 
 def _engine(source: str) -> Finding:

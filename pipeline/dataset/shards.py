@@ -5,6 +5,7 @@ chunks, sends only the changed parts of a later version.
 """
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,14 +32,11 @@ class SplitWriter:
         self._shards, self._shard_bytes = 0, 0
 
     def add(self, table: pa.Table) -> None:
-        """Add rows, and write each row group that is complete."""
+        """Add rows, and write each row group that is complete. The last one stays in memory."""
         rows = pa.concat_tables([self._group, table.select(self.schema.names).cast(self.schema)])
-        while rows.num_rows >= self.group_rows or rows.nbytes > GROUP_BYTES:
-            counts = range(1, min(self.group_rows, rows.num_rows) + 1)
-            count = max(1, bisect_right(counts, GROUP_BYTES, key=lambda count: rows.slice(0, count).nbytes))
-            self._write_group(rows.slice(0, count))
-            rows = rows.slice(count)
-        self._group = rows
+        *complete, self._group = [*split_into_groups(rows, self.group_rows, GROUP_BYTES)] or [rows]
+        for group in complete:
+            self._write_group(group)
 
     def close(self) -> None:
         """Write the rows still in memory, and finish the last shard."""
@@ -60,6 +58,16 @@ class SplitWriter:
         if self._writer:
             self._writer.close()
             self._writer = None
+
+
+def split_into_groups(rows: pa.Table, max_rows: int, max_bytes: int) -> Iterator[pa.Table]:
+    """Yield slices of at most `max_rows` rows and at most `max_bytes`. A larger row comes alone."""
+    while rows.num_rows:
+        count = min(max_rows, rows.num_rows)
+        if rows.slice(0, count).nbytes > max_bytes:
+            count = max(1, bisect_right(range(1, count), max_bytes, key=lambda n: rows.slice(0, n).nbytes))
+        yield rows.slice(0, count)
+        rows = rows.slice(count)
 
 
 def pixel_chunk(file: pq.ParquetFile, number: int, leaf: str) -> tuple[int, int] | None:

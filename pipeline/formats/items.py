@@ -133,18 +133,14 @@ def read_items(
     prompts = value_prompts(version.manifest)
     unused = ("pages", "source", "context")
     names = [name for name in columns if name not in unused]
-    counts = Counter(_source_names(version)) if source_names else Counter()
+    counts = Counter[str]()  # of file names in lower case, since some file systems ignore case
+    for _, batch in version.batches(["source_row"]) if source_names else ():
+        counts.update(file_name_of(row).casefold() for row in batch["source_row"].to_pylist())
     for split, batch in version.batches(names, ITEM_BATCH, splits):
         for row in batch.to_pylist():
             name = file_name_of(row["source_row"]) if source_names else ""
             name = name if counts[name.casefold()] == 1 else ""
             yield replace(_make_item(row, split, own, name), value_turns=[*value_turns(row, prompts)])
-
-
-def _source_names(version: Version) -> Iterator[str]:
-    """Yield each row's file name in lower case, since some file systems ignore case."""
-    for _, batch in version.batches(["source_row"]):
-        yield from (file_name_of(row).casefold() for row in batch["source_row"].to_pylist())
 
 
 def file_name_of(source_row: str) -> str:
