@@ -65,9 +65,8 @@ def _extra(name: str) -> Finding:
         except PackageNotFoundError:
             missing.append(package)
     problem = f"missing: {', '.join(missing)}; " if missing else ""
-    return Finding(
-        name, not missing, problem + ", ".join(installed), install_command(name) if missing else ""
-    )
+    hint = install_command(name) if missing else ""
+    return Finding(name, not missing, problem + ", ".join(installed), hint)
 
 
 def _vllm() -> Finding:
@@ -119,9 +118,8 @@ def _hub() -> Finding:
     if get_token() is None:
         hint = "run `hf auth login`; only `synth push` and gated data need a token"
         return Finding("hub", False, f"no token for {ENDPOINT}", hint)
-    return Finding(
-        "hub", True, f"a token for {ENDPOINT} is set; the first push shows whether it has write access"
-    )
+    result = f"a token for {ENDPOINT} is set; the first push shows whether it has write access"
+    return Finding("hub", True, result)
 
 
 def _disk() -> Finding:

@@ -59,9 +59,7 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
             preview.page = folder.path / "preview.html"
             write_report(trial.version, trial.plan.dataset.path).replace(preview.page)
             for shown in chain.from_iterable(read_rows(trial.version, SPLITS, None, number)):
-                texts = [
-                    " ".join(text[name] for name in TEXT_FIELDS if name in text) for text in shown["texts"]
-                ]
+                texts = (" ".join(filter(None, map(text.get, TEXT_FIELDS))) for text in shown["texts"])
                 preview.images.setdefault(shown["from"], []).extend((text, None) for text in texts)
         for loss in read_rejected(trial.plan.dataset.path):
             if loss["what"]:

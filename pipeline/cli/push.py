@@ -163,11 +163,8 @@ def send(
         say("note: the existing repository is private, and stays private", WARNING)
     if pushed.warning:
         say(f"warning: {pushed.warning}", WARNING)
-    say(
-        f"pushed {pushed.tag} as {pushed.commit}"
-        if pushed.is_new
-        else f"nothing to do: {pushed.tag} already exists"
-    )
+    done = f"pushed {pushed.tag} as {pushed.commit}"
+    say(done if pushed.is_new else f"nothing to do: {pushed.tag} already exists")
     result = {"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}
     show(result, as_json, "url")
     return pushed

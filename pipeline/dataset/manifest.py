@@ -72,7 +72,7 @@ def describe_provenance(
     settings = publishable_settings(config, tasks, source["name"], model["name"])
     kind, _, path = config.source.partition(":")
     folder = Path(path).name if kind == "folder" else ""
-    has_title = folder != ".." and re.fullmatch(TITLE, folder)
+    title = config.title or (folder if folder != ".." and re.fullmatch(TITLE, folder) else None)
     return {
         "source": {
             name: source[name] for name in ("name", "revision", "partial", "preview") if name in source
@@ -82,9 +82,7 @@ def describe_provenance(
         "schemas": {task.name: wire_schema(task) for task in asked},
         # The digests of caption files are from the read step, since a later run may not have the files.
         "config": settings | {"captions": source.get("captions", [])},
-        **describe_data(
-            config.license, config.title or (folder if has_title else None), config.filter.language
-        ),
+        **describe_data(config.license, title, config.filter.language),
     }
 
 

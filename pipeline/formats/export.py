@@ -5,8 +5,8 @@ An export is written to a hidden folder next to its destination, and renamed whe
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pipeline.dataset.content import frequent_phrases
 from pipeline.dataset.publishing import write_self_contained
@@ -63,9 +63,8 @@ def export_version(
     # This also refuses names such as `.`, for which no lock file can be created.
     _require_new(out)
     if (source_names or absolute) and kind in TABLES:
-        raise ConfigError(
-            f"the format {kind} has no files of images", hint="leave out --names and --absolute"
-        )
+        hint = "leave out --names and --absolute"
+        raise ConfigError(f"the format {kind} has no files of images", hint=hint)
     busy = ConfigError(f"another process is exporting to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
@@ -78,14 +77,12 @@ def export_version(
         if kind == PARQUET:
             write_self_contained(version, draft, splits)
         else:
-            choose = partial(
-                choose_texts, style=style, trigger=trigger, opening=opening, only_one=kind == "sidecar"
-            )
+            choices: dict[str, Any] = {"style": style, "trigger": trigger, "opening": opening}
             image_root = f"{out.absolute().as_posix()}/" if absolute else ""
             writer, written = FORMATS[kind](draft, image_root), 0
             items = read_items(version, splits, source_names=source_names)
             for number, original in enumerate(items, start=1):
-                item = choose(original)
+                item = choose_texts(original, **choices, only_one=kind == "sidecar")
                 written += writer.add(item)
                 has_opening = has_opening or any(
                     remove_opening(text, opening) != text

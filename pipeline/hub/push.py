@@ -134,9 +134,8 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
             f"{repo} already has {remote['version']}, which is newer than {package.name}", hint=hint
         )
     if not remote and files - {*NEW_REPO_FILES}:
-        raise PushError(
-            f"{repo} has files that synth did not push", hint="push to a new or an empty repository"
-        )
+        hint = "push to a new or an empty repository"
+        raise PushError(f"{repo} has files that synth did not push", hint=hint)
     # Each attempt needs new operations. An operation remembers the branch at its upload, and would skip a
     # file as unchanged although the branch has changed since.
     additions = [CommitOperationAdd(path, content) for path, content in package.files.items()]
