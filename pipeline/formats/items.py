@@ -86,8 +86,8 @@ def choose_texts(item: Item, *, style: str | None, trigger: str, opening: str, o
     """Return an item with only the captions and pairs of a style.
 
     Without a style, all captions are kept, or with `only_one` the preferred caption. The style ALL keeps all.
-    `opening` is removed from the captions. Then `trigger` is prepended. A caption that a model and a human
-    wrote after that counts as a model's.
+    `opening` is removed from the captions. Then `trigger` is prepended. If a model's caption is then equal to
+    a human one, both count as written by the model.
     """
 
     def edit(text: str) -> str:
