@@ -7,9 +7,8 @@ from typing import Literal
 
 from pipeline.errors import SynthError, one_line
 
-# ORG/NAME, or ORG/NAME@REVISION.
 LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
-HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")  # ORG/NAME, or ORG/NAME@REVISION
 
 
 @contextmanager

@@ -169,7 +169,15 @@ def doctor(
 ) -> None:
     """Check packages, engines, memory, disk and network of this machine."""
     if list_sources:
-        _print_sources(as_json=as_json)
+        from pipeline.sources import SOURCES
+
+        if as_json:
+            echo(json.dumps([source.describe() for source in SOURCES]))
+            return
+        for source in SOURCES:
+            echo(f"{source.name:<14} {source.what}")
+            echo(f"{'':<14} {source.example}")
+            echo(f"{'':<14} license: {source.license}; needs: {source.needs}")
         return
     from pipeline.doctor import examine
 
@@ -181,15 +189,3 @@ def doctor(
         echo(f"{'ok  ' if finding.is_ok else 'no  '} {finding.name:<12} {finding.result}")
         if finding.hint:
             echo(f"     {'':<12} {finding.hint}")
-
-
-def _print_sources(*, as_json: bool) -> None:
-    from pipeline.sources import SOURCES
-
-    if as_json:
-        echo(json.dumps([source.describe() for source in SOURCES]))
-        return
-    for source in SOURCES:
-        echo(f"{source.name:<14} {source.what}")
-        echo(f"{'':<14} {source.example}")
-        echo(f"{'':<14} license: {source.license}; needs: {source.needs}")

@@ -105,10 +105,8 @@ def read_lines(path: Path) -> list[Line]:
         if text.lstrip().startswith("["):
             text = "\n".join(map(json.dumps, read_verdicts_of_tools(text)))
     except (OSError, ValueError, UnsafeFileError) as error:
-        raise ConfigError(
-            f"cannot read {path}: {error}",
-            hint="export the reviews again from `synth report` or the other tool",
-        ) from None
+        hint = "export the reviews again from `synth report` or the other tool"
+        raise ConfigError(f"cannot read {path}: {error}", hint=hint) from None
     lines: list[Line] = []
     # `splitlines` would also split at other line separators, which texts may contain.
     for number, line in enumerate(text.split("\n"), start=1):
