@@ -54,9 +54,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1, "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
     "photos-lm": {
-        "batch_size": 64, "align_frac": 0.33, "align_lr": 1e-3, "connector_lr": 2e-4, "lr_floor_frac": 0.02,
-        "lora_rank": 32, "epochs": 3, "evaluations": 8, "evaluate_images": 1_000, "patience": 3,
-        "num_beams": 3, "text_weights": {"detailed": 0.3},
+        "batch_size": 64, "gradient_accumulation_steps": 8, "align_frac": 0.33, "align_lr": 1e-3,
+        "connector_lr": 2e-4, "lr_floor_frac": 0.02, "lora_rank": 32, "epochs": 3, "evaluations": 8,
+        "evaluate_images": 1_000, "patience": 3, "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
 }  # fmt: skip
 
@@ -140,7 +140,7 @@ class TrainConfig(Section):
     batch_size: int = Field(default=32, ge=1)
     """Images per step."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Micro-batches per step and process. More of them need less memory."""
+    """Micro-batches per step and process. More of them need less memory. May change with `--resume`."""
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     lr_floor_frac: float = Field(default=0.1, ge=0, le=1)
@@ -152,7 +152,9 @@ class TrainConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy loss."""
     lora_rank: int = Field(default=0, ge=0)
-    """Rank of LoRA adapters for a language model. 0 trains all its weights."""
+    """Rank of LoRA adapters for a language model. Its blocks are then recomputed in the backward pass, which
+    saves memory. 0 trains all its weights.
+    """
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout of the adapters."""
     precision: Precision = "fp32"
@@ -213,8 +215,8 @@ class TrainConfig(Section):
         return self.text_weights.get(source, 1.0) * self.text_weights.get(style or "answer", 1.0)
 
     def digest_values(self) -> dict[str, Any]:
-        """Return all settings that affect results. The names of the preset and of `init` do not."""
-        return self.model_dump(mode="json", exclude={"preset", "init"})
+        """Return the settings that a resumed run must keep."""
+        return self.model_dump(mode="json", exclude={"preset", "init", "gradient_accumulation_steps"})
 
     def with_defaults(self, images: int) -> "TrainConfig":
         """Return a copy with derived values filled in for this number of training images."""

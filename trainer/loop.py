@@ -220,7 +220,7 @@ class Trainer:
                 loss.backward()
                 total += loss.detach()
         except torch.OutOfMemoryError:
-            hint = "set gradient_accumulation_steps, or a smaller batch_size, max_caption_tokens or decoder"
+            hint = "set more gradient_accumulation_steps (for --resume, in train.json), or a smaller decoder"
             raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
         return all_reduce_gradients(captioner, total)
 

@@ -75,7 +75,7 @@ class PretrainedDecoder(nn.Module):
     def add_adapters(self, rank: int, dropout: float) -> None:
         """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freezes other weights.
 
-        Raises TrainError if peft is not installed or supports no layer of the model.
+        If the model can, its blocks are recomputed in the backward pass. Raises TrainError if peft is not installed or supports no layer of the model.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -93,6 +93,8 @@ class PretrainedDecoder(nn.Module):
         except ValueError as error:
             hint = "train the whole model: --lora-rank 0"
             raise TrainError(f"this model does not support LoRA adapters: {error}", hint=hint) from None
+        if self.model.supports_gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def add_dropout(self, rate: float) -> None:
         """Add dropout to the embedding and to the outputs of attention and MLP. For Qwen3 models."""
