@@ -230,6 +230,15 @@ class PretrainedDecoder(nn.Module):
         inputs = {"inputs_embeds": embeds_BLD, "attention_mask": mask_BL}
         return generate_texts(self.model, decoding, max_tokens, eos_id, **inputs)
 
+    def require_beams(self, num_beams: int) -> None:
+        """Raise TrainError if the model does not support beam search, like some recurrent models."""
+        states_11D, prompt_11 = torch.zeros(1, 1, self.width), torch.zeros(1, 1, dtype=torch.long)
+        try:
+            self.generate(states_11D, prompt_11, DecodingConfig(num_beams), max_tokens=2, eos_id=0)
+        except MODEL_ERRORS as error:
+            problem = f"this decoder does not support {num_beams} beams: {one_line(error)[:200]}"
+            raise TrainError(problem, hint="set num_beams: 1, or choose another --decoder") from None
+
 
 def new_decoder(
     tokenizer: CaptionTokenizer, *, width: int, depth: int, heads: int

@@ -157,3 +157,15 @@ def test_generation_config_of_a_model_is_ignored() -> None:
     prompt = torch.tensor([[5, 6]] * 2)
     first, second = (model.eval().generate(prefix, prompt, GREEDY, 12, 2) for model in (given, saved))
     assert first == second
+
+
+@pytest.mark.parametrize(("family", "can_search"), [("qwen3", True), ("lfm2", True), ("rwkv", False)])
+def test_beam_search_is_refused_for_models_without_it(family: str, *, can_search: bool) -> None:
+    rwkv = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
+    decoder = PretrainedDecoder({"model_type": "rwkv", **rwkv}) if family == "rwkv" else decoder_of(family)
+    if can_search:
+        decoder.require_beams(3)
+    else:
+        with pytest.raises(TrainError, match="this decoder does not support 3 beams") as raised:
+            decoder.require_beams(3)
+        assert "num_beams: 1" in raised.value.hint
