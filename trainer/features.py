@@ -31,6 +31,7 @@ from trainer.runtime.devices import autocast
 
 BATCH_IMAGES = 64
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
+MIN_FREE_BYTES = 10**9  # that stored states leave on the disk
 SAVE_EVERY_S = 1.0  # each save of states waits for the disk twice
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
@@ -177,9 +178,9 @@ class _Store:
         return rows
 
     def require_room(self, count: int) -> None:
-        """Raise TrainError if `count` more records do not fit on the disk."""
+        """Raise TrainError if `count` more records would not leave MIN_FREE_BYTES on the disk."""
         num_bytes, free_bytes = count * self.record_bytes, shutil.disk_usage(self.path).free
-        if num_bytes > free_bytes:
+        if count and num_bytes > free_bytes - MIN_FREE_BYTES:
             need = f"the hidden states of {count:,} images take {num_bytes / 1e9:.1f} GB in {self.path}"
             hint = "use --encoder-states 2x2 for a quarter of it, or feature_storage: none to store nothing"
             raise TrainError(f"{need}, but {free_bytes / 1e9:.1f} GB are free", hint=hint)
