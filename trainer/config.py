@@ -37,7 +37,8 @@ DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-1
 FEW_IMAGES = 2_000  # with fewer images, a wide decoder memorizes the captions
 MAX_CAPTION_TOKENS = 8192  # also limits generation with untrusted checkpoints
 MAX_BEAMS, MAX_LENGTH_PENALTY = 64, 10.0  # with larger values, generation could take forever or overflow
-MAX_EPOCHS = 1_000_000
+MAX_EPOCHS, MAX_STAGE_FRAC = 1_000_000, 10.0
+MIN_EVALUATIONS = 4  # that a short run may have, although it has fewer epochs
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {},
@@ -71,7 +72,7 @@ def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
 
 
 class TrainConfig(Section):
-    """Settings of a training run. Widths are in features and lengths in tokens. Fractions are from 0 to 1.
+    """Settings of a training run. Widths are in features and lengths in tokens.
 
     A learning rate of 0 freezes a part of the model. None means a default for the encoder and decoder.
     """
@@ -106,15 +107,15 @@ class TrainConfig(Section):
     """Captions to learn: `synthetic`, `human` or `mixed`. The command uses those of the version."""
     text_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of tokens in the loss by style, by source (`human` or `synthetic`), or for answers (`answer`).
-    Weights of style and source are multiplied. Others have weight 1. Texts of weight 0 are not learned, for
-    example answers with `{answer: 0}`.
+    The weights of a text's style and source are multiplied. Names that are not set keep the weight of the
+    preset, or 1. Texts of weight 0 are not learned, for example answers with `{answer: 0}`.
     """
     max_caption_tokens: int | None = Field(default=None, ge=4, le=MAX_CAPTION_TOKENS)
     """Maximum tokens of a text. Longer texts are cut after a sentence. Null uses a limit that 99 % of the
     texts of each style fit: a multiple of 16, at most 256.
     """
-    align_frac: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
-    """Additional steps at the beginning that train the connector only, as a share of `steps`."""
+    align_frac: float = Field(default=0.0, ge=0, le=MAX_STAGE_FRAC)
+    """Additional steps before `steps` that train the connector only, as a multiple of `steps`, at most 10."""
     align_lr: float = Field(default=1e-3, gt=0)
     """Learning rate while only the connector is trained."""
     connector_lr: float | None = Field(default=None, ge=0)
@@ -129,9 +130,9 @@ class TrainConfig(Section):
     """Epochs. Not used if `steps` is set."""
     steps: int = Field(default=0, ge=0)
     """Optimizer steps, without those of `align_frac` and `scst_frac`. 0 uses `epochs`."""
-    scst_frac: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
-    """Additional steps of self-critical training at the end, which maximizes the CIDEr-D of sampled captions,
-    as a share of `steps`.
+    scst_frac: float = Field(default=0.0, ge=0, le=MAX_STAGE_FRAC)
+    """Additional steps of self-critical training after `steps`, which maximizes the CIDEr-D of sampled
+    captions, as a multiple of `steps`, at most 10.
     """
     scst_lr: float = Field(default=5e-5, gt=0)
     """Learning rate of self-critical training."""
@@ -162,7 +163,9 @@ class TrainConfig(Section):
     `tf32` for scenes or without support of bfloat16.
     """
     evaluations: int = Field(default=4, ge=1)
-    """Evaluations on the validation split, at equal intervals. Each stage also ends with one."""
+    """Maximum evaluations on the validation split, at equal intervals: also at most one per epoch, or four.
+    Each stage also ends with one.
+    """
     patience: int = Field(default=0, ge=0)
     """Evaluations without a better score after which the learning rate falls to its floor and training ends.
     0 never ends it.
@@ -254,7 +257,11 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
         if needs_lm is not None and needs_lm == ((decoder or "scratch") in SCRATCH_DECODERS):
             problem = f"the preset {preset} does not fit the decoder {decoder or 'scratch'}"
             raise ConfigError(problem, hint="choose another --preset or --decoder")
-        values = PRESETS.get(preset, {}) | values
+        defaults = PRESETS.get(preset, {})
+        for given in (values, flags):
+            if isinstance(weights := given.get("text_weights"), dict):
+                given["text_weights"] = defaults.get("text_weights", {}) | weights
+        values = defaults | values
     if "epochs" in flags:
         values.pop("steps", None)
     return validate(TrainConfig, values | flags)
