@@ -40,7 +40,7 @@ def score_answers(
 ) -> dict[str, dict[str, float]]:
     """Return VQA accuracy by answer type, also for shuffled images and for the most common answer.
 
-    `answers` holds the answers to the questions of an example about an image, by (image, example).
+    `answers[i, j]` holds the answers about image i to the questions of example j.
     """
     by_type: dict[str, list[tuple[Question, str, str]]] = defaultdict(list)
     for index, example in enumerate(examples):
@@ -81,7 +81,7 @@ def evaluate(
     checkpoint.captioner.eval()
     source, style = prompt
     against, examples, texts = choose_references(examples, style)
-    # A caption depends only on its image, so shuffling the captions has the same effect.
+    # A caption depends only on its image, so captions are shuffled instead of images.
     order = derangement([example.sample_id for example in examples])
     # The questions of an example are asked about its own image and, as a control, about another one.
     asked: list[list[int]] = [[] for _ in examples]  # indices of examples by image

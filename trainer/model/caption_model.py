@@ -77,7 +77,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         Returns token ids without prompt and EOS. Raises TrainError if a GPU lacks memory.
         """
         memory_BND, prompt_BT = self.connector(states_BNV.to(self.device)), prompt_BT.to(self.device)
-        inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
+        inputs: dict[str, Any] = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
         options = decoding, self.config.max_caption_tokens, self.config.eos_id
         try:
             if isinstance(self.decoder, PretrainedDecoder):

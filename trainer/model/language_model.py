@@ -75,7 +75,8 @@ class PretrainedDecoder(nn.Module):
     def add_adapters(self, rank: int, dropout: float) -> None:
         """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freezes other weights.
 
-        If the model can, its blocks are recomputed in the backward pass. Raises TrainError if peft is not installed or supports no layer of the model.
+        The blocks are then recomputed in the backward pass, if the model supports it. Raises TrainError if
+        peft is not installed or supports no layer of the model.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
