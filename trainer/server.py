@@ -271,9 +271,8 @@ class CaptionServer:
         except TrainError as error:  # the prompt does not fit in the decoder
             raise HTTPException(400, str(error)) from None
         model, kept = self.captioner.checkpoint.captioner, ids[: request.max_tokens]
-        is_cut = len(kept) < len(ids) or len(ids) == model.max_new_tokens(
-            model.encoder.count_states(), len(prompt)
-        )
+        limit = model.max_new_tokens(model.encoder.count_states(), len(prompt))
+        is_cut = len(kept) < len(ids) or len(ids) == limit
         text = self.captioner.checkpoint.tokenizer.decode(kept)
         return completion(request, self.name, text, (len(prompt), len(kept)), is_cut=is_cut)
 
