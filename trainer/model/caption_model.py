@@ -78,7 +78,8 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         """
         memory_BND, prompt_BT = self.connector(states_BNV.to(self.device)), prompt_BT.to(self.device)
         inputs: dict[str, Any] = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
-        options = decoding, self.config.max_caption_tokens, self.config.eos_id
+        max_tokens = self.max_new_tokens(memory_BND.shape[1], prompt_BT.shape[1])
+        options = decoding, max_tokens, self.config.eos_id
         try:
             if isinstance(self.decoder, PretrainedDecoder):
                 return self.decoder.generate(memory_BND, prompt_BT, *options)

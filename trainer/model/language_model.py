@@ -223,11 +223,9 @@ class PretrainedDecoder(nn.Module):
         self, prefix_BPD: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
         """Generate one text per image (see CaptionerModel.generate)."""
-        P, T = prefix_BPD.shape[1], prompt_BT.shape[1]
-        self.require_positions(P, T + 1, hint="ask a shorter question")
+        self.require_positions(prefix_BPD.shape[1], prompt_BT.shape[1] + 1, hint="ask a shorter question")
         embeds_BLD = self._embed(prefix_BPD, prompt_BT)
         mask_BL = torch.ones(embeds_BLD.shape[:2], dtype=torch.long, device=embeds_BLD.device)
-        max_tokens = int(min(max_tokens, self.max_positions - P - T))
         inputs = {"inputs_embeds": embeds_BLD, "attention_mask": mask_BL}
         return generate_texts(self.model, decoding, max_tokens, eos_id, **inputs)
 

@@ -124,6 +124,14 @@ def test_texts_that_do_not_fit_in_memory_are_an_error_with_a_hint(
     assert "num_beams" in raised.value.hint
 
 
+def test_text_ends_at_the_last_position(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = build("qwen3")
+    monkeypatch.setattr(captioner.decoder, "max_positions", N + 1 + 3)
+    decoding = DecodingConfig(min_new_tokens=8)
+    (written,) = captioner.generate(torch.zeros(1, N, V), torch.tensor([[3]]), decoding)
+    assert len(written) == 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampling_may_draw_every_token(build: Build, kind: str) -> None:
     """By default, transformers samples one of the 50 likeliest tokens."""

@@ -139,9 +139,6 @@ def test_model_with_too_few_positions_is_refused() -> None:
     with pytest.raises(TrainError, match=problem) as refused:
         decoder.loss(prefix, batch((9,), (0,)))
     assert "--encoder-states" in refused.value.hint
-    (written,) = decoder.generate(prefix, torch.zeros(1, 2, dtype=torch.long), GREEDY, 64, 127)
-    # The positions limit the text.
-    assert len(written) <= 6
     with pytest.raises(TrainError, match="need 13 positions, and the language model has 12"):
         decoder.generate(prefix, torch.zeros(1, 8, dtype=torch.long), GREEDY, 7, 127)
 
