@@ -1,6 +1,6 @@
 """Measure training steps, captioning and the feature store on a GPU (with `--cpu`, two small cells).
 
-    python benchmarks/train_gpu.py [--cpu] [--states 50] [--nanovlm CHECKOUT] [--rounds 20] [--json FILE]
+    python benchmarks/train_gpu.py [--cpu] [--states 50] [--rounds 20] [--json FILE]
 
 Needs no network and no weights, because models have their real shapes with random weights. A step consists of
 forward, backward, clipping and AdamW for 64 images with 5 captions each. States have the shape of CLIP
@@ -9,8 +9,7 @@ training, and `apart` means one row per caption with its own copy of the image. 
 time divided by the time for its (packed) matrix products at the speed of one large product on this machine.
 1.0 is optimal, and the inverse is the MFU. Kernel launches and synchronizations are counted only on a GPU.
 The feature store is filled from JPEGs of 500 x 375 px as in training, compared with the bare encoder, and
-read as in a step. With `--nanovlm` (see train_throughput.py), nanoVLM's step and ours alternate, in bfloat16
-on a GPU.
+read as in a step.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,7 +28,7 @@ from photos import noise_jpeg
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from train_throughput import LANGUAGE, QWEN3, encoder_config, measure, nanovlm_step, our_step, vars_of
+from train_throughput import encoder_config, vars_of
 
 from pipeline.progress import NullProgress
 from trainer.config import Precision
@@ -45,6 +44,17 @@ CAPTIONS, TOKENS = 5, (10, 22)  # TOKENS: shortest and longest caption
 STATES, WIDTH = 50, 768  # CLIP ViT-B/32 (--states overrides STATES)
 VOCABULARY = 8_192
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+QWEN3 = {  # the sizes of Qwen3-0.6B-Base
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
 SCRATCH: dict[str, dict[str, Any]] = {
     "192 x 3": {"vocab_size": 4096, "width": 192, "depth": 3, "heads": 6, "dropout": 0.1},
     "512 x 6": {"vocab_size": VOCABULARY, "width": 512, "depth": 6, "heads": 8, "dropout": 0.1},
@@ -240,28 +250,6 @@ def stored_images_per_s(images: int, device: torch.device) -> tuple[float, float
     return images / (stored - started), 10 * images / (read - stored)
 
 
-def ratio_to_nanovlm(checkout: Path, rounds: int, device: torch.device) -> float:
-    """Return the ratio of median step times, nanoVLM's to ours, at equal sizes."""
-    options: dict[str, Any] = {"precision": "fp32" if device.type == "cpu" else "bf16", "device": device}
-    builders = {
-        "nanoVLM": partial(nanovlm_step, checkout, **options),
-        "synth": partial(our_step, {"language_model": LANGUAGE}, cached=True, **options),
-    }
-    if device.type == "cpu":
-        seconds = measure(builders, rounds)
-        return seconds["nanoVLM"] / seconds["synth"]
-    steps = {
-        name: build() for name, build in builders.items()
-    }  # in this process, because CUDA fails after a fork
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 2):
-        for name, step in steps.items():
-            started = time.monotonic()
-            step()  # waits for the device, because it reads the loss
-            taken[name].append(time.monotonic() - started)
-    return statistics.median(taken["nanoVLM"][2:]) / statistics.median(taken["synth"][2:])
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -276,7 +264,6 @@ def main() -> None:
     parser.add_argument(
         "--states", type=int, default=STATES, help="States per image: 50 for CLIP ViT-B/32, 197 for ViT-B/16."
     )
-    parser.add_argument("--nanovlm", type=Path, help="Checkout of nanoVLM to compare with.")
     parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
     arguments = parser.parse_args()
     if not arguments.cpu and not torch.cuda.is_available():
@@ -322,9 +309,6 @@ def main() -> None:
         "stored_images_per_s": stored,
         "read_images_per_s": read,
     }
-    if arguments.nanovlm:
-        measured["ratio_to_nanovlm"] = ratio_to_nanovlm(arguments.nanovlm, arguments.rounds, device)
-        print(f"a step of nanoVLM by one of ours at its sizes: {measured['ratio_to_nanovlm']:.2f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
 

@@ -11,7 +11,6 @@ captions of an image after one shared prefix, from cached states.
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -49,17 +48,6 @@ LANGUAGE = {
     "num_hidden_layers": 8,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-QWEN3 = {  # the sizes of Qwen3-0.6B-Base
-    "model_type": "qwen3",
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
     "tie_word_embeddings": True,
 }
 CPU = torch.device("cpu")
@@ -221,23 +209,7 @@ def main() -> None:
         help="Size of patches: 32 gives 49 image tokens, 16 gives 196.",
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--qwen3",
-        action="store_true",
-        help="Measure only one step of Qwen3-0.6B at full size (random weights).",
-    )
     arguments = parser.parse_args()
-    if arguments.qwen3:
-        torch.set_num_threads(1)
-        step = our_step({"language_model": QWEN3}, cached=True)
-        started = time.process_time()
-        loss = step()
-        peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(
-            f"Qwen3-0.6B, all of it trained: loss {loss:.2f}, {time.process_time() - started:.1f} CPU s, "
-            f"peak {peak_gb:.1f} GB"
-        )
-        return
     patch_px = arguments.patch_px
     ours = partial(our_step, {"language_model": LANGUAGE}, tower=TOWER | {"patch_size": patch_px})
     steps: dict[str, Callable[[], Step]] = {

@@ -78,6 +78,9 @@ def open_captions(
     busy = ConfigError(f"another process is writing {path.name}", hint="wait, or choose another --out")
     with hold_lock(path.with_name(f".{path.name}.lock"), busy):
         if path.exists():
+            # A run that is killed in its last moment leaves the finished file and its draft.
+            if draft.exists() and _read(draft).partition(b"\n")[2] == _read(path):
+                draft.unlink()
             hint = "remove it, or choose another --out; for more images, pass only the new ones"
             raise ConfigError(f"{path} already exists", hint=hint)
         rows = _read_draft(draft, path, settings) if draft.exists() else []
@@ -100,7 +103,7 @@ def _read_draft(draft: Path, path: Path, settings: dict[str, Any]) -> list[Row]:
 
     The rows of the last image are dropped, because some may be missing.
     """
-    text = read_regular(draft, max_bytes=MAX_TEXT_BYTES).decode("utf-8", "replace")
+    text = _read(draft).decode("utf-8", "replace")
     # Not splitlines(): a caption may contain other line separators.
     header, *lines = text.split("\n")[:-1] or [""]
     if not lines:
@@ -115,6 +118,10 @@ def _read_draft(draft: Path, path: Path, settings: dict[str, Any]) -> list[Row]:
     except JSON_ERRORS as error:
         problem = f"{draft} is damaged: {error}"
     raise ConfigError(problem, hint=f"remove {draft}, or choose another --out")
+
+
+def _read(path: Path) -> bytes:
+    return read_regular(path, max_bytes=MAX_TEXT_BYTES)
 
 
 def _lines(rows: list[Row]) -> str:

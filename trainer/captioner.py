@@ -100,8 +100,8 @@ class Captioner:
     ) -> Iterator[tuple[Any, list[str] | ImageError]]:
         """Yield (key, texts) for each (key, image), in order, with one text per style.
 
-        For an unreadable image, an error is yielded instead of the texts. Threads read and resize the files
-        of a batch. Each image is encoded once for all styles.
+        An unreadable image has an ImageError instead of texts. Threads read and resize the files of a batch.
+        Each image is encoded once for all styles.
         """
         num_beams = self.usual_beams if num_beams is None else num_beams
         if batch_size < 1 or num_beams < 1:

@@ -37,7 +37,8 @@ DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-1
 FEW_IMAGES = 2_000  # with fewer images, a wide decoder memorizes the captions
 MAX_CAPTION_TOKENS = 8192  # also limits generation with untrusted checkpoints
 MAX_BEAMS, MAX_LENGTH_PENALTY = 64, 10.0  # with larger values, generation could take forever or overflow
-MAX_EPOCHS = 1_000_000
+MAX_EPOCHS, MAX_STAGE_FRAC = 1_000_000, 10.0
+MIN_EVALUATIONS = 4  # that a short run may have, although it has fewer epochs
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {},
@@ -54,9 +55,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1, "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
     "photos-lm": {
-        "batch_size": 64, "align_frac": 0.33, "align_lr": 1e-3, "connector_lr": 2e-4, "lr_floor_frac": 0.02,
-        "lora_rank": 32, "epochs": 3, "evaluations": 8, "evaluate_images": 1_000, "patience": 3,
-        "num_beams": 3, "text_weights": {"detailed": 0.3},
+        "batch_size": 64, "gradient_accumulation_steps": 8, "align_frac": 0.33, "align_lr": 1e-3,
+        "connector_lr": 2e-4, "lr_floor_frac": 0.02, "lora_rank": 32, "epochs": 3, "evaluations": 8,
+        "evaluate_images": 1_000, "patience": 3, "num_beams": 3, "text_weights": {"detailed": 0.3},
     },
 }  # fmt: skip
 
@@ -71,7 +72,7 @@ def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
 
 
 class TrainConfig(Section):
-    """Settings of a training run. Widths are in features and lengths in tokens. Fractions are from 0 to 1.
+    """Settings of a training run. Widths are in features and lengths in tokens.
 
     A learning rate of 0 freezes a part of the model. None means a default for the encoder and decoder.
     """
@@ -106,15 +107,15 @@ class TrainConfig(Section):
     """Captions to learn: `synthetic`, `human` or `mixed`. The command uses those of the version."""
     text_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of tokens in the loss by style, by source (`human` or `synthetic`), or for answers (`answer`).
-    Weights of style and source are multiplied. Others have weight 1. Texts of weight 0 are not learned, for
-    example answers with `{answer: 0}`.
+    The weights of a text's style and source are multiplied. Names that are not set keep the weight of the
+    preset, or 1. Texts of weight 0 are not learned, for example answers with `{answer: 0}`.
     """
     max_caption_tokens: int | None = Field(default=None, ge=4, le=MAX_CAPTION_TOKENS)
     """Maximum tokens of a text. Longer texts are cut after a sentence. Null uses a limit that 99 % of the
     texts of each style fit: a multiple of 16, at most 256.
     """
-    align_frac: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
-    """Additional steps at the beginning that train the connector only, as a share of `steps`."""
+    align_frac: float = Field(default=0.0, ge=0, le=MAX_STAGE_FRAC)
+    """Additional steps before `steps` that train the connector only, as a multiple of `steps`, at most 10."""
     align_lr: float = Field(default=1e-3, gt=0)
     """Learning rate while only the connector is trained."""
     connector_lr: float | None = Field(default=None, ge=0)
@@ -129,9 +130,9 @@ class TrainConfig(Section):
     """Epochs. Not used if `steps` is set."""
     steps: int = Field(default=0, ge=0)
     """Optimizer steps, without those of `align_frac` and `scst_frac`. 0 uses `epochs`."""
-    scst_frac: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
-    """Additional steps of self-critical training at the end, which maximizes the CIDEr-D of sampled captions,
-    as a share of `steps`.
+    scst_frac: float = Field(default=0.0, ge=0, le=MAX_STAGE_FRAC)
+    """Additional steps of self-critical training after `steps`, which maximizes the CIDEr-D of sampled
+    captions, as a multiple of `steps`, at most 10.
     """
     scst_lr: float = Field(default=5e-5, gt=0)
     """Learning rate of self-critical training."""
@@ -140,7 +141,7 @@ class TrainConfig(Section):
     batch_size: int = Field(default=32, ge=1)
     """Images per step."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Micro-batches per step and process. More of them need less memory."""
+    """Micro-batches per step and process. More of them need less memory. May change with `--resume`."""
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     lr_floor_frac: float = Field(default=0.1, ge=0, le=1)
@@ -152,7 +153,9 @@ class TrainConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy loss."""
     lora_rank: int = Field(default=0, ge=0)
-    """Rank of LoRA adapters for a language model. 0 trains all its weights."""
+    """Rank of LoRA adapters for a language model. Its blocks are then recomputed in the backward pass, which
+    saves memory. 0 trains all its weights.
+    """
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout of the adapters."""
     precision: Precision = "fp32"
@@ -160,7 +163,9 @@ class TrainConfig(Section):
     `tf32` for scenes or without support of bfloat16.
     """
     evaluations: int = Field(default=4, ge=1)
-    """Evaluations on the validation split, at equal intervals. Each stage also ends with one."""
+    """Maximum evaluations on the validation split, at equal intervals: also at most one per epoch, or four.
+    Each stage also ends with one.
+    """
     patience: int = Field(default=0, ge=0)
     """Evaluations without a better score after which the learning rate falls to its floor and training ends.
     0 never ends it.
@@ -213,8 +218,8 @@ class TrainConfig(Section):
         return self.text_weights.get(source, 1.0) * self.text_weights.get(style or "answer", 1.0)
 
     def digest_values(self) -> dict[str, Any]:
-        """Return all settings that affect results. The names of the preset and of `init` do not."""
-        return self.model_dump(mode="json", exclude={"preset", "init"})
+        """Return the settings that a resumed run must keep."""
+        return self.model_dump(mode="json", exclude={"preset", "init", "gradient_accumulation_steps"})
 
     def with_defaults(self, images: int) -> "TrainConfig":
         """Return a copy with derived values filled in for this number of training images."""
@@ -252,7 +257,11 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
         if needs_lm is not None and needs_lm == ((decoder or "scratch") in SCRATCH_DECODERS):
             problem = f"the preset {preset} does not fit the decoder {decoder or 'scratch'}"
             raise ConfigError(problem, hint="choose another --preset or --decoder")
-        values = PRESETS.get(preset, {}) | values
+        defaults = PRESETS.get(preset, {})
+        for given in (values, flags):
+            if isinstance(weights := given.get("text_weights"), dict):
+                given["text_weights"] = defaults.get("text_weights", {}) | weights
+        values = defaults | values
     if "epochs" in flags:
         values.pop("steps", None)
     return validate(TrainConfig, values | flags)

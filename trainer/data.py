@@ -58,9 +58,8 @@ def choose_examples(version: Version, config: TrainConfig) -> tuple[Sets, TrainC
 
     Raises TrainError if there is nothing to learn.
     """
-    sets = {
-        split: examples_in(version, split, config.text_source, to_score=split != "train") for split in SPLITS
-    }
+    mixture = config.text_source
+    sets = {split: examples_in(version, split, mixture, to_score=split != "train") for split in SPLITS}
     sets["train"] = _weighted_examples(sets["train"], config)
     config = config.with_defaults(len(sets["train"]))
     # A few training images may lack a style. Validation must then not use this style.

@@ -24,6 +24,7 @@ from trainer.data import Example, Question, examples_in, most_common
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
 from trainer.metrics import Rarity, bootstrap, derangement, score, score_each, tokenize
 from trainer.model.checkpoint import Checkpoint
+from trainer.model.decoder import ScratchDecoder
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import folder_name
 from trainer.prompts import preferred_source
@@ -39,7 +40,7 @@ def score_answers(
 ) -> dict[str, dict[str, float]]:
     """Return VQA accuracy by answer type, also for shuffled images and for the most common answer.
 
-    `answers` holds the answers to the questions of an example about an image, by (image, example).
+    `answers[i, j]` holds the answers about image i to the questions of example j.
     """
     by_type: dict[str, list[tuple[Question, str, str]]] = defaultdict(list)
     for index, example in enumerate(examples):
@@ -80,7 +81,7 @@ def evaluate(
     checkpoint.captioner.eval()
     source, style = prompt
     against, examples, texts = choose_references(examples, style)
-    # A caption depends only on its image, so shuffling the captions has the same effect.
+    # A caption depends only on its image, so captions are shuffled instead of images.
     order = derangement([example.sample_id for example in examples])
     # The questions of an example are asked about its own image and, as a control, about another one.
     asked: list[list[int]] = [[] for _ in examples]  # indices of examples by image
@@ -207,9 +208,10 @@ def _generate(
     """
     source, style = prompt
     prompt_T = torch.tensor(checkpoint.tokenizer.prompt(TargetText(source, "", style=style)))
-    answer_source = preferred_source(checkpoint.captioner.config.prompts, "") or ""
-    is_on_gpu = checkpoint.captioner.device.type == "cuda"
-    size = HELD_IMAGES // decoding.num_beams if is_on_gpu else BATCH_IMAGES
+    captioner = checkpoint.captioner
+    is_large = captioner.device.type == "cuda" and isinstance(captioner.decoder, ScratchDecoder)
+    size = (HELD_IMAGES if is_large else BATCH_IMAGES) // decoding.num_beams
+    answer_source = preferred_source(captioner.config.prompts, "") or ""
     captions: list[str] = []
     answers: dict[tuple[int, int], list[str]] = {}
     for start in range(0, len(examples), HELD_IMAGES):
@@ -218,7 +220,7 @@ def _generate(
         for first in range(0, len(part), size):
             states_BNV = held(part[first : first + size])
             prompt_BT = prompt_T.expand(len(states_BNV), -1)
-            texts = checkpoint.captioner.generate(states_BNV, prompt_BT, decoding)
+            texts = captioner.generate(states_BNV, prompt_BT, decoding)
             captions += [checkpoint.tokenizer.decode(ids) for ids in texts]
         keys = [(image, index) for image in range(start, start + len(part)) for index in asked[image]]
         pairs = [

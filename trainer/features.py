@@ -31,6 +31,7 @@ from trainer.runtime.devices import autocast
 
 BATCH_IMAGES = 64
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
+MIN_FREE_BYTES = 10**9  # that stored states leave on the disk
 SAVE_EVERY_S = 1.0  # each save of states waits for the disk twice
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
@@ -152,16 +153,14 @@ class _Store:
         Raises TrainError if a file is a symbolic link.
         """
 
-        def on_busy() -> None:
-            progress.message(f"waiting for another training run that writes to {self.path}")
-
+        waiting = f"waiting for another training run that writes to {self.path}"
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             for file in (self.path, self.path / IDS, self.path / STATES):
                 if file.is_symlink():  # a link in a downloaded dataset could point to any file
                     raise TrainError(f"{file} is a link, which synth does not create", hint="remove it")
             with suppress(FileNotFoundError):  # another process may have removed the file
-                return lock_file(self.path / LOCK, on_busy, TrainError)
+                return lock_file(self.path / LOCK, lambda: progress.message(waiting), TrainError)
 
     def rows(self) -> dict[bytes, int]:
         """Map id digests to rows of states.bin. Rows from the first repeated digest on are ignored."""
@@ -177,9 +176,9 @@ class _Store:
         return rows
 
     def require_room(self, count: int) -> None:
-        """Raise TrainError if `count` more records do not fit on the disk."""
+        """Raise TrainError if `count` more records would not leave MIN_FREE_BYTES on the disk."""
         num_bytes, free_bytes = count * self.record_bytes, shutil.disk_usage(self.path).free
-        if num_bytes > free_bytes:
+        if count and num_bytes > free_bytes - MIN_FREE_BYTES:
             need = f"the hidden states of {count:,} images take {num_bytes / 1e9:.1f} GB in {self.path}"
             hint = "use --encoder-states 2x2 for a quarter of it, or feature_storage: none to store nothing"
             raise TrainError(f"{need}, but {free_bytes / 1e9:.1f} GB are free", hint=hint)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline.digests import digest
 from pipeline.errors import TrainError, one_line
 from pipeline.progress import Progress
-from trainer.config import TrainConfig
+from trainer.config import MIN_EVALUATIONS, TrainConfig
 from trainer.data import Example, batches
 from trainer.evaluate import evaluate
 from trainer.features import LoadedFeatures
@@ -176,6 +176,12 @@ class Trainer:
     critic: SelfCritic | None = None
     rewards: list[float] = field(default_factory=list)  # rewards of the captions sampled in the last step
 
+    @property
+    def epochs(self) -> float:
+        """The number of epochs in all stages."""
+        num_images = len(self.loader.examples)
+        return self.config.total_steps * min(self.config.batch_size, num_images) / num_images
+
     def batches(self, first: int) -> Iterator[tuple[int, Batch]]:
         """Yield (step, batch) pairs from step `first` to the end of the schedule, which may come earlier."""
         if first >= self.schedule.total_steps:
@@ -220,7 +226,7 @@ class Trainer:
                 loss.backward()
                 total += loss.detach()
         except torch.OutOfMemoryError:
-            hint = "set gradient_accumulation_steps, or a smaller batch_size, max_caption_tokens or decoder"
+            hint = "set more gradient_accumulation_steps (for --resume, in train.json), or a smaller decoder"
             raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
         return all_reduce_gradients(captioner, total)
 
@@ -299,7 +305,7 @@ def build_trainer(
     validation = Validation(checkpoint, validation_set, loader)
     skipped_steps = torch.zeros((), dtype=torch.long, device=device)
     trainer = Trainer(checkpoint, config, loader, validation, device, Schedule(config), skipped_steps)
-    if config.scst_frac:
+    if config.stage_steps["scst"]:
         trainer.critic = SelfCritic(checkpoint, loader.examples, config.scst_samples)
     weights = checkpoint.captioner.state_dict()
     trainer.frozen_key = weights_digest(b"", {name: weights[name] for name in trainer.frozen_names()})
@@ -315,7 +321,8 @@ def run_steps(
     a log and writes files. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved.
     """
     config = trainer.config
-    evaluate_every = math.ceil(config.total_steps / config.evaluations)
+    evaluations = min(config.evaluations, max(MIN_EVALUATIONS, int(trainer.epochs)))
+    evaluate_every = math.ceil(config.total_steps / evaluations)
     optimizer = build_optimizer(trainer.checkpoint.captioner, config)
     done = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
     state.clear()  # frees a copy of all weights and moments

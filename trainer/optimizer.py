@@ -18,11 +18,9 @@ def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dic
     rates = {"encoder": config.encoder_lr, "connector": config.connector_lr, "decoder": config.decoder_lr}
     groups = []
     for part, rate in rates.items():
-        weights_of_part = [
-            weights for weights in getattr(captioner, part).parameters() if weights.requires_grad
-        ]
+        trainable = [weights for weights in getattr(captioner, part).parameters() if weights.requires_grad]
         for decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
-            if params := [weights for weights in weights_of_part if (weights.ndim >= 2) == is_matrix]:
+            if params := [weights for weights in trainable if (weights.ndim >= 2) == is_matrix]:
                 groups.append({"params": params, "weight_decay": decay, "part": part, "rate": rate or 0.0})
     return groups
 

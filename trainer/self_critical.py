@@ -43,8 +43,7 @@ class SelfCritic:
         captioner, tokenizer = self.checkpoint.captioner.eval(), self.checkpoint.tokenizer
         prompt_CT = torch.tensor(self.prompt).expand(len(examples) * self.num_samples, -1)
         captions = captioner.generate(states_BNV.repeat_interleave(self.num_samples, 0), prompt_CT, SAMPLING)
-        num_positions_left = captioner.decoder.max_positions - states_BNV.shape[1] - len(self.prompt)
-        max_tokens = min(captioner.config.max_caption_tokens, num_positions_left)
+        max_tokens = captioner.max_new_tokens(states_BNV.shape[1], len(self.prompt))
         hypotheses: list[Tokens] = []
         texts: list[EncodedText] = []
         for ids in captions:

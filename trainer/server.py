@@ -42,6 +42,7 @@ MAX_BODY_BYTES, MAX_WAITING = 24_000_000, 40
 HEADER_TIMEOUT_S, BODY_TIMEOUT_S, MAX_CONNECTIONS = 20.0, 30.0, 500
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,4};base64,", re.IGNORECASE)
+MAX_QUESTION_CHARACTERS = 500
 MAX_VALUES = 100_000  # in the JSON of a request, because each value takes over 50 bytes of memory
 Text = Annotated[str, Field(max_length=8_000)]
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
     except ValidationError as error:
         problem = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
         # Pydantic adds the types of a union to the path.
-        path = [str(part) for part in problem["loc"] if str(part) not in ("str", "list[_Part]")]
+        path = [str(part) for part in problem["loc"] if part not in ("constrained-str", "list[_Part]")]
         raise HTTPException(400, f"{'.'.join(path) or 'the body'}: {problem['msg']}"[:180]) from None
     text, image_url = _last_turn(values.messages)
     field, only = _read_schema(values.response_format)
@@ -113,6 +114,8 @@ def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
         prompt = choose_prompt(prompts, text)
     except ValueError as error:
         raise HTTPException(400, str(error)) from None
+    if len(prompt[2]) > MAX_QUESTION_CHARACTERS:
+        raise HTTPException(400, f"a question may have at most {MAX_QUESTION_CHARACTERS} characters")
     return ChatRequest(
         model=values.model,
         image=_read_image(image_url) if image_url is not None and only is None else None,
@@ -219,6 +222,7 @@ class CaptionServer:
         config = uvicorn.Config(
             application,
             http=LimitedProtocol,  # h11 limits the size of headers
+            ws="none",
             proxy_headers=False,
             log_config=None,
             log_level=logging.CRITICAL,
@@ -267,7 +271,8 @@ class CaptionServer:
         except TrainError as error:  # the prompt does not fit in the decoder
             raise HTTPException(400, str(error)) from None
         model, kept = self.captioner.checkpoint.captioner, ids[: request.max_tokens]
-        is_cut = len(kept) < len(ids) or len(ids) == model.config.max_caption_tokens
+        limit = model.max_new_tokens(model.encoder.count_states(), len(prompt))
+        is_cut = len(kept) < len(ids) or len(ids) == limit
         text = self.captioner.checkpoint.tokenizer.decode(kept)
         return completion(request, self.name, text, (len(prompt), len(kept)), is_cut=is_cut)
 

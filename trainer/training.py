@@ -61,7 +61,11 @@ def train_captioner(
 
     settings = config  # without values that depend on the data
     sets, config = choose_examples(version, config)
-    init = file_digest(find_captioner(config.init) / "model.safetensors") if config.init else ""
+    init = ""
+    if config.init:
+        folder = find_captioner(config.init)  # one download, because a repository may change
+        init = file_digest(folder / "model.safetensors")
+        config = config.model_copy(update={"init": str(folder)})
     ids = [example.sample_id for example in sets["train"]]
     run = digest([config.digest_values(), version.manifest["digest"], init, ids])
     if not (resume and (out / "resume.pt").exists()) and (out / "metrics.json").exists():
@@ -151,13 +155,11 @@ def _describe(trainer: Trainer) -> str:
     groups = parameter_groups(captioner, config)
     trained = sum(weights.numel() for group in groups if group["rate"] for weights in group["params"])
     num_weights = sum(weights.numel() for weights in captioner.parameters())
-    num_images = len(trainer.loader.examples)
-    size = min(config.batch_size, num_images)
+    size = min(config.batch_size, len(trainer.loader.examples))
     preset = f"preset {config.preset}: " if config.preset else ""
-    epochs = config.total_steps * size / num_images
     return (
         f"{preset}{num_weights:,} parameters, {trained:,} of them trainable. "
-        f"At most {config.total_steps:,} steps of {size} images ({epochs:.1f} epochs)"
+        f"At most {config.total_steps:,} steps of {size} images ({trainer.epochs:.1f} epochs)"
     )
 
 

@@ -84,6 +84,17 @@ def test_interrupted_run_resumes_to_the_same_file(model: Path, photos: Path, tmp
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [name]
 
 
+def test_draft_of_a_finished_file_is_removed(model: Path, photos: Path, tmp_path: Path) -> None:
+    draft, out = tmp_path / ".c.jsonl.unfinished", tmp_path / "c.jsonl"
+    run(model, [str(photos)], out, stop=COUNT)
+    text = draft.read_text()
+    for rows, is_kept in (("other\n", True), (text.partition("\n")[2], False)):
+        out.write_text(rows)
+        with pytest.raises(ConfigError, match="already exists"):
+            run(model, [str(photos)], out)
+        assert draft.exists() == is_kept
+
+
 def test_row_that_was_cut_off_is_written_again(model: Path, photos: Path, tmp_path: Path) -> None:
     run(model, [str(photos)], tmp_path / "c.jsonl", stop=4)
     draft = tmp_path / ".c.jsonl.unfinished"

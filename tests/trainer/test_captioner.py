@@ -60,14 +60,20 @@ def test_pil_image_path_and_bytes_give_the_same_caption(captioner: Captioner, tm
     assert image.size == photo(3).size
 
 
-def test_styles_questions_and_beams_change_the_text(captioner: Captioner) -> None:
+def test_styles_questions_and_beams_change_the_text(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = [photo(number) for number in range(6)]
     assert captioner.styles == ["brief", "detailed"]
     assert captioner.usual_style == "brief"
     texts = [captioner.caption(images, style=style) for style in (None, "brief", "detailed")]
     assert texts[0] == texts[1] != texts[2]
     assert captioner.caption(images, question="How many?") != texts[0]
-    assert captioner.caption(images, num_beams=3) != texts[0]
+    beams = captioner.caption(images, num_beams=3)
+    assert beams != texts[0]
+    config = captioner.checkpoint.captioner.config
+    monkeypatch.setitem(config.data, "decoding", {"num_beams": 3})
+    assert captioner.usual_beams == 3 and captioner.caption(images) == beams
     with pytest.raises(TrainError, match="was not trained on the style poem"):
         captioner.caption(images, style="poem")
 

@@ -16,7 +16,9 @@ def test_flags_override_the_file_unless_they_are_auto(tmp_path: Path) -> None:
     assert (config.steps, config.decoder, config.encoder, config.seed) == (9, "scratch", "vit", 0)
 
 
-@pytest.mark.parametrize("text", ["nonsense: 1", "steps: many", "- a list", "decoder_width: 250", ": :"])
+@pytest.mark.parametrize(
+    "text", ["nonsense: 1", "steps: many", "- a list", "decoder_width: 250", "align_frac: 11", ": :"]
+)
 def test_invalid_file_is_an_error_with_a_hint(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError) as refused:
@@ -69,7 +71,7 @@ def test_preset_is_valid_for_any_number_of_images(name: str) -> None:
     config = resolve(preset=name, decoder="qwen3" if name == "photos-lm" else "scratch")
     for images in (1, 20, 2_000, 1_000_000):
         filled = config.with_defaults(images)
-        assert filled.steps > 0
+        assert filled.steps >= filled.epochs
         assert filled.with_defaults(images) == filled
 
 
@@ -80,6 +82,14 @@ def test_file_and_flags_override_preset(tmp_path: Path) -> None:
     assert (config.decoder_width, config.label_smoothing) == (512, 0.1)
     (tmp_path / "c.yaml").write_text("batch_size: 7\n")
     assert resolve(tmp_path / "c.yaml", preset="photos").batch_size == 7
+
+
+def test_text_weights_of_the_preset_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("text_weights: {answer: 0}\n")
+    assert resolve(tmp_path / "c.yaml", preset="photos").text_weights == {"detailed": 0.3, "answer": 0}
+    weights = {"detailed": 1, "human": 2}
+    assert resolve(tmp_path / "c.yaml", preset="photos", text_weights=weights).text_weights == weights
+    assert resolve(text_weights=weights).text_weights == weights
 
 
 def test_epochs_flag_overrides_steps(tmp_path: Path) -> None:

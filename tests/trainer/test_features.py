@@ -85,7 +85,8 @@ def test_full_disk_raises_an_error_before_images_are_encoded(
 ) -> None:
     store_features(encoder, examples[:2], tmp_path, CPU, QUIET)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 500))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**9 + 500))
+    store_features(encoder, examples[:2], tmp_path, CPU, QUIET)
     progress = Counted()
     with pytest.raises(TrainError, match=r"hidden states of 22 images take .* are free") as refused:
         store_features(encoder, examples[:24], tmp_path, CPU, progress)

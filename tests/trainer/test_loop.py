@@ -131,6 +131,19 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
     assert len(losses(tmp_path)) == 12
 
 
+def test_step_that_does_not_fit_in_memory_is_an_error_with_a_hint(
+    small_trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exceed(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(small_trainer.checkpoint.captioner.decoder, "loss", exceed)
+    batch = small_trainer.loader.load(small_trainer.loader.examples[:2])
+    with pytest.raises(TrainError, match="does not fit in GPU memory") as raised:
+        small_trainer.forward_backward(batch)
+    assert "gradient_accumulation_steps" in raised.value.hint
+
+
 @pytest.mark.parametrize(("loss", "gradient"), [(nan, 1.0), (1.0, nan), (1.0, inf)])
 def test_step_with_a_non_finite_loss_or_gradient_changes_no_weight(
     small_trainer: Trainer, loss: float, gradient: float

@@ -107,6 +107,7 @@ def test_reward_stage_begins_early_when_the_score_stops_improving(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     """Evaluations without gain are counted again from the first rewarded step on."""
+    monkeypatch.setattr(trainer.loop, "MIN_EVALUATIONS", 30)
     evaluate_as(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     lengths = {"steps": 40, "scst_frac": 0.5, "scst_samples": 2, "evaluations": 30, "patience": 2}
     config = SMALL.model_copy(update={"encoder": clip, **lengths})

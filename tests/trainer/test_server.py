@@ -114,6 +114,7 @@ BAD: dict[str, bytes] = {
     "URL is a number": body_of([image_part() | {"image_url": {"url": 3}}]),
     "half of a surrogate": b'{"messages": [{"role": "user", "content": "\\ud800?"}]}',
     "long text": body_with("Question: x" + " " * 100_000 + "y"),
+    "long question": body_with("Question: " + "x" * 501),
     "no schema": body_with(response_format={"type": "json_schema"}),
 }
 
@@ -125,7 +126,7 @@ def test_bad_request_is_refused_with_a_reason(name: str) -> None:
     assert refused.value.status_code == 400
     assert 5 < len(refused.value.detail) < 200
     # The message contains no names of pydantic models or types.
-    assert not re.search(r"\b_[A-Z]|\[", refused.value.detail)
+    assert not re.search(r"\b_[A-Z]|\[|constrained", refused.value.detail)
 
 
 @contextmanager
@@ -277,6 +278,17 @@ def test_request_of_disconnected_client_is_not_generated(
         asyncio.run(asyncio.wait_for(disconnect(url), 20))
         assert request(url, CHAT, chat(png(1)))[0] == 200
     assert len(written) == 2
+
+
+def test_text_that_ends_at_the_last_position_is_cut(
+    url: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = captioner.checkpoint.captioner
+    num_tokens = model.encoder.count_states() + len(captioner.prompt("detailed"))
+    monkeypatch.setattr(model.decoder, "max_positions", num_tokens + 2)
+    monkeypatch.setattr(Captioner, "write", lambda *_: [[5, 6]])
+    _, answer, _ = request(url, CHAT, chat(png(1), "detailed"))
+    assert answer["choices"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize(

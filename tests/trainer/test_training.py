@@ -23,12 +23,14 @@ from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.small_trainings import CPU, LORA, SMALL, losses, replace
 from tests.trainer.tiny_models import save_language_model
-from trainer.data import Example, Question, examples_in
+from trainer.data import Example, Question, choose_examples, examples_in
 from trainer.evaluate import evaluate, evaluate_version
 from trainer.features import OnlineFeatures
 from trainer.launch import choose_encoder
 from trainer.metrics import derangement
-from trainer.model.checkpoint import load_checkpoint
+from trainer.model.caption_model import CaptionerModel
+from trainer.model.checkpoint import build_checkpoint, load_checkpoint
+from trainer.model.decoding import DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
 from trainer.runtime.training_state import read_log
 from trainer.training import train_captioner
@@ -131,6 +133,26 @@ def test_questions_are_asked_about_matching_and_shuffled_images(
     assert all(row["questions"][0]["said"] == row["sample_id"] for row in scored["each"])
     (scores,) = scored["questions"].values()
     assert (scores["count"], scores["accuracy"], scores["shuffled"]) == (len(examples), 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("decoder", "sizes"), [("scratch", {4, 3}), ("prefix", {2, 1})])
+def test_evaluation_of_a_language_model_on_a_gpu_has_smaller_batches(
+    decoder: str, sizes: set[int], version: Version, clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets, config = choose_examples(version, replace(encoder=clip, decoder=decoder))
+    checkpoint, batches = build_checkpoint(version, config, sets["train"]), list[int]()
+
+    def record(_: Any, states_BNV: torch.Tensor, *__: Any) -> list[list[int]]:
+        batches.append(len(states_BNV))
+        return [[5]] * len(states_BNV)
+
+    monkeypatch.setattr(CaptionerModel, "generate", record)
+    monkeypatch.setattr(CaptionerModel, "device", torch.device("cuda"))
+    monkeypatch.setattr(trainer.evaluate, "HELD_IMAGES", 8)
+    monkeypatch.setattr(trainer.evaluate, "BATCH_IMAGES", 4)
+    features, decoding = OnlineFeatures(checkpoint.captioner.encoder, CPU), DecodingConfig(num_beams=2)
+    evaluate(checkpoint, sets["train"][:7], features, ("synthetic", "brief"), decoding)
+    assert {*batches} == sizes
 
 
 def test_saved_captioner_has_merged_adapters(

@@ -30,6 +30,7 @@ def test_training_ends_when_the_score_stops_improving(
         return {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
 
     config = replace(encoder=clip, steps=60, evaluations=30, patience=2)
+    monkeypatch.setattr(trainer.loop, "MIN_EVALUATIONS", 30)
     monkeypatch.setattr(trainer.loop, "evaluate", scored)
     monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {"tested": True})
     assert train_captioner(version, config, tmp_path) == {"tested": True}
@@ -51,6 +52,7 @@ def test_lower_loss_decides_between_equal_scores(
     monkeypatch.setattr(trainer.loop, "evaluate", score_nothing)
     values = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6, 1.7, 1.8])
     monkeypatch.setattr(Validation, "loss", lambda _: next(values))
+    monkeypatch.setattr(trainer.loop, "MIN_EVALUATIONS", 30)
     saved: list[int] = []
     monkeypatch.setattr(trainer.model.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
     monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
@@ -74,3 +76,13 @@ def test_nan_validation_loss_ends_the_training_before_saving(
         train_captioner(version, replace(steps=2, evaluations=1), tmp_path)
     assert "--lr" in ended.value.hint and not (tmp_path / "metrics.json").exists()
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_short_run_has_four_evaluations_at_most(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    monkeypatch.setattr(trainer.loop, "evaluate", score_nothing)
+    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
+    train_captioner(version, replace(encoder=clip, steps=8, batch_size=4, evaluations=8), tmp_path)
+    scored = [line["step"] for line in read_log(tmp_path / "log.jsonl") if "validation_cider_d" in line]
+    assert scored == [2, 4, 6, 8]

@@ -13,6 +13,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from pipeline.errors import TrainError
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import DecodingConfig, generate_texts
 from trainer.model.encoder import Encoder, EncoderConfig
@@ -73,14 +74,24 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
     def generate(self, states_BNV: Tensor, prompt_BT: Tensor, decoding: DecodingConfig) -> list[list[int]]:
         """Generate one text per image, up to EOS or `max_caption_tokens`.
 
-        Returns token ids without prompt and EOS.
+        Returns token ids without prompt and EOS. Raises TrainError if a GPU lacks memory.
         """
         memory_BND, prompt_BT = self.connector(states_BNV.to(self.device)), prompt_BT.to(self.device)
-        max_tokens, eos_id = self.config.max_caption_tokens, self.config.eos_id
-        if isinstance(self.decoder, PretrainedDecoder):
-            return self.decoder.generate(memory_BND, prompt_BT, decoding, max_tokens, eos_id)
-        inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
-        return generate_texts(self._writer, decoding, max_tokens, eos_id, image_states=memory_BND, **inputs)
+        inputs: dict[str, Any] = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
+        max_tokens = self.max_new_tokens(memory_BND.shape[1], prompt_BT.shape[1])
+        options = decoding, max_tokens, self.config.eos_id
+        try:
+            if isinstance(self.decoder, PretrainedDecoder):
+                return self.decoder.generate(memory_BND, prompt_BT, *options)
+            return generate_texts(self._writer, *options, image_states=memory_BND, **inputs)
+        except torch.OutOfMemoryError:
+            hint = "use fewer beams (num_beams: 1) or a smaller batch"
+            raise TrainError("the texts of a batch do not fit in GPU memory", hint=hint) from None
+
+    def max_new_tokens(self, num_states: int, prompt_tokens: int) -> int:
+        """Return the maximum length of a text: that of the config, or the positions that are left."""
+        num_positions_left = self.decoder.max_positions - num_states - prompt_tokens
+        return int(min(self.config.max_caption_tokens, num_positions_left))
 
     @cached_property
     def _writer(self) -> SynthCaptioner:

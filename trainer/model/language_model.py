@@ -75,7 +75,8 @@ class PretrainedDecoder(nn.Module):
     def add_adapters(self, rank: int, dropout: float) -> None:
         """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freezes other weights.
 
-        Raises TrainError if peft is not installed or supports no layer of the model.
+        The blocks are then recomputed in the backward pass, if the model supports it. Raises TrainError if
+        peft is not installed or supports no layer of the model.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -93,6 +94,8 @@ class PretrainedDecoder(nn.Module):
         except ValueError as error:
             hint = "train the whole model: --lora-rank 0"
             raise TrainError(f"this model does not support LoRA adapters: {error}", hint=hint) from None
+        if self.model.supports_gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def add_dropout(self, rate: float) -> None:
         """Add dropout to the embedding and to the outputs of attention and MLP. For Qwen3 models."""
@@ -220,13 +223,20 @@ class PretrainedDecoder(nn.Module):
         self, prefix_BPD: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
         """Generate one text per image (see CaptionerModel.generate)."""
-        P, T = prefix_BPD.shape[1], prompt_BT.shape[1]
-        self.require_positions(P, T + 1, hint="ask a shorter question")
+        self.require_positions(prefix_BPD.shape[1], prompt_BT.shape[1] + 1, hint="ask a shorter question")
         embeds_BLD = self._embed(prefix_BPD, prompt_BT)
         mask_BL = torch.ones(embeds_BLD.shape[:2], dtype=torch.long, device=embeds_BLD.device)
-        max_tokens = int(min(max_tokens, self.max_positions - P - T))
         inputs = {"inputs_embeds": embeds_BLD, "attention_mask": mask_BL}
         return generate_texts(self.model, decoding, max_tokens, eos_id, **inputs)
+
+    def require_beams(self, num_beams: int) -> None:
+        """Raise TrainError if the model does not support beam search, like some recurrent models."""
+        states_11D, prompt_11 = torch.zeros(1, 1, self.width), torch.zeros(1, 1, dtype=torch.long)
+        try:
+            self.generate(states_11D, prompt_11, DecodingConfig(num_beams), max_tokens=2, eos_id=0)
+        except MODEL_ERRORS as error:
+            problem = f"this decoder does not support {num_beams} beams: {one_line(error)[:200]}"
+            raise TrainError(problem, hint="set num_beams: 1, or choose another --decoder") from None
 
 
 def new_decoder(

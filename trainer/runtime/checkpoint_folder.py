@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ MAX_CONFIG_BYTES = 10_000_000
 READ_ERRORS = (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError)
 
 
-@cache
 def find_captioner(name: str | Path) -> Path:
     """Return a captioner's folder. Downloads its files (but no code) if `name` is a Hub repository.
 
-    Repeated calls return the same commit of a repository. Raises TrainError if there is no captioner, or if
-    the Hub does not answer and the captioner is not in its cache.
+    Raises TrainError if there is no captioner, or if the Hub does not answer and the captioner is not in its
+    cache.
     """
     match = HUB_NAME.fullmatch(str(name))
     if not match or Path(name).exists():

@@ -31,10 +31,8 @@ def load_resume(folder: Path, config: TrainConfig, run: str) -> dict[str, Any]:
     """Load resume.pt. Raises TrainError if it is missing or damaged, or if its run had another digest."""
     path = folder / "resume.pt"
     if not path.exists():
-        raise TrainError(
-            f"nothing to resume in {folder}",
-            hint="repeat --encoder and --decoder, pass --out FOLDER, or leave out --resume",
-        )
+        hint = "repeat --encoder and --decoder, pass --out FOLDER, or leave out --resume"
+        raise TrainError(f"nothing to resume in {folder}", hint=hint)
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         if not {"run", "step"} <= state.keys() or not isinstance(state["step"], int):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.errors import TrainError
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
 from trainer.model.caption_model import CaptionerModel, build_captioner
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
@@ -106,6 +107,29 @@ def test_greedy_tokens_have_the_lowest_loss_without_a_cache(build: Build, kind: 
             if token != captioner.config.eos_id and token < WORDS:
                 assert losses[token] <= min(losses) + 1e-4
             so_far.append(token)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_that_do_not_fit_in_memory_are_an_error_with_a_hint(
+    build: Build, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exceed(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    captioner = build(kind)
+    monkeypatch.setattr("trainer.model.caption_model.generate_texts", exceed)
+    monkeypatch.setattr("trainer.model.language_model.generate_texts", exceed)
+    with pytest.raises(TrainError, match="do not fit in GPU memory") as raised:
+        captioner.generate(torch.zeros(1, 5, captioner.encoder.width), torch.tensor([[3]]), GREEDY)
+    assert "num_beams" in raised.value.hint
+
+
+def test_text_ends_at_the_last_position(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = build("qwen3")
+    monkeypatch.setattr(captioner.decoder, "max_positions", N + 1 + 3)
+    decoding = DecodingConfig(min_new_tokens=8)
+    (written,) = captioner.generate(torch.zeros(1, N, V), torch.tensor([[3]]), decoding)
+    assert len(written) == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)

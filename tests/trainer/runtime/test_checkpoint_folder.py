@@ -1,4 +1,4 @@
-"""A captioner on the Hub is downloaded once for a command."""
+"""Captioners on the Hub."""
 
 from pathlib import Path
 from unittest.mock import Mock
@@ -8,11 +8,11 @@ import pytest
 from trainer.runtime.checkpoint_folder import CAPTIONER_FILES, find_captioner
 
 
-def test_repeated_calls_use_one_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in CAPTIONER_FILES:
-        (tmp_path / name).touch()
-    download = Mock(return_value=str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert find_captioner("org/captioner") == find_captioner("org/captioner") == tmp_path
-    assert download.call_count == 1
-    find_captioner.cache_clear()
+def test_later_call_returns_the_new_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = [tmp_path / "old", tmp_path / "new"]
+    for folder in commits:
+        folder.mkdir()
+        for name in CAPTIONER_FILES:
+            (folder / name).touch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=map(str, commits)))
+    assert [find_captioner("org/captioner") for _ in commits] == commits
