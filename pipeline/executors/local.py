@@ -21,7 +21,7 @@ ShardWork = Callable[[DatasetDir, Services], None]
 
 
 class LocalExecutor:
-    """Applies functions in this process (see steps.base.Executor). Exiting it closes the source and engine.
+    """Applies functions in this process (see steps.base.Executor). Exiting it closes the engine.
 
     The caller must hold the lock of the dataset folder.
     """

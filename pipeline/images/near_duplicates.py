@@ -166,8 +166,8 @@ def _group_names(near: NearPairs, count: int) -> Rows:
 def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Rows) -> NearPairs:
     """Return the near pairs of samples. Near decks share at least half of the smaller deck's pages.
 
-    The distance between two decks is the mean distance of the shared pages. An empty hash is near no other
-    hash.
+    The distance of two decks is the mean distance of the shared pages, each to its nearest page. An empty
+    hash is near no other hash.
     """
     owners = pc.list_parent_indices(pdq_hashes).to_numpy().astype(np.int64)
     values = pdq_hashes.flatten()
@@ -189,11 +189,14 @@ def _near_decks(near: NearPairs, owners: Rows, num_pages: Rows) -> NearPairs:
     """Return the near pairs of decks from pairs of near pages. `owners` are the decks of the pages."""
     decks, pair_of = np.unique(owners[near.first] * len(num_pages) + owners[near.second], return_inverse=True)
     first, second = decks // len(num_pages), decks % len(num_pages)
-    # For both decks of a pair, the number of pages that are near a page of the other deck.
-    shared = [
-        np.bincount(np.unique(pair_of * len(owners) + pages) // len(owners), minlength=len(decks))
-        for pages in (near.first, near.second)
-    ]
-    is_near = 2 * np.minimum(*shared) >= np.minimum(num_pages[first], num_pages[second])
-    bits = np.bincount(pair_of, near.bits) // np.bincount(pair_of)
+    # For both decks of a pair: the pages near a page of the other deck, each with its smallest distance.
+    num_shared, total_bits = np.zeros((2, len(decks)), np.int64), np.zeros(len(decks))
+    for deck, pages in enumerate((near.first, near.second)):
+        shared, index = np.unique(pair_of * len(owners) + pages, return_inverse=True)
+        closest = np.full(len(shared), HASH_BITS, np.uint16)
+        np.minimum.at(closest, index, near.bits)
+        num_shared[deck] = np.bincount(shared // len(owners), minlength=len(decks))
+        total_bits += np.bincount(shared // len(owners), closest, len(decks))
+    is_near = 2 * num_shared.min(axis=0) >= np.minimum(num_pages[first], num_pages[second])
+    bits = total_bits // num_shared.sum(axis=0)
     return NearPairs(first[is_near], second[is_near], bits[is_near].astype(np.uint16))

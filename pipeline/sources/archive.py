@@ -295,16 +295,18 @@ def _open(config: Config, path: str) -> Source:
     """
     refuse_roles(config, "an archive", "to use values of NAME.json in prompts: --columns context=A,B")
     files = find_source_files(path, (*SUFFIXES, ".zip"), follow_links=config.follow_links)
-    if zips := [name for name in files.names if name.lower().endswith(".zip")]:
+    zips = [name for name in files.names if name.lower().endswith(".zip")]
+    archives = [name for name in files.names if name not in zips]
+    if zips and not archives:
         raise SourceError(f"{zips[0]} is a zip file, which is not read", hint=UNPACK_HINT)
-    if not files.names:
+    if not archives:
         hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
         raise SourceError(f"no archive at {path}", hint=hint)
     license, columns, split = config.license or UNKNOWN, config.context, config.source_split
     names_by_split: dict[str | None, list[str]] = {}
-    for name in files.names:
+    for name in archives:
         names_by_split.setdefault(split_of_path(name), []).append(name)
-    names = [name for name in files.names if split in (None, split_of_path(name))]
+    names = [name for name in archives if split in (None, split_of_path(name))]
     if not names:
         hint = f"name the archives of this split like {split}-0.tar"
         raise SourceError(f"no archive is named after the split {split}", hint=hint)
@@ -335,7 +337,8 @@ def _open(config: Config, path: str) -> Source:
         for _, group in islice(read_groups(), COLUMN_GROUPS):
             known += sorted(_parse_texts([entry for entry in group if is_text(entry.name)])[1])
         require_columns(columns, dict.fromkeys(known), "columns of the first images")
-    messages = [*files.messages, *([] if split else describe_held_out(names_by_split))]
+    messages = [f"zip files are not read: {', '.join(zips)[:200]}"] if zips else []
+    messages += [*files.messages, *([] if split else describe_held_out(names_by_split))]
     return Source(
         name="archive",
         revision=files.revision,

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -82,6 +83,7 @@ READ_SETTINGS = (
     "frame_seconds",
     "image_filter",
 )
+_TEMPORARY = ("too_slow", "too_much_memory", "decoder_died")
 ADVICE = {  # rejection reason -> what the user can change
     "image_not_embedded": f"if the table names its images: {NAMED_IMAGES_HINT}",
     "unsupported_format": "convert the files to JPEG; HEIC needs the package pillow-heif (extra `heic`)",
@@ -98,13 +100,15 @@ ADVICE = {  # rejection reason -> what the user can change
     **LOOK_ALIKE_ADVICE,
     "banned_image": "they are in a dataset passed to --exclude",
     **dict.fromkeys(
-        ("too_slow", "too_much_memory", "decoder_died"),
+        _TEMPORARY,
         "to try these images again, for example on a larger machine, remove the folder steps/read",
     ),
     "unreadable_folder": "change the permissions of the folders",
 }
 # In these rejections, the detail is the id or name of another image.
 _REJECTED_FOR_ANOTHER_IMAGE = ("near_duplicate_image", "near_held_out_image", "banned_image")
+# Slides of one design look similar, and few users would find the setting dedupe.images.
+_ALWAYS_ADVISED = ("near_duplicate_image", *_TEMPORARY)
 
 
 def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion]) -> str:
@@ -170,22 +174,32 @@ class SourceReader:
         }
 
     def _find_result(self, limit: int | None) -> dict[str, Any] | None:
-        """Return the result of an earlier run if its files are unchanged and fit `limit`, else None."""
-        if not is_done(self.dataset, "read", self._key):
-            return None
-        result: dict[str, Any] = read_record(self.dataset, "read")["result"]
-        is_below_limit = result["limit"] is None or result["images"] < result["limit"]
-        is_all = not result["has_more"] and is_below_limit
-        if limit != result["limit"] and not (is_all and (limit is None or limit >= result["images"])):
+        """Return the result of an earlier run if its files are unchanged and fit `limit`, else None.
+
+        None is also returned if that run missed excluded images.
+        """
+        record = read_record(self.dataset, "read")
+        try:
+            result: dict[str, Any] = record["result"]
+            is_below_limit = result["limit"] is None or result["images"] < result["limit"]
+            is_all = not result["has_more"] and is_below_limit
+            is_wanted = limit == result["limit"] or (is_all and (limit is None or limit >= result["images"]))
+            has_unread = any(one["unread"] for one in record["source"]["never"])
+            if not is_wanted or has_unread or not is_done(self.dataset, "read", self._key):
+                return None
+        except (LookupError, TypeError, AttributeError):  # the record is damaged
             return None
         listed = open_table(self.dataset.step_file("read")).read(["sample_id"])["sample_id"]
         return None if self._store.find_missing(listed.to_pylist()) else result
 
     @cached_property
     def _excluded(self) -> list[dict[str, Any]]:
-        """The descriptions of the excluded datasets. Reads their images unless an earlier run did."""
-        if is_done(self.dataset, "read", self._key, "exclusions"):
-            return list(read_record(self.dataset, "read", "exclusions")["described"])
+        """The descriptions of the excluded datasets. Reads their images unless an earlier run read all."""
+        with suppress(LookupError, TypeError, AttributeError):  # the record is damaged
+            described = list(read_record(self.dataset, "read", "exclusions")["described"])
+            has_unread = any(one["unread"] for one in described)
+            if not has_unread and is_done(self.dataset, "read", self._key, "exclusions"):
+                return described
         described = write_exclusions(self.dataset, self.config, self._exclusions, self.progress)
         write_record(self.dataset, "read", self._key, "exclusions", described=described)
         return described
@@ -234,7 +248,8 @@ class SourceReader:
         kind = choose_image_kind(self.config)
         self._exclusion_index = ExclusionIndex(read_exclusions(self.dataset), kind)
         folder = self.dataset.step_file("read").with_name(PARTS_FOLDER)
-        parts = SourceParts(folder, self._key, self._store)
+        key = digest([self._key, file_digest(self.dataset.step_file("read", "exclusions"))])
+        parts = SourceParts(folder, key, self._store)
         rows = self._rows_from(max(0, parts.num_rows - 1))
         if parts.num_rows:
             last = next(rows, None)
@@ -243,7 +258,7 @@ class SourceReader:
             else:
                 rows.close()
                 remove(folder)
-                parts = SourceParts(folder, self._key, self._store)
+                parts = SourceParts(folder, key, self._store)
                 rows = self._rows_from(0)
         return parts, rows
 
@@ -433,6 +448,5 @@ def describe_rejected(shard: DatasetDir) -> Iterator[str]:
             continue
         if reason not in _REJECTED_FOR_ANOTHER_IMAGE:
             names = first_names([f"{row['source_row']}: {row['detail']}" for row in rows])
-        # Slides of one design look similar, and few users would find the setting dedupe.images.
-        advice = f": {ADVICE[reason]}" if reason == "near_duplicate_image" else ""
+        advice = f": {ADVICE[reason]}" if reason in _ALWAYS_ADVISED else ""
         yield f"read: {count:,} {reason.replace('_', ' ')} ({names}){advice}"

@@ -136,6 +136,15 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
         names = (name.strip() for name in mapping[CONTEXT].split(","))
         columns[CONTEXT] = list(dict.fromkeys(name for name in names if name))
         require_columns(columns[CONTEXT], schema.names)
+        for name in columns[CONTEXT]:
+            kind = schema.field(name).type
+            if (
+                is_binary(kind)
+                or pa.types.is_struct(kind)
+                or (is_list(kind) and not is_text(kind.value_type))
+            ):
+                problem = f"the column {name} contains {kind}, which prompts cannot use"
+                raise SourceError(problem, hint="use columns of strings or numbers")
     if "image" not in columns and "pages" not in columns:
         columns |= _guess_images(schema)
     if "references" not in mapping:

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -110,7 +110,9 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         local_journal = run.plan.dataset.journal
         with Journal(shard.journal) as journal:
             if local_journal.exists():
-                journal.import_replies(local_journal, *run.id_range(index))
+                is_far = is_remote(local_journal)
+                with local_copy(local_journal) if is_far else nullcontext(local_journal) as path:
+                    journal.import_replies(path, *run.id_range(index))
         services = Services(run.plan.dataset, self._engine, stats, NullProgress())
         for work in self.works:
             work(shard, services)

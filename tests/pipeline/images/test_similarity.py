@@ -166,6 +166,16 @@ def test_flat_images_are_near_nothing(photos: list[Image.Image]) -> None:
     assert groups["image_group"].to_pylist() == ["s0", "s1", "s0", "s3", "s4"]
 
 
+def test_copy_of_a_deck_with_similar_pages_is_rejected() -> None:
+    page = np.random.default_rng(4).integers(0, 2, 256, np.uint8)
+    similar = [
+        np.packbits(page ^ np.eye(4, dtype=np.uint8)[n].repeat(64) * (np.arange(256) % 3 == 0))
+        for n in range(4)
+    ]
+    deck = {"pdq_hashes": [one.tobytes() for one in similar]}
+    assert compare_samples(samples(deck, deck), "photos")["near_duplicate_of"].to_pylist() == [None, "s0"]
+
+
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
 def test_near_pairs_in_tiles_equal_those_of_a_plain_comparison(
     kind: ImageKind, monkeypatch: pytest.MonkeyPatch

@@ -174,8 +174,10 @@ def test_missing_or_invalid_archive_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=r"photos.ZIP is a zip file") as zipped:
             rows(path)
         assert "folder:DIR" in zipped.value.hint
-    (tmp_path / "photos.ZIP").unlink()
     (tmp_path / "p.tar").write_bytes(tar_of({"0.jpg": photo(0)}))
+    assert samples(tmp_path)
+    source = open_source(resolve(source=f"archive:{tmp_path}"))
+    assert source.messages == ("zip files are not read: photos.ZIP",)
     with pytest.raises(ConfigError) as refused:
         open_source(resolve(source=str(tmp_path / "p.tar")))
     assert f"the path: KIND:{tmp_path / 'p.tar'}" in refused.value.hint

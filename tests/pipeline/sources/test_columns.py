@@ -112,6 +112,13 @@ def test_mapped_column_without_texts_is_refused(tmp_path: Path) -> None:
         open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns={"references": "stars"}))
 
 
+@pytest.mark.parametrize("value", [{"x": 1}, b"x", [b"x"], [["x"]], [{"x": "y"}]])
+def test_context_column_without_texts_is_refused(tmp_path: Path, value: object) -> None:
+    pq.write_table(pa.table({"image": [photo(1)], "facts": [value]}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"the column facts contains .* which prompts cannot use"):
+        open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns={"context": "facts"}))
+
+
 def test_version_table_yields_only_human_captions(tmp_path: Path) -> None:
     samples = [replace(sample, references=("A ring of people.",)) for sample in scene_samples(6)]
     stored, _ = make_version(tmp_path / "d", samples, true_captions(samples))

@@ -1,6 +1,7 @@
 """The read step: a stopped run resumes, and an unchanged source is not read again."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from pipeline.errors import SourceError
 from pipeline.sources import open_source
 from pipeline.sources import read as read_step
 from pipeline.sources.read import READ_SETTINGS, SourceReader
-from pipeline.storage.files import read_table
+from pipeline.storage.files import read_table, write_table
+from pipeline.tables import SOURCE_REJECTED
 from pipeline.types import Rejected, Sample, Source
 from tests.notes import Notes
 from tests.pipeline.images import test_similarity
@@ -259,10 +261,58 @@ def test_source_without_revision_is_read_each_time(photos: Path, tmp_path: Path)
         assert not any("earlier run" in text for text in notes.texts)
 
 
-def test_excluded_images_are_read_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def banned(dataset: Path) -> list[str]:
+    return [row["source_row"] for row in rows(dataset, "rejected") if row["reason"] == "banned_image"]
+
+
+def test_unreadable_excluded_images_are_retried(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The revisions of sources do not change, as after a decoder that was too slow.
+    monkeypatch.setattr("pipeline.sources.folder.digest_or_fault", lambda *_: "sha256")
     (tmp_path / "others").mkdir()
     (tmp_path / "others/a.jpg").write_bytes(photo(2))
     (tmp_path / "others/b.jpg").write_bytes(b"no image")
+    config = settings(photos, exclude=[f"folder:{tmp_path / 'others'}"])
+    for starts in ([0], [39]):  # the parts hold all rows
+        reading = Reading(tmp_path / "d", config)
+        assert any("1 rows could not be read, and were not excluded" in text for text in reading.notes.texts)
+        assert (reading.starts, banned(tmp_path / "d")) == (starts, ["002.jpg"])
+    (tmp_path / "others/b.jpg").write_bytes(photo(3))
+    assert Reading(tmp_path / "d", config).starts == [0]
+    assert banned(tmp_path / "d") == ["002.jpg", "003.jpg", "005.jpg"]
+    assert Reading(tmp_path / "d", config).starts == []
+
+
+def test_damaged_record_is_replaced(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/a.jpg").write_bytes(photo(2))
+    config = settings(photos, exclude=[f"folder:{tmp_path / 'others'}"])
+    Reading(tmp_path / "d", config)
+    for name, key in (("done", "source"), ("done", "result"), ("exclusions", "described")):
+        path = tmp_path / f"d/steps/read/{name}.json"
+        record = json.loads(path.read_text())
+        for value in (None, {"never": 1}, [1]):
+            path.write_text(json.dumps(record | {key: value}))
+            Reading(tmp_path / "d", config)
+            assert json.loads(path.read_text()) == record
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [("too_slow", "on a larger machine"), ("near_duplicate_image", "dedupe.images: graphics"), ("empty", "")],
+)
+def test_rejections_are_reported_with_advice(tmp_path: Path, reason: str, advice: str) -> None:
+    table = pa.Table.from_pylist([{"source_row": "a.jpg", "reason": reason, "detail": "b"}], SOURCE_REJECTED)
+    write_table(DatasetDir(tmp_path).step_file("read", "rejected"), [table], SOURCE_REJECTED)
+    (message,) = read_step.describe_rejected(DatasetDir(tmp_path))
+    assert message.startswith(f"read: 1 {reason.replace('_', ' ')} (a.jpg") and advice in message
+    assert bool(advice) == bool(message.partition(")")[2])
+
+
+def test_excluded_images_are_read_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/a.jpg").write_bytes(photo(2))
     config = settings(photos, exclude=[f"folder:{tmp_path / 'others'}"])
     with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "d", config, stop_at=20)
@@ -271,17 +321,11 @@ def test_excluded_images_are_read_once(photos: Path, tmp_path: Path, monkeypatch
     )
     Reading(tmp_path / "d", config)
     assert Reading(tmp_path / "d", config).starts == []
-    assert [
-        row["source_row"] for row in rows(tmp_path / "d", "rejected") if row["reason"] == "banned_image"
-    ] == ["002.jpg"]
+    assert banned(tmp_path / "d") == ["002.jpg"]
     monkeypatch.undo()
     (tmp_path / "others/a.jpg").write_bytes(photo(3))
-    notes = Reading(tmp_path / "d", config).notes
-    assert any("1 rows could not be read, and were not excluded" in text for text in notes.texts)
-    banned = [
-        row["source_row"] for row in rows(tmp_path / "d", "rejected") if row["reason"] == "banned_image"
-    ]
-    assert banned == ["003.jpg", "005.jpg"]  # 005.jpg is 003.jpg in another size
+    Reading(tmp_path / "d", config)
+    assert banned(tmp_path / "d") == ["003.jpg", "005.jpg"]  # 005.jpg is 003.jpg in another size
 
 
 KILLED = """

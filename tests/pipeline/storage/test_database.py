@@ -66,22 +66,31 @@ def test_folder_name_with_special_meaning_in_duckdb_works(
     assert list(Path(name).iterdir()) == []
 
 
-@pytest.mark.usefixtures("heard_sigint")
-def test_sigint_during_load_or_query_raises_keyboard_interrupt(tmp_path: Path) -> None:
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """Return a signal that raises KeyboardInterrupt, as in a command."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    signal.signal(request.param, before)
+
+
+def test_signal_during_load_or_query_raises_keyboard_interrupt(
+    number: signal.Signals, tmp_path: Path
+) -> None:
 
     def interrupted_rows() -> Iterator[pa.Table]:
         yield numbers(0, 10)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         yield numbers(10, 10)
 
     with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
         load(db, "numbers", interrupted_rows(), NUMBERS)
     with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
-        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, number)).start()
         db.execute("SELECT sum(hash(range)) FROM range(100_000_000_000)")
     with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
         cursor = open_cursor(db)
-        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, number)).start()
         cursor.execute("SELECT sum(hash(range)) FROM range(100_000_000_000)")
     with pytest.raises(RuntimeError, match="another"), open_database(tmp_path):
         raise RuntimeError("another")

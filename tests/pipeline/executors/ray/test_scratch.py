@@ -130,6 +130,16 @@ def test_failed_upload_does_not_hide_the_first_error(
     assert folder.journal.exists()
 
 
+def test_replies_of_a_local_run_in_the_store_are_used(
+    run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "take_samples", lambda *_: None)
+    keep(DatasetDir(tmp_path / "local"), 0)
+    save_journal(DatasetDir(tmp_path / "local"), run.plan.dataset.journal)
+    ShardWorker(run, [])(2)
+    assert stored(run) == 1
+
+
 def test_files_of_a_shard_that_another_node_filled_are_removed(run: ShardedRun) -> None:
     leftover = scratch_folder(run, 2)
     keep(leftover, 0)
