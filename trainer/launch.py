@@ -27,15 +27,7 @@ from pipeline.sources.join import with_pixels
 from pipeline.storage.files import translate_disk_errors
 from pipeline.storage.object_store import parse_dataset_path
 from pipeline.tables import SPLITS
-from trainer.config import (
-    DECODERS,
-    ENCODERS,
-    TINY_VIT,
-    TrainConfig,
-    choose_preset,
-    default_texts,
-    resolve,
-)
+from trainer.config import DECODERS, ENCODERS, TINY_VIT, TrainConfig, choose_preset, default_texts, resolve
 from trainer.runtime.checkpoint_folder import find_captioner, read_models, require_free
 
 

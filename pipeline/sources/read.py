@@ -100,8 +100,7 @@ ADVICE = {  # rejection reason -> what the user can change
     **LOOK_ALIKE_ADVICE,
     "banned_image": "they are in a dataset passed to --exclude",
     **dict.fromkeys(
-        _TEMPORARY,
-        "to try these images again, for example on a larger machine, remove the folder steps/read",
+        _TEMPORARY, "to try these images again, for example on a larger machine, remove the folder steps/read"
     ),
     "unreadable_folder": "change the permissions of the folders",
 }

@@ -27,12 +27,7 @@ from typing import Any
 
 from pipeline.errors import SourceError
 from pipeline.sources.splits import most_held_out, read_split
-from pipeline.sources.text_files import (
-    parse_json,
-    parse_rows,
-    read_text,
-    translate_file_errors,
-)
+from pipeline.sources.text_files import parse_json, parse_rows, read_text, translate_file_errors
 from pipeline.tables import (
     ANSWER_TYPE,
     ANSWERS,

@@ -205,7 +205,7 @@ def test_push_waits_for_the_end_of_a_rate_limit(monkeypatch: pytest.MonkeyPatch)
         raise HfHubHTTPError("too many requests", response=response)
 
     monkeypatch.setattr(push, "_push", refuse)
-    monkeypatch.setattr(push.time, "sleep", pauses.append)
+    monkeypatch.setattr("time.sleep", pauses.append)
     with pytest.raises(PushError, match="the Hub refused"):
         push.push_package(Package("dataset", "v1.0.0", "", {}, {}, has_unknown_license=False), "me/scenes")
     assert pauses == [56.0] * len(push.PAUSES_S)
