@@ -152,17 +152,14 @@ class _Store:
 
         Raises TrainError if a file is a symbolic link.
         """
-
-        def on_busy() -> None:
-            progress.message(f"waiting for another training run that writes to {self.path}")
-
+        waiting = f"waiting for another training run that writes to {self.path}"
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             for file in (self.path, self.path / IDS, self.path / STATES):
                 if file.is_symlink():  # a link in a downloaded dataset could point to any file
                     raise TrainError(f"{file} is a link, which synth does not create", hint="remove it")
             with suppress(FileNotFoundError):  # another process may have removed the file
-                return lock_file(self.path / LOCK, on_busy, TrainError)
+                return lock_file(self.path / LOCK, lambda: progress.message(waiting), TrainError)
 
     def rows(self) -> dict[bytes, int]:
         """Map id digests to rows of states.bin. Rows from the first repeated digest on are ignored."""

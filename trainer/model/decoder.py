@@ -102,7 +102,9 @@ class ScratchDecoder(CrossAttentionDecoder):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.apply(_init_weights)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
         # Each block has three residual branches. Their last layers start with small weights, as in GPT-2.
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -116,11 +118,6 @@ class ScratchDecoder(CrossAttentionDecoder):
         states_BSD = self.states(packed.ids_BS, memory_BND, rope, (packed.place_CT, packed.origin_BS))
         states_KD = packed.learned(states_BSD)
         return token_loss(states_KD, self.embedding, packed.labels_K, packed.weight_K, label_smoothing)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
 
 
 class Block(nn.Module):
