@@ -133,30 +133,20 @@ def show_scenes(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
     """Print the accuracy of captions and answers."""
     captions, answers = score_annotations(rows, scenes_by_id(samples))
     for style, c in sorted(captions.items()):
-        right = c.backgrounds_right / c.captions
-        print(
-            f"  caption {style:<10} precision {c.precision:.4f}  recall {c.recall:.4f}  background "
-            f"{right:.4f}"
-        )
+        print(f"  caption {style:<10} precision {c.precision:.4f}  recall {c.recall:.4f}")
     for kind, a in sorted(answers.items()):
-        scores = f"accuracy {a.accuracy:.4f}  majority {a.majority:.4f}"
-        scores += f"  unanswerable {a.unanswerable} of {a.asked}"
-        print(f"  answer  {kind:<10} {scores}")
+        print(f"  answer  {kind:<10} accuracy {a.accuracy:.4f}  majority {a.majority:.4f}")
 
 
 def show_decks(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """Print the accuracy of answers, evidence pages and expressions. Adds a line for differences."""
+    """Print the accuracy of answers and evidence pages. Adds a line for differences."""
     scenes = scenes_by_id(samples, DECKS)
     differences = [
         row | {"answer_type": "differences"} for row in rows if " more " in (row["question"] or "")
     ]
     for kind, a in sorted((score_decks(rows, scenes) | score_decks(differences, scenes)).items()):
-        expressions = a.expressions_right / max(1, a.asked)
-        print(
-            f"  answer  {kind:<11} accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  evidence "
-            f"{a.evidence:.4f}  "
-            f"expression {expressions:.4f}  unanswerable {a.unanswerable} of {a.asked}"
-        )
+        scores = f"accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  evidence {a.evidence:.4f}"
+        print(f"  answer  {kind:<11} {scores}")
 
 
 if __name__ == "__main__":

@@ -159,11 +159,9 @@ def _open(version: Version | str | Path) -> Version:
     if isinstance(version, Version):
         return version
     name = str(version)
-    return (
-        pull_version(name)
-        if is_hub_name(name)
-        else open_or_download(parse_dataset_path(name), previews=False)
-    )
+    if is_hub_name(name):
+        return pull_version(name)
+    return open_or_download(parse_dataset_path(name), previews=False)
 
 
 def _load_split(version: Version, split: str) -> Any:

@@ -42,12 +42,14 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Run all checks, in the order in which to fix failures."""
+    title = f"GiB that {LARGE} takes on GPUs of several sizes, estimated from its shape"
+    memory = [title, *memory_table(QWEN_3B, MAX_PIXELS, MAX_TOKENS)]
     return [
         Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}"),
         *(_extra(name) for name in EXTRAS),
         _vllm(),
         _gpu(),
-        _memory(),
+        Finding("memory", True, f"\n{' ' * 18}".join(memory)),
         _engine("scenes"),
         _engine("folder:PATH"),
         _hub(),
@@ -63,9 +65,8 @@ def _extra(name: str) -> Finding:
         except PackageNotFoundError:
             missing.append(package)
     problem = f"missing: {', '.join(missing)}; " if missing else ""
-    return Finding(
-        name, not missing, problem + ", ".join(installed), install_command(name) if missing else ""
-    )
+    hint = install_command(name) if missing else ""
+    return Finding(name, not missing, problem + ", ".join(installed), hint)
 
 
 def _vllm() -> Finding:
@@ -97,12 +98,6 @@ def _gpu() -> Finding:
     return Finding("gpu", is_enough, summary, "" if is_enough else hint)
 
 
-def _memory() -> Finding:
-    title = f"GiB that {LARGE} takes on GPUs of several sizes, estimated from its shape"
-    lines = [title, *memory_table(QWEN_3B, MAX_PIXELS, MAX_TOKENS)]
-    return Finding("memory", True, f"\n{' ' * 18}".join(lines))
-
-
 def _engine(source: str) -> Finding:
     """Report which engine `--engine auto` would use. No request is sent to the Hub."""
     name, reason = pick_engine(Config(source=source))
@@ -123,9 +118,8 @@ def _hub() -> Finding:
     if get_token() is None:
         hint = "run `hf auth login`; only `synth push` and gated data need a token"
         return Finding("hub", False, f"no token for {ENDPOINT}", hint)
-    return Finding(
-        "hub", True, f"a token for {ENDPOINT} is set; the first push shows whether it has write access"
-    )
+    result = f"a token for {ENDPOINT} is set; the first push shows whether it has write access"
+    return Finding("hub", True, result)
 
 
 def _disk() -> Finding:

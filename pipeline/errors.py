@@ -5,9 +5,9 @@ from difflib import get_close_matches
 
 
 class SynthError(Exception):
-    """The base class of all errors shown to users. The message states the problem, `hint` a way to fix it.
+    """The base class of all errors for users. The message states the problem. `hint` states a way to fix it.
 
-    The names in `known` that `unknown` misspells are added to the hint.
+    If the user misspelled a name of `known` as `unknown`, the hint also suggests the name.
     """
 
     def __init__(self, what: str, *, hint: str = "", unknown: str = "", known: Iterable[str] = ()) -> None:

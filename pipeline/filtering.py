@@ -60,10 +60,11 @@ def filter_annotations(
     """
     require_columns(table, "text", "question", "answer")
     default = _judge(config, prompt_grams, caption_words)
-    judges = {
-        own.name: _judge(_config_of(own, config), _grams_of(own, prompt_grams), is_text=_is_own_text(own))
-        for own in tasks.custom
-    }
+    judges = {}
+    for own in tasks.custom:
+        # Other texts are read from the image.
+        is_text = own.settings.kind == "text" and _COPYING.isdisjoint(words_of(own.settings.prompt))
+        judges[own.name] = _judge(_config_of(own, config), _grams_of(own, prompt_grams), is_text=is_text)
     nulls = [None] * table.num_rows
     columns = [table[name].to_pylist() for name in ("text", "question", "answer")]
     styles, types, prompts = (
@@ -86,11 +87,6 @@ def _grams_of(task: CustomTask, prompt_grams: Grams) -> Grams:
     """Return `prompt_grams` and the n-grams of a custom task's prompt, except those of its allowed values."""
     own_grams = artifacts.prompt_grams([task.settings.prompt])
     return prompt_grams | (own_grams - artifacts.prompt_grams(enum_texts(task.whole)))
-
-
-def _is_own_text(task: CustomTask) -> bool:
-    """Return whether a custom task asks for a text of the model's own, not for text that is in the image."""
-    return task.settings.kind == "text" and _COPYING.isdisjoint(words_of(task.settings.prompt))
 
 
 @lru_cache(64)

@@ -7,9 +7,8 @@ from typing import Literal
 
 from pipeline.errors import SynthError, one_line
 
-# ORG/NAME, or ORG/NAME@REVISION.
 LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
-HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")  # ORG/NAME, or ORG/NAME@REVISION
 
 
 @contextmanager
@@ -67,7 +66,7 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
             problem = f"the Hub at {ENDPOINT} does not answer, and {name} is not in the cache"
             return f"{problem}: {one_line(error.__cause__ or error)}", ""
         case httpx2.TransportError() | ConnectionError() | TimeoutError():
-            return f"the Hub at {ENDPOINT} does not answer: {one_line(error)}", ""
+            return f"the Hub at {ENDPOINT} does not answer: {one_line(error)} ({name})", ""
         case errors.HfHubHTTPError() if error.response.status_code == 401:
             return "the Hub rejects the token", LOGIN_HINT
         case errors.HfHubHTTPError() if error.response.status_code == 403:

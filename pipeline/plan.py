@@ -74,15 +74,7 @@ class Plan:
             ladders=ladders_of(config, tasks),
             revisions=tuple(revisions.items()),
         )
-        return cls(
-            config=config,
-            dataset=dataset,
-            spec=spec,
-            tasks=tasks,
-            requests=requests,
-            has_decks=has_decks,
-            models=models or {},
-        )
+        return cls(config, dataset, spec, tasks, requests, has_decks, models or {})
 
     @classmethod
     def open(
@@ -238,9 +230,8 @@ def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
     except ValueError:
         recorded = {}
     if not isinstance(recorded, dict) or not recorded.keys() >= config.recorded().keys():
-        raise ConfigError(
-            f"{dataset.run_file} was not written by synth", hint="use another folder: --out DIR"
-        )
+        hint = "use another folder: --out DIR"
+        raise ConfigError(f"{dataset.run_file} was not written by synth", hint=hint)
     source = str(recorded["source"])
     if _source_place(source) != _source_place(config.source):
         hint = f"choose another --out DIR; if it is the same source, pass it as before: --source {source}"

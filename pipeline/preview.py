@@ -40,10 +40,12 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
     folder, config, preview = plan.dataset, plan.config, Preview()
     assert plan.source is not None
     rows: list[Sample | Rejected] = []
-    # Up to the last of `number` usable images.
+    ids = set[str]()  # of usable images
     for source_row in plan.source.rows:
         rows.append(source_row)
-        if len({one.id for one in rows if isinstance(one, Sample)}) == number:
+        if isinstance(source_row, Sample):
+            ids.add(source_row.id)
+        if len(ids) == number:
             break
     progress.message(describe_start(plan))
     balance = config.balance.model_copy(update={"max_answer_frac": 1.0, "max_yes_no_frac": 1.0})
@@ -57,9 +59,7 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
             preview.page = folder.path / "preview.html"
             write_report(trial.version, trial.plan.dataset.path).replace(preview.page)
             for shown in chain.from_iterable(read_rows(trial.version, SPLITS, None, number)):
-                texts = [
-                    " ".join(text[name] for name in TEXT_FIELDS if name in text) for text in shown["texts"]
-                ]
+                texts = (" ".join(filter(None, map(text.get, TEXT_FIELDS))) for text in shown["texts"])
                 preview.images.setdefault(shown["from"], []).extend((text, None) for text in texts)
         for loss in read_rejected(trial.plan.dataset.path):
             if loss["what"]:

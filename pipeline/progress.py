@@ -105,7 +105,7 @@ class LineProgress:
 
 
 class LiveProgress(LineProgress):
-    """A Progress that shows the current step at the bottom of a terminal, above it the finished ones."""
+    """A Progress that shows the current step at the bottom of a terminal, and finished steps above it."""
 
     def __init__(self) -> None:
         super().__init__()

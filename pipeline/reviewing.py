@@ -57,10 +57,9 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             for edit, problem in AppliedReviews.of(reviews, rows, plan.tasks).unusable:
                 text = edit.text or f"{edit.question} {edit.answer}"
                 path = next((path for path, lines in sources.items() if edit in lines), dataset.reviews)
-                raise ConfigError(
-                    f"{path}: the edited text {text[:80]!r} cannot be used: {problem}",
-                    hint="edit the text again",
-                )
+                hint = "edit the text again"
+                problem = f"{path}: the edited text {text[:80]!r} cannot be used: {problem}"
+                raise ConfigError(problem, hint=hint)
             write_text(dataset.reviews, format_lines(merged))
             try:
                 if dataset.step_file(SPLIT).exists():

@@ -327,12 +327,6 @@ def is_off_type(row: RuleInput) -> bool:
     return row.answer == "yes" and bool(_TAUTOLOGY.fullmatch(row.main) or _ALTERNATIVES.fullmatch(row.main))
 
 
-def is_no_number(row: RuleInput) -> bool:
-    """Return True if the answer to an English question for a number has no number."""
-    is_number = row.answer_type == "number" and row.config.language == "en"
-    return is_number and not (_NUMBER.search(row.answer or "") or _NO_COUNT.search(row.main))
-
-
 def gives_answer_away(question: str, answer: str) -> bool:
     """Return True if a question contains its answer, ignoring articles, "in color" and plural endings.
 
@@ -430,7 +424,10 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "count_not_a_number": lambda row: (
         bool(_HOW_MANY.search(row.main)) and not _COUNT.fullmatch(row.answer or "")
     ),
-    "answer_not_a_number": is_no_number,
+    "answer_not_a_number": lambda row: (
+        (row.answer_type, row.config.language) == ("number", "en")
+        and not (_NUMBER.search(row.answer or "") or _NO_COUNT.search(row.main))
+    ),
     "answer_off_type": is_off_type,
     "answer_in_question": lambda row: gives_answer_away(row.main, row.answer or ""),
     "speaks_of_elsewhere": is_elsewhere,
@@ -481,7 +478,7 @@ def _repeats_parts(text: str) -> bool:
         if max(starts.values()) > MAX_EQUAL_PARTS:
             return True
     parts = text.lower().split(", ")
-    # Parts that name the same object begin with the same letters, which are faster to compare.
+    # Parts that name the same object begin with the same two letters (objects of one letter are ignored).
     if max(Counter(part[:2] for part in parts).values()) <= MAX_EQUAL_PARTS:
         return False
     objects = Counter(_PLACE.split(part, maxsplit=1)[0] for part in parts)

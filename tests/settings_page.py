@@ -73,7 +73,8 @@ The presets follow published recipes. They were not tuned on a GPU.
 | `SYNTH_<NAME>_API_KEY` | key of the servers of a model in `models`; `SYNTH_JUDGE_API_KEY` for `--judge` |
 | `OPENAI_API_KEY` | key for openai.com if `SYNTH_API_KEY` is not set |
 | `SYNTH_VLLM_PYTHON` | Python interpreter with vLLM, if it is in another environment |
-| `HF_TOKEN`, `HF_HUB_OFFLINE` | token of the Hub, and whether to use only its cache |
+| `HF_TOKEN` | token of the Hub |
+| `HF_HUB_OFFLINE` | whether to use only the Hub's cache; a dataset is then named `ORG/NAME@VERSION` |
 | `TMPDIR` | folder for temporary files, such as the shards of a dataset in an object store |
 | `RAY_ADDRESS`, `RAY_AUTH_MODE` | the Ray cluster, and `token` if it requires a token |
 """

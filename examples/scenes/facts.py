@@ -16,7 +16,6 @@ _SIZE, _COLOR, _SHAPE = ("|".join(words) for words in (SIZES, COLORS, SHAPES))
 _PLACE = "|".join(sorted(PLACES, key=len)[::-1])
 _THING = rf"(?P<size>{_SIZE}) (?P<color>{_COLOR}) (?P<shape>{_SHAPE})"
 _PHRASE = re.compile(rf"\b{_THING}\b(?: is at the (?P<place>{_PLACE})\b)?")
-_BACKGROUND = re.compile(rf"\b({'|'.join(BACKGROUNDS)}) background\b")
 
 
 class Phrase(NamedTuple):
@@ -31,12 +30,6 @@ class Phrase(NamedTuple):
 def phrases(text: str) -> list[Phrase]:
     """Return the objects that a caption names, in order and with repetitions."""
     return [Phrase(*match.groups("")) for match in _PHRASE.finditer(text.lower())]
-
-
-def background(text: str) -> str | None:
-    """Return the first background that a caption names, or None."""
-    match = _BACKGROUND.search(text.lower())
-    return match[1] if match else None
 
 
 # A description of objects: shape (or "object"), with an optional size, color and place.
@@ -133,8 +126,6 @@ class CaptionScore:
     num_phrases: int = 0
     num_objects: int = 0
     matched: int = 0
-    captions: int = 0
-    backgrounds_right: int = 0
 
     @property
     def precision(self) -> float:
@@ -154,8 +145,6 @@ class CaptionScore:
         self.num_phrases += len(named)
         self.num_objects += len(objects)
         self.matched += (Counter(named) & Counter(objects)).total()
-        self.captions += 1
-        self.backgrounds_right += background(text) == scene.background
 
 
 @dataclass(slots=True)
@@ -164,7 +153,6 @@ class _Answers:
 
     asked: int = 0
     right: int = 0
-    unanswerable: int = 0
     truths: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -180,7 +168,6 @@ class _Answers:
     def _count(self, truth: str | None, given: str) -> None:
         self.asked += 1
         self.right += truth is not None and given.strip().lower() == truth
-        self.unanswerable += truth is None
         self.truths.update(() if truth is None else (truth,))
 
 
@@ -194,10 +181,9 @@ class AnswerScore(_Answers):
 
 @dataclass(slots=True)
 class DeckScore(_Answers):
-    """Counts answers to questions about decks, with their evidence pages and calculations."""
+    """Counts answers to questions about decks, with their evidence pages."""
 
     evidence_right: int = 0
-    expressions_right: int = 0
 
     @property
     def evidence(self) -> float:
@@ -210,7 +196,6 @@ class DeckScore(_Answers):
         self._count(truth.answer if truth else None, row["answer"] or "")
         if truth:
             self.evidence_right += tuple(row["evidence_pages"] or ()) == truth.evidence_pages
-            self.expressions_right += (row["expression"] or "") == truth.expression
 
 
 def scenes_of(source: str, source_row: str) -> tuple[Scene, ...]:

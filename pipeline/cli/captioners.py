@@ -2,21 +2,12 @@
 
 import json
 import os
-from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, BadParameter
 
-from pipeline.cli.options import (
-    BY_STYLE,
-    AsJson,
-    BatchSize,
-    CaptionerName,
-    NumBeams,
-    option,
-)
+from pipeline.cli.options import BY_STYLE, AsJson, BatchSize, CaptionerName, NumBeams, option
 from pipeline.cli.output import echo, find_checkpoint, say
 from pipeline.errors import TrainError
 from pipeline.progress import WARNING, show_progress
@@ -66,7 +57,14 @@ def caption(
     job = CaptionTask(loaded, paths, styles, question or "", num_beams or loaded.usual_beams, batch_size)
     with show_progress() as progress, translate_disk_errors(out or Path()):
         names = ("image", "caption", "answer", *(["style"] if len(styles) > 1 else []))
-        show_row = partial(_print_caption, names=names, as_json=as_json)
+
+        def show_row(row: dict[str, str]) -> None:
+            if as_json:
+                echo(json.dumps({name: value for name, value in row.items() if name in names}))
+                return
+            style = f" ({row['style']})" if "style" in names else ""
+            echo(f"{row['image']}{style}: {row.get('caption', row.get('answer'))}")
+
         result = caption_images(job, out, folder, progress, show_row)
     for path, error in result.unread:
         say(f"cannot read {path}: {error}", WARNING)
@@ -78,14 +76,6 @@ def caption(
             echo(json.dumps({"path": str(out), "written": result.num_written, "unread": unread}))
     if len(result.unread) == len(paths):
         raise TrainError("no image could be read", hint="pass image files")
-
-
-def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool) -> None:
-    if as_json:
-        echo(json.dumps({name: value for name, value in row.items() if name in names}))
-        return
-    style = f" ({row['style']})" if "style" in names else ""
-    echo(f"{row['image']}{style}: {row.get('caption', row.get('answer'))}")
 
 
 def serve_captioner(

@@ -22,7 +22,7 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.output import echo, print_run_result, say, show
 from pipeline.errors import did_you_mean
-from pipeline.progress import show_progress
+from pipeline.progress import WARNING, show_progress
 
 if TYPE_CHECKING:
     from pipeline.check import Checked
@@ -122,11 +122,12 @@ def export(
         done = export_version(version, kind, folder, **choices, progress=progress)
     without_text = f"; skipped {done.without_text:,} images without a text" if done.without_text else ""
     say(f"wrote {done.images:,} images{without_text}")
+    if opening and not done.has_opening:
+        say(f"note: no caption begins with {opening.strip()!r}", WARNING)
     for phrase, share in done.phrases.items():
         say(f"note: {100 * share:.0f} % of the captions have {phrase!r}, which a LoRA learns with {trigger}")
-    show(
-        {"path": str(done.folder), "images": done.images, "without_text": done.without_text}, as_json, "path"
-    )
+    values = {"path": str(done.folder), "images": done.images, "without_text": done.without_text}
+    show(values, as_json, "path")
 
 
 def report(
@@ -198,8 +199,7 @@ def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) 
     dataset = DatasetDir(folder)
     with show_progress() as progress:
         result = apply_reviews(dataset, list(map(Path, names)), progress)
-    print_run_result(
-        result, list(describe_losses(STEPS, result.funnel)), shown=progress.warnings, as_json=as_json
-    )
+    losses = list(describe_losses(STEPS, result.funnel))
+    print_run_result(result, losses, shown=progress.warnings, as_json=as_json)
     if audit := result.version.manifest.get("audit"):
         say(f"wrong texts: {audit_in_words(audit)}")

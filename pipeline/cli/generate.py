@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +12,7 @@ from typer import Argument, BadParameter, Context, Option
 from pipeline.cli.options import DATASET_PATH, LOCAL_PATH, AsJson, option, path_option, vllm_flags
 from pipeline.cli.output import echo, print_estimate, print_preview, print_run_result, say, show
 from pipeline.cli.run_options import CLUSTER, DATASET, with_run_settings
+from pipeline.errors import EngineError
 from pipeline.progress import show_progress
 
 if TYPE_CHECKING:
@@ -126,7 +128,8 @@ def serve(
     ] = None,
     port: Annotated[int, option("Port.", "8000", min=1, max=65535)] = 8000,
     config: Annotated[
-        Path | None, option("YAML file with the settings model and server, as for `generate`.", False)
+        Path | None,
+        option("YAML file with the settings `model` and `server.flags`, as for `generate`.", False),
     ] = None,
 ) -> None:
     """Run a vLLM server on this machine, for `synth generate --base-url`, until Ctrl-C.
@@ -137,6 +140,7 @@ def serve(
     from pipeline.config import LARGE
     from pipeline.config.files import resolve
     from pipeline.inference.engines import plan_server
+    from pipeline.inference.vllm import cannot_run
 
     flags = vllm_flags(context, "--model")
     settings = resolve(config, model=model, source="folder:.")  # no image is read
@@ -144,11 +148,19 @@ def serve(
     server = settings.server.model_copy(update={"flags": (*settings.server.flags, *flags)})
     with show_progress() as progress:
         command = plan_server(settings.model or LARGE, server, progress)
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        problem = f"port {port} cannot be used: {os.strerror(error.errno or 0)}"
+        raise EngineError(problem, hint="choose another port: --port") from None
     say(f"use the server with:\n  export SYNTH_API_KEY={command.api_key}")
     say(f"  synth generate --base-url http://127.0.0.1:{port}/v1 --source ...")
     arguments = [command.python, *command.arguments, "--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | command.environment | {"VLLM_API_KEY": command.api_key}
-    os.execvpe(command.python, arguments, environment)  # noqa: S606
+    try:
+        os.execvpe(command.python, arguments, environment)  # noqa: S606
+    except OSError as error:
+        raise cannot_run(command.python, error) from None
 
 
 def doctor(
@@ -157,7 +169,15 @@ def doctor(
 ) -> None:
     """Check packages, engines, memory, disk and network of this machine."""
     if list_sources:
-        _print_sources(as_json=as_json)
+        from pipeline.sources import SOURCES
+
+        if as_json:
+            echo(json.dumps([source.describe() for source in SOURCES]))
+            return
+        for source in SOURCES:
+            echo(f"{source.name:<14} {source.what}")
+            echo(f"{'':<14} {source.example}")
+            echo(f"{'':<14} license: {source.license}; needs: {source.needs}")
         return
     from pipeline.doctor import examine
 
@@ -169,15 +189,3 @@ def doctor(
         echo(f"{'ok  ' if finding.is_ok else 'no  '} {finding.name:<12} {finding.result}")
         if finding.hint:
             echo(f"     {'':<12} {finding.hint}")
-
-
-def _print_sources(*, as_json: bool) -> None:
-    from pipeline.sources import SOURCES
-
-    if as_json:
-        echo(json.dumps([source.describe() for source in SOURCES]))
-        return
-    for source in SOURCES:
-        echo(f"{source.name:<14} {source.what}")
-        echo(f"{'':<14} {source.example}")
-        echo(f"{'':<14} license: {source.license}; needs: {source.needs}")

@@ -33,9 +33,8 @@ def path_option(text: str, default: str | bool = True) -> Any:
 
 def dataset_argument(text: str = "DIR, DIR@VERSION", default: str = LAST_MADE) -> Any:
     """Return the argument that names a dataset or a version. See dataset_path."""
-    return Argument(
-        metavar="DATASET", help=f"Dataset: {text}, or VERSION of {default}.", show_default=default
-    )
+    text = f"Dataset: {text}, or VERSION of {default}."
+    return Argument(metavar="DATASET", help=text, show_default=default)
 
 
 Dataset = Annotated[str | None, dataset_argument()]

@@ -60,7 +60,7 @@ def note_previews(version: "Version", path: Path | None = None) -> None:
 
 
 def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print the cost of a sample and estimates for the run. With `as_json`, also print JSON to stdout."""
+    """Print the cost of the images asked about, and estimates. With `as_json`, also print JSON to stdout."""
     e, show_line = estimate, say if as_json else echo
     tokens = f"{e['prompt_tokens']:,} tokens read, {e['reply_tokens']:,} written"
     paid, cost = (f", cost {e[key]:,.4g}" if e[key] is not None else "" for key in ("sampled_cost", "cost"))
@@ -117,7 +117,7 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
         low, high = metrics["intervals"].get(name, (None, None))
         interval = f"  [{low:.3f}, {high:.3f}]" if low is not None else ""
         shuffled = metrics["shuffled_scores"][name]
-        say(f"  {name:<8} {value:6.3f}   with shuffled images {shuffled:6.3f}{interval}")
+        say(f"  {name:<8} {value:6.3f}{interval}   with shuffled images {shuffled:6.3f}")
     low, high = metrics.get("gain", {}).get("cider_d", (None, None))
     if low is not None and low <= 0:
         say(f"  captions of other images score about as well (CIDEr-D {low:.3f} to {high:.3f} lower):", LOSS)

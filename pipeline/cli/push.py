@@ -61,18 +61,18 @@ def push(
     from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.dataset.manifest import describe_data
     from pipeline.hub.pull import open_or_download
+    from pipeline.hub.push import check_repo_name
     from pipeline.storage.files import translate_disk_errors
 
+    check_repo_name(repo)
     if not is_remote(data) and (data / "train.json").exists():
         if images is not None or any((license_, license_link, title, language, acknowledge)):
             raise BadParameter(f"{data} is a captioner; only --private, --public, --dry-run and --json apply")
         say(f"captioner: {data}")
         from pipeline.hub.package import build_checkpoint_package
-        from pipeline.hub.push import check_repo_name  # imports the client of the Hub
         from trainer.config import DECODERS, ENCODERS
         from trainer.model.transformers_files import transformers_files
 
-        check_repo_name(repo)
         if (data / "model.safetensors").is_file():
             from trainer.model.checkpoint import load_checkpoint  # imports torch
 
@@ -83,10 +83,6 @@ def push(
     _require_card_values(license_, license_link, language)
     chosen_version = open_or_download(data, previews=False)
     note_previews(chosen_version, data)
-
-    from pipeline.hub.push import check_repo_name
-
-    check_repo_name(repo)
     choices = {
         "images": images,
         "acknowledged": acknowledge or (),
@@ -167,11 +163,8 @@ def send(
         say("note: the existing repository is private, and stays private", WARNING)
     if pushed.warning:
         say(f"warning: {pushed.warning}", WARNING)
-    say(
-        f"pushed {pushed.tag} as {pushed.commit}"
-        if pushed.is_new
-        else f"nothing to do: {pushed.tag} already exists"
-    )
+    done = f"pushed {pushed.tag} as {pushed.commit}"
+    say(done if pushed.is_new else f"nothing to do: {pushed.tag} already exists")
     result = {"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}
     show(result, as_json, "url")
     return pushed

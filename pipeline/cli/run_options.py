@@ -74,7 +74,7 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 def _only_source(names: list[str]) -> str:
     """Return the one source. Raises ConfigError for several: all but the last would be ignored."""
     if len(names) > 1:
-        hint = "run once for each with its own --out, or put the images into one folder or one list"
+        hint = "run once for each with its own --out, or put the images into one folder"
         raise ConfigError(
             f"a dataset has one source, but {len(names)} are given: {', '.join(names)}", hint=hint
         )
@@ -114,7 +114,7 @@ OPTIONS = (
     RunOption("--only-missing", bool, TEXTS, "Keep human texts, and ask the model for the missing ones.",
         "human_texts", value="fill"),
     RunOption("--language", str, TEXTS,
-        "Language of prompts and texts. Others are rejected, unless it is any.", "filter.language",
+        "Language of prompts and texts, or any. Texts in other languages are rejected.", "filter.language",
         metavar="CODE", default="en"),
     RunOption("--styles", str, TEXTS, "Styles: plain, detailed, dense, brief, alt, tags, ocr, or your own.",
         "generate.caption_styles", metavar="NAME,...", read=read_names, is_common=True,

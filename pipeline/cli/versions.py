@@ -22,9 +22,8 @@ def _open_dataset(name: str | None, *, for_removal: bool = False) -> "DatasetDir
 
     path = dataset_path(name, is_only=for_removal)
     if for_removal and is_remote(path):
-        raise StoreError(
-            f"{path} is in an object store", hint="remove its objects with the tools of the object store"
-        )
+        hint = "remove its objects with the tools of the object store"
+        raise StoreError(f"{path} is in an object store", hint=hint)
     folder, version = split_version(path)
     if not is_remote(folder) and not (folder / "versions").is_dir():
         hint = "`synth generate` makes one; if it was interrupted, run it again"

@@ -187,9 +187,8 @@ class Config(Section):
         if JUDGE_MODEL in self.models and AT_SERVER in (self.verify.judge or ""):
             yield f"verify.judge has a server, but models has a {JUDGE_MODEL}: set verify.judge: judge"
         priced: tuple[ServerConfig | ModelConfig, ...] = (self.server, *self.models.values())
-        if self.server.max_cost is not None and not any(
-            (one.price_in, one.price_out) != (None, None) for one in priced
-        ):
+        is_priced = any((one.price_in, one.price_out) != (None, None) for one in priced)
+        if self.server.max_cost is not None and not is_priced:
             yield "server: max_cost needs a price: price_in, price_out or both"
 
     @property

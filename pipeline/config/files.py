@@ -39,9 +39,8 @@ def resolve(config_file: Path | None = None, **options: Any) -> Config:
         elif value is not None:
             values[name] = value
     if "source" not in values and values.keys() <= {*Config.model_fields}:
-        raise ConfigError(
-            "no source given", hint="pass --source folder:PATH; `synth doctor --sources` lists all sources"
-        )
+        hint = "pass --source folder:PATH; `synth doctor --sources` lists all sources"
+        raise ConfigError("no source given", hint=hint)
     return validate(Config, values)
 
 

@@ -166,11 +166,10 @@ def _require_order(min_name: str, least: int | None, max_name: str, most: int | 
         raise ValueError(f"{min_name} is {least}, but {max_name} is {most}: no text has such a length")
 
 
-def task_names(entries: Any) -> Any:
+def task_names(tasks: Any) -> Any:
     """Return the names of custom tasks, with None for each task that has no name."""
     return [
-        entry.get("name") if isinstance(entry, dict) else getattr(entry, "name", None)
-        for entry in entries or ()
+        task.get("name") if isinstance(task, dict) else getattr(task, "name", None) for task in tasks or ()
     ]
 
 
@@ -270,8 +269,8 @@ class ServerConfig(Section):
     request_timeout_s: float = Field(default=600, gt=0)
     """Seconds to wait for a reply."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
-    """Requests in flight. Null uses a quarter above `--max-num-seqs` of vLLM started here, 128 for another
-    vLLM server, and 32 for any other server.
+    """Requests in flight. Null uses a quarter above `--max-num-seqs` of vLLM started here, and 32 to 128 for
+    another server, by its speed.
     """
     key_env: KeyVariable | None = None
     """Environment variable with the key of the servers. Null uses `SYNTH_API_KEY`, or `OPENAI_API_KEY` for
@@ -316,10 +315,7 @@ Servers = Mapping[str, ServerConfig]  # by the name of the model
 def cost_of(tokens: Mapping[str, tuple[float, float]], servers: Servers) -> float | None:
     """Return the cost of prompt and reply tokens by model, or None if no price is known."""
     # A model that the settings no longer name may have replies in the journal.
-    costs = [
-        servers.get(name, servers[DEFAULT_MODEL]).price(read, written)
-        for name, (read, written) in tokens.items()
-    ]
+    costs = [servers.get(name, servers[DEFAULT_MODEL]).price(*used) for name, used in tokens.items()]
     known = [cost for cost in costs if cost is not None]
     return sum(known) if known else None
 
@@ -400,12 +396,9 @@ class FilterConfig(Section):
 
     @model_validator(mode="after")
     def _require_possible_lengths(self) -> "FilterConfig":
-        _require_order(
-            "min_caption_words", self.min_caption_words, "max_caption_words", self.max_caption_words
-        )
-        _require_order(
-            "min_question_words", self.min_question_words, "max_question_words", self.max_question_words
-        )
+        for text in ("caption", "question"):
+            low, high = f"min_{text}_words", f"max_{text}_words"
+            _require_order(low, getattr(self, low), high, getattr(self, high))
         return self
 
 
@@ -486,11 +479,8 @@ class BalanceConfig(Section):
 
     def max_share(self, answers: Collection[str]) -> float:
         """Return the largest share that one of these answers to one type of question may have."""
-        return (
-            self.max_yes_no_frac
-            if len(answers) <= 2 or {"yes", "no"} & set(answers)
-            else self.max_answer_frac
-        )
+        is_binary = len(answers) <= 2 or {"yes", "no"} & set(answers)
+        return self.max_yes_no_frac if is_binary else self.max_answer_frac
 
 
 class SplitConfig(Section):

@@ -103,8 +103,8 @@ class _Rate:
         shares = {text: wrong_shares[text.name] for text in reviewed if text.name in wrong_shares}
         total = sum(text.weight for text in shares)
         wrong = sum(text.weight * share for text, share in shares.items()) / max(1, total)
-        # Unequal weights widen the interval, more so if texts of large weight are wrong more often: Kish's
-        # effective sample size, or the linearized variance of the weighted mean.
+        # Unequal weights widen the interval, more so if texts of large weight are wrong more often. So
+        # the smaller of two effective sample sizes counts: Kish's, and that of the linearized variance.
         trials = total**2 / max(1, sum(text.weight**2 for text in shares))
         squares = sum((text.weight * (share - wrong)) ** 2 for text, share in shares.items())
         if squares:

@@ -106,9 +106,8 @@ class DatasetDir:
             pushes = read_json(file)["pushed"]
             return [{name: str(push[name]) for name in ("version", "repo", "commit")} for push in pushes]
         except _DAMAGED_JSON:
-            raise StoreError(
-                f"{file} is damaged", hint="move it away: only the record of pushes is lost"
-            ) from None
+            hint = "move it away: only the record of pushes is lost"
+            raise StoreError(f"{file} is damaged", hint=hint) from None
 
     def record_push(self, version: str, repo: str, commit: str) -> None:
         """Record a push, unless it is already recorded."""
@@ -179,10 +178,8 @@ def open_dataset(path: Path | None, *, previews: bool = True) -> Version:
     if (path / MANIFEST).exists():
         opened = read_version(path)
         if version not in (None, opened.name):
-            raise StoreError(
-                f"{path} is the version {opened.name}, not {version}",
-                hint="pass the dataset folder instead of a version",
-            )
+            hint = "pass the dataset folder instead of a version"
+            raise StoreError(f"{path} is the version {opened.name}, not {version}", hint=hint)
         return opened
     if not is_remote(path) and not path.is_dir():
         hint, known = "`synth generate` makes one", [str(folder) for folder in path.parent.glob("*/")]

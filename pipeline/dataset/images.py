@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from pipeline.dataset.shards import split_into_groups
 from pipeline.errors import StoreError, SynthError
 from pipeline.storage.files import open_parquet, write_table
 from pipeline.storage.object_store import is_remote
@@ -191,18 +192,6 @@ def _write_file(folder: Path, samples: Iterable[pa.Table]) -> Path:
     ids = [sample_id for table in samples for sample_id in table["sample_id"].to_pylist()]
     name = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:32]
     path = folder / FOLDER / f"{name}.parquet"
-    write_table(path, (group for table in samples for group in _split_into_groups(table)), SAMPLE_IMAGES)
+    groups = (group for table in samples for group in split_into_groups(table, GROUP_ROWS, GROUP_BYTES))
+    write_table(path, groups, SAMPLE_IMAGES)
     return path
-
-
-def _split_into_groups(samples: pa.Table) -> Iterator[pa.Table]:
-    """Yield slices of at most GROUP_ROWS rows and at most GROUP_BYTES. A larger sample comes alone."""
-    start = num_bytes = 0
-    for row in range(samples.num_rows):
-        row_bytes = samples.slice(row, 1).nbytes
-        if row - start == GROUP_ROWS or (row > start and num_bytes + row_bytes > GROUP_BYTES):
-            yield samples.slice(start, row - start)
-            start, num_bytes = row, 0
-        num_bytes += row_bytes
-    if samples.num_rows:
-        yield samples.slice(start)

@@ -70,6 +70,9 @@ def describe_provenance(
     """Return the manifest fields that describe the run."""
     asked = asked_tasks(config, tasks)
     settings = publishable_settings(config, tasks, source["name"], model["name"])
+    kind, _, path = config.source.partition(":")
+    folder = Path(path).name if kind == "folder" else ""
+    title = config.title or (folder if folder != ".." and re.fullmatch(TITLE, folder) else None)
     return {
         "source": {
             name: source[name] for name in ("name", "revision", "partial", "preview") if name in source
@@ -79,15 +82,8 @@ def describe_provenance(
         "schemas": {task.name: wire_schema(task) for task in asked},
         # The digests of caption files are from the read step, since a later run may not have the files.
         "config": settings | {"captions": source.get("captions", [])},
-        **describe_data(config.license, config.title or _folder_name(config.source), config.filter.language),
+        **describe_data(config.license, title, config.filter.language),
     }
-
-
-def _folder_name(source: str) -> str | None:
-    """Return a source's folder name for the title, or None if there is no folder or it is `.`."""
-    kind, _, path = source.partition(":")
-    name = Path(path).name
-    return name if kind == "folder" and name != ".." and re.fullmatch(TITLE, name) else None
 
 
 def describe_data(

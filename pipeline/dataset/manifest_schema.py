@@ -1,7 +1,4 @@
-"""The schema of a manifest. Versions may be untrusted, so every key that code decides by is checked here.
-
-Keys that are only shown, such as the results of an audit, are checked when a card or a report is rendered.
-"""
+"""The schema of a manifest. Versions may be untrusted, so all names, counts and shares are checked here."""
 
 from typing import Annotated, Any
 
@@ -30,6 +27,7 @@ ShardName = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(SPLITS)})-\d
 PixelColumn = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(PIXELS)})$")]
 Score = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(ADDED_FIELDS)})$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Part(BaseModel):
@@ -85,6 +83,28 @@ class Step(_Part):
     rejected: dict[Name, Count]
 
 
+class Result(_Part):
+    """The numbers of an audit, a check, a price or a model of a ladder, each with its own keys."""
+
+    share: Share | None = None
+    low: Share = 0
+    high: Share = 1
+    wrong: Share | None = None
+    lost: Share | None = None
+    count: Count = 0
+    reviewed: Count = 0
+    kept: Count = 0
+    prompt_tokens: Count = 0
+    reply_tokens: Count = 0
+    cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    passed: "Result | None" = None
+    true: "Result | None" = None
+    false_alarms: "Result | None" = None
+    missed: "Result | None" = None
+    kinds: dict[Name, "Result"] = {}
+    rates: list["Result"] = []
+
+
 class OwnColumnEntry(BaseModel):
     """The column of a custom task."""
 
@@ -109,7 +129,7 @@ class Settings(_Part):
 
 
 class Manifest(_Part):
-    """The keys of a manifest, except those that are only shown."""
+    """All keys that are read from a manifest, except those that are only shown."""
 
     version: VersionName
     digest: Digest
@@ -141,6 +161,11 @@ class Manifest(_Part):
     acknowledged: list[Name] = []
     review: dict[Name, Count] = {}
     models: dict[Name, Writer] = {}
+    audit: Result | None = None
+    checks: list[Result] = []
+    skipped_checks: dict[Name, dict[Name, Count]] = {}
+    price: list[Result] = []
+    ladder: list[Result] = []
 
     @model_validator(mode="after")
     def _check_columns(self) -> "Manifest":

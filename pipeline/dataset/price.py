@@ -69,9 +69,7 @@ def price_in_words(manifest: Mapping[str, Any], asking_s: float = 0.0) -> list[s
     `asking_s` is the time that all requests took. It is not in the manifest, which has no clock.
     """
     entries: list[Entry] = manifest.get("price", [])
-    lines = [
-        f"{entry['texts']}: {_amounts_in_words([entry], manifest)}" for entry in entries if entry["kept"]
-    ]
+    lines = [f"{one['texts']}: {_amounts_in_words([one], manifest)}" for one in entries if one["kept"]]
     kept = sum(entry["kept"] for entry in entries)
     if len(entries) > 1 and kept:
         has_checks = any(entry["texts"] == CHECKS for entry in entries)

@@ -11,8 +11,7 @@ from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, open_table, remove
 from pipeline.storage.lock import lock_file
 
 OWN_LOCK = (FEATURES, PUSHED)  # each folder in these folders has its own lock
-# Patterns of files left by killed commands, which hold the lock of the dataset or of the folder, and of
-# hidden states, which training can compute again.
+# Patterns of files that killed commands left, and of hidden states, which training can compute again.
 LEFTOVERS = (
     *(f"{name}/*" for name in OWN_LOCK),
     TRIAL,
@@ -24,7 +23,7 @@ LEFTOVERS = (
 )
 
 
-Removed = list[tuple[Path, int]]  # unused files and folders, and the number of bytes that their removal frees
+Removed = list[tuple[Path, int]]  # the removed files and folders with their sizes in bytes
 
 
 def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
@@ -48,9 +47,9 @@ def remove_leftovers(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
     """
     removed: Removed = []
     for path in [path for pattern in LEFTOVERS for path in sorted(dataset.path.glob(pattern))]:
-        if _is_linked(dataset, path.parent):
+        has_lock = path.parent.name in OWN_LOCK
+        if _is_linked(dataset, path if has_lock else path.parent) or (has_lock and not path.is_dir()):
             continue
-        has_lock = path.parent.name in OWN_LOCK and path.is_dir() and not path.is_symlink()
         try:
             with lock_file(path / LOCK, _raise_busy, StoreError) if has_lock else nullcontext():
                 removed.append((path, _size_bytes(path)))

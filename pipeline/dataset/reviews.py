@@ -74,11 +74,11 @@ class Review(_NamedText):
     @model_validator(mode="after")
     def _check_fields_of_verdict(self) -> "Review":
         if (self.verdict == "bad") != (self.reason is not None):
-            raise ValueError("the verdict bad needs a reason, and no other verdict may have one")
+            raise ValueError("the verdict `bad` needs a reason, and no other verdict may have one")
         if self.verdict == "edited" and (self.text is None) == (self.question is None or self.answer is None):
-            raise ValueError("the verdict edited needs a new text, or a new question and answer")
+            raise ValueError("the verdict `edited` needs a new text, or a new question and answer")
         if self.verdict != "edited" and any(getattr(self, name) is not None for name in EDITABLE):
-            raise ValueError("only the verdict edited may have a new text")
+            raise ValueError("a new text is allowed only with the verdict `edited`")
         return self
 
     @property
@@ -105,10 +105,8 @@ def read_lines(path: Path) -> list[Line]:
         if text.lstrip().startswith("["):
             text = "\n".join(map(json.dumps, read_verdicts_of_tools(text)))
     except (OSError, ValueError, UnsafeFileError) as error:
-        raise ConfigError(
-            f"cannot read {path}: {error}",
-            hint="export the reviews again from `synth report` or the other tool",
-        ) from None
+        hint = "export the reviews again from `synth report` or the other tool"
+        raise ConfigError(f"cannot read {path}: {error}", hint=hint) from None
     lines: list[Line] = []
     # `splitlines` would also split at other line separators, which texts may contain.
     for number, line in enumerate(text.split("\n"), start=1):

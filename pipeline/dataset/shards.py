@@ -4,6 +4,8 @@ Pages of texts end by content and pixels are not compressed. So Xet, which dedup
 chunks, sends only the changed parts of a later version.
 """
 
+from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +15,8 @@ from pipeline.storage.files import open_writer
 from pipeline.tables import with_features
 
 GROUP_ROWS, TEXT_GROUP_ROWS = 64, 4_096  # rows in a row group with and without images
-GROUP_BYTES, SHARD_BYTES = 16_000_000, 300_000_000  # a row group or shard ends at these sizes
+# A row group of several rows has at most GROUP_BYTES, and a shard ends at SHARD_BYTES.
+GROUP_BYTES, SHARD_BYTES = 16_000_000, 300_000_000
 # Parquet column names of the pixels in a version and in an image store.
 IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 
@@ -29,12 +32,11 @@ class SplitWriter:
         self._shards, self._shard_bytes = 0, 0
 
     def add(self, table: pa.Table) -> None:
-        """Add rows, and write each row group that is complete."""
+        """Add rows, and write each row group that is complete. The last one stays in memory."""
         rows = pa.concat_tables([self._group, table.select(self.schema.names).cast(self.schema)])
-        while rows.num_rows >= self.group_rows or rows.nbytes >= GROUP_BYTES:
-            self._write_group(rows.slice(0, self.group_rows))
-            rows = rows.slice(self.group_rows)
-        self._group = rows
+        *complete, self._group = [*split_into_groups(rows, self.group_rows, GROUP_BYTES)] or [rows]
+        for group in complete:
+            self._write_group(group)
 
     def close(self) -> None:
         """Write the rows still in memory, and finish the last shard."""
@@ -56,6 +58,16 @@ class SplitWriter:
         if self._writer:
             self._writer.close()
             self._writer = None
+
+
+def split_into_groups(rows: pa.Table, max_rows: int, max_bytes: int) -> Iterator[pa.Table]:
+    """Yield slices of at most `max_rows` rows and at most `max_bytes`. A larger row comes alone."""
+    while rows.num_rows:
+        count = min(max_rows, rows.num_rows)
+        if rows.slice(0, count).nbytes > max_bytes:
+            count = max(1, bisect_right(range(1, count), max_bytes, key=lambda n: rows.slice(0, n).nbytes))
+        yield rows.slice(0, count)
+        rows = rows.slice(count)
 
 
 def pixel_chunk(file: pq.ParquetFile, number: int, leaf: str) -> tuple[int, int] | None:

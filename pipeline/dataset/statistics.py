@@ -45,14 +45,12 @@ class DatasetStatistics:
                         self.score_counts[name] += 1
                         self.score_totals[name] += annotation[name]
             for task in row.keys() - {*ROW.names, "split"}:
-                self._add_value(task, row[task])
-
-    def _add_value(self, task: str, value: Any) -> None:
-        self.images_by_task[task] += value not in (None, [])
-        for item in value if isinstance(value, list) else ():
-            label = item.get("label") if isinstance(item, dict) else item
-            if isinstance(label, str) and len(label) <= MAX_LABEL_CHARACTERS:
-                self.labels[task][label] += 1
+                value = row[task]
+                self.images_by_task[task] += value not in (None, [])
+                for item in value if isinstance(value, list) else ():
+                    label = item.get("label") if isinstance(item, dict) else item
+                    if isinstance(label, str) and len(label) <= MAX_LABEL_CHARACTERS:
+                        self.labels[task][label] += 1
 
     def result(self, language: str | None = None) -> dict[str, Any]:
         """Return all statistics that have data, by name. `language` is that of the captions, if known."""

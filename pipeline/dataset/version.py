@@ -244,7 +244,7 @@ def read_version(folder: Path) -> Version:
         if manifest["table_version"] != TABLE_VERSION:
             problem = f"another release of synth wrote table_version {manifest['table_version']!r}"
             hint = "upgrade synth, or use the release that wrote the version"
-            raise StoreError(f"not a version: {folder} ({problem})", hint=hint)
+            raise StoreError(f"cannot open the version {folder}: {problem}", hint=hint)
         check_manifest(manifest)
         files = () if is_remote(folder) else (*manifest["files"], REJECTIONS_FILE)
         root = folder.parents[1] if folder.parent.name == "snapshots" else folder

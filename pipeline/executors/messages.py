@@ -55,12 +55,12 @@ def describe_start(plan: Plan) -> str:
     asked = f"{_tasks_of(plan, main)} ({describe_engine(plan, choice)})"
     human = f"{kept}, and " if config.keeps_human_texts else ""
     missing = " for missing texts:" if config.human_texts == "fill" else ""
-    prompts = config.generate.prompt_dir or "built in"
+    prompts = f"; prompts: {folder}" if (folder := config.generate.prompt_dir) else ""
     others = [name for name in plan.model_names if name not in (main, config.judge_model)]
     more = "".join(f"; {_tasks_of(plan, name)} ({license_of(plan.models[name].name)})" for name in others)
     rated = f"; rated by {plan.models[config.judge_model].name}" if config.judge_model else ""
     notes = "".join(f"; note: {note}" for note in describe_boxes(plan))
-    asked += f"{more}{rated}; prompts: {prompts}{describe_requests(plan)}{notes}"
+    asked += f"{more}{rated}{prompts}{describe_requests(plan)}{notes}"
     return f"{start}: {human}asks{missing} {asked}"
 
 
@@ -70,7 +70,7 @@ def _tasks_of(plan: Plan, name: str) -> str:
 
 
 def describe_requests(plan: Plan) -> str:
-    """Return the number of requests per image without those of --verify and --judge."""
+    """Return the number of requests per image, and the maximum number of those that check its texts."""
     requests, verify = plan.requests, plan.config.verify
     if not requests.pairs:
         return ""

@@ -5,8 +5,8 @@ An export is written to a hidden folder next to its destination, and renamed whe
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pipeline.dataset.content import frequent_phrases
 from pipeline.dataset.publishing import write_self_contained
@@ -14,7 +14,7 @@ from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES
-from pipeline.formats.items import ALL, choose_texts, read_items
+from pipeline.formats.items import ALL, choose_texts, read_items, remove_opening
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
 from pipeline.storage.lock import hold_lock
@@ -22,20 +22,22 @@ from pipeline.storage.sidecars import OWN_LINES
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
-MAX_COUNTED = 10_000  # captions in which phrases are counted
+MAX_COUNTED = 1000  # captions in which phrases are counted
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
     """The folder of an export, the number of exported images, and the number of images `without_text`.
 
-    `phrases` has the shares of phrases that most captions of a LoRA have in common.
+    `phrases` has the shares of phrases that most captions of a LoRA have in common. `has_opening` states
+    whether a caption had the opening to remove.
     """
 
     folder: Path
     images: int
     without_text: int
     phrases: Mapping[str, float] = field(default_factory=dict)
+    has_opening: bool = False
 
 
 def export_version(
@@ -57,13 +59,12 @@ def export_version(
     `trigger` is a word that begins each caption, for a LoRA. `opening` is removed from their beginning.
     Raises ConfigError if the folder exists or is in use, or there is nothing to write in this format.
     """
-    report, splits = progress or NullProgress(), tuple(splits)
+    report, splits, opening = progress or NullProgress(), tuple(splits), opening.strip()
     # This also refuses names such as `.`, for which no lock file can be created.
     _require_new(out)
     if (source_names or absolute) and kind in TABLES:
-        raise ConfigError(
-            f"the format {kind} has no files of images", hint="leave out --names and --absolute"
-        )
+        hint = "leave out --names and --absolute"
+        raise ConfigError(f"the format {kind} has no files of images", hint=hint)
     busy = ConfigError(f"another process is exporting to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
@@ -72,18 +73,22 @@ def export_version(
         draft = out.with_name(f".{out.name}.unfinished")
         remove(draft)
         draft.mkdir(parents=True)
-        written, captions = num_rows, list[str]()
+        written, captions, has_opening = num_rows, list[str](), False
         if kind == PARQUET:
             write_self_contained(version, draft, splits)
         else:
-            choose = partial(
-                choose_texts, style=style, trigger=trigger, opening=opening, only_one=kind == "sidecar"
-            )
-            items = map(choose, read_items(version, splits, source_names=source_names))
+            choices: dict[str, Any] = {"style": style, "trigger": trigger, "opening": opening}
             image_root = f"{out.absolute().as_posix()}/" if absolute else ""
             writer, written = FORMATS[kind](draft, image_root), 0
-            for number, item in enumerate(items, start=1):
+            items = read_items(version, splits, source_names=source_names)
+            for number, original in enumerate(items, start=1):
+                item = choose_texts(original, **choices, only_one=kind == "sidecar")
                 written += writer.add(item)
+                has_opening = has_opening or any(
+                    remove_opening(text, opening) != text
+                    for name, text in original.captions
+                    if style in (None, ALL, name)
+                )
                 if trigger and len(captions) < MAX_COUNTED:
                     captions += [text.removeprefix(f"{trigger}, ") for _, text in item.captions]
                 report("export", number, num_rows)
@@ -99,7 +104,7 @@ def export_version(
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)
         draft.rename(out)
-    return Exported(out, written, num_rows - written, frequent_phrases(captions))
+    return Exported(out, written, num_rows - written, frequent_phrases(captions), has_opening)
 
 
 def _require_new(out: Path) -> None:

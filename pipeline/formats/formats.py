@@ -147,26 +147,22 @@ class WebDataset(Format):
     def add(self, item: Item) -> bool:
         members = {item.suffix: item.image, "json": to_json(_with_values(_columns(item), item)).encode()}
         members |= {} if item.caption is None else {"txt": item.caption.encode()}
-        tar = self._open_tar(item.split)
+        if self._tar is None or item.split != self._split or self._bytes >= SHARD_BYTES:
+            self.close()
+            self._number = self._number + 1 if item.split == self._split else 0
+            self._split, self._bytes = item.split, 0
+            path = self.folder / f"{item.split}-{self._number:06d}.tar"
+            self._tar = tarfile.open(path, "w")  # noqa: SIM115  # open until it is full
         for suffix, data in members.items():
             member = tarfile.TarInfo(f"{item.name}.{suffix}")
             member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+            self._tar.addfile(member, io.BytesIO(data))
             self._bytes += len(data)
         return True
 
     def close(self) -> None:
         if self._tar:
             self._tar.close()
-
-    def _open_tar(self, split: str) -> tarfile.TarFile:
-        if self._tar is None or split != self._split or self._bytes >= SHARD_BYTES:
-            self.close()
-            self._number = self._number + 1 if split == self._split else 0
-            self._split, self._bytes = split, 0
-            path = self.folder / f"{split}-{self._number:06d}.tar"
-            self._tar = tarfile.open(path, "w")  # noqa: SIM115  # open until it is full
-        return self._tar
 
 
 class Llava(Format):
@@ -390,7 +386,8 @@ def _stored(item: Item) -> dict[str, Any]:
 def _cauldron_rows(item: Item) -> list[dict[str, Any]]:
     """Return an image with its turns and the ratings of a judge, as in The Cauldron and FineVision."""
     texts = [{"user": question, "assistant": answer} for question, answer in item.turns]
-    rated = [item.scores.get(answer) or item.scores.get(question) or {} for question, answer in item.turns]
+    keys = [turn[0] if turn in item.questions else turn[1] for turn in item.turns]
+    rated = [item.scores.get(key) or {} for key in keys]
     row: dict[str, Any] = {"images": [_stored(item)], "texts": texts}
     for name, score in RATINGS.items():
         ratings = [scores.get(score) for scores in rated]

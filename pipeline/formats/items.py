@@ -86,13 +86,12 @@ def choose_texts(item: Item, *, style: str | None, trigger: str, opening: str, o
     """Return an item with only the captions and pairs of a style.
 
     Without a style, all captions are kept, or with `only_one` the preferred caption. The style ALL keeps all.
-    `opening` is removed from the beginning of texts, in upper or lower case. Then `trigger` is prepended.
+    `opening` is removed from the captions. Then `trigger` is prepended. If a model's caption is then equal to
+    a human one, both count as written by the model.
     """
 
     def edit(text: str) -> str:
-        rest = text[len(opening) :]
-        if opening and text[: len(opening)].lower() == opening.lower() and not rest[:1].isalnum():
-            text = rest.lstrip(" ,.:;") or text
+        text = remove_opening(text, opening)
         return f"{trigger}, {text}" if trigger else text
 
     captions = [caption for caption in item.captions if style in (None, ALL, caption[0])]
@@ -100,13 +99,22 @@ def choose_texts(item: Item, *, style: str | None, trigger: str, opening: str, o
         preferred = preferred_caption(captions)
         captions = [caption for caption in captions if caption[1] == preferred][:1]
     pairs = [pair for pair in item.pairs if style in (None, ALL, pair[0])]
+    human_texts = item.human_texts | {edit(text) for text in item.human_texts}
     return replace(
         item,
         captions=[(name, edit(text)) for name, text in captions],
-        human_texts=item.human_texts | {edit(text) for text in item.human_texts},
+        human_texts=human_texts - {edit(text) for _, text in captions if text not in item.human_texts},
         scores={**item.scores, **{edit(text): scores for text, scores in item.scores.items()}},
         pairs=[(name, edit(best), edit(worst)) for name, best, worst in pairs],
     )
+
+
+def remove_opening(text: str, opening: str) -> str:
+    """Return a text without these words at its beginning, in upper or lower case, unless nothing is left."""
+    rest = text[len(opening) :]
+    if not opening or text[: len(opening)].lower() != opening.lower() or rest[:1].isalnum():
+        return text
+    return rest.lstrip(" ,.:;") or text
 
 
 def read_items(
@@ -125,18 +133,14 @@ def read_items(
     prompts = value_prompts(version.manifest)
     unused = ("pages", "source", "context")
     names = [name for name in columns if name not in unused]
-    counts = Counter(_source_names(version)) if source_names else Counter()
+    counts = Counter[str]()  # of file names in lower case, since some file systems ignore case
+    for _, batch in version.batches(["source_row"]) if source_names else ():
+        counts.update(file_name_of(row).casefold() for row in batch["source_row"].to_pylist())
     for split, batch in version.batches(names, ITEM_BATCH, splits):
         for row in batch.to_pylist():
             name = file_name_of(row["source_row"]) if source_names else ""
             name = name if counts[name.casefold()] == 1 else ""
             yield replace(_make_item(row, split, own, name), value_turns=[*value_turns(row, prompts)])
-
-
-def _source_names(version: Version) -> Iterator[str]:
-    """Yield each row's file name in lower case, since some file systems ignore case."""
-    for _, batch in version.batches(["source_row"]):
-        yield from (file_name_of(row).casefold() for row in batch["source_row"].to_pylist())
 
 
 def file_name_of(source_row: str) -> str:

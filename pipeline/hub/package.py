@@ -138,12 +138,9 @@ def build_checkpoint_package(
     Raises PushError if training is unfinished, and UnsafeFileError if a link leads out of the folder.
     """
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
-        is_interrupted = (folder / "resume.pt").exists()
-        hint = (
-            f"run `synth train --resume --out {folder}`"
-            if is_interrupted
-            else "pass the folder that `synth train` printed"
-        )
+        hint = "pass the folder that `synth train` printed"
+        if (folder / "resume.pt").exists():  # the training was interrupted
+            hint = f"run `synth train --resume --out {folder}`"
         raise PushError(f"{folder} is not a finished training run: it lacks {missing[0]}", hint=hint)
     for name in CHECKPOINT_FILES:
         require_regular(folder / name, folder)

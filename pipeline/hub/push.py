@@ -16,7 +16,7 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
 
 from pipeline.dataset.version import REJECTIONS_FILE, parse_version
 from pipeline.digests import file_digest
@@ -26,6 +26,7 @@ from pipeline.hub_errors import translate_hub_errors
 from pipeline.progress import NullProgress, Progress
 
 PAUSES_S = (0.5, 1, 2, 4, 8)  # between attempts
+MAX_PAUSE_S = 330.0  # the Hub's rate limits apply to windows of five minutes
 RETRIED_STATUSES = (408, 409, 412, 429, 500, 502, 503, 504)
 # Manifest keys whose values the user states about the data.
 STATED_KEYS = ("license", "license_link", "title", "language", "acknowledged")
@@ -80,11 +81,13 @@ def push_package(
             try:
                 return attempt()
             except (HfHubHTTPError, ConnectionError, TimeoutError, httpx2.TransportError) as error:
-                status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+                response = error.response if isinstance(error, HfHubHTTPError) else None
+                status = response.status_code if response else 0
                 # A ConnectError means that no server is listening.
                 if status not in (0, *RETRIED_STATUSES) or isinstance(error, httpx2.ConnectError):
                     raise
-                time.sleep(pause_s)
+                limit = parse_ratelimit_headers(response.headers) if response else None
+                time.sleep(min(limit.reset_in_seconds + 1, MAX_PAUSE_S) if limit else pause_s)
         return attempt()
 
 
@@ -131,9 +134,8 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
             f"{repo} already has {remote['version']}, which is newer than {package.name}", hint=hint
         )
     if not remote and files - {*NEW_REPO_FILES}:
-        raise PushError(
-            f"{repo} has files that synth did not push", hint="push to a new or an empty repository"
-        )
+        hint = "push to a new or an empty repository"
+        raise PushError(f"{repo} has files that synth did not push", hint=hint)
     # Each attempt needs new operations. An operation remembers the branch at its upload, and would skip a
     # file as unchanged although the branch has changed since.
     additions = [CommitOperationAdd(path, content) for path, content in package.files.items()]

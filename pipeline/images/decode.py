@@ -65,7 +65,7 @@ class ImageInfo:
 def check_image(data: bytes) -> ImageInfo:
     """Decode a whole image. Raises ImageError if it is damaged, too large, or too narrow.
 
-    The contrast is the largest difference of a color channel (0 to 255) between two of 64 x 64 areas.
+    The contrast is the largest difference of a color channel (0 to 255) between two cells of a 64 x 64 grid.
     """
     try:
         image, (width_px, height_px) = _decode_reduced(data)

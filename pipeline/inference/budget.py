@@ -110,12 +110,9 @@ class Budget:
             (f"{{:,.{digits}f}} of {{:,.{digits}f}} cost", self.cost, self.server.max_cost),
         )
         spent = [text.format(count, limit) for text, count, limit in limits if limit is not None]
-        hint = (
-            "raise --max-requests, --max-tokens or --max-cost, and run the same command: replies are reused"
-        )
-        raise BudgetError(
-            f"the budget is used up: {', '.join(spent)} over all runs in this folder", hint=hint
-        )
+        problem = f"the budget is used up: {', '.join(spent)} over all runs in this folder"
+        hint = "raise --max-requests, --max-tokens or --max-cost, and run the same command: it resumes"
+        raise BudgetError(problem, hint=hint)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ inference/queue.py retries the request with other sampling parameters.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import resource
 import time
@@ -30,18 +31,13 @@ from pipeline.inference.endpoints import (
     request_headers,
 )
 from pipeline.inference.probing import probe_server
-from pipeline.inference.protocol import (
-    RequestImages,
-    RetryState,
-    ServerBusyError,
-    ServerFaultError,
-)
+from pipeline.inference.protocol import RequestImages, RetryState, ServerBusyError, ServerFaultError
 from pipeline.inference.vllm import Server, VllmCommand, run_servers
 from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
-VLLM_REQUESTS, OTHER_REQUESTS = 128, 32  # in flight per server whose batch size is unknown
-BUSY_SECONDS = 1.0  # busy answers within this time count once
+FIRST_REQUESTS, MAX_REQUESTS = 32, 128  # in flight per server that synth did not start
+BUSY_SECONDS = 1.0  # busy answers and timeouts within this time count once
 MAX_FILES = 65_536
 RESERVED_FILES = 128  # file descriptors that are not used for connections
 GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
@@ -54,26 +50,36 @@ log = logging.getLogger(__name__)
 
 
 class Concurrency:
-    """Limits the number of requests in flight. Busy answers lower the limit, and later replies restore it."""
+    """Limits the number of requests in flight. Busy answers and timeouts lower it, and replies restore it.
 
-    def __init__(self, maximum: int) -> None:
-        self.limit = self._max = maximum
+    The limit also grows up to `maximum` while replies take less than twice as long as the fastest batch.
+    """
+
+    def __init__(self, first: int, maximum: int) -> None:
+        self.limit = self._usual = first  # the limit without busy answers
+        self._max = maximum
         self._busy_at = 0.0
-        self._replies = 0
+        self._replies, self._seconds = 0, 0.0  # since the last change
+        self._fastest_s = math.inf
 
     def slow_down(self) -> None:
-        """Lower the limit by a quarter after a busy answer, at most once per BUSY_SECONDS."""
+        """Lower the limit by a quarter after a busy answer or a timeout, at most once per BUSY_SECONDS."""
         now = time.monotonic()
         if now - self._busy_at > BUSY_SECONDS:
             self._busy_at = now
             self.limit = max(1, self.limit * 3 // 4)
 
-    def add_reply(self) -> None:
-        """Count a reply. Raise the limit after four replies for each request in flight."""
-        self._replies += 1
-        if self._replies >= 4 * self.limit:
-            self._replies = 0
-            self.limit = min(self.limit + max(1, self.limit // 2), self._max)
+    def add_reply(self, seconds: float) -> None:
+        """Count a reply and its time. Raise the limit after four replies for each request in flight."""
+        self._replies, self._seconds = self._replies + 1, self._seconds + seconds
+        if self._replies < 4 * self.limit:
+            return
+        mean_s = self._seconds / self._replies
+        self._replies, self._seconds, self._fastest_s = 0, 0.0, min(self._fastest_s, mean_s)
+        if self.limit < self._usual:
+            self.limit = min(self.limit + max(1, self.limit // 2), self._usual)
+        elif mean_s < 2 * self._fastest_s:
+            self.limit = self._usual = min(self.limit + max(1, self.limit // 8), self._max)
 
 
 def fit_context(request: Request, context_tokens: int, reply_tokens: int) -> Request:
@@ -143,8 +149,8 @@ class Client:
     """Sends requests to the servers at `urls`, or to servers that it starts from `launches`.
 
     `max_tokens` is the largest token limit of first replies. Images are scaled down further if those of a
-    request would not fit the model's context. Raises EngineError if no server answers, or if all of them
-    serve another model or do not enforce schemas.
+    request would not fit the model's context. Raises EngineError if a server does not answer, serves another
+    model or must enforce schemas and does not.
     """
 
     model: str
@@ -226,11 +232,11 @@ class Client:
         self._images = RequestImages(pool)
         self._started = time.monotonic()
         self._connections = max(1, raise_file_limit() - RESERVED_FILES)
-        usual = sum(VLLM_REQUESTS if one.dialect.is_vllm else OTHER_REQUESTS for one in endpoints)
+        first, most = FIRST_REQUESTS * len(endpoints), MAX_REQUESTS * len(endpoints)
         if launches:  # all requests in flight are repeated after a crash, so few wait for a place in a batch
             batch_size = sum(launch.max_num_seqs for launch in launches)
-            usual = batch_size + max(4, batch_size // 4)
-        self._concurrency = Concurrency(settings.concurrency or usual)
+            first = most = batch_size + max(4, batch_size // 4)
+        self._concurrency = Concurrency(settings.concurrency or first, settings.concurrency or most)
 
     @property
     def _limit(self) -> int:
@@ -350,10 +356,13 @@ class Client:
         token_bytes = protocol.MAX_TOKEN_BYTES + protocol.MAX_LOGPROB_BYTES * request.wants_logprobs
         max_bytes = protocol.MAX_ENVELOPE_BYTES + token_bytes * request.sampling.max_tokens
         in_flight.sent.add(asyncio.current_task())
+        started = time.monotonic()
         try:
             async with endpoint.send(protocol.CHAT, body) as answer:
                 text = await protocol.read_body(answer, max_bytes)
         except protocol.CONNECTION_ERRORS as error:
+            if isinstance(error, TimeoutError):
+                self._concurrency.slow_down()
             raise ServerFaultError(one_line(error, 1000)) from None
         finally:
             in_flight.sent.discard(asyncio.current_task())
@@ -364,7 +373,7 @@ class Client:
         is_gateway_alone = answer.status in protocol.GATEWAY_STATUSES and await endpoint.is_healthy()
         if answer.status in protocol.BUSY_STATUSES or is_gateway_alone:
             endpoint.report_busy(answer.status, message, self.progress.warn)
-            raise ServerBusyError(protocol.parse_retry_after(answer.headers.get("Retry-After", "")))
+            raise ServerBusyError(answer.headers.get("Retry-After", ""))
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {message}")
         if answer.status >= 400:
@@ -372,7 +381,7 @@ class Client:
         reply = protocol.read_reply(request, text, endpoint.keys)
         endpoint.failures = 0
         self._reply_tokens += reply.reply_tokens
-        self._concurrency.add_reply()
+        self._concurrency.add_reply(time.monotonic() - started)
         return replace(reply, max_pixels=request.max_pixels if request.images else None)
 
     def _failure(self) -> EngineError | None:

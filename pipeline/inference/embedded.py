@@ -119,10 +119,10 @@ class EmbeddedEngine:
         return self._prototypes[schema].deep_copy()
 
 
-def batch_requests(requests: list[Request], size: int = BATCH_IMAGES) -> Iterator[list[Request]]:
+def batch_requests(requests: list[Request]) -> Iterator[list[Request]]:
     """Yield batches of requests with the same task, style and attempt, whose prompts need little padding.
 
-    A batch of several requests shows at most `size` images with at most BATCH_PIXELS in total.
+    A batch of several requests shows at most BATCH_IMAGES images with at most BATCH_PIXELS in total.
     """
     kind = attrgetter("task", "style", "attempt")
     for _, same in groupby(sorted(requests, key=kind), key=kind):
@@ -131,7 +131,7 @@ def batch_requests(requests: list[Request], size: int = BATCH_IMAGES) -> Iterato
             sizes = [sent_size(*upright_size(image), request.max_pixels) for image in request.images]
             images = max(images, len(sizes))
             pixels = max(pixels, sum(width * height for width, height in sizes))
-        number = max(1, min(size // images, BATCH_PIXELS // pixels))
+        number = max(1, min(BATCH_IMAGES // images, BATCH_PIXELS // pixels))
         yield from (group[start : start + number] for start in range(0, len(group), number))
 
 

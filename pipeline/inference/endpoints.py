@@ -172,9 +172,8 @@ class Endpoints(list[Endpoint]):
         while not (up := [endpoint for endpoint in self if endpoint.is_up.is_set()]):
             waits = {asyncio.ensure_future(endpoint.is_up.wait()) for endpoint in self}
             try:
-                done, _ = await asyncio.wait(
-                    waits, timeout=self._startup_timeout_s, return_when=asyncio.FIRST_COMPLETED
-                )
+                timeout_s = self._startup_timeout_s
+                done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await cancel_tasks(waits)
             if failure := self._failure():
@@ -263,11 +262,9 @@ def raise_for_access(
         hint = "add credit, then run the same command again: it resumes"
         raise EngineError(f"{url} has no credit left for this API key: {message}", hint=hint)
     if 300 <= status < 400:
-        location = protocol.without_keys(response.headers.get("Location", ""), endpoint.keys)[
-            :MAX_SHOWN_CHARACTERS
-        ]
-        hint = "if that is your server, pass its URL with --base-url"
-        raise EngineError(f"{url} redirects requests to {location or 'another address'}", hint=hint)
+        location = protocol.without_keys(response.headers.get("Location", ""), endpoint.keys)
+        problem = f"{url} redirects requests to {location[:MAX_SHOWN_CHARACTERS] or 'another address'}"
+        raise EngineError(problem, hint="if that is your server, pass its URL with --base-url")
     if status in tolerated:
         return
     if status in (401, 403):

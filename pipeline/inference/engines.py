@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pipeline.config import NO_MODEL, TINY, Config
 from pipeline.config.sections import BoxUnit, ServerConfig
 from pipeline.digests import digest, weights_revision
-from pipeline.errors import EngineError
+from pipeline.errors import ConfigError, EngineError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.requests import RequestPlan
 from pipeline.inference.vllm import VllmCommand, has_gpu, plan_servers, vllm_python
@@ -28,7 +28,7 @@ HOW_TO_CHOOSE = (
     "pass --base-url with a running server (vLLM, Ollama, llama.cpp), or --engine vllm if vLLM is installed "
     "here; to try the pipeline itself on any image: --engine embedded --model tiny"
 )
-# Formats that neither vLLM nor transformers loads here, or copies of the same weights.
+# Other formats than safetensors, which most often are copies of the same weights.
 IGNORED_FILES = ["*.gguf", "*.bin", "*.pt*", "*.h5", "*.msgpack", "*.onnx*", "original/*", "consolidated*"]
 OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but not their content
     f"--{name}"
@@ -38,7 +38,6 @@ OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but 
         "pipeline-parallel-size", "swap-space", "tensor-parallel-size", "uvicorn-log-level",
     )
 )  # fmt: skip
-
 
 # The unit of bounding boxes by a regular expression for lower-case model names. Source: model cards.
 BOX_UNITS: dict[str, BoxUnit] = {
@@ -68,8 +67,8 @@ def choose_engine(
 ) -> EngineChoice:
     """Choose the engine. `log` is the log file of a server that synth starts.
 
-    Raises EngineError if this machine cannot run a model for the source, or if the servers of --base-url do
-    not answer.
+    Raises ConfigError if the settings exclude each other, and EngineError if this machine cannot run the
+    model, or if the servers of --base-url do not answer.
     """
     if not config.asks_model:
         return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, _no_engine)
@@ -77,7 +76,7 @@ def choose_engine(
     name, reason = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
         problem = "there are flags for vLLM (after -- or in the settings), but synth starts no server"
-        raise EngineError(problem, hint="leave out the flags")
+        raise ConfigError(problem, hint="leave out the flags")
     if name == "vllm" and config.base_url:
         from pipeline.inference.probing import find_model
 
@@ -115,7 +114,7 @@ def _output_affecting_flags(flags: tuple[str, ...]) -> str:
 def pick_engine(config: Config) -> tuple[str, str]:
     """Return the engine, `embedded` or `vllm`, and the reason for the choice."""
     if config.engine == "embedded" and config.base_url:
-        raise EngineError("--base-url and --engine embedded exclude each other", hint="leave one of them out")
+        raise ConfigError("--base-url and --engine embedded exclude each other", hint="leave one of them out")
     if config.engine != "auto":
         return config.engine, f"--engine {config.engine}"
     if config.base_url:
@@ -126,25 +125,23 @@ def pick_engine(config: Config) -> tuple[str, str]:
 
 
 def _no_engine() -> Engine:
-    raise EngineError(
-        "internal error: a run without a model has a request to send", hint="please report this bug"
-    )
+    raise EngineError("internal error: a run without a model sends a request", hint="please report this bug")
 
 
 def _require_drawn_images(config: Config) -> None:
-    """Raise EngineError if the tiny model cannot do what the settings ask for."""
+    """Raise ConfigError if the tiny model cannot do what the settings ask for."""
     if find_source(config.source).model != TINY and config.engine != "embedded":
         problem = f"the tiny teacher can only describe --source scenes, not {config.source}"
-        raise EngineError(problem, hint=HOW_TO_CHOOSE)
+        raise ConfigError(problem, hint=HOW_TO_CHOOSE)
     from pipeline.scenes.text import STYLES
 
     if "covers" in config.verify.checks or config.verify.repair:
         hint = "leave out covers and --repair, or pass a larger model: --model, --base-url"
-        raise EngineError("the tiny teacher can neither read nor repair captions", hint=hint)
+        raise ConfigError("the tiny teacher can neither read nor repair captions", hint=hint)
     unknown = [style for style in config.generate.caption_styles if style not in STYLES]
     if unknown:
         problem = f"the tiny teacher does not support the caption style {unknown[0]}"
-        raise EngineError(problem, hint=f"use {', '.join(STYLES)}, or pass a larger model: --model")
+        raise ConfigError(problem, hint=f"use {', '.join(STYLES)}, or pass a larger model: --model")
 
 
 def _find_weights(model: str, progress: Progress, *, decks: bool = False) -> tuple[str, Callable[[], Path]]:
@@ -168,7 +165,7 @@ def download_model(model: str, commit: str, progress: Progress) -> Path:
 
     A server loads the model after that, because its start has a time limit.
 
-    Raises EngineError if the Hub does not answer, or if the disk is too small.
+    Raises EngineError if the Hub does not answer, the model has no safetensors, or the disk is too small.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -176,6 +173,9 @@ def download_model(model: str, commit: str, progress: Progress) -> Path:
     hint = "run the same command again: the download resumes"
     with translate_hub_errors(model, "model", EngineError, hint, or_folder=True):
         files = snapshot_download(model, revision=commit, ignore_patterns=IGNORED_FILES, dry_run=True)
+        if not any(file.filename.endswith(".safetensors") for file in files):
+            problem = f"{model} has no weights in safetensors files, which synth needs"
+            raise EngineError(problem, hint="convert its weights, or choose another model: --model")
         missing = [file.file_size or 0 for file in files if file.will_download]
         if missing:
             cache = Path(HF_HUB_CACHE)
@@ -198,12 +198,7 @@ def _embedded(folder: Path, revision: str) -> Engine:
 
 
 def _start_vllm(
-    model: str,
-    find_folder: Callable[[], Path],
-    revision: str,
-    config: Config,
-    log: Path,
-    progress: Progress,
+    model: str, find_folder: Callable[[], Path], revision: str, config: Config, log: Path, progress: Progress
 ) -> Engine:
     server = config.server.model_copy(update={"enforced_schema": True})
     pixels, decks = _request_plan(config).largest_pixels, holds_decks(config)

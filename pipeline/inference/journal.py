@@ -43,7 +43,6 @@ _INSERT = (
     f"WHERE replies.finish_reason IN {UNANSWERED}"
 )
 
-
 # SQL for the sums of `budget.likely_tokens`.
 _IS_UNCOUNTED = f"prompt_tokens = 0 AND finish_reason NOT IN {UNANSWERED}"
 _LIKELY_WRITTEN = f"MAX(reply_tokens, LENGTH(text) / {CHARACTERS_PER_TOKEN})"
@@ -143,10 +142,9 @@ class Journal:
         damaged = [row[:2] for row in _read_replies(self._db) if not _is_intact(row)]
         # A damaged id may not be valid UTF-8.
         keys = [(str(name).encode("utf-8", "surrogateescape"), attempt) for name, attempt in damaged]
+        delete = "DELETE FROM replies WHERE CAST(request_id AS BLOB) = ? AND attempt = ?"
         with self._db:
-            self._db.executemany(
-                "DELETE FROM replies WHERE CAST(request_id AS BLOB) = ? AND attempt = ?", keys
-            )
+            self._db.executemany(delete, keys)
         return self.totals()["replies"]
 
     def spend(self, request: Request, last: Reply) -> None:
@@ -154,7 +152,10 @@ class Journal:
         if (key := (request.sample_id, request.id)) in self.counted:
             return
         self.counted.add(key)
-        tokens = self.tokens_of(request.id) if last.attempt else likely_tokens(last)
+        tokens = likely_tokens(last)
+        if last.attempt:
+            query = f"SELECT {_LIKELY_SUMS} FROM replies WHERE request_id = ?"  # noqa: S608
+            tokens = self._db.execute(query, (request.id,)).fetchone()
         for unit, number in zip(UNITS, (1, *tokens), strict=True):
             self.spent[f"{request.task}.{request.model}.{unit}"] += number
 
@@ -162,12 +163,6 @@ class Journal:
         """Return the sums of `budget.likely_tokens` over all replies of each model, by its name."""
         query = f"SELECT COALESCE(model, ?), {_LIKELY_SUMS} FROM replies GROUP BY model"  # noqa: S608
         return {name: (read, written) for name, read, written in self._db.execute(query, (DEFAULT_MODEL,))}
-
-    def tokens_of(self, request_id: str) -> tuple[int, int]:
-        """Return the sum of `budget.likely_tokens` over all replies to a request."""
-        query = f"SELECT {_LIKELY_SUMS} FROM replies WHERE request_id = ?"  # noqa: S608
-        read, written = self._db.execute(query, (request_id,)).fetchone()
-        return read, written
 
     def totals(self) -> dict[str, int]:
         """Return the numbers of requests sent (including retries), replies, and their tokens."""
@@ -241,9 +236,8 @@ def _require_intact(path: Path, row: Sequence[Any]) -> Sequence[Any]:
     if not _is_intact(row):
         command = f"synth check {path.parents[1]} --repair"
         hint = f"run `{command}`: it removes damaged replies, and the next run requests them again"
-        raise StoreError(
-            f"{path} is damaged: the reply to {str(row[0])[:12]} does not match its checksum", hint=hint
-        )
+        problem = f"{path} is damaged: the reply to {str(row[0])[:12]} does not match its checksum"
+        raise StoreError(problem, hint=hint)
     return row
 
 
@@ -251,6 +245,5 @@ def _format_error(db: sqlite3.Connection, path: Path) -> StoreError | None:
     (file_format,) = db.execute("PRAGMA user_version").fetchone()
     if file_format == FORMAT:
         return None
-    return StoreError(
-        f"{path} was written by another version of synth", hint="choose another folder: --out DIR"
-    )
+    hint = "choose another folder: --out DIR"
+    return StoreError(f"{path} was written by another version of synth", hint=hint)

@@ -5,11 +5,9 @@ CUDA graphs, and the larger peak of two profiling steps: one of the vision tower
 figures are estimates from shapes.
 """
 
-import json
 from collections.abc import Mapping
 from itertools import count
 from math import ceil, floor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 GIB = 2**30
@@ -47,9 +45,8 @@ class ModelShape(NamedTuple):
         if config.get("model_type") not in QWEN_TYPES:
             return None
         text, vision = config.get("text_config") or config, config["vision_config"]
-        hidden, intermediate, layers = (
-            text[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
-        )
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+        hidden, intermediate, layers = (text[name] for name in names)
         heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
         head = text.get("head_dim") or hidden // heads
         linear = layers * hidden * (2 * heads * head + 2 * kv_heads * head + 3 * intermediate)
@@ -125,11 +122,6 @@ def plan_memory(
     return MemoryPlan(
         utilization, batched_tokens, num_seqs, model_len, weights_gib, vision_gib, text_gib, kv_gib, kv_tokens
     )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the values of a model's config.json."""
-    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
 def needed_gib(shape: ModelShape, max_pixels: int) -> float:

@@ -107,9 +107,8 @@ async def list_models(endpoint: Endpoint) -> dict[str, ServedModel] | None:
 def _served_model(model: dict[str, Any]) -> ServedModel:
     length = model.get("max_model_len") or model.get("context_length")  # context_length: OpenRouter
     is_plausible = isinstance(length, int) and 0 < length < MAX_CONTEXT_TOKENS
-    return ServedModel(
-        str(model.get("root") or ""), length if is_plausible else None, str(model.get("owned_by") or "")
-    )
+    root, owner = (str(model.get(name) or "") for name in ("root", "owned_by"))
+    return ServedModel(root, length if is_plausible else None, owner)
 
 
 def shown_models(models: Iterable[str]) -> str:

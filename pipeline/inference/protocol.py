@@ -58,6 +58,7 @@ BUSY_STATUSES = (408, 409, 425, 429, 503)
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose server may be down for minutes
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run
+MAX_LONG_WAITS = 3  # a request is abandoned after more waits than this that are longer than its patience
 MAX_FAULTS = 5  # a request is abandoned after this many errors from healthy servers
 MAX_CRASHES = 2  # a request is abandoned if more servers crash while it is in flight
 FIRST_BACKOFF_SECONDS = 0.5
@@ -76,11 +77,11 @@ class ServerFaultError(Exception):
 
 
 class ServerBusyError(Exception):
-    """Raised when a server is busy. `wait_s` is the number of seconds that it asks to wait, or None."""
+    """Raised when a server is busy. `wait_s` are the seconds in its header Retry-After, or None."""
 
-    def __init__(self, wait_s: float | None = None) -> None:
+    def __init__(self, retry_after: str) -> None:
         super().__init__("the server is too busy")
-        self.wait_s = wait_s
+        self.wait_s = float(retry_after) if _SECONDS.fullmatch(retry_after) else None
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
@@ -331,11 +332,8 @@ class RequestImages:
             kind, data = sendable_format(image, request.max_pixels), image
             if kind is None:
                 data = await loop.run_in_executor(self._pool, reencode, image, request.max_pixels)
-            values = (
-                (kind or "jpeg").encode(),
-                base64.b64encode(data),
-                hashlib.sha256(data).hexdigest().encode(),
-            )
+            uuid = hashlib.sha256(data).hexdigest().encode()
+            values = (kind or "jpeg").encode(), base64.b64encode(data), uuid
             part = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
             encoded.append(part)
         self._encoded_count += 1
@@ -380,10 +378,11 @@ def backoff_s(failures: int) -> float:
 class RetryState:
     """Counts the failures of one request. Methods return the seconds until a retry, or None to give up."""
 
-    patience_s: float  # give up at a busy answer that comes this long after the first one
+    patience_s: float  # give up this long after the first busy answer, or after the end of a long wait
     faults: int = 0  # errors from healthy servers
     crashes: int = 0  # servers that crashed while the request was in flight
     busy: int = 0
+    long_waits: int = 0  # longer than `patience_s`
     _gives_up_at: float | None = field(default=None)
 
     @property
@@ -398,7 +397,11 @@ class RetryState:
         if now > self._gives_up_at:
             return None
         self.busy += 1
-        return min(stated_s or backoff_s(self.busy), MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
+        wait_s = min(stated_s or backoff_s(self.busy), MAX_RETRY_AFTER_S) * random.uniform(1.0, 1.2)
+        if wait_s > self.patience_s and self.long_waits < MAX_LONG_WAITS:
+            self.long_waits += 1
+            self._gives_up_at = now + wait_s + self.patience_s
+        return wait_s
 
     def after_fault(self) -> float | None:
         """Count an error from a healthy server."""
@@ -412,8 +415,3 @@ class RetryState:
         """Count a server crash while the request was in flight."""
         self.crashes += 1
         return None if self.crashes > MAX_CRASHES else 0.0
-
-
-def parse_retry_after(header: str) -> float | None:
-    """Return the seconds to wait from a Retry-After header, or None if it states no number of seconds."""
-    return float(header) if _SECONDS.fullmatch(header) else None

@@ -18,12 +18,7 @@ from pipeline.tasks import TASKS, Tasks, wire_schema
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
 from pipeline.tasks.caption import max_tokens_of
 from pipeline.tasks.checks import CHECKING, RATE, REPAIR
-from pipeline.tasks.conditions import (
-    HAS_HUMAN_TEXT,
-    Condition,
-    drop_reason,
-    parse_condition,
-)
+from pipeline.tasks.conditions import HAS_HUMAN_TEXT, Condition, drop_reason, parse_condition
 from pipeline.tasks.custom import CustomTask
 from pipeline.tasks.prompts import DRAWS, prompt_texts, render
 from pipeline.text.language_codes import language_name

@@ -100,9 +100,8 @@ def rule_checks(caption: str) -> list[list[Check]]:
 def build_claims(caption: str, sample_id: str, plan: RequestPlan) -> Request:
     """Return the request that asks the model to split a caption into claims."""
     max_tokens = max(plan.generate.max_tokens, MIN_CLAIMS_TOKENS)
-    fields, shared_digest = plan.fields(
-        CLAIMS, max_tokens=max_tokens, caption=caption, count=count_claims(caption)
-    )
+    count = count_claims(caption)
+    fields, shared_digest = plan.fields(CLAIMS, max_tokens=max_tokens, caption=caption, count=count)
     return _text_request(fields, shared_digest, sample_id, "claims")
 
 
@@ -137,9 +136,7 @@ def read_repair(request: Request, journal: Journal) -> str | None:
 
 def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
     """Return the request for a judge's rating of an annotation. `plan` is the request plan of the judge."""
-    values: dict[str, Any] = {
-        name: row[column] if row[column] is not None else "" for name, column in _RATED.items()
-    }
+    values: dict[str, Any] = {name: row[column] or "" for name, column in _RATED.items()}
     fields, shared_digest = plan.fields(RATE, **values)
     request_id = digest({"image": row["sample_id"], "pages": None, "about": shared_digest})
     return Request(id=request_id, sample_id=row["sample_id"], style="rate", **fields)

@@ -33,7 +33,6 @@ from pipeline.inference.memory import (
     choose_utilization,
     needed_gib,
     plan_memory,
-    read_config,
 )
 from pipeline.progress import Progress
 from pipeline.tasks.base import MAX_PAGES
@@ -107,9 +106,7 @@ def plan_servers(
     """
     python = vllm_python()
     if python is None:
-        hint = (
-            f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or pass a server: --base-url"
-        )
+        hint = f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or use --base-url"
         raise EngineError("vLLM is not installed here", hint=hint)
     gpus, size = visible_gpus(), count_gpus(server.flags)
     if len(gpus) % size:
@@ -213,7 +210,7 @@ def _plan_limits(
     Raises EngineError if the model does not fit the GPU, unless the user's flags change its memory.
     """
     try:
-        config = read_config(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         shape = ModelShape.of(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
         text = config.get("text_config") or config
         context = int(text.get("max_position_embeddings") or MIN_TOKENS)
@@ -250,6 +247,12 @@ def count_gpus(flags: Sequence[str]) -> int:
 def vllm_python() -> str | None:
     """Return the Python interpreter in SYNTH_VLLM_PYTHON, or else this one if it has vLLM, or else None."""
     return os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else None)
+
+
+def cannot_run(python: str, error: OSError) -> EngineError:
+    """Return the error to raise when an interpreter does not start."""
+    hint = f"set {VLLM_PYTHON} to an interpreter that has vLLM"
+    return EngineError(f"cannot run {python}: {error.strerror}", hint=hint)
 
 
 def has_gpu() -> bool:
@@ -375,8 +378,7 @@ class Server:
                     start_new_session=True,
                 )
             except OSError as error:
-                hint = f"set {VLLM_PYTHON} to an interpreter that has vLLM"
-                raise EngineError(f"cannot run {self.launch.python}: {error.strerror}", hint=hint) from None
+                raise cannot_run(self.launch.python, error) from None
         self._reaper_pipe = _start_reaper(self._process.pid)
         started = time.monotonic()
         while await status_of(f"{self.root}/health", socket_path=self.socket) != 200:
@@ -385,9 +387,8 @@ class Server:
                 raise self._error(f"vLLM exited with code {code} while it was starting")
             if seconds > self.launch.server.startup_timeout_s:
                 raise self._error(f"vLLM did not start within {self.launch.server.startup_timeout_s:.0f} s")
-            self._progress.message(
-                f"vLLM is starting: {seconds:.0f} s; log: {self.launch.log}", transient=True
-            )
+            state = f"vLLM is starting: {seconds:.0f} s; log: {self.launch.log}"
+            self._progress.message(state, transient=True)
             await asyncio.sleep(0.5)
         self._progress.message(f"vLLM is ready after {time.monotonic() - started:.0f} s")
 

@@ -43,16 +43,13 @@ def write_audit(version: Version, dataset: DatasetDir, number: int, seed: int, t
         for path, text in audit_files(tool, items, seed, title).items():
             write_text(folder / path, text)
         return folder, len(names)
+    verdicts = read_stored(dataset.reviews, Verdict)
     settings = {
         "digest": manifest["digest"],
         "version": version.name,
         "seed": seed,
         "items": items,
-        "verdicts": [
-            verdict.model_dump(mode="json")
-            for verdict in read_stored(dataset.reviews, Verdict)
-            if verdict.seed == seed
-        ],
+        "verdicts": [verdict.model_dump(mode="json") for verdict in verdicts if verdict.seed == seed],
     }
     script = page_script("audit.js", audit=settings)
     page = dataset.path / "audit.html"

@@ -41,7 +41,10 @@ def write_report(version: Version, folder: Path) -> Path:
     sample. Raises StoreError if the version or a step file is damaged.
     """
     manifest, num_shown = version.manifest, min(version.num_rows, MAX_IMAGES)
-    cost = DatasetDir(folder).read_cost()
+    dataset = DatasetDir(folder)
+    cost, verdicts = dataset.read_cost(), read_stored(dataset.reviews, Verdict)
+    reviewed = dataset.step_files("review") if verdicts else ()
+    tables = (table for path in reviewed for table in read_batches(path, SCORED))
     rows = list(_read_rows(version, num_shown))
     has_steps = steps_match(folder, manifest)
     rejected = list(read_rejected(folder)) if has_steps else []
@@ -70,7 +73,7 @@ def write_report(version: Version, folder: Path) -> Path:
         checks_in_words=checks_in_words,
         scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],
         scores_in_words=SCORES_IN_WORDS,
-        score_curves=_score_curves(DatasetDir(folder)) if has_steps else {},
+        score_curves=score_curves(tables, verdicts) if has_steps else {},
         has_steps=has_steps,
         cost=cost or None,
         price_in_words=price_in_words,
@@ -80,17 +83,13 @@ def write_report(version: Version, folder: Path) -> Path:
         script_hashes=[script_hash(script) for script in scripts],
     )
     page = folder / "report.html"
-    if page.exists() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:4096]:
-        hint = "move it away: the report would overwrite it"
-        raise ConfigError(f"{page} is not a report written by synth", hint=hint)
+    if page.exists():
+        with page.open(encoding="utf-8", errors="replace") as file:
+            if GENERATOR not in file.read(4096):
+                hint = "move it away: the report would overwrite it"
+                raise ConfigError(f"{page} is not a report written by synth", hint=hint)
     write_text(page, text)
     return page
-
-
-def _score_curves(dataset: DatasetDir) -> dict[str, Any]:
-    verdicts, paths = read_stored(dataset.reviews, Verdict), dataset.step_files("review")
-    tables = (table for path in paths for table in read_batches(path, SCORED))
-    return score_curves(tables if verdicts else (), verdicts)
 
 
 def _read_rows(version: Version, num_shown: int) -> Iterator[dict[str, Any]]:

@@ -38,10 +38,8 @@ def render_page(template: str, **values: Any) -> str:
     try:
         return _PAGES.get_template(template).render(**values)
     except INVALID as error:
-        raise StoreError(
-            f"cannot write the page: the manifest is invalid: {error}",
-            hint="check it with `synth check`, or use another version",
-        ) from None
+        hint = "check it with `synth check`, or use another version"
+        raise StoreError(f"cannot write the page: the manifest is invalid: {error}", hint=hint) from None
 
 
 def thumbnail(data: bytes, max_bytes: int, max_pixels: int = THUMBNAIL_PIXELS) -> bytes:

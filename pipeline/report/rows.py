@@ -123,9 +123,8 @@ def to_pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:
-        raise StoreError(
-            "a file has text that is not UTF-8", hint="check it with `synth check`, or use another version"
-        ) from None
+        hint = "check it with `synth check`, or use another version"
+        raise StoreError("a file has text that is not UTF-8", hint=hint) from None
 
 
 def _row(row: dict[str, Any], split: str, own_columns: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +134,7 @@ def _row(row: dict[str, Any], split: str, own_columns: dict[str, Any]) -> dict[s
     for name, column in own_columns.items():
         values = (row[name] or []) if column["is_list"] else [] if row[name] is None else [row[name]]
         texts += [_value(row, name, value) for value in values]
+    context = row.get("context") or {}
     return {
         "id": row["sample_id"],
         "split": split,
@@ -142,9 +142,7 @@ def _row(row: dict[str, Any], split: str, own_columns: dict[str, Any]) -> dict[s
         "small": (row.get("width_px") or 0) < SMALL_WIDTH_PX,
         "images": [page["bytes"] for page in pages],
         "references": [visible(text) for text in row.get("references") or ()],
-        "context": [
-            visible(f"{name}: {value}") for name, value in (row.get("context") or {}).items() if value
-        ],
+        "context": [visible(f"{name}: {value}") for name, value in context.items() if value],
         "size": [row.get("width_px") or 0, row.get("height_px") or 0],
         "texts": texts,
     }
@@ -154,11 +152,10 @@ def _value(row: dict[str, Any], task: str, value: Any) -> dict[str, Any]:
     """Return a custom task's value for the page: its id for reviews, its text, and its box if it has one."""
     _, content = record_name(row["sample_id"], task, value)
     entry: dict[str, Any] = {"content": content, "kind": visible(task), "value": visible(in_short(value))}
-    box = (
-        next((value[name] for name in BOX_FIELDS if name in value), None) if isinstance(value, dict) else None
-    )
+    fields = value if isinstance(value, dict) else {}
+    box = next((fields[name] for name in BOX_FIELDS if name in fields), None)
     if isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box):
-        entry |= {"box": box, "label": visible(str(value.get("label") or task))}
+        entry |= {"box": box, "label": visible(str(fields.get("label") or task))}
     return entry
 
 
@@ -169,9 +166,8 @@ def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[st
     shown = {name: visible(text) for name, text in fields.items()}
     entry: dict[str, Any] = {"content": content, "kind": visible(kind)} | shown
     if raw := {name: text for name, text in fields.items() if shown[name] != text}:
-        entry["raw"] = {
-            name: text[:MAX_SHOWN_CHARACTERS] for name, text in raw.items()
-        }  # the text that the editor on the page starts from
+        # The editor on the page starts from this text.
+        entry["raw"] = {name: text[:MAX_SHOWN_CHARACTERS] for name, text in raw.items()}
     scores = {name: annotation[name] for name in SCORE_NAMES if annotation.get(name) is not None}
     if scores:
         entry["scores"] = {name: round(score, 3) for name, score in scores.items()}

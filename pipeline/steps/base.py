@@ -105,7 +105,10 @@ class Executor(Protocol):
         """Wait until all functions passed to `each` have finished."""
 
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
-        """Wait, then call a function with each shard and an empty folder, which ends up below `draft`."""
+        """Wait, then call a function with each shard and a new empty folder, and return the results.
+
+        The folder is created in `draft`, or uploaded to it if `draft` is in an object store.
+        """
 
     def check(self) -> None:
         """Raise StoreError if another command has taken over the dataset folder."""

@@ -22,9 +22,14 @@ from pipeline.text.content_keys import content_keys
 
 # Scores that decide which of two equal annotations is kept, in order of precedence.
 SCORES = ("agreement", "alignment", "hedge_count")
-IDS = ("annotation_id", "sample_id", "task", "content_key")
+IDS = ("annotation_id", "sample_id", "task")
 TEXTS = pa.schema(
-    [ROW, *fields(STRING, *IDS), *fields(BOOL, "is_caption", "is_human"), *fields(FLOAT64, *SCORES)]
+    [
+        ROW,
+        *fields(STRING, *IDS, "content_key"),
+        *fields(BOOL, "is_caption", "is_human"),
+        *fields(FLOAT64, *SCORES),
+    ]
 )
 # Equal annotations have the same hash in the column `words`.
 QUERY = """
@@ -88,15 +93,7 @@ def group_images(dataset: DatasetDir) -> pa.Table:
 
 def _texts(rows: AllRows) -> Iterator[pa.Table]:
     scores = [name for name in SCORES if name in rows.columns()]
-    names = (
-        "annotation_id",
-        "sample_id",
-        "task",
-        "clean_text",
-        "clean_question",
-        "clean_record",
-        "prompt_id",
-    )
+    names = (*IDS, "clean_text", "clean_question", "clean_record", "prompt_id")
     for table in rows.batches(*names, *scores):
         texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
         missing = pa.nulls(table.num_rows, FLOAT64)

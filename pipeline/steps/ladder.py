@@ -125,7 +125,8 @@ def read_escalated(plan: Plan, shard: DatasetDir) -> list[Escalated]:
 def describe_ladder(plan: Plan, shards: Sequence[DatasetDir]) -> list[dict[str, Any]]:
     """Return the requests, tokens, cost and texts of each model of a ladder, by task, for the manifest.
 
-    `texts` has all texts of a model, and `kept` those that passed all steps until verify.
+    A request about several samples counts for each of them (Journal.spent). `texts` has all texts of a
+    model, and `kept` those that passed all steps until verify.
     """
     tasks = {task.name for task in plan.tasks.asked if len(plan.requests.models_of(task.name)) > 1}
     counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)

@@ -16,7 +16,6 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.plan import Plan
 from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.tables import FLOAT64, HUMAN, INT32, RUBRIC, SELECTED, STRING, fields, is_caption
@@ -60,12 +59,6 @@ def find_best(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     return comparison.db.sql(QUERY.format(measure=_MEASURES[by]))
 
 
-def _settings_of(plan: Plan) -> tuple[str, list[str]]:
-    """Return `select.by`, and the tasks with several captions per image and style."""
-    sampled = [task.name for task in plan.tasks.asked if plan.requests.count_replies(task) > 1]
-    return plan.config.select.by, sampled
-
-
 def _candidates(rows: AllRows, sampled: Sequence[str]) -> Iterator[pa.Table]:
     columns = ("sample_id", "task", "style", "prompt_id", "clean_text", "alignment", *RUBRIC)
     for table in rows.batches(*columns):
@@ -80,7 +73,10 @@ STEP = RowStep(
     "select",
     is_choice=True,
     is_wanted=lambda plan: plan.config.generate.samples > 1,
-    settings=_settings_of,
+    settings=lambda plan: (
+        plan.config.select.by,
+        [task.name for task in plan.tasks.asked if plan.requests.count_replies(task) > 1],
+    ),
     compare=find_best,
     adds=pa.schema([*SELECTED, *fields(STRING, "reason")]),
 )

@@ -30,8 +30,9 @@ NAMED_GROUPS = pa.schema(fields(STRING, "image_group", "split_group"))
 NAMES = pa.schema(fields(STRING, "sample_id", "key"))
 MEMBERS = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
 ADDS = pa.schema([*fields(STRING, "stated_split", "split_group"), *fields(pa.list_(STRING), "held_out")])
-_LAST_NUMBER = re.compile(r"\d+(\D*)$")
-MAX_NAME_CHARACTERS = 255  # the pattern above takes quadratic time
+# The last number in a name. The group is the rest of the name, if it has a word.
+_LAST_NUMBER = re.compile(r"(?<!\d)\d++(?:\W*+$|(\D*+)$)")
+_SEPARATORS_AT_END = re.compile(r"(?<![\W_])[\W_]++$")
 # The settings, and the seed of the run.
 SplitSettings = tuple[SplitConfig, int]
 QUERY = f"""
@@ -77,23 +78,18 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None
 def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> pa.Table:
     """Return the split group of each image group. Images with related source names share a split group."""
     db = comparison.db
-    rows = (
-        table
-        for shard in comparison.shards
-        for table in read_batches(shard.step_file("read"), ("sample_id", "source_row"))
-    )
     key_of = partial(name_key, by=by)
     names = (
         pa.table([table["sample_id"], map_distinct(table["source_row"], key_of)], schema=NAMES)
-        for table in rows
+        for shard in comparison.shards
+        for table in read_batches(shard.step_file("read"), ("sample_id", "source_row"))
     )
     load(db, "names", names, NAMES)
     load(db, "members", comparison.rows.batches("image_group", "sample_id"), MEMBERS)
-    pairs = db.sql(
-        "SELECT DISTINCT image_group, key FROM members JOIN names USING (sample_id) WHERE key <> ''"
-    )
+    query = "SELECT DISTINCT image_group, key FROM members JOIN names USING (sample_id) WHERE key <> ''"
+    tables = read(db.sql(query))
     groups = join_groups(
-        pair for table in read(pairs) for pair in zip(*map(pa.ChunkedArray.to_pylist, table), strict=True)
+        pair for table in tables for pair in zip(*map(pa.ChunkedArray.to_pylist, table), strict=True)
     )
     return pa.table([list(groups), list(groups.values())], schema=NAMED_GROUPS)
 
@@ -102,17 +98,21 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
     """Return the part of a row name that related rows of the source share, or "" if the row is on its own.
 
     By folder, it is the folder of the file. By prefix, it is the name without its last number, as in
-    `clip1_0042_left.jpg`, if a letter precedes the number. For a name that is a number, it is the folder too.
+    `clip1_0042.jpg`. A number inside a name, as in `clip1_0042_left.jpg`, must have a letter before it. If
+    the name is only a number, the part is the folder too.
     """
     path = PurePosixPath(source_row)
     folder = "" if path.parent == PurePosixPath() else str(path.parent)
     if by == "folder":
         return folder
-    name = path.name.removesuffix(path.suffix)
-    number = _LAST_NUMBER.search(name) if len(name) <= MAX_NAME_CHARACTERS else None
-    if number and any(map(str.isalpha, name[: number.start()])):
-        return f"{folder}/{name[: number.start()]}*{number[1]}"
-    return f"{folder}/" if folder and name.isdigit() else ""
+    number = _LAST_NUMBER.search(path.name.removesuffix(path.suffix))
+    if number is None:
+        return ""
+    start = number.string[: number.start()]
+    if number[1]:
+        return f"{folder}/{start}*{number[1]}" if any(map(str.isalpha, start)) else ""
+    prefix = _SEPARATORS_AT_END.sub("", start)
+    return f"{folder}/{prefix}" if folder or prefix else ""
 
 
 def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

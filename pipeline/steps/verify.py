@@ -376,12 +376,9 @@ class AnnotationChecker:
 
     def _filter(self, subjects: Subjects, texts: Sequence[str]) -> list[Row | None]:
         """Return the columns of the filter step for each new caption, or None if that step rejects it."""
-        nulls = pa.nulls(len(texts), STRING)
-        columns = {
-            name: pa.array([subject.row[name] for subject in subjects], STRING) for name in ("task", "style")
-        }
-        columns["text"] = pa.array(texts, STRING)
-        table = pa.table(columns | dict.fromkeys(("question", "answer", "record"), nulls))
+        drafts = [one.row | {"text": text} for one, text in zip(subjects, texts, strict=True)]
+        columns = pa.schema(fields(STRING, "task", "style", "text", "question", "answer", "record"))
+        table = pa.Table.from_pylist(drafts, schema=columns)  # columns that a draft lacks are null
         grams = own_prompt_grams((*(task.name for task in self.plan.tasks.asked), REPAIR.name))
         words = self.plan.generate.caption_words
         rows = filter_annotations(table, self.settings.bounds, grams, self.plan.tasks, words).to_pylist()
@@ -394,13 +391,12 @@ class AnnotationChecker:
         for batch in sample_batches(self.shard):
             if by_sample.keys().isdisjoint(batch.ids):
                 continue
-            pages = dict(zip(batch.ids, batch.read_images(), strict=True))
-            shown = [caption for sample_id in pages for caption in by_sample.get(sample_id, ())]
             images = {
-                sample_id: prepare_image(images[0], max_pixels=CLIP_PIXELS)
-                for sample_id, images in pages.items()
+                sample_id: prepare_image(pages[0], max_pixels=CLIP_PIXELS)
+                for sample_id, pages in zip(batch.ids, batch.read_images(), strict=True)
                 if sample_id in by_sample
             }
+            shown = [caption for sample_id in images for caption in by_sample[sample_id]]
             texts = [caption.row["clean_text"] for caption in shown]
             cosines = self._scorer.cosines([images[caption.sample_id] for caption in shown], texts)
             for caption, cosine in zip(shown, cosines, strict=True):

@@ -158,10 +158,8 @@ def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Ta
         for subject, text in zip(subjects, table["clean_text"].to_pylist(), strict=True)
     ]
     if any(subject.rewritten for subject in subjects):
-        rows = table.to_pylist()
-        for row, subject in zip(rows, subjects, strict=True):
-            if subject.rewritten:
-                row |= subject.rewritten
+        pairs = zip(table.to_pylist(), subjects, strict=True)
+        rows = [row | (subject.rewritten or {}) for row, subject in pairs]
         table = pa.Table.from_pylist(rows, schema=table.schema)
     return append_columns(table, pa.Table.from_pylist(results, schema=CHECKED))
 

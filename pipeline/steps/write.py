@@ -71,10 +71,8 @@ def write_rows(
     rejected = pa.table([writer.rejected, reasons], schema=REJECTED)
     write_table(shard.step_file(NAME, "rejected"), [rejected], REJECTED)
     files = {step: require_file(shard.step_file(step, "rejected")) for step in steps}
-    rejections = [
-        list_rejections(step, table) for step, file in files.items() for table in read_batches(file)
-    ]
-    rejections.append(list_rejections(NAME, rejected))
+    tables = ((step, table) for step, file in files.items() for table in read_batches(file))
+    rejections = [list_rejections(*one) for one in (*tables, (NAME, rejected))]
     write_table(shard.step_file(NAME, "rejections"), rejections, REJECTIONS)
     write_table(shard.step_file(NAME, "digests"), writer.digests, DIGESTS)
     writer.digests.clear()
@@ -209,8 +207,7 @@ def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras
 def price_texts(plan: Plan, shards: Sequence[DatasetDir], measured: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest field with the price of the texts, or {} if no model was asked.
 
-    The price of a ladder leaves out all checks, because the last pass does not repeat the checks of the texts
-    that were replaced.
+    The price of a ladder does not include checks, because the records lack those of the replaced texts.
     """
     has_checks = plan.config.verify.is_asked and plan.requests.num_rungs == 1
     records = [("ask", DONE), *[("verify", PREPARED)] * has_checks]

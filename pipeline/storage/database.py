@@ -1,10 +1,13 @@
 """DuckDB queries that compare rows with each other. Data above the memory limit is spilled to disk."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
 import duckdb
@@ -17,6 +20,7 @@ from pipeline.storage.object_store import is_remote
 MEMORY_BYTES = 1_500_000_000  # memory limit of DuckDB
 BATCH_ROWS = 65_536
 PREFIX = ".compare-"  # prefix of the temporary folder of a database
+_cursors: list[duckdb.DuckDBPyConnection] = []
 
 
 @contextmanager
@@ -37,7 +41,8 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             with duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
                 # Queries that need an order have an ORDER BY.
                 db.execute("SET preserve_insertion_order = false")
-                yield open_cursor(db)
+                with _interrupt_queries_on_signals(db):
+                    yield _without_progress_bar(db)
         except duckdb.InterruptException:
             raise KeyboardInterrupt from None
         except RuntimeError as error:
@@ -50,11 +55,43 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             raise StoreError(f"{folder}: {one_line(error)}", hint=hint) from None
 
 
+@contextmanager
+def _interrupt_queries_on_signals(db: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Interrupt running queries on SIGINT and SIGTERM. DuckDB itself would first finish all running tasks."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for connection in (db, *_cursors):
+            connection.interrupt()
+        handler = handlers[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+
+    # Signals that are ignored or that end the process keep this behavior.
+    replaced = [number for number, handler in handlers.items() if callable(handler)]
+    # Only the main thread may set handlers.
+    if threading.current_thread() is not threading.main_thread():
+        replaced = []
+    for number in replaced:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        _cursors.clear()
+        for number in replaced:
+            signal.signal(number, handlers[number])
+
+
 def open_cursor(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
-    """Return another connection to the same database. It shows no progress bar."""
-    cursor = db.cursor()
-    cursor.execute("SET enable_progress_bar = false")
+    """Return a second connection to the same database."""
+    cursor = _without_progress_bar(db.cursor())
+    _cursors.append(cursor)
     return cursor
+
+
+def _without_progress_bar(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
+    db.execute("SET enable_progress_bar = false")
+    return db
 
 
 def load(

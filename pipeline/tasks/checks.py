@@ -103,7 +103,5 @@ CLAIMS = Task(name="claims", output=ClaimList, row=ClaimText, rows_field="claims
 CONFIRM = Task(name="confirm", output=Verdict, row=Verdict, tidy_row=tidy_verdict)
 COVERS = Task(name="covers", output=Answer, row=Answer, shows_image=False)
 RATE = Task(name="rate", output=Rating, row=Rating)
-REPAIR = Task(  # removes false claims
-    name="repair", output=Caption, row=Caption, tidy_row=tidy_caption, shows_image=False
-)
+REPAIR = Task(name="repair", output=Caption, row=Caption, tidy_row=tidy_caption, shows_image=False)
 CHECKING = (ANSWER, CLAIMS, CONFIRM, COVERS, RATE, REPAIR)

@@ -186,7 +186,7 @@ def _build(settings: TaskConfig) -> CustomTask:
     item = whole
     if rows:
         if without_null(whole["properties"].get(rows, _TEXT))["type"] != "array":
-            raise UnusableSchemaError(f"output has no list named {rows} (setting rows)")
+            raise UnusableSchemaError(f"output has no list named {rows}, which the setting `rows` requires")
         whole = require_field(whole, rows)
         item = without_null(whole["properties"][rows]["items"])
     field = _field_of(settings, item)

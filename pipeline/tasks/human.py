@@ -29,13 +29,9 @@ def human_annotations(
     """
     task = "qa" if deck_pages is None else "deck_qa"
     pages = list(range(1, (deck_pages or 0) + 1))
+    texts = (tidy_texts({"text": text}) for text in captions if text.strip())
     pairs = (_with_answer(pair, task, pages) for pair in questions if _is_answered(pair))
-    return (
-        *_rows(
-            sample_id, "caption", HUMAN, (tidy_texts({"text": text}) for text in captions if text.strip())
-        ),
-        *_rows(sample_id, task, "", pairs),
-    )
+    return (*_rows(sample_id, "caption", HUMAN, texts), *_rows(sample_id, task, "", pairs))
 
 
 def has_texts(captions: Sequence[str], questions: Sequence[dict[str, Any]]) -> tuple[bool, bool]:
@@ -49,15 +45,10 @@ def _is_answered(pair: dict[str, Any]) -> bool:
 
 def _rows(sample_id: str, task: str, style: str, texts: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     request_id = digest([HUMAN, sample_id, task])
-    shared = {
-        "sample_id": sample_id,
-        "request_id": request_id,
-        "task": task,
-        "style": style,
-        "prompt_id": HUMAN,
-    }
+    shared = {"sample_id": sample_id, "request_id": request_id, "task": task, "style": style}
     for position, fields in enumerate(texts):
-        yield {"annotation_id": digest([request_id, position]), "position": position, **shared, **fields}
+        own = {"annotation_id": digest([request_id, position]), "position": position, "prompt_id": HUMAN}
+        yield own | shared | fields
 
 
 def _with_answer(pair: dict[str, Any], task: str, pages: list[int]) -> dict[str, Any]:
@@ -67,11 +58,8 @@ def _with_answer(pair: dict[str, Any], task: str, pages: list[int]) -> dict[str,
     question = " ".join(pair["question"].split())
     if not question.endswith((*QUESTION_MARKS, ".", "!", ":", ";")):
         question += "?"
-    fields: dict[str, Any] = {
-        "question": question,
-        "answer": answer,
-        "answer_type": _type_of(pair, answer, task),
-    }
+    answer_type = _type_of(pair, answer, task)
+    fields: dict[str, Any] = {"question": question, "answer": answer, "answer_type": answer_type}
     if task == "deck_qa":
         fields |= {"evidence_pages": pair["evidence_pages"] or pages, "expression": pair["expression"] or ""}
     return tidy_pair(fields)

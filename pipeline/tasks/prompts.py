@@ -54,7 +54,8 @@ class Values:
         return self._values[name]
 
     def __str__(self) -> str:
-        raise TypeError(f"use one of its values, such as {next(iter(self._values), 'title')}")
+        name = next(iter(self._values), "title")
+        raise TypeError(f"`row` and `results` are not texts: append the name of a value, such as .{name}")
 
     __repr__ = __str__
 

@@ -11,7 +11,7 @@ from operator import eq
 
 from pipeline.text import WORDS, pattern
 from pipeline.text.language import begins_longer_word, unquoted
-from pipeline.text.normalize import contains_any, sentences_with, text_key, words_of
+from pipeline.text.normalize import sentences_with, text_key, words_of
 
 # Every match of _MARKUP in ASCII has one of these characters or parts. They are rare in captions, so testing
 # for them first makes the search 10 times faster.
@@ -78,7 +78,7 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
         return True
     if text.count(".", 0, -1) > text.count(". ") and _GLUED.search(unquoted(text)):
         return True
-    may_match = not text.isascii() or contains_any(text, _SPECIAL_PARTS) or _SPECIAL.search(text)
+    may_match = not text.isascii() or any(map(text.__contains__, _SPECIAL_PARTS)) or _SPECIAL.search(text)
     return bool(may_match and _MARKUP.search(unquoted(text)))
 
 

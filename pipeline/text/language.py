@@ -34,6 +34,7 @@ _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 # Letters in Thai, Lao, Burmese and Khmer, which are written without spaces between words.
 _UNSPACED_LETTERS = re.compile(r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _FULL_WIDTH = re.compile(r"[\u0964\u3000-\u303f\uff01-\uff60]")
+_NOT_LATIN = re.compile(r"[^\u0000-\u024f\u02bb\u02bc\u1e00-\u1eff\u212a\u212b]")
 _GREEK_SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")
 
 
@@ -163,8 +164,4 @@ def non_latin_frac(text: str) -> float:
         return 0.0
     rest = _GREEK_SYMBOL.sub("", _QUOTED.sub("", text))
     letters = [letter for letter in rest if letter.isalpha() or _FULL_WIDTH.match(letter)]
-    return sum(not _is_latin(letter) for letter in letters) / len(letters) if letters else 0.0
-
-
-def _is_latin(letter: str) -> bool:
-    return letter <= "\u024f" or "\u1e00" <= letter <= "\u1eff" or letter in "\u02bb\u02bc\u212a\u212b"
+    return len(_NOT_LATIN.findall("".join(letters))) / len(letters) if letters else 0.0

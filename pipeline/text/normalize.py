@@ -8,7 +8,7 @@ import html
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import groupby
 
@@ -56,11 +56,6 @@ def tidy(text: str) -> str:
     if not text.isascii():
         text = _INVISIBLE.sub("", text)
     return " ".join((html.unescape(text) if "&" in text else text).split())
-
-
-def contains_any(text: str, parts: Iterable[str]) -> bool:
-    """Return whether a text contains any of these strings."""
-    return any(map(text.__contains__, parts))
 
 
 def words_of(text: str) -> list[str]:

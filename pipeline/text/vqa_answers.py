@@ -40,17 +40,13 @@ _CONTRACTION_OF = {
 
 def normalize_answer(answer: str) -> str:
     """Return an answer in the form that the official evaluation compares."""
-    text = answer.replace("\n", " ").replace("\t", " ").strip()
-    words = [_DIGITS.get(word, word) for word in _without_punctuation(text).lower().split()]
-    return " ".join(_CONTRACTION_OF.get(word, word) for word in words if word not in _ARTICLES)
-
-
-def _without_punctuation(text: str) -> str:
-    rest = text
+    text = rest = answer.replace("\n", " ").replace("\t", " ").strip()
     for mark in _PUNCTUATION:
         is_removed = f"{mark} " in text or f" {mark}" in text or _NUMBER_WITH_COMMA.search(text)
         rest = rest.replace(mark, "" if is_removed else " ")
-    return _PERIOD.sub("", rest, count=_MAX_REMOVED_PERIODS)
+    rest = _PERIOD.sub("", rest, count=_MAX_REMOVED_PERIODS)
+    words = [_DIGITS.get(word, word) for word in rest.lower().split()]
+    return " ".join(_CONTRACTION_OF.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def kind_of_answer(answer: str) -> str:

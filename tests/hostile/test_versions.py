@@ -52,16 +52,6 @@ def column(name: str, values: Callable[[pa.Table], Any]) -> Damage:
     return rows(change)
 
 
-def link_and_name(name: str, target: str) -> Damage:
-    """Return a damage that adds a link as the file of image digests."""
-
-    def damage(folder: Path) -> None:
-        (folder / name).symlink_to(target)
-        manifest(lambda m: m.update(pixels="stored", images={"sha256": "0" * 64, "bytes": 1}))(folder)
-
-    return damage
-
-
 def image(data: bytes | None) -> Damage:
     return column("image", lambda table: [{"bytes": data, "path": "/etc/passwd"}] * table.num_rows)
 
@@ -106,14 +96,28 @@ for _ in range(500):
     DEEP = [DEEP]
 BROKEN_KEYS = (
     "columns", "features", "rows", "files", "funnel", "config", "source", "licenses", "measured",
-    "table_version",
+    "table_version", "audit", "checks", "price", "ladder",
 )  # fmt: skip
 BROKEN_VALUES: dict[str, Any] = {
     "null": None, "a number": 7, "a text": "x", "a list": [[1]], "a map": {"x": {"y": 1}},
 }  # fmt: skip
 RATE = {"task": "captions", "style": "", "texts": 1, "reviewed": 1, "cannot_tell": 0, "wrong": 0.5}
 AUDIT = {"seed": 0, "reviewed": 1, "reviewers": 1, "agreement": None, "rates": [RATE]}
+CERTAIN = {"share": "1", "low": "1", "high": "1"}
+COSTLY = {"texts": "captions", "kept": 10**9, "prompt_tokens": 1, "reply_tokens": 1}
+INVALID_RESULTS: dict[str, Damage] = {
+    "audit of texts": manifest(lambda m: m.update(audit={"rates": "none"})),
+    "audit with an impossible share": manifest(
+        lambda m: m.update(audit=AUDIT | {"rates": [RATE | {"low": 7}]})
+    ),
+    "shares that are texts": manifest(
+        lambda m: m.update(checks=[{"check": "judge", "true": CERTAIN}], price=[COSTLY])
+    ),
+    "a price of 400 digits": manifest(lambda m: m.update(price=[COSTLY | {"kept": 10**400}])),
+    "a ladder with a negative cost": manifest(lambda m: m.update(ladder=[{"cost": -1.0}])),
+}
 DAMAGES: dict[str, Damage] = {
+    **INVALID_RESULTS,
     **{
         f"{key} that is {kind}": manifest(lambda m, key=key, value=value: m.update({key: value}))  # type: ignore[misc]
         for key in BROKEN_KEYS
@@ -122,10 +126,6 @@ DAMAGES: dict[str, Damage] = {
     "rejections that are null": manifest(lambda m: m.update(rejections=None)),
     "measures that are numbers": manifest(lambda m: m.update(measured={"captions": {"brief": 5}})),
     "leakage that is a number": manifest(lambda m: m.update(leakage=5)),
-    "audit of texts": manifest(lambda m: m.update(audit={"rates": "none"})),
-    "audit with an impossible share": manifest(
-        lambda m: m.update(audit=AUDIT | {"rates": [RATE | {"low": 7}]})
-    ),
     "review of texts": manifest(lambda m: m.update(review={"good": "many"})),
     "filters that are texts": manifest(lambda m: m["config"].update(filter="none")),
     "manifest without a digest": manifest(lambda m: m.pop("digest")),
@@ -190,3 +190,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["good", *DAMAGES])
 def test_hostile_version_gives_result_or_one_error(name: str, outcomes: dict[str, Any]) -> None:
     require_harmless_outcome(name, outcomes[name], max_s=20)
+
+
+@pytest.mark.parametrize("name", INVALID_RESULTS)
+def test_manifest_with_invalid_results_is_refused_when_it_is_opened(
+    name: str, outcomes: dict[str, Any]
+) -> None:
+    assert [*outcomes[name]["results"]] == ["open"]
+    assert outcomes[name]["results"]["open"].startswith("error: not a version")

@@ -143,7 +143,7 @@ def text_task(prompt: str, **keys: Any) -> str:
         ),
         (text_task("a", keep_if="results.t == 'x'", when="results.plain == 'x'"), "`when` of the task t, "),
         (text_task("a", keep_if="true", needs=["t"]), "it is asked before all others"),
-        (text_task("{{ row }}"), "cannot be rendered: use one of its values"),
+        (text_task("{{ row }}"), "cannot be rendered: `row` and `results` are not texts"),
         (text_task("{{ [1, 2] | random }}"), "the prompt t cannot be rendered: No filter named 'random'"),
         (text_task("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), "maximum recursion depth"),
         ("{name: alt_x, kind: caption, prompt: a}", "is the name of a built-in task or of a caption style"),
@@ -176,7 +176,7 @@ def test_prompt_contains_language_of_its_task() -> None:
         assert request.text.startswith(f"Write in [{words}].")
 
 
-def test_option_replaces_task_with_the_same_name(tmp_path: Path) -> None:
+def test_task_file_of_option_replaces_task_of_same_name_in_settings(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("{name: t, kind: text, prompt: New.}")
     (tmp_path / "synth.yaml").write_text(
         json.dumps({"source": "folder:x", "custom_tasks": [TEXT, need("u")]})

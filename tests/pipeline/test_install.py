@@ -59,7 +59,7 @@ def test_extras_of_hint_provide_packages_of_command(
         assert names & provided, f"{package} is not in {extras}"
 
 
-def test_every_hint_of_the_code_is_in_the_table() -> None:
+def test_needs_list_the_extras_of_every_install_hint() -> None:
     hints: set[tuple[str, ...]] = {EXTRAS["serve-captioner"]}
     for path in PATHS:
         for node in ast.walk(parse(path)):

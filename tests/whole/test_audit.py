@@ -83,7 +83,7 @@ def test_verdicts_of_two_reviewers_give_the_next_version_an_error_rate(
     assert "nothing new: v1.0.2" in rerun.stderr
 
 
-def test_reviewer_undoes_verdicts_resumes_and_sees_only_own_verdicts(
+def test_reviewer_can_undo_and_resume_and_sees_only_own_verdicts(
     audit: Path, opened: Open, synth: Run, tmp_path: Path
 ) -> None:
     page = start(opened, audit, "Anna", WIDE)

@@ -272,6 +272,8 @@ def test_coverage_is_share_of_answers_in_caption(tmp_path: Path, model: Model, s
 
 def test_judge_gets_only_its_key(tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer) -> None:
     server.key, judge.key = "of-the-writer", "of-the-judge"
+    for number, path in enumerate(sorted((tmp_path / "photos").glob("*.png"))):
+        path.with_suffix(".txt").write_text(f"A {'red' if number < 2 else 'blue'} boat can be seen.")
     rated = (*CAPTIONS, "--judge", f"judge-7b@{judge.url}")
     refused = run(tmp_path, server, *rated, SYNTH_API_KEY="of-the-writer")
     assert refused.returncode == 1 and "SYNTH_JUDGE_API_KEY" in refused.stderr, refused.stderr
@@ -290,7 +292,8 @@ def test_judge_gets_only_its_key(tmp_path: Path, model: Model, server: ChatServe
     assert {(caption["relevance"], caption["form"]) for caption in captions.values()} == {(5, 4)}
     check = checks_of(tmp_path)["judge"]
     assert check["passed"]["count"] == COUNT and not check["judges_itself"]
-    assert check["kinds"].keys() >= {"color", "object"}
+    assert check["false_alarms"]["share"] == round(2 / COUNT, 4)
+    assert check["kinds"].keys() >= {"color", "object"} and check["kinds"]["other_image"]["share"] == 1
     manifest = read_manifest(tmp_path / "d")
     assert manifest["config"]["verify"]["judge"] == "judge-7b" and judge.url not in json.dumps(manifest)
     num_requests = len(judge.bodies)

@@ -67,7 +67,10 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     done = run(photos, *command)
     assert len(server.bodies) == num_requests  # the replies are reused
     assert "rejected by filter: too few words" in done.stderr
-    assert f"asks caption of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); prompts: " in done.stderr
+    assert (
+        f"asks caption of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); 2 requests per image"
+        in done.stderr
+    )
     assert done.stdout.strip() == "data/folder-photos/preview.html"
     assert not (photos / "data/folder-photos/.trial").exists()
     page = (photos / "data/folder-photos/preview.html").read_text()
@@ -122,7 +125,7 @@ def test_near_duplicate_image_is_rejected_before_any_request(photos: Path, serve
     (photos / "none.yaml").write_text("dedupe: {images: none}")
     command = ("generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
     done = run(photos, *command)
-    asks = f"asks qa of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); prompts: built in"
+    asks = f"asks qa of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); 1 request per image"
     assert f"folder:photos to data/folder-photos: {asks}" in done.stderr
     assert "next: synth report data/folder-photos" in done.stderr
     result = json.loads(done.stdout)

@@ -193,7 +193,7 @@ def _apply_to_shard(run: ShardedRun, works: Sequence[ShardWork], index: int) -> 
 
 def _no_engine(_: str) -> Engine:
     raise ClusterError(
-        "internal error: a step called a model after asking was finished", hint="please report this bug"
+        "internal error: a step called a model outside of the request phase", hint="please report this bug"
     )
 
 

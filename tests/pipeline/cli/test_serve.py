@@ -1,5 +1,6 @@
 """`synth serve`: settings of the server come from a file and from the arguments after --."""
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.cli.generate import serve
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, EngineError
+from pipeline.inference.vllm import VLLM_PYTHON
 
 
 def test_serve_reads_model_and_server_from_the_settings_of_a_run(
@@ -26,15 +28,12 @@ def test_serve_reads_model_and_server_from_the_settings_of_a_run(
     monkeypatch.setattr("sys.argv", ["synth", "serve", "--"])
     context: Any = SimpleNamespace(args=["--seed", "1"])
     file = tmp_path / "synth.yaml"
-    file.write_text(
-        "limit: 3\nmodel: org/model\nserver: {startup_timeout_s: 1800, flags: [--max-num-seqs=8]}\n"
-    )
+    file.write_text("limit: 3\nmodel: org/model\nserver: {flags: [--max-num-seqs=8]}\n")
     for model, expected in ((None, "org/model"), ("org/other", "org/other")):
         serve(context, model, 8123, file)
         name, server, *_ = calls[-1]
-        assert (name, server.startup_timeout_s) == (expected, 1800)
-        assert server.flags == ("--max-num-seqs=8", "--seed", "1")
-    serve(context, None, 8123, None)
+        assert (name, server.flags) == (expected, ("--max-num-seqs=8", "--seed", "1"))
+    serve(context, None, 8123)
     assert calls[-1][0] == "Qwen/Qwen2.5-VL-3B-Instruct"
     python, arguments, environment = ran[-1]
     assert arguments == [python, "-m", "vllm", "--host", "127.0.0.1", "--port", "8123"]
@@ -50,3 +49,18 @@ def test_serve_reads_model_and_server_from_the_settings_of_a_run(
         file.write_text(text)
         with pytest.raises(ConfigError, match=problem):
             serve(context, None, 8123, file)
+
+
+def test_taken_port_and_missing_interpreter_end_serve_with_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(VLLM_PYTHON, "/nonexistent/python")
+    monkeypatch.setattr("sys.argv", ["synth", "serve"])
+    context: Any = SimpleNamespace(args=[])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(EngineError, match=f"port {port} cannot be used: Address already in use"):
+            serve(context, "tiny", port)
+    assert "SYNTH_API_KEY" not in capsys.readouterr().err
+    with pytest.raises(EngineError, match="cannot run /nonexistent/python: No such file"):
+        serve(context, "tiny", port)

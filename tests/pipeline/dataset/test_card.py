@@ -72,7 +72,20 @@ LEAKAGE = {
 @pytest.mark.parametrize(
     ("more", "texts"),
     [
-        ({}, ["checked automatically only", "| train | 8 |", "- `trip/IMG_1.jpg`", "## Load it"]),
+        (
+            {"model": MANIFEST["model"] | {"revision": "abc+unenforced"}},
+            ["The server was not required to enforce the JSON schema of the task"],
+        ),
+        (
+            {},
+            [
+                "The server enforces the JSON schema of the task:",
+                "checked automatically only",
+                "| train | 8 |",
+                "- `trip/IMG_1.jpg`",
+                "## Load it",
+            ],
+        ),
         (
             {"model": MANIFEST["model"] | {"license": "Qwen Research License: no commercial use"}},
             ["the license of the model applies (Qwen Research License: no commercial use)"],

@@ -82,7 +82,8 @@ def test_only_leftovers_of_killed_commands_are_removed(dataset: DatasetDir) -> N
     leftovers[0].mkdir()
     (leftovers[0] / "train-00000.parquet").write_bytes(bytes(200))
     (dataset.path / "steps").mkdir()
-    kept = [dataset.path / name for name in ("steps/.mine.tmp", "versions/notes", "journal/local.sqlite")]
+    names = ("steps/.mine.tmp", "versions/notes", "journal/local.sqlite", "features/mine", ".push/mine")
+    kept = [dataset.path / name for name in names]
     leftovers.append(dataset.path / ".trial")
     leftovers[1].mkdir()
     (leftovers[1] / "journal").symlink_to("../journal")
@@ -113,7 +114,10 @@ def test_removal_of_links_keeps_their_targets(dataset: DatasetDir, tmp_path: Pat
     (dataset.path / "shards" / "0" / "steps").mkdir(parents=True)
     (outside / ".mine.tmp").write_text("mine")
     (dataset.path / "shards" / "0" / "steps" / "ask").symlink_to(outside)
+    (dataset.path / "features").mkdir()
+    (dataset.path / "features" / "linked").symlink_to(outside)
     assert len(remove_leftovers(dataset)) == 1
     assert remove_leftovers(dataset) == []
     assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]
+    assert (dataset.path / "features" / "linked").is_symlink()
     assert (outside / "manifest.json").exists() and (outside / ".mine.tmp").exists()

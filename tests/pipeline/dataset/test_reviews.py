@@ -56,14 +56,14 @@ def test_written_reviews_are_read_back_unchanged(tmp_path: Path) -> None:
     [
         ("not json", "Invalid JSON"),
         ('{"sample_id": "a"}', "sample_id"),
-        (review("A.", "good").model_dump_json().replace("good", "bad"), "the verdict bad needs a reason"),
+        (review("A.", "good").model_dump_json().replace("good", "bad"), "the verdict `bad` needs a reason"),
         (
             review("A.", "good").model_dump_json().replace("good", "edited"),
-            "the verdict edited needs a new text",
+            "the verdict `edited` needs a new text",
         ),
         (
             review("A.", "edited", text="B.").model_dump_json().replace("edited", "good"),
-            "only the verdict edited may have a new text",
+            "a new text is allowed only with the verdict `edited`",
         ),
         (review("A.", "good").model_dump_json(exclude_defaults=True)[:-1] + ', "color": "red"}', "color"),
     ],

@@ -21,15 +21,16 @@ def row(number: int) -> dict[str, Any]:
     return {"sample_id": hashlib.sha256(pixels).hexdigest(), "image": image, "captions": captions}
 
 
+@pytest.mark.parametrize("batch_rows", [7, 600])
 def test_rows_are_read_back_in_order_from_files_of_bounded_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "GROUP_BYTES", 20_000)
     monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
     rows = [row(number) for number in range(600)]
     writer = SplitWriter(tmp_path, "train", ROW)
-    for start in range(0, len(rows), 7):
-        writer.add(pa.Table.from_pylist(rows[start : start + 7], schema=ROW))
+    for start in range(0, len(rows), batch_rows):
+        writer.add(pa.Table.from_pylist(rows[start : start + batch_rows], schema=ROW))
     writer.close()
     paths = sorted(tmp_path.iterdir())
     assert [path.name for path in paths[:2]] == ["train-00000.parquet", "train-00001.parquet"]

@@ -565,12 +565,13 @@ def test_lora_export_removes_an_opening_and_reports_frequent_phrases(tmp_path: P
         "a photo of a cat": 0.92,
         "photo of a cat number": 0.92,
     }
-    done = export_version(version, "csv", tmp_path / "short", trigger="sks", opening="a photo of")
-    assert [*done.phrases] == ["a cat number"]
+    done = export_version(version, "csv", tmp_path / "short", trigger="sks", opening=" a photo of ")
+    assert [*done.phrases] == ["a cat number"] and done.has_opening
     with (tmp_path / "short/train.csv").open(newline="") as file:
         titles = [row["title"] for row in csv.DictReader(file)]
     assert titles and all(title.startswith("sks, a c") for title in titles)
-    assert not export_version(version, "csv", tmp_path / "plain", opening="a pho").phrases
+    done = export_version(version, "csv", tmp_path / "plain", opening="a pho")
+    assert not done.phrases and not done.has_opening
     assert "A photo of a c" in (tmp_path / "plain/train.csv").read_text()
     with pytest.raises(ConfigError, match="always has all captions"):
         export_version(version, "parquet", tmp_path / "parquet", opening="a photo of")
@@ -580,8 +581,9 @@ def test_cauldron_has_the_ratings_of_a_judge(version: Version, tmp_path: Path) -
     item = next(read_items(version, ["train"]))
     (_, text), *_ = item.captions
     rated = {"relevance": 4, "grounding": 2, "correctness": 1, "form": 5}
-    scores = {text: rated, item.questions[0][0]: rated | {"relevance": 3}}
-    item = replace(item, scores=scores)
+    question = item.questions[0][0]
+    scores = {text: rated, question: rated | {"relevance": 3}}
+    item = replace(item, scores=scores, questions=[(question, f"sks, {text}")])
     export = FORMATS["cauldron"](tmp_path, "")
     export.add(choose_texts(item, style=None, trigger="sks", opening="", only_one=False))
     export.close()
@@ -604,6 +606,14 @@ def test_human_captions_stay_human_in_exported_sidecars(version: Version, tmp_pa
     sidecar.close()
     (row,) = open_folder(tmp_path).rows
     assert isinstance(row, Sample) and row.references == (human,)
+
+
+def test_model_caption_that_equals_a_human_one_without_its_opening_stays_a_models(version: Version) -> None:
+    captions = [("human", "a cat."), ("human", "A dog."), ("brief", "A photo of a cat.")]
+    item = replace(next(read_items(version)), captions=captions, human_texts=frozenset(("a cat.", "A dog.")))
+    chosen = choose_texts(item, style="all", trigger="sks", opening="a photo of", only_one=False)
+    writers = {text: chosen.writer(text) for _, text in chosen.captions}
+    assert writers == {"sks, a cat.": "model", "sks, A dog.": "people"}
 
 
 def test_concurrent_export_to_the_same_folder_is_refused(version: Version, tmp_path: Path) -> None:

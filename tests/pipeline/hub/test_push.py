@@ -9,9 +9,14 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import httpx2
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.dataset.version import Version
+from pipeline.errors import PushError
+from pipeline.hub import push
+from pipeline.hub.package import Package
 from tests.hub.app import READ_TOKEN, Fault
 from tests.hub.pusher import Pusher
 from tests.hub.server import RunningHub, running_hub
@@ -189,6 +194,21 @@ def test_refused_push_gives_one_message_with_hint(
 def test_unreachable_hub_is_an_error(hub: RunningHub, version: Version, tmp_path: Path) -> None:
     with Pusher(RunningHub(hub.hub, "http://127.0.0.1:9"), tmp_path / "home") as client:
         assert "the Hub at http://127.0.0.1:9 does not answer" in client.push(version)["error"]
+
+
+def test_push_waits_for_the_end_of_a_rate_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = {"ratelimit": '"api";r=0;t=55'}
+    response = httpx2.Response(429, headers=headers, request=httpx2.Request("GET", "http://hub"))
+    pauses: list[float] = []
+
+    def refuse(*_: object, **__: object) -> None:
+        raise HfHubHTTPError("too many requests", response=response)
+
+    monkeypatch.setattr(push, "_push", refuse)
+    monkeypatch.setattr(push.time, "sleep", pauses.append)
+    with pytest.raises(PushError, match="the Hub refused"):
+        push.push_package(Package("dataset", "v1.0.0", "", {}, {}, has_unknown_license=False), "me/scenes")
+    assert pauses == [56.0] * len(push.PAUSES_S)
 
 
 def test_push_to_repository_with_foreign_data_is_refused(client: Pusher, version: Version) -> None:

@@ -3,14 +3,13 @@
 import io
 import json
 import logging
-import resource
 import signal
 import threading
 import time
 from base64 import b64decode
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from pipeline.inference.queue import RequestStats
 from pipeline.inference.requests import build_requests
 from pipeline.progress import Progress
 from pipeline.types import Sample, Sampling
+from tests.chat.kinds import PROXY, VLLM, ServerKind
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
 from tests.clients import client_of, config_of
 from tests.notes import Notes
@@ -111,18 +111,40 @@ def test_failed_request_is_sent_again_and_counts_as_one_attempt(tmp_path: Path, 
     assert len(chat.bodies) == ASKED + len(SAMPLES)
 
 
-@pytest.mark.parametrize(
-    ("limits", "changed"),
-    [((1024, -1), [(65_536, -1)]), ((1024, 4096), [(4096, 4096)]), ((100_000, -1), []), ((-1, -1), [])],
-)
-def test_limit_of_open_files_is_raised_and_never_lowered(
-    limits: tuple[int, int], changed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "servers"), [(VLLM, 1), (VLLM, 2), (PROXY, 1)])
+def test_other_server_gets_first_requests(kind: ServerKind, servers: int) -> None:
+    with ExitStack() as stack:
+        chats = [stack.enter_context(running_chat(ChatServer(kind=kind))) for _ in range(servers)]
+        config = config_of(*(chat.url for chat in chats), server={"enforced_schema": kind is VLLM})
+        asking = stack.enter_context(client_of(config))
+        assert asking.metrics()["in flight"] == f"0 of {client.FIRST_REQUESTS * servers}"
+
+
+def test_started_servers_get_a_quarter_more_requests_than_their_batches(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sets: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
-    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: sets.append(pair))
-    client.raise_file_limit()
-    assert sets == changed
+    launch: Any = SimpleNamespace(name="model", api_key="", max_num_seqs=20)
+
+    @asynccontextmanager
+    async def run_servers(launches: list[Any], progress: Progress) -> AsyncIterator[list[Any]]:
+        yield [SimpleNamespace(root=chat.url.removesuffix("/v1"), socket=None)] * len(launches)
+
+    monkeypatch.setattr(client, "run_servers", run_servers)
+    with (
+        running_chat(ChatServer()) as chat,
+        Client("model", "r", config_of().server, 100, launches=[launch, launch]) as asking,
+    ):
+        assert asking.metrics()["in flight"] == "0 of 50"
+
+
+def test_timeouts_lower_the_number_of_requests_in_flight(tmp_path: Path) -> None:
+    chat = ChatServer()
+    chat.script = lambda times, body: Act(seconds=2) if len(chat.bodies) <= 4 else None
+    with running_chat(chat), Journal(tmp_path / "j") as journal:
+        config = config_of(chat.url, server={"concurrency": 8, "request_timeout_s": 0.5})
+        with client_of(config) as asking:
+            ask(config, [batch_of(SAMPLES[:4])], lambda: asking, journal)
+            assert asking.metrics()["in flight"] == "0 of 6"
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,16 @@ for attempt in range(2):
 """
 
 
+def download_twice(model: Path, tmp_path: Path, disk: str = "free") -> list[str]:
+    """Upload a model, and return what two downloads print."""
+    with running_hub(tmp_path / "hub") as hub:
+        command = [sys.executable, "-c", COMMAND, str(model), disk]
+        env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
@@ -43,15 +53,16 @@ def model(tmp_path: Path) -> Path:
 def test_model_is_downloaded_once_without_copies_of_its_weights(
     disk: str, model: Path, tmp_path: Path
 ) -> None:
-    with running_hub(tmp_path / "hub") as hub:
-        command = [sys.executable, "-c", COMMAND, str(model), disk]
-        env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path.cwd())
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    first, second = download_twice(model, tmp_path, disk)
     if disk == "full":
         assert "me/model needs 0.0 GB in" in first and "set HF_HOME" in first
         assert second == first
         return
     assert second == ".gitattributes config.json model.safetensors"
     assert first.startswith(f"{second} downloading me/model: 3 files, 0.0 GB, to ")
+
+
+def test_model_without_safetensors_is_refused(model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").unlink()
+    first, second = download_twice(model, tmp_path)
+    assert first == second and first.startswith("me/model has no weights in safetensors files")

@@ -1,5 +1,6 @@
 """GPUs: which GPUs a process may use, and how servers share them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError
 from pipeline.inference import vllm
 from pipeline.inference.engines import TINY_WEIGHTS
-from pipeline.inference.memory import QWEN_3B, MemoryPlan, ModelShape, plan_memory, read_config
+from pipeline.inference.memory import QWEN_3B, MemoryPlan, ModelShape, plan_memory
 from pipeline.inference.vllm import VllmCommand, plan_servers, visible_gpus
 
 LISTING = (
@@ -142,7 +143,10 @@ def test_flags_follow_the_free_memory_of_the_gpu(
     tool.write_text(f"#!/bin/sh\necho '{memory}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    for shape in (ModelShape.of(read_config(TINY_WEIGHTS), 1), None):  # None: not a Qwen model
+    for shape in (
+        ModelShape.of(json.loads((TINY_WEIGHTS / "config.json").read_text()), 1),
+        None,
+    ):  # None: not a Qwen model
         monkeypatch.setattr(ModelShape, "of", lambda config, weights_bytes, shape=shape: shape)
         command, _ = plan(tmp_path)
         assert value_of(command, "--gpu-memory-utilization") == utilization

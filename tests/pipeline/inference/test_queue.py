@@ -10,9 +10,8 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
+from pipeline.inference import embedded, queue
 from pipeline.inference import journal as journal_module
-from pipeline.inference import queue
-from pipeline.inference.embedded import batch_requests
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, read_annotations, read_results
 from pipeline.inference.requests import build_requests
@@ -56,7 +55,7 @@ class Scripted:
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
         while taken := work.take():
-            for requests in batch_requests(taken, 3):
+            for requests in (taken[start : start + 3] for start in range(0, len(taken), 3)):
                 work.sending(requests)
                 if len(self.batches) == self.die_after:
                     raise KeyboardInterrupt
@@ -165,16 +164,17 @@ def test_interrupt_during_storing_loses_no_reply(
         assert journal.totals()["replies"] == 6
 
 
-def test_batch_has_one_prompt_and_at_most_the_given_size() -> None:
+def test_batch_has_one_prompt_and_at_most_the_maximum_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "BATCH_IMAGES", 4)
     config = resolve(source="scenes")
     requests = requests_to_send(batch(IDS), config, "r")
-    batches = list(batch_requests(requests, 4))
+    batches = list(embedded.batch_requests(requests))
     assert [len(group) for group in batches] == [4, 2] * 3
     assert all(len({request.text for request in group}) == 1 for group in batches)
     assert sorted(r.id for group in batches for r in group) == sorted(r.id for r in requests)
 
 
-def test_image_that_keep_if_drops_loses_all_texts_and_human_ones(tmp_path: Path) -> None:
+def test_image_rejected_by_keep_if_loses_model_and_human_texts(tmp_path: Path) -> None:
     task = {"name": "kind", "kind": "labels", "prompt": "Look.", "keep_if": "'blank' not in results.kind"}
     styles = {"caption_styles": ["plain", "brief"]}
     config = resolve(source="folder:x", tasks=["caption"], custom_tasks=[task], generate=styles)

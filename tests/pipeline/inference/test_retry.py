@@ -3,22 +3,7 @@
 import pytest
 
 from pipeline.inference import protocol
-from pipeline.inference.protocol import MAX_CRASHES, MAX_FAULTS, RetryState, parse_retry_after
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [
-        ("7", 7.0),
-        ("1.5", 1.5),
-        ("", None),
-        ("soon", None),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", None),
-        ("-3", None),
-    ],
-)
-def test_retry_after_is_a_number_of_seconds(header: str, seconds: float | None) -> None:
-    assert parse_retry_after(header) == seconds
+from pipeline.inference.protocol import MAX_CRASHES, MAX_FAULTS, MAX_LONG_WAITS, RetryState
 
 
 def test_request_is_abandoned_after_max_faults_or_crashes() -> None:
@@ -38,7 +23,17 @@ def test_request_is_abandoned_when_it_stays_busy_longer_than_the_patience(
     state = RetryState(patience_s=10)
     assert 4 <= (state.after_busy(4.0) or 0) <= 4.8
     now[0] += 9
-    wait_s = state.after_busy(1800.0)
-    assert wait_s is not None and 1800 <= wait_s <= 2160
+    assert state.after_busy(None)
     now[0] += 2
     assert state.after_busy(None) is None
+
+
+def test_stated_wait_longer_than_the_patience_extends_it_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(protocol, "monotonic", lambda: now[0])
+    state = RetryState(patience_s=10)
+    for _ in range(MAX_LONG_WAITS + 1):
+        wait_s = state.after_busy(1800.0)
+        assert wait_s is not None and 1800 <= wait_s <= 2160
+        now[0] += wait_s + 1
+    assert state.after_busy(1800.0) is None

@@ -1,7 +1,9 @@
 """A run skips the steps that an earlier run has done, and only those."""
 
+import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from pipeline.steps import base, write
 from pipeline.steps.base import RowStep
 from pipeline.steps.verify import VerifySettings
 from pipeline.storage.files import read_table
+from pipeline.tables import RUBRIC
 from pipeline.tasks import prompts
 from pipeline.types import DEFAULT_MODEL
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
@@ -209,6 +212,36 @@ def test_run_without_missing_replies_needs_no_server(photos: Path, tmp_path: Pat
     (photos / "new.jpg").write_bytes(photo(77))
     with pytest.raises(EngineError):
         generate_dataset(config, tmp_path / "d")
+
+
+RATING = {"wrong_words": "", "is_wrong": "no", **dict.fromkeys(RUBRIC, "5")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({}, ""),
+        ({"engine": "vllm"}, "model is down"),
+        ({"server": {"flags": ["--quantization=fp8"]}}, "model is down"),
+        ({"verify": {"judge": "rater@http://localhost:1/v1"}}, "rater is down"),
+    ],
+)
+def test_stored_replies_replace_only_models_with_equal_settings(
+    changed: dict[str, Any], problem: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: Config, *_: Any) -> None:
+        raise EngineError(f"{config.model} is down")
+
+    notes, rate = Notes(), Act(json.dumps(RATING))
+    with running_chat(ChatServer()) as server, running_chat(ChatServer(lambda *_: rate, "rater")) as rater:
+        judged = {"verify": {"judge": f"rater@{rater.url}"}}
+        first = ask(photos, tmp_path / "d", server, **judged)
+    monkeypatch.setattr("pipeline.plan.choose_engine", fail)
+    with pytest.raises(EngineError, match=problem) if problem else nullcontext():
+        again = generate_dataset(asking(photos, server, **judged | changed), tmp_path / "d", notes)
+        assert content(again) == content(first)
+        warned = [text.split(": ")[1] for text in notes.texts if "stored replies" in text]
+        assert warned == ["model is down", "rater is down"]
 
 
 def test_unanswered_requests_are_sent_again(photos: Path, tmp_path: Path) -> None:

@@ -91,10 +91,13 @@ def test_held_out_split_stated_by_source_gets_no_other_images(stated: set[str], 
 @pytest.mark.parametrize(
     ("name", "folder", "prefix"),
     [
-        ("day1/a.jpg", "day1", ""), ("day1/clip1_0042.jpg", "day1", "day1/clip1_*"),
-        ("IMG_7.png", "", "/IMG_*"), ("0042.jpg", "", ""), ("day1/0042.jpg", "day1", "day1/"),
+        ("day1/a.jpg", "day1", ""), ("day1/clip1_0042.jpg", "day1", "day1/clip1"),
+        ("IMG_7.png", "", "/IMG"), ("0042.jpg", "", ""), ("day1/0042.jpg", "day1", "day1/"),
         ("day1/clip1_0042_left.jpg", "day1", "day1/clip1_*_left"), ("42_left.jpg", "", ""),
-        ("table.parquet:17", "", ""),
+        ("table.parquet:17", "", ""), ("001_0042.jpg", "", "/001"), ("v/12-3.jpg", "v", "v/12"),
+        ("20200101_120000_0042.jpg", "", "/20200101_120000"), ("a/_0042.jpg", "a", "a/"), ("_7.jpg", "", ""),
+        ("a/(42).jpg", "a", "a/"), ("a/b (42).jpg", "a", "a/b"), (f"{'a' * 300}_7.jpg", "", f"/{'a' * 300}"),
+        ("1_2_.jpg", "", ""),
     ],
 )  # fmt: skip
 def test_group_key_is_the_folder_or_the_name_prefix(name: str, folder: str, prefix: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.digests import hash_to_unit
 from pipeline.errors import StoreError, TableError
-from pipeline.storage.database import hash_to_unit_sql, load, open_database
+from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, open_database
 
 NUMBERS = pa.schema([pa.field("number", pa.int64()), pa.field("name", pa.string())])
 
@@ -79,5 +79,9 @@ def test_sigint_during_load_or_query_raises_keyboard_interrupt(tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
         threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
         db.execute("SELECT sum(hash(range)) FROM range(100_000_000_000)")
+    with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
+        cursor = open_cursor(db)
+        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        cursor.execute("SELECT sum(hash(range)) FROM range(100_000_000_000)")
     with pytest.raises(RuntimeError, match="another"), open_database(tmp_path):
         raise RuntimeError("another")

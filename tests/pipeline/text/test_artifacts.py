@@ -1,9 +1,12 @@
 """Artifacts: markup, labels, placeholders, runs and unfinished ends, and good texts that resemble them."""
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from pipeline.text import WORDS, expression
 from pipeline.text.artifacts import (
     counts_on,
     echoes_prompt,
@@ -20,6 +23,7 @@ from pipeline.text.artifacts import (
     without_afterthoughts,
 )
 from pipeline.text.normalize import words_of
+from pipeline.text.phrases import PHRASES
 
 MARKUP = (
     "A kite.</s>", "A kite <image> flies", "[INST] Describe [/INST] A kite",
@@ -121,6 +125,34 @@ def test_markup_and_labels_are_detected_but_not_punctuation(
     detects: Callable[[str], bool], text: str, *, expected: bool
 ) -> None:
     assert detects(text) == expected
+
+
+def _matches(tree: Any) -> list[str]:
+    """Return the texts that a parsed pattern matches, with each repeated part once or not at all."""
+    texts = [""]
+    for kind, argument in tree:
+        match str(kind):
+            case "LITERAL":
+                parts = [chr(argument)]
+            case "IN":
+                parts = [chr(value) if str(name) == "LITERAL" else " " for name, value in argument]
+            case "MAX_REPEAT":
+                parts = [*_matches(argument[2]), *([] if argument[0] else [""])]
+            case "SUBPATTERN":
+                parts = _matches(argument[3])
+            case "BRANCH":
+                parts = [text for branch in argument[1] for text in _matches(branch)]
+            case _:
+                parts = [""]  # a condition
+        texts = [text + part for text in texts for part in parts]
+    return texts
+
+
+def test_every_phrase_has_one_of_the_words_that_are_looked_up_first() -> None:
+    for text in _matches(re._parser.parse(PHRASES["hedge"].pattern)):  # type: ignore[attr-defined]
+        assert not {*WORDS["hedging"].split()}.isdisjoint(words_of(text)), text
+    for text in _matches(re._parser.parse(expression("cut_off"))):  # type: ignore[attr-defined]
+        assert is_cut_off(f"A man and {text}", words_of(text)), text
 
 
 def test_placeholder_is_detected() -> None:

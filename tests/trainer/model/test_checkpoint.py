@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pipeline.cli.push import push
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import SMALL, replace
@@ -39,5 +40,6 @@ def test_damaged_weights_are_refused(version: Version, clip: str, tmp_path: Path
     with pytest.raises(TrainError, match="weights that are NaN or infinite"):
         load_checkpoint(out)
     (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-10])
-    with pytest.raises(TrainError, match="no captioner in"):
-        load_checkpoint(out)
+    for read in (load_checkpoint, lambda folder: push(str(folder), repo="me/captioner")):
+        with pytest.raises(TrainError, match="no captioner in"):
+            read(out)
