@@ -152,7 +152,6 @@ class _Store:
 
         Raises TrainError if a file is a symbolic link.
         """
-
         waiting = f"waiting for another training run that writes to {self.path}"
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
